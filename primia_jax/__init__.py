@@ -1,0 +1,1 @@
+"""Privacy-preserving medical image analysis in JAX."""

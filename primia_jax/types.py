@@ -1,0 +1,46 @@
+"""Types and shape letters used throughout.
+
+Letters in shape comments: S sites, K sites of one round, N examples, B batch, T local steps, H, W, C image height,
+width, channels, L classes, D parameters, P peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+Key = jax.Array  # a typed key, jax.random.key(seed)
+PyTree = Any
+Params = PyTree  # what is trained: a pytree of float arrays
+ModelState = PyTree  # what is tracked but not trained, e.g. BatchNorm statistics; {} when there is none
+
+
+class Batch(NamedTuple):
+  """One batch, or several stacked along leading axes.
+
+  Attributes:
+    images: [..., B, H, W, C], uint8 as stored or float32 as the model takes it.
+    labels: [..., B] int32.
+    weights: [..., B] float32; 0 marks padding, which counts for nothing anywhere.
+  """
+
+  images: Array
+  labels: Array
+  weights: Array
+
+
+class Metrics(NamedTuple):
+  """Sums over examples, so that they add up over batches and sites; divide by `count` for a mean."""
+
+  loss: Array  # weighted sum of the losses
+  correct: Array  # weighted number of right answers
+  count: Array  # sum of the weights
+
+
+# (params, model_state, batch, key) -> (mean loss over the batch, (new model_state, Metrics))
+LossFn = Callable[[Params, ModelState, Batch, Key], tuple[Array, tuple[ModelState, Metrics]]]
+# (params, model_state, images, train, key) -> (logits [B, L], new model_state)
+ApplyFn = Callable[..., tuple[Array, ModelState]]
