@@ -1,0 +1,86 @@
+"""The one interface to images: a `Dataset` of uint8 images (in memory or read at random), labels, names and groups."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+
+class Images(Protocol):
+  """Random access to N images of one shape; a uint8 array [N, H, W, C] is one.
+
+  `shape` is (N, H, W, C); indexing by an int array [M] returns uint8 [M, H, W, C].
+  """
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  def __getitem__(self, index: np.ndarray, /) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """Labelled images.
+
+  Attributes:
+    images: uint8 [N, H, W, C], in memory or read at random.
+    labels: int32 [N], an index into `label_names`.
+    label_names: the classes, in the order of the labels.
+    groups: [N], e.g. a patient: images of one group are never split between sites or between train and validation.
+    columns: further values for each image, e.g. its path or the folder it came from; each [N].
+    name: what reports print, e.g. "synthetic phantom".
+  """
+
+  images: Images
+  labels: np.ndarray
+  label_names: tuple[str, ...]
+  groups: np.ndarray
+  columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  name: str = ""
+
+  def __post_init__(self):
+    num = self.images.shape[0]
+    if len(self.images.shape) != 4:
+      raise ValueError(f"images of {self.name!r} have shape {self.images.shape}; expected (N, H, W, C)")
+    if self.labels.shape != (num,) or self.groups.shape != (num,):
+      raise ValueError(
+        f"{self.name!r} holds {num} images, but labels {self.labels.shape} and groups {self.groups.shape}; one each is needed"
+      )
+    if num and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.label_names):
+      raise ValueError(
+        f"labels of {self.name!r} run from {self.labels.min()} to {self.labels.max()}, but there are "
+        f"{len(self.label_names)} label names {self.label_names}"
+      )
+    for name, column in self.columns.items():
+      if len(column) != num:
+        raise ValueError(f"column {name!r} of {self.name!r} has {len(column)} values for {num} images")
+
+  def __len__(self) -> int:
+    return self.images.shape[0]
+
+
+class Selected:
+  """Random access to some of another's images, without reading them."""
+
+  def __init__(self, images: Images, index: np.ndarray):
+    self._images, self._index = images, index
+    self.shape = (len(index), *images.shape[1:])
+
+  def __getitem__(self, index: np.ndarray, /) -> np.ndarray:
+    return self._images[self._index[index]]
+
+
+def take(dataset: Dataset, index: np.ndarray) -> Dataset:
+  """Returns the examples at `index` ([M] integers) as a `Dataset`, lazily where the images are not in memory."""
+  index = np.asarray(index, np.int64)
+  images = dataset.images[index] if isinstance(dataset.images, np.ndarray) else Selected(dataset.images, index)
+  return dataclasses.replace(
+    dataset,
+    images=images,
+    labels=dataset.labels[index],
+    groups=dataset.groups[index],
+    columns={name: np.asarray(column)[index] for name, column in dataset.columns.items()},
+  )
