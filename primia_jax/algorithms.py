@@ -1,0 +1,245 @@
+"""Federated algorithms, each a few lines over the contract of `federated`.
+
+Notation: x global parameters, y_i a site's parameters after its steps, Delta_i = y_i - x, w_i = n_i / n_max the weight of a
+site with n_i examples (or 1), sums over the sites of a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from primia_jax import local
+from primia_jax.federated import Algorithm, Global, Site
+from primia_jax.types import Array, Metrics, ModelState, Params, PyTree
+
+Weighting = Literal["examples", "uniform"]
+_ORDER, _STEPS = 0, 1  # what a site's keys are for
+
+
+def fedavg(
+  recipe: local.Recipe,
+  *,
+  weighting: Weighting = "examples",
+  keep_optimizer: bool = False,
+  server_optimizer: optax.GradientTransformation | None = None,
+  proximal: float = 0.0,
+  stays: Callable[[str], bool] | None = None,
+  name: str = "fedavg",
+) -> Algorithm:
+  """FedAvg (McMahan et al. 2017, algorithm 1): x <- x + sum w_i Delta_i / sum w_i.
+
+  Args:
+    recipe: how a site trains.
+    weighting: by examples, or uniform.
+    keep_optimizer: the site's optimiser keeps its state from round to round instead of starting anew.
+    server_optimizer: what the server does with the negative mean update as a gradient; None adds the mean.
+    proximal: see `fedprox`.
+    stays: see `fedbn`.
+    name: as reports print it.
+  """
+  if weighting not in ("examples", "uniform"):
+    raise ValueError(f"weighting={weighting!r}; use 'examples' or 'uniform'")
+  if proximal < 0:
+    raise ValueError(f"proximal={proximal} must not be negative")
+
+  def init_site(params: Params, model_state: ModelState) -> PyTree:
+    optimizer = recipe.optimizer(jnp.float32(0)).init(params) if keep_optimizer else ()
+    return {"optimizer": optimizer, "personal": _split(params, model_state, stays)[0]}
+
+  def personal(server: Global, kept: PyTree) -> tuple[Params, ModelState]:
+    return _join(kept["personal"], (server.params, server.model_state))
+
+  def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
+    start, statistics = personal(server, kept)
+    pull = lambda grads, params: jax.tree.map(lambda g, y, x: g + proximal * (y - x), grads, params, start)
+    opt_state = kept["optimizer"] if keep_optimizer else recipe.optimizer(jnp.float32(0)).init(start)
+    trained = _train(recipe, server, site, start, statistics, opt_state, pull if proximal else None)
+    weight = _weight(recipe, site, weighting)
+    mine, shared = _split(trained.params, trained.model_state, stays)
+    _, before = _split(start, statistics, stays)
+    message = {
+      "update": jax.tree.map(lambda y, x: weight * (y - x), shared, before),
+      "weight": weight,
+      "metrics": _scaled(recipe, trained.metrics),
+    }
+    return message, {"optimizer": trained.opt_state if keep_optimizer else (), "personal": mine}
+
+  def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
+    mean = jax.tree.map(lambda t: t / total["weight"], total["update"])
+    _, (params, model_state) = _split(server.params, server.model_state, stays)
+    if server_optimizer is None:
+      params, opt_state = jax.tree.map(jnp.add, params, mean[0]), ()
+    else:
+      gradient = jax.tree.map(jnp.negative, mean[0])
+      updates, opt_state = server_optimizer.update(gradient, server.server, params)
+      params = optax.apply_updates(params, updates)
+    model_state = jax.tree.map(jnp.add, model_state, mean[1])
+    everything = _join((params, model_state), (server.params, server.model_state))
+    return *everything, opt_state, total["metrics"]
+
+  def init_server(params: Params) -> PyTree:
+    return () if server_optimizer is None else server_optimizer.init(_split(params, {}, stays)[1][0])
+
+  return Algorithm(name, init_server, init_site, site, server, personal, weighting == "uniform", stays is None)
+
+
+def fedprox(recipe: local.Recipe, proximal: float, **kwargs) -> Algorithm:
+  """FedProx (Li et al. 2020, eq. 2): FedAvg with proximal / 2 ||y - x||^2 added to every site's loss."""
+  return fedavg(recipe, proximal=proximal, name="fedprox", **kwargs)
+
+
+def fedopt(recipe: local.Recipe, server_optimizer: optax.GradientTransformation, **kwargs) -> Algorithm:
+  """FedOpt (Reddi et al. 2021, algorithm 2): the server's optimiser takes the mean update for a negative gradient.
+
+  `optax.adam`, `yogi`, `adagrad` and `sgd(momentum=)` give FedAdam, FedYogi, FedAdagrad and FedAvgM. (The paper's
+  FedAdam leaves Adam's bias correction out; optax makes it.)
+  """
+  return fedavg(recipe, server_optimizer=server_optimizer, name="fedopt", **kwargs)
+
+
+def fedbn(recipe: local.Recipe, is_norm_parameter: Callable[[str], bool], **kwargs) -> Algorithm:
+  """FedBN (Li et al. 2021): normalisation parameters and statistics never leave their site.
+
+  Args:
+    recipe: how a site trains.
+    is_norm_parameter: says of a parameter's path ("conv1/kernel") whether it stays.
+    **kwargs: as for `fedavg`.
+  """
+  return fedavg(recipe, stays=is_norm_parameter, name="fedbn", **kwargs)
+
+
+def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) -> Algorithm:
+  """SCAFFOLD (Karimireddy et al. 2020, algorithm 1, option II): control variates against drift between sites.
+
+  Sites step along g - c_i + c. The new c_i is c_i - c + (x - y_i) / (sum of the steps' rates); the server adds
+  sum (change of c_i) / num_sites to c. Sound for plain SGD only. Sites count uniformly.
+
+  Args:
+    recipe: how a site trains; its optimiser must be `optax.sgd` without momentum.
+    num_sites: S, all sites, sampled or not.
+    server_rate: the server's learning rate.
+  """
+
+  def init_site(params: Params, model_state: ModelState) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, params)
+
+  def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
+    opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
+    correct = lambda grads, params: jax.tree.map(lambda g, own, c: g - own + c, grads, kept, server.server)
+    trained = _train(recipe, server, site, server.params, server.model_state, opt_state, correct)
+    update, statistics = _change(trained, server)
+    change = jax.tree.map(lambda c, u: -c - u / trained.rate_sum, server.server, update)  # of c_i
+    message = {
+      "update": (update, statistics),
+      "control": change,
+      "weight": jnp.float32(1),
+      "metrics": _scaled(recipe, trained.metrics),
+    }
+    return message, jax.tree.map(jnp.add, kept, change)
+
+  def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
+    update, statistics = jax.tree.map(lambda t: t / total["weight"], total["update"])
+    params = jax.tree.map(lambda x, u: x + server_rate * u, server.params, update)
+    model_state = jax.tree.map(jnp.add, server.model_state, statistics)
+    control = jax.tree.map(lambda c, t: c + t / num_sites, server.server, total["control"])
+    return params, model_state, control, total["metrics"]
+
+  zeros = lambda params, *_: jax.tree.map(jnp.zeros_like, params)
+  return Algorithm("scaffold", zeros, zeros, site, server, _global, uniform=True, shares_statistics=True)
+
+
+def fednova(recipe: local.Recipe, *, momentum: float = 0.0, weighting: Weighting = "examples") -> Algorithm:
+  """FedNova (Wang et al. 2020, eq. 6): averages directions per step, so that sites with more steps do not pull more.
+
+  x <- x + tau_eff sum p_i Delta_i / a_i with p_i = w_i / sum w, tau_eff = sum p_i a_i, and a_i the accumulated weight of
+  a site's gradients: its number of steps tau, or with momentum rho: (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho).
+
+  Args:
+    recipe: how a site trains; its optimiser must be `optax.sgd` with this momentum, its state starting anew each round.
+    momentum: rho.
+    weighting: by examples, or uniform.
+
+  Raises:
+    ValueError: for a momentum outside [0, 1).
+  """
+  if not 0 <= momentum < 1:
+    raise ValueError(f"momentum={momentum} must lie in [0, 1)")
+  most = float(_accumulated(jnp.float32(recipe.work.max_steps), momentum))
+
+  def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
+    opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
+    trained = _train(recipe, server, site, server.params, server.model_state, opt_state)
+    update, statistics = _change(trained, server)
+    weight = _weight(recipe, site, weighting)
+    steps = _accumulated(trained.num_steps.astype(jnp.float32), momentum)
+    message = {
+      "direction": jax.tree.map(lambda u: weight * u / steps, update),
+      "steps": weight * steps / most,  # at most 1, whatever the number of steps
+      "statistics": jax.tree.map(lambda u: weight * u, statistics),
+      "weight": weight,
+      "metrics": _scaled(recipe, trained.metrics),
+    }
+    return message, kept
+
+  def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
+    steps = most * total["steps"] / total["weight"]
+    params = jax.tree.map(lambda x, d: x + steps * d / total["weight"], server.params, total["direction"])
+    model_state = jax.tree.map(lambda x, u: x + u / total["weight"], server.model_state, total["statistics"])
+    return params, model_state, (), total["metrics"]
+
+  nothing = lambda *_: ()
+  return Algorithm("fednova", nothing, nothing, site, server, _global, uniform=False, shares_statistics=True)
+
+
+def _accumulated(steps: Array, momentum: float) -> Array:
+  return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+
+
+def _global(server: Global, kept: PyTree) -> tuple[Params, ModelState]:
+  return server.params, server.model_state
+
+
+def _train(recipe: local.Recipe, server: Global, site: Site, params, model_state, opt_state, correct=None):
+  order_key = jax.random.fold_in(jax.random.fold_in(server.key, _ORDER), site.id)
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(server.key, _STEPS), server.round), site.id)
+  run = local.train(recipe, correct)
+  data = (site.images, site.labels, site.num_examples)
+  return run(params, model_state, opt_state, *data, server.round, order_key, key)
+
+
+def _change(trained: local.Trained, server: Global) -> tuple[Params, ModelState]:
+  after, before = (trained.params, trained.model_state), (server.params, server.model_state)
+  return jax.tree.map(jnp.subtract, after, before)
+
+
+def _weight(recipe: local.Recipe, site: Site, weighting: Weighting) -> Array:
+  if weighting == "uniform":
+    return jnp.float32(1)
+  return site.num_examples.astype(jnp.float32) / recipe.work.max_examples
+
+
+def _scaled(recipe: local.Recipe, metrics: Metrics) -> Metrics:
+  """Sums over a round divided by the most examples that a round can have, so that they fit any message."""
+  return jax.tree.map(lambda m: m / (recipe.work.max_steps * recipe.work.batch_size), metrics)
+
+
+def _split(params: Params, model_state: ModelState, stays: Callable[[str], bool] | None) -> tuple[PyTree, PyTree]:
+  """Parts (params, model_state) into what stays at the site and what is shared; absent leaves are None."""
+  if stays is None:
+    return (), (params, model_state)
+  is_mine = lambda path: stays("/".join(str(getattr(k, "key", k)) for k in path))
+  mine = jax.tree_util.tree_map_with_path(lambda path, a: a if is_mine(path) else None, params)
+  shared = jax.tree_util.tree_map_with_path(lambda path, a: None if is_mine(path) else a, params)
+  return (mine, model_state), (shared, jax.tree.map(lambda a: None, model_state))
+
+
+def _join(part: PyTree, whole: PyTree) -> PyTree:
+  """Returns `whole` with the leaves that `part` has taken from there."""
+  if part == ():
+    return whole
+  return jax.tree.map(lambda a, b: b if a is None else a, part, whole, is_leaf=lambda a: a is None)

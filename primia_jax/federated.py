@@ -1,0 +1,310 @@
+"""Federated rounds: what a site sends, how the messages are combined, and what the server makes of their sum.
+
+An `Algorithm` says what one site computes and what the server does with the sum of the sites' messages; an `Aggregator`
+says how that sum is formed (in the clear, under masks, or by a robust rule); `federated` joins the two over a placement
+of the site axis. A message is all that ever leaves a site, training loss and counts included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from primia_jax import secagg, sites
+from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree
+
+TRAINING, EVALUATION, COUNTING = range(3)  # purposes: masks of one round are never used for two of them
+
+
+class Site(NamedTuple):
+  """One site's data, or that of several sites stacked on a leading axis [K].
+
+  Attributes:
+    id: int32. The number of the site, from which its randomness is folded.
+    images: [N, H, W, C] as stored; rows beyond `num_examples` are padding.
+    labels: [N] int32.
+    num_examples: int32.
+  """
+
+  id: Array
+  images: Array
+  labels: Array
+  num_examples: Array
+
+
+class Global(NamedTuple):
+  """What the server sends to every site of a round."""
+
+  params: Params
+  model_state: ModelState
+  server: PyTree  # the algorithm's own, e.g. SCAFFOLD's control variate
+  round: Array  # int32, from 0
+  key: Key  # public randomness of the whole run
+
+
+class Algorithm(NamedTuple):
+  """A federated algorithm.
+
+  Attributes:
+    name: as a user writes it.
+    init_server: params -> the server's own state.
+    init_site: (params, model_state) -> what one site keeps from round to round.
+    site: (Global, what the site keeps, Site) -> (message, what the site keeps). A message is a pytree of float32 whose
+      sum over sites `server` understands.
+    server: (Global, sum of messages) -> (params, model_state, server state, training metrics up to a common factor).
+    personal: (Global, what a site keeps) -> (params, model_state) with which that site works.
+    uniform: every message counts the same, as robust rules need.
+    shares_statistics: model_state (BatchNorm statistics) is part of the message.
+  """
+
+  name: str
+  init_server: Callable[[Params], PyTree]
+  init_site: Callable[[Params, ModelState], PyTree]
+  site: Callable[[Global, PyTree, Site], tuple[PyTree, PyTree]]
+  server: Callable[[Global, PyTree], tuple[Params, ModelState, PyTree, Metrics]]
+  personal: Callable[[Global, PyTree], tuple[Params, ModelState]]
+  uniform: bool
+  shares_statistics: bool
+
+
+class Aggregator(NamedTuple):
+  """How the messages of a round become their sum.
+
+  Attributes:
+    name: as reports print it.
+    protect: (message, site id, links, (round, purpose)) -> what the site sends.
+    open: sum of what was sent -> (sum of messages, number of sites whose message was out of range).
+    rule: None for the sum over sites, or a robust rule on the messages stacked, [K, ...] -> [...]; they are then seen
+      one by one, and the result stands for the sum over one site.
+    num_sites: how many sites a round must have; None for any number.
+    num_peers: how many peers `links` hold for each site.
+    secure: only the sum is seen.
+  """
+
+  name: str
+  protect: Callable[[PyTree, Array, secagg.Links, tuple[Array, int]], PyTree]
+  open: Callable[[PyTree], tuple[PyTree, Array]]
+  rule: Callable[[PyTree], PyTree] | None = None
+  num_sites: int | None = None
+  num_peers: int = 0
+  secure: bool = False
+
+
+class Loader(NamedTuple):
+  """Where the sites' data come from.
+
+  Attributes:
+    load: site numbers [K] -> Site, stacked, as host or device arrays.
+    piece: at most so many sites are loaded at a time; None for all at once.
+  """
+
+  load: Callable[[np.ndarray], Site]
+  piece: int | None = None
+
+
+class State(NamedTuple):
+  """The state of a federated run: the global model, the server's and the sites' own ([S, ...]), and rounds done."""
+
+  params: Params
+  model_state: ModelState
+  server: PyTree
+  sites: PyTree
+  round: Array
+
+
+class Info(NamedTuple):
+  """What a round reports, all of it computed from the opened sum.
+
+  Attributes:
+    loss, accuracy: means over the round's training examples, as the sites saw them while training.
+    update_norm: L2 norm of the change of the global parameters.
+    out_of_range: sites whose message did not fit the encoding; unless 0, the round was not applied.
+  """
+
+  loss: Array
+  accuracy: Array
+  update_norm: Array
+  out_of_range: Array
+
+
+class FederatedAlgorithm(NamedTuple):
+  """A federated algorithm bound to an aggregator and a placement.
+
+  Attributes:
+    init: (params, model_state, num_sites) -> State.
+    step: (key, State, site numbers [K], Loader, dealer_key [8] uint32) -> (State, Info).
+  """
+
+  init: Callable[[Params, ModelState, int], State]
+  step: Callable[[Key, State, np.ndarray, Loader, Array], tuple[State, Info]]
+
+
+def in_the_clear() -> Aggregator:
+  """The plain sum. The server sees every site's message."""
+  return Aggregator("in the clear", lambda message, *_: message, lambda total: (total, jnp.zeros((), jnp.uint32)))
+
+
+def alone() -> Aggregator:
+  """One site that trains by itself (local or pooled training): nothing leaves it."""
+  return in_the_clear()._replace(name="one site", num_sites=1, secure=True)
+
+
+def by_rule(name: str, rule: Callable[[PyTree], PyTree]) -> Aggregator:
+  """A robust rule on single messages, which the server sees one by one; see `robust`."""
+  return in_the_clear()._replace(name=name, rule=rule)
+
+
+def securely(config: secagg.SecureSum) -> Aggregator:
+  """Secure aggregation: the server sees the sum of the messages only; see `secagg`."""
+  return Aggregator(
+    name="secure aggregation",
+    protect=lambda message, site_id, links, nonce: secagg.protect(message, site_id, links, nonce, config),
+    open=lambda total: secagg.open_sum(total, config),
+    num_sites=config.num_sites,
+    num_peers=config.num_peers if config.masked else 0,
+    secure=config.masked,
+  )
+
+
+def total_over_sites(
+  site_fn: Callable[[Any, PyTree, Site], tuple[PyTree, PyTree]],
+  aggregator: Aggregator,
+  placement: sites.Placement,
+  purpose: int,
+) -> Callable[..., tuple[PyTree, PyTree, Array]]:
+  """Runs a function at each site and opens the sum of the messages: the one way out of a site.
+
+  Args:
+    site_fn: (shared, what the site keeps, Site) -> (message, what the site keeps).
+    aggregator: how the sum is formed.
+    placement: where the site axis runs.
+    purpose: TRAINING, EVALUATION or COUNTING.
+
+  Returns:
+    (shared, round, site numbers [K], links [K, ...], kept [K, ...], Loader)
+    -> (sum of messages, kept [K, ...], number of sites out of range).
+  """
+
+  def one(shared, site_inputs):
+    (shared, round_index), (site, links, kept) = shared, site_inputs
+    message, kept = site_fn(shared, kept, site)
+    sent = aggregator.protect(message, site.id, links, (round_index, purpose))
+    return (sent, kept) if aggregator.rule is None else ((), (sent, kept))
+
+  run = sites.sum_over_sites(one, placement)
+  add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+  finish = jax.jit(lambda total, sent: aggregator.open(total if aggregator.rule is None else aggregator.rule(sent)))
+
+  def apply(shared, round_index, ids, links, kept, loader: Loader):
+    if aggregator.num_sites not in (None, len(ids)):
+      raise ValueError(f"{aggregator.name} was set up for {aggregator.num_sites} sites, but {len(ids)} take part")
+    piece = loader.piece or len(ids)
+    total, outs = None, []
+    for start in range(0, len(ids), piece):
+      rows = slice(start, start + piece)
+      mine, theirs = sites.local_rows(ids[rows], placement), (links, kept)
+      if piece < len(ids):
+        theirs = jax.tree.map(lambda a, rows=rows: a[rows], theirs)
+      summed, out = run((shared, round_index), (sites.put(loader.load(mine), placement), *theirs))
+      total = summed if total is None else add(total, summed)
+      outs.append(out)
+    out = outs[0] if len(outs) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *outs)
+    sent, kept = ((), out) if aggregator.rule is None else out
+    message, out_of_range = finish(total, sent)
+    return message, kept, out_of_range
+
+  return apply
+
+
+def link(
+  aggregator: Aggregator, placement: sites.Placement
+) -> Callable[[Key, Array, np.ndarray, Array], secagg.Links]:
+  """Makes (key, round, site numbers [K], dealer_key) -> the links of that round's sites, [K, P], where they run."""
+
+  @jax.jit
+  def deal(key, round_index, ids, dealer_key):
+    graph_key = jax.random.fold_in(key, round_index)
+    return secagg.deal_links(dealer_key, ids, secagg.peers(graph_key, ids, aggregator.num_peers))
+
+  def apply(key, round_index, ids, dealer_key):
+    if not aggregator.num_peers:
+      none = secagg.Links(np.zeros((len(ids), 0), np.int32), np.zeros((len(ids), 0, 8), np.uint32))
+      return sites.put(sites.local_rows(none, placement), placement)
+    return sites.put(sites.local_rows(deal(key, round_index, ids, dealer_key), placement), placement)
+
+  return apply
+
+
+def federated(algorithm: Algorithm, aggregator: Aggregator, placement: sites.Placement) -> FederatedAlgorithm:
+  """Joins an algorithm, an aggregator and a placement, and refuses unsound pairs.
+
+  Who learns what: with `securely`, the server learns the sum of the messages (and what it computes from it); with
+  `in_the_clear` or a robust rule it sees each site's message.
+
+  Raises:
+    ValueError: for a robust rule with messages that do not count the same.
+  """
+  if aggregator.rule is not None and not algorithm.uniform:
+    raise ValueError(
+      f"the robust rule {aggregator.name!r} treats all sites alike, but {algorithm.name} weighs its messages; "
+      "use uniform weighting and an algorithm such as FedAvg"
+    )
+  train = total_over_sites(algorithm.site, aggregator, placement, TRAINING)
+  make_links = link(aggregator, placement)
+
+  def init(params: Params, model_state: ModelState, num_sites: int) -> State:
+    if jax.tree.leaves(model_state) and algorithm.shares_statistics and not aggregator.secure:
+      raise ValueError(
+        f"the model's statistics (BatchNorm) would leave each site in the clear under {aggregator.name!r}; "
+        "use secure aggregation, GroupNorm, or FedBN, which keeps them at the site"
+      )
+    one = algorithm.init_site(params, model_state)
+    rows = len(sites.local_rows(np.arange(num_sites), placement))
+    kept = jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (rows, *np.shape(a))), one)
+    start = (params, model_state, algorithm.init_server(params), jnp.zeros((), jnp.int32))
+    params, model_state, server, zero = sites.replicate(start, placement)
+    return State(params, model_state, server, sites.put(kept, placement), zero)
+
+  @jax.jit
+  def finish(key, state: State, message, kept, ids, out_of_range) -> tuple[State, Info]:
+    before = Global(state.params, state.model_state, state.server, state.round, key)
+    params, model_state, server, metrics = algorithm.server(before, message)
+    all_kept = kept if ids is None else jax.tree.map(lambda old, new: old.at[ids].set(new), state.sites, kept)
+    after = State(params, model_state, server, all_kept, state.round + 1)
+    usable = out_of_range == 0
+    after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, state)
+    change = jax.tree.map(jnp.subtract, after.params, state.params)
+    count = jnp.maximum(metrics.count, jnp.finfo(jnp.float32).tiny)
+    return after, Info(metrics.loss / count, metrics.correct / count, optax.tree.norm(change), out_of_range)
+
+  def step(key: Key, state: State, ids: np.ndarray, loader: Loader, dealer_key: Array) -> tuple[State, Info]:
+    ids = np.asarray(ids, np.int32)
+    leaves = jax.tree.leaves(state.sites)
+    everyone = not leaves or np.array_equal(ids, np.arange(leaves[0].shape[0]))
+    kept = state.sites if everyone else jax.tree.map(lambda a: a[ids], state.sites)
+    shared_key = sites.replicate(key, placement)
+    shared = Global(state.params, state.model_state, state.server, state.round, shared_key)
+    links = make_links(key, np.asarray(state.round), ids, dealer_key)
+    message, kept, out_of_range = train(shared, state.round, ids, links, kept, loader)
+    return finish(shared_key, state, message, kept, None if everyone else ids, out_of_range)
+
+  return FederatedAlgorithm(init, step)
+
+
+def sample_sites(key: Key, round_index: int, num_sites: int, num_sampled: int) -> np.ndarray:
+  """Draws the sites of a round without replacement; sorted int32 [num_sampled], the same for everybody.
+
+  Raises:
+    ValueError: for more sites than there are, or fewer than one.
+  """
+  if not 1 <= num_sampled <= num_sites:
+    raise ValueError(f"num_sampled={num_sampled} of num_sites={num_sites} sites; give a number from 1 to {num_sites}")
+  if num_sampled == num_sites:
+    return np.arange(num_sites, dtype=np.int32)
+  drawn = jax.random.permutation(jax.random.fold_in(key, round_index), num_sites)[:num_sampled]
+  return np.sort(np.asarray(drawn, np.int32))

@@ -1,0 +1,239 @@
+"""One site's work between two synchronisations: which examples, in which order, and the steps of its optimiser.
+
+Nothing here knows of other sites. Every random choice comes from a key folded from (round, site number).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Params, PyTree
+
+# (params, model_state, batch, key) -> (gradient of the mean loss, (new model_state, Metrics))
+GradFn = Callable[[Params, ModelState, Batch, Key], tuple[Params, tuple[ModelState, Metrics]]]
+# learning rate -> optimiser, e.g. `functools.partial(optax.sgd, momentum=0.9)`
+Optimizer = Callable[[Array], optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """How much a site does in a round. All sites know these numbers; a site's own number of examples stays with it.
+
+  Attributes:
+    batch_size: examples in a step. The last batch of an epoch may be smaller.
+    epochs: synchronise every `epochs` epochs; or
+    steps: synchronise every `steps` batches, going on in the epoch where the last round stopped.
+    min_examples, max_examples: public bounds on the examples of one site.
+  """
+
+  batch_size: int
+  max_examples: int
+  min_examples: int = 1
+  epochs: int | None = 1
+  steps: int | None = None
+
+  def __post_init__(self):
+    if (self.epochs is None) == (self.steps is None):
+      raise ValueError(f"epochs={self.epochs} and steps={self.steps}: give one, and None for the other")
+    for name in ("batch_size", "max_examples", "min_examples", "epochs", "steps"):
+      if (value := getattr(self, name)) is not None and value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+    if self.min_examples > self.max_examples:
+      raise ValueError(f"min_examples={self.min_examples} is more than max_examples={self.max_examples}")
+
+  @property
+  def max_steps(self) -> int:
+    """T, the most steps of any site in a round."""
+    return self.steps or (self.epochs or 0) * -(-self.max_examples // self.batch_size)
+
+  @property
+  def same_steps(self) -> bool:
+    """Whether all sites are bound to take equally many steps."""
+    batches = [-(-n // self.batch_size) for n in (self.min_examples, self.max_examples)]
+    return self.steps is not None or batches[0] == batches[1]
+
+
+class Recipe(NamedTuple):
+  """How a site trains.
+
+  Attributes:
+    grad_fn: see `GradFn`.
+    optimizer: see `Optimizer`.
+    schedule: learning rate as a function of training time in rounds (float32: 2.5 is half-way through the third round),
+      so that it goes on whether or not the optimiser's state is kept from round to round.
+    work: how much a site does in a round.
+  """
+
+  grad_fn: GradFn
+  optimizer: Optimizer
+  schedule: Callable[[Array], Array | float]
+  work: Work
+
+
+class Trained(NamedTuple):
+  """A site's model after its steps."""
+
+  params: Params
+  model_state: ModelState
+  opt_state: PyTree
+  metrics: Metrics  # sums over all examples of all steps
+  num_steps: Array  # int32, or a Python int where all sites take equally many
+  rate_sum: Array  # the sum of the steps' learning rates
+
+
+def draw_batches(key: Key, round_index: Array, num_examples: Array, work: Work) -> tuple[Array, Array | int]:
+  """Chooses the examples of each step: each epoch a fresh permutation, cut into batches.
+
+  Args:
+    key: this site's key for the order of examples, the same in every round.
+    round_index: int32 scalar; epochs are numbered on from round to round.
+    num_examples: int32 scalar n, with min_examples <= n <= max_examples.
+    work: the amount of work.
+
+  Returns:
+    index: [T, B] int32 into the site's examples, -1 where a batch is not full and after the last step.
+    num_steps: how many of the T steps this site takes.
+  """
+  batches = -(-num_examples // work.batch_size)  # in one epoch
+  if work.steps is None:
+    assert work.epochs is not None
+    num_steps = work.max_steps if work.same_steps else work.epochs * batches
+    first, num_orders = round_index * work.epochs * batches, work.epochs
+  else:
+    num_steps = work.steps
+    fewest = -(-work.min_examples // work.batch_size)
+    first, num_orders = round_index * work.steps, (work.steps - 1) // fewest + 2
+  step = first + jnp.arange(work.max_steps, dtype=jnp.int32)
+  first_epoch = first // batches
+
+  def order(i: Array) -> Array:
+    bits = jax.random.bits(jax.random.fold_in(key, first_epoch + i), (work.max_examples,), jnp.uint32)
+    real = jnp.arange(work.max_examples) < num_examples
+    return jnp.lexsort((bits, ~real)).astype(jnp.int32)  # the site's examples in random order, padding last
+
+  orders = jax.vmap(order)(jnp.arange(num_orders, dtype=jnp.int32))
+  position = (step % batches)[:, None] * work.batch_size + jnp.arange(work.batch_size, dtype=jnp.int32)[None, :]
+  epoch = jnp.clip(step // batches - first_epoch, 0, num_orders - 1)
+  index = orders[epoch[:, None], jnp.minimum(position, work.max_examples - 1)]
+  used = (position < num_examples) & (jnp.arange(work.max_steps) < num_steps)[:, None]
+  return jnp.where(used, index, -1), num_steps
+
+
+def gather(images: Array, labels: Array, index: Array) -> Batch:
+  """Takes a batch out of a site's examples; -1 becomes an example of weight 0."""
+  safe = jnp.maximum(index, 0)
+  return Batch(images[safe], labels[safe], (index >= 0).astype(jnp.float32))
+
+
+def gradients(loss_fn: LossFn) -> GradFn:
+  """The plain gradient; private gradients take its place."""
+  return jax.grad(loss_fn, has_aux=True)
+
+
+def train(recipe: Recipe, correct: Callable[[PyTree, Params], PyTree] | None = None) -> Callable[..., Trained]:
+  """Makes the function that trains one site's model for one round.
+
+  Args:
+    recipe: how to train.
+    correct: changes a gradient before the optimiser sees it: (gradient, params) -> gradient.
+
+  Returns:
+    (params, model_state, opt_state, images [N, H, W, C], labels [N], num_examples, round_index, order_key, key)
+    -> Trained. `order_key` stays the same for a site, `key` is fresh for each (round, site).
+  """
+  grad_fn, optimizer, schedule, work = recipe
+  add = lambda a, b: jax.tree.map(jnp.add, a, b)
+
+  def run(params, model_state, opt_state, images, labels, num_examples, round_index, order_key, key) -> Trained:
+    index, num_steps = draw_batches(order_key, round_index, num_examples, work)
+
+    def step(t: Array, carry):
+      params, model_state, opt_state, metrics, rate_sum = carry
+      batch = gather(images, labels, index[t])
+      grads, (model_state, new) = grad_fn(params, model_state, batch, jax.random.fold_in(key, t))
+      grads = grads if correct is None else correct(grads, params)
+      progress = jnp.asarray(t, jnp.float32) / jnp.asarray(num_steps, jnp.float32)
+      rate = jnp.asarray(schedule(jnp.asarray(round_index, jnp.float32) + progress), jnp.float32)
+      updates, opt_state = optimizer(rate).update(grads, opt_state, params)
+      return optax.apply_updates(params, updates), model_state, opt_state, add(metrics, new), rate_sum + rate
+
+    zero = jnp.zeros((), jnp.float32)
+    carry = (params, model_state, opt_state, Metrics(zero, zero, zero), zero)
+    params, model_state, opt_state, metrics, rate_sum = jax.lax.fori_loop(0, num_steps, step, carry)
+    return Trained(params, model_state, opt_state, metrics, jnp.asarray(num_steps, jnp.int32), rate_sum)
+
+  return run
+
+
+def classification_loss(
+  apply_fn: Callable[..., tuple[Array, ModelState]],
+  prepare: Callable[[Key, Array, Array], tuple[Array, Array]],
+  num_classes: int,
+  class_weights: Array | None = None,
+  label_smoothing: float = 0.0,
+) -> LossFn:
+  """Softmax cross-entropy, averaged over the examples that count.
+
+  Args:
+    apply_fn: (params, model_state, images, train=, key=) -> (logits [B, L], new model_state).
+    prepare: (key, images as stored, one-hot targets [B, L]) -> (float32 images as the model takes them, targets), e.g.
+      augmentation, normalisation and MixUp.
+    num_classes: L.
+    class_weights: [L] float32, the weight of an example of each class; mean 1 over the data.
+    label_smoothing: in [0, 1).
+
+  Raises:
+    ValueError: for a label smoothing outside [0, 1).
+  """
+  if not 0 <= label_smoothing < 1:
+    raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
+
+  def loss_fn(params: Params, model_state: ModelState, batch: Batch, key: Key):
+    prepare_key, model_key = jax.random.split(key)
+    targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, num_classes), label_smoothing)
+    images, targets = prepare(prepare_key, batch.images, targets)
+    logits, model_state = apply_fn(params, model_state, images, train=True, key=model_key)
+    losses = optax.softmax_cross_entropy(logits, targets)
+    weights = batch.weights if class_weights is None else batch.weights * (targets @ class_weights)
+    total, count = jnp.sum(losses * weights), jnp.sum(batch.weights)
+    correct = jnp.sum((jnp.argmax(logits, axis=-1) == batch.labels) * batch.weights)
+    return total / jnp.maximum(count, 1.0), (model_state, Metrics(total, correct, count))
+
+  return loss_fn
+
+
+def count_errors(
+  apply_fn: Callable[..., tuple[Array, ModelState]],
+  prepare: Callable[[Array], Array],
+  num_classes: int,
+  batch_size: int,
+) -> Callable[..., dict[str, Array]]:
+  """Makes the function that evaluates a model on one site's examples.
+
+  Returns:
+    (params, model_state, images [N, H, W, C], labels [N], num_examples) -> {"confusion": [L, L] float32 counts, rows
+    true and columns predicted; "loss": the sum of the cross-entropies}: sums, which add up over sites.
+  """
+
+  def run(params, model_state, images, labels, num_examples):
+    size = images.shape[0]
+
+    def body(i: Array, total):
+      index = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+      batch = gather(images, labels, jnp.where(index < jnp.minimum(num_examples, size), index, -1))
+      logits, _ = apply_fn(params, model_state, prepare(batch.images), train=False)
+      true = jax.nn.one_hot(batch.labels, num_classes) * batch.weights[:, None]
+      confusion = true.T @ jax.nn.one_hot(jnp.argmax(logits, axis=-1), num_classes)
+      loss = jnp.sum(true * -jax.nn.log_softmax(logits))
+      return {"confusion": total["confusion"] + confusion, "loss": total["loss"] + loss}
+
+    zero = {"confusion": jnp.zeros((num_classes, num_classes)), "loss": jnp.zeros(())}
+    return jax.lax.fori_loop(0, -(-num_examples // batch_size), body, zero)
+
+  return run

@@ -1,0 +1,114 @@
+"""Z_2^k and fixed point: real numbers as integers modulo 2^k, so that sums are exact and additive masks are uniform."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from primia_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedPoint:
+  """Signed fixed-point numbers in Z_2^k, stored in uint32 (k <= 32) or uint64 (k <= 64; needs x64).
+
+  Attributes:
+    num_bits: k. An integer v stands for v - 2^k where v >= 2^(k-1).
+    fraction_bits: f. The real number is v / 2^f.
+  """
+
+  num_bits: int = 32
+  fraction_bits: int = 16
+
+  def __post_init__(self):
+    if not 2 <= self.num_bits <= 64:
+      raise ValueError(f"num_bits={self.num_bits}; a ring of 2 to 64 bits is supported")
+    if not 0 <= self.fraction_bits < self.num_bits:
+      raise ValueError(f"fraction_bits={self.fraction_bits} must be at least 0 and less than num_bits={self.num_bits}")
+
+  @property
+  def max_abs(self) -> float:
+    """The largest magnitude that is encoded without wrapping around."""
+    return (2 ** (self.num_bits - 1) - 1) / 2**self.fraction_bits
+
+  @property
+  def resolution(self) -> float:
+    """The value of the last bit; rounding is off by at most half of it."""
+    return 2.0**-self.fraction_bits
+
+
+def fit(max_abs: float, num_terms: int, num_bits: int = 32) -> FixedPoint:
+  """Returns the finest fixed point in which a sum of `num_terms` numbers up to `max_abs` cannot overflow.
+
+  The encoded sum is at most num_terms * (max_abs * 2^f + 1/2) in magnitude, which must stay below 2^(k-1).
+
+  Raises:
+    ValueError: not even whole numbers fit; the message says how many bits would do.
+
+  >>> fit(max_abs=32.0, num_terms=3)
+  FixedPoint(num_bits=32, fraction_bits=24)
+  """
+  if not max_abs > 0 or num_terms < 1:
+    raise ValueError(f"max_abs={max_abs} and num_terms={num_terms} must be positive")
+  room = (2 ** (num_bits - 1) - 1) / num_terms - 0.5
+  fraction_bits = math.floor(math.log2(room / max_abs)) if room > 0 else -1
+  if fraction_bits < 0:
+    enough = math.ceil(math.log2(num_terms * (max_abs + 0.5) + 1)) + 1
+    raise ValueError(
+      f"a sum of {num_terms} numbers up to {max_abs} overflows a ring of {num_bits} bits; use num_bits >= {enough}"
+    )
+  return FixedPoint(num_bits, min(fraction_bits, num_bits - 1))
+
+
+def encode(x: Array, fixed: FixedPoint) -> Array:
+  """Rounds real numbers to ring elements.
+
+  Args:
+    x: float32 or float64 of any shape, magnitudes at most `fixed.max_abs` (what lies beyond is undefined: check first).
+    fixed: the encoding.
+
+  Returns:
+    uint32 or uint64 of x's shape, reduced modulo 2^k. Off by at most 2^-(f+1), plus |x| 2^-24 where x is float32.
+  """
+  wide = _signed(fixed.num_bits)
+  scaled = jnp.round(x * jnp.asarray(2.0**fixed.fraction_bits, x.dtype))
+  return reduce(jax.lax.bitcast_convert_type(scaled.astype(wide), _unsigned(fixed.num_bits)), fixed.num_bits)
+
+
+def decode(v: Array, fixed: FixedPoint, dtype: jnp.dtype | type = jnp.float32) -> Array:
+  """Returns the real numbers that ring elements stand for, rounded to `dtype` (float32: relative error 2^-24)."""
+  unused = jnp.asarray(v.dtype.itemsize * 8 - fixed.num_bits, _signed(fixed.num_bits))
+  signed = jax.lax.bitcast_convert_type(v, _signed(fixed.num_bits))
+  signed = jnp.right_shift(jnp.left_shift(signed, unused), unused)  # extends the sign from bit k - 1
+  return signed.astype(dtype) * jnp.asarray(2.0**-fixed.fraction_bits, dtype)
+
+
+def reduce(v: Array, num_bits: int) -> Array:
+  """Returns v modulo 2^k."""
+  if num_bits == v.dtype.itemsize * 8:
+    return v
+  return v & jnp.asarray(2**num_bits - 1, v.dtype)
+
+
+def storage(num_bits: int) -> jnp.dtype:
+  """Returns the dtype that holds Z_2^k: uint32 for k <= 32, else uint64.
+
+  Raises:
+    ValueError: k > 32 without x64, where JAX would quietly use 32 bits.
+  """
+  return jnp.dtype(_unsigned(num_bits))
+
+
+def _unsigned(num_bits: int):
+  if num_bits > 32 and not jax.config.jax_enable_x64:
+    raise ValueError(
+      f"a ring of {num_bits} bits needs 64-bit integers: set JAX_ENABLE_X64=1 (or jax_enable_x64), or use num_bits <= 32"
+    )
+  return jnp.uint32 if num_bits <= 32 else jnp.uint64
+
+
+def _signed(num_bits: int):
+  return jnp.int32 if _unsigned(num_bits) is jnp.uint32 else jnp.int64
