@@ -1,0 +1,62 @@
+import functools
+import shutil
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from primia_jax import native, prng
+
+KEY = prng.random_key(lambda n: bytes(range(n)))
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+NONCE = jnp.zeros(3, jnp.uint32)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+  """A process that has not loaded the C form, with an empty cache; returns the cache's folder."""
+  monkeypatch.setattr(native, "_load", functools.cache(native._load.__wrapped__))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setenv("PRIMIA_NATIVE", "1")
+  return tmp_path / "primia_jax"
+
+
+@pytest.mark.parametrize(
+  ("compiler", "reason"),
+  [
+    ("no-such-compiler", "no-such-compiler"),
+    ("false", "non-zero exit"),
+    pytest.param(None, "primia_jax", marks=needs_compiler),
+  ],
+)
+def test_a_failed_build_warns_once_and_leaves_plain_jax(fresh, monkeypatch, compiler, reason):
+  if compiler is not None:
+    monkeypatch.setenv("CC", compiler)
+  else:
+    fresh.write_text("a file where the cache should be")
+  with pytest.warns(RuntimeWarning, match=reason):
+    assert not native.available()
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    got = prng.bits(KEY, NONCE, (300,))
+  expected = prng.chacha20(KEY, NONCE, 0, prng.TILE).ravel()[:300]
+  np.testing.assert_array_equal(got, expected)
+
+
+@needs_compiler
+def test_a_build_is_cached_for_its_source_and_flags(fresh, monkeypatch):
+  built = native._build()
+  stamp = built.stat().st_mtime_ns
+  assert native._build() == built
+  assert built.stat().st_mtime_ns == stamp
+  assert [path.name for path in fresh.iterdir()] == [built.name]
+  assert fresh.stat().st_mode & 0o077 == 0
+  monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-DOTHER"))
+  assert native._build() != built
+
+
+def test_the_environment_turns_it_off(fresh, monkeypatch):
+  monkeypatch.setenv("PRIMIA_NATIVE", "0")
+  assert not native.available()
+  assert not fresh.exists()
