@@ -1,0 +1,250 @@
+"""Splitting a data set between sites, and holding examples out, without ever splitting a group.
+
+Every function is pure NumPy and seeded, and reads labels, groups and columns but no image. A partition is a tuple of S
+sorted, disjoint int64 index arrays that together hold every example; `dataset.take` turns each into a site's data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from primia_jax.data.dataset import Dataset
+
+Partition = tuple[np.ndarray, ...]
+
+
+def iid(dataset: Dataset, num_sites: int, seed: int) -> Partition:
+  """Splits at random into S sites as equal in size as the groups allow.
+
+  Args:
+    dataset: N examples.
+    num_sites: S.
+    seed: any non-negative integer.
+
+  Returns:
+    S index arrays.
+
+  Raises:
+    ValueError: there are fewer groups than sites, or none.
+  """
+  if num_sites < 1:
+    raise ValueError(f"num_sites is {num_sites}; at least 1 is needed")
+  return unequal(dataset, (1 / num_sites,) * num_sites, seed)
+
+
+def unequal(dataset: Dataset, fractions: Sequence[float], seed: int) -> Partition:
+  """Splits at random into sites of the given sizes.
+
+  Groups are taken in random order and each goes to the site that lacks most, so that no site exceeds the size asked
+  for by a whole (largest) group.
+
+  Args:
+    dataset: N examples.
+    fractions: [S] positive shares of the examples that add up to 1, e.g. (0.5, 0.3, 0.2).
+    seed: any non-negative integer.
+
+  Returns:
+    S index arrays.
+
+  Raises:
+    ValueError: the fractions are not such shares, there are fewer groups than sites, or a site gets no example.
+  """
+  shares = _checked_fractions(fractions)
+  members, counts = _groups(dataset, len(shares))
+  wanted = shares[:, None] * counts.sum()
+  sites = _fill(counts.sum(1, keepdims=True), wanted, np.random.default_rng(seed))
+  return _collect(members, sites, len(shares))
+
+
+def dirichlet(
+  dataset: Dataset,
+  num_sites: int,
+  alpha: float,
+  seed: int,
+  *,
+  fractions: Sequence[float] | None = None,
+  min_examples: int = 1,
+  max_draws: int = 1000,
+) -> Partition:
+  """Splits so that every site has its own mix of labels: the usual model of non-IID hospitals.
+
+  Without `fractions`, each label's examples are shared between the sites in proportions drawn from Dirichlet(alpha)
+  (Yurochkin et al., ICML 2019; Li et al., ICDE 2022), so that sizes differ too. With them, each site draws its mix of
+  labels from Dirichlet(alpha L p), p the labels' frequencies (Hsu et al., 2019), and a few rounds of iterative
+  proportional fitting make the sites' sizes and the labels' counts come out right.
+
+  Args:
+    dataset: N examples.
+    num_sites: S.
+    alpha: concentration; about 0.1 is heavily skewed, 1 moderately, 100 nearly IID.
+    seed: any non-negative integer.
+    fractions: [S] shares of the examples that add up to 1.
+    min_examples: the fewest examples a site may have; proportions are drawn again until every site has them.
+    max_draws: how often, before giving up.
+
+  Returns:
+    S index arrays.
+
+  Raises:
+    ValueError: an argument is out of its range, there are fewer groups than sites, or no draw gave every site
+      `min_examples` examples.
+  """
+  if num_sites < 1:
+    raise ValueError(f"num_sites is {num_sites}; at least 1 is needed")
+  if not 0 < alpha < math.inf:
+    raise ValueError(f"alpha is {alpha}; expected a positive number, e.g. 0.5")
+  if min_examples < 1 or min_examples * num_sites > len(dataset):
+    raise ValueError(
+      f"min_examples is {min_examples}; expected at least 1, and at most {len(dataset) // num_sites} "
+      f"for {num_sites} sites to share {len(dataset)} examples"
+    )
+  shares = None if fractions is None else _checked_fractions(fractions)
+  if shares is not None and len(shares) != num_sites:
+    raise ValueError(f"{len(shares)} fractions {tuple(fractions or ())} were given for {num_sites} sites")
+  members, counts = _groups(dataset, num_sites)
+  rng = np.random.default_rng(seed)
+  for _ in range(max_draws):
+    wanted = _dirichlet_counts(counts.sum(0), num_sites, alpha, shares, rng)
+    if wanted.sum(1).min() < min_examples - 1e-6:
+      continue
+    sites = _fill(counts, wanted, rng)
+    if np.bincount(sites, weights=counts.sum(1), minlength=num_sites).min() >= min_examples:
+      return _collect(members, sites, num_sites)
+  raise ValueError(
+    f"none of {max_draws} draws with alpha {alpha} gave each of {num_sites} sites {min_examples} examples; "
+    "raise alpha, or lower min_examples or the number of sites"
+  )
+
+
+def by_column(dataset: Dataset, column: str) -> Partition:
+  """Makes one site of each value of a column, in sorted order, e.g. "site" or "folder".
+
+  Args:
+    dataset: N examples.
+    column: a name in `dataset.columns`.
+
+  Returns:
+    S index arrays, S the number of different values.
+
+  Raises:
+    ValueError: there is no such column, or a group has more than one value.
+  """
+  if column not in dataset.columns:
+    raise ValueError(f"{dataset.name!r} has no column {column!r}; its columns are {sorted(dataset.columns)}")
+  values, sites = np.unique(np.asarray(dataset.columns[column]), return_inverse=True)
+  group_names, groups = np.unique(dataset.groups, return_inverse=True)
+  if not len(dataset):
+    raise ValueError(f"{dataset.name!r} holds no examples; there is nothing to split")
+  highest, lowest = np.zeros(len(group_names), np.int64), np.full(len(group_names), len(values), np.int64)
+  np.maximum.at(highest, groups, sites)
+  np.minimum.at(lowest, groups, sites)
+  split = np.flatnonzero(highest != lowest)
+  if len(split):
+    bad = split[0]
+    raise ValueError(
+      f"column {column!r} puts group {group_names[bad].item()!r} at both {values[lowest[bad]].item()!r} and "
+      f"{values[highest[bad]].item()!r} ({len(split)} such groups); give each group one value"
+    )
+  return tuple(np.flatnonzero(sites == site) for site in range(len(values)))
+
+
+def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Holds out examples, e.g. for validation, with the same mix of labels as the rest.
+
+  Args:
+    dataset: N examples.
+    fraction: share of the examples to hold out, between 0 and 1, both excluded.
+    seed: any non-negative integer.
+
+  Returns:
+    (train_index, held_index): sorted, disjoint int64 arrays that together hold every example.
+
+  Raises:
+    ValueError: the fraction is out of its range, there are fewer than two groups, or one part would be empty, which
+      happens only where a group is as large as that part should be.
+  """
+  if not 0 < fraction < 1:
+    raise ValueError(f"fraction is {fraction}; expected a number between 0 and 1, both excluded")
+  members, counts = _groups(dataset, 2)
+  counts = np.concatenate([counts, counts.sum(1, keepdims=True)], axis=1)  # rare labels must not all round the same way
+  wanted = np.asarray([1 - fraction, fraction])[:, None] * counts.sum(0)
+  sites = _fill(counts, wanted, np.random.default_rng(seed))
+  if len(np.unique(sites)) < 2:
+    raise ValueError(
+      f"fraction {fraction} of {dataset.name!r} ({len(dataset)} examples, {len(counts)} groups) leaves one part empty; "
+      "hold out a share nearer to one half"
+    )
+  train, held = _collect(members, sites, 2)
+  return train, held
+
+
+def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
+  shares = np.asarray(fractions, np.float64)
+  if shares.ndim != 1 or not len(shares) or not (shares > 0).all() or not abs(shares.sum() - 1) < 1e-6:
+    raise ValueError(f"fractions are {tuple(fractions)}; expected positive numbers that add up to 1")
+  return shares
+
+
+def _groups(dataset: Dataset, num_sites: int) -> tuple[list[np.ndarray], np.ndarray]:
+  """The examples of each group, and how many of each label it holds: int64 [G, L]."""
+  _, groups = np.unique(dataset.groups, return_inverse=True)
+  num_groups = int(groups.max()) + 1 if len(groups) else 0
+  if num_groups < num_sites:
+    raise ValueError(
+      f"{dataset.name!r} has {num_groups} groups, too few for {num_sites} parts, as a group is never split"
+    )
+  counts = np.zeros((num_groups, len(dataset.label_names)), np.int64)
+  np.add.at(counts, (groups, dataset.labels), 1)
+  order = np.argsort(groups, kind="stable")
+  return np.split(order, np.cumsum(counts.sum(1))[:-1]), counts
+
+
+def _fill(counts: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Assigns each group to the site that lacks most of its labels.
+
+  Args:
+    counts: [G, L] examples of each label in each group.
+    wanted: [S, L] examples of each label that each site should get.
+    rng: orders the groups. Taking large ones first would fill the sites better, but leave small sites small groups.
+
+  Returns:
+    int64 [G], the site of each group.
+  """
+  lacking = wanted.astype(np.float64)
+  sites = np.empty(len(counts), np.int64)
+  for group in rng.permutation(len(counts)):
+    sites[group] = np.argmax(lacking @ counts[group])
+    lacking[sites[group]] -= counts[group]
+  return sites
+
+
+def _dirichlet_counts(
+  totals: np.ndarray, num_sites: int, alpha: float, shares: np.ndarray | None, rng: np.random.Generator
+) -> np.ndarray:
+  """How many examples of each label [L] each site should get: [S, L], with columns that add up to `totals`."""
+  if shares is None:
+    return rng.dirichlet([alpha] * num_sites, size=len(totals)).T * totals
+  present = totals > 0
+  frequency = totals[present] / totals.sum()
+  wanted = np.zeros((num_sites, len(totals)))
+  wanted[:, present] = rng.dirichlet(alpha * present.sum() * frequency, size=num_sites) + 1e-9
+  for _ in range(50):
+    wanted *= (shares * totals.sum() / wanted.sum(1))[:, None]
+    wanted[:, present] *= totals[present] / wanted[:, present].sum(0)
+  return wanted
+
+
+def _collect(members: list[np.ndarray], sites: np.ndarray, num_sites: int) -> Partition:
+  """The sorted examples of each site."""
+  parts = []
+  for site in range(num_sites):
+    chosen = np.flatnonzero(sites == site)
+    if not len(chosen):
+      raise ValueError(
+        f"site {site} of {num_sites} would get no example, as no group is split; ask for fewer sites or a larger share"
+      )
+    parts.append(np.sort(np.concatenate([members[group] for group in chosen])))
+  return tuple(parts)
