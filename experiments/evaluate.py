@@ -1,0 +1,62 @@
+"""Tests a trained model on images: metrics, a table of predictions, confusion matrix and ROC curves.
+
+  python -m experiments.evaluate --run_dir=runs/first --data=folder:PATH --output_dir=out
+
+Labelled images (one folder a class, npz or TFDS) give metrics.json, report.md and pictures beside predictions.csv; a folder
+of images without class folders gives predictions.csv alone.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from experiments import inputs, report, running, settings, training
+
+settings.define_flags(settings.Data)
+flags.DEFINE_string("run_dir", None, "folder of the training run", required=True)
+flags.DEFINE_string("output_dir", None, "folder for the results; created", required=True)
+flags.DEFINE_integer("seed", 0, "seed of the phantom's images and of the bootstrap")
+flags.DEFINE_boolean("unlabelled", False, "folder: the images have no classes; only predict them")
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(sys.modules["experiments.settings"])
+
+
+def main() -> None:
+  model, trained, label_names, model_config = running.load_model(FLAGS.run_dir)
+  size, _, channels = model_config.image_shape
+  for name, value in (("image_size", size), ("channels", channels)):
+    if FLAGS[name].present and FLAGS[name].value != value:
+      raise ValueError(f"{name}={FLAGS[name].value}: the model takes {value}; leave the flag out")
+    FLAGS[name].value = value
+  config = settings.from_flags(settings.Data)
+  output = pathlib.Path(FLAGS.output_dir)
+  output.mkdir(parents=True, exist_ok=True)
+  if FLAGS.unlabelled:
+    dataset = inputs.unlabelled_images(config, label_names)
+  else:
+    dataset = inputs.test_images(config, FLAGS.seed, label_names)
+  probabilities = training.predictor(model)(trained, dataset)
+  ids = dataset.columns.get("path")
+  ids = [str(path) for path in ids] if ids is not None else [f"image {i}" for i in range(len(dataset))]
+  labels = None if FLAGS.unlabelled else dataset.labels
+  report.predictions_csv(output / "predictions.csv", ids, labels, probabilities, label_names)
+  if labels is None:
+    print(f"{len(dataset)} predictions are in {output / 'predictions.csv'}")
+    return
+  result = report.write_report(
+    output,
+    title="Evaluation",
+    data_name=dataset.name,
+    arms={"model": report.Arm(labels, probabilities)},
+    label_names=label_names,
+    config={"run_dir": FLAGS.run_dir, "data": config.data, "model": model_config.name, "image_size": size},
+    versions=report.versions(),
+    main_arm="model",
+    seed=FLAGS.seed,
+  )
+  running.print_summary(result, output)
+
+
+if __name__ == "__main__":
+  running.start(main)

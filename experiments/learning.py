@@ -1,0 +1,256 @@
+"""From settings to functions: the model, its loss, the sites' recipe, the algorithm and the aggregator."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.settings import Train
+from primia_jax import algorithms, federated, local, models, pretrained, robust, secagg
+from primia_jax.data import augment
+from primia_jax.types import Array, Key, ModelState, Params
+
+AUGMENTATIONS = {
+  "none": augment.Augmentation(),
+  "light": augment.Augmentation(rotation_degrees=8, translation=0.05, scale=0.1, contrast=0.2, brightness=0.1),
+  "strong": augment.Augmentation(
+    rotation_degrees=12, translation=0.08, scale=0.15, shear_degrees=5, contrast=0.4, brightness=0.15, gamma=0.4,
+    noise=0.03, blur=1.0, cutout=0.3,
+  ),
+}  # fmt: skip
+SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
+_INITIAL = 7  # what the key of the initial parameters is folded with
+_MEAN, _STD = 0.5, 0.25  # of a typical radiograph; fixed, so that no statistic of anybody's images is needed
+
+
+def check(settings: Train, federated: bool = True) -> None:
+  """Checks what no single part can check by itself, before any work; what only a federation needs if it is one.
+
+  Raises:
+    ValueError: naming the setting and the cure.
+  """
+  s = settings
+  choices = {
+    "algorithm": ALGORITHMS, "weighting": ("examples", "uniform"), "optimizer": ("sgd", "momentum", "adam", "adamw"),
+    "schedule": ("constant", "cosine"), "channels": (1, 3), "norm": ("", *models.NORMS), "pool": models.POOLS,
+  }  # fmt: skip
+  for name, allowed in choices.items():
+    if getattr(s, name) not in allowed:
+      raise ValueError(f"{name}={getattr(s, name)!r}; use one of {', '.join(map(str, allowed))}")
+  for name in ("rounds", "num_sites", "batch_size", "image_size", "learning_rate", "phantom_images"):
+    if not getattr(s, name) > 0:
+      raise ValueError(f"{name}={getattr(s, name)} must be positive")
+  for name in (
+    "sites_per_round",
+    "sync_batches",
+    "patience",
+    "sites_in_memory",
+    "secagg_peers",
+    "warmup_rounds",
+    "mixup",
+  ):
+    if getattr(s, name) < 0:
+      raise ValueError(f"{name}={getattr(s, name)} must not be negative")
+  for name in ("validation_fraction", "test_fraction"):
+    if not 0 < getattr(s, name) < 1:
+      raise ValueError(f"{name}={getattr(s, name)} must lie between 0 and 1")
+  if s.sites_per_round > s.num_sites:
+    raise ValueError(f"sites_per_round={s.sites_per_round} of num_sites={s.num_sites}; 0 takes all")
+  if not s.sync_batches and s.sync_epochs < 1:
+    raise ValueError(f"sync_epochs={s.sync_epochs} must be at least 1, or set sync_batches")
+  if s.algorithm == "scaffold" and s.optimizer != "sgd":
+    raise ValueError(f"scaffold is sound with optimizer=sgd only, not {s.optimizer} (Karimireddy et al. 2020)")
+  if s.algorithm == "fednova" and s.optimizer not in ("sgd", "momentum"):
+    raise ValueError(f"fednova needs optimizer=sgd or momentum, not {s.optimizer}: it must know the steps' weights")
+  if s.algorithm in ("scaffold", "fednova") and s.keep_optimizer:
+    raise ValueError(f"{s.algorithm} starts the sites' optimiser anew each round; leave keep_optimizer off")
+  if s.keep_optimizer and 0 < s.sites_per_round < s.num_sites and s.sites_in_memory:
+    raise ValueError("keep_optimizer needs every site's state in memory; leave sites_in_memory at 0")
+  augmentation(s.augment)
+  model_config(s, 3)
+  if federated:
+    aggregator(s, s.sites_per_round or s.num_sites)
+
+
+def augmentation(text: str) -> augment.Augmentation:
+  """Reads the setting `augment`.
+
+  Raises:
+    ValueError: an unknown name or a value that is no number.
+  """
+  if text in AUGMENTATIONS:
+    return AUGMENTATIONS[text]
+  known = [field.name for field in dataclasses.fields(augment.Augmentation)]
+  values: dict[str, float] = {}
+  for part in text.split(","):
+    name, _, value = part.partition("=")
+    try:
+      values[name.strip()] = int(value) if name.strip() == "elastic_grid" else float(value)
+    except ValueError:
+      raise ValueError(f"augment: {part!r} is not NAME=NUMBER; or use {', '.join(AUGMENTATIONS)}") from None
+  if unknown := sorted(set(values) - set(known)):
+    raise ValueError(f"augment: unknown {unknown}; there are {', '.join(known)}")
+  return augment.Augmentation(**values)  # type: ignore[arg-type]
+
+
+def model_config(settings: Train, num_classes: int) -> models.ModelConfig:
+  """The model that the settings describe; `models.build` checks it."""
+  size = settings.image_size
+  stem = settings.stem or ("7x7" if size >= 160 else "3x3/2" if size >= 48 else "3x3")
+  config = models.ModelConfig(
+    name=settings.model,
+    num_classes=num_classes,
+    image_shape=(size, size, settings.channels),
+    norm=settings.norm or None,
+    pool=settings.pool,
+    weight_standardisation=settings.weight_standardisation,
+    width=settings.width,
+    dropout=settings.dropout,
+    stem=stem if settings.model == "resnet18" else "7x7",
+    head=settings.head or "dense",
+  )
+  models.build(config)
+  return config
+
+
+def normalise(images: Array) -> Array:
+  """uint8 images, or float32 ones in [0, 1], as models take them."""
+  if images.dtype == jnp.uint8:
+    images = images.astype(jnp.float32) / 255
+  return (images - _MEAN) / _STD
+
+
+def prepare(settings: Train) -> Callable[[Key, Array, Array], tuple[Array, Array]]:
+  """(key, uint8 images, targets [B, L]) -> augmented, mixed and normalised images, and their targets."""
+  config = augmentation(settings.augment)
+
+  def apply(key: Key, images: Array, targets: Array) -> tuple[Array, Array]:
+    augment_key, mixup_key = jax.random.split(key)
+    images = augment.augment(augment_key, images.astype(jnp.float32) / 255, config)
+    if settings.mixup:
+      mixed = augment.mixup(mixup_key, images, targets, settings.mixup)
+      images, targets = mixed.images, augment.mixed_labels(mixed, targets.shape[-1])
+    return normalise(images), targets
+
+  return apply
+
+
+def schedule(settings: Train) -> Callable[[Array], Array]:
+  """The sites' learning rate as a function of time in rounds: linear warm-up, then constant or cosine."""
+  peak, warmup, rounds = settings.learning_rate, settings.warmup_rounds, float(settings.rounds)
+
+  def rate(time: Array) -> Array:
+    decay = jnp.float32(1)
+    if settings.schedule == "cosine":
+      done = jnp.clip((time - warmup) / max(rounds - warmup, 1e-6), 0, 1)
+      decay = 0.5 * (1 + jnp.cos(jnp.pi * done))
+    return peak * jnp.minimum((time + 0.05) / max(warmup, 0.05), 1.0) * decay
+
+  return rate
+
+
+def recipe(settings: Train, model: models.Model, work: local.Work, num_classes: int) -> local.Recipe:
+  """How a site trains."""
+  optimizers: dict[str, local.Optimizer] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=settings.momentum),
+    "adam": optax.adam,
+    "adamw": functools.partial(optax.adamw, weight_decay=settings.weight_decay),
+  }
+  loss_fn = local.classification_loss(model.apply, prepare(settings), num_classes, settings.label_smoothing)
+  return local.Recipe(local.gradients(loss_fn), optimizers[settings.optimizer], schedule(settings), work)
+
+
+def work(settings: Train, sizes: tuple[int, ...]) -> local.Work:
+  """How much a site does in a round; the smallest and largest site's sizes become public."""
+  by_batches = settings.sync_batches > 0
+  return local.Work(
+    batch_size=settings.batch_size,
+    max_examples=max(sizes),
+    min_examples=min(sizes),
+    epochs=None if by_batches else settings.sync_epochs,
+    steps=settings.sync_batches if by_batches else None,
+  )
+
+
+def algorithm(settings: Train, recipe: local.Recipe) -> federated.Algorithm:
+  """The federated algorithm that the settings name."""
+  s = settings
+  options = {"weighting": s.weighting, "keep_optimizer": s.keep_optimizer}
+  if s.algorithm == "fedprox":
+    return algorithms.fedprox(recipe, s.proximal, **options)
+  if s.algorithm == "scaffold":
+    return algorithms.scaffold(recipe, s.num_sites)
+  if s.algorithm == "fednova":
+    momentum = s.momentum if s.optimizer == "momentum" else 0.0
+    return algorithms.fednova(recipe, momentum=momentum, weighting=s.weighting)  # type: ignore[arg-type]
+  if s.algorithm == "fedbn":
+    return algorithms.fedbn(recipe, lambda path: models.is_norm_parameter(path.split("/")), **options)
+  if s.algorithm in SERVER_OPTIMIZERS:
+    rate = s.server_learning_rate
+    optimizer = {
+      "fedavgm": optax.sgd(rate, s.server_momentum),
+      "fedadam": optax.adam(rate, b2=0.99, eps=1e-3),  # Reddi et al. 2021, section 5
+      "fedyogi": optax.yogi(rate, b2=0.99, eps=1e-3),
+      "fedadagrad": optax.adagrad(rate, eps=1e-3),
+    }[s.algorithm]
+    return algorithms.fedopt(recipe, optimizer, **options)._replace(name=s.algorithm)
+  return algorithms.fedavg(recipe, **options)  # type: ignore[arg-type]
+
+
+def alone(recipe: local.Recipe) -> federated.Algorithm:
+  """Ordinary training as a federation of one site, whose optimiser keeps its state."""
+  return algorithms.fedavg(recipe, weighting="uniform", keep_optimizer=True, name="one site")
+
+
+def initial(settings: Train, config: models.ModelConfig, key: Key) -> tuple[Params, ModelState]:
+  """The parameters that training starts from: pretrained, or drawn."""
+  params, model_state = models.build(config).init(jax.random.fold_in(key, _INITIAL))
+  if settings.pretrained:
+    return pretrained.load_pretrained(settings.pretrained, params, model_state, new_head=True)
+  return params, model_state
+
+
+def aggregator(settings: Train, num_sites: int, max_abs: float | None = None) -> federated.Aggregator:
+  """How messages are combined.
+
+  Args:
+    settings: the run's.
+    num_sites: sites in a round.
+    max_abs: largest number in a message; None takes the setting for updates.
+
+  Raises:
+    ValueError: an unknown rule, or one that cannot work with so many sites.
+  """
+  kind, _, argument = settings.aggregation.partition("=")
+  if kind == "secure" and not argument:
+    return federated.securely(secure_sum(settings, num_sites, max_abs))
+  if kind == "clear" and not argument:
+    return federated.in_the_clear()
+  if kind == "median" and not argument:
+    return federated.by_rule("median", robust.median())
+  try:
+    if kind == "trimmed_mean":
+      return federated.by_rule(settings.aggregation, robust.trimmed_mean(float(argument)))
+    if kind == "krum":
+      return federated.by_rule(settings.aggregation, robust.krum(int(argument)))
+  except ValueError as error:
+    raise ValueError(f"aggregation={settings.aggregation!r}: {error}") from error
+  raise ValueError(
+    f"aggregation={settings.aggregation!r}; use secure, clear, median, trimmed_mean=FRACTION or krum=BAD_SITES"
+  )
+
+
+def secure_sum(settings: Train, num_sites: int, max_abs: float | None = None) -> secagg.SecureSum:
+  return secagg.secure_sum(
+    num_sites,
+    settings.secagg_max_abs if max_abs is None else max_abs,
+    num_bits=settings.secagg_bits,
+    num_peers=settings.secagg_peers or None,
+  )

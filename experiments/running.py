@@ -1,0 +1,261 @@
+"""A training run from its flags to its report: arms, run folder, processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import app, flags, logging
+
+from experiments import inputs, learning, report, settings, training
+from primia_jax import models, secagg, sites
+from primia_jax.types import ModelState, Params
+
+FLAGS = flags.FLAGS
+_POOLED, _LOCAL = "pooled", "local"
+
+
+def prepare_devices(placement: str) -> None:
+  """Gives a CPU one JAX device for each core where sites may run on a mesh; must come before anything uses JAX."""
+  if placement in ("auto", "mesh"):
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # no effect on accelerators
+
+
+def open_run(config: settings.Train, run_dir: str) -> pathlib.Path:
+  """Creates the run folder, or finds the same run in it to go on with.
+
+  Raises:
+    ValueError: the folder holds a run with other settings, or something else.
+  """
+  if not run_dir:
+    raise ValueError("run_dir is empty; name a folder for the run, such as --run_dir=runs/first")
+  folder = pathlib.Path(run_dir)
+  saved = folder / "config.json"
+  if saved.is_file():
+    changed = settings.differences(settings.load(saved), config)
+    if changed:
+      listed = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
+      raise ValueError(f"{folder} holds a run with other settings ({listed}); use another --run_dir")
+  elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f"{folder} is not empty and holds no run (no config.json); use another --run_dir")
+  folder.mkdir(parents=True, exist_ok=True)
+  settings.save(config, saved)
+  return folder
+
+
+def run(
+  config: settings.Train,
+  folder: pathlib.Path,
+  *,
+  federated: bool,
+  baselines: Sequence[str] = (),
+  log: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+  """Trains all arms, tests them on the same images and writes the report.
+
+  Args:
+    config: the settings.
+    folder: the run folder, from `open_run`.
+    federated: whether sites train together (then that is the main arm); else the pooled model is.
+    baselines: further arms, of "pooled" and "local".
+    log: called with each round's line.
+
+  Returns:
+    What `metrics.json` holds; empty in all processes but the first.
+  """
+  process = jax.process_index() if jax.process_count() > 1 else None
+  images = inputs.site_images(config, process)
+  label_names = images.train.dataset.label_names
+  model_config = learning.model_config(config, len(label_names))
+  model = models.build(model_config)
+  everyone = tuple(range(config.num_sites))
+  placement = sites.parse_placement("mesh" if process is not None else config.placement)
+
+  plan: list[tuple[str, tuple[int, ...], bool]] = [("federated", everyone, True)] if federated else []
+  if _POOLED in baselines or not federated:
+    plan.append((_POOLED, everyone, False))
+  if _LOCAL in baselines:
+    plan += [(f"local: site {site}", (site,), False) for site in everyone]
+
+  cohorts: dict[str, training.Cohort] = {}
+  for name, members, together in plan:
+    train, validation = (p if together else inputs.merge(p, members) for p in (images.train, images.validation))
+    mine = np.asarray(everyone if together else (0,), np.int32)
+    cohorts[name] = training.Cohort(name, train, validation, mine if process is None else mine[process : process + 1])
+  singles = [cohort for cohort in cohorts.values() if len(cohort.train.sites) == 1]
+  single = training.make_trainer(config, model, len(label_names), singles, sites.Placement("loop")) if singles else None
+  predict = training.predictor(model)
+
+  probabilities, arms = {}, {}
+  for name, cohort in cohorts.items():
+    trainer = single
+    if len(cohort.train.sites) > 1:
+      trainer = training.make_trainer(config, model, len(label_names), [cohort], placement)
+    arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
+    arm_folder.mkdir(exist_ok=True)
+    arms[name] = training.train(config, cohort, trainer, model_config, arm_folder, log)
+    probabilities[name] = predict(arms[name].models, images.test)
+  main_arm = plan[0][0]
+  main = arms[main_arm]
+  facts = {f"{name}: {what}": value for name, arm in arms.items() for what, value in arm.facts.items()}
+  if jax.process_index():
+    return {}
+  save_model(folder / "model", main.models)
+  about = {"label_names": list(label_names), "model": dataclasses.asdict(model_config)}
+  (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
+  radiologist = {}
+  if label_names == ("normal", "bacterial", "viral") and len(images.test) == 624 and config.data != "phantom":
+    radiologist = {"radiologist (PriMIA)": [[189, 3, 42], [67, 85, 90], [13, 11, 124]]}  # Kaissis et al. 2021
+  return report.write_report(
+    folder,
+    title=f"Federated training, {config.num_sites} sites" if federated else "Pooled training",
+    data_name=images.test.name,
+    arms={name: report.Arm(images.test.labels, probabilities[name]) for name in _report_order(arms)},
+    label_names=label_names,
+    config=dataclasses.asdict(config) | facts,
+    versions=report.versions(),
+    rounds=main.rows,
+    secure_aggregation=secure_aggregation_facts(config, images, main.models[0]) if federated else None,
+    references=radiologist,
+    main_arm=main_arm,
+    seed=config.seed,
+  )
+
+
+def _report_order(arms: dict[str, Any]) -> list[str]:
+  return [name for name in (*(a for a in arms if a.startswith(_LOCAL)), _POOLED, "federated") if name in arms]
+
+
+def secure_aggregation_facts(
+  config: settings.Train, images: inputs.Inputs, model: tuple[Params, ModelState]
+) -> dict[str, Any] | None:
+  """What the report says of the protection of updates; None where they went in the clear."""
+  if config.aggregation != "secure":
+    return None
+  num_sites = config.sites_per_round or config.num_sites
+  secure = learning.secure_sum(config, num_sites)
+  numbers = sum(np.size(a) for a in jax.tree.leaves(model))
+  return {
+    "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction bits",
+    "sites in a sum": secure.num_sites,
+    "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
+    "largest magnitude of a number in an update": secure.max_abs,
+    "largest magnitude of a sum before overflow": secure.fixed.max_abs,
+    "largest quantisation error of a sum": secure.error_bound,
+    "bytes that a site sends in a round": int(numbers * secagg.bytes_per_number(secure)),
+    "who learns what": "the server sees sums over sites only; pair keys come from a trusted dealer; no site may drop out",
+    "known to all": (
+      f"sizes of the smallest and largest site: {min(images.train.sizes)} and {max(images.train.sizes)} training images"
+    ),
+  }
+
+
+def save_model(folder: pathlib.Path, trained: list[tuple[Params, ModelState]]) -> None:
+  """Saves models for `evaluate`, replacing older ones."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = [{"params": params, "model_state": model_state} for params, model_state in trained]
+    checkpointer.save(folder.absolute(), {"models": tree}, force=True)
+
+
+def load_model(
+  run_dir: str,
+) -> tuple[models.Model, list[tuple[Params, ModelState]], tuple[str, ...], models.ModelConfig]:
+  """Loads what `save_model` saved.
+
+  Returns:
+    (model, its parameters and state, one pair for each site where FedBN was used, label names, its configuration).
+
+  Raises:
+    FileNotFoundError: the folder holds no finished run.
+  """
+  about = settings.load(pathlib.Path(run_dir) / "model.json")
+  config = models.ModelConfig(**about["model"] | {"image_shape": tuple(about["model"]["image_shape"])})
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.restore((pathlib.Path(run_dir) / "model").absolute())
+  trained = [(m["params"], m["model_state"] or {}) for m in tree["models"]]
+  return models.build(config), trained, tuple(about["label_names"]), config
+
+
+def launch_processes(module: str, arguments: Sequence[str], num_processes: int, folder: pathlib.Path) -> None:
+  """Starts one process for each site on this machine and waits for them; the first one's output is shown.
+
+  Raises:
+    RuntimeError: a process failed; the message names its log.
+  """
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+  children = []
+  for i in range(num_processes):
+    command = [sys.executable, "-m", module, *arguments, f"--coordinator={address}", f"--process_id={i}"]
+    output = None if i == 0 else (folder / f"process_{i}.log").open("w")
+    children.append(subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT))
+  failed = [i for i, child in enumerate(children) if child.wait()]
+  if failed:
+    logs = ", ".join(str(folder / f"process_{i}.log") for i in failed if i) or "the output above"
+    raise RuntimeError(f"the processes of sites {failed} failed; see {logs}")
+
+
+def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:
+  """Returns a log that writes TensorBoard event files.
+
+  Raises:
+    ValueError: tensorboardX is not installed.
+  """
+  try:
+    from tensorboardX import SummaryWriter
+  except ImportError as error:
+    raise ValueError("--tensorboard needs tensorboardX: pip install 'primia-jax[tensorboard]'") from error
+  writers: dict[str, Any] = {}
+
+  def log(row: dict[str, Any]) -> None:
+    arm = row["arm"].replace(": ", "_").replace(" ", "_")
+    if arm not in writers:
+      writers[arm] = SummaryWriter(str(folder / "tensorboard" / arm))
+    for name, value in row.items():
+      if isinstance(value, float):
+        writers[arm].add_scalar(name, value, row["round"])
+    writers[arm].flush()
+
+  return log
+
+
+def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
+  """Says on one screen how the arms did and where the rest is."""
+  print(f"\n{result['title']} on {result['data']}: {result['num_examples']} test images")
+  for name, scores in result["arms"].items():
+    show = lambda field, scores=scores: "{value:.3f} [{low:.3f}, {high:.3f}]".format(**scores[field])
+    print(f"  {name:16} accuracy {show('accuracy')}   MCC {show('mcc')}")
+  print(f"Report: {folder / 'report.md'}")
+
+
+def _cache_dir() -> pathlib.Path:
+  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "primia_jax" / "xla"
+
+
+def start(main: Callable[[], None]) -> None:
+  """Runs a binary: bad settings and failed runs end it with their reason, not with a traceback."""
+
+  def guarded(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+      raise app.UsageError(f"unexpected arguments {arguments[1:]}; flags are written --name=value")
+    if not FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)
+    jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
+    try:
+      main()
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+      logging.debug("what led to it:", exc_info=True)  # shown with --verbosity=1
+      sys.exit(f"error: {error}")
+
+  app.run(guarded)

@@ -1,0 +1,61 @@
+"""Trains a network at several hospitals together; no image and no single update is seen by anybody else.
+
+  python -m experiments.train_federated --run_dir=runs/first
+  python -m experiments.train_federated --flagfile=experiments/flags/chest_xray.flags --run_dir=runs/chest
+
+The run folder holds report.md (federated beside pooled and local training), metrics.json, pictures, the model, and one
+JSON line a round. Started again with the same --run_dir, a run that was stopped goes on where it was.
+"""
+
+import os
+import sys
+
+import jax
+from absl import flags
+
+from experiments import learning, running, settings
+
+settings.define_flags(settings.Train)
+flags.DEFINE_string("run_dir", None, "folder of the run; created, or gone on with", required=True)
+flags.DEFINE_list("baselines", ["pooled", "local"], "what to train beside the federated model: pooled, local; or empty")
+flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
+flags.DEFINE_string("coordinator", "", "HOST:PORT of the first process, where each site runs in a process of its own")
+flags.DEFINE_integer("process_id", -1, "the number of this process's site, with --coordinator")
+FLAGS = flags.FLAGS
+for _module in ("experiments.settings",):
+  flags.adopt_module_key_flags(sys.modules[_module])
+
+
+def main() -> None:
+  config = settings.from_flags(settings.Train)
+  learning.check(config)
+  if config.num_sites < 2:
+    raise ValueError(f"num_sites={config.num_sites}: one site is not a federation; use experiments.train_pooled")
+  baselines = [name for name in FLAGS.baselines if name]
+  if unknown := set(baselines) - {"pooled", "local"}:
+    raise ValueError(f"baselines={sorted(unknown)}; there are pooled and local")
+  in_processes = config.placement == "processes"
+  if in_processes:
+    if "baselines" in FLAGS and FLAGS["baselines"].present and baselines:
+      raise ValueError("placement=processes: no process may read all sites' images, so there are no baselines")
+    if config.algorithm == "fedbn" or 0 < config.sites_per_round < config.num_sites:
+      raise ValueError("placement=processes works with all sites in every round, and not with fedbn")
+    baselines = []
+  if in_processes and not FLAGS.coordinator:
+    folder = running.open_run(config, FLAGS.run_dir)
+    running.launch_processes("experiments.train_federated", sys.argv[1:], config.num_sites, folder)
+    return
+  if in_processes:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu" if not FLAGS.coordinator else "")
+    jax.distributed.initialize(FLAGS.coordinator, config.num_sites, FLAGS.process_id)
+  else:
+    running.prepare_devices(config.placement)
+  folder = running.open_run(config, FLAGS.run_dir)
+  log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
+  result = running.run(config, folder, federated=True, baselines=baselines, log=log)
+  if result:
+    running.print_summary(result, folder)
+
+
+if __name__ == "__main__":
+  running.start(main)
