@@ -9,6 +9,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -161,8 +162,9 @@ def secure_aggregation_facts(
 
 
 def save_model(folder: pathlib.Path, trained: list[tuple[Params, ModelState]]) -> None:
-  """Saves models for `evaluate`, replacing older ones."""
-  with ocp.StandardCheckpointer() as checkpointer:
+  """Saves models for `evaluate`, replacing older ones; called by the first process alone."""
+  alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="model")
+  with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
     tree = [{"params": params, "model_state": model_state} for params, model_state in trained]
     checkpointer.save(folder.absolute(), {"models": tree}, force=True)
 
@@ -200,7 +202,11 @@ def launch_processes(module: str, arguments: Sequence[str], num_processes: int, 
     command = [sys.executable, "-m", module, *arguments, f"--coordinator={address}", f"--process_id={i}"]
     output = None if i == 0 else (folder / f"process_{i}.log").open("w")
     children.append(subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT))
-  failed = [i for i, child in enumerate(children) if child.wait()]
+  while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+    time.sleep(0.1)
+  for child in children:  # one that failed leaves the others waiting for it for ever
+    child.terminate()
+  failed = [i for i, child in enumerate(children) if child.wait() > 0]
   if failed:
     logs = ", ".join(str(folder / f"process_{i}.log") for i in failed if i) or "the output above"
     raise RuntimeError(f"the processes of sites {failed} failed; see {logs}")

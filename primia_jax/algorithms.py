@@ -1,7 +1,7 @@
 """Federated algorithms, each a few lines over the contract of `federated`.
 
-Notation: x global parameters, y_i a site's parameters after its steps, Delta_i = y_i - x, w_i = n_i / n_max the weight of a
-site with n_i examples (or 1), sums over the sites of a round.
+Notation: x global parameters, y_i a site's parameters after its steps, Delta_i = y_i - x, w_i = n_i / n_max the weight
+of a site with n_i examples (or 1), sums over the sites of a round.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from primia_jax import local
-from primia_jax.federated import Algorithm, Global, Site
+from primia_jax.federated import ORDER, STEPS, Algorithm, Global, Site
 from primia_jax.types import Array, Metrics, ModelState, Params, PyTree
 
 Weighting = Literal["examples", "uniform"]
-_ORDER, _STEPS = 0, 1  # what a site's keys are for
 
 
 def fedavg(
@@ -123,9 +122,14 @@ def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) 
     recipe: how a site trains; its optimiser must be `optax.sgd` without momentum.
     num_sites: S, all sites, sampled or not.
     server_rate: the server's learning rate.
+
+  Raises:
+    ValueError: from `init`, for an optimiser that has a state (momentum, Adam).
   """
 
-  def init_site(params: Params, model_state: ModelState) -> PyTree:
+  def zeros(params: Params, *_) -> PyTree:
+    if _has_state(recipe, params):
+      raise ValueError("SCAFFOLD corrects plain gradient steps only; use optax.sgd without momentum")
     return jax.tree.map(jnp.zeros_like, params)
 
   def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
@@ -149,15 +153,16 @@ def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) 
     control = jax.tree.map(lambda c, t: c + t / num_sites, server.server, total["control"])
     return params, model_state, control, total["metrics"]
 
-  zeros = lambda params, *_: jax.tree.map(jnp.zeros_like, params)
-  return Algorithm("scaffold", zeros, zeros, site, server, _global, uniform=True, shares_statistics=True)
+  # Not uniform: the control variates enter as a sum over the round's sites, which a rule's one message is not.
+  return Algorithm("scaffold", zeros, zeros, site, server, _global, uniform=False, shares_statistics=True)
 
 
 def fednova(recipe: local.Recipe, *, momentum: float = 0.0, weighting: Weighting = "examples") -> Algorithm:
   """FedNova (Wang et al. 2020, eq. 6): averages directions per step, so that sites with more steps do not pull more.
 
-  x <- x + tau_eff sum p_i Delta_i / a_i with p_i = w_i / sum w, tau_eff = sum p_i a_i, and a_i the accumulated weight of
-  a site's gradients: its number of steps tau, or with momentum rho: (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho).
+  x <- x + tau_eff sum p_i Delta_i / a_i with p_i = w_i / sum w, tau_eff = sum p_i a_i, and a_i the accumulated weight
+  of a site's gradients: its number of steps tau, or with momentum rho
+  (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho).
 
   Args:
     recipe: how a site trains; its optimiser must be `optax.sgd` with this momentum, its state starting anew each round.
@@ -165,7 +170,7 @@ def fednova(recipe: local.Recipe, *, momentum: float = 0.0, weighting: Weighting
     weighting: by examples, or uniform.
 
   Raises:
-    ValueError: for a momentum outside [0, 1).
+    ValueError: for a momentum outside [0, 1), or, from `init`, for an optimiser that does not go with it.
   """
   if not 0 <= momentum < 1:
     raise ValueError(f"momentum={momentum} must lie in [0, 1)")
@@ -192,8 +197,16 @@ def fednova(recipe: local.Recipe, *, momentum: float = 0.0, weighting: Weighting
     model_state = jax.tree.map(lambda x, u: x + u / total["weight"], server.model_state, total["statistics"])
     return params, model_state, (), total["metrics"]
 
-  nothing = lambda *_: ()
+  def nothing(params: Params, *_) -> PyTree:
+    if _has_state(recipe, params) != (momentum > 0):
+      raise ValueError(f"FedNova was told momentum={momentum}; the sites' optimiser must be optax.sgd with just that")
+    return ()
+
   return Algorithm("fednova", nothing, nothing, site, server, _global, uniform=False, shares_statistics=True)
+
+
+def _has_state(recipe: local.Recipe, params: Params) -> bool:
+  return bool(jax.tree.leaves(jax.eval_shape(recipe.optimizer(jnp.float32(0)).init, params)))
 
 
 def _accumulated(steps: Array, momentum: float) -> Array:
@@ -205,11 +218,11 @@ def _global(server: Global, kept: PyTree) -> tuple[Params, ModelState]:
 
 
 def _train(recipe: local.Recipe, server: Global, site: Site, params, model_state, opt_state, correct=None):
-  order_key = jax.random.fold_in(jax.random.fold_in(server.key, _ORDER), site.id)
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(server.key, _STEPS), server.round), site.id)
+  order_key = jax.random.fold_in(jax.random.fold_in(server.key, ORDER), site.id)
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(server.key, STEPS), server.round), site.id)
   run = local.train(recipe, correct)
   data = (site.images, site.labels, site.num_examples)
-  return run(params, model_state, opt_state, *data, server.round, order_key, key)
+  return run(params, model_state, opt_state, *data, server.round, order_key, key, server.class_weights)
 
 
 def _change(trained: local.Trained, server: Global) -> tuple[Params, ModelState]:
@@ -232,7 +245,7 @@ def _split(params: Params, model_state: ModelState, stays: Callable[[str], bool]
   """Parts (params, model_state) into what stays at the site and what is shared; absent leaves are None."""
   if stays is None:
     return (), (params, model_state)
-  is_mine = lambda path: stays("/".join(str(getattr(k, "key", k)) for k in path))
+  is_mine = lambda path: stays(jax.tree_util.keystr(path, simple=True, separator="/"))
   mine = jax.tree_util.tree_map_with_path(lambda path, a: a if is_mine(path) else None, params)
   shared = jax.tree_util.tree_map_with_path(lambda path, a: None if is_mine(path) else a, params)
   return (mine, model_state), (shared, jax.tree.map(lambda a: None, model_state))

@@ -19,6 +19,7 @@ from primia_jax import secagg, sites
 from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree
 
 TRAINING, EVALUATION, COUNTING = range(3)  # purposes: masks of one round are never used for two of them
+ORDER, STEPS, GRAPH, SAMPLING = range(4)  # uses of a run's key, folded in first: no two draw from the same stream
 
 
 class Site(NamedTuple):
@@ -45,6 +46,7 @@ class Global(NamedTuple):
   server: PyTree  # the algorithm's own, e.g. SCAFFOLD's control variate
   round: Array  # int32, from 0
   key: Key  # public randomness of the whole run
+  class_weights: Array | None = None  # [L], the weight of an example of each class
 
 
 class Algorithm(NamedTuple):
@@ -58,7 +60,7 @@ class Algorithm(NamedTuple):
       sum over sites `server` understands.
     server: (Global, sum of messages) -> (params, model_state, server state, training metrics up to a common factor).
     personal: (Global, what a site keeps) -> (params, model_state) with which that site works.
-    uniform: every message counts the same, as robust rules need.
+    uniform: every message counts the same and only their mean matters, as robust rules need.
     shares_statistics: model_state (BatchNorm statistics) is part of the message.
   """
 
@@ -108,7 +110,10 @@ class Loader(NamedTuple):
 
 
 class State(NamedTuple):
-  """The state of a federated run: the global model, the server's and the sites' own ([S, ...]), and rounds done."""
+  """The state of a federated run: the global model, the server's and the sites' own ([S, ...]), and rounds begun.
+
+  A refused round counts too: another attempt must not use its masks again, nor draw the same batches.
+  """
 
   params: Params
   model_state: ModelState
@@ -137,11 +142,11 @@ class FederatedAlgorithm(NamedTuple):
 
   Attributes:
     init: (params, model_state, num_sites) -> State.
-    step: (key, State, site numbers [K], Loader, dealer_key [8] uint32) -> (State, Info).
+    step: (key, State, site numbers [K], Loader, dealer_key [8] uint32, class_weights [L] or None) -> (State, Info).
   """
 
   init: Callable[[Params, ModelState, int], State]
-  step: Callable[[Key, State, np.ndarray, Loader, Array], tuple[State, Info]]
+  step: Callable[..., tuple[State, Info]]
 
 
 def in_the_clear() -> Aggregator:
@@ -187,7 +192,8 @@ def total_over_sites(
 
   Returns:
     (shared, round, site numbers [K], links [K, ...], kept [K, ...], Loader)
-    -> (sum of messages, kept [K, ...], number of sites out of range).
+    -> (sum of messages, kept [K, ...], number of sites out of range). It raises a ValueError for site numbers that are
+    not distinct, or that the aggregator, the placement or the loader cannot serve.
   """
 
   def one(shared, site_inputs):
@@ -203,14 +209,24 @@ def total_over_sites(
   def apply(shared, round_index, ids, links, kept, loader: Loader):
     if aggregator.num_sites not in (None, len(ids)):
       raise ValueError(f"{aggregator.name} was set up for {aggregator.num_sites} sites, but {len(ids)} take part")
-    piece = loader.piece or len(ids)
+    if not len(ids) or len(np.unique(ids)) != len(ids) or np.min(ids) < 0:
+      raise ValueError(f"site numbers {list(ids)}; a round needs at least one, all different and none negative")
+    piece = len(ids) if loader.piece is None else loader.piece
+    if piece < 1:
+      raise ValueError(f"piece={piece} sites at a time; give at least 1, or None for all at once")
+    several = placement.how == "mesh" and jax.process_count() > 1
+    if several and (piece < len(ids) or not np.array_equal(ids, np.arange(len(ids)))):
+      raise ValueError(f"with several processes each runs its own sites: all take part at once, not {list(ids)}")
     total, outs = None, []
     for start in range(0, len(ids), piece):
       rows = slice(start, start + piece)
       mine, theirs = sites.local_rows(ids[rows], placement), (links, kept)
       if piece < len(ids):
         theirs = jax.tree.map(lambda a, rows=rows: a[rows], theirs)
-      summed, out = run((shared, round_index), (sites.put(loader.load(mine), placement), *theirs))
+      loaded = loader.load(mine)
+      if isinstance(loaded.id, np.ndarray) and not np.array_equal(loaded.id, mine):
+        raise ValueError(f"the loader was asked for sites {list(mine)} and returned sites {list(loaded.id)}")
+      summed, out = run((shared, round_index), (sites.put(loaded, placement), *theirs))
       total = summed if total is None else add(total, summed)
       outs.append(out)
     out = outs[0] if len(outs) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *outs)
@@ -223,17 +239,17 @@ def total_over_sites(
 
 def link(
   aggregator: Aggregator, placement: sites.Placement
-) -> Callable[[Key, Array, np.ndarray, Array], secagg.Links]:
+) -> Callable[[Key, Array | np.ndarray, np.ndarray, Array], secagg.Links]:
   """Makes (key, round, site numbers [K], dealer_key) -> the links of that round's sites, [K, P], where they run."""
 
   @jax.jit
   def deal(key, round_index, ids, dealer_key):
-    graph_key = jax.random.fold_in(key, round_index)
+    graph_key = jax.random.fold_in(jax.random.fold_in(key, GRAPH), round_index)
     return secagg.deal_links(dealer_key, ids, secagg.peers(graph_key, ids, aggregator.num_peers))
 
   def apply(key, round_index, ids, dealer_key):
     if not aggregator.num_peers:
-      none = secagg.Links(np.zeros((len(ids), 0), np.int32), np.zeros((len(ids), 0, 8), np.uint32))
+      none = secagg.Links(jnp.zeros((len(ids), 0), jnp.int32), jnp.zeros((len(ids), 0, 8), jnp.uint32))
       return sites.put(sites.local_rows(none, placement), placement)
     return sites.put(sites.local_rows(deal(key, round_index, ids, dealer_key), placement), placement)
 
@@ -277,18 +293,21 @@ def federated(algorithm: Algorithm, aggregator: Aggregator, placement: sites.Pla
     all_kept = kept if ids is None else jax.tree.map(lambda old, new: old.at[ids].set(new), state.sites, kept)
     after = State(params, model_state, server, all_kept, state.round + 1)
     usable = out_of_range == 0
-    after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, state)
+    after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, state)._replace(round=after.round)
     change = jax.tree.map(jnp.subtract, after.params, state.params)
-    count = jnp.maximum(metrics.count, jnp.finfo(jnp.float32).tiny)
+    count = jnp.maximum(metrics.num_examples, jnp.finfo(jnp.float32).tiny)
     return after, Info(metrics.loss / count, metrics.correct / count, optax.tree.norm(change), out_of_range)
 
-  def step(key: Key, state: State, ids: np.ndarray, loader: Loader, dealer_key: Array) -> tuple[State, Info]:
+  def step(key: Key, state: State, ids: np.ndarray, loader: Loader, dealer_key: Array, class_weights=None):
     ids = np.asarray(ids, np.int32)
     leaves = jax.tree.leaves(state.sites)
+    if leaves and np.max(ids, initial=0) >= leaves[0].shape[0]:
+      raise ValueError(f"site numbers {list(ids)}; the state holds {leaves[0].shape[0]} sites")
     everyone = not leaves or np.array_equal(ids, np.arange(leaves[0].shape[0]))
     kept = state.sites if everyone else jax.tree.map(lambda a: a[ids], state.sites)
     shared_key = sites.replicate(key, placement)
-    shared = Global(state.params, state.model_state, state.server, state.round, shared_key)
+    weights = None if class_weights is None else sites.replicate(class_weights, placement)
+    shared = Global(state.params, state.model_state, state.server, state.round, shared_key, weights)
     links = make_links(key, np.asarray(state.round), ids, dealer_key)
     message, kept, out_of_range = train(shared, state.round, ids, links, kept, loader)
     return finish(shared_key, state, message, kept, None if everyone else ids, out_of_range)
@@ -306,5 +325,6 @@ def sample_sites(key: Key, round_index: int, num_sites: int, num_sampled: int) -
     raise ValueError(f"num_sampled={num_sampled} of num_sites={num_sites} sites; give a number from 1 to {num_sites}")
   if num_sampled == num_sites:
     return np.arange(num_sites, dtype=np.int32)
-  drawn = jax.random.permutation(jax.random.fold_in(key, round_index), num_sites)[:num_sampled]
+  round_key = jax.random.fold_in(jax.random.fold_in(key, SAMPLING), round_index)
+  drawn = jax.random.permutation(round_key, num_sites)[:num_sampled]
   return np.sort(np.asarray(drawn, np.int32))

@@ -104,31 +104,34 @@ def draw_batches(key: Key, round_index: Array, num_examples: Array, work: Work) 
   if work.steps is None:
     assert work.epochs is not None
     num_steps = work.max_steps if work.same_steps else work.epochs * batches
-    first, num_orders = round_index * work.epochs * batches, work.epochs
+    first_epoch, offset, num_orders = round_index * work.epochs, jnp.int32(0), work.epochs
   else:
     num_steps = work.steps
     fewest = -(-work.min_examples // work.batch_size)
-    first, num_orders = round_index * work.steps, (work.steps - 1) // fewest + 2
-  step = first + jnp.arange(work.max_steps, dtype=jnp.int32)
-  first_epoch = first // batches
+    first_epoch, offset = jnp.divmod(round_index * work.steps, batches)
+    num_orders = (work.steps - 1) // fewest + 2
+  step = offset + jnp.arange(work.max_steps, dtype=jnp.int32)  # counted from the start of the first epoch
 
   def order(i: Array) -> Array:
     bits = jax.random.bits(jax.random.fold_in(key, first_epoch + i), (work.max_examples,), jnp.uint32)
-    real = jnp.arange(work.max_examples) < num_examples
+    real = jnp.arange(work.max_examples, dtype=jnp.int32) < num_examples
     return jnp.lexsort((bits, ~real)).astype(jnp.int32)  # the site's examples in random order, padding last
 
   orders = jax.vmap(order)(jnp.arange(num_orders, dtype=jnp.int32))
   position = (step % batches)[:, None] * work.batch_size + jnp.arange(work.batch_size, dtype=jnp.int32)[None, :]
-  epoch = jnp.clip(step // batches - first_epoch, 0, num_orders - 1)
+  epoch = jnp.minimum(step // batches, num_orders - 1)  # at the limit only after the last step
   index = orders[epoch[:, None], jnp.minimum(position, work.max_examples - 1)]
-  used = (position < num_examples) & (jnp.arange(work.max_steps) < num_steps)[:, None]
+  used = (position < num_examples) & (jnp.arange(work.max_steps, dtype=jnp.int32) < num_steps)[:, None]
   return jnp.where(used, index, -1), num_steps
 
 
-def gather(images: Array, labels: Array, index: Array) -> Batch:
-  """Takes a batch out of a site's examples; -1 becomes an example of weight 0."""
+def gather(images: Array, labels: Array, index: Array, class_weights: Array | None = None) -> Batch:
+  """Takes a batch out of a site's examples, each with its class's weight or 1; -1 becomes an example of weight 0."""
   safe = jnp.maximum(index, 0)
-  return Batch(images[safe], labels[safe], (index >= 0).astype(jnp.float32))
+  weights = (index >= 0).astype(jnp.float32)
+  if class_weights is not None:
+    weights = weights * class_weights[labels[safe]]
+  return Batch(images[safe], labels[safe], weights)
 
 
 def gradients(loss_fn: LossFn) -> GradFn:
@@ -144,18 +147,19 @@ def train(recipe: Recipe, correct: Callable[[PyTree, Params], PyTree] | None = N
     correct: changes a gradient before the optimiser sees it: (gradient, params) -> gradient.
 
   Returns:
-    (params, model_state, opt_state, images [N, H, W, C], labels [N], num_examples, round_index, order_key, key)
-    -> Trained. `order_key` stays the same for a site, `key` is fresh for each (round, site).
+    (params, model_state, opt_state, images [N, H, W, C], labels [N], num_examples, round_index, order_key, key,
+    class_weights=None) -> Trained. `order_key` stays the same for a site, `key` is fresh for each (round, site);
+    `class_weights`, [L], weigh an example by its class.
   """
   grad_fn, optimizer, schedule, work = recipe
   add = lambda a, b: jax.tree.map(jnp.add, a, b)
 
-  def run(params, model_state, opt_state, images, labels, num_examples, round_index, order_key, key) -> Trained:
+  def run(params, model_state, opt_state, images, labels, num_examples, round_index, order_key, key, class_weights=None):
     index, num_steps = draw_batches(order_key, round_index, num_examples, work)
 
     def step(t: Array, carry):
       params, model_state, opt_state, metrics, rate_sum = carry
-      batch = gather(images, labels, index[t])
+      batch = gather(images, labels, index[t], class_weights)
       grads, (model_state, new) = grad_fn(params, model_state, batch, jax.random.fold_in(key, t))
       grads = grads if correct is None else correct(grads, params)
       progress = jnp.asarray(t, jnp.float32) / jnp.asarray(num_steps, jnp.float32)
@@ -175,17 +179,18 @@ def classification_loss(
   apply_fn: Callable[..., tuple[Array, ModelState]],
   prepare: Callable[[Key, Array, Array], tuple[Array, Array]],
   num_classes: int,
-  class_weights: Array | None = None,
   label_smoothing: float = 0.0,
 ) -> LossFn:
-  """Softmax cross-entropy, averaged over the examples that count.
+  """Softmax cross-entropy: the weighted sum over the batch, divided by the number of examples of non-zero weight.
+
+  With class weights of mean 1 over the data this is, on average, the weighted mean, and a batch that happens to lack a
+  class is not blown up.
 
   Args:
     apply_fn: (params, model_state, images, train=, key=) -> (logits [B, L], new model_state).
-    prepare: (key, images as stored, one-hot targets [B, L]) -> (float32 images as the model takes them, targets), e.g.
-      augmentation, normalisation and MixUp.
+    prepare: (key, images as stored, targets [B, L]) -> (float32 images as the model takes them, targets), e.g.
+      augmentation, normalisation and MixUp. Targets are one-hot times the example's weight.
     num_classes: L.
-    class_weights: [L] float32, the weight of an example of each class; mean 1 over the data.
     label_smoothing: in [0, 1).
 
   Raises:
@@ -196,14 +201,14 @@ def classification_loss(
 
   def loss_fn(params: Params, model_state: ModelState, batch: Batch, key: Key):
     prepare_key, model_key = jax.random.split(key)
-    targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, num_classes), label_smoothing)
-    images, targets = prepare(prepare_key, batch.images, targets)
+    targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, num_classes, dtype=jnp.float32), label_smoothing)
+    images, targets = prepare(prepare_key, batch.images, targets * batch.weights[:, None])
     logits, model_state = apply_fn(params, model_state, images, train=True, key=model_key)
-    losses = optax.softmax_cross_entropy(logits, targets)
-    weights = batch.weights if class_weights is None else batch.weights * (targets @ class_weights)
-    total, count = jnp.sum(losses * weights), jnp.sum(batch.weights)
-    correct = jnp.sum((jnp.argmax(logits, axis=-1) == batch.labels) * batch.weights)
-    return total / jnp.maximum(count, 1.0), (model_state, Metrics(total, correct, count))
+    loss = jnp.sum(optax.softmax_cross_entropy(logits, targets))
+    counts = (batch.weights > 0).astype(jnp.float32)
+    correct = jnp.sum(jnp.where(jnp.argmax(logits, axis=-1).astype(jnp.int32) == batch.labels, counts, 0.0))
+    num_examples = jnp.sum(counts)
+    return loss / jnp.maximum(num_examples, 1.0), (model_state, Metrics(loss, correct, num_examples))
 
   return loss_fn
 
@@ -220,6 +225,7 @@ def count_errors(
     (params, model_state, images [N, H, W, C], labels [N], num_examples) -> {"confusion": [L, L] float32 counts, rows
     true and columns predicted; "loss": the sum of the cross-entropies}: sums, which add up over sites.
   """
+  one_hot = lambda labels: jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
 
   def run(params, model_state, images, labels, num_examples):
     size = images.shape[0]
@@ -228,12 +234,12 @@ def count_errors(
       index = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
       batch = gather(images, labels, jnp.where(index < jnp.minimum(num_examples, size), index, -1))
       logits, _ = apply_fn(params, model_state, prepare(batch.images), train=False)
-      true = jax.nn.one_hot(batch.labels, num_classes) * batch.weights[:, None]
-      confusion = true.T @ jax.nn.one_hot(jnp.argmax(logits, axis=-1), num_classes)
+      true = one_hot(batch.labels) * batch.weights[:, None]
+      confusion = true.T @ one_hot(jnp.argmax(logits, axis=-1))
       loss = jnp.sum(true * -jax.nn.log_softmax(logits))
       return {"confusion": total["confusion"] + confusion, "loss": total["loss"] + loss}
 
-    zero = {"confusion": jnp.zeros((num_classes, num_classes)), "loss": jnp.zeros(())}
+    zero = {"confusion": jnp.zeros((num_classes, num_classes), jnp.float32), "loss": jnp.zeros((), jnp.float32)}
     return jax.lax.fori_loop(0, -(-num_examples // batch_size), body, zero)
 
   return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ class FixedPoint:
   @property
   def max_abs(self) -> float:
     """The largest magnitude that is encoded without wrapping around."""
-    return (2 ** (self.num_bits - 1) - 1) / 2**self.fraction_bits
+    unheld = max(0, self.num_bits - 54)  # low bits that a Python float cannot hold: round down, not up
+    return (2 ** (self.num_bits - 1) - 2**unheld) / 2**self.fraction_bits
 
   @property
   def resolution(self) -> float:
@@ -46,21 +48,23 @@ def fit(max_abs: float, num_terms: int, num_bits: int = 32) -> FixedPoint:
   The encoded sum is at most num_terms * (max_abs * 2^f + 1/2) in magnitude, which must stay below 2^(k-1).
 
   Raises:
-    ValueError: not even whole numbers fit; the message says how many bits would do.
+    ValueError: not even whole numbers fit (the message says how many bits would do), or a number is not positive and
+      finite.
 
   >>> fit(max_abs=32.0, num_terms=3)
   FixedPoint(num_bits=32, fraction_bits=24)
   """
-  if not max_abs > 0 or num_terms < 1:
-    raise ValueError(f"max_abs={max_abs} and num_terms={num_terms} must be positive")
-  room = (2 ** (num_bits - 1) - 1) / num_terms - 0.5
-  fraction_bits = math.floor(math.log2(room / max_abs)) if room > 0 else -1
-  if fraction_bits < 0:
-    enough = math.ceil(math.log2(num_terms * (max_abs + 0.5) + 1)) + 1
+  if not 0 < max_abs < math.inf or num_terms < 1:
+    raise ValueError(f"max_abs={max_abs} and num_terms={num_terms} must be positive and finite")
+  largest = lambda f: num_terms * (Fraction(max_abs) * 2**f + Fraction(1, 2))  # exact: floats would round up to 2^(k-1)
+  fits = [f for f in range(num_bits) if largest(f) < 2 ** (num_bits - 1)]
+  if not fits:
+    enough = math.floor(largest(0)).bit_length() + 1
     raise ValueError(
       f"a sum of {num_terms} numbers up to {max_abs} overflows a ring of {num_bits} bits; use num_bits >= {enough}"
+      + (", which is more than the 64 supported: scale the numbers down" if enough > 64 else "")
     )
-  return FixedPoint(num_bits, min(fraction_bits, num_bits - 1))
+  return FixedPoint(num_bits, fits[-1])
 
 
 def encode(x: Array, fixed: FixedPoint) -> Array:
@@ -71,8 +75,13 @@ def encode(x: Array, fixed: FixedPoint) -> Array:
     fixed: the encoding.
 
   Returns:
-    uint32 or uint64 of x's shape, reduced modulo 2^k. Off by at most 2^-(f+1), plus |x| 2^-24 where x is float32.
+    uint32 or uint64 of x's shape, reduced modulo 2^k. Off by at most 2^-(f+1): scaling by 2^f is exact.
+
+  Raises:
+    ValueError: where x is of another dtype; float16 would overflow and integers would not be scaled.
   """
+  if x.dtype not in (jnp.float32, jnp.float64):
+    raise ValueError(f"cannot encode {x.dtype}; convert to float32 or float64")
   wide = _signed(fixed.num_bits)
   scaled = jnp.round(x * jnp.asarray(2.0**fixed.fraction_bits, x.dtype))
   return reduce(jax.lax.bitcast_convert_type(scaled.astype(wide), _unsigned(fixed.num_bits)), fixed.num_bits)
@@ -103,9 +112,9 @@ def storage(num_bits: int) -> jnp.dtype:
 
 
 def _unsigned(num_bits: int):
-  if num_bits > 32 and not jax.config.jax_enable_x64:
+  if num_bits > 32 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
     raise ValueError(
-      f"a ring of {num_bits} bits needs 64-bit integers: set JAX_ENABLE_X64=1 (or jax_enable_x64), or use num_bits <= 32"
+      f"a ring of {num_bits} bits needs 64-bit integers: set JAX_ENABLE_X64=1 (or jax_enable_x64), or num_bits <= 32"
     )
   return jnp.uint32 if num_bits <= 32 else jnp.uint64
 

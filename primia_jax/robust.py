@@ -12,14 +12,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from primia_jax.types import PyTree
+from primia_jax.types import Array, PyTree
 
 Rule = Callable[[PyTree], PyTree]
 
 
 def median() -> Rule:
-  """The coordinate-wise median (Yin et al. 2018, definition 1), of two middle values the mean."""
-  return lambda messages: jax.tree.map(lambda m: jnp.median(m, axis=0), messages)
+  """The coordinate-wise median (Yin et al. 2018, definition 1), of two middle values the mean; NaN is the largest."""
+
+  def of(m: Array) -> Array:
+    ordered = jnp.sort(m, axis=0)  # `jnp.median` would let one site's NaN through
+    return (ordered[(len(m) - 1) // 2] + ordered[len(m) // 2]) / 2
+
+  return lambda messages: jax.tree.map(of, messages)
 
 
 def trimmed_mean(fraction: float) -> Rule:
@@ -41,11 +46,16 @@ def trimmed_mean(fraction: float) -> Rule:
   return rule
 
 
-def krum(num_byzantine: int, num_kept: int = 1) -> Rule:
+def krum(num_byzantine: int, num_kept: int = 1, part: Callable[[PyTree], PyTree] = lambda m: m["update"]) -> Rule:
   """Krum, or Multi-Krum for num_kept > 1 (Blanchard et al. 2017, section 4).
 
   A site's score is the sum of the squared distances to its K - num_byzantine - 2 nearest neighbours; the mean of the
   `num_kept` messages of lowest score is returned.
+
+  Args:
+    num_byzantine: how many sites may send anything at all.
+    num_kept: how many messages are averaged.
+    part: of a message, what distances are measured on: the update and not the training loss and counts beside it.
 
   Raises:
     ValueError: when called on K <= 2 num_byzantine + 2 sites, where the rule promises nothing.
@@ -60,7 +70,7 @@ def krum(num_byzantine: int, num_kept: int = 1) -> Rule:
         f"Krum against {num_byzantine} bad sites, keeping {num_kept}, needs more than {2 * num_byzantine + 2} sites "
         f"and at least {num_byzantine + num_kept}; got {num_sites}"
       )
-    flat = jnp.concatenate([m.reshape(num_sites, -1) for m in jax.tree.leaves(messages)], axis=1)
+    flat = jnp.concatenate([m.reshape(num_sites, -1) for m in jax.tree.leaves(part(messages))], axis=1)
     distances = jax.lax.map(lambda row: jnp.sum((flat - row[None]) ** 2, axis=1), flat)
     near = jnp.sort(distances, axis=1)[:, 1 : num_sites - num_byzantine - 1]  # the first is the site itself
     kept = jnp.argsort(jnp.sum(near, axis=1))[:num_kept]

@@ -92,6 +92,7 @@ def secure_sum(
     )
   all_others = num_sites - 1
   num_peers = all_others if num_peers is None else num_peers
+  max_abs = float(np.float32(max_abs))  # the very number that float32 messages are compared with
   if num_peers < 1 or num_peers > all_others or (num_peers % 2 and num_peers != all_others):
     raise ValueError(
       f"num_peers={num_peers} of {num_sites} sites; use an even number from 2 to {all_others}, or {all_others} (all)"
@@ -118,7 +119,7 @@ def peers(key: Key, site_ids: Array, num_peers: int) -> Array:
     half = np.arange(1, num_peers // 2 + 1)
     offsets = np.concatenate([half, -half])
   circle = jax.random.permutation(key, num_sites)
-  place = jnp.argsort(circle)
+  place = jnp.argsort(circle).astype(jnp.int32)
   return site_ids[circle[(place[:, None] + jnp.asarray(offsets, jnp.int32)[None, :]) % num_sites]]
 
 
@@ -161,12 +162,12 @@ def protect(message: PyTree, site_id: Array, links: Links, nonce: tuple[Array | 
     words = jnp.stack([jnp.asarray(n, jnp.uint32) for n in (*nonce, leaf)])
     return ring.reduce(v + prng.mask_sum(links.keys, signs, words, v.shape, dtype), config.fixed.num_bits)
 
-  leaves, structure = jax.tree.flatten(message)
+  leaves = jax.tree.leaves(message)
   legal = [jnp.abs(x) <= jnp.asarray(config.max_abs, x.dtype) for x in leaves]
-  encoded = [ring.encode(jnp.where(ok, x, jnp.zeros_like(x)), config.fixed) for ok, x in zip(legal, leaves, strict=True)]
+  clean = [jnp.where(ok, x, jnp.zeros_like(x)) for ok, x in zip(legal, leaves, strict=True)]
   wrong = jnp.logical_not(jnp.stack([jnp.all(ok) for ok in legal]).all()).astype(dtype)
-  masked = [mask(v, i) for i, v in enumerate(encoded)]
-  return Masked(structure.unflatten(masked), mask(wrong, len(leaves)))
+  masked = [mask(ring.encode(x, config.fixed), i) for i, x in enumerate(clean)]
+  return Masked(jax.tree.unflatten(jax.tree.structure(message), masked), mask(wrong, len(leaves)))
 
 
 def open_sum(total: Masked, config: SecureSum) -> tuple[PyTree, Array]:
@@ -179,3 +180,8 @@ def open_sum(total: Masked, config: SecureSum) -> tuple[PyTree, Array]:
   num_bits = config.fixed.num_bits
   message = jax.tree.map(lambda v: ring.decode(ring.reduce(v, num_bits), config.fixed), total.message)
   return message, ring.reduce(total.out_of_range, num_bits)
+
+
+def bytes_per_number(config: SecureSum) -> float:
+  """What one number of a message weighs on the wire: k bits."""
+  return config.fixed.num_bits / 8

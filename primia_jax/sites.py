@@ -1,8 +1,8 @@
 """The axis "site": one function written for one site, run over all of them by a loop, scan, vmap, chunks or a mesh.
 
-A trust boundary runs between sites. `sum_over_sites` is the only way out of a site: what a site function returns first is
-summed over sites, and on a mesh that sum (`psum`) is all that crosses devices or processes. Automatic sharding is never
-used across the boundary, since XLA is free to gather every site's inputs.
+A trust boundary runs between sites. `sum_over_sites` is the only way out of a site: what a site function returns first
+is summed over sites, and on a mesh that sum (`psum`) is all that crosses devices or processes. Automatic sharding is
+never used across the boundary, since XLA is free to gather every site's inputs.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Placement:
   """Where the site axis runs.
 
   Attributes:
-    how: `loop` (Python, one jitted call a site), `scan`, `vmap`, `chunk` (a scan over chunks of vmapped sites) or `mesh`
-      (`shard_map` over devices, with a scan or vmap inside each).
+    how: `loop` (Python, one jitted call a site), `scan`, `vmap`, `chunk` (a scan over chunks of vmapped sites) or
+      `mesh` (`shard_map` over devices, with a scan or vmap inside each).
     chunk: sites in a chunk, for `chunk`.
     mesh: a mesh with the one axis "site", for `mesh`; None takes all devices (of all processes).
     inner: what a mesh does with the several sites of a device.
@@ -91,7 +91,8 @@ def sum_over_sites(site_fn: SiteFn, placement: Placement) -> Callable[[PyTree, P
   Returns:
     (shared, sites) -> (sum over sites of `summed`, `stacked` with a leading site axis), where every leaf of `sites` has
     a leading axis [K]. On a mesh each device sees the rows of its own sites only; the sum is replicated, the stacked
-    values stay where their site is.
+    values stay where their site is (but where K is no multiple of the devices, which one process may simulate, they are
+    gathered, since arrays cannot be sharded unevenly).
   """
   if placement.how == "loop":
     return _loop(jax.jit(site_fn))
@@ -105,12 +106,14 @@ def sum_over_sites(site_fn: SiteFn, placement: Placement) -> Callable[[PyTree, P
 
 
 def put(tree: PyTree, placement: Placement) -> PyTree:
-  """Places host arrays [K, ...] (in a multi-process mesh: this process's rows) where their sites run."""
+  """Places host arrays [K, ...] (in a mesh of several processes: this process's rows) where their sites run."""
   if placement.how != "mesh":
     return jax.tree.map(jnp.asarray, tree)
   sharding = NamedSharding(_mesh_of(placement), PartitionSpec(AXIS))
   if jax.process_count() > 1:
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree)
+    is_placed = lambda a: isinstance(a, jax.Array) and not a.is_fully_addressable
+    place = lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a))
+    return jax.tree.map(lambda a: a if is_placed(a) else place(a), tree)
   num_devices = _mesh_of(placement).size
   divides = lambda a: a.shape[0] % num_devices == 0  # shards must be equal; the padding of `_mesh` comes later
   return jax.tree.map(lambda a: jax.device_put(a, sharding) if divides(a) else jnp.asarray(a), tree)
@@ -139,7 +142,15 @@ def replicate(tree: PyTree, placement: Placement) -> PyTree:
   if placement.how != "mesh":
     return jax.tree.map(jnp.asarray, tree)
   sharding = NamedSharding(_mesh_of(placement), PartitionSpec())
-  return jax.tree.map(lambda a: jax.device_put(a, sharding), tree)
+
+  def place(a):
+    if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(place(jax.random.key_data(a)), impl=jax.random.key_impl(a))
+    if jax.process_count() == 1 or (isinstance(a, jax.Array) and not a.is_fully_addressable):
+      return jax.device_put(a, sharding)
+    return jax.make_array_from_process_local_data(sharding, np.asarray(a))
+
+  return jax.tree.map(place, tree)
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:
@@ -218,7 +229,7 @@ def _mesh(site_fn: SiteFn, placement: Placement) -> Callable[[PyTree, PyTree], t
     padding = -num_sites % mesh.size
     fn: SiteFn = site_fn
     if padding:  # devices hold equally many sites; the empty ones do nothing and add nothing
-      pad = lambda a: jnp.concatenate([a, jnp.broadcast_to(a[:1], (padding, *a.shape[1:]))])
+      pad = lambda a: jnp.concatenate([a, jnp.zeros((padding, *a.shape[1:]), a.dtype)])
       sites = (jnp.arange(num_sites + padding) < num_sites, jax.tree.map(pad, sites))
       fn = guarded
 

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
   Attributes:
     images: [..., B, H, W, C], uint8 as stored or float32 as the model takes it.
     labels: [..., B] int32.
-    weights: [..., B] float32; 0 marks padding, which counts for nothing anywhere.
+    weights: [..., B] float32, of each example in the loss; 0 marks padding, which counts for nothing anywhere.
   """
 
   images: Array
@@ -33,11 +33,11 @@ class Batch(NamedTuple):
 
 
 class Metrics(NamedTuple):
-  """Sums over examples, so that they add up over batches and sites; divide by `count` for a mean."""
+  """Sums over examples, so that they add up over batches and sites; divide by `num_examples` for a mean."""
 
   loss: Array  # weighted sum of the losses
-  correct: Array  # weighted number of right answers
-  count: Array  # sum of the weights
+  correct: Array  # number of right answers
+  num_examples: Array  # of non-zero weight
 
 
 # (params, model_state, batch, key) -> (mean loss over the batch, (new model_state, Metrics))

@@ -1,0 +1,39 @@
+# `make train` and `make test` each set up all they need in .venv; PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+RUN_DIR ?= runs/phantom
+BIN := $(VENV)/bin
+
+.PHONY: train test slow check smoke clean
+
+train: $(VENV)/installed
+	$(BIN)/python -m experiments.train_federated --run_dir=$(RUN_DIR) $(FLAGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(TESTS)
+
+slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow $(TESTS)
+
+check: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --doctest-modules primia_jax
+
+smoke: $(VENV)/installed-test
+	PYTHON=$(BIN)/python bash .ci/smoke
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

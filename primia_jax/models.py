@@ -1,0 +1,380 @@
+"""The shipped image classifiers, and the only module that imports flax.
+
+A model is a pair of pure functions. `init` makes parameters (trained) and model state (BatchNorm statistics, `{}`
+without BatchNorm); `apply` turns images into logits. `build` makes the pair from a `ModelConfig`:
+
+  cnn       four convolution blocks and a global mean pool; any image size, trains in seconds on two cores
+  leaf_cnn  conv 32, conv 64, max-pool, dense 128: the small CNN that federated-learning frameworks are timed with
+            (LEAF, arXiv 1812.01097)
+  mlp       one hidden layer of 32 units
+  resnet18  He et al., arXiv 1512.03385, in torchvision's layout
+  vgg16     Simonyan and Zisserman, arXiv 1409.1556, in torchvision's layout
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from primia_jax.conv import conv, max_pool, mean_pool
+from primia_jax.types import Array, Key, ModelState, Params
+
+NORMS = ("group", "batch", "none")
+POOLS = ("max", "mean")
+STEMS = ("7x7", "3x3", "3x3/2")
+HEADS = ("dense", "mean")
+
+# The options each model reads beside name, num_classes and image_shape; setting another one is an error.
+OPTIONS = {
+  "cnn": ("norm", "pool", "weight_standardisation", "width", "dropout"),
+  "leaf_cnn": (),
+  "mlp": (),
+  "resnet18": ("norm", "pool", "weight_standardisation", "width", "dropout", "stem"),
+  "vgg16": ("norm", "weight_standardisation", "pool", "width", "dropout", "head"),
+}
+MIN_SIZE = {"cnn": 8, "leaf_cnn": 6, "mlp": 1, "resnet18": 16, "vgg16": 32}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """What `build` needs to know.
+
+  Attributes:
+    name: cnn, leaf_cnn, mlp, resnet18 or vgg16.
+    num_classes: the number of logits.
+    image_shape: (height, width, channels) of one image.
+    norm: "group", "batch" or "none"; None means the model's own: group for cnn and resnet18, none for the others.
+    pool: "max" or "mean" pooling between blocks; mean is the one that costs nothing in encrypted inference.
+    weight_standardisation: standardise each convolution kernel (Qiao et al., arXiv 1903.10520); goes with group norm.
+    width: factor on the number of channels.
+    dropout: rate before the last dense layer (vgg16: in both hidden dense layers).
+    stem: resnet18's first layers: "7x7" (torchvision: stride 2, then a 3x3/2 pool; for 224 px), or for small images
+      "3x3/2" (stride 2, no pool) or "3x3" (stride 1, no pool).
+    head: vgg16's classifier: "dense" (torchvision: 7x7 mean pool, two dense layers of 4096) or, for small images,
+      "mean" (global mean pool).
+  """
+
+  name: str = "cnn"
+  num_classes: int = 3
+  image_shape: tuple[int, int, int] = (64, 64, 1)
+  norm: str | None = None
+  pool: str = "max"
+  weight_standardisation: bool = False
+  width: float = 1.0
+  dropout: float = 0.0
+  stem: str = "7x7"
+  head: str = "dense"
+
+
+class Model(NamedTuple):
+  """A classifier as two pure functions.
+
+  Attributes:
+    init: key -> (params, model_state).
+    apply: (params, model_state, images, *, train=False, key=None) -> (logits, new model_state); images float32
+      [B, H, W, C], logits float32 [B, L]. `train` makes BatchNorm use and track the batch's statistics and turns
+      dropout on, for which it needs a key.
+  """
+
+  init: Callable[[Key], tuple[Params, ModelState]]
+  apply: Callable[..., tuple[Array, ModelState]]
+
+
+def build(config: ModelConfig) -> Model:
+  """Returns the model that `config` describes.
+
+  Raises:
+    ValueError: for an unknown name or option, an option the model does not have, or an image too small for it.
+  """
+  _check(config)
+  module = _module(config)
+
+  def init(key: Key) -> tuple[Params, ModelState]:
+    variables = jax.jit(module.init)({"params": key}, jnp.zeros((1, *config.image_shape), jnp.float32))
+    return variables["params"], variables.get("batch_stats", {})
+
+  def apply(
+    params: Params, model_state: ModelState, images: Array, *, train: bool = False, key: Key | None = None
+  ) -> tuple[Array, ModelState]:
+    if images.ndim != 4 or images.shape[1:] != config.image_shape:
+      raise ValueError(
+        f"{config.name} was built for images [B, {', '.join(map(str, config.image_shape))}] but got "
+        f"{list(images.shape)}; resize the images or set ModelConfig.image_shape"
+      )
+    if images.dtype != jnp.float32:
+      raise ValueError(f"images must be float32, not {images.dtype}; convert uint8 with images.astype(float32) / 255")
+    if train and config.dropout > 0 and key is None:
+      raise ValueError(f"dropout={config.dropout} needs a key while training; pass apply(..., train=True, key=key)")
+    variables = {"params": params, "batch_stats": model_state} if model_state else {"params": params}
+    rngs = {} if key is None else {"dropout": key}
+    if not (train and model_state):
+      return cast(Array, module.apply(variables, images, train=train, rngs=rngs)), model_state
+    logits, updates = module.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+    return logits, updates["batch_stats"]
+
+  return Model(init, apply)
+
+
+def is_norm_parameter(path: Sequence[Any]) -> bool:
+  """Whether a path, as `jax.tree_util.tree_map_with_path` gives it, leads to a normalisation layer's parameter.
+
+  FedBN (Li et al., arXiv 2102.07623) keeps these at their site. True for scales and offsets of BatchNorm and GroupNorm
+  alike; everything in a model state is a statistic and is never asked about.
+  """
+  return any("norm" in str(getattr(entry, "key", entry)) for entry in path)
+
+
+def num_parameters(params: Params) -> int:
+  """The number of scalars in `params`; also takes the shapes that `jax.eval_shape` returns."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _check(config: ModelConfig) -> None:
+  name = config.name
+  if name not in OPTIONS:
+    raise ValueError(f"unknown model {name!r}; known models: {', '.join(OPTIONS)}")
+  for option, allowed in (
+    ("norm", (None, *NORMS)),
+    ("pool", POOLS),
+    ("stem", STEMS),
+    ("head", HEADS),
+    ("weight_standardisation", (False, True)),
+  ):
+    if getattr(config, option) not in allowed:
+      raise ValueError(f"{option}={getattr(config, option)!r} is not one of {allowed}")
+  for field in dataclasses.fields(config)[3:]:
+    if field.name not in OPTIONS[name] and getattr(config, field.name) != field.default:
+      raise ValueError(f"{name} has no option {field.name!r}; it has: {', '.join(OPTIONS[name]) or 'none'}")
+  if config.num_classes < 1:
+    raise ValueError(f"num_classes={config.num_classes} must be at least 1")
+  if not 0 <= config.dropout < 1:
+    raise ValueError(f"dropout={config.dropout} must lie in [0, 1)")
+  if not config.width > 0:
+    raise ValueError(f"width={config.width} must be positive")
+  if len(config.image_shape) != 3 or config.image_shape[2] < 1:
+    raise ValueError(f"image_shape={config.image_shape} must be (height, width, channels)")
+  if min(config.image_shape[:2]) < MIN_SIZE[name]:
+    raise ValueError(
+      f"{name} needs images of at least {MIN_SIZE[name]} x {MIN_SIZE[name]} pixels, not {config.image_shape[:2]}; "
+      "resize the images or choose cnn"
+    )
+
+
+def _module(config: ModelConfig) -> nn.Module:
+  norm = config.norm or ("group" if config.name in ("cnn", "resnet18") else "none")
+  match config.name:
+    case "cnn":
+      return CNN(config, norm)
+    case "leaf_cnn":
+      return LeafCNN(config.num_classes)
+    case "mlp":
+      return MLP(config.num_classes)
+    case "resnet18":
+      return ResNet18(config, norm)
+    case _:
+      return VGG16(config, norm)
+
+
+def _pool(x: Array, kind: str, window: int, stride: int, padding: int = 0) -> Array:
+  return (max_pool if kind == "max" else mean_pool)(x, window, stride, padding)
+
+
+def _widths(config: ModelConfig, *features: int) -> list[int]:
+  """Channels scaled by the width, in multiples of 8 so that groups and vector units divide them."""
+  return [max(8, 8 * round(n * config.width / 8)) for n in features]
+
+
+class Conv(nn.Module):
+  """A square convolution through `primia_jax.conv`; `padding` pixels of zeros on every side."""
+
+  features: int
+  size: int
+  stride: int = 1
+  padding: int = 0
+  use_bias: bool = True
+  weight_standardisation: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    shape = (self.size, self.size, x.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+    if self.weight_standardisation:
+      mean, var = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
+      kernel = (kernel - _last(mean, 4)) * _last(jax.lax.rsqrt(var * math.prod(shape[:3]) + 1e-5), 4)
+    x = conv(x, kernel, strides=(self.stride,) * 2, padding=((self.padding,) * 2,) * 2)
+    if self.use_bias:
+      x = x + _last(self.param("bias", nn.initializers.zeros, (self.features,)), 4)
+    return x
+
+
+def _last(v: Array, ndim: int) -> Array:
+  return v.reshape((1,) * (ndim - 1) + (-1,))
+
+
+class Norm(nn.Module):
+  """BatchNorm (arXiv 1502.03167), GroupNorm (arXiv 1803.08494; 32 groups at most) or, for "none", nothing.
+
+  Both normalise by sums over pixels alone and then scale and shift once, in one pass over the images.
+  """
+
+  kind: str
+  epsilon: float = 1e-5
+  momentum: float = 0.9
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    if self.kind == "none":
+      return x
+    batch, features = x.shape[0], x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (features,))
+    bias = self.param("bias", nn.initializers.zeros, (features,))
+    if self.kind == "group":
+      groups = math.gcd(32, features)
+      mean, square = (
+        v.mean((1, 2)).reshape(batch, groups, -1).mean(-1).repeat(features // groups, axis=1) for v in (x, x * x)
+      )
+      var = jnp.maximum(square - mean * mean, 0)
+    else:
+      running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,))
+      running_var = self.variable("batch_stats", "var", jnp.ones, (features,))
+      if train:
+        mean, square = x.mean((0, 1, 2)), (x * x).mean((0, 1, 2))
+        var = jnp.maximum(square - mean * mean, 0)
+        if not self.is_initializing():
+          running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+          running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
+      else:
+        mean, var = running_mean.value, running_var.value
+      mean, var = mean[None], var[None]
+    factor = jax.lax.rsqrt(var + self.epsilon) * scale[None]
+    return x * factor[:, None, None] + (bias[None] - mean * factor)[:, None, None]
+
+
+class CNN(nn.Module):
+  """Four blocks of convolution, norm, ReLU with pools between them, a global mean pool and a dense layer."""
+
+  config: ModelConfig
+  norm: str
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    config = self.config
+    for i, features in enumerate(_widths(config, 16, 32, 64, 128), start=1):
+      if i > 1:
+        x = _pool(x, config.pool, 2, 2)
+      x = Conv(features, 3, 1, 1, self.norm == "none", config.weight_standardisation, name=f"conv{i}")(x)
+      x = nn.relu(Norm(self.norm, name=f"norm{i}")(x, train))
+    x = nn.Dropout(config.dropout, deterministic=not train)(x.mean((1, 2)))
+    return nn.Dense(config.num_classes, name="head")(x)
+
+
+class LeafCNN(nn.Module):
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    x = nn.relu(Conv(32, 3, name="conv1")(x))
+    x = nn.relu(Conv(64, 3, name="conv2")(x))
+    x = _pool(x, "max", 2, 2)
+    x = nn.relu(nn.Dense(128, name="hidden")(x.reshape(x.shape[0], -1)))
+    return nn.Dense(self.num_classes, name="head")(x)
+
+
+class MLP(nn.Module):
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    x = nn.relu(nn.Dense(32, name="hidden")(x.reshape(x.shape[0], -1)))
+    return nn.Dense(self.num_classes, name="head")(x)
+
+
+class BasicBlock(nn.Module):
+  """Two 3x3 convolutions beside an identity, or beside a strided 1x1 convolution where the shape changes."""
+
+  features: int
+  stride: int
+  norm: str
+  weight_standardisation: bool
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    bias, standardise = self.norm == "none", self.weight_standardisation
+    y = Conv(self.features, 3, self.stride, 1, bias, standardise, name="conv1")(x)
+    y = nn.relu(Norm(self.norm, name="norm1")(y, train))
+    y = Conv(self.features, 3, 1, 1, bias, standardise, name="conv2")(y)
+    y = Norm(self.norm, name="norm2")(y, train)
+    if x.shape != y.shape:
+      x = Conv(self.features, 1, self.stride, 0, bias, standardise, name="downsample_conv")(x)
+      x = Norm(self.norm, name="downsample_norm")(x, train)
+    return nn.relu(x + y)
+
+
+class ResNet18(nn.Module):
+  """Four stages of two basic blocks; parameters are named after torchvision's."""
+
+  config: ModelConfig
+  norm: str
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    config = self.config
+    size, stride = {"7x7": (7, 2), "3x3": (3, 1), "3x3/2": (3, 2)}[config.stem]
+    widths = _widths(config, 64, 128, 256, 512)
+    bias, standardise = self.norm == "none", config.weight_standardisation
+    x = Conv(widths[0], size, stride, size // 2, bias, standardise, name="conv1")(x)
+    x = nn.relu(Norm(self.norm, name="norm1")(x, train))
+    if config.stem == "7x7":
+      x = _pool(x, config.pool, 3, 2, padding=1)
+    for stage, features in enumerate(widths, start=1):
+      for i in range(2):
+        block_stride = 2 if stage > 1 and i == 0 else 1
+        x = BasicBlock(features, block_stride, self.norm, standardise, name=f"layer{stage}_{i}")(x, train)
+    x = nn.Dropout(config.dropout, deterministic=not train)(x.mean((1, 2)))
+    return nn.Dense(config.num_classes, name="head")(x)
+
+
+class VGG16(nn.Module):
+  """Thirteen 3x3 convolutions in five blocks and a classifier; configuration D of the paper."""
+
+  config: ModelConfig
+  norm: str
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    config = self.config
+    for block, features in enumerate(_widths(config, 64, 128, 256, 512, 512), start=1):
+      for i in range(1, 3 if block <= 2 else 4):
+        x = Conv(features, 3, 1, 1, True, config.weight_standardisation, name=f"conv{block}_{i}")(x)
+        x = nn.relu(Norm(self.norm, name=f"norm{block}_{i}")(x, train))
+      x = _pool(x, config.pool, 2, 2)
+    if config.head == "mean":
+      x = nn.Dropout(config.dropout, deterministic=not train)(x.mean((1, 2)))
+    else:
+      x = _adaptive_mean_pool(x, 7).reshape(x.shape[0], -1)
+      for i, features in enumerate(_widths(config, 4096, 4096), start=1):
+        x = nn.relu(nn.Dense(features, name=f"hidden{i}")(x))
+        x = nn.Dropout(config.dropout, deterministic=not train)(x)
+    return nn.Dense(config.num_classes, name="head")(x)
+
+
+def _adaptive_mean_pool(x: Array, size: int) -> Array:
+  """Means over a size x size grid of bins from floor(i n / size) to ceil((i + 1) n / size), as PyTorch has it."""
+
+  def bins(n: int) -> Array:
+    rows = np.zeros((size, n), np.float32)
+    for i in range(size):
+      start, stop = i * n // size, -(-(i + 1) * n // size)
+      rows[i, start:stop] = 1 / (stop - start)
+    return jnp.asarray(rows)
+
+  if x.shape[1:3] == (size, size):
+    return x
+  return jnp.einsum("ih,jw,bhwc->bijc", bins(x.shape[1]), bins(x.shape[2]), x)

@@ -1,0 +1,288 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn import metrics as sk
+
+from primia_jax import local
+from primia_jax.types import Batch
+
+D, L = 6, 3
+
+
+def apply_fn(params, model_state, images, train=False, key=None):
+  return images.reshape(images.shape[0], -1) @ params["w"] + params["b"][None], model_state
+
+
+def as_stored(key, images, targets):
+  return images, targets
+
+
+def data(num_rows, seed=0):
+  rng = np.random.default_rng(seed)
+  images = rng.normal(size=(num_rows, D, 1, 1)).astype(np.float32)
+  return images, rng.integers(0, L, num_rows).astype(np.int32)
+
+
+def start(seed=1):
+  return {"w": jnp.asarray(np.random.default_rng(seed).normal(size=(D, L)), jnp.float32), "b": jnp.zeros(L)}
+
+
+def softmax(z):
+  e = np.exp(z - z.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+def joined(batches):
+  return [example for batch in batches for example in batch]
+
+
+def order_of(rounds, n, work, seed=3):
+  """The examples of every step that a site takes, round after round."""
+  draw = jax.jit(functools.partial(local.draw_batches, work=work))
+  taken = []
+  for r in range(rounds):
+    index, num_steps = draw(jax.random.key(seed), jnp.int32(r), jnp.int32(n))
+    assert index.shape == (work.max_steps, work.batch_size)
+    assert index.dtype == jnp.int32
+    assert np.all(np.asarray(index)[int(num_steps) :] == -1)  # nothing after the last step
+    taken += [row[row >= 0].tolist() for row in np.asarray(index)[: int(num_steps)]]
+  return taken
+
+
+@pytest.mark.parametrize(("n", "batch_size", "epochs"), [(20, 4, 1), (13, 4, 2), (7, 4, 3), (5, 8, 2), (1, 4, 2)])
+def test_each_epoch_visits_every_example_once(n, batch_size, epochs):
+  work = local.Work(batch_size=batch_size, max_examples=20, epochs=epochs)
+  taken, batches = order_of(3, n, work), -(-n // batch_size)
+  assert len(taken) == 3 * epochs * batches
+  epochs_seen = [joined(taken[i : i + batches]) for i in range(0, len(taken), batches)]
+  assert all(sorted(epoch) == list(range(n)) for epoch in epochs_seen)
+  assert all(len(batch) == batch_size for i, batch in enumerate(taken) if (i + 1) % batches)  # only the last is short
+  assert n < 5 or len({tuple(epoch) for epoch in epochs_seen}) == len(epochs_seen)  # each in an order of its own
+
+
+@pytest.mark.parametrize(
+  ("n", "batch_size", "steps"), [(20, 4, 3), (13, 4, 7), (7, 4, 1), (5, 4, 9), (4, 4, 5), (20, 4, 5)]
+)
+def test_steps_go_on_across_epochs_and_rounds(n, batch_size, steps):
+  work = local.Work(batch_size=batch_size, max_examples=20, min_examples=4, epochs=None, steps=steps)
+  rounds, batches = 8, -(-n // batch_size)
+  taken = order_of(rounds, n, work)
+  assert len(taken) == rounds * steps
+  whole = len(taken) // batches * batches
+  for i in range(0, whole, batches):
+    assert sorted(joined(taken[i : i + batches])) == list(range(n))
+  rest = joined(taken[whole:])
+  assert len(set(rest)) == len(rest)
+
+
+def test_rounds_may_be_cut_anywhere():
+  """The same steps in one round or in many: the order depends on the site's key and the step only."""
+  cut = lambda steps: local.Work(batch_size=4, max_examples=20, min_examples=4, epochs=None, steps=steps)
+  assert order_of(2, 13, cut(6)) == order_of(6, 13, cut(2))
+  assert order_of(1, 13, cut(8), seed=4) != order_of(1, 13, cut(8), seed=5)
+
+
+def test_late_rounds_do_not_overflow():
+  work = local.Work(batch_size=1, max_examples=3000, epochs=5)  # 15,000 steps a round: 2^31 of them by round 143,166
+  index, _ = jax.jit(functools.partial(local.draw_batches, work=work))(
+    jax.random.key(0), jnp.int32(200_000), jnp.int32(3000)
+  )
+  assert np.array_equal(np.sort(np.asarray(index)[:, 0]), np.repeat(np.arange(3000), 5))
+
+
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    {"epochs": 1, "steps": 1},
+    {"epochs": None},
+    {"batch_size": 0},
+    {"epochs": 0},
+    {"epochs": None, "steps": -1},
+    {"min_examples": 21},
+    {"max_examples": 0},
+  ],
+)
+def test_impossible_work_is_refused(wrong):
+  with pytest.raises(ValueError, match="|".join(wrong)):
+    local.Work(**({"batch_size": 4, "max_examples": 20} | wrong))
+
+
+def test_same_steps_and_max_steps():
+  assert local.Work(4, 20, epochs=2).max_steps == 10
+  assert local.Work(4, 20, epochs=None, steps=7).max_steps == 7
+  assert local.Work(4, 20, min_examples=17).same_steps
+  assert not local.Work(4, 20, min_examples=16).same_steps
+  assert local.Work(4, 20, epochs=None, steps=7).same_steps
+
+
+def test_gather_gives_padding_no_weight():
+  images, labels = data(5)
+  index, classes = jnp.asarray([3, 0, -1], jnp.int32), np.array([0.5, 2.0, 1.0], np.float32)
+  for class_weights, want in ((None, [1, 1, 0]), (jnp.asarray(classes), [*classes[labels[[3, 0]]], 0])):
+    batch = local.gather(jnp.asarray(images), jnp.asarray(labels), index, class_weights)
+    assert np.array_equal(batch.weights, want)
+    assert np.array_equal(batch.images[:2], images[[3, 0]])
+    assert np.array_equal(batch.labels[:2], labels[[3, 0]])
+
+
+def recipe(work, schedule=lambda t: 0.1, optimizer=optax.sgd, **kwargs):
+  loss = local.classification_loss(apply_fn, as_stored, L, **kwargs)
+  return local.Recipe(local.gradients(loss), optimizer, schedule, work)
+
+
+def by_hand(params, images, labels, batches, rates, momentum=0.0, classes=(1.0, 1.0, 1.0)):
+  """Softmax regression by (heavy-ball) gradient descent, in float64."""
+  w, b = (np.asarray(params[k], np.float64) for k in ("w", "b"))
+  vw, vb = np.zeros_like(w), np.zeros_like(b)
+  loss = correct = count = 0
+  for batch, rate in zip(batches, rates, strict=True):
+    x, y = images[batch].reshape(len(batch), D).astype(np.float64), np.eye(L)[labels[batch]]
+    p = softmax(x @ w + b)
+    each = np.asarray(classes)[labels[batch]][:, None]
+    loss += -np.sum(each * y * np.log(p))
+    correct += np.sum(p.argmax(1) == labels[batch])
+    count += len(batch)
+    slope = each * (p - y) / len(batch)
+    vw, vb = momentum * vw + x.T @ slope, momentum * vb + slope.sum(0)
+    w, b = w - rate * vw, b - rate * vb
+  return {"w": w, "b": b}, (loss, correct, count)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("n", "classes"), [(20, None), (13, (0.5, 2.0, 1.25))])
+def test_training_equals_the_loop_written_by_hand(n, classes, momentum):
+  images, labels = data(20)
+  work = local.Work(batch_size=4, max_examples=20, epochs=2)
+  schedule = lambda t: 0.3 * 0.8**t
+  optimizer = functools.partial(optax.sgd, momentum=momentum or None)
+  made = recipe(work, schedule, optimizer)
+  opt_state, round_index = made.optimizer(jnp.float32(0)).init(start()), jnp.int32(2)
+  keys = jax.random.key(3), jax.random.key(4)
+  args = (start(), {}, opt_state, jnp.asarray(images), jnp.asarray(labels), jnp.int32(n), round_index, *keys)
+  trained = jax.jit(local.train(made))(*args, None if classes is None else jnp.asarray(classes))
+  index, num_steps = local.draw_batches(keys[0], round_index, jnp.int32(n), work)
+  batches = [row[row >= 0] for row in np.asarray(index)[: int(num_steps)]]
+  rates = [schedule(2 + t / int(num_steps)) for t in range(int(num_steps))]
+  want, sums = by_hand(start(), images, labels, batches, rates, momentum, classes or (1.0, 1.0, 1.0))
+  assert int(trained.num_steps) == len(batches) == 2 * -(-n // 4)
+  np.testing.assert_allclose(trained.rate_sum, sum(rates), rtol=1e-6)
+  np.testing.assert_allclose(trained.metrics, sums, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), trained.params, want)
+
+
+def test_rows_beyond_the_sites_examples_change_nothing():
+  images, labels = data(20)
+  poisoned = images.copy()
+  poisoned[13:] = np.nan
+  run = jax.jit(local.train(recipe(local.Work(4, 20, epochs=2))))
+  args = lambda x: (start(), {}, optax.sgd(0.1).init(start()), jnp.asarray(x), jnp.asarray(labels), jnp.int32(13))
+  rest = (jnp.int32(0), jax.random.key(0), jax.random.key(1))
+  clean, dirty = run(*args(images), *rest), run(*args(poisoned), *rest)
+  assert np.array_equal(clean.params["w"], dirty.params["w"])
+  assert clean.metrics.num_examples == 26
+
+
+@jax.numpy_dtype_promotion("standard")  # optax's Adam raises a float to an int32 power
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_schedule_advances_whether_the_optimiser_keeps_its_state_or_not(keep):
+  images, labels = data(20)
+  rates = []
+  for optimizer in (optax.sgd, optax.adam, functools.partial(optax.sgd, momentum=0.9)):
+    made = recipe(local.Work(4, 20, epochs=1), lambda t: 1.0 / (1.0 + t), optimizer)
+    run, opt_state = jax.jit(local.train(made)), made.optimizer(jnp.float32(0)).init(start())
+    sums = []
+    for r in range(3):
+      state = opt_state if keep else made.optimizer(jnp.float32(0)).init(start())
+      data_args = jnp.asarray(images), jnp.asarray(labels), jnp.int32(20), jnp.int32(r)
+      trained = run(start(), {}, state, *data_args, jax.random.key(0), jax.random.key(r))
+      opt_state = trained.opt_state
+      sums.append(float(trained.rate_sum))
+    rates.append(sums)
+    count = [int(c) for c in jax.tree.leaves(opt_state) if c.dtype == jnp.int32]
+    assert count in ([], [15 if keep else 5])  # Adam's own count tells whether the state was kept
+  want = [sum(1 / (1 + r + t / 5) for t in range(5)) for r in range(3)]
+  np.testing.assert_allclose(rates, [want] * 3, rtol=1e-6)
+
+
+def test_correct_changes_the_gradient_before_the_optimiser():
+  images, labels = data(20)
+  made = recipe(local.Work(4, 20))
+  halt = local.train(made, lambda grads, params: jax.tree.map(jnp.zeros_like, grads))
+  args = (jnp.asarray(images), jnp.asarray(labels), jnp.int32(20), jnp.int32(0), jax.random.key(0), jax.random.key(1))
+  trained = jax.jit(halt)(start(), {}, optax.sgd(0.1).init(start()), *args)
+  jax.tree.map(np.testing.assert_array_equal, trained.params, start())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_classification_loss_and_its_gradient(smoothing):
+  images, labels = data(6)
+  weights = np.array([1, 0.5, 0, 1, 0, 2], np.float32)
+  loss_fn = local.classification_loss(apply_fn, as_stored, L, label_smoothing=smoothing)
+  batch = Batch(*map(jnp.asarray, (images, labels, weights)))
+  (loss, (state, sums)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    start(), {"untouched": jnp.ones(2)}, batch, jax.random.key(0)
+  )
+  x, p0 = images.reshape(6, D).astype(np.float64), jax.tree.map(lambda a: np.asarray(a, np.float64), start())
+  targets = (1 - smoothing) * np.eye(L)[labels] + smoothing / L
+  p = softmax(x @ p0["w"] + p0["b"])
+  total = np.sum(-weights * np.sum(targets * np.log(p), axis=1))
+  np.testing.assert_allclose(loss, total / 4, rtol=1e-6)  # four examples count
+  np.testing.assert_allclose(sums, (total, np.sum((p.argmax(1) == labels)[weights > 0]), 4), rtol=1e-6)
+  slope = weights[:, None] * (p - targets) / 4
+  np.testing.assert_allclose(grads["w"], x.T @ slope, atol=1e-6)
+  np.testing.assert_allclose(grads["b"], slope.sum(0), atol=1e-6)
+  assert np.array_equal(state["untouched"], [1, 1])
+
+
+def test_an_empty_batch_has_no_loss_and_no_gradient():
+  images, labels = data(4)
+  loss_fn = local.classification_loss(apply_fn, as_stored, L)
+  batch = Batch(jnp.asarray(images), jnp.asarray(labels), jnp.zeros(4))
+  (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(start(), {}, batch, jax.random.key(0))
+  assert loss == 0
+  assert all(not np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_prepare_and_model_get_different_keys_and_prepare_may_mix_targets():
+  seen = []
+
+  def model(params, state, images, train, key):
+    seen.append(key)
+    assert train
+    return apply_fn(params, state, images)
+
+  def mix(key, images, targets):
+    seen.append(key)
+    return images[::-1], targets[::-1]
+
+  images, labels = data(4)
+  loss, _ = local.classification_loss(model, mix, L)(
+    start(), {}, Batch(jnp.asarray(images), jnp.asarray(labels), jnp.ones(4)), jax.random.key(0)
+  )
+  plain, _ = local.classification_loss(apply_fn, as_stored, L)(
+    start(), {}, Batch(jnp.asarray(images), jnp.asarray(labels), jnp.ones(4)), jax.random.key(0)
+  )
+  np.testing.assert_allclose(loss, plain, rtol=1e-6)
+  assert not np.array_equal(*map(jax.random.key_data, seen))
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_impossible_smoothing_is_refused(smoothing):
+  with pytest.raises(ValueError, match="label_smoothing"):
+    local.classification_loss(apply_fn, as_stored, L, label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(20, 8), (13, 4), (16, 16), (1, 8), (20, 64)])
+def test_count_errors_against_scikit_learn(n, batch_size):
+  images, labels = data(20)
+  run = jax.jit(local.count_errors(apply_fn, lambda images: images, L, batch_size))
+  got = run(start(), {}, jnp.asarray(images), jnp.asarray(labels), jnp.int32(n))
+  p0 = jax.tree.map(np.asarray, start())
+  p = softmax(images[:n].reshape(n, D).astype(np.float64) @ p0["w"] + p0["b"])
+  want = sk.confusion_matrix(labels[:n], p.argmax(1), labels=range(L))
+  np.testing.assert_array_equal(got["confusion"], want)
+  np.testing.assert_allclose(got["loss"], n * sk.log_loss(labels[:n], p, labels=range(L)), rtol=1e-5)

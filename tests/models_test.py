@@ -1,0 +1,195 @@
+"""Shapes, parameter counts, modes, normalisation against textbook formulas, and that every model learns."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from primia_jax.models import ModelConfig, Norm, build, is_norm_parameter, num_parameters
+
+SMALL = [
+  ModelConfig("cnn", 3, (16, 20, 1)),
+  ModelConfig("cnn", 3, (16, 16, 3), norm="batch", pool="mean", dropout=0.5),
+  ModelConfig("cnn", 2, (8, 8, 1), norm="none", weight_standardisation=True, width=0.5),
+  ModelConfig("leaf_cnn", 10, (12, 12, 1)),
+  ModelConfig("mlp", 4, (5, 6, 1)),
+  ModelConfig("resnet18", 3, (32, 32, 1), width=0.125),
+  ModelConfig("resnet18", 3, (16, 16, 3), norm="batch", stem="3x3", width=0.125),
+  ModelConfig("resnet18", 3, (32, 32, 1), stem="3x3/2", pool="mean", weight_standardisation=True, width=0.125),
+  ModelConfig("vgg16", 3, (32, 32, 1), norm="group", head="mean", width=0.125, dropout=0.1),
+  ModelConfig("vgg16", 3, (32, 40, 3), norm="batch", width=0.02),
+]
+
+
+def name_of(config):
+  return "-".join(str(v) for v in dataclasses.astuple(config))
+
+
+def images(config, batch=4, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, *config.image_shape)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+  ("config", "count"),
+  [
+    (ModelConfig("leaf_cnn", 10, (28, 28, 1)), 1_199_882),
+    (ModelConfig("mlp", 10, (28, 28, 1)), 784 * 32 + 32 + 320 + 10),
+    (ModelConfig("resnet18", 1000, (224, 224, 3), norm="batch"), 11_689_512),
+    (ModelConfig("vgg16", 1000, (224, 224, 3)), 138_357_544),
+    (ModelConfig("vgg16", 1000, (224, 224, 3), norm="batch"), 138_365_992),
+  ],
+)
+def test_published_parameter_counts(config, count):
+  params, _ = jax.eval_shape(build(config).init, jax.random.key(0))
+  assert num_parameters(params) == count
+
+
+@pytest.mark.parametrize("config", SMALL, ids=name_of)
+def test_shapes_and_state(config):
+  model = build(config)
+  params, state = model.init(jax.random.key(0))
+  assert bool(state) == (config.norm == "batch")
+  logits, same = model.apply(params, state, images(config))
+  assert logits.shape == (4, config.num_classes)
+  assert logits.dtype == jnp.float32
+  assert same is state
+  trained, new_state = jax.jit(functools.partial(model.apply, train=True))(
+    params, state, images(config), key=jax.random.key(1)
+  )
+  assert bool(jnp.isfinite(trained).all())
+  assert jax.tree.structure(new_state) == jax.tree.structure(state)
+  assert all(bool((a != b).any()) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True))
+
+
+@pytest.mark.parametrize("config", SMALL, ids=name_of)
+def test_one_batch_can_be_learnt(config):
+  config = dataclasses.replace(config, dropout=0.0)
+  model = build(config)
+  x, labels = images(config, 6), jnp.arange(6) % config.num_classes
+
+  def loss(params, state):
+    logits, state = model.apply(params, state, x, train=True)
+    return -(jax.nn.log_softmax(logits) * jax.nn.one_hot(labels, config.num_classes)).sum(-1).mean(), state
+
+  def step(carry, _):
+    (params, state, velocity) = carry
+    (value, state), gradient = jax.value_and_grad(loss, has_aux=True)(params, state)
+    velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient)
+    return (jax.tree.map(lambda p, v: p - 0.01 * v, params, velocity), state, velocity), value
+
+  params, state = model.init(jax.random.key(2))
+  carry = (params, state, jax.tree.map(jnp.zeros_like, params))
+  losses = jax.jit(lambda carry: lax.scan(step, carry, None, length=25)[1])(carry)
+  assert losses[-1] < 0.5 * losses[0]
+
+
+def test_sites_agree_between_vmap_and_loop():
+  config = ModelConfig("resnet18", 3, (16, 16, 1), stem="3x3/2", width=0.125)
+  model = build(config)
+  x = jnp.stack([images(config, 2, seed) for seed in range(3)])
+  params, _ = jax.vmap(model.init)(jax.random.split(jax.random.key(3), 3))
+  gradient = jax.grad(lambda params, x: (model.apply(params, {}, x, train=True)[0] ** 2).sum())
+  together = jax.jit(jax.vmap(gradient))(params, x)
+  for i in range(3):
+    alone = jax.jit(gradient)(jax.tree.map(lambda p, i=i: p[i], params), x[i])
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+      np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("features", [4, 48, 64])
+def test_group_norm_equals_flax(features):
+  x = jnp.asarray(np.random.default_rng(1).normal(2, 3, (3, 5, 4, features)), jnp.float32)
+  ours, theirs = Norm("group"), nn.GroupNorm(num_groups=int(np.gcd(32, features)), epsilon=1e-5)
+  rng = np.random.default_rng(2)
+  params = {k: jnp.asarray(rng.normal(size=features), jnp.float32) for k in ("scale", "bias")}
+
+  def run(module, *args):
+    return jax.value_and_grad(lambda x, p: (module.apply({"params": p}, x, *args) ** 3).sum(), argnums=(0, 1))(
+      x, params
+    )
+
+  for a, b in zip(jax.tree.leaves(run(ours, True)), jax.tree.leaves(run(theirs)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def test_batch_norm_tracks_and_uses_statistics():
+  x = np.random.default_rng(3).normal(2, 3, (4, 5, 6, 8)).astype(np.float32)
+  norm = Norm("batch")
+  variables = norm.init(jax.random.key(0), jnp.asarray(x), True)
+  y, updates = norm.apply(variables, jnp.asarray(x), True, mutable=["batch_stats"])
+  mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+  np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.1 * mean, rtol=1e-4)
+  np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * var, rtol=1e-4)
+  evaluated = norm.apply(
+    {**variables, "batch_stats": {"mean": jnp.ones(8), "var": jnp.full(8, 4.0)}}, jnp.asarray(x), False
+  )
+  np.testing.assert_allclose(evaluated, (x - 1) / np.sqrt(4 + 1e-5), rtol=1e-4, atol=1e-5)
+
+
+def test_standardised_kernels_ignore_scale_and_offset():
+  config = ModelConfig("cnn", 3, (8, 8, 1), norm="none", weight_standardisation=True)
+  model = build(config)
+  params, state = model.init(jax.random.key(4))
+  moved = jax.tree_util.tree_map_with_path(
+    lambda path, p: 3 * p + 0.5 if path[-1].key == "kernel" and path[0].key.startswith("conv") else p, params
+  )
+  x = images(config)
+  np.testing.assert_allclose(model.apply(params, state, x)[0], model.apply(moved, state, x)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_dropout_draws_from_the_key_only_while_training():
+  config = ModelConfig("cnn", 3, (8, 8, 1), dropout=0.5)
+  model = build(config)
+  params, state = model.init(jax.random.key(5))
+  x = images(config)
+  run = functools.partial(model.apply, params, state, x, train=True)
+  same, again, other = (run(key=jax.random.key(k))[0] for k in (1, 1, 2))
+  assert (same == again).all()
+  assert (same != other).any()
+  assert (model.apply(params, state, x)[0] == model.apply(params, state, x, key=jax.random.key(1))[0]).all()
+  with pytest.raises(ValueError, match=r"dropout=0\.5 needs a key"):
+    run()
+
+
+def test_norm_parameters_are_told_apart():
+  config = ModelConfig("resnet18", 3, (16, 16, 1), width=0.125)
+  params, _ = jax.eval_shape(build(config).init, jax.random.key(0))
+  chosen = [p for p, _ in jax.tree_util.tree_leaves_with_path(params) if is_norm_parameter(p)]
+  assert len(chosen) == 2 * 20  # scale and offset of torchvision's twenty norms
+  assert {path[-1].key for path in chosen} == {"scale", "bias"}
+  assert is_norm_parameter(("layer1_0", "norm1", "scale"))
+  assert not is_norm_parameter(("layer1_0", "conv1", "kernel"))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"name": "resnet50"}, "unknown model 'resnet50'; known models: cnn, leaf_cnn, mlp, resnet18, vgg16"),
+    ({"norm": "layer"}, "norm='layer' is not one of"),
+    ({"name": "leaf_cnn", "norm": "batch"}, "leaf_cnn has no option 'norm'"),
+    ({"name": "cnn", "stem": "3x3"}, "cnn has no option 'stem'"),
+    ({"name": "vgg16", "image_shape": (16, 16, 1)}, "vgg16 needs images of at least 32 x 32"),
+    ({"image_shape": (64, 64)}, r"must be \(height, width, channels\)"),
+    ({"num_classes": 0}, "num_classes=0"),
+    ({"dropout": 1.0}, "dropout=1.0"),
+    ({"width": 0.0}, "width=0.0"),
+  ],
+)
+def test_bad_configurations_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    build(ModelConfig(**changes))
+
+
+def test_bad_images_are_refused():
+  model = build(ModelConfig("mlp", 3, (8, 8, 1)))
+  params, state = model.init(jax.random.key(0))
+  with pytest.raises(ValueError, match=r"images \[B, 8, 8, 1\] but got \[2, 8, 8, 3\]"):
+    model.apply(params, state, jnp.zeros((2, 8, 8, 3)))
+  with pytest.raises(ValueError, match="must be float32, not uint8"):
+    model.apply(params, state, jnp.zeros((2, 8, 8, 1), jnp.uint8))
