@@ -28,8 +28,12 @@ def apply_fn(params, model_state, images, train=False, key=None):
   return logits, jax.tree.map(lambda m: 0.9 * m + 0.1 * jnp.mean(images), model_state)
 
 
+def augment(key, images, targets):
+  return images + 0.1 * jax.random.normal(key, images.shape, images.dtype), targets
+
+
 def recipe(rate=0.1, momentum=0.9, work=WORK):
-  loss = local.classification_loss(apply_fn, lambda key, images, targets: (images, targets), L)
+  loss = local.classification_loss(apply_fn, augment, L)
   optimizer = functools.partial(optax.sgd, momentum=momentum or None)
   return local.Recipe(local.gradients(loss), optimizer, lambda t: rate, work)
 
@@ -44,10 +48,10 @@ def secure(**kwargs):
 
 
 @functools.cache
-def fedavg(aggregator="secure", placement="scan", **kwargs):
+def fedavg(aggregator="secure", placement="scan"):
   """One compiled federated algorithm for many tests."""
   chosen = {"secure": secure, "clear": fed.in_the_clear}[aggregator]()
-  return fed.federated(algorithms.fedavg(recipe(), **kwargs), chosen, sites.parse_placement(placement))
+  return fed.federated(algorithms.fedavg(recipe(), keep_optimizer=True), chosen, sites.parse_placement(placement))
 
 
 def play(f, rounds=2, ids=IDS, loader=None, dealer=DEALER, state=None, model_state=None):
@@ -69,8 +73,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("placement", ["loop", "vmap", "chunk=2", "mesh"])
 def test_every_placement_trains_the_same_model(placement):
-  state, infos = play(fedavg(placement=placement, keep_optimizer=True))
-  want, want_infos = play(fedavg(keep_optimizer=True))
+  state, infos = play(fedavg(placement=placement))
+  want, want_infos = play(fedavg())
   assert distance((state, infos), (want, want_infos)) < 1e-6
 
 
@@ -78,8 +82,7 @@ def test_secure_and_clear_sums_agree_within_the_stated_bound():
   (masked, _), (clear, _) = play(fedavg(), 1), play(fedavg("clear"), 1)
   config = secagg.secure_sum(S, num_peers=2)
   weight = NUM.sum() / N
-  # The sums of the weighted updates and of the weights are each off by the bound at most; |x| <= 1 below.
-  assert distance(clear.params, 0 * jax.tree.leaves(clear.params)[0][0, 0]) <= 1 if False else True
+  # The sums of the weighted updates and of the weights are each off by the bound at most.
   largest = max(float(jnp.max(jnp.abs(a))) for a in jax.tree.leaves(clear.params))
   bound = config.error_bound * (1 + largest) / (weight - config.error_bound)
   assert 0 < distance(masked.params, clear.params) <= bound + 2**-22 * largest
@@ -91,7 +94,7 @@ def test_the_result_does_not_depend_on_the_masks():
 
 
 def test_step_is_pure_and_a_run_can_be_resumed_anywhere():
-  f = fedavg(keep_optimizer=True)
+  f = fedavg()
   whole, _ = play(f, 4)
   half, _ = play(f, 2)
   leaves, structure = jax.tree.flatten(half)
@@ -103,12 +106,12 @@ def test_step_is_pure_and_a_run_can_be_resumed_anywhere():
 
 
 def test_randomness_goes_by_site_number_and_not_by_position():
-  f = fedavg("clear", keep_optimizer=True)
+  f = fedavg("clear")
   order = np.array([3, 0, 4, 2, 1])
   assert distance(play(f, ids=order), play(f)) < 1e-6
 
 
-@pytest.mark.parametrize("piece", [1, 2, 5, 9])
+@pytest.mark.parametrize("piece", [2, 9])
 def test_streamed_pieces_equal_all_at_once(piece):
   asked = []
 
@@ -116,10 +119,13 @@ def test_streamed_pieces_equal_all_at_once(piece):
     asked.append(list(ids))
     return load(ids)
 
-  f = fedavg(keep_optimizer=True)
+  f = fedavg()
   streamed, _ = play(f, 1, loader=fed.Loader(watched, piece))
   assert distance(streamed, play(f, 1)[0]) < 1e-6
   assert asked == [list(range(S))[i : i + piece] for i in range(0, S, piece)]
+
+
+TRAIN = jax.jit(local.train(recipe()))
 
 
 def by_hand(i, params, round_index, opt_state=None):
@@ -129,7 +135,7 @@ def by_hand(i, params, round_index, opt_state=None):
   steps = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(KEY, fed.STEPS), round_index), i)
   opt_state = made.optimizer(jnp.float32(0)).init(params) if opt_state is None else opt_state
   data = jnp.asarray(IMAGES[i]), jnp.asarray(LABELS[i]), jnp.int32(NUM[i])
-  return jax.jit(local.train(made))(params, {}, opt_state, *data, jnp.int32(round_index), order, steps)
+  return TRAIN(params, {}, opt_state, *data, jnp.int32(round_index), order, steps)
 
 
 def test_one_site_alone_is_plain_training():
@@ -183,7 +189,7 @@ def test_a_round_with_a_number_out_of_range_is_not_applied(bad):
   """Nothing but the round's number changes: it is never used again, so that no mask is used twice."""
   images = IMAGES.copy()
   images[[1, 3]] = bad
-  f = fedavg(keep_optimizer=True)
+  f = fedavg()
   before, _ = play(f, 1)
   after, infos = play(f, 1, loader=fed.Loader(functools.partial(load, images=images)), state=before)
   assert infos[0].out_of_range == 2
@@ -229,12 +235,11 @@ def test_no_two_uses_share_a_key():
   assert len({fed.TRAINING, fed.EVALUATION, fed.COUNTING}) == 3
 
 
-@pytest.mark.parametrize("placement", ["scan", "mesh"])
-def test_a_robust_rule_sees_each_message_and_survives_garbage(placement):
+def test_a_robust_rule_sees_each_message_and_survives_garbage():
   images = IMAGES.copy()
   images[2] *= 1e6
   made = algorithms.fedavg(recipe(), weighting="uniform")
-  f = fed.federated(made, fed.by_rule("median", robust.median()), sites.parse_placement(placement))
+  f = fed.federated(made, fed.by_rule("median", robust.median()), sites.parse_placement("mesh"))
   state, infos = play(f, 1, loader=fed.Loader(functools.partial(load, images=images)))
   honest = [by_hand(i, start(), 0).params for i in (0, 1, 3, 4)]
   for leaf, values in zip(jax.tree.leaves(state.params), zip(*map(jax.tree.leaves, honest), strict=True), strict=True):
@@ -274,7 +279,7 @@ def test_unsound_pairs_are_refused():
   ],
 )
 def test_impossible_sites_are_refused(ids, told):
-  f = fedavg(keep_optimizer=True)
+  f = fedavg()
   with pytest.raises(ValueError, match=told):
     f.step(KEY, f.init(start(), {}, S), np.array(ids), fed.Loader(load), DEALER)
 
@@ -288,7 +293,7 @@ def test_loaders_that_break_their_word_are_refused():
     f.step(KEY, state, IDS, fed.Loader(lambda ids: load(ids[::-1])), DEALER)
 
 
-@pytest.mark.parametrize(("placement", "num_sites"), [("scan", 5), ("vmap", 5), ("mesh", 5), ("mesh", 4)])
+@pytest.mark.parametrize(("placement", "num_sites"), [("scan", 5), ("mesh", 4)])
 def test_a_run_compiles_in_its_first_round_and_never_again(placement, num_sites):
   aggregator = fed.securely(secagg.secure_sum(num_sites))
   algorithm = algorithms.fedavg(recipe(), keep_optimizer=True)
@@ -331,7 +336,9 @@ def test_only_the_masked_message_crosses_devices():
 def test_a_wide_ring_under_x64():
   with jax.enable_x64(True):
     f = fed.federated(
-      algorithms.fedavg(recipe()), fed.securely(secagg.secure_sum(S, num_bits=64)), sites.parse_placement("scan")
+      algorithms.fedavg(recipe(), keep_optimizer=True),
+      fed.securely(secagg.secure_sum(S, num_bits=64)),
+      sites.parse_placement("scan"),
     )
     state, infos = play(f)
     assert infos[-1].out_of_range == 0

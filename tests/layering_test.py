@@ -1,0 +1,136 @@
+"""Imports run downwards only; read with `ast`, so that an import inside a function counts too."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "primia_jax"
+# What each module may import from the package. A new module must be entered here.
+LEAF = {"types"}
+LAYERS = {
+  "types": set(),
+  "native": {"types"},
+  "ring": {"types"},
+  "sites": {"types"},
+  "conv": {"types"},
+  "prng": {"types", "native"},
+  "local": {"types"},
+  "robust": {"types"},
+  "secagg": {"types", "ring", "prng"},
+  "federated": {"types", "sites", "secagg"},
+  "algorithms": {"types", "local", "federated"},
+  "metrics": LEAF,
+  "pretrained": LEAF,
+  "models": LEAF | {"conv"},
+  "data": LEAF,
+}
+# Who alone may import a package, however it is imported; an empty set stands for nobody in primia_jax.
+ALONE = {
+  "flax": {"models"},
+  "tensorflow_datasets": {"data.tfds"},
+  "pydicom": {"data.dicom"},
+  "safetensors": {"pretrained"},
+  "PIL": {"data"},
+  "sklearn": {"metrics"},
+  "absl": set(),
+  "experiments": set(),
+  "benchmarks": set(),
+  "tensorflow": set(),
+  "torch": set(),
+  "torchvision": set(),
+  "matplotlib": set(),
+  "orbax": set(),
+  "tensorboardX": set(),
+  "tqdm": set(),
+}
+
+
+def name_of(path: pathlib.Path) -> str:
+  return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
+
+
+def imported(source: str, module: str) -> list[str]:
+  """Every module that a source text imports, written out in full; `from a import b` gives a.b."""
+  names = []
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      names += [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      above = ["primia_jax", *module.split(".")][: -node.level] if node.level else []
+      names += [".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names]
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+      assert isinstance(node.args[0], ast.Constant), f"{module} imports a name that cannot be read"
+      names.append(node.args[0].value)
+  return names
+
+
+def breaches(source: str, module: str) -> list[str]:
+  layer, found = module.split(".")[0], []
+  for name in imported(source, module):
+    top, *rest = name.split(".")
+    if top == "primia_jax":
+      target = rest[0] if rest else ""
+      if target not in LAYERS[layer] | {layer}:
+        found.append(f"{module} imports {name}")
+    elif top in ALONE and not {layer, module} & ALONE[top]:
+      found.append(f"{module} imports {name}")
+    if any(part.startswith("_") and not part.startswith("__") for part in name.split(".")):
+      found.append(f"{module} imports the private {name}")
+  return found
+
+
+def test_every_module_has_its_place():
+  assert {module.split(".")[0] for module in MODULES} == set(LAYERS)
+
+
+def test_the_layers_have_no_cycle():
+  done: set[str] = set()
+  while ready := {layer for layer, below in LAYERS.items() if layer not in done and below <= done}:
+    done |= ready
+  assert done == set(LAYERS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_downwards_only(module):
+  assert breaches(MODULES[module].read_text(), module) == []
+
+
+@pytest.mark.parametrize(
+  ("module", "source"),
+  [
+    ("ring", "from primia_jax import secagg"),
+    ("local", "def f():\n  import primia_jax.sites"),
+    ("secagg", "from . import federated"),
+    ("metrics", "from primia_jax.models import build"),
+    ("data.folder", "from ..metrics import accuracy"),
+    ("data.folder", "from primia_jax import local"),
+    ("local", "from flax import linen as nn"),
+    ("federated", "from absl import flags"),
+    ("data.npz", "import tensorflow_datasets as tfds"),
+    ("data.tfds", "import tensorflow as tf"),
+    ("algorithms", "import importlib\nimportlib.import_module('flax.linen')"),
+    ("sites", "from jax._src import core"),
+    ("sites", "from experiments import train_federated"),
+  ],
+)
+def test_the_check_sees_what_is_forbidden(module, source):
+  assert breaches(source, module)
+
+
+def test_the_package_itself_only_passes_names_on():
+  for path in (PACKAGE / "__init__.py", PACKAGE / "data" / "__init__.py"):
+    body = ast.parse(path.read_text()).body
+    assert all(isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)) for node in body)
+
+
+def test_the_sites_of_a_federation_never_meet_files_or_flags():
+  """The federated part takes arrays and functions only, so that it serves any data and any model."""
+  for module in ("ring", "sites", "secagg", "local", "federated", "algorithms", "robust"):
+    tops = {name.split(".")[0] for name in imported(MODULES[module].read_text(), module)}
+    allowed = {"__future__", "collections", "dataclasses", "fractions", "functools", "math", "typing"}
+    assert tops <= allowed | {"jax", "numpy", "optax", "primia_jax"}
