@@ -2,8 +2,8 @@
 
   python -m experiments.evaluate --run_dir=runs/first --data=folder:PATH --output_dir=out
 
-Labelled images (one folder a class, npz or TFDS) give metrics.json, report.md and pictures beside predictions.csv; a folder
-of images without class folders gives predictions.csv alone.
+Labelled images (one folder a class, npz or TFDS) give metrics.json, report.md and pictures beside predictions.csv;
+with --unlabelled, a folder of any images gives predictions.csv alone.
 """
 
 import pathlib
@@ -35,10 +35,9 @@ def main() -> None:
   if FLAGS.unlabelled:
     dataset = inputs.unlabelled_images(config, label_names)
   else:
-    dataset = inputs.test_images(config, FLAGS.seed, label_names)
+    dataset = inputs.images_to_test(config, FLAGS.seed, label_names)
   probabilities = training.predictor(model)(trained, dataset)
-  ids = dataset.columns.get("path")
-  ids = [str(path) for path in ids] if ids is not None else [f"image {i}" for i in range(len(dataset))]
+  ids = [str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])]
   labels = None if FLAGS.unlabelled else dataset.labels
   report.predictions_csv(output / "predictions.csv", ids, labels, probabilities, label_names)
   if labels is None:

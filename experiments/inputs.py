@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
   test: Dataset
 
 
-def test_images(settings: Data, seed: int = 0, label_names: tuple[str, ...] | None = None) -> Dataset:
+def images_to_test(settings: Data, seed: int = 0, label_names: tuple[str, ...] | None = None) -> Dataset:
   """The test split of a source, or all its images where it is not split.
 
   Raises:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.settings import Train
-from primia_jax import algorithms, federated, local, models, pretrained, robust, secagg
+from experiments.settings import Train, fractions
+from primia_jax import algorithms, federated, local, models, pretrained, robust, secagg, sites
 from primia_jax.data import augment
 from primia_jax.types import Array, Key, ModelState, Params
 
@@ -25,6 +26,7 @@ AUGMENTATIONS = {
 }  # fmt: skip
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
+_MIN_FRACTION_BITS = 10  # an update's numbers are off by less than 1/2048
 _INITIAL = 7  # what the key of the initial parameters is folded with
 _MEAN, _STD = 0.5, 0.25  # of a typical radiograph; fixed, so that no statistic of anybody's images is needed
 
@@ -72,6 +74,14 @@ def check(settings: Train, federated: bool = True) -> None:
     raise ValueError(f"{s.algorithm} starts the sites' optimiser anew each round; leave keep_optimizer off")
   if s.keep_optimizer and 0 < s.sites_per_round < s.num_sites and s.sites_in_memory:
     raise ValueError("keep_optimizer needs every site's state in memory; leave sites_in_memory at 0")
+  kind = s.partition.partition(":")[0]
+  if kind not in ("auto", "iid", "unequal", "dirichlet", "column"):
+    raise ValueError(f"partition={s.partition!r}; use auto, iid, unequal, dirichlet or column:NAME")
+  fractions(s.site_fractions)
+  if s.pretrained and not pathlib.Path(s.pretrained).is_file():
+    raise FileNotFoundError(f"pretrained={s.pretrained}: there is no such file")
+  if s.placement not in ("auto", "mesh", "processes"):  # these would start JAX
+    sites.parse_placement(s.placement)
   augmentation(s.augment)
   model_config(s, 3)
   if federated:
@@ -230,7 +240,14 @@ def aggregator(settings: Train, num_sites: int, max_abs: float | None = None) ->
   """
   kind, _, argument = settings.aggregation.partition("=")
   if kind == "secure" and not argument:
-    return federated.securely(secure_sum(settings, num_sites, max_abs))
+    config = secure_sum(settings, num_sites, max_abs)
+    if config.fixed.fraction_bits < _MIN_FRACTION_BITS:
+      raise ValueError(
+        f"secagg_bits={settings.secagg_bits} for {num_sites} sites and numbers up to {config.max_abs} leave "
+        f"{config.fixed.fraction_bits} fraction bits of {_MIN_FRACTION_BITS} at least, too coarse for updates; raise "
+        "secagg_bits or lower secagg_max_abs"
+      )
+    return federated.securely(config)
   if kind == "clear" and not argument:
     return federated.in_the_clear()
   if kind == "median" and not argument:

@@ -93,15 +93,16 @@ def run(
     train, validation = (p if together else inputs.merge(p, members) for p in (images.train, images.validation))
     mine = np.asarray(everyone if together else (0,), np.int32)
     cohorts[name] = training.Cohort(name, train, validation, mine if process is None else mine[process : process + 1])
-  singles = [cohort for cohort in cohorts.values() if len(cohort.train.sites) == 1]
-  single = training.make_trainer(config, model, len(label_names), singles, sites.Placement("loop")) if singles else None
   predict = training.predictor(model)
+  trainers = {}  # one for the federation, one that all single cohorts share
+  for together, where in ((True, placement), (False, sites.Placement("loop"))):
+    alike = [cohort for cohort in cohorts.values() if (len(cohort.train.sites) > 1) == together]
+    if alike:
+      trainers[together] = training.make_trainer(config, model, len(label_names), alike, where)
 
   probabilities, arms = {}, {}
   for name, cohort in cohorts.items():
-    trainer = single
-    if len(cohort.train.sites) > 1:
-      trainer = training.make_trainer(config, model, len(label_names), [cohort], placement)
+    trainer = trainers[len(cohort.train.sites) > 1]
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
     arm_folder.mkdir(exist_ok=True)
     arms[name] = training.train(config, cohort, trainer, model_config, arm_folder, log)
@@ -154,7 +155,7 @@ def secure_aggregation_facts(
     "largest magnitude of a sum before overflow": secure.fixed.max_abs,
     "largest quantisation error of a sum": secure.error_bound,
     "bytes that a site sends in a round": int(numbers * secagg.bytes_per_number(secure)),
-    "who learns what": "the server sees sums over sites only; pair keys come from a trusted dealer; no site may drop out",
+    "who learns what": "the server sees sums only; pair keys come from a trusted dealer; no site may drop out",
     "known to all": (
       f"sizes of the smallest and largest site: {min(images.train.sizes)} and {max(images.train.sizes)} training images"
     ),

@@ -1,4 +1,4 @@
-"""The settings of the binaries: one dataclass field is one flag, one line of `config.json` and one row of the report."""
+"""The settings of the binaries: a dataclass field is a flag, a line of `config.json` and a row of the report."""
 
 from __future__ import annotations
 
@@ -90,20 +90,22 @@ class Train(Data):
   sites_in_memory: int = _(0, "load at most so many sites at a time; 0 keeps all in memory")
 
 
-HELP = {name: field.metadata["help"] for name, field in Train.__dataclass_fields__.items()}
-
-
-def define_flags(kind: type) -> None:
+def define_flags(kind: type, values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines one flag for each field."""
   types = typing.get_type_hints(kind)
-  define = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean}
+  define: dict[type, Any] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_boolean,
+  }
   for field in dataclasses.fields(kind):
-    define[types[field.name]](field.name, field.default, field.metadata["help"])
+    define[types[field.name]](field.name, field.default, field.metadata["help"], flag_values=values)
 
 
-def from_flags(kind: type) -> Any:
+def from_flags(kind: type, values: flags.FlagValues = flags.FLAGS) -> Any:
   """Reads the settings back from the parsed flags."""
-  return kind(**{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(kind)})
+  return kind(**{field.name: values[field.name].value for field in dataclasses.fields(kind)})
 
 
 def save(settings: Any, path: pathlib.Path) -> None:

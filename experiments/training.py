@@ -58,7 +58,7 @@ class Trainer(NamedTuple):
   rounds: federated.FederatedAlgorithm
   validate: Callable[..., dict[str, float]]
   count_classes: Callable[..., np.ndarray]
-  schedule: Callable[[Array], Array]
+  schedule: Callable[[Array], Array | float]
   placement: sites.Placement
   num_sampled: int
   max_examples: int
@@ -187,7 +187,7 @@ def train(
       **trainer.validate(key, state, everyone, dealer_key, validation_data),
     }
     row["seconds"] = time.perf_counter() - start
-    if row["val_mcc"] > float(best.mcc):
+    if np.float32(row["val_mcc"]) > float(best.mcc):  # float32, as it is kept
       here = sites.replicate((jnp.float32(row["val_mcc"]), jnp.int32(round_index + 1)), placement)
       best = Best(state.params, state.model_state, state.sites, *here)
     rows.append(row)
@@ -249,7 +249,7 @@ def _loader(
     return federated.Loader(lambda ids: inputs.stack(part, ids, max_examples), in_memory)
   stacked = inputs.stack(part, mine, max_examples)
   placed = sites.put(stacked, placement)
-  everything = lambda ids: len(ids) == len(mine)
+  everything = lambda ids: np.array_equal(ids, mine)
   return federated.Loader(
     lambda ids: placed if everything(ids) else jax.tree.map(lambda a: a[np.searchsorted(mine, ids)], stacked)
   )

@@ -60,26 +60,26 @@ def conv(
 def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
   """Maximum over square windows of [B, H, W, C]; incomplete windows at the far edges are dropped.
 
-  A chain of elementwise maxima: its gradient is elementwise too, where that of `lax.reduce_window` is a slow
-  select-and-scatter on CPU. Where several elements are largest, their gradients share.
+  Elementwise maxima of rows, then of columns: the gradient is elementwise too, where that of `lax.reduce_window` is a
+  slow select-and-scatter on CPU. Where several elements are largest, their gradients share.
   """
-  return functools.reduce(jnp.maximum, _windows(x, window, stride, padding, -jnp.inf))
+  return _reduce_windows(jnp.maximum, x, window, stride, padding, -jnp.inf)
 
 
 def mean_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
   """Mean over square windows of [B, H, W, C], padding counting as zeros; incomplete far windows are dropped."""
-  return functools.reduce(jnp.add, _windows(x, window, stride, padding, 0.0)) / window**2
+  return _reduce_windows(jnp.add, x, window, stride, padding, 0.0) / window**2
 
 
-def _windows(x: Array, window: int, stride: int, padding: int, fill: float) -> list[Array]:
+def _reduce_windows(
+  operator: Callable[[Array, Array], Array], x: Array, window: int, stride: int, padding: int, fill: float
+) -> Array:
   if padding:
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=fill)
-  height, width = ((size - window) // stride + 1 for size in x.shape[1:3])
-  return [
-    x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
-    for i in range(window)
-    for j in range(window)
-  ]
+  for axis in (1, 2):
+    last = x.shape[axis] - window + 1
+    x = functools.reduce(operator, [lax.slice_in_dim(x, i, i + last, stride, axis) for i in range(window)])
+  return x
 
 
 def _same_varying_axes(x: Array, w: Array) -> tuple[Array, Array]:
@@ -94,7 +94,7 @@ def _same_varying_axes(x: Array, w: Array) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: Array, w: Array, geometry: Geometry) -> Array:
-  return _site_by_site(functools.partial(_fastest, geometry=geometry), x, w, shared=1)
+  return _site_by_site(functools.partial(_fastest, geometry=geometry), x, w)
 
 
 def _conv_fwd(x: Array, w: Array, geometry: Geometry) -> tuple[Array, tuple[Array, Array]]:
@@ -140,7 +140,7 @@ def _dilated_sizes(
   )
 
 
-def _site_by_site(fn: Callable[[Array, Array], Array], x: Array, w: Array, shared: int) -> Array:
+def _site_by_site(fn: Callable[[Array, Array], Array], x: Array, w: Array) -> Array:
   """fn(x, w), whose `vmap` runs fn site after site; sites that share the kernel become one large batch."""
 
   @jax.custom_batching.custom_vmap

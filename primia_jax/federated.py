@@ -150,8 +150,13 @@ class FederatedAlgorithm(NamedTuple):
 
 
 def in_the_clear() -> Aggregator:
-  """The plain sum. The server sees every site's message."""
-  return Aggregator("in the clear", lambda message, *_: message, lambda total: (total, jnp.zeros((), jnp.uint32)))
+  """The plain sum. The server sees every site's message; a sum that is not finite counts as one site out of range."""
+
+  def open_total(total: PyTree) -> tuple[PyTree, Array]:
+    finite = jnp.stack([jnp.isfinite(t).all() for t in jax.tree.leaves(total)]).all()
+    return total, jnp.logical_not(finite).astype(jnp.uint32)
+
+  return Aggregator("in the clear", lambda message, *_: message, open_total)
 
 
 def alone() -> Aggregator:
@@ -237,9 +242,7 @@ def total_over_sites(
   return apply
 
 
-def link(
-  aggregator: Aggregator, placement: sites.Placement
-) -> Callable[[Key, Array | np.ndarray, np.ndarray, Array], secagg.Links]:
+def link(aggregator: Aggregator, placement: sites.Placement) -> Callable[..., secagg.Links]:
   """Makes (key, round, site numbers [K], dealer_key) -> the links of that round's sites, [K, P], where they run."""
 
   @jax.jit

@@ -17,6 +17,7 @@ from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Par
 
 # (params, model_state, batch, key) -> (gradient of the mean loss, (new model_state, Metrics))
 GradFn = Callable[[Params, ModelState, Batch, Key], tuple[Params, tuple[ModelState, Metrics]]]
+_CACHE = 2**20  # bytes of one site's model and batch; mere loops over smaller ones cost more than they save
 # learning rate -> optimiser, e.g. `functools.partial(optax.sgd, momentum=0.9)`
 Optimizer = Callable[[Array], optax.GradientTransformation]
 
@@ -136,7 +137,31 @@ def gather(images: Array, labels: Array, index: Array, class_weights: Array | No
 
 def gradients(loss_fn: LossFn) -> GradFn:
   """The plain gradient; private gradients take its place."""
-  return jax.grad(loss_fn, has_aux=True)
+  return _in_cache(jax.grad(loss_fn, has_aux=True))
+
+
+def _in_cache(grad_fn: GradFn) -> GradFn:
+  """grad_fn, whose `vmap` over large models runs site after site on CPU, where side by side they overflow the cache."""
+  if jax.default_backend() != "cpu":
+    return grad_fn
+
+  @jax.custom_batching.custom_vmap
+  def run(*args):
+    return grad_fn(*args)
+
+  @run.def_vmap
+  def rule(axis_size: int, batched: PyTree, *args):
+    size = sum(
+      a.nbytes // axis_size for a, is_batched in zip(*map(jax.tree.leaves, (args, batched)), strict=True) if is_batched
+    )
+    if size > _CACHE:
+      take = lambda i: jax.tree.map(lambda a, is_batched: a[i] if is_batched else a, args, batched)
+      out = jax.lax.map(lambda i: run(*take(i)), jnp.arange(axis_size, dtype=jnp.int32))
+    else:
+      out = jax.vmap(grad_fn, jax.tree.map(lambda is_batched: 0 if is_batched else None, batched))(*args)
+    return out, jax.tree.map(lambda _: True, out)
+
+  return run
 
 
 def train(recipe: Recipe, correct: Callable[[PyTree, Params], PyTree] | None = None) -> Callable[..., Trained]:
@@ -154,7 +179,9 @@ def train(recipe: Recipe, correct: Callable[[PyTree, Params], PyTree] | None = N
   grad_fn, optimizer, schedule, work = recipe
   add = lambda a, b: jax.tree.map(jnp.add, a, b)
 
-  def run(params, model_state, opt_state, images, labels, num_examples, round_index, order_key, key, class_weights=None):
+  def run(
+    params, model_state, opt_state, images, labels, num_examples, round_index, order_key, key, class_weights=None
+  ):
     index, num_steps = draw_batches(order_key, round_index, num_examples, work)
 
     def step(t: Array, carry):

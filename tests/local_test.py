@@ -68,7 +68,7 @@ def test_each_epoch_visits_every_example_once(n, batch_size, epochs):
   ("n", "batch_size", "steps"), [(20, 4, 3), (13, 4, 7), (7, 4, 1), (5, 4, 9), (4, 4, 5), (20, 4, 5)]
 )
 def test_steps_go_on_across_epochs_and_rounds(n, batch_size, steps):
-  work = local.Work(batch_size=batch_size, max_examples=20, min_examples=4, epochs=None, steps=steps)
+  work = local.Work(batch_size=batch_size, max_examples=20, min_examples=n, epochs=None, steps=steps)
   rounds, batches = 8, -(-n // batch_size)
   taken = order_of(rounds, n, work)
   assert len(taken) == rounds * steps

@@ -24,7 +24,7 @@ def test_named_commands_and_files_exist():
     assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
   for target in re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
-  for path in re.findall(r"\((\w+\.\w+)\)|--flagfile=(\S+)", README):
+  for path in re.findall(r"\]\((\w+\.\w+)\)|--flagfile=(\S+)", README):
     assert (ROOT / next(filter(None, path))).is_file(), path
   for module in re.findall(r"^  (\w+\.py) ", README, re.MULTILINE):
     assert (ROOT / "primia_jax" / module).is_file(), module

@@ -47,7 +47,8 @@ class Dataset:
       raise ValueError(f"images of {self.name!r} have shape {self.images.shape}; expected (N, H, W, C)")
     if self.labels.shape != (num,) or self.groups.shape != (num,):
       raise ValueError(
-        f"{self.name!r} holds {num} images, but labels {self.labels.shape} and groups {self.groups.shape}; one each is needed"
+        f"{self.name!r} holds {num} images, but labels {self.labels.shape} and groups {self.groups.shape}; "
+        "one each is needed"
       )
     if num and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.label_names):
       raise ValueError(
