@@ -1,0 +1,50 @@
+"""The peer's end of `benchmarks.measuring.peer`: a round is run when a line comes in, and its cost goes out."""
+
+import os
+import sys
+import time
+from importlib import metadata
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def wait() -> None:
+  """Waits until told to run the next round; ends the process when nobody is left to tell."""
+  if not sys.stdin.readline():
+    os._exit(1)
+
+
+def ready(*packages) -> None:
+  """Says that rounds may be asked for, and which versions of the packages will run."""
+  print("\nREADY", *(f"{package}={metadata.version(package)}" for package in packages), flush=True)
+
+
+def answer(seconds: float, cpu: float) -> None:
+  """Says what a round took."""
+  print(f"\nROUND {seconds} {cpu}", flush=True)
+
+
+def run(num_rounds: int, one_round, *packages) -> None:
+  """Runs rounds when told to."""
+  ready(*packages)
+  for index in range(num_rounds):
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    one_round(index)
+    answer(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def tree_cpu() -> float:
+  """CPU seconds of all living processes that this one and its children started: those with its tag."""
+  tag, total = f"PEER_TAG={os.environ['PEER_TAG']}".encode(), 0.0
+  for process in filter(str.isdigit, os.listdir("/proc")):
+    try:
+      with open(f"/proc/{process}/environ", "rb") as file:
+        if tag not in file.read():
+          continue
+      with open(f"/proc/{process}/stat") as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    except OSError:  # ended, or not ours to read
+      continue
+    total += sum(map(int, fields[11:15])) / _TICKS
+  return total
