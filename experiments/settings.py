@@ -26,7 +26,7 @@ class Data:
   label_names: str = _("", "classes in order, separated by commas; empty takes what the source says")
   data_dir: str = _("", "tfds: folder of the prepared data sets; empty takes TFDS's default")
   manual_dir: str = _("", "tfds: folder of the original images, for the builders that come with primia_jax")
-  phantom_images: int = _(1200, "phantom: training images, all sites together")
+  phantom_images: int = _(800, "phantom: training images, all sites together")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Train(Data):
   proximal: float = _(0.01, "fedprox: strength of the pull towards the global model")
   server_learning_rate: float = _(0.01, "fedadam, fedyogi, fedadagrad, fedavgm: the server's learning rate")
   server_momentum: float = _(0.9, "fedavgm: the server's momentum")
-  rounds: int = _(20, "synchronisations")
+  rounds: int = _(12, "synchronisations")
   sites_per_round: int = _(0, "sites drawn at random for each round; 0 takes all")
   sync_epochs: int = _(1, "epochs over its own images that a site trains between synchronisations")
   sync_batches: int = _(0, "synchronise every so many batches instead; 0 counts epochs")
-  batch_size: int = _(32, "images in a training step")
+  batch_size: int = _(16, "images in a training step")
   optimizer: str = _("adam", "the sites' optimiser: sgd, momentum, adam or adamw")
   momentum: float = _(0.9, "momentum: its decay")
   weight_decay: float = _(0.01, "adamw: its strength")
