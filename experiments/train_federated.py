@@ -28,9 +28,9 @@ for _module in ("experiments.settings",):
 
 def main() -> None:
   config = settings.from_flags(settings.Train)
-  learning.check(config)
   if config.num_sites < 2:
     raise ValueError(f"num_sites={config.num_sites}: one site is not a federation; use experiments.train_pooled")
+  learning.check(config)
   baselines = [name for name in FLAGS.baselines if name]
   if unknown := set(baselines) - {"pooled", "local"}:
     raise ValueError(f"baselines={sorted(unknown)}; there are pooled and local")
