@@ -52,7 +52,7 @@ def load_pretrained(
 
   Raises:
     FileNotFoundError: where there is no such file.
-    ValueError: if the file is no state dict, or its entries do not fit the model; names every entry and the cure.
+    ValueError: if the file is no state dict, or its entries do not fit the model; names up to ten of them and the cure.
   """
   return convert(read_state_dict(path), params, model_state, new_head=new_head, source=str(path))
 
@@ -77,7 +77,7 @@ def convert(
   problems: list[str] = []
 
   def fill(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-    *layers, kind = (entry.key for entry in path)
+    *layers, kind = (entry.key for entry in path[1:])  # after the position in (params, model_state)
     name = f"{rename(layers)}.{_LEAVES[kind]}"
     used.add(name)
     if new_head and name.startswith(f"{head}."):
@@ -100,7 +100,8 @@ def convert(
     f"unexpected {name}" for name in state_dict if name not in used and not name.endswith("num_batches_tracked")
   ]
   if problems:
-    raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}. {_cure(problems, head)}")
+    more = f"; and {len(problems) - 10} more like these" if len(problems) > 10 else ""
+    raise ValueError(f"{source} does not fit the model: {'; '.join(problems[:10])}{more}. {_cure(problems, head)}")
   return filled
 
 
@@ -251,6 +252,6 @@ def _to_our_layout(value: np.ndarray, kind: str, shape: tuple[int, ...], after_f
 def _cure(problems: list[str], head: str) -> str:
   if all(f"{head}." in problem for problem in problems):
     return "For another number of classes pass new_head=True, which keeps the model's own last layer"
-  if any("running_" in problem for problem in problems):
+  if any("running_" in problem and "shape" not in problem for problem in problems):
     return 'The file and the model differ in normalisation: build the model with norm="batch" for a file with it'
   return 'Build the model as torchvision does: width=1, stem="7x7", head="dense", and norm as in the file'
