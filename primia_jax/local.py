@@ -151,6 +151,7 @@ def _in_cache(grad_fn: GradFn) -> GradFn:
 
   @run.def_vmap
   def rule(axis_size: int, batched: PyTree, *args):
+    batched = tuple(batched)
     size = sum(
       a.nbytes // axis_size for a, is_batched in zip(*map(jax.tree.leaves, (args, batched)), strict=True) if is_batched
     )

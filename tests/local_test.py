@@ -286,3 +286,15 @@ def test_count_errors_against_scikit_learn(n, batch_size):
   want = sk.confusion_matrix(labels[:n], p.argmax(1), labels=range(L))
   np.testing.assert_array_equal(got["confusion"], want)
   np.testing.assert_allclose(got["loss"], n * sk.log_loss(labels[:n], p, labels=range(L)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 2**19])  # side by side, and too large for the cache: site after site
+def test_vmapped_gradients_are_those_of_each_site(size):
+  loss = lambda params, state, batch, key: (jnp.sum(params**2 * batch.images.mean()), (state, batch.labels))
+  grad_fn = local.gradients(loss)
+  params = jnp.arange(3 * size, dtype=jnp.float32).reshape(3, size) / size
+  batch = Batch(jnp.arange(3, dtype=jnp.float32)[:, None], jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1)))
+  keys = jax.random.split(jax.random.key(0), 3)
+  together, _ = jax.jit(jax.vmap(grad_fn, in_axes=(0, None, 0, 0)))(params, {}, batch, keys)
+  alone = [grad_fn(params[i], {}, jax.tree.map(lambda a, i=i: a[i], batch), keys[i])[0] for i in range(3)]
+  np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-6)
