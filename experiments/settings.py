@@ -60,7 +60,7 @@ class Train(Data):
   proximal: float = _(0.01, "fedprox: strength of the pull towards the global model")
   server_learning_rate: float = _(0.01, "fedadam, fedyogi, fedadagrad, fedavgm: the server's learning rate")
   server_momentum: float = _(0.9, "fedavgm: the server's momentum")
-  rounds: int = _(12, "synchronisations")
+  rounds: int = _(18, "synchronisations")
   sites_per_round: int = _(0, "sites drawn at random for each round; 0 takes all")
   sync_epochs: int = _(1, "epochs over its own images that a site trains between synchronisations")
   sync_batches: int = _(0, "synchronise every so many batches instead; 0 counts epochs")
