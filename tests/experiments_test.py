@@ -125,7 +125,7 @@ def _train(config, folder, stop_after=None, name="federated"):
   return training.train(config, cohort, trainer, model_config, folder, log)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize("stop_after", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, stop_after):
   whole = tmp_path / "whole"
   parts = tmp_path / "parts"
@@ -143,8 +143,13 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, stop_after):
   assert [line["round"] for line in lines] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("algorithm", ["fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "fednova",
-                                       "fedbn"])  # fmt: skip
+_slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+  "algorithm",
+  [*map(_slow, ("fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")), "scaffold", "fednova", "fedbn"],
+)
 def test_every_algorithm_trains_under_secure_aggregation(tmp_path, algorithm):
   optimizer = "sgd" if algorithm in ("scaffold", "fednova") else "adamw"
   model, norm = ("cnn", "batch") if algorithm == "fedbn" else ("mlp", "")
