@@ -85,7 +85,29 @@ def check(settings: Train, federated: bool = True) -> None:
   augmentation(s.augment)
   model_config(s, 3)
   if federated:
-    aggregator(s, s.sites_per_round or s.num_sites)
+    _check_aggregation(s)
+
+
+def _check_aggregation(settings: Train) -> None:
+  """Refuses what the library would refuse once the images are loaded."""
+  s = settings
+  num_sites = s.sites_per_round or s.num_sites
+  by_rule = aggregator(s, num_sites).rule is not None
+  if by_rule and (s.weighting != "uniform" or s.algorithm in ("scaffold", "fednova")):
+    raise ValueError(
+      f"aggregation={s.aggregation} treats all sites alike, but {s.algorithm} with weighting={s.weighting} weighs their "
+      "messages; use weighting=uniform, and neither scaffold nor fednova"
+    )
+  kind, _, bad = s.aggregation.partition("=")
+  if kind == "krum" and num_sites <= 2 * int(bad) + 2:
+    raise ValueError(
+      f"aggregation={s.aggregation} needs more than {2 * int(bad) + 2} sites a round; there are {num_sites}"
+    )
+  if s.norm == "batch" and s.aggregation != "secure" and s.algorithm != "fedbn":
+    raise ValueError(
+      f"norm=batch under aggregation={s.aggregation}: each site's BatchNorm statistics would leave it in the clear; "
+      "use aggregation=secure, norm=group, or algorithm=fedbn, which keeps them at the site"
+    )
 
 
 def augmentation(text: str) -> augment.Augmentation:
@@ -265,9 +287,12 @@ def aggregator(settings: Train, num_sites: int, max_abs: float | None = None) ->
 
 
 def secure_sum(settings: Train, num_sites: int, max_abs: float | None = None) -> secagg.SecureSum:
+  peers = settings.secagg_peers
+  if peers == (settings.sites_per_round or settings.num_sites) - 1:
+    peers = 0  # all others in a round means all others in the sums over all sites, too
   return secagg.secure_sum(
     num_sites,
     settings.secagg_max_abs if max_abs is None else max_abs,
     num_bits=settings.secagg_bits,
-    num_peers=settings.secagg_peers or None,
+    num_peers=peers or None,
   )

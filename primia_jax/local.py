@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Params, PyTree
+from primia_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, ModelState, Params, PyTree
 
 # (params, model_state, batch, key) -> (gradient of the mean loss, (new model_state, Metrics))
 GradFn = Callable[[Params, ModelState, Batch, Key], tuple[Params, tuple[ModelState, Metrics]]]
-_CACHE = 2**20  # bytes of one site's model and batch; mere loops over smaller ones cost more than they save
 # learning rate -> optimiser, e.g. `functools.partial(optax.sgd, momentum=0.9)`
 Optimizer = Callable[[Array], optax.GradientTransformation]
+_CACHE_BYTES = 2**20  # of one site's model and batch; looping over smaller ones costs more than it saves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,11 @@ def gather(images: Array, labels: Array, index: Array, class_weights: Array | No
 
 
 def gradients(loss_fn: LossFn) -> GradFn:
-  """The plain gradient; private gradients take its place."""
+  """The plain gradient; private gradients take its place.
+
+  For training, not to be differentiated again: on CPU its `vmap` is custom, which JAX cannot differentiate in reverse.
+  Attacks and meta-learning differentiate `jax.grad(loss_fn, has_aux=True)`.
+  """
   return _in_cache(jax.grad(loss_fn, has_aux=True))
 
 
@@ -155,7 +159,7 @@ def _in_cache(grad_fn: GradFn) -> GradFn:
     size = sum(
       a.nbytes // axis_size for a, is_batched in zip(*map(jax.tree.leaves, (args, batched)), strict=True) if is_batched
     )
-    if size > _CACHE:
+    if size > _CACHE_BYTES:
       take = lambda i: jax.tree.map(lambda a, is_batched: a[i] if is_batched else a, args, batched)
       out = jax.lax.map(lambda i: run(*take(i)), jnp.arange(axis_size, dtype=jnp.int32))
     else:
@@ -204,7 +208,7 @@ def train(recipe: Recipe, correct: Callable[[PyTree, Params], PyTree] | None = N
 
 
 def classification_loss(
-  apply_fn: Callable[..., tuple[Array, ModelState]],
+  apply_fn: ApplyFn,
   prepare: Callable[[Key, Array, Array], tuple[Array, Array]],
   num_classes: int,
   label_smoothing: float = 0.0,
@@ -242,7 +246,7 @@ def classification_loss(
 
 
 def count_errors(
-  apply_fn: Callable[..., tuple[Array, ModelState]],
+  apply_fn: ApplyFn,
   prepare: Callable[[Array], Array],
   num_classes: int,
   batch_size: int,
