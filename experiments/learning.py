@@ -95,8 +95,8 @@ def _check_aggregation(settings: Train) -> None:
   by_rule = aggregator(s, num_sites).rule is not None
   if by_rule and (s.weighting != "uniform" or s.algorithm in ("scaffold", "fednova")):
     raise ValueError(
-      f"aggregation={s.aggregation} treats all sites alike, but {s.algorithm} with weighting={s.weighting} weighs their "
-      "messages; use weighting=uniform, and neither scaffold nor fednova"
+      f"aggregation={s.aggregation} treats all sites alike, but {s.algorithm} with weighting={s.weighting} weighs "
+      "their messages; use weighting=uniform, and neither scaffold nor fednova"
     )
   kind, _, bad = s.aggregation.partition("=")
   if kind == "krum" and num_sites <= 2 * int(bad) + 2:
