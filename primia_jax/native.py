@@ -1,7 +1,7 @@
-"""The CPU form of `prng`'s inner loop: C shipped with the package, compiled on first use and cached for the user.
+"""C shipped with the package for CPU, compiled on first use and cached for the user.
 
-XLA's CPU compiler cannot keep ChaCha20's sixteen words in registers: plain JAX takes seven times the CPU time, on one
-core. Without a C compiler, or with PRIMIA_NATIVE=0 in the environment, everything works, bit for bit the same.
+`mask_sum` is the inner loop of `prng`: XLA's CPU compiler cannot keep ChaCha20's sixteen words in registers, and plain
+JAX takes seven times the CPU time, on one core. `barrier` is what `lax.optimization_barrier` is elsewhere. Without a C compiler, or with PRIMIA_NATIVE=0 in the environment, everything works, bit for bit the same.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import threading
 import warnings
 
 import jax
+from jax import lax
 
 from primia_jax.types import Array
 
-_SOURCE = pathlib.Path(__file__).with_name("chacha20.c")
-_TARGET = "primia_mask_sum"
+_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("chacha20.c", "barrier.c"))
+_MASK_SUM, _BARRIER = "primia_mask_sum", "primia_barrier"
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared")
 _LOCK = threading.Lock()
 
@@ -40,19 +41,34 @@ def available() -> bool:
 
 def mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype) -> Array:
   """`prng.mask_sum`, flat and unchecked, for CPU only and where `available()`."""
-  call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((size,), dtype), vmap_method="broadcast_all")
+  call = jax.ffi.ffi_call(_MASK_SUM, jax.ShapeDtypeStruct((size,), dtype), vmap_method="broadcast_all")
   return call(keys, signs, nonce)
+
+
+def barrier(x: Array) -> Array:
+  """x, computed once for all its consumers: XLA neither fuses nor repeats work across this line.
+
+  XLA:CPU drops optimization barriers before it fuses, and may then compute a value again in each consumer. Inside
+  shard_map and without the C form this is `lax.optimization_barrier` alone.
+  """
+  if jax.typeof(x).manual_axis_type.varying or not available():
+    return lax.optimization_barrier(x)
+  call = jax.ffi.ffi_call(
+    _BARRIER, jax.ShapeDtypeStruct(x.shape, x.dtype), vmap_method="broadcast_all", input_output_aliases={0: 0}
+  )
+  return lax.platform_dependent(x, cpu=call, default=lax.optimization_barrier)
 
 
 @functools.cache
 def _load() -> bool:
   try:
     library = ctypes.cdll.LoadLibrary(str(_build()))
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library[_TARGET]), platform="cpu")
+    for target in (_MASK_SUM, _BARRIER):
+      jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform="cpu")
   except (OSError, RuntimeError, subprocess.SubprocessError) as error:
     detail = getattr(error, "stderr", None) or error
     warnings.warn(
-      f"masks are made in plain JAX, at least 7 times slower: {_SOURCE.name} could not be built or loaded ({detail}). "
+      f"masks are made in plain JAX, at least 7 times slower: the C form could not be built or loaded ({detail}). "
       "Install a C compiler or set CC; PRIMIA_NATIVE=0 silences this.",
       RuntimeWarning,
       stacklevel=3,
@@ -67,14 +83,15 @@ def _build() -> pathlib.Path:
   header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
   # The predefined macros name the compiler's version and every instruction set that -march=native found.
   macros = _run([*compiler, "-E", "-dM", "-x", "c", os.devnull])
-  digest = hashlib.sha256(b"".join((" ".join(compiler).encode(), macros, header.read_bytes(), _SOURCE.read_bytes())))
+  sources = [source.read_bytes() for source in _SOURCES]
+  digest = hashlib.sha256(b"".join((" ".join(compiler).encode(), macros, header.read_bytes(), *sources)))
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "primia_jax"
-  library = cache / f"chacha20-{digest.hexdigest()[:32]}.so"
+  library = cache / f"native-{digest.hexdigest()[:32]}.so"
   if not library.exists():
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
       built = pathlib.Path(scratch) / library.name
-      _run([*compiler, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(built)])
+      _run([*compiler, f"-I{jax.ffi.include_dir()}", *map(str, _SOURCES), "-o", str(built)])
       built.replace(library)  # atomic: several processes may build at once
   return library
 

@@ -1,0 +1,211 @@
+"""The gates of section 5 of the design: ReLU, truncation and sign of a shared number, each one opening and a comparison.
+
+All take shares of z, a signed number with |z| + 2^(shift - 1) < 2^K, K <= k - 2, in Z_2^k. The dealer knows a mask r;
+the parties open zh = z + 2^K (+ 2^(shift - 1), to round) + r, which is uniform whatever z is. The sign of z is a bit of
+zh, a bit of r and one comparison of the public zh with r (`tables` or `fss`); z >> shift is a linear function of what
+the dealer knows, once the borrow of the low bits is known (`exact`), or within one unit without it. Nothing else is
+opened but bits under fresh masks. A number beyond K is the one silent failure: `circuit.simulate` checks for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from primia_jax import ring
+from primia_jax.mpc import fss, tables
+from primia_jax.mpc.dealing import ADDITIVE, BOOLEAN, Correlation, Derived, Masks, Uniform, open_mask
+from primia_jax.mpc.sharing import Wire, at
+from primia_jax.mpc.tables import Span
+from primia_jax.types import Array
+
+RELU, TRUNCATE, SIGN = "relu", "truncate", "sign"
+COMPARISONS = {"tables": tables, "fss": fss}
+
+
+class Gate(NamedTuple):
+  """What a gate computes, element by element.
+
+  Attributes:
+    action: "relu": max(z, 0) >> shift; "truncate": z >> shift; "sign": 1 where z >= 0, else 0.
+    num: elements.
+    num_bits: k of the ring.
+    range_bits: K; |z| + 2^(shift - 1) must stay below 2^K.
+    shift: bits cut off at the end, rounding to nearest (ties up).
+    skip: low bits that the sign ignores: it may err where |z| < 2^skip. 0 where the gate is exact.
+    exact: whether the truncation is exact; else one unit too high, with a chance equal to the part that is cut off.
+    comparison: "tables" or "fss".
+  """
+
+  action: str
+  num: int
+  num_bits: int
+  range_bits: int
+  shift: int = 0
+  skip: int = 0
+  exact: bool = True
+  comparison: str = "tables"
+
+
+def check(gate: Gate) -> None:
+  """Raises a ValueError where the ring is too small for the gate."""
+  if gate.range_bits > gate.num_bits - 2:
+    raise ValueError(f"values of {gate.range_bits} bits need a ring of {gate.range_bits + 2} bits, not {gate.num_bits}")
+  if not 0 <= gate.shift < gate.range_bits or not 0 <= gate.skip < gate.range_bits:
+    raise ValueError(f"shift={gate.shift} and skip={gate.skip} must lie in [0, {gate.range_bits})")
+
+
+def masks(gate: Gate) -> Masks:
+  """The uniform masks of a gate."""
+  out = {"r": Uniform((gate.num,), ring.storage(gate.num_bits), ADDITIVE)}
+  packed = Uniform((-(-gate.num // 8),), np.uint8, BOOLEAN)
+  if gate.action != TRUNCATE:
+    out["sign"] = packed  # bit K of r ^ beta
+  if _borrow(gate) and not _borrow_in_tree(gate):
+    out["borrow"] = packed  # lambda
+  if span := _span(gate):
+    out |= COMPARISONS[gate.comparison].masks(span, gate.num)
+  return out
+
+
+def derive(gate: Gate, shares: dict[str, Array]) -> Derived:
+  """What the dealer computes from both parties' mask shares [2, ...]."""
+  dtype = ring.storage(gate.num_bits).type
+  r = ring.reduce(open_mask(shares["r"], ADDITIVE), gate.num_bits)
+  derived, lam = Derived({}, {}, {}), None
+  if span := _span(gate):
+    derived, lam = COMPARISONS[gate.comparison].derive(span, r, shares)
+  additive = dict(derived.additive)
+  values = {}
+  if gate.shift:
+    narrow = np.uint16 if gate.shift <= 16 else dtype  # sigma is multiplied by 2^(k - shift)
+    values |= {"rho": r >> dtype(gate.shift), "sigma": (r >> dtype(gate.num_bits - 1)).astype(narrow)}
+    if gate.exact:
+      lam = _unpack(open_mask(shares["borrow"], BOOLEAN), gate.num) if lam is None else lam
+      values["lambda"] = lam.astype(dtype)
+  elif gate.action == RELU:
+    values["r"] = r
+  if gate.action != TRUNCATE:
+    top = (r >> dtype(gate.range_bits)).astype(jnp.uint8) & np.uint8(1)
+    beta = _unpack(open_mask(shares["sign"], BOOLEAN), gate.num) ^ top
+    additive["beta"] = beta.astype(dtype)
+    additive |= {f"{name}_beta": jnp.where(beta == 1, v, jnp.zeros_like(v)) for name, v in values.items()}
+    values.pop("r", None)  # its shares are the mask's own
+  return Derived({**additive, **values}, derived.boolean, derived.common)
+
+
+def run(gate: Gate, wire: Wire, z: Array, correlation: Correlation) -> Array:
+  """One party's part.
+
+  Args:
+    gate: what to compute.
+    wire: to the other party.
+    z: [N] uint32 or uint64, this party's additive share.
+    correlation: this party's shares of masks and of what was derived.
+
+  Returns:
+    [N], this party's additive share of the answer; both parties learn nothing.
+  """
+  dtype, k, c = z.dtype.type, gate.num_bits, correlation
+  offset = 2**gate.range_bits + _half(gate)
+  opened = ring.reduce(wire.open_additive(z + at(0, jnp.full_like(z, offset)) + c["r"], "masked input"), k)
+  borrow = sign = None
+  if span := _span(gate):
+    compared = COMPARISONS[gate.comparison].run(span, wire, opened, c)
+    borrow, sign = _open_bits(gate, wire, opened, compared, c)
+  negated = lambda v: dtype(0) - v
+  if gate.action == SIGN:
+    return jnp.where(sign == 1, at(0, jnp.full_like(z, 1)) - c["beta"], c["beta"])
+  if not gate.shift:
+    public = opened - dtype(offset)
+    value, product = z, public * c["beta"] - c["r_beta"]
+    return jnp.where(sign == 1, value - product, product)
+  # z >> shift = public - rho + wrapped * sigma - borrow; borrow = m ^ lambda = m + (1 - 2 m) lambda
+  public = (opened >> dtype(gate.shift)) - dtype(2 ** (gate.range_bits - gate.shift))
+  wraps = opened >> dtype(k - 1) == dtype(0)
+
+  def truncated(public: Array, suffix: str) -> Array:
+    sigma = c["sigma" + suffix].astype(z.dtype) << dtype(k - gate.shift)
+    out = public - c["rho" + suffix] + jnp.where(wraps, sigma, jnp.zeros_like(sigma))
+    if borrow is None:
+      return out
+    lam = c["lambda" + suffix]
+    return out - jnp.where(borrow == 1, negated(lam), lam)
+
+  if borrow is not None:
+    public = public - borrow.astype(z.dtype)
+  value = truncated(at(0, public), "")
+  if gate.action == TRUNCATE:
+    return value
+  product = truncated(public * c["beta"], "_beta")
+  return jnp.where(sign == 1, value - product, product)
+
+
+def clear(gate: Gate, z: Array) -> Array:
+  """The same on numbers in the clear, [N] uint32 or uint64 ring elements: what an exact gate equals bit for bit."""
+  signed = to_signed(z, gate.num_bits)
+  if gate.action == SIGN:
+    return (signed >= 0).astype(z.dtype)
+  out = (signed + signed.dtype.type(_half(gate))) >> signed.dtype.type(gate.shift)
+  if gate.action == RELU:
+    out = jnp.maximum(out, 0)
+  return lax.bitcast_convert_type(out, z.dtype)
+
+
+def to_signed(z: Array, num_bits: int) -> Array:
+  """Ring elements as int32 or int64, with the sign of bit k - 1."""
+  dtype = jnp.int32 if z.dtype == jnp.uint32 else jnp.int64
+  unused = np.dtype(dtype).type(z.dtype.itemsize * 8 - num_bits)
+  return (lax.bitcast_convert_type(z, dtype) << unused) >> unused
+
+
+def _half(gate: Gate) -> int:
+  return 2 ** (gate.shift - 1) if gate.shift else 0
+
+
+def _borrow(gate: Gate) -> bool:
+  return bool(gate.shift) and gate.exact
+
+
+def _borrow_in_tree(gate: Gate) -> bool:
+  """Whether the comparison itself opens the borrow, under a mask of its own."""
+  return gate.comparison == "tables" and gate.action != TRUNCATE
+
+
+def _span(gate: Gate) -> Span | None:
+  if gate.action == TRUNCATE:
+    return Span(0, gate.shift) if _borrow(gate) else None
+  return Span(gate.skip, gate.range_bits, gate.shift if _borrow(gate) else None)
+
+
+def _open_bits(gate: Gate, wire: Wire, opened: Array, compared: tables.Compared, c: Correlation):
+  """The borrow and the sign, [N] uint8 each or None, public under their masks, in one round."""
+  packed = []
+  if gate.action == TRUNCATE:
+    packed.append(_pack(compared.lt) ^ c["borrow"])
+  else:
+    # bit K of zh - r is that of zh, that of r, and the borrow of the K bits below
+    top = (opened >> opened.dtype.type(gate.range_bits)).astype(jnp.uint8) & np.uint8(1)
+    packed.append(_pack(compared.lt) ^ at(0, _pack(top)) ^ c["sign"])
+    if compared.borrow is not None:
+      packed.append(_pack(compared.borrow) ^ c["borrow"])
+  bits = [_unpack(b, gate.num) for b in wire.open_boolean(packed, "bits")]
+  if gate.action == TRUNCATE:
+    return bits[0], None
+  return (bits[1] if len(bits) > 1 else compared.opened_borrow), bits[0]
+
+
+def _pack(bits: Array) -> Array:
+  """[N] uint8 of 0 or 1 -> [ceil(N / 8)] uint8; element a W + w is bit a of byte w."""
+  width = -(-bits.shape[0] // 8)
+  bits = jnp.pad(bits, (0, 8 * width - bits.shape[0])).reshape(8, width)
+  return lax.reduce(bits << np.arange(8, dtype=np.uint8)[:, None], np.uint8(0), lax.bitwise_or, (0,))
+
+
+def _unpack(packed: Array, num: int) -> Array:
+  """The inverse of `_pack`."""
+  shifts = np.arange(8, dtype=np.uint8)[:, None]
+  return ((packed[None] >> shifts) & np.uint8(1)).reshape(-1)[:num]

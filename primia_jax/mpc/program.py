@@ -1,0 +1,191 @@
+"""A JAX function as a flat list of equations: calls inlined, scans unrolled, whatever is public computed on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from primia_jax.types import Array, PyTree
+
+PUBLIC = "public"
+
+
+class Ref(NamedTuple):
+  """A value that somebody keeps secret, by its number; everything public is an array."""
+
+  index: int
+
+
+class Equation(NamedTuple):
+  """One primitive applied to values, at least one of which is a Ref.
+
+  Attributes:
+    name: the primitive's name.
+    bind: inputs -> list of outputs, the primitive itself.
+    params: its static parameters.
+    inputs: Refs, or arrays where public.
+    outputs: one Ref each.
+    avals: shape and dtype of each output.
+    layer: the named scope it stands in (a Flax module's path), or the function's own.
+    source: file and line that called it.
+  """
+
+  name: str
+  bind: Callable[..., list[Any]]
+  params: dict[str, Any]
+  inputs: tuple[Any, ...]
+  outputs: tuple[Ref, ...]
+  avals: tuple[jax.ShapeDtypeStruct, ...]
+  layer: str
+  source: str
+
+
+class Program(NamedTuple):
+  """A whole function.
+
+  Attributes:
+    inputs: for each flat argument, its Ref, or the array itself where it is public.
+    avals: of each flat argument.
+    equations: in order.
+    outputs: Refs, or arrays where public.
+    out_tree: how the outputs are put together.
+  """
+
+  inputs: tuple[Any, ...]
+  avals: tuple[jax.ShapeDtypeStruct, ...]
+  equations: tuple[Equation, ...]
+  outputs: tuple[Any, ...]
+  out_tree: Any
+
+
+def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Program:
+  """Flattens fn at the given arguments.
+
+  Args:
+    fn: a JAX function of positional arguments.
+    args: pytrees of arrays or ShapeDtypeStructs; public ones must be arrays.
+    owners: for each argument, its owner; PUBLIC makes its values part of the program.
+
+  Raises:
+    ValueError: where owners do not match the arguments or a public argument has no value.
+    NotImplementedError: for control flow that depends on secret values.
+  """
+  if len(owners) != len(args):
+    raise ValueError(f"{len(owners)} owners for {len(args)} arguments; name one for each")
+  out_shape: list[Any] = []
+
+  def flat_fn(*leaves: Array) -> list[Array]:
+    outputs, tree = jax.tree.flatten(fn(*jax.tree.unflatten(structure, leaves)))
+    out_shape.append(tree)
+    return outputs
+
+  leaves, structure = jax.tree.flatten(tuple(args))
+  flat_owners = [owner for owner, arg in zip(owners, args, strict=True) for _ in jax.tree.leaves(arg)]
+  avals = tuple(jax.ShapeDtypeStruct(np.shape(v), v.dtype) for v in leaves)
+  jaxpr = jax.make_jaxpr(flat_fn)(*avals)
+  tracer = _Tracer()
+  inputs = []
+  for owner, leaf in zip(flat_owners, leaves, strict=True):
+    if owner == PUBLIC and isinstance(leaf, jax.ShapeDtypeStruct):
+      raise ValueError("a public argument needs its value when the plan is made, not only its shape")
+    inputs.append(leaf if owner == PUBLIC else tracer.new())
+  outputs = tracer.inline(jaxpr, inputs, "")
+  return Program(tuple(inputs), avals, tuple(tracer.equations), tuple(outputs), out_shape[-1])
+
+
+def evaluate(program: Program, leaves: Sequence[Array]) -> Iterator[tuple[int, Array]]:
+  """Yields (number, value) of every input and then of every equation's output, in plain JAX."""
+  env: dict[int, Array] = {}
+  for ref, leaf in zip(program.inputs, leaves, strict=True):
+    if isinstance(ref, Ref):
+      env[ref.index] = leaf
+      yield ref.index, leaf
+  for equation in program.equations:
+    values = equation.bind(*(env[v.index] if isinstance(v, Ref) else v for v in equation.inputs))
+    for ref, value in zip(equation.outputs, values, strict=True):
+      env[ref.index] = value
+      yield ref.index, value
+
+
+class _Tracer:
+  def __init__(self) -> None:
+    self.equations: list[Equation] = []
+    self.count = 0
+
+  def new(self) -> Ref:
+    self.count += 1
+    return Ref(self.count - 1)
+
+  def inline(self, closed: Any, inputs: Sequence[Any], layer: str) -> list[Any]:
+    jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, core.ClosedJaxpr) else (closed, [])
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env |= dict(zip(jaxpr.invars, inputs, strict=True))
+    read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
+    for eqn in jaxpr.eqns:
+      outputs = self._equation(eqn, [read(v) for v in eqn.invars], layer)
+      env |= dict(zip(eqn.outvars, outputs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+  def _equation(self, eqn: Any, values: list[Any], layer: str) -> list[Any]:
+    name = eqn.primitive.name
+    layer = "/".join(filter(None, [layer, str(eqn.source_info.name_stack)]))
+    if name == "cond":
+      if isinstance(values[0], Ref):
+        raise NotImplementedError(f"cond on a secret value at {_source(eqn)}; both branches must run: use jnp.where")
+      return self.inline(eqn.params["branches"][int(values[0])], values[1:], layer)
+    if name == "scan":
+      return self.inline(_unrolled(eqn, values), values, layer)
+    if name == "while":
+      raise NotImplementedError(f"while loop over secret values at {_source(eqn)}; use scan or a static fori_loop")
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
+      if isinstance(eqn.params.get(key), (core.ClosedJaxpr, core.Jaxpr)):
+        return self.inline(eqn.params[key], values, layer)
+    if not any(isinstance(v, Ref) for v in values) and not eqn.effects:
+      with jax.ensure_compile_time_eval():
+        return _bind(eqn, values)
+    outputs = tuple(self.new() for _ in eqn.outvars)
+    avals = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
+    bind = lambda *inputs: _bind(eqn, inputs)
+    self.equations.append(
+      Equation(name, bind, eqn.params, tuple(values), outputs, avals, layer or "(top)", _source(eqn))
+    )
+    return list(outputs)
+
+
+def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+  outputs = eqn.primitive.bind(*values, **eqn.params)
+  return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def _unrolled(eqn: Any, values: Sequence[Any]) -> Any:
+  """The jaxpr of a scan, iteration by iteration."""
+  params = eqn.params
+  body = core.jaxpr_as_fun(params["jaxpr"])
+  num_consts, num_carry, length = params["num_consts"], params["num_carry"], params["length"]
+  steps = range(length)[::-1] if params["reverse"] else range(length)
+
+  def loop(*args: Array) -> list[Array]:
+    consts, carry, xs = args[:num_consts], args[num_consts : num_consts + num_carry], args[num_consts + num_carry :]
+    stacked: dict[int, Sequence[Array]] = {}
+    for i in steps:
+      outputs = body(*consts, *carry, *(lax.index_in_dim(x, i, keepdims=False) for x in xs))
+      carry, stacked[i] = outputs[:num_carry], outputs[num_carry:]
+    ys = [jnp.stack([stacked[i][j] for i in range(length)]) for j in range(len(eqn.outvars) - num_carry)]
+    return [*carry, *ys]
+
+  return jax.make_jaxpr(loop)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars))
+
+
+def _source(eqn: Any) -> str:
+  """file:line of the innermost call that is neither JAX's nor Flax's."""
+  traceback = eqn.source_info.traceback
+  for frame in traceback.frames if traceback else ():
+    if not any(f"/{package}/" in frame.file_name for package in ("jax", "flax", "jaxlib")):
+      return f"{frame.file_name.rsplit('/', 1)[-1]}:{frame.line_num}"
+  return "an unknown line"
