@@ -276,11 +276,19 @@ class Builder:
   # ---- with communication
 
   def linear(
-    self, a: Value, owner: int, value: Callable, shape: tuple[int, ...], scale: float, map: Map, max_abs: float
+    self,
+    a: Value,
+    owner: int,
+    value: Callable,
+    shape: tuple[int, ...],
+    scale: float,
+    bits: int,
+    map: Map,
+    max_abs: float,
   ) -> Value:
-    """The bilinear map of a and an owner's operand, which is encoded at `scale`."""
+    """The bilinear map of a and an owner's operand, which is encoded at `scale` in `bits` bits with the sign."""
     opened = self.open(a)
-    operand = self._operand(owner, value, scale, shape, self.config.weight_bits, map)
+    operand = self._operand(owner, value, scale, shape, bits, map)
     out = shape_of(map, a.shape, shape)
     return self._add(
       Linear, out, a.scale * scale, max_abs, input=opened, owner=owner, operand=operand, map=map

@@ -1,10 +1,10 @@
 """The gates of section 5 of the design: ReLU, truncation and sign of a shared number, each one opening and a comparison.
 
-All take shares of z, a signed number with |z| + 2^(shift - 1) < 2^K, K <= k - 2, in Z_2^k. The dealer knows a mask r;
+All take shares of z, a signed number with |z| + `slack` < 2^K, K <= k - 2, in Z_2^k. The dealer knows a mask r;
 the parties open zh = z + 2^K (+ 2^(shift - 1), to round) + r, which is uniform whatever z is. The sign of z is a bit of
 zh, a bit of r and one comparison of the public zh with r (`tables` or `fss`); z >> shift is a linear function of what
 the dealer knows, once the borrow of the low bits is known (`exact`), or within one unit without it. Nothing else is
-opened but bits under fresh masks. A number beyond K is the one silent failure: `circuit.simulate` checks for it.
+opened but bits under fresh masks. A number beyond K is the one silent failure: `secret.check` finds it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Gate(NamedTuple):
     action: "relu": max(z, 0) >> shift; "truncate": z >> shift; "sign": 1 where z >= 0, else 0.
     num: elements.
     num_bits: k of the ring.
-    range_bits: K; |z| + 2^(shift - 1) must stay below 2^K.
+    range_bits: K; |z| + `slack` must stay below 2^K.
     shift: bits cut off at the end, rounding to nearest (ties up).
     skip: low bits that the sign ignores: it may err where |z| < 2^skip. 0 where the gate is exact.
     exact: whether the truncation is exact; else one unit too high, with a chance equal to the part that is cut off.
@@ -162,6 +162,11 @@ def to_signed(z: Array, num_bits: int) -> Array:
   return (lax.bitcast_convert_type(z, dtype) << unused) >> unused
 
 
+def slack(gate: Gate) -> int:
+  """What |z| must leave of 2^K: room for rounding, and for the bits that the sign ignores."""
+  return _half(gate) + (2**gate.skip if gate.skip else 0)
+
+
 def _half(gate: Gate) -> int:
   return 2 ** (gate.shift - 1) if gate.shift else 0
 
@@ -172,7 +177,8 @@ def _borrow(gate: Gate) -> bool:
 
 def _borrow_in_tree(gate: Gate) -> bool:
   """Whether the comparison itself opens the borrow, under a mask of its own."""
-  return gate.comparison == "tables" and gate.action != TRUNCATE
+  span = _span(gate)
+  return gate.comparison == "tables" and span is not None and tables.opens_borrow(span)
 
 
 def _span(gate: Gate) -> Span | None:

@@ -101,6 +101,7 @@ class _Lowering:
     self.ranges, self.known = ranges, known
     self.env: dict[int, Any] = {}
     self.forced: dict[Any, Value] = {}
+    self.labels: dict[int, str] = {}
     self.readers: dict[int, list[str]] = {}
     for equation in program.equations:
       for v in equation.inputs:
@@ -124,7 +125,7 @@ class _Lowering:
 
   def lower(self, equation: Equation) -> None:
     inputs = [self.env[v.index] if isinstance(v, Ref) else v for v in equation.inputs]
-    self.build.layer = equation.layer
+    self.build.layer = layer = self.label(equation)
     owners = {v.owner for v in inputs if isinstance(v, Owned)}
     if len(owners) == 1 and all(isinstance(v, Owned) or not is_secret(v) for v in inputs):
       self.env |= {
@@ -144,8 +145,18 @@ class _Lowering:
       if isinstance(out, Value):
         out = out._replace(max_abs=min(out.max_abs, self.bound(ref)))
       elif isinstance(out, Lazy | Pending):
-        out = out._replace(bound=self.bound(ref), layer=equation.layer)
+        out = out._replace(bound=self.bound(ref), layer=layer)
       self.env[ref.index] = out
+
+  def label(self, equation: Equation) -> str:
+    """Where an equation stands: its own scope, or the deeper one that its input comes from."""
+    label = equation.layer
+    for v in equation.inputs:
+      if isinstance(v, Ref) and self.labels.get(v.index, "").startswith(label):
+        label = self.labels[v.index]
+    for ref in equation.outputs:
+      self.labels[ref.index] = label
+    return label
 
   # ---- conversions
 
@@ -170,15 +181,16 @@ class _Lowering:
     """The one-sided product, at a scale that fills the operand's bits and leaves room in the ring."""
     config = self.build.config
     bound, x, largest = lazy.bound, lazy.x, self.largest(lazy.weight)
-    fraction_bits = config.fraction_bits
+    fraction_bits, bits = config.fraction_bits, config.num_bits
     if not math.isinf(largest) and largest > 0:
-      fraction_bits = config.weight_bits - 1 - max(math.frexp(largest)[1], -64)
+      bits = config.weight_bits
+      fraction_bits = bits - 1 - max(math.frexp(largest)[1], -64)
     room = config.num_bits - 3 - math.log2(bound) if 0 < bound < math.inf else math.inf
     if fraction_bits - math.log2(x.scale) > room:
       x = self.build.narrow(x)
       fraction_bits = min(fraction_bits, math.floor(room + math.log2(x.scale)))
     out = self.build.linear(
-      x, lazy.weight.owner, lazy.weight.read, lazy.weight.shape, 2.0**-fraction_bits, lazy.map, bound
+      x, lazy.weight.owner, lazy.weight.read, lazy.weight.shape, 2.0**-fraction_bits, bits, lazy.map, bound
     )
     if lazy.offset is not None:
       offset = lazy.offset
@@ -323,7 +335,7 @@ def _bilinear(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
   """Convolutions and matrix products."""
   a, b = inputs
   mapping = maps.from_equation(equation.name, equation.params)
-  if isinstance(a, Owned) and isinstance(b, Owned) and a.owner > b.owner or isinstance(b, Owned):
+  if isinstance(b, Owned) and not (isinstance(a, Owned) and a.owner < b.owner):
     x, weight, transpose = low.value(a) if is_secret(a) else a, b, None
   elif isinstance(a, Owned) or not is_secret(a):
     mapping, transpose = maps.swapped(mapping, len(np.shape(a) if not isinstance(a, Owned) else a.shape), len(_shape(b)))

@@ -1,4 +1,4 @@
-"""Exact bilinear maps (convolution, dot_general, product) of ring elements, in the arithmetic that is fast where it runs.
+"""Exact bilinear maps (convolution, dot_general, product) of ring elements, in whatever arithmetic is fast.
 
 XLA has no good integer matrix product for wide integers. Three forms replace it, all exact modulo 2^k:
 
@@ -61,7 +61,7 @@ class Operand:
 
 
 def apply(map: Map, x: Array, w: Array, dtype: Any = None) -> Array:
-  """The plain XLA operation on operands of one dtype, accumulated in `dtype` (default: theirs); also good for shapes."""
+  """The plain XLA operation on operands of one dtype, accumulated in `dtype` (default: theirs); good for shapes too."""
   p = dict(map.params)
   if map.name == "mul":
     return (x if dtype is None else x.astype(dtype)) * (w if dtype is None else w.astype(dtype))
@@ -107,6 +107,8 @@ def split(map: Map, w: Array, w_bits: int, num_bits: int, form: Form | None = No
   form = choose(map, w.shape, w_bits, num_bits) if form is None else form
   if form not in get_args(Form):
     raise ValueError(f"form={form!r} is none of {', '.join(get_args(Form))}")
+  if form == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    raise ValueError("form='float64' needs x64: set JAX_ENABLE_X64=1 (or jax_enable_x64), or take another form")
   if not jnp.issubdtype(w.dtype, jnp.integer):
     raise ValueError(f"w has dtype {w.dtype}; integers are needed: encode it first")
   signed = _sign_extended(w, num_bits)
@@ -114,6 +116,7 @@ def split(map: Map, w: Array, w_bits: int, num_bits: int, form: Form | None = No
     low, high = int(jnp.min(signed)), int(jnp.max(signed))
     if max(-low, high) >= 2 ** (w_bits - 1):
       raise ValueError(f"w reaches from {low} to {high}, which is not below 2^{w_bits - 1} as w_bits={w_bits} promises")
+  digits: tuple[Array, ...]
   if form == "integer":
     # Small weights take half the memory, which is what bounds layers with more weights than pixels.
     narrow = signed.astype(jnp.int32) if w_bits <= 32 else signed
@@ -180,7 +183,7 @@ _INT8_FAN_IN = 2**17 - 1  # products of up to 2^14 in magnitude, summed in int32
 
 def _sign_extended(v: Array, num_bits: int) -> Array:
   """The signed numbers, modulo 2^k, that integers of any dtype stand for: int32 for k <= 32, else int64."""
-  signed = jnp.dtype(jnp.int32 if num_bits <= 32 else jnp.int64)
+  signed = jnp.dtype(f"int{ring.storage(num_bits).itemsize * 8}")
   unused = jnp.asarray(signed.itemsize * 8 - num_bits, signed)
   return v.astype(signed) << unused >> unused
 
@@ -225,11 +228,12 @@ def _fan_in(map: Map, w_shape: Sequence[int]) -> int:
   return math.prod(w_shape) // w_shape[p["dimension_numbers"].rhs_spec[0]]
 
 
-# --- The integer form. One shape for all maps: x [N, *space, C, G] times w [*window, C, G, O] is [N, *space', G, O]. Groups
-# G are independent of each other, N and O are the free dimensions; C is summed over, and so is the window.
+# --- The integer form. One shape for all maps: x [N, *space, C, G] times w [*window, C, G, O] is [N, *space', G, O].
+# Groups G are independent of each other, N and O are the free dimensions; C is summed over, and so is the window.
 
 _MIN_TERMS, _MAX_TERMS = 16, 24  # in one loop: XLA's code for fewer is slow, and more do not fit the vector registers
 _MAX_COLUMNS = 128  # of w in one loop: a block of more does not fit the innermost cache
+_MIN_WORK = 2**17  # elements of the result in one step, where there can be that many: each step has a cost of its own
 
 
 class _Axis(NamedTuple):
@@ -255,7 +259,8 @@ def _integer(map: Map, x: Array, w: Operand) -> Array:
   for i in reversed(range(len(axes) - _num_folded(kernel), len(axes))):
     rows, axes[i] = _patches(rows, i + 1, axes[i]), _Axis(1, 1, 1, (0, 0, 0))
   out = jnp.moveaxis(_sum_blocks(rows, w.digits[0], axes), 0, -2)  # [N, *space', G, O/o, o]
-  return _result(map, out.reshape(*out.shape[:-2], -1)[..., : kernel[-1]], x.shape, w.shape)
+  out = out.reshape(*out.shape[:-2], out.shape[-2] * out.shape[-1])[..., : kernel[-1]]
+  return _result(map, out, x.shape, w.shape)
 
 
 def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[_Axis]) -> Array:
@@ -265,39 +270,46 @@ def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[_Axis]) -> Array:
   rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, per_tap * terms - rows.shape[-2]), (0, 0)])
   space = [axis.num_windows(size) for axis, size in zip(axes, rows.shape[1:], strict=False)]
   spans = [(size - 1) * axis.stride + 1 for axis, size in zip(axes, space, strict=True)]
-  start = jnp.zeros((chunks, rows.shape[0], *space, groups, width), rows.dtype)
-  if not start.size:
-    return start
+  shape = (chunks, rows.shape[0], *space, groups, width)
+  if not steps or not math.prod(shape):
+    return jnp.zeros(shape, rows.dtype)
+  # Small results are summed in several parts side by side, for fewer and longer steps.
+  parts = max(p for p in range(1, per_tap + 1) if per_tap % p == 0 and (p == 1 or p * math.prod(shape) <= _MIN_WORK))
+  blocks = blocks.reshape(steps // parts, parts, *blocks.shape[1:])
 
   def step(t: Array, total: Array) -> Array:
-    taps, block = t // per_tap, t % per_tap
+    taps, block = t // (per_tap // parts), t % (per_tap // parts)
     offsets = []
     for axis in reversed(axes):
       offsets.append(taps % axis.taps * axis.dilation)
       taps = taps // axis.taps
     zero = jnp.zeros((), t.dtype)
-    x = lax.dynamic_slice(rows, (zero, *reversed(offsets), block * terms, zero), (rows.shape[0], *spans, terms, groups))
+    starts = (zero, *reversed(offsets), block * (parts * terms), zero)
+    x = lax.dynamic_slice(rows, starts, (rows.shape[0], *spans, parts * terms, groups))
     x = lax.slice(x, [0] * x.ndim, x.shape, (1, *(axis.stride for axis in axes), 1, 1))
+    x = jnp.moveaxis(x.reshape(*x.shape[:-2], parts, terms, groups), -3, 0)  # [parts, N, *space', U, G]
     w = _as_ring(lax.dynamic_index_in_dim(blocks, t, keepdims=False), rows.dtype)
-    w = jnp.expand_dims(w, tuple(range(1, rows.ndim - 1)))  # [O/o, 1, ..., U, G, o]
+    w = jnp.expand_dims(w, tuple(range(2, rows.ndim)))  # [parts, O/o, 1, ..., U, G, o]
     for u in range(terms):
-      total = total + x[None, ..., u, :, None] * w[..., u, :, :]
+      total = total + x[:, None, ..., u, :, None] * w[..., u, :, :]
     return total
 
-  return lax.fori_loop(jnp.int32(0), jnp.int32(steps), step, start)
+  start = jnp.zeros((parts, *shape), rows.dtype)
+  return lax.fori_loop(jnp.int32(0), jnp.int32(steps // parts), step, start).sum(0, dtype=rows.dtype)
 
 
 def _blocks(kernel: Array) -> Array:
-  """[*window, C, G, O] as [steps, O/o, U, G, o]: a step is U channels of one tap, zeros where C or O does not divide."""
+  """[*window, C, G, O] as [steps, O/o, U, G, o]: a step is U channels of one tap. Zeros fill C and O."""
   folded = _num_folded(kernel.shape)
   *window, channels, groups, columns = kernel.shape
   channels *= math.prod(window[len(window) - folded :])
-  kernel = kernel.reshape(-1, channels, groups, columns)
+  kernel = kernel.reshape(math.prod(window[: len(window) - folded]), channels, groups, columns)
   terms = min(range(_MIN_TERMS, _MAX_TERMS + 1), key=lambda u: -(-channels // u) * u)
   chunks = max(1, -(-columns // _MAX_COLUMNS))
   width = columns if chunks == 1 else -(-columns // chunks // 8) * 8  # of whole vectors
   kernel = jnp.pad(kernel, ((0, 0), (0, -channels % terms), (0, 0), (0, chunks * width - columns)))
-  return jnp.moveaxis(kernel.reshape(-1, terms, groups, chunks, width), 3, 1)
+  steps = kernel.shape[0] * kernel.shape[1] // terms
+  return jnp.moveaxis(kernel.reshape(steps, terms, groups, chunks, width), 3, 1)
 
 
 def _num_folded(kernel: Sequence[int]) -> int:
@@ -355,9 +367,9 @@ def _rows(map: Map, x: Array) -> Array:
   rows, channels, *space = p["dimension_numbers"].lhs_spec
   x = x.transpose(rows, *space, channels)
   if (groups := p.get("batch_group_count", 1)) > 1:
-    return jnp.moveaxis(x.reshape(groups, -1, *x.shape[1:]), 0, -1)
+    return jnp.moveaxis(x.reshape(groups, x.shape[0] // groups, *x.shape[1:]), 0, -1)
   groups = p.get("feature_group_count", 1)
-  return x.reshape(*x.shape[:-1], groups, -1).swapaxes(-1, -2)
+  return x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups).swapaxes(-1, -2)
 
 
 def _result(map: Map, y: Array, x_shape: Sequence[int], w_shape: Sequence[int]) -> Array:
@@ -370,5 +382,5 @@ def _result(map: Map, y: Array, x_shape: Sequence[int], w_shape: Sequence[int]) 
     w_free = [n for a, n in enumerate(w_shape) if a not in (*w_contracted, *w_batch)]
     return y.swapaxes(0, 1).reshape(*batch, *x_free, *w_free)
   rows, channels, *space = p["dimension_numbers"].out_spec
-  y = y.reshape(*y.shape[:-2], -1)
+  y = y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
   return jnp.moveaxis(y, range(y.ndim), (rows, *space, channels))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +63,11 @@ class Program(NamedTuple):
   outputs: tuple[Any, ...]
   out_tree: Any
 
+  @property
+  def num_values(self) -> int:
+    """How many values anybody keeps secret."""
+    return 1 + max(ref.index for e in self.equations for ref in e.outputs) if self.equations else len(self.inputs)
+
 
 def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Program:
   """Flattens fn at the given arguments.
@@ -99,18 +104,14 @@ def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Progra
   return Program(tuple(inputs), avals, tuple(tracer.equations), tuple(outputs), out_shape[-1])
 
 
-def evaluate(program: Program, leaves: Sequence[Array]) -> Iterator[tuple[int, Array]]:
-  """Yields (number, value) of every input and then of every equation's output, in plain JAX."""
-  env: dict[int, Array] = {}
-  for ref, leaf in zip(program.inputs, leaves, strict=True):
-    if isinstance(ref, Ref):
-      env[ref.index] = leaf
-      yield ref.index, leaf
+def evaluate(program: Program, leaves: Sequence[Array | None]) -> dict[int, Array]:
+  """Every value, by number, that follows from the inputs given (None: not given), in plain JAX."""
+  env = {ref.index: v for ref, v in zip(program.inputs, leaves, strict=True) if isinstance(ref, Ref) and v is not None}
   for equation in program.equations:
-    values = equation.bind(*(env[v.index] if isinstance(v, Ref) else v for v in equation.inputs))
-    for ref, value in zip(equation.outputs, values, strict=True):
-      env[ref.index] = value
-      yield ref.index, value
+    inputs = [env.get(v.index) if isinstance(v, Ref) else v for v in equation.inputs]
+    if all(v is not None for v in inputs):
+      env |= {ref.index: v for ref, v in zip(equation.outputs, equation.bind(*inputs), strict=True)}
+  return env
 
 
 class _Tracer:

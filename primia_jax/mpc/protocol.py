@@ -237,9 +237,10 @@ def prepare(
   return ready
 
 
-def run(
-  circuit: Circuit, config: Config, wire: Wire, ready: Ready, operands: Operands
-) -> list[Array]:
+Env = dict[int, Any]  # by number: shares, or (masked value, this party's share of its mask)
+
+
+def run(circuit: Circuit, config: Config, wire: Wire, ready: Ready, operands: Operands) -> list[Array]:
   """One party's part of the protocol, on the axis "party".
 
   Args:
@@ -253,11 +254,23 @@ def run(
   Returns:
     This party's shares of the outputs; a party learns an output only from the other's share of it.
   """
-  env: dict[int, Any] = {}  # shares, or (masked value, this party's mask share)
-  k = config.num_bits
-  for number, op in enumerate(circuit.operations):
-    c = ready.get(number, {})
-    with jax.named_scope(f"{op.layer}"):
+  return outputs(circuit, config, advance(circuit, config, wire, ready, operands, {}, 0, len(circuit.operations)))
+
+
+def outputs(circuit: Circuit, config: Config, env: Env) -> list[Array]:
+  """The shares of the outputs, once every operation is done."""
+  return [ring.reduce(env[v.index], config.num_bits) for v in circuit.outputs if hasattr(v, "index")]
+
+
+def advance(
+  circuit: Circuit, config: Config, wire: Wire, ready: Ready, operands: Operands, env: Env, first: int, last: int
+) -> Env:
+  """Carries out operations first to last - 1 on what came before; returns what the rest still needs."""
+  env, k = dict(env), config.num_bits
+  for number in range(first, last):
+    op = circuit.operations[number]
+    c, before = ready.get(number, {}), len(wire.log or ())
+    with jax.named_scope(op.layer):
       match op:
         case Input():
           env[op.out] = operands[op.operand] if op.owner is None else at(op.owner, operands[op.operand])
@@ -269,7 +282,7 @@ def run(
         case Offset():
           env[op.out] = env[op.input] + at(0 if op.owner is None else op.owner, _offset(op, operands, config))
         case Open():
-          env[op.out] = wire.open_additive(env[op.input] + c["r"], f"{op.layer}: open"), c["r"]
+          env[op.out] = wire.open_additive(env[op.input] + c["r"], "open"), c["r"]
         case Linear():
           masked, _ = env[op.input]
           whole = compute_at(op.owner, lambda: multiply(op.map, masked, operands[op.operand], k))  # noqa: B023
@@ -280,7 +293,18 @@ def run(
         case Apply():
           z = env[op.input].reshape(-1)
           env[op.out] = gates.run(op.gate, wire, z, c).reshape(op.shape)
-  return [ring.reduce(env[v.index], k) for v in circuit.outputs if hasattr(v, "index")]
+    if wire.log is not None:
+      wire.log[before:] = [sent._replace(operation=number) for sent in wire.log[before:]]
+  return {i: env[i] for i in live(circuit, last)}
+
+
+def live(circuit: Circuit, number: int) -> list[int]:
+  """The values from before operation `number` that it or a later one reads, or that are outputs."""
+  made = {op.out for op in circuit.operations[:number]}
+  needed = {v.index for v in circuit.outputs if hasattr(v, "index")}
+  for op in circuit.operations[number:]:
+    needed |= set(getattr(op, "inputs", ())) | ({op.input} if hasattr(op, "input") else set())
+  return sorted(made & needed)
 
 
 def decode(elements: Array, scale: float, config: Config) -> Array:

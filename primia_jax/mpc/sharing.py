@@ -25,6 +25,7 @@ class Sent(NamedTuple):
 
   what: str
   num_bytes: int  # sent by each party
+  operation: int = -1  # its number in the circuit
 
 
 class Wire(NamedTuple):

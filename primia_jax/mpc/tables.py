@@ -57,7 +57,7 @@ class _Level(NamedTuple):
   """One round of the tree: its nodes, each a list of children numbered from low to high."""
 
   nodes: tuple[tuple[int, ...], ...]
-  low_nodes: int  # how many of them lie below the cut
+  low: int  # of the root: how many of its children lie below the cut
 
   @property
   def radix(self) -> int:
@@ -78,6 +78,12 @@ def masks(span: Span, num: int) -> Masks:
   }
 
 
+def opens_borrow(span: Span) -> bool:
+  """Whether the tree opens the borrow, masked, as one of the inputs of its root."""
+  levels = _tree(span)[1]
+  return bool(levels) and levels[-1].low == 1
+
+
 def derive(span: Span, r: Array, shares: dict[str, Array]) -> tuple[Derived, Array | None]:
   """The dealer's tables and products of masks.
 
@@ -87,7 +93,7 @@ def derive(span: Span, r: Array, shares: dict[str, Array]) -> tuple[Derived, Arr
     shares: both parties' shares [2, ...] of the `masks`.
 
   Returns:
-    what is to be dealt, and the mask [N] uint8 of the borrow that the tree opens (None without a cut).
+    what is to be dealt, and the mask [N] uint8 of the borrow where the tree opens it.
   """
   digits, levels = _tree(span)
   one = jnp.uint32(1)
@@ -98,7 +104,7 @@ def derive(span: Span, r: Array, shares: dict[str, Array]) -> tuple[Derived, Arr
     variables = _variables(level, words)
     packed = _pack(level, [_and(variables, s) for s in _products(level)])
     boolean |= {f"products{i}_{j}": word for j, word in enumerate(packed)}
-    if span.cut is not None and i == _borrow_level(levels):
+    if level.low == 1:
       borrow_mask = _borrow_bit(level, words)
   return Derived({}, boolean, {}), borrow_mask
 
@@ -118,12 +124,12 @@ def run(span: Span, wire: Wire, v: Array, correlation: Correlation) -> Compared:
   if not levels:  # one digit: its table is the answer
     return Compared(_look_up(digits, _Level(((0,),), 0), v, tables, first)[0] >> np.uint8(1))
   message = [native.barrier(word) for word in _look_up(digits, levels[0], v, tables, first)]
-  opened_borrow = None
+  borrow = opened_borrow = None
   for i, level in enumerate(levels):
     mask = [correlation[name] for name in _message_names(i, level)]
     opened = wire.open_boolean([m ^ r for m, r in zip(message, mask, strict=True)], f"compare {i}")
     public = _children(i, level, opened, 1)
-    if span.cut is not None and i == _borrow_level(levels):
+    if level.low == 1:
       opened_borrow = _borrow_bit(level, public)
     values = _variables(level, public)
     secrets = _variables(level, _children(i, level, mask))
@@ -131,13 +137,21 @@ def run(span: Span, wire: Wire, v: Array, correlation: Correlation) -> Compared:
     products = _unpack(level, [correlation[f"products{i}_{j}"] for j in range(num_words)])
     known = dict(zip(_products(level), products, strict=True))
     known |= {(name,): secret for name, secret in secrets.items()}
-    lt = _variables(level, _children(i, level, message))[_top(level)]  # the highest child's lt enters linearly
-    for term in _lt_terms(level):
-      lt = lt ^ _masked_and(term, values, known, first)
-    message = [lt]
-    if not level.is_root:
-      message = [native.barrier(_masked_and(_eq_term(level), values, known, first) | (lt << lt.dtype.type(1)))]
-  return Compared(native.barrier(message[0]), None, opened_borrow)
+    own = _variables(level, _children(i, level, message))  # the highest child's lt enters linearly
+
+    def less(children: int) -> Array:
+      """The lt of the lowest children together."""
+      lt = own[f"l{children - 1}"]  # noqa: B023
+      for term in _lt_terms(children):
+        lt = lt ^ _masked_and(term, values, known, first)  # noqa: B023
+      return lt
+
+    lt = less(level.radix)
+    message = [lt if level.is_root else _masked_and(_eq_term(level), values, known, first) | (lt << lt.dtype.type(1))]
+    message = [native.barrier(message[0])]
+    if level.low > 1:
+      borrow = native.barrier(less(level.low))
+  return Compared(message[0], borrow, opened_borrow)
 
 
 def _tree(span: Span) -> tuple[list[tuple[int, int]], list[_Level]]:
@@ -147,11 +161,11 @@ def _tree(span: Span) -> tuple[list[tuple[int, int]], list[_Level]]:
   digits = parts[0] + parts[1]
   counts, levels = [len(p) for p in parts], []
   while sum(counts) > 1:
-    if counts[0] > 1:  # the part below the cut comes together first: its lt is the borrow
-      groups = [_groups(0, counts[0]), _groups(counts[0], sum(counts))]
-    else:
-      groups = [[], _groups(0, sum(counts))]
-    levels.append(_Level(tuple(groups[0] + groups[1]), len(groups[0])))
+    if sum(counts) <= _RADIX:  # the root; its first children are the part below the cut
+      levels.append(_Level((tuple(range(sum(counts))),), counts[0]))
+      break
+    groups = [_groups(0, counts[0]), _groups(counts[0], sum(counts))]
+    levels.append(_Level(tuple(groups[0] + groups[1]), 0))
     counts = [len(g) for g in groups]
   return digits, levels
 
@@ -165,11 +179,6 @@ def _groups(first: int, last: int) -> list[tuple[int, ...]]:
   num = -(-(last - first) // _RADIX)
   bounds = [first + (last - first) * i // num for i in range(num + 1)] if num else []
   return [tuple(range(a, b)) for a, b in itertools.pairwise(bounds)]
-
-
-def _borrow_level(levels: list[_Level]) -> int:
-  """The level whose first child is the whole part below the cut: the first that does not keep that part apart."""
-  return next(i for i, level in enumerate(levels) if not level.low_nodes)
 
 
 def _borrow_bit(level: _Level, words: list[Array]) -> Array:
@@ -247,13 +256,8 @@ def _variables(level: _Level, words: list[Array]) -> dict[str, Array]:
   return out
 
 
-def _top(level: _Level) -> str:
-  return f"l{level.radix - 1}"
-
-
-def _lt_terms(level: _Level) -> list[tuple[str, ...]]:
-  top = level.radix - 1
-  return [(f"l{i}", *(f"e{j}" for j in range(i + 1, top + 1))) for i in range(top)]
+def _lt_terms(children: int) -> list[tuple[str, ...]]:
+  return [(f"l{i}", *(f"e{j}" for j in range(i + 1, children))) for i in range(children - 1)]
 
 
 def _eq_term(level: _Level) -> tuple[str, ...]:
@@ -262,7 +266,7 @@ def _eq_term(level: _Level) -> tuple[str, ...]:
 
 def _products(level: _Level) -> list[tuple[str, ...]]:
   """The products of masks that are dealt: all subsets of two or more factors of a term."""
-  terms = _lt_terms(level) + ([] if level.is_root else [_eq_term(level)])
+  terms = _lt_terms(level.radix) + ([] if level.is_root else [_eq_term(level)])
   subsets = {tuple(sorted(s)) for t in terms for n in range(2, len(t) + 1) for s in itertools.combinations(t, n)}
   return sorted(subsets, key=lambda s: (len(s), s))
 

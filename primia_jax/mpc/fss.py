@@ -1,0 +1,245 @@
+"""[public < dealer-known] by function secret sharing: no communication, about 0.6 kB of dealt keys an element.
+
+A distributed comparison function (Boyle et al., EUROCRYPT 2021, figure 1, with one payload bit; AriaNN and PriMIA
+compare so too). Each party holds a binary tree of 128-bit seeds that grows from a root of its own. Correction words,
+the same for both, make the two trees equal off the dealer's path r and independent on it, so that the shares that the
+parties gather on the way to the public v cancel to [v < r]. The last seven levels are one 128-bit seed, taken as a
+one-time pad of the answers to their 128 numbers (early termination; Boyle et al., CCS 2016).
+
+Assumption: ChaCha20 with a uniform 128-bit key (the cipher's own 16-byte form) is a pseudorandom function of a nonce
+and a counter. A node's seed is the key, the level and the element are nonce and counter: one block gives both children,
+and work to guess one seed guesses no other. Either party alone sees uniform words, whatever r is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from primia_jax import prng
+from primia_jax.mpc.dealing import BOOLEAN, Correlation, Derived, Masks, Uniform
+from primia_jax.mpc.sharing import PARTY, Wire
+from primia_jax.mpc.tables import Compared, Span
+from primia_jax.types import Array
+
+_SIGMA = np.frombuffer(b"expand 16-byte k", "<u4").astype(np.uint32)
+_LEAF = 7  # bits that a leaf answers at once
+_FIELD, _FIELDS = 3, 10  # bits of a level's control correction, and levels to a word
+_CPU_CHUNK = 2**10  # elements at a time: keys of half a megabyte, to stay in the cache
+_CHUNK = 2**18  # the same where there is a wide machine to fill
+
+Words = tuple[Array, ...]  # a seed: four uint32 arrays
+Rounds = Callable[[Words], Words]
+
+
+class _Tree(NamedTuple):
+  """One comparison, of bits low to high - 1."""
+
+  suffix: str
+  low: int
+  high: int
+
+  @property
+  def levels(self) -> int:
+    return max(0, self.high - self.low - _LEAF)
+
+  @property
+  def leaf_words(self) -> int:
+    return -(-(2 ** min(self.high - self.low, _LEAF)) // 32)
+
+
+def masks(span: Span, num: int) -> Masks:
+  """The roots: each party's share of them is its own seeds."""
+  return {f"root{t.suffix}": Uniform((t.leaf_words, num), np.uint32, BOOLEAN) for t in _trees(span)}
+
+
+def derive(span: Span, r: Array, shares: dict[str, Array]) -> tuple[Derived, None]:
+  """The dealer's correction words.
+
+  Args:
+    span: which bits.
+    r: [N] uint32 or uint64, the dealer's number.
+    shares: both parties' shares [2, ...] of the `masks`.
+
+  Returns:
+    what both parties are to be given, and no mask: this comparison opens nothing.
+  """
+  common: dict[str, Array] = {}
+  for tree in _trees(span):
+    fn = functools.partial(_derive_chunk, tree)
+    common |= _chunked(fn, {"r": r, "roots": shares[f"root{tree.suffix}"]})
+  return Derived({}, {}, common), None
+
+
+def run(span: Span, wire: Wire, v: Array, correlation: Correlation) -> Compared:
+  """One party's part: no rounds.
+
+  Args:
+    span: which bits.
+    wire: not used.
+    v: [N] uint32 or uint64, public; element n must be the dealer's element n, its number is in the nonces.
+    correlation: this party's roots and the correction words.
+  """
+  del wire
+  party = lax.axis_index(PARTY).astype(jnp.uint32)
+  answers = []
+  for tree in _trees(span):
+    names = [f"{name}{tree.suffix}" for name in ("root", "seeds", "controls", "leaf")]
+    keys = {name: correlation[name] for name in names if name in correlation}
+    fn = functools.partial(_run_chunk, tree)
+    answers.append(_chunked(fn, {"v": v, **keys}, party)["share"])
+  return Compared(*answers)
+
+
+def key_bytes(span: Span) -> int:
+  """Bytes of correction words that the dealer sends to each party for an element; the roots come from a seed."""
+  controls = lambda tree: -(-tree.levels // _FIELDS)
+  return sum(4 * (4 * tree.levels + controls(tree) + tree.leaf_words) for tree in _trees(span))
+
+
+def _trees(span: Span) -> list[_Tree]:
+  """The low bits are no prefix of all bits: the borrow needs a tree of its own."""
+  return [_Tree("", span.low, span.high)] + ([] if span.cut is None else [_Tree("_cut", 0, span.cut)])
+
+
+def _derive_chunk(tree: _Tree, rounds: Rounds, chunk: dict[str, Array], first: Array) -> dict[str, Array]:
+  """The correction words of a few elements: the dealer walks the path r as both parties, arrays [2, T]."""
+  r, roots = chunk["r"], chunk["roots"]
+  seed = tuple(roots[:, i] for i in range(tree.leaf_words))
+  zero = seed[0] & np.uint32(0)
+  both = lambda x: x[0] ^ x[1]
+
+  def level(carry, i):
+    seed, t, value = carry
+    bit = _bit(tree, r, i)
+    left, right, control = _expand(tree, rounds, seed, first, i)
+    off_path = [jnp.where(bit == 1, both(a), both(b)) for a, b in zip(left, right, strict=True)]
+    total = both(control)
+    stop = both(value) ^ (total >> (3 - bit)) ^ bit  # who leaves the path to the left, where bit = 1, is less
+    field = (total ^ bit ^ 1) & 1 | (total ^ bit << 1) & 2 | (stop & 1) << 2
+    seed, t, step = _descend(left, right, control, bit[None], t, tuple(w[None] for w in off_path), field[None])
+    return (seed, t, value ^ step), (jnp.stack(off_path), field)
+
+  parties = lax.broadcasted_iota(jnp.uint32, zero.shape, 0)
+  carry, out = (seed, zero | parties, zero), {}
+  if tree.levels:
+    carry, (seeds, fields) = lax.scan(level, carry, np.arange(tree.levels, dtype=np.uint32))
+    out = {"seeds": seeds, "controls": _pack(fields)}
+  seed, _, value = carry
+  fewer = [(_low(tree, r) - 32 * i).clip(0, 32).astype(jnp.uint32) for i in range(tree.leaf_words)]
+  answers = [~(jnp.full_like(n, 2**32 - 1) << n) for n in fewer]  # bit v is [v < r]; a shift by 32 gives 0
+  pad = [both(word) ^ -both(value) for word in seed]
+  out["leaf"] = jnp.stack([a ^ b for a, b in zip(answers, pad, strict=True)])
+  return {f"{name}{tree.suffix}": value for name, value in out.items()}
+
+
+def _run_chunk(tree: _Tree, rounds: Rounds, chunk: dict[str, Array], first: Array, party: Array) -> dict[str, Array]:
+  """One party's walk to v, for a few elements, arrays [T]."""
+  v, root, leaf = chunk["v"], chunk[f"root{tree.suffix}"], chunk[f"leaf{tree.suffix}"]
+  seed = tuple(root[i] for i in range(tree.leaf_words))
+  zero = seed[0] & np.uint32(0)
+  carry = seed, zero | party, zero
+  if tree.levels:
+    seeds, controls = chunk[f"seeds{tree.suffix}"], chunk[f"controls{tree.suffix}"]
+
+    def level(carry, key):
+      (seed, t, value), (i, correction) = carry, key
+      left, right, control = _expand(tree, rounds, seed, first, i)
+      field = lax.dynamic_index_in_dim(controls, i // _FIELDS, keepdims=False) >> (_FIELD * (i % _FIELDS))
+      seed, t, step = _descend(left, right, control, _bit(tree, v, i), t, tuple(correction), field)
+      return (seed, t, value ^ step), None
+
+    carry, _ = lax.scan(level, carry, (np.arange(tree.levels, dtype=np.uint32), seeds))
+  seed, t, value = carry
+  low = _low(tree, v).astype(jnp.uint32)
+  answer = zero
+  for i, word in enumerate(seed):
+    answer = jnp.where(low >> 5 == i, word ^ leaf[i] & -t, answer)
+  return {"share": ((answer >> (low & 31) ^ value) & 1).astype(jnp.uint8)}
+
+
+def _expand(
+  tree: _Tree, rounds: Rounds, seed: Words, first: Array, level: Array
+) -> tuple[Words, Words, Array]:
+  """The seeds of both children, and a word of control (bits 0, 1) and value bits (2, 3) of the left and right child."""
+  zero = seed[0] & np.uint32(0)
+  element = zero | (first + lax.broadcasted_iota(jnp.uint32, zero.shape, zero.ndim - 1))
+  nonce = (zero | level, zero | (1 if tree.suffix else 0), zero)
+  block = rounds((*(zero | word for word in _SIGMA), *seed, *seed, element, *nonce))
+  return block[:4], block[4:8], block[8]
+
+
+def _descend(
+  left: Words, right: Words, control: Array, bit: Array, t: Array, correction: Words, field: Array
+) -> tuple[Words, Array, Array]:
+  """One step down: the child's corrected seed and control bit, and what its value bit adds to the share."""
+  children = zip(left, right, correction, strict=True)
+  seed = tuple(jnp.where(bit == 1, b, a) ^ c & -t for a, b, c in children)
+  return seed, (control >> bit ^ t & field >> bit) & 1, (control >> (2 + bit) ^ t & field >> 2) & 1
+
+
+def _bit(tree: _Tree, v: Array, level: Array) -> Array:
+  return ((v >> (tree.high - 1 - level).astype(v.dtype)) & 1).astype(jnp.uint32)
+
+
+def _low(tree: _Tree, v: Array) -> Array:
+  """Which of a leaf's numbers v is."""
+  return ((v >> tree.low) & (2 ** min(tree.high - tree.low, _LEAF) - 1)).astype(jnp.int32)
+
+
+def _pack(fields: Array) -> Array:
+  """[levels, T] -> [ceil(levels / 10), T] uint32."""
+  words = -(-fields.shape[0] // _FIELDS)
+  fields = jnp.pad(fields, ((0, words * _FIELDS - fields.shape[0]), (0, 0))).reshape(words, _FIELDS, -1)
+  shifts = _FIELD * np.arange(_FIELDS, dtype=np.uint32)[None, :, None]
+  return lax.reduce(fields << shifts, np.uint32(0), lax.bitwise_or, (1,))
+
+
+def _chunked(fn: Callable[..., dict[str, Array]], arrays: dict[str, Array], *scalars: Array) -> dict[str, Array]:
+  """fn(rounds, arrays, first, *scalars) over all elements, a few at a time: all arrays are cut along their last axis."""
+  on_cpu = functools.partial(_in_chunks, functools.partial(fn, _rounds_in_one_loop), _CPU_CHUNK)
+  elsewhere = functools.partial(_in_chunks, functools.partial(fn, _rounds), _CHUNK)
+  return lax.platform_dependent(arrays, *scalars, cpu=on_cpu, default=elsewhere)
+
+
+def _in_chunks(fn: Callable[..., dict[str, Array]], size: int, arrays: dict[str, Array], *scalars: Array) -> Any:
+  num = next(iter(arrays.values())).shape[-1]
+  size = min(size, num)
+
+  def chunk(start):
+    cut = {name: lax.dynamic_slice_in_dim(x, start, size, -1) for name, x in arrays.items()}
+    return fn(cut, start.astype(jnp.uint32), *scalars)
+
+  def step(i, out):
+    start = jnp.minimum(i * size, num - size)  # the last one may overlap the one before, and agrees with it
+    return {name: lax.dynamic_update_slice_in_dim(out[name], x, start, -1) for name, x in chunk(start).items()}
+
+  varying = sum(x.ravel()[:1].astype(jnp.uint32) for x in arrays.values())[0] & np.uint32(0)
+  shapes = jax.eval_shape(chunk, jax.ShapeDtypeStruct((), jnp.int32))
+  init = {n: jnp.zeros((*x.shape[:-1], num), x.dtype) | varying.astype(x.dtype) for n, x in shapes.items()}
+  return lax.fori_loop(0, -(-num // size) if size else 0, step, init)
+
+
+def _rounds(state: Words) -> Words:
+  """The ChaCha20 block function of sixteen arrays."""
+  mixed = lax.fori_loop(0, 10, lambda _, s: prng._double_round(s), state)
+  return tuple(a + b for a, b in zip(mixed, state, strict=True))
+
+
+def _rounds_in_one_loop(state: Words) -> Words:
+  """The same as windows of one element, which XLA:CPU compiles to one loop that keeps the words in registers."""
+
+  def block(a, b):  # one of them is zero
+    start = mixed = tuple(x ^ y for x, y in zip(a, b, strict=True))
+    for _ in range(10):
+      mixed = prng._double_round(mixed)
+    return tuple(x + y for x, y in zip(mixed, start, strict=True))
+
+  ones = (1,) * state[0].ndim
+  return tuple(lax.reduce_window(state, (np.uint32(0),) * 16, block, ones, ones, "VALID"))

@@ -1,0 +1,309 @@
+"""`secret`: a JAX function as a two-party protocol. And the phases it is made of, for those who run them apart.
+
+Semi-honest parties; the dealer colludes with neither. The model owner learns nothing; the data owner learns the output
+and what the `Plan` says; the dealer learns the plan only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from primia_jax import prng, ring
+from primia_jax.mpc import dealing, gates, planning, protocol
+from primia_jax.mpc.circuit import Apply, Config, Local, Open, Value
+from primia_jax.mpc.planning import Plan
+from primia_jax.mpc.program import Ref, evaluate
+from primia_jax.mpc.protocol import Dealt, Operands, Part, Ready
+from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Wire
+from primia_jax.types import Array, PyTree
+
+_SETUP, _INPUTS = 0, 3  # subkeys: the dealer's for what it draws once per model; of a simulated owner of shares
+
+
+def secret(
+  fn: Callable, owners: Sequence[Any], config: Config = Config(), ranges: np.ndarray | None = None  # noqa: B008
+) -> Callable:
+  """Transforms fn(*args) into f(key, *args), which computes it under encryption: both parties and the dealer in one.
+
+  For research and tests: whoever runs it sees everything. It traces, so it goes through `jit` and `vmap` (with a key for
+  each element), and it deals for every call.
+
+  Args:
+    fn, owners, config, ranges: as `planning.plan` takes them.
+
+  Returns:
+    f(key, *args) -> fn's outputs in float32; key is [8] uint32, never used twice. Arguments whose owner is "shared" are
+    given in the clear here.
+
+  >>> import jax.numpy as jnp
+  >>> from primia_jax import prng
+  >>> f = secret(lambda w, x: jnp.maximum(w @ x, 0), ("model_owner", "data_owner"), Config(32, 8, 10))
+  >>> f(prng.random_key(), jnp.eye(2), jnp.array([1.5, -2.0])).tolist()
+  [1.5, 0.0]
+  """
+
+  def wrapped(key: Array, *args: PyTree) -> PyTree:
+    plan = planning.plan(fn, owners, args, config, ranges)
+    operands = share_inputs(plan, encode(plan, args), key)
+    blind = blinds(plan, key)
+    dealt = deal(plan, key, blind)
+    published = publish(plan, args, key)
+    ready = [prepare(plan, party, protocol.part(dealt, party), operands, published) for party in (0, 1)]
+    return reveal(plan, simulate(plan, stack(*ready), operands))
+
+  return wrapped
+
+
+# ---- the owners
+
+
+def encode(plan: Plan, args: Sequence[PyTree], party: int | None = None) -> Operands:
+  """The operands that an owner (None: everybody) puts in, as ring elements; once per model, once per image.
+
+  Args:
+    plan: the plan.
+    args: as given to `plan`; of the other party's arguments only the shapes matter.
+    party: whose.
+
+  Raises:
+    ValueError: where a number does not fit the ring, or a weight the bits that were planned for it.
+  """
+  env = _values(plan, args, party)
+  out = {}
+  for i, operand in enumerate(plan.circuit.operands):
+    if operand.owner == party or party is None:
+      value = operand.value(env)
+      _check_fits(operand, value, plan.config)
+      out[i] = protocol.encode(operand, value, plan.config)
+  return out
+
+
+def publish(plan: Plan, args: Sequence[PyTree], key: Array, party: int | None = None) -> Operands:
+  """D = W - B for the operands of linear layers, for the other party; once per model.
+
+  Args:
+    plan: the plan.
+    args: as given to `plan`.
+    key: [8] uint32, the dealer's key of this model, which the owner of W receives and nobody else.
+    party: whose operands; None for all.
+  """
+  env = _values(plan, args, party)
+  values = {i: o.value(env) for i, o in enumerate(plan.circuit.operands) if o.owner == party or party is None}
+  arrays = protocol.blinds(plan.circuit, plan.config, prng.derive(key, _SETUP))
+  return protocol.full(
+    plan.circuit, plan.config, protocol.publish(plan.circuit, plan.config, values, arrays)
+  )
+
+
+def _values(plan: Plan, args: Sequence[PyTree], party: int | None) -> dict[int, Array]:
+  leaves = jax.tree.leaves(tuple(args))
+  given = [v if party is None or owner == party else None for owner, v in zip(plan.owners, leaves, strict=True)]
+  return evaluate(plan.program, [None if v is None else jnp.asarray(v) for v in given])
+
+
+def _check_fits(operand: protocol.Operand, value: Array, config: Config) -> None:
+  if isinstance(value, jax.core.Tracer) or not value.size:
+    return
+  largest = float(jnp.max(jnp.abs(value)))
+  limit = 2.0 ** (min(operand.bits or config.num_bits, config.num_bits - 1) - 1) * operand.scale
+  if not largest < limit:
+    kind = "a weight" if operand.map else "an input or offset"
+    raise ValueError(
+      f"{operand.layer}: {kind} of magnitude {largest:.4g} does not fit below {limit:.4g}; scale it down, plan with the "
+      "weights at hand, or use fewer fraction_bits"
+    )
+
+
+# ---- the dealer
+
+
+def blinds(plan: Plan, key: Array) -> Operands:
+  """The dealer's B, ready for use; [8] uint32 key, one for each model."""
+  arrays = protocol.blinds(plan.circuit, plan.config, prng.derive(key, _SETUP))
+  return protocol.full(plan.circuit, plan.config, arrays)
+
+
+def deal(plan: Plan, key: Array, blind: Operands | None = None) -> Dealt:
+  """The correlations of one inference.
+
+  Args:
+    plan: the plan.
+    key: [8] uint32, secret to the dealer, never used twice.
+    blind: from `blinds` with the model's key; None takes `key` for it.
+  """
+  return protocol.deal(plan.circuit, plan.config, key, blinds(plan, key) if blind is None else blind)
+
+
+# ---- the parties
+
+
+def prepare(plan: Plan, party: int, dealt: Part, own: Operands, published: Operands) -> Ready:
+  """What a party computes by itself before the image is there; see `protocol.prepare`."""
+  shapes = planning.dealt_shapes(plan).sent
+  return protocol.prepare(plan.circuit, plan.config, party, dealt, own, published, shapes)
+
+
+def run(plan: Plan, ready: Ready, operands: Operands, wire: Wire = Wire()) -> list[Array]:  # noqa: B008
+  """One party's part of the protocol over the axis "party"; see `protocol.run`."""
+  return protocol.run(plan.circuit, plan.config, wire, ready, operands)
+
+
+def stack(*each: PyTree) -> PyTree:
+  """Both parties' trees as one, party first."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+
+class Step(NamedTuple):
+  """Operations first to last - 1 of a plan as one compiled function (ready, env) -> env of both parties."""
+
+  first: int
+  last: int
+  fn: Callable[[Ready, protocol.Env], protocol.Env]
+
+
+def simulate(plan: Plan, ready: Ready, operands: Operands) -> list[Array]:
+  """Both parties in one process, what one party computes alone done once.
+
+  Args:
+    plan: the plan.
+    ready: both parties', stacked.
+    operands: everybody's, as their owners have them; arguments given as shares stacked, [2, ...].
+
+  Returns:
+    the outputs' shares, each [2, ...].
+  """
+  axes = {i: 0 if plan.circuit.operands[i].owner is None else None for i in operands}
+  return jax.vmap(lambda ready, operands: run(plan, ready, operands), in_axes=(0, axes), axis_name=PARTY)(
+    ready, operands
+  )
+
+
+def simulate_steps(plan: Plan, operands: Operands) -> list[Step]:
+  """`simulate` cut into steps that are compiled and timed one by one: each opens a value, or ends the circuit.
+
+  Args:
+    plan: the plan.
+    operands: as `simulate` takes them.
+
+  Returns:
+    steps; run them in order with `env = step.fn(ready, env)`, from an empty env. The last one's env gives the shares of
+    the outputs to `outputs`.
+  """
+  operations = plan.circuit.operations
+  cuts = [i for i, op in enumerate(operations) if isinstance(op, Open | Apply)]
+  cuts = [0, *(i + 1 for i in cuts if i + 1 < len(operations)), len(operations)]
+  opened = {op.out for op in operations if isinstance(op, Open) or (isinstance(op, Local) and op.opened)}
+  axes = {i: 0 if plan.circuit.operands[i].owner is None else None for i in operands}
+  env_axes = lambda number: {i: (None, 0) if i in opened else 0 for i in protocol.live(plan.circuit, number)}
+
+  def step(first: int, last: int) -> Step:
+    part = lambda ready, operands, env: protocol.advance(
+      plan.circuit, plan.config, Wire(), ready, operands, env, first, last
+    )
+    both = jax.jit(
+      jax.vmap(part, in_axes=(0, axes, env_axes(first)), out_axes=env_axes(last), axis_name=PARTY, axis_size=2)
+    )
+    mine = lambda ready: {i: c for i, c in ready.items() if first <= i < last}
+    return Step(first, last, lambda ready, env: both(mine(ready), operands, env))
+
+  return [step(first, last) for first, last in itertools.pairwise(cuts)]
+
+
+def outputs(plan: Plan, env: protocol.Env) -> list[Array]:
+  """The outputs' shares, each [2, ...], from the last step's env."""
+  return protocol.outputs(plan.circuit, plan.config, env)
+
+
+def on_mesh(plan: Plan, mesh: jax.sharding.Mesh, ready: Ready, operands: Operands) -> list[Array]:
+  """Each party on a device of its own, by `shard_map` over the axis "party"; opened values as in `simulate`.
+
+  Args:
+    plan: the plan.
+    mesh: with an axis "party" of two devices.
+    ready: both parties', stacked.
+    operands: stacked: each as its owner has it, and `protocol.blank` at the other.
+  """
+  spec = jax.sharding.PartitionSpec(PARTY)
+
+  def body(ready: Ready, operands: Operands) -> list[Array]:
+    mine = jax.tree.map(lambda v: v[0], (ready, operands))
+    return [v[None] for v in run(plan, *mine, Wire(swap=True))]
+
+  return jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(ready, operands)
+
+
+def reveal(plan: Plan, shares: Sequence[Array]) -> PyTree:
+  """The outputs in float32 from both parties' shares, [2, ...] each, put together as fn does."""
+  elements = [ring.reduce(v[0] + v[1], plan.config.num_bits) for v in shares]
+  return _outputs(plan, elements)
+
+
+def _outputs(plan: Plan, elements: Sequence[Array]) -> PyTree:
+  found = iter(elements)
+  leaves = [
+    protocol.decode(next(found), v.scale, plan.config) if isinstance(v, Value) else v for v in plan.circuit.outputs
+  ]
+  return jax.tree.unflatten(plan.program.out_tree, leaves)
+
+
+def share(x: Array, key: Array, config: Config) -> Array:
+  """Shares [2, ...] of a float array at the scale of activations; each alone is uniform and tells nothing.
+
+  Args:
+    x: float array; |x| < 2^(k - 2 - f).
+    key: [8] uint32, secret, never used twice.
+    config: the ring.
+  """
+  operand = protocol.Operand(None, lambda env: x, 2.0**-config.fraction_bits, x.shape, None, None, "share")
+  _check_fits(operand, x, config)
+  elements = protocol.encode(operand, x, config)
+  first = prng.bits(key, jnp.zeros(3, jnp.uint32), x.shape, config.dtype)
+  return jnp.stack([first, elements - first])
+
+
+def share_inputs(plan: Plan, operands: Operands, key: Array) -> Operands:
+  """Splits what is given as shares, [2, ...]; the rest stays as it is."""
+  out = dict(operands)
+  for i, operand in enumerate(plan.circuit.operands):
+    if operand.owner is None:
+      first = dealing.uniform(prng.derive(key, _INPUTS), i, 0, operands[i].shape, plan.config.dtype)
+      out[i] = jnp.stack([first, operands[i] - first])
+  return out
+
+
+# ---- in the clear
+
+
+def check(plan: Plan, args: Sequence[PyTree]) -> PyTree:
+  """The outputs that the exact protocol gives, bit for bit, computed in the clear, with every gate's range checked.
+
+  Raises:
+    ValueError: where a value leaves the range planned for it, which the protocol itself could not notice; the message
+      names the layer.
+  """
+  seen: list[tuple[Apply, Array]] = []
+
+  def integers(operands: Operands) -> tuple[list[Array], list[Array]]:
+    seen.clear()
+    largest: list[Array] = []
+
+    def watch(op: Apply, z: Array) -> None:
+      seen.append((op, z))
+      largest.append(jnp.max(jnp.abs(z.astype(jnp.int64 if plan.config.num_bits > 32 else jnp.int32)), initial=0))
+
+    return protocol.clear(plan.circuit, plan.config, operands, watch), largest
+
+  elements, largest = jax.jit(integers)(encode(plan, args))
+  for (op, _), most in zip(seen, largest, strict=True):
+    if int(most) + gates.slack(op.gate) >= 2**op.gate.range_bits:
+      raise ValueError(
+        f"{op.layer}: the input of a {op.gate.action} takes {int(most).bit_length()} bits but was planned for "
+        f"{op.gate.range_bits}; calibrate with more examples or a larger margin"
+      )
+  return _outputs(plan, elements)
