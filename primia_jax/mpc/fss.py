@@ -1,4 +1,4 @@
-"""[public < dealer-known] by function secret sharing: no communication, about 0.6 kB of dealt keys an element.
+"""[public < dealer-known] by function secret sharing: no communication, 0.6 kB of dealt keys for 40 bits.
 
 A distributed comparison function (Boyle et al., EUROCRYPT 2021, figure 1, with one payload bit; AriaNN and PriMIA
 compare so too). Each party holds a binary tree of 128-bit seeds that grows from a root of its own. Correction words,
@@ -7,15 +7,16 @@ parties gather on the way to the public v cancel to [v < r]. The last seven leve
 one-time pad of the answers to their 128 numbers (early termination; Boyle et al., CCS 2016).
 
 Assumption: ChaCha20 with a uniform 128-bit key (the cipher's own 16-byte form) is a pseudorandom function of a nonce
-and a counter. A node's seed is the key, the level and the element are nonce and counter: one block gives both children,
-and work to guess one seed guesses no other. Either party alone sees uniform words, whatever r is.
+and a counter. A node's seed is the key, its level the nonce and its element the counter: one block gives both children,
+and work spent on guessing one seed of a gate guesses no other. A party alone sees uniform words, whatever r is.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,8 @@ from primia_jax.types import Array
 _SIGMA = np.frombuffer(b"expand 16-byte k", "<u4").astype(np.uint32)
 _LEAF = 7  # bits that a leaf answers at once
 _FIELD, _FIELDS = 3, 10  # bits of a level's control correction, and levels to a word
-_CPU_CHUNK = 2**10  # elements at a time: keys of half a megabyte, to stay in the cache
-_CHUNK = 2**18  # the same where there is a wide machine to fill
+_CPU_CHUNK = 2**9  # elements at a time: a quarter of a megabyte of keys, to stay in the cache
+_CHUNK = 2**17  # the same where there is a wide machine to fill: 80 MB of keys
 
 Words = tuple[Array, ...]  # a seed: four uint32 arrays
 Rounds = Callable[[Words], Words]
@@ -70,7 +71,7 @@ def derive(span: Span, r: Array, shares: dict[str, Array]) -> tuple[Derived, Non
   Returns:
     what both parties are to be given, and no mask: this comparison opens nothing.
   """
-  common: dict[str, Array] = {}
+  common: Correlation = {}
   for tree in _trees(span):
     fn = functools.partial(_derive_chunk, tree)
     common |= _chunked(fn, {"r": r, "roots": shares[f"root{tree.suffix}"]})
@@ -108,7 +109,7 @@ def _trees(span: Span) -> list[_Tree]:
   return [_Tree("", span.low, span.high)] + ([] if span.cut is None else [_Tree("_cut", 0, span.cut)])
 
 
-def _derive_chunk(tree: _Tree, rounds: Rounds, chunk: dict[str, Array], first: Array) -> dict[str, Array]:
+def _derive_chunk(tree: _Tree, rounds: Rounds, chunk: Correlation, first: Array) -> Correlation:
   """The correction words of a few elements: the dealer walks the path r as both parties, arrays [2, T]."""
   r, roots = chunk["r"], chunk["roots"]
   seed = tuple(roots[:, i] for i in range(tree.leaf_words))
@@ -139,7 +140,7 @@ def _derive_chunk(tree: _Tree, rounds: Rounds, chunk: dict[str, Array], first: A
   return {f"{name}{tree.suffix}": value for name, value in out.items()}
 
 
-def _run_chunk(tree: _Tree, rounds: Rounds, chunk: dict[str, Array], first: Array, party: Array) -> dict[str, Array]:
+def _run_chunk(tree: _Tree, rounds: Rounds, chunk: Correlation, first: Array, party: Array) -> Correlation:
   """One party's walk to v, for a few elements, arrays [T]."""
   v, root, leaf = chunk["v"], chunk[f"root{tree.suffix}"], chunk[f"leaf{tree.suffix}"]
   seed = tuple(root[i] for i in range(tree.leaf_words))
@@ -164,9 +165,7 @@ def _run_chunk(tree: _Tree, rounds: Rounds, chunk: dict[str, Array], first: Arra
   return {"share": ((answer >> (low & 31) ^ value) & 1).astype(jnp.uint8)}
 
 
-def _expand(
-  tree: _Tree, rounds: Rounds, seed: Words, first: Array, level: Array
-) -> tuple[Words, Words, Array]:
+def _expand(tree: _Tree, rounds: Rounds, seed: Words, first: Array, level: Array) -> tuple[Words, Words, Array]:
   """The seeds of both children, and a word of control (bits 0, 1) and value bits (2, 3) of the left and right child."""
   zero = seed[0] & np.uint32(0)
   element = zero | (first + lax.broadcasted_iota(jnp.uint32, zero.shape, zero.ndim - 1))
@@ -201,14 +200,15 @@ def _pack(fields: Array) -> Array:
   return lax.reduce(fields << shifts, np.uint32(0), lax.bitwise_or, (1,))
 
 
-def _chunked(fn: Callable[..., dict[str, Array]], arrays: dict[str, Array], *scalars: Array) -> dict[str, Array]:
-  """fn(rounds, arrays, first, *scalars) over all elements, a few at a time: all arrays are cut along their last axis."""
-  on_cpu = functools.partial(_in_chunks, functools.partial(fn, _rounds_in_one_loop), _CPU_CHUNK)
+def _chunked(fn: Callable[..., Correlation], arrays: Correlation, *scalars: Array) -> Correlation:
+  """fn(rounds, arrays, first, *scalars) for all elements, a few at a time; the last axis of all arrays has them."""
+  rounds = _rounds_in_one_loop if _windows_are_exact() else _rounds
+  on_cpu = functools.partial(_in_chunks, functools.partial(fn, rounds), _CPU_CHUNK)
   elsewhere = functools.partial(_in_chunks, functools.partial(fn, _rounds), _CHUNK)
   return lax.platform_dependent(arrays, *scalars, cpu=on_cpu, default=elsewhere)
 
 
-def _in_chunks(fn: Callable[..., dict[str, Array]], size: int, arrays: dict[str, Array], *scalars: Array) -> Any:
+def _in_chunks(fn: Callable[..., Correlation], size: int, arrays: Correlation, *scalars: Array) -> Correlation:
   num = next(iter(arrays.values())).shape[-1]
   size = min(size, num)
 
@@ -217,25 +217,29 @@ def _in_chunks(fn: Callable[..., dict[str, Array]], size: int, arrays: dict[str,
     return fn(cut, start.astype(jnp.uint32), *scalars)
 
   def step(i, out):
-    start = jnp.minimum(i * size, num - size)  # the last one may overlap the one before, and agrees with it
+    start = jnp.minimum(i * size, num - size)  # the last may overlap the one before, and agrees with it
     return {name: lax.dynamic_update_slice_in_dim(out[name], x, start, -1) for name, x in chunk(start).items()}
 
-  varying = sum(x.ravel()[:1].astype(jnp.uint32) for x in arrays.values())[0] & np.uint32(0)
+  # Under shard_map the loop's carry must vary over the mesh axes that the results vary over.
+  zero = functools.reduce(operator.or_, (x.ravel()[0].astype(jnp.uint32) for x in arrays.values())) & np.uint32(0)
   shapes = jax.eval_shape(chunk, jax.ShapeDtypeStruct((), jnp.int32))
-  init = {n: jnp.zeros((*x.shape[:-1], num), x.dtype) | varying.astype(x.dtype) for n, x in shapes.items()}
-  return lax.fori_loop(0, -(-num // size) if size else 0, step, init)
+  init = {name: jnp.zeros((*x.shape[:-1], num), x.dtype) | zero.astype(x.dtype) for name, x in shapes.items()}
+  return lax.fori_loop(0, -(-num // size), step, init)
 
 
 def _rounds(state: Words) -> Words:
-  """The ChaCha20 block function of sixteen arrays."""
+  """The ChaCha20 block function, of sixteen arrays of words."""
   mixed = lax.fori_loop(0, 10, lambda _, s: prng._double_round(s), state)
   return tuple(a + b for a, b in zip(mixed, state, strict=True))
 
 
 def _rounds_in_one_loop(state: Words) -> Words:
-  """The same as windows of one element, which XLA:CPU compiles to one loop that keeps the words in registers."""
+  """The same, four times faster on CPU: windows of one word are one loop, which keeps the words in registers.
 
-  def block(a, b):  # one of them is zero
+  The block function is no monoid, so that XLA does not promise to apply it once: see `_windows_are_exact`.
+  """
+
+  def block(a: Words, b: Words) -> Words:  # one of them is the initial zero
     start = mixed = tuple(x ^ y for x, y in zip(a, b, strict=True))
     for _ in range(10):
       mixed = prng._double_round(mixed)
@@ -243,3 +247,16 @@ def _rounds_in_one_loop(state: Words) -> Words:
 
   ones = (1,) * state[0].ndim
   return tuple(lax.reduce_window(state, (np.uint32(0),) * 16, block, ones, ones, "VALID"))
+
+
+@functools.cache
+def _windows_are_exact() -> bool:
+  """Whether this XLA:CPU computes `_rounds` in `_rounds_in_one_loop`, by trying it; False without a CPU backend."""
+  try:
+    cpu = jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return False
+  words = np.arange(16 * 64, dtype=np.uint32).reshape(16, 64) * np.uint32(2654435761)
+  with jax.ensure_compile_time_eval(), jax.default_device(cpu):
+    fast, slow = (jax.jit(fn)(tuple(map(jnp.asarray, words))) for fn in (_rounds_in_one_loop, _rounds))
+    return all(bool((a == b).all()) for a, b in zip(fast, slow, strict=True))

@@ -7,12 +7,13 @@ powers of two first brings it into [1/2, 1), exactly.
 
 In the docstrings u = 2^-f, the unit of activations; C, T and P are the rounds of a comparison, a truncation and a
 product: 4, 3 (4 where more than 16 bits are cut off) and 1 with "tables" and a ring of 64 bits, 1, 1 and 1 with "fss".
-Errors hold for the shared input as it is, for exact gates; without them each truncation adds one unit at most. An output
-that is not truncated has u^2 as its unit, as that of a product has.
+Errors are those of the function at the shared input as it is truncated to u, with exact gates (without, each truncation
+adds one unit at most). An output that is not truncated has u^2 as its unit, as that of a product has.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -69,11 +70,12 @@ def argmax(build: Builder, x: Value, axis: int) -> Value:
       chosen = build.local(lambda w, table=table: (w * table).sum(1, dtype=w.dtype), wins, max_abs=float(n - 1))
     if n > size:
       rows = [wins, x] if position is None else [wins, x, build.local(grouped, position)]
-      picked = [_sum(build, v) for v in _products(build, rows, [(0, i) for i in range(1, len(rows))])]
+      first, *others = _opened(build, rows)
+      picked = [_sum(build, _product(build, first, v)) for v in others]
       x = picked[0]._replace(max_abs=x.max_abs)
       position = chosen if position is None else picked[1]._replace(max_abs=position.max_abs)
     elif position is not None:
-      chosen = _sum(build, _products(build, [wins, build.local(grouped, position)], [(0, 1)])[0])
+      chosen = _sum(build, _product(build, *_opened(build, [wins, build.local(grouped, position)])))
       position = chosen._replace(max_abs=position.max_abs)
     else:
       position = chosen
@@ -141,27 +143,24 @@ def divide(build: Builder, a: Any, b: Value, positive: bool = False) -> Value:
   if not isinstance(a, Value) and np.asarray(a).size == 1:
     out = _power_law(build, b, -1.0, float(np.asarray(a).reshape(())), signed=not positive)
     return build.broadcast(out, np.broadcast_shapes(np.shape(a), b.shape))
-  config = build.config
-  shape = np.broadcast_shapes(a.shape if isinstance(a, Value) else np.shape(a), b.shape)
-  largest = a.max_abs if isinstance(a, Value) else float(np.abs(np.asarray(a)).max())
-  bits = _working_bits(build)
+  config, bits = build.config, _working_bits(build)
+  shape = np.broadcast_shapes(np.shape(a) if not isinstance(a, Value) else a.shape, b.shape)
   if not isinstance(a, Value):
-    zero = build.scaled(build.broadcast(b, shape), 0.0)._replace(scale=2.0**-config.fraction_bits)
+    zero = build.scaled(build.broadcast(b, shape), 0.0)._replace(scale=_unit(build))
     a = build.add_public(zero, a)
   a = build.broadcast(build.narrow(a), shape)
-  normal = _Normal.make(build, b, not positive, config.num_bits - config.fraction_bits - 4, largest / _unit(build) * 2)
-  factor = build.broadcast(normal.factor, shape)
-  x = build.broadcast(normal.x, shape)
-  n, quotient = _products(build, [x, factor, a], [(0, 1), (2, 1)], bounds=(normal.bound, None))
-  s = normal.centred(build, n, shape)
-  near = quotient._replace(scale=a.scale / normal.whole, max_abs=math.inf)
-  true = largest / b.scale
-  near = _bounded(build, near, true if math.isfinite(true) else math.inf)
-  inverse = _polynomial(build, s, _fit(lambda n: 1 / n, config.fraction_bits + 4), bits)
-  inverse = _cut(build, [inverse], bits)[0]._replace(max_abs=2.0)
-  near = build.narrow(near)
-  out = _products(build, [near, inverse], [(0, 1)])[0]
-  return build.narrow(_bounded(build, out, true if math.isfinite(true) else math.inf))
+  top = 2 * a.max_abs / _unit(build)  # the quotient by more than that is less than half a unit
+  normal = _Normal.make(build, b, not positive, config.num_bits - config.fraction_bits - 4, top)
+  x, factor, a = _opened(build, [normal.x, normal.factor, a])
+  s = normal.centred(build, _product(build, x, factor))
+  (inverse,) = _cut(build, [_polynomial(build, s, _fit(lambda n: 1 / n, config.fraction_bits + 4), bits)], bits)
+  limit = lambda v, bound: v._replace(max_abs=min(bound, 2.0 ** (config.num_bits - 3) * v.scale))
+  largest = a.max_abs / normal.x.scale
+  near = _product(build, a, build.broadcast(factor, shape))
+  near = build.narrow(limit(near._replace(scale=a.scale / normal.whole), largest))
+  near, inverse = _opened(build, [near, inverse._replace(max_abs=2.01)])
+  out = build.narrow(limit(_product(build, near, build.broadcast(inverse, shape)), largest))
+  return out if math.isfinite(largest) else out._replace(max_abs=math.inf)
 
 
 def reciprocal(build: Builder, x: Value) -> Value:
@@ -188,8 +187,8 @@ def log(build: Builder, x: Value) -> Value:
   """|error| <= u; x <= 0 gives the logarithm of 3/4 of x's unit. C + P + 3 (T + P) rounds; not truncated."""
   config, f = build.config, build.config.fraction_bits
   normal = _Normal.make(build, x, False, config.num_bits - 3, math.inf)
-  n = _products(build, [normal.x, normal.factor], [(0, 1)], bounds=(normal.bound,))[0]
-  out = _polynomial(build, normal.centred(build, n, x.shape), _fit(np.log, f + 3), f)
+  s = normal.centred(build, _product(build, *_opened(build, [normal.x, normal.factor])))
+  out = _polynomial(build, s, _fit(np.log, f + 3), f)
   exponent = np.log(normal.magnitudes(lowest=1))
   table = _table(build, normal.bits, exponent, out.scale)
   return build.add(out, table)._replace(max_abs=float(np.abs(exponent).max()) + 1)
@@ -208,23 +207,19 @@ def _power_law(build: Builder, x: Value, exponent: float, factor: float = 1.0, s
   # Beyond `top` the result is less than half a unit.
   top = (2 * abs(factor) / _unit(build)) ** (-1 / exponent) if exponent < 0 else math.inf
   normal = _Normal.make(build, x, signed, config.num_bits - 3, top)
-  n = _products(build, [normal.x, normal.factor], [(0, 1)], bounds=(normal.bound,))[0]
-  bits = _working_bits(build)
-  root = _fit(lambda n: n**exponent, f + 4)
-  largest = max(1.0, 2.0**-exponent)
-  fraction = _cut(build, [_polynomial(build, normal.centred(build, n, x.shape), root, bits)], bits)[0]
-  magnitudes = normal.magnitudes(lowest=0)
+  s = normal.centred(build, _product(build, *_opened(build, [normal.x, normal.factor])))
+  bits, largest = _working_bits(build), max(1.0, 2.0**-exponent)
+  polynomial = _polynomial(build, s, _fit(lambda n: n**exponent, f + 4), bits)
+  (fraction,) = _cut(build, [polynomial._replace(max_abs=largest * 1.01)], bits)
+  magnitudes = normal.magnitudes(0.0)
   values = np.zeros_like(magnitudes)
   np.power(magnitudes, exponent, out=values, where=magnitudes > 0)
   values *= normal.signs * factor
-  limit = 2.0 ** (config.num_bits - 4 - bits) / largest
-  unit = 2.0 ** -(f + 3)
+  limit, unit = 2.0 ** (config.num_bits - 4 - bits) / largest, _unit(build) / 8
   while np.abs(values).max() > limit * unit and unit < _unit(build):
     unit *= 2
-  values = np.clip(values, -limit * unit, limit * unit)
-  table = _table(build, normal.bits, values, unit)
-  out = _products(build, [fraction._replace(max_abs=largest), table], [(0, 1)])[0]
-  out = build.narrow(out._replace(max_abs=float(np.abs(values).max()) * largest))
+  table = _table(build, normal.bits, np.clip(values, -limit * unit, limit * unit), unit)
+  out = build.narrow(_product(build, *_opened(build, [fraction, table])))
   return out if math.isfinite(x.max_abs) else out._replace(max_abs=math.inf)
 
 
@@ -238,7 +233,6 @@ class _Normal(NamedTuple):
     whole: 2^B units.
     exponents: for each piece, the binary exponent of x in units; 0 where factor is 0.
     signs: for each piece, -1, 0 or 1.
-    bound: of x factor, in units of x.
   """
 
   x: Value
@@ -247,16 +241,16 @@ class _Normal(NamedTuple):
   whole: float
   exponents: np.ndarray
   signs: np.ndarray
-  bound: float
 
   @classmethod
   def make(cls, build: Builder, x: Value, signed: bool, limit: int, top: float) -> _Normal:
     """Normalises |x| up to `top`, in at most `limit` bits, to which x is truncated where it needs more."""
-    num_bits = lambda v, bound: math.ceil(bound / v.scale).bit_length() if math.isfinite(bound) else build.config.num_bits
+    most = build.config.num_bits - 3
+    num_bits = lambda v, bound: math.ceil(bound / v.scale).bit_length() if math.isfinite(bound) else most
     if num_bits(x, min(x.max_abs, top)) > limit:
       x = build.narrow(x)
     width = max(2, min(limit, num_bits(x, min(x.max_abs, top))))
-    beyond = num_bits(x, x.max_abs) > width and width < build.config.num_bits - 3
+    beyond = num_bits(x, x.max_abs) > width and width < most
     octaves = [2**i for i in range(width + beyond)]
     thresholds = [1 - t for t in reversed(octaves)] * signed + octaves
     lengths = [*range(1, width + 1), *[0] * beyond]
@@ -265,21 +259,17 @@ class _Normal(NamedTuple):
     bits = _steps(build, x, thresholds)
     factors = [int(s) * 2 ** (width - int(e)) for s, e in zip(signs, exponents, strict=True)]
     factor = _table(build, bits, np.array(factors, np.float64), 1.0)
-    return cls(x, bits, factor, 2.0**width * x.scale, exponents, signs, 2.0**width * x.scale)
+    return cls(x, bits, factor, 2.0**width * x.scale, exponents, signs)
 
   def magnitudes(self, lowest: float) -> np.ndarray:
-    """For each piece, x / n; where there is none, `lowest` units."""
-    return np.where(self.exponents > 0, 2.0**self.exponents, lowest) * self.unit
+    """For each piece, |x| / n; where there is none, `lowest` units."""
+    return np.where(self.exponents > 0, 2.0**self.exponents, lowest) * self.x.scale
 
-  @property
-  def unit(self) -> float:
-    return self.x.scale
-
-  def centred(self, build: Builder, n: Value, shape: tuple[int, ...]) -> Value:
+  def centred(self, build: Builder, product: Value) -> Value:
     """4 n - 3, in [-1, 1), from x factor; 0 where the factor is 0."""
-    scale = 4.0 * self.unit / self.whole  # a power of two
+    scale = 4.0 * self.x.scale / self.whole  # a power of two
     offset = _table(build, self.bits, np.where(self.exponents > 0, -3.0, 0.0), scale)
-    return build.add(n._replace(scale=scale), build.broadcast(offset, shape))._replace(max_abs=1.0)
+    return build.add(product._replace(scale=scale), offset)._replace(max_abs=1.0)
 
 
 # ---- exponentials
@@ -289,31 +279,288 @@ def exp2(build: Builder, x: Value) -> Value:
   """2^x up to M = 2^(k - 2 f - 6), and M beyond; |error| <= u + 2^x u. C + P + 3 (P + T) + P + T rounds."""
   config, f = build.config, build.config.fraction_bits
   x = build.narrow(x)
-  lowest, highest = max(-f - 2.0, -x.max_abs), min(config.num_bits - 2.0 * f - 6, x.max_abs)
-  bits = _working_bits(build)
+  lowest = max(-f - 2.0, -x.max_abs - 4 * x.scale)
+  highest = min(config.num_bits - 2.0 * f - 6, x.max_abs + 4 * x.scale)
   width, coefficients = _octaves(f + 2)
   pieces = max(1, math.ceil((highest - lowest) / width))
+  width = (highest - lowest) / pieces
   edges = lowest + width * np.arange(pieces + 1)
-  centres = (edges[1:] + edges[:-1]) / 2
-  # Whole exponents, whose powers are exact; where they go beyond the ring's range, fewer bits of the fraction are left.
-  whole = np.floor(centres)
-  steps = _steps(build, x, np.rint(np.append(edges[:-1], highest) / x.scale))
+  centres = edges[:-1] + width / 2
+  steps = _steps(build, x, np.rint(edges / x.scale))
   inside = _table(build, steps, np.array([0.0, *[1.0] * pieces, 0.0]), 1.0)
-  (x,) = _products(build, [x, inside], [(0, 1)], bounds=(max(abs(lowest), abs(highest)),))
+  v = _product(build, *_opened(build, [x, inside]))._replace(max_abs=max(-lowest, highest))
+  bits = _working_bits(build)
   finer = max(0, math.floor(bits + math.log2(x.scale) - math.log2(width / 2)))
-  offset = _table(build, steps, np.array([0.0, *-centres, highest - centres[-1]]), x.scale / 2**finer)
-  v = build.local(lambda a, b: a * a.dtype.type(2**finer) + b, x._replace(scale=offset.scale), offset)
-  ratio = v.scale * 2.0**bits  # from v as if in units of 2^-bits to an exponent
+  offset = _table(build, steps, np.array([0.0, *-centres, width / 2]), v.scale / 2**finer)
+  v = build.local(lambda a, b: a * a.dtype.type(2**finer) + b, v._replace(scale=offset.scale), offset)
+  ratio = v.scale * 2.0**bits  # v will count in units of 2^-bits, and the coefficients make good for it
   v = v._replace(scale=2.0**-bits, max_abs=width / 2 / ratio + 2.0**-bits)
-  fraction = _polynomial(build, v, [c * ratio**i for i, c in enumerate(coefficients)], bits)
-  most = 2.0 ** (width / 2)
+  most, unit = 2.0 ** (width / 2), _unit(build) / 8
   powers = np.array([0.0, *2.0**centres, 2.0 ** centres[-1]])
-  unit = 2.0 ** -(f + 3)
-  room = config.num_bits - 3 - math.log2(powers[-1] * most / unit)
-  fraction = _cut(build, [fraction], min(bits, math.floor(room)))[0]._replace(max_abs=most)
-  out = _products(build, [fraction, _table(build, steps, powers, unit)], [(0, 1)])[0]
-  unbounded = math.isinf(x.max_abs)
-  del whole
-  return build.narrow(out._replace(max_abs=math.inf if unbounded else 2.0**highest * 1.01))
+  fraction = _polynomial(build, v, [c * ratio**i for i, c in enumerate(coefficients)], bits)
+  room = math.floor(config.num_bits - 3 - math.log2(powers[-1] * most / unit))
+  (fraction,) = _cut(build, [fraction._replace(max_abs=most * 1.01)], min(bits, room))
+  out = _product(build, *_opened(build, [fraction, _table(build, steps, powers, unit)]))
+  return build.narrow(out._replace(max_abs=math.inf if math.isinf(x.max_abs) else 2.0**highest * 1.01))
 
 
+def exp(build: Builder, x: Value) -> Value:
+  """e^x, as `exp2`."""
+  return exp2(build, build.scaled(x, math.log2(math.e)))
+
+
+def expm1(build: Builder, x: Value) -> Value:
+  """e^x - 1, with the absolute error of `exp2`."""
+  return build.add_public(exp(build, x), -1.0)
+
+
+# ---- bounded functions
+
+
+def logistic(build: Builder, x: Value) -> Value:
+  """1 / (1 + e^-x); |error| <= u, whatever x. C + 3 P + T rounds; not truncated."""
+  end = (build.config.fraction_bits + 2) * math.log(2)
+  return _spline(build, x, lambda x: 1 / (1 + np.exp(-x)), end, 0.0, 1.0)
+
+
+def tanh(build: Builder, x: Value) -> Value:
+  """|error| <= u, whatever x. C + 3 P + T rounds; not truncated."""
+  end = (build.config.fraction_bits + 3) * math.log(2) / 2
+  return _spline(build, x, np.tanh, end, -1.0, 1.0)
+
+
+def erf(build: Builder, x: Value) -> Value:
+  """|error| <= u, whatever x. C + 3 P + T rounds; not truncated."""
+  end = math.sqrt(build.config.fraction_bits * math.log(2))
+  return _spline(build, x, np.vectorize(math.erf), end, -1.0, 1.0)
+
+
+def erfc(build: Builder, x: Value) -> Value:
+  """1 - erf(x), and as that."""
+  return build.add_public(build.negate(erf(build, x)), 1.0)._replace(max_abs=2.0)
+
+
+def sign(build: Builder, x: Value) -> Value:
+  """1, 0 or -1, exact, at scale 1. C rounds."""
+  return _table(build, _steps(build, x, [0, 1]), np.array([-1.0, 0.0, 1.0]), 1.0)
+
+
+UNARY: dict[str, Callable[[Builder, Value], Value]] = {
+  "exp": exp,
+  "exp2": exp2,
+  "expm1": expm1,
+  "log": log,
+  "log1p": log1p,
+  "logistic": logistic,
+  "tanh": tanh,
+  "erf": erf,
+  "erfc": erfc,
+  "sqrt": sqrt,
+  "rsqrt": rsqrt,
+  "cbrt": cbrt,
+  "sign": sign,
+}
+
+
+def _spline(
+  build: Builder, x: Value, fn: Callable[[np.ndarray], np.ndarray], end: float, left: float, right: float
+) -> Value:
+  """A function as cubics on pieces of [-end, end], and as constants beyond."""
+  f = build.config.fraction_bits
+  x = build.narrow(x)
+  bounded = x.max_abs + x.scale <= end
+  end = min(end, x.max_abs + x.scale)
+  ratio = x.scale * 2.0**f  # x counts in units of 2^-f, and the coefficients make good for it
+  knots, centres, coefficients = _pieces(fn, end, 0.4 * _unit(build), x.scale, _unit(build) / ratio)
+  c = np.zeros((len(centres) + 2, 4))
+  c[1:-1] = coefficients * ratio ** np.arange(4)
+  c[0, 0], c[-1, 0] = (left, right) if not bounded else fn(np.array([-end, end]))
+  steps = _steps(build, x, np.rint(knots / x.scale))
+  table = lambda values, scale: _table(build, steps, values, scale)
+  inside = table(np.array([0.0, *[1.0] * len(centres), 0.0]), 1.0)
+  v = _product(build, *_opened(build, [x, inside]))._replace(max_abs=end)
+  v = build.add(v, table(np.array([0.0, *-centres, 0.0]), v.scale))
+  v = v._replace(scale=2.0**-f, max_abs=float(np.diff(knots).max()) / ratio)
+  unit, fine = _unit(build), _unit(build) ** 2
+  v, linear, cubic = _opened(build, [v, table(c[:, 1], unit), table(c[:, 3], unit)])
+  even = build.add(_product(build, linear, v), table(c[:, 0], fine))
+  odd = build.add(_product(build, cubic, v), table(c[:, 2], fine))
+  out = _estrin(build, _product(build, v, v), [even, odd], f)
+  return out._replace(max_abs=float(np.abs(c[:, 0]).max()) + 0.5)
+
+
+def _pieces(fn: Callable[[np.ndarray], np.ndarray], end: float, error: float, scale: float, unit: float):
+  """Knots [n + 1], centres [n] and coefficients [n, 4] of cubics in x - centre that are within `error` of fn.
+
+  They are each as long as possible, but not longer than 2; centres are whole multiples of `scale`, and the odd
+  coefficients, which will be multiplied by something of unit `scale`, of `unit`.
+  """
+  nodes, grid = np.cos(np.pi * (np.arange(8) + 0.5) / 8), np.linspace(-1, 1, 33)
+
+  def fit(a: float, b: float) -> tuple[float, np.ndarray, float]:
+    half, middle = (b - a) / 2, (a + b) / 2
+    centre = np.rint(middle / scale) * scale
+    x, c = middle - centre + half * nodes, np.zeros(4)
+    left, free = fn(middle + half * nodes), [0, 1, 2, 3]
+    for i in (3, 1):  # what is lost by rounding one coefficient, the others make good
+      c[i] = np.rint(np.linalg.lstsq(x[:, None] ** free, left, rcond=None)[0][free.index(i)] / unit) * unit
+      free.remove(i)
+      left = left - c[i] * x**i
+    c[free] = np.linalg.lstsq(x[:, None] ** free, left, rcond=None)[0]
+    points = middle + half * grid
+    return centre, c, float(np.abs(np.polynomial.polynomial.polyval(points - centre, c) - fn(points)).max())
+
+  knots, centres, coefficients = [-end], [], []
+  while knots[-1] < end:
+    low, high = 0.0, min(2.0, end - knots[-1])
+    if fit(knots[-1], knots[-1] + high)[2] <= error:
+      low = high
+    else:
+      for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fit(knots[-1], knots[-1] + middle)[2] <= error else (low, middle)
+    knots.append(knots[-1] + low)
+    centre, c, _ = fit(knots[-2], knots[-1])
+    centres.append(centre)
+    coefficients.append(c)
+  return np.array(knots), np.array(centres), np.array(coefficients)
+
+
+# ---- steps and tables
+
+
+def _steps(build: Builder, x: Value, thresholds: Sequence[int] | np.ndarray) -> Value:
+  """[n, ...] at scale 1: 1 where x reaches each of n thresholds, which are ascending, in units of x."""
+  t = np.asarray(thresholds, np.float64).reshape(-1, *[1] * len(x.shape)) * x.scale
+  x = build.local(lambda v: jnp.broadcast_to(v, (t.size, *v.shape)), x)
+  return build.sign(build.add_public(x, -t))
+
+
+def _table(build: Builder, steps: Value, values: np.ndarray, scale: float) -> Value:
+  """The value of the piece that x lies in, in whole units of `scale`; there is one piece more than steps."""
+  integers = [round(v / scale) for v in values.tolist()]
+  jumps = [b - a for a, b in itertools.pairwise(integers)]
+  dtype = build.config.dtype
+  factors = np.array([j % 2 ** (8 * dtype.itemsize) for j in jumps], dtype).reshape(-1, *[1] * (len(steps.shape) - 1))
+
+  def fn(bits: Array) -> Array:
+    return (bits * factors).sum(0, dtype=bits.dtype)
+
+  out = build.local(fn, steps)._replace(scale=scale)
+  if integers[0]:
+    out = build.add_public(out, integers[0] * scale)
+  return out._replace(max_abs=max(map(abs, integers)) * scale)
+
+
+# ---- several values in one message
+
+
+def _joined(build: Builder, values: Sequence[Value]) -> Value:
+  """All elements of values, whose scales are forgotten."""
+  values = [v._replace(scale=1.0, max_abs=v.max_abs / v.scale) for v in values]
+  return build.local(lambda *vs: jnp.concatenate([v.reshape(-1) for v in vs]), *values)
+
+
+def _split(build: Builder, joined: Value, values: Sequence[Value]) -> list[Value]:
+  """The parts of what was joined, with the scales and bounds of `values`."""
+  out, start = [], 0
+  for value in values:
+    stop = start + math.prod(value.shape)
+    part = build.local(lambda v, a=start, b=stop, s=value.shape: v[a:b].reshape(s), joined)
+    out.append(part._replace(scale=value.scale, max_abs=value.max_abs))
+    start = stop
+  return out
+
+
+def _opened(build: Builder, values: Sequence[Value]) -> list[Value]:
+  """The same values, masked in one message, for products."""
+  joined = _joined(build, values)
+  build.open(joined)
+  return _split(build, joined, values)
+
+
+def _product(build: Builder, a: Value, b: Value) -> Value:
+  """a x b in whole units: neither is truncated first."""
+  bound = a.max_abs * b.max_abs if a.max_abs and b.max_abs else 0.0
+  out = build.product(a._replace(scale=1.0), b._replace(scale=1.0), MULTIPLY)
+  return out._replace(scale=a.scale * b.scale, max_abs=bound)
+
+
+def _cut(build: Builder, values: Sequence[Value], bits: int) -> list[Value]:
+  """Values of one scale, truncated to 2^-bits by one gate; where that is finer, multiplied."""
+  finer = round(-math.log2(values[0].scale)) - bits
+  if finer == 0:
+    return list(values)
+  if finer < 0:
+    grown = [build.local(lambda v: v * v.dtype.type(2**-finer), v) for v in values]
+    return [v._replace(scale=v.scale * 2.0**finer) for v in grown]
+  unit = 2.0 ** -(build.config.fraction_bits + finer)
+  joined = _joined(build, values)
+  joined = build.narrow(joined._replace(scale=unit, max_abs=joined.max_abs * unit))
+  return _split(build, joined, [v._replace(scale=v.scale * 2.0**finer) for v in values])
+
+
+# ---- polynomials
+
+
+def _polynomial(build: Builder, x: Value, coefficients: Sequence[float], bits: int) -> Value:
+  """A polynomial of x, |x| about 1, with public coefficients, at scale 2^(-2 bits); truncations are to 2^-bits."""
+  (x,) = _cut(build, [x], bits)
+  if len(coefficients) % 2:
+    coefficients = [*coefficients, 0.0]
+  unit = 2.0**-bits
+  pairs = []
+  for constant, slope in zip(coefficients[::2], coefficients[1::2], strict=True):
+    factor = round(slope / unit)
+    line = build.local(lambda v, factor=factor: v * v.dtype.type(factor % 2 ** (8 * v.dtype.itemsize)), x)
+    pairs.append(build.add_public(line._replace(scale=unit * x.scale, max_abs=x.max_abs * abs(slope)), constant))
+  if len(pairs) == 1:
+    return pairs[0]
+  (x,) = _opened(build, [x])
+  return _estrin(build, _product(build, x, x), pairs, bits)
+
+
+def _estrin(build: Builder, power: Value, terms: Sequence[Value], bits: int) -> Value:
+  """sum_i terms_i power^i, all at scale 2^(-2 bits), in ceil(log2) levels of a truncation and a product each."""
+  while len(terms) > 1:
+    power, *odd = _opened(build, _cut(build, [power, *terms[1::2]], bits))
+    sums = [build.add(a, _product(build, b, power)) for a, b in zip(terms[::2], odd, strict=False)]
+    terms = [*sums, *terms[2 * len(sums) :]]
+    power = _product(build, power, power)
+  return terms[0]
+
+
+def _fit(fn: Callable[[np.ndarray], np.ndarray], bits: int) -> list[float]:
+  """Coefficients in s = 4 n - 3 of the polynomial of least degree within 2^-bits of fn(n) on [1/2, 1]."""
+  return _interpolate(lambda s: fn((s + 3) / 4), 1.0, bits)
+
+
+def _octaves(bits: int) -> tuple[float, list[float]]:
+  """The largest width, and coefficients up to r^7, with which 2^r errs by 2^-bits of itself where |r| <= width / 2."""
+  for width in np.arange(3, 0.25, -0.25):
+    c = _interpolate(lambda r: np.exp2(r), width / 2, bits + width / 2)
+    if len(c) <= 8:
+      break
+  return float(width), c
+
+
+def _interpolate(fn: Callable[[np.ndarray], np.ndarray], half: float, bits: float) -> list[float]:
+  grid = np.linspace(-1, 1, 257)
+  for degree in range(2, 16):
+    c = chebyshev.chebinterpolate(lambda s: fn(half * s), degree)
+    if np.abs(chebyshev.chebval(grid, c) - fn(half * grid)).max() <= 2.0**-bits:
+      break
+  return list(chebyshev.cheb2poly(c) / half ** np.arange(len(c)))
+
+
+# ---- scales
+
+
+def _unit(build: Builder) -> float:
+  return 2.0**-build.config.fraction_bits
+
+
+def _working_bits(build: Builder) -> int:
+  """Fraction bits inside a polynomial: four more than outside, where the ring has room."""
+  config = build.config
+  return min(config.fraction_bits + 4, (config.num_bits - 6) // 2)

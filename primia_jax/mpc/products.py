@@ -27,6 +27,7 @@ from primia_jax import ring
 from primia_jax.types import Array
 
 Form = Literal["integer", "float64", "int8"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 class Map(NamedTuple):
@@ -105,8 +106,8 @@ def split(map: Map, w: Array, w_bits: int, num_bits: int, form: Form | None = No
   if not 2 <= w_bits <= num_bits <= 64:
     raise ValueError(f"w_bits={w_bits} and num_bits={num_bits}: needed are 2 <= w_bits <= num_bits <= 64")
   form = choose(map, w.shape, w_bits, num_bits) if form is None else form
-  if form not in get_args(Form):
-    raise ValueError(f"form={form!r} is none of {', '.join(get_args(Form))}")
+  if form not in FORMS:
+    raise ValueError(f"form={form!r} is none of {', '.join(FORMS)}")
   if form == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
     raise ValueError("form='float64' needs x64: set JAX_ENABLE_X64=1 (or jax_enable_x64), or take another form")
   if not jnp.issubdtype(w.dtype, jnp.integer):
@@ -231,7 +232,9 @@ def _fan_in(map: Map, w_shape: Sequence[int]) -> int:
 # --- The integer form. One shape for all maps: x [N, *space, C, G] times w [*window, C, G, O] is [N, *space', G, O].
 # Groups G are independent of each other, N and O are the free dimensions; C is summed over, and so is the window.
 
-_MIN_TERMS, _MAX_TERMS = 16, 24  # in one loop: XLA's code for fewer is slow, and more do not fit the vector registers
+# Terms in one loop. A slice with 16 users or more XLA copies first, where one with fewer it indexes anew for every
+# product, eight times slower (jaxlib 0.10); the copies of more than 24 terms do not fit the vector registers.
+_MIN_TERMS, _MAX_TERMS = 16, 24
 _MAX_COLUMNS = 128  # of w in one loop: a block of more does not fit the innermost cache
 _MIN_WORK = 2**17  # elements of the result in one step, where there can be that many: each step has a cost of its own
 
@@ -274,7 +277,8 @@ def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[_Axis]) -> Array:
   if not steps or not math.prod(shape):
     return jnp.zeros(shape, rows.dtype)
   # Small results are summed in several parts side by side, for fewer and longer steps.
-  parts = max(p for p in range(1, per_tap + 1) if per_tap % p == 0 and (p == 1 or p * math.prod(shape) <= _MIN_WORK))
+  most = min(_MIN_WORK // math.prod(shape), steps // 4)
+  parts = max((p for p in range(1, most + 1) if per_tap % p == 0), default=1)
   blocks = blocks.reshape(steps // parts, parts, *blocks.shape[1:])
 
   def step(t: Array, total: Array) -> Array:

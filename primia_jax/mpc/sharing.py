@@ -7,11 +7,12 @@ b_0 ^ b_1 = b are bits packed into unsigned words. A protocol is one function, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from primia_jax.types import Array
@@ -75,3 +76,15 @@ def compute_at(party: int, fn: Callable[[], Array]) -> Array:
   """fn() at one party and zeros at the other, which does not run it; under vmap it runs once."""
   out = jax.eval_shape(fn)
   return lax.cond(lax.axis_index(PARTY) == party, fn, lambda: jnp.zeros(out.shape, out.dtype))
+
+
+def party_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """A mesh over the axis "party": the first two of the devices, one for each party.
+
+  Raises:
+    ValueError: there is only one device.
+  """
+  devices = jax.devices() if devices is None else devices
+  if len(devices) < 2:
+    raise ValueError(f"two parties need two devices, not {len(devices)}; on CPU set jax_num_cpu_devices=2")
+  return jax.sharding.Mesh(np.array(devices[:2]), (PARTY,))

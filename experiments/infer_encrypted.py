@@ -1,0 +1,217 @@
+"""Classifies images of one party with the model of another: neither shows the other what it holds.
+
+  python -m experiments.infer_encrypted --checkpoint=runs/first --images=xray.png
+
+Two parties and a dealer, all simulated in this process; prints the classes, and what each phase and each layer took in
+time, bytes and rounds. With --output_dir: predictions.csv, plan.txt and costs.json.
+"""
+
+import csv
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.special
+from absl import flags
+
+from experiments import encrypted, inputs, report, running, settings
+from primia_jax.mpc import planning
+
+settings.define_flags(encrypted.Infer)
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(sys.modules["experiments.settings"])
+
+
+def main() -> None:
+  config = settings.from_flags(encrypted.Infer)
+  encrypted.check(config)
+  jax.config.update("jax_enable_x64", True)  # rings wider than 32 bits; the model's own arrays stay float32
+  model, trained, label_names, model_config = running.load_model(config.checkpoint)
+  if len(trained) > 1:
+    raise ValueError(
+      f"{config.checkpoint} holds {len(trained)} personal models, one for each site (FedBN). `evaluate` averages their "
+      "probabilities; under encryption each would be a run of its own. Use a run of another algorithm"
+    )
+  size, _, channels = model_config.image_shape
+  data = settings.Data(data=f"folder:{config.images}", image_size=size, channels=channels)
+  images = inputs.unlabelled_images(data, label_names)
+  calibration, source = encrypted.calibration_images(config, model_config, label_names)
+  if config.output_dir:
+    pathlib.Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+
+  print(
+    "Encrypted inference, simulated: model owner, data owner and dealer are all in this one process, which sees\n"
+    "everything. What each of them does is apart in the code, by phase, and is given only what that role holds.\n"
+  )
+  print(f"Model   {model_config.name} from {config.checkpoint}, {size} x {size} x {channels}, {', '.join(label_names)}")
+  print(f"Images  {len(images)} from {config.images}, {config.batch} in a run of the protocol")
+  print(f"Calibrating on {source} and choosing the ring ...", flush=True)
+  start = time.perf_counter()
+  plan = encrypted.make_plan(config, model, trained[0], calibration)
+  calibrating = time.perf_counter() - start
+  rows = planning.rows(plan)
+  print(f"\nThe plan, which both parties and the dealer see, for {config.batch} image(s):\n\n{plan}\n")
+  print(_who_learns_what(config))
+  if sum(row.what in ("product", "sign") for row in rows):
+    print(
+      "\nSome steps multiply secrets with each other, as GroupNorm does for the statistics of each image; a model trained\n"
+      "with --norm=batch spares them: its owner folds the statistics into the weights."
+    )
+  print(flush=True)
+  result = encrypted.infer(plan, trained[0], images.images, config.batch)
+  result.seconds["calibrate"] = calibrating
+
+  ids = [str(path) for path in images.columns["path"]]
+  _print_predictions(ids, result.outputs, label_names)
+  costs = _costs(plan, rows, result, config, len(images))
+  _print_costs(costs)
+  if config.check:
+    _print_check(config, encrypted.compare(plan, model, trained[0], images.images, config.batch, result.outputs), ids)
+  else:
+    print("\nA value beyond its planned range would give a wrong answer that nobody notices; --check looks for that.")
+  if config.output_dir:
+    folder = pathlib.Path(config.output_dir)
+    _write_predictions(folder / "predictions.csv", ids, result.outputs, label_names)
+    (folder / "plan.txt").write_text(f"{plan}\n")
+    (folder / "costs.json").write_text(json.dumps(costs, indent=2) + "\n")
+    print(f"\npredictions.csv, plan.txt and costs.json are in {folder}")
+
+
+def _who_learns_what(config: encrypted.Infer) -> str:
+  answer = {
+    "probabilities": "the logits of its own images, and computes probabilities from them",
+    "label": "the class of its own images, and neither probabilities nor logits",
+  }[config.output]
+  return (
+    "Who learns what, if all follow the protocol and the dealer colludes with neither party:\n"
+    "  model owner  how many images there are; nothing else about them, nor about the answers\n"
+    f"  data owner   the plan, {answer}\n"
+    "  dealer       the plan; neither weights nor images nor answers"
+  )
+
+
+def _print_predictions(ids: Sequence[str], outputs: np.ndarray, label_names: Sequence[str]) -> None:
+  labels = np.rint(outputs).astype(int) if outputs.ndim == 1 else outputs.argmax(1)
+  width = max(len("image"), *map(len, ids))
+  wide = max(len("class"), *map(len, label_names))
+  with_probabilities = outputs.ndim == 2
+  head = "".join(f"  {name:>{max(len(name), 7)}}" for name in label_names) if with_probabilities else ""
+  print(f"\n{'image':<{width}}  {'class':<{wide}}{head}")
+  for i, (image, label) in enumerate(zip(ids, labels, strict=True)):
+    cells = ""
+    if with_probabilities:
+      probabilities = scipy.special.softmax(outputs[i].astype(np.float64))
+      cells = "".join(
+        f"  {f'{100 * p:.1f} %':>{max(len(name), 7)}}" for name, p in zip(label_names, probabilities, strict=True)
+      )
+    print(f"{image:<{width}}  {label_names[label]:<{wide}}{cells}")
+
+
+def _write_predictions(
+  path: pathlib.Path, ids: Sequence[str], outputs: np.ndarray, label_names: Sequence[str]
+) -> None:
+  if outputs.ndim == 2:
+    report.predictions_csv(path, ids, None, scipy.special.softmax(outputs.astype(np.float64), axis=1), label_names)
+    return
+  with open(path, "w", newline="", encoding="utf-8") as file:  # the columns of predictions_csv, without probabilities
+    writer = csv.writer(file)
+    writer.writerow(["image", "true", "predicted"])
+    writer.writerows([image, "", label_names[round(label)]] for image, label in zip(ids, outputs.tolist(), strict=True))
+
+
+def _costs(
+  plan: planning.Plan, rows: Sequence[planning.Row], result: encrypted.Result, config: encrypted.Infer, num_images: int
+) -> dict[str, Any]:
+  """What `costs.json` holds: seconds measured; bytes and rounds as planned, of one run of the protocol."""
+  network = encrypted.parse_network(config.network)
+  dealt, sent, rounds = (sum(getattr(row, name) for row in rows) for name in ("dealt", "sent", "rounds"))
+  seconds = result.seconds
+
+  def phase(name: str, who: str, per: str, num_bytes: int = 0, num_rounds: int = 0) -> dict[str, Any]:
+    runs = result.runs if per == "run" else 1
+    measured = seconds.get(name, 0.0) / runs
+    return {"phase": name, "who": who, "once_per": per, "seconds": measured, "bytes": num_bytes, "rounds": num_rounds}
+
+  return {
+    "images": num_images,
+    "images_in_a_run": config.batch,
+    "runs": result.runs,
+    "config": dataclasses.asdict(plan.config),
+    "prng": config.prng,
+    "phases": [
+      phase("calibrate", "model owner", "model"),
+      phase("compile", "everybody", "model"),
+      phase("publish", "model owner to data owner", "model", encrypted.published_bytes(plan)),
+      phase("encode", "each owner", "run"),
+      phase("deal", "dealer to data owner", "run", dealt),
+      phase("prepare", "both parties", "run"),
+      phase("online", "both parties, each way", "run", sent, rounds),
+    ],
+    "layers": [layer._asdict() for layer in encrypted.layers(plan, rows, result)],
+    "steps": [row._asdict() for row in rows],
+    "network": {
+      "round_trip_seconds": network.round_trip,
+      "bits_per_second": network.bandwidth,
+      "online_seconds": network.seconds(rounds, sent),
+      "deal_seconds": network.seconds(0, dealt),
+      "publish_seconds": network.seconds(0, encrypted.published_bytes(plan)),
+    },
+    "versions": report.versions(),
+  }
+
+
+def _print_costs(costs: dict[str, Any]) -> None:
+  text = planning.bytes_text
+  images = costs["images_in_a_run"]
+  each = "image" if images == 1 else f"{images} images"
+  print(f"\n{'phase':<10} {'who':<26} {'once per':<10} {'time':>10} {'bytes':>10} {'rounds':>7}")
+  for p in costs["phases"]:
+    per = each if p["once_per"] == "run" else "model"
+    size, rounds = (text(p["bytes"]) if p["bytes"] else "", p["rounds"] or "")
+    print(f"{p['phase']:<10} {p['who']:<26} {per:<10} {_time(p['seconds']):>10} {size:>10} {rounds:>7}")
+  print(f"\n{'layer':<28} {'steps':<44} {'online':>10} {'dealt':>10} {'sent':>10} {'rounds':>7}")
+  for layer in costs["layers"]:
+    steps = _shorten(", ".join(_counted(layer["steps"])), 44)
+    print(
+      f"{_shorten(layer['name'], 28):<28} {steps:<44} {_time(layer['seconds']):>10} {text(layer['dealt']):>10} "
+      f"{text(layer['sent']):>10} {layer['rounds']:>7}"
+    )
+  online, network = costs["phases"][-1], costs["network"]
+  print(
+    f"\nOnline, for {each}: {_time(online['seconds'])} of computation by both parties on this machine, and on a link of "
+    f"{1e3 * network['round_trip_seconds']:g} ms\nand {network['bits_per_second'] / 1e6:g} Mbit/s "
+    f"{_time(network['online_seconds'])} of communication. Beforehand, over the same link: {_time(network['deal_seconds'])}"
+    f" for what\nis dealt, and once per model {_time(network['publish_seconds'])} for what the model owner publishes."
+  )
+
+
+def _counted(steps: Sequence[str]) -> list[str]:
+  """max, max, relu -> 2 max, relu, in order of first appearance."""
+  return [f"{n} {step}" if (n := list(steps).count(step)) > 1 else step for step in dict.fromkeys(steps)]
+
+
+def _shorten(text: str, width: int) -> str:
+  return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _time(seconds: float) -> str:
+  return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _print_check(config: encrypted.Infer, found: encrypted.Difference, ids: Sequence[str]) -> None:
+  print("\nChecked in the clear: every value stays within its planned range;")
+  if found.largest is not None:
+    print(f"  largest difference of a logit from float32: {found.largest:.2g} (target {config.target_error:g})")
+  print(f"  the same class as float32: {found.same} of {len(ids)} images")
+  if found.bitwise is not None:
+    print(f"  bit for bit what the integer model gives: {'yes' if found.bitwise else 'NO, which is an error in the code'}")
+
+
+if __name__ == "__main__":
+  running.start(main)

@@ -1,0 +1,69 @@
+"""The narrowest ring, and the fewest fraction bits, that keep a function's outputs within a target error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from primia_jax.mpc.circuit import Config
+from primia_jax.mpc.planning import Plan, calibrate, plan
+from primia_jax.mpc.secret import check
+from primia_jax.types import PyTree
+
+# Rings by what they cost: 32 bits are stored in half the words, and within one width fewer fraction bits compare fewer
+# digits. The range of a 64-bit ring is never short, so its bits are not searched.
+_CANDIDATES = ((32, (14, 12, 10, 8)), (64, (10, 12, 14, 16, 18, 20, 22, 24)))
+
+
+def fit(
+  fn: Callable,
+  owners: Sequence[Any],
+  examples: Sequence[Sequence[PyTree]],
+  target_error: float,
+  config: Config = Config(),  # noqa: B008
+  spare: float = 1.5,
+) -> Plan:
+  """Plans fn with the cheapest ring whose error on the examples is below the target.
+
+  The error is the largest difference between an output of the integer model, which the exact protocol equals bit for
+  bit, and fn itself. Examples are the model owner's; that other inputs behave alike is an assumption, hence `spare`.
+
+  Args:
+    fn: as for `plan`.
+    owners: as for `plan`.
+    examples: argument lists of the shapes to be planned for, with the model owner's values.
+    target_error: largest error wanted of any output.
+    config: everything but num_bits and fraction_bits.
+    spare: the error on the examples must be smaller than the target by this factor.
+
+  Raises:
+    ValueError: no ring reaches the target; the message says the best error.
+  """
+  if not target_error > 0:
+    raise ValueError(f"target_error={target_error} must be positive")
+  ranges = calibrate(fn, owners, examples)
+  wanted = [jax.tree.leaves(jax.jit(fn)(*args)) for args in examples]
+  best, why = np.inf, ""
+  for num_bits, choices in _CANDIDATES:
+    if num_bits > 32 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+      why = "; rings of more than 32 bits need jax_enable_x64"
+      break
+    for fraction_bits in choices:
+      trial = dataclasses.replace(config, num_bits=num_bits, fraction_bits=fraction_bits)
+      try:
+        candidate = plan(fn, owners, examples[0], trial, ranges)
+      except ValueError:  # the ring is too small for so many fraction bits
+        continue
+      error = max(
+        float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0))
+        for args, want in zip(examples, wanted, strict=True)
+        for a, b in zip(jax.tree.leaves(check(candidate, args)), want, strict=True)
+      )
+      if error * spare <= target_error:
+        return candidate
+      best = min(best, error)
+  raise ValueError(f"no ring reaches an error of {target_error}: the best is {best:.3g}{why}")
