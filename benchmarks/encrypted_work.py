@@ -1,22 +1,19 @@
-"""What the encrypted benchmark runs: the networks as JAX functions, and one inference as phases that are timed apart."""
+"""What the encrypted benchmark runs: the networks in JAX, and an inference as phases that are timed apart."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from benchmarks.peers import networks
 from primia_jax import conv, prng, ring
-from primia_jax.mpc import dealing, gates, planning, protocol, secret, sharing
+from primia_jax.mpc import dealing, gates, protocol, secret, sharing
 from primia_jax.mpc.gates import Gate
 from primia_jax.mpc.planning import Plan
 from primia_jax.types import Array, PyTree
@@ -70,3 +67,124 @@ def network(case: str, batch: int = 1) -> Work:
 def matmul(owners: tuple[str, ...]) -> Work:
   """The product of two matrices 1024 x 1024."""
   return Work(jnp.matmul, owners, tuple(map(jnp.asarray, networks.inputs("matmul"))))
+
+
+class Inference(NamedTuple):
+  """One encrypted inference.
+
+  Attributes:
+    phases: by name as in `PHASES`, functions without arguments. For timing only, the dealer's key is the same every
+      time and the online phase uses one set of correlations again and again, which a protocol must never do.
+    compile: seconds to trace, lower and compile the online phase, with an empty cache of compiled programs.
+    compile_again: the same with the cache that this left on disk.
+    outputs: () -> what the data owner learns.
+  """
+
+  phases: dict[str, Callable[[], Any]]
+  compile: float
+  compile_again: float
+  outputs: Callable[[], PyTree]
+
+
+PHASES = ("deal", "prepare 0", "prepare 1", "online")
+
+
+def inference(plan: Plan, args: tuple[PyTree, ...]) -> Inference:
+  """Makes ready what an inference needs, and compiles its phases."""
+  key = prng.random_key()
+  operands = secret.share_inputs(plan, secret.encode(plan, args), key)
+  blind, published = secret.blinds(plan, key), secret.publish(plan, args, key)
+  deal = jax.jit(functools.partial(secret.deal, plan))
+  prepare = [jax.jit(functools.partial(secret.prepare, plan, party)) for party in (0, 1)]
+  dealt = deal(key, blind)
+  parts = [protocol.part(dealt, party) for party in (0, 1)]
+  ready = secret.stack(*[prepare[party](parts[party], operands, published) for party in (0, 1)])
+  online, *seconds = compile_twice(functools.partial(secret.simulate, plan), ready, operands)
+  phases = {
+    "deal": functools.partial(deal, key, blind),
+    "prepare 0": functools.partial(prepare[0], parts[0], operands, published),
+    "prepare 1": functools.partial(prepare[1], parts[1], operands, published),
+    "online": functools.partial(online, ready, operands),
+  }
+  return Inference(phases, *seconds, lambda: secret.reveal(plan, online(ready, operands)))
+
+
+def compile_twice(fn: Callable, *args: PyTree) -> tuple[Callable, float, float]:
+  """fn compiled, and the seconds it took: as it is, and from the cache on disk (jax_compilation_cache_dir)."""
+  seconds = []
+  for _ in range(2):
+    jax.clear_caches()
+    start = time.perf_counter()
+    compiled = jax.jit(fn).lower(*args).compile()
+    seconds.append(time.perf_counter() - start)
+  return compiled, *seconds
+
+
+def num_bytes(tree: PyTree) -> int:
+  """Bytes of arrays or their shapes."""
+  return sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(tree))
+
+
+# ---- the gate alone
+
+
+class GateRun(NamedTuple):
+  """Many gates at once, both parties.
+
+  Attributes:
+    offline: key -> both parties' correlations, dealt and expanded.
+    online: (shares [2, N], correlations) -> shares [2, N].
+    sent: the messages that each party sends.
+  """
+
+  offline: Callable[[Array], dealing.Correlation]
+  online: Callable[[Array, dealing.Correlation], Array]
+  sent: list[sharing.Sent]
+
+
+def gate_run(gate: Gate) -> GateRun:
+  """The phases of a gate, without a circuit around it."""
+  log: list[sharing.Sent] = []
+
+  def offline(key: Array) -> dealing.Correlation:
+    seeds = [prng.derive(key, party) for party in (0, 1)]
+    each = [dealing.expand_masks(seed, 0, gates.masks(gate)) for seed in seeds]
+    derived = gates.derive(gate, {name: jnp.stack([m[name] for m in each]) for name in each[0]})
+    each[0] |= dealing.expand_derived(seeds[0], 0, derived) | derived.common
+    each[1] |= dealing.split(seeds[0], 0, derived) | derived.common
+    return secret.stack(*each)
+
+  def online(shares: Array, correlation: dealing.Correlation, log: list[sharing.Sent] | None = None) -> Array:
+    return jax.vmap(lambda z, c: gates.run(gate, sharing.Wire(log=log), z, c), axis_name=sharing.PARTY)(
+      shares, correlation
+    )
+
+  shares = jax.ShapeDtypeStruct((2, gate.num), ring.storage(gate.num_bits))
+  jax.eval_shape(functools.partial(online, log=log), shares, jax.eval_shape(offline, prng.random_key()))
+  return GateRun(jax.jit(offline), jax.jit(online), log)
+
+
+def numbers(gate: Gate, key: Array) -> Array:
+  """Ring elements [N] from the whole range of a gate: half of them uniform, half of all magnitudes alike."""
+  dtype = ring.storage(gate.num_bits).type
+  bits = prng.bits(key, jnp.asarray([1, 0, 0], jnp.uint32), (gate.num,), dtype)
+  sizes = prng.bits(key, jnp.asarray([2, 0, 0], jnp.uint32), (gate.num,), jnp.uint32)
+  signed = gates.to_signed(bits, gate.num_bits) >> (gate.num_bits - gate.range_bits - 1)
+  smaller = (sizes >> 1) % jnp.uint32(gate.range_bits + 1)
+  signed = jnp.where(sizes & 1 == 1, signed, signed >> smaller.astype(signed.dtype))
+  most = 2**gate.range_bits - gates.slack(gate) - 1
+  return lax.bitcast_convert_type(jnp.clip(signed, -most, most), dtype)
+
+
+def failures(gate: Gate) -> Callable[[Array], Array]:
+  """key -> how many of a gate's answers on random numbers are wrong."""
+  run = gate_run(gate)
+
+  def count(key: Array) -> Array:
+    z = numbers(gate, prng.derive(key, 2))
+    first = prng.bits(prng.derive(key, 3), jnp.zeros(3, jnp.uint32), z.shape, z.dtype)
+    y = run.online(jnp.stack([first, z - first]), run.offline(key))
+    wrong = ring.reduce(y[0] + y[1] - gates.clear(gate, z), gate.num_bits) != 0
+    return jnp.sum(wrong.astype(jnp.uint32))
+
+  return jax.jit(count)

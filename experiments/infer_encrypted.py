@@ -20,7 +20,7 @@ import numpy as np
 import scipy.special
 from absl import flags
 
-from experiments import encrypted, inputs, report, running, settings
+from experiments import encrypted, inputs, phases, report, running, settings
 from primia_jax.mpc import planning
 
 settings.define_flags(encrypted.Infer)
@@ -32,12 +32,7 @@ def main() -> None:
   config = settings.from_flags(encrypted.Infer)
   encrypted.check(config)
   jax.config.update("jax_enable_x64", True)  # rings wider than 32 bits; the model's own arrays stay float32
-  model, trained, label_names, model_config = running.load_model(config.checkpoint)
-  if len(trained) > 1:
-    raise ValueError(
-      f"{config.checkpoint} holds {len(trained)} personal models, one for each site (FedBN). `evaluate` averages their "
-      "probabilities; under encryption each would be a run of its own. Use a run of another algorithm"
-    )
+  model, weights, label_names, model_config = encrypted.load_model(config.checkpoint)
   size, _, channels = model_config.image_shape
   data = settings.Data(data=f"folder:{config.images}", image_size=size, channels=channels)
   images = inputs.unlabelled_images(data, label_names)
@@ -53,18 +48,18 @@ def main() -> None:
   print(f"Images  {len(images)} from {config.images}, {config.batch} in a run of the protocol")
   print(f"Calibrating on {source} and choosing the ring ...", flush=True)
   start = time.perf_counter()
-  plan = encrypted.make_plan(config, model, trained[0], calibration)
+  plan = encrypted.make_plan(config, model, weights, calibration)
   calibrating = time.perf_counter() - start
-  rows = planning.rows(plan)
-  print(f"\nThe plan, which both parties and the dealer see, for {config.batch} image(s):\n\n{plan}\n")
+  rows, table = planning.rows(plan), str(plan)
+  print(f"\nThe plan, which both parties and the dealer see, for {_images(config.batch)}:\n\n{table}\n")
   print(_who_learns_what(config))
-  if sum(row.what in ("product", "sign") for row in rows):
+  if any(row.what == "product" and row.layer != "argmax" for row in rows):
     print(
-      "\nSome steps multiply secrets with each other, as GroupNorm does for the statistics of each image; a model trained\n"
-      "with --norm=batch spares them: its owner folds the statistics into the weights."
+      "\nSome steps multiply secrets with each other, as GroupNorm does with the statistics of an image. A model\n"
+      "trained with --norm=batch is spared them, since its owner folds the statistics into the weights."
     )
   print(flush=True)
-  result = encrypted.infer(plan, trained[0], images.images, config.batch)
+  result = phases.infer(plan, weights, images.images, config.batch)
   result.seconds["calibrate"] = calibrating
 
   ids = [str(path) for path in images.columns["path"]]
@@ -72,13 +67,13 @@ def main() -> None:
   costs = _costs(plan, rows, result, config, len(images))
   _print_costs(costs)
   if config.check:
-    _print_check(config, encrypted.compare(plan, model, trained[0], images.images, config.batch, result.outputs), ids)
+    _print_check(config, phases.compare(plan, model, weights, images.images, config.batch, result.outputs), ids)
   else:
     print("\nA value beyond its planned range would give a wrong answer that nobody notices; --check looks for that.")
   if config.output_dir:
     folder = pathlib.Path(config.output_dir)
     _write_predictions(folder / "predictions.csv", ids, result.outputs, label_names)
-    (folder / "plan.txt").write_text(f"{plan}\n")
+    (folder / "plan.txt").write_text(f"{table}\n")
     (folder / "costs.json").write_text(json.dumps(costs, indent=2) + "\n")
     print(f"\npredictions.csv, plan.txt and costs.json are in {folder}")
 
@@ -113,9 +108,7 @@ def _print_predictions(ids: Sequence[str], outputs: np.ndarray, label_names: Seq
     print(f"{image:<{width}}  {label_names[label]:<{wide}}{cells}")
 
 
-def _write_predictions(
-  path: pathlib.Path, ids: Sequence[str], outputs: np.ndarray, label_names: Sequence[str]
-) -> None:
+def _write_predictions(path: pathlib.Path, ids: Sequence[str], outputs: np.ndarray, label_names: Sequence[str]) -> None:
   if outputs.ndim == 2:
     report.predictions_csv(path, ids, None, scipy.special.softmax(outputs.astype(np.float64), axis=1), label_names)
     return
@@ -126,7 +119,7 @@ def _write_predictions(
 
 
 def _costs(
-  plan: planning.Plan, rows: Sequence[planning.Row], result: encrypted.Result, config: encrypted.Infer, num_images: int
+  plan: planning.Plan, rows: Sequence[planning.Row], result: phases.Result, config: encrypted.Infer, num_images: int
 ) -> dict[str, Any]:
   """What `costs.json` holds: seconds measured; bytes and rounds as planned, of one run of the protocol."""
   network = encrypted.parse_network(config.network)
@@ -147,20 +140,22 @@ def _costs(
     "phases": [
       phase("calibrate", "model owner", "model"),
       phase("compile", "everybody", "model"),
-      phase("publish", "model owner to data owner", "model", encrypted.published_bytes(plan)),
-      phase("encode", "each owner", "run"),
+      phase("encode weights", "model owner", "model"),
+      phase("blind", "dealer", "model"),
+      phase("publish", "model owner to data owner", "model", phases.published_bytes(plan)),
+      phase("encode images", "data owner", "run"),
       phase("deal", "dealer to data owner", "run", dealt),
       phase("prepare", "both parties", "run"),
       phase("online", "both parties, each way", "run", sent, rounds),
     ],
-    "layers": [layer._asdict() for layer in encrypted.layers(plan, rows, result)],
+    "layers": [layer._asdict() for layer in phases.layers(plan, rows, result)],
     "steps": [row._asdict() for row in rows],
     "network": {
       "round_trip_seconds": network.round_trip,
       "bits_per_second": network.bandwidth,
       "online_seconds": network.seconds(rounds, sent),
       "deal_seconds": network.seconds(0, dealt),
-      "publish_seconds": network.seconds(0, encrypted.published_bytes(plan)),
+      "publish_seconds": network.seconds(0, phases.published_bytes(plan)),
     },
     "versions": report.versions(),
   }
@@ -168,13 +163,12 @@ def _costs(
 
 def _print_costs(costs: dict[str, Any]) -> None:
   text = planning.bytes_text
-  images = costs["images_in_a_run"]
-  each = "image" if images == 1 else f"{images} images"
-  print(f"\n{'phase':<10} {'who':<26} {'once per':<10} {'time':>10} {'bytes':>10} {'rounds':>7}")
+  each = _images(costs["images_in_a_run"])
+  print(f"\n{'phase':<14} {'who':<26} {'once per':<10} {'time':>10} {'bytes':>10} {'rounds':>7}")
   for p in costs["phases"]:
     per = each if p["once_per"] == "run" else "model"
     size, rounds = (text(p["bytes"]) if p["bytes"] else "", p["rounds"] or "")
-    print(f"{p['phase']:<10} {p['who']:<26} {per:<10} {_time(p['seconds']):>10} {size:>10} {rounds:>7}")
+    print(f"{p['phase']:<14} {p['who']:<26} {per:<10} {_time(p['seconds']):>10} {size:>10} {rounds:>7}")
   print(f"\n{'layer':<28} {'steps':<44} {'online':>10} {'dealt':>10} {'sent':>10} {'rounds':>7}")
   for layer in costs["layers"]:
     steps = _shorten(", ".join(_counted(layer["steps"])), 44)
@@ -182,13 +176,18 @@ def _print_costs(costs: dict[str, Any]) -> None:
       f"{_shorten(layer['name'], 28):<28} {steps:<44} {_time(layer['seconds']):>10} {text(layer['dealt']):>10} "
       f"{text(layer['sent']):>10} {layer['rounds']:>7}"
     )
-  online, network = costs["phases"][-1], costs["network"]
+  network = costs["network"]
+  link = f"{1e3 * network['round_trip_seconds']:g} ms and {network['bits_per_second'] / 1e6:g} Mbit/s"
+  print(f"\nCommunication over a link of {link} would take")
   print(
-    f"\nOnline, for {each}: {_time(online['seconds'])} of computation by both parties on this machine, and on a link of "
-    f"{1e3 * network['round_trip_seconds']:g} ms\nand {network['bits_per_second'] / 1e6:g} Mbit/s "
-    f"{_time(network['online_seconds'])} of communication. Beforehand, over the same link: {_time(network['deal_seconds'])}"
-    f" for what\nis dealt, and once per model {_time(network['publish_seconds'])} for what the model owner publishes."
+    f"  online            {_time(network['online_seconds']):>10} for {each}, beside the time that computing takes above"
   )
+  print(f"  deal, beforehand  {_time(network['deal_seconds']):>10} for {each}")
+  print(f"  publish           {_time(network['publish_seconds']):>10} once per model")
+
+
+def _images(number: int) -> str:
+  return "1 image" if number == 1 else f"{number} images"
 
 
 def _counted(steps: Sequence[str]) -> list[str]:
@@ -204,13 +203,15 @@ def _time(seconds: float) -> str:
   return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _print_check(config: encrypted.Infer, found: encrypted.Difference, ids: Sequence[str]) -> None:
+def _print_check(config: encrypted.Infer, found: phases.Difference, ids: Sequence[str]) -> None:
   print("\nChecked in the clear: every value stays within its planned range;")
   if found.largest is not None:
     print(f"  largest difference of a logit from float32: {found.largest:.2g} (target {config.target_error:g})")
   print(f"  the same class as float32: {found.same} of {len(ids)} images")
   if found.bitwise is not None:
-    print(f"  bit for bit what the integer model gives: {'yes' if found.bitwise else 'NO, which is an error in the code'}")
+    print(
+      f"  bit for bit what the integer model gives: {'yes' if found.bitwise else 'NO, which is an error in the code'}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,15 @@ import pytest
 
 from primia_jax import prng, ring
 from primia_jax.mpc import functions, gates, protocol, sharing
-from primia_jax.mpc.circuit import Builder, Config
+from primia_jax.mpc.circuit import Apply, Builder, Config
 
 CONFIGS = [Config(64, 16), Config(48, 12), Config(40, 10), Config(32, 8)]
+# Each configuration, and whether inputs are bounded by a calibration.
+each_range = pytest.mark.parametrize(
+  ("config", "bounded"),
+  list(zip(CONFIGS, (False, True, False, True), strict=True)),
+  ids=lambda v: f"{v.num_bits}-{v.fraction_bits}" if isinstance(v, Config) else "calibrated" if v else "any",
+)
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.num_bits}-{c.fraction_bits}")
 
 
@@ -31,11 +37,12 @@ def clear(fn, arrays, config, max_abs=math.inf):
   """What the protocol computes, as float64; no gate may get more bits than it was built for."""
   with jax.enable_x64(True):
     circuit = build(fn, [np.shape(x) for x in arrays], config, max_abs)
-    largest = []
-    watch = lambda op, z: largest.append((op.gate, np.abs(np.asarray(z, np.float64)).max()))
+
+    def watch(op, z):
+      most = float(jnp.max(jnp.abs(z), initial=0))
+      assert most < 2.0**op.gate.range_bits, (op.gate, math.log2(most))
+
     (out,) = protocol.clear(circuit, config, encoded(arrays, config), watch)
-    for gate, most in largest:
-      assert most < 2.0**gate.range_bits, (gate, math.log2(most))
     (value,) = circuit.outputs
     assert out.shape == value.shape
     real = np.asarray(gates.to_signed(out, config.num_bits)).astype(np.float64) * value.scale
@@ -43,7 +50,7 @@ def clear(fn, arrays, config, max_abs=math.inf):
     return real
 
 
-def spread(config, top=None, low=0.0, num=1500, seed=0):
+def spread(config, top=None, low=0.0, num=300, seed=0):
   """Numbers of both signs over all octaves, all octaves' ends, and the smallest, on the grid of the configuration."""
   unit = 2.0**-config.fraction_bits
   top = 2.0 ** (config.num_bits - 2 * config.fraction_bits - 4) if top is None else top
@@ -56,16 +63,19 @@ def spread(config, top=None, low=0.0, num=1500, seed=0):
   return np.concatenate([x, -x])
 
 
-def check(got, want, bound, config):
+def check(fn, arrays, want, bound, config, max_abs=math.inf):
+  padded = [np.resize(x, 1536) for x in arrays]  # one shape, for which JAX has compiled everything before
+  got = clear(fn, padded, config, max_abs)[: len(want)]
   units = np.abs(got - want) * 2.0**config.fraction_bits / bound
   worst = int(np.argmax(units))
   assert units[worst] <= 1, (units[worst] * np.broadcast_to(bound, units.shape)[worst], got[worst], want[worst])
+  return got
 
 
-@each_config
-@pytest.mark.parametrize("max_abs", [math.inf, 5.0, 0.3], ids=str)
+@each_range
 @pytest.mark.parametrize("name", ["logistic", "tanh", "erf", "erfc"])
-def test_bounded(name, max_abs, config):
+def test_bounded(name, config, bounded):
+  max_abs = 3.0 if bounded else math.inf
   reference = {
     "logistic": lambda x: 1 / (1 + np.exp(-np.clip(x, -700, 700))),
     "tanh": np.tanh,
@@ -73,35 +83,34 @@ def test_bounded(name, max_abs, config):
     "erfc": np.vectorize(math.erfc),
   }[name]
   x = spread(config, min(max_abs, 2.0 ** (config.num_bits - 2 * config.fraction_bits - 4)))
-  check(clear(functions.UNARY[name], [x], config, max_abs), reference(x), 1.0, config)
+  check(functions.UNARY[name], [x], reference(x), 1.0, config, max_abs)
 
 
-@each_config
-@pytest.mark.parametrize("max_abs", [math.inf, 4.0, 0.5], ids=str)
+@each_range
 @pytest.mark.parametrize("name", ["exp", "exp2", "expm1"])
-def test_exponentials(name, max_abs, config):
+def test_exponentials(name, config, bounded):
+  max_abs = 4.0 if bounded else math.inf
   most = 2.0 ** (config.num_bits - 2 * config.fraction_bits - 6)
   x = spread(config, None if math.isinf(max_abs) else max_abs)
   want = np.minimum(np.exp2(np.minimum(x, 50) if name == "exp2" else np.minimum(x, 50) / math.log(2)), most)
-  got = clear(functions.UNARY[name], [x], config, max_abs)
-  check(got, want - (name == "expm1"), 1 + 2 * want, config)
+  got = check(functions.UNARY[name], [x], want - (name == "expm1"), 1 + 2 * want, config, max_abs)
   if name != "expm1":
     assert not np.any(got[x < -2.0 * config.fraction_bits])
 
 
-@each_config
-@pytest.mark.parametrize("max_abs", [math.inf, 9.0], ids=str)
+@each_range
 @pytest.mark.parametrize("name", ["log", "log1p"])
-def test_logarithms(name, max_abs, config):
+def test_logarithms(name, config, bounded):
+  max_abs = 9.0 if bounded else math.inf
   x = np.abs(spread(config, None if math.isinf(max_abs) else max_abs))
   x = x[x > 0]
-  check(clear(functions.UNARY[name], [x], config, max_abs), getattr(np, name)(x), 2.0, config)
+  check(functions.UNARY[name], [x], getattr(np, name)(x), 2.0, config, max_abs)
 
 
-@each_config
-@pytest.mark.parametrize("max_abs", [math.inf, 9.0], ids=str)
+@each_range
 @pytest.mark.parametrize("name", ["sqrt", "rsqrt", "cbrt", "reciprocal", "power"])
-def test_roots_and_reciprocals(name, max_abs, config):
+def test_roots_and_reciprocals(name, config, bounded):
+  max_abs = 9.0 if bounded else math.inf
   fn, reference, relative = {
     "sqrt": (functions.sqrt, np.sqrt, 0.5),
     "rsqrt": (functions.rsqrt, lambda x: x**-0.5, 0.5),
@@ -112,23 +121,24 @@ def test_roots_and_reciprocals(name, max_abs, config):
   x = spread(config, None if math.isinf(max_abs) else max_abs)
   x = x[(x != 0) if name in ("cbrt", "reciprocal") else (x > 0)]
   want = reference(x)
-  check(clear(fn, [x], config, max_abs), want, 1 + relative * np.abs(want), config)
+  check(fn, [x], want, 1 + relative * np.abs(want), config, max_abs)
 
 
 @each_config
 def test_outside_of_the_domain(config):
-  x = np.array([0.0, -1.0, -2.0**-config.fraction_bits, -3.7])
+  x = np.array([0.0, -1.0, -(2.0**-config.fraction_bits), -3.7])
   for fn in (functions.sqrt, functions.rsqrt, functools.partial(functions.power, exponent=0.75)):
     assert not np.any(clear(fn, [x], config))
   unit = 2.0**-config.fraction_bits
   np.testing.assert_allclose(clear(functions.log, [x], config), math.log(0.75 * unit), atol=2 * unit)
-  assert clear(functions.reciprocal, [x[:1]], config) == 0
-  assert clear(functions.divide, [np.ones(1), x[:1]], config) == 0
+  zero = np.zeros(1536)
+  assert not np.any(clear(functions.reciprocal, [zero], config))
+  assert not np.any(clear(functions.divide, [zero + 1, zero], config))
 
 
-@each_config
-@pytest.mark.parametrize("max_abs", [math.inf, 20.0], ids=str)
-def test_divide(max_abs, config):
+@each_range
+def test_divide(config, bounded):
+  max_abs = 20.0 if bounded else math.inf
   top = None if math.isinf(max_abs) else max_abs
   a, b = spread(config, top), spread(config, top, seed=1)
   a = np.random.default_rng(2).permutation(a)[: len(b)]
@@ -136,9 +146,9 @@ def test_divide(max_abs, config):
   fits = (b != 0) & (np.abs(a) < 2.0 ** (config.fraction_bits + 1) * np.abs(b))
   a, b = a[fits], b[fits]
   bound = 2 + np.abs(a / b) / 2
-  check(clear(functions.divide, [a, b], config, max_abs), a / b, bound, config)
+  check(functions.divide, [a, b], a / b, bound, config, max_abs)
   positive = functools.partial(functions.divide, positive=True)
-  check(clear(positive, [a, np.abs(b)], config, max_abs), a / np.abs(b), bound, config)
+  check(positive, [a, np.abs(b)], a / np.abs(b), bound, config, max_abs)
 
 
 @each_config
@@ -153,7 +163,7 @@ def test_divide_public_numerators_and_shapes(config):
   np.testing.assert_allclose(clear(functions.divide, [a, b], config), a / b, atol=4 * unit)
   with jax.enable_x64(True):  # the denominator is normalised before it is broadcast
     circuit = build(functions.divide, [a.shape, b.shape], config, 8.0)
-  assert max(op.gate.num for op in circuit.operations if getattr(op, "gate", None) and op.gate.action == "sign") <= 6 * 40
+  assert max(op.gate.num for op in circuit.operations if isinstance(op, Apply) and op.gate.action == "sign") <= 6 * 40
 
 
 @each_config
@@ -162,17 +172,17 @@ def test_power(exponent, config):
   x = spread(config, 2.0, low=0.5, num=200)
   tolerance = 1 + 2 * np.abs(x) ** max(0, exponent) * abs(exponent) if exponent >= 0 else 1 + 3 * x**-4.0
   fn = functools.partial(functions.power, exponent=exponent)
-  check(clear(fn, [x], config, 2.0), x**exponent, tolerance, config)
+  check(fn, [x], x**exponent, tolerance, config, 2.0)
 
 
 @each_config
 def test_sign(config):
   x = spread(config)
-  np.testing.assert_array_equal(clear(functions.sign, [x], config), np.sign(x))
+  check(functions.sign, [x], np.sign(x), 1e-9, config)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 130])
-@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("n", [1, 2, 7, 17, 130])
+@pytest.mark.parametrize("axis", [0, 2])
 def test_argmax_and_tournament(n, axis):
   config = CONFIGS[1]
   shape = [2, 3]
@@ -211,16 +221,17 @@ def test_scales_that_are_no_powers_of_two():
   x = np.random.default_rng(0).uniform(0.1, 5, 300)
   x = np.rint(x * 2**16) / 2**16
   for name, reference in {"exp": np.exp, "log": np.log, "rsqrt": lambda x: x**-0.5, "tanh": np.tanh}.items():
-    for factor in (1 / 3, 1 / 7 / 49, 1.7):
+    for factor in (1 / 3, 1 / 7 / 49):
       scaled = lambda build, x, f=factor, n=name: functions.UNARY[n](build, build.scaled(build.multiply(x, x), f))
       want = reference(x * x * factor)
       # the argument is truncated to u first
       slope = np.abs(reference(x * x * factor + 1e-6) - want) / 1e-6
-      check(clear(scaled, [x], config, 5.0), want, 1 + 2 * np.abs(want) + slope + (name == "log"), config)
+      check(scaled, [x], want, 1 + 2 * np.abs(want) + slope + (name == "log"), config, 5.0)
 
 
-@pytest.mark.parametrize("comparison", ["tables", "fss"])
-@pytest.mark.parametrize("name", ["exp", "logistic", "rsqrt", "argmax", "divide"])
+@pytest.mark.parametrize(
+  ("name", "comparison"), [("logistic", "tables"), ("rsqrt", "tables"), ("divide", "tables"), ("argmax", "fss")]
+)
 def test_both_parties_get_the_same_bits(name, comparison):
   config = Config(48, 12, comparison=comparison)
   fn = {"argmax": functools.partial(functions.argmax, axis=1), "divide": lambda build, x: functions.divide(build, x, x)}

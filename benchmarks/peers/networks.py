@@ -34,7 +34,7 @@ def weights(case):
   out, channels = {"stem": conv(64, 3, 7)}, 64
   for stage, width in enumerate(WIDTHS):
     for block in range(2):
-      name = "block{}{}".format(stage, block)
+      name = f"block{stage}{block}"
       out[name + "a"] = conv(width, channels, 3)
       out[name + "b"] = conv(width, width, 3, 0.3)
       if channels != width:
@@ -64,7 +64,7 @@ def resnet18(ops, params, x):
     x = ops.max_pool(ops.relu(ops.conv(x, *params["stem"], 2, 3)), 3, 2, 1)
   for stage in range(len(WIDTHS)):
     for block in range(2):
-      name = "block{}{}".format(stage, block)
+      name = f"block{stage}{block}"
       stride = 2 if stage and not block else 1
       with ops.layer(name + "a"):
         y = ops.relu(ops.conv(x, *params[name + "a"], stride, 1))

@@ -3,7 +3,11 @@
 import os
 import sys
 import time
-from importlib import metadata
+
+try:
+  from importlib import metadata
+except ImportError:  # Python 3.7
+  import importlib_metadata as metadata
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -14,9 +18,10 @@ def wait() -> None:
     os._exit(1)
 
 
-def ready(*packages) -> None:
-  """Says that rounds may be asked for, and which versions of the packages will run."""
-  print("\nREADY", *(f"{package}={metadata.version(package)}" for package in packages), flush=True)
+def ready(*packages, **more) -> None:
+  """Says that rounds may be asked for, which versions of the packages will run, and what else is known of them."""
+  more = {**{package: metadata.version(package) for package in packages}, **more}
+  print("\nREADY", *(f"{name}={value}" for name, value in more.items()), flush=True)
 
 
 def answer(seconds: float, cpu: float) -> None:
@@ -24,9 +29,9 @@ def answer(seconds: float, cpu: float) -> None:
   print(f"\nROUND {seconds} {cpu}", flush=True)
 
 
-def run(num_rounds: int, one_round, *packages) -> None:
+def run(num_rounds: int, one_round, *packages, **more) -> None:
   """Runs rounds when told to."""
-  ready(*packages)
+  ready(*packages, **more)
   for index in range(num_rounds):
     wait()
     wall, cpu = time.perf_counter(), time.process_time()

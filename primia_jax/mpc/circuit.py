@@ -186,6 +186,7 @@ class Builder:
     self._count = 0
     self._opened: dict[int, int] = {}  # share -> its masked value
     self._made_by: dict[int, Local] = {}
+    self._values: dict[int, Value] = {}
     self._narrowed: dict[tuple[int, float], Value] = {}
 
   # ---- entering and leaving
@@ -338,16 +339,32 @@ class Builder:
     return self.add(b, self.positive_part(difference, self._shift(difference)))._replace(max_abs=max(a.max_abs, b.max_abs))
 
   def open(self, a: Value) -> int:
-    """The number of a's masked value; what is already masked, or follows from it, is not opened again."""
+    """The number of a's masked value. What is masked already, or follows from it, is not opened again, and what repeats
+    elements (padding, patches) is opened before it does."""
     if a.index not in self._opened:
       made = self._made_by.get(a.index)
-      if made and all(i in self._opened for i in made.inputs):
-        inputs = tuple(self._opened[i] for i in made.inputs)
+      sources = self._sources(a)
+      if made and sum(math.prod(v.shape) for v in sources if v.index not in self._opened) < math.prod(a.shape):
+        for source in sources:
+          self.open(source)
+        inputs = tuple(self.open(self._values[i]) for i in made.inputs)
         masked = self._add(Local, a.shape, a.scale, a.max_abs, inputs=inputs, fn=made.fn, opened=True)
       else:
         masked = self._add(Open, a.shape, a.scale, a.max_abs, input=a.index)
       self._opened[a.index] = masked.index
     return self._opened[a.index]
+
+  def _sources(self, a: Value) -> list[Value]:
+    """The values from which a follows by local operations: those nearest to it that are masked or no local result."""
+    found, todo = {}, [a.index]
+    while todo:
+      i = todo.pop()
+      made = self._made_by.get(i)
+      if i not in found and (made is None or i in self._opened):
+        found[i] = self._values[i]
+      elif i not in found:
+        todo += made.inputs  # type: ignore[union-attr]
+    return list(found.values())
 
   # ---- inside
 
@@ -397,6 +414,7 @@ class Builder:
   def _add(self, kind: Any, shape: Sequence[int], scale: float, max_abs: float, **fields: Any) -> Value:
     out = Value(self._count, tuple(shape), scale, max_abs)
     self._count += 1
+    self._values[out.index] = out
     if "shape" in kind._fields:
       fields["shape"] = out.shape
     self.operations.append(kind(out=out.index, layer=self.layer, **fields))

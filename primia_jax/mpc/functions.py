@@ -147,7 +147,7 @@ def divide(build: Builder, a: Any, b: Value, positive: bool = False) -> Value:
   shape = np.broadcast_shapes(np.shape(a) if not isinstance(a, Value) else a.shape, b.shape)
   if not isinstance(a, Value):
     zero = build.scaled(build.broadcast(b, shape), 0.0)._replace(scale=_unit(build))
-    a = build.add_public(zero, a)
+    a = build.add_public(zero, np.broadcast_to(a, shape))
   a = build.broadcast(build.narrow(a), shape)
   top = 2 * a.max_abs / _unit(build)  # the quotient by more than that is less than half a unit
   normal = _Normal.make(build, b, not positive, config.num_bits - config.fraction_bits - 4, top)
@@ -208,17 +208,19 @@ def _power_law(build: Builder, x: Value, exponent: float, factor: float = 1.0, s
   top = (2 * abs(factor) / _unit(build)) ** (-1 / exponent) if exponent < 0 else math.inf
   normal = _Normal.make(build, x, signed, config.num_bits - 3, top)
   s = normal.centred(build, _product(build, *_opened(build, [normal.x, normal.factor])))
-  bits, largest = _working_bits(build), max(1.0, 2.0**-exponent)
-  polynomial = _polynomial(build, s, _fit(lambda n: n**exponent, f + 4), bits)
-  (fraction,) = _cut(build, [polynomial._replace(max_abs=largest * 1.01)], bits)
+  bits, largest = _working_bits(build), max(1.0, 2.0**-exponent) * 1.01
   magnitudes = normal.magnitudes(0.0)
   values = np.zeros_like(magnitudes)
   np.power(magnitudes, exponent, out=values, where=magnitudes > 0)
-  values *= normal.signs * factor
-  limit, unit = 2.0 ** (config.num_bits - 4 - bits) / largest, _unit(build) / 8
-  while np.abs(values).max() > limit * unit and unit < _unit(build):
-    unit *= 2
-  table = _table(build, normal.bits, np.clip(values, -limit * unit, limit * unit), unit)
+  limit = 2.0 ** (config.num_bits - 4) / largest
+  values = np.clip(values * normal.signs * factor, -limit * _unit(build) ** 2, limit * _unit(build) ** 2)
+  polynomial = _polynomial(build, s, _fit(lambda n: n**exponent, f + 4), bits)
+  # Where the product would not fit the ring, fewer bits of the table are kept, and then of the polynomial.
+  excess = math.log2(np.abs(values).max() / limit) + f + 3 + bits
+  coarser = min(3, max(0, math.ceil(excess)))
+  bits = max(f, bits - max(0, math.ceil(excess) - 3)) if excess > 3 else bits
+  (fraction,) = _cut(build, [polynomial._replace(max_abs=largest)], bits)
+  table = _table(build, normal.bits, values, _unit(build) * 2.0 ** (coarser - 3))
   out = build.narrow(_product(build, *_opened(build, [fraction, table])))
   return out if math.isfinite(x.max_abs) else out._replace(max_abs=math.inf)
 

@@ -24,6 +24,7 @@ from primia_jax.mpc.products import Map
 from primia_jax.mpc.program import Equation, Program, Ref
 from primia_jax.types import Array
 
+_FEWEST_BITS = 6  # of the largest weight of a layer
 Env = Mapping[int, Array]  # an owner's values by number
 
 
@@ -52,7 +53,7 @@ class Lazy(NamedTuple):
   offset: Owned | None
   shape: tuple[int, ...]
   axes: tuple[int | None, ...]  # for each axis of the output, that of the weight it comes from
-  transpose: tuple[int, ...] | None  # of the output at the end
+  after: tuple[Callable[[Array], Array], ...]  # rearrangements of the product, before the offset is added
   bound: float = math.inf
   layer: str = ""
 
@@ -102,14 +103,7 @@ class _Lowering:
     self.env: dict[int, Any] = {}
     self.forced: dict[Any, Value] = {}
     self.labels: dict[int, str] = {}
-    self.readers: dict[int, list[str]] = {}
-    for equation in program.equations:
-      for v in equation.inputs:
-        if isinstance(v, Ref):
-          self.readers.setdefault(v.index, []).append(equation.name)
-    for v in program.outputs:
-      if isinstance(v, Ref):
-        self.readers.setdefault(v.index, []).append("output")
+    self.pools = _pooled(program)
 
   def enter(self, ref: Ref, owner: int | None, aval: jax.ShapeDtypeStruct) -> None:
     owned = Owned(owner or 0, lambda env, i=ref.index: env[i], aval.shape, frozenset(range(len(aval.shape))))  # type: ignore[misc]
@@ -189,16 +183,21 @@ class _Lowering:
     if fraction_bits - math.log2(x.scale) > room:
       x = self.build.narrow(x)
       fraction_bits = min(fraction_bits, math.floor(room + math.log2(x.scale)))
+      if fraction_bits + math.frexp(largest if math.isfinite(largest) else 1.0)[1] < _FEWEST_BITS:
+        raise ValueError(
+          f"{self.build.layer}: values up to {bound:.4g} leave weights fewer than {_FEWEST_BITS} bits in a ring of "
+          f"{config.num_bits} bits; use a wider ring or fewer fraction_bits"
+        )
     out = self.build.linear(
       x, lazy.weight.owner, lazy.weight.read, lazy.weight.shape, 2.0**-fraction_bits, bits, lazy.map, bound
     )
+    for fn in lazy.after:
+      out = self.build.local(fn, out)
     if lazy.offset is not None:
       offset = lazy.offset
       largest = self.largest(offset, slack=config.margin)
       out = self.build.add_owned(out, offset.owner, _compact(offset), _compact_shape(offset), largest)
       out = out._replace(max_abs=bound)
-    if lazy.transpose is not None:
-      out = self.build.local(functools.partial(lax.transpose, permutation=lazy.transpose), out)
     return out
 
   def least(self, x: Value) -> float:
@@ -210,6 +209,25 @@ class _Lowering:
     if owned.owner not in self.known:
       return math.inf
     return float(jnp.max(jnp.abs(owned.read(self.known[owned.owner])))) * slack
+
+
+def _pooled(program: Program) -> set[int]:
+  """The values that reach nothing but maxima, through reshapings alone."""
+  readers: dict[int, list[Equation]] = {}
+  for equation in program.equations:
+    for v in equation.inputs:
+      if isinstance(v, Ref):
+        readers.setdefault(v.index, []).append(equation)
+  kept = {v.index for v in program.outputs if isinstance(v, Ref)}
+  pooled: set[int] = set()
+  for equation in program.equations[::-1]:
+    ref = equation.outputs[0].index
+    found = readers.get(ref, [])
+    through = {"pad", "slice", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
+    reaches = lambda e: e.name in ("max", "reduce_window_max") or (e.name in through and e.outputs[0].index in pooled)
+    if found and ref not in kept and all(map(reaches, found)):
+      pooled.add(ref)
+  return pooled
 
 
 def is_secret(v: Any) -> bool:
@@ -254,7 +272,7 @@ def _add(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
   a, b = inputs
   if not is_secret(a) or (isinstance(a, Owned) and not isinstance(b, Owned)):
     a, b = b, a
-  if isinstance(a, Lazy) and isinstance(b, Owned) and b.owner == a.weight.owner and a.transpose is None:
+  if isinstance(a, Lazy) and isinstance(b, Owned) and b.owner == a.weight.owner:
     offset = b if a.offset is None else _combine(jnp.add, a.offset, b)
     return a._replace(offset=offset)
   x = low.value(a)
@@ -296,7 +314,7 @@ def _mul(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 def _scale(low: _Lowering, equation: Equation, a: Any, b: Owned) -> Any:
   """A shared value times an owned one: folded into the linear layer that made it, or a one-sided product."""
-  if isinstance(a, Lazy) and b.owner == a.weight.owner and a.transpose is None:
+  if isinstance(a, Lazy) and b.owner == a.weight.owner:
     if b.varies <= {i for i, axis in enumerate(a.axes) if axis is not None}:
       weight = a.weight
       factor = lambda env: _along(b, env, a.axes, len(weight.shape))
@@ -305,7 +323,7 @@ def _scale(low: _Lowering, equation: Equation, a: Any, b: Owned) -> Any:
   shape = equation.avals[0].shape
   x = low.build.narrow(low.build.broadcast(low.value(a), shape))
   everywhere = b._replace(read=lambda env: jnp.broadcast_to(b.read(env), shape), shape=shape)
-  return Lazy(x, maps.MULTIPLY, everywhere, None, shape, tuple(range(len(shape))), None)
+  return Lazy(x, maps.MULTIPLY, everywhere, None, shape, tuple(range(len(shape))), ())
 
 
 def _along(factor: Owned, env: Env, axes: Sequence[int | None], ndim: int) -> Array:
@@ -336,23 +354,27 @@ def _bilinear(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
   a, b = inputs
   mapping = maps.from_equation(equation.name, equation.params)
   if isinstance(b, Owned) and not (isinstance(a, Owned) and a.owner < b.owner):
-    x, weight, transpose = low.value(a) if is_secret(a) else a, b, None
+    x, weight, order = low.value(a) if is_secret(a) else a, b, None
   elif isinstance(a, Owned) or not is_secret(a):
-    mapping, transpose = maps.swapped(mapping, len(np.shape(a) if not isinstance(a, Owned) else a.shape), len(_shape(b)))
+    mapping, order = maps.swapped(mapping, len(_shape(a)), len(_shape(b)))
     x, weight = low.value(b), a
   else:
-    x, weight, transpose = low.value(a), b, None
+    x, weight, order = low.value(a), b, None
   if not is_secret(weight):
-    return _public_product(low, x, weight, mapping, transpose)
+    return _public_product(low, x, weight, mapping, order)
   if isinstance(weight, Owned) and isinstance(x, Value):
     shape = maps.shape_of(mapping, x.shape, weight.shape)
-    return Lazy(x, mapping, weight, None, shape, maps.weight_axes(mapping, x.shape, weight.shape), transpose)
+    axes, after = maps.weight_axes(mapping, x.shape, weight.shape), ()
+    if order is not None:
+      shape, axes = (tuple(v[i] for i in order) for v in (shape, axes))
+      after = (functools.partial(lax.transpose, permutation=order),)
+    return Lazy(x, mapping, weight, None, shape, axes, after)
   if not isinstance(x, Value):
     raise NotImplementedError(f"{equation.name} of a public left operand at {equation.source}")
   return low.build.product(x, low.value(weight), mapping, low.bound(equation.outputs[0]))
 
 
-def _public_product(low: _Lowering, x: Value, weight: Any, mapping: Map, transpose: Any) -> Value:
+def _public_product(low: _Lowering, x: Value, weight: Any, mapping: Map, order: Any) -> Value:
   """A linear map with public coefficients: each party applies it to its share."""
   config = low.build.config
   x = low.build.narrow(x)
@@ -366,7 +388,7 @@ def _public_product(low: _Lowering, x: Value, weight: Any, mapping: Map, transpo
 
   out = low.build.local(fn, x, max_abs=math.inf)
   out = out._replace(scale=out.scale * unit)
-  return out if transpose is None else low.build.local(lambda v: lax.transpose(v, transpose), out)
+  return out if order is None else low.build.local(lambda v: lax.transpose(v, order), out)
 
 
 def _shape(v: Any) -> tuple[int, ...]:
@@ -381,7 +403,9 @@ def _structural(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if any(is_secret(v) for v in inputs[1:]):
     raise NotImplementedError(f"{equation.name} at a secret position, at {equation.source}")
   apply = lambda v: equation.bind(v, *inputs[1:])
-  if isinstance(inputs[0], Pending) and equation.name != "reduce_sum":
+  if isinstance(inputs[0], Lazy) and equation.name in RESHAPES and (moved := _reshaped(inputs[0], equation)):
+    return moved
+  if isinstance(inputs[0], Pending) and equation.outputs[0].index in low.pools:
     return Pending(low.build.local(lambda v: apply(v)[0], inputs[0].x))
   x = low.value(inputs[0])
   terms = math.prod(x.shape) / max(1, math.prod(equation.avals[0].shape)) if equation.name in SUMS else 1.0
@@ -390,6 +414,24 @@ def _structural(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
   return low.build.local(lambda v: apply(v)[0], x, max_abs=x.max_abs * terms)
 
 
+def _reshaped(lazy: Lazy, equation: Equation) -> Lazy | None:
+  """A lazy product in another shape, where the weight's axes stay whole and no offset is in the way."""
+  shape = equation.avals[0].shape
+  before = lambda sizes, i: math.prod(sizes[:i])
+  axes: list[int | None] = [None] * len(shape)
+  for i, axis in enumerate(lazy.axes):
+    if axis is not None:
+      place = [j for j in range(len(shape)) if shape[j] == lazy.shape[i] and before(shape, j) == before(lazy.shape, i)]
+      if not place:
+        return None
+      axes[place[-1]] = axis
+  if lazy.offset is not None:
+    return None
+  reshape = lambda v: v.reshape(shape)
+  return lazy._replace(shape=shape, axes=tuple(axes), after=(*lazy.after, reshape))
+
+
+RESHAPES = {"reshape", "squeeze", "expand_dims"}
 SUMS = {"reduce_sum", "reduce_window_sum", "cumsum"}
 
 
@@ -423,8 +465,8 @@ def _pad(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
     raise NotImplementedError(f"padding with a secret value at {equation.source}")
   fill = float(np.asarray(inputs[1]))
   pad = lambda v: lax.pad(v, np.zeros((), v.dtype), config)
-  if isinstance(inputs[0], Pending):  # max(x, 0) of the padding is 0 either way
-    if fill in (0.0, -math.inf):
+  if isinstance(inputs[0], Pending) and fill in (0.0, -math.inf):  # max(x, 0) of the padding is 0 either way
+    if not equation.outputs or equation.outputs[0].index in low.pools:
       return Pending(low.build.local(pad, inputs[0].x))
   x = low.value(inputs[0])
   out = low.build.local(pad, x)
@@ -450,17 +492,13 @@ def _max(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
       return a
     if not np.any(public):
       x = a.x if isinstance(a, Pending) else low.value(a)
-      waits = all(reader in WAITING for reader in low.readers.get(equation.outputs[0].index, ["output"]))
-      return Pending(x) if waits else low.build.relu(x)
+      return Pending(x) if equation.outputs[0].index in low.pools else low.build.relu(x)
     x = low.build.broadcast(low.value(a), equation.avals[0].shape)
     return low.build.add_public(low.build.positive_part(low.build.add_public(x, -public)), public)
   if isinstance(a, Pending) and isinstance(b, Pending):
     return Pending(low.build.maximum(a.x, b.x))
   shape = equation.avals[0].shape
   return low.build.maximum(*(low.build.broadcast(low.value(v), shape) for v in (a, b)))
-
-
-WAITING = {"max", "pad", "slice", "reshape", "squeeze", "transpose", "concatenate_", "reduce_window_max", "copy"}
 
 
 def _min(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -572,7 +610,7 @@ def _reduce_window_max(low: _Lowering, equation: Equation, inputs: list[Any]) ->
   x = inputs[0].x if pending else low.value(inputs[0])
   padding = [(a, b, 0) for a, b in params["padding"]]
   if any(a or b for a, b, _ in padding):
-    fill = equation._replace(params={"padding_config": padding}, avals=())
+    fill = equation._replace(params={"padding_config": padding}, outputs=())
     x = _pad(low, fill, [Pending(x) if pending else x, np.float32(-np.inf)])
     x = x.x if isinstance(x, Pending) else x
   for axis, (size, stride, dilation) in enumerate(

@@ -117,7 +117,7 @@ def plan(
     leaves = [v if owner == party else None for owner, v in zip(flat, jax.tree.leaves(tuple(args)), strict=True)]
     concrete = all(isinstance(v, jax.Array | np.ndarray) and not isinstance(v, jax.core.Tracer) for v in leaves if v is not None)
     if party == MODEL_OWNER and concrete:
-      known[party] = evaluate(program, leaves)
+      known[party] = jax.jit(lambda leaves: evaluate(program, leaves))(leaves)
   return Plan(program, lower(program, flat, config, ranges, known), config, flat)
 
 

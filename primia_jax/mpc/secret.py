@@ -74,14 +74,23 @@ def encode(plan: Plan, args: Sequence[PyTree], party: int | None = None) -> Oper
   Raises:
     ValueError: where a number does not fit the ring, or a weight the bits that were planned for it.
   """
-  env = _values(plan, args, party)
-  out = {}
-  for i, operand in enumerate(plan.circuit.operands):
-    if operand.owner == party or party is None:
-      value = operand.value(env)
-      _check_fits(operand, value, plan.config)
-      out[i] = protocol.encode(operand, value, plan.config)
-  return out
+  mine = [i for i, operand in enumerate(plan.circuit.operands) if party is None or operand.owner == party]
+  largest, encoded = _encoder(plan, party)(_given(plan, args, party))
+  for i, most in zip(mine, largest, strict=True):
+    _check_fits(plan.circuit.operands[i], most, plan.config)
+  return dict(zip(mine, encoded, strict=True))
+
+
+def _encoder(plan: Plan, party: int | None) -> Callable:
+  @jax.jit
+  def fn(leaves: Sequence[Array | None]) -> tuple[list[Array], list[Any]]:
+    env = evaluate(plan.program, leaves)
+    operands = [operand for operand in plan.circuit.operands if party is None or operand.owner == party]
+    values = [operand.value(env) for operand in operands]
+    largest = [jnp.max(jnp.abs(v), initial=0).astype(jnp.float32) for v in values]
+    return largest, [protocol.encode(o, v, plan.config) for o, v in zip(operands, values, strict=True)]
+
+  return fn
 
 
 def publish(plan: Plan, args: Sequence[PyTree], key: Array, party: int | None = None) -> Operands:
@@ -93,24 +102,28 @@ def publish(plan: Plan, args: Sequence[PyTree], key: Array, party: int | None = 
     key: [8] uint32, the dealer's key of this model, which the owner of W receives and nobody else.
     party: whose operands; None for all.
   """
-  env = _values(plan, args, party)
-  values = {i: o.value(env) for i, o in enumerate(plan.circuit.operands) if o.owner == party or party is None}
-  arrays = protocol.blinds(plan.circuit, plan.config, prng.derive(key, _SETUP))
-  return protocol.full(
-    plan.circuit, plan.config, protocol.publish(plan.circuit, plan.config, values, arrays)
-  )
+  @jax.jit
+  def fn(leaves: Sequence[Array | None], key: Array) -> Operands:
+    env = evaluate(plan.program, leaves)
+    values = {i: o.value(env) for i, o in enumerate(plan.circuit.operands) if party is None or o.owner == party}
+    arrays = protocol.blinds(plan.circuit, plan.config, prng.derive(key, _SETUP))
+    return protocol.full(plan.circuit, plan.config, protocol.publish(plan.circuit, plan.config, values, arrays))
+
+  return fn(_given(plan, args, party), key)
 
 
-def _values(plan: Plan, args: Sequence[PyTree], party: int | None) -> dict[int, Array]:
+def _given(plan: Plan, args: Sequence[PyTree], party: int | None) -> list[Array | None]:
+  """The arguments of one party (None: of all), and None for the others'."""
   leaves = jax.tree.leaves(tuple(args))
-  given = [v if party is None or owner == party else None for owner, v in zip(plan.owners, leaves, strict=True)]
-  return evaluate(plan.program, [None if v is None else jnp.asarray(v) for v in given])
+  return [
+    jnp.asarray(v) if party is None or owner == party else None for owner, v in zip(plan.owners, leaves, strict=True)
+  ]
 
 
-def _check_fits(operand: protocol.Operand, value: Array, config: Config) -> None:
-  if isinstance(value, jax.core.Tracer) or not value.size:
+def _check_fits(operand: protocol.Operand, most: Array, config: Config) -> None:
+  if isinstance(most, jax.core.Tracer):  # inside jit nothing can be raised
     return
-  largest = float(jnp.max(jnp.abs(value)))
+  largest = float(most)
   limit = 2.0 ** (min(operand.bits or config.num_bits, config.num_bits - 1) - 1) * operand.scale
   if not largest < limit:
     kind = "a weight" if operand.map else "an input or offset"
@@ -179,7 +192,7 @@ def simulate(plan: Plan, ready: Ready, operands: Operands) -> list[Array]:
     the outputs' shares, each [2, ...].
   """
   axes = {i: 0 if plan.circuit.operands[i].owner is None else None for i in operands}
-  return jax.vmap(lambda ready, operands: run(plan, ready, operands), in_axes=(0, axes), axis_name=PARTY)(
+  return jax.vmap(lambda ready, operands: run(plan, ready, operands), in_axes=(0, axes), axis_name=PARTY, axis_size=2)(
     ready, operands
   )
 
@@ -261,7 +274,7 @@ def share(x: Array, key: Array, config: Config) -> Array:
     config: the ring.
   """
   operand = protocol.Operand(None, lambda env: x, 2.0**-config.fraction_bits, x.shape, None, None, "share")
-  _check_fits(operand, x, config)
+  _check_fits(operand, jnp.max(jnp.abs(x), initial=0), config)
   elements = protocol.encode(operand, x, config)
   first = prng.bits(key, jnp.zeros(3, jnp.uint32), x.shape, config.dtype)
   return jnp.stack([first, elements - first])
