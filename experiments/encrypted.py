@@ -1,4 +1,4 @@
-"""What `infer_encrypted` does before anything is dealt: settings, model, calibration, the choice of the ring, the plan."""
+"""What `infer_encrypted` does before anything is dealt: settings, model, calibration, the choice of the ring."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from experiments import inputs, learning, running, settings
 from primia_jax import models
 from primia_jax.data.folder import read_images
-from primia_jax.mpc import fitting, planning, secret
+from primia_jax.mpc import fitting, planning
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.gates import COMPARISONS
 from primia_jax.types import Array, PyTree
@@ -61,7 +61,9 @@ class Infer:
   calibration_images: int = _(32, "how many of them")
   batch: int = _(1, "images in one run of the protocol")
   network: str = _("wan", "link to estimate the time of communication for: lan, wan, or RTT_MS,MBIT such as 40,100")
-  prng: str = _("chacha20", "what masks are drawn with: chacha20")
+  prng: str = _(
+    "chacha20", "what masks are drawn with: chacha20, or threefry (a statistical PRNG: for research, not secure)"
+  )
 
 
 def check(s: Infer) -> None:
@@ -193,45 +195,19 @@ def make_plan(s: Infer, model: models.Model, weights: PyTree, calibration: np.nd
   """
   examples = [(weights, normalised(part)) for part in batches(calibration, min(len(calibration), _CALIBRATION_BATCH))]
   fns = functions(model)
-  config = Config(exact=s.exact, comparison=s.comparison, margin=s.margin)
+  config = Config(exact=s.exact, comparison=s.comparison, margin=s.margin, prng=s.prng)
   if s.ring_bits and s.fraction_bits:
     weight_bits = min(config.weight_bits, s.ring_bits)
     config = dataclasses.replace(config, num_bits=s.ring_bits, fraction_bits=s.fraction_bits, weight_bits=weight_bits)
-  elif s.ring_bits or s.fraction_bits:
-    rings, fractions = (
-      [s.ring_bits] if s.ring_bits else [32, 64],
-      [s.fraction_bits] if s.fraction_bits else _FRACTION_BITS,
-    )
-    choices = [(ring, bits) for ring in rings for bits in fractions if bits < ring // 2]
-    config = _fit(fns["probabilities"], examples, s.target_error, config, choices)
   else:
-    config = fitting.fit(fns["probabilities"], OWNERS, examples, s.target_error, config).config
+    rings = [s.ring_bits] if s.ring_bits else [32, 64]
+    fractions = [s.fraction_bits] if s.fraction_bits else _FRACTION_BITS
+    open_choices = [(ring, bits) for ring in rings for bits in fractions if bits < ring // 2]
+    candidates = open_choices if s.ring_bits or s.fraction_bits else fitting.CANDIDATES
+    config = fitting.fit(fns["probabilities"], OWNERS, examples, s.target_error, config, candidates=candidates).config
   fn = fns[s.output]
   images = jax.ShapeDtypeStruct((s.batch, *calibration.shape[1:]), jnp.float32)
   return planning.plan(fn, OWNERS, (weights, images), config, planning.calibrate(fn, OWNERS, examples))
-
-
-def _fit(
-  fn: Callable, examples: Sequence[tuple], target_error: float, config: Config, choices: Sequence[tuple[int, int]]
-) -> Config:
-  """`fitting.fit` among some (ring_bits, fraction_bits) only."""
-  ranges = planning.calibrate(fn, OWNERS, examples)
-  errors, why = [math.inf], ""
-  for ring, bits in choices:
-    try:
-      weight_bits = min(config.weight_bits, ring)
-      trial = dataclasses.replace(config, num_bits=ring, fraction_bits=bits, weight_bits=weight_bits)
-      plan = planning.plan(fn, OWNERS, examples[0], trial, ranges)
-    except ValueError as error:
-      why = f"; {error}"
-      continue
-    errors.append(max(float(jnp.abs(secret.check(plan, args) - fn(*args)).max()) for args in examples))
-    if errors[-1] <= target_error / 1.5:  # other images may err more
-      return trial
-  raise ValueError(
-    f"target_error={target_error} is not reached with these ring_bits or fraction_bits (best: {min(errors):.2g}{why}); "
-    "set both by hand, leave both at 0, or allow a larger error"
-  )
 
 
 def normalised(images: np.ndarray) -> Array:

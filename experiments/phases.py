@@ -89,8 +89,8 @@ def infer(plan: planning.Plan, weights: PyTree, images: Any, batch: int) -> Resu
   image_shapes = jax.ShapeDtypeStruct((batch, *images.shape[1:]), jnp.float32)
   deal = jax.jit(lambda key, blind: secret.deal(plan, key, blind))
   prepare = [jax.jit(lambda *held, party=party: secret.prepare(plan, party, *held)) for party in (0, 1)]
-  operands: protocol.Operands = {}
-  steps = secret.simulate_steps(plan, dict.fromkeys(range(len(plan.circuit.operands))))
+  encode_images = secret.encoder(plan, DATA_OWNER)
+  steps = secret.simulate_steps(plan)
   parts = list(batches(images, batch))
   outputs = []
   with Clock(3 + len(parts) * (len(steps) + 4)) as clock:
@@ -99,23 +99,19 @@ def infer(plan: planning.Plan, weights: PyTree, images: Any, batch: int) -> Resu
     own = clock("encode weights", lambda: secret.encode(plan, (weights, image_shapes), MODEL_OWNER))
     blind = clock("blind", lambda: secret.blinds(plan, model_key))
     published = clock("publish", lambda: secret.publish(plan, (weights, image_shapes), model_key, MODEL_OWNER))
-    operands.update(own)
     for number, part in enumerate(parts):
       timed = functools.partial(clock, compiled=number > 0)
       shown = normalised(part)
-      theirs = timed("encode images", lambda: secret.encode(plan, (weight_shapes, shown), DATA_OWNER))  # noqa: B023
+      theirs = timed("encode images", lambda: encode_images((weight_shapes, shown)))  # noqa: B023
       key = prng.random_key()  # the dealer's, of this run alone
       dealt = timed("deal", lambda: deal(key, blind))  # noqa: B023
       held: list[Any] = [(own, {}), (theirs, published)]
       parties = lambda: [prepare[p](protocol.part(dealt, p), *held[p]) for p in (0, 1)]  # noqa: B023
       ready = secret.stack(*timed("prepare", parties))
-      operands.update(theirs)  # in place: the steps read this dictionary, so that compiled ones are used again
-      if not number:
-        steps = secret.simulate_steps(plan, operands)
       env: protocol.Env = {}
       for step in steps:
         layer, last = plan.circuit.operations[step.last - 1].layer, step.last - 1
-        env = timed("online", functools.partial(step.fn, ready, env), layer, last)
+        env = timed("online", functools.partial(step.fn, ready, own | theirs, env), layer, last)
       shares = secret.outputs(plan, env)
       answer = timed("online", lambda: secret.reveal(plan, shares), "output", -1)  # noqa: B023
       outputs.append(np.asarray(answer))
@@ -146,11 +142,11 @@ def compare(
   Raises:
     ValueError: a value leaves the range planned for it; the message says in which images and layer.
   """
-  logits_fn = jax.jit(functions(model)["probabilities"])
+  logits_fn, run_clear = jax.jit(functions(model)["probabilities"]), secret.checker(plan)
   logits, integers = [], []
   for start, part in zip(range(0, len(images), batch), batches(images, batch), strict=True):
     try:
-      integers.append(np.asarray(secret.check(plan, (weights, normalised(part)))))
+      integers.append(np.asarray(run_clear((weights, normalised(part)))))
     except ValueError as error:
       raise ValueError(f"images {start} to {min(start + batch, len(images)) - 1}: {error}") from error
     logits.append(np.asarray(logits_fn(weights, normalised(part))))

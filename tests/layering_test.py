@@ -21,6 +21,7 @@ LAYERS = {
   "secagg": {"types", "ring", "prng"},
   "federated": {"types", "sites", "secagg"},
   "algorithms": {"types", "local", "federated"},
+  "mpc": {"types", "ring", "prng", "native"},
   "metrics": LEAF,
   "pretrained": LEAF,
   "models": LEAF | {"conv"},

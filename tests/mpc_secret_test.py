@@ -172,8 +172,8 @@ def test_one_process_steps_and_two_devices_open_the_same_bits():
   ready, operands = phases(plan, SMALL)
   together = secret.simulate(plan, ready, operands)
   env = {}
-  for step in secret.simulate_steps(plan, operands):
-    env = step.fn(ready, env)
+  for step in secret.simulate_steps(plan):
+    env = step.fn(ready, operands, env)
   each = [
     {i: v if plan.circuit.operands[i].owner == party else protocol.blank(plan.circuit.operands[i], plan.config)
      for i, v in operands.items()}
@@ -227,9 +227,7 @@ def test_masks_are_used_once():
   """Every array that anybody expands from a seed has a (nonce, key) of its own."""
   plan = planned(small, SMALL)
   names = [
-    (number, name)
-    for number, op in enumerate(plan.circuit.operations)
-    for name in protocol.masks(op, plan.config)
+    (number, name) for number, op in enumerate(plan.circuit.operations) for name in protocol.masks(op, plan.config)
   ]
   assert len(names) == len(set(names))
   keys = [prng.random_key() for _ in range(2)]
@@ -278,7 +276,11 @@ def test_a_value_out_of_range_is_found_and_named():
     (lambda: planned(small, SMALL, Config(16, 7, 8)), ValueError, "wider ring"),
     (lambda: planned(small, SMALL, owners=("hospital", "data_owner")), ValueError, "hospital"),
     (lambda: planned(small, SMALL, owners=("model_owner",)), ValueError, "1 owners for 2 arguments"),
-    (lambda: planned(lambda w, x: jnp.sort(x @ w[0]), SMALL), NotImplementedError, r"sort of a secret value .*mpc_secret_test"),
+    (
+      lambda: planned(lambda w, x: jnp.sort(x @ w[0]), SMALL),
+      NotImplementedError,
+      r"sort of a secret value .*mpc_secret_test",
+    ),
     (lambda: planned(lambda w, x: lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x), SMALL), NotImplementedError, "jnp.where"),
     (lambda: secret.share(np.full(3, 1e30, np.float32), prng.random_key(), WIDE), ValueError, "does not fit"),
   ],

@@ -19,6 +19,7 @@ import numpy as np
 
 from primia_jax import ring
 from primia_jax.mpc import gates
+from primia_jax.mpc.dealing import CHACHA20, THREEFRY
 from primia_jax.mpc.gates import RELU, SIGN, TRUNCATE, Gate
 from primia_jax.mpc.maps import MULTIPLY, shape_of
 from primia_jax.mpc.products import Map
@@ -37,6 +38,7 @@ class Config:
     exact: exact truncation and comparison. False is cheaper and off by at most one unit of 2^-f in each gate.
     comparison: "tables" (few bytes dealt, two rounds) or "fss" (more bytes dealt, no round).
     margin: factor on every calibrated range.
+    prng: "chacha20", or "threefry" for research: a statistical generator whose masks promise nothing.
   """
 
   num_bits: int = 64
@@ -45,6 +47,7 @@ class Config:
   exact: bool = True
   comparison: str = "tables"
   margin: float = 2.0
+  prng: str = CHACHA20
 
   def __post_init__(self) -> None:
     if not 8 <= self.num_bits <= 64:
@@ -55,6 +58,8 @@ class Config:
       raise ValueError(f"weight_bits={self.weight_bits} must lie between 2 and 24, and within the ring")
     if self.comparison not in gates.COMPARISONS:
       raise ValueError(f"comparison={self.comparison!r} is not one of {', '.join(gates.COMPARISONS)}")
+    if self.prng not in (CHACHA20, THREEFRY):
+      raise ValueError(f"prng={self.prng!r} is neither {CHACHA20} nor {THREEFRY}")
     if not self.margin >= 1:
       raise ValueError(f"margin={self.margin} must be at least 1")
 
@@ -66,7 +71,7 @@ class Config:
 class Value(NamedTuple):
   """Shares of integers that stand for real numbers."""
 
-  index: int
+  number: int
   shape: tuple[int, ...]
   scale: float  # the real number that one unit stands for
   max_abs: float  # bound of the real magnitude; inf where nothing is known
@@ -150,7 +155,7 @@ class Operand(NamedTuple):
 
   Attributes:
     owner: who.
-    value: (the owner's leaves) -> float array.
+    value: (the owner's values by number) -> float array.
     scale: the real number that one unit stands for.
     shape: of the array.
     bits: of a linear layer's operand, with the sign; None for an argument or an offset, which may fill the ring.
@@ -159,7 +164,7 @@ class Operand(NamedTuple):
   """
 
   owner: int | None
-  value: Callable[[Sequence[Array]], Array]
+  value: Callable[[Any], Array]
   scale: float
   shape: tuple[int, ...]
   bits: int | None
@@ -209,8 +214,8 @@ class Builder:
       raise ValueError("values of different scales; align them first")
     shape = jax.eval_shape(fn, *(jax.ShapeDtypeStruct(v.shape, self.config.dtype) for v in values)).shape
     bound = max(v.max_abs for v in values) if max_abs is None else max_abs
-    out = self._add(Local, shape, scale, bound, inputs=tuple(v.index for v in values), fn=fn, opened=False)
-    self._made_by[out.index] = self.operations[-1]  # type: ignore[assignment]
+    out = self._add(Local, shape, scale, bound, inputs=tuple(v.number for v in values), fn=fn, opened=False)
+    self._made_by[out.number] = self.operations[-1]  # type: ignore[assignment]
     return out
 
   def add(self, a: Value, b: Value) -> Value:
@@ -239,12 +244,12 @@ class Builder:
       a = self.local(lambda x: jnp.broadcast_to(x, shape), a)
     integers = np.asarray(np.rint(array / a.scale), np.int64)
     bound = a.max_abs + float(np.abs(array).max(initial=0))
-    return self._add(Offset, a.shape, a.scale, bound, input=a.index, owner=None, operand=integers)
+    return self._add(Offset, a.shape, a.scale, bound, input=a.number, owner=None, operand=integers)
 
   def add_owned(self, a: Value, owner: int, value: Callable, shape: tuple[int, ...], max_abs: float) -> Value:
     """a + an array of one party that broadcasts against it."""
     operand = self._operand(owner, value, a.scale, shape, None, None)
-    return self._add(Offset, a.shape, a.scale, a.max_abs + max_abs, input=a.index, owner=owner, operand=operand)
+    return self._add(Offset, a.shape, a.scale, a.max_abs + max_abs, input=a.number, owner=owner, operand=operand)
 
   def multiply_public(self, a: Value, array: Any, max_abs: float | None = None) -> Value:
     """a x array, elementwise and broadcast; a number is free, an array is rounded to 2^-f of its largest element."""
@@ -291,9 +296,7 @@ class Builder:
     opened = self.open(a)
     operand = self._operand(owner, value, scale, shape, bits, map)
     out = shape_of(map, a.shape, shape)
-    return self._add(
-      Linear, out, a.scale * scale, max_abs, input=opened, owner=owner, operand=operand, map=map
-    )
+    return self._add(Linear, out, a.scale * scale, max_abs, input=opened, owner=owner, operand=operand, map=map)
 
   def product(self, a: Value, b: Value, map: Map, max_abs: float | None = None) -> Value:
     """The bilinear map of two shared values, by Beaver's method over masked values."""
@@ -328,35 +331,37 @@ class Builder:
     shift = self._shift(a)
     if not shift:
       return a
-    if (a.index, a.scale) not in self._narrowed:
-      self._narrowed[a.index, a.scale] = self._gate(TRUNCATE, a, shift)
-    return self._narrowed[a.index, a.scale]
+    if (a.number, a.scale) not in self._narrowed:
+      self._narrowed[a.number, a.scale] = self._gate(TRUNCATE, a, shift)
+    return self._narrowed[a.number, a.scale]
 
   def maximum(self, a: Value, b: Value) -> Value:
     """max(a, b) = b + max(a - b, 0)."""
     a, b = self.align(a, b)
     difference = self.subtract(a, b)
-    return self.add(b, self.positive_part(difference, self._shift(difference)))._replace(max_abs=max(a.max_abs, b.max_abs))
+    return self.add(b, self.positive_part(difference, self._shift(difference)))._replace(
+      max_abs=max(a.max_abs, b.max_abs)
+    )
 
   def open(self, a: Value) -> int:
     """The number of a's masked value. What is masked already, or follows from it, is not opened again, and what repeats
     elements (padding, patches) is opened before it does."""
-    if a.index not in self._opened:
-      made = self._made_by.get(a.index)
+    if a.number not in self._opened:
+      made = self._made_by.get(a.number)
       sources = self._sources(a)
-      if made and sum(math.prod(v.shape) for v in sources if v.index not in self._opened) < math.prod(a.shape):
+      if made and sum(math.prod(v.shape) for v in sources if v.number not in self._opened) < math.prod(a.shape):
         for source in sources:
           self.open(source)
         inputs = tuple(self.open(self._values[i]) for i in made.inputs)
         masked = self._add(Local, a.shape, a.scale, a.max_abs, inputs=inputs, fn=made.fn, opened=True)
       else:
-        masked = self._add(Open, a.shape, a.scale, a.max_abs, input=a.index)
-      self._opened[a.index] = masked.index
-    return self._opened[a.index]
+        masked = self._add(Open, a.shape, a.scale, a.max_abs, input=a.number)
+      self._opened[a.number] = masked.number
+    return self._opened[a.number]
 
   def _sources(self, a: Value) -> list[Value]:
     """The values from which a follows by local operations: those nearest to it that are masked or no local result."""
-    found, todo = {}, [a.index]
+    found, todo = {}, [a.number]
     while todo:
       i = todo.pop()
       made = self._made_by.get(i)
@@ -386,7 +391,7 @@ class Builder:
       config.comparison,
     )
     gates.check(gate)
-    out = self._add(Apply, a.shape, a.scale * 2**shift, a.max_abs, input=a.index, gate=gate)
+    out = self._add(Apply, a.shape, a.scale * 2**shift, a.max_abs, input=a.number, gate=gate)
     return out
 
   def range_bits(self, a: Value, shift: int = 0, skip: int = 0) -> int:
@@ -414,8 +419,8 @@ class Builder:
   def _add(self, kind: Any, shape: Sequence[int], scale: float, max_abs: float, **fields: Any) -> Value:
     out = Value(self._count, tuple(shape), scale, max_abs)
     self._count += 1
-    self._values[out.index] = out
+    self._values[out.number] = out
     if "shape" in kind._fields:
       fields["shape"] = out.shape
-    self.operations.append(kind(out=out.index, layer=self.layer, **fields))
+    self.operations.append(kind(out=out.number, layer=self.layer, **fields))
     return out

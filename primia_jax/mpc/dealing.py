@@ -23,6 +23,7 @@ from primia_jax import prng
 from primia_jax.types import Array
 
 ADDITIVE, BOOLEAN = "additive", "boolean"
+CHACHA20, THREEFRY = "chacha20", "threefry"
 _DERIVED = 2**16  # numbers of derived arrays begin here; those of masks at 0
 
 
@@ -46,7 +47,7 @@ Masks = dict[str, Uniform]
 Correlation = dict[str, Array]  # one party's share of everything a gate was dealt
 
 
-def uniform(key: Array, gate: int, number: int, shape: tuple[int, ...], dtype) -> Array:
+def uniform(key: Array, gate: int, number: int, shape: tuple[int, ...], dtype, generator: str = CHACHA20) -> Array:
   """Uniform words of any unsigned dtype, for one array of one gate.
 
   Args:
@@ -55,8 +56,12 @@ def uniform(key: Array, gate: int, number: int, shape: tuple[int, ...], dtype) -
     number: which of the gate's arrays.
     shape: the shape wanted.
     dtype: an unsigned integer dtype.
+    generator: CHACHA20, or THREEFRY, JAX's statistical generator, which promises no secrecy.
   """
   dtype = np.dtype(dtype)
+  if generator == THREEFRY:
+    seed = jax.random.wrap_key_data(key[:2] ^ key[2:4] ^ key[4:6] ^ key[6:], impl="threefry2x32")
+    return jax.random.bits(jax.random.fold_in(jax.random.fold_in(seed, gate), number), shape, dtype)
   nonce = jnp.asarray([gate, number, 0], jnp.uint32)
   if dtype.itemsize >= 4:
     return prng.bits(key, nonce, shape, dtype)
@@ -65,24 +70,30 @@ def uniform(key: Array, gate: int, number: int, shape: tuple[int, ...], dtype) -
   return jax.lax.bitcast_convert_type(words, dtype).reshape(-1)[:size].reshape(shape)
 
 
-def expand_masks(key: Array, gate: int, masks: Masks) -> Correlation:
+def expand_masks(key: Array, gate: int, masks: Masks, generator: str = CHACHA20) -> Correlation:
   """One party's shares of a gate's masks, from that party's seed."""
-  return {name: uniform(key, gate, i, mask.shape, mask.dtype) for i, (name, mask) in enumerate(sorted(masks.items()))}
+  return {
+    name: uniform(key, gate, i, mask.shape, mask.dtype, generator)
+    for i, (name, mask) in enumerate(sorted(masks.items()))
+  }
 
 
-def expand_derived(key: Array, gate: int, derived: Derived) -> Correlation:
+def expand_derived(key: Array, gate: int, derived: Derived, generator: str = CHACHA20) -> Correlation:
   """Party 0's shares of what was derived, from its seed; `derived` may hold shapes only."""
-  return expand_shares(key, gate, {**derived.additive, **derived.boolean})
+  return expand_shares(key, gate, {**derived.additive, **derived.boolean}, generator)
 
 
-def expand_shares(key: Array, gate: int, shapes: Mapping[str, Any]) -> Correlation:
+def expand_shares(key: Array, gate: int, shapes: Mapping[str, Any], generator: str = CHACHA20) -> Correlation:
   """The same from the shapes and dtypes by name."""
-  return {name: uniform(key, gate, _DERIVED + i, v.shape, v.dtype) for i, (name, v) in enumerate(sorted(shapes.items()))}
+  return {
+    name: uniform(key, gate, _DERIVED + i, v.shape, v.dtype, generator)
+    for i, (name, v) in enumerate(sorted(shapes.items()))
+  }
 
 
-def split(key: Array, gate: int, derived: Derived) -> Correlation:
+def split(key: Array, gate: int, derived: Derived, generator: str = CHACHA20) -> Correlation:
   """Party 1's shares: what the dealer sends, uniform and independent of the values to whoever lacks party 0's seed."""
-  first = expand_derived(key, gate, derived)
+  first = expand_derived(key, gate, derived, generator)
   sent = {name: v - first[name] for name, v in derived.additive.items()}
   sent |= {name: v ^ first[name] for name, v in derived.boolean.items()}
   return sent

@@ -11,12 +11,12 @@ import numpy as np
 
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.planning import Plan, calibrate, plan
-from primia_jax.mpc.secret import check
+from primia_jax.mpc.secret import checker
 from primia_jax.types import PyTree
 
 # Rings by what they cost: 32 bits are stored in half the words, and within one width fewer fraction bits compare fewer
 # digits. The range of a 64-bit ring is never short, so its bits are not searched.
-_CANDIDATES = ((32, (14, 12, 10, 8)), (64, (10, 12, 14, 16, 18, 20, 22, 24)))
+CANDIDATES = tuple((32, f) for f in (14, 12, 10, 8)) + tuple((64, f) for f in range(10, 25, 2))
 
 
 def fit(
@@ -26,6 +26,7 @@ def fit(
   target_error: float,
   config: Config = Config(),  # noqa: B008
   spare: float = 1.5,
+  candidates: Sequence[tuple[int, int]] = CANDIDATES,
 ) -> Plan:
   """Plans fn with the cheapest ring whose error on the examples is below the target.
 
@@ -39,6 +40,8 @@ def fit(
     target_error: largest error wanted of any output.
     config: everything but num_bits and fraction_bits.
     spare: the error on the examples must be smaller than the target by this factor.
+    candidates: (num_bits, fraction_bits), cheapest first. The finest that fits a ring need not be the most accurate,
+      since weights then get fewer bits; so all are measured.
 
   Raises:
     ValueError: no ring reaches the target; the message says the best error.
@@ -48,22 +51,24 @@ def fit(
   ranges = calibrate(fn, owners, examples)
   wanted = [jax.tree.leaves(jax.jit(fn)(*args)) for args in examples]
   best, why = np.inf, ""
-  for num_bits, choices in _CANDIDATES:
+  for num_bits, fraction_bits in candidates:
     if num_bits > 32 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
       why = "; rings of more than 32 bits need jax_enable_x64"
-      break
-    for fraction_bits in choices:
-      trial = dataclasses.replace(config, num_bits=num_bits, fraction_bits=fraction_bits)
-      try:
-        candidate = plan(fn, owners, examples[0], trial, ranges)
-      except ValueError:  # the ring is too small for so many fraction bits
-        continue
-      error = max(
-        float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0))
-        for args, want in zip(examples, wanted, strict=True)
-        for a, b in zip(jax.tree.leaves(check(candidate, args)), want, strict=True)
-      )
-      if error * spare <= target_error:
-        return candidate
-      best = min(best, error)
+      continue
+    trial = dataclasses.replace(
+      config, num_bits=num_bits, fraction_bits=fraction_bits, weight_bits=min(config.weight_bits, num_bits)
+    )
+    try:
+      candidate = plan(fn, owners, examples[0], trial, ranges)
+    except ValueError:  # the ring is too small for so many fraction bits
+      continue
+    run_clear = checker(candidate)
+    error = max(
+      float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0))
+      for args, want in zip(examples, wanted, strict=True)
+      for a, b in zip(jax.tree.leaves(run_clear(args)), want, strict=True)
+    )
+    if error * spare <= target_error:
+      return candidate
+    best = min(best, error)
   raise ValueError(f"no ring reaches an error of {target_error}: the best is {best:.3g}{why}")

@@ -1,6 +1,6 @@
 """Functions of shared numbers that are more than one gate, each with its error: built from gates and products.
 
-Three tools do everything. `steps` compares with many public thresholds in one gate, and any piecewise constant function
+Three tools do everything. `_steps` compares with many public thresholds in one gate, and any piecewise constant function
 of x is then a local sum of the bits (`_table`). Polynomials are evaluated by Estrin's scheme, whose products stand in
 few levels, each one message and one truncation. Where x spans many octaves (roots, logarithm, division), a table of
 powers of two first brings it into [1/2, 1), exactly.
@@ -50,7 +50,8 @@ def argmax(build: Builder, x: Value, axis: int) -> Value:
   """The position of the largest along an axis, which is removed, the first of equals: exact, at scale 1.
 
   Within groups of up to 16 all pairs are compared at once, and the one that wins against all others is found by a
-  comparison of a few bits. C + 2 or 3 rounds for each factor of 16, and P between.
+  comparison of a few bits. C + 2 or 3 rounds for n <= 16; beyond, the
+  same and P once more for each factor of 8.
   """
   n, shape = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
   x = build.local(lambda v: jnp.moveaxis(v, axis, 0), x)
@@ -113,7 +114,7 @@ def power(build: Builder, x: Value, exponent: float) -> Value:
   """x^n for a public n.
 
   Whole n >= 0: repeated squaring, P + T each; every step errs by u |x|^(n/2) at most. Negative n: the reciprocal of
-  that, for small x^n. Other n: |error| <= u + 2 u x^n, for x > 0; 0 where x <= 0.
+  that. Other n: |error| <= u + u x^n for x > 0, up to x^n = 2^(k - 2 f - 4), where it stays; 0 for x <= 0.
   """
   if exponent != int(exponent):
     return _power_law(build, x, exponent)
@@ -132,7 +133,7 @@ def divide(build: Builder, a: Any, b: Value, positive: bool = False) -> Value:
   """a / b, elementwise and broadcast, for a Value or public array a; |error| <= 2 u + u |a / b| / 2.
 
   Where the ring and no calibration bounds b, it must be below 2^(k - 2 f - 4), and beyond that 0 comes out; a / b must
-  be below 2^(f + 1). Division by 0 gives 0. C + P + 3 (T + P) + T rounds, and twice as many thresholds as b has bits.
+  be below 2^(f + 1). Division by 0 gives 0. C + 5 (P + T) rounds, and twice as many thresholds as b has bits.
 
   Args:
     build: the circuit.
@@ -164,27 +165,27 @@ def divide(build: Builder, a: Any, b: Value, positive: bool = False) -> Value:
 
 
 def reciprocal(build: Builder, x: Value) -> Value:
-  """1 / x; |error| <= u + u / |x|; 0 comes out for 0. C + P + 3 (P + T) + P + T rounds."""
+  """1 / x; |error| <= u + u / |x|; 0 comes out for 0. C + 5 (P + T) rounds."""
   return _power_law(build, x, -1.0, signed=True)
 
 
 def sqrt(build: Builder, x: Value) -> Value:
-  """|error| <= u (1 + sqrt(x) / 4); 0 where x <= 0. C + P + 3 (P + T) + P + T rounds, as many thresholds as bits."""
+  """|error| <= u (1 + sqrt(x) / 2); 0 where x <= 0. C + 5 (P + T) rounds, as many thresholds as bits."""
   return _power_law(build, x, 0.5)
 
 
 def rsqrt(build: Builder, x: Value) -> Value:
-  """1 / sqrt(x); |error| <= u (1 + rsqrt(x) / 4); 0 where x <= 0. Rounds as `sqrt`."""
+  """1 / sqrt(x); |error| <= u (1 + rsqrt(x) / 2); 0 where x <= 0. Rounds as `sqrt`."""
   return _power_law(build, x, -0.5)
 
 
 def cbrt(build: Builder, x: Value) -> Value:
-  """|error| <= u (1 + |cbrt(x)| / 4). Rounds as `sqrt`, twice the thresholds."""
+  """|error| <= u (1 + |cbrt(x)| / 2). Rounds as `sqrt`, twice the thresholds."""
   return _power_law(build, x, 1 / 3, signed=True)
 
 
 def log(build: Builder, x: Value) -> Value:
-  """|error| <= u; x <= 0 gives the logarithm of 3/4 of x's unit. C + P + 3 (T + P) rounds; not truncated."""
+  """|error| <= 2 u; x <= 0 gives the logarithm of 3/4 of x's unit. C + 4 P + 3 T rounds; not truncated."""
   config, f = build.config, build.config.fraction_bits
   normal = _Normal.make(build, x, False, config.num_bits - 3, math.inf)
   s = normal.centred(build, _product(build, *_opened(build, [normal.x, normal.factor])))
@@ -278,7 +279,7 @@ class _Normal(NamedTuple):
 
 
 def exp2(build: Builder, x: Value) -> Value:
-  """2^x up to M = 2^(k - 2 f - 6), and M beyond; |error| <= u + 2^x u. C + P + 3 (P + T) + P + T rounds."""
+  """2^x up to M = 2^(k - 2 f - 6), and M beyond; |error| <= u + 2 u 2^x. C + 5 P + 4 T rounds."""
   config, f = build.config, build.config.fraction_bits
   x = build.narrow(x)
   lowest = max(-f - 2.0, -x.max_abs - 4 * x.scale)
@@ -546,7 +547,7 @@ def _octaves(bits: int) -> tuple[float, list[float]]:
   return float(width), c
 
 
-def _interpolate(fn: Callable[[np.ndarray], np.ndarray], half: float, bits: float) -> list[float]:
+def _interpolate(fn: Callable[[Any], Any], half: float, bits: float) -> list[float]:
   grid = np.linspace(-1, 1, 257)
   for degree in range(2, 16):
     c = chebyshev.chebinterpolate(lambda s: fn(half * s), degree)

@@ -79,7 +79,7 @@ def derive(gate: Gate, shares: dict[str, Array]) -> Derived:
   if span := _span(gate):
     derived, lam = COMPARISONS[gate.comparison].derive(span, r, shares)
   additive = dict(derived.additive)
-  values = {}
+  values: dict[str, Array] = {}
   if gate.shift:
     narrow = np.uint16 if gate.shift <= 16 else dtype  # sigma is multiplied by 2^(k - shift)
     values |= {"rho": r >> dtype(gate.shift), "sigma": (r >> dtype(gate.num_bits - 1)).astype(narrow)}

@@ -92,7 +92,7 @@ def lower(
       low.enter(ref, owner, aval)
   for equation in program.equations:
     low.lower(equation)
-  outputs = [low.value(low.env[v.index]) if isinstance(v, Ref) else v for v in program.outputs]
+  outputs = [low.value(low.env[v.number]) if isinstance(v, Ref) else v for v in program.outputs]
   return low.build.circuit(outputs)
 
 
@@ -106,26 +106,25 @@ class _Lowering:
     self.pools = _pooled(program)
 
   def enter(self, ref: Ref, owner: int | None, aval: jax.ShapeDtypeStruct) -> None:
-    owned = Owned(owner or 0, lambda env, i=ref.index: env[i], aval.shape, frozenset(range(len(aval.shape))))  # type: ignore[misc]
+    owned = Owned(owner or 0, _reader(ref), aval.shape, frozenset(range(len(aval.shape))))
     if owner is None:
-      self.env[ref.index] = self.build.input(None, owned.read, aval.shape, self.bound(ref))
+      self.env[ref.number] = self.build.input(None, owned.read, aval.shape, self.bound(ref))
     else:
-      self.env[ref.index] = owned
+      self.env[ref.number] = owned
 
   def bound(self, ref: Ref) -> float:
     if self.ranges is None:
       return math.inf
-    return float(self.ranges[ref.index]) * self.build.config.margin
+    return float(self.ranges[ref.number]) * self.build.config.margin
 
   def lower(self, equation: Equation) -> None:
-    inputs = [self.env[v.index] if isinstance(v, Ref) else v for v in equation.inputs]
+    inputs = [self.env[v.number] if isinstance(v, Ref) else v for v in equation.inputs]
     self.build.layer = layer = self.label(equation)
     owners = {v.owner for v in inputs if isinstance(v, Owned)}
     if len(owners) == 1 and all(isinstance(v, Owned) or not is_secret(v) for v in inputs):
-      self.env |= {
-        ref.index: Owned(*owners, lambda env, i=ref.index: env[i], aval.shape, _varies(equation, inputs, aval))  # type: ignore[misc]
-        for ref, aval in zip(equation.outputs, equation.avals, strict=True)
-      }
+      (owner,) = owners
+      for ref, aval in zip(equation.outputs, equation.avals, strict=True):
+        self.env[ref.number] = Owned(owner, _reader(ref), aval.shape, _varies(equation, inputs, aval))
       return
     rule = RULES.get(equation.name)
     if rule is None:
@@ -140,16 +139,16 @@ class _Lowering:
         out = out._replace(max_abs=min(out.max_abs, self.bound(ref)))
       elif isinstance(out, Lazy | Pending):
         out = out._replace(bound=self.bound(ref), layer=layer)
-      self.env[ref.index] = out
+      self.env[ref.number] = out
 
   def label(self, equation: Equation) -> str:
     """Where an equation stands: its own scope, or the deeper one that its input comes from."""
     label = equation.layer
     for v in equation.inputs:
-      if isinstance(v, Ref) and self.labels.get(v.index, "").startswith(label):
-        label = self.labels[v.index]
+      if isinstance(v, Ref) and self.labels.get(v.number, "").startswith(label):
+        label = self.labels[v.number]
     for ref in equation.outputs:
-      self.labels[ref.index] = label
+      self.labels[ref.number] = label
     return label
 
   # ---- conversions
@@ -217,17 +216,21 @@ def _pooled(program: Program) -> set[int]:
   for equation in program.equations:
     for v in equation.inputs:
       if isinstance(v, Ref):
-        readers.setdefault(v.index, []).append(equation)
-  kept = {v.index for v in program.outputs if isinstance(v, Ref)}
+        readers.setdefault(v.number, []).append(equation)
+  kept = {v.number for v in program.outputs if isinstance(v, Ref)}
   pooled: set[int] = set()
   for equation in program.equations[::-1]:
-    ref = equation.outputs[0].index
+    ref = equation.outputs[0].number
     found = readers.get(ref, [])
     through = {"pad", "slice", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
-    reaches = lambda e: e.name in ("max", "reduce_window_max") or (e.name in through and e.outputs[0].index in pooled)
+    reaches = lambda e: e.name in ("max", "reduce_window_max") or (e.name in through and e.outputs[0].number in pooled)
     if found and ref not in kept and all(map(reaches, found)):
       pooled.add(ref)
   return pooled
+
+
+def _reader(ref: Ref) -> Callable[[Env], Array]:
+  return lambda env: env[ref.number]
 
 
 def is_secret(v: Any) -> bool:
@@ -364,11 +367,11 @@ def _bilinear(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
     return _public_product(low, x, weight, mapping, order)
   if isinstance(weight, Owned) and isinstance(x, Value):
     shape = maps.shape_of(mapping, x.shape, weight.shape)
-    axes, after = maps.weight_axes(mapping, x.shape, weight.shape), ()
-    if order is not None:
-      shape, axes = (tuple(v[i] for i in order) for v in (shape, axes))
-      after = (functools.partial(lax.transpose, permutation=order),)
-    return Lazy(x, mapping, weight, None, shape, axes, after)
+    axes = maps.weight_axes(mapping, x.shape, weight.shape)
+    if order is None:
+      return Lazy(x, mapping, weight, None, shape, axes, ())
+    shape, axes = tuple(shape[i] for i in order), tuple(axes[i] for i in order)
+    return Lazy(x, mapping, weight, None, shape, axes, (functools.partial(lax.transpose, permutation=order),))
   if not isinstance(x, Value):
     raise NotImplementedError(f"{equation.name} of a public left operand at {equation.source}")
   return low.build.product(x, low.value(weight), mapping, low.bound(equation.outputs[0]))
@@ -405,7 +408,7 @@ def _structural(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
   apply = lambda v: equation.bind(v, *inputs[1:])
   if isinstance(inputs[0], Lazy) and equation.name in RESHAPES and (moved := _reshaped(inputs[0], equation)):
     return moved
-  if isinstance(inputs[0], Pending) and equation.outputs[0].index in low.pools:
+  if isinstance(inputs[0], Pending) and equation.outputs[0].number in low.pools:
     return Pending(low.build.local(lambda v: apply(v)[0], inputs[0].x))
   x = low.value(inputs[0])
   terms = math.prod(x.shape) / max(1, math.prod(equation.avals[0].shape)) if equation.name in SUMS else 1.0
@@ -466,7 +469,7 @@ def _pad(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
   fill = float(np.asarray(inputs[1]))
   pad = lambda v: lax.pad(v, np.zeros((), v.dtype), config)
   if isinstance(inputs[0], Pending) and fill in (0.0, -math.inf):  # max(x, 0) of the padding is 0 either way
-    if not equation.outputs or equation.outputs[0].index in low.pools:
+    if not equation.outputs or equation.outputs[0].number in low.pools:
       return Pending(low.build.local(pad, inputs[0].x))
   x = low.value(inputs[0])
   out = low.build.local(pad, x)
@@ -492,7 +495,7 @@ def _max(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
       return a
     if not np.any(public):
       x = a.x if isinstance(a, Pending) else low.value(a)
-      return Pending(x) if equation.outputs[0].index in low.pools else low.build.relu(x)
+      return Pending(x) if equation.outputs[0].number in low.pools else low.build.relu(x)
     x = low.build.broadcast(low.value(a), equation.avals[0].shape)
     return low.build.add_public(low.build.positive_part(low.build.add_public(x, -public)), public)
   if isinstance(a, Pending) and isinstance(b, Pending):
@@ -559,7 +562,7 @@ def _select(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 
 def _public_select(low: _Lowering, bit: np.ndarray, off: Any, on: Any, shape: tuple[int, ...]) -> Value:
-  parts = []
+  parts: list[Any] = []
   for keep, v in ((~bit, off), (bit, on)):
     if is_secret(v):
       mask = jnp.asarray(keep.astype(low.build.config.dtype))
@@ -655,37 +658,40 @@ def _abs(build: Builder, x: Value) -> Value:
   return build.subtract(twice, x)._replace(max_abs=x.max_abs)
 
 
-RULES: dict[str, Callable] = {
-  "add": _add,
-  "add_any": _add,
-  "sub": _sub,
-  "neg": _neg,
-  "mul": _mul,
-  "div": _div,
-  "dot_general": _bilinear,
-  "conv_general_dilated": _bilinear,
-  "concatenate": _concatenate,
-  "pad": _pad,
-  "max": _max,
-  "min": _min,
-  "clamp": _clamp,
-  "select_n": _select,
-  "reduce_max": _reduce_extremum,
-  "reduce_min": _reduce_extremum,
-  "reduce_window_max": _reduce_window_max,
-  "argmax": _argmax,
-  "argmin": _argmax,
-  "integer_pow": _power,
-  "pow": _power,
-  "abs": _unary(_abs),
-  "square": _unary(lambda build, x: functions.power(build, x, 2)),
-  "is_finite": lambda low, equation, inputs: np.ones(equation.avals[0].shape, bool),
-} | {
-  name: _structural
-  for name in ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice", "rev", "reduce_sum")
-  + ("gather", "dynamic_slice", "split", "cumsum", "reduce_window_sum")
-} | {name: _same for name in ("copy", "stop_gradient", "convert_element_type", "optimization_barrier", "copy_p")} | {
-  name: _compare for name in ("ge", "le", "gt", "lt", "eq", "ne")
-} | {name: _logical for name in ("and", "or", "xor", "not")} | {
-  name: _unary(fn) for name, fn in functions.UNARY.items()
-}
+RULES: dict[str, Callable] = (
+  {
+    "add": _add,
+    "add_any": _add,
+    "sub": _sub,
+    "neg": _neg,
+    "mul": _mul,
+    "div": _div,
+    "dot_general": _bilinear,
+    "conv_general_dilated": _bilinear,
+    "concatenate": _concatenate,
+    "pad": _pad,
+    "max": _max,
+    "min": _min,
+    "clamp": _clamp,
+    "select_n": _select,
+    "reduce_max": _reduce_extremum,
+    "reduce_min": _reduce_extremum,
+    "reduce_window_max": _reduce_window_max,
+    "argmax": _argmax,
+    "argmin": _argmax,
+    "integer_pow": _power,
+    "pow": _power,
+    "abs": _unary(_abs),
+    "square": _unary(lambda build, x: functions.power(build, x, 2)),
+    "is_finite": lambda low, equation, inputs: np.ones(equation.avals[0].shape, bool),
+  }
+  | {
+    name: _structural
+    for name in ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice", "rev", "reduce_sum")
+    + ("gather", "dynamic_slice", "split", "cumsum", "reduce_window_sum")
+  }
+  | {name: _same for name in ("copy", "stop_gradient", "convert_element_type", "optimization_barrier", "copy_p")}
+  | {name: _compare for name in ("ge", "le", "gt", "lt", "eq", "ne")}
+  | {name: _logical for name in ("and", "or", "xor", "not")}
+  | {name: _unary(fn) for name, fn in functions.UNARY.items()}
+)

@@ -67,4 +67,3 @@ def swapped(mapping: Map, a_ndim: int, b_ndim: int) -> tuple[Map, tuple[int, ...
   b_free, a_free = b_ndim - len(b_contracted) - batch, a_ndim - len(a_contracted) - batch
   order = (*range(batch), *range(batch + b_free, batch + b_free + a_free), *range(batch, batch + b_free))
   return Map("dot_general", (("dimension_numbers", numbers),)), order
-

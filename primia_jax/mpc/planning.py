@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc import protocol
-from primia_jax.mpc.circuit import Apply, Circuit, Config, Linear, Open, Product
+from primia_jax.mpc.circuit import Apply, Circuit, Config, Linear, Open, Product, Value
+from primia_jax.mpc.dealing import THREEFRY
 from primia_jax.mpc.gates import RELU
 from primia_jax.mpc.lowering import lower
 from primia_jax.mpc.program import PUBLIC, Program, evaluate, trace
@@ -115,7 +116,9 @@ def plan(
   known = {}
   for party in (MODEL_OWNER, DATA_OWNER):
     leaves = [v if owner == party else None for owner, v in zip(flat, jax.tree.leaves(tuple(args)), strict=True)]
-    concrete = all(isinstance(v, jax.Array | np.ndarray) and not isinstance(v, jax.core.Tracer) for v in leaves if v is not None)
+    concrete = all(
+      isinstance(v, jax.Array | np.ndarray) and not isinstance(v, jax.core.Tracer) for v in leaves if v is not None
+    )
     if party == MODEL_OWNER and concrete:
       known[party] = jax.jit(lambda leaves: evaluate(program, leaves))(leaves)
   return Plan(program, lower(program, flat, config, ranges, known), config, flat)
@@ -180,7 +183,7 @@ def rows(plan: Plan) -> list[Row]:
     bits, shift = (gate.range_bits, gate.shift) if gate else (0, 0)
     num_sent = sum(m.num_bytes for m in messages)
     out.append(Row(number, op.layer, what, op.shape, bits, shift, num_dealt, num_sent, len(messages)))
-  secrets = [v for v in plan.circuit.outputs if hasattr(v, "index")]
+  secrets = [v for v in plan.circuit.outputs if isinstance(v, Value)]
   num_bytes = sum(math.prod(v.shape) for v in secrets) * plan.config.dtype.itemsize
   shape = secrets[0].shape if secrets else ()
   return [*out, Row(-1, "", "output", shape, 0, 0, 0, num_bytes, int(bool(secrets)))]
@@ -219,11 +222,13 @@ def sent_messages(plan: Plan) -> list[Sent]:
   return log
 
 
-def table(plan: Plan) -> str:
-  """The plan as text: a line for every step, and the totals."""
-  steps = rows(plan)
+def table(plan: Plan, steps: Sequence[Row] | None = None) -> str:
+  """The plan as text: a line for every step (default `rows(plan)`), and the totals."""
+  steps = rows(plan) if steps is None else steps
   config = plan.config
-  lines = [f"{'':>4} {'layer':<28} {'step':<9} {'shape':<20} {'range':>6} {'cut':>4} {'dealt':>10} {'sent':>10} {'rounds':>6}"]
+  lines = [
+    f"{'':>4} {'layer':<28} {'step':<9} {'shape':<20} {'range':>6} {'cut':>4} {'dealt':>10} {'sent':>10} {'rounds':>6}"
+  ]
   for i, row in enumerate(steps):
     shape = "x".join(map(str, row.shape)) or "1"
     bits = f"2^{row.range_bits}" if row.range_bits else ""
@@ -240,6 +245,8 @@ def table(plan: Plan) -> str:
     f"{config.comparison}; range and cut in bits of the ring, dealt: to the data owner (the model owner gets a seed"
     + (" and the correction words)" if config.comparison == "fss" else ")")
   )
+  if config.prng == THREEFRY:
+    lines.append("statistical PRNG (threefry): for research; the masks promise nothing")
   for name, network in (("LAN 1 Gb/s, 0.5 ms", LAN), ("WAN 100 Mb/s, 40 ms", WAN)):
     lines.append(f"{name}: {network.seconds(rounds, sent):.2f} s of communication")
   return "\n".join(lines)

@@ -19,7 +19,7 @@ PUBLIC = "public"
 class Ref(NamedTuple):
   """A value that somebody keeps secret, by its number; everything public is an array."""
 
-  index: int
+  number: int
 
 
 class Equation(NamedTuple):
@@ -55,6 +55,7 @@ class Program(NamedTuple):
     equations: in order.
     outputs: Refs, or arrays where public.
     out_tree: how the outputs are put together.
+    out_dtypes: of each output.
   """
 
   inputs: tuple[Any, ...]
@@ -62,11 +63,12 @@ class Program(NamedTuple):
   equations: tuple[Equation, ...]
   outputs: tuple[Any, ...]
   out_tree: Any
+  out_dtypes: tuple[Any, ...]
 
   @property
   def num_values(self) -> int:
     """How many values anybody keeps secret."""
-    return 1 + max(ref.index for e in self.equations for ref in e.outputs) if self.equations else len(self.inputs)
+    return 1 + max(ref.number for e in self.equations for ref in e.outputs) if self.equations else len(self.inputs)
 
 
 def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Program:
@@ -100,17 +102,18 @@ def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Progra
     if owner == PUBLIC and isinstance(leaf, jax.ShapeDtypeStruct):
       raise ValueError("a public argument needs its value when the plan is made, not only its shape")
     inputs.append(leaf if owner == PUBLIC else tracer.new())
-  outputs = tracer.inline(jaxpr, inputs, "")
-  return Program(tuple(inputs), avals, tuple(tracer.equations), tuple(outputs), out_shape[-1])
+  outputs = tracer.inline(jaxpr, inputs, "", "an unknown line")
+  dtypes = tuple(v.dtype for v in jaxpr.out_avals)
+  return Program(tuple(inputs), avals, tuple(tracer.equations), tuple(outputs), out_shape[-1], dtypes)
 
 
 def evaluate(program: Program, leaves: Sequence[Array | None]) -> dict[int, Array]:
   """Every value, by number, that follows from the inputs given (None: not given), in plain JAX."""
-  env = {ref.index: v for ref, v in zip(program.inputs, leaves, strict=True) if isinstance(ref, Ref) and v is not None}
+  env = {ref.number: v for ref, v in zip(program.inputs, leaves, strict=True) if isinstance(ref, Ref) and v is not None}
   for equation in program.equations:
-    inputs = [env.get(v.index) if isinstance(v, Ref) else v for v in equation.inputs]
+    inputs = [env.get(v.number) if isinstance(v, Ref) else v for v in equation.inputs]
     if all(v is not None for v in inputs):
-      env |= {ref.index: v for ref, v in zip(equation.outputs, equation.bind(*inputs), strict=True)}
+      env |= {ref.number: v for ref, v in zip(equation.outputs, equation.bind(*inputs), strict=True)}
   return env
 
 
@@ -123,39 +126,37 @@ class _Tracer:
     self.count += 1
     return Ref(self.count - 1)
 
-  def inline(self, closed: Any, inputs: Sequence[Any], layer: str) -> list[Any]:
+  def inline(self, closed: Any, inputs: Sequence[Any], layer: str, source: str) -> list[Any]:
     jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, core.ClosedJaxpr) else (closed, [])
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env |= dict(zip(jaxpr.invars, inputs, strict=True))
     read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
     for eqn in jaxpr.eqns:
-      outputs = self._equation(eqn, [read(v) for v in eqn.invars], layer)
+      outputs = self._equation(eqn, [read(v) for v in eqn.invars], layer, source)
       env |= dict(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
-  def _equation(self, eqn: Any, values: list[Any], layer: str) -> list[Any]:
-    name = eqn.primitive.name
+  def _equation(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
+    name, source = eqn.primitive.name, _source(eqn) or source
     layer = "/".join(filter(None, [layer, str(eqn.source_info.name_stack)]))
     if name == "cond":
       if isinstance(values[0], Ref):
-        raise NotImplementedError(f"cond on a secret value at {_source(eqn)}; both branches must run: use jnp.where")
-      return self.inline(eqn.params["branches"][int(values[0])], values[1:], layer)
+        raise NotImplementedError(f"cond on a secret value at {source}; both branches must run: use jnp.where")
+      return self.inline(eqn.params["branches"][int(values[0])], values[1:], layer, source)
     if name == "scan":
-      return self.inline(_unrolled(eqn, values), values, layer)
+      return self.inline(_unrolled(eqn, values), values, layer, source)
     if name == "while":
-      raise NotImplementedError(f"while loop over secret values at {_source(eqn)}; use scan or a static fori_loop")
+      raise NotImplementedError(f"while loop over secret values at {source}; use scan or a static fori_loop")
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
       if isinstance(eqn.params.get(key), (core.ClosedJaxpr, core.Jaxpr)):
-        return self.inline(eqn.params[key], values, layer)
+        return self.inline(eqn.params[key], values, layer, source)
     if not any(isinstance(v, Ref) for v in values) and not eqn.effects:
       with jax.ensure_compile_time_eval():
         return _bind(eqn, values)
     outputs = tuple(self.new() for _ in eqn.outvars)
     avals = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
     bind = lambda *inputs: _bind(eqn, inputs)
-    self.equations.append(
-      Equation(name, bind, eqn.params, tuple(values), outputs, avals, layer or "(top)", _source(eqn))
-    )
+    self.equations.append(Equation(name, bind, eqn.params, tuple(values), outputs, avals, layer or "(top)", source))
     return list(outputs)
 
 
@@ -184,9 +185,9 @@ def _unrolled(eqn: Any, values: Sequence[Any]) -> Any:
 
 
 def _source(eqn: Any) -> str:
-  """file:line of the innermost call that is neither JAX's nor Flax's."""
+  """file:line of the innermost call that is neither JAX's nor Flax's; empty where there is none."""
   traceback = eqn.source_info.traceback
   for frame in traceback.frames if traceback else ():
     if not any(f"/{package}/" in frame.file_name for package in ("jax", "flax", "jaxlib")):
       return f"{frame.file_name.rsplit('/', 1)[-1]}:{frame.line_num}"
-  return "an unknown line"
+  return ""

@@ -11,18 +11,17 @@ The phases of one inference, and who holds what:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from primia_jax import prng, ring
 from primia_jax.mpc import dealing, gates, products
-from primia_jax.mpc.circuit import Apply, Circuit, Config, Input, Linear, Local, Offset, Open, Operand, Product
+from primia_jax.mpc.circuit import Apply, Circuit, Config, Input, Linear, Local, Offset, Open, Operand, Product, Value
 from primia_jax.mpc.dealing import ADDITIVE, Correlation, Derived, Masks, Uniform
+from primia_jax.mpc.maps import MULTIPLY
 from primia_jax.mpc.products import multiply, product
 from primia_jax.mpc.sharing import Wire, at, compute_at
 from primia_jax.types import Array
@@ -56,7 +55,7 @@ def encode(operand: Operand, value: Array, config: Config) -> Any:
   elements = integers.astype(jnp.int64 if config.num_bits > 32 else jnp.int32).astype(config.dtype)
   if operand.map is None:
     return elements
-  return products.split(operand.map, elements, operand.bits, config.num_bits)
+  return products.split(operand.map, elements, operand.bits or config.num_bits, config.num_bits)
 
 
 def blank(operand: Operand, config: Config) -> Any:
@@ -92,12 +91,13 @@ def clear(
       case Linear():
         env[op.out] = multiply(op.map, env[op.input], operands[op.operand], config.num_bits)
       case Product():
-        env[op.out] = product(op.map, *(env[i] for i in op.inputs), config.num_bits)
+        a, b = (env[i] for i in op.inputs)
+        env[op.out] = product(op.map, a, b, config.num_bits)
       case Apply():
         if watch is not None:
           watch(op, gates.to_signed(env[op.input], config.num_bits))
         env[op.out] = gates.clear(op.gate, env[op.input].reshape(-1)).reshape(op.shape)
-  return [ring.reduce(env[v.index], config.num_bits) for v in circuit.outputs if hasattr(v, "index")]
+  return [ring.reduce(env[v.number], config.num_bits) for v in circuit.outputs if isinstance(v, Value)]
 
 
 def _offset(op: Offset, operands: Operands, config: Config) -> Array:
@@ -122,7 +122,7 @@ def masks(op: Any, config: Config) -> Masks:
 def blinds(circuit: Circuit, config: Config, key: Array) -> Operands:
   """The dealer's B for every operand of a linear layer: uniform ring elements, once per model."""
   return {
-    i: dealing.uniform(prng.derive(key, _BLIND), i, 0, operand.shape, config.dtype)
+    i: dealing.uniform(prng.derive(key, _BLIND), i, 0, operand.shape, config.dtype, config.prng)
     for i, operand in enumerate(circuit.operands)
     if operand.map is not None
   }
@@ -130,7 +130,8 @@ def blinds(circuit: Circuit, config: Config, key: Array) -> Operands:
 
 def full(circuit: Circuit, config: Config, arrays: Operands) -> Operands:
   """Whole ring elements made ready for their linear layers: B, or the published D."""
-  return {i: products.split(circuit.operands[i].map, v, config.num_bits, config.num_bits) for i, v in arrays.items()}
+  split = lambda i, v: products.split(circuit.operands[i].map or MULTIPLY, v, config.num_bits, config.num_bits)
+  return {i: split(i, v) for i, v in arrays.items()}
 
 
 def publish(circuit: Circuit, config: Config, values: Operands, blind: Operands) -> Operands:
@@ -156,7 +157,7 @@ def deal(circuit: Circuit, config: Config, key: Array, blind: Operands) -> Dealt
   opened: dict[int, list[Array]] = {}  # the mask shares of every masked value
   sent, common = {}, {}
   for number, op in enumerate(circuit.operations):
-    each = [dealing.expand_masks(seed, number, masks(op, config)) for seed in seeds]
+    each = [dealing.expand_masks(seed, number, masks(op, config), config.prng) for seed in seeds]
     derived = None
     match op:
       case Open():
@@ -172,7 +173,7 @@ def deal(circuit: Circuit, config: Config, key: Array, blind: Operands) -> Dealt
       case Apply():
         derived = gates.derive(op.gate, {name: jnp.stack([m[name] for m in each]) for name in each[0]})
     if derived is not None:
-      sent[number] = dealing.split(seeds[0], number, derived)
+      sent[number] = dealing.split(seeds[0], number, derived, config.prng)
       if derived.common:
         common[number] = derived.common
   return Dealt(jnp.stack(seeds), sent, common)
@@ -201,7 +202,7 @@ def prepare(
   dealt: Part,
   own: Operands,
   published: Operands,
-  shapes: Mapping[int, Mapping[str, jax.ShapeDtypeStruct]],
+  shapes: Mapping[int, Mapping[str, Any]],
 ) -> Ready:
   """A party's work before the image is there; it communicates with nobody.
 
@@ -217,10 +218,10 @@ def prepare(
   opened: dict[int, Array] = {}
   ready: Ready = {}
   for number, op in enumerate(circuit.operations):
-    mine = dealing.expand_masks(dealt.seed, number, masks(op, config))
+    mine = dealing.expand_masks(dealt.seed, number, masks(op, config), config.prng)
     if number in shapes:
       if dealt.sent is None:
-        mine |= dealing.expand_shares(dealt.seed, number, shapes[number])
+        mine |= dealing.expand_shares(dealt.seed, number, shapes[number], config.prng)
       else:
         mine |= dealt.sent[number]
     mine |= dealt.common.get(number, {})
@@ -259,7 +260,7 @@ def run(circuit: Circuit, config: Config, wire: Wire, ready: Ready, operands: Op
 
 def outputs(circuit: Circuit, config: Config, env: Env) -> list[Array]:
   """The shares of the outputs, once every operation is done."""
-  return [ring.reduce(env[v.index], config.num_bits) for v in circuit.outputs if hasattr(v, "index")]
+  return [ring.reduce(env[v.number], config.num_bits) for v in circuit.outputs if isinstance(v, Value)]
 
 
 def advance(
@@ -301,9 +302,13 @@ def advance(
 def live(circuit: Circuit, number: int) -> list[int]:
   """The values from before operation `number` that it or a later one reads, or that are outputs."""
   made = {op.out for op in circuit.operations[:number]}
-  needed = {v.index for v in circuit.outputs if hasattr(v, "index")}
+  needed = {v.number for v in circuit.outputs if isinstance(v, Value)}
   for op in circuit.operations[number:]:
-    needed |= set(getattr(op, "inputs", ())) | ({op.input} if hasattr(op, "input") else set())
+    match op:
+      case Local() | Product():
+        needed |= set(op.inputs)
+      case Offset() | Open() | Linear() | Apply():
+        needed.add(op.input)
   return sorted(made & needed)
 
 

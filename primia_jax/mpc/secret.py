@@ -18,16 +18,19 @@ from primia_jax import prng, ring
 from primia_jax.mpc import dealing, gates, planning, protocol
 from primia_jax.mpc.circuit import Apply, Config, Local, Open, Value
 from primia_jax.mpc.planning import Plan
-from primia_jax.mpc.program import Ref, evaluate
+from primia_jax.mpc.program import evaluate
 from primia_jax.mpc.protocol import Dealt, Operands, Part, Ready
-from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Wire
+from primia_jax.mpc.sharing import PARTY, Wire
 from primia_jax.types import Array, PyTree
 
 _SETUP, _INPUTS = 0, 3  # subkeys: the dealer's for what it draws once per model; of a simulated owner of shares
 
 
 def secret(
-  fn: Callable, owners: Sequence[Any], config: Config = Config(), ranges: np.ndarray | None = None  # noqa: B008
+  fn: Callable,
+  owners: Sequence[Any],
+  config: Config = Config(),
+  ranges: np.ndarray | None = None,  # noqa: B008
 ) -> Callable:
   """Transforms fn(*args) into f(key, *args), which computes it under encryption: both parties and the dealer in one.
 
@@ -74,23 +77,28 @@ def encode(plan: Plan, args: Sequence[PyTree], party: int | None = None) -> Oper
   Raises:
     ValueError: where a number does not fit the ring, or a weight the bits that were planned for it.
   """
+  return encoder(plan, party)(args)
+
+
+def encoder(plan: Plan, party: int | None = None) -> Callable[[Sequence[PyTree]], Operands]:
+  """`encode`, compiled once for many images."""
   mine = [i for i, operand in enumerate(plan.circuit.operands) if party is None or operand.owner == party]
-  largest, encoded = _encoder(plan, party)(_given(plan, args, party))
-  for i, most in zip(mine, largest, strict=True):
-    _check_fits(plan.circuit.operands[i], most, plan.config)
-  return dict(zip(mine, encoded, strict=True))
 
-
-def _encoder(plan: Plan, party: int | None) -> Callable:
   @jax.jit
-  def fn(leaves: Sequence[Array | None]) -> tuple[list[Array], list[Any]]:
-    env = evaluate(plan.program, leaves)
-    operands = [operand for operand in plan.circuit.operands if party is None or operand.owner == party]
+  def integers(leaves: Sequence[Array | None]) -> tuple[list[Array], list[Any]]:
+    env: Any = evaluate(plan.program, leaves)
+    operands = [plan.circuit.operands[i] for i in mine]
     values = [operand.value(env) for operand in operands]
     largest = [jnp.max(jnp.abs(v), initial=0).astype(jnp.float32) for v in values]
     return largest, [protocol.encode(o, v, plan.config) for o, v in zip(operands, values, strict=True)]
 
-  return fn
+  def run_encoder(args: Sequence[PyTree]) -> Operands:
+    largest, encoded = integers(_given(plan, args, party))
+    for i, most in zip(mine, largest, strict=True):
+      _check_fits(plan.circuit.operands[i], most, plan.config)
+    return dict(zip(mine, encoded, strict=True))
+
+  return run_encoder
 
 
 def publish(plan: Plan, args: Sequence[PyTree], key: Array, party: int | None = None) -> Operands:
@@ -102,9 +110,10 @@ def publish(plan: Plan, args: Sequence[PyTree], key: Array, party: int | None = 
     key: [8] uint32, the dealer's key of this model, which the owner of W receives and nobody else.
     party: whose operands; None for all.
   """
+
   @jax.jit
   def fn(leaves: Sequence[Array | None], key: Array) -> Operands:
-    env = evaluate(plan.program, leaves)
+    env: Any = evaluate(plan.program, leaves)
     values = {i: o.value(env) for i, o in enumerate(plan.circuit.operands) if party is None or o.owner == party}
     arrays = protocol.blinds(plan.circuit, plan.config, prng.derive(key, _SETUP))
     return protocol.full(plan.circuit, plan.config, protocol.publish(plan.circuit, plan.config, values, arrays))
@@ -173,11 +182,11 @@ def stack(*each: PyTree) -> PyTree:
 
 
 class Step(NamedTuple):
-  """Operations first to last - 1 of a plan as one compiled function (ready, env) -> env of both parties."""
+  """Operations first to last - 1 of a plan as one compiled function (ready, operands, env) -> env of both parties."""
 
   first: int
   last: int
-  fn: Callable[[Ready, protocol.Env], protocol.Env]
+  fn: Callable[[Ready, Operands, protocol.Env], protocol.Env]
 
 
 def simulate(plan: Plan, ready: Ready, operands: Operands) -> list[Array]:
@@ -191,28 +200,32 @@ def simulate(plan: Plan, ready: Ready, operands: Operands) -> list[Array]:
   Returns:
     the outputs' shares, each [2, ...].
   """
-  axes = {i: 0 if plan.circuit.operands[i].owner is None else None for i in operands}
-  return jax.vmap(lambda ready, operands: run(plan, ready, operands), in_axes=(0, axes), axis_name=PARTY, axis_size=2)(
-    ready, operands
+  both = jax.vmap(
+    lambda ready, operands: run(plan, ready, operands), in_axes=(0, _operand_axes(plan)), axis_name=PARTY, axis_size=2
   )
+  return both(ready, operands)
 
 
-def simulate_steps(plan: Plan, operands: Operands) -> list[Step]:
+def _operand_axes(plan: Plan) -> dict[int, int | None]:
+  """What is given as shares has a row for each party."""
+  return {i: 0 if operand.owner is None else None for i, operand in enumerate(plan.circuit.operands)}
+
+
+def simulate_steps(plan: Plan) -> list[Step]:
   """`simulate` cut into steps that are compiled and timed one by one: each opens a value, or ends the circuit.
 
   Args:
     plan: the plan.
-    operands: as `simulate` takes them.
 
   Returns:
-    steps; run them in order with `env = step.fn(ready, env)`, from an empty env. The last one's env gives the shares of
-    the outputs to `outputs`.
+    steps; run them in order with `env = step.fn(ready, operands, env)`, from an empty env; ready and operands are as
+    `simulate` takes them. The last one's env gives the shares of the outputs to `outputs`.
   """
   operations = plan.circuit.operations
   cuts = [i for i, op in enumerate(operations) if isinstance(op, Open | Apply)]
   cuts = [0, *(i + 1 for i in cuts if i + 1 < len(operations)), len(operations)]
   opened = {op.out for op in operations if isinstance(op, Open) or (isinstance(op, Local) and op.opened)}
-  axes = {i: 0 if plan.circuit.operands[i].owner is None else None for i in operands}
+  axes = _operand_axes(plan)
   env_axes = lambda number: {i: (None, 0) if i in opened else 0 for i in protocol.live(plan.circuit, number)}
 
   def step(first: int, last: int) -> Step:
@@ -223,7 +236,7 @@ def simulate_steps(plan: Plan, operands: Operands) -> list[Step]:
       jax.vmap(part, in_axes=(0, axes, env_axes(first)), out_axes=env_axes(last), axis_name=PARTY, axis_size=2)
     )
     mine = lambda ready: {i: c for i, c in ready.items() if first <= i < last}
-    return Step(first, last, lambda ready, env: both(mine(ready), operands, env))
+    return Step(first, last, lambda ready, operands, env: both(mine(ready), operands, env))
 
   return [step(first, last) for first, last in itertools.pairwise(cuts)]
 
@@ -246,7 +259,7 @@ def on_mesh(plan: Plan, mesh: jax.sharding.Mesh, ready: Ready, operands: Operand
 
   def body(ready: Ready, operands: Operands) -> list[Array]:
     mine = jax.tree.map(lambda v: v[0], (ready, operands))
-    return [v[None] for v in run(plan, *mine, Wire(swap=True))]
+    return [v[None] for v in run(plan, mine[0], mine[1], Wire(swap=True))]
 
   return jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(ready, operands)
 
@@ -260,9 +273,15 @@ def reveal(plan: Plan, shares: Sequence[Array]) -> PyTree:
 def _outputs(plan: Plan, elements: Sequence[Array]) -> PyTree:
   found = iter(elements)
   leaves = [
-    protocol.decode(next(found), v.scale, plan.config) if isinstance(v, Value) else v for v in plan.circuit.outputs
+    _as(dtype, protocol.decode(next(found), v.scale, plan.config)) if isinstance(v, Value) else v
+    for v, dtype in zip(plan.circuit.outputs, plan.program.out_dtypes, strict=True)
   ]
   return jax.tree.unflatten(plan.program.out_tree, leaves)
+
+
+def _as(dtype: Any, x: Array) -> Array:
+  """Positions and comparisons as integers and booleans; real numbers stay float32."""
+  return x if jnp.issubdtype(dtype, jnp.floating) else jnp.round(x).astype(dtype)
 
 
 def share(x: Array, key: Array, config: Config) -> Array:
@@ -294,29 +313,36 @@ def share_inputs(plan: Plan, operands: Operands, key: Array) -> Operands:
 
 
 def check(plan: Plan, args: Sequence[PyTree]) -> PyTree:
-  """The outputs that the exact protocol gives, bit for bit, computed in the clear, with every gate's range checked.
+  """`checker(plan)(args)`, for a single use."""
+  return checker(plan)(args)
 
-  Raises:
-    ValueError: where a value leaves the range planned for it, which the protocol itself could not notice; the message
-      names the layer.
+
+def checker(plan: Plan) -> Callable[[Sequence[PyTree]], PyTree]:
+  """The exact protocol's outputs, bit for bit, computed in the clear, with every gate's range checked.
+
+  Returns:
+    args -> outputs; it raises a ValueError where a value leaves the range planned for it, which the protocol itself
+    could not notice, and names the layer.
   """
-  seen: list[tuple[Apply, Array]] = []
+  gate_operations = [op for op in plan.circuit.operations if isinstance(op, Apply)]
+  wide = jnp.int64 if plan.config.num_bits > 32 else jnp.int32
 
+  @jax.jit
   def integers(operands: Operands) -> tuple[list[Array], list[Array]]:
-    seen.clear()
     largest: list[Array] = []
-
-    def watch(op: Apply, z: Array) -> None:
-      seen.append((op, z))
-      largest.append(jnp.max(jnp.abs(z.astype(jnp.int64 if plan.config.num_bits > 32 else jnp.int32)), initial=0))
-
+    watch = lambda op, z: largest.append(jnp.max(jnp.abs(z.astype(wide)), initial=0))
     return protocol.clear(plan.circuit, plan.config, operands, watch), largest
 
-  elements, largest = jax.jit(integers)(encode(plan, args))
-  for (op, _), most in zip(seen, largest, strict=True):
-    if int(most) + gates.slack(op.gate) >= 2**op.gate.range_bits:
-      raise ValueError(
-        f"{op.layer}: the input of a {op.gate.action} takes {int(most).bit_length()} bits but was planned for "
-        f"{op.gate.range_bits}; calibrate with more examples or a larger margin"
-      )
-  return _outputs(plan, elements)
+  encode_all = encoder(plan)
+
+  def run_clear(args: Sequence[PyTree]) -> PyTree:
+    elements, largest = integers(encode_all(args))
+    for op, most in zip(gate_operations, largest, strict=True):
+      if int(most) + gates.slack(op.gate) >= 2**op.gate.range_bits:
+        raise ValueError(
+          f"{op.layer}: the input of a {op.gate.action} takes {int(most).bit_length()} bits but was planned for "
+          f"{op.gate.range_bits}; calibrate with more examples or a larger margin"
+        )
+    return _outputs(plan, elements)
+
+  return run_clear

@@ -201,9 +201,7 @@ def _digit(v: Array, digit: tuple[int, int]) -> Array:
   return ((v >> v.dtype.type(start)) & v.dtype.type(2**width - 1)).astype(jnp.uint32)
 
 
-def _look_up(
-  digits: list[tuple[int, int]], level: _Level, v: Array, tables: list[Array], first: Array
-) -> list[Array]:
+def _look_up(digits: list[tuple[int, int]], level: _Level, v: Array, tables: list[Array], first: Array) -> list[Array]:
   """The leaves' bits as the first level wants them: word i, in whose lane g is child i of node g."""
   dtype, one = _lanes(len(level.nodes)), jnp.uint32(1)
   start = jnp.where(first, one, jnp.uint32(0))  # [-1 < digit] is 1, known to all: party 0's share is 1
