@@ -242,7 +242,7 @@ class Builder:
     shape = np.broadcast_shapes(a.shape, array.shape)
     if shape != a.shape:
       a = self.local(lambda x: jnp.broadcast_to(x, shape), a)
-    integers = np.asarray(np.rint(array / a.scale), np.int64)
+    integers = np.asarray(np.rint(array / a.scale), np.int64).reshape((1,) * (len(shape) - array.ndim) + array.shape)
     bound = a.max_abs + float(np.abs(array).max(initial=0))
     return self._add(Offset, a.shape, a.scale, bound, input=a.number, owner=None, operand=integers)
 

@@ -1,12 +1,12 @@
 """Functions of shared numbers that are more than one gate, each with its error: built from gates and products.
 
-Three tools do everything. `_steps` compares with many public thresholds in one gate, and any piecewise constant function
-of x is then a local sum of the bits (`_table`). Polynomials are evaluated by Estrin's scheme, whose products stand in
-few levels, each one message and one truncation. Where x spans many octaves (roots, logarithm, division), a table of
-powers of two first brings it into [1/2, 1), exactly.
+Three tools do everything. `_steps` compares with many public thresholds in one gate, and any piecewise constant
+function of x is then a local sum of the bits (`_table`). Polynomials are evaluated by Estrin's scheme, whose products
+stand in few levels, each one message and one truncation. Where x spans many octaves (roots, logarithm, division), a
+table of powers of two first brings it into [1/2, 1), exactly.
 
 In the docstrings u = 2^-f, the unit of activations; C, T and P are the rounds of a comparison, a truncation and a
-product: 4, 3 (4 where more than 16 bits are cut off) and 1 with "tables" and a ring of 64 bits, 1, 1 and 1 with "fss".
+product: 4, 3 (4 where more than 16 bits are cut off) and 1 with "tables" and a ring of 64 bits, 2, 2 and 1 with "fss".
 Errors are those of the function at the shared input as it is truncated to u, with exact gates (without, each truncation
 adds one unit at most). An output that is not truncated has u^2 as its unit, as that of a product has.
 """
@@ -50,8 +50,7 @@ def argmax(build: Builder, x: Value, axis: int) -> Value:
   """The position of the largest along an axis, which is removed, the first of equals: exact, at scale 1.
 
   Within groups of up to 16 all pairs are compared at once, and the one that wins against all others is found by a
-  comparison of a few bits. C + 2 or 3 rounds for n <= 16; beyond, the
-  same and P once more for each factor of 8.
+  comparison of a few bits. C + 2 or 3 rounds for n <= 16; beyond, the same and P once more for each factor of 8.
   """
   n, shape = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
   x = build.local(lambda v: jnp.moveaxis(v, axis, 0), x)

@@ -92,7 +92,8 @@ def lower(
       low.enter(ref, owner, aval)
   for equation in program.equations:
     low.lower(equation)
-  outputs = [low.value(low.env[v.number]) if isinstance(v, Ref) else v for v in program.outputs]
+  found = [low.env[v.number] if isinstance(v, Ref) else v for v in program.outputs]
+  outputs = [low.value(v) if is_secret(v) else v for v in found]
   return low.build.circuit(outputs)
 
 
@@ -461,6 +462,15 @@ def _concatenate(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
   return low.build.local(lambda *xs: lax.concatenate(xs, axis), *aligned)
 
 
+def _stack(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  axis = equation.params["axis"]
+  raised = [
+    low.build.local(lambda x: jnp.expand_dims(x, axis), low.value(v)) if is_secret(v) else np.expand_dims(v, axis)
+    for v in inputs
+  ]
+  return _concatenate(low, equation._replace(params={"dimension": axis}), raised)
+
+
 def _pad(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
   """Pads with a public number. Minus infinity, which only a maximum can lose again, becomes the least number."""
   config = equation.params["padding_config"]
@@ -648,9 +658,10 @@ def _argmax(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 def _power(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
   exponent = equation.params.get("y") if equation.name == "integer_pow" else inputs[1]
-  if is_secret(exponent) or float(np.asarray(exponent)) != int(np.asarray(exponent)):
-    raise NotImplementedError(f"a power that is not a public whole number, at {equation.source}")
-  return functions.power(low.build, low.value(inputs[0]), int(np.asarray(exponent)))
+  if is_secret(exponent) or np.size(exponent) != 1:
+    raise NotImplementedError(f"a power that is not one public number, at {equation.source}")
+  y = float(np.asarray(exponent).reshape(()))
+  return functions.power(low.build, low.value(inputs[0]), int(y) if y == int(y) else y)
 
 
 def _abs(build: Builder, x: Value) -> Value:
@@ -669,6 +680,7 @@ RULES: dict[str, Callable] = (
     "dot_general": _bilinear,
     "conv_general_dilated": _bilinear,
     "concatenate": _concatenate,
+  "stack": _stack,
     "pad": _pad,
     "max": _max,
     "min": _min,
@@ -688,7 +700,7 @@ RULES: dict[str, Callable] = (
   | {
     name: _structural
     for name in ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice", "rev", "reduce_sum")
-    + ("gather", "dynamic_slice", "split", "cumsum", "reduce_window_sum")
+    + ("gather", "dynamic_slice", "split", "cumsum", "reduce_window_sum", "tile")
   }
   | {name: _same for name in ("copy", "stop_gradient", "convert_element_type", "optimization_barrier", "copy_p")}
   | {name: _compare for name in ("ge", "le", "gt", "lt", "eq", "ne")}
