@@ -108,7 +108,7 @@ def network(case: str) -> None:
   batch, comparison = _BATCH.value, _COMPARISON.value
   work = encrypted_work.network(case, batch)
   what = f"{case}, batch {batch}" + (", fss" if comparison == "fss" else "")
-  plain = jax.jit(work.fn)
+  plain = jax.jit(work.plain)
   want = np.asarray(plain(*work.args))
   ranges = planning.calibrate(work.fn, work.owners, [work.args])
   contestants = {"float32": measuring.timed(lambda: plain(*work.args))}
@@ -277,7 +277,7 @@ def matmul(case: str) -> None:
     "owned": encrypted_work.matmul(encrypted_work.OWNERS),
     "shared": encrypted_work.matmul((planning.SHARED, planning.SHARED)),
   }
-  plain = jax.jit(works["owned"].fn)
+  plain = jax.jit(works["owned"].plain)
   want = np.asarray(plain(*works["owned"].args))
   contestants = {"float32": measuring.timed(lambda: plain(*works["owned"].args))}
   for how, work in works.items():

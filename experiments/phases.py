@@ -98,7 +98,7 @@ def infer(plan: planning.Plan, weights: PyTree, images: Any, batch: int) -> Resu
     model_key = prng.random_key()
     own = clock("encode weights", lambda: secret.encode(plan, (weights, image_shapes), MODEL_OWNER))
     blind = clock("blind", lambda: secret.blinds(plan, model_key))
-    published = clock("publish", lambda: secret.publish(plan, (weights, image_shapes), model_key, MODEL_OWNER))
+    published = clock("publish", lambda: secret.publish(plan, own, model_key))
     for number, part in enumerate(parts):
       timed = functools.partial(clock, compiled=number > 0)
       shown = normalised(part)

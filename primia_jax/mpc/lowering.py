@@ -657,7 +657,7 @@ def _argmax(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 
 def _power(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  exponent = equation.params.get("y") if equation.name == "integer_pow" else inputs[1]
+  exponent: Any = equation.params.get("y") if equation.name == "integer_pow" else inputs[1]
   if is_secret(exponent) or np.size(exponent) != 1:
     raise NotImplementedError(f"a power that is not one public number, at {equation.source}")
   y = float(np.asarray(exponent).reshape(()))
@@ -680,7 +680,7 @@ RULES: dict[str, Callable] = (
     "dot_general": _bilinear,
     "conv_general_dilated": _bilinear,
     "concatenate": _concatenate,
-  "stack": _stack,
+    "stack": _stack,
     "pad": _pad,
     "max": _max,
     "min": _min,

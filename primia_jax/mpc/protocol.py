@@ -26,9 +26,16 @@ from primia_jax.mpc.products import multiply, product
 from primia_jax.mpc.sharing import Wire, at, compute_at
 from primia_jax.types import Array
 
-Operands = dict[int, Any]  # by number: ring elements, or a linear layer's products.Operand
+Operands = dict[int, Any]  # by number: ring elements, or a linear layer's Weight; B and D as products.Operand
 Ready = dict[int, Correlation]  # by number of the operation: what a party needs of it during `run`
 _BLIND, _SEED = 1, 2  # the dealer's subkeys
+
+
+class Weight(NamedTuple):
+  """A linear layer's operand: its ring elements, and the same made ready for products."""
+
+  elements: Array
+  ready: products.Operand
 
 
 class Dealt(NamedTuple):
@@ -55,7 +62,7 @@ def encode(operand: Operand, value: Array, config: Config) -> Any:
   elements = integers.astype(jnp.int64 if config.num_bits > 32 else jnp.int32).astype(config.dtype)
   if operand.map is None:
     return elements
-  return products.split(operand.map, elements, operand.bits or config.num_bits, config.num_bits)
+  return Weight(elements, products.split(operand.map, elements, operand.bits or config.num_bits, config.num_bits))
 
 
 def blank(operand: Operand, config: Config) -> Any:
@@ -89,7 +96,7 @@ def clear(
       case Open():
         env[op.out] = env[op.input]
       case Linear():
-        env[op.out] = multiply(op.map, env[op.input], operands[op.operand], config.num_bits)
+        env[op.out] = multiply(op.map, env[op.input], operands[op.operand].ready, config.num_bits)
       case Product():
         a, b = (env[i] for i in op.inputs)
         env[op.out] = product(op.map, a, b, config.num_bits)
@@ -134,14 +141,9 @@ def full(circuit: Circuit, config: Config, arrays: Operands) -> Operands:
   return {i: split(i, v) for i, v in arrays.items()}
 
 
-def publish(circuit: Circuit, config: Config, values: Operands, blind: Operands) -> Operands:
-  """D = W - B for every operand of a linear layer, from its owner's float arrays; uniform to whoever lacks B."""
-  out = {}
-  for i, value in values.items():
-    operand = circuit.operands[i]
-    if operand.map is not None:
-      out[i] = encode(operand._replace(map=None), value, config) - blind[i]
-  return out
+def publish(operands: Operands, blind: Operands) -> Operands:
+  """D = W - B for every operand of a linear layer; uniform to whoever lacks B."""
+  return {i: v.elements - blind[i] for i, v in operands.items() if isinstance(v, Weight)}
 
 
 def deal(circuit: Circuit, config: Config, key: Array, blind: Operands) -> Dealt:
@@ -231,7 +233,7 @@ def prepare(
       case Local() if op.opened:
         opened[op.out] = op.fn(*(opened[i] for i in op.inputs))
       case Linear():
-        weight = own[op.operand] if op.owner == party else published[op.operand]
+        weight = own[op.operand].ready if op.owner == party else published[op.operand]
         mine = {"u": mine["u"] + multiply(op.map, opened[op.input], weight, config.num_bits)}
     if mine:
       ready[number] = mine
@@ -286,7 +288,7 @@ def advance(
           env[op.out] = wire.open_additive(env[op.input] + c["r"], "open"), c["r"]
         case Linear():
           masked, _ = env[op.input]
-          whole = compute_at(op.owner, lambda: multiply(op.map, masked, operands[op.operand], k))  # noqa: B023
+          whole = compute_at(op.owner, lambda: multiply(op.map, masked, operands[op.operand].ready, k))  # noqa: B023
           env[op.out] = whole - c["u"]
         case Product():
           (a, ra), (b, rb) = (env[i] for i in op.inputs)

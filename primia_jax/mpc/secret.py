@@ -20,7 +20,7 @@ from primia_jax.mpc.circuit import Apply, Config, Local, Open, Value
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.program import evaluate
 from primia_jax.mpc.protocol import Dealt, Operands, Part, Ready
-from primia_jax.mpc.sharing import PARTY, Wire
+from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Wire
 from primia_jax.types import Array, PyTree
 
 _SETUP, _INPUTS = 0, 3  # subkeys: the dealer's for what it draws once per model; of a simulated owner of shares
@@ -56,7 +56,7 @@ def secret(
     operands = share_inputs(plan, encode(plan, args), key)
     blind = blinds(plan, key)
     dealt = deal(plan, key, blind)
-    published = publish(plan, args, key)
+    published = publish(plan, operands, key)
     ready = [prepare(plan, party, protocol.part(dealt, party), operands, published) for party in (0, 1)]
     return reveal(plan, simulate(plan, stack(*ready), operands))
 
@@ -82,7 +82,17 @@ def encode(plan: Plan, args: Sequence[PyTree], party: int | None = None) -> Oper
 
 def encoder(plan: Plan, party: int | None = None) -> Callable[[Sequence[PyTree]], Operands]:
   """`encode`, compiled once for many images."""
-  mine = [i for i, operand in enumerate(plan.circuit.operands) if party is None or operand.owner == party]
+  each = [_owner_encoder(plan, owner) for owner in ((None, MODEL_OWNER, DATA_OWNER) if party is None else (party,))]
+
+  def run_encoders(args: Sequence[PyTree]) -> Operands:
+    return {i: v for encode_owner in each for i, v in encode_owner(args).items()}
+
+  return run_encoders
+
+
+def _owner_encoder(plan: Plan, owner: int | None) -> Callable[[Sequence[PyTree]], Operands]:
+  """One owner's; a program of its own, since another might round a folded weight to the neighbouring integer."""
+  mine = [i for i, operand in enumerate(plan.circuit.operands) if operand.owner == owner]
 
   @jax.jit
   def integers(leaves: Sequence[Array | None]) -> tuple[list[Array], list[Any]]:
@@ -93,7 +103,7 @@ def encoder(plan: Plan, party: int | None = None) -> Callable[[Sequence[PyTree]]
     return largest, [protocol.encode(o, v, plan.config) for o, v in zip(operands, values, strict=True)]
 
   def run_encoder(args: Sequence[PyTree]) -> Operands:
-    largest, encoded = integers(_given(plan, args, party))
+    largest, encoded = integers(_given(plan, args, owner))
     for i, most in zip(mine, largest, strict=True):
       _check_fits(plan.circuit.operands[i], most, plan.config)
     return dict(zip(mine, encoded, strict=True))
@@ -101,32 +111,22 @@ def encoder(plan: Plan, party: int | None = None) -> Callable[[Sequence[PyTree]]
   return run_encoder
 
 
-def publish(plan: Plan, args: Sequence[PyTree], key: Array, party: int | None = None) -> Operands:
-  """D = W - B for the operands of linear layers, for the other party; once per model.
+def publish(plan: Plan, operands: Operands, key: Array) -> Operands:
+  """D = W - B for the operands of linear layers, made ready for the other party; once per model.
 
   Args:
     plan: the plan.
-    args: as given to `plan`.
+    operands: an owner's, from `encode`.
     key: [8] uint32, the dealer's key of this model, which the owner of W receives and nobody else.
-    party: whose operands; None for all.
   """
-
-  @jax.jit
-  def fn(leaves: Sequence[Array | None], key: Array) -> Operands:
-    env: Any = evaluate(plan.program, leaves)
-    values = {i: o.value(env) for i, o in enumerate(plan.circuit.operands) if party is None or o.owner == party}
-    arrays = protocol.blinds(plan.circuit, plan.config, prng.derive(key, _SETUP))
-    return protocol.full(plan.circuit, plan.config, protocol.publish(plan.circuit, plan.config, values, arrays))
-
-  return fn(_given(plan, args, party), key)
+  arrays = protocol.blinds(plan.circuit, plan.config, prng.derive(key, _SETUP))
+  return protocol.full(plan.circuit, plan.config, protocol.publish(operands, arrays))
 
 
-def _given(plan: Plan, args: Sequence[PyTree], party: int | None) -> list[Array | None]:
-  """The arguments of one party (None: of all), and None for the others'."""
+def _given(plan: Plan, args: Sequence[PyTree], owner: int | None) -> list[Array | None]:
+  """The arguments of one owner, and None for the others'."""
   leaves = jax.tree.leaves(tuple(args))
-  return [
-    jnp.asarray(v) if party is None or owner == party else None for owner, v in zip(plan.owners, leaves, strict=True)
-  ]
+  return [jnp.asarray(v) if by == owner else None for by, v in zip(plan.owners, leaves, strict=True)]
 
 
 def _check_fits(operand: protocol.Operand, most: Array, config: Config) -> None:
