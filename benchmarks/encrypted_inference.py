@@ -5,7 +5,7 @@
   python -m benchmarks.encrypted_inference --case=resnet18_64 --batch=32 --rings=32fast
   python -m benchmarks.encrypted_inference --case=relu --rings=64 --failures=1000000000
 
-The model owner holds random weights, the data owner a random image; ranges are calibrated on that image. Rings: 32 (12
+The model owner holds random weights, the data owner a random image; ranges are calibrated on that image. Rings: 32 (10
 fraction bits) and 64 (16), each exact or, with "fast", within one unit; "fitted" is what `mpc.fitting` picks for an
 error of 1e-3 in a logit. Only for timing does an online phase run again and again on the same correlations: to use them
 twice on secrets would give these away.
@@ -28,7 +28,7 @@ from absl import app, flags, logging
 from benchmarks import encrypted_work, measuring
 from benchmarks.peers import networks
 from primia_jax import prng, ring
-from primia_jax.mpc import fitting, gates, planning, secret
+from primia_jax.mpc import fitting, gates, inference, planning
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.gates import RELU, Gate
 
@@ -45,7 +45,7 @@ _CRYPTEN = flags.DEFINE_string("crypten_python", None, "Interpreter of an enviro
 _SPU = flags.DEFINE_string("spu_python", None, "Interpreter of an environment with spu.")
 _SYFT = flags.DEFINE_string("syft_python", None, "Interpreter of an environment with PySyft 0.2.9.")
 
-CONFIGS = {"32": Config(32, 12), "64": Config(64, 16)}
+CONFIGS = {"32": Config(32, 10), "64": Config(64, 16)}
 CONFIGS |= {f"{bits}fast": dataclasses.replace(config, exact=False) for bits, config in CONFIGS.items()}
 _ERROR = 1e-3  # of a logit, for "fitted"
 _SYFT_GATES = 2**16
@@ -120,12 +120,12 @@ def network(case: str) -> None:
     if 2 * encrypted_work.num_bytes(planning.ready_shapes(plan)) > _MEMORY.value * 2**30:
       measuring.skip(f"online: {name}", f"its correlations take more than --memory={_MEMORY.value} GiB")
       continue
-    run = encrypted_work.inference(plan, work.args)
+    run = encrypted_work.prepared(plan, work.args)
     report_answer(name, plan, work, run, want)
     contestants |= {(ring_name, phase): measuring.timed(fn) for phase, fn in run.phases.items()}
     if batch > 1:
       one = encrypted_work.network(case)
-      run = encrypted_work.inference(make_plan(ring_name, one, None), one.args)
+      run = encrypted_work.prepared(make_plan(ring_name, one, None), one.args)
       contestants[ring_name, "one image"] = measuring.timed(run.phases["online"])
     timed.append(ring_name)
   with peers(case, batch, want) as (others, about):
@@ -172,7 +172,7 @@ def report_answer(
   target = _ERROR if name.endswith("fitted") else None
   measuring.say(f"largest logit error: {name}", [error], "1", target, largest_logit=float(np.abs(want).max()))
   if plan.config.exact:
-    equal = np.array_equal(got, np.asarray(secret.check(plan, work.args)))
+    equal = np.array_equal(got, np.asarray(inference.check(plan, work.args)))
     measuring.say(f"bit-equal to the integer model: {name}", [float(equal)], "1", 1.0, at_least=True)
   measuring.say(f"compile, online: {name}", [run.compile], "s", _COMPILE)
   measuring.say(f"compile, online, with a warm cache: {name}", [run.compile_again], "s", None)
@@ -283,7 +283,7 @@ def matmul(case: str) -> None:
   for how, work in works.items():
     ranges = planning.calibrate(work.fn, work.owners, [work.args])
     plan = planning.plan(work.fn, work.owners, work.args, Config(44, 16), ranges)
-    run = encrypted_work.inference(plan, work.args)
+    run = encrypted_work.prepared(plan, work.args)
     error = float(np.abs(np.asarray(run.outputs()) - want).max())
     measuring.say(f"largest error: matmul 1024, {how}", [error], "1", None, largest=float(np.abs(want).max()))
     contestants |= {(how, phase): measuring.timed(fn) for phase, fn in run.phases.items()}

@@ -13,7 +13,7 @@ from jax import lax
 
 from benchmarks.peers import networks
 from primia_jax import conv, prng, ring
-from primia_jax.mpc import dealing, gates, protocol, secret, sharing
+from primia_jax.mpc import dealing, gates, inference, protocol, sharing
 from primia_jax.mpc.gates import Gate
 from primia_jax.mpc.planning import Plan
 from primia_jax.types import Array, PyTree
@@ -99,24 +99,24 @@ class Inference(NamedTuple):
 PHASES = ("deal", "prepare 0", "prepare 1", "online")
 
 
-def inference(plan: Plan, args: tuple[PyTree, ...]) -> Inference:
+def prepared(plan: Plan, args: tuple[PyTree, ...]) -> Inference:
   """Makes ready what an inference needs, and compiles its phases."""
   key = prng.random_key()
-  operands = secret.share_inputs(plan, secret.encode(plan, args), key)
-  blind, published = secret.blinds(plan, key), secret.publish(plan, operands, key)
-  deal = jax.jit(functools.partial(secret.deal, plan))
-  prepare = [jax.jit(functools.partial(secret.prepare, plan, party)) for party in (0, 1)]
+  operands = inference.share_inputs(plan, inference.encode(plan, args), key)
+  blind, published = inference.blinds(plan, key), inference.publish(plan, operands, key)
+  deal = jax.jit(functools.partial(inference.deal, plan))
+  prepare = [jax.jit(functools.partial(inference.prepare, plan, party)) for party in (0, 1)]
   dealt = deal(key, blind)
   parts = [protocol.part(dealt, party) for party in (0, 1)]
-  ready = secret.stack(*[prepare[party](parts[party], operands, published) for party in (0, 1)])
-  online, *seconds = compile_twice(functools.partial(secret.simulate, plan), ready, operands)
+  ready = inference.stack(*[prepare[party](parts[party], operands, published) for party in (0, 1)])
+  online, *seconds = compile_twice(functools.partial(inference.simulate, plan), ready, operands)
   phases = {
     "deal": functools.partial(deal, key, blind),
     "prepare 0": functools.partial(prepare[0], parts[0], operands, published),
     "prepare 1": functools.partial(prepare[1], parts[1], operands, published),
     "online": functools.partial(online, ready, operands),
   }
-  return Inference(phases, *seconds, lambda: secret.reveal(plan, online(ready, operands)))
+  return Inference(phases, *seconds, lambda: inference.reveal(plan, online(ready, operands)))
 
 
 def compile_twice(fn: Callable, *args: PyTree) -> tuple[Callable, float, float]:
@@ -162,7 +162,7 @@ def gate_run(gate: Gate) -> GateRun:
     derived = gates.derive(gate, {name: jnp.stack([m[name] for m in each]) for name in each[0]})
     each[0] |= dealing.expand_derived(seeds[0], 0, derived) | derived.common
     each[1] |= dealing.split(seeds[0], 0, derived) | derived.common
-    return secret.stack(*each)
+    return inference.stack(*each)
 
   def online(shares: Array, correlation: dealing.Correlation, log: list[sharing.Sent] | None = None) -> Array:
     return jax.vmap(lambda z, c: gates.run(gate, sharing.Wire(log=log), z, c), axis_name=sharing.PARTY)(

@@ -23,7 +23,7 @@ from primia_jax.types import Array, PyTree
 
 OWNERS = ("model_owner", "data_owner")
 OUTPUTS = ("probabilities", "label")
-PRNGS = ("chacha20",)
+PRNGS = ("chacha20", "threefry")
 _NETWORKS = {"lan": planning.LAN, "wan": planning.WAN}
 _CALIBRATION_BATCH = 32  # images at a time; the ranges do not depend on it
 _FRACTION_BITS = (10, 12, 14, 16, 18, 20, 22, 24, 8, 6)  # in the order tried where only the ring is given

@@ -16,7 +16,7 @@ import tqdm
 
 from experiments.encrypted import batches, functions, normalised
 from primia_jax import models, prng
-from primia_jax.mpc import planning, protocol, secret
+from primia_jax.mpc import inference, planning, protocol
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import PyTree
 
@@ -87,18 +87,18 @@ def infer(plan: planning.Plan, weights: PyTree, images: Any, batch: int) -> Resu
   """
   weight_shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(np.shape(v), v.dtype), weights)
   image_shapes = jax.ShapeDtypeStruct((batch, *images.shape[1:]), jnp.float32)
-  deal = jax.jit(lambda key, blind: secret.deal(plan, key, blind))
-  prepare = [jax.jit(lambda *held, party=party: secret.prepare(plan, party, *held)) for party in (0, 1)]
-  encode_images = secret.encoder(plan, DATA_OWNER)
-  steps = secret.simulate_steps(plan)
+  deal = jax.jit(lambda key, blind: inference.deal(plan, key, blind))
+  prepare = [jax.jit(lambda *held, party=party: inference.prepare(plan, party, *held)) for party in (0, 1)]
+  encode_images = inference.encoder(plan, DATA_OWNER)
+  steps = inference.simulate_steps(plan)
   parts = list(batches(images, batch))
   outputs = []
   with Clock(3 + len(parts) * (len(steps) + 4)) as clock:
     # Once per model. The dealer's key of the model goes to the model owner, never to the data owner.
     model_key = prng.random_key()
-    own = clock("encode weights", lambda: secret.encode(plan, (weights, image_shapes), MODEL_OWNER))
-    blind = clock("blind", lambda: secret.blinds(plan, model_key))
-    published = clock("publish", lambda: secret.publish(plan, own, model_key))
+    own = clock("encode weights", lambda: inference.encode(plan, (weights, image_shapes), MODEL_OWNER))
+    blind = clock("blind", lambda: inference.blinds(plan, model_key))
+    published = clock("publish", lambda: inference.publish(plan, own, model_key))
     for number, part in enumerate(parts):
       timed = functools.partial(clock, compiled=number > 0)
       shown = normalised(part)
@@ -107,13 +107,13 @@ def infer(plan: planning.Plan, weights: PyTree, images: Any, batch: int) -> Resu
       dealt = timed("deal", lambda: deal(key, blind))  # noqa: B023
       held: list[Any] = [(own, {}), (theirs, published)]
       parties = lambda: [prepare[p](protocol.part(dealt, p), *held[p]) for p in (0, 1)]  # noqa: B023
-      ready = secret.stack(*timed("prepare", parties))
+      ready = inference.stack(*timed("prepare", parties))
       env: protocol.Env = {}
       for step in steps:
         layer, last = plan.circuit.operations[step.last - 1].layer, step.last - 1
         env = timed("online", functools.partial(step.fn, ready, own | theirs, env), layer, last)
-      shares = secret.outputs(plan, env)
-      answer = timed("online", lambda: secret.reveal(plan, shares), "output", -1)  # noqa: B023
+      shares = inference.outputs(plan, env)
+      answer = timed("online", lambda: inference.reveal(plan, shares), "output", -1)  # noqa: B023
       outputs.append(np.asarray(answer))
   seconds = {phase: value for phase, value in clock.seconds.items() if isinstance(phase, str)}
   online = {phase[1]: value for phase, value in clock.seconds.items() if isinstance(phase, tuple)}
@@ -142,7 +142,7 @@ def compare(
   Raises:
     ValueError: a value leaves the range planned for it; the message says in which images and layer.
   """
-  logits_fn, run_clear = jax.jit(functions(model)["probabilities"]), secret.checker(plan)
+  logits_fn, run_clear = jax.jit(functions(model)["probabilities"]), inference.checker(plan)
   logits, integers = [], []
   for start, part in zip(range(0, len(images), batch), batches(images, batch), strict=True):
     try:

@@ -1,7 +1,8 @@
 """C shipped with the package for CPU, compiled on first use and cached for the user.
 
 `mask_sum` is the inner loop of `prng`: XLA's CPU compiler cannot keep ChaCha20's sixteen words in registers, and plain
-JAX takes seven times the CPU time, on one core. `barrier` is what `lax.optimization_barrier` is elsewhere. Without a C compiler, or with PRIMIA_NATIVE=0 in the environment, everything works, bit for bit the same.
+JAX takes seven times the CPU time, on one core. `barrier` is what `lax.optimization_barrier` is elsewhere. Without a C
+compiler, or with PRIMIA_NATIVE=0 in the environment, everything works, bit for bit the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import threading
 import warnings
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from primia_jax.types import Array
@@ -57,6 +59,18 @@ def barrier(x: Array) -> Array:
     _BARRIER, jax.ShapeDtypeStruct(x.shape, x.dtype), vmap_method="broadcast_all", input_output_aliases={0: 0}
   )
   return lax.platform_dependent(x, cpu=call, default=lax.optimization_barrier)
+
+
+def once(x: Array) -> Array:
+  """x, of which all consumers certainly see the same bits, even where it rounds floating-point numbers.
+
+  `barrier` where it holds; elsewhere, since compilers may drop barriers and then contract one copy's multiplication and
+  addition and not another's, a sort by position, which none looks through. For what is done once, not in a hot path.
+  """
+  if jax.default_backend() == "cpu" and available() and not jax.typeof(x).manual_axis_type.varying:
+    return barrier(x)
+  position = lax.iota(jnp.int32, x.size)
+  return lax.sort((position, x.reshape(-1)), num_keys=1)[1].reshape(x.shape)
 
 
 @functools.cache

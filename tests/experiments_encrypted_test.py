@@ -151,7 +151,7 @@ def test_networks(text, expected):
     ({"images": "nowhere.png"}, r"images=nowhere\.png: there is no such file"),
     ({"output": "logits"}, "output='logits'; use probabilities or label"),
     ({"comparison": "garbled"}, "comparison='garbled'; use tables or fss"),
-    ({"prng": "threefry"}, "prng='threefry'; use chacha20"),
+    ({"prng": "dice"}, "prng='dice'; use chacha20 or threefry"),
     ({"ring_bits": 7}, "ring_bits=7; use 8 to 64"),
     ({"ring_bits": 65}, "ring_bits=65"),
     ({"ring_bits": 32, "fraction_bits": 16}, "fraction_bits=16; use 1 to 15"),

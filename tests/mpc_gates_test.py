@@ -1,4 +1,4 @@
-"""The gates against integers in the clear, for every action, both comparisons and both truncations; and their promise."""
+"""The gates against integers in the clear, for every action, comparison and truncation; and their promise."""
 
 import contextlib
 import functools

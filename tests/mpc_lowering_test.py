@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from primia_jax.mpc import planning, secret
+from primia_jax.mpc import inference, planning
 from primia_jax.mpc.circuit import Config
 
 OWNERS = ("model_owner", "data_owner")
@@ -25,7 +25,7 @@ def normal(seed, *shape):
 
 def checked(fn, args, owners=OWNERS, atol=2e-3, config=CONFIG):
   plan = planning.plan(fn, owners, args, config, planning.calibrate(fn, owners, [args]))
-  for got, want in zip(jax.tree.leaves(secret.check(plan, args)), jax.tree.leaves(fn(*args)), strict=True):
+  for got, want in zip(jax.tree.leaves(inference.check(plan, args)), jax.tree.leaves(fn(*args)), strict=True):
     assert got.dtype.kind == want.dtype.kind
     np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), atol=atol)
   return plan

@@ -9,14 +9,29 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_quickstart_runs_and_learns():
-  (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def printed(number):
+  """What an example of the README prints."""
+  code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
   out = io.StringIO()
   with contextlib.redirect_stdout(out):
     exec(compile(code, "README.md", "exec"), {})
-  losses = [float(x) for x in re.findall(r"loss ([\d.]+)", out.getvalue())]
+  return out.getvalue()
+
+
+def test_the_quickstart_runs_and_learns():
+  losses = [float(x) for x in re.findall(r"loss ([\d.]+)", printed(0))]
   assert len(losses) == 3
   assert losses[-1] < losses[0]
+
+
+def test_the_encrypted_example_agrees_with_the_function():
+  numbers = [
+    [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", row)] for row in re.findall(r"\[\[.*?\]\]", printed(1))
+  ]
+  one_call, plain, phase_by_phase = numbers
+  assert len(plain) == 3
+  assert one_call == phase_by_phase
+  assert max(abs(a - b) for a, b in zip(one_call, plain, strict=True)) < 0.02
 
 
 def test_named_commands_and_files_exist():

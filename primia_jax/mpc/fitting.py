@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from primia_jax.mpc.circuit import Config
+from primia_jax.mpc.inference import checker
 from primia_jax.mpc.planning import Plan, calibrate, plan
-from primia_jax.mpc.secret import checker
 from primia_jax.types import PyTree
 
 # Rings by what they cost: 32 bits are stored in half the words, and within one width fewer fraction bits compare fewer

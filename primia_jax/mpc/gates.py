@@ -1,10 +1,10 @@
-"""The gates of section 5 of the design: ReLU, truncation and sign of a shared number, each one opening and a comparison.
+"""ReLU, truncation and sign of a shared number, each one opening and a comparison.
 
 All take shares of z, a signed number with |z| + `slack` < 2^K, K <= k - 2, in Z_2^k. The dealer knows a mask r;
 the parties open zh = z + 2^K (+ 2^(shift - 1), to round) + r, which is uniform whatever z is. The sign of z is a bit of
 zh, a bit of r and one comparison of the public zh with r (`tables` or `fss`); z >> shift is a linear function of what
 the dealer knows, once the borrow of the low bits is known (`exact`), or within one unit without it. Nothing else is
-opened but bits under fresh masks. A number beyond K is the one silent failure: `secret.check` finds it.
+opened but bits under fresh masks. A number beyond K is the one silent failure: `inference.check` finds it.
 """
 
 from __future__ import annotations

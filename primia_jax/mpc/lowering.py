@@ -2,8 +2,8 @@
 
 A value is public (an array), `Owned` by a party in the clear, or shared. What depends on one party's values alone that
 party computes in plain floating point; a linear layer with an owned operand waits (`Lazy`) for scales and offsets that
-its owner can fold into it (BatchNorm); a ReLU waits (`Pending`) while only maxima and reshapings follow, so that pooling
-comes first. Anything without a rule is refused by name, with its source line.
+its owner can fold into it (BatchNorm); a ReLU waits (`Pending`) while only maxima and reshapings follow, so that
+pooling comes first. Anything without a rule is refused by name, with its source line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from primia_jax.mpc.products import Map
 from primia_jax.mpc.program import Equation, Program, Ref
 from primia_jax.types import Array
 
-_FEWEST_BITS = 6  # of the largest weight of a layer
+_FEWEST_BITS, _ENOUGH_BITS = 6, 10  # of the largest weight of a layer
 Env = Mapping[int, Array]  # an owner's values by number
 
 
@@ -56,6 +56,7 @@ class Lazy(NamedTuple):
   after: tuple[Callable[[Array], Array], ...]  # rearrangements of the product, before the offset is added
   bound: float = math.inf
   layer: str = ""
+  largest_sum: float = 0.0  # of the sums that it enters, for which the ring must have room too
 
 
 class Pending(NamedTuple):
@@ -105,6 +106,11 @@ class _Lowering:
     self.forced: dict[Any, Value] = {}
     self.labels: dict[int, str] = {}
     self.pools = _pooled(program)
+    self.sums = np.full(program.num_values, math.inf) if ranges is None else np.array(ranges, np.float64)
+    for equation in reversed(program.equations):
+      if equation.name in ("add", "sub"):
+        inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
+        self.sums[inputs] = np.maximum(self.sums[inputs], self.sums[equation.outputs[0].number])
 
   def enter(self, ref: Ref, owner: int | None, aval: jax.ShapeDtypeStruct) -> None:
     owned = Owned(owner or 0, _reader(ref), aval.shape, frozenset(range(len(aval.shape))))
@@ -140,6 +146,8 @@ class _Lowering:
         out = out._replace(max_abs=min(out.max_abs, self.bound(ref)))
       elif isinstance(out, Lazy | Pending):
         out = out._replace(bound=self.bound(ref), layer=layer)
+        if isinstance(out, Lazy):
+          out = out._replace(largest_sum=float(self.sums[ref.number]) * self.build.config.margin)
       self.env[ref.number] = out
 
   def label(self, equation: Equation) -> str:
@@ -179,11 +187,16 @@ class _Lowering:
     if not math.isinf(largest) and largest > 0:
       bits = config.weight_bits
       fraction_bits = bits - 1 - max(math.frexp(largest)[1], -64)
-    room = config.num_bits - 3 - math.log2(bound) if 0 < bound < math.inf else math.inf
-    if fraction_bits - math.log2(x.scale) > room:
-      x = self.build.narrow(x)
-      fraction_bits = min(fraction_bits, math.floor(room + math.log2(x.scale)))
-      if fraction_bits + math.frexp(largest if math.isfinite(largest) else 1.0)[1] < _FEWEST_BITS:
+    most = max(bound, lazy.largest_sum)
+    room = config.num_bits - 3 - math.log2(most) if 0 < most < math.inf else math.inf
+    magnitude = math.frexp(largest if math.isfinite(largest) else 1.0)[1]
+    fits = math.floor(room + math.log2(x.scale)) if room < math.inf else fraction_bits
+    if fraction_bits > fits:  # weights lose bits; where that is too many, x is truncated first
+      if fits + magnitude < _ENOUGH_BITS:
+        x = self.build.narrow(x)
+        fits = math.floor(room + math.log2(x.scale))
+      fraction_bits = min(fraction_bits, fits)
+      if fraction_bits + magnitude < _FEWEST_BITS:
         raise ValueError(
           f"{self.build.layer}: values up to {bound:.4g} leave weights fewer than {_FEWEST_BITS} bits in a ring of "
           f"{config.num_bits} bits; use a wider ring or fewer fraction_bits"
@@ -211,6 +224,10 @@ class _Lowering:
     return float(jnp.max(jnp.abs(owned.read(self.known[owned.owner])))) * slack
 
 
+_MAXIMA = {"max", "reduce_window_max"}
+_THROUGH = {"pad", "slice", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
+
+
 def _pooled(program: Program) -> set[int]:
   """The values that reach nothing but maxima, through reshapings alone."""
   readers: dict[int, list[Equation]] = {}
@@ -223,8 +240,7 @@ def _pooled(program: Program) -> set[int]:
   for equation in program.equations[::-1]:
     ref = equation.outputs[0].number
     found = readers.get(ref, [])
-    through = {"pad", "slice", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
-    reaches = lambda e: e.name in ("max", "reduce_window_max") or (e.name in through and e.outputs[0].number in pooled)
+    reaches = lambda e: e.name in _MAXIMA or (e.name in _THROUGH and e.outputs[0].number in pooled)
     if found and ref not in kept and all(map(reaches, found)):
       pooled.add(ref)
   return pooled
@@ -318,12 +334,12 @@ def _mul(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 def _scale(low: _Lowering, equation: Equation, a: Any, b: Owned) -> Any:
   """A shared value times an owned one: folded into the linear layer that made it, or a one-sided product."""
-  if isinstance(a, Lazy) and b.owner == a.weight.owner:
-    if b.varies <= {i for i, axis in enumerate(a.axes) if axis is not None}:
-      weight = a.weight
-      factor = lambda env: _along(b, env, a.axes, len(weight.shape))
-      scaled = weight._replace(read=lambda env: weight.read(env) * factor(env))
-      return a._replace(weight=scaled, offset=None if a.offset is None else _combine(jnp.multiply, a.offset, b))
+  folds = lambda a: b.varies <= {i for i, axis in enumerate(a.axes) if axis is not None}
+  if isinstance(a, Lazy) and b.owner == a.weight.owner and folds(a):
+    weight = a.weight
+    factor = lambda env: _along(b, env, a.axes, len(weight.shape))
+    scaled = weight._replace(read=lambda env: weight.read(env) * factor(env))
+    return a._replace(weight=scaled, offset=None if a.offset is None else _combine(jnp.multiply, a.offset, b))
   shape = equation.avals[0].shape
   x = low.build.narrow(low.build.broadcast(low.value(a), shape))
   everywhere = b._replace(read=lambda env: jnp.broadcast_to(b.read(env), shape), shape=shape)
@@ -478,9 +494,9 @@ def _pad(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
     raise NotImplementedError(f"padding with a secret value at {equation.source}")
   fill = float(np.asarray(inputs[1]))
   pad = lambda v: lax.pad(v, np.zeros((), v.dtype), config)
-  if isinstance(inputs[0], Pending) and fill in (0.0, -math.inf):  # max(x, 0) of the padding is 0 either way
-    if not equation.outputs or equation.outputs[0].number in low.pools:
-      return Pending(low.build.local(pad, inputs[0].x))
+  waits = not equation.outputs or equation.outputs[0].number in low.pools
+  if isinstance(inputs[0], Pending) and fill in (0.0, -math.inf) and waits:  # max(x, 0) of either padding is 0
+    return Pending(low.build.local(pad, inputs[0].x))
   x = low.value(inputs[0])
   out = low.build.local(pad, x)
   if fill == 0:

@@ -279,7 +279,6 @@ def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[_Axis]) -> Array:
   # Small results are summed in several parts side by side, for fewer and longer steps.
   most = min(_MIN_WORK // math.prod(shape), steps // 4)
   parts = max((p for p in range(1, most + 1) if per_tap % p == 0), default=1)
-  blocks = blocks.reshape(steps // parts, parts, *blocks.shape[1:])
 
   def step(t: Array, total: Array) -> Array:
     taps, block = t // (per_tap // parts), t % (per_tap // parts)
@@ -292,7 +291,7 @@ def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[_Axis]) -> Array:
     x = lax.dynamic_slice(rows, starts, (rows.shape[0], *spans, parts * terms, groups))
     x = lax.slice(x, [0] * x.ndim, x.shape, (1, *(axis.stride for axis in axes), 1, 1))
     x = jnp.moveaxis(x.reshape(*x.shape[:-2], parts, terms, groups), -3, 0)  # [parts, N, *space', U, G]
-    w = _as_ring(lax.dynamic_index_in_dim(blocks, t, keepdims=False), rows.dtype)
+    w = _as_ring(lax.dynamic_slice_in_dim(blocks, t * jnp.int32(parts), parts), rows.dtype)
     w = jnp.expand_dims(w, tuple(range(2, rows.ndim)))  # [parts, O/o, 1, ..., U, G, o]
     for u in range(terms):
       total = total + x[:, None, ..., u, :, None] * w[..., u, :, :]

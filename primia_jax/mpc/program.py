@@ -1,4 +1,4 @@
-"""A JAX function as a flat list of equations: calls inlined, scans unrolled, whatever is public computed on the spot."""
+"""A JAX function as a flat list of equations: calls inlined, scans unrolled, what is public computed on the spot."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from primia_jax import prng, ring
+from primia_jax import native, prng, ring
 from primia_jax.mpc import dealing, gates, products
 from primia_jax.mpc.circuit import Apply, Circuit, Config, Input, Linear, Local, Offset, Open, Operand, Product, Value
 from primia_jax.mpc.dealing import ADDITIVE, Correlation, Derived, Masks, Uniform
@@ -62,6 +62,8 @@ def encode(operand: Operand, value: Array, config: Config) -> Any:
   elements = integers.astype(jnp.int64 if config.num_bits > 32 else jnp.int32).astype(config.dtype)
   if operand.map is None:
     return elements
+  # Used twice, here and for D: computed again, a fused multiply-add might round it to the neighbouring integer.
+  elements = native.once(elements)
   return Weight(elements, products.split(operand.map, elements, operand.bits or config.num_bits, config.num_bits))
 
 
@@ -288,7 +290,7 @@ def advance(
           env[op.out] = wire.open_additive(env[op.input] + c["r"], "open"), c["r"]
         case Linear():
           masked, _ = env[op.input]
-          whole = compute_at(op.owner, lambda: multiply(op.map, masked, operands[op.operand].ready, k))  # noqa: B023
+          whole = compute_at(op.owner, lambda: multiply(op.map, masked, operands[op.operand].ready, k), wire)  # noqa: B023
           env[op.out] = whole - c["u"]
         case Product():
           (a, ra), (b, rb) = (env[i] for i in op.inputs)

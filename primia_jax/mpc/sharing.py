@@ -72,8 +72,10 @@ def at(party: int, x: Array) -> Array:
   return jnp.where(lax.axis_index(PARTY) == party, x, jnp.zeros_like(x))
 
 
-def compute_at(party: int, fn: Callable[[], Array]) -> Array:
+def compute_at(party: int, fn: Callable[[], Array], wire: Wire) -> Array:
   """fn() at one party and zeros at the other, which does not run it; under vmap it runs once."""
+  if not wire.swap:  # vmap would turn `cond` into a choice between two results, and compute fn for both parties
+    return at(party, fn())
   out = jax.eval_shape(fn)
   return lax.cond(lax.axis_index(PARTY) == party, fn, lambda: jnp.zeros(out.shape, out.dtype))
 

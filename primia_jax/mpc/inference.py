@@ -29,13 +29,13 @@ _SETUP, _INPUTS = 0, 3  # subkeys: the dealer's for what it draws once per model
 def secret(
   fn: Callable,
   owners: Sequence[Any],
-  config: Config = Config(),
-  ranges: np.ndarray | None = None,  # noqa: B008
+  config: Config = Config(),  # noqa: B008
+  ranges: np.ndarray | None = None,
 ) -> Callable:
   """Transforms fn(*args) into f(key, *args), which computes it under encryption: both parties and the dealer in one.
 
-  For research and tests: whoever runs it sees everything. It traces, so it goes through `jit` and `vmap` (with a key for
-  each element), and it deals for every call.
+  For research and tests: whoever runs it sees everything. It traces, so it goes through `jit` and `vmap` (with a key
+  for each element), and it deals for every call.
 
   Args:
     fn, owners, config, ranges: as `planning.plan` takes them.
@@ -137,8 +137,8 @@ def _check_fits(operand: protocol.Operand, most: Array, config: Config) -> None:
   if not largest < limit:
     kind = "a weight" if operand.map else "an input or offset"
     raise ValueError(
-      f"{operand.layer}: {kind} of magnitude {largest:.4g} does not fit below {limit:.4g}; scale it down, plan with the "
-      "weights at hand, or use fewer fraction_bits"
+      f"{operand.layer}: {kind} of magnitude {largest:.4g} does not fit below {limit:.4g}; scale it down, plan with "
+      "the weights at hand, or use fewer fraction_bits"
     )
 
 

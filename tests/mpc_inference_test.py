@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from primia_jax import models, prng
-from primia_jax.mpc import planning, protocol, secret, sharing
+from primia_jax.mpc import inference, planning, protocol, sharing
 from primia_jax.mpc.circuit import Config
 
 OWNERS = ("model_owner", "data_owner")
@@ -33,23 +33,23 @@ def planned(fn, args, config=WIDE, owners=OWNERS):
 
 def phases(plan, args):
   """The phases one by one, as the parties would: ready correlations of both, and everybody's operands."""
-  model, inference = prng.random_key(), prng.random_key()
-  operands = secret.share_inputs(plan, secret.encode(plan, args), inference)
-  published = jax.jit(functools.partial(secret.publish, plan))(operands, model)
-  dealt = jax.jit(lambda key: secret.deal(plan, key, secret.blinds(plan, model)))(inference)
-  prepare = lambda party: secret.prepare(plan, party, protocol.part(dealt, party), operands, published)
-  return secret.stack(*jax.jit(lambda: [prepare(party) for party in (0, 1)])()), operands
+  model, key = prng.random_key(), prng.random_key()
+  operands = inference.share_inputs(plan, inference.encode(plan, args), key)
+  published = jax.jit(functools.partial(inference.publish, plan))(operands, model)
+  dealt = jax.jit(lambda key: inference.deal(plan, key, inference.blinds(plan, model)))(key)
+  prepare = lambda party: inference.prepare(plan, party, protocol.part(dealt, party), operands, published)
+  return inference.stack(*jax.jit(lambda: [prepare(party) for party in (0, 1)])()), operands
 
 
 def run_encrypted(plan, args):
   ready, operands = phases(plan, args)
-  return secret.reveal(plan, jax.jit(functools.partial(secret.simulate, plan))(ready, operands))
+  return inference.reveal(plan, jax.jit(functools.partial(inference.simulate, plan))(ready, operands))
 
 
 def assert_faithful(fn, args, config=WIDE, atol=1e-3, owners=OWNERS):
   """Exact: the protocol equals the integer model bit for bit. And both are near the function itself."""
   plan = planned(fn, args, config, owners)
-  clear = secret.check(plan, args)
+  clear = inference.check(plan, args)
   got = run_encrypted(plan, args)
   for a, b, want in zip(*map(jax.tree.leaves, (got, clear, fn(*args))), strict=True):
     if config.exact:
@@ -157,7 +157,7 @@ def test_public_arguments_cost_nothing():
 
 
 def test_through_jit_and_vmap():
-  encrypted = secret.secret(small, OWNERS, Config(40, 12, 16))
+  encrypted = inference.secret(small, OWNERS, Config(40, 12, 16))
   w, x = SMALL
   want = small(w, x)
   np.testing.assert_allclose(jax.jit(encrypted)(prng.random_key(), w, x), want, atol=5e-3)
@@ -169,17 +169,17 @@ def test_through_jit_and_vmap():
 def test_one_process_steps_and_two_devices_open_the_same_bits():
   plan = planned(small, SMALL)
   ready, operands = phases(plan, SMALL)
-  together = secret.simulate(plan, ready, operands)
+  together = inference.simulate(plan, ready, operands)
   env = {}
-  for step in secret.simulate_steps(plan):
+  for step in inference.simulate_steps(plan):
     env = step.fn(ready, operands, env)
   each = [
     {i: v if plan.circuit.operands[i].owner == party else protocol.blank(plan.circuit.operands[i], plan.config)
      for i, v in operands.items()}
     for party in (0, 1)
   ]  # fmt: skip
-  on_devices = secret.on_mesh(plan, sharing.party_mesh(), ready, secret.stack(*each))
-  for a, b, c in zip(together, secret.outputs(plan, env), on_devices, strict=True):
+  on_devices = inference.on_mesh(plan, sharing.party_mesh(), ready, inference.stack(*each))
+  for a, b, c in zip(together, inference.outputs(plan, env), on_devices, strict=True):
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a, c)
 
@@ -188,8 +188,8 @@ def test_jit_and_no_jit():
   plan = planned(lambda w, x: jnp.maximum(w @ x, 0), (normal(0, 3, 4), normal(1, 4)))
   ready, operands = phases(plan, (normal(0, 3, 4), normal(1, 4)))
   with jax.disable_jit():
-    eager = secret.simulate(plan, ready, operands)
-  np.testing.assert_array_equal(eager[0], jax.jit(functools.partial(secret.simulate, plan))(ready, operands)[0])
+    eager = inference.simulate(plan, ready, operands)
+  np.testing.assert_array_equal(eager[0], jax.jit(functools.partial(inference.simulate, plan))(ready, operands)[0])
 
 
 # ---- what is promised
@@ -201,8 +201,8 @@ def test_what_crosses_is_masked_afresh_and_is_what_was_planned():
   plan = planned(small, args)
   ready = jax.eval_shape(lambda: phases(plan, args)[0])
   blanks = {i: protocol.blank(operand, plan.config) for i, operand in enumerate(plan.circuit.operands)}
-  run = functools.partial(secret.on_mesh, plan, sharing.party_mesh())
-  jaxpr = jax.make_jaxpr(run)(ready, secret.stack(blanks, blanks))
+  run = functools.partial(inference.on_mesh, plan, sharing.party_mesh())
+  jaxpr = jax.make_jaxpr(run)(ready, inference.stack(blanks, blanks))
   sent = [v.aval for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name in COLLECTIVES for v in eqn.invars]
   assert {eqn.primitive.name for eqn in equations(jaxpr.jaxpr)} & COLLECTIVES == {"ppermute"}
   planned_bytes = sum(row.sent for row in planning.rows(plan)[:-1])
@@ -232,7 +232,7 @@ def test_masks_are_used_once():
   keys = [prng.random_key() for _ in range(2)]
   arrays = []
   for key in keys:
-    dealt = secret.deal(plan, key, secret.blinds(plan, keys[0]))
+    dealt = inference.deal(plan, key, inference.blinds(plan, keys[0]))
     arrays += [bytes(np.asarray(v)) for v in jax.tree.leaves(dealt.sent)] + [bytes(np.asarray(dealt.seeds[0]))]
   assert len(arrays) == len(set(arrays))
 
@@ -244,14 +244,14 @@ def test_the_published_weights_tell_nothing():
     args = (np.full((64, 64), value, np.float32), normal(0, 2, 64))
     plan = planned(fn, (normal(1, 64, 64), args[1]))
     key = prng.random_key()
-    (d,) = jax.tree.leaves(secret.publish(plan, secret.encode(plan, args), key))
+    (d,) = jax.tree.leaves(inference.publish(plan, inference.encode(plan, args), key))
     counts = np.bincount(np.asarray(d).astype(np.uint64).reshape(-1).view(np.uint8), minlength=256)
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 400  # chi-square of 255 degrees: 99.9 % below 330
 
 
 def test_shares_alone_carry_nothing():
   x = np.full(4096, 1.25, np.float32)
-  both = np.asarray(secret.share(x, prng.random_key(), WIDE))
+  both = np.asarray(inference.share(x, prng.random_key(), WIDE))
   assert ((both[0] + both[1]).view(np.int64) == round(1.25 * 2**16)).all()
   for party in (0, 1):
     counts = np.bincount(both[party].view(np.uint8), minlength=256)
@@ -265,23 +265,23 @@ def test_a_value_out_of_range_is_found_and_named():
   plan = planned(small, SMALL)
   w, x = SMALL
   with pytest.raises(ValueError, match="planned for"):
-    secret.check(plan, (w, 100 * x))
+    inference.check(plan, (w, 100 * x))
 
 
 @pytest.mark.parametrize(
   ("call", "error", "reason"),
   [
-    (lambda: secret.encode(planned(small, SMALL), (SMALL[0], SMALL[1] * 1e18)), ValueError, "does not fit"),
+    (lambda: inference.encode(planned(small, SMALL), (SMALL[0], SMALL[1] * 1e18)), ValueError, "does not fit"),
     (lambda: planned(small, SMALL, Config(16, 7, 8)), ValueError, "wider ring"),
     (lambda: planned(small, SMALL, owners=("hospital", "data_owner")), ValueError, "hospital"),
     (lambda: planned(small, SMALL, owners=("model_owner",)), ValueError, "1 owners for 2 arguments"),
     (
       lambda: planned(lambda w, x: jnp.sort(x @ w[0]), SMALL),
       NotImplementedError,
-      r"sort of a secret value .*mpc_secret_test",
+      r"sort of a secret value .*mpc_inference_test",
     ),
     (lambda: planned(lambda w, x: lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x), SMALL), NotImplementedError, "jnp.where"),
-    (lambda: secret.share(np.full(3, 1e30, np.float32), prng.random_key(), WIDE), ValueError, "does not fit"),
+    (lambda: inference.share(np.full(3, 1e30, np.float32), prng.random_key(), WIDE), ValueError, "does not fit"),
   ],
 )
 def test_bad_input_is_refused(call, error, reason):

@@ -1,0 +1,115 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from primia_jax.mpc import fitting, inference, planning
+from primia_jax.mpc.circuit import Config
+from primia_jax.mpc.planning import Network
+
+OWNERS = ("model_owner", "data_owner")
+W = np.random.default_rng(0).standard_normal((2, 8, 8)).astype(np.float32) / 3
+X = np.random.default_rng(1).standard_normal((4, 8)).astype(np.float32)
+
+
+def fn(w, x):
+  with jax.named_scope("first"):
+    x = jax.nn.relu(x @ w[0])
+  with jax.named_scope("second"):
+    return x @ w[1]
+
+
+@pytest.fixture(autouse=True)
+def _x64():
+  with jax.enable_x64(True):
+    yield
+
+
+def test_the_rows_say_what_is_dealt_sent_and_assumed():
+  plan = planning.plan(fn, OWNERS, (W, X), Config(64, 16, 18), planning.calibrate(fn, OWNERS, [(W, X)]))
+  rows = planning.rows(plan)
+  assert [(r.layer, r.what, r.rounds) for r in rows] == [
+    ("first", "open", 1),
+    ("first", "linear", 0),
+    ("first", "relu", 4),
+    ("second", "open", 1),
+    ("second", "linear", 0),
+    ("", "output", 1),
+  ]
+  largest = np.abs(X @ W[0]).max()
+  relu = rows[2]
+  unit = 2.0**-16 * 2.0 ** -(17 - np.frexp(np.abs(W[0]).max())[1])
+  assert 2 ** (relu.range_bits - 1) < 2 * largest / unit + 2**relu.shift < 2**relu.range_bits
+  assert rows[0].sent == 4 * 8 * 8
+  assert sum(r.dealt for r in rows) == sum(
+    v.nbytes for v in jax.tree.leaves(inference.deal(plan, np.zeros(8, np.uint32)).sent)
+  )
+  text = planning.table(plan)
+  assert text == str(plan)
+  assert all(word in text for word in ("first", "relu", f"2^{relu.range_bits}", "total", "ring of 2^64", "WAN"))
+  assert "statistical" not in text
+
+
+def test_a_statistical_generator_is_named():
+  plan = planning.plan(fn, OWNERS, (W, X), Config(32, 10, 12, prng="threefry"))
+  assert "statistical PRNG (threefry): for research" in str(plan)
+
+
+def test_without_calibration_the_whole_ring_is_assumed():
+  plan = planning.plan(fn, OWNERS, (jax.ShapeDtypeStruct(W.shape, W.dtype), X), Config(64, 16, 18))
+  assert {r.range_bits for r in planning.rows(plan) if r.what == "relu"} == {62}
+  np.testing.assert_allclose(inference.check(plan, (W, X)), fn(W, X), atol=1e-3)
+
+
+def test_a_plan_of_one_function_refuses_the_ranges_of_another():
+  other = planning.calibrate(lambda w, x: x @ w[0], OWNERS, [(W, X)])
+  with pytest.raises(ValueError, match="calibrate the same function"):
+    planning.plan(fn, OWNERS, (W, X), Config(), other)
+
+
+@pytest.mark.parametrize(
+  ("examples", "reason"), [([], "no examples"), ([(W, X * np.float32(np.nan))], "infinite or NaN")]
+)
+def test_calibration_wants_sound_examples(examples, reason):
+  with pytest.raises(ValueError, match=reason):
+    planning.calibrate(fn, OWNERS, examples)
+
+
+def test_calibration_takes_the_largest_over_examples():
+  one, two = (planning.calibrate(fn, OWNERS, [(W, s * X)]) for s in (np.float32(1), np.float32(3)))
+  both = planning.calibrate(fn, OWNERS, [(W, np.float32(3) * X), (W, X)])
+  np.testing.assert_array_equal(both, np.maximum(one, two))
+
+
+def test_a_network_charges_every_round():
+  assert Network(0.04, 100e6).seconds(100, 50_000_000) == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    ({"num_bits": 65}, "num_bits=65"),
+    ({"fraction_bits": 40}, "fraction_bits=40"),
+    ({"weight_bits": 30}, "weight_bits=30"),
+    ({"comparison": "magic"}, "magic"),
+    ({"margin": 0.5}, "margin=0.5"),
+    ({"prng": "dice"}, "dice"),
+  ],
+)
+def test_a_wrong_configuration_is_refused(change, reason):
+  with pytest.raises(ValueError, match=reason):
+    Config(**change)
+
+
+@pytest.mark.parametrize(("target", "ring"), [(0.05, 32), (1e-5, 64)])
+def test_the_cheapest_ring_that_is_accurate_enough(target, ring):
+  plan = fitting.fit(fn, OWNERS, [(W, X), (W, -X)], target)
+  assert plan.config.num_bits == ring
+  for x in (X, -X):
+    assert jnp.abs(inference.check(plan, (W, x)) - fn(W, x)).max() <= target
+
+
+@pytest.mark.parametrize(("target", "reason"), [(1e-12, "no ring reaches"), (0.0, "must be positive")])
+def test_an_impossible_target_is_refused(target, reason):
+  with pytest.raises(ValueError, match=reason):
+    fitting.fit(fn, OWNERS, [(W, X)], target, candidates=((32, 10), (64, 12)))
