@@ -1,8 +1,8 @@
 """The protocol's own language: a straight list of operations on shared fixed-point numbers, and its builder.
 
 A `Value` stands for shares of an integer array v; the real number is v x scale, and |real| <= max_abs. So a product
-with a public number, or a mean's division, costs nothing: it only changes the scale. A masked value (`Open`) is v + r in
-public with a dealer's mask r; linear layers and products take masked values, and everything that is linear over the
+with a public number, or a mean's division, costs nothing: it only changes the scale. A masked value (`Open`) is v + r
+in public with a dealer's mask r; linear layers and products take masked values, and everything that is linear over the
 integers maps shares, masked values and masks alike.
 """
 

@@ -453,6 +453,7 @@ def _reshaped(lazy: Lazy, equation: Equation) -> Lazy | None:
 
 RESHAPES = {"reshape", "squeeze", "expand_dims"}
 SUMS = {"reduce_sum", "reduce_window_sum", "cumsum"}
+MOVES = {"transpose", "broadcast_in_dim", "slice", "rev", "gather", "dynamic_slice", "split", "tile"}
 
 
 def _same(low: _Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -713,11 +714,7 @@ RULES: dict[str, Callable] = (
     "square": _unary(lambda build, x: functions.power(build, x, 2)),
     "is_finite": lambda low, equation, inputs: np.ones(equation.avals[0].shape, bool),
   }
-  | {
-    name: _structural
-    for name in ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "slice", "rev", "reduce_sum")
-    + ("gather", "dynamic_slice", "split", "cumsum", "reduce_window_sum", "tile")
-  }
+  | {name: _structural for name in (*RESHAPES, *SUMS, *MOVES)}
   | {name: _same for name in ("copy", "stop_gradient", "convert_element_type", "optimization_barrier", "copy_p")}
   | {name: _compare for name in ("ge", "le", "gt", "lt", "eq", "ne")}
   | {name: _logical for name in ("and", "or", "xor", "not")}
