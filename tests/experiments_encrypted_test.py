@@ -244,3 +244,27 @@ def test_the_binary_fails_with_the_reason_alone(flags_of, tmp_path):
   assert done.returncode == 1
   assert done.stderr.startswith("error:")
   assert "notes.txt is no image" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.parametrize("output", encrypted.OUTPUTS)
+def test_every_real_test_image_gets_the_class_of_float32(real_data, tmp_path, output):
+  """All 624 test X-rays through the protocol, after a short training."""
+  data = f"folder:{real_data / 'chest_xray_224.tar'}"
+  train = dataclasses.replace(
+    settings.Train(), data=data, image_size=32, norm="batch", rounds=2, batch_size=32, optimizer="adam"
+  )
+  folder = running.open_run(train, str(tmp_path / "run"))
+  running.run(train, folder, federated=False)
+  s = encrypted.Infer(checkpoint=str(folder), images=str(folder), output=output, batch=48, calibration_images=96)
+  encrypted.check(s)
+  model, weights, names, config = encrypted.load_model(s.checkpoint)
+  calibration, _ = encrypted.calibration_images(s, config, names)
+  plan = encrypted.make_plan(s, model, weights, calibration)
+  images = inputs.images_to_test(settings.Data(data=data, image_size=32), 0, names).images
+  assert len(images) == 624
+  result = phases.infer(plan, weights, images, s.batch)
+  found = phases.compare(plan, model, weights, images, s.batch, result.outputs)
+  assert found.same == 624
+  assert found.bitwise

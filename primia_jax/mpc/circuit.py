@@ -192,7 +192,7 @@ class Builder:
     self._opened: dict[int, int] = {}  # share -> its masked value
     self._made_by: dict[int, Local] = {}
     self._values: dict[int, Value] = {}
-    self._narrowed: dict[tuple[int, float], Value] = {}
+    self._narrowed: dict[tuple[int, float, int], Value] = {}
 
   # ---- entering and leaving
 
@@ -326,14 +326,14 @@ class Builder:
     """1 where a >= 0, else 0, at scale 1."""
     return self._gate(SIGN, a, 0)._replace(scale=1.0, max_abs=1.0)
 
-  def narrow(self, a: Value) -> Value:
-    """a truncated to the scale of activations, where it is finer than that."""
-    shift = self._shift(a)
+  def narrow(self, a: Value, most: int | None = None) -> Value:
+    """a truncated to the scale of activations, where it is finer than that; by `most` bits at most."""
+    shift = self._shift(a) if most is None else min(most, self._shift(a))
     if not shift:
       return a
-    if (a.number, a.scale) not in self._narrowed:
-      self._narrowed[a.number, a.scale] = self._gate(TRUNCATE, a, shift)
-    return self._narrowed[a.number, a.scale]
+    if (a.number, a.scale, shift) not in self._narrowed:
+      self._narrowed[a.number, a.scale, shift] = self._gate(TRUNCATE, a, shift)
+    return self._narrowed[a.number, a.scale, shift]
 
   def maximum(self, a: Value, b: Value) -> Value:
     """max(a, b) = b + max(a - b, 0)."""

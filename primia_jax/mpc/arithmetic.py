@@ -1,0 +1,254 @@
+"""Rules for sums, products and rearrangements: linear algebra, of which most costs no communication."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from primia_jax.mpc import functions, maps, products
+from primia_jax.mpc.circuit import Value
+from primia_jax.mpc.knowledge import Env, Lazy, Lowering, Owned, Pending, Rule, compact, compact_shape, is_secret
+from primia_jax.mpc.products import Map
+from primia_jax.mpc.program import Equation
+from primia_jax.types import Array
+
+
+def _add(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  a, b = inputs
+  if not is_secret(a) or (isinstance(a, Owned) and not isinstance(b, Owned)):
+    a, b = b, a
+  if isinstance(a, Lazy) and isinstance(b, Owned) and b.owner == a.weight.owner:
+    offset = b if a.offset is None else _combine(jnp.add, a.offset, b)
+    return a._replace(offset=offset)
+  x = low.value(a)
+  if not is_secret(b):
+    return low.build.add_public(x, b)
+  if isinstance(b, Owned):
+    x = low.build.broadcast(x, equation.avals[0].shape)
+    return low.build.add_owned(x, b.owner, compact(b), compact_shape(b), low.largest(b, low.build.config.margin))
+  return low.build.add(x, low.value(b))
+
+
+def _sub(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  a, b = inputs
+  if not is_secret(b):
+    return low.build.add_public(low.value(a), -np.asarray(b, np.float64))
+  return _add(low, equation, [a, negative(low, b)])
+
+
+def negative(low: Lowering, v: Any) -> Any:
+  if isinstance(v, Owned):
+    return v._replace(read=lambda env: -v.read(env))
+  return low.build.negate(low.value(v))
+
+
+def _neg(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  return negative(low, inputs[0])
+
+
+def _mul(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  a, b = inputs
+  if not is_secret(a) or (isinstance(a, Owned) and not isinstance(b, Owned)):
+    a, b = b, a
+  if not is_secret(b):
+    return low.build.multiply_public(low.build.broadcast(low.value(a), equation.avals[0].shape), b)
+  if isinstance(b, Owned):
+    return _scale(low, equation, a, b)
+  return low.build.multiply(low.value(a), low.value(b))
+
+
+def _scale(low: Lowering, equation: Equation, a: Any, b: Owned) -> Any:
+  """A shared value times an owned one: folded into the linear layer that made it, or a one-sided product."""
+  folds = lambda a: b.varies <= {i for i, axis in enumerate(a.axes) if axis is not None}
+  if isinstance(a, Lazy) and b.owner == a.weight.owner and folds(a):
+    weight = a.weight
+    factor = lambda env: _along(b, env, a.axes, len(weight.shape))
+    scaled = weight._replace(read=lambda env: weight.read(env) * factor(env))
+    return a._replace(weight=scaled, offset=None if a.offset is None else _combine(jnp.multiply, a.offset, b))
+  shape = equation.avals[0].shape
+  x = low.build.narrow(low.build.broadcast(low.value(a), shape))
+  everywhere = b._replace(read=lambda env: jnp.broadcast_to(b.read(env), shape), shape=shape)
+  return Lazy(x, maps.MULTIPLY, everywhere, None, shape, tuple(range(len(shape))), ())
+
+
+def _along(factor: Owned, env: Env, axes: Sequence[int | None], ndim: int) -> Array:
+  """A factor on a linear layer's output, as one on its weight: its axes moved to the weight's."""
+  f = compact(factor)(env)
+  order = sorted((axis, i) for i, axis in enumerate(axes) if axis is not None)
+  f = f.transpose([i for i in range(f.ndim) if axes[i] is None] + [i for _, i in order])
+  sizes = dict(zip([axis for axis, _ in order], f.shape[len(axes) - len(order) :], strict=True))
+  return f.reshape([sizes.get(axis, 1) for axis in range(ndim)])
+
+
+def _combine(fn: Callable, a: Owned, b: Owned) -> Owned:
+  shape = np.broadcast_shapes(a.shape, b.shape)
+  return Owned(a.owner, lambda env: fn(a.read(env), b.read(env)), shape, a.varies | b.varies)
+
+
+def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  a, b = inputs
+  if not is_secret(b):
+    return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
+  if isinstance(b, Owned):
+    return _mul(low, equation, [a, b._replace(read=lambda env: 1 / b.read(env))])
+  return functions.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b))
+
+
+def _bilinear(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  """Convolutions and matrix products."""
+  a, b = inputs
+  mapping = maps.from_equation(equation.name, equation.params)
+  if isinstance(b, Owned) and not (isinstance(a, Owned) and a.owner < b.owner):
+    x, weight, order = low.value(a) if is_secret(a) else a, b, None
+  elif isinstance(a, Owned) or not is_secret(a):
+    mapping, order = maps.swapped(mapping, len(shape_of(a)), len(shape_of(b)))
+    x, weight = low.value(b), a
+  else:
+    x, weight, order = low.value(a), b, None
+  if not is_secret(weight):
+    return _public_product(low, x, weight, mapping, order)
+  if isinstance(weight, Owned) and isinstance(x, Value):
+    shape = maps.shape_of(mapping, x.shape, weight.shape)
+    axes = maps.weight_axes(mapping, x.shape, weight.shape)
+    if order is None:
+      return Lazy(x, mapping, weight, None, shape, axes, ())
+    shape, axes = tuple(shape[i] for i in order), tuple(axes[i] for i in order)
+    return Lazy(x, mapping, weight, None, shape, axes, (functools.partial(lax.transpose, permutation=order),))
+  if not isinstance(x, Value):
+    raise NotImplementedError(f"{equation.name} of a public left operand at {equation.source}")
+  return low.build.product(x, low.value(weight), mapping, low.bound(equation.outputs[0]))
+
+
+def _public_product(low: Lowering, x: Value, weight: Any, mapping: Map, order: Any) -> Value:
+  """A linear map with public coefficients: each party applies it to its share."""
+  config = low.build.config
+  x = low.build.narrow(x)
+  weight = np.asarray(weight, np.float64)
+  unit = 2.0 ** (math.frexp(float(np.abs(weight).max()) or 1.0)[1] - (config.weight_bits - 1))
+  integers = np.rint(weight / unit).astype(np.int64).astype(config.dtype)
+
+  def fn(v: Array) -> Array:
+    operand = products.split(mapping, jnp.asarray(integers), config.weight_bits, config.num_bits)
+    return products.multiply(mapping, v, operand, config.num_bits)
+
+  out = low.build.local(fn, x, max_abs=math.inf)
+  out = out._replace(scale=out.scale * unit)
+  return out if order is None else low.build.local(lambda v: lax.transpose(v, order), out)
+
+
+def shape_of(v: Any) -> tuple[int, ...]:
+  return v.x.shape if isinstance(v, Pending) else v.shape if is_secret(v) else np.shape(v)
+
+
+def _structural(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  """What only moves or adds up elements: each party does it to its share. Other operands (indices) are public."""
+  if any(is_secret(v) for v in inputs[1:]):
+    raise NotImplementedError(f"{equation.name} at a secret position, at {equation.source}")
+  apply = lambda v: equation.bind(v, *inputs[1:])
+  if isinstance(inputs[0], Lazy) and equation.name in RESHAPES and (moved := _reshaped(inputs[0], equation)):
+    return moved
+  if isinstance(inputs[0], Pending) and equation.outputs[0].number in low.pools:
+    return Pending(low.build.local(lambda v: apply(v)[0], inputs[0].x))
+  x = low.value(inputs[0])
+  terms = math.prod(x.shape) / max(1, math.prod(equation.avals[0].shape)) if equation.name in SUMS else 1.0
+  if len(equation.outputs) > 1:
+    return [low.build.local(lambda v, i=i: apply(v)[i], x) for i in range(len(equation.outputs))]
+  return low.build.local(lambda v: apply(v)[0], x, max_abs=x.max_abs * terms)
+
+
+def _reshaped(lazy: Lazy, equation: Equation) -> Lazy | None:
+  """A lazy product in another shape, where the weight's axes stay whole and no offset is in the way."""
+  shape = equation.avals[0].shape
+  before = lambda sizes, i: math.prod(sizes[:i])
+  axes: list[int | None] = [None] * len(shape)
+  for i, axis in enumerate(lazy.axes):
+    if axis is not None:
+      place = [j for j in range(len(shape)) if shape[j] == lazy.shape[i] and before(shape, j) == before(lazy.shape, i)]
+      if not place:
+        return None
+      axes[place[-1]] = axis
+  if lazy.offset is not None:
+    return None
+  reshape = lambda v: v.reshape(shape)
+  return lazy._replace(shape=shape, axes=tuple(axes), after=(*lazy.after, reshape))
+
+
+RESHAPES = {"reshape", "squeeze", "expand_dims"}
+SUMS = {"reduce_sum", "reduce_window_sum", "cumsum"}
+MOVES = {"transpose", "broadcast_in_dim", "slice", "rev", "gather", "dynamic_slice", "split", "tile"}
+
+
+def _same(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  if equation.name == "convert_element_type" and jnp.issubdtype(equation.params["new_dtype"], jnp.integer):
+    before = equation.params["new_dtype"]
+    if not (isinstance(inputs[0], Value) and float(inputs[0].scale) == 1.0):
+      raise NotImplementedError(f"rounding a secret value to {before} at {equation.source}")
+  return inputs[0] if isinstance(inputs[0], Lazy | Pending | Value) else low.value(inputs[0])
+
+
+def _concatenate(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  values = [low.value(v) if is_secret(v) else v for v in inputs]
+  secrets = [v for v in values if isinstance(v, Value)]
+  scale = min(v.scale for v in secrets)
+  finest = next(v for v in secrets if v.scale == scale)
+  aligned = []
+  for v in values:
+    if not isinstance(v, Value):
+      zeros = functools.partial(lambda x, shape: jnp.zeros(shape, x.dtype), shape=np.shape(v))
+      v = low.build.add_public(low.build.local(zeros, finest, max_abs=0.0), v)
+    aligned.append(low.build.align(v, finest)[0])
+  axis = equation.params["dimension"]
+  return low.build.local(lambda *xs: lax.concatenate(xs, axis), *aligned)
+
+
+def _stack(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  axis = equation.params["axis"]
+  raised = [
+    low.build.local(lambda x: jnp.expand_dims(x, axis), low.value(v)) if is_secret(v) else np.expand_dims(v, axis)
+    for v in inputs
+  ]
+  return _concatenate(low, equation._replace(params={"dimension": axis}), raised)
+
+
+def padded(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  """Pads with a public number. Minus infinity, which only a maximum can lose again, becomes the least number."""
+  config = equation.params["padding_config"]
+  if is_secret(inputs[1]):
+    raise NotImplementedError(f"padding with a secret value at {equation.source}")
+  fill = float(np.asarray(inputs[1]))
+  pad = lambda v: lax.pad(v, np.zeros((), v.dtype), config)
+  waits = not equation.outputs or equation.outputs[0].number in low.pools
+  if isinstance(inputs[0], Pending) and fill in (0.0, -math.inf) and waits:  # max(x, 0) of either padding is 0
+    return Pending(low.build.local(pad, inputs[0].x))
+  x = low.value(inputs[0])
+  out = low.build.local(pad, x)
+  if fill == 0:
+    return out
+  if math.isinf(fill):
+    fill = math.copysign(low.least(x), fill)
+  inside = np.zeros(x.shape)
+  edge = np.asarray(lax.pad(jnp.asarray(inside, jnp.float32), np.float32(1), config), np.float64)
+  return low.build.add_public(out, edge * fill)
+
+
+RULES: dict[str, Rule] = {
+  "add": _add,
+  "add_any": _add,
+  "sub": _sub,
+  "neg": _neg,
+  "mul": _mul,
+  "div": _div,
+  "dot_general": _bilinear,
+  "conv_general_dilated": _bilinear,
+  "concatenate": _concatenate,
+  "stack": _stack,
+  "pad": padded,
+}
+RULES |= {name: _structural for name in (*RESHAPES, *SUMS, *MOVES)}
+RULES |= {name: _same for name in ("copy", "copy_p", "stop_gradient", "convert_element_type", "optimization_barrier")}
