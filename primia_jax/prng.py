@@ -220,7 +220,7 @@ def _blocks(key: Array, nonce: Array, counter: Array, num_blocks: int) -> Array:
   zero = jnp.broadcast_to(_varying_zero(key, nonce, counter), num_blocks)
   counters = counter + lax.iota(jnp.uint32, num_blocks)
   rows = tuple(zero | word for word in (*np.array(_SIGMA, np.uint32), *key, counters, *nonce))
-  mixed = lax.fori_loop(0, 10, lambda _, s: _double_round(s), rows)
+  mixed = lax.fori_loop(0, 10, lambda _, s: double_round(s), rows)
   return jnp.stack([a + b for a, b in zip(mixed, rows, strict=True)])
 
 
@@ -232,7 +232,7 @@ def _varying_zero(*arrays: Array) -> Array:
   return functools.reduce(operator.or_, (a.ravel()[0].astype(jnp.uint32) for a in arrays)) & np.uint32(0)
 
 
-def _double_round(state: tuple[Array, ...]) -> tuple[Array, ...]:
+def double_round(state: tuple[Array, ...]) -> tuple[Array, ...]:
   """Four quarter rounds down the columns and four down the diagonals (RFC 8439, section 2.3.1)."""
   s = list(state)
   for shift in (0, 1):

@@ -229,7 +229,7 @@ def _in_chunks(fn: Callable[..., Correlation], size: int, arrays: Correlation, *
 
 def _rounds(state: Words) -> Words:
   """The ChaCha20 block function, of sixteen arrays of words."""
-  mixed = lax.fori_loop(0, 10, lambda _, s: prng._double_round(s), state)
+  mixed = lax.fori_loop(0, 10, lambda _, s: prng.double_round(s), state)
   return tuple(a + b for a, b in zip(mixed, state, strict=True))
 
 
@@ -242,7 +242,7 @@ def _rounds_in_one_loop(state: Words) -> Words:
   def block(a: Words, b: Words) -> Words:  # one of them is the initial zero
     start = mixed = tuple(x ^ y for x, y in zip(a, b, strict=True))
     for _ in range(10):
-      mixed = prng._double_round(mixed)
+      mixed = prng.double_round(mixed)
     return tuple(x + y for x, y in zip(mixed, start, strict=True))
 
   ones = (1,) * state[0].ndim
