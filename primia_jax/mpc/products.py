@@ -281,6 +281,7 @@ def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[_Axis]) -> Array:
   parts = max((p for p in range(1, most + 1) if per_tap % p == 0), default=1)
 
   def step(t: Array, total: Array) -> Array:
+    t = jnp.asarray(t, jnp.int32)  # without jit it is a plain int
     taps, block = t // (per_tap // parts), t % (per_tap // parts)
     offsets = []
     for axis in reversed(axes):
