@@ -167,10 +167,17 @@ def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 def _unrolled(eqn: Any, values: Sequence[Any]) -> Any:
   """The jaxpr of a scan, iteration by iteration."""
-  params = eqn.params
-  body = core.jaxpr_as_fun(params["jaxpr"])
-  num_consts, num_carry, length = params["num_consts"], params["num_carry"], params["length"]
-  steps = range(length)[::-1] if params["reverse"] else range(length)
+  closed, length = eqn.params["jaxpr"], eqn.params["length"]
+  if not isinstance(closed, core.ClosedJaxpr):
+    closed = core.ClosedJaxpr(closed, ())
+  body, inner = core.jaxpr_as_fun(closed), closed.jaxpr
+  # What is scanned over has one axis more outside than inside; how the parameters say so differs among versions of JAX.
+  scanned = lambda outside, inside: [
+    len(a.aval.shape) > len(b.aval.shape) for a, b in zip(outside, inside, strict=True)
+  ]
+  num_carry = scanned(eqn.outvars, inner.outvars).count(False)
+  num_consts = scanned(eqn.invars, inner.invars).count(False) - num_carry
+  steps = range(length)[::-1] if eqn.params["reverse"] else range(length)
 
   def loop(*args: Array) -> list[Array]:
     consts, carry, xs = args[:num_consts], args[num_consts : num_consts + num_carry], args[num_consts + num_carry :]
