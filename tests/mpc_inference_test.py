@@ -139,6 +139,7 @@ SMALL = ((normal(0, 6, 16), normal(1, 16), normal(2, 16, 3)), normal(3, 4, 6))
     Config(40, 12, 16),
     Config(64, 16, 18, exact=False),
     Config(48, 14, 16, comparison="fss"),
+    Config(32, 10, 14, prng="threefry"),
   ],
 )
 def test_rings_and_modes(config):
