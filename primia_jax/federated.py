@@ -30,12 +30,15 @@ class Site(NamedTuple):
     images: [N, H, W, C] as stored; rows beyond `num_examples` are padding.
     labels: [N] int32.
     num_examples: int32.
+    secret: [8] uint32, known to the site alone, from which private training draws its batches and its noise; None
+      where training is not private.
   """
 
   id: Array
   images: Array
   labels: Array
   num_examples: Array
+  secret: Array | None = None
 
 
 class Global(NamedTuple):

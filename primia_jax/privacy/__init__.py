@@ -1,0 +1,1 @@
+"""Differential privacy: what is done to gradients and updates, and what it costs."""
