@@ -112,6 +112,41 @@ def fedbn(recipe: local.Recipe, is_norm_parameter: Callable[[str], bool], **kwar
   return fedavg(recipe, stays=is_norm_parameter, name="fedbn", **kwargs)
 
 
+def averaged(algorithm: Algorithm, decay: float) -> Algorithm:
+  """The same algorithm, evaluated with an exponential average of the global parameters over rounds (De et al. 2022).
+
+  Round t counts min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage. The average follows from
+  what the server has opened already, so that under differential privacy it costs nothing.
+
+  Args:
+    algorithm: which keeps all parameters global.
+    decay: in [0, 1).
+
+  Raises:
+    ValueError: for a decay outside [0, 1).
+  """
+  if not 0 <= decay < 1:
+    raise ValueError(f"decay={decay} of the parameter average must lie in [0, 1)")
+  inner = lambda server: server._replace(server=server.server["inner"])
+
+  def init_server(params: Params) -> PyTree:
+    return {"inner": algorithm.init_server(params), "average": params}
+
+  def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
+    params, model_state, state, metrics = algorithm.server(inner(server), total)
+    t = server.round.astype(jnp.float32)
+    keep = jnp.minimum(decay, (1 + t) / (10 + t))
+    average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, server.server["average"], params)
+    return params, model_state, {"inner": state, "average": average}, metrics
+
+  return algorithm._replace(
+    init_server=init_server,
+    site=lambda server, kept, site: algorithm.site(inner(server), kept, site),
+    server=server,
+    personal=lambda server, kept: (server.server["average"], server.model_state),
+  )
+
+
 def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) -> Algorithm:
   """SCAFFOLD (Karimireddy et al. 2020, algorithm 1, option II): control variates against drift between sites.
 
@@ -222,7 +257,7 @@ def _train(recipe: local.Recipe, server: Global, site: Site, params, model_state
   key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(server.key, STEPS), server.round), site.id)
   run = local.train(recipe, correct)
   data = (site.images, site.labels, site.num_examples)
-  return run(params, model_state, opt_state, *data, server.round, order_key, key, server.class_weights)
+  return run(params, model_state, opt_state, *data, server.round, order_key, key, server.class_weights, site.secret)
 
 
 def _change(trained: local.Trained, server: Global) -> tuple[Params, ModelState]:

@@ -60,6 +60,21 @@ class Work:
     return self.steps is not None or batches[0] == batches[1]
 
 
+class Private(NamedTuple):
+  """What stands in for `draw_batches` and a recipe's `grad_fn` at a site that trains under differential privacy.
+
+  Attributes:
+    draw: (the site's secret [8] uint32, step uint32, num_examples, N) -> [B] int32 into its examples, -1 where none.
+    grad_fn: (params, model_state, batch, key, secret, step, num_examples) -> what `GradFn` gives. Metrics never leave
+      the step: they are not private.
+    num_steps: of a round, the same at all sites.
+  """
+
+  draw: Callable[[Array, Array, Array, int], Array]
+  grad_fn: Callable[..., tuple[Params, tuple[ModelState, Metrics]]]
+  num_steps: int
+
+
 class Recipe(NamedTuple):
   """How a site trains.
 
@@ -69,12 +84,14 @@ class Recipe(NamedTuple):
     schedule: learning rate as a function of training time in rounds (float32: 2.5 is half-way through the third round),
       so that it goes on whether or not the optimiser's state is kept from round to round.
     work: how much a site does in a round.
+    private: takes the place of `grad_fn` and of `work`'s batches, see `Private`; then a site needs a secret.
   """
 
   grad_fn: GradFn
   optimizer: Optimizer
   schedule: Callable[[Array], Array | float]
   work: Work
+  private: Private | None = None
 
 
 class Trained(NamedTuple):
@@ -178,21 +195,40 @@ def train(recipe: Recipe, correct: Callable[[PyTree, Params], PyTree] | None = N
 
   Returns:
     (params, model_state, opt_state, images [N, H, W, C], labels [N], num_examples, round_index, order_key, key,
-    class_weights=None) -> Trained. `order_key` stays the same for a site, `key` is fresh for each (round, site);
-    `class_weights`, [L], weigh an example by its class.
+    class_weights=None, secret=None) -> Trained. `order_key` stays the same for a site, `key` is fresh for each (round,
+    site); `class_weights`, [L], weigh an example by its class; `secret`, [8] uint32, is what a private recipe draws
+    its batches and its noise from, and must be fresh whenever rounds are counted from 0 again. The metrics of private
+    training are 0. It raises a ValueError where a recipe is private and there is no secret.
   """
-  grad_fn, optimizer, schedule, work = recipe
+  grad_fn, optimizer, schedule, work, private = recipe
   add = lambda a, b: jax.tree.map(jnp.add, a, b)
 
+  def source(images, round_index, num_examples, order_key, secret):
+    """The number of steps, the examples of step t, and the gradient of step t."""
+    if private is None:
+      index, num_steps = draw_batches(order_key, round_index, num_examples, work)
+      return num_steps, lambda t: index[t], lambda t, *args: grad_fn(*args)
+    if secret is None:
+      raise ValueError("private training needs a secret at each site: give Site.secret, from prng.random_key()")
+    number = lambda t: (round_index * private.num_steps + t).astype(jnp.uint32)
+    index_fn = lambda t: private.draw(secret, number(t), num_examples, images.shape[0])
+
+    def gradient(t, *args):
+      grads, (model_state, new) = private.grad_fn(*args, secret, number(t), num_examples)
+      return grads, (model_state, jax.tree.map(jnp.zeros_like, new))
+
+    return private.num_steps, index_fn, gradient
+
   def run(
-    params, model_state, opt_state, images, labels, num_examples, round_index, order_key, key, class_weights=None
-  ):
-    index, num_steps = draw_batches(order_key, round_index, num_examples, work)
+    params, model_state, opt_state, images, labels, num_examples, round_index, order_key, key, class_weights=None,
+    secret=None,
+  ):  # fmt: skip
+    num_steps, index_fn, gradient = source(images, round_index, num_examples, order_key, secret)
 
     def step(t: Array, carry):
       params, model_state, opt_state, metrics, rate_sum = carry
-      batch = gather(images, labels, index[t], class_weights)
-      grads, (model_state, new) = grad_fn(params, model_state, batch, jax.random.fold_in(key, t))
+      batch = gather(images, labels, index_fn(t), class_weights)
+      grads, (model_state, new) = gradient(t, params, model_state, batch, jax.random.fold_in(key, t))
       grads = grads if correct is None else correct(grads, params)
       progress = jnp.asarray(t, jnp.float32) / jnp.asarray(num_steps, jnp.float32)
       rate = jnp.asarray(schedule(jnp.asarray(round_index, jnp.float32) + progress), jnp.float32)

@@ -264,3 +264,18 @@ def test_bad_settings_are_refused():
   for momentum in (-0.1, 1.0):
     with pytest.raises(ValueError, match="momentum"):
       algorithms.fednova(recipe(), momentum=momentum)
+
+
+def test_the_average_over_rounds_is_what_is_evaluated_and_changes_no_training():
+  plain, algorithm = algorithms.fedavg(recipe()), algorithms.averaged(algorithms.fedavg(recipe()), 0.25)
+  averages, average = [], X0
+  for r in range(1, ROUNDS + 1):
+    want, state = (run(a, (IDS,) * r) for a in (plain, algorithm))
+    np.testing.assert_array_equal(vector(state.params), vector(want.params))
+    keep = min(0.25, r / (9 + r))
+    average = keep * average + (1 - keep) * vector(want.params)
+    server = fed.Global(state.params, {}, state.server, state.round, KEY)
+    averages.append(vector(algorithm.personal(server, ())[0]))
+    np.testing.assert_allclose(averages[-1], average, rtol=1e-6, atol=1e-7)
+  with pytest.raises(ValueError, match="decay=1"):
+    algorithms.averaged(plain, 1.0)

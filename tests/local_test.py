@@ -8,7 +8,7 @@ import pytest
 from sklearn import metrics as sk
 
 from primia_jax import local
-from primia_jax.types import Batch
+from primia_jax.types import Batch, Metrics
 
 D, L = 6, 3
 
@@ -298,3 +298,31 @@ def test_vmapped_gradients_are_those_of_each_site(size):
   together, _ = jax.jit(jax.vmap(grad_fn, in_axes=(0, None, 0, 0)))(params, {}, batch, keys)
   alone = [grad_fn(params[i], {}, jax.tree.map(lambda a, i=i: a[i], batch), keys[i])[0] for i in range(3)]
   np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-6)
+
+
+def test_a_private_recipe_draws_and_differentiates_by_the_sites_secret():
+  """Steps are numbered on from round to round, and nothing of the examples comes back but the model."""
+  steps = 3
+  seen = lambda secret, step, n: jnp.stack([step + secret[0], n.astype(jnp.uint32), jnp.uint32(7)]).astype(jnp.float32)
+  draw = lambda secret, step, n, size: jnp.stack([step % 5, -1]).astype(jnp.int32)
+
+  def grad_fn(params, model_state, batch, key, secret, step, n):
+    grads = {"w": jnp.tile(seen(secret, step, n), (D, 1)), "b": jnp.sum(batch.weights) * jnp.ones(L)}
+    return grads, (model_state, Metrics(jnp.float32(3), jnp.float32(2), jnp.float32(1)))
+
+  work = local.Work(batch_size=4, max_examples=7)
+  private = local.Private(draw, grad_fn, steps)
+  recipe = local.Recipe(None, optax.sgd, lambda t: 1.0, work, private)
+  images, labels = data(7)
+  args = (images, labels, jnp.int32(5), jnp.int32(2), jax.random.key(0), jax.random.key(1))
+  params = jax.tree.map(jnp.zeros_like, start())
+  trained = jax.jit(local.train(recipe))(
+    params, {}, optax.sgd(1.0).init(params), *args, secret=jnp.full(8, 9, jnp.uint32)
+  )
+  numbers = 2 * steps + np.arange(steps)
+  np.testing.assert_array_equal(trained.params["w"][0], [-(numbers + 9).sum(), -5 * steps, -7 * steps])
+  np.testing.assert_array_equal(trained.params["b"], -steps * np.ones(L))  # one example a step
+  assert trained.num_steps == steps
+  assert all(m == 0 for m in trained.metrics)
+  with pytest.raises(ValueError, match="needs a secret at each site"):
+    local.train(recipe)(params, {}, optax.sgd(1.0).init(params), *args)
