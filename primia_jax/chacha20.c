@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "xla/ffi/api/c_api.h"
+#include "ffi.h"
 
 enum { TILE = 128, TILE_BYTES = 64 * TILE, UNIT = 8 };  // UNIT: tiles that a thread takes at a time
 #if defined(__AVX512F__)
@@ -104,13 +104,7 @@ static void work(void* data) {
 }
 
 XLA_FFI_Error* primia_mask_sum(XLA_FFI_CallFrame* frame) {
-  if (frame->extension_start && frame->extension_start->type == XLA_FFI_Extension_Metadata) {
-    XLA_FFI_Metadata* metadata = ((XLA_FFI_Metadata_Extension*)frame->extension_start)->metadata;
-    metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-    metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-    metadata->traits = 0;
-    return NULL;
-  }
+  if (primia_metadata(frame)) return NULL;
   const XLA_FFI_Buffer *keys = frame->args.args[0], *signs = frame->args.args[1], *nonce = frame->args.args[2];
   const XLA_FFI_Buffer* out = frame->rets.rets[0];
   int64_t rows = 1;

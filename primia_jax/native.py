@@ -25,6 +25,7 @@ from jax import lax
 from primia_jax.types import Array
 
 _SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("chacha20.c", "barrier.c"))
+_HEADER = pathlib.Path(__file__).with_name("ffi.h")
 _MASK_SUM, _BARRIER = "primia_mask_sum", "primia_barrier"
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared")
 _LOCK = threading.Lock()
@@ -92,13 +93,13 @@ def _load() -> bool:
 
 
 def _build() -> pathlib.Path:
-  """Compiles the source into the user's cache, under a name that tells source, header, compiler and CPU apart."""
+  """Compiles the sources into the user's cache, under a name that tells sources, headers, compiler and CPU apart."""
   compiler = [*shlex.split(os.environ.get("CC", "cc")), *_FLAGS]
-  header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+  interface = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
   # The predefined macros name the compiler's version and every instruction set that -march=native found.
   macros = _run([*compiler, "-E", "-dM", "-x", "c", os.devnull])
-  sources = [source.read_bytes() for source in _SOURCES]
-  digest = hashlib.sha256(b"".join((" ".join(compiler).encode(), macros, header.read_bytes(), *sources)))
+  texts = [path.read_bytes() for path in (interface, _HEADER, *_SOURCES)]
+  digest = hashlib.sha256(b"".join((" ".join(compiler).encode(), macros, *texts)))
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "primia_jax"
   library = cache / f"native-{digest.hexdigest()[:32]}.so"
   if not library.exists():

@@ -8,23 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from mpc_reference import OWNERS, normal
 
 from primia_jax import models, prng
 from primia_jax.mpc import inference, planning, protocol, sharing
 from primia_jax.mpc.circuit import Config
 
-OWNERS = ("model_owner", "data_owner")
+pytestmark = pytest.mark.usefixtures("x64")
 WIDE = Config(64, 16, 18)
-
-
-@pytest.fixture(autouse=True)
-def _x64():
-  with jax.enable_x64(True):
-    yield
-
-
-def normal(seed, *shape):
-  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def planned(fn, args, config=WIDE, owners=OWNERS):

@@ -1,26 +1,20 @@
 """Every primitive that is supported, against the function itself, on the integer model; and what is refused."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from mpc_reference import OWNERS, normal
 
 from primia_jax.mpc import inference, planning
 from primia_jax.mpc.circuit import Config
 
-OWNERS = ("model_owner", "data_owner")
+pytestmark = pytest.mark.usefixtures("x64")
 CONFIG = Config(64, 16, 20)
-
-
-@pytest.fixture(autouse=True)
-def _x64():
-  with jax.enable_x64(True):
-    yield
-
-
-def normal(seed, *shape):
-  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def checked(fn, args, owners=OWNERS, atol=2e-3, config=CONFIG):
@@ -240,7 +234,31 @@ def test_what_repeats_elements_is_opened_before_it_does():
   assert [row.shape for row in planning.rows(plan) if row.what == "open"] == [IMAGE.shape, IMAGE.shape]
 
 
+def test_convolutions_whose_kernel_is_no_other_partys():
+  """Either operand may be anybody's secret; only a public image has no protocol."""
+  conv = lambda w, x: lax.conv_general_dilated(w, x, (1, 1), "SAME", dimension_numbers=NHWC)
+  checked(conv, (IMAGE, KERNEL))
+  checked(lambda w, x: conv(w, jnp.abs(x * w[0, 0, 0, 0])), (IMAGE, KERNEL), atol=1e-2)
+  checked(conv, (IMAGE, KERNEL), ("shared", "data_owner"))
+
+
+def test_truth_is_being_other_than_zero():
+  x = np.array([[0.0, 0.25, 3.0], [-0.3, 0.0, 1.0]], np.float32)
+  fn = lambda w, x: ((w * x).astype(bool), jnp.argmax(w * x, 1).astype(bool), jnp.where((w * x).astype(bool), x, 7.0))
+  checked(fn, (np.float32(1), x))
+
+
+def test_a_gather_out_of_bounds_fills_with_zeros_only():
+  take = lambda w, x, **options: jnp.take(x * w, np.array([1, 9]), axis=0, **options)
+  checked(functools.partial(take, mode="fill", fill_value=0), (np.float32(1), X))
+  checked(functools.partial(take, mode="clip"), (np.float32(1), X))
+
+
 # ---- refusals
+
+
+def pooled(x, **options):
+  return lax.reduce_window(x, -np.inf, lax.max, (2, 2), (1, 1), "VALID", **options)
 
 
 @pytest.mark.parametrize(
@@ -250,12 +268,25 @@ def test_what_repeats_elements_is_opened_before_it_does():
     (lambda w, x: jnp.sin(x @ w), r"sin of a secret value has no protocol \(at mpc_lowering_test.py:\d+"),
     (lambda w, x: jnp.floor(x @ w), "floor"),
     (lambda w, x: jnp.where((x @ w).sum() > 0, x, 0)[jnp.argmax(x @ w, 1)], "secret position"),
+    (lambda w, x: jnp.asarray(B)[jnp.argmax(x @ w, 1)], "gather at a secret position"),
+    (lambda w, x: lax.dynamic_slice_in_dim(x @ w, jnp.argmax((x @ w)[0]), 2), "dynamic_slice at a secret position"),
+    (lambda w, x: jnp.take(x @ w, np.array([7]), axis=0), "gather out of bounds"),
+    (lambda w, x: jnp.take(x @ w, np.array([7]), axis=0, mode="fill", fill_value=1), "gather out of bounds"),
     (lambda w, x: (x @ w) ** x[:, :3], "power"),
+    (lambda w, x: (x @ w) ** np.arange(3, dtype=np.float32)[None], "a power that is not one public number"),
+    (lambda w, x: np.float32(2) ** (x @ w), "a power that is not one public number"),
     (lambda w, x: (x @ w).astype(jnp.int32), "rounding a secret value"),
+    (lambda w, x: lax.pad(x @ w, (x @ w)[0, 0], ((1, 1, 0), (0, 0, 0))), "padding with a secret value"),
+    (lambda w, x: lax.select_n(np.full((5, 3), 2, np.int32), *(x @ w + i for i in range(3))), "select among 3 cases"),
+    (lambda w, x: pooled(x @ w, base_dilation=(2, 1)), "reduce_window_max with base dilation"),
+    (lambda w, x: lax.conv(np.ones((1, 3, 9, 9), np.float32), (x @ w)[:, :, None, None], (1, 1), "SAME"),
+     "conv_general_dilated of a public image with a secret kernel"),
+    (lambda w, x: (jax.debug.print("{}", x @ w), x @ w)[1], "debug_print|debug_callback"),
     (lambda w, x: lax.cond((x @ w).sum() > 0, lambda: 1.0, lambda: 2.0), "cond on a secret value"),
     (lambda w, x: lax.while_loop(lambda v: v.sum() > 0, lambda v: v - 1, x @ w), "while loop over secret"),
   ],
-)
+)  # fmt: skip
 def test_the_rest_is_refused_by_name(fn, reason):
-  with pytest.raises(NotImplementedError, match=reason):
+  with pytest.raises(NotImplementedError, match=reason) as refusal:
     planning.plan(fn, OWNERS, (normal(0, 4, 3), B), CONFIG)
+  assert re.search(r"at mpc_lowering_test\.py:\d+", str(refusal.value))

@@ -1,13 +1,13 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from mpc_reference import OWNERS
 
-from primia_jax.mpc import fitting, inference, planning
+from primia_jax.mpc import inference, planning
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.planning import Network
 
-OWNERS = ("model_owner", "data_owner")
+pytestmark = pytest.mark.usefixtures("x64")
 W = np.random.default_rng(0).standard_normal((2, 8, 8)).astype(np.float32) / 3
 X = np.random.default_rng(1).standard_normal((4, 8)).astype(np.float32)
 
@@ -17,12 +17,6 @@ def fn(w, x):
     x = jax.nn.relu(x @ w[0])
   with jax.named_scope("second"):
     return x @ w[1]
-
-
-@pytest.fixture(autouse=True)
-def _x64():
-  with jax.enable_x64(True):
-    yield
 
 
 def test_the_rows_say_what_is_dealt_sent_and_assumed():
@@ -83,33 +77,3 @@ def test_calibration_takes_the_largest_over_examples():
 
 def test_a_network_charges_every_round():
   assert Network(0.04, 100e6).seconds(100, 50_000_000) == pytest.approx(8.0)
-
-
-@pytest.mark.parametrize(
-  ("change", "reason"),
-  [
-    ({"num_bits": 65}, "num_bits=65"),
-    ({"fraction_bits": 40}, "fraction_bits=40"),
-    ({"weight_bits": 30}, "weight_bits=30"),
-    ({"comparison": "magic"}, "magic"),
-    ({"margin": 0.5}, "margin=0.5"),
-    ({"prng": "dice"}, "dice"),
-  ],
-)
-def test_a_wrong_configuration_is_refused(change, reason):
-  with pytest.raises(ValueError, match=reason):
-    Config(**change)
-
-
-@pytest.mark.parametrize(("target", "ring"), [(0.05, 32), (5e-5, 64)])
-def test_the_cheapest_ring_that_is_accurate_enough(target, ring):
-  plan = fitting.fit(fn, OWNERS, [(W, X), (W, -X)], target)
-  assert plan.config.num_bits == ring
-  for x in (X, -X):
-    assert jnp.abs(inference.check(plan, (W, x)) - fn(W, x)).max() <= target
-
-
-@pytest.mark.parametrize(("target", "reason"), [(1e-12, "no ring reaches"), (0.0, "must be positive")])
-def test_an_impossible_target_is_refused(target, reason):
-  with pytest.raises(ValueError, match=reason):
-    fitting.fit(fn, OWNERS, [(W, X)], target, candidates=((32, 10), (64, 12)))

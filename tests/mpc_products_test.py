@@ -16,6 +16,7 @@ FORMS = products.FORMS
 RINGS = ((18, 32), (32, 32), (7, 20), (40, 40), (18, 44), (18, 64), (33, 64), (64, 64))  # (w_bits, num_bits)
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
 NO_BATCH = ((), ())
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def split_and_multiply(mapping, x, w, w_bits, num_bits, form):
@@ -23,12 +24,6 @@ def split_and_multiply(mapping, x, w, w_bits, num_bits, form):
 
 
 RUN = jax.jit(split_and_multiply, static_argnums=(0, 3, 4, 5))
-
-
-@pytest.fixture(autouse=True)
-def x64():
-  with jax.enable_x64(True):
-    yield
 
 
 def equation_map(fn, *shapes):

@@ -1,5 +1,7 @@
 import functools
+import pathlib
 import shutil
+import tomllib
 import warnings
 
 import jax.numpy as jnp
@@ -54,6 +56,24 @@ def test_a_build_is_cached_for_its_source_and_flags(fresh, monkeypatch):
   assert fresh.stat().st_mode & 0o077 == 0
   monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-DOTHER"))
   assert native._build() != built
+
+
+@needs_compiler
+def test_a_changed_header_is_compiled_anew(fresh, monkeypatch, tmp_path):
+  built = native._build()
+  changed = tmp_path / native._HEADER.name
+  changed.write_text(native._HEADER.read_text() + "\n// changed\n")
+  monkeypatch.setattr(native, "_HEADER", changed)
+  assert native._build() != built
+
+
+def test_all_that_is_compiled_is_shipped():
+  project = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())
+  shipped = project["tool"]["setuptools"]["package-data"]["primia_jax"]
+  package = pathlib.Path(native.__file__).parent
+  written = {path.name for path in package.iterdir() if path.suffix in (".c", ".h")}
+  assert written == {path.name for path in (native._HEADER, *native._SOURCES)}
+  assert written <= set(shipped)
 
 
 def test_the_environment_turns_it_off(fresh, monkeypatch):

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from primia_jax.mpc import functions, maps, products
+from primia_jax.mpc import maps, powers, products
 from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.knowledge import Env, Lazy, Lowering, Owned, Pending, Rule, compact, compact_shape, is_secret
 from primia_jax.mpc.products import Map
@@ -97,31 +98,30 @@ def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
     return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
   if isinstance(b, Owned):
     return _mul(low, equation, [a, b._replace(read=lambda env: 1 / b.read(env))])
-  return functions.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b))
+  return powers.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b))
 
 
 def _bilinear(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  """Convolutions and matrix products."""
+  """Convolutions and matrix products. A matrix product may be exchanged, so that what its owner holds is the weight."""
   a, b = inputs
   mapping = maps.from_equation(equation.name, equation.params)
-  if isinstance(b, Owned) and not (isinstance(a, Owned) and a.owner < b.owner):
-    x, weight, order = low.value(a) if is_secret(a) else a, b, None
-  elif isinstance(a, Owned) or not is_secret(a):
+  exchanged = isinstance(a, Owned) and not (isinstance(b, Owned) and b.owner < a.owner)
+  if not is_secret(a) or (exchanged and equation.name == "dot_general"):
+    if equation.name != "dot_general":
+      raise NotImplementedError(f"{equation.name} of a public image with a secret kernel at {equation.source}")
     mapping, order = maps.swapped(mapping, len(shape_of(a)), len(shape_of(b)))
     x, weight = low.value(b), a
   else:
     x, weight, order = low.value(a), b, None
   if not is_secret(weight):
     return _public_product(low, x, weight, mapping, order)
-  if isinstance(weight, Owned) and isinstance(x, Value):
+  if isinstance(weight, Owned):
     shape = maps.shape_of(mapping, x.shape, weight.shape)
     axes = maps.weight_axes(mapping, x.shape, weight.shape)
     if order is None:
       return Lazy(x, mapping, weight, None, shape, axes, ())
     shape, axes = tuple(shape[i] for i in order), tuple(axes[i] for i in order)
     return Lazy(x, mapping, weight, None, shape, axes, (functools.partial(lax.transpose, permutation=order),))
-  if not isinstance(x, Value):
-    raise NotImplementedError(f"{equation.name} of a public left operand at {equation.source}")
   return low.build.product(x, low.value(weight), mapping, low.bound(equation.outputs[0]))
 
 
@@ -151,6 +151,8 @@ def _structural(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if any(is_secret(v) for v in inputs[1:]):
     raise NotImplementedError(f"{equation.name} at a secret position, at {equation.source}")
   apply = lambda v: equation.bind(v, *inputs[1:])
+  if equation.name == "gather" and _fills(apply, shape_of(inputs[0]), inputs[1]):
+    raise NotImplementedError(f"gather out of bounds, which fills with more than zeros, at {equation.source}")
   if isinstance(inputs[0], Lazy) and equation.name in RESHAPES and (moved := _reshaped(inputs[0], equation)):
     return moved
   if isinstance(inputs[0], Pending) and equation.outputs[0].number in low.pools:
@@ -160,6 +162,14 @@ def _structural(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if len(equation.outputs) > 1:
     return [low.build.local(lambda v, i=i: apply(v)[i], x) for i in range(len(equation.outputs))]
   return low.build.local(lambda v: apply(v)[0], x, max_abs=x.max_abs * terms)
+
+
+def _fills(apply: Callable[[Array], list[Array]], shape: tuple[int, ...], indices: Any) -> bool:
+  """Whether a gather also writes numbers that are not its operand's; of indices that jit traces nothing is known."""
+  if isinstance(indices, jax.core.Tracer):
+    return False
+  with jax.ensure_compile_time_eval():
+    return bool(jnp.any(apply(jnp.zeros(shape, jnp.float32))[0] != 0))
 
 
 def _reshaped(lazy: Lazy, equation: Equation) -> Lazy | None:
@@ -184,11 +194,8 @@ SUMS = {"reduce_sum", "reduce_window_sum", "cumsum"}
 MOVES = {"transpose", "broadcast_in_dim", "slice", "rev", "gather", "dynamic_slice", "split", "tile"}
 
 
-def _same(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  if equation.name == "convert_element_type" and jnp.issubdtype(equation.params["new_dtype"], jnp.integer):
-    before = equation.params["new_dtype"]
-    if not (isinstance(inputs[0], Value) and float(inputs[0].scale) == 1.0):
-      raise NotImplementedError(f"rounding a secret value to {before} at {equation.source}")
+def same(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  """What stays as it is, in whatever dtype."""
   return inputs[0] if isinstance(inputs[0], Lazy | Pending | Value) else low.value(inputs[0])
 
 
@@ -251,4 +258,4 @@ RULES: dict[str, Rule] = {
   "pad": padded,
 }
 RULES |= {name: _structural for name in (*RESHAPES, *SUMS, *MOVES)}
-RULES |= {name: _same for name in ("copy", "copy_p", "stop_gradient", "convert_element_type", "optimization_barrier")}
+RULES |= {name: same for name in ("copy", "copy_p", "stop_gradient", "optimization_barrier")}

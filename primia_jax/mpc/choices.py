@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from primia_jax.mpc import functions
-from primia_jax.mpc.arithmetic import negative, padded
+from primia_jax.mpc import exponentials, extrema, piecewise, powers
+from primia_jax.mpc.arithmetic import negative, padded, same
 from primia_jax.mpc.circuit import Builder, Value
 from primia_jax.mpc.knowledge import Lowering, Pending, Rule, is_secret
 from primia_jax.mpc.program import Equation, Ref
@@ -54,7 +54,7 @@ def _compare(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   name, shape = equation.name, equation.avals[0].shape
   if name in ("eq", "ne") and inputs[0] is inputs[1]:  # how JAX asks for NaN, which fixed point has not
     return np.full(shape, name == "eq")
-  complement = lambda bit: low.build.add_public(low.build.negate(bit), 1.0)._replace(max_abs=1.0)
+  complement = lambda bit: _complement(low.build, bit)
   at_least = lambda a, b: low.build.sign(_difference(low, [a, b], shape))
   a, b = inputs
   match name:
@@ -69,6 +69,21 @@ def _compare(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
     case _:
       both = low.build.multiply(at_least(a, b), at_least(b, a))
       return both if name == "eq" else complement(both)
+
+
+def _convert(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  """Truth is being other than zero, and only whole numbers become integers."""
+  dtype = equation.params["new_dtype"]
+  if jnp.issubdtype(dtype, jnp.bool_):
+    return _compare(low, equation._replace(name="ne"), [inputs[0], np.zeros(())])
+  whole = isinstance(inputs[0], Value) and float(inputs[0].scale) == 1.0
+  if jnp.issubdtype(dtype, jnp.integer) and not whole:
+    raise NotImplementedError(f"rounding a secret value to {dtype} at {equation.source}")
+  return same(low, equation, inputs)
+
+
+def _complement(build: Builder, bit: Value) -> Value:
+  return build.add_public(build.negate(bit), 1.0)._replace(max_abs=1.0)
 
 
 def _select(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -116,9 +131,8 @@ def _clamp(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 def _logical(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   """and, or, xor, not of secret bits."""
   build, one = low.build, lambda v: np.asarray(v, np.float64)
-  complement = lambda bit: build.add_public(build.negate(bit), 1.0)._replace(max_abs=1.0)
   if equation.name == "not":
-    return complement(low.value(inputs[0]))
+    return _complement(build, low.value(inputs[0]))
   a, b = inputs if is_secret(inputs[0]) else inputs[::-1]
   x = low.value(a)
   both = build.multiply(x, low.value(b)) if is_secret(b) else build.multiply_public(x, one(b))
@@ -133,7 +147,7 @@ def _reduce_extremum(low: Lowering, equation: Equation, inputs: list[Any]) -> An
   if equation.name == "reduce_min":
     x = low.build.negate(x)
   for axis in sorted(equation.params["axes"], reverse=True):
-    x = functions.tournament(low.build, x, axis)
+    x = extrema.tournament(low.build, x, axis)
   return low.build.negate(x) if equation.name == "reduce_min" else x
 
 
@@ -175,7 +189,7 @@ def _argmax(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if equation.name == "argmin":
     x = low.build.negate(x)
   (axis,) = equation.params["axes"]
-  return functions.argmax(low.build, x, axis)
+  return extrema.argmax(low.build, x, axis)
 
 
 def _power(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -183,7 +197,7 @@ def _power(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if is_secret(exponent) or np.size(exponent) != 1:
     raise NotImplementedError(f"a power that is not one public number, at {equation.source}")
   y = float(np.asarray(exponent).reshape(()))
-  return functions.power(low.build, low.value(inputs[0]), int(y) if y == int(y) else y)
+  return powers.power(low.build, low.value(inputs[0]), int(y) if y == int(y) else y)
 
 
 def _abs(build: Builder, x: Value) -> Value:
@@ -191,11 +205,29 @@ def _abs(build: Builder, x: Value) -> Value:
   return build.subtract(twice, x)._replace(max_abs=x.max_abs)
 
 
+UNARY: dict[str, Callable[[Builder, Value], Value]] = {
+  "abs": _abs,
+  "square": functools.partial(powers.power, exponent=2),
+  "sign": piecewise.sign,
+  "sqrt": powers.sqrt,
+  "rsqrt": powers.rsqrt,
+  "cbrt": powers.cbrt,
+  "log": powers.log,
+  "log1p": powers.log1p,
+  "exp": exponentials.exp,
+  "exp2": exponentials.exp2,
+  "expm1": exponentials.expm1,
+  "logistic": exponentials.logistic,
+  "tanh": exponentials.tanh,
+  "erf": exponentials.erf,
+  "erfc": exponentials.erfc,
+}
 RULES: dict[str, Rule] = {
   "max": _max,
   "min": _min,
   "clamp": _clamp,
   "select_n": _select,
+  "convert_element_type": _convert,
   "reduce_max": _reduce_extremum,
   "reduce_min": _reduce_extremum,
   "reduce_window_max": _reduce_window_max,
@@ -203,10 +235,8 @@ RULES: dict[str, Rule] = {
   "argmin": _argmax,
   "integer_pow": _power,
   "pow": _power,
-  "abs": _unary(_abs),
-  "square": _unary(lambda build, x: functions.power(build, x, 2)),
   "is_finite": lambda low, equation, inputs: np.ones(equation.avals[0].shape, bool),
 }
 RULES |= {name: _compare for name in ("ge", "le", "gt", "lt", "eq", "ne")}
 RULES |= {name: _logical for name in ("and", "or", "xor", "not")}
-RULES |= {name: _unary(fn) for name, fn in functions.UNARY.items()}
+RULES |= {name: _unary(fn) for name, fn in UNARY.items()}

@@ -67,6 +67,11 @@ class Config:
   def dtype(self) -> np.dtype:
     return ring.storage(self.num_bits)
 
+  @property
+  def unit(self) -> float:
+    """u, the scale of activations."""
+    return 2.0**-self.fraction_bits
+
 
 class Value(NamedTuple):
   """Shares of integers that stand for real numbers."""
@@ -198,9 +203,8 @@ class Builder:
 
   def input(self, owner: int | None, value: Callable, shape: tuple[int, ...], max_abs: float = math.inf) -> Value:
     """An owner's argument, or shares (owner None), at the scale of activations."""
-    scale = 2.0**-self.config.fraction_bits
-    operand = self._operand(owner, value, scale, shape, None, None)
-    return self._add(Input, shape, scale, max_abs, owner=owner, operand=operand)
+    operand = self._operand(owner, value, self.config.unit, shape, None, None)
+    return self._add(Input, shape, self.config.unit, max_abs, owner=owner, operand=operand)
 
   def circuit(self, outputs: Sequence[Any]) -> Circuit:
     return Circuit(tuple(self.operations), tuple(self.operands), tuple(outputs))

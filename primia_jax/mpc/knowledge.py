@@ -207,6 +207,8 @@ def _pooled(program: Program) -> set[int]:
   kept = {v.number for v in program.outputs if isinstance(v, Ref)}
   pooled: set[int] = set()
   for equation in program.equations[::-1]:
+    if not equation.outputs:  # a callback
+      continue
     ref = equation.outputs[0].number
     found = readers.get(ref, [])
     reaches = lambda e: e.name in _MAXIMA or (e.name in _THROUGH and e.outputs[0].number in pooled)

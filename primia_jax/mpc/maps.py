@@ -54,13 +54,7 @@ def weight_axes(mapping: Map, x: Sequence[int], w: Sequence[int]) -> tuple[int |
 
 
 def swapped(mapping: Map, a_ndim: int, b_ndim: int) -> tuple[Map, tuple[int, ...]]:
-  """The dot_general with its operands exchanged, and the transposition of its result that undoes it.
-
-  Raises:
-    NotImplementedError: for a convolution whose kernel is the left operand.
-  """
-  if mapping.name != "dot_general":
-    raise NotImplementedError(f"{mapping.name} with the secret image on the right")
+  """A dot_general with its operands exchanged, and the transposition of its result that undoes it."""
   (a_contracted, b_contracted), (a_batch, b_batch) = dict(mapping.params)["dimension_numbers"]
   numbers = ((b_contracted, a_contracted), (b_batch, a_batch))
   batch = len(a_batch)

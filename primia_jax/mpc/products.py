@@ -346,14 +346,23 @@ def _axes(map: Map, w_shape: Sequence[int]) -> list[_Axis]:
   return [_Axis(*each) for each in values]
 
 
+def _free(ndim: int, contracted: Sequence[int], batch: Sequence[int]) -> list[int]:
+  """The axes of a dot_general's operand that are neither summed over nor shared with the other."""
+  return [a for a in range(ndim) if a not in (*contracted, *batch)]
+
+
+def _flattened(v: Array, *groups: Sequence[int]) -> Array:
+  """v with one axis for each group of axes."""
+  sizes = [math.prod(v.shape[a] for a in axes) for axes in groups]
+  return v.transpose(*(a for axes in groups for a in axes)).reshape(sizes)
+
+
 def _kernel(map: Map, w: Array) -> Array:
   """The right-hand operand as [*window, C, G, O]."""
   p = dict(map.params)
   if map.name == "dot_general":
     (_, contracted), (_, batch) = p["dimension_numbers"]
-    free = [a for a in range(w.ndim) if a not in (*contracted, *batch)]
-    sizes = [math.prod(w.shape[a] for a in axes) for axes in (contracted, batch, free)]
-    return w.transpose(*contracted, *batch, *free).reshape(sizes)
+    return _flattened(w, contracted, batch, _free(w.ndim, contracted, batch))
   out, channels, *window = p["dimension_numbers"].rhs_spec
   w = w.transpose(*window, channels, out)
   groups = p.get("feature_group_count", 1) * p.get("batch_group_count", 1)  # at least one of them is 1
@@ -365,9 +374,7 @@ def _rows(map: Map, x: Array) -> Array:
   p = dict(map.params)
   if map.name == "dot_general":
     (contracted, _), (batch, _) = p["dimension_numbers"]
-    free = [a for a in range(x.ndim) if a not in (*contracted, *batch)]
-    sizes = [math.prod(x.shape[a] for a in axes) for axes in (free, contracted, batch)]
-    return x.transpose(*free, *contracted, *batch).reshape(sizes)
+    return _flattened(x, _free(x.ndim, contracted, batch), contracted, batch)
   rows, channels, *space = p["dimension_numbers"].lhs_spec
   x = x.transpose(rows, *space, channels)
   if (groups := p.get("batch_group_count", 1)) > 1:
@@ -382,8 +389,8 @@ def _result(map: Map, y: Array, x_shape: Sequence[int], w_shape: Sequence[int]) 
   if map.name == "dot_general":
     (x_contracted, w_contracted), (x_batch, w_batch) = p["dimension_numbers"]
     batch = [x_shape[a] for a in x_batch]
-    x_free = [n for a, n in enumerate(x_shape) if a not in (*x_contracted, *x_batch)]
-    w_free = [n for a, n in enumerate(w_shape) if a not in (*w_contracted, *w_batch)]
+    x_free = [x_shape[a] for a in _free(len(x_shape), x_contracted, x_batch)]
+    w_free = [w_shape[a] for a in _free(len(w_shape), w_contracted, w_batch)]
     return y.swapaxes(0, 1).reshape(*batch, *x_free, *w_free)
   rows, channels, *space = p["dimension_numbers"].out_spec
   y = y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])

@@ -145,7 +145,7 @@ class _Tracer:
       return self.inline(eqn.params["branches"][int(values[0])], values[1:], layer, source)
     if name == "scan":
       return self.inline(_unrolled(eqn, values), values, layer, source)
-    if name == "while":
+    if name == "while" and any(isinstance(v, Ref) for v in values):
       raise NotImplementedError(f"while loop over secret values at {source}; use scan or a static fori_loop")
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
       if isinstance(eqn.params.get(key), (core.ClosedJaxpr, core.Jaxpr)):

@@ -1,0 +1,118 @@
+"""Polynomials of shared numbers, from products of several values in one message, which one gate truncates.
+
+In the docstrings of functions u = 2^-f, the unit of activations; C, T and P are the rounds of a comparison, a
+truncation and a product: 4, 3 (4 where more than 16 bits are cut off) and 1 with "tables" and a ring of 64 bits, 2, 2
+and 1 with "fss". Errors are those of the function at the shared input as it is truncated to u, with exact gates
+(without, each truncation adds one unit at most). An output that is not truncated has u^2 as its unit, as that of a
+product has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.polynomial import chebyshev
+
+from primia_jax.mpc.circuit import Builder, Config, Value
+from primia_jax.mpc.maps import MULTIPLY
+
+# ---- several values in one message
+
+
+def opened(build: Builder, values: Sequence[Value]) -> list[Value]:
+  """The same values, masked in one message, for products."""
+  joined = _joined(build, values)
+  build.open(joined)
+  return _split(build, joined, values)
+
+
+def product(build: Builder, a: Value, b: Value) -> Value:
+  """a x b in whole units: neither is truncated first."""
+  bound = a.max_abs * b.max_abs if a.max_abs and b.max_abs else 0.0
+  out = build.product(a._replace(scale=1.0), b._replace(scale=1.0), MULTIPLY)
+  return out._replace(scale=a.scale * b.scale, max_abs=bound)
+
+
+def cut(build: Builder, values: Sequence[Value], bits: int) -> list[Value]:
+  """Values of one scale, truncated to 2^-bits by one gate; where that is finer, multiplied."""
+  finer = round(-math.log2(values[0].scale)) - bits
+  if finer == 0:
+    return list(values)
+  if finer < 0:
+    grown = [build.local(lambda v: v * v.dtype.type(2**-finer), v) for v in values]
+    return [v._replace(scale=v.scale * 2.0**finer) for v in grown]
+  unit = 2.0 ** -(build.config.fraction_bits + finer)
+  joined = _joined(build, values)
+  joined = build.narrow(joined._replace(scale=unit, max_abs=joined.max_abs * unit))
+  return _split(build, joined, [v._replace(scale=v.scale * 2.0**finer) for v in values])
+
+
+def _joined(build: Builder, values: Sequence[Value]) -> Value:
+  """All elements of values, whose scales are forgotten."""
+  values = [v._replace(scale=1.0, max_abs=v.max_abs / v.scale) for v in values]
+  return build.local(lambda *vs: jnp.concatenate([v.reshape(-1) for v in vs]), *values)
+
+
+def _split(build: Builder, joined: Value, values: Sequence[Value]) -> list[Value]:
+  """The parts of what was joined, with the scales and bounds of `values`."""
+  out, start = [], 0
+  for value in values:
+    stop = start + math.prod(value.shape)
+    part = build.local(lambda v, a=start, b=stop, s=value.shape: v[a:b].reshape(s), joined)
+    out.append(part._replace(scale=value.scale, max_abs=value.max_abs))
+    start = stop
+  return out
+
+
+# ---- polynomials
+
+
+def polynomial(build: Builder, x: Value, coefficients: Sequence[float], bits: int) -> Value:
+  """A polynomial of x, |x| about 1, with public coefficients, at scale 2^(-2 bits); truncations are to 2^-bits."""
+  (x,) = cut(build, [x], bits)
+  if len(coefficients) % 2:
+    coefficients = [*coefficients, 0.0]
+  unit = 2.0**-bits
+  pairs = []
+  for constant, slope in zip(coefficients[::2], coefficients[1::2], strict=True):
+    factor = round(slope / unit)
+    line = build.local(lambda v, factor=factor: v * v.dtype.type(factor % 2 ** (8 * v.dtype.itemsize)), x)
+    pairs.append(build.add_public(line._replace(scale=unit * x.scale, max_abs=x.max_abs * abs(slope)), constant))
+  if len(pairs) == 1:
+    return pairs[0]
+  (x,) = opened(build, [x])
+  return estrin(build, product(build, x, x), pairs, bits)
+
+
+def estrin(build: Builder, power: Value, terms: Sequence[Value], bits: int) -> Value:
+  """sum_i terms_i power^i, all at scale 2^(-2 bits), in ceil(log2) levels of a truncation and a product each."""
+  while len(terms) > 1:
+    power, *odd = opened(build, cut(build, [power, *terms[1::2]], bits))
+    sums = [build.add(a, product(build, b, power)) for a, b in zip(terms[::2], odd, strict=False)]
+    terms = [*sums, *terms[2 * len(sums) :]]
+    power = product(build, power, power)
+  return terms[0]
+
+
+def fit(fn: Callable[[np.ndarray], np.ndarray], bits: int) -> list[float]:
+  """Coefficients in s = 4 n - 3 of the polynomial of least degree within 2^-bits of fn(n) on [1/2, 1]."""
+  return interpolate(lambda s: fn((s + 3) / 4), 1.0, bits)
+
+
+def interpolate(fn: Callable[[Any], Any], half: float, bits: float) -> list[float]:
+  """Coefficients of the polynomial of least degree, 2 to 15, within 2^-bits of fn on [-half, half]."""
+  grid = np.linspace(-1, 1, 257)
+  for degree in range(2, 16):
+    c = chebyshev.chebinterpolate(lambda s: fn(half * s), degree)
+    if np.abs(chebyshev.chebval(grid, c) - fn(half * grid)).max() <= 2.0**-bits:
+      break
+  return list(chebyshev.cheb2poly(c) / half ** np.arange(len(c)))
+
+
+def working_bits(config: Config) -> int:
+  """Fraction bits inside a polynomial: four more than outside, where the ring has room."""
+  return min(config.fraction_bits + 4, (config.num_bits - 6) // 2)

@@ -1,0 +1,55 @@
+"""The choice of a ring: the first that is accurate enough on every example, or a refusal that says what was reached."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mpc_reference import OWNERS, normal
+
+from primia_jax.mpc import fitting, inference
+from primia_jax.mpc.circuit import Config
+
+pytestmark = pytest.mark.usefixtures("x64")
+W, X = normal(0, 2, 8, 8) / np.float32(3), normal(1, 4, 8)
+
+
+def fn(w, x):
+  return jax.nn.relu(x @ w[0]) @ w[1]
+
+
+@pytest.mark.parametrize(("target", "ring"), [(0.05, 32), (5e-5, 64)])
+def test_the_cheapest_ring_that_is_accurate_enough(target, ring):
+  plan = fitting.fit(fn, OWNERS, [(W, X), (W, -X)], target)
+  assert plan.config.num_bits == ring
+  for x in (X, -X):
+    assert jnp.abs(inference.check(plan, (W, x)) - fn(W, x)).max() <= target
+
+
+def test_the_first_that_is_accurate_by_the_factor_asked_for():
+  product, coarse, fine = lambda w, x: x @ w[0], (64, 6), (64, 12)
+  chosen = lambda target, *candidates, spare=1.0: fitting.fit(
+    product, OWNERS, [(W, X), (W, -X)], target, spare=spare, candidates=candidates
+  )
+  plan = chosen(1.0, coarse)
+  most = max(float(jnp.abs(inference.check(plan, (W, x)) - product(W, x)).max()) for x in (X, -X))
+  assert chosen(most * 1.01, coarse, fine).config.fraction_bits == 6
+  assert chosen(most * 1.01, coarse, fine, spare=1.5).config.fraction_bits == 12
+  assert chosen(most * 0.99, coarse, fine).config.fraction_bits == 12
+  assert chosen(most * 1.01, fine, coarse).config.fraction_bits == 12  # cheapest first is the caller's order
+
+
+def test_the_rest_of_the_configuration_is_kept():
+  config = Config(64, 20, 24, comparison="fss", margin=3.0)
+  got = fitting.fit(fn, OWNERS, [(W, X)], 0.1, config, candidates=[(16, 7), (32, 10)]).config
+  assert got == Config(32, 10, 24, comparison="fss", margin=3.0)  # and 16 bits, which are too few, were passed over
+
+
+@pytest.mark.parametrize(("target", "reason"), [(1e-12, "no ring reaches"), (0.0, "must be positive")])
+def test_an_impossible_target_is_refused(target, reason):
+  with pytest.raises(ValueError, match=reason):
+    fitting.fit(fn, OWNERS, [(W, X)], target, candidates=((32, 10), (64, 12)))
+
+
+def test_without_x64_the_message_says_what_was_left_out():
+  with jax.enable_x64(False), pytest.raises(ValueError, match=r"best is \d.*; rings of more than 32 bits need"):
+    fitting.fit(fn, OWNERS, [(W, X)], 1e-7, candidates=((32, 10), (64, 20)))

@@ -1,0 +1,136 @@
+"""Functions as flat lists of equations: the same results, nothing public left, and where each equation stands."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from primia_jax.mpc import program
+from primia_jax.mpc.program import PUBLIC, Ref
+
+X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+W = np.random.default_rng(1).standard_normal(3).astype(np.float32)
+
+
+def flat(fn, args, owners=None):
+  """The program, after checking that it computes what fn does."""
+  traced = program.trace(fn, args, owners or ["secret"] * len(args))
+  env = program.evaluate(traced, jax.tree.leaves(tuple(args)))
+  outputs = [env[v.number] if isinstance(v, Ref) else v for v in traced.outputs]
+  got = jax.tree.unflatten(traced.out_tree, outputs)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, fn(*args))
+  return traced
+
+
+def names(traced):
+  return [equation.name for equation in traced.equations]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_is_unrolled(reverse):
+  def fn(x, w):
+    step = lambda carry, row: ((carry[0] + row * w, carry[1] * 2.0), (row.sum(), carry[0]))
+    return lax.scan(step, (jnp.zeros(3), 1.0), x, reverse=reverse)
+
+  traced = flat(fn, (X, W))
+  assert "scan" not in names(traced)
+  assert names(traced).count("reduce_sum") == len(X)
+  assert jax.tree.structure(fn(X, W)) == traced.out_tree
+
+
+def test_a_scan_without_anything_scanned_over():
+  traced = flat(lambda x: lax.scan(lambda c, _: (c * 2 + 1, None), x, None, length=3), (X,))
+  assert names(traced).count("mul") == 3
+
+
+def test_calls_are_inlined():
+  @jax.custom_jvp
+  def doubled(x):
+    return 2.0 * x
+
+  @jax.custom_vjp
+  def tripled(x):
+    return 3.0 * x
+
+  doubled.defjvps(lambda tangent, out, x: 2 * tangent)
+  tripled.defvjp(lambda x: (tripled(x), None), lambda _, g: (3 * g,))
+  fn = lambda x: jax.jit(lambda y: jax.checkpoint(doubled)(tripled(y)) + 1)(x)
+  assert names(flat(fn, (X,))) == ["mul", "mul", "add"]
+
+
+@pytest.mark.parametrize(("public", "name"), [(1.0, "sin"), (-1.0, "cos")])
+def test_a_condition_on_a_public_value_leaves_one_branch(public, name):
+  fn = lambda x, p: lax.cond(p > 0, jnp.sin, jnp.cos, x)
+  assert names(flat(fn, (X, np.float32(public)), ["secret", PUBLIC])) == [name]
+
+
+def test_a_switch_takes_its_branch():
+  fn = lambda x, i: lax.switch(i, [jnp.sin, jnp.cos, jnp.tanh], x)
+  for i, name in enumerate(["sin", "cos", "tanh", "tanh"]):  # beyond the last is the last
+    assert names(flat(fn, (X, np.int32(i)), ["secret", PUBLIC])) == [name]
+
+
+def test_what_is_public_is_computed_on_the_spot():
+  def fn(x, p):
+    p = lax.while_loop(lambda v: v.sum() < 100, lambda v: 2 * v, jnp.abs(p))
+    return x + p[None], jnp.sin(p), 7.0
+
+  traced = flat(fn, (X, W), ["secret", PUBLIC])
+  assert names(traced) == ["add"]
+  assert [isinstance(v, Ref) for v in traced.outputs] == [True, False, False]
+  assert isinstance(traced.inputs[0], Ref)
+  np.testing.assert_array_equal(traced.inputs[1], W)
+
+
+def test_evaluate_gives_what_follows_from_what_is_given():
+  traced = program.trace(lambda x, w: (x * 2, w + 1, (x * 2) @ w), (X, W), ["secret"] * 2)
+  env = program.evaluate(traced, [X, None])
+  doubled, plus, product = (v.number for v in traced.outputs)
+  np.testing.assert_array_equal(env[doubled], X * 2)
+  assert not {plus, product} & set(env)
+  assert set(program.evaluate(traced, [X, W])) == set(range(traced.num_values))
+
+
+def test_each_equation_knows_its_line_and_scope():
+  def fn(x):
+    with jax.named_scope("outer"):
+      y = jnp.sin(x)
+      with jax.named_scope("inner"):
+        y = jax.jit(jnp.cos)(y)
+    return jnp.tanh(y)
+
+  first = inspect.getsourcelines(fn)[1]
+  assert [(e.name, e.layer, e.source) for e in program.trace(fn, (X,), ["secret"]).equations] == [
+    ("sin", "outer", f"mpc_program_test.py:{first + 2}"),
+    ("cos", "outer/inner", f"mpc_program_test.py:{first + 4}"),
+    ("tanh", "(top)", f"mpc_program_test.py:{first + 5}"),
+  ]
+
+
+def test_shapes_and_dtypes_of_what_goes_in_and_out():
+  traced = flat(lambda tree: {"most": tree["x"].argmax(1), "bits": tree["x"] > 0}, ({"x": X, "w": W},))
+  assert [(v.shape, v.dtype) for v in traced.avals] == [((3,), np.float32), ((4, 3), np.float32)]
+  assert [np.dtype(d) for d in traced.out_dtypes] == [np.dtype(bool), np.dtype(np.int32)]
+  assert all(len(e.outputs) == len(e.avals) for e in traced.equations)
+
+
+@pytest.mark.parametrize(
+  ("fn", "reason"),
+  [
+    (lambda x: lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x), r"cond on a secret value at mpc_program_test.py:\d+"),
+    (lambda x: lax.while_loop(lambda v: v.sum() > 0, lambda v: v - 1, x), r"while loop .* at mpc_program_test.py:\d+"),
+  ],
+)
+def test_control_flow_on_secrets_is_refused(fn, reason):
+  with pytest.raises(NotImplementedError, match=reason):
+    program.trace(fn, (X,), ["secret"])
+
+
+def test_bad_arguments_are_refused():
+  with pytest.raises(ValueError, match="1 owners for 2 arguments"):
+    program.trace(lambda x, w: x @ w, (X, W), ["secret"])
+  with pytest.raises(ValueError, match="public argument needs its value"):
+    program.trace(lambda x, w: x @ w, (X, jax.ShapeDtypeStruct(W.shape, W.dtype)), ["secret", PUBLIC])
