@@ -84,6 +84,12 @@ def site_images(settings: Train, only_site: int | None = None) -> Inputs:
   return inputs
 
 
+def patients(part: Part, site: int) -> np.ndarray:
+  """The patient of each of a site's images, numbered from 0 in any order."""
+  groups = np.asarray(part.dataset.groups)[part.sites[site]]
+  return np.unique(groups, return_inverse=True)[1].astype(np.int32)
+
+
 def stack(part: Part, site_ids: np.ndarray, max_examples: int) -> Site:
   """Stacks the images of some sites as [K, max_examples, H, W, C], padded with zeros.
 

@@ -9,11 +9,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from experiments import private
 from experiments.settings import Train, fractions
-from primia_jax import algorithms, federated, local, models, pretrained, robust, secagg, sites
+from primia_jax import algorithms, federated, local, models, pretrained, robust, secagg, site_privacy, sites
 from primia_jax.data import augment
+from primia_jax.privacy import training as private_training
+from primia_jax.secagg import graph
 from primia_jax.types import Array, Key, ModelState, Params
 
 AUGMENTATIONS = {
@@ -26,7 +30,9 @@ AUGMENTATIONS = {
 }  # fmt: skip
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
+_CORRUPT_FRACTION = 0.1  # of a site's peers, with which the degree of a sparse graph reckons
 _MIN_FRACTION_BITS = 10  # an update's numbers are off by less than 1/2048
+_DROPOUTS = 1  # use of the seed
 _INITIAL = 7  # what the key of the initial parameters is folded with
 _MEAN, _STD = 0.5, 0.25  # of a typical radiograph; fixed, so that no statistic of anybody's images is needed
 
@@ -40,7 +46,8 @@ def check(settings: Train, federated: bool = True) -> None:
   s = settings
   choices = {
     "algorithm": ALGORITHMS, "weighting": ("examples", "uniform"), "optimizer": ("sgd", "momentum", "adam", "adamw"),
-    "schedule": ("constant", "cosine"), "channels": (1, 3), "norm": ("", *models.NORMS), "pool": models.POOLS,
+    "schedule": ("constant", "cosine"), "channels": (1, 3),
+    "secagg": ("pairwise", "bell", "none"), "norm": ("", *models.NORMS), "pool": models.POOLS,
   }  # fmt: skip
   for name, allowed in choices.items():
     if getattr(s, name) not in allowed:
@@ -82,8 +89,13 @@ def check(settings: Train, federated: bool = True) -> None:
     raise FileNotFoundError(f"pretrained={s.pretrained}: there is no such file")
   if s.placement not in ("auto", "mesh", "processes"):  # these would start JAX
     sites.parse_placement(s.placement)
+  if not 0 <= s.dropout_rate < 1:
+    raise ValueError(f"dropout_rate={s.dropout_rate} must lie in [0, 1)")
+  if s.dp_average and s.algorithm == "fedbn":
+    raise ValueError("dp_average averages global parameters, and fedbn keeps some at each site; use dp_average=0")
   augmentation(s.augment)
   model_config(s, 3)
+  private.check(s, federated)
   if federated:
     _check_aggregation(s)
 
@@ -103,7 +115,9 @@ def _check_aggregation(settings: Train) -> None:
     raise ValueError(
       f"aggregation={s.aggregation} needs more than {2 * int(bad) + 2} sites a round; there are {num_sites}"
     )
-  if s.norm == "batch" and s.aggregation != "secure" and s.algorithm != "fedbn":
+  if s.dropout_rate and is_secure(s) and not s.secagg_threshold:
+    raise ValueError(f"dropout_rate={s.dropout_rate} loses sites, which masks survive with a secagg_threshold only")
+  if s.norm == "batch" and not is_secure(s) and s.algorithm != "fedbn":
     raise ValueError(
       f"norm=batch under aggregation={s.aggregation}: each site's BatchNorm statistics would leave it in the clear; "
       "use aggregation=secure, norm=group, or algorithm=fedbn, which keeps them at the site"
@@ -187,16 +201,44 @@ def schedule(settings: Train) -> Callable[[Array], Array]:
   return rate
 
 
-def recipe(settings: Train, model: models.Model, work: local.Work, num_classes: int) -> local.Recipe:
-  """How a site trains."""
+def is_secure(settings: Train) -> bool:
+  """Whether updates are masked."""
+  return settings.aggregation == "secure" and settings.secagg != "none"
+
+
+def recipe(
+  settings: Train,
+  model: models.Model,
+  work: local.Work,
+  num_classes: int,
+  privacy: private.Privacy | None = None,
+  rows_per_unit: int = 1,
+  prepared: bool = False,
+) -> local.Recipe:
+  """How a site trains.
+
+  Args:
+    settings: the run's.
+    model: which.
+    work: of a round.
+    num_classes: L.
+    privacy: of the units, if any.
+    rows_per_unit: the most images of a patient.
+    prepared: images are `models.features` already.
+  """
   optimizers: dict[str, local.Optimizer] = {
     "sgd": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=settings.momentum),
     "adam": optax.adam,
     "adamw": functools.partial(optax.adamw, weight_decay=settings.weight_decay),
   }
-  loss_fn = local.classification_loss(model.apply, prepare(settings), num_classes, settings.label_smoothing)
-  return local.Recipe(local.gradients(loss_fn), optimizers[settings.optimizer], schedule(settings), work)
+  as_they_are = lambda key, images, targets: (images, targets)
+  prepare_fn = as_they_are if prepared else prepare(settings)
+  loss_fn = local.classification_loss(model.apply, prepare_fn, num_classes, settings.label_smoothing)
+  steps = None
+  if privacy is not None and privacy.mechanism is not None:
+    steps = private_training.private(loss_fn, privacy.mechanism, privacy.num_steps, rows_per_unit)
+  return local.Recipe(local.gradients(loss_fn), optimizers[settings.optimizer], schedule(settings), work, steps)
 
 
 def work(settings: Train, sizes: tuple[int, ...]) -> local.Work:
@@ -211,8 +253,16 @@ def work(settings: Train, sizes: tuple[int, ...]) -> local.Work:
   )
 
 
-def algorithm(settings: Train, recipe: local.Recipe) -> federated.Algorithm:
-  """The federated algorithm that the settings name."""
+def algorithm(settings: Train, recipe: local.Recipe, privacy: private.Privacy | None = None) -> federated.Algorithm:
+  """The federated algorithm that the settings name, and what bounds and averages its updates."""
+  out = _algorithm(settings, recipe)
+  if privacy is not None and privacy.unit == "site":
+    noise = 0.0 if privacy.noise else privacy.release.noise_multiplier
+    out = site_privacy.bounded(out, settings.l2_clip_norm, noise)
+  return algorithms.averaged(out, settings.dp_average) if settings.dp_average else out
+
+
+def _algorithm(settings: Train, recipe: local.Recipe) -> federated.Algorithm:
   s = settings
   options = {"weighting": s.weighting, "keep_optimizer": s.keep_optimizer}
   if s.algorithm == "fedprox":
@@ -236,9 +286,10 @@ def algorithm(settings: Train, recipe: local.Recipe) -> federated.Algorithm:
   return algorithms.fedavg(recipe, **options)  # type: ignore[arg-type]
 
 
-def alone(recipe: local.Recipe) -> federated.Algorithm:
+def alone(settings: Train, recipe: local.Recipe) -> federated.Algorithm:
   """Ordinary training as a federation of one site, whose optimiser keeps its state."""
-  return algorithms.fedavg(recipe, weighting="uniform", keep_optimizer=True, name="one site")
+  out = algorithms.fedavg(recipe, weighting="uniform", keep_optimizer=True, name="one site")
+  return algorithms.averaged(out, settings.dp_average) if settings.dp_average else out
 
 
 def initial(settings: Train, config: models.ModelConfig, key: Key) -> tuple[Params, ModelState]:
@@ -262,6 +313,8 @@ def aggregator(settings: Train, num_sites: int, max_abs: float | None = None) ->
   """
   kind, _, argument = settings.aggregation.partition("=")
   if kind == "secure" and not argument:
+    if not is_secure(settings):
+      return federated.in_the_clear()
     config = secure_sum(settings, num_sites, max_abs)
     if config.fixed.fraction_bits < _MIN_FRACTION_BITS:
       raise ValueError(
@@ -287,12 +340,43 @@ def aggregator(settings: Train, num_sites: int, max_abs: float | None = None) ->
 
 
 def secure_sum(settings: Train, num_sites: int, max_abs: float | None = None) -> secagg.SecureSum:
-  peers = settings.secagg_peers
+  """The encoding and masks of a sum; `threshold` counts a site and its peers."""
+  peers, threshold = settings.secagg_peers, settings.secagg_threshold
   if peers == (settings.sites_per_round or settings.num_sites) - 1:
     peers = 0  # all others in a round means all others in the sums over all sites, too
+  if settings.secagg == "bell" and not peers:
+    peers, needed = graph.degree_for(num_sites, _CORRUPT_FRACTION, settings.dropout_rate)
+    threshold = threshold if threshold > 0 else needed
+  holders = (peers or num_sites - 1) + 1
   return secagg.secure_sum(
     num_sites,
     settings.secagg_max_abs if max_abs is None else max_abs,
     num_bits=settings.secagg_bits,
     num_peers=peers or None,
+    threshold=2 * holders // 3 + 1 if threshold < 0 else threshold or None,
   )
+
+
+def min_survivors(secure: secagg.SecureSum) -> int | None:
+  """The fewest sites in a sum for which noise is calibrated, in proportion to the threshold; None without one."""
+  if secure.threshold is None:
+    return None
+  return max(2, -(-secure.num_sites * secure.threshold // (secure.num_peers + 1)))
+
+
+def private_aggregator(
+  settings: Train, num_sites: int, privacy: private.Privacy | None, params: Params, model_state: ModelState
+) -> federated.Aggregator:
+  """How updates are combined: `aggregator`, or with noise that the sites make together."""
+  if privacy is None or privacy.noise is None:
+    return aggregator(settings, num_sites)
+  return site_privacy.noised(privacy.noise, secure_sum(settings, num_sites), params, model_state)
+
+
+def dropouts(settings: Train, round_index: int, num_sites: int) -> secagg.Dropouts | None:
+  """The sites that a simulated round loses, each at the setting's rate, half of them before they mask."""
+  if not settings.dropout_rate:
+    return None
+  rng = np.random.default_rng((settings.seed, _DROPOUTS, round_index))
+  lost, early = rng.random(num_sites) < settings.dropout_rate, rng.random(num_sites) < 0.5
+  return secagg.Dropouts(lost & early, lost & ~early)

@@ -29,7 +29,9 @@ CURVES = {
   "loss": {"train_loss": "training", "val_loss": "validation"},
   "validation score": {"val_accuracy": "accuracy", "val_mcc": "MCC"},
   "learning rate": {"learning_rate": "learning rate"},
+  "epsilon spent": {"epsilon": "epsilon spent"},
 }
+SINGLE = ("learning rate", "epsilon spent")  # panels of one line, named by their axis
 
 
 def confusion_matrix(cm: Any, label_names: Sequence[str], path: str | pathlib.Path, title: str) -> None:
@@ -127,11 +129,12 @@ def roc(labels: Any, probabilities: Any, label_names: Sequence[str], path: str |
 
 
 def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: str) -> None:
-  """Draws loss, validation scores and learning rate against the round.
+  """Draws loss, validation scores, learning rate and the epsilon that is spent against the round.
 
   Args:
-    rows: a run's JSON lines: each has `round` and any of `train_loss`, `val_loss`, `val_accuracy`, `val_mcc` and
-      `learning_rate`. What a row lacks, or holds as None, has no point there; what no row has, has no panel.
+    rows: a run's JSON lines: each has `round` and any of `train_loss`, `val_loss`, `val_accuracy`, `val_mcc`,
+      `learning_rate` and `epsilon`. What a row lacks, or holds as None, has no point there; what no row has, has no
+      panel.
     path: the file to write.
     title: what the picture shows, data set included.
 
@@ -145,7 +148,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
   panels = {panel: lines for panel, lines in panels.items() if lines}
   if not panels:
     raise ValueError(f"rows hold none of {[key for lines in CURVES.values() for key in lines]}: nothing to draw")
-  heights = [1.2 if panel == "learning rate" else 2.6 for panel in panels]
+  heights = [1.2 if panel in SINGLE else 2.6 for panel in panels]
   figure = Figure(figsize=(7.2, sum(heights) + 1.3), layout="constrained")
   all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
   for axes, (panel, lines) in zip(all_axes, panels.items(), strict=True):
@@ -153,7 +156,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
       points = [(row["round"], row[key]) for row in rows if row.get(key) is not None]
       x, y = (np.array(v, np.float64) for v in zip(*points, strict=True))
       marker = "o" if len(points) <= 30 else ""
-      colour = "#666666" if panel == "learning rate" else PALETTE[i]
+      colour = "#666666" if panel in SINGLE else PALETTE[i]
       axes.plot(x, y, color=colour, linestyle=DASHES[i], linewidth=1.7, marker=marker, markersize=3.5, label=name)
       if key == "val_mcc" and np.isfinite(y).any():
         best = int(np.nanargmax(y))
@@ -161,7 +164,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
         axes.plot(x[best], y[best], "*", color=INK, markersize=11, linestyle="none", label=label)
     axes.set_ylabel(panel)
     _tidy(axes)
-    if panel == "learning rate":
+    if panel in SINGLE:
       axes.set_ylim(bottom=0)
       axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     else:

@@ -49,6 +49,7 @@ def write_report(
   versions: Mapping[str, Any],
   rounds: Sequence[Mapping[str, Any]] = (),
   secure_aggregation: Mapping[str, Any] | None = None,
+  privacy: Mapping[str, Any] | None = None,
   references: Mapping[str, Any] | None = None,
   groups: Any = None,
   main_arm: str = "federated",
@@ -67,6 +68,7 @@ def write_report(
     versions: what `versions()` gives.
     rounds: the run's JSON lines, as `plots.curves` takes them; without any there is no `curves.png`.
     secure_aggregation: its facts (bits, bound, error bound, peers, ...), written as they are; None when not used.
+    privacy: the facts of differential privacy (mechanism, unit, epsilon, ...), likewise.
     references: by name, [L, L] confusion matrices to compare with, such as a human reader's.
     groups: [N] the patient of each test image; given, intervals resample patients instead of images.
     main_arm: the arm whose confusion matrix and ROC curves are drawn, and that the summary is about.
@@ -121,6 +123,7 @@ def write_report(
     "difference": None,
     "references": {name: _reference_json(cm, label_names) for name, cm in references.items()},
     "secure_aggregation": None if secure_aggregation is None else dict(secure_aggregation),
+    "privacy": None if privacy is None else dict(privacy),
     "config": dict(config),
     "versions": dict(versions),
   }  # fmt: skip
@@ -360,6 +363,11 @@ def _markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     lines.append("Not used in this run.")
   else:
     lines += _facts(result["secure_aggregation"], ("fact", "value"))
+  lines += ["", "## Differential privacy", ""]
+  if result["privacy"] is None:
+    lines.append("Not used in this run: the trained model itself may give away something about its images.")
+  else:
+    lines += _facts(result["privacy"], ("fact", "value"))
   lines += ["", "## Pictures", ""]
   for file, caption in pictures.items():
     lines += [f"![{caption}: {result['data']}]({file})", ""]

@@ -94,15 +94,17 @@ def run(
     mine = np.asarray(everyone if together else (0,), np.int32)
     cohorts[name] = training.Cohort(name, train, validation, mine if process is None else mine[process : process + 1])
   predict = training.predictor(model)
-  trainers = {}  # one for the federation, one that all single cohorts share
-  for together, where in ((True, placement), (False, sites.Placement("loop"))):
-    alike = [cohort for cohort in cohorts.values() if (len(cohort.train.sites) > 1) == together]
-    if alike:
-      trainers[together] = training.make_trainer(config, model, len(label_names), alike, where)
+  # One trainer for the federation and one that all single cohorts share; privacy depends on a cohort's own size.
+  kind = lambda cohort: (len(cohort.train.sites) > 1, cohort.name if config.dp != "none" else "")
+  trainers = {}
+  for key in dict.fromkeys(map(kind, cohorts.values())):
+    alike = [cohort for cohort in cohorts.values() if kind(cohort) == key]
+    where = placement if key[0] else sites.Placement("loop")
+    trainers[key] = training.make_trainer(config, model, model_config, alike, where)
 
   probabilities, arms = {}, {}
   for name, cohort in cohorts.items():
-    trainer = trainers[len(cohort.train.sites) > 1]
+    trainer = trainers[kind(cohort)]
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
     arm_folder.mkdir(exist_ok=True)
     arms[name] = training.train(config, cohort, trainer, model_config, arm_folder, log)
@@ -128,6 +130,7 @@ def run(
     versions=report.versions(),
     rounds=main.rows,
     secure_aggregation=secure_aggregation_facts(config, images, main.models[0]) if federated else None,
+    privacy=main.privacy,
     references=radiologist,
     main_arm=main_arm,
     seed=config.seed,
@@ -142,7 +145,7 @@ def secure_aggregation_facts(
   config: settings.Train, images: inputs.Inputs, model: tuple[Params, ModelState]
 ) -> dict[str, Any] | None:
   """What the report says of the protection of updates; None where they went in the clear."""
-  if config.aggregation != "secure":
+  if not learning.is_secure(config):
     return None
   num_sites = config.sites_per_round or config.num_sites
   secure = learning.secure_sum(config, num_sites)
@@ -151,11 +154,13 @@ def secure_aggregation_facts(
     "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction bits",
     "sites in a sum": secure.num_sites,
     "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
+    "of a site and its peers, who must answer": secure.threshold or "all: no site may drop out",
     "largest magnitude of a number in an update": secure.max_abs,
     "largest magnitude of a sum before overflow": secure.fixed.max_abs,
     "largest quantisation error of a sum": secure.error_bound,
     "bytes that a site sends in a round": int(numbers * secagg.bytes_per_number(secure)),
-    "who learns what": "the server sees sums only; pair keys come from a trusted dealer; no site may drop out",
+    "who learns what": "the server sees sums only; "
+    + ("keys are agreed and shared anew for each sum" if secure.threshold else "pair keys come from a trusted dealer"),
     "known to all": (
       f"sizes of the smallest and largest site: {min(images.train.sizes)} and {max(images.train.sizes)} training images"
     ),

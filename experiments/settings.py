@@ -85,7 +85,32 @@ class Train(Data):
   )
   secagg_bits: int = _(32, "secure: bits of a masked number; more than 32 need JAX_ENABLE_X64=1")
   secagg_max_abs: float = _(32.0, "secure: largest magnitude in a site's update; larger ones stop the run")
-  secagg_peers: int = _(0, "secure: peers of each site, an even number; 0 takes all others")
+  secagg_peers: int = _(0, "secure: peers of each site, an even number; 0 takes all others, or what bell asks for")
+  dropout_rate: float = _(
+    0.0, "chance that a site is lost in a round, to simulate; half of them before and half after they mask"
+  )
+  secagg: str = _("pairwise", "secure: pairwise (masks with all others), bell (with a sparse graph of peers), or none")
+  secagg_threshold: int = _(
+    0,
+    "secure: how many of a site and its peers must answer to unmask a round; 0 tolerates no loss, -1 takes two thirds",
+  )
+
+  dp: str = _("none", "differential privacy of each site's: none, example or patient (DP-SGD), or site (its update)")
+  dp_noise: str = _("site", "dp=site: who draws the noise: distributed (each site a share of it, before masking)")
+  target_epsilon: float = _(
+    0.0, "dp: the budget; the noise follows from it, or with noise_multiplier the rounds; 0 none"
+  )
+  delta: float = _(0.0, "dp: chance that epsilon does not bound; 0 takes 1 / images of the largest site")
+  noise_multiplier: float = _(
+    0.0, "dp: standard deviation of the noise over the clipping norm; 0 takes target_epsilon's"
+  )
+  l2_clip_norm: float = _(1.0, "dp: largest L2 norm of what one image, patient or site adds to a sum")
+  dp_clipping: str = _("flat", "dp: flat, per_layer, or automatic (every gradient scaled to the norm)")
+  dp_augmentations: int = _(1, "dp: augmented copies of an image, whose mean gradient is clipped as one")
+  dp_count_noise: float = _(20.0, "dp with class_weights: standard deviation of the noise on each site's class counts")
+  dp_average: float = _(0.0, "decay of the average over rounds of the parameters that are evaluated; 0 takes the last")
+  dp_seed: int = _(-1, "dp: a seed for noise and batches, to repeat a run that is then NOT PRIVATE; -1 takes entropy")
+
   placement: str = _("auto", "where sites run: loop, scan, vmap, chunk=C, mesh, processes, or auto, the fastest")
   sites_in_memory: int = _(0, "load at most so many sites at a time; 0 keeps all in memory")
 

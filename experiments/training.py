@@ -15,14 +15,16 @@ import orbax.checkpoint as ocp
 import tqdm
 from jax.experimental import multihost_utils
 
-from experiments import inputs, learning
+from experiments import inputs, learning, private
 from experiments.settings import Train
-from primia_jax import federated, local, metrics, models, prng, sites
+from primia_jax import federated, local, metrics, models, prng, secagg, sites
 from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.dataset import Dataset
+from primia_jax.privacy import noise
 from primia_jax.types import Array, Key, ModelState, Params, PyTree
 
 _PREDICTION_BATCH = 64
+_COUNTS = 0x434E5453  # "CNTS": the subkey of a site's secret for the noise on its class counts
 _MAX_LOSS = 100.0  # nats an image may cost on average before a run is taken for diverged
 
 
@@ -52,6 +54,8 @@ class Trainer(NamedTuple):
     placement: where the site axis runs.
     num_sampled: sites in a round.
     max_examples, max_validated: rows to which the sites' images are padded.
+    privacy: of the sites' units, if any.
+    features: what images become before they are loaded, once and for all; None where they stay as they are.
   """
 
   algorithm: federated.Algorithm
@@ -63,6 +67,8 @@ class Trainer(NamedTuple):
   num_sampled: int
   max_examples: int
   max_validated: int
+  privacy: private.Privacy | None
+  features: Callable[[np.ndarray], np.ndarray] | None
 
 
 class Best(NamedTuple):
@@ -70,31 +76,54 @@ class Best(NamedTuple):
 
   params: Params
   model_state: ModelState
+  server: PyTree
   sites: PyTree
   mcc: Array
   round: Array
 
 
 class Arm(NamedTuple):
-  """A trained arm: its best models (one for each site where some parameters stay there) and its JSON lines."""
+  """A trained arm: its best models (one for each site where some parameters stay there) and its JSON lines.
+
+  Attributes:
+    privacy: what a report says of it; None without.
+  """
 
   models: list[tuple[Params, ModelState]]
   rows: list[dict[str, Any]]
   facts: dict[str, Any]
+  privacy: dict[str, Any] | None
 
 
 def make_trainer(
-  settings: Train, model: models.Model, num_classes: int, cohorts: Sequence[Cohort], placement: sites.Placement
+  settings: Train,
+  model: models.Model,
+  model_config: models.ModelConfig,
+  cohorts: Sequence[Cohort],
+  placement: sites.Placement,
 ) -> Trainer:
-  """Makes what trains any of the cohorts: all of several sites, or all of one."""
+  """Makes what trains any of the cohorts: all of several sites, or all of one; with privacy, a single cohort."""
+  num_classes = model_config.num_classes
   num_sites = len(cohorts[0].train.sites)
   together = num_sites > 1
   num_sampled = (settings.sites_per_round or settings.num_sites) if together else 1
   work = learning.work(settings, tuple(n for cohort in cohorts for n in cohort.train.sizes))
   max_validated = max(n for cohort in cohorts for n in cohort.validation.sizes)
-  recipe = learning.recipe(settings, model, work, num_classes)
-  algorithm = learning.algorithm(settings, recipe) if together else learning.alone(recipe)
-  aggregator = learning.aggregator(settings, num_sampled) if together else federated.alone()
+  units = (
+    [inputs.patients(c.train, i) for c in cohorts for i in range(len(c.train.sites))] if by_patient(settings) else []
+  )
+  sizes = [int(u.max()) + 1 for u in units] or [n for cohort in cohorts for n in cohort.train.sizes]
+  rows_per_unit = max((int(np.bincount(u).max()) for u in units), default=1)
+  params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+  num_parameters = sum(a.size for a in jax.tree.leaves(params))
+  least = learning.min_survivors(learning.secure_sum(settings, num_sampled)) if together else None
+  privacy = private.make(settings, sizes, num_sampled, num_parameters, least)
+  features = _features(model_config) if settings.augment == "none" and not settings.mixup else None
+  recipe = learning.recipe(settings, model, work, num_classes, privacy, rows_per_unit, features is not None)
+  algorithm = learning.algorithm(settings, recipe, privacy) if together else learning.alone(settings, recipe)
+  aggregator = federated.alone()
+  if together:
+    aggregator = learning.private_aggregator(settings, num_sampled, privacy, params, model_state)
 
   def counting(largest: float) -> federated.Aggregator:  # counts are summed securely, however updates are combined
     return federated.securely(learning.secure_sum(settings, num_sites, largest)) if together else federated.alone()
@@ -102,14 +131,41 @@ def make_trainer(
   return Trainer(
     algorithm,
     federated.federated(algorithm, aggregator, placement),
-    _validation(algorithm, model, num_classes, counting(_MAX_LOSS * max_validated), placement),
-    _class_counting(num_classes, counting(work.max_examples), placement),
+    _validation(algorithm, model, num_classes, counting(_MAX_LOSS * max_validated), placement, features is not None),
+    _class_counting(
+      num_classes,
+      counting(work.max_examples + 10 * settings.dp_count_noise),
+      placement,
+      settings.dp_count_noise if settings.dp != "none" else 0.0,
+    ),
     recipe.schedule,
     placement,
     num_sampled,
     work.max_examples,
     max_validated,
+    privacy,
+    features,
   )
+
+
+def by_patient(settings: Train) -> bool:
+  return settings.dp == "patient"
+
+
+def _features(config: models.ModelConfig) -> Callable[[np.ndarray], np.ndarray] | None:
+  """What the model computes before its first parameter, of any number of stored images, batch by batch."""
+  transform = models.features(config)
+  if transform is None:
+    return None
+  run = jax.jit(lambda images: transform(learning.normalise(images)))
+
+  def apply(images: np.ndarray) -> np.ndarray:
+    flat = images.reshape(-1, *images.shape[-3:])
+    batches = (flat[np.resize(np.arange(i, min(i + 64, len(flat))), 64)] for i in range(0, len(flat), 64))
+    out = np.concatenate([np.asarray(run(batch)) for batch in batches])[: len(flat)]
+    return out.reshape(*images.shape[:-3], *out.shape[1:])
+
+  return apply
 
 
 def train(
@@ -132,6 +188,7 @@ def train(
 
   Raises:
     RuntimeError: a site's update did not fit the encoding of secure aggregation, or training diverged.
+    ValueError: the ledger of an earlier start is damaged, or of another number of sites.
   """
   everyone = np.arange(len(cohort.train.sites), dtype=np.int32)
   algorithm, placement = trainer.algorithm, trainer.placement
@@ -139,17 +196,27 @@ def train(
   dealer_key = np.asarray(prng.random_key())  # fresh at every start, so that no mask is ever used twice
   if jax.process_count() > 1:
     dealer_key = multihost_utils.broadcast_one_to_all(dealer_key)
-  in_memory = settings.sites_in_memory
-  train_data = _loader(cohort.train, trainer.max_examples, cohort.mine, placement, in_memory)
-  validation_data = _loader(cohort.validation, trainer.max_validated, cohort.mine, placement, in_memory)
+  privacy, book = trainer.privacy, None
+  if privacy is not None:
+    book = private.Book(privacy, len(everyone), folder / "ledger.json", writes=jax.process_index() == 0)
+  train_data = _loader(cohort.train, trainer.max_examples, cohort.mine, placement, settings, trainer, True)
+  validation_data = _loader(cohort.validation, trainer.max_validated, cohort.mine, placement, settings, trainer)
   class_weights = None
   if settings.class_weights:
-    class_weights = np.asarray(inverse_frequency(trainer.count_classes(key, dealer_key, everyone, train_data)))
+    counts = None if book is None else book.counts
+    if counts is None:
+      if book is not None and privacy is not None and privacy.counts is not None:
+        book.spend(privacy.counts, everyone.tolist())
+      counts = trainer.count_classes(key, dealer_key, everyone, train_data).tolist()
+      if book is not None:
+        book.counts = counts
+        book.save()
+    class_weights = np.asarray(inverse_frequency(np.maximum(counts, 1.0)))
 
   params, model_state = learning.initial(settings, model_config, key)
   state = trainer.rounds.init(params, model_state, len(everyone))
   minus_one, zero = sites.replicate((jnp.float32(-2), jnp.int32(0)), placement)
-  best = Best(state.params, state.model_state, state.sites, minus_one, zero)
+  best = Best(state.params, state.model_state, state.server, state.sites, minus_one, zero)
   checkpoints = _checkpoints(folder)
   if (last := checkpoints.latest_step()) is not None:
     saved = checkpoints.restore(last, args=ocp.args.StandardRestore(_saved(state, best)))
@@ -167,7 +234,18 @@ def train(
       break
     start = time.perf_counter()
     ids = federated.sample_sites(key, round_index, len(everyone), trainer.num_sampled)
-    state, info = trainer.rounds.step(key, state, ids, train_data, dealer_key, class_weights)
+    lost = learning.dropouts(settings, round_index, len(ids)) if len(everyone) > 1 else None
+    if book is not None and privacy is not None:
+      if not book.within_budget(ids.tolist()):
+        bar.set_postfix_str(f"  stopped: another round would exceed epsilon {privacy.target:g}")
+        break
+      book.spend(privacy.release, ids.tolist(), privacy.num_steps)  # before anything is released
+    try:
+      state, info = trainer.rounds.step(key, state, ids, train_data, dealer_key, class_weights, lost)
+    except secagg.RoundAborted as error:
+      bar.write(f"round {round_index + 1}: {error}")
+      state = state._replace(round=state.round + 1)
+      continue
     if int(info.out_of_range):
       checkpoints.close()
       raise RuntimeError(
@@ -180,33 +258,38 @@ def train(
       "arm": cohort.name,
       "round": round_index + 1,
       "sites": ids.tolist() if len(everyone) > 1 else None,
-      "train_loss": float(info.loss),
-      "train_accuracy": float(info.accuracy),
+      "train_loss": float(info.loss) if privacy is None else None,  # not private, so never sent
+      "train_accuracy": float(info.accuracy) if privacy is None else None,
       "update_norm": float(info.update_norm),
       "learning_rate": float(trainer.schedule(jnp.float32(round_index))),
+      **({} if lost is None else {"survivors": int(info.survivors)}),
+      **({} if book is None else {"epsilon": book.epsilon}),
       **trainer.validate(key, state, everyone, dealer_key, validation_data),
     }
     row["seconds"] = time.perf_counter() - start
     if np.float32(row["val_mcc"]) > float(best.mcc):  # float32, as it is kept
       here = sites.replicate((jnp.float32(row["val_mcc"]), jnp.int32(round_index + 1)), placement)
-      best = Best(state.params, state.model_state, state.sites, *here)
+      best = Best(state.params, state.model_state, state.server, state.sites, *here)
     rows.append(row)
     if is_first:
       with (folder / "rounds.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
       log(row)
     checkpoints.save(round_index + 1, args=ocp.args.StandardSave(_saved(state, best)))
-    bar.set_postfix_str(f"  loss {row['train_loss']:.3f}  MCC {row['val_mcc']:.3f}")
+    shown = f"  loss {row['train_loss']:.3f}" if book is None else f"  epsilon {book.epsilon:.2f}"
+    bar.set_postfix_str(f"{shown}  MCC {row['val_mcc']:.3f}")
   checkpoints.close()
 
   serve = lambda kept: algorithm.personal(
-    federated.Global(best.params, best.model_state, state.server, state.round, key), kept
+    federated.Global(best.params, best.model_state, best.server, state.round, key), kept
   )
   personal = jax.tree.leaves(best.sites) and algorithm.name == "fedbn"
   kept = [jax.tree.map(lambda a, i=i: a[i], best.sites) for i in everyone] if personal else []
-  trained = [serve(k) for k in kept] if kept else [(best.params, best.model_state)]
+  shared = serve(None) if settings.dp_average else (best.params, best.model_state)  # the average needs nothing kept
+  trained = [serve(k) for k in kept] or [shared]
   facts = {"best round": int(best.round), "validation MCC": float(best.mcc), "rounds trained": int(state.round)}
-  return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts)
+  said = private.facts(settings, privacy, book) if privacy is not None and book is not None else None
+  return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
 
 
 def predictor(model: models.Model) -> Callable[[list[tuple[Params, ModelState]], Dataset], np.ndarray]:
@@ -226,13 +309,20 @@ def predictor(model: models.Model) -> Callable[[list[tuple[Params, ModelState]],
   return lambda trained, dataset: np.concatenate(list(batches(trained, dataset)))
 
 
-def _class_counting(num_classes: int, aggregator: federated.Aggregator, placement: sites.Placement):
+def _class_counting(
+  num_classes: int, aggregator: federated.Aggregator, placement: sites.Placement, count_noise: float
+) -> Callable[..., np.ndarray]:
+  """Sums class counts over sites; with count_noise, each site adds Gaussian noise of that deviation to its own."""
+
   def site_fn(shared: Any, kept: PyTree, site: federated.Site) -> tuple[PyTree, PyTree]:
     real = (jnp.arange(site.labels.shape[0]) < site.num_examples).astype(jnp.float32)
-    return jnp.sum(jax.nn.one_hot(site.labels, num_classes) * real[:, None], axis=0), kept
+    counts = jnp.sum(jax.nn.one_hot(site.labels, num_classes) * real[:, None], axis=0)
+    if count_noise and site.secret is not None:
+      counts = counts + noise.gaussian_like(prng.derive(site.secret, _COUNTS), 0, counts, count_noise)
+    return counts, kept
 
   total = federated.total_over_sites(site_fn, aggregator, placement, federated.COUNTING)
-  make_links = federated.link(aggregator, placement)
+  make_links = federated.link(aggregator, placement, federated.COUNTING)
 
   def count(key: Key, dealer_key: np.ndarray, ids: np.ndarray, loader: federated.Loader) -> np.ndarray:
     links = make_links(key, np.int32(0), ids, dealer_key)
@@ -243,11 +333,34 @@ def _class_counting(num_classes: int, aggregator: federated.Aggregator, placemen
 
 
 def _loader(
-  part: inputs.Part, max_examples: int, mine: np.ndarray, placement: sites.Placement, in_memory: int
+  part: inputs.Part,
+  max_examples: int,
+  mine: np.ndarray,
+  placement: sites.Placement,
+  settings: Train,
+  trainer: Trainer,
+  is_training: bool = False,
 ) -> federated.Loader:
-  if in_memory:
-    return federated.Loader(lambda ids: inputs.stack(part, ids, max_examples), in_memory)
-  stacked = inputs.stack(part, mine, max_examples)
+  secrets = {}
+  if is_training and trainer.privacy is not None:
+    secrets = dict(zip(mine.tolist(), private.secrets(settings, mine), strict=True))
+
+  def load(ids: np.ndarray) -> federated.Site:
+    site: Any = inputs.stack(part, ids, max_examples)
+    if trainer.features is not None:
+      site = site._replace(images=trainer.features(site.images))
+    if secrets:
+      site = site._replace(secret=np.stack([secrets[i] for i in ids.tolist()]))
+      if by_patient(settings):
+        padded = [
+          np.pad(u, (0, max_examples - len(u)), constant_values=-1) for u in (inputs.patients(part, i) for i in ids)
+        ]
+        site = site._replace(units=np.stack(padded))
+    return site
+
+  if settings.sites_in_memory:
+    return federated.Loader(load, settings.sites_in_memory)
+  stacked = load(mine)
   placed = sites.put(stacked, placement)
   everything = lambda ids: np.array_equal(ids, mine)
   return federated.Loader(
@@ -257,15 +370,16 @@ def _loader(
 
 def _validation(
   algorithm: federated.Algorithm, model: models.Model, num_classes: int, aggregator: federated.Aggregator,
-  placement: sites.Placement,
+  placement: sites.Placement, prepared: bool,
 ) -> Callable[..., dict[str, float]]:  # fmt: skip
-  count_errors = local.count_errors(model.apply, learning.normalise, num_classes, _PREDICTION_BATCH)
+  prepare = (lambda images: images) if prepared else learning.normalise
+  count_errors = local.count_errors(model.apply, prepare, num_classes, _PREDICTION_BATCH)
 
   def site_fn(shared: federated.Global, kept: PyTree, site: federated.Site) -> tuple[PyTree, PyTree]:
     return count_errors(*algorithm.personal(shared, kept), site.images, site.labels, site.num_examples), ()
 
   total = federated.total_over_sites(site_fn, aggregator, placement, federated.EVALUATION)
-  make_links = federated.link(aggregator, placement)
+  make_links = federated.link(aggregator, placement, federated.EVALUATION)
 
   def validate(key: Key, state: federated.State, ids: np.ndarray, dealer_key: np.ndarray, loader: federated.Loader):
     shared = federated.Global(

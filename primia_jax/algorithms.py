@@ -256,8 +256,8 @@ def _train(recipe: local.Recipe, server: Global, site: Site, params, model_state
   order_key = jax.random.fold_in(jax.random.fold_in(server.key, ORDER), site.id)
   key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(server.key, STEPS), server.round), site.id)
   run = local.train(recipe, correct)
-  data = (site.images, site.labels, site.num_examples)
-  return run(params, model_state, opt_state, *data, server.round, order_key, key, server.class_weights, site.secret)
+  data, hidden = (site.images, site.labels, site.num_examples), (site.secret, site.units)
+  return run(params, model_state, opt_state, *data, server.round, order_key, key, server.class_weights, *hidden)
 
 
 def _change(trained: local.Trained, server: Global) -> tuple[Params, ModelState]:

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from primia_jax import secagg, sites
+from primia_jax.secagg import simulation
 from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree
 
 TRAINING, EVALUATION, COUNTING = range(3)  # purposes: masks of one round are never used for two of them
@@ -32,6 +33,7 @@ class Site(NamedTuple):
     num_examples: int32.
     secret: [8] uint32, known to the site alone, from which private training draws its batches and its noise; None
       where training is not private.
+    units: [N] int32, the patient of each image, numbered from 0 and -1 for padding; None where each image counts alone.
   """
 
   id: Array
@@ -39,6 +41,7 @@ class Site(NamedTuple):
   labels: Array
   num_examples: Array
   secret: Array | None = None
+  units: Array | None = None
 
 
 class Global(NamedTuple):
@@ -84,10 +87,14 @@ class Aggregator(NamedTuple):
     name: as reports print it.
     protect: (message, site id, links, (round, purpose)) -> what the site sends.
     open: sum of what was sent -> (sum of messages, number of sites whose message was out of range).
+    unmask: (sum of what was sent, the masks that lost sites leave in it, (round, purpose)) -> what `open` takes.
     rule: None for the sum over sites, or a robust rule on the messages stacked, [K, ...] -> [...]; they are then seen
       one by one, and the result stands for the sum over one site.
     num_sites: how many sites a round must have; None for any number.
     num_peers: how many peers `links` hold for each site.
+    threshold: how many of a site and its peers must answer when sites are lost; None where none may be lost, or where
+      there are no peers and a lost site is simply absent.
+    min_survivors: how many sites' messages must come, e.g. for the noise that each brings; else a round is aborted.
     secure: only the sum is seen.
   """
 
@@ -98,6 +105,27 @@ class Aggregator(NamedTuple):
   num_sites: int | None = None
   num_peers: int = 0
   secure: bool = False
+  threshold: int | None = None
+  min_survivors: int = 1
+  unmask: Callable[[PyTree, secagg.Residue, tuple[Array, int]], PyTree] = lambda total, *_: total
+
+
+class Linked(NamedTuple):
+  """What connects the K sites for one sum, and which of them will be in it.
+
+  Attributes:
+    links: [K, P], where the sites run.
+    counted: [K] bool, where the sites run.
+    survivors: the rows of the sites that are in the sum.
+    residue: the masks that the lost ones leave in it.
+    purpose: what the sum is for.
+  """
+
+  links: secagg.Links
+  counted: Array
+  survivors: np.ndarray
+  residue: secagg.Residue
+  purpose: int
 
 
 class Loader(NamedTuple):
@@ -132,12 +160,14 @@ class Info(NamedTuple):
     loss, accuracy: means over the round's training examples, as the sites saw them while training.
     update_norm: L2 norm of the change of the global parameters.
     out_of_range: sites whose message did not fit the encoding; unless 0, the round was not applied.
+    survivors: sites whose message is in the sum.
   """
 
   loss: Array
   accuracy: Array
   update_norm: Array
   out_of_range: Array
+  survivors: Array
 
 
 class FederatedAlgorithm(NamedTuple):
@@ -145,7 +175,9 @@ class FederatedAlgorithm(NamedTuple):
 
   Attributes:
     init: (params, model_state, num_sites) -> State.
-    step: (key, State, site numbers [K], Loader, dealer_key [8] uint32, class_weights [L] or None) -> (State, Info).
+    step: (key, State, site numbers [K], Loader, dealer_key [8] uint32, class_weights=None, dropouts=None) -> (State,
+      Info), with class_weights [L] and `secagg.Dropouts`. A lost site adds nothing to the sum and keeps what it had. It
+      raises `secagg.RoundAborted` where too many are lost; go on with the State's round advanced by one.
   """
 
   init: Callable[[Params, ModelState, int], State]
@@ -181,6 +213,8 @@ def securely(config: secagg.SecureSum) -> Aggregator:
     num_sites=config.num_sites,
     num_peers=config.num_peers if config.masked else 0,
     secure=config.masked,
+    threshold=config.threshold if config.masked else None,
+    unmask=lambda total, residue, nonce: secagg.unmask(total, residue, nonce, config),
   )
 
 
@@ -199,26 +233,34 @@ def total_over_sites(
     purpose: TRAINING, EVALUATION or COUNTING.
 
   Returns:
-    (shared, round, site numbers [K], links [K, ...], kept [K, ...], Loader)
-    -> (sum of messages, kept [K, ...], number of sites out of range). It raises a ValueError for site numbers that are
-    not distinct, or that the aggregator, the placement or the loader cannot serve.
+    (shared, round, site numbers [K], Linked, kept [K, ...], Loader)
+    -> (sum of messages, kept [K, ...] of all sites, number of sites out of range). It raises a ValueError for site
+    numbers that are not distinct, or that the aggregator, the placement or the loader cannot serve.
   """
 
   def one(shared, site_inputs):
-    (shared, round_index), (site, links, kept) = shared, site_inputs
+    (shared, round_index), (site, links, counted, kept) = shared, site_inputs
     message, kept = site_fn(shared, kept, site)
     sent = aggregator.protect(message, site.id, links, (round_index, purpose))
+    sent = jax.tree.map(lambda a: jnp.where(counted, a, jnp.zeros_like(a)), sent)
     return (sent, kept) if aggregator.rule is None else ((), (sent, kept))
 
   run = sites.sum_over_sites(one, placement)
   add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-  finish = jax.jit(lambda total, sent: aggregator.open(total if aggregator.rule is None else aggregator.rule(sent)))
+  rows_of = jax.jit(lambda sent, rows: jax.tree.map(lambda a: a[rows], sent))
 
-  def apply(shared, round_index, ids, links, kept, loader: Loader):
-    if aggregator.num_sites not in (None, len(ids)):
-      raise ValueError(f"{aggregator.name} was set up for {aggregator.num_sites} sites, but {len(ids)} take part")
-    if not len(ids) or len(np.unique(ids)) != len(ids) or np.min(ids) < 0:
-      raise ValueError(f"site numbers {list(ids)}; a round needs at least one, all different and none negative")
+  @jax.jit
+  def finish(total, sent, residue, round_index):
+    total = total if aggregator.rule is None else aggregator.rule(sent)
+    return aggregator.open(aggregator.unmask(total, residue, (round_index, purpose)))
+
+  def apply(shared, round_index, ids, linked: Linked, kept, loader: Loader):
+    _check_ids(aggregator, ids)
+    if aggregator.threshold is not None and linked.purpose != purpose:
+      raise ValueError(
+        f"keys of purpose {linked.purpose} for a sum of purpose {purpose}: what peers reveal of them for one sum would "
+        f"open the other; use link(aggregator, placement, {purpose})"
+      )
     piece = len(ids) if loader.piece is None else loader.piece
     if piece < 1:
       raise ValueError(f"piece={piece} sites at a time; give at least 1, or None for all at once")
@@ -228,7 +270,7 @@ def total_over_sites(
     total, outs = None, []
     for start in range(0, len(ids), piece):
       rows = slice(start, start + piece)
-      mine, theirs = sites.local_rows(ids[rows], placement), (links, kept)
+      mine, theirs = sites.local_rows(ids[rows], placement), (linked.links, linked.counted, kept)
       if piece < len(ids):
         theirs = jax.tree.map(lambda a, rows=rows: a[rows], theirs)
       loaded = loader.load(mine)
@@ -239,25 +281,62 @@ def total_over_sites(
       outs.append(out)
     out = outs[0] if len(outs) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *outs)
     sent, kept = ((), out) if aggregator.rule is None else out
-    message, out_of_range = finish(total, sent)
+    if len(linked.survivors) < len(ids):
+      sent = rows_of(sent, linked.survivors)
+    message, out_of_range = finish(total, sent, linked.residue, round_index)
     return message, kept, out_of_range
 
   return apply
 
 
-def link(aggregator: Aggregator, placement: sites.Placement) -> Callable[..., secagg.Links]:
-  """Makes (key, round, site numbers [K], dealer_key) -> the links of that round's sites, [K, P], where they run."""
+def _check_ids(aggregator: Aggregator, ids: np.ndarray) -> None:
+  if aggregator.num_sites not in (None, len(ids)):
+    raise ValueError(f"{aggregator.name} was set up for {aggregator.num_sites} sites, but {len(ids)} take part")
+  if not len(ids) or len(np.unique(ids)) != len(ids) or np.min(ids) < 0:
+    raise ValueError(f"site numbers {list(ids)}; a round needs at least one, all different and none negative")
+
+
+def link(aggregator: Aggregator, placement: sites.Placement, purpose: int = TRAINING) -> Callable[..., Linked]:
+  """Makes what connects a round's sites: pair keys from the dealer or, with a threshold, agreed and shared anew.
+
+  Returns:
+    (key, round, site numbers [K], dealer_key, dropouts=None) -> Linked. It raises `secagg.RoundAborted` where too many
+    sites are lost, and a ValueError where the aggregator can do without none.
+  """
+
+  @jax.jit
+  def draw(key, round_index, ids):
+    graph_key = jax.random.fold_in(jax.random.fold_in(key, GRAPH), round_index)
+    return secagg.peers(graph_key, ids, aggregator.num_peers)
 
   @jax.jit
   def deal(key, round_index, ids, dealer_key):
-    graph_key = jax.random.fold_in(jax.random.fold_in(key, GRAPH), round_index)
-    return secagg.deal_links(dealer_key, ids, secagg.peers(graph_key, ids, aggregator.num_peers))
+    return secagg.deal_links(dealer_key, ids, draw(key, round_index, ids))
 
-  def apply(key, round_index, ids, dealer_key):
+  def connect(key, round_index, ids, dealer_key, dropouts) -> tuple[secagg.Links, secagg.Residue]:
+    nothing = secagg.Residue(jnp.zeros((0, 8), jnp.uint32), jnp.zeros(0, jnp.int32))
     if not aggregator.num_peers:
-      none = secagg.Links(jnp.zeros((len(ids), 0), jnp.int32), jnp.zeros((len(ids), 0, 8), jnp.uint32))
-      return sites.put(sites.local_rows(none, placement), placement)
-    return sites.put(sites.local_rows(deal(key, round_index, ids, dealer_key), placement), placement)
+      return secagg.Links(jnp.zeros((len(ids), 0), jnp.int32), jnp.zeros((len(ids), 0, 8), jnp.uint32)), nothing
+    if aggregator.threshold is None:
+      return deal(key, round_index, ids, dealer_key), nothing
+    nonce, peers = (int(round_index), purpose), np.asarray(draw(key, round_index, ids))
+    session = simulation.setup(jnp.asarray(dealer_key), nonce, ids, peers, aggregator.threshold)
+    lost_before = simulation.check(dropouts, len(ids))[0]
+    return simulation.links_without(session, lost_before), simulation.recover(session, dropouts)
+
+  def apply(key, round_index, ids, dealer_key, dropouts: secagg.Dropouts | None = None):
+    ids = np.asarray(ids, np.int32)
+    _check_ids(aggregator, ids)
+    stages = simulation.check(dropouts, len(ids))
+    if aggregator.num_peers and aggregator.threshold is None and stages.any():
+      raise ValueError(f"{aggregator.name} without a threshold can lose no site; give secagg.secure_sum a threshold")
+    counted = ~stages[:2].any(axis=0)
+    if np.sum(counted) < aggregator.min_survivors:
+      least = f"{np.sum(counted)} sites' messages came, and {aggregator.min_survivors} must"
+      raise secagg.RoundAborted(f"round aborted: {least}")
+    links, residue = connect(key, round_index, ids, dealer_key, dropouts)
+    links, here = sites.put(sites.local_rows((links, counted), placement), placement)
+    return Linked(links, here, np.flatnonzero(counted), sites.replicate(residue, placement), purpose)
 
   return apply
 
@@ -293,30 +372,37 @@ def federated(algorithm: Algorithm, aggregator: Aggregator, placement: sites.Pla
     return State(params, model_state, server, sites.put(kept, placement), zero)
 
   @jax.jit
-  def finish(key, state: State, message, kept, ids, out_of_range) -> tuple[State, Info]:
+  def finish(key, state: State, message, had, kept, ids, counted, out_of_range) -> tuple[State, Info]:
     before = Global(state.params, state.model_state, state.server, state.round, key)
     params, model_state, server, metrics = algorithm.server(before, message)
+    stays = lambda new, old: jnp.where(counted.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+    kept = jax.tree.map(stays, kept, had)
     all_kept = kept if ids is None else jax.tree.map(lambda old, new: old.at[ids].set(new), state.sites, kept)
     after = State(params, model_state, server, all_kept, state.round + 1)
     usable = out_of_range == 0
     after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, state)._replace(round=after.round)
     change = jax.tree.map(jnp.subtract, after.params, state.params)
     count = jnp.maximum(metrics.num_examples, jnp.finfo(jnp.float32).tiny)
-    return after, Info(metrics.loss / count, metrics.correct / count, optax.tree.norm(change), out_of_range)
+    info = metrics.loss / count, metrics.correct / count, optax.tree.norm(change), out_of_range
+    return after, Info(*info, jnp.sum(counted, dtype=jnp.int32))
 
-  def step(key: Key, state: State, ids: np.ndarray, loader: Loader, dealer_key: Array, class_weights=None):
+  def step(
+    key: Key, state: State, ids: np.ndarray, loader: Loader, dealer_key: Array, class_weights=None,
+    dropouts: secagg.Dropouts | None = None,
+  ):  # fmt: skip
     ids = np.asarray(ids, np.int32)
     leaves = jax.tree.leaves(state.sites)
     if leaves and np.max(ids, initial=0) >= leaves[0].shape[0]:
       raise ValueError(f"site numbers {list(ids)}; the state holds {leaves[0].shape[0]} sites")
     everyone = not leaves or np.array_equal(ids, np.arange(leaves[0].shape[0]))
-    kept = state.sites if everyone else jax.tree.map(lambda a: a[ids], state.sites)
+    had = state.sites if everyone else jax.tree.map(lambda a: a[ids], state.sites)
     shared_key = sites.replicate(key, placement)
     weights = None if class_weights is None else sites.replicate(class_weights, placement)
     shared = Global(state.params, state.model_state, state.server, state.round, shared_key, weights)
-    links = make_links(key, np.asarray(state.round), ids, dealer_key)
-    message, kept, out_of_range = train(shared, state.round, ids, links, kept, loader)
-    return finish(shared_key, state, message, kept, None if everyone else ids, out_of_range)
+    linked = make_links(key, np.asarray(state.round), ids, dealer_key, dropouts)
+    message, kept, out_of_range = train(shared, state.round, ids, linked, had, loader)
+    rows = None if everyone else ids
+    return finish(shared_key, state, message, had, kept, rows, linked.counted, out_of_range)
 
   return FederatedAlgorithm(init, step)
 

@@ -64,13 +64,14 @@ class Private(NamedTuple):
   """What stands in for `draw_batches` and a recipe's `grad_fn` at a site that trains under differential privacy.
 
   Attributes:
-    draw: (the site's secret [8] uint32, step uint32, num_examples, N) -> [B] int32 into its examples, -1 where none.
-    grad_fn: (params, model_state, batch, key, secret, step, num_examples) -> what `GradFn` gives. Metrics never leave
-      the step: they are not private.
+    draw: (the site's secret [8] uint32, step uint32, num_units, N, units) -> [B] int32 into its examples, -1 where
+      none, or [B, R] where a unit has several; units, [N] int32, number each example's unit, None where each is one.
+    grad_fn: (params, model_state, batch, key, secret, step, num_units) -> what `GradFn` gives. Metrics never leave the
+      step: they are not private.
     num_steps: of a round, the same at all sites.
   """
 
-  draw: Callable[[Array, Array, Array, int], Array]
+  draw: Callable[[Array, Array, Array, int, Array | None], Array]
   grad_fn: Callable[..., tuple[Params, tuple[ModelState, Metrics]]]
   num_steps: int
 
@@ -195,15 +196,16 @@ def train(recipe: Recipe, correct: Callable[[PyTree, Params], PyTree] | None = N
 
   Returns:
     (params, model_state, opt_state, images [N, H, W, C], labels [N], num_examples, round_index, order_key, key,
-    class_weights=None, secret=None) -> Trained. `order_key` stays the same for a site, `key` is fresh for each (round,
-    site); `class_weights`, [L], weigh an example by its class; `secret`, [8] uint32, is what a private recipe draws
-    its batches and its noise from, and must be fresh whenever rounds are counted from 0 again. The metrics of private
-    training are 0. It raises a ValueError where a recipe is private and there is no secret.
+    class_weights=None, secret=None, units=None) -> Trained. `order_key` stays the same for a site, `key` is fresh for
+    each (round, site); `class_weights`, [L], weigh an example by its class; `secret`, [8] uint32, is what a private
+    recipe draws its batches and its noise from, and must be fresh whenever rounds are counted from 0 again; `units`
+    see `Private`. The metrics of private training are 0. It raises a ValueError where a recipe is private and there is
+    no secret.
   """
   grad_fn, optimizer, schedule, work, private = recipe
   add = lambda a, b: jax.tree.map(jnp.add, a, b)
 
-  def source(images, round_index, num_examples, order_key, secret):
+  def source(images, round_index, num_examples, order_key, secret, units):
     """The number of steps, the examples of step t, and the gradient of step t."""
     if private is None:
       index, num_steps = draw_batches(order_key, round_index, num_examples, work)
@@ -211,19 +213,20 @@ def train(recipe: Recipe, correct: Callable[[PyTree, Params], PyTree] | None = N
     if secret is None:
       raise ValueError("private training needs a secret at each site: give Site.secret, from prng.random_key()")
     number = lambda t: (round_index * private.num_steps + t).astype(jnp.uint32)
-    index_fn = lambda t: private.draw(secret, number(t), num_examples, images.shape[0])
+    num_units = num_examples if units is None else jnp.max(units) + 1
+    index_fn = lambda t: private.draw(secret, number(t), num_units, images.shape[0], units)
 
     def gradient(t, *args):
-      grads, (model_state, new) = private.grad_fn(*args, secret, number(t), num_examples)
+      grads, (model_state, new) = private.grad_fn(*args, secret, number(t), num_units)
       return grads, (model_state, jax.tree.map(jnp.zeros_like, new))
 
     return private.num_steps, index_fn, gradient
 
   def run(
     params, model_state, opt_state, images, labels, num_examples, round_index, order_key, key, class_weights=None,
-    secret=None,
+    secret=None, units=None,
   ):  # fmt: skip
-    num_steps, index_fn, gradient = source(images, round_index, num_examples, order_key, secret)
+    num_steps, index_fn, gradient = source(images, round_index, num_examples, order_key, secret, units)
 
     def step(t: Array, carry):
       params, model_state, opt_state, metrics, rate_sum = carry

@@ -9,6 +9,12 @@ without BatchNorm); `apply` turns images into logits. `build` makes the pair fro
   mlp       one hidden layer of 32 units
   resnet18  He et al., arXiv 1512.03385, in torchvision's layout
   vgg16     Simonyan and Zisserman, arXiv 1409.1556, in torchvision's layout
+
+and two of Tramer and Boneh, arXiv 2011.11660, for training under differential privacy, on wavelet features that nobody
+trains and no noise touches (`primia_jax.scattering`; see `features`):
+
+  scatter_linear  one dense layer: a convex problem, in which many noisy steps average out
+  scatter_cnn     two convolutions with tanh, a pool between them, and a dense layer
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.conv import conv, max_pool, mean_pool
+from primia_jax.scattering import num_paths, scatter
 from primia_jax.types import Array, Key, ModelState, Params
 
 NORMS = ("group", "batch", "none")
@@ -39,8 +46,11 @@ OPTIONS = {
   "mlp": (),
   "resnet18": ("norm", "pool", "weight_standardisation", "width", "dropout", "stem"),
   "vgg16": ("norm", "weight_standardisation", "pool", "width", "dropout", "head"),
+  "scatter_linear": ("norm", "dropout", "scales"),
+  "scatter_cnn": ("norm", "pool", "weight_standardisation", "width", "dropout", "scales"),
 }
-MIN_SIZE = {"cnn": 8, "leaf_cnn": 6, "mlp": 1, "resnet18": 16, "vgg16": 32}
+MIN_SIZE = {"cnn": 8, "leaf_cnn": 6, "mlp": 1, "resnet18": 16, "vgg16": 32, "scatter_linear": 2, "scatter_cnn": 4}
+ANGLES = 8  # of the wavelets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +58,11 @@ class ModelConfig:
   """What `build` needs to know.
 
   Attributes:
-    name: cnn, leaf_cnn, mlp, resnet18 or vgg16.
+    name: cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn.
     num_classes: the number of logits.
     image_shape: (height, width, channels) of one image.
-    norm: "group", "batch" or "none"; None means the model's own: group for cnn and resnet18, none for the others.
+    norm: "group", "batch" or "none"; None means the model's own: group for cnn, resnet18 and the scattering models,
+      which standardise their features so, image by image and without parameters; none for the others.
     pool: "max" or "mean" pooling between blocks; mean is the one that costs nothing in encrypted inference.
     weight_standardisation: standardise each convolution kernel (Qiao et al., arXiv 1903.10520); goes with group norm.
     width: factor on the number of channels.
@@ -60,6 +71,7 @@ class ModelConfig:
       "3x3/2" (stride 2, no pool) or "3x3" (stride 1, no pool).
     head: vgg16's classifier: "dense" (torchvision: 7x7 mean pool, two dense layers of 4096) or, for small images,
       "mean" (global mean pool).
+    scales: octaves of the scattering models' wavelets; the features have 1 / 2^scales of the image's size.
   """
 
   name: str = "cnn"
@@ -72,6 +84,7 @@ class ModelConfig:
   dropout: float = 0.0
   stem: str = "7x7"
   head: str = "dense"
+  scales: int = 2
 
 
 class Model(NamedTuple):
@@ -104,7 +117,7 @@ def build(config: ModelConfig) -> Model:
   def apply(
     params: Params, model_state: ModelState, images: Array, *, train: bool = False, key: Key | None = None
   ) -> tuple[Array, ModelState]:
-    if images.ndim != 4 or images.shape[1:] != config.image_shape:
+    if images.ndim != 4 or images.shape[1:] not in (config.image_shape, _features_shape(config)):
       raise ValueError(
         f"{config.name} was built for images [B, {', '.join(map(str, config.image_shape))}] but got "
         f"{list(images.shape)}; resize the images or set ModelConfig.image_shape"
@@ -121,6 +134,30 @@ def build(config: ModelConfig) -> Model:
     return logits, updates["batch_stats"]
 
   return Model(init, apply)
+
+
+def features(config: ModelConfig) -> Callable[[Array], Array] | None:
+  """Returns what the model computes before its first parameter, or None where that is the image itself.
+
+  The features of the scattering models depend on neither parameters nor other images. A caller whose images stay the
+  same (no augmentation) computes them once and passes them to `Model.apply` in place of the images, which spares
+  nearly all the work of a step.
+
+  Returns:
+    float32 images [B, H, W, C], as `apply` takes them -> float32 [B, H / 2^J, W / 2^J, F], or None.
+
+  Raises:
+    ValueError: as `build`.
+  """
+  _check(config)
+  if _features_shape(config) == config.image_shape:
+    return None
+
+  def apply(images: Array) -> Array:
+    x = scatter(images, config.scales, ANGLES)
+    return x if config.norm == "none" else _standardise(x, config.image_shape[2])
+
+  return apply
 
 
 def is_norm_parameter(path: Sequence[Any]) -> bool:
@@ -166,6 +203,16 @@ def _check(config: ModelConfig) -> None:
       f"{name} needs images of at least {MIN_SIZE[name]} x {MIN_SIZE[name]} pixels, not {config.image_shape[:2]}; "
       "resize the images or choose cnn"
     )
+  if "scales" in OPTIONS[name]:
+    multiple = 2**config.scales if config.scales > 0 else 0
+    smallest = multiple * MIN_SIZE[name] // 2
+    if not multiple or any(n % multiple or n < smallest for n in config.image_shape[:2]):
+      raise ValueError(
+        f"scales={config.scales} must be at least 1, and {name} then needs images whose sides are multiples of "
+        f"{multiple} pixels and at least {smallest}, not {config.image_shape[:2]}; resize them, or take fewer scales"
+      )
+    if config.norm == "batch":
+      raise ValueError(f"{name} has no norm 'batch': its features are standardised image by image (group), or not")
 
 
 def _module(config: ModelConfig) -> nn.Module:
@@ -179,6 +226,10 @@ def _module(config: ModelConfig) -> nn.Module:
       return MLP(config.num_classes)
     case "resnet18":
       return ResNet18(config, norm)
+    case "scatter_linear":
+      return ScatterLinear(config)
+    case "scatter_cnn":
+      return ScatterCNN(config)
     case _:
       return VGG16(config, norm)
 
@@ -186,14 +237,17 @@ def _module(config: ModelConfig) -> nn.Module:
 def _draw_kernels(key: Key, params: Params) -> Params:
   """Draws kernels from N(0, 2 / fan-in), arXiv 1502.01852; the last layer's, before no ReLU, from N(0, 1 / fan-in).
 
+  The one layer of a linear model stays at nothing: it has no symmetry to break, and what is drawn would be noise.
   One draw serves them all: XLA takes several times longer to compile a random generator for each shape.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-  sizes = [leaf.size for path, leaf in leaves if path[-1].key == "kernel"]
+  sizes = [leaf.size for path, leaf in leaves if path[-1].key == "kernel" and path[0].key != "linear"]
+  if not sizes:
+    return params
   noise = iter(jnp.split(jax.random.normal(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1]))
 
   def draw(path: Sequence[Any], leaf: Array) -> Array:
-    if path[-1].key != "kernel":
+    if path[-1].key != "kernel" or path[0].key == "linear":
       return leaf
     gain = 1 if path[0].key == "head" else 2
     return next(noise).reshape(leaf.shape) * math.sqrt(gain / math.prod(leaf.shape[:-1]))
@@ -386,6 +440,59 @@ class VGG16(nn.Module):
         x = nn.relu(Dense(features, name=f"hidden{i}")(x))
         x = nn.Dropout(config.dropout, deterministic=not train)(x)
     return Dense(config.num_classes, name="head")(x)
+
+
+def _features_shape(config: ModelConfig) -> tuple[int, int, int]:
+  height, width, channels = config.image_shape
+  if "scales" not in OPTIONS[config.name]:
+    return config.image_shape
+  return height >> config.scales, width >> config.scales, channels * num_paths(config.scales, ANGLES)
+
+
+def _standardise(x: Array, channels: int) -> Array:
+  """Gives each path of each image, its last wavelet's angles together, mean 0 and variance 1 over pixels and angles."""
+
+  def group(x: Array, angles: int) -> Array:
+    grouped = x.reshape(*x.shape[:-1], -1, angles)
+    mean = grouped.mean((1, 2, 4), keepdims=True)
+    centred = grouped - mean
+    return (centred * jax.lax.rsqrt((centred * centred).mean((1, 2, 4), keepdims=True) + 1e-5)).reshape(x.shape)
+
+  parts = jnp.split(x, channels, axis=-1)
+  return jnp.concatenate([group(p, n) for part in parts for p, n in ((part[..., :1], 1), (part[..., 1:], ANGLES))], -1)
+
+
+class ScatterLinear(nn.Module):
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    x = _features(self.config, x).reshape(x.shape[0], -1)
+    x = nn.Dropout(self.config.dropout, deterministic=not train)(x)
+    return Dense(self.config.num_classes, name="linear")(x)
+
+
+class ScatterCNN(nn.Module):
+  """The network that the paper gives for CIFAR-10; tanh bounds what one image does to a gradient."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    config = self.config
+    x = _features(config, x)
+    first, second = _widths(config, 64, 64)
+    x = jnp.tanh(Conv(first, 3, 1, 1, True, config.weight_standardisation, name="conv1")(x))
+    x = _pool(x, config.pool, 2, 2)
+    x = jnp.tanh(Conv(second, 3, 1, 1, True, config.weight_standardisation, name="conv2")(x))
+    x = nn.Dropout(config.dropout, deterministic=not train)(x.reshape(x.shape[0], -1))
+    return Dense(config.num_classes, name="head")(x)
+
+
+def _features(config: ModelConfig, x: Array) -> Array:
+  """The features of images; features are passed on."""
+  compute = features(config)
+  return x if compute is None or x.shape[1:] != config.image_shape else compute(x)
 
 
 def _adaptive_mean_pool(x: Array, size: int) -> Array:

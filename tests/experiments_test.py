@@ -37,7 +37,8 @@ def test_presets_parse_and_are_sound(tmp_path):
     settings.define_flags(settings.Train, values)
     flags.DEFINE_list("baselines", [], "", flag_values=values)
     values(["program", f"--flagfile={preset}"])
-    learning.check(settings.from_flags(settings.Train, values))
+    config = settings.from_flags(settings.Train, values)
+    learning.check(config, federated=config.num_sites > 1)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def _train(config, folder, stop_after=None, name="federated"):
   images = inputs.site_images(config)
   model_config = learning.model_config(config, 3)
   cohort = training.Cohort(name, images.train, images.validation, np.arange(config.num_sites))
-  trainer = training.make_trainer(config, models.build(model_config), 3, [cohort], sites.Placement("scan"))
+  trainer = training.make_trainer(config, models.build(model_config), model_config, [cohort], sites.Placement("scan"))
 
   def log(row):
     if row["round"] == stop_after:

@@ -1,4 +1,5 @@
 import functools
+import itertools
 import re
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from primia_jax import algorithms, local, prng, robust, secagg, sites
+from primia_jax import algorithms, local, prng, ring, robust, secagg, sites
 from primia_jax import federated as fed
 
 S, N, D, L = 5, 20, 6, 3
@@ -323,7 +324,7 @@ def test_only_the_masked_message_crosses_devices():
 
   ids, placement = np.arange(4, dtype=np.int32), sites.parse_placement("mesh")
   kept = jax.tree.map(lambda a: np.broadcast_to(a, (4, *a.shape)), algorithm.init_site(start(), {}))
-  linked = fed.link(fed.securely(config), placement)(KEY, np.int32(0), ids, DEALER)
+  linked = fed.link(fed.securely(config), placement)(KEY, np.int32(0), ids, DEALER).links
   server = sites.replicate(fed.Global(start(), {}, (), jnp.int32(0), KEY), placement)
   inputs = sites.put(load(ids), placement), linked, sites.put(kept, placement)
   text = sites.sum_over_sites(one, placement).lower(server, inputs).compile().as_text()
@@ -344,3 +345,138 @@ def test_a_wide_ring_under_x64():
     assert infos[-1].out_of_range == 0
     assert {a.dtype for a in jax.tree.leaves(state.params)} == {np.dtype("float32")}
   assert distance(state.params, play(fedavg("clear"))[0].params) < 1e-6
+
+
+BEFORE, DURING, AFTER = (np.isin(IDS, i) for i in (1, 3, 4))  # sites lost at the three stages
+TOLERANT = {"num_peers": 4, "threshold": 3}
+
+
+@functools.cache
+def tolerant(placement="scan", algorithm=None):
+  made = algorithm or algorithms.fedavg(recipe(), keep_optimizer=True)
+  return fed.federated(made, secure(**TOLERANT), sites.parse_placement(placement))
+
+
+def drop(f, dropouts, ids=IDS, state=None, loader=None):
+  return f.step(KEY, state or f.init(start(), {}, S), ids, loader or fed.Loader(load), DEALER, dropouts=dropouts)
+
+
+def test_lost_sites_add_nothing_and_keep_what_they_had():
+  f = tolerant("mesh")
+  before, _ = drop(f, None)
+  after, info = drop(f, secagg.Dropouts(BEFORE, DURING), state=before)
+  kept = lambda i: jax.tree.map(lambda a: a[i], before.sites["optimizer"])
+  trained = {i: by_hand(i, before.params, 1, kept(i)) for i in (0, 2, 4)}
+  mean = jax.tree.map(lambda *y: np.average(y, axis=0, weights=NUM[[0, 2, 4]]), *[t.params for t in trained.values()])
+  assert distance(after.params, mean) < 1e-5
+  loss = sum(float(t.metrics.loss) for t in trained.values()) / (2 * NUM[[0, 2, 4]].sum())
+  np.testing.assert_allclose(info.loss, loss, rtol=1e-5)
+  assert (info.survivors, info.out_of_range) == (3, 0)
+  for old, new in zip(jax.tree.leaves(before.sites), jax.tree.leaves(after.sites), strict=True):
+    changed = np.any(np.asarray(old) != np.asarray(new), axis=tuple(range(1, old.ndim)))
+    assert np.flatnonzero(changed).tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize("text", ["loop", "scan", "vmap", "chunk=2", "mesh"])
+def test_every_placement_opens_the_same_bits_whoever_is_lost(text):
+  placement, aggregator = sites.parse_placement(text), secure(**TOLERANT)
+
+  def site_fn(shared, kept, site):
+    return jnp.mean(site.images, axis=0) + shared, ()
+
+  total = fed.total_over_sites(site_fn, aggregator, placement, fed.COUNTING)
+  make_links = fed.link(aggregator, placement, fed.COUNTING)
+  config = secagg.secure_sum(S, **TOLERANT)
+  encoded = jax.vmap(lambda a: ring.encode(jnp.mean(a, axis=0) + 1, config.fixed))(jnp.asarray(IMAGES))
+  none, gone = np.zeros(S, bool), np.isin(IDS, (1, 3))
+  for stages, piece in itertools.product(([gone, none, none], [none, gone, none], [none, none, gone]), (None, 2)):
+    linked = make_links(KEY, np.int32(2), IDS, DEALER, secagg.Dropouts(*stages))
+    opened, _, out_of_range = total(jnp.float32(1), np.int32(2), IDS, linked, (), fed.Loader(load, piece))
+    came = ~(stages[0] | stages[1])
+    want = ring.decode(jnp.asarray(np.asarray(encoded)[came].sum(0, dtype=np.uint32)), config.fixed)
+    assert np.array_equal(opened, want)
+    assert out_of_range == 0
+    assert linked.survivors.tolist() == np.flatnonzero(came).tolist()
+
+
+def test_a_site_lost_before_or_during_is_the_same_sum_and_after_it_is_in_it():
+  f = tolerant()
+  none = np.zeros(S, bool)
+  lost = [drop(f, d)[0] for d in (secagg.Dropouts(DURING, none), secagg.Dropouts(none, DURING))]
+  assert same(*lost)
+  state, info = drop(f, secagg.Dropouts(none, none, DURING))
+  assert same(state, drop(f, None)[0])
+  assert info.survivors == S
+  assert distance(state.params, lost[0].params) > 1e-4
+
+
+def test_in_the_clear_and_without_masks_a_lost_site_is_absent():
+  dropouts = secagg.Dropouts(BEFORE, DURING)
+  images = IMAGES.copy()
+  images[[1, 3]] = np.nan  # of the lost, so of no account
+  loader = fed.Loader(functools.partial(load, images=images))
+  masked, info = drop(tolerant(), dropouts)
+  clear, _ = drop(fedavg("clear"), dropouts, loader=loader)
+  bare = fed.federated(
+    algorithms.fedavg(recipe(), keep_optimizer=True), secure(masked=False, **TOLERANT), sites.parse_placement("scan")
+  )
+  assert distance(masked.params, clear.params) < 1e-5
+  assert same(drop(bare, dropouts, loader=loader), (masked, info))
+  for least, lost in ((1, secagg.Dropouts(IDS < 2, IDS >= 2)), (4, dropouts)):
+    clear = fed.in_the_clear()._replace(min_survivors=least)
+    f = fed.federated(algorithms.fedavg(recipe(), keep_optimizer=True), clear, sites.parse_placement("scan"))
+    with pytest.raises(secagg.RoundAborted, match=f"messages came, and {least} must"):
+      drop(f, lost)
+
+
+def test_a_robust_rule_sees_the_messages_that_came():
+  made = algorithms.fedavg(recipe(), weighting="uniform")
+  f = fed.federated(made, fed.by_rule("median", robust.median()), sites.parse_placement("scan"))
+  state, info = drop(f, secagg.Dropouts(BEFORE, DURING))
+  each = [by_hand(i, start(), 0).params for i in (0, 2, 4)]
+  assert distance(state.params, jax.tree.map(lambda *y: np.median(y, axis=0), *each)) < 1e-6
+  assert info.survivors == 3
+
+
+def test_control_variates_move_by_the_survivors_share():
+  made = algorithms.scaffold(recipe(momentum=0.0), S)
+  f = tolerant(algorithm=made)
+  state, _ = drop(f, secagg.Dropouts(BEFORE, DURING))
+  for mean, own in zip(jax.tree.leaves(state.server), jax.tree.leaves(state.sites), strict=True):
+    np.testing.assert_allclose(mean, np.asarray(own).sum(0) / S, atol=1e-6)  # the invariant of SCAFFOLD
+    assert not np.any(np.asarray(own)[[1, 3]])
+
+
+def test_dropouts_among_sampled_sites():
+  made, scan = algorithms.fedavg(recipe(), keep_optimizer=True), sites.parse_placement("scan")
+  f = fed.federated(made, fed.securely(secagg.secure_sum(4, threshold=3)), scan)
+  before, ids = f.init(start(), {}, S), np.array([4, 0, 3, 2])
+  after, info = drop(f, secagg.Dropouts(np.zeros(4, bool), ids == 3), ids, before)
+  want = [by_hand(i, start(), 0).params for i in (4, 0, 2)]
+  assert distance(after.params, jax.tree.map(lambda *y: np.average(y, axis=0, weights=NUM[[4, 0, 2]]), *want)) < 1e-5
+  for old, new in zip(jax.tree.leaves(before.sites), jax.tree.leaves(after.sites), strict=True):
+    changed = np.any(np.asarray(old) != np.asarray(new), axis=tuple(range(1, old.ndim)))
+    assert np.flatnonzero(changed).tolist() == [0, 2, 4]
+  assert info.survivors == 3
+
+
+def test_dropouts_that_cannot_be_borne_are_refused():
+  none = np.zeros(S, bool)
+  with pytest.raises(ValueError, match="without a threshold can lose no site"):
+    drop(fedavg(), secagg.Dropouts(none, DURING))
+  with pytest.raises(secagg.RoundAborted, match="round aborted: 2 of the 5 holders"):
+    drop(tolerant(), secagg.Dropouts(BEFORE, DURING, AFTER))
+  with pytest.raises(ValueError, match="lost twice"):
+    drop(tolerant(), secagg.Dropouts(BEFORE, BEFORE))
+  with pytest.raises(ValueError, match=r"must be bool\[5\]"):
+    drop(tolerant(), secagg.Dropouts(BEFORE[:4], none))
+
+
+def test_what_is_revealed_for_one_sum_is_never_used_for_another():
+  aggregator, scan = secure(**TOLERANT), sites.parse_placement("scan")
+  total = fed.total_over_sites(lambda shared, kept, site: (jnp.ones(2), ()), aggregator, scan, fed.EVALUATION)
+  linked = fed.link(aggregator, scan)(KEY, np.int32(0), IDS, DEALER)
+  with pytest.raises(ValueError, match="would open the other"):
+    total((), np.int32(0), IDS, linked, (), fed.Loader(load))
+  own = [fed.link(aggregator, scan, p)(KEY, np.int32(r), IDS, DEALER).links.own for p in (0, 1, 2) for r in (0, 1)]
+  assert len({np.asarray(row).tobytes() for rows in own for row in rows}) == 6 * S

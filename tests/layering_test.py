@@ -22,10 +22,12 @@ LAYERS = {
   "privacy": {"types", "ring", "prng", "local"},
   "federated": {"types", "sites", "secagg"},
   "algorithms": {"types", "local", "federated"},
+  "site_privacy": {"types", "ring", "prng", "secagg", "privacy", "federated"},
   "mpc": {"types", "ring", "prng", "native"},
   "metrics": LEAF,
   "pretrained": LEAF,
-  "models": LEAF | {"conv"},
+  "scattering": {"types", "conv"},
+  "models": LEAF | {"conv", "scattering"},
   "data": LEAF,
 }
 # Who alone may import a package, however it is imported; an empty set stands for nobody in primia_jax.

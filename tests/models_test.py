@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from primia_jax.models import ModelConfig, Norm, build, is_norm_parameter, num_parameters
+from primia_jax.models import ModelConfig, Norm, build, features, is_norm_parameter, num_parameters
 
 SMALL = [
   ModelConfig("cnn", 3, (16, 20, 1)),
@@ -23,6 +23,8 @@ SMALL = [
   ModelConfig("resnet18", 3, (32, 32, 1), stem="3x3/2", pool="mean", weight_standardisation=True, width=0.125),
   ModelConfig("vgg16", 3, (32, 32, 1), norm="group", head="mean", width=0.125, dropout=0.1),
   ModelConfig("vgg16", 3, (32, 40, 3), norm="batch", width=0.02),
+  ModelConfig("scatter_linear", 3, (8, 12, 2), norm="none"),
+  ModelConfig("scatter_cnn", 3, (8, 12, 1), scales=1, width=0.125, dropout=0.2),
 ]
 
 
@@ -42,6 +44,8 @@ def images(config, batch=4, seed=0):
     (ModelConfig("resnet18", 1000, (224, 224, 3), norm="batch"), 11_689_512),
     (ModelConfig("vgg16", 1000, (224, 224, 3)), 138_357_544),
     (ModelConfig("vgg16", 1000, (224, 224, 3), norm="batch"), 138_365_992),
+    (ModelConfig("scatter_linear", 10, (28, 28, 1)), 39_700),  # arXiv 2011.11660: 39,700
+    (ModelConfig("scatter_cnn", 10, (32, 32, 3)), 187_210),  # and 187,000
   ],
 )
 def test_published_parameter_counts(config, count):
@@ -61,7 +65,7 @@ def test_shapes(config):
     assert new_state == state
 
 
-@pytest.mark.parametrize("config", [SMALL[i] for i in (0, 1, 3, 4, 7)], ids=name_of)
+@pytest.mark.parametrize("config", [SMALL[i] for i in (0, 1, 3, 4, 7, 11)], ids=name_of)
 def test_one_batch_can_be_learnt(config):
   config = dataclasses.replace(config, dropout=0.0)
   model = build(config)
@@ -201,7 +205,7 @@ def test_norm_parameters_are_told_apart():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"name": "resnet50"}, "unknown model 'resnet50'; known models: cnn, leaf_cnn, mlp, resnet18, vgg16"),
+    ({"name": "resnet50"}, "unknown model 'resnet50'; known models: cnn, leaf_cnn, mlp, resnet18, vgg16, "),
     ({"norm": "layer"}, "norm='layer' is not one of"),
     ({"name": "leaf_cnn", "norm": "batch"}, "leaf_cnn has no option 'norm'"),
     ({"name": "cnn", "stem": "3x3"}, "cnn has no option 'stem'"),
@@ -210,11 +214,46 @@ def test_norm_parameters_are_told_apart():
     ({"num_classes": 0}, "num_classes=0"),
     ({"dropout": 1.0}, "dropout=1.0"),
     ({"width": 0.0}, "width=0.0"),
+    ({"name": "cnn", "scales": 3}, "cnn has no option 'scales'"),
+    ({"name": "scatter_linear", "scales": 0}, "scales=0 must be at least 1"),
+    ({"name": "scatter_linear", "image_shape": (28, 30, 1)}, r"multiples of 4 pixels and at least 4, not \(28, 30\)"),
+    ({"name": "scatter_cnn", "image_shape": (8, 8, 1), "scales": 3}, "multiples of 8 pixels and at least 16"),
+    ({"name": "scatter_linear", "norm": "batch"}, "scatter_linear has no norm 'batch'"),
   ],
 )
 def test_bad_configurations_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     build(ModelConfig(**changes))
+
+
+@pytest.mark.parametrize("config", SMALL[10:], ids=name_of)
+def test_features_computed_once_serve_in_place_of_images(config):
+  model = build(config)
+  params, state = jax.tree.map(lambda p: jnp.asarray(np.random.default_rng(7).normal(size=p.shape), jnp.float32),
+                               model.init(jax.random.key(7)))  # fmt: skip
+  x = jax.jit(features(config))(images(config))
+  apply = jax.jit(model.apply)
+  np.testing.assert_allclose(apply(params, state, x)[0], apply(params, state, images(config))[0], rtol=1e-3, atol=1e-3)
+  assert features(SMALL[0]) is None
+
+
+def test_scattered_features_are_standardised_path_by_path():
+  config = ModelConfig("scatter_linear", 3, (16, 16, 2))
+  x = 30 * images(config) + 2
+  y = np.asarray(jax.jit(features(config))(x)).reshape(4, 4, 4, 2, 81)
+  groups = np.split(y, [1, *range(9, 81, 8)], axis=-1)
+  assert len(groups) == 11
+  for group in groups:
+    np.testing.assert_allclose(group.mean((1, 2, 4)), 0, atol=1e-4)
+    np.testing.assert_allclose(group.std((1, 2, 4)), 1, rtol=0.02)
+  np.testing.assert_allclose(
+    jax.jit(features(config))(300 * images(config)), y.reshape(4, 4, 4, 162), rtol=0.05, atol=0.05
+  )
+
+
+def test_a_linear_model_starts_from_nothing():
+  params, _ = build(SMALL[10]).init(jax.random.key(0))
+  assert not any(p.any() for p in jax.tree.leaves(params))
 
 
 def test_bad_images_are_refused():

@@ -162,7 +162,7 @@ def test_both_ends_of_a_pair_hold_one_key_and_no_two_pairs_share_one():
   ids = jnp.asarray([4, 0, 9, 2, 7], jnp.int32)
   linked = secagg.deal_links(DEALER, ids, secagg.peers(jax.random.key(0), ids, 4))
   of_pair = {}
-  for site, (peers, keys) in zip(np.asarray(ids), zip(*map(np.asarray, linked), strict=True), strict=True):
+  for site, (peers, keys) in zip(np.asarray(ids), zip(*map(np.asarray, linked[:2]), strict=True), strict=True):
     for peer, key in zip(peers, keys, strict=True):
       of_pair.setdefault(frozenset((int(site), int(peer))), set()).add(key.tobytes())
   assert len(of_pair) == 10
@@ -242,3 +242,51 @@ def test_the_error_bound_is_reached_and_not_passed():
   opened, _ = secagg.open_sum(total(protect_all(x, ids, linked, config)), config)
   error = abs(float(opened[0]) - 4 * float(x[0, 0]))
   assert 0.99 * config.error_bound < error <= config.error_bound
+
+
+def test_a_threshold_adds_one_mask_from_the_sites_own_secret():
+  config, tolerant = secagg.secure_sum(5, 1.0, num_peers=4), secagg.secure_sum(5, 1.0, num_peers=4, threshold=3)
+  ids, linked = links(config)
+  own = jax.vmap(lambda i: prng.derive(DEALER, i))(jnp.arange(5, dtype=jnp.uint32))
+  update = messages(5)
+  without, sent = (protect_all(update, ids, linked._replace(own=own), c, 3, 1) for c in (config, tolerant))
+  for i in range(5):
+    key = prng.derive(own[i], secagg.SELF_MASK)
+    leaves = zip(jax.tree.leaves(without), jax.tree.leaves(sent), strict=True)
+    for leaf, (a, b) in enumerate(leaves):
+      mask = prng.bits(key, jnp.asarray([3, 1, leaf], jnp.uint32), a.shape[1:])
+      assert np.array_equal(b[i] - a[i], mask)
+  residue = secagg.Residue(
+    jnp.stack([prng.derive(k, secagg.SELF_MASK) for k in own] + [DEALER]), jnp.asarray([1] * 5 + [0], jnp.int32)
+  )
+  opened = secagg.unmask(total(sent), residue, (3, 1), tolerant)
+  assert all(map(np.array_equal, jax.tree.leaves(opened), jax.tree.leaves(total(without))))
+
+
+def test_a_peer_that_is_the_site_itself_adds_no_mask():
+  config = secagg.secure_sum(3, 1.0)
+  ids, linked = links(config)
+  update = messages(3)
+  alone = linked._replace(peers=jnp.broadcast_to(ids[:, None], linked.peers.shape))
+  bare = secagg.secure_sum(3, 1.0, masked=False)
+  sent, encoded = protect_all(update, ids, alone, config), protect_all(update, ids, linked, bare)
+  assert all(map(np.array_equal, jax.tree.leaves(sent), jax.tree.leaves(encoded)))
+
+
+@pytest.mark.parametrize(
+  ("num_sites", "num_peers", "fits"), [(2, None, [2]), (5, 4, [3, 4, 5]), (6, None, [4, 5, 6]), (9, 2, [2, 3])]
+)
+def test_a_threshold_is_more_than_half_of_a_site_and_its_peers(num_sites, num_peers, fits):
+  for threshold in range(-1, 9):
+    if threshold in fits:
+      assert secagg.secure_sum(num_sites, num_peers=num_peers, threshold=threshold).threshold == threshold
+    else:
+      with pytest.raises(ValueError, match=f"threshold={threshold} .*use {fits[0]} to {fits[-1]}"):
+        secagg.secure_sum(num_sites, num_peers=num_peers, threshold=threshold)
+
+
+def test_a_threshold_needs_secrets_of_the_sites_own():
+  config = secagg.secure_sum(5, 1.0, threshold=3)
+  ids, linked = links(config)
+  with pytest.raises(ValueError, match="own secret"):
+    protect_all(messages(5), ids, linked, config)

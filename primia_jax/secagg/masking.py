@@ -1,13 +1,19 @@
-"""Secure aggregation by pairwise additive masks: the server opens the sum over sites and nothing else.
+"""Secure aggregation by additive masks: the server opens the sum over sites and nothing else.
 
 Each site encodes its message in Z_2^k, adds one mask for each peer of higher number and subtracts one for each peer of
 lower number. Both ends of a pair make the same mask from the same key, so in the sum over sites all masks cancel
 (Bonawitz et al., CCS 2017, section 4.0.1; peers on a random regular graph: Bell et al., CCS 2020).
 
+Where sites may be lost during a round (`SecureSum.threshold`), each adds a mask of its own as well (Bonawitz et al.,
+section 4.0.2). Peers then tell the server either the key of a site's own mask, if its message arrived, or the secret
+behind its pair keys, if not, and never both: with both, a message that came late would lie open. What is left in the
+sum is a `Residue`, which `unmask` takes away.
+
 Who learns what: whoever sees the masked messages (server, network) learns their sum, under the assumption that ChaCha20
-is a pseudorandom function and that no pair key is known to him. With P peers, a site's message stays hidden unless all
-of its P peers collude with the server. Sites that leave during a round are not yet tolerated, and the pair keys are
-handed out by a trusted dealer: `links` are data, so that key agreement can take the dealer's place.
+is a pseudorandom function and that no key is known to him. With P peers and no threshold, a site's message stays hidden
+unless all of its P peers collude with the server; with threshold t, unless t of them do, or 2 t - P - 1 of them if the
+server also tells honest peers different stories (hence 2 t > P + 1). `links` are data: from a trusted dealer
+(`deal_links`) or from key agreement (`simulation`, `protocol`).
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ import numpy as np
 from primia_jax import prng, ring
 from primia_jax.types import Array, Key, PyTree
 
+SELF_MASK, NOISE = range(2)  # uses of a site's own secret; peers may reveal the key of the first, never the secret
+
 
 @dataclasses.dataclass(frozen=True)
 class SecureSum:
@@ -33,6 +41,7 @@ class SecureSum:
     max_abs: the largest magnitude of any number in one site's message.
     num_peers: peers of each site.
     masked: False leaves the masks out: what a benchmark compares with, and no protection at all.
+    threshold: t, how many of a site and its P peers must answer once messages are in; None where no site may be lost.
   """
 
   fixed: ring.FixedPoint
@@ -40,6 +49,7 @@ class SecureSum:
   max_abs: float
   num_peers: int
   masked: bool = True
+  threshold: int | None = None
 
   @property
   def error_bound(self) -> float:
@@ -51,12 +61,15 @@ class Links(NamedTuple):
   """What connects sites to their peers in one round, for one site or stacked over sites.
 
   Attributes:
-    peers: [..., P] int32, the numbers of the peers.
+    peers: [..., P] int32, the numbers of the peers; the site's own number stands for none, and adds no mask.
     keys: [..., P, 8] uint32, the secret that the site shares with each of them.
+    own: [..., 8] uint32, the site's own secret, fresh for each sum that is opened, from which it derives a key for each
+      use (`SELF_MASK`, `NOISE`); None without a threshold.
   """
 
   peers: Array
   keys: Array
+  own: Array | None = None
 
 
 class Masked(NamedTuple):
@@ -71,9 +84,22 @@ class Masked(NamedTuple):
   out_of_range: Array
 
 
+class Residue(NamedTuple):
+  """The masks left in a sum from which sites are missing: survivors' own, and those between survivors and the lost.
+
+  Attributes:
+    keys: [M, 8] uint32.
+    signs: [M] int32, with which each mask stands in the sum; 0 for padding.
+  """
+
+  keys: Array
+  signs: Array
+
+
 def secure_sum(
-  num_sites: int, max_abs: float = 32.0, *, num_bits: int = 32, num_peers: int | None = None, masked: bool = True
-) -> SecureSum:
+  num_sites: int, max_abs: float = 32.0, *, num_bits: int = 32, num_peers: int | None = None, masked: bool = True,
+  threshold: int | None = None,
+) -> SecureSum:  # fmt: skip
   """Chooses the finest encoding in which the sum cannot overflow, and checks the whole before any work.
 
   Args:
@@ -81,10 +107,11 @@ def secure_sum(
     max_abs: the largest magnitude of any number in a message.
     num_bits: k, the width of the ring.
     num_peers: peers of each site (even, unless it is all others); None for all others.
-    masked: see `SecureSum`.
+    masked, threshold: see `SecureSum`. A threshold is more than half of a site and its peers.
 
   Raises:
-    ValueError: for fewer than two sites, an impossible number of peers, or numbers that do not fit the ring.
+    ValueError: for fewer than two sites, an impossible number of peers or threshold, or numbers that do not fit the
+      ring.
   """
   if num_sites < 2:
     raise ValueError(
@@ -97,8 +124,14 @@ def secure_sum(
     raise ValueError(
       f"num_peers={num_peers} of {num_sites} sites; use an even number from 2 to {all_others}, or {all_others} (all)"
     )
+  holders = num_peers + 1
+  if threshold is not None and not holders < 2 * threshold <= 2 * holders:
+    raise ValueError(
+      f"threshold={threshold} of a site and its {num_peers} peers; use {holders // 2 + 1} to {holders}: from half of "
+      "them or fewer, a server that tells them different stories learns both secrets of a site"
+    )
   ring.storage(num_bits)
-  return SecureSum(ring.fit(max_abs, num_sites, num_bits), num_sites, max_abs, num_peers, masked)
+  return SecureSum(ring.fit(max_abs, num_sites, num_bits), num_sites, max_abs, num_peers, masked, threshold)
 
 
 def peers(key: Key, site_ids: Array, num_peers: int) -> Array:
@@ -146,28 +179,53 @@ def protect(message: PyTree, site_id: Array, links: Links, nonce: tuple[Array | 
   Args:
     message: a pytree of float arrays.
     site_id: int32 scalar.
-    links: this site's peers [P] and keys [P, 8].
+    links: this site's peers [P] and keys [P, 8], and its own secret [8] where there is a threshold.
     nonce: (round, purpose), never used twice with the same keys: masks are one-time.
     config: the encoding.
 
   Returns:
     Ring elements. A number beyond `max_abs`, or not finite, is sent as 0 and counted, so that the round can be refused.
+
+  Raises:
+    ValueError: as `mask`.
   """
-  dtype = ring.storage(config.fixed.num_bits)
-  signs = jnp.where(links.peers > site_id, 1, -1).astype(jnp.int32)
-
-  def mask(v: Array, leaf: int) -> Array:
-    if not config.masked:
-      return v
-    words = jnp.stack([jnp.asarray(n, jnp.uint32) for n in (*nonce, leaf)])
-    return ring.reduce(v + prng.mask_sum(links.keys, signs, words, v.shape, dtype), config.fixed.num_bits)
-
-  leaves = jax.tree.leaves(message)
+  leaves, structure = jax.tree.flatten(message)
   legal = [jnp.abs(x) <= jnp.asarray(config.max_abs, x.dtype) for x in leaves]
   clean = [jnp.where(ok, x, jnp.zeros_like(x)) for ok, x in zip(legal, leaves, strict=True)]
-  wrong = jnp.logical_not(jnp.stack([jnp.all(ok) for ok in legal]).all()).astype(dtype)
-  masked = [mask(ring.encode(x, config.fixed), i) for i, x in enumerate(clean)]
-  return Masked(jax.tree.unflatten(jax.tree.structure(message), masked), mask(wrong, len(leaves)))
+  wrong = jnp.logical_not(jnp.stack([jnp.all(ok) for ok in legal]).all()).astype(ring.storage(config.fixed.num_bits))
+  encoded = [ring.encode(x, config.fixed) for x in clean]
+  return mask(Masked(jax.tree.unflatten(structure, encoded), wrong), site_id, links, nonce, config)
+
+
+def mask(encoded: Masked, site_id: Array, links: Links, nonce: tuple[Array | int, int], config: SecureSum) -> Masked:
+  """Masks one site's message that is in the ring already, e.g. with noise in it; the arguments are those of `protect`.
+
+  Raises:
+    ValueError: for a threshold and no own secret.
+  """
+  keys, signs = links.keys, jnp.sign(links.peers - site_id)
+  if config.masked and config.threshold is not None:
+    if links.own is None:
+      raise ValueError(f"threshold={config.threshold} needs each site's own secret: see Links.own")
+    keys = jnp.concatenate([keys, prng.derive(links.own, SELF_MASK)[None]])
+    signs = jnp.concatenate([signs, jnp.ones(1, jnp.int32)])
+  return _add_masks(encoded, keys, signs, nonce, config)
+
+
+def unmask(total: Masked, residue: Residue, nonce: tuple[Array | int, int], config: SecureSum) -> Masked:
+  """Takes from the ring sum of the survivors' messages the masks that have not cancelled, before `open_sum`.
+
+  Who learns what: the server learns the survivors' sum, and no part of it where their graph is connected, which
+  `simulation.recover` makes sure of. (The circle of `peers` falls apart only where P / 2 sites in a row are missing, at
+  two places.)
+
+  Args:
+    total: the sum, in which each survivor's message stands once.
+    residue: from the protocol, or from `simulation.recover`.
+    nonce: (round, purpose), as the sites had it.
+    config: the encoding.
+  """
+  return _add_masks(total, residue.keys, -residue.signs, nonce, config)
 
 
 def open_sum(total: Masked, config: SecureSum) -> tuple[PyTree, Array]:
@@ -180,6 +238,19 @@ def open_sum(total: Masked, config: SecureSum) -> tuple[PyTree, Array]:
   num_bits = config.fixed.num_bits
   message = jax.tree.map(lambda v: ring.decode(ring.reduce(v, num_bits), config.fixed), total.message)
   return message, ring.reduce(total.out_of_range, num_bits)
+
+
+def _add_masks(v: Masked, keys: Array, signs: Array, nonce: tuple[Array | int, int], config: SecureSum) -> Masked:
+  """Adds to every leaf of ring elements the signed masks of all keys, with the leaf's number as third nonce word."""
+  if not config.masked:
+    return v
+
+  def add(leaf: int, a: Array) -> Array:
+    words = jnp.stack([jnp.asarray(n, jnp.uint32) for n in (*nonce, leaf)])
+    return ring.reduce(a + prng.mask_sum(keys, signs, words, a.shape, a.dtype), config.fixed.num_bits)
+
+  leaves, structure = jax.tree.flatten(v)
+  return jax.tree.unflatten(structure, [add(i, a) for i, a in enumerate(leaves)])
 
 
 def bytes_per_number(config: SecureSum) -> float:

@@ -1,0 +1,132 @@
+"""What the whole double-masked protocol costs when sites are lost during a round, stage by stage.
+
+  python -m benchmarks.dropouts
+  python -m benchmarks.dropouts --sites=1000 --model=mlp --peers=20 --threshold=11
+
+All sites are played by one process: X25519 keys and Shamir shares for everybody, each site's masks, the sum over those
+whose message comes, the recovery from shares of what the lost left in it, and its removal. Sites do not train. A third
+of the lost are lost before they mask, a third during, and a third after; every round loses others. With too few peers
+for the number of sites a round is aborted, and the benchmark with it.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from benchmarks import measuring, work
+from primia_jax import models, native, prng, secagg, sites
+from primia_jax.secagg import simulation
+
+_SITES = flags.DEFINE_integer("sites", 100, "Sites in a round.", lower_bound=3)
+_PEERS = flags.DEFINE_integer("peers", 10, "Peers of each site.", lower_bound=2)
+_THRESHOLD = flags.DEFINE_integer("threshold", 6, "Of a site and its peers, how many must answer.")
+_RATE = flags.DEFINE_float("dropout_rate", 0.1, "Share of the sites that is lost in a round.", 0, 1)
+_MODEL = flags.DEFINE_enum("model", "leaf_cnn", ["leaf_cnn", "mlp"], "Whose parameters are sent: 1.2 M or 25 k.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds measured, after one to warm up.", lower_bound=1)
+_LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which no further round begins.", lower_bound=1)
+_DEVICES = flags.DEFINE_integer("devices", 2, "CPU devices for the mesh (no effect on accelerators).", lower_bound=1)
+_PLACEMENT = flags.DEFINE_string("placement", "auto", "Where the site axis runs.")
+
+_SECONDS = 1.5  # a round of 100 sites with 1.2 M parameters
+_NANOSECONDS = 2.2  # a masked parameter and peer
+
+
+def draw_dropouts(rng: np.random.Generator, num_sites: int, rate: float) -> secagg.Dropouts:
+  """Loses `rate` of the sites, spread over the three stages."""
+  order, each = rng.permutation(num_sites), rate * num_sites / 3
+  stage = lambda i: np.isin(np.arange(num_sites), order[round(i * each) : round((i + 1) * each)])
+  return secagg.Dropouts(*map(stage, range(3)))
+
+
+def stages(config: secagg.SecureSum, placement: sites.Placement, params) -> Mapping[str, Callable[[], Any]]:
+  """Makes the functions that run one stage of a round each, in their order, each from what the last left."""
+  num_sites = config.num_sites
+  ids, key, rng = np.arange(num_sites, dtype=np.int32), prng.random_key(), np.random.default_rng(0)
+  placed = sites.replicate(params, placement)
+  assert config.threshold is not None
+  threshold, now = config.threshold, {"round": 0}
+
+  def site(shared, inputs):
+    (params, round_index), (site_id, links, counted) = shared, inputs
+    message = jax.tree.map(lambda a: a * site_id.astype(jnp.float32) / num_sites, params)
+    sent = secagg.protect(message, site_id, links, (round_index, 0), config)
+    return jax.tree.map(lambda a: jnp.where(counted, a, jnp.zeros_like(a)), sent), ()
+
+  run = sites.sum_over_sites(site, placement)
+
+  @jax.jit
+  def finish(total, residue, round_index):
+    return secagg.open_sum(secagg.unmask(total, residue, (round_index, 0), config), config)
+
+  draw = jax.jit(lambda key: secagg.peers(key, jnp.asarray(ids), config.num_peers))
+
+  def setup():
+    now["round"] += 1
+    peers = np.asarray(draw(jax.random.key(now["round"])))
+    now["session"] = simulation.setup(key, (now["round"], 0), ids, peers, threshold)
+    now["dropouts"] = draw_dropouts(rng, num_sites, _RATE.value)
+    return now["session"].links
+
+  def mask():
+    lost = now["dropouts"].before | now["dropouts"].during
+    links = simulation.links_without(now["session"], now["dropouts"].before)
+    inputs = sites.put((ids, links, ~lost), placement)
+    now["total"], _ = run((placed, np.int32(now["round"])), inputs)
+    return now["total"]
+
+  def recover():
+    now["residue"] = simulation.recover(now["session"], now["dropouts"])
+    return now["residue"]
+
+  def unmask():
+    return finish(now["total"], sites.replicate(now["residue"], placement), np.int32(now["round"]))
+
+  return {"keys and shares": setup, "masks and sum": mask, "recovery of keys": recover, "unmask and decode": unmask}
+
+
+def mask_speed(params, kernel: str) -> Sequence[measuring.Cost]:
+  """One site's masks, its own among them, by the C form or in plain JAX."""
+  before = os.environ.get("PRIMIA_NATIVE", "1")
+  os.environ["PRIMIA_NATIVE"] = "1" if kernel == "C" else "0"
+  config = secagg.secure_sum(_SITES.value, num_peers=_PEERS.value, threshold=_THRESHOLD.value)
+  bits = prng.bits(prng.random_key(), jnp.zeros(3, jnp.uint32), (_PEERS.value + 1, 8))
+  links = secagg.Links(jnp.arange(1, _PEERS.value + 1, dtype=jnp.int32), bits[1:], bits[0])
+  protect = jax.jit(lambda params, nonce: secagg.protect(params, jnp.int32(0), links, (nonce, 0), config))
+  counter = iter(range(10**9))
+  costs = measuring.alternate({0: measuring.timed(lambda: protect(params, np.uint32(next(counter))))}, 10)[0]
+  os.environ["PRIMIA_NATIVE"] = before
+  return costs
+
+
+def main(_):
+  jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+  placement = sites.parse_placement(_PLACEMENT.value)
+  params, _ = work.model(_MODEL.value).init(jax.random.key(0))
+  size = models.num_parameters(params)
+  config = secagg.secure_sum(_SITES.value, num_peers=_PEERS.value, threshold=_THRESHOLD.value)
+
+  for kernel in ("C", "JAX") if native.available() else ("JAX",):
+    name = f"protect: one site, {size} parameters, {_PEERS.value} peers and itself, per parameter and mask"
+    scale = 1e9 / (size * (_PEERS.value + 1))
+    in_use = kernel == "C" or not native.available()
+    target = _NANOSECONDS if in_use and _MODEL.value == "leaf_cnn" else None
+    measuring.report(name, mask_speed(params, kernel), target=target, unit="ns", scale=scale, kernel=kernel)
+
+  runs = stages(config, placement, params)
+  costs = measuring.alternate({n: measuring.timed(run) for n, run in runs.items()}, _ROUNDS.value, _LIMIT.value)
+  what = f"{_SITES.value} sites, {size} parameters, {_PEERS.value} peers, {_RATE.value:.0%} lost, {placement.how}"
+  for name, cost in costs.items():
+    measuring.report(f"{name}: {what}", cost)
+  whole = [measuring.Cost(*map(sum, zip(*parts, strict=True))) for parts in zip(*costs.values(), strict=True)]
+  target = _SECONDS if (_SITES.value, _MODEL.value) == (100, "leaf_cnn") else None
+  measuring.report(f"whole protocol: {what}", whole, target=target)
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.ERROR)
+  app.run(main)

@@ -1,0 +1,119 @@
+"""What privacy adds to a step: clip, noise and SGD on a full batch of 32, beside the same step without privacy.
+
+  python -m benchmarks.private_step --case=cnn28
+  python -m benchmarks.private_step --case=resnet18_64 --rounds=10
+
+The CNN is that of the Opacus and jax-privacy tutorials (conv 16 8x8/2, pool, conv 32 4x4/2, pool, dense 32, dense 10;
+26 thousand parameters); the ResNet-18 has GroupNorm and 11.2 million. Both steps run in turn in one process. Temporary
+memory is XLA's own figure for the compiled step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from benchmarks import measuring
+from primia_jax import local, models, prng
+from primia_jax.conv import conv, max_pool
+from primia_jax.privacy import mechanism
+from primia_jax.types import Array, Batch, LossFn, Params
+
+_CASE = flags.DEFINE_enum("case", "cnn28", ["cnn28", "resnet18_64"], "Model and size of image.")
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds measured, after one to warm up.", lower_bound=1)
+_STEPS = flags.DEFINE_integer(
+  "steps", None, "Steps in a round; by default 20 of the CNN, 1 of the ResNet.", lower_bound=1
+)
+_LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which no further round begins.", lower_bound=1)
+_CLIPPING = flags.DEFINE_enum("clipping", "flat", ["flat", "per_layer", "automatic"], "How gradients are clipped.")
+_MICROBATCH = flags.DEFINE_integer("microbatch", None, "Gradients formed at once; by default by the model's size.")
+
+BATCH, RATE = 32, 0.1
+_TARGETS = {"cnn28": (None, 1.15, None), "resnet18_64": (0.45, 2.2, 150.0)}  # seconds, ratio, MiB
+
+
+def cnn(key: Array) -> tuple[Params, Callable[..., tuple[Array, dict]]]:
+  """The tutorials' CNN: parameters, and its apply function."""
+  draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape) / np.sqrt(np.prod(shape[:-1]))
+  kernels = [draw(0, 8, 8, 1, 16), draw(1, 4, 4, 16, 32), draw(2, 512, 32), draw(3, 32, 10)]
+  params = [{"kernel": w, "bias": jnp.zeros(w.shape[-1])} for w in kernels]
+
+  def apply(params, model_state, images, *, train=True, key=None):
+    del train, key
+    first, second, hidden, head = params
+    x = conv(images, first["kernel"], strides=(2, 2), padding=((3, 3), (3, 3))) + first["bias"]
+    x = conv(max_pool(jax.nn.relu(x), 2, 1), second["kernel"], strides=(2, 2), padding="VALID") + second["bias"]
+    x = max_pool(jax.nn.relu(x), 2, 1).reshape(images.shape[0], -1)
+    return jax.nn.relu(x @ hidden["kernel"] + hidden["bias"]) @ head["kernel"] + head["bias"], model_state
+
+  return params, apply
+
+
+def work(case: str) -> tuple[Params, LossFn, Batch]:
+  """Parameters, loss and a batch of random images."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  shape, num_classes = {"cnn28": ((28, 28, 1), 10), "resnet18_64": ((64, 64, 3), 3)}[case]
+  if case == "cnn28":
+    params, apply = cnn(keys[0])
+  else:
+    model = models.build(models.ModelConfig("resnet18", num_classes, shape, norm="group"))
+    (params, _), apply = model.init(keys[0]), model.apply
+  labels = jax.random.randint(keys[1], (BATCH,), 0, num_classes, jnp.int32)
+  batch = Batch(jax.random.normal(keys[2], (BATCH, *shape)), labels, jnp.ones(BATCH))
+  return params, local.classification_loss(apply, lambda key, images, targets: (images, targets), num_classes), batch
+
+
+def main(_):
+  case = _CASE.value
+  params, loss_fn, batch = work(case)
+  mech = mechanism.Mechanism(1.0, 0.01, BATCH, clipping=_CLIPPING.value, microbatch=_MICROBATCH.value)
+  plain, private = local.gradients(loss_fn), mechanism.private_gradients(loss_fn, mech)
+  key, secret = jax.random.key(1), prng.random_key()
+  descend = lambda params, grads: jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+
+  def plain_step(params, step):
+    return descend(params, plain(params, {}, batch, jax.random.fold_in(key, step))[0])
+
+  def private_step(params, step):
+    args = (jax.random.fold_in(key, step), prng.derive(secret, step), jnp.float32(BATCH / mech.sampling_rate))
+    return descend(params, private(params, {}, batch, *args)[0])
+
+  steps = {"plain": plain_step, "private": private_step}
+  compiled = {name: jax.jit(step).lower(params, jnp.uint32(0)).compile() for name, step in steps.items()}
+  per_round = _STEPS.value or {"cnn28": 20, "resnet18_64": 1}[case]
+
+  def several(step):
+    state, done = params, 0
+
+    def run():
+      nonlocal state, done
+      for _ in range(per_round):
+        state = jax.block_until_ready(step(state, jnp.uint32(done)))
+        done += 1
+
+    return run
+
+  contestants = {name: measuring.timed(several(step)) for name, step in compiled.items()}
+  costs = measuring.alternate(contestants, _ROUNDS.value, _LIMIT.value)
+  seconds, ratio, mebibytes = _TARGETS[case]
+  what = f"{case}, {models.num_parameters(params)} parameters, batch {BATCH}"
+  scale = 1 / per_round
+  measuring.report(f"step: {what}, not private", costs["plain"], unit="s/step", scale=scale)
+  name = f"step: {what}, private, {mech.clipping}"
+  measuring.report(name, costs["private"], target=seconds, unit="s/step", scale=scale)
+  measuring.report_ratio(
+    f"private over not private: {what}, {mech.clipping}", costs["private"], costs["plain"], target=ratio
+  )
+  analysis = compiled["private"].memory_analysis()
+  assert analysis is not None
+  temporary = analysis.temp_size_in_bytes / 2**20
+  measuring.say(f"temporary memory of a private step: {what}, {mech.clipping}", [temporary], "MiB", mebibytes)
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.ERROR)
+  app.run(main)

@@ -1,0 +1,265 @@
+"""Differential privacy of a training run: from settings to a mechanism, its noise, its ledgers, and what a report says.
+
+Every site spends alike, since all draw with the same probability and add the same noise; so one ledger stands for each
+site that took part in a round, and the worst is what is claimed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.settings import Train
+from primia_jax import prng
+from primia_jax.privacy import accounting, distributed
+from primia_jax.privacy.accounting import Ledger, Release
+from primia_jax.privacy.distributed import DistributedNoise
+from primia_jax.privacy.mechanism import Mechanism, capacity, overflow_probability
+
+_FAILURE = 1e-12  # probability that any batch of a run overflows; taken from delta
+_KINDS = {"none": (), "example": ("site",), "patient": ("site",), "site": ("site", "distributed")}
+
+
+class Privacy(NamedTuple):
+  """What protects the units of one cohort.
+
+  Attributes:
+    unit: "example", "patient" or "site".
+    release: of every site in every round, `num_steps` times.
+    num_steps: releases of a round.
+    counts: the release of the class counts before training; None where there is none.
+    delta: of the claim.
+    target: epsilon at which training stops; infinite without one.
+    num_units: of the largest site, or sites.
+    mechanism: of a training step; None for sites as units.
+    noise: of a sum, where sites make it together; else None.
+  """
+
+  unit: str
+  release: Release
+  num_steps: int
+  counts: Release | None
+  delta: float
+  target: float
+  num_units: int
+  mechanism: Mechanism | None = None
+  noise: DistributedNoise | None = None
+
+
+def check(settings: Train, federated: bool = True) -> None:
+  """Refuses what could not be claimed, before any work; sites as units only where several train together.
+
+  Raises:
+    ValueError: naming the setting and the cure.
+  """
+  s = settings
+  if s.dp not in _KINDS:
+    raise ValueError(f"dp={s.dp!r}; use one of {', '.join(_KINDS)}")
+  if s.dp == "none":
+    if s.target_epsilon or s.noise_multiplier:
+      raise ValueError(
+        "target_epsilon and noise_multiplier belong to differential privacy; set dp=example, patient or site"
+      )
+    return
+  if s.dp == "site" and not federated:
+    raise ValueError("dp=site protects sites of a federation; one site alone has dp=example or patient")
+  if s.dp_noise not in _KINDS[s.dp]:
+    raise ValueError(f"dp_noise={s.dp_noise!r} with dp={s.dp}; use {' or '.join(_KINDS[s.dp])}")
+  for name in ("target_epsilon", "noise_multiplier", "delta", "dp_count_noise"):
+    if not 0 <= getattr(s, name) < math.inf:
+      raise ValueError(f"{name}={getattr(s, name)} must be finite and not negative")
+  if not s.target_epsilon and not s.noise_multiplier:
+    raise ValueError(
+      f"dp={s.dp} needs target_epsilon (noise follows) or noise_multiplier; without noise nothing is private"
+    )
+  if s.mixup:
+    raise ValueError("mixup blends the images of several units, so that clipping bounds nobody's part; use mixup=0")
+  if s.norm == "batch":
+    raise ValueError("norm=batch mixes the images of a batch, which clipping cannot bound; use norm=group")
+  if s.dp == "site":
+    if s.class_weights:
+      raise ValueError("class counts of a site cannot be bounded as one unit's; use --noclass_weights with dp=site")
+    if s.weighting != "uniform":
+      raise ValueError(f"weighting={s.weighting} tells sizes of sites, which dp=site protects; use weighting=uniform")
+    if s.algorithm not in ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"):
+      raise ValueError(f"dp=site bounds one update of a site, and {s.algorithm} sends more; use fedavg or its kin")
+  elif s.class_weights and not s.dp_count_noise:
+    raise ValueError("class_weights releases exact class counts; set dp_count_noise, or --noclass_weights")
+  if s.dp_noise == "distributed" and (s.aggregation != "secure" or s.secagg == "none" or not s.secagg_threshold):
+    raise ValueError(
+      "dp_noise=distributed protects the sum of at least secagg_threshold sites and no single update; "
+      "use aggregation=secure and set secagg_threshold"
+    )
+  if s.sync_batches:
+    raise ValueError("dp draws batches at random, and counts rounds in sync_epochs; use sync_batches=0")
+
+
+def make(
+  settings: Train, sizes: Sequence[int], num_sites: int, num_parameters: int, threshold: int | None
+) -> Privacy | None:
+  """What protects a cohort, with noise calibrated to the target where none is given; None without privacy.
+
+  Args:
+    settings: of the run.
+    sizes: units of each site; the largest and the smallest become public.
+    num_sites: sites in a round.
+    num_parameters: of the model.
+    threshold: the fewest sites in a sum.
+
+  Raises:
+    ValueError: a delta that is too large, or a budget that nothing can meet.
+  """
+  s = settings
+  if s.dp == "none":
+    return None
+  target = s.target_epsilon or math.inf
+  if s.dp == "site":
+    return _of_sites(s, num_sites, num_parameters, threshold, target)
+  most = max(sizes)
+  delta = s.delta or 1 / most
+  accounting.ledger(s.dp, delta, most)  # checks delta
+  rate = min(1.0, s.batch_size / most)
+  num_steps = s.sync_epochs * -(-most // s.batch_size)
+  total = num_steps * s.rounds
+  counts = accounting.gaussian("class counts", s.dp_count_noise) if s.class_weights else None
+  mechanism = Mechanism(
+    noise_multiplier=s.noise_multiplier or 1.0,
+    sampling_rate=rate,
+    max_units=capacity(most, rate, total, _FAILURE),
+    l2_clip_norm=s.l2_clip_norm,
+    clipping=s.dp_clipping,
+    unit=s.dp,
+    augmentations=s.dp_augmentations,
+  )
+  overflow = overflow_probability(mechanism, most, total) / total
+  if not s.noise_multiplier:
+    before = (counts,) if counts else ()
+    rate = mechanism.sampling_rate
+    noise = accounting.calibrate(s.target_epsilon, delta, rate, total, before, overflow)
+    mechanism = dataclasses.replace(mechanism, noise_multiplier=noise)
+  release = accounting.gaussian("gradients", mechanism.noise_multiplier, mechanism.sampling_rate, overflow)
+  return Privacy(s.dp, release, num_steps, counts, delta, target, most, mechanism)
+
+
+def _of_sites(s: Train, num_sites: int, num_parameters: int, threshold: int | None, target: float) -> Privacy:
+  delta = s.delta or 1 / s.num_sites
+  accounting.ledger("site", delta, s.num_sites)
+  if s.dp_noise == "site":
+    sigma = s.noise_multiplier or accounting.calibrate(s.target_epsilon, delta, 1.0, s.rounds)
+    return Privacy("site", accounting.gaussian("updates", sigma), 1, None, delta, target, s.num_sites)
+  noise = DistributedNoise(
+    dim=num_parameters, num_sites=num_sites, min_survivors=threshold or num_sites, l2_clip_norm=s.l2_clip_norm,
+    noise_multiplier=s.noise_multiplier or 1.0, num_bits=s.secagg_bits,
+  )  # fmt: skip
+  if not s.noise_multiplier:
+    noise = distributed.calibrate(noise, s.target_epsilon, delta, s.rounds)
+    start = accounting.ledger("site", delta, s.num_sites)
+    # The ledger knows whole orders only, and so claims a little more than `distributed.epsilon`.
+    while accounting.epsilon(accounting.spend(start, _of_sum(noise), s.rounds)) > s.target_epsilon:
+      noise = dataclasses.replace(noise, noise_multiplier=noise.noise_multiplier * 1.001)
+  return Privacy("site", _of_sum(noise), 1, None, delta, target, s.num_sites, noise=noise)
+
+
+def _of_sum(noise: DistributedNoise) -> Release:
+  _, curve = distributed.rdp(noise, accounting.ORDERS)
+  return accounting.renyi("updates", curve, noise.sampler_error)
+
+
+def secrets(settings: Train, site_ids: np.ndarray) -> np.ndarray:
+  """The secrets of sites, [K, 8] uint32: from the operating system, or from `dp_seed`, and then nothing is private."""
+  if settings.dp_seed < 0:
+    return np.stack([np.asarray(prng.random_key()) for _ in site_ids])
+  words = np.random.SeedSequence(settings.dp_seed).generate_state(8)
+  return np.stack([np.asarray(prng.derive(jnp.asarray(words, jnp.uint32), int(i))) for i in site_ids])
+
+
+class Book:
+  """The ledgers of a cohort in a file, written before anything is released, so that a crash counts twice and not never.
+
+  Attributes:
+    ledgers: one for each site.
+    counts: the noised class counts, released once however often a run is started; None before.
+  """
+
+  def __init__(self, privacy: Privacy, num_sites: int, path: pathlib.Path, writes: bool = True):
+    self._privacy, self._path, self._writes = privacy, path, writes
+    self.ledgers = [Ledger(privacy.unit, privacy.delta)] * num_sites
+    self.counts: list[float] | None = None
+    if path.is_file():
+      saved = json.loads(path.read_text())
+      self.ledgers = [accounting.from_json(json.dumps(one)) for one in saved["ledgers"]]
+      self.counts = saved["class_counts"]
+      if len(self.ledgers) != num_sites:
+        raise ValueError(f"{path} has ledgers of {len(self.ledgers)} sites, not {num_sites}; use another --run_dir")
+
+  def spend(self, release: Release, site_ids: Sequence[int], count: int = 1) -> None:
+    for i in site_ids:
+      self.ledgers[i] = accounting.spend(self.ledgers[i], release, count)
+    self.save()
+
+  def save(self) -> None:
+    if not self._writes:
+      return
+    ledgers = [json.loads(accounting.to_json(one)) for one in self.ledgers]
+    text = json.dumps({"ledgers": ledgers, "class_counts": self.counts}, indent=2)
+    part = self._path.with_suffix(".part")
+    part.write_text(text + "\n")
+    part.replace(self._path)
+
+  @property
+  def epsilon(self) -> float:
+    return accounting.of_sites(self.ledgers)
+
+  def within_budget(self, site_ids: Sequence[int]) -> bool:
+    """Whether one more round keeps within the target."""
+    privacy = self._privacy
+    if math.isinf(privacy.target):
+      return True
+    after = {accounting.spend(self.ledgers[i], privacy.release, privacy.num_steps) for i in site_ids}
+    return accounting.of_sites(list(after)) <= privacy.target
+
+
+def facts(settings: Train, privacy: Privacy, book: Book) -> dict[str, Any]:
+  """What the report says."""
+  out: dict[str, Any] = {}
+  if settings.dp_seed >= 0:
+    out["NOT PRIVATE"] = f"noise and batches come from dp_seed={settings.dp_seed}, which anybody can repeat"
+  out |= accounting.statement(book.ledgers)
+  if privacy.mechanism is not None:
+    m = privacy.mechanism
+    out |= {
+      "mechanism": "DP-SGD at each site (Abadi et al. 2016): per-unit gradients clipped and summed, noise added by the "
+      "site before its optimiser steps",
+      "clipping": f"{m.clipping}, norm {m.l2_clip_norm:g}, "
+      + (
+        f"{m.augmentations} augmented copies of an image counting as one"
+        if m.augmentations > 1
+        else "one copy an image"
+      ),
+      "sampler": f"Poisson, rate {m.sampling_rate:.6g}, at most {m.max_units} units in a batch",
+    }
+    protected = "whoever sees updates, sums or models: server, other sites, users of the model; not the site itself"
+  elif privacy.noise is None:
+    out["mechanism"] = f"Gaussian noise added by each site to its update, clipped to norm {settings.l2_clip_norm:g}"
+    protected = "everybody outside the site, the server included"
+  else:
+    n = privacy.noise
+    out |= {
+      "mechanism": f"distributed {n.kind.replace('_', ' ')}: each site adds a share of the noise before masking, "
+      f"updates clipped to norm {n.l2_clip_norm:g} and rounded in Z_2^{n.num_bits}",
+      "noise in a sum": f"{n.noise_multiplier:.6g} times the clipping norm, from at least {n.num_honest} sites",
+      "sensitivity multiplied by rounding": round(n.sensitivity_inflation, 4),
+    }
+    protected = "whoever sees sums and models, while secure aggregation keeps single updates hidden"
+  return out | {
+    "protected from": protected,
+    "not covered": "validation images: their counts leave each site as exact sums under secure aggregation, and choose "
+    "the round that is kept; tuning over several runs adds up",
+  }

@@ -1,0 +1,295 @@
+"""What a run's releases cost in epsilon and delta: one ledger a site over all mechanisms, computed by dp-accounting.
+
+A `Release` is one output computed from a site's units under noise; a `Ledger` is the list of all of them. Sites with
+disjoint units compose in parallel (the worst counts, `of_sites`); everything at one site, rounds, statistics and tuning
+runs alike, composes sequentially. Only Poisson sampling is known here: batches drawn in any other way, such as by
+shuffling, are not amplified, and must be charged with a sampling rate of 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import dp_accounting
+import numpy as np
+from dp_accounting import pld, rdp
+from scipy import special
+
+UNITS = ("example", "patient", "site")
+ACCOUNTANTS = ("pld", "rdp")
+ORDERS = (*map(float, range(2, 65)), *(2.0**i for i in range(7, 13)))  # whole, where the formula is a sum
+_MAX_EPSILON = 1e3  # beyond this nothing is claimed
+
+
+class Release(NamedTuple):
+  """One kind of output of a site, and how often it was given.
+
+  Attributes:
+    what: for people, such as "gradients".
+    noise_multiplier: of the Poisson-subsampled Gaussian mechanism; 0 where `curve` is given.
+    sampling_rate: q, the rate that really ran.
+    count: how often.
+    extra_delta: the probability, each time, that what ran was not what is accounted for (a batch that overflowed).
+    curve: Renyi divergences at `ORDERS`, for any other mechanism; empty for the Gaussian.
+  """
+
+  what: str
+  noise_multiplier: float
+  sampling_rate: float = 1.0
+  count: int = 1
+  extra_delta: float = 0.0
+  curve: tuple[float, ...] = ()
+
+
+class Ledger(NamedTuple):
+  """All that a site has released.
+
+  Attributes:
+    unit: whose presence is hidden: "example", "patient" or "site".
+    delta: of the claim.
+    releases: each kind once.
+  """
+
+  unit: str
+  delta: float
+  releases: tuple[Release, ...] = ()
+
+
+def gaussian(what: str, noise_multiplier: float, sampling_rate: float = 1.0, extra_delta: float = 0.0) -> Release:
+  """One release of the Poisson-subsampled Gaussian mechanism, adding or removing one unit (Mironov et al. 2019).
+
+  Raises:
+    ValueError: for no noise, or a rate outside (0, 1].
+  """
+  if not 0 < noise_multiplier < math.inf:
+    raise ValueError(f"{what}: noise_multiplier={noise_multiplier} must be positive: without noise nothing is private")
+  if not 0 < sampling_rate <= 1 or not 0 <= extra_delta < 1:
+    raise ValueError(
+      f"{what}: sampling_rate={sampling_rate} must lie in (0, 1] and extra_delta={extra_delta} in [0, 1)"
+    )
+  return Release(what, noise_multiplier, sampling_rate, extra_delta=extra_delta)
+
+
+def renyi(what: str, curve: Sequence[float], extra_delta: float = 0.0) -> Release:
+  """One release of any mechanism, from its Renyi divergences at `ORDERS` (distributed noise: `distributed.rdp`).
+
+  Raises:
+    ValueError: for another number of divergences, or one that is negative or no number.
+  """
+  if len(curve) != len(ORDERS) or not all(value >= 0 for value in curve):
+    raise ValueError(f"{what}: a curve of {len(curve)} divergences; give one that is not negative for each of ORDERS")
+  return Release(what, 0.0, extra_delta=extra_delta, curve=tuple(map(float, curve)))
+
+
+def ledger(unit: str, delta: float, num_units: int) -> Ledger:
+  """An empty ledger.
+
+  Args:
+    unit: "example", "patient" or "site".
+    delta: above 1 / num_units a mechanism that publishes a random unit whole would count as private.
+    num_units: public number of the site's units.
+
+  Raises:
+    ValueError: for another unit, or a delta outside (0, 1 / num_units].
+  """
+  if unit not in UNITS:
+    raise ValueError(f"unit={unit!r}; use one of {', '.join(UNITS)}")
+  if not 0 < delta <= 1 / num_units:
+    raise ValueError(
+      f"delta={delta:g} must lie between 0 and 1 / {num_units} = {1 / num_units:.3g}, one over the number of units: a "
+      "larger one allows to publish somebody whole"
+    )
+  return Ledger(unit, delta)
+
+
+def spend(ledger: Ledger, release: Release, count: int = 1) -> Ledger:
+  """The ledger with `count` more of a release; equal ones are kept as one line.
+
+  Raises:
+    ValueError: for a negative count.
+  """
+  if count < 0:
+    raise ValueError(f"count={count} must not be negative")
+  same = lambda r: r._replace(count=release.count) == release
+  kept = tuple(r._replace(count=r.count + count * release.count) if same(r) else r for r in ledger.releases)
+  if not any(map(same, ledger.releases)) and count:
+    kept += (release._replace(count=count * release.count),)
+  return ledger._replace(releases=kept)
+
+
+def epsilon(ledger: Ledger, accountant: str | None = None) -> float:
+  """The epsilon of a ledger at its delta; 0 for an empty one, infinite where none below 1000 holds.
+
+  Args:
+    ledger: what was released.
+    accountant: "pld" (privacy loss distributions: tight, seconds), "rdp" (an upper bound, fast), or None for PLD
+      wherever all releases are Gaussian.
+
+  Raises:
+    ValueError: for "pld" with a release that is known by its Renyi curve alone.
+
+  With overflow probabilities p_i the accountant is asked for delta - (1 + e^epsilon) sum p_i, by iteration: what ran is
+  within total variation p_i of what is accounted for, on either of two adjacent data sets.
+  """
+  releases = [r for r in ledger.releases if r.count]
+  if accountant not in (None, *ACCOUNTANTS):
+    raise ValueError(f"accountant={accountant!r}; use one of {', '.join(ACCOUNTANTS)}")
+  if not releases:
+    return 0.0
+  tight = all(not r.curve for r in releases)
+  if accountant == "pld" and not tight:
+    raise ValueError("a release is known by its Renyi divergences alone; use the accountant rdp")
+  of_delta = _by_pld(tuple(releases)) if (accountant or ("pld" if tight else "rdp")) == "pld" else _by_rdp(releases)
+  wrong = math.fsum(r.count * r.extra_delta for r in releases)
+  value = of_delta(ledger.delta)
+  for _ in range(50 if wrong else 0):
+    left = ledger.delta - (1 + math.exp(min(value, 700.0))) * wrong
+    if left <= 0:
+      return math.inf
+    before, value = value, of_delta(left)
+    if value <= before * (1 + 1e-9):
+      break
+  return value if value < _MAX_EPSILON else math.inf
+
+
+def of_sites(ledgers: Sequence[Ledger]) -> float:
+  """The epsilon of whoever is in one of several disjoint sites, at the worst: parallel composition.
+
+  Raises:
+    ValueError: for sites that protect different units: there is no common claim.
+  """
+  if len({one.unit for one in ledgers}) != 1:
+    raise ValueError(f"sites protect different units: {sorted({one.unit for one in ledgers})}")
+  return max(epsilon(one) for one in set(ledgers))
+
+
+def calibrate(
+  target_epsilon: float, delta: float, sampling_rate: float, num_steps: int, before: Sequence[Release] = (),
+  extra_delta: float = 0.0,
+) -> float:  # fmt: skip
+  """The least noise multiplier, to a thousandth, with which `num_steps` releases and those `before` meet a target.
+
+  Raises:
+    ValueError: for a target that is not positive, or that the releases before exceed alone.
+  """
+  if not 0 < target_epsilon < _MAX_EPSILON or num_steps < 1:
+    raise ValueError(
+      f"target_epsilon={target_epsilon} must lie in (0, {_MAX_EPSILON:g}), num_steps={num_steps} be positive"
+    )
+  start = functools.reduce(spend, before, Ledger("example", delta))
+  if epsilon(start) >= target_epsilon:
+    raise ValueError(
+      f"target_epsilon={target_epsilon} is spent by {', '.join(r.what for r in before)} alone; give these more noise"
+    )
+  spent = lambda sigma: spend(start, gaussian("gradients", sigma, sampling_rate, extra_delta), num_steps)
+  fits = lambda sigma, accountant=None: epsilon(spent(sigma), accountant) <= target_epsilon
+  high = 0.25  # the fast accountant, an upper bound, says where to look
+  while not fits(high, "rdp"):
+    high *= 1.1
+    if high > 1e5:
+      raise ValueError(f"no noise meets target_epsilon={target_epsilon} at delta={delta:g}; raise one of them")
+  low = high / 1.5
+  while fits(low):
+    low, high = low / 1.5, low
+  while high > low * 1.001:
+    middle = math.sqrt(low * high)
+    low, high = (low, middle) if fits(middle) else (middle, high)
+  return high
+
+
+def steps_within(target_epsilon: float, start: Ledger, release: Release, most: int) -> int:
+  """How many more of a release fit into a budget, at most `most`."""
+  low, high = 0, most
+  while low < high:
+    middle = (low + high + 1) // 2
+    low, high = (middle, high) if epsilon(spend(start, release, middle)) <= target_epsilon else (low, middle - 1)
+  return low
+
+
+def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
+  """What a report says of the releases and of the claim; all ledgers are of one run."""
+  worst = max(set(ledgers), key=epsilon)
+  by_rdp = epsilon(worst, "rdp")
+  rows: dict[str, Any] = {
+    "unit of privacy": f"one {worst.unit}: adjacent data have it, or zeros in its place; numbers of units are public",
+    "delta": worst.delta,
+    "epsilon (of a unit of any one site, the worst)": round(epsilon(worst), 4),
+    "epsilon by Renyi divergences": round(by_rdp, 4) if math.isfinite(by_rdp) else "infinite",
+    "composition": "sequential over rounds and statistics of a site, parallel over sites",
+  }
+  for release in worst.releases:
+    rows[f"released: {release.what}"] = _told(release)
+  return rows
+
+
+def _told(release: Release) -> str:
+  times = f"{release.count} times" if release.count != 1 else "once"
+  if release.curve:
+    return f"{times}, by integer noise of all sites together"
+  rate = (
+    f", each unit drawn with probability {release.sampling_rate:.6g} (Poisson)" if release.sampling_rate < 1 else ""
+  )
+  return f"{times}, Gaussian noise of {release.noise_multiplier:.6g} times the largest contribution of a unit{rate}"
+
+
+def to_json(ledger: Ledger) -> str:
+  """A ledger as text, for a checkpoint."""
+  return json.dumps(ledger._asdict() | {"releases": [r._asdict() for r in ledger.releases]})
+
+
+def from_json(text: str) -> Ledger:
+  """The inverse of `to_json`.
+
+  Raises:
+    ValueError: for another text.
+  """
+  try:
+    values: Mapping[str, Any] = json.loads(text)
+    releases = tuple(Release(**{**r, "curve": tuple(r["curve"])}) for r in values["releases"])
+    return Ledger(values["unit"], float(values["delta"]), releases)
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"this is no ledger: {text[:80]!r}") from error
+
+
+def _event(release: Release) -> dp_accounting.DpEvent:
+  event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(release.noise_multiplier)
+  return event if release.sampling_rate == 1 else dp_accounting.PoissonSampledDpEvent(release.sampling_rate, event)
+
+
+def _by_rdp(releases: Sequence[Release]) -> Callable[[float], float]:
+  """delta -> epsilon, by composing Renyi divergences (conversion: Canonne et al. 2020, proposition 12)."""
+  if not any(r.curve for r in releases):
+    accountant = rdp.RdpAccountant(ORDERS)
+    for release in releases:
+      accountant.compose(_event(release), release.count)
+    return accountant.get_epsilon
+  orders = np.asarray(ORDERS)
+  curve = lambda r: np.asarray(r.curve or _gaussian_curve(r.noise_multiplier, r.sampling_rate))
+  total = np.sum([r.count * curve(r) for r in releases], axis=0)
+  converted = lambda delta: total + np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
+  return lambda delta: max(0.0, float(np.min(converted(delta))))
+
+
+def _gaussian_curve(noise_multiplier: float, sampling_rate: float) -> tuple[float, ...]:
+  """Renyi divergences of the Poisson-subsampled Gaussian at whole orders (Mironov et al. 2019, section 3.3)."""
+
+  def divergence(order: int) -> float:
+    k = np.arange(order + 1)
+    logs = special.gammaln(order + 1) - special.gammaln(k + 1) - special.gammaln(order - k + 1)
+    logs = logs + special.xlog1py(order - k, -sampling_rate) + k * math.log(sampling_rate)
+    return float(special.logsumexp(logs + k * (k - 1) / (2 * noise_multiplier**2))) / (order - 1)
+
+  return tuple(divergence(int(order)) for order in ORDERS)
+
+
+@functools.lru_cache(maxsize=64)
+def _by_pld(releases: tuple[Release, ...]) -> Callable[[float], float]:
+  """delta -> epsilon, by composing privacy loss distributions."""
+  accountant = pld.PLDAccountant()
+  for release in releases:
+    accountant.compose(_event(release), release.count)
+  return accountant.get_epsilon

@@ -1,0 +1,131 @@
+"""The sum of per-unit gradients, each clipped first, in the memory of one gradient and with XLA's fast convolutions.
+
+A loop goes over the units that a step really has, a few at a time, and adds each clipped gradient to a running sum, so
+that padding costs nothing. (How long a step takes thus tells the number of units to whoever can time the site.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from primia_jax import local
+from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Params, PyTree
+
+CLIPPINGS = ("flat", "per_layer", "automatic")
+_STABILITY = 0.01  # gamma of automatic clipping
+_CACHE_BYTES = 2**22  # of gradients formed at once by default
+
+
+def clipped_sum(
+  loss_fn: LossFn,
+  *,
+  l2_clip_norm: float = 1.0,
+  clipping: str = "flat",
+  augmentations: int = 1,
+  microbatch: int | None = None,
+) -> Callable[[Params, ModelState, Batch, Key], tuple[PyTree, Metrics, Array]]:
+  """Makes the function that sums clipped gradients over units.
+
+  The gradient g of a unit is that of the mean loss over its rows, each row `augmentations` times under random
+  augmentation (De et al. 2022, section 3.2; `loss_fn` augments, row by row). One unit's rows never meet another's.
+  What is added up:
+
+    flat: g min(1, C / |g|) (Abadi et al. 2016, algorithm 1).
+    per_layer: each leaf of the parameters so, with C / sqrt(number of leaves) (McMahan et al. 2018, section 3.1).
+    automatic: C g / (|g| + 0.01) (Bu et al. 2022, equation 4.1), of norm below C with nothing to tune.
+
+  One unit, whatever is in it, so changes the sum by a vector of norm C at most, up to float32: 1e-5 C for the rounding
+  of the factor and the norm, and the rounding of the sum. A gradient that is not finite, or whose norm passes float32,
+  counts as exactly 0.
+
+  Args:
+    loss_fn: a mean over rows of non-zero weight, without model state.
+    l2_clip_norm: C.
+    clipping: see above.
+    augmentations: see above.
+    microbatch: units whose gradients are formed at once: time and memory, never the result; None takes as many as keep
+      their gradients within 4 MiB, at least one.
+
+  Returns:
+    (params, model_state, Batch, key) -> (sum, Metrics, share of the units that were scaled down). The batch has
+    leading axes [U] or, where units have several rows, [U, R]; a unit whose weights are all 0 is padding, and loops end
+    after the last that is not. `key` is for augmentation and dropout, not secret. Metrics are per row, of finite units;
+    like the share they are NOT private. It raises a ValueError for a model with state.
+  """
+  gradient_fn = local.gradients(loss_fn)
+
+  def unit(params: Params, model_state: ModelState, rows: Batch, key: Key):
+    rows = jax.tree.map(lambda a: jnp.repeat(a, augmentations, axis=0), rows)
+    gradient, (_, metrics) = gradient_fn(params, model_state, rows, key)
+    squares = jnp.stack([_square(leaf) for leaf in jax.tree.leaves(gradient)])
+    counts = jnp.any(rows.weights != 0) & jnp.isfinite(jnp.sum(squares))
+    factors = _factors(squares, l2_clip_norm, clipping)
+    metrics = jax.tree.map(lambda m: jnp.where(counts, m, 0.0) / augmentations, metrics)
+    return gradient, factors, counts, metrics
+
+  def run(params: Params, model_state: ModelState, batch: Batch, key: Key):
+    if jax.tree.leaves(model_state):
+      raise ValueError(
+        "the model has a state that gradients of single units would share (BatchNorm mixes the examples of a batch, "
+        "which clipping cannot bound); use norm=group"
+      )
+    if batch.weights.ndim == 1:
+      batch = jax.tree.map(lambda a: a[:, None], batch)
+    num_units, size = batch.weights.shape[0], sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    together = min(num_units, max(1, _CACHE_BYTES // max(size, 1)) if microbatch is None else microbatch)
+    padding = -num_units % together
+    batch = jax.tree.map(lambda a: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)), batch)
+    used = jnp.any(batch.weights != 0, axis=1)
+    rank = jnp.arange(1, num_units + padding + 1, dtype=jnp.int32)
+    last = jnp.max(jnp.where(used, rank, 0))
+
+    def body(i: Array, carry):
+      total, metrics, num_clipped = carry
+      first = i * together
+      rows = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, together), batch)
+      index = first + jnp.arange(together, dtype=jnp.int32)
+      keys = jax.vmap(lambda j: jax.random.fold_in(key, j))(index)
+      if together == 1:
+        out = unit(params, model_state, *jax.tree.map(lambda a: a[0], (rows, keys)))
+        gradient, factors, counts, new = jax.tree.map(lambda a: a[None], out)
+      else:
+        gradient, factors, counts, new = jax.vmap(unit, (None, None, 0, 0))(params, model_state, rows, keys)
+      leaves, structure = jax.tree.flatten(gradient)
+      sums = jax.tree.leaves(total)
+      for u in range(together):  # in the units' order, so that the sum rounds alike however they are grouped
+        sums = [
+          s + jnp.where(counts[u], leaf[u] * factors[u, i], 0.0)
+          for i, (s, leaf) in enumerate(zip(sums, leaves, strict=True))
+        ]
+      metrics = jax.tree.map(lambda a, b: a + jnp.sum(b), metrics, new)
+      num_clipped = num_clipped + jnp.sum(counts & jnp.any(factors < 1, axis=1), dtype=jnp.float32)
+      return jax.tree.unflatten(structure, sums), metrics, num_clipped
+
+    zero = jnp.zeros((), jnp.float32)
+    carry = (jax.tree.map(jnp.zeros_like, params), Metrics(zero, zero, zero), zero)
+    total, metrics, num_clipped = jax.lax.fori_loop(0, -(-last // together), body, carry)
+    return total, metrics, num_clipped / jnp.maximum(jnp.sum(used, dtype=jnp.float32), 1.0)
+
+  return run
+
+
+def _square(x: Array) -> Array:
+  """The squared norm, summed within and then over rows so that float32 loses little of millions of terms."""
+  return jnp.sum(jnp.sum(jnp.square(x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)), axis=1))
+
+
+def _factors(squares: Array, l2_clip_norm: float, clipping: str) -> Array:
+  """What each leaf [L] of one unit's gradient is multiplied by, from the squared norms of the leaves."""
+  if clipping == "per_layer":
+    return jnp.minimum(1.0, np.float32(l2_clip_norm / math.sqrt(len(squares))) * jax.lax.rsqrt(squares))
+  norm = jnp.sqrt(jnp.sum(squares))
+  if clipping == "automatic":
+    factor = np.float32(l2_clip_norm) / (norm + np.float32(_STABILITY))
+  else:
+    factor = jnp.minimum(1.0, np.float32(l2_clip_norm) / norm)
+  return jnp.broadcast_to(factor, squares.shape)

@@ -1,0 +1,240 @@
+"""Key agreement, signatures and sealed boxes: what replaces the trusted dealer of pair keys.
+
+X25519 (RFC 7748), Ed25519 (RFC 8032), HKDF-SHA256 (RFC 5869), ChaCha20 and ChaCha20-Poly1305 (RFC 8439), all by the
+library `cryptography`, which nothing else imports. Everything here runs on the host, on plain bytes and NumPy arrays;
+`bits` is bit for bit what `prng.bits` makes inside jit, so that either end of a pair may use either.
+
+Identities are pinned: each site's Ed25519 public key is given to all others beforehand, outside the protocol. The
+server then carries the keys to be agreed on and cannot exchange them, under the assumption that Ed25519 is unforgeable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from primia_jax.prng import TILE
+
+_SALT = b"primia_jax secure aggregation v1"
+_BOX_NONCE, _BOX_TAG = 12, 16
+BOX_OVERHEAD = _BOX_NONCE + _BOX_TAG  # bytes that a sealed box is longer than what is in it
+KEY_BYTES, SIGNATURE_BYTES = 32, 64
+
+Entropy = Callable[[int], bytes]  # returns the given number of secret uniform bytes
+
+
+class Identity(NamedTuple):
+  """A site's long-lived Ed25519 pair; the public half is pinned by all others.
+
+  Attributes:
+    private: 32 bytes, which never leave the site, and are not printed.
+    public: 32 bytes.
+  """
+
+  private: bytes
+  public: bytes
+
+  def __repr__(self) -> str:
+    return f"Identity(public={self.public.hex()})"
+
+
+class KeyPair(NamedTuple):
+  """An X25519 pair, fresh for each round.
+
+  Attributes:
+    private: 32 bytes, not printed.
+    public: 32 bytes.
+  """
+
+  private: bytes
+  public: bytes
+
+  def __repr__(self) -> str:
+    return f"KeyPair(public={self.public.hex()})"
+
+
+def identity(entropy: Entropy = os.urandom) -> Identity:
+  """A fresh signing identity."""
+  private = entropy(KEY_BYTES)
+  return Identity(private, Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw())
+
+
+def key_pair(entropy: Entropy = os.urandom) -> KeyPair:
+  """A fresh pair for key agreement."""
+  private = entropy(KEY_BYTES)
+  return KeyPair(private, public_key(private))
+
+
+def public_key(private: bytes) -> bytes:
+  """The X25519 public key of 32 private bytes: what a recovered private key is checked with."""
+  return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def agree(private: bytes, peer_public: bytes) -> bytes:
+  """The raw X25519 shared secret: known to the holders of the two private keys and, under CDH, to nobody else.
+
+  Returns:
+    32 bytes, not uniform: expand them before use.
+
+  Raises:
+    ValueError: for a key of the wrong length, or a public key of low order, with which anybody would know the secret.
+  """
+  try:
+    return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(peer_public))
+  except ValueError as e:
+    raise ValueError(
+      f"public key {peer_public.hex()} cannot be agreed with: it must be 32 bytes and no point of low order"
+    ) from e
+
+
+def expand(shared: bytes, purpose: str, round: int, a: int, b: int) -> np.ndarray:
+  """A key for one use, by HKDF-SHA256 with the purpose, the round and the ordered pair in the info.
+
+  Under the assumption that HMAC-SHA256 is a pseudorandom function, keys of different uses are independent and uniform
+  over 256 bits to whoever lacks `shared`. The pair is ordered: both ends of a pair mask pass (lower, higher), a box
+  from a to b passes (a, b), and what a site derives for itself passes (a, a).
+
+  Args:
+    shared: 32 secret bytes.
+    purpose: what the key is for.
+    round: from 0 to 2^32 - 1, as are a and b.
+    a: a site number.
+    b: a site number.
+
+  Returns:
+    [8] uint32, as `prng` takes it.
+
+  Raises:
+    ValueError: for a number outside uint32 or a secret that is not 32 bytes.
+  """
+  if len(shared) != KEY_BYTES:
+    raise ValueError(f"a shared secret of {len(shared)} bytes; it must be {KEY_BYTES}")
+  for name, n in (("round", round), ("a", a), ("b", b)):
+    if not 0 <= n < 2**32:
+      raise ValueError(f"{name}={n}; it must be in [0, 2^32)")
+  label = purpose.encode()
+  info = b"".join(int(n).to_bytes(4, "little") for n in (len(label), round, a, b)) + label
+  return words(HKDF(SHA256(), KEY_BYTES, _SALT, info).derive(shared))
+
+
+def seal(key: np.ndarray, message: bytes, associated: bytes, entropy: Entropy = os.urandom) -> bytes:
+  """Encrypts and authenticates: only the holders of the key read it, or make another box that opens.
+
+  Args:
+    key: [8] uint32, for one direction of one pair.
+    message: what is hidden; its length is not.
+    associated: authenticated and not sent: who, to whom, which round.
+    entropy: of the nonce.
+
+  Returns:
+    nonce | ciphertext | tag, `BOX_OVERHEAD` bytes longer than the message.
+  """
+  nonce = entropy(_BOX_NONCE)
+  return nonce + ChaCha20Poly1305(raw(key)).encrypt(nonce, message, associated)
+
+
+def open_box(key: np.ndarray, box: bytes, associated: bytes) -> bytes:
+  """What `seal` sealed.
+
+  Raises:
+    ValueError: where the box was made or altered without the key, or for another recipient, round or purpose.
+  """
+  if len(box) < BOX_OVERHEAD:
+    raise ValueError(f"a sealed box of {len(box)} bytes; it must have at least {BOX_OVERHEAD}")
+  try:
+    return ChaCha20Poly1305(raw(key)).decrypt(box[:_BOX_NONCE], box[_BOX_NONCE:], associated)
+  except InvalidTag as e:
+    raise ValueError("the sealed box does not open: another key, another purpose, or altered on the way") from e
+
+
+def sign(private: bytes, message: bytes) -> bytes:
+  """The Ed25519 signature, 64 bytes, of an identity's private key."""
+  return Ed25519PrivateKey.from_private_bytes(private).sign(message)
+
+
+def verify(public: bytes, message: bytes, signature: bytes) -> bool:
+  """Whether the owner of a pinned identity signed this very message."""
+  try:
+    Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
+  except (InvalidSignature, ValueError):
+    return False
+  return True
+
+
+def commit(secret: bytes) -> bytes:
+  """SHA-256 of 32 uniform secret bytes: binds to them and, having 256 bits of entropy, does not give them away."""
+  return hashlib.sha256(_SALT + secret).digest()
+
+
+def stream(key: np.ndarray, nonce: Sequence[int], num_words: int) -> np.ndarray:
+  """The ChaCha20 keystream from counter 0: `prng.chacha20(key, nonce, 0, n).T`, flat, on the host.
+
+  Args:
+    key: [8] uint32.
+    nonce: three integers from 0 to 2^32 - 1, never used twice with this key.
+    num_words: at most 2^36, all that the block counter can count.
+
+  Returns:
+    [num_words] uint32.
+
+  Raises:
+    ValueError: for a wrong key, nonce or number of words.
+  """
+  start = np.array([0, *map(int, nonce)], np.uint64)
+  if start.size != 4 or np.any(start >= 2**32):
+    raise ValueError(f"nonce={nonce}; it must be three integers in [0, 2^32)")
+  if not 0 <= num_words <= 2**36:
+    raise ValueError(f"num_words={num_words}; it must be in [0, 2^36]")
+  cipher = Cipher(algorithms.ChaCha20(raw(key), start.astype("<u4").tobytes()), mode=None)
+  return words(cipher.encryptor().update(bytes(4 * num_words)))
+
+
+def bits(key: np.ndarray, nonce: Sequence[int], shape: Sequence[int], dtype=np.uint32) -> np.ndarray:
+  """`prng.bits` on the host: the same words in the same order.
+
+  Args:
+    key: [8] uint32.
+    nonce: three integers from 0 to 2^32 - 1, never used twice with this key.
+    shape: the shape wanted.
+    dtype: uint32 or uint64.
+
+  Raises:
+    ValueError: as `stream`, and for another dtype.
+  """
+  dtype = np.dtype(dtype)
+  if dtype not in (np.uint32, np.uint64):
+    raise ValueError(f"dtype={dtype}; it must be uint32 or uint64")
+  size = math.prod(shape)
+  tiles = -(-size * dtype.itemsize // (64 * TILE))
+  tiled = stream(key, nonce, tiles * TILE * 16).reshape(tiles, TILE, 16).transpose(0, 2, 1)
+  if dtype == np.uint64:
+    tiled = tiled[:, :8].astype(np.uint64) | (tiled[:, 8:].astype(np.uint64) << np.uint64(32))
+  return tiled.reshape(-1)[:size].reshape(tuple(shape))
+
+
+def words(secret: bytes) -> np.ndarray:
+  """Bytes as little-endian uint32 words: 32 bytes are a key of `prng`."""
+  return np.frombuffer(secret, "<u4").astype(np.uint32)
+
+
+def raw(key: np.ndarray) -> bytes:
+  """The 32 bytes of an [8] uint32 key.
+
+  Raises:
+    ValueError: for another shape or dtype.
+  """
+  if np.shape(key) != (8,) or key.dtype != np.uint32:
+    raise ValueError(f"key is {np.asarray(key).dtype}{list(np.shape(key))}; it must be uint32[8]")
+  return np.asarray(key).astype("<u4").tobytes()

@@ -1,0 +1,243 @@
+"""What sites and server say to each other in one round of secure aggregation, and its one encoding as bytes.
+
+The encoding is canonical: equal messages have equal bytes and unequal ones have not, so that a signature of the bytes
+is a signature of the message. It holds integers, bytes and arrays only, and nothing in it is ever executed; `decode`
+takes any bytes and gives a well-typed message or a ValueError.
+
+Stages, and who speaks (Bonawitz et al., CCS 2017, figure 4):
+
+  advertise     Advert       site to server     Roster     server to every site
+  share_keys    Shares       site to server     Delivery   server to each site
+  masked_input  MaskedInput  site to server     Survivors  server to every site
+  consistency   Consent      site to server     Consents   server to every site
+  unmask        Answer       site to server     then the server opens the sum
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_type_hints
+
+import numpy as np
+
+
+class Advert(NamedTuple):
+  """A site's public keys for this round.
+
+  Attributes:
+    site: the sender.
+    round: the round.
+    box_key: X25519, to seal shares to this site.
+    mask_key: X25519, to agree on pairwise masks with it.
+    commitment: to the seed of its self mask.
+    signature: by the sender's pinned identity, of all else; as in every message of a site.
+  """
+
+  site: int
+  round: int
+  box_key: bytes
+  mask_key: bytes
+  commitment: bytes
+  signature: bytes
+
+
+class Roster(NamedTuple):
+  """Who takes part, with which keys."""
+
+  round: int
+  adverts: tuple[Advert, ...]
+
+
+class Shares(NamedTuple):
+  """A site's shares of its two secrets, sealed to each neighbour: boxes[recipient]."""
+
+  site: int
+  round: int
+  boxes: dict[int, bytes]
+  signature: bytes
+
+
+class Delivery(NamedTuple):
+  """The boxes for one site: boxes[sender]."""
+
+  round: int
+  boxes: dict[int, bytes]
+
+
+class MaskedInput(NamedTuple):
+  """Ring elements, uniform to whoever lacks the masks' keys."""
+
+  site: int
+  round: int
+  vectors: tuple[np.ndarray, ...]
+  signature: bytes
+
+
+class Survivors(NamedTuple):
+  """Whose masked input has arrived, and who shared keys but sent none; each in increasing order."""
+
+  round: int
+  survivors: tuple[int, ...]
+  dropouts: tuple[int, ...]
+
+
+class Consent(NamedTuple):
+  """A site's signature under the very lists of `Survivors` that it was shown."""
+
+  site: int
+  round: int
+  signature: bytes
+
+
+class Consents(NamedTuple):
+  """signatures[site]: proof to each site that the others were shown the same lists."""
+
+  round: int
+  signatures: dict[int, bytes]
+
+
+class Answer(NamedTuple):
+  """One share of the self-mask seed of each surviving neighbour, one of the mask key of each that dropped out."""
+
+  site: int
+  round: int
+  self_shares: dict[int, bytes]
+  mask_shares: dict[int, bytes]
+  signature: bytes
+
+
+Message = Advert | Roster | Shares | Delivery | MaskedInput | Survivors | Consent | Consents | Answer
+STAGES = ("advertise", "share_keys", "masked_input", "consistency", "unmask")
+FROM_SITES = (Advert, Shares, MaskedInput, Consent, Answer)  # in the order of the stages
+FROM_SERVER = (Roster, Delivery, Survivors, Consents)  # what ends each stage but the last
+_KINDS: tuple[Any, ...] = (Advert, Roster, Shares, Delivery, MaskedInput, Survivors, Consent, Consents, Answer)
+
+
+def encode(message: Message) -> bytes:
+  """The one encoding of a message: a byte for its kind, then its fields in order, little-endian, each with its length.
+
+  Raises:
+    ValueError: for a number outside uint32, or an array that is not a vector of uint32 or uint64.
+  """
+  parts = [bytes([_KINDS.index(type(message))])]
+  _put_fields(parts.append, message)
+  return b"".join(parts)
+
+
+def decode(data: bytes) -> Message:
+  """The message of these bytes.
+
+  Raises:
+    ValueError: where no message has this encoding.
+  """
+  source = _Source(memoryview(data))
+  (kind,) = source.take(1)
+  if kind >= len(_KINDS):
+    raise ValueError(f"malformed message: there is no kind {kind}")
+  message = _take_fields(source, _KINDS[kind])
+  if source.left():
+    raise ValueError(f"malformed message: {source.left()} bytes too many")
+  return message
+
+
+class _Source:
+  """Bytes read from the front; a length is believed only as far as there are bytes."""
+
+  def __init__(self, data: memoryview):
+    self._data, self._at = data, 0
+
+  def left(self) -> int:
+    return len(self._data) - self._at
+
+  def take(self, size: int) -> memoryview:
+    if size > self.left():
+      raise ValueError(f"malformed message: {size} bytes announced, {self.left()} there")
+    self._at += size
+    return self._data[self._at - size : self._at]
+
+  def number(self) -> int:
+    return struct.unpack("<I", self.take(4))[0]
+
+
+Put = Callable[[bytes], None]
+
+
+def _put_number(put: Put, n: int) -> None:
+  if not 0 <= n < 2**32:
+    raise ValueError(f"{n} in a message; numbers must be in [0, 2^32)")
+  put(struct.pack("<I", n))
+
+
+def _put_bytes(put: Put, data: bytes) -> None:
+  _put_number(put, len(data))
+  put(data)
+
+
+def _put_numbers(put: Put, numbers: tuple[int, ...]) -> None:
+  _put_number(put, len(numbers))
+  for n in numbers:
+    _put_number(put, n)
+
+
+def _put_boxes(put: Put, boxes: dict[int, bytes]) -> None:
+  _put_number(put, len(boxes))
+  for site in sorted(boxes):
+    _put_number(put, site)
+    _put_bytes(put, boxes[site])
+
+
+def _take_boxes(source: _Source) -> dict[int, bytes]:
+  boxes: dict[int, bytes] = {}
+  last = -1
+  for _ in range(source.number()):
+    site = source.number()
+    if site <= last:
+      raise ValueError(f"malformed message: site {site} is out of order or repeated")
+    boxes[site], last = bytes(source.take(source.number())), site
+  return boxes
+
+
+def _put_vectors(put: Put, vectors: tuple[np.ndarray, ...]) -> None:
+  _put_number(put, len(vectors))
+  for v in vectors:
+    if v.ndim != 1 or v.dtype not in (np.uint32, np.uint64):
+      raise ValueError(f"{v.dtype}{list(v.shape)} in a message; arrays must be vectors of uint32 or uint64")
+    _put_number(put, v.dtype.itemsize)
+    _put_bytes(put, v.astype(v.dtype.newbyteorder("<"), copy=False).tobytes())
+
+
+def _take_vectors(source: _Source) -> tuple[np.ndarray, ...]:
+  vectors = []
+  for _ in range(source.number()):
+    itemsize, size = source.number(), source.number()
+    if itemsize not in (4, 8) or size % itemsize:
+      raise ValueError(f"malformed message: {size} bytes are no vector of {itemsize}-byte words")
+    vectors.append(np.frombuffer(source.take(size), f"<u{itemsize}").astype(f"u{itemsize}", copy=False))
+  return tuple(vectors)
+
+
+def _put_adverts(put: Put, adverts: tuple[Advert, ...]) -> None:
+  _put_number(put, len(adverts))
+  for advert in adverts:
+    _put_fields(put, advert)
+
+
+_CODECS: dict[Any, tuple[Callable[[Put, Any], None], Callable[[_Source], Any]]] = {
+  int: (_put_number, _Source.number),
+  bytes: (_put_bytes, lambda source: bytes(source.take(source.number()))),
+  tuple[int, ...]: (_put_numbers, lambda source: tuple(source.number() for _ in range(source.number()))),
+  dict[int, bytes]: (_put_boxes, _take_boxes),
+  tuple[np.ndarray, ...]: (_put_vectors, _take_vectors),
+  tuple[Advert, ...]: (_put_adverts, lambda s: tuple(_take_fields(s, Advert) for _ in range(s.number()))),
+}
+_FIELDS = {kind: tuple(_CODECS[hint] for hint in get_type_hints(kind).values()) for kind in _KINDS}
+
+
+def _put_fields(put: Put, message: Any) -> None:
+  for (put_field, _), value in zip(_FIELDS[type(message)], message, strict=True):
+    put_field(put, value)
+
+
+def _take_fields(source: _Source, kind: Any) -> Any:
+  return kind(*[take_field(source) for _, take_field in _FIELDS[kind]])

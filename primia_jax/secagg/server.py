@@ -1,0 +1,291 @@
+"""The server's half of `protocol`: it takes the sites' messages, stage by stage, and opens the sum or nothing.
+
+`receive` takes one message, in any order of senders, and rejects by name what does not belong; one function for each
+stage closes it, at the caller's timeout, and gives what is sent next. A site that is late has dropped out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from primia_jax.secagg import keys, rounds, shamir
+from primia_jax.secagg import messages as msg
+from primia_jax.secagg.rounds import Setup
+
+
+class Rejected(ValueError):
+  """One message is not taken; the state is unchanged and the round goes on.
+
+  Attributes:
+    site: who the message says has sent it; None where not even that can be read.
+    stage: the server's stage.
+    reason: one of "malformed", "unknown", "forged", "another round", "repeated", "late", "early".
+  """
+
+  def __init__(self, site: int | None, stage: str, reason: str, detail: str):
+    super().__init__(f"message of site {site} in stage {stage} is rejected: {reason}: {detail}")
+    self.site, self.stage, self.reason = site, stage, reason
+
+
+class RoundFailed(RuntimeError):
+  """The round ends without a sum; nothing partly masked is given out.
+
+  Attributes:
+    stage: where.
+    have: how many sites or shares there are.
+    need: how many are needed.
+  """
+
+  def __init__(self, stage: str, have: int, need: int, what: str):
+    super().__init__(f"the round fails in stage {stage}: {have} {what}, and {need} are needed")
+    self.stage, self.have, self.need = stage, have, need
+
+
+class Server(NamedTuple):
+  """The server's state in one round; nothing in it is secret from whoever may see the sum.
+
+  Attributes:
+    setup: what all agreed on.
+    round: the round.
+    stage: index in `messages.STAGES`; their number when the round is over.
+    around: site to its neighbourhood, itself included.
+    received: for each stage, sender to message; of a masked input only the signature is kept.
+    total: the sum of the masked inputs so far.
+    transcript: a digest of the roster.
+    lists: survivors and dropouts, as all sites are shown them.
+  """
+
+  setup: Setup
+  round: int
+  stage: int
+  around: Mapping[int, tuple[int, ...]]
+  received: tuple[Mapping[int, Any], ...]
+  total: tuple[np.ndarray, ...]
+  transcript: bytes
+  lists: msg.Survivors | None
+
+
+class Opened(NamedTuple):
+  """What a round gives.
+
+  Attributes:
+    total: the sum over the survivors, in Z_2^k.
+    survivors: whose inputs are in it.
+    dropouts: who shared keys, and sent no input in time.
+    liars: who gave a share that does not belong to the secret that was opened; looked for where one spoiled it.
+  """
+
+  total: tuple[np.ndarray, ...]
+  survivors: tuple[int, ...]
+  dropouts: tuple[int, ...]
+  liars: tuple[int, ...]
+
+
+def start(setup: Setup, round: int) -> Server:
+  """A server that awaits adverts."""
+  zero = tuple(np.zeros(size, setup.dtype) for size in setup.sizes)
+  return Server(setup, round, 0, rounds.neighbourhoods(setup, round), ({},) * len(msg.STAGES), zero, b"", None)
+
+
+def expected(server: Server) -> frozenset[int]:
+  """The sites whose messages may still arrive in this stage: all, or those that spoke in the stage before."""
+  before = server.received[server.stage - 1] if server.stage else server.setup.identities
+  return frozenset(before) - frozenset(server.received[server.stage])
+
+
+def receive(server: Server, message: Any) -> Server:
+  """Takes one site's message.
+
+  Raises:
+    Rejected: for a message that is malformed, of an unknown site, not signed by it, of another round or stage, or the
+      second one.
+  """
+  site: Any = getattr(message, "site", None)
+  current = msg.STAGES[min(server.stage, len(msg.STAGES) - 1)]
+
+  def reject(reason: str, detail: str) -> Rejected:
+    return Rejected(site, current, reason, detail)
+
+  if type(message) not in msg.FROM_SITES:
+    raise reject("malformed", f"{type(message).__name__} is no message of a site")
+  stage = msg.FROM_SITES.index(type(message))
+  if site not in server.setup.identities:
+    raise reject("unknown", "no such site has a pinned identity")
+  if message.round != server.round:
+    raise reject("another round", f"round {message.round} instead of {server.round}")
+  context = rounds.context_of(server.transcript, server.lists) if stage == 3 and server.lists else b""
+  try:
+    text = rounds.signed_text(server.setup, message, context)
+  except (ValueError, TypeError, AttributeError) as e:
+    raise reject("malformed", str(e)) from e
+  early_consent = stage == 3 and not server.lists  # nobody can have signed lists that there are not
+  if not early_consent and not keys.verify(server.setup.identities[site], text, message.signature):
+    raise reject("forged", "the signature is not its pinned identity's")
+  if site in server.received[stage]:
+    raise reject("repeated", f"its {msg.STAGES[stage]} message is here already")
+  if stage < server.stage:
+    raise reject("late", f"stage {msg.STAGES[stage]} is closed")
+  if stage > server.stage:
+    raise reject("early", f"stage {msg.STAGES[stage]} is not open yet")
+  if site not in expected(server):
+    raise reject("late", f"it has missed stage {msg.STAGES[stage - 1]}, and dropped out")
+  if wrong := _CHECKS[stage](server, message):
+    raise reject("malformed", wrong)
+  if isinstance(message, msg.MaskedInput):
+    total = tuple(rounds.reduce(a + b, server.setup) for a, b in zip(server.total, message.vectors, strict=True))
+    server, message = server._replace(total=total), message._replace(vectors=())
+  received = [*server.received]
+  received[stage] = {**received[stage], site: message}
+  return server._replace(received=tuple(received))
+
+
+def close_advertise(server: Server) -> tuple[Server, msg.Roster]:
+  """Ends stage 0; the roster is for every site that advertised.
+
+  Raises:
+    RoundFailed: for fewer than the quorum; as all the following.
+  """
+  server, adverts = _close(server, 0, server.setup.quorum)
+  roster = msg.Roster(server.round, tuple(adverts[site] for site in sorted(adverts)))
+  return server._replace(transcript=rounds.transcript_of(roster)), roster
+
+
+def close_share_keys(server: Server) -> tuple[Server, dict[int, msg.Delivery]]:
+  """Ends stage 1; each site that shared keys gets the boxes that are for it."""
+  server, shares = _close(server, 1, server.setup.quorum)
+  near = {u: [v for v in server.around[u] if v in shares and v != u] for u in shares}
+  return server, {u: msg.Delivery(server.round, {v: shares[v].boxes[u] for v in near[u]}) for u in shares}
+
+
+def close_masked_input(server: Server) -> tuple[Server, msg.Survivors]:
+  """Ends stage 2; the lists are for every survivor."""
+  shared = server.received[1]
+  server, masked = _close(server, 2, server.setup.quorum)
+  lists = msg.Survivors(server.round, tuple(sorted(masked)), tuple(sorted(set(shared) - set(masked))))
+  return server._replace(lists=lists), lists
+
+
+def close_consistency(server: Server) -> tuple[Server, msg.Consents]:
+  """Ends stage 3; the signatures are for every site that gave one."""
+  server, consents = _close(server, 3, server.setup.quorum)
+  return server, msg.Consents(server.round, {site: consents[site].signature for site in sorted(consents)})
+
+
+def open_total(server: Server) -> tuple[Server, Opened]:
+  """Ends stage 4: recovers what masks are left, checks it, and takes it off the sum.
+
+  Every recovered seed must open its commitment, and every recovered mask key must have the public key advertised.
+
+  Raises:
+    RoundFailed: where a secret has fewer than t shares, or no t of them (of those tried) give the secret advertised.
+  """
+  server, answers = _close(server, 4, server.setup.threshold)
+  assert server.lists is not None
+  setup, adverts, (_, alive, dead) = server.setup, server.received[0], server.lists
+  exposed = [v for v in dead if set(server.around[v]) & set(alive)]
+  opens = lambda v, seed: keys.commit(seed) == adverts[v].commitment
+  fits = lambda v, private: keys.public_key(private) == adverts[v].mask_key
+  seeds, seed_liars = _recover(server, alive, {u: a.self_shares for u, a in answers.items()}, opens)
+  privates, key_liars = _recover(server, exposed, {u: a.mask_shares for u, a in answers.items()}, fits)
+  pairs = [(v, w) for v in exposed for w in server.around[v] if w in set(alive)]
+  mask_keys = [rounds.self_mask_key(seed, server.round, v) for v, seed in seeds.items()]
+  mask_keys += [rounds.pair_mask_key(privates[v], adverts[w].mask_key, server.round, v, w) for v, w in pairs]
+  signs = [*[1] * len(seeds), *[1 if v > w else -1 for v, w in pairs]]  # as survivor w has added them
+  masks = rounds.mask_total(mask_keys, signs, server.round, setup)
+  total = tuple(rounds.reduce(v - mask, setup) for v, mask in zip(server.total, masks, strict=True))
+  return server, Opened(total, alive, dead, tuple(sorted(seed_liars | key_liars)))
+
+
+Shares = Mapping[int, Mapping[int, bytes]]  # holder to owner to share
+
+
+def _recover(
+  server: Server, owners: Iterable[int], shares: Shares, right: Callable[[int, bytes], bool]
+) -> tuple[dict[int, bytes], set[int]]:
+  """The owners' secrets, and the holders found with shares that do not belong to them.
+
+  Of m shares, the m runs of t on the ring of holders are tried, so that m - t liars side by side, and always one, do no
+  harm where m > t.
+  """
+  threshold, secrets, liars = server.setup.threshold, dict[int, bytes](), set[int]()
+  for v in owners:
+    holders = [u for u in server.around[v] if v in shares.get(u, {})]
+    if len(holders) < threshold:
+      raise RoundFailed("unmask", len(holders), threshold, f"sites answered with a share of site {v}'s secret")
+    points = np.array([server.around[v].index(u) + 1 for u in holders])
+    held = np.frombuffer(b"".join(shares[u][v] for u in holders), np.uint8).reshape(1, -1, keys.KEY_BYTES)
+    for first in range(len(holders)):
+      run = (np.arange(threshold) + first) % len(holders)
+      secret = shamir.combine(points[run], held[:, run], threshold)[0].tobytes()
+      if right(v, secret):
+        break
+    else:
+      raise RoundFailed("unmask", 0, 1, f"runs of site {v}'s {len(holders)} shares give the secret it has advertised")
+    secrets[v] = secret
+    if first:
+      wrong = np.any(shamir.extend(points[run], held[:, run], points) != held, axis=(0, 2))
+      liars |= {holders[i] for i in np.flatnonzero(wrong)}
+  return secrets, liars
+
+
+def _close(server: Server, stage: int, need: int) -> tuple[Server, Mapping[int, Any]]:
+  if server.stage != stage:
+    raise ValueError(f"stage {msg.STAGES[stage]} cannot be closed: the server is past or before it ({server.stage})")
+  have, num_sites = len(server.received[stage]), len(server.setup.identities)
+  if have < need:
+    raise RoundFailed(msg.STAGES[stage], have, need, f"sites of {num_sites} sent their message in time")
+  return server._replace(stage=stage + 1), server.received[stage]
+
+
+def _check_advert(server: Server, advert: msg.Advert) -> str:
+  taken = {k for a in server.received[0].values() for k in (a.box_key, a.mask_key)}
+  if advert.box_key == advert.mask_key or taken & {advert.box_key, advert.mask_key}:
+    return "its keys are not its own two"
+  for public in (advert.box_key, advert.mask_key):
+    try:
+      keys.agree(b"\1" * keys.KEY_BYTES, public)
+    except ValueError as e:
+      return str(e)
+  return "" if len(advert.commitment) == keys.KEY_BYTES else "its commitment is not 32 bytes"
+
+
+def _check_shares(server: Server, shares: msg.Shares) -> str:
+  near = {v for v in server.around[shares.site] if v in server.received[0] and v != shares.site}
+  if set(shares.boxes) != near:
+    return f"boxes for sites {sorted(shares.boxes)} instead of {sorted(near)}"
+  size = 2 * keys.KEY_BYTES + keys.BOX_OVERHEAD
+  return "" if all(len(box) == size for box in shares.boxes.values()) else f"boxes must have {size} bytes"
+
+
+def _check_masked(server: Server, masked: msg.MaskedInput) -> str:
+  legal = rounds.legal_vectors(masked.vectors, server.setup)
+  return "" if legal else f"vectors must have {server.setup.sizes} elements of Z_2^{server.setup.num_bits}"
+
+
+def _check_answer(server: Server, answer: msg.Answer) -> str:
+  assert server.lists is not None
+  near, me = set(server.around[answer.site]), {answer.site}
+  wanted = near & set(server.lists.survivors), near & set(server.lists.dropouts) - me
+  if (set(answer.self_shares), set(answer.mask_shares)) != wanted:
+    return f"seed shares must be of sites {sorted(wanted[0])}, mask-key shares of {sorted(wanted[1])}"
+  given = [*answer.self_shares.values(), *answer.mask_shares.values()]
+  return "" if all(len(share) == keys.KEY_BYTES for share in given) else f"shares must have {keys.KEY_BYTES} bytes"
+
+
+_CHECKS: tuple[Callable[[Server, Any], str], ...] = (
+  _check_advert,
+  _check_shares,
+  _check_masked,
+  lambda server, consent: "",
+  _check_answer,
+)
+# What ends each stage but the last, with messages for those who spoke in it.
+CLOSE: tuple[Callable[[Server], tuple[Server, Any]], ...] = (
+  close_advertise,
+  close_share_keys,
+  close_masked_input,
+  close_consistency,
+)

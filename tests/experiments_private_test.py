@@ -1,0 +1,179 @@
+"""Differential privacy of the binaries: what is refused, how much noise is chosen, what is charged and said."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import inputs, learning, private, settings, training
+from primia_jax import models, secagg, sites
+from primia_jax.privacy import accounting
+
+TINY = settings.Train(
+  phantom_images=36, image_size=16, model="mlp", rounds=3, batch_size=4, augment="none", optimizer="sgd",
+  learning_rate=0.1, dp="example", noise_multiplier=1.0, dp_seed=1,
+)  # fmt: skip
+SITE = dataclasses.replace(TINY, dp="site", weighting="uniform", class_weights=False, delta=0.1)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"dp": "image"}, "dp='image'"),
+    ({"dp": "none"}, "belong to differential privacy"),
+    ({"noise_multiplier": 0.0}, "without noise nothing is private"),
+    ({"noise_multiplier": -1.0}, "noise_multiplier=-1.0"),
+    ({"target_epsilon": math.inf}, "target_epsilon=inf"),
+    ({"norm": "batch", "model": "cnn"}, "norm=batch mixes"),
+    ({"mixup": 0.2}, "mixup blends"),
+    ({"dp_count_noise": 0.0}, "exact class counts"),
+    ({"dp_noise": "distributed"}, "dp_noise='distributed' with dp=example"),
+    ({"sync_batches": 3}, "sync_batches=0"),
+    ({"dp": "site"}, "noclass_weights"),
+    ({"dp": "site", "class_weights": False}, "weighting=uniform"),
+    (dataclasses.asdict(SITE) | {"algorithm": "scaffold"}, "scaffold sends more"),
+    (dataclasses.asdict(SITE) | {"dp_noise": "distributed"}, "secagg_threshold"),
+    ({"dropout_rate": 0.1}, "secagg_threshold"),
+    ({"dropout_rate": 1.0}, "dropout_rate=1.0"),
+    ({"secagg": "mesh"}, "secagg='mesh'"),
+    ({"dp_average": 0.9, "algorithm": "fedbn", "model": "cnn"}, "fedbn keeps some"),
+  ],
+)
+def test_what_could_not_be_claimed_is_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    learning.check(dataclasses.replace(TINY, **change))
+
+
+def test_a_site_alone_has_no_site_level_privacy():
+  with pytest.raises(ValueError, match="sites of a federation"):
+    learning.check(SITE, federated=False)
+
+
+def test_the_noise_that_is_chosen_meets_the_target_and_the_sampler_that_runs_is_charged():
+  config = dataclasses.replace(TINY, noise_multiplier=0.0, target_epsilon=4.0)
+  made = private.make(config, (18, 12, 6), 3, 100, None)
+  assert made.mechanism.sampling_rate == pytest.approx(4 / 18, rel=1e-8)
+  assert made.release.sampling_rate == made.mechanism.sampling_rate
+  assert made.release.noise_multiplier == made.mechanism.noise_multiplier
+  assert made.num_steps == 5
+  assert made.delta == 1 / 18
+  ledger = accounting.ledger("example", made.delta, 18)
+  spent = accounting.spend(accounting.spend(ledger, made.counts), made.release, made.num_steps * config.rounds)
+  assert 3.95 < accounting.epsilon(spent) <= 4.0
+  with pytest.raises(ValueError, match="publish somebody whole"):
+    private.make(dataclasses.replace(config, delta=0.1), (18, 12, 6), 3, 100, None)
+
+
+def test_noise_of_all_sites_is_calibrated_to_the_fewest():
+  config = dataclasses.replace(
+    SITE, num_sites=10, noise_multiplier=0.0, target_epsilon=5.0, dp_noise="distributed", secagg_threshold=7
+  )
+  made = private.make(config, (5,) * 10, 10, 1000, 7)
+  assert made.noise.min_survivors == 7
+  ledger = accounting.spend(accounting.ledger("site", 0.1, 10), made.release, config.rounds)
+  assert 4.95 < accounting.epsilon(ledger) <= 5.0
+  alone = private.make(dataclasses.replace(config, dp_noise="site"), (5,) * 10, 10, 1000, None)
+  assert made.noise.noise_multiplier == pytest.approx(alone.release.noise_multiplier, rel=0.2)
+
+
+def test_every_start_draws_other_secrets_unless_a_seed_is_given():
+  ids, entropy = np.arange(3), dataclasses.replace(TINY, dp_seed=-1)
+  assert len({tuple(s) for _ in range(2) for s in private.secrets(entropy, ids).tolist()}) == 6
+  np.testing.assert_array_equal(private.secrets(TINY, ids), private.secrets(TINY, ids))
+  assert len({tuple(s) for s in private.secrets(TINY, ids).tolist()}) == 3
+
+
+def train(config, folder, stop_after=None):
+  images = inputs.site_images(config)
+  model_config = learning.model_config(config, 3)
+  cohort = training.Cohort("federated", images.train, images.validation, np.arange(config.num_sites))
+  trainer = training.make_trainer(config, models.build(model_config), model_config, [cohort], sites.Placement("scan"))
+
+  def log(row):
+    if row["round"] == stop_after:
+      raise KeyboardInterrupt
+
+  folder.mkdir(exist_ok=True)
+  return training.train(config, cohort, trainer, model_config, folder, log)
+
+
+def test_a_stopped_run_goes_on_with_its_ledger_and_its_class_counts(tmp_path):
+  want = train(TINY, tmp_path / "whole")
+  epsilons = [row["epsilon"] for row in want.rows]
+  assert len(epsilons) == 3
+  assert epsilons == sorted(set(epsilons))
+  assert all(row["train_loss"] is None for row in want.rows)  # not private
+  assert "NOT PRIVATE" in want.privacy  # for its seed
+  with pytest.raises(KeyboardInterrupt):
+    train(TINY, tmp_path / "stopped", 2)
+  before = json.loads((tmp_path / "stopped" / "ledger.json").read_text())
+  arm = train(TINY, tmp_path / "stopped")
+  after = json.loads((tmp_path / "stopped" / "ledger.json").read_text())
+  assert before["class_counts"] == after["class_counts"]
+  whole = json.loads((tmp_path / "whole" / "ledger.json").read_text())
+  assert [r["epsilon"] for r in arm.rows[:1]] == epsilons[:1]
+  # the second round was released twice, and is charged twice
+  spent = accounting.from_json(json.dumps(whole["ledgers"][0]))
+  assert accounting.epsilon(accounting.from_json(json.dumps(after["ledgers"][0]))) > accounting.epsilon(spent)
+
+
+def test_training_stops_at_the_budget(tmp_path):
+  free = train(dataclasses.replace(TINY, dp_seed=-1), tmp_path / "free")
+  assert "NOT PRIVATE" not in free.privacy
+  target = (free.rows[0]["epsilon"] + free.rows[1]["epsilon"]) / 2
+  arm = train(dataclasses.replace(TINY, target_epsilon=target), tmp_path / "bounded")
+  assert [row["round"] for row in arm.rows] == [1]
+  assert arm.rows[-1]["epsilon"] <= target
+
+
+@pytest.mark.parametrize("change", [
+  {"dp": "patient"},
+  {"dp_average": 0.9, "dp_augmentations": 2, "augment": "light", "dp_clipping": "automatic"},
+  {"model": "scatter_linear", "dp_clipping": "per_layer"},
+])  # fmt: skip
+def test_other_units_clippings_and_features_train(tmp_path, change):
+  arm = train(dataclasses.replace(TINY, rounds=1, **change), tmp_path)
+  assert all(np.isfinite(a).all() for a in jax.tree.leaves(arm.models))
+  assert arm.rows[0]["epsilon"] > 0
+  assert change.get("dp", "example") in next(v for k, v in arm.privacy.items() if k == "unit of privacy")
+
+
+def test_sites_are_lost_and_the_sum_still_has_its_noise(tmp_path):
+  config = dataclasses.replace(
+    SITE,
+    num_sites=6,
+    phantom_images=48,
+    dp_noise="distributed",
+    secagg_threshold=-1,
+    dropout_rate=0.2,
+    rounds=4,
+    dp_seed=-1,
+  )
+  arm = train(config, tmp_path)
+  survivors = [row["survivors"] for row in arm.rows]
+  assert min(survivors) < 6
+  assert all(n >= 5 for n in survivors)
+  assert "distributed discrete gaussian" in arm.privacy["mechanism"]
+
+
+def test_dropouts_are_drawn_at_their_rate_and_once_each():
+  config = dataclasses.replace(TINY, dropout_rate=0.3)
+  drawn = [learning.dropouts(config, r, 100) for r in range(20)]
+  rate = np.mean([d.before | d.during for d in drawn])
+  assert 0.25 < rate < 0.35
+  assert not any((d.before & d.during).any() for d in drawn)
+  assert learning.dropouts(TINY, 0, 100) is None
+
+
+def test_bells_graph_is_sparse_and_its_threshold_holds():
+  config = dataclasses.replace(TINY, num_sites=200, secagg="bell", dropout_rate=0.05)
+  secure = learning.secure_sum(config, 200)
+  assert secure.num_peers < 60
+  assert secure.threshold > secure.num_peers / 2
+  assert learning.min_survivors(secure) > 100
+  dense = learning.secure_sum(dataclasses.replace(config, secagg="pairwise", secagg_threshold=-1), 200)
+  assert (dense.num_peers, dense.threshold) == (199, 134)
+  assert isinstance(secure, secagg.SecureSum)

@@ -1,0 +1,308 @@
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from primia_jax import prng
+from primia_jax.privacy import correlated, noise
+
+SECRET = jnp.arange(8, dtype=jnp.uint32) + 3
+
+
+def subkey(level):
+  return prng.derive(SECRET, 0x434F5252, level)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(config, like):
+  """[T, ...] the noise of all steps, by `scan`."""
+
+  def step(state, t):
+    drawn, state = correlated.next_noise(config, state, SECRET, t)
+    return state, drawn
+
+  return jax.lax.scan(step, correlated.init(config, like), jnp.arange(config.num_steps, dtype=jnp.uint32))[1]
+
+
+def strategy(config):
+  """C and C^-1 (or for trees, their left inverse) as matrices, from the definitions and by dense algebra."""
+  num_steps = config.num_steps
+  if isinstance(config, correlated.BandedNoise):
+    c = np.zeros((num_steps, num_steps))
+    for i, j in itertools.product(range(num_steps), repeat=2):
+      if 0 <= i - j < len(config.coefficients):
+        c[i, j] = config.coefficients[i - j]
+    c /= np.linalg.norm(c, axis=0)
+    return c, np.linalg.inv(c)
+  nodes, sums = [], np.zeros((num_steps, 0))
+  for first in range(0, num_steps, config.restart_every):
+    end = min(first + config.restart_every, num_steps)
+    sums_of_tree, nodes_of_tree = honaker(first, end, num_steps) if config.honaker else plain(first, end, num_steps)
+    sums = np.hstack([sums, np.zeros((num_steps, len(nodes_of_tree)))])
+    sums[first:end, len(nodes) :] += sums_of_tree[: end - first]
+    sums[end:, len(nodes) :] += sums_of_tree[end - first - 1]
+    nodes += nodes_of_tree
+  return np.array(nodes), np.diff(sums, axis=0, prepend=0)
+
+
+def subtrees(first, n):
+  """The subtrees that make up n steps, the largest first: (start, size)."""
+  start, found = first, []
+  for size in (1 << i for i in range(n.bit_length() - 1, -1, -1)):
+    if n & size:
+      found.append((start, size))
+      start += size
+  return found
+
+
+def plain(first, end, num_steps):
+  used = sorted({node for n in range(1, end - first + 1) for node in subtrees(first, n)})
+  sums = np.array([[node in subtrees(first, n) for node in used] for n in range(1, end - first + 1)], float)
+  return sums, [[a <= t < a + size for t in range(num_steps)] for a, size in used]
+
+
+def honaker(first, end, num_steps):
+  """Each subtree's sum by least squares over all nodes within it: the best linear unbiased estimate."""
+  nodes = [
+    (a, 1 << i) for i in range((end - first).bit_length()) for a in range(first, end, 1 << i) if a + (1 << i) <= end
+  ]
+  c = np.array([[a <= t < a + size for t in range(num_steps)] for a, size in nodes], float)
+  sums = np.zeros((end - first, len(nodes)))
+  for n in range(1, end - first + 1):
+    for a, size in subtrees(first, n):
+      inside = [k for k, (b, width) in enumerate(nodes) if a <= b and b + width <= a + size]
+      sums[n - 1, inside] += np.linalg.pinv(c[np.ix_(inside, range(a, a + size))]).sum(axis=0)
+  return sums, c.tolist()
+
+
+CONFIGS = {
+  "one band": correlated.banded(12, 4, 0.7, 2.0, [1.0]),
+  "square root": correlated.banded(13, 4, 0.7, 2.0, correlated.square_root_coefficients(4)),
+  "optimal": correlated.banded(24, 6, 1.3, 0.5, correlated.optimal_coefficients(5, 24)),
+  "all bands": correlated.banded(9, 9, 1.0, 1.0, correlated.square_root_coefficients(9)),
+  "more bands than steps": correlated.banded(3, 9, 1.0, 1.0, correlated.square_root_coefficients(5)),
+  "plain tree": correlated.tree(22, 8, 0.7, 2.0, honaker=False),
+  "plain short tree": correlated.tree(17, 7, 0.7, 2.0, restart_every=6, honaker=False),
+  "tree": correlated.tree(22, 8, 0.7, 2.0),
+  "short tree": correlated.tree(17, 7, 1.3, 0.5, restart_every=7),
+  "tree of one": correlated.tree(5, 3, 1.0, 1.0, restart_every=1),
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def patterns(config):
+  """All steps in which one unit may take part."""
+  for chosen in range(2**config.num_steps):
+    steps = [t for t in range(config.num_steps) if chosen >> t & 1]
+    far = all(b - a >= config.min_separation for a, b in itertools.pairwise(steps))
+    if far and len(steps) <= config.max_participations:
+      yield steps
+
+
+def brute_force(config):
+  c, _ = strategy(config)
+  return max(np.linalg.norm(c[:, steps].sum(axis=1)) for steps in patterns(config))
+
+
+def columns(config):
+  """[T, R] the noise of all steps for each unit impulse of stddev."""
+  levels = config.restart_every.bit_length() if isinstance(config, correlated.TreeNoise) else 1
+  nodes = list(itertools.product(range(levels), range(config.num_steps)))
+
+  @jax.jit
+  def one(target, at):
+    def noise_fn(key, step, like, stddev):
+      return jnp.where(jnp.all(key == target) & (step == at), jnp.float32(stddev), like)
+
+    def step(state, t):
+      drawn, state = correlated.next_noise(config, state, SECRET, t, noise_fn)
+      return state, drawn
+
+    steps = jnp.arange(config.num_steps, dtype=jnp.uint32)
+    return jax.lax.scan(step, correlated.init(config, jnp.zeros(())), steps)[1]
+
+  return np.stack([one(subkey(level), jnp.uint32(at)) for level, at in nodes], axis=1)
+
+
+@every_config
+def test_the_noise_is_the_inverse_of_the_strategy_applied_to_independent_noise(config):
+  _, inverse = strategy(config)
+  got = columns(config) / correlated.stddev(config)
+  np.testing.assert_allclose(got @ got.T, inverse @ inverse.T, atol=2e-5)
+
+
+@every_config
+def test_expected_errors_are_those_of_the_matrices(config):
+  _, inverse = strategy(config)
+  rows = np.cumsum(inverse, axis=0)
+  want = np.sum(rows**2, axis=1) * correlated.stddev(config) ** 2
+  np.testing.assert_allclose(correlated.squared_errors(config), want, rtol=1e-9)
+
+
+@every_config
+def test_all_that_is_released_follows_from_one_gaussian_mechanism(config):
+  """A X + noise of prefix sums = (A C^+) (C X + Z): so A C^+ C = A, and C's sensitivity is what counts."""
+  c, inverse = strategy(config)
+  np.testing.assert_allclose(inverse @ c, np.eye(config.num_steps), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["one band", "square root", "all bands", "plain short tree", "short tree"])
+@pytest.mark.parametrize("most", [1, 2, None])
+def test_sensitivity_is_that_of_the_worst_pattern(name, most):
+  config = CONFIGS[name]
+  if most is not None:
+    config = dataclasses.replace(config, max_participations=most)
+  assert math.isclose(correlated.sensitivity(config), brute_force(config), rel_tol=1e-9)
+  assert math.isclose(
+    correlated.stddev(config), config.noise_multiplier * config.l2_clip_norm * brute_force(config), rel_tol=1e-9
+  )
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), st.data())
+def test_sensitivity_is_that_of_the_worst_pattern_whatever_the_numbers(num_steps, separation, most, data):
+  size = data.draw(st.integers(1, separation))
+  steps = data.draw(st.lists(st.floats(0.3, 1), min_size=size, max_size=size))
+  for config in (
+    correlated.banded(num_steps, separation, 1.0, 1.0, np.cumprod(steps), max_participations=most),
+    correlated.tree(num_steps, separation, 1.0, 1.0, size, max_participations=most),
+    correlated.tree(num_steps, separation, 1.0, 1.0, size, max_participations=most, honaker=False),
+  ):
+    assert math.isclose(correlated.sensitivity(config), brute_force(config), rel_tol=1e-9)
+
+
+def test_no_directions_of_gradients_are_worse_than_equal_ones():
+  config, rng = CONFIGS["square root"], np.random.default_rng(0)
+  c, _ = strategy(config)
+  for steps in patterns(config):
+    x = np.zeros((config.num_steps, 3))
+    x[steps] = rng.normal(size=(len(steps), 3))
+    x[steps] /= np.linalg.norm(x[steps], axis=1, keepdims=True)
+    assert np.linalg.norm(c @ x) <= correlated.sensitivity(config) * (1 + 1e-9)
+
+
+def deviation(config, drawn):
+  """How many standard errors the size of prefix sums is off, over all steps; whitened, so that all numbers count."""
+  _, inverse = strategy(config)
+  factor = np.linalg.cholesky(inverse @ inverse.T) * correlated.stddev(config)
+  white = np.linalg.solve(factor, np.asarray(drawn, np.float64).reshape(config.num_steps, -1))
+  return (np.mean(white**2) - 1) / math.sqrt(2 / white.size)
+
+
+@pytest.mark.parametrize("name", ["square root", "optimal", "plain short tree", "tree"])
+def test_the_covariance_is_right_and_no_other_scale_passes(name):
+  config = CONFIGS[name]
+  drawn = run(config, jnp.zeros(4000))
+  assert abs(deviation(config, drawn)) < 4
+  assert abs(deviation(config, np.asarray(drawn) * 2 / 3)) > 4
+  assert abs(deviation(config, np.asarray(drawn) * 3 / 2)) > 4
+  _, inverse = strategy(config)
+  prefix = np.cumsum(inverse, axis=0)
+  want = prefix @ prefix.T * correlated.stddev(config) ** 2
+  sums = np.cumsum(np.asarray(drawn, np.float64), axis=0)
+  got, size = sums @ sums.T / sums.shape[1], np.sqrt(np.diag(want))
+  error = np.sqrt((want**2 + np.outer(size, size) ** 2) / sums.shape[1])  # standard errors of a covariance
+  assert np.max(np.abs(got - want) / error) < 5
+  independent = np.asarray(run(CONFIGS["one band"], jnp.zeros(4000)), np.float64)
+  assert np.abs(np.corrcoef(independent)[0, 1:]).max() < 5 / math.sqrt(4000)  # one band: nothing correlates
+
+
+def test_one_band_is_dp_sgd_without_amplification():
+  config = correlated.banded(10, 1, 1.1, 3.0, [1.0])
+  assert math.isclose(correlated.stddev(config), 1.1 * 3 * math.sqrt(10))  # composition of ten Gaussians
+  like = {"a": jnp.zeros(5), "b": jnp.zeros((2, 3))}
+  draw = jax.jit(noise.gaussian_like, static_argnums=3)
+  want = [draw(subkey(0), jnp.uint32(t), like, correlated.stddev(config)) for t in range(10)]
+  want = jax.tree.map(lambda *rows: jnp.stack(rows), *want)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), run(config, like), want)
+
+
+def test_scan_loop_and_resumed_state_agree():
+  for name in ("optimal", "tree"):
+    config, like = CONFIGS[name], {"a": jnp.zeros((2, 3)), "b": jnp.zeros(())}
+    state, rows = correlated.init(config, like), []
+    step = jax.jit(functools.partial(correlated.next_noise, config))
+    for t in range(config.num_steps):
+      drawn, state = step(state, SECRET, jnp.uint32(t))
+      state = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), state)  # through a checkpoint
+      rows.append(drawn)
+    want = run(config, like)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), stacked, want)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(want))
+
+
+@pytest.mark.parametrize("name", ["square root", "tree", "plain tree"])
+def test_a_step_out_of_turn_releases_nothing(name):
+  config, like = CONFIGS[name], {"a": jnp.zeros(3)}
+  start = correlated.init(config, like)
+  step = jax.jit(functools.partial(correlated.next_noise, config))
+  assert np.all(np.isfinite(step(start, SECRET, jnp.uint32(0))[0]["a"]))
+  assert np.all(np.isnan(step(start, SECRET, jnp.uint32(1))[0]["a"]))
+  ended = start._replace(step=jnp.uint32(config.num_steps))
+  assert np.all(np.isnan(step(ended, SECRET, jnp.uint32(config.num_steps))[0]["a"]))
+  with pytest.raises(ValueError, match="out of turn"):
+    correlated.next_noise(config, start, SECRET, 1)
+  with pytest.raises(ValueError, match="out of turn"):
+    correlated.next_noise(config, ended, SECRET, config.num_steps)
+
+
+def test_fewer_errors_than_dp_sgd_trees_and_the_square_root():
+  mean = lambda config: correlated.squared_errors(config).mean()
+  of = lambda c: mean(correlated.banded(256, 32, 1.0, 1.0, c))
+  optimal, root = of(correlated.optimal_coefficients(32, 256)), of(correlated.square_root_coefficients(32))
+  sgd = of([1.0])
+  assert math.isclose(sgd, 257 / 2 * 8)  # |A|^2 / T times k participations
+  honaker, tree = (mean(correlated.tree(256, 32, 1.0, 1.0, honaker=h)) for h in (True, False))
+  assert optimal < root < sgd
+  assert optimal < honaker < 0.7 * tree
+  grown = [of(correlated.optimal_coefficients(b, 256)) for b in (1, 2, 4, 8, 16, 32)]
+  assert grown == sorted(grown, reverse=True)
+
+
+def test_the_coefficients_are_those_of_the_square_root_and_a_minimum():
+  c = correlated.square_root_coefficients(40)
+  np.testing.assert_allclose(np.convolve(c, c)[:40], np.ones(40), rtol=1e-12)  # 1 / (1 - x)
+  best = correlated.optimal_coefficients(6, 50)
+  error = lambda c: correlated.squared_errors(correlated.banded(50, 6, 1.0, 1.0, c)).mean()
+  rng = np.random.default_rng(0)
+  worse = [error(np.sort(best * np.exp(0.1 * rng.normal(size=6)))[::-1]) for _ in range(20)]
+  assert error(best) <= min(worse)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num_steps", [1, 7, 100, 1000])
+@pytest.mark.parametrize("num_bands", [1, 2, 5, 50, 400])
+def test_coefficients_make_sound_noise_and_no_more_error_than_the_square_root(num_bands, num_steps):
+  error = lambda c: correlated.squared_errors(correlated.banded(num_steps, num_bands, 1.0, 1.0, c)).mean()
+  optimal = correlated.optimal_coefficients(num_bands, num_steps)
+  assert error(optimal) <= error(correlated.square_root_coefficients(num_bands)) * 1.05  # short columns: see there
+
+
+@pytest.mark.parametrize(
+  ("make", "match"),
+  [
+    (lambda: correlated.banded(10, 2, 1.0, 1.0, [1.0, 0.5, 0.2]), "min_separation=2"),
+    (lambda: correlated.banded(10, 4, 1.0, 1.0, [1.0, 1.5]), "not rise"),
+    (lambda: correlated.banded(10, 4, 1.0, 1.0, [1.0, -0.5]), "positive"),
+    (lambda: correlated.banded(10, 4, 0.0, 1.0, [1.0]), "noise_multiplier=0"),
+    (lambda: correlated.banded(10, 4, 1.0, math.inf, [1.0]), "l2_clip_norm=inf"),
+    (lambda: correlated.banded(0, 4, 1.0, 1.0, [1.0]), "num_steps=0"),
+    (lambda: correlated.banded(10, 0, 1.0, 1.0, [1.0]), "min_separation=0"),
+    (lambda: correlated.banded(10, 2, 1.0, 1.0, [1.0], max_participations=0), "max_participations=0"),
+    (lambda: correlated.tree(10, 4, 1.0, 1.0, restart_every=5), "restart_every=5"),
+    (lambda: correlated.optimal_coefficients(0, 5), "num_bands=0"),
+    (lambda: correlated.tree(2**32, 4, 1.0, 1.0), "num_steps"),
+    (lambda: correlated.BandedNoise(10, 4, 3, 1.0, 1.0, (1.0, 0.5)), "norm 1"),
+  ],
+)
+def test_unsound_configurations_are_refused(make, match):
+  with pytest.raises(ValueError, match=match):
+    make()

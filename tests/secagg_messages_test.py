@@ -1,0 +1,106 @@
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from primia_jax.secagg import messages as msg
+
+ADVERT = msg.Advert(3, 7, b"b" * 32, b"m" * 32, b"c" * 32, b"s" * 64)
+EXAMPLES = [
+  ADVERT,
+  msg.Roster(7, (ADVERT, ADVERT._replace(site=4))),
+  msg.Roster(0, ()),
+  msg.Shares(3, 7, {0: b"", 2**32 - 1: b"box"}, b"s"),
+  msg.Delivery(7, {}),
+  msg.MaskedInput(3, 7, (np.arange(5, dtype=np.uint32), np.zeros(0, np.uint64), np.array([2**63], np.uint64)), b"s"),
+  msg.Survivors(7, (0, 1, 5), (2,)),
+  msg.Consent(3, 7, b"s" * 64),
+  msg.Consents(7, {1: b"s", 2: b"t"}),
+  msg.Answer(3, 7, {0: b"x" * 32}, {}, b"s"),
+]
+
+
+def plain(value):
+  """Arrays as what can be compared."""
+  if isinstance(value, np.ndarray):
+    return str(value.dtype), value.tolist()
+  if isinstance(value, tuple):
+    return type(value).__name__, *map(plain, value)
+  return value
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_a_message_comes_back_as_it_was(message):
+  data = msg.encode(message)
+  assert plain(msg.decode(data)) == plain(message)
+  assert msg.encode(msg.decode(data)) == data
+
+
+def test_every_kind_of_message_is_tried():
+  assert {type(m) for m in EXAMPLES} == {*msg.FROM_SITES, *msg.FROM_SERVER}
+  assert len({msg.encode(m) for m in EXAMPLES}) == len(EXAMPLES)
+
+
+def accepts(data):
+  """Whether the bytes are a message, whose one encoding they must then be."""
+  try:
+    message = msg.decode(data)
+  except ValueError as e:
+    if "malformed" not in str(e):
+      raise
+    return False
+  assert msg.encode(message) == data
+  return True
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_cut_prolonged_and_altered_bytes_are_malformed_or_another_message(message):
+  data = msg.encode(message)
+  assert not any(accepts(data[:size]) for size in range(len(data)))
+  assert not accepts(data + b"\0")
+  for i in range(len(data)):
+    for flip in (1, 0x80, 0xFF):
+      accepts(data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 8))
+def test_no_bytes_do_harm(data, kind):
+  accepts(data)
+  accepts(bytes([kind]) + data)
+
+
+@pytest.mark.parametrize(
+  "data",
+  [
+    b"",
+    b"\x09",
+    b"\xff",
+    b"\1" + struct.pack("<II", 7, 2**32 - 1),  # a roster of 2^32 - 1 adverts
+    b"\3" + struct.pack("<II", 7, 2**32 - 1),
+    b"\5" + struct.pack("<II", 7, 2**32 - 1),
+    b"\3" + struct.pack("<IIIIII", 7, 2, 5, 0, 5, 0),  # site 5 twice
+    b"\3" + struct.pack("<IIIIII", 7, 2, 5, 0, 4, 0),  # out of order
+    b"\4" + struct.pack("<IIIII", 3, 7, 1, 8, 12) + bytes(12),  # half a word
+    b"\4" + struct.pack("<IIIII", 3, 7, 1, 2, 4) + bytes(8),  # words of two bytes
+  ],
+)
+def test_lengths_and_orders_that_cannot_be_are_malformed(data):
+  with pytest.raises(ValueError, match="malformed"):
+    msg.decode(data)
+
+
+@pytest.mark.parametrize(
+  ("message", "told"),
+  [
+    (ADVERT._replace(site=-1), "-1 in a message"),
+    (ADVERT._replace(round=2**32), "4294967296 in a message"),
+    (msg.MaskedInput(0, 0, (np.zeros((2, 2), np.uint32),), b""), r"uint32\[2, 2\]"),
+    (msg.MaskedInput(0, 0, (np.zeros(2, np.int32),), b""), "int32"),
+  ],
+)
+def test_what_has_no_encoding_is_named(message, told):
+  with pytest.raises(ValueError, match=told):
+    msg.encode(message)

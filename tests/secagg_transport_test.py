@@ -1,0 +1,244 @@
+"""The protocol over loopback. This file is the test and, run by itself, one site's process."""
+
+import contextlib
+import hashlib
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from primia_jax.secagg import keys, protocol, rounds, transport
+from primia_jax.secagg import messages as msg
+from primia_jax.secagg import server as serving
+
+SITES, SIZES, ROUND = range(4), (300, 1), 4
+IDENTITIES = {i: keys.identity(lambda size, i=i: hashlib.sha256(b"%d" % i).digest()[:size]) for i in SITES}
+
+
+def agreed():
+  return rounds.setup({i: k.public for i, k in IDENTITIES.items()}, SIZES, b"loopback")
+
+
+def vectors(site):
+  rng = np.random.default_rng(site)
+  return tuple(rng.integers(0, 2**32, size, dtype=np.uint32) for size in SIZES)
+
+
+def join(address, site, timeout=60.0):
+  return transport.join(address, agreed(), ROUND, site, IDENTITIES[site], vectors(site), timeout)
+
+
+class Thread(threading.Thread):
+  """A thread whose result, or exception, is asked for."""
+
+  def __init__(self, call):
+    super().__init__(daemon=True)
+    self.call, self.result, self.error = call, None, None
+    self.start()
+
+  def run(self):
+    try:
+      self.result = self.call()
+    except Exception as e:
+      self.error = e
+
+  def get(self):
+    self.join(60)
+    assert not self.is_alive()
+    if self.error:
+      raise self.error
+    return self.result
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled():
+  """No stage's timeout is to be spent on a compiler."""
+  rounds.mask_total([np.zeros(8, np.uint32)], [1], 0, agreed())
+
+
+def play(strangers=(), honest=SITES, timeout=30.0):
+  """A round in threads, with strangers(address, sent) who have sent all before the honest sites come."""
+  listener = transport.listen()
+  address, sent = listener.getsockname(), threading.Semaphore(0)
+  server = Thread(lambda: transport.serve(listener, agreed(), ROUND, timeout))
+  beside = [Thread(lambda s=s: s(address, sent)) for s in strangers]
+  for _ in strangers:
+    assert sent.acquire(timeout=30)
+  sites = {i: Thread(lambda i=i: join(address, i)) for i in honest}
+  return server, sites, beside
+
+
+def check(report, survivors):
+  assert report.opened.survivors == tuple(survivors)
+  for leaf, got in enumerate(report.opened.total):
+    assert np.array_equal(got, np.sum([vectors(i)[leaf] for i in survivors], axis=0, dtype=np.uint32))
+
+
+def test_a_round_over_loopback_gives_the_sum_and_every_site_the_lists():
+  server, sites, _ = play()
+  check(server.get(), SITES)
+  assert all(s.get() == msg.Survivors(ROUND, tuple(SITES), ()) for s in sites.values())
+
+
+def test_separate_processes_with_one_killed_in_the_middle_give_the_survivors_sum():
+  """Site 2 has shared its keys, and is killed while it masks its input."""
+  listener = transport.listen()
+  port = str(listener.getsockname()[1])
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  start = lambda i: subprocess.Popen(
+    [sys.executable, __file__, port, str(i), "hang" if i == 2 else ""], stdout=subprocess.PIPE, env=environment
+  )
+  processes = [start(i) for i in SITES]
+  try:
+    server = Thread(lambda: transport.serve(listener, agreed(), ROUND, 60.0))
+    assert processes[2].stdout.readline() == b"masking\n"
+    processes[2].kill()
+    report = server.get()
+    check(report, (0, 1, 3))
+    assert report.opened.dropouts == (2,)
+    assert report.rejected == ()
+    for i in (0, 1, 3):
+      assert processes[i].communicate(timeout=30)[0] == b"(0, 1, 3) (2,)\n"
+      assert processes[i].returncode == 0
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+      process.stdout.close()
+
+
+def silent_after(stage, seconds):
+  """A site that says no more after so many messages, with its connection open."""
+
+  def site(address, sent):
+    sent.release()
+    me, message = protocol.advertise(agreed(), ROUND, 2, IDENTITIES[2])
+    steps = (protocol.share_keys, lambda s, m: protocol.masked_input(s, m, vectors(2)), protocol.consistency)
+    with socket.create_connection(address, 30) as connection:
+      for step in steps[:stage]:
+        connection.sendall(transport.frame(message))
+        head = connection.recv(4, socket.MSG_WAITALL)
+        (size,) = struct.unpack("<I", head)
+        me, message = step(me, msg.decode(connection.recv(size, socket.MSG_WAITALL)))
+      time.sleep(seconds)
+
+  return site
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_site_that_falls_silent_is_a_dropout_after_the_timeout(stage):
+  others = [i for i in SITES if i != 2]
+  server, sites, beside = play([silent_after(stage, 2.5)], others, timeout=1.5)
+  report = server.get()
+  check(report, SITES if stage == 3 else others)
+  assert report.opened.dropouts == ((2,) if stage == 2 else ())
+  for thread in [*sites.values(), *beside]:
+    thread.get()
+
+
+def test_too_few_sites_end_the_round_by_name_for_server_and_sites():
+  server, sites, _ = play(honest=(0, 3), timeout=0.7)
+  with pytest.raises(serving.RoundFailed, match="stage advertise: 2 sites of 4 sent their message in time, and 3 are"):
+    server.get()
+  for site in sites.values():
+    with pytest.raises(ConnectionError):
+      site.get()
+
+
+def send(*frames):
+  def stranger(address, sent):
+    with socket.create_connection(address, 30) as connection:
+      for data in frames:
+        connection.sendall(data)
+      sent.release()
+      with contextlib.suppress(ConnectionError):
+        connection.recv(1)
+
+  return stranger
+
+
+def test_garbage_and_strangers_are_rejected_by_name_and_the_round_goes_on():
+  stranger = keys.identity()
+  advert = protocol.advertise(agreed(), ROUND, 3, IDENTITIES[3])[1]
+  forged = advert._replace(signature=keys.sign(stranger.private, rounds.signed_text(agreed(), advert)))
+  strangers = [
+    send(struct.pack("<I", 2**31), b"x" * 100),
+    send(struct.pack("<I", 5) + b"\xffabcd"),
+    send(struct.pack("<I", 3) + b"\x80\x04."),  # the beginning of a pickle
+    send(transport.frame(advert._replace(site=9))),
+    send(transport.frame(forged)),
+    send(transport.frame(advert._replace(round=ROUND - 1))),
+    send(transport.frame(msg.Roster(ROUND, ()))),
+    send(b"\1\0"),
+    send(),
+  ]
+  server, sites, beside = play(strangers)
+  report = server.get()
+  check(report, SITES)
+  got = sorted((r.site if r.site is not None else -1, r.stage, r.reason) for r in report.rejected)
+  assert got == [
+    (-1, "advertise", "malformed"),
+    (-1, "advertise", "malformed"),
+    (-1, "advertise", "malformed"),
+    (-1, "advertise", "malformed"),
+    (3, "advertise", "another round"),
+    (3, "advertise", "forged"),
+    (9, "advertise", "unknown"),
+  ]
+  assert any("2147483648 bytes announced" in str(r) for r in report.rejected)
+  for thread in [*sites.values(), *beside]:
+    thread.get()
+
+
+def test_a_site_refuses_a_frame_that_is_too_long_or_no_message():
+  for data, told in ((struct.pack("<I", 2**30), "1073741824 bytes announced"), (b"\2\0\0\0\xff\0", "no kind 255")):
+    listener = transport.listen()
+    site = Thread(lambda listener=listener: join(listener.getsockname(), 0, timeout=20))
+    connection, _ = listener.accept()
+    connection.sendall(data)
+    with pytest.raises(ValueError, match=told):
+      site.get()
+    connection.close()
+    listener.close()
+
+
+def test_a_site_gives_up_a_server_that_does_not_speak():
+  with transport.listen() as listener, pytest.raises(TimeoutError):
+    join(listener.getsockname(), 0, timeout=0.2)
+
+
+def test_the_size_limit_is_above_every_message_of_a_round():
+  setup = agreed()
+  masked = msg.MaskedInput(2**32 - 1, ROUND, vectors(0), bytes(64))
+  advert = msg.Advert(3, ROUND, bytes(32), bytes(32), bytes(32), bytes(64))
+  boxes = {i: bytes(64 + keys.BOX_OVERHEAD) for i in range(3)}
+  answer = msg.Answer(0, ROUND, {i: bytes(32) for i in SITES}, {}, bytes(64))
+  consents = msg.Consents(ROUND, {i: bytes(64) for i in SITES})
+  roster = msg.Roster(ROUND, (advert,) * 4)
+  for message in (masked, advert, roster, msg.Shares(0, ROUND, boxes, bytes(64)), answer, consents):
+    assert len(msg.encode(message)) <= rounds.message_bytes(setup)
+  assert rounds.message_bytes(setup) < 2 * len(msg.encode(masked))
+
+
+def main(port, site, hang):
+  if hang:
+    masked_input = protocol.masked_input
+
+    def slow(*args, **kwargs):
+      print("masking", flush=True)
+      time.sleep(60)
+      return masked_input(*args, **kwargs)
+
+    protocol.masked_input = slow
+  lists = join(("127.0.0.1", int(port)), int(site))
+  print(lists.survivors, lists.dropouts, flush=True)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
