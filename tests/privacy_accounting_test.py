@@ -75,7 +75,7 @@ def test_a_gaussian_by_its_curve_and_by_its_name_cost_the_same():
 def test_rounds_and_statistics_compose_at_a_site_and_not_across_sites():
   counts = gaussian("class counts", 20.0)
   both = functools.reduce(spend, (GRADIENTS,) * 100 + (counts,), Ledger("example", 1e-5))
-  assert [r.count for r in both.releases] == [100, 1]
+  assert [r.times for r in both.releases] == [100, 1]
   assert both == spend(spend(Ledger("example", 1e-5), GRADIENTS, 100), counts)
   one, two = spent(GRADIENTS, 100), spent(GRADIENTS, 200)
   assert (
@@ -134,6 +134,7 @@ def test_a_statement_names_unit_delta_and_mechanism():
   [
     (lambda: accounting.ledger("example", 1e-2, 1000), "publish somebody whole"),
     (lambda: accounting.ledger("example", 0.0, 1000), "delta=0"),
+    (lambda: accounting.ledger("example", 1e-6, 0), "num_units=0"),
     (lambda: accounting.ledger("image", 1e-6, 1000), "unit='image'"),
     (lambda: gaussian("gradients", 0.0), "without noise nothing is private"),
     (lambda: gaussian("gradients", 1.0, 1.5), "sampling_rate=1.5"),

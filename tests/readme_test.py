@@ -9,12 +9,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def printed(number):
-  """What an example of the README prints."""
-  code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
-  out = io.StringIO()
-  with contextlib.redirect_stdout(out):
-    exec(compile(code, "README.md", "exec"), {})
+def printed(*numbers):
+  """What the last of some examples of the README prints, run one after the other."""
+  names: dict = {}
+  for number in numbers:
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+      exec(compile(code, "README.md", "exec"), names)
   return out.getvalue()
 
 
@@ -24,9 +26,14 @@ def test_the_quickstart_runs_and_learns():
   assert losses[-1] < losses[0]
 
 
+def test_the_private_example_keeps_its_budget():
+  (epsilon,) = re.findall(r"epsilon ([\d.]+)", printed(0, 1))
+  assert 5.9 < float(epsilon) <= 6.0
+
+
 def test_the_encrypted_example_agrees_with_the_function():
   numbers = [
-    [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", row)] for row in re.findall(r"\[\[.*?\]\]", printed(1))
+    [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", row)] for row in re.findall(r"\[\[.*?\]\]", printed(2))
   ]
   one_call, plain, phase_by_phase = numbers
   assert len(plain) == 3

@@ -32,7 +32,7 @@ class Release(NamedTuple):
     what: for people, such as "gradients".
     noise_multiplier: of the Poisson-subsampled Gaussian mechanism; 0 where `curve` is given.
     sampling_rate: q, the rate that really ran.
-    count: how often.
+    times: how often.
     extra_delta: the probability, each time, that what ran was not what is accounted for (a batch that overflowed).
     curve: Renyi divergences at `ORDERS`, for any other mechanism; empty for the Gaussian.
   """
@@ -40,7 +40,7 @@ class Release(NamedTuple):
   what: str
   noise_multiplier: float
   sampling_rate: float = 1.0
-  count: int = 1
+  times: int = 1
   extra_delta: float = 0.0
   curve: tuple[float, ...] = ()
 
@@ -98,6 +98,8 @@ def ledger(unit: str, delta: float, num_units: int) -> Ledger:
   """
   if unit not in UNITS:
     raise ValueError(f"unit={unit!r}; use one of {', '.join(UNITS)}")
+  if num_units < 1:
+    raise ValueError(f"num_units={num_units} must be at least 1")
   if not 0 < delta <= 1 / num_units:
     raise ValueError(
       f"delta={delta:g} must lie between 0 and 1 / {num_units} = {1 / num_units:.3g}, one over the number of units: a "
@@ -114,15 +116,15 @@ def spend(ledger: Ledger, release: Release, count: int = 1) -> Ledger:
   """
   if count < 0:
     raise ValueError(f"count={count} must not be negative")
-  same = lambda r: r._replace(count=release.count) == release
-  kept = tuple(r._replace(count=r.count + count * release.count) if same(r) else r for r in ledger.releases)
+  same = lambda r: r._replace(times=release.times) == release
+  kept = tuple(r._replace(times=r.times + count * release.times) if same(r) else r for r in ledger.releases)
   if not any(map(same, ledger.releases)) and count:
-    kept += (release._replace(count=count * release.count),)
+    kept += (release._replace(times=count * release.times),)
   return ledger._replace(releases=kept)
 
 
 def epsilon(ledger: Ledger, accountant: str | None = None) -> float:
-  """The epsilon of a ledger at its delta; 0 for an empty one, infinite where none below 1000 holds.
+  """The epsilon of a ledger at its delta; 0 for an empty one, infinite above 1000 (by PLD) or 3000 (by RDP).
 
   Args:
     ledger: what was released.
@@ -135,7 +137,7 @@ def epsilon(ledger: Ledger, accountant: str | None = None) -> float:
   With overflow probabilities p_i the accountant is asked for delta - (1 + e^epsilon) sum p_i, by iteration: what ran is
   within total variation p_i of what is accounted for, on either of two adjacent data sets.
   """
-  releases = [r for r in ledger.releases if r.count]
+  releases = [r for r in ledger.releases if r.times]
   if accountant not in (None, *ACCOUNTANTS):
     raise ValueError(f"accountant={accountant!r}; use one of {', '.join(ACCOUNTANTS)}")
   if not releases:
@@ -143,8 +145,12 @@ def epsilon(ledger: Ledger, accountant: str | None = None) -> float:
   tight = all(not r.curve for r in releases)
   if accountant == "pld" and not tight:
     raise ValueError("a release is known by its Renyi divergences alone; use the accountant rdp")
-  of_delta = _by_pld(tuple(releases)) if (accountant or ("pld" if tight else "rdp")) == "pld" else _by_rdp(releases)
-  wrong = math.fsum(r.count * r.extra_delta for r in releases)
+  of_delta = _by_rdp(releases)
+  if tight and accountant != "rdp":
+    if of_delta(ledger.delta) > 3 * _MAX_EPSILON:
+      return math.inf  # a distribution so wide would take minutes and gigabytes, to claim nothing
+    of_delta = _by_pld(tuple(releases))
+  wrong = math.fsum(r.times * r.extra_delta for r in releases)
   value = of_delta(ledger.delta)
   for _ in range(50 if wrong else 0):
     left = ledger.delta - (1 + math.exp(min(value, 700.0))) * wrong
@@ -192,9 +198,9 @@ def calibrate(
     high *= 1.1
     if high > 1e5:
       raise ValueError(f"no noise meets target_epsilon={target_epsilon} at delta={delta:g}; raise one of them")
-  low = high / 1.5
+  low = high / 1.15
   while fits(low):
-    low, high = low / 1.5, low
+    low, high = low / 1.15, low
   while high > low * 1.001:
     middle = math.sqrt(low * high)
     low, high = (low, middle) if fits(middle) else (middle, high)
@@ -227,7 +233,7 @@ def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
 
 
 def _told(release: Release) -> str:
-  times = f"{release.count} times" if release.count != 1 else "once"
+  times = f"{release.times} times" if release.times != 1 else "once"
   if release.curve:
     return f"{times}, by integer noise of all sites together"
   rate = (
@@ -265,11 +271,11 @@ def _by_rdp(releases: Sequence[Release]) -> Callable[[float], float]:
   if not any(r.curve for r in releases):
     accountant = rdp.RdpAccountant(ORDERS)
     for release in releases:
-      accountant.compose(_event(release), release.count)
+      accountant.compose(_event(release), release.times)
     return accountant.get_epsilon
   orders = np.asarray(ORDERS)
   curve = lambda r: np.asarray(r.curve or _gaussian_curve(r.noise_multiplier, r.sampling_rate))
-  total = np.sum([r.count * curve(r) for r in releases], axis=0)
+  total = np.sum([r.times * curve(r) for r in releases], axis=0)
   converted = lambda delta: total + np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
   return lambda delta: max(0.0, float(np.min(converted(delta))))
 
@@ -291,5 +297,5 @@ def _by_pld(releases: tuple[Release, ...]) -> Callable[[float], float]:
   """delta -> epsilon, by composing privacy loss distributions."""
   accountant = pld.PLDAccountant()
   for release in releases:
-    accountant.compose(_event(release), release.count)
+    accountant.compose(_event(release), release.times)
   return accountant.get_epsilon
