@@ -245,6 +245,8 @@ def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:
 def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
   """Says on one screen how the arms did and where the rest is."""
   print(f"\n{result['title']} on {result['data']}: {result['num_examples']} test images")
+  if "NOT PRIVATE" in (result["privacy"] or {}):
+    print(f"  NOT PRIVATE: {result['privacy']['NOT PRIVATE']}")
   for name, scores in result["arms"].items():
     show = lambda field, scores=scores: "{value:.3f} [{low:.3f}, {high:.3f}]".format(**scores[field])
     print(f"  {name:16} accuracy {show('accuracy')}   MCC {show('mcc')}")

@@ -197,6 +197,7 @@ def train(
   if jax.process_count() > 1:
     dealer_key = multihost_utils.broadcast_one_to_all(dealer_key)
   privacy, book = trainer.privacy, None
+  repeatable = privacy is not None and settings.dp_seed >= 0
   if privacy is not None:
     book = private.Book(privacy, len(everyone), folder / "ledger.json", writes=jax.process_index() == 0)
   train_data = _loader(cohort.train, trainer.max_examples, cohort.mine, placement, settings, trainer, True)
@@ -226,7 +227,8 @@ def train(
   is_first = jax.process_index() == 0
   bar = tqdm.tqdm(
     range(int(state.round), settings.rounds),
-    desc=cohort.name, unit="round", initial=int(state.round), total=settings.rounds, disable=not is_first,
+    desc=cohort.name + (" (NOT PRIVATE)" if repeatable else ""), unit="round",
+    initial=int(state.round), total=settings.rounds, disable=not is_first,
     bar_format="{desc}: {bar:20} round {n_fmt}/{total_fmt}{postfix}  [{elapsed} gone, {remaining} left]",
   )  # fmt: skip
   for round_index in bar:
@@ -264,6 +266,7 @@ def train(
       "learning_rate": float(trainer.schedule(jnp.float32(round_index))),
       **({} if lost is None else {"survivors": int(info.survivors)}),
       **({} if book is None else {"epsilon": book.epsilon}),
+      **({"NOT PRIVATE": "dp_seed"} if repeatable else {}),
       **trainer.validate(key, state, everyone, dealer_key, validation_data),
     }
     row["seconds"] = time.perf_counter() - start

@@ -107,6 +107,7 @@ def test_a_stopped_run_goes_on_with_its_ledger_and_its_class_counts(tmp_path):
   assert epsilons == sorted(set(epsilons))
   assert all(row["train_loss"] is None for row in want.rows)  # not private
   assert "NOT PRIVATE" in want.privacy  # for its seed
+  assert all("NOT PRIVATE" in row for row in want.rows)
   with pytest.raises(KeyboardInterrupt):
     train(TINY, tmp_path / "stopped", 2)
   before = json.loads((tmp_path / "stopped" / "ledger.json").read_text())
