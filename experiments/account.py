@@ -22,11 +22,13 @@ from primia_jax.privacy.mechanism import Mechanism, capacity, overflow_probabili
 _FAILURE = 1e-12  # as in private.py: probability that any batch of a run overflows; taken from delta
 _ROWS = 10
 
-flags.DEFINE_integer("num_units", None, "images or patients of the largest site; with unit=site, sites", required=True)
+flags.DEFINE_integer(
+  "num_units", None, "images or patients of the largest site; with unit=site, sites (required)", required=True
+)
 flags.DEFINE_enum("unit", "example", accounting.UNITS, "whose presence is hidden")
 flags.DEFINE_integer("batch_size", 0, "expected units of a batch; not for unit=site")
 flags.DEFINE_float("sampling_rate", 0.0, "in place of batch_size: the probability that a unit is in a batch")
-flags.DEFINE_integer("rounds", None, "rounds of training", required=True)
+flags.DEFINE_integer("rounds", None, "rounds of training (required)", required=True)
 flags.DEFINE_integer("sync_epochs", 1, "epochs of a round, of ceil(num_units / batch_size) steps each")
 flags.DEFINE_float(
   "noise_multiplier", 0.0, "standard deviation of the noise over the clipping norm; 0 takes the target"
@@ -126,7 +128,10 @@ def picture(rows: list[dict[str, Any]], target: float, path: pathlib.Path, title
   axes.set_ylim(bottom=0)
   axes.xaxis.set_major_locator(plots.MaxNLocator(integer=True, min_n_ticks=1))
   plots._tidy(axes)
-  axes.legend(frameon=False, fontsize=9)
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(frameon=False, fontsize=9)
+  if not any(math.isfinite(row[key]) for row in rows for key in names):
+    axes.text(0.5, 0.5, "epsilon is infinite", transform=axes.transAxes, ha="center", color=plots.INK)
   plots._save(figure, path, title)
 
 
@@ -139,8 +144,8 @@ def main() -> None:
   chosen = plan()
   rounds, stops = FLAGS.rounds, None
   if FLAGS.noise_multiplier and FLAGS.target_epsilon:
-    steps = accounting.steps_within(FLAGS.target_epsilon, chosen.start, chosen.release, rounds * chosen.num_steps)
-    stops = steps // chosen.num_steps
+    a_round = chosen.release._replace(times=chosen.num_steps)
+    stops = accounting.steps_within(FLAGS.target_epsilon, chosen.start, a_round, rounds)
     if not stops:
       raise ValueError(
         f"target_epsilon={FLAGS.target_epsilon:g} does not allow one round at "
@@ -156,7 +161,7 @@ def main() -> None:
     else "DP-SGD: per-unit gradients clipped and summed, batches drawn by Poisson sampling, noise added by the site",
     "noise multiplier": round(chosen.release.noise_multiplier, 6),
     "noise from": "noise_multiplier" if FLAGS.noise_multiplier else f"target_epsilon={FLAGS.target_epsilon:g}",
-    "rounds": f"{rounds} of {chosen.num_steps} steps"
+    "rounds": f"{rounds}, of {chosen.num_steps} step{'s' * (chosen.num_steps > 1)} each"
     + (f"; the budget ends training before round {FLAGS.rounds}" if rounds < FLAGS.rounds else ""),
     **accounting.statement([spent]),
     "protected from": "everybody outside the site, the server included"
@@ -180,7 +185,8 @@ def main() -> None:
   result = {"flags": {name: FLAGS[name].value for name in names}, "statement": facts, "rows": finite,
             "ledger": json.loads(accounting.to_json(spent))}  # fmt: skip
   (output / "account.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-  title = f"Privacy of one {FLAGS.unit}, delta {chosen.start.delta:.3g}, noise {chosen.release.noise_multiplier:.4g}"
+  sigma = chosen.release.noise_multiplier
+  title = f"Privacy of one {FLAGS.unit}, delta {chosen.start.delta:.3g}, noise multiplier {sigma:.4g}"
   picture(rows, FLAGS.target_epsilon, output / "epsilon.png", title)
   lines = ["# Privacy account", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items()), "",
            "| round | steps | epsilon (PLD) | epsilon (RDP) |", "|--:|--:|--:|--:|",

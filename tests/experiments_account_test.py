@@ -40,6 +40,14 @@ def test_sites_are_calibrated_to_the_target(tmp_path):
   assert [row["round"] for row in result["rows"]] == [1, 2, 3]
 
 
+def test_an_infinite_epsilon_is_said_and_written(tmp_path):
+  done = account("num_units=100", "sampling_rate=1", "rounds=1", "noise_multiplier=0.01", f"output_dir={tmp_path}")
+  assert done.returncode == 0, done.stderr
+  assert "Warning" not in done.stderr
+  assert "infinite" in (tmp_path / "report.md").read_text()
+  assert json.loads((tmp_path / "account.json").read_text())["rows"][0]["pld"] is None
+
+
 @pytest.mark.parametrize(
   ("flags", "message"),
   [

@@ -42,13 +42,47 @@ def test_one_sampled_step_equals_the_divergence_of_its_two_mixtures():
   assert accounting.epsilon(spent(gaussian("gradients", sigma, q), 1, delta)) == pytest.approx(epsilon, rel=0.01)
 
 
-def test_figures_in_print():
-  """Abadi et al. 2016 (sigma 4, q 0.01, 10,000 steps, delta 1e-5: 1.26); the tutorial of TensorFlow Privacy (1.18)."""
-  abadi = spent(gaussian("gradients", 4.0, 0.01), 10_000)
-  assert accounting.epsilon(abadi, "rdp") == pytest.approx(1.26, rel=0.25)
-  assert accounting.epsilon(abadi) < accounting.epsilon(abadi, "rdp") <= 1.26
-  tutorial = spent(gaussian("gradients", 1.3, 250 / 60000), 15 * 240)
-  assert accounting.epsilon(tutorial) < accounting.epsilon(tutorial, "rdp") < 1.18
+def moments_epsilon(sigma, q, count, delta):
+  """Mironov et al. 2019, section 3.3, at whole orders, and the conversion of Mironov 2017, proposition 3."""
+
+  def moment(order):
+    terms = (
+      math.comb(order, k) * (1 - q) ** (order - k) * q**k * math.exp(k * (k - 1) / (2 * sigma**2))
+      for k in range(order + 1)
+    )
+    return math.log(math.fsum(terms))
+
+  return min((count * moment(order) - math.log(delta)) / (order - 1) for order in range(2, 33))
+
+
+@pytest.mark.parametrize(
+  ("sigma", "q", "count", "printed"),
+  [(4.0, 0.01, 10_000, 1.26), (1.3, 250 / 60000, 3600, 1.18)],
+  ids=["Abadi et al. 2016, section 5.1", "tutorial of TensorFlow Privacy"],
+)
+def test_figures_in_print(sigma, q, count, printed):
+  """The moments accountant of those years gives what they print; ours, which convert better, stay below."""
+  assert moments_epsilon(sigma, q, count, 1e-5) == pytest.approx(printed, abs=0.005)
+  ledger = spent(gaussian("gradients", sigma, q), count)
+  assert 0.6 * printed < accounting.epsilon(ledger) < accounting.epsilon(ledger, "rdp") < printed
+
+
+def test_figures_of_jax_privacy():
+  """Its accountants' tests (2.27535 by RDP, 2.09245 by PLD), and its CIFAR-10 recipe, which is to end below 1."""
+  ledger = spent(gaussian("gradients", 4.0, 1024 / 50000), 10_000)
+  assert accounting.epsilon(ledger, "rdp") == pytest.approx(2.27535, rel=1e-3)
+  assert accounting.epsilon(ledger, "pld") == pytest.approx(2.09245, rel=1e-3)
+  recipe = spent(gaussian("gradients", 10.0, 4096 / 50000), 725)
+  assert 0.75 < accounting.epsilon(recipe) < accounting.epsilon(recipe, "rdp") < 1
+
+
+def test_many_faint_steps_are_a_gaussian():
+  """The central limit of Bu et al. 2020: a grid as coarse as the library's own makes 0.025 of 0.008."""
+  sigma, q, count = 92.0, 1e-3, 100_000
+  mu = q * math.sqrt(count * math.expm1(sigma**-2))
+  ledger = spent(gaussian("gradients", sigma, q), count)
+  assert accounting.epsilon(ledger, "pld") == pytest.approx(gaussian_epsilon(1 / mu, 1e-5), rel=0.01)
+  assert accounting.epsilon(ledger) <= accounting.epsilon(ledger, "rdp")
 
 
 def test_renyi_divergences_equal_the_library_s():
@@ -85,6 +119,9 @@ def test_rounds_and_statistics_compose_at_a_site_and_not_across_sites():
   assert accounting.epsilon(Ledger("example", 1e-5)) == 0.0
   with pytest.raises(ValueError, match="different units"):
     accounting.of_sites([one, one._replace(unit="site")])
+  for judge in (accounting.of_sites, accounting.statement):
+    with pytest.raises(ValueError, match="different deltas"):
+      judge([one, one._replace(delta=1e-2)])
 
 
 def test_an_overflow_of_batches_costs_delta():
@@ -95,6 +132,19 @@ def test_an_overflow_of_batches_costs_delta():
   assert accounting.epsilon(plain) < value
   assert value == pytest.approx(accounting.epsilon(plain._replace(delta=left)), rel=1e-3)
   assert accounting.epsilon(spent(gaussian("gradients", 1.1, 0.01, 1e-4), count, delta)) == math.inf
+
+
+def test_no_claim_where_overflows_feed_on_themselves():
+  """Between the probabilities with a claim and those without, iteration crawls; a claim made there must still hold."""
+  claim = lambda p: accounting.epsilon(spent(gaussian("sums", 1.0, 1.0, p), 1, 1e-3), "rdp")
+  low, high = 1e-6, 1e-3
+  for _ in range(40):
+    middle = math.sqrt(low * high)
+    low, high = (middle, high) if math.isfinite(claim(middle)) else (low, middle)
+  left = 1e-3 - (1 + math.exp(claim(low))) * low
+  assert left > 0
+  plain = accounting.epsilon(spent(gaussian("sums", 1.0), 1, left), "rdp")
+  assert claim(low) == pytest.approx(plain, rel=1e-6)
 
 
 def test_noise_is_calibrated_to_the_budget_and_no_more():
@@ -114,19 +164,29 @@ def test_a_ledger_survives_being_written():
   ledger = functools.reduce(spend, (GRADIENTS, curve, GRADIENTS), accounting.ledger("patient", 1e-4, 1000))
   assert accounting.from_json(accounting.to_json(ledger)) == ledger
   assert hash(ledger) == hash(accounting.from_json(accounting.to_json(ledger)))
-  with pytest.raises(ValueError, match="no ledger"):
-    accounting.from_json("[1, 2]")
+  text = accounting.to_json(spent(GRADIENTS, 10))
+  for bad in (
+    "[1, 2]",
+    text.replace('"example"', '"nobody"'),
+    text.replace('"delta": 1e-05', '"delta": 7'),
+    text.replace('"times": 10', '"times": -10'),
+    text.replace('"noise_multiplier": 1.1', '"noise_multiplier": 0'),
+    text.replace('"curve": []', '"curve": [0.0]'),
+  ):
+    assert bad != text
+    with pytest.raises(ValueError, match="no ledger"):
+      accounting.from_json(bad)
 
 
 def test_a_statement_names_unit_delta_and_mechanism():
   told = accounting.statement([spent(GRADIENTS, 10), spent(GRADIENTS, 20)])
+  epsilon = accounting.epsilon(spent(GRADIENTS, 20))
   assert "one example" in told["unit of privacy"]
   assert told["delta"] == 1e-5
   assert "20 times" in told["released: gradients"]
   assert "Poisson" in told["released: gradients"]
-  assert next(v for k, v in told.items() if k.startswith("epsilon (")) == round(
-    accounting.epsilon(spent(GRADIENTS, 20)), 4
-  )
+  assert epsilon <= next(v for k, v in told.items() if k.startswith("epsilon (")) < epsilon + 1e-4  # never rounded down
+  assert "infinite" in accounting.statement([spent(gaussian("sums", 0.01))]).values()
 
 
 @pytest.mark.parametrize(
@@ -142,6 +202,11 @@ def test_a_statement_names_unit_delta_and_mechanism():
     (lambda: spend(Ledger("example", 1e-5), GRADIENTS, -1), "count=-1"),
     (lambda: accounting.epsilon(spent(GRADIENTS), "moments"), "accountant='moments'"),
     (lambda: accounting.calibrate(-1.0, 1e-5, 0.1, 10), "target_epsilon=-1.0"),
+    (lambda: accounting.calibrate(1.0, 1.0, 0.1, 10), "delta=1.0"),
+    (lambda: accounting.calibrate(1.0, 0.0, 0.1, 10), "delta=0.0"),
+    (lambda: accounting.calibrate(0.3, 1e-3, 1e-4, 2), "privacy in name only"),
+    (lambda: accounting.of_sites([]), "a common claim needs one"),
+    (lambda: renyi("noise", (1.0,) * len(accounting.ORDERS), 1.0), "extra_delta=1.0"),
     (lambda: accounting.calibrate(0.1, 1e-5, 0.1, 10, (gaussian("counts", 1.0),)), "is spent by counts alone"),
   ],
 )

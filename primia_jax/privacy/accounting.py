@@ -23,6 +23,8 @@ UNITS = ("example", "patient", "site")
 ACCOUNTANTS = ("pld", "rdp")
 ORDERS = (*map(float, range(2, 65)), *(2.0**i for i in range(7, 13)))  # whole, where the formula is a sum
 _MAX_EPSILON = 1e3  # beyond this nothing is claimed
+_LEAST_NOISE = 0.1  # below this nothing is calibrated
+_GRID = 5e-5  # step of a privacy loss distribution over its width: the error grows with steps, time falls with them
 
 
 class Release(NamedTuple):
@@ -67,10 +69,9 @@ def gaussian(what: str, noise_multiplier: float, sampling_rate: float = 1.0, ext
   """
   if not 0 < noise_multiplier < math.inf:
     raise ValueError(f"{what}: noise_multiplier={noise_multiplier} must be positive: without noise nothing is private")
-  if not 0 < sampling_rate <= 1 or not 0 <= extra_delta < 1:
-    raise ValueError(
-      f"{what}: sampling_rate={sampling_rate} must lie in (0, 1] and extra_delta={extra_delta} in [0, 1)"
-    )
+  if not 0 < sampling_rate <= 1:
+    raise ValueError(f"{what}: sampling_rate={sampling_rate} must lie in (0, 1]")
+  _check_extra(what, extra_delta)
   return Release(what, noise_multiplier, sampling_rate, extra_delta=extra_delta)
 
 
@@ -82,6 +83,7 @@ def renyi(what: str, curve: Sequence[float], extra_delta: float = 0.0) -> Releas
   """
   if len(curve) != len(ORDERS) or not all(value >= 0 for value in curve):
     raise ValueError(f"{what}: a curve of {len(curve)} divergences; give one that is not negative for each of ORDERS")
+  _check_extra(what, extra_delta)
   return Release(what, 0.0, extra_delta=extra_delta, curve=tuple(map(float, curve)))
 
 
@@ -124,12 +126,12 @@ def spend(ledger: Ledger, release: Release, count: int = 1) -> Ledger:
 
 
 def epsilon(ledger: Ledger, accountant: str | None = None) -> float:
-  """The epsilon of a ledger at its delta; 0 for an empty one, infinite above 1000 (by PLD) or 3000 (by RDP).
+  """The epsilon of a ledger at its delta; 0 for an empty one, infinite from 1000 on.
 
   Args:
     ledger: what was released.
-    accountant: "pld" (privacy loss distributions: tight, seconds), "rdp" (an upper bound, fast), or None for PLD
-      wherever all releases are Gaussian.
+    accountant: "pld" (privacy loss distributions: tight to 0.1 %, from above), "rdp" (looser, at once), or None for
+      the lower of both, which are upper bounds; RDP alone where a release is known by its curve.
 
   Raises:
     ValueError: for "pld" with a release that is known by its Renyi curve alone.
@@ -145,20 +147,15 @@ def epsilon(ledger: Ledger, accountant: str | None = None) -> float:
   tight = all(not r.curve for r in releases)
   if accountant == "pld" and not tight:
     raise ValueError("a release is known by its Renyi divergences alone; use the accountant rdp")
-  of_delta = _by_rdp(releases)
+  of_delta = by_rdp = _by_rdp(releases)
   if tight and accountant != "rdp":
-    if of_delta(ledger.delta) > 3 * _MAX_EPSILON:
-      return math.inf  # a distribution so wide would take minutes and gigabytes, to claim nothing
-    of_delta = _by_pld(tuple(releases))
-  wrong = math.fsum(r.times * r.extra_delta for r in releases)
-  value = of_delta(ledger.delta)
-  for _ in range(50 if wrong else 0):
-    left = ledger.delta - (1 + math.exp(min(value, 700.0))) * wrong
-    if left <= 0:
+    width = by_rdp(min(ledger.delta, 1e-6))
+    if width > 3 * _MAX_EPSILON:
       return math.inf
-    before, value = value, of_delta(left)
-    if value <= before * (1 + 1e-9):
-      break
+    by_pld = _by_pld(tuple(releases), _GRID * max(width, 1e-6))
+    of_delta = by_pld if accountant else lambda delta: min(by_pld(delta), by_rdp(delta))
+  wrong = math.fsum(r.times * r.extra_delta for r in releases)
+  value = _least(of_delta, ledger.delta, wrong)
   return value if value < _MAX_EPSILON else math.inf
 
 
@@ -166,11 +163,9 @@ def of_sites(ledgers: Sequence[Ledger]) -> float:
   """The epsilon of whoever is in one of several disjoint sites, at the worst: parallel composition.
 
   Raises:
-    ValueError: for sites that protect different units: there is no common claim.
+    ValueError: for no sites, or sites that protect different units or have different deltas: there is no common claim.
   """
-  if len({one.unit for one in ledgers}) != 1:
-    raise ValueError(f"sites protect different units: {sorted({one.unit for one in ledgers})}")
-  return max(epsilon(one) for one in set(ledgers))
+  return epsilon(_worst(ledgers))
 
 
 def calibrate(
@@ -180,12 +175,15 @@ def calibrate(
   """The least noise multiplier, to a thousandth, with which `num_steps` releases and those `before` meet a target.
 
   Raises:
-    ValueError: for a target that is not positive, or that the releases before exceed alone.
+    ValueError: for a target or delta out of range, a target that the releases before exceed alone, or one so lax, with
+      its delta, that hardly any noise (a multiplier of 0.1) meets it.
   """
   if not 0 < target_epsilon < _MAX_EPSILON or num_steps < 1:
     raise ValueError(
       f"target_epsilon={target_epsilon} must lie in (0, {_MAX_EPSILON:g}), num_steps={num_steps} be positive"
     )
+  if not 0 < delta < 1:
+    raise ValueError(f"delta={delta} must lie in (0, 1), and be at most one over the number of units")
   start = functools.reduce(spend, before, Ledger("example", delta))
   if epsilon(start) >= target_epsilon:
     raise ValueError(
@@ -200,6 +198,11 @@ def calibrate(
       raise ValueError(f"no noise meets target_epsilon={target_epsilon} at delta={delta:g}; raise one of them")
   low = high / 1.15
   while fits(low):
+    if low < _LEAST_NOISE:
+      raise ValueError(
+        f"target_epsilon={target_epsilon} at delta={delta:g} is met with hardly any noise, which is privacy in name "
+        "only; lower one of them"
+      )
     low, high = low / 1.15, low
   while high > low * 1.001:
     middle = math.sqrt(low * high)
@@ -208,7 +211,7 @@ def calibrate(
 
 
 def steps_within(target_epsilon: float, start: Ledger, release: Release, most: int) -> int:
-  """How many more of a release fit into a budget, at most `most`."""
+  """How many more of a release fit into a budget, at most `most`; 0 where the budget is spent."""
   low, high = 0, most
   while low < high:
     middle = (low + high + 1) // 2
@@ -217,19 +220,48 @@ def steps_within(target_epsilon: float, start: Ledger, release: Release, most: i
 
 
 def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
-  """What a report says of the releases and of the claim; all ledgers are of one run."""
-  worst = max(set(ledgers), key=epsilon)
-  by_rdp = epsilon(worst, "rdp")
+  """What a report says of the releases and of the claim, rounded up; all ledgers are of one run.
+
+  Raises:
+    ValueError: as `of_sites`.
+  """
+  worst = _worst(ledgers)
+  claim = lambda value: math.ceil(value * 1e4) / 1e4 if math.isfinite(value) else "infinite"
   rows: dict[str, Any] = {
     "unit of privacy": f"one {worst.unit}: adjacent data have it, or zeros in its place; numbers of units are public",
     "delta": worst.delta,
-    "epsilon (of a unit of any one site, the worst)": round(epsilon(worst), 4),
-    "epsilon by Renyi divergences": round(by_rdp, 4) if math.isfinite(by_rdp) else "infinite",
+    "epsilon (of a unit of any one site, the worst)": claim(epsilon(worst)),
+    "epsilon by Renyi divergences": claim(epsilon(worst, "rdp")),
     "composition": "sequential over rounds and statistics of a site, parallel over sites",
   }
   for release in worst.releases:
     rows[f"released: {release.what}"] = _told(release)
   return rows
+
+
+def _least(of_delta: Callable[[float], float], delta: float, wrong: float) -> float:
+  """The least epsilon that is of_delta(delta - (1 + e^epsilon) wrong) at least, met from below."""
+  value = of_delta(delta)
+  for _ in range(100):
+    left = delta - (1 + math.exp(min(value, 700.0))) * wrong
+    if left <= 0:
+      return math.inf
+    before, value = value, of_delta(left)
+    if value <= before * (1 + 1e-9):
+      return value
+  return math.inf  # still rising: a smaller claim would not hold
+
+
+def _worst(ledgers: Sequence[Ledger]) -> Ledger:
+  claims = sorted({(one.unit, one.delta) for one in ledgers})
+  if len(claims) != 1:
+    raise ValueError(f"sites protect different units or have different deltas, {claims}; a common claim needs one")
+  return max(set(ledgers), key=epsilon)
+
+
+def _check_extra(what: str, extra_delta: float) -> None:
+  if not 0 <= extra_delta < 1:
+    raise ValueError(f"{what}: extra_delta={extra_delta} must lie in [0, 1)")
 
 
 def _told(release: Release) -> str:
@@ -251,14 +283,27 @@ def from_json(text: str) -> Ledger:
   """The inverse of `to_json`.
 
   Raises:
-    ValueError: for another text.
+    ValueError: for another text, or releases that could not have been made here.
   """
   try:
     values: Mapping[str, Any] = json.loads(text)
-    releases = tuple(Release(**{**r, "curve": tuple(r["curve"])}) for r in values["releases"])
-    return Ledger(values["unit"], float(values["delta"]), releases)
+    one = Ledger(values["unit"], float(values["delta"]), tuple(map(_release, values["releases"])))
+    if one.unit not in UNITS or not 0 < one.delta <= 1:
+      raise ValueError(f"unit={one.unit!r}, delta={one.delta}")
+    return one
   except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"this is no ledger: {text[:80]!r}") from error
+    raise ValueError(f"this is no ledger ({error}): {text[:80]!r}") from error
+
+
+def _release(saved: Mapping[str, Any]) -> Release:
+  made = Release(**{**saved, "curve": tuple(saved["curve"])})
+  if made.times < 1 or (made.curve and (made.noise_multiplier or made.sampling_rate != 1)):
+    raise ValueError(f"{made.what}: times={made.times}, or both noise and a curve")
+  if made.curve:
+    checked = renyi(made.what, made.curve, made.extra_delta)
+  else:
+    checked = gaussian(made.what, made.noise_multiplier, made.sampling_rate, made.extra_delta)
+  return checked._replace(times=made.times)
 
 
 def _event(release: Release) -> dp_accounting.DpEvent:
@@ -293,9 +338,9 @@ def _gaussian_curve(noise_multiplier: float, sampling_rate: float) -> tuple[floa
 
 
 @functools.lru_cache(maxsize=64)
-def _by_pld(releases: tuple[Release, ...]) -> Callable[[float], float]:
-  """delta -> epsilon, by composing privacy loss distributions."""
-  accountant = pld.PLDAccountant()
+def _by_pld(releases: tuple[Release, ...], interval: float) -> Callable[[float], float]:
+  """delta -> epsilon, by composing privacy loss distributions, on a grid that rounds up (Doroshenko et al. 2022)."""
+  accountant = pld.PLDAccountant(value_discretization_interval=interval)
   for release in releases:
     accountant.compose(_event(release), release.times)
   return accountant.get_epsilon
