@@ -14,6 +14,7 @@ def account(*flags):
   return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_figures_are_the_accountant_s_and_files_are_written(tmp_path):
   run = ("num_units=1000", "sampling_rate=1", "rounds=20", "noise_multiplier=10", "count_noise=20")
   done = account(*run, f"output_dir={tmp_path}")
@@ -32,6 +33,7 @@ def test_figures_are_the_accountant_s_and_files_are_written(tmp_path):
     assert told in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_sites_are_calibrated_to_the_target(tmp_path):
   done = account("num_units=50", "unit=site", "rounds=3", "target_epsilon=4", f"output_dir={tmp_path}")
   assert done.returncode == 0, done.stderr

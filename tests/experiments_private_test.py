@@ -52,6 +52,7 @@ def test_a_site_alone_has_no_site_level_privacy():
     learning.check(SITE, federated=False)
 
 
+@pytest.mark.slow
 def test_the_noise_that_is_chosen_meets_the_target_and_the_sampler_that_runs_is_charged():
   config = dataclasses.replace(TINY, noise_multiplier=0.0, target_epsilon=4.0)
   made = private.make(config, (18, 12, 6), 3, 100, None)
@@ -67,6 +68,7 @@ def test_the_noise_that_is_chosen_meets_the_target_and_the_sampler_that_runs_is_
     private.make(dataclasses.replace(config, delta=0.1), (18, 12, 6), 3, 100, None)
 
 
+@pytest.mark.slow
 def test_noise_of_all_sites_is_calibrated_to_the_fewest():
   config = dataclasses.replace(
     SITE, num_sites=10, noise_multiplier=0.0, target_epsilon=5.0, dp_noise="distributed", secagg_threshold=7
@@ -121,6 +123,7 @@ def test_a_stopped_run_goes_on_with_its_ledger_and_its_class_counts(tmp_path):
   assert all("NOT PRIVATE" in row for row in arm.rows)
 
 
+@pytest.mark.slow
 def test_training_stops_at_the_budget(tmp_path):
   sizes = inputs.site_images(TINY).train.sizes
   made = private.make(TINY, sizes, 3, 100, None)
@@ -138,7 +141,7 @@ def test_training_stops_at_the_budget(tmp_path):
   pytest.param(
     {"dp_average": 0.9, "dp_augmentations": 2, "augment": "light", "dp_clipping": "automatic"}, marks=pytest.mark.slow
   ),
-  {"model": "scatter_linear", "dp_clipping": "per_layer"},
+  pytest.param({"model": "scatter_linear", "dp_clipping": "per_layer"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_other_units_clippings_and_features_train(tmp_path, change):
   arm = train(dataclasses.replace(TINY, rounds=1, **change), tmp_path)
@@ -147,6 +150,7 @@ def test_other_units_clippings_and_features_train(tmp_path, change):
   assert change.get("dp", "example") in next(v for k, v in arm.privacy.items() if k == "unit of privacy")
 
 
+@pytest.mark.slow
 def test_sites_are_lost_and_the_sum_still_has_its_noise(tmp_path):
   config = dataclasses.replace(
     SITE,

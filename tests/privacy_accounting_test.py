@@ -147,6 +147,7 @@ def test_no_claim_where_overflows_feed_on_themselves():
   assert claim(low) == pytest.approx(plain, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_noise_is_calibrated_to_the_budget_and_no_more():
   before = (gaussian("class counts", 20.0),)
   start = spend(Ledger("example", 1e-3), before[0])

@@ -68,7 +68,7 @@ def assert_caught(result):
   assert all(bound > CLAIM for bound in (result.epsilon, result.gaussian_epsilon))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_the_right_mechanism_passes(seed):
   assert_passes(run(noisy_sums, seed))
 
@@ -81,6 +81,7 @@ def test_a_broken_mechanism_is_caught(broken, seed):
   assert_caught(run(functools.partial(noisy_sums, **broken), seed))
 
 
+@pytest.mark.slow
 def test_trying_several_numbers_of_guesses_is_paid_for():
   result, total = run(noisy_sums, num_runs=8, num_guesses=[50, 200, 600]), 8 * 256
   tries = [(total, n, audit.guesses(result.scores, result.included, n)) for n in (50, 200, 600)]
@@ -91,6 +92,7 @@ def test_trying_several_numbers_of_guesses_is_paid_for():
   assert caught.p_value == 2 * min(audit.p_value(total, n, n, CLAIM, DELTA) for n in (20, 200))
 
 
+@pytest.mark.slow
 def test_random_directions_too_show_that_nothing_is_clipped():
   changes = {"dirac": False, "num_canaries": 32, "num_runs": 128}
   right = run(noisy_sums, **changes)

@@ -76,7 +76,7 @@ def flat(tree):
 
 @MODES
 @pytest.mark.parametrize("rows", [None, 3])
-@pytest.mark.parametrize("microbatch", [None, 1, 4])
+@pytest.mark.parametrize("microbatch", [None, pytest.param(1, marks=pytest.mark.slow), 4])
 def test_sums_are_those_of_a_double_precision_oracle(mode, rows, microbatch):
   batch = batch_of(11, rows, padding=4)
   total, metrics, share = summed(mode, norm=4.0, microbatch=microbatch)(PARAMS, {}, batch, KEY)
@@ -106,7 +106,7 @@ def test_an_empty_batch_gives_zeros_and_padding_may_stand_anywhere():
 
 @MODES
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
-@pytest.mark.parametrize("microbatch", [1, 4])
+@pytest.mark.parametrize("microbatch", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_unit_whose_gradient_is_not_finite_counts_as_exactly_nothing(mode, bad, microbatch):
   batch = batch_of(7)
   spoilt = batch._replace(images=batch.images.at[2].set(bad))
@@ -195,6 +195,7 @@ def conv_loss(params, model_state, batch, key):
 
 
 @pytest.mark.parametrize("microbatch", [1, 5])
+@pytest.mark.slow
 def test_convolutions_against_plain_vmap_and_under_vmap_over_sites(microbatch):
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))
@@ -211,6 +212,7 @@ def test_convolutions_against_plain_vmap_and_under_vmap_over_sites(microbatch):
     np.testing.assert_allclose(flat(take(got, site)), total, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_shipped_model_and_one_with_batch_norm():
   batch = Batch(jnp.ones((3, 16, 16, 1)), jnp.arange(3, dtype=jnp.int32), jnp.ones(3))
   prepare = lambda key, images, targets: (images, targets)

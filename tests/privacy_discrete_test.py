@@ -61,6 +61,7 @@ def test_the_two_kinds_differ_where_they_should():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stddev", [1000.0, 3000.5])
+@pytest.mark.slow
 def test_large_scales(kind, stddev):
   drawn = np.asarray(discrete.sample(KEY, (300_000,), stddev, kind)).astype(np.float64)
   assert accepts(np.var(drawn), stddev, drawn.size)

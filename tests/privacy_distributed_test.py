@@ -138,6 +138,7 @@ def test_the_condition_on_the_norm_is_needed():
   assert np.mean(np.linalg.norm(plain, axis=1) > c.l2_sensitivity) > 0.3
 
 
+@pytest.mark.slow
 def test_rounding_is_unbiased():
   c = config(dim=64, chunk_size=64, num_bits=12)
   x = updates(c, 1, norm=1.0)[0]
@@ -158,6 +159,7 @@ def test_an_update_that_is_not_finite_counts_as_zeros():
   assert np.std(distributed.decode(messages[0], ROTATION, c)) > 0.9 * c.local_stddev
 
 
+@pytest.mark.slow
 def test_pytrees_go_in_and_come_out():
   tree = {"w": jnp.ones((20, 30)) * 0.01, "b": jnp.arange(10.0) * 0.01}
   c = config(dim=610, num_bits=24, noise_multiplier=1e-3, chunk_size=256, min_survivors=1, num_sites=2)
@@ -277,6 +279,7 @@ def test_inflation_at_eleven_million_parameters_is_that_of_the_paper():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_coordinates_wrap_as_seldom_as_stated(kind):
   """Updates that all point the same way, and noise of all sites, in the smallest ring."""
   c = config(dim=2**14, chunk_size=2**14, num_bits=12, num_sites=40, min_survivors=40, kind=kind, num_stddevs=2.0)

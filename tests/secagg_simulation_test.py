@@ -93,6 +93,7 @@ def test_narrow_and_wide_rings(num_bits):
     assert same(got.message, sums(encoded, came, config))
 
 
+@pytest.mark.slow
 def test_a_thousand_sites_with_random_dropouts():
   config, session, message, encoded = world(1000, 10, 6)
   for seed in range(3):

@@ -71,6 +71,7 @@ def accepts(errors, stddev):
   return 1e-4 < chance(1.0) < 1 - 1e-4 and chance(2 / 3) > 1 - 1e-6 and chance(3 / 2) < 1e-6
 
 
+@pytest.mark.slow
 def test_local_noise_has_the_promised_scale():
   private = site_privacy.bounded(algorithm(), CLIP, 2.0)
   mean, _ = round_of(private, fed.in_the_clear())
@@ -79,7 +80,9 @@ def test_local_noise_has_the_promised_scale():
   assert np.abs(mean - again).min() > 0
 
 
-@pytest.mark.parametrize("lost", [(), (4,), (0, 3)])
+@pytest.mark.parametrize(
+  "lost", [pytest.param((), marks=pytest.mark.slow), pytest.param((4,), marks=pytest.mark.slow), (0, 3)]
+)
 def test_all_sites_together_noise_the_sum_as_promised(lost):
   config, aggregator = noised(1.5)
   mask = np.isin(IDS, lost)
@@ -93,6 +96,7 @@ def test_all_sites_together_noise_the_sum_as_promised(lost):
   assert error_stddev(config, 3) == pytest.approx(1.5 * CLIP, rel=0.01)
 
 
+@pytest.mark.slow
 def test_placements_open_the_same_noisy_sum():
   _, aggregator = noised(1.5)
   private = site_privacy.bounded(algorithm(), CLIP)
