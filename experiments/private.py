@@ -261,5 +261,5 @@ def facts(settings: Train, privacy: Privacy, book: Book) -> dict[str, Any]:
   return out | {
     "protected from": protected,
     "not covered": "validation images: their counts leave each site as exact sums under secure aggregation, and choose "
-    "the round that is kept; tuning over several runs adds up",
+    "the round that is kept; other arms of a report and other runs on the same images, tuning included, add up",
   }

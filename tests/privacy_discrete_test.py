@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -76,7 +77,6 @@ def test_large_scales(kind, stddev):
 @pytest.mark.parametrize("stddev", [0.3, 2.0, 9.3])
 def test_the_table_is_within_the_stated_error_of_the_exact_probabilities(kind, stddev):
   """The chance of each magnitude is read off the table in whole numbers and compared with an oracle of 50 digits."""
-  mpmath = pytest.importorskip("mpmath")
   rows = discrete._table(stddev, kind).astype(object)
   num_columns = len(rows)
   full = 2**95 // num_columns

@@ -139,7 +139,7 @@ class _Hub:
     except ValueError as e:
       await self.inbox.put((writer, e))
     except (asyncio.IncompleteReadError, ConnectionError):
-      pass
+      pass  # whoever breaks off is told of below, and falls silent: a dropout
     await self.inbox.put((writer, None))
 
 
