@@ -148,3 +148,13 @@ def test_the_smallest_threshold_is_above_half_or_two_thirds():
       next(t for t in range(n + 2) if 2 * t > n),
       next(t for t in range(n + 2) if 3 * t > 2 * n),
     ]
+
+
+def test_parts_of_a_graph_are_found():
+  circle = np.stack([np.arange(1, 9) % 8, np.arange(-1, 7) % 8], axis=1)
+  present = lambda *lost: ~np.isin(np.arange(8), lost)
+  for lost in ((), (3,), (3, 4), (0, 7)):
+    np.testing.assert_array_equal(graph.reached(circle, present(*lost)), present(*lost))
+  np.testing.assert_array_equal(np.flatnonzero(graph.reached(circle, present(2, 6))), [0, 1, 7])
+  np.testing.assert_array_equal(np.flatnonzero(graph.reached(circle, present(0, 4))), [1, 2, 3])
+  assert not graph.reached(circle, np.zeros(8, bool)).any()

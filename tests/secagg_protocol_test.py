@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from primia_jax.secagg import keys, protocol, rounds, shamir
+from primia_jax.secagg import graph, keys, protocol, rounds, shamir
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 
@@ -134,6 +134,26 @@ def test_a_sparse_graph_gives_the_exact_sum_or_an_error_for_random_dropouts():
     opened_rounds += 1
   assert opened_rounds
   assert failed
+
+
+def test_survivors_who_fall_into_parts_refuse_since_each_part_would_lie_open(monkeypatch):
+  """Sixteen sites on a circle, each with two neighbours on either side; runs of two are lost after sharing keys."""
+  w = world(range(16), (5,), degree=4, threshold=3, malicious_server=False, graph_key=np.arange(8, dtype=np.uint32))
+  rows = graph.neighbours(w.setup.graph_key, 16, 4, ROUND)
+  circle = [0]
+  while len(circle) < 16:
+    circle.append(int(rows[circle[-1], 0]))
+  lost = lambda gone: lambda stage, site: stage < 2 or site not in gone
+  run, both = circle[:2], circle[:2] + circle[8:10]
+  _, _, opened = play(w, who=lost(run))
+  assert [v.tolist() for v in opened.total] == total(w, set(range(16)) - {*run})
+  with pytest.raises(protocol.Refused, match="falls apart"):
+    play(w, who=lost(both))
+  # Without the check the round goes on, though no mask joins the two parts: each part's messages add up to its own sum.
+  monkeypatch.setattr(graph, "reached", lambda neighbours, present: present)
+  _, _, opened = play(w, who=lost(both))
+  assert len(opened.survivors) == 12
+  assert not any({*rows[i].tolist()} & {*circle[10:]} for i in circle[2:8])
 
 
 def test_a_secret_that_too_few_neighbours_can_open_fails_by_name():

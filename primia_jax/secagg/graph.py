@@ -47,6 +47,24 @@ def neighbours(key: np.ndarray, num_sites: int, degree: int, round: int = 0) -> 
   return circle[(place[:, None] + offsets) % num_sites].astype(np.int32)
 
 
+def reached(neighbours: np.ndarray, present: np.ndarray) -> np.ndarray:
+  """The present sites that paths over present ones connect with the first of them.
+
+  Who is left, if anybody, has no mask in common with them: the server could open the sum over each part separately.
+
+  Args:
+    neighbours: [K, P], a symmetric graph.
+    present: [K] bool.
+
+  Returns:
+    [K] bool; equal to `present` where their graph is connected.
+  """
+  before, now = np.zeros_like(present), present & (np.cumsum(present) == 1)
+  while np.any(before != now):
+    before, now = now, now | (present & now[neighbours].any(axis=1))
+  return now
+
+
 def degree_for(
   num_sites: int,
   corrupt_fraction: float,

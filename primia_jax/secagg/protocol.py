@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from primia_jax.secagg import keys, rounds, shamir
+from primia_jax.secagg import graph, keys, rounds, shamir
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.rounds import Setup
 
@@ -38,7 +38,7 @@ class Refused(ValueError):
     site: who refuses.
     stage: in which stage.
     reason: one of "out of turn", "another round", "unknown", "changed key", "forged", "too few", "malformed",
-      "overlapping", "declared dead", "inconsistent".
+      "overlapping", "declared dead", "inconsistent", "falls apart".
   """
 
   def __init__(self, site: int, stage: str, reason: str, detail: str):
@@ -190,8 +190,8 @@ def consistency(site: Site, lists: msg.Survivors) -> tuple[Site, msg.Consent]:
   """Stage 3: signs who survives and who dropped out, so that the server must show all sites the same lists.
 
   Raises:
-    Refused: for overlapping lists, strangers, too few survivors, this site among the dropouts, or lists that do not
-      hold exactly those neighbours that shared keys.
+    Refused: for overlapping lists, strangers, too few survivors, this site among the dropouts, lists that do not hold
+      exactly those neighbours that shared keys, or survivors whose graph is not connected.
   """
   refuse = _expect(site, 3, lists)
   setup, alive, dead = site.setup, set(lists.survivors), set(lists.dropouts)
@@ -211,6 +211,10 @@ def consistency(site: Site, lists: msg.Survivors) -> tuple[Site, msg.Consent]:
   ):
     if have < need:
       raise refuse("too few", f"{have} survivors among {where}; {need} are needed")
+  present = np.isin(list(setup.identities), lists.survivors)
+  circle = graph.neighbours(setup.graph_key, len(present), setup.degree, site.round)
+  if np.any(graph.reached(circle, present) != present):
+    raise refuse("falls apart", "no masks join all survivors: the sum over each part of them would lie open")
   consent = _signed(site, msg.Consent(site.number, site.round, b""), rounds.context_of(site.transcript, lists))
   return site._replace(num_sent=4, lists=lists), consent
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import prng
-from primia_jax.secagg import keys, shamir
+from primia_jax.secagg import graph, keys, shamir
 from primia_jax.secagg.masking import SELF_MASK, Links, Residue
 from primia_jax.types import Array
 
@@ -193,9 +193,7 @@ def _rows(ids: np.ndarray, peers: np.ndarray) -> np.ndarray:
 def _check_connected(ids: np.ndarray, rows: np.ndarray, came: np.ndarray) -> None:
   if not came.any():
     raise RoundAborted("round aborted: no site's message came")
-  reached, grown = np.zeros_like(came), came & (np.cumsum(came) == 1)  # from the first that came
-  while np.any(reached != grown):
-    reached, grown = grown, grown | (came & grown[rows].any(axis=1))
+  reached = graph.reached(rows, came)
   if np.any(came != reached):
     raise RoundAborted(
       f"round aborted: {np.sum(reached)} and {np.sum(came & ~reached)} sites' messages came that no pair masks; their "
