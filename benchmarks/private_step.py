@@ -21,6 +21,7 @@ from benchmarks import measuring
 from primia_jax import local, models, prng
 from primia_jax.conv import conv, max_pool
 from primia_jax.privacy import mechanism
+from primia_jax.tapped import dense
 from primia_jax.types import Array, Batch, LossFn, Params
 
 _CASE = flags.DEFINE_enum("case", "cnn28", ["cnn28", "resnet18_64"], "Model and size of image.")
@@ -30,6 +31,7 @@ _STEPS = flags.DEFINE_integer(
 )
 _LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which no further round begins.", lower_bound=1)
 _CLIPPING = flags.DEFINE_enum("clipping", "flat", ["flat", "per_layer", "automatic"], "How gradients are clipped.")
+_TAPS = flags.DEFINE_bool("taps", True, "Norms from layers' inputs and gradients; else every gradient is formed.")
 _MICROBATCH = flags.DEFINE_integer("microbatch", None, "Gradients formed at once; by default by the model's size.")
 
 BATCH, RATE = 32, 0.1
@@ -48,9 +50,15 @@ def cnn(key: Array) -> tuple[Params, Callable[..., tuple[Array, dict]]]:
     x = conv(images, first["kernel"], strides=(2, 2), padding=((3, 3), (3, 3))) + first["bias"]
     x = conv(max_pool(jax.nn.relu(x), 2, 1), second["kernel"], strides=(2, 2), padding="VALID") + second["bias"]
     x = max_pool(jax.nn.relu(x), 2, 1).reshape(images.shape[0], -1)
-    return jax.nn.relu(x @ hidden["kernel"] + hidden["bias"]) @ head["kernel"] + head["bias"], model_state
+    x = jax.nn.relu(dense(x, hidden["kernel"]) + hidden["bias"])
+    return dense(x, head["kernel"]) + head["bias"], model_state
 
   return params, apply
+
+
+def has_taps(params: Params) -> Params:
+  """True for kernels."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def work(case: str) -> tuple[Params, LossFn, Batch]:
@@ -71,19 +79,20 @@ def main(_):
   case = _CASE.value
   params, loss_fn, batch = work(case)
   mech = mechanism.Mechanism(1.0, 0.01, BATCH, clipping=_CLIPPING.value, microbatch=_MICROBATCH.value)
-  plain, private = local.gradients(loss_fn), mechanism.private_gradients(loss_fn, mech)
+  taps = has_taps if _TAPS.value else None
+  plain, private = local.gradients(loss_fn), mechanism.private_gradients(loss_fn, mech, taps)
   key, secret = jax.random.key(1), prng.random_key()
   descend = lambda params, grads: jax.tree.map(lambda p, g: p - RATE * g, params, grads)
 
-  def plain_step(params, step):
+  def plain_step(params, batch, step):
     return descend(params, plain(params, {}, batch, jax.random.fold_in(key, step))[0])
 
-  def private_step(params, step):
+  def private_step(params, batch, step):
     args = (jax.random.fold_in(key, step), prng.derive(secret, step), jnp.float32(BATCH / mech.sampling_rate))
     return descend(params, private(params, {}, batch, *args)[0])
 
   steps = {"plain": plain_step, "private": private_step}
-  compiled = {name: jax.jit(step).lower(params, jnp.uint32(0)).compile() for name, step in steps.items()}
+  compiled = {name: jax.jit(step).lower(params, batch, jnp.uint32(0)).compile() for name, step in steps.items()}
   per_round = _STEPS.value or {"cnn28": 20, "resnet18_64": 1}[case]
 
   def several(step):
@@ -92,7 +101,7 @@ def main(_):
     def run():
       nonlocal state, done
       for _ in range(per_round):
-        state = jax.block_until_ready(step(state, jnp.uint32(done)))
+        state = jax.block_until_ready(step(state, batch, jnp.uint32(done)))
         done += 1
 
     return run

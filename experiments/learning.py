@@ -237,7 +237,8 @@ def recipe(
   loss_fn = local.classification_loss(model.apply, prepare_fn, num_classes, settings.label_smoothing)
   steps = None
   if privacy is not None and privacy.mechanism is not None:
-    steps = private_training.private(loss_fn, privacy.mechanism, privacy.num_steps, rows_per_unit)
+    taps = models.has_taps(model_config(settings, num_classes))
+    steps = private_training.private(loss_fn, privacy.mechanism, privacy.num_steps, rows_per_unit, taps)
   return local.Recipe(local.gradients(loss_fn), optimizers[settings.optimizer], schedule(settings), work, steps)
 
 

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from primia_jax import tapped
+from primia_jax.tapped import Tapped
 from primia_jax.types import Array
 
 Pair = tuple[int, int]
@@ -33,28 +35,29 @@ class Geometry(NamedTuple):
 
 
 def conv(
-  x: Array, w: Array, *, strides: Sequence[int] = (1, 1), padding: str | Sequence[Sequence[int]] = "SAME"
+  x: Array, w: Array | Tapped, *, strides: Sequence[int] = (1, 1), padding: str | Sequence[Sequence[int]] = "SAME"
 ) -> Array:
   """Two-dimensional convolution (cross-correlation), fast on CPU under jit, scan, vmap, grad and shard_map.
 
   Args:
     x: [B, H, W, C] images.
-    w: [kh, kw, C, O] kernel.
+    w: [kh, kw, C, O] kernel, which may have taps.
     strides: per spatial axis.
     padding: "SAME", "VALID", or (low, high) per spatial axis.
 
   Returns:
     [B, H', W', O], equal to `lax.conv_general_dilated` up to rounding.
   """
-  if x.ndim != 4 or w.ndim != 4 or x.shape[3] != w.shape[2]:
+  if x.ndim != 4 or len(w.shape) != 4 or x.shape[3] != w.shape[2]:
     raise ValueError(f"conv takes x [B, H, W, C] and w [kh, kw, C, O], not {list(x.shape)} and {list(w.shape)}")
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(x.shape[1:3], w.shape[:2], strides, padding)
   (top, bottom), (left, right) = padding
   geometry = Geometry((int(strides[0]), int(strides[1])), ((int(top), int(bottom)), (int(left), int(right))))
-  if jax.default_backend() != "cpu":
-    return _plain(x, w, geometry)
-  return _conv(*_same_varying_axes(x, w), geometry)
+  if isinstance(w, Tapped):
+    rows = functools.partial(_patches, w_shape=w.shape, geometry=geometry)
+    return tapped.linear(x, w, functools.partial(_apply, geometry=geometry), lambda x: rows(x)[0])
+  return _apply(x, w, geometry)
 
 
 def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
@@ -80,6 +83,12 @@ def _reduce_windows(
     last = x.shape[axis] - window + 1
     x = functools.reduce(operator, [lax.slice_in_dim(x, i, i + last, stride, axis) for i in range(window)])
   return x
+
+
+def _apply(x: Array, w: Array, geometry: Geometry) -> Array:
+  if jax.default_backend() != "cpu":
+    return _plain(x, w, geometry)
+  return _conv(*_same_varying_axes(x, w), geometry)
 
 
 def _same_varying_axes(x: Array, w: Array) -> tuple[Array, Array]:
@@ -162,7 +171,9 @@ def _site_by_site(fn: Callable[[Array, Array], Array], x: Array, w: Array) -> Ar
 
 def _fastest(x: Array, w: Array, geometry: Geometry) -> Array:
   fits = all((w.shape[a] - 1) * geometry.rhs_dilation[a] < x.shape[1 + a] * geometry.lhs_dilation[a] for a in range(2))
-  return _plain(x, w, geometry) if fits else _matrix_product(x, w, geometry)
+  # XLA would exchange a small map, counted before its dilation, with a larger kernel, and then miss its fast form.
+  smaller = x.shape[1] * x.shape[2] < w.shape[0] * w.shape[1]
+  return _plain(x, w, geometry) if fits and not smaller else _matrix_product(x, w, geometry)
 
 
 def _plain(x: Array, w: Array, geometry: Geometry) -> Array:
@@ -179,19 +190,21 @@ def _plain(x: Array, w: Array, geometry: Geometry) -> Array:
 
 def _matrix_product(x: Array, w: Array, geometry: Geometry) -> Array:
   """The same convolution as patches [B H' W', kh kw C] times the kernel's [kh kw C, O]."""
+  patches, (height, width) = _patches(x, w.shape, geometry)
+  y = patches @ w.reshape(-1, w.shape[3])
+  return y.reshape(x.shape[0], height, width, w.shape[3])
+
+
+def _patches(x: Array, w_shape: Sequence[int], geometry: Geometry) -> tuple[Array, Pair]:
+  """What a kernel of shape w_shape sees, [B H' W', kh kw C], and (H', W')."""
   spatial = [(low, high, d - 1) for (low, high), d in zip(geometry.padding, geometry.lhs_dilation, strict=True)]
   x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *spatial, (0, 0, 0)])
-  kh, kw, _, features = w.shape
+  kh, kw = w_shape[:2]
   (sh, sw), (dh, dw) = geometry.strides, geometry.rhs_dilation
   height = (x.shape[1] - (kh - 1) * dh - 1) // sh + 1
   width = (x.shape[2] - (kw - 1) * dw - 1) // sw + 1
-  patches = jnp.concatenate(
-    [
-      x[:, i * dh : i * dh + (height - 1) * sh + 1 : sh, j * dw : j * dw + (width - 1) * sw + 1 : sw]
-      for i in range(kh)
-      for j in range(kw)
-    ],
-    axis=-1,
-  )
-  y = patches.reshape(-1, patches.shape[-1]) @ w.reshape(-1, features)
-  return y.reshape(x.shape[0], height, width, features)
+  columns = [x[:, :, j * dw : j * dw + (width - 1) * sw + 1 : sw] for j in range(kw)]
+  x = jnp.concatenate(columns, axis=-1)  # first along rows alone, so that the second copies longer pieces
+  rows = [x[:, i * dh : i * dh + (height - 1) * sh + 1 : sh] for i in range(kh)]
+  patches = jnp.concatenate(rows, axis=-1)
+  return patches.reshape(-1, patches.shape[-1]), (height, width)

@@ -32,7 +32,8 @@ import numpy as np
 
 from primia_jax.conv import conv, max_pool, mean_pool
 from primia_jax.scattering import num_paths, scatter
-from primia_jax.types import Array, Key, ModelState, Params
+from primia_jax.tapped import dense
+from primia_jax.types import Array, Key, ModelState, Params, PyTree
 
 NORMS = ("group", "batch", "none")
 POOLS = ("max", "mean")
@@ -169,6 +170,17 @@ def is_norm_parameter(path: Sequence[Any]) -> bool:
   return any("norm" in str(getattr(entry, "key", entry)) for entry in path)
 
 
+def has_taps(config: ModelConfig) -> Callable[[Params], PyTree] | None:
+  """Says which parameters may be given with taps (`primia_jax.tapped`): every kernel, used once each as it is.
+
+  Returns:
+    parameters -> bools in their structure; None where kernels are standardised before they are used.
+  """
+  if config.weight_standardisation:
+    return None
+  return functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
+
+
 def num_parameters(params: Params) -> int:
   """The number of scalars in `params`; also takes the shapes that `jax.eval_shape` returns."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
@@ -255,10 +267,6 @@ def _draw_kernels(key: Key, params: Params) -> Params:
   return jax.tree.unflatten(structure, [draw(path, leaf) for path, leaf in leaves])
 
 
-# Layers start from kernels of zeros, and `_draw_kernels` fills them.
-Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
-
-
 def _pool(x: Array, kind: str, window: int, stride: int, padding: int = 0) -> Array:
   return (max_pool if kind == "max" else mean_pool)(x, window, stride, padding)
 
@@ -266,6 +274,21 @@ def _pool(x: Array, kind: str, window: int, stride: int, padding: int = 0) -> Ar
 def _widths(config: ModelConfig, *features: int) -> list[int]:
   """Channels scaled by the width, in multiples of 8 so that groups and vector units divide them."""
   return [max(8, 8 * round(n * config.width / 8)) for n in features]
+
+
+# Layers start from kernels of zeros, and `_draw_kernels` fills them.
+
+
+class Dense(nn.Module):
+  """A dense layer through `primia_jax.tapped`, so that its kernel may have taps."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.features), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+    return dense(x, kernel) + _last(bias, x.ndim)
 
 
 class Conv(nn.Module):

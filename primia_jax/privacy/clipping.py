@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax import local
+from primia_jax.privacy.bookkeeping import bookkept, explicit
 from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Params, PyTree
 
 CLIPPINGS = ("flat", "per_layer", "automatic")
 _STABILITY = 0.01  # gamma of automatic clipping
-_CACHE_BYTES = 2**22  # of gradients formed at once by default
 
 
 def clipped_sum(
@@ -28,6 +27,7 @@ def clipped_sum(
   clipping: str = "flat",
   augmentations: int = 1,
   microbatch: int | None = None,
+  has_taps: Callable[[Params], PyTree] | None = None,
 ) -> Callable[[Params, ModelState, Batch, Key], tuple[PyTree, Metrics, Array]]:
   """Makes the function that sums clipped gradients over units.
 
@@ -48,8 +48,11 @@ def clipped_sum(
     l2_clip_norm: C.
     clipping: see above.
     augmentations: see above.
-    microbatch: units whose gradients are formed at once: time and memory, never the result; None takes as many as keep
-      their gradients within 4 MiB, at least one.
+    microbatch: at most so many units are worked on at once: time and memory, never the result (but for rounding, with
+      taps); None takes as many as are fast in moderate memory.
+    has_taps: parameters -> bools in their structure; True for kernels that the model gives to `conv` or
+      `tapped.dense` once and to nothing else. Their gradients are then never formed unit by unit, which takes a
+      fraction of the time (`bookkeeping`). None for no kernel at all, which suits any model.
 
   Returns:
     (params, model_state, Batch, key) -> (sum, Metrics, share of the units that were scaled down). The batch has
@@ -57,16 +60,8 @@ def clipped_sum(
     after the last that is not. `key` is for augmentation and dropout, not secret. Metrics are per row, of finite units;
     like the share they are NOT private. It raises a ValueError for a model with state.
   """
-  gradient_fn = local.gradients(loss_fn)
-
-  def unit(params: Params, model_state: ModelState, rows: Batch, key: Key):
-    rows = jax.tree.map(lambda a: jnp.repeat(a, augmentations, axis=0), rows)
-    gradient, (_, metrics) = gradient_fn(params, model_state, rows, key)
-    squares = jnp.stack([_square(leaf) for leaf in jax.tree.leaves(gradient)])
-    counts = jnp.any(rows.weights != 0) & jnp.isfinite(jnp.sum(squares))
-    factors = _factors(squares, l2_clip_norm, clipping)
-    metrics = jax.tree.map(lambda m: jnp.where(counts, m, 0.0) / augmentations, metrics)
-    return gradient, factors, counts, metrics
+  per_unit = explicit(loss_fn) if has_taps is None else bookkept(loss_fn, has_taps)
+  augmented = lambda rows, axis: jax.tree.map(lambda a: jnp.repeat(a, augmentations, axis), rows)
 
   def run(params: Params, model_state: ModelState, batch: Batch, key: Key):
     if jax.tree.leaves(model_state):
@@ -76,8 +71,11 @@ def clipped_sum(
       )
     if batch.weights.ndim == 1:
       batch = jax.tree.map(lambda a: a[:, None], batch)
-    num_units, size = batch.weights.shape[0], sum(4 * leaf.size for leaf in jax.tree.leaves(params))
-    together = min(num_units, max(1, _CACHE_BYTES // max(size, 1)) if microbatch is None else microbatch)
+    num_units, together = batch.weights.shape[0], microbatch
+    if together is None:
+      rows = augmented(jax.tree.map(lambda a: a[0], batch), 0)
+      together = per_unit.fitting(params, model_state, rows, key)
+    together = -(-num_units // -(-num_units // together))  # groups of equal size
     padding = -num_units % together
     batch = jax.tree.map(lambda a: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)), batch)
     used = jnp.any(batch.weights != 0, axis=1)
@@ -90,21 +88,15 @@ def clipped_sum(
       rows = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, together), batch)
       index = first + jnp.arange(together, dtype=jnp.int32)
       keys = jax.vmap(lambda j: jax.random.fold_in(key, j))(index)
-      if together == 1:
-        out = unit(params, model_state, *jax.tree.map(lambda a: a[0], (rows, keys)))
-        gradient, factors, counts, new = jax.tree.map(lambda a: a[None], out)
-      else:
-        gradient, factors, counts, new = jax.vmap(unit, (None, None, 0, 0))(params, model_state, rows, keys)
-      leaves, structure = jax.tree.flatten(gradient)
-      sums = jax.tree.leaves(total)
-      for u in range(together):  # in the units' order, so that the sum rounds alike however they are grouped
-        sums = [
-          s + jnp.where(counts[u], leaf[u] * factors[u, i], 0.0)
-          for i, (s, leaf) in enumerate(zip(sums, leaves, strict=True))
-        ]
+      rows = augmented(rows, 1)
+      units = per_unit.gradients(params, model_state, rows, keys)
+      counts = jnp.any(rows.weights != 0, axis=1) & jnp.isfinite(jnp.sum(units.squares, axis=1))
+      factors = jax.vmap(lambda squares: _factors(squares, l2_clip_norm, clipping))(units.squares)
+      total = units.add(total, factors, counts)
+      new = jax.tree.map(lambda m: jnp.where(counts, m, 0.0) / augmentations, units.metrics)
       metrics = jax.tree.map(lambda a, b: a + jnp.sum(b), metrics, new)
       num_clipped = num_clipped + jnp.sum(counts & jnp.any(factors < 1, axis=1), dtype=jnp.float32)
-      return jax.tree.unflatten(structure, sums), metrics, num_clipped
+      return total, metrics, num_clipped
 
     zero = jnp.zeros((), jnp.float32)
     carry = (jax.tree.map(jnp.zeros_like, params), Metrics(zero, zero, zero), zero)
@@ -112,11 +104,6 @@ def clipped_sum(
     return total, metrics, num_clipped / jnp.maximum(jnp.sum(used, dtype=jnp.float32), 1.0)
 
   return run
-
-
-def _square(x: Array) -> Array:
-  """The squared norm, summed within and then over rows so that float32 loses little of millions of terms."""
-  return jnp.sum(jnp.sum(jnp.square(x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)), axis=1))
 
 
 def _factors(squares: Array, l2_clip_norm: float, clipping: str) -> Array:

@@ -20,7 +20,7 @@ from scipy import stats
 
 from primia_jax.privacy import clipping as clip
 from primia_jax.privacy import noise, sampling
-from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Params
+from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Params, PyTree
 
 UNITS = ("example", "patient")
 _NORMS = (1e-6, 1e6)  # clip norms whose squares float32 holds with room to spare
@@ -109,13 +109,14 @@ def overflow_probability(mechanism: Mechanism, max_examples: int, num_steps: int
 
 
 def private_gradients(
-  loss_fn: LossFn, mechanism: Mechanism
+  loss_fn: LossFn, mechanism: Mechanism, has_taps: Callable[[Params], PyTree] | None = None
 ) -> Callable[..., tuple[Params, tuple[ModelState, Metrics]]]:
   """Makes the function that forms the private gradient of one step.
 
   Args:
     loss_fn: the mean over rows of non-zero weight; class weights scale a row's loss before its unit is clipped.
     mechanism: what all agree on.
+    has_taps: see `clipping.clipped_sum`: the same gradient in less time.
 
   Returns:
     (params, model_state, Batch, key, secret, num_units) -> (gradient, (model_state, Metrics)): the sum of clipped
@@ -132,6 +133,7 @@ def private_gradients(
     clipping=mechanism.clipping,
     augmentations=mechanism.augmentations,
     microbatch=mechanism.microbatch,
+    has_taps=has_taps,
   )
 
   def run(params: Params, model_state: ModelState, batch: Batch, key: Key, secret: Array, num_units: float | Array):
