@@ -1,15 +1,19 @@
 """What privacy adds to a step: clip, noise and SGD on a full batch of 32, beside the same step without privacy.
 
   python -m benchmarks.private_step --case=cnn28
-  python -m benchmarks.private_step --case=resnet18_64 --rounds=10
+  python -m benchmarks.private_step --case=resnet18_64 --rounds=10 --torch_python=ENV/bin/python \
+    --jax_privacy_python=ENV3/bin/python
 
 The CNN is that of the Opacus and jax-privacy tutorials (conv 16 8x8/2, pool, conv 32 4x4/2, pool, dense 32, dense 10;
 26 thousand parameters); the ResNet-18 has GroupNorm and 11.2 million. Both steps run in turn in one process. Temporary
-memory is XLA's own figure for the compiled step.
+memory is XLA's own figure for the compiled step. ENV: `pip install torch==2.13.0 opacus==1.6.0`. ENV3 (Python 3.12):
+`pip install jax==0.12.0.1 flax jax-privacy==2.0.0`. Their noise is not of a cryptographic generator, ours is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 
 import jax
@@ -33,7 +37,21 @@ _LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which no further roun
 _CLIPPING = flags.DEFINE_enum("clipping", "flat", ["flat", "per_layer", "automatic"], "How gradients are clipped.")
 _TAPS = flags.DEFINE_bool("taps", True, "Norms from layers' inputs and gradients; else every gradient is formed.")
 _MICROBATCH = flags.DEFINE_integer("microbatch", None, "Gradients formed at once; by default by the model's size.")
+_TORCH = flags.DEFINE_string("torch_python", None, "Interpreter of an environment with torch and opacus.")
+_JAX_PRIVACY = flags.DEFINE_string("jax_privacy_python", None, "Interpreter of one with flax and jax-privacy.")
+_PEERS = flags.DEFINE_list("peers", "torch,hooks,ghost,full,full_dot,micro1", "Of `OTHERS`, what to time beside it.")
 
+# name, script, and what the script is told, of each peer; see benchmarks/peers/
+OTHERS = {
+  "torch": ("PyTorch, not private", "private_step_opacus.py", ("plain",)),
+  "hooks": ("Opacus, hooks", "private_step_opacus.py", ("hooks",)),
+  "ghost": ("Opacus, ghost clipping", "private_step_opacus.py", ("ghost",)),
+  "flax": ("Flax, not private", "private_step_jax_privacy.py", ("plain", "xla")),
+  "flax_dot": ("Flax, not private, small maps by im2col", "private_step_jax_privacy.py", ("plain", "dot")),
+  "full": ("jax-privacy, all at once", "private_step_jax_privacy.py", ("full", "xla")),
+  "full_dot": ("jax-privacy, all at once, small maps by im2col", "private_step_jax_privacy.py", ("full", "dot")),
+  "micro1": ("jax-privacy, one by one", "private_step_jax_privacy.py", ("micro1", "xla")),
+}
 BATCH, RATE = 32, 0.1
 _TARGETS = {"cnn28": (None, 1.15, None), "resnet18_64": (0.45, 2.2, 150.0)}  # seconds, ratio, MiB
 
@@ -75,6 +93,20 @@ def work(case: str) -> tuple[Params, LossFn, Batch]:
   return params, local.classification_loss(apply, lambda key, images, targets: (images, targets), num_classes), batch
 
 
+def beside(case: str, per_round: int) -> dict[str, contextlib.AbstractContextManager[measuring.Peer]]:
+  """The peers whose environments are given; the others are reported as skipped."""
+  peers = {}
+  for name in _PEERS.value:
+    told, script, how = OTHERS[name]
+    flag = _TORCH if "opacus" in script else _JAX_PRIVACY
+    if flag.value is None:
+      measuring.skip(told, f"no --{flag.name} given")
+      continue
+    threads = (os.cpu_count(),) if flag is _TORCH else ()
+    peers[name] = measuring.peer(flag.value, script, _ROUNDS.value + 1, case, *how, per_round, *threads)
+  return peers
+
+
 def main(_):
   case = _CASE.value
   params, loss_fn, batch = work(case)
@@ -107,7 +139,10 @@ def main(_):
     return run
 
   contestants = {name: measuring.timed(several(step)) for name, step in compiled.items()}
-  costs = measuring.alternate(contestants, _ROUNDS.value, _LIMIT.value)
+  with contextlib.ExitStack() as stack:
+    peers = {name: stack.enter_context(peer) for name, peer in beside(case, per_round).items()}
+    contestants |= {name: peer.rounds for name, peer in peers.items()}
+    costs = measuring.alternate(contestants, _ROUNDS.value, _LIMIT.value)
   seconds, ratio, mebibytes = _TARGETS[case]
   what = f"{case}, {models.num_parameters(params)} parameters, batch {BATCH}"
   scale = 1 / per_round
@@ -117,6 +152,10 @@ def main(_):
   measuring.report_ratio(
     f"private over not private: {what}, {mech.clipping}", costs["private"], costs["plain"], target=ratio
   )
+  for peer, (_, versions) in peers.items():
+    told = f"{what}, {OTHERS[peer][0]}"
+    measuring.report(f"step: {told}", costs[peer], unit="s/step", scale=scale, peer=versions)
+    measuring.report_ratio(f"private over: {told}", costs["private"], costs[peer], target=None, peer=versions)
   analysis = compiled["private"].memory_analysis()
   assert analysis is not None
   temporary = analysis.temp_size_in_bytes / 2**20
