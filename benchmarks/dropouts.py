@@ -2,13 +2,19 @@
 
   python -m benchmarks.dropouts
   python -m benchmarks.dropouts --sites=1000 --model=mlp --peers=20 --threshold=11
+  python -m benchmarks.dropouts --rounds=3 --limit=300 --torch_python=ENV/bin/python
 
 All sites are played by one process: X25519 keys and Shamir shares for everybody, each site's masks, the sum over those
 whose message comes, the recovery from shares of what the lost left in it, and its removal. Sites do not train. A third
 of the lost are lost before they mask, a third during, and a third after; every round loses others. With too few peers
 for the number of sites a round is aborted, and the benchmark with it.
+
+Flower's SecAgg+ (ENV: `pip install "flwr[simulation]==1.42.0"`) stands beside it with as many idle clients and peers;
+its lost are all lost when they are to send the masked model, because one lost earlier ends its round in a `KeyError`.
+Its rounds go through Ray, ours through no transport at all, so that it is also shown less its plain round.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,6 +37,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds measured, after one to warm 
 _LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which no further round begins.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer("devices", 2, "CPU devices for the mesh (no effect on accelerators).", lower_bound=1)
 _PLACEMENT = flags.DEFINE_string("placement", "auto", "Where the site axis runs.")
+_TORCH = flags.DEFINE_string("torch_python", None, "Interpreter of an environment with flwr, for SecAgg+.")
 
 _SECONDS = 1.5  # a round of 100 sites with 1.2 M parameters
 _NANOSECONDS = 2.2  # a masked parameter and peer
@@ -117,14 +124,37 @@ def main(_):
     target = _NANOSECONDS if in_use and _MODEL.value == "leaf_cnn" else None
     measuring.report(name, mask_speed(params, kernel), target=target, unit="ns", scale=scale, kernel=kernel)
 
-  runs = stages(config, placement, params)
-  costs = measuring.alternate({n: measuring.timed(run) for n, run in runs.items()}, _ROUNDS.value, _LIMIT.value)
+  contestants = {name: measuring.timed(run) for name, run in stages(config, placement, params).items()}
+  ours, versions, num_lost = list(contestants), "", round(_RATE.value * _SITES.value)
+  with contextlib.ExitStack() as stack:
+    if _TORCH.value is None or _MODEL.value != "leaf_cnn":
+      measuring.skip("Flower SecAgg+", "no --torch_python given" if _TORCH.value is None else "it sends leaf_cnn only")
+    else:
+      for how, lost in (("plain", 0), ("secagg", num_lost)):
+        arguments = (_ROUNDS.value + 1, how, _SITES.value, _PEERS.value, _DEVICES.value, lost)
+        peer = stack.enter_context(measuring.peer(_TORCH.value, "flower_secagg.py", *arguments))
+        contestants[how], versions = peer
+    costs = measuring.alternate(contestants, _ROUNDS.value, _LIMIT.value)
   what = f"{_SITES.value} sites, {size} parameters, {_PEERS.value} peers, {_RATE.value:.0%} lost, {placement.how}"
-  for name, cost in costs.items():
-    measuring.report(f"{name}: {what}", cost)
-  whole = [measuring.Cost(*map(sum, zip(*parts, strict=True))) for parts in zip(*costs.values(), strict=True)]
+  for name in ours:
+    measuring.report(f"{name}: {what}", costs[name])
+  whole = [
+    measuring.Cost(*map(sum, zip(*parts, strict=True))) for parts in zip(*(costs[name] for name in ours), strict=True)
+  ]
   target = _SECONDS if (_SITES.value, _MODEL.value) == (100, "leaf_cnn") else None
   measuring.report(f"whole protocol: {what}", whole, target=target)
+  if versions:
+    what = f"{_SITES.value} idle sites, {size} parameters, {_PEERS.value} peers"
+    told = f"Flower SecAgg+, {num_lost} lost while masking"
+    measuring.report(f"round: {what}, Flower plain, none lost", costs["plain"], peer=versions)
+    measuring.report(f"round: {what}, {told}", costs["secagg"], peer=versions)
+    measuring.report_difference(
+      f"SecAgg+ less plain: {what}, {told}", costs["secagg"], costs["plain"], target=None, peer=versions
+    )
+    measuring.report_ratio(f"whole protocol over round: {what}, {told}", whole, costs["secagg"], target=None)
+    pairs = zip(costs["secagg"], costs["plain"], strict=True)
+    added = [measuring.Cost(a.seconds - b.seconds, a.cpu - b.cpu) for a, b in pairs]
+    measuring.report_ratio(f"whole protocol over SecAgg+ less plain: {what}, {told}", whole, added, target=None)
 
 
 if __name__ == "__main__":

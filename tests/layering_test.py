@@ -45,6 +45,8 @@ ALONE = {
   "tensorflow": set(),
   "torch": set(),
   "torchvision": set(),
+  "opacus": set(),
+  "jax_privacy": set(),
   "matplotlib": set(),
   "orbax": set(),
   "tensorboardX": set(),

@@ -1,6 +1,7 @@
-"""Flower with idle clients that return the model: plain, or SecAgg+. flower_secagg.py ROUNDS HOW K PEERS CPUS
+"""Flower with idle clients that return the model: plain, or SecAgg+. flower_secagg.py ROUNDS HOW K PEERS CPUS [LOST]
 
-HOW is plain or secagg; PEERS is how many others each client shares masks with.
+HOW is plain or secagg; PEERS is how many others each client shares masks with; LOST clients fail when they are to send
+the masked model, each round.
 """
 
 import os
@@ -19,16 +20,35 @@ from flwr.server.strategy import FedAvg
 from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
 from flwr.simulation import run_simulation
 
-num_rounds, how, num_sites, num_peers, cpus = sys.argv[1:]
+num_rounds, how, num_sites, num_peers, cpus, num_lost = (*sys.argv[1:], "0")[:6]
 SHAPES = [(32, 1, 3, 3), (32,), (64, 32, 3, 3), (64,), (128, 9216), (128,), (10, 128), (10,)]
 
 
 class Idle(NumPyClient):
+  def __init__(self, is_lost):
+    self.is_lost = is_lost
+
   def fit(self, parameters, config):
+    if self.is_lost:
+      raise RuntimeError("lost")
     return parameters, 64, {}
 
 
-client = ClientApp(lambda context: Idle().to_client(), mods=[secaggplus_mod] if how == "secagg" else [])
+class Counting(FedAvg):
+  """Federated averaging that notices when a round was given up."""
+
+  num_results = 0
+
+  def aggregate_fit(self, server_round, results, failures):
+    self.num_results += len(results)
+    return super().aggregate_fit(server_round, results, failures)
+
+
+def start_client(context):
+  return Idle(context.node_config["partition-id"] < int(num_lost)).to_client()
+
+
+client = ClientApp(start_client, mods=[secaggplus_mod] if how == "secagg" else [])
 server = ServerApp()
 
 
@@ -38,6 +58,9 @@ def main(grid, context):
 
   def between_rounds(index, parameters, config):
     nonlocal started
+    survivors = index * (int(num_sites) - int(num_lost))
+    if strategy.num_results != survivors:
+      raise RuntimeError(f"{strategy.num_results} models in {index} rounds, not {survivors}")
     if index:
       stepping.answer(time.perf_counter() - started[0], stepping.tree_cpu() - started[1])
     else:
@@ -49,7 +72,7 @@ def main(grid, context):
   rng = np.random.default_rng(0)
   start = [rng.normal(size=shape).astype(np.float32) * np.float32(0.1) for shape in SHAPES]
   k = int(num_sites)
-  strategy = FedAvg(
+  strategy = Counting(
     fraction_fit=1.0,
     min_fit_clients=k,
     fraction_evaluate=0.0,
