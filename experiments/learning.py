@@ -235,10 +235,14 @@ def recipe(
   as_they_are = lambda key, images, targets: (images, targets)
   prepare_fn = as_they_are if prepared else prepare(settings)
   loss_fn = local.classification_loss(model.apply, prepare_fn, num_classes, settings.label_smoothing)
-  steps = None
+  steps, taps = None, models.has_taps(model_config(settings, num_classes))
   if privacy is not None and privacy.mechanism is not None:
-    taps = models.has_taps(model_config(settings, num_classes))
     steps = private_training.private(loss_fn, privacy.mechanism, privacy.num_steps, rows_per_unit, taps)
+  elif privacy is not None and privacy.correlated is not None:
+    steps = private_training.correlated_noise(
+      loss_fn, privacy.correlated, privacy.num_steps, settings.batch_size, unit=settings.dp,
+      rows_per_unit=rows_per_unit, clipping=settings.dp_clipping, augmentations=settings.dp_augmentations, has_taps=taps,
+    )  # fmt: skip
   return local.Recipe(local.gradients(loss_fn), optimizers[settings.optimizer], schedule(settings), work, steps)
 
 

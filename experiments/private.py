@@ -18,13 +18,17 @@ import numpy as np
 
 from experiments.settings import Train
 from primia_jax import prng
-from primia_jax.privacy import accounting, distributed
+from primia_jax.privacy import accounting, correlated, distributed
 from primia_jax.privacy.accounting import Ledger, Release
 from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.privacy.mechanism import Mechanism, capacity, overflow_probability
+from primia_jax.privacy.training import participation
 
 _FAILURE = 1e-12  # probability that any batch of a run overflows; taken from delta
-_KINDS = {"none": (), "example": ("site",), "patient": ("site",), "site": ("site", "distributed")}
+_CORRELATED = ("banded", "tree")
+_OF_STEPS = ("site", *_CORRELATED)
+_KINDS = {"none": ("site",), "example": _OF_STEPS, "patient": _OF_STEPS, "site": ("site", "distributed")}
+_MAX_BANDS = 16  # more take memory and hardly any error
 
 
 class Privacy(NamedTuple):
@@ -32,14 +36,15 @@ class Privacy(NamedTuple):
 
   Attributes:
     unit: "example", "patient" or "site".
-    release: of every site in every round, `num_steps` times.
-    num_steps: releases of a round.
+    release: of every site in every round, `num_steps` times; with `correlated`, once for the whole run.
+    num_steps: steps of a round, or 1 for sites as units.
     counts: the release of the class counts before training; None where there is none.
     delta: of the claim.
     target: epsilon at which training stops; infinite without one.
     num_units: of the largest site, or sites.
-    mechanism: of a training step; None for sites as units.
+    mechanism: of a training step; None for sites as units, and with `correlated`.
     noise: of a sum, where sites make it together; else None.
+    correlated: the noise of all steps of a run, where batches come in a fixed order; else None.
   """
 
   unit: str
@@ -51,6 +56,7 @@ class Privacy(NamedTuple):
   num_units: int
   mechanism: Mechanism | None = None
   noise: DistributedNoise | None = None
+  correlated: correlated.Config | None = None
 
 
 def check(settings: Train, federated: bool = True) -> None:
@@ -62,7 +68,13 @@ def check(settings: Train, federated: bool = True) -> None:
   s = settings
   if s.dp not in _KINDS:
     raise ValueError(f"dp={s.dp!r}; use one of {', '.join(_KINDS)}")
+  if s.dp_bands and s.dp_noise != "banded":
+    raise ValueError(f"dp_bands={s.dp_bands} belongs to dp_noise=banded, not {s.dp_noise}; use dp_bands=0")
+  if s.dp_bands < 0:
+    raise ValueError(f"dp_bands={s.dp_bands} must not be negative; 0 takes what batches allow")
   if s.dp == "none":
+    if s.dp_noise in _CORRELATED:
+      raise ValueError(f"dp_noise={s.dp_noise} belongs to differential privacy; set dp=example or patient")
     if s.target_epsilon or s.noise_multiplier:
       raise ValueError(
         "target_epsilon and noise_multiplier belong to differential privacy; set dp=example, patient or site"
@@ -98,7 +110,7 @@ def check(settings: Train, federated: bool = True) -> None:
       "use aggregation=secure and set secagg_threshold"
     )
   if s.sync_batches:
-    raise ValueError("dp draws batches at random, and counts rounds in sync_epochs; use sync_batches=0")
+    raise ValueError("dp counts rounds in sync_epochs, of as many steps at every site; use sync_batches=0")
 
 
 def make(
@@ -129,6 +141,10 @@ def make(
   num_steps = s.sync_epochs * -(-most // s.batch_size)
   total = num_steps * s.rounds
   counts = accounting.gaussian("class counts", s.dp_count_noise) if s.class_weights else None
+  if s.dp_noise in _CORRELATED:
+    noises = _of_run(s, total, min(sizes), delta, counts)
+    release = accounting.gaussian("gradients", noises.noise_multiplier)
+    return Privacy(s.dp, release, num_steps, counts, delta, target, most, correlated=noises)
   mechanism = Mechanism(
     noise_multiplier=s.noise_multiplier or 1.0,
     sampling_rate=rate,
@@ -146,6 +162,32 @@ def make(
     mechanism = dataclasses.replace(mechanism, noise_multiplier=noise)
   release = accounting.gaussian("gradients", mechanism.noise_multiplier, mechanism.sampling_rate, overflow)
   return Privacy(s.dp, release, num_steps, counts, delta, target, most, mechanism)
+
+
+def _of_run(s: Train, total: int, fewest: int, delta: float, counts: Release | None) -> correlated.Config:
+  """The noise of all steps of a run, which together are one Gaussian mechanism."""
+  before = (counts,) if counts else ()
+  sigma = s.noise_multiplier or accounting.calibrate(s.target_epsilon, delta, 1.0, 1, before)
+  if s.noise_multiplier and s.target_epsilon:
+    spent = Ledger(s.dp, delta)
+    for release in (*before, accounting.gaussian("gradients", sigma)):
+      spent = accounting.spend(spent, release)
+    if (epsilon := accounting.epsilon(spent)) > s.target_epsilon:
+      raise ValueError(
+        f"noise_multiplier={sigma:g} costs epsilon {epsilon:.4g} for the whole run, more than target_epsilon="
+        f"{s.target_epsilon:g}; leave one of them out"
+      )
+  separation, times = participation(total, s.batch_size, fewest)
+  if s.dp_noise == "tree":
+    return correlated.tree(total, separation, sigma, s.l2_clip_norm, max_participations=times)
+  if s.dp_bands > separation:
+    raise ValueError(
+      f"dp_bands={s.dp_bands} reach beyond the {separation} steps after which the smallest site's {fewest} units, "
+      f"{s.batch_size} in a batch, come again; use dp_bands={separation} or less, or a smaller batch_size"
+    )
+  bands = min(s.dp_bands or min(separation, _MAX_BANDS), total)
+  coefficients = correlated.optimal_coefficients(bands, total)
+  return correlated.banded(total, separation, sigma, s.l2_clip_norm, coefficients.tolist(), max_participations=times)
 
 
 def _of_sites(s: Train, num_sites: int, num_parameters: int, threshold: int | None, target: float) -> Privacy:
@@ -183,6 +225,10 @@ def secrets(settings: Train, site_ids: np.ndarray) -> np.ndarray:
 class Book:
   """The ledgers of a cohort in a file, written before anything is released, so that a crash counts twice and not never.
 
+  A run with correlated noise is charged whole to a site before its first round, and whole again by every start that
+  goes on with training: steps after the checkpoint are then released a second time, under other noise, and two releases
+  of the whole run tell more than that (`privacy.training.correlated_noise`).
+
   Attributes:
     ledgers: one for each site.
     counts: the noised class counts, released once however often a run is started; None before.
@@ -192,6 +238,7 @@ class Book:
     self._privacy, self._path, self._writes = privacy, path, writes
     self.ledgers = [Ledger(privacy.unit, privacy.delta)] * num_sites
     self.counts: list[float] | None = None
+    self._begun: set[int] = set()  # sites that this start has charged for the whole run
     if path.is_file():
       saved = json.loads(path.read_text())
       self.ledgers = [accounting.from_json(json.dumps(one)) for one in saved["ledgers"]]
@@ -222,8 +269,46 @@ class Book:
     privacy = self._privacy
     if math.isinf(privacy.target):
       return True
-    after = {accounting.spend(self.ledgers[i], privacy.release, privacy.num_steps) for i in site_ids}
+    after = {accounting.spend(self.ledgers[i], privacy.release, self._in_round(i)) for i in site_ids}
     return accounting.of_sites(list(after)) <= privacy.target
+
+  def spend_round(self, site_ids: Sequence[int]) -> None:
+    """Charges a round to its sites; before anything is released."""
+    for i in site_ids:
+      self.ledgers[i] = accounting.spend(self.ledgers[i], self._privacy.release, self._in_round(i))
+    self._begun |= set(site_ids)
+    self.save()
+
+  def _in_round(self, site: int) -> int:
+    """How many releases one more round is."""
+    return self._privacy.num_steps if self._privacy.correlated is None else int(site not in self._begun)
+
+
+_OUTSIDE = "whoever sees updates, sums or models: server, other sites, users of the model; not the site itself"
+
+
+def _clipping(kind: str, l2_clip_norm: float, augmentations: int) -> str:
+  copies = f"{augmentations} augmented copies of an image counting as one" if augmentations > 1 else "one copy an image"
+  return f"{kind}, norm {l2_clip_norm:g}, {copies}"
+
+
+def _facts_of_run(s: Train, noises: correlated.Config) -> dict[str, Any]:
+  strategy = "binary trees"
+  if isinstance(noises, correlated.BandedNoise):
+    strategy = f"{len(noises.coefficients)} bands, Choquette-Choo et al. 2023"
+  error = math.sqrt(float(np.mean(correlated.squared_errors(noises))))
+  return {
+    "mechanism": f"DP-FTRL at each site (Kairouz et al. 2021; {strategy}): per-unit gradients clipped and summed, "
+    "noise that cancels from step to step added by the site before its optimiser steps; epsilon is of the whole run "
+    "from its first round on, and a run that is started again is charged again",
+    "clipping": _clipping(s.dp_clipping, noises.l2_clip_norm, s.dp_augmentations),
+    "sampler": f"none: batches of {s.batch_size} in one fixed order, at least {noises.min_separation} steps between "
+    f"two uses of {'an image' if s.dp == 'example' else 'a patient'}, at most {noises.max_participations} uses in "
+    f"{noises.num_steps} steps",
+    "noise in the sum of all gradients so far": f"standard deviation {error:.4g} (root mean square over steps)",
+    "noise on disk": "checkpoints hold noise that is yet to cancel: whoever reads them can take it off; keep them as "
+    "the images are kept",
+  }
 
 
 def facts(settings: Train, privacy: Privacy, book: Book) -> dict[str, Any]:
@@ -237,15 +322,13 @@ def facts(settings: Train, privacy: Privacy, book: Book) -> dict[str, Any]:
     out |= {
       "mechanism": "DP-SGD at each site (Abadi et al. 2016): per-unit gradients clipped and summed, noise added by the "
       "site before its optimiser steps",
-      "clipping": f"{m.clipping}, norm {m.l2_clip_norm:g}, "
-      + (
-        f"{m.augmentations} augmented copies of an image counting as one"
-        if m.augmentations > 1
-        else "one copy an image"
-      ),
+      "clipping": _clipping(m.clipping, m.l2_clip_norm, m.augmentations),
       "sampler": f"Poisson, rate {m.sampling_rate:.6g}, at most {m.max_units} units in a batch",
     }
-    protected = "whoever sees updates, sums or models: server, other sites, users of the model; not the site itself"
+    protected = _OUTSIDE
+  elif privacy.correlated is not None:
+    out |= _facts_of_run(settings, privacy.correlated)
+    protected = _OUTSIDE
   elif privacy.noise is None:
     out["mechanism"] = f"Gaussian noise added by each site to its update, clipped to norm {settings.l2_clip_norm:g}"
     protected = "everybody outside the site, the server included"

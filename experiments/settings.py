@@ -96,13 +96,23 @@ class Train(Data):
   )
 
   dp: str = _("none", "differential privacy of each site's: none, example or patient (DP-SGD), or site (its update)")
-  dp_noise: str = _("site", "dp=site: who draws the noise: distributed (each site a share of it, before masking)")
+  dp_noise: str = _(
+    "site",
+    "dp: the noise: site (drawn by each site, fresh at each step); dp=example or patient: banded or tree (DP-FTRL: "
+    "noise that cancels from step to step, batches in a fixed order, for sites that cannot sample); dp=site: "
+    "distributed (each site a share of it, before masking)",
+  )
+  dp_bands: int = _(
+    0, "dp_noise=banded: bands, each of which takes the memory of a gradient; 0 takes what batches allow, at most 16"
+  )
   target_epsilon: float = _(
     0.0, "dp: the budget; the noise follows from it, or with noise_multiplier the rounds; 0 none"
   )
   delta: float = _(0.0, "dp: chance that epsilon does not bound; 0 takes 1 / images of the largest site")
   noise_multiplier: float = _(
-    0.0, "dp: standard deviation of the noise over the clipping norm; 0 takes target_epsilon's"
+    0.0,
+    "dp: standard deviation of the noise over the clipping norm; with banded and tree, of the one Gaussian mechanism "
+    "that the whole run amounts to; 0 takes target_epsilon's",
   )
   l2_clip_norm: float = _(1.0, "dp: largest L2 norm of what one image, patient or site adds to a sum")
   dp_clipping: str = _("flat", "dp: flat, per_layer, or automatic (every gradient scaled to the norm)")

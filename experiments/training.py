@@ -241,7 +241,7 @@ def train(
       if not book.within_budget(ids.tolist()):
         bar.set_postfix_str(f"  stopped: another round would exceed epsilon {privacy.target:g}")
         break
-      book.spend(privacy.release, ids.tolist(), privacy.num_steps)  # before anything is released
+      book.spend_round(ids.tolist())  # before anything is released
     try:
       state, info = trainer.rounds.step(key, state, ids, train_data, dealer_key, class_weights, lost)
     except secagg.RoundAborted as error:

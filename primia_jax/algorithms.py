@@ -48,7 +48,7 @@ def fedavg(
 
   def init_site(params: Params, model_state: ModelState) -> PyTree:
     optimizer = recipe.optimizer(jnp.float32(0)).init(params) if keep_optimizer else ()
-    return {"optimizer": optimizer, "personal": _split(params, model_state, stays)[0]}
+    return {"optimizer": optimizer, "personal": _split(params, model_state, stays)[0], "noise": _noise(recipe, params)}
 
   def personal(server: Global, kept: PyTree) -> tuple[Params, ModelState]:
     return _join(kept["personal"], (server.params, server.model_state))
@@ -57,7 +57,7 @@ def fedavg(
     start, statistics = personal(server, kept)
     pull = lambda grads, params: jax.tree.map(lambda g, y, x: g + proximal * (y - x), grads, params, start)
     opt_state = kept["optimizer"] if keep_optimizer else recipe.optimizer(jnp.float32(0)).init(start)
-    trained = _train(recipe, server, site, start, statistics, opt_state, pull if proximal else None)
+    trained = _train(recipe, server, site, start, statistics, opt_state, kept["noise"], pull if proximal else None)
     weight = _weight(recipe, site, weighting)
     mine, shared = _split(trained.params, trained.model_state, stays)
     _, before = _split(start, statistics, stays)
@@ -66,7 +66,8 @@ def fedavg(
       "weight": weight,
       "metrics": _scaled(recipe, trained.metrics),
     }
-    return message, {"optimizer": trained.opt_state if keep_optimizer else (), "personal": mine}
+    opt_state = trained.opt_state if keep_optimizer else ()
+    return message, {"optimizer": opt_state, "personal": mine, "noise": trained.noise}
 
   def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
     mean = jax.tree.map(lambda t: t / total["weight"], total["update"])
@@ -162,15 +163,19 @@ def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) 
     ValueError: from `init`, for an optimiser that has a state (momentum, Adam).
   """
 
-  def zeros(params: Params, *_) -> PyTree:
+  def zeros(params: Params) -> PyTree:
     if _has_state(recipe, params):
       raise ValueError("SCAFFOLD corrects plain gradient steps only; use optax.sgd without momentum")
     return jax.tree.map(jnp.zeros_like, params)
 
+  def init_site(params: Params, model_state: ModelState) -> PyTree:
+    return {"control": zeros(params), "noise": _noise(recipe, params)}
+
   def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
     opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
-    correct = lambda grads, params: jax.tree.map(lambda g, own, c: g - own + c, grads, kept, server.server)
-    trained = _train(recipe, server, site, server.params, server.model_state, opt_state, correct)
+    own = kept["control"]
+    correct = lambda grads, params: jax.tree.map(lambda g, own, c: g - own + c, grads, own, server.server)
+    trained = _train(recipe, server, site, server.params, server.model_state, opt_state, kept["noise"], correct)
     update, statistics = _change(trained, server)
     change = jax.tree.map(lambda c, u: -c - u / trained.rate_sum, server.server, update)  # of c_i
     message = {
@@ -179,7 +184,7 @@ def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) 
       "weight": jnp.float32(1),
       "metrics": _scaled(recipe, trained.metrics),
     }
-    return message, jax.tree.map(jnp.add, kept, change)
+    return message, {"control": jax.tree.map(jnp.add, own, change), "noise": trained.noise}
 
   def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
     update, statistics = jax.tree.map(lambda t: t / total["weight"], total["update"])
@@ -189,7 +194,7 @@ def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) 
     return params, model_state, control, total["metrics"]
 
   # Not uniform: the control variates enter as a sum over the round's sites, which a rule's one message is not.
-  return Algorithm("scaffold", zeros, zeros, site, server, _global, uniform=False, shares_statistics=True)
+  return Algorithm("scaffold", zeros, init_site, site, server, _global, uniform=False, shares_statistics=True)
 
 
 def fednova(recipe: local.Recipe, *, momentum: float = 0.0, weighting: Weighting = "examples") -> Algorithm:
@@ -213,7 +218,7 @@ def fednova(recipe: local.Recipe, *, momentum: float = 0.0, weighting: Weighting
 
   def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
     opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
-    trained = _train(recipe, server, site, server.params, server.model_state, opt_state)
+    trained = _train(recipe, server, site, server.params, server.model_state, opt_state, kept)
     update, statistics = _change(trained, server)
     weight = _weight(recipe, site, weighting)
     steps = _accumulated(trained.num_steps.astype(jnp.float32), momentum)
@@ -224,7 +229,7 @@ def fednova(recipe: local.Recipe, *, momentum: float = 0.0, weighting: Weighting
       "weight": weight,
       "metrics": _scaled(recipe, trained.metrics),
     }
-    return message, kept
+    return message, trained.noise
 
   def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
     steps = most * total["steps"] / total["weight"]
@@ -232,12 +237,18 @@ def fednova(recipe: local.Recipe, *, momentum: float = 0.0, weighting: Weighting
     model_state = jax.tree.map(lambda x, u: x + u / total["weight"], server.model_state, total["statistics"])
     return params, model_state, (), total["metrics"]
 
-  def nothing(params: Params, *_) -> PyTree:
+  def nothing(params: Params) -> PyTree:
     if _has_state(recipe, params) != (momentum > 0):
       raise ValueError(f"FedNova was told momentum={momentum}; the sites' optimiser must be optax.sgd with just that")
     return ()
 
-  return Algorithm("fednova", nothing, nothing, site, server, _global, uniform=False, shares_statistics=True)
+  init_site = lambda params, model_state: _noise(recipe, params)
+  return Algorithm("fednova", nothing, init_site, site, server, _global, uniform=False, shares_statistics=True)
+
+
+def _noise(recipe: local.Recipe, params: Params) -> PyTree:
+  """What a site's noise starts from; each site keeps its own state, that of its own last step."""
+  return () if recipe.private is None else recipe.private.init(params)
 
 
 def _has_state(recipe: local.Recipe, params: Params) -> bool:
@@ -252,11 +263,11 @@ def _global(server: Global, kept: PyTree) -> tuple[Params, ModelState]:
   return server.params, server.model_state
 
 
-def _train(recipe: local.Recipe, server: Global, site: Site, params, model_state, opt_state, correct=None):
+def _train(recipe: local.Recipe, server: Global, site: Site, params, model_state, opt_state, noise, correct=None):
   order_key = jax.random.fold_in(jax.random.fold_in(server.key, ORDER), site.id)
   key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(server.key, STEPS), server.round), site.id)
   run = local.train(recipe, correct)
-  data, hidden = (site.images, site.labels, site.num_examples), (site.secret, site.units)
+  data, hidden = (site.images, site.labels, site.num_examples), (site.secret, site.units, noise)
   return run(params, model_state, opt_state, *data, server.round, order_key, key, server.class_weights, *hidden)
 
 

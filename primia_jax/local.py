@@ -64,16 +64,20 @@ class Private(NamedTuple):
   """What stands in for `draw_batches` and a recipe's `grad_fn` at a site that trains under differential privacy.
 
   Attributes:
-    draw: (the site's secret [8] uint32, step uint32, num_units, N, units) -> [B] int32 into its examples, -1 where
-      none, or [B, R] where a unit has several; units, [N] int32, number each example's unit, None where each is one.
-    grad_fn: (params, model_state, batch, key, secret, step, num_units) -> what `GradFn` gives. Metrics never leave the
-      step: they are not private.
+    draw: (the site's secret [8] uint32, step uint32, num_units, N, units, state) -> [B] int32 into its examples, -1
+      where none, or [B, R] where a unit has several; units, [N] int32, number each example's unit, None where each is
+      one. No two steps of a site have the same number, those of rounds that were lost included.
+    grad_fn: (params, model_state, batch, key, secret, step, num_units, state) -> what `GradFn` gives, and the next
+      state. Metrics never leave the step: they are not private.
     num_steps: of a round, the same at all sites.
+    init: params -> the state before the first step, which the site keeps from round to round and never shows; () where
+      noise is fresh at every step.
   """
 
-  draw: Callable[[Array, Array, Array, int, Array | None], Array]
-  grad_fn: Callable[..., tuple[Params, tuple[ModelState, Metrics]]]
+  draw: Callable[[Array, Array, Array, int, Array | None, PyTree], Array]
+  grad_fn: Callable[..., tuple[Params, tuple[ModelState, Metrics], PyTree]]
   num_steps: int
+  init: Callable[[Params], PyTree] = lambda params: ()
 
 
 class Recipe(NamedTuple):
@@ -104,6 +108,7 @@ class Trained(NamedTuple):
   metrics: Metrics  # sums over all examples of all steps
   num_steps: Array  # int32, or a Python int where all sites take equally many
   rate_sum: Array  # the sum of the steps' learning rates
+  noise: PyTree  # the state of `Private`, which the site keeps; () without
 
 
 def draw_batches(key: Key, round_index: Array, num_examples: Array, work: Work) -> tuple[Array, Array | int]:
@@ -196,11 +201,11 @@ def train(recipe: Recipe, correct: Callable[[PyTree, Params], PyTree] | None = N
 
   Returns:
     (params, model_state, opt_state, images [N, H, W, C], labels [N], num_examples, round_index, order_key, key,
-    class_weights=None, secret=None, units=None) -> Trained. `order_key` stays the same for a site, `key` is fresh for
-    each (round, site); `class_weights`, [L], weigh an example by its class; `secret`, [8] uint32, is what a private
-    recipe draws its batches and its noise from, and must be fresh whenever rounds are counted from 0 again; `units`
-    see `Private`. The metrics of private training are 0. It raises a ValueError where a recipe is private and there is
-    no secret.
+    class_weights=None, secret=None, units=None, noise=()) -> Trained. `order_key` stays the same for a site, `key` is
+    fresh for each (round, site); `class_weights`, [L], weigh an example by its class; `secret`, [8] uint32, is what a
+    private recipe draws its batches and its noise from, and must be fresh whenever rounds are counted from 0 again;
+    `units` and `noise` (the state) see `Private`. The metrics of private training are 0. It raises a ValueError where
+    a recipe is private and there is no secret.
   """
   grad_fn, optimizer, schedule, work, private = recipe
   add = lambda a, b: jax.tree.map(jnp.add, a, b)
@@ -209,39 +214,40 @@ def train(recipe: Recipe, correct: Callable[[PyTree, Params], PyTree] | None = N
     """The number of steps, the examples of step t, and the gradient of step t."""
     if private is None:
       index, num_steps = draw_batches(order_key, round_index, num_examples, work)
-      return num_steps, lambda t: index[t], lambda t, *args: grad_fn(*args)
+      return num_steps, lambda t, state: index[t], lambda t, state, *args: (*grad_fn(*args), state)
     if secret is None:
       raise ValueError("private training needs a secret at each site: give Site.secret, from prng.random_key()")
     number = lambda t: (round_index * private.num_steps + t).astype(jnp.uint32)
     num_units = num_examples if units is None else jnp.max(units) + 1
-    index_fn = lambda t: private.draw(secret, number(t), num_units, images.shape[0], units)
+    index_fn = lambda t, state: private.draw(secret, number(t), num_units, images.shape[0], units, state)
 
-    def gradient(t, *args):
-      grads, (model_state, new) = private.grad_fn(*args, secret, number(t), num_units)
-      return grads, (model_state, jax.tree.map(jnp.zeros_like, new))
+    def gradient(t, state, *args):
+      grads, (model_state, new), state = private.grad_fn(*args, secret, number(t), num_units, state)
+      return grads, (model_state, jax.tree.map(jnp.zeros_like, new)), state
 
     return private.num_steps, index_fn, gradient
 
   def run(
     params, model_state, opt_state, images, labels, num_examples, round_index, order_key, key, class_weights=None,
-    secret=None, units=None,
+    secret=None, units=None, noise=(),
   ):  # fmt: skip
     num_steps, index_fn, gradient = source(images, round_index, num_examples, order_key, secret, units)
 
     def step(t: Array, carry):
-      params, model_state, opt_state, metrics, rate_sum = carry
-      batch = gather(images, labels, index_fn(t), class_weights)
-      grads, (model_state, new) = gradient(t, params, model_state, batch, jax.random.fold_in(key, t))
+      params, model_state, opt_state, metrics, rate_sum, noise = carry
+      batch = gather(images, labels, index_fn(t, noise), class_weights)
+      step_key = jax.random.fold_in(key, t)
+      grads, (model_state, new), noise = gradient(t, noise, params, model_state, batch, step_key)
       grads = grads if correct is None else correct(grads, params)
       progress = jnp.asarray(t, jnp.float32) / jnp.asarray(num_steps, jnp.float32)
       rate = jnp.asarray(schedule(jnp.asarray(round_index, jnp.float32) + progress), jnp.float32)
       updates, opt_state = optimizer(rate).update(grads, opt_state, params)
-      return optax.apply_updates(params, updates), model_state, opt_state, add(metrics, new), rate_sum + rate
+      return optax.apply_updates(params, updates), model_state, opt_state, add(metrics, new), rate_sum + rate, noise
 
     zero = jnp.zeros((), jnp.float32)
-    carry = (params, model_state, opt_state, Metrics(zero, zero, zero), zero)
-    params, model_state, opt_state, metrics, rate_sum = jax.lax.fori_loop(0, num_steps, step, carry)
-    return Trained(params, model_state, opt_state, metrics, jnp.asarray(num_steps, jnp.int32), rate_sum)
+    carry = (params, model_state, opt_state, Metrics(zero, zero, zero), zero, noise)
+    params, model_state, opt_state, metrics, rate_sum, noise = jax.lax.fori_loop(0, num_steps, step, carry)
+    return Trained(params, model_state, opt_state, metrics, jnp.asarray(num_steps, jnp.int32), rate_sum, noise)
 
   return run
 

@@ -169,7 +169,7 @@ def test_scaffold(rounds):
   state = run(algorithms.scaffold(recipe(), 4, server_rate=0.8), [np.array(ids) for ids in rounds])
   check(state, x)
   np.testing.assert_allclose(vector(state.server), c, rtol=2e-5, atol=2e-6)
-  np.testing.assert_allclose(vector(state.sites), own, rtol=2e-5, atol=2e-6)
+  np.testing.assert_allclose(vector(state.sites["control"]), own, rtol=2e-5, atol=2e-6)
   np.testing.assert_allclose(np.mean(own, axis=0), c)  # the paper's invariant
 
 

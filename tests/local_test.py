@@ -304,11 +304,11 @@ def test_a_private_recipe_draws_and_differentiates_by_the_sites_secret():
   """Steps are numbered on from round to round, and nothing of the examples comes back but the model."""
   steps = 3
   seen = lambda secret, step, n: jnp.stack([step + secret[0], n.astype(jnp.uint32), jnp.uint32(7)]).astype(jnp.float32)
-  draw = lambda secret, step, n, size, units: jnp.stack([step % 5, -1]).astype(jnp.int32)
+  draw = lambda secret, step, n, size, units, state: jnp.stack([step % 5, -1]).astype(jnp.int32)
 
-  def grad_fn(params, model_state, batch, key, secret, step, n):
+  def grad_fn(params, model_state, batch, key, secret, step, n, state):
     grads = {"w": jnp.tile(seen(secret, step, n), (D, 1)), "b": jnp.sum(batch.weights) * jnp.ones(L)}
-    return grads, (model_state, Metrics(jnp.float32(3), jnp.float32(2), jnp.float32(1)))
+    return grads, (model_state, Metrics(jnp.float32(3), jnp.float32(2), jnp.float32(1))), state
 
   work = local.Work(batch_size=4, max_examples=7)
   private = local.Private(draw, grad_fn, steps)

@@ -237,6 +237,7 @@ def init(config: Config, like: PyTree) -> NoiseState:
     like: arrays of the gradient's shapes.
   """
   num_rows = len(config.coefficients) - 1 if isinstance(config, BandedNoise) else config.restart_every.bit_length()
+  num_rows = max(1, num_rows)  # one band needs none, but checkpoints hold no empty arrays
   zeros = lambda leaf: jnp.zeros((num_rows, *leaf.shape), jnp.float32)
   return NoiseState(jnp.zeros((), jnp.uint32), jax.tree.map(zeros, like))
 
