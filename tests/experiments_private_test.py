@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import inputs, learning, private, settings, training
+from experiments import inputs, learning, private, running, settings, training
 from primia_jax import models, secagg, sites
 from primia_jax.privacy import accounting
 
@@ -17,6 +17,8 @@ TINY = settings.Train(
   learning_rate=0.1, dp="example", noise_multiplier=1.0, dp_seed=1,
 )  # fmt: skip
 SITE = dataclasses.replace(TINY, dp="site", weighting="uniform", class_weights=False, delta=0.1)
+FIXED = dataclasses.replace(TINY, dp_noise="banded", batch_size=2)  # batches in a fixed order
+SIZES = (18, 12, 6)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,11 @@ SITE = dataclasses.replace(TINY, dp="site", weighting="uniform", class_weights=F
     ({"dp_count_noise": 0.0}, "exact class counts"),
     ({"dp_noise": "distributed"}, "dp_noise='distributed' with dp=example"),
     ({"sync_batches": 3}, "sync_batches=0"),
+    (dataclasses.asdict(FIXED) | {"dp": "none", "noise_multiplier": 0.0}, "dp_noise=banded belongs to differential"),
+    (dataclasses.asdict(SITE) | {"dp_noise": "tree"}, "dp_noise='tree' with dp=site"),
+    ({"dp_bands": 3}, "dp_bands=3 belongs to dp_noise=banded"),
+    (dataclasses.asdict(FIXED) | {"dp_bands": -1}, "dp_bands=-1"),
+    (dataclasses.asdict(FIXED) | {"sync_batches": 3}, "sync_batches=0"),
     ({"dp": "site"}, "noclass_weights"),
     ({"dp": "site", "class_weights": False}, "weighting=uniform"),
     (dataclasses.asdict(SITE) | {"algorithm": "scaffold"}, "scaffold sends more"),
@@ -81,6 +88,50 @@ def test_noise_of_all_sites_is_calibrated_to_the_fewest():
   assert made.noise.noise_multiplier == pytest.approx(alone.release.noise_multiplier, rel=0.2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["banded", "tree"])
+def test_noise_of_a_whole_run_meets_the_target_once(kind):
+  config = dataclasses.replace(FIXED, dp_noise=kind, noise_multiplier=0.0, target_epsilon=4.0)
+  made = private.make(config, SIZES, 3, 100, None)
+  noises = made.correlated
+  assert (noises.num_steps, noises.min_separation, noises.max_participations) == (27, 3, 9)
+  assert (made.num_steps, made.delta, made.mechanism) == (9, 1 / 18, None)
+  assert made.release == accounting.gaussian("gradients", noises.noise_multiplier)
+  spent = accounting.spend(accounting.spend(accounting.ledger("example", made.delta, 18), made.counts), made.release)
+  assert 3.95 < accounting.epsilon(spent) <= 4.0
+  assert private.make(dataclasses.replace(config, noise_multiplier=10.0), SIZES, 3, 100, None)
+  with pytest.raises(ValueError, match=r"noise_multiplier=0.3 costs epsilon .* more than target_epsilon=4"):
+    private.make(dataclasses.replace(config, noise_multiplier=0.3), SIZES, 3, 100, None)
+
+
+def test_batches_in_a_fixed_order_are_checked_against_the_smallest_site():
+  assert len(private.make(FIXED, SIZES, 3, 100, None).correlated.coefficients) == 3
+  assert len(private.make(dataclasses.replace(FIXED, dp_bands=2), SIZES, 3, 100, None).correlated.coefficients) == 2
+  for change, message in (({"batch_size": 7}, "6 units, less than batch_size=7"), ({"dp_bands": 4}, "use dp_bands=3")):
+    with pytest.raises(ValueError, match=message):
+      private.make(dataclasses.replace(FIXED, **change), SIZES, 3, 100, None)
+
+
+def test_a_whole_run_is_charged_at_its_start_and_at_every_other(tmp_path):
+  made = private.make(FIXED, SIZES, 3, 100, None)
+  made = made._replace(
+    target=accounting.epsilon(accounting.spend(accounting.Ledger("example", made.delta), made.release))
+  )
+  times = lambda book: [sum(r.times for r in ledger.releases) for ledger in book.ledgers]
+  start = lambda: private.Book(made, 3, tmp_path / "ledger.json")
+  book = start()
+  for sites_of_round in ([0, 2], [0, 1], [0, 1]):
+    assert book.within_budget(sites_of_round)  # the budget is that of one whole run, and no round stops it
+    book.spend_round(sites_of_round)
+    assert times(start())[0] == 1  # it is in the file before anything is released
+  assert times(book) == [1, 1, 1]
+  again = start()
+  assert not again.within_budget([0])
+  again.spend_round([0, 1])
+  again.spend_round([0, 1])
+  assert times(start()) == [2, 2, 1]
+
+
 def test_every_start_draws_other_secrets_unless_a_seed_is_given():
   ids, entropy = np.arange(3), dataclasses.replace(TINY, dp_seed=-1)
   assert len({tuple(s) for _ in range(2) for s in private.secrets(entropy, ids).tolist()}) == 6
@@ -121,6 +172,52 @@ def test_a_stopped_run_goes_on_with_its_ledger_and_its_class_counts(tmp_path):
   assert all(row["train_loss"] is None for row in arm.rows)  # not private
   assert "NOT PRIVATE" in arm.privacy  # for its seed
   assert all("NOT PRIVATE" in row for row in arm.rows)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_with_its_correlated_noise_and_is_charged_again(tmp_path):
+  """By its seed it goes on bit for bit, so all that noise needs is in the checkpoint."""
+  whole = train(FIXED, tmp_path / "whole")
+  with pytest.raises(KeyboardInterrupt):
+    train(FIXED, tmp_path / "parts", 2)
+  parts = train(FIXED, tmp_path / "parts")
+  assert [row["val_loss"] for row in parts.rows] == [row["val_loss"] for row in whole.rows]
+  jax.tree.map(np.testing.assert_array_equal, parts.models, whole.models)
+  ledgers = {}
+  for name in ("whole", "parts"):
+    saved = json.loads((tmp_path / name / "ledger.json").read_text())["ledgers"][0]
+    ledgers[name] = accounting.from_json(json.dumps(saved))
+  assert [(r.what, r.times) for r in ledgers["whole"].releases] == [("class counts", 1), ("gradients", 1)]
+  assert [(r.what, r.times) for r in ledgers["parts"].releases] == [("class counts", 1), ("gradients", 2)]
+  assert {row["epsilon"] for row in whole.rows} == {accounting.epsilon(ledgers["whole"])}
+  assert parts.rows[-1]["epsilon"] == accounting.epsilon(ledgers["parts"])
+  for name in ("whole", "parts"):  # a finished run that is started again trains nothing, and costs nothing
+    train(FIXED, tmp_path / name)
+    saved = json.loads((tmp_path / name / "ledger.json").read_text())["ledgers"][0]
+    assert accounting.from_json(json.dumps(saved)) == ledgers[name]
+  assert "3 bands" in whole.privacy["mechanism"]
+  assert "at least 3 steps between two uses of an image, at most 9 uses in 27" in whole.privacy["sampler"]
+  assert "NOT PRIVATE" in whole.privacy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [
+  {"dp_noise": "tree", "dp": "patient", "batch_size": 1, "dp_augmentations": 2},
+  {"algorithm": "scaffold", "dropout_rate": 0.3, "secagg_threshold": -1, "num_sites": 4, "dp_clipping": "per_layer"},
+  {"sites_per_round": 2, "dp_average": 0.9, "keep_optimizer": True, "dp_clipping": "automatic"},
+])  # fmt: skip
+def test_fixed_batches_go_with_other_settings(tmp_path, change):
+  arm = train(dataclasses.replace(FIXED, **change), tmp_path)
+  assert all(np.isfinite(a).all() for a in jax.tree.leaves(arm.models))
+  assert "DP-FTRL" in arm.privacy["mechanism"]
+  assert "once" in arm.privacy["released: gradients"]
+
+
+@pytest.mark.slow
+def test_pooled_training_takes_batches_in_a_fixed_order(tmp_path):
+  result = running.run(dataclasses.replace(FIXED, rounds=2, num_sites=2), tmp_path, federated=False)
+  assert "DP-FTRL" in result["privacy"]["mechanism"]
+  assert "DP-FTRL" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -1,14 +1,20 @@
-"""DP-SGD as a site's recipe: batches, clipping and noise as the mechanism says, from the site's secret alone."""
+"""Private recipes: batches, clipping and noise as the mechanism says, from the site's secret alone."""
+
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
-from primia_jax import local, prng
-from primia_jax.privacy import sampling, training
+from primia_jax import algorithms, local, prng, secagg, sites
+from primia_jax import federated as fed
+from primia_jax.privacy import correlated, sampling, training
 from primia_jax.privacy.mechanism import Mechanism
 from primia_jax.types import Metrics
 
@@ -91,3 +97,209 @@ def test_secrets_and_rounds_never_repeat_noise_or_batches():
 def test_bad_numbers_of_steps_are_refused():
   with pytest.raises(ValueError, match="num_steps=0"):
     training.private(loss_fn, Mechanism(1.0, RATE, N), 0)
+
+
+# DP-FTRL: four rounds of three steps; two batches of five make an epoch of the smallest site.
+ROUNDS, EACH, SIZE = 4, 3, 5
+TOTAL = ROUNDS * EACH
+
+
+def config(kind, multiplier=1.0, min_units=30, total=TOTAL, size=SIZE, clip=0.5):
+  separation, times = training.participation(total, size, min_units)
+  if kind == "tree":
+    return correlated.tree(total, separation, multiplier, clip, max_participations=times)
+  coefficients = correlated.optimal_coefficients(min(separation, 6), total)
+  return correlated.banded(total, separation, multiplier, clip, coefficients, max_participations=times)
+
+
+every_kind = pytest.mark.parametrize("kind", ["banded", pytest.param("tree", marks=pytest.mark.slow)])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def places(total, size, num_units):
+  """[T, B] the units of every step of a site with a padding of N images."""
+  draw = training.correlated_noise(loss_fn, config("tree", min_units=size, total=total, size=size), 1, size).draw
+  one = lambda t: draw(SECRET, t + 7, num_units, N, None, correlated.NoiseState(t, {}))
+  return jax.vmap(one)(jnp.arange(total, dtype=jnp.uint32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([(40, 1), (30, 3), (25, 7)]), st.data())
+def test_units_come_as_far_apart_and_as_often_as_promised(shape, data):
+  total, size = shape
+  num_units = data.draw(st.integers(size, N))
+  steps = np.asarray(places(total, size, jnp.int32(num_units)))
+  assert steps.min() >= 0
+  assert steps.max() < num_units
+  separation, times = training.participation(total, size, num_units)
+  uses = {u: np.flatnonzero((steps == u).any(axis=1)) for u in range(num_units)}
+  assert sum(map(len, uses.values())) == total * size  # no batch holds a unit twice
+  assert max(map(len, uses.values())) <= times
+  assert all(b - a >= separation for at in uses.values() for a, b in itertools.pairwise(at))
+  assert min(map(len, uses.values())) >= total * size // num_units  # and none is left out
+
+
+def test_the_order_mixes_images_that_are_sorted():
+  first = np.asarray(places(40, 1, jnp.int32(N)))[:, 0]
+  assert sorted(first.tolist()) == list(range(N))
+  assert abs(np.corrcoef(first, np.arange(N))[0, 1]) < 0.5
+
+
+@functools.lru_cache
+def trainer(kind, unit="example"):
+  """A recipe and its compiled rounds; images are W wide."""
+  noises = config(kind) if unit == "example" else config(kind, min_units=10, size=2)
+  size, rows_per_unit = (SIZE, 1) if unit == "example" else (2, 4)
+  private = training.correlated_noise(loss_fn, noises, EACH, size, unit=unit, rows_per_unit=rows_per_unit)
+  made = local.Recipe(local.gradients(loss_fn), optax.sgd, lambda t: 1.0, WORK, private)
+  return made, jax.jit(local.train(made))
+
+
+W = 400
+WIDE = np.random.default_rng(1).normal(size=(N, W)).astype(np.float32)
+
+
+def run_rounds(kind, secret=SECRET, rows=WIDE, num=N, rounds=range(ROUNDS), carry=True, units=None):
+  """[rounds, W] the sum of all gradients so far, after each round."""
+  (made, train_fn), params = trainer(kind, "example" if units is None else "patient"), {"w": jnp.zeros(W)}
+  data = (jnp.asarray(rows)[:, None, None, :], jnp.zeros(N, jnp.int32), jnp.int32(num))
+  noise, out = made.private.init(params), []
+  for r in rounds:
+    keys = jax.random.key(0), jax.random.key(1)
+    done = train_fn(params, {}, optax.sgd(1.0).init(params), *data, jnp.int32(r), *keys, None, secret, units, noise)
+    params, noise = done.params, done.noise if carry else noise
+    out.append(-np.asarray(params["w"], np.float64))
+  return np.stack(out)
+
+
+def accepts(noise, stddev):
+  """Whether it is normal with that deviation, and not with 2/3 or 3/2 of it."""
+  chance = lambda scale: stats.chi2.cdf(np.sum((noise / (scale * stddev)) ** 2), noise.size)
+  return 1e-4 < chance(1.0) < 1 - 1e-4 and chance(2 / 3) > 1 - 1e-6 and chance(3 / 2) < 1e-6
+
+
+@every_kind
+def test_correlated_noise_of_all_rounds_has_the_scale_of_its_matrices(kind):
+  """Which is not that of fresh noise, nor that of a state which every round starts anew."""
+  noises, nothing = config(kind), np.zeros((N, W), np.float32)
+  stddevs = np.sqrt(correlated.squared_errors(noises))[EACH - 1 :: EACH]
+  for sums, stddev in zip(run_rounds(kind, rows=nothing) * SIZE, stddevs, strict=True):
+    assert accepts(sums, stddev)
+  assert not accepts(run_rounds(kind, rows=nothing, carry=False)[-1] * SIZE, stddevs[-1])
+  assert correlated.stddev(noises) * np.sqrt(TOTAL) > 1.5 * stddevs[-1]
+
+
+@every_kind
+def test_gradients_are_clipped_sums_over_batches_in_order(kind):
+  got = run_rounds(kind, num=33) - run_rounds(kind, num=33, rows=np.zeros((N, W), np.float32))  # the noise is the same
+  steps = np.asarray(places(25, SIZE, jnp.int32(33)))
+  for r in range(ROUNDS):
+    want = sum(clipped(WIDE[i], 0.5) for t in range((r + 1) * EACH) for i in steps[t]) / SIZE
+    np.testing.assert_allclose(got[r], want, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_patients_images_are_clipped_as_one_in_order_too():
+  units = jnp.arange(N, dtype=jnp.int32) // 4  # ten patients of four images
+  got = run_rounds("tree", units=units) - run_rounds("tree", rows=np.zeros((N, W), np.float32), units=units)
+  means, steps = WIDE.reshape(10, 4, W).mean(1), np.asarray(places(25, 2, jnp.int32(10)))
+  want = sum(clipped(means[i], 0.5) for t in range(TOTAL) for i in steps[t]) / 2
+  np.testing.assert_allclose(got[-1], want, atol=1e-4)
+
+
+def test_a_step_that_comes_again_has_other_noise():
+  """As after a round that was refused: the same noise twice would leave the difference of two gradients bare."""
+  first, again = (run_rounds("banded", rounds=[r]) for r in (0, 1))
+  assert np.mean(np.abs(first - again) > 1e-3) > 0.95
+
+
+def test_a_site_of_too_few_units_releases_nothing():
+  assert np.isfinite(run_rounds("banded", num=30)).all()
+  assert np.isnan(run_rounds("banded", num=29)).all()
+
+
+def site_of(i):
+  images = np.roll(WIDE, i, axis=0)[:, None, None, :]
+  secret = np.asarray(prng.derive(SECRET, i))
+  return fed.Site(np.int32(i), images, np.zeros(N, np.int32), np.int32(30 + 3 * i), secret)
+
+
+LOADER = fed.Loader(lambda ids: jax.tree.map(lambda *rows: np.stack(rows), *map(site_of, ids)))
+MADE = {
+  "fedavg": lambda made: algorithms.fedavg(made, weighting="uniform"),
+  "scaffold": lambda made: algorithms.scaffold(made, 3),
+  "fednova": lambda made: algorithms.fednova(made, weighting="uniform"),
+}
+
+
+def federation(kind, placement="scan", name="fedavg"):
+  f = fed.federated(MADE[name](trainer(kind)[0]), fed.in_the_clear(), sites.parse_placement(placement))
+  state = f.init({"w": jnp.zeros(W)}, {}, 3)
+  return state, lambda state, ids=(0, 1, 2), lost=(): f.step(
+    KEY, state, np.array(ids), LOADER, SECRET, dropouts=secagg.Dropouts(np.isin(ids, lost), np.zeros(len(ids), bool))
+  )[0]
+
+
+KEY = jax.random.key(0)
+
+
+def noise_of(state):
+  kept = state.sites["noise"] if isinstance(state.sites, dict) else state.sites
+  return np.asarray(kept.step), np.asarray(kept.rows["w"])
+
+
+def test_lost_and_absent_sites_go_on_in_turn():
+  """Site 1 is lost in the first round, and goes on in the second where it would have begun."""
+  state, step = federation("banded")
+  first = step(state, lost=[1])
+  steps, rows = noise_of(first)
+  assert steps.tolist() == [EACH, 0, EACH]
+  assert not rows[1].any()
+  assert rows[0].any()
+  second = step(first)
+  assert noise_of(second)[0].tolist() == [2 * EACH, EACH, 2 * EACH]
+  sums = [run_rounds("banded", site_of(i).secret, site_of(i).images[:, 0, 0], 30 + 3 * i, range(2)) for i in range(3)]
+  late = run_rounds("banded", site_of(1).secret, site_of(1).images[:, 0, 0], 33, [1])  # its first steps, in round 1
+  want = np.mean([sums[0][1] - sums[0][0], late[0], sums[2][1] - sums[2][0]], axis=0)
+  np.testing.assert_allclose(first.params["w"] - second.params["w"], want, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_sites_that_are_not_drawn_keep_their_state():
+  state, step = federation("banded")
+  state = step(step(state, ids=(0, 2)), ids=(1, 2))
+  assert noise_of(state)[0].tolist() == [EACH, EACH, 2 * EACH]
+
+
+@pytest.mark.slow
+@every_kind
+def test_placements_agree_and_algorithms_keep_the_state(kind):
+  def after_two_rounds(placement, name="fedavg"):
+    state, step = federation(kind, placement, name)
+    return step(step(state))
+
+  want = after_two_rounds("scan")
+  for placement in ("loop", "vmap"):
+    got = after_two_rounds(placement)
+    for a, b in zip(*map(jax.tree.leaves, ((got.params, got.sites), (want.params, want.sites))), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-5)
+  for name in MADE:
+    got = after_two_rounds("scan", name)
+    assert noise_of(got)[0].tolist() == [2 * EACH] * 3
+    np.testing.assert_allclose(noise_of(got)[1], noise_of(want)[1], atol=1e-5)
+  np.testing.assert_allclose(after_two_rounds("scan", "fednova").params["w"], want.params["w"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: training.participation(10, 8, 7), "batch_size=8: one would be .* use batch_size=7 or less"),
+    (lambda: training.participation(0, 8, 70), "num_steps=0"),
+    (lambda: training.correlated_noise(loss_fn, config("tree"), 0, SIZE), "num_steps=0"),
+    (lambda: training.correlated_noise(loss_fn, config("tree"), 1, 2**30), "fewer than 2\\^32"),
+    (lambda: training.correlated_noise(loss_fn, config("tree"), 1, SIZE, unit="site"), "unit='site'"),
+  ],
+)
+def test_fixed_orders_that_cannot_be_are_refused(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
