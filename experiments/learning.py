@@ -241,7 +241,8 @@ def recipe(
   elif privacy is not None and privacy.correlated is not None:
     steps = private_training.correlated_noise(
       loss_fn, privacy.correlated, privacy.num_steps, settings.batch_size, unit=settings.dp,
-      rows_per_unit=rows_per_unit, clipping=settings.dp_clipping, augmentations=settings.dp_augmentations, has_taps=taps,
+      rows_per_unit=rows_per_unit, clipping=settings.dp_clipping, augmentations=settings.dp_augmentations,
+      has_taps=taps,
     )  # fmt: skip
   return local.Recipe(local.gradients(loss_fn), optimizers[settings.optimizer], schedule(settings), work, steps)
 
