@@ -19,6 +19,7 @@ EXAMPLES = [
   msg.Consent(3, 7, b"s" * 64),
   msg.Consents(7, {1: b"s", 2: b"t"}),
   msg.Answer(3, 7, {0: b"x" * 32}, {}, b"s"),
+  msg.Total(7, (np.arange(3, dtype=np.uint32), np.array([2**63], np.uint64)), b"s" * 64),
 ]
 
 
@@ -66,7 +67,7 @@ def test_cut_prolonged_and_altered_bytes_are_malformed_or_another_message(messag
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=200), st.integers(0, 8))
+@given(st.binary(max_size=200), st.integers(0, 9))
 def test_no_bytes_do_harm(data, kind):
   accepts(data)
   accepts(bytes([kind]) + data)
@@ -76,7 +77,7 @@ def test_no_bytes_do_harm(data, kind):
   "data",
   [
     b"",
-    b"\x09",
+    b"\x0a",
     b"\xff",
     b"\1" + struct.pack("<II", 7, 2**32 - 1),  # a roster of 2^32 - 1 adverts
     b"\3" + struct.pack("<II", 7, 2**32 - 1),

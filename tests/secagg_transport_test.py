@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import pathlib
 import socket
 import struct
 import subprocess
@@ -83,14 +84,16 @@ def check(report, survivors):
 def test_a_round_over_loopback_gives_the_sum_and_every_site_the_lists():
   server, sites, _ = play()
   check(server.get(), SITES)
-  assert all(s.get() == msg.Survivors(ROUND, tuple(SITES), ()) for s in sites.values())
+  assert all(s.get() == (msg.Survivors(ROUND, tuple(SITES), ()), None) for s in sites.values())
 
 
 def test_separate_processes_with_one_killed_in_the_middle_give_the_survivors_sum():
   """Site 2 has shared its keys, and is killed while it masks its input."""
   listener = transport.listen()
   port = str(listener.getsockname()[1])
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  root = str(pathlib.Path(__file__).parents[1])
+  path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
   start = lambda i: subprocess.Popen(
     [sys.executable, __file__, port, str(i), "hang" if i == 2 else ""], stdout=subprocess.PIPE, env=environment
   )
@@ -236,7 +239,7 @@ def main(port, site, hang):
       return masked_input(*args, **kwargs)
 
     protocol.masked_input = slow
-  lists = join(("127.0.0.1", int(port)), int(site))
+  lists, _ = join(("127.0.0.1", int(port)), int(site))
   print(lists.survivors, lists.dropouts, flush=True)
 
 

@@ -10,7 +10,7 @@ Stages, and who speaks (Bonawitz et al., CCS 2017, figure 4):
   share_keys    Shares       site to server     Delivery   server to each site
   masked_input  MaskedInput  site to server     Survivors  server to every site
   consistency   Consent      site to server     Consents   server to every site
-  unmask        Answer       site to server     then the server opens the sum
+  unmask        Answer       site to server     Total      server to every survivor, where sites are to have the sum
 """
 
 from __future__ import annotations
@@ -107,11 +107,19 @@ class Answer(NamedTuple):
   signature: bytes
 
 
-Message = Advert | Roster | Shares | Delivery | MaskedInput | Survivors | Consent | Consents | Answer
+class Total(NamedTuple):
+  """The opened sum over the survivors, signed by the server's pinned identity."""
+
+  round: int
+  vectors: tuple[np.ndarray, ...]
+  signature: bytes
+
+
+Message = Advert | Roster | Shares | Delivery | MaskedInput | Survivors | Consent | Consents | Answer | Total
 STAGES = ("advertise", "share_keys", "masked_input", "consistency", "unmask")
 FROM_SITES = (Advert, Shares, MaskedInput, Consent, Answer)  # in the order of the stages
-FROM_SERVER = (Roster, Delivery, Survivors, Consents)  # what ends each stage but the last
-_KINDS: tuple[Any, ...] = (Advert, Roster, Shares, Delivery, MaskedInput, Survivors, Consent, Consents, Answer)
+FROM_SERVER = (Roster, Delivery, Survivors, Consents, Total)  # what ends each stage
+_KINDS: tuple[Any, ...] = (Advert, Roster, Shares, Delivery, MaskedInput, Survivors, Consent, Consents, Answer, Total)
 
 
 def encode(message: Message) -> bytes:

@@ -6,7 +6,8 @@ secrets behind both among its neighbours, and they open exactly one of them: of 
 a dropout the key of its pairwise masks. `rounds` has what all agree on beforehand, `server` the other
 half of the protocol.
 
-Who learns what: the server learns the sum over the survivors, or nothing. Sites learn who takes part and who survives.
+Who learns what: the server learns the sum over the survivors, or nothing. Sites learn who takes part and who survives,
+and the sum where the server tells it (`take_total`).
 This holds against a server and corrupt sites who lie, leave and collude, under these assumptions: fewer than K/3 of the
 K sites are corrupt (none, or only curious ones, where `malicious_server` is False); fewer than t of any honest site's
 neighbours are, and honest survivors' neighbourhoods hang together (see `graph`); X25519 with HKDF-SHA256, Ed25519,
@@ -248,9 +249,33 @@ def unmask(site: Site, consents: msg.Consents) -> tuple[Site, msg.Answer]:
   return site._replace(num_sent=5, box=nothing, mask=nothing, seed=b"", shares={}), answer
 
 
+def take_total(site: Site, total: msg.Total, server: bytes) -> tuple[np.ndarray, ...]:
+  """After stage 4: the opened sum, as the server says.
+
+  The signature keeps out everybody but the server, and every other attempt at this round. The server itself is trusted
+  with the sum: it could tell a wrong one, and each site another.
+
+  Args:
+    site: the state after `unmask`.
+    total: the message.
+    server: its pinned public key.
+
+  Raises:
+    Refused: for a sum of another round, of another form than was agreed, or not signed for these keys and survivors.
+  """
+  refuse = _expect(site, 5, total)
+  assert site.lists is not None
+  context = rounds.context_of(site.transcript, site.lists)
+  if not keys.verify(server, rounds.signed_text(site.setup, total, context), total.signature):
+    raise refuse("forged", "the sum is not signed by the server's pinned identity for this round's keys and survivors")
+  if not rounds.legal_vectors(total.vectors, site.setup):
+    raise refuse("malformed", f"a sum must be vectors of {site.setup.sizes} elements of Z_2^{site.setup.num_bits}")
+  return total.vectors
+
+
 def _expect(site: Site, num_sent: int, message: msg.Message):
   """Checks that the message is the next of this round; returns how to refuse it for another reason."""
-  refuse = functools.partial(Refused, site.number, msg.STAGES[num_sent])
+  refuse = functools.partial(Refused, site.number, (*msg.STAGES, "total")[num_sent])
   if site.num_sent != num_sent:
     raise refuse("out of turn", f"this site has sent {site.num_sent} messages; each stage is answered once, in order")
   if type(message) is not msg.FROM_SERVER[num_sent - 1]:

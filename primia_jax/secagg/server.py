@@ -174,6 +174,14 @@ def close_consistency(server: Server) -> tuple[Server, msg.Consents]:
   return server, msg.Consents(server.round, {site: consents[site].signature for site in sorted(consents)})
 
 
+def sign_total(server: Server, opened: Opened, identity: keys.Identity) -> msg.Total:
+  """The sum for every survivor, signed for this round's keys and survivors; see `protocol.take_total`."""
+  assert server.lists is not None
+  total = msg.Total(server.round, opened.total, b"")
+  text = rounds.signed_text(server.setup, total, rounds.context_of(server.transcript, server.lists))
+  return total._replace(signature=keys.sign(identity.private, text))
+
+
 def open_total(server: Server) -> tuple[Server, Opened]:
   """Ends stage 4: recovers what masks are left, checks it, and takes it off the sum.
 

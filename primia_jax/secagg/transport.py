@@ -3,16 +3,21 @@
 A frame is four bytes of length, little-endian, and a message's encoding; the length is checked before anything is read.
 A site that does not answer within a stage's timeout, or whose connection ends, has dropped out. Messages are signed and
 shares are sealed, so that the network is trusted with nothing but delivery: who can cut connections can end a round.
+
+`serve` and `join` are one round. `Host` serves one after another over connections that the sites keep, so that a
+process that ends between rounds is noticed at once, and `begin` and `finish` are the halves of a site's part before
+and after the work whose result it sends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
+import concurrent.futures
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,12 +39,26 @@ class Report(NamedTuple):
   rejected: tuple[serving.Rejected, ...]
 
 
+class Joined(NamedTuple):
+  """What a site has of a round.
+
+  Attributes:
+    lists: the survivors and dropouts that it has signed.
+    total: the sum over the survivors, as the server says; None where the server's identity is not pinned.
+  """
+
+  lists: msg.Survivors
+  total: tuple[np.ndarray, ...] | None
+
+
 def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
   """A listening socket for `serve`; port 0 takes any free one (`getsockname` says which)."""
   return socket.create_server((host, port))
 
 
-def serve(listener: socket.socket, setup: rounds.Setup, round: int, timeout: float) -> Report:
+def serve(
+  listener: socket.socket, setup: rounds.Setup, round: int, timeout: float, identity: keys.Identity | None = None
+) -> Report:
   """The server of one round.
 
   Args:
@@ -47,11 +66,51 @@ def serve(listener: socket.socket, setup: rounds.Setup, round: int, timeout: flo
     setup: what all agreed on.
     round: the round.
     timeout: seconds that each of the five stages may take.
+    identity: the server's own, with which it signs the sum for the survivors; None keeps the sum to itself.
 
   Raises:
     RoundFailed: as `server`, with a note of what was rejected; the sites' connections are closed.
   """
-  return asyncio.run(_serve(listener, setup, round, timeout))
+
+  async def once() -> Report:
+    hub = _Hub(len(setup.identities))
+    await hub.listen(listener)
+    try:
+      return await _serve(hub, setup, round, timeout, identity)
+    finally:
+      hub.close()
+
+  return asyncio.run(once())
+
+
+class Host:
+  """A server in a thread of its own, for one round after another over the same connections.
+
+  Its memory holds what the server may see anyway, so that one of the sites' processes can be its host.
+  """
+
+  def __init__(self, listener: socket.socket, num_sites: int, timeout: float, identity: keys.Identity):
+    """Arguments as `serve`; num_sites is the most that ever take part."""
+    self._timeout, self._identity, self._hub = timeout, identity, _Hub(num_sites)
+    self._loop = asyncio.new_event_loop()
+    threading.Thread(target=self._loop.run_forever, daemon=True).start()
+    asyncio.run_coroutine_threadsafe(self._hub.listen(listener), self._loop).result()
+
+  def serve(self, setup: rounds.Setup, round: int) -> concurrent.futures.Future[Report]:
+    """Starts a round, when the one before is over; where it fails, all connections are closed."""
+
+    async def one() -> Report:
+      try:
+        return await _serve(self._hub, setup, round, self._timeout, self._identity)
+      except BaseException:
+        self._hub.close()
+        raise
+
+    return asyncio.run_coroutine_threadsafe(one(), self._loop)
+
+  def close(self) -> None:
+    """Closes the listener and all connections."""
+    self._loop.call_soon_threadsafe(self._hub.close)
 
 
 def join(
@@ -63,7 +122,8 @@ def join(
   vectors: Sequence[np.ndarray],
   timeout: float,
   entropy: keys.Entropy = os.urandom,
-) -> msg.Survivors:
+  server: bytes | None = None,
+) -> Joined:
   """One site's part in one round.
 
   Args:
@@ -75,27 +135,50 @@ def join(
     vectors: its input, elements of Z_2^k.
     timeout: seconds to wait for the server at each stage; longer than the server waits for the sites.
     entropy: of all keys.
-
-  Returns:
-    The survivors and dropouts that it has signed. It sees no sum.
+    server: its pinned public key, where it tells the sum.
 
   Raises:
     Refused: where the server's message would make it unsafe to go on.
     ConnectionError: where the server ends the round.
     TimeoutError: where the server does not speak.
   """
-  site: protocol.Site
-  message: Any
-  site, message = protocol.advertise(setup, round, number, identity, entropy)
-  mask = functools.partial(protocol.masked_input, vectors=vectors)
-  steps: tuple[Callable[..., Any], ...] = (protocol.share_keys, mask, protocol.consistency, protocol.unmask)
   with socket.create_connection(address, timeout) as connection:
-    for step in steps:
-      connection.sendall(frame(message))
-      site, message = step(site, msg.decode(_receive(connection, rounds.message_bytes(setup))))
-    connection.sendall(frame(message))
+    return finish(connection, begin(connection, setup, round, number, identity, entropy), vectors, server)
+
+
+def begin(
+  connection: socket.socket,
+  setup: rounds.Setup,
+  round: int,
+  number: int,
+  identity: keys.Identity,
+  entropy: keys.Entropy = os.urandom,
+) -> protocol.Site:
+  """A site's part up to its shares, for which its input need not be known yet; as `join`."""
+  site, advert = protocol.advertise(setup, round, number, identity, entropy)
+  connection.sendall(frame(advert))
+  site, shares = protocol.share_keys(site, _next(connection, site))
+  connection.sendall(frame(shares))
+  return site
+
+
+def finish(
+  connection: socket.socket, site: protocol.Site, vectors: Sequence[np.ndarray], server: bytes | None = None
+) -> Joined:
+  """The rest of a site's part after `begin`; as `join`."""
+  site, masked = protocol.masked_input(site, _next(connection, site), vectors)
+  connection.sendall(frame(masked))
+  site, consent = protocol.consistency(site, _next(connection, site))
+  connection.sendall(frame(consent))
+  site, answer = protocol.unmask(site, _next(connection, site))
+  connection.sendall(frame(answer))
   assert site.lists is not None
-  return site.lists
+  return Joined(site.lists, server and protocol.take_total(site, _next(connection, site), server))
+
+
+def _next(connection: socket.socket, site: protocol.Site) -> Any:
+  """The server's next message, of whatever type: each stage of `protocol` checks that."""
+  return msg.decode(_receive(connection, rounds.message_bytes(site.setup)))
 
 
 def frame(message: msg.Message) -> bytes:
@@ -126,9 +209,21 @@ def _receive(connection: socket.socket, limit: int) -> bytes:
 class _Hub:
   """The server's connections: frames of all of them arrive in one queue."""
 
-  def __init__(self, limit: int, num_sites: int):
-    self.limit, self.inbox = limit, asyncio.Queue[tuple[asyncio.StreamWriter, bytes | ValueError | None]](num_sites)
+  def __init__(self, num_sites: int):
+    self.limit = 2**12  # before the first round, when sites can have sent adverts only
+    self.inbox = asyncio.Queue[tuple[asyncio.StreamWriter, bytes | ValueError | None]](num_sites)
     self.open: set[asyncio.StreamWriter] = set()
+    self.writers: dict[int, asyncio.StreamWriter] = {}  # of the sites, as their signed adverts say
+    self.acceptor: asyncio.Server | None = None
+
+  async def listen(self, listener: socket.socket) -> None:
+    self.acceptor = await asyncio.start_server(self.connected, sock=listener)
+
+  def close(self) -> None:
+    if self.acceptor:
+      self.acceptor.close()
+    for writer in self.open:
+      writer.close()
 
   async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     self.open.add(writer)
@@ -143,38 +238,32 @@ class _Hub:
     await self.inbox.put((writer, None))
 
 
-async def _serve(listener: socket.socket, setup: rounds.Setup, round: int, timeout: float) -> Report:
-  hub = _Hub(rounds.message_bytes(setup), len(setup.identities))
+async def _serve(hub: _Hub, setup: rounds.Setup, round: int, timeout: float, identity: keys.Identity | None) -> Report:
+  hub.limit = rounds.message_bytes(setup)
   state, rejected = serving.start(setup, round), list[serving.Rejected]()
-  writers: dict[int, asyncio.StreamWriter] = {}
-  acceptor = await asyncio.start_server(hub.connected, sock=listener)
   try:
     for close in serving.CLOSE:
-      state = await _gather(state, hub, writers, rejected, timeout)
+      state = await _gather(state, hub, rejected, timeout)
       state, out = close(state)
       sites = state.received[state.stage - 1]
-      await _send_all([(writers[u], out[u] if isinstance(out, dict) else out) for u in sites], timeout)
-    state = await _gather(state, hub, writers, rejected, timeout)
-    return Report(serving.open_total(state)[1], tuple(rejected))
+      await _send_all([(hub.writers[u], out[u] if isinstance(out, dict) else out) for u in sites], timeout)
+    state = await _gather(state, hub, rejected, timeout)
+    state, opened = serving.open_total(state)
+    if identity:
+      total = serving.sign_total(state, opened, identity)
+      await _send_all([(hub.writers[u], total) for u in opened.survivors], timeout)
+    for u in set(hub.writers) - set(opened.survivors):
+      hub.writers.pop(u).close()  # which tells it that it was lost
+    return Report(opened, tuple(rejected))
   except serving.RoundFailed as e:
     e.add_note(f"rejected messages: {[str(r) for r in rejected]}")
     raise
-  finally:
-    acceptor.close()
-    for writer in hub.open:
-      writer.close()
 
 
-async def _gather(
-  state: serving.Server,
-  hub: _Hub,
-  writers: dict[int, asyncio.StreamWriter],
-  rejected: list[serving.Rejected],
-  timeout: float,
-) -> serving.Server:
+async def _gather(state: serving.Server, hub: _Hub, rejected: list[serving.Rejected], timeout: float) -> serving.Server:
   """Takes messages until all have spoken that still can, or time is up."""
   loop = asyncio.get_running_loop()
-  deadline, stage = loop.time() + timeout, msg.STAGES[state.stage]
+  deadline, stage, writers = loop.time() + timeout, msg.STAGES[state.stage], hub.writers
   while any(u not in writers or writers[u] in hub.open for u in serving.expected(state)):
     try:
       writer, data = await asyncio.wait_for(hub.inbox.get(), max(0.0, deadline - loop.time()))
