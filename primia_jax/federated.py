@@ -7,6 +7,7 @@ of the site axis. A message is all that ever leaves a site, training loss and co
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from primia_jax import secagg, sites
+from primia_jax import prng, secagg, sites
 from primia_jax.secagg import simulation
+from primia_jax.secagg.exchange import Terms
 from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree
 
 TRAINING, EVALUATION, COUNTING = range(3)  # purposes: masks of one round are never used for two of them
@@ -86,6 +88,9 @@ class Aggregator(NamedTuple):
   Attributes:
     name: as reports print it.
     protect: (message, site id, links, (round, purpose)) -> what the site sends.
+    encode: as `protect`, without the masks: what sites apart give to an exchange, which masks; None where there are no
+      ring elements.
+    num_bits: k of the ring in which `encode` is summed.
     open: sum of what was sent -> (sum of messages, number of sites whose message was out of range).
     unmask: (sum of what was sent, the masks that lost sites leave in it, (round, purpose)) -> what `open` takes.
     rule: None for the sum over sites, or a robust rule on the messages stacked, [K, ...] -> [...]; they are then seen
@@ -108,6 +113,8 @@ class Aggregator(NamedTuple):
   threshold: int | None = None
   min_survivors: int = 1
   unmask: Callable[[PyTree, secagg.Residue, tuple[Array, int]], PyTree] = lambda total, *_: total
+  encode: Callable[[PyTree, Array, secagg.Links, tuple[Array, int]], PyTree] | None = None
+  num_bits: int = 0
 
 
 class Linked(NamedTuple):
@@ -206,6 +213,7 @@ def by_rule(name: str, rule: Callable[[PyTree], PyTree]) -> Aggregator:
 
 def securely(config: secagg.SecureSum) -> Aggregator:
   """Secure aggregation: the server sees the sum of the messages only; see `secagg`."""
+  bare = dataclasses.replace(config, masked=False)
   return Aggregator(
     name="secure aggregation",
     protect=lambda message, site_id, links, nonce: secagg.protect(message, site_id, links, nonce, config),
@@ -215,6 +223,8 @@ def securely(config: secagg.SecureSum) -> Aggregator:
     secure=config.masked,
     threshold=config.threshold if config.masked else None,
     unmask=lambda total, residue, nonce: secagg.unmask(total, residue, nonce, config),
+    encode=lambda message, site_id, links, nonce: secagg.protect(message, site_id, links, nonce, bare),
+    num_bits=config.fixed.num_bits,
   )
 
 
@@ -235,13 +245,22 @@ def total_over_sites(
   Returns:
     (shared, round, site numbers [K], Linked, kept [K, ...], Loader)
     -> (sum of messages, kept [K, ...] of all sites, number of sites out of range). It raises a ValueError for site
-    numbers that are not distinct, or that the aggregator, the placement or the loader cannot serve.
+    numbers that are not distinct, or that the aggregator, the placement or the loader cannot serve. Apart, it raises
+    what the exchange does.
+
+  Raises:
+    ValueError: for sites apart and an aggregator whose sums are not of masked ring elements.
   """
+  exchange = placement.exchange
+  if exchange is not None and not (aggregator.secure and aggregator.encode):
+    raise ValueError(f"sites apart send nothing but masked ring elements, not {aggregator.name}; use `securely`")
+  protect = aggregator.protect if exchange is None else aggregator.encode
+  assert protect is not None
 
   def one(shared, site_inputs):
     (shared, round_index), (site, links, counted, kept) = shared, site_inputs
     message, kept = site_fn(shared, kept, site)
-    sent = aggregator.protect(message, site.id, links, (round_index, purpose))
+    sent = protect(message, site.id, links, (round_index, purpose))
     sent = jax.tree.map(lambda a: jnp.where(counted, a, jnp.zeros_like(a)), sent)
     return (sent, kept) if aggregator.rule is None else ((), (sent, kept))
 
@@ -264,7 +283,7 @@ def total_over_sites(
     piece = len(ids) if loader.piece is None else loader.piece
     if piece < 1:
       raise ValueError(f"piece={piece} sites at a time; give at least 1, or None for all at once")
-    several = placement.how == "mesh" and jax.process_count() > 1
+    several = exchange is not None or (placement.how == "mesh" and jax.process_count() > 1)
     if several and (piece < len(ids) or not np.array_equal(ids, np.arange(len(ids)))):
       raise ValueError(f"with several processes each runs its own sites: all take part at once, not {list(ids)}")
     total, outs = None, []
@@ -276,7 +295,13 @@ def total_over_sites(
       loaded = loader.load(mine)
       if isinstance(loaded.id, np.ndarray) and not np.array_equal(loaded.id, mine):
         raise ValueError(f"the loader was asked for sites {list(mine)} and returned sites {list(loaded.id)}")
-      summed, out = run((shared, round_index), (sites.put(loaded, placement), *theirs))
+      inputs = (shared, round_index), (sites.put(loaded, placement), *theirs)
+      if exchange is None:
+        summed, out = run(*inputs)
+      else:  # joins the others before it works, so that they see at once when it ends in the middle
+        begun = exchange.begin(jax.eval_shape(run, *inputs)[0], _terms(aggregator, int(round_index), purpose))
+        summed, out = run(*inputs)
+        summed = exchange.finish(begun, summed)
       total = summed if total is None else add(total, summed)
       outs.append(out)
     out = outs[0] if len(outs) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *outs)
@@ -287,6 +312,11 @@ def total_over_sites(
     return message, kept, out_of_range
 
   return apply
+
+
+def _terms(aggregator: Aggregator, round_index: int, purpose: int) -> Terms:
+  a = aggregator
+  return Terms(round_index, purpose, a.num_bits, a.num_peers, a.threshold, a.min_survivors)
 
 
 def _check_ids(aggregator: Aggregator, ids: np.ndarray) -> None:
@@ -301,7 +331,8 @@ def link(aggregator: Aggregator, placement: sites.Placement, purpose: int = TRAI
 
   Returns:
     (key, round, site numbers [K], dealer_key, dropouts=None) -> Linked. It raises `secagg.RoundAborted` where too many
-    sites are lost, and a ValueError where the aggregator can do without none.
+    sites are lost, and a ValueError where the aggregator can do without none. Apart, a site has no peers, since the
+    exchange masks, and a secret of its own, fresh from the operating system.
   """
 
   @jax.jit
@@ -313,8 +344,9 @@ def link(aggregator: Aggregator, placement: sites.Placement, purpose: int = TRAI
   def deal(key, round_index, ids, dealer_key):
     return secagg.deal_links(dealer_key, ids, draw(key, round_index, ids))
 
+  nothing = secagg.Residue(jnp.zeros((0, 8), jnp.uint32), jnp.zeros(0, jnp.int32))
+
   def connect(key, round_index, ids, dealer_key, dropouts) -> tuple[secagg.Links, secagg.Residue]:
-    nothing = secagg.Residue(jnp.zeros((0, 8), jnp.uint32), jnp.zeros(0, jnp.int32))
     if not aggregator.num_peers:
       return secagg.Links(jnp.zeros((len(ids), 0), jnp.int32), jnp.zeros((len(ids), 0, 8), jnp.uint32)), nothing
     if aggregator.threshold is None:
@@ -328,6 +360,11 @@ def link(aggregator: Aggregator, placement: sites.Placement, purpose: int = TRAI
     ids = np.asarray(ids, np.int32)
     _check_ids(aggregator, ids)
     stages = simulation.check(dropouts, len(ids))
+    if placement.exchange is not None:
+      if stages.any():
+        raise ValueError("dropouts are simulated where one process plays all sites; sites apart are lost in earnest")
+      alone = secagg.Links(jnp.zeros((1, 0), jnp.int32), jnp.zeros((1, 0, 8), jnp.uint32), prng.random_key()[None])
+      return Linked(alone, jnp.ones(1, bool), np.arange(len(ids)), nothing, purpose)
     if aggregator.num_peers and aggregator.threshold is None and stages.any():
       raise ValueError(f"{aggregator.name} without a threshold can lose no site; give secagg.secure_sum a threshold")
     counted = ~stages[:2].any(axis=0)
@@ -391,7 +428,7 @@ def federated(algorithm: Algorithm, aggregator: Aggregator, placement: sites.Pla
     dropouts: secagg.Dropouts | None = None,
   ):  # fmt: skip
     ids = np.asarray(ids, np.int32)
-    leaves = jax.tree.leaves(state.sites)
+    leaves = jax.tree.leaves(state.sites) if placement.exchange is None else []  # apart, of this site alone
     if leaves and np.max(ids, initial=0) >= leaves[0].shape[0]:
       raise ValueError(f"site numbers {list(ids)}; the state holds {leaves[0].shape[0]} sites")
     everyone = not leaves or np.array_equal(ids, np.arange(leaves[0].shape[0]))
@@ -402,7 +439,10 @@ def federated(algorithm: Algorithm, aggregator: Aggregator, placement: sites.Pla
     linked = make_links(key, np.asarray(state.round), ids, dealer_key, dropouts)
     message, kept, out_of_range = train(shared, state.round, ids, linked, had, loader)
     rows = None if everyone else ids
-    return finish(shared_key, state, message, had, kept, rows, linked.counted, out_of_range)
+    state, info = finish(shared_key, state, message, had, kept, rows, linked.counted, out_of_range)
+    if placement.exchange is not None:
+      info = info._replace(survivors=jnp.int32(len(placement.exchange.sites)))
+    return state, info
 
   return FederatedAlgorithm(init, step)
 

@@ -84,14 +84,15 @@ def noised(config: DistributedNoise, secure: secagg.SecureSum, params: Params, m
   dtype = ring.storage(config.num_bits)
   rotation_key = lambda round_index: jax.random.fold_in(jax.random.key(_ROTATION), round_index)
 
-  def protect(message: PyTree, site_id: Array, links: secagg.Links, nonce: tuple[Array, int]) -> secagg.Masked:
+  def encode(message: PyTree, site_id: Array, links: secagg.Links, nonce: tuple[Array, int]) -> secagg.Masked:
     assert links.own is not None  # there is a threshold
     own = prng.derive(links.own, secagg.NOISE)
     words = [jnp.asarray(n, jnp.uint32) for n in nonce]
     encoded = distributed.encode(message["update"], rotation_key(nonce[0]), own, words, config)
-    return secagg.mask(
-      secagg.Masked((encoded, jnp.ones((), dtype)), jnp.zeros((), dtype)), site_id, links, nonce, secure
-    )
+    return secagg.Masked((encoded, jnp.ones((), dtype)), jnp.zeros((), dtype))
+
+  def protect(message: PyTree, site_id: Array, links: secagg.Links, nonce: tuple[Array, int]) -> secagg.Masked:
+    return secagg.mask(encode(message, site_id, links, nonce), site_id, links, nonce, secure)
 
   def open_total(opened: tuple[secagg.Masked, Array]) -> tuple[PyTree, Array]:
     total, round_index = opened
@@ -111,4 +112,6 @@ def noised(config: DistributedNoise, secure: secagg.SecureSum, params: Params, m
     threshold=secure.threshold,
     unmask=lambda total, residue, nonce: (secagg.unmask(total, residue, nonce, secure), nonce[0]),
     min_survivors=config.min_survivors,
+    encode=encode,
+    num_bits=config.num_bits,
   )

@@ -1,8 +1,9 @@
-"""The axis "site": one function written for one site, run over all of them by a loop, scan, vmap, chunks or a mesh.
+"""The axis "site": one function of one site, run over all by a loop, scan, vmap, chunks or a mesh, or each apart.
 
 A trust boundary runs between sites. `sum_over_sites` is the only way out of a site: what a site function returns first
 is summed over sites, and on a mesh that sum (`psum`) is all that crosses devices or processes. Automatic sharding is
-never used across the boundary, since XLA is free to gather every site's inputs.
+never used across the boundary, since XLA is free to gather every site's inputs. Apart, each site has a process that
+holds its row and no other; what crosses then is the business of an `Exchange`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,26 +25,49 @@ AXIS = "site"
 SiteFn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
+class Exchange(Protocol):
+  """How processes that know nothing of each other but messages form sums, such as `secagg.exchange.Exchange`.
+
+  Attributes:
+    sites: numbers of the sites that are in the last sum, or, before the first, that are to be in it.
+  """
+
+  sites: tuple[int, ...]
+
+  def begin(self, shapes: PyTree, terms: Any) -> Any:
+    """Joins the others for a sum of ring elements of these shapes, before this process works out its own."""
+
+  def finish(self, begun: Any, elements: PyTree) -> PyTree:
+    """Gives this process's ring elements to the sum that it has begun, and returns the sum."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
   """Where the site axis runs.
 
   Attributes:
     how: `loop` (Python, one jitted call a site), `scan`, `vmap`, `chunk` (a scan over chunks of vmapped sites) or
-      `mesh` (`shard_map` over devices, with a scan or vmap inside each).
+      `mesh` (`shard_map` over devices, with a scan or vmap inside each), or `apart` (each site in a process that has
+      its own row only).
     chunk: sites in a chunk, for `chunk`.
     mesh: a mesh with the one axis "site", for `mesh`; None takes all devices (of all processes).
     inner: what a mesh does with the several sites of a device.
+    index: apart: the row of this process's site.
+    exchange: apart: what sums over the processes.
   """
 
-  how: Literal["loop", "scan", "vmap", "chunk", "mesh"] = "scan"
+  how: Literal["loop", "scan", "vmap", "chunk", "mesh", "apart"] = "scan"
   chunk: int = 1
   mesh: Mesh | None = None
   inner: Literal["scan", "vmap"] = "scan"
+  index: int = 0
+  exchange: Exchange | None = None
 
   def __post_init__(self):
-    if self.how not in ("loop", "scan", "vmap", "chunk", "mesh"):
-      raise ValueError(f"unknown placement {self.how!r}; use loop, scan, vmap, chunk=C or mesh")
+    if self.how not in ("loop", "scan", "vmap", "chunk", "mesh", "apart"):
+      raise ValueError(f"unknown placement {self.how!r}; use loop, scan, vmap, chunk=C, mesh or apart")
+    if (self.how == "apart") != (self.exchange is not None):
+      raise ValueError(f"placement {self.how!r} with exchange={self.exchange}; sites apart need one, and no others do")
     if self.chunk < 1:
       raise ValueError(f"chunk={self.chunk} must be at least 1")
 
@@ -92,7 +116,8 @@ def sum_over_sites(site_fn: SiteFn, placement: Placement) -> Callable[[PyTree, P
     (shared, sites) -> (sum over sites of `summed`, `stacked` with a leading site axis), where every leaf of `sites` has
     a leading axis [K]. On a mesh each device sees the rows of its own sites only; the sum is replicated, the stacked
     values stay where their site is (but where K is no multiple of the devices, which one process may simulate, they are
-    gathered, since arrays cannot be sharded unevenly).
+    gathered, since arrays cannot be sharded unevenly). Apart, the sum is over this process's row alone: elements for the
+    `Exchange`, and for nobody else.
   """
   if placement.how == "loop":
     return _loop(site_fn)
@@ -120,11 +145,13 @@ def put(tree: PyTree, placement: Placement) -> PyTree:
 
 
 def local_rows(tree: PyTree, placement: Placement) -> PyTree:
-  """Returns the rows [K, ...] of the sites that this process runs: all of them, but in a mesh of several processes.
+  """Returns the rows [K, ...] of the sites that this process runs: all, but apart or in a mesh of several processes.
 
   Raises:
     ValueError: where the sites of a round cannot be dealt out evenly to the processes' devices.
   """
+  if placement.how == "apart":
+    return jax.tree.map(lambda a: np.asarray(a)[placement.index : placement.index + 1], tree)
   if placement.how != "mesh" or jax.process_count() == 1:
     return tree
   mesh = _mesh_of(placement)

@@ -21,7 +21,7 @@ LAYERS = {
   "robust": {"types"},
   "secagg": {"types", "ring", "prng", "native"},
   "privacy": {"types", "ring", "prng", "local", "tapped"},
-  "federated": {"types", "sites", "secagg"},
+  "federated": {"types", "prng", "sites", "secagg"},
   "algorithms": {"types", "local", "federated"},
   "site_privacy": {"types", "ring", "prng", "secagg", "privacy", "federated"},
   "mpc": {"types", "ring", "prng", "native"},

@@ -83,6 +83,9 @@ def serve(
   return asyncio.run(once())
 
 
+Pending = concurrent.futures.Future[Report]
+
+
 class Host:
   """A server in a thread of its own, for one round after another over the same connections.
 
@@ -96,7 +99,7 @@ class Host:
     threading.Thread(target=self._loop.run_forever, daemon=True).start()
     asyncio.run_coroutine_threadsafe(self._hub.listen(listener), self._loop).result()
 
-  def serve(self, setup: rounds.Setup, round: int) -> concurrent.futures.Future[Report]:
+  def serve(self, setup: rounds.Setup, round: int) -> Pending:
     """Starts a round, when the one before is over; where it fails, all connections are closed."""
 
     async def one() -> Report:
@@ -173,7 +176,8 @@ def finish(
   site, answer = protocol.unmask(site, _next(connection, site))
   connection.sendall(frame(answer))
   assert site.lists is not None
-  return Joined(site.lists, server and protocol.take_total(site, _next(connection, site), server))
+  total = None if server is None else protocol.take_total(site, _next(connection, site), server)
+  return Joined(site.lists, total)
 
 
 def _next(connection: socket.socket, site: protocol.Site) -> Any:
