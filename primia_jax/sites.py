@@ -116,7 +116,7 @@ def sum_over_sites(site_fn: SiteFn, placement: Placement) -> Callable[[PyTree, P
     (shared, sites) -> (sum over sites of `summed`, `stacked` with a leading site axis), where every leaf of `sites` has
     a leading axis [K]. On a mesh each device sees the rows of its own sites only; the sum is replicated, the stacked
     values stay where their site is (but where K is no multiple of the devices, which one process may simulate, they are
-    gathered, since arrays cannot be sharded unevenly). Apart, the sum is over this process's row alone: elements for the
+    gathered, since arrays cannot be sharded unevenly). Apart, the sum is over this process's row alone: for the
     `Exchange`, and for nobody else.
   """
   if placement.how == "loop":

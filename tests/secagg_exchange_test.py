@@ -1,20 +1,18 @@
 """Training over the protocol: every site a thread with its own exchange, joined to the others by sockets only."""
 
-import functools
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from primia_jax import algorithms, local, secagg, sites
 from primia_jax import federated as fed
+from primia_jax import secagg, sites
 from primia_jax.secagg import exchange, keys, protocol, rounds, transport
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
+from primia_jax.types import Metrics
 
 N, D, L = 12, 5, 3
 NUM = np.array([12, 7, 9, 10], np.int32)
@@ -31,19 +29,25 @@ def load(ids):
   return jax.tree.map(lambda *rows: np.stack(rows), *map(site, ids))
 
 
-def apply_fn(params, model_state, images, train=False, key=None):
-  return images.reshape(images.shape[0], -1) @ params["w"] + params["b"][None], model_state
+def one_step(server, kept, site):
+  """One step of linear regression over all of a site's examples: FedAvg in its shortest form, soon compiled."""
+  real = (jnp.arange(N) < site.num_examples).astype(jnp.float32)
+  x, y = site.images.reshape(N, D), jax.nn.one_hot(site.labels, L)
+  wrong = (x @ server.params["w"] - y) * real[:, None]
+  update, n = {"w": -0.1 * x.T @ wrong}, jnp.sum(real)
+  metrics = Metrics(jnp.sum(wrong**2), jnp.zeros(()), n)
+  return {"update": update, "weight": n, "metrics": metrics}, {"rounds": kept["rounds"] + 1}
 
 
-def start():
-  return {"w": np.zeros((D, L), np.float32), "b": np.zeros(L, np.float32)}
+def mean(server, message):
+  params = jax.tree.map(lambda p, u: p + u / message["weight"], server.params, message["update"])
+  return params, {}, (), message["metrics"]
 
 
-def fedavg(placement, aggregator):
-  loss = local.classification_loss(apply_fn, lambda key, images, targets: (images, targets), L)
-  optimizer = functools.partial(optax.sgd, momentum=0.9)
-  recipe = local.Recipe(local.gradients(loss), optimizer, lambda t: 0.1, local.Work(4, max_examples=N, epochs=2))
-  return fed.federated(algorithms.fedavg(recipe, keep_optimizer=True), aggregator, placement)
+ALGORITHM = fed.Algorithm(
+  "one step", lambda params: (), lambda *_: {"rounds": np.int32(0)}, one_step, mean, lambda s, _: (s.params, {}), False,
+  False,
+)  # fmt: skip
 
 
 def extremes(shared, kept, site):
@@ -51,47 +55,49 @@ def extremes(shared, kept, site):
   return {"max": jnp.max(site.images, axis=0), "n": site.num_examples.astype(jnp.float32) / 16}, kept
 
 
-def train(placement, num_sites, num_rounds=2, loader=None, ids=None, threshold=None, dropouts=None):
-  """Some rounds of FedAvg and then a count; what every process knows after it."""
+def train(placement, num_sites, threshold, algorithm=None, lost=None):
+  """Two rounds and then a count, with a site lost in the second: what every process knows at the end."""
   aggregator = fed.securely(secagg.secure_sum(num_sites, threshold=threshold))
-  f, loader = fedavg(placement, aggregator), loader or fed.Loader(load)
-  key, ids = jax.random.key(SEED), np.arange(num_sites, dtype=np.int32) if ids is None else ids
-  state, infos = f.init(start(), {}, num_sites), []
-  for _ in range(num_rounds):
-    state, info = f.step(key, state, ids, loader, DEALER, None, dropouts if len(infos) == 1 else None)
+  f, loader = fed.federated(algorithm or ALGORITHM, aggregator, placement), fed.Loader(load)
+  key, ids = jax.random.key(SEED), np.arange(num_sites, dtype=np.int32)
+  state, infos = f.init({"w": np.zeros((D, L), np.float32)}, {}, num_sites), []
+  for dropouts in (None, lost):
+    state, info = f.step(key, state, ids, loader, DEALER, None, dropouts)
     infos.append(info)
   count = fed.total_over_sites(extremes, aggregator, placement, fed.COUNTING)
-  linked = fed.link(aggregator, placement, fed.COUNTING)(key, np.int32(7), ids, DEALER, dropouts)
+  linked = fed.link(aggregator, placement, fed.COUNTING)(key, np.int32(7), ids, DEALER, lost)
   total, _, out_of_range = count((), jnp.int32(7), ids, linked, (), loader)
   assert int(out_of_range) == 0
-  return {**state.params, "update_norm": infos[-1].update_norm, **total}, state, infos
+  return {"w": state.params["w"], "update_norm": infos[-1].update_norm, **total}, state, infos
+
+
+class Killed(Exception):
+  """The end of a site's process."""
 
 
 class Apart:
   """Exchanges of some sites, and what each of them did in a thread."""
 
-  def __init__(self, num_sites, timeout=30.0):
+  def __init__(self, num_sites, timeout=300.0):  # a timeout that is spent fails `run`
     server, own = keys.identity(), [keys.identity() for _ in range(num_sites)]
     listener = transport.listen()
-    self.host = transport.Host(listener, num_sites, timeout, server)
+    host = transport.Host(listener, num_sites, timeout, server)
     pinned = {i: one.public for i, one in enumerate(own)}
-    self.exchanges = [
-      exchange.Exchange(
-        listener.getsockname(), i, exchange.Pinned(own[i], pinned, server.public), b"test", timeout,
-        self.host if i == 0 else None,
-      )
-      for i in range(num_sites)
-    ]  # fmt: skip
+    make = lambda i: exchange.Exchange(
+      listener.getsockname(), i, exchange.Pinned(own[i], pinned, server.public), b"test", timeout, None if i else host
+    )
+    self.exchanges = [make(i) for i in range(num_sites)]
     self.results, self.errors = {}, {}
 
   def run(self, call):
-    """call(site, its placement) for each site in a thread, to the end of all."""
+    """call(site, its exchange) for each site in a thread, to the end of all."""
 
     def one(i):
       try:
-        self.results[i] = call(i, sites.Placement("apart", index=i, exchange=self.exchanges[i]))
+        self.results[i] = call(i, self.exchanges[i])
       except Exception as e:
         self.errors[i] = e
+        self.exchanges[i].close()  # as the end of a process does
 
     threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(len(self.exchanges))]
     for thread in threads:
@@ -104,38 +110,247 @@ class Apart:
     return self
 
 
-def assert_like(results, want, atol=1e-6):
-  for result in results:
+def test_sites_apart_train_as_all_in_one_process_and_without_one_that_dies():
+  """Site 2 ends while it trains in the second round; the others do not wait for it, then or later."""
+  rounds_of_two = iter((1, 2))
+
+  def call(i, own):
+    def dying(shared, kept, site):
+      def check(_):
+        if next(rounds_of_two) == 2:
+          raise Killed
+
+      if i == 2:
+        jax.debug.callback(check, site.id)
+      return one_step(shared, kept, site)
+
+    return train(sites.Placement("apart", index=i, exchange=own), 3, 2, ALGORITHM._replace(site=dying))
+
+  apart = Apart(3).run(call)
+  assert list(apart.errors) == [2]
+  lost = secagg.Dropouts(np.zeros(3, bool), np.array([False, False, True]))
+  want, *_ = train(sites.Placement("scan"), 3, 2, lost=lost)
+  for i in (0, 1):
+    got, state, infos = apart.results[i]
     for name, value in want.items():
-      np.testing.assert_array_equal(result[name], results[0][name])  # bit for bit with each other
-      np.testing.assert_allclose(result[name], value, atol=atol)
+      np.testing.assert_array_equal(got[name], apart.results[0][0][name])  # bit for bit with each other
+      np.testing.assert_allclose(got[name], value, atol=1e-6)
     for name in ("max", "n"):
-      np.testing.assert_array_equal(result[name], want[name])
+      np.testing.assert_array_equal(got[name], want[name])
+    assert [int(info.survivors) for info in infos] == [3, 2]
+    assert [int(info.out_of_range) for info in infos] == [0, 0]
+    assert state.sites["rounds"].tolist() == [2]  # of this site only
+  np.testing.assert_array_equal(want["n"], NUM[:2].sum() / 16)
 
 
-def test_three_sites_apart_train_as_all_in_one_process():
-  apart = Apart(3).run(lambda i, placement: train(placement, 3))
+TERMS = exchange.Terms(4, 1, 32, 2, None, 1)
+
+
+def elements(i):
+  rng = np.random.default_rng(i)
+  return {"a": rng.integers(0, 2**32, (30, 4), dtype=np.uint32), "b": np.uint32(i)}
+
+
+def total(numbers):
+  return jax.tree.map(lambda *a: np.sum(a, axis=0, dtype=np.uint32), *map(elements, numbers))
+
+
+def assert_total(got, numbers):
+  jax.tree.map(np.testing.assert_array_equal, got, total(numbers))
+
+
+def one_sum(own, i, terms=TERMS):
+  return own.finish(own.begin(elements(i), terms), elements(i))
+
+
+@pytest.fixture
+def wire(monkeypatch):
+  """All messages of this process, both ways."""
+  sent, frame = [], transport.frame
+  monkeypatch.setattr(transport, "frame", lambda message: (sent.append(message), frame(message))[1])
+  return sent
+
+
+def looks_uniform(words):
+  """Whether each bit is 1 half of the time, to six standard deviations."""
+  ones = np.unpackbits(words.view(np.uint8).reshape(-1, 4), axis=1).sum(axis=0)
+  return bool(np.all(np.abs(ones - len(words) / 2) < 3 * len(words) ** 0.5))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_leaves_a_site_is_masked(wire, monkeypatch, masked):
+  """And where no masks are made, this test sees it."""
+  zeros = {"a": np.zeros(400, np.uint32)}
+  if not masked:
+    monkeypatch.setattr(rounds, "mask_total", lambda keys, signs, round, setup: [np.zeros(400, np.uint32)])
+  apart = Apart(3).run(lambda i, own: own.finish(own.begin(zeros, TERMS), zeros))
   assert apart.errors == {}
-  want, *_ = train(sites.Placement("scan"), 3)
-  assert_like([apart.results[i][0] for i in range(3)], want)
-  _, state, infos = apart.results[1]
-  assert [int(info.survivors) for info in infos] == [3, 3]
-  assert all(leaf.shape[0] == 1 for leaf in jax.tree.leaves(state.sites))  # what a site keeps stays there
+  inputs = [message.vectors[0] for message in wire if isinstance(message, msg.MaskedInput)]
+  assert len(inputs) == 3
+  assert all(looks_uniform(v) == masked for v in inputs)
+  assert all(not np.any(result["a"]) for result in apart.results.values())
+  others = [m for m in wire if not isinstance(m, msg.MaskedInput | msg.Total)]
+  assert not any(hasattr(m, "vectors") for m in others)  # and elements are in no other message
 
 
-def test_a_site_that_is_lost_while_it_trains_is_left_out_at_once_and_the_others_go_on():
-  apart = Apart(4)
-  rounds_of_two = iter(range(9))
+def test_sums_go_on_over_the_survivors_until_too_few_are_left():
+  """Of five sites with a threshold of four, the last leaves between sums; then another in the middle of one."""
+  ended = threading.Event()
 
-  def call(i, placement):
-    def dying(ids):
-      if i == 2 and next(rounds_of_two) == 2:  # two rounds, and dies while it counts
-        placement.exchange.close()
-        raise KeyError("killed")
-      return load(ids)
+  def call(i, own):
+    terms = TERMS._replace(num_peers=4)
+    first = one_sum(own, i, terms)
+    assert own.sites == (0, 1, 2, 3, 4)
+    if i == 4:
+      ended.set()
+      raise Killed
+    assert ended.wait(60)
+    assert_total(one_sum(own, i, terms._replace(round=5)), range(4))
+    assert own.sites == (0, 1, 2, 3)
+    begun = own.begin(elements(i), terms._replace(round=6))
+    if i == 3:
+      raise Killed
+    own.finish(begun, elements(i))
+    return first
 
-    return train(placement, 4, loader=fed.Loader(dying))
+  apart = Apart(5).run(call)
+  assert apart.results == {}
+  assert isinstance(apart.errors[0], serving.RoundFailed)
+  assert "stage masked_input: 3 sites of 4 sent their message in time, and 4 are needed" in str(apart.errors[0])
+  for i in (1, 2):
+    assert isinstance(apart.errors[i], exchange.Lost)
+    assert f"site {i} was declared lost in round 6, or the round failed" in str(apart.errors[i])
 
-  begun = time.monotonic()
-  apart.run(call)
-  assert time.monotonic() - begun < 25  # and no stage's timeout, of 30 s, is spent
+
+def test_a_site_that_is_late_is_told_that_it_was_lost_and_the_others_wait_once():
+  late = threading.Event()
+
+  def call(i, own):
+    begun = own.begin(elements(i), TERMS._replace(threshold=2))
+    if i == 1:
+      late.wait(60)
+    assert_total(own.finish(begun, elements(i)), (0, 2))
+    late.set()
+    return own.sites
+
+  apart = Apart(3, timeout=2.0).run(call)
+  assert apart.results == {0: (0, 2), 2: (0, 2)}
+  assert "site 1 was declared lost in round 4" in str(apart.errors[1])
+
+
+@pytest.mark.parametrize(
+  ("num_peers", "threshold", "left", "want"),
+  [
+    (3, None, 4, (3, 3, 3, True)),
+    (3, None, 3, (2, 3, 3, True)),
+    (3, 2, 4, "threshold=2 of 4 shares; it must be above half"),
+    (3, 2, 2, "quorum=3 of 2 sites"),
+    (2, 2, 2, (1, 2, 2, False)),
+    (9, 7, 7, (6, 7, 7, True)),
+    (4, None, 8, (4, 4, 7, True)),
+    (4, 3, 6, (4, 3, 6, False)),
+  ],
+)
+def test_what_the_sites_that_are_left_agree_on_is_as_safe_as_with_all(num_peers, threshold, left, want):
+  num_sites = num_peers + 1 if num_peers != 4 else 10
+  identities = {i: keys.identity().public for i in range(left)}
+  terms = TERMS._replace(num_peers=num_peers, threshold=threshold)
+  agree = lambda: exchange.agree(identities, num_sites, elements(0), terms, b"run", np.zeros(8, np.uint32))
+  if isinstance(want, str):
+    with pytest.raises(ValueError, match=want):
+      agree()
+    return
+  setup = agree()
+  assert (setup.degree, setup.threshold, setup.quorum, setup.malicious_server) == want
+  assert setup.sizes == (121,)
+  terms = terms._replace(min_survivors=left + 1)
+  with pytest.raises(ValueError, match=f"quorum={left + 1} of {left} sites"):
+    agree()
+
+
+def test_a_total_that_is_stale_or_forged_is_refused_by_name():
+  server, stranger, own = keys.identity(), keys.identity(), {i: keys.identity() for i in range(2)}
+  setup = rounds.setup({i: k.public for i, k in own.items()}, (3,), b"run")
+  inputs = {i: [np.full(3, 2**31 + i, np.uint32)] for i in own}
+
+  def play(round_index):
+    """All five stages: the sites, who wait for the sum, and what the server tells them."""
+    state = serving.start(setup, round_index)
+    said = {i: protocol.advertise(setup, round_index, i, k) for i, k in own.items()}
+    for step, close in zip(
+      (protocol.share_keys, protocol.masked_input, protocol.consistency, protocol.unmask), serving.CLOSE, strict=True
+    ):
+      for _, message in said.values():
+        state = serving.receive(state, message)
+      state, out = close(state)
+      to = lambda i, out=out: out[i] if isinstance(out, dict) else out
+      vectors = lambda i, step=step: [inputs[i]] if step is protocol.masked_input else []
+      said = {i: step(site, to(i), *vectors(i)) for i, (site, _) in said.items()}
+    for _, message in said.values():
+      state = serving.receive(state, message)
+    state, opened = serving.open_total(state)
+    return said[0][0], state, opened
+
+  _, old_state, old = play(4)
+  stale = serving.sign_total(old_state, old, server)
+  site, state, opened = play(4)
+  signed = serving.sign_total(state, opened, server)
+  assert protocol.take_total(site, signed, server.public)[0].tolist() == [1, 1, 1]
+  one_more = (opened.total[0] + np.uint32(1),)
+  for total, reason in (
+    (stale, "forged"),  # of another attempt at this round
+    (serving.sign_total(state, opened, stranger), "forged"),
+    (signed._replace(vectors=one_more), "forged"),
+    (signed._replace(round=3), "another round"),
+    (serving.sign_total(state, opened._replace(total=(np.zeros(2, np.uint32),)), server), "malformed"),
+    (msg.Consents(4, {}), "malformed"),
+  ):
+    with pytest.raises(protocol.Refused, match=f"site 0 refuses in stage total: {reason}"):
+      protocol.take_total(site, total, server.public)
+  unfinished, _ = protocol.advertise(setup, 4, 0, own[0])
+  with pytest.raises(protocol.Refused, match="malformed"):
+    protocol.share_keys(unfinished, signed)
+
+
+def test_identities_are_pinned_when_all_are_there(tmp_path):
+  own, server = [keys.identity(), keys.identity()], keys.identity()
+  exchange.publish(tmp_path, 0, own[0])
+  with pytest.raises(exchange.Lost, match=r"no identity of \[1, 'server'\]"):
+    exchange.pin(tmp_path, own[0], 2, timeout=0)
+  exchange.publish(tmp_path, 1, own[1])
+  exchange.publish(tmp_path, exchange.SERVER, server)
+  pinned = exchange.pin(tmp_path, own[1], 2, timeout=0)
+  assert pinned == (own[1], {0: own[0].public, 1: own[1].public}, server.public)
+  assert all(own[0].private not in path.read_bytes() for path in tmp_path.iterdir())
+  (tmp_path / "site_1.pub").write_bytes(b"short")
+  with pytest.raises(ValueError, match=r"identities of \[1\]"):
+    exchange.pin(tmp_path, own[1], 2, timeout=0)
+
+
+class Nobody:
+  """An exchange that must not be asked."""
+
+  sites = (0, 1, 2)
+
+
+def test_nothing_but_masked_sums_leaves_sites_apart():
+  apart = sites.Placement("apart", exchange=Nobody())
+  secure = secagg.secure_sum(3)
+  for aggregator in (
+    fed.in_the_clear(),
+    fed.by_rule("median", lambda stacked: stacked),
+    fed.securely(secagg.secure_sum(3, masked=False)),
+  ):
+    with pytest.raises(ValueError, match="sites apart send nothing but masked ring elements"):
+      fed.federated(ALGORITHM._replace(uniform=True), aggregator, apart)
+  link = fed.link(fed.securely(secure), apart)
+  key, ids = jax.random.key(0), np.arange(3)
+  with pytest.raises(ValueError, match="lost in earnest"):
+    link(key, 0, ids, DEALER, secagg.Dropouts(np.ones(3, bool), np.zeros(3, bool)))
+  first, second = (link(key, 0, ids, DEALER).links for _ in range(2))
+  assert not np.any(first.own == second.own)  # fresh for each sum
+  assert first.keys.shape == (1, 0, 8)  # and no key that anybody has dealt
+  with pytest.raises(ValueError, match="sites apart need one"):
+    sites.Placement("apart")
+  with pytest.raises(ValueError, match="no others do"):
+    sites.Placement("scan", exchange=Nobody())

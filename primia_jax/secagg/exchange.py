@@ -186,9 +186,7 @@ def pin(folder: pathlib.Path, own: keys.Identity, num_sites: int, timeout: float
   end, names = time.monotonic() + timeout, [*range(num_sites), SERVER]
   while missing := [name for name in names if not _path(folder, name).is_file()]:
     if time.monotonic() > end:
-      raise Lost(
-        f"no identity of {missing} in {folder} after {timeout:g} seconds; have their processes started?"
-      )
+      raise Lost(f"no identity of {missing} in {folder} after {timeout:g} seconds; have their processes started?")
     time.sleep(0.02)
   public = {name: _path(folder, name).read_bytes() for name in names}
   if wrong := [name for name, key in public.items() if len(key) != keys.KEY_BYTES]:
