@@ -98,6 +98,8 @@ def check(settings: Train, federated: bool = True) -> None:
   private.check(s, federated)
   if federated:
     _check_aggregation(s)
+    if s.placement == "processes":
+      _check_processes(s)
 
 
 def _check_aggregation(settings: Train) -> None:
@@ -122,6 +124,25 @@ def _check_aggregation(settings: Train) -> None:
       f"norm=batch under aggregation={s.aggregation}: each site's BatchNorm statistics would leave it in the clear; "
       "use aggregation=secure, norm=group, or algorithm=fedbn, which keeps them at the site"
     )
+
+
+def _check_processes(settings: Train) -> None:
+  s = settings
+  if not is_secure(s):
+    raise ValueError(
+      f"placement=processes sends nothing but masked sums, and not aggregation={s.aggregation} with secagg={s.secagg}; "
+      "use aggregation=secure and secagg=pairwise or bell"
+    )
+  if s.algorithm == "fedbn" or 0 < s.sites_per_round < s.num_sites:
+    raise ValueError("placement=processes works with all sites in every round, and not with fedbn")
+  if s.dropout_rate:
+    raise ValueError(
+      f"dropout_rate={s.dropout_rate} simulates losses, and placement=processes has them in earnest: end a process"
+    )
+  if s.sites_in_memory:
+    raise ValueError(f"sites_in_memory={s.sites_in_memory}: with placement=processes each holds its own site; use 0")
+  if s.dp == "patient" and s.data == "phantom":
+    raise ValueError("dp=patient with placement=processes: the phantom has one image a patient; use dp=example")
 
 
 def augmentation(text: str) -> augment.Augmentation:
@@ -348,6 +369,8 @@ def aggregator(settings: Train, num_sites: int, max_abs: float | None = None) ->
 def secure_sum(settings: Train, num_sites: int, max_abs: float | None = None) -> secagg.SecureSum:
   """The encoding and masks of a sum; `threshold` counts a site and its peers."""
   peers, threshold = settings.secagg_peers, settings.secagg_threshold
+  if settings.placement == "processes" and not threshold:
+    threshold = -1  # processes may end at any time, so the protocol between them always has one
   if peers == (settings.sites_per_round or settings.num_sites) - 1:
     peers = 0  # all others in a round means all others in the sums over all sites, too
   if settings.secagg == "bell" and not peers:

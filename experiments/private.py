@@ -24,6 +24,7 @@ from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.privacy.mechanism import Mechanism, capacity, overflow_probability
 from primia_jax.privacy.training import participation
 
+LEDGER = "ledger.json"
 _FAILURE = 1e-12  # probability that any batch of a run overflows; taken from delta
 _CORRELATED = ("banded", "tree")
 _OF_STEPS = ("site", *_CORRELATED)
@@ -234,8 +235,8 @@ class Book:
     counts: the noised class counts, released once however often a run is started; None before.
   """
 
-  def __init__(self, privacy: Privacy, num_sites: int, path: pathlib.Path, writes: bool = True):
-    self._privacy, self._path, self._writes = privacy, path, writes
+  def __init__(self, privacy: Privacy, num_sites: int, path: pathlib.Path):
+    self._privacy, self._path = privacy, path
     self.ledgers = [Ledger(privacy.unit, privacy.delta)] * num_sites
     self.counts: list[float] | None = None
     self._begun: set[int] = set()  # sites that this start has charged for the whole run
@@ -252,13 +253,8 @@ class Book:
     self.save()
 
   def save(self) -> None:
-    if not self._writes:
-      return
     ledgers = [json.loads(accounting.to_json(one)) for one in self.ledgers]
-    text = json.dumps({"ledgers": ledgers, "class_counts": self.counts}, indent=2)
-    part = self._path.with_suffix(".part")
-    part.write_text(text + "\n")
-    part.replace(self._path)
+    _write(self._path, {"ledgers": ledgers, "class_counts": self.counts})
 
   @property
   def epsilon(self) -> float:
@@ -309,6 +305,28 @@ def _facts_of_run(s: Train, noises: correlated.Config) -> dict[str, Any]:
     "noise on disk": "checkpoints hold noise that is yet to cancel: whoever reads them can take it off; keep them as "
     "the images are kept",
   }
+
+
+def reconcile(paths: Sequence[pathlib.Path]) -> None:
+  """Makes the books of processes that each keep their own alike, before they go on: of each site the largest epsilon.
+
+  A process that was killed may have booked a round that no other has begun. Books hold nothing that is not public.
+  """
+  books = [json.loads(path.read_text()) for path in paths if path.is_file()]
+  if not books:
+    return
+  worst = lambda one: accounting.epsilon(accounting.from_json(json.dumps(one)))
+  ledgers = [max(rows, key=worst) for rows in zip(*(book["ledgers"] for book in books), strict=True)]
+  counts = next((book["class_counts"] for book in books if book["class_counts"] is not None), None)
+  for path in paths:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, {"ledgers": ledgers, "class_counts": counts})
+
+
+def _write(path: pathlib.Path, book: dict[str, Any]) -> None:
+  part = path.with_suffix(".part")
+  part.write_text(json.dumps(book, indent=2) + "\n")
+  part.replace(path)
 
 
 def facts(settings: Train, privacy: Privacy, book: Book) -> dict[str, Any]:

@@ -6,10 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
-from experiments import inputs, learning, report, settings, training
+from experiments import inputs, learning, processes, report, settings, training
 from primia_jax import models, secagg, sites
 from primia_jax.types import ModelState, Params
 
@@ -50,7 +47,8 @@ def open_run(config: settings.Train, run_dir: str) -> pathlib.Path:
   elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(f"{folder} is not empty and holds no run (no config.json); use another --run_dir")
   folder.mkdir(parents=True, exist_ok=True)
-  settings.save(config, saved)
+  if not saved.is_file():
+    settings.save(config, saved)
   return folder
 
 
@@ -61,6 +59,7 @@ def run(
   federated: bool,
   baselines: Sequence[str] = (),
   log: Callable[[dict[str, Any]], None] = lambda row: None,
+  seat: processes.Seat | None = None,
 ) -> dict[str, Any]:
   """Trains all arms, tests them on the same images and writes the report.
 
@@ -70,17 +69,18 @@ def run(
     federated: whether sites train together (then that is the main arm); else the pooled model is.
     baselines: further arms, of "pooled" and "local".
     log: called with each round's line.
+    seat: this process's, where each site has one.
 
   Returns:
     What `metrics.json` holds; empty in all processes but the first.
   """
-  process = jax.process_index() if jax.process_count() > 1 else None
+  process = None if seat is None else seat.number
   images = inputs.site_images(config, process)
   label_names = images.train.dataset.label_names
   model_config = learning.model_config(config, len(label_names))
   model = models.build(model_config)
   everyone = tuple(range(config.num_sites))
-  placement = sites.parse_placement("mesh" if process is not None else config.placement)
+  placement = processes.connect(config, folder, seat) if seat else sites.parse_placement(config.placement)
 
   plan: list[tuple[str, tuple[int, ...], bool]] = [("federated", everyone, True)] if federated else []
   if _POOLED in baselines or not federated:
@@ -108,12 +108,15 @@ def run(
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
     arm_folder.mkdir(exist_ok=True)
     arms[name] = training.train(config, cohort, trainer, model_config, arm_folder, log)
-    probabilities[name] = predict(arms[name].models, images.test)
+    if not process:
+      probabilities[name] = predict(arms[name].models, images.test)
+  if placement.exchange is not None:
+    placement.exchange.close()
+  if process:
+    return {}
   main_arm = plan[0][0]
   main = arms[main_arm]
   facts = {f"{name}: {what}": value for name, arm in arms.items() for what, value in arm.facts.items()}
-  if jax.process_index():
-    return {}
   save_model(folder / "model", main.models)
   about = {"label_names": list(label_names), "model": dataclasses.asdict(model_config)}
   (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -159,12 +162,17 @@ def secure_aggregation_facts(
     "largest magnitude of a sum before overflow": secure.fixed.max_abs,
     "largest quantisation error of a sum": secure.error_bound,
     "bytes that a site sends in a round": int(numbers * secagg.bytes_per_number(secure)),
-    "who learns what": "the server sees sums only; "
-    + ("keys are agreed and shared anew for each sum" if secure.threshold else "pair keys come from a trusted dealer"),
+    "who learns what": "the server sees sums only; " + _whose_keys(config, secure),
     "known to all": (
       f"sizes of the smallest and largest site: {min(images.train.sizes)} and {max(images.train.sizes)} training images"
     ),
   }
+
+
+def _whose_keys(config: settings.Train, secure: secagg.SecureSum) -> str:
+  if config.placement == "processes":
+    return "each site's process agrees on keys with the others anew for each sum, and no other process knows them"
+  return "keys are agreed and shared anew for each sum" if secure.threshold else "pair keys come from a trusted dealer"
 
 
 def save_model(folder: pathlib.Path, trained: list[tuple[Params, ModelState]]) -> None:
@@ -192,30 +200,6 @@ def load_model(
     tree = checkpointer.restore((pathlib.Path(run_dir) / "model").absolute())
   trained = [(m["params"], m["model_state"] or {}) for m in tree["models"]]
   return models.build(config), trained, tuple(about["label_names"]), config
-
-
-def launch_processes(module: str, arguments: Sequence[str], num_processes: int, folder: pathlib.Path) -> None:
-  """Starts one process for each site on this machine and waits for them; the first one's output is shown.
-
-  Raises:
-    RuntimeError: a process failed; the message names its log.
-  """
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{probe.getsockname()[1]}"
-  children = []
-  for i in range(num_processes):
-    command = [sys.executable, "-m", module, *arguments, f"--coordinator={address}", f"--process_id={i}"]
-    output = None if i == 0 else (folder / f"process_{i}.log").open("w")
-    children.append(subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT))
-  while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
-    time.sleep(0.1)
-  for child in children:  # one that failed leaves the others waiting for it for ever
-    child.terminate()
-  failed = [i for i, child in enumerate(children) if child.wait() > 0]
-  if failed:
-    logs = ", ".join(str(folder / f"process_{i}.log") for i in failed if i) or "the output above"
-    raise RuntimeError(f"the processes of sites {failed} failed; see {logs}")
 
 
 def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:

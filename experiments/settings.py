@@ -92,7 +92,8 @@ class Train(Data):
   secagg: str = _("pairwise", "secure: pairwise (masks with all others), bell (with a sparse graph of peers), or none")
   secagg_threshold: int = _(
     0,
-    "secure: how many of a site and its peers must answer to unmask a round; 0 tolerates no loss, -1 takes two thirds",
+    "secure: how many of a site and its peers must answer to unmask a round; 0 tolerates no loss, -1 takes over two "
+    "thirds, as 0 does with placement=processes, where fewer trust the server to follow the protocol",
   )
 
   dp: str = _("none", "differential privacy of each site's: none, example or patient (DP-SGD), or site (its update)")

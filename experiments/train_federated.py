@@ -7,20 +7,19 @@ The run folder holds report.md (federated beside pooled and local training), met
 JSON line a round. Started again with the same --run_dir, a run that was stopped goes on where it was.
 """
 
-import os
 import sys
 
-import jax
 from absl import flags
 
-from experiments import learning, running, settings
+from experiments import learning, processes, running, settings
 
 settings.define_flags(settings.Train)
 flags.DEFINE_string("run_dir", None, "folder of the run; created, or gone on with", required=True)
 flags.DEFINE_list("baselines", ["pooled", "local"], "what to train beside the federated model: pooled, local; or empty")
 flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
-flags.DEFINE_string("coordinator", "", "HOST:PORT of the first process, where each site runs in a process of its own")
-flags.DEFINE_integer("process_id", -1, "the number of this process's site, with --coordinator")
+flags.DEFINE_string("coordinator", "", "processes: HOST:PORT of the first, host to the server; to start a single one")
+flags.DEFINE_integer("process_id", -1, "processes: the number of this process's site, with --coordinator")
+flags.DEFINE_float("stage_timeout", 600.0, "processes: seconds that the others wait for a site, its training included")
 FLAGS = flags.FLAGS
 for _module in ("experiments.settings",):
   flags.adopt_module_key_flags(sys.modules[_module])
@@ -38,21 +37,19 @@ def main() -> None:
   if in_processes:
     if "baselines" in FLAGS and FLAGS["baselines"].present and baselines:
       raise ValueError("placement=processes: no process may read all sites' images, so there are no baselines")
-    if config.algorithm == "fedbn" or 0 < config.sites_per_round < config.num_sites:
-      raise ValueError("placement=processes works with all sites in every round, and not with fedbn")
     baselines = []
   if in_processes and not FLAGS.coordinator:
     folder = running.open_run(config, FLAGS.run_dir)
-    running.launch_processes("experiments.train_federated", sys.argv[1:], config.num_sites, folder)
+    processes.launch("experiments.train_federated", sys.argv[1:], config.num_sites, folder)
     return
+  seat = None
   if in_processes:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu" if not FLAGS.coordinator else "")
-    jax.distributed.initialize(FLAGS.coordinator, config.num_sites, FLAGS.process_id)
+    seat = processes.Seat(FLAGS.process_id, FLAGS.coordinator, FLAGS.stage_timeout)
   else:
     running.prepare_devices(config.placement)
   folder = running.open_run(config, FLAGS.run_dir)
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
-  result = running.run(config, folder, federated=True, baselines=baselines, log=log)
+  result = running.run(config, folder, federated=True, baselines=baselines, log=log, seat=seat)
   if result:
     running.print_summary(result, folder)
 

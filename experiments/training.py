@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tqdm
-from jax.experimental import multihost_utils
 
-from experiments import inputs, learning, private
+from experiments import inputs, learning, private, processes
 from experiments.settings import Train
 from primia_jax import federated, local, metrics, models, prng, secagg, sites
 from primia_jax.data.augment import inverse_frequency
@@ -194,12 +193,13 @@ def train(
   algorithm, placement = trainer.algorithm, trainer.placement
   key = jax.random.key(settings.seed)
   dealer_key = np.asarray(prng.random_key())  # fresh at every start, so that no mask is ever used twice
-  if jax.process_count() > 1:
-    dealer_key = multihost_utils.broadcast_one_to_all(dealer_key)
+  exchange, is_first = placement.exchange, placement.index == 0
+  own_folder = processes.home(folder, placement.index)
+  own_folder.mkdir(exist_ok=True)
   privacy, book = trainer.privacy, None
   repeatable = privacy is not None and settings.dp_seed >= 0
   if privacy is not None:
-    book = private.Book(privacy, len(everyone), folder / "ledger.json", writes=jax.process_index() == 0)
+    book = private.Book(privacy, len(everyone), own_folder / private.LEDGER)
   train_data = _loader(cohort.train, trainer.max_examples, cohort.mine, placement, settings, trainer, True)
   validation_data = _loader(cohort.validation, trainer.max_validated, cohort.mine, placement, settings, trainer)
   class_weights = None
@@ -218,13 +218,10 @@ def train(
   state = trainer.rounds.init(params, model_state, len(everyone))
   minus_one, zero = sites.replicate((jnp.float32(-2), jnp.int32(0)), placement)
   best = Best(state.params, state.model_state, state.server, state.sites, minus_one, zero)
-  checkpoints = _checkpoints(folder)
-  if (last := checkpoints.latest_step()) is not None:
-    saved = checkpoints.restore(last, args=ocp.args.StandardRestore(_saved(state, best)))
-    state, best = federated.State(**saved["state"]), Best(**saved["best"])
-  rows = _read_rows(folder / "rounds.jsonl", int(state.round))
+  checkpoints = _Checkpoints(folder, placement)
+  state, best = checkpoints.restore(state, best)
+  rows = _read_rows(folder / "rounds.jsonl", int(state.round)) if is_first else []
 
-  is_first = jax.process_index() == 0
   bar = tqdm.tqdm(
     range(int(state.round), settings.rounds),
     desc=cohort.name + (" (NOT PRIVATE)" if repeatable else ""), unit="round",
@@ -264,7 +261,7 @@ def train(
       "train_accuracy": float(info.accuracy) if privacy is None else None,
       "update_norm": float(info.update_norm),
       "learning_rate": float(trainer.schedule(jnp.float32(round_index))),
-      **({} if lost is None else {"survivors": int(info.survivors)}),
+      **({} if lost is None and exchange is None else {"survivors": int(info.survivors)}),
       **({} if book is None else {"epsilon": book.epsilon}),
       **({"NOT PRIVATE": "dp_seed"} if repeatable else {}),
       **trainer.validate(key, state, everyone, dealer_key, validation_data),
@@ -278,7 +275,7 @@ def train(
       with (folder / "rounds.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
       log(row)
-    checkpoints.save(round_index + 1, args=ocp.args.StandardSave(_saved(state, best)))
+    checkpoints.save(round_index + 1, state, best)
     shown = f"  loss {row['train_loss']:.3f}" if book is None else f"  epsilon {book.epsilon:.2f}"
     bar.set_postfix_str(f"{shown}  MCC {row['val_mcc']:.3f}")
   checkpoints.close()
@@ -290,7 +287,13 @@ def train(
   kept = [jax.tree.map(lambda a, i=i: a[i], best.sites) for i in everyone] if personal else []
   shared = serve(None) if settings.dp_average else (best.params, best.model_state)  # the average needs nothing kept
   trained = [serve(k) for k in kept] or [shared]
-  facts = {"best round": int(best.round), "validation MCC": float(best.mcc), "rounds trained": int(state.round)}
+  facts: dict[str, Any] = {
+    "best round": int(best.round),
+    "validation MCC": float(best.mcc),
+    "rounds trained": int(state.round),
+  }
+  if exchange is not None:
+    facts["sites lost"] = [i for i in everyone.tolist() if i not in exchange.sites] or "none"
   said = private.facts(settings, privacy, book) if privacy is not None and book is not None else None
   return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
 
@@ -406,13 +409,56 @@ def _validation(
   return validate
 
 
-def _saved(state: federated.State, best: Best) -> dict[str, Any]:
-  return {"state": state._asdict(), "best": best._asdict()}
+class _Checkpoints:
+  """What a run goes on from. Where each site has a process, the first saves what all know, each what its site keeps.
+
+  Processes that are started again all begin with the first one's last round, and a site that has not saved that round
+  (it was lost, or is new) with the newest before it that it has.
+  """
+
+  def __init__(self, folder: pathlib.Path, placement: sites.Placement):
+    self._apart, self._writes = placement.exchange is not None, placement.index == 0
+    self._all = _manager(folder / "checkpoints", 1, read_only=not self._writes)
+    # Two, since the first process may have been stopped before it saved the round that this one has.
+    self._own = _manager(folder / f"site_{placement.index}" / "checkpoints", 2) if self._apart else None
+
+  def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best]:
+    """The last state saved; the given one where there is none."""
+    if (last := self._all.latest_step()) is None:
+      return state, best
+    saved = self._all.restore(last, args=ocp.args.StandardRestore(self._split(state, best)[0]))
+    kept = {"sites": (state.sites, best.sites)}
+    if self._own is not None:
+      has = [step for step in self._own.all_steps() if step <= last]
+      if has and jax.tree.leaves(kept):
+        kept = self._own.restore(max(has), args=ocp.args.StandardRestore(kept))
+      saved["state"]["sites"], saved["best"]["sites"] = kept["sites"]
+    return federated.State(**saved["state"]), Best(**saved["best"])
+
+  def save(self, step: int, state: federated.State, best: Best) -> None:
+    shared, kept = self._split(state, best)
+    if self._own is not None and jax.tree.leaves(kept):
+      self._own.save(step, args=ocp.args.StandardSave(kept), force=True)
+    if self._writes:
+      self._all.save(step, args=ocp.args.StandardSave(shared))
+
+  def close(self) -> None:
+    self._all.close()
+    if self._own is not None:
+      self._own.close()
+
+  def _split(self, state: federated.State, best: Best) -> tuple[dict[str, Any], dict[str, Any]]:
+    shared = {"state": state._asdict(), "best": best._asdict()}
+    if not self._apart:
+      return shared, {}
+    return shared, {"sites": (shared["state"].pop("sites"), shared["best"].pop("sites"))}
 
 
-def _checkpoints(folder: pathlib.Path) -> ocp.CheckpointManager:
-  options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True, enable_async_checkpointing=False)
-  return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+def _manager(folder: pathlib.Path, max_to_keep: int, read_only: bool = False) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=max_to_keep, create=not read_only, read_only=read_only, enable_async_checkpointing=False
+  )
+  return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def _read_rows(path: pathlib.Path, finished: int) -> list[dict[str, Any]]:
@@ -420,6 +466,5 @@ def _read_rows(path: pathlib.Path, finished: int) -> list[dict[str, Any]]:
   if not path.is_file():
     return []
   rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["round"] <= finished]
-  if jax.process_index() == 0:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return rows

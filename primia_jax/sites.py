@@ -40,6 +40,9 @@ class Exchange(Protocol):
   def finish(self, begun: Any, elements: PyTree) -> PyTree:
     """Gives this process's ring elements to the sum that it has begun, and returns the sum."""
 
+  def close(self) -> None:
+    """Leaves the others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:

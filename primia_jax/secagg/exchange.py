@@ -124,6 +124,8 @@ class Exchange:
     vector = rounds.reduce(np.concatenate([np.asarray(a).reshape(-1) for a in leaves]), site.setup)
     finish = lambda: transport.finish(self._connection, site, [vector], self._pinned.server)
     joined = self._saying(finish, site.round, pending)
+    if pending:
+      pending.result()  # until all survivors have been told the sum
     self.sites = joined.lists.survivors
     (total,) = joined.total
     parts = np.split(total, np.cumsum([a.size for a in leaves])[:-1])
@@ -170,7 +172,7 @@ def agree(
 
 def publish(folder: pathlib.Path, name: int | str, identity: keys.Identity) -> None:
   """Writes the public half of an identity where the others look for it."""
-  path = _path(folder, name)
+  path = folder / file_name(name)
   part = path.with_suffix(".part")
   part.write_bytes(identity.public)
   part.replace(path)
@@ -184,15 +186,16 @@ def pin(folder: pathlib.Path, own: keys.Identity, num_sites: int, timeout: float
     ValueError: one is no public key.
   """
   end, names = time.monotonic() + timeout, [*range(num_sites), SERVER]
-  while missing := [name for name in names if not _path(folder, name).is_file()]:
+  while missing := [name for name in names if not (folder / file_name(name)).is_file()]:
     if time.monotonic() > end:
       raise Lost(f"no identity of {missing} in {folder} after {timeout:g} seconds; have their processes started?")
     time.sleep(0.02)
-  public = {name: _path(folder, name).read_bytes() for name in names}
+  public = {name: (folder / file_name(name)).read_bytes() for name in names}
   if wrong := [name for name, key in public.items() if len(key) != keys.KEY_BYTES]:
     raise ValueError(f"the identities of {wrong} in {folder} are no public keys of {keys.KEY_BYTES} bytes")
   return Pinned(own, {i: public[i] for i in range(num_sites)}, public[SERVER])
 
 
-def _path(folder: pathlib.Path, name: int | str) -> pathlib.Path:
-  return folder / (f"{name}.pub" if name == SERVER else f"site_{name}.pub")
+def file_name(name: int | str) -> str:
+  """Of an identity, a site's or the server's."""
+  return f"{name}.pub" if name == SERVER else f"site_{name}.pub"

@@ -112,8 +112,15 @@ class Host:
     return asyncio.run_coroutine_threadsafe(one(), self._loop)
 
   def close(self) -> None:
-    """Closes the listener and all connections."""
-    self._loop.call_soon_threadsafe(self._hub.close)
+    """Closes the listener and all connections, when what has been sent is on its way."""
+
+    async def end() -> None:
+      writers = [*self._hub.open]
+      self._hub.close()
+      await asyncio.gather(*[writer.wait_closed() for writer in writers], return_exceptions=True)
+
+    asyncio.run_coroutine_threadsafe(end(), self._loop).result(self._timeout)
+    self._loop.call_soon_threadsafe(self._loop.stop)
 
 
 def join(

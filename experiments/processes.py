@@ -1,0 +1,141 @@
+"""A federated run with one operating-system process a site: who starts them, and how each joins the others.
+
+Each process reads its own site's images only and holds its own keys and secrets; what crosses between them is the
+protocol of `primia_jax.secagg`. The process of site 0 is also host to the server, which learns sums only. The run
+folder is where they find each other: its `identities` hold public keys, which are pinned on first use, so that whoever
+can write there while a run starts could stand in for a site that has not come yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from experiments import private
+from experiments.settings import Train
+from primia_jax import sites
+from primia_jax.secagg import exchange, keys, transport
+
+_IDENTITIES = "identities"
+_PATIENCE = 60.0  # seconds for the others to end when the first process has
+
+
+class Seat(NamedTuple):
+  """A process's place in a run.
+
+  Attributes:
+    number: of its site.
+    address: HOST:PORT of the server.
+    timeout: seconds that the others wait for a site in each stage of a sum, its training included.
+  """
+
+  number: int
+  address: str
+  timeout: float
+
+
+def connect(config: Train, folder: pathlib.Path, seat: Seat) -> sites.Placement:
+  """Makes this process's identity, pins the others' and joins them.
+
+  Raises:
+    Lost: the others do not come.
+    ValueError: the address is none.
+  """
+  host, _, port = seat.address.rpartition(":")
+  if not host or not port.isdigit() or not 0 <= seat.number < config.num_sites:
+    raise ValueError(
+      f"coordinator={seat.address!r} with process_id={seat.number}: write HOST:PORT, and a site's number below "
+      f"{config.num_sites}"
+    )
+  address, known, server = (host, int(port)), folder / _IDENTITIES, None
+  known.mkdir(exist_ok=True)
+  if seat.number == 0:
+    identity = keys.identity()
+    server = transport.Host(transport.listen(*address), config.num_sites, seat.timeout, identity)
+    exchange.publish(known, exchange.SERVER, identity)
+  own = keys.identity()
+  exchange.publish(known, seat.number, own)
+  pinned = exchange.pin(known, own, config.num_sites, seat.timeout)
+  run = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
+  joined = exchange.Exchange(address, seat.number, pinned, run, seat.timeout, server)
+  return sites.Placement("apart", index=seat.number, exchange=joined)
+
+
+def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathlib.Path) -> None:
+  """Starts the processes on this machine and waits for them; the first one's output is shown.
+
+  A site whose process ends is lost to the run, which goes on while enough are left.
+
+  Raises:
+    RuntimeError: the first process failed, or another before it could take part; the message names the log.
+  """
+  children = start(module, arguments, num_sites, folder)
+  try:
+    lost = watch(children, folder)
+  finally:
+    for child in children:
+      child.kill()
+      child.wait()
+  if lost:
+    print(
+      f"warning: sites {lost} were lost, and are not in what was trained after that; see {_logs(folder, lost)}. A run "
+      "that is started again takes them back",
+      file=sys.stderr,
+    )
+
+
+def start(module: str, arguments: Sequence[str], num_sites: int, folder: pathlib.Path) -> list[subprocess.Popen]:
+  """Starts one process for each site, in a run folder that no older identities are left in."""
+  shutil.rmtree(folder / _IDENTITIES, ignore_errors=True)
+  (folder / _IDENTITIES).mkdir()
+  private.reconcile([home(folder / "federated", i) / private.LEDGER for i in range(num_sites)])
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+  children = []
+  for i in range(num_sites):
+    command = [sys.executable, "-m", module, *arguments, f"--coordinator={address}", f"--process_id={i}"]
+    output = (folder / f"process_{i}.log").open("w") if i else None
+    children.append(subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT))
+  return children
+
+
+def watch(children: Sequence[subprocess.Popen], folder: pathlib.Path) -> list[int]:
+  """Waits for the end of a run; returns the sites that were lost; raises as `launch`."""
+  lost: list[int] = []
+  while children[0].poll() is None:
+    for i, child in enumerate(children):
+      if i in lost or not child.poll():
+        continue
+      if not (folder / _IDENTITIES / exchange.file_name(i)).is_file():
+        raise RuntimeError(f"the process of site {i} ended before it could take part; see {_logs(folder, [i])}")
+      lost.append(i)
+      print(f"\nsite {i}'s process has ended, code {child.returncode}; see {_logs(folder, [i])}", file=sys.stderr)
+    time.sleep(0.1)
+  end = time.monotonic() + _PATIENCE
+  while any(child.poll() is None for child in children) and time.monotonic() < end:
+    time.sleep(0.1)
+  if children[0].returncode:
+    others = _logs(folder, range(1, len(children)))
+    raise RuntimeError(
+      f"the process of site 0, which is host to the server, failed: see above, and {others}. Start again with the same "
+      "--run_dir to go on from the last round that was saved"
+    )
+  return [i for i, child in enumerate(children) if child.poll() != 0]
+
+
+def home(folder: pathlib.Path, number: int) -> pathlib.Path:
+  """Where in an arm's folder a site's process keeps its own: the first in the folder itself, which the report reads."""
+  return folder / f"site_{number}" if number else folder
+
+
+def _logs(folder: pathlib.Path, numbers: Sequence[int]) -> str:
+  return ", ".join(str(folder / f"process_{i}.log") for i in numbers)
