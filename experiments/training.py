@@ -218,7 +218,7 @@ def train(
   state = trainer.rounds.init(params, model_state, len(everyone))
   minus_one, zero = sites.replicate((jnp.float32(-2), jnp.int32(0)), placement)
   best = Best(state.params, state.model_state, state.server, state.sites, minus_one, zero)
-  checkpoints = _Checkpoints(folder, placement)
+  checkpoints = _Checkpoints(folder, placement, keeps=bool(jax.tree.leaves(state.sites)))
   state, best = checkpoints.restore(state, best)
   rows = _read_rows(folder / "rounds.jsonl", int(state.round)) if is_first else []
 
@@ -287,11 +287,8 @@ def train(
   kept = [jax.tree.map(lambda a, i=i: a[i], best.sites) for i in everyone] if personal else []
   shared = serve(None) if settings.dp_average else (best.params, best.model_state)  # the average needs nothing kept
   trained = [serve(k) for k in kept] or [shared]
-  facts: dict[str, Any] = {
-    "best round": int(best.round),
-    "validation MCC": float(best.mcc),
-    "rounds trained": int(state.round),
-  }
+  facts: dict[str, Any] = {"best round": int(best.round), "validation MCC": float(best.mcc)}
+  facts["rounds trained"] = int(state.round)
   if exchange is not None:
     facts["sites lost"] = [i for i in everyone.tolist() if i not in exchange.sites] or "none"
   said = private.facts(settings, privacy, book) if privacy is not None and book is not None else None
@@ -416,42 +413,49 @@ class _Checkpoints:
   (it was lost, or is new) with the newest before it that it has.
   """
 
-  def __init__(self, folder: pathlib.Path, placement: sites.Placement):
+  def __init__(self, folder: pathlib.Path, placement: sites.Placement, keeps: bool):
     self._apart, self._writes = placement.exchange is not None, placement.index == 0
     self._all = _manager(folder / "checkpoints", 1, read_only=not self._writes)
+    own = folder / f"site_{placement.index}" / "checkpoints"
     # Two, since the first process may have been stopped before it saved the round that this one has.
-    self._own = _manager(folder / f"site_{placement.index}" / "checkpoints", 2) if self._apart else None
+    self._own = _manager(own, 2) if self._apart and keeps else None
 
   def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best]:
     """The last state saved; the given one where there is none."""
     if (last := self._all.latest_step()) is None:
       return state, best
     saved = self._all.restore(last, args=ocp.args.StandardRestore(self._split(state, best)[0]))
-    kept = {"sites": (state.sites, best.sites)}
-    if self._own is not None:
-      has = [step for step in self._own.all_steps() if step <= last]
-      if has and jax.tree.leaves(kept):
-        kept = self._own.restore(max(has), args=ocp.args.StandardRestore(kept))
-      saved["state"]["sites"], saved["best"]["sites"] = kept["sites"]
+    if self._apart:
+      kept = self._restore_own(last, {"state": state.sites, "best": best.sites})
+      saved["state"]["sites"], saved["best"]["sites"] = kept["state"], kept["best"]
     return federated.State(**saved["state"]), Best(**saved["best"])
+
+  def _restore_own(self, last: int, kept: dict[str, PyTree]) -> dict[str, PyTree]:
+    if not self._own:
+      return kept
+    for step in self._own.all_steps():
+      if step > last:  # to be done again
+        self._own.delete(step)
+    newest = self._own.latest_step()
+    return kept if newest is None else self._own.restore(newest, args=ocp.args.StandardRestore(kept))
 
   def save(self, step: int, state: federated.State, best: Best) -> None:
     shared, kept = self._split(state, best)
-    if self._own is not None and jax.tree.leaves(kept):
-      self._own.save(step, args=ocp.args.StandardSave(kept), force=True)
+    if self._own:
+      self._own.save(step, args=ocp.args.StandardSave(kept))
     if self._writes:
       self._all.save(step, args=ocp.args.StandardSave(shared))
 
   def close(self) -> None:
     self._all.close()
-    if self._own is not None:
+    if self._own:
       self._own.close()
 
   def _split(self, state: federated.State, best: Best) -> tuple[dict[str, Any], dict[str, Any]]:
     shared = {"state": state._asdict(), "best": best._asdict()}
     if not self._apart:
       return shared, {}
-    return shared, {"sites": (shared["state"].pop("sites"), shared["best"].pop("sites"))}
+    return shared, {name: part.pop("sites") for name, part in shared.items()}
 
 
 def _manager(folder: pathlib.Path, max_to_keep: int, read_only: bool = False) -> ocp.CheckpointManager:
