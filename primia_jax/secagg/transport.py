@@ -96,7 +96,8 @@ class Host:
     """Arguments as `serve`; num_sites is the most that ever take part."""
     self._timeout, self._identity, self._hub = timeout, identity, _Hub(num_sites)
     self._loop = asyncio.new_event_loop()
-    threading.Thread(target=self._loop.run_forever, daemon=True).start()
+    self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+    self._thread.start()
     asyncio.run_coroutine_threadsafe(self._hub.listen(listener), self._loop).result()
 
   def serve(self, setup: rounds.Setup, round: int) -> Pending:
@@ -112,7 +113,9 @@ class Host:
     return asyncio.run_coroutine_threadsafe(one(), self._loop)
 
   def close(self) -> None:
-    """Closes the listener and all connections, when what has been sent is on its way."""
+    """Closes the listener and all connections, when what has been sent is on its way; a second time does nothing."""
+    if not self._thread.is_alive():
+      return
 
     async def end() -> None:
       writers = [*self._hub.open]
@@ -121,6 +124,7 @@ class Host:
 
     asyncio.run_coroutine_threadsafe(end(), self._loop).result(self._timeout)
     self._loop.call_soon_threadsafe(self._loop.stop)
+    self._thread.join(self._timeout)
 
 
 def join(
