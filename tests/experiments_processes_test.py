@@ -4,13 +4,16 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import inputs, learning, processes, running, settings, training
+from experiments import inputs, learning, private, processes, running, settings, training
 from primia_jax import models, sites
+from primia_jax.privacy import accounting
 
 TINY = settings.Train(
   phantom_images=36, image_size=16, model="mlp", rounds=2, batch_size=4, augment="none", optimizer="momentum",
@@ -41,11 +44,16 @@ def simulated(config, folder):
   return training.train(config, cohort, trainer, model_config, folder)
 
 
+def arguments(folder, *more, num_sites=3):
+  return [*FLAGS, f"--run_dir={folder}", f"--num_sites={num_sites}", *(f"--{name}={value}" for name, value in more)]
+
+
 def start(folder, *more, num_sites=3):
   config = dataclasses.replace(TINY, **dict(more), num_sites=num_sites)
-  flags = [*FLAGS, f"--run_dir={folder}", f"--num_sites={num_sites}", *(f"--{name}={value}" for name, value in more)]
   running.open_run(config, str(folder))
-  return processes.start("experiments.train_federated", flags, num_sites, folder)
+  return processes.start(
+    "experiments.train_federated", arguments(folder, *more, num_sites=num_sites), num_sites, folder
+  )
 
 
 def rows(folder):
@@ -67,3 +75,54 @@ def test_a_process_a_site_trains_the_model_that_one_process_trains(tmp_path, pat
     assert row["val_mcc"] == pytest.approx(wanted["val_mcc"])
     assert row["val_loss"] == pytest.approx(wanted["val_loss"], abs=1e-4)
   assert "no other process knows them" in (folder / "report.md").read_text()
+
+
+def wait_for(condition, seconds=120):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_a_lost_site_and_takes_part_again_when_all_start_anew(tmp_path, path, capfd):
+  folder = tmp_path / "run"
+  more = {"rounds": 30, "dp": "example", "noise_multiplier": 1.0, "dp_count_noise": 5.0, "secagg_threshold": 3}.items()
+  children = start(folder, *more, num_sites=4)
+  try:
+    wait_for(lambda: len(rows(folder)) >= 2)
+    children[3].send_signal(signal.SIGKILL)
+    before = len(rows(folder))
+    wait_for(lambda: rows(folder)[-1]["survivors"] == 3)
+    children[0].send_signal(signal.SIGKILL)  # the host: the run ends, and can be started again
+    with pytest.raises(RuntimeError, match="site 0, which is host to the server, failed"):
+      processes.watch(children, folder)
+  finally:
+    for child in children:
+      child.kill()
+      child.wait()
+  assert "site 3's process has ended, code -9" in capfd.readouterr().err
+  got = rows(folder)
+  assert {row["survivors"] for row in got[: before - 1]} == {4}
+  assert 3 <= len(got) < 30
+  processes.launch("experiments.train_federated", arguments(folder, *more, num_sites=4), 4, folder)
+  after = rows(folder)
+  assert after[: len(got) - 1] == got[:-1]  # the last may not have been saved yet
+  assert [row["round"] for row in after] == list(range(1, 31))
+  assert {row["survivors"] for row in after[len(got) :]} == {4}
+  assert "sites lost" in (folder / "report.md").read_text()
+
+
+def test_books_of_several_processes_are_made_alike_with_the_largest_epsilon_of_each_site(tmp_path):
+  privacy = private.Privacy("example", accounting.gaussian("gradients", 1.0, 0.1), 2, None, 1e-3, np.inf, 100)
+  paths = [tmp_path / f"{i}" / private.LEDGER for i in range(3)]
+  for times, path in zip(((3, 1), (2, 2)), paths, strict=False):
+    path.parent.mkdir()
+    book = private.Book(privacy, 2, path)
+    for site, count in enumerate(times):
+      book.spend(privacy.release, [site], count)
+  private.reconcile(paths)
+  books = [private.Book(privacy, 2, path) for path in paths]
+  assert books[0].ledgers == books[1].ledgers == books[2].ledgers
+  expected = [accounting.spend(accounting.Ledger("example", 1e-3), privacy.release, n) for n in (3, 2)]
+  assert [accounting.epsilon(one) for one in books[0].ledgers] == [accounting.epsilon(one) for one in expected]
