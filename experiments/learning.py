@@ -283,9 +283,9 @@ def work(settings: Train, sizes: tuple[int, ...]) -> local.Work:
 def algorithm(settings: Train, recipe: local.Recipe, privacy: private.Privacy | None = None) -> federated.Algorithm:
   """The federated algorithm that the settings name, and what bounds and averages its updates."""
   out = _algorithm(settings, recipe)
-  if privacy is not None and privacy.unit == "site":
+  if privacy is not None and privacy.clip is not None:
     noise = 0.0 if privacy.noise else privacy.release.noise_multiplier
-    out = site_privacy.bounded(out, settings.l2_clip_norm, noise)
+    out = site_privacy.bounded(out, privacy.clip, noise)
   return algorithms.averaged(out, settings.dp_average) if settings.dp_average else out
 
 
@@ -399,7 +399,7 @@ def private_aggregator(
   """How updates are combined: `aggregator`, or with noise that the sites make together."""
   if privacy is None or privacy.noise is None:
     return aggregator(settings, num_sites)
-  return site_privacy.noised(privacy.noise, secure_sum(settings, num_sites), params, model_state)
+  return site_privacy.noised(privacy.noise, secure_sum(settings, num_sites), params, model_state, privacy.clip)
 
 
 def dropouts(settings: Train, round_index: int, num_sites: int) -> secagg.Dropouts | None:

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.settings import Train
-from primia_jax import prng
-from primia_jax.privacy import accounting, correlated, distributed
+from primia_jax import prng, site_privacy
+from primia_jax.privacy import accounting, adaptive, correlated, distributed
 from primia_jax.privacy.accounting import Ledger, Release
+from primia_jax.privacy.adaptive import Clip
 from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.privacy.mechanism import Mechanism, capacity, overflow_probability
 from primia_jax.privacy.training import participation
@@ -30,6 +31,7 @@ _CORRELATED = ("banded", "tree")
 _OF_STEPS = ("site", *_CORRELATED)
 _KINDS = {"none": ("site",), "example": _OF_STEPS, "patient": _OF_STEPS, "site": ("site", "distributed")}
 _MAX_BANDS = 16  # more take memory and hardly any error
+_RELEASED = ("updates", "updates, and whether they were within the clip")
 
 
 class Privacy(NamedTuple):
@@ -45,6 +47,7 @@ class Privacy(NamedTuple):
     num_units: of the largest site, or sites.
     mechanism: of a training step; None for sites as units, and with `correlated`.
     noise: of a sum, where sites make it together; else None.
+    clip: of sites' updates; None for other units.
     correlated: the noise of all steps of a run, where batches come in a fixed order; else None.
   """
 
@@ -58,6 +61,7 @@ class Privacy(NamedTuple):
   mechanism: Mechanism | None = None
   noise: DistributedNoise | None = None
   correlated: correlated.Config | None = None
+  clip: Clip | None = None
 
 
 def check(settings: Train, federated: bool = True) -> None:
@@ -73,6 +77,7 @@ def check(settings: Train, federated: bool = True) -> None:
     raise ValueError(f"dp_bands={s.dp_bands} belongs to dp_noise=banded, not {s.dp_noise}; use dp_bands=0")
   if s.dp_bands < 0:
     raise ValueError(f"dp_bands={s.dp_bands} must not be negative; 0 takes what batches allow")
+  _check_clip(s)
   if s.dp == "none":
     if s.dp_noise in _CORRELATED:
       raise ValueError(f"dp_noise={s.dp_noise} belongs to differential privacy; set dp=example or patient")
@@ -112,6 +117,28 @@ def check(settings: Train, federated: bool = True) -> None:
     )
   if s.sync_batches:
     raise ValueError("dp counts rounds in sync_epochs, of as many steps at every site; use sync_batches=0")
+
+
+def _check_clip(s: Train) -> None:
+  """Refuses a clip that moves where nothing would move it."""
+  if s.dp != "site" and s.dp_clip_quantile:
+    raise ValueError(
+      f"dp_clip_quantile={s.dp_clip_quantile} moves the clip of whole sites' updates, which dp={s.dp} does not clip; "
+      "use dp_clip_quantile=0, or dp=site"
+    )
+  if not 0 <= s.dp_clip_quantile < 1:
+    raise ValueError(f"dp_clip_quantile={s.dp_clip_quantile} must lie between 0 and 1, e.g. 0.5; 0 fixes the clip")
+  if not s.dp_clip_quantile and s.dp_clip_rate != Train.dp_clip_rate:
+    raise ValueError(
+      f"dp_clip_rate={s.dp_clip_rate} belongs to a clip that moves; leave it out, or set dp=site and dp_clip_quantile"
+    )
+  if not 0 < s.dp_clip_rate < math.inf:
+    raise ValueError(f"dp_clip_rate={s.dp_clip_rate} must be positive and finite, e.g. {Train.dp_clip_rate}")
+  if s.dp_clip_quantile and s.aggregation not in ("secure", "clear"):
+    raise ValueError(
+      f"aggregation={s.aggregation} does not give the share of sites within the clip, which moves it; use secure or "
+      "clear, or dp_clip_quantile=0"
+    )
 
 
 def make(
@@ -196,23 +223,48 @@ def _of_sites(s: Train, num_sites: int, num_parameters: int, threshold: int | No
   accounting.ledger("site", delta, s.num_sites)
   if s.dp_noise == "site":
     sigma = s.noise_multiplier or accounting.calibrate(s.target_epsilon, delta, 1.0, s.rounds)
-    return Privacy("site", accounting.gaussian("updates", sigma), 1, None, delta, target, s.num_sites)
+    release = accounting.gaussian(_RELEASED[s.dp_clip_quantile > 0], sigma)
+    return Privacy("site", release, 1, None, delta, target, s.num_sites, clip=_clip(s, sigma))
   noise = DistributedNoise(
-    dim=num_parameters, num_sites=num_sites, min_survivors=threshold or num_sites, l2_clip_norm=s.l2_clip_norm,
-    noise_multiplier=s.noise_multiplier or 1.0, num_bits=s.secagg_bits,
+    dim=num_parameters, num_sites=num_sites, min_survivors=threshold or num_sites,
+    l2_clip_norm=1.0 if s.dp_clip_quantile else s.l2_clip_norm, noise_multiplier=s.noise_multiplier or 1.0,
+    num_bits=s.secagg_bits,
   )  # fmt: skip
-  if not s.noise_multiplier:
-    noise = distributed.calibrate(noise, s.target_epsilon, delta, s.rounds)
+  z, split = s.noise_multiplier, lambda z: _split(s, noise, z)
+  if not z:
+    z = distributed.calibrate(noise, s.target_epsilon, delta, s.rounds).noise_multiplier
     start = accounting.ledger("site", delta, s.num_sites)
     # The ledger knows whole orders only, and so claims a little more than `distributed.epsilon`.
-    while accounting.epsilon(accounting.spend(start, _of_sum(noise), s.rounds)) > s.target_epsilon:
-      noise = dataclasses.replace(noise, noise_multiplier=noise.noise_multiplier * 1.001)
-  return Privacy("site", _of_sum(noise), 1, None, delta, target, s.num_sites, noise=noise)
+    while accounting.epsilon(accounting.spend(start, _of_sum(*split(z)), s.rounds)) > s.target_epsilon:
+      z *= 1.001
+  noise, clip = split(z)
+  return Privacy("site", _of_sum(noise, clip), 1, None, delta, target, s.num_sites, noise=noise, clip=clip)
 
 
-def _of_sum(noise: DistributedNoise) -> Release:
-  _, curve = distributed.rdp(noise, accounting.ORDERS)
-  return accounting.renyi("updates", curve, noise.sampler_error)
+def _clip(s: Train, noise_multiplier: float, num_sites: int = 0) -> Clip:
+  """The clip of updates; its bits' noise is that of `num_sites` together, or of a site alone where none are given.
+
+  Of one noise multiplier z for both, bits get 2 z or more, so that updates get 1.16 z at most; many sites together get
+  num_sites / 20 (Andrew et al. 2021), which costs next to nothing.
+  """
+  if not s.dp_clip_quantile:
+    return Clip(s.l2_clip_norm)
+  return Clip(s.l2_clip_norm, s.dp_clip_quantile, s.dp_clip_rate, max(noise_multiplier, num_sites / 20))
+
+
+def _split(s: Train, noise: DistributedNoise, noise_multiplier: float) -> tuple[DistributedNoise, Clip]:
+  """One noise multiplier, between updates and the bits that move their clip."""
+  clip = _clip(s, noise_multiplier, noise.num_sites)
+  left = adaptive.update_noise_multiplier(noise_multiplier, clip)
+  return dataclasses.replace(noise, noise_multiplier=left), clip
+
+
+def _of_sum(noise: DistributedNoise, clip: Clip) -> Release:
+  """What a round opens: the sum of updates and, where the clip moves, that of bits, whose divergences add up."""
+  moves = clip.target_quantile is not None
+  noises = (noise, site_privacy.bit_noise(noise, clip)) if moves else (noise,)
+  curve = np.sum([distributed.rdp(n, accounting.ORDERS)[1] for n in noises], axis=0)
+  return accounting.renyi(_RELEASED[moves], curve, math.fsum(n.sampler_error for n in noises))
 
 
 def secrets(settings: Train, site_ids: np.ndarray) -> np.ndarray:
@@ -329,6 +381,26 @@ def _write(path: pathlib.Path, book: dict[str, Any]) -> None:
   part.replace(path)
 
 
+def _clipped(privacy: Privacy) -> str:
+  assert privacy.clip is not None  # there is one for sites
+  moves = privacy.clip.target_quantile is not None
+  return f"clipped to {'a norm that moves' if moves else f'norm {privacy.clip.l2_clip_norm:g}'}"
+
+
+def _facts_of_clip(privacy: Privacy) -> dict[str, Any]:
+  """Where the clip moves: how, and what of the noise its bits take."""
+  c = privacy.clip
+  if c is None or c.target_quantile is None:
+    return {}
+  where = "each site's bit" if privacy.noise is None else f"their sum, from at least {privacy.noise.num_honest} sites"
+  return {
+    "clipping norm": f"begins at {c.l2_clip_norm:g} and follows the {c.target_quantile:g} quantile of the norms of "
+    f"updates, rate {c.learning_rate:g} (Andrew et al. 2021); each round's stands in its log as l2_clip_norm",
+    "noise of the clip": f"standard deviation {c.count_stddev:.6g} in {where}: whether an update was within the clip, "
+    "charged together with the updates",
+  }
+
+
 def facts(settings: Train, privacy: Privacy, book: Book) -> dict[str, Any]:
   """What the report says."""
   out: dict[str, Any] = {}
@@ -348,15 +420,17 @@ def facts(settings: Train, privacy: Privacy, book: Book) -> dict[str, Any]:
     out |= _facts_of_run(settings, privacy.correlated)
     protected = _OUTSIDE
   elif privacy.noise is None:
-    out["mechanism"] = f"Gaussian noise added by each site to its update, clipped to norm {settings.l2_clip_norm:g}"
+    out["mechanism"] = f"Gaussian noise added by each site to its update, {_clipped(privacy)}"
+    out |= _facts_of_clip(privacy)
     protected = "everybody outside the site, the server included"
   else:
     n = privacy.noise
     out |= {
       "mechanism": f"distributed {n.kind.replace('_', ' ')}: each site adds a share of the noise before masking, "
-      f"updates clipped to norm {n.l2_clip_norm:g} and rounded in Z_2^{n.num_bits}",
+      f"updates {_clipped(privacy)} and rounded in Z_2^{n.num_bits}",
       "noise in a sum": f"{n.noise_multiplier:.6g} times the clipping norm, from at least {n.num_honest} sites",
       "sensitivity multiplied by rounding": round(n.sensitivity_inflation, 4),
+      **_facts_of_clip(privacy),
     }
     protected = "whoever sees sums and models, while secure aggregation keeps single updates hidden"
   return out | {

@@ -113,9 +113,20 @@ class Train(Data):
   noise_multiplier: float = _(
     0.0,
     "dp: standard deviation of the noise over the clipping norm; with banded and tree, of the one Gaussian mechanism "
-    "that the whole run amounts to; 0 takes target_epsilon's",
+    "that the whole run amounts to; with dp_clip_quantile, of updates and of what moves their clip together; 0 takes "
+    "target_epsilon's",
   )
-  l2_clip_norm: float = _(1.0, "dp: largest L2 norm of what one image, patient or site adds to a sum")
+  l2_clip_norm: float = _(
+    1.0, "dp: largest L2 norm of what one image, patient or site adds to a sum; with dp_clip_quantile, of round 1"
+  )
+  dp_clip_quantile: float = _(
+    0.0,
+    "dp=site: the share of sites whose updates shall be within the clip, which follows it from round to round (Andrew "
+    "et al. 2021), e.g. 0.5; sites then tell, under noise, whether theirs was within; 0 keeps l2_clip_norm",
+  )
+  dp_clip_rate: float = _(
+    0.2, "dp_clip_quantile: how fast the clip moves: a round changes its logarithm by this times the share's error"
+  )
   dp_clipping: str = _("flat", "dp: flat, per_layer, or automatic (every gradient scaled to the norm)")
   dp_augmentations: int = _(1, "dp: augmented copies of an image, whose mean gradient is clipped as one")
   dp_count_noise: float = _(20.0, "dp with class_weights: standard deviation of the noise on each site's class counts")

@@ -16,7 +16,7 @@ import tqdm
 
 from experiments import inputs, learning, private, processes
 from experiments.settings import Train
-from primia_jax import federated, local, metrics, models, prng, secagg, sites
+from primia_jax import federated, local, metrics, models, prng, secagg, site_privacy, sites
 from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.dataset import Dataset
 from primia_jax.privacy import noise
@@ -239,6 +239,7 @@ def train(
         bar.set_postfix_str(f"  stopped: another round would exceed epsilon {privacy.target:g}")
         break
       book.spend_round(ids.tolist())  # before anything is released
+    clip = site_privacy.l2_clip_norm(state.server)
     try:
       state, info = trainer.rounds.step(key, state, ids, train_data, dealer_key, class_weights, lost)
     except secagg.RoundAborted as error:
@@ -263,6 +264,7 @@ def train(
       "learning_rate": float(trainer.schedule(jnp.float32(round_index))),
       **({} if lost is None and exchange is None else {"survivors": int(info.survivors)}),
       **({} if book is None else {"epsilon": book.epsilon}),
+      **({} if clip is None else {"l2_clip_norm": clip}),
       **({"NOT PRIVATE": "dp_seed"} if repeatable else {}),
       **trainer.validate(key, state, everyone, dealer_key, validation_data),
     }

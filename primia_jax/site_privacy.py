@@ -3,74 +3,162 @@
 Two ways to noise a round's sum. `bounded` with a noise multiplier: each site's update is private by itself, whoever
 sees it (local noise: K sites make the sum's variance K times what it need be). `noised`: each site adds a share of
 integer noise before masking, so that only the opened sum is private, with the noise of a trusted server and none to
-trust (`privacy.distributed`).
+trust (`privacy.distributed`). The clip of updates is fixed, or follows a quantile of their norms (`privacy.adaptive`).
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from primia_jax import prng, ring, secagg
 from primia_jax.federated import Aggregator, Algorithm, Global, Site
-from primia_jax.privacy import distributed, noise
-from primia_jax.privacy.adaptive import clip_update
+from primia_jax.privacy import adaptive, distributed, noise
+from primia_jax.privacy.adaptive import Clip, ClipState, clip_update
 from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.types import Array, Metrics, ModelState, Params, PyTree
 
 _UPDATE_NOISE = 0x53495445  # "SITE": no other use of a site's secret derives this subkey
+_OF_BIT = 1  # third word of the bit's noise, beside round and purpose; the update's has none
+_STDDEVS_OF_BIT = 8.0  # a sum of bits that wrapped around would move the clip far; one number costs no room
 _ROTATION = 0  # seed of the public rotations, one for each round; updates cannot depend on what is fixed beforehand
 
 
-def bounded(algorithm: Algorithm, l2_clip_norm: float, noise_multiplier: float = 0.0) -> Algorithm:
+def bounded(algorithm: Algorithm, clip: float | Clip, noise_multiplier: float = 0.0) -> Algorithm:
   """The same algorithm, whose sites send an update of bounded norm and nothing else that depends on their images.
+
+  With a clip that moves, sites send their update divided by the round's clip, and a bit: whether its norm was within.
+  The server multiplies by the clip, which it keeps in its state and moves.
 
   Who learns what: with a noise multiplier z, whoever sees a site's message learns what a Gaussian mechanism of that
   multiplier tells of its update, once a round, under the assumption that `Site.secret` is fresh and known to the site
-  alone. Without, nothing is hidden yet: see `noised`. Training loss and accuracy are never sent.
+  alone. Without, nothing is hidden yet: see `noised`. Training loss and accuracy are never sent. Whatever clip the
+  server sends, what is sent back has a norm of at most 1, and a bit of 1/2 up or down.
 
   Args:
     algorithm: of the FedAvg family, with uniform weighting.
-    l2_clip_norm: the largest norm of an update, all parameters together.
-    noise_multiplier: z; each site adds noise of standard deviation z l2_clip_norm to each number.
+    clip: the largest norm of an update, all parameters together; or how it moves.
+    noise_multiplier: z; each site adds noise of standard deviation z times the clip to each number. Where the clip
+      moves, z is that of update and bit together: the bit's noise has standard deviation `clip.count_stddev` at each
+      site, and the update's `adaptive.update_noise_multiplier`.
 
   Raises:
-    ValueError: for an algorithm that weighs its messages, or sends more than one update.
+    ValueError: for an algorithm that weighs its messages, or sends more than one update; and where the bit alone costs
+      more than z.
   """
   if not algorithm.uniform:
     raise ValueError(f"{algorithm.name} weighs sites by their images, which the sum would tell; use uniform weighting")
+  l2_clip_norm = clip.l2_clip_norm if isinstance(clip, Clip) else clip
   if not 0 < l2_clip_norm < float("inf") or noise_multiplier < 0:
     raise ValueError(
       f"l2_clip_norm={l2_clip_norm} must be positive and noise_multiplier={noise_multiplier} not negative"
     )
+  if isinstance(clip, Clip) and clip.target_quantile is not None:
+    return _moving(algorithm, clip, noise_multiplier)
 
   def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
     message, kept = algorithm.site(server, kept, site)
     update, _ = clip_update(message["update"], l2_clip_norm)
     if noise_multiplier:
-      if site.secret is None:
-        raise ValueError("noise needs a secret at each site: give Site.secret, from prng.random_key()")
-      key = prng.derive(site.secret, _UPDATE_NOISE, server.round.astype(jnp.uint32))
-      noises = noise.gaussian_like(key, 0, update, noise_multiplier * l2_clip_norm)
-      update = jax.tree.map(jnp.add, update, noises)
+      update = _add_noise(update, noise_multiplier * l2_clip_norm, site, server.round, 0)
     return {**message, "update": update, "metrics": jax.tree.map(jnp.zeros_like, message["metrics"])}, kept
 
   return algorithm._replace(name=f"{algorithm.name}, bounded", site=site)
 
 
-def noised(config: DistributedNoise, secure: secagg.SecureSum, params: Params, model_state: ModelState) -> Aggregator:
+def _moving(algorithm: Algorithm, clip: Clip, noise_multiplier: float) -> Algorithm:
+  """`bounded` by a clip that moves (Andrew et al. 2021, algorithm 1)."""
+  of_bit = clip.count_stddev
+  assert of_bit is not None  # `Clip` made sure
+  of_update = adaptive.update_noise_multiplier(noise_multiplier, clip) if noise_multiplier else 0.0
+  inner = lambda server: server._replace(server=server.server["inner"])
+
+  def init_server(params: Params) -> PyTree:
+    return {"inner": algorithm.init_server(params), "clip": adaptive.init(clip)}
+
+  def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
+    message, kept = algorithm.site(inner(server), kept, site)
+    norm = server.server["clip"].l2_clip_norm
+    # Divided first and clipped last: the bound holds for any clip that the server sends, 0 and NaN included.
+    update, was_within = clip_update(jax.tree.map(lambda u: u / norm.astype(u.dtype), message["update"]), 1.0)
+    bit = adaptive.centred(was_within)
+    if noise_multiplier:
+      update = _add_noise(update, of_update, site, server.round, 0)
+      bit = _add_noise(bit, of_bit, site, server.round, 1)
+    metrics = jax.tree.map(jnp.zeros_like, message["metrics"])
+    return {**message, "update": update, "within": bit, "metrics": metrics}, kept
+
+  def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
+    state = server.server["clip"]
+    total, within = {k: v for k, v in total.items() if k != "within"}, total["within"]
+    total["update"] = jax.tree.map(lambda u: u * state.l2_clip_norm.astype(u.dtype), total["update"])
+    params, model_state, own, metrics = algorithm.server(inner(server), total)
+    after = adaptive.update(clip, state, within, total["weight"])
+    return params, model_state, {"inner": own, "clip": after}, metrics
+
+  return algorithm._replace(
+    name=f"{algorithm.name}, bounded by a clip that moves",
+    init_server=init_server,
+    site=site,
+    server=server,
+    personal=lambda server, kept: algorithm.personal(inner(server), kept),
+    uniform=False,  # a robust rule would not give the mean of the bits
+  )
+
+
+def _add_noise(tree: PyTree, stddev: float, site: Site, round_index: Array, number: int) -> PyTree:
+  if site.secret is None:
+    raise ValueError("noise needs a secret at each site: give Site.secret, from prng.random_key()")
+  key = prng.derive(site.secret, _UPDATE_NOISE, round_index.astype(jnp.uint32))
+  return jax.tree.map(jnp.add, tree, noise.gaussian_like(key, number, tree, stddev))
+
+
+def l2_clip_norm(server: PyTree) -> float | None:
+  """The clip of the next round, from the server's state of an algorithm, `bounded` anywhere in it; None if fixed."""
+  is_clip = lambda state: isinstance(state, ClipState)
+  found = [state for state in jax.tree.leaves(server, is_leaf=is_clip) if is_clip(state)]
+  return float(found[0].l2_clip_norm) if found else None
+
+
+def bit_noise(config: DistributedNoise, clip: Clip) -> DistributedNoise:
+  """The noise of the bits that move a clip, beside that of updates: of the same sites, in the same ring.
+
+  Its standard deviation in a sum of the fewest sites is `clip.count_stddev`. A run is charged for both: see
+  `distributed.rdp`.
+
+  Raises:
+    ValueError: for a clip that is fixed, or updates' noise that is not made for updates divided by the clip.
+  """
+  if clip.target_quantile is None or clip.count_stddev is None:
+    raise ValueError("a fixed clip sends no bits; give Clip a target_quantile")
+  if config.l2_clip_norm != 1:
+    raise ValueError(
+      f"l2_clip_norm={config.l2_clip_norm} of the noise: updates are divided by a clip that moves; use l2_clip_norm=1"
+    )
+  return dataclasses.replace(
+    config, dim=1, l2_clip_norm=0.5, noise_multiplier=2 * clip.count_stddev, num_stddevs=_STDDEVS_OF_BIT
+  )
+
+
+def noised(
+  config: DistributedNoise, secure: secagg.SecureSum, params: Params, model_state: ModelState, clip: Clip | None = None
+) -> Aggregator:
   """Secure aggregation of the messages of `bounded`, each with its share of the noise, in Z_2^k of `config`.
 
   Who learns what: whoever sees the opened sums learns of one site what `distributed.epsilon` says, under the
-  assumptions named there; no round with fewer than `config.min_survivors` sites is opened.
+  assumptions named there; no round with fewer than `config.min_survivors` sites is opened. Where the clip moves, the
+  sum of bits is opened too, under noise of its own (`bit_noise`), and the divergences of both add up.
 
   Args:
-    config: of the noise; its `dim` is that of the update.
+    config: of the noise; its `dim` is that of the update, its l2_clip_norm that of `bounded`, or 1 for one that moves.
     secure: its `num_bits`, sites and threshold must be those of `config`.
     params, model_state: of the model, for their shapes; a model with statistics (BatchNorm) is refused.
+    clip: that of `bounded`, where it moves; else None.
 
   Raises:
-    ValueError: where the two do not fit.
+    ValueError: where these do not fit.
   """
   if jax.tree.leaves(model_state):
     raise ValueError("the model's statistics (BatchNorm) cannot be bounded by the clipping norm; use norm=group")
@@ -81,26 +169,36 @@ def noised(config: DistributedNoise, secure: secagg.SecureSum, params: Params, m
       f"masks of {secure.fixed.num_bits} bits for {secure.num_sites} sites do not fit noise of {config.num_bits} bits "
       f"for {config.num_sites} sites"
     )
+  of_bit = bit_noise(config, clip) if clip is not None and clip.target_quantile is not None else None
   dtype = ring.storage(config.num_bits)
   rotation_key = lambda round_index: jax.random.fold_in(jax.random.key(_ROTATION), round_index)
 
   def encode(message: PyTree, site_id: Array, links: secagg.Links, nonce: tuple[Array, int]) -> secagg.Masked:
     assert links.own is not None  # there is a threshold
+    if ("within" in message) != (of_bit is not None):
+      raise ValueError("a clip that moves here and a fixed one there: give `bounded` and `noised` the same Clip")
     own = prng.derive(links.own, secagg.NOISE)
     words = [jnp.asarray(n, jnp.uint32) for n in nonce]
-    encoded = distributed.encode(message["update"], rotation_key(nonce[0]), own, words, config)
-    return secagg.Masked((encoded, jnp.ones((), dtype)), jnp.zeros((), dtype))
+    encoded = {"update": distributed.encode(message["update"], rotation_key(nonce[0]), own, words, config)}
+    if of_bit is not None:
+      encoded["within"] = distributed.encode(message["within"], rotation_key(nonce[0]), own, [*words, _OF_BIT], of_bit)
+    return secagg.Masked({**encoded, "count": jnp.ones((), dtype)}, jnp.zeros((), dtype))
 
   def protect(message: PyTree, site_id: Array, links: secagg.Links, nonce: tuple[Array, int]) -> secagg.Masked:
     return secagg.mask(encode(message, site_id, links, nonce), site_id, links, nonce, secure)
 
   def open_total(opened: tuple[secagg.Masked, Array]) -> tuple[PyTree, Array]:
-    total, round_index = opened
-    update, count = total.message
-    update = distributed.decode(update, rotation_key(round_index), config, like=(params, model_state))
+    (message, out_of_range), round_index = opened
+    decode = lambda name, config, like: distributed.decode(message[name], rotation_key(round_index), config, like)
     zero = jnp.zeros((), jnp.float32)
-    weight = ring.reduce(count, config.num_bits).astype(jnp.float32)
-    return {"update": update, "weight": weight, "metrics": Metrics(zero, zero, zero)}, total.out_of_range
+    total = {
+      "update": decode("update", config, (params, model_state)),
+      "weight": ring.reduce(message["count"], config.num_bits).astype(jnp.float32),
+      "metrics": Metrics(zero, zero, zero),
+    }
+    if of_bit is not None:
+      total["within"] = decode("within", of_bit, zero)
+    return total, out_of_range
 
   return Aggregator(
     name="secure aggregation with distributed noise",

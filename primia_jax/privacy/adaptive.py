@@ -29,7 +29,8 @@ class Clip:
     l2_clip_norm: of the first round.
     target_quantile: the share of sites whose norm shall be within the clip; None for a fixed clip.
     learning_rate: a round multiplies the clip by exp(-learning_rate * (share within - target_quantile)).
-    count_stddev: sigma_b, of the noise in the sum of bits; num_sites / 20 is what Andrew et al. use.
+    count_stddev: sigma_b, of the noise in the sum of bits, or in each bit where sites add noise each by itself;
+      num_sites / 20 in the sum is what Andrew et al. use, for hundreds of sites.
   """
 
   l2_clip_norm: float
