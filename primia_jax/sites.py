@@ -78,8 +78,8 @@ class Placement:
 def parse_placement(text: str) -> Placement:
   """Reads `loop`, `scan`, `vmap`, `chunk=C`, `mesh` or `auto` (the fastest on this backend).
 
-  >>> parse_placement("chunk=8")
-  Placement(how='chunk', chunk=8, mesh=None, inner='scan')
+  >>> parse_placement("chunk=8").chunk
+  8
   """
   how, _, argument = text.partition("=")
   if how == "chunk":
