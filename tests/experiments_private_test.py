@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from experiments import inputs, learning, private, running, settings, training
-from primia_jax import models, secagg, sites
-from primia_jax.privacy import accounting
+from primia_jax import models, secagg, site_privacy, sites
+from primia_jax.privacy import accounting, adaptive, distributed
 
 TINY = settings.Train(
   phantom_images=36, image_size=16, model="mlp", rounds=3, batch_size=4, augment="none", optimizer="sgd",
   learning_rate=0.1, dp="example", noise_multiplier=1.0, dp_seed=1,
 )  # fmt: skip
 SITE = dataclasses.replace(TINY, dp="site", weighting="uniform", class_weights=False, delta=0.1)
+MOVING = dataclasses.replace(SITE, dp_clip_quantile=0.5, l2_clip_norm=0.7)  # the clip of updates
 FIXED = dataclasses.replace(TINY, dp_noise="banded", batch_size=2)  # batches in a fixed order
 SIZES = (18, 12, 6)
 
@@ -43,6 +44,13 @@ SIZES = (18, 12, 6)
     ({"dp": "site", "class_weights": False}, "weighting=uniform"),
     (dataclasses.asdict(SITE) | {"algorithm": "scaffold"}, "scaffold sends more"),
     (dataclasses.asdict(SITE) | {"dp_noise": "distributed"}, "secagg_threshold"),
+    ({"dp_clip_quantile": 0.5}, "dp=example does not clip"),
+    ({"dp_clip_rate": 0.1}, "dp_clip_rate=0.1 belongs to a clip that moves"),
+    (dataclasses.asdict(SITE) | {"dp_clip_rate": 0.1}, "set dp=site and dp_clip_quantile"),
+    (dataclasses.asdict(MOVING) | {"dp_clip_quantile": 1.0}, "dp_clip_quantile=1.0"),
+    (dataclasses.asdict(MOVING) | {"dp_clip_quantile": -0.5}, "dp_clip_quantile=-0.5"),
+    (dataclasses.asdict(MOVING) | {"dp_clip_rate": 0.0}, "dp_clip_rate=0.0"),
+    (dataclasses.asdict(MOVING) | {"aggregation": "median"}, "aggregation=median does not give the share"),
     ({"dropout_rate": 0.1}, "secagg_threshold"),
     ({"dropout_rate": 1.0}, "dropout_rate=1.0"),
     ({"secagg": "mesh"}, "secagg='mesh'"),
@@ -86,6 +94,41 @@ def test_noise_of_all_sites_is_calibrated_to_the_fewest():
   assert 4.95 < accounting.epsilon(ledger) <= 5.0
   alone = private.make(dataclasses.replace(config, dp_noise="site"), (5,) * 10, 10, 1000, None)
   assert made.noise.noise_multiplier == pytest.approx(alone.release.noise_multiplier, rel=0.2)
+
+
+@pytest.mark.parametrize("num_sites", [10, 100])
+def test_updates_and_what_moves_their_clip_are_charged_together(num_sites):
+  """By sites alone they are one Gaussian mechanism, and together the divergences of both sums add up."""
+  config = dataclasses.replace(MOVING, num_sites=num_sites, delta=0.01, noise_multiplier=2.0)
+  sizes, least = (5,) * num_sites, num_sites // 2 + 1
+  alone = private.make(config, sizes, num_sites, 1000, None)
+  assert alone.release == accounting.gaussian(alone.release.what, 2.0)
+  assert alone.clip == adaptive.Clip(0.7, 0.5, 0.2, 2.0)
+  together = private.make(dataclasses.replace(config, dp_noise="distributed"), sizes, num_sites, 1000, least)
+  noise, of_bit = together.noise, site_privacy.bit_noise(together.noise, together.clip)
+  assert (noise.l2_clip_norm, together.clip.l2_clip_norm, of_bit.min_survivors) == (1.0, 0.7, least)
+  assert of_bit.noise_multiplier == 2 * together.clip.count_stddev == max(4.0, num_sites / 10)
+  curves = [distributed.rdp(n, accounting.ORDERS)[1] for n in (noise, of_bit)]
+  assert min(map(min, curves)) > 0
+  np.testing.assert_allclose(together.release.curve, np.add(*curves), rtol=1e-12)
+  assert together.release.extra_delta == pytest.approx(noise.sampler_error + of_bit.sampler_error, rel=1e-9)
+  # that is what noise of multiplier 2 costs without bits, but for the little that rounding adds
+  fixed = private.make(
+    dataclasses.replace(config, dp_noise="distributed", dp_clip_quantile=0.0), sizes, num_sites, 1000, least
+  )
+  np.testing.assert_allclose(together.release.curve, fixed.release.curve, rtol=1e-3)
+  assert noise.noise_multiplier > fixed.noise.noise_multiplier
+
+
+@pytest.mark.slow
+def test_a_clip_that_moves_keeps_within_the_target():
+  config = dataclasses.replace(
+    MOVING, num_sites=10, noise_multiplier=0.0, target_epsilon=5.0, dp_noise="distributed", secagg_threshold=7
+  )
+  for change in ({}, {"dp_noise": "site"}):
+    made = private.make(dataclasses.replace(config, **change), (5,) * 10, 10, 1000, 7)
+    ledger = accounting.spend(accounting.ledger("site", 0.1, 10), made.release, config.rounds)
+    assert 4.95 < accounting.epsilon(ledger) <= 5.0
 
 
 @pytest.mark.slow
@@ -264,6 +307,46 @@ def test_sites_are_lost_and_the_sum_still_has_its_noise(tmp_path):
   assert min(survivors) < 6
   assert all(n >= 5 for n in survivors)
   assert "distributed discrete gaussian" in arm.privacy["mechanism"]
+
+
+def test_rounds_say_how_the_clip_moves(tmp_path):
+  arm = train(dataclasses.replace(MOVING, rounds=2), tmp_path)
+  clips = [row["l2_clip_norm"] for row in arm.rows]
+  assert clips[0] == pytest.approx(0.7)
+  assert clips[1] != clips[0]
+  assert [json.loads(line)["l2_clip_norm"] for line in (tmp_path / "rounds.jsonl").read_text().splitlines()] == clips
+  assert arm.privacy["clipping norm"].startswith("begins at 0.7 and follows the 0.5 quantile")
+  assert "each site's bit" in arm.privacy["noise of the clip"]
+  assert "norm that moves" in arm.privacy["mechanism"]
+  (ledger,) = {
+    accounting.from_json(json.dumps(x)) for x in json.loads((tmp_path / "ledger.json").read_text())["ledgers"]
+  }
+  assert [(r.what, r.times, r.noise_multiplier) for r in ledger.releases] == [
+    ("updates, and whether they were within the clip", 2, 1.0)
+  ]
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_with_its_clip(tmp_path):
+  whole = train(MOVING, tmp_path / "whole")
+  with pytest.raises(KeyboardInterrupt):
+    train(MOVING, tmp_path / "parts", 2)
+  parts = train(MOVING, tmp_path / "parts")
+  assert [row["l2_clip_norm"] for row in parts.rows] == [row["l2_clip_norm"] for row in whole.rows]
+  jax.tree.map(np.testing.assert_array_equal, parts.models, whole.models)
+
+
+@pytest.mark.slow
+def test_the_clip_moves_by_noise_of_all_sites_while_some_are_lost(tmp_path):
+  config = dataclasses.replace(
+    MOVING, num_sites=6, phantom_images=48, dp_noise="distributed", secagg_threshold=-1, dropout_rate=0.2, rounds=4,
+    dp_seed=-1, algorithm="fedadam", dp_average=0.9, sites_per_round=5,
+  )  # fmt: skip
+  arm = train(config, tmp_path)
+  clips = [row["l2_clip_norm"] for row in arm.rows]
+  assert len(set(clips)) == len(clips) > 1
+  assert "their sum, from at least" in arm.privacy["noise of the clip"]
+  assert all(np.isfinite(a).all() for a in jax.tree.leaves(arm.models))
 
 
 def test_dropouts_are_drawn_at_their_rate_and_once_each():

@@ -7,8 +7,9 @@ import optax
 import pytest
 from scipy import stats
 
-from primia_jax import algorithms, local, prng, secagg, site_privacy, sites
+from primia_jax import algorithms, local, prng, robust, secagg, site_privacy, sites
 from primia_jax import federated as fed
+from primia_jax.privacy import adaptive
 from primia_jax.privacy.distributed import DistributedNoise, error_stddev
 from primia_jax.types import Metrics
 
@@ -138,3 +139,168 @@ def test_local_noise_needs_a_secret():
   f = fed.federated(private, fed.in_the_clear(), sites.parse_placement("scan"))
   with pytest.raises(ValueError, match="secret at each site"):
     f.step(KEY, f.init(START, {}, K), IDS, bare, DEALER)
+
+
+# A clip that moves. Bits have less noise than updates, so that a test could not take one for the other.
+MOVING = adaptive.Clip(CLIP, 0.5, 0.2, count_stddev=3.0)
+NORMS = np.linalg.norm(UPDATES, axis=1)
+
+
+def run(algorithm, aggregator, rounds, placement="scan", dropouts=None):
+  f = fed.federated(algorithm, aggregator, sites.parse_placement(placement))
+  states = [f.init(START, {}, K)]
+  for _ in range(rounds):
+    states.append(f.step(KEY, states[-1], IDS, fed.Loader(load), DEALER, dropouts=dropouts)[0])
+  clips = [site_privacy.l2_clip_norm(state.server) for state in states]
+  return np.stack([np.asarray(state.params["w"]) for state in states]), np.asarray(clips)
+
+
+def moving_noise(dim=D):
+  config = DistributedNoise(dim, K, 3, 1.0, 1.5, num_bits=24)
+  secure = secagg.secure_sum(K, 1.0, num_bits=24, threshold=3)
+  return config, site_privacy.noised(config, secure, {"w": jnp.zeros(dim)}, {}, MOVING)
+
+
+@pytest.mark.parametrize(("quantile", "norm"), [(0.5, 2.0), pytest.param(0.3, 1.0, marks=pytest.mark.slow)])
+def test_the_clip_moves_to_the_quantile_of_norms_and_bounds_each_round(quantile, norm):
+  """Without noise, so that every step is known."""
+  private = site_privacy.bounded(algorithm(), adaptive.Clip(CLIP, quantile, 0.3, 1.0))
+  params, clips = run(algorithms.averaged(private, 0.9), fed.in_the_clear(), 40)
+  want = [CLIP]
+  for _ in range(40):
+    want.append(want[-1] * np.exp(-0.3 * (np.mean(want[-1] >= NORMS) - quantile)))
+  np.testing.assert_allclose(clips, want, rtol=1e-4)
+  assert np.abs(clips[-10:] / norm - 1).max() < 0.05
+  for t in (0, 20, 39):
+    mean = (UPDATES * np.minimum(1, clips[t] / np.maximum(NORMS, 1e-9))[:, None]).mean(0)
+    np.testing.assert_allclose(params[t + 1] - params[t], mean, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_share_within_is_that_of_the_sites_in_the_sum():
+  lost = np.isin(IDS, (0, 3))
+  private, secure = site_privacy.bounded(algorithm(), MOVING), secagg.secure_sum(K, threshold=3)
+  _, clips = run(private, fed.securely(secure), 1, dropouts=secagg.Dropouts(lost, np.zeros(K, bool)))
+  assert clips[1] == pytest.approx(CLIP * np.exp(0.2 * 0.5), rel=1e-5)  # norms 1, 2, 4 are beyond
+
+
+def global_of(round_index=0, clip=CLIP):
+  server = {"inner": (), "clip": adaptive.ClipState(jnp.asarray(clip, jnp.float32))}
+  return fed.Global(START, {}, server, jnp.asarray(round_index, jnp.int32), KEY)
+
+
+def message_of(private, site_id=1, scale=1.0, round_index=0, clip=CLIP):
+  with jax.ensure_compile_time_eval():
+    site = jax.tree.map(lambda a: jnp.asarray(a[site_id]), load(IDS))
+  site = site._replace(images=site.images * scale)
+  return private.site(global_of(round_index, clip), private.init_site(START, {}), site)[0]
+
+
+def test_local_noise_of_the_bit_has_the_promised_scale():
+  private = site_privacy.bounded(algorithm(), MOVING, 2.0)
+  rounds = jnp.arange(400, dtype=jnp.int32)
+  bits = jax.jit(jax.vmap(lambda t: message_of(private, round_index=t)["within"]))(rounds)
+  assert accepts(np.asarray(bits, np.float64) + 0.5, 3.0)
+  update = np.asarray(jax.jit(lambda: message_of(private)["update"][0]["w"])(), np.float64)
+  split = (2.0**-2 - 6.0**-2) ** -0.5  # so that both together cost a noise multiplier of 2
+  assert accepts(update - UPDATES[1] / NORMS[1], split)
+
+
+def test_whatever_its_update_a_site_sends_little():
+  """And whatever clip a server sends it, honest or not."""
+  private = site_privacy.bounded(algorithm(), MOVING)
+  scales = jnp.asarray([0.0, 0.3, 1e6, 1e30, np.inf, np.nan], jnp.float32)
+  clips = jnp.asarray([CLIP, 0.0, 1e-38, -1.0, np.inf, np.nan], jnp.float32)
+  over_clips = jax.vmap(lambda scale, clip: message_of(private, scale=scale, clip=clip), (None, 0))
+  sent = jax.jit(jax.vmap(over_clips, (0, None)))(scales, clips)
+  assert sorted(sent) == ["metrics", "update", "weight", "within"]
+  np.testing.assert_array_equal(np.abs(sent["within"]), 0.5)
+  np.testing.assert_array_equal(sent["within"][:, 0], [0.5, 0.5, -0.5, -0.5, -0.5, -0.5])
+  assert np.all(np.linalg.norm(sent["update"][0]["w"], axis=-1) <= 1 + 1e-4)
+  assert not any(np.any(a) for a in jax.tree.leaves(sent["metrics"]))
+  np.testing.assert_array_equal(sent["weight"], 1)
+
+
+NUM, FEW = 150, 8  # openings at once; numbers in the updates opened
+
+
+@pytest.fixture(scope="module")
+def opened():
+  """Updates [NUM, K, FEW], bits [NUM, K], words [NUM] -> what is opened without pair masks, by own secrets of words."""
+  _, aggregator = moving_noise(dim=FEW)
+  nonce = (jnp.int32(0), fed.TRAINING)
+
+  def one(updates, bits, words):
+    own = jax.vmap(lambda i: prng.derive(DEALER, words, i))(jnp.arange(K, dtype=jnp.uint32))
+
+    def send(update, bit, i, own):
+      links = secagg.Links(i[None], jnp.zeros((1, 8), jnp.uint32), own)
+      return aggregator.protect({"update": ({"w": update}, {}), "within": bit}, i, links, nonce)
+
+    sent = jax.vmap(send)(updates, bits, jnp.asarray(IDS), own)
+    total = jax.tree.map(lambda a: jnp.sum(a, axis=0, dtype=a.dtype), sent)
+    keys = jax.vmap(lambda secret: prng.derive(secret, secagg.masking.SELF_MASK))(own)
+    total, wrong = aggregator.open(aggregator.unmask(total, secagg.Residue(keys, jnp.ones(K, jnp.int32)), nonce))
+    return total["update"][0]["w"], total["within"], total["weight"], wrong
+
+  run = jax.jit(jax.vmap(one))
+  return lambda *args: [np.asarray(a, np.float64) for a in run(*map(jnp.asarray, args))]
+
+
+def test_all_sites_together_noise_the_sum_of_bits_as_promised(opened):
+  config, _ = moving_noise(dim=FEW)
+  bits = np.tile(np.float32([0.5, -0.5, 0.5, 0.5, -0.5]), (NUM, 1))
+  updates, within, weight, wrong = opened(np.zeros((NUM, K, FEW), np.float32), bits, np.arange(NUM, dtype=np.uint32))
+  of_bit = site_privacy.bit_noise(config, MOVING)
+  assert accepts(within - 0.5, error_stddev(of_bit, K))
+  assert error_stddev(of_bit, 3) == pytest.approx(3.0, rel=1e-3)  # that of the fewest sites
+  assert accepts(updates, error_stddev(config, K))
+  assert abs(np.corrcoef(within, updates[:, 0])[0, 1]) < 0.35  # noise of its own
+  np.testing.assert_array_equal((weight, wrong), (np.full(NUM, K), np.zeros(NUM)))
+
+
+def test_whatever_it_reports_a_site_changes_little_of_what_is_opened(opened):
+  """Under the same noise, against a report of zeros: the sensitivity that the ledger takes."""
+  reports = [(0.0, 0.0), (0.0, 0.5), (1e4, 0.5), (0.0, 1e4), (-3.0, -1e9), (np.nan, np.nan)]
+  updates = np.tile(np.random.default_rng(1).normal(size=(K, FEW)).astype(np.float32), (NUM, 1, 1))
+  bits = np.full((NUM, K), 0.5, np.float32)
+  for row, (number, bit) in enumerate(reports):
+    updates[row, 0], bits[row, 0] = number, bit
+  sums, within, *_ = (a[: len(reports)] for a in opened(updates, bits, np.zeros(NUM, np.uint32)))
+  assert np.linalg.norm(sums - sums[0], axis=1).max() <= 1.001
+  np.testing.assert_allclose(within - within[0], [0, 0.5, 0.5, 0.5, -0.5, 0], atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["local", "distributed"])
+def test_placements_move_the_clip_alike(kind):
+  private = site_privacy.bounded(algorithm(), MOVING, 2.0 if kind == "local" else 0.0)
+  aggregator = fed.in_the_clear() if kind == "local" else moving_noise()[1]
+  params, clips = run(private, aggregator, 2, "loop")
+  again, others = run(private, aggregator, 2, "vmap")
+  np.testing.assert_allclose(again, params, atol=1e-4)
+  np.testing.assert_allclose(others, clips, rtol=1e-5)
+  assert len(set(clips)) == 3
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: site_privacy.bounded(algorithm(), MOVING, 6.0), "count_stddev=3.0 must be more than"),
+    (lambda: site_privacy.bit_noise(_pair()[0], MOVING), "use l2_clip_norm=1"),
+    (lambda: site_privacy.bit_noise(moving_noise()[0], adaptive.Clip(1.0)), "fixed clip sends no bits"),
+    (lambda: site_privacy.noised(*_pair(), MOVING), "use l2_clip_norm=1"),
+    (lambda: run(site_privacy.bounded(algorithm(), MOVING), noised(1.0)[1], 1), "the same Clip"),
+    (lambda: run(site_privacy.bounded(algorithm(), 1.0), moving_noise()[1], 1), "the same Clip"),
+    (lambda: run(site_privacy.bounded(algorithm(), MOVING), fed.by_rule("median", robust.median()), 1), "clip that mo"),
+  ],
+)
+def test_clips_that_do_not_fit_are_refused(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
+
+
+def test_a_clip_that_stays_is_the_norm_itself():
+  fixed = site_privacy.bounded(algorithm(), adaptive.Clip(CLIP))
+  state = fed.federated(fixed, fed.in_the_clear(), sites.parse_placement("scan")).init(START, {}, K)
+  assert (fixed.name, site_privacy.l2_clip_norm(state.server)) == ("fedavg, bounded", None)
