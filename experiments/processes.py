@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments import private
+from experiments import books
 from experiments.settings import Train
 from primia_jax import sites
 from primia_jax.secagg import exchange, keys, transport
@@ -96,7 +96,7 @@ def start(module: str, arguments: Sequence[str], num_sites: int, folder: pathlib
   """Starts one process for each site, in a run folder that no older identities are left in."""
   shutil.rmtree(folder / _IDENTITIES, ignore_errors=True)
   (folder / _IDENTITIES).mkdir()
-  private.reconcile([home(folder / "federated", i) / private.LEDGER for i in range(num_sites)])
+  books.reconcile([home(folder / "federated", i) / books.LEDGER for i in range(num_sites)])
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tqdm
 
-from experiments import inputs, learning, private, processes
+from experiments import books, inputs, learning, private, processes
+from experiments.checkpoints import Best, Checkpoints
 from experiments.settings import Train
 from primia_jax import federated, local, metrics, models, prng, secagg, site_privacy, sites
 from primia_jax.data.augment import inverse_frequency
@@ -68,17 +68,6 @@ class Trainer(NamedTuple):
   max_validated: int
   privacy: private.Privacy | None
   features: Callable[[np.ndarray], np.ndarray] | None
-
-
-class Best(NamedTuple):
-  """The model of the round with the best MCC on validation."""
-
-  params: Params
-  model_state: ModelState
-  server: PyTree
-  sites: PyTree
-  mcc: Array
-  round: Array
 
 
 class Arm(NamedTuple):
@@ -199,7 +188,7 @@ def train(
   privacy, book = trainer.privacy, None
   repeatable = privacy is not None and settings.dp_seed >= 0
   if privacy is not None:
-    book = private.Book(privacy, len(everyone), own_folder / private.LEDGER)
+    book = books.Book(privacy, len(everyone), own_folder / books.LEDGER)
   train_data = _loader(cohort.train, trainer.max_examples, cohort.mine, placement, settings, trainer, True)
   validation_data = _loader(cohort.validation, trainer.max_validated, cohort.mine, placement, settings, trainer)
   class_weights = None
@@ -218,7 +207,7 @@ def train(
   state = trainer.rounds.init(params, model_state, len(everyone))
   minus_one, zero = sites.replicate((jnp.float32(-2), jnp.int32(0)), placement)
   best = Best(state.params, state.model_state, state.server, state.sites, minus_one, zero)
-  checkpoints = _Checkpoints(folder, placement, keeps=bool(jax.tree.leaves(state.sites)))
+  checkpoints = Checkpoints(folder, placement, keeps=bool(jax.tree.leaves(state.sites)))
   state, best = checkpoints.restore(state, best)
   rows = _read_rows(folder / "rounds.jsonl", int(state.round)) if is_first else []
 
@@ -293,7 +282,7 @@ def train(
   facts["rounds trained"] = int(state.round)
   if exchange is not None:
     facts["sites lost"] = [i for i in everyone.tolist() if i not in exchange.sites] or "none"
-  said = private.facts(settings, privacy, book) if privacy is not None and book is not None else None
+  said = books.facts(settings, privacy, book) if privacy is not None and book is not None else None
   return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
 
 
@@ -406,65 +395,6 @@ def _validation(
     }
 
   return validate
-
-
-class _Checkpoints:
-  """What a run goes on from. Where each site has a process, the first saves what all know, each what its site keeps.
-
-  Processes that are started again all begin with the first one's last round, and a site that has not saved that round
-  (it was lost, or is new) with the newest before it that it has.
-  """
-
-  def __init__(self, folder: pathlib.Path, placement: sites.Placement, keeps: bool):
-    self._apart, self._writes = placement.exchange is not None, placement.index == 0
-    self._all = _manager(folder / "checkpoints", 1, read_only=not self._writes)
-    own = folder / f"site_{placement.index}" / "checkpoints"
-    # Two, since the first process may have been stopped before it saved the round that this one has.
-    self._own = _manager(own, 2) if self._apart and keeps else None
-
-  def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best]:
-    """The last state saved; the given one where there is none."""
-    if (last := self._all.latest_step()) is None:
-      return state, best
-    saved = self._all.restore(last, args=ocp.args.StandardRestore(self._split(state, best)[0]))
-    if self._apart:
-      kept = self._restore_own(last, {"state": state.sites, "best": best.sites})
-      saved["state"]["sites"], saved["best"]["sites"] = kept["state"], kept["best"]
-    return federated.State(**saved["state"]), Best(**saved["best"])
-
-  def _restore_own(self, last: int, kept: dict[str, PyTree]) -> dict[str, PyTree]:
-    if not self._own:
-      return kept
-    for step in self._own.all_steps():
-      if step > last:  # to be done again
-        self._own.delete(step)
-    newest = self._own.latest_step()
-    return kept if newest is None else self._own.restore(newest, args=ocp.args.StandardRestore(kept))
-
-  def save(self, step: int, state: federated.State, best: Best) -> None:
-    shared, kept = self._split(state, best)
-    if self._own:
-      self._own.save(step, args=ocp.args.StandardSave(kept))
-    if self._writes:
-      self._all.save(step, args=ocp.args.StandardSave(shared))
-
-  def close(self) -> None:
-    self._all.close()
-    if self._own:
-      self._own.close()
-
-  def _split(self, state: federated.State, best: Best) -> tuple[dict[str, Any], dict[str, Any]]:
-    shared = {"state": state._asdict(), "best": best._asdict()}
-    if not self._apart:
-      return shared, {}
-    return shared, {name: part.pop("sites") for name, part in shared.items()}
-
-
-def _manager(folder: pathlib.Path, max_to_keep: int, read_only: bool = False) -> ocp.CheckpointManager:
-  options = ocp.CheckpointManagerOptions(
-    max_to_keep=max_to_keep, create=not read_only, read_only=read_only, enable_async_checkpointing=False
-  )
-  return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def _read_rows(path: pathlib.Path, finished: int) -> list[dict[str, Any]]:

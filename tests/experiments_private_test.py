@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import inputs, learning, private, running, settings, training
+from experiments import books, inputs, learning, private, running, settings, training
 from primia_jax import models, secagg, site_privacy, sites
 from primia_jax.privacy import accounting, adaptive, distributed
 
@@ -161,7 +161,7 @@ def test_a_whole_run_is_charged_at_its_start_and_at_every_other(tmp_path):
     target=accounting.epsilon(accounting.spend(accounting.Ledger("example", made.delta), made.release))
   )
   times = lambda book: [sum(r.times for r in ledger.releases) for ledger in book.ledgers]
-  start = lambda: private.Book(made, 3, tmp_path / "ledger.json")
+  start = lambda: books.Book(made, 3, tmp_path / "ledger.json")
   book = start()
   for sites_of_round in ([0, 2], [0, 1], [0, 1]):
     assert book.within_budget(sites_of_round)  # the budget is that of one whole run, and no round stops it

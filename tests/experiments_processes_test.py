@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import inputs, learning, private, processes, running, settings, training
+from experiments import books, inputs, learning, private, processes, running, settings, training
 from primia_jax import models, sites
 from primia_jax.privacy import accounting
 
@@ -115,14 +115,14 @@ def test_a_killed_process_is_a_lost_site_and_takes_part_again_when_all_start_ane
 
 def test_books_of_several_processes_are_made_alike_with_the_largest_epsilon_of_each_site(tmp_path):
   privacy = private.Privacy("example", accounting.gaussian("gradients", 1.0, 0.1), 2, None, 1e-3, np.inf, 100)
-  paths = [tmp_path / f"{i}" / private.LEDGER for i in range(3)]
+  paths = [tmp_path / f"{i}" / books.LEDGER for i in range(3)]
   for times, path in zip(((3, 1), (2, 2)), paths, strict=False):
     path.parent.mkdir()
-    book = private.Book(privacy, 2, path)
+    book = books.Book(privacy, 2, path)
     for site, count in enumerate(times):
       book.spend(privacy.release, [site], count)
-  private.reconcile(paths)
-  books = [private.Book(privacy, 2, path) for path in paths]
-  assert books[0].ledgers == books[1].ledgers == books[2].ledgers
+  books.reconcile(paths)
+  alike = [books.Book(privacy, 2, path) for path in paths]
+  assert alike[0].ledgers == alike[1].ledgers == alike[2].ledgers
   expected = [accounting.spend(accounting.Ledger("example", 1e-3), privacy.release, n) for n in (3, 2)]
-  assert [accounting.epsilon(one) for one in books[0].ledgers] == [accounting.epsilon(one) for one in expected]
+  assert [accounting.epsilon(one) for one in alike[0].ledgers] == [accounting.epsilon(one) for one in expected]

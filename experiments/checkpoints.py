@@ -1,0 +1,81 @@
+"""What a run goes on from: the state after its last round, and the best model so far."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, NamedTuple
+
+import orbax.checkpoint as ocp
+
+from primia_jax import federated, sites
+from primia_jax.types import Array, ModelState, Params, PyTree
+
+
+class Best(NamedTuple):
+  """The model of the round with the best MCC on validation."""
+
+  params: Params
+  model_state: ModelState
+  server: PyTree
+  sites: PyTree
+  mcc: Array
+  round: Array
+
+
+class Checkpoints:
+  """What a run goes on from. Where each site has a process, the first saves what all know, each what its site keeps.
+
+  Processes that are started again all begin with the first one's last round, and a site that has not saved that round
+  (it was lost, or is new) with the newest before it that it has.
+  """
+
+  def __init__(self, folder: pathlib.Path, placement: sites.Placement, keeps: bool):
+    self._apart, self._writes = placement.exchange is not None, placement.index == 0
+    self._all = _manager(folder / "checkpoints", 1, read_only=not self._writes)
+    own = folder / f"site_{placement.index}" / "checkpoints"
+    # Two, since the first process may have been stopped before it saved the round that this one has.
+    self._own = _manager(own, 2) if self._apart and keeps else None
+
+  def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best]:
+    """The last state saved; the given one where there is none."""
+    if (last := self._all.latest_step()) is None:
+      return state, best
+    saved = self._all.restore(last, args=ocp.args.StandardRestore(self._split(state, best)[0]))
+    if self._apart:
+      kept = self._restore_own(last, {"state": state.sites, "best": best.sites})
+      saved["state"]["sites"], saved["best"]["sites"] = kept["state"], kept["best"]
+    return federated.State(**saved["state"]), Best(**saved["best"])
+
+  def _restore_own(self, last: int, kept: dict[str, PyTree]) -> dict[str, PyTree]:
+    if not self._own:
+      return kept
+    for step in self._own.all_steps():
+      if step > last:  # to be done again
+        self._own.delete(step)
+    newest = self._own.latest_step()
+    return kept if newest is None else self._own.restore(newest, args=ocp.args.StandardRestore(kept))
+
+  def save(self, step: int, state: federated.State, best: Best) -> None:
+    shared, kept = self._split(state, best)
+    if self._own:
+      self._own.save(step, args=ocp.args.StandardSave(kept))
+    if self._writes:
+      self._all.save(step, args=ocp.args.StandardSave(shared))
+
+  def close(self) -> None:
+    self._all.close()
+    if self._own:
+      self._own.close()
+
+  def _split(self, state: federated.State, best: Best) -> tuple[dict[str, Any], dict[str, Any]]:
+    shared = {"state": state._asdict(), "best": best._asdict()}
+    if not self._apart:
+      return shared, {}
+    return shared, {name: part.pop("sites") for name, part in shared.items()}
+
+
+def _manager(folder: pathlib.Path, max_to_keep: int, read_only: bool = False) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=max_to_keep, create=not read_only, read_only=read_only, enable_async_checkpointing=False
+  )
+  return ocp.CheckpointManager(folder.absolute(), options=options)
