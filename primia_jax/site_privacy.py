@@ -34,7 +34,7 @@ def bounded(algorithm: Algorithm, clip: float | Clip, noise_multiplier: float = 
 
   Who learns what: with a noise multiplier z, whoever sees a site's message learns what a Gaussian mechanism of that
   multiplier tells of its update, once a round, under the assumption that `Site.secret` is fresh and known to the site
-  alone. Without, nothing is hidden yet: see `noised`. Training loss and accuracy are never sent. Whatever clip the
+  alone. Without, nothing is hidden yet: see `noised`. Training loss and accuracy are never sent. Whatever moving clip a
   server sends, what is sent back has a norm of at most 1, and a bit of 1/2 up or down.
 
   Args:
