@@ -105,7 +105,9 @@ def make_trainer(
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
   num_parameters = sum(a.size for a in jax.tree.leaves(params))
   least = learning.min_survivors(learning.secure_sum(settings, num_sampled)) if together else None
-  privacy = private.make(settings, sizes, num_sampled, num_parameters, least)
+  privacy = None  # of whole sites there is none where one trains by itself: it sends no update to noise
+  if together or settings.dp != "site":
+    privacy = private.make(settings, sizes, num_sampled, num_parameters, least)
   features = _features(model_config) if settings.augment == "none" and not settings.mixup else None
   recipe = learning.recipe(settings, model, work, num_classes, privacy, rows_per_unit, features is not None)
   algorithm = learning.algorithm(settings, recipe, privacy) if together else learning.alone(settings, recipe)

@@ -67,6 +67,19 @@ def test_a_site_alone_has_no_site_level_privacy():
     learning.check(SITE, federated=False)
 
 
+def test_nothing_is_claimed_of_sites_for_an_arm_of_one():
+  """Local and pooled arms of a run with dp=site: no update leaves them, so that nothing is noised or charged."""
+  images = inputs.site_images(SITE)
+  model_config = learning.model_config(SITE, 3)
+  train, validation = (inputs.merge(part, (0,)) for part in (images.train, images.validation))
+  alone = training.Cohort("local: site 0", train, validation, np.arange(1))
+  make = lambda config: training.make_trainer(
+    config, models.build(model_config), model_config, [alone], sites.Placement("loop")
+  )
+  assert make(SITE).privacy is None
+  assert make(TINY).privacy is not None
+
+
 @pytest.mark.slow
 def test_the_noise_that_is_chosen_meets_the_target_and_the_sampler_that_runs_is_charged():
   config = dataclasses.replace(TINY, noise_multiplier=0.0, target_epsilon=4.0)
