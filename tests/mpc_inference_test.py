@@ -64,8 +64,8 @@ def network(name, size, **options):
   ("name", "size", "options"),
   [
     ("cnn", 16, {"norm": "batch"}),
-    ("cnn", 16, {"norm": "group", "pool": "mean", "weight_standardisation": True}),
-    ("resnet18", 32, {"norm": "batch", "width": 0.125, "stem": "7x7"}),
+    pytest.param("cnn", 16, {"norm": "group", "pool": "mean", "weight_standardisation": True}, marks=pytest.mark.slow),
+    pytest.param("resnet18", 32, {"norm": "batch", "width": 0.125, "stem": "7x7"}, marks=pytest.mark.slow),
     pytest.param("leaf_cnn", 14, {}, marks=pytest.mark.slow),
     pytest.param("resnet18", 64, {"norm": "group", "width": 0.125, "stem": "3x3/2"}, marks=pytest.mark.slow),
     pytest.param("vgg16", 32, {"width": 0.125, "head": "mean"}, marks=pytest.mark.slow),
