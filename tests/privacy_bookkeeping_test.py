@@ -56,7 +56,9 @@ def check(ours, formed):
     pytest.param("resnet18", "flat", 2, 2, marks=pytest.mark.slow),
   ],
 )
-def test_sums_are_those_of_formed_gradients(name, clipping_kind, rows, augmentations):
+def test_sums_are_those_of_formed_gradients(name, clipping_kind, rows, augmentations, monkeypatch):
+  if name != "leaf_cnn":
+    monkeypatch.setattr(bookkeeping, "_CACHE_BYTES", 2**10)  # Gram matrices too, in networks this small
   config = CONFIGS[name]
   model = models.build(config)
   params, _ = model.init(jax.random.key(0))
@@ -159,6 +161,7 @@ def squares_of(rows, out):
 @pytest.mark.parametrize("margin", [True, False])
 def test_rounding_makes_no_norm_too_small(margin, monkeypatch):
   """Where positions cancel, Gram matrices in float32 give half of all norms too small, or would."""
+  monkeypatch.setattr(bookkeeping, "_CACHE_BYTES", 0)
   if not margin:
     monkeypatch.setattr(bookkeeping, "_MARGIN", 0.0)
   pairs = [squares_of(*cancelling(seed=seed)) for seed in range(20)]
@@ -167,7 +170,9 @@ def test_rounding_makes_no_norm_too_small(margin, monkeypatch):
 
 
 @pytest.mark.parametrize("positions", [1, 4, 40])
-def test_norms_are_right_by_either_form(positions):
+@pytest.mark.parametrize("cache", [0, 2**22])
+def test_norms_are_right_by_either_form(positions, cache, monkeypatch):
+  monkeypatch.setattr(bookkeeping, "_CACHE_BYTES", cache)
   rng = np.random.default_rng(0)
   found, exact = squares_of(*(rng.normal(size=(positions, n)).astype(np.float32) for n in (40, 30)))
   np.testing.assert_allclose(found, exact, rtol=1e-4)

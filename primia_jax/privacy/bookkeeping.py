@@ -172,7 +172,8 @@ def _layer(use: Use, taps: Taps, w: Array) -> tuple[Array, Callable[[Array, Arra
   rows = rows.reshape(num_units, -1, rows.shape[-1])
   (positions, fan_in), features = rows.shape[1:], w.shape[-1]
   once = jnp.where(jnp.all(taps.uses == 1), 1.0, jnp.nan)
-  if positions * (fan_in + features) < fan_in * features:  # Gram matrices are cheaper than the gradients
+  fewer_products = positions * (fan_in + features) < fan_in * features
+  if positions == 1 or (fewer_products and 4 * num_units * fan_in * features > _CACHE_BYTES):  # by Gram matrices
     gram = lambda a: jnp.einsum("mpk,mqk->mpq", a, a, precision=_precision())
     seen, sent = gram(rows), gram(g)
     largest = jnp.trace(seen, axis1=1, axis2=2) * jnp.trace(sent, axis1=1, axis2=2)
