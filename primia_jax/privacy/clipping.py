@@ -1,7 +1,8 @@
 """The sum of per-unit gradients, each clipped first, in the memory of one gradient and with XLA's fast convolutions.
 
 A loop goes over the units that a step really has, a few at a time, and adds each clipped gradient to a running sum, so
-that padding beyond the last few costs nothing. (How long a step takes thus tells the number of units to whoever can time the site.)
+that padding beyond the last few costs nothing. (How long a step takes thus tells roughly the number of units to whoever
+can time the site.)
 """
 
 from __future__ import annotations
