@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
 import socket
 import struct
@@ -78,7 +79,7 @@ def serve(
     try:
       return await _serve(hub, setup, round, timeout, identity)
     finally:
-      hub.close()
+      await hub.end(timeout)
 
   return asyncio.run(once())
 
@@ -116,15 +117,10 @@ class Host:
     """Closes the listener and all connections, when what has been sent is on its way; a second time does nothing."""
     if not self._thread.is_alive():
       return
-
-    async def end() -> None:
-      writers = [*self._hub.open]
-      self._hub.close()
-      await asyncio.gather(*[writer.wait_closed() for writer in writers], return_exceptions=True)
-
-    asyncio.run_coroutine_threadsafe(end(), self._loop).result(self._timeout)
+    asyncio.run_coroutine_threadsafe(self._hub.end(self._timeout), self._loop).result()
     self._loop.call_soon_threadsafe(self._loop.stop)
     self._thread.join(self._timeout)
+    self._loop.close()
 
 
 def join(
@@ -239,6 +235,14 @@ class _Hub:
       self.acceptor.close()
     for writer in self.open:
       writer.close()
+
+  async def end(self, timeout: float) -> None:
+    """Closes everything, and waits until what has been sent is on its way."""
+    writers = [*self.open]
+    self.close()
+    with contextlib.suppress(TimeoutError):
+      closed = asyncio.gather(*[writer.wait_closed() for writer in writers], return_exceptions=True)
+      await asyncio.wait_for(closed, timeout)
 
   async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     self.open.add(writer)
