@@ -204,7 +204,7 @@ def _patches(x: Array, w_shape: Sequence[int], geometry: Geometry) -> tuple[Arra
   height = (x.shape[1] - (kh - 1) * dh - 1) // sh + 1
   width = (x.shape[2] - (kw - 1) * dw - 1) // sw + 1
   columns = [x[:, :, j * dw : j * dw + (width - 1) * sw + 1 : sw] for j in range(kw)]
-  x = jnp.concatenate(columns, axis=-1)  # first along rows alone, so that the second copies longer pieces
+  x = jnp.stack(columns, axis=3)  # first along rows alone, so that the second copies longer pieces
   rows = [x[:, i * dh : i * dh + (height - 1) * sh + 1 : sh] for i in range(kh)]
-  patches = jnp.concatenate(rows, axis=-1)
-  return patches.reshape(-1, patches.shape[-1]), (height, width)
+  patches = jnp.stack(rows, axis=3)  # not `concatenate`, for each of whose pieces XLA:CPU forms the columns anew
+  return patches.reshape(-1, kh * kw * x.shape[-1]), (height, width)
