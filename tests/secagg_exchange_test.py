@@ -238,6 +238,28 @@ def test_a_site_that_is_late_is_told_that_it_was_lost_and_the_others_wait_once()
   assert "site 1 was declared lost in round 4" in str(apart.errors[1])
 
 
+@pytest.mark.parametrize("lies", [True, False])
+def test_sites_that_were_told_different_sums_do_not_go_on_together(monkeypatch, lies):
+  """Else a server could have them train different models, and single out one site's update."""
+  take_total = protocol.take_total
+
+  def told(site, total, server):
+    return tuple(v + np.uint32(lies and site.number == 1) for v in take_total(site, total, server))
+
+  def call(i, own):
+    one_sum(own, i)
+    return one_sum(own, i, TERMS._replace(round=5))
+
+  monkeypatch.setattr(protocol, "take_total", told)
+  apart = Apart(3, timeout=2.0 if lies else 60.0).run(call)
+  if not lies:
+    assert sorted(apart.results) == [0, 1, 2]
+    return
+  assert apart.results == {}
+  assert isinstance(apart.errors[0], serving.RoundFailed)
+  assert "message of site 1 in stage advertise is rejected: forged" in apart.errors[0].__notes__[0]
+
+
 @pytest.mark.parametrize(
   ("num_peers", "threshold", "left", "want"),
   [

@@ -7,6 +7,11 @@ all have signed, so that a site that is lost costs its timeout once. It stays ou
 Who learns what: see `protocol`. The bounds there are kept for the K sites that have begun: however many are lost, no
 sum is over fewer than the quorum of K, which is more than two thirds of them, or more than half under a threshold
 between half and two thirds, which takes a server that follows the protocol.
+
+The server tells the sums, so it could tell each site another and have them train different models, until one site's
+update is all that is left in a sum (Pasquini et al. 2022, "Eluding secure aggregation in federated learning via model
+inconsistency"). Here every message of a sum is bound to all sums that its sender was told before: sites that were told
+different ones refuse each other from the next sum on, which then does not open.
 """
 
 from __future__ import annotations
@@ -96,7 +101,7 @@ class Exchange:
     self._number, self._pinned, self._host = number, pinned, host
     everybody = [*(pinned.sites[i] for i in self.sites), pinned.server]
     self._run = hashlib.sha256(b"".join(everybody) + run).digest()
-    # Of all identities, so that nobody but who publishes the last can choose among circles of neighbours.
+    # Of all identities, so that nobody but who publishes the last can choose among circles of neighbours; for all sums.
     self._graph_key = np.frombuffer(self._run, "<u4").astype(np.uint32)
     self._connection = socket.create_connection(address, 2 * timeout)  # the server's patience ends first
     self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -128,6 +133,7 @@ class Exchange:
       pending.result()  # until all survivors have been told the sum
     self.sites = joined.lists.survivors
     (total,) = joined.total
+    self._run = hashlib.sha256(self._run + total.astype(total.dtype.newbyteorder("<"), copy=False).tobytes()).digest()
     parts = np.split(total, np.cumsum([a.size for a in leaves])[:-1])
     return jax.tree.unflatten(structure, [jnp.asarray(v.reshape(a.shape)) for v, a in zip(parts, leaves, strict=True)])
 

@@ -252,8 +252,9 @@ def unmask(site: Site, consents: msg.Consents) -> tuple[Site, msg.Answer]:
 def take_total(site: Site, total: msg.Total, server: bytes) -> tuple[np.ndarray, ...]:
   """After stage 4: the opened sum, as the server says.
 
-  The signature keeps out everybody but the server, and every other attempt at this round. The server itself is trusted
-  with the sum: it could tell a wrong one, and each site another.
+  The signature keeps out everybody but the server, and every other attempt at this round. The server itself could tell
+  a wrong sum, and each site another; where sums follow each other, put those told before into the next one's `run`, as
+  `exchange` does, and sites that were told different ones do not go on together.
 
   Args:
     site: the state after `unmask`.
