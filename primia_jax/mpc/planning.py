@@ -151,8 +151,9 @@ def calibrate(fn: Callable, owners: Sequence[Any], examples: Iterable[Sequence[P
 
 def _magnitudes(program: Program, leaves: Sequence[Array]) -> Array:
   env = evaluate(program, leaves)
+  real = lambda v: jnp.abs(v) if jnp.iscomplexobj(v) else v.astype(jnp.float32)
   finite = lambda v: jnp.where(jnp.isneginf(v), jnp.zeros_like(v), v)  # padding before a maximum
-  values = [finite(env[i].astype(jnp.float32)) for i in range(program.num_values)]
+  values = [finite(real(env[i])) for i in range(program.num_values)]
   return jnp.stack([jnp.max(jnp.abs(v), initial=0) for v in values])
 
 
