@@ -31,6 +31,7 @@ AUGMENTATIONS = {
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
 _CORRUPT_FRACTION = 0.1  # of a site's peers, with which the degree of a sparse graph reckons
+_LOST_FRACTION = 0.1  # of the sites, with which it reckons where they are lost in earnest
 _MIN_FRACTION_BITS = 10  # an update's numbers are off by less than 1/2048
 _DROPOUTS = 1  # use of the seed
 _INITIAL = 7  # what the key of the initial parameters is folded with
@@ -374,8 +375,10 @@ def secure_sum(settings: Train, num_sites: int, max_abs: float | None = None) ->
   if peers == (settings.sites_per_round or settings.num_sites) - 1:
     peers = 0  # all others in a round means all others in the sums over all sites, too
   if settings.secagg == "bell" and not peers:
-    peers, needed = graph.degree_for(num_sites, _CORRUPT_FRACTION, settings.dropout_rate)
-    threshold = threshold if threshold > 0 else needed
+    apart = settings.placement == "processes"  # where the server is not trusted, and the setting loses no site
+    lost = _LOST_FRACTION if apart else settings.dropout_rate
+    peers, needed = graph.degree_for(num_sites, _CORRUPT_FRACTION, lost, malicious_server=apart)
+    threshold = threshold if threshold > 0 or (apart and peers == num_sites - 1) else needed
   holders = (peers or num_sites - 1) + 1
   return secagg.secure_sum(
     num_sites,

@@ -14,6 +14,7 @@ import pytest
 from experiments import books, inputs, learning, private, processes, running, settings, training
 from primia_jax import models, sites
 from primia_jax.privacy import accounting
+from primia_jax.secagg import graph
 
 TINY = settings.Train(
   phantom_images=36, image_size=16, model="mlp", rounds=2, batch_size=4, augment="none", optimizer="momentum",
@@ -75,6 +76,17 @@ def test_a_process_a_site_trains_the_model_that_one_process_trains(tmp_path, pat
     assert row["val_mcc"] == pytest.approx(wanted["val_mcc"])
     assert row["val_loss"] == pytest.approx(wanted["val_loss"], abs=1e-4)
   assert "no other process knows them" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("secagg", ["pairwise", "bell"])
+@pytest.mark.parametrize("num_sites", [4, 5, 10, 50])
+def test_sums_of_processes_do_not_trust_the_server_and_survive_a_loss(num_sites, secagg):
+  secure = learning.secure_sum(dataclasses.replace(TINY, num_sites=num_sites, secagg=secagg), num_sites)
+  holders = secure.num_peers + 1
+  assert graph.smallest_threshold(holders, malicious_server=True) <= secure.threshold < holders
+  trusting = dataclasses.replace(TINY, num_sites=num_sites, secagg=secagg, secagg_threshold=num_sites // 2 + 1)
+  if secure.num_peers == num_sites - 1:
+    assert learning.secure_sum(trusting, num_sites).threshold == num_sites // 2 + 1
 
 
 def wait_for(condition, seconds=120):
