@@ -260,6 +260,88 @@ def test_sites_that_were_told_different_sums_do_not_go_on_together(monkeypatch, 
   assert "message of site 1 in stage advertise is rejected: forged" in apart.errors[0].__notes__[0]
 
 
+def test_a_survivor_that_is_late_to_sign_the_lists_is_told_so_and_not_waited_for_again(monkeypatch):
+  late, consistency = threading.Event(), protocol.consistency
+
+  def slow(site, lists):
+    if site.number == 1:
+      late.wait(60)
+    return consistency(site, lists)
+
+  monkeypatch.setattr(protocol, "consistency", slow)
+
+  def call(i, own):
+    terms = TERMS._replace(threshold=2)
+    assert_total(one_sum(own, i, terms), (0, 1, 2))
+    assert own.sites == (0, 1, 2)
+    assert_total(one_sum(own, i, terms._replace(round=5)), (0, 2))
+    late.set()
+    return own.sites
+
+  apart = Apart(3, timeout=2.0).run(call)
+  assert apart.results == {0: (0, 2), 2: (0, 2)}
+  assert "site 1 was declared lost in round 4" in str(apart.errors[1])
+
+
+def test_sites_of_another_run_or_with_another_server_are_shown_out_and_not_summed():
+  """Site 3 has another configuration, and site 4 has pinned another server."""
+  apart, stranger = Apart(5, timeout=2.0), keys.identity().public
+  for i, run, server in ((3, b"other", None), (4, b"test", stranger)):
+    old = apart.exchanges[i]
+    pinned = old._pinned._replace(server=server or old._pinned.server)
+    apart.exchanges[i] = exchange.Exchange(old._connection.getpeername(), i, pinned, run, 300.0)
+    old.close()
+
+  def call(i, own):
+    assert_total(one_sum(own, i, TERMS._replace(num_peers=4, threshold=3)), (0, 1, 2))
+    return own.sites
+
+  apart.run(call)
+  assert apart.results == dict.fromkeys((0, 1, 2), (0, 1, 2))
+  assert all(isinstance(apart.errors[i], exchange.Lost) for i in (3, 4))  # long before their patience ends
+
+
+def test_no_sum_is_over_fewer_than_the_quorum_of_those_that_have_begun():
+  """One of five after the other leaves between sums; two of them would be a majority of the three that are left."""
+  ended = [threading.Event() for _ in range(5)]
+
+  def call(i, own):
+    for left in (5, 4, 3, 2):
+      terms = TERMS._replace(round=9 - left, threshold=2)
+      if left < 5:
+        assert ended[left].wait(60)
+      assert_total(one_sum(own, i, terms), range(left))
+      if i == left - 1:
+        own.close()
+        ended[i].set()
+        return left
+    return "two"
+
+  apart = Apart(5).run(call)
+  assert apart.results == {4: 5, 3: 4, 2: 3}
+  assert isinstance(apart.errors[0], serving.RoundFailed)
+  assert "2 sites of 3 sent their message in time, and 3 are needed" in str(apart.errors[0])
+
+
+class Asked(Exception):
+  """What an exchange was asked for."""
+
+
+def test_an_exchange_is_told_what_the_sum_is_for_and_how_it_is_protected():
+  class Asking(Nobody):
+    def begin(self, shapes, terms):
+      raise Asked(terms)
+
+  aggregator = fed.securely(secagg.secure_sum(3, threshold=2))._replace(min_survivors=3)
+  placement = sites.Placement("apart", exchange=Asking())
+  count = fed.total_over_sites(extremes, aggregator, placement, fed.COUNTING)
+  ids, key = np.arange(3, dtype=np.int32), jax.random.key(0)
+  linked = fed.link(aggregator, placement, fed.COUNTING)(key, np.int32(7), ids, DEALER)
+  with pytest.raises(Asked) as asked:
+    count((), jnp.int32(7), ids, linked, (), fed.Loader(load))
+  assert asked.value.args == (exchange.Terms(7, fed.COUNTING, 32, 2, 2, 3),)
+
+
 @pytest.mark.parametrize(
   ("num_peers", "threshold", "left", "want"),
   [

@@ -1,6 +1,8 @@
 """The protocol over loopback. This file is the test and, run by itself, one site's process."""
 
+import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
@@ -195,8 +197,69 @@ def test_garbage_and_strangers_are_rejected_by_name_and_the_round_goes_on():
     (9, "advertise", "unknown"),
   ]
   assert any("2147483648 bytes announced" in str(r) for r in report.rejected)
+  assert all(r.__traceback__ is None for r in report.rejected)  # whose frames would keep the messages in memory
   for thread in [*sites.values(), *beside]:
     thread.get()
+
+
+def test_a_site_that_takes_nothing_is_cut_off_and_known_to_be_gone():
+  async def check():
+    hub, listener = transport._Hub(1), transport.listen()
+    await hub.listen(listener)
+    with socket.create_connection(listener.getsockname(), 30):
+      while not hub.open:
+        await asyncio.sleep(0.01)
+      (writer,) = hub.open
+      total = msg.Total(ROUND, (np.zeros(2**23, np.uint32),), b"")  # more than any socket's buffer
+      await transport._send_all([(writer, total)], 0.2)
+      assert await asyncio.wait_for(hub.inbox.get(), 20) == (writer, None)
+    await hub.end(1.0)
+
+  asyncio.run(check())
+
+
+class Unreachable:
+  """A stream writer, and its transport, of a connection that has broken; with an error that is no ConnectionError."""
+
+  def __init__(self):
+    self.transport, self.aborted = self, False
+
+  def write(self, data):
+    pass
+
+  async def drain(self):
+    raise OSError(errno.EHOSTUNREACH, "no route to host")
+
+  def abort(self):
+    self.aborted = True
+
+
+def test_a_connection_that_breaks_in_whatever_way_is_a_dropout():
+  async def check():
+    hub, writer, reader = transport._Hub(1), Unreachable(), asyncio.StreamReader()
+    reader.set_exception(OSError(errno.EHOSTUNREACH, "no route to host"))
+    await hub.connected(reader, writer)
+    assert hub.inbox.get_nowait() == (writer, None)
+    await transport._send_all([(writer, msg.Consents(ROUND, {}))], 1.0)
+    assert writer.aborted
+
+  asyncio.run(check())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_who_has_not_advertised_can_send_nothing_longer_than_an_advert(known):
+  async def check():
+    hub, writer, reader = transport._Hub(2), Unreachable(), asyncio.StreamReader()
+    hub.limit, hub.writers = 2**20, {0: writer} if known else {}
+    reader.feed_data(struct.pack("<I", 2**13) + bytes(2**13))
+    reader.feed_eof()
+    await hub.connected(reader, writer)
+    _, data = hub.inbox.get_nowait()
+    assert data == bytes(2**13) if known else isinstance(data, ValueError)
+
+  asyncio.run(check())
+  advert = protocol.advertise(agreed(), ROUND, 3, IDENTITIES[3])[1]
+  assert len(msg.encode(advert)) < transport._ADVERT_BYTES
 
 
 def test_a_site_refuses_a_frame_that_is_too_long_or_no_message():

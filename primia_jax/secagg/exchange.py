@@ -147,7 +147,7 @@ class Exchange:
     """Runs a step; says what a broken connection means, and in the host's process why the server broke it."""
     try:
       return step()
-    except (ConnectionError, TimeoutError) as e:
+    except OSError as e:
       if pending and concurrent.futures.wait([pending], timeout=10).done and (error := pending.exception()):
         raise error from e
       raise Lost(

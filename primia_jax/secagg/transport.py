@@ -27,6 +27,8 @@ from primia_jax.secagg import keys, protocol, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 
+_ADVERT_BYTES = 2**12  # and no honest advert is longer; who has sent none that was taken sends nothing longer
+
 
 class Report(NamedTuple):
   """How a round went.
@@ -221,7 +223,7 @@ class _Hub:
   """The server's connections: frames of all of them arrive in one queue."""
 
   def __init__(self, num_sites: int):
-    self.limit = 2**12  # before the first round, when sites can have sent adverts only
+    self.limit = _ADVERT_BYTES  # of a site's message
     self.inbox = asyncio.Queue[tuple[asyncio.StreamWriter, bytes | ValueError | None]](num_sites)
     self.open: set[asyncio.StreamWriter] = set()
     self.writers: dict[int, asyncio.StreamWriter] = {}  # of the sites, as their signed adverts say
@@ -244,15 +246,20 @@ class _Hub:
       closed = asyncio.gather(*[writer.wait_closed() for writer in writers], return_exceptions=True)
       await asyncio.wait_for(closed, timeout)
 
+  def knows(self, writer: asyncio.StreamWriter) -> bool:
+    """Whether a site's signed advert has come this way."""
+    return writer in self.writers.values()
+
   async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     self.open.add(writer)
     try:
       while True:
-        size = _length(await reader.readexactly(4), self.limit)
+        head = await reader.readexactly(4)
+        size = _length(head, self.limit if self.knows(writer) else _ADVERT_BYTES)
         await self.inbox.put((writer, await reader.readexactly(size)))
     except ValueError as e:
       await self.inbox.put((writer, e))
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, OSError):
       pass  # whoever breaks off is told of below, and falls silent: a dropout
     await self.inbox.put((writer, None))
 
@@ -270,9 +277,9 @@ async def _serve(hub: _Hub, setup: rounds.Setup, round: int, timeout: float, ide
     state, opened = serving.open_total(state)
     if identity:
       total = serving.sign_total(state, opened, identity)
-      await _send_all([(hub.writers[u], total) for u in opened.survivors], timeout)
-    for u in set(hub.writers) - set(opened.survivors):
-      hub.writers.pop(u).close()  # which tells it that it was lost
+      await _send_all([(hub.writers[u], total) for u in state.received[3]], timeout)
+    for u in set(hub.writers) - set(state.received[3]):  # some survivor may have missed the signatures
+      hub.writers[u].close()  # which tells it that it was lost
     return Report(opened, tuple(rejected))
   except serving.RoundFailed as e:
     e.add_note(f"rejected messages: {[str(r) for r in rejected]}")
@@ -304,7 +311,9 @@ async def _gather(state: serving.Server, hub: _Hub, rejected: list[serving.Rejec
     try:
       state = serving.receive(state, message)
     except serving.Rejected as e:
-      rejected.append(e)
+      rejected.append(e.with_traceback(None))  # which would keep the message
+      if not hub.knows(writer):
+        writer.close()  # a stranger, or a site that is late or of another run: it need not wait
       continue
     if isinstance(message, msg.Advert):
       writers[message.site] = writer
@@ -318,7 +327,7 @@ async def _send_all(outbox: Sequence[tuple[asyncio.StreamWriter, msg.Message]], 
     try:
       writer.write(data)
       await asyncio.wait_for(writer.drain(), timeout)
-    except (ConnectionError, TimeoutError):
-      writer.close()
+    except OSError:
+      writer.transport.abort()  # and not `close`, which would wait until all is sent
 
   await asyncio.gather(*[send(writer, frame(message)) for writer, message in outbox])
