@@ -12,6 +12,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -45,22 +46,33 @@ class Seat(NamedTuple):
 def connect(config: Train, folder: pathlib.Path, seat: Seat) -> sites.Placement:
   """Makes this process's identity, pins the others' and joins them.
 
+  The first clears away what an earlier start has left and makes the books alike, and listens then; the others wait for
+  that, so that however they are started none pins an old identity or goes on from another book.
+
   Raises:
     Lost: the others do not come.
-    ValueError: the address is none.
+    ValueError: the address is none, or not this machine's.
   """
   host, _, port = seat.address.rpartition(":")
-  if not host or not port.isdigit() or not 0 <= seat.number < config.num_sites:
+  is_place = host and port.isdecimal() and 0 < int(port) < 2**16
+  if not is_place or not 0 <= seat.number < config.num_sites:
     raise ValueError(
       f"coordinator={seat.address!r} with process_id={seat.number}: write HOST:PORT, and a site's number below "
       f"{config.num_sites}"
     )
   address, known, server = (host, int(port)), folder / _IDENTITIES, None
-  known.mkdir(exist_ok=True)
   if seat.number == 0:
+    _clear(known)
+    books.reconcile([home(folder / "federated", i) / books.LEDGER for i in range(config.num_sites)])
     identity = keys.identity()
-    server = transport.Host(transport.listen(*address), config.num_sites, seat.timeout, identity)
+    try:
+      listener = transport.listen(*address)
+    except OSError as e:
+      raise ValueError(f"coordinator={seat.address!r}: the first process cannot listen there ({e})") from e
+    server = transport.Host(listener, config.num_sites, seat.timeout, identity)
     exchange.publish(known, exchange.SERVER, identity)
+  else:
+    exchange.connect(address, seat.timeout, seat.timeout).close()
   own = keys.identity()
   exchange.publish(known, seat.number, own)
   pinned = exchange.pin(known, own, config.num_sites, seat.timeout)
@@ -78,9 +90,11 @@ def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathli
     RuntimeError: the first process failed, or another before it could take part; the message names the log.
   """
   children = start(module, arguments, num_sites, folder)
+  before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # no child is left behind
   try:
     lost = watch(children, folder)
   finally:
+    signal.signal(signal.SIGTERM, before)
     for child in children:
       child.kill()
       child.wait()
@@ -94,9 +108,7 @@ def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathli
 
 def start(module: str, arguments: Sequence[str], num_sites: int, folder: pathlib.Path) -> list[subprocess.Popen]:
   """Starts one process for each site, in a run folder that no older identities are left in."""
-  shutil.rmtree(folder / _IDENTITIES, ignore_errors=True)
-  (folder / _IDENTITIES).mkdir()
-  books.reconcile([home(folder / "federated", i) / books.LEDGER for i in range(num_sites)])
+  _clear(folder / _IDENTITIES)  # before the first does, since `watch` looks there
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -106,6 +118,11 @@ def start(module: str, arguments: Sequence[str], num_sites: int, folder: pathlib
     output = (folder / f"process_{i}.log").open("w") if i else None
     children.append(subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT))
   return children
+
+
+def _clear(identities: pathlib.Path) -> None:
+  shutil.rmtree(identities, ignore_errors=True)
+  identities.mkdir(exist_ok=True)
 
 
 def watch(children: Sequence[subprocess.Popen], folder: pathlib.Path) -> list[int]:

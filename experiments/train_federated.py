@@ -34,6 +34,13 @@ def main() -> None:
   if unknown := set(baselines) - {"pooled", "local"}:
     raise ValueError(f"baselines={sorted(unknown)}; there are pooled and local")
   in_processes = config.placement == "processes"
+  for name in ("coordinator", "process_id", "stage_timeout"):
+    if FLAGS[name].present and not in_processes:
+      raise ValueError(f"{name}={FLAGS[name].value} belongs to placement=processes, not {config.placement}")
+  if FLAGS.process_id >= 0 and not FLAGS.coordinator:
+    raise ValueError(f"process_id={FLAGS.process_id} starts a single process: give --coordinator=HOST:PORT, too")
+  if not 0 < FLAGS.stage_timeout < float("inf"):
+    raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
   if in_processes:
     if "baselines" in FLAGS and FLAGS["baselines"].present and baselines:
       raise ValueError("placement=processes: no process may read all sites' images, so there are no baselines")

@@ -5,6 +5,10 @@ import json
 import os
 import pathlib
 import signal
+import socket
+import subprocess
+import sys
+import threading
 import time
 
 import jax
@@ -14,7 +18,7 @@ import pytest
 from experiments import books, inputs, learning, private, processes, running, settings, training
 from primia_jax import models, sites
 from primia_jax.privacy import accounting
-from primia_jax.secagg import graph
+from primia_jax.secagg import exchange, graph, keys
 
 TINY = settings.Train(
   phantom_images=36, image_size=16, model="mlp", rounds=2, batch_size=4, augment="none", optimizer="momentum",
@@ -76,6 +80,89 @@ def test_a_process_a_site_trains_the_model_that_one_process_trains(tmp_path, pat
     assert row["val_mcc"] == pytest.approx(wanted["val_mcc"])
     assert row["val_loss"] == pytest.approx(wanted["val_loss"], abs=1e-4)
   assert "no other process knows them" in (folder / "report.md").read_text()
+
+
+def free_port():
+  with socket.create_server(("127.0.0.1", 0)) as probe:
+    return probe.getsockname()[1]
+
+
+def test_processes_that_are_started_one_by_one_pin_no_older_identity_and_go_on_from_one_book(tmp_path):
+  """Site 1 is there first, in a folder with all that an earlier start has left."""
+  known, config = tmp_path / "identities", dataclasses.replace(TINY, num_sites=2)
+  known.mkdir()
+  for name in (0, 1, exchange.SERVER):
+    exchange.publish(known, name, keys.identity())
+  privacy = private.Privacy("example", accounting.gaussian("gradients", 1.0, 0.1), 2, None, 1e-3, np.inf, 100)
+  ledgers = [processes.home(tmp_path / "federated", i) / books.LEDGER for i in range(2)]
+  ledgers[1].parent.mkdir(parents=True)
+  books.Book(privacy, 2, ledgers[1]).spend(privacy.release, [0, 1])
+  places, address = {}, f"127.0.0.1:{free_port()}"
+
+  def connect(i):
+    places[i] = processes.connect(config, tmp_path, processes.Seat(i, address, 20.0))
+    assert ledgers[0].read_text() == ledgers[1].read_text()
+
+  threads = [threading.Thread(target=connect, args=(i,), daemon=True) for i in (1, 0)]
+  for thread in threads:
+    thread.start()
+    thread.join(0.3)
+  for thread in threads:
+    thread.join(30)
+  exchanges = [places[i].exchange for i in range(2)]
+  assert exchanges[0]._pinned[1:] == exchanges[1]._pinned[1:]
+  assert [one._pinned.own.public for one in exchanges] == list(exchanges[0]._pinned.sites.values())
+  for one in exchanges:
+    one.close()
+
+
+def test_an_address_that_is_none_or_nobodys_is_refused_by_name(tmp_path):
+  config = dataclasses.replace(TINY, num_sites=2)
+  for number, address in ((0, "127.0.0.1:99999"), (0, "127.0.0.1:0"), (0, "4567"), (2, "127.0.0.1:4567")):
+    with pytest.raises(ValueError, match=f"coordinator='{address}' with process_id={number}: write HOST:PORT"):
+      processes.connect(config, tmp_path, processes.Seat(number, address, 1.0))
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    address = "{}:{}".format(*taken.getsockname())
+    with pytest.raises(ValueError, match="the first process cannot listen there"):
+      processes.connect(config, tmp_path, processes.Seat(0, address, 1.0))
+  with pytest.raises(exchange.Lost, match=f"no server at {address}"):
+    processes.connect(config, tmp_path, processes.Seat(1, address, 0.2))
+  pinned = exchange.Pinned(keys.identity(), {}, b"")
+  with pytest.raises(exchange.Lost, match=f"no server at {address}"):
+    exchange.Exchange(("127.0.0.1", int(address.split(":")[1])), 1, pinned, b"run", 1.0)
+
+
+@pytest.mark.parametrize(
+  ("flags", "told"),
+  [
+    (["--process_id=1"], "process_id=1 starts a single process: give --coordinator"),
+    (["--stage_timeout=0"], "stage_timeout=0.0 must be a positive number"),
+    (["--placement=scan", "--coordinator=127.0.0.1:1"], "coordinator=127.0.0.1:1 belongs to placement=processes"),
+  ],
+)
+@pytest.mark.slow
+def test_flags_that_would_be_ignored_are_refused(tmp_path, path, flags, told):
+  command = [sys.executable, "-m", "experiments.train_federated", *arguments(tmp_path / "run"), *flags]
+  run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert run.returncode == 1
+  assert told in run.stderr
+  assert "Traceback" not in run.stderr
+
+
+@pytest.mark.slow
+def test_processes_end_with_who_has_launched_them(tmp_path, path):
+  folder = tmp_path / "run"
+  command = [sys.executable, "-m", "experiments.train_federated", *arguments(folder, ("rounds", 1000))]
+  launcher = subprocess.Popen(command)
+  try:
+    wait_for(lambda: rows(folder))
+    launcher.terminate()
+    assert launcher.wait(60) == 128 + signal.SIGTERM
+    lines = len(rows(folder))
+    time.sleep(2)
+    assert len(rows(folder)) == lines
+  finally:
+    launcher.kill()
 
 
 @pytest.mark.parametrize("secagg", ["pairwise", "bell"])

@@ -96,6 +96,9 @@ class Exchange:
       run: names the run and its configuration; sites with different ones refuse each other's messages.
       timeout: seconds that a stage may take; a site's work between `begin` and `finish` is within one.
       host: the server, in the one process that has it.
+
+    Raises:
+      Lost: nobody listens there.
     """
     self.sites = tuple(sorted(pinned.sites))
     self._number, self._pinned, self._host = number, pinned, host
@@ -103,7 +106,7 @@ class Exchange:
     self._run = hashlib.sha256(b"".join(everybody) + run).digest()
     # Of all identities, so that nobody but who publishes the last can choose among circles of neighbours; for all sums.
     self._graph_key = np.frombuffer(self._run, "<u4").astype(np.uint32)
-    self._connection = socket.create_connection(address, 2 * timeout)  # the server's patience ends first
+    self._connection = connect(address, 2 * timeout, patience=0)  # the server's patience ends first
     self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
   def begin(self, shapes: PyTree, terms: Terms) -> tuple[protocol.Site, transport.Pending | None]:
@@ -174,6 +177,22 @@ def agree(
     identities, [size], run, num_bits=terms.num_bits, graph_key=graph_key, threshold=threshold, quorum=quorum,
     degree=min(terms.num_peers, len(identities) - 1), malicious_server=malicious, purpose=terms.purpose,
   )  # fmt: skip
+
+
+def connect(address: tuple[str, int], timeout: float, patience: float) -> socket.socket:
+  """A connection to the server, for which it waits so many seconds.
+
+  Raises:
+    Lost: nobody listens there.
+  """
+  end = time.monotonic() + patience
+  while True:
+    try:
+      return socket.create_connection(address, timeout)
+    except OSError as e:
+      if time.monotonic() >= end or isinstance(e, socket.gaierror):
+        raise Lost(f"no server at {address[0]}:{address[1]} ({e}); has the first process started?") from e
+    time.sleep(0.1)
 
 
 def publish(folder: pathlib.Path, name: int | str, identity: keys.Identity) -> None:
