@@ -1,5 +1,6 @@
 """`train_federated --placement=processes`: real processes, one of them killed, and the run started again."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -153,7 +154,7 @@ def test_flags_that_would_be_ignored_are_refused(tmp_path, path, flags, told):
 def test_processes_end_with_who_has_launched_them(tmp_path, path):
   folder = tmp_path / "run"
   command = [sys.executable, "-m", "experiments.train_federated", *arguments(folder, ("rounds", 1000))]
-  launcher = subprocess.Popen(command)
+  launcher = subprocess.Popen(command, start_new_session=True)
   try:
     wait_for(lambda: rows(folder))
     launcher.terminate()
@@ -162,7 +163,8 @@ def test_processes_end_with_who_has_launched_them(tmp_path, path):
     time.sleep(2)
     assert len(rows(folder)) == lines
   finally:
-    launcher.kill()
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(launcher.pid, signal.SIGKILL)  # whoever is left
 
 
 @pytest.mark.parametrize("secagg", ["pairwise", "bell"])
