@@ -218,6 +218,19 @@ def test_a_site_that_takes_nothing_is_cut_off_and_known_to_be_gone():
   asyncio.run(check())
 
 
+def test_a_host_that_closes_leaves_no_task_however_many_strangers_came():
+  listener = transport.listen()
+  host = transport.Host(listener, 1, 30.0, keys.identity())
+  with contextlib.ExitStack() as stack:
+    for _ in range(6):
+      stack.enter_context(socket.create_connection(listener.getsockname(), 30)).sendall(b"\3\0\0\0abc")
+    while len(host._hub.open) < 6:
+      time.sleep(0.01)
+    host.close()
+    host.close()
+  assert asyncio.all_tasks(host._loop) == set()
+
+
 class Unreachable:
   """A stream writer, and its transport, of a connection that has broken; with an error that is no ConnectionError."""
 

@@ -226,6 +226,7 @@ class _Hub:
     self.limit = _ADVERT_BYTES  # of a site's message
     self.inbox = asyncio.Queue[tuple[asyncio.StreamWriter, bytes | ValueError | None]](num_sites)
     self.open: set[asyncio.StreamWriter] = set()
+    self.num_readers = 0  # calls of `connected` that run
     self.writers: dict[int, asyncio.StreamWriter] = {}  # of the sites, as their signed adverts say
     self.acceptor: asyncio.Server | None = None
 
@@ -239,12 +240,16 @@ class _Hub:
       writer.close()
 
   async def end(self, timeout: float) -> None:
-    """Closes everything, and waits until what has been sent is on its way."""
+    """Closes everything, and waits until what has been sent is on its way and nobody reads any more."""
     writers = [*self.open]
     self.close()
     with contextlib.suppress(TimeoutError):
       closed = asyncio.gather(*[writer.wait_closed() for writer in writers], return_exceptions=True)
       await asyncio.wait_for(closed, timeout)
+    for writer in self.open:  # who takes nothing
+      writer.transport.abort()
+    while self.num_readers:  # each puts something at its end at least, and may wait for room to do so
+      await self.inbox.get()
 
   def knows(self, writer: asyncio.StreamWriter) -> bool:
     """Whether a site's signed advert has come this way."""
@@ -252,6 +257,9 @@ class _Hub:
 
   async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     self.open.add(writer)
+    self.num_readers += 1
+    if self.acceptor and not self.acceptor.is_serving():  # it came while all was closed
+      writer.close()
     try:
       while True:
         head = await reader.readexactly(4)
@@ -262,6 +270,7 @@ class _Hub:
     except (asyncio.IncompleteReadError, OSError):
       pass  # whoever breaks off is told of below, and falls silent: a dropout
     await self.inbox.put((writer, None))
+    self.num_readers -= 1
 
 
 async def _serve(hub: _Hub, setup: rounds.Setup, round: int, timeout: float, identity: keys.Identity | None) -> Report:
