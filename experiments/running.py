@@ -171,7 +171,8 @@ def secure_aggregation_facts(
 
 def _whose_keys(config: settings.Train, secure: secagg.SecureSum) -> str:
   if config.placement == "processes":
-    return "each site's process agrees on keys with the others anew for each sum, and no other process knows them"
+    keys = "each site's process agrees on keys with the others anew for each sum, and no other process knows them"
+    return f"{keys}; all sites see the sums, too"
   return "keys are agreed and shared anew for each sum" if secure.threshold else "pair keys come from a trusted dealer"
 
 

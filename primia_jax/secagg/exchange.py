@@ -6,7 +6,8 @@ all have signed, so that a site that is lost costs its timeout once. It stays ou
 
 Who learns what: see `protocol`. The bounds there are kept for the K sites that have begun: however many are lost, no
 sum is over fewer than the quorum of K, which is more than two thirds of them, or more than half under a threshold
-between half and two thirds, which takes a server that follows the protocol.
+between half and two thirds, which takes a server that follows the protocol. What these bounds cannot hide is the
+difference of two sums of the same inputs, one with a site and one without it: all learn such a site's input.
 
 The server tells the sums, so it could tell each site another and have them train different models, until one site's
 update is all that is left in a sum (Pasquini et al. 2022, "Eluding secure aggregation in federated learning via model

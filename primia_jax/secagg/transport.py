@@ -3,6 +3,7 @@
 A frame is four bytes of length, little-endian, and a message's encoding; the length is checked before anything is read.
 A site that does not answer within a stage's timeout, or whose connection ends, has dropped out. Messages are signed and
 shares are sealed, so that the network is trusted with nothing but delivery: who can cut connections can end a round.
+Who listens sees a sum where sites are told it, and who takes part.
 
 `serve` and `join` are one round. `Host` serves one after another over connections that the sites keep, so that a
 process that ends between rounds is noticed at once, and `begin` and `finish` are the halves of a site's part before
