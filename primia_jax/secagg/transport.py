@@ -99,6 +99,7 @@ class Host:
   def __init__(self, listener: socket.socket, num_sites: int, timeout: float, identity: keys.Identity):
     """Arguments as `serve`; num_sites is the most that ever take part."""
     self._timeout, self._identity, self._hub = timeout, identity, _Hub(num_sites)
+    self._round: asyncio.Task[Any] | None = None
     self._loop = asyncio.new_event_loop()
     self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
     self._thread.start()
@@ -108,6 +109,7 @@ class Host:
     """Starts a round, when the one before is over; where it fails, all connections are closed."""
 
     async def one() -> Report:
+      self._round = asyncio.current_task()
       try:
         return await _serve(self._hub, setup, round, self._timeout, self._identity)
       except BaseException:
@@ -117,10 +119,20 @@ class Host:
     return asyncio.run_coroutine_threadsafe(one(), self._loop)
 
   def close(self) -> None:
-    """Closes the listener and all connections, when what has been sent is on its way; a second time does nothing."""
+    """Ends a round that runs, and closes the listener and all connections when what has been sent is on its way.
+
+    A second time it does nothing.
+    """
     if not self._thread.is_alive():
       return
-    asyncio.run_coroutine_threadsafe(self._hub.end(self._timeout), self._loop).result()
+
+    async def end() -> None:
+      if self._round:
+        self._round.cancel()
+        await asyncio.wait([self._round])
+      await self._hub.end(self._timeout)
+
+    asyncio.run_coroutine_threadsafe(end(), self._loop).result()
     self._loop.call_soon_threadsafe(self._loop.stop)
     self._thread.join(self._timeout)
     self._loop.close()
@@ -302,7 +314,8 @@ async def _gather(state: serving.Server, hub: _Hub, rejected: list[serving.Rejec
   deadline, stage, writers = loop.time() + timeout, msg.STAGES[state.stage], hub.writers
   while any(u not in writers or writers[u] in hub.open for u in serving.expected(state)):
     try:
-      writer, data = await asyncio.wait_for(hub.inbox.get(), max(0.0, deadline - loop.time()))
+      async with asyncio.timeout_at(deadline):  # `wait_for` can swallow that the round is ended from outside
+        writer, data = await hub.inbox.get()
     except TimeoutError:
       break
     if data is None:
