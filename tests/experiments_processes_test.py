@@ -83,6 +83,20 @@ def test_a_process_a_site_trains_the_model_that_one_process_trains(tmp_path, pat
   assert "no other process knows them" in (folder / "report.md").read_text()
 
 
+def test_a_process_reads_the_images_of_its_own_site_only(tmp_path, monkeypatch):
+  class Read(Exception):
+    pass
+
+  def read(config, only_site=None):
+    raise Read(only_site)
+
+  monkeypatch.setattr(inputs, "site_images", read)
+  for seat, only in ((processes.Seat(1, "127.0.0.1:1", 1.0), 1), (None, None)):
+    with pytest.raises(Read) as asked:
+      running.run(TINY, tmp_path, federated=True, seat=seat)
+    assert asked.value.args == (only,)
+
+
 def free_port():
   with socket.create_server(("127.0.0.1", 0)) as probe:
     return probe.getsockname()[1]

@@ -367,6 +367,8 @@ def test_what_the_sites_that_are_left_agree_on_is_as_safe_as_with_all(num_peers,
   setup = agree()
   assert (setup.degree, setup.threshold, setup.quorum, setup.malicious_server) == want
   assert setup.sizes == (121,)
+  with pytest.raises(ValueError, match="JAX_ENABLE_X64"):  # else the sum would be cut to 32 bits
+    exchange.agree(identities, num_sites, {}, terms._replace(num_bits=40), b"run", np.zeros(8, np.uint32))
   terms = terms._replace(min_survivors=left + 1)
   with pytest.raises(ValueError, match=f"quorum={left + 1} of {left} sites"):
     agree()

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax import ring
 from primia_jax.secagg import graph, keys, protocol, rounds, transport
 from primia_jax.types import PyTree
 
@@ -166,8 +167,9 @@ def agree(
   """What the sites that are left, of num_sites, agree on for a sum.
 
   Raises:
-    ValueError: as `rounds.setup`.
+    ValueError: as `rounds.setup`, and for a ring that jax arrays cannot hold.
   """
+  ring.storage(terms.num_bits)
   holders = terms.num_peers + 1
   least = graph.smallest_threshold(holders, malicious_server=True)
   threshold = least if terms.threshold is None else terms.threshold
