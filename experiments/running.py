@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -73,7 +75,34 @@ def run(
 
   Returns:
     What `metrics.json` holds; empty in all processes but the first.
+
+  Raises:
+    ValueError: another process is at work on this run, or on this site of it.
   """
+  with alone(folder / f"process_{seat.number if seat else 0}.lock"):
+    return _run(config, folder, federated, baselines, log, seat)
+
+
+@contextlib.contextmanager
+def alone(path: pathlib.Path) -> Iterator[None]:
+  """Two processes that wrote one ledger would each overwrite what the other has spent."""
+  with path.open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however that ends
+    except BlockingIOError:
+      raise ValueError(f"another process is at work in {path.parent}; wait for it or stop it") from None
+    yield
+
+
+def _run(
+  config: settings.Train,
+  folder: pathlib.Path,
+  federated: bool,
+  baselines: Sequence[str],
+  log: Callable[[dict[str, Any]], None],
+  seat: processes.Seat | None,
+) -> dict[str, Any]:
+  """`run`, alone in the folder."""
   process = None if seat is None else seat.number
   images = inputs.site_images(config, process)
   label_names = images.train.dataset.label_names

@@ -178,6 +178,23 @@ def test_an_update_out_of_range_stops_the_run_and_names_the_cure(tmp_path):
     _train(config, tmp_path)
 
 
+def test_two_processes_do_not_work_on_one_run(tmp_path):
+  """They would overwrite what the other has booked in one ledger. One that was killed is in nobody's way."""
+  folder = running.open_run(dataclasses.replace(TINY, rounds=1), str(tmp_path / "run"))
+  lock = folder / "process_0.lock"
+  code = f"import fcntl, sys; file = open({str(lock)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX)"
+  code += "; print(flush=True); sys.stdin.read()"
+  with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"\n"
+    with pytest.raises(ValueError, match=f"another process is at work in {folder}"):
+      running.run(dataclasses.replace(TINY, rounds=1), folder, federated=True)
+    other.kill()
+  assert not (folder / "federated").exists()
+  with running.alone(lock):
+    pass
+
+
 def test_a_whole_run_and_its_evaluation(tmp_path, monkeypatch):
   config = dataclasses.replace(TINY, rounds=2)
   folder = running.open_run(config, str(tmp_path / "run"))
