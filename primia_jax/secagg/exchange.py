@@ -119,7 +119,7 @@ class Exchange:
       terms: of the sum.
 
     Raises:
-      Lost: the server has closed the connection.
+      Lost: the server has closed the connection, or too few sites are left for this sum.
       RoundFailed: in the host's process, where too few sites are left.
     """
     setup = agree({i: self._pinned.sites[i] for i in self.sites}, len(self._pinned.sites), shapes, terms,
@@ -175,6 +175,11 @@ def agree(
   threshold = least if terms.threshold is None else terms.threshold
   malicious = threshold >= least
   quorum = max(graph.smallest_threshold(num_sites, malicious), threshold, terms.min_survivors)
+  if len(identities) < min(quorum, num_sites):
+    raise Lost(
+      f"{len(identities)} of {num_sites} sites are left, and the next sum is over {quorum} at least. Start again to "
+      "take all back from the last round that was saved"
+    )
   size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
   return rounds.setup(
     identities, [size], run, num_bits=terms.num_bits, graph_key=graph_key, threshold=threshold, quorum=quorum,
