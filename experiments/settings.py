@@ -129,7 +129,9 @@ class Train(Data):
   )
   dp_clipping: str = _("flat", "dp: flat, per_layer, or automatic (every gradient scaled to the norm)")
   dp_augmentations: int = _(1, "dp: augmented copies of an image, whose mean gradient is clipped as one")
-  dp_count_noise: float = _(20.0, "dp with class_weights: standard deviation of the noise on each site's class counts")
+  dp_count_noise: float = _(
+    20.0, "dp with class_weights: standard deviation of the noise on each site's class counts, of images or patients"
+  )
   dp_average: float = _(0.0, "decay of the average over rounds of the parameters that are evaluated; 0 takes the last")
   dp_seed: int = _(-1, "dp: a seed for noise and batches, to repeat a run that is then NOT PRIVATE; -1 takes entropy")
 

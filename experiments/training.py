@@ -48,7 +48,7 @@ class Trainer(NamedTuple):
   Attributes:
     algorithm, rounds: what is trained, and how.
     validate: see `_validation`.
-    count_classes: (key, dealer_key, site numbers, Loader) -> images of each class, [L].
+    count_classes: (key, dealer_key, site numbers, Loader) -> images, or patients, of each class, [L].
     schedule: learning rate by time in rounds.
     placement: where the site axis runs.
     num_sampled: sites in a round.
@@ -308,11 +308,17 @@ def predictor(model: models.Model) -> Callable[[list[tuple[Params, ModelState]],
 def _class_counting(
   num_classes: int, aggregator: federated.Aggregator, placement: sites.Placement, count_noise: float
 ) -> Callable[..., np.ndarray]:
-  """Sums class counts over sites; with count_noise, each site adds Gaussian noise of that deviation to its own."""
+  """Sums class counts over sites; with count_noise, each site adds Gaussian noise of that deviation to its own.
+
+  Where patients are the unit, the images of each count as 1 together: the release is charged for a change by 1.
+  """
 
   def site_fn(shared: Any, kept: PyTree, site: federated.Site) -> tuple[PyTree, PyTree]:
-    real = (jnp.arange(site.labels.shape[0]) < site.num_examples).astype(jnp.float32)
-    counts = jnp.sum(jax.nn.one_hot(site.labels, num_classes) * real[:, None], axis=0)
+    share = (jnp.arange(site.labels.shape[0]) < site.num_examples).astype(jnp.float32)
+    if site.units is not None:
+      of_unit = jnp.zeros_like(share).at[site.units].add(share)  # padding, of unit -1, adds 0
+      share = share / jnp.maximum(of_unit[site.units], 1.0)
+    counts = jnp.sum(jax.nn.one_hot(site.labels, num_classes) * share[:, None], axis=0)
     if count_noise and site.secret is not None:
       counts = counts + noise.gaussian_like(prng.derive(site.secret, _COUNTS), 0, counts, count_noise)
     return counts, kept

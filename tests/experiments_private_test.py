@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import books, inputs, learning, private, running, settings, training
-from primia_jax import models, secagg, site_privacy, sites
+from primia_jax import federated, models, secagg, site_privacy, sites
 from primia_jax.privacy import accounting, adaptive, distributed
 
 TINY = settings.Train(
@@ -207,6 +207,26 @@ def train(config, folder, stop_after=None):
 
   folder.mkdir(exist_ok=True)
   return training.train(config, cohort, trainer, model_config, folder, log)
+
+
+def test_a_patient_of_many_images_changes_class_counts_by_one():
+  """What the ledger is charged for: noise of `dp_count_noise` against a change by 1."""
+  config = dataclasses.replace(TINY, dp="patient", dp_count_noise=1e-3, num_sites=1)
+  images = inputs.site_images(config)
+  model_config = learning.model_config(config, 3)
+  cohort = training.Cohort("pooled", images.train, images.validation, np.arange(1))
+  trainer = training.make_trainer(config, models.build(model_config), model_config, [cohort], sites.Placement("loop"))
+  labels = np.array([0, 1, *[2] * 8, 0, 0], np.int32)  # ten images and padding
+
+  def counts(units):
+    padded = np.array([*units, -1, -1], np.int32)
+    site = federated.Site(np.int32(0), np.zeros((12, 1)), labels, np.int32(10), np.zeros(8, np.uint32), padded)
+    loader = federated.Loader(lambda ids: jax.tree.map(lambda a: a[None], site))
+    return trainer.count_classes(jax.random.key(0), np.zeros(8, np.uint32), np.arange(1), loader)
+
+  np.testing.assert_array_equal(counts([0, 1, *[2] * 8]), [1, 1, 1])
+  np.testing.assert_array_equal(counts([0, 0, 0, 1, 1, 2, 3, 4, 5, 6]), [0, 0, 6])  # a third of a patient each
+  np.testing.assert_array_equal(counts(range(10)), [1, 1, 8])
 
 
 def test_a_stopped_run_goes_on_with_its_ledger_and_its_class_counts(tmp_path):
