@@ -222,3 +222,18 @@ def test_a_shipped_model_and_one_with_batch_norm():
       assert 0 < np.linalg.norm(flat(total)) <= 0.3 * (1 + 1e-5)
       assert float(share) == 1
       assert float(metrics.num_examples) == 3
+
+
+@pytest.mark.parametrize(
+  "options", [{"clipping": "perlayer"}, {"l2_clip_norm": 0.0}, {"augmentations": 0}, {"microbatch": 0}]
+)
+def test_what_would_not_clip_as_told_is_refused(options):
+  """A clipping that is unknown would be taken for flat."""
+  with pytest.raises(ValueError, match=next(iter(options))):
+    clipping.clipped_sum(linear_loss, **options)
+
+
+def test_coarse_parameters_are_refused():
+  params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), PARAMS)
+  with pytest.raises(ValueError, match="parameters are bfloat16"):
+    clipping.clipped_sum(linear_loss)(params, {}, batch_of(2), KEY)

@@ -59,8 +59,19 @@ def clipped_sum(
     (params, model_state, Batch, key) -> (sum, Metrics, share of the units that were scaled down). The batch has
     leading axes [U] or, where units have several rows, [U, R]; a unit whose weights are all 0 is padding, and loops end
     after the last that is not. `key` is for augmentation and dropout, not secret. Metrics are per row, of finite units;
-    like the share they are NOT private. It raises a ValueError for a model with state.
+    like the share they are NOT private. It raises a ValueError for a model with state, or parameters of fewer bits than
+    float32.
+
+  Raises:
+    ValueError: for another clipping, or numbers out of range.
   """
+  if clipping not in CLIPPINGS:
+    raise ValueError(f"clipping={clipping!r} is not one of {CLIPPINGS}")
+  if not 0 < l2_clip_norm < math.inf:
+    raise ValueError(f"l2_clip_norm={l2_clip_norm} must be positive and finite")
+  for name, value in (("augmentations", augmentations), ("microbatch", microbatch)):
+    if value is not None and value < 1:
+      raise ValueError(f"{name}={value} must be at least 1")
   per_unit = explicit(loss_fn) if has_taps is None else bookkept(loss_fn, has_taps)
   augmented = lambda rows, axis: jax.tree.map(lambda a: jnp.repeat(a, augmentations, axis), rows)
 
@@ -70,6 +81,9 @@ def clipped_sum(
         "the model has a state that gradients of single units would share (BatchNorm mixes the examples of a batch, "
         "which clipping cannot bound); use norm=group"
       )
+    for leaf in jax.tree.leaves(params):
+      if leaf.dtype.itemsize < 4:
+        raise ValueError(f"parameters are {leaf.dtype}, in which norms are too coarse for a bound; use float32")
     if batch.weights.ndim == 1:
       batch = jax.tree.map(lambda a: a[:, None], batch)
     num_units, together = batch.weights.shape[0], microbatch
