@@ -179,6 +179,25 @@ def test_norms_are_right_by_either_form(positions, cache, monkeypatch):
   assert found >= exact * (1 - 1e-6)
 
 
+@pytest.mark.parametrize("positions", [1, 4])
+def test_products_below_the_range_of_float32_make_no_norm_too_small(positions, monkeypatch):
+  """Pixels so large that gradients whose squares vanish still make a norm beyond a clip."""
+  monkeypatch.setattr(bookkeeping, "_CACHE_BYTES", 0)
+  for x, g in ((1e18, 5e-20), (1e-19, 1e17)):
+    found, exact = squares_of(np.full((positions, 40), x, np.float32), np.full((positions, 1000), g, np.float32))
+    assert found >= exact > 1
+
+
+def test_norms_of_coarse_activations_are_of_float32(monkeypatch):
+  monkeypatch.setattr(bookkeeping, "_CACHE_BYTES", 0)
+  rng = np.random.default_rng(0)
+  with jax.numpy_dtype_promotion("standard"):
+    for positions in (1, 4):
+      rows, out = (rng.normal(size=(positions, n)).astype(np.float32) for n in (40, 30))
+      found, exact = squares_of(rows.astype(jnp.bfloat16), out)
+      np.testing.assert_allclose(found, exact, rtol=1e-4)
+
+
 def test_the_norm_of_millions_of_equal_numbers_keeps_five_digits():
   """A running float32 sum would lose 4 %: the clip would let that much more through."""
   for shape in ((3, 3, 512, 512), (25088, 100), (2**21,)):

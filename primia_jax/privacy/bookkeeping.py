@@ -25,6 +25,7 @@ from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Par
 _CACHE_BYTES = 2**22  # of gradients formed at once: more are slower
 _UNROLLED = 8  # units, whose addition is unrolled
 _TAPS_BYTES, _UNITS = 24 * 2**20, 32  # of what taps hold at once; more are hardly faster
+_TINY = float(np.finfo(np.float32).tiny)
 _MARGIN = 1e-5  # of the largest that a norm from Gram matrices could be: above what float32 loses in summing them
 
 
@@ -92,7 +93,10 @@ def explicit(loss_fn: LossFn) -> PerUnit:
 
 
 def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
-  """Forms the gradients of small leaves only, in the memory of one batch's activations.
+  """Forms no gradient of a kernel with taps but where that is faster than its norm from Gram matrices.
+
+  It takes the memory of m units' activations, and of what kernels see of them at all positions: for a kernel of 3 x 3
+  nine times its input.
 
   Args:
     loss_fn: whose model uses each kernel that has taps once, by `conv` or `dense`, and the others in any way.
@@ -100,8 +104,9 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
 
   Returns:
     As `explicit`, equal up to rounding. Squared norms from Gram matrices have 1e-5 of their largest possible value
-    added, so that rounding makes no norm too small. It raises a ValueError, while it is traced, where a kernel with
-    taps is not used exactly once; where it is used in a loop, which tracing cannot count, all sums are NaN.
+    added, and what may be lost below float32's range, so that rounding makes no norm too small. It raises a ValueError,
+    while it is traced, where a kernel with taps is not used exactly once; where it is used in a loop, which tracing
+    cannot count, all sums are NaN.
   """
 
   def split(params: Params) -> tuple[list[Array], list[Array], Callable[[Sequence, Sequence], list]]:
@@ -169,16 +174,18 @@ def _layer(use: Use, taps: Taps, w: Array) -> tuple[Array, Callable[[Array, Arra
   num_units = taps.uses.shape[0]
   merged = lambda a: a.reshape(-1, *a.shape[2:])
   rows, g = use.rows(merged(taps.x)), taps.g.reshape(num_units, -1, w.shape[-1])
-  rows = rows.reshape(num_units, -1, rows.shape[-1])
+  rows, g = rows.reshape(num_units, -1, rows.shape[-1]).astype(w.dtype), g.astype(w.dtype)
   (positions, fan_in), features = rows.shape[1:], w.shape[-1]
   once = jnp.where(jnp.all(taps.uses == 1), 1.0, jnp.nan)
   fewer_products = positions * (fan_in + features) < fan_in * features
   if positions == 1 or (fewer_products and 4 * num_units * fan_in * features > _CACHE_BYTES):  # by Gram matrices
     gram = lambda a: jnp.einsum("mpk,mqk->mpq", a, a, precision=_precision())
     seen, sent = gram(rows), gram(g)
-    largest = jnp.trace(seen, axis1=1, axis2=2) * jnp.trace(sent, axis1=1, axis2=2)
-    margin = np.float32(_MARGIN if positions > 1 else 0)
-    squares = jnp.maximum(jnp.sum(seen * sent, axis=(1, 2)), 0.0) + margin * largest
+    of_x, of_g = (jnp.trace(a, axis1=1, axis2=2) for a in (seen, sent))
+    rounded = np.float32(_MARGIN if positions > 1 else 0) * (of_x * of_g)
+    # A product of two x or g below float32's range is taken for 0, which counts where the other's are very large.
+    lost = [np.float32(positions * n * _TINY) * a for n, a in ((features, of_x), (fan_in, of_g))]
+    squares = jnp.maximum(jnp.sum(seen * sent, axis=(1, 2)), 0.0) + rounded + lost[0] + lost[1]
 
     def weighted(factors: Array, counts: Array) -> Array:
       x = merged(_where(counts, taps.x))

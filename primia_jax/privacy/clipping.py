@@ -52,8 +52,8 @@ def clipped_sum(
     microbatch: at most so many units are worked on at once: time and memory, never the result (but for rounding, with
       taps); None takes as many as are fast in moderate memory.
     has_taps: parameters -> bools in their structure; True for kernels that the model gives to `conv` or
-      `tapped.dense` once and to nothing else. Their gradients are then never formed unit by unit, which takes a
-      fraction of the time (`bookkeeping`). None for no kernel at all, which suits any model.
+      `tapped.dense` once and to nothing else. Most of their gradients are then never formed unit by unit, which
+      takes a fraction of the time (`bookkeeping`). None for no kernel at all, which suits any model.
 
   Returns:
     (params, model_state, Batch, key) -> (sum, Metrics, share of the units that were scaled down). The batch has
