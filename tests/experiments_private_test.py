@@ -229,6 +229,29 @@ def test_a_patient_of_many_images_changes_class_counts_by_one():
   np.testing.assert_array_equal(counts(range(10)), [1, 1, 8])
 
 
+@pytest.mark.parametrize(("config", "gradients"), [(TINY, 5), (FIXED, 1)])
+def test_what_is_released_is_charged_before_and_on_disk(config, gradients, tmp_path, monkeypatch):
+  """So that whatever stops a run in the middle of a release, no ledger lacks it."""
+  booked = []
+
+  def note_and_stop(*_):
+    saved = json.loads((tmp_path / "ledger.json").read_text())["ledgers"]
+    booked.append({(r.what, r.times) for one in saved for r in accounting.from_json(json.dumps(one)).releases})
+    raise KeyboardInterrupt
+
+  made = training.make_trainer
+  monkeypatch.setattr(training, "make_trainer", lambda *args: made(*args)._replace(count_classes=note_and_stop))
+  with pytest.raises(KeyboardInterrupt):
+    train(config, tmp_path)
+  counts, step = lambda *_: np.ones(3), lambda rounds: rounds._replace(step=note_and_stop)
+  monkeypatch.setattr(
+    training, "make_trainer", lambda *a: (t := made(*a))._replace(count_classes=counts, rounds=step(t.rounds))
+  )
+  with pytest.raises(KeyboardInterrupt):
+    train(config, tmp_path)
+  assert booked == [{("class counts", 1)}, {("class counts", 2), ("gradients", gradients)}]
+
+
 def test_a_stopped_run_goes_on_with_its_ledger_and_its_class_counts(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     train(TINY, tmp_path, 2)

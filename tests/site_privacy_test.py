@@ -203,7 +203,8 @@ def test_local_noise_of_the_bit_has_the_promised_scale():
   of_bit = np.asarray(sent["within"], np.float64) + 0.5
   of_update = np.asarray(sent["update"][0]["w"], np.float64) - UPDATES[1] / NORMS[1]
   assert accepts(of_bit, 3.0)
-  assert accepts(of_update[:1], (2.0**-2 - 6.0**-2) ** -0.5)  # so that both together cost a noise multiplier of 2
+  assert accepts(of_update, (2.0**-2 - 6.0**-2) ** -0.5)  # so that both together cost a noise multiplier of 2
+  assert not accepts(of_update, 2.0)  # which is what updates alone would cost
   assert unlike(of_bit, of_update[:, 0])
 
 
