@@ -103,11 +103,14 @@ def two_layers(params, x):
   return dense(jnp.tanh(dense(x, params["first"])) * params["gain"][None], params["second"])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
-def test_a_unit_that_is_not_finite_counts_as_exactly_nothing(bad):
-  batch = batch_of(6, (2, 2, 1))
+@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize(
+  ("where", "bad"), [("weights", np.nan), ("weights", np.inf), ("weights", 1e30), ("images", np.nan)]
+)
+def test_a_unit_that_is_not_finite_counts_as_exactly_nothing(where, bad, rows):
+  batch = batch_of(6, (2, 2, 1), rows)
   run = jax.jit(clipping.clipped_sum(loss_of(two_layers), l2_clip_norm=0.5, has_taps=TAPS))
-  got = run(PARAMS, {}, batch._replace(labels=batch.labels, weights=batch.weights.at[2].set(bad)), KEY)
+  got = run(PARAMS, {}, batch._replace(**{where: getattr(batch, where).at[2].set(bad)}), KEY)
   expected = run(PARAMS, {}, batch._replace(weights=batch.weights.at[2].set(0)), KEY)
   for a, e in zip(jax.tree.leaves(got[:2]), jax.tree.leaves(expected[:2]), strict=True):
     np.testing.assert_array_equal(a, e)
@@ -125,12 +128,13 @@ def test_a_kernel_is_used_once_or_refused():
     run(lambda p, x: dense(x, p["first"]) @ p["second"])
 
 
-def test_a_use_in_a_loop_spoils_everything_instead_of_passing():
+@pytest.mark.parametrize("rows", [None, 2])  # norms from Gram matrices, and of formed gradients
+def test_a_use_in_a_loop_spoils_everything_instead_of_passing(rows):
   def looped(p, x):
     x = dense(x, p["first"]) * p["gain"][None]
     return lax.fori_loop(0, 2, lambda _, x: dense(x, p["second"]), x)
 
-  total, *_ = clipping.clipped_sum(loss_of(looped), has_taps=TAPS)(PARAMS, {}, batch_of(2, (2, 2, 1)), KEY)
+  total, *_ = clipping.clipped_sum(loss_of(looped), has_taps=TAPS)(PARAMS, {}, batch_of(2, (2, 2, 1), rows), KEY)
   assert np.all(np.isnan(total["second"]))
   assert np.all(np.isfinite(total["first"]))
 
