@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from primia_jax.types import Array
 
@@ -58,7 +60,10 @@ class Log:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["w", "taps"], meta_fields=["log"])
 @dataclasses.dataclass(frozen=True)
 class Tapped:
-  """A kernel that `conv` or `dense` is given once; anything else refuses it.
+  """A kernel that `conv` or `dense` is given once; what takes it for an array refuses it.
+
+  What takes it for a tree (`jax.tree.leaves` of all parameters, for a penalty) finds `w`, and loses its gradient where
+  nobody looks: see `only_in_layers`.
 
   Attributes:
     w: the kernel, which gets no gradient itself.
@@ -75,6 +80,32 @@ class Tapped:
     return self.w.shape
 
 
+def only_in_layers(loss_fn: Callable[[Any], Array], kernels: Any) -> Array:
+  """loss_fn(kernels), which gives their w to `conv` and `dense` by `Tapped` without taps; traces well.
+
+  Raises:
+    ValueError: the loss depends on a kernel in another way, whose gradient taps would not hold.
+  """
+  return jax.jvp(lambda kernels: _constant(loss_fn(kernels)), (kernels,), (kernels,))[0]
+
+
+@jax.custom_jvp
+def _constant(loss: Array) -> Array:
+  return loss
+
+
+def _constant_jvp(primals: tuple[Array], tangents: tuple[Any]) -> tuple[Array, Any]:
+  if not isinstance(tangents[0], SymbolicZero):
+    raise ValueError(
+      "the loss depends on a kernel with taps in another way than by `conv` or `dense`, such as a penalty on all "
+      "parameters, whose gradient would be lost; add it after clipping (weight decay), or use no taps"
+    )
+  return primals[0], tangents[0]
+
+
+_constant.defjvp(_constant_jvp, symbolic_zeros=True)
+
+
 def dense(x: Array, w: Array | Tapped) -> Array:
   """x [N, K] @ w [K, O], whose kernel may have taps."""
   if isinstance(w, Tapped):
@@ -86,7 +117,7 @@ def linear(x: Array, kernel: Tapped, apply: Callable[[Array, Array], Array], row
   """apply(x, kernel.w), with taps; see `Use` for the arguments."""
   if kernel.taps is not None:
     return _through(apply, x, kernel.w, kernel.taps)
-  y = apply(x, kernel.w)
+  y = apply(x, lax.stop_gradient(kernel.w))
   kernel.log.uses.append(Use(apply, rows, jax.eval_shape(Taps, x, y, jnp.ones((), jnp.float32))))
   return y
 

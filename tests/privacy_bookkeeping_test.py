@@ -128,6 +128,20 @@ def test_a_kernel_is_used_once_or_refused():
     run(lambda p, x: dense(x, p["first"]) @ p["second"])
 
 
+@pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.checkpoint])
+def test_a_penalty_on_all_parameters_is_refused(around):
+  """It finds the array within, whose gradient nobody would look at."""
+
+  def penalised(params, model_state, batch, key):
+    loss, aux = loss_of(two_layers)(params, model_state, batch, key)
+    return loss + sum(around(lambda p: jnp.sum(p**2))(p) for p in jax.tree.leaves(params)), aux
+
+  with pytest.raises(ValueError, match="in another way"):
+    clipping.clipped_sum(penalised, has_taps=TAPS)(PARAMS, {}, batch_of(2, (2, 2, 1)), KEY)
+  nothing = lambda params: jax.tree.map(lambda _: False, params)
+  clipping.clipped_sum(penalised, has_taps=nothing)(PARAMS, {}, batch_of(2, (2, 2, 1)), KEY)
+
+
 @pytest.mark.parametrize("rows", [None, 2])  # norms from Gram matrices, and of formed gradients
 def test_a_use_in_a_loop_spoils_everything_instead_of_passing(rows):
   def looped(p, x):

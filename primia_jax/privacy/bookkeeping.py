@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from primia_jax import local
-from primia_jax.tapped import Log, Tapped, Taps, Use
+from primia_jax.tapped import Log, Tapped, Taps, Use, only_in_layers
 from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Params, PyTree
 
 _CACHE_BYTES = 2**22  # of gradients formed at once: more are slower
@@ -105,8 +105,8 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
   Returns:
     As `explicit`, equal up to rounding. Squared norms from Gram matrices have 1e-5 of their largest possible value
     added, and what may be lost below float32's range, so that rounding makes no norm too small. It raises a ValueError,
-    while it is traced, where a kernel with taps is not used exactly once; where it is used in a loop, which tracing
-    cannot count, all sums are NaN.
+    while it is traced, where a kernel with taps is not used exactly once, or in any other way; where it is used in a
+    loop, which tracing cannot count, all sums are NaN.
   """
 
   def split(params: Params) -> tuple[list[Array], list[Array], Callable[[Sequence, Sequence], list]]:
@@ -126,7 +126,8 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
     join = lambda ws, others: jax.tree.unflatten(jax.tree.structure(params), merge(ws, others))
     logs = [Log() for _ in kernels]
     tapped = lambda ws: [Tapped(w, None, log) for w, log in zip(ws, logs, strict=True)]
-    jax.eval_shape(lambda ws, others, *args: loss_fn(join(tapped(ws), others), *args), kernels, others, *args)
+    loss = lambda ws, others, *args: only_in_layers(lambda ws: loss_fn(join(tapped(ws), others), *args)[0], ws)
+    jax.eval_shape(loss, kernels, others, *args)
     for w, log in zip(kernels, logs, strict=True):
       if len(log.uses) != 1:
         raise ValueError(
