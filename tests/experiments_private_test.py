@@ -229,7 +229,7 @@ def test_a_patient_of_many_images_changes_class_counts_by_one():
   np.testing.assert_array_equal(counts(range(10)), [1, 1, 8])
 
 
-@pytest.mark.parametrize(("config", "gradients"), [(TINY, 5), (FIXED, 1)])
+@pytest.mark.parametrize(("config", "gradients"), [pytest.param(TINY, 5, marks=pytest.mark.slow), (FIXED, 1)])
 def test_what_is_released_is_charged_before_and_on_disk(config, gradients, tmp_path, monkeypatch):
   """So that whatever stops a run in the middle of a release, no ledger lacks it."""
   booked = []

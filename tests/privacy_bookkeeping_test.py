@@ -128,7 +128,7 @@ def test_a_kernel_is_used_once_or_refused():
     run(lambda p, x: dense(x, p["first"]) @ p["second"])
 
 
-@pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.checkpoint])
+@pytest.mark.parametrize("around", [jax.jit, pytest.param(jax.checkpoint, marks=pytest.mark.slow)])
 def test_a_penalty_on_all_parameters_is_refused(around):
   """It finds the array within, whose gradient nobody would look at."""
 
