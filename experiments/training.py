@@ -124,7 +124,7 @@ def make_trainer(
     _validation(algorithm, model, num_classes, counting(_MAX_LOSS * max_validated), placement, features is not None),
     _class_counting(
       num_classes,
-      counting(work.max_examples + 10 * settings.dp_count_noise),
+      counting(work.max_examples + 10 * settings.dp_count_noise),  # the noise ends at 6.8 deviations
       placement,
       settings.dp_count_noise if settings.dp != "none" else 0.0,
     ),

@@ -106,7 +106,7 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
     As `explicit`, equal up to rounding. Squared norms from Gram matrices have 1e-5 of their largest possible value
     added, and what may be lost below float32's range, so that rounding makes no norm too small. It raises a ValueError,
     while it is traced, where a kernel with taps is not used exactly once, or in any other way; where it is used in a
-    loop, which tracing cannot count, all sums are NaN.
+    loop, which tracing cannot count, or its output gets no gradient at all (`stop_gradient`), all sums are NaN.
   """
 
   def split(params: Params) -> tuple[list[Array], list[Array], Callable[[Sequence, Sequence], list]]:
