@@ -171,8 +171,9 @@ def _site_by_site(fn: Callable[[Array, Array], Array], x: Array, w: Array) -> Ar
 
 def _fastest(x: Array, w: Array, geometry: Geometry) -> Array:
   fits = all((w.shape[a] - 1) * geometry.rhs_dilation[a] < x.shape[1 + a] * geometry.lhs_dilation[a] for a in range(2))
-  # XLA would exchange a small map, counted before its dilation, with a larger kernel, and then miss its fast form.
-  smaller = x.shape[1] * x.shape[2] < w.shape[0] * w.shape[1]
+  # XLA would exchange a small map, counted before its dilation, with a larger kernel, and then miss its fast form, or
+  # abort where it leaves one axis of the two as it is.
+  smaller = any(x.shape[1 + a] < w.shape[a] for a in range(2))
   return _plain(x, w, geometry) if fits and not smaller else _matrix_product(x, w, geometry)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import Mesh
@@ -29,6 +29,14 @@ CASES = [  # x, w, strides, padding
 
 def reference(x, w, *, strides, padding):
   return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def by_offsets(x, w, *, strides, padding):
+  """The definition: XLA's own gradient aborts for some geometries."""
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  ends = [n - k + 1 for n, k in zip(x.shape[1:3], w.shape[:2], strict=True)]
+  seen = lambda i, j: x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
+  return sum(seen(i, j) @ w[i, j] for i in range(w.shape[0]) for j in range(w.shape[1]))
 
 
 def normal(seed, *shape):
@@ -83,6 +91,8 @@ def test_without_jit():
   strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
   pads=st.tuples(*[st.integers(0, 3)] * 4),
 )
+@example((4, 5), (2, 3), (2, 3), (1, 2, 0, 2))  # XLA would exchange kernel and map, but for one axis
+@example((5, 4), (3, 2), (3, 2), (0, 2, 1, 2))
 def test_any_geometry(size, kernel, strides, pads):
   padding = (pads[:2], pads[2:])
   if any(n + sum(p) < k for n, p, k in zip(size, padding, kernel, strict=True)):
@@ -92,7 +102,7 @@ def test_any_geometry(size, kernel, strides, pads):
   def gradients(fn, x, w):
     return jax.value_and_grad(lambda *a: (fn(*a, strides=strides, padding=padding) ** 2).sum(), argnums=(0, 1))(x, w)
 
-  assert_close(*jax.jit(lambda *a: (gradients(conv, *a), gradients(reference, *a)))(x, w))
+  assert_close(*jax.jit(lambda *a: (gradients(conv, *a), gradients(by_offsets, *a)))(x, w))
 
 
 @pytest.mark.parametrize(("x_shape", "w_shape", "strides", "padding"), [CASES[i] for i in (3, 6)])
