@@ -20,6 +20,7 @@ from primia_jax.privacy import accounting, correlated
 from primia_jax.privacy.accounting import Ledger, Release
 
 LEDGER = "ledger.json"
+_LARGE_DELTA = 0.01
 
 
 class Book:
@@ -154,6 +155,8 @@ def facts(settings: Train, privacy: Privacy, book: Book) -> dict[str, Any]:
   if settings.dp_seed >= 0:
     out["NOT PRIVATE"] = f"noise and batches come from dp_seed={settings.dp_seed}, which anybody can repeat"
   out |= accounting.statement(book.ledgers)
+  if privacy.delta > _LARGE_DELTA:
+    out["WEAK"] = f"delta={privacy.delta:.3g} is the probability of giving a unit away altogether; set a small --delta"
   if privacy.mechanism is not None:
     m = privacy.mechanism
     out |= {
@@ -175,11 +178,12 @@ def facts(settings: Train, privacy: Privacy, book: Book) -> dict[str, Any]:
     out |= {
       "mechanism": f"distributed {n.kind.replace('_', ' ')}: each site adds a share of the noise before masking, "
       f"updates {_clipped(privacy)} and rounded in Z_2^{n.num_bits}",
-      "noise in a sum": f"{n.noise_multiplier:.6g} times the clipping norm, from at least {n.num_honest} sites",
+      "noise in a sum": f"{n.noise_multiplier:.6g} times the clipping norm, from at least {n.num_honest} sites, "
+      "besides one that is curious and knows its own share",
       "sensitivity multiplied by rounding": round(n.sensitivity_inflation, 4),
       **_facts_of_clip(privacy),
     }
-    protected = "whoever sees sums and models, while secure aggregation keeps single updates hidden"
+    protected = "whoever sees sums and models, any one site included, while secure aggregation hides single updates"
   return out | {
     "protected from": protected,
     "not covered": "validation images: their counts leave each site as exact sums under secure aggregation, and choose "

@@ -23,6 +23,7 @@ _FAILURE = 1e-12  # probability that any batch of a run overflows; taken from de
 _CORRELATED = ("banded", "tree")
 _OF_STEPS = ("site", *_CORRELATED)
 _KINDS = {"none": ("site",), "example": _OF_STEPS, "patient": _OF_STEPS, "site": ("site", "distributed")}
+_CURIOUS = 1  # sites whose own share of distributed noise does not hide the others from them
 _MAX_BANDS = 16  # more take memory and hardly any error
 _RELEASED = ("updates", "updates, and whether they were within the clip")
 
@@ -221,7 +222,7 @@ def _of_sites(s: Train, num_sites: int, num_parameters: int, threshold: int | No
   noise = DistributedNoise(
     dim=num_parameters, num_sites=num_sites, min_survivors=threshold or num_sites,
     l2_clip_norm=1.0 if s.dp_clip_quantile else s.l2_clip_norm, noise_multiplier=s.noise_multiplier or 1.0,
-    num_bits=s.secagg_bits,
+    num_bits=s.secagg_bits, num_colluding=_CURIOUS,
   )  # fmt: skip
   z, split = s.noise_multiplier, lambda z: _split(s, noise, z)
   if not z:

@@ -25,7 +25,7 @@ from experiments.settings import Train
 from primia_jax import sites
 from primia_jax.secagg import exchange, keys, transport
 
-_IDENTITIES = "identities"
+IDENTITIES = "identities"
 _PATIENCE = 60.0  # seconds for the others to end when the first process has
 
 
@@ -60,7 +60,7 @@ def connect(config: Train, folder: pathlib.Path, seat: Seat) -> sites.Placement:
       f"coordinator={seat.address!r} with process_id={seat.number}: write HOST:PORT, and a site's number below "
       f"{config.num_sites}"
     )
-  address, known, server = (host, int(port)), folder / _IDENTITIES, None
+  address, known, server = (host, int(port)), folder / IDENTITIES, None
   if seat.number == 0:
     _clear(known)
     books.reconcile([home(folder / "federated", i) / books.LEDGER for i in range(config.num_sites)])
@@ -108,7 +108,7 @@ def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathli
 
 def start(module: str, arguments: Sequence[str], num_sites: int, folder: pathlib.Path) -> list[subprocess.Popen]:
   """Starts one process for each site, in a run folder that no older identities are left in."""
-  _clear(folder / _IDENTITIES)  # before the first does, since `watch` looks there
+  _clear(folder / IDENTITIES)  # before the first does, since `watch` looks there
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -132,7 +132,7 @@ def watch(children: Sequence[subprocess.Popen], folder: pathlib.Path) -> list[in
     for i, child in enumerate(children):
       if i in lost or not child.poll():
         continue
-      if not (folder / _IDENTITIES / exchange.file_name(i)).is_file():
+      if not (folder / IDENTITIES / exchange.file_name(i)).is_file():
         raise RuntimeError(f"the process of site {i} ended before it could take part; see {_logs(folder, [i])}")
       lost.append(i)
       print(f"\nsite {i}'s process has ended, code {child.returncode}; see {_logs(folder, [i])}", file=sys.stderr)

@@ -32,7 +32,7 @@ def prepare_devices(placement: str) -> None:
 
 
 def open_run(config: settings.Train, run_dir: str) -> pathlib.Path:
-  """Creates the run folder, or finds the same run in it to go on with.
+  """Creates the run folder, or finds the same run in it to go on with; before anything is trained, settings may change.
 
   Raises:
     ValueError: the folder holds a run with other settings, or something else.
@@ -43,7 +43,9 @@ def open_run(config: settings.Train, run_dir: str) -> pathlib.Path:
   saved = folder / "config.json"
   if saved.is_file():
     changed = settings.differences(settings.load(saved), config)
-    if changed:
+    if changed and not _has_begun(folder):
+      settings.save(config, saved)
+    elif changed:
       listed = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
       raise ValueError(f"{folder} holds a run with other settings ({listed}); use another --run_dir")
   elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -52,6 +54,12 @@ def open_run(config: settings.Train, run_dir: str) -> pathlib.Path:
   if not saved.is_file():
     settings.save(config, saved)
   return folder
+
+
+def _has_begun(folder: pathlib.Path) -> bool:
+  """Whether an arm has left anything; settings that were refused have not."""
+  arms = [path for path in folder.iterdir() if path.is_dir() and path.name != processes.IDENTITIES]
+  return any(path.is_file() for arm in arms for path in arm.rglob("*"))
 
 
 def run(
@@ -190,7 +198,7 @@ def secure_aggregation_facts(
     "largest magnitude of a number in an update": secure.max_abs,
     "largest magnitude of a sum before overflow": secure.fixed.max_abs,
     "largest quantisation error of a sum": secure.error_bound,
-    "bytes that a site sends in a round": int(numbers * secagg.bytes_per_number(secure)),
+    "bytes of a masked update": int(numbers * secagg.bytes_per_number(secure)),
     "who learns what": "the server sees sums only; " + _whose_keys(config, secure),
     "known to all": (
       f"sizes of the smallest and largest site: {min(images.train.sizes)} and {max(images.train.sizes)} training images"
@@ -282,6 +290,8 @@ def start(main: Callable[[], None]) -> None:
     jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
     try:
       main()
+    except KeyboardInterrupt:
+      sys.exit("\nstopped; a run that is started again with the same --run_dir goes on from its last round")
     except (ValueError, FileNotFoundError, RuntimeError) as error:
       logging.debug("what led to it:", exc_info=True)  # shown with --verbosity=1
       sys.exit(f"error: {error}")

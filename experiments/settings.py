@@ -45,7 +45,7 @@ class Train(Data):
   validation_fraction: float = _(0.15, "share of each site's patients held out to choose the best round")
   test_fraction: float = _(0.2, "share of patients held out for testing where the data have no test split")
 
-  model: str = _("cnn", "cnn, leaf_cnn, mlp, resnet18 or vgg16")
+  model: str = _("cnn", "cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn")
   norm: str = _("", "group, batch or none; empty takes the model's own")
   pool: str = _("max", "max or mean")
   width: float = _(1.0, "factor on the number of channels")

@@ -39,6 +39,10 @@ def main() -> None:
       raise ValueError(f"{name}={FLAGS[name].value} belongs to placement=processes, not {config.placement}")
   if FLAGS.process_id >= 0 and not FLAGS.coordinator:
     raise ValueError(f"process_id={FLAGS.process_id} starts a single process: give --coordinator=HOST:PORT, too")
+  if FLAGS.coordinator and not 0 <= FLAGS.process_id < config.num_sites:
+    raise ValueError(
+      f"process_id={FLAGS.process_id}; use 0 to {config.num_sites - 1}, the number of this process's site"
+    )
   if not 0 < FLAGS.stage_timeout < float("inf"):
     raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
   if in_processes:

@@ -227,7 +227,8 @@ def train(
     lost = learning.dropouts(settings, round_index, len(ids)) if len(everyone) > 1 else None
     if book is not None and privacy is not None:
       if not book.within_budget(ids.tolist()):
-        bar.set_postfix_str(f"  stopped: another round would exceed epsilon {privacy.target:g}")
+        again = ", since correlated noise is charged whole at each start" if privacy.correlated else ""
+        bar.set_postfix_str(f"  stopped: another round would exceed epsilon {privacy.target:g}{again}")
         break
       book.spend_round(ids.tolist())  # before anything is released
     clip = site_privacy.l2_clip_norm(state.server)
@@ -240,10 +241,10 @@ def train(
     if int(info.out_of_range):
       checkpoints.close()
       raise RuntimeError(
-        f"round {round_index + 1}: {int(info.out_of_range)} site's update held a number beyond secagg_max_abs="
-        f"{settings.secagg_max_abs} or not finite. The round was not applied. If training diverges, lower "
-        "--learning_rate; else raise --secagg_max_abs. Start again with the same --run_dir to go on from round "
-        f"{round_index}"
+        f"round {round_index + 1}: at {int(info.out_of_range)} of {len(ids)} sites the update held a number beyond "
+        f"secagg_max_abs={settings.secagg_max_abs} or not finite. The round was not applied. If training diverges, "
+        "lower --learning_rate; else raise --secagg_max_abs. Start again with another --run_dir, since a run keeps its "
+        "settings"
       )
     row = {
       "arm": cohort.name,
@@ -254,6 +255,7 @@ def train(
       "update_norm": float(info.update_norm),
       "learning_rate": float(trainer.schedule(jnp.float32(round_index))),
       **({} if lost is None and exchange is None else {"survivors": int(info.survivors)}),
+      **({} if exchange is None else {"lost": [i for i in ids.tolist() if i not in exchange.sites]}),
       **({} if book is None else {"epsilon": book.epsilon}),
       **({} if clip is None else {"l2_clip_norm": clip}),
       **({"NOT PRIVATE": "dp_seed"} if repeatable else {}),
@@ -281,9 +283,12 @@ def train(
   shared = serve(None) if settings.dp_average else (best.params, best.model_state)  # the average needs nothing kept
   trained = [serve(k) for k in kept] or [shared]
   facts: dict[str, Any] = {"best round": int(best.round), "validation MCC": float(best.mcc)}
-  facts["rounds trained"] = int(state.round)
+  facts["rounds trained"] = len(rows)
+  if aborted := int(state.round) - len(rows):
+    facts["rounds aborted, too few sites being left"] = f"{aborted}{', charged all the same' if book else ''}"
   if exchange is not None:
-    facts["sites lost"] = [i for i in everyone.tolist() if i not in exchange.sites] or "none"
+    lost_once = {i for row in rows for i in row.get("lost", ())} | set(everyone.tolist()) - set(exchange.sites)
+    facts["sites lost in some round"] = sorted(lost_once) or "none"
   said = books.facts(settings, privacy, book) if privacy is not None and book is not None else None
   return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
 
@@ -391,8 +396,8 @@ def _validation(
     sums, _, out_of_range = total(shared, state.round, ids, links, state.sites, loader)
     if int(out_of_range):
       raise RuntimeError(
-        f"validation after round {int(state.round)}: the loss of {int(out_of_range)} site is not finite or above "
-        f"{_MAX_LOSS} per image; training has diverged: lower --learning_rate"
+        f"validation after round {int(state.round)}: at {int(out_of_range)} of {len(ids)} sites the loss is not finite "
+        f"or above {_MAX_LOSS} per image; training has diverged: lower --learning_rate"
       )
     confusion = np.round(np.asarray(sums["confusion"]))
     loss = float(sums["loss"]) / float(confusion.sum())

@@ -87,7 +87,9 @@ def parse_placement(text: str) -> Placement:
       raise ValueError(f"placement {text!r}: write chunk=C with the number of sites in a chunk, such as chunk=8")
     return Placement("chunk", chunk=int(argument))
   if argument or how not in ("auto", "loop", "scan", "vmap", "mesh"):
-    raise ValueError(f"unknown placement {text!r}; use auto, loop, scan, vmap, chunk=C or mesh")
+    raise ValueError(
+      f"unknown placement {text!r}; use auto, loop, scan, vmap, chunk=C or mesh, and binaries also processes"
+    )
   if how == "auto":
     return default_placement()
   return mesh_placement() if how == "mesh" else Placement(how)  # type: ignore[arg-type]

@@ -96,6 +96,18 @@ def test_the_noise_that_is_chosen_meets_the_target_and_the_sampler_that_runs_is_
     private.make(dataclasses.replace(config, delta=0.1), (18, 12, 6), 3, 100, None)
 
 
+def test_noise_of_all_sites_hides_from_each_of_them():
+  """A site knows the share that it has added itself, which so hides nothing from it."""
+  config = dataclasses.replace(SITE, num_sites=10, noise_multiplier=1.0, dp_noise="distributed", secagg_threshold=7)
+  made = private.make(config, (5,) * 10, 10, 1000, 7)
+  assert made.noise.num_honest == 6
+  curve = distributed.rdp(dataclasses.replace(made.noise, num_colluding=0), accounting.ORDERS)[1]
+  trusting = accounting.renyi("updates", curve, made.noise.sampler_error)
+  of = lambda release: accounting.epsilon(accounting.spend(accounting.ledger("site", 0.1, 10), release, 5))
+  assert of(made.release) >= of(trusting)
+  assert made.noise.local_stddev > dataclasses.replace(made.noise, num_colluding=0).local_stddev
+
+
 @pytest.mark.slow
 def test_noise_of_all_sites_is_calibrated_to_the_fewest():
   config = dataclasses.replace(
@@ -363,6 +375,14 @@ def test_sites_are_lost_and_the_sum_still_has_its_noise(tmp_path):
   assert min(survivors) < 6
   assert all(n >= 5 for n in survivors)
   assert "distributed discrete gaussian" in arm.privacy["mechanism"]
+
+
+def test_rounds_that_were_aborted_are_told(tmp_path):
+  config = dataclasses.replace(TINY, num_sites=6, phantom_images=48, dropout_rate=0.3, secagg_threshold=5, rounds=6)
+  arm = train(config, tmp_path)
+  assert arm.facts["rounds trained"] == len(arm.rows) < 6
+  told = arm.facts["rounds aborted, too few sites being left"]
+  assert told == f"{6 - len(arm.rows)}, charged all the same"
 
 
 def test_rounds_say_how_the_clip_moves(tmp_path):

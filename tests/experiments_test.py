@@ -178,6 +178,20 @@ def test_an_update_out_of_range_stops_the_run_and_names_the_cure(tmp_path):
     _train(config, tmp_path)
 
 
+def test_settings_may_be_mended_until_something_is_trained(tmp_path):
+  config, run_dir = dataclasses.replace(TINY, dp="example", noise_multiplier=1.0, delta=0.5), str(tmp_path / "run")
+  folder = running.open_run(config, run_dir)
+  with pytest.raises(ValueError, match="delta"):
+    running.run(config, folder, federated=True)
+  mended = dataclasses.replace(config, delta=0.01)
+  assert running.open_run(mended, run_dir) == folder
+  assert settings.load(folder / "config.json")["delta"] == 0.01
+  (folder / "federated").mkdir(exist_ok=True)
+  (folder / "federated" / "ledger.json").touch()
+  with pytest.raises(ValueError, match=r"delta was 0\.01, now 0\.5"):
+    running.open_run(config, run_dir)
+
+
 def test_two_processes_do_not_work_on_one_run(tmp_path):
   """They would overwrite what the other has booked in one ledger. One that was killed is in nobody's way."""
   folder = running.open_run(dataclasses.replace(TINY, rounds=1), str(tmp_path / "run"))
