@@ -170,11 +170,26 @@ def _site_by_site(fn: Callable[[Array, Array], Array], x: Array, w: Array) -> Ar
 
 
 def _fastest(x: Array, w: Array, geometry: Geometry) -> Array:
-  fits = all((w.shape[a] - 1) * geometry.rhs_dilation[a] < x.shape[1 + a] * geometry.lhs_dilation[a] for a in range(2))
+  seen, cropped = _crop(x, geometry)
+  fits = all((w.shape[a] - 1) * cropped.rhs_dilation[a] < seen.shape[1 + a] * cropped.lhs_dilation[a] for a in range(2))
   # XLA would exchange a small map, counted before its dilation, with a larger kernel, and then miss its fast form, or
   # abort where it leaves one axis of the two as it is.
-  smaller = any(x.shape[1 + a] < w.shape[a] for a in range(2))
-  return _plain(x, w, geometry) if fits and not smaller else _matrix_product(x, w, geometry)
+  smaller = any(seen.shape[1 + a] < w.shape[a] for a in range(2))
+  return _plain(seen, w, cropped) if fits and not smaller else _matrix_product(x, w, geometry)
+
+
+def _crop(x: Array, geometry: Geometry) -> tuple[Array, Geometry]:
+  """The images without what negative padding cuts off, and the same convolution of them with no negative padding.
+
+  The gradient of padding wider than the kernel has it; there XLA:CPU may read what lies beyond the images for zeros
+  (jax 0.10; openxla/xla#48713).
+  """
+  padding = list(geometry.padding)
+  for axis, dilation in enumerate(geometry.lhs_dilation):
+    low, high = (max(0, -(p // dilation)) for p in padding[axis])  # whole elements, before their dilation
+    x = x[(slice(None),) * (1 + axis) + (slice(low, max(low, x.shape[1 + axis] - high)),)]
+    padding[axis] = (padding[axis][0] + low * dilation, padding[axis][1] + high * dilation)
+  return x, geometry._replace(padding=(padding[0], padding[1]))
 
 
 def _plain(x: Array, w: Array, geometry: Geometry) -> Array:

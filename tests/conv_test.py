@@ -93,14 +93,17 @@ def test_without_jit():
 )
 @example((4, 5), (2, 3), (2, 3), (1, 2, 0, 2))  # XLA would exchange kernel and map, but for one axis
 @example((5, 4), (3, 2), (3, 2), (0, 2, 1, 2))
+@example((4, 4), (2, 2), (1, 1), (2, 0, 3, 0))  # XLA would take what lies beyond the images for the gradient's zeros
+@example((1, 3), (1, 1), (2, 3), (1, 1, 2, 0))  # no output sees an image
 def test_any_geometry(size, kernel, strides, pads):
   padding = (pads[:2], pads[2:])
   if any(n + sum(p) < k for n, p, k in zip(size, padding, kernel, strict=True)):
     return  # an empty output
   x, w = normal(2, 2, *size, 2), normal(3, *kernel, 2, 3)
 
-  def gradients(fn, x, w):
-    return jax.value_and_grad(lambda *a: (fn(*a, strides=strides, padding=padding) ** 2).sum(), argnums=(0, 1))(x, w)
+  def gradients(fn, x, w):  # of a loss whose gradient is no zero even where an output sees padding alone
+    loss = lambda *a: ((fn(*a, strides=strides, padding=padding) + 1) ** 2).sum()
+    return jax.value_and_grad(loss, argnums=(0, 1))(x, w)
 
   assert_close(*jax.jit(lambda *a: (gradients(conv, *a), gradients(by_offsets, *a)))(x, w))
 
