@@ -149,12 +149,12 @@ def _facts_of_clip(privacy: Privacy) -> dict[str, Any]:
   }
 
 
-def facts(settings: Train, privacy: Privacy, book: Book) -> dict[str, Any]:
-  """What the report says."""
+def facts(settings: Train, privacy: Privacy, ledgers: Sequence[Ledger]) -> dict[str, Any]:
+  """What the report says, of ledgers at the run's end."""
   out: dict[str, Any] = {}
   if settings.dp_seed >= 0:
     out["NOT PRIVATE"] = f"noise and batches come from dp_seed={settings.dp_seed}, which anybody can repeat"
-  out |= accounting.statement(book.ledgers)
+  out |= accounting.statement(ledgers)
   if privacy.delta > _LARGE_DELTA:
     out["WEAK"] = f"delta={privacy.delta:.3g} is the probability of giving a unit away altogether; set a small --delta"
   if privacy.mechanism is not None:

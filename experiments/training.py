@@ -289,7 +289,7 @@ def train(
   if exchange is not None:
     lost_once = {i for row in rows for i in row.get("lost", ())} | set(everyone.tolist()) - set(exchange.sites)
     facts["sites lost in some round"] = sorted(lost_once) or "none"
-  said = books.facts(settings, privacy, book) if privacy is not None and book is not None else None
+  said = books.facts(settings, privacy, book.ledgers) if privacy is not None and book is not None else None
   return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
 
 

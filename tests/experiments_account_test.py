@@ -1,12 +1,21 @@
 """The account binary: its figures are the accountant's, and bad flags end it before any work."""
 
+import functools
 import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from primia_jax import models
 from primia_jax.privacy import accounting
+from primia_jax.privacy.distributed import DistributedNoise, epsilon
+
+SITES = ("dp=site", "num_sites=50", "noclass_weights", "weighting=uniform")
+DISTRIBUTED = (*SITES, "dp_noise=distributed", "secagg_threshold=-1", "secagg_bits=16", "secagg_max_abs=0.25")
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def account(*flags):
@@ -16,7 +25,7 @@ def account(*flags):
 
 @pytest.mark.slow
 def test_figures_are_the_accountant_s_and_files_are_written(tmp_path):
-  run = ("num_units=1000", "sampling_rate=1", "rounds=20", "noise_multiplier=10", "count_noise=20")
+  run = ("num_units=1000", "batch_size=1000", "rounds=20", "noise_multiplier=10")
   done = account(*run, f"output_dir={tmp_path}")
   assert done.returncode == 0, done.stderr
   assert "WARNING" not in done.stderr
@@ -35,15 +44,43 @@ def test_figures_are_the_accountant_s_and_files_are_written(tmp_path):
 
 @pytest.mark.slow
 def test_sites_are_calibrated_to_the_target(tmp_path):
-  done = account("num_units=50", "unit=site", "rounds=3", "target_epsilon=4", f"output_dir={tmp_path}")
+  done = account(*SITES, "rounds=3", "target_epsilon=4", f"output_dir={tmp_path}")
   assert done.returncode == 0, done.stderr
   result = json.loads((tmp_path / "account.json").read_text())
   assert 3.98 < result["rows"][-1]["pld"] <= 4
   assert [row["round"] for row in result["rows"]] == [1, 2, 3]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", ["banded", "tree"])
+def test_a_run_of_correlated_noise_is_one_release(noise, tmp_path):
+  sizes = ("num_units=100", "smallest_units=60", "batch_size=10")
+  done = account(*sizes, f"dp_noise={noise}", "rounds=4", "target_epsilon=4", f"output_dir={tmp_path}")
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "account.json").read_text())
+  assert [(r["what"], r["times"]) for r in result["ledger"]["releases"]] == [("class counts", 1), ("gradients", 1)]
+  assert len({row["pld"] for row in result["rows"]}) == 1
+  assert 3.98 < result["rows"][0]["pld"] <= 4
+  assert "at least 6 steps between two uses of an image" in done.stdout  # of the smallest site
+
+
+def test_noise_that_sites_make_together(tmp_path):
+  done = account(*DISTRIBUTED, "model=mlp", "rounds=4", "target_epsilon=8", "delta=1e-3", f"output_dir={tmp_path}")
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "account.json").read_text())
+  assert [list(row) for row in result["rows"]] == [["round", "steps", "rdp"]] * 4
+  assert 7.9 < result["rows"][-1]["rdp"] <= 8
+  assert result["statement"]["noise in a sum"].endswith("from at least 33 sites, besides one that is curious and knows "
+                                                        "its own share")  # fmt: skip
+  model = models.build(models.ModelConfig("mlp", 3, (64, 64, 1)))
+  size = sum(a.size for a in jax.tree.leaves(model.init(jax.random.key(0))[0]))
+  noise = DistributedNoise(size, 50, 34, 1.0, result["statement"]["noise multiplier"], 16, num_colluding=1)
+  assert result["statement"]["sensitivity multiplied by rounding"] == round(noise.sensitivity_inflation, 4) > 1
+  assert epsilon(noise, 4, 1e-3) == pytest.approx(result["rows"][-1]["rdp"], rel=0.01)  # not whole orders alone
+
+
 def test_an_infinite_epsilon_is_said_and_written(tmp_path):
-  done = account("num_units=100", "sampling_rate=1", "rounds=1", "noise_multiplier=0.01", f"output_dir={tmp_path}")
+  done = account("num_units=100", "batch_size=100", "rounds=1", "noise_multiplier=0.01", f"output_dir={tmp_path}")
   assert done.returncode == 0, done.stderr
   assert "Warning" not in done.stderr
   assert "infinite" in (tmp_path / "report.md").read_text()
@@ -53,13 +90,16 @@ def test_an_infinite_epsilon_is_said_and_written(tmp_path):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (("batch_size=10", "noise_multiplier=0"), "without noise nothing is private"),
-    (("noise_multiplier=1",), "needs one of batch_size and sampling_rate"),
-    (("batch_size=10", "noise_multiplier=1", "delta=0.5"), "publish somebody whole"),
+    (("num_units=100",), "without noise nothing is private"),
+    (("noise_multiplier=1",), "give the number of the largest site's examples"),
+    (("num_units=100", "noise_multiplier=1", "delta=0.5"), "publish somebody whole"),
+    slow(("num_units=10", "noise_multiplier=1"), "batch_size=16 exceeds num_units=10"),
+    slow(("num_units=9", "noise_multiplier=1", *SITES), "num_units=9: dp=site counts sites"),
+    slow(("num_units=100", "dp=none"), "protects nobody"),
   ],
 )
 def test_bad_flags_are_refused(flags, message):
-  done = account("num_units=100", "rounds=2", *flags)
+  done = account("rounds=2", *flags)
   assert done.returncode != 0
   assert message in done.stderr
   assert "Traceback" not in done.stderr
