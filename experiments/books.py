@@ -180,7 +180,10 @@ def facts(settings: Train, privacy: Privacy, ledgers: Sequence[Ledger]) -> dict[
       f"updates {_clipped(privacy)} and rounded in Z_2^{n.num_bits}",
       "noise in a sum": f"{n.noise_multiplier:.6g} times the clipping norm, from at least {n.num_honest} sites, "
       "besides one that is curious and knows its own share",
+      "encoding": f"rotated in chunks of {n.chunk:,}, rounded to multiples of {1 / n.scale:.4g}; a number of a sum "
+      f"wraps around with probability {n.wrap_probability:.2g} at most",
       "sensitivity multiplied by rounding": round(n.sensitivity_inflation, 4),
+      "bytes of a masked update": n.size * -(-n.num_bits // 8),
       **_facts_of_clip(privacy),
     }
     protected = "whoever sees sums and models, any one site included, while secure aggregation hides single updates"

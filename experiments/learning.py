@@ -33,6 +33,7 @@ ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "f
 _CORRUPT_FRACTION = 0.1  # of a site's peers, with which the degree of a sparse graph reckons
 _LOST_FRACTION = 0.1  # of the sites, with which it reckons where they are lost in earnest
 _MIN_FRACTION_BITS = 10  # an update's numbers are off by less than 1/2048
+_COUNT_BITS = 32  # of the sums of a few counts, whatever a ring of updates has
 _DROPOUTS = 1  # use of the seed
 _INITIAL = 7  # what the key of the initial parameters is folded with
 _MEAN, _STD = 0.5, 0.25  # of a typical radiograph; fixed, so that no statistic of anybody's images is needed
@@ -328,13 +329,8 @@ def initial(settings: Train, config: models.ModelConfig, key: Key) -> tuple[Para
   return params, model_state
 
 
-def aggregator(settings: Train, num_sites: int, max_abs: float | None = None) -> federated.Aggregator:
-  """How messages are combined.
-
-  Args:
-    settings: the run's.
-    num_sites: sites in a round.
-    max_abs: largest number in a message; None takes the setting for updates.
+def aggregator(settings: Train, num_sites: int) -> federated.Aggregator:
+  """How the updates of so many sites are combined.
 
   Raises:
     ValueError: an unknown rule, or one that cannot work with so many sites.
@@ -343,8 +339,8 @@ def aggregator(settings: Train, num_sites: int, max_abs: float | None = None) ->
   if kind == "secure" and not argument:
     if not is_secure(settings):
       return federated.in_the_clear()
-    config = secure_sum(settings, num_sites, max_abs)
-    if config.fixed.fraction_bits < _MIN_FRACTION_BITS:
+    config = secure_sum(settings, num_sites)
+    if config.fixed.fraction_bits < _MIN_FRACTION_BITS and settings.dp_noise != "distributed":  # has its own grid
       raise ValueError(
         f"secagg_bits={settings.secagg_bits} for {num_sites} sites and numbers up to {config.max_abs} leave "
         f"{config.fixed.fraction_bits} fraction bits of {_MIN_FRACTION_BITS} at least, too coarse for updates; raise "
@@ -368,7 +364,7 @@ def aggregator(settings: Train, num_sites: int, max_abs: float | None = None) ->
 
 
 def secure_sum(settings: Train, num_sites: int, max_abs: float | None = None) -> secagg.SecureSum:
-  """The encoding and masks of a sum; `threshold` counts a site and its peers."""
+  """The encoding and masks of a sum of updates, or of counts up to max_abs; `threshold` counts a site and its peers."""
   peers, threshold = settings.secagg_peers, settings.secagg_threshold
   if settings.placement == "processes" and not threshold:
     threshold = -1  # processes may end at any time, so the protocol between them always has one
@@ -383,7 +379,7 @@ def secure_sum(settings: Train, num_sites: int, max_abs: float | None = None) ->
   return secagg.secure_sum(
     num_sites,
     settings.secagg_max_abs if max_abs is None else max_abs,
-    num_bits=settings.secagg_bits,
+    num_bits=settings.secagg_bits if max_abs is None else max(settings.secagg_bits, _COUNT_BITS),
     num_peers=peers or None,
     threshold=2 * holders // 3 + 1 if threshold < 0 else threshold or None,
   )

@@ -190,15 +190,20 @@ def secure_aggregation_facts(
   num_sites = config.sites_per_round or config.num_sites
   secure = learning.secure_sum(config, num_sites)
   numbers = sum(np.size(a) for a in jax.tree.leaves(model))
-  return {
+  encoding = {
     "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction bits",
-    "sites in a sum": secure.num_sites,
-    "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
-    "of a site and its peers, who must answer": secure.threshold or "all: no site may drop out",
     "largest magnitude of a number in an update": secure.max_abs,
     "largest magnitude of a sum before overflow": secure.fixed.max_abs,
     "largest quantisation error of a sum": secure.error_bound,
-    "bytes of a masked update": int(numbers * secagg.bytes_per_number(secure)),
+    "bytes of a masked update": numbers * secagg.bytes_per_number(secure),
+  }
+  if config.dp_noise == "distributed":  # which has an encoding of its own
+    encoding = {"ring": f"integers modulo 2^{secure.fixed.num_bits}; their encoding stands under privacy"}
+  return {
+    "sites in a sum": secure.num_sites,
+    "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
+    "of a site and its peers, who must answer": secure.threshold or "all: no site may drop out",
+    **encoding,
     "who learns what": "the server sees sums only; " + _whose_keys(config, secure),
     "known to all": (
       f"sizes of the smallest and largest site: {min(images.train.sizes)} and {max(images.train.sizes)} training images"

@@ -83,7 +83,9 @@ class Train(Data):
   aggregation: str = _(
     "secure", "secure, clear, or a robust rule in the clear: median, trimmed_mean=FRACTION, krum=BAD_SITES"
   )
-  secagg_bits: int = _(32, "secure: bits of a masked number; more than 32 need JAX_ENABLE_X64=1")
+  secagg_bits: int = _(
+    32, "secure: bits of a masked number of an update (of counts 32 at least); more than 32 need JAX_ENABLE_X64=1"
+  )
   secagg_max_abs: float = _(32.0, "secure: largest magnitude in a site's update; larger ones stop the run")
   secagg_peers: int = _(0, "secure: peers of each site, an even number; 0 takes all others, or what bell asks for")
   dropout_rate: float = _(

@@ -424,6 +424,16 @@ def test_the_clip_moves_by_noise_of_all_sites_while_some_are_lost(tmp_path):
   assert all(np.isfinite(a).all() for a in jax.tree.leaves(arm.models))
 
 
+def test_a_small_ring_is_for_updates_and_their_own_grid():
+  """Counts of thousands of images would not fit; updates without noise would be too coarse."""
+  config = dataclasses.replace(MOVING, dp_noise="distributed", secagg_threshold=-1, secagg_bits=16)
+  learning.check(config)
+  assert learning.secure_sum(config, 3).fixed.num_bits == 16
+  assert learning.secure_sum(config, 3, 1e6).fixed.num_bits == 32
+  with pytest.raises(ValueError, match="too coarse for updates"):
+    learning.check(dataclasses.replace(config, dp_noise="site"))
+
+
 def test_dropouts_are_drawn_at_their_rate_and_once_each():
   config = dataclasses.replace(TINY, dropout_rate=0.3)
   drawn = [learning.dropouts(config, r, 100) for r in range(20)]

@@ -39,6 +39,17 @@ def test_a_message_comes_back_as_it_was(message):
   assert msg.encode(msg.decode(data)) == data
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 64), st.integers(0, 40), st.integers(0, 2**32 - 1))
+def test_vectors_take_the_bytes_of_their_ring(num_bits, size, seed):
+  dtype = np.uint32 if num_bits <= 32 else np.uint64
+  v = np.random.default_rng(seed).integers(0, 2**num_bits, size, dtype, endpoint=False)
+  data = msg.encode(msg.MaskedInput(3, 7, (v[::2], v), b"s"))
+  assert plain(msg.decode(data)) == plain(msg.MaskedInput(3, 7, (v[::2], v), b"s"))
+  numbers = size + len(v[::2])
+  assert len(data) <= len(msg.encode(msg.MaskedInput(3, 7, (v[:0], v[:0]), b"s"))) + numbers * -(-num_bits // 8)
+
+
 def test_every_kind_of_message_is_tried():
   assert {type(m) for m in EXAMPLES} == {*msg.FROM_SITES, *msg.FROM_SERVER}
   assert len({msg.encode(m) for m in EXAMPLES}) == len(EXAMPLES)
@@ -84,8 +95,11 @@ def test_no_bytes_do_harm(data, kind):
     b"\5" + struct.pack("<II", 7, 2**32 - 1),
     b"\3" + struct.pack("<IIIIII", 7, 2, 5, 0, 5, 0),  # site 5 twice
     b"\3" + struct.pack("<IIIIII", 7, 2, 5, 0, 4, 0),  # out of order
-    b"\4" + struct.pack("<IIIII", 3, 7, 1, 8, 12) + bytes(12),  # half a word
-    b"\4" + struct.pack("<IIIII", 3, 7, 1, 2, 4) + bytes(8),  # words of two bytes
+    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 8, 8, 12) + b"\1" * 12 + bytes(4),  # half a word
+    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 2, 2, 4) + b"\1" * 4 + bytes(4),  # words of two bytes
+    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 4, 5, 5) + b"\1" * 5 + bytes(4),  # five bytes of words of four
+    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 4, 0, 0) + bytes(4),
+    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 4, 2, 4) + b"\1\0\1\0" + bytes(4),  # two bytes where one does
   ],
 )
 def test_lengths_and_orders_that_cannot_be_are_malformed(data):

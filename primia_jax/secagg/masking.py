@@ -253,6 +253,6 @@ def _add_masks(v: Masked, keys: Array, signs: Array, nonce: tuple[Array | int, i
   return jax.tree.unflatten(structure, [add(i, a) for i, a in enumerate(leaves)])
 
 
-def bytes_per_number(config: SecureSum) -> float:
-  """What one number of a message weighs on the wire: k bits."""
-  return config.fixed.num_bits / 8
+def bytes_per_number(config: SecureSum) -> int:
+  """What one number of a message weighs on the wire: k bits, in whole bytes."""
+  return -(-config.fixed.num_bits // 8)

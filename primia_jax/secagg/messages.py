@@ -207,22 +207,37 @@ def _take_boxes(source: _Source) -> dict[int, bytes]:
 
 
 def _put_vectors(put: Put, vectors: tuple[np.ndarray, ...]) -> None:
+  """Each number in as many whole bytes as the largest of its vector takes: k bits, of masked elements of Z_2^k."""
   _put_number(put, len(vectors))
   for v in vectors:
     if v.ndim != 1 or v.dtype not in (np.uint32, np.uint64):
       raise ValueError(f"{v.dtype}{list(v.shape)} in a message; arrays must be vectors of uint32 or uint64")
+    width = _bytes_of(v)
     _put_number(put, v.dtype.itemsize)
-    _put_bytes(put, v.astype(v.dtype.newbyteorder("<"), copy=False).tobytes())
+    _put_number(put, width)
+    words = v.astype(v.dtype.newbyteorder("<"), copy=False)
+    _put_bytes(put, np.ascontiguousarray(words).view(np.uint8).reshape(-1, v.dtype.itemsize)[:, :width].tobytes())
 
 
 def _take_vectors(source: _Source) -> tuple[np.ndarray, ...]:
   vectors = []
   for _ in range(source.number()):
-    itemsize, size = source.number(), source.number()
-    if itemsize not in (4, 8) or size % itemsize:
-      raise ValueError(f"malformed message: {size} bytes are no vector of {itemsize}-byte words")
-    vectors.append(np.frombuffer(source.take(size), f"<u{itemsize}").astype(f"u{itemsize}", copy=False))
+    itemsize, width, size = source.number(), source.number(), source.number()
+    if itemsize not in (4, 8) or not 1 <= width <= itemsize or size % width:
+      raise ValueError(f"malformed message: {size} bytes are no vector of {itemsize}-byte words in {width} bytes each")
+    data = source.take(size)  # before there is room for what may only have been announced
+    words = np.zeros((size // width, itemsize), np.uint8)
+    words[:, :width] = np.frombuffer(data, np.uint8).reshape(-1, width)
+    v = words.reshape(-1).view(f"<u{itemsize}").astype(f"u{itemsize}", copy=False)
+    if width != _bytes_of(v):
+      raise ValueError(f"malformed message: numbers of {_bytes_of(v)} bytes in {width} each")
+    vectors.append(v)
   return tuple(vectors)
+
+
+def _bytes_of(v: np.ndarray) -> int:
+  """How many bytes hold any number of a vector; at least one."""
+  return max(1, -(-int(v.max(initial=0)).bit_length() // 8))
 
 
 def _put_adverts(put: Put, adverts: tuple[Advert, ...]) -> None:

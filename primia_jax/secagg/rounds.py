@@ -178,5 +178,5 @@ def message_bytes(setup: Setup) -> int:
   """No honest message is longer."""
   roster = len(setup.identities) * (6 * 4 + 3 * keys.KEY_BYTES + keys.SIGNATURE_BYTES)
   boxes = setup.degree * (2 * 4 + 2 * keys.KEY_BYTES + keys.BOX_OVERHEAD)
-  vectors = sum(2 * 4 + size * setup.dtype.itemsize for size in setup.sizes)
+  vectors = sum(3 * 4 + size * -(-setup.num_bits // 8) for size in setup.sizes)
   return 256 + max(roster, boxes, vectors)
