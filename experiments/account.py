@@ -43,8 +43,6 @@ flags.adopt_module_key_flags(sys.modules["experiments.settings"])
 def check(s: settings.Train) -> None:
   """Refuses bad flags before any work."""
   learning.check(s, federated=s.num_sites > 1)
-  if s.rounds < 1:
-    raise ValueError(f"rounds={s.rounds} must be at least 1")
   if s.dp == "none":
     raise ValueError("dp=none protects nobody, at no cost; use dp=example, patient or site")
   given = [name for name in ("num_units", "smallest_units") if FLAGS[name].value]
