@@ -187,8 +187,8 @@ def _crop(x: Array, geometry: Geometry) -> tuple[Array, Geometry]:
   padding = list(geometry.padding)
   for axis, dilation in enumerate(geometry.lhs_dilation):
     low, high = (max(0, -(p // dilation)) for p in padding[axis])  # whole elements, before their dilation
-    size = x.shape[1 + axis]
-    x = lax.slice_in_dim(x, min(low, size), max(min(low, size), size - high), axis=1 + axis)
+    # Not `lax.slice`, which would be an operation even of the whole: two convolutions of x would open it twice.
+    x = x[(slice(None),) * (1 + axis) + (slice(low, max(low, x.shape[1 + axis] - high)),)]
     padding[axis] = (padding[axis][0] + low * dilation, padding[axis][1] + high * dilation)
   return x, geometry._replace(padding=(padding[0], padding[1]))
 
