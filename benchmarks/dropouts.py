@@ -4,14 +4,16 @@
   python -m benchmarks.dropouts --sites=1000 --model=mlp --peers=20 --threshold=11
   python -m benchmarks.dropouts --rounds=3 --limit=300 --torch_python=ENV/bin/python
 
-All sites are played by one process: X25519 keys and Shamir shares for everybody, each site's masks, the sum over those
-whose message comes, the recovery from shares of what the lost left in it, and its removal. Sites do not train. A third
-of the lost are lost before they mask, a third during, and a third after; every round loses others. With too few peers
-for the number of sites a round is aborted, and the benchmark with it.
+All sites are played by one process: X25519 keys and Shamir shares for everybody, each site's masks,
+the sum over those whose message comes, the recovery from shares of what the lost left in it, and
+its removal. Sites do not train. A third of the lost are lost before they mask, a third during, and
+a third after; every round loses others. With too few peers for the number of sites a round is
+aborted, and the benchmark with it.
 
-Flower's SecAgg+ (ENV: `pip install "flwr[simulation]==1.42.0"`) stands beside it with as many idle clients and peers;
-its lost are all lost when they are to send the masked model, because one lost earlier ends its round in a `KeyError`.
-Its rounds go through Ray, ours through no transport at all, so that it is also shown less its plain round.
+Flower's SecAgg+ (ENV: `pip install "flwr[simulation]==1.42.0"`) stands beside it with as many idle
+clients and peers; its lost are all lost when they are to send the masked model, because one lost
+earlier ends its round in a `KeyError`. Its rounds go through Ray, ours through no transport at all,
+so that it is also shown less its plain round.
 """
 
 import contextlib
@@ -32,12 +34,20 @@ _SITES = flags.DEFINE_integer("sites", 100, "Sites in a round.", lower_bound=3)
 _PEERS = flags.DEFINE_integer("peers", 10, "Peers of each site.", lower_bound=2)
 _THRESHOLD = flags.DEFINE_integer("threshold", 6, "Of a site and its peers, how many must answer.")
 _RATE = flags.DEFINE_float("dropout_rate", 0.1, "Share of the sites that is lost in a round.", 0, 1)
-_MODEL = flags.DEFINE_enum("model", "leaf_cnn", ["leaf_cnn", "mlp"], "Whose parameters are sent: 1.2 M or 25 k.")
+_MODEL = flags.DEFINE_enum(
+  "model", "leaf_cnn", ["leaf_cnn", "mlp"], "Whose parameters are sent: 1.2 M or 25 k."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds measured, after one to warm up.", lower_bound=1)
-_LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which no further round begins.", lower_bound=1)
-_DEVICES = flags.DEFINE_integer("devices", 2, "CPU devices for the mesh (no effect on accelerators).", lower_bound=1)
+_LIMIT = flags.DEFINE_float(
+  "limit", 120.0, "Seconds after which no further round begins.", lower_bound=1
+)
+_DEVICES = flags.DEFINE_integer(
+  "devices", 2, "CPU devices for the mesh (no effect on accelerators).", lower_bound=1
+)
 _PLACEMENT = flags.DEFINE_string("placement", "auto", "Where the site axis runs.")
-_TORCH = flags.DEFINE_string("torch_python", None, "Interpreter of an environment with flwr, for SecAgg+.")
+_TORCH = flags.DEFINE_string(
+  "torch_python", None, "Interpreter of an environment with flwr, for SecAgg+."
+)
 
 _SECONDS = 1.5  # a round of 100 sites with 1.2 M parameters
 _NANOSECONDS = 2.2  # a masked parameter and peer
@@ -50,8 +60,12 @@ def draw_dropouts(rng: np.random.Generator, num_sites: int, rate: float) -> seca
   return secagg.Dropouts(*map(stage, range(3)))
 
 
-def stages(config: secagg.SecureSum, placement: sites.Placement, params) -> Mapping[str, Callable[[], Any]]:
-  """Makes the functions that run one stage of a round each, in their order, each from what the last left."""
+def stages(
+  config: secagg.SecureSum, placement: sites.Placement, params
+) -> Mapping[str, Callable[[], Any]]:
+  """Makes the functions that run one stage of a round each, in their order, each from what the last
+  left.
+  """
   num_sites = config.num_sites
   ids, key, rng = np.arange(num_sites, dtype=np.int32), prng.random_key(), np.random.default_rng(0)
   placed = sites.replicate(params, placement)
@@ -93,7 +107,12 @@ def stages(config: secagg.SecureSum, placement: sites.Placement, params) -> Mapp
   def unmask():
     return finish(now["total"], sites.replicate(now["residue"], placement), np.int32(now["round"]))
 
-  return {"keys and shares": setup, "masks and sum": mask, "recovery of keys": recover, "unmask and decode": unmask}
+  return {
+    "keys and shares": setup,
+    "masks and sum": mask,
+    "recovery of keys": recover,
+    "unmask and decode": unmask,
+  }
 
 
 def mask_speed(params, kernel: str) -> Sequence[measuring.Cost]:
@@ -103,9 +122,13 @@ def mask_speed(params, kernel: str) -> Sequence[measuring.Cost]:
   config = secagg.secure_sum(_SITES.value, num_peers=_PEERS.value, threshold=_THRESHOLD.value)
   bits = prng.bits(prng.random_key(), jnp.zeros(3, jnp.uint32), (_PEERS.value + 1, 8))
   links = secagg.Links(jnp.arange(1, _PEERS.value + 1, dtype=jnp.int32), bits[1:], bits[0])
-  protect = jax.jit(lambda params, nonce: secagg.protect(params, jnp.int32(0), links, (nonce, 0), config))
+  protect = jax.jit(
+    lambda params, nonce: secagg.protect(params, jnp.int32(0), links, (nonce, 0), config)
+  )
   counter = iter(range(10**9))
-  costs = measuring.alternate({0: measuring.timed(lambda: protect(params, np.uint32(next(counter))))}, 10)[0]
+  costs = measuring.alternate(
+    {0: measuring.timed(lambda: protect(params, np.uint32(next(counter))))}, 10
+  )[0]
   os.environ["PRIMIA_NATIVE"] = before
   return costs
 
@@ -118,28 +141,42 @@ def main(_):
   config = secagg.secure_sum(_SITES.value, num_peers=_PEERS.value, threshold=_THRESHOLD.value)
 
   for kernel in ("C", "JAX") if native.available() else ("JAX",):
-    name = f"protect: one site, {size} parameters, {_PEERS.value} peers and itself, per parameter and mask"
+    name = (
+      f"protect: one site, {size} parameters, {_PEERS.value} peers and itself, per parameter "
+      f"and mask"
+    )
     scale = 1e9 / (size * (_PEERS.value + 1))
     in_use = kernel == "C" or not native.available()
     target = _NANOSECONDS if in_use and _MODEL.value == "leaf_cnn" else None
-    measuring.report(name, mask_speed(params, kernel), target=target, unit="ns", scale=scale, kernel=kernel)
+    measuring.report(
+      name, mask_speed(params, kernel), target=target, unit="ns", scale=scale, kernel=kernel
+    )
 
-  contestants = {name: measuring.timed(run) for name, run in stages(config, placement, params).items()}
+  contestants = {
+    name: measuring.timed(run) for name, run in stages(config, placement, params).items()
+  }
   ours, versions, num_lost = list(contestants), "", round(_RATE.value * _SITES.value)
   with contextlib.ExitStack() as stack:
     if _TORCH.value is None or _MODEL.value != "leaf_cnn":
-      measuring.skip("Flower SecAgg+", "no --torch_python given" if _TORCH.value is None else "it sends leaf_cnn only")
+      measuring.skip(
+        "Flower SecAgg+",
+        "no --torch_python given" if _TORCH.value is None else "it sends leaf_cnn only",
+      )
     else:
       for how, lost in (("plain", 0), ("secagg", num_lost)):
         arguments = (_ROUNDS.value + 1, how, _SITES.value, _PEERS.value, _DEVICES.value, lost)
         peer = stack.enter_context(measuring.peer(_TORCH.value, "flower_secagg.py", *arguments))
         contestants[how], versions = peer
     costs = measuring.alternate(contestants, _ROUNDS.value, _LIMIT.value)
-  what = f"{_SITES.value} sites, {size} parameters, {_PEERS.value} peers, {_RATE.value:.0%} lost, {placement.how}"
+  what = (
+    f"{_SITES.value} sites, {size} parameters, {_PEERS.value} peers, {_RATE.value:.0%} lost, "
+    f"{placement.how}"
+  )
   for name in ours:
     measuring.report(f"{name}: {what}", costs[name])
   whole = [
-    measuring.Cost(*map(sum, zip(*parts, strict=True))) for parts in zip(*(costs[name] for name in ours), strict=True)
+    measuring.Cost(*map(sum, zip(*parts, strict=True)))
+    for parts in zip(*(costs[name] for name in ours), strict=True)
   ]
   target = _SECONDS if (_SITES.value, _MODEL.value) == (100, "leaf_cnn") else None
   measuring.report(f"whole protocol: {what}", whole, target=target)
@@ -149,12 +186,20 @@ def main(_):
     measuring.report(f"round: {what}, Flower plain, none lost", costs["plain"], peer=versions)
     measuring.report(f"round: {what}, {told}", costs["secagg"], peer=versions)
     measuring.report_difference(
-      f"SecAgg+ less plain: {what}, {told}", costs["secagg"], costs["plain"], target=None, peer=versions
+      f"SecAgg+ less plain: {what}, {told}",
+      costs["secagg"],
+      costs["plain"],
+      target=None,
+      peer=versions,
     )
-    measuring.report_ratio(f"whole protocol over round: {what}, {told}", whole, costs["secagg"], target=None)
+    measuring.report_ratio(
+      f"whole protocol over round: {what}, {told}", whole, costs["secagg"], target=None
+    )
     pairs = zip(costs["secagg"], costs["plain"], strict=True)
     added = [measuring.Cost(a.seconds - b.seconds, a.cpu - b.cpu) for a, b in pairs]
-    measuring.report_ratio(f"whole protocol over SecAgg+ less plain: {what}, {told}", whole, added, target=None)
+    measuring.report_ratio(
+      f"whole protocol over SecAgg+ less plain: {what}, {told}", whole, added, target=None
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Encrypted inference, both parties in one process, beside plain float32 and other frameworks in the same run.
+"""Encrypted inference, both parties in one process, beside plain float32 and other frameworks in
+the same run.
 
-  python -m benchmarks.encrypted_inference --case=resnet18_224
-  python -m benchmarks.encrypted_inference --case=relu,matmul,lenet28 --crypten_python=ENV/bin/python
-  python -m benchmarks.encrypted_inference --case=resnet18_64 --batch=32 --rings=32fast
-  python -m benchmarks.encrypted_inference --case=relu --rings=64 --failures=1000000000
+  python -m benchmarks.encrypted_inference --case=resnet18_224 python -m
+  benchmarks.encrypted_inference --case=relu,matmul,lenet28 --crypten_python=ENV/bin/python python
+  -m benchmarks.encrypted_inference --case=resnet18_64 --batch=32 --rings=32fast python -m
+  benchmarks.encrypted_inference --case=relu --rings=64 --failures=1000000000
 
-The model owner holds random weights, the data owner a random image; ranges are calibrated on that image. Rings: 32 (10
-fraction bits) and 64 (16), each exact or, with "fast", within one unit; "fitted" is what `mpc.fitting` picks for an
-error of 1e-3 in a logit. Only for timing does an online phase run again and again on the same correlations: to use them
-twice on secrets would give these away.
+The model owner holds random weights, the data owner a random image; ranges are calibrated on that
+image. Rings: 32 (10 fraction bits) and 64 (16), each exact or, with "fast", within one unit;
+"fitted" is what `mpc.fitting` picks for an error of 1e-3 in a logit. Only for timing does an online
+phase run again and again on the same correlations: to use them twice on secrets would give these
+away.
 """
 
 import contextlib
@@ -33,20 +35,36 @@ from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.gates import RELU, Gate
 
 _CASE = flags.DEFINE_list("case", "lenet28", "Of resnet18_224, resnet18_64, lenet28, relu, matmul.")
-_RINGS = flags.DEFINE_list("rings", "32fast,32,64,fitted", "Of 32, 64, 32fast, 64fast, fitted; for relu by their bits.")
-_COMPARISON = flags.DEFINE_enum("comparison", "tables", list(gates.COMPARISONS), "How the gates compare.")
-_BATCH = flags.DEFINE_integer("batch", 1, "Images at once; above 1 beside a batch of one.", lower_bound=1)
+_RINGS = flags.DEFINE_list(
+  "rings", "32fast,32,64,fitted", "Of 32, 64, 32fast, 64fast, fitted; for relu by their bits."
+)
+_COMPARISON = flags.DEFINE_enum(
+  "comparison", "tables", list(gates.COMPARISONS), "How the gates compare."
+)
+_BATCH = flags.DEFINE_integer(
+  "batch", 1, "Images at once; above 1 beside a batch of one.", lower_bound=1
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds measured, after one to warm up.", lower_bound=1)
-_LIMIT = flags.DEFINE_float("limit", 100.0, "Seconds a case after which no further round begins.", lower_bound=1)
-_MEMORY = flags.DEFINE_float("memory", 6.0, "GiB of correlations above which nothing is timed.", lower_bound=0)
+_LIMIT = flags.DEFINE_float(
+  "limit", 100.0, "Seconds a case after which no further round begins.", lower_bound=1
+)
+_MEMORY = flags.DEFINE_float(
+  "memory", 6.0, "GiB of correlations above which nothing is timed.", lower_bound=0
+)
 _GATES = flags.DEFINE_integer("gates", 2**20, "Gates at once in the case relu.", lower_bound=1)
-_FAILURES = flags.DEFINE_integer("failures", 0, "Exact gates whose answers are checked in the case relu.")
-_CRYPTEN = flags.DEFINE_string("crypten_python", None, "Interpreter of an environment with crypten.")
+_FAILURES = flags.DEFINE_integer(
+  "failures", 0, "Exact gates whose answers are checked in the case relu."
+)
+_CRYPTEN = flags.DEFINE_string(
+  "crypten_python", None, "Interpreter of an environment with crypten."
+)
 _SPU = flags.DEFINE_string("spu_python", None, "Interpreter of an environment with spu.")
 _SYFT = flags.DEFINE_string("syft_python", None, "Interpreter of an environment with PySyft 0.2.9.")
 
 CONFIGS = {"32": Config(32, 10), "64": Config(64, 16)}
-CONFIGS |= {f"{bits}fast": dataclasses.replace(config, exact=False) for bits, config in CONFIGS.items()}
+CONFIGS |= {
+  f"{bits}fast": dataclasses.replace(config, exact=False) for bits, config in CONFIGS.items()
+}
 _ERROR = 1e-3  # of a logit, for "fitted"
 _SYFT_GATES = 2**16
 
@@ -89,7 +107,9 @@ def peers(case: str, batch: int, want: np.ndarray):
       small = path.with_name(f"{script}.npy")
       np.save(small, want[:size] if case == "relu" else want)
       arguments = (_ROUNDS.value + 1, case, batch, size, small, *how)
-      contestants[name], about[name] = stack.enter_context(measuring.peer(python, script, *arguments))
+      contestants[name], about[name] = stack.enter_context(
+        measuring.peer(python, script, *arguments)
+      )
     yield contestants, about
 
 
@@ -97,8 +117,14 @@ def report_peers(what: str, ours: str, costs: dict, about: dict) -> None:
   """A line for each peer, and one for ours over it."""
   for name, said in about.items():
     measuring.report(f"{name}: {what}", costs[name], unit="s", peer=said)
-    against = costs[ours] if name.endswith("online") else costs.get(f"{ours}, offline and online", costs[ours])
-    measuring.report_ratio(f"{ours} over {name}: {what}", against, costs[name], target=None, peer=said)
+    against = (
+      costs[ours]
+      if name.endswith("online")
+      else costs.get(f"{ours}, offline and online", costs[ours])
+    )
+    measuring.report_ratio(
+      f"{ours} over {name}: {what}", against, costs[name], target=None, peer=said
+    )
 
 
 # ---- networks
@@ -118,7 +144,9 @@ def network(case: str) -> None:
     name = f"{what}, {ring_name}"
     report_plan(name, case, plan)
     if 2 * encrypted_work.num_bytes(planning.ready_shapes(plan)) > _MEMORY.value * 2**30:
-      measuring.skip(f"online: {name}", f"its correlations take more than --memory={_MEMORY.value} GiB")
+      measuring.skip(
+        f"online: {name}", f"its correlations take more than --memory={_MEMORY.value} GiB"
+      )
       continue
     run = encrypted_work.prepared(plan, work.args)
     report_answer(name, plan, work, run, want)
@@ -134,14 +162,21 @@ def network(case: str) -> None:
   report_times(case, what, timed, costs)
   for ring_name in timed[:1]:
     ours = f"primia_jax {ring_name}"
-    costs |= {ours: costs[ring_name, "online"], f"{ours}, offline and online": together(costs, all_phases(ring_name))}
+    costs |= {
+      ours: costs[ring_name, "online"],
+      f"{ours}, offline and online": together(costs, all_phases(ring_name)),
+    }
     report_peers(what, ours, costs, about)
 
 
-def make_plan(ring_name: str, work: encrypted_work.Work, ranges: np.ndarray | None) -> planning.Plan:
+def make_plan(
+  ring_name: str, work: encrypted_work.Work, ranges: np.ndarray | None
+) -> planning.Plan:
   """The plan in a ring of `CONFIGS`, or in the fitted one."""
   if ring_name == "fitted":
-    return fitting.fit(work.fn, work.owners, [work.args], _ERROR, Config(comparison=_COMPARISON.value))
+    return fitting.fit(
+      work.fn, work.owners, [work.args], _ERROR, Config(comparison=_COMPARISON.value)
+    )
   config = dataclasses.replace(CONFIGS[ring_name], comparison=_COMPARISON.value)
   if ranges is None:
     ranges = planning.calibrate(work.fn, work.owners, [work.args])
@@ -151,7 +186,9 @@ def make_plan(ring_name: str, work: encrypted_work.Work, ranges: np.ndarray | No
 def report_plan(name: str, case: str, plan: planning.Plan) -> None:
   """What the plan says: bytes, rounds, communication time, and the range of every gate."""
   rows, comparison = planning.rows(plan), plan.config.comparison
-  sent, rounds, dealt = (sum(getattr(row, field) for row in rows) for field in ("sent", "rounds", "dealt"))
+  sent, rounds, dealt = (
+    sum(getattr(row, field) for row in rows) for field in ("sent", "rounds", "dealt")
+  )
   target = lambda targets: targets.get(case, {}).get(comparison) if _BATCH.value == 1 else None
   bits = {"num_bits": plan.config.num_bits, "fraction_bits": plan.config.fraction_bits}
   measuring.say(f"sent by each party: {name}", [sent / 1e6], "MB", target(_SENT), **bits)
@@ -160,20 +197,31 @@ def report_plan(name: str, case: str, plan: planning.Plan) -> None:
   seconds = planning.WAN.seconds(rounds, sent)
   measuring.say(f"communication at 100 Mb/s, 40 ms: {name}", [seconds], "s", target(_WAN), **bits)
   layers = [[row.layer, row.what, row.range_bits, row.shift] for row in rows if row.range_bits]
-  print(json.dumps({"name": f"layer, gate, bits of its range, bits cut: {name}", "value": layers}), flush=True)
+  print(
+    json.dumps({"name": f"layer, gate, bits of its range, bits cut: {name}", "value": layers}),
+    flush=True,
+  )
 
 
 def report_answer(
-  name: str, plan: planning.Plan, work: encrypted_work.Work, run: encrypted_work.Inference, want: np.ndarray
+  name: str,
+  plan: planning.Plan,
+  work: encrypted_work.Work,
+  run: encrypted_work.Inference,
+  want: np.ndarray,
 ) -> None:
   """Whether the answer is right, and how long the online phase took to compile."""
   got = np.asarray(run.outputs())
   error = float(np.abs(got - want).max())
   target = _ERROR if name.endswith("fitted") else None
-  measuring.say(f"largest logit error: {name}", [error], "1", target, largest_logit=float(np.abs(want).max()))
+  measuring.say(
+    f"largest logit error: {name}", [error], "1", target, largest_logit=float(np.abs(want).max())
+  )
   if plan.config.exact:
     equal = np.array_equal(got, np.asarray(inference.check(plan, work.args)))
-    measuring.say(f"bit-equal to the integer model: {name}", [float(equal)], "1", 1.0, at_least=True)
+    measuring.say(
+      f"bit-equal to the integer model: {name}", [float(equal)], "1", 1.0, at_least=True
+    )
   measuring.say(f"compile, online: {name}", [run.compile], "s", _COMPILE)
   measuring.say(f"compile, online, with a warm cache: {name}", [run.compile_again], "s", None)
 
@@ -199,14 +247,18 @@ def report_times(case: str, what: str, timed: list[str], costs: dict) -> None:
       target = _ONLINE[case].get(ring_name) if goal else None
       measuring.report(f"{phase}: {name}", costs[ring_name, phase], unit="s", target=target)
     target = _BOTH.get(case) if single else None
-    measuring.report(f"offline and online: {name}", together(costs, all_phases(ring_name)), unit="s", target=target)
+    measuring.report(
+      f"offline and online: {name}", together(costs, all_phases(ring_name)), unit="s", target=target
+    )
     online = costs[ring_name, "online"]
     measuring.report_ratio(f"online over float32: {name}", online, costs["float32"], target=None)
     if not single:
       one = costs[ring_name, "one image"]
       pairs = [_BATCH.value * a.seconds / b.seconds for a, b in zip(one, online, strict=True)]
       medians = [statistics.median(c.seconds for c in each) for each in (one, online)]
-      measuring.say(f"images a second: {name}", [_BATCH.value / c.seconds for c in online], "1/s", None)
+      measuring.say(
+        f"images a second: {name}", [_BATCH.value / c.seconds for c in online], "1/s", None
+      )
       measuring.say(
         f"images a second over those of batch 1: {name}", pairs, "ratio", _SPEEDUP,
         value=_BATCH.value * medians[0] / medians[1], at_least=True,
@@ -221,9 +273,11 @@ def relu(case: str) -> None:
   contestants, sent, size = {}, {}, _GATES.value
   settings = [
     Gate(RELU, size, bits, range_bits, shift, 0 if exact else shift, exact, _COMPARISON.value)
-    for bits, shift, some in ((64, 16, 40), (32, 12, 28)) if any(r.startswith(str(bits)) for r in _RINGS.value)
-    for range_bits in (bits - 2, some) for exact in (True, False)
-  ]  # fmt: skip
+    for bits, shift, some in ((64, 16, 40), (32, 12, 28))
+    if any(r.startswith(str(bits)) for r in _RINGS.value)
+    for range_bits in (bits - 2, some)
+    for exact in (True, False)
+  ]
   name = lambda gate: (
     f"relu, {gate.num} gates, {gate.num_bits} bits, range {gate.range_bits}, "
     f"{'exact' if gate.exact else 'within one unit'}{', fss' if gate.comparison == 'fss' else ''}"
@@ -234,8 +288,15 @@ def relu(case: str) -> None:
     first = prng.bits(key, jnp.zeros(3, jnp.uint32), z.shape, z.dtype)
     shares, correlation = jnp.stack([first, z - first]), run.offline(key)
     got = run.online(shares, correlation)
-    off = gates.to_signed(ring.reduce(got[0] + got[1] - gates.clear(gate, z), gate.num_bits), gate.num_bits)
-    measuring.say(f"largest error in units: {name(gate)}", [int(jnp.abs(off).max())], "1", 0 if gate.exact else 1)
+    off = gates.to_signed(
+      ring.reduce(got[0] + got[1] - gates.clear(gate, z), gate.num_bits), gate.num_bits
+    )
+    measuring.say(
+      f"largest error in units: {name(gate)}",
+      [int(jnp.abs(off).max())],
+      "1",
+      0 if gate.exact else 1,
+    )
     contestants[gate] = measuring.timed(lambda run=run, s=shares, c=correlation: run.online(s, c))
     contestants[gate, "offline"] = measuring.timed(lambda run=run, key=key: run.offline(key))
     sent[gate] = run.sent
@@ -248,9 +309,16 @@ def relu(case: str) -> None:
       f"online: {name(gate)}", costs[gate], unit="ms", scale=1e3,
       target=_RELU_MS.get((gate.num_bits, gate.exact)) if full else None,
     )  # fmt: skip
-    measuring.report(f"offline, dealer and both parties: {name(gate)}", costs[gate, "offline"], unit="ms", scale=1e3)
+    measuring.report(
+      f"offline, dealer and both parties: {name(gate)}",
+      costs[gate, "offline"],
+      unit="ms",
+      scale=1e3,
+    )
     num_bytes = sum(message.num_bytes for message in sent[gate])
-    measuring.say(f"sent by each party: {name(gate)}", [num_bytes / 1e6], "MB", _RELU_MB if full else None)
+    measuring.say(
+      f"sent by each party: {name(gate)}", [num_bytes / 1e6], "MB", _RELU_MB if full else None
+    )
     measuring.say(f"rounds: {name(gate)}", [len(sent[gate])], "rounds", _RELU_ROUNDS)
   if settings:
     ours = f"primia_jax, {name(settings[0])}"
@@ -272,7 +340,9 @@ def report_failures(name: str, gate: Gate) -> None:
 
 
 def matmul(case: str) -> None:
-  """A product of two matrices 1024 x 1024, the weights owned by a party, or both factors given as shares."""
+  """A product of two matrices 1024 x 1024, the weights owned by a party, or both factors given as
+  shares.
+  """
   works = {
     "owned": encrypted_work.matmul(encrypted_work.OWNERS),
     "shared": encrypted_work.matmul((planning.SHARED, planning.SHARED)),
@@ -285,7 +355,9 @@ def matmul(case: str) -> None:
     plan = planning.plan(work.fn, work.owners, work.args, Config(44, 16), ranges)
     run = encrypted_work.prepared(plan, work.args)
     error = float(np.abs(np.asarray(run.outputs()) - want).max())
-    measuring.say(f"largest error: matmul 1024, {how}", [error], "1", None, largest=float(np.abs(want).max()))
+    measuring.say(
+      f"largest error: matmul 1024, {how}", [error], "1", None, largest=float(np.abs(want).max())
+    )
     contestants |= {(how, phase): measuring.timed(fn) for phase, fn in run.phases.items()}
   with peers(case, 1, want) as (others, about):
     costs = measuring.alternate({**contestants, **others}, _ROUNDS.value, _LIMIT.value)
@@ -295,7 +367,10 @@ def matmul(case: str) -> None:
       target = _MATMUL[how] if phase == "online" else None
       measuring.report(f"{phase}: matmul 1024, {how}", costs[how, phase], unit="s", target=target)
     ours = f"primia_jax {how}"
-    costs |= {ours: costs[how, "online"], f"{ours}, offline and online": together(costs, all_phases(how))}
+    costs |= {
+      ours: costs[how, "online"],
+      f"{ours}, offline and online": together(costs, all_phases(how)),
+    }
   report_peers("matmul 1024", "primia_jax shared", costs, about)
 
 

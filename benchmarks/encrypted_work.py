@@ -1,4 +1,6 @@
-"""What the encrypted benchmark runs: the networks in JAX, and an inference as phases that are timed apart."""
+"""What the encrypted benchmark runs: the networks in JAX, and an inference as phases that are timed
+apart.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class Ops:
 
 
 class PlainOps(Ops):
-  """The same for float32 in the clear, by the library's own convolution: on CPU XLA's is up to 16 times slower."""
+  """The same for float32 in the clear, by the library's own convolution: on CPU XLA's is up to 16
+  times slower.
+  """
 
   @staticmethod
   def conv(x: Array, w: Array, b: Array, stride: int, padding: int) -> Array:
@@ -57,7 +61,9 @@ class PlainOps(Ops):
 
 
 class Work(NamedTuple):
-  """A function to compute under encryption, the same for float32 in the clear, and whose arguments are whose."""
+  """A function to compute under encryption, the same for float32 in the clear, and whose arguments
+  are whose.
+  """
 
   fn: Callable[..., Array]
   plain: Callable[..., Array]
@@ -68,7 +74,9 @@ class Work(NamedTuple):
 def network(case: str, batch: int = 1) -> Work:
   """A network of `networks`: the weights are the model owner's, the images the data owner's."""
   last = lambda w: w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T
-  params = {name: (jnp.asarray(last(w)), jnp.asarray(b)) for name, (w, b) in networks.weights(case).items()}
+  params = {
+    name: (jnp.asarray(last(w)), jnp.asarray(b)) for name, (w, b) in networks.weights(case).items()
+  }
   images = jnp.asarray(networks.inputs(case, batch)[0].transpose(0, 2, 3, 1))
   fn, plain = (functools.partial(networks.apply, case, ops) for ops in (Ops, PlainOps))
   return Work(fn, plain, OWNERS, (params, images))
@@ -83,9 +91,11 @@ class Inference(NamedTuple):
   """One encrypted inference.
 
   Attributes:
-    phases: by name as in `PHASES`, functions without arguments. For timing only, the dealer's key is the same every
-      time and the online phase uses one set of correlations again and again, which a protocol must never do.
-    compile: seconds to trace, lower and compile the online phase, with an empty cache of compiled programs.
+    phases: by name as in `PHASES`, functions without arguments. For timing only, the dealer's key
+      is the same every time and the online phase uses one set of correlations again and again,
+      which a protocol must never do.
+    compile: seconds to trace, lower and compile the online phase, with an empty cache of compiled
+      programs.
     compile_again: the same with the cache that this left on disk.
     outputs: () -> what the data owner learns.
   """
@@ -120,7 +130,9 @@ def prepared(plan: Plan, args: tuple[PyTree, ...]) -> Inference:
 
 
 def compile_twice(fn: Callable, *args: PyTree) -> tuple[Callable, float, float]:
-  """fn compiled, and the seconds it took: as it is, and from the cache on disk (jax_compilation_cache_dir)."""
+  """fn compiled, and the seconds it took: as it is, and from the cache on disk
+  (jax_compilation_cache_dir).
+  """
   seconds = []
   for _ in range(2):
     jax.clear_caches()
@@ -164,18 +176,24 @@ def gate_run(gate: Gate) -> GateRun:
     each[1] |= dealing.split(seeds[0], 0, derived) | derived.common
     return inference.stack(*each)
 
-  def online(shares: Array, correlation: dealing.Correlation, log: list[sharing.Sent] | None = None) -> Array:
-    return jax.vmap(lambda z, c: gates.run(gate, sharing.Wire(log=log), z, c), axis_name=sharing.PARTY)(
-      shares, correlation
-    )
+  def online(
+    shares: Array, correlation: dealing.Correlation, log: list[sharing.Sent] | None = None
+  ) -> Array:
+    return jax.vmap(
+      lambda z, c: gates.run(gate, sharing.Wire(log=log), z, c), axis_name=sharing.PARTY
+    )(shares, correlation)
 
   shares = jax.ShapeDtypeStruct((2, gate.num), ring.storage(gate.num_bits))
-  jax.eval_shape(functools.partial(online, log=log), shares, jax.eval_shape(offline, prng.random_key()))
+  jax.eval_shape(
+    functools.partial(online, log=log), shares, jax.eval_shape(offline, prng.random_key())
+  )
   return GateRun(jax.jit(offline), jax.jit(online), log)
 
 
 def numbers(gate: Gate, key: Array) -> Array:
-  """Ring elements [N] from the whole range of a gate: half of them uniform, half of all magnitudes alike."""
+  """Ring elements [N] from the whole range of a gate: half of them uniform, half of all magnitudes
+  alike.
+  """
   dtype = ring.storage(gate.num_bits).type
   bits = prng.bits(key, jnp.asarray([1, 0, 0], jnp.uint32), (gate.num,), dtype)
   sizes = prng.bits(key, jnp.asarray([2, 0, 0], jnp.uint32), (gate.num,), jnp.uint32)

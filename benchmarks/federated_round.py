@@ -1,11 +1,13 @@
-"""Seconds a federated round takes under each placement and aggregator, beside other frameworks in the same run.
+"""Seconds a federated round takes under each placement and aggregator, beside other frameworks in
+the same run.
 
-  python -m benchmarks.federated_round --sites=100 --sampled=10
-  python -m benchmarks.federated_round --sites=100 --sampled=100 --rounds=3 --torch_python=ENV/bin/python
-  python -m benchmarks.federated_round --model=mlp --sampled=100 --rounds=30 --fedjax_python=ENV2/bin/python
+  python -m benchmarks.federated_round --sites=100 --sampled=10 python -m benchmarks.federated_round
+  --sites=100 --sampled=100 --rounds=3 --torch_python=ENV/bin/python python -m
+  benchmarks.federated_round --model=mlp --sampled=100 --rounds=30 --fedjax_python=ENV2/bin/python
 
-ENV: `pip install torch==2.13.0 pfl==0.6.0 "flwr[simulation]==1.42.0"`. ENV2 (Python 3.11):
-`pip install "jax==0.4.13" "jaxlib==0.4.13" "dm-haiku==0.0.10" "fedjax==0.0.17" "numpy<1.27" "scipy<1.12"`.
+ENV: `pip install torch==2.13.0 pfl==0.6.0 "flwr[simulation]==1.42.0"`. ENV2 (Python 3.11): `pip
+install "jax==0.4.13" "jaxlib==0.4.13" "dm-haiku==0.0.10" "fedjax==0.0.17" "numpy<1.27"
+"scipy<1.12"`.
 """
 
 import contextlib
@@ -21,10 +23,18 @@ from primia_jax import models, sites
 _MODEL = flags.DEFINE_enum("model", "leaf_cnn", ["leaf_cnn", "mlp"], "What the sites train.")
 _SITES = flags.DEFINE_integer("sites", 100, "Sites, of 64 images each.", lower_bound=2)
 _SAMPLED = flags.DEFINE_integer("sampled", 10, "Sites that take part in a round.", lower_bound=2)
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds measured, after one to warm up.", lower_bound=1)
-_LIMIT = flags.DEFINE_float("limit", 150.0, "Seconds after which no further round begins.", lower_bound=1)
-_DEVICES = flags.DEFINE_integer("devices", 2, "CPU devices for the mesh (no effect on accelerators).", lower_bound=1)
-_PLACEMENTS = flags.DEFINE_list("placements", "mesh,loop,scan,vmap,chunk=5", "What to time; peers meet the first.")
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 10, "Rounds measured, after one to warm up.", lower_bound=1
+)
+_LIMIT = flags.DEFINE_float(
+  "limit", 150.0, "Seconds after which no further round begins.", lower_bound=1
+)
+_DEVICES = flags.DEFINE_integer(
+  "devices", 2, "CPU devices for the mesh (no effect on accelerators).", lower_bound=1
+)
+_PLACEMENTS = flags.DEFINE_list(
+  "placements", "mesh,loop,scan,vmap,chunk=5", "What to time; peers meet the first."
+)
 _AGGREGATORS = flags.DEFINE_list(
   "aggregators",
   "clear,encoded,masked",
@@ -33,7 +43,9 @@ _AGGREGATORS = flags.DEFINE_list(
 _PEERS = flags.DEFINE_list(
   "peers", "torch2,torch1,pfl,fedjax,flower", "What to time beside it, where its flag is given."
 )
-_TORCH = flags.DEFINE_string("torch_python", None, "Interpreter of an environment with torch, pfl and flwr.")
+_TORCH = flags.DEFINE_string(
+  "torch_python", None, "Interpreter of an environment with torch, pfl and flwr."
+)
 _FEDJAX = flags.DEFINE_string("fedjax_python", None, "Interpreter of an environment with fedjax.")
 
 # script, then what it is told, of each peer
@@ -82,7 +94,9 @@ def main(_):
         continue
       script, threads = _SCRIPTS[name]
       peer = stack.enter_context(
-        measuring.peer(python, script, _ROUNDS.value + 1, data, _MODEL.value, _SAMPLED.value, threads)
+        measuring.peer(
+          python, script, _ROUNDS.value + 1, data, _MODEL.value, _SAMPLED.value, threads
+        )
       )
       contestants[name], versions[name] = peer
     costs = measuring.alternate(contestants, _ROUNDS.value, _LIMIT.value)
@@ -94,7 +108,10 @@ def main(_):
     measuring.report(name, costs[placement, aggregator], target=target, parameters=size)
   in_clear = {placement: costs[placement, "clear"] for placement in _PLACEMENTS.value}
   if len(in_clear) > 1:
-    middle = {placement: sorted(c.seconds for c in cost)[len(cost) // 2] for placement, cost in in_clear.items()}
+    middle = {
+      placement: sorted(c.seconds for c in cost)[len(cost) // 2]
+      for placement, cost in in_clear.items()
+    }
     slowest, fastest = max(middle, key=middle.__getitem__), min(middle, key=middle.__getitem__)
     more = {"slowest": slowest, "fastest": fastest}
     name = f"slowest over fastest placement: {what}"
@@ -110,7 +127,11 @@ def main(_):
       measuring.report(f"round: {what}, {name}", costs[name], peer=versions[name])
       target = 1.0 if name in _NO_SLOWER.get(setting, ()) else None
       measuring.report_ratio(
-        f"{first} over {name}: {what}", costs[first, "clear"], costs[name], target=target, peer=versions[name]
+        f"{first} over {name}: {what}",
+        costs[first, "clear"],
+        costs[name],
+        target=target,
+        peer=versions[name],
       )
 
 

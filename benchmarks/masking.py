@@ -1,11 +1,13 @@
-"""What secure aggregation costs: nanoseconds a parameter and peer at one site, and seconds that it adds to a round.
+"""What secure aggregation costs: nanoseconds a parameter and peer at one site, and seconds that it
+adds to a round.
 
   python -m benchmarks.masking --sites=10
   python -m benchmarks.masking --sites=100 --rounds=3 --torch_python=ENV/bin/python
 
-The sites do not train, they send the model of `leaf_cnn` (1.2 M parameters) as it is, so that only the protocol is
-timed. Flower's SecAgg+ (ENV: `pip install torch==2.13.0 "flwr[simulation]==1.42.0"`) is timed in the same way; it does
-more: it agrees on keys, shares them, and would survive dropouts.
+The sites do not train, they send the model of `leaf_cnn` (1.2 M parameters) as it is, so that only
+the protocol is timed. Flower's SecAgg+ (ENV: `pip install torch==2.13.0
+"flwr[simulation]==1.42.0"`) is timed in the same way; it does more: it agrees on keys, shares them,
+and would survive dropouts.
 """
 
 import contextlib
@@ -18,12 +20,20 @@ from absl import app, flags, logging
 from benchmarks import measuring, work
 from primia_jax import federated, models, native, prng, secagg, sites
 
-_SITES = flags.DEFINE_integer("sites", 10, "Sites in a round, each with all others as peers up to 11 sites, else ten.")
+_SITES = flags.DEFINE_integer(
+  "sites", 10, "Sites in a round, each with all others as peers up to 11 sites, else ten."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds measured, after one to warm up.", lower_bound=1)
-_LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which no further round begins.", lower_bound=1)
-_DEVICES = flags.DEFINE_integer("devices", 2, "CPU devices for the mesh (no effect on accelerators).", lower_bound=1)
+_LIMIT = flags.DEFINE_float(
+  "limit", 120.0, "Seconds after which no further round begins.", lower_bound=1
+)
+_DEVICES = flags.DEFINE_integer(
+  "devices", 2, "CPU devices for the mesh (no effect on accelerators).", lower_bound=1
+)
 _PLACEMENT = flags.DEFINE_string("placement", "auto", "Where the site axis runs.")
-_TORCH = flags.DEFINE_string("torch_python", None, "Interpreter of an environment with flwr, for SecAgg+.")
+_TORCH = flags.DEFINE_string(
+  "torch_python", None, "Interpreter of an environment with flwr, for SecAgg+."
+)
 
 _NANOSECONDS = 2.2  # a parameter and peer
 _SECONDS = {10: 0.12, 100: 1.2}  # added to a round, by sites
@@ -32,9 +42,14 @@ _SECONDS = {10: 0.12, 100: 1.2}  # added to a round, by sites
 def idle_round(rule: federated.Aggregator, placement: sites.Placement, params, num_sites: int):
   """Makes the function that runs a round in which every site sends `params` times its number."""
   run = federated.total_over_sites(
-    lambda shared, kept, site: (jax.tree.map(lambda a: a * site.id.astype(jnp.float32) / num_sites, shared), kept),
-    rule, placement, federated.TRAINING,
-  )  # fmt: skip
+    lambda shared, kept, site: (
+      jax.tree.map(lambda a: a * site.id.astype(jnp.float32) / num_sites, shared),
+      kept,
+    ),
+    rule,
+    placement,
+    federated.TRAINING,
+  )
   link = federated.link(rule, placement)
   ids = np.arange(num_sites, dtype=np.int32)
   nothing = np.zeros((num_sites, 1), np.int32)
@@ -65,9 +80,13 @@ def main(_):
     jnp.arange(1, num_peers + 1, dtype=jnp.int32),
     prng.bits(prng.random_key(), jnp.zeros(3, jnp.uint32), (num_peers, 8)),
   )
-  protect = jax.jit(lambda params, nonce: secagg.protect(params, jnp.int32(0), links, (nonce, 0), config))
+  protect = jax.jit(
+    lambda params, nonce: secagg.protect(params, jnp.int32(0), links, (nonce, 0), config)
+  )
   counter = iter(range(10**9))
-  site = measuring.alternate({"site": measuring.timed(lambda: protect(params, np.uint32(next(counter))))}, 20)["site"]
+  site = measuring.alternate(
+    {"site": measuring.timed(lambda: protect(params, np.uint32(next(counter))))}, 20
+  )["site"]
   scale = 1e9 / (size * num_peers)
   name = f"protect: one site, {size} parameters, {num_peers} peers, per parameter and peer"
   kernel = "C" if native.available() else "JAX"
@@ -75,7 +94,10 @@ def main(_):
 
   rules = ("clear", "encoded", "masked")
   contestants = {
-    rule: measuring.timed(idle_round(work.aggregator(rule, num_sites), placement, params, num_sites)) for rule in rules
+    rule: measuring.timed(
+      idle_round(work.aggregator(rule, num_sites), placement, params, num_sites)
+    )
+    for rule in rules
   }
   versions = None
   with contextlib.ExitStack() as stack:

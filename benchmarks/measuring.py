@@ -1,4 +1,6 @@
-"""Timing of contestants in turn, peers in processes of their own, and the one line of JSON a measurement prints."""
+"""Timing of contestants in turn, peers in processes of their own, and the one line of JSON a
+measurement prints.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class Cost(NamedTuple):
 
   Attributes:
     seconds: by the clock on the wall.
-    cpu: seconds of all its processes and threads on all cores; the steadier figure on a busy machine.
+    cpu: seconds of all its processes and threads on all cores; the steadier figure on a busy
+      machine.
   """
 
   seconds: float
@@ -48,7 +51,9 @@ class Peer(NamedTuple):
 
 
 def timed(run: Callable[[], Any]) -> Contestant:
-  """A contestant in this process: `run` does one round and returns arrays, whose arrival is waited for."""
+  """A contestant in this process: `run` does one round and returns arrays, whose arrival is waited
+  for.
+  """
   while True:
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(run())
@@ -57,7 +62,8 @@ def timed(run: Callable[[], Any]) -> Contestant:
 
 @contextlib.contextmanager
 def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Iterator[Peer]:
-  """A contestant in another process and environment: `benchmarks/peers/<script>`, which runs a round when told to.
+  """A contestant in another process and environment: `benchmarks/peers/<script>`, which runs a
+  round when told to.
 
   Args:
     python: the interpreter of the environment where the peer is installed.
@@ -66,14 +72,21 @@ def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Itera
     *arguments: passed on to the script.
 
   Raises:
-    RuntimeError: the peer failed or took longer than `_PATIENCE`; the end of what it said is in the message.
+    RuntimeError: the peer failed or took longer than `_PATIENCE`; the end of what it said is in the
+      message.
   """
   command = [python, str(_PEERS / script), str(num_rounds), *map(str, arguments)]
   with tempfile.TemporaryFile("w+") as errors:
     process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1, cwd=_PEERS,
+      command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=errors,
+      text=True,
+      bufsize=1,
+      cwd=_PEERS,
       env=dict(os.environ, PEER_TAG=uuid.uuid4().hex, PYTHONPATH=str(_PEERS)),
-    )  # fmt: skip
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     to, out = process.stdin, process.stdout
@@ -87,7 +100,9 @@ def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Itera
           return line.split()[1:]
       timer.cancel()
       errors.seek(0)
-      raise RuntimeError(f"{' '.join(command)} failed or took over {_PATIENCE} s:\n{errors.read()[-2000:]}")
+      raise RuntimeError(
+        f"{' '.join(command)} failed or took over {_PATIENCE} s:\n{errors.read()[-2000:]}"
+      )
 
     def rounds() -> Contestant:
       while True:
@@ -107,13 +122,17 @@ def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Itera
         process.wait()
 
 
-def alternate(contestants: Mapping[T, Contestant], num_rounds: int, limit: float = math.inf) -> dict[T, list[Cost]]:
-  """Runs the contestants' rounds in turn, so that whatever else the machine does meets all of them alike.
+def alternate(
+  contestants: Mapping[T, Contestant], num_rounds: int, limit: float = math.inf
+) -> dict[T, list[Cost]]:
+  """Runs the contestants' rounds in turn, so that whatever else the machine does meets all of them
+  alike.
 
   Args:
     contestants: by name.
     num_rounds: how many rounds each runs, after one to warm up.
-    limit: seconds after which no further round begins; `n` in the lines printed says how many there were.
+    limit: seconds after which no further round begins; `n` in the lines printed says how many there
+      were.
   """
   end = time.perf_counter() + limit
   for contestant in contestants.values():
@@ -141,8 +160,12 @@ def report(
   say(name, [scale * c.seconds for c in costs], unit, target, **more)
 
 
-def report_ratio(name: str, ours: Sequence[Cost], theirs: Sequence[Cost], *, target: float | None, **more: Any) -> None:
-  """Prints the ratio of two medians; its spread is that of the ratios of rounds run one after the other."""
+def report_ratio(
+  name: str, ours: Sequence[Cost], theirs: Sequence[Cost], *, target: float | None, **more: Any
+) -> None:
+  """Prints the ratio of two medians; its spread is that of the ratios of rounds run one after the
+  other.
+  """
   pairs = [a.seconds / b.seconds for a, b in zip(ours, theirs, strict=True)]
   medians = [statistics.median(c.seconds for c in costs) for costs in (ours, theirs)]
   cpus = [statistics.median(c.cpu for c in costs) for costs in (ours, theirs)]
@@ -153,7 +176,9 @@ def report_ratio(name: str, ours: Sequence[Cost], theirs: Sequence[Cost], *, tar
 def report_difference(
   name: str, more_work: Sequence[Cost], less: Sequence[Cost], *, target: float | None, **more
 ) -> None:
-  """Prints by how much one median is above another, in seconds; the spread is that of neighbouring rounds."""
+  """Prints by how much one median is above another, in seconds; the spread is that of neighbouring
+  rounds.
+  """
   pairs = [a.seconds - b.seconds for a, b in zip(more_work, less, strict=True)]
   value, cpu = (
     statistics.median(get(c) for c in more_work) - statistics.median(get(c) for c in less)
@@ -163,9 +188,15 @@ def report_difference(
 
 
 def say(
-  name: str, values: Sequence[float], unit: str, target: float | None, *, value: float | None = None,
-  at_least: bool = False, **more: Any,
-) -> None:  # fmt: skip
+  name: str,
+  values: Sequence[float],
+  unit: str,
+  target: float | None,
+  *,
+  value: float | None = None,
+  at_least: bool = False,
+  **more: Any,
+) -> None:
   """Prints one measurement as a line of JSON.
 
   Args:
@@ -208,7 +239,11 @@ def versions() -> dict[str, str]:
 
 def device() -> str:
   """The devices that JAX runs on, and the processor that feeds them."""
-  lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if pathlib.Path("/proc/cpuinfo").is_file() else []
+  lines = (
+    pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    if pathlib.Path("/proc/cpuinfo").is_file()
+    else []
+  )
   models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   kind = jax.devices()[0].device_kind

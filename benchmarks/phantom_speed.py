@@ -8,7 +8,9 @@ from absl import app, flags
 from benchmarks import measuring
 from primia_jax.data import phantom
 
-_SIZE = flags.DEFINE_integer("size", 64, "Height and width in pixels.", lower_bound=phantom.MIN_SIZE)
+_SIZE = flags.DEFINE_integer(
+  "size", 64, "Height and width in pixels.", lower_bound=phantom.MIN_SIZE
+)
 _IMAGES = flags.DEFINE_integer("images", 512, "Images drawn at a time.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "How often, after one to warm up.", lower_bound=1)
 

@@ -1,13 +1,15 @@
-"""What privacy adds to a step: clip, noise and SGD on a full batch of 32, beside the same step without privacy.
+"""What privacy adds to a step: clip, noise and SGD on a full batch of 32, beside the same step
+without privacy.
 
   python -m benchmarks.private_step --case=cnn28
   python -m benchmarks.private_step --case=resnet18_64 --rounds=10 --torch_python=ENV/bin/python \
     --jax_privacy_python=ENV3/bin/python
 
-The CNN is that of the Opacus and jax-privacy tutorials (conv 16 8x8/2, pool, conv 32 4x4/2, pool, dense 32, dense 10;
-26 thousand parameters); the ResNet-18 has GroupNorm and 11.2 million. Both steps run in turn in one process. Temporary
-memory is XLA's own figure for the compiled step. ENV: `pip install torch==2.13.0 opacus==1.6.0`. ENV3 (Python 3.12):
-`pip install jax==0.12.0.1 flax jax-privacy==2.0.0`. Their noise is not of a cryptographic generator, ours is.
+The CNN is that of the Opacus and jax-privacy tutorials (conv 16 8x8/2, pool, conv 32 4x4/2, pool,
+dense 32, dense 10; 26 thousand parameters); the ResNet-18 has GroupNorm and 11.2 million. Both
+steps run in turn in one process. Temporary memory is XLA's own figure for the compiled step. ENV:
+`pip install torch==2.13.0 opacus==1.6.0`. ENV3 (Python 3.12): `pip install jax==0.12.0.1 flax
+jax-privacy==2.0.0`. Their noise is not of a cryptographic generator, ours is.
 """
 
 from __future__ import annotations
@@ -29,17 +31,33 @@ from primia_jax.tapped import dense
 from primia_jax.types import Array, Batch, LossFn, Params
 
 _CASE = flags.DEFINE_enum("case", "cnn28", ["cnn28", "resnet18_64"], "Model and size of image.")
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds measured, after one to warm up.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 10, "Rounds measured, after one to warm up.", lower_bound=1
+)
 _STEPS = flags.DEFINE_integer(
   "steps", None, "Steps in a round; by default 20 of the CNN, 1 of the ResNet.", lower_bound=1
 )
-_LIMIT = flags.DEFINE_float("limit", 120.0, "Seconds after which no further round begins.", lower_bound=1)
-_CLIPPING = flags.DEFINE_enum("clipping", "flat", ["flat", "per_layer", "automatic"], "How gradients are clipped.")
-_TAPS = flags.DEFINE_bool("taps", True, "Norms from layers' inputs and gradients; else every gradient is formed.")
-_MICROBATCH = flags.DEFINE_integer("microbatch", None, "Gradients formed at once; by default by the model's size.")
-_TORCH = flags.DEFINE_string("torch_python", None, "Interpreter of an environment with torch and opacus.")
-_JAX_PRIVACY = flags.DEFINE_string("jax_privacy_python", None, "Interpreter of one with flax and jax-privacy.")
-_PEERS = flags.DEFINE_list("peers", "torch,hooks,ghost,full,full_dot,micro1", "Of `OTHERS`, what to time beside it.")
+_LIMIT = flags.DEFINE_float(
+  "limit", 120.0, "Seconds after which no further round begins.", lower_bound=1
+)
+_CLIPPING = flags.DEFINE_enum(
+  "clipping", "flat", ["flat", "per_layer", "automatic"], "How gradients are clipped."
+)
+_TAPS = flags.DEFINE_bool(
+  "taps", True, "Norms from layers' inputs and gradients; else every gradient is formed."
+)
+_MICROBATCH = flags.DEFINE_integer(
+  "microbatch", None, "Gradients formed at once; by default by the model's size."
+)
+_TORCH = flags.DEFINE_string(
+  "torch_python", None, "Interpreter of an environment with torch and opacus."
+)
+_JAX_PRIVACY = flags.DEFINE_string(
+  "jax_privacy_python", None, "Interpreter of one with flax and jax-privacy."
+)
+_PEERS = flags.DEFINE_list(
+  "peers", "torch,hooks,ghost,full,full_dot,micro1", "Of `OTHERS`, what to time beside it."
+)
 
 # name, script, and what the script is told, of each peer; see benchmarks/peers/
 OTHERS = {
@@ -47,9 +65,17 @@ OTHERS = {
   "hooks": ("Opacus, hooks", "private_step_opacus.py", ("hooks",)),
   "ghost": ("Opacus, ghost clipping", "private_step_opacus.py", ("ghost",)),
   "flax": ("Flax, not private", "private_step_jax_privacy.py", ("plain", "xla")),
-  "flax_dot": ("Flax, not private, small maps by im2col", "private_step_jax_privacy.py", ("plain", "dot")),
+  "flax_dot": (
+    "Flax, not private, small maps by im2col",
+    "private_step_jax_privacy.py",
+    ("plain", "dot"),
+  ),
   "full": ("jax-privacy, all at once", "private_step_jax_privacy.py", ("full", "xla")),
-  "full_dot": ("jax-privacy, all at once, small maps by im2col", "private_step_jax_privacy.py", ("full", "dot")),
+  "full_dot": (
+    "jax-privacy, all at once, small maps by im2col",
+    "private_step_jax_privacy.py",
+    ("full", "dot"),
+  ),
   "micro1": ("jax-privacy, one by one", "private_step_jax_privacy.py", ("micro1", "xla")),
 }
 BATCH, RATE = 32, 0.1
@@ -58,7 +84,9 @@ _TARGETS = {"cnn28": (None, 1.15, None), "resnet18_64": (0.45, 2.2, 150.0)}  # s
 
 def cnn(key: Array) -> tuple[Params, Callable[..., tuple[Array, dict]]]:
   """The tutorials' CNN: parameters, and its apply function."""
-  draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape) / np.sqrt(np.prod(shape[:-1]))
+  draw = lambda i, *shape: (
+    jax.random.normal(jax.random.fold_in(key, i), shape) / np.sqrt(np.prod(shape[:-1]))
+  )
   kernels = [draw(0, 8, 8, 1, 16), draw(1, 4, 4, 16, 32), draw(2, 512, 32), draw(3, 32, 10)]
   params = [{"kernel": w, "bias": jnp.zeros(w.shape[-1])} for w in kernels]
 
@@ -66,7 +94,10 @@ def cnn(key: Array) -> tuple[Params, Callable[..., tuple[Array, dict]]]:
     del train, key
     first, second, hidden, head = params
     x = conv(images, first["kernel"], strides=(2, 2), padding=((3, 3), (3, 3))) + first["bias"]
-    x = conv(max_pool(jax.nn.relu(x), 2, 1), second["kernel"], strides=(2, 2), padding="VALID") + second["bias"]
+    x = (
+      conv(max_pool(jax.nn.relu(x), 2, 1), second["kernel"], strides=(2, 2), padding="VALID")
+      + second["bias"]
+    )
     x = max_pool(jax.nn.relu(x), 2, 1).reshape(images.shape[0], -1)
     x = jax.nn.relu(dense(x, hidden["kernel"]) + hidden["bias"])
     return dense(x, head["kernel"]) + head["bias"], model_state
@@ -90,10 +121,16 @@ def work(case: str) -> tuple[Params, LossFn, Batch]:
     (params, _), apply = model.init(keys[0]), model.apply
   labels = jax.random.randint(keys[1], (BATCH,), 0, num_classes, jnp.int32)
   batch = Batch(jax.random.normal(keys[2], (BATCH, *shape)), labels, jnp.ones(BATCH))
-  return params, local.classification_loss(apply, lambda key, images, targets: (images, targets), num_classes), batch
+  return (
+    params,
+    local.classification_loss(apply, lambda key, images, targets: (images, targets), num_classes),
+    batch,
+  )
 
 
-def beside(case: str, per_round: int) -> dict[str, contextlib.AbstractContextManager[measuring.Peer]]:
+def beside(
+  case: str, per_round: int
+) -> dict[str, contextlib.AbstractContextManager[measuring.Peer]]:
   """The peers whose environments are given; the others are reported as skipped."""
   peers = {}
   for name in _PEERS.value:
@@ -103,14 +140,18 @@ def beside(case: str, per_round: int) -> dict[str, contextlib.AbstractContextMan
       measuring.skip(told, f"no --{flag.name} given")
       continue
     threads = (os.cpu_count(),) if flag is _TORCH else ()
-    peers[name] = measuring.peer(flag.value, script, _ROUNDS.value + 1, case, *how, per_round, *threads)
+    peers[name] = measuring.peer(
+      flag.value, script, _ROUNDS.value + 1, case, *how, per_round, *threads
+    )
   return peers
 
 
 def main(_):
   case = _CASE.value
   params, loss_fn, batch = work(case)
-  mech = mechanism.Mechanism(1.0, 0.01, BATCH, clipping=_CLIPPING.value, microbatch=_MICROBATCH.value)
+  mech = mechanism.Mechanism(
+    1.0, 0.01, BATCH, clipping=_CLIPPING.value, microbatch=_MICROBATCH.value
+  )
   taps = has_taps if _TAPS.value else None
   plain, private = local.gradients(loss_fn), mechanism.private_gradients(loss_fn, mech, taps)
   key, secret = jax.random.key(1), prng.random_key()
@@ -120,11 +161,18 @@ def main(_):
     return descend(params, plain(params, {}, batch, jax.random.fold_in(key, step))[0])
 
   def private_step(params, batch, step):
-    args = (jax.random.fold_in(key, step), prng.derive(secret, step), jnp.float32(BATCH / mech.sampling_rate))
+    args = (
+      jax.random.fold_in(key, step),
+      prng.derive(secret, step),
+      jnp.float32(BATCH / mech.sampling_rate),
+    )
     return descend(params, private(params, {}, batch, *args)[0])
 
   steps = {"plain": plain_step, "private": private_step}
-  compiled = {name: jax.jit(step).lower(params, batch, jnp.uint32(0)).compile() for name, step in steps.items()}
+  compiled = {
+    name: jax.jit(step).lower(params, batch, jnp.uint32(0)).compile()
+    for name, step in steps.items()
+  }
   per_round = _STEPS.value or {"cnn28": 20, "resnet18_64": 1}[case]
 
   def several(step):
@@ -150,16 +198,23 @@ def main(_):
   name = f"step: {what}, private, {mech.clipping}"
   measuring.report(name, costs["private"], target=seconds, unit="s/step", scale=scale)
   measuring.report_ratio(
-    f"private over not private: {what}, {mech.clipping}", costs["private"], costs["plain"], target=ratio
+    f"private over not private: {what}, {mech.clipping}",
+    costs["private"],
+    costs["plain"],
+    target=ratio,
   )
   for peer, (_, versions) in peers.items():
     told = f"{what}, {OTHERS[peer][0]}"
     measuring.report(f"step: {told}", costs[peer], unit="s/step", scale=scale, peer=versions)
-    measuring.report_ratio(f"private over: {told}", costs["private"], costs[peer], target=None, peer=versions)
+    measuring.report_ratio(
+      f"private over: {told}", costs["private"], costs[peer], target=None, peer=versions
+    )
   analysis = compiled["private"].memory_analysis()
   assert analysis is not None
   temporary = analysis.temp_size_in_bytes / 2**20
-  measuring.say(f"temporary memory of a private step: {what}, {mech.clipping}", [temporary], "MiB", mebibytes)
+  measuring.say(
+    f"temporary memory of a private step: {what}, {mech.clipping}", [temporary], "MiB", mebibytes
+  )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Exact products in Z_2^k in each of their forms, beside the same layers in float32; `mpc.products.choose` follows it.
+"""Exact products in Z_2^k in each of their forms, beside the same layers in float32;
+`mpc.products.choose` follows it.
 
   python -m benchmarks.ring_products
   python -m benchmarks.ring_products --size=64 --batch=32 --forms=integer
   python -m benchmarks.ring_products --layers=matmul
 
-The layers of a ResNet-18 (224 x 224 x 3) are timed one by one and added up; a line for each layer and form with --each.
+The layers of a ResNet-18 (224 x 224 x 3) are timed one by one and added up; a line for each layer
+and form with --each.
 """
 
 import dataclasses
@@ -21,15 +23,21 @@ from benchmarks import measuring
 from primia_jax import ring
 from primia_jax.mpc import products
 
-_LAYERS = flags.DEFINE_enum("layers", "resnet18", ["resnet18", "matmul"], "The layers timed; matmul is 1024^3.")
+_LAYERS = flags.DEFINE_enum(
+  "layers", "resnet18", ["resnet18", "matmul"], "The layers timed; matmul is 1024^3."
+)
 _SIZE = flags.DEFINE_integer("size", 224, "Height and width of the images.", lower_bound=32)
 _BATCH = flags.DEFINE_integer("batch", 1, "Images at once.", lower_bound=1)
 _FORMS = flags.DEFINE_list("forms", list(products.FORMS), "The forms timed.")
 _RINGS = flags.DEFINE_list(
-  "rings", ["18:32", "18:40", "18:44", "18:64", "32:32", "40:40", "44:44", "64:64"], "Bits of w : bits of the ring."
+  "rings",
+  ["18:32", "18:40", "18:44", "18:64", "32:32", "40:40", "44:44", "64:64"],
+  "Bits of w : bits of the ring.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds measured, after one to warm up.", lower_bound=1)
-_LIMIT = flags.DEFINE_float("limit", 10.0, "Seconds a layer after which no further round begins.", lower_bound=1)
+_LIMIT = flags.DEFINE_float(
+  "limit", 10.0, "Seconds a layer after which no further round begins.", lower_bound=1
+)
 _EACH = flags.DEFINE_bool("each", False, "Report every layer.")
 
 
@@ -59,7 +67,9 @@ def conv(size: int, channels: int, taps: int, stride: int, features: int, count:
 
 def matmul(m: int, k: int, n: int) -> Layer:
   numbers = (((1,), (0,)), ((), ()))
-  return Layer(f"{m}x{k}x{n}", products.Map("dot_general", (("dimension_numbers", numbers),)), (m, k), (k, n))
+  return Layer(
+    f"{m}x{k}x{n}", products.Map("dot_general", (("dimension_numbers", numbers),)), (m, k), (k, n)
+  )
 
 
 def resnet18(size: int) -> list[Layer]:
@@ -80,11 +90,17 @@ def contestants(layer: Layer, cases: Sequence[tuple[int, int, str]]) -> dict:
   x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (layer.x, layer.w))
   runs = {"float32": measuring.timed(functools.partial(plain, x, w))}
   for w_bits, num_bits, form in cases:
-    x = jnp.asarray(rng.integers(0, 2**num_bits - 1, layer.x, np.uint64).astype(ring.storage(num_bits)))
+    x = jnp.asarray(
+      rng.integers(0, 2**num_bits - 1, layer.x, np.uint64).astype(ring.storage(num_bits))
+    )
     w = jnp.asarray(rng.integers(1 - 2 ** (w_bits - 1), 2 ** (w_bits - 1) - 1, layer.w))
-    operand = jax.jit(products.split, static_argnums=(0, 2, 3, 4))(layer.map, w, w_bits, num_bits, form)
+    operand = jax.jit(products.split, static_argnums=(0, 2, 3, 4))(
+      layer.map, w, w_bits, num_bits, form
+    )
     multiply = jax.jit(products.multiply, static_argnums=(0, 3))
-    runs[w_bits, num_bits, form] = measuring.timed(functools.partial(multiply, layer.map, x, operand, num_bits))
+    runs[w_bits, num_bits, form] = measuring.timed(
+      functools.partial(multiply, layer.map, x, operand, num_bits)
+    )
   return runs
 
 
@@ -99,7 +115,11 @@ def main(_):
       if _EACH.value:
         measuring.report(f"{_name(case)}: {layer.name}", rounds, unit="ms", scale=1e3)
       totals.setdefault(case, []).append((layer.count, rounds))
-  what = f"ResNet-18, {_BATCH.value} x {_SIZE.value} x {_SIZE.value}" if len(layers) > 1 else layers[0].name
+  what = (
+    f"ResNet-18, {_BATCH.value} x {_SIZE.value} x {_SIZE.value}"
+    if len(layers) > 1
+    else layers[0].name
+  )
   for case, parts in totals.items():
     num_rounds = min(len(rounds) for _, rounds in parts)
     total = lambda i, field: sum(count * getattr(rounds[i], field) for count, rounds in parts)  # noqa: B023

@@ -1,4 +1,6 @@
-"""The work that frameworks are timed with: FedAvg over sites of 64 images, one epoch of SGD in batches of 16."""
+"""The work that frameworks are timed with: FedAvg over sites of 64 images, one epoch of SGD in
+batches of 16.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _MAX_ABS = 32.0  # of any number in a message
 
 
 def site_data(site: int) -> tuple[np.ndarray, np.ndarray]:
-  """One site's images [64, 28, 28, 1] float32 and labels [64] int32: ten random prototypes, and noise."""
+  """One site's images [64, 28, 28, 1] float32 and labels [64] int32: ten random prototypes, and
+  noise.
+  """
   prototypes = np.random.default_rng(0).normal(size=(CLASSES, SIZE, SIZE, 1)).astype(np.float32)
   rng = np.random.default_rng((1, site))
   labels = rng.integers(0, CLASSES, IMAGES).astype(np.int32)
@@ -45,7 +49,9 @@ def resident(num_sites: int, placement: sites.Placement) -> federated.Loader:
   """All sites' data in memory, and on the devices when all take part."""
   everything = stack(np.arange(num_sites))
   placed = sites.put(everything, placement)
-  return federated.Loader(lambda ids: placed if len(ids) == num_sites else jax.tree.map(lambda a: a[ids], everything))
+  return federated.Loader(
+    lambda ids: placed if len(ids) == num_sites else jax.tree.map(lambda a: a[ids], everything)
+  )
 
 
 def streamed(piece: int) -> federated.Loader:
@@ -59,14 +65,20 @@ def model(name: str) -> models.Model:
 
 def fedavg(name: str) -> federated.Algorithm:
   """FedAvg with the model `leaf_cnn` or `mlp`."""
-  loss = local.classification_loss(model(name).apply, lambda key, images, targets: (images, targets), CLASSES)
+  loss = local.classification_loss(
+    model(name).apply, lambda key, images, targets: (images, targets), CLASSES
+  )
   work = local.Work(batch_size=BATCH, max_examples=IMAGES, min_examples=IMAGES)
-  recipe = local.Recipe(local.gradients(loss), functools.partial(optax.sgd), lambda time: RATE, work)
+  recipe = local.Recipe(
+    local.gradients(loss), functools.partial(optax.sgd), lambda time: RATE, work
+  )
   return algorithms.fedavg(recipe)
 
 
 def aggregator(name: str, num_sites: int) -> federated.Aggregator:
-  """`clear`, `encoded` (secure aggregation without its masks) or `masked` (all peers up to 11 sites, else ten)."""
+  """`clear`, `encoded` (secure aggregation without its masks) or `masked` (all peers up to 11
+  sites, else ten).
+  """
   if name == "clear":
     return federated.in_the_clear()
   num_peers = None if num_sites <= 11 else 10
@@ -75,9 +87,13 @@ def aggregator(name: str, num_sites: int) -> federated.Aggregator:
 
 
 def rounds(
-  name: str, num_sites: int, num_sampled: int, aggregator: federated.Aggregator, placement: sites.Placement,
+  name: str,
+  num_sites: int,
+  num_sampled: int,
+  aggregator: federated.Aggregator,
+  placement: sites.Placement,
   loader: federated.Loader,
-) -> Callable[[], Any]:  # fmt: skip
+) -> Callable[[], Any]:
   """Makes the function that runs one round after the other, each from where the last ended."""
   fed = federated.federated(fedavg(name), aggregator, placement)
   key, dealer_key = jax.random.key(0), prng.random_key()
@@ -90,7 +106,9 @@ def rounds(
     ids = federated.sample_sites(key, done, num_sites, num_sampled)
     state, info = fed.step(key, state, ids, loader, dealer_key)
     if int(info.out_of_range):
-      raise RuntimeError(f"round {done}: the update of {int(info.out_of_range)} sites was out of range")
+      raise RuntimeError(
+        f"round {done}: the update of {int(info.out_of_range)} sites was out of range"
+      )
     done += 1
     return state, jnp.asarray(info.loss)
 

@@ -1,12 +1,14 @@
-"""Says what a private training run will cost, before it is run: epsilon against rounds, as a table and as a picture.
+"""Says what a private training run will cost, before it is run: epsilon against rounds, as a table
+and as a picture.
 
-  python -m experiments.account --num_units=1500 --batch_size=64 --rounds=20 --target_epsilon=6 --output_dir=out
-  python -m experiments.account --flagfile=experiments/flags/chest_xray_private.flags --num_units=1984
-  python -m experiments.account --dp=site --dp_noise=distributed --num_sites=50 --secagg_threshold=-1 \\
+  python -m experiments.account --num_units=1500 --batch_size=64 --rounds=20 --target_epsilon=6
+  --output_dir=out python -m experiments.account
+  --flagfile=experiments/flags/chest_xray_private.flags --num_units=1984 python -m
+  experiments.account --dp=site --dp_noise=distributed --num_sites=50 --secagg_threshold=-1 \\
     --noclass_weights --weighting=uniform --rounds=20 --target_epsilon=8 --delta=1e-3
 
-Takes the flags of train_federated and says of privacy what a run with them would report, down to the digit; nothing is
-read or trained. A site that takes part in every round is meant.
+Takes the flags of train_federated and says of privacy what a run with them would report, down to
+the digit; nothing is read or trained. A site that takes part in every round is meant.
 """
 
 import dataclasses
@@ -30,11 +32,19 @@ _ROWS = 10
 _NAMES = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
 
 settings.define_flags(settings.Train)
-flags.DEFINE_integer("num_units", 0, "images or patients of the largest site; for dp=site, num_sites says enough")
-flags.DEFINE_integer("smallest_units", 0, "dp_noise=banded, tree: those of the smallest site; 0 takes num_units")
-flags.DEFINE_integer("num_classes", 3, "dp_noise=distributed: of the model, whose size decides what rounding costs")
+flags.DEFINE_integer(
+  "num_units", 0, "images or patients of the largest site; for dp=site, num_sites says enough"
+)
+flags.DEFINE_integer(
+  "smallest_units", 0, "dp_noise=banded, tree: those of the smallest site; 0 takes num_units"
+)
+flags.DEFINE_integer(
+  "num_classes", 3, "dp_noise=distributed: of the model, whose size decides what rounding costs"
+)
 flags.DEFINE_list("baselines", [], "not counted: for the presets of train_federated, which have it")
-flags.DEFINE_string("output_dir", "", "folder for account.json, epsilon.png and report.md; created; empty writes none")
+flags.DEFINE_string(
+  "output_dir", "", "folder for account.json, epsilon.png and report.md; created; empty writes none"
+)
 FLAGS = flags.FLAGS
 FLAGS.set_default("dp", "example")
 flags.adopt_module_key_flags(sys.modules["experiments.settings"])
@@ -48,13 +58,21 @@ def check(s: settings.Train) -> None:
   given = [name for name in ("num_units", "smallest_units") if FLAGS[name].value]
   if s.dp == "site":
     if given:
-      raise ValueError(f"{given[0]}={FLAGS[given[0]].value}: dp=site counts sites; use num_sites, and leave it out")
+      raise ValueError(
+        f"{given[0]}={FLAGS[given[0]].value}: dp=site counts sites; use num_sites, and leave it out"
+      )
   elif FLAGS.num_units < 1:
-    raise ValueError(f"num_units={FLAGS.num_units}: give the number of the largest site's {s.dp}s, at least 1")
+    raise ValueError(
+      f"num_units={FLAGS.num_units}: give the number of the largest site's {s.dp}s, at least 1"
+    )
   elif s.batch_size > FLAGS.num_units:
-    raise ValueError(f"batch_size={s.batch_size} exceeds num_units={FLAGS.num_units}; use at most that")
+    raise ValueError(
+      f"batch_size={s.batch_size} exceeds num_units={FLAGS.num_units}; use at most that"
+    )
   if not 0 <= FLAGS.smallest_units <= FLAGS.num_units:
-    raise ValueError(f"smallest_units={FLAGS.smallest_units} must lie between 0 and num_units={FLAGS.num_units}")
+    raise ValueError(
+      f"smallest_units={FLAGS.smallest_units} must lie between 0 and num_units={FLAGS.num_units}"
+    )
 
 
 def plan(s: settings.Train) -> Privacy:
@@ -62,7 +80,9 @@ def plan(s: settings.Train) -> Privacy:
   num_sites, num_parameters, threshold = s.sites_per_round or s.num_sites, 0, None
   if s.dp_noise == "distributed":
     model = models.build(learning.model_config(s, FLAGS.num_classes))
-    num_parameters = sum(a.size for a in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))[0]))
+    num_parameters = sum(
+      a.size for a in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))[0])
+    )
     threshold = learning.min_survivors(learning.secure_sum(s, num_sites))
   sizes = [FLAGS.num_units, FLAGS.smallest_units or FLAGS.num_units]
   made = private.make(s, sizes, num_sites, num_parameters, threshold)
@@ -75,12 +95,16 @@ def charge(privacy: Privacy, rounds: int) -> Ledger:
   ledger = Ledger(privacy.unit, privacy.delta)
   if privacy.counts is not None:
     ledger = accounting.spend(ledger, privacy.counts)
-  times = rounds * privacy.num_steps if privacy.correlated is None else min(rounds, 1)  # a whole run is one release
+  times = (
+    rounds * privacy.num_steps if privacy.correlated is None else min(rounds, 1)
+  )  # a whole run is one release
   return accounting.spend(ledger, privacy.release, times)
 
 
 def table(privacy: Privacy, rounds: int) -> list[dict[str, Any]]:
-  """Epsilon after about ten of the rounds, the last among them: the claim first, then by other accountants."""
+  """Epsilon after about ten of the rounds, the last among them: the claim first, then by other
+  accountants.
+  """
   known = ("rdp",) if privacy.release.curve else accounting.ACCOUNTANTS
   shown = sorted({-(-rounds * i // _ROWS) for i in range(1, _ROWS + 1)})
   rows = []
@@ -101,13 +125,17 @@ def picture(rows: list[dict[str, Any]], target: float, path: pathlib.Path, title
     points = [(row["round"], row[key]) for row in rows if math.isfinite(row[key])]
     if points:
       x, y = zip(*points, strict=True)
-      axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.8, marker="o", markersize=3.5, label=name)
+      axes.plot(
+        x, y, color=colour, linestyle=dash, linewidth=1.8, marker="o", markersize=3.5, label=name
+      )
   if target:
     axes.axhline(target, color=plots.INK, linestyle=":", linewidth=1.3, label=f"target {target:g}")
   end = rows[-1]
   if math.isfinite(claim := end[known[0]]):
     label = f"end: epsilon {claim:.3g} after round {end['round']}"
-    axes.plot(end["round"], claim, "*", color=plots.INK, markersize=12, linestyle="none", label=label)
+    axes.plot(
+      end["round"], claim, "*", color=plots.INK, markersize=12, linestyle="none", label=label
+    )
   axes.set(xlabel="round", ylabel="epsilon", xlim=(0, end["round"] * 1.03))
   axes.margins(y=0.1)
   axes.set_ylim(bottom=0)
@@ -116,7 +144,9 @@ def picture(rows: list[dict[str, Any]], target: float, path: pathlib.Path, title
   if axes.get_legend_handles_labels()[0]:
     axes.legend(frameon=False, fontsize=9)
   if not any(math.isfinite(row[key]) for row in rows for key in known):
-    axes.text(0.5, 0.5, "epsilon is infinite", transform=axes.transAxes, ha="center", color=plots.INK)
+    axes.text(
+      0.5, 0.5, "epsilon is infinite", transform=axes.transAxes, ha="center", color=plots.INK
+    )
   plots._save(figure, path, title)
 
 
@@ -133,43 +163,79 @@ def main() -> None:
     rounds = accounting.steps_within(s.target_epsilon, charge(privacy, 0), a_round, s.rounds)
     if not rounds:
       raise ValueError(
-        f"target_epsilon={s.target_epsilon:g} does not allow one round at noise_multiplier={s.noise_multiplier:g}; "
+        f"target_epsilon={s.target_epsilon:g} does not allow one round at "
+        f"noise_multiplier={s.noise_multiplier:g}; "
         "raise either"
       )
   rows = table(privacy, rounds)
   spent = charge(privacy, rounds)
-  sigma = privacy.release.noise_multiplier if privacy.noise is None else privacy.noise.noise_multiplier
-  moves = privacy.noise is not None and privacy.clip is not None and privacy.clip.target_quantile is not None
+  sigma = (
+    privacy.release.noise_multiplier if privacy.noise is None else privacy.noise.noise_multiplier
+  )
+  moves = (
+    privacy.noise is not None
+    and privacy.clip is not None
+    and privacy.clip.target_quantile is not None
+  )
   facts = {
     "noise multiplier" + " (of updates, besides that of their clip)" * moves: round(sigma, 6),
-    "noise from": "noise_multiplier" if s.noise_multiplier else f"target_epsilon={s.target_epsilon:g}",
+    "noise from": "noise_multiplier"
+    if s.noise_multiplier
+    else f"target_epsilon={s.target_epsilon:g}",
     "rounds": f"{rounds}, of {privacy.num_steps} step{'s' * (privacy.num_steps > 1)} each"
-    + (f"; the budget ends training before round {rounds + 1} of {s.rounds}" if rounds < s.rounds else ""),
+    + (
+      f"; the budget ends training before round {rounds + 1} of {s.rounds}"
+      if rounds < s.rounds
+      else ""
+    ),
     **books.facts(s, privacy, [spent]),
   }
   width = max(map(len, facts))
   for key, value in facts.items():
     print(f"{key:{width}}  {value}")
   known = [name for name in accounting.ACCOUNTANTS if name in rows[0]]
-  print(f"\n{'round':>8} {'steps':>9}" + "".join(f" {name.upper():>10}" for name in known) + "   (epsilon)")
+  print(
+    f"\n{'round':>8} {'steps':>9}"
+    + "".join(f" {name.upper():>10}" for name in known)
+    + "   (epsilon)"
+  )
   for row in rows:
-    print(f"{row['round']:8,} {row['steps']:9,}" + "".join(f" {_shown(row[name]):>10}" for name in known))
+    print(
+      f"{row['round']:8,} {row['steps']:9,}"
+      + "".join(f" {_shown(row[name]):>10}" for name in known)
+    )
   if not FLAGS.output_dir:
     return
   output = pathlib.Path(FLAGS.output_dir)
   output.mkdir(parents=True, exist_ok=True)
   finite = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in rows]
   names = ("num_units", "smallest_units", "num_classes")
-  result = {"flags": {name: FLAGS[name].value for name in names}, "config": dataclasses.asdict(s), "statement": facts,
-            "rows": finite, "ledger": json.loads(accounting.to_json(spent))}  # fmt: skip
+  result = {
+    "flags": {name: FLAGS[name].value for name in names},
+    "config": dataclasses.asdict(s),
+    "statement": facts,
+    "rows": finite,
+    "ledger": json.loads(accounting.to_json(spent)),
+  }
   (output / "account.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
   title = f"Privacy of one {s.dp}, delta {privacy.delta:.3g}, noise multiplier {sigma:.4g}"
   picture(rows, s.target_epsilon, output / "epsilon.png", title)
-  lines = ["# Privacy account", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items()), "",
-           "| round | steps |" + "".join(f" epsilon ({name.upper()}) |" for name in known),
-           "|--:|--:|" + "--:|" * len(known),
-           *(f"| {r['round']} | {r['steps']} |" + "".join(f" {_shown(r[name])} |" for name in known) for r in rows), "",
-           "![epsilon against rounds](epsilon.png)"]  # fmt: skip
+  lines = [
+    "# Privacy account",
+    "",
+    "| | |",
+    "|---|---|",
+    *(f"| {k} | {v} |" for k, v in facts.items()),
+    "",
+    "| round | steps |" + "".join(f" epsilon ({name.upper()}) |" for name in known),
+    "|--:|--:|" + "--:|" * len(known),
+    *(
+      f"| {r['round']} | {r['steps']} |" + "".join(f" {_shown(r[name])} |" for name in known)
+      for r in rows
+    ),
+    "",
+    "![epsilon against rounds](epsilon.png)",
+  ]
   (output / "report.md").write_text("\n".join(lines) + "\n")
   print(f"\nReport: {output / 'report.md'}")
 

@@ -1,7 +1,8 @@
-"""The ledgers of a cohort in a file, and what a report says of them and of what they are charged for.
+"""The ledgers of a cohort in a file, and what a report says of them and of what they are charged
+for.
 
-Every site spends alike, since all draw with the same probability and add the same noise; so one ledger stands for each
-site that took part in a round, and the worst is what is claimed.
+Every site spends alike, since all draw with the same probability and add the same noise; so one
+ledger stands for each site that took part in a round, and the worst is what is claimed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ _LARGE_DELTA = 0.01
 
 
 class Book:
-  """The ledgers of a cohort in a file, written before anything is released, so that a crash counts twice and not never.
+  """The ledgers of a cohort in a file, written before anything is released, so that a crash counts
+  twice and not never.
 
-  A run with correlated noise is charged whole to a site before its first round, and whole again by every start that
-  goes on with training: steps after the checkpoint are then released a second time, under other noise, and two releases
-  of the whole run tell more than that (`privacy.training.correlated_noise`).
+  A run with correlated noise is charged whole to a site before its first round, and whole again by
+  every start that goes on with training: steps after the checkpoint are then released a second
+  time, under other noise, and two releases of the whole run tell more than that
+  (`privacy.training.correlated_noise`).
 
   Attributes:
     ledgers: one for each site.
@@ -45,7 +48,9 @@ class Book:
       self.ledgers = [accounting.from_json(json.dumps(one)) for one in saved["ledgers"]]
       self.counts = saved["class_counts"]
       if len(self.ledgers) != num_sites:
-        raise ValueError(f"{path} has ledgers of {len(self.ledgers)} sites, not {num_sites}; use another --run_dir")
+        raise ValueError(
+          f"{path} has ledgers of {len(self.ledgers)} sites, not {num_sites}; use another --run_dir"
+        )
 
   def spend(self, release: Release, site_ids: Sequence[int], count: int = 1) -> None:
     for i in site_ids:
@@ -65,7 +70,9 @@ class Book:
     privacy = self._privacy
     if math.isinf(privacy.target):
       return True
-    after = {accounting.spend(self.ledgers[i], privacy.release, self._in_round(i)) for i in site_ids}
+    after = {
+      accounting.spend(self.ledgers[i], privacy.release, self._in_round(i)) for i in site_ids
+    }
     return accounting.of_sites(list(after)) <= privacy.target
 
   def spend_round(self, site_ids: Sequence[int]) -> None:
@@ -77,19 +84,25 @@ class Book:
 
   def _in_round(self, site: int) -> int:
     """How many releases one more round is."""
-    return self._privacy.num_steps if self._privacy.correlated is None else int(site not in self._begun)
+    return (
+      self._privacy.num_steps if self._privacy.correlated is None else int(site not in self._begun)
+    )
 
 
 def reconcile(paths: Sequence[pathlib.Path]) -> None:
-  """Makes the books of processes that each keep their own alike, before they go on: of each site the largest epsilon.
+  """Makes the books of processes that each keep their own alike, before they go on: of each site
+  the largest epsilon.
 
-  A process that was killed may have booked a round that no other has begun. Books hold nothing that is not public.
+  A process that was killed may have booked a round that no other has begun. Books hold nothing that
+  is not public.
   """
   books = [json.loads(path.read_text()) for path in paths if path.is_file()]
   if not books:
     return
   worst = lambda one: accounting.epsilon(accounting.from_json(json.dumps(one)))
-  ledgers = [max(rows, key=worst) for rows in zip(*(book["ledgers"] for book in books), strict=True)]
+  ledgers = [
+    max(rows, key=worst) for rows in zip(*(book["ledgers"] for book in books), strict=True)
+  ]
   counts = next((book["class_counts"] for book in books if book["class_counts"] is not None), None)
   for path in paths:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,11 +115,18 @@ def _write(path: pathlib.Path, book: dict[str, Any]) -> None:
   part.replace(path)
 
 
-_OUTSIDE = "whoever sees updates, sums or models: server, other sites, users of the model; not the site itself"
+_OUTSIDE = (
+  "whoever sees updates, sums or models: server, other sites, users of the model; not the "
+  "site itself"
+)
 
 
 def _clipping(kind: str, l2_clip_norm: float, augmentations: int) -> str:
-  copies = f"{augmentations} augmented copies of an image counting as one" if augmentations > 1 else "one copy an image"
+  copies = (
+    f"{augmentations} augmented copies of an image counting as one"
+    if augmentations > 1
+    else "one copy an image"
+  )
   return f"{kind}, norm {l2_clip_norm:g}, {copies}"
 
 
@@ -116,15 +136,21 @@ def _facts_of_run(s: Train, noises: correlated.Config) -> dict[str, Any]:
     strategy = f"{len(noises.coefficients)} bands, Choquette-Choo et al. 2023"
   error = math.sqrt(float(np.mean(correlated.squared_errors(noises))))
   return {
-    "mechanism": f"DP-FTRL at each site (Kairouz et al. 2021; {strategy}): per-unit gradients clipped and summed, "
-    "noise that cancels from step to step added by the site before its optimiser steps; epsilon is of the whole run "
+    "mechanism": f"DP-FTRL at each site (Kairouz et al. 2021; {strategy}): per-unit gradients "
+    f"clipped and summed, "
+    "noise that cancels from step to step added by the site before its optimiser steps; epsilon is "
+    "of the whole run "
     "from its first round on, and a run that is started again is charged again",
     "clipping": _clipping(s.dp_clipping, noises.l2_clip_norm, s.dp_augmentations),
-    "sampler": f"none: batches of {s.batch_size} in one fixed order, at least {noises.min_separation} steps between "
-    f"two uses of {'an image' if s.dp == 'example' else 'a patient'}, at most {noises.max_participations} uses in "
+    "sampler": f"none: batches of {s.batch_size} in one fixed order, at least "
+    f"{noises.min_separation} steps between "
+    f"two uses of {'an image' if s.dp == 'example' else 'a patient'}, at most "
+    f"{noises.max_participations} uses in "
     f"{noises.num_steps} steps",
-    "noise in the sum of all gradients so far": f"standard deviation {error:.4g} (root mean square over steps)",
-    "noise on disk": "checkpoints hold noise that is yet to cancel: whoever reads them can take it off; keep them as "
+    "noise in the sum of all gradients so far": f"standard deviation {error:.4g} (root mean square "
+    f"over steps)",
+    "noise on disk": "checkpoints hold noise that is yet to cancel: whoever reads them can take it "
+    "off; keep them as "
     "the images are kept",
   }
 
@@ -140,11 +166,18 @@ def _facts_of_clip(privacy: Privacy) -> dict[str, Any]:
   c = privacy.clip
   if c is None or c.target_quantile is None:
     return {}
-  where = "each site's bit" if privacy.noise is None else f"their sum, from at least {privacy.noise.num_honest} sites"
+  where = (
+    "each site's bit"
+    if privacy.noise is None
+    else f"their sum, from at least {privacy.noise.num_honest} sites"
+  )
   return {
-    "clipping norm": f"begins at {c.l2_clip_norm:g} and follows the {c.target_quantile:g} quantile of the norms of "
-    f"updates, rate {c.learning_rate:g} (Andrew et al. 2021); each round's stands in its log as l2_clip_norm",
-    "noise of the clip": f"standard deviation {c.count_stddev:.6g} in {where}: whether an update was within the clip, "
+    "clipping norm": f"begins at {c.l2_clip_norm:g} and follows the {c.target_quantile:g} quantile "
+    f"of the norms of "
+    f"updates, rate {c.learning_rate:g} (Andrew et al. 2021); each round's stands in its log as "
+    f"l2_clip_norm",
+    "noise of the clip": f"standard deviation {c.count_stddev:.6g} in {where}: whether an update "
+    f"was within the clip, "
     "charged together with the updates",
   }
 
@@ -153,14 +186,20 @@ def facts(settings: Train, privacy: Privacy, ledgers: Sequence[Ledger]) -> dict[
   """What the report says, of ledgers at the run's end."""
   out: dict[str, Any] = {}
   if settings.dp_seed >= 0:
-    out["NOT PRIVATE"] = f"noise and batches come from dp_seed={settings.dp_seed}, which anybody can repeat"
+    out["NOT PRIVATE"] = (
+      f"noise and batches come from dp_seed={settings.dp_seed}, which anybody can repeat"
+    )
   out |= accounting.statement(ledgers)
   if privacy.delta > _LARGE_DELTA:
-    out["WEAK"] = f"delta={privacy.delta:.3g} is the probability of giving a unit away altogether; set a small --delta"
+    out["WEAK"] = (
+      f"delta={privacy.delta:.3g} is the probability of giving a unit away altogether; set a small "
+      f"--delta"
+    )
   if privacy.mechanism is not None:
     m = privacy.mechanism
     out |= {
-      "mechanism": "DP-SGD at each site (Abadi et al. 2016): per-unit gradients clipped and summed, noise added by the "
+      "mechanism": "DP-SGD at each site (Abadi et al. 2016): per-unit gradients clipped and "
+      "summed, noise added by the "
       "site before its optimiser steps",
       "clipping": _clipping(m.clipping, m.l2_clip_norm, m.augmentations),
       "sampler": f"Poisson, rate {m.sampling_rate:.6g}, at most {m.max_units} units in a batch",
@@ -176,19 +215,27 @@ def facts(settings: Train, privacy: Privacy, ledgers: Sequence[Ledger]) -> dict[
   else:
     n = privacy.noise
     out |= {
-      "mechanism": f"distributed {n.kind.replace('_', ' ')}: each site adds a share of the noise before masking, "
+      "mechanism": f"distributed {n.kind.replace('_', ' ')}: each site adds a share of the noise "
+      f"before masking, "
       f"updates {_clipped(privacy)} and rounded in Z_2^{n.num_bits}",
-      "noise in a sum": f"{n.noise_multiplier:.6g} times the clipping norm, from at least {n.num_honest} sites, "
+      "noise in a sum": f"{n.noise_multiplier:.6g} times the clipping norm, from at least "
+      f"{n.num_honest} sites, "
       "besides one that is curious and knows its own share",
-      "encoding": f"rotated in chunks of {n.chunk:,}, rounded to multiples of {1 / n.scale:.4g}; a number of a sum "
+      "encoding": f"rotated in chunks of {n.chunk:,}, rounded to multiples of {1 / n.scale:.4g}; a "
+      f"number of a sum "
       f"wraps around with probability {n.wrap_probability:.2g} at most",
       "sensitivity multiplied by rounding": round(n.sensitivity_inflation, 4),
       "bytes of a masked update": n.size * -(-n.num_bits // 8),
       **_facts_of_clip(privacy),
     }
-    protected = "whoever sees sums and models, any one site included, while secure aggregation hides single updates"
+    protected = (
+      "whoever sees sums and models, any one site included, while secure aggregation hides "
+      "single updates"
+    )
   return out | {
     "protected from": protected,
-    "not covered": "validation images: their counts leave each site as exact sums under secure aggregation, and choose "
-    "the round that is kept; other arms of a report and other runs on the same images, tuning included, add up",
+    "not covered": "validation images: their counts leave each site as exact sums under secure "
+    "aggregation, and choose "
+    "the round that is kept; other arms of a report and other runs on the same images, tuning "
+    "included, add up",
   }

@@ -23,17 +23,19 @@ class Best(NamedTuple):
 
 
 class Checkpoints:
-  """What a run goes on from. Where each site has a process, the first saves what all know, each what its site keeps.
+  """What a run goes on from. Where each site has a process, the first saves what all know, each
+  what its site keeps.
 
-  Processes that are started again all begin with the first one's last round, and a site that has not saved that round
-  (it was lost, or is new) with the newest before it that it has.
+  Processes that are started again all begin with the first one's last round, and a site that has
+  not saved that round (it was lost, or is new) with the newest before it that it has.
   """
 
   def __init__(self, folder: pathlib.Path, placement: sites.Placement, keeps: bool):
     self._apart, self._writes = placement.exchange is not None, placement.index == 0
     self._all = _manager(folder / "checkpoints", 1, read_only=not self._writes)
     own = folder / f"site_{placement.index}" / "checkpoints"
-    # Two, since the first process may have been stopped before it saved the round that this one has.
+    # Two, since the first process may have been stopped before it saved the round that this one
+    # has.
     self._own = _manager(own, 2) if self._apart and keeps else None
 
   def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best]:
@@ -53,7 +55,9 @@ class Checkpoints:
       if step > last:  # to be done again
         self._own.delete(step)
     newest = self._own.latest_step()
-    return kept if newest is None else self._own.restore(newest, args=ocp.args.StandardRestore(kept))
+    return (
+      kept if newest is None else self._own.restore(newest, args=ocp.args.StandardRestore(kept))
+    )
 
   def save(self, step: int, state: federated.State, best: Best) -> None:
     shared, kept = self._split(state, best)
@@ -74,8 +78,13 @@ class Checkpoints:
     return shared, {name: part.pop("sites") for name, part in shared.items()}
 
 
-def _manager(folder: pathlib.Path, max_to_keep: int, read_only: bool = False) -> ocp.CheckpointManager:
+def _manager(
+  folder: pathlib.Path, max_to_keep: int, read_only: bool = False
+) -> ocp.CheckpointManager:
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=max_to_keep, create=not read_only, read_only=read_only, enable_async_checkpointing=False
+    max_to_keep=max_to_keep,
+    create=not read_only,
+    read_only=read_only,
+    enable_async_checkpointing=False,
   )
   return ocp.CheckpointManager(folder.absolute(), options=options)

@@ -1,4 +1,6 @@
-"""What `infer_encrypted` does before anything is dealt: settings, model, calibration, the choice of the ring."""
+"""What `infer_encrypted` does before anything is dealt: settings, model, calibration, the choice of
+the ring.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,18 @@ OUTPUTS = ("probabilities", "label")
 PRNGS = ("chacha20", "threefry")
 _NETWORKS = {"lan": planning.LAN, "wan": planning.WAN}
 _CALIBRATION_BATCH = 32  # images at a time; the ranges do not depend on it
-_FRACTION_BITS = (10, 12, 14, 16, 18, 20, 22, 24, 8, 6)  # in the order tried where only the ring is given
+_FRACTION_BITS = (
+  10,
+  12,
+  14,
+  16,
+  18,
+  20,
+  22,
+  24,
+  8,
+  6,
+)  # in the order tried where only the ring is given
 
 
 def _(default: Any, text: str) -> Any:
@@ -38,31 +51,47 @@ class Infer:
   """The flags of `infer_encrypted`."""
 
   checkpoint: str = _("", "model owner: folder of the finished training run")
-  images: str = _("", "data owner: an image file (PNG, JPEG, TIFF, BMP, DICOM), a folder or a tar of them")
+  images: str = _(
+    "", "data owner: an image file (PNG, JPEG, TIFF, BMP, DICOM), a folder or a tar of them"
+  )
   output: str = _(
     "probabilities",
-    "what the data owner learns: probabilities (from the logits, revealed to it alone), or label (only the class, "
+    "what the data owner learns: probabilities (from the logits, revealed to it alone), or label "
+    "(only the class, "
     "found under encryption)",
   )
-  output_dir: str = _("", "folder for predictions.csv, plan.txt and costs.json; created; empty writes no files")
-  check: bool = _(False, "also compute in the clear: compare with float32 and look for values beyond their range")
+  output_dir: str = _(
+    "", "folder for predictions.csv, plan.txt and costs.json; created; empty writes no files"
+  )
+  check: bool = _(
+    False, "also compute in the clear: compare with float32 and look for values beyond their range"
+  )
   comparison: str = _(
-    "tables", "how signs are found: tables (little dealt, more rounds) or fss (more dealt, few rounds)"
+    "tables",
+    "how signs are found: tables (little dealt, more rounds) or fss (more dealt, few rounds)",
   )
   ring_bits: int = _(0, "bits of a shared number, 8 to 64; 0 chooses by target_error")
   fraction_bits: int = _(0, "bits after the binary point; 0 chooses by target_error")
   target_error: float = _(1e-3, "largest error of a logit wanted, on the calibration images")
-  exact: bool = _(True, "exact truncation and comparison; --noexact is cheaper, each value off by one unit at most")
+  exact: bool = _(
+    True,
+    "exact truncation and comparison; --noexact is cheaper, each value off by one unit at most",
+  )
   margin: float = _(2.0, "factor by which values may exceed the largest seen in calibration")
   calibration: str = _(
-    "run", "model owner: images to calibrate on: run (the training run's validation images), phantom, folder:PATH, "
+    "run", "model owner: images to calibrate on: run (the training run's validation images), "
+           "phantom, folder:PATH, "
     "npz:PATH or tfds:NAME"
   )  # fmt: skip
   calibration_images: int = _(32, "how many of them")
   batch: int = _(1, "images in one run of the protocol")
-  network: str = _("wan", "link to estimate the time of communication for: lan, wan, or RTT_MS,MBIT such as 40,100")
+  network: str = _(
+    "wan", "link to estimate the time of communication for: lan, wan, or RTT_MS,MBIT such as 40,100"
+  )
   prng: str = _(
-    "chacha20", "what masks are drawn with: chacha20, or threefry (a statistical PRNG: for research, not secure)"
+    "chacha20",
+    "what masks are drawn with: chacha20, or threefry (a statistical PRNG: for research, not "
+    "secure)",
   )
 
 
@@ -73,7 +102,9 @@ def check(s: Infer) -> None:
     ValueError, FileNotFoundError: naming the flag and the cure.
   """
   if not s.checkpoint:
-    raise ValueError("checkpoint is empty; name the folder of a training run, such as --checkpoint=runs/first")
+    raise ValueError(
+      "checkpoint is empty; name the folder of a training run, such as --checkpoint=runs/first"
+    )
   if not (pathlib.Path(s.checkpoint) / "model.json").is_file():
     raise FileNotFoundError(
       f"checkpoint={s.checkpoint} holds no model.json: name the folder of a finished training run"
@@ -87,10 +118,14 @@ def check(s: Infer) -> None:
     if getattr(s, name) not in allowed:
       raise ValueError(f"{name}={getattr(s, name)!r}; use {' or '.join(allowed)}")
   if s.ring_bits and not 8 <= s.ring_bits <= 64:
-    raise ValueError(f"ring_bits={s.ring_bits}; use 8 to 64, or 0 to have it chosen by target_error")
+    raise ValueError(
+      f"ring_bits={s.ring_bits}; use 8 to 64, or 0 to have it chosen by target_error"
+    )
   most = (s.ring_bits or 64) // 2 - 1
   if s.fraction_bits and not 0 < s.fraction_bits <= most:
-    raise ValueError(f"fraction_bits={s.fraction_bits}; use 1 to {most}, less than half the ring, or 0 to choose")
+    raise ValueError(
+      f"fraction_bits={s.fraction_bits}; use 1 to {most}, less than half the ring, or 0 to choose"
+    )
   for name in ("target_error", "calibration_images", "batch"):
     if not getattr(s, name) > 0:
       raise ValueError(f"{name}={getattr(s, name)} must be positive")
@@ -98,7 +133,9 @@ def check(s: Infer) -> None:
     raise ValueError(f"margin={s.margin} must be at least 1: ranges that calibration saw must fit")
   kind, _, where = s.calibration.partition(":")
   if s.calibration not in ("run", "phantom") and not (kind in ("folder", "npz", "tfds") and where):
-    raise ValueError(f"calibration={s.calibration!r}; use run, phantom, folder:PATH, npz:PATH or tfds:NAME")
+    raise ValueError(
+      f"calibration={s.calibration!r}; use run, phantom, folder:PATH, npz:PATH or tfds:NAME"
+    )
   if s.output_dir and os.path.exists(s.output_dir) and not os.path.isdir(s.output_dir):
     raise ValueError(f"output_dir={s.output_dir} is a file; name a folder")
   parse_network(s.network)
@@ -117,15 +154,20 @@ def parse_network(text: str) -> planning.Network:
   except ValueError:
     milliseconds, megabits = -1.0, 0.0
   if not (0 <= milliseconds < math.inf and 0 < megabits < math.inf):
-    raise ValueError(f"network={text!r}; use lan, wan, or RTT_MS,MBIT such as 40,100 (40 ms, 100 Mbit/s)")
+    raise ValueError(
+      f"network={text!r}; use lan, wan, or RTT_MS,MBIT such as 40,100 (40 ms, 100 Mbit/s)"
+    )
   return planning.Network(milliseconds / 1e3, megabits * 1e6)
 
 
 # ---- before anything is dealt
 
 
-def calibration_images(s: Infer, config: models.ModelConfig, label_names: tuple[str, ...]) -> tuple[np.ndarray, str]:
-  """The model owner's images to calibrate on, uint8 [N, H, W, C] spread over the source, and what they are.
+def calibration_images(
+  s: Infer, config: models.ModelConfig, label_names: tuple[str, ...]
+) -> tuple[np.ndarray, str]:
+  """The model owner's images to calibrate on, uint8 [N, H, W, C] spread over the source, and what
+  they are.
 
   Raises:
     ValueError, FileNotFoundError: the source is wrong or not there.
@@ -135,11 +177,15 @@ def calibration_images(s: Infer, config: models.ModelConfig, label_names: tuple[
   if kind == "run":
     saved = settings.load(pathlib.Path(s.checkpoint) / "config.json")
     known = {field.name for field in dataclasses.fields(settings.Train)}
-    run = settings.Train(**{name: value for name, value in saved.items() if name in known} | {"sites_in_memory": 1})
+    run = settings.Train(
+      **{name: value for name, value in saved.items() if name in known} | {"sites_in_memory": 1}
+    )
     try:
       part = inputs.site_images(run).validation
     except (FileNotFoundError, ValueError) as error:
-      raise ValueError(f"{error} (the data of the training run; name other images with --calibration)") from error
+      raise ValueError(
+        f"{error} (the data of the training run; name other images with --calibration)"
+      ) from error
     images: Any = part.dataset.images
     index = np.concatenate(part.sites)
     source = f"validation images of the run ({run.data})"
@@ -163,14 +209,18 @@ def load_model(checkpoint: str) -> tuple[models.Model, PyTree, tuple[str, ...], 
   model, trained, label_names, config = running.load_model(checkpoint)
   if len(trained) > 1:
     raise ValueError(
-      f"checkpoint={checkpoint} holds {len(trained)} personal models, one for each site (FedBN). `evaluate` averages "
-      "their probabilities, which would take a run of the protocol for each; use a run of another algorithm"
+      f"checkpoint={checkpoint} holds {len(trained)} personal models, one for each site (FedBN). "
+      f"`evaluate` averages "
+      "their probabilities, which would take a run of the protocol for each; use a run of another "
+      "algorithm"
     )
   return model, trained[0], label_names, config
 
 
 def functions(model: models.Model) -> dict[str, Callable[[PyTree, Array], Array]]:
-  """What can be computed under encryption, (weights, normalised images) -> output, by the name of the output."""
+  """What can be computed under encryption, (weights, normalised images) -> output, by the name of
+  the output.
+  """
   logits = lambda weights, images: model.apply(*weights, images, train=False)[0]
 
   def label(weights: PyTree, images: Array) -> Array:
@@ -181,7 +231,9 @@ def functions(model: models.Model) -> dict[str, Callable[[PyTree, Array], Array]
   return {"probabilities": logits, "label": label}
 
 
-def make_plan(s: Infer, model: models.Model, weights: PyTree, calibration: np.ndarray) -> planning.Plan:
+def make_plan(
+  s: Infer, model: models.Model, weights: PyTree, calibration: np.ndarray
+) -> planning.Plan:
   """Calibrates, chooses ring and fraction bits where they are left open, and plans.
 
   Args:
@@ -193,21 +245,30 @@ def make_plan(s: Infer, model: models.Model, weights: PyTree, calibration: np.nd
   Raises:
     ValueError: no ring reaches the target, or the ring asked for is too small.
   """
-  examples = [(weights, normalised(part)) for part in batches(calibration, min(len(calibration), _CALIBRATION_BATCH))]
+  examples = [
+    (weights, normalised(part))
+    for part in batches(calibration, min(len(calibration), _CALIBRATION_BATCH))
+  ]
   fns = functions(model)
   config = Config(exact=s.exact, comparison=s.comparison, margin=s.margin, prng=s.prng)
   if s.ring_bits and s.fraction_bits:
     weight_bits = min(config.weight_bits, s.ring_bits)
-    config = dataclasses.replace(config, num_bits=s.ring_bits, fraction_bits=s.fraction_bits, weight_bits=weight_bits)
+    config = dataclasses.replace(
+      config, num_bits=s.ring_bits, fraction_bits=s.fraction_bits, weight_bits=weight_bits
+    )
   else:
     rings = [s.ring_bits] if s.ring_bits else [32, 64]
     fractions = [s.fraction_bits] if s.fraction_bits else _FRACTION_BITS
     open_choices = [(ring, bits) for ring in rings for bits in fractions if bits < ring // 2]
     candidates = open_choices if s.ring_bits or s.fraction_bits else fitting.CANDIDATES
-    config = fitting.fit(fns["probabilities"], OWNERS, examples, s.target_error, config, candidates=candidates).config
+    config = fitting.fit(
+      fns["probabilities"], OWNERS, examples, s.target_error, config, candidates=candidates
+    ).config
   fn = fns[s.output]
   images = jax.ShapeDtypeStruct((s.batch, *calibration.shape[1:]), jnp.float32)
-  return planning.plan(fn, OWNERS, (weights, images), config, planning.calibrate(fn, OWNERS, examples))
+  return planning.plan(
+    fn, OWNERS, (weights, images), config, planning.calibrate(fn, OWNERS, examples)
+  )
 
 
 def normalised(images: np.ndarray) -> Array:
@@ -216,6 +277,8 @@ def normalised(images: np.ndarray) -> Array:
 
 
 def batches(images: Any, size: int) -> Iterator[np.ndarray]:
-  """Cuts images into batches of one size; the last is filled up with repetitions, which the caller drops."""
+  """Cuts images into batches of one size; the last is filled up with repetitions, which the caller
+  drops.
+  """
   for start in range(0, len(images), size):
     yield images[np.resize(np.arange(start, min(start + size, len(images))), size)]

@@ -1,9 +1,10 @@
-"""Tests a trained model on images: metrics, a table of predictions, confusion matrix and ROC curves.
+"""Tests a trained model on images: metrics, a table of predictions, confusion matrix and ROC
+curves.
 
   python -m experiments.evaluate --run_dir=runs/first --data=folder:PATH --output_dir=out
 
-Labelled images (one folder a class, npz or TFDS) give metrics.json, report.md and pictures beside predictions.csv;
-with --unlabelled, a folder of any images gives predictions.csv alone.
+Labelled images (one folder a class, npz or TFDS) give metrics.json, report.md and pictures beside
+predictions.csv; with --unlabelled, a folder of any images gives predictions.csv alone.
 """
 
 import pathlib
@@ -37,7 +38,9 @@ def main() -> None:
   else:
     dataset = inputs.images_to_test(config, FLAGS.seed, label_names)
   probabilities = training.predictor(model)(trained, dataset)
-  ids = [str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])]
+  ids = [
+    str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])
+  ]
   labels = None if FLAGS.unlabelled else dataset.labels
   report.predictions_csv(output / "predictions.csv", ids, labels, probabilities, label_names)
   if labels is None:
@@ -49,7 +52,12 @@ def main() -> None:
     data_name=dataset.name,
     arms={"model": report.Arm(labels, probabilities)},
     label_names=label_names,
-    config={"run_dir": FLAGS.run_dir, "data": config.data, "model": model_config.name, "image_size": size},
+    config={
+      "run_dir": FLAGS.run_dir,
+      "data": config.data,
+      "model": model_config.name,
+      "image_size": size,
+    },
     versions=report.versions(),
     main_arm="model",
     seed=FLAGS.seed,

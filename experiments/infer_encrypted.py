@@ -2,8 +2,9 @@
 
   python -m experiments.infer_encrypted --checkpoint=runs/first --images=xray.png
 
-Two parties and a dealer, all simulated in this process; prints the classes, and what each phase and each layer took in
-time, bytes and rounds. With --output_dir: predictions.csv, plan.txt and costs.json.
+Two parties and a dealer, all simulated in this process; prints the classes, and what each phase and
+each layer took in time, bytes and rounds. With --output_dir: predictions.csv, plan.txt and
+costs.json.
 """
 
 import csv
@@ -31,7 +32,9 @@ flags.adopt_module_key_flags(sys.modules["experiments.settings"])
 def main() -> None:
   config = settings.from_flags(encrypted.Infer)
   encrypted.check(config)
-  jax.config.update("jax_enable_x64", True)  # rings wider than 32 bits; the model's own arrays stay float32
+  jax.config.update(
+    "jax_enable_x64", True
+  )  # rings wider than 32 bits; the model's own arrays stay float32
   model, weights, label_names, model_config = encrypted.load_model(config.checkpoint)
   size, _, channels = model_config.image_shape
   data = settings.Data(data=f"folder:{config.images}", image_size=size, channels=channels)
@@ -41,22 +44,31 @@ def main() -> None:
     pathlib.Path(config.output_dir).mkdir(parents=True, exist_ok=True)
 
   print(
-    "Encrypted inference, simulated: model owner, data owner and dealer are all in this one process, which sees\n"
-    "everything. What each of them does is apart in the code, by phase, and is given only what that role holds.\n"
+    "Encrypted inference, simulated: model owner, data owner and dealer are all in this one "
+    "process, which sees\n"
+    "everything. What each of them does is apart in the code, by phase, and is given only what "
+    "that role holds.\n"
   )
-  print(f"Model   {model_config.name} from {config.checkpoint}, {size} x {size} x {channels}, {', '.join(label_names)}")
+  print(
+    f"Model   {model_config.name} from {config.checkpoint}, {size} x {size} x {channels}, "
+    f"{', '.join(label_names)}"
+  )
   print(f"Images  {len(images)} from {config.images}, {config.batch} in a run of the protocol")
   print(f"Calibrating on {source} and choosing the ring ...", flush=True)
   start = time.perf_counter()
   plan = encrypted.make_plan(config, model, weights, calibration)
   calibrating = time.perf_counter() - start
   rows, table = planning.rows(plan), str(plan)
-  print(f"\nThe plan, which both parties and the dealer see, for {_images(config.batch)}:\n\n{table}\n")
+  print(
+    f"\nThe plan, which both parties and the dealer see, for {_images(config.batch)}:\n\n{table}\n"
+  )
   print(_who_learns_what(config))
   if any(row.what == "product" and row.layer != "argmax" for row in rows):
     print(
-      "\nSome steps multiply secrets with each other, as GroupNorm does with the statistics of an image. A model\n"
-      "trained with --norm=batch is spared them, since its owner folds the statistics into the weights."
+      "\nSome steps multiply secrets with each other, as GroupNorm does with the statistics of an "
+      "image. A model\n"
+      "trained with --norm=batch is spared them, since its owner folds the statistics into the "
+      "weights."
     )
   print(flush=True)
   result = phases.infer(plan, weights, images.images, config.batch)
@@ -67,9 +79,14 @@ def main() -> None:
   costs = _costs(plan, rows, result, config, len(images))
   _print_costs(costs)
   if config.check:
-    _print_check(config, phases.compare(plan, model, weights, images.images, config.batch, result.outputs), ids)
+    _print_check(
+      config, phases.compare(plan, model, weights, images.images, config.batch, result.outputs), ids
+    )
   else:
-    print("\nA value beyond its planned range would give a wrong answer that nobody notices; --check looks for that.")
+    print(
+      "\nA value beyond its planned range would give a wrong answer that nobody notices; --check "
+      "looks for that."
+    )
   if config.output_dir:
     folder = pathlib.Path(config.output_dir)
     _write_predictions(folder / "predictions.csv", ids, result.outputs, label_names)
@@ -96,40 +113,69 @@ def _print_predictions(ids: Sequence[str], outputs: np.ndarray, label_names: Seq
   width = max(len("image"), *map(len, ids))
   wide = max(len("class"), *map(len, label_names))
   with_probabilities = outputs.ndim == 2
-  head = "".join(f"  {name:>{max(len(name), 7)}}" for name in label_names) if with_probabilities else ""
+  head = (
+    "".join(f"  {name:>{max(len(name), 7)}}" for name in label_names) if with_probabilities else ""
+  )
   print(f"\n{'image':<{width}}  {'class':<{wide}}{head}")
   for i, (image, label) in enumerate(zip(ids, labels, strict=True)):
     cells = ""
     if with_probabilities:
       probabilities = scipy.special.softmax(outputs[i].astype(np.float64))
       cells = "".join(
-        f"  {f'{100 * p:.1f} %':>{max(len(name), 7)}}" for name, p in zip(label_names, probabilities, strict=True)
+        f"  {f'{100 * p:.1f} %':>{max(len(name), 7)}}"
+        for name, p in zip(label_names, probabilities, strict=True)
       )
     print(f"{image:<{width}}  {label_names[label]:<{wide}}{cells}")
 
 
-def _write_predictions(path: pathlib.Path, ids: Sequence[str], outputs: np.ndarray, label_names: Sequence[str]) -> None:
+def _write_predictions(
+  path: pathlib.Path, ids: Sequence[str], outputs: np.ndarray, label_names: Sequence[str]
+) -> None:
   if outputs.ndim == 2:
-    report.predictions_csv(path, ids, None, scipy.special.softmax(outputs.astype(np.float64), axis=1), label_names)
+    report.predictions_csv(
+      path, ids, None, scipy.special.softmax(outputs.astype(np.float64), axis=1), label_names
+    )
     return
-  with open(path, "w", newline="", encoding="utf-8") as file:  # the columns of predictions_csv, without probabilities
+  with open(
+    path, "w", newline="", encoding="utf-8"
+  ) as file:  # the columns of predictions_csv, without probabilities
     writer = csv.writer(file)
     writer.writerow(["image", "true", "predicted"])
-    writer.writerows([image, "", label_names[round(label)]] for image, label in zip(ids, outputs.tolist(), strict=True))
+    writer.writerows(
+      [image, "", label_names[round(label)]]
+      for image, label in zip(ids, outputs.tolist(), strict=True)
+    )
 
 
 def _costs(
-  plan: planning.Plan, rows: Sequence[planning.Row], result: phases.Result, config: encrypted.Infer, num_images: int
+  plan: planning.Plan,
+  rows: Sequence[planning.Row],
+  result: phases.Result,
+  config: encrypted.Infer,
+  num_images: int,
 ) -> dict[str, Any]:
-  """What `costs.json` holds: seconds measured; bytes and rounds as planned, of one run of the protocol."""
+  """What `costs.json` holds: seconds measured; bytes and rounds as planned, of one run of the
+  protocol.
+  """
   network = encrypted.parse_network(config.network)
-  dealt, sent, rounds = (sum(getattr(row, name) for row in rows) for name in ("dealt", "sent", "rounds"))
+  dealt, sent, rounds = (
+    sum(getattr(row, name) for row in rows) for name in ("dealt", "sent", "rounds")
+  )
   seconds = result.seconds
 
-  def phase(name: str, who: str, per: str, num_bytes: int = 0, num_rounds: int = 0) -> dict[str, Any]:
+  def phase(
+    name: str, who: str, per: str, num_bytes: int = 0, num_rounds: int = 0
+  ) -> dict[str, Any]:
     runs = result.runs if per == "run" else 1
     measured = seconds.get(name, 0.0) / runs
-    return {"phase": name, "who": who, "once_per": per, "seconds": measured, "bytes": num_bytes, "rounds": num_rounds}
+    return {
+      "phase": name,
+      "who": who,
+      "once_per": per,
+      "seconds": measured,
+      "bytes": num_bytes,
+      "rounds": num_rounds,
+    }
 
   return {
     "images": num_images,
@@ -168,19 +214,25 @@ def _print_costs(costs: dict[str, Any]) -> None:
   for p in costs["phases"]:
     per = each if p["once_per"] == "run" else "model"
     size, rounds = (text(p["bytes"]) if p["bytes"] else "", p["rounds"] or "")
-    print(f"{p['phase']:<14} {p['who']:<26} {per:<10} {_time(p['seconds']):>10} {size:>10} {rounds:>7}")
+    print(
+      f"{p['phase']:<14} {p['who']:<26} {per:<10} {_time(p['seconds']):>10} {size:>10} {rounds:>7}"
+    )
   print(f"\n{'layer':<28} {'steps':<44} {'online':>10} {'dealt':>10} {'sent':>10} {'rounds':>7}")
   for layer in costs["layers"]:
     steps = _shorten(", ".join(_counted(layer["steps"])), 44)
     print(
-      f"{_shorten(layer['name'], 28):<28} {steps:<44} {_time(layer['seconds']):>10} {text(layer['dealt']):>10} "
+      f"{_shorten(layer['name'], 28):<28} {steps:<44} {_time(layer['seconds']):>10} "
+      f"{text(layer['dealt']):>10} "
       f"{text(layer['sent']):>10} {layer['rounds']:>7}"
     )
   network = costs["network"]
-  link = f"{1e3 * network['round_trip_seconds']:g} ms and {network['bits_per_second'] / 1e6:g} Mbit/s"
+  link = (
+    f"{1e3 * network['round_trip_seconds']:g} ms and {network['bits_per_second'] / 1e6:g} Mbit/s"
+  )
   print(f"\nCommunication over a link of {link} would take")
   print(
-    f"  online            {_time(network['online_seconds']):>10} for {each}, beside the time that computing takes above"
+    f"  online            {_time(network['online_seconds']):>10} for {each}, beside the time that "
+    f"computing takes above"
   )
   print(f"  deal, beforehand  {_time(network['deal_seconds']):>10} for {each}")
   print(f"  publish           {_time(network['publish_seconds']):>10} once per model")
@@ -192,7 +244,9 @@ def _images(number: int) -> str:
 
 def _counted(steps: Sequence[str]) -> list[str]:
   """max, max, relu -> 2 max, relu, in order of first appearance."""
-  return [f"{n} {step}" if (n := list(steps).count(step)) > 1 else step for step in dict.fromkeys(steps)]
+  return [
+    f"{n} {step}" if (n := list(steps).count(step)) > 1 else step for step in dict.fromkeys(steps)
+  ]
 
 
 def _shorten(text: str, width: int) -> str:
@@ -206,11 +260,15 @@ def _time(seconds: float) -> str:
 def _print_check(config: encrypted.Infer, found: phases.Difference, ids: Sequence[str]) -> None:
   print("\nChecked in the clear: every value stays within its planned range;")
   if found.largest is not None:
-    print(f"  largest difference of a logit from float32: {found.largest:.2g} (target {config.target_error:g})")
+    print(
+      f"  largest difference of a logit from float32: {found.largest:.2g} (target "
+      f"{config.target_error:g})"
+    )
   print(f"  the same class as float32: {found.same} of {len(ids)} images")
   if found.bitwise is not None:
     print(
-      f"  bit for bit what the integer model gives: {'yes' if found.bitwise else 'NO, which is an error in the code'}"
+      f"  bit for bit what the integer model gives: "
+      f"{'yes' if found.bitwise else 'NO, which is an error in the code'}"
     )
 
 

@@ -38,7 +38,9 @@ class Inputs(NamedTuple):
   test: Dataset
 
 
-def images_to_test(settings: Data, seed: int = 0, label_names: tuple[str, ...] | None = None) -> Dataset:
+def images_to_test(
+  settings: Data, seed: int = 0, label_names: tuple[str, ...] | None = None
+) -> Dataset:
   """The test split of a source, or all its images where it is not split.
 
   Raises:
@@ -46,12 +48,17 @@ def images_to_test(settings: Data, seed: int = 0, label_names: tuple[str, ...] |
   """
   if settings.data == "phantom":
     styles = phantom.site_styles(3, seed)
-    return phantom.phantom(600, size=settings.image_size, seed=seed, styles=styles, first=_FIRST_TEST)
+    return phantom.phantom(
+      600, size=settings.image_size, seed=seed, styles=styles, first=_FIRST_TEST
+    )
   splits = _load(settings, label_names, lazy=False)
   for split in ("test", "all"):
     if split in splits:
       return splits[split]
-  raise ValueError(f"{settings.data} has the splits {sorted(splits)} but neither test images nor images without split")
+  raise ValueError(
+    f"{settings.data} has the splits {sorted(splits)} but neither test images nor images without "
+    f"split"
+  )
 
 
 def unlabelled_images(settings: Data, label_names: tuple[str, ...]) -> Dataset:
@@ -77,10 +84,16 @@ def site_images(settings: Train, only_site: int | None = None) -> Inputs:
   Raises:
     ValueError, FileNotFoundError: the source or the partition asked for is wrong.
   """
-  inputs = _phantom(settings, only_site) if settings.data == "phantom" else _loaded(settings, only_site is not None)
+  inputs = (
+    _phantom(settings, only_site)
+    if settings.data == "phantom"
+    else _loaded(settings, only_site is not None)
+  )
   for part in (inputs.train, inputs.validation):
     if empty := [i for i, n in enumerate(part.sizes) if not n]:
-      raise ValueError(f"sites {empty} have no images to {'train on' if part is inputs.train else 'validate with'}")
+      raise ValueError(
+        f"sites {empty} have no images to {'train on' if part is inputs.train else 'validate with'}"
+      )
   return inputs
 
 
@@ -103,7 +116,9 @@ def stack(part: Part, site_ids: np.ndarray, max_examples: int) -> Site:
     index = part.sites[site]
     counts[row] = len(index)
     if len(index) > max_examples:
-      raise ValueError(f"site {site} has {len(index)} images, more than max_examples={max_examples}")
+      raise ValueError(
+        f"site {site} has {len(index)} images, more than max_examples={max_examples}"
+      )
     images[row, : len(index)] = part.dataset.images[index]
     labels[row, : len(index)] = part.dataset.labels[index]
   return Site(np.asarray(site_ids, np.int32), images, labels, counts)  # type: ignore[arg-type]
@@ -132,7 +147,9 @@ def _site_sizes(settings: Train, total: int) -> list[int]:
     weights = np.linspace(1.5, 0.5, settings.num_sites)
     shares = tuple((weights / weights.sum()).tolist())
   if len(shares) != settings.num_sites or abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0:
-    raise ValueError(f"site_fractions={shares}: {settings.num_sites} positive numbers that add up to 1 are needed")
+    raise ValueError(
+      f"site_fractions={shares}: {settings.num_sites} positive numbers that add up to 1 are needed"
+    )
   return [max(1, round(total * share)) for share in shares]
 
 
@@ -140,7 +157,9 @@ def _phantom(settings: Train, only_site: int | None) -> Inputs:
   if settings.channels != 1:
     raise ValueError(f"channels={settings.channels}: the phantom is grey; use --channels=1")
   if settings.partition not in ("auto", "column:site"):
-    raise ValueError(f"partition={settings.partition!r}: the phantom comes with its sites; use auto, and num_sites")
+    raise ValueError(
+      f"partition={settings.partition!r}: the phantom comes with its sites; use auto, and num_sites"
+    )
   styles = phantom.site_styles(settings.num_sites, settings.seed)
 
   def make(total: int, first: int) -> Part:
@@ -149,15 +168,23 @@ def _phantom(settings: Train, only_site: int | None) -> Inputs:
     options = {"size": settings.image_size, "seed": settings.seed, "styles": styles, "first": first}
     dataset = phantom.phantom(sizes, only_site=only_site, **options)  # type: ignore[arg-type]
     start = 0 if only_site is None else ends[only_site] - sizes[only_site]
-    return Part(dataset, tuple(np.arange(end - size, end) - start for size, end in zip(sizes, ends, strict=True)))
+    return Part(
+      dataset,
+      tuple(np.arange(end - size, end) - start for size, end in zip(sizes, ends, strict=True)),
+    )
 
   train = make(settings.phantom_images, 0)
-  validation = make(max(settings.num_sites, round(settings.validation_fraction * settings.phantom_images)),
-                    _FIRST_VALIDATION)  # fmt: skip
+  validation = make(
+    max(settings.num_sites, round(settings.validation_fraction * settings.phantom_images)),
+    _FIRST_VALIDATION,
+  )
   test = phantom.phantom(
     max(settings.num_sites, settings.phantom_images // 2),
-    size=settings.image_size, seed=settings.seed, styles=styles, first=_FIRST_TEST,
-  )  # fmt: skip
+    size=settings.image_size,
+    seed=settings.seed,
+    styles=styles,
+    first=_FIRST_TEST,
+  )
   return Inputs(train, validation, test)
 
 
@@ -168,15 +195,21 @@ def _loaded(settings: Train, lazy: bool) -> Inputs:
   else:
     whole = splits.get("train", splits.get("all"))
     if whole is None:
-      raise ValueError(f"{settings.data} has only the splits {sorted(splits)}; training images are needed")
+      raise ValueError(
+        f"{settings.data} has only the splits {sorted(splits)}; training images are needed"
+      )
     kept, held = partition.hold_out(whole, settings.test_fraction, settings.seed)
     train, test = take(whole, kept), take(whole, held)
   dealt = _partition(settings, train)
   if len(dealt) != settings.num_sites:
-    raise ValueError(f"partition {settings.partition} makes {len(dealt)} sites; set --num_sites={len(dealt)}")
+    raise ValueError(
+      f"partition {settings.partition} makes {len(dealt)} sites; set --num_sites={len(dealt)}"
+    )
   sites, held_sites = [], []
   for number, index in enumerate(dealt):
-    kept, held = partition.hold_out(take(train, index), settings.validation_fraction, settings.seed + number)
+    kept, held = partition.hold_out(
+      take(train, index), settings.validation_fraction, settings.seed + number
+    )
     sites.append(index[kept])
     held_sites.append(index[held])
   return Inputs(Part(train, tuple(sites)), Part(train, tuple(held_sites)), test)
@@ -194,5 +227,9 @@ def _partition(settings: Train, dataset: Dataset) -> partition.Partition:
     return partition.unequal(dataset, shares or equal, settings.seed)
   if kind in ("auto", "dirichlet"):
     alpha = settings.dirichlet_alpha
-    return partition.dirichlet(dataset, settings.num_sites, alpha, settings.seed, fractions=shares, min_examples=2)
-  raise ValueError(f"partition={settings.partition!r}; use auto, iid, unequal, dirichlet or column:NAME")
+    return partition.dirichlet(
+      dataset, settings.num_sites, alpha, settings.seed, fractions=shares, min_examples=2
+    )
+  raise ValueError(
+    f"partition={settings.partition!r}; use auto, iid, unequal, dirichlet or column:NAME"
+  )

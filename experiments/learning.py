@@ -1,4 +1,6 @@
-"""From settings to functions: the model, its loss, the sites' recipe, the algorithm and the aggregator."""
+"""From settings to functions: the model, its loss, the sites' recipe, the algorithm and the
+aggregator.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,17 @@ import optax
 
 from experiments import private
 from experiments.settings import Train, fractions
-from primia_jax import algorithms, federated, local, models, pretrained, robust, secagg, site_privacy, sites
+from primia_jax import (
+  algorithms,
+  federated,
+  local,
+  models,
+  pretrained,
+  robust,
+  secagg,
+  site_privacy,
+  sites,
+)
 from primia_jax.data import augment
 from primia_jax.privacy import training as private_training
 from primia_jax.secagg import graph
@@ -22,12 +34,22 @@ from primia_jax.types import Array, Key, ModelState, Params
 
 AUGMENTATIONS = {
   "none": augment.Augmentation(),
-  "light": augment.Augmentation(rotation_degrees=8, translation=0.05, scale=0.1, contrast=0.2, brightness=0.1),
-  "strong": augment.Augmentation(
-    rotation_degrees=12, translation=0.08, scale=0.15, shear_degrees=5, contrast=0.4, brightness=0.15, gamma=0.4,
-    noise=0.03, blur=1.0, cutout=0.3,
+  "light": augment.Augmentation(
+    rotation_degrees=8, translation=0.05, scale=0.1, contrast=0.2, brightness=0.1
   ),
-}  # fmt: skip
+  "strong": augment.Augmentation(
+    rotation_degrees=12,
+    translation=0.08,
+    scale=0.15,
+    shear_degrees=5,
+    contrast=0.4,
+    brightness=0.15,
+    gamma=0.4,
+    noise=0.03,
+    blur=1.0,
+    cutout=0.3,
+  ),
+}
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
 _CORRUPT_FRACTION = 0.1  # of a site's peers, with which the degree of a sparse graph reckons
@@ -36,25 +58,41 @@ _MIN_FRACTION_BITS = 10  # an update's numbers are off by less than 1/2048
 _COUNT_BITS = 32  # of the sums of a few counts, whatever a ring of updates has
 _DROPOUTS = 1  # use of the seed
 _INITIAL = 7  # what the key of the initial parameters is folded with
-_MEAN, _STD = 0.5, 0.25  # of a typical radiograph; fixed, so that no statistic of anybody's images is needed
+_MEAN, _STD = (
+  0.5,
+  0.25,
+)  # of a typical radiograph; fixed, so that no statistic of anybody's images is needed
 
 
 def check(settings: Train, federated: bool = True) -> None:
-  """Checks what no single part can check by itself, before any work; what only a federation needs if it is one.
+  """Checks what no single part can check by itself, before any work; what only a federation needs
+  if it is one.
 
   Raises:
     ValueError: naming the setting and the cure.
   """
   s = settings
   choices = {
-    "algorithm": ALGORITHMS, "weighting": ("examples", "uniform"), "optimizer": ("sgd", "momentum", "adam", "adamw"),
-    "schedule": ("constant", "cosine"), "channels": (1, 3),
-    "secagg": ("pairwise", "bell", "none"), "norm": ("", *models.NORMS), "pool": models.POOLS,
-  }  # fmt: skip
+    "algorithm": ALGORITHMS,
+    "weighting": ("examples", "uniform"),
+    "optimizer": ("sgd", "momentum", "adam", "adamw"),
+    "schedule": ("constant", "cosine"),
+    "channels": (1, 3),
+    "secagg": ("pairwise", "bell", "none"),
+    "norm": ("", *models.NORMS),
+    "pool": models.POOLS,
+  }
   for name, allowed in choices.items():
     if getattr(s, name) not in allowed:
       raise ValueError(f"{name}={getattr(s, name)!r}; use one of {', '.join(map(str, allowed))}")
-  for name in ("rounds", "num_sites", "batch_size", "image_size", "learning_rate", "phantom_images"):
+  for name in (
+    "rounds",
+    "num_sites",
+    "batch_size",
+    "image_size",
+    "learning_rate",
+    "phantom_images",
+  ):
     if not getattr(s, name) > 0:
       raise ValueError(f"{name}={getattr(s, name)} must be positive")
   for name in (
@@ -76,13 +114,21 @@ def check(settings: Train, federated: bool = True) -> None:
   if not s.sync_batches and s.sync_epochs < 1:
     raise ValueError(f"sync_epochs={s.sync_epochs} must be at least 1, or set sync_batches")
   if s.algorithm == "scaffold" and s.optimizer != "sgd":
-    raise ValueError(f"scaffold is sound with optimizer=sgd only, not {s.optimizer} (Karimireddy et al. 2020)")
+    raise ValueError(
+      f"scaffold is sound with optimizer=sgd only, not {s.optimizer} (Karimireddy et al. 2020)"
+    )
   if s.algorithm == "fednova" and s.optimizer not in ("sgd", "momentum"):
-    raise ValueError(f"fednova needs optimizer=sgd or momentum, not {s.optimizer}: it must know the steps' weights")
+    raise ValueError(
+      f"fednova needs optimizer=sgd or momentum, not {s.optimizer}: it must know the steps' weights"
+    )
   if s.algorithm in ("scaffold", "fednova") and s.keep_optimizer:
-    raise ValueError(f"{s.algorithm} starts the sites' optimiser anew each round; leave keep_optimizer off")
+    raise ValueError(
+      f"{s.algorithm} starts the sites' optimiser anew each round; leave keep_optimizer off"
+    )
   if s.keep_optimizer and 0 < s.sites_per_round < s.num_sites and s.sites_in_memory:
-    raise ValueError("keep_optimizer needs every site's state in memory; leave sites_in_memory at 0")
+    raise ValueError(
+      "keep_optimizer needs every site's state in memory; leave sites_in_memory at 0"
+    )
   kind = s.partition.partition(":")[0]
   if kind not in ("auto", "iid", "unequal", "dirichlet", "column"):
     raise ValueError(f"partition={s.partition!r}; use auto, iid, unequal, dirichlet or column:NAME")
@@ -94,7 +140,9 @@ def check(settings: Train, federated: bool = True) -> None:
   if not 0 <= s.dropout_rate < 1:
     raise ValueError(f"dropout_rate={s.dropout_rate} must lie in [0, 1)")
   if s.dp_average and s.algorithm == "fedbn":
-    raise ValueError("dp_average averages global parameters, and fedbn keeps some at each site; use dp_average=0")
+    raise ValueError(
+      "dp_average averages global parameters, and fedbn keeps some at each site; use dp_average=0"
+    )
   augmentation(s.augment)
   model_config(s, 3)
   private.check(s, federated)
@@ -111,19 +159,24 @@ def _check_aggregation(settings: Train) -> None:
   by_rule = aggregator(s, num_sites).rule is not None
   if by_rule and (s.weighting != "uniform" or s.algorithm in ("scaffold", "fednova")):
     raise ValueError(
-      f"aggregation={s.aggregation} treats all sites alike, but {s.algorithm} with weighting={s.weighting} weighs "
+      f"aggregation={s.aggregation} treats all sites alike, but {s.algorithm} with "
+      f"weighting={s.weighting} weighs "
       "their messages; use weighting=uniform, and neither scaffold nor fednova"
     )
   kind, _, bad = s.aggregation.partition("=")
   if kind == "krum" and num_sites <= 2 * int(bad) + 2:
     raise ValueError(
-      f"aggregation={s.aggregation} needs more than {2 * int(bad) + 2} sites a round; there are {num_sites}"
+      f"aggregation={s.aggregation} needs more than {2 * int(bad) + 2} sites a round; there are "
+      f"{num_sites}"
     )
   if s.dropout_rate and is_secure(s) and not s.secagg_threshold:
-    raise ValueError(f"dropout_rate={s.dropout_rate} loses sites, which masks survive with a secagg_threshold only")
+    raise ValueError(
+      f"dropout_rate={s.dropout_rate} loses sites, which masks survive with a secagg_threshold only"
+    )
   if s.norm == "batch" and not is_secure(s) and s.algorithm != "fedbn":
     raise ValueError(
-      f"norm=batch under aggregation={s.aggregation}: each site's BatchNorm statistics would leave it in the clear; "
+      f"norm=batch under aggregation={s.aggregation}: each site's BatchNorm statistics would leave "
+      f"it in the clear; "
       "use aggregation=secure, norm=group, or algorithm=fedbn, which keeps them at the site"
     )
 
@@ -132,19 +185,26 @@ def _check_processes(settings: Train) -> None:
   s = settings
   if not is_secure(s):
     raise ValueError(
-      f"placement=processes sends nothing but masked sums, and not aggregation={s.aggregation} with secagg={s.secagg}; "
+      f"placement=processes sends nothing but masked sums, and not aggregation={s.aggregation} "
+      f"with secagg={s.secagg}; "
       "use aggregation=secure and secagg=pairwise or bell"
     )
   if s.algorithm == "fedbn" or 0 < s.sites_per_round < s.num_sites:
     raise ValueError("placement=processes works with all sites in every round, and not with fedbn")
   if s.dropout_rate:
     raise ValueError(
-      f"dropout_rate={s.dropout_rate} simulates losses, and placement=processes has them in earnest: end a process"
+      f"dropout_rate={s.dropout_rate} simulates losses, and placement=processes has them in "
+      f"earnest: end a process"
     )
   if s.sites_in_memory:
-    raise ValueError(f"sites_in_memory={s.sites_in_memory}: with placement=processes each holds its own site; use 0")
+    raise ValueError(
+      f"sites_in_memory={s.sites_in_memory}: with placement=processes each holds its own site; use "
+      f"0"
+    )
   if s.dp == "patient" and s.data == "phantom":
-    raise ValueError("dp=patient with placement=processes: the phantom has one image a patient; use dp=example")
+    raise ValueError(
+      "dp=patient with placement=processes: the phantom has one image a patient; use dp=example"
+    )
 
 
 def augmentation(text: str) -> augment.Augmentation:
@@ -162,7 +222,9 @@ def augmentation(text: str) -> augment.Augmentation:
     try:
       values[name.strip()] = int(value) if name.strip() == "elastic_grid" else float(value)
     except ValueError:
-      raise ValueError(f"augment: {part!r} is not NAME=NUMBER; or use {', '.join(AUGMENTATIONS)}") from None
+      raise ValueError(
+        f"augment: {part!r} is not NAME=NUMBER; or use {', '.join(AUGMENTATIONS)}"
+      ) from None
   if unknown := sorted(set(values) - set(known)):
     raise ValueError(f"augment: unknown {unknown}; there are {', '.join(known)}")
   return augment.Augmentation(**values)  # type: ignore[arg-type]
@@ -196,7 +258,9 @@ def normalise(images: Array) -> Array:
 
 
 def prepare(settings: Train) -> Callable[[Key, Array, Array], tuple[Array, Array]]:
-  """(key, uint8 images, targets [B, L]) -> augmented, mixed and normalised images, and their targets."""
+  """(key, uint8 images, targets [B, L]) -> augmented, mixed and normalised images, and their
+  targets.
+  """
   config = augmentation(settings.augment)
 
   def apply(key: Key, images: Array, targets: Array) -> tuple[Array, Array]:
@@ -211,7 +275,9 @@ def prepare(settings: Train) -> Callable[[Key, Array, Array], tuple[Array, Array
 
 
 def schedule(settings: Train) -> Callable[[Array], Array]:
-  """The sites' learning rate as a function of time in rounds: linear warm-up, then constant or cosine."""
+  """The sites' learning rate as a function of time in rounds: linear warm-up, then constant or
+  cosine.
+  """
   peak, warmup, rounds = settings.learning_rate, settings.warmup_rounds, float(settings.rounds)
 
   def rate(time: Array) -> Array:
@@ -257,17 +323,29 @@ def recipe(
   }
   as_they_are = lambda key, images, targets: (images, targets)
   prepare_fn = as_they_are if prepared else prepare(settings)
-  loss_fn = local.classification_loss(model.apply, prepare_fn, num_classes, settings.label_smoothing)
+  loss_fn = local.classification_loss(
+    model.apply, prepare_fn, num_classes, settings.label_smoothing
+  )
   steps, taps = None, models.has_taps(model_config(settings, num_classes))
   if privacy is not None and privacy.mechanism is not None:
-    steps = private_training.private(loss_fn, privacy.mechanism, privacy.num_steps, rows_per_unit, taps)
+    steps = private_training.private(
+      loss_fn, privacy.mechanism, privacy.num_steps, rows_per_unit, taps
+    )
   elif privacy is not None and privacy.correlated is not None:
     steps = private_training.correlated_noise(
-      loss_fn, privacy.correlated, privacy.num_steps, settings.batch_size, unit=settings.dp,
-      rows_per_unit=rows_per_unit, clipping=settings.dp_clipping, augmentations=settings.dp_augmentations,
+      loss_fn,
+      privacy.correlated,
+      privacy.num_steps,
+      settings.batch_size,
+      unit=settings.dp,
+      rows_per_unit=rows_per_unit,
+      clipping=settings.dp_clipping,
+      augmentations=settings.dp_augmentations,
       has_taps=taps,
-    )  # fmt: skip
-  return local.Recipe(local.gradients(loss_fn), optimizers[settings.optimizer], schedule(settings), work, steps)
+    )
+  return local.Recipe(
+    local.gradients(loss_fn), optimizers[settings.optimizer], schedule(settings), work, steps
+  )
 
 
 def work(settings: Train, sizes: tuple[int, ...]) -> local.Work:
@@ -282,7 +360,9 @@ def work(settings: Train, sizes: tuple[int, ...]) -> local.Work:
   )
 
 
-def algorithm(settings: Train, recipe: local.Recipe, privacy: private.Privacy | None = None) -> federated.Algorithm:
+def algorithm(
+  settings: Train, recipe: local.Recipe, privacy: private.Privacy | None = None
+) -> federated.Algorithm:
   """The federated algorithm that the settings name, and what bounds and averages its updates."""
   out = _algorithm(settings, recipe)
   if privacy is not None and privacy.clip is not None:
@@ -302,7 +382,9 @@ def _algorithm(settings: Train, recipe: local.Recipe) -> federated.Algorithm:
     momentum = s.momentum if s.optimizer == "momentum" else 0.0
     return algorithms.fednova(recipe, momentum=momentum, weighting=s.weighting)  # type: ignore[arg-type]
   if s.algorithm == "fedbn":
-    return algorithms.fedbn(recipe, lambda path: models.is_norm_parameter(path.split("/")), **options)
+    return algorithms.fedbn(
+      recipe, lambda path: models.is_norm_parameter(path.split("/")), **options
+    )
   if s.algorithm in SERVER_OPTIMIZERS:
     rate = s.server_learning_rate
     optimizer = {
@@ -340,10 +422,14 @@ def aggregator(settings: Train, num_sites: int) -> federated.Aggregator:
     if not is_secure(settings):
       return federated.in_the_clear()
     config = secure_sum(settings, num_sites)
-    if config.fixed.fraction_bits < _MIN_FRACTION_BITS and settings.dp_noise != "distributed":  # has its own grid
+    if (
+      config.fixed.fraction_bits < _MIN_FRACTION_BITS and settings.dp_noise != "distributed"
+    ):  # has its own grid
       raise ValueError(
-        f"secagg_bits={settings.secagg_bits} for {num_sites} sites and numbers up to {config.max_abs} leave "
-        f"{config.fixed.fraction_bits} fraction bits of {_MIN_FRACTION_BITS} at least, too coarse for updates; raise "
+        f"secagg_bits={settings.secagg_bits} for {num_sites} sites and numbers up to "
+        f"{config.max_abs} leave "
+        f"{config.fixed.fraction_bits} fraction bits of {_MIN_FRACTION_BITS} at least, too coarse "
+        f"for updates; raise "
         "secagg_bits or lower secagg_max_abs"
       )
     return federated.securely(config)
@@ -359,19 +445,24 @@ def aggregator(settings: Train, num_sites: int) -> federated.Aggregator:
   except ValueError as error:
     raise ValueError(f"aggregation={settings.aggregation!r}: {error}") from error
   raise ValueError(
-    f"aggregation={settings.aggregation!r}; use secure, clear, median, trimmed_mean=FRACTION or krum=BAD_SITES"
+    f"aggregation={settings.aggregation!r}; use secure, clear, median, trimmed_mean=FRACTION or "
+    f"krum=BAD_SITES"
   )
 
 
 def secure_sum(settings: Train, num_sites: int, max_abs: float | None = None) -> secagg.SecureSum:
-  """The encoding and masks of a sum of updates, or of counts up to max_abs; `threshold` counts a site and its peers."""
+  """The encoding and masks of a sum of updates, or of counts up to max_abs; `threshold` counts a
+  site and its peers.
+  """
   peers, threshold = settings.secagg_peers, settings.secagg_threshold
   if settings.placement == "processes" and not threshold:
     threshold = -1  # processes may end at any time, so the protocol between them always has one
   if peers == (settings.sites_per_round or settings.num_sites) - 1:
     peers = 0  # all others in a round means all others in the sums over all sites, too
   if settings.secagg == "bell" and not peers:
-    apart = settings.placement == "processes"  # where the server is not trusted, and the setting loses no site
+    apart = (
+      settings.placement == "processes"
+    )  # where the server is not trusted, and the setting loses no site
     lost = _LOST_FRACTION if apart else settings.dropout_rate
     peers, needed = graph.degree_for(num_sites, _CORRUPT_FRACTION, lost, malicious_server=apart)
     threshold = threshold if threshold > 0 or (apart and peers == num_sites - 1) else needed
@@ -386,23 +477,33 @@ def secure_sum(settings: Train, num_sites: int, max_abs: float | None = None) ->
 
 
 def min_survivors(secure: secagg.SecureSum) -> int | None:
-  """The fewest sites in a sum for which noise is calibrated, in proportion to the threshold; None without one."""
+  """The fewest sites in a sum for which noise is calibrated, in proportion to the threshold; None
+  without one.
+  """
   if secure.threshold is None:
     return None
   return max(2, -(-secure.num_sites * secure.threshold // (secure.num_peers + 1)))
 
 
 def private_aggregator(
-  settings: Train, num_sites: int, privacy: private.Privacy | None, params: Params, model_state: ModelState
+  settings: Train,
+  num_sites: int,
+  privacy: private.Privacy | None,
+  params: Params,
+  model_state: ModelState,
 ) -> federated.Aggregator:
   """How updates are combined: `aggregator`, or with noise that the sites make together."""
   if privacy is None or privacy.noise is None:
     return aggregator(settings, num_sites)
-  return site_privacy.noised(privacy.noise, secure_sum(settings, num_sites), params, model_state, privacy.clip)
+  return site_privacy.noised(
+    privacy.noise, secure_sum(settings, num_sites), params, model_state, privacy.clip
+  )
 
 
 def dropouts(settings: Train, round_index: int, num_sites: int) -> secagg.Dropouts | None:
-  """The sites that a simulated round loses, each at the setting's rate, half of them before they mask."""
+  """The sites that a simulated round loses, each at the setting's rate, half of them before they
+  mask.
+  """
   if not settings.dropout_rate:
     return None
   rng = np.random.default_rng((settings.seed, _DROPOUTS, round_index))

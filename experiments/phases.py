@@ -1,4 +1,6 @@
-"""The phases of encrypted inference run one by one, what each costs, and the comparison with the clear."""
+"""The phases of encrypted inference run one by one, what each costs, and the comparison with the
+clear.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,18 @@ class Clock:
 
   def __init__(self, total: int):
     self.seconds: dict[Any, float] = collections.defaultdict(float)
-    self._bar = tqdm.tqdm(total=total, bar_format="{desc:<44} {bar:20} {n_fmt}/{total_fmt}  [{elapsed} gone]")
+    self._bar = tqdm.tqdm(
+      total=total, bar_format="{desc:<44} {bar:20} {n_fmt}/{total_fmt}  [{elapsed} gone]"
+    )
 
-  def __call__(self, phase: str, fn: Callable[[], Any], layer: str = "", detail: Any = None, compiled: bool = False):
+  def __call__(
+    self,
+    phase: str,
+    fn: Callable[[], Any],
+    layer: str = "",
+    detail: Any = None,
+    compiled: bool = False,
+  ):
     """Returns fn(); unless compiled, runs it once before, which counts to the phase "compile"."""
     if not compiled:
       self._timed("compile", fn, f"{phase}, {layer}" if layer else phase)
@@ -64,7 +75,8 @@ class Result(NamedTuple):
   Attributes:
     outputs: [N, L] logits or [N] classes, as the data owner learns them.
     seconds: by phase, all runs of the protocol together; compilation apart under "compile".
-    online: seconds by the number of the operation that ends each step, all runs together; -1 for the output.
+    online: seconds by the number of the operation that ends each step, all runs together; -1 for
+      the output.
     runs: of the protocol.
   """
 
@@ -77,7 +89,8 @@ class Result(NamedTuple):
 def infer(plan: planning.Plan, weights: PyTree, images: Any, batch: int) -> Result:
   """Runs model owner, dealer, data owner and both parties' protocol, phase by phase.
 
-  Each phase is given what its role holds and nothing else: shapes stand for the other party's arguments.
+  Each phase is given what its role holds and nothing else: shapes stand for the other party's
+  arguments.
 
   Args:
     plan: of (weights, [batch, H, W, C] normalised images).
@@ -88,15 +101,20 @@ def infer(plan: planning.Plan, weights: PyTree, images: Any, batch: int) -> Resu
   weight_shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(np.shape(v), v.dtype), weights)
   image_shapes = jax.ShapeDtypeStruct((batch, *images.shape[1:]), jnp.float32)
   deal = jax.jit(lambda key, blind: inference.deal(plan, key, blind))
-  prepare = [jax.jit(lambda *held, party=party: inference.prepare(plan, party, *held)) for party in (0, 1)]
+  prepare = [
+    jax.jit(lambda *held, party=party: inference.prepare(plan, party, *held)) for party in (0, 1)
+  ]
   encode_images = inference.encoder(plan, DATA_OWNER)
   steps = inference.simulate_steps(plan)
   parts = list(batches(images, batch))
   outputs = []
   with Clock(3 + len(parts) * (len(steps) + 4)) as clock:
-    # Once per model. The dealer's key of the model goes to the model owner, never to the data owner.
+    # Once per model. The dealer's key of the model goes to the model owner, never to the data
+    # owner.
     model_key = prng.random_key()
-    own = clock("encode weights", lambda: inference.encode(plan, (weights, image_shapes), MODEL_OWNER))
+    own = clock(
+      "encode weights", lambda: inference.encode(plan, (weights, image_shapes), MODEL_OWNER)
+    )
     blind = clock("blind", lambda: inference.blinds(plan, model_key))
     published = clock("publish", lambda: inference.publish(plan, own, model_key))
     for number, part in enumerate(parts):
@@ -126,7 +144,8 @@ class Difference(NamedTuple):
   Attributes:
     largest: difference of a logit from float32; None where only the class is known.
     same: images of the same class.
-    bitwise: whether the outputs equal the integer model's bit for bit; None where the plan is not exact.
+    bitwise: whether the outputs equal the integer model's bit for bit; None where the plan is not
+      exact.
   """
 
   largest: float | None
@@ -135,7 +154,12 @@ class Difference(NamedTuple):
 
 
 def compare(
-  plan: planning.Plan, model: models.Model, weights: PyTree, images: Any, batch: int, outputs: np.ndarray
+  plan: planning.Plan,
+  model: models.Model,
+  weights: PyTree,
+  images: Any,
+  batch: int,
+  outputs: np.ndarray,
 ) -> Difference:
   """Compares with float32 in the clear, and with the integer model, whose ranges it checks.
 
@@ -148,13 +172,19 @@ def compare(
     try:
       integers.append(np.asarray(run_clear((weights, normalised(part)))))
     except ValueError as error:
-      raise ValueError(f"images {start} to {min(start + batch, len(images)) - 1}: {error}") from error
+      raise ValueError(
+        f"images {start} to {min(start + batch, len(images)) - 1}: {error}"
+      ) from error
     logits.append(np.asarray(logits_fn(weights, normalised(part))))
   wanted, exact = (np.concatenate(parts)[: len(images)] for parts in (logits, integers))
   bitwise = bool(np.array_equal(exact, outputs)) if plan.config.exact else None
   if outputs.ndim == 1:
     return Difference(None, int(np.sum(outputs == wanted.argmax(1))), bitwise)
-  return Difference(float(np.abs(outputs - wanted).max()), int(np.sum(outputs.argmax(1) == wanted.argmax(1))), bitwise)
+  return Difference(
+    float(np.abs(outputs - wanted).max()),
+    int(np.sum(outputs.argmax(1) == wanted.argmax(1))),
+    bitwise,
+  )
 
 
 # ---- what it cost
@@ -172,11 +202,15 @@ class Layer(NamedTuple):
 
 
 def layers(plan: planning.Plan, rows: Sequence[planning.Row], result: Result) -> list[Layer]:
-  """The rows of a plan by layer, with the mean time measured; what a step computes alone counts to its end's layer."""
+  """The rows of a plan by layer, with the mean time measured; what a step computes alone counts to
+  its end's layer.
+  """
   named = [row if row.operation >= 0 else row._replace(layer="output") for row in rows]
   seconds = {number: value / result.runs for number, value in result.online.items()}
   last = len(plan.circuit.operations) - 1
-  ends = rows[-2].operation if len(rows) > 1 else -1  # what follows the last step that has a row counts to it
+  ends = (
+    rows[-2].operation if len(rows) > 1 else -1
+  )  # what follows the last step that has a row counts to it
   if ends != last:
     seconds[ends] = seconds.get(ends, 0.0) + seconds.get(last, 0.0)
   out: list[Layer] = []

@@ -1,4 +1,5 @@
-"""Draws the training curves of one or several runs into one picture each, or of a run that is still going.
+"""Draws the training curves of one or several runs into one picture each, or of a run that is still
+going.
 
 python -m experiments.plot --run_dir=runs/first
 """
@@ -22,7 +23,9 @@ def main() -> None:
   output.mkdir(parents=True, exist_ok=True)
   files = sorted(folder.glob("*/rounds.jsonl"))
   if not files:
-    raise FileNotFoundError(f"{folder} has no rounds.jsonl yet; the first is written when the first round ends")
+    raise FileNotFoundError(
+      f"{folder} has no rounds.jsonl yet; the first is written when the first round ends"
+    )
   data = "synthetic phantom" if config["data"] == "phantom" else config["data"]
   for file in files:
     rows = [json.loads(line) for line in file.read_text().splitlines()]

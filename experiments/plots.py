@@ -1,7 +1,9 @@
-"""Pictures of a run. Each function writes one file, of the format its suffix names, and touches no global state.
+"""Pictures of a run. Each function writes one file, of the format its suffix names, and touches no
+global state.
 
-Colours are those of Okabe and Ito, which the colour-blind can tell apart, and lines differ in dash as well. Titles are
-the caller's, and must name the data set: nobody shall take a phantom's figure for a patient's.
+Colours are those of Okabe and Ito, which the colour-blind can tell apart, and lines differ in dash
+as well. Titles are the caller's, and must name the data set: nobody shall take a phantom's figure
+for a patient's.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from primia_jax import metrics
 
-BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222"
+BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK = (
+  "#0072B2",
+  "#D55E00",
+  "#009E73",
+  "#CC79A7",
+  "#E69F00",
+  "#56B4E9",
+  "#222222",
+)
 PALETTE = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY)
 DASHES = ("-", "--", "-.", ":")
 BACKDROP = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
@@ -34,7 +44,9 @@ CURVES = {
 SINGLE = ("learning rate", "epsilon spent")  # panels of one line, named by their axis
 
 
-def confusion_matrix(cm: Any, label_names: Sequence[str], path: str | pathlib.Path, title: str) -> None:
+def confusion_matrix(
+  cm: Any, label_names: Sequence[str], path: str | pathlib.Path, title: str
+) -> None:
   """Draws a confusion matrix, coloured by the share of each true class.
 
   Args:
@@ -48,11 +60,16 @@ def confusion_matrix(cm: Any, label_names: Sequence[str], path: str | pathlib.Pa
   """
   cm, size = np.asarray(cm), len(label_names)
   if cm.shape != (size, size):
-    raise ValueError(f"a confusion matrix of the {size} classes {list(label_names)} is {(size, size)}, got {cm.shape}")
+    raise ValueError(
+      f"a confusion matrix of the {size} classes {list(label_names)} is {(size, size)}, got "
+      f"{cm.shape}"
+    )
   rows = cm.sum(1, keepdims=True)
   share = cm / np.maximum(rows, 1)
   cell = 1.15 if size <= 5 else max(0.38, 4.5 / size)
-  figure = Figure(figsize=(max(5.4, cell * size + 2.6), max(4.4, cell * size + 1.5)), layout="constrained")
+  figure = Figure(
+    figsize=(max(5.4, cell * size + 2.6), max(4.4, cell * size + 1.5)), layout="constrained"
+  )
   axes = figure.add_subplot()
   image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
   tilted = size > 5 or max(map(len, label_names)) > 24
@@ -74,14 +91,21 @@ def confusion_matrix(cm: Any, label_names: Sequence[str], path: str | pathlib.Pa
     text = f"{count:,}" + (f"\n{share[i, j]:.0%}" if rows[i, 0] and size <= 8 else "")
     colour = "white" if share[i, j] > 0.55 else INK
     axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=11 if size <= 8 else 7)
-  bar = figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1.0), label="share of the true class")
+  bar = figure.colorbar(
+    image, ax=axes, shrink=0.8, format=PercentFormatter(1.0), label="share of the true class"
+  )
   bar.outline.set_visible(False)  # type: ignore[operator]
-  summary = f"accuracy {_number(metrics.accuracy(cm), percent=True)}, MCC {_number(metrics.mcc(cm))}, n = {cm.sum():,}"
+  summary = (
+    f"accuracy {_number(metrics.accuracy(cm), percent=True)}, MCC {_number(metrics.mcc(cm))}, "
+    f"n = {cm.sum():,}"
+  )
   axes.set_title(summary, fontsize=10, color="#444444")
   _save(figure, path, title)
 
 
-def roc(labels: Any, probabilities: Any, label_names: Sequence[str], path: str | pathlib.Path, title: str) -> None:
+def roc(
+  labels: Any, probabilities: Any, label_names: Sequence[str], path: str | pathlib.Path, title: str
+) -> None:
   """Draws one one-vs-rest ROC curve for each class, and their mean.
 
   A class without examples, or with all of them, has no curve; the legend says so.
@@ -102,16 +126,27 @@ def roc(labels: Any, probabilities: Any, label_names: Sequence[str], path: str |
   for k, name in enumerate(label_names):
     curve = metrics.roc_curve(labels == k, probabilities[:, k])
     area = metrics.roc_auc(labels == k, probabilities[:, k])
-    style: dict[str, Any] = {"color": PALETTE[k % len(PALETTE)], "linestyle": DASHES[k // len(PALETTE) % len(DASHES)]}
+    style: dict[str, Any] = {
+      "color": PALETTE[k % len(PALETTE)],
+      "linestyle": DASHES[k // len(PALETTE) % len(DASHES)],
+    }
     if np.isnan(area):
       axes.plot([], [], label=f"{name}: undefined in these data", **style)
       continue
     curves.append(curve)
     areas.append(area)
-    axes.plot(curve.false_positive_rate, curve.true_positive_rate, linewidth=1.8, label=f"{name}: {area:.3f}", **style)
+    axes.plot(
+      curve.false_positive_rate,
+      curve.true_positive_rate,
+      linewidth=1.8,
+      label=f"{name}: {area:.3f}",
+      **style,
+    )
   if len(curves) > 1:
     grid = np.unique(np.concatenate([c.false_positive_rate for c in curves]))
-    mean = np.mean([np.interp(grid, c.false_positive_rate, c.true_positive_rate) for c in curves], axis=0)
+    mean = np.mean(
+      [np.interp(grid, c.false_positive_rate, c.true_positive_rate) for c in curves], axis=0
+    )
     label = f"mean of {len(curves)} curves: {np.mean(areas):.3f}"
     axes.plot([0, *grid], [0, *mean], color=INK, linewidth=2.2, linestyle="--", label=label)
   one_vs_one = _number(metrics.macro_roc_auc(labels, probabilities))
@@ -119,7 +154,9 @@ def roc(labels: Any, probabilities: Any, label_names: Sequence[str], path: str |
   if crowded:
     legend = figure.legend(loc="outside right center", title=heading, frameon=False, fontsize=9)
   else:
-    legend = axes.legend(loc="lower right", title=heading, frameon=True, edgecolor="none", fontsize=9)
+    legend = axes.legend(
+      loc="lower right", title=heading, frameon=True, edgecolor="none", fontsize=9
+    )
   legend.get_title().set_fontsize(9)
   axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
   axes.set_xlabel("false positive rate (1 - specificity)")
@@ -132,9 +169,9 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
   """Draws loss, validation scores, learning rate and the epsilon that is spent against the round.
 
   Args:
-    rows: a run's JSON lines: each has `round` and any of `train_loss`, `val_loss`, `val_accuracy`, `val_mcc`,
-      `learning_rate` and `epsilon`. What a row lacks, or holds as None, has no point there; what no row has, has no
-      panel.
+    rows: a run's JSON lines: each has `round` and any of `train_loss`, `val_loss`, `val_accuracy`,
+      `val_mcc`, `learning_rate` and `epsilon`. What a row lacks, or holds as None, has no point
+      there; what no row has, has no panel.
     path: the file to write.
     title: what the picture shows, data set included.
 
@@ -147,17 +184,30 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
   panels = {panel: {k: v for k, v in lines.items() if has(k)} for panel, lines in CURVES.items()}
   panels = {panel: lines for panel, lines in panels.items() if lines}
   if not panels:
-    raise ValueError(f"rows hold none of {[key for lines in CURVES.values() for key in lines]}: nothing to draw")
+    raise ValueError(
+      f"rows hold none of {[key for lines in CURVES.values() for key in lines]}: nothing to draw"
+    )
   heights = [1.2 if panel in SINGLE else 2.6 for panel in panels]
   figure = Figure(figsize=(7.2, sum(heights) + 1.3), layout="constrained")
-  all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+  all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[
+    :, 0
+  ]
   for axes, (panel, lines) in zip(all_axes, panels.items(), strict=True):
     for i, (key, name) in enumerate(lines.items()):
       points = [(row["round"], row[key]) for row in rows if row.get(key) is not None]
       x, y = (np.array(v, np.float64) for v in zip(*points, strict=True))
       marker = "o" if len(points) <= 30 else ""
       colour = "#666666" if panel in SINGLE else PALETTE[i]
-      axes.plot(x, y, color=colour, linestyle=DASHES[i], linewidth=1.7, marker=marker, markersize=3.5, label=name)
+      axes.plot(
+        x,
+        y,
+        color=colour,
+        linestyle=DASHES[i],
+        linewidth=1.7,
+        marker=marker,
+        markersize=3.5,
+        label=name,
+      )
       if key == "val_mcc" and np.isfinite(y).any():
         best = int(np.nanargmax(y))
         label = f"best MCC: {y[best]:.3f}, round {x[best]:.0f}"
@@ -192,12 +242,15 @@ def comparison(
     path: the file to write.
     title: what the picture shows, data set included.
     highlight: the arm drawn darker, if it is among them.
-    references: by name, [L, L] confusion matrices of, say, a human reader; lines through accuracy and MCC.
+    references: by name, [L, L] confusion matrices of, say, a human reader; lines through accuracy
+      and MCC.
   """
   fields = {"accuracy": "accuracy", "mcc": "MCC", "macro_roc_auc": "macro ROC-AUC (one-vs-one)"}
   lowest = min(0.0, *(float(np.nanmin([r.low.mcc, 0.0])) for r in results.values()))
   lowest = lowest - 0.04 if lowest else 0.0
-  figure = Figure(figsize=(10.5, 0.52 * len(results) + (2.1 if references else 1.7)), layout="constrained")
+  figure = Figure(
+    figsize=(10.5, 0.52 * len(results) + (2.1 if references else 1.7)), layout="constrained"
+  )
   all_axes = figure.subplots(1, 3, sharey=True)
   for axes, (field, name) in zip(all_axes, fields.items(), strict=True):
     for y, (arm, r) in enumerate(results.items()):
@@ -208,11 +261,21 @@ def comparison(
       axes.barh(y, value, height=0.62, color=BLUE if arm == highlight else "#A9C9E3")
       axes.plot([low, high], [y, y], color=INK, linewidth=1.6)
       axes.plot([low, high], [y, y], "|", color=INK, markersize=7)
-      axes.text(np.nanmax([value, high]) + 0.03, y, f"{value:.3f}", va="center", fontsize=9, color=INK, bbox=BACKDROP)
+      axes.text(
+        np.nanmax([value, high]) + 0.03,
+        y,
+        f"{value:.3f}",
+        va="center",
+        fontsize=9,
+        color=INK,
+        bbox=BACKDROP,
+      )
     for i, (reference, cm) in enumerate((references or {}).items()):
       if field != "macro_roc_auc":
         x = float(getattr(metrics, field)(np.asarray(cm)))
-        axes.axvline(x, color=ORANGE, linewidth=1.6, linestyle=DASHES[(i + 1) % len(DASHES)], label=reference)
+        axes.axvline(
+          x, color=ORANGE, linewidth=1.6, linestyle=DASHES[(i + 1) % len(DASHES)], label=reference
+        )
     axes.set_title(name, fontsize=10.5)
     # Room right of 1 for the numbers.
     axes.set(xlim=(lowest if field == "mcc" else 0, 1.24), xticks=[0, 0.25, 0.5, 0.75, 1])
@@ -223,7 +286,12 @@ def comparison(
   all_axes[0].set_yticks(range(len(results)), [textwrap.fill(arm, 24) for arm in results])
   all_axes[0].set_ylim(len(results) - 0.5, -0.5)
   if references:
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=9)
+    figure.legend(
+      *all_axes[0].get_legend_handles_labels(),
+      loc="outside lower center",
+      frameon=False,
+      fontsize=9,
+    )
   _save(figure, path, title)
 
 
@@ -242,6 +310,9 @@ def _tidy(axes: Axes) -> None:
 def _save(figure: Figure, path: str | pathlib.Path, title: str) -> None:
   width = int(figure.get_figwidth() * 9.5)  # characters of the title's size that fit a line
   figure.suptitle(
-    "\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=12, fontweight="bold", color=INK
+    "\n".join(textwrap.fill(line, width) for line in title.splitlines()),
+    fontsize=12,
+    fontweight="bold",
+    color=INK,
   )
   figure.savefig(path, dpi=150, facecolor="white")

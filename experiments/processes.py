@@ -1,9 +1,11 @@
-"""A federated run with one operating-system process a site: who starts them, and how each joins the others.
+"""A federated run with one operating-system process a site: who starts them, and how each joins the
+others.
 
-Each process reads its own site's images only and holds its own keys and secrets; what crosses between them is the
-protocol of `primia_jax.secagg`. The process of site 0 is also host to the server, which learns sums only. The run
-folder is where they find each other: its `identities` hold public keys, which are pinned on first use, so that whoever
-can write there while a run starts could stand in for a site that has not come yet.
+Each process reads its own site's images only and holds its own keys and secrets; what crosses
+between them is the protocol of `primia_jax.secagg`. The process of site 0 is also host to the
+server, which learns sums only. The run folder is where they find each other: its `identities` hold
+public keys, which are pinned on first use, so that whoever can write there while a run starts could
+stand in for a site that has not come yet.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ class Seat(NamedTuple):
 def connect(config: Train, folder: pathlib.Path, seat: Seat) -> sites.Placement:
   """Makes this process's identity, pins the others' and joins them.
 
-  The first clears away what an earlier start has left and makes the books alike, and listens then; the others wait for
-  that, so that however they are started none pins an old identity or goes on from another book.
+  The first clears away what an earlier start has left and makes the books alike, and listens then;
+  the others wait for that, so that however they are started none pins an old identity or goes on
+  from another book.
 
   Raises:
     Lost: the others do not come.
@@ -57,7 +60,8 @@ def connect(config: Train, folder: pathlib.Path, seat: Seat) -> sites.Placement:
   is_place = host and port.isdecimal() and 0 < int(port) < 2**16
   if not is_place or not 0 <= seat.number < config.num_sites:
     raise ValueError(
-      f"coordinator={seat.address!r} with process_id={seat.number}: write HOST:PORT, and a site's number below "
+      f"coordinator={seat.address!r} with process_id={seat.number}: write HOST:PORT, and a site's "
+      f"number below "
       f"{config.num_sites}"
     )
   address, known, server = (host, int(port)), folder / IDENTITIES, None
@@ -68,7 +72,9 @@ def connect(config: Train, folder: pathlib.Path, seat: Seat) -> sites.Placement:
     try:
       listener = transport.listen(*address)
     except OSError as e:
-      raise ValueError(f"coordinator={seat.address!r}: the first process cannot listen there ({e})") from e
+      raise ValueError(
+        f"coordinator={seat.address!r}: the first process cannot listen there ({e})"
+      ) from e
     server = transport.Host(listener, config.num_sites, seat.timeout, identity)
     exchange.publish(known, exchange.SERVER, identity)
   else:
@@ -87,10 +93,13 @@ def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathli
   A site whose process ends is lost to the run, which goes on while enough are left.
 
   Raises:
-    RuntimeError: the first process failed, or another before it could take part; the message names the log.
+    RuntimeError: the first process failed, or another before it could take part; the message names
+      the log.
   """
   children = start(module, arguments, num_sites, folder)
-  before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # no child is left behind
+  before = signal.signal(
+    signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+  )  # no child is left behind
   try:
     lost = watch(children, folder)
   finally:
@@ -100,13 +109,16 @@ def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathli
       child.wait()
   if lost:
     print(
-      f"warning: sites {lost} were lost, and are not in what was trained after that; see {_logs(folder, lost)}. A run "
+      f"warning: sites {lost} were lost, and are not in what was trained after that; see "
+      f"{_logs(folder, lost)}. A run "
       "that is started again takes them back",
       file=sys.stderr,
     )
 
 
-def start(module: str, arguments: Sequence[str], num_sites: int, folder: pathlib.Path) -> list[subprocess.Popen]:
+def start(
+  module: str, arguments: Sequence[str], num_sites: int, folder: pathlib.Path
+) -> list[subprocess.Popen]:
   """Starts one process for each site, in a run folder that no older identities are left in."""
   _clear(folder / IDENTITIES)  # before the first does, since `watch` looks there
   with socket.socket() as probe:
@@ -114,7 +126,14 @@ def start(module: str, arguments: Sequence[str], num_sites: int, folder: pathlib
     address = f"127.0.0.1:{probe.getsockname()[1]}"
   children = []
   for i in range(num_sites):
-    command = [sys.executable, "-m", module, *arguments, f"--coordinator={address}", f"--process_id={i}"]
+    command = [
+      sys.executable,
+      "-m",
+      module,
+      *arguments,
+      f"--coordinator={address}",
+      f"--process_id={i}",
+    ]
     output = (folder / f"process_{i}.log").open("w") if i else None
     children.append(subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT))
   return children
@@ -133,9 +152,14 @@ def watch(children: Sequence[subprocess.Popen], folder: pathlib.Path) -> list[in
       if i in lost or not child.poll():
         continue
       if not (folder / IDENTITIES / exchange.file_name(i)).is_file():
-        raise RuntimeError(f"the process of site {i} ended before it could take part; see {_logs(folder, [i])}")
+        raise RuntimeError(
+          f"the process of site {i} ended before it could take part; see {_logs(folder, [i])}"
+        )
       lost.append(i)
-      print(f"\nsite {i}'s process has ended, code {child.returncode}; see {_logs(folder, [i])}", file=sys.stderr)
+      print(
+        f"\nsite {i}'s process has ended, code {child.returncode}; see {_logs(folder, [i])}",
+        file=sys.stderr,
+      )
     time.sleep(0.1)
   end = time.monotonic() + _PATIENCE
   while any(child.poll() is None for child in children) and time.monotonic() < end:
@@ -143,14 +167,17 @@ def watch(children: Sequence[subprocess.Popen], folder: pathlib.Path) -> list[in
   if children[0].returncode:
     others = _logs(folder, range(1, len(children)))
     raise RuntimeError(
-      f"the process of site 0, which is host to the server, failed: see above, and {others}. Start again with the same "
+      f"the process of site 0, which is host to the server, failed: see above, and {others}. Start "
+      f"again with the same "
       "--run_dir to go on from the last round that was saved"
     )
   return [i for i, child in enumerate(children) if child.poll() != 0]
 
 
 def home(folder: pathlib.Path, number: int) -> pathlib.Path:
-  """Where in an arm's folder a site's process keeps its own: the first in the folder itself, which the report reads."""
+  """Where in an arm's folder a site's process keeps its own: the first in the folder itself, which
+  the report reads.
+  """
   return folder / f"site_{number}" if number else folder
 
 

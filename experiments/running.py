@@ -26,13 +26,16 @@ _POOLED, _LOCAL = "pooled", "local"
 
 
 def prepare_devices(placement: str) -> None:
-  """Gives a CPU one JAX device for each core where sites may run on a mesh; must come before anything uses JAX."""
+  """Gives a CPU one JAX device for each core where sites may run on a mesh; must come before
+  anything uses JAX.
+  """
   if placement in ("auto", "mesh"):
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # no effect on accelerators
 
 
 def open_run(config: settings.Train, run_dir: str) -> pathlib.Path:
-  """Creates the run folder, or finds the same run in it to go on with; before anything is trained, settings may change.
+  """Creates the run folder, or finds the same run in it to go on with; before anything is trained,
+  settings may change.
 
   Raises:
     ValueError: the folder holds a run with other settings, or something else.
@@ -47,9 +50,13 @@ def open_run(config: settings.Train, run_dir: str) -> pathlib.Path:
       settings.save(config, saved)
     elif changed:
       listed = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
-      raise ValueError(f"{folder} holds a run with other settings ({listed}); use another --run_dir")
+      raise ValueError(
+        f"{folder} holds a run with other settings ({listed}); use another --run_dir"
+      )
   elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f"{folder} is not empty and holds no run (no config.json); use another --run_dir")
+    raise ValueError(
+      f"{folder} is not empty and holds no run (no config.json); use another --run_dir"
+    )
   folder.mkdir(parents=True, exist_ok=True)
   if not saved.is_file():
     settings.save(config, saved)
@@ -96,9 +103,13 @@ def alone(path: pathlib.Path) -> Iterator[None]:
   """Two processes that wrote one ledger would each overwrite what the other has spent."""
   with path.open("w") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however that ends
+      fcntl.flock(
+        file, fcntl.LOCK_EX | fcntl.LOCK_NB
+      )  # which ends with the process, however that ends
     except BlockingIOError:
-      raise ValueError(f"another process is at work in {path.parent}; wait for it or stop it") from None
+      raise ValueError(
+        f"another process is at work in {path.parent}; wait for it or stop it"
+      ) from None
     yield
 
 
@@ -117,9 +128,13 @@ def _run(
   model_config = learning.model_config(config, len(label_names))
   model = models.build(model_config)
   everyone = tuple(range(config.num_sites))
-  placement = processes.connect(config, folder, seat) if seat else sites.parse_placement(config.placement)
+  placement = (
+    processes.connect(config, folder, seat) if seat else sites.parse_placement(config.placement)
+  )
 
-  plan: list[tuple[str, tuple[int, ...], bool]] = [("federated", everyone, True)] if federated else []
+  plan: list[tuple[str, tuple[int, ...], bool]] = (
+    [("federated", everyone, True)] if federated else []
+  )
   if _POOLED in baselines or not federated:
     plan.append((_POOLED, everyone, False))
   if _LOCAL in baselines:
@@ -127,11 +142,16 @@ def _run(
 
   cohorts: dict[str, training.Cohort] = {}
   for name, members, together in plan:
-    train, validation = (p if together else inputs.merge(p, members) for p in (images.train, images.validation))
+    train, validation = (
+      p if together else inputs.merge(p, members) for p in (images.train, images.validation)
+    )
     mine = np.asarray(everyone if together else (0,), np.int32)
-    cohorts[name] = training.Cohort(name, train, validation, mine if process is None else mine[process : process + 1])
+    cohorts[name] = training.Cohort(
+      name, train, validation, mine if process is None else mine[process : process + 1]
+    )
   predict = training.predictor(model)
-  # One trainer for the federation and one that all single cohorts share; privacy depends on a cohort's own size.
+  # One trainer for the federation and one that all single cohorts share; privacy depends on a
+  # cohort's own size.
   kind = lambda cohort: (len(cohort.train.sites) > 1, cohort.name if config.dp != "none" else "")
   trainers = {}
   for key in dict.fromkeys(map(kind, cohorts.values())):
@@ -153,23 +173,35 @@ def _run(
     return {}
   main_arm = plan[0][0]
   main = arms[main_arm]
-  facts = {f"{name}: {what}": value for name, arm in arms.items() for what, value in arm.facts.items()}
+  facts = {
+    f"{name}: {what}": value for name, arm in arms.items() for what, value in arm.facts.items()
+  }
   save_model(folder / "model", main.models)
   about = {"label_names": list(label_names), "model": dataclasses.asdict(model_config)}
   (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
   radiologist = {}
-  if label_names == ("normal", "bacterial", "viral") and len(images.test) == 624 and config.data != "phantom":
-    radiologist = {"radiologist (PriMIA)": [[189, 3, 42], [67, 85, 90], [13, 11, 124]]}  # Kaissis et al. 2021
+  if (
+    label_names == ("normal", "bacterial", "viral")
+    and len(images.test) == 624
+    and config.data != "phantom"
+  ):
+    radiologist = {
+      "radiologist (PriMIA)": [[189, 3, 42], [67, 85, 90], [13, 11, 124]]
+    }  # Kaissis et al. 2021
   return report.write_report(
     folder,
     title=f"Federated training, {config.num_sites} sites" if federated else "Pooled training",
     data_name=images.test.name,
-    arms={name: report.Arm(images.test.labels, probabilities[name]) for name in _report_order(arms)},
+    arms={
+      name: report.Arm(images.test.labels, probabilities[name]) for name in _report_order(arms)
+    },
     label_names=label_names,
     config=dataclasses.asdict(config) | facts,
     versions=report.versions(),
     rounds=main.rows,
-    secure_aggregation=secure_aggregation_facts(config, images, main.models[0]) if federated else None,
+    secure_aggregation=secure_aggregation_facts(config, images, main.models[0])
+    if federated
+    else None,
     privacy=main.privacy,
     references=radiologist,
     main_arm=main_arm,
@@ -178,7 +210,11 @@ def _run(
 
 
 def _report_order(arms: dict[str, Any]) -> list[str]:
-  return [name for name in (*(a for a in arms if a.startswith(_LOCAL)), _POOLED, "federated") if name in arms]
+  return [
+    name
+    for name in (*(a for a in arms if a.startswith(_LOCAL)), _POOLED, "federated")
+    if name in arms
+  ]
 
 
 def secure_aggregation_facts(
@@ -191,14 +227,17 @@ def secure_aggregation_facts(
   secure = learning.secure_sum(config, num_sites)
   numbers = sum(np.size(a) for a in jax.tree.leaves(model))
   encoding = {
-    "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction bits",
+    "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction "
+    f"bits",
     "largest magnitude of a number in an update": secure.max_abs,
     "largest magnitude of a sum before overflow": secure.fixed.max_abs,
     "largest quantisation error of a sum": secure.error_bound,
     "bytes of a masked update": numbers * secagg.bytes_per_number(secure),
   }
   if config.dp_noise == "distributed":  # which has an encoding of its own
-    encoding = {"ring": f"integers modulo 2^{secure.fixed.num_bits}; their encoding stands under privacy"}
+    encoding = {
+      "ring": f"integers modulo 2^{secure.fixed.num_bits}; their encoding stands under privacy"
+    }
   return {
     "sites in a sum": secure.num_sites,
     "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
@@ -206,21 +245,31 @@ def secure_aggregation_facts(
     **encoding,
     "who learns what": "the server sees sums only; " + _whose_keys(config, secure),
     "known to all": (
-      f"sizes of the smallest and largest site: {min(images.train.sizes)} and {max(images.train.sizes)} training images"
+      f"sizes of the smallest and largest site: {min(images.train.sizes)} and "
+      f"{max(images.train.sizes)} training images"
     ),
   }
 
 
 def _whose_keys(config: settings.Train, secure: secagg.SecureSum) -> str:
   if config.placement == "processes":
-    keys = "each site's process agrees on keys with the others anew for each sum, and no other process knows them"
+    keys = (
+      "each site's process agrees on keys with the others anew for each sum, and no other "
+      "process knows them"
+    )
     return f"{keys}; all sites see the sums, too"
-  return "keys are agreed and shared anew for each sum" if secure.threshold else "pair keys come from a trusted dealer"
+  return (
+    "keys are agreed and shared anew for each sum"
+    if secure.threshold
+    else "pair keys come from a trusted dealer"
+  )
 
 
 def save_model(folder: pathlib.Path, trained: list[tuple[Params, ModelState]]) -> None:
   """Saves models for `evaluate`, replacing older ones; called by the first process alone."""
-  alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="model")
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix="model"
+  )
   with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
     tree = [{"params": params, "model_state": model_state} for params, model_state in trained]
     checkpointer.save(folder.absolute(), {"models": tree}, force=True)
@@ -232,13 +281,16 @@ def load_model(
   """Loads what `save_model` saved.
 
   Returns:
-    (model, its parameters and state, one pair for each site where FedBN was used, label names, its configuration).
+    (model, its parameters and state, one pair for each site where FedBN was used, label names, its
+    configuration).
 
   Raises:
     FileNotFoundError: the folder holds no finished run.
   """
   about = settings.load(pathlib.Path(run_dir) / "model.json")
-  config = models.ModelConfig(**about["model"] | {"image_shape": tuple(about["model"]["image_shape"])})
+  config = models.ModelConfig(
+    **about["model"] | {"image_shape": tuple(about["model"]["image_shape"])}
+  )
   with ocp.StandardCheckpointer() as checkpointer:
     tree = checkpointer.restore((pathlib.Path(run_dir) / "model").absolute())
   trained = [(m["params"], m["model_state"] or {}) for m in tree["models"]]
@@ -254,7 +306,9 @@ def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:
   try:
     from tensorboardX import SummaryWriter
   except ImportError as error:
-    raise ValueError("--tensorboard needs tensorboardX: pip install 'primia-jax[tensorboard]'") from error
+    raise ValueError(
+      "--tensorboard needs tensorboardX: pip install 'primia-jax[tensorboard]'"
+    ) from error
   writers: dict[str, Any] = {}
 
   def log(row: dict[str, Any]) -> None:
@@ -275,13 +329,19 @@ def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
   if "NOT PRIVATE" in (result["privacy"] or {}):
     print(f"  NOT PRIVATE: {result['privacy']['NOT PRIVATE']}")
   for name, scores in result["arms"].items():
-    show = lambda field, scores=scores: "{value:.3f} [{low:.3f}, {high:.3f}]".format(**scores[field])
+    show = lambda field, scores=scores: "{value:.3f} [{low:.3f}, {high:.3f}]".format(
+      **scores[field]
+    )
     print(f"  {name:16} accuracy {show('accuracy')}   MCC {show('mcc')}")
   print(f"Report: {folder / 'report.md'}")
 
 
 def _cache_dir() -> pathlib.Path:
-  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "primia_jax" / "xla"
+  return (
+    pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    / "primia_jax"
+    / "xla"
+  )
 
 
 def start(main: Callable[[], None]) -> None:
@@ -296,7 +356,9 @@ def start(main: Callable[[], None]) -> None:
     try:
       main()
     except KeyboardInterrupt:
-      sys.exit("\nstopped; a run that is started again with the same --run_dir goes on from its last round")
+      sys.exit(
+        "\nstopped; a run that is started again with the same --run_dir goes on from its last round"
+      )
     except (ValueError, FileNotFoundError, RuntimeError) as error:
       logging.debug("what led to it:", exc_info=True)  # shown with --verbosity=1
       sys.exit(f"error: {error}")

@@ -1,10 +1,12 @@
-"""Trains a network at several hospitals together; no image and no single update is seen by anybody else.
+"""Trains a network at several hospitals together; no image and no single update is seen by anybody
+else.
 
-  python -m experiments.train_federated --run_dir=runs/first
-  python -m experiments.train_federated --flagfile=experiments/flags/chest_xray.flags --run_dir=runs/chest
+  python -m experiments.train_federated --run_dir=runs/first python -m experiments.train_federated
+  --flagfile=experiments/flags/chest_xray.flags --run_dir=runs/chest
 
-The run folder holds report.md (federated beside pooled and local training), metrics.json, pictures, the model, and one
-JSON line a round. Started again with the same --run_dir, a run that was stopped goes on where it was.
+The run folder holds report.md (federated beside pooled and local training), metrics.json, pictures,
+the model, and one JSON line a round. Started again with the same --run_dir, a run that was stopped
+goes on where it was.
 """
 
 import sys
@@ -15,11 +17,23 @@ from experiments import learning, processes, running, settings
 
 settings.define_flags(settings.Train)
 flags.DEFINE_string("run_dir", None, "folder of the run; created, or gone on with", required=True)
-flags.DEFINE_list("baselines", ["pooled", "local"], "what to train beside the federated model: pooled, local; or empty")
+flags.DEFINE_list(
+  "baselines",
+  ["pooled", "local"],
+  "what to train beside the federated model: pooled, local; or empty",
+)
 flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
-flags.DEFINE_string("coordinator", "", "processes: HOST:PORT of the first, host to the server; to start a single one")
-flags.DEFINE_integer("process_id", -1, "processes: the number of this process's site, with --coordinator")
-flags.DEFINE_float("stage_timeout", 600.0, "processes: seconds that the others wait for a site, its training included")
+flags.DEFINE_string(
+  "coordinator", "", "processes: HOST:PORT of the first, host to the server; to start a single one"
+)
+flags.DEFINE_integer(
+  "process_id", -1, "processes: the number of this process's site, with --coordinator"
+)
+flags.DEFINE_float(
+  "stage_timeout",
+  600.0,
+  "processes: seconds that the others wait for a site, its training included",
+)
 FLAGS = flags.FLAGS
 for _module in ("experiments.settings",):
   flags.adopt_module_key_flags(sys.modules[_module])
@@ -28,7 +42,9 @@ for _module in ("experiments.settings",):
 def main() -> None:
   config = settings.from_flags(settings.Train)
   if config.num_sites < 2:
-    raise ValueError(f"num_sites={config.num_sites}: one site is not a federation; use experiments.train_pooled")
+    raise ValueError(
+      f"num_sites={config.num_sites}: one site is not a federation; use experiments.train_pooled"
+    )
   learning.check(config)
   baselines = [name for name in FLAGS.baselines if name]
   if unknown := set(baselines) - {"pooled", "local"}:
@@ -36,18 +52,25 @@ def main() -> None:
   in_processes = config.placement == "processes"
   for name in ("coordinator", "process_id", "stage_timeout"):
     if FLAGS[name].present and not in_processes:
-      raise ValueError(f"{name}={FLAGS[name].value} belongs to placement=processes, not {config.placement}")
+      raise ValueError(
+        f"{name}={FLAGS[name].value} belongs to placement=processes, not {config.placement}"
+      )
   if FLAGS.process_id >= 0 and not FLAGS.coordinator:
-    raise ValueError(f"process_id={FLAGS.process_id} starts a single process: give --coordinator=HOST:PORT, too")
+    raise ValueError(
+      f"process_id={FLAGS.process_id} starts a single process: give --coordinator=HOST:PORT, too"
+    )
   if FLAGS.coordinator and not 0 <= FLAGS.process_id < config.num_sites:
     raise ValueError(
-      f"process_id={FLAGS.process_id}; use 0 to {config.num_sites - 1}, the number of this process's site"
+      f"process_id={FLAGS.process_id}; use 0 to {config.num_sites - 1}, the number of this "
+      f"process's site"
     )
   if not 0 < FLAGS.stage_timeout < float("inf"):
     raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
   if in_processes:
     if "baselines" in FLAGS and FLAGS["baselines"].present and baselines:
-      raise ValueError("placement=processes: no process may read all sites' images, so there are no baselines")
+      raise ValueError(
+        "placement=processes: no process may read all sites' images, so there are no baselines"
+      )
     baselines = []
   if in_processes and not FLAGS.coordinator:
     folder = running.open_run(config, FLAGS.run_dir)

@@ -2,8 +2,8 @@
 
   python -m experiments.train_pooled --run_dir=runs/pooled
 
-Takes the flags of train_federated; those of sites decide only how validation images are chosen. It is the same code as
-federated training, with one site.
+Takes the flags of train_federated; those of sites decide only how validation images are chosen. It
+is the same code as federated training, with one site.
 """
 
 import sys

@@ -1,4 +1,6 @@
-"""Trains one arm of an experiment (federated, pooled, or one site alone) with checkpoints, and predicts with it."""
+"""Trains one arm of an experiment (federated, pooled, or one site alone) with checkpoints, and
+predicts with it.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,15 @@ class Trainer(NamedTuple):
   Attributes:
     algorithm, rounds: what is trained, and how.
     validate: see `_validation`.
-    count_classes: (key, dealer_key, site numbers, Loader) -> images, or patients, of each class, [L].
+    count_classes: (key, dealer_key, site numbers, Loader) -> images, or patients, of each class,
+      [L].
     schedule: learning rate by time in rounds.
     placement: where the site axis runs.
     num_sampled: sites in a round.
     max_examples, max_validated: rows to which the sites' images are padded.
     privacy: of the sites' units, if any.
-    features: what images become before they are loaded, once and for all; None where they stay as they are.
+    features: what images become before they are loaded, once and for all; None where they stay as
+      they are.
   """
 
   algorithm: federated.Algorithm
@@ -71,7 +75,8 @@ class Trainer(NamedTuple):
 
 
 class Arm(NamedTuple):
-  """A trained arm: its best models (one for each site where some parameters stay there) and its JSON lines.
+  """A trained arm: its best models (one for each site where some parameters stay there) and its
+  JSON lines.
 
   Attributes:
     privacy: what a report says of it; None without.
@@ -90,7 +95,9 @@ def make_trainer(
   cohorts: Sequence[Cohort],
   placement: sites.Placement,
 ) -> Trainer:
-  """Makes what trains any of the cohorts: all of several sites, or all of one; with privacy, a single cohort."""
+  """Makes what trains any of the cohorts: all of several sites, or all of one; with privacy, a
+  single cohort.
+  """
   num_classes = model_config.num_classes
   num_sites = len(cohorts[0].train.sites)
   together = num_sites > 1
@@ -98,33 +105,56 @@ def make_trainer(
   work = learning.work(settings, tuple(n for cohort in cohorts for n in cohort.train.sizes))
   max_validated = max(n for cohort in cohorts for n in cohort.validation.sizes)
   units = (
-    [inputs.patients(c.train, i) for c in cohorts for i in range(len(c.train.sites))] if by_patient(settings) else []
+    [inputs.patients(c.train, i) for c in cohorts for i in range(len(c.train.sites))]
+    if by_patient(settings)
+    else []
   )
   sizes = [int(u.max()) + 1 for u in units] or [n for cohort in cohorts for n in cohort.train.sizes]
   rows_per_unit = max((int(np.bincount(u).max()) for u in units), default=1)
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
   num_parameters = sum(a.size for a in jax.tree.leaves(params))
   least = learning.min_survivors(learning.secure_sum(settings, num_sampled)) if together else None
-  privacy = None  # of whole sites there is none where one trains by itself: it sends no update to noise
+  privacy = (
+    None  # of whole sites there is none where one trains by itself: it sends no update to noise
+  )
   if together or settings.dp != "site":
     privacy = private.make(settings, sizes, num_sampled, num_parameters, least)
   features = _features(model_config) if settings.augment == "none" and not settings.mixup else None
-  recipe = learning.recipe(settings, model, work, num_classes, privacy, rows_per_unit, features is not None)
-  algorithm = learning.algorithm(settings, recipe, privacy) if together else learning.alone(settings, recipe)
+  recipe = learning.recipe(
+    settings, model, work, num_classes, privacy, rows_per_unit, features is not None
+  )
+  algorithm = (
+    learning.algorithm(settings, recipe, privacy) if together else learning.alone(settings, recipe)
+  )
   aggregator = federated.alone()
   if together:
     aggregator = learning.private_aggregator(settings, num_sampled, privacy, params, model_state)
 
-  def counting(largest: float) -> federated.Aggregator:  # counts are summed securely, however updates are combined
-    return federated.securely(learning.secure_sum(settings, num_sites, largest)) if together else federated.alone()
+  def counting(
+    largest: float,
+  ) -> federated.Aggregator:  # counts are summed securely, however updates are combined
+    return (
+      federated.securely(learning.secure_sum(settings, num_sites, largest))
+      if together
+      else federated.alone()
+    )
 
   return Trainer(
     algorithm,
     federated.federated(algorithm, aggregator, placement),
-    _validation(algorithm, model, num_classes, counting(_MAX_LOSS * max_validated), placement, features is not None),
+    _validation(
+      algorithm,
+      model,
+      num_classes,
+      counting(_MAX_LOSS * max_validated),
+      placement,
+      features is not None,
+    ),
     _class_counting(
       num_classes,
-      counting(work.max_examples + 10 * settings.dp_count_noise),  # the noise ends at 6.8 deviations
+      counting(
+        work.max_examples + 10 * settings.dp_count_noise
+      ),  # the noise ends at 6.8 deviations
       placement,
       settings.dp_count_noise if settings.dp != "none" else 0.0,
     ),
@@ -143,7 +173,9 @@ def by_patient(settings: Train) -> bool:
 
 
 def _features(config: models.ModelConfig) -> Callable[[np.ndarray], np.ndarray] | None:
-  """What the model computes before its first parameter, of any number of stored images, batch by batch."""
+  """What the model computes before its first parameter, of any number of stored images, batch by
+  batch.
+  """
   transform = models.features(config)
   if transform is None:
     return None
@@ -151,7 +183,9 @@ def _features(config: models.ModelConfig) -> Callable[[np.ndarray], np.ndarray] 
 
   def apply(images: np.ndarray) -> np.ndarray:
     flat = images.reshape(-1, *images.shape[-3:])
-    batches = (flat[np.resize(np.arange(i, min(i + 64, len(flat))), 64)] for i in range(0, len(flat), 64))
+    batches = (
+      flat[np.resize(np.arange(i, min(i + 64, len(flat))), 64)] for i in range(0, len(flat), 64)
+    )
     out = np.concatenate([np.asarray(run(batch)) for batch in batches])[: len(flat)]
     return out.reshape(*images.shape[:-3], *out.shape[1:])
 
@@ -177,13 +211,16 @@ def train(
     log: called with each round's line.
 
   Raises:
-    RuntimeError: a site's update did not fit the encoding of secure aggregation, or training diverged.
+    RuntimeError: a site's update did not fit the encoding of secure aggregation, or training
+      diverged.
     ValueError: the ledger of an earlier start is damaged, or of another number of sites.
   """
   everyone = np.arange(len(cohort.train.sites), dtype=np.int32)
   algorithm, placement = trainer.algorithm, trainer.placement
   key = jax.random.key(settings.seed)
-  dealer_key = np.asarray(prng.random_key())  # fresh at every start, so that no mask is ever used twice
+  dealer_key = np.asarray(
+    prng.random_key()
+  )  # fresh at every start, so that no mask is ever used twice
   exchange, is_first = placement.exchange, placement.index == 0
   own_folder = processes.home(folder, placement.index)
   own_folder.mkdir(exist_ok=True)
@@ -191,8 +228,12 @@ def train(
   repeatable = privacy is not None and settings.dp_seed >= 0
   if privacy is not None:
     book = books.Book(privacy, len(everyone), own_folder / books.LEDGER)
-  train_data = _loader(cohort.train, trainer.max_examples, cohort.mine, placement, settings, trainer, True)
-  validation_data = _loader(cohort.validation, trainer.max_validated, cohort.mine, placement, settings, trainer)
+  train_data = _loader(
+    cohort.train, trainer.max_examples, cohort.mine, placement, settings, trainer, True
+  )
+  validation_data = _loader(
+    cohort.validation, trainer.max_validated, cohort.mine, placement, settings, trainer
+  )
   class_weights = None
   if settings.class_weights:
     counts = None if book is None else book.counts
@@ -217,7 +258,8 @@ def train(
     range(int(state.round), settings.rounds),
     desc=cohort.name + (" (NOT PRIVATE)" if repeatable else ""), unit="round",
     initial=int(state.round), total=settings.rounds, disable=not is_first,
-    bar_format="{desc}: {bar:20} round {n_fmt}/{total_fmt}{postfix}  [{elapsed} gone, {remaining} left]",
+    bar_format="{desc}: {bar:20} round {n_fmt}/{total_fmt}{postfix}  [{elapsed} gone, {remaining} "
+               "left]",
   )  # fmt: skip
   for round_index in bar:
     if settings.patience and round_index - int(best.round) >= settings.patience:
@@ -227,13 +269,19 @@ def train(
     lost = learning.dropouts(settings, round_index, len(ids)) if len(everyone) > 1 else None
     if book is not None and privacy is not None:
       if not book.within_budget(ids.tolist()):
-        again = ", since correlated noise is charged whole at each start" if privacy.correlated else ""
-        bar.set_postfix_str(f"  stopped: another round would exceed epsilon {privacy.target:g}{again}")
+        again = (
+          ", since correlated noise is charged whole at each start" if privacy.correlated else ""
+        )
+        bar.set_postfix_str(
+          f"  stopped: another round would exceed epsilon {privacy.target:g}{again}"
+        )
         break
       book.spend_round(ids.tolist())  # before anything is released
     clip = site_privacy.l2_clip_norm(state.server)
     try:
-      state, info = trainer.rounds.step(key, state, ids, train_data, dealer_key, class_weights, lost)
+      state, info = trainer.rounds.step(
+        key, state, ids, train_data, dealer_key, class_weights, lost
+      )
     except secagg.RoundAborted as error:
       bar.write(f"round {round_index + 1}: {error}")
       state = state._replace(round=state.round + 1)
@@ -241,9 +289,12 @@ def train(
     if int(info.out_of_range):
       checkpoints.close()
       raise RuntimeError(
-        f"round {round_index + 1}: at {int(info.out_of_range)} of {len(ids)} sites the update held a number beyond "
-        f"secagg_max_abs={settings.secagg_max_abs} or not finite. The round was not applied. If training diverges, "
-        "lower --learning_rate; else raise --secagg_max_abs. Start again with another --run_dir, since a run keeps its "
+        f"round {round_index + 1}: at {int(info.out_of_range)} of {len(ids)} sites the update held "
+        f"a number beyond "
+        f"secagg_max_abs={settings.secagg_max_abs} or not finite. The round was not applied. If "
+        f"training diverges, "
+        "lower --learning_rate; else raise --secagg_max_abs. Start again with another --run_dir, "
+        "since a run keeps its "
         "settings"
       )
     row = {
@@ -255,7 +306,9 @@ def train(
       "update_norm": float(info.update_norm),
       "learning_rate": float(trainer.schedule(jnp.float32(round_index))),
       **({} if lost is None and exchange is None else {"survivors": int(info.survivors)}),
-      **({} if exchange is None else {"lost": [i for i in ids.tolist() if i not in exchange.sites]}),
+      **(
+        {} if exchange is None else {"lost": [i for i in ids.tolist() if i not in exchange.sites]}
+      ),
       **({} if book is None else {"epsilon": book.epsilon}),
       **({} if clip is None else {"l2_clip_norm": clip}),
       **({"NOT PRIVATE": "dp_seed"} if repeatable else {}),
@@ -280,21 +333,35 @@ def train(
   )
   personal = jax.tree.leaves(best.sites) and algorithm.name == "fedbn"
   kept = [jax.tree.map(lambda a, i=i: a[i], best.sites) for i in everyone] if personal else []
-  shared = serve(None) if settings.dp_average else (best.params, best.model_state)  # the average needs nothing kept
+  shared = (
+    serve(None) if settings.dp_average else (best.params, best.model_state)
+  )  # the average needs nothing kept
   trained = [serve(k) for k in kept] or [shared]
   facts: dict[str, Any] = {"best round": int(best.round), "validation MCC": float(best.mcc)}
   facts["rounds trained"] = len(rows)
   if aborted := int(state.round) - len(rows):
-    facts["rounds aborted, too few sites being left"] = f"{aborted}{', charged all the same' if book else ''}"
+    facts["rounds aborted, too few sites being left"] = (
+      f"{aborted}{', charged all the same' if book else ''}"
+    )
   if exchange is not None:
-    lost_once = {i for row in rows for i in row.get("lost", ())} | set(everyone.tolist()) - set(exchange.sites)
+    lost_once = {i for row in rows for i in row.get("lost", ())} | set(everyone.tolist()) - set(
+      exchange.sites
+    )
     facts["sites lost in some round"] = sorted(lost_once) or "none"
-  said = books.facts(settings, privacy, book.ledgers) if privacy is not None and book is not None else None
+  said = (
+    books.facts(settings, privacy, book.ledgers)
+    if privacy is not None and book is not None
+    else None
+  )
   return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
 
 
-def predictor(model: models.Model) -> Callable[[list[tuple[Params, ModelState]], Dataset], np.ndarray]:
-  """Makes (trained models, images) -> the probabilities [N, L] of each image; of several models, their mean."""
+def predictor(
+  model: models.Model,
+) -> Callable[[list[tuple[Params, ModelState]], Dataset], np.ndarray]:
+  """Makes (trained models, images) -> the probabilities [N, L] of each image; of several models,
+  their mean.
+  """
 
   @jax.jit
   def probabilities(params, model_state, images):
@@ -313,9 +380,11 @@ def predictor(model: models.Model) -> Callable[[list[tuple[Params, ModelState]],
 def _class_counting(
   num_classes: int, aggregator: federated.Aggregator, placement: sites.Placement, count_noise: float
 ) -> Callable[..., np.ndarray]:
-  """Sums class counts over sites; with count_noise, each site adds Gaussian noise of that deviation to its own.
+  """Sums class counts over sites; with count_noise, each site adds Gaussian noise of that deviation
+  to its own.
 
-  Where patients are the unit, the images of each count as 1 together: the release is charged for a change by 1.
+  Where patients are the unit, the images of each count as 1 together: the release is charged for a
+  change by 1.
   """
 
   def site_fn(shared: Any, kept: PyTree, site: federated.Site) -> tuple[PyTree, PyTree]:
@@ -325,13 +394,17 @@ def _class_counting(
       share = share / jnp.maximum(of_unit[site.units], 1.0)
     counts = jnp.sum(jax.nn.one_hot(site.labels, num_classes) * share[:, None], axis=0)
     if count_noise and site.secret is not None:
-      counts = counts + noise.gaussian_like(prng.derive(site.secret, _COUNTS), 0, counts, count_noise)
+      counts = counts + noise.gaussian_like(
+        prng.derive(site.secret, _COUNTS), 0, counts, count_noise
+      )
     return counts, kept
 
   total = federated.total_over_sites(site_fn, aggregator, placement, federated.COUNTING)
   make_links = federated.link(aggregator, placement, federated.COUNTING)
 
-  def count(key: Key, dealer_key: np.ndarray, ids: np.ndarray, loader: federated.Loader) -> np.ndarray:
+  def count(
+    key: Key, dealer_key: np.ndarray, ids: np.ndarray, loader: federated.Loader
+  ) -> np.ndarray:
     links = make_links(key, np.int32(0), ids, dealer_key)
     counts, *_ = total((), np.int32(0), ids, links, (), loader)
     return np.round(np.asarray(counts))
@@ -360,7 +433,8 @@ def _loader(
       site = site._replace(secret=np.stack([secrets[i] for i in ids.tolist()]))
       if by_patient(settings):
         padded = [
-          np.pad(u, (0, max_examples - len(u)), constant_values=-1) for u in (inputs.patients(part, i) for i in ids)
+          np.pad(u, (0, max_examples - len(u)), constant_values=-1)
+          for u in (inputs.patients(part, i) for i in ids)
         ]
         site = site._replace(units=np.stack(padded))
     return site
@@ -371,24 +445,40 @@ def _loader(
   placed = sites.put(stacked, placement)
   everything = lambda ids: np.array_equal(ids, mine)
   return federated.Loader(
-    lambda ids: placed if everything(ids) else jax.tree.map(lambda a: a[np.searchsorted(mine, ids)], stacked)
+    lambda ids: (
+      placed if everything(ids) else jax.tree.map(lambda a: a[np.searchsorted(mine, ids)], stacked)
+    )
   )
 
 
 def _validation(
-  algorithm: federated.Algorithm, model: models.Model, num_classes: int, aggregator: federated.Aggregator,
-  placement: sites.Placement, prepared: bool,
-) -> Callable[..., dict[str, float]]:  # fmt: skip
+  algorithm: federated.Algorithm,
+  model: models.Model,
+  num_classes: int,
+  aggregator: federated.Aggregator,
+  placement: sites.Placement,
+  prepared: bool,
+) -> Callable[..., dict[str, float]]:
   prepare = (lambda images: images) if prepared else learning.normalise
   count_errors = local.count_errors(model.apply, prepare, num_classes, _PREDICTION_BATCH)
 
-  def site_fn(shared: federated.Global, kept: PyTree, site: federated.Site) -> tuple[PyTree, PyTree]:
-    return count_errors(*algorithm.personal(shared, kept), site.images, site.labels, site.num_examples), ()
+  def site_fn(
+    shared: federated.Global, kept: PyTree, site: federated.Site
+  ) -> tuple[PyTree, PyTree]:
+    return count_errors(
+      *algorithm.personal(shared, kept), site.images, site.labels, site.num_examples
+    ), ()
 
   total = federated.total_over_sites(site_fn, aggregator, placement, federated.EVALUATION)
   make_links = federated.link(aggregator, placement, federated.EVALUATION)
 
-  def validate(key: Key, state: federated.State, ids: np.ndarray, dealer_key: np.ndarray, loader: federated.Loader):
+  def validate(
+    key: Key,
+    state: federated.State,
+    ids: np.ndarray,
+    dealer_key: np.ndarray,
+    loader: federated.Loader,
+  ):
     shared = federated.Global(
       state.params, state.model_state, state.server, state.round, sites.replicate(key, placement)
     )
@@ -396,7 +486,8 @@ def _validation(
     sums, _, out_of_range = total(shared, state.round, ids, links, state.sites, loader)
     if int(out_of_range):
       raise RuntimeError(
-        f"validation after round {int(state.round)}: at {int(out_of_range)} of {len(ids)} sites the loss is not finite "
+        f"validation after round {int(state.round)}: at {int(out_of_range)} of {len(ids)} sites "
+        f"the loss is not finite "
         f"or above {_MAX_LOSS} per image; training has diverged: lower --learning_rate"
       )
     confusion = np.round(np.asarray(sums["confusion"]))
@@ -411,7 +502,9 @@ def _validation(
 
 
 def _read_rows(path: pathlib.Path, finished: int) -> list[dict[str, Any]]:
-  """The lines of the finished rounds; later ones, of a round that was not saved, are dropped from the file."""
+  """The lines of the finished rounds; later ones, of a round that was not saved, are dropped from
+  the file.
+  """
   if not path.is_file():
     return []
   rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["round"] <= finished]

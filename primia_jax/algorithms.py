@@ -1,7 +1,7 @@
 """Federated algorithms, each a few lines over the contract of `federated`.
 
-Notation: x global parameters, y_i a site's parameters after its steps, Delta_i = y_i - x, w_i = n_i / n_max the weight
-of a site with n_i examples (or 1), sums over the sites of a round.
+Notation: x global parameters, y_i a site's parameters after its steps, Delta_i = y_i - x, w_i = n_i
+/ n_max the weight of a site with n_i examples (or 1), sums over the sites of a round.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ def fedavg(
   Args:
     recipe: how a site trains.
     weighting: by examples, or uniform.
-    keep_optimizer: the site's optimiser keeps its state from round to round instead of starting anew.
-    server_optimizer: what the server does with the negative mean update as a gradient; None adds the mean.
+    keep_optimizer: the site's optimiser keeps its state from round to round instead of starting
+      anew.
+    server_optimizer: what the server does with the negative mean update as a gradient; None adds
+      the mean.
     proximal: see `fedprox`.
     stays: see `fedbn`.
     name: as reports print it.
@@ -48,16 +50,26 @@ def fedavg(
 
   def init_site(params: Params, model_state: ModelState) -> PyTree:
     optimizer = recipe.optimizer(jnp.float32(0)).init(params) if keep_optimizer else ()
-    return {"optimizer": optimizer, "personal": _split(params, model_state, stays)[0], "noise": _noise(recipe, params)}
+    return {
+      "optimizer": optimizer,
+      "personal": _split(params, model_state, stays)[0],
+      "noise": _noise(recipe, params),
+    }
 
   def personal(server: Global, kept: PyTree) -> tuple[Params, ModelState]:
     return _join(kept["personal"], (server.params, server.model_state))
 
   def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
     start, statistics = personal(server, kept)
-    pull = lambda grads, params: jax.tree.map(lambda g, y, x: g + proximal * (y - x), grads, params, start)
-    opt_state = kept["optimizer"] if keep_optimizer else recipe.optimizer(jnp.float32(0)).init(start)
-    trained = _train(recipe, server, site, start, statistics, opt_state, kept["noise"], pull if proximal else None)
+    pull = lambda grads, params: jax.tree.map(
+      lambda g, y, x: g + proximal * (y - x), grads, params, start
+    )
+    opt_state = (
+      kept["optimizer"] if keep_optimizer else recipe.optimizer(jnp.float32(0)).init(start)
+    )
+    trained = _train(
+      recipe, server, site, start, statistics, opt_state, kept["noise"], pull if proximal else None
+    )
     weight = _weight(recipe, site, weighting)
     mine, shared = _split(trained.params, trained.model_state, stays)
     _, before = _split(start, statistics, stays)
@@ -83,21 +95,30 @@ def fedavg(
     return *everything, opt_state, total["metrics"]
 
   def init_server(params: Params) -> PyTree:
-    return () if server_optimizer is None else server_optimizer.init(_split(params, {}, stays)[1][0])
+    return (
+      () if server_optimizer is None else server_optimizer.init(_split(params, {}, stays)[1][0])
+    )
 
-  return Algorithm(name, init_server, init_site, site, server, personal, weighting == "uniform", stays is None)
+  return Algorithm(
+    name, init_server, init_site, site, server, personal, weighting == "uniform", stays is None
+  )
 
 
 def fedprox(recipe: local.Recipe, proximal: float, **kwargs) -> Algorithm:
-  """FedProx (Li et al. 2020, eq. 2): FedAvg with proximal / 2 ||y - x||^2 added to every site's loss."""
+  """FedProx (Li et al. 2020, eq. 2): FedAvg with proximal / 2 ||y - x||^2 added to every site's
+  loss.
+  """
   return fedavg(recipe, proximal=proximal, name="fedprox", **kwargs)
 
 
-def fedopt(recipe: local.Recipe, server_optimizer: optax.GradientTransformation, **kwargs) -> Algorithm:
-  """FedOpt (Reddi et al. 2021, algorithm 2): the server's optimiser takes the mean update for a negative gradient.
+def fedopt(
+  recipe: local.Recipe, server_optimizer: optax.GradientTransformation, **kwargs
+) -> Algorithm:
+  """FedOpt (Reddi et al. 2021, algorithm 2): the server's optimiser takes the mean update for a
+  negative gradient.
 
-  `optax.adam`, `yogi`, `adagrad` and `sgd(momentum=)` give FedAdam, FedYogi, FedAdagrad and FedAvgM. (The paper's
-  FedAdam leaves Adam's bias correction out; optax makes it.)
+  `optax.adam`, `yogi`, `adagrad` and `sgd(momentum=)` give FedAdam, FedYogi, FedAdagrad and
+  FedAvgM. (The paper's FedAdam leaves Adam's bias correction out; optax makes it.)
   """
   return fedavg(recipe, server_optimizer=server_optimizer, name="fedopt", **kwargs)
 
@@ -114,10 +135,12 @@ def fedbn(recipe: local.Recipe, is_norm_parameter: Callable[[str], bool], **kwar
 
 
 def averaged(algorithm: Algorithm, decay: float) -> Algorithm:
-  """The same algorithm, evaluated with an exponential average of the global parameters over rounds (De et al. 2022).
+  """The same algorithm, evaluated with an exponential average of the global parameters over rounds
+  (De et al. 2022).
 
-  Round t counts min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage. The average follows from
-  what the server has opened already, so that under differential privacy it costs nothing.
+  Round t counts min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage. The
+  average follows from what the server has opened already, so that under differential privacy it
+  costs nothing.
 
   Args:
     algorithm: which keeps all parameters global.
@@ -149,10 +172,11 @@ def averaged(algorithm: Algorithm, decay: float) -> Algorithm:
 
 
 def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) -> Algorithm:
-  """SCAFFOLD (Karimireddy et al. 2020, algorithm 1, option II): control variates against drift between sites.
+  """SCAFFOLD (Karimireddy et al. 2020, algorithm 1, option II): control variates against drift
+  between sites.
 
-  Sites step along g - c_i + c. The new c_i is c_i - c + (x - y_i) / (sum of the steps' rates); the server adds
-  sum (change of c_i) / num_sites to c. Sound for plain SGD only. Sites count uniformly.
+  Sites step along g - c_i + c. The new c_i is c_i - c + (x - y_i) / (sum of the steps' rates); the
+  server adds sum (change of c_i) / num_sites to c. Sound for plain SGD only. Sites count uniformly.
 
   Args:
     recipe: how a site trains; its optimiser must be `optax.sgd` without momentum.
@@ -165,7 +189,9 @@ def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) 
 
   def zeros(params: Params) -> PyTree:
     if _has_state(recipe, params):
-      raise ValueError("SCAFFOLD corrects plain gradient steps only; use optax.sgd without momentum")
+      raise ValueError(
+        "SCAFFOLD corrects plain gradient steps only; use optax.sgd without momentum"
+      )
     return jax.tree.map(jnp.zeros_like, params)
 
   def init_site(params: Params, model_state: ModelState) -> PyTree:
@@ -174,8 +200,12 @@ def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) 
   def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
     opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
     own = kept["control"]
-    correct = lambda grads, params: jax.tree.map(lambda g, own, c: g - own + c, grads, own, server.server)
-    trained = _train(recipe, server, site, server.params, server.model_state, opt_state, kept["noise"], correct)
+    correct = lambda grads, params: jax.tree.map(
+      lambda g, own, c: g - own + c, grads, own, server.server
+    )
+    trained = _train(
+      recipe, server, site, server.params, server.model_state, opt_state, kept["noise"], correct
+    )
     update, statistics = _change(trained, server)
     change = jax.tree.map(lambda c, u: -c - u / trained.rate_sum, server.server, update)  # of c_i
     message = {
@@ -193,24 +223,32 @@ def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) 
     control = jax.tree.map(lambda c, t: c + t / num_sites, server.server, total["control"])
     return params, model_state, control, total["metrics"]
 
-  # Not uniform: the control variates enter as a sum over the round's sites, which a rule's one message is not.
-  return Algorithm("scaffold", zeros, init_site, site, server, _global, uniform=False, shares_statistics=True)
+  # Not uniform: the control variates enter as a sum over the round's sites, which a rule's one
+  # message is not.
+  return Algorithm(
+    "scaffold", zeros, init_site, site, server, _global, uniform=False, shares_statistics=True
+  )
 
 
-def fednova(recipe: local.Recipe, *, momentum: float = 0.0, weighting: Weighting = "examples") -> Algorithm:
-  """FedNova (Wang et al. 2020, eq. 6): averages directions per step, so that sites with more steps do not pull more.
+def fednova(
+  recipe: local.Recipe, *, momentum: float = 0.0, weighting: Weighting = "examples"
+) -> Algorithm:
+  """FedNova (Wang et al. 2020, eq. 6): averages directions per step, so that sites with more steps
+  do not pull more.
 
-  x <- x + tau_eff sum p_i Delta_i / a_i with p_i = w_i / sum w, tau_eff = sum p_i a_i, and a_i the accumulated weight
-  of a site's gradients: its number of steps tau, or with momentum rho
-  (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho).
+  x <- x + tau_eff sum p_i Delta_i / a_i with p_i = w_i / sum w, tau_eff = sum p_i a_i, and a_i the
+  accumulated weight of a site's gradients: its number of steps tau, or with momentum rho (tau - rho
+  (1 - rho^tau) / (1 - rho)) / (1 - rho).
 
   Args:
-    recipe: how a site trains; its optimiser must be `optax.sgd` with this momentum, its state starting anew each round.
+    recipe: how a site trains; its optimiser must be `optax.sgd` with this momentum, its state
+      starting anew each round.
     momentum: rho.
     weighting: by examples, or uniform.
 
   Raises:
-    ValueError: for a momentum outside [0, 1), or, from `init`, for an optimiser that does not go with it.
+    ValueError: for a momentum outside [0, 1), or, from `init`, for an optimiser that does not go
+      with it.
   """
   if not 0 <= momentum < 1:
     raise ValueError(f"momentum={momentum} must lie in [0, 1)")
@@ -233,17 +271,26 @@ def fednova(recipe: local.Recipe, *, momentum: float = 0.0, weighting: Weighting
 
   def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
     steps = most * total["steps"] / total["weight"]
-    params = jax.tree.map(lambda x, d: x + steps * d / total["weight"], server.params, total["direction"])
-    model_state = jax.tree.map(lambda x, u: x + u / total["weight"], server.model_state, total["statistics"])
+    params = jax.tree.map(
+      lambda x, d: x + steps * d / total["weight"], server.params, total["direction"]
+    )
+    model_state = jax.tree.map(
+      lambda x, u: x + u / total["weight"], server.model_state, total["statistics"]
+    )
     return params, model_state, (), total["metrics"]
 
   def nothing(params: Params) -> PyTree:
     if _has_state(recipe, params) != (momentum > 0):
-      raise ValueError(f"FedNova was told momentum={momentum}; the sites' optimiser must be optax.sgd with just that")
+      raise ValueError(
+        f"FedNova was told momentum={momentum}; the sites' optimiser must be optax.sgd with just "
+        f"that"
+      )
     return ()
 
   init_site = lambda params, model_state: _noise(recipe, params)
-  return Algorithm("fednova", nothing, init_site, site, server, _global, uniform=False, shares_statistics=True)
+  return Algorithm(
+    "fednova", nothing, init_site, site, server, _global, uniform=False, shares_statistics=True
+  )
 
 
 def _noise(recipe: local.Recipe, params: Params) -> PyTree:
@@ -263,12 +310,33 @@ def _global(server: Global, kept: PyTree) -> tuple[Params, ModelState]:
   return server.params, server.model_state
 
 
-def _train(recipe: local.Recipe, server: Global, site: Site, params, model_state, opt_state, noise, correct=None):
+def _train(
+  recipe: local.Recipe,
+  server: Global,
+  site: Site,
+  params,
+  model_state,
+  opt_state,
+  noise,
+  correct=None,
+):
   order_key = jax.random.fold_in(jax.random.fold_in(server.key, ORDER), site.id)
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(server.key, STEPS), server.round), site.id)
+  key = jax.random.fold_in(
+    jax.random.fold_in(jax.random.fold_in(server.key, STEPS), server.round), site.id
+  )
   run = local.train(recipe, correct)
   data, hidden = (site.images, site.labels, site.num_examples), (site.secret, site.units, noise)
-  return run(params, model_state, opt_state, *data, server.round, order_key, key, server.class_weights, *hidden)
+  return run(
+    params,
+    model_state,
+    opt_state,
+    *data,
+    server.round,
+    order_key,
+    key,
+    server.class_weights,
+    *hidden,
+  )
 
 
 def _change(trained: local.Trained, server: Global) -> tuple[Params, ModelState]:
@@ -283,12 +351,18 @@ def _weight(recipe: local.Recipe, site: Site, weighting: Weighting) -> Array:
 
 
 def _scaled(recipe: local.Recipe, metrics: Metrics) -> Metrics:
-  """Sums over a round divided by the most examples that a round can have, so that they fit any message."""
+  """Sums over a round divided by the most examples that a round can have, so that they fit any
+  message.
+  """
   return jax.tree.map(lambda m: m / (recipe.work.max_steps * recipe.work.batch_size), metrics)
 
 
-def _split(params: Params, model_state: ModelState, stays: Callable[[str], bool] | None) -> tuple[PyTree, PyTree]:
-  """Parts (params, model_state) into what stays at the site and what is shared; absent leaves are None."""
+def _split(
+  params: Params, model_state: ModelState, stays: Callable[[str], bool] | None
+) -> tuple[PyTree, PyTree]:
+  """Parts (params, model_state) into what stays at the site and what is shared; absent leaves are
+  None.
+  """
   if stays is None:
     return (), (params, model_state)
   is_mine = lambda path: stays(jax.tree_util.keystr(path, simple=True, separator="/"))

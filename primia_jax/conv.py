@@ -1,11 +1,12 @@
 """Convolution and pooling that stay fast under every transformation.
 
-XLA:CPU has one fast convolution kernel, and it is reached only by plain NHWC x HWIO -> NHWC convolutions on maps no
-smaller than the kernel. JAX's own gradients (other dimension orders) inside `scan` or `while`, its batching rule
-(grouped convolutions) under `vmap` with one kernel per site, and small maps all miss it, and run 30 to 100 times
-slower. Here both gradients are again plain convolutions, `vmap` runs them one site after the other, and small maps
-become a matrix product. On accelerators XLA's own forms are good and are left alone. Every form is differentiable in
-reverse any number of times; on CPU none is in forward mode.
+XLA:CPU has one fast convolution kernel, and it is reached only by plain NHWC x HWIO -> NHWC
+convolutions on maps no smaller than the kernel. JAX's own gradients (other dimension orders) inside
+`scan` or `while`, its batching rule (grouped convolutions) under `vmap` with one kernel per site,
+and small maps all miss it, and run 30 to 100 times slower. Here both gradients are again plain
+convolutions, `vmap` runs them one site after the other, and small maps become a matrix product. On
+accelerators XLA's own forms are good and are left alone. Every form is differentiable in reverse
+any number of times; on CPU none is in forward mode.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ Pair = tuple[int, int]
 
 
 class Geometry(NamedTuple):
-  """The static part of a convolution, each a value per spatial axis, as `lax.conv_general_dilated` has them."""
+  """The static part of a convolution, each a value per spatial axis, as `lax.conv_general_dilated`
+  has them.
+  """
 
   strides: Pair
   padding: tuple[Pair, Pair]
@@ -35,9 +38,14 @@ class Geometry(NamedTuple):
 
 
 def conv(
-  x: Array, w: Array | Tapped, *, strides: Sequence[int] = (1, 1), padding: str | Sequence[Sequence[int]] = "SAME"
+  x: Array,
+  w: Array | Tapped,
+  *,
+  strides: Sequence[int] = (1, 1),
+  padding: str | Sequence[Sequence[int]] = "SAME",
 ) -> Array:
-  """Two-dimensional convolution (cross-correlation), fast on CPU under jit, scan, vmap, grad and shard_map.
+  """Two-dimensional convolution (cross-correlation), fast on CPU under jit, scan, vmap, grad and
+  shard_map.
 
   Args:
     x: [B, H, W, C] images.
@@ -49,11 +57,15 @@ def conv(
     [B, H', W', O], equal to `lax.conv_general_dilated` up to rounding.
   """
   if x.ndim != 4 or len(w.shape) != 4 or x.shape[3] != w.shape[2]:
-    raise ValueError(f"conv takes x [B, H, W, C] and w [kh, kw, C, O], not {list(x.shape)} and {list(w.shape)}")
+    raise ValueError(
+      f"conv takes x [B, H, W, C] and w [kh, kw, C, O], not {list(x.shape)} and {list(w.shape)}"
+    )
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(x.shape[1:3], w.shape[:2], strides, padding)
   (top, bottom), (left, right) = padding
-  geometry = Geometry((int(strides[0]), int(strides[1])), ((int(top), int(bottom)), (int(left), int(right))))
+  geometry = Geometry(
+    (int(strides[0]), int(strides[1])), ((int(top), int(bottom)), (int(left), int(right)))
+  )
   if isinstance(w, Tapped):
     rows = functools.partial(_patches, w_shape=w.shape, geometry=geometry)
     return tapped.linear(x, w, functools.partial(_apply, geometry=geometry), lambda x: rows(x)[0])
@@ -63,25 +75,35 @@ def conv(
 def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
   """Maximum over square windows of [B, H, W, C]; incomplete windows at the far edges are dropped.
 
-  Elementwise maxima of rows, then of columns: the gradient is elementwise too, where that of `lax.reduce_window` is a
-  slow select-and-scatter on CPU. Where several elements are largest, their gradients share.
+  Elementwise maxima of rows, then of columns: the gradient is elementwise too, where that of
+  `lax.reduce_window` is a slow select-and-scatter on CPU. Where several elements are largest, their
+  gradients share.
   """
   return _reduce_windows(jnp.maximum, x, window, stride, padding, -jnp.inf)
 
 
 def mean_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
-  """Mean over square windows of [B, H, W, C], padding counting as zeros; incomplete far windows are dropped."""
+  """Mean over square windows of [B, H, W, C], padding counting as zeros; incomplete far windows are
+  dropped.
+  """
   return _reduce_windows(jnp.add, x, window, stride, padding, 0.0) / window**2
 
 
 def _reduce_windows(
-  operator: Callable[[Array, Array], Array], x: Array, window: int, stride: int, padding: int, fill: float
+  operator: Callable[[Array, Array], Array],
+  x: Array,
+  window: int,
+  stride: int,
+  padding: int,
+  fill: float,
 ) -> Array:
   if padding:
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=fill)
   for axis in (1, 2):
     last = x.shape[axis] - window + 1
-    x = functools.reduce(operator, [lax.slice_in_dim(x, i, i + last, stride, axis) for i in range(window)])
+    x = functools.reduce(
+      operator, [lax.slice_in_dim(x, i, i + last, stride, axis) for i in range(window)]
+    )
   return x
 
 
@@ -92,7 +114,9 @@ def _apply(x: Array, w: Array, geometry: Geometry) -> Array:
 
 
 def _same_varying_axes(x: Array, w: Array) -> tuple[Array, Array]:
-  """Inside `shard_map`, casts a replicated operand to vary like the other; its gradient is then summed over devices."""
+  """Inside `shard_map`, casts a replicated operand to vary like the other; its gradient is then
+  summed over devices.
+  """
   x_axes, w_axes = (jax.typeof(a).manual_axis_type.varying for a in (x, w))
   if w_axes - x_axes:
     x = lax.pcast(x, tuple(w_axes - x_axes), to="varying")
@@ -124,7 +148,9 @@ def _input_gradient(g: Array, w: Array, x_shape: Sequence[int], geometry: Geomet
     x_size, w_size, g_size = _dilated_sizes(x_shape, w.shape, g.shape, geometry, axis)
     low = w_size - 1 - geometry.padding[axis][0]
     padding.append((low, x_size + w_size - 1 - g_size - low))
-  transposed = Geometry(geometry.lhs_dilation, (padding[0], padding[1]), geometry.strides, geometry.rhs_dilation)
+  transposed = Geometry(
+    geometry.lhs_dilation, (padding[0], padding[1]), geometry.strides, geometry.rhs_dilation
+  )
   return _conv(g, w[::-1, ::-1].transpose(0, 1, 3, 2), transposed)
 
 
@@ -134,12 +160,18 @@ def _kernel_gradient(x: Array, g: Array, w_shape: Sequence[int], geometry: Geome
     x_size, w_size, g_size = _dilated_sizes(x.shape, w_shape, g.shape, geometry, axis)
     low = geometry.padding[axis][0]
     padding.append((low, g_size + w_size - 1 - x_size - low))
-  transposed = Geometry(geometry.rhs_dilation, (padding[0], padding[1]), geometry.lhs_dilation, geometry.strides)
+  transposed = Geometry(
+    geometry.rhs_dilation, (padding[0], padding[1]), geometry.lhs_dilation, geometry.strides
+  )
   return _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), transposed).transpose(1, 2, 0, 3)
 
 
 def _dilated_sizes(
-  x_shape: Sequence[int], w_shape: Sequence[int], g_shape: Sequence[int], geometry: Geometry, axis: int
+  x_shape: Sequence[int],
+  w_shape: Sequence[int],
+  g_shape: Sequence[int],
+  geometry: Geometry,
+  axis: int,
 ) -> tuple[int, int, int]:
   """The sizes, along a spatial axis, of images, kernel and gradient after dilation."""
   return (
@@ -150,7 +182,9 @@ def _dilated_sizes(
 
 
 def _site_by_site(fn: Callable[[Array, Array], Array], x: Array, w: Array) -> Array:
-  """fn(x, w), whose `vmap` runs fn site after site; sites that share the kernel become one large batch."""
+  """fn(x, w), whose `vmap` runs fn site after site; sites that share the kernel become one large
+  batch.
+  """
 
   @jax.custom_batching.custom_vmap
   def run(x: Array, w: Array) -> Array:
@@ -171,23 +205,30 @@ def _site_by_site(fn: Callable[[Array, Array], Array], x: Array, w: Array) -> Ar
 
 def _fastest(x: Array, w: Array, geometry: Geometry) -> Array:
   seen, cropped = _crop(x, geometry)
-  fits = all((w.shape[a] - 1) * cropped.rhs_dilation[a] < seen.shape[1 + a] * cropped.lhs_dilation[a] for a in range(2))
-  # XLA would exchange a small map, counted before its dilation, with a larger kernel, and then miss its fast form, or
-  # abort where it leaves one axis of the two as it is.
+  fits = all(
+    (w.shape[a] - 1) * cropped.rhs_dilation[a] < seen.shape[1 + a] * cropped.lhs_dilation[a]
+    for a in range(2)
+  )
+  # XLA would exchange a small map, counted before its dilation, with a larger kernel, and then miss
+  # its fast form, or abort where it leaves one axis of the two as it is.
   smaller = any(seen.shape[1 + a] < w.shape[a] for a in range(2))
   return _plain(seen, w, cropped) if fits and not smaller else _matrix_product(x, w, geometry)
 
 
 def _crop(x: Array, geometry: Geometry) -> tuple[Array, Geometry]:
-  """The images without what negative padding cuts off, and the same convolution of them with no negative padding.
+  """The images without what negative padding cuts off, and the same convolution of them with no
+  negative padding.
 
-  The gradient of padding wider than the kernel has it; there XLA:CPU may read what lies beyond the images for zeros
-  (jax 0.10; openxla/xla#48713).
+  The gradient of padding wider than the kernel has it; there XLA:CPU may read what lies beyond the
+  images for zeros (jax 0.10; openxla/xla#48713).
   """
   padding = list(geometry.padding)
   for axis, dilation in enumerate(geometry.lhs_dilation):
-    low, high = (max(0, -(p // dilation)) for p in padding[axis])  # whole elements, before their dilation
-    # Not `lax.slice`, which would be an operation even of the whole: two convolutions of x would open it twice.
+    low, high = (
+      max(0, -(p // dilation)) for p in padding[axis]
+    )  # whole elements, before their dilation
+    # Not `lax.slice`, which would be an operation even of the whole: two convolutions of x would
+    # open it twice.
     x = x[(slice(None),) * (1 + axis) + (slice(low, max(low, x.shape[1 + axis] - high)),)]
     padding[axis] = (padding[axis][0] + low * dilation, padding[axis][1] + high * dilation)
   return x, geometry._replace(padding=(padding[0], padding[1]))
@@ -214,7 +255,10 @@ def _matrix_product(x: Array, w: Array, geometry: Geometry) -> Array:
 
 def _patches(x: Array, w_shape: Sequence[int], geometry: Geometry) -> tuple[Array, Pair]:
   """What a kernel of shape w_shape sees, [B H' W', kh kw C], and (H', W')."""
-  spatial = [(low, high, d - 1) for (low, high), d in zip(geometry.padding, geometry.lhs_dilation, strict=True)]
+  spatial = [
+    (low, high, d - 1)
+    for (low, high), d in zip(geometry.padding, geometry.lhs_dilation, strict=True)
+  ]
   x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *spatial, (0, 0, 0)])
   kh, kw = w_shape[:2]
   (sh, sw), (dh, dw) = geometry.strides, geometry.rhs_dilation
@@ -223,5 +267,7 @@ def _patches(x: Array, w_shape: Sequence[int], geometry: Geometry) -> tuple[Arra
   columns = [x[:, :, j * dw : j * dw + (width - 1) * sw + 1 : sw] for j in range(kw)]
   x = jnp.stack(columns, axis=3)  # first along rows alone, so that the second copies longer pieces
   rows = [x[:, i * dh : i * dh + (height - 1) * sh + 1 : sh] for i in range(kh)]
-  patches = jnp.stack(rows, axis=3)  # not `concatenate`, for each of whose pieces XLA:CPU forms the columns anew
+  patches = jnp.stack(
+    rows, axis=3
+  )  # not `concatenate`, for each of whose pieces XLA:CPU forms the columns anew
   return patches.reshape(-1, kh * kw * x.shape[-1]), (height, width)

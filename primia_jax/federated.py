@@ -1,8 +1,10 @@
-"""Federated rounds: what a site sends, how the messages are combined, and what the server makes of their sum.
+"""Federated rounds: what a site sends, how the messages are combined, and what the server makes of
+their sum.
 
-An `Algorithm` says what one site computes and what the server does with the sum of the sites' messages; an `Aggregator`
-says how that sum is formed (in the clear, under masks, or by a robust rule); `federated` joins the two over a placement
-of the site axis. A message is all that ever leaves a site, training loss and counts included.
+An `Algorithm` says what one site computes and what the server does with the sum of the sites'
+messages; an `Aggregator` says how that sum is formed (in the clear, under masks, or by a robust
+rule); `federated` joins the two over a placement of the site axis. A message is all that ever
+leaves a site, training loss and counts included.
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ from primia_jax.secagg import simulation
 from primia_jax.secagg.exchange import Terms
 from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree
 
-TRAINING, EVALUATION, COUNTING = range(3)  # purposes: masks of one round are never used for two of them
-ORDER, STEPS, GRAPH, SAMPLING = range(4)  # uses of a run's key, folded in first: no two draw from the same stream
+TRAINING, EVALUATION, COUNTING = range(
+  3
+)  # purposes: masks of one round are never used for two of them
+ORDER, STEPS, GRAPH, SAMPLING = range(
+  4
+)  # uses of a run's key, folded in first: no two draw from the same stream
 
 
 class Site(NamedTuple):
@@ -33,9 +39,10 @@ class Site(NamedTuple):
     images: [N, H, W, C] as stored; rows beyond `num_examples` are padding.
     labels: [N] int32.
     num_examples: int32.
-    secret: [8] uint32, known to the site alone, from which private training draws its batches and its noise; None
-      where training is not private.
-    units: [N] int32, the patient of each image, numbered from 0 and -1 for padding; None where each image counts alone.
+    secret: [8] uint32, known to the site alone, from which private training draws its batches and
+      its noise; None where training is not private.
+    units: [N] int32, the patient of each image, numbered from 0 and -1 for padding; None where each
+      image counts alone.
   """
 
   id: Array
@@ -64,9 +71,10 @@ class Algorithm(NamedTuple):
     name: as a user writes it.
     init_server: params -> the server's own state.
     init_site: (params, model_state) -> what one site keeps from round to round.
-    site: (Global, what the site keeps, Site) -> (message, what the site keeps). A message is a pytree of float32 whose
-      sum over sites `server` understands.
-    server: (Global, sum of messages) -> (params, model_state, server state, training metrics up to a common factor).
+    site: (Global, what the site keeps, Site) -> (message, what the site keeps). A message is a
+      pytree of float32 whose sum over sites `server` understands.
+    server: (Global, sum of messages) -> (params, model_state, server state, training metrics up to
+      a common factor).
     personal: (Global, what a site keeps) -> (params, model_state) with which that site works.
     uniform: every message counts the same and only their mean matters, as robust rules need.
     shares_statistics: model_state (BatchNorm statistics) is part of the message.
@@ -88,18 +96,20 @@ class Aggregator(NamedTuple):
   Attributes:
     name: as reports print it.
     protect: (message, site id, links, (round, purpose)) -> what the site sends.
-    encode: as `protect`, without the masks: what sites apart give to an exchange, which masks; None where there are no
-      ring elements.
+    encode: as `protect`, without the masks: what sites apart give to an exchange, which masks; None
+      where there are no ring elements.
     num_bits: k of the ring in which `encode` is summed.
     open: sum of what was sent -> (sum of messages, number of sites whose message was out of range).
-    unmask: (sum of what was sent, the masks that lost sites leave in it, (round, purpose)) -> what `open` takes.
-    rule: None for the sum over sites, or a robust rule on the messages stacked, [K, ...] -> [...]; they are then seen
-      one by one, and the result stands for the sum over one site.
+    unmask: (sum of what was sent, the masks that lost sites leave in it, (round, purpose)) -> what
+      `open` takes.
+    rule: None for the sum over sites, or a robust rule on the messages stacked, [K, ...] -> [...];
+      they are then seen one by one, and the result stands for the sum over one site.
     num_sites: how many sites a round must have; None for any number.
     num_peers: how many peers `links` hold for each site.
-    threshold: how many of a site and its peers must answer when sites are lost; None where none may be lost, or where
-      there are no peers and a lost site is simply absent.
-    min_survivors: how many sites' messages must come, e.g. for the noise that each brings; else a round is aborted.
+    threshold: how many of a site and its peers must answer when sites are lost; None where none may
+      be lost, or where there are no peers and a lost site is simply absent.
+    min_survivors: how many sites' messages must come, e.g. for the noise that each brings; else a
+      round is aborted.
     secure: only the sum is seen.
   """
 
@@ -148,9 +158,11 @@ class Loader(NamedTuple):
 
 
 class State(NamedTuple):
-  """The state of a federated run: the global model, the server's and the sites' own ([S, ...]), and rounds begun.
+  """The state of a federated run: the global model, the server's and the sites' own ([S, ...]), and
+  rounds begun.
 
-  A refused round counts too: another attempt must not use its masks again, nor draw the same batches.
+  A refused round counts too: another attempt must not use its masks again, nor draw the same
+  batches.
   """
 
   params: Params
@@ -182,9 +194,10 @@ class FederatedAlgorithm(NamedTuple):
 
   Attributes:
     init: (params, model_state, num_sites) -> State.
-    step: (key, State, site numbers [K], Loader, dealer_key [8] uint32, class_weights=None, dropouts=None) -> (State,
-      Info), with class_weights [L] and `secagg.Dropouts`. A lost site adds nothing to the sum and keeps what it had. It
-      raises `secagg.RoundAborted` where too many are lost; go on with the State's round advanced by one.
+    step: (key, State, site numbers [K], Loader, dealer_key [8] uint32, class_weights=None,
+      dropouts=None) -> (State, Info), with class_weights [L] and `secagg.Dropouts`. A lost site
+      adds nothing to the sum and keeps what it had. It raises `secagg.RoundAborted` where too many
+      are lost; go on with the State's round advanced by one.
   """
 
   init: Callable[[Params, ModelState, int], State]
@@ -192,7 +205,9 @@ class FederatedAlgorithm(NamedTuple):
 
 
 def in_the_clear() -> Aggregator:
-  """The plain sum. The server sees every site's message; a sum that is not finite counts as one site out of range."""
+  """The plain sum. The server sees every site's message; a sum that is not finite counts as one
+  site out of range.
+  """
 
   def open_total(total: PyTree) -> tuple[PyTree, Array]:
     finite = jnp.stack([jnp.isfinite(t).all() for t in jax.tree.leaves(total)]).all()
@@ -216,14 +231,18 @@ def securely(config: secagg.SecureSum) -> Aggregator:
   bare = dataclasses.replace(config, masked=False)
   return Aggregator(
     name="secure aggregation",
-    protect=lambda message, site_id, links, nonce: secagg.protect(message, site_id, links, nonce, config),
+    protect=lambda message, site_id, links, nonce: secagg.protect(
+      message, site_id, links, nonce, config
+    ),
     open=lambda total: secagg.open_sum(total, config),
     num_sites=config.num_sites,
     num_peers=config.num_peers if config.masked else 0,
     secure=config.masked,
     threshold=config.threshold if config.masked else None,
     unmask=lambda total, residue, nonce: secagg.unmask(total, residue, nonce, config),
-    encode=lambda message, site_id, links, nonce: secagg.protect(message, site_id, links, nonce, bare),
+    encode=lambda message, site_id, links, nonce: secagg.protect(
+      message, site_id, links, nonce, bare
+    ),
     num_bits=config.fixed.num_bits,
   )
 
@@ -243,17 +262,19 @@ def total_over_sites(
     purpose: TRAINING, EVALUATION or COUNTING.
 
   Returns:
-    (shared, round, site numbers [K], Linked, kept [K, ...], Loader)
-    -> (sum of messages, kept [K, ...] of all sites, number of sites out of range). It raises a ValueError for site
-    numbers that are not distinct, or that the aggregator, the placement or the loader cannot serve. Apart, it raises
-    what the exchange does.
+    (shared, round, site numbers [K], Linked, kept [K, ...], Loader) -> (sum of messages, kept [K,
+    ...] of all sites, number of sites out of range). It raises a ValueError for site numbers that
+    are not distinct, or that the aggregator, the placement or the loader cannot serve. Apart, it
+    raises what the exchange does.
 
   Raises:
     ValueError: for sites apart and an aggregator whose sums are not of masked ring elements.
   """
   exchange = placement.exchange
   if exchange is not None and not (aggregator.secure and aggregator.encode):
-    raise ValueError(f"sites apart send nothing but masked ring elements, not {aggregator.name}; use `securely`")
+    raise ValueError(
+      f"sites apart send nothing but masked ring elements, not {aggregator.name}; use `securely`"
+    )
   protect = aggregator.protect if exchange is None else aggregator.encode
   assert protect is not None
 
@@ -277,7 +298,8 @@ def total_over_sites(
     _check_ids(aggregator, ids)
     if aggregator.threshold is not None and linked.purpose != purpose:
       raise ValueError(
-        f"keys of purpose {linked.purpose} for a sum of purpose {purpose}: what peers reveal of them for one sum would "
+        f"keys of purpose {linked.purpose} for a sum of purpose {purpose}: what peers reveal of "
+        f"them for one sum would "
         f"open the other; use link(aggregator, placement, {purpose})"
       )
     piece = len(ids) if loader.piece is None else loader.piece
@@ -285,7 +307,9 @@ def total_over_sites(
       raise ValueError(f"piece={piece} sites at a time; give at least 1, or None for all at once")
     several = exchange is not None or (placement.how == "mesh" and jax.process_count() > 1)
     if several and (piece < len(ids) or not np.array_equal(ids, np.arange(len(ids)))):
-      raise ValueError(f"with several processes each runs its own sites: all take part at once, not {list(ids)}")
+      raise ValueError(
+        f"with several processes each runs its own sites: all take part at once, not {list(ids)}"
+      )
     total, outs = None, []
     for start in range(0, len(ids), piece):
       rows = slice(start, start + piece)
@@ -294,12 +318,16 @@ def total_over_sites(
         theirs = jax.tree.map(lambda a, rows=rows: a[rows], theirs)
       loaded = loader.load(mine)
       if isinstance(loaded.id, np.ndarray) and not np.array_equal(loaded.id, mine):
-        raise ValueError(f"the loader was asked for sites {list(mine)} and returned sites {list(loaded.id)}")
+        raise ValueError(
+          f"the loader was asked for sites {list(mine)} and returned sites {list(loaded.id)}"
+        )
       inputs = (shared, round_index), (sites.put(loaded, placement), *theirs)
       if exchange is None:
         summed, out = run(*inputs)
       else:  # joins the others before it works, so that they see at once when it ends in the middle
-        begun = exchange.begin(jax.eval_shape(run, *inputs)[0], _terms(aggregator, int(round_index), purpose))
+        begun = exchange.begin(
+          jax.eval_shape(run, *inputs)[0], _terms(aggregator, int(round_index), purpose)
+        )
         summed, out = run(*inputs)
         summed = exchange.finish(begun, summed)
       total = summed if total is None else add(total, summed)
@@ -321,18 +349,26 @@ def _terms(aggregator: Aggregator, round_index: int, purpose: int) -> Terms:
 
 def _check_ids(aggregator: Aggregator, ids: np.ndarray) -> None:
   if aggregator.num_sites not in (None, len(ids)):
-    raise ValueError(f"{aggregator.name} was set up for {aggregator.num_sites} sites, but {len(ids)} take part")
+    raise ValueError(
+      f"{aggregator.name} was set up for {aggregator.num_sites} sites, but {len(ids)} take part"
+    )
   if not len(ids) or len(np.unique(ids)) != len(ids) or np.min(ids) < 0:
-    raise ValueError(f"site numbers {list(ids)}; a round needs at least one, all different and none negative")
+    raise ValueError(
+      f"site numbers {list(ids)}; a round needs at least one, all different and none negative"
+    )
 
 
-def link(aggregator: Aggregator, placement: sites.Placement, purpose: int = TRAINING) -> Callable[..., Linked]:
-  """Makes what connects a round's sites: pair keys from the dealer or, with a threshold, agreed and shared anew.
+def link(
+  aggregator: Aggregator, placement: sites.Placement, purpose: int = TRAINING
+) -> Callable[..., Linked]:
+  """Makes what connects a round's sites: pair keys from the dealer or, with a threshold, agreed and
+  shared anew.
 
   Returns:
-    (key, round, site numbers [K], dealer_key, dropouts=None) -> Linked. It raises `secagg.RoundAborted` where too many
-    sites are lost, and a ValueError where the aggregator can do without none. Apart, a site has no peers, since the
-    exchange masks, and a secret of its own, fresh from the operating system.
+    (key, round, site numbers [K], dealer_key, dropouts=None) -> Linked. It raises
+    `secagg.RoundAborted` where too many sites are lost, and a ValueError where the aggregator can
+    do without none. Apart, a site has no peers, since the exchange masks, and a secret of its own,
+    fresh from the operating system.
   """
 
   @jax.jit
@@ -348,7 +384,9 @@ def link(aggregator: Aggregator, placement: sites.Placement, purpose: int = TRAI
 
   def connect(key, round_index, ids, dealer_key, dropouts) -> tuple[secagg.Links, secagg.Residue]:
     if not aggregator.num_peers:
-      return secagg.Links(jnp.zeros((len(ids), 0), jnp.int32), jnp.zeros((len(ids), 0, 8), jnp.uint32)), nothing
+      return secagg.Links(
+        jnp.zeros((len(ids), 0), jnp.int32), jnp.zeros((len(ids), 0, 8), jnp.uint32)
+      ), nothing
     if aggregator.threshold is None:
       return deal(key, round_index, ids, dealer_key), nothing
     nonce, peers = (int(round_index), purpose), np.asarray(draw(key, round_index, ids))
@@ -362,34 +400,47 @@ def link(aggregator: Aggregator, placement: sites.Placement, purpose: int = TRAI
     stages = simulation.check(dropouts, len(ids))
     if placement.exchange is not None:
       if stages.any():
-        raise ValueError("dropouts are simulated where one process plays all sites; sites apart are lost in earnest")
-      alone = secagg.Links(jnp.zeros((1, 0), jnp.int32), jnp.zeros((1, 0, 8), jnp.uint32), prng.random_key()[None])
+        raise ValueError(
+          "dropouts are simulated where one process plays all sites; sites apart are lost in "
+          "earnest"
+        )
+      alone = secagg.Links(
+        jnp.zeros((1, 0), jnp.int32), jnp.zeros((1, 0, 8), jnp.uint32), prng.random_key()[None]
+      )
       return Linked(alone, jnp.ones(1, bool), np.arange(len(ids)), nothing, purpose)
     if aggregator.num_peers and aggregator.threshold is None and stages.any():
-      raise ValueError(f"{aggregator.name} without a threshold can lose no site; give secagg.secure_sum a threshold")
+      raise ValueError(
+        f"{aggregator.name} without a threshold can lose no site; give secagg.secure_sum a "
+        f"threshold"
+      )
     counted = ~stages[:2].any(axis=0)
     if np.sum(counted) < aggregator.min_survivors:
       least = f"{np.sum(counted)} sites' messages came, and {aggregator.min_survivors} must"
       raise secagg.RoundAborted(f"round aborted: {least}")
     links, residue = connect(key, round_index, ids, dealer_key, dropouts)
     links, here = sites.put(sites.local_rows((links, counted), placement), placement)
-    return Linked(links, here, np.flatnonzero(counted), sites.replicate(residue, placement), purpose)
+    return Linked(
+      links, here, np.flatnonzero(counted), sites.replicate(residue, placement), purpose
+    )
 
   return apply
 
 
-def federated(algorithm: Algorithm, aggregator: Aggregator, placement: sites.Placement) -> FederatedAlgorithm:
+def federated(
+  algorithm: Algorithm, aggregator: Aggregator, placement: sites.Placement
+) -> FederatedAlgorithm:
   """Joins an algorithm, an aggregator and a placement, and refuses unsound pairs.
 
-  Who learns what: with `securely`, the server learns the sum of the messages (and what it computes from it); with
-  `in_the_clear` or a robust rule it sees each site's message.
+  Who learns what: with `securely`, the server learns the sum of the messages (and what it computes
+  from it); with `in_the_clear` or a robust rule it sees each site's message.
 
   Raises:
     ValueError: for a robust rule with messages that do not count the same.
   """
   if aggregator.rule is not None and not algorithm.uniform:
     raise ValueError(
-      f"the robust rule {aggregator.name!r} treats all sites alike, but {algorithm.name} weighs its messages; "
+      f"the robust rule {aggregator.name!r} treats all sites alike, but {algorithm.name} weighs "
+      f"its messages; "
       "use uniform weighting and an algorithm such as FedAvg"
     )
   train = total_over_sites(algorithm.site, aggregator, placement, TRAINING)
@@ -398,7 +449,8 @@ def federated(algorithm: Algorithm, aggregator: Aggregator, placement: sites.Pla
   def init(params: Params, model_state: ModelState, num_sites: int) -> State:
     if jax.tree.leaves(model_state) and algorithm.shares_statistics and not aggregator.secure:
       raise ValueError(
-        f"the model's statistics (BatchNorm) would leave each site in the clear under {aggregator.name!r}; "
+        f"the model's statistics (BatchNorm) would leave each site in the clear under "
+        f"{aggregator.name!r}; "
         "use secure aggregation, GroupNorm, or FedBN, which keeps them at the site"
       )
     one = algorithm.init_site(params, model_state)
@@ -409,15 +461,23 @@ def federated(algorithm: Algorithm, aggregator: Aggregator, placement: sites.Pla
     return State(params, model_state, server, sites.put(kept, placement), zero)
 
   @jax.jit
-  def finish(key, state: State, message, had, kept, ids, counted, out_of_range) -> tuple[State, Info]:
+  def finish(
+    key, state: State, message, had, kept, ids, counted, out_of_range
+  ) -> tuple[State, Info]:
     before = Global(state.params, state.model_state, state.server, state.round, key)
     params, model_state, server, metrics = algorithm.server(before, message)
     stays = lambda new, old: jnp.where(counted.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
     kept = jax.tree.map(stays, kept, had)
-    all_kept = kept if ids is None else jax.tree.map(lambda old, new: old.at[ids].set(new), state.sites, kept)
+    all_kept = (
+      kept
+      if ids is None
+      else jax.tree.map(lambda old, new: old.at[ids].set(new), state.sites, kept)
+    )
     after = State(params, model_state, server, all_kept, state.round + 1)
     usable = out_of_range == 0
-    after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, state)._replace(round=after.round)
+    after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, state)._replace(
+      round=after.round
+    )
     change = jax.tree.map(jnp.subtract, after.params, state.params)
     count = jnp.maximum(metrics.num_examples, jnp.finfo(jnp.float32).tiny)
     info = metrics.loss / count, metrics.correct / count, optax.tree.norm(change), out_of_range
@@ -428,7 +488,9 @@ def federated(algorithm: Algorithm, aggregator: Aggregator, placement: sites.Pla
     dropouts: secagg.Dropouts | None = None,
   ):  # fmt: skip
     ids = np.asarray(ids, np.int32)
-    leaves = jax.tree.leaves(state.sites) if placement.exchange is None else []  # apart, of this site alone
+    leaves = (
+      jax.tree.leaves(state.sites) if placement.exchange is None else []
+    )  # apart, of this site alone
     if leaves and np.max(ids, initial=0) >= leaves[0].shape[0]:
       raise ValueError(f"site numbers {list(ids)}; the state holds {leaves[0].shape[0]} sites")
     everyone = not leaves or np.array_equal(ids, np.arange(leaves[0].shape[0]))
@@ -448,13 +510,17 @@ def federated(algorithm: Algorithm, aggregator: Aggregator, placement: sites.Pla
 
 
 def sample_sites(key: Key, round_index: int, num_sites: int, num_sampled: int) -> np.ndarray:
-  """Draws the sites of a round without replacement; sorted int32 [num_sampled], the same for everybody.
+  """Draws the sites of a round without replacement; sorted int32 [num_sampled], the same for
+  everybody.
 
   Raises:
     ValueError: for more sites than there are, or fewer than one.
   """
   if not 1 <= num_sampled <= num_sites:
-    raise ValueError(f"num_sampled={num_sampled} of num_sites={num_sites} sites; give a number from 1 to {num_sites}")
+    raise ValueError(
+      f"num_sampled={num_sampled} of num_sites={num_sites} sites; give a number from 1 to "
+      f"{num_sites}"
+    )
   if num_sampled == num_sites:
     return np.arange(num_sites, dtype=np.int32)
   round_key = jax.random.fold_in(jax.random.fold_in(key, SAMPLING), round_index)

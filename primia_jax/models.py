@@ -1,17 +1,19 @@
 """The shipped image classifiers, and the only module that imports flax.
 
-A model is a pair of pure functions. `init` makes parameters (trained) and model state (BatchNorm statistics, `{}`
-without BatchNorm); `apply` turns images into logits. `build` makes the pair from a `ModelConfig`:
+A model is a pair of pure functions. `init` makes parameters (trained) and model state (BatchNorm
+statistics, `{}` without BatchNorm); `apply` turns images into logits. `build` makes the pair from a
+`ModelConfig`:
 
-  cnn       four convolution blocks and a global mean pool; any image size, trains in seconds on two cores
-  leaf_cnn  conv 32, conv 64, max-pool, dense 128: the small CNN that federated-learning frameworks are timed with
+  cnn       four convolution blocks and a global mean pool; any image size; fast on two cores
+  leaf_cnn  conv 32, conv 64, max-pool, dense 128: the small CNN that federated-learning frameworks
+  are timed with
             (LEAF, arXiv 1812.01097)
   mlp       one hidden layer of 32 units
   resnet18  He et al., arXiv 1512.03385, in torchvision's layout
   vgg16     Simonyan and Zisserman, arXiv 1409.1556, in torchvision's layout
 
-and two of Tramer and Boneh, arXiv 2011.11660, for training under differential privacy, on wavelet features that nobody
-trains and no noise touches (`primia_jax.scattering`; see `features`):
+and two of Tramer and Boneh, arXiv 2011.11660, for training under differential privacy, on wavelet
+features that nobody trains and no noise touches (`primia_jax.scattering`; see `features`):
 
   scatter_linear  one dense layer: a convex problem, in which many noisy steps average out
   scatter_cnn     two convolutions with tanh, a pool between them, and a dense layer
@@ -40,7 +42,8 @@ POOLS = ("max", "mean")
 STEMS = ("7x7", "3x3", "3x3/2")
 HEADS = ("dense", "mean")
 
-# The options each model reads beside name, num_classes and image_shape; setting another one is an error.
+# The options each model reads beside name, num_classes and image_shape; setting another one is an
+# error.
 OPTIONS = {
   "cnn": ("norm", "pool", "weight_standardisation", "width", "dropout"),
   "leaf_cnn": (),
@@ -50,7 +53,15 @@ OPTIONS = {
   "scatter_linear": ("norm", "dropout", "scales"),
   "scatter_cnn": ("norm", "pool", "weight_standardisation", "width", "dropout", "scales"),
 }
-MIN_SIZE = {"cnn": 8, "leaf_cnn": 6, "mlp": 1, "resnet18": 16, "vgg16": 32, "scatter_linear": 2, "scatter_cnn": 4}
+MIN_SIZE = {
+  "cnn": 8,
+  "leaf_cnn": 6,
+  "mlp": 1,
+  "resnet18": 16,
+  "vgg16": 32,
+  "scatter_linear": 2,
+  "scatter_cnn": 4,
+}
 ANGLES = 8  # of the wavelets
 
 
@@ -62,17 +73,21 @@ class ModelConfig:
     name: cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn.
     num_classes: the number of logits.
     image_shape: (height, width, channels) of one image.
-    norm: "group", "batch" or "none"; None means the model's own: group for cnn, resnet18 and the scattering models,
-      which standardise their features so, image by image and without parameters; none for the others.
-    pool: "max" or "mean" pooling between blocks; mean is the one that costs nothing in encrypted inference.
-    weight_standardisation: standardise each convolution kernel (Qiao et al., arXiv 1903.10520); goes with group norm.
+    norm: "group", "batch" or "none"; None means the model's own: group for cnn, resnet18 and the
+      scattering models, which standardise their features so, image by image and without parameters;
+      none for the others.
+    pool: "max" or "mean" pooling between blocks; mean is the one that costs nothing in encrypted
+      inference.
+    weight_standardisation: standardise each convolution kernel (Qiao et al., arXiv 1903.10520);
+      goes with group norm.
     width: factor on the number of channels.
     dropout: rate before the last dense layer (vgg16: in both hidden dense layers).
-    stem: resnet18's first layers: "7x7" (torchvision: stride 2, then a 3x3/2 pool; for 224 px), or for small images
-      "3x3/2" (stride 2, no pool) or "3x3" (stride 1, no pool).
-    head: vgg16's classifier: "dense" (torchvision: 7x7 mean pool, two dense layers of 4096) or, for small images,
-      "mean" (global mean pool).
-    scales: octaves of the scattering models' wavelets; the features have 1 / 2^scales of the image's size.
+    stem: resnet18's first layers: "7x7" (torchvision: stride 2, then a 3x3/2 pool; for 224 px), or
+      for small images "3x3/2" (stride 2, no pool) or "3x3" (stride 1, no pool).
+    head: vgg16's classifier: "dense" (torchvision: 7x7 mean pool, two dense layers of 4096) or, for
+      small images, "mean" (global mean pool).
+    scales: octaves of the scattering models' wavelets; the features have 1 / 2^scales of the
+      image's size.
   """
 
   name: str = "cnn"
@@ -93,9 +108,9 @@ class Model(NamedTuple):
 
   Attributes:
     init: key -> (params, model_state).
-    apply: (params, model_state, images, *, train=False, key=None) -> (logits, new model_state); images float32
-      [B, H, W, C], logits float32 [B, L]. `train` makes BatchNorm use and track the batch's statistics and turns
-      dropout on, for which it needs a key.
+    apply: (params, model_state, images, *, train=False, key=None) -> (logits, new model_state);
+      images float32 [B, H, W, C], logits float32 [B, L]. `train` makes BatchNorm use and track the
+      batch's statistics and turns dropout on, for which it needs a key.
   """
 
   init: Callable[[Key], tuple[Params, ModelState]]
@@ -106,7 +121,8 @@ def build(config: ModelConfig) -> Model:
   """Returns the model that `config` describes.
 
   Raises:
-    ValueError: for an unknown name or option, an option the model does not have, or an image too small for it.
+    ValueError: for an unknown name or option, an option the model does not have, or an image too
+      small for it.
   """
   _check(config)
   module = _module(config)
@@ -116,33 +132,49 @@ def build(config: ModelConfig) -> Model:
     return jax.jit(_draw_kernels)(key, variables["params"]), variables.get("batch_stats", {})
 
   def apply(
-    params: Params, model_state: ModelState, images: Array, *, train: bool = False, key: Key | None = None
+    params: Params,
+    model_state: ModelState,
+    images: Array,
+    *,
+    train: bool = False,
+    key: Key | None = None,
   ) -> tuple[Array, ModelState]:
     if images.ndim != 4 or images.shape[1:] not in (config.image_shape, _features_shape(config)):
       raise ValueError(
-        f"{config.name} was built for images [B, {', '.join(map(str, config.image_shape))}] but got "
+        f"{config.name} was built for images [B, {', '.join(map(str, config.image_shape))}] but "
+        f"got "
         f"{list(images.shape)}; resize the images or set ModelConfig.image_shape"
       )
     if images.dtype != jnp.float32:
-      raise ValueError(f"images must be float32, not {images.dtype}; convert uint8 with images.astype(float32) / 255")
+      raise ValueError(
+        f"images must be float32, not {images.dtype}; convert uint8 with images.astype(float32) / "
+        f"255"
+      )
     if train and config.dropout > 0 and key is None:
-      raise ValueError(f"dropout={config.dropout} needs a key while training; pass apply(..., train=True, key=key)")
-    variables = {"params": params, "batch_stats": model_state} if model_state else {"params": params}
+      raise ValueError(
+        f"dropout={config.dropout} needs a key while training; pass apply(..., train=True, key=key)"
+      )
+    variables = (
+      {"params": params, "batch_stats": model_state} if model_state else {"params": params}
+    )
     rngs = {} if key is None else {"dropout": key}
     if not (train and model_state):
       return cast(Array, module.apply(variables, images, train=train, rngs=rngs)), model_state
-    logits, updates = module.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+    logits, updates = module.apply(
+      variables, images, train=True, rngs=rngs, mutable=["batch_stats"]
+    )
     return logits, updates["batch_stats"]
 
   return Model(init, apply)
 
 
 def features(config: ModelConfig) -> Callable[[Array], Array] | None:
-  """Returns what the model computes before its first parameter, or None where that is the image itself.
+  """Returns what the model computes before its first parameter, or None where that is the image
+  itself.
 
-  The features of the scattering models depend on neither parameters nor other images. A caller whose images stay the
-  same (no augmentation) computes them once and passes them to `Model.apply` in place of the images, which spares
-  nearly all the work of a step.
+  The features of the scattering models depend on neither parameters nor other images. A caller
+  whose images stay the same (no augmentation) computes them once and passes them to `Model.apply`
+  in place of the images, which spares nearly all the work of a step.
 
   Returns:
     float32 images [B, H, W, C], as `apply` takes them -> float32 [B, H / 2^J, W / 2^J, F], or None.
@@ -162,23 +194,29 @@ def features(config: ModelConfig) -> Callable[[Array], Array] | None:
 
 
 def is_norm_parameter(path: Sequence[Any]) -> bool:
-  """Whether a path, as `jax.tree_util.tree_map_with_path` gives it, leads to a normalisation layer's parameter.
+  """Whether a path, as `jax.tree_util.tree_map_with_path` gives it, leads to a normalisation
+  layer's parameter.
 
-  FedBN (Li et al., arXiv 2102.07623) keeps these at their site. True for scales and offsets of BatchNorm and GroupNorm
-  alike; everything in a model state is a statistic and is never asked about.
+  FedBN (Li et al., arXiv 2102.07623) keeps these at their site. True for scales and offsets of
+  BatchNorm and GroupNorm alike; everything in a model state is a statistic and is never asked
+  about.
   """
   return any("norm" in str(getattr(entry, "key", entry)) for entry in path)
 
 
 def has_taps(config: ModelConfig) -> Callable[[Params], PyTree] | None:
-  """Says which parameters may be given with taps (`primia_jax.tapped`): every kernel, used once each as it is.
+  """Says which parameters may be given with taps (`primia_jax.tapped`): every kernel, used once
+  each as it is.
 
   Returns:
-    parameters -> bools in their structure; None where kernels are standardised before they are used.
+    parameters -> bools in their structure; None where kernels are standardised before they are
+    used.
   """
   if config.weight_standardisation:
     return None
-  return functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
+  return functools.partial(
+    jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel"
+  )
 
 
 def num_parameters(params: Params) -> int:
@@ -201,7 +239,9 @@ def _check(config: ModelConfig) -> None:
       raise ValueError(f"{option}={getattr(config, option)!r} is not one of {allowed}")
   for field in dataclasses.fields(config)[3:]:
     if field.name not in OPTIONS[name] and getattr(config, field.name) != field.default:
-      raise ValueError(f"{name} has no option {field.name!r}; it has: {', '.join(OPTIONS[name]) or 'none'}")
+      raise ValueError(
+        f"{name} has no option {field.name!r}; it has: {', '.join(OPTIONS[name]) or 'none'}"
+      )
   if config.num_classes < 1:
     raise ValueError(f"num_classes={config.num_classes} must be at least 1")
   if not 0 <= config.dropout < 1:
@@ -212,7 +252,8 @@ def _check(config: ModelConfig) -> None:
     raise ValueError(f"image_shape={config.image_shape} must be (height, width, channels)")
   if min(config.image_shape[:2]) < MIN_SIZE[name]:
     raise ValueError(
-      f"{name} needs images of at least {MIN_SIZE[name]} x {MIN_SIZE[name]} pixels, not {config.image_shape[:2]}; "
+      f"{name} needs images of at least {MIN_SIZE[name]} x {MIN_SIZE[name]} pixels, not "
+      f"{config.image_shape[:2]}; "
       "resize the images or choose cnn"
     )
   if "scales" in OPTIONS[name]:
@@ -220,11 +261,15 @@ def _check(config: ModelConfig) -> None:
     smallest = multiple * MIN_SIZE[name] // 2
     if not multiple or any(n % multiple or n < smallest for n in config.image_shape[:2]):
       raise ValueError(
-        f"scales={config.scales} must be at least 1, and {name} then needs images whose sides are multiples of "
-        f"{multiple} pixels and at least {smallest}, not {config.image_shape[:2]}; resize them, or take fewer scales"
+        f"scales={config.scales} must be at least 1, and {name} then needs images whose sides are "
+        f"multiples of "
+        f"{multiple} pixels and at least {smallest}, not {config.image_shape[:2]}; resize them, or "
+        f"take fewer scales"
       )
     if config.norm == "batch":
-      raise ValueError(f"{name} has no norm 'batch': its features are standardised image by image (group), or not")
+      raise ValueError(
+        f"{name} has no norm 'batch': its features are standardised image by image (group), or not"
+      )
 
 
 def _module(config: ModelConfig) -> nn.Module:
@@ -247,13 +292,17 @@ def _module(config: ModelConfig) -> nn.Module:
 
 
 def _draw_kernels(key: Key, params: Params) -> Params:
-  """Draws kernels from N(0, 2 / fan-in), arXiv 1502.01852; the last layer's, before no ReLU, from N(0, 1 / fan-in).
+  """Draws kernels from N(0, 2 / fan-in), arXiv 1502.01852; the last layer's, before no ReLU, from
+  N(0, 1 / fan-in).
 
-  The one layer of a linear model stays at nothing: it has no symmetry to break, and what is drawn would be noise.
-  One draw serves them all: XLA takes several times longer to compile a random generator for each shape.
+  The one layer of a linear model stays at nothing: it has no symmetry to break, and what is drawn
+  would be noise. One draw serves them all: XLA takes several times longer to compile a random
+  generator for each shape.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-  sizes = [leaf.size for path, leaf in leaves if path[-1].key == "kernel" and path[0].key != "linear"]
+  sizes = [
+    leaf.size for path, leaf in leaves if path[-1].key == "kernel" and path[0].key != "linear"
+  ]
   if not sizes:
     return params
   noise = iter(jnp.split(jax.random.normal(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1]))
@@ -307,7 +356,9 @@ class Conv(nn.Module):
     kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
     if self.weight_standardisation:
       mean, var = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
-      kernel = (kernel - _last(mean, 4)) * _last(jax.lax.rsqrt(var * math.prod(shape[:3]) + 1e-5), 4)
+      kernel = (kernel - _last(mean, 4)) * _last(
+        jax.lax.rsqrt(var * math.prod(shape[:3]) + 1e-5), 4
+      )
     x = conv(x, kernel, strides=(self.stride,) * 2, padding=((self.padding,) * 2,) * 2)
     if self.use_bias:
       x = x + _last(self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32), 4)
@@ -319,9 +370,11 @@ def _last(v: Array, ndim: int) -> Array:
 
 
 class Norm(nn.Module):
-  """BatchNorm (arXiv 1502.03167), GroupNorm (arXiv 1803.08494; 32 groups at most) or, for "none", nothing.
+  """BatchNorm (arXiv 1502.03167), GroupNorm (arXiv 1803.08494; 32 groups at most) or, for "none",
+  nothing.
 
-  Both normalise by sums over pixels alone and then scale and shift once, in one pass over the images.
+  Both normalise by sums over pixels alone and then scale and shift once, in one pass over the
+  images.
   """
 
   kind: str
@@ -338,7 +391,8 @@ class Norm(nn.Module):
     if self.kind == "group":
       groups = math.gcd(32, features)
       mean, square = (
-        v.mean((1, 2)).reshape(batch, groups, -1).mean(-1).repeat(features // groups, axis=1) for v in (x, x * x)
+        v.mean((1, 2)).reshape(batch, groups, -1).mean(-1).repeat(features // groups, axis=1)
+        for v in (x, x * x)
       )
       var = jnp.maximum(square - mean * mean, 0)
     else:
@@ -358,7 +412,9 @@ class Norm(nn.Module):
 
 
 class CNN(nn.Module):
-  """Four blocks of convolution, norm, ReLU with pools between them, a global mean pool and a dense layer."""
+  """Four blocks of convolution, norm, ReLU with pools between them, a global mean pool and a dense
+  layer.
+  """
 
   config: ModelConfig
   norm: str
@@ -369,7 +425,9 @@ class CNN(nn.Module):
     for i, features in enumerate(_widths(config, 16, 32, 64, 128), start=1):
       if i > 1:
         x = _pool(x, config.pool, 2, 2)
-      x = Conv(features, 3, 1, 1, self.norm == "none", config.weight_standardisation, name=f"conv{i}")(x)
+      x = Conv(
+        features, 3, 1, 1, self.norm == "none", config.weight_standardisation, name=f"conv{i}"
+      )(x)
       x = nn.relu(Norm(self.norm, name=f"norm{i}")(x, train))
     x = nn.Dropout(config.dropout, deterministic=not train)(x.mean((1, 2)))
     return Dense(config.num_classes, name="head")(x)
@@ -397,7 +455,9 @@ class MLP(nn.Module):
 
 
 class BasicBlock(nn.Module):
-  """Two 3x3 convolutions beside an identity, or beside a strided 1x1 convolution where the shape changes."""
+  """Two 3x3 convolutions beside an identity, or beside a strided 1x1 convolution where the shape
+  changes.
+  """
 
   features: int
   stride: int
@@ -436,7 +496,9 @@ class ResNet18(nn.Module):
     for stage, features in enumerate(widths, start=1):
       for i in range(2):
         block_stride = 2 if stage > 1 and i == 0 else 1
-        x = BasicBlock(features, block_stride, self.norm, standardise, name=f"layer{stage}_{i}")(x, train)
+        x = BasicBlock(features, block_stride, self.norm, standardise, name=f"layer{stage}_{i}")(
+          x, train
+        )
     x = nn.Dropout(config.dropout, deterministic=not train)(x.mean((1, 2)))
     return Dense(config.num_classes, name="head")(x)
 
@@ -469,20 +531,30 @@ def _features_shape(config: ModelConfig) -> tuple[int, int, int]:
   height, width, channels = config.image_shape
   if "scales" not in OPTIONS[config.name]:
     return config.image_shape
-  return height >> config.scales, width >> config.scales, channels * num_paths(config.scales, ANGLES)
+  return (
+    height >> config.scales,
+    width >> config.scales,
+    channels * num_paths(config.scales, ANGLES),
+  )
 
 
 def _standardise(x: Array, channels: int) -> Array:
-  """Gives each path of each image, its last wavelet's angles together, mean 0 and variance 1 over pixels and angles."""
+  """Gives each path of each image, its last wavelet's angles together, mean 0 and variance 1 over
+  pixels and angles.
+  """
 
   def group(x: Array, angles: int) -> Array:
     grouped = x.reshape(*x.shape[:-1], -1, angles)
     mean = grouped.mean((1, 2, 4), keepdims=True)
     centred = grouped - mean
-    return (centred * jax.lax.rsqrt((centred * centred).mean((1, 2, 4), keepdims=True) + 1e-5)).reshape(x.shape)
+    return (
+      centred * jax.lax.rsqrt((centred * centred).mean((1, 2, 4), keepdims=True) + 1e-5)
+    ).reshape(x.shape)
 
   parts = jnp.split(x, channels, axis=-1)
-  return jnp.concatenate([group(p, n) for part in parts for p, n in ((part[..., :1], 1), (part[..., 1:], ANGLES))], -1)
+  return jnp.concatenate(
+    [group(p, n) for part in parts for p, n in ((part[..., :1], 1), (part[..., 1:], ANGLES))], -1
+  )
 
 
 class ScatterLinear(nn.Module):
@@ -496,7 +568,9 @@ class ScatterLinear(nn.Module):
 
 
 class ScatterCNN(nn.Module):
-  """The network that the paper gives for CIFAR-10; tanh bounds what one image does to a gradient."""
+  """The network that the paper gives for CIFAR-10; tanh bounds what one image does to a
+  gradient.
+  """
 
   config: ModelConfig
 
@@ -519,7 +593,9 @@ def _features(config: ModelConfig, x: Array) -> Array:
 
 
 def _adaptive_mean_pool(x: Array, size: int) -> Array:
-  """Means over a size x size grid of bins from floor(i n / size) to ceil((i + 1) n / size), as PyTorch has it."""
+  """Means over a size x size grid of bins from floor(i n / size) to ceil((i + 1) n / size), as
+  PyTorch has it.
+  """
 
   def bins(n: int) -> Array:
     rows = np.zeros((size, n), np.float32)

@@ -1,8 +1,9 @@
 """C shipped with the package for CPU, compiled on first use and cached for the user.
 
-`mask_sum` is the inner loop of `prng`: XLA's CPU compiler cannot keep ChaCha20's sixteen words in registers, and plain
-JAX takes seven times the CPU time, on one core. `barrier` is what `lax.optimization_barrier` is elsewhere. Without a C
-compiler, or with PRIMIA_NATIVE=0 in the environment, everything works, bit for bit the same.
+`mask_sum` is the inner loop of `prng`: XLA's CPU compiler cannot keep ChaCha20's sixteen words in
+registers, and plain JAX takes seven times the CPU time, on one core. `barrier` is what
+`lax.optimization_barrier` is elsewhere. Without a C compiler, or with PRIMIA_NATIVE=0 in the
+environment, everything works, bit for bit the same.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ _LOCK = threading.Lock()
 
 
 def available() -> bool:
-  """Whether the C form can be used here; the first call compiles it (about a second) unless the cache holds it.
+  """Whether the C form can be used here; the first call compiles it (about a second) unless the
+  cache holds it.
 
-  A failure is told once, as a RuntimeWarning, and leaves plain JAX. PRIMIA_NATIVE=0 turns the C form off.
+  A failure is told once, as a RuntimeWarning, and leaves plain JAX. PRIMIA_NATIVE=0 turns the C
+  form off.
   """
   if os.environ.get("PRIMIA_NATIVE", "1") == "0":
     return False
@@ -44,29 +47,36 @@ def available() -> bool:
 
 def mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype) -> Array:
   """`prng.mask_sum`, flat and unchecked, for CPU only and where `available()`."""
-  call = jax.ffi.ffi_call(_MASK_SUM, jax.ShapeDtypeStruct((size,), dtype), vmap_method="broadcast_all")
+  call = jax.ffi.ffi_call(
+    _MASK_SUM, jax.ShapeDtypeStruct((size,), dtype), vmap_method="broadcast_all"
+  )
   return call(keys, signs, nonce)
 
 
 def barrier(x: Array) -> Array:
   """x, computed once for all its consumers: XLA neither fuses nor repeats work across this line.
 
-  XLA:CPU drops optimization barriers before it fuses, and may then compute a value again in each consumer. Inside
-  shard_map and without the C form this is `lax.optimization_barrier` alone.
+  XLA:CPU drops optimization barriers before it fuses, and may then compute a value again in each
+  consumer. Inside shard_map and without the C form this is `lax.optimization_barrier` alone.
   """
   if jax.typeof(x).manual_axis_type.varying or not available():
     return lax.optimization_barrier(x)
   call = jax.ffi.ffi_call(
-    _BARRIER, jax.ShapeDtypeStruct(x.shape, x.dtype), vmap_method="broadcast_all", input_output_aliases={0: 0}
+    _BARRIER,
+    jax.ShapeDtypeStruct(x.shape, x.dtype),
+    vmap_method="broadcast_all",
+    input_output_aliases={0: 0},
   )
   return lax.platform_dependent(x, cpu=call, default=lax.optimization_barrier)
 
 
 def once(x: Array) -> Array:
-  """x, of which all consumers certainly see the same bits, even where it rounds floating-point numbers.
+  """x, of which all consumers certainly see the same bits, even where it rounds floating-point
+  numbers.
 
-  `barrier` where it holds; elsewhere, since compilers may drop barriers and then contract one copy's multiplication and
-  addition and not another's, a sort by position, which none looks through. For what is done once, not in a hot path.
+  `barrier` where it holds; elsewhere, since compilers may drop barriers and then contract one
+  copy's multiplication and addition and not another's, a sort by position, which none looks
+  through. For what is done once, not in a hot path.
   """
   if jax.default_backend() == "cpu" and available() and not jax.typeof(x).manual_axis_type.varying:
     return barrier(x)
@@ -83,7 +93,8 @@ def _load() -> bool:
   except (OSError, RuntimeError, subprocess.SubprocessError) as error:
     detail = getattr(error, "stderr", None) or error
     warnings.warn(
-      f"masks are made in plain JAX, at least 7 times slower: the C form could not be built or loaded ({detail}). "
+      f"masks are made in plain JAX, at least 7 times slower: the C form could not be built or "
+      f"loaded ({detail}). "
       "Install a C compiler or set CC; PRIMIA_NATIVE=0 silences this.",
       RuntimeWarning,
       stacklevel=3,
@@ -93,14 +104,19 @@ def _load() -> bool:
 
 
 def _build() -> pathlib.Path:
-  """Compiles the sources into the user's cache, under a name that tells sources, headers, compiler and CPU apart."""
+  """Compiles the sources into the user's cache, under a name that tells sources, headers, compiler
+  and CPU apart.
+  """
   compiler = [*shlex.split(os.environ.get("CC", "cc")), *_FLAGS]
   interface = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
-  # The predefined macros name the compiler's version and every instruction set that -march=native found.
+  # The predefined macros name the compiler's version and every instruction set that -march=native
+  # found.
   macros = _run([*compiler, "-E", "-dM", "-x", "c", os.devnull])
   texts = [path.read_bytes() for path in (interface, _HEADER, *_SOURCES)]
   digest = hashlib.sha256(b"".join((" ".join(compiler).encode(), macros, *texts)))
-  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "primia_jax"
+  cache = (
+    pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "primia_jax"
+  )
   library = cache / f"native-{digest.hexdigest()[:32]}.so"
   if not library.exists():
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""torchvision's ResNet-18 and VGG-16 weights, from a file on disk, as parameters of `primia_jax.models`.
+"""torchvision's ResNet-18 and VGG-16 weights, from a file on disk, as parameters of
+`primia_jax.models`.
 
-PyTorch is not needed: a `.pth` file is a pickle beside raw storages, and `_Unpickler` admits only the few names that a
-dictionary of tensors is made of, so that reading a file runs no code from it.
+PyTorch is not needed: a `.pth` file is a pickle beside raw storages, and `_Unpickler` admits only
+the few names that a dictionary of tensors is made of, so that reading a file runs no code from it.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def load_pretrained(
 ) -> tuple[Params, ModelState]:
   """Fills a ResNet-18's or VGG-16's parameters from torchvision's weights.
 
-  A first convolution trained on 3 channels serves a model of 1 channel by the sum of its kernels, which answers as the
-  original does to three equal channels.
+  A first convolution trained on 3 channels serves a model of 1 channel by the sum of its kernels,
+  which answers as the original does to three equal channels.
 
   Args:
     path: a `.pth`, `.pt` or `.safetensors` file with the state dict.
@@ -52,7 +53,8 @@ def load_pretrained(
 
   Raises:
     FileNotFoundError: where there is no such file.
-    ValueError: if the file is no state dict, or its entries do not fit the model; names up to ten of them and the cure.
+    ValueError: if the file is no state dict, or its entries do not fit the model; names up to ten
+      of them and the cure.
   """
   return convert(read_state_dict(path), params, model_state, new_head=new_head, source=str(path))
 
@@ -72,7 +74,10 @@ def convert(
   elif "conv1_1" in params:
     rename, head = _vgg_names(has_norm="norm1_1" in params), "classifier.6"
   else:
-    raise ValueError(f"pretrained weights are for resnet18 and vgg16, not for a model with layers {', '.join(params)}")
+    raise ValueError(
+      f"pretrained weights are for resnet18 and vgg16, not for a model with layers "
+      f"{', '.join(params)}"
+    )
   used: set[str] = set()
   problems: list[str] = []
 
@@ -86,22 +91,30 @@ def convert(
       problems.append(f"missing {name}")
       return leaf
     value = _to_our_layout(
-      np.asarray(state_dict[name], np.float32), kind, leaf.shape, after_flatten=name == "classifier.0.weight"
+      np.asarray(state_dict[name], np.float32),
+      kind,
+      leaf.shape,
+      after_flatten=name == "classifier.0.weight",
     )
     if value.shape != leaf.shape:
       problems.append(
-        f"{name} has shape {list(state_dict[name].shape)} and does not fit the model's {list(leaf.shape)}"
+        f"{name} has shape {list(state_dict[name].shape)} and does not fit the model's "
+        f"{list(leaf.shape)}"
       )
       return leaf
     return jnp.asarray(value)
 
   filled = jax.tree_util.tree_map_with_path(fill, (params, model_state))
   problems += [
-    f"unexpected {name}" for name in state_dict if name not in used and not name.endswith("num_batches_tracked")
+    f"unexpected {name}"
+    for name in state_dict
+    if name not in used and not name.endswith("num_batches_tracked")
   ]
   if problems:
     more = f"; and {len(problems) - 10} more like these" if len(problems) > 10 else ""
-    raise ValueError(f"{source} does not fit the model: {'; '.join(problems[:10])}{more}. {_cure(problems, head)}")
+    raise ValueError(
+      f"{source} does not fit the model: {'; '.join(problems[:10])}{more}. {_cure(problems, head)}"
+    )
   return filled
 
 
@@ -114,17 +127,33 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise FileNotFoundError(f"no weights at {path}; save them there with torch.save(model.state_dict(), {path.name!r})")
+    raise FileNotFoundError(
+      f"no weights at {path}; save them there with torch.save(model.state_dict(), {path.name!r})"
+    )
   if path.suffix == ".safetensors":
     return _read_safetensors(path)
   if path.suffix not in (".pth", ".pt"):
     raise ValueError(f"{path} is neither .pth, .pt nor .safetensors")
   try:
     content = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
-  except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, IndexError, TypeError, AttributeError) as e:
-    raise ValueError(f"{path} is no PyTorch state dict, or is damaged ({e}); save it with model.state_dict()") from e
-  if not isinstance(content, dict) or not all(isinstance(value, np.ndarray) for value in content.values()):
-    raise ValueError(f"{path} holds more than a flat dictionary of tensors; save model.state_dict() alone")
+  except (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+  ) as e:
+    raise ValueError(
+      f"{path} is no PyTorch state dict, or is damaged ({e}); save it with model.state_dict()"
+    ) from e
+  if not isinstance(content, dict) or not all(
+    isinstance(value, np.ndarray) for value in content.values()
+  ):
+    raise ValueError(
+      f"{path} holds more than a flat dictionary of tensors; save model.state_dict() alone"
+    )
   return dict(content)
 
 
@@ -133,7 +162,9 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     import safetensors
     import safetensors.numpy
   except ImportError as e:
-    raise ValueError(f"reading {path} needs the safetensors package: pip install 'primia-jax[pretrained]'") from e
+    raise ValueError(
+      f"reading {path} needs the safetensors package: pip install 'primia-jax[pretrained]'"
+    ) from e
   try:
     return safetensors.numpy.load_file(path)
   except safetensors.SafetensorError as e:
@@ -145,17 +176,24 @@ def _read_zip(path: pathlib.Path) -> Any:
   with zipfile.ZipFile(path) as archive:
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-      raise ValueError(f"{path} is a zip file without a data.pkl; save it with torch.save(model.state_dict(), ...)")
+      raise ValueError(
+        f"{path} is a zip file without a data.pkl; save it with torch.save(model.state_dict(), ...)"
+      )
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-      raise ValueError(f"{path} was written on a big-endian machine; save it again on a little-endian one")
+      raise ValueError(
+        f"{path} was written on a big-endian machine; save it again on a little-endian one"
+      )
 
     def storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
       values = np.frombuffer(
-        archive.read(f"{root}data/{key}"), dtype.newbyteorder("<") if dtype.isbuiltin == 1 else dtype
+        archive.read(f"{root}data/{key}"),
+        dtype.newbyteorder("<") if dtype.isbuiltin == 1 else dtype,
       )
       if values.size < size:
-        raise ValueError(f"{path}: storage {key} holds {values.size} numbers and not {size}; the file is damaged")
+        raise ValueError(
+          f"{path}: storage {key} holds {values.size} numbers and not {size}; the file is damaged"
+        )
       return values
 
     with archive.open(pickles[0]) as file:
@@ -163,7 +201,9 @@ def _read_zip(path: pathlib.Path) -> Any:
 
 
 def _read_legacy(path: pathlib.Path) -> Any:
-  """PyTorch's format before 1.6: five pickles (magic number, version, system, tensors, storage keys), then storages."""
+  """PyTorch's format before 1.6: five pickles (magic number, version, system, tensors, storage
+  keys), then storages.
+  """
   storages: dict[str, np.ndarray] = {}
 
   def storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
@@ -172,7 +212,9 @@ def _read_legacy(path: pathlib.Path) -> Any:
   with open(path, "rb") as file:
     magic, _, system, content, keys = (_Unpickler(file, storage).load() for _ in range(5))
     if magic != _LEGACY_MAGIC or not system["little_endian"]:
-      raise ValueError(f"{path} is no little-endian PyTorch file; save it with torch.save(model.state_dict(), ...)")
+      raise ValueError(
+        f"{path} is no little-endian PyTorch file; save it with torch.save(model.state_dict(), ...)"
+      )
     for key in keys:
       size = int(np.frombuffer(file.read(8), "<i8")[0])
       data = file.read(size * storages[key].itemsize)
@@ -207,7 +249,9 @@ class _Unpickler(pickle.Unpickler):
     return self._storage(dtype, key, size)
 
 
-def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Any:
+def _rebuild_tensor(
+  storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Any:
   last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
   if min((offset, *size, *stride)) < 0 or (0 not in size and last >= storage.size):
     raise pickle.UnpicklingError(f"a tensor of size {size} reaches beyond its storage")
@@ -215,30 +259,49 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], str
   return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
 
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_LEAVES = {
+  "kernel": "weight",
+  "scale": "weight",
+  "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
+}
 
 
 def _resnet_name(layers: list[str]) -> str:
-  """conv1, norm1, layer1_0/conv1, layer2_0/downsample_conv, head -> conv1, bn1, layer1.0.conv1, ..., fc."""
+  """conv1, norm1, layer1_0/conv1, layer2_0/downsample_conv, head -> conv1, bn1, layer1.0.conv1,
+  ..., fc.
+  """
   layer = layers[-1].replace("norm", "bn") if layers[-1].startswith("norm") else layers[-1]
-  layer = {"head": "fc", "downsample_conv": "downsample.0", "downsample_norm": "downsample.1"}.get(layer, layer)
+  layer = {"head": "fc", "downsample_conv": "downsample.0", "downsample_norm": "downsample.1"}.get(
+    layer, layer
+  )
   return ".".join([*(block.replace("_", ".") for block in layers[:-1]), layer])
 
 
 def _vgg_names(has_norm: bool) -> Callable[[list[str]], str]:
-  """conv1_1, norm1_1, ..., hidden1, hidden2, head -> features.0, features.1, ..., classifier.0, .3, .6."""
+  """conv1_1, norm1_1, ..., hidden1, hidden2, head -> features.0, features.1, ..., classifier.0, .3,
+  .6.
+  """
   names = {"hidden1": "classifier.0", "hidden2": "classifier.3", "head": "classifier.6"}
   position = 0
   for block, depth in enumerate(_VGG_DEPTHS, start=1):
     for i in range(1, depth + 1):
-      names[f"conv{block}_{i}"], names[f"norm{block}_{i}"] = f"features.{position}", f"features.{position + 1}"
+      names[f"conv{block}_{i}"], names[f"norm{block}_{i}"] = (
+        f"features.{position}",
+        f"features.{position + 1}",
+      )
       position += 3 if has_norm else 2  # convolution, (norm,) ReLU
     position += 1  # pool
   return lambda layers: names[layers[-1]]
 
 
-def _to_our_layout(value: np.ndarray, kind: str, shape: tuple[int, ...], after_flatten: bool) -> np.ndarray:
-  """[O, C, kh, kw] -> [kh, kw, C, O] and [O, I] -> [I, O]; flattened [C, 7, 7] -> [7, 7, C]; 3 channels -> 1."""
+def _to_our_layout(
+  value: np.ndarray, kind: str, shape: tuple[int, ...], after_flatten: bool
+) -> np.ndarray:
+  """[O, C, kh, kw] -> [kh, kw, C, O] and [O, I] -> [I, O]; flattened [C, 7, 7] -> [7, 7, C]; 3
+  channels -> 1.
+  """
   if kind != "kernel":
     return value
   if value.ndim == 4:
@@ -251,7 +314,15 @@ def _to_our_layout(value: np.ndarray, kind: str, shape: tuple[int, ...], after_f
 
 def _cure(problems: list[str], head: str) -> str:
   if all(f"{head}." in problem for problem in problems):
-    return "For another number of classes pass new_head=True, which keeps the model's own last layer"
+    return (
+      "For another number of classes pass new_head=True, which keeps the model's own last layer"
+    )
   if any("running_" in problem and "shape" not in problem for problem in problems):
-    return 'The file and the model differ in normalisation: build the model with norm="batch" for a file with it'
-  return 'Build the model as torchvision does: width=1, stem="7x7", head="dense", and norm as in the file'
+    return (
+      'The file and the model differ in normalisation: build the model with norm="batch" for a '
+      "file with it"
+    )
+  return (
+    'Build the model as torchvision does: width=1, stem="7x7", head="dense", and norm as in '
+    "the file"
+  )

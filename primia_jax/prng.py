@@ -1,12 +1,15 @@
-"""Cryptographic randomness as arrays: the ChaCha20 stream cipher (RFC 8439), subkeys, and signed sums of masks.
+"""Cryptographic randomness as arrays: the ChaCha20 stream cipher (RFC 8439), subkeys, and signed
+sums of masks.
 
-Every function takes the secret key as an argument and is deterministic: the same bits on every backend, under jit, vmap
-and shard_map, however the work is cut. Security rests on one assumption, that the ChaCha20 block function with a
-uniform secret key is a pseudorandom function of (counter, nonce); a (key, nonce) pair must never be used twice.
-`jax.random` is for everything that is not secret.
+Every function takes the secret key as an argument and is deterministic: the same bits on every
+backend, under jit, vmap and shard_map, however the work is cut. Security rests on one assumption,
+that the ChaCha20 block function with a uniform secret key is a pseudorandom function of (counter,
+nonce); a (key, nonce) pair must never be used twice. `jax.random` is for everything that is not
+secret.
 
-`bits` and `mask_sum` run on CPU as C compiled on first use (see `native`), elsewhere and without a C compiler as plain
-JAX. Shard them with shard_map: under automatic sharding the C form runs whole on every device.
+`bits` and `mask_sum` run on CPU as C compiled on first use (see `native`), elsewhere and without a
+C compiler as plain JAX. Shard them with shard_map: under automatic sharding the C form runs whole
+on every device.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from primia_jax.types import Array
 TILE = 128  # blocks whose words are laid side by side; fixes the order of words in `bits`
 _SIGMA = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)  # "expand 32-byte k"
 _MAX_BLOCKS = 2**32 - 4  # of `bits`; the last four counters of every nonce belong to `derive`
-_CPU_CHUNK = 2**13  # blocks that plain JAX computes at a time: 0.5 MiB of state, to stay in the cache
+_CPU_CHUNK = (
+  2**13
+)  # blocks that plain JAX computes at a time: 0.5 MiB of state, to stay in the cache
 _CHUNK = 2**18  # the same where there is no such cache and a wide machine to fill: 16 MiB
 
 
@@ -42,11 +47,12 @@ def chacha20(key: Array, nonce: Array, counter: int | Array, num_blocks: int) ->
     num_blocks: how many blocks.
 
   Returns:
-    [16, num_blocks] uint32; column b is block counter + b, and the transpose read in order is the RFC's keystream.
+    [16, num_blocks] uint32; column b is block counter + b, and the transpose read in order is the
+    RFC's keystream.
 
   Raises:
-    ValueError: where a shape or dtype is wrong or the counter would pass 2^32. A traced counter cannot be checked; it
-      wraps.
+    ValueError: where a shape or dtype is wrong or the counter would pass 2^32. A traced counter
+      cannot be checked; it wraps.
   """
   _check("key", key, 8)
   _check("nonce", nonce, 3)
@@ -54,16 +60,19 @@ def chacha20(key: Array, nonce: Array, counter: int | Array, num_blocks: int) ->
     raise ValueError(f"num_blocks={num_blocks}; it must not be negative")
   first = 0 if isinstance(counter, jax.core.Tracer) else int(counter)
   if not 0 <= first < 2**32 or first + num_blocks > 2**32:
-    raise ValueError(f"blocks {first} to {first + num_blocks} pass the 32-bit counter; take another nonce")
+    raise ValueError(
+      f"blocks {first} to {first + num_blocks} pass the 32-bit counter; take another nonce"
+    )
   return _blocks(key, nonce, jnp.asarray(counter, jnp.uint32), num_blocks)
 
 
 def bits(key: Array, nonce: Array, shape: Sequence[int], dtype=jnp.uint32) -> Array:
   """Uniform bits from a key and a nonce.
 
-  The flat output is a row of tiles. Tile t holds blocks 128 t to 128 t + 127, word 0 of every block first, then word 1
-  and so on: position p of a tile is word p // 128 of its block p % 128. A uint64 takes its low half from word w and its
-  high half from word w + 8 of one block. So a shorter output is a prefix of a longer one.
+  The flat output is a row of tiles. Tile t holds blocks 128 t to 128 t + 127, word 0 of every block
+  first, then word 1 and so on: position p of a tile is word p // 128 of its block p % 128. A uint64
+  takes its low half from word w and its high half from word w + 8 of one block. So a shorter output
+  is a prefix of a longer one.
 
   Args:
     key: [8] uint32.
@@ -75,20 +84,25 @@ def bits(key: Array, nonce: Array, shape: Sequence[int], dtype=jnp.uint32) -> Ar
     An array of that shape and dtype.
 
   Raises:
-    ValueError: for a wrong key, nonce or dtype, uint64 without x64, or more than 2^32 - 4 blocks (256 GiB).
+    ValueError: for a wrong key, nonce or dtype, uint64 without x64, or more than 2^32 - 4 blocks
+      (256 GiB).
   """
   _check("key", key, 8)
   _check("nonce", nonce, 3)
   size, dtype = math.prod(shape), _unsigned(dtype)
   _num_blocks(size, dtype)
-  return _mask_sum(key[None], jnp.ones(1, jnp.int32), nonce, size, dtype, native.available()).reshape(tuple(shape))
+  return _mask_sum(
+    key[None], jnp.ones(1, jnp.int32), nonce, size, dtype, native.available()
+  ).reshape(tuple(shape))
 
 
-def mask_sum(keys: Array, signs: Array, nonce: Array, shape: Sequence[int], dtype=jnp.uint32) -> Array:
+def mask_sum(
+  keys: Array, signs: Array, nonce: Array, shape: Sequence[int], dtype=jnp.uint32
+) -> Array:
   """The sum over peers of sign x mask, modulo 2^32 or 2^64, holding one mask's worth of memory.
 
-  Equal to `sum(signs[p] * bits(keys[p], nonce, shape, dtype) for p in range(P))`: what one site adds to its update in
-  secure aggregation (Bonawitz et al. 2017, section 4.0.1).
+  Equal to `sum(signs[p] * bits(keys[p], nonce, shape, dtype) for p in range(P))`: what one site
+  adds to its update in secure aggregation (Bonawitz et al. 2017, section 4.0.1).
 
   Args:
     keys: [P, 8] uint32, one key for each peer.
@@ -107,7 +121,9 @@ def mask_sum(keys: Array, signs: Array, nonce: Array, shape: Sequence[int], dtyp
     raise ValueError(f"keys is {keys.dtype}{list(keys.shape)}; it must be uint32[P, 8]")
   _check("nonce", nonce, 3)
   if signs.shape != keys.shape[:1] or signs.dtype != jnp.int32:
-    raise ValueError(f"signs is {signs.dtype}{list(signs.shape)}; it must be int32[{len(keys)}], one for each key")
+    raise ValueError(
+      f"signs is {signs.dtype}{list(signs.shape)}; it must be int32[{len(keys)}], one for each key"
+    )
   size, dtype = math.prod(shape), _unsigned(dtype)
   _num_blocks(size, dtype)
   return _mask_sum(keys, signs, nonce, size, dtype, native.available()).reshape(tuple(shape))
@@ -128,9 +144,9 @@ def random_key(entropy: Callable[[int], bytes] = os.urandom) -> Array:
 def derive(key: Array, *words: int | Array) -> Array:
   """A subkey for one to three words, e.g. a round and a pair of sites; nest for more.
 
-  Under the assumption that ChaCha20 is a pseudorandom function, subkeys for different words are independent uniform
-  keys to whoever lacks `key`, and independent of the `bits` of `key`: n words are the nonce of the block with counter
-  2^32 - 1 - n, which `bits` never reaches.
+  Under the assumption that ChaCha20 is a pseudorandom function, subkeys for different words are
+  independent uniform keys to whoever lacks `key`, and independent of the `bits` of `key`: n words
+  are the nonce of the block with counter 2^32 - 1 - n, which `bits` never reaches.
 
   Args:
     key: [8] uint32.
@@ -172,12 +188,17 @@ def _num_blocks(size: int, dtype: np.dtype) -> int:
   """Blocks of the whole tiles that hold `size` values."""
   tiles = -(-size * dtype.itemsize // (64 * TILE))
   if tiles * TILE > _MAX_BLOCKS:
-    raise ValueError(f"{size} values of {dtype} need {tiles * TILE} blocks, over {_MAX_BLOCKS}; take several nonces")
+    raise ValueError(
+      f"{size} values of {dtype} need {tiles * TILE} blocks, over {_MAX_BLOCKS}; take several "
+      f"nonces"
+    )
   return tiles * TILE
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype: np.dtype, use_native: bool) -> Array:
+def _mask_sum(
+  keys: Array, signs: Array, nonce: Array, size: int, dtype: np.dtype, use_native: bool
+) -> Array:
   """`mask_sum`, flat and unchecked, in the form that suits the platform it is compiled for."""
   if not size or not len(keys):
     return jnp.zeros(size, dtype)
@@ -191,11 +212,17 @@ def _mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype: np.dtyp
 
 def _native_mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype: np.dtype) -> Array:
   """`mask_sum` by the C form, with the mesh axes it varies over, which a foreign call forgets."""
-  return native.mask_sum(keys, signs, nonce, size, dtype) | _varying_zero(keys, signs, nonce).astype(dtype)
+  return native.mask_sum(keys, signs, nonce, size, dtype) | _varying_zero(
+    keys, signs, nonce
+  ).astype(dtype)
 
 
-def _portable_mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype: np.dtype, chunk_blocks: int) -> Array:
-  """`mask_sum` in plain JAX: chunk by chunk, so that the state stays in fast memory, and there peer by peer."""
+def _portable_mask_sum(
+  keys: Array, signs: Array, nonce: Array, size: int, dtype: np.dtype, chunk_blocks: int
+) -> Array:
+  """`mask_sum` in plain JAX: chunk by chunk, so that the state stays in fast memory, and there peer
+  by peer.
+  """
   num_blocks = _num_blocks(size, dtype)
   tiles = -(-num_blocks // (TILE * -(-num_blocks // chunk_blocks)))  # of one chunk, all about equal
   factors = signs.astype(jnp.int64 if dtype == jnp.uint64 else jnp.int32).astype(dtype)
@@ -225,11 +252,15 @@ def _blocks(key: Array, nonce: Array, counter: Array, num_blocks: int) -> Array:
 
 
 def _varying_zero(*arrays: Array) -> Array:
-  """A uint32 zero that varies over the mesh axes that any of the arrays varies over; the compiler removes it.
+  """A uint32 zero that varies over the mesh axes that any of the arrays varies over; the compiler
+  removes it.
 
-  Under shard_map a loop's carry, and the two branches of a choice, must agree in the axes they vary over.
+  Under shard_map a loop's carry, and the two branches of a choice, must agree in the axes they vary
+  over.
   """
-  return functools.reduce(operator.or_, (a.ravel()[0].astype(jnp.uint32) for a in arrays)) & np.uint32(0)
+  return functools.reduce(
+    operator.or_, (a.ravel()[0].astype(jnp.uint32) for a in arrays)
+  ) & np.uint32(0)
 
 
 def double_round(state: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -1,4 +1,6 @@
-"""Z_2^k and fixed point: real numbers as integers modulo 2^k, so that sums are exact and additive masks are uniform."""
+"""Z_2^k and fixed point: real numbers as integers modulo 2^k, so that sums are exact and additive
+masks are uniform.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,17 @@ class FixedPoint:
     if not 2 <= self.num_bits <= 64:
       raise ValueError(f"num_bits={self.num_bits}; a ring of 2 to 64 bits is supported")
     if not 0 <= self.fraction_bits < self.num_bits:
-      raise ValueError(f"fraction_bits={self.fraction_bits} must be at least 0 and less than num_bits={self.num_bits}")
+      raise ValueError(
+        f"fraction_bits={self.fraction_bits} must be at least 0 and less than "
+        f"num_bits={self.num_bits}"
+      )
 
   @property
   def max_abs(self) -> float:
     """The largest magnitude that is encoded without wrapping around."""
-    unheld = max(0, self.num_bits - 54)  # low bits that a Python float cannot hold: round down, not up
+    unheld = max(
+      0, self.num_bits - 54
+    )  # low bits that a Python float cannot hold: round down, not up
     return (2 ** (self.num_bits - 1) - 2**unheld) / 2**self.fraction_bits
 
   @property
@@ -43,25 +50,30 @@ class FixedPoint:
 
 
 def fit(max_abs: float, num_terms: int, num_bits: int = 32) -> FixedPoint:
-  """Returns the finest fixed point in which a sum of `num_terms` numbers up to `max_abs` cannot overflow.
+  """Returns the finest fixed point in which a sum of `num_terms` numbers up to `max_abs` cannot
+  overflow.
 
-  The encoded sum is at most num_terms * (max_abs * 2^f + 1/2) in magnitude, which must stay below 2^(k-1).
+  The encoded sum is at most num_terms * (max_abs * 2^f + 1/2) in magnitude, which must stay below
+  2^(k-1).
 
   Raises:
-    ValueError: not even whole numbers fit (the message says how many bits would do), or a number is not positive and
-      finite.
+    ValueError: not even whole numbers fit (the message says how many bits would do), or a number is
+      not positive and finite.
 
   >>> fit(max_abs=32.0, num_terms=3)
   FixedPoint(num_bits=32, fraction_bits=24)
   """
   if not 0 < max_abs < math.inf or num_terms < 1:
     raise ValueError(f"max_abs={max_abs} and num_terms={num_terms} must be positive and finite")
-  largest = lambda f: num_terms * (Fraction(max_abs) * 2**f + Fraction(1, 2))  # exact: floats would round up to 2^(k-1)
+  largest = lambda f: (
+    num_terms * (Fraction(max_abs) * 2**f + Fraction(1, 2))
+  )  # exact: floats would round up to 2^(k-1)
   fits = [f for f in range(num_bits) if largest(f) < 2 ** (num_bits - 1)]
   if not fits:
     enough = math.floor(largest(0)).bit_length() + 1
     raise ValueError(
-      f"a sum of {num_terms} numbers up to {max_abs} overflows a ring of {num_bits} bits; use num_bits >= {enough}"
+      f"a sum of {num_terms} numbers up to {max_abs} overflows a ring of {num_bits} bits; use "
+      f"num_bits >= {enough}"
       + (", which is more than the 64 supported: scale the numbers down" if enough > 64 else "")
     )
   return FixedPoint(num_bits, fits[-1])
@@ -71,27 +83,36 @@ def encode(x: Array, fixed: FixedPoint) -> Array:
   """Rounds real numbers to ring elements.
 
   Args:
-    x: float32 or float64 of any shape, magnitudes at most `fixed.max_abs` (what lies beyond is undefined: check first).
+    x: float32 or float64 of any shape, magnitudes at most `fixed.max_abs` (what lies beyond is
+      undefined: check first).
     fixed: the encoding.
 
   Returns:
-    uint32 or uint64 of x's shape, reduced modulo 2^k. Off by at most 2^-(f+1): scaling by 2^f is exact.
+    uint32 or uint64 of x's shape, reduced modulo 2^k. Off by at most 2^-(f+1): scaling by 2^f is
+    exact.
 
   Raises:
-    ValueError: where x is of another dtype; float16 would overflow and integers would not be scaled.
+    ValueError: where x is of another dtype; float16 would overflow and integers would not be
+      scaled.
   """
   if x.dtype not in (jnp.float32, jnp.float64):
     raise ValueError(f"cannot encode {x.dtype}; convert to float32 or float64")
   wide = _signed(fixed.num_bits)
   scaled = jnp.round(x * jnp.asarray(2.0**fixed.fraction_bits, x.dtype))
-  return reduce(jax.lax.bitcast_convert_type(scaled.astype(wide), _unsigned(fixed.num_bits)), fixed.num_bits)
+  return reduce(
+    jax.lax.bitcast_convert_type(scaled.astype(wide), _unsigned(fixed.num_bits)), fixed.num_bits
+  )
 
 
 def decode(v: Array, fixed: FixedPoint, dtype: jnp.dtype | type = jnp.float32) -> Array:
-  """Returns the real numbers that ring elements stand for, rounded to `dtype` (float32: relative error 2^-24)."""
+  """Returns the real numbers that ring elements stand for, rounded to `dtype` (float32: relative
+  error 2^-24).
+  """
   unused = jnp.asarray(v.dtype.itemsize * 8 - fixed.num_bits, _signed(fixed.num_bits))
   signed = jax.lax.bitcast_convert_type(v, _signed(fixed.num_bits))
-  signed = jnp.right_shift(jnp.left_shift(signed, unused), unused)  # extends the sign from bit k - 1
+  signed = jnp.right_shift(
+    jnp.left_shift(signed, unused), unused
+  )  # extends the sign from bit k - 1
   return signed.astype(dtype) * jnp.asarray(2.0**-fixed.fraction_bits, dtype)
 
 
@@ -114,7 +135,8 @@ def storage(num_bits: int) -> jnp.dtype:
 def _unsigned(num_bits: int):
   if num_bits > 32 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
     raise ValueError(
-      f"a ring of {num_bits} bits needs 64-bit integers: set JAX_ENABLE_X64=1 (or jax_enable_x64), or num_bits <= 32"
+      f"a ring of {num_bits} bits needs 64-bit integers: set JAX_ENABLE_X64=1 (or jax_enable_x64), "
+      f"or num_bits <= 32"
     )
   return jnp.uint32 if num_bits <= 32 else jnp.uint64
 

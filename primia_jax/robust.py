@@ -1,7 +1,9 @@
-"""Robust aggregation: rules that bound what a few bad sites can do. The server must see each site's message.
+"""Robust aggregation: rules that bound what a few bad sites can do. The server must see each site's
+message.
 
-A rule takes the messages of K sites stacked on a leading axis and returns one message in their place. All sites count
-the same. Under secure aggregation there is nothing to apply a rule to, since only the sum is seen.
+A rule takes the messages of K sites stacked on a leading axis and returns one message in their
+place. All sites count the same. Under secure aggregation there is nothing to apply a rule to, since
+only the sum is seen.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ Rule = Callable[[PyTree], PyTree]
 
 
 def median() -> Rule:
-  """The coordinate-wise median (Yin et al. 2018, definition 1), of two middle values the mean; NaN is the largest."""
+  """The coordinate-wise median (Yin et al. 2018, definition 1), of two middle values the mean; NaN
+  is the largest.
+  """
 
   def of(m: Array) -> Array:
     ordered = jnp.sort(m, axis=0)  # `jnp.median` would let one site's NaN through
@@ -28,10 +32,12 @@ def median() -> Rule:
 
 
 def trimmed_mean(fraction: float) -> Rule:
-  """The coordinate-wise mean without the ceil(fraction K) largest and smallest values (Yin et al. 2018, definition 2).
+  """The coordinate-wise mean without the ceil(fraction K) largest and smallest values (Yin et al.
+  2018, definition 2).
 
   Raises:
-    ValueError: for a fraction outside [0, 1/2), or when called on so few sites that nothing would be left.
+    ValueError: for a fraction outside [0, 1/2), or when called on so few sites that nothing would
+      be left.
   """
   if not 0 <= fraction < 0.5:
     raise ValueError(f"fraction={fraction} must lie in [0, 0.5)")
@@ -40,39 +46,53 @@ def trimmed_mean(fraction: float) -> Rule:
     num_sites = jax.tree.leaves(messages)[0].shape[0]
     cut = math.ceil(fraction * num_sites)
     if 2 * cut >= num_sites:
-      raise ValueError(f"trimming {cut} of {num_sites} sites at either end leaves none; lower fraction={fraction}")
-    return jax.tree.map(lambda m: jnp.mean(jnp.sort(m, axis=0)[cut : num_sites - cut], axis=0), messages)
+      raise ValueError(
+        f"trimming {cut} of {num_sites} sites at either end leaves none; lower fraction={fraction}"
+      )
+    return jax.tree.map(
+      lambda m: jnp.mean(jnp.sort(m, axis=0)[cut : num_sites - cut], axis=0), messages
+    )
 
   return rule
 
 
-def krum(num_byzantine: int, num_kept: int = 1, part: Callable[[PyTree], PyTree] = lambda m: m["update"]) -> Rule:
+def krum(
+  num_byzantine: int, num_kept: int = 1, part: Callable[[PyTree], PyTree] = lambda m: m["update"]
+) -> Rule:
   """Krum, or Multi-Krum for num_kept > 1 (Blanchard et al. 2017, section 4).
 
-  A site's score is the sum of the squared distances to its K - num_byzantine - 2 nearest neighbours; the mean of the
-  `num_kept` messages of lowest score is returned.
+  A site's score is the sum of the squared distances to its K - num_byzantine - 2 nearest
+  neighbours; the mean of the `num_kept` messages of lowest score is returned.
 
   Args:
     num_byzantine: how many sites may send anything at all.
     num_kept: how many messages are averaged.
-    part: of a message, what distances are measured on: the update and not the training loss and counts beside it.
+    part: of a message, what distances are measured on: the update and not the training loss and
+      counts beside it.
 
   Raises:
     ValueError: when called on K <= 2 num_byzantine + 2 sites, where the rule promises nothing.
   """
   if num_byzantine < 0 or num_kept < 1:
-    raise ValueError(f"num_byzantine={num_byzantine} must be at least 0 and num_kept={num_kept} at least 1")
+    raise ValueError(
+      f"num_byzantine={num_byzantine} must be at least 0 and num_kept={num_kept} at least 1"
+    )
 
   def rule(messages: PyTree) -> PyTree:
     num_sites = jax.tree.leaves(messages)[0].shape[0]
     if num_sites <= 2 * num_byzantine + 2 or num_kept > num_sites - num_byzantine:
       raise ValueError(
-        f"Krum against {num_byzantine} bad sites, keeping {num_kept}, needs more than {2 * num_byzantine + 2} sites "
+        f"Krum against {num_byzantine} bad sites, keeping {num_kept}, needs more than "
+        f"{2 * num_byzantine + 2} sites "
         f"and at least {num_byzantine + num_kept}; got {num_sites}"
       )
-    flat = jnp.concatenate([m.reshape(num_sites, -1) for m in jax.tree.leaves(part(messages))], axis=1)
+    flat = jnp.concatenate(
+      [m.reshape(num_sites, -1) for m in jax.tree.leaves(part(messages))], axis=1
+    )
     distances = jax.lax.map(lambda row: jnp.sum((flat - row[None]) ** 2, axis=1), flat)
-    near = jnp.sort(distances, axis=1)[:, 1 : num_sites - num_byzantine - 1]  # the first is the site itself
+    near = jnp.sort(distances, axis=1)[
+      :, 1 : num_sites - num_byzantine - 1
+    ]  # the first is the site itself
     kept = jnp.argsort(jnp.sum(near, axis=1))[:num_kept]
     return jax.tree.map(lambda m: jnp.mean(m[kept], axis=0), messages)
 

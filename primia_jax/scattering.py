@@ -1,13 +1,14 @@
 """The wavelet scattering transform: features of an image that nobody had to train.
 
-Bruna and Mallat, arXiv 1203.1513; with a linear classifier, the strongest handcrafted features for training under
-differential privacy (Tramer and Boneh, arXiv 2011.11660). Nothing here depends on data, so it costs no privacy.
+Bruna and Mallat, arXiv 1203.1513; with a linear classifier, the strongest handcrafted features for
+training under differential privacy (Tramer and Boneh, arXiv 2011.11660). Nothing here depends on
+data, so it costs no privacy.
 
 An image x is averaged, S0 = x * phi; split into oriented waves whose local strength is averaged,
-S1[j, a] = |x * psi[j, a]| * phi; and their strength split once more at the coarser scales,
-S2[j, a, k, b] = ||x * psi[j, a]| * psi[k, b]| * phi with k > j. `psi[j, a]` is a Morlet wavelet of scale 2^j at one of
-the angles a pi / A, and phi a Gaussian of scale 2^J. Each map is kept at the resolution that its scale allows, and
-continued beyond its edges by reflection.
+S1[j, a] = |x * psi[j, a]| * phi; and their strength split once more at the coarser scales, S2[j, a,
+k, b] = ||x * psi[j, a]| * psi[k, b]| * phi with k > j. `psi[j, a]` is a Morlet wavelet of scale 2^j
+at one of the angles a pi / A, and phi a Gaussian of scale 2^J. Each map is kept at the resolution
+that its scale allows, and continued beyond its edges by reflection.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from jax import lax
 
 from primia_jax.types import Array
 
-_SIGMA = 0.8  # of a wavelet's envelope, in units of its scale; with _FREQUENCY as in arXiv 1203.1513 and ScatNet
+# of a wavelet's envelope, in units of its scale; with _FREQUENCY as in arXiv 1203.1513 and ScatNet
+_SIGMA = 0.8
 _FREQUENCY = 0.75 * math.pi
 _SLANT = 0.5  # the envelope is twice as long across the wave as along it
 _RADIUS = 3.0  # where a Gaussian is cut off, in standard deviations
@@ -42,31 +44,39 @@ def scatter(images: Array, num_scales: int = 2, num_angles: int = 8) -> Array:
     num_angles: A, orientations of the wavelets in half a turn.
 
   Returns:
-    [B, H / 2^J, W / 2^J, C K] float32 with K = `num_paths(J, A)`; within a channel of the image S0, then S1 by (j, a),
-    then S2 by (j, a, k, b). Up to rounding, adding a constant to an image changes S0 alone, and a factor on the image
-    is one on every coefficient.
+    [B, H / 2^J, W / 2^J, C K] float32 with K = `num_paths(J, A)`; within a channel of the image S0,
+    then S1 by (j, a), then S2 by (j, a, k, b). Up to rounding, adding a constant to an image
+    changes S0 alone, and a factor on the image is one on every coefficient.
 
   Raises:
-    ValueError: the images are not [B, H, W, C] float32, their size is not a multiple of 2^J, or J or A is below 1.
+    ValueError: the images are not [B, H, W, C] float32, their size is not a multiple of 2^J, or J
+      or A is below 1.
   """
   if num_scales < 1 or num_angles < 1:
     raise ValueError(f"num_scales={num_scales} and num_angles={num_angles} must be at least 1")
   if images.ndim != 4 or images.dtype != jnp.float32:
-    raise ValueError(f"scatter takes float32 images [B, H, W, C], not {images.dtype} {list(images.shape)}")
+    raise ValueError(
+      f"scatter takes float32 images [B, H, W, C], not {images.dtype} {list(images.shape)}"
+    )
   batch, height, width, channels = images.shape
   if height % 2**num_scales or width % 2**num_scales:
     raise ValueError(
-      f"images of {height} x {width} pixels cannot be halved num_scales={num_scales} times; resize them to a multiple "
+      f"images of {height} x {width} pixels cannot be halved num_scales={num_scales} times; resize "
+      f"them to a multiple "
       f"of {2**num_scales}, or take fewer scales"
     )
 
   def average(maps: Array, scale: int) -> Array:
-    rows, columns = (jnp.asarray(_averaging(n >> scale, scale, num_scales)) for n in (height, width))
+    rows, columns = (
+      jnp.asarray(_averaging(n >> scale, scale, num_scales)) for n in (height, width)
+    )
     return jnp.einsum("ih,jw,nhw->nij", rows, columns, maps)
 
   def paths(parts: Sequence[Array]) -> Array:
     """[B C p, h, w] of each path p so far -> [B C, all paths, h, w]."""
-    return jnp.concatenate([part.reshape(batch * channels, -1, *part.shape[1:]) for part in parts], axis=1)
+    return jnp.concatenate(
+      [part.reshape(batch * channels, -1, *part.shape[1:]) for part in parts], axis=1
+    )
 
   x = images.transpose(0, 3, 1, 2).reshape(batch * channels, height, width)
   zeroth, first, second = [average(x, 0)], [], []
@@ -75,7 +85,11 @@ def scatter(images: Array, num_scales: int = 2, num_angles: int = 8) -> Array:
     first.append(average(waves, j))
     later = [average(_strength(waves, j, k, num_angles), k) for k in range(j + 1, num_scales)]
     if later:  # [B C A, A, h, w] of each k -> [B C A, k b, h, w]
-      second.append(jnp.concatenate([part.reshape(len(waves), num_angles, *part.shape[1:]) for part in later], axis=1))
+      second.append(
+        jnp.concatenate(
+          [part.reshape(len(waves), num_angles, *part.shape[1:]) for part in later], axis=1
+        )
+      )
       second[-1] = second[-1].reshape(-1, *second[-1].shape[2:])
   out = paths([*zeroth, *first, *second])
   size = (height >> num_scales, width >> num_scales)
@@ -83,12 +97,15 @@ def scatter(images: Array, num_scales: int = 2, num_angles: int = 8) -> Array:
 
 
 def _strength(maps: Array, scale: int, coarser: int, num_angles: int) -> Array:
-  """|maps * psi[coarser, a]| for all angles: maps [N, h, w] sampled at 2^scale -> [N A, h', w'] at 2^coarser."""
+  """|maps * psi[coarser, a]| for all angles: maps [N, h, w] sampled at 2^scale -> [N A, h', w'] at
+  2^coarser.
+  """
   kernel = _wavelets(coarser - scale, num_angles)
   radius, stride = kernel.shape[0] // 2, 2 ** (coarser - scale)
   padded = jnp.pad(maps, ((0, 0), (radius, radius), (radius, radius)), mode="reflect")
   last = [n + 2 * radius - (n - stride) % stride for n in maps.shape[1:]]
-  # XLA's own convolution: the kernel is a constant larger than many a map, and there is nothing to learn.
+  # XLA's own convolution: the kernel is a constant larger than many a map, and there is nothing to
+  # learn.
   waves = lax.conv_general_dilated(
     padded[:, : last[0], : last[1], None],
     jnp.asarray(kernel),
@@ -103,9 +120,11 @@ def _strength(maps: Array, scale: int, coarser: int, num_angles: int) -> Array:
 
 @functools.cache
 def _wavelets(scale: int, num_angles: int) -> np.ndarray:
-  """Morlet wavelets [k, k, 1, 2 A], real parts and then imaginary ones: an envelope times (a wave minus its mean).
+  """Morlet wavelets [k, k, 1, 2 A], real parts and then imaginary ones: an envelope times (a wave
+  minus its mean).
 
-  The mean is that under the envelope, as cut off, so that each wavelet's values add up to exactly nothing.
+  The mean is that under the envelope, as cut off, so that each wavelet's values add up to exactly
+  nothing.
   """
   sigma, frequency = _SIGMA * 2**scale, _FREQUENCY / 2**scale
   radius = math.ceil(_RADIUS * sigma / _SLANT)
@@ -114,7 +133,11 @@ def _wavelets(scale: int, num_angles: int) -> np.ndarray:
   for angle in np.arange(num_angles) * np.pi / num_angles:
     along = x * np.cos(angle) + y * np.sin(angle)
     across = y * np.cos(angle) - x * np.sin(angle)
-    envelope = np.exp(-(along**2 + (_SLANT * across) ** 2) / (2 * sigma**2)) * _SLANT / (2 * np.pi * sigma**2)
+    envelope = (
+      np.exp(-(along**2 + (_SLANT * across) ** 2) / (2 * sigma**2))
+      * _SLANT
+      / (2 * np.pi * sigma**2)
+    )
     wave = np.exp(1j * frequency * along)
     kernels.append(envelope * (wave - (envelope * wave).sum() / envelope.sum()))
   stacked = np.stack([k.real for k in kernels] + [k.imag for k in kernels], axis=-1)
@@ -123,7 +146,9 @@ def _wavelets(scale: int, num_angles: int) -> np.ndarray:
 
 @functools.cache
 def _averaging(size: int, scale: int, num_scales: int) -> np.ndarray:
-  """The Gaussian phi over `size` samples at 2^scale and the choice of each 2^J-th: [size 2^scale / 2^J, size]."""
+  """The Gaussian phi over `size` samples at 2^scale and the choice of each 2^J-th: [size 2^scale /
+  2^J, size].
+  """
   sigma, step = _SIGMA * 2 ** (num_scales - 1 - scale), 2 ** (num_scales - scale)
   radius = math.ceil(_RADIUS * sigma)
   weights = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))

@@ -1,9 +1,11 @@
-"""Differential privacy of whole sites: bounded updates, and noise by each site alone or by all together under masks.
+"""Differential privacy of whole sites: bounded updates, and noise by each site alone or by all
+together under masks.
 
-Two ways to noise a round's sum. `bounded` with a noise multiplier: each site's update is private by itself, whoever
-sees it (local noise: K sites make the sum's variance K times what it need be). `noised`: each site adds a share of
-integer noise before masking, so that only the opened sum is private, with the noise of a trusted server and none to
-trust (`privacy.distributed`). The clip of updates is fixed, or follows a quantile of their norms (`privacy.adaptive`).
+Two ways to noise a round's sum. `bounded` with a noise multiplier: each site's update is private by
+itself, whoever sees it (local noise: K sites make the sum's variance K times what it need be).
+`noised`: each site adds a share of integer noise before masking, so that only the opened sum is
+private, with the noise of a trusted server and none to trust (`privacy.distributed`). The clip of
+updates is fixed, or follows a quantile of their norms (`privacy.adaptive`).
 """
 
 from __future__ import annotations
@@ -22,38 +24,49 @@ from primia_jax.types import Array, Metrics, ModelState, Params, PyTree
 
 _UPDATE_NOISE = 0x53495445  # "SITE": no other use of a site's secret derives this subkey
 _OF_BIT = 1  # third word of the bit's noise, beside round and purpose; the update's has none
-_STDDEVS_OF_BIT = 8.0  # a sum of bits that wrapped around would move the clip far; one number costs no room
-_ROTATION = 0  # seed of the public rotations, one for each round; updates cannot depend on what is fixed beforehand
+_STDDEVS_OF_BIT = (
+  8.0  # a sum of bits that wrapped around would move the clip far; one number costs no room
+)
+# seed of the public rotations, one for each round; updates cannot depend on what is fixed
+# beforehand
+_ROTATION = 0
 
 
 def bounded(algorithm: Algorithm, clip: float | Clip, noise_multiplier: float = 0.0) -> Algorithm:
-  """The same algorithm, whose sites send an update of bounded norm and nothing else that depends on their images.
+  """The same algorithm, whose sites send an update of bounded norm and nothing else that depends on
+  their images.
 
-  With a clip that moves, sites send their update divided by the round's clip, and a bit: whether its norm was within.
-  The server multiplies by the clip, which it keeps in its state and moves.
+  With a clip that moves, sites send their update divided by the round's clip, and a bit: whether
+  its norm was within. The server multiplies by the clip, which it keeps in its state and moves.
 
-  Who learns what: with a noise multiplier z, whoever sees a site's message learns what a Gaussian mechanism of that
-  multiplier tells of its update, once a round, under the assumption that `Site.secret` is fresh and known to the site
-  alone. Without, nothing is hidden yet: see `noised`. Training loss and accuracy are never sent. Whatever moving clip a
-  server sends, what is sent back has a norm of at most 1, and a bit of 1/2 up or down.
+  Who learns what: with a noise multiplier z, whoever sees a site's message learns what a Gaussian
+  mechanism of that multiplier tells of its update, once a round, under the assumption that
+  `Site.secret` is fresh and known to the site alone. Without, nothing is hidden yet: see `noised`.
+  Training loss and accuracy are never sent. Whatever moving clip a server sends, what is sent back
+  has a norm of at most 1, and a bit of 1/2 up or down.
 
   Args:
     algorithm: of the FedAvg family, with uniform weighting.
     clip: the largest norm of an update, all parameters together; or how it moves.
-    noise_multiplier: z; each site adds noise of standard deviation z times the clip to each number. Where the clip
-      moves, z is that of update and bit together: the bit's noise has standard deviation `clip.count_stddev` at each
-      site, and the update's `adaptive.update_noise_multiplier`.
+    noise_multiplier: z; each site adds noise of standard deviation z times the clip to each number.
+      Where the clip moves, z is that of update and bit together: the bit's noise has standard
+      deviation `clip.count_stddev` at each site, and the update's
+      `adaptive.update_noise_multiplier`.
 
   Raises:
-    ValueError: for an algorithm that weighs its messages, or sends more than one update; and where the bit alone costs
-      more than z.
+    ValueError: for an algorithm that weighs its messages, or sends more than one update; and where
+      the bit alone costs more than z.
   """
   if not algorithm.uniform:
-    raise ValueError(f"{algorithm.name} weighs sites by their images, which the sum would tell; use uniform weighting")
+    raise ValueError(
+      f"{algorithm.name} weighs sites by their images, which the sum would tell; use uniform "
+      f"weighting"
+    )
   l2_clip_norm = clip.l2_clip_norm if isinstance(clip, Clip) else clip
   if not 0 < l2_clip_norm < float("inf") or noise_multiplier < 0:
     raise ValueError(
-      f"l2_clip_norm={l2_clip_norm} must be positive and noise_multiplier={noise_multiplier} not negative"
+      f"l2_clip_norm={l2_clip_norm} must be positive and noise_multiplier={noise_multiplier} not "
+      f"negative"
     )
   if isinstance(clip, Clip) and clip.target_quantile is not None:
     return _moving(algorithm, clip, noise_multiplier)
@@ -63,7 +76,11 @@ def bounded(algorithm: Algorithm, clip: float | Clip, noise_multiplier: float = 
     update, _ = clip_update(message["update"], l2_clip_norm)
     if noise_multiplier:
       update = _add_noise(update, noise_multiplier * l2_clip_norm, site, server.round, 0)
-    return {**message, "update": update, "metrics": jax.tree.map(jnp.zeros_like, message["metrics"])}, kept
+    return {
+      **message,
+      "update": update,
+      "metrics": jax.tree.map(jnp.zeros_like, message["metrics"]),
+    }, kept
 
   return algorithm._replace(name=f"{algorithm.name}, bounded", site=site)
 
@@ -81,8 +98,11 @@ def _moving(algorithm: Algorithm, clip: Clip, noise_multiplier: float) -> Algori
   def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
     message, kept = algorithm.site(inner(server), kept, site)
     norm = server.server["clip"].l2_clip_norm
-    # Divided first and clipped last: the bound holds for any clip that the server sends, 0 and NaN included.
-    update, was_within = clip_update(jax.tree.map(lambda u: u / norm.astype(u.dtype), message["update"]), 1.0)
+    # Divided first and clipped last: the bound holds for any clip that the server sends, 0 and NaN
+    # included.
+    update, was_within = clip_update(
+      jax.tree.map(lambda u: u / norm.astype(u.dtype), message["update"]), 1.0
+    )
     bit = adaptive.centred(was_within)
     if noise_multiplier:
       update = _add_noise(update, of_update, site, server.round, 0)
@@ -93,7 +113,9 @@ def _moving(algorithm: Algorithm, clip: Clip, noise_multiplier: float) -> Algori
   def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
     state = server.server["clip"]
     total, within = {k: v for k, v in total.items() if k != "within"}, total["within"]
-    total["update"] = jax.tree.map(lambda u: u * state.l2_clip_norm.astype(u.dtype), total["update"])
+    total["update"] = jax.tree.map(
+      lambda u: u * state.l2_clip_norm.astype(u.dtype), total["update"]
+    )
     params, model_state, own, metrics = algorithm.server(inner(server), total)
     after = adaptive.update(clip, state, within, total["weight"])
     return params, model_state, {"inner": own, "clip": after}, metrics
@@ -116,80 +138,116 @@ def _add_noise(tree: PyTree, stddev: float, site: Site, round_index: Array, numb
 
 
 def l2_clip_norm(server: PyTree) -> float | None:
-  """The clip of the next round, from the server's state of an algorithm, `bounded` anywhere in it; None if fixed."""
+  """The clip of the next round, from the server's state of an algorithm, `bounded` anywhere in it;
+  None if fixed.
+  """
   is_clip = lambda state: isinstance(state, ClipState)
   found = [state for state in jax.tree.leaves(server, is_leaf=is_clip) if is_clip(state)]
   return float(found[0].l2_clip_norm) if found else None
 
 
 def bit_noise(config: DistributedNoise, clip: Clip) -> DistributedNoise:
-  """The noise of the bits that move a clip, beside that of updates: of the same sites, in the same ring.
+  """The noise of the bits that move a clip, beside that of updates: of the same sites, in the same
+  ring.
 
-  Its standard deviation in a sum of the fewest sites is `clip.count_stddev`. A run is charged for both: see
-  `distributed.rdp`.
+  Its standard deviation in a sum of the fewest sites is `clip.count_stddev`. A run is charged for
+  both: see `distributed.rdp`.
 
   Raises:
-    ValueError: for a clip that is fixed, or updates' noise that is not made for updates divided by the clip.
+    ValueError: for a clip that is fixed, or updates' noise that is not made for updates divided by
+      the clip.
   """
   if clip.target_quantile is None or clip.count_stddev is None:
     raise ValueError("a fixed clip sends no bits; give Clip a target_quantile")
   if config.l2_clip_norm != 1:
     raise ValueError(
-      f"l2_clip_norm={config.l2_clip_norm} of the noise: updates are divided by a clip that moves; use l2_clip_norm=1"
+      f"l2_clip_norm={config.l2_clip_norm} of the noise: updates are divided by a clip that moves; "
+      f"use l2_clip_norm=1"
     )
   return dataclasses.replace(
-    config, dim=1, l2_clip_norm=0.5, noise_multiplier=2 * clip.count_stddev, num_stddevs=_STDDEVS_OF_BIT
+    config,
+    dim=1,
+    l2_clip_norm=0.5,
+    noise_multiplier=2 * clip.count_stddev,
+    num_stddevs=_STDDEVS_OF_BIT,
   )
 
 
 def noised(
-  config: DistributedNoise, secure: secagg.SecureSum, params: Params, model_state: ModelState, clip: Clip | None = None
+  config: DistributedNoise,
+  secure: secagg.SecureSum,
+  params: Params,
+  model_state: ModelState,
+  clip: Clip | None = None,
 ) -> Aggregator:
-  """Secure aggregation of the messages of `bounded`, each with its share of the noise, in Z_2^k of `config`.
+  """Secure aggregation of the messages of `bounded`, each with its share of the noise, in Z_2^k of
+  `config`.
 
-  Who learns what: whoever sees the opened sums learns of one site what `distributed.epsilon` says, under the
-  assumptions named there; no round with fewer than `config.min_survivors` sites is opened. Where the clip moves, the
-  sum of bits is opened too, under noise of its own (`bit_noise`), and the divergences of both add up.
+  Who learns what: whoever sees the opened sums learns of one site what `distributed.epsilon` says,
+  under the assumptions named there; no round with fewer than `config.min_survivors` sites is
+  opened. Where the clip moves, the sum of bits is opened too, under noise of its own (`bit_noise`),
+  and the divergences of both add up.
 
   Args:
-    config: of the noise; its `dim` is that of the update, its l2_clip_norm that of `bounded`, or 1 for one that moves.
+    config: of the noise; its `dim` is that of the update, its l2_clip_norm that of `bounded`, or 1
+      for one that moves.
     secure: its `num_bits`, sites and threshold must be those of `config`.
-    params, model_state: of the model, for their shapes; a model with statistics (BatchNorm) is refused.
+    params, model_state: of the model, for their shapes; a model with statistics (BatchNorm) is
+      refused.
     clip: that of `bounded`, where it moves; else None.
 
   Raises:
     ValueError: where these do not fit.
   """
   if jax.tree.leaves(model_state):
-    raise ValueError("the model's statistics (BatchNorm) cannot be bounded by the clipping norm; use norm=group")
+    raise ValueError(
+      "the model's statistics (BatchNorm) cannot be bounded by the clipping norm; use norm=group"
+    )
   if secure.threshold is None or not secure.masked:
-    raise ValueError("distributed noise needs masks, and a threshold: give secagg.secure_sum a threshold")
+    raise ValueError(
+      "distributed noise needs masks, and a threshold: give secagg.secure_sum a threshold"
+    )
   if (secure.fixed.num_bits, secure.num_sites) != (config.num_bits, config.num_sites):
     raise ValueError(
-      f"masks of {secure.fixed.num_bits} bits for {secure.num_sites} sites do not fit noise of {config.num_bits} bits "
+      f"masks of {secure.fixed.num_bits} bits for {secure.num_sites} sites do not fit noise of "
+      f"{config.num_bits} bits "
       f"for {config.num_sites} sites"
     )
-  of_bit = bit_noise(config, clip) if clip is not None and clip.target_quantile is not None else None
+  of_bit = (
+    bit_noise(config, clip) if clip is not None and clip.target_quantile is not None else None
+  )
   dtype = ring.storage(config.num_bits)
   rotation_key = lambda round_index: jax.random.fold_in(jax.random.key(_ROTATION), round_index)
 
-  def encode(message: PyTree, site_id: Array, links: secagg.Links, nonce: tuple[Array, int]) -> secagg.Masked:
+  def encode(
+    message: PyTree, site_id: Array, links: secagg.Links, nonce: tuple[Array, int]
+  ) -> secagg.Masked:
     assert links.own is not None  # there is a threshold
     if ("within" in message) != (of_bit is not None):
-      raise ValueError("a clip that moves here and a fixed one there: give `bounded` and `noised` the same Clip")
+      raise ValueError(
+        "a clip that moves here and a fixed one there: give `bounded` and `noised` the same Clip"
+      )
     own = prng.derive(links.own, secagg.NOISE)
     words = [jnp.asarray(n, jnp.uint32) for n in nonce]
-    encoded = {"update": distributed.encode(message["update"], rotation_key(nonce[0]), own, words, config)}
+    encoded = {
+      "update": distributed.encode(message["update"], rotation_key(nonce[0]), own, words, config)
+    }
     if of_bit is not None:
-      encoded["within"] = distributed.encode(message["within"], rotation_key(nonce[0]), own, [*words, _OF_BIT], of_bit)
+      encoded["within"] = distributed.encode(
+        message["within"], rotation_key(nonce[0]), own, [*words, _OF_BIT], of_bit
+      )
     return secagg.Masked({**encoded, "count": jnp.ones((), dtype)}, jnp.zeros((), dtype))
 
-  def protect(message: PyTree, site_id: Array, links: secagg.Links, nonce: tuple[Array, int]) -> secagg.Masked:
+  def protect(
+    message: PyTree, site_id: Array, links: secagg.Links, nonce: tuple[Array, int]
+  ) -> secagg.Masked:
     return secagg.mask(encode(message, site_id, links, nonce), site_id, links, nonce, secure)
 
   def open_total(opened: tuple[secagg.Masked, Array]) -> tuple[PyTree, Array]:
     (message, out_of_range), round_index = opened
-    decode = lambda name, config, like: distributed.decode(message[name], rotation_key(round_index), config, like)
+    decode = lambda name, config, like: distributed.decode(
+      message[name], rotation_key(round_index), config, like
+    )
     zero = jnp.zeros((), jnp.float32)
     total = {
       "update": decode("update", config, (params, model_state)),

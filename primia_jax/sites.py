@@ -1,9 +1,11 @@
-"""The axis "site": one function of one site, run over all by a loop, scan, vmap, chunks or a mesh, or each apart.
+"""The axis "site": one function of one site, run over all by a loop, scan, vmap, chunks or a mesh,
+or each apart.
 
-A trust boundary runs between sites. `sum_over_sites` is the only way out of a site: what a site function returns first
-is summed over sites, and on a mesh that sum (`psum`) is all that crosses devices or processes. Automatic sharding is
-never used across the boundary, since XLA is free to gather every site's inputs. Apart, each site has a process that
-holds its row and no other; what crosses then is the business of an `Exchange`.
+A trust boundary runs between sites. `sum_over_sites` is the only way out of a site: what a site
+function returns first is summed over sites, and on a mesh that sum (`psum`) is all that crosses
+devices or processes. Automatic sharding is never used across the boundary, since XLA is free to
+gather every site's inputs. Apart, each site has a process that holds its row and no other; what
+crosses then is the business of an `Exchange`.
 """
 
 from __future__ import annotations
@@ -26,16 +28,20 @@ SiteFn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 class Exchange(Protocol):
-  """How processes that know nothing of each other but messages form sums, such as `secagg.exchange.Exchange`.
+  """How processes that know nothing of each other but messages form sums, such as
+  `secagg.exchange.Exchange`.
 
   Attributes:
-    sites: numbers of the sites that are in the last sum, or, before the first, that are to be in it.
+    sites: numbers of the sites that are in the last sum, or, before the first, that are to be in
+      it.
   """
 
   sites: tuple[int, ...]
 
   def begin(self, shapes: PyTree, terms: Any) -> Any:
-    """Joins the others for a sum of ring elements of these shapes, before this process works out its own."""
+    """Joins the others for a sum of ring elements of these shapes, before this process works out
+    its own.
+    """
 
   def finish(self, begun: Any, elements: PyTree) -> PyTree:
     """Gives this process's ring elements to the sum that it has begun, and returns the sum."""
@@ -49,9 +55,9 @@ class Placement:
   """Where the site axis runs.
 
   Attributes:
-    how: `loop` (Python, one jitted call a site), `scan`, `vmap`, `chunk` (a scan over chunks of vmapped sites) or
-      `mesh` (`shard_map` over devices, with a scan or vmap inside each), or `apart` (each site in a process that has
-      its own row only).
+    how: `loop` (Python, one jitted call a site), `scan`, `vmap`, `chunk` (a scan over chunks of
+      vmapped sites) or `mesh` (`shard_map` over devices, with a scan or vmap inside each), or
+      `apart` (each site in a process that has its own row only).
     chunk: sites in a chunk, for `chunk`.
     mesh: a mesh with the one axis "site", for `mesh`; None takes all devices (of all processes).
     inner: what a mesh does with the several sites of a device.
@@ -68,9 +74,14 @@ class Placement:
 
   def __post_init__(self):
     if self.how not in ("loop", "scan", "vmap", "chunk", "mesh", "apart"):
-      raise ValueError(f"unknown placement {self.how!r}; use loop, scan, vmap, chunk=C, mesh or apart")
+      raise ValueError(
+        f"unknown placement {self.how!r}; use loop, scan, vmap, chunk=C, mesh or apart"
+      )
     if (self.how == "apart") != (self.exchange is not None):
-      raise ValueError(f"placement {self.how!r} with exchange={self.exchange}; sites apart need one, and no others do")
+      raise ValueError(
+        f"placement {self.how!r} with exchange={self.exchange}; sites apart need one, and no "
+        f"others do"
+      )
     if self.chunk < 1:
       raise ValueError(f"chunk={self.chunk} must be at least 1")
 
@@ -84,11 +95,14 @@ def parse_placement(text: str) -> Placement:
   how, _, argument = text.partition("=")
   if how == "chunk":
     if not argument.isdigit() or int(argument) < 1:
-      raise ValueError(f"placement {text!r}: write chunk=C with the number of sites in a chunk, such as chunk=8")
+      raise ValueError(
+        f"placement {text!r}: write chunk=C with the number of sites in a chunk, such as chunk=8"
+      )
     return Placement("chunk", chunk=int(argument))
   if argument or how not in ("auto", "loop", "scan", "vmap", "mesh"):
     raise ValueError(
-      f"unknown placement {text!r}; use auto, loop, scan, vmap, chunk=C or mesh, and binaries also processes"
+      f"unknown placement {text!r}; use auto, loop, scan, vmap, chunk=C or mesh, and binaries also "
+      f"processes"
     )
   if how == "auto":
     return default_placement()
@@ -96,7 +110,9 @@ def parse_placement(text: str) -> Placement:
 
 
 def default_placement() -> Placement:
-  """The fastest placement here: a mesh where there are several devices, else a scan on CPU and vmap on accelerators."""
+  """The fastest placement here: a mesh where there are several devices, else a scan on CPU and vmap
+  on accelerators.
+  """
   if jax.device_count() > 1:
     return mesh_placement()
   return Placement("scan" if jax.default_backend() == "cpu" else "vmap")
@@ -109,20 +125,23 @@ def mesh_placement(devices: Any = None) -> Placement:
   return Placement("mesh", mesh=Mesh(devices, (AXIS,)), inner=inner)
 
 
-def sum_over_sites(site_fn: SiteFn, placement: Placement) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
+def sum_over_sites(
+  site_fn: SiteFn, placement: Placement
+) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
   """Lifts a function of one site to all sites.
 
   Args:
-    site_fn: (shared, site) -> (summed, stacked). Integers are summed with wrap-around in their own dtype, so that sums
-      in Z_2^k agree bit for bit under every placement.
+    site_fn: (shared, site) -> (summed, stacked). Integers are summed with wrap-around in their own
+      dtype, so that sums in Z_2^k agree bit for bit under every placement.
     placement: where the site axis runs.
 
   Returns:
-    (shared, sites) -> (sum over sites of `summed`, `stacked` with a leading site axis), where every leaf of `sites` has
-    a leading axis [K]. On a mesh each device sees the rows of its own sites only; the sum is replicated, the stacked
-    values stay where their site is (but where K is no multiple of the devices, which one process may simulate, they are
-    gathered, since arrays cannot be sharded unevenly). Apart, the sum is over this process's row alone: for the
-    `Exchange`, and for nobody else.
+    (shared, sites) -> (sum over sites of `summed`, `stacked` with a leading site axis), where every
+    leaf of `sites` has a leading axis [K]. On a mesh each device sees the rows of its own sites
+    only; the sum is replicated, the stacked values stay where their site is (but where K is no
+    multiple of the devices, which one process may simulate, they are gathered, since arrays cannot
+    be sharded unevenly). Apart, the sum is over this process's row alone: for the `Exchange`, and
+    for nobody else.
   """
   if placement.how == "loop":
     return _loop(site_fn)
@@ -136,7 +155,9 @@ def sum_over_sites(site_fn: SiteFn, placement: Placement) -> Callable[[PyTree, P
 
 
 def put(tree: PyTree, placement: Placement) -> PyTree:
-  """Places host arrays [K, ...] (in a mesh of several processes: this process's rows) where their sites run."""
+  """Places host arrays [K, ...] (in a mesh of several processes: this process's rows) where their
+  sites run.
+  """
   if placement.how != "mesh":
     return jax.tree.map(jnp.asarray, tree)
   sharding = NamedSharding(_mesh_of(placement), PartitionSpec(AXIS))
@@ -145,12 +166,15 @@ def put(tree: PyTree, placement: Placement) -> PyTree:
     place = lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a))
     return jax.tree.map(lambda a: a if is_placed(a) else place(a), tree)
   num_devices = _mesh_of(placement).size
-  divides = lambda a: a.shape[0] % num_devices == 0  # shards must be equal; the padding of `_mesh` comes later
+  divides = lambda a: (
+    a.shape[0] % num_devices == 0
+  )  # shards must be equal; the padding of `_mesh` comes later
   return jax.tree.map(lambda a: jax.device_put(a, sharding) if divides(a) else jnp.asarray(a), tree)
 
 
 def local_rows(tree: PyTree, placement: Placement) -> PyTree:
-  """Returns the rows [K, ...] of the sites that this process runs: all, but apart or in a mesh of several processes.
+  """Returns the rows [K, ...] of the sites that this process runs: all, but apart or in a mesh of
+  several processes.
 
   Raises:
     ValueError: where the sites of a round cannot be dealt out evenly to the processes' devices.
@@ -162,8 +186,12 @@ def local_rows(tree: PyTree, placement: Placement) -> PyTree:
   mesh = _mesh_of(placement)
   num_sites = jax.tree.leaves(tree)[0].shape[0]
   if num_sites % mesh.size:
-    raise ValueError(f"{num_sites} sites in a round on {mesh.size} devices; every device must have equally many")
-  mine = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    raise ValueError(
+      f"{num_sites} sites in a round on {mesh.size} devices; every device must have equally many"
+    )
+  mine = [
+    i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()
+  ]
   each = num_sites // mesh.size
   rows = np.concatenate([np.arange(i * each, (i + 1) * each) for i in mine])
   return jax.tree.map(lambda a: np.asarray(a)[rows], tree)
@@ -190,7 +218,9 @@ def _add(a: PyTree, b: PyTree) -> PyTree:
 
 
 def _sum(tree: PyTree) -> PyTree:
-  if jax.default_backend() == "cpu":  # whose reduction over a leading axis is up to 100 times slower than adding rows
+  if (
+    jax.default_backend() == "cpu"
+  ):  # whose reduction over a leading axis is up to 100 times slower than adding rows
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape[1:], a.dtype), tree)
     return jax.lax.scan(lambda total, row: (_add(total, row), None), zeros, tree)[0]
   return jax.tree.map(lambda a: jnp.sum(a, axis=0, dtype=a.dtype), tree)
@@ -255,7 +285,9 @@ def _mesh_of(placement: Placement) -> Mesh:
   return mesh
 
 
-def _mesh(site_fn: SiteFn, placement: Placement) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
+def _mesh(
+  site_fn: SiteFn, placement: Placement
+) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
   mesh = _mesh_of(placement)
   inner = _scan if placement.inner == "scan" else _vmap
 
@@ -278,7 +310,9 @@ def _mesh(site_fn: SiteFn, placement: Placement) -> Callable[[PyTree, PyTree], t
       return jax.lax.psum(total, AXIS), stacked
 
     specs = (PartitionSpec(), PartitionSpec(AXIS))
-    total, stacked = jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)(shared, sites)
+    total, stacked = jax.shard_map(
+      device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False
+    )(shared, sites)
     return total, jax.tree.map(lambda a: a[:num_sites], stacked)
 
   return run

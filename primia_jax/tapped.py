@@ -1,10 +1,12 @@
-"""Kernels with taps: a layer's input and output gradient, example by example, in place of each example's gradient.
+"""Kernels with taps: a layer's input and output gradient, example by example, in place of each
+example's gradient.
 
-A convolution or dense layer is y[p] = rows(x)[p] @ w over positions p, so that one example's gradient of w is the sum
-over p of rows(x)[p]^T g[p]: whoever holds x and g knows its norm, and any weighted sum over examples, without forming
-it for every example (book-keeping, Bu et al. 2023, "Differentially private optimization on large model at small
-cost"). `conv` and `dense` take a `Tapped` kernel for an ordinary one; a backward pass then hands x and g to its taps as
-if they were gradients.
+A convolution or dense layer is y[p] = rows(x)[p] @ w over positions p, so that one example's
+gradient of w is the sum over p of rows(x)[p]^T g[p]: whoever holds x and g knows its norm, and any
+weighted sum over examples, without forming it for every example (book-keeping, Bu et al. 2023,
+"Differentially private optimization on large model at small cost"). `conv` and `dense` take a
+`Tapped` kernel for an ordinary one; a backward pass then hands x and g to its taps as if they were
+gradients.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from primia_jax.types import Array
 
 
 class Taps(NamedTuple):
-  """What a kernel's one use fills: zeros on the way in, see `Use.taps`; their gradients are what is asked for.
+  """What a kernel's one use fills: zeros on the way in, see `Use.taps`; their gradients are what is
+  asked for.
 
   Attributes:
     x: the layer's input.
     g: the gradient of its output.
-    uses: how often the kernel was used, float32 scalar; x and g are sums, and worth nothing, unless it is 1.
+    uses: how often the kernel was used, float32 scalar; x and g are sums, and worth nothing, unless
+      it is 1.
   """
 
   x: Array
@@ -62,8 +66,8 @@ class Log:
 class Tapped:
   """A kernel that `conv` or `dense` is given once; what takes it for an array refuses it.
 
-  What takes it for a tree (`jax.tree.leaves` of all parameters, for a penalty) finds `w`, and loses its gradient where
-  nobody looks: see `only_in_layers`.
+  What takes it for a tree (`jax.tree.leaves` of all parameters, for a penalty) finds `w`, and loses
+  its gradient where nobody looks: see `only_in_layers`.
 
   Attributes:
     w: the kernel, which gets no gradient itself.
@@ -81,7 +85,8 @@ class Tapped:
 
 
 def only_in_layers(loss_fn: Callable[[Any], Array], kernels: Any) -> Array:
-  """loss_fn(kernels), which gives their w to `conv` and `dense` by `Tapped` without taps; traces well.
+  """loss_fn(kernels), which gives their w to `conv` and `dense` by `Tapped` without taps; traces
+  well.
 
   Raises:
     ValueError: the loss depends on a kernel in another way, whose gradient taps would not hold.
@@ -97,8 +102,10 @@ def _constant(loss: Array) -> Array:
 def _constant_jvp(primals: tuple[Array], tangents: tuple[Any]) -> tuple[Array, Any]:
   if not isinstance(tangents[0], SymbolicZero):
     raise ValueError(
-      "the loss depends on a kernel with taps in another way than by `conv` or `dense`, such as a penalty on all "
-      "parameters, whose gradient would be lost; add it after clipping (weight decay), or use no taps"
+      "the loss depends on a kernel with taps in another way than by `conv` or `dense`, such as a "
+      "penalty on all "
+      "parameters, whose gradient would be lost; add it after clipping (weight decay), or use no "
+      "taps"
     )
   return primals[0], tangents[0]
 
@@ -113,7 +120,9 @@ def dense(x: Array, w: Array | Tapped) -> Array:
   return x @ w
 
 
-def linear(x: Array, kernel: Tapped, apply: Callable[[Array, Array], Array], rows: Callable[[Array], Array]) -> Array:
+def linear(
+  x: Array, kernel: Tapped, apply: Callable[[Array, Array], Array], rows: Callable[[Array], Array]
+) -> Array:
   """apply(x, kernel.w), with taps; see `Use` for the arguments."""
   if kernel.taps is not None:
     return _through(apply, x, kernel.w, kernel.taps)
@@ -128,12 +137,16 @@ def _through(apply: Callable[[Array, Array], Array], x: Array, w: Array, taps: T
   return apply(x, w)
 
 
-def _through_fwd(apply: Callable, x: Array, w: Array, taps: Taps) -> tuple[Array, tuple[Array, Array]]:
+def _through_fwd(
+  apply: Callable, x: Array, w: Array, taps: Taps
+) -> tuple[Array, tuple[Array, Array]]:
   del taps
   return apply(x, w), (x, w)
 
 
-def _through_bwd(apply: Callable, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Any, Taps]:
+def _through_bwd(
+  apply: Callable, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array, Any, Taps]:
   x, w = residuals
   (towards_x,) = jax.vjp(lambda x: apply(x, w), x)[1](g)
   return towards_x, None, Taps(x, g, jnp.ones((), jnp.float32))

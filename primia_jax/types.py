@@ -1,7 +1,7 @@
 """Types and shape letters used throughout.
 
-Letters in shape comments: S sites, K sites of one round, N examples, B batch, T local steps, H, W, C image height,
-width, channels, L classes, D parameters, P peers.
+Letters in shape comments: S sites, K sites of one round, N examples, B batch, T local steps, H, W,
+C image height, width, channels, L classes, D parameters, P peers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ Array = jax.Array
 Key = jax.Array  # a typed key, jax.random.key(seed)
 PyTree = Any
 Params = PyTree  # what is trained: a pytree of float arrays
-ModelState = PyTree  # what is tracked but not trained, e.g. BatchNorm statistics; {} when there is none
+ModelState = (
+  PyTree  # what is tracked but not trained, e.g. BatchNorm statistics; {} when there is none
+)
 
 
 class Batch(NamedTuple):
@@ -24,7 +26,8 @@ class Batch(NamedTuple):
   Attributes:
     images: [..., B, H, W, C], uint8 as stored or float32 as the model takes it.
     labels: [..., B] int32.
-    weights: [..., B] float32, of each example in the loss; 0 marks padding, which counts for nothing anywhere.
+    weights: [..., B] float32, of each example in the loss; 0 marks padding, which counts for
+      nothing anywhere.
   """
 
   images: Array
@@ -33,7 +36,9 @@ class Batch(NamedTuple):
 
 
 class Metrics(NamedTuple):
-  """Sums over examples, so that they add up over batches and sites; divide by `num_examples` for a mean."""
+  """Sums over examples, so that they add up over batches and sites; divide by `num_examples` for a
+  mean.
+  """
 
   loss: Array  # weighted sum of the losses
   correct: Array  # number of right answers

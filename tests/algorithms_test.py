@@ -1,6 +1,8 @@
-"""Each algorithm against NumPy, on sites whose loss is a quadratic and whose examples are all alike.
+"""Each algorithm against NumPy, on sites whose loss is a quadratic and whose examples are all
+alike.
 
-Site i's loss is curvature_i / 2 |w - a_i|^2 + |norm - m_i|^2 / 2, so that no result depends on the order of examples.
+Site i's loss is curvature_i / 2 |w - a_i|^2 + |norm - m_i|^2 / 2, so that no result depends on the
+order of examples.
 """
 
 import functools
@@ -58,20 +60,26 @@ def run(algorithm, rounds=(IDS,) * ROUNDS, aggregator=None, model_state=None):
   f = fed.federated(algorithm, aggregator or fed.in_the_clear(), sites.parse_placement("scan"))
   state = f.init(start(), model_state or {}, 4)
   for ids in rounds:
-    state, info = f.step(KEY, state, ids, fed.Loader(load), prng.derive(jnp.arange(8, dtype=jnp.uint32), 1))
+    state, info = f.step(
+      KEY, state, ids, fed.Loader(load), prng.derive(jnp.arange(8, dtype=jnp.uint32), 1)
+    )
     assert info.out_of_range == 0
   return state
 
 
 def vector(params):
-  return np.concatenate([np.asarray(params["w"], np.float64), np.asarray(params["norm"], np.float64)], axis=-1)
+  return np.concatenate(
+    [np.asarray(params["w"], np.float64), np.asarray(params["norm"], np.float64)], axis=-1
+  )
 
 
 X0 = np.array([0.5, -1.0, 2.0, 1.0, -1.0])
 
 
 def descend(i, x, r, momentum=0.0, velocity=None, proximal=0.0, correction=0.0):
-  """Site i's steps in round r: heavy-ball gradient descent. Returns its parameters, velocity and sum of rates."""
+  """Site i's steps in round r: heavy-ball gradient descent. Returns its parameters, velocity and
+  sum of rates.
+  """
   scale = np.array([1.0 + CURVATURE[i]] * 3 + [1.0] * 2)
   y, velocity, rates = x.copy(), np.zeros(5) if velocity is None else velocity, 0.0
   for t in range(STEPS[i]):
@@ -117,7 +125,9 @@ def test_site_optimisers_keep_or_reset_their_state(keep):
 
 
 def adam(x, d, s, t, yogi):
-  """Reddi et al. 2021, algorithm 2, with optax's bias correction and (Yogi) accumulators that start at 1e-6."""
+  """Reddi et al. 2021, algorithm 2, with optax's bias correction and (Yogi) accumulators that start
+  at 1e-6.
+  """
   m, v = s if s is not None else (np.full(5, 1e-6 * yogi), np.full(5, 1e-6 * yogi))
   m = 0.9 * m + 0.1 * d
   v = v - 0.01 * np.sign(v - d**2) * d**2 if yogi else 0.99 * v + 0.01 * d**2
@@ -173,7 +183,9 @@ def test_scaffold(rounds):
   np.testing.assert_allclose(np.mean(own, axis=0), c)  # the paper's invariant
 
 
-@pytest.mark.parametrize(("momentum", "weighting"), [(0.0, "examples"), (0.8, "examples"), (0.8, "uniform")])
+@pytest.mark.parametrize(
+  ("momentum", "weighting"), [(0.0, "examples"), (0.8, "examples"), (0.8, "uniform")]
+)
 def test_fednova(momentum, weighting):
   """Wang et al. 2020, eq. 6. The steps of the sites are unequal."""
   p = NUM / NUM.sum() if weighting == "examples" else np.full(4, 0.25)
@@ -193,7 +205,9 @@ def test_fednova(momentum, weighting):
 
 def test_fednova_is_fedavg_where_all_sites_take_equally_many_steps():
   made = recipe()._replace(work=local.Work(batch_size=4, max_examples=12, epochs=None, steps=5))
-  one, other = (run(algorithm(made)).params for algorithm in (algorithms.fednova, algorithms.fedavg))
+  one, other = (
+    run(algorithm(made)).params for algorithm in (algorithms.fednova, algorithms.fedavg)
+  )
   np.testing.assert_allclose(vector(one), vector(other), rtol=1e-5)
 
 
@@ -242,7 +256,9 @@ def test_statistics_are_averaged_under_secure_aggregation():
   ):
     secure = fed.securely(secagg.secure_sum(4))
     state = run(algorithm, [IDS], secure, {"mean": jnp.zeros(1)})
-    np.testing.assert_allclose(state.model_state["mean"], [np.average(means, weights=weights)], atol=1e-5)
+    np.testing.assert_allclose(
+      state.model_state["mean"], [np.average(means, weights=weights)], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
@@ -267,7 +283,10 @@ def test_bad_settings_are_refused():
 
 
 def test_the_average_over_rounds_is_what_is_evaluated_and_changes_no_training():
-  plain, algorithm = algorithms.fedavg(recipe()), algorithms.averaged(algorithms.fedavg(recipe()), 0.25)
+  plain, algorithm = (
+    algorithms.fedavg(recipe()),
+    algorithms.averaged(algorithms.fedavg(recipe()), 0.25),
+  )
   averages, average = [], X0
   for r in range(1, ROUNDS + 1):
     want, state = (run(a, (IDS,) * r) for a in (plain, algorithm))

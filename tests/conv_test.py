@@ -1,4 +1,6 @@
-"""conv against jax.lax, in value and in both gradients, under every mapping; pools against reduce_window."""
+"""conv against jax.lax, in value and in both gradients, under every mapping; pools against
+reduce_window.
+"""
 
 import functools
 
@@ -28,7 +30,9 @@ CASES = [  # x, w, strides, padding
 
 
 def reference(x, w, *, strides, padding):
-  return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  return lax.conv_general_dilated(
+    x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
 
 def by_offsets(x, w, *, strides, padding):
@@ -44,7 +48,9 @@ def normal(seed, *shape):
 
 
 def value_and_gradients(fn, x, w):
-  """The value, both gradients of sum(value^2), which depend on both operands, and the gradient of those gradients."""
+  """The value, both gradients of sum(value^2), which depend on both operands, and the gradient of
+  those gradients.
+  """
 
   def loss(x, w):
     y = fn(x, w)
@@ -69,7 +75,8 @@ def test_value_gradients_and_second_gradients(x_shape, w_shape, strides, padding
 
   def run(x, w):
     return [
-      value_and_gradients(functools.partial(f, strides=strides, padding=padding), x, w) for f in (conv, reference)
+      value_and_gradients(functools.partial(f, strides=strides, padding=padding), x, w)
+      for f in (conv, reference)
     ]
 
   assert_close(*jax.jit(run)(x, w))
@@ -78,7 +85,9 @@ def test_value_gradients_and_second_gradients(x_shape, w_shape, strides, padding
 def test_without_jit():
   x, w = normal(0, 2, 9, 8, 3), normal(1, 3, 3, 3, 4)
   ours, theirs = (
-    jax.value_and_grad(lambda x, w, f=f: (f(x, w, strides=(2, 1), padding="SAME") ** 2).sum(), argnums=(0, 1))(x, w)
+    jax.value_and_grad(
+      lambda x, w, f=f: (f(x, w, strides=(2, 1), padding="SAME") ** 2).sum(), argnums=(0, 1)
+    )(x, w)
     for f in (conv, reference)
   )
   assert_close(ours, theirs)
@@ -91,9 +100,13 @@ def test_without_jit():
   strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
   pads=st.tuples(*[st.integers(0, 3)] * 4),
 )
-@example((4, 5), (2, 3), (2, 3), (1, 2, 0, 2))  # XLA would exchange kernel and map, but for one axis
+@example(
+  (4, 5), (2, 3), (2, 3), (1, 2, 0, 2)
+)  # XLA would exchange kernel and map, but for one axis
 @example((5, 4), (3, 2), (3, 2), (0, 2, 1, 2))
-@example((4, 4), (2, 2), (1, 1), (2, 0, 3, 0))  # XLA would take what lies beyond the images for the gradient's zeros
+@example(
+  (4, 4), (2, 2), (1, 1), (2, 0, 3, 0)
+)  # XLA would take what lies beyond the images for the gradient's zeros
 @example((1, 3), (1, 1), (2, 3), (1, 1, 2, 0))  # no output sees an image
 def test_any_geometry(size, kernel, strides, pads):
   padding = (pads[:2], pads[2:])
@@ -101,7 +114,9 @@ def test_any_geometry(size, kernel, strides, pads):
     return  # an empty output
   x, w = normal(2, 2, *size, 2), normal(3, *kernel, 2, 3)
 
-  def gradients(fn, x, w):  # of a loss whose gradient is no zero even where an output sees padding alone
+  def gradients(
+    fn, x, w
+  ):  # of a loss whose gradient is no zero even where an output sees padding alone
     loss = lambda *a: ((fn(*a, strides=strides, padding=padding) + 1) ** 2).sum()
     return jax.value_and_grad(loss, argnums=(0, 1))(x, w)
 
@@ -125,7 +140,9 @@ def test_gradient_of_a_vmap_and_two_vmaps():
   x, w = normal(6, 2, 3, 2, 6, 6, 2), normal(7, 2, 3, 3, 2, 4)
 
   def total(fn, x, w):
-    inner = jax.vmap(functools.partial(fn, strides=(1, 1), padding="SAME"), (0, None))  # examples share a kernel
+    inner = jax.vmap(
+      functools.partial(fn, strides=(1, 1), padding="SAME"), (0, None)
+    )  # examples share a kernel
     return jax.grad(lambda x, w: (jax.vmap(inner)(x, w) ** 3).sum(), argnums=(0, 1))(x, w)
 
   assert_close(*jax.jit(lambda *a: (total(conv, *a), total(reference, *a)))(x, w))
@@ -133,7 +150,9 @@ def test_gradient_of_a_vmap_and_two_vmaps():
 
 def descend(fn, w, x, steps=3):
   def step(w, _):
-    return w - 0.01 * jax.grad(lambda w: (fn(x, w, strides=(1, 1), padding="VALID") ** 2).mean())(w), None
+    return w - 0.01 * jax.grad(lambda w: (fn(x, w, strides=(1, 1), padding="VALID") ** 2).mean())(
+      w
+    ), None
 
   return lax.scan(step, w, None, length=steps)[0]
 
@@ -169,7 +188,10 @@ def test_on_a_mesh_a_replicated_kernel_gets_the_sum_of_the_gradients():
     return (fn(x, w, strides=(1, 1), padding="SAME") ** 2).sum()
 
   sharded = jax.shard_map(
-    lambda w, x: jax.grad(functools.partial(loss, conv))(w, x), mesh=mesh, in_specs=(P(), P("site")), out_specs=P()
+    lambda w, x: jax.grad(functools.partial(loss, conv))(w, x),
+    mesh=mesh,
+    in_specs=(P(), P("site")),
+    out_specs=P(),
   )
   assert_close(jax.jit(sharded)(w, x), jax.grad(functools.partial(loss, reference))(w, x))
 
@@ -178,7 +200,12 @@ def test_an_unused_input_gradient_is_not_computed():
   def count(argnums):
     gradient = jax.grad(lambda x, w: conv(x, w, padding="VALID").sum() ** 2, argnums=argnums)
     step = jax.jit(lambda x, w: lax.fori_loop(0, 2, lambda _, w: w + gradient(x, w)[-1].sum(), w))
-    return step.lower(normal(0, 2, 9, 9, 3), normal(1, 3, 3, 3, 4)).compile().as_text().count(" convolution(")
+    return (
+      step.lower(normal(0, 2, 9, 9, 3), normal(1, 3, 3, 3, 4))
+      .compile()
+      .as_text()
+      .count(" convolution(")
+    )
 
   assert count((0, 1)) == count((1,)) == 2  # forward and kernel gradient
 
@@ -195,7 +222,10 @@ def test_pools(size, window, stride, padding):
   x, g = normal(12, 2, size, size, 3), None
   pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
   reduce = functools.partial(
-    lax.reduce_window, window_dimensions=(1, window, window, 1), window_strides=(1, stride, stride, 1), padding=pads
+    lax.reduce_window,
+    window_dimensions=(1, window, window, 1),
+    window_strides=(1, stride, stride, 1),
+    padding=pads,
   )
   for ours, theirs in (
     (max_pool, lambda x: reduce(x, -jnp.inf, lax.max)),

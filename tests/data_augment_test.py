@@ -1,4 +1,6 @@
-"""Augmentation: identity at zero, fresh draws, closed forms, MixUp, class weights; jit, scan and vmap agree."""
+"""Augmentation: identity at zero, fresh draws, closed forms, MixUp, class weights; jit, scan and
+vmap agree.
+"""
 
 import dataclasses
 import functools
@@ -19,13 +21,17 @@ KEY = jax.random.key(7)
 
 
 def jitted(function, **strengths):
-  """Compiles `function` with its strengths fixed; one compilation is much quicker than one for each operation."""
+  """Compiles `function` with its strengths fixed; one compilation is much quicker than one for each
+  operation.
+  """
   return jax.jit(functools.partial(function, **strengths))
 
 
 # name -> (key, images) -> images, at a strength at which every image changes
 ALL = {
-  "affine": jitted(warp.affine, rotation_degrees=20.0, translation=0.1, scale=0.2, shear_degrees=10.0),
+  "affine": jitted(
+    warp.affine, rotation_degrees=20.0, translation=0.1, scale=0.2, shear_degrees=10.0
+  ),
   "elastic": jitted(warp.elastic, elastic=0.05),
   "clahe": jitted(aug.clahe, clahe=1.0),
   "blur": jitted(aug.gaussian_blur, blur=2.0),
@@ -49,9 +55,21 @@ OFF = {
   "augment": jitted(aug.augment, config=aug.Augmentation()),
 }
 EVERYTHING = aug.Augmentation(
-  rotation_degrees=10.0, translation=0.1, scale=0.1, shear_degrees=5.0, horizontal_flip=0.5, vertical_flip=0.1,
-  elastic=0.02, clahe=0.5, blur=1.0, gamma=0.3, contrast=0.2, brightness=0.1, noise=0.05, cutout=0.2,
-)  # fmt: skip
+  rotation_degrees=10.0,
+  translation=0.1,
+  scale=0.1,
+  shear_degrees=5.0,
+  horizontal_flip=0.5,
+  vertical_flip=0.1,
+  elastic=0.02,
+  clahe=0.5,
+  blur=1.0,
+  gamma=0.3,
+  contrast=0.2,
+  brightness=0.1,
+  noise=0.05,
+  cutout=0.2,
+)
 
 EVERYTHING_STEP = jitted(aug.augment, config=EVERYTHING)
 MIXUP = jax.jit(aug.mixup, static_argnums=3)
@@ -102,8 +120,12 @@ def test_extreme_images_stay_finite(value):
 def test_blur_equals_scipy_inside_and_keeps_the_level_at_the_edges():
   images = some_images(num=3, height=40, width=30)
   out = np.asarray(jitted(aug.gaussian_blur, blur=1.5)(KEY, images))
-  for i, sigma in enumerate(np.asarray(jax.random.uniform(KEY, (3, 1, 1, 1), jnp.float32, 0, 1.5)).ravel()):
-    expected = scipy.ndimage.gaussian_filter(np.asarray(images[i, ..., 0], np.float64), sigma, radius=9)
+  for i, sigma in enumerate(
+    np.asarray(jax.random.uniform(KEY, (3, 1, 1, 1), jnp.float32, 0, 1.5)).ravel()
+  ):
+    expected = scipy.ndimage.gaussian_filter(
+      np.asarray(images[i, ..., 0], np.float64), sigma, radius=9
+    )
     np.testing.assert_allclose(out[i, 9:-9, 9:-9, 0], expected[9:-9, 9:-9], atol=2e-5)
   flat = jnp.full((3, 40, 30, 1), 0.7, jnp.float32)
   np.testing.assert_allclose(jitted(aug.gaussian_blur, blur=4.0)(KEY, flat), flat, atol=1e-6)
@@ -112,7 +134,10 @@ def test_blur_equals_scipy_inside_and_keeps_the_level_at_the_edges():
 def test_photometric_changes_follow_their_formulas():
   images = some_images(num=50)
   x = np.asarray(images, np.float64)
-  ratio = np.log(np.asarray(aug.gamma(KEY, images, 0.5), np.float64))[:, 5:9, 5:9] / np.log(x)[:, 5:9, 5:9]
+  ratio = (
+    np.log(np.asarray(aug.gamma(KEY, images, 0.5), np.float64))[:, 5:9, 5:9]
+    / np.log(x)[:, 5:9, 5:9]
+  )
   np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1, :1], ratio.shape), rtol=1e-3)
   assert 1 / 1.5 - 1e-3 <= ratio.min() < 0.75
   assert 1.35 < ratio.max() <= 1.5 + 1e-3
@@ -156,7 +181,9 @@ def test_cutout_fills_one_box():
 
 def test_clahe_acts_with_the_probability_asked_for():
   images = jnp.tile(some_images(num=1, height=16, width=16), (200, 1, 1, 1))
-  changed = (np.asarray(jitted(aug.clahe, clahe=0.25)(KEY, images)) != np.asarray(images)).any((1, 2, 3))
+  changed = (np.asarray(jitted(aug.clahe, clahe=0.25)(KEY, images)) != np.asarray(images)).any(
+    (1, 2, 3)
+  )
   assert 0.15 < changed.mean() < 0.35
 
 
@@ -165,10 +192,13 @@ def test_augment_is_the_same_in_a_scan_of_a_vmap():
     [jnp.stack([some_images(seed=2 * t + s) for s in range(2)]) for t in range(2)]
   )  # [T, S, B, H, W, C]
   keys = jax.random.split(KEY, (2, 2))
-  expected = np.stack([[EVERYTHING_STEP(keys[t, s], steps[t, s]) for s in range(2)] for t in range(2)])
+  expected = np.stack(
+    [[EVERYTHING_STEP(keys[t, s], steps[t, s]) for s in range(2)] for t in range(2)]
+  )
   body = lambda carry, step: (carry, jax.vmap(EVERYTHING_STEP)(*step))
   out = np.asarray(jax.jit(lambda k, x: jax.lax.scan(body, 0, (k, x))[1])(keys, steps))
-  # CLAHE puts pixels into bins: where compilers round differently, one may fall on the other side of an edge.
+  # CLAHE puts pixels into bins: where compilers round differently, one may fall on the other side
+  # of an edge.
   assert np.mean(np.abs(out - expected) > 1e-4) < 0.01
 
 
@@ -199,8 +229,12 @@ def test_mixup_follows_equation_and_permutes():
   x, share = np.asarray(images, np.float64), lam[:, None, None, None]
   np.testing.assert_allclose(mixed.images, share * x + (1 - share) * x[partner], atol=1e-6)
   soft = np.asarray(aug.mixed_labels(mixed, 64))
-  np.testing.assert_allclose(soft, lam[:, None] * np.eye(64) + (1 - lam)[:, None] * np.eye(64)[partner], atol=1e-6)
-  one_hot = mixed._replace(labels_a=jnp.eye(64)[mixed.labels_a], labels_b=jnp.eye(64)[mixed.labels_b])
+  np.testing.assert_allclose(
+    soft, lam[:, None] * np.eye(64) + (1 - lam)[:, None] * np.eye(64)[partner], atol=1e-6
+  )
+  one_hot = mixed._replace(
+    labels_a=jnp.eye(64)[mixed.labels_a], labels_b=jnp.eye(64)[mixed.labels_b]
+  )
   np.testing.assert_allclose(aug.mixed_labels(one_hot, 64), soft, atol=1e-6)
   off = MIXUP(KEY, images, jnp.eye(64), 0.0)
   np.testing.assert_array_equal(off.images, images)
@@ -210,7 +244,9 @@ def test_mixup_follows_equation_and_permutes():
 
 @pytest.mark.parametrize("alpha", [0.1, 5.0])
 def test_mixup_shares_are_beta_distributed(alpha):
-  lam = np.asarray(jitted(aug.mixup, alpha=alpha)(KEY, jnp.zeros((4000, 1, 1, 1)), jnp.zeros(4000, jnp.int32)).lam)
+  lam = np.asarray(
+    jitted(aug.mixup, alpha=alpha)(KEY, jnp.zeros((4000, 1, 1, 1)), jnp.zeros(4000, jnp.int32)).lam
+  )
   assert np.isfinite(lam).all()
   assert lam.mean() == pytest.approx(0.5, abs=0.03)
   assert lam.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
@@ -248,7 +284,9 @@ def test_inverse_frequency_of_an_empty_class():
   np.testing.assert_allclose(traced, [4 / 6, 0, 2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("field", [f for f in aug.Augmentation.__dataclass_fields__ if f != "elastic_grid"])
+@pytest.mark.parametrize(
+  "field", [f for f in aug.Augmentation.__dataclass_fields__ if f != "elastic_grid"]
+)
 @pytest.mark.parametrize("value", [-0.1, 1000.0, float("nan")])
 def test_strengths_out_of_bounds_are_refused(field, value):
   with pytest.raises(ValueError, match=f"{field} is {value}"):
@@ -271,7 +309,10 @@ def test_bad_arguments_are_refused():
     (lambda: equalize_adapthist(images, num_bins=1), "num_bins is 1"),
     (lambda: aug.mixup(KEY, images, labels, -1.0), "alpha is -1.0"),
     (lambda: aug.mixup(KEY, images, labels[:3], 1.0), "one each is needed"),
-    (lambda: aug.mixed_labels(aug.mixup(KEY, images, jnp.eye(4, dtype=jnp.float32), 0.0), 3), "expected 3"),
+    (
+      lambda: aug.mixed_labels(aug.mixup(KEY, images, jnp.eye(4, dtype=jnp.float32), 0.0), 3),
+      "expected 3",
+    ),
   ):
     with pytest.raises(ValueError, match=match):
       call()

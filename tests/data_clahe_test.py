@@ -57,7 +57,9 @@ def clahe_oracle(image, clip_limit, bins=256):
   curves = np.empty((ny, nx, bins))
   for ty in range(ny):
     for tx in range(nx):
-      hist = np.bincount(padded[ty * kh : (ty + 1) * kh, tx * kw : (tx + 1) * kw].ravel(), minlength=bins)
+      hist = np.bincount(
+        padded[ty * kh : (ty + 1) * kh, tx * kw : (tx + 1) * kw].ravel(), minlength=bins
+      )
       hist = clip_histogram(hist, max(int(clip_limit * kh * kw), 1)) if clip_limit else hist
       curves[ty, tx] = np.floor(np.minimum(np.cumsum(hist) * 16383 / (kh * kw), 16383))
   out = np.zeros(image.shape)
@@ -72,20 +74,28 @@ def clahe_oracle(image, clip_limit, bins=256):
   return (out - out.min()) / np.ptp(out)
 
 
-@pytest.mark.parametrize(("height", "width", "clip_limit"), [(48, 48, 0.01), (53, 70, 0.0), (53, 70, 0.1)])
+@pytest.mark.parametrize(
+  ("height", "width", "clip_limit"), [(48, 48, 0.01), (53, 70, 0.0), (53, 70, 0.1)]
+)
 def test_clahe_equals_the_oracle(height, width, clip_limit):
   images = some_images(num=2, height=height, width=width) ** 2
   out = CLAHE(images, clip_limit)[..., 0]
   for i in range(2):
     # One of 16384 grey levels may round the other way.
-    np.testing.assert_allclose(out[i], clahe_oracle(np.asarray(images[i, ..., 0], np.float64), clip_limit), atol=2e-4)
+    np.testing.assert_allclose(
+      out[i], clahe_oracle(np.asarray(images[i, ..., 0], np.float64), clip_limit), atol=2e-4
+    )
 
 
 @hypothesis.settings(deadline=None, max_examples=30)
-@hypothesis.given(st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 40), st.integers(20, 400))
+@hypothesis.given(
+  st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 40), st.integers(20, 400)
+)
 def test_limit_counts_equals_the_oracle(seed, limit, occupied, pixels):
   rng = np.random.default_rng(seed)
-  counts = np.stack([np.bincount(rng.integers(0, occupied, pixels), minlength=64) for _ in range(3)])
+  counts = np.stack(
+    [np.bincount(rng.integers(0, occupied, pixels), minlength=64) for _ in range(3)]
+  )
   out = np.asarray(jax.jit(limit_counts)(jnp.asarray(counts, jnp.int32), jnp.int32(limit)))
   np.testing.assert_array_equal(out, [clip_histogram(hist, limit) for hist in counts])
 
@@ -94,6 +104,8 @@ def test_clahe_of_colour_keeps_the_ratios_and_flat_images_stay():
   images = some_images(channels=3, height=16, width=16)
   out = np.asarray(CLAHE(images))
   np.testing.assert_allclose(out.max(-1), CLAHE(images.max(-1, keepdims=True))[..., 0], atol=1e-6)
-  np.testing.assert_allclose(out * images.max(-1, keepdims=True), images * out.max(-1, keepdims=True), atol=1e-5)
+  np.testing.assert_allclose(
+    out * images.max(-1, keepdims=True), images * out.max(-1, keepdims=True), atol=1e-5
+  )
   flat = jnp.full((4, 16, 16, 1), 0.3, jnp.float32)
   np.testing.assert_array_equal(CLAHE(flat), flat)

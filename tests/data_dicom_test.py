@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless, SecondaryCaptureImageStorage, generate_uid
+from pydicom.uid import (
+  ExplicitVRLittleEndian,
+  RLELossless,
+  SecondaryCaptureImageStorage,
+  generate_uid,
+)
 
 from primia_jax.data import decode, dicom, folder
 from primia_jax.data.load import load
@@ -50,7 +55,9 @@ def test_stored_bits_without_a_window():
 
 def test_signed_values_without_a_window():
   signed = (RAMP.astype(np.int32) - 2048).astype(np.int16)
-  np.testing.assert_allclose(dicom.read(make(signed), "x", percentiles=None), RAMP * (255 / 4095), rtol=1e-6)
+  np.testing.assert_allclose(
+    dicom.read(make(signed), "x", percentiles=None), RAMP * (255 / 4095), rtol=1e-6
+  )
 
 
 @pytest.mark.parametrize("percentiles", [(1.0, 99.0), (10.0, 60.0), (0.0, 100.0)])
@@ -75,7 +82,9 @@ def test_monochrome1_is_inverted():
 @pytest.mark.parametrize("percentiles", [None, (5.0, 95.0)])
 def test_rescale_slope_and_intercept(percentiles):
   plain = dicom.read(make(), "x", percentiles=percentiles)
-  rescaled = dicom.read(make(RescaleSlope=2.5, RescaleIntercept=-1024), "x", percentiles=percentiles)
+  rescaled = dicom.read(
+    make(RescaleSlope=2.5, RescaleIntercept=-1024), "x", percentiles=percentiles
+  )
   np.testing.assert_allclose(rescaled, plain, atol=1e-3)  # a window follows a rising line
   falling = dicom.read(make(RescaleSlope=-1, RescaleIntercept=4095), "x", percentiles=percentiles)
   np.testing.assert_allclose(falling, 255 - plain, atol=1e-3)
@@ -87,10 +96,14 @@ def test_rescale_slope_and_intercept(percentiles):
 def test_padding_counts_for_nothing_and_is_black(photometric):
   signed = RAMP.astype(np.int16)
   signed[:8] = -2000
-  image = dicom.read(make(signed, photometric, bits=16, PixelPaddingValue=-2000), "x", percentiles=(0, 100))
+  image = dicom.read(
+    make(signed, photometric, bits=16, PixelPaddingValue=-2000), "x", percentiles=(0, 100)
+  )
   inner = (signed[8:] - signed[8:].min()) * (255 / np.ptp(signed[8:]))
   np.testing.assert_allclose(image[:8], 0)
-  np.testing.assert_allclose(image[8:], inner if photometric == "MONOCHROME2" else 255 - inner, atol=1e-3)
+  np.testing.assert_allclose(
+    image[8:], inner if photometric == "MONOCHROME2" else 255 - inner, atol=1e-3
+  )
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
@@ -129,14 +142,17 @@ def test_what_cannot_be_read_is_named():
   with pytest.raises(ValueError, match=r"x\.dcm holds 2 frames; save each"):
     dicom.read(make(np.concatenate([RAMP, RAMP]), NumberOfFrames=2, Rows=16), "x.dcm")
   for cut in (140, 300, len(make()) - 100):
-    with pytest.raises(ValueError, match=r"x\.dcm is a (corrupt DICOM file|DICOM file without pixels).*remove"):
+    with pytest.raises(
+      ValueError, match=r"x\.dcm is a (corrupt DICOM file|DICOM file without pixels).*remove"
+    ):
       dicom.read(make()[:cut], "x.dcm")
   wavelet = pydicom.dcmread(io.BytesIO(make(rle=True)))
   wavelet.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
   buffer = io.BytesIO()
   wavelet.save_as(buffer)
   with pytest.raises(
-    ValueError, match=r"(?s)x\.dcm is .* compressed in a way that cannot be read .*pip install 'pylibjpeg"
+    ValueError,
+    match=r"(?s)x\.dcm is .* compressed in a way that cannot be read .*pip install 'pylibjpeg",
   ):
     dicom.read(buffer.getvalue(), "x.dcm")
   with pytest.raises(ValueError, match=r"percentiles are \(99, 1\); they must be rising"):
@@ -161,12 +177,20 @@ def test_damage_gives_an_image_or_a_named_error(rle, at, junk):
 def test_without_pydicom_the_extra_is_named(monkeypatch):
   data = make()
   monkeypatch.setitem(sys.modules, "pydicom", None)
-  with pytest.raises(ImportError, match=r"x\.dcm is a DICOM file, .* `pip install 'primia_jax\[dicom\]'`"):
+  with pytest.raises(
+    ImportError, match=r"x\.dcm is a DICOM file, .* `pip install 'primia_jax\[dicom\]'`"
+  ):
     decode.decode(data, "x.dcm", size=8, channels=1)
 
 
 def test_a_folder_of_dicom_files_is_grouped_by_patient(tmp_path):
-  names = {"normal/1.dcm": "P1", "normal/2": "P1", "viral/1.2.840.3": "P2", "viral/4.IMA": "", "bacterial/5.dcm": "P1"}
+  names = {
+    "normal/1.dcm": "P1",
+    "normal/2": "P1",
+    "viral/1.2.840.3": "P2",
+    "viral/4.IMA": "",
+    "bacterial/5.dcm": "P1",
+  }
   for name, patient in names.items():
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(make(PatientID=patient))
@@ -184,4 +208,7 @@ def test_one_id_for_all_is_an_anonymisers_and_groups_nothing(tmp_path):
   for name in ("a/1.dcm", "b/2.dcm"):
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_bytes(make(PatientID="ANON"))
-  assert load(f"folder:{tmp_path}", size=4, channels=1)["all"].groups.tolist() == ["a/1.dcm", "b/2.dcm"]
+  assert load(f"folder:{tmp_path}", size=4, channels=1)["all"].groups.tolist() == [
+    "a/1.dcm",
+    "b/2.dcm",
+  ]

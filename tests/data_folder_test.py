@@ -25,7 +25,9 @@ def write(root, layout):
   """Writes {name: bytes}, or a grey image of one value for {name: int}."""
   for name, content in layout.items():
     (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_bytes(encode(np.full((8, 8), content, np.uint8)) if isinstance(content, int) else content)
+    (root / name).write_bytes(
+      encode(np.full((8, 8), content, np.uint8)) if isinstance(content, int) else content
+    )
   return root
 
 
@@ -45,10 +47,14 @@ COLOUR = np.random.default_rng(1).integers(0, 256, (12, 10, 3), np.uint8)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
 def test_lossless_formats_of_the_asked_size_come_back_exactly(kind):
   square = GREY[:10, :10]
-  np.testing.assert_array_equal(decode.decode(encode(square, kind), "x", size=10, channels=1), square[..., None])
+  np.testing.assert_array_equal(
+    decode.decode(encode(square, kind), "x", size=10, channels=1), square[..., None]
+  )
   grey3 = decode.decode(encode(square, kind), "x", size=10, channels=3)
   np.testing.assert_array_equal(grey3, np.repeat(square[..., None], 3, -1))
-  np.testing.assert_array_equal(decode.decode(encode(COLOUR[:10], kind), "x", size=10, channels=3), COLOUR[:10])
+  np.testing.assert_array_equal(
+    decode.decode(encode(COLOUR[:10], kind), "x", size=10, channels=3), COLOUR[:10]
+  )
 
 
 def test_colour_becomes_grey_by_the_luma_of_itu_r_601():
@@ -59,7 +65,9 @@ def test_colour_becomes_grey_by_the_luma_of_itu_r_601():
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 65535), st.sampled_from(["PNG", "TIFF"]), st.sampled_from([1, 3]))
 def test_16_bit_is_scaled_by_its_depth(value, kind, channels):
-  image = decode.decode(encode(np.full((5, 7), value, np.uint16), kind), "x", size=4, channels=channels)
+  image = decode.decode(
+    encode(np.full((5, 7), value, np.uint16), kind), "x", size=4, channels=channels
+  )
   assert image.shape == (4, 4, channels)
   np.testing.assert_array_equal(image, np.rint(value / 257).astype(np.uint8))  # 257 = 65535 / 255
 
@@ -92,9 +100,13 @@ def test_palettes_bits_and_orientation_tags_are_resolved():
   buffer = io.BytesIO()
   palette.save(buffer, "PNG")
   expected = np.asarray(palette.convert("RGB"))
-  np.testing.assert_array_equal(decode.decode(buffer.getvalue(), "x", size=10, channels=3), expected)
+  np.testing.assert_array_equal(
+    decode.decode(buffer.getvalue(), "x", size=10, channels=3), expected
+  )
   bits = GREY[:10, :10] > 127
-  np.testing.assert_array_equal(decode.decode(encode(bits), "x", size=10, channels=1)[..., 0], bits * np.uint8(255))
+  np.testing.assert_array_equal(
+    decode.decode(encode(bits), "x", size=10, channels=1)[..., 0], bits * np.uint8(255)
+  )
   exif = Image.Exif()
   exif[0x0112] = 3  # upside down
   turned = decode.decode(encode(GREY[:10, :10], exif=exif), "x", size=10, channels=1)[..., 0]
@@ -121,7 +133,11 @@ def test_a_broken_file_is_named(data):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL.*")
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(["PNG", "JPEG", "TIFF", "BMP"]), st.integers(0, 10**6), st.binary(min_size=1, max_size=8))
+@given(
+  st.sampled_from(["PNG", "JPEG", "TIFF", "BMP"]),
+  st.integers(0, 10**6),
+  st.binary(min_size=1, max_size=8),
+)
 def test_damage_gives_an_image_or_a_named_error(kind, at, junk):
   data = bytearray(encode(COLOUR, kind))
   data[at % len(data) : at % len(data) + len(junk)] = junk
@@ -153,7 +169,14 @@ def test_values_of_unknown_scale_frames_and_empty_files_are_refused():
 def test_class_folders_at_any_depth_with_columns(tmp_path):
   write(
     tmp_path,
-    {"b/one.png": 3, "b/deep/er/two.png": 4, "a/x.jpeg": 1, ".git/x": b"", "a/Thumbs.db": b"", "README.md": b""},
+    {
+      "b/one.png": 3,
+      "b/deep/er/two.png": 4,
+      "a/x.jpeg": 1,
+      ".git/x": b"",
+      "a/Thumbs.db": b"",
+      "README.md": b"",
+    },
   )
   data = load(f"folder:{tmp_path}", size=4, channels=1)
   assert list(data) == ["all"]
@@ -196,7 +219,11 @@ def test_kermany_classes_and_groups(tmp_path):
   data = load(f"folder:{write(tmp_path, KERMANY)}", size=8, channels=3)
   assert data["train"].label_names == data["test"].label_names == ("normal", "bacterial", "viral")
   by_path = dict(
-    zip(data["train"].columns["path"], zip(data["train"].labels, data["train"].groups, strict=True), strict=True)
+    zip(
+      data["train"].columns["path"],
+      zip(data["train"].labels, data["train"].groups, strict=True),
+      strict=True,
+    )
   )
   assert [by_path[path] for path in list(KERMANY)[:6]] == [
     (0, "normal/115"),
@@ -217,28 +244,39 @@ def test_kermany_follows_the_label_names_given(tmp_path):
   assert (data.label_names, data.labels.tolist()) == (order, [1, 2, 0])
   data = load(f"folder:{tmp_path}", size=8, channels=1, label_names=("normal", "pneumonia"))["test"]
   assert data.labels.tolist() == [0, 1, 1]
-  with pytest.raises(ValueError, match=r"class 'viral' of .*VIRUS-1083680-0002\.jpeg is none of the known classes"):
+  with pytest.raises(
+    ValueError, match=r"class 'viral' of .*VIRUS-1083680-0002\.jpeg is none of the known classes"
+  ):
     load(f"folder:{tmp_path}", size=8, channels=1, label_names=("normal", "bacterial"))
   (tmp_path / "train/PNEUMONIA/person1.jpeg").write_bytes(encode(GREY))
   with pytest.raises(
-    ValueError, match=r"person1\.jpeg is named neither bacterial .* rename it, or take pneumonia as one"
+    ValueError,
+    match=r"person1\.jpeg is named neither bacterial .* rename it, or take pneumonia as one",
   ):
     load(f"folder:{tmp_path}", size=8, channels=1)
 
 
 def test_the_three_class_folders_keep_their_order(tmp_path):
   data = load(
-    f"folder:{write(tmp_path, {'bacterial/1.png': 1, 'viral/2.png': 2, 'Normal/3.png': 3})}", size=8, channels=1
+    f"folder:{write(tmp_path, {'bacterial/1.png': 1, 'viral/2.png': 2, 'Normal/3.png': 3})}",
+    size=8,
+    channels=1,
   )
   assert data["all"].label_names == ("normal", "bacterial", "viral")
-  assert dict(zip(data["all"].images[:, 0, 0, 0], data["all"].labels, strict=True)) == {1: 1, 2: 2, 3: 0}
+  assert dict(zip(data["all"].images[:, 0, 0, 0], data["all"].labels, strict=True)) == {
+    1: 1,
+    2: 2,
+    3: 0,
+  }
 
 
 def test_label_names_fix_the_order_and_refuse_other_classes(tmp_path):
   write(tmp_path, {"cat/1.png": 1, "dog/2.png": 2})
   data = load(f"folder:{tmp_path}", size=8, channels=1, label_names=("dog", "emu", "CAT"))["all"]
   assert data.labels.tolist() == [2, 0]
-  with pytest.raises(ValueError, match=r"class 'dog' of .*dog/2\.png is none of the known classes \('cat',\); rename"):
+  with pytest.raises(
+    ValueError, match=r"class 'dog' of .*dog/2\.png is none of the known classes \('cat',\); rename"
+  ):
     load(f"folder:{tmp_path}", size=8, channels=1, label_names=("cat",))
 
 
@@ -264,7 +302,9 @@ def test_a_tar_reads_as_its_folder(tmp_path, lazy):
 
 
 def test_lazy_images_read_at_random_and_only_what_is_asked(tmp_path):
-  write(tmp_path, {f"{c}/{i:02}.png": 10 * i for c in "ab" for i in range(20)} | {"b/99.png": b"broken"})
+  write(
+    tmp_path, {f"{c}/{i:02}.png": 10 * i for c in "ab" for i in range(20)} | {"b/99.png": b"broken"}
+  )
   data = load(f"folder:{tmp_path}", size=6, channels=1, lazy=True)["all"]
   assert data.images.shape == (41, 6, 6, 1)
   index = np.array([25, 3, 3, -2])
@@ -287,7 +327,9 @@ def test_images_without_labels(tmp_path):
   paths, images = folder.read_images(tmp_path / "z.png", size=8, channels=1, lazy=True)
   assert paths.tolist() == ["z.png"]
   np.testing.assert_array_equal(images[np.array([0])], np.ones((1, 8, 8, 1)))
-  paths, images = folder.read_images(pack(tmp_path, tmp_path.parent / "flat.tar"), size=8, channels=1)
+  paths, images = folder.read_images(
+    pack(tmp_path, tmp_path.parent / "flat.tar"), size=8, channels=1
+  )
   assert paths.tolist() == ["sub/y.bmp", "x.tif", "z.png"]
 
 
@@ -331,13 +373,21 @@ def test_what_is_not_there_or_no_source_is_named(tmp_path):
 
 
 def test_damaged_tars_are_named(tmp_path):
-  whole = pack(write(tmp_path / "d", {"a/1.png": 1, "b/2.png": encode(np.tile(COLOUR, (9, 9, 1)))}), tmp_path / "d.tar")
+  whole = pack(
+    write(tmp_path / "d", {"a/1.png": 1, "b/2.png": encode(np.tile(COLOUR, (9, 9, 1)))}),
+    tmp_path / "d.tar",
+  )
   data = whole.read_bytes()
-  for name, content in {"cut": data[:5000], "gz": zlib.compress(data), "text": b"hello" * 200}.items():
+  for name, content in {
+    "cut": data[:5000],
+    "gz": zlib.compress(data),
+    "text": b"hello" * 200,
+  }.items():
     path = tmp_path / f"{name}.tar"
     path.write_bytes(content)
     with pytest.raises(
-      ValueError, match=rf"{name}\.tar is no uncompressed tar, or cut short .* copy it anew or unpack"
+      ValueError,
+      match=rf"{name}\.tar is no uncompressed tar, or cut short .* copy it anew or unpack",
     ):
       files.list_files(path)
   listed = files.list_files(whole)

@@ -41,12 +41,20 @@ def test_keras_layout_and_names(tmp_path):
   assert list(data) == ["train", "test"]
   assert data["train"].label_names == ("a", "b", "c")
   np.testing.assert_array_equal(data["train"].images, COLOUR)
-  with pytest.raises(ValueError, match=r"labels of 'x\.npz' run from 0 to 2, but there are 2 label names"):
+  with pytest.raises(
+    ValueError, match=r"labels of 'x\.npz' run from 0 to 2, but there are 2 label names"
+  ):
     load(spec, size=8, channels=3, label_names=("a", "b"))
 
 
 def test_groups_and_columns(tmp_path):
-  spec = save(tmp_path, test_images=GREY, test_labels=LABELS, test_groups=[1, 1, 2, 2, 3, 3], test_site=list("aabbcc"))
+  spec = save(
+    tmp_path,
+    test_images=GREY,
+    test_labels=LABELS,
+    test_groups=[1, 1, 2, 2, 3, 3],
+    test_site=list("aabbcc"),
+  )
   data = load(spec, size=8, channels=1)["test"]
   assert data.groups.tolist() == [1, 1, 2, 2, 3, 3]
   assert "".join(data.columns["site"]) == "aabbcc"
@@ -54,31 +62,59 @@ def test_groups_and_columns(tmp_path):
 
 def test_resizing_and_channels(tmp_path):
   data = load(save(tmp_path, test_images=GREY, test_labels=LABELS), size=4, channels=3)["test"]
-  expected = np.stack([np.asarray(Image.fromarray(i).resize((4, 4), Image.Resampling.BILINEAR)) for i in GREY])
+  expected = np.stack(
+    [np.asarray(Image.fromarray(i).resize((4, 4), Image.Resampling.BILINEAR)) for i in GREY]
+  )
   np.testing.assert_array_equal(data.images, np.repeat(expected[..., None], 3, -1))
   data = load(save(tmp_path, test_images=COLOUR, test_labels=LABELS), size=8, channels=1)["test"]
-  np.testing.assert_allclose(data.images[..., 0], COLOUR @ np.array([0.299, 0.587, 0.114]), atol=0.51)
+  np.testing.assert_allclose(
+    data.images[..., 0], COLOUR @ np.array([0.299, 0.587, 0.114]), atol=0.51
+  )
 
 
 @pytest.mark.parametrize(
   ("arrays", "message"),
   [
-    ({"test_images": GREY}, r"x\.npz holds \['images'\] for the test split, but no labels; add test_labels"),
+    (
+      {"test_images": GREY},
+      r"x\.npz holds \['images'\] for the test split, but no labels; add test_labels",
+    ),
     ({"test_masks": GREY, "test_images": GREY}, r"but no labels"),
     ({"images": GREY}, r"an array 'images'; names must be like train_images"),
     ({"holdout_images": GREY}, r"an array 'holdout_images'"),
-    ({"test_images": GREY / 255, "test_labels": LABELS}, r"x\.npz are float64; scale them to 0\.\.255 .* uint8"),
+    (
+      {"test_images": GREY / 255, "test_labels": LABELS},
+      r"x\.npz are float64; scale them to 0\.\.255 .* uint8",
+    ),
     ({"test_images": GREY.astype(np.uint16), "test_labels": LABELS}, r"are uint16; scale"),
-    ({"test_images": COLOUR[..., :2], "test_labels": LABELS}, r"have shape \(6, 8, 8, 2\); store them as"),
+    (
+      {"test_images": COLOUR[..., :2], "test_labels": LABELS},
+      r"have shape \(6, 8, 8, 2\); store them as",
+    ),
     ({"test_images": GREY[:, 0], "test_labels": LABELS}, r"have shape \(6, 8\); store"),
     ({"test_images": GREY[:0], "test_labels": LABELS[:0]}, r"have shape \(0, 8, 8\); .* N > 0"),
-    ({"test_images": GREY, "test_labels": LABELS[:4]}, r"\(4,\); store one integer for each of the 6 images"),
-    ({"test_images": GREY, "test_labels": np.eye(3, dtype=int)[LABELS]}, r"\(6, 3\); .*\(np\.argmax"),
+    (
+      {"test_images": GREY, "test_labels": LABELS[:4]},
+      r"\(4,\); store one integer for each of the 6 images",
+    ),
+    (
+      {"test_images": GREY, "test_labels": np.eye(3, dtype=int)[LABELS]},
+      r"\(6, 3\); .*\(np\.argmax",
+    ),
     ({"test_images": GREY, "test_labels": LABELS / 2}, r"float64 \(6,\); store one integer"),
     ({"test_images": GREY, "test_labels": LABELS - 1}, r"hold -1; number the classes from 0"),
-    ({"test_images": GREY, "test_labels": LABELS, "test_site": [1]}, r"test_site .* shape \(1,\) for 6 images"),
-    ({"test_images": GREY, "test_labels": LABELS, "x_test": GREY}, r"images of the test split twice"),
-    ({"test_images": np.array([GREY[0], GREY[0, :4]], object)}, r"cannot be read as npz .* arrays of one shape"),
+    (
+      {"test_images": GREY, "test_labels": LABELS, "test_site": [1]},
+      r"test_site .* shape \(1,\) for 6 images",
+    ),
+    (
+      {"test_images": GREY, "test_labels": LABELS, "x_test": GREY},
+      r"images of the test split twice",
+    ),
+    (
+      {"test_images": np.array([GREY[0], GREY[0, :4]], object)},
+      r"cannot be read as npz .* arrays of one shape",
+    ),
     ({}, r"x\.npz holds no arrays"),
   ],
 )
@@ -104,8 +140,17 @@ def test_a_missing_or_corrupt_file_is_named(tmp_path):
 
 @pytest.mark.real_data
 def test_real_files(real_data):
-  data = load(f"npz:{real_data}/pneumoniamnist_28.npz", size=28, channels=1, label_names=("normal", "pneumonia"))
-  assert {split: len(one) for split, one in data.items()} == {"train": 4708, "validation": 524, "test": 624}
+  data = load(
+    f"npz:{real_data}/pneumoniamnist_28.npz",
+    size=28,
+    channels=1,
+    label_names=("normal", "pneumonia"),
+  )
+  assert {split: len(one) for split, one in data.items()} == {
+    "train": 4708,
+    "validation": 524,
+    "test": 624,
+  }
   assert np.bincount(data["test"].labels).tolist() == [234, 390]
   data = load(f"npz:{real_data}/mnist.npz", size=28, channels=1)
   assert {split: len(one) for split, one in data.items()} == {"train": 60000, "test": 10000}

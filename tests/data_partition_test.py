@@ -1,4 +1,6 @@
-"""Partitions: disjoint, covering, seeded, never splitting a group; and as skewed or unequal as asked."""
+"""Partitions: disjoint, covering, seeded, never splitting a group; and as skewed or unequal as
+asked.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from primia_jax.data.dataset import Dataset
 def make(labels, groups, columns=None, num_labels=3):
   labels = np.asarray(labels, np.int32)
   images = np.zeros((len(labels), 1, 1, 1), np.uint8)
-  return Dataset(images, labels, tuple("abcdefghij"[:num_labels]), np.asarray(groups), columns or {}, "test set")
+  return Dataset(
+    images, labels, tuple("abcdefghij"[:num_labels]), np.asarray(groups), columns or {}, "test set"
+  )
 
 
 def spread_out(num, seed=0, num_labels=3):
@@ -137,7 +141,12 @@ def label_skew(dataset, parts):
 def test_smaller_alpha_skews_more(fractions):
   dataset = spread_out(900)
   skews = [
-    np.mean([label_skew(dataset, partition.dirichlet(dataset, 3, alpha, s, fractions=fractions)) for s in range(20)])
+    np.mean(
+      [
+        label_skew(dataset, partition.dirichlet(dataset, 3, alpha, s, fractions=fractions))
+        for s in range(20)
+      ]
+    )
     for alpha in (0.1, 1.0, 1000.0)
   ]
   assert skews[0] > 1.4 * skews[1]
@@ -146,7 +155,9 @@ def test_smaller_alpha_skews_more(fractions):
 
 
 def test_dirichlet_shares_have_the_moments_of_the_distribution():
-  """A site's share of a label is one of Dirichlet(alpha): mean 1/S, variance (S-1)/(S^2 (S alpha + 1))."""
+  """A site's share of a label is one of Dirichlet(alpha): mean 1/S, variance (S-1)/(S^2 (S alpha +
+  1)).
+  """
   dataset, num_sites, alpha = spread_out(600, num_labels=2), 4, 0.8
   shares = []
   for seed in range(300):
@@ -159,7 +170,11 @@ def test_dirichlet_shares_have_the_moments_of_the_distribution():
 
 def test_dirichlet_gives_each_site_the_asked_minimum():
   dataset = spread_out(300)
-  sizes = [len(part) for s in range(20) for part in partition.dirichlet(dataset, 5, 0.3, s, min_examples=20)]
+  sizes = [
+    len(part)
+    for s in range(20)
+    for part in partition.dirichlet(dataset, 5, 0.3, s, min_examples=20)
+  ]
   assert min(sizes) >= 20
   assert min(len(part) for s in range(20) for part in partition.dirichlet(dataset, 5, 0.3, s)) < 20
 
@@ -207,7 +222,9 @@ def test_small_sites_get_groups_of_every_size():
   assert (counts == 10).sum() > 5
 
 
-DATASET = make([0, 0, 1, 2], ["p", "p", "q", "r"], {"site": np.asarray([0, 1, 1, 1]), "ward": np.arange(4)})
+DATASET = make(
+  [0, 0, 1, 2], ["p", "p", "q", "r"], {"site": np.asarray([0, 1, 1, 1]), "ward": np.arange(4)}
+)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +242,10 @@ DATASET = make([0, 0, 1, 2], ["p", "p", "q", "r"], {"site": np.asarray([0, 1, 1,
     (lambda: partition.dirichlet(DATASET, 2, 0.5, 0, min_examples=3), "min_examples is 3"),
     (lambda: partition.dirichlet(DATASET, 2, 0.5, 0, fractions=(0.5, 0.3, 0.2)), "3 fractions"),
     (lambda: partition.dirichlet(spread_out(60), 20, 0.01, 0, max_draws=3), "none of 3 draws"),
-    (lambda: partition.by_column(DATASET, "folder"), r"no column 'folder'; its columns are \['site', 'ward'\]"),
+    (
+      lambda: partition.by_column(DATASET, "folder"),
+      r"no column 'folder'; its columns are \['site', 'ward'\]",
+    ),
     (lambda: partition.by_column(DATASET, "site"), "puts group 'p' at both 0 and 1"),
     (lambda: partition.hold_out(DATASET, 1.0, 0), "fraction is 1.0"),
     (lambda: partition.hold_out(DATASET, 0.001, 0), "one part empty"),

@@ -1,4 +1,6 @@
-"""The synthetic phantom: the same images however they are made, and pictures that look like radiographs."""
+"""The synthetic phantom: the same images however they are made, and pictures that look like
+radiographs.
+"""
 
 import jax
 import numpy as np
@@ -9,7 +11,11 @@ from primia_jax.data.phantom import LABEL_NAMES, SiteStyle, phantom, render, sit
 
 SIZE = 32
 draw = jax.jit(render, static_argnames="size")
-STYLES = (SiteStyle(0.8, 0.002, (0.6, 0.2, 0.2)), SiteStyle(1.2, 0.01, (0.1, 0.1, 0.8)), SiteStyle())
+STYLES = (
+  SiteStyle(0.8, 0.002, (0.6, 0.2, 0.2)),
+  SiteStyle(1.2, 0.01, (0.1, 0.1, 0.8)),
+  SiteStyle(),
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +27,9 @@ def dataset():
 def by_label():
   """The same 48 children, once healthy and once with each disease: float32 [L, N, H, W]."""
   keys = jax.random.split(jax.random.key(0), 48)
-  return np.stack([[draw(key, label, SIZE, 1.0, 0.004) for key in keys] for label in range(len(LABEL_NAMES))])
+  return np.stack(
+    [[draw(key, label, SIZE, 1.0, 0.004) for key in keys] for label in range(len(LABEL_NAMES))]
+  )
 
 
 def test_dataset_says_what_it_is(dataset):
@@ -31,7 +39,9 @@ def test_dataset_says_what_it_is(dataset):
   assert dataset.images.dtype == np.uint8
   assert dataset.labels.dtype == np.int32
   assert len(set(dataset.groups)) == 75
-  np.testing.assert_array_equal(dataset.columns["site"], np.repeat(np.arange(3, dtype=np.int32), (40, 25, 10)))
+  np.testing.assert_array_equal(
+    dataset.columns["site"], np.repeat(np.arange(3, dtype=np.int32), (40, 25, 10))
+  )
 
 
 def test_one_process_makes_the_images_all_others_see(dataset):
@@ -93,12 +103,17 @@ def test_labels_follow_the_class_mix():
 
 @pytest.mark.parametrize("size", [16, 32, 65])
 def test_any_size_shows_a_thorax(size):
-  """Dark air beside the body, dark lungs, bright mediastinum, heart on the viewer's right, bright abdomen."""
-  mean = phantom(24, size=size, styles=(SiteStyle(class_mix=(1.0, 0.0, 0.0)),)).images[..., 0].mean(0)
+  """Dark air beside the body, dark lungs, bright mediastinum, heart on the viewer's right, bright
+  abdomen.
+  """
+  mean = (
+    phantom(24, size=size, styles=(SiteStyle(class_mix=(1.0, 0.0, 0.0)),)).images[..., 0].mean(0)
+  )
 
   def at(x, y, half=0.06):
     low_x, high_x, low_y, high_y = (
-      round((c + 1) / 2 * size) for c in (x - half, x + half + 2 / size, y - half, y + half + 2 / size)
+      round((c + 1) / 2 * size)
+      for c in (x - half, x + half + 2 / size, y - half, y + half + 2 / size)
     )
     return mean[low_y:high_y, low_x:high_x].mean()
 
@@ -147,7 +162,10 @@ def test_bacterial_is_focal_and_viral_is_on_both_sides(by_label):
   for ill in (bacterial, viral):
     assert (ill - normal).min() > -0.02
     assert ((ill - normal).max((1, 2)) > 0.01).all()
-  left, right = (slice(None), slice(None), slice(SIZE // 2)), (slice(None), slice(None), slice(SIZE // 2, None))
+  left, right = (
+    (slice(None), slice(None), slice(SIZE // 2)),
+    (slice(None), slice(None), slice(SIZE // 2, None)),
+  )
 
   def one_sidedness(ill):
     a, b = ((ill - normal)[half].sum((1, 2)) for half in (left, right))

@@ -38,7 +38,9 @@ def manual_dir(tmp_path):
   return tmp_path / "manual"
 
 
-def prepare_other(data_dir, features, records, name="other", file_format="array_record", version="1.2.0"):
+def prepare_other(
+  data_dir, features, records, name="other", file_format="array_record", version="1.2.0"
+):
   """Prepares a data set that is none of ours."""
 
   class Other(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -60,18 +62,28 @@ def prepare_other(data_dir, features, records, name="other", file_format="array_
 
 
 IMAGE = {"picture": tfds.features.Image(), "what": tfds.features.ClassLabel(names=["cat", "dog"])}
-RECORDS = [{"picture": jpeg(60), "what": 1}, {"picture": jpeg(70), "what": 0}, {"picture": jpeg(80), "what": 1}]
+RECORDS = [
+  {"picture": jpeg(60), "what": 1},
+  {"picture": jpeg(70), "what": 0},
+  {"picture": jpeg(80), "what": 1},
+]
 
 
 def test_kermany_builder_from_a_folder_and_a_tar(tmp_path, manual_dir):
-  data = load("tfds:kermany_chest_xray", size=8, channels=1, data_dir=tmp_path / "a", manual_dir=manual_dir)
+  data = load(
+    "tfds:kermany_chest_xray", size=8, channels=1, data_dir=tmp_path / "a", manual_dir=manual_dir
+  )
   assert set(data) == {"train", "test"}
   by_path = {}
   for one in data.values():
     assert one.label_names == ("normal", "bacterial", "viral")
     assert set(one.columns) == {"path"}
     by_path |= dict(
-      zip(one.columns["path"], zip(one.labels, one.groups, one.images[:, 0, 0, 0], strict=True), strict=True)
+      zip(
+        one.columns["path"],
+        zip(one.labels, one.groups, one.images[:, 0, 0, 0], strict=True),
+        strict=True,
+      )
     )
   assert by_path == {
     "train/NORMAL/IM-0115-0001.jpeg": (0, "normal/115", 10),
@@ -82,7 +94,14 @@ def test_kermany_builder_from_a_folder_and_a_tar(tmp_path, manual_dir):
   }
   with tarfile.open(tmp_path / "chest_xray.tar", "w") as archive:
     archive.add(manual_dir / "chest_xray", arcname=".")
-  packed = load("tfds:kermany_chest_xray", size=8, channels=1, data_dir=tmp_path / "b", manual_dir=tmp_path, lazy=True)
+  packed = load(
+    "tfds:kermany_chest_xray",
+    size=8,
+    channels=1,
+    data_dir=tmp_path / "b",
+    manual_dir=tmp_path,
+    lazy=True,
+  )
   for split, one in data.items():
     np.testing.assert_array_equal(packed[split].columns["path"], one.columns["path"])
     np.testing.assert_array_equal(packed[split].images[np.arange(len(one))], one.images)
@@ -91,15 +110,27 @@ def test_kermany_builder_from_a_folder_and_a_tar(tmp_path, manual_dir):
 def test_a_prepared_set_needs_no_manual_dir_and_maps_given_label_names(tmp_path, manual_dir):
   path = sources.prepare("kermany_chest_xray", manual_dir=manual_dir, data_dir=tmp_path)
   order = ("viral", "normal", "bacterial")
-  by_name = load("tfds:kermany_chest_xray", size=4, channels=3, data_dir=tmp_path, label_names=order)
-  by_version = load("tfds:kermany_chest_xray:1.0.0", size=4, channels=3, data_dir=tmp_path, label_names=order)
+  by_name = load(
+    "tfds:kermany_chest_xray", size=4, channels=3, data_dir=tmp_path, label_names=order
+  )
+  by_version = load(
+    "tfds:kermany_chest_xray:1.0.0", size=4, channels=3, data_dir=tmp_path, label_names=order
+  )
   by_path = load(f"tfds:{path}", size=4, channels=3, label_names=order)
   for data in (by_name, by_version, by_path):
     assert data["test"].labels.tolist() == [0]
     assert data["train"].label_names == order
     assert sorted(data["train"].labels.tolist()) == [0, 1, 1, 2]
-  with pytest.raises(ValueError, match=r"class 'bacterial' of .*kermany_chest_xray.* is none of the known classes"):
-    load("tfds:kermany_chest_xray", size=4, channels=3, data_dir=tmp_path, label_names=("normal", "viral"))
+  with pytest.raises(
+    ValueError, match=r"class 'bacterial' of .*kermany_chest_xray.* is none of the known classes"
+  ):
+    load(
+      "tfds:kermany_chest_xray",
+      size=4,
+      channels=3,
+      data_dir=tmp_path,
+      label_names=("normal", "viral"),
+    )
 
 
 def test_the_prepared_set_reads_through_tfds_itself(tmp_path, manual_dir):
@@ -114,14 +145,21 @@ def test_mednist_builder(tmp_path):
     path = tmp_path / "MedNIST" / name / "000001.jpeg"
     path.parent.mkdir(parents=True)
     path.write_bytes(jpeg(10 * i))
-  data = load("tfds:med_nist", size=4, channels=1, data_dir=tmp_path / "data", manual_dir=tmp_path)["train"]
+  data = load("tfds:med_nist", size=4, channels=1, data_dir=tmp_path / "data", manual_dir=tmp_path)[
+    "train"
+  ]
   assert data.label_names == sources.MEDNIST_LABELS
   np.testing.assert_array_equal(data.images[:, 0, 0, 0], 10 * data.labels)
 
 
 def test_any_other_set_by_name_with_its_newest_version(tmp_path):
-  extra = {"age": tfds.features.Scalar(np.int64), "box": tfds.features.Tensor(shape=(2,), dtype=np.float32)}
-  records = [record | {"age": i, "box": np.zeros(2, np.float32)} for i, record in enumerate(RECORDS)]
+  extra = {
+    "age": tfds.features.Scalar(np.int64),
+    "box": tfds.features.Tensor(shape=(2,), dtype=np.float32),
+  }
+  records = [
+    record | {"age": i, "box": np.zeros(2, np.float32)} for i, record in enumerate(RECORDS)
+  ]
   prepare_other(tmp_path, IMAGE | extra, records)
   prepare_other(tmp_path, IMAGE, RECORDS[:2], version="1.10.0")
   data = load("tfds:other:1.2.0", size=8, channels=1, data_dir=tmp_path)
@@ -137,7 +175,9 @@ def test_any_other_set_by_name_with_its_newest_version(tmp_path):
 
 def test_what_is_wrong_is_named_with_its_cure(tmp_path, manual_dir):
   for name, cure in {"nothing": "prepare it there", "med_nist": "give manual_dir"}.items():
-    with pytest.raises(FileNotFoundError, match=rf"no TFDS data set '{name}' is prepared in .*{cure}"):
+    with pytest.raises(
+      FileNotFoundError, match=rf"no TFDS data set '{name}' is prepared in .*{cure}"
+    ):
       load(f"tfds:{name}", size=8, channels=1, data_dir=tmp_path)
   with pytest.raises(ValueError, match=r"no builder 'mnist'; those that can be prepared are"):
     load("tfds:mnist", size=8, channels=1, data_dir=tmp_path, manual_dir=manual_dir)
@@ -152,7 +192,9 @@ def test_what_is_wrong_is_named_with_its_cure(tmp_path, manual_dir):
 
 def test_unfit_features_and_damage_are_named(tmp_path):
   prepare_other(tmp_path, {"what": IMAGE["what"]}, [{"what": 0}, {"what": 1}], name="no_image")
-  with pytest.raises(ValueError, match=r"no_image.* has 0 features of the kind Image .*one is needed"):
+  with pytest.raises(
+    ValueError, match=r"no_image.* has 0 features of the kind Image .*one is needed"
+  ):
     load("tfds:no_image", size=8, channels=1, data_dir=tmp_path)
   two = IMAGE | {"other": tfds.features.ClassLabel(num_classes=2)}
   prepare_other(tmp_path, two, [record | {"other": 0} for record in RECORDS], name="two_labels")
@@ -165,7 +207,9 @@ def test_unfit_features_and_damage_are_named(tmp_path):
   (info,) = tmp_path.glob("other/*/dataset_info.json")
   text = info.read_text()
   info.write_text(text.replace("array_record", "tfrecord"))
-  with pytest.raises(ValueError, match=r"stored as tfrecord, which only TensorFlow reads; prepare it anew"):
+  with pytest.raises(
+    ValueError, match=r"stored as tfrecord, which only TensorFlow reads; prepare it anew"
+  ):
     load("tfds:other", size=8, channels=1, data_dir=tmp_path)
   info.write_text(text[: len(text) // 2])
   with pytest.raises(ValueError, match=r"other/1\.2\.0 cannot be read .* prepare it again"):
@@ -181,7 +225,10 @@ def test_unfit_features_and_damage_are_named(tmp_path):
 
 
 def test_loading_folders_and_arrays_imports_neither_tfds_nor_tensorflow():
-  code = "import sys, primia_jax.data.load; assert not {'tensorflow_datasets', 'tensorflow'} & set(sys.modules)"
+  code = (
+    "import sys, primia_jax.data.load; assert not {'tensorflow_datasets', 'tensorflow'} & "
+    "set(sys.modules)"
+  )
   subprocess.run([sys.executable, "-c", code], check=True)
   code = "import sys, primia_jax.data.tfds; assert 'tensorflow' not in sys.modules"
   subprocess.run([sys.executable, "-c", code], check=True)
@@ -190,7 +237,14 @@ def test_loading_folders_and_arrays_imports_neither_tfds_nor_tensorflow():
 
 @pytest.mark.real_data
 def test_real_archives(tmp_path, real_data):
-  data = load("tfds:kermany_chest_xray", size=16, channels=1, data_dir=tmp_path, manual_dir=real_data, lazy=True)
+  data = load(
+    "tfds:kermany_chest_xray",
+    size=16,
+    channels=1,
+    data_dir=tmp_path,
+    manual_dir=real_data,
+    lazy=True,
+  )
   assert np.bincount(data["train"].labels).tolist() == [1191, 2278, 1195]
   assert np.bincount(data["test"].labels).tolist() == [234, 242, 148]
   expected = load(f"folder:{real_data}/chest_xray_224.tar", size=16, channels=1, lazy=True)["test"]
@@ -199,5 +253,7 @@ def test_real_archives(tmp_path, real_data):
   np.testing.assert_array_equal(data["test"].groups[where], expected.groups)
   some = np.arange(0, 624, 50)
   np.testing.assert_array_equal(data["test"].images[where[some]], expected.images[some])
-  data = load("tfds:med_nist", size=16, channels=1, data_dir=tmp_path, manual_dir=real_data, lazy=True)["train"]
+  data = load(
+    "tfds:med_nist", size=16, channels=1, data_dir=tmp_path, manual_dir=real_data, lazy=True
+  )["train"]
   assert np.bincount(data.labels).tolist() == [1000] * 6

@@ -16,7 +16,9 @@ KEY = jax.random.key(7)
 
 
 def jitted(function, **strengths):
-  """Compiles `function` with its strengths fixed; one compilation is much quicker than one for each operation."""
+  """Compiles `function` with its strengths fixed; one compilation is much quicker than one for each
+  operation.
+  """
   return jax.jit(functools.partial(function, **strengths))
 
 
@@ -38,14 +40,18 @@ def test_bilinear_equals_scipy(height, width, seed):
   columns = rng.uniform(-3, width + 3, (2, 5, 6)).astype(np.float32)
   out = jax.jit(warp.bilinear)(images, rows, columns)[..., 0]
   for i in range(2):
-    expected = scipy.ndimage.map_coordinates(images[i, ..., 0], [rows[i], columns[i]], order=1, mode="nearest")
+    expected = scipy.ndimage.map_coordinates(
+      images[i, ..., 0], [rows[i], columns[i]], order=1, mode="nearest"
+    )
     np.testing.assert_allclose(out[i], expected, atol=2e-6)
 
 
 def test_affine_equals_scipy_with_the_documented_matrix():
   images, strengths = some_images(num=5, channels=2), (25.0, 0.15, 0.3, 15.0)
   out = jax.jit(lambda key, x: warp.affine(key, x, *strengths))(KEY, images)
-  draws = np.asarray(jax.random.uniform(KEY, (5, 5, 1, 1), jnp.float32, -1, 1), np.float64)[..., 0, 0]
+  draws = np.asarray(jax.random.uniform(KEY, (5, 5, 1, 1), jnp.float32, -1, 1), np.float64)[
+    ..., 0, 0
+  ]
   center = (np.array(images.shape[2:0:-1]) - 1) / 2  # (x, y)
   for i in range(5):
     theta, phi = np.radians(strengths[0] * draws[0, i]), np.radians(strengths[3] * draws[1, i])
@@ -56,13 +62,18 @@ def test_affine_equals_scipy_with_the_documented_matrix():
     inverse = np.linalg.inv(matrix)[::-1, ::-1]  # from (x, y) to (row, column)
     offset = center[::-1] - inverse @ (center + shift)[::-1]
     for c in range(2):
-      expected = scipy.ndimage.affine_transform(images[i, ..., c], inverse, offset, order=1, mode="nearest")
+      expected = scipy.ndimage.affine_transform(
+        images[i, ..., c], inverse, offset, order=1, mode="nearest"
+      )
       np.testing.assert_allclose(out[i, ..., c], expected, atol=2e-5)
 
 
 def test_affine_strengths_bound_the_motion():
   shape, strengths = (2000, 3, 3, 1), {"rotation_degrees": 30.0, "scale": 0.2}
-  rows, columns = (np.asarray(p, np.float64) - 1 for p in jitted(warp.affine_positions, shape=shape, **strengths)(KEY))
+  rows, columns = (
+    np.asarray(p, np.float64) - 1
+    for p in jitted(warp.affine_positions, shape=shape, **strengths)(KEY)
+  )
   # The pixel right of the centre comes from (cos, -sin) / s.
   angle = np.degrees(np.arctan2(-rows[:, 1, 2], columns[:, 1, 2]))
   zoom = 1 / np.hypot(rows[:, 1, 2], columns[:, 1, 2])
@@ -74,14 +85,20 @@ def test_affine_strengths_bound_the_motion():
 
 
 def test_elastic_displacement_is_smooth_and_as_large_as_asked():
-  rows, columns = (np.asarray(d) for d in jitted(warp.elastic_displacement, shape=(2000, 30, 60, 1), elastic=0.05)(KEY))
-  # Output pixels at the grid's own points (cell centres of 30 / 3 = 10 pixels lie between pixels 4 and 5) are near it.
+  rows, columns = (
+    np.asarray(d)
+    for d in jitted(warp.elastic_displacement, shape=(2000, 30, 60, 1), elastic=0.05)(KEY)
+  )
+  # Output pixels at the grid's own points (cell centres of 30 / 3 = 10 pixels lie between pixels 4
+  # and 5) are near it.
   assert rows[:, 14:16, 29:31].std() == pytest.approx(0.05 * 30, rel=0.05)
   assert columns[:, 14:16, 29:31].std() == pytest.approx(0.05 * 60, rel=0.05)
   assert np.abs(np.diff(rows, axis=1)).max() < 0.3 * np.abs(rows).max()
   assert abs(np.corrcoef(rows[:, 15, 30], columns[:, 15, 30])[0, 1]) < 0.1
   images = some_images(num=3)
-  along = jitted(warp.elastic_displacement, shape=images.shape, elastic=0.05)(jax.random.split(KEY, 3)[1])
+  along = jitted(warp.elastic_displacement, shape=images.shape, elastic=0.05)(
+    jax.random.split(KEY, 3)[1]
+  )
   out = jitted(warp.elastic, elastic=0.05)(KEY, images)
   for i in range(3):
     grid = np.mgrid[:24, :20] + np.stack([np.asarray(d[i]) for d in along])
@@ -107,9 +124,13 @@ def test_one_warp_equals_flip_then_affine():
   def one_after_the_other(key, images):
     affine_key, _, flip_key = jax.random.split(key, 3)
     flipped = warp.flip(flip_key, images, *flips)
-    return flipped, warp.bilinear(flipped, *warp.affine_positions(affine_key, images.shape, *geometry))
+    return flipped, warp.bilinear(
+      flipped, *warp.affine_positions(affine_key, images.shape, *geometry)
+    )
 
   flipped, expected = one_after_the_other(KEY, images)
-  np.testing.assert_allclose(jax.jit(lambda k, x: warp.warp(k, x, *geometry, *flips))(KEY, images), expected, atol=2e-5)
+  np.testing.assert_allclose(
+    jax.jit(lambda k, x: warp.warp(k, x, *geometry, *flips))(KEY, images), expected, atol=2e-5
+  )
   alone = jitted(warp.warp, horizontal_flip=0.5, vertical_flip=0.5)(KEY, images)
   np.testing.assert_array_equal(alone, flipped)

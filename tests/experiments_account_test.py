@@ -55,32 +55,55 @@ def test_sites_are_calibrated_to_the_target(tmp_path):
 @pytest.mark.parametrize("noise", ["banded", "tree"])
 def test_a_run_of_correlated_noise_is_one_release(noise, tmp_path):
   sizes = ("num_units=100", "smallest_units=60", "batch_size=10")
-  done = account(*sizes, f"dp_noise={noise}", "rounds=4", "target_epsilon=4", f"output_dir={tmp_path}")
+  done = account(
+    *sizes, f"dp_noise={noise}", "rounds=4", "target_epsilon=4", f"output_dir={tmp_path}"
+  )
   assert done.returncode == 0, done.stderr
   result = json.loads((tmp_path / "account.json").read_text())
-  assert [(r["what"], r["times"]) for r in result["ledger"]["releases"]] == [("class counts", 1), ("gradients", 1)]
+  assert [(r["what"], r["times"]) for r in result["ledger"]["releases"]] == [
+    ("class counts", 1),
+    ("gradients", 1),
+  ]
   assert len({row["pld"] for row in result["rows"]}) == 1
   assert 3.98 < result["rows"][0]["pld"] <= 4
   assert "at least 6 steps between two uses of an image" in done.stdout  # of the smallest site
 
 
 def test_noise_that_sites_make_together(tmp_path):
-  done = account(*DISTRIBUTED, "model=mlp", "rounds=4", "target_epsilon=8", "delta=1e-3", f"output_dir={tmp_path}")
+  done = account(
+    *DISTRIBUTED,
+    "model=mlp",
+    "rounds=4",
+    "target_epsilon=8",
+    "delta=1e-3",
+    f"output_dir={tmp_path}",
+  )
   assert done.returncode == 0, done.stderr
   result = json.loads((tmp_path / "account.json").read_text())
   assert [list(row) for row in result["rows"]] == [["round", "steps", "rdp"]] * 4
   assert 7.9 < result["rows"][-1]["rdp"] <= 8
-  assert result["statement"]["noise in a sum"].endswith("from at least 33 sites, besides one that is curious and knows "
+  assert result["statement"]["noise in a sum"].endswith("from at least 33 sites, besides one that "
+                                                        "is curious and knows "
                                                         "its own share")  # fmt: skip
   model = models.build(models.ModelConfig("mlp", 3, (64, 64, 1)))
   size = sum(a.size for a in jax.tree.leaves(model.init(jax.random.key(0))[0]))
-  noise = DistributedNoise(size, 50, 34, 1.0, result["statement"]["noise multiplier"], 16, num_colluding=1)
-  assert result["statement"]["sensitivity multiplied by rounding"] == round(noise.sensitivity_inflation, 4) > 1
-  assert epsilon(noise, 4, 1e-3) == pytest.approx(result["rows"][-1]["rdp"], rel=0.01)  # not whole orders alone
+  noise = DistributedNoise(
+    size, 50, 34, 1.0, result["statement"]["noise multiplier"], 16, num_colluding=1
+  )
+  assert (
+    result["statement"]["sensitivity multiplied by rounding"]
+    == round(noise.sensitivity_inflation, 4)
+    > 1
+  )
+  assert epsilon(noise, 4, 1e-3) == pytest.approx(
+    result["rows"][-1]["rdp"], rel=0.01
+  )  # not whole orders alone
 
 
 def test_an_infinite_epsilon_is_said_and_written(tmp_path):
-  done = account("num_units=100", "batch_size=100", "rounds=1", "noise_multiplier=0.01", f"output_dir={tmp_path}")
+  done = account(
+    "num_units=100", "batch_size=100", "rounds=1", "noise_multiplier=0.01", f"output_dir={tmp_path}"
+  )
   assert done.returncode == 0, done.stderr
   assert "Warning" not in done.stderr
   assert "infinite" in (tmp_path / "report.md").read_text()

@@ -17,9 +17,15 @@ from experiments import encrypted, inputs, phases, running, settings, training
 from primia_jax.mpc import planning
 
 TRAIN = settings.Train(
-  phantom_images=36, image_size=16, model="mlp", rounds=1, batch_size=4, augment="none", optimizer="sgd",
+  phantom_images=36,
+  image_size=16,
+  model="mlp",
+  rounds=1,
+  batch_size=4,
+  augment="none",
+  optimizer="sgd",
   learning_rate=0.01,
-)  # fmt: skip
+)
 NAMES = ("normal", "bacterial", "viral")
 IDS = ["a.png", "deep/c.png", "deep/d.jpg"]
 
@@ -84,9 +90,16 @@ def test_probabilities_are_those_of_evaluate_within_the_target(flags_of, in_the_
   assert difference.largest <= 1e-3
   np.testing.assert_allclose(_softmax(result.outputs), wanted, atol=1e-3)
   assert result.runs == 2
-  assert {"encode weights", "blind", "publish", "encode images", "deal", "prepare", "online", "compile"} == set(
-    result.seconds
-  )
+  assert {
+    "encode weights",
+    "blind",
+    "publish",
+    "encode images",
+    "deal",
+    "prepare",
+    "online",
+    "compile",
+  } == set(result.seconds)
   layers = phases.layers(plan, rows, result)
   for name in ("dealt", "sent", "rounds"):
     assert sum(getattr(layer, name) for layer in layers) == sum(getattr(row, name) for row in rows)
@@ -97,7 +110,9 @@ def test_probabilities_are_those_of_evaluate_within_the_target(flags_of, in_the_
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_label_is_the_argmax_and_all_that_is_revealed(flags_of, in_the_clear, exact):
   images, wanted = in_the_clear
-  s = dataclasses.replace(flags_of, output="label", batch=3, ring_bits=48, fraction_bits=14, exact=exact)
+  s = dataclasses.replace(
+    flags_of, output="label", batch=3, ring_bits=48, fraction_bits=14, exact=exact
+  )
   with jax.enable_x64(True):
     plan, result, difference = _infer(s, images)
   assert (plan.config.num_bits, plan.config.fraction_bits, plan.config.exact) == (48, 14, exact)
@@ -110,7 +125,9 @@ def test_an_open_choice_reaches_the_target(flags_of):
   model, weights, names, config = encrypted.load_model(flags_of.checkpoint)
   with jax.enable_x64(True):
     calibration, _ = encrypted.calibration_images(flags_of, config, names)
-    plan = lambda **change: encrypted.make_plan(dataclasses.replace(flags_of, **change), model, weights, calibration)
+    plan = lambda **change: encrypted.make_plan(
+      dataclasses.replace(flags_of, **change), model, weights, calibration
+    )
     assert plan(ring_bits=32, target_error=0.1).config.num_bits == 32
     assert plan(fraction_bits=18).config.num_bits == 64
     with pytest.raises(ValueError, match="no ring reaches an error of 1e-05"):
@@ -136,7 +153,12 @@ def test_batches_have_one_size():
 
 @pytest.mark.parametrize(
   ("text", "expected"),
-  [("lan", (0.0005, 1e9)), ("wan", (0.04, 1e8)), ("40,100", (0.04, 1e8)), ("0.5, 1000", (5e-4, 1e9))],
+  [
+    ("lan", (0.0005, 1e9)),
+    ("wan", (0.04, 1e8)),
+    ("40,100", (0.04, 1e8)),
+    ("0.5, 1000", (5e-4, 1e9)),
+  ],
 )
 def test_networks(text, expected):
   assert encrypted.parse_network(text) == pytest.approx(expected)
@@ -177,13 +199,17 @@ def test_the_data_of_a_run_may_be_gone(flags_of, tmp_path):
   _, _, names, config = encrypted.load_model(flags_of.checkpoint)
   settings.save(dataclasses.replace(TRAIN, data="folder:/nowhere"), tmp_path / "config.json")
   with pytest.raises(ValueError, match="name other images with --calibration"):
-    encrypted.calibration_images(dataclasses.replace(flags_of, checkpoint=str(tmp_path)), config, names)
+    encrypted.calibration_images(
+      dataclasses.replace(flags_of, checkpoint=str(tmp_path)), config, names
+    )
 
 
 def test_personal_models_are_refused(flags_of, tmp_path):
   _, trained, _, _ = running.load_model(flags_of.checkpoint)
   running.save_model(tmp_path / "model", trained * 2)
-  (tmp_path / "model.json").write_text((pathlib.Path(flags_of.checkpoint) / "model.json").read_text())
+  (tmp_path / "model.json").write_text(
+    (pathlib.Path(flags_of.checkpoint) / "model.json").read_text()
+  )
   with pytest.raises(ValueError, match="holds 2 personal models"):
     encrypted.load_model(str(tmp_path))
 
@@ -204,11 +230,24 @@ def _binary(*arguments):
 def test_the_binary_as_a_clinic_calls_it(flags_of, in_the_clear, tmp_path):
   out = tmp_path / "out"
   done = _binary(
-    f"--checkpoint={flags_of.checkpoint}", f"--images={flags_of.images}", "--check", f"--output_dir={out}",
-    "--calibration_images=4", "--ring_bits=32", "--fraction_bits=10", "--network=10,50",
-  )  # fmt: skip
+    f"--checkpoint={flags_of.checkpoint}",
+    f"--images={flags_of.images}",
+    "--check",
+    f"--output_dir={out}",
+    "--calibration_images=4",
+    "--ring_bits=32",
+    "--fraction_bits=10",
+    "--network=10,50",
+  )
   assert done.returncode == 0, done.stderr
-  for text in ("simulated", "Who learns what", "once per", "10 ms and 50 Mbit/s", "3 of 3 images", "model gives: yes"):
+  for text in (
+    "simulated",
+    "Who learns what",
+    "once per",
+    "10 ms and 50 Mbit/s",
+    "3 of 3 images",
+    "model gives: yes",
+  ):
     assert text in done.stdout
   plan_text = (out / "plan.txt").read_text()
   assert plan_text in done.stdout
@@ -264,7 +303,9 @@ def test_every_real_test_image_gets_the_class_of_float32(real_data, tmp_path, ou
   )
   folder = running.open_run(train, str(tmp_path / "run"))
   running.run(train, folder, federated=False)
-  s = encrypted.Infer(checkpoint=str(folder), images=str(folder), output=output, batch=48, calibration_images=96)
+  s = encrypted.Infer(
+    checkpoint=str(folder), images=str(folder), output=output, batch=48, calibration_images=96
+  )
   encrypted.check(s)
   model, weights, names, config = encrypted.load_model(s.checkpoint)
   calibration, _ = encrypted.calibration_images(s, config, names)

@@ -1,4 +1,6 @@
-"""`train_federated --placement=processes`: real processes, one of them killed, and the run started again."""
+"""`train_federated --placement=processes`: real processes, one of them killed, and the run started
+again.
+"""
 
 import contextlib
 import dataclasses
@@ -22,9 +24,18 @@ from primia_jax.privacy import accounting
 from primia_jax.secagg import exchange, graph, keys
 
 TINY = settings.Train(
-  phantom_images=36, image_size=16, model="mlp", rounds=2, batch_size=4, augment="none", optimizer="momentum",
-  learning_rate=0.01, keep_optimizer=True, placement="processes", validation_fraction=0.3,
-)  # fmt: skip
+  phantom_images=36,
+  image_size=16,
+  model="mlp",
+  rounds=2,
+  batch_size=4,
+  augment="none",
+  optimizer="momentum",
+  learning_rate=0.01,
+  keep_optimizer=True,
+  placement="processes",
+  validation_fraction=0.3,
+)
 FLAGS = [
   f"--{'' if value is not False else 'no'}{name}" + ("" if isinstance(value, bool) else f"={value}")
   for name, value in dataclasses.asdict(TINY).items()
@@ -35,7 +46,9 @@ FLAGS = [
 @pytest.fixture
 def path(monkeypatch):
   root = str(pathlib.Path(__file__).parents[1])
-  monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
+  monkeypatch.setenv(
+    "PYTHONPATH", os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+  )
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
 
@@ -44,14 +57,23 @@ def simulated(config, folder):
   config = dataclasses.replace(config, placement="scan", secagg_threshold=2)
   images = inputs.site_images(config)
   model_config = learning.model_config(config, 3)
-  cohort = training.Cohort("federated", images.train, images.validation, np.arange(config.num_sites))
-  trainer = training.make_trainer(config, models.build(model_config), model_config, [cohort], sites.Placement("scan"))
+  cohort = training.Cohort(
+    "federated", images.train, images.validation, np.arange(config.num_sites)
+  )
+  trainer = training.make_trainer(
+    config, models.build(model_config), model_config, [cohort], sites.Placement("scan")
+  )
   folder.mkdir()
   return training.train(config, cohort, trainer, model_config, folder)
 
 
 def arguments(folder, *more, num_sites=3):
-  return [*FLAGS, f"--run_dir={folder}", f"--num_sites={num_sites}", *(f"--{name}={value}" for name, value in more)]
+  return [
+    *FLAGS,
+    f"--run_dir={folder}",
+    f"--num_sites={num_sites}",
+    *(f"--{name}={value}" for name, value in more),
+  ]
 
 
 def start(folder, *more, num_sites=3):
@@ -102,13 +124,17 @@ def free_port():
     return probe.getsockname()[1]
 
 
-def test_processes_that_are_started_one_by_one_pin_no_older_identity_and_go_on_from_one_book(tmp_path):
+def test_processes_that_are_started_one_by_one_pin_no_older_identity_and_go_on_from_one_book(
+  tmp_path,
+):
   """Site 1 is there first, in a folder with all that an earlier start has left."""
   known, config = tmp_path / "identities", dataclasses.replace(TINY, num_sites=2)
   known.mkdir()
   for name in (0, 1, exchange.SERVER):
     exchange.publish(known, name, keys.identity())
-  privacy = private.Privacy("example", accounting.gaussian("gradients", 1.0, 0.1), 2, None, 1e-3, np.inf, 100)
+  privacy = private.Privacy(
+    "example", accounting.gaussian("gradients", 1.0, 0.1), 2, None, 1e-3, np.inf, 100
+  )
   ledgers = [processes.home(tmp_path / "federated", i) / books.LEDGER for i in range(2)]
   ledgers[1].parent.mkdir(parents=True)
   books.Book(privacy, 2, ledgers[1]).spend(privacy.release, [0, 1])
@@ -133,8 +159,15 @@ def test_processes_that_are_started_one_by_one_pin_no_older_identity_and_go_on_f
 
 def test_an_address_that_is_none_or_nobodys_is_refused_by_name(tmp_path):
   config = dataclasses.replace(TINY, num_sites=2)
-  for number, address in ((0, "127.0.0.1:99999"), (0, "127.0.0.1:0"), (0, "4567"), (2, "127.0.0.1:4567")):
-    with pytest.raises(ValueError, match=f"coordinator='{address}' with process_id={number}: write HOST:PORT"):
+  for number, address in (
+    (0, "127.0.0.1:99999"),
+    (0, "127.0.0.1:0"),
+    (0, "4567"),
+    (2, "127.0.0.1:4567"),
+  ):
+    with pytest.raises(
+      ValueError, match=f"coordinator='{address}' with process_id={number}: write HOST:PORT"
+    ):
       processes.connect(config, tmp_path, processes.Seat(number, address, 1.0))
   with socket.create_server(("127.0.0.1", 0)) as taken:
     address = "{}:{}".format(*taken.getsockname())
@@ -152,12 +185,21 @@ def test_an_address_that_is_none_or_nobodys_is_refused_by_name(tmp_path):
   [
     (["--process_id=1"], "process_id=1 starts a single process: give --coordinator"),
     (["--stage_timeout=0"], "stage_timeout=0.0 must be a positive number"),
-    (["--placement=scan", "--coordinator=127.0.0.1:1"], "coordinator=127.0.0.1:1 belongs to placement=processes"),
+    (
+      ["--placement=scan", "--coordinator=127.0.0.1:1"],
+      "coordinator=127.0.0.1:1 belongs to placement=processes",
+    ),
   ],
 )
 @pytest.mark.slow
 def test_flags_that_would_be_ignored_are_refused(tmp_path, path, flags, told):
-  command = [sys.executable, "-m", "experiments.train_federated", *arguments(tmp_path / "run"), *flags]
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.train_federated",
+    *arguments(tmp_path / "run"),
+    *flags,
+  ]
   run = subprocess.run(command, capture_output=True, text=True, timeout=120)
   assert run.returncode == 1
   assert told in run.stderr
@@ -167,7 +209,12 @@ def test_flags_that_would_be_ignored_are_refused(tmp_path, path, flags, told):
 @pytest.mark.slow
 def test_processes_end_with_who_has_launched_them(tmp_path, path):
   folder = tmp_path / "run"
-  command = [sys.executable, "-m", "experiments.train_federated", *arguments(folder, ("rounds", 1000))]
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.train_federated",
+    *arguments(folder, ("rounds", 1000)),
+  ]
   launcher = subprocess.Popen(command, start_new_session=True)
   try:
     wait_for(lambda: rows(folder))
@@ -184,10 +231,14 @@ def test_processes_end_with_who_has_launched_them(tmp_path, path):
 @pytest.mark.parametrize("secagg", ["pairwise", "bell"])
 @pytest.mark.parametrize("num_sites", [4, 5, 10, 50])
 def test_sums_of_processes_do_not_trust_the_server_and_survive_a_loss(num_sites, secagg):
-  secure = learning.secure_sum(dataclasses.replace(TINY, num_sites=num_sites, secagg=secagg), num_sites)
+  secure = learning.secure_sum(
+    dataclasses.replace(TINY, num_sites=num_sites, secagg=secagg), num_sites
+  )
   holders = secure.num_peers + 1
   assert graph.smallest_threshold(holders, malicious_server=True) <= secure.threshold < holders
-  trusting = dataclasses.replace(TINY, num_sites=num_sites, secagg=secagg, secagg_threshold=num_sites // 2 + 1)
+  trusting = dataclasses.replace(
+    TINY, num_sites=num_sites, secagg=secagg, secagg_threshold=num_sites // 2 + 1
+  )
   if secure.num_peers == num_sites - 1:
     assert learning.secure_sum(trusting, num_sites).threshold == num_sites // 2 + 1
 
@@ -200,9 +251,17 @@ def wait_for(condition, seconds=120):
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_a_lost_site_and_takes_part_again_when_all_start_anew(tmp_path, path, capfd):
+def test_a_killed_process_is_a_lost_site_and_takes_part_again_when_all_start_anew(
+  tmp_path, path, capfd
+):
   folder = tmp_path / "run"
-  more = {"rounds": 30, "dp": "example", "noise_multiplier": 1.0, "dp_count_noise": 5.0, "secagg_threshold": 3}.items()
+  more = {
+    "rounds": 30,
+    "dp": "example",
+    "noise_multiplier": 1.0,
+    "dp_count_noise": 5.0,
+    "secagg_threshold": 3,
+  }.items()
   children = start(folder, *more, num_sites=4)
   try:
     wait_for(lambda: len(rows(folder)) >= 2)
@@ -229,7 +288,9 @@ def test_a_killed_process_is_a_lost_site_and_takes_part_again_when_all_start_ane
 
 
 def test_books_of_several_processes_are_made_alike_with_the_largest_epsilon_of_each_site(tmp_path):
-  privacy = private.Privacy("example", accounting.gaussian("gradients", 1.0, 0.1), 2, None, 1e-3, np.inf, 100)
+  privacy = private.Privacy(
+    "example", accounting.gaussian("gradients", 1.0, 0.1), 2, None, 1e-3, np.inf, 100
+  )
   paths = [tmp_path / f"{i}" / books.LEDGER for i in range(3)]
   for times, path in zip(((3, 1), (2, 2)), paths, strict=False):
     path.parent.mkdir()
@@ -239,5 +300,9 @@ def test_books_of_several_processes_are_made_alike_with_the_largest_epsilon_of_e
   books.reconcile(paths)
   alike = [books.Book(privacy, 2, path) for path in paths]
   assert alike[0].ledgers == alike[1].ledgers == alike[2].ledgers
-  expected = [accounting.spend(accounting.Ledger("example", 1e-3), privacy.release, n) for n in (3, 2)]
-  assert [accounting.epsilon(one) for one in alike[0].ledgers] == [accounting.epsilon(one) for one in expected]
+  expected = [
+    accounting.spend(accounting.Ledger("example", 1e-3), privacy.release, n) for n in (3, 2)
+  ]
+  assert [accounting.epsilon(one) for one in alike[0].ledgers] == [
+    accounting.epsilon(one) for one in expected
+  ]

@@ -1,4 +1,6 @@
-"""The binaries' settings, inputs and training loop; the programs themselves are run whole by `.ci/smoke`."""
+"""The binaries' settings, inputs and training loop; the programs themselves are run whole by
+`.ci/smoke`.
+"""
 
 import dataclasses
 import json
@@ -15,9 +17,16 @@ from experiments import inputs, learning, running, settings, training
 from primia_jax import models, sites
 
 TINY = settings.Train(
-  phantom_images=36, image_size=16, model="mlp", rounds=4, batch_size=4, augment="none", optimizer="momentum",
-  learning_rate=0.01, keep_optimizer=True,
-)  # fmt: skip
+  phantom_images=36,
+  image_size=16,
+  model="mlp",
+  rounds=4,
+  batch_size=4,
+  augment="none",
+  optimizer="momentum",
+  learning_rate=0.01,
+  keep_optimizer=True,
+)
 
 
 def test_every_setting_is_a_flag_and_comes_back():
@@ -58,7 +67,10 @@ def test_presets_parse_and_are_sound(tmp_path):
     ({"secagg_bits": 48}, "JAX_ENABLE_X64"),
     ({"secagg_peers": 5}, "num_peers=5"),
     ({"aggregation": "median"}, "weighting=uniform"),
-    ({"aggregation": "median", "weighting": "uniform", "algorithm": "fednova", "optimizer": "sgd"}, "fednova"),
+    (
+      {"aggregation": "median", "weighting": "uniform", "algorithm": "fednova", "optimizer": "sgd"},
+      "fednova",
+    ),
     ({"aggregation": "krum=1", "weighting": "uniform"}, "needs more than 4 sites"),
     ({"aggregation": "clear", "norm": "batch"}, "BatchNorm statistics"),
     ({"model": "resnet50"}, "resnet50"),
@@ -82,7 +94,9 @@ def test_sites_differ_and_a_process_sees_the_same_images_of_its_own():
     own = inputs.site_images(TINY, only_site=site)
     assert own.train.sizes == everything.train.sizes
     for part, whole in ((own.train, everything.train), (own.validation, everything.validation)):
-      np.testing.assert_array_equal(part.dataset.images[part.sites[site]], whole.dataset.images[whole.sites[site]])
+      np.testing.assert_array_equal(
+        part.dataset.images[part.sites[site]], whole.dataset.images[whole.sites[site]]
+      )
       assert len(part.dataset) == len(part.sites[site])
 
 
@@ -101,11 +115,15 @@ def test_real_sites_are_unequal_and_share_no_patient(real_data):
   images = inputs.site_images(config)
   assert images.train.dataset.label_names == ("normal", "bacterial", "viral")
   assert len(images.test) == 624
-  held = [set(images.train.dataset.groups[i]) for i in (*images.train.sites, *images.validation.sites)]
+  held = [
+    set(images.train.dataset.groups[i]) for i in (*images.train.sites, *images.validation.sites)
+  ]
   for i, one in enumerate(held):
     for other in held[i + 1 :]:
       assert not one & other
-  mixes = [np.bincount(images.train.dataset.labels[i], minlength=3) / len(i) for i in images.train.sites]
+  mixes = [
+    np.bincount(images.train.dataset.labels[i], minlength=3) / len(i) for i in images.train.sites
+  ]
   assert max(np.abs(a - b).max() for a in mixes for b in mixes) > 0.05
   assert sum(images.train.sizes) + sum(images.validation.sizes) == 4664
 
@@ -114,7 +132,9 @@ def _train(config, folder, stop_after=None, name="federated"):
   images = inputs.site_images(config)
   model_config = learning.model_config(config, 3)
   cohort = training.Cohort(name, images.train, images.validation, np.arange(config.num_sites))
-  trainer = training.make_trainer(config, models.build(model_config), model_config, [cohort], sites.Placement("scan"))
+  trainer = training.make_trainer(
+    config, models.build(model_config), model_config, [cohort], sites.Placement("scan")
+  )
 
   def log(row):
     if row["round"] == stop_after:
@@ -146,13 +166,24 @@ _slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize(
   "algorithm",
-  [*map(_slow, ("fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")), "scaffold", "fednova", "fedbn"],
+  [
+    *map(_slow, ("fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")),
+    "scaffold",
+    "fednova",
+    "fedbn",
+  ],
 )
 def test_every_algorithm_trains_under_secure_aggregation(tmp_path, algorithm):
   optimizer = "sgd" if algorithm in ("scaffold", "fednova") else "adamw"
   model, norm = ("cnn", "batch") if algorithm == "fedbn" else ("mlp", "")
   config = dataclasses.replace(
-    TINY, algorithm=algorithm, optimizer=optimizer, model=model, norm=norm, rounds=2, keep_optimizer=False
+    TINY,
+    algorithm=algorithm,
+    optimizer=optimizer,
+    model=model,
+    norm=norm,
+    rounds=2,
+    keep_optimizer=False,
   )
   with jax.numpy_dtype_promotion("standard"):  # optax's Adam and Yogi need it
     arm = _train(config, tmp_path)
@@ -179,7 +210,10 @@ def test_an_update_out_of_range_stops_the_run_and_names_the_cure(tmp_path):
 
 
 def test_settings_may_be_mended_until_something_is_trained(tmp_path):
-  config, run_dir = dataclasses.replace(TINY, dp="example", noise_multiplier=1.0, delta=0.5), str(tmp_path / "run")
+  config, run_dir = (
+    dataclasses.replace(TINY, dp="example", noise_multiplier=1.0, delta=0.5),
+    str(tmp_path / "run"),
+  )
   folder = running.open_run(config, run_dir)
   with pytest.raises(ValueError, match="delta"):
     running.run(config, folder, federated=True)
@@ -193,12 +227,16 @@ def test_settings_may_be_mended_until_something_is_trained(tmp_path):
 
 
 def test_two_processes_do_not_work_on_one_run(tmp_path):
-  """They would overwrite what the other has booked in one ledger. One that was killed is in nobody's way."""
+  """They would overwrite what the other has booked in one ledger. One that was killed is in
+  nobody's way.
+  """
   folder = running.open_run(dataclasses.replace(TINY, rounds=1), str(tmp_path / "run"))
   lock = folder / "process_0.lock"
   code = f"import fcntl, sys; file = open({str(lock)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX)"
   code += "; print(flush=True); sys.stdin.read()"
-  with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+  with subprocess.Popen(
+    [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+  ) as other:
     assert other.stdout is not None
     assert other.stdout.readline() == b"\n"
     with pytest.raises(ValueError, match=f"another process is at work in {folder}"):
@@ -213,7 +251,13 @@ def test_a_whole_run_and_its_evaluation(tmp_path, monkeypatch):
   config = dataclasses.replace(TINY, rounds=2)
   folder = running.open_run(config, str(tmp_path / "run"))
   result = running.run(config, folder, federated=True, baselines=("pooled", "local"))
-  assert list(result["arms"]) == ["local: site 0", "local: site 1", "local: site 2", "pooled", "federated"]
+  assert list(result["arms"]) == [
+    "local: site 0",
+    "local: site 1",
+    "local: site 2",
+    "pooled",
+    "federated",
+  ]
   text = (folder / "report.md").read_text()
   assert "synthetic phantom" in text
   assert "secure aggregation" in text.lower()
@@ -236,7 +280,13 @@ def test_a_whole_run_and_its_evaluation(tmp_path, monkeypatch):
 
 def test_binaries_fail_with_the_reason_and_without_a_traceback(tmp_path):
 
-  command = [sys.executable, "-m", "experiments.train_federated", f"--run_dir={tmp_path / 'x'}", "--algorithm=fedsgd"]
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.train_federated",
+    f"--run_dir={tmp_path / 'x'}",
+    "--algorithm=fedsgd",
+  ]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   assert done.returncode == 1
   assert done.stderr.startswith("error: algorithm='fedsgd'")

@@ -13,7 +13,10 @@ from primia_jax import federated as fed
 
 S, N, D, L = 5, 20, 6, 3
 RNG = np.random.default_rng(0)
-IMAGES, LABELS = RNG.normal(size=(S, N, D, 1, 1)).astype(np.float32), RNG.integers(0, L, (S, N)).astype(np.int32)
+IMAGES, LABELS = (
+  RNG.normal(size=(S, N, D, 1, 1)).astype(np.float32),
+  RNG.integers(0, L, (S, N)).astype(np.int32),
+)
 NUM = np.array([20, 13, 7, 20, 5], np.int32)
 IDS = np.arange(S)
 KEY, DEALER = jax.random.key(0), jnp.arange(8, dtype=jnp.uint32)
@@ -52,7 +55,9 @@ def secure(**kwargs):
 def fedavg(aggregator="secure", placement="scan"):
   """One compiled federated algorithm for many tests."""
   chosen = {"secure": secure, "clear": fed.in_the_clear}[aggregator]()
-  return fed.federated(algorithms.fedavg(recipe(), keep_optimizer=True), chosen, sites.parse_placement(placement))
+  return fed.federated(
+    algorithms.fedavg(recipe(), keep_optimizer=True), chosen, sites.parse_placement(placement)
+  )
 
 
 def play(f, rounds=2, ids=IDS, loader=None, dealer=DEALER, state=None, model_state=None):
@@ -65,11 +70,16 @@ def play(f, rounds=2, ids=IDS, loader=None, dealer=DEALER, state=None, model_sta
 
 def distance(a, b):
   pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  return max(float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)), initial=0)) for x, y in pairs)
+  return max(
+    float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)), initial=0))
+    for x, y in pairs
+  )
 
 
 def same(a, b):
-  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  return all(
+    np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
 
 
 @pytest.mark.parametrize("placement", ["loop", "vmap", "chunk=2", "mesh"])
@@ -100,7 +110,9 @@ def test_step_is_pure_and_a_run_can_be_resumed_anywhere():
   half, _ = play(f, 2)
   leaves, structure = jax.tree.flatten(half)
   stored = [(np.asarray(a).tobytes(), a.dtype, a.shape) for a in leaves]  # as a checkpoint would
-  restored = structure.unflatten([jnp.asarray(np.frombuffer(b, d).reshape(s)) for b, d, s in stored])
+  restored = structure.unflatten(
+    [jnp.asarray(np.frombuffer(b, d).reshape(s)) for b, d, s in stored]
+  )
   assert isinstance(restored, fed.State)
   assert same(play(f, 2, state=restored), play(f, 2, state=half))  # the same inputs, twice
   assert same(play(f, 2, state=restored)[0], whole)
@@ -140,13 +152,17 @@ def by_hand(i, params, round_index, opt_state=None):
 
 
 def test_one_site_alone_is_plain_training():
-  f = fed.federated(algorithms.fedavg(recipe(), keep_optimizer=True), fed.alone(), sites.parse_placement("scan"))
+  f = fed.federated(
+    algorithms.fedavg(recipe(), keep_optimizer=True), fed.alone(), sites.parse_placement("scan")
+  )
   state, params, opt_state = f.init(start(), {}, 1), start(), None
   for r in range(3):
     state, info = f.step(KEY, state, np.arange(1), fed.Loader(load), DEALER)
     trained = by_hand(0, params, r, opt_state)
     params, opt_state = trained.params, trained.opt_state
-    np.testing.assert_allclose(info.loss, trained.metrics.loss / trained.metrics.num_examples, rtol=1e-6)
+    np.testing.assert_allclose(
+      info.loss, trained.metrics.loss / trained.metrics.num_examples, rtol=1e-6
+    )
   assert distance(state.params, params) < 1e-6
 
 
@@ -187,7 +203,9 @@ def test_class_weights_reach_every_site():
 
 @pytest.mark.parametrize("bad", [1e30, np.nan])
 def test_a_round_with_a_number_out_of_range_is_not_applied(bad):
-  """Nothing but the round's number changes: it is never used again, so that no mask is used twice."""
+  """Nothing but the round's number changes: it is never used again, so that no mask is used
+  twice.
+  """
   images = IMAGES.copy()
   images[[1, 3]] = bad
   f = fedavg()
@@ -202,7 +220,9 @@ def test_a_round_with_a_number_out_of_range_is_not_applied(bad):
 
 def test_sampled_sites_train_and_the_others_keep_their_state():
   f = fed.federated(
-    algorithms.fedavg(recipe(), keep_optimizer=True), fed.securely(secagg.secure_sum(3)), sites.parse_placement("scan")
+    algorithms.fedavg(recipe(), keep_optimizer=True),
+    fed.securely(secagg.secure_sum(3)),
+    sites.parse_placement("scan"),
   )
   before = f.init(start(), {}, S)
   taking_part = np.array([0, 2, 3])
@@ -243,7 +263,9 @@ def test_a_robust_rule_sees_each_message_and_survives_garbage():
   f = fed.federated(made, fed.by_rule("median", robust.median()), sites.parse_placement("mesh"))
   state, infos = play(f, 1, loader=fed.Loader(functools.partial(load, images=images)))
   honest = [by_hand(i, start(), 0).params for i in (0, 1, 3, 4)]
-  for leaf, values in zip(jax.tree.leaves(state.params), zip(*map(jax.tree.leaves, honest), strict=True), strict=True):
+  for leaf, values in zip(
+    jax.tree.leaves(state.params), zip(*map(jax.tree.leaves, honest), strict=True), strict=True
+  ):
     assert np.all(np.min(values, axis=0) - 1e-6 <= np.asarray(leaf))
     assert np.all(np.asarray(leaf) <= np.max(values, axis=0) + 1e-6)
   mean, _ = play(fedavg("clear"), 1, loader=fed.Loader(functools.partial(load, images=images)))
@@ -257,7 +279,11 @@ def test_a_robust_rule_sees_each_message_and_survives_garbage():
 def test_unsound_pairs_are_refused():
   median, scan = fed.by_rule("median", robust.median()), sites.parse_placement("scan")
   plain = recipe(momentum=0.0)
-  for algorithm in (algorithms.fedavg(plain), algorithms.scaffold(plain, S), algorithms.fednova(plain)):
+  for algorithm in (
+    algorithms.fedavg(plain),
+    algorithms.scaffold(plain, S),
+    algorithms.fednova(plain),
+  ):
     with pytest.raises(ValueError, match="'median' treats all sites alike"):
       fed.federated(algorithm, median, scan)
   statistics = {"batch_norm": jnp.zeros(3)}
@@ -265,7 +291,9 @@ def test_unsound_pairs_are_refused():
     f = fed.federated(algorithms.fedavg(plain, weighting="uniform"), aggregator, scan)
     with pytest.raises(ValueError, match="BatchNorm"):
       f.init(start(), statistics, S)
-    own = fed.federated(algorithms.fedbn(plain, lambda path: False, weighting="uniform"), aggregator, scan)
+    own = fed.federated(
+      algorithms.fedbn(plain, lambda path: False, weighting="uniform"), aggregator, scan
+    )
     assert own.init(start(), statistics, S).round == 0  # FedBN keeps them at the site
   assert fedavg().init(start(), statistics, S).round == 0
 
@@ -300,7 +328,9 @@ def test_a_run_compiles_in_its_first_round_and_never_again(placement, num_sites)
   algorithm = algorithms.fedavg(recipe(), keep_optimizer=True)
   f = fed.federated(algorithm, aggregator, sites.parse_placement(placement))
   ids, compiled = np.arange(num_sites), []
-  listen = lambda event, seconds, **kwargs: compiled.append(kwargs) if "backend_compile" in event else None
+  listen = lambda event, seconds, **kwargs: (
+    compiled.append(kwargs) if "backend_compile" in event else None
+  )
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     counts, state = [], f.init(start(), {}, num_sites)
@@ -314,7 +344,9 @@ def test_a_run_compiles_in_its_first_round_and_never_again(placement, num_sites)
 
 
 def test_only_the_masked_message_crosses_devices():
-  """The whole of a site's round on a mesh: local training, encoding and masks, and one all-reduce of the ring sums."""
+  """The whole of a site's round on a mesh: local training, encoding and masks, and one all-reduce
+  of the ring sums.
+  """
   config, algorithm = secagg.secure_sum(4), algorithms.fedavg(recipe(), keep_optimizer=True)
 
   def one(server, inputs):
@@ -331,7 +363,9 @@ def test_only_the_masked_message_crosses_devices():
   moved = re.findall(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)
   assert {kind for _, kind in moved} == {"all-reduce"}
   shapes = sorted(shape for shape, _ in moved for shape in re.findall(r"\w+\[[\d,]*\]", shape))
-  assert shapes == sorted(["u32[6,3]", "u32[3]", *["u32[]"] * 5])  # w, b; weight, 3 metrics, out of range
+  assert shapes == sorted(
+    ["u32[6,3]", "u32[3]", *["u32[]"] * 5]
+  )  # w, b; weight, 3 metrics, out of range
 
 
 def test_a_wide_ring_under_x64():
@@ -358,7 +392,9 @@ def tolerant(placement="scan", algorithm=None):
 
 
 def drop(f, dropouts, ids=IDS, state=None, loader=None):
-  return f.step(KEY, state or f.init(start(), {}, S), ids, loader or fed.Loader(load), DEALER, dropouts=dropouts)
+  return f.step(
+    KEY, state or f.init(start(), {}, S), ids, loader or fed.Loader(load), DEALER, dropouts=dropouts
+  )
 
 
 def test_lost_sites_add_nothing_and_keep_what_they_had():
@@ -367,7 +403,9 @@ def test_lost_sites_add_nothing_and_keep_what_they_had():
   after, info = drop(f, secagg.Dropouts(BEFORE, DURING), state=before)
   kept = lambda i: jax.tree.map(lambda a: a[i], before.sites["optimizer"])
   trained = {i: by_hand(i, before.params, 1, kept(i)) for i in (0, 2, 4)}
-  mean = jax.tree.map(lambda *y: np.average(y, axis=0, weights=NUM[[0, 2, 4]]), *[t.params for t in trained.values()])
+  mean = jax.tree.map(
+    lambda *y: np.average(y, axis=0, weights=NUM[[0, 2, 4]]), *[t.params for t in trained.values()]
+  )
   assert distance(after.params, mean) < 1e-5
   loss = sum(float(t.metrics.loss) for t in trained.values()) / (2 * NUM[[0, 2, 4]].sum())
   np.testing.assert_allclose(info.loss, loss, rtol=1e-5)
@@ -387,11 +425,17 @@ def test_every_placement_opens_the_same_bits_whoever_is_lost(text):
   total = fed.total_over_sites(site_fn, aggregator, placement, fed.COUNTING)
   make_links = fed.link(aggregator, placement, fed.COUNTING)
   config = secagg.secure_sum(S, **TOLERANT)
-  encoded = jax.vmap(lambda a: ring.encode(jnp.mean(a, axis=0) + 1, config.fixed))(jnp.asarray(IMAGES))
+  encoded = jax.vmap(lambda a: ring.encode(jnp.mean(a, axis=0) + 1, config.fixed))(
+    jnp.asarray(IMAGES)
+  )
   none, gone = np.zeros(S, bool), np.isin(IDS, (1, 3))
-  for stages, piece in itertools.product(([gone, none, none], [none, gone, none], [none, none, gone]), (None, 2)):
+  for stages, piece in itertools.product(
+    ([gone, none, none], [none, gone, none], [none, none, gone]), (None, 2)
+  ):
     linked = make_links(KEY, np.int32(2), IDS, DEALER, secagg.Dropouts(*stages))
-    opened, _, out_of_range = total(jnp.float32(1), np.int32(2), IDS, linked, (), fed.Loader(load, piece))
+    opened, _, out_of_range = total(
+      jnp.float32(1), np.int32(2), IDS, linked, (), fed.Loader(load, piece)
+    )
     came = ~(stages[0] | stages[1])
     want = ring.decode(jnp.asarray(np.asarray(encoded)[came].sum(0, dtype=np.uint32)), config.fixed)
     assert np.array_equal(opened, want)
@@ -418,13 +462,17 @@ def test_in_the_clear_and_without_masks_a_lost_site_is_absent():
   masked, info = drop(tolerant(), dropouts)
   clear, _ = drop(fedavg("clear"), dropouts, loader=loader)
   bare = fed.federated(
-    algorithms.fedavg(recipe(), keep_optimizer=True), secure(masked=False, **TOLERANT), sites.parse_placement("scan")
+    algorithms.fedavg(recipe(), keep_optimizer=True),
+    secure(masked=False, **TOLERANT),
+    sites.parse_placement("scan"),
   )
   assert distance(masked.params, clear.params) < 1e-5
   assert same(drop(bare, dropouts, loader=loader), (masked, info))
   for least, lost in ((1, secagg.Dropouts(IDS < 2, IDS >= 2)), (4, dropouts)):
     clear = fed.in_the_clear()._replace(min_survivors=least)
-    f = fed.federated(algorithms.fedavg(recipe(), keep_optimizer=True), clear, sites.parse_placement("scan"))
+    f = fed.federated(
+      algorithms.fedavg(recipe(), keep_optimizer=True), clear, sites.parse_placement("scan")
+    )
     with pytest.raises(secagg.RoundAborted, match=f"messages came, and {least} must"):
       drop(f, lost)
 
@@ -443,7 +491,9 @@ def test_control_variates_move_by_the_survivors_share():
   f = tolerant(algorithm=made)
   state, _ = drop(f, secagg.Dropouts(BEFORE, DURING))
   for mean, own in zip(jax.tree.leaves(state.server), jax.tree.leaves(state.sites), strict=True):
-    np.testing.assert_allclose(mean, np.asarray(own).sum(0) / S, atol=1e-6)  # the invariant of SCAFFOLD
+    np.testing.assert_allclose(
+      mean, np.asarray(own).sum(0) / S, atol=1e-6
+    )  # the invariant of SCAFFOLD
     assert not np.any(np.asarray(own)[[1, 3]])
 
 
@@ -453,7 +503,12 @@ def test_dropouts_among_sampled_sites():
   before, ids = f.init(start(), {}, S), np.array([4, 0, 3, 2])
   after, info = drop(f, secagg.Dropouts(np.zeros(4, bool), ids == 3), ids, before)
   want = [by_hand(i, start(), 0).params for i in (4, 0, 2)]
-  assert distance(after.params, jax.tree.map(lambda *y: np.average(y, axis=0, weights=NUM[[4, 0, 2]]), *want)) < 1e-5
+  assert (
+    distance(
+      after.params, jax.tree.map(lambda *y: np.average(y, axis=0, weights=NUM[[4, 0, 2]]), *want)
+    )
+    < 1e-5
+  )
   for old, new in zip(jax.tree.leaves(before.sites), jax.tree.leaves(after.sites), strict=True):
     changed = np.any(np.asarray(old) != np.asarray(new), axis=tuple(range(1, old.ndim)))
     assert np.flatnonzero(changed).tolist() == [0, 2, 4]
@@ -474,9 +529,15 @@ def test_dropouts_that_cannot_be_borne_are_refused():
 
 def test_what_is_revealed_for_one_sum_is_never_used_for_another():
   aggregator, scan = secure(**TOLERANT), sites.parse_placement("scan")
-  total = fed.total_over_sites(lambda shared, kept, site: (jnp.ones(2), ()), aggregator, scan, fed.EVALUATION)
+  total = fed.total_over_sites(
+    lambda shared, kept, site: (jnp.ones(2), ()), aggregator, scan, fed.EVALUATION
+  )
   linked = fed.link(aggregator, scan)(KEY, np.int32(0), IDS, DEALER)
   with pytest.raises(ValueError, match="would open the other"):
     total((), np.int32(0), IDS, linked, (), fed.Loader(load))
-  own = [fed.link(aggregator, scan, p)(KEY, np.int32(r), IDS, DEALER).links.own for p in (0, 1, 2) for r in (0, 1)]
+  own = [
+    fed.link(aggregator, scan, p)(KEY, np.int32(r), IDS, DEALER).links.own
+    for p in (0, 1, 2)
+    for r in (0, 1)
+  ]
   assert len({np.asarray(row).tobytes() for rows in own for row in rows}) == 6 * S

@@ -31,7 +31,8 @@ LAYERS = {
   "models": LEAF | {"conv", "scattering", "tapped"},
   "data": LEAF,
 }
-# Who alone may import a package, however it is imported; an empty set stands for nobody in primia_jax.
+# Who alone may import a package, however it is imported; an empty set stands for nobody in
+# primia_jax.
 ALONE = {
   "flax": {"models"},
   "tensorflow_datasets": {"data.tfds"},
@@ -60,7 +61,9 @@ def name_of(path: pathlib.Path) -> str:
   return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
+MODULES = {
+  name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"
+}
 
 
 def imported(source: str, module: str) -> list[str]:
@@ -71,8 +74,13 @@ def imported(source: str, module: str) -> list[str]:
       names += [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
       above = ["primia_jax", *module.split(".")][: -node.level] if node.level else []
-      names += [".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names]
-    elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+      names += [
+        ".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names
+      ]
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+      "import_module",
+      "__import__",
+    ):
       assert isinstance(node.args[0], ast.Constant), f"{module} imports a name that cannot be read"
       names.append(node.args[0].value)
   return names
@@ -134,12 +142,24 @@ def test_the_check_sees_what_is_forbidden(module, source):
 def test_the_package_itself_only_passes_names_on():
   for path in [PACKAGE / "__init__.py", *PACKAGE.glob("*/__init__.py")]:
     body = ast.parse(path.read_text()).body
-    assert all(isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)) for node in body)
+    assert all(
+      isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)) for node in body
+    )
 
 
 def test_the_sites_of_a_federation_never_meet_files_or_flags():
-  """The federated part takes arrays and functions only, so that it serves any data and any model."""
+  """The federated part takes arrays and functions only, so that it serves any data and any
+  model.
+  """
   for module in ("ring", "sites", "secagg.masking", "local", "federated", "algorithms", "robust"):
     tops = {name.split(".")[0] for name in imported(MODULES[module].read_text(), module)}
-    allowed = {"__future__", "collections", "dataclasses", "fractions", "functools", "math", "typing"}
+    allowed = {
+      "__future__",
+      "collections",
+      "dataclasses",
+      "fractions",
+      "functools",
+      "math",
+      "typing",
+    }
     assert tops <= allowed | {"jax", "numpy", "optax", "primia_jax"}

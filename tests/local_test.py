@@ -28,7 +28,10 @@ def data(num_rows, seed=0):
 
 
 def start(seed=1):
-  return {"w": jnp.asarray(np.random.default_rng(seed).normal(size=(D, L)), jnp.float32), "b": jnp.zeros(L)}
+  return {
+    "w": jnp.asarray(np.random.default_rng(seed).normal(size=(D, L)), jnp.float32),
+    "b": jnp.zeros(L),
+  }
 
 
 def softmax(z):
@@ -53,22 +56,31 @@ def order_of(rounds, n, work, seed=3):
   return taken
 
 
-@pytest.mark.parametrize(("n", "batch_size", "epochs"), [(20, 4, 1), (13, 4, 2), (7, 4, 3), (5, 8, 2), (1, 4, 2)])
+@pytest.mark.parametrize(
+  ("n", "batch_size", "epochs"), [(20, 4, 1), (13, 4, 2), (7, 4, 3), (5, 8, 2), (1, 4, 2)]
+)
 def test_each_epoch_visits_every_example_once(n, batch_size, epochs):
   work = local.Work(batch_size=batch_size, max_examples=20, epochs=epochs)
   taken, batches = order_of(3, n, work), -(-n // batch_size)
   assert len(taken) == 3 * epochs * batches
   epochs_seen = [joined(taken[i : i + batches]) for i in range(0, len(taken), batches)]
   assert all(sorted(epoch) == list(range(n)) for epoch in epochs_seen)
-  assert all(len(batch) == batch_size for i, batch in enumerate(taken) if (i + 1) % batches)  # only the last is short
-  assert n < 5 or len({tuple(epoch) for epoch in epochs_seen}) == len(epochs_seen)  # each in an order of its own
+  assert all(
+    len(batch) == batch_size for i, batch in enumerate(taken) if (i + 1) % batches
+  )  # only the last is short
+  assert n < 5 or len({tuple(epoch) for epoch in epochs_seen}) == len(
+    epochs_seen
+  )  # each in an order of its own
 
 
 @pytest.mark.parametrize(
-  ("n", "batch_size", "steps"), [(20, 4, 3), (13, 4, 7), (7, 4, 1), (5, 4, 9), (4, 4, 5), (20, 4, 5)]
+  ("n", "batch_size", "steps"),
+  [(20, 4, 3), (13, 4, 7), (7, 4, 1), (5, 4, 9), (4, 4, 5), (20, 4, 5)],
 )
 def test_steps_go_on_across_epochs_and_rounds(n, batch_size, steps):
-  work = local.Work(batch_size=batch_size, max_examples=20, min_examples=n, epochs=None, steps=steps)
+  work = local.Work(
+    batch_size=batch_size, max_examples=20, min_examples=n, epochs=None, steps=steps
+  )
   rounds, batches = 8, -(-n // batch_size)
   taken = order_of(rounds, n, work)
   assert len(taken) == rounds * steps
@@ -80,14 +92,20 @@ def test_steps_go_on_across_epochs_and_rounds(n, batch_size, steps):
 
 
 def test_rounds_may_be_cut_anywhere():
-  """The same steps in one round or in many: the order depends on the site's key and the step only."""
-  cut = lambda steps: local.Work(batch_size=4, max_examples=20, min_examples=4, epochs=None, steps=steps)
+  """The same steps in one round or in many: the order depends on the site's key and the step
+  only.
+  """
+  cut = lambda steps: local.Work(
+    batch_size=4, max_examples=20, min_examples=4, epochs=None, steps=steps
+  )
   assert order_of(2, 13, cut(6)) == order_of(6, 13, cut(2))
   assert order_of(1, 13, cut(8), seed=4) != order_of(1, 13, cut(8), seed=5)
 
 
 def test_late_rounds_do_not_overflow():
-  work = local.Work(batch_size=1, max_examples=3000, epochs=5)  # 15,000 steps a round: 2^31 of them by round 143,166
+  work = local.Work(
+    batch_size=1, max_examples=3000, epochs=5
+  )  # 15,000 steps a round: 2^31 of them by round 143,166
   index, _ = jax.jit(functools.partial(local.draw_batches, work=work))(
     jax.random.key(0), jnp.int32(200_000), jnp.int32(3000)
   )
@@ -122,7 +140,10 @@ def test_same_steps_and_max_steps():
 def test_gather_gives_padding_no_weight():
   images, labels = data(5)
   index, classes = jnp.asarray([3, 0, -1], jnp.int32), np.array([0.5, 2.0, 1.0], np.float32)
-  for class_weights, want in ((None, [1, 1, 0]), (jnp.asarray(classes), [*classes[labels[[3, 0]]], 0])):
+  for class_weights, want in (
+    (None, [1, 1, 0]),
+    (jnp.asarray(classes), [*classes[labels[[3, 0]]], 0]),
+  ):
     batch = local.gather(jnp.asarray(images), jnp.asarray(labels), index, class_weights)
     assert np.array_equal(batch.weights, want)
     assert np.array_equal(batch.images[:2], images[[3, 0]])
@@ -162,12 +183,23 @@ def test_training_equals_the_loop_written_by_hand(n, classes, momentum):
   made = recipe(work, schedule, optimizer)
   opt_state, round_index = made.optimizer(jnp.float32(0)).init(start()), jnp.int32(2)
   keys = jax.random.key(3), jax.random.key(4)
-  args = (start(), {}, opt_state, jnp.asarray(images), jnp.asarray(labels), jnp.int32(n), round_index, *keys)
+  args = (
+    start(),
+    {},
+    opt_state,
+    jnp.asarray(images),
+    jnp.asarray(labels),
+    jnp.int32(n),
+    round_index,
+    *keys,
+  )
   trained = jax.jit(local.train(made))(*args, None if classes is None else jnp.asarray(classes))
   index, num_steps = local.draw_batches(keys[0], round_index, jnp.int32(n), work)
   batches = [row[row >= 0] for row in np.asarray(index)[: int(num_steps)]]
   rates = [schedule(2 + t / int(num_steps)) for t in range(int(num_steps))]
-  want, sums = by_hand(start(), images, labels, batches, rates, momentum, classes or (1.0, 1.0, 1.0))
+  want, sums = by_hand(
+    start(), images, labels, batches, rates, momentum, classes or (1.0, 1.0, 1.0)
+  )
   assert int(trained.num_steps) == len(batches) == 2 * -(-n // 4)
   np.testing.assert_allclose(trained.rate_sum, sum(rates), rtol=1e-6)
   np.testing.assert_allclose(trained.metrics, sums, rtol=1e-5)
@@ -179,7 +211,14 @@ def test_rows_beyond_the_sites_examples_change_nothing():
   poisoned = images.copy()
   poisoned[13:] = np.nan
   run = jax.jit(local.train(recipe(local.Work(4, 20, epochs=2))))
-  args = lambda x: (start(), {}, optax.sgd(0.1).init(start()), jnp.asarray(x), jnp.asarray(labels), jnp.int32(13))
+  args = lambda x: (
+    start(),
+    {},
+    optax.sgd(0.1).init(start()),
+    jnp.asarray(x),
+    jnp.asarray(labels),
+    jnp.int32(13),
+  )
   rest = (jnp.int32(0), jax.random.key(0), jax.random.key(1))
   clean, dirty = run(*args(images), *rest), run(*args(poisoned), *rest)
   assert np.array_equal(clean.params["w"], dirty.params["w"])
@@ -212,7 +251,14 @@ def test_correct_changes_the_gradient_before_the_optimiser():
   images, labels = data(20)
   made = recipe(local.Work(4, 20))
   halt = local.train(made, lambda grads, params: jax.tree.map(jnp.zeros_like, grads))
-  args = (jnp.asarray(images), jnp.asarray(labels), jnp.int32(20), jnp.int32(0), jax.random.key(0), jax.random.key(1))
+  args = (
+    jnp.asarray(images),
+    jnp.asarray(labels),
+    jnp.int32(20),
+    jnp.int32(0),
+    jax.random.key(0),
+    jax.random.key(1),
+  )
   trained = jax.jit(halt)(start(), {}, optax.sgd(0.1).init(start()), *args)
   jax.tree.map(np.testing.assert_array_equal, trained.params, start())
 
@@ -226,12 +272,17 @@ def test_classification_loss_and_its_gradient(smoothing):
   (loss, (state, sums)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
     start(), {"untouched": jnp.ones(2)}, batch, jax.random.key(0)
   )
-  x, p0 = images.reshape(6, D).astype(np.float64), jax.tree.map(lambda a: np.asarray(a, np.float64), start())
+  x, p0 = (
+    images.reshape(6, D).astype(np.float64),
+    jax.tree.map(lambda a: np.asarray(a, np.float64), start()),
+  )
   targets = (1 - smoothing) * np.eye(L)[labels] + smoothing / L
   p = softmax(x @ p0["w"] + p0["b"])
   total = np.sum(-weights * np.sum(targets * np.log(p), axis=1))
   np.testing.assert_allclose(loss, total / 4, rtol=1e-6)  # four examples count
-  np.testing.assert_allclose(sums, (total, np.sum((p.argmax(1) == labels)[weights > 0]), 4), rtol=1e-6)
+  np.testing.assert_allclose(
+    sums, (total, np.sum((p.argmax(1) == labels)[weights > 0]), 4), rtol=1e-6
+  )
   slope = weights[:, None] * (p - targets) / 4
   np.testing.assert_allclose(grads["w"], x.T @ slope, atol=1e-6)
   np.testing.assert_allclose(grads["b"], slope.sum(0), atol=1e-6)
@@ -242,7 +293,9 @@ def test_an_empty_batch_has_no_loss_and_no_gradient():
   images, labels = data(4)
   loss_fn = local.classification_loss(apply_fn, as_stored, L)
   batch = Batch(jnp.asarray(images), jnp.asarray(labels), jnp.zeros(4))
-  (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(start(), {}, batch, jax.random.key(0))
+  (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    start(), {}, batch, jax.random.key(0)
+  )
   assert loss == 0
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
@@ -285,29 +338,47 @@ def test_count_errors_against_scikit_learn(n, batch_size):
   p = softmax(images[:n].reshape(n, D).astype(np.float64) @ p0["w"] + p0["b"])
   want = sk.confusion_matrix(labels[:n], p.argmax(1), labels=range(L))
   np.testing.assert_array_equal(got["confusion"], want)
-  np.testing.assert_allclose(got["loss"], n * sk.log_loss(labels[:n], p, labels=range(L)), rtol=1e-5)
+  np.testing.assert_allclose(
+    got["loss"], n * sk.log_loss(labels[:n], p, labels=range(L)), rtol=1e-5
+  )
 
 
-@pytest.mark.parametrize("size", [8, 2**19])  # side by side, and too large for the cache: site after site
+@pytest.mark.parametrize(
+  "size", [8, 2**19]
+)  # side by side, and too large for the cache: site after site
 def test_vmapped_gradients_are_those_of_each_site(size):
-  loss = lambda params, state, batch, key: (jnp.sum(params**2 * batch.images.mean()), (state, batch.labels))
+  loss = lambda params, state, batch, key: (
+    jnp.sum(params**2 * batch.images.mean()),
+    (state, batch.labels),
+  )
   grad_fn = local.gradients(loss)
   params = jnp.arange(3 * size, dtype=jnp.float32).reshape(3, size) / size
-  batch = Batch(jnp.arange(3, dtype=jnp.float32)[:, None], jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1)))
+  batch = Batch(
+    jnp.arange(3, dtype=jnp.float32)[:, None], jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1))
+  )
   keys = jax.random.split(jax.random.key(0), 3)
   together, _ = jax.jit(jax.vmap(grad_fn, in_axes=(0, None, 0, 0)))(params, {}, batch, keys)
-  alone = [grad_fn(params[i], {}, jax.tree.map(lambda a, i=i: a[i], batch), keys[i])[0] for i in range(3)]
+  alone = [
+    grad_fn(params[i], {}, jax.tree.map(lambda a, i=i: a[i], batch), keys[i])[0] for i in range(3)
+  ]
   np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-6)
 
 
 def test_a_private_recipe_draws_and_differentiates_by_the_sites_secret():
-  """Steps are numbered on from round to round, and nothing of the examples comes back but the model."""
+  """Steps are numbered on from round to round, and nothing of the examples comes back but the
+  model.
+  """
   steps = 3
-  seen = lambda secret, step, n: jnp.stack([step + secret[0], n.astype(jnp.uint32), jnp.uint32(7)]).astype(jnp.float32)
+  seen = lambda secret, step, n: jnp.stack(
+    [step + secret[0], n.astype(jnp.uint32), jnp.uint32(7)]
+  ).astype(jnp.float32)
   draw = lambda secret, step, n, size, units, state: jnp.stack([step % 5, -1]).astype(jnp.int32)
 
   def grad_fn(params, model_state, batch, key, secret, step, n, state):
-    grads = {"w": jnp.tile(seen(secret, step, n), (D, 1)), "b": jnp.sum(batch.weights) * jnp.ones(L)}
+    grads = {
+      "w": jnp.tile(seen(secret, step, n), (D, 1)),
+      "b": jnp.sum(batch.weights) * jnp.ones(L),
+    }
     return grads, (model_state, Metrics(jnp.float32(3), jnp.float32(2), jnp.float32(1))), state
 
   work = local.Work(batch_size=4, max_examples=7)
@@ -320,7 +391,9 @@ def test_a_private_recipe_draws_and_differentiates_by_the_sites_secret():
     params, {}, optax.sgd(1.0).init(params), *args, secret=jnp.full(8, 9, jnp.uint32)
   )
   numbers = 2 * steps + np.arange(steps)
-  np.testing.assert_array_equal(trained.params["w"][0], [-(numbers + 9).sum(), -5 * steps, -7 * steps])
+  np.testing.assert_array_equal(
+    trained.params["w"][0], [-(numbers + 9).sum(), -5 * steps, -7 * steps]
+  )
   np.testing.assert_array_equal(trained.params["b"], -steps * np.ones(L))  # one example a step
   assert trained.num_steps == steps
   assert all(m == 0 for m in trained.metrics)

@@ -24,7 +24,9 @@ FUNCTIONS = (metrics.accuracy, metrics.mcc, *PER_CLASS)
 predictions_of_labels = st.tuples(st.integers(2, 5), st.sampled_from([1, 6, 30])).flatmap(
   lambda shape: st.tuples(
     st.just(shape[0]),
-    st.lists(st.tuples(*[st.integers(0, shape[0] - 1)] * 2), min_size=shape[1], max_size=shape[1]).map(np.array),
+    st.lists(
+      st.tuples(*[st.integers(0, shape[0] - 1)] * 2), min_size=shape[1], max_size=shape[1]
+    ).map(np.array),
   )
 )
 
@@ -97,7 +99,8 @@ def test_mcc_of_degenerate_and_large_matrices(convert):
   assert mcc([[0, 0], [0, 0]]) == 0
   assert mcc([[9, 0, 0], [0, 2, 0], [0, 0, 4]]) == pytest.approx(1, abs=1e-6)
   assert mcc([[0, 5], [5, 0]]) == pytest.approx(-1, abs=1e-6)
-  # Products of these counts overflow int32, and the small class is lost where float32 computes 1 - the large one.
+  # Products of these counts overflow int32, and the small class is lost where float32 computes 1 -
+  # the large one.
   tp, fn, fp, tn = 400_000_000, 1_000, 1_000, 400
   expected = (tp * tn - fn * fp) / ((tp + fn) * (tp + fp) * (tn + fn) * (tn + fp)) ** 0.5
   assert mcc([[tp, fn], [fp, tn]]) == pytest.approx(expected, rel=1e-6)
@@ -105,7 +108,9 @@ def test_mcc_of_degenerate_and_large_matrices(convert):
 
 def test_mcc_does_not_depend_on_the_order_of_classes():
   for order in itertools.permutations(range(3)):
-    assert metrics.mcc(RADIOLOGIST[np.ix_(order, order)]) == pytest.approx(metrics.mcc(RADIOLOGIST), abs=1e-14)
+    assert metrics.mcc(RADIOLOGIST[np.ix_(order, order)]) == pytest.approx(
+      metrics.mcc(RADIOLOGIST), abs=1e-14
+    )
   assert metrics.mcc(RADIOLOGIST.T) == pytest.approx(metrics.mcc(RADIOLOGIST), abs=1e-14)
 
 
@@ -120,7 +125,9 @@ def test_confusion_matrices_add_up_and_padding_counts_for_nothing():
   padded = np.where(weights == 0, -7, labels)  # what padding holds must not matter
   expected = sk.confusion_matrix(labels.ravel()[:50], predictions.ravel()[:50])
   for f in (metrics.confusion_matrix, jax.jit(metrics.confusion_matrix, static_argnums=2)):
-    np.testing.assert_array_equal(f(jnp.asarray(padded), jnp.asarray(predictions), 4, weights), expected)
+    np.testing.assert_array_equal(
+      f(jnp.asarray(padded), jnp.asarray(predictions), 4, weights), expected
+    )
 
 
 def test_inside_jit_a_class_that_is_none_counts_for_nothing():
@@ -180,9 +187,9 @@ def test_masks_must_be_masks():
 # ROC.
 
 
-binary_scores = st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=40).filter(
-  lambda rows: len({y for y, _ in rows}) == 2
-)
+binary_scores = st.lists(
+  st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=40
+).filter(lambda rows: len({y for y, _ in rows}) == 2)
 
 
 @settings(deadline=None, max_examples=50)
@@ -190,25 +197,37 @@ binary_scores = st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=
 def test_roc_equals_scikit_learn_and_brute_force_with_ties(rows):
   labels, scores = np.array([y for y, _ in rows]), np.array([s / 4 for _, s in rows])
   curve = metrics.roc_curve(labels, scores)
-  for got, expected in zip(curve, sk.roc_curve(labels, scores, drop_intermediate=False), strict=True):
+  for got, expected in zip(
+    curve, sk.roc_curve(labels, scores, drop_intermediate=False), strict=True
+  ):
     np.testing.assert_allclose(got, expected, rtol=1e-14)
-  wins = [fractions.Fraction(int(a > b) * 2 + int(a == b), 2) for a in scores[labels] for b in scores[~labels]]
+  wins = [
+    fractions.Fraction(int(a > b) * 2 + int(a == b), 2)
+    for a in scores[labels]
+    for b in scores[~labels]
+  ]
   area = metrics.roc_auc(labels.astype(int), scores)
   assert area == pytest.approx(float(sum(wins) / len(wins)), abs=1e-15)
   assert area == pytest.approx(sk.roc_auc_score(labels, scores), abs=1e-14)
-  assert np.trapezoid(curve.true_positive_rate, curve.false_positive_rate) == pytest.approx(area, abs=1e-14)
+  assert np.trapezoid(curve.true_positive_rate, curve.false_positive_rate) == pytest.approx(
+    area, abs=1e-14
+  )
 
 
 @pytest.mark.parametrize("num_classes", [3, 5])
 @pytest.mark.parametrize("decimals", [0, None])
 def test_macro_roc_auc_equals_scikit_learn_one_vs_one(num_classes, decimals):
   labels, p = random_model(1, 300, num_classes, decimals)
-  assert metrics.macro_roc_auc(labels, p) == pytest.approx(sk.roc_auc_score(labels, p, multi_class="ovo"), abs=1e-13)
+  assert metrics.macro_roc_auc(labels, p) == pytest.approx(
+    sk.roc_auc_score(labels, p, multi_class="ovo"), abs=1e-13
+  )
 
 
 def test_macro_roc_auc_of_two_classes_is_binary():
   labels, p = random_model(2, 100, 2)
-  assert metrics.macro_roc_auc(labels, p) == pytest.approx(sk.roc_auc_score(labels, p[:, 1]), abs=1e-14)
+  assert metrics.macro_roc_auc(labels, p) == pytest.approx(
+    sk.roc_auc_score(labels, p[:, 1]), abs=1e-14
+  )
   # Scores that only the second column tells apart: 1 - 1e-20 is 1.
   p = np.array([[1, 1e-20], [1, 2e-20], [1, 3e-20]])
   assert metrics.macro_roc_auc(np.array([0, 1, 1]), p) == 1
@@ -226,7 +245,11 @@ def test_roc_of_a_missing_class_is_undefined():
 
 @pytest.mark.parametrize(
   ("labels", "scores", "message"),
-  [([0, 1], [0.5, np.nan], "score 1 is not finite"), ([0, 2], [1, 2], "class 2"), ([], [], "N >= 1")],
+  [
+    ([0, 1], [0.5, np.nan], "score 1 is not finite"),
+    ([0, 2], [1, 2], "class 2"),
+    ([], [], "N >= 1"),
+  ],
 )
 def test_bad_input_of_roc(labels, scores, message):
   with pytest.raises(ValueError, match=message):
@@ -239,10 +262,14 @@ def test_bad_input_of_roc(labels, scores, message):
 def test_brier_score_and_log_loss_equal_scikit_learn():
   labels, p = random_model(3)
   assert metrics.log_loss(labels, p) == pytest.approx(sk.log_loss(labels, p), rel=1e-12)
-  by_hand = np.mean([sum((p[n, k] - (k == labels[n])) ** 2 for k in range(3)) for n in range(len(p))])
+  by_hand = np.mean(
+    [sum((p[n, k] - (k == labels[n])) ** 2 for k in range(3)) for n in range(len(p))]
+  )
   assert metrics.brier_score(labels, p) == pytest.approx(by_hand, rel=1e-12)
   binary, q = random_model(3, num_classes=2)
-  assert metrics.brier_score(binary, q) == pytest.approx(2 * sk.brier_score_loss(binary, q[:, 1]), rel=1e-12)
+  assert metrics.brier_score(binary, q) == pytest.approx(
+    2 * sk.brier_score_loss(binary, q[:, 1]), rel=1e-12
+  )
   assert metrics.log_loss(np.array([0]), np.array([[0.0, 1.0]])) == np.inf
 
 
@@ -281,7 +308,9 @@ def test_bad_probabilities(labels, probabilities, message):
 def test_half_precision_probabilities_are_good_enough(dtype):
   labels, p = random_model(0)
   halves = jnp.asarray(p, jnp.float32).astype(dtype)
-  assert metrics.macro_roc_auc(labels, halves) == pytest.approx(metrics.macro_roc_auc(labels, p), abs=2e-3)
+  assert metrics.macro_roc_auc(labels, halves) == pytest.approx(
+    metrics.macro_roc_auc(labels, p), abs=2e-3
+  )
 
 
 # Intervals.
@@ -303,16 +332,22 @@ def test_intervals_equal_scikit_learn_on_each_resample():
   labels, p = random_model(5, 90, 3, decimals=0)
   other = random_model(6, 90, 3)[1]
   key, resamples = jax.random.key(7), 40
-  draws = np.random.default_rng(np.asarray(jax.random.key_data(key))).integers(90, size=(resamples, 90))
+  draws = np.random.default_rng(np.asarray(jax.random.key_data(key))).integers(
+    90, size=(resamples, 90)
+  )
   oracle = [oracle_scores(labels[d], p[d]) for d in draws]
   got = metrics.bootstrap_intervals(labels, p, key, num_resamples=resamples, level=0.9)
   others = [oracle_scores(labels[d], other[d]) for d in draws]
-  difference = metrics.bootstrap_difference(labels, p, other, key, num_resamples=resamples, level=0.9)
+  difference = metrics.bootstrap_difference(
+    labels, p, other, key, num_resamples=resamples, level=0.9
+  )
   for i in range(len(metrics.Scores._fields)):
     np.testing.assert_allclose(got.value[i], oracle_scores(labels, p)[i], rtol=1e-12)
     samples, other_samples = (np.array([s[i] for s in x]) for x in (oracle, others))
     for result, x in ((got, samples), (difference, samples - other_samples)):
-      np.testing.assert_allclose((result.low[i], result.high[i]), np.quantile(x, [0.05, 0.95], axis=0), atol=1e-12)
+      np.testing.assert_allclose(
+        (result.low[i], result.high[i]), np.quantile(x, [0.05, 0.95], axis=0), atol=1e-12
+      )
       assert not np.any(result.undefined[i])
 
 
@@ -320,7 +355,9 @@ def test_intervals_of_many_examples_run_in_chunks_with_the_same_result():
   n, resamples = 20_000, 300  # 6 million draws: more than one chunk
   labels, p = random_model(0, n, 2)
   key = jax.random.key(0)
-  draws = np.random.default_rng(np.asarray(jax.random.key_data(key))).integers(n, size=(resamples, n))
+  draws = np.random.default_rng(np.asarray(jax.random.key_data(key))).integers(
+    n, size=(resamples, n)
+  )
   expected = np.quantile((p.argmax(1) == labels)[draws].mean(1), [0.025, 0.975])
   got = metrics.bootstrap_intervals(labels, p, key, num_resamples=resamples)
   np.testing.assert_allclose((got.low.accuracy, got.high.accuracy), expected, rtol=1e-12)
@@ -356,7 +393,9 @@ def test_resamples_without_a_class_are_counted():
   assert got.undefined.macro_roc_auc >= absent
   assert (got.low.sensitivity[2], got.high.sensitivity[2], got.undefined.accuracy) == (1, 1, 0)
   never = metrics.bootstrap_intervals(labels[:20], p[:20], jax.random.key(0), num_resamples=50)
-  assert np.isnan([never.value.macro_roc_auc, never.low.macro_roc_auc, never.high.sensitivity[2]]).all()
+  assert np.isnan(
+    [never.value.macro_roc_auc, never.low.macro_roc_auc, never.high.sensitivity[2]]
+  ).all()
   assert never.undefined.macro_roc_auc == 50
 
 
@@ -383,7 +422,9 @@ def test_bad_options_of_the_bootstrap():
 @pytest.mark.parametrize("level", [0.8, 0.95])
 def test_clopper_pearson_equals_scipy(successes, trials, level):
   expected = scipy.stats.binomtest(successes, trials).proportion_ci(level, method="exact")
-  np.testing.assert_allclose(metrics.clopper_pearson(successes, trials, level), expected, atol=1e-12)
+  np.testing.assert_allclose(
+    metrics.clopper_pearson(successes, trials, level), expected, atol=1e-12
+  )
 
 
 def test_clopper_pearson_refuses_impossible_counts():

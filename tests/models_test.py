@@ -1,4 +1,6 @@
-"""Shapes, parameter counts, modes, normalisation against textbook formulas, and that every model learns."""
+"""Shapes, parameter counts, modes, normalisation against textbook formulas, and that every model
+learns.
+"""
 
 import dataclasses
 import functools
@@ -20,7 +22,9 @@ SMALL = [
   ModelConfig("mlp", 4, (5, 6, 1)),
   ModelConfig("resnet18", 3, (32, 32, 1), width=0.125),
   ModelConfig("resnet18", 3, (16, 16, 3), norm="batch", stem="3x3", width=0.125),
-  ModelConfig("resnet18", 3, (32, 32, 1), stem="3x3/2", pool="mean", weight_standardisation=True, width=0.125),
+  ModelConfig(
+    "resnet18", 3, (32, 32, 1), stem="3x3/2", pool="mean", weight_standardisation=True, width=0.125
+  ),
   ModelConfig("vgg16", 3, (32, 32, 1), norm="group", head="mean", width=0.125, dropout=0.1),
   ModelConfig("vgg16", 3, (32, 40, 3), norm="batch", width=0.02),
   ModelConfig("scatter_linear", 3, (8, 12, 2), norm="none"),
@@ -33,7 +37,9 @@ def name_of(config):
 
 
 def images(config, batch=4, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, *config.image_shape)), jnp.float32)
+  return jnp.asarray(
+    np.random.default_rng(seed).normal(size=(batch, *config.image_shape)), jnp.float32
+  )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,9 @@ def test_one_batch_can_be_learnt(config):
 
   def loss(params, state):
     logits, state = model.apply(params, state, x, train=True)
-    return -(jax.nn.log_softmax(logits) * jax.nn.one_hot(labels, config.num_classes)).sum(-1).mean(), state
+    return -(jax.nn.log_softmax(logits) * jax.nn.one_hot(labels, config.num_classes)).sum(
+      -1
+    ).mean(), state
 
   def step(carry, _):
     params, state, velocity = carry
@@ -89,7 +97,10 @@ def test_one_batch_can_be_learnt(config):
 
   state, new_state, losses = jax.jit(train)(jax.random.key(2))
   assert losses[-1] < 0.5 * losses[0]
-  assert all(bool((a != b).any()) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True))
+  assert all(
+    bool((a != b).any())
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True)
+  )
 
 
 def test_kernels_start_as_he_has_them():
@@ -98,7 +109,9 @@ def test_kernels_start_as_he_has_them():
     kernel = np.asarray(params[layer]["kernel"])
     assert abs(kernel.mean()) < 5 * np.sqrt(gain / fan_in / kernel.size)
     np.testing.assert_allclose(kernel.var(), gain / fan_in, rtol=5 * np.sqrt(2 / kernel.size))
-  assert len(np.unique(params["hidden"]["kernel"])) > 1_000_000  # one draw, cut into pieces that do not overlap
+  assert (
+    len(np.unique(params["hidden"]["kernel"])) > 1_000_000
+  )  # one draw, cut into pieces that do not overlap
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
@@ -109,7 +122,9 @@ def test_everything_stays_float32_under_x64(norm):
     params, state = jax.eval_shape(model.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((2, 16, 16, 1), jnp.float32)
     logits, new_state = jax.eval_shape(functools.partial(model.apply, train=True), params, state, x)
-  assert {leaf.dtype for leaf in jax.tree.leaves((params, state, logits, new_state))} == {jnp.dtype(jnp.float32)}
+  assert {leaf.dtype for leaf in jax.tree.leaves((params, state, logits, new_state))} == {
+    jnp.dtype(jnp.float32)
+  }
 
 
 def test_evaluation_leaves_the_state_alone():
@@ -117,7 +132,9 @@ def test_evaluation_leaves_the_state_alone():
   params, state = model.init(jax.random.key(0))
   apply = jax.jit(model.apply)
   logits, same = apply(params, state, images(SMALL[1]))
-  assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(same), strict=True))
+  assert all(
+    bool((a == b).all()) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(same), strict=True)
+  )
   one_by_one = [apply(params, state, image[None])[0] for image in images(SMALL[1])]
   np.testing.assert_allclose(logits, jnp.concatenate(one_by_one), rtol=1e-4, atol=1e-5)
 
@@ -143,9 +160,9 @@ def test_group_norm_equals_flax(features):
   params = {k: jnp.asarray(rng.normal(size=features), jnp.float32) for k in ("scale", "bias")}
 
   def run(module, *args):
-    return jax.value_and_grad(lambda x, p: (module.apply({"params": p}, x, *args) ** 3).sum(), argnums=(0, 1))(
-      x, params
-    )
+    return jax.value_and_grad(
+      lambda x, p: (module.apply({"params": p}, x, *args) ** 3).sum(), argnums=(0, 1)
+    )(x, params)
 
   for a, b in zip(jax.tree.leaves(run(ours, True)), jax.tree.leaves(run(theirs)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
@@ -161,7 +178,9 @@ def test_batch_norm_tracks_and_uses_statistics():
   np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.1 * mean, rtol=1e-4)
   np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * var, rtol=1e-4)
   evaluated = norm.apply(
-    {**variables, "batch_stats": {"mean": jnp.ones(8), "var": jnp.full(8, 4.0)}}, jnp.asarray(x), False
+    {**variables, "batch_stats": {"mean": jnp.ones(8), "var": jnp.full(8, 4.0)}},
+    jnp.asarray(x),
+    False,
   )
   np.testing.assert_allclose(evaluated, (x - 1) / np.sqrt(4 + 1e-5), rtol=1e-4, atol=1e-5)
 
@@ -171,11 +190,16 @@ def test_standardised_kernels_ignore_scale_and_offset():
   model = build(config)
   params, state = model.init(jax.random.key(4))
   moved = jax.tree_util.tree_map_with_path(
-    lambda path, p: 3 * p + 0.5 if path[-1].key == "kernel" and path[0].key.startswith("conv") else p, params
+    lambda path, p: (
+      3 * p + 0.5 if path[-1].key == "kernel" and path[0].key.startswith("conv") else p
+    ),
+    params,
   )
   x = images(config)
   apply = jax.jit(model.apply)
-  np.testing.assert_allclose(apply(params, state, x)[0], apply(moved, state, x)[0], rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(
+    apply(params, state, x)[0], apply(moved, state, x)[0], rtol=1e-3, atol=1e-3
+  )
 
 
 def test_dropout_draws_from_the_key_only_while_training():
@@ -187,7 +211,9 @@ def test_dropout_draws_from_the_key_only_while_training():
   same, again, other = (run(key=jax.random.key(k))[0] for k in (1, 1, 2))
   assert (same == again).all()
   assert (same != other).any()
-  assert (model.apply(params, state, x)[0] == model.apply(params, state, x, key=jax.random.key(1))[0]).all()
+  assert (
+    model.apply(params, state, x)[0] == model.apply(params, state, x, key=jax.random.key(1))[0]
+  ).all()
   with pytest.raises(ValueError, match=r"dropout=0\.5 needs a key"):
     run()
 
@@ -205,7 +231,10 @@ def test_norm_parameters_are_told_apart():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"name": "resnet50"}, "unknown model 'resnet50'; known models: cnn, leaf_cnn, mlp, resnet18, vgg16, "),
+    (
+      {"name": "resnet50"},
+      "unknown model 'resnet50'; known models: cnn, leaf_cnn, mlp, resnet18, vgg16, ",
+    ),
     ({"norm": "layer"}, "norm='layer' is not one of"),
     ({"name": "leaf_cnn", "norm": "batch"}, "leaf_cnn has no option 'norm'"),
     ({"name": "cnn", "stem": "3x3"}, "cnn has no option 'stem'"),
@@ -216,8 +245,14 @@ def test_norm_parameters_are_told_apart():
     ({"width": 0.0}, "width=0.0"),
     ({"name": "cnn", "scales": 3}, "cnn has no option 'scales'"),
     ({"name": "scatter_linear", "scales": 0}, "scales=0 must be at least 1"),
-    ({"name": "scatter_linear", "image_shape": (28, 30, 1)}, r"multiples of 4 pixels and at least 4, not \(28, 30\)"),
-    ({"name": "scatter_cnn", "image_shape": (8, 8, 1), "scales": 3}, "multiples of 8 pixels and at least 16"),
+    (
+      {"name": "scatter_linear", "image_shape": (28, 30, 1)},
+      r"multiples of 4 pixels and at least 4, not \(28, 30\)",
+    ),
+    (
+      {"name": "scatter_cnn", "image_shape": (8, 8, 1), "scales": 3},
+      "multiples of 8 pixels and at least 16",
+    ),
     ({"name": "scatter_linear", "norm": "batch"}, "scatter_linear has no norm 'batch'"),
   ],
 )
@@ -229,11 +264,15 @@ def test_bad_configurations_are_refused(changes, message):
 @pytest.mark.parametrize("config", SMALL[10:], ids=name_of)
 def test_features_computed_once_serve_in_place_of_images(config):
   model = build(config)
-  params, state = jax.tree.map(lambda p: jnp.asarray(np.random.default_rng(7).normal(size=p.shape), jnp.float32),
-                               model.init(jax.random.key(7)))  # fmt: skip
+  params, state = jax.tree.map(
+    lambda p: jnp.asarray(np.random.default_rng(7).normal(size=p.shape), jnp.float32),
+    model.init(jax.random.key(7)),
+  )
   x = jax.jit(features(config))(images(config))
   apply = jax.jit(model.apply)
-  np.testing.assert_allclose(apply(params, state, x)[0], apply(params, state, images(config))[0], rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(
+    apply(params, state, x)[0], apply(params, state, images(config))[0], rtol=1e-3, atol=1e-3
+  )
   assert features(SMALL[0]) is None
 
 

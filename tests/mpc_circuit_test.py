@@ -14,7 +14,9 @@ from primia_jax.mpc.circuit import Apply, Builder, Config, Local, Open
 from primia_jax.mpc.maps import MULTIPLY
 
 CONFIG = Config(32, 8, 12)
-SCALES = st.one_of(st.integers(-6, 6).map(lambda e: 2.0**e), st.sampled_from([3.0, 1 / 3, 1 / 49, 0.7, 100.0]))
+SCALES = st.one_of(
+  st.integers(-6, 6).map(lambda e: 2.0**e), st.sampled_from([3.0, 1 / 3, 1 / 49, 0.7, 100.0])
+)
 
 
 def made(fn, *arrays, config=CONFIG, max_abs=math.inf):
@@ -59,19 +61,27 @@ def test_a_wrong_configuration_is_refused(change, reason):
 @example(1 / 49, 0.7)
 @settings(max_examples=60, deadline=None)
 def test_aligned_values_have_one_scale_and_stand_for_the_same(first, second):
-  """Exactly where one scale is a whole multiple of the other; else the coarser is off by 2^-f of itself at most."""
+  """Exactly where one scale is a whole multiple of the other; else the coarser is off by 2^-f of
+  itself at most.
+  """
   builder = Builder(CONFIG)
-  a, b = (builder.scaled(builder.input(None, lambda env: env, (3,)), factor) for factor in (first, second))
+  a, b = (
+    builder.scaled(builder.input(None, lambda env: env, (3,)), factor) for factor in (first, second)
+  )
   x, y = builder.align(a, b)
   assert x.scale == y.scale <= min(a.scale, b.scale)
   factors = []
   for before, after in ((a, x), (b, y)):
-    (out,) = protocol.clear(builder.circuit([after]), CONFIG, dict.fromkeys((0, 1), jnp.ones(3, jnp.uint32)))
+    (out,) = protocol.clear(
+      builder.circuit([after]), CONFIG, dict.fromkeys((0, 1), jnp.ones(3, jnp.uint32))
+    )
     factors.append(int(out[0]) * after.scale / before.scale)
     if after.number != before.number:
       assert isinstance(builder.operations[after.number], Local)
   ratio = max(first, second) / min(first, second)
-  np.testing.assert_allclose(factors, 1, rtol=1e-12 if ratio == round(ratio) else 2.0**-CONFIG.fraction_bits)
+  np.testing.assert_allclose(
+    factors, 1, rtol=1e-12 if ratio == round(ratio) else 2.0**-CONFIG.fraction_bits
+  )
 
 
 @given(st.floats(-50, 50, allow_subnormal=False), st.integers(0, 2**31))
@@ -82,7 +92,9 @@ def test_aligned_values_have_one_scale_and_stand_for_the_same(first, second):
 def test_a_public_factor_is_another_scale_and_costs_nothing(factor, seed):
   x = on_grid(seed, 5)
   got, circuit = made(lambda builder, x: builder.scaled(x, factor), x, max_abs=2.0)
-  np.testing.assert_allclose(got, x * factor, rtol=1e-15, atol=np.finfo(np.float64).tiny)  # subnormals lose digits
+  np.testing.assert_allclose(
+    got, x * factor, rtol=1e-15, atol=np.finfo(np.float64).tiny
+  )  # subnormals lose digits
   assert len(circuit.operations) == 1 + (factor <= 0)  # a negation, or zeros
   assert circuit.outputs[0].max_abs == 2 * abs(factor)
 
@@ -107,7 +119,9 @@ def test_a_public_array_is_rounded_to_its_largest_element(largest):
 
 def test_sums_of_different_scales():
   x, y = on_grid(0, 4), on_grid(1, 4)
-  third = lambda builder, x, y: builder.subtract(builder.add(builder.scaled(x, 0.5), y), builder.scaled(x, 4.0))
+  third = lambda builder, x, y: builder.subtract(
+    builder.add(builder.scaled(x, 0.5), y), builder.scaled(x, 4.0)
+  )
   np.testing.assert_array_equal(made(third, x, y)[0], x / 2 + y - 4 * x)
   with pytest.raises(ValueError, match="align them first"):
     made(lambda builder, x, y: builder.local(lambda a, b: a + b, x, builder.scaled(y, 2.0)), x, y)
@@ -153,7 +167,9 @@ def test_a_range_that_does_not_fit_names_its_layer_and_the_cure():
   builder = Builder(CONFIG)
   builder.layer = "block/dense"
   value = builder.input(None, lambda env: env, (2,), max_abs=2.0**24)
-  with pytest.raises(ValueError, match=r"block/dense: .* ring of 35 bits, but num_bits=32; use a wider ring"):
+  with pytest.raises(
+    ValueError, match=r"block/dense: .* ring of 35 bits, but num_bits=32; use a wider ring"
+  ):
     builder.relu(value)
 
 
@@ -188,18 +204,24 @@ def test_what_repeats_elements_is_opened_before_it_does():
 
 
 def test_what_sums_or_drops_elements_is_opened_afterwards():
-  fn = lambda builder, x: builder.multiply(*[builder.local(lambda v: v.sum(0, dtype=v.dtype), x)] * 2)
+  fn = lambda builder, x: builder.multiply(
+    *[builder.local(lambda v: v.sum(0, dtype=v.dtype), x)] * 2
+  )
   x = on_grid(0, 4, 6)
   got, circuit = made(fn, x)
   np.testing.assert_array_equal(got, x.sum(0) ** 2)
-  assert [op.shape for op in kinds(circuit, Open)] == [(6,)]  # and once, though it is a factor twice
+  assert [op.shape for op in kinds(circuit, Open)] == [
+    (6,)
+  ]  # and once, though it is a factor twice
 
 
 def test_what_follows_from_masked_values_is_not_opened_again():
   def fn(builder, x):
     square = builder.multiply(x, x)
     mirrored = builder.local(lambda v: v[::-1], x)
-    return builder.add(square, builder.multiply(mirrored, builder.local(lambda a, b: a + b, x, mirrored)))
+    return builder.add(
+      square, builder.multiply(mirrored, builder.local(lambda a, b: a + b, x, mirrored))
+    )
 
   x = on_grid(0, 5)
   got, circuit = made(fn, x)

@@ -32,7 +32,9 @@ def test_chacha20_is_the_stream_of_prng():
 
 
 def test_what_is_split_adds_up():
-  values = Derived({"a": jnp.arange(100, dtype=jnp.uint32)}, {"b": jnp.arange(50, dtype=jnp.uint8)}, {})
+  values = Derived(
+    {"a": jnp.arange(100, dtype=jnp.uint32)}, {"b": jnp.arange(50, dtype=jnp.uint8)}, {}
+  )
   first, second = dealing.expand_derived(KEYS[0], 2, values), dealing.split(KEYS[0], 2, values)
   np.testing.assert_array_equal(first["a"] + second["a"], values.additive["a"])
   np.testing.assert_array_equal(first["b"] ^ second["b"], values.boolean["b"])
@@ -42,8 +44,12 @@ def test_what_is_split_adds_up():
 
 def test_what_is_sent_is_uniform_whatever_it_hides():
   for value in (0, 1):
-    sent = dealing.split(KEYS[value], 0, Derived({"a": jnp.full(2**14, value, jnp.uint32)}, {}, {}))["a"]
-    assert stats.chisquare(np.bincount(np.asarray(sent).view(np.uint8), minlength=256)).pvalue > 1e-4
+    sent = dealing.split(
+      KEYS[value], 0, Derived({"a": jnp.full(2**14, value, jnp.uint32)}, {}, {})
+    )["a"]
+    assert (
+      stats.chisquare(np.bincount(np.asarray(sent).view(np.uint8), minlength=256)).pvalue > 1e-4
+    )
 
 
 def test_masks_are_the_parties_own_and_no_two_alike():

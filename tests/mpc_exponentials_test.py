@@ -1,4 +1,6 @@
-"""Exponentials and bounded functions over the whole legal range and beyond, within the bound that each states."""
+"""Exponentials and bounded functions over the whole legal range and beyond, within the bound that
+each states.
+"""
 
 import math
 
@@ -29,8 +31,12 @@ def test_exponentials(name, config, bounded):
   max_abs = 4.0 if bounded else math.inf
   most = 2.0 ** (config.num_bits - 2 * config.fraction_bits - 6)
   x = spread(config, None if math.isinf(max_abs) else max_abs)
-  want = np.minimum(np.exp2(np.minimum(x, 50) if name == "exp2" else np.minimum(x, 50) / math.log(2)), most)
-  got = check(getattr(exponentials, name), [x], want - (name == "expm1"), 1 + 2 * want, config, max_abs)
+  want = np.minimum(
+    np.exp2(np.minimum(x, 50) if name == "exp2" else np.minimum(x, 50) / math.log(2)), most
+  )
+  got = check(
+    getattr(exponentials, name), [x], want - (name == "expm1"), 1 + 2 * want, config, max_abs
+  )
   if name != "expm1":
     assert not np.any(got[x < -2.0 * config.fraction_bits])
 
@@ -40,7 +46,9 @@ def test_shapes(fn):
   check_shapes(fn)
 
 
-@pytest.mark.parametrize(("fn", "reference"), [(exponentials.exp, np.exp), (exponentials.tanh, np.tanh)])
+@pytest.mark.parametrize(
+  ("fn", "reference"), [(exponentials.exp, np.exp), (exponentials.tanh, np.tanh)]
+)
 def test_scales_that_are_no_powers_of_two(fn, reference):
   check_scales(fn, reference)
 

@@ -18,9 +18,13 @@ def test_argmax_and_tournament(n, axis):
   x = np.random.default_rng(n).integers(-3, 3, shape) / 4  # with many ties
   got = clear(functools.partial(extrema.argmax, axis=axis), [x], config)
   np.testing.assert_array_equal(got, x.argmax(axis))
-  np.testing.assert_array_equal(clear(functools.partial(extrema.tournament, axis=axis), [x], config), x.max(axis))
+  np.testing.assert_array_equal(
+    clear(functools.partial(extrema.tournament, axis=axis), [x], config), x.max(axis)
+  )
   wide = np.sort(x, axis) * 2.0 ** (config.num_bits - 2 * config.fraction_bits - 3)
-  np.testing.assert_array_equal(clear(functools.partial(extrema.argmax, axis=axis), [wide], config), wide.argmax(axis))
+  np.testing.assert_array_equal(
+    clear(functools.partial(extrema.argmax, axis=axis), [wide], config), wide.argmax(axis)
+  )
 
 
 def test_argmax_sees_every_bit():

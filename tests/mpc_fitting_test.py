@@ -1,4 +1,6 @@
-"""The choice of a ring: the first that is accurate enough on every example, or a refusal that says what was reached."""
+"""The choice of a ring: the first that is accurate enough on every example, or a refusal that says
+what was reached.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +37,30 @@ def test_the_first_that_is_accurate_by_the_factor_asked_for():
   assert chosen(most * 1.01, coarse, fine).config.fraction_bits == 6
   assert chosen(most * 1.01, coarse, fine, spare=1.5).config.fraction_bits == 12
   assert chosen(most * 0.99, coarse, fine).config.fraction_bits == 12
-  assert chosen(most * 1.01, fine, coarse).config.fraction_bits == 12  # cheapest first is the caller's order
+  assert (
+    chosen(most * 1.01, fine, coarse).config.fraction_bits == 12
+  )  # cheapest first is the caller's order
 
 
 def test_the_rest_of_the_configuration_is_kept():
   config = Config(64, 20, 24, comparison="fss", margin=3.0)
   got = fitting.fit(fn, OWNERS, [(W, X)], 0.1, config, candidates=[(16, 7), (32, 10)]).config
-  assert got == Config(32, 10, 24, comparison="fss", margin=3.0)  # and 16 bits, which are too few, were passed over
+  assert got == Config(
+    32, 10, 24, comparison="fss", margin=3.0
+  )  # and 16 bits, which are too few, were passed over
 
 
-@pytest.mark.parametrize(("target", "reason"), [(1e-12, "no ring reaches"), (0.0, "must be positive")])
+@pytest.mark.parametrize(
+  ("target", "reason"), [(1e-12, "no ring reaches"), (0.0, "must be positive")]
+)
 def test_an_impossible_target_is_refused(target, reason):
   with pytest.raises(ValueError, match=reason):
     fitting.fit(fn, OWNERS, [(W, X)], target, candidates=((32, 10), (64, 12)))
 
 
 def test_without_x64_the_message_says_what_was_left_out():
-  with jax.enable_x64(False), pytest.raises(ValueError, match=r"best is \d.*; rings of more than 32 bits need"):
+  with (
+    jax.enable_x64(False),
+    pytest.raises(ValueError, match=r"best is \d.*; rings of more than 32 bits need"),
+  ):
     fitting.fit(fn, OWNERS, [(W, X)], 1e-7, candidates=((32, 10), (64, 20)))

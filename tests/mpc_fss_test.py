@@ -49,7 +49,10 @@ def both(span, v, shares, common):
 def truth(span, v, r):
   """[v < r] of the compared bits and, with a cut, of the low bits; in Python integers."""
   bits = lambda low, high: np.array(
-    [(a % 2**high) >> low < (b % 2**high) >> low for a, b in zip(map(int, v), map(int, r), strict=True)]
+    [
+      (a % 2**high) >> low < (b % 2**high) >> low
+      for a, b in zip(map(int, v), map(int, r), strict=True)
+    ]
   )
   return bits(span.low, span.high), None if span.cut is None else bits(0, span.cut)
 
@@ -83,17 +86,33 @@ def test_every_pair_of_small_numbers(span, dtype):
 
 
 def edges(span, rng):
-  """Pairs of random numbers, equal, next to each other, different in one bit, and at both ends; more bits above."""
+  """Pairs of random numbers, equal, next to each other, different in one bit, and at both ends;
+  more bits above.
+  """
   top = 2**span.high - 1
   pairs = []
   for _ in range(40):
     a, b = (int(x) for x in rng.integers(0, top, 2, np.uint64, endpoint=True))
-    pairs += [(a, b), (a, a), (a, min(a + 1, top)), (a, max(a - 1, 0)), (a, 0), (a, top), (0, a), (top, a)]
+    pairs += [
+      (a, b),
+      (a, a),
+      (a, min(a + 1, top)),
+      (a, max(a - 1, 0)),
+      (a, 0),
+      (a, top),
+      (0, a),
+      (top, a),
+    ]
   a = int(rng.integers(0, top, dtype=np.uint64))
   pairs += [(a, a ^ (1 << i)) for i in range(span.high)] + [(0, 0), (top, top), (0, top), (top, 0)]
-  above = rng.integers(0, 2 ** (64 - span.high), (2, len(pairs)), np.uint64)  # 0 where there are none
+  above = rng.integers(
+    0, 2 ** (64 - span.high), (2, len(pairs)), np.uint64
+  )  # 0 where there are none
   shift = np.uint64(span.high % 64)
-  v, r = (np.array(x, np.uint64) | (y << shift) for x, y in zip(zip(*pairs, strict=True), above, strict=True))
+  v, r = (
+    np.array(x, np.uint64) | (y << shift)
+    for x, y in zip(zip(*pairs, strict=True), above, strict=True)
+  )
   return v, r
 
 
@@ -117,7 +136,9 @@ def test_many_chunks_of_which_the_last_overlaps():
 def test_a_single_element_without_jit():
   span, shares = Span(0, 9), roots(Span(0, 9), 1)
   derived, _ = fss.derive(span, jnp.asarray([300], jnp.uint32), shares)
-  party = lambda mine: fss.run(span, Wire(), jnp.asarray([299], jnp.uint32), {**mine, **derived.common}).lt
+  party = lambda mine: (
+    fss.run(span, Wire(), jnp.asarray([299], jnp.uint32), {**mine, **derived.common}).lt
+  )
   a, b = jax.vmap(party, axis_name=PARTY)(shares)
   assert int(a[0] ^ b[0]) == 1
 
@@ -132,9 +153,13 @@ def test_two_devices_agree_with_vmap():
     answer = fss.run(SPAN, Wire(swap=True), v, {**{k: x[0] for k, x in mine.items()}, **theirs})
     return answer.lt[None], answer.borrow[None]
 
-  run = jax.shard_map(party, mesh=mesh, in_specs=(spec, PartitionSpec(), PartitionSpec()), out_specs=spec)
+  run = jax.shard_map(
+    party, mesh=mesh, in_specs=(spec, PartitionSpec(), PartitionSpec()), out_specs=spec
+  )
   want = both(SPAN, v, shares, common)
-  for a, b in zip(jax.jit(run)(shares, common, jnp.asarray(v)), (want.lt, want.borrow), strict=True):
+  for a, b in zip(
+    jax.jit(run)(shares, common, jnp.asarray(v)), (want.lt, want.borrow), strict=True
+  ):
     np.testing.assert_array_equal(a, b)
 
 
@@ -165,7 +190,9 @@ def test_a_share_alone_is_a_fair_coin(near):
 def unpacked(words):
   """[..., num] uint32 -> [bits, num]."""
   words = np.asarray(words).reshape(-1, words.shape[-1])
-  return ((words[:, None] >> np.arange(32, dtype=np.uint32)[:, None]) & 1).reshape(-1, words.shape[-1])
+  return ((words[:, None] >> np.arange(32, dtype=np.uint32)[:, None]) & 1).reshape(
+    -1, words.shape[-1]
+  )
 
 
 @pytest.mark.parametrize("number", [0, 2**20 - 1, 0b01011100101101110010])
@@ -177,7 +204,9 @@ def test_correction_words_are_uniform_whatever_the_number(number):
   controls = unpacked(common["controls"])
   assert not controls[30:32].any()
   assert not controls[32 + used :].any()
-  bits = np.concatenate([unpacked(common["seeds"]), unpacked(common["leaf"]), controls[:30], controls[32 : 32 + used]])
+  bits = np.concatenate(
+    [unpacked(common["seeds"]), unpacked(common["leaf"]), controls[:30], controls[32 : 32 + used]]
+  )
   assert len(bits) == 13 * 131 + 128
   assert abs(chi_square(deviation(bits))) < 5
   assert np.abs(deviation(bits)).max() < 6
@@ -186,7 +215,9 @@ def test_correction_words_are_uniform_whatever_the_number(number):
       assert abs(chi_square(deviation(bits ^ unpacked(root)[i]))) < 5
 
 
-@pytest.mark.parametrize(("name", "where", "bit"), [("seeds", (0, 2), 5), ("controls", (0,), 2), ("controls", (0,), 3)])
+@pytest.mark.parametrize(
+  ("name", "where", "bit"), [("seeds", (0, 2), 5), ("controls", (0,), 2), ("controls", (0,), 3)]
+)
 def test_one_flipped_bit_spoils_the_answers(name, where, bit):
   v, r = NUMBERS
   v = r ^ (v & np.uint32(0xFFF))  # the path is left late
@@ -242,7 +273,9 @@ def test_a_compiler_that_treats_windows_otherwise_is_not_trusted(monkeypatch):
 @pytest.mark.parametrize("span", [Span(0, 3), Span(0, 6), Span(0, 17), *LONG], ids=str)
 def test_key_bytes_are_those_of_the_keys(span):
   num = 3
-  shapes = {name: jax.ShapeDtypeStruct((2, *m.shape), m.dtype) for name, m in fss.masks(span, num).items()}
+  shapes = {
+    name: jax.ShapeDtypeStruct((2, *m.shape), m.dtype) for name, m in fss.masks(span, num).items()
+  }
   derive = lambda r, shares: fss.derive(span, r, shares)[0].common
   common = jax.eval_shape(derive, jax.ShapeDtypeStruct((num,), jnp.uint64), shapes)
   assert fss.key_bytes(span) == sum(x.size * x.dtype.itemsize for x in common.values()) / num
@@ -250,10 +283,15 @@ def test_key_bytes_are_those_of_the_keys(span):
 
 def test_millions_of_elements_need_little_memory_besides_their_keys():
   span, num = Span(0, 40, 16), 2**22
-  shares = {name: jax.ShapeDtypeStruct((2, *m.shape), m.dtype) for name, m in fss.masks(span, num).items()}
+  shares = {
+    name: jax.ShapeDtypeStruct((2, *m.shape), m.dtype) for name, m in fss.masks(span, num).items()
+  }
   number = jax.ShapeDtypeStruct((num,), jnp.uint64)
   derive = jax.jit(lambda r, s: fss.derive(span, r, s)[0].common)
   party = lambda mine, theirs, v: fss.run(span, Wire(), v, {**mine, **theirs})
   run = jax.jit(jax.vmap(party, in_axes=(0, None, None), axis_name=PARTY))
-  for lowered in (derive.lower(number, shares), run.lower(shares, jax.eval_shape(derive, number, shares), number)):
+  for lowered in (
+    derive.lower(number, shares),
+    run.lower(shares, jax.eval_shape(derive, number, shares), number),
+  ):
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 128 * 2**20

@@ -1,4 +1,6 @@
-"""The gates against integers in the clear, for every action, comparison and truncation; and their promise."""
+"""The gates against integers in the clear, for every action, comparison and truncation; and their
+promise.
+"""
 
 import contextlib
 import functools
@@ -67,7 +69,9 @@ def expected(gate, z):
 
 
 def legal(gate, rng):
-  """Values over the whole legal range, its ends and everything around the places where answers change."""
+  """Values over the whole legal range, its ends and everything around the places where answers
+  change.
+  """
   most = 2**gate.range_bits - 1 - gates.slack(gate)
   edges = [0, 1, -1, most, -most, most - 1, 1 - most]
   edges += [sign * 2**b + d for b in range(gate.range_bits) for sign in (1, -1) for d in (-1, 0, 1)]
@@ -77,7 +81,15 @@ def legal(gate, rng):
   return np.concatenate([z, near, rng.integers(-most, most, NUM, endpoint=True)])[:NUM]
 
 
-SIZES = [(64, 62, 16), (64, 40, 20), (44, 36, 13), (32, 30, 12), (32, 20, 1), (16, 14, 5), (64, 62, 24)]
+SIZES = [
+  (64, 62, 16),
+  (64, 40, 20),
+  (44, 36, 13),
+  (32, 30, 12),
+  (32, 20, 1),
+  (16, 14, 5),
+  (64, 62, 24),
+]
 
 
 @pytest.mark.parametrize(("num_bits", "range_bits", "shift"), SIZES)
@@ -88,7 +100,9 @@ def test_an_exact_gate_equals_python_integers(action, num_bits, range_bits, shif
   with width(gate):
     z = legal(gate, rng)
     np.testing.assert_array_equal(result(gate, z, rng), expected(gate, z))
-    clear = gates.clear(gate, jnp.asarray(z.view(np.uint64).astype(np.uint64 if num_bits > 32 else np.uint32)))
+    clear = gates.clear(
+      gate, jnp.asarray(z.view(np.uint64).astype(np.uint64 if num_bits > 32 else np.uint32))
+    )
     np.testing.assert_array_equal(gates.to_signed(clear, num_bits), expected(gate, z))
 
 
@@ -111,14 +125,18 @@ def test_a_relu_without_truncation_equals_python_integers(num_bits, range_bits):
     np.testing.assert_array_equal(result(gate, z, rng), expected(gate, z))
 
 
-@pytest.mark.parametrize(("num_bits", "range_bits", "shift"), [(64, 62, 16), (40, 36, 13), (32, 28, 12)])
+@pytest.mark.parametrize(
+  ("num_bits", "range_bits", "shift"), [(64, 62, 16), (40, 36, 13), (32, 28, 12)]
+)
 @pytest.mark.parametrize("action", [RELU, TRUNCATE])
 def test_the_cheaper_gate_is_at_most_one_unit_off(action, num_bits, range_bits, shift):
   gate = Gate(action, NUM, num_bits, range_bits, shift, shift if action == RELU else 0, exact=False)
   rng = np.random.default_rng(3)
   with width(gate):
     z = legal(gate, rng)
-    assert np.abs(result(gate, z, rng) - expected(gate, z)).max() == 1  # and it is not exact by chance
+    assert (
+      np.abs(result(gate, z, rng) - expected(gate, z)).max() == 1
+    )  # and it is not exact by chance
 
 
 SHARED = Gate(RELU, 8, 32, 27, 11)
@@ -133,8 +151,12 @@ def test_any_value_under_any_sharing(value, first):
   gate = SHARED
   correlations, _ = deal(gate, jnp.stack([prng.random_key(), prng.random_key()]))
   z = np.full(8, value, np.int64).view(np.uint64).astype(np.uint32)
-  out = online(gate, jnp.stack([jnp.full(8, first, jnp.uint32), z - np.uint32(first)]), correlations)
-  assert set(np.asarray(gates.to_signed(out[0] + out[1], 32)).tolist()) == {max((value + 2**10) >> 11, 0)}
+  out = online(
+    gate, jnp.stack([jnp.full(8, first, jnp.uint32), z - np.uint32(first)]), correlations
+  )
+  assert set(np.asarray(gates.to_signed(out[0] + out[1], 32)).tolist()) == {
+    max((value + 2**10) >> 11, 0)
+  }
 
 
 def test_a_value_beyond_its_range_is_what_goes_wrong():
@@ -202,7 +224,9 @@ def test_the_test_of_uniformity_has_teeth():
   correlations, _ = deal(gate, jnp.stack([prng.random_key(), prng.random_key()]))
   unmasked = {**correlations, "r": jnp.zeros_like(correlations["r"])}
   wire = sharing.Wire()
-  first = jax.vmap(lambda z, c: wire.open_additive(z + c["r"], ""), axis_name=sharing.PARTY, out_axes=None)
+  first = jax.vmap(
+    lambda z, c: wire.open_additive(z + c["r"], ""), axis_name=sharing.PARTY, out_axes=None
+  )
   assert stats.chisquare(byte_counts(np.asarray(first(z, unmasked)))).pvalue < 1e-30
   assert stats.chisquare(byte_counts(np.asarray(first(z, correlations)))).pvalue > 1e-6
 
@@ -254,7 +278,9 @@ def test_bytes_and_rounds(gate, num_bytes, rounds):
   with width(gate):
     log = []
     run = lambda z, c: gates.run(gate, sharing.Wire(log=log), z, c)
-    correlations = jax.eval_shape(functools.partial(deal, gate), jax.ShapeDtypeStruct((2, 8), jnp.uint32))[0]
+    correlations = jax.eval_shape(
+      functools.partial(deal, gate), jax.ShapeDtypeStruct((2, 8), jnp.uint32)
+    )[0]
     z = jax.ShapeDtypeStruct((2, gate.num), np.uint64 if gate.num_bits > 32 else np.uint32)
     jax.eval_shape(jax.vmap(run, axis_name=sharing.PARTY), z, correlations)
     assert (sum(m.num_bytes for m in log), len(log)) == (num_bytes, rounds)

@@ -1,4 +1,6 @@
-"""Whole functions and networks under encryption: bit-equal to the integer model, close to float32, and as planned."""
+"""Whole functions and networks under encryption: bit-equal to the integer model, close to float32,
+and as planned.
+"""
 
 import functools
 
@@ -23,22 +25,30 @@ def planned(fn, args, config=WIDE, owners=OWNERS):
 
 
 def phases(plan, args):
-  """The phases one by one, as the parties would: ready correlations of both, and everybody's operands."""
+  """The phases one by one, as the parties would: ready correlations of both, and everybody's
+  operands.
+  """
   model, key = prng.random_key(), prng.random_key()
   operands = inference.share_inputs(plan, inference.encode(plan, args), key)
   published = jax.jit(functools.partial(inference.publish, plan))(operands, model)
   dealt = jax.jit(lambda key: inference.deal(plan, key, inference.blinds(plan, model)))(key)
-  prepare = lambda party: inference.prepare(plan, party, protocol.part(dealt, party), operands, published)
+  prepare = lambda party: inference.prepare(
+    plan, party, protocol.part(dealt, party), operands, published
+  )
   return inference.stack(*jax.jit(lambda: [prepare(party) for party in (0, 1)])()), operands
 
 
 def run_encrypted(plan, args):
   ready, operands = phases(plan, args)
-  return inference.reveal(plan, jax.jit(functools.partial(inference.simulate, plan))(ready, operands))
+  return inference.reveal(
+    plan, jax.jit(functools.partial(inference.simulate, plan))(ready, operands)
+  )
 
 
 def assert_faithful(fn, args, config=WIDE, atol=1e-3, owners=OWNERS):
-  """Exact: the protocol equals the integer model bit for bit. And both are near the function itself."""
+  """Exact: the protocol equals the integer model bit for bit. And both are near the function
+  itself.
+  """
   plan = planned(fn, args, config, owners)
   clear = inference.check(plan, args)
   got = run_encrypted(plan, args)
@@ -64,17 +74,28 @@ def network(name, size, **options):
   ("name", "size", "options"),
   [
     ("cnn", 16, {"norm": "batch"}),
-    pytest.param("cnn", 16, {"norm": "group", "pool": "mean", "weight_standardisation": True}, marks=pytest.mark.slow),
-    pytest.param("resnet18", 32, {"norm": "batch", "width": 0.125, "stem": "7x7"}, marks=pytest.mark.slow),
+    pytest.param(
+      "cnn",
+      16,
+      {"norm": "group", "pool": "mean", "weight_standardisation": True},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      "resnet18", 32, {"norm": "batch", "width": 0.125, "stem": "7x7"}, marks=pytest.mark.slow
+    ),
     pytest.param("leaf_cnn", 14, {}, marks=pytest.mark.slow),
-    pytest.param("resnet18", 64, {"norm": "group", "width": 0.125, "stem": "3x3/2"}, marks=pytest.mark.slow),
+    pytest.param(
+      "resnet18", 64, {"norm": "group", "width": 0.125, "stem": "3x3/2"}, marks=pytest.mark.slow
+    ),
     pytest.param("vgg16", 32, {"width": 0.125, "head": "mean"}, marks=pytest.mark.slow),
   ],
 )
 def test_the_library_s_networks(name, size, options):
   fn, args = network(name, size, **options)
   plan = assert_faithful(fn, args, Config(64, 14, 18), atol=4e-3)
-  if options.get("norm") == "batch":  # folded by its owner: no product of shared values, no extra opening
+  if (
+    options.get("norm") == "batch"
+  ):  # folded by its owner: no product of shared values, no extra opening
     kinds = [row.what for row in planning.rows(plan)]
     assert kinds.count("open") == kinds.count("linear") - (3 if name == "resnet18" else 0)
     assert "product" not in kinds
@@ -82,7 +103,9 @@ def test_the_library_s_networks(name, size, options):
 
 
 class UNet(nn.Module):
-  """An encoder and a decoder with skips: transposed convolutions, concatenation, a map of logits."""
+  """An encoder and a decoder with skips: transposed convolutions, concatenation, a map of
+  logits.
+  """
 
   @nn.compact
   def __call__(self, x):
@@ -137,7 +160,9 @@ def test_rings_and_modes(config):
   assert_faithful(small, SMALL, config, atol=0.05 if config.num_bits == 32 else 5e-3)
 
 
-@pytest.mark.parametrize("owners", [("shared", "shared"), ("shared", "data_owner"), ("model_owner", "model_owner")])
+@pytest.mark.parametrize(
+  "owners", [("shared", "shared"), ("shared", "data_owner"), ("model_owner", "model_owner")]
+)
 def test_other_owners(owners):
   assert_faithful(small, SMALL, owners=owners)
 
@@ -166,10 +191,14 @@ def test_one_process_steps_and_two_devices_open_the_same_bits():
   for step in inference.simulate_steps(plan):
     env = step.fn(ready, operands, env)
   each = [
-    {i: v if plan.circuit.operands[i].owner == party else protocol.blank(plan.circuit.operands[i], plan.config)
-     for i, v in operands.items()}
+    {
+      i: v
+      if plan.circuit.operands[i].owner == party
+      else protocol.blank(plan.circuit.operands[i], plan.config)
+      for i, v in operands.items()
+    }
     for party in (0, 1)
-  ]  # fmt: skip
+  ]
   on_devices = inference.on_mesh(plan, sharing.party_mesh(), ready, inference.stack(*each))
   for a, b, c in zip(together, inference.outputs(plan, env), on_devices, strict=True):
     np.testing.assert_array_equal(a, b)
@@ -181,7 +210,9 @@ def test_jit_and_no_jit():
   ready, operands = phases(plan, (normal(0, 3, 4), normal(1, 4)))
   with jax.disable_jit():
     eager = inference.simulate(plan, ready, operands)
-  np.testing.assert_array_equal(eager[0], jax.jit(functools.partial(inference.simulate, plan))(ready, operands)[0])
+  np.testing.assert_array_equal(
+    eager[0], jax.jit(functools.partial(inference.simulate, plan))(ready, operands)[0]
+  )
 
 
 # ---- what is promised
@@ -192,17 +223,33 @@ def test_what_crosses_is_masked_afresh_and_is_what_was_planned():
   args = SMALL
   plan = planned(small, args)
   ready = jax.eval_shape(lambda: phases(plan, args)[0])
-  blanks = {i: protocol.blank(operand, plan.config) for i, operand in enumerate(plan.circuit.operands)}
+  blanks = {
+    i: protocol.blank(operand, plan.config) for i, operand in enumerate(plan.circuit.operands)
+  }
   run = functools.partial(inference.on_mesh, plan, sharing.party_mesh())
   jaxpr = jax.make_jaxpr(run)(ready, inference.stack(blanks, blanks))
-  sent = [v.aval for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name in COLLECTIVES for v in eqn.invars]
+  sent = [
+    v.aval
+    for eqn in equations(jaxpr.jaxpr)
+    if eqn.primitive.name in COLLECTIVES
+    for v in eqn.invars
+  ]
   assert {eqn.primitive.name for eqn in equations(jaxpr.jaxpr)} & COLLECTIVES == {"ppermute"}
   planned_bytes = sum(row.sent for row in planning.rows(plan)[:-1])
   assert sum(a.size * a.dtype.itemsize for a in sent) == planned_bytes
   assert sum(row.rounds for row in planning.rows(plan)) == len(planning.sent_messages(plan)) + 1
 
 
-COLLECTIVES = {"ppermute", "psum", "psum_invariant", "all_gather", "all_to_all", "pgather", "reduce_scatter", "pmax"}
+COLLECTIVES = {
+  "ppermute",
+  "psum",
+  "psum_invariant",
+  "all_gather",
+  "all_to_all",
+  "pgather",
+  "reduce_scatter",
+  "pmax",
+}
 
 
 def equations(jaxpr):
@@ -218,19 +265,25 @@ def test_masks_are_used_once():
   """Every array that anybody expands from a seed has a (nonce, key) of its own."""
   plan = planned(small, SMALL)
   names = [
-    (number, name) for number, op in enumerate(plan.circuit.operations) for name in protocol.masks(op, plan.config)
+    (number, name)
+    for number, op in enumerate(plan.circuit.operations)
+    for name in protocol.masks(op, plan.config)
   ]
   assert len(names) == len(set(names))
   keys = [prng.random_key() for _ in range(2)]
   arrays = []
   for key in keys:
     dealt = inference.deal(plan, key, inference.blinds(plan, keys[0]))
-    arrays += [bytes(np.asarray(v)) for v in jax.tree.leaves(dealt.sent)] + [bytes(np.asarray(dealt.seeds[0]))]
+    arrays += [bytes(np.asarray(v)) for v in jax.tree.leaves(dealt.sent)] + [
+      bytes(np.asarray(dealt.seeds[0]))
+    ]
   assert len(arrays) == len(set(arrays))
 
 
 def test_the_published_weights_tell_nothing():
-  """D = W - B has the same distribution for weights of zeros and of ones; with B known it gives W."""
+  """D = W - B has the same distribution for weights of zeros and of ones; with B known it gives
+  W.
+  """
   fn = lambda w, x: x @ w
   for value in (0.0, 1.0):
     args = (np.full((64, 64), value, np.float32), normal(0, 2, 64))
@@ -238,7 +291,9 @@ def test_the_published_weights_tell_nothing():
     key = prng.random_key()
     (d,) = jax.tree.leaves(inference.publish(plan, inference.encode(plan, args), key))
     counts = np.bincount(np.asarray(d).astype(np.uint64).reshape(-1).view(np.uint8), minlength=256)
-    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 400  # chi-square of 255 degrees: 99.9 % below 330
+    assert (
+      (counts - counts.mean()) ** 2 / counts.mean()
+    ).sum() < 400  # chi-square of 255 degrees: 99.9 % below 330
 
 
 def test_shares_alone_carry_nothing():
@@ -263,17 +318,33 @@ def test_a_value_out_of_range_is_found_and_named():
 @pytest.mark.parametrize(
   ("call", "error", "reason"),
   [
-    (lambda: inference.encode(planned(small, SMALL), (SMALL[0], SMALL[1] * 1e18)), ValueError, "does not fit"),
+    (
+      lambda: inference.encode(planned(small, SMALL), (SMALL[0], SMALL[1] * 1e18)),
+      ValueError,
+      "does not fit",
+    ),
     (lambda: planned(small, SMALL, Config(16, 7, 8)), ValueError, "wider ring"),
     (lambda: planned(small, SMALL, owners=("hospital", "data_owner")), ValueError, "hospital"),
-    (lambda: planned(small, SMALL, owners=("model_owner",)), ValueError, "1 owners for 2 arguments"),
+    (
+      lambda: planned(small, SMALL, owners=("model_owner",)),
+      ValueError,
+      "1 owners for 2 arguments",
+    ),
     (
       lambda: planned(lambda w, x: jnp.sort(x @ w[0]), SMALL),
       NotImplementedError,
       r"sort of a secret value .*mpc_inference_test",
     ),
-    (lambda: planned(lambda w, x: lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x), SMALL), NotImplementedError, "jnp.where"),
-    (lambda: inference.share(np.full(3, 1e30, np.float32), prng.random_key(), WIDE), ValueError, "does not fit"),
+    (
+      lambda: planned(lambda w, x: lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x), SMALL),
+      NotImplementedError,
+      "jnp.where",
+    ),
+    (
+      lambda: inference.share(np.full(3, 1e30, np.float32), prng.random_key(), WIDE),
+      ValueError,
+      "does not fit",
+    ),
   ],
 )
 def test_bad_input_is_refused(call, error, reason):

@@ -1,4 +1,6 @@
-"""Every primitive that is supported, against the function itself, on the integer model; and what is refused."""
+"""Every primitive that is supported, against the function itself, on the integer model; and what is
+refused.
+"""
 
 import functools
 import re
@@ -19,7 +21,9 @@ CONFIG = Config(64, 16, 20)
 
 def checked(fn, args, owners=OWNERS, atol=2e-3, config=CONFIG):
   plan = planning.plan(fn, owners, args, config, planning.calibrate(fn, owners, [args]))
-  for got, want in zip(jax.tree.leaves(inference.check(plan, args)), jax.tree.leaves(fn(*args)), strict=True):
+  for got, want in zip(
+    jax.tree.leaves(inference.check(plan, args)), jax.tree.leaves(fn(*args)), strict=True
+  ):
     assert got.dtype.kind == want.dtype.kind
     np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), atol=atol)
   return plan
@@ -100,7 +104,9 @@ X = normal(4, 4, 6)
 def test_structure(fn):
   checked(fn, (X,), ("data_owner",))
   plan = checked(lambda w, x: fn(x * w), (np.float32(1), X))
-  assert all(row.what in ("open", "linear", "truncate", "product", "output") for row in planning.rows(plan))
+  assert all(
+    row.what in ("open", "linear", "truncate", "product", "output") for row in planning.rows(plan)
+  )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,13 @@ def test_comparisons_and_choices(fn):
 
 def test_comparisons_of_equals():
   x = np.array([[0.5, 0.5, 1.0]], np.float32)
-  fn = lambda w, x: (x * w == 0.5, x * w != x * w, x * w == x * w, jnp.isnan(x * w), jnp.isfinite(x * w))
+  fn = lambda w, x: (
+    x * w == 0.5,
+    x * w != x * w,
+    x * w == x * w,
+    jnp.isnan(x * w),
+    jnp.isfinite(x * w),
+  )
   checked(fn, (np.float32(1), x))
 
 
@@ -231,7 +243,10 @@ def test_what_repeats_elements_is_opened_before_it_does():
     return patches @ w[1]
 
   plan = checked(fn, ((normal(5, 1, 1, 1, 4), normal(6, 36, 2)), IMAGE))
-  assert [row.shape for row in planning.rows(plan) if row.what == "open"] == [IMAGE.shape, IMAGE.shape]
+  assert [row.shape for row in planning.rows(plan) if row.what == "open"] == [
+    IMAGE.shape,
+    IMAGE.shape,
+  ]
 
 
 def test_convolutions_whose_kernel_is_no_other_partys():
@@ -244,7 +259,11 @@ def test_convolutions_whose_kernel_is_no_other_partys():
 
 def test_truth_is_being_other_than_zero():
   x = np.array([[0.0, 0.25, 3.0], [-0.3, 0.0, 1.0]], np.float32)
-  fn = lambda w, x: ((w * x).astype(bool), jnp.argmax(w * x, 1).astype(bool), jnp.where((w * x).astype(bool), x, 7.0))
+  fn = lambda w, x: (
+    (w * x).astype(bool),
+    jnp.argmax(w * x, 1).astype(bool),
+    jnp.where((w * x).astype(bool), x, 7.0),
+  )
   checked(fn, (np.float32(1), x))
 
 
@@ -265,27 +284,53 @@ def pooled(x, **options):
   ("fn", "reason"),
   [
     (lambda w, x: jnp.sort(x @ w), "sort of a secret value"),
-    (lambda w, x: jnp.sin(x @ w), r"sin of a secret value has no protocol \(at mpc_lowering_test.py:\d+"),
+    (
+      lambda w, x: jnp.sin(x @ w),
+      r"sin of a secret value has no protocol \(at "
+      r"mpc_lowering_test.py:\d+",
+    ),
     (lambda w, x: jnp.floor(x @ w), "floor"),
     (lambda w, x: jnp.where((x @ w).sum() > 0, x, 0)[jnp.argmax(x @ w, 1)], "secret position"),
     (lambda w, x: jnp.asarray(B)[jnp.argmax(x @ w, 1)], "gather at a secret position"),
-    (lambda w, x: lax.dynamic_slice_in_dim(x @ w, jnp.argmax((x @ w)[0]), 2), "dynamic_slice at a secret position"),
+    (
+      lambda w, x: lax.dynamic_slice_in_dim(x @ w, jnp.argmax((x @ w)[0]), 2),
+      "dynamic_slice at a secret position",
+    ),
     (lambda w, x: jnp.take(x @ w, np.array([7]), axis=0), "gather out of bounds"),
-    (lambda w, x: jnp.take(x @ w, np.array([7]), axis=0, mode="fill", fill_value=1), "gather out of bounds"),
+    (
+      lambda w, x: jnp.take(x @ w, np.array([7]), axis=0, mode="fill", fill_value=1),
+      "gather out of bounds",
+    ),
     (lambda w, x: (x @ w) ** x[:, :3], "power"),
-    (lambda w, x: (x @ w) ** np.arange(3, dtype=np.float32)[None], "a power that is not one public number"),
+    (
+      lambda w, x: (x @ w) ** np.arange(3, dtype=np.float32)[None],
+      "a power that is not one public number",
+    ),
     (lambda w, x: np.float32(2) ** (x @ w), "a power that is not one public number"),
     (lambda w, x: (x @ w).astype(jnp.int32), "rounding a secret value"),
-    (lambda w, x: lax.pad(x @ w, (x @ w)[0, 0], ((1, 1, 0), (0, 0, 0))), "padding with a secret value"),
-    (lambda w, x: lax.select_n(np.full((5, 3), 2, np.int32), *(x @ w + i for i in range(3))), "select among 3 cases"),
+    (
+      lambda w, x: lax.pad(x @ w, (x @ w)[0, 0], ((1, 1, 0), (0, 0, 0))),
+      "padding with a secret value",
+    ),
+    (
+      lambda w, x: lax.select_n(np.full((5, 3), 2, np.int32), *(x @ w + i for i in range(3))),
+      "select among 3 cases",
+    ),
     (lambda w, x: pooled(x @ w, base_dilation=(2, 1)), "reduce_window_max with base dilation"),
-    (lambda w, x: lax.conv(np.ones((1, 3, 9, 9), np.float32), (x @ w)[:, :, None, None], (1, 1), "SAME"),
-     "conv_general_dilated of a public image with a secret kernel"),
+    (
+      lambda w, x: lax.conv(
+        np.ones((1, 3, 9, 9), np.float32), (x @ w)[:, :, None, None], (1, 1), "SAME"
+      ),
+      "conv_general_dilated of a public image with a secret kernel",
+    ),
     (lambda w, x: (jax.debug.print("{}", x @ w), x @ w)[1], "debug_print|debug_callback"),
     (lambda w, x: lax.cond((x @ w).sum() > 0, lambda: 1.0, lambda: 2.0), "cond on a secret value"),
-    (lambda w, x: lax.while_loop(lambda v: v.sum() > 0, lambda v: v - 1, x @ w), "while loop over secret"),
+    (
+      lambda w, x: lax.while_loop(lambda v: v.sum() > 0, lambda v: v - 1, x @ w),
+      "while loop over secret",
+    ),
   ],
-)  # fmt: skip
+)
 def test_the_rest_is_refused_by_name(fn, reason):
   with pytest.raises(NotImplementedError, match=reason) as refusal:
     planning.plan(fn, OWNERS, (normal(0, 4, 3), B), CONFIG)

@@ -1,4 +1,6 @@
-"""Bilinear maps taken from jaxprs: their shapes, their weights' axes, and exchanged operands, on whole numbers."""
+"""Bilinear maps taken from jaxprs: their shapes, their weights' axes, and exchanged operands, on
+whole numbers.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,16 @@ def conv(numbers=("NHWC", "HWIO", "NHWC"), **options):
 CASES = {
   "matrix": (lambda x, w: x @ w, (3, 4), (4, 5)),
   "vector": (lambda x, w: x @ w, (4,), (4, 5)),
-  "two contracted": (lambda x, w: lax.dot_general(x, w, (((1, 2), (0, 2)), ((), ()))), (2, 3, 4), (3, 5, 4)),
-  "batch": (lambda x, w: lax.dot_general(x, w, (((1,), (3,)), ((2, 0), (0, 2)))), (2, 4, 3), (3, 5, 2, 4)),
+  "two contracted": (
+    lambda x, w: lax.dot_general(x, w, (((1, 2), (0, 2)), ((), ()))),
+    (2, 3, 4),
+    (3, 5, 4),
+  ),
+  "batch": (
+    lambda x, w: lax.dot_general(x, w, (((1,), (3,)), ((2, 0), (0, 2)))),
+    (2, 4, 3),
+    (3, 5, 2, 4),
+  ),
   "outer": (lambda x, w: lax.dot_general(x, w, (((), ()), ((), ()))), (2, 3), (4,)),
   "conv": (conv(), (2, 6, 5, 3), (3, 3, 3, 4)),
   "strided": (conv(window_strides=(2, 1), rhs_dilation=(2, 1)), (1, 6, 5, 3), (3, 2, 3, 4)),
@@ -38,7 +48,9 @@ def whole(seed, shape):
 
 def map_of(fn, x_shape, w_shape):
   jaxpr = jax.make_jaxpr(fn)(jnp.zeros(x_shape), jnp.zeros(w_shape))
-  (equation,) = (e for e in jaxpr.eqns if e.primitive.name in ("dot_general", "conv_general_dilated"))
+  (equation,) = (
+    e for e in jaxpr.eqns if e.primitive.name in ("dot_general", "conv_general_dilated")
+  )
   return maps.from_equation(equation.primitive.name, equation.params)
 
 
@@ -52,7 +64,9 @@ def test_a_map_is_what_the_jaxpr_computes(fn, x_shape, w_shape):
 
 def along(v, axis):
   """1, 2, 3, ... along one axis, to be broadcast against v."""
-  return np.arange(1, 1 + v.shape[axis], dtype=np.float32).reshape([-1 if j == axis else 1 for j in range(v.ndim)])
+  return np.arange(1, 1 + v.shape[axis], dtype=np.float32).reshape(
+    [-1 if j == axis else 1 for j in range(v.ndim)]
+  )
 
 
 @each_case
@@ -75,7 +89,10 @@ def test_a_factor_on_an_axis_of_the_result_is_one_on_the_weights(fn, x_shape, w_
     ("batch", (0, 2, 1)),
     ("conv", (None, None, None, 3)),
     ("channels first", (None, 0, None, None)),
-    ("batch groups", (None, None, None, None)),  # an output channel there is not one of the weight's alone
+    (
+      "batch groups",
+      (None, None, None, None),
+    ),  # an output channel there is not one of the weight's alone
   ],
 )
 def test_the_weights_axes(case, axes):

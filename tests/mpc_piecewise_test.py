@@ -36,8 +36,12 @@ def test_a_table_holds_any_constants(config, seed):
   thresholds = np.sort(rng.choice(np.arange(-500, 500), 9, replace=False))
   values = rng.integers(-200, 200, 10) * unit / 4
   x = np.concatenate([thresholds - 1, thresholds, rng.integers(-600, 600, 50)]) * unit
-  pick = lambda build, x: piecewise.table(build, piecewise.steps(build, x, thresholds), values, unit / 4)
-  np.testing.assert_array_equal(clear(pick, [x], config), values[np.searchsorted(thresholds, x / unit, side="right")])
+  pick = lambda build, x: piecewise.table(
+    build, piecewise.steps(build, x, thresholds), values, unit / 4
+  )
+  np.testing.assert_array_equal(
+    clear(pick, [x], config), values[np.searchsorted(thresholds, x / unit, side="right")]
+  )
 
 
 @pytest.mark.parametrize("max_abs", [2.0, math.inf])

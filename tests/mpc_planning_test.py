@@ -20,7 +20,9 @@ def fn(w, x):
 
 
 def test_the_rows_say_what_is_dealt_sent_and_assumed():
-  plan = planning.plan(fn, OWNERS, (W, X), Config(64, 16, 18), planning.calibrate(fn, OWNERS, [(W, X)]))
+  plan = planning.plan(
+    fn, OWNERS, (W, X), Config(64, 16, 18), planning.calibrate(fn, OWNERS, [(W, X)])
+  )
   rows = planning.rows(plan)
   assert [(r.layer, r.what, r.rounds) for r in rows] == [
     ("first", "open", 1),
@@ -40,7 +42,10 @@ def test_the_rows_say_what_is_dealt_sent_and_assumed():
   )
   text = planning.table(plan)
   assert text == str(plan)
-  assert all(word in text for word in ("first", "relu", f"2^{relu.range_bits}", "total", "ring of 2^64", "WAN"))
+  assert all(
+    word in text
+    for word in ("first", "relu", f"2^{relu.range_bits}", "total", "ring of 2^64", "WAN")
+  )
   assert "statistical" not in text
 
 

@@ -28,14 +28,20 @@ def test_several_values_are_opened_in_one_message():
   circuit = build(fn, [(2, 3), (4,), ()], config)
   assert [op.shape for op in circuit.operations if isinstance(op, Open)] == [(11,)]
   a, b, c = (on_grid(config, shape, i) for i, shape in enumerate([(2, 3), (4,), ()]))
-  np.testing.assert_array_equal(clear(fn, [a, b, c], config), a * c)  # in whole units: nothing is truncated
+  np.testing.assert_array_equal(
+    clear(fn, [a, b, c], config), a * c
+  )  # in whole units: nothing is truncated
 
 
 @each_config
 @pytest.mark.parametrize("change", [-2, 0, 3])
 def test_a_cut_is_to_the_nearest_and_one_gate(config, change):
   """Products, at 2^-2f, to 2^-(f - change); a scale that is coarser already is only multiplied."""
-  bits, first, second = config.fraction_bits - change, on_grid(config, 50), on_grid(config, (3, 4), 1)
+  bits, first, second = (
+    config.fraction_bits - change,
+    on_grid(config, 50),
+    on_grid(config, (3, 4), 1),
+  )
 
   def fn(builder, a, b, which=0):
     values = [polynomials.product(builder, v, v) for v in (a, b)]
@@ -61,7 +67,9 @@ def test_a_polynomial_errs_by_a_unit_for_each_coefficient_at_most(config, degree
   assert np.abs(error).max() <= (degree + 1) * 2.0**-bits
   circuit = build(fn, [x.shape], config, 1.0)
   levels = math.ceil(math.log2((degree + 2) // 2))
-  assert sum(isinstance(op, Apply) for op in circuit.operations) == levels  # x, at 2^-f, is never cut: it is made finer
+  assert (
+    sum(isinstance(op, Apply) for op in circuit.operations) == levels
+  )  # x, at 2^-f, is never cut: it is made finer
 
 
 @pytest.mark.parametrize(("fn", "bits"), [(np.log, 19), (lambda n: 1 / n, 14), (np.sqrt, 20)])

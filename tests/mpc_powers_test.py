@@ -1,4 +1,6 @@
-"""Powers, quotients and logarithms over the whole legal range and beyond, within the bound that each states."""
+"""Powers, quotients and logarithms over the whole legal range and beyond, within the bound that
+each states.
+"""
 
 import functools
 import math
@@ -88,14 +90,21 @@ def test_divide_public_numerators_and_shapes(config):
   np.testing.assert_allclose(clear(powers.divide, [a, b], config), a / b, atol=4 * unit)
   with jax.enable_x64(True):  # the denominator is normalised before it is broadcast
     circuit = build(powers.divide, [a.shape, b.shape], config, 8.0)
-  assert max(op.gate.num for op in circuit.operations if isinstance(op, Apply) and op.gate.action == "sign") <= 6 * 40
+  assert (
+    max(
+      op.gate.num for op in circuit.operations if isinstance(op, Apply) and op.gate.action == "sign"
+    )
+    <= 6 * 40
+  )
 
 
 @each_config
 @pytest.mark.parametrize("exponent", [0, 1, 3, 5, -2])
 def test_power(exponent, config):
   x = spread(config, 2.0, low=0.5, num=200)
-  tolerance = 1 + 2 * np.abs(x) ** max(0, exponent) * abs(exponent) if exponent >= 0 else 1 + 3 * x**-4.0
+  tolerance = (
+    1 + 2 * np.abs(x) ** max(0, exponent) * abs(exponent) if exponent >= 0 else 1 + 3 * x**-4.0
+  )
   fn = functools.partial(powers.power, exponent=exponent)
   check(fn, [x], x**exponent, tolerance, config, 2.0)
 
@@ -105,12 +114,16 @@ def test_shapes():
 
 
 @pytest.mark.parametrize(
-  ("fn", "reference", "slack"), [(powers.log, np.log, 1), (powers.rsqrt, lambda x: x**-0.5, 0)], ids=["log", "rsqrt"]
+  ("fn", "reference", "slack"),
+  [(powers.log, np.log, 1), (powers.rsqrt, lambda x: x**-0.5, 0)],
+  ids=["log", "rsqrt"],
 )
 def test_scales_that_are_no_powers_of_two(fn, reference, slack):
   check_scales(fn, reference, slack)
 
 
-@pytest.mark.parametrize("fn", [powers.rsqrt, lambda build, x: powers.divide(build, x, x)], ids=["rsqrt", "divide"])
+@pytest.mark.parametrize(
+  "fn", [powers.rsqrt, lambda build, x: powers.divide(build, x, x)], ids=["rsqrt", "divide"]
+)
 def test_both_parties_get_the_same_bits(fn):
   check_both_parties(fn)

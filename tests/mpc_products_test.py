@@ -13,7 +13,16 @@ from jax import lax
 from primia_jax.mpc import products
 
 FORMS = products.FORMS
-RINGS = ((18, 32), (32, 32), (7, 20), (40, 40), (18, 44), (18, 64), (33, 64), (64, 64))  # (w_bits, num_bits)
+RINGS = (
+  (18, 32),
+  (32, 32),
+  (7, 20),
+  (40, 40),
+  (18, 44),
+  (18, 64),
+  (33, 64),
+  (64, 64),
+)  # (w_bits, num_bits)
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
 NO_BATCH = ((), ())
 pytestmark = pytest.mark.usefixtures("x64")
@@ -33,11 +42,19 @@ def equation_map(fn, *shapes):
 
 
 def conv_map(
-  x_shape, w_shape, strides, padding, x_dilation=None, w_dilation=None, groups=1, numbers=NHWC, batches=1
-):  # fmt: skip
+  x_shape,
+  w_shape,
+  strides,
+  padding,
+  x_dilation=None,
+  w_dilation=None,
+  groups=1,
+  numbers=NHWC,
+  batches=1,
+):
   conv = lambda x, w: lax.conv_general_dilated(
     x, w, strides, padding, x_dilation, w_dilation, numbers, groups, batches
-  )  # fmt: skip
+  )
   return equation_map(conv, x_shape, w_shape)
 
 
@@ -46,12 +63,16 @@ def dot_map(contracted=((1,), (0,)), batch=NO_BATCH):
 
 
 def elements(seed, shape, num_bits, bits=None):
-  """Ring elements as uint64, or signed numbers below 2^(bits-1) as int64; extremes are a third of them."""
+  """Ring elements as uint64, or signed numbers below 2^(bits-1) as int64; extremes are a third of
+  them.
+  """
   rng = np.random.default_rng(seed)
   if bits is None or bits == num_bits:
     half, top = 2 ** (num_bits - 1), 2**num_bits - 1
     digits = sum(0x80 << i for i in range(0, num_bits, 8)) & top
-    extremes = np.array([0, 1, top, half, half - 1, half + 1, digits, (digits - 1) & top, ~digits & top], np.uint64)
+    extremes = np.array(
+      [0, 1, top, half, half - 1, half + 1, digits, (digits - 1) & top, ~digits & top], np.uint64
+    )
     v = rng.integers(0, top, shape, np.uint64, endpoint=True)
   else:
     high = 2 ** (bits - 1) - 1
@@ -69,7 +90,9 @@ def check(mapping, x, w, expected, w_bits, num_bits, forms=FORMS, run=RUN):
   for form in forms:
     result = run(mapping, x, jnp.asarray(w), w_bits, num_bits, form)
     assert result.dtype == dtype
-    np.testing.assert_array_equal(np.asarray(result).astype(np.uint64) & mask, expected & mask, f"{form} {num_bits}")
+    np.testing.assert_array_equal(
+      np.asarray(result).astype(np.uint64) & mask, expected & mask, f"{form} {num_bits}"
+    )
 
 
 def unsigned(w):
@@ -79,13 +102,19 @@ def unsigned(w):
 def numpy_conv(x, w, strides, padding, x_dilation=(1, 1), w_dilation=(1, 1), groups=1):
   """Convolution of NHWC images and HWIO kernels of uint64, one tap after the other."""
   dilated = np.zeros(
-    (len(x), *((n - 1) * d + 1 for n, d in zip(x.shape[1:3], x_dilation, strict=True)), x.shape[3]), x.dtype
+    (len(x), *((n - 1) * d + 1 for n, d in zip(x.shape[1:3], x_dilation, strict=True)), x.shape[3]),
+    x.dtype,
   )
   dilated[:, :: x_dilation[0], :: x_dilation[1]] = x
   for axis, (low, high) in enumerate(padding, 1):  # negative padding crops
     dilated = dilated.take(range(max(0, -low), dilated.shape[axis] - max(0, -high)), axis)
-    dilated = np.pad(dilated, [(max(0, low), max(0, high)) if a == axis else (0, 0) for a in range(4)])
-  size = [(dilated.shape[1 + a] - (w.shape[a] - 1) * w_dilation[a] - 1) // strides[a] + 1 for a in range(2)]
+    dilated = np.pad(
+      dilated, [(max(0, low), max(0, high)) if a == axis else (0, 0) for a in range(4)]
+    )
+  size = [
+    (dilated.shape[1 + a] - (w.shape[a] - 1) * w_dilation[a] - 1) // strides[a] + 1
+    for a in range(2)
+  ]
   result = np.zeros((len(x), *size, w.shape[3]), np.uint64)
   for i in range(w.shape[0]):
     for j in range(w.shape[1]):
@@ -99,16 +128,33 @@ def numpy_conv(x, w, strides, padding, x_dilation=(1, 1), w_dilation=(1, 1), gro
 
 CONVOLUTIONS = {
   "3x3": dict(x=(2, 6, 7, 17), w=(3, 3, 17, 5), strides=(1, 1), padding=((1, 1), (1, 1))),
-  "7x7 of few channels": dict(x=(1, 16, 16, 3), w=(7, 7, 3, 4), strides=(2, 2), padding=((2, 3), (3, 2))),
-  "1x1 with strides": dict(x=(2, 5, 5, 6), w=(1, 1, 6, 130), strides=(2, 2), padding=((0, 0), (0, 0))),
-  "map smaller than kernel": dict(x=(3, 2, 1, 20), w=(3, 3, 20, 4), strides=(1, 1), padding=((1, 1), (1, 1))),
-  "dilated": dict(
-    x=(1, 6, 5, 18), w=(3, 2, 18, 3), strides=(2, 1), padding=((1, 2), (0, 3)), x_dilation=(1, 2), w_dilation=(2, 3)
+  "7x7 of few channels": dict(
+    x=(1, 16, 16, 3), w=(7, 7, 3, 4), strides=(2, 2), padding=((2, 3), (3, 2))
   ),
-  "cropped": dict(x=(1, 8, 7, 2), w=(2, 3, 2, 3), strides=(1, 2), padding=((-1, 0), (2, -2)), x_dilation=(2, 1)),
-  "groups": dict(x=(2, 5, 5, 12), w=(3, 3, 3, 8), strides=(1, 2), padding=((1, 1), (0, 1)), groups=4),
-  "depthwise": dict(x=(1, 6, 6, 9), w=(3, 3, 1, 18), strides=(1, 1), padding=((1, 1), (1, 1)), groups=9),
-}  # fmt: skip
+  "1x1 with strides": dict(
+    x=(2, 5, 5, 6), w=(1, 1, 6, 130), strides=(2, 2), padding=((0, 0), (0, 0))
+  ),
+  "map smaller than kernel": dict(
+    x=(3, 2, 1, 20), w=(3, 3, 20, 4), strides=(1, 1), padding=((1, 1), (1, 1))
+  ),
+  "dilated": dict(
+    x=(1, 6, 5, 18),
+    w=(3, 2, 18, 3),
+    strides=(2, 1),
+    padding=((1, 2), (0, 3)),
+    x_dilation=(1, 2),
+    w_dilation=(2, 3),
+  ),
+  "cropped": dict(
+    x=(1, 8, 7, 2), w=(2, 3, 2, 3), strides=(1, 2), padding=((-1, 0), (2, -2)), x_dilation=(2, 1)
+  ),
+  "groups": dict(
+    x=(2, 5, 5, 12), w=(3, 3, 3, 8), strides=(1, 2), padding=((1, 1), (0, 1)), groups=4
+  ),
+  "depthwise": dict(
+    x=(1, 6, 6, 9), w=(3, 3, 1, 18), strides=(1, 1), padding=((1, 1), (1, 1)), groups=9
+  ),
+}
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -141,7 +187,9 @@ def test_other_numbers_of_spatial_axes(rank):
   numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
   x, w = elements(0, (2, *(5,) * rank, 3), 44), elements(1, (*(3,) * rank, 3, 4), 44)
   mapping = conv_map(x.shape, w.shape, (1,) * rank, "VALID", numbers=numbers)
-  windows = np.lib.stride_tricks.sliding_window_view(x, (3,) * rank, range(1, rank + 1))  # [N, *space', C, *window]
+  windows = np.lib.stride_tricks.sliding_window_view(
+    x, (3,) * rank, range(1, rank + 1)
+  )  # [N, *space', C, *window]
   last = range(rank + 1, 2 * rank + 2)
   expected = np.tensordot(windows, w, ([*last], [rank, *range(rank)]))
   check(mapping, x, w, expected, 44, 44)
@@ -160,7 +208,10 @@ def test_convolutions_of_any_shape(data):
   ]
   space = [n + draw(1, 5) for n in least]
   channels, strides = draw(1, 35), pair(1, 3)
-  x_shape, w_shape = (draw(1, 2), *space, channels * groups), (*kernel, channels, draw(1, 5) * groups)
+  x_shape, w_shape = (
+    (draw(1, 2), *space, channels * groups),
+    (*kernel, channels, draw(1, 5) * groups),
+  )
   w_bits, num_bits = data.draw(st.sampled_from(RINGS))
   mapping = conv_map(x_shape, w_shape, strides, padding, x_dilation, w_dilation, groups)
   x, w = elements(draw(0, 9), x_shape, num_bits), elements(draw(10, 19), w_shape, num_bits, w_bits)
@@ -176,7 +227,12 @@ DOTS = {
   "matrix and vector": (dot_map(((1,), (0,))), "mk,k->m", (6, 65), (65,)),
   "outer": (dot_map(((), ())), "m,n->mn", (6,), (5,)),
   "batch": (dot_map(((2,), (1,)), ((0,), (2,))), "bmk,nkb->bmn", (3, 4, 37), (5, 37, 3)),
-  "two of each": (dot_map(((3, 1), (0, 2)), ((2,), (1,))), "mkbl,lbkn->bmn", (2, 4, 3, 5), (5, 3, 4, 6)),
+  "two of each": (
+    dot_map(((3, 1), (0, 2)), ((2,), (1,))),
+    "mkbl,lbkn->bmn",
+    (2, 4, 3, 5),
+    (5, 3, 4, 6),
+  ),
 }
 
 
@@ -200,7 +256,9 @@ def test_elementwise_products(w_bits, num_bits):
 def test_sums_of_extremes_stay_exact(fan_in, w_bits, num_bits):
   """Where all digits are at their largest at once, in either sign, and the sums with them."""
   bits = [2 ** (num_bits - 1), 2 ** (num_bits - 1) - 1, 2**num_bits - 1]
-  bits += [sum(2 ** (b - 1) << i for i in range(0, num_bits, b)) % 2**num_bits for b in range(8, 25)]
+  bits += [
+    sum(2 ** (b - 1) << i for i in range(0, num_bits, b)) % 2**num_bits for b in range(8, 25)
+  ]
   x = np.repeat(np.array(bits, np.uint64)[:, None], fan_in, 1)
   high = 2 ** (w_bits - 1) - 1
   columns = [high, -high] if w_bits < num_bits else [*bits, *(-b % 2**num_bits for b in bits)]
@@ -214,7 +272,9 @@ def test_fan_in_beyond_one_exact_sum_of_int8():
   with pytest.raises(ValueError, match="int8 sums at most 131071 products"):
     products.split(dot_map(), jnp.asarray(w), 64, 64, "int8")
   check(dot_map(), x, w, np.full((1, 1), 2**31, np.uint64), 64, 64, ("integer", "float64"))
-  check(dot_map(), x, w, np.full((1, 1), 2**31, np.uint64), 32, 32)  # where wrapping around does no harm
+  check(
+    dot_map(), x, w, np.full((1, 1), 2**31, np.uint64), 32, 32
+  )  # where wrapping around does no harm
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -233,7 +293,9 @@ def test_vmap_over_either_operand(form):
 def test_rings_up_to_32_bits_need_no_x64(form):
   x, w = elements(0, (4, 20), 32), elements(1, (20, 5), 32)
   with jax.enable_x64(False):
-    result = products.product(dot_map(), jnp.asarray(x.astype(np.uint32)), jnp.asarray(w.astype(np.uint32)), 32, form)
+    result = products.product(
+      dot_map(), jnp.asarray(x.astype(np.uint32)), jnp.asarray(w.astype(np.uint32)), 32, form
+    )
     assert result.dtype == jnp.uint32
   np.testing.assert_array_equal(np.asarray(result), (x @ w).astype(np.uint32))
 

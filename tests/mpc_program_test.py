@@ -1,4 +1,6 @@
-"""Functions as flat lists of equations: the same results, nothing public left, and where each equation stands."""
+"""Functions as flat lists of equations: the same results, nothing public left, and where each
+equation stands.
+"""
 
 import inspect
 
@@ -111,7 +113,9 @@ def test_each_equation_knows_its_line_and_scope():
 
 
 def test_shapes_and_dtypes_of_what_goes_in_and_out():
-  traced = flat(lambda tree: {"most": tree["x"].argmax(1), "bits": tree["x"] > 0}, ({"x": X, "w": W},))
+  traced = flat(
+    lambda tree: {"most": tree["x"].argmax(1), "bits": tree["x"] > 0}, ({"x": X, "w": W},)
+  )
   assert [(v.shape, v.dtype) for v in traced.avals] == [((3,), np.float32), ((4, 3), np.float32)]
   assert [np.dtype(d) for d in traced.out_dtypes] == [np.dtype(bool), np.dtype(np.int32)]
   assert all(len(e.outputs) == len(e.avals) for e in traced.equations)
@@ -120,8 +124,14 @@ def test_shapes_and_dtypes_of_what_goes_in_and_out():
 @pytest.mark.parametrize(
   ("fn", "reason"),
   [
-    (lambda x: lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x), r"cond on a secret value at mpc_program_test.py:\d+"),
-    (lambda x: lax.while_loop(lambda v: v.sum() > 0, lambda v: v - 1, x), r"while loop .* at mpc_program_test.py:\d+"),
+    (
+      lambda x: lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x),
+      r"cond on a secret value at mpc_program_test.py:\d+",
+    ),
+    (
+      lambda x: lax.while_loop(lambda v: v.sum() > 0, lambda v: v - 1, x),
+      r"while loop .* at mpc_program_test.py:\d+",
+    ),
   ],
 )
 def test_control_flow_on_secrets_is_refused(fn, reason):
@@ -133,4 +143,6 @@ def test_bad_arguments_are_refused():
   with pytest.raises(ValueError, match="1 owners for 2 arguments"):
     program.trace(lambda x, w: x @ w, (X, W), ["secret"])
   with pytest.raises(ValueError, match="public argument needs its value"):
-    program.trace(lambda x, w: x @ w, (X, jax.ShapeDtypeStruct(W.shape, W.dtype)), ["secret", PUBLIC])
+    program.trace(
+      lambda x, w: x @ w, (X, jax.ShapeDtypeStruct(W.shape, W.dtype)), ["secret", PUBLIC]
+    )

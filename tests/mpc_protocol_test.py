@@ -1,4 +1,6 @@
-"""A circuit's phases: encoding within half a unit, steps that equal the whole, and values that tell nothing."""
+"""A circuit's phases: encoding within half a unit, steps that equal the whole, and values that tell
+nothing.
+"""
 
 import functools
 
@@ -24,7 +26,9 @@ CONFIG = Config(40, 10, 14)
 
 
 def example():
-  """Every kind of operation: a dense layer with its offset, a ReLU, a product of secrets; owner 0 has w and b."""
+  """Every kind of operation: a dense layer with its offset, a ReLU, a product of secrets; owner 0
+  has w and b.
+  """
   build = Builder(CONFIG)
   x = build.input(1, lambda env: env["x"], (5, 4), max_abs=4.0)
   z = build.input(None, lambda env: env["z"], (5, 3), max_abs=4.0)
@@ -41,13 +45,20 @@ ENV = {"x": normal(0, 5, 4), "z": normal(1, 5, 3), "w": normal(2, 4, 3), "b": no
 
 def ready_for(circuit, config, env=ENV):
   """(both parties' correlations, operands with z's shares, operands in the clear)."""
-  operands = {i: protocol.encode(op, jnp.asarray(op.value(env)), config) for i, op in enumerate(circuit.operands)}
+  operands = {
+    i: protocol.encode(op, jnp.asarray(op.value(env)), config)
+    for i, op in enumerate(circuit.operands)
+  }
   model, key = prng.random_key(), prng.random_key()
   blind = protocol.blinds(circuit, config, model)
-  dealt = jax.jit(lambda key: protocol.deal(circuit, config, key, protocol.full(circuit, config, blind)))(key)
+  dealt = jax.jit(
+    lambda key: protocol.deal(circuit, config, key, protocol.full(circuit, config, blind))
+  )(key)
   published = protocol.full(circuit, config, protocol.publish(operands, blind))
   shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), dealt.sent)
-  prepare = lambda p: protocol.prepare(circuit, config, p, protocol.part(dealt, p), operands, published, shapes)
+  prepare = lambda p: protocol.prepare(
+    circuit, config, p, protocol.part(dealt, p), operands, published, shapes
+  )
   ready = inference.stack(*jax.jit(lambda: [prepare(p) for p in (0, 1)])())
   shared = dict(operands)
   for i, op in enumerate(circuit.operands):
@@ -77,7 +88,10 @@ def advanced(circuit, config, ready, operands, cuts):
 # ---- owners
 
 
-@given(st.lists(st.floats(-900, 900, width=32), min_size=9, max_size=9), st.sampled_from([2.0**-10, 2.0**-4, 1 / 3]))
+@given(
+  st.lists(st.floats(-900, 900, width=32), min_size=9, max_size=9),
+  st.sampled_from([2.0**-10, 2.0**-4, 1 / 3]),
+)
 @settings(max_examples=40, deadline=None)
 def test_encoding_is_off_by_half_a_unit_at_most(values, scale):
   x = jnp.asarray(values, jnp.float32)
@@ -97,12 +111,16 @@ def test_a_blank_has_the_shapes_of_what_it_stands_for():
     full = protocol.encode(operand, jnp.asarray(operand.value(ENV)), CONFIG)
     blank = protocol.blank(operand, CONFIG)
     assert jax.tree.structure(full) == jax.tree.structure(blank)
-    jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail("shapes"), full, blank)
+    jax.tree.map(
+      lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail("shapes"), full, blank
+    )
     assert not any(np.any(v) for v in jax.tree.leaves(blank))
 
 
 def test_what_is_published_is_the_weight_under_the_dealers_blind():
-  """D + B = W exactly; only a linear layer's operand is published, and without B it is uniform whatever W is."""
+  """D + B = W exactly; only a linear layer's operand is published, and without B it is uniform
+  whatever W is.
+  """
   circuit, _, _, operands = prepared()
   blind = protocol.blinds(circuit, CONFIG, prng.random_key())
   published = protocol.publish(operands, blind)
@@ -141,7 +159,9 @@ def test_the_protocol_has_the_integer_models_bits():
     np.testing.assert_array_equal(ring.reduce(share[0] + share[1], CONFIG.num_bits), elements)
   y = np.maximum(ENV["x"] @ ENV["w"] + ENV["b"], 0) + 0.5
   np.testing.assert_allclose(
-    protocol.decode(want[0], circuit.outputs[0].scale, CONFIG), (y * ENV["z"][::-1]).sum(1), atol=0.05
+    protocol.decode(want[0], circuit.outputs[0].scale, CONFIG),
+    (y * ENV["z"][::-1]).sum(1),
+    atol=0.05,
   )
 
 
@@ -181,7 +201,9 @@ def test_every_masked_value_is_uniform_whatever_it_hides(value):
   np.testing.assert_array_equal(masked[0], masked[1])
   assert_uniform(masked[0])
   assert_uniform(masks[0])
-  np.testing.assert_array_equal(ring.reduce(masked[0] - masks[0] - masks[1], CONFIG.num_bits), operands[0])
+  np.testing.assert_array_equal(
+    ring.reduce(masked[0] - masks[0] - masks[1], CONFIG.num_bits), operands[0]
+  )
   unmasked = {i: {"r": jnp.zeros_like(c["r"])} for i, c in ready.items()}
   (env,) = advanced(circuit, CONFIG, unmasked, shared, [])
   assert np.unique(np.asarray(env[number][0])).size == 1

@@ -1,4 +1,6 @@
-"""What tests of encrypted inference share: inputs, and functions of shared numbers beside their reference."""
+"""What tests of encrypted inference share: inputs, and functions of shared numbers beside their
+reference.
+"""
 
 import math
 
@@ -17,9 +19,13 @@ CONFIGS = [Config(64, 16), Config(48, 12), Config(40, 10), Config(32, 8)]
 each_range = pytest.mark.parametrize(
   ("config", "bounded"),
   list(zip(CONFIGS, (False, True, False, True), strict=True)),
-  ids=lambda v: f"{v.num_bits}-{v.fraction_bits}" if isinstance(v, Config) else "calibrated" if v else "any",
+  ids=lambda v: (
+    f"{v.num_bits}-{v.fraction_bits}" if isinstance(v, Config) else "calibrated" if v else "any"
+  ),
 )
-each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.num_bits}-{c.fraction_bits}")
+each_config = pytest.mark.parametrize(
+  "config", CONFIGS, ids=lambda c: f"{c.num_bits}-{c.fraction_bits}"
+)
 
 
 def normal(seed, *shape):
@@ -28,13 +34,17 @@ def normal(seed, *shape):
 
 
 def spread(config, top=None, low=0.0, num=300, seed=0):
-  """Numbers of both signs over all octaves, all octaves' ends, and the smallest, on the grid of the configuration."""
+  """Numbers of both signs over all octaves, all octaves' ends, and the smallest, on the grid of the
+  configuration.
+  """
   unit = 2.0**-config.fraction_bits
   top = 2.0 ** (config.num_bits - 2 * config.fraction_bits - 4) if top is None else top
   rng = np.random.default_rng(seed)
   octaves = 2.0 ** np.arange(-config.fraction_bits, math.ceil(math.log2(top)) + 1)
   x = np.exp(rng.uniform(math.log(unit), math.log(top), num))
-  x = np.concatenate([x, rng.uniform(0, min(8, top), num), np.arange(64) * unit, octaves, octaves - unit])
+  x = np.concatenate(
+    [x, rng.uniform(0, min(8, top), num), np.arange(64) * unit, octaves, octaves - unit]
+  )
   x = np.rint(x / unit) * unit
   x = x[(x < top) & (x >= low)]
   return np.concatenate([x, -x])
@@ -43,13 +53,17 @@ def spread(config, top=None, low=0.0, num=300, seed=0):
 def build(fn, shapes, config, max_abs=math.inf):
   """The circuit of fn(builder, *values), whose arguments are given as shares."""
   builder = Builder(config)
-  out = fn(builder, *(builder.input(None, lambda leaves: leaves, shape, max_abs) for shape in shapes))
+  out = fn(
+    builder, *(builder.input(None, lambda leaves: leaves, shape, max_abs) for shape in shapes)
+  )
   return builder.circuit([out])
 
 
 def encoded(arrays, config):
   """The operands of `build`'s circuit in the clear."""
-  integers = (np.rint(np.asarray(x, np.float64) * 2**config.fraction_bits).astype(np.int64) for x in arrays)
+  integers = (
+    np.rint(np.asarray(x, np.float64) * 2**config.fraction_bits).astype(np.int64) for x in arrays
+  )
   return {i: jnp.asarray(v.astype(config.dtype)) for i, v in enumerate(integers)}
 
 
@@ -72,11 +86,17 @@ def clear(fn, arrays, config, max_abs=math.inf):
 
 def check(fn, arrays, want, bound, config, max_abs=math.inf):
   """Asserts that fn is within `bound` units of what is wanted; returns what it gives."""
-  padded = [np.resize(x, 1536) for x in arrays]  # one shape, for which JAX has compiled everything before
+  padded = [
+    np.resize(x, 1536) for x in arrays
+  ]  # one shape, for which JAX has compiled everything before
   got = clear(fn, padded, config, max_abs)[: len(want)]
   units = np.abs(got - want) * 2.0**config.fraction_bits / bound
   worst = int(np.argmax(units))
-  assert units[worst] <= 1, (units[worst] * np.broadcast_to(bound, units.shape)[worst], got[worst], want[worst])
+  assert units[worst] <= 1, (
+    units[worst] * np.broadcast_to(bound, units.shape)[worst],
+    got[worst],
+    want[worst],
+  )
   return got
 
 
@@ -97,17 +117,25 @@ def check_scales(fn, reference, slack=0):
   for factor in (1 / 3, 1 / 7 / 49):
     scaled = lambda build, x, f=factor: fn(build, build.scaled(build.multiply(x, x), f))
     want = reference(x * x * factor)
-    slope = np.abs(reference(x * x * factor + 1e-6) - want) / 1e-6  # the argument is truncated to u first
+    slope = (
+      np.abs(reference(x * x * factor + 1e-6) - want) / 1e-6
+    )  # the argument is truncated to u first
     check(scaled, [x], want, 1 + 2 * np.abs(want) + slope + slack, config, 5.0)
 
 
 def both_parties(circuit, config, operands):
-  """The shares of the outputs [2, ...] that two parties get, who are given shares of every operand; under x64."""
+  """The shares of the outputs [2, ...] that two parties get, who are given shares of every operand;
+  under x64.
+  """
   dealt = jax.jit(lambda key: protocol.deal(circuit, config, key, {}))(prng.random_key())
   shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), dealt.sent)
-  parts = [protocol.prepare(circuit, config, p, protocol.part(dealt, p), {}, {}, shapes) for p in (0, 1)]
+  parts = [
+    protocol.prepare(circuit, config, p, protocol.part(dealt, p), {}, {}, shapes) for p in (0, 1)
+  ]
   ready = jax.tree.map(lambda a, b: jnp.stack([a, b]), *parts)
-  random = {i: jax.random.bits(jax.random.key(i), v.shape, config.dtype) for i, v in operands.items()}
+  random = {
+    i: jax.random.bits(jax.random.key(i), v.shape, config.dtype) for i, v in operands.items()
+  }
   shares = {i: jnp.stack([random[i], v - random[i]]) for i, v in operands.items()}
   run = lambda ready, shares: protocol.run(circuit, config, sharing.Wire(), ready, shares)
   return jax.jit(jax.vmap(run, axis_name=sharing.PARTY))(ready, shares)

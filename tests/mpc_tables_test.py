@@ -37,13 +37,24 @@ def compare(span, v, r, tamper=None):
 
 def expected(span, v, r):
   bits = lambda x, low, high: [(int(n) >> low) % 2 ** (high - low) for n in x]
-  lt = [int(a < b) for a, b in zip(bits(v, span.low, span.high), bits(r, span.low, span.high), strict=True)]
+  lt = [
+    int(a < b)
+    for a, b in zip(bits(v, span.low, span.high), bits(r, span.low, span.high), strict=True)
+  ]
   if span.cut is None:
     return lt, None
   return lt, [int(a < b) for a, b in zip(bits(v, 0, span.cut), bits(r, 0, span.cut), strict=True)]
 
 
-SMALL = [Span(0, 1), Span(0, 4), Span(0, 5), Span(0, 6, 2), Span(0, 7, 6), Span(2, 7), Span(0, 6, 5)]
+SMALL = [
+  Span(0, 1),
+  Span(0, 4),
+  Span(0, 5),
+  Span(0, 6, 2),
+  Span(0, 7, 6),
+  Span(2, 7),
+  Span(0, 6, 5),
+]
 
 
 @pytest.mark.parametrize("span", SMALL)
@@ -56,7 +67,15 @@ def test_all_numbers_of_a_few_bits(span):
     np.testing.assert_array_equal(borrow, want_borrow)
 
 
-LARGE = [Span(0, 62, 16), Span(0, 62, 24), Span(0, 40, 20), Span(17, 41), Span(0, 36, 13), Span(0, 64), Span(3, 20)]
+LARGE = [
+  Span(0, 62, 16),
+  Span(0, 62, 24),
+  Span(0, 40, 20),
+  Span(17, 41),
+  Span(0, 36, 13),
+  Span(0, 64),
+  Span(3, 20),
+]
 
 
 @pytest.mark.parametrize("span", LARGE)
@@ -66,7 +85,9 @@ def test_neighbours_and_ends_of_many_bits(span):
   one = np.uint64(1)
   flipped = r ^ (one << rng.integers(0, 64, 400).astype(np.uint64))
   with np.errstate(over="ignore"):
-    v = np.concatenate([r, r + one, r - one, flipped, rng.integers(0, 2**64, 400, np.uint64), 0 * r, ~(0 * r)])
+    v = np.concatenate(
+      [r, r + one, r - one, flipped, rng.integers(0, 2**64, 400, np.uint64), 0 * r, ~(0 * r)]
+    )
   r = np.tile(r, 7)
   lt, borrow = compare(span, v, r)
   want_lt, want_borrow = expected(span, v, r)

@@ -1,4 +1,6 @@
-"""Reading .pth without PyTorch, fitting weights to models, and equal logits against PyTorch where it is installed."""
+"""Reading .pth without PyTorch, fitting weights to models, and equal logits against PyTorch where
+it is installed.
+"""
 
 import collections
 import functools
@@ -22,7 +24,9 @@ def torchvision_resnet18_shapes(classes=5):
   shapes = {"conv1.weight": (64, 3, 7, 7)}
 
   def norm(name, features):
-    shapes.update({f"{name}.{k}": (features,) for k in ("weight", "bias", "running_mean", "running_var")})
+    shapes.update(
+      {f"{name}.{k}": (features,) for k in ("weight", "bias", "running_mean", "running_var")}
+    )
     shapes[f"{name}.num_batches_tracked"] = ()
 
   norm("bn1", 64)
@@ -42,11 +46,16 @@ def torchvision_resnet18_shapes(classes=5):
 @functools.cache
 def resnet_weights():
   rng = np.random.default_rng(0)
-  return {k: rng.normal(size=shape).astype(np.float32) for k, shape in torchvision_resnet18_shapes().items()}
+  return {
+    k: rng.normal(size=shape).astype(np.float32)
+    for k, shape in torchvision_resnet18_shapes().items()
+  }
 
 
 def templates(**changes):
-  config = ModelConfig(**{"name": "resnet18", "num_classes": 5, "image_shape": (32, 32, 3), "norm": "batch", **changes})
+  config = ModelConfig(
+    **{"name": "resnet18", "num_classes": 5, "image_shape": (32, 32, 3), "norm": "batch", **changes}
+  )
   shapes = jax.eval_shape(build(config).init, jax.random.key(0))
   return jax.tree.map(lambda s: jnp.full(s.shape, 7.0, s.dtype), shapes)
 
@@ -63,7 +72,14 @@ class FakeTensor:
     strides = tuple(s // self.array.itemsize for s in self.array.strides)
     storage = FakeStorage(self.storage, getattr(torch, self.kind))
     hooks = collections.OrderedDict()
-    return torch._utils._rebuild_tensor_v2, (storage, self.offset, self.array.shape, strides, False, hooks)
+    return torch._utils._rebuild_tensor_v2, (
+      storage,
+      self.offset,
+      self.array.shape,
+      strides,
+      False,
+      hooks,
+    )
 
 
 class FakeStorage:
@@ -73,7 +89,9 @@ class FakeStorage:
 
 @pytest.fixture
 def save(monkeypatch):
-  """torch.save as its two file formats define it, with a stand-in for the module, so that torch is not needed."""
+  """torch.save as its two file formats define it, with a stand-in for the module, so that torch is
+  not needed.
+  """
   torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
   for kind in ("FloatStorage", "HalfStorage", "LongStorage"):
     setattr(torch, kind, type(kind, (), {"__module__": "torch"}))
@@ -81,7 +99,10 @@ def save(monkeypatch):
   def _rebuild_tensor_v2():
     raise AssertionError("only its name is pickled")
 
-  _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
+  _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = (
+    "torch._utils",
+    "_rebuild_tensor_v2",
+  )
   utils._rebuild_tensor_v2 = _rebuild_tensor_v2
   torch._utils = utils
   monkeypatch.setitem(sys.modules, "torch", torch)
@@ -136,7 +157,12 @@ def test_reads_both_pth_formats(save, tmp_path, legacy):
   save(content, tmp_path / "a.pth", legacy)
   tensors = read_state_dict(tmp_path / "a.pth")
   assert list(tensors) == list(content)
-  for name, expected in (("view", view), ("whole", base.reshape(4, 6)), ("half", half), ("count", np.array(3))):
+  for name, expected in (
+    ("view", view),
+    ("whole", base.reshape(4, 6)),
+    ("half", half),
+    ("count", np.array(3)),
+  ):
     assert tensors[name].dtype == expected.dtype
     np.testing.assert_array_equal(tensors[name], expected)
 
@@ -144,7 +170,9 @@ def test_reads_both_pth_formats(save, tmp_path, legacy):
 def test_reads_safetensors(tmp_path):
   weights = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
   safetensors.numpy.save_file(weights, tmp_path / "a.safetensors")
-  np.testing.assert_array_equal(read_state_dict(tmp_path / "a.safetensors")["a.weight"], weights["a.weight"])
+  np.testing.assert_array_equal(
+    read_state_dict(tmp_path / "a.safetensors")["a.weight"], weights["a.weight"]
+  )
 
 
 class Evil:
@@ -201,8 +229,12 @@ def test_every_entry_of_resnet18_finds_its_place(save, tmp_path, suffix):
   assert filled == sum(v.size for k, v in weights.items() if "num_batches" not in k)
   assert jax.tree.structure((params, state)) == jax.tree.structure(templates())
   block = params["layer2_0"]
-  np.testing.assert_array_equal(block["conv1"]["kernel"], weights["layer2.0.conv1.weight"].transpose(2, 3, 1, 0))
-  np.testing.assert_array_equal(block["downsample_norm"]["scale"], weights["layer2.0.downsample.1.weight"])
+  np.testing.assert_array_equal(
+    block["conv1"]["kernel"], weights["layer2.0.conv1.weight"].transpose(2, 3, 1, 0)
+  )
+  np.testing.assert_array_equal(
+    block["downsample_norm"]["scale"], weights["layer2.0.downsample.1.weight"]
+  )
   np.testing.assert_array_equal(state["norm1"]["var"], weights["bn1.running_var"])
   np.testing.assert_array_equal(params["head"]["kernel"], weights["fc.weight"].T)
 
@@ -210,7 +242,9 @@ def test_every_entry_of_resnet18_finds_its_place(save, tmp_path, suffix):
 def test_one_channel_takes_the_sum_of_three():
   params, _ = convert(resnet_weights(), *templates(image_shape=(32, 32, 1)))
   expected = resnet_weights()["conv1.weight"].sum(1)
-  np.testing.assert_allclose(params["conv1"]["kernel"][:, :, 0], expected.transpose(1, 2, 0), rtol=1e-6)
+  np.testing.assert_allclose(
+    params["conv1"]["kernel"][:, :, 0], expected.transpose(1, 2, 0), rtol=1e-6
+  )
 
 
 def test_another_number_of_classes_needs_a_new_head():
@@ -226,8 +260,16 @@ def test_another_number_of_classes_needs_a_new_head():
   [
     ({"bn1.bias": None}, {}, "missing bn1.bias"),
     ({"extra": np.zeros(2)}, {}, "unexpected extra"),
-    ({}, {"norm": "group"}, 'unexpected bn1.running_mean.*and 30 more.*build the model with norm="batch"'),
-    ({}, {"width": 0.5}, r"conv1\.weight has shape \[64, 3, 7, 7\].*[Bb]uild the model as torchvision does"),
+    (
+      {},
+      {"norm": "group"},
+      'unexpected bn1.running_mean.*and 30 more.*build the model with norm="batch"',
+    ),
+    (
+      {},
+      {"width": 0.5},
+      r"conv1\.weight has shape \[64, 3, 7, 7\].*[Bb]uild the model as torchvision does",
+    ),
   ],
 )
 def test_entries_that_do_not_fit_are_named(edit, changes, message):
@@ -254,7 +296,9 @@ def torch_resnet18(torch, classes):
       self.bn2 = nn.BatchNorm2d(features)
       self.downsample = None
       if stride != 1 or before != features:
-        self.downsample = nn.Sequential(nn.Conv2d(before, features, 1, stride, bias=False), nn.BatchNorm2d(features))
+        self.downsample = nn.Sequential(
+          nn.Conv2d(before, features, 1, stride, bias=False), nn.BatchNorm2d(features)
+        )
 
     def forward(self, x):
       y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
@@ -267,7 +311,10 @@ def torch_resnet18(torch, classes):
       self.maxpool = nn.MaxPool2d(3, 2, 1)
       before = 64
       for stage, features in enumerate((64, 128, 256, 512), start=1):
-        blocks = [BasicBlock(before, features, 1 if stage == 1 else 2), BasicBlock(features, features, 1)]
+        blocks = [
+          BasicBlock(before, features, 1 if stage == 1 else 2),
+          BasicBlock(features, features, 1),
+        ]
         setattr(self, f"layer{stage}", nn.Sequential(*blocks))
         before = features
       self.fc = nn.Linear(512, classes)
@@ -290,9 +337,19 @@ def torch_vgg16(torch, classes, batch_norm):
       layers += [nn.Conv2d(before, features, 3, padding=1), *norm, nn.ReLU()]
       before = features
     layers.append(nn.MaxPool2d(2, 2))
-  hidden = [nn.Linear(25088, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout()]
+  hidden = [
+    nn.Linear(25088, 4096),
+    nn.ReLU(),
+    nn.Dropout(),
+    nn.Linear(4096, 4096),
+    nn.ReLU(),
+    nn.Dropout(),
+  ]
   model = nn.Module()
-  model.features, model.classifier = nn.Sequential(*layers), nn.Sequential(*hidden, nn.Linear(4096, classes))
+  model.features, model.classifier = (
+    nn.Sequential(*layers),
+    nn.Sequential(*hidden, nn.Linear(4096, classes)),
+  )
   pool = nn.AdaptiveAvgPool2d(7)
   model.forward = lambda x: model.classifier(torch.flatten(pool(model.features(x)), 1))
   return model
@@ -308,7 +365,9 @@ def torch_vgg16(torch, classes, batch_norm):
   ],
 )
 def test_logits_equal_pytorch(tmp_path, name, norm, size, legacy):
-  torch = pytest.importorskip("torch", reason="PyTorch is not installed: logits not compared with it")
+  torch = pytest.importorskip(
+    "torch", reason="PyTorch is not installed: logits not compared with it"
+  )
   torch.manual_seed(0)
   model = torch_resnet18(torch, 5) if name == "resnet18" else torch_vgg16(torch, 5, norm == "batch")
   rng = np.random.default_rng(1)
@@ -322,7 +381,9 @@ def test_logits_equal_pytorch(tmp_path, name, norm, size, legacy):
   torch.save(model.state_dict(), tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
   images = rng.normal(size=(2, *size, 3)).astype(np.float32)
   with torch.no_grad():
-    expected = model.train(False).forward(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    expected = (
+      model.train(False).forward(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    )
 
   ours = build(ModelConfig(name, 5, (*size, 3), norm=norm))
   template = jax.eval_shape(ours.init, jax.random.key(0))

@@ -1,4 +1,6 @@
-"""The accountant against the library it calls, formulas of its own, and figures in print; and what it refuses."""
+"""The accountant against the library it calls, formulas of its own, and figures in print; and what
+it refuses.
+"""
 
 import functools
 import math
@@ -22,7 +24,9 @@ def spent(release, count=1, delta=1e-5):
 def gaussian_epsilon(sigma, delta):
   """Balle and Wang 2018, theorem 8."""
   norm = stats.norm.cdf
-  exceeded = lambda e: norm(0.5 / sigma - e * sigma) - math.exp(e) * norm(-0.5 / sigma - e * sigma) - delta
+  exceeded = lambda e: (
+    norm(0.5 / sigma - e * sigma) - math.exp(e) * norm(-0.5 / sigma - e * sigma) - delta
+  )
   return optimize.brentq(exceeded, 0, 50)
 
 
@@ -30,20 +34,28 @@ def gaussian_epsilon(sigma, delta):
 def test_without_sampling_it_is_the_analytic_gaussian(sigma, count):
   want = gaussian_epsilon(sigma / math.sqrt(count), 1e-5)
   assert accounting.epsilon(spent(gaussian("sums", sigma), count)) == pytest.approx(want, rel=0.002)
-  assert accounting.epsilon(spent(gaussian("sums", sigma), count), "rdp") == pytest.approx(want, rel=0.2)
+  assert accounting.epsilon(spent(gaussian("sums", sigma), count), "rdp") == pytest.approx(
+    want, rel=0.2
+  )
 
 
 def test_one_sampled_step_equals_the_divergence_of_its_two_mixtures():
   sigma, q, epsilon = 1.0, 0.1, 1.0
   base, other = stats.norm(0, sigma).pdf, stats.norm(1, sigma).pdf
   mixed = lambda x: (1 - q) * base(x) + q * other(x)
-  over = lambda p, r: integrate.quad(lambda x: max(0.0, p(x) - math.exp(epsilon) * r(x)), -12, 12, limit=500)[0]
+  over = lambda p, r: integrate.quad(
+    lambda x: max(0.0, p(x) - math.exp(epsilon) * r(x)), -12, 12, limit=500
+  )[0]
   delta = max(over(mixed, base), over(base, mixed))
-  assert accounting.epsilon(spent(gaussian("gradients", sigma, q), 1, delta)) == pytest.approx(epsilon, rel=0.01)
+  assert accounting.epsilon(spent(gaussian("gradients", sigma, q), 1, delta)) == pytest.approx(
+    epsilon, rel=0.01
+  )
 
 
 def moments_epsilon(sigma, q, count, delta):
-  """Mironov et al. 2019, section 3.3, at whole orders, and the conversion of Mironov 2017, proposition 3."""
+  """Mironov et al. 2019, section 3.3, at whole orders, and the conversion of Mironov 2017,
+  proposition 3.
+  """
 
   def moment(order):
     terms = (
@@ -61,14 +73,18 @@ def moments_epsilon(sigma, q, count, delta):
   ids=["Abadi et al. 2016, section 5.1", "tutorial of TensorFlow Privacy"],
 )
 def test_figures_in_print(sigma, q, count, printed):
-  """The moments accountant of those years gives what they print; ours, which convert better, stay below."""
+  """The moments accountant of those years gives what they print; ours, which convert better, stay
+  below.
+  """
   assert moments_epsilon(sigma, q, count, 1e-5) == pytest.approx(printed, abs=0.005)
   ledger = spent(gaussian("gradients", sigma, q), count)
   assert 0.6 * printed < accounting.epsilon(ledger) < accounting.epsilon(ledger, "rdp") < printed
 
 
 def test_figures_of_jax_privacy():
-  """Its accountants' tests (2.27535 by RDP, 2.09245 by PLD), and its CIFAR-10 recipe, which is to end below 1."""
+  """Its accountants' tests (2.27535 by RDP, 2.09245 by PLD), and its CIFAR-10 recipe, which is to
+  end below 1.
+  """
   ledger = spent(gaussian("gradients", 4.0, 1024 / 50000), 10_000)
   assert accounting.epsilon(ledger, "rdp") == pytest.approx(2.27535, rel=1e-3)
   assert accounting.epsilon(ledger, "pld") == pytest.approx(2.09245, rel=1e-3)
@@ -77,23 +93,31 @@ def test_figures_of_jax_privacy():
 
 
 def test_many_faint_steps_are_a_gaussian():
-  """The central limit of Bu et al. 2020: a grid as coarse as the library's own makes 0.025 of 0.008."""
+  """The central limit of Bu et al. 2020: a grid as coarse as the library's own makes 0.025 of
+  0.008.
+  """
   sigma, q, count = 92.0, 1e-3, 100_000
   mu = q * math.sqrt(count * math.expm1(sigma**-2))
   ledger = spent(gaussian("gradients", sigma, q), count)
-  assert accounting.epsilon(ledger, "pld") == pytest.approx(gaussian_epsilon(1 / mu, 1e-5), rel=0.01)
+  assert accounting.epsilon(ledger, "pld") == pytest.approx(
+    gaussian_epsilon(1 / mu, 1e-5), rel=0.01
+  )
   assert accounting.epsilon(ledger) <= accounting.epsilon(ledger, "rdp")
 
 
 def test_renyi_divergences_equal_the_library_s():
-  """Our sum at whole orders, used where a release is known by its curve alone, against dp-accounting."""
+  """Our sum at whole orders, used where a release is known by its curve alone, against
+  dp-accounting.
+  """
   zero = renyi("nothing", (0.0,) * len(accounting.ORDERS))
   for sigma, q, count in ((1.1, 256 / 60000, 1000), (0.8, 0.2, 10), (3.0, 1.0, 5)):
     ledger = spent(gaussian("gradients", sigma, q), count)
     want = rdp.RdpAccountant(accounting.ORDERS)
     event = dp_accounting.GaussianDpEvent(sigma)
     want.compose(dp_accounting.PoissonSampledDpEvent(q, event) if q < 1 else event, count)
-    assert accounting.epsilon(spend(ledger, zero)) == pytest.approx(want.get_epsilon(1e-5), rel=0.01)
+    assert accounting.epsilon(spend(ledger, zero)) == pytest.approx(
+      want.get_epsilon(1e-5), rel=0.01
+    )
     assert accounting.epsilon(ledger, "rdp") == pytest.approx(want.get_epsilon(1e-5), rel=1e-9)
 
 
@@ -101,7 +125,9 @@ def test_a_gaussian_by_its_curve_and_by_its_name_cost_the_same():
   curve = renyi("noise", tuple(order / (2 * 5.0**2) for order in accounting.ORDERS))
   for count in (1, 10):
     by_curve, by_name = spent(curve, count), spent(gaussian("noise", 5.0), count)
-    assert accounting.epsilon(by_curve) == pytest.approx(accounting.epsilon(by_name, "rdp"), rel=0.01)
+    assert accounting.epsilon(by_curve) == pytest.approx(
+      accounting.epsilon(by_name, "rdp"), rel=0.01
+    )
     with pytest.raises(ValueError, match="Renyi divergences alone"):
       accounting.epsilon(by_curve, "pld")
 
@@ -126,7 +152,9 @@ def test_rounds_and_statistics_compose_at_a_site_and_not_across_sites():
 
 def test_an_overflow_of_batches_costs_delta():
   p, count, delta = 1e-9, 100, 1e-5
-  plain, careful = (spent(gaussian("gradients", 1.1, 0.01, extra), count, delta) for extra in (0.0, p))
+  plain, careful = (
+    spent(gaussian("gradients", 1.1, 0.01, extra), count, delta) for extra in (0.0, p)
+  )
   value = accounting.epsilon(careful)
   left = delta - (1 + math.exp(value)) * p * count
   assert accounting.epsilon(plain) < value
@@ -135,7 +163,9 @@ def test_an_overflow_of_batches_costs_delta():
 
 
 def test_no_claim_where_overflows_feed_on_themselves():
-  """Between the probabilities with a claim and those without, iteration crawls; a claim made there must still hold."""
+  """Between the probabilities with a claim and those without, iteration crawls; a claim made there
+  must still hold.
+  """
   claim = lambda p: accounting.epsilon(spent(gaussian("sums", 1.0, 1.0, p), 1, 1e-3), "rdp")
   low, high = 1e-6, 1e-3
   for _ in range(40):
@@ -162,7 +192,9 @@ def test_noise_is_calibrated_to_the_budget_and_no_more():
 
 def test_a_ledger_survives_being_written():
   curve = renyi("noise", np.arange(len(accounting.ORDERS)) / 7)
-  ledger = functools.reduce(spend, (GRADIENTS, curve, GRADIENTS), accounting.ledger("patient", 1e-4, 1000))
+  ledger = functools.reduce(
+    spend, (GRADIENTS, curve, GRADIENTS), accounting.ledger("patient", 1e-4, 1000)
+  )
   assert accounting.from_json(accounting.to_json(ledger)) == ledger
   assert hash(ledger) == hash(accounting.from_json(accounting.to_json(ledger)))
   text = accounting.to_json(spent(GRADIENTS, 10))
@@ -186,7 +218,9 @@ def test_a_statement_names_unit_delta_and_mechanism():
   assert told["delta"] == 1e-5
   assert "20 times" in told["released: gradients"]
   assert "Poisson" in told["released: gradients"]
-  assert epsilon <= next(v for k, v in told.items() if k.startswith("epsilon (")) < epsilon + 1e-4  # never rounded down
+  assert (
+    epsilon <= next(v for k, v in told.items() if k.startswith("epsilon (")) < epsilon + 1e-4
+  )  # never rounded down
   assert "infinite" in accounting.statement([spent(gaussian("sums", 0.01))]).values()
 
 
@@ -208,7 +242,10 @@ def test_a_statement_names_unit_delta_and_mechanism():
     (lambda: accounting.calibrate(0.3, 1e-3, 1e-4, 2), "privacy in name only"),
     (lambda: accounting.of_sites([]), "a common claim needs one"),
     (lambda: renyi("noise", (1.0,) * len(accounting.ORDERS), 1.0), "extra_delta=1.0"),
-    (lambda: accounting.calibrate(0.1, 1e-5, 0.1, 10, (gaussian("counts", 1.0),)), "is spent by counts alone"),
+    (
+      lambda: accounting.calibrate(0.1, 1e-5, 0.1, 10, (gaussian("counts", 1.0),)),
+      "is spent by counts alone",
+    ),
   ],
 )
 def test_unsound_requests_are_refused(call, message):

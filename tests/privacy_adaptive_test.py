@@ -20,7 +20,9 @@ def test_an_update_is_clipped_and_says_whether_it_had_to_be():
     factor = min(1.0, clip / norm)
     np.testing.assert_allclose(clipped["a"], 3.0 * factor, rtol=1e-4)
     assert clipped["b"].dtype == jnp.bfloat16
-    length = math.sqrt(sum(float(jnp.sum(jnp.square(a.astype(jnp.float32)))) for a in jax.tree.leaves(clipped)))
+    length = math.sqrt(
+      sum(float(jnp.sum(jnp.square(a.astype(jnp.float32)))) for a in jax.tree.leaves(clipped))
+    )
     assert length <= clip * 1.001
 
 
@@ -86,7 +88,9 @@ def test_the_two_releases_together_cost_what_one_would():
   with pytest.raises(ValueError, match="count_stddev"):
     adaptive.update_noise_multiplier(6.0, config)
   costs = [
-    distributed.rdp(distributed.DistributedNoise(1, 4, 4, clip, z, num_bits=24, num_stddevs=8.0), (8.0,))[1][0]
+    distributed.rdp(
+      distributed.DistributedNoise(1, 4, 4, clip, z, num_bits=24, num_stddevs=8.0), (8.0,)
+    )[1][0]
     for clip, z in ((1.0, z_updates), (0.5, 2 * config.count_stddev), (1.0, z))
   ]
   assert costs[0] + costs[1] == pytest.approx(costs[2], rel=1e-3)

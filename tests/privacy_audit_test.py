@@ -25,17 +25,25 @@ def key(seed):
 
 def noisy_sums(gradients, included, secret, stddev=STDDEV, clip=1.0):
   """The Gaussian mechanism as it should be, but for what the arguments break."""
-  factors = jnp.minimum(1.0, clip / jnp.linalg.norm(gradients, axis=1)) * included.astype(jnp.float32)
-  return (factors @ gradients)[None] + noise.gaussian_like(secret, 0, jnp.zeros((STEPS, gradients.shape[1])), stddev)
+  factors = jnp.minimum(1.0, clip / jnp.linalg.norm(gradients, axis=1)) * included.astype(
+    jnp.float32
+  )
+  return (factors @ gradients)[None] + noise.gaussian_like(
+    secret, 0, jnp.zeros((STEPS, gradients.shape[1])), stddev
+  )
 
 
 def analytic_epsilon(mu, delta):
-  """By integration over the privacy loss, which is Gaussian with mean mu^2 / 2 and variance mu^2."""
+  """By integration over the privacy loss, which is Gaussian with mean mu^2 / 2 and variance
+  mu^2.
+  """
   loss = stats.norm(mu**2 / 2, mu)
 
   def excess(epsilon):
     top = max(epsilon, mu**2 / 2) + 12 * mu
-    return integrate.quad(lambda x: -math.expm1(epsilon - x) * loss.pdf(x), epsilon, top, limit=200)[0]
+    return integrate.quad(
+      lambda x: -math.expm1(epsilon - x) * loss.pdf(x), epsilon, top, limit=200
+    )[0]
 
   low, high = 0.0, 60.0
   for _ in range(40):
@@ -49,7 +57,9 @@ CLAIM = analytic_epsilon(MU, DELTA)
 
 def run(release_fn, seed=0, **changes):
   settings = {"num_canaries": 256, "num_coordinates": 256, "l2_norm": 10.0, "num_runs": 128}
-  return audit.audit(release_fn, key(seed), key(seed + 500), epsilon=CLAIM, delta=DELTA, **(settings | changes))
+  return audit.audit(
+    release_fn, key(seed), key(seed + 500), epsilon=CLAIM, delta=DELTA, **(settings | changes)
+  )
 
 
 def bounds(result):
@@ -75,7 +85,12 @@ def test_the_right_mechanism_passes(seed):
 
 @pytest.mark.parametrize(
   ("broken", "seed"),
-  [({"stddev": STDDEV / 2}, 0), ({"stddev": STDDEV / 2}, 1), ({"clip": math.inf}, 0), ({"stddev": 0.0}, 0)],
+  [
+    ({"stddev": STDDEV / 2}, 0),
+    ({"stddev": STDDEV / 2}, 1),
+    ({"clip": math.inf}, 0),
+    ({"stddev": 0.0}, 0),
+  ],
 )
 def test_a_broken_mechanism_is_caught(broken, seed):
   assert_caught(run(functools.partial(noisy_sums, **broken), seed))
@@ -86,8 +101,12 @@ def test_trying_several_numbers_of_guesses_is_paid_for():
   result, total = run(noisy_sums, num_runs=8, num_guesses=[50, 200, 600]), 8 * 256
   tries = [(total, n, audit.guesses(result.scores, result.included, n)) for n in (50, 200, 600)]
   assert (total, result.num_guesses, result.num_right) in tries
-  assert result.epsilon == max(audit.one_run_bound(*numbers, DELTA, 1 - 0.05 / 3) for numbers in tries)
-  assert result.p_value == min(1.0, 3 * min(audit.p_value(*numbers, CLAIM, DELTA) for numbers in tries))
+  assert result.epsilon == max(
+    audit.one_run_bound(*numbers, DELTA, 1 - 0.05 / 3) for numbers in tries
+  )
+  assert result.p_value == min(
+    1.0, 3 * min(audit.p_value(*numbers, CLAIM, DELTA) for numbers in tries)
+  )
   caught = run(functools.partial(noisy_sums, clip=math.inf), num_runs=8, num_guesses=[20, 200])
   assert caught.p_value == 2 * min(audit.p_value(total, n, n, CLAIM, DELTA) for n in (20, 200))
 
@@ -122,7 +141,9 @@ def training(mechanism):
   step_fn = private_gradients(loss_fn, mechanism)
 
   def release(gradients, included, secret):
-    images = jnp.concatenate([jnp.pad(real, ((0, 0), (0, gradients.shape[1] - FEATURES))), gradients])
+    images = jnp.concatenate(
+      [jnp.pad(real, ((0, 0), (0, gradients.shape[1] - FEATURES))), gradients]
+    )
     batch = Batch(
       images,
       jnp.concatenate([labels, jnp.full(len(gradients), -1, jnp.int32)]),
@@ -144,27 +165,42 @@ def training(mechanism):
   [
     ({}, False),
     ({"noise_multiplier": STDDEV / 2}, True),
-    ({"noise_multiplier": STDDEV / 1e3, "l2_clip_norm": 1e3}, True),  # the same noise, and nothing is clipped
+    (
+      {"noise_multiplier": STDDEV / 1e3, "l2_clip_norm": 1e3},
+      True,
+    ),  # the same noise, and nothing is clipped
     ({"noise_multiplier": 0.0, "private": False}, True),
   ],
   ids=["right", "half the noise", "no clipping", "no noise"],
 )
 def test_real_private_training_passes_and_broken_is_caught(changes, caught):
-  right = {"noise_multiplier": STDDEV, "sampling_rate": 1.0, "max_units": 264, "l2_clip_norm": 1.0, "microbatch": 33}
+  right = {
+    "noise_multiplier": STDDEV,
+    "sampling_rate": 1.0,
+    "max_units": 264,
+    "l2_clip_norm": 1.0,
+    "microbatch": 33,
+  }
   result = run(training(Mechanism(**(right | changes))))
   (assert_caught if caught else assert_passes)(result)
 
 
 def correlated_training(config, actual):
-  """Canaries take part as often as they may; the attacker knows the strategy and looks where they show most."""
+  """Canaries take part as often as they may; the attacker knows the strategy and looks where they
+  show most.
+  """
   c, steps = np.array(config.coefficients), config.num_steps
-  strategy = np.array([[c[i - j] if 0 <= i - j < len(c) else 0 for j in range(steps)] for i in range(steps)])
+  strategy = np.array(
+    [[c[i - j] if 0 <= i - j < len(c) else 0 for j in range(steps)] for i in range(steps)]
+  )
   strategy /= np.linalg.norm(strategy, axis=0)
   takes_part = (np.arange(steps) % config.min_separation == 0).astype(np.float32)
   pattern = strategy @ takes_part
 
   def release(gradients, included, secret):
-    total = included.astype(jnp.float32) @ (gradients / jnp.linalg.norm(gradients, axis=1, keepdims=True))
+    total = included.astype(jnp.float32) @ (
+      gradients / jnp.linalg.norm(gradients, axis=1, keepdims=True)
+    )
 
     def step(state, t):
       drawn, state = correlated.next_noise(actual, state, secret, t)
@@ -180,7 +216,9 @@ def correlated_training(config, actual):
 def test_correlated_noise_keeps_its_claim_for_the_whole_run_and_hardly_more():
   config = correlated.banded(6, 2, 1 / MU, 1.0, correlated.square_root_coefficients(2))
   assert_passes(run(correlated_training(config, config)))
-  once = correlated.banded(6, 2, 1 / MU, 1.0, config.coefficients, max_participations=1)  # but they are three
+  once = correlated.banded(
+    6, 2, 1 / MU, 1.0, config.coefficients, max_participations=1
+  )  # but they are three
   assert run(correlated_training(config, once)).gaussian_epsilon > CLAIM
 
 
@@ -213,7 +251,9 @@ def test_bounds_come_near_the_truth():
 
 def slow_p_value(num_canaries, num_guesses, num_right, epsilon, delta):
   q = 1 / (1 + math.exp(-epsilon))
-  pmf = [math.comb(num_guesses, k) * q**k * (1 - q) ** (num_guesses - k) for k in range(num_guesses + 1)]
+  pmf = [
+    math.comb(num_guesses, k) * q**k * (1 - q) ** (num_guesses - k) for k in range(num_guesses + 1)
+  ]
   shares = [sum(pmf[num_right - i : num_right]) / i for i in range(1, num_right + 1)]
   return min(1.0, sum(pmf[num_right:]) + 2 * num_canaries * delta * max(shares, default=0))
 
@@ -242,7 +282,9 @@ def test_bounds_in_closed_form():
   rate = 1 - 0.025 ** (1 / 100)
   bound = audit.two_sided_bound(scores, scores > 0.5, 0.01)
   assert math.isclose(bound, math.log((1 - 0.01 - rate) / rate), rel_tol=1e-9)
-  assert math.isclose(audit.gaussian_bound(scores, scores > 0.5), -2 * stats.norm.ppf(rate), rel_tol=1e-9)
+  assert math.isclose(
+    audit.gaussian_bound(scores, scores > 0.5), -2 * stats.norm.ppf(rate), rel_tol=1e-9
+  )
 
 
 def test_rates_are_bounded_as_by_clopper_and_pearson():
@@ -252,7 +294,9 @@ def test_rates_are_bounded_as_by_clopper_and_pearson():
   middle = (scores[even][included[even]].mean() + scores[even][~included[even]].mean()) / 2
   over = scores[odd] > middle
   rates = [
-    stats.binomtest(int(np.sum(over[group] == mistake)), int(group.sum()), alternative="less").proportion_ci(0.975).high
+    stats.binomtest(int(np.sum(over[group] == mistake)), int(group.sum()), alternative="less")
+    .proportion_ci(0.975)
+    .high
     for group, mistake in ((~included[odd], True), (included[odd], False))
   ]
   want = stats.norm.ppf(1 - rates[0]) - stats.norm.ppf(rates[1])
@@ -287,7 +331,10 @@ def test_canaries_are_what_they_say():
 
 
 def test_guesses_are_counted_at_both_ends():
-  scores, included = np.array([3.0, -1.0, 0.5, 2.0, -2.0]), np.array([True, False, True, False, True])
+  scores, included = (
+    np.array([3.0, -1.0, 0.5, 2.0, -2.0]),
+    np.array([True, False, True, False, True]),
+  )
   assert [audit.guesses(scores, included, n) for n in range(6)] == [0, 0, 1, 2, 2, 2]
 
 

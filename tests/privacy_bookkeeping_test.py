@@ -1,4 +1,6 @@
-"""Gradients that are never formed: the same clipped sums as those of formed ones, and no norm too small."""
+"""Gradients that are never formed: the same clipped sums as those of formed ones, and no norm too
+small.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,9 @@ def batch_of(units, shape, rows=None, seed=0):
   if rows is not None:
     weights[:, 1:] *= rng.integers(0, 2, (units, rows - 1))
   images = rng.normal(size=(*lead, *shape)).astype(np.float32)
-  return Batch(jnp.asarray(images), jnp.asarray(rng.integers(0, 3, lead, dtype=np.int32)), jnp.asarray(weights))
+  return Batch(
+    jnp.asarray(images), jnp.asarray(rng.integers(0, 3, lead, dtype=np.int32)), jnp.asarray(weights)
+  )
 
 
 def both(loss_fn, has_taps, batch, params, **options):
@@ -58,7 +62,9 @@ def check(ours, formed):
 )
 def test_sums_are_those_of_formed_gradients(name, clipping_kind, rows, augmentations, monkeypatch):
   if name != "leaf_cnn":
-    monkeypatch.setattr(bookkeeping, "_CACHE_BYTES", 2**10)  # Gram matrices too, in networks this small
+    monkeypatch.setattr(
+      bookkeeping, "_CACHE_BYTES", 2**10
+    )  # Gram matrices too, in networks this small
   config = CONFIGS[name]
   model = models.build(config)
   params, _ = model.init(jax.random.key(0))
@@ -105,7 +111,8 @@ def two_layers(params, x):
 
 @pytest.mark.parametrize("rows", [None, 2])
 @pytest.mark.parametrize(
-  ("where", "bad"), [("weights", np.nan), ("weights", np.inf), ("weights", 1e30), ("images", np.nan)]
+  ("where", "bad"),
+  [("weights", np.nan), ("weights", np.inf), ("weights", 1e30), ("images", np.nan)],
 )
 def test_a_unit_that_is_not_finite_counts_as_exactly_nothing(where, bad, rows):
   batch = batch_of(6, (2, 2, 1), rows)
@@ -148,7 +155,9 @@ def test_a_use_in_a_loop_spoils_everything_instead_of_passing(rows):
     x = dense(x, p["first"]) * p["gain"][None]
     return lax.fori_loop(0, 2, lambda _, x: dense(x, p["second"]), x)
 
-  total, *_ = clipping.clipped_sum(loss_of(looped), has_taps=TAPS)(PARAMS, {}, batch_of(2, (2, 2, 1), rows), KEY)
+  total, *_ = clipping.clipped_sum(loss_of(looped), has_taps=TAPS)(
+    PARAMS, {}, batch_of(2, (2, 2, 1), rows), KEY
+  )
   assert np.all(np.isnan(total["second"]))
   assert np.all(np.isfinite(total["first"]))
 
@@ -202,7 +211,9 @@ def test_products_below_the_range_of_float32_make_no_norm_too_small(positions, m
   """Pixels so large that gradients whose squares vanish still make a norm beyond a clip."""
   monkeypatch.setattr(bookkeeping, "_CACHE_BYTES", 0)
   for x, g in ((1e18, 5e-20), (1e-19, 1e17)):
-    found, exact = squares_of(np.full((positions, 40), x, np.float32), np.full((positions, 1000), g, np.float32))
+    found, exact = squares_of(
+      np.full((positions, 40), x, np.float32), np.full((positions, 1000), g, np.float32)
+    )
     assert found >= exact > 1
 
 

@@ -16,13 +16,18 @@ KEY = jax.random.key(3)
 
 
 def linear_loss(params, model_state, batch, key):
-  """Least squares; the gradient of one row x, y is 2 w (x theta + b - y) x, so NumPy can be the oracle."""
+  """Least squares; the gradient of one row x, y is 2 w (x theta + b - y) x, so NumPy can be the
+  oracle.
+  """
   del key
   x = batch.images.reshape(batch.images.shape[0], 4)
   error = x @ params["w"] + params["b"][None] - jax.nn.one_hot(batch.labels, 3, dtype=jnp.float32)
   losses = batch.weights * jnp.sum(error**2, axis=1)
   count = jnp.sum((batch.weights > 0).astype(jnp.float32))
-  return jnp.sum(losses) / jnp.maximum(count, 1.0), (model_state, Metrics(jnp.sum(losses), count, count))
+  return jnp.sum(losses) / jnp.maximum(count, 1.0), (
+    model_state,
+    Metrics(jnp.sum(losses), count, count),
+  )
 
 
 def batch_of(num_units, rows=None, seed=0, padding=0, scale=1.0):
@@ -35,7 +40,11 @@ def batch_of(num_units, rows=None, seed=0, padding=0, scale=1.0):
     weights[-padding:] = 0
   images = np.float32(scale) * rng.normal(size=(*lead, 2, 2, 1)).astype(np.float32)
   images[::2] *= np.float32(0.1)
-  return Batch(jnp.asarray(images), jnp.asarray(rng.integers(0, 3, lead).astype(np.int32)), jnp.asarray(weights))
+  return Batch(
+    jnp.asarray(images),
+    jnp.asarray(rng.integers(0, 3, lead).astype(np.int32)),
+    jnp.asarray(weights),
+  )
 
 
 def oracle(batch, mode, norm):
@@ -45,7 +54,9 @@ def oracle(batch, mode, norm):
     images, labels, weights = images[:, None], labels[:, None], weights[:, None]
   w, b = np.asarray(PARAMS["w"], np.float64), np.asarray(PARAMS["b"], np.float64)
   total, scaled = {"b": np.zeros(3), "w": np.zeros((4, 3))}, 0
-  for x, y, v in zip(images.reshape(*weights.shape, 4).astype(np.float64), labels, weights, strict=True):
+  for x, y, v in zip(
+    images.reshape(*weights.shape, 4).astype(np.float64), labels, weights, strict=True
+  ):
     if not np.any(v):
       continue
     error = 2 * v[:, None] * (x @ w + b - np.eye(3)[y]) / np.sum(v > 0)
@@ -67,7 +78,12 @@ def oracle(batch, mode, norm):
 
 @functools.cache
 def summed(mode="flat", norm=1.5, microbatch=None, augmentations=1, loss=linear_loss):
-  arguments = {"l2_clip_norm": norm, "clipping": mode, "microbatch": microbatch, "augmentations": augmentations}
+  arguments = {
+    "l2_clip_norm": norm,
+    "clipping": mode,
+    "microbatch": microbatch,
+    "augmentations": augmentations,
+  }
   return jax.jit(clipping.clipped_sum(loss, **arguments))
 
 
@@ -93,7 +109,9 @@ def test_sums_are_those_of_a_double_precision_oracle(mode, rows, microbatch):
 def test_without_jit_it_is_the_same(mode):
   batch = batch_of(3)
   eager = clipping.clipped_sum(linear_loss, l2_clip_norm=1.5, clipping=mode)(PARAMS, {}, batch, KEY)
-  np.testing.assert_allclose(flat(eager), flat(summed(mode)(PARAMS, {}, batch, KEY)), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    flat(eager), flat(summed(mode)(PARAMS, {}, batch, KEY)), rtol=1e-5, atol=1e-6
+  )
 
 
 def test_an_empty_batch_gives_zeros_and_padding_may_stand_anywhere():
@@ -125,7 +143,9 @@ def largest_change(run):
     batch = batch_of(5, rows=2, seed=seed, scale=scale)
     for i in range(5):
       gone = batch._replace(weights=batch.weights.at[i].set(0))
-      changes.append(np.linalg.norm(flat(run(PARAMS, {}, batch, KEY)[0]) - flat(run(PARAMS, {}, gone, KEY)[0])))
+      changes.append(
+        np.linalg.norm(flat(run(PARAMS, {}, batch, KEY)[0]) - flat(run(PARAMS, {}, gone, KEY)[0]))
+      )
   return max(changes)
 
 
@@ -135,7 +155,9 @@ def test_one_unit_changes_the_sum_by_the_clip_norm_at_most(mode):
 
 
 def test_the_change_is_caught_with_clipping_off_or_rows_clipped_in_place_of_patients(monkeypatch):
-  rows_as_units = lambda params, state, batch, key: summed()(params, state, jax.tree.map(_flatten, batch), key)
+  rows_as_units = lambda params, state, batch, key: summed()(
+    params, state, jax.tree.map(_flatten, batch), key
+  )
   assert largest_change(rows_as_units) > 1.5 * 1.2
   monkeypatch.setattr(clipping, "_factors", lambda squares, *_: jnp.ones_like(squares))
   off = jax.jit(clipping.clipped_sum(linear_loss, l2_clip_norm=1.5))
@@ -155,13 +177,17 @@ def test_microbatches_never_change_the_result(mode):
     return linear_loss(params, model_state, batch._replace(images=images), key)
 
   batch = batch_of(10, rows=2, padding=3)
-  results = [flat(summed(mode, microbatch=m, loss=noisy_loss)(PARAMS, {}, batch, KEY)) for m in (1, 4, 64)]
+  results = [
+    flat(summed(mode, microbatch=m, loss=noisy_loss)(PARAMS, {}, batch, KEY)) for m in (1, 4, 64)
+  ]
   for other in results[1:]:
     np.testing.assert_allclose(other, results[0], rtol=1e-5, atol=1e-6)
 
 
 def test_augmentations_are_averaged_and_clipped_as_one_unit():
-  """All K draws of one unit's augmentation against K units: the mean is clipped, and the change stays C."""
+  """All K draws of one unit's augmentation against K units: the mean is clipped, and the change
+  stays C.
+  """
 
   def augmented_loss(params, model_state, batch, key):
     images = batch.images + jax.random.normal(key, batch.images.shape)
@@ -182,9 +208,9 @@ def test_augmentations_are_averaged_and_clipped_as_one_unit():
 def conv_loss(params, model_state, batch, key):
   x = jax.nn.relu(conv.conv(batch.images, params["kernel"], strides=(2, 2)))
   logits = dense(conv.mean_pool(x, 2, 2).reshape(x.shape[0], -1), params["w"])
-  return local.classification_loss(lambda *_, **__: (logits, model_state), lambda _, i, t: (i, t), 3)(
-    params, model_state, batch, key
-  )
+  return local.classification_loss(
+    lambda *_, **__: (logits, model_state), lambda _, i, t: (i, t), 3
+  )(params, model_state, batch, key)
 
 
 @pytest.mark.parametrize(("microbatch", "taps"), [(1, False), (5, False), (4, True)])
@@ -213,7 +239,9 @@ def test_a_shipped_model_and_one_with_batch_norm():
   for norm in ("group", "batch"):
     model = models.build(models.ModelConfig("cnn", 3, (16, 16, 1), norm=norm, width=0.5))
     params, state = model.init(KEY)
-    run = jax.jit(clipping.clipped_sum(local.classification_loss(model.apply, prepare, 3), l2_clip_norm=0.1))
+    run = jax.jit(
+      clipping.clipped_sum(local.classification_loss(model.apply, prepare, 3), l2_clip_norm=0.1)
+    )
     if norm == "batch":
       with pytest.raises(ValueError, match="use norm=group"):
         run(params, state, batch, KEY)
@@ -225,7 +253,8 @@ def test_a_shipped_model_and_one_with_batch_norm():
 
 
 @pytest.mark.parametrize(
-  "options", [{"clipping": "perlayer"}, {"l2_clip_norm": 0.0}, {"augmentations": 0}, {"microbatch": 0}]
+  "options",
+  [{"clipping": "perlayer"}, {"l2_clip_norm": 0.0}, {"augmentations": 0}, {"microbatch": 0}],
 )
 def test_what_would_not_clip_as_told_is_refused(options):
   """A clipping that is unknown would be taken for flat."""

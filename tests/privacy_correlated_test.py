@@ -28,11 +28,15 @@ def run(config, like):
     drawn, state = correlated.next_noise(config, state, SECRET, t)
     return state, drawn
 
-  return jax.lax.scan(step, correlated.init(config, like), jnp.arange(config.num_steps, dtype=jnp.uint32))[1]
+  return jax.lax.scan(
+    step, correlated.init(config, like), jnp.arange(config.num_steps, dtype=jnp.uint32)
+  )[1]
 
 
 def strategy(config):
-  """C and C^-1 (or for trees, their left inverse) as matrices, from the definitions and by dense algebra."""
+  """C and C^-1 (or for trees, their left inverse) as matrices, from the definitions and by dense
+  algebra.
+  """
   num_steps = config.num_steps
   if isinstance(config, correlated.BandedNoise):
     c = np.zeros((num_steps, num_steps))
@@ -44,7 +48,9 @@ def strategy(config):
   nodes, sums = [], np.zeros((num_steps, 0))
   for first in range(0, num_steps, config.restart_every):
     end = min(first + config.restart_every, num_steps)
-    sums_of_tree, nodes_of_tree = honaker(first, end, num_steps) if config.honaker else plain(first, end, num_steps)
+    sums_of_tree, nodes_of_tree = (
+      honaker(first, end, num_steps) if config.honaker else plain(first, end, num_steps)
+    )
     sums = np.hstack([sums, np.zeros((num_steps, len(nodes_of_tree)))])
     sums[first:end, len(nodes) :] += sums_of_tree[: end - first]
     sums[end:, len(nodes) :] += sums_of_tree[end - first - 1]
@@ -64,14 +70,21 @@ def subtrees(first, n):
 
 def plain(first, end, num_steps):
   used = sorted({node for n in range(1, end - first + 1) for node in subtrees(first, n)})
-  sums = np.array([[node in subtrees(first, n) for node in used] for n in range(1, end - first + 1)], float)
+  sums = np.array(
+    [[node in subtrees(first, n) for node in used] for n in range(1, end - first + 1)], float
+  )
   return sums, [[a <= t < a + size for t in range(num_steps)] for a, size in used]
 
 
 def honaker(first, end, num_steps):
-  """Each subtree's sum by least squares over all nodes within it: the best linear unbiased estimate."""
+  """Each subtree's sum by least squares over all nodes within it: the best linear unbiased
+  estimate.
+  """
   nodes = [
-    (a, 1 << i) for i in range((end - first).bit_length()) for a in range(first, end, 1 << i) if a + (1 << i) <= end
+    (a, 1 << i)
+    for i in range((end - first).bit_length())
+    for a in range(first, end, 1 << i)
+    if a + (1 << i) <= end
   ]
   c = np.array([[a <= t < a + size for t in range(num_steps)] for a, size in nodes], float)
   sums = np.zeros((end - first, len(nodes)))
@@ -87,7 +100,9 @@ CONFIGS = {
   "square root": correlated.banded(13, 4, 0.7, 2.0, correlated.square_root_coefficients(4)),
   "optimal": correlated.banded(24, 6, 1.3, 0.5, correlated.optimal_coefficients(5, 24)),
   "all bands": correlated.banded(9, 9, 1.0, 1.0, correlated.square_root_coefficients(9)),
-  "more bands than steps": correlated.banded(3, 9, 1.0, 1.0, correlated.square_root_coefficients(5)),
+  "more bands than steps": correlated.banded(
+    3, 9, 1.0, 1.0, correlated.square_root_coefficients(5)
+  ),
   "plain tree": correlated.tree(22, 8, 0.7, 2.0, honaker=False),
   "plain short tree": correlated.tree(17, 7, 0.7, 2.0, restart_every=6, honaker=False),
   "tree": correlated.tree(22, 8, 0.7, 2.0),
@@ -148,12 +163,16 @@ def test_expected_errors_are_those_of_the_matrices(config):
 
 @every_config
 def test_all_that_is_released_follows_from_one_gaussian_mechanism(config):
-  """A X + noise of prefix sums = (A C^+) (C X + Z): so A C^+ C = A, and C's sensitivity is what counts."""
+  """A X + noise of prefix sums = (A C^+) (C X + Z): so A C^+ C = A, and C's sensitivity is what
+  counts.
+  """
   c, inverse = strategy(config)
   np.testing.assert_allclose(inverse @ c, np.eye(config.num_steps), atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["one band", "square root", "all bands", "plain short tree", "short tree"])
+@pytest.mark.parametrize(
+  "name", ["one band", "square root", "all bands", "plain short tree", "short tree"]
+)
 @pytest.mark.parametrize("most", [1, 2, None])
 def test_sensitivity_is_that_of_the_worst_pattern(name, most):
   config = CONFIGS[name]
@@ -161,13 +180,17 @@ def test_sensitivity_is_that_of_the_worst_pattern(name, most):
     config = dataclasses.replace(config, max_participations=most)
   assert math.isclose(correlated.sensitivity(config), brute_force(config), rel_tol=1e-9)
   assert math.isclose(
-    correlated.stddev(config), config.noise_multiplier * config.l2_clip_norm * brute_force(config), rel_tol=1e-9
+    correlated.stddev(config),
+    config.noise_multiplier * config.l2_clip_norm * brute_force(config),
+    rel_tol=1e-9,
   )
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), st.data())
-def test_sensitivity_is_that_of_the_worst_pattern_whatever_the_numbers(num_steps, separation, most, data):
+def test_sensitivity_is_that_of_the_worst_pattern_whatever_the_numbers(
+  num_steps, separation, most, data
+):
   size = data.draw(st.integers(1, separation))
   steps = data.draw(st.lists(st.floats(0.3, 1), min_size=size, max_size=size))
   for config in (
@@ -189,7 +212,9 @@ def test_no_directions_of_gradients_are_worse_than_equal_ones():
 
 
 def deviation(config, drawn):
-  """How many standard errors the size of prefix sums is off, over all steps; whitened, so that all numbers count."""
+  """How many standard errors the size of prefix sums is off, over all steps; whitened, so that all
+  numbers count.
+  """
   _, inverse = strategy(config)
   factor = np.linalg.cholesky(inverse @ inverse.T) * correlated.stddev(config)
   white = np.linalg.solve(factor, np.asarray(drawn, np.float64).reshape(config.num_steps, -1))
@@ -208,20 +233,28 @@ def test_the_covariance_is_right_and_no_other_scale_passes(name):
   want = prefix @ prefix.T * correlated.stddev(config) ** 2
   sums = np.cumsum(np.asarray(drawn, np.float64), axis=0)
   got, size = sums @ sums.T / sums.shape[1], np.sqrt(np.diag(want))
-  error = np.sqrt((want**2 + np.outer(size, size) ** 2) / sums.shape[1])  # standard errors of a covariance
+  error = np.sqrt(
+    (want**2 + np.outer(size, size) ** 2) / sums.shape[1]
+  )  # standard errors of a covariance
   assert np.max(np.abs(got - want) / error) < 5
   independent = np.asarray(run(CONFIGS["one band"], jnp.zeros(4000)), np.float64)
-  assert np.abs(np.corrcoef(independent)[0, 1:]).max() < 5 / math.sqrt(4000)  # one band: nothing correlates
+  assert np.abs(np.corrcoef(independent)[0, 1:]).max() < 5 / math.sqrt(
+    4000
+  )  # one band: nothing correlates
 
 
 def test_one_band_is_dp_sgd_without_amplification():
   config = correlated.banded(10, 1, 1.1, 3.0, [1.0])
-  assert math.isclose(correlated.stddev(config), 1.1 * 3 * math.sqrt(10))  # composition of ten Gaussians
+  assert math.isclose(
+    correlated.stddev(config), 1.1 * 3 * math.sqrt(10)
+  )  # composition of ten Gaussians
   like = {"a": jnp.zeros(5), "b": jnp.zeros((2, 3))}
   draw = jax.jit(noise.gaussian_like, static_argnums=3)
   want = [draw(subkey(0), jnp.uint32(t), like, correlated.stddev(config)) for t in range(10)]
   want = jax.tree.map(lambda *rows: jnp.stack(rows), *want)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), run(config, like), want)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), run(config, like), want
+  )
 
 
 def test_scan_loop_and_resumed_state_agree():
@@ -257,7 +290,10 @@ def test_a_step_out_of_turn_releases_nothing(name):
 def test_fewer_errors_than_dp_sgd_trees_and_the_square_root():
   mean = lambda config: correlated.squared_errors(config).mean()
   of = lambda c: mean(correlated.banded(256, 32, 1.0, 1.0, c))
-  optimal, root = of(correlated.optimal_coefficients(32, 256)), of(correlated.square_root_coefficients(32))
+  optimal, root = (
+    of(correlated.optimal_coefficients(32, 256)),
+    of(correlated.square_root_coefficients(32)),
+  )
   sgd = of([1.0])
   assert math.isclose(sgd, 257 / 2 * 8)  # |A|^2 / T times k participations
   honaker, tree = (mean(correlated.tree(256, 32, 1.0, 1.0, honaker=h)) for h in (True, False))
@@ -281,9 +317,13 @@ def test_the_coefficients_are_those_of_the_square_root_and_a_minimum():
 @pytest.mark.parametrize("num_steps", [1, 7, 100, 1000])
 @pytest.mark.parametrize("num_bands", [1, 2, 5, 50, 400])
 def test_coefficients_make_sound_noise_and_no_more_error_than_the_square_root(num_bands, num_steps):
-  error = lambda c: correlated.squared_errors(correlated.banded(num_steps, num_bands, 1.0, 1.0, c)).mean()
+  error = lambda c: correlated.squared_errors(
+    correlated.banded(num_steps, num_bands, 1.0, 1.0, c)
+  ).mean()
   optimal = correlated.optimal_coefficients(num_bands, num_steps)
-  assert error(optimal) <= error(correlated.square_root_coefficients(num_bands)) * 1.05  # short columns: see there
+  assert (
+    error(optimal) <= error(correlated.square_root_coefficients(num_bands)) * 1.05
+  )  # short columns: see there
 
 
 @pytest.mark.parametrize(
@@ -296,7 +336,10 @@ def test_coefficients_make_sound_noise_and_no_more_error_than_the_square_root(nu
     (lambda: correlated.banded(10, 4, 1.0, math.inf, [1.0]), "l2_clip_norm=inf"),
     (lambda: correlated.banded(0, 4, 1.0, 1.0, [1.0]), "num_steps=0"),
     (lambda: correlated.banded(10, 0, 1.0, 1.0, [1.0]), "min_separation=0"),
-    (lambda: correlated.banded(10, 2, 1.0, 1.0, [1.0], max_participations=0), "max_participations=0"),
+    (
+      lambda: correlated.banded(10, 2, 1.0, 1.0, [1.0], max_participations=0),
+      "max_participations=0",
+    ),
     (lambda: correlated.tree(10, 4, 1.0, 1.0, restart_every=5), "restart_every=5"),
     (lambda: correlated.optimal_coefficients(0, 5), "num_bands=0"),
     (lambda: correlated.tree(2**32, 4, 1.0, 1.0), "num_steps"),

@@ -35,7 +35,10 @@ def fit(drawn, stddev, kind):
   observed = np.append(counts[often], drawn.size - counts[often].sum())
   expected = np.append(expected[often], max(drawn.size - expected[often].sum(), 1e-9))
   if expected[-1] < 50:
-    observed, expected = np.append(observed[:-2], observed[-2:].sum()), np.append(expected[:-2], expected[-2:].sum())
+    observed, expected = (
+      np.append(observed[:-2], observed[-2:].sum()),
+      np.append(expected[:-2], expected[-2:].sum()),
+    )
   return stats.chi2.sf(np.sum((observed - expected) ** 2 / expected), len(observed) - 1)
 
 
@@ -76,7 +79,9 @@ def test_large_scales(kind, stddev):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stddev", [0.3, 2.0, 9.3])
 def test_the_table_is_within_the_stated_error_of_the_exact_probabilities(kind, stddev):
-  """The chance of each magnitude is read off the table in whole numbers and compared with an oracle of 50 digits."""
+  """The chance of each magnitude is read off the table in whole numbers and compared with an oracle
+  of 50 digits.
+  """
   rows = discrete._table(stddev, kind).astype(object)
   num_columns = len(rows)
   full = 2**95 // num_columns
@@ -96,7 +101,9 @@ def test_the_table_is_within_the_stated_error_of_the_exact_probabilities(kind, s
       weight = lambda x: mpmath.exp(-(mpmath.mpf(x) ** 2) / (2 * variance))
       total = 1 + 2 * mpmath.fsum(weight(x) for x in range(1, int(20 * stddev) + 40))
     exact = [weight(x) / total * (1 if x == 0 else 2) for x in range(num_columns)]
-    distance = mpmath.fsum(abs(mpmath.mpf(c) / 2**95 - p) for c, p in zip(chance, exact, strict=True))
+    distance = mpmath.fsum(
+      abs(mpmath.mpf(c) / 2**95 - p) for c, p in zip(chance, exact, strict=True)
+    )
     distance = (distance + 1 - mpmath.fsum(exact)) / 2  # beyond the table
     assert distance <= discrete.sampler_error(stddev, kind) < 1e-23
     assert 2 * distance > mpmath.mpf(2) ** -100  # a bound, and not far from what is so
@@ -106,7 +113,9 @@ def test_a_column_is_split_at_its_threshold_to_the_last_bit():
   rows = discrete._table(3.7, "discrete_gaussian")
   index_bits = len(rows).bit_length() - 1
   column = int(np.argmax((rows[:, 0] > 0) & (rows[:, 1] > 0) & (rows[:, 2] > 0)))
-  threshold = sum(int(word) << shift for word, shift in zip(rows[column, :3], (64, 32, 0), strict=True))
+  threshold = sum(
+    int(word) << shift for word, shift in zip(rows[column, :3], (64, 32, 0), strict=True)
+  )
 
   def drawn(fraction, sign):
     words = [
@@ -118,10 +127,16 @@ def test_a_column_is_split_at_its_threshold_to_the_last_bit():
 
   alias = int(rows[column, 3])
   for fraction, magnitude in [
-    (0, column), (threshold - 1, column), (threshold, alias), (threshold + 1, alias),
-    (threshold - 2**32, column), (threshold + 2**32, alias), (threshold - 2**64, column), (threshold + 2**64, alias),
+    (0, column),
+    (threshold - 1, column),
+    (threshold, alias),
+    (threshold + 1, alias),
+    (threshold - 2**32, column),
+    (threshold + 2**32, alias),
+    (threshold - 2**64, column),
+    (threshold + 2**64, alias),
     (2 ** (95 - index_bits) - 1, alias),
-  ]:  # fmt: skip
+  ]:
     if 0 <= fraction < 2 ** (95 - index_bits):
       assert drawn(fraction, 0) == magnitude
       assert drawn(fraction, 1) == -magnitude

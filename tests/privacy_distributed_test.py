@@ -17,13 +17,17 @@ SECRET = prng.derive(jnp.arange(8, dtype=jnp.uint32), 7)
 ROTATION = jax.random.key(3)
 KINDS = ("discrete_gaussian", "skellam")
 ENCODE = jax.jit(
-  lambda x, secrets, words, c: jax.vmap(lambda u, s: distributed.encode(u, ROTATION, s, words, c))(x, secrets),
+  lambda x, secrets, words, c: jax.vmap(lambda u, s: distributed.encode(u, ROTATION, s, words, c))(
+    x, secrets
+  ),
   static_argnums=3,
 )
 
 
 def config(**changes):
-  usual = dict(dim=3000, num_sites=5, min_survivors=4, l2_clip_norm=2.0, noise_multiplier=1.0, chunk_size=1024)
+  usual = dict(
+    dim=3000, num_sites=5, min_survivors=4, l2_clip_norm=2.0, noise_multiplier=1.0, chunk_size=1024
+  )
   return DistributedNoise(**(usual | changes))
 
 
@@ -37,7 +41,9 @@ def opened(c, x, words=(0, 1)):
   """The sum in the ring of the sites' messages, as secure aggregation opens it."""
   secrets = jax.vmap(lambda i: prng.derive(SECRET, i))(jnp.arange(len(x), dtype=jnp.uint32))
   words = tuple(map(jnp.uint32, words))
-  return jnp.sum(ENCODE(x, secrets, words, c), axis=0, dtype=jnp.uint32)  # unreduced: decode does it
+  return jnp.sum(
+    ENCODE(x, secrets, words, c), axis=0, dtype=jnp.uint32
+  )  # unreduced: decode does it
 
 
 def squared(c, x):
@@ -68,13 +74,21 @@ def test_the_sum_is_decoded_with_the_noise_that_was_promised(kind, num_survivors
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_the_noise_nothing_is_hidden(kind, monkeypatch):
-  """Taking the noise out is seen: the sum is then exact up to rounding, far below what is promised."""
-  c = config(kind=kind, num_bits=20, noise_multiplier=0.97)  # another number, so that no compiled function is reused
+  """Taking the noise out is seen: the sum is then exact up to rounding, far below what is
+  promised.
+  """
+  c = config(
+    kind=kind, num_bits=20, noise_multiplier=0.97
+  )  # another number, so that no compiled function is reused
   x = updates(c, c.min_survivors, norm=1.9)
-  monkeypatch.setattr(distributed.discrete, "sample", lambda key, shape, stddev, kind: jnp.zeros(shape, jnp.int32))
+  monkeypatch.setattr(
+    distributed.discrete, "sample", lambda key, shape, stddev, kind: jnp.zeros(shape, jnp.int32)
+  )
   variance = squared(c, x)
   assert not accepts(variance, c.noise_multiplier * c.l2_clip_norm, c.dim)
-  assert variance < c.num_sites / c.scale**2  # and the sum of roundings is what is left: decoding is right
+  assert (
+    variance < c.num_sites / c.scale**2
+  )  # and the sum of roundings is what is left: decoding is right
 
 
 def test_noise_counts_honest_sites_of_the_smallest_sum_only():
@@ -83,7 +97,9 @@ def test_noise_counts_honest_sites_of_the_smallest_sum_only():
   assert few.local_stddev * math.sqrt(4) == pytest.approx(few.noise_multiplier * few.l2_clip_norm)
   c = dataclasses.replace(few, num_bits=20)
   all_honest = dataclasses.replace(c, num_colluding=0)
-  sum_of_seven = squared(c, updates(c, 7, norm=1.9))  # more than the threshold of honest ones gives more noise
+  sum_of_seven = squared(
+    c, updates(c, 7, norm=1.9)
+  )  # more than the threshold of honest ones gives more noise
   assert accepts(sum_of_seven, few.noise_multiplier * few.l2_clip_norm * math.sqrt(7 / 4), c.dim)
   assert not accepts(sum_of_seven, all_honest.local_stddev * math.sqrt(7), c.dim)
   epsilons = [distributed.rdp(k)[1][9] for k in (c, all_honest)]
@@ -99,40 +115,59 @@ def test_other_sites_and_other_words_give_other_noise():
   assert messages[0].dtype == jnp.uint32
   assert int(jnp.max(messages[0])) < 2**c.num_bits
   assert np.array_equal(messages[0][0], messages[0][2])  # the same secret, words and update
-  noise = [np.asarray(distributed.decode(m[i], ROTATION, c) - x[0]) for m, i in zip(messages, (0, 0, 0), strict=True)]
+  noise = [
+    np.asarray(distributed.decode(m[i], ROTATION, c) - x[0])
+    for m, i in zip(messages, (0, 0, 0), strict=True)
+  ]
   noise.append(np.asarray(distributed.decode(messages[0][1], ROTATION, c) - x[0]))
   assert np.max(np.abs(np.corrcoef(noise) - np.eye(4))) < 0.1
 
 
 @pytest.mark.parametrize("num_bits", [10, 20])
 def test_no_rounded_update_is_beyond_the_sensitivity(num_bits):
-  """Against zeros in its place, which are rounded to zeros, a site changes the sum by at most this."""
+  """Against zeros in its place, which are rounded to zeros, a site changes the sum by at most
+  this.
+  """
   c = config(dim=512, chunk_size=512, num_bits=num_bits)
   rng = np.random.default_rng(num_bits)
-  aligned = np.asarray(rotation.unrotate(jnp.full(512, 0.5) / c.scale, ROTATION, 512, 512))  # every fraction is 1/2
+  aligned = np.asarray(
+    rotation.unrotate(jnp.full(512, 0.5) / c.scale, ROTATION, 512, 512)
+  )  # every fraction is 1/2
   shapes = [rng.normal(size=512), np.eye(512)[3], rng.standard_cauchy(512), np.ones(512), aligned]
-  round_all = jax.jit(jax.vmap(lambda u, i: distributed.round_clipped(u, ROTATION, prng.derive(SECRET, i), c)))
+  round_all = jax.jit(
+    jax.vmap(lambda u, i: distributed.round_clipped(u, ROTATION, prng.derive(SECRET, i), c))
+  )
   for norm in (0.0, 1.0, 2.0, 50.0, 1e15):
     x = np.stack([s * norm / np.linalg.norm(s) for s in shapes])
-    z = np.asarray(round_all(jnp.asarray(x, jnp.float32), jnp.arange(5, dtype=jnp.uint32))).astype(object)
+    z = np.asarray(round_all(jnp.asarray(x, jnp.float32), jnp.arange(5, dtype=jnp.uint32))).astype(
+      object
+    )
     for row in z:
       assert sum(int(v) ** 2 for v in row) <= c.l2_sensitivity**2
       assert sum(abs(int(v)) for v in row) <= c.l1_sensitivity
     if norm == 0:
       assert not z.any()
     if norm > 2:
-      assert sum(int(v) ** 2 for v in z[0]) > 0.9 * (c.scale * c.l2_clip_norm) ** 2  # clipped, not lost
+      assert (
+        sum(int(v) ** 2 for v in z[0]) > 0.9 * (c.scale * c.l2_clip_norm) ** 2
+      )  # clipped, not lost
 
 
 def test_the_condition_on_the_norm_is_needed():
-  """2.5 in every coordinate, and beta near 1: half of all plain random roundings pass the bound, ours never does."""
+  """2.5 in every coordinate, and beta near 1: half of all plain random roundings pass the bound,
+  ours never does.
+  """
   c = config(dim=256, chunk_size=256, num_bits=10, num_sites=4, beta=0.999, num_tries=2)
   room = (4.0**c.num_bits - 4 * c.num_stddevs**2) / (2 * c.num_stddevs) ** 2
-  c = dataclasses.replace(c, noise_multiplier=math.sqrt(room / 40.02**2 - 16 / 256))  # a clip of 40.02 on the grid
+  c = dataclasses.replace(
+    c, noise_multiplier=math.sqrt(room / 40.02**2 - 16 / 256)
+  )  # a clip of 40.02 on the grid
   assert c.scale * c.l2_clip_norm == pytest.approx(40.02)
   x = rotation.unrotate(jnp.full(256, 2.5) / c.scale, ROTATION, 256, 256)
   keys = jax.vmap(lambda i: prng.derive(SECRET, i))(jnp.arange(200, dtype=jnp.uint32))
-  norms = np.linalg.norm(jax.vmap(lambda k: distributed.round_clipped(x, ROTATION, k, c))(keys), axis=1)
+  norms = np.linalg.norm(
+    jax.vmap(lambda k: distributed.round_clipped(x, ROTATION, k, c))(keys), axis=1
+  )
   assert np.all(norms <= c.l2_sensitivity)
   assert np.sum(norms == 32) > 20  # rounded towards zero at last: 2 everywhere
   assert np.sum(norms > 38) > 100
@@ -164,11 +199,17 @@ def test_an_update_that_is_not_finite_counts_as_zeros():
 @pytest.mark.slow
 def test_pytrees_go_in_and_come_out():
   tree = {"w": jnp.ones((20, 30)) * 0.01, "b": jnp.arange(10.0) * 0.01}
-  c = config(dim=610, num_bits=24, noise_multiplier=1e-3, chunk_size=256, min_survivors=1, num_sites=2)
+  c = config(
+    dim=610, num_bits=24, noise_multiplier=1e-3, chunk_size=256, min_survivors=1, num_sites=2
+  )
   message = jax.jit(lambda t: distributed.encode(t, ROTATION, SECRET, (1, 2, 3), c))(tree)
   assert message.shape == (c.size,) == (768,)
   back = distributed.decode(message, ROTATION, c, like=tree)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=7 * distributed.error_stddev(c, 1)), tree, back)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=7 * distributed.error_stddev(c, 1)),
+    tree,
+    back,
+  )
   with pytest.raises(ValueError, match="dim=610"):
     distributed.encode(tree["w"], ROTATION, SECRET, (1,), c)
 
@@ -184,7 +225,9 @@ def probability(x, stddev, kind):
 
 
 def divergence(stddev, num_sites, shift, order, kind):
-  """Renyi divergence of a sum of noise from itself shifted, with no bound involved; tails below 1e-280 left out."""
+  """Renyi divergence of a sum of noise from itself shifted, with no bound involved; tails below
+  1e-280 left out.
+  """
   x = np.arange(-400, 401)
   one = probability(x, stddev, kind)
   total = one
@@ -193,7 +236,9 @@ def divergence(stddev, num_sites, shift, order, kind):
   total = np.maximum(total, 0)
   p, q = total[shift:], total[:-shift] if shift else total
   seen = (p > 1e-280) & (q > 1e-280)
-  return float(special.logsumexp(order * np.log(p[seen]) + (1 - order) * np.log(q[seen]))) / (order - 1)
+  return float(special.logsumexp(order * np.log(p[seen]) + (1 - order) * np.log(q[seen]))) / (
+    order - 1
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,8 +310,12 @@ def test_calibration_reaches_the_target_with_the_least_noise(kind):
 
 
 def test_inflation_at_eleven_million_parameters_is_that_of_the_paper():
-  """12 bits multiply the sensitivity by 4, 16 bits by 1.03 (10 sites, padded to 2^24, central noise multiplier 1)."""
-  of = lambda bits: DistributedNoise(11_178_051, 10, 10, 1.0, 1.0, bits, chunk_size=2**24).sensitivity_inflation
+  """12 bits multiply the sensitivity by 4, 16 bits by 1.03 (10 sites, padded to 2^24, central noise
+  multiplier 1).
+  """
+  of = lambda bits: (
+    DistributedNoise(11_178_051, 10, 10, 1.0, 1.0, bits, chunk_size=2**24).sensitivity_inflation
+  )
   assert of(12) == pytest.approx(4.1, abs=0.15)
   assert of(16) == pytest.approx(1.03, abs=0.005)
   chunked = DistributedNoise(11_178_051, 10, 10, 1.0, 1.0, 12)
@@ -283,7 +332,15 @@ def test_inflation_at_eleven_million_parameters_is_that_of_the_paper():
 @pytest.mark.slow
 def test_coordinates_wrap_as_seldom_as_stated(kind):
   """Updates that all point the same way, and noise of all sites, in the smallest ring."""
-  c = config(dim=2**14, chunk_size=2**14, num_bits=12, num_sites=40, min_survivors=40, kind=kind, num_stddevs=2.0)
+  c = config(
+    dim=2**14,
+    chunk_size=2**14,
+    num_bits=12,
+    num_sites=40,
+    min_survivors=40,
+    kind=kind,
+    num_stddevs=2.0,
+  )
   x = jnp.broadcast_to(updates(c, 1)[0], (40, c.dim))
   error = np.asarray(
     rotation.rotate(distributed.decode(opened(c, x), ROTATION, c), ROTATION, c.chunk)

@@ -32,7 +32,9 @@ def batch_of(values, weights=None):
   values = np.asarray(values, np.float32)
   weights = np.ones(values.shape) if weights is None else np.asarray(weights)
   return Batch(
-    jnp.asarray(values[..., None, None, None]), jnp.zeros(values.shape, jnp.int32), jnp.asarray(weights, jnp.float32)
+    jnp.asarray(values[..., None, None, None]),
+    jnp.zeros(values.shape, jnp.int32),
+    jnp.asarray(weights, jnp.float32),
   )
 
 
@@ -42,7 +44,9 @@ def flat(tree):
 
 def gradient(mech=MECHANISM, batch=None, secret=SECRET, num_units=16.0, state=None):
   batch = batch_of([0.0] * mech.max_units) if batch is None else batch
-  return private(mech)(PARAMS, {} if state is None else state, batch, KEY, secret, jnp.float32(num_units))
+  return private(mech)(
+    PARAMS, {} if state is None else state, batch, KEY, secret, jnp.float32(num_units)
+  )
 
 
 @functools.cache
@@ -57,7 +61,9 @@ def step_secret(step):
 @pytest.mark.parametrize("scale", [2 / 3, 1, 3 / 2])
 @pytest.mark.parametrize("empty", [True, False])
 def test_noise_of_the_right_scale_is_accepted_and_2_thirds_and_3_halves_are_rejected(scale, empty):
-  """For gradients that clip and for a batch of nobody; the noise is of the sum, so q n divides it."""
+  """For gradients that clip and for a batch of nobody; the noise is of the sum, so q n divides
+  it.
+  """
   values, weights = [5.0, -0.01, 3.0, 1.0], [0.0] * 4 if empty else [1.0, 1.0, 0.5, 0.0]
   batch, noise = batch_of(values, weights), []
   without = dataclasses.replace(MECHANISM, noise_multiplier=0, private=False)
@@ -75,17 +81,23 @@ def test_noise_of_the_right_scale_is_accepted_and_2_thirds_and_3_halves_are_reje
 
 def test_sum_of_clipped_gradients_over_the_expected_number_of_units():
   without = dataclasses.replace(MECHANISM, noise_multiplier=0, private=False)
-  grads, (state, metrics) = gradient(without, batch_of([5.0, -0.01, 3.0, 1.0], [1.0, 1.0, 1e-3, 0.0]))
+  grads, (state, metrics) = gradient(
+    without, batch_of([5.0, -0.01, 3.0, 1.0], [1.0, 1.0, 1e-3, 0.0])
+  )
   size = math.sqrt(1024)
   np.testing.assert_allclose(flat(grads), (2 / size - 0.01 + 3e-3) / (0.25 * 16), rtol=1e-5)
   assert state == {}
   assert float(metrics.num_examples) == 3
 
 
-def test_neighbouring_batches_differ_by_the_clip_norm_at_most_and_not_with_clipping_off(monkeypatch):
+def test_neighbouring_batches_differ_by_the_clip_norm_at_most_and_not_with_clipping_off(
+  monkeypatch,
+):
   batches = [batch_of([50.0, 1.0, 2.0, 3.0], [on, 1.0, 1.0, 1.0]) for on in (0.0, 1.0)]
   change = lambda run: np.linalg.norm(np.subtract(*(flat(run(b)) for b in batches))) * 4
-  assert 1.999 < change(lambda b: gradient(batch=b)[0]) < 2.001  # the noise is the same, and cancels
+  assert (
+    1.999 < change(lambda b: gradient(batch=b)[0]) < 2.001
+  )  # the noise is the same, and cancels
   monkeypatch.setattr(clipping, "_factors", lambda squares, *_: jnp.ones_like(squares))
   off = jax.jit(mechanism.private_gradients(loss_fn, MECHANISM))
   assert change(lambda b: off(PARAMS, {}, b, KEY, SECRET, jnp.float32(16))[0]) > 1000
@@ -98,10 +110,16 @@ def test_a_gradient_that_is_not_finite_is_an_ordinary_step():
 
 
 def test_patients_are_clipped_as_one_and_the_batch_must_have_the_form():
-  mech = dataclasses.replace(MECHANISM, unit="patient", max_units=2, noise_multiplier=0, private=False)
+  mech = dataclasses.replace(
+    MECHANISM, unit="patient", max_units=2, noise_multiplier=0, private=False
+  )
   rows = batch_of([[9.0, 9.0, 9.0], [0.01, 0.03, 7.0]], [[1, 1, 1], [1, 1, 0]])
   np.testing.assert_allclose(flat(gradient(mech, rows)[0]), (2 / 32 + 0.02) / 4, rtol=1e-5)
-  for wrong, batch in ((mech, batch_of([1.0, 2.0])), (MECHANISM, rows), (MECHANISM, batch_of([1.0] * 5))):
+  for wrong, batch in (
+    (mech, batch_of([1.0, 2.0])),
+    (MECHANISM, rows),
+    (MECHANISM, batch_of([1.0] * 5)),
+  ):
     with pytest.raises(ValueError, match="do not fit unit"):
       gradient(wrong, batch)
 
@@ -120,11 +138,14 @@ def test_private_gradients_run_at_several_sites_at_once():
   together, _ = jax.jit(run)(PARAMS, {}, stacked, KEY, secrets, jnp.array([16.0, 8.0]))
   for site in range(2):
     alone, _ = gradient(batch=batches[site], secret=secrets[site], num_units=(16.0, 8.0)[site])
-    np.testing.assert_allclose(flat(jax.tree.map(lambda a, s=site: a[s], together)), flat(alone), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+      flat(jax.tree.map(lambda a, s=site: a[s], together)), flat(alone), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
-  ("num_examples", "rate", "steps"), [(5000, 0.01, 3000), (200, 0.5, 10), (3, 0.9, 1), (60000, 1.0, 5)]
+  ("num_examples", "rate", "steps"),
+  [(5000, 0.01, 3000), (200, 0.5, 10), (3, 0.9, 1), (60000, 1.0, 5)],
 )
 def test_capacity_is_the_smallest_that_fits_and_overflow_agrees(num_examples, rate, steps):
   rows = mechanism.capacity(num_examples, rate, steps)
@@ -133,8 +154,12 @@ def test_capacity_is_the_smallest_that_fits_and_overflow_agrees(num_examples, ra
   if rows > 1:
     tight = dataclasses.replace(mech, max_units=rows - 1)
     assert mechanism.overflow_probability(tight, num_examples, steps) > 1e-12
-  exact = steps * math.fsum(stats.binom.pmf(np.arange(rows + 1, num_examples + 1), num_examples, mech.sampling_rate))
-  np.testing.assert_allclose(mechanism.overflow_probability(mech, num_examples, steps), min(exact, 1), rtol=1e-6)
+  exact = steps * math.fsum(
+    stats.binom.pmf(np.arange(rows + 1, num_examples + 1), num_examples, mech.sampling_rate)
+  )
+  np.testing.assert_allclose(
+    mechanism.overflow_probability(mech, num_examples, steps), min(exact, 1), rtol=1e-6
+  )
   assert mechanism.overflow_probability(dataclasses.replace(mech, max_units=1), 10**6, 10**6) <= 1
 
 

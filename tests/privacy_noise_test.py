@@ -33,7 +33,10 @@ def test_the_right_scale_is_accepted_and_wrong_ones_are_rejected(scale):
 def test_numbers_are_those_of_box_and_muller_in_double_precision():
   x = np.asarray(GAUSSIAN(SECRET, NONCE, (2**17,), 1.0), np.float64)
   words = np.asarray(prng.bits(SECRET, NONCE, (2**17,)), np.float64)
-  radius, angle = np.sqrt(-2 * np.log((words[: 2**16] + 0.5) / 2**32)), 2 * np.pi * words[2**16 :] / 2**32
+  radius, angle = (
+    np.sqrt(-2 * np.log((words[: 2**16] + 0.5) / 2**32)),
+    2 * np.pi * words[2**16 :] / 2**32,
+  )
   exact = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
   assert np.abs(x - exact).max() < 4e-4  # where u is near 1, whose logarithm float32 knows to 2^-24
   assert np.quantile(np.abs(x - exact), 0.99) < 1e-6
@@ -44,7 +47,9 @@ def test_extreme_words_give_finite_numbers_and_the_stated_tail(monkeypatch):
   monkeypatch.setattr(prng, "bits", lambda *_: words)
   x = np.asarray(noise.gaussian(SECRET, NONCE, (8,), 1.0))
   radius = math.sqrt(66 * math.log(2))
-  np.testing.assert_allclose(x, [radius, 0, 0, math.sqrt(2 * math.log(2)), 0, radius, 0, 0], atol=1e-6)
+  np.testing.assert_allclose(
+    x, [radius, 0, 0, math.sqrt(2 * math.log(2)), 0, radius, 0, 0], atol=1e-6
+  )
 
 
 @pytest.mark.parametrize("word", range(0, 2**32, 2**27 + 12345))
@@ -78,7 +83,9 @@ def test_jit_and_no_jit_agree_and_the_scale_may_be_traced():
   x = noise.gaussian(SECRET, NONCE, (5, 7), 3.0)
   assert x.shape == (5, 7)
   assert x.dtype == jnp.float32
-  np.testing.assert_allclose(x, jax.jit(lambda s: noise.gaussian(SECRET, NONCE, (5, 7), s))(jnp.float32(3)), rtol=1e-5)
+  np.testing.assert_allclose(
+    x, jax.jit(lambda s: noise.gaussian(SECRET, NONCE, (5, 7), s))(jnp.float32(3)), rtol=1e-5
+  )
   assert not np.any(noise.gaussian(SECRET, NONCE, (9,), 0.0))
   assert noise.gaussian(SECRET, NONCE, (0,), 1.0).shape == (0,)
 

@@ -1,4 +1,6 @@
-"""Opacus and jax-privacy as oracles, each where installed: equal sums of clipped gradients, equal noise and epsilon."""
+"""Opacus and jax-privacy as oracles, each where installed: equal sums of clipped gradients, equal
+noise and epsilon.
+"""
 
 import functools
 
@@ -12,14 +14,24 @@ from primia_jax import local, models
 from primia_jax.privacy import accounting, clipping, mechanism, noise
 from primia_jax.types import Batch, Metrics
 
-SIZE, CLASSES, UNITS = 16, 3, 12  # smaller images leave groups of two values, whose variance float32 hardly holds
+SIZE, CLASSES, UNITS = (
+  16,
+  3,
+  12,
+)  # smaller images leave groups of two values, whose variance float32 hardly holds
 KEY, SECRET = jax.random.key(0), jnp.arange(8, dtype=jnp.uint32)
-LAYERS = [f"{kind}{i}" for i in range(1, 5) for kind in ("conv", "norm")] + ["head"]  # of the model, in their order
+LAYERS = [f"{kind}{i}" for i in range(1, 5) for kind in ("conv", "norm")] + [
+  "head"
+]  # of the model, in their order
 SHARES = {0.5: "all", 5.6: "some", 1e3: "none"}  # clip norm -> how many units it scales down
 NORMS = pytest.mark.parametrize("l2_clip_norm", SHARES, ids=SHARES.get)
 RUNS = pytest.mark.parametrize(
   ("sigma", "num_units", "batch_size", "steps", "delta"),
-  [(1.1, 60_000, 256, 3525, 1e-5), (1.0, 1600, 32, 2000, 1 / 1600), (3.0, 50_000, 4096, 2468, 1e-5)],
+  [
+    (1.1, 60_000, 256, 3525, 1e-5),
+    (1.0, 1600, 32, 2000, 1 / 1600),
+    (3.0, 50_000, 4096, 2468, 1e-5),
+  ],
   ids=["MNIST", "a hospital", "De et al. 2022, CIFAR-10"],
 )
 
@@ -31,7 +43,9 @@ def opacus():
 
 @pytest.fixture
 def jax_privacy():
-  return pytest.importorskip("jax_privacy", reason="jax-privacy is not installed: not compared with it")
+  return pytest.importorskip(
+    "jax_privacy", reason="jax-privacy is not installed: not compared with it"
+  )
 
 
 def prepare(key, images, targets):
@@ -53,7 +67,9 @@ def work():
 @functools.cache
 def our_sum(l2_clip_norm):
   params, loss, batch = work()
-  total, _, share = jax.jit(clipping.clipped_sum(loss, l2_clip_norm=l2_clip_norm))(params, {}, batch, KEY)
+  total, _, share = jax.jit(clipping.clipped_sum(loss, l2_clip_norm=l2_clip_norm))(
+    params, {}, batch, KEY
+  )
   assert {0: "none", 1: "all"}.get(float(share), "some") == SHARES[l2_clip_norm]
   return total
 
@@ -66,13 +82,20 @@ def assert_equal(ours, theirs):
 
 
 def spent(sigma, rate, steps, delta, accountant):
-  ledger = accounting.spend(accounting.Ledger("example", delta), accounting.gaussian("gradients", sigma, rate), steps)
+  ledger = accounting.spend(
+    accounting.Ledger("example", delta), accounting.gaussian("gradients", sigma, rate), steps
+  )
   return accounting.epsilon(ledger, accountant)
 
 
 def torch_leaves(tree):
   """Our parameters, or gradients, as PyTorch orders and lays them out."""
-  leaves = [tree[layer][name] for layer in LAYERS for name in ("kernel", "scale", "bias") if name in tree[layer]]
+  leaves = [
+    tree[layer][name]
+    for layer in LAYERS
+    for name in ("kernel", "scale", "bias")
+    if name in tree[layer]
+  ]
   return [np.transpose(a, {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[a.ndim]) for a in leaves]
 
 
@@ -100,7 +123,9 @@ def torch_model(torch, params):
 def test_the_clipped_sum_is_that_of_opacus(opacus, how, l2_clip_norm):
   torch = pytest.importorskip("torch")
   params, _, batch = work()
-  images, labels = (torch.from_numpy(np.array(a)) for a in (batch.images.transpose(0, 3, 1, 2), batch.labels))
+  images, labels = (
+    torch.from_numpy(np.array(a)) for a in (batch.images.transpose(0, 3, 1, 2), batch.labels)
+  )
   model, criterion = torch_model(torch, params), torch.nn.CrossEntropyLoss()
   data = torch.utils.data.TensorDataset(images, labels)
   made = opacus.PrivacyEngine().make_private(
@@ -123,7 +148,10 @@ def test_the_clipped_sum_is_that_of_opacus(opacus, how, l2_clip_norm):
 @RUNS
 @pytest.mark.filterwarnings("ignore")
 def test_epsilon_is_that_of_opacus(opacus, sigma, num_units, batch_size, steps, delta):
-  rate, orders = batch_size / num_units, [a for a in accounting.ORDERS if a <= 512]  # its binomials overflow beyond
+  rate, orders = (
+    batch_size / num_units,
+    [a for a in accounting.ORDERS if a <= 512],
+  )  # its binomials overflow beyond
   rdp = opacus.accountants.analysis.rdp
   curve = rdp.compute_rdp(q=rate, noise_multiplier=sigma, steps=steps, orders=orders)
   by_rdp, _ = rdp.get_privacy_spent(orders=orders, rdp=curve, delta=delta)
@@ -142,7 +170,9 @@ def their_loss(params, images, labels):
 @NORMS
 def test_the_clipped_sum_is_that_of_jax_privacy(jax_privacy, l2_clip_norm):
   params, _, batch = work()
-  summed = jax.jit(jax_privacy.clipped_grad(their_loss, l2_clip_norm=l2_clip_norm, batch_argnums=(1, 2)))
+  summed = jax.jit(
+    jax_privacy.clipped_grad(their_loss, l2_clip_norm=l2_clip_norm, batch_argnums=(1, 2))
+  )
   theirs = summed(params, batch.images, batch.labels)
   assert_equal(*map(jax.tree.leaves, (our_sum(l2_clip_norm), theirs)))
 
@@ -156,13 +186,20 @@ def test_padding_and_what_is_not_finite_are_left_out_as_in_jax_privacy(jax_priva
   params, images = jnp.zeros(SIZE * SIZE), batch.images.at[3].set(jnp.nan)
   their_sum = jax_privacy.clipped_grad(linear_loss, l2_clip_norm=1.0, batch_argnums=(1, 2))
   metrics = Metrics(*3 * [jnp.ones(())])
-  our_loss = lambda params, state, rows, key: (linear_loss(params, rows.images, rows.labels), (state, metrics))
+  our_loss = lambda params, state, rows, key: (
+    linear_loss(params, rows.images, rows.labels),
+    (state, metrics),
+  )
   our_sum = clipping.clipped_sum(our_loss)
   for padding in (jnp.arange(UNITS) % 2 == 0, jnp.ones(UNITS, bool)):
-    ours, _, _ = our_sum(params, {}, Batch(images, batch.labels, 1.0 - padding.astype(jnp.float32)), KEY)
+    ours, _, _ = our_sum(
+      params, {}, Batch(images, batch.labels, 1.0 - padding.astype(jnp.float32)), KEY
+    )
     theirs = their_sum(params, images, batch.labels, is_padding_example=padding)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-  with pytest.raises(ValueError, match="num_microbatches=0"):  # a Poisson batch without any example, as it draws them
+  with pytest.raises(
+    ValueError, match="num_microbatches=0"
+  ):  # a Poisson batch without any example, as it draws them
     their_sum(params, images[:0], batch.labels[:0])
 
 
@@ -172,20 +209,36 @@ def test_sensitivity_and_noise_are_those_of_jax_privacy(jax_privacy):
   theirs = jax_privacy.clipped_grad(linear_loss, l2_clip_norm=l2_clip_norm, batch_argnums=(1, 2))
   assert theirs.sensitivity() == mech.l2_clip_norm
   assert sigma * theirs.sensitivity() == pytest.approx(mech.stddev)
-  adder = jax_privacy.noise_addition.gaussian_privatizer(stddev=sigma * theirs.sensitivity(), prng_key=KEY)
+  adder = jax_privacy.noise_addition.gaussian_privatizer(
+    stddev=sigma * theirs.sensitivity(), prng_key=KEY
+  )
   zeros = jnp.zeros(200_000)
-  samples = noise.gaussian_like(SECRET, 0, zeros, mech.stddev), adder.update(zeros, adder.init(zeros))[0]
+  samples = (
+    noise.gaussian_like(SECRET, 0, zeros, mech.stddev),
+    adder.update(zeros, adder.init(zeros))[0],
+  )
   assert stats.ks_2samp(*samples).pvalue > 1e-3
-  assert stats.ks_2samp(samples[0], samples[1] * 1.03).pvalue < 1e-6  # a difference that counts would be seen
+  assert (
+    stats.ks_2samp(samples[0], samples[1] * 1.03).pvalue < 1e-6
+  )  # a difference that counts would be seen
 
 
 @RUNS
 def test_epsilon_is_that_of_jax_privacy(jax_privacy, sigma, num_units, batch_size, steps, delta):
   theirs = pytest.importorskip("jax_privacy.accounting")
-  options = {"noise_multipliers": sigma, "num_samples": num_units, "batch_size": batch_size, "delta": delta}
+  options = {
+    "noise_multipliers": sigma,
+    "num_samples": num_units,
+    "batch_size": batch_size,
+    "delta": delta,
+  }
   for accountant, config in (
     ("rdp", theirs.RdpAccountantConfig(orders=accounting.ORDERS)),
     ("pld", theirs.PldAccountantConfig()),
   ):
-    epsilon = theirs.DpsgdTrainingAccountant(config).compute_epsilon(steps, theirs.DpParams(**options))
-    assert spent(sigma, batch_size / num_units, steps, delta, accountant) == pytest.approx(epsilon, rel=0.01)
+    epsilon = theirs.DpsgdTrainingAccountant(config).compute_epsilon(
+      steps, theirs.DpParams(**options)
+    )
+    assert spent(sigma, batch_size / num_units, steps, delta, accountant) == pytest.approx(
+      epsilon, rel=0.01
+    )

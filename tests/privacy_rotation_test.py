@@ -18,12 +18,16 @@ def test_it_keeps_norms_and_is_undone(dim, chunk_size):
   y = rotation.rotate(x, KEY, chunk_size)
   assert y.shape == (rotation.padded_size(dim, chunk_size),)
   np.testing.assert_allclose(np.linalg.norm(y), np.linalg.norm(x), rtol=1e-5)
-  np.testing.assert_allclose(rotation.unrotate(y, KEY, chunk_size, dim), x, atol=2e-6 * float(np.linalg.norm(x)) + 1e-7)
+  np.testing.assert_allclose(
+    rotation.unrotate(y, KEY, chunk_size, dim), x, atol=2e-6 * float(np.linalg.norm(x)) + 1e-7
+  )
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 16, 128])
 def test_it_is_the_hadamard_matrix_with_random_signs(chunk_size):
-  matrix = np.asarray(jax.vmap(lambda x: rotation.rotate(x, KEY, chunk_size))(jnp.eye(chunk_size))).T
+  matrix = np.asarray(
+    jax.vmap(lambda x: rotation.rotate(x, KEY, chunk_size))(jnp.eye(chunk_size))
+  ).T
   signs = np.sign(matrix[0])  # the first row of H is all ones
   np.testing.assert_allclose(
     matrix * signs[None, :] * np.sqrt(chunk_size), scipy.linalg.hadamard(chunk_size), atol=1e-5
@@ -53,11 +57,16 @@ def test_it_flattens(spike):
   x = jnp.asarray(spike / np.linalg.norm(spike), jnp.float32)
   largest = float(np.max(np.abs(rotation.rotate(x, KEY, 4096))))
   assert largest < 6 / 64  # six standard deviations; a spike is 1 before
-  assert float(np.max(np.abs(rotation.rotate(x, KEY, 1)))) == pytest.approx(float(np.max(np.abs(x))))  # no rotation
+  assert float(np.max(np.abs(rotation.rotate(x, KEY, 1)))) == pytest.approx(
+    float(np.max(np.abs(x)))
+  )  # no rotation
 
 
 def test_flatten_and_back():
-  tree = {"a": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3), "b": [jnp.ones(()), jnp.zeros((0, 2)), jnp.arange(3.0)]}
+  tree = {
+    "a": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3),
+    "b": [jnp.ones(()), jnp.zeros((0, 2)), jnp.arange(3.0)],
+  }
   flat = rotation.flatten(tree)
   assert flat.dtype == jnp.float32
   assert flat.shape == (10,)
@@ -78,4 +87,6 @@ def test_bad_sizes_are_refused():
 def test_jit_and_vmap_change_nothing():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 50)), jnp.float32)
   plain = jnp.stack([rotation.rotate(row, KEY, 16) for row in x])
-  np.testing.assert_allclose(jax.jit(jax.vmap(lambda r: rotation.rotate(r, KEY, 16)))(x), plain, atol=1e-6)
+  np.testing.assert_allclose(
+    jax.jit(jax.vmap(lambda r: rotation.rotate(r, KEY, 16)))(x), plain, atol=1e-6
+  )

@@ -16,7 +16,11 @@ SECRET = jnp.arange(8, dtype=jnp.uint32)
 
 def draws(num_steps, num_units, rate, max_units, secret=SECRET, first=0):
   """[T, num_units] whether each unit was drawn in each step, and overflow [T]."""
-  draw = jax.jit(jax.vmap(lambda t: sampling.poisson(secret, t, jnp.int32(num_units), num_units, rate, max_units)))
+  draw = jax.jit(
+    jax.vmap(
+      lambda t: sampling.poisson(secret, t, jnp.int32(num_units), num_units, rate, max_units)
+    )
+  )
   index, overflow = draw(first + jnp.arange(num_steps, dtype=jnp.int32))
   drawn = np.zeros((num_steps, num_units + 1), bool)
   np.put_along_axis(drawn, np.asarray(index), True, axis=1)  # -1 lands in the last column
@@ -42,11 +46,19 @@ def test_impossible_rates_are_refused(rate):
   st.sampled_from([1, 70]), st.integers(0, 70), st.floats(2**-32, 1.0), st.sampled_from([1, 9, 70]),
   st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_the_draw_is_that_of_the_threshold_on_the_bits(max_examples, num_units, rate, max_units, step):
+def test_the_draw_is_that_of_the_threshold_on_the_bits(
+  max_examples, num_units, rate, max_units, step
+):
   num_units = min(num_units, max_examples)
   got = sampling.poisson(SECRET, np.uint32(step), num_units, max_examples, rate, max_units)
-  words = prng.bits(prng.derive(SECRET, 0x53414D50), jnp.array([step, 0, 0], jnp.uint32), (max_examples,))
-  chosen = [i for i, w in enumerate(np.asarray(words).tolist()) if i < num_units and w < math.ceil(rate * 2**32)]
+  words = prng.bits(
+    prng.derive(SECRET, 0x53414D50), jnp.array([step, 0, 0], jnp.uint32), (max_examples,)
+  )
+  chosen = [
+    i
+    for i, w in enumerate(np.asarray(words).tolist())
+    if i < num_units and w < math.ceil(rate * 2**32)
+  ]
   assert np.asarray(got.indices).tolist() == (chosen + [-1] * max_units)[:max_units]
   assert int(got.overflow) == max(0, len(chosen) - max_units)
   assert got.indices.dtype == jnp.int32
@@ -76,7 +88,9 @@ def test_the_rate_is_right_for_every_unit_and_batch_sizes_are_binomial(scale, ac
 
 
 def test_draws_are_independent_across_units_and_steps():
-  """Shuffled batches of fixed size, which an accountant of Poisson sampling must not be given, fail this."""
+  """Shuffled batches of fixed size, which an accountant of Poisson sampling must not be given, fail
+  this.
+  """
 
   def largest(drawn):
     z = (drawn - drawn.mean(0)) / drawn.std(0)
@@ -88,7 +102,9 @@ def test_draws_are_independent_across_units_and_steps():
   assert max(largest(drawn)) < 5  # of 190 normals
   rng = np.random.default_rng(0)
   shuffled = np.stack([rng.permutation(np.arange(20) < 5) for _ in range(4000)])
-  epochs = np.concatenate([np.arange(4)[:, None] == rng.permutation(20)[None] // 5 for _ in range(1000)])
+  epochs = np.concatenate(
+    [np.arange(4)[:, None] == rng.permutation(20)[None] // 5 for _ in range(1000)]
+  )
   assert max(largest(epochs)) > 10
   sizes = stats.chi2.cdf(len(drawn) * drawn.sum(1).var() / (20 * 0.25 * 0.75), len(drawn))
   assert 1e-4 < sizes < 1 - 1e-4
@@ -123,10 +139,16 @@ def test_patients_bring_all_their_rows(unit_of_row, rows_per_unit):
 
 def test_patients_are_drawn_as_one_and_independently_of_their_number_of_rows():
   unit_of_row = np.array([3, 0, 1, 3, 3, -1, 2, 0], np.int32)
-  draw = jax.jit(lambda t: sampling.poisson_patients(SECRET, t, jnp.asarray(unit_of_row), jnp.int32(4), 6, 0.5, 6, 3))
+  draw = jax.jit(
+    lambda t: sampling.poisson_patients(
+      SECRET, t, jnp.asarray(unit_of_row), jnp.int32(4), 6, 0.5, 6, 3
+    )
+  )
   for step in range(30):
     (index, overflow), left_out = draw(jnp.int32(step))
     units = np.asarray(sampling.poisson(SECRET, step, 4, 6, 0.5, 6).indices)
     rows = np.asarray(index)
-    assert sorted(rows[rows >= 0]) == [i for i, u in enumerate(unit_of_row) if u in units[units >= 0]]
+    assert sorted(rows[rows >= 0]) == [
+      i for i, u in enumerate(unit_of_row) if u in units[units >= 0]
+    ]
     assert int(overflow) == int(left_out) == 0

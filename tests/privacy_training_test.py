@@ -1,4 +1,6 @@
-"""Private recipes: batches, clipping and noise as the mechanism says, from the site's secret alone."""
+"""Private recipes: batches, clipping and noise as the mechanism says, from the site's secret
+alone.
+"""
 
 import functools
 import itertools
@@ -35,7 +37,12 @@ def train(mechanism, secret=SECRET, units=None, rows_per_unit=1, round_index=0, 
   private = training.private(loss_fn, mechanism, STEPS, rows_per_unit)
   recipe = local.Recipe(local.gradients(loss_fn), optax.sgd, lambda t: 1.0, WORK, private)
   params = {"w": jnp.zeros(D)}
-  data = (jnp.asarray(rows)[:, None, None, :], jnp.zeros(N, jnp.int32), jnp.int32(num), jnp.int32(round_index))
+  data = (
+    jnp.asarray(rows)[:, None, None, :],
+    jnp.zeros(N, jnp.int32),
+    jnp.int32(num),
+    jnp.int32(round_index),
+  )
   keys = jax.random.key(0), jax.random.key(1)
   one = lambda secret: local.train(recipe)(
     params, {}, optax.sgd(1.0).init(params), *data, *keys, secret=secret, units=units
@@ -57,9 +64,9 @@ def clipped(v, norm):
 @pytest.mark.parametrize("round_index", [0, 3])
 def test_without_noise_it_is_the_sum_of_clipped_gradients_of_poisson_batches(round_index):
   mechanism = Mechanism(0.0, RATE, N, 0.5, private=False)
-  want = sum(clipped(ROWS[i], 0.5) for t in range(STEPS) for i in drawn(SECRET, round_index * STEPS + t, 30)) / (
-    RATE * 30
-  )
+  want = sum(
+    clipped(ROWS[i], 0.5) for t in range(STEPS) for i in drawn(SECRET, round_index * STEPS + t, 30)
+  ) / (RATE * 30)
   np.testing.assert_allclose(train(mechanism, round_index=round_index, num=30), want, rtol=1e-4)
 
 
@@ -67,8 +74,12 @@ def test_a_patients_images_are_clipped_as_one():
   units = np.arange(N, dtype=np.int32) // 4  # ten patients of four images
   mechanism = Mechanism(0.0, RATE, N, 0.5, unit="patient", private=False)
   means = ROWS.reshape(10, 4, D).mean(1)
-  want = sum(clipped(means[i], 0.5) for t in range(STEPS) for i in drawn(SECRET, t, 10)) / (RATE * 10)
-  np.testing.assert_allclose(train(mechanism, units=jnp.asarray(units), rows_per_unit=4), want, rtol=1e-4)
+  want = sum(clipped(means[i], 0.5) for t in range(STEPS) for i in drawn(SECRET, t, 10)) / (
+    RATE * 10
+  )
+  np.testing.assert_allclose(
+    train(mechanism, units=jnp.asarray(units), rows_per_unit=4), want, rtol=1e-4
+  )
   with pytest.raises(ValueError, match=r"Site\.units"):
     train(mechanism, rows_per_unit=4)
 
@@ -109,16 +120,22 @@ def config(kind, multiplier=1.0, min_units=30, total=TOTAL, size=SIZE, clip=0.5)
   if kind == "tree":
     return correlated.tree(total, separation, multiplier, clip, max_participations=times)
   coefficients = correlated.optimal_coefficients(min(separation, 6), total)
-  return correlated.banded(total, separation, multiplier, clip, coefficients, max_participations=times)
+  return correlated.banded(
+    total, separation, multiplier, clip, coefficients, max_participations=times
+  )
 
 
-every_kind = pytest.mark.parametrize("kind", ["banded", pytest.param("tree", marks=pytest.mark.slow)])
+every_kind = pytest.mark.parametrize(
+  "kind", ["banded", pytest.param("tree", marks=pytest.mark.slow)]
+)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def places(total, size, num_units):
   """[T, B] the units of every step of a site with a padding of N images."""
-  draw = training.correlated_noise(loss_fn, config("tree", min_units=size, total=total, size=size), 1, size).draw
+  draw = training.correlated_noise(
+    loss_fn, config("tree", min_units=size, total=total, size=size), 1, size
+  ).draw
   one = lambda t: draw(SECRET, t + 7, num_units, N, None, correlated.NoiseState(t, {}))
   return jax.vmap(one)(jnp.arange(total, dtype=jnp.uint32))
 
@@ -150,7 +167,9 @@ def trainer(kind, unit="example"):
   """A recipe and its compiled rounds; images are W wide."""
   noises = config(kind) if unit == "example" else config(kind, min_units=10, size=2)
   size, rows_per_unit = (SIZE, 1) if unit == "example" else (2, 4)
-  private = training.correlated_noise(loss_fn, noises, EACH, size, unit=unit, rows_per_unit=rows_per_unit)
+  private = training.correlated_noise(
+    loss_fn, noises, EACH, size, unit=unit, rows_per_unit=rows_per_unit
+  )
   made = local.Recipe(local.gradients(loss_fn), optax.sgd, lambda t: 1.0, WORK, private)
   return made, jax.jit(local.train(made))
 
@@ -161,12 +180,26 @@ WIDE = np.random.default_rng(1).normal(size=(N, W)).astype(np.float32)
 
 def run_rounds(kind, secret=SECRET, rows=WIDE, num=N, rounds=range(ROUNDS), carry=True, units=None):
   """[rounds, W] the sum of all gradients so far, after each round."""
-  (made, train_fn), params = trainer(kind, "example" if units is None else "patient"), {"w": jnp.zeros(W)}
+  (made, train_fn), params = (
+    trainer(kind, "example" if units is None else "patient"),
+    {"w": jnp.zeros(W)},
+  )
   data = (jnp.asarray(rows)[:, None, None, :], jnp.zeros(N, jnp.int32), jnp.int32(num))
   noise, out = made.private.init(params), []
   for r in rounds:
     keys = jax.random.key(0), jax.random.key(1)
-    done = train_fn(params, {}, optax.sgd(1.0).init(params), *data, jnp.int32(r), *keys, None, secret, units, noise)
+    done = train_fn(
+      params,
+      {},
+      optax.sgd(1.0).init(params),
+      *data,
+      jnp.int32(r),
+      *keys,
+      None,
+      secret,
+      units,
+      noise,
+    )
     params, noise = done.params, done.noise if carry else noise
     out.append(-np.asarray(params["w"], np.float64))
   return np.stack(out)
@@ -191,7 +224,9 @@ def test_correlated_noise_of_all_rounds_has_the_scale_of_its_matrices(kind):
 
 @every_kind
 def test_gradients_are_clipped_sums_over_batches_in_order(kind):
-  got = run_rounds(kind, num=33) - run_rounds(kind, num=33, rows=np.zeros((N, W), np.float32))  # the noise is the same
+  got = run_rounds(kind, num=33) - run_rounds(
+    kind, num=33, rows=np.zeros((N, W), np.float32)
+  )  # the noise is the same
   steps = np.asarray(places(25, SIZE, jnp.int32(33)))
   for r in range(ROUNDS):
     want = sum(clipped(WIDE[i], 0.5) for t in range((r + 1) * EACH) for i in steps[t]) / SIZE
@@ -201,14 +236,18 @@ def test_gradients_are_clipped_sums_over_batches_in_order(kind):
 @pytest.mark.slow
 def test_a_patients_images_are_clipped_as_one_in_order_too():
   units = jnp.arange(N, dtype=jnp.int32) // 4  # ten patients of four images
-  got = run_rounds("tree", units=units) - run_rounds("tree", rows=np.zeros((N, W), np.float32), units=units)
+  got = run_rounds("tree", units=units) - run_rounds(
+    "tree", rows=np.zeros((N, W), np.float32), units=units
+  )
   means, steps = WIDE.reshape(10, 4, W).mean(1), np.asarray(places(25, 2, jnp.int32(10)))
   want = sum(clipped(means[i], 0.5) for t in range(TOTAL) for i in steps[t]) / 2
   np.testing.assert_allclose(got[-1], want, atol=1e-4)
 
 
 def test_a_step_that_comes_again_has_other_noise():
-  """As after a round that was refused: the same noise twice would leave the difference of two gradients bare."""
+  """As after a round that was refused: the same noise twice would leave the difference of two
+  gradients bare.
+  """
   first, again = (run_rounds("banded", rounds=[r]) for r in (0, 1))
   assert np.mean(np.abs(first - again) > 1e-3) > 0.95
 
@@ -233,10 +272,17 @@ MADE = {
 
 
 def federation(kind, placement="scan", name="fedavg"):
-  f = fed.federated(MADE[name](trainer(kind)[0]), fed.in_the_clear(), sites.parse_placement(placement))
+  f = fed.federated(
+    MADE[name](trainer(kind)[0]), fed.in_the_clear(), sites.parse_placement(placement)
+  )
   state = f.init({"w": jnp.zeros(W)}, {}, 3)
   return state, lambda state, ids=(0, 1, 2), lost=(): f.step(
-    KEY, state, np.array(ids), LOADER, SECRET, dropouts=secagg.Dropouts(np.isin(ids, lost), np.zeros(len(ids), bool))
+    KEY,
+    state,
+    np.array(ids),
+    LOADER,
+    SECRET,
+    dropouts=secagg.Dropouts(np.isin(ids, lost), np.zeros(len(ids), bool)),
   )[0]
 
 
@@ -258,8 +304,13 @@ def test_lost_and_absent_sites_go_on_in_turn():
   assert rows[0].any()
   second = step(first)
   assert noise_of(second)[0].tolist() == [2 * EACH, EACH, 2 * EACH]
-  sums = [run_rounds("banded", site_of(i).secret, site_of(i).images[:, 0, 0], 30 + 3 * i, range(2)) for i in range(3)]
-  late = run_rounds("banded", site_of(1).secret, site_of(1).images[:, 0, 0], 33, [1])  # its first steps, in round 1
+  sums = [
+    run_rounds("banded", site_of(i).secret, site_of(i).images[:, 0, 0], 30 + 3 * i, range(2))
+    for i in range(3)
+  ]
+  late = run_rounds(
+    "banded", site_of(1).secret, site_of(1).images[:, 0, 0], 33, [1]
+  )  # its first steps, in round 1
   want = np.mean([sums[0][1] - sums[0][0], late[0], sums[2][1] - sums[2][0]], axis=0)
   np.testing.assert_allclose(first.params["w"] - second.params["w"], want, atol=1e-4)
 
@@ -281,23 +332,33 @@ def test_placements_agree_and_algorithms_keep_the_state(kind):
   want = after_two_rounds("scan")
   for placement in ("loop", "vmap"):
     got = after_two_rounds(placement)
-    for a, b in zip(*map(jax.tree.leaves, ((got.params, got.sites), (want.params, want.sites))), strict=True):
+    for a, b in zip(
+      *map(jax.tree.leaves, ((got.params, got.sites), (want.params, want.sites))), strict=True
+    ):
       np.testing.assert_allclose(a, b, atol=1e-5)
   for name in MADE:
     got = after_two_rounds("scan", name)
     assert noise_of(got)[0].tolist() == [2 * EACH] * 3
     np.testing.assert_allclose(noise_of(got)[1], noise_of(want)[1], atol=1e-5)
-  np.testing.assert_allclose(after_two_rounds("scan", "fednova").params["w"], want.params["w"], atol=1e-4)
+  np.testing.assert_allclose(
+    after_two_rounds("scan", "fednova").params["w"], want.params["w"], atol=1e-4
+  )
 
 
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: training.participation(10, 8, 7), "batch_size=8: one would be .* use batch_size=7 or less"),
+    (
+      lambda: training.participation(10, 8, 7),
+      "batch_size=8: one would be .* use batch_size=7 or less",
+    ),
     (lambda: training.participation(0, 8, 70), "num_steps=0"),
     (lambda: training.correlated_noise(loss_fn, config("tree"), 0, SIZE), "num_steps=0"),
     (lambda: training.correlated_noise(loss_fn, config("tree"), 1, 2**30), "fewer than 2\\^32"),
-    (lambda: training.correlated_noise(loss_fn, config("tree"), 1, SIZE, unit="site"), "unit='site'"),
+    (
+      lambda: training.correlated_noise(loss_fn, config("tree"), 1, SIZE, unit="site"),
+      "unit='site'",
+    ),
   ],
 )
 def test_fixed_orders_that_cannot_be_are_refused(call, message):

@@ -135,7 +135,9 @@ def test_bits_do_not_depend_on_the_transformation():
   expected = np.stack([oracle_bits(k, NONCE, 3500, np.uint32).reshape(shape) for k in keys])
   one = functools.partial(prng.bits, nonce=NONCE, shape=shape)
   mesh = Mesh(np.array(jax.devices()[:4]), ("site",))
-  sharded = jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=PartitionSpec("site"), out_specs=PartitionSpec("site"))
+  sharded = jax.shard_map(
+    jax.vmap(one), mesh=mesh, in_specs=PartitionSpec("site"), out_specs=PartitionSpec("site")
+  )
   for got in (
     jnp.stack([one(k) for k in keys]),
     jax.jit(jax.vmap(one))(keys),
@@ -155,7 +157,10 @@ def test_mask_sum_is_the_signed_sum_of_bits(size, dtype):
   signs = [1, -1, 0, 1, -1, -1]
   keys = jnp.stack([key_of(i) for i in range(len(signs))])
   with jax.enable_x64(dtype == np.uint64), np.errstate(over="ignore"):
-    expected = sum(int(s) * oracle_bits(k, NONCE, size, dtype).astype(object) for s, k in zip(signs, keys, strict=True))
+    expected = sum(
+      int(s) * oracle_bits(k, NONCE, size, dtype).astype(object)
+      for s, k in zip(signs, keys, strict=True)
+    )
     expected = (expected % 2 ** (8 * np.dtype(dtype).itemsize)).astype(dtype)
     for fn in (prng.mask_sum, jax.jit(lambda *args: prng.mask_sum(*args), static_argnums=(3, 4))):
       got = fn(keys, jnp.asarray(signs, jnp.int32), NONCE, (size,), dtype)
@@ -171,7 +176,9 @@ def test_pairwise_masks_cancel_over_sites(dtype, how):
   root = key_of(0)
   pair = lambda i, j: prng.derive(root, min(i, j), max(i, j))
   keys = jnp.stack([jnp.stack([pair(i, j) for j in range(num_sites)]) for i in range(num_sites)])
-  signs = jnp.sign(jnp.arange(num_sites)[None, :] - jnp.arange(num_sites)[:, None]).astype(jnp.int32)
+  signs = jnp.sign(jnp.arange(num_sites)[None, :] - jnp.arange(num_sites)[:, None]).astype(
+    jnp.int32
+  )
   mesh, spec = Mesh(np.array(jax.devices()[:4]), ("site",)), PartitionSpec("site")
   with jax.enable_x64(dtype == np.uint64):
     one = lambda k, s: prng.mask_sum(k, s, NONCE, shape, dtype)
@@ -185,9 +192,12 @@ def test_pairwise_masks_cancel_over_sites(dtype, how):
   np.testing.assert_array_equal(masks.sum(0, dtype=dtype), np.zeros(shape, dtype))
   assert all(np.unique(mask).size > 0.99 * mask.size for mask in masks)
   expected = sum(
-    int(s) * oracle_bits(k, NONCE, 30_000, dtype).astype(object) for s, k in zip(signs[2], keys[2], strict=True)
+    int(s) * oracle_bits(k, NONCE, 30_000, dtype).astype(object)
+    for s, k in zip(signs[2], keys[2], strict=True)
   )
-  np.testing.assert_array_equal(masks[2].ravel(), (expected % 2 ** (8 * np.dtype(dtype).itemsize)).astype(dtype))
+  np.testing.assert_array_equal(
+    masks[2].ravel(), (expected % 2 ** (8 * np.dtype(dtype).itemsize)).astype(dtype)
+  )
 
 
 def test_plain_jax_does_not_depend_on_the_chunk():
@@ -195,7 +205,8 @@ def test_plain_jax_does_not_depend_on_the_chunk():
   size = 7 * 16 * prng.TILE + 5
   get = lambda chunk: prng._portable_mask_sum(keys, signs, NONCE, size, np.dtype(np.uint32), chunk)
   expected = sum(
-    int(s) * oracle_bits(k, NONCE, size, np.uint32).astype(np.int64) for s, k in zip(signs, keys, strict=True)
+    int(s) * oracle_bits(k, NONCE, size, np.uint32).astype(np.int64)
+    for s, k in zip(signs, keys, strict=True)
   )
   for chunk in (3 * prng.TILE, 2**18):
     np.testing.assert_array_equal(get(chunk), (expected % 2**32).astype(np.uint32))
@@ -217,14 +228,17 @@ def test_the_sum_over_no_peers_is_zero():
 def test_derived_keys_are_the_stated_blocks():
   key = key_of(0)
   np.testing.assert_array_equal(prng.derive(key, 3), oracle(key, [3, 0, 0], 2**32 - 2, 1)[0, :8])
-  np.testing.assert_array_equal(prng.derive(key, 3, 4, 5), oracle(key, [3, 4, 5], 2**32 - 4, 1)[0, :8])
+  np.testing.assert_array_equal(
+    prng.derive(key, 3, 4, 5), oracle(key, [3, 4, 5], 2**32 - 4, 1)[0, :8]
+  )
   np.testing.assert_array_equal(
     prng.derive(key, jnp.uint32(3), 4), jax.jit(prng.derive)(key, jnp.uint32(3), jnp.uint32(4))
   )
   paths = [(1,), (1, 0), (1, 0, 0), (0, 1), (0, 0, 1), (2**32 - 1,)]
   assert len({np.asarray(prng.derive(key, *path)).tobytes() for path in paths}) == len(paths)
   np.testing.assert_array_equal(
-    jax.vmap(prng.derive, (None, 0))(key, jnp.arange(3, dtype=jnp.uint32)), [prng.derive(key, i) for i in range(3)]
+    jax.vmap(prng.derive, (None, 0))(key, jnp.arange(3, dtype=jnp.uint32)),
+    [prng.derive(key, i) for i in range(3)],
   )
 
 
@@ -237,7 +251,9 @@ def test_random_key_takes_32_bytes_little_endian():
 
 
 def chi_square(values: np.ndarray) -> float:
-  """Pearson's statistic of the values' bytes against uniform, as a z-score (255 degrees of freedom)."""
+  """Pearson's statistic of the values' bytes against uniform, as a z-score (255 degrees of
+  freedom).
+  """
   counts = np.bincount(np.ascontiguousarray(values).view(np.uint8), minlength=256)
   expected = counts.sum() / 256
   return (((counts - expected) ** 2 / expected).sum() - 255) / np.sqrt(2 * 255)
@@ -249,7 +265,9 @@ def test_bits_are_uniform_and_a_biased_generator_is_rejected():
   ones = np.unpackbits(good.view(np.uint8).reshape(-1, 4), axis=1).mean(0)
   assert np.abs(ones - 0.5).max() < 5 * 0.5 / np.sqrt(good.size)
   assert abs(np.corrcoef(good[:-1], good[1:])[0, 1]) < 5 / np.sqrt(good.size)
-  biased = np.where(np.arange(good.size) % 50 == 0, good & ~np.uint32(1), good)  # 1 % of the low bits moved
+  biased = np.where(
+    np.arange(good.size) % 50 == 0, good & ~np.uint32(1), good
+  )  # 1 % of the low bits moved
   assert abs(chi_square(biased)) > 5
 
 
@@ -264,8 +282,14 @@ def test_bits_are_uniform_and_a_biased_generator_is_rejected():
     (lambda k: prng.bits(k, NONCE, (4,), jnp.int32), "must be uint32 or uint64"),
     (lambda k: prng.bits(k, NONCE, (4,), np.uint64), "jax_enable_x64"),
     (lambda k: prng.mask_sum(k, jnp.ones(8, jnp.int32), NONCE, (4,)), r"must be uint32\[P, 8\]"),
-    (lambda k: prng.mask_sum(k[None], jnp.ones(2, jnp.int32), NONCE, (4,)), r"signs is int32\[2\]; .* int32\[1\]"),
-    (lambda k: prng.mask_sum(k[None], jnp.ones(1, jnp.uint32), NONCE, (4,)), r"signs is uint32\[1\]"),
+    (
+      lambda k: prng.mask_sum(k[None], jnp.ones(2, jnp.int32), NONCE, (4,)),
+      r"signs is int32\[2\]; .* int32\[1\]",
+    ),
+    (
+      lambda k: prng.mask_sum(k[None], jnp.ones(1, jnp.uint32), NONCE, (4,)),
+      r"signs is uint32\[1\]",
+    ),
     (lambda k: prng.derive(k), "0 words"),
     (lambda k: prng.derive(k, 1, 2, 3, 4), "4 words"),
     (lambda k: prng.derive(k, -1), r"word -1 is not in \[0, 2\^32\)"),

@@ -1,4 +1,6 @@
-"""One operating-system process a site, under `jax.distributed`. This file is the test and, run by itself, a process."""
+"""One operating-system process a site, under `jax.distributed`. This file is the test and, run by
+itself, a process.
+"""
 
 import functools
 import os
@@ -57,13 +59,23 @@ def train(placement, seen=None):
     state, info = f.step(key, state, ids, loader, DEALER)
 
   def extremes(shared, kept, site):  # not rounded anywhere, so that the sums must agree bit for bit
-    return {"max": jnp.max(site.images, axis=0), "n": site.num_examples.astype(jnp.float32) / 16}, kept
+    return {
+      "max": jnp.max(site.images, axis=0),
+      "n": site.num_examples.astype(jnp.float32) / 16,
+    }, kept
 
   count = fed.total_over_sites(extremes, aggregator, placement, fed.COUNTING)
   linked = fed.link(aggregator, placement)(key, np.int32(7), ids, DEALER)
-  total, _, out_of_range = count((), sites.replicate(jnp.int32(7), placement), ids, linked, (), loader)
+  total, _, out_of_range = count(
+    (), sites.replicate(jnp.int32(7), placement), ids, linked, (), loader
+  )
   assert int(out_of_range) == 0
-  return state, {**state.params, "loss": info.loss, "update_norm": info.update_norm, **total}, f, loader
+  return (
+    state,
+    {**state.params, "loss": info.loss, "update_norm": info.update_norm, **total},
+    f,
+    loader,
+  )
 
 
 def worker(process: int, address: str, folder: pathlib.Path) -> None:
@@ -90,11 +102,19 @@ def test_one_process_a_site_agrees_with_one_process_for_all(tmp_path):
     address = f"127.0.0.1:{free.getsockname()[1]}"
   root = pathlib.Path(__file__).parents[1]
   path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-  settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "", "PYTHONPATH": path}
+  settings = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "1",
+    "XLA_FLAGS": "",
+    "PYTHONPATH": path,
+  }
   strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
   command = [sys.executable, __file__, address, str(tmp_path)]
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-  workers = [subprocess.Popen([*command, str(i)], env=os.environ | settings | strict, **pipes) for i in range(S)]
+  workers = [
+    subprocess.Popen([*command, str(i)], env=os.environ | settings | strict, **pipes)
+    for i in range(S)
+  ]
   try:
     _, want, *_ = train(sites.parse_placement("scan"))  # meanwhile
     for process in workers:
@@ -105,7 +125,9 @@ def test_one_process_a_site_agrees_with_one_process_for_all(tmp_path):
       process.kill()
   results = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(S)]
   for name, value in want.items():
-    assert all(np.array_equal(result[name], results[0][name]) for result in results)  # bit for bit with each other
+    assert all(
+      np.array_equal(result[name], results[0][name]) for result in results
+    )  # bit for bit with each other
     np.testing.assert_allclose(results[0][name], value, atol=1e-6)
   for name in ("max", "n"):
     assert np.array_equal(results[0][name], want[name])

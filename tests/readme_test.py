@@ -33,7 +33,8 @@ def test_the_private_example_keeps_its_budget():
 
 def test_the_encrypted_example_agrees_with_the_function():
   numbers = [
-    [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", row)] for row in re.findall(r"\[\[.*?\]\]", printed(2))
+    [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", row)]
+    for row in re.findall(r"\[\[.*?\]\]", printed(2))
   ]
   one_call, plain, phase_by_phase = numbers
   assert len(plain) == 3

@@ -15,7 +15,14 @@ from primia_jax import metrics
 NAMES = ("normal", "bacterial", "viral")
 RADIOLOGIST = np.array([[189, 3, 42], [67, 85, 90], [13, 11, 124]])
 ROUNDS = [
-  {"round": r, "train_loss": 1 / r, "val_loss": 1.2 / r, "val_accuracy": 0.8, "val_mcc": 0.1 * r, "learning_rate": 0.1}
+  {
+    "round": r,
+    "train_loss": 1 / r,
+    "val_loss": 1.2 / r,
+    "val_accuracy": 0.8,
+    "val_mcc": 0.1 * r,
+    "learning_rate": 0.1,
+  }
   for r in range(1, 5)
 ]
 
@@ -26,19 +33,30 @@ def arm(seed, skill, labels):
 
 
 def three_arms(labels):
-  return {name: arm(i, i + 0.5, labels) for i, name in enumerate(("local: site 0", "pooled", "federated"))}
+  return {
+    name: arm(i, i + 0.5, labels) for i, name in enumerate(("local: site 0", "pooled", "federated"))
+  }
 
 
 def write(run_dir, arms, **options):
-  options = {"label_names": NAMES, "config": {"rate": 0.1}, "versions": report.versions(), **options}
-  return report.write_report(run_dir, title="Three sites", data_name="synthetic phantom", arms=arms, **options)
+  options = {
+    "label_names": NAMES,
+    "config": {"rate": 0.1},
+    "versions": report.versions(),
+    **options,
+  }
+  return report.write_report(
+    run_dir, title="Three sites", data_name="synthetic phantom", arms=arms, **options
+  )
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
   run_dir, arms = tmp_path_factory.mktemp("run"), three_arms(np.arange(90) % 3)
   facts = {"bits": 32, "quantisation_error_bound": 2.5e-6}
-  write(run_dir, arms, rounds=ROUNDS, secure_aggregation=facts, references={"radiologist": RADIOLOGIST})
+  write(
+    run_dir, arms, rounds=ROUNDS, secure_aggregation=facts, references={"radiologist": RADIOLOGIST}
+  )
   return run_dir, arms
 
 
@@ -53,7 +71,9 @@ def test_metrics_json_holds_what_metrics_compute(written):
       numbers = [getattr(x, field) for x in expected]
       assert list(entry[field].values()) == pytest.approx(numbers, rel=1e-12)
     for field in ("sensitivity", "specificity"):
-      assert [entry[field][n]["low"] for n in NAMES] == pytest.approx(list(getattr(expected.low, field)), rel=1e-12)
+      assert [entry[field][n]["low"] for n in NAMES] == pytest.approx(
+        list(getattr(expected.low, field)), rel=1e-12
+      )
     assert np.sum(entry["confusion_matrix"]) == 90
     assert entry["log_loss"] == pytest.approx(metrics.log_loss(labels, probabilities))
   difference = metrics.bootstrap_difference(*arms["federated"], arms["pooled"].probabilities, key)
@@ -69,7 +89,8 @@ def test_report_shows_the_same_numbers_side_by_side(written):
   text = (run_dir / "report.md").read_text()
   entries = json.loads((run_dir / "metrics.json").read_text())["arms"]
   cells = [
-    f"{100 * e['accuracy']['value']:.1f} [{100 * e['accuracy']['low']:.1f}, {100 * e['accuracy']['high']:.1f}]"
+    f"{100 * e['accuracy']['value']:.1f} [{100 * e['accuracy']['low']:.1f}, "
+    f"{100 * e['accuracy']['high']:.1f}]"
     for e in entries.values()
   ]
   assert f"| accuracy (%) | {' | '.join(cells)} | 63.8 |" in text
@@ -78,7 +99,9 @@ def test_report_shows_the_same_numbers_side_by_side(written):
   assert "| rate | 0.1 |" in text
   title, _, summary = text.splitlines()[:3]
   assert title == "# Three sites: synthetic phantom"
-  assert re.search(r"90 test images of \*\*synthetic phantom\*\*.* federated .*\(MCC\).* pooled ", summary)
+  assert re.search(
+    r"90 test images of \*\*synthetic phantom\*\*.* federated .*\(MCC\).* pooled ", summary
+  )
   columns = {}
   for line in text.splitlines():  # every row of a table has as many cells as its head
     if line.startswith("|"):
@@ -101,7 +124,12 @@ def test_one_arm_without_rounds_and_without_a_class(tmp_path):
   write(tmp_path, three_arms(np.arange(30) % 3), rounds=ROUNDS)
   labels = np.arange(40) % 2  # no viral example
   got = write(tmp_path, {"model": arm(0, 2, labels)}, main_arm="model")
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["confusion_matrix.png", "metrics.json", "report.md", "roc.png"]
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    "confusion_matrix.png",
+    "metrics.json",
+    "report.md",
+    "roc.png",
+  ]
   strict = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
   assert strict == got
   assert got["arms"]["model"]["macro_roc_auc"]["value"] is None
@@ -167,22 +195,47 @@ def test_predictions_csv(tmp_path):
 def test_versions_name_what_a_result_depends_on():
   got = report.versions()
   assert set(got) == {
-    "python", "jax", "jaxlib", "flax", "optax", "numpy", "primia-jax", "git commit", "backend", "device",
-  }  # fmt: skip
+    "python",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    "primia-jax",
+    "git commit",
+    "backend",
+    "device",
+  }
   assert got["jax"] == jax.__version__
   assert re.fullmatch(r"unknown|[0-9a-f]{40}(-dirty)?", got["git commit"])
 
 
 def test_pictures_carry_their_title_and_labels(tmp_path):
   labels, probabilities = arm(0, 2, np.arange(60) % 3)
-  intervals = metrics.bootstrap_intervals(labels, probabilities, jax.random.key(0), num_resamples=20)
+  intervals = metrics.bootstrap_intervals(
+    labels, probabilities, jax.random.key(0), num_resamples=20
+  )
   path = tmp_path / "picture.svg"  # where text can be read
   title = "A run: synthetic phantom"
   for draw, words in (
-    (lambda: plots.confusion_matrix(RADIOLOGIST, NAMES, path, title), ["189", "accuracy 63.8%, MCC 0.499", *NAMES]),
-    (lambda: plots.roc(labels, probabilities, NAMES, path, title), ["mean of 3 curves", "macro one-vs-one"]),
-    (lambda: plots.curves(ROUNDS, path, title), ["best MCC: 0.400, round 4", "learning rate", "validation"]),
-    (lambda: plots.comparison({"pooled": intervals}, path, title, references={"reader": RADIOLOGIST}), ["reader"]),
+    (
+      lambda: plots.confusion_matrix(RADIOLOGIST, NAMES, path, title),
+      ["189", "accuracy 63.8%, MCC 0.499", *NAMES],
+    ),
+    (
+      lambda: plots.roc(labels, probabilities, NAMES, path, title),
+      ["mean of 3 curves", "macro one-vs-one"],
+    ),
+    (
+      lambda: plots.curves(ROUNDS, path, title),
+      ["best MCC: 0.400, round 4", "learning rate", "validation"],
+    ),
+    (
+      lambda: plots.comparison(
+        {"pooled": intervals}, path, title, references={"reader": RADIOLOGIST}
+      ),
+      ["reader"],
+    ),
   ):
     draw()
     texts = " ".join(re.findall(r"<!-- (.*?) -->", path.read_text(), re.DOTALL))

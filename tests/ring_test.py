@@ -36,21 +36,37 @@ def exact(v, fixed):
 def legal(fractions, fixed, dtype):
   """Numbers of `dtype` across the whole legal range, both ends included."""
   x = np.array(fractions) * fixed.max_abs
-  x = np.append(x, [fixed.max_abs, -fixed.max_abs, 0.0, fixed.resolution / 2, -1.5 * fixed.resolution])
+  x = np.append(
+    x, [fixed.max_abs, -fixed.max_abs, 0.0, fixed.resolution / 2, -1.5 * fixed.resolution]
+  )
   x = x.astype(dtype)
-  return x[[abs(Fraction(float(n))) <= Fraction(2 ** (fixed.num_bits - 1) - 1, 2**fixed.fraction_bits) for n in x]]
+  return x[
+    [
+      abs(Fraction(float(n))) <= Fraction(2 ** (fixed.num_bits - 1) - 1, 2**fixed.fraction_bits)
+      for n in x
+    ]
+  ]
 
 
 @settings(deadline=None, max_examples=40)
-@given(encodings(), st.lists(st.floats(-1, 1), min_size=1, max_size=8), st.sampled_from([np.float32, np.float64]))
+@given(
+  encodings(),
+  st.lists(st.floats(-1, 1), min_size=1, max_size=8),
+  st.sampled_from([np.float32, np.float64]),
+)
 def test_round_trip_over_the_whole_legal_range(fixed, fractions, dtype):
   with jax.enable_x64(True):
     x = legal(fractions, fixed, dtype)
     v = ring.encode(jnp.asarray(x), fixed)
     assert v.dtype == ring.storage(fixed.num_bits)
-    half, relative = Fraction(1, 2 ** (fixed.fraction_bits + 1)), Fraction(float(np.finfo(dtype).eps)) / 2
+    half, relative = (
+      Fraction(1, 2 ** (fixed.fraction_bits + 1)),
+      Fraction(float(np.finfo(dtype).eps)) / 2,
+    )
     back = np.asarray(ring.decode(v, fixed, dtype))
-    for number, element, stands_for, decoded in zip(x, np.asarray(v), exact(v, fixed), back, strict=True):
+    for number, element, stands_for, decoded in zip(
+      x, np.asarray(v), exact(v, fixed), back, strict=True
+    ):
       number = Fraction(float(number))
       assert 0 <= int(element) < 2**fixed.num_bits
       assert abs(stands_for - number) <= half
@@ -63,11 +79,17 @@ def test_every_width_rounds_to_nearest_and_wraps_around(num_bits):
   with width(fixed):
     top = ring.decode(jnp.asarray([2 ** (num_bits - 1) - 1], ring.storage(num_bits)), fixed)
     assert math.isclose(float(top[0]), fixed.max_abs, rel_tol=2**-23)
-    one = ring.encode(jnp.asarray([0.0, 1.0, -1.0], jnp.float32) * jnp.float32(fixed.resolution), fixed)
+    one = ring.encode(
+      jnp.asarray([0.0, 1.0, -1.0], jnp.float32) * jnp.float32(fixed.resolution), fixed
+    )
     assert [int(n) for n in one] == [0, 1, 2**num_bits - 1]
-    assert np.array_equal(ring.decode(one, fixed), np.array([0, 1, -1], np.float32) * np.float32(fixed.resolution))
+    assert np.array_equal(
+      ring.decode(one, fixed), np.array([0, 1, -1], np.float32) * np.float32(fixed.resolution)
+    )
     largest = jnp.asarray([2 ** (num_bits - 1) - 1], ring.storage(num_bits))
-    beyond = ring.reduce(largest + one[1], num_bits)  # one step past the largest number is the smallest
+    beyond = ring.reduce(
+      largest + one[1], num_bits
+    )  # one step past the largest number is the smallest
     assert exact(beyond, fixed) == [Fraction(-(2 ** (num_bits - 1)), 2**fixed.fraction_bits)]
 
 
@@ -85,7 +107,9 @@ def test_sums_are_those_of_the_integers_modulo_2_to_the_k(fixed, integers):
 
 @settings(deadline=None, max_examples=300)
 @given(
-  st.floats(1e-6, 1e6) | st.integers(-8, 20).map(lambda e: math.nextafter(2.0**e, 0)) | st.just(2.0**31 / 3),
+  st.floats(1e-6, 1e6)
+  | st.integers(-8, 20).map(lambda e: math.nextafter(2.0**e, 0))
+  | st.just(2.0**31 / 3),
   st.integers(1, 10_000),
   st.integers(2, 64),
 )
@@ -103,7 +127,9 @@ def test_fit_never_overflows_and_is_the_finest(max_abs, num_terms, num_bits):
   fixed = ring.fit(max_abs, num_terms, num_bits)
   assert fixed.num_bits == num_bits
   assert largest(fixed.fraction_bits) < 2 ** (num_bits - 1)
-  assert fixed.fraction_bits == num_bits - 1 or largest(fixed.fraction_bits + 1) >= 2 ** (num_bits - 1)
+  assert fixed.fraction_bits == num_bits - 1 or largest(fixed.fraction_bits + 1) >= 2 ** (
+    num_bits - 1
+  )
 
 
 def test_the_fullest_sum_that_fit_allows_is_opened_right():

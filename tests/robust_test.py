@@ -18,7 +18,11 @@ def everything(message):
 def messages(num_sites, seed=0):
   rng = np.random.default_rng(seed)
   draw = lambda *shape: rng.normal(size=(num_sites, *shape)).astype(np.float32)
-  return {"update": {"w": draw(4, 3), "b": draw(3)}, "weight": np.ones(num_sites, np.float32), "metrics": draw()}
+  return {
+    "update": {"w": draw(4, 3), "b": draw(3)},
+    "weight": np.ones(num_sites, np.float32),
+    "metrics": draw(),
+  }
 
 
 def flat(tree):
@@ -36,15 +40,23 @@ def krum_by_hand(vectors, num_byzantine, num_kept):
 
 
 @settings(deadline=None, max_examples=25)
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.just(4)), elements=st.floats(-100, 100, width=32)))
+@given(
+  hnp.arrays(
+    np.float32, st.tuples(st.integers(1, 6), st.just(4)), elements=st.floats(-100, 100, width=32)
+  )
+)
 def test_median_and_trimmed_mean_against_numpy(m):
   num_sites = len(m)
-  np.testing.assert_allclose(robust.median()(jnp.asarray(m)), np.median(m, axis=0), rtol=1e-6, atol=1e-30)
+  np.testing.assert_allclose(
+    robust.median()(jnp.asarray(m)), np.median(m, axis=0), rtol=1e-6, atol=1e-30
+  )
   for fraction in (0.0, 0.2, 0.34):
     cut = int(np.ceil(fraction * num_sites))
     if 2 * cut < num_sites:
       want = np.sort(m, axis=0)[cut : num_sites - cut].mean(0)
-      np.testing.assert_allclose(robust.trimmed_mean(fraction)(jnp.asarray(m)), want, rtol=1e-4, atol=1e-4)
+      np.testing.assert_allclose(
+        robust.trimmed_mean(fraction)(jnp.asarray(m)), want, rtol=1e-4, atol=1e-4
+      )
 
 
 @pytest.mark.parametrize(("num_byzantine", "num_kept"), [(0, 1), (1, 1), (2, 1), (2, 3), (1, 6)])

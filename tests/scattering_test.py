@@ -1,4 +1,6 @@
-"""The transform against one by FFT in NumPy float64, and what a scattering transform is for: it forgets position."""
+"""The transform against one by FFT in NumPy float64, and what a scattering transform is for: it
+forgets position.
+"""
 
 import functools
 import importlib
@@ -23,10 +25,14 @@ def run(x, **options):
 
 
 def circular(x, kernel):
-  """x * kernel for x [H, W], continued by reflection as far as the kernel reaches; a product of spectra."""
+  """x * kernel for x [H, W], continued by reflection as far as the kernel reaches; a product of
+  spectra.
+  """
   radius = kernel.shape[0] // 2
   padded = np.pad(x, radius, mode="reflect")
-  spectrum = np.fft.fft2(padded) * np.fft.fft2(np.roll(embed(kernel, padded.shape), (-radius, -radius), (0, 1)))
+  spectrum = np.fft.fft2(padded) * np.fft.fft2(
+    np.roll(embed(kernel, padded.shape), (-radius, -radius), (0, 1))
+  )
   return np.fft.ifft2(spectrum)[radius : radius + x.shape[0], radius : radius + x.shape[1]]
 
 
@@ -35,14 +41,23 @@ def embed(kernel, shape):
 
 
 def morlet(scale, angle):
-  """The textbook's wavelet in rotated coordinates u = R r; a cross-correlation has it the other way round."""
+  """The textbook's wavelet in rotated coordinates u = R r; a cross-correlation has it the other way
+  round.
+  """
   sigma, xi, slant = 0.8 * 2**scale, 3 * np.pi / 4 / 2**scale, 0.5
   radius = int(np.ceil(3 * sigma / slant))
-  r = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1)] * 2, indexing="ij"), -1)[..., ::-1]  # (x, y)
+  r = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1)] * 2, indexing="ij"), -1)[
+    ..., ::-1
+  ]  # (x, y)
   rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
   u = r @ rotation.T
   precision = np.diag([1, slant**2]) / sigma**2
-  gaussian = np.exp(-0.5 * np.einsum("hwi,ij,hwj->hw", u, precision, u)) * np.sqrt(np.linalg.det(precision)) / 2 / np.pi
+  gaussian = (
+    np.exp(-0.5 * np.einsum("hwi,ij,hwj->hw", u, precision, u))
+    * np.sqrt(np.linalg.det(precision))
+    / 2
+    / np.pi
+  )
   wave = np.exp(1j * xi * u[..., 0])
   beta = (gaussian * wave).sum() / gaussian.sum()
   return (gaussian * (wave - beta))[::-1, ::-1]
@@ -68,9 +83,14 @@ def oracle(image, num_scales, num_angles):
     step = 2 ** (coarser - scale)
     return np.abs(circular(u, morlet(coarser - scale, angle)))[::step, ::step]
 
-  first = {(j, a): strength(image, 0, j, a) for j, a in itertools.product(range(num_scales), angles)}
+  first = {
+    (j, a): strength(image, 0, j, a) for j, a in itertools.product(range(num_scales), angles)
+  }
   second = [
-    average(strength(u, j, k, b), k) for (j, _), u in first.items() for k in range(j + 1, num_scales) for b in angles
+    average(strength(u, j, k, b), k)
+    for (j, _), u in first.items()
+    for k in range(j + 1, num_scales)
+    for b in angles
   ]
   return np.stack([average(image, 0), *(average(u, j) for (j, _), u in first.items()), *second], -1)
 
@@ -86,7 +106,9 @@ def test_equals_the_transform_by_fft(shape, num_scales, num_angles):
   assert ours.shape == (shape[0], shape[1] >> num_scales, shape[2] >> num_scales, shape[3] * count)
   for i, c in itertools.product(range(shape[0]), range(shape[3])):
     wanted = oracle(x[i, ..., c].astype(np.float64), num_scales, num_angles)
-    np.testing.assert_allclose(ours[i, ..., c * count : (c + 1) * count], wanted, rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(
+      ours[i, ..., c * count : (c + 1) * count], wanted, rtol=1e-4, atol=2e-6
+    )
 
 
 def test_paths_are_counted():
@@ -145,13 +167,19 @@ def test_gradients_are_finite_where_there_is_no_wave():
 
 def test_stays_float32_under_x64():
   with jax.enable_x64(True):
-    assert jax.eval_shape(scatter, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)).dtype == jnp.float32
+    assert (
+      jax.eval_shape(scatter, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)).dtype == jnp.float32
+    )
 
 
 @pytest.mark.parametrize(
   ("shape", "options", "message"),
   [
-    ((1, 30, 28, 1), {}, "30 x 28 pixels cannot be halved num_scales=2 times; resize them to a multiple of 4"),
+    (
+      (1, 30, 28, 1),
+      {},
+      "30 x 28 pixels cannot be halved num_scales=2 times; resize them to a multiple of 4",
+    ),
     ((28, 28, 1), {}, r"float32 images \[B, H, W, C\], not float32 \[28, 28, 1\]"),
     ((1, 8, 8, 1), {"num_scales": 0}, "num_scales=0 and num_angles=8 must be at least 1"),
     ((1, 8, 8, 1), {"num_angles": 0}, "num_angles=0 must be at least 1"),
@@ -168,12 +196,18 @@ def test_bytes_are_refused():
 
 
 def test_agrees_with_kymatio(monkeypatch):
-  """Kymatio cuts nothing off and pads only once: a few per cent away from the edges, and paths in another order."""
+  """Kymatio cuts nothing off and pads only once: a few per cent away from the edges, and paths in
+  another order.
+  """
   pytest.importorskip("kymatio", reason="kymatio is not installed: features not compared with it")
-  monkeypatch.setattr(scipy.special, "sph_harm", None, raising=False)  # which its 3D part wants of older SciPy
+  monkeypatch.setattr(
+    scipy.special, "sph_harm", None, raising=False
+  )  # which its 3D part wants of older SciPy
   kymatio = importlib.import_module("kymatio.numpy")
   x = images(1, 32, 32, 1)
   theirs = kymatio.Scattering2D(J=2, shape=(32, 32), L=8)(x[0, ..., 0])[:, 2:6, 2:6]
   ours = run(x)[0, 2:6, 2:6].transpose(2, 0, 1)
   for low, high in ((0, 1), (1, 9), (9, 17), (17, 81)):
-    np.testing.assert_allclose(np.sort(ours[low:high], 0), np.sort(theirs[low:high], 0), rtol=0.05, atol=0.02)
+    np.testing.assert_allclose(
+      np.sort(ours[low:high], 0), np.sort(theirs[low:high], 0), rtol=0.05, atol=0.02
+    )

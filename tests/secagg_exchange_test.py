@@ -1,4 +1,6 @@
-"""Training over the protocol: every site a thread with its own exchange, joined to the others by sockets only."""
+"""Training over the protocol: every site a thread with its own exchange, joined to the others by
+sockets only.
+"""
 
 import threading
 
@@ -30,7 +32,9 @@ def load(ids):
 
 
 def one_step(server, kept, site):
-  """One step of linear regression over all of a site's examples: FedAvg in its shortest form, soon compiled."""
+  """One step of linear regression over all of a site's examples: FedAvg in its shortest form, soon
+  compiled.
+  """
   real = (jnp.arange(N) < site.num_examples).astype(jnp.float32)
   x, y = site.images.reshape(N, D), jax.nn.one_hot(site.labels, L)
   wrong = (x @ server.params["w"] - y) * real[:, None]
@@ -45,18 +49,29 @@ def mean(server, message):
 
 
 ALGORITHM = fed.Algorithm(
-  "one step", lambda params: (), lambda *_: {"rounds": np.int32(0)}, one_step, mean, lambda s, _: (s.params, {}), False,
+  "one step",
+  lambda params: (),
+  lambda *_: {"rounds": np.int32(0)},
+  one_step,
+  mean,
+  lambda s, _: (s.params, {}),
   False,
-)  # fmt: skip
+  False,
+)
 
 
 def extremes(shared, kept, site):
   """What is not rounded anywhere, so that the sums must agree bit for bit."""
-  return {"max": jnp.max(site.images, axis=0), "n": site.num_examples.astype(jnp.float32) / 16}, kept
+  return {
+    "max": jnp.max(site.images, axis=0),
+    "n": site.num_examples.astype(jnp.float32) / 16,
+  }, kept
 
 
 def train(placement, num_sites, threshold, algorithm=None, lost=None):
-  """Two rounds and then a count, with a site lost in the second: what every process knows at the end."""
+  """Two rounds and then a count, with a site lost in the second: what every process knows at the
+  end.
+  """
   aggregator = fed.securely(secagg.secure_sum(num_sites, threshold=threshold))
   f, loader = fed.federated(algorithm or ALGORITHM, aggregator, placement), fed.Loader(load)
   key, ids = jax.random.key(SEED), np.arange(num_sites, dtype=np.int32)
@@ -84,7 +99,12 @@ class Apart:
     host = transport.Host(listener, num_sites, timeout, server)
     pinned = {i: one.public for i, one in enumerate(own)}
     make = lambda i: exchange.Exchange(
-      listener.getsockname(), i, exchange.Pinned(own[i], pinned, server.public), b"test", timeout, None if i else host
+      listener.getsockname(),
+      i,
+      exchange.Pinned(own[i], pinned, server.public),
+      b"test",
+      timeout,
+      None if i else host,
     )
     self.exchanges = [make(i) for i in range(num_sites)]
     self.results, self.errors = {}, {}
@@ -99,7 +119,9 @@ class Apart:
         self.errors[i] = e
         self.exchanges[i].close()  # as the end of a process does
 
-    threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(len(self.exchanges))]
+    threads = [
+      threading.Thread(target=one, args=(i,), daemon=True) for i in range(len(self.exchanges))
+    ]
     for thread in threads:
       thread.start()
     for thread in threads:
@@ -111,7 +133,9 @@ class Apart:
 
 
 def test_sites_apart_train_as_all_in_one_process_and_without_one_that_dies():
-  """Site 2 ends while it trains in the second round; the others do not wait for it, then or later."""
+  """Site 2 ends while it trains in the second round; the others do not wait for it, then or
+  later.
+  """
   rounds_of_two = iter((1, 2))
 
   def call(i, own):
@@ -124,7 +148,9 @@ def test_sites_apart_train_as_all_in_one_process_and_without_one_that_dies():
         jax.debug.callback(check, site.id)
       return one_step(shared, kept, site)
 
-    return train(sites.Placement("apart", index=i, exchange=own), 3, 2, ALGORITHM._replace(site=dying))
+    return train(
+      sites.Placement("apart", index=i, exchange=own), 3, 2, ALGORITHM._replace(site=dying)
+    )
 
   apart = Apart(3).run(call)
   assert list(apart.errors) == [2]
@@ -133,7 +159,9 @@ def test_sites_apart_train_as_all_in_one_process_and_without_one_that_dies():
   for i in (0, 1):
     got, state, infos = apart.results[i]
     for name, value in want.items():
-      np.testing.assert_array_equal(got[name], apart.results[0][0][name])  # bit for bit with each other
+      np.testing.assert_array_equal(
+        got[name], apart.results[0][0][name]
+      )  # bit for bit with each other
       np.testing.assert_allclose(got[name], value, atol=1e-6)
     for name in ("max", "n"):
       np.testing.assert_array_equal(got[name], want[name])
@@ -182,7 +210,9 @@ def test_what_leaves_a_site_is_masked(wire, monkeypatch, masked):
   """And where no masks are made, this test sees it."""
   zeros = {"a": np.zeros(400, np.uint32)}
   if not masked:
-    monkeypatch.setattr(rounds, "mask_total", lambda keys, signs, round, setup: [np.zeros(400, np.uint32)])
+    monkeypatch.setattr(
+      rounds, "mask_total", lambda keys, signs, round, setup: [np.zeros(400, np.uint32)]
+    )
   apart = Apart(3).run(lambda i, own: own.finish(own.begin(zeros, TERMS), zeros))
   assert apart.errors == {}
   inputs = [message.vectors[0] for message in wire if isinstance(message, msg.MaskedInput)]
@@ -194,7 +224,9 @@ def test_what_leaves_a_site_is_masked(wire, monkeypatch, masked):
 
 
 def test_sums_go_on_over_the_survivors_until_too_few_are_left():
-  """Of five sites with a threshold of four, the last leaves between sums; then another in the middle of one."""
+  """Of five sites with a threshold of four, the last leaves between sums; then another in the
+  middle of one.
+  """
   ended = threading.Event()
 
   def call(i, own):
@@ -216,7 +248,9 @@ def test_sums_go_on_over_the_survivors_until_too_few_are_left():
   apart = Apart(5).run(call)
   assert apart.results == {}
   assert isinstance(apart.errors[0], serving.RoundFailed)
-  assert "stage masked_input: 3 sites of 4 sent their message in time, and 4 are needed" in str(apart.errors[0])
+  assert "stage masked_input: 3 sites of 4 sent their message in time, and 4 are needed" in str(
+    apart.errors[0]
+  )
   for i in (1, 2):
     assert isinstance(apart.errors[i], exchange.Lost)
     assert f"site {i} was declared lost in round 6, or the round failed" in str(apart.errors[i])
@@ -298,11 +332,15 @@ def test_sites_of_another_run_or_with_another_server_are_shown_out_and_not_summe
 
   apart.run(call)
   assert apart.results == dict.fromkeys((0, 1, 2), (0, 1, 2))
-  assert all(isinstance(apart.errors[i], exchange.Lost) for i in (3, 4))  # long before their patience ends
+  assert all(
+    isinstance(apart.errors[i], exchange.Lost) for i in (3, 4)
+  )  # long before their patience ends
 
 
 def test_no_sum_is_over_fewer_than_the_quorum_of_those_that_have_begun():
-  """One of five after the other leaves between sums; two of them would be a majority of the three that are left."""
+  """One of five after the other leaves between sums; two of them would be a majority of the three
+  that are left.
+  """
   ended = [threading.Event() for _ in range(5)]
 
   def call(i, own):
@@ -355,11 +393,15 @@ def test_an_exchange_is_told_what_the_sum_is_for_and_how_it_is_protected():
     (4, 3, 6, (4, 3, 6, False)),
   ],
 )
-def test_what_the_sites_that_are_left_agree_on_is_as_safe_as_with_all(num_peers, threshold, left, want):
+def test_what_the_sites_that_are_left_agree_on_is_as_safe_as_with_all(
+  num_peers, threshold, left, want
+):
   num_sites = num_peers + 1 if num_peers != 4 else 10
   identities = {i: keys.identity().public for i in range(left)}
   terms = TERMS._replace(num_peers=num_peers, threshold=threshold)
-  agree = lambda: exchange.agree(identities, num_sites, elements(0), terms, b"run", np.zeros(8, np.uint32))
+  agree = lambda: exchange.agree(
+    identities, num_sites, elements(0), terms, b"run", np.zeros(8, np.uint32)
+  )
   if isinstance(want, str):
     with pytest.raises((ValueError, exchange.Lost), match=want):
       agree()
@@ -368,9 +410,15 @@ def test_what_the_sites_that_are_left_agree_on_is_as_safe_as_with_all(num_peers,
   assert (setup.degree, setup.threshold, setup.quorum, setup.malicious_server) == want
   assert setup.sizes == (121,)
   with pytest.raises(ValueError, match="JAX_ENABLE_X64"):  # else the sum would be cut to 32 bits
-    exchange.agree(identities, num_sites, {}, terms._replace(num_bits=40), b"run", np.zeros(8, np.uint32))
+    exchange.agree(
+      identities, num_sites, {}, terms._replace(num_bits=40), b"run", np.zeros(8, np.uint32)
+    )
   terms = terms._replace(min_survivors=left + 1)
-  too_many = f"quorum={left + 1} of {left} sites" if left == num_sites else f"{left} of {num_sites} sites are left"
+  too_many = (
+    f"quorum={left + 1} of {left} sites"
+    if left == num_sites
+    else f"{left} of {num_sites} sites are left"
+  )
   with pytest.raises(ValueError if left == num_sites else exchange.Lost, match=too_many):
     agree()
 
@@ -385,7 +433,9 @@ def test_a_total_that_is_stale_or_forged_is_refused_by_name():
     state = serving.start(setup, round_index)
     said = {i: protocol.advertise(setup, round_index, i, k) for i, k in own.items()}
     for step, close in zip(
-      (protocol.share_keys, protocol.masked_input, protocol.consistency, protocol.unmask), serving.CLOSE, strict=True
+      (protocol.share_keys, protocol.masked_input, protocol.consistency, protocol.unmask),
+      serving.CLOSE,
+      strict=True,
     ):
       for _, message in said.values():
         state = serving.receive(state, message)
@@ -409,7 +459,10 @@ def test_a_total_that_is_stale_or_forged_is_refused_by_name():
     (serving.sign_total(state, opened, stranger), "forged"),
     (signed._replace(vectors=one_more), "forged"),
     (signed._replace(round=3), "another round"),
-    (serving.sign_total(state, opened._replace(total=(np.zeros(2, np.uint32),)), server), "malformed"),
+    (
+      serving.sign_total(state, opened._replace(total=(np.zeros(2, np.uint32),)), server),
+      "malformed",
+    ),
     (msg.Consents(4, {}), "malformed"),
   ):
     with pytest.raises(protocol.Refused, match=f"site 0 refuses in stage total: {reason}"):

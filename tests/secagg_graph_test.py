@@ -11,7 +11,9 @@ from primia_jax.secagg import graph, masking
 KEY = np.arange(8, dtype=np.uint32) + 11
 
 
-@pytest.mark.parametrize(("num_sites", "degree"), [(2, 1), (5, 2), (6, 4), (6, 5), (9, 8), (11, 6), (200, 20)])
+@pytest.mark.parametrize(
+  ("num_sites", "degree"), [(2, 1), (5, 2), (6, 4), (6, 5), (9, 8), (11, 6), (200, 20)]
+)
 def test_neighbours_are_symmetric_regular_and_never_oneself(num_sites, degree):
   graphs = set()
   for round_index in range(5):
@@ -57,19 +59,28 @@ def test_impossible_degrees_are_refused(num_sites, degree):
 
 def hypergeometric(population, marked, drawn, count):
   ways = lambda n, k: math.comb(n, k) if 0 <= k <= n else 0
-  return fractions.Fraction(ways(marked, count) * ways(population - marked, drawn - count), ways(population, drawn))
+  return fractions.Fraction(
+    ways(marked, count) * ways(population - marked, drawn - count), ways(population, drawn)
+  )
 
 
 @pytest.mark.parametrize("malicious", [False, True])
-@pytest.mark.parametrize(("num_sites", "corrupt", "dropout"), [(100, 0.1, 0.1), (300, 0.2, 0.1), (1000, 0.05, 0.1)])
+@pytest.mark.parametrize(
+  ("num_sites", "corrupt", "dropout"), [(100, 0.1, 0.1), (300, 0.2, 0.1), (1000, 0.05, 0.1)]
+)
 def test_the_degree_meets_its_bounds_and_two_less_does_not(num_sites, corrupt, dropout, malicious):
   degree, threshold = graph.degree_for(num_sites, corrupt, dropout, 40, 30, malicious)
   num_corrupt, num_dropped = math.floor(corrupt * num_sites), math.floor(dropout * num_sites)
 
   def failures(degree, threshold):
     """log2 of the three bounds, by the definition, in fractions."""
-    captured = sum(hypergeometric(num_sites - 1, num_corrupt, degree, i) for i in range(threshold, degree + 1))
-    lost = sum(hypergeometric(num_sites - 1, num_dropped, degree, i) for i in range(degree - threshold + 1, degree + 1))
+    captured = sum(
+      hypergeometric(num_sites - 1, num_corrupt, degree, i) for i in range(threshold, degree + 1)
+    )
+    lost = sum(
+      hypergeometric(num_sites - 1, num_dropped, degree, i)
+      for i in range(degree - threshold + 1, degree + 1)
+    )
     apart = fractions.Fraction(num_sites**2, 2)
     for i in range(degree):
       apart *= fractions.Fraction(max(num_corrupt + num_dropped - i, 0), num_sites - i)
@@ -77,7 +88,9 @@ def test_the_degree_meets_its_bounds_and_two_less_does_not(num_sites, corrupt, d
 
   assert degree % 2 == 0
   assert degree < num_sites - 1
-  legal = lambda degree: range((2 * (degree + 1) // 3 if malicious else (degree + 1) // 2) + 1, degree + 1)
+  legal = lambda degree: range(
+    (2 * (degree + 1) // 3 if malicious else (degree + 1) // 2) + 1, degree + 1
+  )
   meets = lambda p: p[0] <= 2.0**-41 and p[1] <= 2.0**-41 and p[2] <= 2.0**-30
   assert threshold in legal(degree)
   assert meets(failures(degree, threshold))
@@ -86,7 +99,9 @@ def test_the_degree_meets_its_bounds_and_two_less_does_not(num_sites, corrupt, d
 
 
 def test_the_bounds_hold_of_circles_that_are_drawn():
-  """At a security of 3 bits, so that failures are seen: no more often than allowed; at half the degree more often."""
+  """At a security of 3 bits, so that failures are seen: no more often than allowed; at half the
+  degree more often.
+  """
   num_sites, corrupt, dropped, trials = 60, 12, 9, 400
   degree, threshold = graph.degree_for(num_sites, 0.2, 0.15, security=3, correctness=3)
 
@@ -102,7 +117,9 @@ def test_the_bounds_hold_of_circles_that_are_drawn():
     unsafe = np.any(bad.sum(1) >= threshold) or len(seen) < honest.sum()
     return unsafe, np.any(degree - gone.sum(1) < threshold)
 
-  rate = lambda degree, threshold: np.mean([failed(degree, threshold, t) for t in range(trials)], axis=0)
+  rate = lambda degree, threshold: np.mean(
+    [failed(degree, threshold, t) for t in range(trials)], axis=0
+  )
   unsafe, lost = rate(degree, threshold)
   assert unsafe <= 2.0**-3 + 3 * (2.0**-3 / trials) ** 0.5
   assert lost <= 2.0**-3 + 3 * (2.0**-3 / trials) ** 0.5

@@ -9,7 +9,8 @@ from primia_jax import prng
 from primia_jax.secagg import keys
 
 KEY = np.arange(8, dtype=np.uint32) * 0x1234567 + 5
-# The 0.1 % and 99.9 % quantiles of chi-square with 255 degrees of freedom (Wilson and Hilferty's cube root).
+# The 0.1 % and 99.9 % quantiles of chi-square with 255 degrees of freedom (Wilson and Hilferty's
+# cube root).
 LOW, HIGH = (255 * (1 - 2 / (9 * 255) + z * (2 / (9 * 255)) ** 0.5) ** 3 for z in (-3.09, 3.09))
 
 
@@ -22,7 +23,9 @@ def chi_square(values):
 def test_the_stream_on_the_host_is_that_of_the_arrays(num_words):
   nonce = (7, 2**32 - 1, 3)
   blocks = prng.chacha20(jnp.asarray(KEY), jnp.asarray(nonce, jnp.uint32), 0, -(-num_words // 16))
-  assert np.array_equal(keys.stream(KEY, nonce, num_words), np.asarray(blocks).T.ravel()[:num_words])
+  assert np.array_equal(
+    keys.stream(KEY, nonce, num_words), np.asarray(blocks).T.ravel()[:num_words]
+  )
 
 
 def test_the_stream_is_that_of_rfc_8439():
@@ -48,11 +51,16 @@ def test_x25519_agrees_as_in_rfc_7748():
   a = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
   b = bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")
   shared = "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742"
-  assert keys.public_key(a).hex() == "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"
-  assert keys.agree(a, keys.public_key(b)).hex() == keys.agree(b, keys.public_key(a)).hex() == shared
+  assert (
+    keys.public_key(a).hex() == "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"
+  )
+  assert (
+    keys.agree(a, keys.public_key(b)).hex() == keys.agree(b, keys.public_key(a)).hex() == shared
+  )
 
 
-# The points of small order on Curve25519 and its twist (Bernstein's list), with which anybody knows the secret.
+# The points of small order on Curve25519 and its twist (Bernstein's list), with which anybody knows
+# the secret.
 P = 2**255 - 19
 LOW_ORDER = [
   0,
@@ -92,7 +100,9 @@ def test_keys_of_all_uses_differ_and_both_ends_make_the_same():
   assert all(key.shape == (8,) and key.dtype == np.uint32 for key in made)
   assert len({key.tobytes() for key in made}) == len(uses)
   again = keys.agree(b.private, a.public)
-  assert all(np.array_equal(key, keys.expand(again, *use)) for key, use in zip(made, uses, strict=True))
+  assert all(
+    np.array_equal(key, keys.expand(again, *use)) for key, use in zip(made, uses, strict=True)
+  )
 
 
 @pytest.mark.parametrize("use", [(-1, 0, 1), (2**32, 0, 1), (0, -1, 0), (0, 0, 2**32)])
@@ -102,19 +112,27 @@ def test_a_use_outside_its_range_is_refused(use):
 
 
 def folded(secret):
-  """What seeds the masks of Flower 1.42: the exclusive or of the secret's words, of base64 text at that."""
+  """What seeds the masks of Flower 1.42: the exclusive or of the secret's words, of base64 text at
+  that.
+  """
   return np.bitwise_xor.reduce(np.frombuffer(secret, "<u4")).astype("<u4").tobytes()
 
 
 def test_mask_seeds_carry_all_their_256_bits():
-  """Flower's fold to 28 varying bits; here each of 256 bits is set half the time, and no two move together."""
+  """Flower's fold to 28 varying bits; here each of 256 bits is set half the time, and no two move
+  together.
+  """
   pairs = [keys.key_pair() for _ in range(64)]
   made = [
     keys.raw(keys.expand(keys.agree(a.private, b.public), "mask", 1, i, j))
     for i, a in enumerate(pairs)
     for j, b in enumerate(pairs[i + 1 :], i + 1)
   ]
-  bits = np.unpackbits(np.frombuffer(b"".join(made), np.uint8)).reshape(len(made), 256).astype(np.float64)
+  bits = (
+    np.unpackbits(np.frombuffer(b"".join(made), np.uint8))
+    .reshape(len(made), 256)
+    .astype(np.float64)
+  )
   n = len(made)
   assert n == 2016
   assert np.all(np.abs(bits.mean(0) - 0.5) < 5 * 0.5 / n**0.5)
@@ -129,10 +147,14 @@ def test_mask_seeds_carry_all_their_256_bits():
 
 def test_one_changed_bit_of_the_secret_changes_half_of_the_key():
   secret = bytearray(os.urandom(32))
-  before = np.unpackbits(np.frombuffer(keys.raw(keys.expand(bytes(secret), "mask", 0, 0, 1)), np.uint8))
+  before = np.unpackbits(
+    np.frombuffer(keys.raw(keys.expand(bytes(secret), "mask", 0, 0, 1)), np.uint8)
+  )
   for bit in range(256):
     secret[bit // 8] ^= 1 << bit % 8
-    after = np.unpackbits(np.frombuffer(keys.raw(keys.expand(bytes(secret), "mask", 0, 0, 1)), np.uint8))
+    after = np.unpackbits(
+      np.frombuffer(keys.raw(keys.expand(bytes(secret), "mask", 0, 0, 1)), np.uint8)
+    )
     assert 76 < (before != after).sum() < 180  # 6.5 standard deviations
     secret[bit // 8] ^= 1 << bit % 8
 
@@ -143,8 +165,14 @@ def test_a_box_opens_for_its_key_and_its_purpose_only():
   assert keys.open_box(KEY, box, b"1 to 2, round 3") == b"two shares"
   other = KEY.copy()
   other[3] ^= 1
-  tries = [(other, box, b"1 to 2, round 3"), (KEY, box, b"2 to 1, round 3"), (KEY, box[:-1], b"1 to 2, round 3")]
-  tries += [(KEY, box[:i] + bytes([box[i] ^ 1]) + box[i + 1 :], b"1 to 2, round 3") for i in range(len(box))]
+  tries = [
+    (other, box, b"1 to 2, round 3"),
+    (KEY, box, b"2 to 1, round 3"),
+    (KEY, box[:-1], b"1 to 2, round 3"),
+  ]
+  tries += [
+    (KEY, box[:i] + bytes([box[i] ^ 1]) + box[i + 1 :], b"1 to 2, round 3") for i in range(len(box))
+  ]
   tries += [(KEY, b"", b""), (KEY, bytes(keys.BOX_OVERHEAD), b"")]
   for wrong in tries:
     with pytest.raises(ValueError, match="sealed box"):
@@ -168,7 +196,10 @@ def test_keys_come_from_the_entropy_given_and_are_fresh_without():
   source = lambda size: bytes(range(size))
   assert keys.key_pair(source) == keys.key_pair(source)
   assert keys.identity(source) == keys.identity(source)
-  assert len({keys.key_pair().private for _ in range(50)} | {keys.identity().private for _ in range(50)}) == 100
+  assert (
+    len({keys.key_pair().private for _ in range(50)} | {keys.identity().private for _ in range(50)})
+    == 100
+  )
 
 
 def test_no_private_key_is_printed():

@@ -8,7 +8,8 @@ import pytest
 from primia_jax import prng, ring, secagg, sites
 
 DEALER = jnp.arange(8, dtype=jnp.uint32) + 7
-# The 0.1 % and 99.9 % quantiles of chi-square with 255 degrees of freedom (Wilson and Hilferty's cube root).
+# The 0.1 % and 99.9 % quantiles of chi-square with 255 degrees of freedom (Wilson and Hilferty's
+# cube root).
 LOW, HIGH = (255 * (1 - 2 / (9 * 255) + z * (2 / (9 * 255)) ** 0.5) ** 3 for z in (-3.09, 3.09))
 
 
@@ -19,8 +20,12 @@ def messages(num_sites, scale=1.0):
 
 
 def links(config, key=0, ids=None):
-  ids = jnp.arange(config.num_sites, dtype=jnp.int32) if ids is None else jnp.asarray(ids, jnp.int32)
-  return ids, secagg.deal_links(DEALER, ids, secagg.peers(jax.random.key(key), ids, config.num_peers))
+  ids = (
+    jnp.arange(config.num_sites, dtype=jnp.int32) if ids is None else jnp.asarray(ids, jnp.int32)
+  )
+  return ids, secagg.deal_links(
+    DEALER, ids, secagg.peers(jax.random.key(key), ids, config.num_peers)
+  )
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -41,9 +46,20 @@ def chi_square(words):
 
 @pytest.mark.parametrize(
   ("num_sites", "num_peers", "num_bits"),
-  [(2, None, 32), (3, None, 32), (6, None, 20), (7, 2, 32), (7, 4, 20), (8, 4, 32), (5, 2, 64), (4, None, 64)],
+  [
+    (2, None, 32),
+    (3, None, 32),
+    (6, None, 20),
+    (7, 2, 32),
+    (7, 4, 20),
+    (8, 4, 32),
+    (5, 2, 64),
+    (4, None, 64),
+  ],
 )
-def test_the_opened_sum_is_the_sum_of_the_encoded_updates_bit_for_bit(num_sites, num_peers, num_bits):
+def test_the_opened_sum_is_the_sum_of_the_encoded_updates_bit_for_bit(
+  num_sites, num_peers, num_bits
+):
   with jax.enable_x64(num_bits > 32):
     config = secagg.secure_sum(num_sites, 1.0, num_bits=num_bits, num_peers=num_peers)
     update = messages(num_sites)
@@ -58,7 +74,10 @@ def test_the_opened_sum_is_the_sum_of_the_encoded_updates_bit_for_bit(num_sites,
     for name, x in update.items():
       exact = x.astype(np.float64).sum(0)
       assert opened[name].dtype == jnp.float32
-      assert np.all(np.abs(np.asarray(opened[name], np.float64) - exact) <= config.error_bound + np.abs(exact) * 2**-24)
+      assert np.all(
+        np.abs(np.asarray(opened[name], np.float64) - exact)
+        <= config.error_bound + np.abs(exact) * 2**-24
+      )
 
 
 @pytest.mark.parametrize("text", ["loop", "scan", "vmap", "chunk=2", "mesh"])
@@ -71,10 +90,15 @@ def test_every_placement_opens_the_same_bits(text):
     message, site_id, linked = inputs
     return secagg.protect(message, site_id, linked, (2, 1), config), ()
 
-  summed, _ = sites.sum_over_sites(site, placement)((), sites.put((messages(5), ids, linked), placement))
+  summed, _ = sites.sum_over_sites(site, placement)(
+    (), sites.put((messages(5), ids, linked), placement)
+  )
   opened, _ = secagg.open_sum(summed, config)
   want, _ = secagg.open_sum(total(protect_all(messages(5), ids, linked, config, 2, 1)), config)
-  assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(opened), jax.tree.leaves(want), strict=True))
+  assert all(
+    np.array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(opened), jax.tree.leaves(want), strict=True)
+  )
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -94,7 +118,9 @@ def test_one_masked_update_is_uniform_and_an_unmasked_one_is_not(masked):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_over_many_keys_every_byte_of_one_number_is_uniform(masked):
-  """One fixed number, fresh keys and nonces: the masked value and the masked flag take all values equally often."""
+  """One fixed number, fresh keys and nonces: the masked value and the masked flag take all values
+  equally often.
+  """
   config = secagg.secure_sum(2, 1.0, masked=masked)
 
   def send(trial):
@@ -103,7 +129,9 @@ def test_over_many_keys_every_byte_of_one_number_is_uniform(masked):
     sent = secagg.protect(jnp.full(1, 0.7, jnp.float32), jnp.int32(0), linked, (trial, 0), config)
     return sent.message[0], sent.out_of_range
 
-  values, flags = jax.jit(lambda trials: jax.lax.map(send, trials))(jnp.arange(4096, dtype=jnp.uint32))
+  values, flags = jax.jit(lambda trials: jax.lax.map(send, trials))(
+    jnp.arange(4096, dtype=jnp.uint32)
+  )
   for words in (values, flags):
     for byte in range(4):
       column = np.asarray(words).view(np.uint8).reshape(-1, 4)[:, byte]
@@ -123,8 +151,12 @@ def test_masked_values_do_not_depend_on_the_update():
   config = secagg.secure_sum(3, 1.0)
   ids, linked = links(config)
   x = np.random.default_rng(0).uniform(-1, 1, (3, 40_000)).astype(np.float32)
-  correlation = lambda sent: np.corrcoef(x[0], ring.decode(sent.message["w"][0], config.fixed))[0, 1]
-  assert abs(correlation(protect_all({"w": x}, ids, linked, config))) < 4 / 200  # four standard errors
+  correlation = lambda sent: np.corrcoef(x[0], ring.decode(sent.message["w"][0], config.fixed))[
+    0, 1
+  ]
+  assert (
+    abs(correlation(protect_all({"w": x}, ids, linked, config))) < 4 / 200
+  )  # four standard errors
   unmasked = secagg.secure_sum(3, 1.0, masked=False)
   assert correlation(protect_all({"w": x}, ids, linked, unmasked)) > 0.999
 
@@ -132,7 +164,10 @@ def test_masked_values_do_not_depend_on_the_update():
 def test_masks_of_rounds_purposes_leaves_and_pairs_all_differ():
   config = secagg.secure_sum(4, 1.0)
   ids, linked = links(config)
-  zero = {"a": np.zeros((4, 64), np.float32), "b": np.zeros((4, 64), np.float32)}  # what is sent is the mask itself
+  zero = {
+    "a": np.zeros((4, 64), np.float32),
+    "b": np.zeros((4, 64), np.float32),
+  }  # what is sent is the mask itself
   seen = []
   for round_index in (0, 1, 256):
     for purpose in (0, 1, 2):
@@ -144,7 +179,9 @@ def test_masks_of_rounds_purposes_leaves_and_pairs_all_differ():
     assert all(not np.intersect1d(mask, other).size for other in seen[i + 1 :])
 
 
-@pytest.mark.parametrize(("num_sites", "num_peers"), [(2, 1), (5, 2), (6, 4), (6, 5), (9, 8), (11, 6)])
+@pytest.mark.parametrize(
+  ("num_sites", "num_peers"), [(2, 1), (5, 2), (6, 4), (6, 5), (9, 8), (11, 6)]
+)
 def test_peers_are_symmetric_regular_and_never_oneself(num_sites, num_peers):
   ids = jnp.asarray(np.random.default_rng(0).permutation(100)[:num_sites], jnp.int32)
   graphs = []
@@ -162,7 +199,9 @@ def test_both_ends_of_a_pair_hold_one_key_and_no_two_pairs_share_one():
   ids = jnp.asarray([4, 0, 9, 2, 7], jnp.int32)
   linked = secagg.deal_links(DEALER, ids, secagg.peers(jax.random.key(0), ids, 4))
   of_pair = {}
-  for site, (peers, keys) in zip(np.asarray(ids), zip(*map(np.asarray, linked[:2]), strict=True), strict=True):
+  for site, (peers, keys) in zip(
+    np.asarray(ids), zip(*map(np.asarray, linked[:2]), strict=True), strict=True
+  ):
     for peer, key in zip(peers, keys, strict=True):
       of_pair.setdefault(frozenset((int(site), int(peer))), set()).add(key.tobytes())
   assert len(of_pair) == 10
@@ -198,7 +237,9 @@ def test_the_very_largest_numbers_are_in_range_and_do_not_overflow(max_abs):
   config = secagg.secure_sum(3, max_abs)
   ids, linked = links(config)
   edge = np.float32(config.max_abs)
-  opened, wrong = secagg.open_sum(total(protect_all(np.full((3, 2), edge), ids, linked, config)), config)
+  opened, wrong = secagg.open_sum(
+    total(protect_all(np.full((3, 2), edge), ids, linked, config)), config
+  )
   assert int(wrong) == 0
   np.testing.assert_allclose(opened, 3 * float(edge), atol=config.error_bound, rtol=2**-23)
   beyond = np.full((3, 2), np.nextafter(edge, np.float32(np.inf)))
@@ -210,7 +251,10 @@ def test_without_masks_the_encoding_is_sent_as_it_is():
   ids, linked = links(config)
   update = messages(3)
   sent = protect_all(update, ids, linked, config)
-  assert all(np.array_equal(sent.message[n], ring.encode(jnp.asarray(x), config.fixed)) for n, x in update.items())
+  assert all(
+    np.array_equal(sent.message[n], ring.encode(jnp.asarray(x), config.fixed))
+    for n, x in update.items()
+  )
 
 
 @pytest.mark.parametrize(
@@ -245,11 +289,16 @@ def test_the_error_bound_is_reached_and_not_passed():
 
 
 def test_a_threshold_adds_one_mask_from_the_sites_own_secret():
-  config, tolerant = secagg.secure_sum(5, 1.0, num_peers=4), secagg.secure_sum(5, 1.0, num_peers=4, threshold=3)
+  config, tolerant = (
+    secagg.secure_sum(5, 1.0, num_peers=4),
+    secagg.secure_sum(5, 1.0, num_peers=4, threshold=3),
+  )
   ids, linked = links(config)
   own = jax.vmap(lambda i: prng.derive(DEALER, i))(jnp.arange(5, dtype=jnp.uint32))
   update = messages(5)
-  without, sent = (protect_all(update, ids, linked._replace(own=own), c, 3, 1) for c in (config, tolerant))
+  without, sent = (
+    protect_all(update, ids, linked._replace(own=own), c, 3, 1) for c in (config, tolerant)
+  )
   for i in range(5):
     key = prng.derive(own[i], secagg.SELF_MASK)
     leaves = zip(jax.tree.leaves(without), jax.tree.leaves(sent), strict=True)
@@ -257,7 +306,8 @@ def test_a_threshold_adds_one_mask_from_the_sites_own_secret():
       mask = prng.bits(key, jnp.asarray([3, 1, leaf], jnp.uint32), a.shape[1:])
       assert np.array_equal(b[i] - a[i], mask)
   residue = secagg.Residue(
-    jnp.stack([prng.derive(k, secagg.SELF_MASK) for k in own] + [DEALER]), jnp.asarray([1] * 5 + [0], jnp.int32)
+    jnp.stack([prng.derive(k, secagg.SELF_MASK) for k in own] + [DEALER]),
+    jnp.asarray([1] * 5 + [0], jnp.int32),
   )
   opened = secagg.unmask(total(sent), residue, (3, 1), tolerant)
   assert all(map(np.array_equal, jax.tree.leaves(opened), jax.tree.leaves(total(without))))
@@ -274,12 +324,16 @@ def test_a_peer_that_is_the_site_itself_adds_no_mask():
 
 
 @pytest.mark.parametrize(
-  ("num_sites", "num_peers", "fits"), [(2, None, [2]), (5, 4, [3, 4, 5]), (6, None, [4, 5, 6]), (9, 2, [2, 3])]
+  ("num_sites", "num_peers", "fits"),
+  [(2, None, [2]), (5, 4, [3, 4, 5]), (6, None, [4, 5, 6]), (9, 2, [2, 3])],
 )
 def test_a_threshold_is_more_than_half_of_a_site_and_its_peers(num_sites, num_peers, fits):
   for threshold in range(-1, 9):
     if threshold in fits:
-      assert secagg.secure_sum(num_sites, num_peers=num_peers, threshold=threshold).threshold == threshold
+      assert (
+        secagg.secure_sum(num_sites, num_peers=num_peers, threshold=threshold).threshold
+        == threshold
+      )
     else:
       with pytest.raises(ValueError, match=f"threshold={threshold} .*use {fits[0]} to {fits[-1]}"):
         secagg.secure_sum(num_sites, num_peers=num_peers, threshold=threshold)

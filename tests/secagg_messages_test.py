@@ -14,7 +14,12 @@ EXAMPLES = [
   msg.Roster(0, ()),
   msg.Shares(3, 7, {0: b"", 2**32 - 1: b"box"}, b"s"),
   msg.Delivery(7, {}),
-  msg.MaskedInput(3, 7, (np.arange(5, dtype=np.uint32), np.zeros(0, np.uint64), np.array([2**63], np.uint64)), b"s"),
+  msg.MaskedInput(
+    3,
+    7,
+    (np.arange(5, dtype=np.uint32), np.zeros(0, np.uint64), np.array([2**63], np.uint64)),
+    b"s",
+  ),
   msg.Survivors(7, (0, 1, 5), (2,)),
   msg.Consent(3, 7, b"s" * 64),
   msg.Consents(7, {1: b"s", 2: b"t"}),
@@ -47,7 +52,9 @@ def test_vectors_take_the_bytes_of_their_ring(num_bits, size, seed):
   data = msg.encode(msg.MaskedInput(3, 7, (v[::2], v), b"s"))
   assert plain(msg.decode(data)) == plain(msg.MaskedInput(3, 7, (v[::2], v), b"s"))
   numbers = size + len(v[::2])
-  assert len(data) <= len(msg.encode(msg.MaskedInput(3, 7, (v[:0], v[:0]), b"s"))) + numbers * -(-num_bits // 8)
+  assert len(data) <= len(msg.encode(msg.MaskedInput(3, 7, (v[:0], v[:0]), b"s"))) + numbers * -(
+    -num_bits // 8
+  )
 
 
 def test_every_kind_of_message_is_tried():
@@ -97,9 +104,15 @@ def test_no_bytes_do_harm(data, kind):
     b"\3" + struct.pack("<IIIIII", 7, 2, 5, 0, 4, 0),  # out of order
     b"\4" + struct.pack("<IIIIII", 3, 7, 1, 8, 8, 12) + b"\1" * 12 + bytes(4),  # half a word
     b"\4" + struct.pack("<IIIIII", 3, 7, 1, 2, 2, 4) + b"\1" * 4 + bytes(4),  # words of two bytes
-    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 4, 5, 5) + b"\1" * 5 + bytes(4),  # five bytes of words of four
+    b"\4"
+    + struct.pack("<IIIIII", 3, 7, 1, 4, 5, 5)
+    + b"\1" * 5
+    + bytes(4),  # five bytes of words of four
     b"\4" + struct.pack("<IIIIII", 3, 7, 1, 4, 0, 0) + bytes(4),
-    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 4, 2, 4) + b"\1\0\1\0" + bytes(4),  # two bytes where one does
+    b"\4"
+    + struct.pack("<IIIIII", 3, 7, 1, 4, 2, 4)
+    + b"\1\0\1\0"
+    + bytes(4),  # two bytes where one does
   ],
 )
 def test_lengths_and_orders_that_cannot_be_are_malformed(data):

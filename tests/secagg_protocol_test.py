@@ -13,7 +13,8 @@ from primia_jax.secagg import server as serving
 
 ROUND = 3
 STEPS = (protocol.share_keys, protocol.masked_input, protocol.consistency, protocol.unmask)
-# The 0.1 % and 99.9 % quantiles of chi-square with 255 degrees of freedom (Wilson and Hilferty's cube root).
+# The 0.1 % and 99.9 % quantiles of chi-square with 255 degrees of freedom (Wilson and Hilferty's
+# cube root).
 LOW, HIGH = (255 * (1 - 2 / (9 * 255) + z * (2 / (9 * 255)) ** 0.5) ** 3 for z in (-3.09, 3.09))
 
 
@@ -26,7 +27,9 @@ class World(NamedTuple):
 def world(numbers=(0, 1, 2, 3, 4), sizes=(6, 1), num_bits=32, **kwargs):
   entropy = lambda i: lambda size: hashlib.sha256(b"%d" % i).digest()[:size]
   identities = {i: keys.identity(entropy(i)) for i in numbers}
-  setup = rounds.setup({i: k.public for i, k in identities.items()}, sizes, b"test", num_bits=num_bits, **kwargs)
+  setup = rounds.setup(
+    {i: k.public for i, k in identities.items()}, sizes, b"test", num_bits=num_bits, **kwargs
+  )
   rng = np.random.default_rng(0)
   draw = lambda size: rng.integers(0, 2**num_bits, size, dtype=np.uint64).astype(setup.dtype)
   return World(setup, identities, {i: tuple(map(draw, sizes)) for i in numbers})
@@ -35,12 +38,19 @@ def world(numbers=(0, 1, 2, 3, 4), sizes=(6, 1), num_bits=32, **kwargs):
 def total(w, sites):
   """The sum by Python integers."""
   rows = lambda leaf: zip(*[w.inputs[i][leaf].tolist() for i in sites], strict=True)
-  return [[sum(column) % 2**w.setup.num_bits for column in rows(leaf)] for leaf in range(len(w.setup.sizes))]
+  return [
+    [sum(column) % 2**w.setup.num_bits for column in rows(leaf)]
+    for leaf in range(len(w.setup.sizes))
+  ]
 
 
 def answer(w, stage, site, told):
   """What a site sends in this stage when told so much."""
-  return STEPS[stage - 1](site, told, w.inputs[site.number]) if stage == 2 else STEPS[stage - 1](site, told)
+  return (
+    STEPS[stage - 1](site, told, w.inputs[site.number])
+    if stage == 2
+    else STEPS[stage - 1](site, told)
+  )
 
 
 def begin(w, round_index=ROUND):
@@ -52,7 +62,9 @@ def for_site(out, site):
 
 
 def play(w, until=5, who=lambda stage, site: True, round_index=ROUND):
-  """Plays honestly up to a stage's closing; returns the sites, the server and what it tells them next."""
+  """Plays honestly up to a stage's closing; returns the sites, the server and what it tells them
+  next.
+  """
   said, server, out = begin(w, round_index), serving.start(w.setup, round_index), None
   for stage in range(until):
     if stage:
@@ -66,7 +78,9 @@ def play(w, until=5, who=lambda stage, site: True, round_index=ROUND):
 
 @pytest.mark.parametrize(("malicious", "threshold"), [(False, 3), (True, 4)])
 def test_every_dropout_pattern_of_five_sites_gives_the_exact_sum_or_an_error(malicious, threshold):
-  """Every way to lose sites before each of the five messages: 6^5 patterns, cut where an error ends them."""
+  """Every way to lose sites before each of the five messages: 6^5 patterns, cut where an error ends
+  them.
+  """
   w = world(malicious_server=malicious)
   assert (w.setup.threshold, w.setup.quorum) == (threshold, threshold)
   outcomes = {"sum": 0, **dict.fromkeys(msg.STAGES, 0)}
@@ -77,9 +91,15 @@ def test_every_dropout_pattern_of_five_sites_gives_the_exact_sum_or_an_error(mal
         after = functools.reduce(serving.receive, [said[i][1] for i in speakers], server)
         close = (*serving.CLOSE, serving.open_total)[stage]
         if size < threshold:
-          with pytest.raises(serving.RoundFailed, match=f"stage {msg.STAGES[stage]}: {size} sites") as failed:
+          with pytest.raises(
+            serving.RoundFailed, match=f"stage {msg.STAGES[stage]}: {size} sites"
+          ) as failed:
             close(after)
-          assert (failed.value.stage, failed.value.have, failed.value.need) == (msg.STAGES[stage], size, threshold)
+          assert (failed.value.stage, failed.value.have, failed.value.need) == (
+            msg.STAGES[stage],
+            size,
+            threshold,
+          )
           outcomes[msg.STAGES[stage]] += 1
           continue
         after, out = close(after)
@@ -90,7 +110,11 @@ def test_every_dropout_pattern_of_five_sites_gives_the_exact_sum_or_an_error(mal
           assert out.liars == ()
           outcomes["sum"] += 1
         else:
-          explore(stage + 1, after, {i: answer(w, stage + 1, said[i][0], for_site(out, i)) for i in speakers})
+          explore(
+            stage + 1,
+            after,
+            {i: answer(w, stage + 1, said[i][0], for_site(out, i)) for i in speakers},
+          )
 
   explore(0, serving.start(w.setup, ROUND), begin(w))
   lost_ways = {0: 1, 1: 5 * 5, 2: 10 * 25}  # which sites, and for each the stage
@@ -117,13 +141,22 @@ def test_rings_of_every_width_and_any_site_numbers(num_bits):
 
 
 def test_a_sparse_graph_gives_the_exact_sum_or_an_error_for_random_dropouts():
-  w = world(range(14), (5,), degree=6, threshold=4, malicious_server=False, graph_key=np.arange(8, dtype=np.uint32))
+  w = world(
+    range(14),
+    (5,),
+    degree=6,
+    threshold=4,
+    malicious_server=False,
+    graph_key=np.arange(8, dtype=np.uint32),
+  )
   opened_rounds = failed = 0
   for seed in range(12):
     rng = np.random.default_rng(seed)
     leaves = {i: rng.integers(0, 5) if rng.random() < 0.3 else 5 for i in range(14)}
     try:
-      _, _, opened = play(w, who=lambda stage, site, leaves=leaves: stage < leaves[site], round_index=seed)
+      _, _, opened = play(
+        w, who=lambda stage, site, leaves=leaves: stage < leaves[site], round_index=seed
+      )
     except (serving.RoundFailed, protocol.Refused) as e:
       if isinstance(e, protocol.Refused) and e.reason != "too few":
         raise
@@ -137,8 +170,17 @@ def test_a_sparse_graph_gives_the_exact_sum_or_an_error_for_random_dropouts():
 
 
 def test_survivors_who_fall_into_parts_refuse_since_each_part_would_lie_open(monkeypatch):
-  """Sixteen sites on a circle, each with two neighbours on either side; runs of two are lost after sharing keys."""
-  w = world(range(16), (5,), degree=4, threshold=3, malicious_server=False, graph_key=np.arange(8, dtype=np.uint32))
+  """Sixteen sites on a circle, each with two neighbours on either side; runs of two are lost after
+  sharing keys.
+  """
+  w = world(
+    range(16),
+    (5,),
+    degree=4,
+    threshold=3,
+    malicious_server=False,
+    graph_key=np.arange(8, dtype=np.uint32),
+  )
   rows = graph.neighbours(w.setup.graph_key, 16, 4, ROUND)
   circle = [0]
   while len(circle) < 16:
@@ -149,7 +191,8 @@ def test_survivors_who_fall_into_parts_refuse_since_each_part_would_lie_open(mon
   assert [v.tolist() for v in opened.total] == total(w, set(range(16)) - {*run})
   with pytest.raises(protocol.Refused, match="falls apart"):
     play(w, who=lost(both))
-  # Without the check the round goes on, though no mask joins the two parts: each part's messages add up to its own sum.
+  # Without the check the round goes on, though no mask joins the two parts: each part's messages
+  # add up to its own sum.
   monkeypatch.setattr(graph, "reached", lambda neighbours, present: present)
   _, _, opened = play(w, who=lost(both))
   assert len(opened.survivors) == 12
@@ -157,16 +200,26 @@ def test_survivors_who_fall_into_parts_refuse_since_each_part_would_lie_open(mon
 
 
 def test_a_secret_that_too_few_neighbours_can_open_fails_by_name():
-  w = world(range(9), (5,), degree=4, threshold=3, malicious_server=False, graph_key=np.arange(8, dtype=np.uint32))
+  w = world(
+    range(9),
+    (5,),
+    degree=4,
+    threshold=3,
+    malicious_server=False,
+    graph_key=np.arange(8, dtype=np.uint32),
+  )
   around = rounds.neighbourhoods(w.setup, ROUND)
   victim = 0
   silent = set(around[victim][:3])
-  with pytest.raises(serving.RoundFailed, match=r"unmask: 2 sites answered with a share of site \d") as failed:
+  with pytest.raises(
+    serving.RoundFailed, match=r"unmask: 2 sites answered with a share of site \d"
+  ) as failed:
     play(w, who=lambda stage, site: stage < 4 or site not in silent)
   assert (failed.value.have, failed.value.need) == (2, 3)
 
 
-# What sites may do wrong, and what the server says: (stage, the wrong message from world, site and right one, reason).
+# What sites may do wrong, and what the server says: (stage, the wrong message from world, site and
+# right one, reason).
 
 
 def resigned(w, message, context=b"", identity=None):
@@ -200,8 +253,16 @@ MISDEEDS = [
   (1, lambda w, m: m._replace(boxes={**m.boxes, 0: m.boxes[2]}), "forged"),
   (2, lambda w, m: resigned(w, m._replace(vectors=m.vectors[:1])), "malformed"),
   (2, lambda w, m: resigned(w, m._replace(vectors=(m.vectors[0][:-1], m.vectors[1]))), "malformed"),
-  (2, lambda w, m: resigned(w, m._replace(vectors=tuple(v.astype(np.uint64) for v in m.vectors))), "malformed"),
-  (2, lambda w, m: resigned(w, m._replace(vectors=tuple(v | np.uint32(2**31) for v in m.vectors))), "malformed"),
+  (
+    2,
+    lambda w, m: resigned(w, m._replace(vectors=tuple(v.astype(np.uint64) for v in m.vectors))),
+    "malformed",
+  ),
+  (
+    2,
+    lambda w, m: resigned(w, m._replace(vectors=tuple(v | np.uint32(2**31) for v in m.vectors))),
+    "malformed",
+  ),
   (2, lambda w, m: m._replace(vectors=tuple(v ^ np.uint32(1) for v in m.vectors)), "forged"),
   (2, lambda w, m: m._replace(vectors=tuple(v.astype(np.float32) for v in m.vectors)), "malformed"),
   (3, lambda w, m: m._replace(signature=bytes(64)), "forged"),
@@ -290,11 +351,14 @@ def test_an_advert_with_another_site_s_keys_is_rejected():
   assert (rejected.value.site, rejected.value.reason) == (1, "malformed")
 
 
-# What the server may do wrong, and what a site says: (stage, the wrong message from world and right one, reason).
+# What the server may do wrong, and what a site says: (stage, the wrong message from world and right
+# one, reason).
 
 
 def adverts(m, change):
-  return m._replace(adverts=tuple(sorted(change.get(a.site, a) for a in m.adverts if change.get(a.site, a))))
+  return m._replace(
+    adverts=tuple(sorted(change.get(a.site, a) for a in m.adverts if change.get(a.site, a)))
+  )
 
 
 def swapped(m):
@@ -335,7 +399,11 @@ LIES = [
   (2, lambda w, m: m._replace(boxes={**m.boxes, 1: m.boxes[0]}), "unknown"),
   (2, lambda w, m: m._replace(boxes={**m.boxes, 6: m.boxes[0]}), "unknown"),
   (2, lambda w, m: m._replace(boxes={0: m.boxes[0]}), "too few"),
-  (2, lambda w, m: play(w, 2)[2][1], "forged"),  # the same round, tried again: boxes under other keys
+  (
+    2,
+    lambda w, m: play(w, 2)[2][1],
+    "forged",
+  ),  # the same round, tried again: boxes under other keys
   (2, lambda w, m: m._replace(round=ROUND + 1), "another round"),
   (3, lists((0, 1, 2, 3, 4), (0,)), "overlapping"),
   (3, lists((0, 1, 2, 3, 4), (1,)), "overlapping"),
@@ -352,7 +420,11 @@ LIES = [
   (4, lambda w, m: m._replace(signatures=without_last(without_last(m.signatures))), "too few"),
   (4, lambda w, m: m._replace(signatures={**m.signatures, 0: m.signatures[2]}), "forged"),
   (4, lambda w, m: m._replace(signatures={**m.signatures, 8: m.signatures[2]}), "unknown"),
-  (4, lambda w, m: play(w, 4)[2], "forged"),  # consents to the same lists in another attempt at the round
+  (
+    4,
+    lambda w, m: play(w, 4)[2],
+    "forged",
+  ),  # consents to the same lists in another attempt at the round
   (4, lambda w, m: m._replace(round=ROUND + 1), "another round"),
 ]
 
@@ -363,9 +435,15 @@ def test_a_server_s_lie_is_refused_by_name_and_the_truth_is_not(case):
   w = world()
   sites, _, out = play(w, stage)
   told = for_site(out, 1)
-  with pytest.raises(protocol.Refused, match=f"site 1 refuses in stage {msg.STAGES[stage]}: {reason}") as refused:
+  with pytest.raises(
+    protocol.Refused, match=f"site 1 refuses in stage {msg.STAGES[stage]}: {reason}"
+  ) as refused:
     answer(w, stage, sites[1], lie(w, told))
-  assert (refused.value.site, refused.value.stage, refused.value.reason) == (1, msg.STAGES[stage], reason)
+  assert (refused.value.site, refused.value.stage, refused.value.reason) == (
+    1,
+    msg.STAGES[stage],
+    reason,
+  )
   answer(w, stage, sites[1], told)
 
 
@@ -413,7 +491,9 @@ def chi_square(words):
 
 
 def constant(w, value):
-  return w._replace(inputs={i: tuple(np.full(n, value, w.setup.dtype) for n in w.setup.sizes) for i in w.inputs})
+  return w._replace(
+    inputs={i: tuple(np.full(n, value, w.setup.dtype) for n in w.setup.sizes) for i in w.inputs}
+  )
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -421,7 +501,9 @@ def test_masked_inputs_are_uniform_and_unmasked_ones_are_not(masked, monkeypatch
   w = constant(world(sizes=(2**14, 2**14)), 0x01020304)
   sites, _, out = play(w, 2)
   if not masked:
-    monkeypatch.setattr(rounds, "mask_total", lambda k, s, r, setup: [np.zeros(n, setup.dtype) for n in setup.sizes])
+    monkeypatch.setattr(
+      rounds, "mask_total", lambda k, s, r, setup: [np.zeros(n, setup.dtype) for n in setup.sizes]
+    )
   sent = [answer(w, 2, s, out[i])[1].vectors for i, s in sites.items()]
   for vectors in sent:
     for v in vectors:
@@ -436,21 +518,30 @@ def test_a_masked_input_is_independent_of_the_input(masked, monkeypatch):
   w = world(sizes=(40_000,))
   sites, _, out = play(w, 2)
   if not masked:
-    monkeypatch.setattr(rounds, "mask_total", lambda k, s, r, setup: [np.zeros(n, setup.dtype) for n in setup.sizes])
+    monkeypatch.setattr(
+      rounds, "mask_total", lambda k, s, r, setup: [np.zeros(n, setup.dtype) for n in setup.sizes]
+    )
   sent = answer(w, 2, sites[1], out[1])[1].vectors[0]
   correlation = abs(np.corrcoef(sent.astype(float), w.inputs[1][0].astype(float))[0, 1])
   assert (correlation < 4 / 200) == masked  # four standard errors
 
 
 def bare(w, sites, out, victim, seed_known, private_known):
-  """What is left of a victim's masked input when the server knows one of its two secrets, or both."""
+  """What is left of a victim's masked input when the server knows one of its two secrets, or
+  both.
+  """
   _, masked = answer(w, 2, sites[victim], out[victim])
   site = sites[victim]
-  pair = [rounds.pair_mask_key(site.mask.private, site.roster[v].mask_key, ROUND, victim, v) for v in out[victim].boxes]
+  pair = [
+    rounds.pair_mask_key(site.mask.private, site.roster[v].mask_key, ROUND, victim, v)
+    for v in out[victim].boxes
+  ]
   signs = [1 if v > victim else -1 for v in out[victim].boxes]
   own = [rounds.self_mask_key(site.seed, ROUND, victim)]
   known = [*(pair if private_known else []), *(own if seed_known else [])]
-  masks = rounds.mask_total(known, [*(signs if private_known else []), *([1] if seed_known else [])], ROUND, w.setup)
+  masks = rounds.mask_total(
+    known, [*(signs if private_known else []), *([1] if seed_known else [])], ROUND, w.setup
+  )
   return masked.vectors[0] - masks[0]
 
 
@@ -464,10 +555,11 @@ def test_either_secret_alone_leaves_the_input_uniform_and_both_open_it():
 
 
 def attack(w, victim, believers, corrupt=()):
-  """A server that shows `believers` that the victim survives and all others that it dropped out, to get both secrets.
+  """A server that shows `believers` that the victim survives and all others that it dropped out, to
+  get both secrets.
 
-  It answers each site with all the signatures it has of that site's lists, adds those and the shares of corrupt sites,
-  and returns the victim's input where it can be put together, or None.
+  It answers each site with all the signatures it has of that site's lists, adds those and the
+  shares of corrupt sites, and returns the victim's input where it can be put together, or None.
   """
   sites, _, out = play(w, 2)
   said = {i: answer(w, 2, s, out[i]) for i, s in sites.items()}
@@ -492,7 +584,9 @@ def attack(w, victim, believers, corrupt=()):
       if i not in corrupt:
         continue
       own = {True: site.shares[victim][1], False: site.shares[victim][0]}
-      given = msg.Answer(i, ROUND, {victim: own[True]} if view else {}, {} if view else {victim: own[False]}, b"")
+      given = msg.Answer(
+        i, ROUND, {victim: own[True]} if view else {}, {} if view else {victim: own[False]}, b""
+      )
     for held in (given.self_shares, given.mask_shares):
       if victim in held:
         shares[view][i] = held[victim]
@@ -506,13 +600,17 @@ def attack(w, victim, believers, corrupt=()):
   adverts = {i: s.advert for i, s in sites.items()}
   pair = [rounds.pair_mask_key(secret[False], adverts[v].mask_key, ROUND, victim, v) for v in rest]
   mask_keys = [*pair, rounds.self_mask_key(secret[True], ROUND, victim)]
-  masks = rounds.mask_total(mask_keys, [*[1 if v > victim else -1 for v in rest], 1], ROUND, w.setup)
+  masks = rounds.mask_total(
+    mask_keys, [*[1 if v > victim else -1 for v in rest], 1], ROUND, w.setup
+  )
   return tuple(rounds.reduce(a - b, w.setup) for a, b in zip(masked, masks, strict=True))
 
 
 @pytest.mark.parametrize(("malicious", "corrupt"), [(False, ()), (True, ()), (True, (4,))])
 def test_a_lying_server_never_gets_both_secrets_of_a_site(malicious, corrupt):
-  """Flower 1.42 gives both. Every way to split the sites into two beliefs, with a corrupt site where assumed."""
+  """Flower 1.42 gives both. Every way to split the sites into two beliefs, with a corrupt site
+  where assumed.
+  """
   w = world(malicious_server=malicious)
   for size in range(6):
     for believers in itertools.combinations(range(5), size):
@@ -523,7 +621,11 @@ def test_the_same_attack_works_where_a_threshold_is_too_low():
   """So the test above would notice if a bound were missing."""
   for w, believers, corrupt in (
     (world()._replace(setup=dataclasses.replace(world().setup, threshold=2, quorum=2)), (0, 1), ()),
-    (world(malicious_server=False), (0, 1), (4,)),  # above half is enough against sites that follow the protocol, only
+    (
+      world(malicious_server=False),
+      (0, 1),
+      (4,),
+    ),  # above half is enough against sites that follow the protocol, only
   ):
     got = attack(w, 1, believers, corrupt)
     assert all(np.array_equal(a, b) for a, b in zip(got, w.inputs[1], strict=True))
@@ -531,9 +633,11 @@ def test_the_same_attack_works_where_a_threshold_is_too_low():
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_signed_lists_keep_a_server_from_isolating_a_site(checked, monkeypatch):
-  """Each site is shown its own lists, all of them legal, so that site 4's help opens the pairwise masks of all but 1.
+  """Each site is shown its own lists, all of them legal, so that site 4's help opens the pairwise
+  masks of all but 1.
 
-  It gets one secret of each site, and thereby the input of site 1; were the signatures of the lists not checked.
+  It gets one secret of each site, and thereby the input of site 1; were the signatures of the lists
+  not checked.
   """
   w = world(malicious_server=False)
   sites, _, out = play(w, 2)
@@ -541,7 +645,9 @@ def test_signed_lists_keep_a_server_from_isolating_a_site(checked, monkeypatch):
   dead = {0: (2, 3), 1: (), 2: (0, 3), 3: (0, 2)}
   if not checked:
     monkeypatch.setattr(keys, "verify", lambda *_: True)
-  held = {i: [] for i in range(5)}  # (holder, share): of the seed of site 1, of the mask keys of the others
+  held = {
+    i: [] for i in range(5)
+  }  # (holder, share): of the seed of site 1, of the mask keys of the others
   refused = 0
   for i, gone in dead.items():
     shown = msg.Survivors(ROUND, tuple(v for v in range(5) if v not in gone), gone)
@@ -570,7 +676,9 @@ def test_signed_lists_keep_a_server_from_isolating_a_site(checked, monkeypatch):
     secret[v] = shamir.combine(np.array(points) + 1, values, w.setup.threshold)[0].tobytes()
   others, mine = (0, 2, 3, 4), sites[1].advert.mask_key
   mask_keys = [*[rounds.pair_mask_key(secret[v], mine, ROUND, 1, v) for v in others]]
-  masks = rounds.mask_total([*mask_keys, rounds.self_mask_key(secret[1], ROUND, 1)], [-1, 1, 1, 1, 1], ROUND, w.setup)
+  masks = rounds.mask_total(
+    [*mask_keys, rounds.self_mask_key(secret[1], ROUND, 1)], [-1, 1, 1, 1, 1], ROUND, w.setup
+  )
   for sent, mask, x in zip(said[1][1].vectors, masks, w.inputs[1], strict=True):
     assert np.array_equal(sent - mask, x)
 
@@ -614,7 +722,9 @@ def test_a_false_share_is_noticed_and_does_no_harm_where_there_are_enough_others
     for i in list(said)[: 6 - silent]:
       server = serving.receive(server, said[i])
     if silent:
-      with pytest.raises(serving.RoundFailed, match=f"site {owner}'s 4 shares give the secret it has advertised"):
+      with pytest.raises(
+        serving.RoundFailed, match=f"site {owner}'s 4 shares give the secret it has advertised"
+      ):
         serving.open_total(server)
     else:
       _, opened = serving.open_total(server)
@@ -657,14 +767,25 @@ def test_a_site_with_another_identity_or_another_input_is_told_at_once():
   with pytest.raises(ValueError, match="another identity"):
     protocol.advertise(w.setup, ROUND, 0, w.identities[1])
   sites, _, out = play(w, 2)
-  for vectors in ((w.inputs[1][0],), (w.inputs[1][0].astype(np.uint64), w.inputs[1][1]), (w.inputs[1][1],) * 2):
+  for vectors in (
+    (w.inputs[1][0],),
+    (w.inputs[1][0].astype(np.uint64), w.inputs[1][1]),
+    (w.inputs[1][1],) * 2,
+  ):
     with pytest.raises(ValueError, match="the input must be"):
       protocol.masked_input(sites[1], out[1], vectors)
 
 
 def test_every_part_of_the_setup_is_signed():
   base = {"numbers": range(5), "sizes": (6, 1), "malicious_server": False}
-  other = [{"numbers": range(6)}, {"sizes": (6, 2)}, {"num_bits": 31}, {"threshold": 4}, {"quorum": 4}, {"purpose": 1}]
+  other = [
+    {"numbers": range(6)},
+    {"sizes": (6, 2)},
+    {"num_bits": 31},
+    {"threshold": 4},
+    {"quorum": 4},
+    {"purpose": 1},
+  ]
   other += [{"malicious_server": True}, {"graph_key": np.ones(8, np.uint32)}]
   labels = {world(**{**base, **change}).setup.label for change in [{}, *other]}
   w = world(**base)
@@ -676,4 +797,6 @@ def test_every_part_of_the_setup_is_signed():
 def test_no_secret_is_printed():
   sites, _, _ = play(world(), 3)
   text = repr(sites)
-  assert all(repr(s)[2:-1] not in text for site in sites.values() for s in (site.seed, site.mask.private))
+  assert all(
+    repr(s)[2:-1] not in text for site in sites.values() for s in (site.seed, site.mask.private)
+  )

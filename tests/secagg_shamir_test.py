@@ -27,7 +27,9 @@ def times(a, b):
 
 
 def test_shares_lie_on_polynomials_of_degree_t_minus_1_whose_constant_is_the_secret():
-  """All of one byte's polynomials, t = 2: share(x) - secret = slope * x, each slope by one secret."""
+  """All of one byte's polynomials, t = 2: share(x) - secret = slope * x, each slope by one
+  secret.
+  """
   secret = secrets(300)
   points = np.array([1, 2, 7, 255])
   shares = shamir.share(secret, 2, points)
@@ -46,7 +48,11 @@ def test_every_t_shares_give_the_secret(threshold, num):
   assert shares.shape == (4, num, 32)
   assert shares.dtype == np.uint8
   for size in range(threshold, num + 1):
-    for some in itertools.permutations(range(num), size) if num < 5 else itertools.combinations(range(num), size):
+    for some in (
+      itertools.permutations(range(num), size)
+      if num < 5
+      else itertools.combinations(range(num), size)
+    ):
       got = shamir.combine(points[list(some)], shares[:, list(some)], threshold)
       assert np.array_equal(got, secret)
 
@@ -72,13 +78,17 @@ def test_each_secret_may_have_its_own_holders():
 
 @pytest.mark.parametrize("threshold", [2, 3])
 def test_fewer_than_t_shares_are_uniform_whatever_the_secret(threshold):
-  """Chi-square of all t - 1 shares together, at a fixed secret; t shares are not: they give the secret away."""
+  """Chi-square of all t - 1 shares together, at a fixed secret; t shares are not: they give the
+  secret away.
+  """
   num = 2**18
   secret = np.full((num // 32, 32), 0x5A, np.uint8)
   shares = shamir.share(secret, threshold, np.arange(1, threshold + 1))
   joint = np.zeros(num, np.int64)
   for j in range(threshold - 1):  # the low 8 / (t - 1) bits of each, so that every cell has enough
-    joint = joint << (8 // (threshold - 1)) | (shares[:, j].ravel() & (2 ** (8 // (threshold - 1)) - 1))
+    joint = joint << (8 // (threshold - 1)) | (
+      shares[:, j].ravel() & (2 ** (8 // (threshold - 1)) - 1)
+    )
   counts = np.bincount(joint, minlength=256)
   assert 181 < np.sum((counts - num / 256) ** 2 / (num / 256)) < 347  # beyond the 1e-4 quantiles
   assert np.array_equal(shamir.combine(np.arange(1, threshold + 1), shares, threshold), secret)
@@ -86,14 +96,18 @@ def test_fewer_than_t_shares_are_uniform_whatever_the_secret(threshold):
 
 def test_with_threshold_one_the_share_is_the_secret_and_the_check_of_uniformity_would_see_it():
   secret = secrets(1)
-  assert np.array_equal(shamir.share(secret, 1, np.arange(1, 4)), np.broadcast_to(secret[:, None], (1, 3, 32)))
+  assert np.array_equal(
+    shamir.share(secret, 1, np.arange(1, 4)), np.broadcast_to(secret[:, None], (1, 3, 32))
+  )
 
 
 def test_coefficients_are_fresh_or_of_the_key():
   secret, points = secrets(2), np.arange(1, 4)
   assert not np.array_equal(shamir.share(secret, 2, points), shamir.share(secret, 2, points))
   assert np.array_equal(shamir.share(secret, 2, points, KEY), shamir.share(secret, 2, points, KEY))
-  assert not np.array_equal(shamir.share(secret, 2, points, KEY), shamir.share(secret, 2, points, KEY + 1))
+  assert not np.array_equal(
+    shamir.share(secret, 2, points, KEY), shamir.share(secret, 2, points, KEY + 1)
+  )
   same = np.repeat(secret[:1], 2, axis=0)
   a, b = shamir.share(same, 2, points, KEY)
   assert not np.any(np.all(a == b, axis=1))  # two secrets never share coefficients

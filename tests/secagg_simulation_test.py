@@ -11,17 +11,23 @@ from primia_jax.secagg import simulation
 
 KEY = jnp.arange(8, dtype=jnp.uint32) + 3
 NONCE = (4, 1)
-HIGH = 255 + 5 * (2 * 255) ** 0.5  # of chi-square with 255 degrees of freedom, five standard deviations above the mean
+HIGH = (
+  255 + 5 * (2 * 255) ** 0.5
+)  # of chi-square with 255 degrees of freedom, five standard deviations above the mean
 
 
 @functools.cache
 def world(num_sites, num_peers, threshold, num_bits=32, first=0):
   """The configuration, one sum's keys and shares, the messages, and their encoding."""
-  config = secagg.secure_sum(num_sites, 1.0, num_bits=num_bits, num_peers=num_peers, threshold=threshold)
+  config = secagg.secure_sum(
+    num_sites, 1.0, num_bits=num_bits, num_peers=num_peers, threshold=threshold
+  )
   ids = np.random.default_rng(num_sites).permutation(num_sites).astype(np.int32) + first
   peers = np.asarray(secagg.peers(jax.random.key(0), jnp.asarray(ids), num_peers))
   session = simulation.setup(KEY, NONCE, ids, peers, threshold)
-  draw = lambda *shape: np.random.default_rng(1).uniform(-1, 1, (num_sites, *shape)).astype(np.float32)
+  draw = lambda *shape: (
+    np.random.default_rng(1).uniform(-1, 1, (num_sites, *shape)).astype(np.float32)
+  )
   message = {"w": draw(3, 5), "b": draw()}
   encoded = jax.tree.map(lambda x: np.asarray(ring.encode(jnp.asarray(x), config.fixed)), message)
   return config, session, message, encoded
@@ -32,7 +38,9 @@ def send(message, ids, links, config):
   return jax.vmap(lambda *site: secagg.protect(*site, NONCE, config))(message, ids, links)
 
 
-unmask = jax.jit(lambda total, residue, config: secagg.unmask(total, residue, NONCE, config), static_argnums=2)
+unmask = jax.jit(
+  lambda total, residue, config: secagg.unmask(total, residue, NONCE, config), static_argnums=2
+)
 
 
 def stages(num_sites, before=(), during=(), after=()):
@@ -56,7 +64,9 @@ def sums(encoded, came, config):
 
 
 def same(a, b):
-  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  return all(
+    np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
 
 
 def chi_square(words):
@@ -127,13 +137,18 @@ def test_until_unmasked_the_sum_is_uniform():
 
 @pytest.mark.parametrize("threshold", [3, None])
 def test_a_message_that_comes_late_stays_hidden_and_would_not_without_own_masks(threshold):
-  """The server has taken site 2 for lost, learnt its private key, and then receives its message after all."""
+  """The server has taken site 2 for lost, learnt its private key, and then receives its message
+  after all.
+  """
   config = secagg.secure_sum(5, 1.0, threshold=threshold)
   _, session, *_ = world(5, 4, 3)
   message = np.full((5, 4096), 0.25, np.float32)
   late = jax.tree.map(lambda a: a[2], send(message, session.ids, session.links, config))
   residue = simulation.recover(session, stages(5, during=[2]))
-  pair_masks = residue.keys[4:8], -residue.signs[4:8]  # of the four survivors with site 2, as site 2 has them
+  pair_masks = (
+    residue.keys[4:8],
+    -residue.signs[4:8],
+  )  # of the four survivors with site 2, as site 2 has them
   stripped = unmask(late, secagg.Residue(*pair_masks), config)
   assert (chi_square(stripped.message) < HIGH) == (threshold is not None)
   if threshold is None:
@@ -143,7 +158,9 @@ def test_a_message_that_comes_late_stays_hidden_and_would_not_without_own_masks(
 def test_of_each_site_one_secret_is_opened_and_never_the_one_behind_its_noise(monkeypatch):
   opened = []
   combine = simulation.shamir.combine
-  monkeypatch.setattr(simulation.shamir, "combine", lambda *args: opened.append(combine(*args)) or opened[-1])
+  monkeypatch.setattr(
+    simulation.shamir, "combine", lambda *args: opened.append(combine(*args)) or opened[-1]
+  )
   _, session, *_ = world(5, 4, 3)
   simulation.recover(session, stages(5, before=[0], during=[3]))
   assert len(opened[0]) == 4  # nothing of the site that shared nothing
@@ -163,12 +180,16 @@ def test_a_graph_that_falls_apart_is_refused_since_each_part_would_lie_open(monk
     simulation.recover(session, dropouts)
   monkeypatch.setattr(simulation, "_check_connected", lambda *_: None)
   part = np.isin(np.arange(10), circle[2:5])
-  sent = jax.tree.map(lambda a: np.asarray(a).copy(), send(message, session.ids, session.links, config))
+  sent = jax.tree.map(
+    lambda a: np.asarray(a).copy(), send(message, session.ids, session.links, config)
+  )
   residue = simulation.recover(session, dropouts)
   came = np.flatnonzero(~dropouts.during)
   keys = np.asarray(residue.keys)
   theirs = {k.tobytes() for k in np.asarray(session.links.keys)[part].reshape(-1, 8)}
-  rows = [k for k, i in enumerate(came) if part[i]] + [k for k in range(len(came), 20) if keys[k].tobytes() in theirs]
+  rows = [k for k, i in enumerate(came) if part[i]] + [
+    k for k in range(len(came), 20) if keys[k].tobytes() in theirs
+  ]
   known = secagg.Residue(residue.keys[np.array(rows)], residue.signs[np.array(rows)])
   total = jax.tree.map(lambda a: a[part].sum(0, dtype=a.dtype), sent)
   assert same(unmask(total, known, config).message, sums(encoded, part, config))
@@ -207,7 +228,11 @@ def test_every_sum_has_secrets_of_its_own_and_the_same_ones_when_played_again():
 def test_wrong_dropouts_are_refused():
   none, first = np.zeros(3, bool), np.array([True, False, False])
   assert simulation.check(None, 3).tolist() == [[False] * 3] * 3
-  assert simulation.check(secagg.Dropouts(none, first), 3).tolist() == [[False] * 3, first.tolist(), [False] * 3]
+  assert simulation.check(secagg.Dropouts(none, first), 3).tolist() == [
+    [False] * 3,
+    first.tolist(),
+    [False] * 3,
+  ]
   with pytest.raises(ValueError, match=r"rows \[0\] are lost twice"):
     simulation.check(secagg.Dropouts(first, none, first), 3)
   with pytest.raises(ValueError, match=r"Dropouts.during is bool\[3\]; it must be bool\[4\]"):
@@ -217,10 +242,20 @@ def test_wrong_dropouts_are_refused():
 
 
 def test_impossible_graphs_are_refused():
-  wrong = {(1, 9): r"peers \[9\] are not among the sites", (1, 0): "not his peer's peer", (1, 3): "or his own"}
+  wrong = {
+    (1, 9): r"peers \[9\] are not among the sites",
+    (1, 0): "not his peer's peer",
+    (1, 3): "or his own",
+  }
   for row, told in wrong.items():
     with pytest.raises(ValueError, match=told):
-      simulation.setup(KEY, NONCE, np.arange(4, dtype=np.int32), np.array([row, [0, 2], [1, 3], [2, 1]], np.int32), 2)
+      simulation.setup(
+        KEY,
+        NONCE,
+        np.arange(4, dtype=np.int32),
+        np.array([row, [0, 2], [1, 3], [2, 1]], np.int32),
+        2,
+      )
   ids = np.arange(300, dtype=np.int32)
   with pytest.raises(ValueError, match=r"num_peers=299 .* use num_peers < 255"):
     simulation.setup(KEY, NONCE, ids, np.zeros((300, 299), np.int32), 200)

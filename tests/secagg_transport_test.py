@@ -21,7 +21,9 @@ from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 
 SITES, SIZES, ROUND = range(4), (300, 1), 4
-IDENTITIES = {i: keys.identity(lambda size, i=i: hashlib.sha256(b"%d" % i).digest()[:size]) for i in SITES}
+IDENTITIES = {
+  i: keys.identity(lambda size, i=i: hashlib.sha256(b"%d" % i).digest()[:size]) for i in SITES
+}
 
 
 def agreed():
@@ -66,7 +68,9 @@ def _compiled():
 
 
 def play(strangers=(), honest=SITES, timeout=30.0):
-  """A round in threads, with strangers(address, sent) who have sent all before the honest sites come."""
+  """A round in threads, with strangers(address, sent) who have sent all before the honest sites
+  come.
+  """
   listener = transport.listen()
   address, sent = listener.getsockname(), threading.Semaphore(0)
   server = Thread(lambda: transport.serve(listener, agreed(), ROUND, timeout))
@@ -80,7 +84,9 @@ def play(strangers=(), honest=SITES, timeout=30.0):
 def check(report, survivors):
   assert report.opened.survivors == tuple(survivors)
   for leaf, got in enumerate(report.opened.total):
-    assert np.array_equal(got, np.sum([vectors(i)[leaf] for i in survivors], axis=0, dtype=np.uint32))
+    assert np.array_equal(
+      got, np.sum([vectors(i)[leaf] for i in survivors], axis=0, dtype=np.uint32)
+    )
 
 
 def test_a_round_over_loopback_gives_the_sum_and_every_site_the_lists():
@@ -97,7 +103,9 @@ def test_separate_processes_with_one_killed_in_the_middle_give_the_survivors_sum
   path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
   start = lambda i: subprocess.Popen(
-    [sys.executable, __file__, port, str(i), "hang" if i == 2 else ""], stdout=subprocess.PIPE, env=environment
+    [sys.executable, __file__, port, str(i), "hang" if i == 2 else ""],
+    stdout=subprocess.PIPE,
+    env=environment,
   )
   processes = [start(i) for i in SITES]
   try:
@@ -124,7 +132,11 @@ def silent_after(stage, seconds):
   def site(address, sent):
     sent.release()
     me, message = protocol.advertise(agreed(), ROUND, 2, IDENTITIES[2])
-    steps = (protocol.share_keys, lambda s, m: protocol.masked_input(s, m, vectors(2)), protocol.consistency)
+    steps = (
+      protocol.share_keys,
+      lambda s, m: protocol.masked_input(s, m, vectors(2)),
+      protocol.consistency,
+    )
     with socket.create_connection(address, 30) as connection:
       for step in steps[:stage]:
         connection.sendall(transport.frame(message))
@@ -149,7 +161,9 @@ def test_a_site_that_falls_silent_is_a_dropout_after_the_timeout(stage):
 
 def test_too_few_sites_end_the_round_by_name_for_server_and_sites():
   server, sites, _ = play(honest=(0, 3), timeout=0.7)
-  with pytest.raises(serving.RoundFailed, match="stage advertise: 2 sites of 4 sent their message in time, and 3 are"):
+  with pytest.raises(
+    serving.RoundFailed, match="stage advertise: 2 sites of 4 sent their message in time, and 3 are"
+  ):
     server.get()
   for site in sites.values():
     with pytest.raises(ConnectionError):
@@ -171,7 +185,9 @@ def send(*frames):
 def test_garbage_and_strangers_are_rejected_by_name_and_the_round_goes_on():
   stranger = keys.identity()
   advert = protocol.advertise(agreed(), ROUND, 3, IDENTITIES[3])[1]
-  forged = advert._replace(signature=keys.sign(stranger.private, rounds.signed_text(agreed(), advert)))
+  forged = advert._replace(
+    signature=keys.sign(stranger.private, rounds.signed_text(agreed(), advert))
+  )
   strangers = [
     send(struct.pack("<I", 2**31), b"x" * 100),
     send(struct.pack("<I", 5) + b"\xffabcd"),
@@ -197,7 +213,9 @@ def test_garbage_and_strangers_are_rejected_by_name_and_the_round_goes_on():
     (9, "advertise", "unknown"),
   ]
   assert any("2147483648 bytes announced" in str(r) for r in report.rejected)
-  assert all(r.__traceback__ is None for r in report.rejected)  # whose frames would keep the messages in memory
+  assert all(
+    r.__traceback__ is None for r in report.rejected
+  )  # whose frames would keep the messages in memory
   for thread in [*sites.values(), *beside]:
     thread.get()
 
@@ -225,7 +243,9 @@ def test_a_host_that_closes_leaves_no_task_however_many_strangers_came(busy):
   pending = host.serve(agreed(), ROUND) if busy else None
   with contextlib.ExitStack() as stack:
     for _ in range(6):
-      stack.enter_context(socket.create_connection(listener.getsockname(), 30)).sendall(b"\3\0\0\0abc")
+      stack.enter_context(socket.create_connection(listener.getsockname(), 30)).sendall(
+        b"\3\0\0\0abc"
+      )
     while len(host._hub.open) < 6 and not busy:  # in a round they are shown out at once
       time.sleep(0.01)
     host.close()
@@ -235,7 +255,9 @@ def test_a_host_that_closes_leaves_no_task_however_many_strangers_came(busy):
 
 
 class Unreachable:
-  """A stream writer, and its transport, of a connection that has broken; with an error that is no ConnectionError."""
+  """A stream writer, and its transport, of a connection that has broken; with an error that is no
+  ConnectionError.
+  """
 
   def __init__(self):
     self.transport, self.aborted = self, False
@@ -279,7 +301,10 @@ def test_who_has_not_advertised_can_send_nothing_longer_than_an_advert(known):
 
 
 def test_a_site_refuses_a_frame_that_is_too_long_or_no_message():
-  for data, told in ((struct.pack("<I", 2**30), "1073741824 bytes announced"), (b"\2\0\0\0\xff\0", "no kind 255")):
+  for data, told in (
+    (struct.pack("<I", 2**30), "1073741824 bytes announced"),
+    (b"\2\0\0\0\xff\0", "no kind 255"),
+  ):
     listener = transport.listen()
     site = Thread(lambda listener=listener: join(listener.getsockname(), 0, timeout=20))
     connection, _ = listener.accept()

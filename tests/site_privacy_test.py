@@ -1,4 +1,6 @@
-"""Site-level differential privacy in federated rounds: bounds, noise of the promised scale, and nothing else sent."""
+"""Site-level differential privacy in federated rounds: bounds, noise of the promised scale, and
+nothing else sent.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,11 @@ from primia_jax.privacy.distributed import DistributedNoise, error_stddev
 from primia_jax.types import Metrics
 
 K, D, CLIP = 5, 600, 0.5
-DEALER, KEY, IDS = prng.derive(jnp.arange(8, dtype=jnp.uint32), 3), jax.random.key(0), np.arange(K, dtype=np.int32)
+DEALER, KEY, IDS = (
+  prng.derive(jnp.arange(8, dtype=jnp.uint32), 3),
+  jax.random.key(0),
+  np.arange(K, dtype=np.int32),
+)
 START = {"w": jnp.zeros(D)}
 # Site i's update is i times a direction of its own: norms 0, 1, 2, 3, 4 before clipping.
 UPDATES = np.random.default_rng(0).normal(size=(K, D))
@@ -29,8 +35,12 @@ def grad_fn(params, model_state, batch, key):
 def load(ids):
   images = np.zeros((len(ids), 2, D, 1, 1), np.float32)
   images[...] = UPDATES[ids][:, None, :, None, None]
-  secret = np.stack([np.asarray(prng.derive(jnp.arange(8, dtype=jnp.uint32), 5, int(i))) for i in ids])
-  return fed.Site(ids, images, np.zeros((len(ids), 2), np.int32), np.ones(len(ids), np.int32), secret)
+  secret = np.stack(
+    [np.asarray(prng.derive(jnp.arange(8, dtype=jnp.uint32), 5, int(i))) for i in ids]
+  )
+  return fed.Site(
+    ids, images, np.zeros((len(ids), 2), np.int32), np.ones(len(ids), np.int32), secret
+  )
 
 
 def algorithm(**kwargs):
@@ -82,7 +92,8 @@ def test_local_noise_has_the_promised_scale():
 
 
 @pytest.mark.parametrize(
-  "lost", [pytest.param((), marks=pytest.mark.slow), pytest.param((4,), marks=pytest.mark.slow), (0, 3)]
+  "lost",
+  [pytest.param((), marks=pytest.mark.slow), pytest.param((4,), marks=pytest.mark.slow), (0, 3)],
 )
 def test_all_sites_together_noise_the_sum_as_promised(lost):
   config, aggregator = noised(1.5)
@@ -103,14 +114,18 @@ def test_placements_open_the_same_noisy_sum():
   private = site_privacy.bounded(algorithm(), CLIP)
   want, _ = round_of(private, aggregator)
   for placement in ("vmap", "chunk=2"):
-    np.testing.assert_allclose(round_of(private, aggregator, placement=placement)[0], want, atol=1e-5)
+    np.testing.assert_allclose(
+      round_of(private, aggregator, placement=placement)[0], want, atol=1e-5
+    )
 
 
 def test_a_sum_of_too_few_sites_is_not_opened():
   _, aggregator = noised(1.5, min_survivors=4)
   lost = np.isin(IDS, (1, 2))
   with pytest.raises(secagg.RoundAborted):
-    round_of(site_privacy.bounded(algorithm(), CLIP), aggregator, secagg.Dropouts(lost, np.zeros(K, bool)))
+    round_of(
+      site_privacy.bounded(algorithm(), CLIP), aggregator, secagg.Dropouts(lost, np.zeros(K, bool))
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +156,8 @@ def test_local_noise_needs_a_secret():
     f.step(KEY, f.init(START, {}, K), IDS, bare, DEALER)
 
 
-# A clip that moves. Bits have less noise than updates, so that a test could not take one for the other.
+# A clip that moves. Bits have less noise than updates, so that a test could not take one for the
+# other.
 MOVING = adaptive.Clip(CLIP, 0.5, 0.2, count_stddev=3.0)
 NORMS = np.linalg.norm(UPDATES, axis=1)
 
@@ -161,7 +177,9 @@ def moving_noise(dim=D):
   return config, site_privacy.noised(config, secure, {"w": jnp.zeros(dim)}, {}, MOVING)
 
 
-@pytest.mark.parametrize(("quantile", "norm"), [(0.5, 2.0), pytest.param(0.3, 1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  ("quantile", "norm"), [(0.5, 2.0), pytest.param(0.3, 1.0, marks=pytest.mark.slow)]
+)
 def test_the_clip_moves_to_the_quantile_of_norms_and_bounds_each_round(quantile, norm):
   """Without noise, so that every step is known."""
   private = site_privacy.bounded(algorithm(), adaptive.Clip(CLIP, quantile, 0.3, 1.0))
@@ -180,7 +198,9 @@ def test_the_clip_moves_to_the_quantile_of_norms_and_bounds_each_round(quantile,
 def test_the_share_within_is_that_of_the_sites_in_the_sum():
   lost = np.isin(IDS, (0, 3))
   private, secure = site_privacy.bounded(algorithm(), MOVING), secagg.secure_sum(K, threshold=3)
-  _, clips = run(private, fed.securely(secure), 1, dropouts=secagg.Dropouts(lost, np.zeros(K, bool)))
+  _, clips = run(
+    private, fed.securely(secure), 1, dropouts=secagg.Dropouts(lost, np.zeros(K, bool))
+  )
   assert clips[1] == pytest.approx(CLIP * np.exp(0.2 * 0.5), rel=1e-5)  # norms 1, 2, 4 are beyond
 
 
@@ -203,14 +223,20 @@ def test_local_noise_of_the_bit_has_the_promised_scale():
   of_bit = np.asarray(sent["within"], np.float64) + 0.5
   of_update = np.asarray(sent["update"][0]["w"], np.float64) - UPDATES[1] / NORMS[1]
   assert accepts(of_bit, 3.0)
-  assert accepts(of_update, (2.0**-2 - 6.0**-2) ** -0.5)  # so that both together cost a noise multiplier of 2
+  assert accepts(
+    of_update, (2.0**-2 - 6.0**-2) ** -0.5
+  )  # so that both together cost a noise multiplier of 2
   assert not accepts(of_update, 2.0)  # which is what updates alone would cost
   assert unlike(of_bit, of_update[:, 0])
 
 
 def unlike(a, b):
-  """Whether neither values nor magnitudes go together, as they would if both came from the same words."""
-  return all(abs(np.corrcoef(f(a), f(b))[0, 1]) < 4.5 / np.sqrt(len(a)) for f in (np.asarray, np.abs))
+  """Whether neither values nor magnitudes go together, as they would if both came from the same
+  words.
+  """
+  return all(
+    abs(np.corrcoef(f(a), f(b))[0, 1]) < 4.5 / np.sqrt(len(a)) for f in (np.asarray, np.abs)
+  )
 
 
 def test_whatever_its_update_a_site_sends_little():
@@ -228,12 +254,17 @@ def test_whatever_its_update_a_site_sends_little():
   np.testing.assert_array_equal(sent["weight"], 1)
 
 
-NUM, FEW = 150, 1  # openings at once; numbers in the updates opened: one, so that noise shared with bits would show
+NUM, FEW = (
+  150,
+  1,
+)  # openings at once; numbers in the updates opened: one, so that noise shared with bits would show
 
 
 @pytest.fixture(scope="module")
 def opened():
-  """Updates [NUM, K, FEW], bits [NUM, K], words [NUM] -> what is opened without pair masks, by own secrets of words."""
+  """Updates [NUM, K, FEW], bits [NUM, K], words [NUM] -> what is opened without pair masks, by own
+  secrets of words.
+  """
   _, aggregator = moving_noise(dim=FEW)
   nonce = (jnp.int32(0), fed.TRAINING)
 
@@ -247,7 +278,9 @@ def opened():
     sent = jax.vmap(send)(updates, bits, jnp.asarray(IDS), own)
     total = jax.tree.map(lambda a: jnp.sum(a, axis=0, dtype=a.dtype), sent)
     keys = jax.vmap(lambda secret: prng.derive(secret, secagg.masking.SELF_MASK))(own)
-    total, wrong = aggregator.open(aggregator.unmask(total, secagg.Residue(keys, jnp.ones(K, jnp.int32)), nonce))
+    total, wrong = aggregator.open(
+      aggregator.unmask(total, secagg.Residue(keys, jnp.ones(K, jnp.int32)), nonce)
+    )
     return total["update"][0]["w"], total["within"], total["weight"], wrong
 
   run = jax.jit(jax.vmap(one))
@@ -257,7 +290,9 @@ def opened():
 def test_all_sites_together_noise_the_sum_of_bits_as_promised(opened):
   config, _ = moving_noise(dim=FEW)
   bits = np.tile(np.float32([0.5, -0.5, 0.5, 0.5, -0.5]), (NUM, 1))
-  updates, within, weight, wrong = opened(np.zeros((NUM, K, FEW), np.float32), bits, np.arange(NUM, dtype=np.uint32))
+  updates, within, weight, wrong = opened(
+    np.zeros((NUM, K, FEW), np.float32), bits, np.arange(NUM, dtype=np.uint32)
+  )
   of_bit = site_privacy.bit_noise(config, MOVING)
   assert accepts(within - 0.5, error_stddev(of_bit, K))
   assert error_stddev(of_bit, 3) == pytest.approx(3.0, rel=1e-3)  # that of the fewest sites
@@ -295,11 +330,19 @@ def test_placements_move_the_clip_alike(kind):
   [
     (lambda: site_privacy.bounded(algorithm(), MOVING, 6.0), "count_stddev=3.0 must be more than"),
     (lambda: site_privacy.bit_noise(_pair()[0], MOVING), "use l2_clip_norm=1"),
-    (lambda: site_privacy.bit_noise(moving_noise()[0], adaptive.Clip(1.0)), "fixed clip sends no bits"),
+    (
+      lambda: site_privacy.bit_noise(moving_noise()[0], adaptive.Clip(1.0)),
+      "fixed clip sends no bits",
+    ),
     (lambda: site_privacy.noised(*_pair(), MOVING), "use l2_clip_norm=1"),
     (lambda: run(site_privacy.bounded(algorithm(), MOVING), noised(1.0)[1], 1), "the same Clip"),
     (lambda: run(site_privacy.bounded(algorithm(), 1.0), moving_noise()[1], 1), "the same Clip"),
-    (lambda: run(site_privacy.bounded(algorithm(), MOVING), fed.by_rule("median", robust.median()), 1), "clip that mo"),
+    (
+      lambda: run(
+        site_privacy.bounded(algorithm(), MOVING), fed.by_rule("median", robust.median()), 1
+      ),
+      "clip that mo",
+    ),
   ],
 )
 def test_clips_that_do_not_fit_are_refused(call, message):

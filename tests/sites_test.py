@@ -10,7 +10,8 @@ from primia_jax import sites
 
 PLACEMENTS = ["loop", "scan", "vmap", "chunk=2", "chunk=3", "chunk=9", "mesh"]
 COLLECTIVE = re.compile(
-  r"= (.*?) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter|ragged-all-to-all|send|recv)(-start)?\("
+  r"= (.*?) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter|ragged-all-to-all|"
+  r"send|recv)(-start)?\("
 )
 
 
@@ -35,22 +36,38 @@ def run(text, shared, rows, inner=None):
   placement = sites.parse_placement(text)
   if inner is not None:
     placement = sites.Placement("mesh", mesh=placement.mesh, inner=inner)
-  return sites.sum_over_sites(site_fn, placement)(sites.replicate(shared, placement), sites.put(rows, placement))
+  return sites.sum_over_sites(site_fn, placement)(
+    sites.replicate(shared, placement), sites.put(rows, placement)
+  )
 
 
 @pytest.mark.parametrize("num_sites", [1, 7])
 def test_every_placement_gives_the_same_sum(num_sites):
   shared, rows = inputs(num_sites)
-  each = [site_fn(shared, jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), rows)) for i in range(num_sites)]
-  words = [[int(w) * 2654435761 for w in row] for row in rows["word"]]  # Python integers, reduced at the end
+  each = [
+    site_fn(shared, jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), rows)) for i in range(num_sites)
+  ]
+  words = [
+    [int(w) * 2654435761 for w in row] for row in rows["word"]
+  ]  # Python integers, reduced at the end
   for text in PLACEMENTS:
     total, stacked = run(text, shared, rows)
-    assert [int(t) for t in total["ring"]] == [sum(column) % 2**32 for column in zip(*words, strict=True)]
+    assert [int(t) for t in total["ring"]] == [
+      sum(column) % 2**32 for column in zip(*words, strict=True)
+    ]
     assert int(total["count"]) == sum(range(num_sites)) - 3 * num_sites
     assert np.array_equal(stacked["id"], rows["id"])
-    np.testing.assert_allclose(total["float"], sum(np.asarray(m["float"], np.float64) for m, _ in each), atol=1e-6)
-    np.testing.assert_allclose(stacked["value"], np.stack([kept["value"] for _, kept in each]), atol=1e-6)
-    assert jax.tree.map(lambda a: a.dtype, total) == {"float": jnp.float32, "ring": jnp.uint32, "count": jnp.int32}
+    np.testing.assert_allclose(
+      total["float"], sum(np.asarray(m["float"], np.float64) for m, _ in each), atol=1e-6
+    )
+    np.testing.assert_allclose(
+      stacked["value"], np.stack([kept["value"] for _, kept in each]), atol=1e-6
+    )
+    assert jax.tree.map(lambda a: a.dtype, total) == {
+      "float": jnp.float32,
+      "ring": jnp.uint32,
+      "count": jnp.int32,
+    }
 
 
 @pytest.mark.parametrize("num_sites", [4, 6])
@@ -69,7 +86,9 @@ def test_wide_rings_agree_bit_for_bit():
     words = np.random.default_rng(0).integers(0, 2**64, (7, 3), dtype=np.uint64)
     for text in PLACEMENTS:
       placement = sites.parse_placement(text)
-      total, _ = sites.sum_over_sites(lambda _, w: (w, ()), placement)((), sites.put(words, placement))
+      total, _ = sites.sum_over_sites(lambda _, w: (w, ()), placement)(
+        (), sites.put(words, placement)
+      )
       assert [int(t) for t in total] == [sum(map(int, column)) % 2**64 for column in words.T]
 
 
@@ -116,10 +135,14 @@ def test_rows_lie_on_their_own_devices():
 
 
 def test_padded_devices_run_nothing():
-  """On an uneven mesh the empty places add nothing, even where a site function of nothing is NaN."""
+  """On an uneven mesh the empty places add nothing, even where a site function of nothing is
+  NaN.
+  """
   placement = sites.parse_placement("mesh")
   rows = np.arange(1, 6, dtype=np.float32)
-  total, stacked = sites.sum_over_sites(lambda _, x: (1 / x, jnp.log(x)), placement)((), sites.put(rows, placement))
+  total, stacked = sites.sum_over_sites(lambda _, x: (1 / x, jnp.log(x)), placement)(
+    (), sites.put(rows, placement)
+  )
   np.testing.assert_allclose(total, math.fsum(1 / rows), rtol=1e-6)
   np.testing.assert_allclose(stacked, np.log(rows), rtol=1e-6)
 

@@ -1,4 +1,6 @@
-"""Taps give a layer's input and output gradient, whatever the layer, and every other use of the kernel is refused."""
+"""Taps give a layer's input and output gradient, whatever the layer, and every other use of the
+kernel is refused.
+"""
 
 import functools
 
@@ -13,7 +15,11 @@ from primia_jax.tapped import Log, Tapped, Taps, dense
 LAYERS = {
   "dense": (dense, (5, 6), (6, 4)),
   "conv": (functools.partial(conv, strides=(2, 1)), (5, 9, 8, 3), (3, 3, 3, 4)),
-  "7x7": (functools.partial(conv, strides=(2, 2), padding=((3, 3), (3, 3))), (2, 11, 12, 1), (7, 7, 1, 3)),
+  "7x7": (
+    functools.partial(conv, strides=(2, 2), padding=((3, 3), (3, 3))),
+    (2, 11, 12, 1),
+    (7, 7, 1, 3),
+  ),
   "small map": (functools.partial(conv, padding="SAME"), (3, 2, 2, 4), (3, 3, 4, 5)),
 }
 
@@ -37,7 +43,9 @@ def test_rows_times_the_kernel_are_the_layer_and_taps_are_filled(name):
   x, w = normal(0, *x_shape), normal(1, *w_shape)
   use = noted(layer, x, w)
   y = use.apply(x, w)
-  np.testing.assert_allclose((use.rows(x) @ w.reshape(-1, w_shape[-1])).reshape(y.shape), y, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    (use.rows(x) @ w.reshape(-1, w_shape[-1])).reshape(y.shape), y, rtol=1e-5, atol=1e-5
+  )
 
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), use.taps)
   loss = lambda x, w, taps: jnp.sum(layer(x, Tapped(w, taps, Log())) ** 3)
@@ -56,7 +64,9 @@ def test_uses_add_up():
   x, w = normal(0, 5, 4), normal(1, 4, 4)
   taps = Taps(jnp.zeros((5, 4)), jnp.zeros((5, 4)), jnp.zeros(()))
   kernel = lambda taps: Tapped(w, taps, Log())
-  assert float(jax.grad(lambda taps: dense(dense(x, kernel(taps)), kernel(taps)).sum())(taps).uses) == 2
+  assert (
+    float(jax.grad(lambda taps: dense(dense(x, kernel(taps)), kernel(taps)).sum())(taps).uses) == 2
+  )
 
 
 def test_anything_else_refuses_the_kernel():

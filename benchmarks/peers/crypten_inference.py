@@ -1,7 +1,8 @@
-"""CrypTen: two processes on the loopback device, Beaver triples. crypten_inference.py ROUNDS CASE BATCH SIZE WANT HOW
+"""CrypTen: two processes on the loopback device, Beaver triples. crypten_inference.py ROUNDS CASE
+BATCH SIZE WANT HOW
 
-HOW is total (triples are made as they are needed) or online (they are made before each round, and not timed). Inputs
-and weights are secret. WANT is a file with the answer in float32.
+HOW is total (triples are made as they are needed) or online (they are made before each round, and
+not timed). Inputs and weights are secret. WANT is a file with the answer in float32.
 """
 # ruff: noqa: E402 - stand-ins come before imports
 
@@ -10,7 +11,9 @@ import sys
 import time
 import types
 
-sys.modules["torch.onnx._internal.registration"] = types.SimpleNamespace(registry=None)  # gone from torch 2.9 on
+sys.modules["torch.onnx._internal.registration"] = types.SimpleNamespace(
+  registry=None
+)  # gone from torch 2.9 on
 
 import contextlib
 
@@ -33,8 +36,12 @@ class Ops:
   layer = staticmethod(contextlib.nullcontext)
   relu = staticmethod(lambda x: x.relu())
   add = staticmethod(lambda a, b: a + b)
-  conv = staticmethod(lambda x, w, b, stride, padding: x.conv2d(w, stride=stride, padding=padding) + b)
-  max_pool = staticmethod(lambda x, window, stride, padding: x.max_pool2d(window, stride=stride, padding=padding))
+  conv = staticmethod(
+    lambda x, w, b, stride, padding: x.conv2d(w, stride=stride, padding=padding) + b
+  )
+  max_pool = staticmethod(
+    lambda x, window, stride, padding: x.max_pool2d(window, stride=stride, padding=padding)
+  )
   dense = staticmethod(lambda x, w, b: x.matmul(w) + b)
   flat = staticmethod(lambda x: x.flatten(1))
   mean = staticmethod(lambda x: x.mean((2, 3)))
@@ -52,7 +59,10 @@ def function():
   if case == "matmul":
     return lambda: args[0].matmul(args[1])
   params = {
-    name: (encrypt(w if w.ndim == 4 else w.T), encrypt(b.reshape(1, -1, 1, 1) if w.ndim == 4 else b))
+    name: (
+      encrypt(w if w.ndim == 4 else w.T),
+      encrypt(b.reshape(1, -1, 1, 1) if w.ndim == 4 else b),
+    )
     for name, (w, b) in networks.weights(case).items()
   }
   return lambda: networks.apply(case, Ops, params, args[0])

@@ -1,4 +1,6 @@
-"""FedJAX: federated averaging with its jit backend. fedjax_rounds.py ROUNDS DATA MODEL K THREADS (not used)"""
+"""FedJAX: federated averaging with its jit backend. fedjax_rounds.py ROUNDS DATA MODEL K THREADS
+(not used)
+"""
 
 import sys
 
@@ -34,7 +36,9 @@ classifier = fedjax.create_model_from_haiku(
 clients = fedjax.InMemoryFederatedData(
   {i: {"x": x, "y": y} for i, (x, y) in enumerate(zip(images, labels, strict=True))}
 )
-sampler = fedjax.client_samplers.UniformGetClientSampler(clients, num_clients=int(num_sampled), seed=0)
+sampler = fedjax.client_samplers.UniformGetClientSampler(
+  clients, num_clients=int(num_sampled), seed=0
+)
 fedjax.set_for_each_client_backend("jit")
 algorithm = fedjax.algorithms.fed_avg.federated_averaging(
   fedjax.model_grad(classifier),

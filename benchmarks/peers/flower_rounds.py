@@ -29,7 +29,10 @@ def train(message: Message, context: Context):
   site = int(context.node_config["partition-id"])
   torch_work.local_epoch(net, images[site], labels[site])
   metrics = MetricRecord({"num-examples": images.shape[1]})
-  return Message(content=RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": metrics}), reply_to=message)
+  return Message(
+    content=RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": metrics}),
+    reply_to=message,
+  )
 
 
 @server.main()
@@ -50,9 +53,14 @@ def main(grid: Grid, context: Context):
   start = ArrayRecord(torch_work.MODELS[model]().state_dict())
   k = int(num_sampled)
   strategy = FedAvg(
-    fraction_train=k / num_sites, fraction_evaluate=0.0, min_train_nodes=k, min_available_nodes=num_sites
+    fraction_train=k / num_sites,
+    fraction_evaluate=0.0,
+    min_train_nodes=k,
+    min_available_nodes=num_sites,
   )
-  strategy.start(grid=grid, initial_arrays=start, num_rounds=int(num_rounds), evaluate_fn=between_rounds)
+  strategy.start(
+    grid=grid, initial_arrays=start, num_rounds=int(num_rounds), evaluate_fn=between_rounds
+  )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Flower with idle clients that return the model: plain, or SecAgg+. flower_secagg.py ROUNDS HOW K PEERS CPUS [LOST]
+"""Flower with idle clients that return the model: plain, or SecAgg+. flower_secagg.py ROUNDS HOW K
+PEERS CPUS [LOST]
 
-HOW is plain or secagg; PEERS is how many others each client shares masks with; LOST clients fail when they are to send
-the masked model, each round.
+HOW is plain or secagg; PEERS is how many others each client shares masks with; LOST clients fail
+when they are to send the masked model, each round.
 """
 
 import os
@@ -80,9 +81,15 @@ def main(grid, context):
     initial_parameters=ndarrays_to_parameters(start),
     evaluate_fn=between_rounds,
   )
-  legacy = LegacyContext(context=context, config=ServerConfig(num_rounds=int(num_rounds)), strategy=strategy)
+  legacy = LegacyContext(
+    context=context, config=ServerConfig(num_rounds=int(num_rounds)), strategy=strategy
+  )
   shares = int(num_peers) + 1  # a client keeps one itself
-  fit = SecAggPlusWorkflow(num_shares=shares, reconstruction_threshold=shares // 2 + 1) if how == "secagg" else None
+  fit = (
+    SecAggPlusWorkflow(num_shares=shares, reconstruction_threshold=shares // 2 + 1)
+    if how == "secagg"
+    else None
+  )
   DefaultWorkflow(fit_workflow=fit)(grid, legacy)
 
 

@@ -1,8 +1,9 @@
-"""What the encrypted benchmark computes, for any framework: inputs, random weights, and the networks on given `ops`.
+"""What the encrypted benchmark computes, for any framework: inputs, random weights, and the
+networks on given `ops`.
 
-NumPy alone, and Python 3.7. Images and activations are NCHW in the weights' order of axes (OIHW; dense [out, in]); an
-`ops` may keep them otherwise. It has: conv(x, w, b, stride, padding), dense(x, w, b), relu, add, flat, mean, a
-max_pool(x, window, stride, padding) and layer(name), a context.
+NumPy alone, and Python 3.7. Images and activations are NCHW in the weights' order of axes (OIHW;
+dense [out, in]); an `ops` may keep them otherwise. It has: conv(x, w, b, stride, padding), dense(x,
+w, b), relu, add, flat, mean, a max_pool(x, window, stride, padding) and layer(name), a context.
 """
 
 import numpy as np
@@ -12,17 +13,26 @@ WIDTHS = (64, 128, 256, 512)
 
 
 def inputs(case, batch=1, size=2**20):
-  """The arguments besides the weights, float32: an image batch, the two factors of a product, or a ReLU's vector."""
+  """The arguments besides the weights, float32: an image batch, the two factors of a product, or a
+  ReLU's vector.
+  """
   if case == "matmul":
     return [_normal(0, (1024, 1024)), _normal(1, (1024, 1024))]
   return [_normal(0, (batch, *IMAGES[case]) if case in IMAGES else (size,))]
 
 
 def weights(case):
-  """{layer: (w, b)}, float32, of a scale that keeps activations near one, as folded normalisation would."""
+  """{layer: (w, b)}, float32, of a scale that keeps activations near one, as folded normalisation
+  would.
+  """
   if case == "lenet28":  # the LeNet of the literature on encrypted inference
     rng = np.random.default_rng(1)
-    shapes = {"conv1": (20, 1, 5, 5), "conv2": (50, 20, 5, 5), "dense1": (500, 800), "dense2": (10, 500)}
+    shapes = {
+      "conv1": (20, 1, 5, 5),
+      "conv2": (50, 20, 5, 5),
+      "dense1": (500, 800),
+      "dense2": (10, 500),
+    }
     bias = lambda shape: (rng.standard_normal(shape[0]) * 0.05).astype(np.float32)
     return {name: (_he(rng, shape), bias(shape)) for name, shape in shapes.items()}
   rng = np.random.default_rng(2)

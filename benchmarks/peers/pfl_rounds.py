@@ -1,4 +1,6 @@
-"""Apple's pfl: FederatedAveraging on the simulated backend. pfl_rounds.py ROUNDS DATA MODEL K THREADS"""
+"""Apple's pfl: FederatedAveraging on the simulated backend. pfl_rounds.py ROUNDS DATA MODEL K
+THREADS
+"""
 
 import os
 import sys
@@ -64,12 +66,16 @@ FederatedAveraging().run(
     val_cohort_size=0,
   ),
   backend=SimulatedBackend(
-    training_data=FederatedDataset(lambda u: Dataset([images[u], labels[u]], user_id=str(u)), users),
+    training_data=FederatedDataset(
+      lambda u: Dataset([images[u], labels[u]], user_id=str(u)), users
+    ),
     val_data=None,
     postprocessors=[WeightByDatapoints()],
   ),
   model=PyTorchModel(
-    net, local_optimizer_create=torch.optim.SGD, central_optimizer=torch.optim.SGD(net.parameters(), 1.0)
+    net,
+    local_optimizer_create=torch.optim.SGD,
+    central_optimizer=torch.optim.SGD(net.parameters(), 1.0),
   ),
   model_train_params=NNTrainHyperParams(
     local_num_epochs=1, local_learning_rate=torch_work.RATE, local_batch_size=torch_work.BATCH

@@ -1,8 +1,9 @@
-"""jax-privacy's private step, in Flax, on a full batch of 32. private_step_jax_privacy.py ROUNDS CASE HOW CONV STEPS
+"""jax-privacy's private step, in Flax, on a full batch of 32. private_step_jax_privacy.py ROUNDS
+CASE HOW CONV STEPS
 
-HOW is plain (no privacy), full (the gradients of all examples at once) or micro1, micro8, ... (so many at once).
-CONV is xla, Flax's own, or dot: im2col and a product where the result is 2x2 or smaller, for which XLA on CPU takes far
-too long.
+HOW is plain (no privacy), full (the gradients of all examples at once) or micro1, micro8, ... (so
+many at once). CONV is xla, Flax's own, or dot: im2col and a product where the result is 2x2 or
+smaller, for which XLA on CPU takes far too long.
 """
 
 import functools
@@ -56,7 +57,10 @@ class ResNet18(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    conv, norm = functools.partial(Conv, use_bias=False), functools.partial(nn.GroupNorm, num_groups=32)
+    conv, norm = (
+      functools.partial(Conv, use_bias=False),
+      functools.partial(nn.GroupNorm, num_groups=32),
+    )
     x = nn.relu(norm()(conv(64, (7, 7), (2, 2), padding=3)(x)))
     x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
     for stage, features in enumerate((64, 128, 256, 512)):
@@ -70,7 +74,10 @@ class ResNet18(nn.Module):
     return nn.Dense(3)(x.mean((1, 2)))
 
 
-model, shape, num_classes = {"cnn28": (CNN(), (28, 28, 1), 10), "resnet18_64": (ResNet18(), (64, 64, 3), 3)}[case]
+model, shape, num_classes = {
+  "cnn28": (CNN(), (28, 28, 1), 10),
+  "resnet18_64": (ResNet18(), (64, 64, 3), 3),
+}[case]
 keys = jax.random.split(jax.random.key(0), 4)
 images = jax.random.normal(keys[0], (BATCH, *shape))
 labels = jax.random.randint(keys[1], (BATCH,), 0, num_classes)
@@ -86,9 +93,15 @@ if how == "plain":
 else:
   microbatch = None if how == "full" else int(how.removeprefix("micro"))
   gradient = jax_privacy.clipped_grad(
-    loss, l2_clip_norm=CLIP_NORM, normalize_by=BATCH, batch_argnums=(1, 2), microbatch_size=microbatch
+    loss,
+    l2_clip_norm=CLIP_NORM,
+    normalize_by=BATCH,
+    batch_argnums=(1, 2),
+    microbatch_size=microbatch,
   )
-  noise = noise_addition.gaussian_privatizer(stddev=NOISE * gradient.sensitivity(), prng_key=keys[3])
+  noise = noise_addition.gaussian_privatizer(
+    stddev=NOISE * gradient.sensitivity(), prng_key=keys[3]
+  )
 descend = optax.chain(noise, optax.sgd(RATE))
 
 
@@ -110,4 +123,6 @@ def one_round(_):
 
 parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
 temporary = round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1)
-stepping.run(int(num_rounds), one_round, "jax", "jax-privacy", parameters=parameters, temporary_mib=temporary)
+stepping.run(
+  int(num_rounds), one_round, "jax", "jax-privacy", parameters=parameters, temporary_mib=temporary
+)

@@ -1,6 +1,8 @@
-"""PyTorch's step, or Opacus's private one, on a full batch of 32. private_step_opacus.py ROUNDS CASE HOW STEPS THREADS
+"""PyTorch's step, or Opacus's private one, on a full batch of 32. private_step_opacus.py ROUNDS
+CASE HOW STEPS THREADS
 
-HOW is plain (no privacy), hooks or ghost. Noise is PyTorch's own generator's (`secure_mode` would take longer).
+HOW is plain (no privacy), hooks or ghost. Noise is PyTorch's own generator's (`secure_mode` would
+take longer).
 """
 
 import sys
@@ -33,11 +35,19 @@ class Block(nn.Module):
 
   def __init__(self, before: int, features: int, stride: int):
     super().__init__()
-    self.conv1, self.norm1 = nn.Conv2d(before, features, 3, stride, 1, bias=False), nn.GroupNorm(32, features)
-    self.conv2, self.norm2 = nn.Conv2d(features, features, 3, 1, 1, bias=False), nn.GroupNorm(32, features)
+    self.conv1, self.norm1 = (
+      nn.Conv2d(before, features, 3, stride, 1, bias=False),
+      nn.GroupNorm(32, features),
+    )
+    self.conv2, self.norm2 = (
+      nn.Conv2d(features, features, 3, 1, 1, bias=False),
+      nn.GroupNorm(32, features),
+    )
     self.shortcut = nn.Identity()
     if before != features:
-      self.shortcut = nn.Sequential(nn.Conv2d(before, features, 1, stride, bias=False), nn.GroupNorm(32, features))
+      self.shortcut = nn.Sequential(
+        nn.Conv2d(before, features, 1, stride, bias=False), nn.GroupNorm(32, features)
+      )
 
   def forward(self, x):
     y = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
@@ -46,7 +56,12 @@ class Block(nn.Module):
 
 def resnet18() -> nn.Module:
   """ResNet-18 with GroupNorm and torchvision's stem: 11,178,051 parameters."""
-  stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.GroupNorm(32, 64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+  stem = [
+    nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+    nn.GroupNorm(32, 64),
+    nn.ReLU(),
+    nn.MaxPool2d(3, 2, 1),
+  ]
   widths = (64, 64, 128, 256, 512)
   blocks = [
     Block(widths[i] if first else widths[i + 1], widths[i + 1], 2 if i and first else 1)
@@ -56,7 +71,10 @@ def resnet18() -> nn.Module:
   return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 3))
 
 
-model, shape, num_classes = {"cnn28": (cnn, (1, 28, 28), 10), "resnet18_64": (resnet18, (3, 64, 64), 3)}[case]
+model, shape, num_classes = {
+  "cnn28": (cnn, (1, 28, 28), 10),
+  "resnet18_64": (resnet18, (3, 64, 64), 3),
+}[case]
 model = model()
 images, labels = torch.randn(BATCH, *shape), torch.randint(num_classes, (BATCH,))
 optimizer, criterion = torch.optim.SGD(model.parameters(), RATE), nn.CrossEntropyLoss()
@@ -65,7 +83,9 @@ if how != "plain":
     module=model,
     optimizer=optimizer,
     criterion=criterion,
-    data_loader=torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=BATCH),
+    data_loader=torch.utils.data.DataLoader(
+      torch.utils.data.TensorDataset(images, labels), batch_size=BATCH
+    ),
     noise_multiplier=NOISE,
     max_grad_norm=CLIP_NORM,
     poisson_sampling=False,

@@ -1,7 +1,9 @@
-"""SecretFlow's SPU, all parties as threads of one process. spu_inference.py ROUNDS CASE BATCH SIZE WANT PROTOCOL
+"""SecretFlow's SPU, all parties as threads of one process. spu_inference.py ROUNDS CASE BATCH SIZE
+WANT PROTOCOL
 
-PROTOCOL is SEMI2K (two parties) or ABY3 (three). A round is a run of all parties, with what is dealt; compiling,
-sharing and reconstruction are not timed. Inputs and weights are secret. WANT is a file with the answer in float32.
+PROTOCOL is SEMI2K (two parties) or ABY3 (three). A round is a run of all parties, with what is
+dealt; compiling, sharing and reconstruction are not timed. Inputs and weights are secret. WANT is a
+file with the answer in float32.
 """
 
 import contextlib
@@ -40,7 +42,9 @@ class Ops:
   def max_pool(x, window, stride, padding):
     least = -1000.0 if padding else -jnp.inf  # minus infinity has no fixed-point number
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    return lax.reduce_window(x, least, lax.max, (1, window, window, 1), (1, stride, stride, 1), pads)
+    return lax.reduce_window(
+      x, least, lax.max, (1, window, window, 1), (1, stride, stride, 1), pads
+    )
 
 
 def last(array):
@@ -65,7 +69,9 @@ program, _ = frontend.compile(
   frontend.Kind.JAX, fn, tuple(args), {}, names, [libspu.Visibility.VIS_SECRET] * len(leaves),
   lambda out: [f"out{i}" for i in range(len(out))],
 )  # fmt: skip
-config = libspu.RuntimeConfig(protocol=getattr(libspu.ProtocolKind, protocol), field=libspu.FieldType.FM64)
+config = libspu.RuntimeConfig(
+  protocol=getattr(libspu.ProtocolKind, protocol), field=libspu.FieldType.FM64
+)
 io = api.Io(num_parties, config)
 shares = [io.make_shares(np.asarray(leaf), libspu.Visibility.VIS_SECRET) for leaf in leaves]
 link = libspu.link.Desc()

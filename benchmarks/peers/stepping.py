@@ -1,4 +1,6 @@
-"""The peer's end of `benchmarks.measuring.peer`: a round is run when a line comes in, and its cost goes out."""
+"""The peer's end of `benchmarks.measuring.peer`: a round is run when a line comes in, and its cost
+goes out.
+"""
 
 import os
 import sys
@@ -19,7 +21,9 @@ def wait() -> None:
 
 
 def ready(*packages, **more) -> None:
-  """Says that rounds may be asked for, which versions of the packages will run, and what else is known of them."""
+  """Says that rounds may be asked for, which versions of the packages will run, and what else is
+  known of them.
+  """
   more = {**{package: metadata.version(package) for package in packages}, **more}
   print("\nREADY", *(f"{name}={value}" for name, value in more.items()), flush=True)
 
@@ -40,7 +44,9 @@ def run(num_rounds: int, one_round, *packages, **more) -> None:
 
 
 def tree_cpu() -> float:
-  """CPU seconds of all living processes that this one and its children started: those with its tag."""
+  """CPU seconds of all living processes that this one and its children started: those with its
+  tag.
+  """
   tag, total = f"PEER_TAG={os.environ['PEER_TAG']}".encode(), 0.0
   for process in filter(str.isdigit, os.listdir("/proc")):
     try:

@@ -1,9 +1,10 @@
-"""PySyft 0.2.9, the engine that PriMIA contains: both parties and the dealer in one process, function secret sharing.
+"""PySyft 0.2.9, the engine that PriMIA contains: both parties and the dealer in one process,
+function secret sharing.
 
 syft_inference.py ROUNDS CASE BATCH SIZE WANT
 
-Keys are made as they are needed. Inputs and weights are secret, with its four decimal places. WANT is a file with the
-answer in float32. Python 3.7.
+Keys are made as they are needed. Inputs and weights are secret, with its four decimal places. WANT
+is a file with the answer in float32. Python 3.7.
 """
 # ruff: noqa: E402 - stand-ins come before imports
 
@@ -42,7 +43,9 @@ from torch.nn import functional
 syft.frameworks.torch.mpc.fss.MULTI_LIMIT = 1 << 60  # its way with more processes hangs here
 num_rounds, case, batch, size, path = sys.argv[1:]
 hook = syft.TorchHook(torch)
-first, second, dealer = (syft.VirtualWorker(hook, id=name) for name in ("first", "second", "dealer"))
+first, second, dealer = (
+  syft.VirtualWorker(hook, id=name) for name in ("first", "second", "dealer")
+)
 
 
 class Ops:
@@ -51,13 +54,19 @@ class Ops:
   layer = staticmethod(contextlib.nullcontext)
   relu = staticmethod(lambda x: x.relu())
   add = staticmethod(lambda a, b: a + b)
-  conv = staticmethod(lambda x, w, b, stride, padding: functional.conv2d(x, w, b, stride=stride, padding=padding))
+  conv = staticmethod(
+    lambda x, w, b, stride, padding: functional.conv2d(x, w, b, stride=stride, padding=padding)
+  )
   max_pool = staticmethod(
-    lambda x, window, stride, padding: functional.max_pool2d(x, kernel_size=window, stride=stride, padding=padding)
+    lambda x, window, stride, padding: functional.max_pool2d(
+      x, kernel_size=window, stride=stride, padding=padding
+    )
   )
   dense = staticmethod(lambda x, w, b: x.matmul(w) + b)
   flat = staticmethod(lambda x: x.view(x.shape[0], -1))
-  mean = staticmethod(lambda x: functional.avg_pool2d(x, kernel_size=x.shape[-1]).view(x.shape[0], -1))
+  mean = staticmethod(
+    lambda x: functional.avg_pool2d(x, kernel_size=x.shape[-1]).view(x.shape[0], -1)
+  )
 
 
 def encrypt(array):
@@ -71,7 +80,10 @@ if case == "relu":
 elif case == "matmul":
   function = lambda: args[0].matmul(args[1])
 else:
-  params = {n: (encrypt(w if w.ndim == 4 else w.T), encrypt(b)) for n, (w, b) in networks.weights(case).items()}
+  params = {
+    n: (encrypt(w if w.ndim == 4 else w.T), encrypt(b))
+    for n, (w, b) in networks.weights(case).items()
+  }
   function = lambda: networks.apply(case, Ops, params, args[0])
 
 error = float(np.abs(function().get().float_prec().numpy() - np.load(path)).max())

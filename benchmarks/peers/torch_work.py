@@ -39,7 +39,9 @@ def load(path):
   """Images [S, N, 1, H, W] and labels [S, N]."""
   with np.load(path) as data:
     images, labels = data["x"], data["y"]
-  return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 1, 4, 2, 3))), torch.from_numpy(labels).long()
+  return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 1, 4, 2, 3))), torch.from_numpy(
+    labels
+  ).long()
 
 
 def local_epoch(net, images, labels):

@@ -1,7 +1,9 @@
-"""Augmentation as pure functions of a key and a batch: photometric changes, MixUp, class weights, and a composition.
+"""Augmentation as pure functions of a key and a batch: photometric changes, MixUp, class weights,
+and a composition.
 
-Each function draws afresh for each image of float32 [B, H, W, C] in [0, 1] and returns images of the same kind; zero
-strength is the identity. All may run under `jit`, `scan` and `vmap` (over sites); strengths are Python numbers.
+Each function draws afresh for each image of float32 [B, H, W, C] in [0, 1] and returns images of
+the same kind; zero strength is the identity. All may run under `jit`, `scan` and `vmap` (over
+sites); strengths are Python numbers.
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ def clahe(key: Key, images: Array, clahe: float, clip_limit: float = 0.01) -> Ar
 
 
 def gaussian_blur(key: Key, images: Array, blur: float) -> Array:
-  """Blurs each image with a Gaussian whose standard deviation is uniform in [0, blur] pixels, rescaled at the edges.
+  """Blurs each image with a Gaussian whose standard deviation is uniform in [0, blur] pixels,
+  rescaled at the edges.
 
-  One matrix for each image and axis. A convolution would become a slow grouped one under `vmap`; a sum of shifted
-  images is fast alone, but XLA on CPU then computes what came before it, a warp say, once for each shift.
+  One matrix for each image and axis. A convolution would become a slow grouped one under `vmap`; a
+  sum of shifted images is fast alone, but XLA on CPU then computes what came before it, a warp say,
+  once for each shift.
   """
   check_images(images)
   check_strengths(blur=blur)
@@ -44,7 +48,9 @@ def gaussian_blur(key: Key, images: Array, blur: float) -> Array:
   def kernel(side: int) -> Array:
     pixel = jnp.arange(side, dtype=jnp.float32)
     distance = jnp.square(pixel[:, None] - pixel[None, :])[None]
-    weights = jnp.exp(-distance / jnp.maximum(2 * variance, 1e-12))  # the floor makes sigma = 0 the identity
+    weights = jnp.exp(
+      -distance / jnp.maximum(2 * variance, 1e-12)
+    )  # the floor makes sigma = 0 the identity
     return weights / weights.sum(-1, keepdims=True)
 
   exact = jax.lax.Precision.HIGHEST
@@ -57,11 +63,15 @@ def gamma(key: Key, images: Array, gamma: float) -> Array:
   check_images(images)
   check_strengths(gamma=gamma)
   exponent = jnp.exp(_draw(key, images, -1, 1) * math.log1p(gamma))
-  return jnp.exp(exponent * jnp.log(images))  # a third of the time of XLA's power on CPU; log(0) = -inf gives 0
+  return jnp.exp(
+    exponent * jnp.log(images)
+  )  # a third of the time of XLA's power on CPU; log(0) = -inf gives 0
 
 
 def contrast(key: Key, images: Array, contrast: float) -> Array:
-  """Scales each image about its mean by a factor uniform in 1 plus or minus `contrast`, and clips to [0, 1]."""
+  """Scales each image about its mean by a factor uniform in 1 plus or minus `contrast`, and clips
+  to [0, 1].
+  """
   check_images(images)
   check_strengths(contrast=contrast)
   mean = images.mean((1, 2, 3), keepdims=True)
@@ -76,7 +86,9 @@ def brightness(key: Key, images: Array, brightness: float) -> Array:
 
 
 def gaussian_noise(key: Key, images: Array, noise: float) -> Array:
-  """Adds to each image white noise with a standard deviation uniform in [0, noise], and clips to [0, 1]."""
+  """Adds to each image white noise with a standard deviation uniform in [0, noise], and clips to
+  [0, 1].
+  """
   check_images(images)
   check_strengths(noise=noise)
   std_key, noise_key = jax.random.split(key)
@@ -85,7 +97,8 @@ def gaussian_noise(key: Key, images: Array, noise: float) -> Array:
 
 
 def cutout(key: Key, images: Array, cutout: float, fill: float = 0.0) -> Array:
-  """Fills in each image a box about a random pixel; what lies outside the image is lost (DeVries & Taylor 2017).
+  """Fills in each image a box about a random pixel; what lies outside the image is lost (DeVries &
+  Taylor 2017).
 
   Args:
     key: a typed key.
@@ -106,7 +119,9 @@ def cutout(key: Key, images: Array, cutout: float, fill: float = 0.0) -> Array:
     side = images.shape[axis]
     length = max(round(cutout * side), 1) if cutout else 0
     center = jax.random.randint(axis_key, (images.shape[0], 1, 1, 1), 0, side, jnp.int32)
-    position = jnp.arange(side, dtype=jnp.int32).reshape([side if a == axis else 1 for a in range(4)])
+    position = jnp.arange(side, dtype=jnp.int32).reshape(
+      [side if a == axis else 1 for a in range(4)]
+    )
     start = center - length // 2
     inside = inside & (start <= position) & (position < start + length)
   return jnp.where(inside, jnp.float32(fill), images)
@@ -114,7 +129,8 @@ def cutout(key: Key, images: Array, cutout: float, fill: float = 0.0) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """Which augmentations are on, and how strongly; each is off by default, and the same-named function says its unit.
+  """Which augmentations are on, and how strongly; each is off by default, and the same-named
+  function says its unit.
 
   Attributes:
     rotation_degrees: largest angle either way.
@@ -160,7 +176,8 @@ class Augmentation:
 
 
 def augment(key: Key, images: Array, config: Augmentation) -> Array:
-  """Applies the augmentations that are on: geometry in one warp, then intensities, then noise and cutout.
+  """Applies the augmentations that are on: geometry in one warp, then intensities, then noise and
+  cutout.
 
   Args:
     key: a typed key; the same key gives the same draws to an augmentation whichever others are on.
@@ -175,19 +192,31 @@ def augment(key: Key, images: Array, config: Augmentation) -> Array:
   """
   check_images(images)
   keys = jax.random.split(key, 8)
-  if config.rotation_degrees or config.translation or config.scale or config.shear_degrees or config.elastic:
+  if (
+    config.rotation_degrees
+    or config.translation
+    or config.scale
+    or config.shear_degrees
+    or config.elastic
+  ):
     geometry = (config.rotation_degrees, config.translation, config.scale, config.shear_degrees)
     flips = (config.horizontal_flip, config.vertical_flip)
     images = warp(keys[0], images, *geometry, *flips, config.elastic, config.elastic_grid)
   elif config.horizontal_flip or config.vertical_flip:
-    images = flip(jax.random.split(keys[0], 3)[2], images, config.horizontal_flip, config.vertical_flip)
+    images = flip(
+      jax.random.split(keys[0], 3)[2], images, config.horizontal_flip, config.vertical_flip
+    )
   if config.clahe:
     images = clahe(keys[1], images, config.clahe, config.clip_limit)
   for function, function_key, strength in (
     (gaussian_blur, keys[2], config.blur),
     (contrast, keys[3], config.contrast),
     (brightness, keys[4], config.brightness),
-    (gamma, keys[5], config.gamma),  # after the mean that contrast takes, or XLA computes the power twice
+    (
+      gamma,
+      keys[5],
+      config.gamma,
+    ),  # after the mean that contrast takes, or XLA computes the power twice
     (gaussian_noise, keys[6], config.noise),
     (cutout, keys[7], config.cutout),
   ):
@@ -197,7 +226,9 @@ def augment(key: Key, images: Array, config: Augmentation) -> Array:
 
 
 class MixedBatch(NamedTuple):
-  """A batch after MixUp: the loss is lam * loss(labels_a) + (1 - lam) * loss(labels_b), or that of `mixed_labels`."""
+  """A batch after MixUp: the loss is lam * loss(labels_a) + (1 - lam) * loss(labels_b), or that of
+  `mixed_labels`.
+  """
 
   images: Array  # [B, H, W, C] float32
   labels_a: Array  # [B, ...] as they came
@@ -205,19 +236,23 @@ class MixedBatch(NamedTuple):
   lam: Array  # [B] float32, the share of labels_a
 
 
-def mixup(key: Key, images: Array, labels: Array, alpha: float, weights: Array | None = None) -> MixedBatch:
+def mixup(
+  key: Key, images: Array, labels: Array, alpha: float, weights: Array | None = None
+) -> MixedBatch:
   """Mixes each image with another of its batch (Zhang et al. 2018, mixup, section 2).
 
-  x~ = lam x_i + (1 - lam) x_j and y~ = lam y_i + (1 - lam) y_j with lam ~ Beta(alpha, alpha), one for each image, and j
-  a random permutation of the batch. A mixed image depends on two patients: clipping per example bounds one example's
-  influence no longer, so this must not be used with differentially private training.
+  x~ = lam x_i + (1 - lam) x_j and y~ = lam y_i + (1 - lam) y_j with lam ~ Beta(alpha, alpha), one
+  for each image, and j a random permutation of the batch. A mixed image depends on two patients:
+  clipping per example bounds one example's influence no longer, so this must not be used with
+  differentially private training.
 
   Args:
     key: a typed key.
     images: [B, H, W, C] float32.
     labels: [B] integers or [B, L] one-hot floats.
     alpha: of the Beta distribution; 0 leaves the images as they are.
-    weights: [B] float32, 0 for padding, which is only mixed with padding; None where there is no padding.
+    weights: [B] float32, 0 for padding, which is only mixed with padding; None where there is no
+      padding.
 
   Returns:
     The mixed images, both labels of each, and lam.
@@ -233,10 +268,17 @@ def mixup(key: Key, images: Array, labels: Array, alpha: float, weights: Array |
     raise ValueError(f"labels have shape {labels.shape} for {num} images; one each is needed")
   order_key, lam_key = jax.random.split(key)
   padding = jnp.zeros(num, bool) if weights is None else weights <= 0
-  # Real examples first in both orders, so that sending one order to the other keeps real and padding apart.
-  shuffled = jnp.argsort(jax.random.uniform(order_key, (num,), jnp.float32) + padding.astype(jnp.float32))
+  # Real examples first in both orders, so that sending one order to the other keeps real and
+  # padding apart.
+  shuffled = jnp.argsort(
+    jax.random.uniform(order_key, (num,), jnp.float32) + padding.astype(jnp.float32)
+  )
   partner = jnp.zeros_like(shuffled).at[jnp.argsort(padding, stable=True)].set(shuffled)
-  lam = jax.random.beta(lam_key, alpha, alpha, (num,), jnp.float32) if alpha else jnp.ones(num, jnp.float32)
+  lam = (
+    jax.random.beta(lam_key, alpha, alpha, (num,), jnp.float32)
+    if alpha
+    else jnp.ones(num, jnp.float32)
+  )
   share = lam[:, None, None, None]
   return MixedBatch(share * images + (1 - share) * images[partner], labels, labels[partner], lam)
 
@@ -244,31 +286,40 @@ def mixup(key: Key, images: Array, labels: Array, alpha: float, weights: Array |
 def mixed_labels(mixed: MixedBatch, num_classes: int) -> Array:
   """Returns the targets lam y_a + (1 - lam) y_b, [B, L] float32, of integer or one-hot labels."""
   one_hot = mixed.labels_a.ndim == 2
-  a, b = (y if one_hot else jax.nn.one_hot(y, num_classes, dtype=jnp.float32) for y in (mixed.labels_a, mixed.labels_b))
+  a, b = (
+    y if one_hot else jax.nn.one_hot(y, num_classes, dtype=jnp.float32)
+    for y in (mixed.labels_a, mixed.labels_b)
+  )
   if a.shape[-1] != num_classes:
     raise ValueError(f"one-hot labels have {a.shape[-1]} classes; expected {num_classes}")
   return mixed.lam[:, None] * a + (1 - mixed.lam[:, None]) * b
 
 
 def inverse_frequency(counts: Array | np.ndarray) -> Array:
-  """Returns class weights N / (L n_l): inverse to the class's frequency, with mean one over the examples.
+  """Returns class weights N / (L n_l): inverse to the class's frequency, with mean one over the
+  examples.
 
   Args:
     counts: [L], the number of examples n_l of each class; N is their sum.
 
   Returns:
-    [L] float32. Where `counts` is traced and cannot be checked, a class without examples gets weight 0 and does not
-    count in L, which keeps the mean at one.
+    [L] float32. Where `counts` is traced and cannot be checked, a class without examples gets
+    weight 0 and does not count in L, which keeps the mean at one.
 
   Raises:
-    ValueError: `counts` is not [L], or (where its values are known) a count is not a positive finite number.
+    ValueError: `counts` is not [L], or (where its values are known) a count is not a positive
+      finite number.
   """
   if counts.ndim != 1:
     raise ValueError(f"counts have shape {counts.shape}; expected one number for each class, [L]")
   if not isinstance(counts, jax.core.Tracer):
     bad = [i for i, n in enumerate(np.asarray(counts).tolist()) if not 0 < n < math.inf]
     if bad:
-      raise ValueError(f"classes {bad} have no usable count in {counts}; every class needs at least one example")
+      raise ValueError(
+        f"classes {bad} have no usable count in {counts}; every class needs at least one example"
+      )
   n = jnp.asarray(counts).astype(jnp.float32)
   present = n > 0
-  return jnp.where(present, n.sum() / (present.sum().astype(jnp.float32) * jnp.where(present, n, 1.0)), 0.0)
+  return jnp.where(
+    present, n.sum() / (present.sum().astype(jnp.float32) * jnp.where(present, n, 1.0)), 0.0
+  )

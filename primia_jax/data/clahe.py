@@ -1,4 +1,6 @@
-"""Contrast-limited adaptive histogram equalisation (CLAHE), after Zuiderveld 1994 as scikit-image implements it."""
+"""Contrast-limited adaptive histogram equalisation (CLAHE), after Zuiderveld 1994 as scikit-image
+implements it.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,10 @@ _LEVELS = 2**14  # grey levels before they are put into bins
 def limit_counts(counts: Array, limit: int) -> Array:
   """Cuts histograms at a limit and shares out what was cut among the bins below it.
 
-  Step by step as scikit-image does, so that its images are reproduced: there is first an equal share for all, then
-  passes that add one to every k-th bin below the limit, k = (bins below) // (counts left). The last pass may hand out
-  more than was left; the sum of a histogram may thus grow by up to the number of its bins.
+  Step by step as scikit-image does, so that its images are reproduced: there is first an equal
+  share for all, then passes that add one to every k-th bin below the limit, k = (bins below) //
+  (counts left). The last pass may hand out more than was left; the sum of a histogram may thus grow
+  by up to the number of its bins.
 
   Args:
     counts: [..., bins] int32, at least 0.
@@ -44,28 +47,44 @@ def limit_counts(counts: Array, limit: int) -> Array:
   def hand_out(state):
     counts, left, index = state
     below = counts < limit
-    stride = jnp.maximum(below.sum(-1, keepdims=True) // jnp.maximum(left, 1), 1).astype(jnp.float32)
-    # position = index modulo stride, without a slow integer division; half a step keeps the quotient off the integers.
+    stride = jnp.maximum(below.sum(-1, keepdims=True) // jnp.maximum(left, 1), 1).astype(
+      jnp.float32
+    )
+    # position = index modulo stride, without a slow integer division; half a step keeps the
+    # quotient off the integers.
     offset = (position - index).astype(jnp.float32)
-    chosen = below & (offset >= 0) & (offset == stride * jnp.floor((offset + 0.5) * (1 / stride))) & (left > 0)
-    return counts + chosen.astype(jnp.int32), left - chosen.sum(-1, keepdims=True), (index + 1) % bins
+    chosen = (
+      below
+      & (offset >= 0)
+      & (offset == stride * jnp.floor((offset + 0.5) * (1 / stride)))
+      & (left > 0)
+    )
+    return (
+      counts + chosen.astype(jnp.int32),
+      left - chosen.sum(-1, keepdims=True),
+      (index + 1) % bins,
+    )
 
   return jax.lax.while_loop(unfinished, hand_out, (counts, left, jnp.int32(0)))[0]
 
 
 def _stretch(values: Array) -> tuple[Array, Array]:
-  """Maps each image [B, H, W] linearly onto [0, 1]; also returns whether it was flat, [B, 1, 1], and so left alone."""
+  """Maps each image [B, H, W] linearly onto [0, 1]; also returns whether it was flat, [B, 1, 1],
+  and so left alone.
+  """
   low, high = values.min((1, 2), keepdims=True), values.max((1, 2), keepdims=True)
   flat = high <= low
   return jnp.where(flat, values, (values - low) / jnp.where(flat, 1.0, high - low)), flat
 
 
-def equalize_adapthist(images: Array, clip_limit: float = 0.01, tiles: int = 8, num_bins: int = 256) -> Array:
+def equalize_adapthist(
+  images: Array, clip_limit: float = 0.01, tiles: int = 8, num_bins: int = 256
+) -> Array:
   """Equalises the contrast of each image within tiles, blending between the tiles.
 
-  Agrees with `skimage.exposure.equalize_adapthist` (its kernel_size=None means 8 tiles) but for pixels that fall on the
-  edge of a bin, rounded in float32 here. Several channels are equalised as HSV: their maximum is, and all keep their
-  ratio to it.
+  Agrees with `skimage.exposure.equalize_adapthist` (its kernel_size=None means 8 tiles) but for
+  pixels that fall on the edge of a bin, rounded in float32 here. Several channels are equalised as
+  HSV: their maximum is, and all keep their ratio to it.
 
   Args:
     images: [B, H, W, C] float32 in [0, 1].
@@ -74,7 +93,8 @@ def equalize_adapthist(images: Array, clip_limit: float = 0.01, tiles: int = 8, 
     num_bins: of each tile's histogram.
 
   Returns:
-    [B, H, W, C] float32, each image stretched to [0, 1]; an image of one grey level comes back as it was.
+    [B, H, W, C] float32, each image stretched to [0, 1]; an image of one grey level comes back as
+    it was.
 
   Raises:
     ValueError: the images are not float32 [B, H, W, C], or an argument is out of range.
@@ -93,10 +113,16 @@ def equalize_adapthist(images: Array, clip_limit: float = 0.01, tiles: int = 8, 
 
   sizes = (height // tiles, width // tiles)
   counts = tuple(-(-side // size) for side, size in zip((height, width), sizes, strict=True))
-  padding = [(0, count * size - side) for count, size, side in zip(counts, sizes, (height, width), strict=True)]
+  padding = [
+    (0, count * size - side)
+    for count, size, side in zip(counts, sizes, (height, width), strict=True)
+  ]
   padded = jnp.pad(bins, [(0, 0), *padding], mode="reflect")
   image = np.arange(num, dtype=np.int32)[:, None, None]
-  row, column = (np.arange(count * size, dtype=np.int32) // size for count, size in zip(counts, sizes, strict=True))
+  row, column = (
+    np.arange(count * size, dtype=np.int32) // size
+    for count, size in zip(counts, sizes, strict=True)
+  )
   histograms = jnp.zeros((num, *counts, num_bins), jnp.int32)
   histograms = histograms.at[image, row[None, :, None], column[None, None, :], padded].add(1)
 
@@ -107,7 +133,9 @@ def equalize_adapthist(images: Array, clip_limit: float = 0.01, tiles: int = 8, 
   curves = jnp.floor(jnp.minimum(curves, _LEVELS - 1))
 
   def neighbours(side: int, size: int, count: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """For each pixel along one side: the tile before and the tile after, with the weight of each."""
+    """For each pixel along one side: the tile before and the tile after, with the weight of
+    each.
+    """
     position = np.arange(side, dtype=np.int32) + size // 2
     after, share = position // size, (position % size / size).astype(np.float32)
     return (np.clip(after - 1, 0, count - 1), 1 - share), (np.clip(after, 0, count - 1), share)
@@ -115,7 +143,9 @@ def equalize_adapthist(images: Array, clip_limit: float = 0.01, tiles: int = 8, 
   equalized = jnp.zeros(value.shape, jnp.float32)
   for row, row_weight in neighbours(height, sizes[0], counts[0]):
     for column, column_weight in neighbours(width, sizes[1], counts[1]):
-      mapped = curves.at[image, row[None, :, None], column[None, None, :], bins].get(mode="promise_in_bounds")
+      mapped = curves.at[image, row[None, :, None], column[None, None, :], bins].get(
+        mode="promise_in_bounds"
+      )
       equalized += mapped * (row_weight[:, None] * column_weight[None, :])[None]
   equalized, _ = _stretch(jnp.floor(equalized))
 

@@ -1,4 +1,6 @@
-"""The one interface to images: a `Dataset` of uint8 images (in memory or read at random), labels, names and groups."""
+"""The one interface to images: a `Dataset` of uint8 images (in memory or read at random), labels,
+names and groups.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class Dataset:
     images: uint8 [N, H, W, C], in memory or read at random.
     labels: int32 [N], an index into `label_names`.
     label_names: the classes, in the order of the labels.
-    groups: [N], e.g. a patient: images of one group are never split between sites or between train and validation.
+    groups: [N], e.g. a patient: images of one group are never split between sites or between train
+      and validation.
     columns: further values for each image, e.g. its path or the folder it came from; each [N].
     name: what reports print, e.g. "synthetic phantom".
   """
@@ -44,20 +47,26 @@ class Dataset:
   def __post_init__(self):
     num = self.images.shape[0]
     if len(self.images.shape) != 4:
-      raise ValueError(f"images of {self.name!r} have shape {self.images.shape}; expected (N, H, W, C)")
+      raise ValueError(
+        f"images of {self.name!r} have shape {self.images.shape}; expected (N, H, W, C)"
+      )
     if self.labels.shape != (num,) or self.groups.shape != (num,):
       raise ValueError(
-        f"{self.name!r} holds {num} images, but labels {self.labels.shape} and groups {self.groups.shape}; "
+        f"{self.name!r} holds {num} images, but labels {self.labels.shape} and groups "
+        f"{self.groups.shape}; "
         "one each is needed"
       )
     if num and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.label_names):
       raise ValueError(
-        f"labels of {self.name!r} run from {self.labels.min()} to {self.labels.max()}, but there are "
+        f"labels of {self.name!r} run from {self.labels.min()} to {self.labels.max()}, but there "
+        f"are "
         f"{len(self.label_names)} label names {self.label_names}"
       )
     for name, column in self.columns.items():
       if len(column) != num:
-        raise ValueError(f"column {name!r} of {self.name!r} has {len(column)} values for {num} images")
+        raise ValueError(
+          f"column {name!r} of {self.name!r} has {len(column)} values for {num} images"
+        )
 
   def __len__(self) -> int:
     return self.images.shape[0]
@@ -75,9 +84,15 @@ class Selected:
 
 
 def take(dataset: Dataset, index: np.ndarray) -> Dataset:
-  """Returns the examples at `index` ([M] integers) as a `Dataset`, lazily where the images are not in memory."""
+  """Returns the examples at `index` ([M] integers) as a `Dataset`, lazily where the images are not
+  in memory.
+  """
   index = np.asarray(index, np.int64)
-  images = dataset.images[index] if isinstance(dataset.images, np.ndarray) else Selected(dataset.images, index)
+  images = (
+    dataset.images[index]
+    if isinstance(dataset.images, np.ndarray)
+    else Selected(dataset.images, index)
+  )
   return dataclasses.replace(
     dataset,
     images=images,

@@ -1,4 +1,6 @@
-"""Encoded images (JPEG, PNG, TIFF, BMP, DICOM) to uint8 arrays of one shape: one at a time, or many on demand."""
+"""Encoded images (JPEG, PNG, TIFF, BMP, DICOM) to uint8 arrays of one shape: one at a time, or many
+on demand.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,33 @@ PERCENTILES = (1.0, 99.0)  # the window of a grey DICOM image, unless the caller
 
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 # What Pillow raises for a file that is cut short or damaged, whatever its format.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, struct.error, zlib.error)
+_BROKEN = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  KeyError,
+  TypeError,
+  struct.error,
+  zlib.error,
+)
 _CHUNK = 16  # images a thread decodes before it asks for more
 
 
 def decode(
-  data: bytes, name: str, *, size: int, channels: int, percentiles: tuple[float, float] | None = PERCENTILES
+  data: bytes,
+  name: str,
+  *,
+  size: int,
+  channels: int,
+  percentiles: tuple[float, float] | None = PERCENTILES,
 ) -> np.ndarray:
   """Returns one encoded image as uint8 [size, size, channels].
 
-  Integer images are scaled by their bit depth (16 bits: 65535 becomes 255), never cut; colour becomes grey by the
-  ITU-R 601-2 luma, grey becomes three equal channels. The image is resized to a square with an antialiasing bilinear
-  filter, so that its aspect ratio is lost; a camera's orientation tag is obeyed, transparency is dropped.
+  Integer images are scaled by their bit depth (16 bits: 65535 becomes 255), never cut; colour
+  becomes grey by the ITU-R 601-2 luma, grey becomes three equal channels. The image is resized to a
+  square with an antialiasing bilinear filter, so that its aspect ratio is lost; a camera's
+  orientation tag is obeyed, transparency is dropped.
 
   Args:
     data: a whole JPEG, PNG, TIFF, BMP or DICOM file; its content, not its name, says which.
@@ -42,7 +59,8 @@ def decode(
     percentiles: for grey DICOM only, see `dicom.read`.
 
   Raises:
-    ValueError: if the file is corrupt, holds several frames, or values of unknown scale (32-bit integers, floats).
+    ValueError: if the file is corrupt, holds several frames, or values of unknown scale (32-bit
+      integers, floats).
     ImportError: if it is a DICOM file and pydicom is not installed.
   """
   check_form(size, channels)
@@ -53,7 +71,8 @@ def decode(
   try:
     image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     num_frames = getattr(image, "n_frames", 1)
-    # A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1 of its size that is still large enough.
+    # A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1 of its size that is still large
+    # enough.
     image.draft("L" if channels == 1 else "RGB", (size, size))
     depth, is_inverted = _bit_depth(image)
     image.load()
@@ -66,7 +85,8 @@ def decode(
     raise ValueError(f"{name} holds {num_frames} frames; save each as a file of its own")
   if image.mode in ("I", "F"):
     raise ValueError(
-      f"{name} holds 32-bit or signed values, whose scale is unknown; save it with 8 or 16 unsigned bits"
+      f"{name} holds 32-bit or signed values, whose scale is unknown; save it with 8 or 16 "
+      f"unsigned bits"
     )
   if image.mode.startswith("I;16"):
     grey = np.asarray(image).astype(np.float32) * np.float32(255 / (2**depth - 1))
@@ -75,10 +95,14 @@ def decode(
 
 
 def to_uint8(image: np.ndarray, size: int, channels: int) -> np.ndarray:
-  """Returns an image, uint8 [H, W] or [H, W, 3] or float32 [H, W] in 0..255, as uint8 [size, size, channels]."""
+  """Returns an image, uint8 [H, W] or [H, W, 3] or float32 [H, W] in 0..255, as uint8 [size, size,
+  channels].
+  """
   if image.dtype == np.uint8:
     return _finish(Image.fromarray(image), size, channels)
-  resized = Image.fromarray(image.astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR)
+  resized = Image.fromarray(image.astype(np.float32)).resize(
+    (size, size), Image.Resampling.BILINEAR
+  )
   grey = np.clip(np.rint(np.asarray(resized)), 0, 255).astype(np.uint8)
   return np.repeat(grey[..., None], channels, axis=-1)
 
@@ -95,7 +119,8 @@ def check_form(size: int, channels: int) -> None:
 class EncodedImages:
   """Random access to encoded images, decoded on demand by a pool of threads: a `dataset.Images`.
 
-  `EncodedImages(...)[np.arange(n)]` holds the first n in memory. It can be pickled where `read` can.
+  `EncodedImages(...)[np.arange(n)]` holds the first n in memory. It can be pickled where `read`
+  can.
 
   Attributes:
     keys: [N], what `read` takes, e.g. paths.
@@ -134,14 +159,18 @@ class EncodedImages:
           percentiles=self.percentiles,
         )
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the interpreter's lock
+    with ThreadPoolExecutor(
+      os.cpu_count()
+    ) as pool:  # Pillow decodes and resizes without the interpreter's lock
       for _ in pool.map(fill, range(0, len(keys), _CHUNK)):
         pass  # raises here what a thread raised, and cancels what has not started
     return images
 
 
 def _bit_depth(image: Image.Image) -> tuple[int, bool]:
-  """Returns how many bits a 16-bit grey image uses, and whether 0 is white (a TIFF's tags; Pillow heeds neither)."""
+  """Returns how many bits a 16-bit grey image uses, and whether 0 is white (a TIFF's tags; Pillow
+  heeds neither).
+  """
   if image.format != "TIFF":
     return 16, False
   tags = image.tag_v2  # type: ignore[attr-defined]
@@ -149,7 +178,9 @@ def _bit_depth(image: Image.Image) -> tuple[int, bool]:
 
 
 def _finish(image: Image.Image, size: int, channels: int) -> np.ndarray:
-  """Converts the colours of an 8-bit image, resizes it, and returns uint8 [size, size, channels]."""
+  """Converts the colours of an 8-bit image, resizes it, and returns uint8 [size, size,
+  channels].
+  """
   image = image.convert("L" if channels == 1 else "RGB")
   if image.size != (size, size):
     image = image.resize((size, size), Image.Resampling.BILINEAR)

@@ -27,34 +27,42 @@ _BROKEN = (
 
 
 def is_dicom(data: bytes) -> bool:
-  """Whether `data` starts like a DICOM file: a preamble of 128 bytes, then "DICM" (PS3.10, section 7.1)."""
+  """Whether `data` starts like a DICOM file: a preamble of 128 bytes, then "DICM" (PS3.10, section
+  7.1).
+  """
   return data[128:132] == b"DICM"
 
 
-def read(data: bytes, name: str, *, percentiles: tuple[float, float] | None = (1.0, 99.0)) -> np.ndarray:
+def read(
+  data: bytes, name: str, *, percentiles: tuple[float, float] | None = (1.0, 99.0)
+) -> np.ndarray:
   """Returns the pixels of one DICOM image, with bright meaning dense, in 0..255.
 
-  Grey values go through the modality transformation (rescale slope and intercept, or a table), then a linear window,
-  and are inverted for MONOCHROME1. The window in the file itself (VOI) is not applied: makers choose it differently.
-  Padding (the pixel padding value or range) counts for no percentile and becomes 0.
+  Grey values go through the modality transformation (rescale slope and intercept, or a table), then
+  a linear window, and are inverted for MONOCHROME1. The window in the file itself (VOI) is not
+  applied: makers choose it differently. Padding (the pixel padding value or range) counts for no
+  percentile and becomes 0.
 
   Args:
     data: a whole DICOM file.
     name: the file, for error messages.
-    percentiles: the percentiles of the image that become 0 and 255; values outside are cut. Where both are one value
-      (a few bright dots on black), the least and the greatest value take their place, and an image of one value only
-      becomes 0. With None, the range of the stored bits becomes 0 to 255, so that images stay comparable. Colour
-      images always use their stored bits.
+    percentiles: the percentiles of the image that become 0 and 255; values outside are cut. Where
+      both are one value (a few bright dots on black), the least and the greatest value take their
+      place, and an image of one value only becomes 0. With None, the range of the stored bits
+      becomes 0 to 255, so that images stay comparable. Colour images always use their stored bits.
 
   Returns:
     float32 [H, W] for grey, uint8 [H, W, 3] for colour.
 
   Raises:
-    ValueError: if the file is corrupt, holds no image or several, or is compressed in a way that cannot be read.
+    ValueError: if the file is corrupt, holds no image or several, or is compressed in a way that
+      cannot be read.
     ImportError: if pydicom is not installed.
   """
   if percentiles is not None and not 0 <= percentiles[0] < percentiles[1] <= 100:
-    raise ValueError(f"the DICOM percentiles are {percentiles}; they must be rising and within 0 to 100")
+    raise ValueError(
+      f"the DICOM percentiles are {percentiles}; they must be rising and within 0 to 100"
+    )
   with _pydicom(name) as pydicom:
     header = pydicom.dcmread(io.BytesIO(data))
     num_frames = int(header.get("NumberOfFrames") or 1)
@@ -72,7 +80,9 @@ def read(data: bytes, name: str, *, percentiles: tuple[float, float] | None = (1
       return np.clip(np.rint(stored[..., :3] * (255 / (2**bits - 1))), 0, 255).astype(np.uint8)
     values = pydicom.pixels.apply_modality_lut(stored, header).astype(np.float64)
     is_padding = _padding(stored, header)
-    low, high = np.percentile(values[~is_padding], percentiles) if percentiles else _stored_range(header)
+    low, high = (
+      np.percentile(values[~is_padding], percentiles) if percentiles else _stored_range(header)
+    )
   if low == high:
     low, high = values[~is_padding].min(), values[~is_padding].max()
   if low == high:
@@ -83,7 +93,9 @@ def read(data: bytes, name: str, *, percentiles: tuple[float, float] | None = (1
 
 
 def patient_id(data: bytes, name: str) -> str:
-  """Returns the patient ID in the header of a DICOM file, "" where it holds none; raises as `read`."""
+  """Returns the patient ID in the header of a DICOM file, "" where it holds none; raises as
+  `read`.
+  """
   with _pydicom(name) as pydicom:
     header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=["PatientID"])
     return str(header.get("PatientID") or "").strip()
@@ -91,7 +103,9 @@ def patient_id(data: bytes, name: str) -> str:
 
 @contextlib.contextmanager
 def _pydicom(name: str) -> Iterator[Any]:
-  """Gives the pydicom module, and names the file in what pydicom raises for a damaged or unreadable one."""
+  """Gives the pydicom module, and names the file in what pydicom raises for a damaged or unreadable
+  one.
+  """
   try:
     import pydicom
     import pydicom.pixels
@@ -103,7 +117,8 @@ def _pydicom(name: str) -> Iterator[Any]:
     yield pydicom
   except (*_BROKEN, pydicom.errors.InvalidDicomError, pydicom.errors.BytesLengthException) as error:
     raise ValueError(
-      f"{name} is a corrupt DICOM file, or compressed in a way that cannot be read ({error}); copy it anew or remove "
+      f"{name} is a corrupt DICOM file, or compressed in a way that cannot be read ({error}); copy "
+      f"it anew or remove "
       "it, install decoders (`pip install 'pylibjpeg[all]'`), or store it uncompressed"
     ) from error
 
@@ -119,7 +134,9 @@ def _padding(stored: np.ndarray, header: Any) -> np.ndarray:
 
 
 def _stored_range(header: Any) -> tuple[float, float]:
-  """Returns the least and the greatest value that the stored bits can hold, after the modality transformation."""
+  """Returns the least and the greatest value that the stored bits can hold, after the modality
+  transformation.
+  """
   from pydicom import pixels
 
   if header.get("ModalityLUTSequence"):

@@ -14,12 +14,15 @@ from typing import NamedTuple
 
 from primia_jax.data import decode
 
-# Files and folders that systems and publishers leave among images; everything else that is no image is an error.
+# Files and folders that systems and publishers leave among images; everything else that is no image
+# is an error.
 JUNK = (".*", "__MACOSX", "Thumbs.db", "desktop.ini", "DICOMDIR", "README*", "LICENSE*")
 
 
 class Files(NamedTuple):
-  """The image files of a folder or tar: names relative to it, sorted, and a function that reads one by name."""
+  """The image files of a folder or tar: names relative to it, sorted, and a function that reads one
+  by name.
+  """
 
   root: str
   names: tuple[str, ...]
@@ -46,7 +49,8 @@ def list_files(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> File
     # DICOM files are often named by their UID, without a suffix or with a number for one.
     if suffix not in decode.SUFFIXES and not re.fullmatch(r"(\.\d+)?", suffix):
       raise ValueError(
-        f"{root}/{name} is no image ({', '.join(decode.SUFFIXES)}); move it elsewhere, or name it in `ignore`"
+        f"{root}/{name} is no image ({', '.join(decode.SUFFIXES)}); move it elsewhere, or name it "
+        f"in `ignore`"
       )
   parents = {str(parent) for name in names for parent in pathlib.PurePosixPath(name).parents}
   for folder in sorted(folders):
@@ -72,7 +76,9 @@ def _walk(root: pathlib.Path, patterns: Sequence[str]) -> tuple[list[str], list[
     children[:] = [child for child in children if not _is_ignored(child, patterns)]
     relative = pathlib.Path(folder).relative_to(root)
     for child in children:
-      if os.path.islink(os.path.join(folder, child)) and _is_within(folder, os.path.join(folder, child)):
+      if os.path.islink(os.path.join(folder, child)) and _is_within(
+        folder, os.path.join(folder, child)
+      ):
         raise ValueError(f"{folder}/{child} is a link to a folder that holds it; remove it")
     folders += [(relative / child).as_posix() for child in children]
     names += [(relative / file).as_posix() for file in files]
@@ -95,9 +101,13 @@ def _index_tar(root: pathlib.Path) -> tuple[dict[str, tuple[int, int]], list[str
         elif member.isreg() and not member.issparse():
           members[name] = (member.offset_data, member.size)
         else:
-          raise ValueError(f"{root}/{name} is a link or no plain file; unpack the archive and give the folder")
+          raise ValueError(
+            f"{root}/{name} is a link or no plain file; unpack the archive and give the folder"
+          )
   except tarfile.TarError as error:
-    raise ValueError(f"{root} is no uncompressed tar, or cut short ({error}); copy it anew or unpack it") from error
+    raise ValueError(
+      f"{root} is no uncompressed tar, or cut short ({error}); copy it anew or unpack it"
+    ) from error
   return members, folders
 
 
@@ -105,7 +115,9 @@ def _read_file(root: pathlib.Path, name: str) -> bytes:
   try:
     return (root / name).read_bytes()
   except FileNotFoundError as error:
-    raise FileNotFoundError(f"{root}/{name} has gone or is a broken link; restore it or remove the link") from error
+    raise FileNotFoundError(
+      f"{root}/{name} has gone or is a broken link; restore it or remove the link"
+    ) from error
 
 
 def _read_member(root: pathlib.Path, members: dict[str, tuple[int, int]], name: str) -> bytes:

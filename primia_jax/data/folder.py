@@ -1,4 +1,6 @@
-"""Folders of images, or uncompressed tar archives of them read in place: one folder a class, or no classes at all."""
+"""Folders of images, or uncompressed tar archives of them read in place: one folder a class, or no
+classes at all.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,16 @@ from primia_jax.data.dataset import Dataset, Images
 from primia_jax.data.files import Files, list_files
 
 KERMANY_LABELS = ("normal", "bacterial", "viral")
-SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+SPLITS = {
+  "train": "train",
+  "val": "validation",
+  "valid": "validation",
+  "validation": "validation",
+  "test": "test",
+}
 
-# person12_virus_34.jpeg, IM-0115-0001.jpeg, NORMAL2-IM-0383-0001.jpeg; the third edition: BACTERIA-1008087-0001.jpeg
+# person12_virus_34.jpeg, IM-0115-0001.jpeg, NORMAL2-IM-0383-0001.jpeg; the third edition:
+# BACTERIA-1008087-0001.jpeg
 _KERMANY = re.compile(
   r"person(?P<person>\d+)_(?P<kind>bacteria|virus)_|(?P<kind3>BACTERIA|VIRUS)-(?P<number3>\d+)-"
   r"|(?:NORMAL-|(?:NORMAL2-)?IM-)(?P<number>\d+)-"
@@ -50,21 +59,24 @@ def read_folder(
 ) -> dict[str, Dataset]:
   """Reads labelled images, one folder a class.
 
-  The layout is `[SPLIT/]CLASS/**/IMAGE`, with SPLIT one of train, val, valid, validation and test; folders above SPLIT
-  and below CLASS go to the column "folder" (e.g. a site). A single folder around everything is looked through. In the
-  Kermany layout (NORMAL, PNEUMONIA, and names such as `person1_virus_6.jpeg`) the classes are `KERMANY_LABELS`, unless
-  `label_names` holds "pneumonia". Dot files and `files.JUNK` are ignored; any other file that is no image is an error.
+  The layout is `[SPLIT/]CLASS/**/IMAGE`, with SPLIT one of train, val, valid, validation and test;
+  folders above SPLIT and below CLASS go to the column "folder" (e.g. a site). A single folder
+  around everything is looked through. In the Kermany layout (NORMAL, PNEUMONIA, and names such as
+  `person1_virus_6.jpeg`) the classes are `KERMANY_LABELS`, unless `label_names` holds "pneumonia".
+  Dot files and `files.JUNK` are ignored; any other file that is no image is an error.
 
-  Groups: in the Kermany layout (class, number), since numbers recur in other classes for other patients; the patient
-  ID where DICOM headers tell at least two patients apart; otherwise each image is a group of its own.
+  Groups: in the Kermany layout (class, number), since numbers recur in other classes for other
+  patients; the patient ID where DICOM headers tell at least two patients apart; otherwise each
+  image is a group of its own.
 
   Args:
     path: a folder, or a `.tar` (not compressed), which is read in place.
     size: height and width, in pixels; see `decode.decode`.
     channels: 1 (grey) or 3 (RGB).
-    label_names: the classes in order, e.g. a checkpoint's; by default the class folders, sorted. Letter case
-      is ignored.
-    lazy: decode on demand instead of now, for images that do not fit in memory; errors then come late, too.
+    label_names: the classes in order, e.g. a checkpoint's; by default the class folders, sorted.
+      Letter case is ignored.
+    lazy: decode on demand instead of now, for images that do not fit in memory; errors then come
+      late, too.
     percentiles: for grey DICOM only, see `dicom.read`.
     ignore: further files and folders to ignore, e.g. `["*.csv"]`.
 
@@ -73,7 +85,8 @@ def read_folder(
 
   Raises:
     FileNotFoundError: if there is no such folder or tar.
-    ValueError: for an empty folder, a corrupt file, a file that is no image or in no class, or an unknown class.
+    ValueError: for an empty folder, a corrupt file, a file that is no image or in no class, or an
+      unknown class.
   """
   decode.check_form(size, channels)
   listing = list_folder(path, label_names=label_names, ignore=ignore)
@@ -102,12 +115,14 @@ def read_images(
   percentiles: tuple[float, float] | None = decode.PERCENTILES,
   ignore: Sequence[str] = (),
 ) -> tuple[np.ndarray, Images]:
-  """Reads images without labels, e.g. to predict them: every image at any depth of a folder or tar, or one image file.
+  """Reads images without labels, e.g. to predict them: every image at any depth of a folder or tar,
+  or one image file.
 
   Args: as for `read_folder`.
 
   Returns:
-    The paths relative to `path`, [N] strings, sorted; and the images, uint8 [N, size, size, channels].
+    The paths relative to `path`, [N] strings, sorted; and the images, uint8 [N, size, size,
+    channels].
 
   Raises: as `read_folder`.
   """
@@ -118,19 +133,37 @@ def read_images(
 
 
 def list_folder(
-  path: str | os.PathLike[str], *, label_names: Sequence[str] | None = None, ignore: Sequence[str] = ()
+  path: str | os.PathLike[str],
+  *,
+  label_names: Sequence[str] | None = None,
+  ignore: Sequence[str] = (),
 ) -> Listing:
-  """Reads from the names of the files what `read_folder` says, without decoding them; raises as `read_folder`."""
+  """Reads from the names of the files what `read_folder` says, without decoding them; raises as
+  `read_folder`.
+  """
   files = list_files(path, ignore)
   splits, classes, folders = _places(files, label_names)
   matches = [_KERMANY.match(posixpath.basename(name)) for name in files.names]
-  wants_pneumonia = label_names is not None and "pneumonia" in {name.lower() for name in label_names}
-  is_kermany = {name.upper() for name in classes} <= {"NORMAL", "PNEUMONIA"} and any(matches) and not wants_pneumonia
+  wants_pneumonia = label_names is not None and "pneumonia" in {
+    name.lower() for name in label_names
+  }
+  is_kermany = (
+    {name.upper() for name in classes} <= {"NORMAL", "PNEUMONIA"}
+    and any(matches)
+    and not wants_pneumonia
+  )
   if is_kermany:
-    classes = [_kermany_class(files, *one) for one in zip(files.names, classes, matches, strict=True)]
-  names = tuple(label_names) if label_names is not None else _default_names(files, classes, is_kermany)
+    classes = [
+      _kermany_class(files, *one) for one in zip(files.names, classes, matches, strict=True)
+    ]
+  names = (
+    tuple(label_names) if label_names is not None else _default_names(files, classes, is_kermany)
+  )
   labels = np.array(
-    [label_index(kind, names, f"{files.root}/{name}") for name, kind in zip(files.names, classes, strict=True)],
+    [
+      label_index(kind, names, f"{files.root}/{name}")
+      for name, kind in zip(files.names, classes, strict=True)
+    ],
     np.int32,
   )
   if is_kermany:
@@ -140,11 +173,20 @@ def list_folder(
     ]
   else:
     groups = _patients(files)
-  return Listing(files, names, np.array(files.names), np.array(splits), labels, np.array(groups), np.array(folders))
+  return Listing(
+    files,
+    names,
+    np.array(files.names),
+    np.array(splits),
+    labels,
+    np.array(groups),
+    np.array(folders),
+  )
 
 
 def label_index(kind: str, label_names: tuple[str, ...], where: str) -> int:
-  """Returns the index of a class among the label names, letter case ignored unless that is ambiguous.
+  """Returns the index of a class among the label names, letter case ignored unless that is
+  ambiguous.
 
   Args:
     kind: the class.
@@ -160,7 +202,8 @@ def label_index(kind: str, label_names: tuple[str, ...], where: str) -> int:
   if lower.count(kind.lower()) == 1:
     return lower.index(kind.lower())
   raise ValueError(
-    f"class {kind!r} of {where} is none of the known classes {label_names}; rename it to one of them, or take it out"
+    f"class {kind!r} of {where} is none of the known classes {label_names}; rename it to one of "
+    f"them, or take it out"
   )
 
 
@@ -169,17 +212,23 @@ def _images(files: Files, paths: np.ndarray, size, channels, percentiles, lazy: 
   return images if lazy else images[np.arange(len(paths))]
 
 
-def _places(files: Files, label_names: Sequence[str] | None) -> tuple[list[str], list[str], list[str]]:
+def _places(
+  files: Files, label_names: Sequence[str] | None
+) -> tuple[list[str], list[str], list[str]]:
   """Returns the split, the class folder and the other folders of each file."""
   parts = [name.split("/")[:-1] for name in files.names]
   where = [next((i for i, part in enumerate(p) if part.lower() in SPLITS), None) for p in parts]
   has_split = [i is not None for i in where]
   if any(has_split) and not all(has_split):
     stray = files.names[has_split.index(False)]
-    raise ValueError(f"{files.root} has split folders (train, validation, test), but {stray} lies in none; move it")
+    raise ValueError(
+      f"{files.root} has split folders (train, validation, test), but {stray} lies in none; move it"
+    )
   start = 0  # where the class folder is, without splits
   known = {name.lower() for name in label_names or ()}
-  while not any(has_split) and min(map(len, parts)) > start + 1 and len({p[start] for p in parts}) == 1:
+  while (
+    not any(has_split) and min(map(len, parts)) > start + 1 and len({p[start] for p in parts}) == 1
+  ):
     if parts[0][start].lower() in known:
       break
     start += 1
@@ -188,7 +237,8 @@ def _places(files: Files, label_names: Sequence[str] | None) -> tuple[list[str],
     at = start if i is None else i + 1
     if at >= len(p):
       raise ValueError(
-        f"{files.root}/{name} lies in no class folder; move it into one (CLASS/{posixpath.basename(name)})"
+        f"{files.root}/{name} lies in no class folder; move it into one "
+        f"(CLASS/{posixpath.basename(name)})"
       )
     splits.append("all" if i is None else SPLITS[p[i].lower()])
     classes.append(p[at])
@@ -203,7 +253,8 @@ def _kermany_class(files: Files, name: str, folder: str, match: re.Match[str] | 
   kind = match and (match["kind"] or match["kind3"])
   if not kind:
     raise ValueError(
-      f"{files.root}/{name} is named neither bacterial (person1_bacteria_2) nor viral (person1_virus_2), as others "
+      f"{files.root}/{name} is named neither bacterial (person1_bacteria_2) nor viral "
+      f"(person1_virus_2), as others "
       'are; rename it, or take pneumonia as one class by label_names=("normal", "pneumonia")'
     )
   return _KINDS[kind.lower()]
@@ -217,7 +268,9 @@ def _default_names(files: Files, classes: Sequence[str], is_kermany: bool) -> tu
     return KERMANY_LABELS
   twice = [name for name in names if lower.count(name.lower()) > 1]
   if twice:
-    raise ValueError(f"class folders {twice} of {files.root} differ in letter case only; merge or rename them")
+    raise ValueError(
+      f"class folders {twice} of {files.root} differ in letter case only; merge or rename them"
+    )
   return tuple(names)
 
 

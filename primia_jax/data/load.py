@@ -27,8 +27,8 @@ def load(
     spec: `folder:PATH` (a folder or a tar), `npz:PATH`, or `tfds:NAME`.
     size: height and width, in pixels; see `decode.decode`.
     channels: 1 (grey) or 3 (RGB).
-    label_names: the classes in order, e.g. a checkpoint's; by default what the source says. Images of any other class
-      are an error, except that an npz file has no names of its own.
+    label_names: the classes in order, e.g. a checkpoint's; by default what the source says. Images
+      of any other class are an error, except that an npz file has no names of its own.
     lazy: decode on demand instead of now; an npz file is always in memory.
     percentiles: for grey DICOM only, see `dicom.read`.
     ignore: for folders: files to ignore, e.g. `["*.csv"]`.
@@ -36,12 +36,13 @@ def load(
     manual_dir: for TFDS: where the images are that our own builders prepare.
 
   Returns:
-    A `Dataset` for each split there is: "train", "validation", "test". Only a folder without split folders gives
-    "all" instead, which the caller splits (by group) as it needs.
+    A `Dataset` for each split there is: "train", "validation", "test". Only a folder without split
+    folders gives "all" instead, which the caller splits (by group) as it needs.
 
   Raises:
     FileNotFoundError: if the source is not there.
-    ValueError: for another spec, and for whatever is wrong in the source, naming the file and the cure.
+    ValueError: for another spec, and for whatever is wrong in the source, naming the file and the
+      cure.
   """
   kind, _, where = spec.partition(":")
   if kind not in ("folder", "npz", "tfds") or not where:
@@ -57,7 +58,9 @@ def load(
       ignore=ignore,
     )
   if kind == "npz":
-    return npz.read_npz(os.path.expanduser(where), size=size, channels=channels, label_names=label_names)
+    return npz.read_npz(
+      os.path.expanduser(where), size=size, channels=channels, label_names=label_names
+    )
   from primia_jax.data import tfds  # takes a second
 
   return tfds.read_tfds(

@@ -18,26 +18,33 @@ _KERAS = {"x": "images", "y": "labels"}  # x_train, y_train
 
 
 def read_npz(
-  path: str | os.PathLike[str], *, size: int, channels: int, label_names: Sequence[str] | None = None
+  path: str | os.PathLike[str],
+  *,
+  size: int,
+  channels: int,
+  label_names: Sequence[str] | None = None,
 ) -> dict[str, Dataset]:
   """Reads labelled images from one npz file into memory.
 
-  The arrays are `{train,val,test}_{images,labels}` (or `x_train`, `y_train`, ...): images uint8 [N, H, W],
-  [N, H, W, 1] or [N, H, W, 3], labels integers [N] or [N, 1]. `SPLIT_groups` [N], where there is one, gives the groups
-  (otherwise each image is its own); any further `SPLIT_NAME` [N, ...] becomes the column NAME.
+  The arrays are `{train,val,test}_{images,labels}` (or `x_train`, `y_train`, ...): images uint8 [N,
+  H, W], [N, H, W, 1] or [N, H, W, 3], labels integers [N] or [N, 1]. `SPLIT_groups` [N], where
+  there is one, gives the groups (otherwise each image is its own); any further `SPLIT_NAME` [N,
+  ...] becomes the column NAME.
 
   Args:
     path: the file.
     size: height and width, in pixels; images of another size are resized, see `decode.decode`.
     channels: 1 (grey) or 3 (RGB); images of the other kind are converted.
-    label_names: the name of each label; by default "0", "1", ... up to the largest label in the file.
+    label_names: the name of each label; by default "0", "1", ... up to the largest label in the
+      file.
 
   Returns:
     A `Dataset` for each split in the file: "train", "validation", "test".
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if the file is corrupt, or an array is missing, has an unknown name, a wrong shape or a wrong type.
+    ValueError: if the file is corrupt, or an array is missing, has an unknown name, a wrong shape
+      or a wrong type.
   """
   decode.check_form(size, channels)
   arrays = _load(pathlib.Path(path))
@@ -45,16 +52,22 @@ def read_npz(
   for key, array in arrays.items():
     split, name = _parse(path, key)
     if name in splits.setdefault(split, {}):
-      raise ValueError(f"{path} holds {name} of the {split} split twice, the second time as {key!r}; remove one")
+      raise ValueError(
+        f"{path} holds {name} of the {split} split twice, the second time as {key!r}; remove one"
+      )
     splits[split][name] = array
   if not splits:
     raise ValueError(f"{path} holds no arrays; add train_images, train_labels, ...")
   for split, parts in splits.items():
     _check(path, split, parts)
   if label_names is None:
-    label_names = [str(i) for i in range(1 + max(int(parts["labels"].max()) for parts in splits.values()))]
+    label_names = [
+      str(i) for i in range(1 + max(int(parts["labels"].max()) for parts in splits.values()))
+    ]
   return {
-    split: _dataset(pathlib.Path(path).name, split, splits[split], size, channels, tuple(label_names))
+    split: _dataset(
+      pathlib.Path(path).name, split, splits[split], size, channels, tuple(label_names)
+    )
     for split in ("train", "validation", "test")
     if split in splits
   }
@@ -68,9 +81,18 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
       if not isinstance(file, np.lib.npyio.NpzFile):
         raise ValueError("it is a single array")
       return {key: file[key] for key in file.files}
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
+  except (
+    OSError,
+    EOFError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+    AttributeError,
+    TypeError,
+  ) as error:
     raise ValueError(
-      f"{path} cannot be read as npz ({error}); copy it anew, or write it with np.savez and arrays of one shape"
+      f"{path} cannot be read as npz ({error}); copy it anew, or write it with np.savez and arrays "
+      f"of one shape"
     ) from error
 
 
@@ -81,7 +103,8 @@ def _parse(path: str | os.PathLike[str], key: str) -> tuple[str, str]:
   if (match := re.fullmatch(r"([a-z]+)_(\w+)", key)) and match[1] in folder.SPLITS:
     return folder.SPLITS[match[1]], match[2]
   raise ValueError(
-    f"{path} holds an array {key!r}; names must be like train_images, val_labels or x_test, y_test: rename or remove it"
+    f"{path} holds an array {key!r}; names must be like train_images, val_labels or x_test, "
+    f"y_test: rename or remove it"
   )
 
 
@@ -89,33 +112,47 @@ def _check(path: str | os.PathLike[str], split: str, parts: dict[str, np.ndarray
   """Checks the arrays of one split, and brings images to [N, H, W, C] and labels to [N]."""
   for name in ("images", "labels"):
     if name not in parts:
-      raise ValueError(f"{path} holds {sorted(parts)} for the {split} split, but no {name}; add {split}_{name}")
+      raise ValueError(
+        f"{path} holds {sorted(parts)} for the {split} split, but no {name}; add {split}_{name}"
+      )
   images, labels = parts["images"], parts["labels"]
   if images.dtype != np.uint8:
-    raise ValueError(f"{split} images of {path} are {images.dtype}; scale them to 0..255 and store them as uint8")
+    raise ValueError(
+      f"{split} images of {path} are {images.dtype}; scale them to 0..255 and store them as uint8"
+    )
   if images.ndim == 3:
     images = images[..., None]
   if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
     raise ValueError(
-      f"{split} images of {path} have shape {parts['images'].shape}; store them as [N, H, W] or [N, H, W, C] "
+      f"{split} images of {path} have shape {parts['images'].shape}; store them as [N, H, W] or "
+      f"[N, H, W, C] "
       "with N > 0 and C = 1 or 3"
     )
   num = len(images)
   if labels.shape not in ((num,), (num, 1)) or not np.issubdtype(labels.dtype, np.integer):
     raise ValueError(
-      f"{split} labels of {path} are {labels.dtype} {labels.shape}; store one integer for each of the {num} images "
+      f"{split} labels of {path} are {labels.dtype} {labels.shape}; store one integer for each of "
+      f"the {num} images "
       "(np.argmax(labels, -1) for one-hot labels)"
     )
   if labels.min() < 0:
     raise ValueError(f"{split} labels of {path} hold {labels.min()}; number the classes from 0")
   for name, array in parts.items():
     if len(np.atleast_1d(array)) != num:
-      raise ValueError(f"{split}_{name} of {path} has shape {array.shape} for {num} images; give one value an image")
+      raise ValueError(
+        f"{split}_{name} of {path} has shape {array.shape} for {num} images; give one value an "
+        f"image"
+      )
   parts["images"], parts["labels"] = images, labels.reshape(num).astype(np.int32)
 
 
 def _dataset(
-  name: str, split: str, parts: dict[str, np.ndarray], size: int, channels: int, label_names: tuple[str, ...]
+  name: str,
+  split: str,
+  parts: dict[str, np.ndarray],
+  size: int,
+  channels: int,
+  label_names: tuple[str, ...],
 ) -> Dataset:
   images, num = parts["images"], len(parts["images"])
   if images.shape[1:] != (size, size, channels):
@@ -123,12 +160,16 @@ def _dataset(
     for i, image in enumerate(images):
       resized[i] = decode.to_uint8(image[..., 0] if image.shape[-1] == 1 else image, size, channels)
     images = resized
-  own = np.char.add(f"{split}/", np.arange(num).astype(str))  # the split keeps groups apart when splits are joined
+  own = np.char.add(
+    f"{split}/", np.arange(num).astype(str)
+  )  # the split keeps groups apart when splits are joined
   return Dataset(
     images=images,
     labels=parts["labels"],
     label_names=label_names,
     groups=parts.get("groups", own),
-    columns={key: array for key, array in parts.items() if key not in ("images", "labels", "groups")},
+    columns={
+      key: array for key, array in parts.items() if key not in ("images", "labels", "groups")
+    },
     name=name,
   )

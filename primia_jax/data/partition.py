@@ -1,7 +1,8 @@
 """Splitting a data set between sites, and holding examples out, without ever splitting a group.
 
-Every function is pure NumPy and seeded, and reads labels, groups and columns but no image. A partition is a tuple of S
-sorted, disjoint int64 index arrays that together hold every example; `dataset.take` turns each into a site's data.
+Every function is pure NumPy and seeded, and reads labels, groups and columns but no image. A
+partition is a tuple of S sorted, disjoint int64 index arrays that together hold every example;
+`dataset.take` turns each into a site's data.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def iid(dataset: Dataset, num_sites: int, seed: int) -> Partition:
 def unequal(dataset: Dataset, fractions: Sequence[float], seed: int) -> Partition:
   """Splits at random into sites of the given sizes.
 
-  Groups are taken in random order and each goes to the site that lacks most, so that no site exceeds the size asked
-  for by a whole (largest) group.
+  Groups are taken in random order and each goes to the site that lacks most, so that no site
+  exceeds the size asked for by a whole (largest) group.
 
   Args:
     dataset: N examples.
@@ -50,7 +51,8 @@ def unequal(dataset: Dataset, fractions: Sequence[float], seed: int) -> Partitio
     S index arrays.
 
   Raises:
-    ValueError: the fractions are not such shares, there are fewer groups than sites, or a site gets no example.
+    ValueError: the fractions are not such shares, there are fewer groups than sites, or a site gets
+      no example.
   """
   shares = _checked_fractions(fractions)
   members, counts = _groups(dataset, len(shares))
@@ -71,10 +73,11 @@ def dirichlet(
 ) -> Partition:
   """Splits so that every site has its own mix of labels: the usual model of non-IID hospitals.
 
-  Without `fractions`, each label's examples are shared between the sites in proportions drawn from Dirichlet(alpha)
-  (Yurochkin et al., ICML 2019; Li et al., ICDE 2022), so that sizes differ too. With them, each site draws its mix of
-  labels from Dirichlet(alpha L p), p the labels' frequencies (Hsu et al., 2019), and a few rounds of iterative
-  proportional fitting make the sites' sizes and the labels' counts come out right.
+  Without `fractions`, each label's examples are shared between the sites in proportions drawn from
+  Dirichlet(alpha) (Yurochkin et al., ICML 2019; Li et al., ICDE 2022), so that sizes differ too.
+  With them, each site draws its mix of labels from Dirichlet(alpha L p), p the labels' frequencies
+  (Hsu et al., 2019), and a few rounds of iterative proportional fitting make the sites' sizes and
+  the labels' counts come out right.
 
   Args:
     dataset: N examples.
@@ -82,15 +85,16 @@ def dirichlet(
     alpha: concentration; about 0.1 is heavily skewed, 1 moderately, 100 nearly IID.
     seed: any non-negative integer.
     fractions: [S] shares of the examples that add up to 1.
-    min_examples: the fewest examples a site may have; proportions are drawn again until every site has them.
+    min_examples: the fewest examples a site may have; proportions are drawn again until every site
+      has them.
     max_draws: how often, before giving up.
 
   Returns:
     S index arrays.
 
   Raises:
-    ValueError: an argument is out of its range, there are fewer groups than sites, or no draw gave every site
-      `min_examples` examples.
+    ValueError: an argument is out of its range, there are fewer groups than sites, or no draw gave
+      every site `min_examples` examples.
   """
   if num_sites < 1:
     raise ValueError(f"num_sites is {num_sites}; at least 1 is needed")
@@ -98,12 +102,15 @@ def dirichlet(
     raise ValueError(f"alpha is {alpha}; expected a positive number, e.g. 0.5")
   if min_examples < 1 or min_examples * num_sites > len(dataset):
     raise ValueError(
-      f"min_examples is {min_examples}; expected at least 1, and at most {len(dataset) // num_sites} "
+      f"min_examples is {min_examples}; expected at least 1, and at most "
+      f"{len(dataset) // num_sites} "
       f"for {num_sites} sites to share {len(dataset)} examples"
     )
   shares = None if fractions is None else _checked_fractions(fractions)
   if shares is not None and len(shares) != num_sites:
-    raise ValueError(f"{len(shares)} fractions {tuple(fractions or ())} were given for {num_sites} sites")
+    raise ValueError(
+      f"{len(shares)} fractions {tuple(fractions or ())} were given for {num_sites} sites"
+    )
   members, counts = _groups(dataset, num_sites)
   rng = np.random.default_rng(seed)
   for _ in range(max_draws):
@@ -114,7 +121,8 @@ def dirichlet(
     if np.bincount(sites, weights=counts.sum(1), minlength=num_sites).min() >= min_examples:
       return _collect(members, sites, num_sites)
   raise ValueError(
-    f"none of {max_draws} draws with alpha {alpha} gave each of {num_sites} sites {min_examples} examples; "
+    f"none of {max_draws} draws with alpha {alpha} gave each of {num_sites} sites {min_examples} "
+    f"examples; "
     "raise alpha, or lower min_examples or the number of sites"
   )
 
@@ -133,19 +141,25 @@ def by_column(dataset: Dataset, column: str) -> Partition:
     ValueError: there is no such column, or a group has more than one value.
   """
   if column not in dataset.columns:
-    raise ValueError(f"{dataset.name!r} has no column {column!r}; its columns are {sorted(dataset.columns)}")
+    raise ValueError(
+      f"{dataset.name!r} has no column {column!r}; its columns are {sorted(dataset.columns)}"
+    )
   values, sites = np.unique(np.asarray(dataset.columns[column]), return_inverse=True)
   group_names, groups = np.unique(dataset.groups, return_inverse=True)
   if not len(dataset):
     raise ValueError(f"{dataset.name!r} holds no examples; there is nothing to split")
-  highest, lowest = np.zeros(len(group_names), np.int64), np.full(len(group_names), len(values), np.int64)
+  highest, lowest = (
+    np.zeros(len(group_names), np.int64),
+    np.full(len(group_names), len(values), np.int64),
+  )
   np.maximum.at(highest, groups, sites)
   np.minimum.at(lowest, groups, sites)
   split = np.flatnonzero(highest != lowest)
   if len(split):
     bad = split[0]
     raise ValueError(
-      f"column {column!r} puts group {group_names[bad].item()!r} at both {values[lowest[bad]].item()!r} and "
+      f"column {column!r} puts group {group_names[bad].item()!r} at both "
+      f"{values[lowest[bad]].item()!r} and "
       f"{values[highest[bad]].item()!r} ({len(split)} such groups); give each group one value"
     )
   return tuple(np.flatnonzero(sites == site) for site in range(len(values)))
@@ -163,18 +177,21 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[np.ndarray, 
     (train_index, held_index): sorted, disjoint int64 arrays that together hold every example.
 
   Raises:
-    ValueError: the fraction is out of its range, there are fewer than two groups, or one part would be empty, which
-      happens only where a group is as large as that part should be.
+    ValueError: the fraction is out of its range, there are fewer than two groups, or one part would
+      be empty, which happens only where a group is as large as that part should be.
   """
   if not 0 < fraction < 1:
     raise ValueError(f"fraction is {fraction}; expected a number between 0 and 1, both excluded")
   members, counts = _groups(dataset, 2)
-  counts = np.concatenate([counts, counts.sum(1, keepdims=True)], axis=1)  # rare labels must not all round the same way
+  counts = np.concatenate(
+    [counts, counts.sum(1, keepdims=True)], axis=1
+  )  # rare labels must not all round the same way
   wanted = np.asarray([1 - fraction, fraction])[:, None] * counts.sum(0)
   sites = _fill(counts, wanted, np.random.default_rng(seed))
   if len(np.unique(sites)) < 2:
     raise ValueError(
-      f"fraction {fraction} of {dataset.name!r} ({len(dataset)} examples, {len(counts)} groups) leaves one part empty; "
+      f"fraction {fraction} of {dataset.name!r} ({len(dataset)} examples, {len(counts)} groups) "
+      f"leaves one part empty; "
       "hold out a share nearer to one half"
     )
   train, held = _collect(members, sites, 2)
@@ -183,8 +200,15 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[np.ndarray, 
 
 def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
   shares = np.asarray(fractions, np.float64)
-  if shares.ndim != 1 or not len(shares) or not (shares > 0).all() or not abs(shares.sum() - 1) < 1e-6:
-    raise ValueError(f"fractions are {tuple(fractions)}; expected positive numbers that add up to 1")
+  if (
+    shares.ndim != 1
+    or not len(shares)
+    or not (shares > 0).all()
+    or not abs(shares.sum() - 1) < 1e-6
+  ):
+    raise ValueError(
+      f"fractions are {tuple(fractions)}; expected positive numbers that add up to 1"
+    )
   return shares
 
 
@@ -194,7 +218,8 @@ def _groups(dataset: Dataset, num_sites: int) -> tuple[list[np.ndarray], np.ndar
   num_groups = int(groups.max()) + 1 if len(groups) else 0
   if num_groups < num_sites:
     raise ValueError(
-      f"{dataset.name!r} has {num_groups} groups, too few for {num_sites} parts, as a group is never split"
+      f"{dataset.name!r} has {num_groups} groups, too few for {num_sites} parts, as a group is "
+      f"never split"
     )
   counts = np.zeros((num_groups, len(dataset.label_names)), np.int64)
   np.add.at(counts, (groups, dataset.labels), 1)
@@ -208,7 +233,8 @@ def _fill(counts: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> n
   Args:
     counts: [G, L] examples of each label in each group.
     wanted: [S, L] examples of each label that each site should get.
-    rng: orders the groups. Taking large ones first would fill the sites better, but leave small sites small groups.
+    rng: orders the groups. Taking large ones first would fill the sites better, but leave small
+      sites small groups.
 
   Returns:
     int64 [G], the site of each group.
@@ -222,9 +248,15 @@ def _fill(counts: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> n
 
 
 def _dirichlet_counts(
-  totals: np.ndarray, num_sites: int, alpha: float, shares: np.ndarray | None, rng: np.random.Generator
+  totals: np.ndarray,
+  num_sites: int,
+  alpha: float,
+  shares: np.ndarray | None,
+  rng: np.random.Generator,
 ) -> np.ndarray:
-  """How many examples of each label [L] each site should get: [S, L], with columns that add up to `totals`."""
+  """How many examples of each label [L] each site should get: [S, L], with columns that add up to
+  `totals`.
+  """
   if shares is None:
     return rng.dirichlet([alpha] * num_sites, size=len(totals)).T * totals
   present = totals > 0
@@ -244,7 +276,8 @@ def _collect(members: list[np.ndarray], sites: np.ndarray, num_sites: int) -> Pa
     chosen = np.flatnonzero(sites == site)
     if not len(chosen):
       raise ValueError(
-        f"site {site} of {num_sites} would get no example, as no group is split; ask for fewer sites or a larger share"
+        f"site {site} of {num_sites} would get no example, as no group is split; ask for fewer "
+        f"sites or a larger share"
       )
     parts.append(np.sort(np.concatenate([members[group] for group in chosen])))
   return tuple(parts)

@@ -1,10 +1,12 @@
-"""The embedded default data set, a synthetic phantom: procedural chest X-rays of children, drawn from a seed.
+"""The embedded default data set, a synthetic phantom: procedural chest X-rays of children, drawn
+from a seed.
 
-A radiograph is simulated as it arises: ellipsoids of tissue, air and bone are projected by Beer and Lambert's law,
-I = I_0 exp(-integral of mu), blurred and veiled by scatter, counted with Poisson noise, and shown as -log I.
-`bacterial` fills the air of one lung with a focal consolidation, `viral` that of both with a diffuse, textured haze
-(what tells them apart in children: Kermany et al., Cell 172, 2018, Figure 6); mild cases are nearly invisible.
-No picture is of a patient, and no score on them says anything about patients.
+A radiograph is simulated as it arises: ellipsoids of tissue, air and bone are projected by Beer and
+Lambert's law, I = I_0 exp(-integral of mu), blurred and veiled by scatter, counted with Poisson
+noise, and shown as -log I. `bacterial` fills the air of one lung with a focal consolidation,
+`viral` that of both with a diffuse, textured haze (what tells them apart in children: Kermany et
+al., Cell 172, 2018, Figure 6); mild cases are nearly invisible. No picture is of a patient, and no
+score on them says anything about patients.
 """
 
 from __future__ import annotations
@@ -43,21 +45,27 @@ class SiteStyle:
     if not 0 < self.gain < np.inf:
       raise ValueError(f"gain is {self.gain}; expected a positive number, 1 for the usual exposure")
     if not 0 <= self.blur <= 0.25:
-      raise ValueError(f"blur is {self.blur}; expected a fraction of the image's width from 0 to 0.25")
+      raise ValueError(
+        f"blur is {self.blur}; expected a fraction of the image's width from 0 to 0.25"
+      )
     mix = self.class_mix
     if len(mix) != len(LABEL_NAMES) or not min(mix) >= 0 or not abs(sum(mix) - 1) < 1e-6:
       raise ValueError(
-        f"class_mix is {mix}; expected {len(LABEL_NAMES)} probabilities, {LABEL_NAMES}, that add up to 1"
+        f"class_mix is {mix}; expected {len(LABEL_NAMES)} probabilities, {LABEL_NAMES}, that add "
+        f"up to 1"
       )
 
 
-def site_styles(num_sites: int, seed: int = 0, *, concentration: float = 4.0) -> tuple[SiteStyle, ...]:
+def site_styles(
+  num_sites: int, seed: int = 0, *, concentration: float = 4.0
+) -> tuple[SiteStyle, ...]:
   """Draws plausible, differing styles for sites; that of site s depends on (seed, s) alone.
 
   Args:
     num_sites: S, the number of sites.
     seed: any non-negative integer.
-    concentration: of the symmetric Dirichlet distribution of the class mix; small values skew the classes more.
+    concentration: of the symmetric Dirichlet distribution of the class mix; small values skew the
+      classes more.
 
   Returns:
     S styles: gain in [0.7, 1.4], log-uniform; blur in [0.002, 0.012], uniform.
@@ -76,8 +84,8 @@ def site_styles(num_sites: int, seed: int = 0, *, concentration: float = 4.0) ->
   return tuple(styles)
 
 
-# What varies from one image to the next, each uniformly between two bounds. The frame is [-1, 1] x [-1, 1], y points
-# down, and +x is the viewer's right: the patient's left, where the heart is.
+# What varies from one image to the next, each uniformly between two bounds. The frame is [-1, 1] x
+# [-1, 1], y points down, and +x is the viewer's right: the patient's left, where the heart is.
 _VARIATION = {
   "turn": (-0.09, 0.09),  # pose: radians,
   "shift_x": (-0.07, 0.07),
@@ -141,7 +149,9 @@ def _inside(distance: Array, softness: float) -> Array:
 
 
 def _texture(white: Array, beta: Array) -> tuple[Array, Array]:
-  """Two independent random fields [H, W] of unit variance with power spectrum 1/f^beta, from white noise [2, H, W]."""
+  """Two independent random fields [H, W] of unit variance with power spectrum 1/f^beta, from white
+  noise [2, H, W].
+  """
   size = white.shape[-1]
   frequency = np.fft.fftfreq(size, 1 / size).astype(np.float32)
   power = np.square(frequency)[:, None] + np.square(frequency)[None, :]
@@ -153,7 +163,9 @@ def _texture(white: Array, beta: Array) -> tuple[Array, Array]:
 
 
 def _smooth(image: Array, sigma: Array | float) -> Array:
-  """Gaussian blur of [H, W], `sigma` in pixels; the weights of each row are normalised at the edges."""
+  """Gaussian blur of [H, W], `sigma` in pixels; the weights of each row are normalised at the
+  edges.
+  """
   steps = np.arange(image.shape[0], dtype=np.float32)
   distance2 = np.square(steps[:, None] - steps[None, :])
   kernel = jnp.exp(-distance2 / (2.0 * jnp.square(sigma) + 1e-6))
@@ -161,12 +173,26 @@ def _smooth(image: Array, sigma: Array | float) -> Array:
   return jnp.einsum("ih,hw,jw->ij", kernel, image, kernel, precision="highest")
 
 
-def _lesions(label: Array | int, a: dict[str, Array], x: Array, y: Array, hilum: Array, field: Array, ridges: Array):
-  """The fraction of air that disease has replaced at each point, [H, W]; even the mildest case has some."""
+def _lesions(
+  label: Array | int,
+  a: dict[str, Array],
+  x: Array,
+  y: Array,
+  hilum: Array,
+  field: Array,
+  ridges: Array,
+):
+  """The fraction of air that disease has replaced at each point, [H, W]; even the mildest case has
+  some.
+  """
   center_x = jnp.sign(a["lesion_side"]) * a["lesion_x"]
-  radius2 = _radius2(x, y, center_x, a["lesion_y"], a["lesion_width"], a["lesion_height"], a["lesion_turn"])
+  radius2 = _radius2(
+    x, y, center_x, a["lesion_y"], a["lesion_width"], a["lesion_height"], a["lesion_turn"]
+  )
   focal = (0.35 + 0.65 * a["severity"]) * _inside(1.0 - radius2 + 0.4 * field, 0.2)
-  diffuse = (0.28 + 0.6 * a["severity"]) * (0.35 + 0.45 * _inside(field, 0.5) + 0.6 * ridges * (0.4 + hilum))
+  diffuse = (0.28 + 0.6 * a["severity"]) * (
+    0.35 + 0.45 * _inside(field, 0.5) + 0.6 * ridges * (0.4 + hilum)
+  )
   return jnp.where(label == 1, focal, jnp.where(label == 2, jnp.minimum(diffuse, 0.9), 0.0))
 
 
@@ -189,12 +215,20 @@ def _optical_depth(label: Array | int, a: dict[str, Array], white: Array) -> Arr
   ridges = jnp.exp(-jnp.square(grain / 0.3))  # thin branching lines, where the field crosses zero
 
   # Soft tissue: trunk, arms, neck and head, joined where they overlap.
-  trunk = _chord(jnp.square(x / (a["waist"] + 0.1 * y * y)) + jnp.square(jnp.square((y - 0.3) / 1.15)))
+  trunk = _chord(
+    jnp.square(x / (a["waist"] + 0.1 * y * y)) + jnp.square(jnp.square((y - 0.3) / 1.15))
+  )
   arms = _radius2(side, y, a["arm_x"], a["arm_y"], 0.22, 0.62, -0.7)
   shoulders = _chord(_radius2(side, y, 0.3, -0.6, 0.66, 0.36, 0.25))
-  neck = _chord(_radius2(x, y, 0.0, a["chin"], 0.42, 0.42)) + 0.5 * _chord(_radius2(x, y, 0.0, -0.85, 0.3, 0.5))
+  neck = _chord(_radius2(x, y, 0.0, a["chin"], 0.42, 0.42)) + 0.5 * _chord(
+    _radius2(x, y, 0.0, -0.85, 0.3, 0.5)
+  )
   body = jnp.sqrt(
-    jnp.square(trunk) + jnp.square(0.6 * _chord(arms)) + jnp.square(0.5 * shoulders) + jnp.square(0.7 * neck) + 1e-6
+    jnp.square(trunk)
+    + jnp.square(0.6 * _chord(arms))
+    + jnp.square(0.5 * shoulders)
+    + jnp.square(0.7 * neck)
+    + 1e-6
   )
 
   # Air: the thorax, less mediastinum, heart and what lies under the two domes of the diaphragm.
@@ -211,18 +245,27 @@ def _optical_depth(label: Array | int, a: dict[str, Array], white: Array) -> Arr
   lung *= 1.0 - a["vessels"] * hilum * (0.25 + 0.75 * ridges) - 0.1 * ridges
   lung *= 1.0 - _lesions(label, a, x, y, hilum, field, ridges)
   trachea = _inside(0.035 - jnp.abs(mid), 0.01) * _inside(-0.22 - y, 0.04)
-  stomach = jnp.maximum(a["stomach"], 0.0) * _chord(_radius2(x, y, 0.3, a["dome_right"] + 0.3, 0.2, 0.14, -0.4))
+  stomach = jnp.maximum(a["stomach"], 0.0) * _chord(
+    _radius2(x, y, 0.3, a["dome_right"] + 0.3, 0.2, 0.14, -0.4)
+  )
 
-  # Bone: ribs are bands of constant phase, falling sideways at the back and towards the middle in front.
+  # Bone: ribs are bands of constant phase, falling sideways at the back and towards the middle in
+  # front.
   reach = side / a["thorax_x"]
   back = (y - a["rib_slope"] * reach * reach + 0.12 * reach) / a["rib_period"] + a["rib_phase"]
   front = (y + a["rib_slope"] * 1.3 * reach) / (1.15 * a["rib_period"]) + a["rib_phase"]
   cage = _inside(1.06 - thorax2, 0.03) * _inside(0.62 - y, 0.06)
   edge = 1.0 + 1.2 * thorax2**4  # rays along the chest wall meet more of a rib
   ribs = cage * edge * _band(back) + 0.55 * cage * _inside(reach - 0.5, 0.06) * _band(front)
-  spine = _inside(0.085 - jnp.abs(mid), 0.012) * (0.75 + 0.25 * jnp.cos(2 * np.pi * y / (0.9 * a["rib_period"])))
+  spine = _inside(0.085 - jnp.abs(mid), 0.012) * (
+    0.75 + 0.25 * jnp.cos(2 * np.pi * y / (0.9 * a["rib_period"]))
+  )
   arch = a["clavicle"] - 0.22 * (side - 0.1) + 0.05 * jnp.sin(7.0 * side)
-  clavicles = jnp.exp(-jnp.square((y - arch) / 0.024)) * _inside(side - 0.07, 0.015) * _inside(0.56 - side, 0.03)
+  clavicles = (
+    jnp.exp(-jnp.square((y - arch) / 0.024))
+    * _inside(side - 0.07, 0.015)
+    * _inside(0.56 - side, 0.03)
+  )
   humerus = _chord(_radius2(side, y, a["arm_x"], a["arm_y"], 0.05, 0.42, -0.7))
   bone = a["bone"] * (ribs + 1.3 * spine + 1.3 * clavicles + 1.5 * humerus)
 
@@ -236,7 +279,9 @@ def _band(phase: Array) -> Array:
   return jnp.exp(2.5 * (jnp.cos(2 * np.pi * phase) - 1.0))
 
 
-def render(key: Key, label: Array | int, size: int, gain: Array | float, blur: Array | float) -> Array:
+def render(
+  key: Key, label: Array | int, size: int, gain: Array | float, blur: Array | float
+) -> Array:
   """Draws one radiograph of the synthetic phantom.
 
   Args:
@@ -251,11 +296,16 @@ def render(key: Key, label: Array | int, size: int, gain: Array | float, blur: A
   """
   variation_key, noise_key = jax.random.split(key)
   low, high = np.asarray(list(_VARIATION.values()), np.float32).T
-  a = dict(zip(_VARIATION, jax.random.uniform(variation_key, low.shape, jnp.float32, low, high), strict=True))
+  a = dict(
+    zip(
+      _VARIATION, jax.random.uniform(variation_key, low.shape, jnp.float32, low, high), strict=True
+    )
+  )
   white = jax.random.normal(noise_key, (3, size, size), jnp.float32)
   primary = _smooth(jnp.exp(-_optical_depth(label, a, white[:2])), blur * float(size))
   intensity = (primary + a["scatter"] * _smooth(primary, 0.12 * size)) * a["exposure"] * gain
-  # Tens (at 512 pixels) to thousands (at 64) of photons a pixel: Poisson's distribution is nearly the normal one.
+  # Tens (at 512 pixels) to thousands (at 64) of photons a pixel: Poisson's distribution is nearly
+  # the normal one.
   mean_count = intensity * a["dose"] / float(size * size)
   count = mean_count + jnp.sqrt(mean_count) * white[2]
   shown = -jnp.log(jnp.maximum(count * float(size * size) / a["dose"], 1e-3))
@@ -263,11 +313,15 @@ def render(key: Key, label: Array | int, size: int, gain: Array | float, blur: A
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _render_chunk(key: Key, sites: Array, indices: Array, gains: Array, blurs: Array, bounds: Array, size: int):
+def _render_chunk(
+  key: Key, sites: Array, indices: Array, gains: Array, blurs: Array, bounds: Array, size: int
+):
   """Images uint8 [M, H, W] and labels int32 [M] of the images with these sites and indices."""
 
   def one(site, index, gain, blur, bound):
-    image_key, label_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, site), index))
+    image_key, label_key = jax.random.split(
+      jax.random.fold_in(jax.random.fold_in(key, site), index)
+    )
     label = jnp.sum(jax.random.uniform(label_key, (), jnp.float32) >= bound, dtype=jnp.int32)
     image = render(image_key, label, size, gain, blur)
     return jnp.round(255.0 * image).astype(jnp.uint8), label
@@ -286,53 +340,74 @@ def phantom(
 ) -> Dataset:
   """Makes the synthetic phantom: images of every site, in the order of the sites.
 
-  Image i of site s depends on (seed, s, i), its style and the size alone: neither on how many images are made, nor on
-  which sites are made beside it. One process of a deployment asks for `only_site` and gets what the others would see.
+  Image i of site s depends on (seed, s, i), its style and the size alone: neither on how many
+  images are made, nor on which sites are made beside it. One process of a deployment asks for
+  `only_site` and gets what the others would see.
 
   Args:
     num_images: of each site, [S]; or their total, spread over the sites as evenly as can be.
     size: H = W in pixels.
     seed: any integer from 0 to 2^32 - 1; another seed gives other children.
     styles: one for each of the S sites; see `site_styles`.
-    first: index of each site's first image; ranges [first, first + number) that do not meet share no image.
+    first: index of each site's first image; ranges [first, first + number) that do not meet share
+      no image.
     only_site: make this site's images only.
 
   Returns:
-    A `Dataset` named "synthetic phantom": uint8 images [N, size, size, 1], one group an image, and a column "site"
-    (int32) that says whose image each is.
+    A `Dataset` named "synthetic phantom": uint8 images [N, size, size, 1], one group an image, and
+    a column "site" (int32) that says whose image each is.
   """
   num_sites = len(styles)
   if not num_sites:
     raise ValueError("styles is empty; one for each site is needed")
   if isinstance(num_images, int):
-    counts = [num_images // num_sites + (site < num_images % num_sites) for site in range(num_sites)]
+    counts = [
+      num_images // num_sites + (site < num_images % num_sites) for site in range(num_sites)
+    ]
   else:
     counts = list(num_images)
   if len(counts) != num_sites or min(counts) < 0:
-    raise ValueError(f"num_images is {num_images}; expected a total or, for each of {num_sites} styles, a count >= 0")
+    raise ValueError(
+      f"num_images is {num_images}; expected a total or, for each of {num_sites} styles, a count "
+      f">= 0"
+    )
   if size < MIN_SIZE:
     raise ValueError(f"size is {size} pixels; expected at least {MIN_SIZE}")
   if not 0 <= seed < 2**32 or first < 0 or first + max(counts) > 2**31:
-    raise ValueError(f"seed {seed} or first {first} is out of range; expected 0 <= seed < 2^32, 0 <= first < 2^31")
+    raise ValueError(
+      f"seed {seed} or first {first} is out of range; expected 0 <= seed < 2^32, 0 <= first < 2^31"
+    )
   if only_site is not None and not 0 <= only_site < num_sites:
-    raise ValueError(f"only_site is {only_site}; expected one of the {num_sites} sites, 0 to {num_sites - 1}")
+    raise ValueError(
+      f"only_site is {only_site}; expected one of the {num_sites} sites, 0 to {num_sites - 1}"
+    )
 
   made = range(num_sites) if only_site is None else (only_site,)
   sites = np.repeat(np.asarray(made, np.int32), [counts[site] for site in made])
-  indices = np.concatenate([np.arange(first, first + counts[site], dtype=np.int32) for site in made])
+  indices = np.concatenate(
+    [np.arange(first, first + counts[site], dtype=np.int32) for site in made]
+  )
   gains = np.asarray([style.gain for style in styles], np.float32)
   blurs = np.asarray([style.blur for style in styles], np.float32)
   mixes = np.cumsum([style.class_mix for style in styles], axis=1)
   bounds = (mixes / mixes[:, -1:])[:, :-1].astype(np.float32)
 
-  # Chunks of one shape, the last filled up: one compiled program, hence the same bits in every batch.
+  # Chunks of one shape, the last filled up: one compiled program, hence the same bits in every
+  # batch.
   chunk = int(np.clip(2**18 // size**2, 1, 128))
   images = np.empty((len(sites), size, size, 1), np.uint8)
   labels = np.empty(len(sites), np.int32)
   for start in range(0, len(sites), chunk):
     rows = np.arange(start, min(start + chunk, len(sites)))
     site, index = sites[np.resize(rows, chunk)], indices[np.resize(rows, chunk)]
-    image, label = _render_chunk(jax.random.key(seed), site, index, gains[site], blurs[site], bounds[site], size=size)
-    images[rows, ..., 0], labels[rows] = np.asarray(image)[: len(rows)], np.asarray(label)[: len(rows)]
-  groups = np.asarray([f"{seed}-{site}-{index}" for site, index in zip(sites, indices, strict=True)], np.str_)
+    image, label = _render_chunk(
+      jax.random.key(seed), site, index, gains[site], blurs[site], bounds[site], size=size
+    )
+    images[rows, ..., 0], labels[rows] = (
+      np.asarray(image)[: len(rows)],
+      np.asarray(label)[: len(rows)],
+    )
+  groups = np.asarray(
+    [f"{seed}-{site}-{index}" for site, index in zip(sites, indices, strict=True)], np.str_
+  )
   return Dataset(images, labels, LABEL_NAMES, groups, {"site": sites}, NAME)

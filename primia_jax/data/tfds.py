@@ -1,6 +1,8 @@
-"""TensorFlow Datasets without TensorFlow: two builders, and a reader of any data set prepared on disk.
+"""TensorFlow Datasets without TensorFlow: two builders, and a reader of any data set prepared on
+disk.
 
-Importing this module imports `tensorflow_datasets`, which takes a second: import it where it is needed.
+Importing this module imports `tensorflow_datasets`, which takes a second: import it where it is
+needed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
   """JPEG images with one folder a class, from the first of `SOURCES` that is in `manual_dir`."""
 
   VERSION = tfds.core.Version("1.0.0")
-  # TFDS finds neither by itself outside its catalogue, and for the second asks for a package that it does not declare.
+  # TFDS finds neither by itself outside its catalogue, and for the second asks for a package that
+  # it does not declare.
   pkg_dir_path = pathlib.Path(__file__).parent
   code_path = pathlib.Path(__file__)
   SOURCES: tuple[str, ...] = ()
@@ -56,10 +59,15 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
     )
 
   def _split_generators(self, dl_manager):
-    found = [dl_manager.manual_dir / source for source in self.SOURCES if (dl_manager.manual_dir / source).exists()]
+    found = [
+      dl_manager.manual_dir / source
+      for source in self.SOURCES
+      if (dl_manager.manual_dir / source).exists()
+    ]
     if not found:
       raise FileNotFoundError(
-        f"{dl_manager.manual_dir} holds none of {self.SOURCES}; put the tar or the unpacked folder there"
+        f"{dl_manager.manual_dir} holds none of {self.SOURCES}; put the tar or the unpacked folder "
+        f"there"
       )
     listing = folder.list_folder(found[0], label_names=self.LABELS)
     return {
@@ -74,11 +82,21 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
       if not image.startswith(_JPEG):
         raise ValueError(f"{listing.files.root}/{path} is no JPEG image; copy it anew or remove it")
       # The bytes go in as they are: an array would be encoded anew, by TensorFlow.
-      yield path, {"image": image, "label": int(listing.labels[i]), "group": str(listing.groups[i]), "path": path}
+      yield (
+        path,
+        {
+          "image": image,
+          "label": int(listing.labels[i]),
+          "group": str(listing.groups[i]),
+          "path": path,
+        },
+      )
 
 
 class KermanyChestXray(_FolderBuilder):
-  """Paediatric chest X-rays: `{train,test}/{NORMAL,PNEUMONIA}`, bacterial or viral from the name of the file."""
+  """Paediatric chest X-rays: `{train,test}/{NORMAL,PNEUMONIA}`, bacterial or viral from the name of
+  the file.
+  """
 
   SOURCES = ("chest_xray_224.tar", "chest_xray.tar", "chest_xray")
   LABELS = folder.KERMANY_LABELS
@@ -86,17 +104,21 @@ class KermanyChestXray(_FolderBuilder):
   HOMEPAGE = "https://data.mendeley.com/datasets/rscbjbr9sj"
   LICENSE = "CC BY 4.0"
   CITATION = (
-    "Kermany, Zhang, Goldbaum: Labeled Optical Coherence Tomography (OCT) and Chest X-Ray Images for Classification. "
+    "Kermany, Zhang, Goldbaum: Labeled Optical Coherence Tomography (OCT) and Chest X-Ray Images "
+    "for Classification. "
     "Mendeley Data, 2018, doi:10.17632/rscbjbr9sj"
   )
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
-    f"Put one of {SOURCES} (a tar or the unpacked folder, with train and test in it) into manual_dir; "
+    f"Put one of {SOURCES} (a tar or the unpacked folder, with train and test in it) into "
+    f"manual_dir; "
     f"the source is {HOMEPAGE}"
   )
 
 
 class MedNist(_FolderBuilder):
-  """MedNIST: six kinds of radiological images, one folder each, without splits (all become "train")."""
+  """MedNIST: six kinds of radiological images, one folder each, without splits (all become
+  "train").
+  """
 
   SOURCES = ("mednist_64.tar", "MedNIST.tar", "MedNIST")
   LABELS = MEDNIST_LABELS
@@ -105,7 +127,8 @@ class MedNist(_FolderBuilder):
   LICENSE = "CC BY-SA 4.0"
   CITATION = "B. J. Erickson, Mayo Clinic: MedNIST"
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
-    f"Put one of {SOURCES} (a tar or the unpacked folder, one folder a class) into manual_dir; the source is {HOMEPAGE}"
+    f"Put one of {SOURCES} (a tar or the unpacked folder, one folder a class) into "
+    f"manual_dir; the source is {HOMEPAGE}"
   )
 
 
@@ -130,9 +153,13 @@ def prepare(
     FileNotFoundError: if `manual_dir` does not hold the images.
   """
   if name not in BUILDERS:
-    raise ValueError(f"there is no builder {name!r}; those that can be prepared are {sorted(BUILDERS)}")
+    raise ValueError(
+      f"there is no builder {name!r}; those that can be prepared are {sorted(BUILDERS)}"
+    )
   if not pathlib.Path(manual_dir).is_dir():
-    raise FileNotFoundError(f"there is no folder {manual_dir}; {BUILDERS[name].MANUAL_DOWNLOAD_INSTRUCTIONS}")
+    raise FileNotFoundError(
+      f"there is no folder {manual_dir}; {BUILDERS[name].MANUAL_DOWNLOAD_INSTRUCTIONS}"
+    )
   builder = BUILDERS[name](data_dir=_data_dir(data_dir), file_format="array_record")
   builder.download_and_prepare(
     download_config=tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False),
@@ -151,13 +178,15 @@ def read_tfds(
   data_dir: str | os.PathLike[str] | None = None,
   manual_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Dataset]:
-  """Reads a TFDS data set that was prepared on disk as array_record; needs neither TensorFlow nor a network.
+  """Reads a TFDS data set that was prepared on disk as array_record; needs neither TensorFlow nor a
+  network.
 
-  There must be one image feature and one class label. A text or number feature "group" gives the groups (otherwise
-  each image is its own); every other text or number becomes a column.
+  There must be one image feature and one class label. A text or number feature "group" gives the
+  groups (otherwise each image is its own); every other text or number becomes a column.
 
   Args:
-    name: `NAME`, `NAME/CONFIG`, either with `:VERSION` (by default the newest), or the path of a prepared folder.
+    name: `NAME`, `NAME/CONFIG`, either with `:VERSION` (by default the newest), or the path of a
+      prepared folder.
     size: height and width, in pixels; see `decode.decode`.
     channels: 1 (grey) or 3 (RGB).
     label_names: the classes in order, e.g. a checkpoint's; by default the data set's own.
@@ -170,8 +199,8 @@ def read_tfds(
 
   Raises:
     FileNotFoundError: if the data set is not there.
-    ValueError: if it has no or several image or label features, another file format, a corrupt image or record, or an
-      unknown class.
+    ValueError: if it has no or several image or label features, another file format, a corrupt
+      image or record, or an unknown class.
   """
   decode.check_form(size, channels)
   if manual_dir is not None:
@@ -197,7 +226,11 @@ def read_tfds(
       columns = _columns(source, image_key)
     num = len(source)
     images = decode.EncodedImages(
-      np.arange(num), partial(_read, path, source, image_key), f"{path}, {split} split, record", size, channels
+      np.arange(num),
+      partial(_read, path, source, image_key),
+      f"{path}, {split} split, record",
+      size,
+      channels,
     )
     own_groups = np.char.add(f"{split}/", np.arange(num).astype(str))
     datasets[folder.SPLITS.get(split, split)] = Dataset(
@@ -212,21 +245,33 @@ def read_tfds(
 
 
 def _data_dir(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
-  return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+  return pathlib.Path(
+    data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+  ).expanduser()
 
 
 def _find(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
-  """Returns the folder of a prepared data set; `tfds.builder` would look for it on the network, too."""
+  """Returns the folder of a prepared data set; `tfds.builder` would look for it on the network,
+  too.
+  """
   if (pathlib.Path(name) / "dataset_info.json").is_file():
     return pathlib.Path(name)
   base, _, version = name.partition(":")
   root = _data_dir(data_dir) / base
-  found = [one.parent for one in root.glob(f"{version or '*'}/dataset_info.json") if _version(one.parent.name)]
+  found = [
+    one.parent
+    for one in root.glob(f"{version or '*'}/dataset_info.json")
+    if _version(one.parent.name)
+  ]
   if not found:
     ours = (
-      f"give manual_dir, the folder with one of {BUILDERS[base].SOURCES}" if base in BUILDERS else "prepare it there"
+      f"give manual_dir, the folder with one of {BUILDERS[base].SOURCES}"
+      if base in BUILDERS
+      else "prepare it there"
     )
-    raise FileNotFoundError(f"no TFDS data set {name!r} is prepared in {_data_dir(data_dir)}; {ours}, or give data_dir")
+    raise FileNotFoundError(
+      f"no TFDS data set {name!r} is prepared in {_data_dir(data_dir)}; {ours}, or give data_dir"
+    )
   return max(found, key=lambda one: _version(one.name))
 
 
@@ -239,14 +284,17 @@ def _only_feature(path: pathlib.Path, features: Any, kind: type) -> str:
   found = [name for name, feature in features.items() if isinstance(feature, kind)]
   if len(found) != 1:
     raise ValueError(
-      f"{path} has {len(found)} features of the kind {kind.__name__} among {sorted(features)}; one is needed: "
+      f"{path} has {len(found)} features of the kind {kind.__name__} among {sorted(features)}; one "
+      f"is needed: "
       "choose a data set of labelled images"
     )
   return found[0]
 
 
 def _columns(source: Any, image_key: str) -> dict[str, np.ndarray]:
-  """Reads each feature but the image of all records: those that are one number or one text, [N] each."""
+  """Reads each feature but the image of all records: those that are one number or one text, [N]
+  each.
+  """
   rows: dict[str, list] = {}
   for start in range(0, len(source), _CHUNK):
     for record in source.__getitems__(list(range(start, min(start + _CHUNK, len(source))))):
@@ -263,8 +311,12 @@ def _read(path: pathlib.Path, source: Any, image_key: str, index: int) -> bytes:
 
 @contextlib.contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
-  """Names the data set in what TFDS, protobuf and array_record raise for a damaged or missing file."""
+  """Names the data set in what TFDS, protobuf and array_record raise for a damaged or missing
+  file.
+  """
   try:
     yield
   except (RuntimeError, ValueError, OSError, KeyError, json_format.ParseError) as error:
-    raise ValueError(f"{path} cannot be read ({error}); copy it anew, or remove it and prepare it again") from error
+    raise ValueError(
+      f"{path} cannot be read ({error}); copy it anew, or remove it and prepare it again"
+    ) from error

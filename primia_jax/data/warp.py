@@ -1,7 +1,8 @@
-"""Random geometry: affine maps, flips and elastic deformation of a batch of images, in one bilinear warp.
+"""Random geometry: affine maps, flips and elastic deformation of a batch of images, in one bilinear
+warp.
 
-Images are float32 [B, H, W, C]. Positions are in pixels, row y down and column x right; c = ((W-1)/2, (H-1)/2) is the
-centre of the image. Pixels from outside an image repeat its edge.
+Images are float32 [B, H, W, C]. Positions are in pixels, row y down and column x right; c =
+((W-1)/2, (H-1)/2) is the centre of the image. Pixels from outside an image repeat its edge.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def check_images(images: Array) -> None:
   """Raises ValueError unless `images` is float32 [B, H, W, C]."""
   if images.ndim != 4 or images.dtype != jnp.float32:
     raise ValueError(
-      f"images have shape {images.shape} and type {images.dtype}; expected float32 [B, H, W, C] in [0, 1] "
+      f"images have shape {images.shape} and type {images.dtype}; expected float32 [B, H, W, C] in "
+      f"[0, 1] "
       "(divide uint8 images by 255 first; vmap over further leading axes)"
     )
 
@@ -51,8 +53,8 @@ def check_images(images: Array) -> None:
 def bilinear(images: Array, rows: Array, columns: Array) -> Array:
   """Samples each image at positions of its own.
 
-  Four gathers of single pixels, which XLA fuses with the arithmetic on the positions; on a CPU this beat packed taps,
-  shears and interpolation matrices by a factor of two and more.
+  Four gathers of single pixels, which XLA fuses with the arithmetic on the positions; on a CPU this
+  beat packed taps, shears and interpolation matrices by a factor of two and more.
 
   Args:
     images: [B, H, W, C] float32.
@@ -64,7 +66,8 @@ def bilinear(images: Array, rows: Array, columns: Array) -> Array:
   """
   num, height, width, _ = images.shape
   rows, columns = jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
-  # Starting the last pair of taps one pixel early keeps the second tap inside, with weight 1 on the last pixel.
+  # Starting the last pair of taps one pixel early keeps the second tap inside, with weight 1 on the
+  # last pixel.
   top = jnp.minimum(rows.astype(jnp.int32), max(height - 2, 0))
   left = jnp.minimum(columns.astype(jnp.int32), max(width - 2, 0))
   down = (rows - top.astype(jnp.float32))[..., None]
@@ -90,8 +93,8 @@ def affine_positions(
 ) -> tuple[Array, Array]:
   """Draws one affine map for each image and returns where each output pixel comes from.
 
-  The pixel at p moves to c + s R(theta) K(phi) (p - c) + t, with R = [[cos, -sin], [sin, cos]] (clockwise as displayed)
-  and K = [[1, tan phi], [0, 1]] on (x, y).
+  The pixel at p moves to c + s R(theta) K(phi) (p - c) + t, with R = [[cos, -sin], [sin, cos]]
+  (clockwise as displayed) and K = [[1, tan phi], [0, 1]] on (x, y).
 
   Args:
     key: a typed key.
@@ -107,14 +110,25 @@ def affine_positions(
   Raises:
     ValueError: a strength lies outside `BOUNDS`.
   """
-  check_strengths(rotation_degrees=rotation_degrees, translation=translation, scale=scale, shear_degrees=shear_degrees)
+  check_strengths(
+    rotation_degrees=rotation_degrees,
+    translation=translation,
+    scale=scale,
+    shear_degrees=shear_degrees,
+  )
   num, height, width, _ = shape
   draws = jax.random.uniform(key, (5, num, 1, 1), jnp.float32, -1, 1)
   angle, shear = jnp.radians(rotation_degrees * draws[0]), jnp.radians(shear_degrees * draws[1])
   zoom = 1 + scale * draws[2]
   center_x, center_y = (width - 1) / 2, (height - 1) / 2
-  x = jnp.arange(width, dtype=jnp.float32)[None, None, :] - center_x - translation * width * draws[3]
-  y = jnp.arange(height, dtype=jnp.float32)[None, :, None] - center_y - translation * height * draws[4]
+  x = (
+    jnp.arange(width, dtype=jnp.float32)[None, None, :] - center_x - translation * width * draws[3]
+  )
+  y = (
+    jnp.arange(height, dtype=jnp.float32)[None, :, None]
+    - center_y
+    - translation * height * draws[4]
+  )
   # The inverse map, K^-1 R^-1 / s, applied to p - c - t.
   cos, sin, tan = jnp.cos(angle) / zoom, jnp.sin(angle) / zoom, jnp.tan(shear)
   rows = cos * y - sin * x
@@ -122,17 +136,20 @@ def affine_positions(
   return rows + center_y, columns + center_x
 
 
-def elastic_displacement(key: Key, shape: tuple[int, ...], elastic: float, grid: int = 3) -> tuple[Array, Array]:
+def elastic_displacement(
+  key: Key, shape: tuple[int, ...], elastic: float, grid: int = 3
+) -> tuple[Array, Array]:
   """Draws a smooth displacement field for each image.
 
-  Gaussian vectors on a coarse grid, interpolated bicubically (Ronneberger et al. 2015, U-Net, section 3.1, who take a
-  grid of 3 and 10 pixels in 512).
+  Gaussian vectors on a coarse grid, interpolated bicubically (Ronneberger et al. 2015, U-Net,
+  section 3.1, who take a grid of 3 and 10 pixels in 512).
 
   Args:
     key: a typed key.
     shape: (B, H, W, C).
-    elastic: standard deviation of the grid's vectors, as a fraction of the height and of the width. From about a tenth
-      of the grid's spacing, 0.03 for a grid of 3, the deformation is plain to see; several times that, and it folds.
+    elastic: standard deviation of the grid's vectors, as a fraction of the height and of the width.
+      From about a tenth of the grid's spacing, 0.03 for a grid of 3, the deformation is plain to
+      see; several times that, and it folds.
     grid: vectors along each side.
 
   Returns:
@@ -150,11 +167,17 @@ def elastic_displacement(key: Key, shape: tuple[int, ...], elastic: float, grid:
   return height * rows, width * columns
 
 
-def flip_signs(key: Key, num: int, horizontal_flip: float, vertical_flip: float) -> tuple[Array, Array]:
-  """Draws, for rows and for columns, -1.0 where an image is to be flipped and 1.0 elsewhere; each [B] float32."""
+def flip_signs(
+  key: Key, num: int, horizontal_flip: float, vertical_flip: float
+) -> tuple[Array, Array]:
+  """Draws, for rows and for columns, -1.0 where an image is to be flipped and 1.0 elsewhere; each
+  [B] float32.
+  """
   check_strengths(horizontal_flip=horizontal_flip, vertical_flip=vertical_flip)
   draws = jax.random.uniform(key, (2, num), jnp.float32)
-  return jnp.where(draws[0] < vertical_flip, -1.0, 1.0), jnp.where(draws[1] < horizontal_flip, -1.0, 1.0)
+  return jnp.where(draws[0] < vertical_flip, -1.0, 1.0), jnp.where(
+    draws[1] < horizontal_flip, -1.0, 1.0
+  )
 
 
 def affine(
@@ -165,18 +188,26 @@ def affine(
   scale: float = 0.0,
   shear_degrees: float = 0.0,
 ) -> Array:
-  """Rotates, moves, scales and shears each image at random; see `affine_positions` for the map and its arguments."""
+  """Rotates, moves, scales and shears each image at random; see `affine_positions` for the map and
+  its arguments.
+  """
   check_images(images)
-  positions = affine_positions(key, images.shape, rotation_degrees, translation, scale, shear_degrees)
+  positions = affine_positions(
+    key, images.shape, rotation_degrees, translation, scale, shear_degrees
+  )
   return bilinear(images, *positions)
 
 
 def elastic(key: Key, images: Array, elastic: float, grid: int = 3) -> Array:
-  """Deforms each image smoothly and at random; see `elastic_displacement` for the field and its arguments."""
+  """Deforms each image smoothly and at random; see `elastic_displacement` for the field and its
+  arguments.
+  """
   return warp(key, images, elastic=elastic, grid=grid)
 
 
-def flip(key: Key, images: Array, horizontal_flip: float = 0.5, vertical_flip: float = 0.0) -> Array:
+def flip(
+  key: Key, images: Array, horizontal_flip: float = 0.5, vertical_flip: float = 0.0
+) -> Array:
   """Mirrors each image left to right and top to bottom at random.
 
   Args:
@@ -193,7 +224,8 @@ def flip(key: Key, images: Array, horizontal_flip: float = 0.5, vertical_flip: f
   """
   check_images(images)
   row_sign, column_sign = (
-    sign[:, None, None, None] for sign in flip_signs(key, images.shape[0], horizontal_flip, vertical_flip)
+    sign[:, None, None, None]
+    for sign in flip_signs(key, images.shape[0], horizontal_flip, vertical_flip)
   )
   images = jnp.where(row_sign < 0, images[:, ::-1], images)
   return jnp.where(column_sign < 0, images[:, :, ::-1], images)
@@ -234,7 +266,9 @@ def warp(
   check_images(images)
   num, height, width, _ = images.shape
   affine_key, elastic_key, flip_key = jax.random.split(key, 3)
-  rows, columns = affine_positions(affine_key, images.shape, rotation_degrees, translation, scale, shear_degrees)
+  rows, columns = affine_positions(
+    affine_key, images.shape, rotation_degrees, translation, scale, shear_degrees
+  )
   if elastic:
     along_rows, along_columns = elastic_displacement(elastic_key, images.shape, elastic, grid)
     rows, columns = rows + along_rows, columns + along_columns

@@ -1,4 +1,6 @@
-"""Encrypted inference: `secret` turns a JAX function into a two-party protocol, whose phases stand in `inference`."""
+"""Encrypted inference: `secret` turns a JAX function into a two-party protocol, whose phases stand
+in `inference`.
+"""
 
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.fitting import fit

@@ -1,4 +1,6 @@
-"""Rules for sums, products and rearrangements: linear algebra, of which most costs no communication."""
+"""Rules for sums, products and rearrangements: linear algebra, of which most costs no
+communication.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,17 @@ from jax import lax
 
 from primia_jax.mpc import maps, powers, products
 from primia_jax.mpc.circuit import Value
-from primia_jax.mpc.knowledge import Env, Lazy, Lowering, Owned, Pending, Rule, compact, compact_shape, is_secret
+from primia_jax.mpc.knowledge import (
+  Env,
+  Lazy,
+  Lowering,
+  Owned,
+  Pending,
+  Rule,
+  compact,
+  compact_shape,
+  is_secret,
+)
 from primia_jax.mpc.products import Map
 from primia_jax.mpc.program import Equation
 from primia_jax.types import Array
@@ -32,7 +44,9 @@ def _add(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
     return low.build.add_public(x, b)
   if isinstance(b, Owned):
     x = low.build.broadcast(x, equation.avals[0].shape)
-    return low.build.add_owned(x, b.owner, compact(b), compact_shape(b), low.largest(b, low.build.config.margin))
+    return low.build.add_owned(
+      x, b.owner, compact(b), compact_shape(b), low.largest(b, low.build.config.margin)
+    )
   return low.build.add(x, low.value(b))
 
 
@@ -65,13 +79,17 @@ def _mul(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 
 def _scale(low: Lowering, equation: Equation, a: Any, b: Owned) -> Any:
-  """A shared value times an owned one: folded into the linear layer that made it, or a one-sided product."""
+  """A shared value times an owned one: folded into the linear layer that made it, or a one-sided
+  product.
+  """
   folds = lambda a: b.varies <= {i for i, axis in enumerate(a.axes) if axis is not None}
   if isinstance(a, Lazy) and b.owner == a.weight.owner and folds(a):
     weight = a.weight
     factor = lambda env: _along(b, env, a.axes, len(weight.shape))
     scaled = weight._replace(read=lambda env: weight.read(env) * factor(env))
-    return a._replace(weight=scaled, offset=None if a.offset is None else _combine(jnp.multiply, a.offset, b))
+    return a._replace(
+      weight=scaled, offset=None if a.offset is None else _combine(jnp.multiply, a.offset, b)
+    )
   shape = equation.avals[0].shape
   x = low.build.narrow(low.build.broadcast(low.value(a), shape))
   everywhere = b._replace(read=lambda env: jnp.broadcast_to(b.read(env), shape), shape=shape)
@@ -102,13 +120,17 @@ def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 
 def _bilinear(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  """Convolutions and matrix products. A matrix product may be exchanged, so that what its owner holds is the weight."""
+  """Convolutions and matrix products. A matrix product may be exchanged, so that what its owner
+  holds is the weight.
+  """
   a, b = inputs
   mapping = maps.from_equation(equation.name, equation.params)
   exchanged = isinstance(a, Owned) and not (isinstance(b, Owned) and b.owner < a.owner)
   if not is_secret(a) or (exchanged and equation.name == "dot_general"):
     if equation.name != "dot_general":
-      raise NotImplementedError(f"{equation.name} of a public image with a secret kernel at {equation.source}")
+      raise NotImplementedError(
+        f"{equation.name} of a public image with a secret kernel at {equation.source}"
+      )
     mapping, order = maps.swapped(mapping, len(shape_of(a)), len(shape_of(b)))
     x, weight = low.value(b), a
   else:
@@ -121,7 +143,9 @@ def _bilinear(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
     if order is None:
       return Lazy(x, mapping, weight, None, shape, axes, ())
     shape, axes = tuple(shape[i] for i in order), tuple(axes[i] for i in order)
-    return Lazy(x, mapping, weight, None, shape, axes, (functools.partial(lax.transpose, permutation=order),))
+    return Lazy(
+      x, mapping, weight, None, shape, axes, (functools.partial(lax.transpose, permutation=order),)
+    )
   return low.build.product(x, low.value(weight), mapping, low.bound(equation.outputs[0]))
 
 
@@ -147,25 +171,39 @@ def shape_of(v: Any) -> tuple[int, ...]:
 
 
 def _structural(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  """What only moves or adds up elements: each party does it to its share. Other operands (indices) are public."""
+  """What only moves or adds up elements: each party does it to its share. Other operands (indices)
+  are public.
+  """
   if any(is_secret(v) for v in inputs[1:]):
     raise NotImplementedError(f"{equation.name} at a secret position, at {equation.source}")
   apply = lambda v: equation.bind(v, *inputs[1:])
   if equation.name == "gather" and _fills(apply, shape_of(inputs[0]), inputs[1]):
-    raise NotImplementedError(f"gather out of bounds, which fills with more than zeros, at {equation.source}")
-  if isinstance(inputs[0], Lazy) and equation.name in RESHAPES and (moved := _reshaped(inputs[0], equation)):
+    raise NotImplementedError(
+      f"gather out of bounds, which fills with more than zeros, at {equation.source}"
+    )
+  if (
+    isinstance(inputs[0], Lazy)
+    and equation.name in RESHAPES
+    and (moved := _reshaped(inputs[0], equation))
+  ):
     return moved
   if isinstance(inputs[0], Pending) and equation.outputs[0].number in low.pools:
     return Pending(low.build.local(lambda v: apply(v)[0], inputs[0].x))
   x = low.value(inputs[0])
-  terms = math.prod(x.shape) / max(1, math.prod(equation.avals[0].shape)) if equation.name in SUMS else 1.0
+  terms = (
+    math.prod(x.shape) / max(1, math.prod(equation.avals[0].shape))
+    if equation.name in SUMS
+    else 1.0
+  )
   if len(equation.outputs) > 1:
     return [low.build.local(lambda v, i=i: apply(v)[i], x) for i in range(len(equation.outputs))]
   return low.build.local(lambda v: apply(v)[0], x, max_abs=x.max_abs * terms)
 
 
 def _fills(apply: Callable[[Array], list[Array]], shape: tuple[int, ...], indices: Any) -> bool:
-  """Whether a gather also writes numbers that are not its operand's; of indices that jit traces nothing is known."""
+  """Whether a gather also writes numbers that are not its operand's; of indices that jit traces
+  nothing is known.
+  """
   if isinstance(indices, jax.core.Tracer):
     return False
   with jax.ensure_compile_time_eval():
@@ -173,13 +211,19 @@ def _fills(apply: Callable[[Array], list[Array]], shape: tuple[int, ...], indice
 
 
 def _reshaped(lazy: Lazy, equation: Equation) -> Lazy | None:
-  """A lazy product in another shape, where the weight's axes stay whole and no offset is in the way."""
+  """A lazy product in another shape, where the weight's axes stay whole and no offset is in the
+  way.
+  """
   shape = equation.avals[0].shape
   before = lambda sizes, i: math.prod(sizes[:i])
   axes: list[int | None] = [None] * len(shape)
   for i, axis in enumerate(lazy.axes):
     if axis is not None:
-      place = [j for j in range(len(shape)) if shape[j] == lazy.shape[i] and before(shape, j) == before(lazy.shape, i)]
+      place = [
+        j
+        for j in range(len(shape))
+        if shape[j] == lazy.shape[i] and before(shape, j) == before(lazy.shape, i)
+      ]
       if not place:
         return None
       axes[place[-1]] = axis
@@ -191,7 +235,16 @@ def _reshaped(lazy: Lazy, equation: Equation) -> Lazy | None:
 
 RESHAPES = {"reshape", "squeeze", "expand_dims"}
 SUMS = {"reduce_sum", "reduce_window_sum", "cumsum"}
-MOVES = {"transpose", "broadcast_in_dim", "slice", "rev", "gather", "dynamic_slice", "split", "tile"}
+MOVES = {
+  "transpose",
+  "broadcast_in_dim",
+  "slice",
+  "rev",
+  "gather",
+  "dynamic_slice",
+  "split",
+  "tile",
+}
 
 
 def same(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -217,21 +270,27 @@ def _concatenate(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 def _stack(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   axis = equation.params["axis"]
   raised = [
-    low.build.local(lambda x: jnp.expand_dims(x, axis), low.value(v)) if is_secret(v) else np.expand_dims(v, axis)
+    low.build.local(lambda x: jnp.expand_dims(x, axis), low.value(v))
+    if is_secret(v)
+    else np.expand_dims(v, axis)
     for v in inputs
   ]
   return _concatenate(low, equation._replace(params={"dimension": axis}), raised)
 
 
 def padded(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  """Pads with a public number. Minus infinity, which only a maximum can lose again, becomes the least number."""
+  """Pads with a public number. Minus infinity, which only a maximum can lose again, becomes the
+  least number.
+  """
   config = equation.params["padding_config"]
   if is_secret(inputs[1]):
     raise NotImplementedError(f"padding with a secret value at {equation.source}")
   fill = float(np.asarray(inputs[1]))
   pad = lambda v: lax.pad(v, np.zeros((), v.dtype), config)
   waits = not equation.outputs or equation.outputs[0].number in low.pools
-  if isinstance(inputs[0], Pending) and fill in (0.0, -math.inf) and waits:  # max(x, 0) of either padding is 0
+  if (
+    isinstance(inputs[0], Pending) and fill in (0.0, -math.inf) and waits
+  ):  # max(x, 0) of either padding is 0
     return Pending(low.build.local(pad, inputs[0].x))
   x = low.value(inputs[0])
   out = low.build.local(pad, x)

@@ -44,7 +44,9 @@ def _min(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 def _difference(low: Lowering, inputs: list[Any], shape: tuple[int, ...]) -> Value:
   a, b = inputs
   if not is_secret(b):
-    return low.build.add_public(low.build.broadcast(low.value(a), shape), -np.asarray(b, np.float64))
+    return low.build.add_public(
+      low.build.broadcast(low.value(a), shape), -np.asarray(b, np.float64)
+    )
   if not is_secret(a):
     return low.build.negate(_difference(low, [b, a], shape))
   return low.build.subtract(*(low.build.broadcast(low.value(v), shape) for v in (a, b)))
@@ -52,7 +54,9 @@ def _difference(low: Lowering, inputs: list[Any], shape: tuple[int, ...]) -> Val
 
 def _compare(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   name, shape = equation.name, equation.avals[0].shape
-  if name in ("eq", "ne") and inputs[0] is inputs[1]:  # how JAX asks for NaN, which fixed point has not
+  if (
+    name in ("eq", "ne") and inputs[0] is inputs[1]
+  ):  # how JAX asks for NaN, which fixed point has not
     return np.full(shape, name == "eq")
   complement = lambda bit: _complement(low.build, bit)
   at_least = lambda a, b: low.build.sign(_difference(low, [a, b], shape))
@@ -108,12 +112,16 @@ def _select(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   return low.build.add(low.build.broadcast(low.value(off), shape), chosen)
 
 
-def _public_select(low: Lowering, bit: np.ndarray, off: Any, on: Any, shape: tuple[int, ...]) -> Value:
+def _public_select(
+  low: Lowering, bit: np.ndarray, off: Any, on: Any, shape: tuple[int, ...]
+) -> Value:
   parts: list[Any] = []
   for keep, v in ((~bit, off), (bit, on)):
     if is_secret(v):
       mask = jnp.asarray(keep.astype(low.build.config.dtype))
-      parts.append(low.build.local(lambda x, mask=mask: x * mask, low.build.broadcast(low.value(v), shape)))
+      parts.append(
+        low.build.local(lambda x, mask=mask: x * mask, low.build.broadcast(low.value(v), shape))
+      )
     else:
       parts.append(np.where(keep, np.asarray(v, np.float64), 0.0))
   a, b = parts
@@ -139,7 +147,9 @@ def _logical(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if equation.name == "and":
     return both
   total = build.add(x, low.value(b)) if is_secret(b) else build.add_public(x, one(b))
-  return build.subtract(total, both if equation.name == "or" else build.scaled(both, 2.0))._replace(max_abs=1.0)
+  return build.subtract(total, both if equation.name == "or" else build.scaled(both, 2.0))._replace(
+    max_abs=1.0
+  )
 
 
 def _reduce_extremum(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -163,13 +173,19 @@ def _reduce_window_max(low: Lowering, equation: Equation, inputs: list[Any]) -> 
     x = padded(low, fill, [Pending(x) if pending else x, np.float32(-np.inf)])
     x = x.x if isinstance(x, Pending) else x
   for axis, (size, stride, dilation) in enumerate(
-    zip(params["window_dimensions"], params["window_strides"], params["window_dilation"], strict=True)
+    zip(
+      params["window_dimensions"], params["window_strides"], params["window_dilation"], strict=True
+    )
   ):
     last = x.shape[axis] - (size - 1) * dilation
     pieces = [
       low.build.local(
         functools.partial(
-          lax.slice_in_dim, start_index=i * dilation, limit_index=i * dilation + last, stride=stride, axis=axis
+          lax.slice_in_dim,
+          start_index=i * dilation,
+          limit_index=i * dilation + last,
+          stride=stride,
+          axis=axis,
         ),
         x,
       )

@@ -1,9 +1,11 @@
-"""The protocol's own language: a straight list of operations on shared fixed-point numbers, and its builder.
+"""The protocol's own language: a straight list of operations on shared fixed-point numbers, and its
+builder.
 
-A `Value` stands for shares of an integer array v; the real number is v x scale, and |real| <= max_abs. So a product
-with a public number, or a mean's division, costs nothing: it only changes the scale. A masked value (`Open`) is v + r
-in public with a dealer's mask r; linear layers and products take masked values, and everything that is linear over the
-integers maps shares, masked values and masks alike.
+A `Value` stands for shares of an integer array v; the real number is v x scale, and |real| <=
+max_abs. So a product with a public number, or a mean's division, costs nothing: it only changes the
+scale. A masked value (`Open`) is v + r in public with a dealer's mask r; linear layers and products
+take masked values, and everything that is linear over the integers maps shares, masked values and
+masks alike.
 """
 
 from __future__ import annotations
@@ -31,14 +33,17 @@ class Config:
   """What both parties and the dealer agree on.
 
   Attributes:
-    num_bits: k; values live in Z_2^k, stored in uint32 for k <= 32 and else in uint64 (which needs x64).
+    num_bits: k; values live in Z_2^k, stored in uint32 for k <= 32 and else in uint64 (which needs
+      x64).
     fraction_bits: f; a value is truncated to about 2^-f before it is multiplied again.
-    weight_bits: bits of an owned operand of a linear layer, its sign included; its scale follows from its largest
-      magnitude where that was calibrated and is else 2^-f.
-    exact: exact truncation and comparison. False is cheaper and off by at most one unit of 2^-f in each gate.
+    weight_bits: bits of an owned operand of a linear layer, its sign included; its scale follows
+      from its largest magnitude where that was calibrated and is else 2^-f.
+    exact: exact truncation and comparison. False is cheaper and off by at most one unit of 2^-f in
+      each gate.
     comparison: "tables" (few bytes dealt, two rounds) or "fss" (more bytes dealt, no round).
     margin: factor on every calibrated range.
-    prng: "chacha20", or "threefry" for research: a statistical generator whose masks promise nothing.
+    prng: "chacha20", or "threefry" for research: a statistical generator whose masks promise
+      nothing.
   """
 
   num_bits: int = 64
@@ -53,11 +58,18 @@ class Config:
     if not 8 <= self.num_bits <= 64:
       raise ValueError(f"num_bits={self.num_bits}; a ring of 8 to 64 bits is supported")
     if not 0 < self.fraction_bits < self.num_bits // 2:
-      raise ValueError(f"fraction_bits={self.fraction_bits} must lie between 0 and half of num_bits={self.num_bits}")
+      raise ValueError(
+        f"fraction_bits={self.fraction_bits} must lie between 0 and half of "
+        f"num_bits={self.num_bits}"
+      )
     if not 2 <= self.weight_bits <= min(24, self.num_bits):
-      raise ValueError(f"weight_bits={self.weight_bits} must lie between 2 and 24, and within the ring")
+      raise ValueError(
+        f"weight_bits={self.weight_bits} must lie between 2 and 24, and within the ring"
+      )
     if self.comparison not in gates.COMPARISONS:
-      raise ValueError(f"comparison={self.comparison!r} is not one of {', '.join(gates.COMPARISONS)}")
+      raise ValueError(
+        f"comparison={self.comparison!r} is not one of {', '.join(gates.COMPARISONS)}"
+      )
     if self.prng not in (CHACHA20, THREEFRY):
       raise ValueError(f"prng={self.prng!r} is neither {CHACHA20} nor {THREEFRY}")
     if not self.margin >= 1:
@@ -92,7 +104,9 @@ class Input(NamedTuple):
 
 
 class Local(NamedTuple):
-  """fn applied to shares, or to masked values and masks (`opened`): linear over the integers, without a constant."""
+  """fn applied to shares, or to masked values and masks (`opened`): linear over the integers,
+  without a constant.
+  """
 
   out: int
   inputs: tuple[int, ...]
@@ -102,7 +116,9 @@ class Local(NamedTuple):
 
 
 class Offset(NamedTuple):
-  """Adds a number that one party holds: an owner's operand, or (owner None) a public array of integers."""
+  """Adds a number that one party holds: an owner's operand, or (owner None) a public array of
+  integers.
+  """
 
   out: int
   input: int
@@ -163,7 +179,8 @@ class Operand(NamedTuple):
     value: (the owner's values by number) -> float array.
     scale: the real number that one unit stands for.
     shape: of the array.
-    bits: of a linear layer's operand, with the sign; None for an argument or an offset, which may fill the ring.
+    bits: of a linear layer's operand, with the sign; None for an argument or an offset, which may
+      fill the ring.
     map: the bilinear map that an operand serves; None for an argument or an offset.
     layer: where it is used.
   """
@@ -201,7 +218,9 @@ class Builder:
 
   # ---- entering and leaving
 
-  def input(self, owner: int | None, value: Callable, shape: tuple[int, ...], max_abs: float = math.inf) -> Value:
+  def input(
+    self, owner: int | None, value: Callable, shape: tuple[int, ...], max_abs: float = math.inf
+  ) -> Value:
     """An owner's argument, or shares (owner None), at the scale of activations."""
     operand = self._operand(owner, value, self.config.unit, shape, None, None)
     return self._add(Input, shape, self.config.unit, max_abs, owner=owner, operand=operand)
@@ -216,9 +235,13 @@ class Builder:
     scale = values[0].scale
     if any(v.scale != scale for v in values):
       raise ValueError("values of different scales; align them first")
-    shape = jax.eval_shape(fn, *(jax.ShapeDtypeStruct(v.shape, self.config.dtype) for v in values)).shape
+    shape = jax.eval_shape(
+      fn, *(jax.ShapeDtypeStruct(v.shape, self.config.dtype) for v in values)
+    ).shape
     bound = max(v.max_abs for v in values) if max_abs is None else max_abs
-    out = self._add(Local, shape, scale, bound, inputs=tuple(v.number for v in values), fn=fn, opened=False)
+    out = self._add(
+      Local, shape, scale, bound, inputs=tuple(v.number for v in values), fn=fn, opened=False
+    )
     self._made_by[out.number] = self.operations[-1]  # type: ignore[assignment]
     return out
 
@@ -246,17 +269,25 @@ class Builder:
     shape = np.broadcast_shapes(a.shape, array.shape)
     if shape != a.shape:
       a = self.local(lambda x: jnp.broadcast_to(x, shape), a)
-    integers = np.asarray(np.rint(array / a.scale), np.int64).reshape((1,) * (len(shape) - array.ndim) + array.shape)
+    integers = np.asarray(np.rint(array / a.scale), np.int64).reshape(
+      (1,) * (len(shape) - array.ndim) + array.shape
+    )
     bound = a.max_abs + float(np.abs(array).max(initial=0))
     return self._add(Offset, a.shape, a.scale, bound, input=a.number, owner=None, operand=integers)
 
-  def add_owned(self, a: Value, owner: int, value: Callable, shape: tuple[int, ...], max_abs: float) -> Value:
+  def add_owned(
+    self, a: Value, owner: int, value: Callable, shape: tuple[int, ...], max_abs: float
+  ) -> Value:
     """a + an array of one party that broadcasts against it."""
     operand = self._operand(owner, value, a.scale, shape, None, None)
-    return self._add(Offset, a.shape, a.scale, a.max_abs + max_abs, input=a.number, owner=owner, operand=operand)
+    return self._add(
+      Offset, a.shape, a.scale, a.max_abs + max_abs, input=a.number, owner=owner, operand=operand
+    )
 
   def multiply_public(self, a: Value, array: Any, max_abs: float | None = None) -> Value:
-    """a x array, elementwise and broadcast; a number is free, an array is rounded to 2^-f of its largest element."""
+    """a x array, elementwise and broadcast; a number is free, an array is rounded to 2^-f of its
+    largest element.
+    """
     array = np.asarray(array, np.float64)
     if array.size == 1 and array.ndim <= len(a.shape):
       return self.scaled(a, float(array.reshape(())))
@@ -268,17 +299,24 @@ class Builder:
     return out._replace(scale=a.scale * unit)
 
   def align(self, a: Value, b: Value) -> tuple[Value, Value]:
-    """Both at one scale: the coarser is multiplied by a whole number, exact where the ratio is one."""
+    """Both at one scale: the coarser is multiplied by a whole number, exact where the ratio is
+    one.
+    """
     if a.scale < b.scale:
       b, a = self.align(b, a)
       return a, b
     if a.scale == b.scale:
       return a, b
     ratio, finer = a.scale / b.scale, 0
-    while abs(ratio - round(ratio)) > 2.0**-self.config.fraction_bits and ratio < 2**self.config.fraction_bits:
+    while (
+      abs(ratio - round(ratio)) > 2.0**-self.config.fraction_bits
+      and ratio < 2**self.config.fraction_bits
+    ):
       ratio, finer = ratio * 2, finer + 1
     scale, factor = b.scale / 2**finer, round(ratio)
-    return self._multiplied(a, factor)._replace(scale=scale), self._multiplied(b, 2**finer)._replace(scale=scale)
+    return self._multiplied(a, factor)._replace(scale=scale), self._multiplied(
+      b, 2**finer
+    )._replace(scale=scale)
 
   def _multiplied(self, a: Value, factor: int) -> Value:
     return a if factor == 1 else self.local(lambda x: x * x.dtype.type(factor), a)
@@ -296,11 +334,15 @@ class Builder:
     map: Map,
     max_abs: float,
   ) -> Value:
-    """The bilinear map of a and an owner's operand, which is encoded at `scale` in `bits` bits with the sign."""
+    """The bilinear map of a and an owner's operand, which is encoded at `scale` in `bits` bits with
+    the sign.
+    """
     opened = self.open(a)
     operand = self._operand(owner, value, scale, shape, bits, map)
     out = shape_of(map, a.shape, shape)
-    return self._add(Linear, out, a.scale * scale, max_abs, input=opened, owner=owner, operand=operand, map=map)
+    return self._add(
+      Linear, out, a.scale * scale, max_abs, input=opened, owner=owner, operand=operand, map=map
+    )
 
   def product(self, a: Value, b: Value, map: Map, max_abs: float | None = None) -> Value:
     """The bilinear map of two shared values, by Beaver's method over masked values."""
@@ -323,7 +365,9 @@ class Builder:
     return self._gate(RELU, a, self._shift(a))
 
   def positive_part(self, a: Value, skip: int = 0) -> Value:
-    """max(a, 0) at a's own scale; `skip` low bits need not be looked at where the configuration is not exact."""
+    """max(a, 0) at a's own scale; `skip` low bits need not be looked at where the configuration is
+    not exact.
+    """
     return self._gate(RELU, a, 0, skip)
 
   def sign(self, a: Value) -> Value:
@@ -331,7 +375,9 @@ class Builder:
     return self._gate(SIGN, a, 0)._replace(scale=1.0, max_abs=1.0)
 
   def narrow(self, a: Value, most: int | None = None) -> Value:
-    """a truncated to the scale of activations, where it is finer than that; by `most` bits at most."""
+    """a truncated to the scale of activations, where it is finer than that; by `most` bits at
+    most.
+    """
     shift = self._shift(a) if most is None else min(most, self._shift(a))
     if not shift:
       return a
@@ -348,23 +394,30 @@ class Builder:
     )
 
   def open(self, a: Value) -> int:
-    """The number of a's masked value. What is masked already, or follows from it, is not opened again, and what repeats
-    elements (padding, patches) is opened before it does."""
+    """The number of a's masked value. What is masked already, or follows from it, is not opened
+    again, and what repeats elements (padding, patches) is opened before it does.
+    """
     if a.number not in self._opened:
       made = self._made_by.get(a.number)
       sources = self._sources(a)
-      if made and sum(math.prod(v.shape) for v in sources if v.number not in self._opened) < math.prod(a.shape):
+      if made and sum(
+        math.prod(v.shape) for v in sources if v.number not in self._opened
+      ) < math.prod(a.shape):
         for source in sources:
           self.open(source)
         inputs = tuple(self.open(self._values[i]) for i in made.inputs)
-        masked = self._add(Local, a.shape, a.scale, a.max_abs, inputs=inputs, fn=made.fn, opened=True)
+        masked = self._add(
+          Local, a.shape, a.scale, a.max_abs, inputs=inputs, fn=made.fn, opened=True
+        )
       else:
         masked = self._add(Open, a.shape, a.scale, a.max_abs, input=a.number)
       self._opened[a.number] = masked.number
     return self._opened[a.number]
 
   def _sources(self, a: Value) -> list[Value]:
-    """The values from which a follows by local operations: those nearest to it that are masked or no local result."""
+    """The values from which a follows by local operations: those nearest to it that are masked or
+    no local result.
+    """
     found, todo = {}, [a.number]
     while todo:
       i = todo.pop()
@@ -411,8 +464,10 @@ class Builder:
     bits = max(largest.bit_length(), shift + 1, skip + 1)
     if bits > limit:
       raise ValueError(
-        f"{self.layer}: values up to {a.max_abs:.4g} in units of {a.scale:.3g} need a ring of {bits + 2} bits, but "
-        f"num_bits={self.config.num_bits}; use a wider ring, fewer fraction_bits or weight_bits, or calibrate"
+        f"{self.layer}: values up to {a.max_abs:.4g} in units of {a.scale:.3g} need a ring of "
+        f"{bits + 2} bits, but "
+        f"num_bits={self.config.num_bits}; use a wider ring, fewer fraction_bits or weight_bits, "
+        f"or calibrate"
       )
     return bits
 
@@ -420,7 +475,9 @@ class Builder:
     self.operands.append(Operand(owner, value, scale, tuple(shape), bits, map, self.layer))
     return len(self.operands) - 1
 
-  def _add(self, kind: Any, shape: Sequence[int], scale: float, max_abs: float, **fields: Any) -> Value:
+  def _add(
+    self, kind: Any, shape: Sequence[int], scale: float, max_abs: float, **fields: Any
+  ) -> Value:
     out = Value(self._count, tuple(shape), scale, max_abs)
     self._count += 1
     self._values[out.number] = out

@@ -1,12 +1,13 @@
 """What the dealer hands out: correlated randomness, of which a party's uniform part is only a seed.
 
-A gate names its `masks`, uniform values of which each party expands its own share from its own seed by ChaCha20, and
-what the dealer `derive`s from them: values that are shared additively or as Boolean words (party 0's share is once more
-expanded from its seed, so only party 1 receives an array) and values both parties are given as they are. The nonce of
-each array is (gate, number of the array, 0): no keystream is ever used twice under one seed.
+A gate names its `masks`, uniform values of which each party expands its own share from its own seed
+by ChaCha20, and what the dealer `derive`s from them: values that are shared additively or as
+Boolean words (party 0's share is once more expanded from its seed, so only party 1 receives an
+array) and values both parties are given as they are. The nonce of each array is (gate, number of
+the array, 0): no keystream is ever used twice under one seed.
 
-Assumption: ChaCha20 with a uniform secret key is a pseudorandom function, and the dealer, who learns shapes only,
-colludes with neither party.
+Assumption: ChaCha20 with a uniform secret key is a pseudorandom function, and the dealer, who
+learns shapes only, colludes with neither party.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ Masks = dict[str, Uniform]
 Correlation = dict[str, Array]  # one party's share of everything a gate was dealt
 
 
-def uniform(key: Array, gate: int, number: int, shape: tuple[int, ...], dtype, generator: str = CHACHA20) -> Array:
+def uniform(
+  key: Array, gate: int, number: int, shape: tuple[int, ...], dtype, generator: str = CHACHA20
+) -> Array:
   """Uniform words of any unsigned dtype, for one array of one gate.
 
   Args:
@@ -78,12 +81,16 @@ def expand_masks(key: Array, gate: int, masks: Masks, generator: str = CHACHA20)
   }
 
 
-def expand_derived(key: Array, gate: int, derived: Derived, generator: str = CHACHA20) -> Correlation:
+def expand_derived(
+  key: Array, gate: int, derived: Derived, generator: str = CHACHA20
+) -> Correlation:
   """Party 0's shares of what was derived, from its seed; `derived` may hold shapes only."""
   return expand_shares(key, gate, {**derived.additive, **derived.boolean}, generator)
 
 
-def expand_shares(key: Array, gate: int, shapes: Mapping[str, Any], generator: str = CHACHA20) -> Correlation:
+def expand_shares(
+  key: Array, gate: int, shapes: Mapping[str, Any], generator: str = CHACHA20
+) -> Correlation:
   """The same from the shapes and dtypes by name."""
   return {
     name: uniform(key, gate, _DERIVED + i, v.shape, v.dtype, generator)
@@ -92,7 +99,9 @@ def expand_shares(key: Array, gate: int, shapes: Mapping[str, Any], generator: s
 
 
 def split(key: Array, gate: int, derived: Derived, generator: str = CHACHA20) -> Correlation:
-  """Party 1's shares: what the dealer sends, uniform and independent of the values to whoever lacks party 0's seed."""
+  """Party 1's shares: what the dealer sends, uniform and independent of the values to whoever lacks
+  party 0's seed.
+  """
   first = expand_derived(key, gate, derived, generator)
   sent = {name: v - first[name] for name, v in derived.additive.items()}
   sent |= {name: v ^ first[name] for name, v in derived.boolean.items()}

@@ -1,4 +1,6 @@
-"""Exponentials of shared numbers, and the bounded functions of their family. For u, C, T and P see `polynomials`."""
+"""Exponentials of shared numbers, and the bounded functions of their family. For u, C, T and P see
+`polynomials`.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,12 @@ def exp2(build: Builder, x: Value) -> Value:
   bits = working_bits(build.config)
   finer = max(0, math.floor(bits + math.log2(x.scale) - math.log2(width / 2)))
   offset = piecewise.table(build, steps, np.array([0.0, *-centres, width / 2]), v.scale / 2**finer)
-  v = build.local(lambda a, b: a * a.dtype.type(2**finer) + b, v._replace(scale=offset.scale), offset)
-  ratio = v.scale * 2.0**bits  # v will count in units of 2^-bits, and the coefficients make good for it
+  v = build.local(
+    lambda a, b: a * a.dtype.type(2**finer) + b, v._replace(scale=offset.scale), offset
+  )
+  ratio = (
+    v.scale * 2.0**bits
+  )  # v will count in units of 2^-bits, and the coefficients make good for it
   v = v._replace(scale=2.0**-bits, max_abs=width / 2 / ratio + 2.0**-bits)
   most, unit = 2.0 ** (width / 2), build.config.unit / 8
   powers = np.array([0.0, *2.0**centres, 2.0 ** centres[-1]])
@@ -37,7 +43,9 @@ def exp2(build: Builder, x: Value) -> Value:
   room = math.floor(config.num_bits - 3 - math.log2(powers[-1] * most / unit))
   (fraction,) = cut(build, [fraction._replace(max_abs=most * 1.01)], min(bits, room))
   out = product(build, *opened(build, [fraction, piecewise.table(build, steps, powers, unit)]))
-  return build.narrow(out._replace(max_abs=math.inf if math.isinf(x.max_abs) else 2.0**highest * 1.01))
+  return build.narrow(
+    out._replace(max_abs=math.inf if math.isinf(x.max_abs) else 2.0**highest * 1.01)
+  )
 
 
 def exp(build: Builder, x: Value) -> Value:
@@ -51,7 +59,9 @@ def expm1(build: Builder, x: Value) -> Value:
 
 
 def _octaves(bits: int) -> tuple[float, list[float]]:
-  """The largest width, and coefficients up to r^7, with which 2^r errs by 2^-bits of itself where |r| <= width / 2."""
+  """The largest width, and coefficients up to r^7, with which 2^r errs by 2^-bits of itself where
+  |r| <= width / 2.
+  """
   for width in np.arange(3, 0.25, -0.25):
     c = interpolate(lambda r: np.exp2(r), width / 2, bits + width / 2)
     if len(c) <= 8:

@@ -11,7 +11,9 @@ from primia_jax.mpc.polynomials import opened, product
 
 
 def tournament(build: Builder, x: Value, axis: int) -> Value:
-  """The largest along an axis, which is removed: exact; ceil(log2(n)) comparisons one after the other, n - 1 in all."""
+  """The largest along an axis, which is removed: exact; ceil(log2(n)) comparisons one after the
+  other, n - 1 in all.
+  """
   while x.shape[axis] > 1:
     n = x.shape[axis]
     first, second, rest = (
@@ -27,10 +29,12 @@ def tournament(build: Builder, x: Value, axis: int) -> Value:
 
 
 def argmax(build: Builder, x: Value, axis: int) -> Value:
-  """The position of the largest along an axis, which is removed, the first of equals: exact, at scale 1.
+  """The position of the largest along an axis, which is removed, the first of equals: exact, at
+  scale 1.
 
-  Within groups of up to 16 all pairs are compared at once, and the one that wins against all others is found by a
-  comparison of a few bits. C + 2 or 3 rounds for n <= 16; beyond, the same and P once more for each factor of 8.
+  Within groups of up to 16 all pairs are compared at once, and the one that wins against all others
+  is found by a comparison of a few bits. C + 2 or 3 rounds for n <= 16; beyond, the same and P once
+  more for each factor of 8.
   """
   n, shape = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
   x = build.local(lambda v: jnp.moveaxis(v, axis, 0), x)
@@ -39,15 +43,17 @@ def argmax(build: Builder, x: Value, axis: int) -> Value:
     size = min(16, n) if n <= 16 else 8
     groups = -(-n // size)
     # The last element, repeated, loses to itself: it comes first.
-    grouped = lambda v, n=n, size=size, groups=groups: v[np.minimum(np.arange(groups * size), n - 1)].reshape(
-      groups, size, *shape
-    )
+    grouped = lambda v, n=n, size=size, groups=groups: v[
+      np.minimum(np.arange(groups * size), n - 1)
+    ].reshape(groups, size, *shape)
     x = build.local(grouped, x)
     wins = _winners(build, x)
     numbers = np.minimum(np.arange(groups * size), n - 1).reshape(groups, size, *[1] * len(shape))
     if position is None:
       table = jnp.asarray(numbers.astype(build.config.dtype))
-      chosen = build.local(lambda w, table=table: (w * table).sum(1, dtype=w.dtype), wins, max_abs=float(n - 1))
+      chosen = build.local(
+        lambda w, table=table: (w * table).sum(1, dtype=w.dtype), wins, max_abs=float(n - 1)
+      )
     if n > size:
       rows = [wins, x] if position is None else [wins, x, build.local(grouped, position)]
       first, *others = opened(build, rows)
@@ -74,9 +80,15 @@ def _winners(build: Builder, x: Value) -> Value:
   win = (i == np.arange(size)[:, None]).astype(np.int64) - (j == np.arange(size)[:, None])
   coefficients = jnp.asarray(win.astype(build.config.dtype))  # [size, pairs]
   rows = lambda b: jnp.stack(
-    [(b * coefficients[r].reshape(1, -1, *[1] * (b.ndim - 2))).sum(1, dtype=b.dtype) for r in range(size)], axis=1
+    [
+      (b * coefficients[r].reshape(1, -1, *[1] * (b.ndim - 2))).sum(1, dtype=b.dtype)
+      for r in range(size)
+    ],
+    axis=1,
   )
-  lost = (j == np.arange(size)[:, None]).sum(1)  # comparisons that the later of a pair wins with a 0
+  lost = (j == np.arange(size)[:, None]).sum(
+    1
+  )  # comparisons that the later of a pair wins with a 0
   wins = build.local(rows, bits, max_abs=float(size))
   level = (lost - (size - 1)).reshape(1, -1, *[1] * (len(x.shape) - 2)).astype(np.float64)
   return build.sign(build.add_public(wins, level)._replace(max_abs=float(size)))

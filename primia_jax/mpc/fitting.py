@@ -1,4 +1,6 @@
-"""The narrowest ring, and the fewest fraction bits, that keep a function's outputs within a target error."""
+"""The narrowest ring, and the fewest fraction bits, that keep a function's outputs within a target
+error.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from primia_jax.mpc.inference import checker
 from primia_jax.mpc.planning import Plan, calibrate, plan
 from primia_jax.types import PyTree
 
-# Rings by what they cost: 32 bits are stored in half the words, and within one width fewer fraction bits compare fewer
-# digits. The range of a 64-bit ring is never short, so its bits are not searched.
+# Rings by what they cost: 32 bits are stored in half the words, and within one width fewer fraction
+# bits compare fewer digits. The range of a 64-bit ring is never short, so its bits are not
+# searched.
 CANDIDATES = tuple((32, f) for f in (14, 12, 10, 8)) + tuple((64, f) for f in range(10, 25, 2))
 
 
@@ -30,8 +33,9 @@ def fit(
 ) -> Plan:
   """Plans fn with the cheapest ring whose error on the examples is below the target.
 
-  The error is the largest difference between an output of the integer model, which the exact protocol equals bit for
-  bit, and fn itself. Examples are the model owner's; that other inputs behave alike is an assumption, hence `spare`.
+  The error is the largest difference between an output of the integer model, which the exact
+  protocol equals bit for bit, and fn itself. Examples are the model owner's; that other inputs
+  behave alike is an assumption, hence `spare`.
 
   Args:
     fn: as for `plan`.
@@ -40,8 +44,8 @@ def fit(
     target_error: largest error wanted of any output.
     config: everything but num_bits and fraction_bits.
     spare: the error on the examples must be smaller than the target by this factor.
-    candidates: (num_bits, fraction_bits), cheapest first. The finest that fits a ring need not be the most accurate,
-      since weights then get fewer bits; so all are measured.
+    candidates: (num_bits, fraction_bits), cheapest first. The finest that fits a ring need not be
+      the most accurate, since weights then get fewer bits; so all are measured.
 
   Raises:
     ValueError: no ring reaches the target; the message says the best error.
@@ -56,7 +60,10 @@ def fit(
       why = "; rings of more than 32 bits need jax_enable_x64"
       continue
     trial = dataclasses.replace(
-      config, num_bits=num_bits, fraction_bits=fraction_bits, weight_bits=min(config.weight_bits, num_bits)
+      config,
+      num_bits=num_bits,
+      fraction_bits=fraction_bits,
+      weight_bits=min(config.weight_bits, num_bits),
     )
     try:
       candidate = plan(fn, owners, examples[0], trial, ranges)

@@ -1,14 +1,17 @@
-"""[public < dealer-known] by function secret sharing: no communication, 0.6 kB of dealt keys for 40 bits.
+"""[public < dealer-known] by function secret sharing: no communication, 0.6 kB of dealt keys for 40
+bits.
 
-A distributed comparison function (Boyle et al., EUROCRYPT 2021, figure 1, with one payload bit; AriaNN and PriMIA
-compare so too). Each party holds a binary tree of 128-bit seeds that grows from a root of its own. Correction words,
-the same for both, make the two trees equal off the dealer's path r and independent on it, so that the shares that the
-parties gather on the way to the public v cancel to [v < r]. The last seven levels are one 128-bit seed, taken as a
-one-time pad of the answers to their 128 numbers (early termination; Boyle et al., CCS 2016).
+A distributed comparison function (Boyle et al., EUROCRYPT 2021, figure 1, with one payload bit;
+AriaNN and PriMIA compare so too). Each party holds a binary tree of 128-bit seeds that grows from a
+root of its own. Correction words, the same for both, make the two trees equal off the dealer's path
+r and independent on it, so that the shares that the parties gather on the way to the public v
+cancel to [v < r]. The last seven levels are one 128-bit seed, taken as a one-time pad of the
+answers to their 128 numbers (early termination; Boyle et al., CCS 2016).
 
-Assumption: ChaCha20 with a uniform 128-bit key (the cipher's own 16-byte form) is a pseudorandom function of a nonce
-and a counter. A node's seed is the key, its level the nonce and its element the counter: one block gives both children,
-and work spent on guessing one seed of a gate guesses no other. A party alone sees uniform words, whatever r is.
+Assumption: ChaCha20 with a uniform 128-bit key (the cipher's own 16-byte form) is a pseudorandom
+function of a nonce and a counter. A node's seed is the key, its level the nonce and its element the
+counter: one block gives both children, and work spent on guessing one seed of a gate guesses no
+other. A party alone sees uniform words, whatever r is.
 """
 
 from __future__ import annotations
@@ -84,7 +87,8 @@ def run(span: Span, wire: Wire, v: Array, correlation: Correlation) -> Compared:
   Args:
     span: which bits.
     wire: not used.
-    v: [N] uint32 or uint64, public; element n must be the dealer's element n, its number is in the nonces.
+    v: [N] uint32 or uint64, public; element n must be the dealer's element n, its number is in the
+      nonces.
     correlation: this party's roots and the correction words.
   """
   del wire
@@ -99,18 +103,24 @@ def run(span: Span, wire: Wire, v: Array, correlation: Correlation) -> Compared:
 
 
 def key_bytes(span: Span) -> int:
-  """Bytes of correction words that the dealer sends to each party for an element; the roots come from a seed."""
+  """Bytes of correction words that the dealer sends to each party for an element; the roots come
+  from a seed.
+  """
   controls = lambda tree: -(-tree.levels // _FIELDS)
   return sum(4 * (4 * tree.levels + controls(tree) + tree.leaf_words) for tree in _trees(span))
 
 
 def _trees(span: Span) -> list[_Tree]:
   """The low bits are no prefix of all bits: the borrow needs a tree of its own."""
-  return [_Tree("", span.low, span.high)] + ([] if span.cut is None else [_Tree("_cut", 0, span.cut)])
+  return [_Tree("", span.low, span.high)] + (
+    [] if span.cut is None else [_Tree("_cut", 0, span.cut)]
+  )
 
 
 def _derive_chunk(tree: _Tree, rounds: Rounds, chunk: Correlation, first: Array) -> Correlation:
-  """The correction words of a few elements: the dealer walks the path r as both parties, arrays [2, T]."""
+  """The correction words of a few elements: the dealer walks the path r as both parties, arrays [2,
+  T].
+  """
   r, roots = chunk["r"], chunk["roots"]
   seed = tuple(roots[:, i] for i in range(tree.leaf_words))
   zero = seed[0] & np.uint32(0)
@@ -122,9 +132,13 @@ def _derive_chunk(tree: _Tree, rounds: Rounds, chunk: Correlation, first: Array)
     left, right, control = _expand(tree, rounds, seed, first, i)
     off_path = [jnp.where(bit == 1, both(a), both(b)) for a, b in zip(left, right, strict=True)]
     total = both(control)
-    stop = both(value) ^ (total >> (3 - bit)) ^ bit  # who leaves the path to the left, where bit = 1, is less
+    stop = (
+      both(value) ^ (total >> (3 - bit)) ^ bit
+    )  # who leaves the path to the left, where bit = 1, is less
     field = (total ^ bit ^ 1) & 1 | (total ^ bit << 1) & 2 | (stop & 1) << 2
-    seed, t, step = _descend(left, right, control, bit[None], t, tuple(w[None] for w in off_path), field[None])
+    seed, t, step = _descend(
+      left, right, control, bit[None], t, tuple(w[None] for w in off_path), field[None]
+    )
     return (seed, t, value ^ step), (jnp.stack(off_path), field)
 
   parties = lax.broadcasted_iota(jnp.uint32, zero.shape, 0)
@@ -134,13 +148,17 @@ def _derive_chunk(tree: _Tree, rounds: Rounds, chunk: Correlation, first: Array)
     out = {"seeds": seeds, "controls": _pack(fields)}
   seed, _, value = carry
   fewer = [(_low(tree, r) - 32 * i).clip(0, 32).astype(jnp.uint32) for i in range(tree.leaf_words)]
-  answers = [~(jnp.full_like(n, 2**32 - 1) << n) for n in fewer]  # bit v is [v < r]; a shift by 32 gives 0
+  answers = [
+    ~(jnp.full_like(n, 2**32 - 1) << n) for n in fewer
+  ]  # bit v is [v < r]; a shift by 32 gives 0
   pad = [both(word) ^ -both(value) for word in seed]
   out["leaf"] = jnp.stack([a ^ b for a, b in zip(answers, pad, strict=True)])
   return {f"{name}{tree.suffix}": value for name, value in out.items()}
 
 
-def _run_chunk(tree: _Tree, rounds: Rounds, chunk: Correlation, first: Array, party: Array) -> Correlation:
+def _run_chunk(
+  tree: _Tree, rounds: Rounds, chunk: Correlation, first: Array, party: Array
+) -> Correlation:
   """One party's walk to v, for a few elements, arrays [T]."""
   v, root, leaf = chunk["v"], chunk[f"root{tree.suffix}"], chunk[f"leaf{tree.suffix}"]
   seed = tuple(root[i] for i in range(tree.leaf_words))
@@ -152,7 +170,9 @@ def _run_chunk(tree: _Tree, rounds: Rounds, chunk: Correlation, first: Array, pa
     def level(carry, key):
       (seed, t, value), (i, correction) = carry, key
       left, right, control = _expand(tree, rounds, seed, first, i)
-      field = lax.dynamic_index_in_dim(controls, i // _FIELDS, keepdims=False) >> (_FIELD * (i % _FIELDS))
+      field = lax.dynamic_index_in_dim(controls, i // _FIELDS, keepdims=False) >> (
+        _FIELD * (i % _FIELDS)
+      )
       seed, t, step = _descend(left, right, control, _bit(tree, v, i), t, tuple(correction), field)
       return (seed, t, value ^ step), None
 
@@ -165,8 +185,12 @@ def _run_chunk(tree: _Tree, rounds: Rounds, chunk: Correlation, first: Array, pa
   return {"share": ((answer >> (low & 31) ^ value) & 1).astype(jnp.uint8)}
 
 
-def _expand(tree: _Tree, rounds: Rounds, seed: Words, first: Array, level: Array) -> tuple[Words, Words, Array]:
-  """The seeds of both children, and a word of control (bits 0, 1) and value bits (2, 3) of the left and right child."""
+def _expand(
+  tree: _Tree, rounds: Rounds, seed: Words, first: Array, level: Array
+) -> tuple[Words, Words, Array]:
+  """The seeds of both children, and a word of control (bits 0, 1) and value bits (2, 3) of the left
+  and right child.
+  """
   zero = seed[0] & np.uint32(0)
   element = zero | (first + lax.broadcasted_iota(jnp.uint32, zero.shape, zero.ndim - 1))
   nonce = (zero | level, zero | (1 if tree.suffix else 0), zero)
@@ -177,7 +201,9 @@ def _expand(tree: _Tree, rounds: Rounds, seed: Words, first: Array, level: Array
 def _descend(
   left: Words, right: Words, control: Array, bit: Array, t: Array, correction: Words, field: Array
 ) -> tuple[Words, Array, Array]:
-  """One step down: the child's corrected seed and control bit, and what its value bit adds to the share."""
+  """One step down: the child's corrected seed and control bit, and what its value bit adds to the
+  share.
+  """
   children = zip(left, right, correction, strict=True)
   seed = tuple(jnp.where(bit == 1, b, a) ^ c & -t for a, b, c in children)
   return seed, (control >> bit ^ t & field >> bit) & 1, (control >> (2 + bit) ^ t & field >> 2) & 1
@@ -195,20 +221,26 @@ def _low(tree: _Tree, v: Array) -> Array:
 def _pack(fields: Array) -> Array:
   """[levels, T] -> [ceil(levels / 10), T] uint32."""
   words = -(-fields.shape[0] // _FIELDS)
-  fields = jnp.pad(fields, ((0, words * _FIELDS - fields.shape[0]), (0, 0))).reshape(words, _FIELDS, -1)
+  fields = jnp.pad(fields, ((0, words * _FIELDS - fields.shape[0]), (0, 0))).reshape(
+    words, _FIELDS, -1
+  )
   shifts = _FIELD * np.arange(_FIELDS, dtype=np.uint32)[None, :, None]
   return lax.reduce(fields << shifts, np.uint32(0), lax.bitwise_or, (1,))
 
 
 def _chunked(fn: Callable[..., Correlation], arrays: Correlation, *scalars: Array) -> Correlation:
-  """fn(rounds, arrays, first, *scalars) for all elements, a few at a time; the last axis of all arrays has them."""
+  """fn(rounds, arrays, first, *scalars) for all elements, a few at a time; the last axis of all
+  arrays has them.
+  """
   rounds = _rounds_in_one_loop if _windows_are_exact() else _rounds
   on_cpu = functools.partial(_in_chunks, functools.partial(fn, rounds), _CPU_CHUNK)
   elsewhere = functools.partial(_in_chunks, functools.partial(fn, _rounds), _CHUNK)
   return lax.platform_dependent(arrays, *scalars, cpu=on_cpu, default=elsewhere)
 
 
-def _in_chunks(fn: Callable[..., Correlation], size: int, arrays: Correlation, *scalars: Array) -> Correlation:
+def _in_chunks(
+  fn: Callable[..., Correlation], size: int, arrays: Correlation, *scalars: Array
+) -> Correlation:
   num = next(iter(arrays.values())).shape[-1]
   size = min(size, num)
 
@@ -217,13 +249,23 @@ def _in_chunks(fn: Callable[..., Correlation], size: int, arrays: Correlation, *
     return fn(cut, start.astype(jnp.uint32), *scalars)
 
   def step(i, out):
-    start = jnp.minimum(i * size, num - size)  # the last may overlap the one before, and agrees with it
-    return {name: lax.dynamic_update_slice_in_dim(out[name], x, start, -1) for name, x in chunk(start).items()}
+    start = jnp.minimum(
+      i * size, num - size
+    )  # the last may overlap the one before, and agrees with it
+    return {
+      name: lax.dynamic_update_slice_in_dim(out[name], x, start, -1)
+      for name, x in chunk(start).items()
+    }
 
   # Under shard_map the loop's carry must vary over the mesh axes that the results vary over.
-  zero = functools.reduce(operator.or_, (x.ravel()[0].astype(jnp.uint32) for x in arrays.values())) & np.uint32(0)
+  zero = functools.reduce(
+    operator.or_, (x.ravel()[0].astype(jnp.uint32) for x in arrays.values())
+  ) & np.uint32(0)
   shapes = jax.eval_shape(chunk, jax.ShapeDtypeStruct((), jnp.int32))
-  init = {name: jnp.zeros((*x.shape[:-1], num), x.dtype) | zero.astype(x.dtype) for name, x in shapes.items()}
+  init = {
+    name: jnp.zeros((*x.shape[:-1], num), x.dtype) | zero.astype(x.dtype)
+    for name, x in shapes.items()
+  }
   return lax.fori_loop(0, -(-num // size), step, init)
 
 
@@ -234,9 +276,11 @@ def _rounds(state: Words) -> Words:
 
 
 def _rounds_in_one_loop(state: Words) -> Words:
-  """The same, four times faster on CPU: windows of one word are one loop, which keeps the words in registers.
+  """The same, four times faster on CPU: windows of one word are one loop, which keeps the words in
+  registers.
 
-  The block function is no monoid, so that XLA does not promise to apply it once: see `_windows_are_exact`.
+  The block function is no monoid, so that XLA does not promise to apply it once: see
+  `_windows_are_exact`.
   """
 
   def block(a: Words, b: Words) -> Words:  # one of them is the initial zero
@@ -251,12 +295,16 @@ def _rounds_in_one_loop(state: Words) -> Words:
 
 @functools.cache
 def _windows_are_exact() -> bool:
-  """Whether this XLA:CPU computes `_rounds` in `_rounds_in_one_loop`, by trying it; False without a CPU backend."""
+  """Whether this XLA:CPU computes `_rounds` in `_rounds_in_one_loop`, by trying it; False without a
+  CPU backend.
+  """
   try:
     cpu = jax.local_devices(backend="cpu")[0]
   except RuntimeError:
     return False
   words = np.arange(16 * 64, dtype=np.uint32).reshape(16, 64) * np.uint32(2654435761)
   with jax.ensure_compile_time_eval(), jax.default_device(cpu):
-    fast, slow = (jax.jit(fn)(tuple(map(jnp.asarray, words))) for fn in (_rounds_in_one_loop, _rounds))
+    fast, slow = (
+      jax.jit(fn)(tuple(map(jnp.asarray, words))) for fn in (_rounds_in_one_loop, _rounds)
+    )
     return all(bool((a == b).all()) for a, b in zip(fast, slow, strict=True))

@@ -1,10 +1,11 @@
 """ReLU, truncation and sign of a shared number, each one opening and a comparison.
 
-All take shares of z, a signed number with |z| + `slack` < 2^K, K <= k - 2, in Z_2^k. The dealer knows a mask r;
-the parties open zh = z + 2^K (+ 2^(shift - 1), to round) + r, which is uniform whatever z is. The sign of z is a bit of
-zh, a bit of r and one comparison of the public zh with r (`tables` or `fss`); z >> shift is a linear function of what
-the dealer knows, once the borrow of the low bits is known (`exact`), or within one unit without it. Nothing else is
-opened but bits under fresh masks. A number beyond K is the one silent failure: `inference.check` finds it.
+All take shares of z, a signed number with |z| + `slack` < 2^K, K <= k - 2, in Z_2^k. The dealer
+knows a mask r; the parties open zh = z + 2^K (+ 2^(shift - 1), to round) + r, which is uniform
+whatever z is. The sign of z is a bit of zh, a bit of r and one comparison of the public zh with r
+(`tables` or `fss`); z >> shift is a linear function of what the dealer knows, once the borrow of
+the low bits is known (`exact`), or within one unit without it. Nothing else is opened but bits
+under fresh masks. A number beyond K is the one silent failure: `inference.check` finds it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from jax import lax
 
 from primia_jax import ring
 from primia_jax.mpc import fss, tables
-from primia_jax.mpc.dealing import ADDITIVE, BOOLEAN, Correlation, Derived, Masks, Uniform, open_mask
+from primia_jax.mpc.dealing import (
+  ADDITIVE,
+  BOOLEAN,
+  Correlation,
+  Derived,
+  Masks,
+  Uniform,
+  open_mask,
+)
 from primia_jax.mpc.sharing import Wire, at
 from primia_jax.mpc.tables import Span
 from primia_jax.types import Array
@@ -36,7 +45,8 @@ class Gate(NamedTuple):
     range_bits: K; |z| + `slack` must stay below 2^K.
     shift: bits cut off at the end, rounding to nearest (ties up).
     skip: low bits that the sign ignores: it may err where |z| < 2^skip. 0 where the gate is exact.
-    exact: whether the truncation is exact; else one unit too high, with a chance equal to the part that is cut off.
+    exact: whether the truncation is exact; else one unit too high, with a chance equal to the part
+      that is cut off.
     comparison: "tables" or "fss".
   """
 
@@ -53,7 +63,10 @@ class Gate(NamedTuple):
 def check(gate: Gate) -> None:
   """Raises a ValueError where the ring is too small for the gate."""
   if gate.range_bits > gate.num_bits - 2:
-    raise ValueError(f"values of {gate.range_bits} bits need a ring of {gate.range_bits + 2} bits, not {gate.num_bits}")
+    raise ValueError(
+      f"values of {gate.range_bits} bits need a ring of {gate.range_bits + 2} bits, not "
+      f"{gate.num_bits}"
+    )
   if not 0 <= gate.shift < gate.range_bits or not 0 <= gate.skip < gate.range_bits:
     raise ValueError(f"shift={gate.shift} and skip={gate.skip} must lie in [0, {gate.range_bits})")
 
@@ -82,7 +95,10 @@ def derive(gate: Gate, shares: dict[str, Array]) -> Derived:
   values: dict[str, Array] = {}
   if gate.shift:
     narrow = np.uint16 if gate.shift <= 16 else dtype  # sigma is multiplied by 2^(k - shift)
-    values |= {"rho": r >> dtype(gate.shift), "sigma": (r >> dtype(gate.num_bits - 1)).astype(narrow)}
+    values |= {
+      "rho": r >> dtype(gate.shift),
+      "sigma": (r >> dtype(gate.num_bits - 1)).astype(narrow),
+    }
     if gate.exact:
       lam = _unpack(open_mask(shares["borrow"], BOOLEAN), gate.num) if lam is None else lam
       values["lambda"] = lam.astype(dtype)
@@ -92,7 +108,9 @@ def derive(gate: Gate, shares: dict[str, Array]) -> Derived:
     top = (r >> dtype(gate.range_bits)).astype(jnp.uint8) & np.uint8(1)
     beta = _unpack(open_mask(shares["sign"], BOOLEAN), gate.num) ^ top
     additive["beta"] = beta.astype(dtype)
-    additive |= {f"{name}_beta": jnp.where(beta == 1, v, jnp.zeros_like(v)) for name, v in values.items()}
+    additive |= {
+      f"{name}_beta": jnp.where(beta == 1, v, jnp.zeros_like(v)) for name, v in values.items()
+    }
     values.pop("r", None)  # its shares are the mask's own
   return Derived({**additive, **values}, derived.boolean, derived.common)
 
@@ -111,7 +129,9 @@ def run(gate: Gate, wire: Wire, z: Array, correlation: Correlation) -> Array:
   """
   dtype, k, c = z.dtype.type, gate.num_bits, correlation
   offset = 2**gate.range_bits + _half(gate)
-  opened = ring.reduce(wire.open_additive(z + at(0, jnp.full_like(z, offset)) + c["r"], "masked input"), k)
+  opened = ring.reduce(
+    wire.open_additive(z + at(0, jnp.full_like(z, offset)) + c["r"], "masked input"), k
+  )
   borrow = sign = None
   if span := _span(gate):
     compared = COMPARISONS[gate.comparison].run(span, wire, opened, c)
@@ -145,7 +165,9 @@ def run(gate: Gate, wire: Wire, z: Array, correlation: Correlation) -> Array:
 
 
 def clear(gate: Gate, z: Array) -> Array:
-  """The same on numbers in the clear, [N] uint32 or uint64 ring elements: what an exact gate equals bit for bit."""
+  """The same on numbers in the clear, [N] uint32 or uint64 ring elements: what an exact gate equals
+  bit for bit.
+  """
   signed = to_signed(z, gate.num_bits)
   if gate.action == SIGN:
     return (signed >= 0).astype(z.dtype)
@@ -208,7 +230,9 @@ def _pack(bits: Array) -> Array:
   """[N] uint8 of 0 or 1 -> [ceil(N / 8)] uint8; element a W + w is bit a of byte w."""
   width = -(-bits.shape[0] // 8)
   bits = jnp.pad(bits, (0, 8 * width - bits.shape[0])).reshape(8, width)
-  return lax.reduce(bits << np.arange(8, dtype=np.uint8)[:, None], np.uint8(0), lax.bitwise_or, (0,))
+  return lax.reduce(
+    bits << np.arange(8, dtype=np.uint8)[:, None], np.uint8(0), lax.bitwise_or, (0,)
+  )
 
 
 def _unpack(packed: Array, num: int) -> Array:

@@ -1,7 +1,8 @@
-"""`secret`: a JAX function as a two-party protocol. And the phases it is made of, for those who run them apart.
+"""`secret`: a JAX function as a two-party protocol. And the phases it is made of, for those who run
+them apart.
 
-Semi-honest parties; the dealer colludes with neither. The model owner learns nothing; the data owner learns the output
-and what the `Plan` says; the dealer learns the plan only.
+Semi-honest parties; the dealer colludes with neither. The model owner learns nothing; the data
+owner learns the output and what the `Plan` says; the dealer learns the plan only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from primia_jax.mpc.protocol import Dealt, Operands, Part, Ready
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Wire
 from primia_jax.types import Array, PyTree
 
-_SETUP, _INPUTS = 0, 3  # subkeys: the dealer's for what it draws once per model; of a simulated owner of shares
+_SETUP, _INPUTS = (
+  0,
+  3,
+)  # subkeys: the dealer's for what it draws once per model; of a simulated owner of shares
 
 
 def secret(
@@ -32,21 +36,23 @@ def secret(
   config: Config = Config(),  # noqa: B008
   ranges: np.ndarray | None = None,
 ) -> Callable:
-  """Transforms fn(*args) into f(key, *args), which computes it under encryption: both parties and the dealer in one.
+  """Transforms fn(*args) into f(key, *args), which computes it under encryption: both parties and
+  the dealer in one.
 
-  For research and tests: whoever runs it sees everything. It traces, so it goes through `jit` and `vmap` (with a key
-  for each element), and it deals for every call.
+  For research and tests: whoever runs it sees everything. It traces, so it goes through `jit` and
+  `vmap` (with a key for each element), and it deals for every call.
 
   Args:
     fn, owners, config, ranges: as `planning.plan` takes them.
 
   Returns:
-    f(key, *args) -> fn's outputs in float32; key is [8] uint32, never used twice. Arguments whose owner is "shared" are
-    given in the clear here.
+    f(key, *args) -> fn's outputs in float32; key is [8] uint32, never used twice. Arguments whose
+    owner is "shared" are given in the clear here.
 
   >>> import jax.numpy as jnp
   >>> from primia_jax import prng
-  >>> f = secret(lambda w, x: jnp.maximum(w @ x, 0), ("model_owner", "data_owner"), Config(32, 8, 10))
+  >>> owners = ("model_owner", "data_owner")
+  >>> f = secret(lambda w, x: jnp.maximum(w @ x, 0), owners, Config(32, 8, 10))
   >>> f(prng.random_key(), jnp.eye(2), jnp.array([1.5, -2.0])).tolist()
   [1.5, 0.0]
   """
@@ -57,7 +63,9 @@ def secret(
     blind = blinds(plan, key)
     dealt = deal(plan, key, blind)
     published = publish(plan, operands, key)
-    ready = [prepare(plan, party, protocol.part(dealt, party), operands, published) for party in (0, 1)]
+    ready = [
+      prepare(plan, party, protocol.part(dealt, party), operands, published) for party in (0, 1)
+    ]
     return reveal(plan, simulate(plan, stack(*ready), operands))
 
   return wrapped
@@ -67,7 +75,8 @@ def secret(
 
 
 def encode(plan: Plan, args: Sequence[PyTree], party: int | None = None) -> Operands:
-  """The operands that an owner (None: everybody) puts in, as ring elements; once per model, once per image.
+  """The operands that an owner (None: everybody) puts in, as ring elements; once per model, once
+  per image.
 
   Args:
     plan: the plan.
@@ -82,7 +91,10 @@ def encode(plan: Plan, args: Sequence[PyTree], party: int | None = None) -> Oper
 
 def encoder(plan: Plan, party: int | None = None) -> Callable[[Sequence[PyTree]], Operands]:
   """`encode`, compiled once for many images."""
-  each = [_owner_encoder(plan, owner) for owner in ((None, MODEL_OWNER, DATA_OWNER) if party is None else (party,))]
+  each = [
+    _owner_encoder(plan, owner)
+    for owner in ((None, MODEL_OWNER, DATA_OWNER) if party is None else (party,))
+  ]
 
   def run_encoders(args: Sequence[PyTree]) -> Operands:
     return {i: v for encode_owner in each for i, v in encode_owner(args).items()}
@@ -91,7 +103,9 @@ def encoder(plan: Plan, party: int | None = None) -> Callable[[Sequence[PyTree]]
 
 
 def _owner_encoder(plan: Plan, owner: int | None) -> Callable[[Sequence[PyTree]], Operands]:
-  """One owner's; a program of its own, since another might round a folded weight to the neighbouring integer."""
+  """One owner's; a program of its own, since another might round a folded weight to the
+  neighbouring integer.
+  """
   mine = [i for i, operand in enumerate(plan.circuit.operands) if operand.owner == owner]
 
   @jax.jit
@@ -100,7 +114,9 @@ def _owner_encoder(plan: Plan, owner: int | None) -> Callable[[Sequence[PyTree]]
     operands = [plan.circuit.operands[i] for i in mine]
     values = [operand.value(env) for operand in operands]
     largest = [jnp.max(jnp.abs(v), initial=0).astype(jnp.float32) for v in values]
-    return largest, [protocol.encode(o, v, plan.config) for o, v in zip(operands, values, strict=True)]
+    return largest, [
+      protocol.encode(o, v, plan.config) for o, v in zip(operands, values, strict=True)
+    ]
 
   def run_encoder(args: Sequence[PyTree]) -> Operands:
     largest, encoded = integers(_given(plan, args, owner))
@@ -126,7 +142,9 @@ def publish(plan: Plan, operands: Operands, key: Array) -> Operands:
 def _given(plan: Plan, args: Sequence[PyTree], owner: int | None) -> list[Array | None]:
   """The arguments of one owner, and None for the others'."""
   leaves = jax.tree.leaves(tuple(args))
-  return [jnp.asarray(v) if by == owner else None for by, v in zip(plan.owners, leaves, strict=True)]
+  return [
+    jnp.asarray(v) if by == owner else None for by, v in zip(plan.owners, leaves, strict=True)
+  ]
 
 
 def _check_fits(operand: protocol.Operand, most: Array, config: Config) -> None:
@@ -137,7 +155,8 @@ def _check_fits(operand: protocol.Operand, most: Array, config: Config) -> None:
   if not largest < limit:
     kind = "a weight" if operand.map else "an input or offset"
     raise ValueError(
-      f"{operand.layer}: {kind} of magnitude {largest:.4g} does not fit below {limit:.4g}; scale it down, plan with "
+      f"{operand.layer}: {kind} of magnitude {largest:.4g} does not fit below {limit:.4g}; scale "
+      f"it down, plan with "
       "the weights at hand, or use fewer fraction_bits"
     )
 
@@ -159,7 +178,9 @@ def deal(plan: Plan, key: Array, blind: Operands | None = None) -> Dealt:
     key: [8] uint32, secret to the dealer, never used twice.
     blind: from `blinds` with the model's key; None takes `key` for it.
   """
-  return protocol.deal(plan.circuit, plan.config, key, blinds(plan, key) if blind is None else blind)
+  return protocol.deal(
+    plan.circuit, plan.config, key, blinds(plan, key) if blind is None else blind
+  )
 
 
 # ---- the parties
@@ -182,7 +203,9 @@ def stack(*each: PyTree) -> PyTree:
 
 
 class Step(NamedTuple):
-  """Operations first to last - 1 of a plan as one compiled function (ready, operands, env) -> env of both parties."""
+  """Operations first to last - 1 of a plan as one compiled function (ready, operands, env) -> env
+  of both parties.
+  """
 
   first: int
   last: int
@@ -201,39 +224,56 @@ def simulate(plan: Plan, ready: Ready, operands: Operands) -> list[Array]:
     the outputs' shares, each [2, ...].
   """
   both = jax.vmap(
-    lambda ready, operands: run(plan, ready, operands), in_axes=(0, _operand_axes(plan)), axis_name=PARTY, axis_size=2
+    lambda ready, operands: run(plan, ready, operands),
+    in_axes=(0, _operand_axes(plan)),
+    axis_name=PARTY,
+    axis_size=2,
   )
   return both(ready, operands)
 
 
 def _operand_axes(plan: Plan) -> dict[int, int | None]:
   """What is given as shares has a row for each party."""
-  return {i: 0 if operand.owner is None else None for i, operand in enumerate(plan.circuit.operands)}
+  return {
+    i: 0 if operand.owner is None else None for i, operand in enumerate(plan.circuit.operands)
+  }
 
 
 def simulate_steps(plan: Plan) -> list[Step]:
-  """`simulate` cut into steps that are compiled and timed one by one: each opens a value, or ends the circuit.
+  """`simulate` cut into steps that are compiled and timed one by one: each opens a value, or ends
+  the circuit.
 
   Args:
     plan: the plan.
 
   Returns:
-    steps; run them in order with `env = step.fn(ready, operands, env)`, from an empty env; ready and operands are as
-    `simulate` takes them. The last one's env gives the shares of the outputs to `outputs`.
+    steps; run them in order with `env = step.fn(ready, operands, env)`, from an empty env; ready
+    and operands are as `simulate` takes them. The last one's env gives the shares of the outputs to
+    `outputs`.
   """
   operations = plan.circuit.operations
   cuts = [i for i, op in enumerate(operations) if isinstance(op, Open | Apply)]
   cuts = [0, *(i + 1 for i in cuts if i + 1 < len(operations)), len(operations)]
-  opened = {op.out for op in operations if isinstance(op, Open) or (isinstance(op, Local) and op.opened)}
+  opened = {
+    op.out for op in operations if isinstance(op, Open) or (isinstance(op, Local) and op.opened)
+  }
   axes = _operand_axes(plan)
-  env_axes = lambda number: {i: (None, 0) if i in opened else 0 for i in protocol.live(plan.circuit, number)}
+  env_axes = lambda number: {
+    i: (None, 0) if i in opened else 0 for i in protocol.live(plan.circuit, number)
+  }
 
   def step(first: int, last: int) -> Step:
     part = lambda ready, operands, env: protocol.advance(
       plan.circuit, plan.config, Wire(), ready, operands, env, first, last
     )
     both = jax.jit(
-      jax.vmap(part, in_axes=(0, axes, env_axes(first)), out_axes=env_axes(last), axis_name=PARTY, axis_size=2)
+      jax.vmap(
+        part,
+        in_axes=(0, axes, env_axes(first)),
+        out_axes=env_axes(last),
+        axis_name=PARTY,
+        axis_size=2,
+      )
     )
     mine = lambda ready: {i: c for i, c in ready.items() if first <= i < last}
     return Step(first, last, lambda ready, operands, env: both(mine(ready), operands, env))
@@ -247,7 +287,8 @@ def outputs(plan: Plan, env: protocol.Env) -> list[Array]:
 
 
 def on_mesh(plan: Plan, mesh: jax.sharding.Mesh, ready: Ready, operands: Operands) -> list[Array]:
-  """Each party on a device of its own, by `shard_map` over the axis "party"; opened values as in `simulate`.
+  """Each party on a device of its own, by `shard_map` over the axis "party"; opened values as in
+  `simulate`.
 
   Args:
     plan: the plan.
@@ -261,7 +302,9 @@ def on_mesh(plan: Plan, mesh: jax.sharding.Mesh, ready: Ready, operands: Operand
     mine = jax.tree.map(lambda v: v[0], (ready, operands))
     return [v[None] for v in run(plan, mine[0], mine[1], Wire(swap=True))]
 
-  return jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(ready, operands)
+  return jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
+    ready, operands
+  )
 
 
 def reveal(plan: Plan, shares: Sequence[Array]) -> PyTree:
@@ -285,14 +328,17 @@ def _as(dtype: Any, x: Array) -> Array:
 
 
 def share(x: Array, key: Array, config: Config) -> Array:
-  """Shares [2, ...] of a float array at the scale of activations; each alone is uniform and tells nothing.
+  """Shares [2, ...] of a float array at the scale of activations; each alone is uniform and tells
+  nothing.
 
   Args:
     x: float array; |x| < 2^(k - 2 - f).
     key: [8] uint32, secret, never used twice.
     config: the ring.
   """
-  operand = protocol.Operand(None, lambda env: x, 2.0**-config.fraction_bits, x.shape, None, None, "share")
+  operand = protocol.Operand(
+    None, lambda env: x, 2.0**-config.fraction_bits, x.shape, None, None, "share"
+  )
   _check_fits(operand, jnp.max(jnp.abs(x), initial=0), config)
   elements = protocol.encode(operand, x, config)
   first = prng.bits(key, jnp.zeros(3, jnp.uint32), x.shape, config.dtype)
@@ -318,11 +364,12 @@ def check(plan: Plan, args: Sequence[PyTree]) -> PyTree:
 
 
 def checker(plan: Plan) -> Callable[[Sequence[PyTree]], PyTree]:
-  """The exact protocol's outputs, bit for bit, computed in the clear, with every gate's range checked.
+  """The exact protocol's outputs, bit for bit, computed in the clear, with every gate's range
+  checked.
 
   Returns:
-    args -> outputs; it raises a ValueError where a value leaves the range planned for it, which the protocol itself
-    could not notice, and names the layer.
+    args -> outputs; it raises a ValueError where a value leaves the range planned for it, which the
+    protocol itself could not notice, and names the layer.
   """
   gate_operations = [op for op in plan.circuit.operations if isinstance(op, Apply)]
   wide = jnp.int64 if plan.config.num_bits > 32 else jnp.int32
@@ -340,7 +387,8 @@ def checker(plan: Plan) -> Callable[[Sequence[PyTree]], PyTree]:
     for op, most in zip(gate_operations, largest, strict=True):
       if int(most) + gates.slack(op.gate) >= 2**op.gate.range_bits:
         raise ValueError(
-          f"{op.layer}: the input of a {op.gate.action} takes {int(most).bit_length()} bits but was planned for "
+          f"{op.layer}: the input of a {op.gate.action} takes {int(most).bit_length()} bits but "
+          f"was planned for "
           f"{op.gate.range_bits}; calibrate with more examples or a larger margin"
         )
     return _outputs(plan, elements)

@@ -1,8 +1,9 @@
 """Who knows what while a program is lowered, and what waits to be computed.
 
-A value is public (an array), `Owned` by a party in the clear, or shared (a `Value` of the circuit). A linear layer with
-an owned operand waits (`Lazy`) for scales and offsets that its owner can fold into it, such as BatchNorm; a ReLU waits
-(`Pending`) while only maxima and reshapings follow, so that pooling comes first.
+A value is public (an array), `Owned` by a party in the clear, or shared (a `Value` of the circuit).
+A linear layer with an owned operand waits (`Lazy`) for scales and offsets that its owner can fold
+into it, such as BatchNorm; a ReLU waits (`Pending`) while only maxima and reshapings follow, so
+that pooling comes first.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Lazy(NamedTuple):
   offset: Owned | None
   shape: tuple[int, ...]
   axes: tuple[int | None, ...]  # for each axis of the output, that of the weight it comes from
-  after: tuple[Callable[[Array], Array], ...]  # rearrangements of the product, before the offset is added
+  after: tuple[
+    Callable[[Array], Array], ...
+  ]  # rearrangements of the product, before the offset is added
   bound: float = math.inf
   layer: str = ""
   largest_sum: float = 0.0  # of the sums that it enters, for which the ring must have room too
@@ -67,14 +70,18 @@ class Pending(NamedTuple):
 class Lowering:
   """The state of a lowering: the circuit so far, and what each value is."""
 
-  def __init__(self, program: Program, config: Config, ranges: np.ndarray | None, known: Mapping[int, Env]):
+  def __init__(
+    self, program: Program, config: Config, ranges: np.ndarray | None, known: Mapping[int, Env]
+  ):
     self.build = Builder(config)
     self.ranges, self.known = ranges, known
     self.env: dict[int, Any] = {}
     self.forced: dict[Any, Value] = {}
     self.labels: dict[int, str] = {}
     self.pools = _pooled(program)
-    self.sums = np.full(program.num_values, math.inf) if ranges is None else np.array(ranges, np.float64)
+    self.sums = (
+      np.full(program.num_values, math.inf) if ranges is None else np.array(ranges, np.float64)
+    )
     for equation in reversed(program.equations):
       if equation.name in ("add", "sub"):
         inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
@@ -100,13 +107,15 @@ class Lowering:
     if len(owners) == 1 and all(isinstance(v, Owned) or not is_secret(v) for v in inputs):
       (owner,) = owners
       for ref, aval in zip(equation.outputs, equation.avals, strict=True):
-        self.env[ref.number] = Owned(owner, reader(ref), aval.shape, _varies(equation, inputs, aval))
+        self.env[ref.number] = Owned(
+          owner, reader(ref), aval.shape, _varies(equation, inputs, aval)
+        )
       return
     rule = rules.get(equation.name)
     if rule is None:
       raise NotImplementedError(
-        f"{equation.name} of a secret value has no protocol (at {equation.source}, in {equation.layer}); supported are "
-        + ", ".join(sorted(rules))
+        f"{equation.name} of a secret value has no protocol (at {equation.source}, in "
+        f"{equation.layer}); supported are " + ", ".join(sorted(rules))
       )
     outputs = rule(self, equation, inputs)
     outputs = outputs if isinstance(outputs, list) else [outputs]
@@ -138,7 +147,9 @@ class Lowering:
     if v not in self.forced:
       match v:
         case Owned():
-          self.forced[v] = self.build.input(v.owner, v.read, v.shape, self.largest(v, self.build.config.margin))
+          self.forced[v] = self.build.input(
+            v.owner, v.read, v.shape, self.largest(v, self.build.config.margin)
+          )
         case Pending() | Lazy():
           here, self.build.layer = self.build.layer, v.layer or self.build.layer
           out = self.compute(v) if isinstance(v, Lazy) else self.build.relu(v.x)
@@ -149,7 +160,9 @@ class Lowering:
     return self.forced[v]
 
   def compute(self, lazy: Lazy) -> Value:
-    """The one-sided product, at a scale that fills the operand's bits and leaves room in the ring."""
+    """The one-sided product, at a scale that fills the operand's bits and leaves room in the
+    ring.
+    """
     config = self.build.config
     bound, x, largest = lazy.bound, lazy.x, self.largest(lazy.weight)
     fraction_bits, bits = config.fraction_bits, config.num_bits
@@ -167,11 +180,19 @@ class Lowering:
       fraction_bits = min(fraction_bits, fits)
       if fraction_bits + magnitude < _FEWEST_BITS:
         raise ValueError(
-          f"{self.build.layer}: values up to {bound:.4g} leave weights fewer than {_FEWEST_BITS} bits in a ring of "
+          f"{self.build.layer}: values up to {bound:.4g} leave weights fewer than {_FEWEST_BITS} "
+          f"bits in a ring of "
           f"{config.num_bits} bits; use a wider ring or fewer fraction_bits"
         )
     out = self.build.linear(
-      x, lazy.weight.owner, lazy.weight.read, lazy.weight.shape, 2.0**-fraction_bits, bits, lazy.map, bound
+      x,
+      lazy.weight.owner,
+      lazy.weight.read,
+      lazy.weight.shape,
+      2.0**-fraction_bits,
+      bits,
+      lazy.map,
+      bound,
     )
     for fn in lazy.after:
       out = self.build.local(fn, out)
@@ -184,10 +205,14 @@ class Lowering:
 
   def least(self, x: Value) -> float:
     """A magnitude that no value exceeds, and that a difference still holds."""
-    return x.max_abs if not math.isinf(x.max_abs) else 2.0 ** (self.build.config.num_bits - 4) * x.scale
+    return (
+      x.max_abs if not math.isinf(x.max_abs) else 2.0 ** (self.build.config.num_bits - 4) * x.scale
+    )
 
   def largest(self, owned: Owned, slack: float = 1.0) -> float:
-    """The largest magnitude of an owned value, where its owner plans with it at hand; with slack where data."""
+    """The largest magnitude of an owned value, where its owner plans with it at hand; with slack
+    where data.
+    """
     if owned.owner not in self.known:
       return math.inf
     return float(jnp.max(jnp.abs(owned.read(self.known[owned.owner])))) * slack
@@ -225,7 +250,9 @@ def is_secret(v: Any) -> bool:
   return isinstance(v, Owned | Lazy | Pending | Value)
 
 
-def _varies(equation: Equation, inputs: Sequence[Any], aval: jax.ShapeDtypeStruct) -> frozenset[int]:
+def _varies(
+  equation: Equation, inputs: Sequence[Any], aval: jax.ShapeDtypeStruct
+) -> frozenset[int]:
   """The axes along which an owned result may vary."""
   everywhere = frozenset(i for i, n in enumerate(aval.shape) if n > 1)
   if equation.name == "broadcast_in_dim" and isinstance(inputs[0], Owned):
@@ -252,5 +279,28 @@ def compact(owned: Owned) -> Callable[[Env], Array]:
   return lambda env: owned.read(env)[index]
 
 
-ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "rsqrt", "sqrt", "square", "integer_pow", "max", "min", "exp", "log"}
-ELEMENTWISE |= {"convert_element_type", "copy", "stop_gradient", "pow", "abs", "sign", "logistic", "tanh"}
+ELEMENTWISE = {
+  "add",
+  "sub",
+  "mul",
+  "div",
+  "neg",
+  "rsqrt",
+  "sqrt",
+  "square",
+  "integer_pow",
+  "max",
+  "min",
+  "exp",
+  "log",
+}
+ELEMENTWISE |= {
+  "convert_element_type",
+  "copy",
+  "stop_gradient",
+  "pow",
+  "abs",
+  "sign",
+  "logistic",
+  "tanh",
+}

@@ -1,7 +1,8 @@
 """From a program's equations to a circuit: who knows what decides the protocol of each equation.
 
-What depends on one party's values alone that party computes in plain floating point; the rest follows the rules of
-`arithmetic` and `choices`. Anything without a rule is refused by name, with its source line.
+What depends on one party's values alone that party computes in plain floating point; the rest
+follows the rules of `arithmetic` and `choices`. Anything without a rule is refused by name, with
+its source line.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def lower(
     owners: for each flat input that is not public, its party; None for an argument given as shares.
     config: the ring and what else the parties agree on.
     ranges: [number of values] the largest magnitude of each, as calibrated; None assumes nothing.
-    known: for an owner who plans with its values at hand, those values, from which the scales of its operands follow.
+    known: for an owner who plans with its values at hand, those values, from which the scales of
+      its operands follow.
 
   Raises:
     NotImplementedError: for a primitive without a rule.

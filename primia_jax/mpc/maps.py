@@ -1,4 +1,6 @@
-"""Bilinear maps as they stand in a jaxpr: their shapes, and which axis of a result comes from which of the weight."""
+"""Bilinear maps as they stand in a jaxpr: their shapes, and which axis of a result comes from which
+of the weight.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +56,16 @@ def weight_axes(mapping: Map, x: Sequence[int], w: Sequence[int]) -> tuple[int |
 
 
 def swapped(mapping: Map, a_ndim: int, b_ndim: int) -> tuple[Map, tuple[int, ...]]:
-  """A dot_general with its operands exchanged, and the transposition of its result that undoes it."""
+  """A dot_general with its operands exchanged, and the transposition of its result that undoes
+  it.
+  """
   (a_contracted, b_contracted), (a_batch, b_batch) = dict(mapping.params)["dimension_numbers"]
   numbers = ((b_contracted, a_contracted), (b_batch, a_batch))
   batch = len(a_batch)
   b_free, a_free = b_ndim - len(b_contracted) - batch, a_ndim - len(a_contracted) - batch
-  order = (*range(batch), *range(batch + b_free, batch + b_free + a_free), *range(batch, batch + b_free))
+  order = (
+    *range(batch),
+    *range(batch + b_free, batch + b_free + a_free),
+    *range(batch, batch + b_free),
+  )
   return Map("dot_general", (("dimension_numbers", numbers),)), order

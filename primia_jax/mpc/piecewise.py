@@ -1,7 +1,8 @@
-"""Functions of a shared number piece by piece: comparisons with many public thresholds in one gate, constants, cubics.
+"""Functions of a shared number piece by piece: comparisons with many public thresholds in one gate,
+constants, cubics.
 
-Any piecewise constant function is a local sum of the comparisons' bits (`table`); with tables of coefficients, so is
-any piecewise polynomial one product more.
+Any piecewise constant function is a local sum of the comparisons' bits (`table`); with tables of
+coefficients, so is any piecewise polynomial one product more.
 """
 
 from __future__ import annotations
@@ -18,18 +19,24 @@ from primia_jax.types import Array
 
 
 def steps(build: Builder, x: Value, thresholds: Sequence[int] | np.ndarray) -> Value:
-  """[n, ...] at scale 1: 1 where x reaches each of n thresholds, which are ascending, in units of x."""
+  """[n, ...] at scale 1: 1 where x reaches each of n thresholds, which are ascending, in units of
+  x.
+  """
   t = np.asarray(thresholds, np.float64).reshape(-1, *[1] * len(x.shape)) * x.scale
   x = build.local(lambda v: jnp.broadcast_to(v, (t.size, *v.shape)), x)
   return build.sign(build.add_public(x, -t))
 
 
 def table(build: Builder, steps: Value, values: np.ndarray, scale: float) -> Value:
-  """The value of the piece that x lies in, in whole units of `scale`; there is one piece more than steps."""
+  """The value of the piece that x lies in, in whole units of `scale`; there is one piece more than
+  steps.
+  """
   integers = [round(v / scale) for v in values.tolist()]
   jumps = [b - a for a, b in itertools.pairwise(integers)]
   dtype = build.config.dtype
-  factors = np.array([j % 2 ** (8 * dtype.itemsize) for j in jumps], dtype).reshape(-1, *[1] * (len(steps.shape) - 1))
+  factors = np.array([j % 2 ** (8 * dtype.itemsize) for j in jumps], dtype).reshape(
+    -1, *[1] * (len(steps.shape) - 1)
+  )
 
   def fn(bits: Array) -> Array:
     return (bits * factors).sum(0, dtype=bits.dtype)
@@ -46,7 +53,12 @@ def sign(build: Builder, x: Value) -> Value:
 
 
 def spline(
-  build: Builder, x: Value, fn: Callable[[np.ndarray], np.ndarray], end: float, left: float, right: float
+  build: Builder,
+  x: Value,
+  fn: Callable[[np.ndarray], np.ndarray],
+  end: float,
+  left: float,
+  right: float,
 ) -> Value:
   """A function as cubics on pieces of [-end, end], and as constants beyond."""
   f = build.config.fraction_bits
@@ -54,7 +66,9 @@ def spline(
   bounded = x.max_abs + x.scale <= end
   end = min(end, x.max_abs + x.scale)
   ratio = x.scale * 2.0**f  # x counts in units of 2^-f, and the coefficients make good for it
-  knots, centres, coefficients = _pieces(fn, end, 0.4 * build.config.unit, x.scale, build.config.unit / ratio)
+  knots, centres, coefficients = _pieces(
+    fn, end, 0.4 * build.config.unit, x.scale, build.config.unit / ratio
+  )
   c = np.zeros((len(centres) + 2, 4))
   c[1:-1] = coefficients * ratio ** np.arange(4)
   c[0, 0], c[-1, 0] = (left, right) if not bounded else fn(np.array([-end, end]))
@@ -72,11 +86,14 @@ def spline(
   return out._replace(max_abs=float(np.abs(c[:, 0]).max()) + 0.5)
 
 
-def _pieces(fn: Callable[[np.ndarray], np.ndarray], end: float, error: float, scale: float, unit: float):
-  """Knots [n + 1], centres [n] and coefficients [n, 4] of cubics in x - centre that are within `error` of fn.
+def _pieces(
+  fn: Callable[[np.ndarray], np.ndarray], end: float, error: float, scale: float, unit: float
+):
+  """Knots [n + 1], centres [n] and coefficients [n, 4] of cubics in x - centre that are within
+  `error` of fn.
 
-  They are each as long as possible, but not longer than 2; centres are whole multiples of `scale`, and the odd
-  coefficients, which will be multiplied by something of unit `scale`, of `unit`.
+  They are each as long as possible, but not longer than 2; centres are whole multiples of `scale`,
+  and the odd coefficients, which will be multiplied by something of unit `scale`, of `unit`.
   """
   nodes, grid = np.cos(np.pi * (np.arange(8) + 0.5) / 8), np.linspace(-1, 1, 33)
 
@@ -86,12 +103,19 @@ def _pieces(fn: Callable[[np.ndarray], np.ndarray], end: float, error: float, sc
     x, c = middle - centre + half * nodes, np.zeros(4)
     left, free = fn(middle + half * nodes), [0, 1, 2, 3]
     for i in (3, 1):  # what is lost by rounding one coefficient, the others make good
-      c[i] = np.rint(np.linalg.lstsq(x[:, None] ** free, left, rcond=None)[0][free.index(i)] / unit) * unit
+      c[i] = (
+        np.rint(np.linalg.lstsq(x[:, None] ** free, left, rcond=None)[0][free.index(i)] / unit)
+        * unit
+      )
       free.remove(i)
       left = left - c[i] * x**i
     c[free] = np.linalg.lstsq(x[:, None] ** free, left, rcond=None)[0]
     points = middle + half * grid
-    return centre, c, float(np.abs(np.polynomial.polynomial.polyval(points - centre, c) - fn(points)).max())
+    return (
+      centre,
+      c,
+      float(np.abs(np.polynomial.polynomial.polyval(points - centre, c) - fn(points)).max()),
+    )
 
   knots, centres, coefficients = [-end], [], []
   while knots[-1] < end:
@@ -101,7 +125,9 @@ def _pieces(fn: Callable[[np.ndarray], np.ndarray], end: float, error: float, sc
     else:
       for _ in range(16):
         middle = (low + high) / 2
-        low, high = (middle, high) if fit(knots[-1], knots[-1] + middle)[2] <= error else (low, middle)
+        low, high = (
+          (middle, high) if fit(knots[-1], knots[-1] + middle)[2] <= error else (low, middle)
+        )
     knots.append(knots[-1] + low)
     centre, c, _ = fit(knots[-2], knots[-1])
     centres.append(centre)

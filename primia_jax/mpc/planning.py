@@ -1,4 +1,6 @@
-"""What a secret computation will cost and what ranges it assumes, known before anything is dealt or sent."""
+"""What a secret computation will cost and what ranges it assumes, known before anything is dealt or
+sent.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,15 @@ OWNERS = {"model_owner": MODEL_OWNER, "data_owner": DATA_OWNER, SHARED: None, PU
 class Plan:
   """A function ready to be dealt for: everybody may see it.
 
-  It tells the architecture, the scales of the weights and the calibrated range of every gate (powers of two), and
-  nothing else about model or image.
+  It tells the architecture, the scales of the weights and the calibrated range of every gate
+  (powers of two), and nothing else about model or image.
 
   Attributes:
     program: the function, flat.
     circuit: what the parties will do.
     config: the ring and its like.
-    owners: of each flat argument: 0 (model owner), 1 (data owner), None (given as shares) or "public".
+    owners: of each flat argument: 0 (model owner), 1 (data owner), None (given as shares) or
+      "public".
   """
 
   program: Program
@@ -97,12 +100,15 @@ def plan(
   """Plans fn for secret arguments.
 
   Args:
-    fn: a JAX function of positional arguments, e.g. a Flax module's apply; what it closes over is public.
-    owners: for each argument (with all its leaves) "model_owner", "data_owner", "shared" (given as shares) or "public".
-    args: arrays, or ShapeDtypeStructs where only the shape is known. Where the model owner plans with its weights at
-      hand, their scales follow from their largest magnitudes.
+    fn: a JAX function of positional arguments, e.g. a Flax module's apply; what it closes over is
+      public.
+    owners: for each argument (with all its leaves) "model_owner", "data_owner", "shared" (given as
+      shares) or "public".
+    args: arrays, or ShapeDtypeStructs where only the shape is known. Where the model owner plans
+      with its weights at hand, their scales follow from their largest magnitudes.
     config: the ring, and how exact.
-    ranges: from `calibrate`; without it every gate assumes that values fill the ring, which costs more.
+    ranges: from `calibrate`; without it every gate assumes that values fill the ring, which costs
+      more.
 
   Raises:
     NotImplementedError: for a primitive without a protocol, with its name and source line.
@@ -112,19 +118,29 @@ def plan(
   program = trace(fn, args, [PUBLIC if owner == PUBLIC else "secret" for owner in owners])
   flat = _flat_owners(owners, args)
   if ranges is not None and len(ranges) != program.num_values:
-    raise ValueError(f"{len(ranges)} ranges for {program.num_values} values: calibrate the same function and shapes")
+    raise ValueError(
+      f"{len(ranges)} ranges for {program.num_values} values: calibrate the same function and "
+      f"shapes"
+    )
   known = {}
   for party in (MODEL_OWNER, DATA_OWNER):
-    leaves = [v if owner == party else None for owner, v in zip(flat, jax.tree.leaves(tuple(args)), strict=True)]
+    leaves = [
+      v if owner == party else None
+      for owner, v in zip(flat, jax.tree.leaves(tuple(args)), strict=True)
+    ]
     concrete = all(
-      isinstance(v, jax.Array | np.ndarray) and not isinstance(v, jax.core.Tracer) for v in leaves if v is not None
+      isinstance(v, jax.Array | np.ndarray) and not isinstance(v, jax.core.Tracer)
+      for v in leaves
+      if v is not None
     )
     if party == MODEL_OWNER and concrete:
       known[party] = jax.jit(lambda leaves: evaluate(program, leaves))(leaves)
   return Plan(program, lower(program, flat, config, ranges, known), config, flat)
 
 
-def calibrate(fn: Callable, owners: Sequence[Any], examples: Iterable[Sequence[PyTree]]) -> np.ndarray:
+def calibrate(
+  fn: Callable, owners: Sequence[Any], examples: Iterable[Sequence[PyTree]]
+) -> np.ndarray:
   """The largest magnitude that each value inside fn takes over examples, which the model owner has.
 
   Args:
@@ -145,7 +161,9 @@ def calibrate(fn: Callable, owners: Sequence[Any], examples: Iterable[Sequence[P
   if largest is None:
     raise ValueError("no examples to calibrate with")
   if not np.all(np.isfinite(largest)):
-    raise ValueError("a value inside the function is infinite or NaN on the examples; calibrate with sound inputs")
+    raise ValueError(
+      "a value inside the function is infinite or NaN on the examples; calibrate with sound inputs"
+    )
   return largest
 
 
@@ -161,7 +179,9 @@ def _flat_owners(owners: Sequence[Any], args: Sequence[PyTree]) -> tuple[Any, ..
   for owner in owners:
     if owner not in OWNERS:
       raise ValueError(f"owner {owner!r} is not one of {', '.join(OWNERS)}")
-  return tuple(OWNERS[owner] for owner, arg in zip(owners, args, strict=True) for _ in jax.tree.leaves(arg))
+  return tuple(
+    OWNERS[owner] for owner, arg in zip(owners, args, strict=True) for _ in jax.tree.leaves(arg)
+  )
 
 
 # ---- what it costs
@@ -183,7 +203,9 @@ def rows(plan: Plan) -> list[Row]:
     num_dealt = size(dealt.sent.get(number, {})) + size(dealt.common.get(number, {}))
     bits, shift = (gate.range_bits, gate.shift) if gate else (0, 0)
     num_sent = sum(m.num_bytes for m in messages)
-    out.append(Row(number, op.layer, what, op.shape, bits, shift, num_dealt, num_sent, len(messages)))
+    out.append(
+      Row(number, op.layer, what, op.shape, bits, shift, num_dealt, num_sent, len(messages))
+    )
   secrets = [v for v in plan.circuit.outputs if isinstance(v, Value)]
   num_bytes = sum(math.prod(v.shape) for v in secrets) * plan.config.dtype.itemsize
   shape = secrets[0].shape if secrets else ()
@@ -194,7 +216,9 @@ def dealt_shapes(plan: Plan) -> protocol.Dealt:
   """Shapes and dtypes of what is dealt for one inference."""
 
   def deal(key: Array) -> protocol.Dealt:
-    blind = protocol.full(plan.circuit, plan.config, protocol.blinds(plan.circuit, plan.config, key))
+    blind = protocol.full(
+      plan.circuit, plan.config, protocol.blinds(plan.circuit, plan.config, key)
+    )
     return protocol.deal(plan.circuit, plan.config, key, blind)
 
   return jax.eval_shape(deal, jax.ShapeDtypeStruct((8,), jnp.uint32))
@@ -206,7 +230,8 @@ def ready_shapes(plan: Plan) -> protocol.Ready:
   out: protocol.Ready = {}
   for number, op in enumerate(plan.circuit.operations):
     each: dict[str, Any] = {
-      name: jax.ShapeDtypeStruct(m.shape, m.dtype) for name, m in protocol.masks(op, plan.config).items()
+      name: jax.ShapeDtypeStruct(m.shape, m.dtype)
+      for name, m in protocol.masks(op, plan.config).items()
     }
     each |= {**dealt.sent.get(number, {}), **dealt.common.get(number, {})}
     if each:
@@ -217,9 +242,15 @@ def ready_shapes(plan: Plan) -> protocol.Ready:
 def sent_messages(plan: Plan) -> list[Sent]:
   """The messages that each party sends, in order; one a round."""
   log: list[Sent] = []
-  blanks = jax.eval_shape(lambda: [protocol.blank(operand, plan.config) for operand in plan.circuit.operands])
-  run = lambda ready, operands: protocol.run(plan.circuit, plan.config, Wire(log=log), ready, dict(enumerate(operands)))
-  jax.eval_shape(jax.vmap(run, axis_name=PARTY, axis_size=2, in_axes=(None, None)), ready_shapes(plan), blanks)
+  blanks = jax.eval_shape(
+    lambda: [protocol.blank(operand, plan.config) for operand in plan.circuit.operands]
+  )
+  run = lambda ready, operands: protocol.run(
+    plan.circuit, plan.config, Wire(log=log), ready, dict(enumerate(operands))
+  )
+  jax.eval_shape(
+    jax.vmap(run, axis_name=PARTY, axis_size=2, in_axes=(None, None)), ready_shapes(plan), blanks
+  )
   return log
 
 
@@ -228,7 +259,8 @@ def table(plan: Plan, steps: Sequence[Row] | None = None) -> str:
   steps = rows(plan) if steps is None else steps
   config = plan.config
   lines = [
-    f"{'':>4} {'layer':<28} {'step':<9} {'shape':<20} {'range':>6} {'cut':>4} {'dealt':>10} {'sent':>10} {'rounds':>6}"
+    f"{'':>4} {'layer':<28} {'step':<9} {'shape':<20} {'range':>6} {'cut':>4} {'dealt':>10} "
+    f"{'sent':>10} {'rounds':>6}"
   ]
   for i, row in enumerate(steps):
     shape = "x".join(map(str, row.shape)) or "1"
@@ -238,13 +270,18 @@ def table(plan: Plan, steps: Sequence[Row] | None = None) -> str:
       f"{i:>4} {_shorten(row.layer, 28):<28} {row.what:<9} {shape:<20} {bits:>6} {cut:>4} "
       f"{bytes_text(row.dealt):>10} {bytes_text(row.sent):>10} {row.rounds:>6}"
     )
-  dealt, sent, rounds = (sum(getattr(row, name) for row in steps) for name in ("dealt", "sent", "rounds"))
-  lines.append(f"{'':>4} {'total':<71} {'':>4} {bytes_text(dealt):>10} {bytes_text(sent):>10} {rounds:>6}")
+  dealt, sent, rounds = (
+    sum(getattr(row, name) for row in steps) for name in ("dealt", "sent", "rounds")
+  )
+  lines.append(
+    f"{'':>4} {'total':<71} {'':>4} {bytes_text(dealt):>10} {bytes_text(sent):>10} {rounds:>6}"
+  )
   exact = "exact" if config.exact else "within one unit"
   lines.append(
-    f"ring of 2^{config.num_bits}, about {config.fraction_bits} fraction bits, truncation {exact}, comparison by "
-    f"{config.comparison}; range and cut in bits of the ring, dealt: to the data owner (the model owner gets a seed"
-    + (" and the correction words)" if config.comparison == "fss" else ")")
+    f"ring of 2^{config.num_bits}, about {config.fraction_bits} fraction bits, truncation {exact}, "
+    f"comparison by "
+    f"{config.comparison}; range and cut in bits of the ring, dealt: to the data owner (the model "
+    f"owner gets a seed" + (" and the correction words)" if config.comparison == "fss" else ")")
   )
   if config.prng == THREEFRY:
     lines.append("statistical PRNG (threefry): for research; the masks promise nothing")

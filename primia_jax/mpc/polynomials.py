@@ -1,10 +1,11 @@
-"""Polynomials of shared numbers, from products of several values in one message, which one gate truncates.
+"""Polynomials of shared numbers, from products of several values in one message, which one gate
+truncates.
 
-In the docstrings of functions u = 2^-f, the unit of activations; C, T and P are the rounds of a comparison, a
-truncation and a product: 4, 3 (4 where more than 16 bits are cut off) and 1 with "tables" and a ring of 64 bits, 2, 2
-and 1 with "fss". Errors are those of the function at the shared input as it is truncated to u, with exact gates
-(without, each truncation adds one unit at most). An output that is not truncated has u^2 as its unit, as that of a
-product has.
+In the docstrings of functions u = 2^-f, the unit of activations; C, T and P are the rounds of a
+comparison, a truncation and a product: 4, 3 (4 where more than 16 bits are cut off) and 1 with
+"tables" and a ring of 64 bits, 2, 2 and 1 with "fss". Errors are those of the function at the
+shared input as it is truncated to u, with exact gates (without, each truncation adds one unit at
+most). An output that is not truncated has u^2 as its unit, as that of a product has.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def _split(build: Builder, joined: Value, values: Sequence[Value]) -> list[Value
 
 
 def polynomial(build: Builder, x: Value, coefficients: Sequence[float], bits: int) -> Value:
-  """A polynomial of x, |x| about 1, with public coefficients, at scale 2^(-2 bits); truncations are to 2^-bits."""
+  """A polynomial of x, |x| about 1, with public coefficients, at scale 2^(-2 bits); truncations are
+  to 2^-bits.
+  """
   (x,) = cut(build, [x], bits)
   if len(coefficients) % 2:
     coefficients = [*coefficients, 0.0]
@@ -80,8 +83,14 @@ def polynomial(build: Builder, x: Value, coefficients: Sequence[float], bits: in
   pairs = []
   for constant, slope in zip(coefficients[::2], coefficients[1::2], strict=True):
     factor = round(slope / unit)
-    line = build.local(lambda v, factor=factor: v * v.dtype.type(factor % 2 ** (8 * v.dtype.itemsize)), x)
-    pairs.append(build.add_public(line._replace(scale=unit * x.scale, max_abs=x.max_abs * abs(slope)), constant))
+    line = build.local(
+      lambda v, factor=factor: v * v.dtype.type(factor % 2 ** (8 * v.dtype.itemsize)), x
+    )
+    pairs.append(
+      build.add_public(
+        line._replace(scale=unit * x.scale, max_abs=x.max_abs * abs(slope)), constant
+      )
+    )
   if len(pairs) == 1:
     return pairs[0]
   (x,) = opened(build, [x])
@@ -89,7 +98,9 @@ def polynomial(build: Builder, x: Value, coefficients: Sequence[float], bits: in
 
 
 def estrin(build: Builder, power: Value, terms: Sequence[Value], bits: int) -> Value:
-  """sum_i terms_i power^i, all at scale 2^(-2 bits), in ceil(log2) levels of a truncation and a product each."""
+  """sum_i terms_i power^i, all at scale 2^(-2 bits), in ceil(log2) levels of a truncation and a
+  product each.
+  """
   while len(terms) > 1:
     power, *odd = opened(build, cut(build, [power, *terms[1::2]], bits))
     sums = [build.add(a, product(build, b, power)) for a, b in zip(terms[::2], odd, strict=False)]
@@ -99,12 +110,16 @@ def estrin(build: Builder, power: Value, terms: Sequence[Value], bits: int) -> V
 
 
 def fit(fn: Callable[[np.ndarray], np.ndarray], bits: int) -> list[float]:
-  """Coefficients in s = 4 n - 3 of the polynomial of least degree within 2^-bits of fn(n) on [1/2, 1]."""
+  """Coefficients in s = 4 n - 3 of the polynomial of least degree within 2^-bits of fn(n) on [1/2,
+  1].
+  """
   return interpolate(lambda s: fn((s + 3) / 4), 1.0, bits)
 
 
 def interpolate(fn: Callable[[Any], Any], half: float, bits: float) -> list[float]:
-  """Coefficients of the polynomial of least degree, 2 to 15, within 2^-bits of fn on [-half, half]."""
+  """Coefficients of the polynomial of least degree, 2 to 15, within 2^-bits of fn on [-half,
+  half].
+  """
   grid = np.linspace(-1, 1, 257)
   for degree in range(2, 16):
     c = chebyshev.chebinterpolate(lambda s: fn(half * s), degree)

@@ -1,6 +1,7 @@
 """Powers, quotients and logarithms of shared numbers. For u, C, T and P see `polynomials`.
 
-Since x spans many octaves, a table of powers of two first brings it into [1/2, 1), exactly; a polynomial does the rest.
+Since x spans many octaves, a table of powers of two first brings it into [1/2, 1), exactly; a
+polynomial does the rest.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from primia_jax.mpc.polynomials import cut, fit, opened, polynomial, product, wo
 def power(build: Builder, x: Value, exponent: float) -> Value:
   """x^n for a public n.
 
-  Whole n >= 0: repeated squaring, P + T each; every step errs by u |x|^(n/2) at most. Negative n: the reciprocal of
-  that. Other n: |error| <= u + u x^n for x > 0, up to x^n = 2^(k - 2 f - 4), where it stays; 0 for x <= 0.
+  Whole n >= 0: repeated squaring, P + T each; every step errs by u |x|^(n/2) at most. Negative n:
+  the reciprocal of that. Other n: |error| <= u + u x^n for x > 0, up to x^n = 2^(k - 2 f - 4),
+  where it stays; 0 for x <= 0.
   """
   if exponent != int(exponent):
     return _power_law(build, x, exponent)
@@ -35,10 +37,12 @@ def power(build: Builder, x: Value, exponent: float) -> Value:
 
 
 def divide(build: Builder, a: Any, b: Value, positive: bool = False) -> Value:
-  """a / b, elementwise and broadcast, for a Value or public array a; |error| <= 2 u + u |a / b| / 2.
+  """a / b, elementwise and broadcast, for a Value or public array a; |error| <= 2 u + u |a / b| /
+  2.
 
-  Where the ring and no calibration bounds b, it must be below 2^(k - 2 f - 4), and beyond that 0 comes out; a / b must
-  be below 2^(f + 1). Division by 0 gives 0. C + 5 (P + T) rounds, and twice as many thresholds as b has bits.
+  Where the ring and no calibration bounds b, it must be below 2^(k - 2 f - 4), and beyond that 0
+  comes out; a / b must be below 2^(f + 1). Division by 0 gives 0. C + 5 (P + T) rounds, and twice
+  as many thresholds as b has bits.
 
   Args:
     build: the circuit.
@@ -59,7 +63,9 @@ def divide(build: Builder, a: Any, b: Value, positive: bool = False) -> Value:
   normal = _Normal.make(build, b, not positive, config.num_bits - config.fraction_bits - 4, top)
   x, factor, a = opened(build, [normal.x, normal.factor, a])
   s = normal.centred(build, product(build, x, factor))
-  (inverse,) = cut(build, [polynomial(build, s, fit(lambda n: 1 / n, config.fraction_bits + 4), bits)], bits)
+  (inverse,) = cut(
+    build, [polynomial(build, s, fit(lambda n: 1 / n, config.fraction_bits + 4), bits)], bits
+  )
   limit = lambda v, bound: v._replace(max_abs=min(bound, 2.0 ** (config.num_bits - 3) * v.scale))
   largest = a.max_abs / normal.x.scale
   near = product(build, a, build.broadcast(factor, shape))
@@ -75,7 +81,9 @@ def reciprocal(build: Builder, x: Value) -> Value:
 
 
 def sqrt(build: Builder, x: Value) -> Value:
-  """|error| <= u (1 + sqrt(x) / 2); 0 where x <= 0. C + 5 (P + T) rounds, as many thresholds as bits."""
+  """|error| <= u (1 + sqrt(x) / 2); 0 where x <= 0. C + 5 (P + T) rounds, as many thresholds as
+  bits.
+  """
   return _power_law(build, x, 0.5)
 
 
@@ -90,7 +98,9 @@ def cbrt(build: Builder, x: Value) -> Value:
 
 
 def log(build: Builder, x: Value) -> Value:
-  """|error| <= 2 u; x <= 0 gives the logarithm of 3/4 of x's unit. C + 4 P + 3 T rounds; not truncated."""
+  """|error| <= 2 u; x <= 0 gives the logarithm of 3/4 of x's unit. C + 4 P + 3 T rounds; not
+  truncated.
+  """
   config, f = build.config, build.config.fraction_bits
   normal = _Normal.make(build, x, False, config.num_bits - 3, math.inf)
   s = normal.centred(build, product(build, *opened(build, [normal.x, normal.factor])))
@@ -105,7 +115,9 @@ def log1p(build: Builder, x: Value) -> Value:
   return log(build, build.add_public(x, 1.0))
 
 
-def _power_law(build: Builder, x: Value, exponent: float, factor: float = 1.0, signed: bool = False) -> Value:
+def _power_law(
+  build: Builder, x: Value, exponent: float, factor: float = 1.0, signed: bool = False
+) -> Value:
   """factor sign(x) |x|^exponent; without `signed`, 0 where x <= 0."""
   config, f = build.config, build.config.fraction_bits
   if factor == 0:
@@ -119,9 +131,12 @@ def _power_law(build: Builder, x: Value, exponent: float, factor: float = 1.0, s
   values = np.zeros_like(magnitudes)
   np.power(magnitudes, exponent, out=values, where=magnitudes > 0)
   limit = 2.0 ** (config.num_bits - 4) / largest
-  values = np.clip(values * normal.signs * factor, -limit * build.config.unit**2, limit * build.config.unit**2)
+  values = np.clip(
+    values * normal.signs * factor, -limit * build.config.unit**2, limit * build.config.unit**2
+  )
   curve = polynomial(build, s, fit(lambda n: n**exponent, f + 4), bits)
-  # Where the product would not fit the ring, fewer bits of the table are kept, and then of the polynomial.
+  # Where the product would not fit the ring, fewer bits of the table are kept, and then of the
+  # polynomial.
   excess = math.log2(np.abs(values).max() / limit) + f + 3 + bits
   coarser = min(3, max(0, math.ceil(excess)))
   bits = max(f, bits - max(0, math.ceil(excess) - 3)) if excess > 3 else bits
@@ -132,7 +147,8 @@ def _power_law(build: Builder, x: Value, exponent: float, factor: float = 1.0, s
 
 
 class _Normal(NamedTuple):
-  """x as (whole / factor) n, with n in [1/2, 1) and a factor that is a power of two, and negative where x is.
+  """x as (whole / factor) n, with n in [1/2, 1) and a factor that is a power of two, and negative
+  where x is.
 
   Attributes:
     x: the number, in its own units.
@@ -152,9 +168,13 @@ class _Normal(NamedTuple):
 
   @classmethod
   def make(cls, build: Builder, x: Value, signed: bool, limit: int, top: float) -> _Normal:
-    """Normalises |x| up to `top`, in at most `limit` bits, to which x is truncated where it needs more."""
+    """Normalises |x| up to `top`, in at most `limit` bits, to which x is truncated where it needs
+    more.
+    """
     most = build.config.num_bits - 3
-    num_bits = lambda v, bound: math.ceil(bound / v.scale).bit_length() if math.isfinite(bound) else most
+    num_bits = lambda v, bound: (
+      math.ceil(bound / v.scale).bit_length() if math.isfinite(bound) else most
+    )
     if num_bits(x, min(x.max_abs, top)) > limit:
       x = build.narrow(x)
     width = max(2, min(limit, num_bits(x, min(x.max_abs, top))))

@@ -1,11 +1,15 @@
-"""Exact bilinear maps (convolution, dot_general, product) of ring elements, in whatever arithmetic is fast.
+"""Exact bilinear maps (convolution, dot_general, product) of ring elements, in whatever arithmetic
+is fast.
 
-XLA has no good integer matrix product for wide integers. Three forms replace it, all exact modulo 2^k:
+XLA has no good integer matrix product for wide integers. Three forms replace it, all exact modulo
+2^k:
 
-- "integer": multiply-add of the ring elements themselves, wrapping around in their own dtype, as elementwise operations
-  on sixteen terms of the contraction at a time. XLA:CPU compiles these to a tight vector loop: 64-bit products at half
-  the speed of a float32 convolution, 32-bit ones at its full speed, and neither operand is split.
-- "float64": digits small enough that sums of their products are integers below 2^53; one float64 convolution a pair.
+- "integer": multiply-add of the ring elements themselves, wrapping around in their own dtype, as
+  elementwise operations on sixteen terms of the contraction at a time. XLA:CPU compiles these to a
+  tight vector loop: 64-bit products at half the speed of a float32 convolution, 32-bit ones at its
+  full speed, and neither operand is split.
+- "float64": digits small enough that sums of their products are integers below 2^53; one float64
+  convolution a pair.
 - "int8": balanced digits of 8 bits, int8 x int8 -> int32 convolutions.
 
 Pairs of digits whose place is at or beyond 2^k are left out.
@@ -35,15 +39,18 @@ class Map(NamedTuple):
 
   Attributes:
     name: "conv_general_dilated", "dot_general" or "mul" (elementwise, of equal shapes).
-    params: the primitive's parameters as (name, value) pairs, for instance `tuple(eqn.params.items())` of a jaxpr's
-      equation with hashable values; precision and element types are ignored.
+    params: the primitive's parameters as (name, value) pairs, for instance
+      `tuple(eqn.params.items())` of a jaxpr's equation with hashable values; precision and element
+      types are ignored.
   """
 
   name: str
   params: tuple[tuple[str, Any], ...] = ()
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["digits"], meta_fields=["form", "shape", "w_bits"])
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=["digits"], meta_fields=["form", "shape", "w_bits"]
+)
 @dataclasses.dataclass(frozen=True)
 class Operand:
   """A right-hand operand made ready for repeated products; a pytree whose leaves are arrays.
@@ -62,24 +69,38 @@ class Operand:
 
 
 def apply(map: Map, x: Array, w: Array, dtype: Any = None) -> Array:
-  """The plain XLA operation on operands of one dtype, accumulated in `dtype` (default: theirs); good for shapes too."""
+  """The plain XLA operation on operands of one dtype, accumulated in `dtype` (default: theirs);
+  good for shapes too.
+  """
   p = dict(map.params)
   if map.name == "mul":
     return (x if dtype is None else x.astype(dtype)) * (w if dtype is None else w.astype(dtype))
   if map.name == "dot_general":
     return lax.dot_general(x, w, p["dimension_numbers"], preferred_element_type=dtype)
   if map.name != "conv_general_dilated":
-    raise ValueError(f"{map.name!r} is not a bilinear map known here: conv_general_dilated, dot_general or mul")
-  known = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count",
-           "batch_group_count")  # fmt: skip
-  return lax.conv_general_dilated(x, w, **{name: p[name] for name in known if name in p}, preferred_element_type=dtype)
+    raise ValueError(
+      f"{map.name!r} is not a bilinear map known here: conv_general_dilated, dot_general or mul"
+    )
+  known = (
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "dimension_numbers",
+    "feature_group_count",
+    "batch_group_count",
+  )
+  return lax.conv_general_dilated(
+    x, w, **{name: p[name] for name in known if name in p}, preferred_element_type=dtype
+  )
 
 
 def choose(map: Map, w_shape: Sequence[int], w_bits: int, num_bits: int) -> Form:
   """The fastest form on the default backend, by `benchmarks/ring_products.py` on CPU.
 
-  There "integer" is ahead for every layer of a ResNet and for large matrices, in every ring and for weights of any
-  size. Accelerators have no such loop: GPUs compute in float64 (where x64 is on), TPUs in int8.
+  There "integer" is ahead for every layer of a ResNet and for large matrices, in every ring and for
+  weights of any size. Accelerators have no such loop: GPUs compute in float64 (where x64 is on),
+  TPUs in int8.
   """
   if map.name == "mul" or jax.default_backend() == "cpu":
     return "integer"
@@ -95,28 +116,37 @@ def split(map: Map, w: Array, w_bits: int, num_bits: int, form: Form | None = No
   Args:
     map: the bilinear map it will be used in.
     w: int32, uint32 (k <= 32), int64 or uint64 ring elements. Bits above k are ignored.
-    w_bits: k for any ring elements; less promises |w| < 2^(w_bits - 1) as signed numbers, and fewer digits.
+    w_bits: k for any ring elements; less promises |w| < 2^(w_bits - 1) as signed numbers, and fewer
+      digits.
     num_bits: k of the ring Z_2^k.
     form: default as `choose` has it.
 
   Raises:
-    ValueError: w_bits, num_bits or the form do not fit each other or the fan-in, or w is larger than w_bits promises.
-      The last is checked only where w is concrete: under jit a broken promise gives wrong products.
+    ValueError: w_bits, num_bits or the form do not fit each other or the fan-in, or w is larger
+      than w_bits promises. The last is checked only where w is concrete: under jit a broken promise
+      gives wrong products.
   """
   if not 2 <= w_bits <= num_bits <= 64:
-    raise ValueError(f"w_bits={w_bits} and num_bits={num_bits}: needed are 2 <= w_bits <= num_bits <= 64")
+    raise ValueError(
+      f"w_bits={w_bits} and num_bits={num_bits}: needed are 2 <= w_bits <= num_bits <= 64"
+    )
   form = choose(map, w.shape, w_bits, num_bits) if form is None else form
   if form not in FORMS:
     raise ValueError(f"form={form!r} is none of {', '.join(FORMS)}")
   if form == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-    raise ValueError("form='float64' needs x64: set JAX_ENABLE_X64=1 (or jax_enable_x64), or take another form")
+    raise ValueError(
+      "form='float64' needs x64: set JAX_ENABLE_X64=1 (or jax_enable_x64), or take another form"
+    )
   if not jnp.issubdtype(w.dtype, jnp.integer):
     raise ValueError(f"w has dtype {w.dtype}; integers are needed: encode it first")
   signed = _sign_extended(w, num_bits)
   if w_bits < num_bits and w.size and not isinstance(w, jax.core.Tracer):
     low, high = int(jnp.min(signed)), int(jnp.max(signed))
     if max(-low, high) >= 2 ** (w_bits - 1):
-      raise ValueError(f"w reaches from {low} to {high}, which is not below 2^{w_bits - 1} as w_bits={w_bits} promises")
+      raise ValueError(
+        f"w reaches from {low} to {high}, which is not below 2^{w_bits - 1} as w_bits={w_bits} "
+        f"promises"
+      )
   digits: tuple[Array, ...]
   if form == "integer":
     # Small weights take half the memory, which is what bounds layers with more weights than pixels.
@@ -127,8 +157,13 @@ def split(map: Map, w: Array, w_bits: int, num_bits: int, form: Form | None = No
     digits = tuple(d.astype(jnp.float64) for d in _digits(signed.astype(jnp.int64), bits, count))
   else:
     if num_bits > 32 and _fan_in(map, w.shape) > _INT8_FAN_IN:
-      raise ValueError(f"int8 sums at most {_INT8_FAN_IN} products exactly, not {_fan_in(map, w.shape)}; use float64")
-    digits = tuple(d.astype(jnp.int8) for d in _digits(signed, 8, min(-(-num_bits // 8), w_bits // 8 + 1)))
+      raise ValueError(
+        f"int8 sums at most {_INT8_FAN_IN} products exactly, not {_fan_in(map, w.shape)}; use "
+        f"float64"
+      )
+    digits = tuple(
+      d.astype(jnp.int8) for d in _digits(signed, 8, min(-(-num_bits // 8), w_bits // 8 + 1))
+    )
   return Operand(digits, form, tuple(w.shape), w_bits)
 
 
@@ -183,14 +218,18 @@ _INT8_FAN_IN = 2**17 - 1  # products of up to 2^14 in magnitude, summed in int32
 
 
 def _sign_extended(v: Array, num_bits: int) -> Array:
-  """The signed numbers, modulo 2^k, that integers of any dtype stand for: int32 for k <= 32, else int64."""
+  """The signed numbers, modulo 2^k, that integers of any dtype stand for: int32 for k <= 32, else
+  int64.
+  """
   signed = jnp.dtype(f"int{ring.storage(num_bits).itemsize * 8}")
   unused = jnp.asarray(signed.itemsize * 8 - num_bits, signed)
   return v.astype(signed) << unused >> unused
 
 
 def _digits(v: Array, bits: int, count: int) -> list[Array]:
-  """Balanced digits of signed numbers: v = sum d_i 2^(bits i), -2^(bits-1) <= d_i < 2^(bits-1) but for the last."""
+  """Balanced digits of signed numbers: v = sum d_i 2^(bits i), -2^(bits-1) <= d_i < 2^(bits-1) but
+  for the last.
+  """
   half, place = jnp.asarray(2 ** (bits - 1), v.dtype), jnp.asarray(bits, v.dtype)
   digits = []
   for _ in range(count - 1):
@@ -202,9 +241,11 @@ def _digits(v: Array, bits: int, count: int) -> list[Array]:
 
 @functools.cache
 def _float_digits(fan_in: int, w_bits: int, num_bits: int) -> tuple[int, int, int, int]:
-  """(bits of x's digits, of w's, how many of x's, of w's): the fewest pairs that are exact in float64.
+  """(bits of x's digits, of w's, how many of x's, of w's): the fewest pairs that are exact in
+  float64.
 
-  Balanced digits of a and b bits are at most 2^(a-1) and 2^(b-1) in magnitude, and fan_in 2^(a+b-2) <= 2^53 must hold.
+  Balanced digits of a and b bits are at most 2^(a-1) and 2^(b-1) in magnitude, and fan_in 2^(a+b-2)
+  <= 2^53 must hold.
   """
   plans = []
   for w_count in range(1, w_bits + 1):
@@ -229,14 +270,20 @@ def _fan_in(map: Map, w_shape: Sequence[int]) -> int:
   return math.prod(w_shape) // w_shape[p["dimension_numbers"].rhs_spec[0]]
 
 
-# --- The integer form. One shape for all maps: x [N, *space, C, G] times w [*window, C, G, O] is [N, *space', G, O].
-# Groups G are independent of each other, N and O are the free dimensions; C is summed over, and so is the window.
+# --- The integer form. One shape for all maps: x [N, *space, C, G] times w [*window, C, G, O] is
+# [N, *space', G, O]. Groups G are independent of each other, N and O are the free dimensions; C is
+# summed over, and so is the window.
 
-# Terms in one loop. A slice with 16 users or more XLA copies first, where one with fewer it indexes anew for every
-# product, eight times slower (jaxlib 0.10); the copies of more than 24 terms do not fit the vector registers.
+# Terms in one loop. A slice with 16 users or more XLA copies first, where one with fewer it indexes
+# anew for every product, eight times slower (jaxlib 0.10); the copies of more than 24 terms do not
+# fit the vector registers.
 _MIN_TERMS, _MAX_TERMS = 16, 24
 _MAX_COLUMNS = 128  # of w in one loop: a block of more does not fit the innermost cache
-_MIN_WORK = 2**17  # elements of the result in one step, where there can be that many: each step has a cost of its own
+_MIN_WORK = (
+  2**17
+  # elements of the result in one step, where there can be that many: each step has a cost of its
+  # own
+)
 
 
 class _Axis(NamedTuple):
@@ -257,7 +304,11 @@ def _integer(map: Map, x: Array, w: Operand) -> Array:
     return x * _as_ring(w.digits[0], x.dtype)
   axes = _axes(map, w.shape)
   rows = _rows(map, x)
-  rows = lax.pad(rows, jnp.zeros((), x.dtype), [(0, 0, 0), *(axis.padding for axis in axes), (0, 0, 0), (0, 0, 0)])
+  rows = lax.pad(
+    rows,
+    jnp.zeros((), x.dtype),
+    [(0, 0, 0), *(axis.padding for axis in axes), (0, 0, 0), (0, 0, 0)],
+  )
   kernel = jax.eval_shape(lambda w: _kernel(map, w), jax.ShapeDtypeStruct(w.shape, x.dtype)).shape
   for i in reversed(range(len(axes) - _num_folded(kernel), len(axes))):
     rows, axes[i] = _patches(rows, i + 1, axes[i]), _Axis(1, 1, 1, (0, 0, 0))
@@ -267,7 +318,9 @@ def _integer(map: Map, x: Array, w: Operand) -> Array:
 
 
 def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[_Axis]) -> Array:
-  """Rows [N, *space, C, G] times blocks [steps, O/o, U, G, o] of U terms and o columns: [O/o, N, *space', G, o]."""
+  """Rows [N, *space, C, G] times blocks [steps, O/o, U, G, o] of U terms and o columns: [O/o, N,
+  *space', G, o].
+  """
   steps, chunks, terms, groups, width = blocks.shape
   per_tap = steps // math.prod(axis.taps for axis in axes)
   rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, per_tap * terms - rows.shape[-2]), (0, 0)])
@@ -291,7 +344,9 @@ def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[_Axis]) -> Array:
     starts = (zero, *reversed(offsets), block * (parts * terms), zero)
     x = lax.dynamic_slice(rows, starts, (rows.shape[0], *spans, parts * terms, groups))
     x = lax.slice(x, [0] * x.ndim, x.shape, (1, *(axis.stride for axis in axes), 1, 1))
-    x = jnp.moveaxis(x.reshape(*x.shape[:-2], parts, terms, groups), -3, 0)  # [parts, N, *space', U, G]
+    x = jnp.moveaxis(
+      x.reshape(*x.shape[:-2], parts, terms, groups), -3, 0
+    )  # [parts, N, *space', U, G]
     w = _as_ring(lax.dynamic_slice_in_dim(blocks, t * jnp.int32(parts), parts), rows.dtype)
     w = jnp.expand_dims(w, tuple(range(2, rows.ndim)))  # [parts, O/o, 1, ..., U, G, o]
     for u in range(terms):
@@ -299,11 +354,15 @@ def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[_Axis]) -> Array:
     return total
 
   start = jnp.zeros((parts, *shape), rows.dtype)
-  return lax.fori_loop(jnp.int32(0), jnp.int32(steps // parts), step, start).sum(0, dtype=rows.dtype)
+  return lax.fori_loop(jnp.int32(0), jnp.int32(steps // parts), step, start).sum(
+    0, dtype=rows.dtype
+  )
 
 
 def _blocks(kernel: Array) -> Array:
-  """[*window, C, G, O] as [steps, O/o, U, G, o]: a step is U channels of one tap. Zeros fill C and O."""
+  """[*window, C, G, O] as [steps, O/o, U, G, o]: a step is U channels of one tap. Zeros fill C and
+  O.
+  """
   folded = _num_folded(kernel.shape)
   *window, channels, groups, columns = kernel.shape
   channels *= math.prod(window[len(window) - folded :])
@@ -317,16 +376,22 @@ def _blocks(kernel: Array) -> Array:
 
 
 def _num_folded(kernel: Sequence[int]) -> int:
-  """How many of the last axes of the window are made channels, which are too few otherwise; from [*window, C, G, O]."""
+  """How many of the last axes of the window are made channels, which are too few otherwise; from
+  [*window, C, G, O].
+  """
   window = len(kernel) - 3
-  return next((n for n in range(window) if math.prod(kernel[window - n : window + 1]) >= _MIN_TERMS), window)
+  return next(
+    (n for n in range(window) if math.prod(kernel[window - n : window + 1]) >= _MIN_TERMS), window
+  )
 
 
 def _patches(rows: Array, position: int, axis: _Axis) -> Array:
   """Makes the windows along an axis channels: [N, *space, C, G] to [N, *space', taps C, G]."""
   span = max(0, (axis.num_windows(rows.shape[position]) - 1) * axis.stride + 1)
   starts = [tap * axis.dilation for tap in range(axis.taps)]
-  return jnp.concatenate([lax.slice_in_dim(rows, i, i + span, axis.stride, position) for i in starts], axis=-2)
+  return jnp.concatenate(
+    [lax.slice_in_dim(rows, i, i + span, axis.stride, position) for i in starts], axis=-2
+  )
 
 
 def _as_ring(w: Array, dtype: Any) -> Array:
@@ -365,7 +430,9 @@ def _kernel(map: Map, w: Array) -> Array:
     return _flattened(w, contracted, batch, _free(w.ndim, contracted, batch))
   out, channels, *window = p["dimension_numbers"].rhs_spec
   w = w.transpose(*window, channels, out)
-  groups = p.get("feature_group_count", 1) * p.get("batch_group_count", 1)  # at least one of them is 1
+  groups = p.get("feature_group_count", 1) * p.get(
+    "batch_group_count", 1
+  )  # at least one of them is 1
   return w.reshape(*w.shape[:-1], groups, w.shape[-1] // groups)
 
 

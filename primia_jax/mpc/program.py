@@ -1,4 +1,6 @@
-"""A JAX function as a flat list of equations: calls inlined, scans unrolled, what is public computed on the spot."""
+"""A JAX function as a flat list of equations: calls inlined, scans unrolled, what is public
+computed on the spot.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,11 @@ class Program(NamedTuple):
   @property
   def num_values(self) -> int:
     """How many values anybody keeps secret."""
-    return 1 + max(ref.number for e in self.equations for ref in e.outputs) if self.equations else len(self.inputs)
+    return (
+      1 + max(ref.number for e in self.equations for ref in e.outputs)
+      if self.equations
+      else len(self.inputs)
+    )
 
 
 def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Program:
@@ -93,27 +99,39 @@ def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Progra
     return outputs
 
   leaves, structure = jax.tree.flatten(tuple(args))
-  flat_owners = [owner for owner, arg in zip(owners, args, strict=True) for _ in jax.tree.leaves(arg)]
+  flat_owners = [
+    owner for owner, arg in zip(owners, args, strict=True) for _ in jax.tree.leaves(arg)
+  ]
   avals = tuple(jax.ShapeDtypeStruct(np.shape(v), v.dtype) for v in leaves)
   jaxpr = jax.make_jaxpr(flat_fn)(*avals)
   tracer = _Tracer()
   inputs = []
   for owner, leaf in zip(flat_owners, leaves, strict=True):
     if owner == PUBLIC and isinstance(leaf, jax.ShapeDtypeStruct):
-      raise ValueError("a public argument needs its value when the plan is made, not only its shape")
+      raise ValueError(
+        "a public argument needs its value when the plan is made, not only its shape"
+      )
     inputs.append(leaf if owner == PUBLIC else tracer.new())
   outputs = tracer.inline(jaxpr, inputs, "", "an unknown line")
   dtypes = tuple(v.dtype for v in jaxpr.out_avals)
-  return Program(tuple(inputs), avals, tuple(tracer.equations), tuple(outputs), out_shape[-1], dtypes)
+  return Program(
+    tuple(inputs), avals, tuple(tracer.equations), tuple(outputs), out_shape[-1], dtypes
+  )
 
 
 def evaluate(program: Program, leaves: Sequence[Array | None]) -> dict[int, Array]:
   """Every value, by number, that follows from the inputs given (None: not given), in plain JAX."""
-  env = {ref.number: v for ref, v in zip(program.inputs, leaves, strict=True) if isinstance(ref, Ref) and v is not None}
+  env = {
+    ref.number: v
+    for ref, v in zip(program.inputs, leaves, strict=True)
+    if isinstance(ref, Ref) and v is not None
+  }
   for equation in program.equations:
     inputs = [env.get(v.number) if isinstance(v, Ref) else v for v in equation.inputs]
     if all(v is not None for v in inputs):
-      env |= {ref.number: v for ref, v in zip(equation.outputs, equation.bind(*inputs), strict=True)}
+      env |= {
+        ref.number: v for ref, v in zip(equation.outputs, equation.bind(*inputs), strict=True)
+      }
   return env
 
 
@@ -127,7 +145,9 @@ class _Tracer:
     return Ref(self.count - 1)
 
   def inline(self, closed: Any, inputs: Sequence[Any], layer: str, source: str) -> list[Any]:
-    jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, core.ClosedJaxpr) else (closed, [])
+    jaxpr, consts = (
+      (closed.jaxpr, closed.consts) if isinstance(closed, core.ClosedJaxpr) else (closed, [])
+    )
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env |= dict(zip(jaxpr.invars, inputs, strict=True))
     read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
@@ -141,12 +161,16 @@ class _Tracer:
     layer = "/".join(filter(None, [layer, str(eqn.source_info.name_stack)]))
     if name == "cond":
       if isinstance(values[0], Ref):
-        raise NotImplementedError(f"cond on a secret value at {source}; both branches must run: use jnp.where")
+        raise NotImplementedError(
+          f"cond on a secret value at {source}; both branches must run: use jnp.where"
+        )
       return self.inline(eqn.params["branches"][int(values[0])], values[1:], layer, source)
     if name == "scan":
       return self.inline(_unrolled(eqn, values), values, layer, source)
     if name == "while" and any(isinstance(v, Ref) for v in values):
-      raise NotImplementedError(f"while loop over secret values at {source}; use scan or a static fori_loop")
+      raise NotImplementedError(
+        f"while loop over secret values at {source}; use scan or a static fori_loop"
+      )
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
       if isinstance(eqn.params.get(key), (core.ClosedJaxpr, core.Jaxpr)):
         return self.inline(eqn.params[key], values, layer, source)
@@ -156,7 +180,9 @@ class _Tracer:
     outputs = tuple(self.new() for _ in eqn.outvars)
     avals = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
     bind = lambda *inputs: _bind(eqn, inputs)
-    self.equations.append(Equation(name, bind, eqn.params, tuple(values), outputs, avals, layer or "(top)", source))
+    self.equations.append(
+      Equation(name, bind, eqn.params, tuple(values), outputs, avals, layer or "(top)", source)
+    )
     return list(outputs)
 
 
@@ -171,7 +197,8 @@ def _unrolled(eqn: Any, values: Sequence[Any]) -> Any:
   if not isinstance(closed, core.ClosedJaxpr):
     closed = core.ClosedJaxpr(closed, ())
   body, inner = core.jaxpr_as_fun(closed), closed.jaxpr
-  # What is scanned over has one axis more outside than inside; how the parameters say so differs among versions of JAX.
+  # What is scanned over has one axis more outside than inside; how the parameters say so differs
+  # among versions of JAX.
   scanned = lambda outside, inside: [
     len(a.aval.shape) > len(b.aval.shape) for a, b in zip(outside, inside, strict=True)
   ]
@@ -180,15 +207,23 @@ def _unrolled(eqn: Any, values: Sequence[Any]) -> Any:
   steps = range(length)[::-1] if eqn.params["reverse"] else range(length)
 
   def loop(*args: Array) -> list[Array]:
-    consts, carry, xs = args[:num_consts], args[num_consts : num_consts + num_carry], args[num_consts + num_carry :]
+    consts, carry, xs = (
+      args[:num_consts],
+      args[num_consts : num_consts + num_carry],
+      args[num_consts + num_carry :],
+    )
     stacked: dict[int, Sequence[Array]] = {}
     for i in steps:
       outputs = body(*consts, *carry, *(lax.index_in_dim(x, i, keepdims=False) for x in xs))
       carry, stacked[i] = outputs[:num_carry], outputs[num_carry:]
-    ys = [jnp.stack([stacked[i][j] for i in range(length)]) for j in range(len(eqn.outvars) - num_carry)]
+    ys = [
+      jnp.stack([stacked[i][j] for i in range(length)]) for j in range(len(eqn.outvars) - num_carry)
+    ]
     return [*carry, *ys]
 
-  return jax.make_jaxpr(loop)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars))
+  return jax.make_jaxpr(loop)(
+    *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)
+  )
 
 
 def _source(eqn: Any) -> str:

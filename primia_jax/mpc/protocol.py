@@ -1,10 +1,13 @@
-"""A circuit carried out: in the clear, by the dealer, by each party beforehand, and by both parties together.
+"""A circuit carried out: in the clear, by the dealer, by each party beforehand, and by both parties
+together.
 
 The phases of one inference, and who holds what:
 
   encode    an owner's values as integers, once per model and once per image
-  blind     the model owner publishes D = W - B, uniform, to the data owner; B is the dealer's, once per model
-  deal      the dealer's correlations, before the image exists; party 0 receives a seed and party 1 a seed and arrays
+  blind     the model owner publishes D = W - B, uniform, to the data owner; B is the
+            dealer's, once per model
+  deal      the dealer's correlations, before the image exists; party 0 receives a seed
+            and party 1 a seed and arrays
   prepare   each party expands its seed and maps its mask shares, alone
   run       the parties open masked values to each other: the only phase that communicates
 """
@@ -19,14 +22,28 @@ import jax.numpy as jnp
 
 from primia_jax import native, prng, ring
 from primia_jax.mpc import dealing, gates, products
-from primia_jax.mpc.circuit import Apply, Circuit, Config, Input, Linear, Local, Offset, Open, Operand, Product, Value
+from primia_jax.mpc.circuit import (
+  Apply,
+  Circuit,
+  Config,
+  Input,
+  Linear,
+  Local,
+  Offset,
+  Open,
+  Operand,
+  Product,
+  Value,
+)
 from primia_jax.mpc.dealing import ADDITIVE, Correlation, Derived, Masks, Uniform
 from primia_jax.mpc.maps import MULTIPLY
 from primia_jax.mpc.products import multiply, product
 from primia_jax.mpc.sharing import Wire, at, compute_at
 from primia_jax.types import Array
 
-Operands = dict[int, Any]  # by number: ring elements, or a linear layer's Weight; B and D as products.Operand
+Operands = dict[
+  int, Any
+]  # by number: ring elements, or a linear layer's Weight; B and D as products.Operand
 Ready = dict[int, Correlation]  # by number of the operation: what a party needs of it during `run`
 _BLIND, _SEED = 1, 2  # the dealer's subkeys
 
@@ -62,9 +79,13 @@ def encode(operand: Operand, value: Array, config: Config) -> Any:
   elements = integers.astype(jnp.int64 if config.num_bits > 32 else jnp.int32).astype(config.dtype)
   if operand.map is None:
     return elements
-  # Used twice, here and for D: computed again, a fused multiply-add might round it to the neighbouring integer.
+  # Used twice, here and for D: computed again, a fused multiply-add might round it to the
+  # neighbouring integer.
   elements = native.once(elements)
-  return Weight(elements, products.split(operand.map, elements, operand.bits or config.num_bits, config.num_bits))
+  return Weight(
+    elements,
+    products.split(operand.map, elements, operand.bits or config.num_bits, config.num_bits),
+  )
 
 
 def blank(operand: Operand, config: Config) -> Any:
@@ -76,7 +97,10 @@ def blank(operand: Operand, config: Config) -> Any:
 
 
 def clear(
-  circuit: Circuit, config: Config, operands: Operands, watch: Callable[[Apply, Array], None] | None = None
+  circuit: Circuit,
+  config: Config,
+  operands: Operands,
+  watch: Callable[[Apply, Array], None] | None = None,
 ) -> list[Array]:
   """The integers that the protocol computes, in the clear: what its exact mode equals bit for bit.
 
@@ -106,7 +130,9 @@ def clear(
         if watch is not None:
           watch(op, gates.to_signed(env[op.input], config.num_bits))
         env[op.out] = gates.clear(op.gate, env[op.input].reshape(-1)).reshape(op.shape)
-  return [ring.reduce(env[v.number], config.num_bits) for v in circuit.outputs if isinstance(v, Value)]
+  return [
+    ring.reduce(env[v.number], config.num_bits) for v in circuit.outputs if isinstance(v, Value)
+  ]
 
 
 def _offset(op: Offset, operands: Operands, config: Config) -> Array:
@@ -139,7 +165,9 @@ def blinds(circuit: Circuit, config: Config, key: Array) -> Operands:
 
 def full(circuit: Circuit, config: Config, arrays: Operands) -> Operands:
   """Whole ring elements made ready for their linear layers: B, or the published D."""
-  split = lambda i, v: products.split(circuit.operands[i].map or MULTIPLY, v, config.num_bits, config.num_bits)
+  split = lambda i, v: products.split(
+    circuit.operands[i].map or MULTIPLY, v, config.num_bits, config.num_bits
+  )
   return {i: split(i, v) for i, v in arrays.items()}
 
 
@@ -175,7 +203,9 @@ def deal(circuit: Circuit, config: Config, key: Array, blind: Operands) -> Dealt
         a, b = (opened[i][0] + opened[i][1] for i in op.inputs)
         derived = Derived({"u": product(op.map, a, b, config.num_bits)}, {}, {})
       case Apply():
-        derived = gates.derive(op.gate, {name: jnp.stack([m[name] for m in each]) for name in each[0]})
+        derived = gates.derive(
+          op.gate, {name: jnp.stack([m[name] for m in each]) for name in each[0]}
+        )
     if derived is not None:
       sent[number] = dealing.split(seeds[0], number, derived, config.prng)
       if derived.common:
@@ -245,7 +275,9 @@ def prepare(
 Env = dict[int, Any]  # by number: shares, or (masked value, this party's share of its mask)
 
 
-def run(circuit: Circuit, config: Config, wire: Wire, ready: Ready, operands: Operands) -> list[Array]:
+def run(
+  circuit: Circuit, config: Config, wire: Wire, ready: Ready, operands: Operands
+) -> list[Array]:
   """One party's part of the protocol, on the axis "party".
 
   Args:
@@ -253,24 +285,37 @@ def run(circuit: Circuit, config: Config, wire: Wire, ready: Ready, operands: Op
     config: the ring.
     wire: to the other party.
     ready: from `prepare`.
-    operands: encoded; each as its owner has it and `blank` at the other party, or the same array at both in a
-      simulation. Arguments given as shares are this party's.
+    operands: encoded; each as its owner has it and `blank` at the other party, or the same array at
+      both in a simulation. Arguments given as shares are this party's.
 
   Returns:
     This party's shares of the outputs; a party learns an output only from the other's share of it.
   """
-  return outputs(circuit, config, advance(circuit, config, wire, ready, operands, {}, 0, len(circuit.operations)))
+  return outputs(
+    circuit, config, advance(circuit, config, wire, ready, operands, {}, 0, len(circuit.operations))
+  )
 
 
 def outputs(circuit: Circuit, config: Config, env: Env) -> list[Array]:
   """The shares of the outputs, once every operation is done."""
-  return [ring.reduce(env[v.number], config.num_bits) for v in circuit.outputs if isinstance(v, Value)]
+  return [
+    ring.reduce(env[v.number], config.num_bits) for v in circuit.outputs if isinstance(v, Value)
+  ]
 
 
 def advance(
-  circuit: Circuit, config: Config, wire: Wire, ready: Ready, operands: Operands, env: Env, first: int, last: int
+  circuit: Circuit,
+  config: Config,
+  wire: Wire,
+  ready: Ready,
+  operands: Operands,
+  env: Env,
+  first: int,
+  last: int,
 ) -> Env:
-  """Carries out operations first to last - 1 on what came before; returns what the rest still needs."""
+  """Carries out operations first to last - 1 on what came before; returns what the rest still
+  needs.
+  """
   env, k = dict(env), config.num_bits
   for number in range(first, last):
     op = circuit.operations[number]
@@ -278,19 +323,27 @@ def advance(
     with jax.named_scope(op.layer):
       match op:
         case Input():
-          env[op.out] = operands[op.operand] if op.owner is None else at(op.owner, operands[op.operand])
+          env[op.out] = (
+            operands[op.operand] if op.owner is None else at(op.owner, operands[op.operand])
+          )
         case Local() if op.opened:
           masked, r = zip(*(env[i] for i in op.inputs), strict=True)
           env[op.out] = op.fn(*masked), op.fn(*r)
         case Local():
           env[op.out] = op.fn(*(env[i] for i in op.inputs))
         case Offset():
-          env[op.out] = env[op.input] + at(0 if op.owner is None else op.owner, _offset(op, operands, config))
+          env[op.out] = env[op.input] + at(
+            0 if op.owner is None else op.owner, _offset(op, operands, config)
+          )
         case Open():
           env[op.out] = wire.open_additive(env[op.input] + c["r"], "open"), c["r"]
         case Linear():
           masked, _ = env[op.input]
-          whole = compute_at(op.owner, lambda: multiply(op.map, masked, operands[op.operand].ready, k), wire)  # noqa: B023
+          whole = compute_at(
+            op.owner,
+            lambda: multiply(op.map, masked, operands[op.operand].ready, k),
+            wire,  # noqa: B023
+          )
           env[op.out] = whole - c["u"]
         case Product():
           (a, ra), (b, rb) = (env[i] for i in op.inputs)

@@ -1,8 +1,9 @@
 """Two parties on a named axis: shares, and `Wire`, the one place where the parties meet.
 
-Additive shares x_0 + x_1 = x live in Z_2^64 or Z_2^32 and are reduced to Z_2^k where a value is opened; Boolean shares
-b_0 ^ b_1 = b are bits packed into unsigned words. A protocol is one function, written for one party over the axis
-"party": `jax.vmap(..., axis_name=PARTY)` runs both in one process, `shard_map` one on each device.
+Additive shares x_0 + x_1 = x live in Z_2^64 or Z_2^32 and are reduced to Z_2^k where a value is
+opened; Boolean shares b_0 ^ b_1 = b are bits packed into unsigned words. A protocol is one
+function, written for one party over the axis "party": `jax.vmap(..., axis_name=PARTY)` runs both in
+one process, `shard_map` one on each device.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Wire(NamedTuple):
   """How two parties open values to each other.
 
   Attributes:
-    swap: exchange by `ppermute` (devices and processes) instead of a reduction over the axis (vmap, whose result then
-      is one array and not two).
+    swap: exchange by `ppermute` (devices and processes) instead of a reduction over the axis (vmap,
+      whose result then is one array and not two).
     log: where to note what is sent, as the function is traced; None notes nothing.
   """
 
@@ -42,7 +43,9 @@ class Wire(NamedTuple):
   log: list[Sent] | None = None
 
   def open_additive(self, x: Array, what: str) -> Array:
-    """The sum of both parties' x: one round, x's bytes each way. x must be masked: both parties learn the sum."""
+    """The sum of both parties' x: one round, x's bytes each way. x must be masked: both parties
+    learn the sum.
+    """
     self._note([x], what)
     # Without the barrier XLA would compute the opened value again in every consumer.
     return lax.optimization_barrier(x + _swap(x) if self.swap else lax.psum(x, PARTY))
@@ -74,7 +77,9 @@ def at(party: int, x: Array) -> Array:
 
 def compute_at(party: int, fn: Callable[[], Array], wire: Wire) -> Array:
   """fn() at one party and zeros at the other, which does not run it; under vmap it runs once."""
-  if not wire.swap:  # vmap would turn `cond` into a choice between two results, and compute fn for both parties
+  if (
+    not wire.swap
+  ):  # vmap would turn `cond` into a choice between two results, and compute fn for both parties
     return at(party, fn())
   out = jax.eval_shape(fn)
   return lax.cond(lax.axis_index(PARTY) == party, fn, lambda: jnp.zeros(out.shape, out.dtype))
@@ -88,5 +93,7 @@ def party_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh
   """
   devices = jax.devices() if devices is None else devices
   if len(devices) < 2:
-    raise ValueError(f"two parties need two devices, not {len(devices)}; on CPU set jax_num_cpu_devices=2")
+    raise ValueError(
+      f"two parties need two devices, not {len(devices)}; on CPU set jax_num_cpu_devices=2"
+    )
   return jax.sharding.Mesh(np.array(devices[:2]), (PARTY,))

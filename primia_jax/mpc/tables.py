@@ -1,12 +1,15 @@
-"""[public < dealer-known] by one-time truth tables: leaves without communication, then ANDs of up to four inputs.
+"""[public < dealer-known] by one-time truth tables: leaves without communication, then ANDs of up
+to four inputs.
 
-The compared bits are cut into digits of four. For each digit the dealer shares the one-time table v -> [v < digit] as a
-16-bit word; the public digit indexes it, and [v == digit] is the difference of two neighbouring entries. Digits are
-combined lexicographically, lt = lt_3 ^ eq_3 lt_2 ^ eq_3 eq_2 lt_1 ^ eq_3 eq_2 eq_1 lt_0, by opening masked bits and
-using dealt products of their masks (Beaver's multiplication with many factors; Ishai et al., TCC 2013, for the one-time
-tables). Up to 64 bits take two rounds, and 40 bits of messages.
+The compared bits are cut into digits of four. For each digit the dealer shares the one-time table v
+-> [v < digit] as a 16-bit word; the public digit indexes it, and [v == digit] is the difference of
+two neighbouring entries. Digits are combined lexicographically, lt = lt_3 ^ eq_3 lt_2 ^ eq_3 eq_2
+lt_1 ^ eq_3 eq_2 eq_1 lt_0, by opening masked bits and using dealt products of their masks (Beaver's
+multiplication with many factors; Ishai et al., TCC 2013, for the one-time tables). Up to 64 bits
+take two rounds, and 40 bits of messages.
 
-Bits of one level lie side by side in a word, its lanes: lane g has eq in bit 2 g and lt in bit 2 g + 1.
+Bits of one level lie side by side in a word, its lanes: lane g has eq in bit 2 g and lt in bit 2 g
++ 1.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ class Compared(NamedTuple):
   Attributes:
     lt: [N] uint8, Boolean share of 0 or 1.
     borrow: the same for the borrow, where it was not opened.
-    opened_borrow: [N] uint8, public: borrow ^ (the dealer's mask), where the tree had to open it anyway.
+    opened_borrow: [N] uint8, public: borrow ^ (the dealer's mask), where the tree had to open it
+      anyway.
   """
 
   lt: Array
@@ -97,10 +101,14 @@ def derive(span: Span, r: Array, shares: dict[str, Array]) -> tuple[Derived, Arr
   """
   digits, levels = _tree(span)
   one = jnp.uint32(1)
-  boolean = {f"table{j}": ((one << _digit(r, d)) - one).astype(jnp.uint16) for j, d in enumerate(digits)}
+  boolean = {
+    f"table{j}": ((one << _digit(r, d)) - one).astype(jnp.uint16) for j, d in enumerate(digits)
+  }
   borrow_mask = None
   for i, level in enumerate(levels):
-    words = _children(i, level, [open_mask(shares[name], BOOLEAN) for name in _message_names(i, level)])
+    words = _children(
+      i, level, [open_mask(shares[name], BOOLEAN) for name in _message_names(i, level)]
+    )
     variables = _variables(level, words)
     packed = _pack(level, [_and(variables, s) for s in _products(level)])
     boolean |= {f"products{i}_{j}": word for j, word in enumerate(packed)}
@@ -147,7 +155,11 @@ def run(span: Span, wire: Wire, v: Array, correlation: Correlation) -> Compared:
       return lt
 
     lt = less(level.radix)
-    message = [lt if level.is_root else _masked_and(_eq_term(level), values, known, first) | (lt << lt.dtype.type(1))]
+    message = [
+      lt
+      if level.is_root
+      else _masked_and(_eq_term(level), values, known, first) | (lt << lt.dtype.type(1))
+    ]
     message = [native.barrier(message[0])]
     if level.low > 1:
       borrow = native.barrier(less(level.low))
@@ -201,10 +213,16 @@ def _digit(v: Array, digit: tuple[int, int]) -> Array:
   return ((v >> v.dtype.type(start)) & v.dtype.type(2**width - 1)).astype(jnp.uint32)
 
 
-def _look_up(digits: list[tuple[int, int]], level: _Level, v: Array, tables: list[Array], first: Array) -> list[Array]:
-  """The leaves' bits as the first level wants them: word i, in whose lane g is child i of node g."""
+def _look_up(
+  digits: list[tuple[int, int]], level: _Level, v: Array, tables: list[Array], first: Array
+) -> list[Array]:
+  """The leaves' bits as the first level wants them: word i, in whose lane g is child i of node
+  g.
+  """
   dtype, one = _lanes(len(level.nodes)), jnp.uint32(1)
-  start = jnp.where(first, one, jnp.uint32(0))  # [-1 < digit] is 1, known to all: party 0's share is 1
+  start = jnp.where(
+    first, one, jnp.uint32(0)
+  )  # [-1 < digit] is 1, known to all: party 0's share is 1
   words = []
   for i in range(level.radix):
     word = jnp.zeros(v.shape, jnp.uint32)
@@ -216,12 +234,16 @@ def _look_up(digits: list[tuple[int, int]], level: _Level, v: Array, tables: lis
         table = (tables[node[child]].astype(jnp.uint32) << one) | start
         pair = (table >> _digit(v, digits[node[child]])) & jnp.uint32(3)
       word = word | (pair << jnp.uint32(2 * g))
-    words.append((word ^ ((word >> one) & _even(np.dtype(np.uint32), len(level.nodes)))).astype(dtype))
+    words.append(
+      (word ^ ((word >> one) & _even(np.dtype(np.uint32), len(level.nodes)))).astype(dtype)
+    )
   return words
 
 
 def _message_names(i: int, level: _Level) -> list[str]:
-  """The leaves send a word for the i-th children of all nodes; above, the nodes' own word is what is sent."""
+  """The leaves send a word for the i-th children of all nodes; above, the nodes' own word is what
+  is sent.
+  """
   return [f"level{i}_{j}" for j in range(1 if i else level.radix)]
 
 
@@ -230,7 +252,9 @@ def _message_dtypes(i: int, level: _Level) -> list[np.dtype]:
 
 
 def _children(i: int, level: _Level, message: list[Array], missing: int = 0) -> list[Array]:
-  """Word i for the i-th child of every node, out of a level's message; `missing` is the eq of a child that is not."""
+  """Word i for the i-th child of every node, out of a level's message; `missing` is the eq of a
+  child that is not.
+  """
   if i == 0:
     return message
   word, dtype = message[0], message[0].dtype.type
@@ -239,7 +263,9 @@ def _children(i: int, level: _Level, message: list[Array], missing: int = 0) -> 
     out = jnp.zeros_like(word)
     for g, node in enumerate(level.nodes):
       child = j - (level.radix - len(node))
-      pair = (word >> dtype(2 * node[child])) & dtype(3) if child >= 0 else jnp.full_like(word, missing)
+      pair = (
+        (word >> dtype(2 * node[child])) & dtype(3) if child >= 0 else jnp.full_like(word, missing)
+      )
       out = out | (pair << dtype(2 * g))
     words.append(out.astype(lanes))
   return words
@@ -265,7 +291,12 @@ def _eq_term(level: _Level) -> tuple[str, ...]:
 def _products(level: _Level) -> list[tuple[str, ...]]:
   """The products of masks that are dealt: all subsets of two or more factors of a term."""
   terms = _lt_terms(level.radix) + ([] if level.is_root else [_eq_term(level)])
-  subsets = {tuple(sorted(s)) for t in terms for n in range(2, len(t) + 1) for s in itertools.combinations(t, n)}
+  subsets = {
+    tuple(sorted(s))
+    for t in terms
+    for n in range(2, len(t) + 1)
+    for s in itertools.combinations(t, n)
+  }
   return sorted(subsets, key=lambda s: (len(s), s))
 
 
@@ -276,8 +307,12 @@ def _and(variables: dict[str, Array], names: tuple[str, ...]) -> Array:
   return out
 
 
-def _masked_and(term: tuple[str, ...], values: dict[str, Array], known: dict, first: Array) -> Array:
-  """A share of the product of (value ^ mask) over a term: the sum over subsets of products of values and of masks."""
+def _masked_and(
+  term: tuple[str, ...], values: dict[str, Array], known: dict, first: Array
+) -> Array:
+  """A share of the product of (value ^ mask) over a term: the sum over subsets of products of
+  values and of masks.
+  """
   everything = _and(values, term)
   out = jnp.where(first, everything, jnp.zeros_like(everything))
   for n in range(1, len(term) + 1):
@@ -289,7 +324,9 @@ def _masked_and(term: tuple[str, ...], values: dict[str, Array], known: dict, fi
 
 
 def _slots(level: _Level) -> list[int]:
-  """Where in a word the products lie: a lane has two bits and a product uses one, and few lanes leave room above."""
+  """Where in a word the products lie: a lane has two bits and a product uses one, and few lanes
+  leave room above.
+  """
   num = len(level.nodes)
   bits = _lanes(num).itemsize * 8
   return [base + odd for base in range(0, bits - 2 * num + 1, 2 * num) for odd in (0, 1)]
@@ -307,5 +344,7 @@ def _pack(level: _Level, products: list[Array]) -> list[Array]:
 
 def _unpack(level: _Level, words: list[Array]) -> list[Array]:
   slots, num = _slots(level), len(_products(level))
-  shifted = [words[i // len(slots)] >> words[0].dtype.type(slots[i % len(slots)]) for i in range(num)]
+  shifted = [
+    words[i // len(slots)] >> words[0].dtype.type(slots[i % len(slots)]) for i in range(num)
+  ]
   return [word & _even(word.dtype, len(level.nodes)) for word in shifted]

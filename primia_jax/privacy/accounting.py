@@ -1,9 +1,11 @@
-"""What a run's releases cost in epsilon and delta: one ledger a site over all mechanisms, computed by dp-accounting.
+"""What a run's releases cost in epsilon and delta: one ledger a site over all mechanisms, computed
+by dp-accounting.
 
-A `Release` is one output computed from a site's units under noise; a `Ledger` is the list of all of them. Sites with
-disjoint units compose in parallel (the worst counts, `of_sites`); everything at one site, rounds, statistics and tuning
-runs alike, composes sequentially. Only Poisson sampling is known here: batches drawn in any other way, such as by
-shuffling, are not amplified, and must be charged with a sampling rate of 1.
+A `Release` is one output computed from a site's units under noise; a `Ledger` is the list of all of
+them. Sites with disjoint units compose in parallel (the worst counts, `of_sites`); everything at
+one site, rounds, statistics and tuning runs alike, composes sequentially. Only Poisson sampling is
+known here: batches drawn in any other way, such as by shuffling, are not amplified, and must be
+charged with a sampling rate of 1.
 """
 
 from __future__ import annotations
@@ -21,10 +23,15 @@ from scipy import special
 
 UNITS = ("example", "patient", "site")
 ACCOUNTANTS = ("pld", "rdp")
-ORDERS = (*map(float, range(2, 65)), *(2.0**i for i in range(7, 13)))  # whole, where the formula is a sum
+ORDERS = (
+  *map(float, range(2, 65)),
+  *(2.0**i for i in range(7, 13)),
+)  # whole, where the formula is a sum
 _MAX_EPSILON = 1e3  # beyond this nothing is claimed
 _LEAST_NOISE = 0.1  # below this nothing is calibrated
-_GRID = 5e-5  # step of a privacy loss distribution over its width: the error grows with steps, time falls with them
+# step of a privacy loss distribution over its width: the error grows with steps, time falls with
+# them
+_GRID = 5e-5
 
 
 class Release(NamedTuple):
@@ -35,7 +42,8 @@ class Release(NamedTuple):
     noise_multiplier: of the Poisson-subsampled Gaussian mechanism; 0 where `curve` is given.
     sampling_rate: q, the rate that really ran.
     times: how often.
-    extra_delta: the probability, each time, that what ran was not what is accounted for (a batch that overflowed).
+    extra_delta: the probability, each time, that what ran was not what is accounted for (a batch
+      that overflowed).
     curve: Renyi divergences at `ORDERS`, for any other mechanism; empty for the Gaussian.
   """
 
@@ -61,14 +69,20 @@ class Ledger(NamedTuple):
   releases: tuple[Release, ...] = ()
 
 
-def gaussian(what: str, noise_multiplier: float, sampling_rate: float = 1.0, extra_delta: float = 0.0) -> Release:
-  """One release of the Poisson-subsampled Gaussian mechanism, adding or removing one unit (Mironov et al. 2019).
+def gaussian(
+  what: str, noise_multiplier: float, sampling_rate: float = 1.0, extra_delta: float = 0.0
+) -> Release:
+  """One release of the Poisson-subsampled Gaussian mechanism, adding or removing one unit (Mironov
+  et al. 2019).
 
   Raises:
     ValueError: for no noise, or a rate outside (0, 1].
   """
   if not 0 < noise_multiplier < math.inf:
-    raise ValueError(f"{what}: noise_multiplier={noise_multiplier} must be positive: without noise nothing is private")
+    raise ValueError(
+      f"{what}: noise_multiplier={noise_multiplier} must be positive: without noise nothing is "
+      f"private"
+    )
   if not 0 < sampling_rate <= 1:
     raise ValueError(f"{what}: sampling_rate={sampling_rate} must lie in (0, 1]")
   _check_extra(what, extra_delta)
@@ -76,13 +90,17 @@ def gaussian(what: str, noise_multiplier: float, sampling_rate: float = 1.0, ext
 
 
 def renyi(what: str, curve: Sequence[float], extra_delta: float = 0.0) -> Release:
-  """One release of any mechanism, from its Renyi divergences at `ORDERS` (distributed noise: `distributed.rdp`).
+  """One release of any mechanism, from its Renyi divergences at `ORDERS` (distributed noise:
+  `distributed.rdp`).
 
   Raises:
     ValueError: for another number of divergences, or one that is negative or no number.
   """
   if len(curve) != len(ORDERS) or not all(value >= 0 for value in curve):
-    raise ValueError(f"{what}: a curve of {len(curve)} divergences; give one that is not negative for each of ORDERS")
+    raise ValueError(
+      f"{what}: a curve of {len(curve)} divergences; give one that is not negative for each of "
+      f"ORDERS"
+    )
   _check_extra(what, extra_delta)
   return Release(what, 0.0, extra_delta=extra_delta, curve=tuple(map(float, curve)))
 
@@ -92,7 +110,8 @@ def ledger(unit: str, delta: float, num_units: int) -> Ledger:
 
   Args:
     unit: "example", "patient" or "site".
-    delta: above 1 / num_units a mechanism that publishes a random unit whole would count as private.
+    delta: above 1 / num_units a mechanism that publishes a random unit whole would count as
+      private.
     num_units: public number of the site's units.
 
   Raises:
@@ -104,7 +123,8 @@ def ledger(unit: str, delta: float, num_units: int) -> Ledger:
     raise ValueError(f"num_units={num_units} must be at least 1")
   if not 0 < delta <= 1 / num_units:
     raise ValueError(
-      f"delta={delta:g} must lie between 0 and 1 / {num_units} = {1 / num_units:.3g}, one over the number of units: a "
+      f"delta={delta:g} must lie between 0 and 1 / {num_units} = {1 / num_units:.3g}, one over the "
+      f"number of units: a "
       "larger one allows to publish somebody whole"
     )
   return Ledger(unit, delta)
@@ -119,7 +139,9 @@ def spend(ledger: Ledger, release: Release, count: int = 1) -> Ledger:
   if count < 0:
     raise ValueError(f"count={count} must not be negative")
   same = lambda r: r._replace(times=release.times) == release
-  kept = tuple(r._replace(times=r.times + count * release.times) if same(r) else r for r in ledger.releases)
+  kept = tuple(
+    r._replace(times=r.times + count * release.times) if same(r) else r for r in ledger.releases
+  )
   if not any(map(same, ledger.releases)) and count:
     kept += (release._replace(times=count * release.times),)
   return ledger._replace(releases=kept)
@@ -130,14 +152,16 @@ def epsilon(ledger: Ledger, accountant: str | None = None) -> float:
 
   Args:
     ledger: what was released.
-    accountant: "pld" (privacy loss distributions: tight to 0.1 %, from above), "rdp" (looser, at once), or None for
-      the lower of both, which are upper bounds; RDP alone where a release is known by its curve.
+    accountant: "pld" (privacy loss distributions: tight to 0.1 %, from above), "rdp" (looser, at
+      once), or None for the lower of both, which are upper bounds; RDP alone where a release is
+      known by its curve.
 
   Raises:
     ValueError: for "pld" with a release that is known by its Renyi curve alone.
 
-  With overflow probabilities p_i the accountant is asked for delta - (1 + e^epsilon) sum p_i, by iteration: what ran is
-  within total variation p_i of what is accounted for, on either of two adjacent data sets.
+  With overflow probabilities p_i the accountant is asked for delta - (1 + e^epsilon) sum p_i, by
+  iteration: what ran is within total variation p_i of what is accounted for, on either of two
+  adjacent data sets.
   """
   releases = [r for r in ledger.releases if r.times]
   if accountant not in (None, *ACCOUNTANTS):
@@ -163,44 +187,59 @@ def of_sites(ledgers: Sequence[Ledger]) -> float:
   """The epsilon of whoever is in one of several disjoint sites, at the worst: parallel composition.
 
   Raises:
-    ValueError: for no sites, or sites that protect different units or have different deltas: there is no common claim.
+    ValueError: for no sites, or sites that protect different units or have different deltas: there
+      is no common claim.
   """
   return epsilon(_worst(ledgers))
 
 
 def calibrate(
-  target_epsilon: float, delta: float, sampling_rate: float, num_steps: int, before: Sequence[Release] = (),
+  target_epsilon: float,
+  delta: float,
+  sampling_rate: float,
+  num_steps: int,
+  before: Sequence[Release] = (),
   extra_delta: float = 0.0,
-) -> float:  # fmt: skip
-  """The least noise multiplier, to a thousandth, with which `num_steps` releases and those `before` meet a target.
+) -> float:
+  """The least noise multiplier, to a thousandth, with which `num_steps` releases and those `before`
+  meet a target.
 
   Raises:
-    ValueError: for a target or delta out of range, a target that the releases before exceed alone, or one so lax, with
-      its delta, that hardly any noise (a multiplier of 0.1) meets it.
+    ValueError: for a target or delta out of range, a target that the releases before exceed alone,
+      or one so lax, with its delta, that hardly any noise (a multiplier of 0.1) meets it.
   """
   if not 0 < target_epsilon < _MAX_EPSILON or num_steps < 1:
     raise ValueError(
-      f"target_epsilon={target_epsilon} must lie in (0, {_MAX_EPSILON:g}), num_steps={num_steps} be positive"
+      f"target_epsilon={target_epsilon} must lie in (0, {_MAX_EPSILON:g}), num_steps={num_steps} "
+      f"be positive"
     )
   if not 0 < delta < 1:
-    raise ValueError(f"delta={delta} must lie in (0, 1), and be at most one over the number of units")
+    raise ValueError(
+      f"delta={delta} must lie in (0, 1), and be at most one over the number of units"
+    )
   start = functools.reduce(spend, before, Ledger("example", delta))
   if epsilon(start) >= target_epsilon:
     raise ValueError(
-      f"target_epsilon={target_epsilon} is spent by {', '.join(r.what for r in before)} alone; give these more noise"
+      f"target_epsilon={target_epsilon} is spent by {', '.join(r.what for r in before)} alone; "
+      f"give these more noise"
     )
-  spent = lambda sigma: spend(start, gaussian("gradients", sigma, sampling_rate, extra_delta), num_steps)
+  spent = lambda sigma: spend(
+    start, gaussian("gradients", sigma, sampling_rate, extra_delta), num_steps
+  )
   fits = lambda sigma, accountant=None: epsilon(spent(sigma), accountant) <= target_epsilon
   high = 0.25  # the fast accountant, an upper bound, says where to look
   while not fits(high, "rdp"):
     high *= 1.1
     if high > 1e5:
-      raise ValueError(f"no noise meets target_epsilon={target_epsilon} at delta={delta:g}; raise one of them")
+      raise ValueError(
+        f"no noise meets target_epsilon={target_epsilon} at delta={delta:g}; raise one of them"
+      )
   low = high / 1.15
   while fits(low):
     if low < _LEAST_NOISE:
       raise ValueError(
-        f"target_epsilon={target_epsilon} at delta={delta:g} is met with hardly any noise, which is privacy in name "
+        f"target_epsilon={target_epsilon} at delta={delta:g} is met with hardly any noise, which "
+        f"is privacy in name "
         "only; lower one of them"
       )
     low, high = low / 1.15, low
@@ -215,7 +254,11 @@ def steps_within(target_epsilon: float, start: Ledger, release: Release, most: i
   low, high = 0, most
   while low < high:
     middle = (low + high + 1) // 2
-    low, high = (middle, high) if epsilon(spend(start, release, middle)) <= target_epsilon else (low, middle - 1)
+    low, high = (
+      (middle, high)
+      if epsilon(spend(start, release, middle)) <= target_epsilon
+      else (low, middle - 1)
+    )
   return low
 
 
@@ -228,7 +271,8 @@ def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
   worst = _worst(ledgers)
   claim = lambda value: math.ceil(value * 1e4) / 1e4 if math.isfinite(value) else "infinite"
   rows: dict[str, Any] = {
-    "unit of privacy": f"one {worst.unit}: adjacent data have it, or zeros in its place; numbers of units are public",
+    "unit of privacy": f"one {worst.unit}: adjacent data have it, or zeros in its place; numbers "
+    f"of units are public",
     "delta": worst.delta,
     "epsilon (of a unit of any one site, the worst)": claim(epsilon(worst)),
     "epsilon by Renyi divergences": claim(epsilon(worst, "rdp")),
@@ -255,7 +299,9 @@ def _least(of_delta: Callable[[float], float], delta: float, wrong: float) -> fl
 def _worst(ledgers: Sequence[Ledger]) -> Ledger:
   claims = sorted({(one.unit, one.delta) for one in ledgers})
   if len(claims) != 1:
-    raise ValueError(f"sites protect different units or have different deltas, {claims}; a common claim needs one")
+    raise ValueError(
+      f"sites protect different units or have different deltas, {claims}; a common claim needs one"
+    )
   return max(set(ledgers), key=epsilon)
 
 
@@ -269,9 +315,14 @@ def _told(release: Release) -> str:
   if release.curve:
     return f"{times}, by integer noise of all sites together"
   rate = (
-    f", each unit drawn with probability {release.sampling_rate:.6g} (Poisson)" if release.sampling_rate < 1 else ""
+    f", each unit drawn with probability {release.sampling_rate:.6g} (Poisson)"
+    if release.sampling_rate < 1
+    else ""
   )
-  return f"{times}, Gaussian noise of {release.noise_multiplier:.6g} times the largest contribution of a unit{rate}"
+  return (
+    f"{times}, Gaussian noise of {release.noise_multiplier:.6g} times the largest "
+    f"contribution of a unit{rate}"
+  )
 
 
 def to_json(ledger: Ledger) -> str:
@@ -308,11 +359,17 @@ def _release(saved: Mapping[str, Any]) -> Release:
 
 def _event(release: Release) -> dp_accounting.DpEvent:
   event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(release.noise_multiplier)
-  return event if release.sampling_rate == 1 else dp_accounting.PoissonSampledDpEvent(release.sampling_rate, event)
+  return (
+    event
+    if release.sampling_rate == 1
+    else dp_accounting.PoissonSampledDpEvent(release.sampling_rate, event)
+  )
 
 
 def _by_rdp(releases: Sequence[Release]) -> Callable[[float], float]:
-  """delta -> epsilon, by composing Renyi divergences (conversion: Canonne et al. 2020, proposition 12)."""
+  """delta -> epsilon, by composing Renyi divergences (conversion: Canonne et al. 2020, proposition
+  12).
+  """
   if not any(r.curve for r in releases):
     accountant = rdp.RdpAccountant(ORDERS)
     for release in releases:
@@ -321,12 +378,16 @@ def _by_rdp(releases: Sequence[Release]) -> Callable[[float], float]:
   orders = np.asarray(ORDERS)
   curve = lambda r: np.asarray(r.curve or _gaussian_curve(r.noise_multiplier, r.sampling_rate))
   total = np.sum([r.times * curve(r) for r in releases], axis=0)
-  converted = lambda delta: total + np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
+  converted = lambda delta: (
+    total + np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
+  )
   return lambda delta: max(0.0, float(np.min(converted(delta))))
 
 
 def _gaussian_curve(noise_multiplier: float, sampling_rate: float) -> tuple[float, ...]:
-  """Renyi divergences of the Poisson-subsampled Gaussian at whole orders (Mironov et al. 2019, section 3.3)."""
+  """Renyi divergences of the Poisson-subsampled Gaussian at whole orders (Mironov et al. 2019,
+  section 3.3).
+  """
 
   def divergence(order: int) -> float:
     k = np.arange(order + 1)
@@ -339,7 +400,9 @@ def _gaussian_curve(noise_multiplier: float, sampling_rate: float) -> tuple[floa
 
 @functools.lru_cache(maxsize=64)
 def _by_pld(releases: tuple[Release, ...], interval: float) -> Callable[[float], float]:
-  """delta -> epsilon, by composing privacy loss distributions, on a grid that rounds up (Doroshenko et al. 2022)."""
+  """delta -> epsilon, by composing privacy loss distributions, on a grid that rounds up (Doroshenko
+  et al. 2022).
+  """
   accountant = pld.PLDAccountant(value_discretization_interval=interval)
   for release in releases:
     accountant.compose(_event(release), release.times)

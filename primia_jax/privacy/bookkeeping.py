@@ -1,10 +1,11 @@
 """Norms and weighted sums of single units' gradients, with or without forming those gradients.
 
-`explicit` forms each unit's gradient, whatever the model. `bookkept` runs forward and backward once for all units
-together and keeps, of each large kernel, the layer's inputs and the gradients of its outputs: from these follow the
-norm of each unit's gradient and any weighted sum (Bu et al. 2023, "Differentially private optimization on large model
-at small cost", section 4; norms from Gram matrices: Goodfellow 2015, arXiv 1510.01799, and Bu et al. 2022, arXiv
-2205.10683). The time is then near that of training without privacy.
+`explicit` forms each unit's gradient, whatever the model. `bookkept` runs forward and backward once
+for all units together and keeps, of each large kernel, the layer's inputs and the gradients of its
+outputs: from these follow the norm of each unit's gradient and any weighted sum (Bu et al. 2023,
+"Differentially private optimization on large model at small cost", section 4; norms from Gram
+matrices: Goodfellow 2015, arXiv 1510.01799, and Bu et al. 2022, arXiv 2205.10683). The time is then
+near that of training without privacy.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _CACHE_BYTES = 2**22  # of gradients formed at once: more are slower
 _UNROLLED = 8  # units, whose addition is unrolled
 _TAPS_BYTES, _UNITS = 24 * 2**20, 32  # of what taps hold at once; more are hardly faster
 _TINY = float(np.finfo(np.float32).tiny)
-_MARGIN = 1e-5  # of the largest that a norm from Gram matrices could be: above what float32 loses in summing them
+# of the largest that a norm from Gram matrices could be: above what float32 loses in summing them
+_MARGIN = 1e-5
 
 
 class UnitGradients(NamedTuple):
@@ -34,8 +36,9 @@ class UnitGradients(NamedTuple):
 
   Attributes:
     squares: [m, L], the squared norm of each of the L leaves of the parameters.
-    add: (total, factors [m, L], counts [m] bool) -> total plus the sum, over the units that count, of their gradients
-      times factors; a unit that does not count adds exactly 0, whatever is in it.
+    add: (total, factors [m, L], counts [m] bool) -> total plus the sum, over the units that count,
+      of their gradients times factors; a unit that does not count adds exactly 0, whatever is in
+      it.
     metrics: of each unit, [m].
   """
 
@@ -49,8 +52,8 @@ class PerUnit(NamedTuple):
 
   Attributes:
     gradients: (params, model_state, rows [m, R, ...], keys [m]) -> UnitGradients.
-    fitting: (params, model_state, rows [R, ...] of one unit, key) -> the m that is best for time within reasonable
-      memory; traces only.
+    fitting: (params, model_state, rows [R, ...] of one unit, key) -> the m that is best for time
+      within reasonable memory; traces only.
   """
 
   gradients: Callable[[Params, ModelState, Batch, Key], UnitGradients]
@@ -71,12 +74,16 @@ def explicit(loss_fn: LossFn) -> PerUnit:
       out = one(params, model_state, *jax.tree.map(lambda a: a[0], (rows, keys)))
       gradients, squares, metrics = jax.tree.map(lambda a: a[None], out)
     else:
-      gradients, squares, metrics = jax.vmap(one, (None, None, 0, 0))(params, model_state, rows, keys)
+      gradients, squares, metrics = jax.vmap(one, (None, None, 0, 0))(
+        params, model_state, rows, keys
+      )
     leaves, structure = jax.tree.flatten(gradients)
 
     def add(total: PyTree, factors: Array, counts: Array) -> PyTree:
       sums = jax.tree.leaves(total)
-      for u in range(num_units):  # in the units' order, so that the sum rounds alike however they are grouped
+      for u in range(
+        num_units
+      ):  # in the units' order, so that the sum rounds alike however they are grouped
         sums = [
           s + jnp.where(counts[u], leaf[u] * factors[u, i], 0.0)
           for i, (s, leaf) in enumerate(zip(sums, leaves, strict=True))
@@ -93,27 +100,36 @@ def explicit(loss_fn: LossFn) -> PerUnit:
 
 
 def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
-  """Forms no gradient of a kernel with taps but where that is faster than its norm from Gram matrices.
+  """Forms no gradient of a kernel with taps but where that is faster than its norm from Gram
+  matrices.
 
-  It takes the memory of m units' activations, and of what kernels see of them at all positions: for a kernel of 3 x 3
-  nine times its input.
+  It takes the memory of m units' activations, and of what kernels see of them at all positions: for
+  a kernel of 3 x 3 nine times its input.
 
   Args:
-    loss_fn: whose model uses each kernel that has taps once, by `conv` or `dense`, and the others in any way.
+    loss_fn: whose model uses each kernel that has taps once, by `conv` or `dense`, and the others
+      in any way.
     has_taps: parameters -> bools in their structure, True for large kernels.
 
   Returns:
-    As `explicit`, equal up to rounding. Squared norms from Gram matrices have 1e-5 of their largest possible value
-    added, and what may be lost below float32's range, so that rounding makes no norm too small. It raises a ValueError,
-    while it is traced, where a kernel with taps is not used exactly once, or in any other way; where it is used in a
-    loop, which tracing cannot count, or its output gets no gradient at all (`stop_gradient`), all sums are NaN.
+    As `explicit`, equal up to rounding. Squared norms from Gram matrices have 1e-5 of their largest
+    possible value added, and what may be lost below float32's range, so that rounding makes no norm
+    too small. It raises a ValueError, while it is traced, where a kernel with taps is not used
+    exactly once, or in any other way; where it is used in a loop, which tracing cannot count, or
+    its output gets no gradient at all (`stop_gradient`), all sums are NaN.
   """
 
-  def split(params: Params) -> tuple[list[Array], list[Array], Callable[[Sequence, Sequence], list]]:
-    """The kernels with taps, the other leaves, and what merges two such lists into a list of leaves."""
+  def split(
+    params: Params,
+  ) -> tuple[list[Array], list[Array], Callable[[Sequence, Sequence], list]]:
+    """The kernels with taps, the other leaves, and what merges two such lists into a list of
+    leaves.
+    """
     flags = jax.tree.leaves(has_taps(params))
     leaves = jax.tree.leaves(params)
-    kernels, others = ([a for a, flag in zip(leaves, flags, strict=True) if bool(flag) == w] for w in (True, False))
+    kernels, others = (
+      [a for a, flag in zip(leaves, flags, strict=True) if bool(flag) == w] for w in (True, False)
+    )
 
     def merge(of_kernels: Sequence, of_others: Sequence) -> list:
       left = iter(of_kernels), iter(of_others)
@@ -126,12 +142,15 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
     join = lambda ws, others: jax.tree.unflatten(jax.tree.structure(params), merge(ws, others))
     logs = [Log() for _ in kernels]
     tapped = lambda ws: [Tapped(w, None, log) for w, log in zip(ws, logs, strict=True)]
-    loss = lambda ws, others, *args: only_in_layers(lambda ws: loss_fn(join(tapped(ws), others), *args)[0], ws)
+    loss = lambda ws, others, *args: only_in_layers(
+      lambda ws: loss_fn(join(tapped(ws), others), *args)[0], ws
+    )
     jax.eval_shape(loss, kernels, others, *args)
     for w, log in zip(kernels, logs, strict=True):
       if len(log.uses) != 1:
         raise ValueError(
-          f"a kernel {list(w.shape)} with taps is used {len(log.uses)} times in the loss, where it must be once"
+          f"a kernel {list(w.shape)} with taps is used {len(log.uses)} times in the loss, where it "
+          f"must be once"
         )
     return [log.uses[0] for log in logs]
 
@@ -151,15 +170,21 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
       return jnp.sum(losses), metrics
 
     each = lambda a: jnp.broadcast_to(a, (num_units, *a.shape))
-    zeros = [jax.tree.map(lambda s: jnp.zeros((num_units, *s.shape), s.dtype), use.taps) for use in uses]
-    (of_others, of_taps), metrics = jax.grad(total, argnums=(0, 1), has_aux=True)(list(map(each, others)), zeros)
+    zeros = [
+      jax.tree.map(lambda s: jnp.zeros((num_units, *s.shape), s.dtype), use.taps) for use in uses
+    ]
+    (of_others, of_taps), metrics = jax.grad(total, argnums=(0, 1), has_aux=True)(
+      list(map(each, others)), zeros
+    )
     layers = [_layer(use, taps, w) for use, taps, w in zip(uses, of_taps, kernels, strict=True)]
     small = [(jax.vmap(_square)(g), functools.partial(_weighted, g)) for g in of_others]
     squares, sums = zip(*merge(layers, small), strict=True)
 
     def add(total: PyTree, factors: Array, counts: Array) -> PyTree:
       new = [weighted(factors[:, i], counts) for i, weighted in enumerate(sums)]
-      return jax.tree.unflatten(jax.tree.structure(total), map(jnp.add, jax.tree.leaves(total), new))
+      return jax.tree.unflatten(
+        jax.tree.structure(total), map(jnp.add, jax.tree.leaves(total), new)
+      )
 
     return UnitGradients(jnp.stack(squares, axis=1), add, metrics)
 
@@ -171,7 +196,9 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
 
 
 def _layer(use: Use, taps: Taps, w: Array) -> tuple[Array, Callable[[Array, Array], Array]]:
-  """The squared norms [m] of the gradients of one kernel, and how to sum them; taps have leading axes [m, R]."""
+  """The squared norms [m] of the gradients of one kernel, and how to sum them; taps have leading
+  axes [m, R].
+  """
   num_units = taps.uses.shape[0]
   merged = lambda a: a.reshape(-1, *a.shape[2:])
   rows, g = use.rows(merged(taps.x)), taps.g.reshape(num_units, -1, w.shape[-1])
@@ -179,12 +206,15 @@ def _layer(use: Use, taps: Taps, w: Array) -> tuple[Array, Callable[[Array, Arra
   (positions, fan_in), features = rows.shape[1:], w.shape[-1]
   once = jnp.where(jnp.all(taps.uses == 1), 1.0, jnp.nan)
   fewer_products = positions * (fan_in + features) < fan_in * features
-  if positions == 1 or (fewer_products and 4 * num_units * fan_in * features > _CACHE_BYTES):  # by Gram matrices
+  if positions == 1 or (
+    fewer_products and 4 * num_units * fan_in * features > _CACHE_BYTES
+  ):  # by Gram matrices
     gram = lambda a: jnp.einsum("mpk,mqk->mpq", a, a, precision=_precision())
     seen, sent = gram(rows), gram(g)
     of_x, of_g = (jnp.trace(a, axis1=1, axis2=2) for a in (seen, sent))
     rounded = np.float32(_MARGIN if positions > 1 else 0) * (of_x * of_g)
-    # A product of two x or g below float32's range is taken for 0, which counts where the other's are very large.
+    # A product of two x or g below float32's range is taken for 0, which counts where the other's
+    # are very large.
     lost = [np.float32(positions * n * _TINY) * a for n, a in ((features, of_x), (fan_in, of_g))]
     squares = jnp.maximum(jnp.sum(seen * sent, axis=(1, 2)), 0.0) + rounded + lost[0] + lost[1]
 
@@ -196,7 +226,9 @@ def _layer(use: Use, taps: Taps, w: Array) -> tuple[Array, Callable[[Array, Arra
 
     return squares, weighted
   gradients = jnp.einsum("mpk,mpo->mok", rows, g, precision=_precision())  # faster on CPU than mko
-  return jax.vmap(_square)(gradients), lambda *how: _weighted(gradients, *how).T.reshape(w.shape) * once
+  return jax.vmap(_square)(
+    gradients
+  ), lambda *how: _weighted(gradients, *how).T.reshape(w.shape) * once
 
 
 def _weighted(gradients: Array, factors: Array, counts: Array) -> Array:
@@ -214,10 +246,14 @@ def _where(counts: Array, a: Array) -> Array:
 
 
 def _square(x: Array) -> Array:
-  """The squared norm, summed within and then over rows so that float32 loses little of millions of terms."""
+  """The squared norm, summed within and then over rows so that float32 loses little of millions of
+  terms.
+  """
   return jnp.sum(jnp.sum(jnp.square(x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)), axis=1))
 
 
 def _precision() -> lax.Precision | None:
-  """Norms in full float32; on CPU products are so anyway, and asking for it misses XLA's fastest."""
+  """Norms in full float32; on CPU products are so anyway, and asking for it misses XLA's
+  fastest.
+  """
   return None if jax.default_backend() == "cpu" else lax.Precision.HIGHEST

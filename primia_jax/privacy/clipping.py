@@ -1,8 +1,9 @@
-"""The sum of per-unit gradients, each clipped first, in the memory of one gradient and with XLA's fast convolutions.
+"""The sum of per-unit gradients, each clipped first, in the memory of one gradient and with XLA's
+fast convolutions.
 
-A loop goes over the units that a step really has, a few at a time, and adds each clipped gradient to a running sum, so
-that padding beyond the last few costs nothing. (How long a step takes thus tells roughly the number of units to whoever
-can time the site.)
+A loop goes over the units that a step really has, a few at a time, and adds each clipped gradient
+to a running sum, so that padding beyond the last few costs nothing. (How long a step takes thus
+tells roughly the number of units to whoever can time the site.)
 """
 
 from __future__ import annotations
@@ -32,35 +33,36 @@ def clipped_sum(
 ) -> Callable[[Params, ModelState, Batch, Key], tuple[PyTree, Metrics, Array]]:
   """Makes the function that sums clipped gradients over units.
 
-  The gradient g of a unit is that of the mean loss over its rows, each row `augmentations` times under random
-  augmentation (De et al. 2022, section 3.2; `loss_fn` augments, row by row). One unit's rows never meet another's.
-  What is added up:
+  The gradient g of a unit is that of the mean loss over its rows, each row `augmentations` times
+  under random augmentation (De et al. 2022, section 3.2; `loss_fn` augments, row by row). One
+  unit's rows never meet another's. What is added up:
 
-    flat: g min(1, C / |g|) (Abadi et al. 2016, algorithm 1).
-    per_layer: each leaf of the parameters so, with C / sqrt(number of leaves) (McMahan et al. 2018, section 3.1).
-    automatic: C g / (|g| + 0.01) (Bu et al. 2022, equation 4.1), of norm below C with nothing to tune.
+    flat: g min(1, C / |g|) (Abadi et al. 2016, algorithm 1). per_layer: each leaf of the parameters
+    so, with C / sqrt(number of leaves) (McMahan et al. 2018, section 3.1). automatic: C g / (|g| +
+    0.01) (Bu et al. 2022, equation 4.1), of norm below C with nothing to tune.
 
-  One unit, whatever is in it, so changes the sum by a vector of norm C at most, up to float32: 1e-5 C for the rounding
-  of the factor and the norm, and the rounding of the sum. A gradient that is not finite, or whose norm passes float32,
-  counts as exactly 0.
+  One unit, whatever is in it, so changes the sum by a vector of norm C at most, up to float32: 1e-5
+  C for the rounding of the factor and the norm, and the rounding of the sum. A gradient that is not
+  finite, or whose norm passes float32, counts as exactly 0.
 
   Args:
     loss_fn: a mean over rows of non-zero weight, without model state.
     l2_clip_norm: C.
     clipping: see above.
     augmentations: see above.
-    microbatch: at most so many units are worked on at once: time and memory, never the result (but for rounding, with
-      taps); None takes as many as are fast in moderate memory.
-    has_taps: parameters -> bools in their structure; True for kernels that the model gives to `conv` or
-      `tapped.dense` once and to nothing else. Most of their gradients are then never formed unit by unit, which
-      takes a fraction of the time (`bookkeeping`). None for no kernel at all, which suits any model.
+    microbatch: at most so many units are worked on at once: time and memory, never the result (but
+      for rounding, with taps); None takes as many as are fast in moderate memory.
+    has_taps: parameters -> bools in their structure; True for kernels that the model gives to
+      `conv` or `tapped.dense` once and to nothing else. Most of their gradients are then never
+      formed unit by unit, which takes a fraction of the time (`bookkeeping`). None for no kernel at
+      all, which suits any model.
 
   Returns:
-    (params, model_state, Batch, key) -> (sum, Metrics, share of the units that were scaled down). The batch has
-    leading axes [U] or, where units have several rows, [U, R]; a unit whose weights are all 0 is padding, and loops end
-    after the last that is not. `key` is for augmentation and dropout, not secret. Metrics are per row, of finite units;
-    like the share they are NOT private. It raises a ValueError for a model with state, or parameters of fewer bits than
-    float32.
+    (params, model_state, Batch, key) -> (sum, Metrics, share of the units that were scaled down).
+    The batch has leading axes [U] or, where units have several rows, [U, R]; a unit whose weights
+    are all 0 is padding, and loops end after the last that is not. `key` is for augmentation and
+    dropout, not secret. Metrics are per row, of finite units; like the share they are NOT private.
+    It raises a ValueError for a model with state, or parameters of fewer bits than float32.
 
   Raises:
     ValueError: for another clipping, or numbers out of range.
@@ -78,12 +80,15 @@ def clipped_sum(
   def run(params: Params, model_state: ModelState, batch: Batch, key: Key):
     if jax.tree.leaves(model_state):
       raise ValueError(
-        "the model has a state that gradients of single units would share (BatchNorm mixes the examples of a batch, "
+        "the model has a state that gradients of single units would share (BatchNorm mixes the "
+        "examples of a batch, "
         "which clipping cannot bound); use norm=group"
       )
     for leaf in jax.tree.leaves(params):
       if leaf.dtype.itemsize < 4:
-        raise ValueError(f"parameters are {leaf.dtype}, in which norms are too coarse for a bound; use float32")
+        raise ValueError(
+          f"parameters are {leaf.dtype}, in which norms are too coarse for a bound; use float32"
+        )
     if batch.weights.ndim == 1:
       batch = jax.tree.map(lambda a: a[:, None], batch)
     num_units, together = batch.weights.shape[0], microbatch
@@ -125,9 +130,13 @@ def clipped_sum(
 
 
 def _factors(squares: Array, l2_clip_norm: float, clipping: str) -> Array:
-  """What each leaf [L] of one unit's gradient is multiplied by, from the squared norms of the leaves."""
+  """What each leaf [L] of one unit's gradient is multiplied by, from the squared norms of the
+  leaves.
+  """
   if clipping == "per_layer":
-    return jnp.minimum(1.0, np.float32(l2_clip_norm / math.sqrt(len(squares))) * jax.lax.rsqrt(squares))
+    return jnp.minimum(
+      1.0, np.float32(l2_clip_norm / math.sqrt(len(squares))) * jax.lax.rsqrt(squares)
+    )
   norm = jnp.sqrt(jnp.sum(squares))
   if clipping == "automatic":
     factor = np.float32(l2_clip_norm) / (norm + np.float32(_STABILITY))

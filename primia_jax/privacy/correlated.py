@@ -1,22 +1,28 @@
-"""Correlated noise (DP-FTRL): for sites that cannot sample, whose units take part at steps that are known to lie apart.
+"""Correlated noise (DP-FTRL): for sites that cannot sample, whose units take part at steps that are
+known to lie apart.
 
-What a model learns from are prefix sums of its gradients, so noise that cancels from step to step costs less accuracy
-than fresh noise. With gradients X [T, D], standard normal Z and a strategy matrix C, the noise of step t is row t of
-C^-1 Z, and all that is released follows from C X + Z: one Gaussian mechanism for the whole run, also where gradients
-depend on earlier outputs (Denisov et al. 2022, theorem 2.1). Two strategies:
+What a model learns from are prefix sums of its gradients, so noise that cancels from step to step
+costs less accuracy than fresh noise. With gradients X [T, D], standard normal Z and a strategy
+matrix C, the noise of step t is row t of C^-1 Z, and all that is released follows from C X + Z: one
+Gaussian mechanism for the whole run, also where gradients depend on earlier outputs (Denisov et al.
+2022, theorem 2.1). Two strategies:
 
-- `banded`: C is lower triangular with b bands (Choquette-Choo et al. 2023, "(Amplified) banded matrix factorization",
-  section 4), Toeplitz up to columns scaled to norm 1. State: b - 1 earlier vectors.
-- `tree`: binary trees (Kairouz et al. 2021, "Practical and private (deep) learning without sampling or shuffling"),
-  restarted before any unit comes again. State: a vector for each level, log2 of the steps of a tree.
+- `banded`: C is lower triangular with b bands (Choquette-Choo et al. 2023, "(Amplified) banded
+  matrix factorization", section 4), Toeplitz up to columns scaled to norm 1. State: b - 1 earlier
+  vectors.
+- `tree`: binary trees (Kairouz et al. 2021, "Practical and private (deep) learning without sampling
+  or shuffling"), restarted before any unit comes again. State: a vector for each level, log2 of the
+  steps of a tree.
 
-Who learns what: whoever sees every noisy sum of the run learns about one unit what he would from a single Gaussian
-mechanism of `noise_multiplier`, which is all that the ledger is charged (once for the run, nothing for a step). Units
-are added or removed (their gradients replaced by 0; for replaced units double the sensitivity). This assumes that a
-unit's gradient is clipped to `l2_clip_norm`, that its steps are at least `min_separation` apart and at most
-`max_participations`: batches in one fixed order do that, shuffling each epoch anew does NOT, and no amplification by
-sampling is claimed. No step may be released twice, as by two runs from one checkpoint: the ledger knows of one. The
-state holds noise and must never leave the site. Noise is float32, rounded: the claim is that of real numbers.
+Who learns what: whoever sees every noisy sum of the run learns about one unit what he would from a
+single Gaussian mechanism of `noise_multiplier`, which is all that the ledger is charged (once for
+the run, nothing for a step). Units are added or removed (their gradients replaced by 0; for
+replaced units double the sensitivity). This assumes that a unit's gradient is clipped to
+`l2_clip_norm`, that its steps are at least `min_separation` apart and at most `max_participations`:
+batches in one fixed order do that, shuffling each epoch anew does NOT, and no amplification by
+sampling is claimed. No step may be released twice, as by two runs from one checkpoint: the ledger
+knows of one. The state holds noise and must never leave the site. Noise is float32, rounded: the
+claim is that of real numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +43,8 @@ from primia_jax.privacy import noise
 from primia_jax.types import Array, PyTree
 
 _PURPOSE = 0x434F5252  # "CORR": no other use of a site's secret derives this subkey
-# (key [8] uint32, step uint32, like, stddev) -> independent Gaussians of like's shapes, never the same for another step
+# (key [8] uint32, step uint32, like, stddev) -> independent Gaussians of like's shapes, never the
+# same for another step
 NoiseFn = Callable[[Array, Array, PyTree, float], PyTree]
 
 
@@ -47,7 +54,8 @@ class BandedNoise:
 
   Attributes:
     num_steps: T, of the whole run.
-    min_separation: a unit that takes part at step t does so again at t + min_separation at the earliest.
+    min_separation: a unit that takes part at step t does so again at t + min_separation at the
+      earliest.
     max_participations: k, the most steps of one unit.
     noise_multiplier: of the one Gaussian mechanism that the run amounts to.
     l2_clip_norm: the largest norm of a unit's gradient in one step.
@@ -66,11 +74,17 @@ class BandedNoise:
     c = np.array(self.coefficients)
     if not 1 <= len(c) <= self.min_separation:
       raise ValueError(
-        f"{len(c)} bands with min_separation={self.min_separation}: a unit's columns would overlap, and sensitivity is "
+        f"{len(c)} bands with min_separation={self.min_separation}: a unit's columns would "
+        f"overlap, and sensitivity is "
         f"unknown; give 1 to {self.min_separation} coefficients"
       )
-    if not (np.all(np.isfinite(c)) and np.all(c > 0) and np.all(np.diff(c) <= 0) and abs(c @ c - 1) < 1e-9):
-      raise ValueError(f"coefficients={self.coefficients} must be positive, of norm 1, and not rise (noise might grow)")
+    if not (
+      np.all(np.isfinite(c)) and np.all(c > 0) and np.all(np.diff(c) <= 0) and abs(c @ c - 1) < 1e-9
+    ):
+      raise ValueError(
+        f"coefficients={self.coefficients} must be positive, of norm 1, and not rise (noise might "
+        f"grow)"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +92,12 @@ class TreeNoise:
   """Noise of binary trees; made by `tree`.
 
   Attributes:
-    num_steps, min_separation, max_participations, noise_multiplier, l2_clip_norm: see `BandedNoise`.
+    num_steps, min_separation, max_participations, noise_multiplier, l2_clip_norm: see
+      `BandedNoise`.
     restart_every: steps of one tree.
-    honaker: estimate a node from the nodes below it too (Honaker 2015; Kairouz et al. 2021, appendix B), which costs
-      nothing and halves the variance; without it a step draws once, with it twice on average.
+    honaker: estimate a node from the nodes below it too (Honaker 2015; Kairouz et al. 2021,
+      appendix B), which costs nothing and halves the variance; without it a step draws once, with
+      it twice on average.
   """
 
   num_steps: int
@@ -96,7 +112,8 @@ class TreeNoise:
     _check(self)
     if not 1 <= self.restart_every <= self.min_separation:
       raise ValueError(
-        f"restart_every={self.restart_every} with min_separation={self.min_separation}: a unit would be twice in one "
+        f"restart_every={self.restart_every} with min_separation={self.min_separation}: a unit "
+        f"would be twice in one "
         f"tree; restart every 1 to {self.min_separation} steps"
       )
 
@@ -109,7 +126,8 @@ class NoiseState(NamedTuple):
 
   Attributes:
     step: uint32, the step that comes next.
-    rows: the gradient's pytree with a leading axis, float32: the last b - 1 vectors in a ring, or one for each level.
+    rows: the gradient's pytree with a leading axis, float32: the last b - 1 vectors in a ring, or
+      one for each level.
   """
 
   step: Array
@@ -117,10 +135,15 @@ class NoiseState(NamedTuple):
 
 
 def banded(
-  num_steps: int, min_separation: int, noise_multiplier: float, l2_clip_norm: float, coefficients: Sequence[float],
+  num_steps: int,
+  min_separation: int,
+  noise_multiplier: float,
+  l2_clip_norm: float,
+  coefficients: Sequence[float],
   max_participations: int | None = None,
-) -> BandedNoise:  # fmt: skip
-  """Banded noise from the coefficients of any scale, e.g. of `optimal_coefficients`; one band is DP-SGD's noise.
+) -> BandedNoise:
+  """Banded noise from the coefficients of any scale, e.g. of `optimal_coefficients`; one band is
+  DP-SGD's noise.
 
   Raises:
     ValueError: for numbers out of range, more bands than `min_separation` or rising coefficients.
@@ -132,9 +155,14 @@ def banded(
 
 
 def tree(
-  num_steps: int, min_separation: int, noise_multiplier: float, l2_clip_norm: float, restart_every: int | None = None,
-  max_participations: int | None = None, honaker: bool = True,
-) -> TreeNoise:  # fmt: skip
+  num_steps: int,
+  min_separation: int,
+  noise_multiplier: float,
+  l2_clip_norm: float,
+  restart_every: int | None = None,
+  max_participations: int | None = None,
+  honaker: bool = True,
+) -> TreeNoise:
   """Tree noise, restarted every `min_separation` steps unless told otherwise.
 
   Raises:
@@ -146,7 +174,8 @@ def tree(
 
 
 def square_root_coefficients(num_bands: int) -> np.ndarray:
-  """The first b coefficients of (1 - x)^(-1/2), the square root of prefix summation: |binom(-1/2, j)|, float64.
+  """The first b coefficients of (1 - x)^(-1/2), the square root of prefix summation: |binom(-1/2,
+  j)|, float64.
 
   Near-optimal in maximal error where units take part once (Fichtenberger et al. 2023, theorem 1).
   """
@@ -157,8 +186,9 @@ def square_root_coefficients(num_bands: int) -> np.ndarray:
 def optimal_coefficients(num_bands: int, num_steps: int) -> np.ndarray:
   """The coefficients [b] of least mean squared error over T prefix sums, float64, first 1.
 
-  Minimises |c|^2 / T sum_t sum_(j <= t) e_j^2, where e are the coefficients of 1 / ((1 - x) c(x)), over the ratios
-  c_j / c_(j-1) in (0, 1] by L-BFGS from `square_root_coefficients`. That the last columns are shorter is left out.
+  Minimises |c|^2 / T sum_t sum_(j <= t) e_j^2, where e are the coefficients of 1 / ((1 - x) c(x)),
+  over the ratios c_j / c_(j-1) in (0, 1] by L-BFGS from `square_root_coefficients`. That the last
+  columns are shorter is left out.
 
   Raises:
     ValueError: for fewer than one band or step.
@@ -180,15 +210,19 @@ def optimal_coefficients(num_bands: int, num_steps: int) -> np.ndarray:
   if len(start) == 1:
     return start
   bounds = [(1e-6, 1.0)] * (len(start) - 1)
-  found = optimize.minimize(objective, start[1:] / start[:-1], jac=True, method="L-BFGS-B", bounds=bounds)
+  found = optimize.minimize(
+    objective, start[1:] / start[:-1], jac=True, method="L-BFGS-B", bounds=bounds
+  )
   return np.cumprod(np.append(1.0, found.x))
 
 
 def sensitivity(config: Config) -> float:
-  """The largest norm of C applied to one unit's gradients of norm 1, over all patterns of participation.
+  """The largest norm of C applied to one unit's gradients of norm 1, over all patterns of
+  participation.
 
-  Exact: two steps of one unit never meet in a row of C, so squared column norms add up, and the worst of the patterns
-  (at least `min_separation` apart, at most `max_participations`) is found by dynamic programming from the last step.
+  Exact: two steps of one unit never meet in a row of C, so squared column norms add up, and the
+  worst of the patterns (at least `min_separation` apart, at most `max_participations`) is found by
+  dynamic programming from the last step.
   """
   squares = _column_squares(config)
   reach = config.min_separation
@@ -200,18 +234,24 @@ def sensitivity(config: Config) -> float:
 
 
 def stddev(config: Config) -> float:
-  """The standard deviation of each number of Z, so that the whole run is one Gaussian mechanism of noise_multiplier."""
+  """The standard deviation of each number of Z, so that the whole run is one Gaussian mechanism of
+  noise_multiplier.
+  """
   return config.noise_multiplier * config.l2_clip_norm * sensitivity(config)
 
 
 def squared_errors(config: Config) -> np.ndarray:
-  """[T] float64, the expected squared error of each number of each prefix sum; take the mean or the maximum.
+  """[T] float64, the expected squared error of each number of each prefix sum; take the mean or the
+  maximum.
 
-  The squared norms of the rows of A C^-1, A being the lower triangle of ones, times the variance of Z.
+  The squared norms of the rows of A C^-1, A being the lower triangle of ones, times the variance of
+  Z.
   """
   if isinstance(config, TreeNoise):
     levels = _level_variances(config)
-    one = np.array([sum(v for i, v in enumerate(levels) if n >> i & 1) for n in range(config.restart_every + 1)])
+    one = np.array(
+      [sum(v for i, v in enumerate(levels) if n >> i & 1) for n in range(config.restart_every + 1)]
+    )
     trees, within = np.divmod(np.arange(1, config.num_steps + 1), config.restart_every)
     return (trees * one[-1] + one[within]) * stddev(config) ** 2
   impulse = np.zeros(config.num_steps)
@@ -219,7 +259,9 @@ def squared_errors(config: Config) -> np.ndarray:
   inverse = signal.lfilter([1.0], config.coefficients, impulse)
   left = np.minimum(config.num_steps - np.arange(config.num_steps), len(config.coefficients))
   norms = _shortened(config.coefficients)[left - 1]
-  same = max(1, config.num_steps - len(config.coefficients) + 1)  # whole columns; up to there A C^-1 is Toeplitz
+  same = max(
+    1, config.num_steps - len(config.coefficients) + 1
+  )  # whole columns; up to there A C^-1 is Toeplitz
   errors = np.cumsum(np.cumsum(norms[0] * inverse[:same]) ** 2)
   row = np.cumsum(norms[0] * inverse[:same])[::-1]
   rest = []
@@ -236,24 +278,33 @@ def init(config: Config, like: PyTree) -> NoiseState:
     config: the noise.
     like: arrays of the gradient's shapes.
   """
-  num_rows = len(config.coefficients) - 1 if isinstance(config, BandedNoise) else config.restart_every.bit_length()
+  num_rows = (
+    len(config.coefficients) - 1
+    if isinstance(config, BandedNoise)
+    else config.restart_every.bit_length()
+  )
   num_rows = max(1, num_rows)  # one band needs none, but checkpoints hold no empty arrays
   zeros = lambda leaf: jnp.zeros((num_rows, *leaf.shape), jnp.float32)
   return NoiseState(jnp.zeros((), jnp.uint32), jax.tree.map(zeros, like))
 
 
 def next_noise(
-  config: Config, state: NoiseState, secret: Array, step: int | Array, noise_fn: NoiseFn = noise.gaussian_like
+  config: Config,
+  state: NoiseState,
+  secret: Array,
+  step: int | Array,
+  noise_fn: NoiseFn = noise.gaussian_like,
 ) -> tuple[PyTree, NoiseState]:
   """The noise to add to this step's sum of clipped gradients (to the sum, not to the mean).
 
-  Steps come once each, in order, from 0 to num_steps - 1: what the ledger was charged for. Out of turn the noise is
-  NaN, so that a mistake releases nothing.
+  Steps come once each, in order, from 0 to num_steps - 1: what the ledger was charged for. Out of
+  turn the noise is NaN, so that a mistake releases nothing.
 
   Args:
     config: the noise; static under jit.
     state: from `init` or the step before.
-    secret: [8] uint32, the site's for this run; may also serve `sampling` and `noise`, whose subkeys are others.
+    secret: [8] uint32, the site's for this run; may also serve `sampling` and `noise`, whose
+      subkeys are others.
     step: uint32 scalar.
     noise_fn: independent Gaussian noise from a cryptographic generator, see `NoiseFn`.
 
@@ -278,10 +329,16 @@ def next_noise(
   return drawn, NoiseState(state.step + np.uint32(1), rows)
 
 
-def _next_banded(config: BandedNoise, draw: Callable, rows: PyTree, step: Array) -> tuple[PyTree, PyTree]:
-  """Forward substitution: u_t = (z_t - sum_j c_j u_(t-j)) / c_0, and the noise is u_t times the norm of column t."""
+def _next_banded(
+  config: BandedNoise, draw: Callable, rows: PyTree, step: Array
+) -> tuple[PyTree, PyTree]:
+  """Forward substitution: u_t = (z_t - sum_j c_j u_(t-j)) / c_0, and the noise is u_t times the
+  norm of column t.
+  """
   c, width = np.array(config.coefficients), len(config.coefficients) - 1
-  below = jnp.minimum(np.uint32(config.num_steps - 1) - step, np.uint32(width))  # entries of the column
+  below = jnp.minimum(
+    np.uint32(config.num_steps - 1) - step, np.uint32(width)
+  )  # entries of the column
   norm = jnp.asarray(_shortened(config.coefficients), jnp.float32)[below.astype(jnp.int32)]
   z = jax.tree.map(lambda a: a / np.float32(c[0]), draw(0))
   if not width:
@@ -296,15 +353,20 @@ def _next_banded(config: BandedNoise, draw: Callable, rows: PyTree, step: Array)
 
 
 def _shortened(coefficients: Sequence[float]) -> np.ndarray:
-  """The norms of the Toeplitz columns cut after 1, ..., b entries, as the last columns are; C's own are all 1."""
+  """The norms of the Toeplitz columns cut after 1, ..., b entries, as the last columns are; C's own
+  are all 1.
+  """
   return np.sqrt(np.cumsum(np.square(coefficients)))
 
 
-def _next_tree(config: TreeNoise, draw: Callable, rows: PyTree, step: Array) -> tuple[PyTree, PyTree]:
+def _next_tree(
+  config: TreeNoise, draw: Callable, rows: PyTree, step: Array
+) -> tuple[PyTree, PyTree]:
   """The nodes that a prefix is made of after this step, less those before it.
 
-  The subtrees of a prefix of n steps are the ones in the binary digits of n. Step n completes one node at each level up
-  to the number of trailing ones of n, and the top one takes the place of those below.
+  The subtrees of a prefix of n steps are the ones in the binary digits of n. Step n completes one
+  node at each level up to the number of trailing ones of n, and the top one takes the place of
+  those below.
   """
   within = step % np.uint32(config.restart_every)
   top = lax.population_count(within & ~(within + np.uint32(1))).astype(jnp.int32)
@@ -313,7 +375,9 @@ def _next_tree(config: TreeNoise, draw: Callable, rows: PyTree, step: Array) -> 
   def merge(level: Array, carry):
     node, replaced = carry
     left = jax.tree.map(lambda u: u[level], rows)
-    if config.honaker:  # by inverse variance; a node's own share is then the variance of the estimate
+    if (
+      config.honaker
+    ):  # by inverse variance; a node's own share is then the variance of the estimate
       own = variances[level + 1]
       mix = lambda z, a, b: own * z + (1 - own) * (a + b)
       node = jax.tree.map(mix, draw((level + 1).astype(jnp.uint32)), left, node)
@@ -340,12 +404,16 @@ def _column_squares(config: Config) -> np.ndarray:
   if isinstance(config, BandedNoise):
     return np.ones(config.num_steps)
   within, first = step % config.restart_every, step - step % config.restart_every
-  end = np.minimum(config.num_steps - first, config.restart_every)  # steps of this tree, fewer in the last
+  end = np.minimum(
+    config.num_steps - first, config.restart_every
+  )  # steps of this tree, fewer in the last
   squares = np.zeros(config.num_steps)
   for level in range(config.restart_every.bit_length()):
     node = within >> level
     used = (node + 1) << level <= end  # what is never completed is never looked at
-    squares += used if config.honaker else used & (node % 2 == 0)  # nor are right children, without estimation
+    squares += (
+      used if config.honaker else used & (node % 2 == 0)
+    )  # nor are right children, without estimation
   return squares
 
 

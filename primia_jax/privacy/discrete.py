@@ -1,15 +1,19 @@
-"""Discrete Gaussian and Skellam noise as arrays of integers, drawn from ChaCha20 by the alias method.
+"""Discrete Gaussian and Skellam noise as arrays of integers, drawn from ChaCha20 by the alias
+method.
 
-A table made on the host from probabilities of 60 digits holds every magnitude whose probability counts; 95 uniform bits
-pick a column and one of its two magnitudes (Walker 1977; Vose 1991), one more bit the sign. No rejection, so no loop
-whose length depends on the noise, and no floating point on the way from the bits to the integer. What is left of error,
-probabilities rounded to multiples of 2^-95 and the tail cut off, is `sampler_error`, which an accountant must add.
+A table made on the host from probabilities of 60 digits holds every magnitude whose probability
+counts; 95 uniform bits pick a column and one of its two magnitudes (Walker 1977; Vose 1991), one
+more bit the sign. No rejection, so no loop whose length depends on the noise, and no floating point
+on the way from the bits to the integer. What is left of error, probabilities rounded to multiples
+of 2^-95 and the tail cut off, is `sampler_error`, which an accountant must add.
 
-Distributions: the discrete Gaussian has probability proportional to exp(-x^2 / (2 s^2)) at every integer x (Canonne,
-Kamath, Steinke 2020, definition 1), and variance at most s^2: less by 2e-7 of it at s = 1 and by 14 % at s = 1/2. The
-Skellam distribution is the difference of two Poisson variables of mean s^2 / 2 (Agarwal et al. 2021), of variance s^2.
+Distributions: the discrete Gaussian has probability proportional to exp(-x^2 / (2 s^2)) at every
+integer x (Canonne, Kamath, Steinke 2020, definition 1), and variance at most s^2: less by 2e-7 of
+it at s = 1 and by 14 % at s = 1/2. The Skellam distribution is the difference of two Poisson
+variables of mean s^2 / 2 (Agarwal et al. 2021), of variance s^2.
 
-Who learns what: noise hides to the extent that its key is secret and uniform, and ChaCha20 is a pseudorandom function.
+Who learns what: noise hides to the extent that its key is secret and uniform, and ChaCha20 is a
+pseudorandom function.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ _TAIL_BITS = 100  # at most 2^-100 of probability is cut off
 _CHUNK = 2**16  # draws at a time, to stay in the cache
 
 
-def sample(key: Array, shape: Sequence[int], stddev: float, kind: Kind = "discrete_gaussian") -> Array:
+def sample(
+  key: Array, shape: Sequence[int], stddev: float, kind: Kind = "discrete_gaussian"
+) -> Array:
   """Independent integers of one of the distributions above.
 
   Args:
@@ -52,19 +58,24 @@ def sample(key: Array, shape: Sequence[int], stddev: float, kind: Kind = "discre
   rows = jnp.asarray(_table(float(stddev), kind))
   size = math.prod(shape)
   chunk = min(_CHUNK, max(size, 1))
-  draw = lambda i: _lookup(rows, prng.bits(key, jnp.stack([i, *np.zeros(2, np.uint32)]), (3, chunk)))
+  draw = lambda i: _lookup(
+    rows, prng.bits(key, jnp.stack([i, *np.zeros(2, np.uint32)]), (3, chunk))
+  )
   drawn = lax.map(draw, jnp.arange(-(-size // chunk), dtype=jnp.uint32))
   return drawn.reshape(-1)[:size].reshape(tuple(shape))
 
 
 def sampler_error(stddev: float, kind: Kind = "discrete_gaussian") -> float:
-  """An upper bound on the total variation between one draw and its distribution, for truly uniform bits.
+  """An upper bound on the total variation between one draw and its distribution, for truly uniform
+  bits.
 
-  N columns round N probabilities to the nearest multiple of 2^-95 (and the first one makes up the sum), which changes
-  half the sum of absolute differences by at most N 2^-96; the tail adds at most 2^-100. About 1e-24.
+  N columns round N probabilities to the nearest multiple of 2^-95 (and the first one makes up the
+  sum), which changes half the sum of absolute differences by at most N 2^-96; the tail adds at most
+  2^-100. About 1e-24.
 
   Raises:
-    ValueError: for a standard deviation that is not positive or beyond `MAX_STDDEV`, or an unknown kind.
+    ValueError: for a standard deviation that is not positive or beyond `MAX_STDDEV`, or an unknown
+      kind.
   """
   return 2.0 ** (_index_bits(stddev, kind) - _BITS - 1) + 2.0**-_TAIL_BITS
 
@@ -72,8 +83,9 @@ def sampler_error(stddev: float, kind: Kind = "discrete_gaussian") -> float:
 def largest(stddev: float, kind: Kind = "discrete_gaussian") -> int:
   """The largest magnitude that is ever drawn: more has probability at most 2^-100.
 
-  By the sub-Gaussian tail of the discrete Gaussian, P(|X| >= t) <= 2 exp(-t^2 / (2 s^2)) (Canonne et al. 2020), and by
-  Chernoff's bound with the Skellam's moments, E exp(u X) = exp(s^2 (cosh u - 1)).
+  By the sub-Gaussian tail of the discrete Gaussian, P(|X| >= t) <= 2 exp(-t^2 / (2 s^2)) (Canonne
+  et al. 2020), and by Chernoff's bound with the Skellam's moments, E exp(u X) = exp(s^2 (cosh u -
+  1)).
 
   Raises:
     ValueError: as `sampler_error`.
@@ -81,7 +93,9 @@ def largest(stddev: float, kind: Kind = "discrete_gaussian") -> int:
   if kind not in ("discrete_gaussian", "skellam"):
     raise ValueError(f"kind={kind!r}; use 'discrete_gaussian' or 'skellam'")
   if not 0 < stddev <= MAX_STDDEV:
-    raise ValueError(f"stddev={stddev} must be positive and at most {MAX_STDDEV}: scale the numbers down")
+    raise ValueError(
+      f"stddev={stddev} must be positive and at most {MAX_STDDEV}: scale the numbers down"
+    )
   variance = stddev**2
 
   def enough(t: int) -> bool:
@@ -89,7 +103,9 @@ def largest(stddev: float, kind: Kind = "discrete_gaussian") -> int:
       log_tail = -(t**2) / (2 * variance)
     else:
       log_tail = math.hypot(t, variance) - variance - t * math.asinh(t / variance)
-    return log_tail < -(_TAIL_BITS + 2) * math.log(2)  # one bit for the factor 2, one for rounding here
+    return log_tail < -(_TAIL_BITS + 2) * math.log(
+      2
+    )  # one bit for the factor 2, one for rounding here
 
   high = 1
   while not enough(high):
@@ -102,7 +118,8 @@ def largest(stddev: float, kind: Kind = "discrete_gaussian") -> int:
 
 
 def probabilities(stddev: float, kind: Kind = "discrete_gaussian") -> list[decimal.Decimal]:
-  """Of the values 0 to `largest` (the negative ones are as probable), to 50 digits; what is cut off is left out of sum.
+  """Of the values 0 to `largest` (the negative ones are as probable), to 50 digits; what is cut off
+  is left out of sum.
 
   Raises:
     ValueError: as `sampler_error`.
@@ -110,13 +127,17 @@ def probabilities(stddev: float, kind: Kind = "discrete_gaussian") -> list[decim
   top, weights = largest(stddev, kind), []
   with decimal.localcontext(prec=60, Emin=-(10**9), Emax=10**9):
     variance = decimal.Decimal(stddev) ** 2
-    if kind == "discrete_gaussian":  # exp(-(x + 1)^2 / 2 s^2) is exp(-x^2 / 2 s^2) times q^(2 x + 1)
+    if (
+      kind == "discrete_gaussian"
+    ):  # exp(-(x + 1)^2 / 2 s^2) is exp(-x^2 / 2 s^2) times q^(2 x + 1)
       weight, ratio = decimal.Decimal(1), (-1 / (2 * variance)).exp()
       square = ratio * ratio
       for _ in range(top + 1):
         weights.append(weight)
         weight, ratio = weight * ratio, ratio * square
-    else:  # e^-v I_x(v), Bessel functions by Miller's recurrence downwards, which is stable: all terms are positive
+    # e^-v I_x(v), Bessel functions by Miller's recurrence downwards, which is stable: all terms are
+    # positive
+    else:
       above, here = decimal.Decimal(0), decimal.Decimal(1)
       for x in range(2 * top + 64, -1, -1):
         if x <= top:
@@ -133,7 +154,9 @@ def _index_bits(stddev: float, kind: Kind) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _table(stddev: float, kind: Kind) -> np.ndarray:
-  """[2^m, 4] uint32: a threshold of 95 - m bits in three words, and the magnitude that is drawn from there upwards."""
+  """[2^m, 4] uint32: a threshold of 95 - m bits in three words, and the magnitude that is drawn
+  from there upwards.
+  """
   index_bits = _index_bits(stddev, kind)
   num_columns, full = 2**index_bits, 2 ** (_BITS - index_bits)
   exact = probabilities(stddev, kind)
@@ -149,14 +172,20 @@ def _table(stddev: float, kind: Kind) -> np.ndarray:
     alias[i], threshold[i] = j, units[i]
     units[j] -= full - units[i]
     (low if units[j] < full else high).append(j)
-  words = [[t >> 64, t >> 32 & 0xFFFFFFFF, t & 0xFFFFFFFF, a] for t, a in zip(threshold, alias, strict=True)]
+  words = [
+    [t >> 64, t >> 32 & 0xFFFFFFFF, t & 0xFFFFFFFF, a]
+    for t, a in zip(threshold, alias, strict=True)
+  ]
   return np.array(words, np.uint32)
 
 
 def _lookup(rows: Array, words: Array) -> Array:
   """int32 [C] from uniform words [3, C]."""
   index_bits = rows.shape[0].bit_length() - 1
-  column, sign = (words[0] >> np.uint32(32 - index_bits)).astype(jnp.int32), (words[0] & np.uint32(1)).astype(jnp.int32)
+  column, sign = (
+    (words[0] >> np.uint32(32 - index_bits)).astype(jnp.int32),
+    (words[0] & np.uint32(1)).astype(jnp.int32),
+  )
   first = words[0] >> np.uint32(1) & np.uint32(2 ** (31 - index_bits) - 1)
   row = rows.at[column].get(mode="promise_in_bounds")
   below = (first < row[:, 0]) | (first == row[:, 0]) & (

@@ -1,16 +1,19 @@
-"""Differential privacy of sites by distributed noise: each site adds a share of it before masking, nobody adds it all.
+"""Differential privacy of sites by distributed noise: each site adds a share of it before masking,
+nobody adds it all.
 
-The distributed discrete Gaussian (Kairouz, Liu, Steinke 2021, "The distributed discrete Gaussian mechanism for
-federated learning with secure aggregation", algorithms 1 and 2) and the Skellam mechanism (Agarwal, Kairouz, Liu 2021,
-"The Skellam mechanism for differentially private federated learning"). A site clips its update, rotates it
-(`rotation`), scales it to a grid, rounds it at random under a bound on its norm, and adds integer noise (`discrete`)
-modulo 2^k. Secure aggregation opens the sum, which `decode` takes back.
+The distributed discrete Gaussian (Kairouz, Liu, Steinke 2021, "The distributed discrete Gaussian
+mechanism for federated learning with secure aggregation", algorithms 1 and 2) and the Skellam
+mechanism (Agarwal, Kairouz, Liu 2021, "The Skellam mechanism for differentially private federated
+learning"). A site clips its update, rotates it (`rotation`), scales it to a grid, rounds it at
+random under a bound on its norm, and adds integer noise (`discrete`) modulo 2^k. Secure aggregation
+opens the sum, which `decode` takes back.
 
-Who learns what: whoever sees the opened sums learns of one site's update, against an update of zero in its place, no
-more than `epsilon` says. This assumes that secure aggregation opens only sums of at least `min_survivors` sites of
-which at most `num_colluding` reveal or leave out their noise, and keeps single messages hidden; that sites' secrets are
-fresh; and ChaCha20. Noise is calibrated to the honest sites of the smallest sum: with more survivors there is more than
-promised, by the factor num_survivors / num_honest in variance. A site's presence is not hidden, only what it sent.
+Who learns what: whoever sees the opened sums learns of one site's update, against an update of zero
+in its place, no more than `epsilon` says. This assumes that secure aggregation opens only sums of
+at least `min_survivors` sites of which at most `num_colluding` reveal or leave out their noise, and
+keeps single messages hidden; that sites' secrets are fresh; and ChaCha20. Noise is calibrated to
+the honest sites of the smallest sum: with more survivors there is more than promised, by the factor
+num_survivors / num_honest in variance. A site's presence is not hidden, only what it sent.
 """
 
 from __future__ import annotations
@@ -27,29 +30,41 @@ from primia_jax import prng, ring
 from primia_jax.privacy import discrete, rotation
 from primia_jax.types import Array, Key, PyTree
 
-ORDERS = (*(1 + i / 10 for i in range(1, 100)), *map(float, range(11, 64)), *(2.0**i for i in range(6, 13)))
-_SLACK = 2.0**-12  # of the norm, left for float32: clipping, rotation and sums of squares are off by less
+ORDERS = (
+  *(1 + i / 10 for i in range(1, 100)),
+  *map(float, range(11, 64)),
+  *(2.0**i for i in range(6, 13)),
+)
+_SLACK = (
+  2.0**-12
+)  # of the norm, left for float32: clipping, rotation and sums of squares are off by less
 _LARGEST = 2.0**30  # numbers on the grid stay below; float32 holds them to 2^-24 of them
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedNoise:
-  """How sites encode their updates, and what is promised of the sum; all that follows is derived from these numbers.
+  """How sites encode their updates, and what is promised of the sum; all that follows is derived
+  from these numbers.
 
   Attributes:
     dim: D, numbers in an update.
     num_sites: the most sites in a sum.
     min_survivors: the fewest; fewer must abort the round.
-    l2_clip_norm: the largest norm of an update. A norm that changes from round to round is better divided out before
-      `encode` and multiplied in after `decode`: each configuration is compiled anew.
-    noise_multiplier: standard deviation of the honest sites' noise in a sum of `min_survivors`, over l2_clip_norm.
+    l2_clip_norm: the largest norm of an update. A norm that changes from round to round is better
+      divided out before `encode` and multiplied in after `decode`: each configuration is compiled
+      anew.
+    noise_multiplier: standard deviation of the honest sites' noise in a sum of `min_survivors`,
+      over l2_clip_norm.
     num_bits: k, of the ring.
     num_colluding: sites, out of any sum, whose noise does not count.
     kind: "discrete_gaussian" or "skellam".
-    beta: a rounding whose norm is beyond the bound is repeated; the probability of that is at most beta.
+    beta: a rounding whose norm is beyond the bound is repeated; the probability of that is at most
+      beta.
     chunk_size: of the rotation, a power of two.
-    num_stddevs: a coordinate of the sum wraps around only where it is so many standard deviations out.
-    num_tries: roundings; if all fail, numbers are rounded towards zero, which is biased and never beyond the bound.
+    num_stddevs: a coordinate of the sum wraps around only where it is so many standard deviations
+      out.
+    num_tries: roundings; if all fail, numbers are rounded towards zero, which is biased and never
+      beyond the bound.
   """
 
   dim: int
@@ -77,10 +92,13 @@ class DistributedNoise:
     if not 0 < self.beta < 1:
       raise ValueError(f"beta={self.beta} must lie between 0 and 1")
     if self.min_survivors > self.num_sites:
-      raise ValueError(f"min_survivors={self.min_survivors} of num_sites={self.num_sites}: no sum could be opened")
+      raise ValueError(
+        f"min_survivors={self.min_survivors} of num_sites={self.num_sites}: no sum could be opened"
+      )
     if not 0 <= self.num_colluding < self.min_survivors:
       raise ValueError(
-        f"num_colluding={self.num_colluding} of min_survivors={self.min_survivors}: a sum might hold no honest noise; "
+        f"num_colluding={self.num_colluding} of min_survivors={self.min_survivors}: a sum might "
+        f"hold no honest noise; "
         f"use 0 to {self.min_survivors - 1}, or more survivors"
       )
     if not 2 <= self.num_bits <= 32:
@@ -88,8 +106,10 @@ class DistributedNoise:
     rotation.padded_size(self.dim, self.chunk_size)
     if 4.0**self.num_bits <= self.num_sites * self.num_stddevs**2 or self.grid_stddev < 0.5:
       raise ValueError(
-        f"num_bits={self.num_bits} is too small a ring for num_sites={self.num_sites}, noise_multiplier="
-        f"{self.noise_multiplier}: a site's noise must have a standard deviation of at least 1/2 on the grid; use more "
+        f"num_bits={self.num_bits} is too small a ring for num_sites={self.num_sites}, "
+        f"noise_multiplier="
+        f"{self.noise_multiplier}: a site's noise must have a standard deviation of at least 1/2 "
+        f"on the grid; use more "
         "bits (see choose_bits)"
       )
 
@@ -110,15 +130,19 @@ class DistributedNoise:
 
   @property
   def local_stddev(self) -> float:
-    """Of one site's noise, in units of the update: num_honest of them make noise_multiplier * l2_clip_norm."""
+    """Of one site's noise, in units of the update: num_honest of them make noise_multiplier *
+    l2_clip_norm.
+    """
     return self.noise_multiplier * self.l2_clip_norm / math.sqrt(self.num_honest)
 
   @property
   def scale(self) -> float:
-    """Grid points in a unit: the finest with num_stddevs standard deviations of the fullest sum inside the ring.
+    """Grid points in a unit: the finest with num_stddevs standard deviations of the fullest sum
+    inside the ring.
 
-    A coordinate's variance is at most scale^2 (c^2 n^2 / m + n local_stddev^2) + n / 4: of rotated updates, noise and
-    rounding (as in Kairouz et al. 2021, with a chunk's m for d). Limited too by what the sampler and float32 can hold.
+    A coordinate's variance is at most scale^2 (c^2 n^2 / m + n local_stddev^2) + n / 4: of rotated
+    updates, noise and rounding (as in Kairouz et al. 2021, with a chunk's m for d). Limited too by
+    what the sampler and float32 can hold.
     """
     n, c = self.num_sites, self.l2_clip_norm
     room = (4.0**self.num_bits - n * self.num_stddevs**2) / (2 * self.num_stddevs) ** 2
@@ -132,7 +156,8 @@ class DistributedNoise:
 
   @property
   def l2_sensitivity(self) -> float:
-    """The largest norm of a rounded update, on the grid; holds always, as `encode` sends nothing beyond it.
+    """The largest norm of a rounded update, on the grid; holds always, as `encode` sends nothing
+    beyond it.
 
     Kairouz et al. 2021, theorem 1 and proposition 22; d is the padded size.
     """
@@ -142,7 +167,9 @@ class DistributedNoise:
 
   @property
   def l1_sensitivity(self) -> float:
-    """The largest sum of magnitudes, on the grid: at most sqrt(d) times the norm, and its square for integers."""
+    """The largest sum of magnitudes, on the grid: at most sqrt(d) times the norm, and its square
+    for integers.
+    """
     return min(math.sqrt(self.size), self.l2_sensitivity) * self.l2_sensitivity
 
   @property
@@ -152,14 +179,18 @@ class DistributedNoise:
 
   @property
   def effective_noise_multiplier(self) -> float:
-    """Of the continuous Gaussian mechanism that this one comes close to: noise_multiplier / sensitivity_inflation."""
+    """Of the continuous Gaussian mechanism that this one comes close to: noise_multiplier /
+    sensitivity_inflation.
+    """
     return self.noise_multiplier / self.sensitivity_inflation
 
   @property
   def wrap_probability(self) -> float:
-    """A bound on the probability that one coordinate of the rotated sum wraps around, by 2^k / scale.
+    """A bound on the probability that one coordinate of the rotated sum wraps around, by 2^k /
+    scale.
 
-    2 exp(-num_stddevs^2 / 2) for sub-Gaussian sums; the Skellam's tail is that of a Gaussian there as well, nearly.
+    2 exp(-num_stddevs^2 / 2) for sub-Gaussian sums; the Skellam's tail is that of a Gaussian there
+    as well, nearly.
     """
     return min(1.0, 2 * math.exp(-(self.num_stddevs**2) / 2))
 
@@ -173,18 +204,28 @@ class DistributedNoise:
 
 
 def error_stddev(config: DistributedNoise, num_survivors: int) -> float:
-  """The standard deviation of each number of a decoded sum of that many sites, at most: noise and rounding."""
+  """The standard deviation of each number of a decoded sum of that many sites, at most: noise and
+  rounding.
+  """
   return math.sqrt(num_survivors * (config.local_stddev**2 + 0.25 / config.scale**2))
 
 
-def encode(update: PyTree, rotation_key: Key, secret: Array, words: Sequence[int | Array], config: DistributedNoise):
+def encode(
+  update: PyTree,
+  rotation_key: Key,
+  secret: Array,
+  words: Sequence[int | Array],
+  config: DistributedNoise,
+):
   """What one site gives to secure aggregation: its update, clipped and noised, in Z_2^k.
 
   Who learns what: the message itself is protected by the site's own noise only, and must be masked.
 
   Args:
-    update: a pytree of float arrays, D numbers. Where one is not finite, an update of zeros is sent in its place.
-    rotation_key: public, the same at all sites, fresh for each sum and chosen independently of the updates.
+    update: a pytree of float arrays, D numbers. Where one is not finite, an update of zeros is sent
+      in its place.
+    rotation_key: public, the same at all sites, fresh for each sum and chosen independently of the
+      updates.
     secret: [8] uint32, the site's own.
     words: up to three, e.g. (round, purpose), never used twice with this secret.
     config: see `DistributedNoise`.
@@ -205,7 +246,8 @@ def encode(update: PyTree, rotation_key: Key, secret: Array, words: Sequence[int
 
 
 def round_clipped(flat: Array, rotation_key: Key, key: Array, config: DistributedNoise) -> Array:
-  """The update on the grid, before noise (Kairouz et al. 2021, algorithm 1): clip, rotate, scale, round at random.
+  """The update on the grid, before noise (Kairouz et al. 2021, algorithm 1): clip, rotate, scale,
+  round at random.
 
   Args:
     flat: [D] float32.
@@ -214,17 +256,25 @@ def round_clipped(flat: Array, rotation_key: Key, key: Array, config: Distribute
     config: see `DistributedNoise`.
 
   Returns:
-    [config.size] int32, of norm at most config.l2_sensitivity whatever the update is; on average the clipped and
-    rotated update, but for what the condition on the norm takes away (at most by beta).
+    [config.size] int32, of norm at most config.l2_sensitivity whatever the update is; on average
+    the clipped and rotated update, but for what the condition on the norm takes away (at most by
+    beta).
   """
   clip = config.l2_clip_norm * (1 - _SLACK)
   norm = jnp.sqrt(_sum_squares(flat))
-  flat = jnp.where(jnp.isfinite(norm), flat, 0.0) * jnp.minimum(1.0, clip / jnp.where(norm > 0, norm, 1.0))
+  flat = jnp.where(jnp.isfinite(norm), flat, 0.0) * jnp.minimum(
+    1.0, clip / jnp.where(norm > 0, norm, 1.0)
+  )
   x = rotation.rotate(flat, rotation_key, config.chunk) * np.float32(config.scale)
   limit = np.float32(config.l2_sensitivity**2 * (1 - _SLACK / 2))
   low = jnp.floor(x)
-  share = jnp.floor((x - low) * np.float32(2.0**32))  # exact, but for 2^32 itself where x is just below an integer
-  always, share = share >= np.float32(2.0**32), jnp.minimum(share, np.float32(2.0**32 - 2**8)).astype(jnp.uint32)
+  share = jnp.floor(
+    (x - low) * np.float32(2.0**32)
+  )  # exact, but for 2^32 itself where x is just below an integer
+  always, share = (
+    share >= np.float32(2.0**32),
+    jnp.minimum(share, np.float32(2.0**32 - 2**8)).astype(jnp.uint32),
+  )
   inside = lambda z: _sum_squares(z.astype(jnp.float32)) <= limit
 
   def attempt(state):
@@ -236,11 +286,17 @@ def round_clipped(flat: Array, rotation_key: Key, key: Array, config: Distribute
   again = lambda state: (state[0] < np.uint32(config.num_tries)) & jnp.logical_not(state[2])
   _, z, done = lax.while_loop(again, attempt, attempt((jnp.uint32(0), None, None)))
   z = jnp.where(done, z, jnp.trunc(x).astype(jnp.int32))
-  return jnp.where(inside(z), z, 0)  # never the case; but what is promised must hold whatever float32 does
+  return jnp.where(
+    inside(z), z, 0
+  )  # never the case; but what is promised must hold whatever float32 does
 
 
 def decode(
-  total: Array, rotation_key: Key, config: DistributedNoise, like: PyTree = None, num_survivors: int | None = None
+  total: Array,
+  rotation_key: Key,
+  config: DistributedNoise,
+  like: PyTree = None,
+  num_survivors: int | None = None,
 ) -> PyTree:
   """The sum of the updates, from the opened sum (Kairouz et al. 2021, algorithm 2).
 
@@ -249,12 +305,12 @@ def decode(
     rotation_key: as in `encode`.
     config: see `DistributedNoise`.
     like: a pytree of arrays of the update's shapes; None for a flat [D] float32.
-    num_survivors: sites in the sum, where known: it is checked. (Too late for privacy: secure aggregation itself must
-      not open a smaller sum.)
+    num_survivors: sites in the sum, where known: it is checked. (Too late for privacy: secure
+      aggregation itself must not open a smaller sum.)
 
   Returns:
-    The sum of the clipped updates, each number with an error of standard deviation `error_stddev` and mean about 0,
-    but where a coordinate has wrapped around (`wrap_probability`).
+    The sum of the clipped updates, each number with an error of standard deviation `error_stddev`
+    and mean about 0, but where a coordinate has wrapped around (`wrap_probability`).
 
   Raises:
     ValueError: for a total of the wrong shape or dtype, or too few or many survivors.
@@ -267,25 +323,35 @@ def decode(
       f"num_sites={config.num_sites}: the noise is not what was promised"
     )
   centred = ring.decode(ring.reduce(total, config.num_bits), ring.FixedPoint(config.num_bits, 0))
-  flat = rotation.unrotate(centred / np.float32(config.scale), rotation_key, config.chunk, config.dim)
+  flat = rotation.unrotate(
+    centred / np.float32(config.scale), rotation_key, config.chunk, config.dim
+  )
   return flat if like is None else rotation.unflatten(flat, like)
 
 
-def rdp(config: DistributedNoise, orders: Sequence[float] = ORDERS) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def rdp(
+  config: DistributedNoise, orders: Sequence[float] = ORDERS
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Renyi differential privacy of one round: orders, and the divergence at each, at most.
 
-  Discrete Gaussian: 1/2 e^2-concentrated DP with e = min(sqrt(D2^2 / (h s^2) + tau d / 2), D2 / (sqrt(h) s) +
-  tau sqrt(d)), tau = 10 sum_(k < h) exp(-2 pi^2 s^2 k / (k + 1)), a sum of h discrete Gaussians being nearly one
-  (Kairouz et al. 2021, proposition 14). Skellam: a D2^2 / (2 v) + min(((2 a - 1) D2^2 + 6 D1) / (4 v^2), 3 D1 / (2 v))
-  at integer orders a, v = h s^2 (Agarwal et al. 2021, theorem 3.5); other orders are rounded up. `sampler_error` comes
-  on top.
+  Discrete Gaussian: 1/2 e^2-concentrated DP with e = min(sqrt(D2^2 / (h s^2) + tau d / 2), D2 /
+  (sqrt(h) s) + tau sqrt(d)), tau = 10 sum_(k < h) exp(-2 pi^2 s^2 k / (k + 1)), a sum of h discrete
+  Gaussians being nearly one (Kairouz et al. 2021, proposition 14). Skellam: a D2^2 / (2 v) +
+  min(((2 a - 1) D2^2 + 6 D1) / (4 v^2), 3 D1 / (2 v)) at integer orders a, v = h s^2 (Agarwal et
+  al. 2021, theorem 3.5); other orders are rounded up. `sampler_error` comes on top.
 
   Raises:
     ValueError: for an order that is not above 1.
   """
   if not all(a > 1 for a in orders):
     raise ValueError(f"orders={orders}; Renyi orders are greater than 1")
-  d, h, s, d2, d1 = config.size, config.num_honest, config.grid_stddev, config.l2_sensitivity, config.l1_sensitivity
+  d, h, s, d2, d1 = (
+    config.size,
+    config.num_honest,
+    config.grid_stddev,
+    config.l2_sensitivity,
+    config.l1_sensitivity,
+  )
   v = h * s**2
   if config.kind == "skellam":
     more = lambda a: min(((2 * a - 1) * d2**2 + 6 * d1) / (4 * v**2), 3 * d1 / (2 * v))
@@ -296,33 +362,44 @@ def rdp(config: DistributedNoise, orders: Sequence[float] = ORDERS) -> tuple[tup
 
 
 def epsilon(config: DistributedNoise, num_rounds: int, delta: float) -> float:
-  """The epsilon of that many rounds at delta: RDP composed and converted (Canonne et al. 2020, proposition 12).
+  """The epsilon of that many rounds at delta: RDP composed and converted (Canonne et al. 2020,
+  proposition 12).
 
   A thousandth of delta is kept for the sampler's error.
 
   Raises:
-    ValueError: for a delta out of range, or an epsilon beyond about 17, where the sampler's error exceeds that.
+    ValueError: for a delta out of range, or an epsilon beyond about 17, where the sampler's error
+      exceeds that.
   """
   if not 0 < delta < 1 or num_rounds < 1:
-    raise ValueError(f"delta={delta} must lie between 0 and 1, and num_rounds={num_rounds} be at least 1")
+    raise ValueError(
+      f"delta={delta} must lie between 0 and 1, and num_rounds={num_rounds} be at least 1"
+    )
   kept = delta / 1000
   value = max(0.0, min(
     num_rounds * e + math.log1p(-1 / a) - (math.log(delta - kept) + math.log(a)) / (a - 1)
     for a, e in zip(*rdp(config), strict=True)
   ))  # fmt: skip
-  if math.log(max(num_rounds * config.sampler_error, 1e-300)) + value + math.log1p(math.exp(-value)) > math.log(kept):
+  if math.log(max(num_rounds * config.sampler_error, 1e-300)) + value + math.log1p(
+    math.exp(-value)
+  ) > math.log(kept):
     raise ValueError(
-      f"epsilon={value:.3g} at delta={delta} is too much: the sampler's error, {num_rounds * config.sampler_error:.1e},"
+      f"epsilon={value:.3g} at delta={delta} is too much: the sampler's error, "
+      f"{num_rounds * config.sampler_error:.1e},"
       " counts exp(epsilon) times; use more noise, more bits or fewer rounds, or a larger delta"
     )
   return value
 
 
-def calibrate(config: DistributedNoise, target_epsilon: float, delta: float, num_rounds: int) -> DistributedNoise:
-  """The configuration with the least noise_multiplier (to 1e-4 of it) that keeps `epsilon` within the target.
+def calibrate(
+  config: DistributedNoise, target_epsilon: float, delta: float, num_rounds: int
+) -> DistributedNoise:
+  """The configuration with the least noise_multiplier (to 1e-4 of it) that keeps `epsilon` within
+  the target.
 
   Raises:
-    ValueError: where no noise does: on a coarse grid more noise means coarser rounding. Take more bits.
+    ValueError: where no noise does: on a coarse grid more noise means coarser rounding. Take more
+      bits.
   """
 
   def attained(z: float) -> float:
@@ -334,7 +411,8 @@ def calibrate(config: DistributedNoise, target_epsilon: float, delta: float, num
   fits = [z for z in np.geomspace(1e-2, 1e4, 61) if attained(float(z)) <= target_epsilon]
   if not fits:
     raise ValueError(
-      f"target_epsilon={target_epsilon} at delta={delta} over {num_rounds} rounds is out of reach with num_bits="
+      f"target_epsilon={target_epsilon} at delta={delta} over {num_rounds} rounds is out of reach "
+      f"with num_bits="
       f"{config.num_bits}, dim={config.dim}: use more bits, more survivors or fewer rounds"
     )
   high = float(fits[0])
@@ -359,13 +437,16 @@ def choose_bits(config: DistributedNoise, max_inflation: float = 1.05) -> Distri
     if chosen.sensitivity_inflation <= max_inflation:
       return chosen
   raise ValueError(
-    f"no ring of 32 bits or fewer keeps the inflation of sensitivity within {max_inflation} at dim={config.dim}, "
+    f"no ring of 32 bits or fewer keeps the inflation of sensitivity within {max_inflation} at "
+    f"dim={config.dim}, "
     f"num_sites={config.num_sites}, noise_multiplier={config.noise_multiplier}"
   )
 
 
 def _sum_squares(x: Array) -> Array:
-  """The sum of squares of a float32 vector, in blocks, so that it is off by less than 2^-13 of it."""
+  """The sum of squares of a float32 vector, in blocks, so that it is off by less than 2^-13 of
+  it.
+  """
   x = x * x
   while x.shape[0] > 1:
     x = jnp.pad(x, (0, -x.shape[0] % 256)).reshape(-1, 256).sum(axis=1)

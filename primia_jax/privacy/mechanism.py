@@ -1,10 +1,12 @@
-"""The sampled Gaussian mechanism of DP-SGD (Abadi et al. 2016) as one frozen object, and the gradient that it makes.
+"""The sampled Gaussian mechanism of DP-SGD (Abadi et al. 2016) as one frozen object, and the
+gradient that it makes.
 
-What is claimed: whoever sees every gradient (or model) of a run, but not the site's secret, learns about any one unit
-of the site what a Poisson-subsampled Gaussian mechanism of `noise_multiplier` and `sampling_rate` tells, once per step.
-Two data sets are adjacent when one has a unit more than the other (equivalently: a unit's gradients are replaced by
-zeros); the number of units is public. The claim assumes that sampling and noise come from a secret that the site drew
-from the operating system, that every step's number is fresh, and that the rows of one unit are of one patient.
+What is claimed: whoever sees every gradient (or model) of a run, but not the site's secret, learns
+about any one unit of the site what a Poisson-subsampled Gaussian mechanism of `noise_multiplier`
+and `sampling_rate` tells, once per step. Two data sets are adjacent when one has a unit more than
+the other (equivalently: a unit's gradients are replaced by zeros); the number of units is public.
+The claim assumes that sampling and noise come from a secret that the site drew from the operating
+system, that every step's number is fresh, and that the rows of one unit are of one patient.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ class Mechanism:
   """What sampler, clipping, noise and accountant must agree on.
 
   Attributes:
-    noise_multiplier: sigma; the sum of clipped gradients gets noise of standard deviation sigma x l2_clip_norm. 0 is
-      NOT private and must be asked for by `private=False`.
-    sampling_rate: q, with which each unit enters each step; rounded up to a multiple of 2^-32 when the object is made,
-      so that all see the rate that really runs.
+    noise_multiplier: sigma; the sum of clipped gradients gets noise of standard deviation sigma x
+      l2_clip_norm. 0 is NOT private and must be asked for by `private=False`.
+    sampling_rate: q, with which each unit enters each step; rounded up to a multiple of 2^-32 when
+      the object is made, so that all see the rate that really runs.
     max_units: rows of a step's batch, see `capacity`.
     l2_clip_norm: C, the norm of a unit's contribution.
     clipping: "flat", "per_layer" or "automatic", see `clipping.clipped_sum`.
@@ -59,7 +61,8 @@ class Mechanism:
       raise ValueError(f"noise_multiplier={self.noise_multiplier} must be finite and positive")
     if (self.noise_multiplier > 0) != self.private:
       raise ValueError(
-        f"noise_multiplier={self.noise_multiplier} with private={self.private}: without noise nothing is private; give "
+        f"noise_multiplier={self.noise_multiplier} with private={self.private}: without noise "
+        f"nothing is private; give "
         "noise, or noise_multiplier=0 with private=False"
       )
     if not _NORMS[0] <= self.l2_clip_norm <= _NORMS[1]:
@@ -78,8 +81,11 @@ class Mechanism:
     return self.noise_multiplier * self.l2_clip_norm
 
 
-def capacity(max_examples: int, sampling_rate: float, num_steps: int, failure: float = 1e-12) -> int:
-  """The smallest `max_units` such that batches of a whole run fit with probability 1 - failure at least.
+def capacity(
+  max_examples: int, sampling_rate: float, num_steps: int, failure: float = 1e-12
+) -> int:
+  """The smallest `max_units` such that batches of a whole run fit with probability 1 - failure at
+  least.
 
   Args:
     max_examples: the most units of any site.
@@ -103,9 +109,14 @@ def capacity(max_examples: int, sampling_rate: float, num_steps: int, failure: f
 
 
 def overflow_probability(mechanism: Mechanism, max_examples: int, num_steps: int) -> float:
-  """A bound on the probability that any step of a run draws more than `max_units`; the accountant adds it to delta."""
+  """A bound on the probability that any step of a run draws more than `max_units`; the accountant
+  adds it to delta.
+  """
   _check_run(max_examples, num_steps)
-  return min(1.0, num_steps * float(stats.binom.sf(mechanism.max_units, max_examples, mechanism.sampling_rate)))
+  return min(
+    1.0,
+    num_steps * float(stats.binom.sf(mechanism.max_units, max_examples, mechanism.sampling_rate)),
+  )
 
 
 def private_gradients(
@@ -114,18 +125,21 @@ def private_gradients(
   """Makes the function that forms the private gradient of one step.
 
   Args:
-    loss_fn: the mean over rows of non-zero weight; class weights scale a row's loss before its unit is clipped.
+    loss_fn: the mean over rows of non-zero weight; class weights scale a row's loss before its unit
+      is clipped.
     mechanism: what all agree on.
     has_taps: see `clipping.clipped_sum`: the same gradient in less time.
 
   Returns:
-    (params, model_state, Batch, key, secret, num_units) -> (gradient, (model_state, Metrics)): the sum of clipped
-    gradients plus noise, over q n. The batch is [max_units, ...] or, for patients, [max_units, rows, ...], as
-    `sampling` draws it; weight 0 marks padding, and a step without any unit gives noise alone. `key` is for
-    augmentation and dropout. `secret`, [8] uint32, must be a fresh one for each step: a subkey that
-    `prng.derive` makes of the site's secret and the step. num_units, float32, is the site's n. Metrics are NOT private.
+    (params, model_state, Batch, key, secret, num_units) -> (gradient, (model_state, Metrics)): the
+    sum of clipped gradients plus noise, over q n. The batch is [max_units, ...] or, for patients,
+    [max_units, rows, ...], as `sampling` draws it; weight 0 marks padding, and a step without any
+    unit gives noise alone. `key` is for augmentation and dropout. `secret`, [8] uint32, must be a
+    fresh one for each step: a subkey that `prng.derive` makes of the site's secret and the step.
+    num_units, float32, is the site's n. Metrics are NOT private.
 
-    It raises a ValueError for a model with state (BatchNorm), or a batch that is not of the mechanism's form.
+    It raises a ValueError for a model with state (BatchNorm), or a batch that is not of the
+    mechanism's form.
   """
   summed = clip.clipped_sum(
     loss_fn,
@@ -136,12 +150,21 @@ def private_gradients(
     has_taps=has_taps,
   )
 
-  def run(params: Params, model_state: ModelState, batch: Batch, key: Key, secret: Array, num_units: float | Array):
+  def run(
+    params: Params,
+    model_state: ModelState,
+    batch: Batch,
+    key: Key,
+    secret: Array,
+    num_units: float | Array,
+  ):
     wanted = {"example": 1, "patient": 2}[mechanism.unit]
     if batch.weights.ndim != wanted or batch.weights.shape[0] != mechanism.max_units:
       raise ValueError(
-        f"weights {list(batch.weights.shape)} do not fit unit={mechanism.unit!r}, max_units={mechanism.max_units}; "
-        f"give a batch of {'[max_units]' if wanted == 1 else '[max_units, rows]'}, padded with weight 0"
+        f"weights {list(batch.weights.shape)} do not fit unit={mechanism.unit!r}, "
+        f"max_units={mechanism.max_units}; "
+        f"give a batch of {'[max_units]' if wanted == 1 else '[max_units, rows]'}, padded with "
+        f"weight 0"
       )
     total, metrics, _ = summed(params, model_state, batch, key)
     if mechanism.private:

@@ -1,14 +1,18 @@
-"""Gaussian noise from a site's secret, by ChaCha20 and Box and Muller's transform, in jit and at memory's speed.
+"""Gaussian noise from a site's secret, by ChaCha20 and Box and Muller's transform, in jit and at
+memory's speed.
 
-Who learns what: without the secret the noise is, under the assumption that ChaCha20 is a pseudorandom function,
-indistinguishable from what uniform bits would give; with the secret anybody can subtract it. So the site draws the
-secret from the operating system (`prng.random_key`) and never sends it. What these float32 numbers are not:
+Who learns what: without the secret the noise is, under the assumption that ChaCha20 is a
+pseudorandom function, indistinguishable from what uniform bits would give; with the secret anybody
+can subtract it. So the site draws the secret from the operating system (`prng.random_key`) and
+never sends it. What these float32 numbers are not:
 
-- exact in the tail: a radius stops at sqrt(66 ln 2) = 6.76 standard deviations, beyond which a pair of true normals
-  lies with probability 2^-33, and radii come in 2^32 steps. Add num_pairs x 2^-33 of a run to delta to be strict.
-- safe from the floating-point attack of Mironov (2012, "On significance of the least significant bits"): the set of
-  float32 results that gradient + noise can reach depends on the gradient, and one who sees every bit of a site's noisy
-  sum may use that. The integers of `discrete` have no such gap.
+- exact in the tail: a radius stops at sqrt(66 ln 2) = 6.76 standard deviations, beyond which a pair
+  of true normals lies with probability 2^-33, and radii come in 2^32 steps. Add num_pairs x 2^-33
+  of a run to delta to be strict.
+- safe from the floating-point attack of Mironov (2012, "On significance of the least significant
+  bits"): the set of float32 results that gradient + noise can reach depends on the gradient, and
+  one who sees every bit of a site's noisy sum may use that. The integers of `discrete` have no such
+  gap.
 """
 
 from __future__ import annotations
@@ -23,7 +27,10 @@ import numpy as np
 from primia_jax import prng
 from primia_jax.types import Array, PyTree
 
-_TOGETHER = 2**18  # numbers of a tree that are drawn in one piece: a piece's fixed cost is that of some 10^5 numbers
+_TOGETHER = (
+  2**18
+  # numbers of a tree that are drawn in one piece: a piece's fixed cost is that of some 10^5 numbers
+)
 _PURPOSE = 0x4E4F4953  # "NOIS": no other use of a site's secret derives this subkey
 # Taylor's and, for the cosine, also even: both within 4e-9 on [-pi / 4, pi / 4].
 _SINE = tuple((-1) ** i / math.factorial(2 * i + 1) for i in range(5))
@@ -31,7 +38,8 @@ _COSINE = tuple((-1) ** i / math.factorial(2 * i) for i in range(6))
 
 
 def gaussian(secret: Array, nonce: Array, shape: Sequence[int], stddev: float | Array) -> Array:
-  """Independent normal numbers of mean 0; the module's text says how good they are and who must not have the secret.
+  """Independent normal numbers of mean 0; the module's text says how good they are and who must not
+  have the secret.
 
   Args:
     secret: [8] uint32.
@@ -40,8 +48,8 @@ def gaussian(secret: Array, nonce: Array, shape: Sequence[int], stddev: float | 
     stddev: standard deviation, a float or a float32 scalar.
 
   Returns:
-    float32 of that shape: each pair of 32-bit words u, v gives sqrt(-2 ln u) times cos and sin of 2 pi v (Box and
-    Muller 1958), all cosines first.
+    float32 of that shape: each pair of 32-bit words u, v gives sqrt(-2 ln u) times cos and sin of 2
+    pi v (Box and Muller 1958), all cosines first.
 
   Raises:
     ValueError: for a negative standard deviation, and as `prng.bits`.
@@ -51,7 +59,8 @@ def gaussian(secret: Array, nonce: Array, shape: Sequence[int], stddev: float | 
   size = math.prod(shape)
   pairs = -(-size // 2)
   words = prng.bits(secret, nonce, (2 * pairs,))
-  # (u + 1/2) / 2^32 lies in (0, 1]: rounding to float32 may reach 1, where the radius is 0, but never 0.
+  # (u + 1/2) / 2^32 lies in (0, 1]: rounding to float32 may reach 1, where the radius is 0, but
+  # never 0.
   uniform = (words[:pairs].astype(jnp.float32) + np.float32(0.5)) * np.float32(2**-32)
   radius = jnp.sqrt(np.float32(-2) * jnp.log(uniform)) * jnp.asarray(stddev, jnp.float32)
   sine, cosine = _circle(words[pairs:])
@@ -63,7 +72,8 @@ def gaussian_like(secret: Array, step: int | Array, tree: PyTree, stddev: float 
 
   Args:
     secret: [8] uint32; may also serve `sampling`, whose subkeys are others.
-    step: uint32 scalar or a Python integer, never used twice with this secret and a tree of other shapes or values.
+    step: uint32 scalar or a Python integer, never used twice with this secret and a tree of other
+      shapes or values.
     tree: arrays, of which only the shapes count.
     stddev: as in `gaussian`.
 
@@ -72,20 +82,30 @@ def gaussian_like(secret: Array, step: int | Array, tree: PyTree, stddev: float 
   """
   key = prng.derive(secret, _PURPOSE, step)
   leaves, structure = jax.tree.flatten(tree)
-  nonces = np.arange(max(1, len(leaves)), dtype=np.uint32)[:, None] * np.array([[1, 0, 0]], np.uint32)
+  nonces = np.arange(max(1, len(leaves)), dtype=np.uint32)[:, None] * np.array(
+    [[1, 0, 0]], np.uint32
+  )
   sizes = [math.prod(leaf.shape) for leaf in leaves]
   if sum(sizes) <= _TOGETHER:
-    pieces = jnp.split(gaussian(key, jnp.asarray(nonces[0]), (sum(sizes),), stddev), np.cumsum(sizes)[:-1])
+    pieces = jnp.split(
+      gaussian(key, jnp.asarray(nonces[0]), (sum(sizes),), stddev), np.cumsum(sizes)[:-1]
+    )
     noise = [piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=False)]
   else:
-    noise = [gaussian(key, jnp.asarray(nonces[i]), leaf.shape, stddev) for i, leaf in enumerate(leaves)]
+    noise = [
+      gaussian(key, jnp.asarray(nonces[i]), leaf.shape, stddev) for i, leaf in enumerate(leaves)
+    ]
   return jax.tree.unflatten(structure, noise)
 
 
 def _circle(words: Array) -> tuple[Array, Array]:
-  """Sine and cosine of 2 pi words / 2^32: the nearest quarter turn exactly, the rest, in eighths, by polynomials."""
+  """Sine and cosine of 2 pi words / 2^32: the nearest quarter turn exactly, the rest, in eighths,
+  by polynomials.
+  """
   quarter = (words + np.uint32(2**29)) >> np.uint32(30)  # the addition wraps, as the circle does
-  rest = jax.lax.bitcast_convert_type(words - (quarter << np.uint32(30)), jnp.int32).astype(jnp.float32)
+  rest = jax.lax.bitcast_convert_type(words - (quarter << np.uint32(30)), jnp.int32).astype(
+    jnp.float32
+  )
   angle = rest * np.float32(2 * math.pi / 2**32)
   square = angle * angle
   sine, cosine = _polynomial(_SINE, square) * angle, _polynomial(_COSINE, square)

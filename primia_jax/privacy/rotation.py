@@ -1,8 +1,10 @@
-"""Randomised Hadamard rotation, chunk by chunk: spreads a vector evenly over its coordinates and changes no norm.
+"""Randomised Hadamard rotation, chunk by chunk: spreads a vector evenly over its coordinates and
+changes no norm.
 
-With signs that are random and independent of the vector, every rotated coordinate of a chunk of m numbers is
-sub-Gaussian with variance at most (norm of the chunk)^2 / m (Hoeffding; Kairouz et al. 2021, section 4): a vector of
-known norm then fits a ring of few bits. Rotation hides nothing: signs are public, and the same at all sites of a sum.
+With signs that are random and independent of the vector, every rotated coordinate of a chunk of m
+numbers is sub-Gaussian with variance at most (norm of the chunk)^2 / m (Hoeffding; Kairouz et al.
+2021, section 4): a vector of known norm then fits a ring of few bits. Rotation hides nothing: signs
+are public, and the same at all sites of a sum.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def unrotate(y: Array, key: Key, chunk_size: int, dim: int) -> Array:
     ValueError: where y is not of the padded size; as `padded_size`.
   """
   if y.shape != (padded_size(dim, chunk_size),):
-    raise ValueError(f"y has shape {list(y.shape)}; dim={dim} is padded to [{padded_size(dim, chunk_size)}]")
+    raise ValueError(
+      f"y has shape {list(y.shape)}; dim={dim} is padded to [{padded_size(dim, chunk_size)}]"
+    )
   return _flip(_hadamard(y, chunk_size), key)[:dim]
 
 
@@ -74,9 +78,13 @@ def unflatten(flat: Array, like: PyTree) -> PyTree:
   leaves, structure = jax.tree.flatten(like)
   sizes = [math.prod(a.shape) for a in leaves]
   if flat.shape != (sum(sizes),):
-    raise ValueError(f"a vector of shape {list(flat.shape)} cannot fill leaves of {sum(sizes)} numbers")
+    raise ValueError(
+      f"a vector of shape {list(flat.shape)} cannot fill leaves of {sum(sizes)} numbers"
+    )
   parts = jnp.split(flat, np.cumsum(sizes)[:-1])
-  return jax.tree.unflatten(structure, [p.reshape(a.shape).astype(a.dtype) for p, a in zip(parts, leaves, strict=True)])
+  return jax.tree.unflatten(
+    structure, [p.reshape(a.shape).astype(a.dtype) for p, a in zip(parts, leaves, strict=True)]
+  )
 
 
 def _flip(x: Array, key: Key) -> Array:
@@ -88,7 +96,9 @@ def _flip(x: Array, key: Key) -> Array:
 
 
 def _hadamard(x: Array, chunk_size: int) -> Array:
-  """H x of each chunk, as a matrix X [a, b]: H_a X H_b, Sylvester's matrix being a Kronecker product."""
+  """H x of each chunk, as a matrix X [a, b]: H_a X H_b, Sylvester's matrix being a Kronecker
+  product.
+  """
   power = chunk_size.bit_length() - 1
   chunks = x.reshape(-1, 2 ** (power // 2), 2 ** (power - power // 2))
   return lax.platform_dependent(chunks, cpu=_butterflies, default=_products).reshape(-1)
@@ -110,7 +120,9 @@ def _butterflies(chunks: Array) -> Array:
     half = 1
     while half < rows:
       pairs = x.reshape(-1, 2, half, columns)
-      x = jnp.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).reshape(rows, columns)
+      x = jnp.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).reshape(
+        rows, columns
+      )
       half *= 2
     return x
 

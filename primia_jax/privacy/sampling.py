@@ -1,9 +1,11 @@
-"""Poisson sampling from a site's secret: each unit enters each step independently, laid out in static shapes.
+"""Poisson sampling from a site's secret: each unit enters each step independently, laid out in
+static shapes.
 
-Amplification by sampling rests on the batch being secret and on every unit's draw being independent of the others' and
-of other steps'. Both hold for whoever lacks the secret, under the assumption that ChaCha20 is a pseudorandom function;
-so the secret stays at the site, and so do the indices and counts returned here. A unit is an example, or a patient with
-all of its rows. Rates are multiples of 2^-32, see `effective_rate`; a unit is drawn with exactly that probability.
+Amplification by sampling rests on the batch being secret and on every unit's draw being independent
+of the others' and of other steps'. Both hold for whoever lacks the secret, under the assumption
+that ChaCha20 is a pseudorandom function; so the secret stays at the site, and so do the indices and
+counts returned here. A unit is an example, or a patient with all of its rows. Rates are multiples
+of 2^-32, see `effective_rate`; a unit is drawn with exactly that probability.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ class Drawn(NamedTuple):
   """The units of one step. Never leaves the site.
 
   Attributes:
-    indices: [max_units] int32 into the site's units, or [max_units, rows_per_unit] into its rows: the drawn ones first,
-      in rising order, then -1 for padding.
-    overflow: int32, units that were drawn but found no place; the probability of any belongs in delta, see
-      `mechanism.overflow_probability`.
+    indices: [max_units] int32 into the site's units, or [max_units, rows_per_unit] into its rows:
+      the drawn ones first, in rising order, then -1 for padding.
+    overflow: int32, units that were drawn but found no place; the probability of any belongs in
+      delta, see `mechanism.overflow_probability`.
   """
 
   indices: Array
@@ -36,7 +38,8 @@ class Drawn(NamedTuple):
 
 
 def effective_rate(sampling_rate: float) -> float:
-  """The rate that `poisson` really has: `sampling_rate` rounded up to a multiple of 2^-32. Account for this one.
+  """The rate that `poisson` really has: `sampling_rate` rounded up to a multiple of 2^-32. Account
+  for this one.
 
   Raises:
     ValueError: for a rate outside (0, 1].
@@ -47,7 +50,12 @@ def effective_rate(sampling_rate: float) -> float:
 
 
 def poisson(
-  secret: Array, step: int | Array, num_units: int | Array, max_examples: int, sampling_rate: float, max_units: int
+  secret: Array,
+  step: int | Array,
+  num_units: int | Array,
+  max_examples: int,
+  sampling_rate: float,
+  max_units: int,
 ) -> Drawn:
   """Draws each of a site's units independently.
 
@@ -63,16 +71,21 @@ def poisson(
     Drawn, with indices [max_units]. Where more are drawn the last are left out and counted.
 
   Raises:
-    ValueError: for a rate outside (0, 1], a bound below 1, or a number of units that is known to be above its bound.
+    ValueError: for a rate outside (0, 1], a bound below 1, or a number of units that is known to be
+      above its bound.
   """
   threshold = round(effective_rate(sampling_rate) * 2**32)
   if max_examples < 1 or max_units < 1:
     raise ValueError(f"max_examples={max_examples} and max_units={max_units} must be at least 1")
   if not isinstance(num_units, jax.core.Tracer) and not 0 <= int(num_units) <= max_examples:
-    raise ValueError(f"num_units={num_units} is not in [0, max_examples={max_examples}]; raise max_examples")
+    raise ValueError(
+      f"num_units={num_units} is not in [0, max_examples={max_examples}]; raise max_examples"
+    )
   nonce = jnp.stack([jnp.asarray(step).astype(jnp.uint32), jnp.uint32(0), jnp.uint32(0)])
   words = prng.bits(prng.derive(secret, _PURPOSE), nonce, (max_examples,))
-  drawn = (words <= np.uint32(threshold - 1)) & (jnp.arange(max_examples, dtype=jnp.int32) < num_units)
+  drawn = (words <= np.uint32(threshold - 1)) & (
+    jnp.arange(max_examples, dtype=jnp.int32) < num_units
+  )
   place = jnp.cumsum(drawn, dtype=jnp.int32) - 1
   place = jnp.where(drawn, place, max_units)  # beyond the last row: dropped
   empty = jnp.full(max_units, -1, jnp.int32)
@@ -84,28 +97,35 @@ def rows_of(unit_of_row: Array, units: Array, rows_per_unit: int) -> tuple[Array
   """Lays the rows of some units side by side.
 
   Args:
-    unit_of_row: [N] int32, the number of each row's unit, e.g. patient; -1 for rows that are padding.
+    unit_of_row: [N] int32, the number of each row's unit, e.g. patient; -1 for rows that are
+      padding.
     units: [U] int32 numbers of units, -1 for none.
     rows_per_unit: R, the most rows of one unit.
 
   Returns:
     index: [U, R] int32 into the rows, each unit's in rising order, -1 where it has fewer.
-    left_out: int32, rows beyond the first R of their unit. That bounds no one's privacy, clipping does; but those rows
-      are never learnt from, so take R from `max_rows`.
+    left_out: int32, rows beyond the first R of their unit. That bounds no one's privacy, clipping
+      does; but those rows are never learnt from, so take R from `max_rows`.
   """
   if rows_per_unit < 1:
     raise ValueError(f"rows_per_unit={rows_per_unit} must be at least 1")
   order = jnp.argsort(unit_of_row, stable=True).astype(jnp.int32)
   ranked = unit_of_row[order]
-  first, last = (jnp.searchsorted(ranked, units, side=side).astype(jnp.int32) for side in ("left", "right"))
+  first, last = (
+    jnp.searchsorted(ranked, units, side=side).astype(jnp.int32) for side in ("left", "right")
+  )
   position = first[:, None] + jnp.arange(rows_per_unit, dtype=jnp.int32)[None, :]
   used = (position < last[:, None]) & (units >= 0)[:, None]
-  left_out = jnp.sum(jnp.where(units >= 0, jnp.maximum(last - first - rows_per_unit, 0), 0), dtype=jnp.int32)
+  left_out = jnp.sum(
+    jnp.where(units >= 0, jnp.maximum(last - first - rows_per_unit, 0), 0), dtype=jnp.int32
+  )
   return jnp.where(used, order[jnp.minimum(position, len(order) - 1)], -1), left_out
 
 
 def max_rows(unit_of_row: np.ndarray) -> int:
-  """The most rows of one unit, counted on the host; rows of unit -1 are padding. A public bound if shared."""
+  """The most rows of one unit, counted on the host; rows of unit -1 are padding. A public bound if
+  shared.
+  """
   real = np.asarray(unit_of_row)
   real = real[real >= 0]
   return int(np.bincount(real).max()) if real.size else 1
@@ -121,7 +141,8 @@ def poisson_patients(
   max_units: int,
   rows_per_unit: int,
 ) -> tuple[Drawn, Array]:
-  """`poisson` over patients, each with its rows: (Drawn with indices [max_units, rows_per_unit], rows left out).
+  """`poisson` over patients, each with its rows: (Drawn with indices [max_units, rows_per_unit],
+  rows left out).
 
   Args:
     unit_of_row: as in `rows_of`; patients are numbered from 0 to num_units - 1.

@@ -1,18 +1,22 @@
-"""Sums over sites that each run in a process of their own: `protocol` over `transport`, one sum after another.
+"""Sums over sites that each run in a process of their own: `protocol` over `transport`, one sum
+after another.
 
-What crosses between processes is `messages`, and nothing else. One process is host to the server and is a site like all
-others; all of them learn each sum, and who is in it. The sites of a sum are the survivors of the one before, whose list
-all have signed, so that a site that is lost costs its timeout once. It stays out until all start again.
+What crosses between processes is `messages`, and nothing else. One process is host to the server
+and is a site like all others; all of them learn each sum, and who is in it. The sites of a sum are
+the survivors of the one before, whose list all have signed, so that a site that is lost costs its
+timeout once. It stays out until all start again.
 
-Who learns what: see `protocol`. The bounds there are kept for the K sites that have begun: however many are lost, no
-sum is over fewer than the quorum of K, which is more than two thirds of them, or more than half under a threshold
-between half and two thirds, which takes a server that follows the protocol. What these bounds cannot hide is the
-difference of two sums of the same inputs, one with a site and one without it: all learn such a site's input.
+Who learns what: see `protocol`. The bounds there are kept for the K sites that have begun: however
+many are lost, no sum is over fewer than the quorum of K, which is more than two thirds of them, or
+more than half under a threshold between half and two thirds, which takes a server that follows the
+protocol. What these bounds cannot hide is the difference of two sums of the same inputs, one with a
+site and one without it: all learn such a site's input.
 
-The server tells the sums, so it could tell each site another and have them train different models, until one site's
-update is all that is left in a sum (Pasquini et al. 2022, "Eluding secure aggregation in federated learning via model
-inconsistency"). Here every message of a sum is bound to all sums that its sender was told before: sites that were told
-different ones refuse each other from the next sum on, which then does not open.
+The server tells the sums, so it could tell each site another and have them train different models,
+until one site's update is all that is left in a sum (Pasquini et al. 2022, "Eluding secure
+aggregation in federated learning via model inconsistency"). Here every message of a sum is bound to
+all sums that its sender was told before: sites that were told different ones refuse each other from
+the next sum on, which then does not open.
 """
 
 from __future__ import annotations
@@ -95,8 +99,10 @@ class Exchange:
       address: the server's.
       number: of this process's site.
       pinned: all identities.
-      run: names the run and its configuration; sites with different ones refuse each other's messages.
-      timeout: seconds that a stage may take; a site's work between `begin` and `finish` is within one.
+      run: names the run and its configuration; sites with different ones refuse each other's
+        messages.
+      timeout: seconds that a stage may take; a site's work between `begin` and `finish` is within
+        one.
       host: the server, in the one process that has it.
 
     Raises:
@@ -106,7 +112,8 @@ class Exchange:
     self._number, self._pinned, self._host = number, pinned, host
     everybody = [*(pinned.sites[i] for i in self.sites), pinned.server]
     self._run = hashlib.sha256(b"".join(everybody) + run).digest()
-    # Of all identities, so that nobody but who publishes the last can choose among circles of neighbours; for all sums.
+    # Of all identities, so that nobody but who publishes the last can choose among circles of
+    # neighbours; for all sums.
     self._graph_key = np.frombuffer(self._run, "<u4").astype(np.uint32)
     self._connection = connect(address, 2 * timeout, patience=0)  # the server's patience ends first
     self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -122,13 +129,23 @@ class Exchange:
       Lost: the server has closed the connection, or too few sites are left for this sum.
       RoundFailed: in the host's process, where too few sites are left.
     """
-    setup = agree({i: self._pinned.sites[i] for i in self.sites}, len(self._pinned.sites), shapes, terms,
-                  self._run, self._graph_key)  # fmt: skip
+    setup = agree(
+      {i: self._pinned.sites[i] for i in self.sites},
+      len(self._pinned.sites),
+      shapes,
+      terms,
+      self._run,
+      self._graph_key,
+    )
     pending = self._host.serve(setup, terms.round) if self._host else None
-    begin = lambda: transport.begin(self._connection, setup, terms.round, self._number, self._pinned.own)
+    begin = lambda: transport.begin(
+      self._connection, setup, terms.round, self._number, self._pinned.own
+    )
     return self._saying(begin, terms.round, pending), pending
 
-  def finish(self, begun: tuple[protocol.Site, transport.Pending | None], elements: PyTree) -> PyTree:
+  def finish(
+    self, begun: tuple[protocol.Site, transport.Pending | None], elements: PyTree
+  ) -> PyTree:
     """The sum over the survivors, as jax arrays; raises as `begin`."""
     (site, pending), (leaves, structure) = begun, jax.tree.flatten(elements)
     vector = rounds.reduce(np.concatenate([np.asarray(a).reshape(-1) for a in leaves]), site.setup)
@@ -138,9 +155,13 @@ class Exchange:
       pending.result()  # until all survivors have been told the sum
     self.sites = joined.lists.survivors
     (total,) = joined.total
-    self._run = hashlib.sha256(self._run + total.astype(total.dtype.newbyteorder("<"), copy=False).tobytes()).digest()
+    self._run = hashlib.sha256(
+      self._run + total.astype(total.dtype.newbyteorder("<"), copy=False).tobytes()
+    ).digest()
     parts = np.split(total, np.cumsum([a.size for a in leaves])[:-1])
-    return jax.tree.unflatten(structure, [jnp.asarray(v.reshape(a.shape)) for v, a in zip(parts, leaves, strict=True)])
+    return jax.tree.unflatten(
+      structure, [jnp.asarray(v.reshape(a.shape)) for v, a in zip(parts, leaves, strict=True)]
+    )
 
   def close(self) -> None:
     """Leaves; what is left of the others goes on without this site, unless it is the host."""
@@ -149,20 +170,32 @@ class Exchange:
       self._host.close()
 
   def _saying(self, step, round: int, pending: transport.Pending | None):
-    """Runs a step; says what a broken connection means, and in the host's process why the server broke it."""
+    """Runs a step; says what a broken connection means, and in the host's process why the server
+    broke it.
+    """
     try:
       return step()
     except OSError as e:
-      if pending and concurrent.futures.wait([pending], timeout=10).done and (error := pending.exception()):
+      if (
+        pending
+        and concurrent.futures.wait([pending], timeout=10).done
+        and (error := pending.exception())
+      ):
         raise error from e
       raise Lost(
-        f"site {self._number} was declared lost in round {round}, or the round failed ({e}); the server's process says "
+        f"site {self._number} was declared lost in round {round}, or the round failed ({e}); the "
+        f"server's process says "
         "which. Start again to take part from the last round that was saved"
       ) from e
 
 
 def agree(
-  identities: Mapping[int, bytes], num_sites: int, shapes: PyTree, terms: Terms, run: bytes, graph_key: np.ndarray
+  identities: Mapping[int, bytes],
+  num_sites: int,
+  shapes: PyTree,
+  terms: Terms,
+  run: bytes,
+  graph_key: np.ndarray,
 ) -> rounds.Setup:
   """What the sites that are left, of num_sites, agree on for a sum.
 
@@ -177,14 +210,23 @@ def agree(
   quorum = max(graph.smallest_threshold(num_sites, malicious), threshold, terms.min_survivors)
   if len(identities) < min(quorum, num_sites):
     raise Lost(
-      f"{len(identities)} of {num_sites} sites are left, and the next sum is over {quorum} at least. Start again to "
+      f"{len(identities)} of {num_sites} sites are left, and the next sum is over {quorum} at "
+      f"least. Start again to "
       "take all back from the last round that was saved"
     )
   size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
   return rounds.setup(
-    identities, [size], run, num_bits=terms.num_bits, graph_key=graph_key, threshold=threshold, quorum=quorum,
-    degree=min(terms.num_peers, len(identities) - 1), malicious_server=malicious, purpose=terms.purpose,
-  )  # fmt: skip
+    identities,
+    [size],
+    run,
+    num_bits=terms.num_bits,
+    graph_key=graph_key,
+    threshold=threshold,
+    quorum=quorum,
+    degree=min(terms.num_peers, len(identities) - 1),
+    malicious_server=malicious,
+    purpose=terms.purpose,
+  )
 
 
 def connect(address: tuple[str, int], timeout: float, patience: float) -> socket.socket:
@@ -199,7 +241,9 @@ def connect(address: tuple[str, int], timeout: float, patience: float) -> socket
       return socket.create_connection(address, timeout)
     except OSError as e:
       if time.monotonic() >= end or isinstance(e, socket.gaierror):
-        raise Lost(f"no server at {address[0]}:{address[1]} ({e}); has the first process started?") from e
+        raise Lost(
+          f"no server at {address[0]}:{address[1]} ({e}); has the first process started?"
+        ) from e
     time.sleep(0.1)
 
 
@@ -221,11 +265,16 @@ def pin(folder: pathlib.Path, own: keys.Identity, num_sites: int, timeout: float
   end, names = time.monotonic() + timeout, [*range(num_sites), SERVER]
   while missing := [name for name in names if not (folder / file_name(name)).is_file()]:
     if time.monotonic() > end:
-      raise Lost(f"no identity of {missing} in {folder} after {timeout:g} seconds; have their processes started?")
+      raise Lost(
+        f"no identity of {missing} in {folder} after {timeout:g} seconds; have their processes "
+        f"started?"
+      )
     time.sleep(0.02)
   public = {name: (folder / file_name(name)).read_bytes() for name in names}
   if wrong := [name for name, key in public.items() if len(key) != keys.KEY_BYTES]:
-    raise ValueError(f"the identities of {wrong} in {folder} are no public keys of {keys.KEY_BYTES} bytes")
+    raise ValueError(
+      f"the identities of {wrong} in {folder} are no public keys of {keys.KEY_BYTES} bytes"
+    )
   return Pinned(own, {i: public[i] for i in range(num_sites)}, public[SERVER])
 
 

@@ -1,11 +1,14 @@
-"""Who masks with whom: a random circle in which each site knows its nearest neighbours (Bell et al., CCS 2020).
+"""Who masks with whom: a random circle in which each site knows its nearest neighbours (Bell et
+al., CCS 2020).
 
-A site masks with P neighbours and not with all others, so that its work does not grow with the number of sites. What
-must hold then are three events over the random circle (section 3.2): no honest site's neighbours can put its secrets
-together, the honest survivors' graph is connected, and every site keeps enough neighbours to open its secrets.
+A site masks with P neighbours and not with all others, so that its work does not grow with the
+number of sites. What must hold then are three events over the random circle (section 3.2): no
+honest site's neighbours can put its secrets together, the honest survivors' graph is connected, and
+every site keeps enough neighbours to open its secrets.
 
-Assumption: which sites collude with the server, and which drop out, does not depend on the circle. The key is public,
-but agreed by the sites beforehand: a server that chose it could surround a site with its own.
+Assumption: which sites collude with the server, and which drop out, does not depend on the circle.
+The key is public, but agreed by the sites beforehand: a server that chose it could surround a site
+with its own.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from primia_jax.secagg import keys, shamir
 
 
 def neighbours(key: np.ndarray, num_sites: int, degree: int, round: int = 0) -> np.ndarray:
-  """Arranges sites in a random circle and makes each the neighbour of its nearest on both sides, as `masking.peers`.
+  """Arranges sites in a random circle and makes each the neighbour of its nearest on both sides, as
+  `masking.peers`.
 
   Args:
     key: [8] uint32, public randomness.
@@ -34,7 +38,8 @@ def neighbours(key: np.ndarray, num_sites: int, degree: int, round: int = 0) -> 
   """
   if num_sites < 2 or not 1 <= degree < num_sites or (degree % 2 and degree != num_sites - 1):
     raise ValueError(
-      f"degree={degree} among {num_sites} sites; use an even number from 2 to {num_sites - 1}, or {num_sites - 1} (all)"
+      f"degree={degree} among {num_sites} sites; use an even number from 2 to {num_sites - 1}, or "
+      f"{num_sites - 1} (all)"
     )
   low, high = keys.stream(key, (round, 0, 0), 2 * num_sites).reshape(2, num_sites).astype(np.uint64)
   circle = np.argsort((high << np.uint64(32)) | low, kind="stable")
@@ -50,7 +55,8 @@ def neighbours(key: np.ndarray, num_sites: int, degree: int, round: int = 0) -> 
 def reached(neighbours: np.ndarray, present: np.ndarray) -> np.ndarray:
   """The present sites that paths over present ones connect with the first of them.
 
-  Who is left, if anybody, has no mask in common with them: the server could open the sum over each part separately.
+  Who is left, if anybody, has no mask in common with them: the server could open the sum over each
+  part separately.
 
   Args:
     neighbours: [K, P], a symmetric graph.
@@ -75,36 +81,44 @@ def degree_for(
 ) -> tuple[int, int]:
   """The sparsest circle, and its threshold, that holds against so many corrupt sites and dropouts.
 
-  With C corrupt sites and D dropouts of K, spread over the circle at random, and t of the P + 1 shares (P neighbours'
-  and a site's own) opening a secret, it bounds by the union over sites:
+  With C corrupt sites and D dropouts of K, spread over the circle at random, and t of the P + 1
+  shares (P neighbours' and a site's own) opening a secret, it bounds by the union over sites:
 
-    K Pr[Hypergeometric(K - 1, C, P) >= t]          no honest site has t corrupt neighbours        <= 2^-(security + 1)
-    K^2/2 prod_{i < P} (C + D - i)/(K - i)          honest survivors are connected                 <= 2^-(security + 1)
-    K Pr[P - Hypergeometric(K - 1, D, P) < t]       every site keeps t neighbours                  <= 2^-correctness
+    K Pr[Hypergeometric(K - 1, C, P) >= t]   no honest site has t corrupt neighbours  <= 2^-(security + 1)
+    K^2/2 prod_{i < P} (C + D - i)/(K - i)   honest survivors are connected           <= 2^-(security + 1)
+    K Pr[P - Hypergeometric(K - 1, D, P) < t]  every site keeps t neighbours            <= 2^-correctness
 
-  (Bell et al., theorem 3.10. They bound the second by one run of P/2 removed sites; a circle falls apart only by two.)
+  (Bell et al., theorem 3.10. They bound the second by one run of P/2 removed sites; a circle falls
+  apart only by two.)
 
   Args:
     num_sites: K.
     corrupt_fraction: sites that may collude with the server.
     dropout_fraction: sites that may leave in one round.
-    security: the negative base-2 logarithm of the chance that a round's circle protects somebody badly.
+    security: the negative base-2 logarithm of the chance that a round's circle protects somebody
+      badly.
     correctness: that of the chance that a round cannot be opened.
-    malicious_server: whether the threshold must be above 2/3 of a neighbourhood, and not just above half.
+    malicious_server: whether the threshold must be above 2/3 of a neighbourhood, and not just above
+      half.
 
   Returns:
-    (P, t). The largest t that is correct: where the assumption errs, a round fails rather than opens too much. Where no
-    circle is enough the complete graph, which needs no chance.
+    (P, t). The largest t that is correct: where the assumption errs, a round fails rather than
+    opens too much. Where no circle is enough the complete graph, which needs no chance.
 
   Raises:
     ValueError: for fractions outside [0, 1), or where not even the complete graph would do.
   """
-  for name, fraction in (("corrupt_fraction", corrupt_fraction), ("dropout_fraction", dropout_fraction)):
+  for name, fraction in (
+    ("corrupt_fraction", corrupt_fraction),
+    ("dropout_fraction", dropout_fraction),
+  ):
     if not 0 <= fraction < 1:
       raise ValueError(f"{name}={fraction}; it must be in [0, 1)")
   if num_sites < 2:
     raise ValueError(f"num_sites={num_sites}; the sum over one site is that site's input")
-  corrupt, dropped = (math.floor(f * num_sites + 1e-9) for f in (corrupt_fraction, dropout_fraction))
+  corrupt, dropped = (
+    math.floor(f * num_sites + 1e-9) for f in (corrupt_fraction, dropout_fraction)
+  )
   unsafe, failed = 0.5 * 2.0**-security / num_sites, 2.0**-correctness / num_sites
   for degree in range(2, min(num_sites - 1, shamir.MAX_SHARES), 2):
     removed = [max(corrupt + dropped - i, 0) / (num_sites - i) for i in range(degree)]
@@ -115,10 +129,13 @@ def degree_for(
     if enough := [t for t in legal if captured[t] <= unsafe and lost[degree - t + 1] <= failed]:
       return degree, enough[-1]
   threshold = num_sites - dropped
-  if num_sites <= shamir.MAX_SHARES and threshold >= max(smallest_threshold(num_sites, malicious_server), corrupt + 1):
+  if num_sites <= shamir.MAX_SHARES and threshold >= max(
+    smallest_threshold(num_sites, malicious_server), corrupt + 1
+  ):
     return num_sites - 1, threshold
   raise ValueError(
-    f"no graph of {num_sites} sites with at most {shamir.MAX_SHARES - 1} neighbours tolerates {corrupt} corrupt sites "
+    f"no graph of {num_sites} sites with at most {shamir.MAX_SHARES - 1} neighbours tolerates "
+    f"{corrupt} corrupt sites "
     f"and {dropped} dropouts{' under a malicious server' if malicious_server else ''}; assume fewer"
   )
 
@@ -126,18 +143,22 @@ def degree_for(
 def smallest_threshold(num_shares: int, malicious_server: bool) -> int:
   """The smallest integer above half (malicious server: two thirds) of the shares.
 
-  Above half, two disjoint groups of honest holders cannot open both secrets of a site. A malicious server gets both
-  kinds of share from its c corrupt holders, and 2 t > n + c is needed: c < n/3 and t > 2n/3 (Bonawitz et al. 2017,
-  section 6).
+  Above half, two disjoint groups of honest holders cannot open both secrets of a site. A malicious
+  server gets both kinds of share from its c corrupt holders, and 2 t > n + c is needed: c < n/3 and
+  t > 2n/3 (Bonawitz et al. 2017, section 6).
   """
   return 2 * num_shares // 3 + 1 if malicious_server else num_shares // 2 + 1
 
 
 def _tails(population: int, marked: int, drawn: int) -> np.ndarray:
-  """Pr[at least i of `drawn` are marked] for i from 0 to `drawn`, without replacement; relative error below 1e-10."""
+  """Pr[at least i of `drawn` are marked] for i from 0 to `drawn`, without replacement; relative
+  error below 1e-10.
+  """
 
   def log_ways(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) if 0 <= k <= n else -math.inf
+    return (
+      math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) if 0 <= k <= n else -math.inf
+    )
 
   logs = [log_ways(marked, i) + log_ways(population - marked, drawn - i) for i in range(drawn + 1)]
   return np.cumsum(np.exp(np.array(logs) - log_ways(population, drawn))[::-1])[::-1]

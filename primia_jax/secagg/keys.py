@@ -1,11 +1,13 @@
 """Key agreement, signatures and sealed boxes: what replaces the trusted dealer of pair keys.
 
-X25519 (RFC 7748), Ed25519 (RFC 8032), HKDF-SHA256 (RFC 5869), ChaCha20 and ChaCha20-Poly1305 (RFC 8439), all by the
-library `cryptography`, which nothing else imports. Everything here runs on the host, on plain bytes and NumPy arrays;
-`bits` is bit for bit what `prng.bits` makes inside jit, so that either end of a pair may use either.
+X25519 (RFC 7748), Ed25519 (RFC 8032), HKDF-SHA256 (RFC 5869), ChaCha20 and ChaCha20-Poly1305 (RFC
+8439), all by the library `cryptography`, which nothing else imports. Everything here runs on the
+host, on plain bytes and NumPy arrays; `bits` is bit for bit what `prng.bits` makes inside jit, so
+that either end of a pair may use either.
 
-Identities are pinned: each site's Ed25519 public key is given to all others beforehand, outside the protocol. The
-server then carries the keys to be agreed on and cannot exchange them, under the assumption that Ed25519 is unforgeable.
+Identities are pinned: each site's Ed25519 public key is given to all others beforehand, outside the
+protocol. The server then carries the keys to be agreed on and cannot exchange them, under the
+assumption that Ed25519 is unforgeable.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class KeyPair(NamedTuple):
 def identity(entropy: Entropy = os.urandom) -> Identity:
   """A fresh signing identity."""
   private = entropy(KEY_BYTES)
-  return Identity(private, Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw())
+  return Identity(
+    private, Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+  )
 
 
 def key_pair(entropy: Entropy = os.urandom) -> KeyPair:
@@ -83,28 +87,34 @@ def public_key(private: bytes) -> bytes:
 
 
 def agree(private: bytes, peer_public: bytes) -> bytes:
-  """The raw X25519 shared secret: known to the holders of the two private keys and, under CDH, to nobody else.
+  """The raw X25519 shared secret: known to the holders of the two private keys and, under CDH, to
+  nobody else.
 
   Returns:
     32 bytes, not uniform: expand them before use.
 
   Raises:
-    ValueError: for a key of the wrong length, or a public key of low order, with which anybody would know the secret.
+    ValueError: for a key of the wrong length, or a public key of low order, with which anybody
+      would know the secret.
   """
   try:
-    return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(peer_public))
+    return X25519PrivateKey.from_private_bytes(private).exchange(
+      X25519PublicKey.from_public_bytes(peer_public)
+    )
   except ValueError as e:
     raise ValueError(
-      f"public key {peer_public.hex()} cannot be agreed with: it must be 32 bytes and no point of low order"
+      f"public key {peer_public.hex()} cannot be agreed with: it must be 32 bytes and no point of "
+      f"low order"
     ) from e
 
 
 def expand(shared: bytes, purpose: str, round: int, a: int, b: int) -> np.ndarray:
   """A key for one use, by HKDF-SHA256 with the purpose, the round and the ordered pair in the info.
 
-  Under the assumption that HMAC-SHA256 is a pseudorandom function, keys of different uses are independent and uniform
-  over 256 bits to whoever lacks `shared`. The pair is ordered: both ends of a pair mask pass (lower, higher), a box
-  from a to b passes (a, b), and what a site derives for itself passes (a, a).
+  Under the assumption that HMAC-SHA256 is a pseudorandom function, keys of different uses are
+  independent and uniform over 256 bits to whoever lacks `shared`. The pair is ordered: both ends of
+  a pair mask pass (lower, higher), a box from a to b passes (a, b), and what a site derives for
+  itself passes (a, a).
 
   Args:
     shared: 32 secret bytes.
@@ -129,8 +139,11 @@ def expand(shared: bytes, purpose: str, round: int, a: int, b: int) -> np.ndarra
   return words(HKDF(SHA256(), KEY_BYTES, _SALT, info).derive(shared))
 
 
-def seal(key: np.ndarray, message: bytes, associated: bytes, entropy: Entropy = os.urandom) -> bytes:
-  """Encrypts and authenticates: only the holders of the key read it, or make another box that opens.
+def seal(
+  key: np.ndarray, message: bytes, associated: bytes, entropy: Entropy = os.urandom
+) -> bytes:
+  """Encrypts and authenticates: only the holders of the key read it, or make another box that
+  opens.
 
   Args:
     key: [8] uint32, for one direction of one pair.
@@ -149,14 +162,17 @@ def open_box(key: np.ndarray, box: bytes, associated: bytes) -> bytes:
   """What `seal` sealed.
 
   Raises:
-    ValueError: where the box was made or altered without the key, or for another recipient, round or purpose.
+    ValueError: where the box was made or altered without the key, or for another recipient, round
+      or purpose.
   """
   if len(box) < BOX_OVERHEAD:
     raise ValueError(f"a sealed box of {len(box)} bytes; it must have at least {BOX_OVERHEAD}")
   try:
     return ChaCha20Poly1305(raw(key)).decrypt(box[:_BOX_NONCE], box[_BOX_NONCE:], associated)
   except InvalidTag as e:
-    raise ValueError("the sealed box does not open: another key, another purpose, or altered on the way") from e
+    raise ValueError(
+      "the sealed box does not open: another key, another purpose, or altered on the way"
+    ) from e
 
 
 def sign(private: bytes, message: bytes) -> bytes:
@@ -174,7 +190,9 @@ def verify(public: bytes, message: bytes, signature: bytes) -> bool:
 
 
 def commit(secret: bytes) -> bytes:
-  """SHA-256 of 32 uniform secret bytes: binds to them and, having 256 bits of entropy, does not give them away."""
+  """SHA-256 of 32 uniform secret bytes: binds to them and, having 256 bits of entropy, does not
+  give them away.
+  """
   return hashlib.sha256(_SALT + secret).digest()
 
 
@@ -201,7 +219,9 @@ def stream(key: np.ndarray, nonce: Sequence[int], num_words: int) -> np.ndarray:
   return words(cipher.encryptor().update(bytes(4 * num_words)))
 
 
-def bits(key: np.ndarray, nonce: Sequence[int], shape: Sequence[int], dtype=np.uint32) -> np.ndarray:
+def bits(
+  key: np.ndarray, nonce: Sequence[int], shape: Sequence[int], dtype=np.uint32
+) -> np.ndarray:
   """`prng.bits` on the host: the same words in the same order.
 
   Args:

@@ -1,8 +1,10 @@
-"""What sites and server say to each other in one round of secure aggregation, and its one encoding as bytes.
+"""What sites and server say to each other in one round of secure aggregation, and its one encoding
+as bytes.
 
-The encoding is canonical: equal messages have equal bytes and unequal ones have not, so that a signature of the bytes
-is a signature of the message. It holds integers, bytes and arrays only, and nothing in it is ever executed; `decode`
-takes any bytes and gives a well-typed message or a ValueError.
+The encoding is canonical: equal messages have equal bytes and unequal ones have not, so that a
+signature of the bytes is a signature of the message. It holds integers, bytes and arrays only, and
+nothing in it is ever executed; `decode` takes any bytes and gives a well-typed message or a
+ValueError.
 
 Stages, and who speaks (Bonawitz et al., CCS 2017, figure 4):
 
@@ -10,7 +12,7 @@ Stages, and who speaks (Bonawitz et al., CCS 2017, figure 4):
   share_keys    Shares       site to server     Delivery   server to each site
   masked_input  MaskedInput  site to server     Survivors  server to every site
   consistency   Consent      site to server     Consents   server to every site
-  unmask        Answer       site to server     Total      server to every survivor, where sites are to have the sum
+  unmask        Answer       site to server     Total      server to survivors, if they get the sum
 """
 
 from __future__ import annotations
@@ -98,7 +100,9 @@ class Consents(NamedTuple):
 
 
 class Answer(NamedTuple):
-  """One share of the self-mask seed of each surviving neighbour, one of the mask key of each that dropped out."""
+  """One share of the self-mask seed of each surviving neighbour, one of the mask key of each that
+  dropped out.
+  """
 
   site: int
   round: int
@@ -115,15 +119,38 @@ class Total(NamedTuple):
   signature: bytes
 
 
-Message = Advert | Roster | Shares | Delivery | MaskedInput | Survivors | Consent | Consents | Answer | Total
+Message = (
+  Advert
+  | Roster
+  | Shares
+  | Delivery
+  | MaskedInput
+  | Survivors
+  | Consent
+  | Consents
+  | Answer
+  | Total
+)
 STAGES = ("advertise", "share_keys", "masked_input", "consistency", "unmask")
 FROM_SITES = (Advert, Shares, MaskedInput, Consent, Answer)  # in the order of the stages
 FROM_SERVER = (Roster, Delivery, Survivors, Consents, Total)  # what ends each stage
-_KINDS: tuple[Any, ...] = (Advert, Roster, Shares, Delivery, MaskedInput, Survivors, Consent, Consents, Answer, Total)
+_KINDS: tuple[Any, ...] = (
+  Advert,
+  Roster,
+  Shares,
+  Delivery,
+  MaskedInput,
+  Survivors,
+  Consent,
+  Consents,
+  Answer,
+  Total,
+)
 
 
 def encode(message: Message) -> bytes:
-  """The one encoding of a message: a byte for its kind, then its fields in order, little-endian, each with its length.
+  """The one encoding of a message: a byte for its kind, then its fields in order, little-endian,
+  each with its length.
 
   Raises:
     ValueError: for a number outside uint32, or an array that is not a vector of uint32 or uint64.
@@ -207,16 +234,23 @@ def _take_boxes(source: _Source) -> dict[int, bytes]:
 
 
 def _put_vectors(put: Put, vectors: tuple[np.ndarray, ...]) -> None:
-  """Each number in as many whole bytes as the largest of its vector takes: k bits, of masked elements of Z_2^k."""
+  """Each number in as many whole bytes as the largest of its vector takes: k bits, of masked
+  elements of Z_2^k.
+  """
   _put_number(put, len(vectors))
   for v in vectors:
     if v.ndim != 1 or v.dtype not in (np.uint32, np.uint64):
-      raise ValueError(f"{v.dtype}{list(v.shape)} in a message; arrays must be vectors of uint32 or uint64")
+      raise ValueError(
+        f"{v.dtype}{list(v.shape)} in a message; arrays must be vectors of uint32 or uint64"
+      )
     width = _bytes_of(v)
     _put_number(put, v.dtype.itemsize)
     _put_number(put, width)
     words = v.astype(v.dtype.newbyteorder("<"), copy=False)
-    _put_bytes(put, np.ascontiguousarray(words).view(np.uint8).reshape(-1, v.dtype.itemsize)[:, :width].tobytes())
+    _put_bytes(
+      put,
+      np.ascontiguousarray(words).view(np.uint8).reshape(-1, v.dtype.itemsize)[:, :width].tobytes(),
+    )
 
 
 def _take_vectors(source: _Source) -> tuple[np.ndarray, ...]:
@@ -224,7 +258,10 @@ def _take_vectors(source: _Source) -> tuple[np.ndarray, ...]:
   for _ in range(source.number()):
     itemsize, width, size = source.number(), source.number(), source.number()
     if itemsize not in (4, 8) or not 1 <= width <= itemsize or size % width:
-      raise ValueError(f"malformed message: {size} bytes are no vector of {itemsize}-byte words in {width} bytes each")
+      raise ValueError(
+        f"malformed message: {size} bytes are no vector of {itemsize}-byte words in {width} bytes "
+        f"each"
+      )
     data = source.take(size)  # before there is room for what may only have been announced
     words = np.zeros((size // width, itemsize), np.uint8)
     words[:, :width] = np.frombuffer(data, np.uint8).reshape(-1, width)
@@ -249,10 +286,16 @@ def _put_adverts(put: Put, adverts: tuple[Advert, ...]) -> None:
 _CODECS: dict[Any, tuple[Callable[[Put, Any], None], Callable[[_Source], Any]]] = {
   int: (_put_number, _Source.number),
   bytes: (_put_bytes, lambda source: bytes(source.take(source.number()))),
-  tuple[int, ...]: (_put_numbers, lambda source: tuple(source.number() for _ in range(source.number()))),
+  tuple[int, ...]: (
+    _put_numbers,
+    lambda source: tuple(source.number() for _ in range(source.number())),
+  ),
   dict[int, bytes]: (_put_boxes, _take_boxes),
   tuple[np.ndarray, ...]: (_put_vectors, _take_vectors),
-  tuple[Advert, ...]: (_put_adverts, lambda s: tuple(_take_fields(s, Advert) for _ in range(s.number()))),
+  tuple[Advert, ...]: (
+    _put_adverts,
+    lambda s: tuple(_take_fields(s, Advert) for _ in range(s.number())),
+  ),
 }
 _FIELDS = {kind: tuple(_CODECS[hint] for hint in get_type_hints(kind).values()) for kind in _KINDS}
 

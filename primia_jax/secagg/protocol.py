@@ -1,21 +1,23 @@
-"""Secure aggregation that survives dropouts and a lying server: Bonawitz et al. 2017 (figure 4) on Bell's sparse graph.
+"""Secure aggregation that survives dropouts and a lying server: Bonawitz et al. 2017 (figure 4) on
+Bell's sparse graph.
 
-Pure functions over two states, a `Site`'s and the `Server`'s; the messages between them are data (`messages`). A site
-masks its input by one mask for each neighbour, which cancel in the sum, and by a mask of its own. It has shared the
-secrets behind both among its neighbours, and they open exactly one of them: of a survivor the seed of its own mask, of
-a dropout the key of its pairwise masks. `rounds` has what all agree on beforehand, `server` the other
-half of the protocol.
+Pure functions over two states, a `Site`'s and the `Server`'s; the messages between them are data
+(`messages`). A site masks its input by one mask for each neighbour, which cancel in the sum, and by
+a mask of its own. It has shared the secrets behind both among its neighbours, and they open exactly
+one of them: of a survivor the seed of its own mask, of a dropout the key of its pairwise masks.
+`rounds` has what all agree on beforehand, `server` the other half of the protocol.
 
-Who learns what: the server learns the sum over the survivors, or nothing. Sites learn who takes part and who survives,
-and the sum where the server tells it (`take_total`).
-This holds against a server and corrupt sites who lie, leave and collude, under these assumptions: fewer than K/3 of the
-K sites are corrupt (none, or only curious ones, where `malicious_server` is False); fewer than t of any honest site's
-neighbours are, and honest survivors' neighbourhoods hang together (see `graph`); X25519 with HKDF-SHA256, Ed25519,
-ChaCha20 and Poly1305 are secure; identities are pinned. A corrupt site can spoil the sum, by a false input or by ending
-the round; it cannot make the server open a partly masked one.
+Who learns what: the server learns the sum over the survivors, or nothing. Sites learn who takes
+part and who survives, and the sum where the server tells it (`take_total`). This holds against a
+server and corrupt sites who lie, leave and collude, under these assumptions: fewer than K/3 of the
+K sites are corrupt (none, or only curious ones, where `malicious_server` is False); fewer than t of
+any honest site's neighbours are, and honest survivors' neighbourhoods hang together (see `graph`);
+X25519 with HKDF-SHA256, Ed25519, ChaCha20 and Poly1305 are secure; identities are pinned. A corrupt
+site can spoil the sum, by a false input or by ending the round; it cannot make the server open a
+partly masked one.
 
-A state is a value, so the caller must keep the newest and forget the others: a site that answers from an old state
-answers twice, which the protocol cannot see.
+A state is a value, so the caller must keep the newest and forget the others: a site that answers
+from an old state answers twice, which the protocol cannot see.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ class Refused(ValueError):
   Attributes:
     site: who refuses.
     stage: in which stage.
-    reason: one of "out of turn", "another round", "unknown", "changed key", "forged", "too few", "malformed",
-      "overlapping", "declared dead", "inconsistent", "falls apart".
+    reason: one of "out of turn", "another round", "unknown", "changed key", "forged", "too few",
+      "malformed", "overlapping", "declared dead", "inconsistent", "falls apart".
   """
 
   def __init__(self, site: int, stage: str, reason: str, detail: str):
@@ -56,7 +58,8 @@ class Site(NamedTuple):
     number: this site.
     identity: its signing pair.
     num_sent: how many of its messages it has sent.
-    neighbours: of the circle, in increasing order, this site itself among them: a secret's i-th share is number i's.
+    neighbours: of the circle, in increasing order, this site itself among them: a secret's i-th
+      share is number i's.
     box: the pair that opens boxes.
     mask: the pair behind the pairwise masks.
     seed: of the self mask.
@@ -64,7 +67,8 @@ class Site(NamedTuple):
     roster: the adverts of those neighbours that take part, after `share_keys`.
     members: all sites that take part.
     transcript: a digest of the whole roster.
-    shares: neighbour to its (mask-key share, seed share), after `masked_input`; of itself the seed share only.
+    shares: neighbour to its (mask-key share, seed share), after `masked_input`; of itself the seed
+      share only.
     lists: the survivors and dropouts signed, after `consistency`.
   """
 
@@ -97,23 +101,41 @@ def advertise(
     ValueError: where the identity is not the one pinned for this site.
   """
   if setup.identities.get(number) != identity.public:
-    raise ValueError(f"site {number} has another identity than the one pinned; its neighbours would refuse it")
+    raise ValueError(
+      f"site {number} has another identity than the one pinned; its neighbours would refuse it"
+    )
   box, mask, seed = keys.key_pair(entropy), keys.key_pair(entropy), entropy(keys.KEY_BYTES)
   advert = msg.Advert(number, round, box.public, mask.public, keys.commit(seed), b"")
   advert = advert._replace(signature=keys.sign(identity.private, rounds.signed_text(setup, advert)))
   around = rounds.neighbourhoods(setup, round)[number]
   return Site(
-    setup, round, number, identity, 1, around, box, mask, seed, advert, {}, frozenset(), b"", {}, None
+    setup,
+    round,
+    number,
+    identity,
+    1,
+    around,
+    box,
+    mask,
+    seed,
+    advert,
+    {},
+    frozenset(),
+    b"",
+    {},
+    None,
   ), advert
 
 
 def share_keys(site: Site, roster: msg.Roster) -> tuple[Site, msg.Shares]:
   """Stage 1: shares of both secrets, sealed to each neighbour that takes part.
 
-  Only neighbours' adverts are verified, since nothing is agreed with others; what all sign later has the digest of all.
+  Only neighbours' adverts are verified, since nothing is agreed with others; what all sign later
+  has the digest of all.
 
   Raises:
-    Refused: for unknown or too few sites, repeated keys, a neighbour's forged advert, or one's own changed.
+    Refused: for unknown or too few sites, repeated keys, a neighbour's forged advert, or one's own
+      changed.
   """
   refuse = _expect(site, 1, roster)
   setup, me = site.setup, site.number
@@ -133,23 +155,37 @@ def share_keys(site: Site, roster: msg.Roster) -> tuple[Site, msg.Shares]:
   for v, advert in near.items():
     signed = keys.verify(setup.identities[v], rounds.signed_text(setup, advert), advert.signature)
     if not signed or advert.round != site.round:
-      raise refuse("forged", f"site {v}'s advert is not signed by its pinned identity for this round")
+      raise refuse(
+        "forged", f"site {v}'s advert is not signed by its pinned identity for this round"
+      )
   if len(near) < setup.threshold:
-    raise refuse("too few", f"{len(near)} of its neighbourhood take part; the threshold is {setup.threshold}")
+    raise refuse(
+      "too few", f"{len(near)} of its neighbourhood take part; the threshold is {setup.threshold}"
+    )
   secrets = np.frombuffer(site.mask.private + site.seed, np.uint8).reshape(2, keys.KEY_BYTES)
   points = np.array([site.neighbours.index(v) + 1 for v in near])
   mask_shares, seed_shares = shamir.share(secrets, setup.threshold, points)
-  dealt = {v: (a.tobytes(), b.tobytes()) for v, a, b in zip(near, mask_shares, seed_shares, strict=True)}
-  site = site._replace(roster=near, members=frozenset(adverts), transcript=rounds.transcript_of(roster))
+  dealt = {
+    v: (a.tobytes(), b.tobytes()) for v, a, b in zip(near, mask_shares, seed_shares, strict=True)
+  }
+  site = site._replace(
+    roster=near, members=frozenset(adverts), transcript=rounds.transcript_of(roster)
+  )
   try:
-    boxes = {v: keys.seal(_box_key(site, me, v), b"".join(dealt[v]), _box_text(site, me, v)) for v in near if v != me}
+    boxes = {
+      v: keys.seal(_box_key(site, me, v), b"".join(dealt[v]), _box_text(site, me, v))
+      for v in near
+      if v != me
+    }
   except ValueError as e:
     raise refuse("malformed", f"a neighbour's key: {e}") from e
   shares = msg.Shares(me, site.round, boxes, b"")
   return site._replace(num_sent=2, shares={me: (b"", dealt[me][1])}), _signed(site, shares)
 
 
-def masked_input(site: Site, delivery: msg.Delivery, vectors: Sequence[np.ndarray]) -> tuple[Site, msg.MaskedInput]:
+def masked_input(
+  site: Site, delivery: msg.Delivery, vectors: Sequence[np.ndarray]
+) -> tuple[Site, msg.MaskedInput]:
   """Stage 2: the input under this site's own mask and the masks of all neighbours that shared keys.
 
   Args:
@@ -158,17 +194,26 @@ def masked_input(site: Site, delivery: msg.Delivery, vectors: Sequence[np.ndarra
     vectors: the input, elements of Z_2^k, of the agreed sizes.
 
   Raises:
-    Refused: for boxes of strangers, too few of them, or one that its alleged sender did not seal for this site.
+    Refused: for boxes of strangers, too few of them, or one that its alleged sender did not seal
+      for this site.
     ValueError: where the input does not have the agreed form.
   """
   refuse = _expect(site, 2, delivery)
   setup, me = site.setup, site.number
   if not rounds.legal_vectors(vectors, setup):
-    raise ValueError(f"the input must be vectors of {setup.sizes} elements of Z_2^{setup.num_bits} in {setup.dtype}")
+    raise ValueError(
+      f"the input must be vectors of {setup.sizes} elements of Z_2^{setup.num_bits} in "
+      f"{setup.dtype}"
+    )
   if unknown := set(delivery.boxes) - set(site.roster) | set(delivery.boxes) & {me}:
-    raise refuse("unknown", f"boxes of sites {sorted(unknown)}, which are no neighbours that take part")
+    raise refuse(
+      "unknown", f"boxes of sites {sorted(unknown)}, which are no neighbours that take part"
+    )
   if len(delivery.boxes) + 1 < setup.threshold:
-    raise refuse("too few", f"{len(delivery.boxes) + 1} of its neighbourhood shared keys, of {setup.threshold} needed")
+    raise refuse(
+      "too few",
+      f"{len(delivery.boxes) + 1} of its neighbourhood shared keys, of {setup.threshold} needed",
+    )
   shares = dict(site.shares)
   for v, box in delivery.boxes.items():
     try:
@@ -179,25 +224,35 @@ def masked_input(site: Site, delivery: msg.Delivery, vectors: Sequence[np.ndarra
       raise refuse("malformed", f"site {v}'s shares have {len(opened)} bytes")
     shares[v] = opened[: keys.KEY_BYTES], opened[keys.KEY_BYTES :]
   peers = sorted(delivery.boxes)
-  pair_keys = [rounds.pair_mask_key(site.mask.private, site.roster[v].mask_key, site.round, me, v) for v in peers]
+  pair_keys = [
+    rounds.pair_mask_key(site.mask.private, site.roster[v].mask_key, site.round, me, v)
+    for v in peers
+  ]
   signs = [1 if v > me else -1 for v in peers]
   own_key = rounds.self_mask_key(site.seed, site.round, me)
   masks = rounds.mask_total([*pair_keys, own_key], [*signs, 1], site.round, setup)
   masked = tuple(rounds.reduce(v + mask, setup) for v, mask in zip(vectors, masks, strict=True))
-  return site._replace(num_sent=3, shares=shares), _signed(site, msg.MaskedInput(me, site.round, masked, b""))
+  return site._replace(num_sent=3, shares=shares), _signed(
+    site, msg.MaskedInput(me, site.round, masked, b"")
+  )
 
 
 def consistency(site: Site, lists: msg.Survivors) -> tuple[Site, msg.Consent]:
-  """Stage 3: signs who survives and who dropped out, so that the server must show all sites the same lists.
+  """Stage 3: signs who survives and who dropped out, so that the server must show all sites the
+  same lists.
 
   Raises:
-    Refused: for overlapping lists, strangers, too few survivors, this site among the dropouts, lists that do not hold
-      exactly those neighbours that shared keys, or survivors whose graph is not connected.
+    Refused: for overlapping lists, strangers, too few survivors, this site among the dropouts,
+      lists that do not hold exactly those neighbours that shared keys, or survivors whose graph is
+      not connected.
   """
   refuse = _expect(site, 3, lists)
   setup, alive, dead = site.setup, set(lists.survivors), set(lists.dropouts)
   if both := alive & dead:
-    raise refuse("overlapping", f"sites {sorted(both)} are called survivors and dropouts: it wants both their secrets")
+    raise refuse(
+      "overlapping",
+      f"sites {sorted(both)} are called survivors and dropouts: it wants both their secrets",
+    )
   if [*lists.survivors] != sorted(alive) or [*lists.dropouts] != sorted(dead):
     raise refuse("malformed", "a list is not in increasing order, or names a site twice")
   if unknown := (alive | dead) - site.members:
@@ -205,7 +260,9 @@ def consistency(site: Site, lists: msg.Survivors) -> tuple[Site, msg.Consent]:
   if site.number not in alive:
     raise refuse("declared dead", "it has sent its masked input, and is not among the survivors")
   if (alive | dead) & set(site.neighbours) != set(site.shares):
-    raise refuse("inconsistent", "the lists do not hold exactly the neighbours whose shares were delivered")
+    raise refuse(
+      "inconsistent", "the lists do not hold exactly the neighbours whose shares were delivered"
+    )
   for have, need, where in (
     (len(alive), setup.quorum, "all sites"),
     (len(alive & set(site.neighbours)), setup.threshold, "its neighbourhood"),
@@ -215,19 +272,25 @@ def consistency(site: Site, lists: msg.Survivors) -> tuple[Site, msg.Consent]:
   present = np.isin(list(setup.identities), lists.survivors)
   circle = graph.neighbours(setup.graph_key, len(present), setup.degree, site.round)
   if np.any(graph.reached(circle, present) != present):
-    raise refuse("falls apart", "no masks join all survivors: the sum over each part of them would lie open")
-  consent = _signed(site, msg.Consent(site.number, site.round, b""), rounds.context_of(site.transcript, lists))
+    raise refuse(
+      "falls apart", "no masks join all survivors: the sum over each part of them would lie open"
+    )
+  consent = _signed(
+    site, msg.Consent(site.number, site.round, b""), rounds.context_of(site.transcript, lists)
+  )
   return site._replace(num_sent=4, lists=lists), consent
 
 
 def unmask(site: Site, consents: msg.Consents) -> tuple[Site, msg.Answer]:
-  """Stage 4: one share of each neighbour: of the seed where it survived, of the mask key where it dropped out.
+  """Stage 4: one share of each neighbour: of the seed where it survived, of the mask key where it
+  dropped out.
 
   Returns:
     The state without its secrets, and the answer, which is this site's last.
 
   Raises:
-    Refused: for fewer signatures than the quorum, signatures of others than survivors, or a forged one.
+    Refused: for fewer signatures than the quorum, signatures of others than survivors, or a forged
+      one.
   """
   refuse = _expect(site, 4, consents)
   assert site.lists is not None
@@ -235,11 +298,15 @@ def unmask(site: Site, consents: msg.Consents) -> tuple[Site, msg.Answer]:
   if unknown := set(consents.signatures) - alive:
     raise refuse("unknown", f"signatures of sites {sorted(unknown)}, which are no survivors")
   if len(consents.signatures) < setup.quorum:
-    raise refuse("too few", f"{len(consents.signatures)} sites signed the lists; the quorum is {setup.quorum}")
+    raise refuse(
+      "too few", f"{len(consents.signatures)} sites signed the lists; the quorum is {setup.quorum}"
+    )
   context = rounds.context_of(site.transcript, site.lists)
   for v, signature in consents.signatures.items():
     if not keys.verify(
-      setup.identities[v], rounds.signed_text(setup, msg.Consent(v, site.round, b""), context), signature
+      setup.identities[v],
+      rounds.signed_text(setup, msg.Consent(v, site.round, b""), context),
+      signature,
     ):
       raise refuse("forged", f"site {v} did not sign the lists that this site was shown")
   seeds = {v: seed for v, (_, seed) in site.shares.items() if v in alive}
@@ -252,9 +319,10 @@ def unmask(site: Site, consents: msg.Consents) -> tuple[Site, msg.Answer]:
 def take_total(site: Site, total: msg.Total, server: bytes) -> tuple[np.ndarray, ...]:
   """After stage 4: the opened sum, as the server says.
 
-  The signature keeps out everybody but the server, and every other attempt at this round. The server itself could tell
-  a wrong sum, and each site another; where sums follow each other, put those told before into the next one's `run`, as
-  `exchange` does, and sites that were told different ones do not go on together.
+  The signature keeps out everybody but the server, and every other attempt at this round. The
+  server itself could tell a wrong sum, and each site another; where sums follow each other, put
+  those told before into the next one's `run`, as `exchange` does, and sites that were told
+  different ones do not go on together.
 
   Args:
     site: the state after `unmask`.
@@ -262,25 +330,39 @@ def take_total(site: Site, total: msg.Total, server: bytes) -> tuple[np.ndarray,
     server: its pinned public key.
 
   Raises:
-    Refused: for a sum of another round, of another form than was agreed, or not signed for these keys and survivors.
+    Refused: for a sum of another round, of another form than was agreed, or not signed for these
+      keys and survivors.
   """
   refuse = _expect(site, 5, total)
   assert site.lists is not None
   context = rounds.context_of(site.transcript, site.lists)
   if not keys.verify(server, rounds.signed_text(site.setup, total, context), total.signature):
-    raise refuse("forged", "the sum is not signed by the server's pinned identity for this round's keys and survivors")
+    raise refuse(
+      "forged",
+      "the sum is not signed by the server's pinned identity for this round's keys and survivors",
+    )
   if not rounds.legal_vectors(total.vectors, site.setup):
-    raise refuse("malformed", f"a sum must be vectors of {site.setup.sizes} elements of Z_2^{site.setup.num_bits}")
+    raise refuse(
+      "malformed",
+      f"a sum must be vectors of {site.setup.sizes} elements of Z_2^{site.setup.num_bits}",
+    )
   return total.vectors
 
 
 def _expect(site: Site, num_sent: int, message: msg.Message):
-  """Checks that the message is the next of this round; returns how to refuse it for another reason."""
+  """Checks that the message is the next of this round; returns how to refuse it for another
+  reason.
+  """
   refuse = functools.partial(Refused, site.number, (*msg.STAGES, "total")[num_sent])
   if site.num_sent != num_sent:
-    raise refuse("out of turn", f"this site has sent {site.num_sent} messages; each stage is answered once, in order")
+    raise refuse(
+      "out of turn",
+      f"this site has sent {site.num_sent} messages; each stage is answered once, in order",
+    )
   if type(message) is not msg.FROM_SERVER[num_sent - 1]:
-    raise refuse("malformed", f"{type(message).__name__} instead of {msg.FROM_SERVER[num_sent - 1].__name__}")
+    raise refuse(
+      "malformed", f"{type(message).__name__} instead of {msg.FROM_SERVER[num_sent - 1].__name__}"
+    )
   if message.round != site.round:
     raise refuse("another round", f"round {message.round} instead of {site.round}")
   return refuse
@@ -293,7 +375,9 @@ def _signed(site: Site, message, context: bytes = b""):
 
 def _box_key(site: Site, sender: int, recipient: int) -> np.ndarray:
   other = site.roster[recipient if sender == site.number else sender]
-  return keys.expand(keys.agree(site.box.private, other.box_key), "box", site.round, sender, recipient)
+  return keys.expand(
+    keys.agree(site.box.private, other.box_key), "box", site.round, sender, recipient
+  )
 
 
 def _box_text(site: Site, sender: int, recipient: int) -> bytes:

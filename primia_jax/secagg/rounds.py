@@ -1,4 +1,6 @@
-"""What sites and server agree on before a round of secure aggregation, and what both of them compute from it."""
+"""What sites and server agree on before a round of secure aggregation, and what both of them
+compute from it.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ _PEERS_AT_ONCE = 8  # masks summed by one call, which is compiled for that many
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-  """What all sites and the server know and agree on before a round; made by `setup`, which checks it.
+  """What all sites and the server know and agree on before a round; made by `setup`, which checks
+  it.
 
   Attributes:
-    identities: site number to pinned Ed25519 public key, of all K sites of the round, in increasing order.
+    identities: site number to pinned Ed25519 public key, of all K sites of the round, in increasing
+      order.
     sizes: the lengths of the vectors that make up an input.
     num_bits: k, of the ring Z_2^k in which inputs are summed.
     graph_key: [8] uint32, public randomness of the circle of neighbours.
@@ -71,14 +75,14 @@ def setup(
     sizes: the lengths of the vectors that make up an input.
     session: names the training run; a signature of one run is worth nothing in another.
     num_bits: k.
-    graph_key: [8] uint32, public; needed for a sparse graph only. Agreed by the sites: a server that chose it could
-      surround a site with corrupt ones.
+    graph_key: [8] uint32, public; needed for a sparse graph only. Agreed by the sites: a server
+      that chose it could surround a site with corrupt ones.
     degree: P; None for all others. `graph.degree_for` says how many are enough.
     threshold: t; None for the least that is legal.
     quorum: None for the least that is legal.
-    malicious_server: the thresholds' lower bounds: above two thirds, so that fewer than a third of corrupt sites cannot
-      help a lying server to both secrets of a site or to two lists of survivors; False for above half, which is enough
-      where server and sites follow the protocol.
+    malicious_server: the thresholds' lower bounds: above two thirds, so that fewer than a third of
+      corrupt sites cannot help a lying server to both secrets of a site or to two lists of
+      survivors; False for above half, which is enough where server and sites follow the protocol.
     purpose: of the sum.
 
   Raises:
@@ -87,49 +91,86 @@ def setup(
   num_sites = len(identities)
   degree = num_sites - 1 if degree is None else degree
   if num_sites < 2:
-    raise ValueError(f"secure aggregation over {num_sites} site opens that site's own input; use at least 2")
+    raise ValueError(
+      f"secure aggregation over {num_sites} site opens that site's own input; use at least 2"
+    )
   for site, public in identities.items():
     if not 0 <= site < 2**32 or len(public) != keys.KEY_BYTES:
-      raise ValueError(f"site {site} with an identity of {len(public)} bytes; use a uint32 number and 32 bytes")
+      raise ValueError(
+        f"site {site} with an identity of {len(public)} bytes; use a uint32 number and 32 bytes"
+      )
   if len(set(identities.values())) < num_sites:
     raise ValueError("two sites have one identity; each needs its own")
   if degree != num_sites - 1 and graph_key is None:
-    raise ValueError(f"degree={degree} of {num_sites - 1} other sites needs a graph_key that the sites have agreed on")
+    raise ValueError(
+      f"degree={degree} of {num_sites - 1} other sites needs a graph_key that the sites have "
+      f"agreed on"
+    )
   graph_key = np.zeros(8, np.uint32) if graph_key is None else graph_key
   graph.neighbours(graph_key, num_sites, degree)
   if degree + 1 > shamir.MAX_SHARES:
-    raise ValueError(f"degree={degree}; secrets can be shared among {shamir.MAX_SHARES} sites: use a sparser graph")
+    raise ValueError(
+      f"degree={degree}; secrets can be shared among {shamir.MAX_SHARES} sites: use a sparser graph"
+    )
   part = "two thirds" if malicious_server else "half"
-  least, least_quorum = (graph.smallest_threshold(n, malicious_server) for n in (degree + 1, num_sites))
-  threshold, quorum = least if threshold is None else threshold, least_quorum if quorum is None else quorum
+  least, least_quorum = (
+    graph.smallest_threshold(n, malicious_server) for n in (degree + 1, num_sites)
+  )
+  threshold, quorum = (
+    least if threshold is None else threshold,
+    least_quorum if quorum is None else quorum,
+  )
   if not least <= threshold <= degree + 1:
-    raise ValueError(f"threshold={threshold} of {degree + 1} shares; it must be above {part}: {least} to {degree + 1}")
+    raise ValueError(
+      f"threshold={threshold} of {degree + 1} shares; it must be above {part}: {least} to "
+      f"{degree + 1}"
+    )
   if not least_quorum <= quorum <= num_sites:
-    raise ValueError(f"quorum={quorum} of {num_sites} sites; it must be above {part}: {least_quorum} to {num_sites}")
+    raise ValueError(
+      f"quorum={quorum} of {num_sites} sites; it must be above {part}: {least_quorum} to "
+      f"{num_sites}"
+    )
   if not sizes or min(sizes) < 0 or not 1 <= num_bits <= 64:
-    raise ValueError(f"sizes={tuple(sizes)} in a ring of {num_bits} bits; give at least one vector, and 1 to 64 bits")
+    raise ValueError(
+      f"sizes={tuple(sizes)} in a ring of {num_bits} bits; give at least one vector, and 1 to 64 "
+      f"bits"
+    )
   ordered = {int(site): identities[site] for site in sorted(identities)}
   sizes = tuple(map(int, sizes))
   numbers = [*map(int, (num_bits, degree, threshold, quorum, malicious_server, purpose))]
-  label = hashlib.sha256(repr((ordered, sizes, numbers, keys.raw(graph_key), session)).encode()).digest()
-  return Setup(ordered, sizes, num_bits, graph_key, degree, threshold, quorum, malicious_server, purpose, label)
+  label = hashlib.sha256(
+    repr((ordered, sizes, numbers, keys.raw(graph_key), session)).encode()
+  ).digest()
+  return Setup(
+    ordered, sizes, num_bits, graph_key, degree, threshold, quorum, malicious_server, purpose, label
+  )
 
 
 def neighbourhoods(setup: Setup, round: int) -> dict[int, tuple[int, ...]]:
   """Of each site, itself and its neighbours on this round's circle, in increasing order."""
   numbers = np.array(list(setup.identities))
   places = graph.neighbours(setup.graph_key, len(numbers), setup.degree, round)
-  return {int(s): tuple(sorted({int(s), *numbers[row].tolist()})) for s, row in zip(numbers, places, strict=True)}
+  return {
+    int(s): tuple(sorted({int(s), *numbers[row].tolist()}))
+    for s, row in zip(numbers, places, strict=True)
+  }
 
 
 def signed_text(setup: Setup, message: msg.Message, context: bytes = b"") -> bytes:
   """What the sender's signature is of: the message without it, under the setup's label."""
   body = msg.encode(message._replace(signature=b""))  # type: ignore[call-arg]
-  return b"primia_jax secagg" + setup.label + hashlib.sha256(context).digest() + hashlib.sha256(body).digest()
+  return (
+    b"primia_jax secagg"
+    + setup.label
+    + hashlib.sha256(context).digest()
+    + hashlib.sha256(body).digest()
+  )
 
 
 def transcript_of(roster: msg.Roster) -> bytes:
-  """A digest of all keys of the round, which are fresh: what is signed under it is of no other attempt at the round."""
+  """A digest of all keys of the round, which are fresh: what is signed under it is of no other
+  attempt at the round.
+  """
   return hashlib.sha256(msg.encode(roster)).digest()
 
 
@@ -138,17 +179,25 @@ def context_of(transcript: bytes, lists: msg.Survivors) -> bytes:
   return transcript + msg.encode(lists)
 
 
-def mask_total(mask_keys: Sequence[np.ndarray], signs: Sequence[int], round: int, setup: Setup) -> list[np.ndarray]:
-  """The signed sum of masks in Z_2^k, for each vector of an input; the nonce is (round, purpose, vector)."""
+def mask_total(
+  mask_keys: Sequence[np.ndarray], signs: Sequence[int], round: int, setup: Setup
+) -> list[np.ndarray]:
+  """The signed sum of masks in Z_2^k, for each vector of an input; the nonce is (round, purpose,
+  vector).
+  """
   missing = -len(signs) % _PEERS_AT_ONCE
-  padded = np.array([*mask_keys, *[np.zeros(8, np.uint32)] * missing]).reshape(-1, _PEERS_AT_ONCE, 8)
+  padded = np.array([*mask_keys, *[np.zeros(8, np.uint32)] * missing]).reshape(
+    -1, _PEERS_AT_ONCE, 8
+  )
   factors = np.array([*signs, *[0] * missing], np.int32).reshape(-1, _PEERS_AT_ONCE)
   totals = [np.zeros(size, setup.dtype) for size in setup.sizes]
   with jax.enable_x64(setup.num_bits > 32):
     for leaf, total in enumerate(totals):
       nonce = jnp.asarray([round, setup.purpose, leaf], jnp.uint32)
       for some, factor in zip(padded, factors, strict=True):
-        total += np.asarray(prng.mask_sum(jnp.asarray(some), jnp.asarray(factor), nonce, total.shape, setup.dtype))
+        total += np.asarray(
+          prng.mask_sum(jnp.asarray(some), jnp.asarray(factor), nonce, total.shape, setup.dtype)
+        )
   return [reduce(total, setup) for total in totals]
 
 
@@ -158,7 +207,9 @@ def reduce(v: np.ndarray, setup: Setup) -> np.ndarray:
 
 
 def pair_mask_key(private: bytes, peer_public: bytes, round: int, a: int, b: int) -> np.ndarray:
-  """The key of the mask that two sites share: both agree on it, and who recovers one private key makes it too."""
+  """The key of the mask that two sites share: both agree on it, and who recovers one private key
+  makes it too.
+  """
   return keys.expand(keys.agree(private, peer_public), "mask", round, min(a, b), max(a, b))
 
 
@@ -169,9 +220,9 @@ def self_mask_key(seed: bytes, round: int, site: int) -> np.ndarray:
 
 def legal_vectors(vectors: Sequence[np.ndarray], setup: Setup) -> bool:
   """Whether an input has the agreed sizes and dtype, and is reduced modulo 2^k."""
-  return [(v.shape, v.dtype) for v in vectors] == [((size,), setup.dtype) for size in setup.sizes] and not any(
-    v.size and int(v.max()) >> setup.num_bits for v in vectors
-  )
+  return [(v.shape, v.dtype) for v in vectors] == [
+    ((size,), setup.dtype) for size in setup.sizes
+  ] and not any(v.size and int(v.max()) >> setup.num_bits for v in vectors)
 
 
 def message_bytes(setup: Setup) -> int:

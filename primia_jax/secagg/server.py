@@ -1,7 +1,9 @@
-"""The server's half of `protocol`: it takes the sites' messages, stage by stage, and opens the sum or nothing.
+"""The server's half of `protocol`: it takes the sites' messages, stage by stage, and opens the sum
+or nothing.
 
-`receive` takes one message, in any order of senders, and rejects by name what does not belong; one function for each
-stage closes it, at the caller's timeout, and gives what is sent next. A site that is late has dropped out.
+`receive` takes one message, in any order of senders, and rejects by name what does not belong; one
+function for each stage closes it, at the caller's timeout, and gives what is sent next. A site that
+is late has dropped out.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ class Opened(NamedTuple):
     total: the sum over the survivors, in Z_2^k.
     survivors: whose inputs are in it.
     dropouts: who shared keys, and sent no input in time.
-    liars: who gave a share that does not belong to the secret that was opened; looked for where one spoiled it.
+    liars: who gave a share that does not belong to the secret that was opened; looked for where one
+      spoiled it.
   """
 
   total: tuple[np.ndarray, ...]
@@ -87,11 +90,15 @@ class Opened(NamedTuple):
 def start(setup: Setup, round: int) -> Server:
   """A server that awaits adverts."""
   zero = tuple(np.zeros(size, setup.dtype) for size in setup.sizes)
-  return Server(setup, round, 0, rounds.neighbourhoods(setup, round), ({},) * len(msg.STAGES), zero, b"", None)
+  return Server(
+    setup, round, 0, rounds.neighbourhoods(setup, round), ({},) * len(msg.STAGES), zero, b"", None
+  )
 
 
 def expected(server: Server) -> frozenset[int]:
-  """The sites whose messages may still arrive in this stage: all, or those that spoke in the stage before."""
+  """The sites whose messages may still arrive in this stage: all, or those that spoke in the stage
+  before.
+  """
   before = server.received[server.stage - 1] if server.stage else server.setup.identities
   return frozenset(before) - frozenset(server.received[server.stage])
 
@@ -100,8 +107,8 @@ def receive(server: Server, message: Any) -> Server:
   """Takes one site's message.
 
   Raises:
-    Rejected: for a message that is malformed, of an unknown site, not signed by it, of another round or stage, or the
-      second one.
+    Rejected: for a message that is malformed, of an unknown site, not signed by it, of another
+      round or stage, or the second one.
   """
   site: Any = getattr(message, "site", None)
   current = msg.STAGES[min(server.stage, len(msg.STAGES) - 1)]
@@ -116,7 +123,9 @@ def receive(server: Server, message: Any) -> Server:
     raise reject("unknown", "no such site has a pinned identity")
   if message.round != server.round:
     raise reject("another round", f"round {message.round} instead of {server.round}")
-  context = rounds.context_of(server.transcript, server.lists) if stage == 3 and server.lists else b""
+  context = (
+    rounds.context_of(server.transcript, server.lists) if stage == 3 and server.lists else b""
+  )
   try:
     text = rounds.signed_text(server.setup, message, context)
   except (ValueError, TypeError, AttributeError) as e:
@@ -135,7 +144,9 @@ def receive(server: Server, message: Any) -> Server:
   if wrong := _CHECKS[stage](server, message):
     raise reject("malformed", wrong)
   if isinstance(message, msg.MaskedInput):
-    total = tuple(rounds.reduce(a + b, server.setup) for a, b in zip(server.total, message.vectors, strict=True))
+    total = tuple(
+      rounds.reduce(a + b, server.setup) for a, b in zip(server.total, message.vectors, strict=True)
+    )
     server, message = server._replace(total=total), message._replace(vectors=())
   received = [*server.received]
   received[stage] = {**received[stage], site: message}
@@ -157,25 +168,33 @@ def close_share_keys(server: Server) -> tuple[Server, dict[int, msg.Delivery]]:
   """Ends stage 1; each site that shared keys gets the boxes that are for it."""
   server, shares = _close(server, 1, server.setup.quorum)
   near = {u: [v for v in server.around[u] if v in shares and v != u] for u in shares}
-  return server, {u: msg.Delivery(server.round, {v: shares[v].boxes[u] for v in near[u]}) for u in shares}
+  return server, {
+    u: msg.Delivery(server.round, {v: shares[v].boxes[u] for v in near[u]}) for u in shares
+  }
 
 
 def close_masked_input(server: Server) -> tuple[Server, msg.Survivors]:
   """Ends stage 2; the lists are for every survivor."""
   shared = server.received[1]
   server, masked = _close(server, 2, server.setup.quorum)
-  lists = msg.Survivors(server.round, tuple(sorted(masked)), tuple(sorted(set(shared) - set(masked))))
+  lists = msg.Survivors(
+    server.round, tuple(sorted(masked)), tuple(sorted(set(shared) - set(masked)))
+  )
   return server._replace(lists=lists), lists
 
 
 def close_consistency(server: Server) -> tuple[Server, msg.Consents]:
   """Ends stage 3; the signatures are for every site that gave one."""
   server, consents = _close(server, 3, server.setup.quorum)
-  return server, msg.Consents(server.round, {site: consents[site].signature for site in sorted(consents)})
+  return server, msg.Consents(
+    server.round, {site: consents[site].signature for site in sorted(consents)}
+  )
 
 
 def sign_total(server: Server, opened: Opened, identity: keys.Identity) -> msg.Total:
-  """The sum for every survivor, signed for this round's keys and survivors; see `protocol.take_total`."""
+  """The sum for every survivor, signed for this round's keys and survivors; see
+  `protocol.take_total`.
+  """
   assert server.lists is not None
   total = msg.Total(server.round, opened.total, b"")
   text = rounds.signed_text(server.setup, total, rounds.context_of(server.transcript, server.lists))
@@ -185,10 +204,12 @@ def sign_total(server: Server, opened: Opened, identity: keys.Identity) -> msg.T
 def open_total(server: Server) -> tuple[Server, Opened]:
   """Ends stage 4: recovers what masks are left, checks it, and takes it off the sum.
 
-  Every recovered seed must open its commitment, and every recovered mask key must have the public key advertised.
+  Every recovered seed must open its commitment, and every recovered mask key must have the public
+  key advertised.
 
   Raises:
-    RoundFailed: where a secret has fewer than t shares, or no t of them (of those tried) give the secret advertised.
+    RoundFailed: where a secret has fewer than t shares, or no t of them (of those tried) give the
+      secret advertised.
   """
   server, answers = _close(server, 4, server.setup.threshold)
   assert server.lists is not None
@@ -197,11 +218,18 @@ def open_total(server: Server) -> tuple[Server, Opened]:
   opens = lambda v, seed: keys.commit(seed) == adverts[v].commitment
   fits = lambda v, private: keys.public_key(private) == adverts[v].mask_key
   seeds, seed_liars = _recover(server, alive, {u: a.self_shares for u, a in answers.items()}, opens)
-  privates, key_liars = _recover(server, exposed, {u: a.mask_shares for u, a in answers.items()}, fits)
+  privates, key_liars = _recover(
+    server, exposed, {u: a.mask_shares for u, a in answers.items()}, fits
+  )
   pairs = [(v, w) for v in exposed for w in server.around[v] if w in set(alive)]
   mask_keys = [rounds.self_mask_key(seed, server.round, v) for v, seed in seeds.items()]
-  mask_keys += [rounds.pair_mask_key(privates[v], adverts[w].mask_key, server.round, v, w) for v, w in pairs]
-  signs = [*[1] * len(seeds), *[1 if v > w else -1 for v, w in pairs]]  # as survivor w has added them
+  mask_keys += [
+    rounds.pair_mask_key(privates[v], adverts[w].mask_key, server.round, v, w) for v, w in pairs
+  ]
+  signs = [
+    *[1] * len(seeds),
+    *[1 if v > w else -1 for v, w in pairs],
+  ]  # as survivor w has added them
   masks = rounds.mask_total(mask_keys, signs, server.round, setup)
   total = tuple(rounds.reduce(v - mask, setup) for v, mask in zip(server.total, masks, strict=True))
   return server, Opened(total, alive, dead, tuple(sorted(seed_liars | key_liars)))
@@ -215,23 +243,32 @@ def _recover(
 ) -> tuple[dict[int, bytes], set[int]]:
   """The owners' secrets, and the holders found with shares that do not belong to them.
 
-  Of m shares, the m runs of t on the ring of holders are tried, so that m - t liars side by side, and always one, do no
-  harm where m > t.
+  Of m shares, the m runs of t on the ring of holders are tried, so that m - t liars side by side,
+  and always one, do no harm where m > t.
   """
   threshold, secrets, liars = server.setup.threshold, dict[int, bytes](), set[int]()
   for v in owners:
     holders = [u for u in server.around[v] if v in shares.get(u, {})]
     if len(holders) < threshold:
-      raise RoundFailed("unmask", len(holders), threshold, f"sites answered with a share of site {v}'s secret")
+      raise RoundFailed(
+        "unmask", len(holders), threshold, f"sites answered with a share of site {v}'s secret"
+      )
     points = np.array([server.around[v].index(u) + 1 for u in holders])
-    held = np.frombuffer(b"".join(shares[u][v] for u in holders), np.uint8).reshape(1, -1, keys.KEY_BYTES)
+    held = np.frombuffer(b"".join(shares[u][v] for u in holders), np.uint8).reshape(
+      1, -1, keys.KEY_BYTES
+    )
     for first in range(len(holders)):
       run = (np.arange(threshold) + first) % len(holders)
       secret = shamir.combine(points[run], held[:, run], threshold)[0].tobytes()
       if right(v, secret):
         break
     else:
-      raise RoundFailed("unmask", 0, 1, f"runs of site {v}'s {len(holders)} shares give the secret it has advertised")
+      raise RoundFailed(
+        "unmask",
+        0,
+        1,
+        f"runs of site {v}'s {len(holders)} shares give the secret it has advertised",
+      )
     secrets[v] = secret
     if first:
       wrong = np.any(shamir.extend(points[run], held[:, run], points) != held, axis=(0, 2))
@@ -241,10 +278,15 @@ def _recover(
 
 def _close(server: Server, stage: int, need: int) -> tuple[Server, Mapping[int, Any]]:
   if server.stage != stage:
-    raise ValueError(f"stage {msg.STAGES[stage]} cannot be closed: the server is past or before it ({server.stage})")
+    raise ValueError(
+      f"stage {msg.STAGES[stage]} cannot be closed: the server is past or before it "
+      f"({server.stage})"
+    )
   have, num_sites = len(server.received[stage]), len(server.setup.identities)
   if have < need:
-    raise RoundFailed(msg.STAGES[stage], have, need, f"sites of {num_sites} sent their message in time")
+    raise RoundFailed(
+      msg.STAGES[stage], have, need, f"sites of {num_sites} sent their message in time"
+    )
   return server._replace(stage=stage + 1), server.received[stage]
 
 
@@ -265,12 +307,20 @@ def _check_shares(server: Server, shares: msg.Shares) -> str:
   if set(shares.boxes) != near:
     return f"boxes for sites {sorted(shares.boxes)} instead of {sorted(near)}"
   size = 2 * keys.KEY_BYTES + keys.BOX_OVERHEAD
-  return "" if all(len(box) == size for box in shares.boxes.values()) else f"boxes must have {size} bytes"
+  return (
+    ""
+    if all(len(box) == size for box in shares.boxes.values())
+    else f"boxes must have {size} bytes"
+  )
 
 
 def _check_masked(server: Server, masked: msg.MaskedInput) -> str:
   legal = rounds.legal_vectors(masked.vectors, server.setup)
-  return "" if legal else f"vectors must have {server.setup.sizes} elements of Z_2^{server.setup.num_bits}"
+  return (
+    ""
+    if legal
+    else f"vectors must have {server.setup.sizes} elements of Z_2^{server.setup.num_bits}"
+  )
 
 
 def _check_answer(server: Server, answer: msg.Answer) -> str:
@@ -278,9 +328,15 @@ def _check_answer(server: Server, answer: msg.Answer) -> str:
   near, me = set(server.around[answer.site]), {answer.site}
   wanted = near & set(server.lists.survivors), near & set(server.lists.dropouts) - me
   if (set(answer.self_shares), set(answer.mask_shares)) != wanted:
-    return f"seed shares must be of sites {sorted(wanted[0])}, mask-key shares of {sorted(wanted[1])}"
+    return (
+      f"seed shares must be of sites {sorted(wanted[0])}, mask-key shares of {sorted(wanted[1])}"
+    )
   given = [*answer.self_shares.values(), *answer.mask_shares.values()]
-  return "" if all(len(share) == keys.KEY_BYTES for share in given) else f"shares must have {keys.KEY_BYTES} bytes"
+  return (
+    ""
+    if all(len(share) == keys.KEY_BYTES for share in given)
+    else f"shares must have {keys.KEY_BYTES} bytes"
+  )
 
 
 _CHECKS: tuple[Callable[[Server, Any], str], ...] = (

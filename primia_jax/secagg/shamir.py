@@ -1,12 +1,14 @@
-"""Shamir's t-of-n sharing of 32-byte secrets, byte by byte over GF(2^8), vectorised over many secrets.
+"""Shamir's t-of-n sharing of 32-byte secrets, byte by byte over GF(2^8), vectorised over many
+secrets.
 
-Byte i of a secret is the constant of a polynomial of degree t - 1 with uniform other coefficients; holder x receives
-its value at x. Fewer than t shares of one secret are uniform and independent of it, whatever the computing power
-(Shamir, CACM 1979); t shares give it.
+Byte i of a secret is the constant of a polynomial of degree t - 1 with uniform other coefficients;
+holder x receives its value at x. Fewer than t shares of one secret are uniform and independent of
+it, whatever the computing power (Shamir, CACM 1979); t shares give it.
 
-GF(2^8), and not a prime field, since a share then weighs exactly what the secret does (32 bytes), every string of bytes
-is a legal share, and a product is one table look-up. It has 255 points besides 0, which bounds a neighbourhood and not
-the number of sites: beyond that, use a sparser graph.
+GF(2^8), and not a prime field, since a share then weighs exactly what the secret does (32 bytes),
+every string of bytes is a legal share, and a product is one table look-up. It has 255 points
+besides 0, which bounds a neighbourhood and not the number of sites: beyond that, use a sparser
+graph.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ MAX_SHARES = 255
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-  """Powers of the generator 3 of GF(2^8) modulo x^8 + x^4 + x^3 + x + 1, and logarithms (of 0 there is none)."""
+  """Powers of the generator 3 of GF(2^8) modulo x^8 + x^4 + x^3 + x + 1, and logarithms (of 0 there
+  is none).
+  """
   power, log, value = np.zeros(510, np.uint8), np.zeros(256, np.int64), 1
   for i in range(255):
     power[i] = power[i + 255] = value
@@ -35,38 +39,51 @@ _UNITS = _POWER[_LOG[1:, None] + _LOG[None, 1:]]
 _PRODUCT = np.pad(_UNITS, ((1, 0), (1, 0)))  # [256, 256] uint8, the multiplication table
 
 
-def share(secrets: np.ndarray, threshold: int, points: np.ndarray, key: np.ndarray | None = None) -> np.ndarray:
+def share(
+  secrets: np.ndarray, threshold: int, points: np.ndarray, key: np.ndarray | None = None
+) -> np.ndarray:
   """Shares each secret among the holders of the points.
 
   Args:
     secrets: [S, 32] uint8.
     threshold: t, how many shares give the secret; t - 1 tell nothing.
     points: [n], distinct, from 1 to 255.
-    key: [8] uint32, of the coefficients, used for this call and nothing else; None for the operating system's entropy.
+    key: [8] uint32, of the coefficients, used for this call and nothing else; None for the
+      operating system's entropy.
 
   Returns:
     [S, n, 32] uint8.
 
   Raises:
-    ValueError: for point 0 (it would be the secret), a repeated point, or a threshold outside [1, n].
+    ValueError: for point 0 (it would be the secret), a repeated point, or a threshold outside [1,
+      n].
   """
   points = _checked(np.asarray(points)[None], threshold)[0]
   secrets = np.asarray(secrets)
   if secrets.ndim != 2 or secrets.dtype != np.uint8:
     raise ValueError(f"secrets is {secrets.dtype}{list(secrets.shape)}; it must be uint8[S, 32]")
   size = secrets.size * (threshold - 1)
-  drawn = os.urandom(size) if key is None else keys.stream(key, (0, 0, 0), -(-size // 4)).astype("<u4").tobytes()[:size]
+  drawn = (
+    os.urandom(size)
+    if key is None
+    else keys.stream(key, (0, 0, 0), -(-size // 4)).astype("<u4").tobytes()[:size]
+  )
   coefficients = (*np.frombuffer(drawn, np.uint8).reshape(threshold - 1, *secrets.shape), secrets)
   shares = np.empty((len(secrets), len(points), secrets.shape[1]), np.uint8)
   for j, point in enumerate(points):
     times_point, value = _PRODUCT[point].tobytes(), np.zeros_like(secrets)
     for coefficient in coefficients:  # Horner, the constant last
-      value = np.frombuffer(value.tobytes().translate(times_point), np.uint8).reshape(secrets.shape) ^ coefficient
+      value = (
+        np.frombuffer(value.tobytes().translate(times_point), np.uint8).reshape(secrets.shape)
+        ^ coefficient
+      )
     shares[:, j] = value
   return shares
 
 
-def combine(points: np.ndarray, shares: np.ndarray, threshold: int, check: bool = True) -> np.ndarray:
+def combine(
+  points: np.ndarray, shares: np.ndarray, threshold: int, check: bool = True
+) -> np.ndarray:
   """The secrets, from at least t shares of each.
 
   Args:
@@ -76,10 +93,12 @@ def combine(points: np.ndarray, shares: np.ndarray, threshold: int, check: bool 
     check: whether to compare the other m - t with what the first t foretell.
 
   Returns:
-    [S, 32] uint8. With m = t no wrong share can be noticed: check the secret against a commitment or its public key.
+    [S, 32] uint8. With m = t no wrong share can be noticed: check the secret against a commitment
+    or its public key.
 
   Raises:
-    ValueError: for fewer than t shares, point 0, a repeated point, or shares that do not lie on one polynomial.
+    ValueError: for fewer than t shares, point 0, a repeated point, or shares that do not lie on one
+      polynomial.
   """
   shares = np.asarray(shares)
   points = np.broadcast_to(np.asarray(points), shares.shape[:2])
@@ -90,12 +109,16 @@ def combine(points: np.ndarray, shares: np.ndarray, threshold: int, check: bool 
   for extra in range(threshold, points.shape[1] if check else threshold):
     wrong = np.any(_evaluate(known, held, points[:, extra]) != shares[:, extra], axis=1)
     if wrong.any():
-      raise ValueError(f"inconsistent shares of the secrets in rows {np.flatnonzero(wrong).tolist()}: some are forged")
+      raise ValueError(
+        f"inconsistent shares of the secrets in rows {np.flatnonzero(wrong).tolist()}: some are "
+        f"forged"
+      )
   return _evaluate(known, held, np.zeros(len(points), np.uint8))
 
 
 def extend(points: np.ndarray, shares: np.ndarray, at: np.ndarray) -> np.ndarray:
-  """The shares of other holders, from exactly t of each secret: what tells which of more than t are wrong.
+  """The shares of other holders, from exactly t of each secret: what tells which of more than t are
+  wrong.
 
   Args:
     points: [t], distinct, from 1 to 255.
@@ -115,7 +138,9 @@ def _evaluate(points: np.ndarray, shares: np.ndarray, at: np.ndarray) -> np.ndar
   total = np.zeros((len(shares), shares.shape[2]), np.uint8)
   for j in range(points.shape[1]):
     others = np.delete(points, j, axis=1)
-    factors = _PRODUCT[at[:, None] ^ others, _inverse(points[:, j, None] ^ others)]  # Lagrange's basis polynomial
+    factors = _PRODUCT[
+      at[:, None] ^ others, _inverse(points[:, j, None] ^ others)
+    ]  # Lagrange's basis polynomial
     basis = np.ones(len(points), np.uint8)
     for factor in factors.T:
       basis = _PRODUCT[basis, factor]
@@ -131,11 +156,17 @@ def _checked(points: np.ndarray, threshold: int) -> np.ndarray:
   """The points [S, n] as uint8."""
   n = points.shape[1]
   if not 1 <= threshold <= n:
-    raise ValueError(f"threshold={threshold} with {n} shares; a secret needs 1 <= threshold <= number of shares")
+    raise ValueError(
+      f"threshold={threshold} with {n} shares; a secret needs 1 <= threshold <= number of shares"
+    )
   if n and (points.min() < 1 or points.max() > MAX_SHARES):
-    raise ValueError(f"points from {points.min()} to {points.max()}; they must be in [1, {MAX_SHARES}]")
+    raise ValueError(
+      f"points from {points.min()} to {points.max()}; they must be in [1, {MAX_SHARES}]"
+    )
   ordered = np.sort(points, axis=1)
   repeated = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
   if repeated.size:
-    raise ValueError(f"repeated points {sorted(set(repeated.tolist()))}; every holder needs its own")
+    raise ValueError(
+      f"repeated points {sorted(set(repeated.tolist()))}; every holder needs its own"
+    )
   return points.astype(np.uint8)

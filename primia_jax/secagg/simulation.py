@@ -1,12 +1,14 @@
-"""The double-masked protocol with all sites in one process, any of which may be lost at any stage of a round.
+"""The double-masked protocol with all sites in one process, any of which may be lost at any stage
+of a round.
 
-What Bonawitz et al. (CCS 2017, figure 4) do over the sparse graph of Bell et al. (CCS 2020), without the messages:
-X25519 keys for each pair of peers, Shamir shares of each site's two secrets among its closed neighbourhood, and the
-recovery of what lost sites leave in the sum. `protocol` is the same as a state machine over messages.
+What Bonawitz et al. (CCS 2017, figure 4) do over the sparse graph of Bell et al. (CCS 2020),
+without the messages: X25519 keys for each pair of peers, Shamir shares of each site's two secrets
+among its closed neighbourhood, and the recovery of what lost sites leave in the sum. `protocol` is
+the same as a state machine over messages.
 
-Who learns what: the caller plays everybody and could learn everything. What is simulated is the server's part: it gets
-t shares of one secret of each site, never of both. All secrets derive from one key, so that a run can be resumed, and
-each process of several plays the same round.
+Who learns what: the caller plays everybody and could learn everything. What is simulated is the
+server's part: it gets t shares of one secret of each site, never of both. All secrets derive from
+one key, so that a run can be resumed, and each process of several plays the same round.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ _SECRETS = 2**31  # third word of the derivation of one sum's secrets
 
 
 class RoundAborted(RuntimeError):
-  """The sum cannot be opened, or not without opening a part of it. The round's number must not be used again."""
+  """The sum cannot be opened, or not without opening a part of it. The round's number must not be
+  used again.
+  """
 
 
 class Dropouts(NamedTuple):
@@ -35,7 +39,8 @@ class Dropouts(NamedTuple):
   Attributes:
     before: [K] bool. Before they shared their secrets: nobody masks with them.
     during: [K] bool. After that: others have masked with them, but their message never comes.
-    after: [K] bool, or None for nobody. After their message came: it is in the sum, but they answer no more.
+    after: [K] bool, or None for nobody. After their message came: it is in the sum, but they answer
+      no more.
   """
 
   before: np.ndarray
@@ -44,7 +49,8 @@ class Dropouts(NamedTuple):
 
 
 class Session(NamedTuple):
-  """What all sites hold for one sum. Holder 0 of a site's shares is itself, holder 1 + p its peer p.
+  """What all sites hold for one sum. Holder 0 of a site's shares is itself, holder 1 + p its peer
+  p.
 
   Attributes:
     round: index of the round.
@@ -70,18 +76,26 @@ def check(dropouts: Dropouts | None, num_sites: int) -> np.ndarray:
     ValueError: for anything but bool [K], or for a site that is lost twice.
   """
   stages = np.zeros((3, num_sites), bool)
-  for row, (name, stage) in zip(stages, dropouts._asdict().items() if dropouts else (), strict=False):
+  for row, (name, stage) in zip(
+    stages, dropouts._asdict().items() if dropouts else (), strict=False
+  ):
     if stage is not None:
       stage = np.asarray(stage)
       if stage.shape != (num_sites,) or stage.dtype != bool:
-        raise ValueError(f"Dropouts.{name} is {stage.dtype}{list(stage.shape)}; it must be bool[{num_sites}]")
+        raise ValueError(
+          f"Dropouts.{name} is {stage.dtype}{list(stage.shape)}; it must be bool[{num_sites}]"
+        )
       row[:] = stage
   if np.any(twice := np.sum(stages, axis=0) > 1):
-    raise ValueError(f"the sites in rows {np.flatnonzero(twice).tolist()} are lost twice; give one stage for each")
+    raise ValueError(
+      f"the sites in rows {np.flatnonzero(twice).tolist()} are lost twice; give one stage for each"
+    )
   return stages
 
 
-def setup(key: Array, nonce: tuple[int, int], ids: np.ndarray, peers: np.ndarray, threshold: int) -> Session:
+def setup(
+  key: Array, nonce: tuple[int, int], ids: np.ndarray, peers: np.ndarray, threshold: int
+) -> Session:
   """The keys and shares of all sites for one sum.
 
   Args:
@@ -92,25 +106,39 @@ def setup(key: Array, nonce: tuple[int, int], ids: np.ndarray, peers: np.ndarray
     threshold: t, how many of a site's 1 + P shares give its secret.
 
   Raises:
-    ValueError: for more peers than `shamir` has shares for, or peers that are no symmetric relation among the sites.
+    ValueError: for more peers than `shamir` has shares for, or peers that are no symmetric relation
+      among the sites.
   """
   num_sites, num_peers = peers.shape
   if num_peers >= shamir.MAX_SHARES:
-    raise ValueError(f"num_peers={num_peers} would hold shares of each site; use num_peers < {shamir.MAX_SHARES}")
+    raise ValueError(
+      f"num_peers={num_peers} would hold shares of each site; use num_peers < {shamir.MAX_SHARES}"
+    )
   if strangers := set(peers.flat) - set(ids):
-    raise ValueError(f"peers {sorted(map(int, strangers))} are not among the sites; take peers(key, ids, num_peers)")
-  column = {(i, j): p for i, row in enumerate(_rows(ids, peers).tolist()) for p, j in enumerate(row)}
+    raise ValueError(
+      f"peers {sorted(map(int, strangers))} are not among the sites; take peers(key, ids, "
+      f"num_peers)"
+    )
+  column = {
+    (i, j): p for i, row in enumerate(_rows(ids, peers).tolist()) for p, j in enumerate(row)
+  }
   if any(i == j or (j, i) not in column for i, j in column):
     raise ValueError("somebody is not his peer's peer, or his own; take peers(key, ids, num_peers)")
-  own, self_masks, private, coefficients = map(np.asarray, _secrets(key, np.asarray(nonce, np.uint32), ids))
+  own, self_masks, private, coefficients = map(
+    np.asarray, _secrets(key, np.asarray(nonce, np.uint32), ids)
+  )
   public = [keys.public_key(keys.raw(secret)) for secret in private]
   pair_keys = np.zeros((num_sites, num_peers, 8), np.uint32)
   for (i, j), p in column.items():
     if i < j:  # once for both ends, which get the same
-      pair_keys[i, p] = pair_keys[j, column[j, i]] = _pair_key(private[i], public[j], nonce[0], ids[i], ids[j])
+      pair_keys[i, p] = pair_keys[j, column[j, i]] = _pair_key(
+        private[i], public[j], nonce[0], ids[i], ids[j]
+      )
   points = np.arange(1, num_peers + 2)
   shares = [
-    shamir.share(np.ascontiguousarray(secrets, "<u4").view(np.uint8), threshold, points, coefficient)
+    shamir.share(
+      np.ascontiguousarray(secrets, "<u4").view(np.uint8), threshold, points, coefficient
+    )
     for secrets, coefficient in zip((self_masks, private), coefficients, strict=True)
   ]
   links = Links(*map(jnp.asarray, (peers, pair_keys, own)))
@@ -118,15 +146,21 @@ def setup(key: Array, nonce: tuple[int, int], ids: np.ndarray, peers: np.ndarray
 
 
 def links_without(session: Session, lost: np.ndarray) -> Links:
-  """The links of sites that know who, [K] bool, is lost before they mask: the site itself takes such a peer's place."""
+  """The links of sites that know who, [K] bool, is lost before they mask: the site itself takes
+  such a peer's place.
+  """
   ids, peers = session.ids, np.asarray(session.links.peers)
-  return session.links._replace(peers=jnp.asarray(np.where(lost[_rows(ids, peers)], ids[:, None], peers)))
+  return session.links._replace(
+    peers=jnp.asarray(np.where(lost[_rows(ids, peers)], ids[:, None], peers))
+  )
 
 
 def recover(session: Session, dropouts: Dropouts | None) -> Residue:
-  """What the server learns from the holders of shares that answer: the keys of the masks that are left in the sum.
+  """What the server learns from the holders of shares that answer: the keys of the masks that are
+  left in the sum.
 
-  Each gives its share of the self-mask key of a site whose message came, and of the private key of one whose did not.
+  Each gives its share of the self-mask key of a site whose message came, and of the private key of
+  one whose did not.
 
   Args:
     session: of the sum.
@@ -137,8 +171,8 @@ def recover(session: Session, dropouts: Dropouts | None) -> Residue:
 
   Raises:
     ValueError: as `check`.
-    RoundAborted: where fewer than t holders of some site's shares answer, or the graph of the sites whose messages came
-      is not connected, so that the sum over each part of it would lie open.
+    RoundAborted: where fewer than t holders of some site's shares answer, or the graph of the sites
+      whose messages came is not connected, so that the sum over each part of it would lie open.
   """
   ids, rows = session.ids, _rows(session.ids, np.asarray(session.links.peers))
   before, during, after = check(dropouts, len(ids))
@@ -152,7 +186,8 @@ def recover(session: Session, dropouts: Dropouts | None) -> Residue:
   if np.any(num_answers < session.threshold):
     worst = np.argmin(num_answers)
     raise RoundAborted(
-      f"round aborted: {num_answers[worst]} of the {holders.shape[1]} holders of the shares of site {ids[site[worst]]} "
+      f"round aborted: {num_answers[worst]} of the {holders.shape[1]} holders of the shares of "
+      f"site {ids[site[worst]]} "
       f"are left, and threshold={session.threshold} must answer"
     )
   chosen = np.argsort(silent, axis=1, kind="stable")[:, : session.threshold]
@@ -162,17 +197,22 @@ def recover(session: Session, dropouts: Dropouts | None) -> Residue:
   lost, column = np.nonzero(masked_with)
   peer = rows[lost, column]
   pair_keys = [
-    _pair_key(private[i], session.public[j], session.round, ids[i], ids[j]) for i, j in zip(lost, peer, strict=True)
+    _pair_key(private[i], session.public[j], session.round, ids[i], ids[j])
+    for i, j in zip(lost, peer, strict=True)
   ]
   found = np.concatenate([opened[kind == 0], np.reshape(pair_keys, (-1, 8)).astype(np.uint32)])
-  signs = np.concatenate([np.ones(np.sum(came), np.int32), np.sign(ids[lost] - ids[peer])])  # as the peer masked
+  signs = np.concatenate(
+    [np.ones(np.sum(came), np.int32), np.sign(ids[lost] - ids[peer])]
+  )  # as the peer masked
   padding = (0, -len(found) % len(ids))
   return Residue(jnp.asarray(np.pad(found, (padding, (0, 0)))), jnp.asarray(np.pad(signs, padding)))
 
 
 @jax.jit
 def _secrets(key: Array, nonce: Array, ids: Array) -> tuple[Array, Array, Array, Array]:
-  """Own secrets, self-mask keys and private keys, all [K, 8], and the keys [2, 8] of the shares' polynomials."""
+  """Own secrets, self-mask keys and private keys, all [K, 8], and the keys [2, 8] of the shares'
+  polynomials.
+  """
   of_sum = prng.derive(key, *nonce, jnp.uint32(_SECRETS))
   of_site = jax.vmap(lambda i, use: prng.derive(of_sum, i, use), in_axes=(0, None))
   own, private = (of_site(ids.astype(jnp.uint32), jnp.uint32(use)) for use in (0, 1))
@@ -180,8 +220,12 @@ def _secrets(key: Array, nonce: Array, ids: Array) -> tuple[Array, Array, Array,
   return own, self_masks, private, jnp.stack([prng.derive(of_sum, kind) for kind in (0, 1)])
 
 
-def _pair_key(private: np.ndarray, public: bytes, round_index: int, a: np.int32, b: np.int32) -> np.ndarray:
-  return keys.expand(keys.agree(keys.raw(private), public), "mask", int(round_index), int(min(a, b)), int(max(a, b)))
+def _pair_key(
+  private: np.ndarray, public: bytes, round_index: int, a: np.int32, b: np.int32
+) -> np.ndarray:
+  return keys.expand(
+    keys.agree(keys.raw(private), public), "mask", int(round_index), int(min(a, b)), int(max(a, b))
+  )
 
 
 def _rows(ids: np.ndarray, peers: np.ndarray) -> np.ndarray:
@@ -196,6 +240,7 @@ def _check_connected(ids: np.ndarray, rows: np.ndarray, came: np.ndarray) -> Non
   reached = graph.reached(rows, came)
   if np.any(came != reached):
     raise RoundAborted(
-      f"round aborted: {np.sum(reached)} and {np.sum(came & ~reached)} sites' messages came that no pair masks; their "
+      f"round aborted: {np.sum(reached)} and {np.sum(came & ~reached)} sites' messages came that "
+      f"no pair masks; their "
       "sums would be opened separately: use more peers"
     )

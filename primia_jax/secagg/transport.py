@@ -1,13 +1,14 @@
 """The protocol between separate processes over sockets: one server, and one process for each site.
 
-A frame is four bytes of length, little-endian, and a message's encoding; the length is checked before anything is read.
-A site that does not answer within a stage's timeout, or whose connection ends, has dropped out. Messages are signed and
-shares are sealed, so that the network is trusted with nothing but delivery: who can cut connections can end a round.
-Who listens sees a sum where sites are told it, and who takes part.
+A frame is four bytes of length, little-endian, and a message's encoding; the length is checked
+before anything is read. A site that does not answer within a stage's timeout, or whose connection
+ends, has dropped out. Messages are signed and shares are sealed, so that the network is trusted
+with nothing but delivery: who can cut connections can end a round. Who listens sees a sum where
+sites are told it, and who takes part.
 
-`serve` and `join` are one round. `Host` serves one after another over connections that the sites keep, so that a
-process that ends between rounds is noticed at once, and `begin` and `finish` are the halves of a site's part before
-and after the work whose result it sends.
+`serve` and `join` are one round. `Host` serves one after another over connections that the sites
+keep, so that a process that ends between rounds is noticed at once, and `begin` and `finish` are
+the halves of a site's part before and after the work whose result it sends.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from primia_jax.secagg import keys, protocol, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 
-_ADVERT_BYTES = 2**12  # and no honest advert is longer; who has sent none that was taken sends nothing longer
+_ADVERT_BYTES = (
+  2**12
+)  # and no honest advert is longer; who has sent none that was taken sends nothing longer
 
 
 class Report(NamedTuple):
@@ -48,7 +51,8 @@ class Joined(NamedTuple):
 
   Attributes:
     lists: the survivors and dropouts that it has signed.
-    total: the sum over the survivors, as the server says; None where the server's identity is not pinned.
+    total: the sum over the survivors, as the server says; None where the server's identity is not
+      pinned.
   """
 
   lists: msg.Survivors
@@ -61,7 +65,11 @@ def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
 
 
 def serve(
-  listener: socket.socket, setup: rounds.Setup, round: int, timeout: float, identity: keys.Identity | None = None
+  listener: socket.socket,
+  setup: rounds.Setup,
+  round: int,
+  timeout: float,
+  identity: keys.Identity | None = None,
 ) -> Report:
   """The server of one round.
 
@@ -70,7 +78,8 @@ def serve(
     setup: what all agreed on.
     round: the round.
     timeout: seconds that each of the five stages may take.
-    identity: the server's own, with which it signs the sum for the survivors; None keeps the sum to itself.
+    identity: the server's own, with which it signs the sum for the survivors; None keeps the sum to
+      itself.
 
   Raises:
     RoundFailed: as `server`, with a note of what was rejected; the sites' connections are closed.
@@ -93,10 +102,13 @@ Pending = concurrent.futures.Future[Report]
 class Host:
   """A server in a thread of its own, for one round after another over the same connections.
 
-  Its memory holds what the server may see anyway, so that one of the sites' processes can be its host.
+  Its memory holds what the server may see anyway, so that one of the sites' processes can be its
+  host.
   """
 
-  def __init__(self, listener: socket.socket, num_sites: int, timeout: float, identity: keys.Identity):
+  def __init__(
+    self, listener: socket.socket, num_sites: int, timeout: float, identity: keys.Identity
+  ):
     """Arguments as `serve`; num_sites is the most that ever take part."""
     self._timeout, self._identity, self._hub = timeout, identity, _Hub(num_sites)
     self._round: asyncio.Task[Any] | None = None
@@ -119,7 +131,8 @@ class Host:
     return asyncio.run_coroutine_threadsafe(one(), self._loop)
 
   def close(self) -> None:
-    """Ends a round that runs, and closes the listener and all connections when what has been sent is on its way.
+    """Ends a round that runs, and closes the listener and all connections when what has been sent
+    is on its way.
 
     A second time it does nothing.
     """
@@ -158,7 +171,8 @@ def join(
     number: this site.
     identity: its signing pair.
     vectors: its input, elements of Z_2^k.
-    timeout: seconds to wait for the server at each stage; longer than the server waits for the sites.
+    timeout: seconds to wait for the server at each stage; longer than the server waits for the
+      sites.
     entropy: of all keys.
     server: its pinned public key, where it tells the sum.
 
@@ -168,7 +182,9 @@ def join(
     TimeoutError: where the server does not speak.
   """
   with socket.create_connection(address, timeout) as connection:
-    return finish(connection, begin(connection, setup, round, number, identity, entropy), vectors, server)
+    return finish(
+      connection, begin(connection, setup, round, number, identity, entropy), vectors, server
+    )
 
 
 def begin(
@@ -188,7 +204,10 @@ def begin(
 
 
 def finish(
-  connection: socket.socket, site: protocol.Site, vectors: Sequence[np.ndarray], server: bytes | None = None
+  connection: socket.socket,
+  site: protocol.Site,
+  vectors: Sequence[np.ndarray],
+  server: bytes | None = None,
 ) -> Joined:
   """The rest of a site's part after `begin`; as `join`."""
   site, masked = protocol.masked_input(site, _next(connection, site), vectors)
@@ -216,7 +235,9 @@ def frame(message: msg.Message) -> bytes:
 def _length(head: bytes, limit: int) -> int:
   (size,) = struct.unpack("<I", head)
   if size > limit:
-    raise ValueError(f"malformed message: {size} bytes announced; no message of this round is longer than {limit}")
+    raise ValueError(
+      f"malformed message: {size} bytes announced; no message of this round is longer than {limit}"
+    )
   return size
 
 
@@ -253,7 +274,9 @@ class _Hub:
       writer.close()
 
   async def end(self, timeout: float) -> None:
-    """Closes everything, and waits until what has been sent is on its way and nobody reads any more."""
+    """Closes everything, and waits until what has been sent is on its way and nobody reads any
+    more.
+    """
     writers = [*self.open]
     self.close()
     with contextlib.suppress(TimeoutError):
@@ -261,7 +284,9 @@ class _Hub:
       await asyncio.wait_for(closed, timeout)
     for writer in self.open:  # who takes nothing
       writer.transport.abort()
-    while self.num_readers:  # each puts something at its end at least, and may wait for room to do so
+    while (
+      self.num_readers
+    ):  # each puts something at its end at least, and may wait for room to do so
       await self.inbox.get()
 
   def knows(self, writer: asyncio.StreamWriter) -> bool:
@@ -286,7 +311,9 @@ class _Hub:
     self.num_readers -= 1
 
 
-async def _serve(hub: _Hub, setup: rounds.Setup, round: int, timeout: float, identity: keys.Identity | None) -> Report:
+async def _serve(
+  hub: _Hub, setup: rounds.Setup, round: int, timeout: float, identity: keys.Identity | None
+) -> Report:
   hub.limit = rounds.message_bytes(setup)
   state, rejected = serving.start(setup, round), list[serving.Rejected]()
   try:
@@ -294,13 +321,17 @@ async def _serve(hub: _Hub, setup: rounds.Setup, round: int, timeout: float, ide
       state = await _gather(state, hub, rejected, timeout)
       state, out = close(state)
       sites = state.received[state.stage - 1]
-      await _send_all([(hub.writers[u], out[u] if isinstance(out, dict) else out) for u in sites], timeout)
+      await _send_all(
+        [(hub.writers[u], out[u] if isinstance(out, dict) else out) for u in sites], timeout
+      )
     state = await _gather(state, hub, rejected, timeout)
     state, opened = serving.open_total(state)
     if identity:
       total = serving.sign_total(state, opened, identity)
       await _send_all([(hub.writers[u], total) for u in state.received[3]], timeout)
-    for u in set(hub.writers) - set(state.received[3]):  # some survivor may have missed the signatures
+    for u in set(hub.writers) - set(
+      state.received[3]
+    ):  # some survivor may have missed the signatures
       hub.writers[u].close()  # which tells it that it was lost
     return Report(opened, tuple(rejected))
   except serving.RoundFailed as e:
@@ -308,13 +339,17 @@ async def _serve(hub: _Hub, setup: rounds.Setup, round: int, timeout: float, ide
     raise
 
 
-async def _gather(state: serving.Server, hub: _Hub, rejected: list[serving.Rejected], timeout: float) -> serving.Server:
+async def _gather(
+  state: serving.Server, hub: _Hub, rejected: list[serving.Rejected], timeout: float
+) -> serving.Server:
   """Takes messages until all have spoken that still can, or time is up."""
   loop = asyncio.get_running_loop()
   deadline, stage, writers = loop.time() + timeout, msg.STAGES[state.stage], hub.writers
   while any(u not in writers or writers[u] in hub.open for u in serving.expected(state)):
     try:
-      async with asyncio.timeout_at(deadline):  # `wait_for` can swallow that the round is ended from outside
+      async with asyncio.timeout_at(
+        deadline
+      ):  # `wait_for` can swallow that the round is ended from outside
         writer, data = await hub.inbox.get()
     except TimeoutError:
       break
@@ -343,7 +378,9 @@ async def _gather(state: serving.Server, hub: _Hub, rejected: list[serving.Rejec
   return state
 
 
-async def _send_all(outbox: Sequence[tuple[asyncio.StreamWriter, msg.Message]], timeout: float) -> None:
+async def _send_all(
+  outbox: Sequence[tuple[asyncio.StreamWriter, msg.Message]], timeout: float
+) -> None:
   """Sends to every site; who does not take it in time will be missed in the next stage."""
 
   async def send(writer: asyncio.StreamWriter, data: bytes) -> None:
