@@ -14,6 +14,7 @@ The phases of one inference, and who holds what:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -339,11 +340,8 @@ def advance(
           env[op.out] = wire.open_additive(env[op.input] + c["r"], "open"), c["r"]
         case Linear():
           masked, _ = env[op.input]
-          whole = compute_at(
-            op.owner,
-            lambda: multiply(op.map, masked, operands[op.operand].ready, k),
-            wire,  # noqa: B023
-          )
+          ready = operands[op.operand].ready
+          whole = compute_at(op.owner, functools.partial(multiply, op.map, masked, ready, k), wire)
           env[op.out] = whole - c["u"]
         case Product():
           (a, ra), (b, rb) = (env[i] for i in op.inputs)

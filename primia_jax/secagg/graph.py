@@ -84,9 +84,9 @@ def degree_for(
   With C corrupt sites and D dropouts of K, spread over the circle at random, and t of the P + 1
   shares (P neighbours' and a site's own) opening a secret, it bounds by the union over sites:
 
-    K Pr[Hypergeometric(K - 1, C, P) >= t]   no honest site has t corrupt neighbours  <= 2^-(security + 1)
-    K^2/2 prod_{i < P} (C + D - i)/(K - i)   honest survivors are connected           <= 2^-(security + 1)
-    K Pr[P - Hypergeometric(K - 1, D, P) < t]  every site keeps t neighbours            <= 2^-correctness
+    K Pr[Hypergeometric(K - 1, C, P) >= t]     no t corrupt neighbours      <= 2^-(security + 1)
+    K^2/2 prod_{i < P} (C + D - i)/(K - i)     survivors are connected      <= 2^-(security + 1)
+    K Pr[P - Hypergeometric(K - 1, D, P) < t]  every site keeps t           <= 2^-correctness
 
   (Bell et al., theorem 3.10. They bound the second by one run of P/2 removed sites; a circle falls
   apart only by two.)
