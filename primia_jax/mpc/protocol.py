@@ -340,8 +340,8 @@ def advance(
           env[op.out] = wire.open_additive(env[op.input] + c["r"], "open"), c["r"]
         case Linear():
           masked, _ = env[op.input]
-          ready = operands[op.operand].ready
-          whole = compute_at(op.owner, functools.partial(multiply, op.map, masked, ready, k), wire)
+          known = operands[op.operand].ready
+          whole = compute_at(op.owner, functools.partial(multiply, op.map, masked, known, k), wire)
           env[op.out] = whole - c["u"]
         case Product():
           (a, ra), (b, rb) = (env[i] for i in op.inputs)
