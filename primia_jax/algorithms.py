@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from primia_jax import local
-from primia_jax.federated import ORDER, STEPS, Algorithm, Global, Site
+from primia_jax.federated import ORDER, STEPS, Algorithm, Global, Message, Site
 from primia_jax.types import Array, Metrics, ModelState, Params, PyTree
 
 Weighting = Literal["examples", "uniform"]
@@ -59,7 +59,7 @@ def fedavg(
   def personal(server: Global, kept: PyTree) -> tuple[Params, ModelState]:
     return _join(kept["personal"], (server.params, server.model_state))
 
-  def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
+  def site(server: Global, kept: PyTree, site: Site) -> tuple[Message, PyTree]:
     start, statistics = personal(server, kept)
     pull = lambda grads, params: jax.tree.map(
       lambda g, y, x: g + proximal * (y - x), grads, params, start
@@ -73,26 +73,23 @@ def fedavg(
     weight = _weight(recipe, site, weighting)
     mine, shared = _split(trained.params, trained.model_state, stays)
     _, before = _split(start, statistics, stays)
-    message = {
-      "update": jax.tree.map(lambda y, x: weight * (y - x), shared, before),
-      "weight": weight,
-      "metrics": _scaled(recipe, trained.metrics),
-    }
+    update = jax.tree.map(lambda y, x: weight * (y - x), shared, before)
+    message = Message(update, weight, _scaled(recipe, trained.metrics))
     opt_state = trained.opt_state if keep_optimizer else ()
     return message, {"optimizer": opt_state, "personal": mine, "noise": trained.noise}
 
-  def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
-    mean = jax.tree.map(lambda t: t / total["weight"], total["update"])
+  def server(server: Global, total: Message) -> tuple[Params, ModelState, PyTree, Metrics]:
+    mean = jax.tree.map(lambda t: t / total.weight, total.update)
     _, (params, model_state) = _split(server.params, server.model_state, stays)
     if server_optimizer is None:
       params, opt_state = jax.tree.map(jnp.add, params, mean[0]), ()
     else:
       gradient = jax.tree.map(jnp.negative, mean[0])
-      updates, opt_state = server_optimizer.update(gradient, server.server, params)
+      updates, opt_state = server_optimizer.update(gradient, server.server_state, params)
       params = optax.apply_updates(params, updates)
     model_state = jax.tree.map(jnp.add, model_state, mean[1])
     everything = _join((params, model_state), (server.params, server.model_state))
-    return *everything, opt_state, total["metrics"]
+    return *everything, opt_state, total.metrics
 
   def init_server(params: Params) -> PyTree:
     return (
@@ -151,23 +148,26 @@ def averaged(algorithm: Algorithm, decay: float) -> Algorithm:
   """
   if not 0 <= decay < 1:
     raise ValueError(f"decay={decay} of the parameter average must lie in [0, 1)")
-  inner = lambda server: server._replace(server=server.server["inner"])
+  inner = lambda server: server._replace(server_state=server.server_state["inner"])
 
   def init_server(params: Params) -> PyTree:
     return {"inner": algorithm.init_server(params), "average": params}
 
-  def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
+  def server(server: Global, total: Message) -> tuple[Params, ModelState, PyTree, Metrics]:
     params, model_state, state, metrics = algorithm.server(inner(server), total)
     t = server.round.astype(jnp.float32)
     keep = jnp.minimum(decay, (1 + t) / (10 + t))
-    average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, server.server["average"], params)
+    average = jax.tree.map(
+      lambda a, p: keep * a + (1 - keep) * p, server.server_state["average"], params
+    )
     return params, model_state, {"inner": state, "average": average}, metrics
 
   return algorithm._replace(
     init_server=init_server,
     site=lambda server, kept, site: algorithm.site(inner(server), kept, site),
     server=server,
-    personal=lambda server, kept: (server.server["average"], server.model_state),
+    personal=lambda server, kept: (server.server_state["average"], server.model_state),
+    tells=lambda state: algorithm.tells(state["inner"]),
   )
 
 
@@ -197,31 +197,29 @@ def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) 
   def init_site(params: Params, model_state: ModelState) -> PyTree:
     return {"control": zeros(params), "noise": _noise(recipe, params)}
 
-  def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
+  def site(server: Global, kept: PyTree, site: Site) -> tuple[Message, PyTree]:
     opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
     own = kept["control"]
     correct = lambda grads, params: jax.tree.map(
-      lambda g, own, c: g - own + c, grads, own, server.server
+      lambda g, own, c: g - own + c, grads, own, server.server_state
     )
     trained = _train(
       recipe, server, site, server.params, server.model_state, opt_state, kept["noise"], correct
     )
     update, statistics = _change(trained, server)
-    change = jax.tree.map(lambda c, u: -c - u / trained.rate_sum, server.server, update)  # of c_i
-    message = {
-      "update": (update, statistics),
-      "control": change,
-      "weight": jnp.float32(1),
-      "metrics": _scaled(recipe, trained.metrics),
-    }
+    change = jax.tree.map(
+      lambda c, u: -c - u / trained.rate_sum, server.server_state, update
+    )  # of c_i
+    metrics = _scaled(recipe, trained.metrics)
+    message = Message((update, statistics), jnp.float32(1), metrics, change)
     return message, {"control": jax.tree.map(jnp.add, own, change), "noise": trained.noise}
 
-  def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
-    update, statistics = jax.tree.map(lambda t: t / total["weight"], total["update"])
+  def server(server: Global, total: Message) -> tuple[Params, ModelState, PyTree, Metrics]:
+    update, statistics = jax.tree.map(lambda t: t / total.weight, total.update)
     params = jax.tree.map(lambda x, u: x + server_rate * u, server.params, update)
     model_state = jax.tree.map(jnp.add, server.model_state, statistics)
-    control = jax.tree.map(lambda c, t: c + t / num_sites, server.server, total["control"])
-    return params, model_state, control, total["metrics"]
+    control = jax.tree.map(lambda c, t: c + t / num_sites, server.server_state, total.more)
+    return params, model_state, control, total.metrics
 
   # Not uniform: the control variates enter as a sum over the round's sites, which a rule's one
   # message is not.
@@ -254,30 +252,25 @@ def fednova(
     raise ValueError(f"momentum={momentum} must lie in [0, 1)")
   most = float(_accumulated(jnp.float32(recipe.work.max_steps), momentum))
 
-  def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
+  def site(server: Global, kept: PyTree, site: Site) -> tuple[Message, PyTree]:
     opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
     trained = _train(recipe, server, site, server.params, server.model_state, opt_state, kept)
     update, statistics = _change(trained, server)
     weight = _weight(recipe, site, weighting)
     steps = _accumulated(trained.num_steps.astype(jnp.float32), momentum)
-    message = {
-      "direction": jax.tree.map(lambda u: weight * u / steps, update),
-      "steps": weight * steps / most,  # at most 1, whatever the number of steps
-      "statistics": jax.tree.map(lambda u: weight * u, statistics),
-      "weight": weight,
-      "metrics": _scaled(recipe, trained.metrics),
-    }
+    direction = jax.tree.map(lambda u: weight * u / steps, update)
+    sums = direction, jax.tree.map(lambda u: weight * u, statistics)
+    more = weight * steps / most  # at most 1, whatever the number of steps
+    message = Message(sums, weight, _scaled(recipe, trained.metrics), more)
     return message, trained.noise
 
-  def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
-    steps = most * total["steps"] / total["weight"]
-    params = jax.tree.map(
-      lambda x, d: x + steps * d / total["weight"], server.params, total["direction"]
-    )
-    model_state = jax.tree.map(
-      lambda x, u: x + u / total["weight"], server.model_state, total["statistics"]
-    )
-    return params, model_state, (), total["metrics"]
+  def server(server: Global, total: Message) -> tuple[Params, ModelState, PyTree, Metrics]:
+    steps, (direction, statistics) = most * total.more / total.weight, total.update
+    move = lambda x, d: x + steps * d / total.weight
+    params = jax.tree.map(move, server.params, direction)
+    add_mean = lambda x, u: x + u / total.weight
+    model_state = jax.tree.map(add_mean, server.model_state, statistics)
+    return params, model_state, (), total.metrics
 
   def nothing(params: Params) -> PyTree:
     if _has_state(recipe, params) != (momentum > 0):

@@ -1,11 +1,11 @@
-"""Differential privacy of whole sites: bounded updates, and noise by each site alone or by all
-together under masks.
+"""Differential privacy of whole sites: bounded updates, and noise by each site or by all together.
 
-Two ways to noise a round's sum. `bounded` with a noise multiplier: each site's update is private by
-itself, whoever sees it (local noise: K sites make the sum's variance K times what it need be).
-`noised`: each site adds a share of integer noise before masking, so that only the opened sum is
-private, with the noise of a trusted server and none to trust (`privacy.distributed`). The clip of
-updates is fixed, or follows a quantile of their norms (`privacy.adaptive`).
+There are two ways to add noise to a round's sum. `bounded` with a noise multiplier makes each
+site's update private by itself, whoever sees it; this noise is local, so K sites give the sum K
+times the variance that it needs. With `distributed_noise` each site adds a share of integer noise
+before masking. Then only the opened sum is private, with as little noise as a trusted server would
+add, and nobody has to be trusted with it (`privacy.distributed`). The clip of updates is fixed, or
+follows a quantile of their norms (`privacy.adaptive`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ import jax
 import jax.numpy as jnp
 
 from primia_jax import prng, ring, secagg
-from primia_jax.federated import Aggregator, Algorithm, Global, Site
+from primia_jax.federated import Algorithm, Global, Message, Site
 from primia_jax.privacy import adaptive, distributed, noise
-from primia_jax.privacy.adaptive import Clip, ClipState, clip_update
+from primia_jax.privacy.adaptive import Clip, clip_update
 from primia_jax.privacy.distributed import DistributedNoise
+from primia_jax.summation import Coding
 from primia_jax.types import Array, Metrics, ModelState, Params, PyTree
 
 _UPDATE_NOISE = 0x53495445  # "SITE": no other use of a site's secret derives this subkey
 _OF_BIT = 1  # third word of the bit's noise, beside round and purpose; the update's has none
-_STDDEVS_OF_BIT = (
-  8.0  # a sum of bits that wrapped around would move the clip far; one number costs no room
-)
-# seed of the public rotations, one for each round; updates cannot depend on what is fixed
-# beforehand
+# A sum of bits that wrapped around would move the clip far, and one number costs no room.
+_STDDEVS_OF_BIT = 8.0
+# Seed of the public rotations, one for each round: updates cannot depend on what is fixed before.
 _ROTATION = 0
 
 
@@ -71,16 +70,12 @@ def bounded(algorithm: Algorithm, clip: float | Clip, noise_multiplier: float = 
   if isinstance(clip, Clip) and clip.target_quantile is not None:
     return _moving(algorithm, clip, noise_multiplier)
 
-  def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
+  def site(server: Global, kept: PyTree, site: Site) -> tuple[Message, PyTree]:
     message, kept = algorithm.site(server, kept, site)
-    update, _ = clip_update(message["update"], l2_clip_norm)
+    update, _ = clip_update(message.update, l2_clip_norm)
     if noise_multiplier:
       update = _add_noise(update, noise_multiplier * l2_clip_norm, site, server.round, 0)
-    return {
-      **message,
-      "update": update,
-      "metrics": jax.tree.map(jnp.zeros_like, message["metrics"]),
-    }, kept
+    return message._replace(update=update, metrics=_silent(message.metrics)), kept
 
   return algorithm._replace(name=f"{algorithm.name}, bounded", site=site)
 
@@ -90,35 +85,34 @@ def _moving(algorithm: Algorithm, clip: Clip, noise_multiplier: float) -> Algori
   of_bit = clip.count_stddev
   assert of_bit is not None  # `Clip` made sure
   of_update = adaptive.update_noise_multiplier(noise_multiplier, clip) if noise_multiplier else 0.0
-  inner = lambda server: server._replace(server=server.server["inner"])
+  inner = lambda server: server._replace(server_state=server.server_state["inner"])
 
   def init_server(params: Params) -> PyTree:
     return {"inner": algorithm.init_server(params), "clip": adaptive.init(clip)}
 
-  def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
+  def site(server: Global, kept: PyTree, site: Site) -> tuple[Message, PyTree]:
     message, kept = algorithm.site(inner(server), kept, site)
-    norm = server.server["clip"].l2_clip_norm
+    norm = server.server_state["clip"].l2_clip_norm
     # Divided first and clipped last: the bound holds for any clip that the server sends, 0 and NaN
     # included.
-    update, was_within = clip_update(
-      jax.tree.map(lambda u: u / norm.astype(u.dtype), message["update"]), 1.0
-    )
+    divided = jax.tree.map(lambda u: u / norm.astype(u.dtype), message.update)
+    update, was_within = clip_update(divided, 1.0)
     bit = adaptive.centred(was_within)
     if noise_multiplier:
       update = _add_noise(update, of_update, site, server.round, 0)
       bit = _add_noise(bit, of_bit, site, server.round, 1)
-    metrics = jax.tree.map(jnp.zeros_like, message["metrics"])
-    return {**message, "update": update, "within": bit, "metrics": metrics}, kept
+    return Message(update, message.weight, _silent(message.metrics), bit), kept
 
-  def server(server: Global, total: PyTree) -> tuple[Params, ModelState, PyTree, Metrics]:
-    state = server.server["clip"]
-    total, within = {k: v for k, v in total.items() if k != "within"}, total["within"]
-    total["update"] = jax.tree.map(
-      lambda u: u * state.l2_clip_norm.astype(u.dtype), total["update"]
-    )
-    params, model_state, own, metrics = algorithm.server(inner(server), total)
-    after = adaptive.update(clip, state, within, total["weight"])
+  def server(server: Global, total: Message) -> tuple[Params, ModelState, PyTree, Metrics]:
+    state = server.server_state["clip"]
+    multiplied = jax.tree.map(lambda u: u * state.l2_clip_norm.astype(u.dtype), total.update)
+    inner_total = total._replace(update=multiplied, more=())
+    params, model_state, own, metrics = algorithm.server(inner(server), inner_total)
+    after = adaptive.update(clip, state, total.more, total.weight)
     return params, model_state, {"inner": own, "clip": after}, metrics
+
+  def tells(state: PyTree) -> dict[str, Array]:
+    return algorithm.tells(state["inner"]) | {"l2_clip_norm": state["clip"].l2_clip_norm}
 
   return algorithm._replace(
     name=f"{algorithm.name}, bounded by a clip that moves",
@@ -127,7 +121,12 @@ def _moving(algorithm: Algorithm, clip: Clip, noise_multiplier: float) -> Algori
     server=server,
     personal=lambda server, kept: algorithm.personal(inner(server), kept),
     uniform=False,  # a robust rule would not give the mean of the bits
+    tells=tells,
   )
+
+
+def _silent(metrics: Metrics) -> Metrics:
+  return jax.tree.map(jnp.zeros_like, metrics)
 
 
 def _add_noise(tree: PyTree, stddev: float, site: Site, round_index: Array, number: int) -> PyTree:
@@ -135,15 +134,6 @@ def _add_noise(tree: PyTree, stddev: float, site: Site, round_index: Array, numb
     raise ValueError("noise needs a secret at each site: give Site.secret, from prng.random_key()")
   key = prng.derive(site.secret, _UPDATE_NOISE, round_index.astype(jnp.uint32))
   return jax.tree.map(jnp.add, tree, noise.gaussian_like(key, number, tree, stddev))
-
-
-def l2_clip_norm(server: PyTree) -> float | None:
-  """The clip of the next round, from the server's state of an algorithm, `bounded` anywhere in it;
-  None if fixed.
-  """
-  is_clip = lambda state: isinstance(state, ClipState)
-  found = [state for state in jax.tree.leaves(server, is_leaf=is_clip) if is_clip(state)]
-  return float(found[0].l2_clip_norm) if found else None
 
 
 def bit_noise(config: DistributedNoise, clip: Clip) -> DistributedNoise:
@@ -173,15 +163,16 @@ def bit_noise(config: DistributedNoise, clip: Clip) -> DistributedNoise:
   )
 
 
-def noised(
+def distributed_noise(
   config: DistributedNoise,
   secure: secagg.SecureSum,
   params: Params,
   model_state: ModelState,
   clip: Clip | None = None,
-) -> Aggregator:
-  """Secure aggregation of the messages of `bounded`, each with its share of the noise, in Z_2^k of
-  `config`.
+) -> Coding:
+  """The coding of `bounded` messages with each site's share of the noise, in Z_2^k of `config`.
+
+  `summation.masked(secure, coding)` and `over` take it.
 
   Who learns what: whoever sees the opened sums learns of one site what `distributed.epsilon` says,
   under the assumptions named there; no round with fewer than `config.min_survivors` sites is
@@ -217,57 +208,27 @@ def noised(
     bit_noise(config, clip) if clip is not None and clip.target_quantile is not None else None
   )
   dtype = ring.storage(config.num_bits)
-  rotation_key = lambda round_index: jax.random.fold_in(jax.random.key(_ROTATION), round_index)
+  rotation_key = lambda words: jax.random.fold_in(jax.random.key(_ROTATION), words[0])
 
-  def encode(
-    message: PyTree, site_id: Array, links: secagg.Links, nonce: tuple[Array, int]
-  ) -> secagg.Masked:
-    assert links.own is not None  # there is a threshold
-    if ("within" in message) != (of_bit is not None):
+  def encode(message: Message, row: secagg.Row, words: Array) -> secagg.Masked:
+    if jax.tree.structure(message.more).num_leaves != (of_bit is not None):
       raise ValueError(
-        "a clip that moves here and a fixed one there: give `bounded` and `noised` the same Clip"
+        "one clip moves and the other is fixed; give `bounded` and `distributed_noise` the same "
+        "Clip"
       )
-    own = prng.derive(links.own, secagg.NOISE)
-    words = [jnp.asarray(n, jnp.uint32) for n in nonce]
-    encoded = {
-      "update": distributed.encode(message["update"], rotation_key(nonce[0]), own, words, config)
-    }
+    rotation, nonce = rotation_key(words), [words[0], words[1]]
+    update = distributed.encode(message.update, rotation, row.noise, nonce, config)
+    more: PyTree = ()
     if of_bit is not None:
-      encoded["within"] = distributed.encode(
-        message["within"], rotation_key(nonce[0]), own, [*words, _OF_BIT], of_bit
-      )
-    return secagg.Masked({**encoded, "count": jnp.ones((), dtype)}, jnp.zeros((), dtype))
+      more = distributed.encode(message.more, rotation, row.noise, [*nonce, _OF_BIT], of_bit)
+    return secagg.Masked(Message(update, jnp.ones((), dtype), (), more), jnp.zeros((), dtype))
 
-  def protect(
-    message: PyTree, site_id: Array, links: secagg.Links, nonce: tuple[Array, int]
-  ) -> secagg.Masked:
-    return secagg.mask(encode(message, site_id, links, nonce), site_id, links, nonce, secure)
+  def decode(total: secagg.Masked, words: Array) -> Message:
+    message, rotation, zero = total.message, rotation_key(words), jnp.zeros((), jnp.float32)
+    update = distributed.decode(message.update, rotation, config, (params, model_state))
+    weight = ring.reduce(message.weight, config.num_bits).astype(jnp.float32)
+    more = () if of_bit is None else distributed.decode(message.more, rotation, of_bit, zero)
+    return Message(update, weight, Metrics(zero, zero, zero), more)
 
-  def open_total(opened: tuple[secagg.Masked, Array]) -> tuple[PyTree, Array]:
-    (message, out_of_range), round_index = opened
-    decode = lambda name, config, like: distributed.decode(
-      message[name], rotation_key(round_index), config, like
-    )
-    zero = jnp.zeros((), jnp.float32)
-    total = {
-      "update": decode("update", config, (params, model_state)),
-      "weight": ring.reduce(message["count"], config.num_bits).astype(jnp.float32),
-      "metrics": Metrics(zero, zero, zero),
-    }
-    if of_bit is not None:
-      total["within"] = decode("within", of_bit, zero)
-    return total, out_of_range
-
-  return Aggregator(
-    name="secure aggregation with distributed noise",
-    protect=protect,
-    open=open_total,
-    num_sites=secure.num_sites,
-    num_peers=secure.num_peers,
-    secure=True,
-    threshold=secure.threshold,
-    unmask=lambda total, residue, nonce: (secagg.unmask(total, residue, nonce, secure), nonce[0]),
-    min_survivors=config.min_survivors,
-    encode=encode,
-    num_bits=config.num_bits,
-  )
+  name = "secure aggregation with distributed noise"
+  return Coding(name, encode, decode, config.min_survivors)

@@ -1,19 +1,16 @@
-"""The axis "site": one function of one site, run over all by a loop, scan, vmap, chunks or a mesh,
-or each apart.
+"""The axis "site": one function of one site, run over all sites by a loop, scan, vmap or mesh.
 
-A trust boundary runs between sites. `sum_over_sites` is the only way out of a site: what a site
-function returns first is summed over sites, and on a mesh that sum (`psum`) is all that crosses
-devices or processes. Automatic sharding is never used across the boundary, since XLA is free to
-gather every site's inputs. Apart, each site has a process that holds its row and no other; what
-crosses then is the business of an `Exchange`.
+A trust boundary runs between sites. `Placement.sum_over_sites` is the only way out of a site: it
+sums over sites what a site function returns first, and on a mesh that sum (`psum`) is all that
+crosses devices or processes. Automatic sharding never runs across the boundary, because XLA may
+gather every site's inputs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,192 +22,143 @@ from primia_jax.types import PyTree
 AXIS = "site"
 # (shared, site) -> (to be summed over sites, to be stacked over sites)
 SiteFn = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+Run = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
-class Exchange(Protocol):
-  """How processes that know nothing of each other but messages form sums, such as
-  `secagg.exchange.Exchange`.
-
-  Attributes:
-    sites: numbers of the sites that are in the last sum, or, before the first, that are to be in
-      it.
-  """
-
-  sites: tuple[int, ...]
-
-  def begin(self, shapes: PyTree, terms: Any) -> Any:
-    """Joins the others for a sum of ring elements of these shapes, before this process works out
-    its own.
-    """
-
-  def finish(self, begun: Any, elements: PyTree) -> PyTree:
-    """Gives this process's ring elements to the sum that it has begun, and returns the sum."""
-
-  def close(self) -> None:
-    """Leaves the others."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
   """Where the site axis runs.
 
   Attributes:
-    how: `loop` (Python, one jitted call a site), `scan`, `vmap`, `chunk` (a scan over chunks of
-      vmapped sites) or `mesh` (`shard_map` over devices, with a scan or vmap inside each), or
-      `apart` (each site in a process that has its own row only).
-    chunk: sites in a chunk, for `chunk`.
-    mesh: a mesh with the one axis "site", for `mesh`; None takes all devices (of all processes).
-    inner: what a mesh does with the several sites of a device.
-    index: apart: the row of this process's site.
-    exchange: apart: what sums over the processes.
+    name: as users write it.
+    sum_over_sites: lifts a `SiteFn` to (shared, sites) -> (sum over sites of `summed`, `stacked`
+      with a leading site axis), where every leaf of `sites` has a leading axis [K]. Integers are
+      summed with wrap-around in their own dtype, so sums in Z_2^k agree bit for bit under every
+      placement.
+    put: places host arrays [K, ...] where their sites run. A process passes its own rows only.
+    replicate: places arrays that every site knows, such as the global model.
+    rows: K -> the positions, among the K sites of a round, of the sites that this process runs.
   """
 
-  how: Literal["loop", "scan", "vmap", "chunk", "mesh", "apart"] = "scan"
-  chunk: int = 1
-  mesh: Mesh | None = None
-  inner: Literal["scan", "vmap"] = "scan"
-  index: int = 0
-  exchange: Exchange | None = None
+  name: str
+  sum_over_sites: Callable[[SiteFn], Run]
+  put: Callable[[PyTree], PyTree]
+  replicate: Callable[[PyTree], PyTree]
+  rows: Callable[[int], np.ndarray]
 
-  def __post_init__(self):
-    if self.how not in ("loop", "scan", "vmap", "chunk", "mesh", "apart"):
-      raise ValueError(
-        f"unknown placement {self.how!r}; use loop, scan, vmap, chunk=C, mesh or apart"
-      )
-    if (self.how == "apart") != (self.exchange is not None):
-      raise ValueError(
-        f"placement {self.how!r} with exchange={self.exchange}; sites apart need one, and no "
-        f"others do"
-      )
-    if self.chunk < 1:
-      raise ValueError(f"chunk={self.chunk} must be at least 1")
+
+def loop() -> Placement:
+  """A Python loop with one jitted call a site."""
+  return _on_one_device("loop", _loop)
+
+
+def scan() -> Placement:
+  """A `lax.scan` over sites: one site's memory, and the fastest form on a CPU."""
+  return _on_one_device("scan", lambda site_fn: jax.jit(functools.partial(_scan, site_fn)))
+
+
+def vmapped() -> Placement:
+  """All sites side by side: the fastest form on an accelerator that holds them all."""
+  return _on_one_device("vmap", lambda site_fn: jax.jit(functools.partial(_vmap, site_fn)))
+
+
+def chunked(size: int) -> Placement:
+  """A scan over chunks of `size` vmapped sites; the last chunk may be smaller.
+
+  Raises:
+    ValueError: for a size below 1.
+  """
+  if size < 1:
+    raise ValueError(f"size={size} of a chunk must be at least 1")
+  lift = lambda site_fn: jax.jit(functools.partial(_chunk, site_fn, size))
+  return _on_one_device(f"chunk={size}", lift)
+
+
+def on_mesh(mesh: Mesh | None = None, inner: Literal["scan", "vmap"] | None = None) -> Placement:
+  """`shard_map` over devices, each of which runs its share of the sites.
+
+  Each device sees the rows of its own sites only. The sum is replicated. Stacked values stay where
+  their site is; but where K is no multiple of the devices, which one process may simulate, they are
+  gathered, since arrays cannot be sharded unevenly.
+
+  Args:
+    mesh: with the one axis "site"; None takes all devices of all processes.
+    inner: what a device does with its several sites; None scans on a CPU and vmaps elsewhere.
+
+  Raises:
+    ValueError: for another axis or inner; and from `rows`, where several processes would run
+      unequal numbers of sites.
+  """
+  mesh = Mesh(np.asarray(jax.devices()), (AXIS,)) if mesh is None else mesh
+  if mesh.axis_names != (AXIS,):
+    raise ValueError(f"the mesh has the axes {mesh.axis_names}; give it the one axis {AXIS!r}")
+  if inner is None:
+    inner = "scan" if mesh.devices.flat[0].platform == "cpu" else "vmap"
+  if inner not in ("scan", "vmap"):
+    raise ValueError(f"inner={inner!r}; use 'scan' or 'vmap'")
+  return Placement(
+    "mesh",
+    lambda site_fn: jax.jit(_mesh(site_fn, mesh, _scan if inner == "scan" else _vmap)),
+    functools.partial(_put_on, mesh),
+    functools.partial(_replicate_on, mesh),
+    functools.partial(_rows_of, mesh),
+  )
+
+
+def own_process(index: int) -> Placement:
+  """The placement of a process that runs one site of several, and holds nothing of the others.
+
+  The sum over sites is then this site's own value. A summation that talks to the other processes
+  (`summation.over`) forms the sum; no other one does.
+
+  Args:
+    index: the position of this process's site.
+  """
+
+  def lift(site_fn: SiteFn) -> Run:
+    first = lambda sites: jax.tree.map(lambda a: a[0], sites)
+
+    def run(shared: PyTree, sites: PyTree) -> tuple[PyTree, PyTree]:
+      summed, stacked = site_fn(shared, first(sites))
+      return summed, jax.tree.map(lambda a: a[None], stacked)
+
+    return jax.jit(run)
+
+  rows = lambda num_sites: np.arange(num_sites)[index : index + 1]
+  return _on_one_device("processes", lift)._replace(rows=rows)
+
+
+def fastest() -> Placement:
+  """A mesh where there are several devices; else a scan on CPU and vmap on accelerators."""
+  if jax.device_count() > 1:
+    return on_mesh()
+  return scan() if jax.default_backend() == "cpu" else vmapped()
 
 
 def parse_placement(text: str) -> Placement:
-  """Reads `loop`, `scan`, `vmap`, `chunk=C`, `mesh` or `auto` (the fastest on this backend).
+  """Reads `loop`, `scan`, `vmap`, `chunk=C`, `mesh` or `auto` (the fastest here).
 
-  >>> parse_placement("chunk=8").chunk
-  8
+  >>> parse_placement("chunk=8").name
+  'chunk=8'
   """
   how, _, argument = text.partition("=")
   if how == "chunk":
     if not argument.isdigit() or int(argument) < 1:
       raise ValueError(
-        f"placement {text!r}: write chunk=C with the number of sites in a chunk, such as chunk=8"
+        f"placement={text!r}: write chunk=C with the number of sites in a chunk, such as chunk=8"
       )
-    return Placement("chunk", chunk=int(argument))
-  if argument or how not in ("auto", "loop", "scan", "vmap", "mesh"):
+    return chunked(int(argument))
+  made = {"auto": fastest, "loop": loop, "scan": scan, "vmap": vmapped, "mesh": on_mesh}
+  if argument or how not in made:
     raise ValueError(
-      f"unknown placement {text!r}; use auto, loop, scan, vmap, chunk=C or mesh, and binaries also "
-      f"processes"
+      f"unknown placement={text!r}; use auto, loop, scan, vmap, chunk=C or mesh; binaries also "
+      "take processes"
     )
-  if how == "auto":
-    return default_placement()
-  return mesh_placement() if how == "mesh" else Placement(how)  # type: ignore[arg-type]
+  return made[how]()
 
 
-def default_placement() -> Placement:
-  """The fastest placement here: a mesh where there are several devices, else a scan on CPU and vmap
-  on accelerators.
-  """
-  if jax.device_count() > 1:
-    return mesh_placement()
-  return Placement("scan" if jax.default_backend() == "cpu" else "vmap")
-
-
-def mesh_placement(devices: Any = None) -> Placement:
-  """A mesh over `devices` (default: all, of all processes)."""
-  devices = np.asarray(jax.devices() if devices is None else devices)
-  inner: Literal["scan", "vmap"] = "scan" if devices[0].platform == "cpu" else "vmap"
-  return Placement("mesh", mesh=Mesh(devices, (AXIS,)), inner=inner)
-
-
-def sum_over_sites(
-  site_fn: SiteFn, placement: Placement
-) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
-  """Lifts a function of one site to all sites.
-
-  Args:
-    site_fn: (shared, site) -> (summed, stacked). Integers are summed with wrap-around in their own
-      dtype, so that sums in Z_2^k agree bit for bit under every placement.
-    placement: where the site axis runs.
-
-  Returns:
-    (shared, sites) -> (sum over sites of `summed`, `stacked` with a leading site axis), where every
-    leaf of `sites` has a leading axis [K]. On a mesh each device sees the rows of its own sites
-    only; the sum is replicated, the stacked values stay where their site is (but where K is no
-    multiple of the devices, which one process may simulate, they are gathered, since arrays cannot
-    be sharded unevenly). Apart, the sum is over this process's row alone: for the `Exchange`, and
-    for nobody else.
-  """
-  if placement.how == "loop":
-    return _loop(site_fn)
-  if placement.how == "mesh":
-    return jax.jit(_mesh(site_fn, placement))
-  if placement.how == "vmap":
-    return jax.jit(functools.partial(_vmap, site_fn))
-  if placement.how == "chunk":
-    return jax.jit(functools.partial(_chunk, site_fn, placement.chunk))
-  return jax.jit(functools.partial(_scan, site_fn))
-
-
-def put(tree: PyTree, placement: Placement) -> PyTree:
-  """Places host arrays [K, ...] (in a mesh of several processes: this process's rows) where their
-  sites run.
-  """
-  if placement.how != "mesh":
-    return jax.tree.map(jnp.asarray, tree)
-  sharding = NamedSharding(_mesh_of(placement), PartitionSpec(AXIS))
-  if jax.process_count() > 1:
-    is_placed = lambda a: isinstance(a, jax.Array) and not a.is_fully_addressable
-    place = lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a))
-    return jax.tree.map(lambda a: a if is_placed(a) else place(a), tree)
-  num_devices = _mesh_of(placement).size
-  divides = lambda a: (
-    a.shape[0] % num_devices == 0
-  )  # shards must be equal; the padding of `_mesh` comes later
-  return jax.tree.map(lambda a: jax.device_put(a, sharding) if divides(a) else jnp.asarray(a), tree)
-
-
-def local_rows(tree: PyTree, placement: Placement) -> PyTree:
-  """Returns the rows [K, ...] of the sites that this process runs: all, but apart or in a mesh of
-  several processes.
-
-  Raises:
-    ValueError: where the sites of a round cannot be dealt out evenly to the processes' devices.
-  """
-  if placement.how == "apart":
-    return jax.tree.map(lambda a: np.asarray(a)[placement.index : placement.index + 1], tree)
-  if placement.how != "mesh" or jax.process_count() == 1:
-    return tree
-  mesh = _mesh_of(placement)
-  num_sites = jax.tree.leaves(tree)[0].shape[0]
-  if num_sites % mesh.size:
-    raise ValueError(
-      f"{num_sites} sites in a round on {mesh.size} devices; every device must have equally many"
-    )
-  mine = [
-    i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()
-  ]
-  each = num_sites // mesh.size
-  rows = np.concatenate([np.arange(i * each, (i + 1) * each) for i in mine])
-  return jax.tree.map(lambda a: np.asarray(a)[rows], tree)
-
-
-def replicate(tree: PyTree, placement: Placement) -> PyTree:
-  """Places arrays that every site knows, such as the global model."""
-  if placement.how != "mesh":
-    return jax.tree.map(jnp.asarray, tree)
-  sharding = NamedSharding(_mesh_of(placement), PartitionSpec())
-
-  def place(a):
-    if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(place(jax.random.key_data(a)), impl=jax.random.key_impl(a))
-    if jax.process_count() == 1 or (isinstance(a, jax.Array) and not a.is_fully_addressable):
-      return jax.device_put(a, sharding)
-    return jax.make_array_from_process_local_data(sharding, np.asarray(a))
-
-  return jax.tree.map(place, tree)
+def _on_one_device(name: str, lift: Callable[[SiteFn], Run]) -> Placement:
+  arrays = lambda tree: jax.tree.map(jnp.asarray, tree)
+  return Placement(name, lift, arrays, arrays, np.arange)
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:
@@ -218,9 +166,8 @@ def _add(a: PyTree, b: PyTree) -> PyTree:
 
 
 def _sum(tree: PyTree) -> PyTree:
-  if (
-    jax.default_backend() == "cpu"
-  ):  # whose reduction over a leading axis is up to 100 times slower than adding rows
+  if jax.default_backend() == "cpu":
+    # A reduction over a leading axis is up to 100 times slower there than adding rows.
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape[1:], a.dtype), tree)
     return jax.lax.scan(lambda total, row: (_add(total, row), None), zeros, tree)[0]
   return jax.tree.map(lambda a: jnp.sum(a, axis=0, dtype=a.dtype), tree)
@@ -231,7 +178,7 @@ def _zeros(site_fn: SiteFn, shared: PyTree, sites: PyTree) -> tuple[PyTree, PyTr
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(site_fn, shared, one))
 
 
-def _loop(site_fn: SiteFn) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
+def _loop(site_fn: SiteFn) -> Run:
   @functools.partial(jax.jit, donate_argnums=0)
   def step(total: PyTree, shared: PyTree, sites: PyTree, i: jax.Array) -> tuple[PyTree, PyTree]:
     summed, stacked = site_fn(shared, jax.tree.map(lambda a: a[i], sites))
@@ -279,18 +226,7 @@ def _chunk(site_fn: SiteFn, size: int, shared: PyTree, sites: PyTree) -> tuple[P
   return _add(total, rest), jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stacked, kept)
 
 
-def _mesh_of(placement: Placement) -> Mesh:
-  mesh = placement.mesh if placement.mesh is not None else mesh_placement().mesh
-  assert mesh is not None
-  return mesh
-
-
-def _mesh(
-  site_fn: SiteFn, placement: Placement
-) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
-  mesh = _mesh_of(placement)
-  inner = _scan if placement.inner == "scan" else _vmap
-
+def _mesh(site_fn: SiteFn, mesh: Mesh, inner: Callable) -> Run:
   def guarded(shared: PyTree, real_and_site: tuple[jax.Array, PyTree]) -> tuple[PyTree, PyTree]:
     real, site = real_and_site
     zeros = _zeros(site_fn, shared, jax.tree.map(lambda a: a[None], site))
@@ -310,9 +246,43 @@ def _mesh(
       return jax.lax.psum(total, AXIS), stacked
 
     specs = (PartitionSpec(), PartitionSpec(AXIS))
-    total, stacked = jax.shard_map(
-      device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False
-    )(shared, sites)
+    lifted = jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+    total, stacked = lifted(shared, sites)
     return total, jax.tree.map(lambda a: a[:num_sites], stacked)
 
   return run
+
+
+def _put_on(mesh: Mesh, tree: PyTree) -> PyTree:
+  sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+  if jax.process_count() > 1:
+    is_placed = lambda a: isinstance(a, jax.Array) and not a.is_fully_addressable
+    place = lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a))
+    return jax.tree.map(lambda a: a if is_placed(a) else place(a), tree)
+  # Shards must be equal; where they would not be, `_mesh` pads later.
+  divides = lambda a: a.shape[0] % mesh.size == 0
+  return jax.tree.map(lambda a: jax.device_put(a, sharding) if divides(a) else jnp.asarray(a), tree)
+
+
+def _replicate_on(mesh: Mesh, tree: PyTree) -> PyTree:
+  sharding = NamedSharding(mesh, PartitionSpec())
+
+  def place(a: Any) -> jax.Array:
+    if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(place(jax.random.key_data(a)), impl=jax.random.key_impl(a))
+    if jax.process_count() == 1 or (isinstance(a, jax.Array) and not a.is_fully_addressable):
+      return jax.device_put(a, sharding)
+    return jax.make_array_from_process_local_data(sharding, np.asarray(a))
+
+  return jax.tree.map(place, tree)
+
+
+def _rows_of(mesh: Mesh, num_sites: int) -> np.ndarray:
+  if jax.process_count() == 1:
+    return np.arange(num_sites)
+  if num_sites % mesh.size:
+    raise ValueError(
+      f"{num_sites} sites in a round on {mesh.size} devices; every device must have equally many"
+    )
+  is_mine = [device.process_index == jax.process_index() for device in mesh.devices.flat]
+  return np.flatnonzero(np.repeat(is_mine, num_sites // mesh.size))

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from primia_jax import algorithms, local, prng, secagg, sites
+from primia_jax import algorithms, local, secagg, sites, summation
 from primia_jax import federated as fed
 from primia_jax.types import Metrics
 
@@ -56,13 +56,11 @@ def start():
   return {"w": jnp.asarray([0.5, -1.0, 2.0]), "norm": jnp.asarray([1.0, -1.0])}
 
 
-def run(algorithm, rounds=(IDS,) * ROUNDS, aggregator=None, model_state=None):
-  f = fed.federated(algorithm, aggregator or fed.in_the_clear(), sites.parse_placement("scan"))
-  state = f.init(start(), model_state or {}, 4)
+def run(algorithm, rounds=(IDS,) * ROUNDS, summed=None, model_state=None):
+  f = fed.federated(algorithm, summed or summation.clear(), sites.scan(), 4)
+  state = f.init(start(), model_state)
   for ids in rounds:
-    state, info = f.step(
-      KEY, state, ids, fed.Loader(load), prng.derive(jnp.arange(8, dtype=jnp.uint32), 1)
-    )
+    state, info = f.step(KEY, state, fed.Sites(ids, load))
     assert info.out_of_range == 0
   return state
 
@@ -121,7 +119,7 @@ def test_site_optimisers_keep_or_reset_their_state(keep):
     x = np.average([y for y, _, _ in done], axis=0, weights=NUM)
   state = run(algorithms.fedavg(recipe(0.9), keep_optimizer=keep))
   check(state, x)
-  assert bool(jax.tree.leaves(state.sites)) == keep
+  assert bool(jax.tree.leaves(state.site_state)) == keep
 
 
 def adam(x, d, s, t, yogi):
@@ -178,8 +176,8 @@ def test_scaffold(rounds):
     c = c + len(taking_part) / 4 * np.mean(changes, axis=0)
   state = run(algorithms.scaffold(recipe(), 4, server_rate=0.8), [np.array(ids) for ids in rounds])
   check(state, x)
-  np.testing.assert_allclose(vector(state.server), c, rtol=2e-5, atol=2e-6)
-  np.testing.assert_allclose(vector(state.sites["control"]), own, rtol=2e-5, atol=2e-6)
+  np.testing.assert_allclose(vector(state.server_state), c, rtol=2e-5, atol=2e-6)
+  np.testing.assert_allclose(vector(state.site_state["control"]), own, rtol=2e-5, atol=2e-6)
   np.testing.assert_allclose(np.mean(own, axis=0), c)  # the paper's invariant
 
 
@@ -226,9 +224,11 @@ def test_fedbn():
   np.testing.assert_allclose(state.params["w"], w, rtol=2e-5)
   assert np.array_equal(state.params["norm"], start()["norm"])  # the server never hears of it
   assert np.array_equal(state.model_state["bn"]["mean"], [0.0])
-  server = fed.Global(state.params, state.model_state, state.server, state.round, KEY)
+  server = fed.Global(state.params, state.model_state, state.server_state, state.round, KEY)
   for i in IDS:
-    params, model_state = algorithm.personal(server, jax.tree.map(lambda a, i=i: a[i], state.sites))
+    params, model_state = algorithm.personal(
+      server, jax.tree.map(lambda a, i=i: a[i], state.site_state)
+    )
     np.testing.assert_allclose(params["w"], w, rtol=2e-5)
     np.testing.assert_allclose(params["norm"], norm[i], rtol=2e-5)
     np.testing.assert_allclose(model_state["bn"]["mean"], statistics[i], rtol=2e-5)
@@ -254,7 +254,7 @@ def test_statistics_are_averaged_under_secure_aggregation():
     (algorithms.fednova(recipe()), NUM),
     (algorithms.scaffold(recipe(), 4), np.ones(4)),
   ):
-    secure = fed.securely(secagg.secure_sum(4))
+    secure = summation.masked(secagg.secure_sum(4))
     state = run(algorithm, [IDS], secure, {"mean": jnp.zeros(1)})
     np.testing.assert_allclose(
       state.model_state["mean"], [np.average(means, weights=weights)], atol=1e-5
@@ -293,7 +293,7 @@ def test_the_average_over_rounds_is_what_is_evaluated_and_changes_no_training():
     np.testing.assert_array_equal(vector(state.params), vector(want.params))
     keep = min(0.25, r / (9 + r))
     average = keep * average + (1 - keep) * vector(want.params)
-    server = fed.Global(state.params, {}, state.server, state.round, KEY)
+    server = fed.Global(state.params, {}, state.server_state, state.round, KEY)
     averages.append(vector(algorithm.personal(server, ())[0]))
     np.testing.assert_allclose(averages[-1], average, rtol=1e-6, atol=1e-7)
   with pytest.raises(ValueError, match="decay=1"):

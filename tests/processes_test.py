@@ -15,12 +15,12 @@ import numpy as np
 import optax
 import pytest
 
-from primia_jax import algorithms, local, secagg, sites
+from primia_jax import algorithms, local, secagg, sites, summation
 from primia_jax import federated as fed
 
 S, N, D, L = 3, 12, 5, 3
 NUM = np.array([12, 7, 9], np.int32)
-SEED, DEALER = 2, np.arange(8, dtype=np.uint32)
+SEED = 2
 
 
 def site(i):
@@ -50,13 +50,12 @@ def train(placement, seen=None):
   optimizer = functools.partial(optax.sgd, momentum=0.9)
   work = local.Work(batch_size=4, max_examples=N, epochs=2)
   recipe = local.Recipe(local.gradients(loss), optimizer, lambda t: 0.1, work)
-  aggregator = fed.securely(secagg.secure_sum(S))
-  f = fed.federated(algorithms.fedavg(recipe, keep_optimizer=True), aggregator, placement)
-  key = jax.random.key(SEED)
-  loader, ids = fed.Loader(functools.partial(load, seen=seen)), np.arange(S, dtype=np.int32)
-  state = f.init(start(), {}, S)
+  summed = summation.masked(secagg.secure_sum(S))
+  f = fed.federated(algorithms.fedavg(recipe, keep_optimizer=True), summed, placement, S)
+  key, everybody = jax.random.key(SEED), fed.Sites(np.arange(S), functools.partial(load, seen=seen))
+  state = f.init(start())
   for _ in range(2):
-    state, info = f.step(key, state, ids, loader, DEALER)
+    state, info = f.step(key, state, everybody)
 
   def extremes(shared, kept, site):  # not rounded anywhere, so that the sums must agree bit for bit
     return {
@@ -64,35 +63,28 @@ def train(placement, seen=None):
       "n": site.num_examples.astype(jnp.float32) / 16,
     }, kept
 
-  count = fed.total_over_sites(extremes, aggregator, placement, fed.COUNTING)
-  linked = fed.link(aggregator, placement)(key, np.int32(7), ids, DEALER)
-  total, _, out_of_range = count(
-    (), sites.replicate(jnp.int32(7), placement), ids, linked, (), loader
-  )
-  assert int(out_of_range) == 0
-  return (
-    state,
-    {**state.params, "loss": info.loss, "update_norm": info.update_norm, **total},
-    f,
-    loader,
-  )
+  count = fed.over_sites(extremes, summed, placement, summation.Purpose.COUNTING)
+  total, _, outcome = count((), 7, everybody)
+  assert int(outcome.out_of_range) == 0
+  result = {**state.params, "loss": info.loss, "update_norm": info.update_norm, **total}
+  return state, result, f, everybody
 
 
 def worker(process: int, address: str, folder: pathlib.Path) -> None:
   jax.distributed.initialize(address, num_processes=S, process_id=process)
   assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (S, S, 1)
   placement, seen = sites.parse_placement("mesh"), []
-  state, result, f, loader = train(placement, seen)
+  state, result, f, everybody = train(placement, seen)
   assert set(seen) == {process}, f"process {process} loaded sites {seen}"
-  for leaf in jax.tree.leaves(state.sites):  # what a site keeps stays in its own process
+  for leaf in jax.tree.leaves(state.site_state):  # what a site keeps stays in its own process
     assert [shard.index[0] for shard in leaf.addressable_shards] == [slice(process, process + 1)]
   assert all(a.is_fully_replicated for a in jax.tree.leaves(state.params))
   with pytest.raises(ValueError, match="each runs its own"):
-    f.step(jax.random.key(SEED), state, np.array([0, 2, 1]), loader, DEALER)
-  with pytest.raises(ValueError, match="all take part at once"):
-    f.step(jax.random.key(SEED), state, np.arange(S), fed.Loader(load, 1), DEALER)
+    f.step(jax.random.key(SEED), state, everybody._replace(ids=np.array([0, 2, 1])))
+  with pytest.raises(ValueError, match="sites_per_load=0"):
+    f.step(jax.random.key(SEED), state, everybody._replace(sites_per_load=0))
   with pytest.raises(ValueError, match="equally many"):
-    sites.local_rows(np.arange(S + 1), placement)
+    placement.rows(S + 1)
   np.savez(folder / f"{process}.npz", **jax.tree.map(np.asarray, result))
 
 

@@ -35,10 +35,9 @@ def inputs(num_sites):
 def run(text, shared, rows, inner=None):
   placement = sites.parse_placement(text)
   if inner is not None:
-    placement = sites.Placement("mesh", mesh=placement.mesh, inner=inner)
-  return sites.sum_over_sites(site_fn, placement)(
-    sites.replicate(shared, placement), sites.put(rows, placement)
-  )
+    placement = sites.on_mesh(inner=inner)
+  lifted = placement.sum_over_sites(site_fn)
+  return lifted(placement.replicate(shared), placement.put(rows))
 
 
 @pytest.mark.parametrize("num_sites", [1, 7])
@@ -86,9 +85,7 @@ def test_wide_rings_agree_bit_for_bit():
     words = np.random.default_rng(0).integers(0, 2**64, (7, 3), dtype=np.uint64)
     for text in PLACEMENTS:
       placement = sites.parse_placement(text)
-      total, _ = sites.sum_over_sites(lambda _, w: (w, ()), placement)(
-        (), sites.put(words, placement)
-      )
+      total, _ = placement.sum_over_sites(lambda _, w: (w, ()))((), placement.put(words))
       assert [int(t) for t in total] == [sum(map(int, column)) % 2**64 for column in words.T]
 
 
@@ -106,9 +103,9 @@ def test_randomness_goes_by_number_and_not_by_position(text):
 def test_only_the_summed_values_cross_devices():
   shared, rows = inputs(8)
   placement = sites.parse_placement("mesh")
-  assert placement.mesh.size == 4
-  args = sites.replicate(shared, placement), sites.put(rows, placement)
-  text = sites.sum_over_sites(site_fn, placement).lower(*args).compile().as_text()
+  assert jax.device_count() == 4
+  args = placement.replicate(shared), placement.put(rows)
+  text = placement.sum_over_sites(site_fn).lower(*args).compile().as_text()
   found = COLLECTIVE.findall(text)
   assert {kind for _, kind, _ in found} == {"all-reduce"}
   shapes = sorted(shape for moved, _, _ in found for shape in re.findall(r"\w+\[[\d,]*\]", moved))
@@ -119,19 +116,29 @@ def test_the_check_for_collectives_sees_a_leak():
   shared, rows = inputs(8)
   placement = sites.parse_placement("mesh")
   leak = lambda shared, site: (jax.lax.all_gather(site["x"], sites.AXIS), ())
-  lowered = sites.sum_over_sites(leak, placement).lower(shared, sites.put(rows, placement))
+  lowered = placement.sum_over_sites(leak).lower(shared, placement.put(rows))
   assert "all-gather" in {kind for _, kind, _ in COLLECTIVE.findall(lowered.compile().as_text())}
 
 
 def test_rows_lie_on_their_own_devices():
   placement = sites.parse_placement("mesh")
   _, rows = inputs(8)
-  placed = sites.put(rows, placement)
+  placed = placement.put(rows)
   for i, shard in enumerate(sorted(placed["x"].addressable_shards, key=lambda s: s.index[0].start)):
     assert np.array_equal(shard.data, rows["x"][2 * i : 2 * i + 2])
-    assert shard.device == placement.mesh.devices[i]
-  assert sites.local_rows(rows, placement) is rows  # one process runs all sites
-  assert sites.replicate({"w": np.ones(3)}, placement)["w"].sharding.is_fully_replicated
+    assert shard.device == jax.devices()[i]
+  assert placement.rows(8).tolist() == list(range(8))  # one process runs all sites
+  assert placement.replicate({"w": np.ones(3)})["w"].sharding.is_fully_replicated
+
+
+def test_a_process_of_its_own_runs_one_row_and_sums_nothing():
+  shared, rows = inputs(1)
+  placement = sites.own_process(2)
+  assert placement.rows(4).tolist() == [2]
+  lifted = placement.sum_over_sites(site_fn)
+  got = lifted(placement.replicate(shared), placement.put(rows))
+  want = run("scan", shared, rows)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
 
 
 def test_padded_devices_run_nothing():
@@ -140,18 +147,16 @@ def test_padded_devices_run_nothing():
   """
   placement = sites.parse_placement("mesh")
   rows = np.arange(1, 6, dtype=np.float32)
-  total, stacked = sites.sum_over_sites(lambda _, x: (1 / x, jnp.log(x)), placement)(
-    (), sites.put(rows, placement)
-  )
+  lifted = placement.sum_over_sites(lambda _, x: (1 / x, jnp.log(x)))
+  total, stacked = lifted((), placement.put(rows))
   np.testing.assert_allclose(total, math.fsum(1 / rows), rtol=1e-6)
   np.testing.assert_allclose(stacked, np.log(rows), rtol=1e-6)
 
 
 def test_parse_placement():
-  assert sites.parse_placement("chunk=8") == sites.Placement("chunk", chunk=8)
-  assert sites.parse_placement("vmap") == sites.Placement("vmap")
-  assert sites.parse_placement("auto").how == "mesh"  # several devices in the tests
-  assert sites.parse_placement("mesh").mesh.axis_names == (sites.AXIS,)
+  for text in ("loop", "scan", "vmap", "chunk=8", "mesh"):
+    assert sites.parse_placement(text).name == text
+  assert sites.parse_placement("auto").name == "mesh"  # several devices in the tests
 
 
 @pytest.mark.parametrize(
@@ -162,8 +167,10 @@ def test_bad_placements_are_refused(text):
     sites.parse_placement(text)
 
 
-def test_bad_fields_are_refused():
-  with pytest.raises(ValueError, match="pmap"):
-    sites.Placement("pmap")
-  with pytest.raises(ValueError, match="chunk=0"):
-    sites.Placement("chunk", chunk=0)
+def test_bad_arguments_are_refused():
+  with pytest.raises(ValueError, match="size=0"):
+    sites.chunked(0)
+  with pytest.raises(ValueError, match="inner='loop'"):
+    sites.on_mesh(inner="loop")
+  with pytest.raises(ValueError, match="the one axis 'site'"):
+    sites.on_mesh(jax.make_mesh((4,), ("party",)))
