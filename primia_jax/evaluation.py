@@ -1,0 +1,146 @@
+"""What a federation measures without moving images: class counts and scores, through sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from primia_jax import local, prng
+from primia_jax.federated import Algorithm, Global, Site, Sites, State, over_sites
+from primia_jax.privacy import noise
+from primia_jax.sites import Placement
+from primia_jax.summation import Purpose, Summation
+from primia_jax.types import ApplyFn, Array, Key, ModelState, Params, PyTree
+
+MAX_LOSS = 100.0  # nats an image may cost on average before a run is taken for diverged
+_COUNTS = 0x434E5453  # "CNTS": the subkey of a site's secret for the noise on its class counts
+
+
+class Scores(NamedTuple):
+  """The sum of all sites' errors.
+
+  Attributes:
+    confusion: [L, L] float64 counts, rows true and columns predicted.
+    loss: mean cross-entropy of an example, nats.
+  """
+
+  confusion: np.ndarray
+  loss: float
+
+
+def class_counting(
+  num_classes: int, summation: Summation, placement: Placement, noise_stddev: float = 0.0
+) -> Callable[[Sites], np.ndarray]:
+  """Makes the function that counts the examples of each class over all sites.
+
+  Where patients are the unit (`Site.units`), the images of one patient count as 1 together, so one
+  patient changes the counts by at most 1 in L1 and L2 norm.
+
+  Who learns what: the summation's server learns the opened counts. With noise, each site's counts
+  are a Gaussian mechanism of that deviation and sensitivity 1, whoever sees them.
+
+  Args:
+    num_classes: L.
+    summation, placement: how and where the sum is formed.
+    noise_stddev: of Gaussian noise that each site adds to each of its counts.
+
+  Returns:
+    Sites -> [L] float64, rounded to whole numbers. It raises a RuntimeError for counts that do not
+    fit the summation.
+  """
+
+  def site_fn(shared: tuple, kept: PyTree, site: Site) -> tuple[Array, PyTree]:
+    share = (jnp.arange(site.labels.shape[0]) < site.num_examples).astype(jnp.float32)
+    if site.units is not None:
+      of_unit = jnp.zeros_like(share).at[site.units].add(share)  # padding, of unit -1, adds 0
+      share = share / jnp.maximum(of_unit[site.units], 1.0)
+    counts = jnp.sum(jax.nn.one_hot(site.labels, num_classes) * share[:, None], axis=0)
+    if noise_stddev:
+      key = prng.derive(site.secret, _COUNTS)
+      counts = counts + noise.gaussian_like(key, 0, counts, noise_stddev)
+    return counts, kept
+
+  total = over_sites(site_fn, summation, placement, Purpose.COUNTING)
+
+  def count(sites: Sites) -> np.ndarray:
+    counts, _, outcome = total((), 0, sites)
+    if int(outcome.out_of_range):
+      raise RuntimeError(
+        f"the class counts of {int(outcome.out_of_range)} sites do not fit {summation.name}; give "
+        "its secure_sum a larger max_abs"
+      )
+    return np.round(np.asarray(counts, np.float64))
+
+  return count
+
+
+def validation(
+  algorithm: Algorithm,
+  apply_fn: ApplyFn,
+  prepare: Callable[[Array], Array],
+  num_classes: int,
+  summation: Summation,
+  placement: Placement,
+  batch_size: int = 64,
+) -> Callable[[Key, State, Sites], Scores]:
+  """Makes the function that scores the model of a run on the sites' own images.
+
+  Who learns what: the summation's server learns the confusion matrix and the loss, summed over
+  sites. They are exact, and no ledger is charged for them.
+
+  Args:
+    algorithm: whose `personal` model each site scores.
+    apply_fn, prepare: of the model; images as stored -> as it takes them.
+    num_classes: L.
+    summation, placement: how and where the sum is formed.
+    batch_size: images scored at once.
+
+  Returns:
+    (key, State, Sites) -> Scores. It raises a RuntimeError where a site's loss is not finite or
+    does not fit the summation.
+  """
+  count_errors = local.count_errors(apply_fn, prepare, num_classes, batch_size)
+
+  def site_fn(shared: Global, kept: PyTree, site: Site) -> tuple[dict[str, Array], tuple]:
+    model = algorithm.personal(shared, kept)
+    return count_errors(*model, site.images, site.labels, site.num_examples), ()
+
+  total = over_sites(site_fn, summation, placement, Purpose.EVALUATION)
+
+  def validate(key: Key, state: State, sites: Sites) -> Scores:
+    key = placement.replicate(key)
+    shared = Global(state.params, state.model_state, state.server_state, state.round, key)
+    sums, _, outcome = total(shared, int(state.round), sites, state.site_state)
+    if int(outcome.out_of_range):
+      raise RuntimeError(
+        f"validation after round {int(state.round)}: at {int(outcome.out_of_range)} of "
+        f"{len(sites.ids)} sites the loss is not finite or above {MAX_LOSS} per image; training "
+        "has diverged: lower the learning rate"
+      )
+    confusion = np.round(np.asarray(sums["confusion"], np.float64))
+    return Scores(confusion, float(sums["loss"]) / max(float(confusion.sum()), 1.0))
+
+  return validate
+
+
+def predictor(
+  apply_fn: ApplyFn, prepare: Callable[[Array], Array], batch_size: int = 64
+) -> Callable[[Sequence[tuple[Params, ModelState]], np.ndarray], np.ndarray]:
+  """Makes (models, images [N, ...]) -> probabilities [N, L]; of several models, their mean."""
+
+  @jax.jit
+  def probabilities(params: Params, model_state: ModelState, images: Array) -> Array:
+    logits, _ = apply_fn(params, model_state, prepare(images), train=False)
+    return jax.nn.softmax(logits)
+
+  def batches(trained: Sequence[tuple[Params, ModelState]], images) -> Iterator[np.ndarray]:
+    for start in range(0, len(images), batch_size):
+      index = np.arange(start, min(start + batch_size, len(images)))
+      batch = images[np.resize(index, batch_size)]  # one shape, so compiled once
+      yield np.mean([probabilities(*m, batch)[: len(index)] for m in trained], axis=0)
+
+  return lambda trained, images: np.concatenate(list(batches(trained, images)))
