@@ -27,8 +27,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import measuring, work
-from primia_jax import models, native, prng, secagg, sites
-from primia_jax.secagg import simulation
+from primia_jax import models, native, prng, secagg, sites, summation
 
 _SITES = flags.DEFINE_integer("sites", 100, "Sites in a round.", lower_bound=3)
 _PEERS = flags.DEFINE_integer("peers", 10, "Peers of each site.", lower_bound=2)
@@ -63,55 +62,38 @@ def draw_dropouts(rng: np.random.Generator, num_sites: int, rate: float) -> seca
 def stages(
   config: secagg.SecureSum, placement: sites.Placement, params
 ) -> Mapping[str, Callable[[], Any]]:
-  """Makes the functions that run one stage of a round each, in their order, each from what the last
-  left.
-  """
+  """Makes the functions that run one stage of a round each, each from what the last left."""
   num_sites = config.num_sites
-  ids, key, rng = np.arange(num_sites, dtype=np.int32), prng.random_key(), np.random.default_rng(0)
-  placed = sites.replicate(params, placement)
-  assert config.threshold is not None
-  threshold, now = config.threshold, {"round": 0}
+  ids, rng = np.arange(num_sites, dtype=np.int32), np.random.default_rng(0)
+  placed, now = placement.replicate(params), {"round": 0}
+  drawn = lambda round, purpose, ids: draw_dropouts(rng, num_sites, _RATE.value)
+  how = summation.losing(summation.masked(config), drawn)
 
-  def site(shared, inputs):
-    (params, round_index), (site_id, links, counted) = shared, inputs
+  def site(params, inputs):
+    site_id, row = inputs
     message = jax.tree.map(lambda a: a * site_id.astype(jnp.float32) / num_sites, params)
-    sent = secagg.protect(message, site_id, links, (round_index, 0), config)
-    return jax.tree.map(lambda a: jnp.where(counted, a, jnp.zeros_like(a)), sent), ()
+    return how.send(message, row), ()
 
-  run = sites.sum_over_sites(site, placement)
+  run = placement.sum_over_sites(site)
 
-  @jax.jit
-  def finish(total, residue, round_index):
-    return secagg.open_sum(secagg.unmask(total, residue, (round_index, 0), config), config)
-
-  draw = jax.jit(lambda key: secagg.peers(key, jnp.asarray(ids), config.num_peers))
-
-  def setup():
+  def begin():
     now["round"] += 1
-    peers = np.asarray(draw(jax.random.key(now["round"])))
-    now["session"] = simulation.setup(key, (now["round"], 0), ids, peers, threshold)
-    now["dropouts"] = draw_dropouts(rng, num_sites, _RATE.value)
-    return now["session"].links
+    now["session"] = how.begin(now["round"], summation.Purpose.TRAINING, ids)
+    now["rows"] = placement.put((ids, now["session"].rows(ids)))
+    return now["rows"]
 
-  def mask():
-    lost = now["dropouts"].before | now["dropouts"].during
-    links = simulation.links_without(now["session"], now["dropouts"].before)
-    inputs = sites.put((ids, links, ~lost), placement)
-    now["total"], _ = run((placed, np.int32(now["round"])), inputs)
+  def send():
+    now["total"], _ = run(placed, now["rows"])
     return now["total"]
 
-  def recover():
-    now["residue"] = simulation.recover(now["session"], now["dropouts"])
-    return now["residue"]
-
-  def unmask():
-    return finish(now["total"], sites.replicate(now["residue"], placement), np.int32(now["round"]))
+  def end():
+    message, outcome = how.end(now["session"], now["total"])
+    return message, outcome.out_of_range
 
   return {
-    "keys and shares": setup,
-    "masks and sum": mask,
-    "recovery of keys": recover,
-    "unmask and decode": unmask,
+    "keys, shares and their recovery": begin,
+    "masks and sum": send,
+    "unmask and decode": end,
   }
 
 
@@ -120,11 +102,8 @@ def mask_speed(params, kernel: str) -> Sequence[measuring.Cost]:
   before = os.environ.get("PRIMIA_NATIVE", "1")
   os.environ["PRIMIA_NATIVE"] = "1" if kernel == "C" else "0"
   config = secagg.secure_sum(_SITES.value, num_peers=_PEERS.value, threshold=_THRESHOLD.value)
-  bits = prng.bits(prng.random_key(), jnp.zeros(3, jnp.uint32), (_PEERS.value + 1, 8))
-  links = secagg.Links(jnp.arange(1, _PEERS.value + 1, dtype=jnp.int32), bits[1:], bits[0])
-  protect = jax.jit(
-    lambda params, nonce: secagg.protect(params, jnp.int32(0), links, (nonce, 0), config)
-  )
+  row = work.row(_PEERS.value, prng.random_key())
+  protect = jax.jit(lambda params, number: secagg.protect(params, row, (number, 0), config))
   counter = iter(range(10**9))
   costs = measuring.alternate(
     {0: measuring.timed(lambda: protect(params, np.uint32(next(counter))))}, 10
@@ -170,7 +149,7 @@ def main(_):
     costs = measuring.alternate(contestants, _ROUNDS.value, _LIMIT.value)
   what = (
     f"{_SITES.value} sites, {size} parameters, {_PEERS.value} peers, {_RATE.value:.0%} lost, "
-    f"{placement.how}"
+    f"{placement.name}"
   )
   for name in ours:
     measuring.report(f"{name}: {what}", costs[name])

@@ -1,9 +1,11 @@
-"""Seconds a federated round takes under each placement and aggregator, beside other frameworks in
+"""Seconds a federated round takes under each placement and summation, beside other frameworks in
 the same run.
 
-  python -m benchmarks.federated_round --sites=100 --sampled=10 python -m benchmarks.federated_round
-  --sites=100 --sampled=100 --rounds=3 --torch_python=ENV/bin/python python -m
-  benchmarks.federated_round --model=mlp --sampled=100 --rounds=30 --fedjax_python=ENV2/bin/python
+  python -m benchmarks.federated_round --sites=100 --sampled=10
+  python -m benchmarks.federated_round --sites=100 --sampled=100 --rounds=3 \\
+    --torch_python=ENV/bin/python
+  python -m benchmarks.federated_round --model=mlp --sampled=100 --rounds=30 \\
+    --fedjax_python=ENV2/bin/python
 
 ENV: `pip install torch==2.13.0 pfl==0.6.0 "flwr[simulation]==1.42.0"`. ENV2 (Python 3.11): `pip
 install "jax==0.4.13" "jaxlib==0.4.13" "dm-haiku==0.0.10" "fedjax==0.0.17" "numpy<1.27"
@@ -36,7 +38,7 @@ _PLACEMENTS = flags.DEFINE_list(
   "placements", "mesh,loop,scan,vmap,chunk=5", "What to time; peers meet the first."
 )
 _AGGREGATORS = flags.DEFINE_list(
-  "aggregators",
+  "summations",
   "clear,encoded,masked",
   "What to time under the first placement: clear, encoded (without masks), masked.",
 )
@@ -72,17 +74,17 @@ def main(_):
   what = f"{_MODEL.value}, {_SAMPLED.value} of {_SITES.value} sites"
   first = _PLACEMENTS.value[0]
   runs = dict.fromkeys([(placement, "clear") for placement in _PLACEMENTS.value])
-  runs |= dict.fromkeys([(first, aggregator) for aggregator in _AGGREGATORS.value])
-  loaders = {}
+  runs |= dict.fromkeys([(first, summation) for summation in _AGGREGATORS.value])
+  everybody = {}
   contestants, versions = {}, {}
-  for placement, aggregator in runs:
+  for placement, summation in runs:
     where = sites.parse_placement(placement)
-    on_mesh = where.how == "mesh"
-    if on_mesh not in loaders:
-      loaders[on_mesh] = work.resident(_SITES.value, where)
-    rule = work.aggregator(aggregator, _SAMPLED.value)
-    run = work.rounds(_MODEL.value, _SITES.value, _SAMPLED.value, rule, where, loaders[on_mesh])
-    contestants[placement, aggregator] = measuring.timed(run)
+    on_mesh = where.name == "mesh"
+    if on_mesh not in everybody:
+      everybody[on_mesh] = work.resident(_SITES.value, where)
+    how = work.summed(summation, _SAMPLED.value)
+    run = work.rounds(_MODEL.value, _SAMPLED.value, how, where, everybody[on_mesh])
+    contestants[placement, summation] = measuring.timed(run)
 
   with contextlib.ExitStack() as stack:
     data = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / "data.npz"
@@ -102,10 +104,10 @@ def main(_):
     costs = measuring.alternate(contestants, _ROUNDS.value, _LIMIT.value)
 
   size = models.num_parameters(jax.eval_shape(work.model(_MODEL.value).init, jax.random.key(0))[0])
-  for placement, aggregator in runs:
-    target = _SECONDS.get(setting) if (placement, aggregator) == (first, "clear") else None
-    name = f"round: {what}, {placement}, {aggregator}"
-    measuring.report(name, costs[placement, aggregator], target=target, parameters=size)
+  for placement, summation in runs:
+    target = _SECONDS.get(setting) if (placement, summation) == (first, "clear") else None
+    name = f"round: {what}, {placement}, {summation}"
+    measuring.report(name, costs[placement, summation], target=target, parameters=size)
   in_clear = {placement: costs[placement, "clear"] for placement in _PLACEMENTS.value}
   if len(in_clear) > 1:
     middle = {

@@ -11,6 +11,7 @@ and would survive dropouts.
 """
 
 import contextlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import measuring, work
-from primia_jax import federated, models, native, prng, secagg, sites
+from primia_jax import federated, models, native, prng, secagg, sites, summation
 
 _SITES = flags.DEFINE_integer(
   "sites", 10, "Sites in a round, each with all others as peers up to 11 sites, else ten."
@@ -39,31 +40,22 @@ _NANOSECONDS = 2.2  # a parameter and peer
 _SECONDS = {10: 0.12, 100: 1.2}  # added to a round, by sites
 
 
-def idle_round(rule: federated.Aggregator, placement: sites.Placement, params, num_sites: int):
+def idle_round(how: summation.Summation, placement: sites.Placement, params, num_sites: int):
   """Makes the function that runs a round in which every site sends `params` times its number."""
-  run = federated.total_over_sites(
-    lambda shared, kept, site: (
-      jax.tree.map(lambda a: a * site.id.astype(jnp.float32) / num_sites, shared),
-      kept,
-    ),
-    rule,
-    placement,
-    federated.TRAINING,
+  scaled = lambda shared, kept, site: (
+    jax.tree.map(lambda a: a * site.id.astype(jnp.float32) / num_sites, shared),
+    kept,
   )
-  link = federated.link(rule, placement)
+  run = federated.over_sites(scaled, how, placement, summation.Purpose.TRAINING)
   ids = np.arange(num_sites, dtype=np.int32)
   nothing = np.zeros((num_sites, 1), np.int32)
-  placed = sites.put(federated.Site(ids, nothing, nothing, ids), placement)
-  params = sites.replicate(params, placement)
-  loader = federated.Loader(lambda ids: placed)
-  dealer_key, done = prng.random_key(), 0
+  placed = placement.put(federated.Site(ids, nothing, nothing, ids))
+  params, everybody = placement.replicate(params), federated.Sites(ids, lambda ids: placed)
+  rounds = itertools.count()
 
   def one_round():
-    nonlocal done
-    links = link(jax.random.key(0), np.int32(done), ids, dealer_key)
-    total, _, out_of_range = run(params, np.int32(done), ids, links, (), loader)
-    done += 1
-    return total, out_of_range
+    total, _, outcome = run(params, next(rounds), everybody)
+    return total, outcome.out_of_range
 
   return one_round
 
@@ -76,13 +68,8 @@ def main(_):
   size = models.num_parameters(params)
 
   config = secagg.secure_sum(num_sites, num_peers=num_peers)
-  links = secagg.Links(
-    jnp.arange(1, num_peers + 1, dtype=jnp.int32),
-    prng.bits(prng.random_key(), jnp.zeros(3, jnp.uint32), (num_peers, 8)),
-  )
-  protect = jax.jit(
-    lambda params, nonce: secagg.protect(params, jnp.int32(0), links, (nonce, 0), config)
-  )
+  row = work.row(num_peers, prng.random_key())
+  protect = jax.jit(lambda params, number: secagg.protect(params, row, (number, 0), config))
   counter = iter(range(10**9))
   site = measuring.alternate(
     {"site": measuring.timed(lambda: protect(params, np.uint32(next(counter))))}, 20
@@ -94,9 +81,7 @@ def main(_):
 
   rules = ("clear", "encoded", "masked")
   contestants = {
-    rule: measuring.timed(
-      idle_round(work.aggregator(rule, num_sites), placement, params, num_sites)
-    )
+    rule: measuring.timed(idle_round(work.summed(rule, num_sites), placement, params, num_sites))
     for rule in rules
   }
   versions = None
@@ -111,13 +96,13 @@ def main(_):
     costs = measuring.alternate(contestants, _ROUNDS.value, _LIMIT.value)
   what = f"{num_sites} idle sites, {size} parameters"
   for rule in rules:
-    measuring.report(f"round: {what}, {placement.how}, {rule}", costs[rule])
-  added = f"{what}, {num_peers} peers each, {placement.how}"
+    measuring.report(f"round: {what}, {placement.name}, {rule}", costs[rule])
+  added = f"{what}, {num_peers} peers each, {placement.name}"
   measuring.report_difference(
     f"masked less clear: {added}", costs["masked"], costs["clear"], target=_SECONDS.get(num_sites)
   )
   measuring.report_difference(
-    f"encoded less clear: {what}, {placement.how}", costs["encoded"], costs["clear"], target=None
+    f"encoded less clear: {what}, {placement.name}", costs["encoded"], costs["clear"], target=None
   )
   if versions is not None:
     for how in ("plain", "secagg"):

@@ -22,7 +22,7 @@ from primia_jax import sites
 _MODEL = flags.DEFINE_enum("model", "leaf_cnn", ["leaf_cnn", "mlp"], "What the sites train.")
 _SITES = flags.DEFINE_list("sites", "100,1000", "Numbers of sites, all of which take part.")
 _CHUNKS = flags.DEFINE_list("chunks", "16", "Sites in a chunk.")
-_AGGREGATOR = flags.DEFINE_string("aggregator", "masked", "clear, encoded or masked.")
+_SUMMATION = flags.DEFINE_string("summation", "masked", "clear, encoded or masked.")
 _ONE = flags.DEFINE_bool(
   "one", False, "Run one round here, with the first number of sites and of the chunk."
 )
@@ -34,9 +34,8 @@ def one_round(num_sites: int, chunk: int) -> dict[str, float]:
   """Runs a round; returns the peak memory of this process, and before the round, in GiB, and the
   seconds it took.
   """
-  placement = sites.Placement("chunk", chunk=chunk)
-  rule = work.aggregator(_AGGREGATOR.value, num_sites)
-  run = work.rounds(_MODEL.value, num_sites, num_sites, rule, placement, work.streamed(chunk))
+  how, everybody = work.summed(_SUMMATION.value, num_sites), work.streamed(num_sites, chunk)
+  run = work.rounds(_MODEL.value, num_sites, how, sites.chunked(chunk), everybody)
   peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   before, start = peak(), time.perf_counter()
   jax.block_until_ready(run())
@@ -65,13 +64,12 @@ def main(_):
       f"--sites={num_sites}",
       f"--chunks={chunk}",
     ]
-    command += [f"--model={_MODEL.value}", f"--aggregator={_AGGREGATOR.value}"]
+    command += [f"--model={_MODEL.value}", f"--summation={_SUMMATION.value}"]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     costs = json.loads(out.splitlines()[-1])
     peaks[num_sites, chunk] = costs["peak"]
     name = (
-      f"peak memory: {_MODEL.value}, {num_sites} sites, chunk={chunk}, {_AGGREGATOR.value}, "
-      f"streamed"
+      f"peak memory: {_MODEL.value}, {num_sites} sites, chunk={chunk}, {_SUMMATION.value}, streamed"
     )
     more = {key: round(costs[key], 3) for key in ("before", "seconds", "cpu")}
     measuring.say(name, [costs["peak"]], "GiB", _GIB, **more)

@@ -73,6 +73,24 @@ class Sites(NamedTuple):
   secrets: Callable[[int, Purpose, np.ndarray], np.ndarray] = fresh_secrets
 
 
+def in_memory(stacked: Site, class_weights: Array | None = None) -> Sites:
+  """All sites of a stacked `Site`, whose data stay in memory.
+
+  Args:
+    stacked: [K, ...] host arrays.
+    class_weights: see `Sites`.
+  """
+  rows = {int(i): row for row, i in enumerate(stacked.id)}
+
+  def load(ids: np.ndarray) -> Site:
+    if np.array_equal(ids, stacked.id):
+      return stacked
+    chosen = np.array([rows[int(i)] for i in ids])
+    return jax.tree.map(lambda a: a[chosen], stacked)
+
+  return Sites(np.asarray(stacked.id, np.int32), load, class_weights)
+
+
 class Global(NamedTuple):
   """What the server sends to every site of a round."""
 
