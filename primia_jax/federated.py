@@ -239,7 +239,7 @@ def over_sites(
       per_load < len(here) or not np.array_equal(ids, np.arange(len(ids)))
     ):
       raise ValueError(
-        f"with several processes each runs its own sites: all take part at once, not {list(ids)}"
+        f"with several processes each runs its own sites: all take part at once, not {ids.tolist()}"
       )
     secrets = sites.secrets(int(round), purpose, ids[here])
     session, total, outs = None, None, []
@@ -267,7 +267,7 @@ def _load(sites: Sites, ids: np.ndarray, secrets: np.ndarray) -> Site:
   loaded = sites.load(ids)
   if isinstance(loaded.id, np.ndarray) and not np.array_equal(loaded.id, ids):
     raise ValueError(
-      f"the loader was asked for sites {list(ids)} and returned sites {list(loaded.id)}"
+      f"the loader was asked for sites {ids.tolist()} and returned sites {loaded.id.tolist()}"
     )
   if loaded.secret is not None:
     raise ValueError(
@@ -334,7 +334,7 @@ def federated(
   def step(key: Key, state: State, sites: Sites) -> tuple[State, Info]:
     ids = np.asarray(sites.ids, np.int32)
     if len(ids) and (np.max(ids) >= num_sites or np.min(ids) < 0):
-      raise ValueError(f"site numbers {list(ids)}; there are {num_sites} sites, from 0 on")
+      raise ValueError(f"site numbers {ids.tolist()}; the run has sites 0 to {num_sites - 1}")
     rows = None if np.array_equal(ids, everyone) else ids
     had = state.site_state
     if rows is not None:

@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
   """What a sum tells besides its value.
 
   Attributes:
-    survivors: numbers of the sites whose message is in the sum.
+    survivors: numbers of the sites whose message is in the sum, in increasing order.
     out_of_range: number of sites whose message did not fit the encoding; unless it is 0, the sum
       must not be used.
   """
@@ -192,7 +192,7 @@ def by_rule(name: str, rule: Callable[[PyTree], PyTree]) -> Summation:
       positions = np.flatnonzero(counted)
       stack = _take(stack, positions)
     message, out_of_range = _check_finite(rule(stack))
-    return message, Outcome(session.ids[counted], out_of_range)
+    return message, Outcome(np.sort(session.ids[counted]), out_of_range)
 
   return clear()._replace(name=name, end=end, stacks=True)
 
@@ -233,7 +233,7 @@ def masked(config: secagg.SecureSum, coding: Coding | None = None) -> Summation:
     counted, residue = session.close()
     words = np.array([session.round, session.purpose], np.uint32)
     message, out_of_range = decode(total, residue, words)
-    return message, Outcome(session.ids[counted], out_of_range)
+    return message, Outcome(np.sort(session.ids[counted]), out_of_range)
 
   return Summation(coding.name, begin, send, end, hides=config.masked)
 
@@ -315,7 +315,7 @@ def _send_clear(message: PyTree, is_counted: Array) -> PyTree:
 def _end_clear(session: Session, total: PyTree) -> tuple[PyTree, Outcome]:
   counted = session.close()
   message, out_of_range = _check_finite(total)
-  return message, Outcome(session.ids[counted], out_of_range)
+  return message, Outcome(np.sort(session.ids[counted]), out_of_range)
 
 
 @jax.jit
@@ -338,7 +338,7 @@ def _check_sites(name: str, ids: np.ndarray, num_sites: int | None) -> None:
     raise ValueError(f"{name} was set up for {num_sites} sites, but {len(ids)} take part")
   if not len(ids) or len(np.unique(ids)) != len(ids) or np.min(ids) < 0:
     raise ValueError(
-      f"site numbers {list(ids)}; a sum needs at least one, all different and none negative"
+      f"site numbers {ids.tolist()}; a sum needs at least one, all different and none negative"
     )
 
 

@@ -241,7 +241,7 @@ def test_fedbns_message_holds_nothing_of_the_normalisation():
   server = fed.Global(start(), model_state, (), jnp.int32(0), KEY)
   site = jax.tree.map(lambda a: jnp.asarray(a[0]), load(IDS))
   message, _ = jax.eval_shape(algorithm.site, server, kept, site)
-  update = jax.tree_util.tree_leaves_with_path(message["update"])
+  update = jax.tree_util.tree_leaves_with_path(message.update)
   assert [jax.tree_util.keystr(path) for path, _ in update] == ["[0]['w']"]
   assert sorted(a.shape for a in jax.tree.leaves(message)) == [(), (), (), (), (3,)]
   assert algorithm.shares_statistics is False

@@ -233,8 +233,8 @@ def test_unsound_pairs_are_refused():
   [
     ([0, 1, 2, 3], "set up for 5 sites, but 4 take part"),
     ([0, 1, 2, 3, 3], "all different"),
-    ([0, 1, 2, 3, -1], "none negative"),
-    ([0, 1, 2, 3, 5], "holds 5 sites"),
+    ([0, 1, 2, 3, -1], "sites 0 to 4"),
+    ([0, 1, 2, 3, 5], "sites 0 to 4"),
   ],
 )
 def test_impossible_sites_are_refused(ids, told):
