@@ -1,89 +1,16 @@
-"""Training over the protocol: every site a thread with its own exchange, joined to the others by
-sockets only.
-"""
+"""Sums over the protocol: every site a thread with its own exchange; sockets only join them."""
 
+import dataclasses
 import threading
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from primia_jax import federated as fed
-from primia_jax import secagg, sites
+from primia_jax import ring, secagg
 from primia_jax.secagg import exchange, keys, protocol, rounds, transport
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
-from primia_jax.types import Metrics
-
-N, D, L = 12, 5, 3
-NUM = np.array([12, 7, 9, 10], np.int32)
-SEED, DEALER = 2, np.arange(8, dtype=np.uint32)
-
-
-def site(i):
-  rng = np.random.default_rng(int(i))
-  images = rng.normal(size=(N, D, 1, 1)).astype(np.float32)
-  return fed.Site(np.int32(i), images, rng.integers(0, L, N).astype(np.int32), NUM[i])
-
-
-def load(ids):
-  return jax.tree.map(lambda *rows: np.stack(rows), *map(site, ids))
-
-
-def one_step(server, kept, site):
-  """One step of linear regression over all of a site's examples: FedAvg in its shortest form, soon
-  compiled.
-  """
-  real = (jnp.arange(N) < site.num_examples).astype(jnp.float32)
-  x, y = site.images.reshape(N, D), jax.nn.one_hot(site.labels, L)
-  wrong = (x @ server.params["w"] - y) * real[:, None]
-  update, n = {"w": -0.1 * x.T @ wrong}, jnp.sum(real)
-  metrics = Metrics(jnp.sum(wrong**2), jnp.zeros(()), n)
-  return {"update": update, "weight": n, "metrics": metrics}, {"rounds": kept["rounds"] + 1}
-
-
-def mean(server, message):
-  params = jax.tree.map(lambda p, u: p + u / message["weight"], server.params, message["update"])
-  return params, {}, (), message["metrics"]
-
-
-ALGORITHM = fed.Algorithm(
-  "one step",
-  lambda params: (),
-  lambda *_: {"rounds": np.int32(0)},
-  one_step,
-  mean,
-  lambda s, _: (s.params, {}),
-  False,
-  False,
-)
-
-
-def extremes(shared, kept, site):
-  """What is not rounded anywhere, so that the sums must agree bit for bit."""
-  return {
-    "max": jnp.max(site.images, axis=0),
-    "n": site.num_examples.astype(jnp.float32) / 16,
-  }, kept
-
-
-def train(placement, num_sites, threshold, algorithm=None, lost=None):
-  """Two rounds and then a count, with a site lost in the second: what every process knows at the
-  end.
-  """
-  aggregator = fed.securely(secagg.secure_sum(num_sites, threshold=threshold))
-  f, loader = fed.federated(algorithm or ALGORITHM, aggregator, placement), fed.Loader(load)
-  key, ids = jax.random.key(SEED), np.arange(num_sites, dtype=np.int32)
-  state, infos = f.init({"w": np.zeros((D, L), np.float32)}, {}, num_sites), []
-  for dropouts in (None, lost):
-    state, info = f.step(key, state, ids, loader, DEALER, None, dropouts)
-    infos.append(info)
-  count = fed.total_over_sites(extremes, aggregator, placement, fed.COUNTING)
-  linked = fed.link(aggregator, placement, fed.COUNTING)(key, np.int32(7), ids, DEALER, lost)
-  total, _, out_of_range = count((), jnp.int32(7), ids, linked, (), loader)
-  assert int(out_of_range) == 0
-  return {"w": state.params["w"], "update_norm": infos[-1].update_norm, **total}, state, infos
 
 
 class Killed(Exception):
@@ -132,46 +59,8 @@ class Apart:
     return self
 
 
-def test_sites_apart_train_as_all_in_one_process_and_without_one_that_dies():
-  """Site 2 ends while it trains in the second round; the others do not wait for it, then or
-  later.
-  """
-  rounds_of_two = iter((1, 2))
-
-  def call(i, own):
-    def dying(shared, kept, site):
-      def check(_):
-        if next(rounds_of_two) == 2:
-          raise Killed
-
-      if i == 2:
-        jax.debug.callback(check, site.id)
-      return one_step(shared, kept, site)
-
-    return train(
-      sites.Placement("apart", index=i, exchange=own), 3, 2, ALGORITHM._replace(site=dying)
-    )
-
-  apart = Apart(3).run(call)
-  assert list(apart.errors) == [2]
-  lost = secagg.Dropouts(np.zeros(3, bool), np.array([False, False, True]))
-  want, *_ = train(sites.Placement("scan"), 3, 2, lost=lost)
-  for i in (0, 1):
-    got, state, infos = apart.results[i]
-    for name, value in want.items():
-      np.testing.assert_array_equal(
-        got[name], apart.results[0][0][name]
-      )  # bit for bit with each other
-      np.testing.assert_allclose(got[name], value, atol=1e-6)
-    for name in ("max", "n"):
-      np.testing.assert_array_equal(got[name], want[name])
-    assert [int(info.survivors) for info in infos] == [3, 2]
-    assert [int(info.out_of_range) for info in infos] == [0, 0]
-    assert state.sites["rounds"].tolist() == [2]  # of this site only
-  np.testing.assert_array_equal(want["n"], NUM[:2].sum() / 16)
-
-
-TERMS = exchange.Terms(4, 1, 32, 2, None, 1)
+THREE, FIVE = secagg.secure_sum(3), secagg.secure_sum(5)
+TOLERANT = secagg.secure_sum(3, threshold=2)
 
 
 def elements(i):
@@ -187,8 +76,8 @@ def assert_total(got, numbers):
   jax.tree.map(np.testing.assert_array_equal, got, total(numbers))
 
 
-def one_sum(own, i, terms=TERMS):
-  return own.finish(own.begin(elements(i), terms), elements(i))
+def one_sum(own, i, config=THREE, round_index=4):
+  return own.finish(own.begin(elements(i), round_index, 1, config), elements(i))
 
 
 @pytest.fixture
@@ -213,7 +102,7 @@ def test_what_leaves_a_site_is_masked(wire, monkeypatch, masked):
     monkeypatch.setattr(
       rounds, "mask_total", lambda keys, signs, round, setup: [np.zeros(400, np.uint32)]
     )
-  apart = Apart(3).run(lambda i, own: own.finish(own.begin(zeros, TERMS), zeros))
+  apart = Apart(3).run(lambda i, own: own.finish(own.begin(zeros, 4, 1, THREE), zeros))
   assert apart.errors == {}
   inputs = [message.vectors[0] for message in wire if isinstance(message, msg.MaskedInput)]
   assert len(inputs) == 3
@@ -230,16 +119,15 @@ def test_sums_go_on_over_the_survivors_until_too_few_are_left():
   ended = threading.Event()
 
   def call(i, own):
-    terms = TERMS._replace(num_peers=4)
-    first = one_sum(own, i, terms)
+    first = one_sum(own, i, FIVE)
     assert own.sites == (0, 1, 2, 3, 4)
     if i == 4:
       ended.set()
       raise Killed
     assert ended.wait(60)
-    assert_total(one_sum(own, i, terms._replace(round=5)), range(4))
+    assert_total(one_sum(own, i, FIVE, 5), range(4))
     assert own.sites == (0, 1, 2, 3)
-    begun = own.begin(elements(i), terms._replace(round=6))
+    begun = own.begin(elements(i), 6, 1, FIVE)
     if i == 3:
       raise Killed
     own.finish(begun, elements(i))
@@ -247,12 +135,12 @@ def test_sums_go_on_over_the_survivors_until_too_few_are_left():
 
   apart = Apart(5).run(call)
   assert apart.results == {}
-  assert isinstance(apart.errors[0], serving.RoundFailed)
+  assert isinstance(apart.errors[0], secagg.RoundFailed)
   assert "stage masked_input: 3 sites of 4 sent their message in time, and 4 are needed" in str(
     apart.errors[0]
   )
   for i in (1, 2):
-    assert isinstance(apart.errors[i], exchange.Lost)
+    assert isinstance(apart.errors[i], secagg.Lost)
     assert f"site {i} was declared lost in round 6, or the round failed" in str(apart.errors[i])
 
 
@@ -260,7 +148,7 @@ def test_a_site_that_is_late_is_told_that_it_was_lost_and_the_others_wait_once()
   late = threading.Event()
 
   def call(i, own):
-    begun = own.begin(elements(i), TERMS._replace(threshold=2))
+    begun = own.begin(elements(i), 4, 1, TOLERANT)
     if i == 1:
       late.wait(60)
     assert_total(own.finish(begun, elements(i)), (0, 2))
@@ -282,7 +170,7 @@ def test_sites_that_were_told_different_sums_do_not_go_on_together(monkeypatch, 
 
   def call(i, own):
     one_sum(own, i)
-    return one_sum(own, i, TERMS._replace(round=5))
+    return one_sum(own, i, round_index=5)
 
   monkeypatch.setattr(protocol, "take_total", told)
   apart = Apart(3, timeout=2.0 if lies else 60.0).run(call)
@@ -290,7 +178,7 @@ def test_sites_that_were_told_different_sums_do_not_go_on_together(monkeypatch, 
     assert sorted(apart.results) == [0, 1, 2]
     return
   assert apart.results == {}
-  assert isinstance(apart.errors[0], serving.RoundFailed)
+  assert isinstance(apart.errors[0], secagg.RoundFailed)
   assert "message of site 1 in stage advertise is rejected: forged" in apart.errors[0].__notes__[0]
 
 
@@ -305,10 +193,9 @@ def test_a_survivor_that_is_late_to_sign_the_lists_is_told_so_and_not_waited_for
   monkeypatch.setattr(protocol, "consistency", slow)
 
   def call(i, own):
-    terms = TERMS._replace(threshold=2)
-    assert_total(one_sum(own, i, terms), (0, 1, 2))
+    assert_total(one_sum(own, i, TOLERANT), (0, 1, 2))
     assert own.sites == (0, 1, 2)
-    assert_total(one_sum(own, i, terms._replace(round=5)), (0, 2))
+    assert_total(one_sum(own, i, TOLERANT, 5), (0, 2))
     late.set()
     return own.sites
 
@@ -327,13 +214,13 @@ def test_sites_of_another_run_or_with_another_server_are_shown_out_and_not_summe
     old.close()
 
   def call(i, own):
-    assert_total(one_sum(own, i, TERMS._replace(num_peers=4, threshold=3)), (0, 1, 2))
+    assert_total(one_sum(own, i, secagg.secure_sum(5, threshold=3)), (0, 1, 2))
     return own.sites
 
   apart.run(call)
   assert apart.results == dict.fromkeys((0, 1, 2), (0, 1, 2))
   assert all(
-    isinstance(apart.errors[i], exchange.Lost) for i in (3, 4)
+    isinstance(apart.errors[i], secagg.Lost) for i in (3, 4)
   )  # long before their patience ends
 
 
@@ -345,10 +232,9 @@ def test_no_sum_is_over_fewer_than_the_quorum_of_those_that_have_begun():
 
   def call(i, own):
     for left in (5, 4, 3, 2):
-      terms = TERMS._replace(round=9 - left, threshold=2)
       if left < 5:
         assert ended[left].wait(60)
-      assert_total(one_sum(own, i, terms), range(left))
+      assert_total(one_sum(own, i, TOLERANT, 9 - left), range(left))
       if i == left - 1:
         own.close()
         ended[i].set()
@@ -357,27 +243,8 @@ def test_no_sum_is_over_fewer_than_the_quorum_of_those_that_have_begun():
 
   apart = Apart(5).run(call)
   assert apart.results == {4: 5, 3: 4, 2: 3}
-  assert isinstance(apart.errors[0], serving.RoundFailed)
+  assert isinstance(apart.errors[0], secagg.RoundFailed)
   assert "2 sites of 3 sent their message in time, and 3 are needed" in str(apart.errors[0])
-
-
-class Asked(Exception):
-  """What an exchange was asked for."""
-
-
-def test_an_exchange_is_told_what_the_sum_is_for_and_how_it_is_protected():
-  class Asking(Nobody):
-    def begin(self, shapes, terms):
-      raise Asked(terms)
-
-  aggregator = fed.securely(secagg.secure_sum(3, threshold=2))._replace(min_survivors=3)
-  placement = sites.Placement("apart", exchange=Asking())
-  count = fed.total_over_sites(extremes, aggregator, placement, fed.COUNTING)
-  ids, key = np.arange(3, dtype=np.int32), jax.random.key(0)
-  linked = fed.link(aggregator, placement, fed.COUNTING)(key, np.int32(7), ids, DEALER)
-  with pytest.raises(Asked) as asked:
-    count((), jnp.int32(7), ids, linked, (), fed.Loader(load))
-  assert asked.value.args == (exchange.Terms(7, fed.COUNTING, 32, 2, 2, 3),)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +253,7 @@ def test_an_exchange_is_told_what_the_sum_is_for_and_how_it_is_protected():
     (3, None, 4, (3, 3, 3, True)),
     (3, None, 3, (2, 3, 3, True)),
     (3, 2, 4, "threshold=2 of 4 shares; it must be above half"),
-    (3, 2, 2, "2 of 4 sites are left, and the next sum is over 3 at least"),
+    (3, 2, 2, "2 of 4 sites are left, and the next sum needs at least 3"),
     (2, 2, 2, (1, 2, 2, False)),
     (9, 7, 7, (6, 7, 7, True)),
     (4, None, 8, (4, 4, 7, True)),
@@ -398,29 +265,47 @@ def test_what_the_sites_that_are_left_agree_on_is_as_safe_as_with_all(
 ):
   num_sites = num_peers + 1 if num_peers != 4 else 10
   identities = {i: keys.identity().public for i in range(left)}
-  terms = TERMS._replace(num_peers=num_peers, threshold=threshold)
-  agree = lambda: exchange.agree(
-    identities, num_sites, elements(0), terms, b"run", np.zeros(8, np.uint32)
+  config = dataclasses.replace(
+    secagg.secure_sum(num_sites, num_peers=num_peers), threshold=threshold
+  )
+  agree = lambda config=config, min_survivors=1: exchange.agree(
+    identities, num_sites, [120, 1], 1, config, min_survivors, b"run", np.zeros(8, np.uint32)
   )
   if isinstance(want, str):
-    with pytest.raises((ValueError, exchange.Lost), match=want):
+    with pytest.raises((ValueError, secagg.Lost), match=want):
       agree()
     return
   setup = agree()
   assert (setup.degree, setup.threshold, setup.quorum, setup.malicious_server) == want
-  assert setup.sizes == (121,)
+  assert (setup.sizes, setup.purpose, setup.num_bits) == ((120, 1), 1, 32)
+  wide = dataclasses.replace(config, fixed=ring.FixedPoint(40, 20))
   with pytest.raises(ValueError, match="JAX_ENABLE_X64"):  # else the sum would be cut to 32 bits
-    exchange.agree(
-      identities, num_sites, {}, terms._replace(num_bits=40), b"run", np.zeros(8, np.uint32)
-    )
-  terms = terms._replace(min_survivors=left + 1)
+    agree(wide)
+  with pytest.raises(ValueError, match=r"config\.masked is False"):
+    agree(dataclasses.replace(config, masked=False))
   too_many = (
     f"quorum={left + 1} of {left} sites"
     if left == num_sites
     else f"{left} of {num_sites} sites are left"
   )
-  with pytest.raises(ValueError if left == num_sites else exchange.Lost, match=too_many):
-    agree()
+  with pytest.raises(ValueError if left == num_sites else secagg.Lost, match=too_many):
+    agree(min_survivors=left + 1)
+
+
+def test_a_site_has_a_fresh_noise_key_for_each_sum_and_no_key_of_a_mask():
+  def call(i, own):
+    keys_of_noise = []
+    for round_index in (4, 5):
+      begun = own.begin(elements(i), round_index, 1, THREE)
+      assert (begun.rows.site.tolist(), begun.rows.self_mask) == ([i], None)
+      assert (begun.rows.peers.shape, begun.rows.keys.shape) == ((1, 0), (1, 0, 8))
+      assert begun.rows.noise.shape == (1, 8)
+      keys_of_noise.append(np.asarray(begun.rows.noise).tobytes())
+      own.finish(begun, elements(i))
+    return keys_of_noise
+
+  apart = Apart(3).run(call)
+  assert len({key for pair in apart.results.values() for key in pair}) == 6
 
 
 def test_a_total_that_is_stale_or_forged_is_refused_by_name():
@@ -465,17 +350,17 @@ def test_a_total_that_is_stale_or_forged_is_refused_by_name():
     ),
     (msg.Consents(4, {}), "malformed"),
   ):
-    with pytest.raises(protocol.Refused, match=f"site 0 refuses in stage total: {reason}"):
+    with pytest.raises(secagg.Refused, match=f"site 0 refuses in stage total: {reason}"):
       protocol.take_total(site, total, server.public)
   unfinished, _ = protocol.advertise(setup, 4, 0, own[0])
-  with pytest.raises(protocol.Refused, match="malformed"):
+  with pytest.raises(secagg.Refused, match="malformed"):
     protocol.share_keys(unfinished, signed)
 
 
 def test_identities_are_pinned_when_all_are_there(tmp_path):
   own, server = [keys.identity(), keys.identity()], keys.identity()
   exchange.publish(tmp_path, 0, own[0])
-  with pytest.raises(exchange.Lost, match=r"no identity of \[1, 'server'\]"):
+  with pytest.raises(secagg.Lost, match=r"no identity of \[1, 'server'\]"):
     exchange.pin(tmp_path, own[0], 2, timeout=0)
   exchange.publish(tmp_path, 1, own[1])
   exchange.publish(tmp_path, exchange.SERVER, server)
@@ -485,32 +370,3 @@ def test_identities_are_pinned_when_all_are_there(tmp_path):
   (tmp_path / "site_1.pub").write_bytes(b"short")
   with pytest.raises(ValueError, match=r"identities of \[1\]"):
     exchange.pin(tmp_path, own[1], 2, timeout=0)
-
-
-class Nobody:
-  """An exchange that must not be asked."""
-
-  sites = (0, 1, 2)
-
-
-def test_nothing_but_masked_sums_leaves_sites_apart():
-  apart = sites.Placement("apart", exchange=Nobody())
-  secure = secagg.secure_sum(3)
-  for aggregator in (
-    fed.in_the_clear(),
-    fed.by_rule("median", lambda stacked: stacked),
-    fed.securely(secagg.secure_sum(3, masked=False)),
-  ):
-    with pytest.raises(ValueError, match="sites apart send nothing but masked ring elements"):
-      fed.federated(ALGORITHM._replace(uniform=True), aggregator, apart)
-  link = fed.link(fed.securely(secure), apart)
-  key, ids = jax.random.key(0), np.arange(3)
-  with pytest.raises(ValueError, match="lost in earnest"):
-    link(key, 0, ids, DEALER, secagg.Dropouts(np.ones(3, bool), np.zeros(3, bool)))
-  first, second = (link(key, 0, ids, DEALER).links for _ in range(2))
-  assert not np.any(first.own == second.own)  # fresh for each sum
-  assert first.keys.shape == (1, 0, 8)  # and no key that anybody has dealt
-  with pytest.raises(ValueError, match="sites apart need one"):
-    sites.Placement("apart")
-  with pytest.raises(ValueError, match="no others do"):
-    sites.Placement("scan", exchange=Nobody())

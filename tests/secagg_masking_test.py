@@ -1,4 +1,5 @@
 import functools
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +7,8 @@ import numpy as np
 import pytest
 
 from primia_jax import prng, ring, secagg, sites
+from primia_jax.secagg import keys, simulation
 
-DEALER = jnp.arange(8, dtype=jnp.uint32) + 7
 # The 0.1 % and 99.9 % quantiles of chi-square with 255 degrees of freedom (Wilson and Hilferty's
 # cube root).
 LOW, HIGH = (255 * (1 - 2 / (9 * 255) + z * (2 / (9 * 255)) ** 0.5) ** 3 for z in (-3.09, 3.09))
@@ -19,19 +20,20 @@ def messages(num_sites, scale=1.0):
   return {"kernel": draw(5, 7), "bias": draw(4), "weight": draw()}
 
 
-def links(config, key=0, ids=None):
-  ids = (
-    jnp.arange(config.num_sites, dtype=jnp.int32) if ids is None else jnp.asarray(ids, jnp.int32)
-  )
-  return ids, secagg.deal_links(
-    DEALER, ids, secagg.peers(jax.random.key(key), ids, config.num_peers)
-  )
+def rows(config, ids=None, seed=0):
+  """The keys of all sites for one sum, the same ones for the same seed."""
+  ids = np.arange(config.num_sites) if ids is None else np.asarray(ids)
+  key = lambda name: keys.words(hashlib.sha256(f"{seed} {name}".encode()).digest())
+  source = lambda name: keys.expanding(key(name))
+  return simulation._begin(config, (0, 0), ids.astype(np.int32), None, source).rows
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def protect_all(message, ids, linked, config, round_index=0, purpose=0):
-  one = lambda *site: secagg.protect(*site, (round_index, purpose), config)
-  return jax.vmap(one)(message, ids, linked)
+@functools.partial(jax.jit, static_argnums=2)
+def protect_all(message, rows, config, round_index=0, purpose=0):
+  one = lambda message, row: secagg.mask(
+    secagg.encode(message, config), row, (round_index, purpose), config
+  )
+  return jax.vmap(one)(message, rows)
 
 
 def total(sent):
@@ -63,8 +65,7 @@ def test_the_opened_sum_is_the_sum_of_the_encoded_updates_bit_for_bit(
   with jax.enable_x64(num_bits > 32):
     config = secagg.secure_sum(num_sites, 1.0, num_bits=num_bits, num_peers=num_peers)
     update = messages(num_sites)
-    ids, linked = links(config, ids=np.arange(num_sites) * 3 + 1)
-    summed = total(protect_all(update, ids, linked, config, 5))
+    summed = total(protect_all(update, rows(config, np.arange(num_sites) * 3 + 1), config, 5))
     for name, x in update.items():
       encoded = np.asarray(ring.encode(jnp.asarray(x), config.fixed)).reshape(num_sites, -1)
       want = [sum(map(int, column)) % 2**num_bits for column in encoded.T]
@@ -83,18 +84,16 @@ def test_the_opened_sum_is_the_sum_of_the_encoded_updates_bit_for_bit(
 @pytest.mark.parametrize("text", ["loop", "scan", "vmap", "chunk=2", "mesh"])
 def test_every_placement_opens_the_same_bits(text):
   config = secagg.secure_sum(5, num_peers=2)
-  ids, linked = links(config)
-  placement = sites.parse_placement(text)
+  placement, of_all = sites.parse_placement(text), rows(config)
 
   def site(_, inputs):
-    message, site_id, linked = inputs
-    return secagg.protect(message, site_id, linked, (2, 1), config), ()
+    message, row = inputs
+    return secagg.mask(secagg.encode(message, config), row, (2, 1), config), ()
 
-  summed, _ = sites.sum_over_sites(site, placement)(
-    (), sites.put((messages(5), ids, linked), placement)
-  )
+  inputs = sites.put((messages(5), of_all), placement)
+  summed, _ = sites.sum_over_sites(site, placement)((), inputs)
   opened, _ = secagg.open_sum(summed, config)
-  want, _ = secagg.open_sum(total(protect_all(messages(5), ids, linked, config, 2, 1)), config)
+  want, _ = secagg.open_sum(total(protect_all(messages(5), of_all, config, 2, 1)), config)
   assert all(
     np.array_equal(a, b)
     for a, b in zip(jax.tree.leaves(opened), jax.tree.leaves(want), strict=True)
@@ -107,10 +106,7 @@ def test_one_masked_update_is_uniform_and_an_unmasked_one_is_not(masked):
   config = secagg.secure_sum(3, 1.0, masked=masked)
   update = {"w": np.full((3, 4096), 0.25, np.float32)}
   for seed in range(8):
-    dealer = prng.derive(DEALER, seed)
-    ids = jnp.arange(3, dtype=jnp.int32)
-    linked = secagg.deal_links(dealer, ids, secagg.peers(jax.random.key(0), ids, config.num_peers))
-    sent = protect_all(update, ids, linked, config, seed)
+    sent = protect_all(update, rows(config, seed=seed), config, seed)
     for site in range(3):
       accepted = LOW / 1.2 < chi_square(sent.message["w"][site]) < HIGH * 1.2
       assert accepted == masked
@@ -124,9 +120,10 @@ def test_over_many_keys_every_byte_of_one_number_is_uniform(masked):
   config = secagg.secure_sum(2, 1.0, masked=masked)
 
   def send(trial):
-    keys = prng.derive(DEALER, trial)[None]
-    linked = secagg.Links(jnp.ones(1, jnp.int32), keys)
-    sent = secagg.protect(jnp.full(1, 0.7, jnp.float32), jnp.int32(0), linked, (trial, 0), config)
+    key = prng.derive(jnp.arange(8, dtype=jnp.uint32), trial)
+    row = secagg.Row(jnp.int32(0), jnp.ones(1, jnp.int32), key[None], None, key)
+    encoded = secagg.encode(jnp.full(1, 0.7, jnp.float32), config)
+    sent = secagg.mask(encoded, row, (trial, 0), config)
     return sent.message[0], sent.out_of_range
 
   values, flags = jax.jit(lambda trials: jax.lax.map(send, trials))(
@@ -140,8 +137,8 @@ def test_over_many_keys_every_byte_of_one_number_is_uniform(masked):
 
 def test_a_narrow_ring_is_uniform_over_all_its_values():
   config = secagg.secure_sum(2, 1.0, num_bits=8)
-  ids, linked = links(config)
-  sent = protect_all({"w": np.full((2, 1 << 16), 0.3, np.float32)}, ids, linked, config)
+  of_all = rows(config)
+  sent = protect_all({"w": np.full((2, 1 << 16), 0.3, np.float32)}, of_all, config)
   for words in np.asarray(sent.message["w"]):
     assert words.max() < 256
     assert LOW / 1.2 < chi_square(words.astype(np.uint8)) < HIGH * 1.2
@@ -149,21 +146,19 @@ def test_a_narrow_ring_is_uniform_over_all_its_values():
 
 def test_masked_values_do_not_depend_on_the_update():
   config = secagg.secure_sum(3, 1.0)
-  ids, linked = links(config)
+  of_all = rows(config)
   x = np.random.default_rng(0).uniform(-1, 1, (3, 40_000)).astype(np.float32)
   correlation = lambda sent: np.corrcoef(x[0], ring.decode(sent.message["w"][0], config.fixed))[
     0, 1
   ]
-  assert (
-    abs(correlation(protect_all({"w": x}, ids, linked, config))) < 4 / 200
-  )  # four standard errors
+  assert abs(correlation(protect_all({"w": x}, of_all, config))) < 4 / 200  # four standard errors
   unmasked = secagg.secure_sum(3, 1.0, masked=False)
-  assert correlation(protect_all({"w": x}, ids, linked, unmasked)) > 0.999
+  assert correlation(protect_all({"w": x}, of_all, unmasked)) > 0.999
 
 
 def test_masks_of_rounds_purposes_leaves_and_pairs_all_differ():
   config = secagg.secure_sum(4, 1.0)
-  ids, linked = links(config)
+  of_all = rows(config)
   zero = {
     "a": np.zeros((4, 64), np.float32),
     "b": np.zeros((4, 64), np.float32),
@@ -171,7 +166,7 @@ def test_masks_of_rounds_purposes_leaves_and_pairs_all_differ():
   seen = []
   for round_index in (0, 1, 256):
     for purpose in (0, 1, 2):
-      sent = protect_all(zero, ids, linked, config, round_index, purpose)
+      sent = protect_all(zero, of_all, config, round_index, purpose)
       seen += [np.asarray(leaf[site]) for leaf in sent.message.values() for site in range(4)]
       assert not set(np.asarray(sent.out_of_range)) & set(seen[-1])
   assert len({mask.tobytes() for mask in seen}) == len(seen) == 3 * 3 * 2 * 4
@@ -183,36 +178,36 @@ def test_masks_of_rounds_purposes_leaves_and_pairs_all_differ():
   ("num_sites", "num_peers"), [(2, 1), (5, 2), (6, 4), (6, 5), (9, 8), (11, 6)]
 )
 def test_peers_are_symmetric_regular_and_never_oneself(num_sites, num_peers):
-  ids = jnp.asarray(np.random.default_rng(0).permutation(100)[:num_sites], jnp.int32)
-  graphs = []
-  for key in range(6):
-    got = np.asarray(secagg.peers(jax.random.key(key), ids, num_peers))
-    assert got.shape == (num_sites, num_peers)
-    of = {int(i): set(row.tolist()) for i, row in zip(ids, got, strict=True)}
+  ids = np.random.default_rng(0).permutation(100)[:num_sites]
+  config, graphs = secagg.secure_sum(num_sites, num_peers=num_peers), []
+  for seed in range(6):
+    got = rows(config, ids, seed)
+    assert np.array_equal(got.site, ids)
+    assert got.peers.shape == (num_sites, num_peers)
+    of = {int(i): set(row) for i, row in zip(ids, got.peers.tolist(), strict=True)}
     assert all(len(row) == num_peers and i not in row for i, row in of.items())
     assert all(i in of[j] for i, row in of.items() for j in row)
     graphs.append(tuple(sorted((i, j) for i, row in of.items() for j in row)))
   assert (len(set(graphs)) > 1) == (num_peers < num_sites - 1)  # random, where there is a choice
 
 
-def test_both_ends_of_a_pair_hold_one_key_and_no_two_pairs_share_one():
-  ids = jnp.asarray([4, 0, 9, 2, 7], jnp.int32)
-  linked = secagg.deal_links(DEALER, ids, secagg.peers(jax.random.key(0), ids, 4))
+@pytest.mark.parametrize("threshold", [None, 3])
+def test_both_ends_of_a_pair_hold_one_key_and_no_two_pairs_share_one(threshold):
+  got = rows(secagg.secure_sum(5, threshold=threshold), [4, 0, 9, 2, 7])
   of_pair = {}
-  for site, (peers, keys) in zip(
-    np.asarray(ids), zip(*map(np.asarray, linked[:2]), strict=True), strict=True
-  ):
-    for peer, key in zip(peers, keys, strict=True):
-      of_pair.setdefault(frozenset((int(site), int(peer))), set()).add(key.tobytes())
+  for site, peers, own in zip(got.site.tolist(), got.peers.tolist(), got.keys, strict=True):
+    for peer, key in zip(peers, np.asarray(own), strict=True):
+      of_pair.setdefault(frozenset((site, peer)), set()).add(key.tobytes())
   assert len(of_pair) == 10
-  assert all(len(keys) == 1 for keys in of_pair.values())
-  assert len(set.union(*of_pair.values())) == 10
+  assert all(len(one) == 1 for one in of_pair.values())
+  noise = {np.asarray(key).tobytes() for key in got.noise}
+  assert len(set.union(*of_pair.values(), noise)) == 10 + 5
 
 
 def test_the_sum_without_any_one_site_stays_uniform():
   config = secagg.secure_sum(6, 1.0, num_peers=2)
-  ids, linked = links(config)
-  sent = protect_all({"w": np.full((6, 4096), 0.25, np.float32)}, ids, linked, config)
+  of_all = rows(config)
+  sent = protect_all({"w": np.full((6, 4096), 0.25, np.float32)}, of_all, config)
   for absent in range(6):
     rest = total(jax.tree.map(lambda a, absent=absent: np.delete(a, absent, axis=0), sent))
     assert LOW / 1.2 < chi_square(rest.message["w"]) < HIGH * 1.2
@@ -223,10 +218,10 @@ def test_the_sum_without_any_one_site_stays_uniform():
 @pytest.mark.parametrize("num_bad", [1, 3])
 def test_numbers_out_of_range_are_counted_and_sent_as_nothing(bad, num_bad):
   config = secagg.secure_sum(4, 1.0)
-  ids, linked = links(config)
+  of_all = rows(config)
   update = messages(4)
   update["kernel"][:num_bad, 2, 3] = bad
-  opened, out_of_range = secagg.open_sum(total(protect_all(update, ids, linked, config)), config)
+  opened, out_of_range = secagg.open_sum(total(protect_all(update, of_all, config)), config)
   assert int(out_of_range) == num_bad
   clean = np.where(np.abs(update["kernel"]) <= 1, update["kernel"], 0).astype(np.float64).sum(0)
   np.testing.assert_allclose(opened["kernel"], clean, atol=config.error_bound + 1e-6)
@@ -235,22 +230,20 @@ def test_numbers_out_of_range_are_counted_and_sent_as_nothing(bad, num_bad):
 @pytest.mark.parametrize("max_abs", [1.0, 0.1, 32.0, 2.0**31 / 3 / 2**20])
 def test_the_very_largest_numbers_are_in_range_and_do_not_overflow(max_abs):
   config = secagg.secure_sum(3, max_abs)
-  ids, linked = links(config)
+  of_all = rows(config)
   edge = np.float32(config.max_abs)
-  opened, wrong = secagg.open_sum(
-    total(protect_all(np.full((3, 2), edge), ids, linked, config)), config
-  )
+  opened, wrong = secagg.open_sum(total(protect_all(np.full((3, 2), edge), of_all, config)), config)
   assert int(wrong) == 0
   np.testing.assert_allclose(opened, 3 * float(edge), atol=config.error_bound, rtol=2**-23)
   beyond = np.full((3, 2), np.nextafter(edge, np.float32(np.inf)))
-  assert int(secagg.open_sum(total(protect_all(beyond, ids, linked, config)), config)[1]) == 3
+  assert int(secagg.open_sum(total(protect_all(beyond, of_all, config)), config)[1]) == 3
 
 
 def test_without_masks_the_encoding_is_sent_as_it_is():
   config = secagg.secure_sum(3, 1.0, masked=False)
-  ids, linked = links(config)
+  of_all = rows(config)
   update = messages(3)
-  sent = protect_all(update, ids, linked, config)
+  sent = protect_all(update, of_all, config)
   assert all(
     np.array_equal(sent.message[n], ring.encode(jnp.asarray(x), config.fixed))
     for n, x in update.items()
@@ -282,8 +275,8 @@ def test_the_error_bound_is_reached_and_not_passed():
   config = secagg.secure_sum(4, 1.0, num_bits=16)
   half = config.fixed.resolution / 2
   x = np.full((4, 1), 2 * config.fixed.resolution + 0.999 * half, np.float32)
-  ids, linked = links(config)
-  opened, _ = secagg.open_sum(total(protect_all(x, ids, linked, config)), config)
+  of_all = rows(config)
+  opened, _ = secagg.open_sum(total(protect_all(x, of_all, config)), config)
   error = abs(float(opened[0]) - 4 * float(x[0, 0]))
   assert 0.99 * config.error_bound < error <= config.error_bound
 
@@ -293,20 +286,15 @@ def test_a_threshold_adds_one_mask_from_the_sites_own_secret():
     secagg.secure_sum(5, 1.0, num_peers=4),
     secagg.secure_sum(5, 1.0, num_peers=4, threshold=3),
   )
-  ids, linked = links(config)
-  own = jax.vmap(lambda i: prng.derive(DEALER, i))(jnp.arange(5, dtype=jnp.uint32))
-  update = messages(5)
-  without, sent = (
-    protect_all(update, ids, linked._replace(own=own), c, 3, 1) for c in (config, tolerant)
-  )
+  of_all, update = rows(tolerant), messages(5)
+  without, sent = (protect_all(update, of_all, c, 3, 1) for c in (config, tolerant))
   for i in range(5):
-    key = prng.derive(own[i], secagg.SELF_MASK)
     leaves = zip(jax.tree.leaves(without), jax.tree.leaves(sent), strict=True)
     for leaf, (a, b) in enumerate(leaves):
-      mask = prng.bits(key, jnp.asarray([3, 1, leaf], jnp.uint32), a.shape[1:])
-      assert np.array_equal(b[i] - a[i], mask)
+      nonce = jnp.asarray([3, 1, leaf], jnp.uint32)
+      assert np.array_equal(b[i] - a[i], prng.bits(of_all.self_mask[i], nonce, a.shape[1:]))
   residue = secagg.Residue(
-    jnp.stack([prng.derive(k, secagg.SELF_MASK) for k in own] + [DEALER]),
+    jnp.concatenate([of_all.self_mask, jnp.ones((1, 8), jnp.uint32)]),
     jnp.asarray([1] * 5 + [0], jnp.int32),
   )
   opened = secagg.unmask(total(sent), residue, (3, 1), tolerant)
@@ -315,11 +303,11 @@ def test_a_threshold_adds_one_mask_from_the_sites_own_secret():
 
 def test_a_peer_that_is_the_site_itself_adds_no_mask():
   config = secagg.secure_sum(3, 1.0)
-  ids, linked = links(config)
+  of_all = rows(config)
   update = messages(3)
-  alone = linked._replace(peers=jnp.broadcast_to(ids[:, None], linked.peers.shape))
+  alone = of_all._replace(peers=jnp.broadcast_to(of_all.site[:, None], of_all.peers.shape))
   bare = secagg.secure_sum(3, 1.0, masked=False)
-  sent, encoded = protect_all(update, ids, alone, config), protect_all(update, ids, linked, bare)
+  sent, encoded = protect_all(update, alone, config), protect_all(update, of_all, bare)
   assert all(map(np.array_equal, jax.tree.leaves(sent), jax.tree.leaves(encoded)))
 
 
@@ -341,6 +329,6 @@ def test_a_threshold_is_more_than_half_of_a_site_and_its_peers(num_sites, num_pe
 
 def test_a_threshold_needs_secrets_of_the_sites_own():
   config = secagg.secure_sum(5, 1.0, threshold=3)
-  ids, linked = links(config)
-  with pytest.raises(ValueError, match="own secret"):
-    protect_all(messages(5), ids, linked, config)
+  of_all = rows(secagg.secure_sum(5, 1.0))
+  with pytest.raises(ValueError, match=r"row\.self_mask is None, and threshold=3"):
+    protect_all(messages(5), of_all, config)

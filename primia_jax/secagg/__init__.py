@@ -1,38 +1,38 @@
 """Secure aggregation: the server opens the sum over sites and nothing else."""
 
+from primia_jax.secagg.errors import Aborted, Lost, Refused, Rejected, RoundAborted, RoundFailed
 from primia_jax.secagg.masking import (
-  NOISE,
-  SELF_MASK,
-  Links,
   Masked,
   Residue,
+  Row,
   SecureSum,
   bytes_per_number,
-  deal_links,
+  encode,
   mask,
   open_sum,
-  peers,
-  protect,
   secure_sum,
   unmask,
 )
-from primia_jax.secagg.simulation import Dropouts, RoundAborted
+from primia_jax.secagg.simulation import Begun, Dropouts, begin
 
 __all__ = [
-  "NOISE",
-  "SELF_MASK",
+  "Aborted",
+  "Begun",
   "Dropouts",
-  "Links",
+  "Lost",
   "Masked",
+  "Refused",
+  "Rejected",
   "Residue",
   "RoundAborted",
+  "RoundFailed",
+  "Row",
   "SecureSum",
+  "begin",
   "bytes_per_number",
-  "deal_links",
+  "encode",
   "mask",
   "open_sum",
-  "peers",
-  "protect",
   "secure_sum",
   "unmask",
 ]

@@ -26,7 +26,7 @@ import hashlib
 import pathlib
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,32 +35,11 @@ import numpy as np
 
 from primia_jax import ring
 from primia_jax.secagg import graph, keys, protocol, rounds, transport
+from primia_jax.secagg.errors import Lost
+from primia_jax.secagg.masking import Row, SecureSum
 from primia_jax.types import PyTree
 
 SERVER = "server"  # whose identity this is
-
-
-class Lost(RuntimeError):
-  """This site is out of the run, or there is none any more."""
-
-
-class Terms(NamedTuple):
-  """What a sum is for, and how it is masked.
-
-  Attributes:
-    round, purpose: of the sum.
-    num_bits: k, of the ring.
-    num_peers: P, of each site.
-    threshold: t of the P + 1 holders of a site's shares; None for the least above two thirds.
-    min_survivors: no sum is opened over fewer.
-  """
-
-  round: int
-  purpose: int
-  num_bits: int
-  num_peers: int
-  threshold: int | None
-  min_survivors: int
 
 
 class Pinned(NamedTuple):
@@ -75,6 +54,20 @@ class Pinned(NamedTuple):
   own: keys.Identity
   sites: Mapping[int, bytes]
   server: bytes
+
+
+class Begun(NamedTuple):
+  """One sum that has begun, as this site has it.
+
+  Attributes:
+    rows: [1, ...], this site's number and the key of its noise, and no peers: the exchange masks.
+    site: its state in the protocol, which holds its other keys.
+    pending: the server's part, in the host's process.
+  """
+
+  rows: Row
+  site: protocol.Site
+  pending: transport.Pending | None
 
 
 class Exchange:
@@ -118,50 +111,66 @@ class Exchange:
     self._connection = connect(address, 2 * timeout, patience=0)  # the server's patience ends first
     self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-  def begin(self, shapes: PyTree, terms: Terms) -> tuple[protocol.Site, transport.Pending | None]:
-    """This site's part up to its shares, so that the server knows it for one that works.
+  def begin(
+    self, shapes: PyTree, round: int, purpose: int, config: SecureSum, min_survivors: int = 1
+  ) -> Begun:
+    """This site's part up to its shares, before it works, so that the others see if it is lost.
 
     Args:
-      shapes: of the ring elements.
-      terms: of the sum.
+      shapes: of the ring elements that `finish` will be given.
+      round, purpose: of the sum; the pair must not be used twice in a run.
+      config: of the sum. Without a threshold, the least above two thirds of a site and its peers is
+        taken.
+      min_survivors: the fewest sites over which the sum may be opened.
 
     Raises:
+      ValueError: for a config without masks, as `agree`, or as `rounds.setup`.
       Lost: the server has closed the connection, or too few sites are left for this sum.
       RoundFailed: in the host's process, where too few sites are left.
     """
     setup = agree(
       {i: self._pinned.sites[i] for i in self.sites},
       len(self._pinned.sites),
-      shapes,
-      terms,
+      [leaf.size for leaf in jax.tree.leaves(shapes)],
+      purpose,
+      config,
+      min_survivors,
       self._run,
       self._graph_key,
     )
-    pending = self._host.serve(setup, terms.round) if self._host else None
-    begin = lambda: transport.begin(
-      self._connection, setup, terms.round, self._number, self._pinned.own
-    )
-    return self._saying(begin, terms.round, pending), pending
+    pending = self._host.serve(setup, round) if self._host else None
+    begin = lambda: transport.begin(self._connection, setup, round, self._number, self._pinned.own)
+    site = self._saying(begin, round, pending)
+    noise = jnp.asarray(keys.words(site.secrets.noise))[None]
+    nobody = jnp.zeros((1, 0), jnp.int32), jnp.zeros((1, 0, 8), jnp.uint32)
+    rows = Row(jnp.full(1, self._number, jnp.int32), *nobody, None, noise)
+    return Begun(rows, site, pending)
 
-  def finish(
-    self, begun: tuple[protocol.Site, transport.Pending | None], elements: PyTree
-  ) -> PyTree:
-    """The sum over the survivors, as jax arrays; raises as `begin`."""
-    (site, pending), (leaves, structure) = begun, jax.tree.flatten(elements)
-    vector = rounds.reduce(np.concatenate([np.asarray(a).reshape(-1) for a in leaves]), site.setup)
-    finish = lambda: transport.finish(self._connection, site, [vector], self._pinned.server)
+  def finish(self, begun: Begun, elements: PyTree) -> PyTree:
+    """Masks this site's ring elements, sends them, and returns the sum over the survivors.
+
+    Args:
+      begun: from `begin`.
+      elements: ring elements of the shapes given there, reduced or not, without masks.
+
+    Returns:
+      The sum in Z_2^k, as jax arrays; `sites` are then the survivors.
+
+    Raises:
+      Lost, RoundFailed: as `begin`.
+      Refused: the server's message would make it unsafe to go on.
+    """
+    (_, site, pending), (leaves, structure) = begun, jax.tree.flatten(elements)
+    vectors = [rounds.reduce(np.asarray(a).reshape(-1), site.setup) for a in leaves]
+    finish = lambda: transport.finish(self._connection, site, vectors, self._pinned.server)
     joined = self._saying(finish, site.round, pending)
     if pending:
       pending.result()  # until all survivors have been told the sum
     self.sites = joined.lists.survivors
-    (total,) = joined.total
-    self._run = hashlib.sha256(
-      self._run + total.astype(total.dtype.newbyteorder("<"), copy=False).tobytes()
-    ).digest()
-    parts = np.split(total, np.cumsum([a.size for a in leaves])[:-1])
-    return jax.tree.unflatten(
-      structure, [jnp.asarray(v.reshape(a.shape)) for v, a in zip(parts, leaves, strict=True)]
-    )
+    told = [v.astype(v.dtype.newbyteorder("<"), copy=False).tobytes() for v in joined.total]
+    self._run = hashlib.sha256(b"".join([self._run, *told])).digest()
+    totals = zip(joined.total, leaves, strict=True)
+    return jax.tree.unflatten(structure, [jnp.asarray(v.reshape(a.shape)) for v, a in totals])
 
   def close(self) -> None:
     """Leaves; what is left of the others goes on without this site, unless it is the host."""
@@ -192,40 +201,43 @@ class Exchange:
 def agree(
   identities: Mapping[int, bytes],
   num_sites: int,
-  shapes: PyTree,
-  terms: Terms,
+  sizes: Sequence[int],
+  purpose: int,
+  config: SecureSum,
+  min_survivors: int,
   run: bytes,
   graph_key: np.ndarray,
 ) -> rounds.Setup:
-  """What the sites that are left, of num_sites, agree on for a sum.
+  """What the sites that are left, of num_sites, agree on for a sum of vectors of these sizes.
 
   Raises:
-    ValueError: as `rounds.setup`, and for a ring that jax arrays cannot hold.
+    ValueError: for a config without masks, a ring that jax arrays cannot hold, or as
+      `rounds.setup`.
+    Lost: too few sites are left.
   """
-  ring.storage(terms.num_bits)
-  holders = terms.num_peers + 1
-  least = graph.smallest_threshold(holders, malicious_server=True)
-  threshold = least if terms.threshold is None else terms.threshold
+  if not config.masked:
+    raise ValueError("config.masked is False, and sites send masked elements only; set masked=True")
+  ring.storage(config.fixed.num_bits)
+  least = graph.smallest_threshold(config.num_peers + 1, malicious_server=True)
+  threshold = least if config.threshold is None else config.threshold
   malicious = threshold >= least
-  quorum = max(graph.smallest_threshold(num_sites, malicious), threshold, terms.min_survivors)
+  quorum = max(graph.smallest_threshold(num_sites, malicious), threshold, min_survivors)
   if len(identities) < min(quorum, num_sites):
     raise Lost(
-      f"{len(identities)} of {num_sites} sites are left, and the next sum is over {quorum} at "
-      f"least. Start again to "
-      "take all back from the last round that was saved"
+      f"{len(identities)} of {num_sites} sites are left, and the next sum needs at least {quorum}. "
+      f"Start all processes again to take every site back from the last round that was saved"
     )
-  size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
   return rounds.setup(
     identities,
-    [size],
+    sizes,
     run,
-    num_bits=terms.num_bits,
+    num_bits=config.fixed.num_bits,
     graph_key=graph_key,
     threshold=threshold,
     quorum=quorum,
-    degree=min(terms.num_peers, len(identities) - 1),
+    degree=min(config.num_peers, len(identities) - 1),
     malicious_server=malicious,
-    purpose=terms.purpose,
+    purpose=purpose,
   )
 
 

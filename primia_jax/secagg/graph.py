@@ -21,8 +21,7 @@ from primia_jax.secagg import keys, shamir
 
 
 def neighbours(key: np.ndarray, num_sites: int, degree: int, round: int = 0) -> np.ndarray:
-  """Arranges sites in a random circle and makes each the neighbour of its nearest on both sides, as
-  `masking.peers`.
+  """Arranges sites in a random circle and makes each the neighbour of its nearest on both sides.
 
   Args:
     key: [8] uint32, public randomness.

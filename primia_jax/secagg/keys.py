@@ -13,7 +13,6 @@ assumption that Ed25519 is unforgeable.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -26,8 +25,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-
-from primia_jax.prng import TILE
 
 _SALT = b"primia_jax secure aggregation v1"
 _BOX_NONCE, _BOX_TAG = 12, 16
@@ -86,26 +83,30 @@ def public_key(private: bytes) -> bytes:
   return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def agree(private: bytes, peer_public: bytes) -> bytes:
-  """The raw X25519 shared secret: known to the holders of the two private keys and, under CDH, to
-  nobody else.
+def agree(private: bytes, *peers_public: bytes) -> list[bytes]:
+  """The raw X25519 secrets shared with each peer; under CDH only the two private keys give one.
+
+  The private key is loaded once, which costs as much as one agreement.
 
   Returns:
-    32 bytes, not uniform: expand them before use.
+    32 bytes for each, not uniform: expand them before use.
 
   Raises:
     ValueError: for a key of the wrong length, or a public key of low order, with which anybody
       would know the secret.
   """
-  try:
-    return X25519PrivateKey.from_private_bytes(private).exchange(
-      X25519PublicKey.from_public_bytes(peer_public)
-    )
-  except ValueError as e:
-    raise ValueError(
-      f"public key {peer_public.hex()} cannot be agreed with: it must be 32 bytes and no point of "
-      f"low order"
-    ) from e
+  own = X25519PrivateKey.from_private_bytes(private)
+
+  def one(public: bytes) -> bytes:
+    try:
+      return own.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as e:
+      raise ValueError(
+        f"public key {public.hex()} cannot be agreed with: it must be 32 bytes and no point of low "
+        f"order"
+      ) from e
+
+  return list(map(one, peers_public))
 
 
 def expand(shared: bytes, purpose: str, round: int, a: int, b: int) -> np.ndarray:
@@ -219,29 +220,14 @@ def stream(key: np.ndarray, nonce: Sequence[int], num_words: int) -> np.ndarray:
   return words(cipher.encryptor().update(bytes(4 * num_words)))
 
 
-def bits(
-  key: np.ndarray, nonce: Sequence[int], shape: Sequence[int], dtype=np.uint32
-) -> np.ndarray:
-  """`prng.bits` on the host: the same words in the same order.
+def expanding(key: np.ndarray) -> Entropy:
+  """Entropy from one key: every call returns the next bytes of its ChaCha20 keystream.
 
   Args:
-    key: [8] uint32.
-    nonce: three integers from 0 to 2^32 - 1, never used twice with this key.
-    shape: the shape wanted.
-    dtype: uint32 or uint64.
-
-  Raises:
-    ValueError: as `stream`, and for another dtype.
+    key: [8] uint32, used for this and nothing else.
   """
-  dtype = np.dtype(dtype)
-  if dtype not in (np.uint32, np.uint64):
-    raise ValueError(f"dtype={dtype}; it must be uint32 or uint64")
-  size = math.prod(shape)
-  tiles = -(-size * dtype.itemsize // (64 * TILE))
-  tiled = stream(key, nonce, tiles * TILE * 16).reshape(tiles, TILE, 16).transpose(0, 2, 1)
-  if dtype == np.uint64:
-    tiled = tiled[:, :8].astype(np.uint64) | (tiled[:, 8:].astype(np.uint64) << np.uint64(32))
-  return tiled.reshape(-1)[:size].reshape(tuple(shape))
+  cipher = Cipher(algorithms.ChaCha20(raw(key), bytes(16)), mode=None).encryptor()
+  return lambda size: cipher.update(bytes(size))
 
 
 def words(secret: bytes) -> np.ndarray:

@@ -25,28 +25,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from primia_jax.secagg import graph, keys, rounds, shamir
+from primia_jax.secagg import graph, keys, rounds, shamir, subkeys
 from primia_jax.secagg import messages as msg
+from primia_jax.secagg.errors import Refused
 from primia_jax.secagg.rounds import Setup
-
-
-class Refused(ValueError):
-  """A site takes no further part in the round, since the server's message would make it unsafe.
-
-  Attributes:
-    site: who refuses.
-    stage: in which stage.
-    reason: one of "out of turn", "another round", "unknown", "changed key", "forged", "too few",
-      "malformed", "overlapping", "declared dead", "inconsistent", "falls apart".
-  """
-
-  def __init__(self, site: int, stage: str, reason: str, detail: str):
-    super().__init__(f"site {site} refuses in stage {stage}: {reason}: {detail}")
-    self.site, self.stage, self.reason = site, stage, reason
 
 
 class Site(NamedTuple):
@@ -61,8 +47,7 @@ class Site(NamedTuple):
     neighbours: of the circle, in increasing order, this site itself among them: a secret's i-th
       share is number i's.
     box: the pair that opens boxes.
-    mask: the pair behind the pairwise masks.
-    seed: of the self mask.
+    secrets: behind its masks, and its noise.
     advert: what it has sent first.
     roster: the adverts of those neighbours that take part, after `share_keys`.
     members: all sites that take part.
@@ -79,8 +64,7 @@ class Site(NamedTuple):
   num_sent: int
   neighbours: tuple[int, ...]
   box: keys.KeyPair
-  mask: keys.KeyPair
-  seed: bytes
+  secrets: subkeys.Secrets
   advert: msg.Advert
   roster: Mapping[int, msg.Advert]
   members: frozenset[int]
@@ -104,27 +88,13 @@ def advertise(
     raise ValueError(
       f"site {number} has another identity than the one pinned; its neighbours would refuse it"
     )
-  box, mask, seed = keys.key_pair(entropy), keys.key_pair(entropy), entropy(keys.KEY_BYTES)
-  advert = msg.Advert(number, round, box.public, mask.public, keys.commit(seed), b"")
+  secrets, box = subkeys.draw(entropy), keys.key_pair(entropy)
+  commitment = keys.commit(secrets.seed)
+  advert = msg.Advert(number, round, box.public, secrets.mask.public, commitment, b"")
   advert = advert._replace(signature=keys.sign(identity.private, rounds.signed_text(setup, advert)))
   around = rounds.neighbourhoods(setup, round)[number]
-  return Site(
-    setup,
-    round,
-    number,
-    identity,
-    1,
-    around,
-    box,
-    mask,
-    seed,
-    advert,
-    {},
-    frozenset(),
-    b"",
-    {},
-    None,
-  ), advert
+  told: tuple[Any, ...] = ({}, frozenset(), b"", {}, None)  # nothing yet
+  return Site(setup, round, number, identity, 1, around, box, secrets, advert, *told), advert
 
 
 def share_keys(site: Site, roster: msg.Roster) -> tuple[Site, msg.Shares]:
@@ -162,7 +132,9 @@ def share_keys(site: Site, roster: msg.Roster) -> tuple[Site, msg.Shares]:
     raise refuse(
       "too few", f"{len(near)} of its neighbourhood take part; the threshold is {setup.threshold}"
     )
-  secrets = np.frombuffer(site.mask.private + site.seed, np.uint8).reshape(2, keys.KEY_BYTES)
+  secrets = np.frombuffer(site.secrets.mask.private + site.secrets.seed, np.uint8).reshape(
+    2, keys.KEY_BYTES
+  )
   points = np.array([site.neighbours.index(v) + 1 for v in near])
   mask_shares, seed_shares = shamir.share(secrets, setup.threshold, points)
   dealt = {
@@ -223,14 +195,11 @@ def masked_input(
     if len(opened) != 2 * keys.KEY_BYTES:
       raise refuse("malformed", f"site {v}'s shares have {len(opened)} bytes")
     shares[v] = opened[: keys.KEY_BYTES], opened[keys.KEY_BYTES :]
-  peers = sorted(delivery.boxes)
-  pair_keys = [
-    rounds.pair_mask_key(site.mask.private, site.roster[v].mask_key, site.round, me, v)
-    for v in peers
-  ]
-  signs = [1 if v > me else -1 for v in peers]
-  own_key = rounds.self_mask_key(site.seed, site.round, me)
-  masks = rounds.mask_total([*pair_keys, own_key], [*signs, 1], site.round, setup)
+  public = {v: site.roster[v].mask_key for v in sorted(delivery.boxes)}
+  pair_keys = subkeys.pair_mask_keys(site.secrets.mask.private, public, site.round, me)
+  signs = [1 if v > me else -1 for v in pair_keys]
+  own_key = subkeys.self_mask_key(site.secrets.seed, site.round, me)
+  masks = rounds.mask_total([*pair_keys.values(), own_key], [*signs, 1], site.round, setup)
   masked = tuple(rounds.reduce(v + mask, setup) for v, mask in zip(vectors, masks, strict=True))
   return site._replace(num_sent=3, shares=shares), _signed(
     site, msg.MaskedInput(me, site.round, masked, b"")
@@ -312,8 +281,8 @@ def unmask(site: Site, consents: msg.Consents) -> tuple[Site, msg.Answer]:
   seeds = {v: seed for v, (_, seed) in site.shares.items() if v in alive}
   masks = {v: mask for v, (mask, _) in site.shares.items() if v not in alive}
   answer = _signed(site, msg.Answer(site.number, site.round, seeds, masks, b""))
-  nothing = keys.KeyPair(b"", b"")
-  return site._replace(num_sent=5, box=nothing, mask=nothing, seed=b"", shares={}), answer
+  gone = subkeys.FORGOTTEN
+  return site._replace(num_sent=5, box=gone.mask, secrets=gone, shares={}), answer
 
 
 def take_total(site: Site, total: msg.Total, server: bytes) -> tuple[np.ndarray, ...]:
@@ -375,9 +344,7 @@ def _signed(site: Site, message, context: bytes = b""):
 
 def _box_key(site: Site, sender: int, recipient: int) -> np.ndarray:
   other = site.roster[recipient if sender == site.number else sender]
-  return keys.expand(
-    keys.agree(site.box.private, other.box_key), "box", site.round, sender, recipient
-  )
+  return subkeys.box_key(site.box.private, other.box_key, site.round, sender, recipient)
 
 
 def _box_text(site: Site, sender: int, recipient: int) -> bytes:

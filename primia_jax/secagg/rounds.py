@@ -1,22 +1,19 @@
-"""What sites and server agree on before a round of secure aggregation, and what both of them
-compute from it.
-"""
+"""What sites and server agree on before a round, and what both of them compute from it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from primia_jax import prng
-from primia_jax.secagg import graph, keys, shamir
+from primia_jax.secagg import graph, keys, masking, shamir, subkeys
 from primia_jax.secagg import messages as msg
 
-_PEERS_AT_ONCE = 8  # masks summed by one call, which is compiled for that many
+_MASKS_AT_ONCE = 8  # masks summed by one call, which is compiled for that many
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,40 +179,60 @@ def context_of(transcript: bytes, lists: msg.Survivors) -> bytes:
 def mask_total(
   mask_keys: Sequence[np.ndarray], signs: Sequence[int], round: int, setup: Setup
 ) -> list[np.ndarray]:
-  """The signed sum of masks in Z_2^k, for each vector of an input; the nonce is (round, purpose,
-  vector).
+  """The signed sum of masks in Z_2^k for each vector of an input: `masking.leaf_masks` on the host.
+
+  Equal bit for bit to what `masking.mask` adds to leaves of the same sizes.
   """
-  missing = -len(signs) % _PEERS_AT_ONCE
+  missing = -len(signs) % _MASKS_AT_ONCE
   padded = np.array([*mask_keys, *[np.zeros(8, np.uint32)] * missing]).reshape(
-    -1, _PEERS_AT_ONCE, 8
+    -1, _MASKS_AT_ONCE, 8
   )
-  factors = np.array([*signs, *[0] * missing], np.int32).reshape(-1, _PEERS_AT_ONCE)
+  factors = np.array([*signs, *[0] * missing], np.int32).reshape(-1, _MASKS_AT_ONCE)
   totals = [np.zeros(size, setup.dtype) for size in setup.sizes]
+  words = np.uint32(round), np.uint32(setup.purpose)
   with jax.enable_x64(setup.num_bits > 32):
-    for leaf, total in enumerate(totals):
-      nonce = jnp.asarray([round, setup.purpose, leaf], jnp.uint32)
-      for some, factor in zip(padded, factors, strict=True):
-        total += np.asarray(
-          prng.mask_sum(jnp.asarray(some), jnp.asarray(factor), nonce, total.shape, setup.dtype)
-        )
+    for some, factor in zip(padded, factors, strict=True):
+      masks = _leaf_masks(some, factor, words, setup.sizes, setup.dtype)
+      totals = [total + np.asarray(mask) for total, mask in zip(totals, masks, strict=True)]
   return [reduce(total, setup) for total in totals]
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _leaf_masks(mask_keys, signs, words, sizes, dtype):
+  return masking.leaf_masks(mask_keys, signs, words, [(size,) for size in sizes], dtype)
+
+
+def masks_left(
+  round: int,
+  seeds: Mapping[int, bytes],
+  privates: Mapping[int, bytes],
+  mask_keys: Mapping[int, bytes],
+  around: Mapping[int, Sequence[int]],
+) -> tuple[list[np.ndarray], list[int]]:
+  """The masks that recovered secrets tell to be left in the survivors' sum: their keys and signs.
+
+  Args:
+    round: the round.
+    seeds: survivor to the seed of its own mask.
+    privates: lost site to its private mask key.
+    mask_keys: survivor to its public mask key.
+    around: site to its neighbourhood.
+
+  Returns:
+    Of each survivor's own mask, and of each lost site's mask with each surviving neighbour: the key
+    [8] uint32, and the sign with which a survivor has added it.
+  """
+  found = [(subkeys.self_mask_key(seed, round, v), 1) for v, seed in seeds.items()]
+  for v, private in privates.items():
+    peers = {w: mask_keys[w] for w in around[v] if w in seeds}
+    shared = subkeys.pair_mask_keys(private, peers, round, v)
+    found += [(key, 1 if v > w else -1) for w, key in shared.items()]
+  return [key for key, _ in found], [sign for _, sign in found]
 
 
 def reduce(v: np.ndarray, setup: Setup) -> np.ndarray:
   """v modulo 2^k."""
   return v & setup.dtype.type(2**setup.num_bits - 1)
-
-
-def pair_mask_key(private: bytes, peer_public: bytes, round: int, a: int, b: int) -> np.ndarray:
-  """The key of the mask that two sites share: both agree on it, and who recovers one private key
-  makes it too.
-  """
-  return keys.expand(keys.agree(private, peer_public), "mask", round, min(a, b), max(a, b))
-
-
-def self_mask_key(seed: bytes, round: int, site: int) -> np.ndarray:
-  """The key of a site's own mask."""
-  return keys.expand(seed, "self mask", round, site, site)
 
 
 def legal_vectors(vectors: Sequence[np.ndarray], setup: Setup) -> bool:

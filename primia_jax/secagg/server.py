@@ -15,35 +15,8 @@ import numpy as np
 
 from primia_jax.secagg import keys, rounds, shamir
 from primia_jax.secagg import messages as msg
+from primia_jax.secagg.errors import Rejected, RoundFailed
 from primia_jax.secagg.rounds import Setup
-
-
-class Rejected(ValueError):
-  """One message is not taken; the state is unchanged and the round goes on.
-
-  Attributes:
-    site: who the message says has sent it; None where not even that can be read.
-    stage: the server's stage.
-    reason: one of "malformed", "unknown", "forged", "another round", "repeated", "late", "early".
-  """
-
-  def __init__(self, site: int | None, stage: str, reason: str, detail: str):
-    super().__init__(f"message of site {site} in stage {stage} is rejected: {reason}: {detail}")
-    self.site, self.stage, self.reason = site, stage, reason
-
-
-class RoundFailed(RuntimeError):
-  """The round ends without a sum; nothing partly masked is given out.
-
-  Attributes:
-    stage: where.
-    have: how many sites or shares there are.
-    need: how many are needed.
-  """
-
-  def __init__(self, stage: str, have: int, need: int, what: str):
-    super().__init__(f"the round fails in stage {stage}: {have} {what}, and {need} are needed")
-    self.stage, self.have, self.need = stage, have, need
 
 
 class Server(NamedTuple):
@@ -221,15 +194,8 @@ def open_total(server: Server) -> tuple[Server, Opened]:
   privates, key_liars = _recover(
     server, exposed, {u: a.mask_shares for u, a in answers.items()}, fits
   )
-  pairs = [(v, w) for v in exposed for w in server.around[v] if w in set(alive)]
-  mask_keys = [rounds.self_mask_key(seed, server.round, v) for v, seed in seeds.items()]
-  mask_keys += [
-    rounds.pair_mask_key(privates[v], adverts[w].mask_key, server.round, v, w) for v, w in pairs
-  ]
-  signs = [
-    *[1] * len(seeds),
-    *[1 if v > w else -1 for v, w in pairs],
-  ]  # as survivor w has added them
+  public = {v: adverts[v].mask_key for v in alive}
+  mask_keys, signs = rounds.masks_left(server.round, seeds, privates, public, server.around)
   masks = rounds.mask_total(mask_keys, signs, server.round, setup)
   total = tuple(rounds.reduce(v - mask, setup) for v, mask in zip(server.total, masks, strict=True))
   return server, Opened(total, alive, dead, tuple(sorted(seed_liars | key_liars)))

@@ -17,8 +17,6 @@ import os
 
 import numpy as np
 
-from primia_jax.secagg import keys
-
 MAX_SHARES = 255
 
 
@@ -39,17 +37,13 @@ _UNITS = _POWER[_LOG[1:, None] + _LOG[None, 1:]]
 _PRODUCT = np.pad(_UNITS, ((1, 0), (1, 0)))  # [256, 256] uint8, the multiplication table
 
 
-def share(
-  secrets: np.ndarray, threshold: int, points: np.ndarray, key: np.ndarray | None = None
-) -> np.ndarray:
+def share(secrets: np.ndarray, threshold: int, points: np.ndarray) -> np.ndarray:
   """Shares each secret among the holders of the points.
 
   Args:
     secrets: [S, 32] uint8.
     threshold: t, how many shares give the secret; t - 1 tell nothing.
     points: [n], distinct, from 1 to 255.
-    key: [8] uint32, of the coefficients, used for this call and nothing else; None for the
-      operating system's entropy.
 
   Returns:
     [S, n, 32] uint8.
@@ -62,12 +56,7 @@ def share(
   secrets = np.asarray(secrets)
   if secrets.ndim != 2 or secrets.dtype != np.uint8:
     raise ValueError(f"secrets is {secrets.dtype}{list(secrets.shape)}; it must be uint8[S, 32]")
-  size = secrets.size * (threshold - 1)
-  drawn = (
-    os.urandom(size)
-    if key is None
-    else keys.stream(key, (0, 0, 0), -(-size // 4)).astype("<u4").tobytes()[:size]
-  )
+  drawn = os.urandom(secrets.size * (threshold - 1))
   coefficients = (*np.frombuffer(drawn, np.uint8).reshape(threshold - 1, *secrets.shape), secrets)
   shares = np.empty((len(secrets), len(points), secrets.shape[1]), np.uint8)
   for j, point in enumerate(points):

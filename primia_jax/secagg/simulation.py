@@ -1,46 +1,41 @@
-"""The double-masked protocol with all sites in one process, any of which may be lost at any stage
-of a round.
+"""The whole protocol with all sites in one process; any of them may be lost at any stage of a sum.
 
-What Bonawitz et al. (CCS 2017, figure 4) do over the sparse graph of Bell et al. (CCS 2020),
-without the messages: X25519 keys for each pair of peers, Shamir shares of each site's two secrets
-among its closed neighbourhood, and the recovery of what lost sites leave in the sum. `protocol` is
-the same as a state machine over messages.
+`begin` does for all sites what `protocol` does for one by messages (Bonawitz et al., CCS 2017,
+figure 4, over the sparse graph of Bell et al., CCS 2020). It makes X25519 keys for each pair of
+peers and Shamir shares of each site's two secrets among its neighbourhood, and recovers the masks
+that lost sites leave in the sum. Both take the graph, the secrets, the keys and the masks from the
+same functions: where a site's secrets are equal, so is its masked message, bit for bit.
 
-Who learns what: the caller plays everybody and could learn everything. What is simulated is the
-server's part: it gets t shares of one secret of each site, never of both. All secrets derive from
-one key, so that a run can be resumed, and each process of several plays the same round.
+Who learns what: the caller plays every site and could learn everything. What is simulated is the
+server's part: it gets t shares of one secret of each site, never of both.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from primia_jax import prng
-from primia_jax.secagg import graph, keys, shamir
-from primia_jax.secagg.masking import SELF_MASK, Links, Residue
-from primia_jax.types import Array
+from primia_jax.secagg import graph, keys, rounds, shamir, subkeys
+from primia_jax.secagg.errors import RoundAborted
+from primia_jax.secagg.masking import Residue, Row, SecureSum
 
-_SECRETS = 2**31  # third word of the derivation of one sum's secrets
-
-
-class RoundAborted(RuntimeError):
-  """The sum cannot be opened, or not without opening a part of it. The round's number must not be
-  used again.
-  """
+Source = Callable[[int | str], keys.Entropy]  # of a site, of the "graph" or of the "dealer"
 
 
 class Dropouts(NamedTuple):
-  """Which sites of a round are lost, and when; each once at most.
+  """The sites that are lost in a round, by stage; each at one stage at most.
 
   Attributes:
-    before: [K] bool. Before they shared their secrets: nobody masks with them.
-    during: [K] bool. After that: others have masked with them, but their message never comes.
-    after: [K] bool, or None for nobody. After their message came: it is in the sum, but they answer
-      no more.
+    before: [K] bool. Lost before they shared their secrets: no site masks with them.
+    during: [K] bool. Lost after that: others have masked with them, but their message never comes.
+    after: [K] bool, or None for no site. Lost after their message came: it is in the sum, but they
+      answer no more.
   """
 
   before: np.ndarray
@@ -48,25 +43,105 @@ class Dropouts(NamedTuple):
   after: np.ndarray | None = None
 
 
-class Session(NamedTuple):
-  """What all sites hold for one sum. Holder 0 of a site's shares is itself, holder 1 + p its peer
-  p.
+class Begun(NamedTuple):
+  """One sum that has begun. Its keys are of this sum only and must not be saved.
 
   Attributes:
-    round: index of the round.
-    ids: [K] int32.
-    links: of all sites, [K, P].
-    public: K X25519 public keys, which everybody knows.
-    shares: [2, K, 1 + P, 32] uint8: of each site's self-mask key, and of its X25519 private key.
-    threshold: t.
+    rows: the sites' keys, [K, ...] jax arrays.
+    counted: [K] bool, the sites whose message will be in the sum.
+    residue: the masks that will be left in the sum.
   """
 
-  round: int
-  ids: np.ndarray
-  links: Links
-  public: list[bytes]
-  shares: np.ndarray
-  threshold: int
+  rows: Row
+  counted: np.ndarray
+  residue: Residue
+
+
+def begin(
+  config: SecureSum, words: tuple[int, int], ids: np.ndarray, dropouts: Dropouts | None = None
+) -> Begun:
+  """Draws all keys of one sum from the operating system, and plays the loss and recovery of sites.
+
+  No key is an argument or is derived from one, so no two sums share a key, however often a caller
+  begins with the same arguments. With several processes (`jax.distributed`, all of one operator)
+  process 0 draws 32 bytes and broadcasts them; every process expands them to the same keys.
+
+  With a threshold, pair keys and self-masks are those of `protocol`. Without one, a trusted dealer
+  makes the pair keys; no site may be lost then. Without `config.masked` there are no peers (P = 0).
+
+  Args:
+    config: of the sum.
+    words: (round, purpose), each in [0, 2^32).
+    ids: [K] int32, the sites' numbers, in any order.
+    dropouts: the sites to lose; None for none.
+
+  Raises:
+    ValueError: for site numbers that are repeated, negative or more than `config.num_sites`; for
+      dropouts that are not bool [K], or name a site twice, or come without a threshold.
+    RoundAborted: where no message comes, fewer than t holders of some site's shares answer, or the
+      graph of the sites whose messages come is not connected, so that the sum over each part of it
+      would lie open.
+  """
+  if jax.process_count() == 1:
+    return _begin(config, words, ids, dropouts, lambda name: os.urandom)
+  drawn = np.frombuffer(os.urandom(keys.KEY_BYTES), "<u4").astype(np.uint32)
+  seed = keys.raw(np.asarray(multihost_utils.broadcast_one_to_all(drawn)))
+  return _begin(config, words, ids, dropouts, lambda name: subkeys.simulated(seed, name))
+
+
+def _begin(
+  config: SecureSum,
+  words: tuple[int, int],
+  ids: np.ndarray,
+  dropouts: Dropouts | None,
+  entropy: Source,
+) -> Begun:
+  """`begin` with given entropy: what tests compare with the messages of `protocol`."""
+  ids, stages, (round, _) = _checked(config, ids), check(dropouts, len(ids)), words
+  counted = np.logical_not(stages[0] | stages[1])
+  if not counted.any():
+    raise RoundAborted("round aborted: no site's message came")
+  order = np.argsort(ids)  # sites in increasing order, as in `rounds`; `back` undoes it
+  back, numbers = np.argsort(order), ids[order]
+  if config.masked:
+    graph_key = keys.words(entropy("graph")(keys.KEY_BYTES))
+    rows = graph.neighbours(graph_key, len(ids), config.num_peers, round)
+  row: tuple[Any, ...]
+  residue = Residue(jnp.zeros((0, 8), jnp.uint32), jnp.zeros(0, jnp.int32))
+  if not config.masked:
+    noise = np.array([keys.words(entropy(i)(keys.KEY_BYTES)) for i in numbers.tolist()])
+    nobody, no_keys = np.zeros((len(ids), 0), np.int32), np.zeros((len(ids), 0, 8), np.uint32)
+    row = numbers, nobody, no_keys, None, noise
+  elif config.threshold is None:
+    if stages.any():
+      raise ValueError(
+        f"rows {np.flatnonzero(stages.any(axis=0)).tolist()} of the sites are lost, which needs "
+        f"shares of their secrets; give secure_sum a threshold"
+      )
+    dealer = keys.words(entropy("dealer")(keys.KEY_BYTES))
+    of_pairs, noise = _dealt(dealer, numbers, numbers[rows])
+    row = numbers, numbers[rows], of_pairs, None, noise
+  else:
+    secrets = [subkeys.draw(entropy(i)) for i in numbers.tolist()]
+    row = _agreed(round, numbers, rows, secrets, stages[0, order])
+    residue = _recovered(round, numbers, rows, secrets, stages[:, order], config.threshold)
+  in_order = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[back]), row)
+  return Begun(Row(*in_order), counted, residue)
+
+
+def _checked(config: SecureSum, ids: np.ndarray) -> np.ndarray:
+  ids = np.asarray(ids)
+  if len(np.unique(ids)) < len(ids) or np.any(ids < 0) or not 1 <= len(ids) <= config.num_sites:
+    raise ValueError(
+      f"ids={ids.tolist()}; give 1 to {config.num_sites} site numbers, all different and none "
+      f"negative"
+    )
+  if config.threshold is not None and config.masked and config.num_peers >= shamir.MAX_SHARES:
+    raise ValueError(
+      f"num_peers={config.num_peers} would hold shares of each site; use num_peers < "
+      f"{shamir.MAX_SHARES}"
+    )
+  return ids.astype(np.int32)
 
 
 def check(dropouts: Dropouts | None, num_sites: int) -> np.ndarray:
@@ -93,154 +168,85 @@ def check(dropouts: Dropouts | None, num_sites: int) -> np.ndarray:
   return stages
 
 
-def setup(
-  key: Array, nonce: tuple[int, int], ids: np.ndarray, peers: np.ndarray, threshold: int
-) -> Session:
-  """The keys and shares of all sites for one sum.
+_dealt = jax.jit(subkeys.dealt)
 
-  Args:
-    key: [8] uint32, from which all secrets of all sites derive.
-    nonce: (round, purpose), never used twice with this key.
-    ids: [K] int32, distinct.
-    peers: [K, P] int32 site numbers, from `peers` or `graph.neighbours`.
-    threshold: t, how many of a site's 1 + P shares give its secret.
 
-  Raises:
-    ValueError: for more peers than `shamir` has shares for, or peers that are no symmetric relation
-      among the sites.
-  """
-  num_sites, num_peers = peers.shape
-  if num_peers >= shamir.MAX_SHARES:
-    raise ValueError(
-      f"num_peers={num_peers} would hold shares of each site; use num_peers < {shamir.MAX_SHARES}"
-    )
-  if strangers := set(peers.flat) - set(ids):
-    raise ValueError(
-      f"peers {sorted(map(int, strangers))} are not among the sites; take peers(key, ids, "
-      f"num_peers)"
-    )
-  column = {
-    (i, j): p for i, row in enumerate(_rows(ids, peers).tolist()) for p, j in enumerate(row)
-  }
-  if any(i == j or (j, i) not in column for i, j in column):
-    raise ValueError("somebody is not his peer's peer, or his own; take peers(key, ids, num_peers)")
-  own, self_masks, private, coefficients = map(
-    np.asarray, _secrets(key, np.asarray(nonce, np.uint32), ids)
-  )
-  public = [keys.public_key(keys.raw(secret)) for secret in private]
-  pair_keys = np.zeros((num_sites, num_peers, 8), np.uint32)
-  for (i, j), p in column.items():
-    if i < j:  # once for both ends, which get the same
-      pair_keys[i, p] = pair_keys[j, column[j, i]] = _pair_key(
-        private[i], public[j], nonce[0], ids[i], ids[j]
-      )
-  points = np.arange(1, num_peers + 2)
-  shares = [
-    shamir.share(
-      np.ascontiguousarray(secrets, "<u4").view(np.uint8), threshold, points, coefficient
-    )
-    for secrets, coefficient in zip((self_masks, private), coefficients, strict=True)
+def _agreed(
+  round: int,
+  numbers: np.ndarray,
+  rows: np.ndarray,
+  secrets: Sequence[subkeys.Secrets],
+  before: np.ndarray,
+) -> tuple[np.ndarray, ...]:
+  """What key agreement gives each site, as in `Row`; a peer lost before is none."""
+  sites, of_pair = numbers.tolist(), {}
+  for i, row in enumerate(rows.tolist()):
+    later = {sites[j]: secrets[j].mask.public for j in row if j > i}  # once for both ends
+    found = subkeys.pair_mask_keys(secrets[i].mask.private, later, round, sites[i])
+    of_pair.update({(sites[i], v): key for v, key in found.items()})
+  pair_keys = [
+    [of_pair[min(a, b), max(a, b)] for b in row]
+    for a, row in zip(sites, numbers[rows].tolist(), strict=True)
   ]
-  links = Links(*map(jnp.asarray, (peers, pair_keys, own)))
-  return Session(nonce[0], ids, links, public, np.stack(shares), threshold)
+  own = [subkeys.self_mask_key(s.seed, round, i) for s, i in zip(secrets, sites, strict=True)]
+  peers = np.where(before[rows], numbers[:, None], numbers[rows])
+  noise = [keys.words(s.noise) for s in secrets]
+  return numbers, peers, *map(np.array, (pair_keys, own, noise))
 
 
-def links_without(session: Session, lost: np.ndarray) -> Links:
-  """The links of sites that know who, [K] bool, is lost before they mask: the site itself takes
-  such a peer's place.
+def _recovered(
+  round: int,
+  numbers: np.ndarray,
+  rows: np.ndarray,
+  secrets: Sequence[subkeys.Secrets],
+  stages: np.ndarray,
+  threshold: int,
+) -> Residue:
+  """What the server learns from the holders of shares that answer: the keys of the masks left.
+
+  Each holder gives its share of the seed of a site whose message came, and of the private key of
+  one whose message did not. The residue is padded to a multiple of K, so that few shapes occur.
+  Holder and point are those of `protocol`: the i-th of a neighbourhood in increasing order.
   """
-  ids, peers = session.ids, np.asarray(session.links.peers)
-  return session.links._replace(
-    peers=jnp.asarray(np.where(lost[_rows(ids, peers)], ids[:, None], peers))
-  )
-
-
-def recover(session: Session, dropouts: Dropouts | None) -> Residue:
-  """What the server learns from the holders of shares that answer: the keys of the masks that are
-  left in the sum.
-
-  Each gives its share of the self-mask key of a site whose message came, and of the private key of
-  one whose did not.
-
-  Args:
-    session: of the sum.
-    dropouts: None for none.
-
-  Returns:
-    The residue, padded to a multiple of K so that few shapes occur.
-
-  Raises:
-    ValueError: as `check`.
-    RoundAborted: where fewer than t holders of some site's shares answer, or the graph of the sites
-      whose messages came is not connected, so that the sum over each part of it would lie open.
-  """
-  ids, rows = session.ids, _rows(session.ids, np.asarray(session.links.peers))
-  before, during, after = check(dropouts, len(ids))
+  before, during, after = stages
   came = ~(before | during)
-  _check_connected(ids, rows, came)
-  masked_with = came[rows] & during[:, None]  # whose messages hold a mask that its other end lacks
-  kind, site = np.nonzero([came, masked_with.any(axis=1)])  # which secret is opened, and whose
-  holders = np.concatenate([np.arange(len(ids))[:, None], rows], axis=1)[site]
-  silent = ~(came & ~after)[holders]
+  _check_connected(rows, came)
+  around = np.sort(np.concatenate([np.arange(len(rows))[:, None], rows], axis=1), axis=1)
+  exposed = during & came[rows].any(axis=1)  # some message holds a mask that its other end lacks
+  kind, site = np.nonzero([came, exposed])  # the secret that is opened, and whose
+  silent = ~(came & ~after)[around[site]]
   num_answers = np.sum(~silent, axis=1)
-  if np.any(num_answers < session.threshold):
+  if np.any(num_answers < threshold):
     worst = np.argmin(num_answers)
     raise RoundAborted(
-      f"round aborted: {num_answers[worst]} of the {holders.shape[1]} holders of the shares of "
-      f"site {ids[site[worst]]} "
-      f"are left, and threshold={session.threshold} must answer"
+      f"round aborted: {num_answers[worst]} of the {around.shape[1]} holders of the shares of site "
+      f"{numbers[site[worst]]} are left, and threshold={threshold} must answer"
     )
-  chosen = np.argsort(silent, axis=1, kind="stable")[:, : session.threshold]
-  shares = session.shares[kind[:, None], site[:, None], chosen]
-  opened = shamir.combine(chosen + 1, shares, session.threshold).view("<u4").astype(np.uint32)
-  private = dict(zip(site[kind == 1].tolist(), opened[kind == 1], strict=True))
-  lost, column = np.nonzero(masked_with)
-  peer = rows[lost, column]
-  pair_keys = [
-    _pair_key(private[i], session.public[j], session.round, ids[i], ids[j])
-    for i, j in zip(lost, peer, strict=True)
-  ]
-  found = np.concatenate([opened[kind == 0], np.reshape(pair_keys, (-1, 8)).astype(np.uint32)])
-  signs = np.concatenate(
-    [np.ones(np.sum(came), np.int32), np.sign(ids[lost] - ids[peer])]
-  )  # as the peer masked
-  padding = (0, -len(found) % len(ids))
-  return Residue(jnp.asarray(np.pad(found, (padding, (0, 0)))), jnp.asarray(np.pad(signs, padding)))
-
-
-@jax.jit
-def _secrets(key: Array, nonce: Array, ids: Array) -> tuple[Array, Array, Array, Array]:
-  """Own secrets, self-mask keys and private keys, all [K, 8], and the keys [2, 8] of the shares'
-  polynomials.
-  """
-  of_sum = prng.derive(key, *nonce, jnp.uint32(_SECRETS))
-  of_site = jax.vmap(lambda i, use: prng.derive(of_sum, i, use), in_axes=(0, None))
-  own, private = (of_site(ids.astype(jnp.uint32), jnp.uint32(use)) for use in (0, 1))
-  self_masks = jax.vmap(lambda secret: prng.derive(secret, SELF_MASK))(own)
-  return own, self_masks, private, jnp.stack([prng.derive(of_sum, kind) for kind in (0, 1)])
-
-
-def _pair_key(
-  private: np.ndarray, public: bytes, round_index: int, a: np.int32, b: np.int32
-) -> np.ndarray:
-  return keys.expand(
-    keys.agree(keys.raw(private), public), "mask", int(round_index), int(min(a, b)), int(max(a, b))
+  both = [[s.seed for s in secrets], [s.mask.private for s in secrets]]
+  flat = np.frombuffer(b"".join(both[0] + both[1]), np.uint8).reshape(-1, keys.KEY_BYTES)
+  points = np.arange(1, around.shape[1] + 1)
+  shares = shamir.share(flat, threshold, points).reshape(2, len(rows), len(points), -1)
+  chosen = np.argsort(silent, axis=1, kind="stable")[:, :threshold]
+  held = shares[kind[:, None], site[:, None], chosen]
+  opened = shamir.combine(points[chosen], held, threshold)
+  told = lambda k: {  # site number to opened secret
+    int(numbers[i]): secret.tobytes()
+    for i, secret in zip(site[kind == k], opened[kind == k], strict=True)
+  }
+  mask_keys = dict(zip(numbers.tolist(), [s.mask.public for s in secrets], strict=True))
+  near = dict(zip(numbers.tolist(), numbers[around].tolist(), strict=True))
+  found, signs = rounds.masks_left(round, told(0), told(1), mask_keys, near)
+  padding = (0, -len(found) % len(rows))
+  return Residue(
+    jnp.asarray(np.pad(np.array(found), (padding, (0, 0)))),
+    jnp.asarray(np.pad(np.array(signs, np.int32), padding)),
   )
 
 
-def _rows(ids: np.ndarray, peers: np.ndarray) -> np.ndarray:
-  """Where in `ids` each peer stands."""
-  order = np.argsort(ids)
-  return order[np.searchsorted(ids, peers, sorter=order)]
-
-
-def _check_connected(ids: np.ndarray, rows: np.ndarray, came: np.ndarray) -> None:
-  if not came.any():
-    raise RoundAborted("round aborted: no site's message came")
+def _check_connected(rows: np.ndarray, came: np.ndarray) -> None:
   reached = graph.reached(rows, came)
   if np.any(came != reached):
     raise RoundAborted(
       f"round aborted: {np.sum(reached)} and {np.sum(came & ~reached)} sites' messages came that "
-      f"no pair masks; their "
-      "sums would be opened separately: use more peers"
+      f"no pair masks; their sums would be opened separately: use more peers"
     )

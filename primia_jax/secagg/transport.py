@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import os
 import socket
 import struct
 import threading
@@ -28,10 +27,9 @@ import numpy as np
 from primia_jax.secagg import keys, protocol, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
+from primia_jax.secagg.errors import Rejected, RoundFailed
 
-_ADVERT_BYTES = (
-  2**12
-)  # and no honest advert is longer; who has sent none that was taken sends nothing longer
+_ADVERT_BYTES = 2**12  # frame limit until a site's advert is accepted; no honest advert is longer
 
 
 class Report(NamedTuple):
@@ -43,7 +41,7 @@ class Report(NamedTuple):
   """
 
   opened: serving.Opened
-  rejected: tuple[serving.Rejected, ...]
+  rejected: tuple[Rejected, ...]
 
 
 class Joined(NamedTuple):
@@ -51,49 +49,16 @@ class Joined(NamedTuple):
 
   Attributes:
     lists: the survivors and dropouts that it has signed.
-    total: the sum over the survivors, as the server says; None where the server's identity is not
-      pinned.
+    total: the sum over the survivors, as the server says.
   """
 
   lists: msg.Survivors
-  total: tuple[np.ndarray, ...] | None
+  total: tuple[np.ndarray, ...]
 
 
 def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
   """A listening socket for `serve`; port 0 takes any free one (`getsockname` says which)."""
   return socket.create_server((host, port))
-
-
-def serve(
-  listener: socket.socket,
-  setup: rounds.Setup,
-  round: int,
-  timeout: float,
-  identity: keys.Identity | None = None,
-) -> Report:
-  """The server of one round.
-
-  Args:
-    listener: of `listen`; closed at the end.
-    setup: what all agreed on.
-    round: the round.
-    timeout: seconds that each of the five stages may take.
-    identity: the server's own, with which it signs the sum for the survivors; None keeps the sum to
-      itself.
-
-  Raises:
-    RoundFailed: as `server`, with a note of what was rejected; the sites' connections are closed.
-  """
-
-  async def once() -> Report:
-    hub = _Hub(len(setup.identities))
-    await hub.listen(listener)
-    try:
-      return await _serve(hub, setup, round, timeout, identity)
-    finally:
-      await hub.end(timeout)
-
-  return asyncio.run(once())
 
 
 Pending = concurrent.futures.Future[Report]
@@ -151,52 +116,29 @@ class Host:
     self._loop.close()
 
 
-def join(
-  address: tuple[str, int],
-  setup: rounds.Setup,
-  round: int,
-  number: int,
-  identity: keys.Identity,
-  vectors: Sequence[np.ndarray],
-  timeout: float,
-  entropy: keys.Entropy = os.urandom,
-  server: bytes | None = None,
-) -> Joined:
-  """One site's part in one round.
-
-  Args:
-    address: the server's host and port.
-    setup: what all agreed on.
-    round: the round.
-    number: this site.
-    identity: its signing pair.
-    vectors: its input, elements of Z_2^k.
-    timeout: seconds to wait for the server at each stage; longer than the server waits for the
-      sites.
-    entropy: of all keys.
-    server: its pinned public key, where it tells the sum.
-
-  Raises:
-    Refused: where the server's message would make it unsafe to go on.
-    ConnectionError: where the server ends the round.
-    TimeoutError: where the server does not speak.
-  """
-  with socket.create_connection(address, timeout) as connection:
-    return finish(
-      connection, begin(connection, setup, round, number, identity, entropy), vectors, server
-    )
-
-
 def begin(
   connection: socket.socket,
   setup: rounds.Setup,
   round: int,
   number: int,
   identity: keys.Identity,
-  entropy: keys.Entropy = os.urandom,
 ) -> protocol.Site:
-  """A site's part up to its shares, for which its input need not be known yet; as `join`."""
-  site, advert = protocol.advertise(setup, round, number, identity, entropy)
+  """A site's part of a round up to its shares, before its input need be known.
+
+  Args:
+    connection: to the server. Its timeout bounds the wait for each of the server's messages; it
+      must be longer than the server waits for the sites.
+    setup: what all agreed on.
+    round: the round.
+    number: this site.
+    identity: its signing pair.
+
+  Raises:
+    Refused: where the server's message would make it unsafe to go on.
+    ConnectionError: where the server ends the round.
+    TimeoutError: where the server does not speak.
+  """
+  site, advert = protocol.advertise(setup, round, number, identity)
   connection.sendall(frame(advert))
   site, shares = protocol.share_keys(site, _next(connection, site))
   connection.sendall(frame(shares))
@@ -204,12 +146,16 @@ def begin(
 
 
 def finish(
-  connection: socket.socket,
-  site: protocol.Site,
-  vectors: Sequence[np.ndarray],
-  server: bytes | None = None,
+  connection: socket.socket, site: protocol.Site, vectors: Sequence[np.ndarray], server: bytes
 ) -> Joined:
-  """The rest of a site's part after `begin`; as `join`."""
+  """The rest of a site's part after `begin`; raises as `begin`.
+
+  Args:
+    connection: that of `begin`.
+    site: from `begin`.
+    vectors: its input, elements of Z_2^k.
+    server: the server's pinned public key.
+  """
   site, masked = protocol.masked_input(site, _next(connection, site), vectors)
   connection.sendall(frame(masked))
   site, consent = protocol.consistency(site, _next(connection, site))
@@ -217,8 +163,7 @@ def finish(
   site, answer = protocol.unmask(site, _next(connection, site))
   connection.sendall(frame(answer))
   assert site.lists is not None
-  total = None if server is None else protocol.take_total(site, _next(connection, site), server)
-  return Joined(site.lists, total)
+  return Joined(site.lists, protocol.take_total(site, _next(connection, site), server))
 
 
 def _next(connection: socket.socket, site: protocol.Site) -> Any:
@@ -312,10 +257,10 @@ class _Hub:
 
 
 async def _serve(
-  hub: _Hub, setup: rounds.Setup, round: int, timeout: float, identity: keys.Identity | None
+  hub: _Hub, setup: rounds.Setup, round: int, timeout: float, identity: keys.Identity
 ) -> Report:
   hub.limit = rounds.message_bytes(setup)
-  state, rejected = serving.start(setup, round), list[serving.Rejected]()
+  state, rejected = serving.start(setup, round), list[Rejected]()
   try:
     for close in serving.CLOSE:
       state = await _gather(state, hub, rejected, timeout)
@@ -326,21 +271,20 @@ async def _serve(
       )
     state = await _gather(state, hub, rejected, timeout)
     state, opened = serving.open_total(state)
-    if identity:
-      total = serving.sign_total(state, opened, identity)
-      await _send_all([(hub.writers[u], total) for u in state.received[3]], timeout)
+    total = serving.sign_total(state, opened, identity)
+    await _send_all([(hub.writers[u], total) for u in state.received[3]], timeout)
     for u in set(hub.writers) - set(
       state.received[3]
     ):  # some survivor may have missed the signatures
       hub.writers[u].close()  # which tells it that it was lost
     return Report(opened, tuple(rejected))
-  except serving.RoundFailed as e:
+  except RoundFailed as e:
     e.add_note(f"rejected messages: {[str(r) for r in rejected]}")
     raise
 
 
 async def _gather(
-  state: serving.Server, hub: _Hub, rejected: list[serving.Rejected], timeout: float
+  state: serving.Server, hub: _Hub, rejected: list[Rejected], timeout: float
 ) -> serving.Server:
   """Takes messages until all have spoken that still can, or time is up."""
   loop = asyncio.get_running_loop()
@@ -363,12 +307,12 @@ async def _gather(
       message = msg.decode(data)
     except ValueError as e:
       sender = next((u for u, w in writers.items() if w is writer), None)
-      rejected.append(serving.Rejected(sender, stage, "malformed", str(e)))
+      rejected.append(Rejected(sender, stage, "malformed", str(e)))
       writer.close()  # its reader then reports the end
       continue
     try:
       state = serving.receive(state, message)
-    except serving.Rejected as e:
+    except Rejected as e:
       rejected.append(e.with_traceback(None))  # which would keep the message
       if not hub.knows(writer):
         writer.close()  # a stranger, or a site that is late or of another run: it need not wait

@@ -1,0 +1,61 @@
+"""What secure aggregation raises; a wrong argument is a ValueError, as everywhere."""
+
+from __future__ import annotations
+
+
+class Aborted(RuntimeError):
+  """A sum is not opened. Nothing of it has been given out, and its keys are never used again."""
+
+
+class RoundAborted(Aborted):
+  """Simulation: too many sites are lost to open this sum, or to open it only as a whole.
+
+  The caller may go on with the next round.
+  """
+
+
+class RoundFailed(Aborted):
+  """Server: too few messages or shares came to open the sum.
+
+  Attributes:
+    stage: the stage that failed.
+    have: how many sites or shares there are.
+    need: how many are needed.
+  """
+
+  def __init__(self, stage: str, have: int, need: int, what: str):
+    super().__init__(f"the round fails in stage {stage}: {have} {what}, and {need} are needed")
+    self.stage, self.have, self.need = stage, have, need
+
+
+class Refused(Aborted):
+  """Site: the server's message would make it unsafe to go on, so this site leaves the round.
+
+  Attributes:
+    site: the site that refuses.
+    stage: the stage in which it refuses.
+    reason: one of "out of turn", "another round", "unknown", "changed key", "forged", "too few",
+      "malformed", "overlapping", "declared dead", "inconsistent", "falls apart".
+  """
+
+  def __init__(self, site: int, stage: str, reason: str, detail: str):
+    super().__init__(f"site {site} refuses in stage {stage}: {reason}: {detail}")
+    self.site, self.stage, self.reason = site, stage, reason
+
+
+class Lost(Aborted):
+  """Site: it is out of the run, or the run has ended. Later sums do not open for it either."""
+
+
+class Rejected(ValueError):
+  """Server: it does not take one message. Its state is unchanged and the round goes on.
+
+  Attributes:
+    site: the sender that the message names; None where not even that can be read.
+    stage: the server's stage.
+    reason: one of "malformed", "unknown", "forged", "another round", "repeated", "late", "early".
+  """
+
+  def __init__(self, site: int | None, stage: str, reason: str, detail: str):
+    super().__init__(f"message of site {site} in stage {stage} is rejected: {reason}: {detail}")
+    self.site, self.stage, self.reason = site, stage, reason
