@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax import prng, ring, secagg
+from primia_jax import ring, secagg
 from primia_jax.secagg import exchange, simulation
 from primia_jax.types import Array, PyTree
 
@@ -217,7 +217,7 @@ def masked(config: secagg.SecureSum, coding: Coding | None = None) -> Summation:
     _check_survivors(np.sum(begun.counted), coding.min_survivors)
     each = np.broadcast_to(np.array(words, np.uint32), (len(ids), 2))
     rows = begun.rows, begun.counted, each
-    return Session(round, purpose, ids, rows, (begun.counted, begun.residue))
+    return Session(int(round), Purpose(purpose), ids, rows, (begun.counted, begun.residue))
 
   def send(message: PyTree, row: tuple[secagg.Row, Array, Array]) -> secagg.Masked:
     keys, is_counted, words = row
@@ -239,7 +239,7 @@ def masked(config: secagg.SecureSum, coding: Coding | None = None) -> Summation:
 
 
 def over(
-  messages: exchange.Exchange, site: int, config: secagg.SecureSum, coding: Coding | None = None
+  messages: exchange.Exchange, config: secagg.SecureSum, coding: Coding | None = None
 ) -> Summation:
   """Secure aggregation between processes that share nothing but messages; see `secagg.exchange`.
 
@@ -248,22 +248,23 @@ def over(
 
   Args:
     messages: this process's end of all sums.
-    site: the number of this process's site.
     config, coding: see `masked`; all processes have the same.
   """
   coding = fixed_point(config) if coding is None else coding
-  element_shapes = lambda shapes, row, words: jax.eval_shape(coding.encode, shapes, row, words)
+  # What a site's row looks like where others add the masks: it has no peers.
+  nobody = np.int32(0), np.zeros(0, np.int32), np.zeros((0, 8), np.uint32)
+  like = secagg.Row(*nobody, None, np.zeros(8, np.uint32))
 
   def begin(round, purpose, ids, shapes=None, dropouts=None) -> Session:
     _check_sites(coding.name, ids, config.num_sites)
     if dropouts is not None:
       raise ValueError("dropouts simulate losses; sites in processes of their own are really lost")
     words = np.array([round, purpose], np.uint32)
-    own = _own_row(site)
-    elements = element_shapes(shapes(), own, words)
-    begun = messages.begin(elements, int(round), Purpose(purpose), config, coding.min_survivors)
-    each = jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (len(ids), *a.shape)), own)
-    return Session(round, purpose, ids, (each, np.tile(words, (len(ids), 1))), begun)
+    elements = jax.eval_shape(coding.encode, shapes(), like, words)
+    begun = messages.begin(elements, int(round), int(purpose), config, coding.min_survivors)
+    stretched = lambda a: np.broadcast_to(np.asarray(a), (len(ids), *a.shape[1:]))
+    rows = jax.tree.map(stretched, begun.rows), np.tile(words, (len(ids), 1))
+    return Session(int(round), Purpose(purpose), ids, rows, begun)
 
   def send(message: PyTree, row: tuple[secagg.Row, Array]) -> secagg.Masked:
     return coding.encode(message, *row)
@@ -279,12 +280,6 @@ def over(
     return message, Outcome(np.asarray(messages.sites, np.int32), out_of_range)
 
   return Summation(f"{coding.name} between processes", begin, send, end, hides=True)
-
-
-def _own_row(site: int) -> secagg.Row:
-  """The row of a site whose masks others add: it has no peers, and a fresh key for its noise."""
-  nobody, no_keys = np.zeros(0, np.int32), np.zeros((0, 8), np.uint32)
-  return secagg.Row(np.int32(site), nobody, no_keys, None, np.asarray(prng.random_key()))
 
 
 def losing(
@@ -303,7 +298,7 @@ def _begin_clear(num_sites: int | None, min_survivors: int) -> Callable[..., Ses
     _check_sites("the plain sum" if num_sites is None else "one site", ids, num_sites)
     counted = ~simulation.check(dropouts, len(ids))[:2].any(axis=0)
     _check_survivors(np.sum(counted), min_survivors)
-    return Session(round, purpose, ids, counted, counted)
+    return Session(int(round), Purpose(purpose), ids, counted, counted)
 
   return begin
 
