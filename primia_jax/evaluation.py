@@ -60,6 +60,7 @@ def class_counting(
       share = share / jnp.maximum(of_unit[site.units], 1.0)
     counts = jnp.sum(jax.nn.one_hot(site.labels, num_classes) * share[:, None], axis=0)
     if noise_stddev:
+      assert site.secret is not None  # `over_sites` draws it
       key = prng.derive(site.secret, _COUNTS)
       counts = counts + noise.gaussian_like(key, 0, counts, noise_stddev)
     return counts, kept

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from primia_jax.sites import Placement
-from primia_jax.summation import Outcome, Purpose, Summation
+from primia_jax.summation import Outcome, Purpose, Session, Summation
 from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree
 
 # Uses of a run's key, folded in first: no two draw from the same stream.
@@ -242,7 +242,8 @@ def over_sites(
         f"with several processes each runs its own sites: all take part at once, not {ids.tolist()}"
       )
     secrets = sites.secrets(int(round), purpose, ids[here])
-    session, total, outs = None, None, []
+    session: Session | None = None
+    total, outs = None, []
     for start in range(0, len(here), per_load):
       part = slice(start, start + per_load)
       site = placement.put(_load(sites, ids[here][part], secrets[part]))
@@ -257,13 +258,14 @@ def over_sites(
       outs.append(out)
     out = outs[0] if len(outs) == 1 else jax.tree.map(lambda *o: jnp.concatenate(o), *outs)
     stack, kept = out if summation.stacks else ((), out)
+    assert session is not None  # there is at least one site here
     message, outcome = summation.end(session, stack if summation.stacks else total)
     return message, kept, outcome
 
   return apply
 
 
-def _load(sites: Sites, ids: np.ndarray, secrets: np.ndarray) -> Site:
+def _load(sites: Sites, ids: np.ndarray, secrets: Any) -> Site:
   loaded = sites.load(ids)
   if isinstance(loaded.id, np.ndarray) and not np.array_equal(loaded.id, ids):
     raise ValueError(

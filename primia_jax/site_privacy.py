@@ -11,6 +11,7 @@ follows a quantile of their norms (`privacy.adaptive`).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +212,7 @@ def distributed_noise(
   rotation_key = lambda words: jax.random.fold_in(jax.random.key(_ROTATION), words[0])
 
   def encode(message: Message, row: secagg.Row, words: Array) -> secagg.Masked:
-    if jax.tree.structure(message.more).num_leaves != (of_bit is not None):
+    if len(jax.tree.leaves(message.more)) != (of_bit is not None):
       raise ValueError(
         "one clip moves and the other is fixed; give `bounded` and `distributed_noise` the same "
         "Clip"
@@ -221,7 +222,9 @@ def distributed_noise(
     more: PyTree = ()
     if of_bit is not None:
       more = distributed.encode(message.more, rotation, row.noise, [*nonce, _OF_BIT], of_bit)
-    return secagg.Masked(Message(update, jnp.ones((), dtype), (), more), jnp.zeros((), dtype))
+    nothing: Any = ()  # metrics are never sent
+    sent = Message(update, jnp.ones((), dtype), nothing, more)
+    return secagg.Masked(sent, jnp.zeros((), dtype))
 
   def decode(total: secagg.Masked, words: Array) -> Message:
     message, rotation, zero = total.message, rotation_key(words), jnp.zeros((), jnp.float32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -214,7 +214,7 @@ def masked(config: secagg.SecureSum, coding: Coding | None = None) -> Summation:
     _check_sites(coding.name, ids, config.num_sites)
     words = (int(round), Purpose(purpose))
     begun = simulation.begin(config, words, ids, dropouts)
-    _check_survivors(np.sum(begun.counted), coding.min_survivors)
+    _check_survivors(int(begun.counted.sum()), coding.min_survivors)
     each = np.broadcast_to(np.array(words, np.uint32), (len(ids), 2))
     rows = begun.rows, begun.counted, each
     return Session(int(round), Purpose(purpose), ids, rows, (begun.counted, begun.residue))
@@ -252,8 +252,9 @@ def over(
   """
   coding = fixed_point(config) if coding is None else coding
   # What a site's row looks like where others add the masks: it has no peers.
-  nobody = np.int32(0), np.zeros(0, np.int32), np.zeros((0, 8), np.uint32)
-  like = secagg.Row(*nobody, None, np.zeros(8, np.uint32))
+  shape: Any = jax.ShapeDtypeStruct
+  site, peers, pair_keys = shape((), np.int32), shape((0,), np.int32), shape((0, 8), np.uint32)
+  like = secagg.Row(site, peers, pair_keys, None, shape((8,), np.uint32))
 
   def begin(round, purpose, ids, shapes=None, dropouts=None) -> Session:
     _check_sites(coding.name, ids, config.num_sites)
@@ -297,7 +298,7 @@ def _begin_clear(num_sites: int | None, min_survivors: int) -> Callable[..., Ses
   def begin(round, purpose, ids, shapes=None, dropouts=None) -> Session:
     _check_sites("the plain sum" if num_sites is None else "one site", ids, num_sites)
     counted = ~simulation.check(dropouts, len(ids))[:2].any(axis=0)
-    _check_survivors(np.sum(counted), min_survivors)
+    _check_survivors(int(counted.sum()), min_survivors)
     return Session(int(round), Purpose(purpose), ids, counted, counted)
 
   return begin
