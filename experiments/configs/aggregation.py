@@ -1,0 +1,176 @@
+"""How the messages of a round become their sum."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from experiments.settings import choose, require, setting
+from primia_jax import robust, secagg, summation
+from primia_jax.secagg import graph
+from primia_jax.secagg.exchange import Exchange
+
+_CORRUPT_FRACTION = 0.1  # of a site's peers; the degree of a sparse graph allows for them
+_LOST_FRACTION = 0.1  # of the sites; it allows for them where sites are really lost
+_MIN_FRACTION_BITS = 10  # an update's numbers are off by less than 1/2048
+_COUNT_BITS = 32  # of the sums of a few counts, whatever ring updates have
+_DROPOUTS = 1  # use of the seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregation:
+  """How updates are combined, and how the sums are masked."""
+
+  aggregation: str = setting(
+    "secure",
+    "secure, clear, or a robust rule in the clear: median, trimmed_mean=FRACTION, krum=BAD_SITES",
+  )
+  secagg: str = setting(
+    "pairwise", "secure: pairwise (masks with all others), bell (with a sparse graph of peers), "
+    "or none"
+  )  # fmt: skip
+  secagg_bits: int = setting(
+    32,
+    "secure: bits of a masked number of an update (of counts 32 at least); more than 32 need "
+    "JAX_ENABLE_X64=1",
+  )
+  secagg_max_abs: float = setting(
+    32.0, "secure: largest magnitude in a site's update; larger ones stop the run"
+  )
+  secagg_peers: int = setting(
+    0, "secure: peers of each site, an even number; 0 takes all others, or what bell asks for"
+  )
+  secagg_threshold: int = setting(
+    0,
+    "secure: how many of a site and its peers must answer to unmask a round; 0 tolerates no loss, "
+    "-1 takes over two thirds, as 0 does with placement=processes, where fewer require a server "
+    "that follows the protocol",
+  )
+  dropout_rate: float = setting(
+    0.0, "chance that a site is lost in a round, to simulate; half of them before and half after "
+    "they mask"
+  )  # fmt: skip
+
+  def __post_init__(self):
+    choose("secagg", self.secagg, ("pairwise", "bell", "none"))
+    require(self.secagg_peers >= 0, "secagg_peers", self.secagg_peers, "must not be negative")
+    require(0 <= self.dropout_rate < 1, "dropout_rate", self.dropout_rate, "must lie in [0, 1)")
+
+  @property
+  def is_secure(self) -> bool:
+    """Whether updates are masked."""
+    return self.aggregation == "secure" and self.secagg != "none"
+
+  def build(
+    self, num_sites: int, exchange: Exchange | None = None, coding: summation.Coding | None = None
+  ) -> summation.Summation:
+    """How the updates of a round's sites are combined.
+
+    Args:
+      num_sites: of a round.
+      exchange: between processes of one site each; None where one process plays all.
+      coding: of distributed noise; None without.
+
+    Raises:
+      ValueError: an unknown rule, or one that cannot work with so many sites.
+    """
+    kind, _, argument = self.aggregation.partition("=")
+    if (kind == "clear" and not argument) or (kind == "secure" and self.secagg == "none"):
+      return summation.clear()
+    if kind == "secure" and not argument:
+      config = self.secure_sum(num_sites, num_sites, exchange is not None)
+      if config.fixed.fraction_bits < _MIN_FRACTION_BITS and coding is None:
+        raise ValueError(
+          f"secagg_bits={self.secagg_bits} for {num_sites} sites and numbers up to "
+          f"{config.max_abs} leave {config.fixed.fraction_bits} fraction bits, and updates need "
+          f"{_MIN_FRACTION_BITS}; raise secagg_bits or lower secagg_max_abs"
+        )
+      return _formed(config, exchange, coding)
+    try:
+      if kind == "median" and not argument:
+        return summation.by_rule("median", robust.median())
+      if kind == "trimmed_mean":
+        return summation.by_rule(self.aggregation, robust.trimmed_mean(float(argument)))
+      if kind == "krum":
+        bad = int(argument)
+        if num_sites <= 2 * bad + 2:
+          raise ValueError(f"needs more than {2 * bad + 2} sites a round; there are {num_sites}")
+        return summation.by_rule(self.aggregation, robust.krum(bad))
+    except ValueError as error:
+      raise ValueError(f"aggregation={self.aggregation!r}: {error}") from error
+    raise ValueError(
+      f"aggregation={self.aggregation!r}; use secure, clear, median, trimmed_mean=FRACTION or "
+      "krum=BAD_SITES"
+    )
+
+  def build_counts(
+    self, num_sites: int, sites_in_round: int, largest: float, exchange: Exchange | None = None
+  ) -> summation.Summation:
+    """How counts up to `largest` are summed over all sites: securely, whatever updates are."""
+    processes = exchange is not None
+    return _formed(self.secure_sum(num_sites, sites_in_round, processes, largest), exchange)
+
+  def secure_sum(
+    self, num_sites: int, sites_in_round: int, processes: bool, max_abs: float | None = None
+  ) -> secagg.SecureSum:
+    """The encoding and the masks of a sum of updates, or of counts up to max_abs.
+
+    Args:
+      num_sites: in the sum.
+      sites_in_round: in a sum of updates, to which `secagg_peers` refers.
+      processes: whether sites are processes, which may end at any time.
+      max_abs: None for that of updates.
+
+    Raises:
+      ValueError: as `secagg.secure_sum`.
+    """
+    peers, threshold = self.secagg_peers, self.secagg_threshold
+    if processes and not threshold:
+      threshold = -1  # the protocol between them always has one
+    if peers == sites_in_round - 1:
+      peers = 0  # all others in a round means all others in the sums over all sites, too
+    if self.secagg == "bell" and not peers:
+      # Between processes the server is not trusted, and no setting says how many sites are lost.
+      lost = _LOST_FRACTION if processes else self.dropout_rate
+      peers, needed = graph.degree_for(
+        num_sites, _CORRUPT_FRACTION, lost, malicious_server=processes
+      )
+      is_complete = processes and peers == num_sites - 1
+      threshold = threshold if threshold > 0 or is_complete else needed
+    holders = (peers or num_sites - 1) + 1
+    bits = self.secagg_bits if max_abs is None else max(self.secagg_bits, _COUNT_BITS)
+    return secagg.secure_sum(
+      num_sites,
+      self.secagg_max_abs if max_abs is None else max_abs,
+      num_bits=bits,
+      num_peers=peers or None,
+      threshold=2 * holders // 3 + 1 if threshold < 0 else threshold or None,
+    )
+
+  def losing(self, summed: summation.Summation, seed: int) -> summation.Summation:
+    """The same, which loses sites at `dropout_rate`, half of them before they mask."""
+    if not self.dropout_rate:
+      return summed
+
+    def dropouts(round: int, purpose: summation.Purpose, ids: np.ndarray) -> secagg.Dropouts:
+      rng = np.random.default_rng((seed, _DROPOUTS, round))
+      lost, early = rng.random(len(ids)) < self.dropout_rate, rng.random(len(ids)) < 0.5
+      return secagg.Dropouts(lost & early, lost & ~early)
+
+    return summation.losing(summed, dropouts)
+
+
+def _formed(
+  config: secagg.SecureSum, exchange: Exchange | None, coding: summation.Coding | None = None
+) -> summation.Summation:
+  if exchange is None:
+    return summation.masked(config, coding)
+  return summation.over(exchange, config, coding)
+
+
+def min_survivors(secure: secagg.SecureSum) -> int | None:
+  """The fewest sites in a sum for which noise is calibrated; None without a threshold."""
+  if secure.threshold is None:
+    return None
+  return max(2, -(-secure.num_sites * secure.threshold // (secure.num_peers + 1)))

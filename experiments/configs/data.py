@@ -1,0 +1,69 @@
+"""Which images, and how they are dealt to hospitals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from experiments.settings import choose, fractions, require, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Which images, in which form."""
+
+  data: str = setting(
+    "phantom", "images: phantom (synthetic), folder:PATH (a folder or tar), npz:PATH, or tfds:NAME"
+  )
+  image_size: int = setting(64, "height and width in pixels to which images are resized")
+  channels: int = setting(1, "1 (grey) or 3 (RGB)")
+  label_names: str = setting(
+    "", "classes in order, separated by commas; empty takes what the source says"
+  )
+  data_dir: str = setting("", "tfds: folder of the prepared data sets; empty takes TFDS's default")
+  manual_dir: str = setting(
+    "", "tfds: folder of the original images, for the builders that come with primia_jax"
+  )
+  phantom_images: int = setting(800, "phantom: training images, all sites together")
+
+  def __post_init__(self):
+    choose("channels", self.channels, (1, 3))
+    require(self.image_size > 0, "image_size", self.image_size, "must be positive")
+    require(self.phantom_images > 0, "phantom_images", self.phantom_images, "must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hospitals:
+  """How images are dealt to sites."""
+
+  num_sites: int = setting(3, "hospitals that train together")
+  partition: str = setting(
+    "auto",
+    "how images are dealt to sites: iid, unequal, dirichlet (non-IID), column:NAME (such as "
+    "column:folder), or auto: the phantom's own sites, else dirichlet; a patient's images are "
+    "never split",
+  )
+  site_fractions: str = setting(
+    "", "unequal, dirichlet: sizes of the sites, such as 0.5,0.3,0.2; empty: equal, or drawn"
+  )
+  dirichlet_alpha: float = setting(
+    2.0, "dirichlet: 0.1 makes very different sites, 100 nearly equal ones"
+  )
+  validation_fraction: float = setting(
+    0.15, "share of each site's patients held out to choose the best round"
+  )
+  test_fraction: float = setting(
+    0.2, "share of patients held out for testing where the data have no test split"
+  )
+  sites_in_memory: int = setting(0, "load at most so many sites at a time; 0 keeps all in memory")
+
+  def __post_init__(self):
+    require(self.num_sites > 0, "num_sites", self.num_sites, "must be positive")
+    require(self.sites_in_memory >= 0, "sites_in_memory", self.sites_in_memory, "is negative")
+    if self.partition.partition(":")[0] not in ("auto", "iid", "unequal", "dirichlet", "column"):
+      raise ValueError(
+        f"partition={self.partition!r}; use auto, iid, unequal, dirichlet or column:NAME"
+      )
+    for name in ("validation_fraction", "test_fraction"):
+      value = getattr(self, name)
+      require(0 < value < 1, name, value, "must lie between 0 and 1")
+    fractions(self.site_fractions)

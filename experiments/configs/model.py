@@ -1,0 +1,153 @@
+"""What network is trained, on images in which form."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from experiments.configs.data import Data
+from experiments.settings import setting
+from primia_jax import models, pretrained
+from primia_jax.data import augment
+from primia_jax.types import Array, Key, ModelState, Params
+
+AUGMENTATIONS = {
+  "none": augment.Augmentation(),
+  "light": augment.Augmentation(
+    rotation_degrees=8, translation=0.05, scale=0.1, contrast=0.2, brightness=0.1
+  ),
+  "strong": augment.Augmentation(
+    rotation_degrees=12,
+    translation=0.08,
+    scale=0.15,
+    shear_degrees=5,
+    contrast=0.4,
+    brightness=0.15,
+    gamma=0.4,
+    noise=0.03,
+    blur=1.0,
+    cutout=0.3,
+  ),
+}
+_INITIAL = 7  # what the key of the initial parameters is folded with
+# Of a typical radiograph; fixed, so that no statistic of anybody's images is needed.
+_MEAN, _STD = 0.5, 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Which network."""
+
+  model: str = setting("cnn", "cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn")
+  norm: str = setting("", "group, batch or none; empty takes the model's own")
+  pool: str = setting("max", "max or mean")
+  width: float = setting(1.0, "factor on the number of channels")
+  stem: str = setting(
+    "", "resnet18: 7x7 (large images), 3x3/2 or 3x3 (small ones); empty chooses by image size"
+  )
+  head: str = setting("", "vgg16: dense (torchvision's) or mean; empty takes dense")
+  weight_standardisation: bool = setting(False, "standardise convolution kernels")
+  dropout: float = setting(0.0, "rate before the last layer")
+  pretrained: str = setting(
+    "", "torchvision state dict (.pth or .safetensors) of resnet18 or vgg16 to start from"
+  )
+
+  def __post_init__(self):
+    if self.pretrained and not pathlib.Path(self.pretrained).is_file():
+      raise FileNotFoundError(f"pretrained={self.pretrained}: there is no such file")
+
+  def config(self, data: Data, num_classes: int) -> models.ModelConfig:
+    """The library's own record of the model.
+
+    Raises:
+      ValueError: the model cannot be built so.
+    """
+    size = data.image_size
+    stem = self.stem or ("7x7" if size >= 160 else "3x3/2" if size >= 48 else "3x3")
+    config = models.ModelConfig(
+      name=self.model,
+      num_classes=num_classes,
+      image_shape=(size, size, data.channels),
+      norm=self.norm or None,
+      pool=self.pool,
+      weight_standardisation=self.weight_standardisation,
+      width=self.width,
+      dropout=self.dropout,
+      stem=stem if self.model == "resnet18" else "7x7",
+      head=self.head or "dense",
+    )
+    models.build(config)
+    return config
+
+  def initial(self, config: models.ModelConfig, key: Key) -> tuple[Params, ModelState]:
+    """The parameters that training starts from: pretrained, or drawn."""
+    params, model_state = models.build(config).init(jax.random.fold_in(key, _INITIAL))
+    if self.pretrained:
+      return pretrained.load_pretrained(self.pretrained, params, model_state, new_head=True)
+    return params, model_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+  """What images undergo at each step."""
+
+  augment: str = setting(
+    "light",
+    "none, light, strong, or NAME=VALUE,... of primia_jax.data.augment.Augmentation, such as "
+    "noise=0.02",
+  )
+  mixup: float = setting(0.0, "MixUp's alpha; 0 mixes nothing")
+
+  def build(self) -> Callable[[Key, Array, Array], tuple[Array, Array]]:
+    """(key, uint8 images, targets [B, L]) -> augmented, mixed and normalised images, and targets.
+
+    Raises:
+      ValueError: an unknown augmentation, or a value that is no number or out of range.
+    """
+    if self.mixup < 0:
+      raise ValueError(f"mixup={self.mixup} must not be negative")
+    config = self.augmentation()
+
+    def apply(key: Key, images: Array, targets: Array) -> tuple[Array, Array]:
+      augment_key, mixup_key = jax.random.split(key)
+      images = augment.augment(augment_key, images.astype(jnp.float32) / 255, config)
+      if self.mixup:
+        mixed = augment.mixup(mixup_key, images, targets, self.mixup)
+        images, targets = mixed.images, augment.mixed_labels(mixed, targets.shape[-1])
+      return normalise(images), targets
+
+    return apply
+
+  def augmentation(self) -> augment.Augmentation:
+    """The library's own record; raises as `build`."""
+    if self.augment in AUGMENTATIONS:
+      return AUGMENTATIONS[self.augment]
+    known = [field.name for field in dataclasses.fields(augment.Augmentation)]
+    values: dict[str, float] = {}
+    for part in self.augment.split(","):
+      name, _, value = part.partition("=")
+      try:
+        is_whole = name.strip() == "elastic_grid"
+        values[name.strip()] = int(value) if is_whole else float(value)
+      except ValueError:
+        choices = ", ".join(AUGMENTATIONS)
+        raise ValueError(f"augment: {part!r} is not NAME=NUMBER; or use {choices}") from None
+    if unknown := sorted(set(values) - set(known)):
+      raise ValueError(f"augment: unknown {unknown}; there are {', '.join(known)}")
+    return augment.Augmentation(**values)  # type: ignore[arg-type]
+
+  @property
+  def is_none(self) -> bool:
+    """Whether images stay as they are."""
+    return self.augment == "none" and not self.mixup
+
+
+def normalise(images: Array) -> Array:
+  """uint8 images, or float32 ones in [0, 1], as models take them."""
+  if images.dtype == jnp.uint8:
+    images = images.astype(jnp.float32) / 255
+  return (images - _MEAN) / _STD

@@ -1,0 +1,252 @@
+"""Differential privacy of a run: from settings to a plan of the library."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from experiments.configs.training import Training
+from experiments.settings import choose, require, setting
+from primia_jax import prng
+from primia_jax.federated import fresh_secrets
+from primia_jax.privacy import accounting, plan
+from primia_jax.privacy.distributed import DistributedNoise
+from primia_jax.summation import Purpose
+from primia_jax.types import LossFn, Params, PyTree
+
+_CORRELATED = ("banded", "tree")
+_OF_STEPS = ("site", *_CORRELATED)
+_KINDS = {
+  "none": ("site",),
+  "example": _OF_STEPS,
+  "patient": _OF_STEPS,
+  "site": ("site", "distributed"),
+}
+_CURIOUS = 1  # sites whose own share of distributed noise does not hide the others from them
+_CLIP_RATE = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Privacy:
+  """What is protected, and by how much noise."""
+
+  dp: str = setting(
+    "none",
+    "differential privacy of each site's: none, example or patient (DP-SGD), or site (its update)",
+  )
+  dp_noise: str = setting(
+    "site",
+    "dp: the noise: site (drawn by each site, fresh at each step); dp=example or patient: banded "
+    "or tree (DP-FTRL: noise that cancels from step to step, batches in a fixed order, for sites "
+    "that cannot sample); dp=site: distributed (each site a share of it, before masking)",
+  )
+  dp_bands: int = setting(
+    0,
+    "dp_noise=banded: bands, each of which takes the memory of a gradient; 0 takes what batches "
+    "allow, at most 16",
+  )
+  target_epsilon: float = setting(
+    0.0, "dp: the budget; the noise follows from it, or with noise_multiplier the rounds; 0 none"
+  )
+  delta: float = setting(
+    0.0, "dp: chance that epsilon does not bound; 0 takes 1 / images of the largest site"
+  )
+  noise_multiplier: float = setting(
+    0.0,
+    "dp: standard deviation of the noise over the clipping norm; with banded and tree, of the one "
+    "Gaussian mechanism that the whole run amounts to; with dp_clip_quantile, of updates and of "
+    "what moves their clip together; 0 takes target_epsilon's",
+  )
+  l2_clip_norm: float = setting(
+    1.0,
+    "dp: largest L2 norm of what one image, patient or site adds to a sum; with dp_clip_quantile, "
+    "of round 1",
+  )
+  dp_clip_quantile: float = setting(
+    0.0,
+    "dp=site: the share of sites whose updates shall be within the clip, which follows it from "
+    "round to round (Andrew et al. 2021), e.g. 0.5; sites then tell, under noise, whether theirs "
+    "was within; 0 keeps l2_clip_norm",
+  )
+  dp_clip_rate: float = setting(
+    _CLIP_RATE,
+    "dp_clip_quantile: how fast the clip moves: a round changes its logarithm by this times the "
+    "share's error",
+  )
+  dp_clipping: str = setting(
+    "flat", "dp: flat, per_layer, or automatic (every gradient scaled to the norm)"
+  )
+  dp_augmentations: int = setting(
+    1, "dp: augmented copies of an image, whose mean gradient is clipped as one"
+  )
+  dp_count_noise: float = setting(
+    20.0,
+    "dp with class_weights: standard deviation of the noise on each site's class counts, of images "
+    "or patients",
+  )
+  dp_average: float = setting(
+    0.0, "decay of the average over rounds of the parameters that are evaluated; 0 takes the last"
+  )
+  dp_seed: int = setting(
+    -1,
+    "dp: a seed for noise and batches, to repeat a run that is then NOT PRIVATE; -1 takes entropy",
+  )
+
+  def __post_init__(self):
+    choose("dp", self.dp, _KINDS)
+    for name in ("target_epsilon", "noise_multiplier", "delta", "dp_count_noise", "dp_bands"):
+      value = getattr(self, name)
+      require(0 <= value < math.inf, name, value, "must be finite and not negative")
+    if self.dp_bands and self.dp_noise != "banded":
+      raise ValueError(
+        f"dp_bands={self.dp_bands} belongs to dp_noise=banded, not {self.dp_noise}; use dp_bands=0"
+      )
+    if self.dp != "site" and self.dp_clip_quantile:
+      raise ValueError(
+        f"dp_clip_quantile={self.dp_clip_quantile} moves the clip of whole sites' updates, which "
+        f"dp={self.dp} does not clip; use dp_clip_quantile=0, or dp=site"
+      )
+    value = self.dp_clip_quantile
+    cure = "must lie between 0 and 1, e.g. 0.5; 0 fixes the clip"
+    require(0 <= value < 1, "dp_clip_quantile", value, cure)
+    if not self.dp_clip_quantile and self.dp_clip_rate != _CLIP_RATE:
+      raise ValueError(
+        f"dp_clip_rate={self.dp_clip_rate} belongs to a clip that moves; leave it out, or set "
+        "dp=site and dp_clip_quantile"
+      )
+    value = self.dp_clip_rate
+    require(0 < value < math.inf, "dp_clip_rate", value, f"must be positive, e.g. {_CLIP_RATE}")
+    if self.dp == "none":
+      if self.dp_noise in _CORRELATED:
+        raise ValueError(
+          f"dp_noise={self.dp_noise} belongs to differential privacy; set dp=example or patient"
+        )
+      if self.target_epsilon or self.noise_multiplier:
+        raise ValueError(
+          "target_epsilon and noise_multiplier belong to differential privacy; set dp=example, "
+          "patient or site"
+        )
+      return
+    choose(f"dp={self.dp} with dp_noise", self.dp_noise, _KINDS[self.dp])
+    if not self.target_epsilon and not self.noise_multiplier:
+      raise ValueError(
+        f"dp={self.dp} needs target_epsilon (noise follows) or noise_multiplier; without noise "
+        "nothing is private"
+      )
+
+  @property
+  def by_patient(self) -> bool:
+    return self.dp == "patient"
+
+  def build_steps(
+    self,
+    training: Training,
+    loss_fn: LossFn,
+    sizes: Sequence[int],
+    *,
+    max_examples: int | None = None,
+    rows_per_unit: int = 1,
+    has_taps: Callable[[Params], PyTree] | None = None,
+  ) -> plan.StepPlan:
+    """The plan of private steps at each site, for dp=example or patient.
+
+    Args:
+      training: the run's.
+      loss_fn: of a batch.
+      sizes: units of each site; the largest and the smallest become public.
+      max_examples: the most images of a site.
+      rows_per_unit: the most images of a patient.
+      has_taps: see `clipping.clipped_sum`.
+
+    Raises:
+      ValueError: a delta that is too large, or a budget that nothing can meet.
+    """
+    most, batch = max(sizes), training.batch_size
+    counts = (
+      accounting.gaussian("class counts", self.dp_count_noise) if training.class_weights else None
+    )
+    options = {
+      "num_units": most,
+      "steps": training.sync_epochs * -(-most // batch),
+      "rounds": training.rounds,
+      "delta": self.delta or 1 / most,
+      "target_epsilon": self.target_epsilon or None,
+      "noise_multiplier": self.noise_multiplier or None,
+      "l2_clip_norm": self.l2_clip_norm,
+      "clipping": self.dp_clipping,
+      "unit": self.dp,
+      "rows_per_unit": rows_per_unit,
+      "max_examples": max_examples,
+      "augmentations": self.dp_augmentations,
+      "has_taps": has_taps,
+      "before": (counts,) if counts else (),
+    }
+    if self.dp_noise in _CORRELATED:
+      return plan.dp_ftrl(
+        loss_fn,
+        batch_size=batch,
+        min_units=min(sizes),
+        kind=self.dp_noise,
+        bands=self.dp_bands or None,
+        **options,  # type: ignore[arg-type]
+      )
+    return plan.dp_sgd(loss_fn, sampling_rate=min(1.0, batch / most), **options)  # type: ignore[arg-type]
+
+  def build_sites(
+    self,
+    training: Training,
+    num_sites: int,
+    sites_in_round: int,
+    num_parameters: int,
+    secagg_bits: int,
+    min_survivors: int | None,
+  ) -> plan.SiteLevel:
+    """The plan of whole sites, for dp=site.
+
+    Args:
+      training: the run's.
+      num_sites, sites_in_round: all sites, and those of a round.
+      num_parameters: of the model.
+      secagg_bits: of the ring.
+      min_survivors: the fewest sites in a sum.
+
+    Raises:
+      ValueError: as `build_steps`.
+    """
+    together = None
+    if self.dp_noise == "distributed":
+      together = DistributedNoise(
+        dim=num_parameters,
+        num_sites=sites_in_round,
+        min_survivors=min_survivors or sites_in_round,
+        l2_clip_norm=self.l2_clip_norm,
+        noise_multiplier=1.0,
+        num_bits=secagg_bits,
+        num_colluding=_CURIOUS,
+      )
+    return plan.site_level(
+      num_sites=num_sites,
+      rounds=training.rounds,
+      delta=self.delta or 1 / num_sites,
+      target_epsilon=self.target_epsilon or None,
+      noise_multiplier=self.noise_multiplier or None,
+      l2_clip_norm=self.l2_clip_norm,
+      target_quantile=self.dp_clip_quantile or None,
+      clip_rate=self.dp_clip_rate,
+      together=together,
+    )
+
+  def secrets(self) -> Callable[[int, Purpose, np.ndarray], np.ndarray]:
+    """Where sites' noise and batches come from: the operating system, unless dp_seed is set."""
+    if self.dp_seed < 0:
+      return fresh_secrets
+    seed = prng.random_key(lambda size: self.dp_seed.to_bytes(size, "little"))
+
+    def repeated(round: int, purpose: Purpose, ids: np.ndarray) -> np.ndarray:
+      of_sum = prng.derive(seed, round, int(purpose))
+      return np.stack([np.asarray(prng.derive(of_sum, int(i))) for i in ids])
+
+    return repeated

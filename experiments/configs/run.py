@@ -1,0 +1,201 @@
+"""All settings of a training run, and what only several of them together can be refused for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from experiments.configs.aggregation import Aggregation, min_survivors
+from experiments.configs.data import Data, Hospitals
+from experiments.configs.model import Augment, Model
+from experiments.configs.privacy import Privacy
+from experiments.configs.training import SERVER_OPTIMIZERS, Federation, Training, build_alone
+from experiments.settings import setting
+from primia_jax import federated, local, models, sites
+
+_NOMINAL_CLASSES = 3  # for building before the images are known
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """Everything that decides the result of a training run."""
+
+  seed: int = setting(0, "seed of everything random but secret keys")
+  data: Data = dataclasses.field(default_factory=Data)
+  hospitals: Hospitals = dataclasses.field(default_factory=Hospitals)
+  model: Model = dataclasses.field(default_factory=Model)
+  augment: Augment = dataclasses.field(default_factory=Augment)
+  training: Training = dataclasses.field(default_factory=Training)
+  federation: Federation = dataclasses.field(default_factory=Federation)
+  aggregation: Aggregation = dataclasses.field(default_factory=Aggregation)
+  privacy: Privacy = dataclasses.field(default_factory=Privacy)
+
+  def __post_init__(self):
+    h, f, p = self.hospitals, self.federation, self.privacy
+    if f.sites_per_round > h.num_sites:
+      raise ValueError(
+        f"sites_per_round={f.sites_per_round} of num_sites={h.num_sites}; 0 takes all"
+      )
+    if self.training.keep_optimizer and h.sites_in_memory and 0 < f.sites_per_round < h.num_sites:
+      raise ValueError(
+        "keep_optimizer needs every site's state in memory; leave sites_in_memory at 0"
+      )
+    if f.placement not in ("auto", "mesh", "processes"):  # these would start JAX
+      sites.parse_placement(f.placement)
+    if p.dp_average and f.algorithm == "fedbn":
+      raise ValueError(
+        "dp_average averages global parameters, and fedbn keeps some at each site; use dp_average=0"
+      )
+    if p.dp != "none":
+      self._check_privacy()
+
+  @property
+  def sites_in_round(self) -> int:
+    """Sites that take part in a round."""
+    return self.federation.sites_per_round or self.hospitals.num_sites
+
+  @property
+  def in_processes(self) -> bool:
+    """Whether each site has a process of its own."""
+    return self.federation.placement == "processes"
+
+  def check_federation(self) -> None:
+    """Refuses what cannot be federated; not called where all images train in one place.
+
+    Raises:
+      ValueError: naming the setting and the cure.
+    """
+    a, f, p = self.aggregation, self.federation, self.privacy
+    if a.dropout_rate and a.is_secure and not a.secagg_threshold and not self.in_processes:
+      raise ValueError(
+        f"dropout_rate={a.dropout_rate} loses sites, which masks survive with a secagg_threshold "
+        "only"
+      )
+    if self.model.norm == "batch" and not a.is_secure and f.algorithm != "fedbn":
+      raise ValueError(
+        f"norm=batch under aggregation={a.aggregation}: each site's BatchNorm statistics would "
+        "leave it in the clear; use aggregation=secure, norm=group, or algorithm=fedbn, which "
+        "keeps them at the site"
+      )
+    if p.dp_clip_quantile and a.aggregation not in ("secure", "clear"):
+      raise ValueError(
+        f"aggregation={a.aggregation} does not give the share of sites within the clip, which "
+        "moves it; use secure or clear, or dp_clip_quantile=0"
+      )
+    if p.dp_noise == "distributed" and (not a.is_secure or not a.secagg_threshold):
+      raise ValueError(
+        "dp_noise=distributed protects the sum of at least secagg_threshold sites and no single "
+        "update; use aggregation=secure and set secagg_threshold"
+      )
+    if self.in_processes:
+      self._check_processes()
+
+  def _check_privacy(self) -> None:
+    f, p, t = self.federation, self.privacy, self.training
+    if self.augment.mixup:
+      raise ValueError(
+        "mixup blends the images of several units, so clipping bounds no single one; use mixup=0"
+      )
+    if self.model.norm == "batch":
+      raise ValueError(
+        "norm=batch mixes the images of a batch, which clipping cannot bound; use norm=group"
+      )
+    if t.sync_batches:
+      raise ValueError(
+        "dp counts rounds in sync_epochs, of as many steps at every site; use sync_batches=0"
+      )
+    if p.dp != "site":
+      if t.class_weights and not p.dp_count_noise:
+        raise ValueError(
+          "class_weights releases exact class counts; set dp_count_noise, or --noclass_weights"
+        )
+      return
+    if t.class_weights:
+      raise ValueError(
+        "class counts of a site cannot be bounded as one unit's; use --noclass_weights with dp=site"
+      )
+    if f.weighting != "uniform":
+      raise ValueError(
+        f"weighting={f.weighting} tells sizes of sites, which dp=site protects; use "
+        "weighting=uniform"
+      )
+    if f.algorithm not in ("fedavg", "fedprox", *SERVER_OPTIMIZERS):
+      raise ValueError(
+        f"dp=site bounds one update of a site, and {f.algorithm} sends more; use fedavg or its kin"
+      )
+
+  def _check_processes(self) -> None:
+    a, f, h = self.aggregation, self.federation, self.hospitals
+    if not a.is_secure:
+      raise ValueError(
+        f"placement=processes sends nothing but masked sums, and not aggregation={a.aggregation} "
+        f"with secagg={a.secagg}; use aggregation=secure and secagg=pairwise or bell"
+      )
+    if f.algorithm == "fedbn" or 0 < f.sites_per_round < h.num_sites:
+      raise ValueError("placement=processes works with all sites in every round, without fedbn")
+    if a.dropout_rate:
+      raise ValueError(
+        f"dropout_rate={a.dropout_rate} simulates losses; with placement=processes sites are "
+        "really lost: end a process"
+      )
+    if h.sites_in_memory:
+      raise ValueError(
+        f"sites_in_memory={h.sites_in_memory}: with placement=processes each holds its own site; "
+        "use 0"
+      )
+    if self.privacy.by_patient and self.data.data == "phantom":
+      raise ValueError(
+        "dp=patient with placement=processes: the phantom has one image a patient; use dp=example"
+      )
+
+
+def rehearse(config: Train, is_federated: bool = True) -> None:
+  """Builds everything that needs no images, so that what the library refuses is refused first.
+
+  Raises:
+    ValueError, FileNotFoundError: naming the setting and the cure.
+  """
+  model_config = config.model.config(config.data, _NOMINAL_CLASSES)
+  model, t = models.build(model_config), config.training
+  loss = local.classification_loss(
+    model.apply, config.augment.build(), _NOMINAL_CLASSES, t.label_smoothing
+  )
+  steps = t.build_steps((2 * t.batch_size,))
+  recipe = local.Recipe(steps, local.gradients(loss), None, t.build_optimizer(), t.build_schedule())
+  if not is_federated:
+    if config.privacy.dp == "site":
+      raise ValueError(
+        "dp=site protects sites of a federation; one site alone has dp=example or patient"
+      )
+    build_alone(recipe)
+    return
+  config.check_federation()
+  num_sites = config.hospitals.num_sites
+  algorithm = config.federation.build(t, recipe, num_sites)
+  if config.in_processes:
+    config.aggregation.secure_sum(config.sites_in_round, config.sites_in_round, True)
+    return
+  summed = config.aggregation.build(config.sites_in_round)
+  if config.privacy.dp == "site":
+    build_site_level(
+      config, models.num_parameters(jax.eval_shape(model.init, jax.random.key(0))[0])
+    )
+  elif summed.stacks or not summed.hides:
+    federated.federated(algorithm, summed, sites.scan(), num_sites)
+
+
+def build_site_level(config: Train, num_parameters: int):
+  """The plan of whole sites; see `Privacy.build_sites`."""
+  least = None
+  if config.aggregation.is_secure:
+    n = config.sites_in_round
+    least = min_survivors(config.aggregation.secure_sum(n, n, config.in_processes))
+  return config.privacy.build_sites(
+    config.training,
+    config.hospitals.num_sites,
+    config.sites_in_round,
+    num_parameters,
+    config.aggregation.secagg_bits,
+    least,
+  )

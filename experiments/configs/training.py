@@ -1,0 +1,171 @@
+"""How a site trains between two synchronisations, and what the server makes of updates."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import optax
+
+from experiments.settings import choose, require, setting
+from primia_jax import algorithms, federated, local, models
+from primia_jax.types import Array
+
+SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """A site's steps."""
+
+  rounds: int = setting(18, "synchronisations")
+  sync_epochs: int = setting(
+    1, "epochs over its own images that a site trains between synchronisations"
+  )
+  sync_batches: int = setting(0, "synchronise every so many batches instead; 0 counts epochs")
+  batch_size: int = setting(16, "images in a training step")
+  optimizer: str = setting("adam", "the sites' optimiser: sgd, momentum, adam or adamw")
+  momentum: float = setting(0.9, "momentum: its decay")
+  weight_decay: float = setting(0.01, "adamw: its strength")
+  learning_rate: float = setting(0.002, "highest learning rate of the sites")
+  schedule: str = setting("cosine", "constant, or cosine: down to 0 over all rounds")
+  warmup_rounds: float = setting(1.0, "rounds of linear warm-up")
+  keep_optimizer: bool = setting(False, "sites keep their optimiser's state from round to round")
+  class_weights: bool = setting(
+    True, "weigh classes by inverse frequency; the counts are summed under secure aggregation"
+  )
+  label_smoothing: float = setting(0.0, "in [0, 1)")
+  patience: int = setting(
+    0, "stop after so many rounds without a better MCC on validation; 0 never"
+  )
+
+  def __post_init__(self):
+    choose("schedule", self.schedule, ("constant", "cosine"))
+    choose("optimizer", self.optimizer, self._optimizers)
+    for name in ("rounds", "batch_size", "learning_rate"):
+      value = getattr(self, name)
+      require(0 < value < math.inf, name, value, "must be positive and finite")
+    for name in ("sync_batches", "patience", "warmup_rounds", "weight_decay"):
+      value = getattr(self, name)
+      require(0 <= value < math.inf, name, value, "must be finite and not negative")
+    require(0 <= self.momentum < 1, "momentum", self.momentum, "must lie in [0, 1)")
+    if not self.sync_batches:
+      value = self.sync_epochs
+      require(value > 0, "sync_epochs", value, "must be at least 1, or set sync_batches")
+
+  @property
+  def _optimizers(self) -> dict[str, local.Optimizer]:
+    return {
+      "sgd": optax.sgd,
+      "momentum": functools.partial(optax.sgd, momentum=self.momentum),
+      "adam": optax.adam,
+      "adamw": functools.partial(optax.adamw, weight_decay=self.weight_decay),
+    }
+
+  def build_steps(self, sizes: Sequence[int]) -> local.Steps:
+    """The steps of a round; the smallest and largest site's sizes become public."""
+    return local.epochs(
+      self.batch_size,
+      max(sizes),
+      min_examples=min(sizes),
+      num_epochs=None if self.sync_batches else self.sync_epochs,
+      num_steps=self.sync_batches or None,
+    )
+
+  def build_optimizer(self) -> local.Optimizer:
+    """The sites' optimiser."""
+    return self._optimizers[self.optimizer]
+
+  def build_schedule(self) -> Callable[[Array], Array]:
+    """Learning rate by time in rounds: linear warm-up, then constant or cosine."""
+    peak, warmup, rounds = self.learning_rate, self.warmup_rounds, float(self.rounds)
+
+    def rate(time: Array) -> Array:
+      decay = jnp.float32(1)
+      if self.schedule == "cosine":
+        done = jnp.clip((time - warmup) / max(rounds - warmup, 1e-6), 0, 1)
+        decay = 0.5 * (1 + jnp.cos(jnp.pi * done))
+      return peak * jnp.minimum((time + 0.05) / max(warmup, 0.05), 1.0) * decay
+
+    return rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Federation:
+  """How sites work together."""
+
+  algorithm: str = setting(
+    "fedavg",
+    "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad, scaffold, fednova or fedbn",
+  )
+  weighting: str = setting("examples", "sites count by their number of examples, or uniform")
+  proximal: float = setting(0.01, "fedprox: strength of the pull towards the global model")
+  server_learning_rate: float = setting(
+    0.01, "fedadam, fedyogi, fedadagrad, fedavgm: the server's learning rate"
+  )
+  server_momentum: float = setting(0.9, "fedavgm: the server's momentum")
+  sites_per_round: int = setting(0, "sites drawn at random for each round; 0 takes all")
+  placement: str = setting(
+    "auto", "where sites run: loop, scan, vmap, chunk=C, mesh, processes, or auto, the fastest"
+  )
+
+  def __post_init__(self):
+    choose("algorithm", self.algorithm, ALGORITHMS)
+    choose("weighting", self.weighting, ("examples", "uniform"))
+    value = self.server_learning_rate
+    require(0 < value < math.inf, "server_learning_rate", value, "must be positive and finite")
+    require(0 <= self.server_momentum < 1, "server_momentum", self.server_momentum,
+            "must lie in [0, 1)")  # fmt: skip
+    require(self.sites_per_round >= 0, "sites_per_round", self.sites_per_round, "is negative")
+
+  def build(self, training: Training, recipe: local.Recipe, num_sites: int) -> federated.Algorithm:
+    """The federated algorithm.
+
+    Raises:
+      ValueError: the algorithm does not go with the sites' optimiser.
+    """
+    keep, name = training.keep_optimizer, self.algorithm
+    if name in ("scaffold", "fednova") and keep:
+      raise ValueError(
+        f"algorithm={name} starts the sites' optimiser anew each round; use --nokeep_optimizer"
+      )
+    if name == "fednova" and training.optimizer not in ("sgd", "momentum"):
+      raise ValueError(
+        f"algorithm=fednova must know the weights of steps; use optimizer=sgd or momentum, not "
+        f"{training.optimizer}"
+      )
+    if name == "scaffold" and training.optimizer != "sgd":
+      raise ValueError(
+        f"algorithm=scaffold is sound with optimizer=sgd only, not {training.optimizer} "
+        "(Karimireddy et al. 2020)"
+      )
+    options = {"weighting": self.weighting, "keep_optimizer": keep}
+    if name == "fedprox":
+      return algorithms.fedprox(recipe, self.proximal, **options)
+    if name == "scaffold":
+      return algorithms.scaffold(recipe, num_sites)
+    if name == "fednova":
+      momentum = training.momentum if training.optimizer == "momentum" else 0.0
+      return algorithms.fednova(recipe, momentum=momentum, weighting=self.weighting)  # type: ignore[arg-type]
+    if name == "fedbn":
+      is_norm = lambda path: models.is_norm_parameter(path.split("/"))
+      return algorithms.fedbn(recipe, is_norm, **options)
+    if name in SERVER_OPTIMIZERS:
+      rate = self.server_learning_rate
+      optimizer = {
+        "fedavgm": optax.sgd(rate, self.server_momentum),
+        "fedadam": optax.adam(rate, b2=0.99, eps=1e-3),  # Reddi et al. 2021, section 5
+        "fedyogi": optax.yogi(rate, b2=0.99, eps=1e-3),
+        "fedadagrad": optax.adagrad(rate, eps=1e-3),
+      }[name]
+      return algorithms.fedopt(recipe, optimizer, **options)._replace(name=name)
+    return algorithms.fedavg(recipe, **options)  # type: ignore[arg-type]
+
+
+def build_alone(recipe: local.Recipe) -> federated.Algorithm:
+  """Ordinary training as a federation of one site, whose optimiser keeps its state."""
+  return algorithms.fedavg(recipe, weighting="uniform", keep_optimizer=True, name="one site")
