@@ -70,16 +70,13 @@ def share(secrets: np.ndarray, threshold: int, points: np.ndarray) -> np.ndarray
   return shares
 
 
-def combine(
-  points: np.ndarray, shares: np.ndarray, threshold: int, check: bool = True
-) -> np.ndarray:
+def combine(points: np.ndarray, shares: np.ndarray, threshold: int) -> np.ndarray:
   """The secrets, from at least t shares of each.
 
   Args:
     points: [m], of the holders of all secrets, or [S, m], of each secret's.
     shares: [S, m, 32] uint8.
-    threshold: t; the first t shares are used.
-    check: whether to compare the other m - t with what the first t foretell.
+    threshold: t; the first t shares are used, and the others are compared with what they imply.
 
   Returns:
     [S, 32] uint8. With m = t no wrong share can be noticed: check the secret against a commitment
@@ -95,7 +92,7 @@ def combine(
   if shares.ndim != 3 or shares.dtype != np.uint8:
     raise ValueError(f"shares is {shares.dtype}{list(shares.shape)}; it must be uint8[S, m, 32]")
   known, held = points[:, :threshold], shares[:, :threshold]
-  for extra in range(threshold, points.shape[1] if check else threshold):
+  for extra in range(threshold, points.shape[1]):
     wrong = np.any(_evaluate(known, held, points[:, extra]) != shares[:, extra], axis=1)
     if wrong.any():
       raise ValueError(
