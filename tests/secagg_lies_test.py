@@ -127,7 +127,7 @@ def test_an_advert_with_another_site_s_keys_is_rejected():
   said = begin(w)
   server = serving.receive(server, said[0][1])
   copied = resigned(w, said[0][1]._replace(site=1))
-  with pytest.raises(secagg.Rejected, match="not its own") as rejected:
+  with pytest.raises(secagg.Rejected, match="another site has advertised one of them") as rejected:
     serving.receive(server, copied)
   assert (rejected.value.site, rejected.value.reason) == (1, "malformed")
 
