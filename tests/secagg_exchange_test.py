@@ -51,18 +51,19 @@ def looks_uniform(words):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_what_leaves_a_site_is_masked(wire, monkeypatch, masked):
-  """And where no masks are made, this test sees it."""
-  zeros = {"a": np.zeros(400, np.uint32)}
+  """Each leaf is a vector of its own; and where no masks are made, this test sees it."""
+  zeros = {"a": np.zeros((4, 100), np.uint32), "b": np.zeros(300, np.uint32)}
   if not masked:
     monkeypatch.setattr(
-      rounds, "mask_total", lambda keys, signs, round, setup: [np.zeros(400, np.uint32)]
+      rounds, "mask_total", lambda k, s, r, setup: [np.zeros(n, np.uint32) for n in setup.sizes]
     )
   apart = Apart(3).run(lambda i, own: own.finish(own.begin(zeros, 4, 1, THREE), zeros))
   assert apart.errors == {}
-  inputs = [message.vectors[0] for message in wire if isinstance(message, msg.MaskedInput)]
-  assert len(inputs) == 3
-  assert all(looks_uniform(v) == masked for v in inputs)
-  assert all(not np.any(result["a"]) for result in apart.results.values())
+  inputs = [message.vectors for message in wire if isinstance(message, msg.MaskedInput)]
+  assert [[v.size for v in vectors] for vectors in inputs] == [[400, 300]] * 3
+  assert all(looks_uniform(v) == masked for vectors in inputs for v in vectors)
+  for result in apart.results.values():
+    jax.tree.map(np.testing.assert_array_equal, result, zeros)
   others = [m for m in wire if not isinstance(m, msg.MaskedInput | msg.Total)]
   assert not any(hasattr(m, "vectors") for m in others)  # and elements are in no other message
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from primia_jax import prng
-from primia_jax.secagg import keys
+from primia_jax.secagg import keys, subkeys
 
 KEY = np.arange(8, dtype=np.uint32) * 0x1234567 + 5
 # The 0.1 % and 99.9 % quantiles of chi-square with 255 degrees of freedom (Wilson and Hilferty's
@@ -224,3 +224,31 @@ def test_expanding_a_key_gives_the_next_bytes_of_its_stream_at_each_call():
   assert entropy(5) + entropy(0) + entropy(59) == want
   assert keys.expanding(KEY)(64) == want
   assert keys.expanding(KEY + 1)(64) != want
+
+
+def test_no_two_uses_of_a_sites_secrets_share_a_key():
+  """Every row of the table in `subkeys`, for pairs of three sites in two rounds."""
+  secrets = {i: subkeys.draw(os.urandom) for i in range(3)}
+  boxes = {i: keys.key_pair() for i in range(3)}
+  found = [keys.words(s.noise) for s in secrets.values()]
+  for round_index in (0, 1):
+    for i, own in secrets.items():
+      public = {j: secrets[j].mask.public for j in secrets if j != i}
+      for j, key in subkeys.pair_mask_keys(own.mask.private, public, round_index, i).items():
+        other = subkeys.pair_mask_keys(
+          secrets[j].mask.private, {i: own.mask.public}, round_index, j
+        )
+        assert np.array_equal(key, other[i])
+        found += [key] if i < j else []
+        sent = subkeys.box_key(boxes[i].private, boxes[j].public, round_index, i, j)
+        got = subkeys.box_key(boxes[j].private, boxes[i].public, round_index, i, j)
+        assert np.array_equal(sent, got)
+        found += [sent]
+      found += [subkeys.self_mask_key(own.seed, round_index, i)]
+  ids = np.arange(3, dtype=np.int32)
+  of_pairs, noise = subkeys.dealt(jnp.asarray(KEY), ids, np.array([[1, 2], [0, 2], [0, 1]]))
+  found += [*np.asarray(of_pairs)[[0, 0, 1], [0, 1, 1]], *np.asarray(noise)]
+  found += [
+    keys.words(subkeys.simulated(keys.raw(KEY), name)(32)) for name in (0, 1, 2, "graph", "dealer")
+  ]
+  assert len({keys.raw(np.asarray(key)) for key in found}) == len(found) == 3 + 2 * 12 + 6 + 5
