@@ -6,61 +6,16 @@ import threading
 import jax
 import numpy as np
 import pytest
+from secagg_apart import Apart, Killed
 
 from primia_jax import ring, secagg
 from primia_jax.secagg import exchange, keys, protocol, rounds, transport
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 
-
-class Killed(Exception):
-  """The end of a site's process."""
-
-
-class Apart:
-  """Exchanges of some sites, and what each of them did in a thread."""
-
-  def __init__(self, num_sites, timeout=300.0):  # a timeout that is spent fails `run`
-    server, own = keys.identity(), [keys.identity() for _ in range(num_sites)]
-    listener = transport.listen()
-    host = transport.Host(listener, num_sites, timeout, server)
-    pinned = {i: one.public for i, one in enumerate(own)}
-    make = lambda i: exchange.Exchange(
-      listener.getsockname(),
-      i,
-      exchange.Pinned(own[i], pinned, server.public),
-      b"test",
-      timeout,
-      None if i else host,
-    )
-    self.exchanges = [make(i) for i in range(num_sites)]
-    self.results, self.errors = {}, {}
-
-  def run(self, call):
-    """call(site, its exchange) for each site in a thread, to the end of all."""
-
-    def one(i):
-      try:
-        self.results[i] = call(i, self.exchanges[i])
-      except Exception as e:
-        self.errors[i] = e
-        self.exchanges[i].close()  # as the end of a process does
-
-    threads = [
-      threading.Thread(target=one, args=(i,), daemon=True) for i in range(len(self.exchanges))
-    ]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join(60)
-      assert not thread.is_alive()
-    for e in self.exchanges:
-      e.close()
-    return self
-
-
 THREE, FIVE = secagg.secure_sum(3), secagg.secure_sum(5)
 TOLERANT = secagg.secure_sum(3, threshold=2)
+SPARSE = secagg.secure_sum(5, num_peers=2, threshold=2)
 
 
 def elements(i):
@@ -96,18 +51,19 @@ def looks_uniform(words):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_what_leaves_a_site_is_masked(wire, monkeypatch, masked):
-  """And where no masks are made, this test sees it."""
-  zeros = {"a": np.zeros(400, np.uint32)}
+  """Each leaf is a vector of its own; and where no masks are made, this test sees it."""
+  zeros = {"a": np.zeros((4, 100), np.uint32), "b": np.zeros(300, np.uint32)}
   if not masked:
     monkeypatch.setattr(
-      rounds, "mask_total", lambda keys, signs, round, setup: [np.zeros(400, np.uint32)]
+      rounds, "mask_total", lambda k, s, r, setup: [np.zeros(n, np.uint32) for n in setup.sizes]
     )
   apart = Apart(3).run(lambda i, own: own.finish(own.begin(zeros, 4, 1, THREE), zeros))
   assert apart.errors == {}
-  inputs = [message.vectors[0] for message in wire if isinstance(message, msg.MaskedInput)]
-  assert len(inputs) == 3
-  assert all(looks_uniform(v) == masked for v in inputs)
-  assert all(not np.any(result["a"]) for result in apart.results.values())
+  inputs = [message.vectors for message in wire if isinstance(message, msg.MaskedInput)]
+  assert [[v.size for v in vectors] for vectors in inputs] == [[400, 300]] * 3
+  assert all(looks_uniform(v) == masked for vectors in inputs for v in vectors)
+  for result in apart.results.values():
+    jax.tree.map(np.testing.assert_array_equal, result, zeros)
   others = [m for m in wire if not isinstance(m, msg.MaskedInput | msg.Total)]
   assert not any(hasattr(m, "vectors") for m in others)  # and elements are in no other message
 
@@ -234,7 +190,7 @@ def test_no_sum_is_over_fewer_than_the_quorum_of_those_that_have_begun():
     for left in (5, 4, 3, 2):
       if left < 5:
         assert ended[left].wait(60)
-      assert_total(one_sum(own, i, TOLERANT, 9 - left), range(left))
+      assert_total(one_sum(own, i, SPARSE, 9 - left), range(left))
       if i == left - 1:
         own.close()
         ended[i].set()
@@ -283,6 +239,8 @@ def test_what_the_sites_that_are_left_agree_on_is_as_safe_as_with_all(
     agree(wide)
   with pytest.raises(ValueError, match=r"config\.masked is False"):
     agree(dataclasses.replace(config, masked=False))
+  with pytest.raises(ValueError, match=f"run of {num_sites} sites, whose sum could overflow"):
+    agree(dataclasses.replace(config, num_sites=num_sites - 1))
   too_many = (
     f"quorum={left + 1} of {left} sites"
     if left == num_sites

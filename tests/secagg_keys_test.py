@@ -1,12 +1,11 @@
 import os
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from primia_jax import prng
-from primia_jax.secagg import keys
+from primia_jax.secagg import keys, subkeys
 
 KEY = np.arange(8, dtype=np.uint32) * 0x1234567 + 5
 # The 0.1 % and 99.9 % quantiles of chi-square with 255 degrees of freedom (Wilson and Hilferty's
@@ -36,16 +35,6 @@ def test_the_stream_is_that_of_rfc_8439():
   assert block.hex().startswith("10f1e7e4d13b5915500fdd1fa32071c4")
 
 
-@pytest.mark.parametrize("dtype", [np.uint32, np.uint64])
-@pytest.mark.parametrize("shape", [(), (3,), (2, 1024), (5000,)])
-def test_bits_on_the_host_have_the_order_of_those_in_jit(dtype, shape):
-  with jax.enable_x64(dtype is np.uint64):
-    want = prng.bits(jnp.asarray(KEY), jnp.asarray([1, 2, 3], jnp.uint32), shape, dtype)
-    got = keys.bits(KEY, (1, 2, 3), shape, dtype)
-    assert got.dtype == want.dtype
-    assert np.array_equal(got, want)
-
-
 def test_x25519_agrees_as_in_rfc_7748():
   """Section 6.1."""
   a = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
@@ -54,9 +43,9 @@ def test_x25519_agrees_as_in_rfc_7748():
   assert (
     keys.public_key(a).hex() == "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"
   )
-  assert (
-    keys.agree(a, keys.public_key(b)).hex() == keys.agree(b, keys.public_key(a)).hex() == shared
-  )
+  assert [*keys.agree(a, keys.public_key(b)), *keys.agree(b, keys.public_key(a))] == [
+    bytes.fromhex(shared)
+  ] * 2
 
 
 # The points of small order on Curve25519 and its twist (Bernstein's list), with which anybody knows
@@ -89,7 +78,7 @@ def test_keys_of_another_length_are_refused(size):
 
 def test_keys_of_all_uses_differ_and_both_ends_make_the_same():
   a, b = keys.key_pair(), keys.key_pair()
-  shared = keys.agree(a.private, b.public)
+  (shared,) = keys.agree(a.private, b.public)
   uses = [
     (purpose, round_index, low, high)
     for purpose in ("mask", "box", "mas", "k")
@@ -99,7 +88,7 @@ def test_keys_of_all_uses_differ_and_both_ends_make_the_same():
   made = [keys.expand(shared, *use) for use in uses]
   assert all(key.shape == (8,) and key.dtype == np.uint32 for key in made)
   assert len({key.tobytes() for key in made}) == len(uses)
-  again = keys.agree(b.private, a.public)
+  (again,) = keys.agree(b.private, a.public)
   assert all(
     np.array_equal(key, keys.expand(again, *use)) for key, use in zip(made, uses, strict=True)
   )
@@ -124,7 +113,7 @@ def test_mask_seeds_carry_all_their_256_bits():
   """
   pairs = [keys.key_pair() for _ in range(64)]
   made = [
-    keys.raw(keys.expand(keys.agree(a.private, b.public), "mask", 1, i, j))
+    keys.raw(keys.expand(keys.agree(a.private, b.public)[0], "mask", 1, i, j))
     for i, a in enumerate(pairs)
     for j, b in enumerate(pairs[i + 1 :], i + 1)
   ]
@@ -222,9 +211,44 @@ def test_a_commitment_binds_and_differs_from_the_secret():
     (lambda: keys.stream(KEY.astype(np.int64), (0, 0, 0), 1), r"uint32\[8\]"),
     (lambda: keys.stream(KEY, (0, 0, 0), -1), "num_words=-1"),
     (lambda: keys.stream(KEY, (0, 0, 0), 2**36 + 1), "num_words"),
-    (lambda: keys.bits(KEY, (0, 0, 0), (1,), np.int32), "dtype"),
   ],
 )
 def test_bad_input_is_named(call, told):
   with pytest.raises(ValueError, match=told):
     call()
+
+
+def test_expanding_a_key_gives_the_next_bytes_of_its_stream_at_each_call():
+  entropy = keys.expanding(KEY)
+  want = keys.stream(KEY, (0, 0, 0), 16).astype("<u4").tobytes()
+  assert entropy(5) + entropy(0) + entropy(59) == want
+  assert keys.expanding(KEY)(64) == want
+  assert keys.expanding(KEY + 1)(64) != want
+
+
+def test_no_two_uses_of_a_sites_secrets_share_a_key():
+  """Every row of the table in `subkeys`, for pairs of three sites in two rounds."""
+  secrets = {i: subkeys.draw(os.urandom) for i in range(3)}
+  boxes = {i: keys.key_pair() for i in range(3)}
+  found = [keys.words(s.noise) for s in secrets.values()]
+  for round_index in (0, 1):
+    for i, own in secrets.items():
+      public = {j: secrets[j].mask.public for j in secrets if j != i}
+      for j, key in subkeys.pair_mask_keys(own.mask.private, public, round_index, i).items():
+        other = subkeys.pair_mask_keys(
+          secrets[j].mask.private, {i: own.mask.public}, round_index, j
+        )
+        assert np.array_equal(key, other[i])
+        found += [key] if i < j else []
+        sent = subkeys.box_key(boxes[i].private, boxes[j].public, round_index, i, j)
+        got = subkeys.box_key(boxes[j].private, boxes[i].public, round_index, i, j)
+        assert np.array_equal(sent, got)
+        found += [sent]
+      found += [subkeys.self_mask_key(own.seed, round_index, i)]
+  ids = np.arange(3, dtype=np.int32)
+  of_pairs, noise = subkeys.dealt(jnp.asarray(KEY), ids, np.array([[1, 2], [0, 2], [0, 1]]))
+  found += [*np.asarray(of_pairs)[[0, 0, 1], [0, 1, 1]], *np.asarray(noise)]
+  found += [
+    keys.words(subkeys.simulated(keys.raw(KEY), name)(32)) for name in (0, 1, 2, "graph", "dealer")
+  ]
+  assert len({keys.raw(np.asarray(key)) for key in found}) == len(found) == 3 + 2 * 12 + 6 + 5

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from secagg_apart import Apart, Killed
 
 from primia_jax import federated as fed
 from primia_jax import secagg, sites
 from primia_jax.secagg import exchange
 from primia_jax.types import Metrics
-from tests.secagg_exchange_test import Apart, Killed
 
 N, D, L = 12, 5, 3
 NUM = np.array([12, 7, 9, 10], np.int32)

@@ -16,14 +16,15 @@ import time
 import numpy as np
 import pytest
 
+from primia_jax import secagg
 from primia_jax.secagg import keys, protocol, rounds, transport
 from primia_jax.secagg import messages as msg
-from primia_jax.secagg import server as serving
 
 SITES, SIZES, ROUND = range(4), (300, 1), 4
-IDENTITIES = {
-  i: keys.identity(lambda size, i=i: hashlib.sha256(b"%d" % i).digest()[:size]) for i in SITES
-}
+SERVER, *_SITES = (
+  keys.identity(lambda size, i=i: hashlib.sha256(b"%d" % i).digest()[:size]) for i in range(5)
+)
+IDENTITIES = dict(zip(SITES, _SITES, strict=True))
 
 
 def agreed():
@@ -36,7 +37,17 @@ def vectors(site):
 
 
 def join(address, site, timeout=60.0):
-  return transport.join(address, agreed(), ROUND, site, IDENTITIES[site], vectors(site), timeout)
+  with socket.create_connection(address, timeout) as connection:
+    begun = transport.begin(connection, agreed(), ROUND, site, IDENTITIES[site])
+    return transport.finish(connection, begun, vectors(site), SERVER.public)
+
+
+def serve(listener, timeout):
+  host = transport.Host(listener, len(SITES), timeout, SERVER)
+  try:
+    return host.serve(agreed(), ROUND).result()
+  finally:
+    host.close()
 
 
 class Thread(threading.Thread):
@@ -73,7 +84,7 @@ def play(strangers=(), honest=SITES, timeout=30.0):
   """
   listener = transport.listen()
   address, sent = listener.getsockname(), threading.Semaphore(0)
-  server = Thread(lambda: transport.serve(listener, agreed(), ROUND, timeout))
+  server = Thread(lambda: serve(listener, timeout))
   beside = [Thread(lambda s=s: s(address, sent)) for s in strangers]
   for _ in strangers:
     assert sent.acquire(timeout=30)
@@ -83,16 +94,24 @@ def play(strangers=(), honest=SITES, timeout=30.0):
 
 def check(report, survivors):
   assert report.opened.survivors == tuple(survivors)
-  for leaf, got in enumerate(report.opened.total):
+  check_total(report.opened.total, survivors)
+
+
+def check_total(total, survivors):
+  assert len(total) == len(SIZES)
+  for leaf, got in enumerate(total):
     assert np.array_equal(
       got, np.sum([vectors(i)[leaf] for i in survivors], axis=0, dtype=np.uint32)
     )
 
 
-def test_a_round_over_loopback_gives_the_sum_and_every_site_the_lists():
+def test_a_round_over_loopback_gives_every_site_the_sum_and_the_lists():
   server, sites, _ = play()
   check(server.get(), SITES)
-  assert all(s.get() == (msg.Survivors(ROUND, tuple(SITES), ()), None) for s in sites.values())
+  for site in sites.values():
+    lists, total = site.get()
+    assert lists == msg.Survivors(ROUND, tuple(SITES), ())
+    check_total(total, SITES)
 
 
 def test_separate_processes_with_one_killed_in_the_middle_give_the_survivors_sum():
@@ -109,7 +128,7 @@ def test_separate_processes_with_one_killed_in_the_middle_give_the_survivors_sum
   )
   processes = [start(i) for i in SITES]
   try:
-    server = Thread(lambda: transport.serve(listener, agreed(), ROUND, 60.0))
+    server = Thread(lambda: serve(listener, 60.0))
     assert processes[2].stdout.readline() == b"masking\n"
     processes[2].kill()
     report = server.get()
@@ -162,7 +181,7 @@ def test_a_site_that_falls_silent_is_a_dropout_after_the_timeout(stage):
 def test_too_few_sites_end_the_round_by_name_for_server_and_sites():
   server, sites, _ = play(honest=(0, 3), timeout=0.7)
   with pytest.raises(
-    serving.RoundFailed, match="stage advertise: 2 sites of 4 sent their message in time, and 3 are"
+    secagg.RoundFailed, match="stage advertise: 2 sites of 4 sent their message in time, and 3 are"
   ):
     server.get()
   for site in sites.values():

@@ -1,22 +1,21 @@
-"""Sums over sites that each run in a process of their own: `protocol` over `transport`, one sum
-after another.
+"""One sum after another over sites that each run in their own process: `protocol` over `transport`.
 
-What crosses between processes is `messages`, and nothing else. One process is host to the server
-and is a site like all others; all of them learn each sum, and who is in it. The sites of a sum are
-the survivors of the one before, whose list all have signed, so that a site that is lost costs its
-timeout once. It stays out until all start again.
+Only `messages` cross between processes. One process hosts the server and is a site like all others;
+all sites learn each sum and who is in it. The sites of a sum are the survivors of the one before,
+whose list all have signed, so a lost site costs the others one timeout. It stays out until all
+processes start again.
 
-Who learns what: see `protocol`. The bounds there are kept for the K sites that have begun: however
-many are lost, no sum is over fewer than the quorum of K, which is more than two thirds of them, or
-more than half under a threshold between half and two thirds, which takes a server that follows the
-protocol. What these bounds cannot hide is the difference of two sums of the same inputs, one with a
-site and one without it: all learn such a site's input.
+Who learns what: see `protocol`. Its bounds hold for the K sites that have begun: however many are
+lost, no sum is over fewer than the quorum of K. That is more than two thirds of them, or more than
+half with a threshold between half and two thirds, which assumes a server that follows the protocol.
+The bounds cannot hide the difference of two sums of the same inputs, one with a site and one
+without it: all learn such a site's input.
 
-The server tells the sums, so it could tell each site another and have them train different models,
-until one site's update is all that is left in a sum (Pasquini et al. 2022, "Eluding secure
+The server tells the sums, so it could tell each site another sum and make them train different
+models, until only one site's update is left in a sum (Pasquini et al. 2022, "Eluding secure
 aggregation in federated learning via model inconsistency"). Here every message of a sum is bound to
-all sums that its sender was told before: sites that were told different ones refuse each other from
-the next sum on, which then does not open.
+all sums that its sender was told before. Sites that were told different sums refuse each other in
+the next one, which then does not open.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from primia_jax.secagg.errors import Lost
 from primia_jax.secagg.masking import Row, SecureSum
 from primia_jax.types import PyTree
 
-SERVER = "server"  # whose identity this is
+SERVER = "server"  # the name of its identity
 
 
 class Pinned(NamedTuple):
-  """Who is who in a run.
+  """The identities of a run.
 
   Attributes:
-    own: this site's pair.
+    own: this site's signing pair.
     sites: number to public key, of all sites.
     server: the server's public key.
   """
@@ -71,10 +70,10 @@ class Begun(NamedTuple):
 
 
 class Exchange:
-  """One process's end of all sums of a run; see `sites.Exchange`. It changes as sites are lost.
+  """One site's end of all sums of a run. It changes as sites are lost.
 
   Attributes:
-    sites: the survivors of the last sum, who are to be in the next.
+    sites: the survivors of the last sum, which are the sites of the next.
   """
 
   def __init__(
@@ -89,24 +88,24 @@ class Exchange:
     """Connects to the server.
 
     Args:
-      address: the server's.
-      number: of this process's site.
+      address: the server's host and port.
+      number: of this site.
       pinned: all identities.
       run: names the run and its configuration; sites with different ones refuse each other's
         messages.
-      timeout: seconds that a stage may take; a site's work between `begin` and `finish` is within
-        one.
-      host: the server, in the one process that has it.
+      timeout: seconds that a stage may take; a site's work between `begin` and `finish` is part of
+        one stage.
+      host: the server, in the one process that hosts it.
 
     Raises:
-      Lost: nobody listens there.
+      Lost: no server listens there.
     """
     self.sites = tuple(sorted(pinned.sites))
     self._number, self._pinned, self._host = number, pinned, host
     everybody = [*(pinned.sites[i] for i in self.sites), pinned.server]
     self._run = hashlib.sha256(b"".join(everybody) + run).digest()
-    # Of all identities, so that nobody but who publishes the last can choose among circles of
-    # neighbours; for all sums.
+    # One for all sums, made of all identities: only the site that publishes the last identity can
+    # choose among circles of neighbours.
     self._graph_key = np.frombuffer(self._run, "<u4").astype(np.uint32)
     self._connection = connect(address, 2 * timeout, patience=0)  # the server's patience ends first
     self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -114,11 +113,11 @@ class Exchange:
   def begin(
     self, shapes: PyTree, round: int, purpose: int, config: SecureSum, min_survivors: int = 1
   ) -> Begun:
-    """This site's part up to its shares, before it works, so that the others see if it is lost.
+    """Agrees on this sum's keys, before the site works, so that the others see if it is lost.
 
     Args:
       shapes: of the ring elements that `finish` will be given.
-      round, purpose: of the sum; the pair must not be used twice in a run.
+      round, purpose: of the sum, the same at all sites.
       config: of the sum. Without a threshold, the least above two thirds of a site and its peers is
         taken.
       min_survivors: the fewest sites over which the sum may be opened.
@@ -173,15 +172,13 @@ class Exchange:
     return jax.tree.unflatten(structure, [jnp.asarray(v.reshape(a.shape)) for v, a in totals])
 
   def close(self) -> None:
-    """Leaves; what is left of the others goes on without this site, unless it is the host."""
+    """Leaves the run; the other sites go on without this one, unless it is the host."""
     self._connection.close()
     if self._host:
       self._host.close()
 
   def _saying(self, step, round: int, pending: transport.Pending | None):
-    """Runs a step; says what a broken connection means, and in the host's process why the server
-    broke it.
-    """
+    """Runs a step; explains a broken connection, in the host's process by the server's error."""
     try:
       return step()
     except OSError as e:
@@ -193,8 +190,7 @@ class Exchange:
         raise error from e
       raise Lost(
         f"site {self._number} was declared lost in round {round}, or the round failed ({e}); the "
-        f"server's process says "
-        "which. Start again to take part from the last round that was saved"
+        f"server's process tells which. Start again to take part from the last round that was saved"
       ) from e
 
 
@@ -211,12 +207,17 @@ def agree(
   """What the sites that are left, of num_sites, agree on for a sum of vectors of these sizes.
 
   Raises:
-    ValueError: for a config without masks, a ring that jax arrays cannot hold, or as
-      `rounds.setup`.
+    ValueError: for a config without masks or for fewer sites, a ring that jax arrays cannot hold,
+      or as `rounds.setup`.
     Lost: too few sites are left.
   """
   if not config.masked:
     raise ValueError("config.masked is False, and sites send masked elements only; set masked=True")
+  if num_sites > config.num_sites:
+    raise ValueError(
+      f"config.num_sites={config.num_sites} for a run of {num_sites} sites, whose sum could "
+      f"overflow; give secure_sum the number of sites"
+    )
   ring.storage(config.fixed.num_bits)
   least = graph.smallest_threshold(config.num_peers + 1, malicious_server=True)
   threshold = least if config.threshold is None else config.threshold
@@ -242,10 +243,15 @@ def agree(
 
 
 def connect(address: tuple[str, int], timeout: float, patience: float) -> socket.socket:
-  """A connection to the server, for which it waits so many seconds.
+  """Connects to the server.
+
+  Args:
+    address: its host and port.
+    timeout: of the connection, in seconds.
+    patience: seconds for which to retry.
 
   Raises:
-    Lost: nobody listens there.
+    Lost: no server listens there.
   """
   end = time.monotonic() + patience
   while True:
@@ -254,13 +260,13 @@ def connect(address: tuple[str, int], timeout: float, patience: float) -> socket
     except OSError as e:
       if time.monotonic() >= end or isinstance(e, socket.gaierror):
         raise Lost(
-          f"no server at {address[0]}:{address[1]} ({e}); has the first process started?"
+          f"no server at {address[0]}:{address[1]} ({e}); start the first process, which hosts it"
         ) from e
     time.sleep(0.1)
 
 
 def publish(folder: pathlib.Path, name: int | str, identity: keys.Identity) -> None:
-  """Writes the public half of an identity where the others look for it."""
+  """Writes the public half of an identity to the folder where the others look for it."""
   path = folder / file_name(name)
   part = path.with_suffix(".part")
   part.write_bytes(identity.public)
@@ -268,18 +274,18 @@ def publish(folder: pathlib.Path, name: int | str, identity: keys.Identity) -> N
 
 
 def pin(folder: pathlib.Path, own: keys.Identity, num_sites: int, timeout: float) -> Pinned:
-  """Waits for all identities and pins them: trust on first use, of whoever can write to the folder.
+  """Waits for all identities and pins them: trust on first use in whoever can write to the folder.
 
   Raises:
-    Lost: some are missing.
-    ValueError: one is no public key.
+    Lost: some are missing when the timeout has passed.
+    ValueError: one is not a public key.
   """
   end, names = time.monotonic() + timeout, [*range(num_sites), SERVER]
   while missing := [name for name in names if not (folder / file_name(name)).is_file()]:
     if time.monotonic() > end:
       raise Lost(
-        f"no identity of {missing} in {folder} after {timeout:g} seconds; have their processes "
-        f"started?"
+        f"no identity of {missing} in {folder} after {timeout:g} seconds; start their processes "
+        f"within that time"
       )
     time.sleep(0.02)
   public = {name: (folder / file_name(name)).read_bytes() for name in names}
@@ -291,5 +297,5 @@ def pin(folder: pathlib.Path, own: keys.Identity, num_sites: int, timeout: float
 
 
 def file_name(name: int | str) -> str:
-  """Of an identity, a site's or the server's."""
+  """The name of the file with an identity, a site's or the server's."""
   return f"{name}.pub" if name == SERVER else f"site_{name}.pub"

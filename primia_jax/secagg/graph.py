@@ -1,14 +1,13 @@
-"""Who masks with whom: a random circle in which each site knows its nearest neighbours (Bell et
-al., CCS 2020).
+"""The graph of masks: a random circle whose sites mask with their nearest (Bell et al., CCS 2020).
 
-A site masks with P neighbours and not with all others, so that its work does not grow with the
-number of sites. What must hold then are three events over the random circle (section 3.2): no
-honest site's neighbours can put its secrets together, the honest survivors' graph is connected, and
-every site keeps enough neighbours to open its secrets.
+A site masks with P neighbours instead of all other sites, so its work does not grow with their
+number. Three things must then hold on the random circle (section 3.2): no honest site's neighbours
+can put its secrets together, the honest survivors' graph is connected, and every site keeps enough
+neighbours to open its secrets.
 
 Assumption: which sites collude with the server, and which drop out, does not depend on the circle.
-The key is public, but agreed by the sites beforehand: a server that chose it could surround a site
-with its own.
+The key is public, but the sites agree on it beforehand: a server that chose it could surround a
+site with colluding ones.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def neighbours(key: np.ndarray, num_sites: int, degree: int, round: int = 0) -> 
     key: [8] uint32, public randomness.
     num_sites: K.
     degree: P, even, or K - 1 for the complete graph.
-    round: another circle each round.
+    round: each round has another circle.
 
   Returns:
     [K, P] int32: row i holds the neighbours of site i. The relation is symmetric.
@@ -52,10 +51,10 @@ def neighbours(key: np.ndarray, num_sites: int, degree: int, round: int = 0) -> 
 
 
 def reached(neighbours: np.ndarray, present: np.ndarray) -> np.ndarray:
-  """The present sites that paths over present ones connect with the first of them.
+  """The present sites that paths over present sites connect with the first of them.
 
-  Who is left, if anybody, has no mask in common with them: the server could open the sum over each
-  part separately.
+  Present sites that are not reached share no mask with those that are: the server could open the
+  sum over each part separately.
 
   Args:
     neighbours: [K, P], a symmetric graph.
@@ -78,34 +77,33 @@ def degree_for(
   correctness: int = 30,
   malicious_server: bool = False,
 ) -> tuple[int, int]:
-  """The sparsest circle, and its threshold, that holds against so many corrupt sites and dropouts.
+  """The sparsest circle, and its threshold, that withstands so many corrupt sites and dropouts.
 
-  With C corrupt sites and D dropouts of K, spread over the circle at random, and t of the P + 1
-  shares (P neighbours' and a site's own) opening a secret, it bounds by the union over sites:
+  C corrupt sites and D dropouts of K are spread over the circle at random, and t of the P + 1
+  shares (P neighbours' and a site's own) open a secret. Union bounds over the sites:
 
     K Pr[Hypergeometric(K - 1, C, P) >= t]     no t corrupt neighbours      <= 2^-(security + 1)
     K^2/2 prod_{i < P} (C + D - i)/(K - i)     survivors are connected      <= 2^-(security + 1)
     K Pr[P - Hypergeometric(K - 1, D, P) < t]  every site keeps t           <= 2^-correctness
 
-  (Bell et al., theorem 3.10. They bound the second by one run of P/2 removed sites; a circle falls
-  apart only by two.)
+  (Bell et al., theorem 3.10. They bound the second by one run of P/2 removed sites; it takes two
+  runs for a circle to fall apart.)
 
   Args:
     num_sites: K.
-    corrupt_fraction: sites that may collude with the server.
-    dropout_fraction: sites that may leave in one round.
-    security: the negative base-2 logarithm of the chance that a round's circle protects somebody
-      badly.
-    correctness: that of the chance that a round cannot be opened.
-    malicious_server: whether the threshold must be above 2/3 of a neighbourhood, and not just above
-      half.
+    corrupt_fraction: share of the sites that may collude with the server.
+    dropout_fraction: share of the sites that may leave in one round.
+    security: negative base-2 logarithm of the chance that a round's circle leaves some site
+      unprotected.
+    correctness: negative base-2 logarithm of the chance that a round cannot be opened.
+    malicious_server: True for a threshold above 2/3 of a neighbourhood, False for above half.
 
   Returns:
-    (P, t). The largest t that is correct: where the assumption errs, a round fails rather than
-    opens too much. Where no circle is enough the complete graph, which needs no chance.
+    (P, t), with the largest t that is correct: if the assumption is wrong, a round fails rather
+    than opens too much. If no circle is enough, the complete graph, which leaves nothing to chance.
 
   Raises:
-    ValueError: for fractions outside [0, 1), or where not even the complete graph would do.
+    ValueError: for fractions outside [0, 1), or if not even the complete graph is enough.
   """
   for name, fraction in (
     ("corrupt_fraction", corrupt_fraction),
@@ -114,7 +112,9 @@ def degree_for(
     if not 0 <= fraction < 1:
       raise ValueError(f"{name}={fraction}; it must be in [0, 1)")
   if num_sites < 2:
-    raise ValueError(f"num_sites={num_sites}; the sum over one site is that site's input")
+    raise ValueError(
+      f"num_sites={num_sites}; the sum over one site is that site's input, so use at least 2"
+    )
   corrupt, dropped = (
     math.floor(f * num_sites + 1e-9) for f in (corrupt_fraction, dropout_fraction)
   )
@@ -142,9 +142,9 @@ def degree_for(
 def smallest_threshold(num_shares: int, malicious_server: bool) -> int:
   """The smallest integer above half (malicious server: two thirds) of the shares.
 
-  Above half, two disjoint groups of honest holders cannot open both secrets of a site. A malicious
-  server gets both kinds of share from its c corrupt holders, and 2 t > n + c is needed: c < n/3 and
-  t > 2n/3 (Bonawitz et al. 2017, section 6).
+  With t above half, two disjoint groups of honest holders cannot open both secrets of a site. A
+  malicious server gets both kinds of share from its c corrupt holders, so 2 t > n + c is needed:
+  c < n/3 and t > 2n/3 (Bonawitz et al. 2017, section 6).
   """
   return 2 * num_shares // 3 + 1 if malicious_server else num_shares // 2 + 1
 

@@ -1,13 +1,12 @@
-"""Key agreement, signatures and sealed boxes: what replaces the trusted dealer of pair keys.
+"""Key agreement, signatures and sealed boxes, on the host: they replace the trusted dealer.
 
 X25519 (RFC 7748), Ed25519 (RFC 8032), HKDF-SHA256 (RFC 5869), ChaCha20 and ChaCha20-Poly1305 (RFC
-8439), all by the library `cryptography`, which nothing else imports. Everything here runs on the
-host, on plain bytes and NumPy arrays; `bits` is bit for bit what `prng.bits` makes inside jit, so
-that either end of a pair may use either.
+8439) are all from the library `cryptography`, which no other module imports. Everything here takes
+plain bytes and NumPy arrays. `subkeys` lists what each key is for.
 
-Identities are pinned: each site's Ed25519 public key is given to all others beforehand, outside the
-protocol. The server then carries the keys to be agreed on and cannot exchange them, under the
-assumption that Ed25519 is unforgeable.
+Identities are pinned: every site gets the others' Ed25519 public keys beforehand, outside the
+protocol. The server carries the keys on which sites agree, but cannot replace them, assuming that
+Ed25519 is unforgeable.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 _SALT = b"primia_jax secure aggregation v1"
 _BOX_NONCE, _BOX_TAG = 12, 16
-BOX_OVERHEAD = _BOX_NONCE + _BOX_TAG  # bytes that a sealed box is longer than what is in it
+BOX_OVERHEAD = _BOX_NONCE + _BOX_TAG  # bytes by which a sealed box is longer than its message
 KEY_BYTES, SIGNATURE_BYTES = 32, 64
 
 Entropy = Callable[[int], bytes]  # returns the given number of secret uniform bytes
 
 
 class Identity(NamedTuple):
-  """A site's long-lived Ed25519 pair; the public half is pinned by all others.
+  """A long-lived Ed25519 pair of a site or the server; all others pin its public half.
 
   Attributes:
-    private: 32 bytes, which never leave the site, and are not printed.
+    private: 32 bytes, which never leave their owner and are not printed.
     public: 32 bytes.
   """
 
@@ -50,7 +49,7 @@ class Identity(NamedTuple):
 
 
 class KeyPair(NamedTuple):
-  """An X25519 pair, fresh for each round.
+  """An X25519 pair, fresh for each sum.
 
   Attributes:
     private: 32 bytes, not printed.
@@ -79,7 +78,7 @@ def key_pair(entropy: Entropy = os.urandom) -> KeyPair:
 
 
 def public_key(private: bytes) -> bytes:
-  """The X25519 public key of 32 private bytes: what a recovered private key is checked with."""
+  """The X25519 public key of 32 private bytes; the server checks recovered private keys by it."""
   return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
@@ -112,14 +111,13 @@ def agree(private: bytes, *peers_public: bytes) -> list[bytes]:
 def expand(shared: bytes, purpose: str, round: int, a: int, b: int) -> np.ndarray:
   """A key for one use, by HKDF-SHA256 with the purpose, the round and the ordered pair in the info.
 
-  Under the assumption that HMAC-SHA256 is a pseudorandom function, keys of different uses are
-  independent and uniform over 256 bits to whoever lacks `shared`. The pair is ordered: both ends of
-  a pair mask pass (lower, higher), a box from a to b passes (a, b), and what a site derives for
-  itself passes (a, a).
+  Assuming that HMAC-SHA256 is a pseudorandom function, keys of different uses are independent and
+  uniform over 256 bits to whoever lacks `shared`. The pair is ordered: both ends of a pair mask
+  pass (lower, higher), a box from a to b passes (a, b), and a site's key for itself passes (a, a).
 
   Args:
     shared: 32 secret bytes.
-    purpose: what the key is for.
+    purpose: the use; `subkeys` has all of them.
     round: from 0 to 2^32 - 1, as are a and b.
     a: a site number.
     b: a site number.
@@ -140,31 +138,27 @@ def expand(shared: bytes, purpose: str, round: int, a: int, b: int) -> np.ndarra
   return words(HKDF(SHA256(), KEY_BYTES, _SALT, info).derive(shared))
 
 
-def seal(
-  key: np.ndarray, message: bytes, associated: bytes, entropy: Entropy = os.urandom
-) -> bytes:
-  """Encrypts and authenticates: only the holders of the key read it, or make another box that
-  opens.
+def seal(key: np.ndarray, message: bytes, associated: bytes) -> bytes:
+  """Encrypts and authenticates: only holders of the key can read it or make a box that opens.
 
   Args:
     key: [8] uint32, for one direction of one pair.
-    message: what is hidden; its length is not.
-    associated: authenticated and not sent: who, to whom, which round.
-    entropy: of the nonce.
+    message: its content is hidden, its length is not.
+    associated: authenticated but not sent: sender, recipient and round.
 
   Returns:
     nonce | ciphertext | tag, `BOX_OVERHEAD` bytes longer than the message.
   """
-  nonce = entropy(_BOX_NONCE)
+  nonce = os.urandom(_BOX_NONCE)
   return nonce + ChaCha20Poly1305(raw(key)).encrypt(nonce, message, associated)
 
 
 def open_box(key: np.ndarray, box: bytes, associated: bytes) -> bytes:
-  """What `seal` sealed.
+  """The message that `seal` sealed.
 
   Raises:
-    ValueError: where the box was made or altered without the key, or for another recipient, round
-      or purpose.
+    ValueError: if the box was made or altered without the key, or for another recipient, round or
+      purpose.
   """
   if len(box) < BOX_OVERHEAD:
     raise ValueError(f"a sealed box of {len(box)} bytes; it must have at least {BOX_OVERHEAD}")
@@ -182,7 +176,7 @@ def sign(private: bytes, message: bytes) -> bytes:
 
 
 def verify(public: bytes, message: bytes, signature: bytes) -> bool:
-  """Whether the owner of a pinned identity signed this very message."""
+  """Whether the owner of this identity signed exactly this message."""
   try:
     Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
   except (InvalidSignature, ValueError):
@@ -191,9 +185,7 @@ def verify(public: bytes, message: bytes, signature: bytes) -> bool:
 
 
 def commit(secret: bytes) -> bytes:
-  """SHA-256 of 32 uniform secret bytes: binds to them and, having 256 bits of entropy, does not
-  give them away.
-  """
+  """SHA-256 of 32 uniform secret bytes: it binds to them, and their entropy hides them."""
   return hashlib.sha256(_SALT + secret).digest()
 
 
@@ -203,7 +195,7 @@ def stream(key: np.ndarray, nonce: Sequence[int], num_words: int) -> np.ndarray:
   Args:
     key: [8] uint32.
     nonce: three integers from 0 to 2^32 - 1, never used twice with this key.
-    num_words: at most 2^36, all that the block counter can count.
+    num_words: at most 2^36, the range of the block counter.
 
   Returns:
     [num_words] uint32.

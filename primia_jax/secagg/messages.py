@@ -1,10 +1,9 @@
-"""What sites and server say to each other in one round of secure aggregation, and its one encoding
-as bytes.
+"""The messages between sites and server in one round, and their encoding as bytes.
 
-The encoding is canonical: equal messages have equal bytes and unequal ones have not, so that a
-signature of the bytes is a signature of the message. It holds integers, bytes and arrays only, and
-nothing in it is ever executed; `decode` takes any bytes and gives a well-typed message or a
-ValueError.
+The encoding is canonical: two messages have the same bytes exactly if they are equal, so a
+signature of the bytes is a signature of the message. It holds only integers, bytes and arrays, and
+nothing in it is ever executed. `decode` takes any bytes and returns a well-typed message or raises
+a ValueError.
 
 Stages, and who speaks (Bonawitz et al., CCS 2017, figure 4):
 
@@ -33,7 +32,7 @@ class Advert(NamedTuple):
     box_key: X25519, to seal shares to this site.
     mask_key: X25519, to agree on pairwise masks with it.
     commitment: to the seed of its self mask.
-    signature: by the sender's pinned identity, of all else; as in every message of a site.
+    signature: of all other fields, by the sender's pinned identity; so in every message of a site.
   """
 
   site: int
@@ -45,7 +44,7 @@ class Advert(NamedTuple):
 
 
 class Roster(NamedTuple):
-  """Who takes part, with which keys."""
+  """The sites that take part, with their keys."""
 
   round: int
   adverts: tuple[Advert, ...]
@@ -77,7 +76,7 @@ class MaskedInput(NamedTuple):
 
 
 class Survivors(NamedTuple):
-  """Whose masked input has arrived, and who shared keys but sent none; each in increasing order."""
+  """The sites whose masked input has arrived, and those that only shared keys, both in order."""
 
   round: int
   survivors: tuple[int, ...]
@@ -85,7 +84,7 @@ class Survivors(NamedTuple):
 
 
 class Consent(NamedTuple):
-  """A site's signature under the very lists of `Survivors` that it was shown."""
+  """A site's signature of the lists of `Survivors` that it was shown."""
 
   site: int
   round: int
@@ -93,16 +92,14 @@ class Consent(NamedTuple):
 
 
 class Consents(NamedTuple):
-  """signatures[site]: proof to each site that the others were shown the same lists."""
+  """signatures[site]: they prove to each site that the others were shown the same lists."""
 
   round: int
   signatures: dict[int, bytes]
 
 
 class Answer(NamedTuple):
-  """One share of the self-mask seed of each surviving neighbour, one of the mask key of each that
-  dropped out.
-  """
+  """A share of each surviving neighbour's seed, and one of each lost neighbour's mask key."""
 
   site: int
   round: int
@@ -149,8 +146,7 @@ _KINDS: tuple[Any, ...] = (
 
 
 def encode(message: Message) -> bytes:
-  """The one encoding of a message: a byte for its kind, then its fields in order, little-endian,
-  each with its length.
+  """Encodes a message: a byte for its kind, then its fields in order, little-endian, with lengths.
 
   Raises:
     ValueError: for a number outside uint32, or an array that is not a vector of uint32 or uint64.
@@ -161,10 +157,10 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes) -> Message:
-  """The message of these bytes.
+  """The message with this encoding.
 
   Raises:
-    ValueError: where no message has this encoding.
+    ValueError: if no message has it.
   """
   source = _Source(memoryview(data))
   (kind,) = source.take(1)
@@ -177,7 +173,7 @@ def decode(data: bytes) -> Message:
 
 
 class _Source:
-  """Bytes read from the front; a length is believed only as far as there are bytes."""
+  """Bytes read from the front; an announced length is checked against the bytes that are left."""
 
   def __init__(self, data: memoryview):
     self._data, self._at = data, 0
@@ -234,9 +230,7 @@ def _take_boxes(source: _Source) -> dict[int, bytes]:
 
 
 def _put_vectors(put: Put, vectors: tuple[np.ndarray, ...]) -> None:
-  """Each number in as many whole bytes as the largest of its vector takes: k bits, of masked
-  elements of Z_2^k.
-  """
+  """Each number in as many whole bytes as the largest of its vector needs: k bits if masked."""
   _put_number(put, len(vectors))
   for v in vectors:
     if v.ndim != 1 or v.dtype not in (np.uint32, np.uint64):
@@ -262,7 +256,7 @@ def _take_vectors(source: _Source) -> tuple[np.ndarray, ...]:
         f"malformed message: {size} bytes are no vector of {itemsize}-byte words in {width} bytes "
         f"each"
       )
-    data = source.take(size)  # before there is room for what may only have been announced
+    data = source.take(size)  # before memory is allocated for a size that is only announced
     words = np.zeros((size // width, itemsize), np.uint8)
     words[:, :width] = np.frombuffer(data, np.uint8).reshape(-1, width)
     v = words.reshape(-1).view(f"<u{itemsize}").astype(f"u{itemsize}", copy=False)
@@ -273,7 +267,7 @@ def _take_vectors(source: _Source) -> tuple[np.ndarray, ...]:
 
 
 def _bytes_of(v: np.ndarray) -> int:
-  """How many bytes hold any number of a vector; at least one."""
+  """The number of bytes that holds any number of a vector; at least one."""
   return max(1, -(-int(v.max(initial=0)).bit_length() // 8))
 
 

@@ -1,23 +1,23 @@
-"""Secure aggregation that survives dropouts and a lying server: Bonawitz et al. 2017 (figure 4) on
-Bell's sparse graph.
+"""A site's half of secure aggregation that survives dropouts and a lying server.
 
-Pure functions over two states, a `Site`'s and the `Server`'s; the messages between them are data
-(`messages`). A site masks its input by one mask for each neighbour, which cancel in the sum, and by
-a mask of its own. It has shared the secrets behind both among its neighbours, and they open exactly
-one of them: of a survivor the seed of its own mask, of a dropout the key of its pairwise masks.
-`rounds` has what all agree on beforehand, `server` the other half of the protocol.
+Bonawitz et al. 2017, figure 4, on the sparse graph of Bell et al. 2020: pure functions over two
+states, a `Site` here and a `server.Server`; the messages between them are data (`messages`). A site
+masks its input with one mask for each neighbour, which cancel in the sum, and with a mask of its
+own. It shares the secrets behind both among its neighbours, who open exactly one of them: the seed
+of its own mask if it survives, the key behind its pair masks if it drops out. `rounds` has what all
+agree on beforehand, `subkeys` all secrets and keys.
 
 Who learns what: the server learns the sum over the survivors, or nothing. Sites learn who takes
-part and who survives, and the sum where the server tells it (`take_total`). This holds against a
-server and corrupt sites who lie, leave and collude, under these assumptions: fewer than K/3 of the
-K sites are corrupt (none, or only curious ones, where `malicious_server` is False); fewer than t of
-any honest site's neighbours are, and honest survivors' neighbourhoods hang together (see `graph`);
-X25519 with HKDF-SHA256, Ed25519, ChaCha20 and Poly1305 are secure; identities are pinned. A corrupt
-site can spoil the sum, by a false input or by ending the round; it cannot make the server open a
-partly masked one.
+part, who survives, and the sum if the server tells it (`take_total`). This holds against a server
+and corrupt sites that lie, leave and collude, under these assumptions. Fewer than K/3 of the K
+sites are corrupt (with `malicious_server` False: server and sites follow the protocol and are at
+most curious). Fewer than t of any honest site's neighbours are corrupt, and the graph of honest
+survivors is connected (see `graph`). X25519 with HKDF-SHA256, Ed25519, ChaCha20 and Poly1305 are
+secure. Identities are pinned. A corrupt site can spoil the sum by a false input or end the round;
+it cannot make the server open a partly masked sum.
 
-A state is a value, so the caller must keep the newest and forget the others: a site that answers
-from an old state answers twice, which the protocol cannot see.
+A state is a value: the caller must keep the newest and forget all others. A site that answers from
+an old state answers twice, which the protocol cannot see.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from primia_jax.secagg.rounds import Setup
 
 
 class Site(NamedTuple):
-  """One site's state in one round. It holds secrets: it is never sent, stored or printed.
+  """One site's state in one round. It holds secrets and is never sent, stored or printed.
 
   Attributes:
     setup: what all agreed on.
     round: the round.
     number: this site.
     identity: its signing pair.
-    num_sent: how many of its messages it has sent.
-    neighbours: of the circle, in increasing order, this site itself among them: a secret's i-th
-      share is number i's.
+    num_sent: the number of messages that it has sent.
+    neighbours: on the circle, in increasing order and including this site: the i-th of them holds
+      share i of a secret.
     box: the pair that opens boxes.
-    secrets: behind its masks, and its noise.
-    advert: what it has sent first.
-    roster: the adverts of those neighbours that take part, after `share_keys`.
+    secrets: those behind its masks, and its noise.
+    advert: its first message.
+    roster: the adverts of the neighbours that take part, after `share_keys`.
     members: all sites that take part.
     transcript: a digest of the whole roster.
-    shares: neighbour to its (mask-key share, seed share), after `masked_input`; of itself the seed
-      share only.
-    lists: the survivors and dropouts signed, after `consistency`.
+    shares: neighbour to its (mask-key share, seed share), after `masked_input`; of this site only
+      the seed share.
+    lists: the survivors and dropouts that it has signed, after `consistency`.
   """
 
   setup: Setup
@@ -81,12 +81,20 @@ def advertise(
 ) -> tuple[Site, msg.Advert]:
   """Stage 0: fresh keys for this round, signed.
 
+  Args:
+    setup: what all agreed on.
+    round: the round.
+    number: this site.
+    identity: its signing pair.
+    entropy: for all secrets; tests give it, all others leave the operating system's.
+
   Raises:
-    ValueError: where the identity is not the one pinned for this site.
+    ValueError: if the identity is not the one pinned for this site.
   """
   if setup.identities.get(number) != identity.public:
     raise ValueError(
-      f"site {number} has another identity than the one pinned; its neighbours would refuse it"
+      f"site {number} has another identity than the one pinned in the setup, so its neighbours "
+      f"would refuse it; give the pinned one"
     )
   secrets, box = subkeys.draw(entropy), keys.key_pair(entropy)
   commitment = keys.commit(secrets.seed)
@@ -98,14 +106,14 @@ def advertise(
 
 
 def share_keys(site: Site, roster: msg.Roster) -> tuple[Site, msg.Shares]:
-  """Stage 1: shares of both secrets, sealed to each neighbour that takes part.
+  """Stage 1: shares of both secrets, sealed for each neighbour that takes part.
 
-  Only neighbours' adverts are verified, since nothing is agreed with others; what all sign later
-  has the digest of all.
+  Only the neighbours' adverts are verified, since this site agrees on keys with no others. The
+  digest of all adverts is in what all sites sign later.
 
   Raises:
-    Refused: for unknown or too few sites, repeated keys, a neighbour's forged advert, or one's own
-      changed.
+    Refused: for unknown or too few sites, repeated keys, a neighbour's forged advert, or a change
+      to this site's own.
   """
   refuse = _expect(site, 1, roster)
   setup, me = site.setup, site.number
@@ -158,7 +166,7 @@ def share_keys(site: Site, roster: msg.Roster) -> tuple[Site, msg.Shares]:
 def masked_input(
   site: Site, delivery: msg.Delivery, vectors: Sequence[np.ndarray]
 ) -> tuple[Site, msg.MaskedInput]:
-  """Stage 2: the input under this site's own mask and the masks of all neighbours that shared keys.
+  """Stage 2: the input under this site's own mask and those of all neighbours that shared keys.
 
   Args:
     site: the state after `share_keys`.
@@ -166,9 +174,9 @@ def masked_input(
     vectors: the input, elements of Z_2^k, of the agreed sizes.
 
   Raises:
-    Refused: for boxes of strangers, too few of them, or one that its alleged sender did not seal
+    Refused: for boxes of strangers, too few boxes, or a box that its alleged sender did not seal
       for this site.
-    ValueError: where the input does not have the agreed form.
+    ValueError: if the input does not have the agreed form.
   """
   refuse = _expect(site, 2, delivery)
   setup, me = site.setup, site.number
@@ -207,12 +215,11 @@ def masked_input(
 
 
 def consistency(site: Site, lists: msg.Survivors) -> tuple[Site, msg.Consent]:
-  """Stage 3: signs who survives and who dropped out, so that the server must show all sites the
-  same lists.
+  """Stage 3: signs the lists of survivors and dropouts, which the server must show to all alike.
 
   Raises:
     Refused: for overlapping lists, strangers, too few survivors, this site among the dropouts,
-      lists that do not hold exactly those neighbours that shared keys, or survivors whose graph is
+      lists that do not hold exactly the neighbours that shared keys, or survivors whose graph is
       not connected.
   """
   refuse = _expect(site, 3, lists)
@@ -220,14 +227,14 @@ def consistency(site: Site, lists: msg.Survivors) -> tuple[Site, msg.Consent]:
   if both := alive & dead:
     raise refuse(
       "overlapping",
-      f"sites {sorted(both)} are called survivors and dropouts: it wants both their secrets",
+      f"sites {sorted(both)} are listed as survivors and as dropouts, which asks for both secrets",
     )
   if [*lists.survivors] != sorted(alive) or [*lists.dropouts] != sorted(dead):
     raise refuse("malformed", "a list is not in increasing order, or names a site twice")
   if unknown := (alive | dead) - site.members:
     raise refuse("unknown", f"sites {sorted(unknown)} did not advertise keys")
   if site.number not in alive:
-    raise refuse("declared dead", "it has sent its masked input, and is not among the survivors")
+    raise refuse("declared dead", "it has sent its masked input but is not among the survivors")
   if (alive | dead) & set(site.neighbours) != set(site.shares):
     raise refuse(
       "inconsistent", "the lists do not hold exactly the neighbours whose shares were delivered"
@@ -242,7 +249,7 @@ def consistency(site: Site, lists: msg.Survivors) -> tuple[Site, msg.Consent]:
   circle = graph.neighbours(setup.graph_key, len(present), setup.degree, site.round)
   if np.any(graph.reached(circle, present) != present):
     raise refuse(
-      "falls apart", "no masks join all survivors: the sum over each part of them would lie open"
+      "falls apart", "no masks join all survivors, so the sum over each part would lie open"
     )
   consent = _signed(
     site, msg.Consent(site.number, site.round, b""), rounds.context_of(site.transcript, lists)
@@ -251,15 +258,14 @@ def consistency(site: Site, lists: msg.Survivors) -> tuple[Site, msg.Consent]:
 
 
 def unmask(site: Site, consents: msg.Consents) -> tuple[Site, msg.Answer]:
-  """Stage 4: one share of each neighbour: of the seed where it survived, of the mask key where it
-  dropped out.
+  """Stage 4: a share of each surviving neighbour's seed and of each lost neighbour's mask key.
 
   Returns:
-    The state without its secrets, and the answer, which is this site's last.
+    The state without its secrets, and the answer, which is this site's last message.
 
   Raises:
-    Refused: for fewer signatures than the quorum, signatures of others than survivors, or a forged
-      one.
+    Refused: for fewer signatures than the quorum, signatures of sites that are no survivors, or a
+      forged signature.
   """
   refuse = _expect(site, 4, consents)
   assert site.lists is not None
@@ -286,21 +292,20 @@ def unmask(site: Site, consents: msg.Consents) -> tuple[Site, msg.Answer]:
 
 
 def take_total(site: Site, total: msg.Total, server: bytes) -> tuple[np.ndarray, ...]:
-  """After stage 4: the opened sum, as the server says.
+  """After stage 4: the opened sum that the server tells.
 
-  The signature keeps out everybody but the server, and every other attempt at this round. The
-  server itself could tell a wrong sum, and each site another; where sums follow each other, put
-  those told before into the next one's `run`, as `exchange` does, and sites that were told
-  different ones do not go on together.
+  The signature proves that the server told it in this attempt at the round. The server itself could
+  tell a wrong sum, and each site another one. `exchange` therefore puts each sum into the `session`
+  of the next: sites that were told different sums cannot take part in the next sum together.
 
   Args:
     site: the state after `unmask`.
     total: the message.
-    server: its pinned public key.
+    server: the server's pinned public key.
 
   Raises:
-    Refused: for a sum of another round, of another form than was agreed, or not signed for these
-      keys and survivors.
+    Refused: for a sum of another round, of another form than agreed, or not signed for these keys
+      and survivors.
   """
   refuse = _expect(site, 5, total)
   assert site.lists is not None
@@ -319,14 +324,12 @@ def take_total(site: Site, total: msg.Total, server: bytes) -> tuple[np.ndarray,
 
 
 def _expect(site: Site, num_sent: int, message: msg.Message):
-  """Checks that the message is the next of this round; returns how to refuse it for another
-  reason.
-  """
+  """Checks that the message is the next of this round; returns the exception for other reasons."""
   refuse = functools.partial(Refused, site.number, (*msg.STAGES, "total")[num_sent])
   if site.num_sent != num_sent:
     raise refuse(
       "out of turn",
-      f"this site has sent {site.num_sent} messages; each stage is answered once, in order",
+      f"this site has sent {site.num_sent} messages; it answers each stage once, in order",
     )
   if type(message) is not msg.FROM_SERVER[num_sent - 1]:
     raise refuse(
@@ -348,5 +351,5 @@ def _box_key(site: Site, sender: int, recipient: int) -> np.ndarray:
 
 
 def _box_text(site: Site, sender: int, recipient: int) -> bytes:
-  """What a box is bound to besides its key."""
+  """The text to which a box is bound besides its key."""
   return site.setup.label + site.transcript + f"{site.round} {sender} {recipient}".encode()

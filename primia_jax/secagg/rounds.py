@@ -18,21 +18,20 @@ _MASKS_AT_ONCE = 8  # masks summed by one call, which is compiled for that many
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-  """What all sites and the server know and agree on before a round; made by `setup`, which checks
-  it.
+  """What all sites and the server agree on before a round; made by `setup`, which checks it.
 
   Attributes:
     identities: site number to pinned Ed25519 public key, of all K sites of the round, in increasing
       order.
-    sizes: the lengths of the vectors that make up an input.
+    sizes: the lengths of the vectors of an input, one for each leaf of the message.
     num_bits: k, of the ring Z_2^k in which inputs are summed.
     graph_key: [8] uint32, public randomness of the circle of neighbours.
-    degree: P, neighbours of each site.
-    threshold: t, how many of the P + 1 shares open a secret.
-    quorum: how many sites must survive, and sign the list of survivors.
-    malicious_server: whether t and the quorum must be above two thirds, and not just above half.
-    purpose: what is summed, where there are several sums in one round.
-    label: a digest of all this and of the session, under every signature.
+    degree: P, the number of each site's neighbours.
+    threshold: t of the P + 1 shares open a secret.
+    quorum: the number of sites that must survive and sign the list of survivors.
+    malicious_server: True if t and the quorum must be above two thirds, False for above half.
+    purpose: tells several sums of one round apart.
+    label: a digest of all this and of the session; every signature covers it.
   """
 
   identities: Mapping[int, bytes]
@@ -69,27 +68,28 @@ def setup(
 
   Args:
     identities: site number to pinned public key.
-    sizes: the lengths of the vectors that make up an input.
-    session: names the training run; a signature of one run is worth nothing in another.
+    sizes: the lengths of the vectors of an input.
+    session: names the training run; a signature of one run is invalid in every other.
     num_bits: k.
-    graph_key: [8] uint32, public; needed for a sparse graph only. Agreed by the sites: a server
-      that chose it could surround a site with corrupt ones.
-    degree: P; None for all others. `graph.degree_for` says how many are enough.
-    threshold: t; None for the least that is legal.
-    quorum: None for the least that is legal.
-    malicious_server: the thresholds' lower bounds: above two thirds, so that fewer than a third of
-      corrupt sites cannot help a lying server to both secrets of a site or to two lists of
-      survivors; False for above half, which is enough where server and sites follow the protocol.
+    graph_key: [8] uint32, public; needed for a sparse graph only. The sites must agree on it: a
+      server that chose it could surround a site with corrupt ones.
+    degree: P; None for all other sites. `graph.degree_for` tells how many are enough.
+    threshold: t; None for the least legal one.
+    quorum: None for the least legal one.
+    malicious_server: sets the lower bound of threshold and quorum. True for above two thirds: fewer
+      than a third of corrupt sites then cannot help a lying server to both secrets of a site or to
+      two lists of survivors. False for above half, which is enough if server and sites follow the
+      protocol.
     purpose: of the sum.
 
   Raises:
-    ValueError: for fewer than two sites, or numbers that are unsafe or impossible.
+    ValueError: for fewer than two sites, or for numbers that are unsafe or impossible.
   """
   num_sites = len(identities)
   degree = num_sites - 1 if degree is None else degree
   if num_sites < 2:
     raise ValueError(
-      f"secure aggregation over {num_sites} site opens that site's own input; use at least 2"
+      f"{num_sites} identities: the sum over one site is that site's own input; use at least 2"
     )
   for site, public in identities.items():
     if not 0 <= site < 2**32 or len(public) != keys.KEY_BYTES:
@@ -144,7 +144,7 @@ def setup(
 
 
 def neighbourhoods(setup: Setup, round: int) -> dict[int, tuple[int, ...]]:
-  """Of each site, itself and its neighbours on this round's circle, in increasing order."""
+  """Maps each site to itself and its neighbours on this round's circle, in increasing order."""
   numbers = np.array(list(setup.identities))
   places = graph.neighbours(setup.graph_key, len(numbers), setup.degree, round)
   return {
@@ -154,7 +154,7 @@ def neighbourhoods(setup: Setup, round: int) -> dict[int, tuple[int, ...]]:
 
 
 def signed_text(setup: Setup, message: msg.Message, context: bytes = b"") -> bytes:
-  """What the sender's signature is of: the message without it, under the setup's label."""
+  """The text that the sender signs: the message without its signature, under the setup's label."""
   body = msg.encode(message._replace(signature=b""))  # type: ignore[call-arg]
   return (
     b"primia_jax secagg"
@@ -165,14 +165,12 @@ def signed_text(setup: Setup, message: msg.Message, context: bytes = b"") -> byt
 
 
 def transcript_of(roster: msg.Roster) -> bytes:
-  """A digest of all keys of the round, which are fresh: what is signed under it is of no other
-  attempt at the round.
-  """
+  """A digest of all keys of the round. They are fresh, so it belongs to one attempt at it only."""
   return hashlib.sha256(msg.encode(roster)).digest()
 
 
 def context_of(transcript: bytes, lists: msg.Survivors) -> bytes:
-  """What a `Consent` signs besides itself."""
+  """The text that a `Consent` signs besides itself."""
   return transcript + msg.encode(lists)
 
 
@@ -209,7 +207,7 @@ def masks_left(
   mask_keys: Mapping[int, bytes],
   around: Mapping[int, Sequence[int]],
 ) -> tuple[list[np.ndarray], list[int]]:
-  """The masks that recovered secrets tell to be left in the survivors' sum: their keys and signs.
+  """The masks that are left in the survivors' sum, from the secrets that were recovered.
 
   Args:
     round: the round.
@@ -219,8 +217,8 @@ def masks_left(
     around: site to its neighbourhood.
 
   Returns:
-    Of each survivor's own mask, and of each lost site's mask with each surviving neighbour: the key
-    [8] uint32, and the sign with which a survivor has added it.
+    The keys, [8] uint32, and the signs with which survivors have added the masks: each survivor's
+    own, and each lost site's with each surviving neighbour.
   """
   found = [(subkeys.self_mask_key(seed, round, v), 1) for v, seed in seeds.items()]
   for v, private in privates.items():
@@ -236,14 +234,14 @@ def reduce(v: np.ndarray, setup: Setup) -> np.ndarray:
 
 
 def legal_vectors(vectors: Sequence[np.ndarray], setup: Setup) -> bool:
-  """Whether an input has the agreed sizes and dtype, and is reduced modulo 2^k."""
+  """Whether an input has the agreed sizes and dtype and is reduced modulo 2^k."""
   return [(v.shape, v.dtype) for v in vectors] == [
     ((size,), setup.dtype) for size in setup.sizes
   ] and not any(v.size and int(v.max()) >> setup.num_bits for v in vectors)
 
 
 def message_bytes(setup: Setup) -> int:
-  """No honest message is longer."""
+  """An upper bound on the bytes of every honest message of the round."""
   roster = len(setup.identities) * (6 * 4 + 3 * keys.KEY_BYTES + keys.SIGNATURE_BYTES)
   boxes = setup.degree * (2 * 4 + 2 * keys.KEY_BYTES + keys.BOX_OVERHEAD)
   vectors = sum(3 * 4 + size * -(-setup.num_bits // 8) for size in setup.sizes)

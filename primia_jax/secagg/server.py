@@ -1,9 +1,8 @@
-"""The server's half of `protocol`: it takes the sites' messages, stage by stage, and opens the sum
-or nothing.
+"""The server's half of `protocol`: it takes the sites' messages by stages and opens only the sum.
 
-`receive` takes one message, in any order of senders, and rejects by name what does not belong; one
-function for each stage closes it, at the caller's timeout, and gives what is sent next. A site that
-is late has dropped out.
+`receive` takes one message, in any order of senders, and rejects by name one that does not belong.
+One function for each stage closes it, when the caller's timeout has passed, and returns the
+messages to send next. A site that is late has dropped out.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Server(NamedTuple):
     received: for each stage, sender to message; of a masked input only the signature is kept.
     total: the sum of the masked inputs so far.
     transcript: a digest of the roster.
-    lists: survivors and dropouts, as all sites are shown them.
+    lists: the survivors and dropouts that all sites are shown.
   """
 
   setup: Setup
@@ -44,14 +43,14 @@ class Server(NamedTuple):
 
 
 class Opened(NamedTuple):
-  """What a round gives.
+  """The result of a round.
 
   Attributes:
     total: the sum over the survivors, in Z_2^k.
-    survivors: whose inputs are in it.
-    dropouts: who shared keys, and sent no input in time.
-    liars: who gave a share that does not belong to the secret that was opened; looked for where one
-      spoiled it.
+    survivors: the sites whose inputs are in it.
+    dropouts: the sites that shared keys but sent no input in time.
+    liars: the sites that gave a share that does not belong to the secret opened, looked for only
+      if such a share spoiled a secret.
   """
 
   total: tuple[np.ndarray, ...]
@@ -61,7 +60,7 @@ class Opened(NamedTuple):
 
 
 def start(setup: Setup, round: int) -> Server:
-  """A server that awaits adverts."""
+  """The state of a server that waits for adverts."""
   zero = tuple(np.zeros(size, setup.dtype) for size in setup.sizes)
   return Server(
     setup, round, 0, rounds.neighbourhoods(setup, round), ({},) * len(msg.STAGES), zero, b"", None
@@ -69,9 +68,7 @@ def start(setup: Setup, round: int) -> Server:
 
 
 def expected(server: Server) -> frozenset[int]:
-  """The sites whose messages may still arrive in this stage: all, or those that spoke in the stage
-  before.
-  """
+  """The sites whose messages may still arrive in this stage: those that spoke in the one before."""
   before = server.received[server.stage - 1] if server.stage else server.setup.identities
   return frozenset(before) - frozenset(server.received[server.stage])
 
@@ -103,7 +100,7 @@ def receive(server: Server, message: Any) -> Server:
     text = rounds.signed_text(server.setup, message, context)
   except (ValueError, TypeError, AttributeError) as e:
     raise reject("malformed", str(e)) from e
-  early_consent = stage == 3 and not server.lists  # nobody can have signed lists that there are not
+  early_consent = stage == 3 and not server.lists  # a signature of lists that do not exist yet
   if not early_consent and not keys.verify(server.setup.identities[site], text, message.signature):
     raise reject("forged", "the signature is not its pinned identity's")
   if site in server.received[stage]:
@@ -138,7 +135,7 @@ def close_advertise(server: Server) -> tuple[Server, msg.Roster]:
 
 
 def close_share_keys(server: Server) -> tuple[Server, dict[int, msg.Delivery]]:
-  """Ends stage 1; each site that shared keys gets the boxes that are for it."""
+  """Ends stage 1; each site that shared keys gets the boxes sealed for it."""
   server, shares = _close(server, 1, server.setup.quorum)
   near = {u: [v for v in server.around[u] if v in shares and v != u] for u in shares}
   return server, {
@@ -165,9 +162,7 @@ def close_consistency(server: Server) -> tuple[Server, msg.Consents]:
 
 
 def sign_total(server: Server, opened: Opened, identity: keys.Identity) -> msg.Total:
-  """The sum for every survivor, signed for this round's keys and survivors; see
-  `protocol.take_total`.
-  """
+  """The sum for every survivor, signed for this round's keys and survivors: see `take_total`."""
   assert server.lists is not None
   total = msg.Total(server.round, opened.total, b"")
   text = rounds.signed_text(server.setup, total, rounds.context_of(server.transcript, server.lists))
@@ -175,14 +170,14 @@ def sign_total(server: Server, opened: Opened, identity: keys.Identity) -> msg.T
 
 
 def open_total(server: Server) -> tuple[Server, Opened]:
-  """Ends stage 4: recovers what masks are left, checks it, and takes it off the sum.
+  """Ends stage 4: recovers and checks the secrets of the masks left, and removes these masks.
 
-  Every recovered seed must open its commitment, and every recovered mask key must have the public
+  Every recovered seed must open its commitment, and every recovered mask key must fit the public
   key advertised.
 
   Raises:
-    RoundFailed: where a secret has fewer than t shares, or no t of them (of those tried) give the
-      secret advertised.
+    RoundFailed: if a secret has fewer than t shares, or no t of those tried give the secret
+      advertised.
   """
   server, answers = _close(server, 4, server.setup.threshold)
   assert server.lists is not None
@@ -207,10 +202,10 @@ Shares = Mapping[int, Mapping[int, bytes]]  # holder to owner to share
 def _recover(
   server: Server, owners: Iterable[int], shares: Shares, right: Callable[[int, bytes], bool]
 ) -> tuple[dict[int, bytes], set[int]]:
-  """The owners' secrets, and the holders found with shares that do not belong to them.
+  """The owners' secrets, and the holders whose shares do not belong to them.
 
-  Of m shares, the m runs of t on the ring of holders are tried, so that m - t liars side by side,
-  and always one, do no harm where m > t.
+  Of m shares it tries the m runs of t on the ring of holders. If m > t, this withstands m - t liars
+  side by side, and one liar anywhere.
   """
   threshold, secrets, liars = server.setup.threshold, dict[int, bytes](), set[int]()
   for v in owners:
@@ -245,8 +240,8 @@ def _recover(
 def _close(server: Server, stage: int, need: int) -> tuple[Server, Mapping[int, Any]]:
   if server.stage != stage:
     raise ValueError(
-      f"stage {msg.STAGES[stage]} cannot be closed: the server is past or before it "
-      f"({server.stage})"
+      f"stage {msg.STAGES[stage]} cannot be closed while the server is in stage {server.stage}; "
+      f"close the stages in order"
     )
   have, num_sites = len(server.received[stage]), len(server.setup.identities)
   if have < need:
@@ -259,7 +254,7 @@ def _close(server: Server, stage: int, need: int) -> tuple[Server, Mapping[int, 
 def _check_advert(server: Server, advert: msg.Advert) -> str:
   taken = {k for a in server.received[0].values() for k in (a.box_key, a.mask_key)}
   if advert.box_key == advert.mask_key or taken & {advert.box_key, advert.mask_key}:
-    return "its keys are not its own two"
+    return "its two keys are equal, or another site has advertised one of them"
   for public in (advert.box_key, advert.mask_key):
     try:
       keys.agree(b"\1" * keys.KEY_BYTES, public)
@@ -312,7 +307,7 @@ _CHECKS: tuple[Callable[[Server, Any], str], ...] = (
   lambda server, consent: "",
   _check_answer,
 )
-# What ends each stage but the last, with messages for those who spoke in it.
+# The functions that end each stage but the last, with messages for the sites that spoke in it.
 CLOSE: tuple[Callable[[Server], tuple[Server, Any]], ...] = (
   close_advertise,
   close_share_keys,

@@ -1,14 +1,12 @@
-"""Shamir's t-of-n sharing of 32-byte secrets, byte by byte over GF(2^8), vectorised over many
-secrets.
+"""Shamir's t-of-n sharing of 32-byte secrets, byte by byte over GF(2^8), for many secrets at once.
 
 Byte i of a secret is the constant of a polynomial of degree t - 1 with uniform other coefficients;
 holder x receives its value at x. Fewer than t shares of one secret are uniform and independent of
 it, whatever the computing power (Shamir, CACM 1979); t shares give it.
 
-GF(2^8), and not a prime field, since a share then weighs exactly what the secret does (32 bytes),
-every string of bytes is a legal share, and a product is one table look-up. It has 255 points
-besides 0, which bounds a neighbourhood and not the number of sites: beyond that, use a sparser
-graph.
+Over GF(2^8), unlike a prime field, a share is exactly as long as the secret (32 bytes), every
+string of bytes is a legal share, and a product is one table look-up. The field has 255 points
+besides 0. That bounds a neighbourhood, not the number of sites: for more, use a sparser graph.
 """
 
 from __future__ import annotations
@@ -21,9 +19,7 @@ MAX_SHARES = 255
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-  """Powers of the generator 3 of GF(2^8) modulo x^8 + x^4 + x^3 + x + 1, and logarithms (of 0 there
-  is none).
-  """
+  """Powers of the generator 3 of GF(2^8) modulo x^8 + x^4 + x^3 + x + 1, and their logarithms."""
   power, log, value = np.zeros(510, np.uint8), np.zeros(256, np.int64), 1
   for i in range(255):
     power[i] = power[i + 255] = value
@@ -42,7 +38,7 @@ def share(secrets: np.ndarray, threshold: int, points: np.ndarray) -> np.ndarray
 
   Args:
     secrets: [S, 32] uint8.
-    threshold: t, how many shares give the secret; t - 1 tell nothing.
+    threshold: t shares give the secret; t - 1 tell nothing about it.
     points: [n], distinct, from 1 to 255.
 
   Returns:
@@ -70,23 +66,20 @@ def share(secrets: np.ndarray, threshold: int, points: np.ndarray) -> np.ndarray
   return shares
 
 
-def combine(
-  points: np.ndarray, shares: np.ndarray, threshold: int, check: bool = True
-) -> np.ndarray:
+def combine(points: np.ndarray, shares: np.ndarray, threshold: int) -> np.ndarray:
   """The secrets, from at least t shares of each.
 
   Args:
     points: [m], of the holders of all secrets, or [S, m], of each secret's.
     shares: [S, m, 32] uint8.
-    threshold: t; the first t shares are used.
-    check: whether to compare the other m - t with what the first t foretell.
+    threshold: t; the first t shares are used, and the others are compared with what they imply.
 
   Returns:
-    [S, 32] uint8. With m = t no wrong share can be noticed: check the secret against a commitment
-    or its public key.
+    [S, 32] uint8. With m = t no wrong share can be noticed; then check the secret against a
+    commitment or its public key.
 
   Raises:
-    ValueError: for fewer than t shares, point 0, a repeated point, or shares that do not lie on one
+    ValueError: for fewer than t shares, point 0, a repeated point, or shares that are not on one
       polynomial.
   """
   shares = np.asarray(shares)
@@ -95,7 +88,7 @@ def combine(
   if shares.ndim != 3 or shares.dtype != np.uint8:
     raise ValueError(f"shares is {shares.dtype}{list(shares.shape)}; it must be uint8[S, m, 32]")
   known, held = points[:, :threshold], shares[:, :threshold]
-  for extra in range(threshold, points.shape[1] if check else threshold):
+  for extra in range(threshold, points.shape[1]):
     wrong = np.any(_evaluate(known, held, points[:, extra]) != shares[:, extra], axis=1)
     if wrong.any():
       raise ValueError(
@@ -106,8 +99,7 @@ def combine(
 
 
 def extend(points: np.ndarray, shares: np.ndarray, at: np.ndarray) -> np.ndarray:
-  """The shares of other holders, from exactly t of each secret: what tells which of more than t are
-  wrong.
+  """The shares of other holders, from exactly t of each secret; they tell which shares are wrong.
 
   Args:
     points: [t], distinct, from 1 to 255.

@@ -1,14 +1,14 @@
 """The protocol between separate processes over sockets: one server, and one process for each site.
 
 A frame is four bytes of length, little-endian, and a message's encoding; the length is checked
-before anything is read. A site that does not answer within a stage's timeout, or whose connection
-ends, has dropped out. Messages are signed and shares are sealed, so that the network is trusted
-with nothing but delivery: who can cut connections can end a round. Who listens sees a sum where
-sites are told it, and who takes part.
+before the message is read. A site that does not answer within a stage's timeout, or whose
+connection ends, has dropped out. Messages are signed and shares are sealed, so the network is
+trusted with delivery only: an attacker who can cut connections can end a round, and one who listens
+sees the sums and who takes part.
 
-`serve` and `join` are one round. `Host` serves one after another over connections that the sites
-keep, so that a process that ends between rounds is noticed at once, and `begin` and `finish` are
-the halves of a site's part before and after the work whose result it sends.
+`Host` serves one round after another over connections that the sites keep, so it notices at once
+that a process has ended between rounds. `begin` and `finish` are a site's part of a round, before
+and after the work whose result it sends.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _ADVERT_BYTES = 2**12  # frame limit until a site's advert is accepted; no hones
 
 
 class Report(NamedTuple):
-  """How a round went.
+  """The server's result of a round.
 
   Attributes:
-    opened: the sum, and over whom.
-    rejected: every message that was not taken: site, stage and reason.
+    opened: the sum and the sites in it.
+    rejected: every message that the server did not take: site, stage and reason.
   """
 
   opened: serving.Opened
@@ -45,11 +45,11 @@ class Report(NamedTuple):
 
 
 class Joined(NamedTuple):
-  """What a site has of a round.
+  """A site's result of a round.
 
   Attributes:
     lists: the survivors and dropouts that it has signed.
-    total: the sum over the survivors, as the server says.
+    total: the sum over the survivors, as the server tells it.
   """
 
   lists: msg.Survivors
@@ -57,7 +57,7 @@ class Joined(NamedTuple):
 
 
 def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
-  """A listening socket for `serve`; port 0 takes any free one (`getsockname` says which)."""
+  """A listening socket for `Host`; port 0 takes any free port (`getsockname` tells which)."""
   return socket.create_server((host, port))
 
 
@@ -67,14 +67,20 @@ Pending = concurrent.futures.Future[Report]
 class Host:
   """A server in a thread of its own, for one round after another over the same connections.
 
-  Its memory holds what the server may see anyway, so that one of the sites' processes can be its
-  host.
+  Its memory holds only what the server may see anyway, so one of the sites' processes can host it.
   """
 
   def __init__(
     self, listener: socket.socket, num_sites: int, timeout: float, identity: keys.Identity
   ):
-    """Arguments as `serve`; num_sites is the most that ever take part."""
+    """Starts to listen.
+
+    Args:
+      listener: from `listen`; `close` closes it.
+      num_sites: the most sites that ever take part.
+      timeout: seconds that each of the five stages of a round may take.
+      identity: the server's signing pair.
+    """
     self._timeout, self._identity, self._hub = timeout, identity, _Hub(num_sites)
     self._round: asyncio.Task[Any] | None = None
     self._loop = asyncio.new_event_loop()
@@ -83,7 +89,12 @@ class Host:
     asyncio.run_coroutine_threadsafe(self._hub.listen(listener), self._loop).result()
 
   def serve(self, setup: rounds.Setup, round: int) -> Pending:
-    """Starts a round, when the one before is over; where it fails, all connections are closed."""
+    """Starts a round when the one before is over.
+
+    Returns:
+      A future of the report. If the round fails, it closes all connections, and the future raises
+      RoundFailed as `server` does, with a note of the messages rejected.
+    """
 
     async def one() -> Report:
       self._round = asyncio.current_task()
@@ -96,10 +107,9 @@ class Host:
     return asyncio.run_coroutine_threadsafe(one(), self._loop)
 
   def close(self) -> None:
-    """Ends a round that runs, and closes the listener and all connections when what has been sent
-    is on its way.
+    """Ends a running round, and closes the listener and, once all data is sent, all connections.
 
-    A second time it does nothing.
+    A second call does nothing.
     """
     if not self._thread.is_alive():
       return
@@ -134,9 +144,9 @@ def begin(
     identity: its signing pair.
 
   Raises:
-    Refused: where the server's message would make it unsafe to go on.
-    ConnectionError: where the server ends the round.
-    TimeoutError: where the server does not speak.
+    Refused: the server's message would make it unsafe to go on.
+    ConnectionError: the server has ended the round.
+    TimeoutError: the server sends nothing.
   """
   site, advert = protocol.advertise(setup, round, number, identity)
   connection.sendall(frame(advert))
@@ -167,12 +177,12 @@ def finish(
 
 
 def _next(connection: socket.socket, site: protocol.Site) -> Any:
-  """The server's next message, of whatever type: each stage of `protocol` checks that."""
+  """The server's next message, of any type; the stages of `protocol` check the type."""
   return msg.decode(_receive(connection, rounds.message_bytes(site.setup)))
 
 
 def frame(message: msg.Message) -> bytes:
-  """A message as it goes over the wire."""
+  """The bytes of a message on the wire."""
   body = msg.encode(message)
   return struct.pack("<I", len(body)) + body
 
@@ -191,7 +201,7 @@ def _receive(connection: socket.socket, limit: int) -> bytes:
     parts = bytearray()
     while len(parts) < size:
       if not (some := connection.recv(min(size - len(parts), 2**20))):
-        raise ConnectionError("the server has ended the round, or closed this site's connection")
+        raise ConnectionError("the server has ended the round or closed this site's connection")
       parts += some
     return bytes(parts)
 
@@ -199,14 +209,14 @@ def _receive(connection: socket.socket, limit: int) -> bytes:
 
 
 class _Hub:
-  """The server's connections: frames of all of them arrive in one queue."""
+  """The server's connections, whose frames all arrive in one queue."""
 
   def __init__(self, num_sites: int):
-    self.limit = _ADVERT_BYTES  # of a site's message
+    self.limit = _ADVERT_BYTES  # frame limit of the sites that take part
     self.inbox = asyncio.Queue[tuple[asyncio.StreamWriter, bytes | ValueError | None]](num_sites)
     self.open: set[asyncio.StreamWriter] = set()
-    self.num_readers = 0  # calls of `connected` that run
-    self.writers: dict[int, asyncio.StreamWriter] = {}  # of the sites, as their signed adverts say
+    self.num_readers = 0  # running calls of `connected`
+    self.writers: dict[int, asyncio.StreamWriter] = {}  # site to where its signed advert came from
     self.acceptor: asyncio.Server | None = None
 
   async def listen(self, listener: socket.socket) -> None:
@@ -219,29 +229,25 @@ class _Hub:
       writer.close()
 
   async def end(self, timeout: float) -> None:
-    """Closes everything, and waits until what has been sent is on its way and nobody reads any
-    more.
-    """
+    """Closes everything, and waits until all data is sent and no reader runs."""
     writers = [*self.open]
     self.close()
     with contextlib.suppress(TimeoutError):
       closed = asyncio.gather(*[writer.wait_closed() for writer in writers], return_exceptions=True)
       await asyncio.wait_for(closed, timeout)
-    for writer in self.open:  # who takes nothing
+    for writer in self.open:  # those that take no data
       writer.transport.abort()
-    while (
-      self.num_readers
-    ):  # each puts something at its end at least, and may wait for room to do so
+    while self.num_readers:  # at its end each puts something, and may wait until there is room
       await self.inbox.get()
 
   def knows(self, writer: asyncio.StreamWriter) -> bool:
-    """Whether a site's signed advert has come this way."""
+    """Whether a site's signed advert has come over this connection."""
     return writer in self.writers.values()
 
   async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     self.open.add(writer)
     self.num_readers += 1
-    if self.acceptor and not self.acceptor.is_serving():  # it came while all was closed
+    if self.acceptor and not self.acceptor.is_serving():  # it came while everything was closed
       writer.close()
     try:
       while True:
@@ -251,7 +257,7 @@ class _Hub:
     except ValueError as e:
       await self.inbox.put((writer, e))
     except (asyncio.IncompleteReadError, OSError):
-      pass  # whoever breaks off is told of below, and falls silent: a dropout
+      pass  # the connection is broken: the site is reported below and counts as a dropout
     await self.inbox.put((writer, None))
     self.num_readers -= 1
 
@@ -273,10 +279,8 @@ async def _serve(
     state, opened = serving.open_total(state)
     total = serving.sign_total(state, opened, identity)
     await _send_all([(hub.writers[u], total) for u in state.received[3]], timeout)
-    for u in set(hub.writers) - set(
-      state.received[3]
-    ):  # some survivor may have missed the signatures
-      hub.writers[u].close()  # which tells it that it was lost
+    for u in set(hub.writers) - set(state.received[3]):  # perhaps survivors that missed stage 3
+      hub.writers[u].close()  # this tells the site that it was lost
     return Report(opened, tuple(rejected))
   except RoundFailed as e:
     e.add_note(f"rejected messages: {[str(r) for r in rejected]}")
@@ -286,14 +290,12 @@ async def _serve(
 async def _gather(
   state: serving.Server, hub: _Hub, rejected: list[Rejected], timeout: float
 ) -> serving.Server:
-  """Takes messages until all have spoken that still can, or time is up."""
+  """Takes messages until every site has spoken that still can, or the time is up."""
   loop = asyncio.get_running_loop()
   deadline, stage, writers = loop.time() + timeout, msg.STAGES[state.stage], hub.writers
   while any(u not in writers or writers[u] in hub.open for u in serving.expected(state)):
     try:
-      async with asyncio.timeout_at(
-        deadline
-      ):  # `wait_for` can swallow that the round is ended from outside
+      async with asyncio.timeout_at(deadline):  # `wait_for` can swallow a cancellation from outside
         writer, data = await hub.inbox.get()
     except TimeoutError:
       break
@@ -313,9 +315,9 @@ async def _gather(
     try:
       state = serving.receive(state, message)
     except Rejected as e:
-      rejected.append(e.with_traceback(None))  # which would keep the message
+      rejected.append(e.with_traceback(None))  # the traceback would keep the message in memory
       if not hub.knows(writer):
-        writer.close()  # a stranger, or a site that is late or of another run: it need not wait
+        writer.close()  # a stranger, or a late site, or one of another run, which need not wait
       continue
     if isinstance(message, msg.Advert):
       writers[message.site] = writer
@@ -325,13 +327,13 @@ async def _gather(
 async def _send_all(
   outbox: Sequence[tuple[asyncio.StreamWriter, msg.Message]], timeout: float
 ) -> None:
-  """Sends to every site; who does not take it in time will be missed in the next stage."""
+  """Sends to every site; a site that does not take it in time is missing in the next stage."""
 
   async def send(writer: asyncio.StreamWriter, data: bytes) -> None:
     try:
       writer.write(data)
       await asyncio.wait_for(writer.drain(), timeout)
     except OSError:
-      writer.transport.abort()  # and not `close`, which would wait until all is sent
+      writer.transport.abort()  # `close` would wait until everything is sent
 
   await asyncio.gather(*[send(writer, frame(message)) for writer, message in outbox])
