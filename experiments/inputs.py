@@ -6,30 +6,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.settings import Data, Train, fractions, names
-from primia_jax.data import partition, phantom
+from experiments.configs import Train
+from experiments.configs.data import Data
+from experiments.settings import fractions, names
+from primia_jax.data import partition, phantom, sites
 from primia_jax.data.dataset import Dataset, take
 from primia_jax.data.folder import read_images
 from primia_jax.data.load import load
-from primia_jax.federated import Site
-
-_FIRST_VALIDATION, _FIRST_TEST = 2**20, 2**21  # phantom: ranges of image numbers that never meet
-
-
-class Part(NamedTuple):
-  """Training or validation images, and which of them each site holds.
-
-  Attributes:
-    dataset: the images; in a process of its own, only those of its site can be read.
-    sites: S index arrays into it.
-  """
-
-  dataset: Dataset
-  sites: tuple[np.ndarray, ...]
-
-  @property
-  def sizes(self) -> tuple[int, ...]:
-    return tuple(map(len, self.sites))
+from primia_jax.data.sites import Part
+from primia_jax.data.sites import merge as merge
+from primia_jax.data.sites import patients as patients
+from primia_jax.data.sites import stack as stack
 
 
 class Inputs(NamedTuple):
@@ -47,10 +34,7 @@ def images_to_test(
     ValueError, FileNotFoundError: the source is wrong, or has no test images.
   """
   if settings.data == "phantom":
-    styles = phantom.site_styles(3, seed)
-    return phantom.phantom(
-      600, size=settings.image_size, seed=seed, styles=styles, first=_FIRST_TEST
-    )
+    return _phantom_test(settings, 600, 3, seed)
   splits = _load(settings, label_names, lazy=False)
   for split in ("test", "all"):
     if split in splits:
@@ -97,38 +81,6 @@ def site_images(settings: Train, only_site: int | None = None) -> Inputs:
   return inputs
 
 
-def patients(part: Part, site: int) -> np.ndarray:
-  """The patient of each of a site's images, numbered from 0 in any order."""
-  groups = np.asarray(part.dataset.groups)[part.sites[site]]
-  return np.unique(groups, return_inverse=True)[1].astype(np.int32)
-
-
-def stack(part: Part, site_ids: np.ndarray, max_examples: int) -> Site:
-  """Stacks the images of some sites as [K, max_examples, H, W, C], padded with zeros.
-
-  Raises:
-    ValueError: a site has more images.
-  """
-  images = np.zeros((len(site_ids), max_examples, *part.dataset.images.shape[1:]), np.uint8)
-  labels = np.zeros((len(site_ids), max_examples), np.int32)
-  counts = np.zeros(len(site_ids), np.int32)
-  for row, site in enumerate(site_ids):
-    index = part.sites[site]
-    counts[row] = len(index)
-    if len(index) > max_examples:
-      raise ValueError(
-        f"site {site} has {len(index)} images, more than max_examples={max_examples}"
-      )
-    images[row, : len(index)] = part.dataset.images[index]
-    labels[row, : len(index)] = part.dataset.labels[index]
-  return Site(np.asarray(site_ids, np.int32), images, labels, counts)  # type: ignore[arg-type]
-
-
-def merge(part: Part, sites: tuple[int, ...]) -> Part:
-  """One site that holds the images of the given sites: local training for one, pooled for all."""
-  return Part(part.dataset, (np.concatenate([part.sites[i] for i in sites]),))
-
-
 def _load(settings: Data, label_names: tuple[str, ...] | None, lazy: bool) -> dict[str, Dataset]:
   return load(
     settings.data,
@@ -141,18 +93,6 @@ def _load(settings: Data, label_names: tuple[str, ...] | None, lazy: bool) -> di
   )
 
 
-def _site_sizes(settings: Train, total: int) -> list[int]:
-  shares = fractions(settings.site_fractions)
-  if shares is None:  # the largest site three times the smallest
-    weights = np.linspace(1.5, 0.5, settings.num_sites)
-    shares = tuple((weights / weights.sum()).tolist())
-  if len(shares) != settings.num_sites or abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0:
-    raise ValueError(
-      f"site_fractions={shares}: {settings.num_sites} positive numbers that add up to 1 are needed"
-    )
-  return [max(1, round(total * share)) for share in shares]
-
-
 def _phantom(settings: Train, only_site: int | None) -> Inputs:
   if settings.channels != 1:
     raise ValueError(f"channels={settings.channels}: the phantom is grey; use --channels=1")
@@ -160,32 +100,25 @@ def _phantom(settings: Train, only_site: int | None) -> Inputs:
     raise ValueError(
       f"partition={settings.partition!r}: the phantom comes with its sites; use auto, and num_sites"
     )
-  styles = phantom.site_styles(settings.num_sites, settings.seed)
 
   def make(total: int, first: int) -> Part:
-    sizes = _site_sizes(settings, total)
-    ends = np.cumsum(sizes)
-    options = {"size": settings.image_size, "seed": settings.seed, "styles": styles, "first": first}
-    dataset = phantom.phantom(sizes, only_site=only_site, **options)  # type: ignore[arg-type]
-    start = 0 if only_site is None else ends[only_site] - sizes[only_site]
-    return Part(
-      dataset,
-      tuple(np.arange(end - size, end) - start for size, end in zip(sizes, ends, strict=True)),
-    )
+    sizes = sites.site_sizes(total, settings.num_sites, fractions(settings.site_fractions))
+    size, seed = settings.image_size, settings.seed
+    return sites.phantom_part(sizes, size=size, seed=seed, first=first, only_site=only_site)
 
-  train = make(settings.phantom_images, 0)
-  validation = make(
-    max(settings.num_sites, round(settings.validation_fraction * settings.phantom_images)),
-    _FIRST_VALIDATION,
+  train = make(settings.phantom_images, sites.TRAINING)
+  num_held = round(settings.validation_fraction * settings.phantom_images)
+  validation = make(max(settings.num_sites, num_held), sites.VALIDATION)
+  num_test = max(settings.num_sites, settings.phantom_images // 2)
+  return Inputs(
+    train, validation, _phantom_test(settings, num_test, settings.num_sites, settings.seed)
   )
-  test = phantom.phantom(
-    max(settings.num_sites, settings.phantom_images // 2),
-    size=settings.image_size,
-    seed=settings.seed,
-    styles=styles,
-    first=_FIRST_TEST,
-  )
-  return Inputs(train, validation, test)
+
+
+def _phantom_test(settings: Data, total: int, num_sites: int, seed: int) -> Dataset:
+  styles = phantom.site_styles(num_sites, seed)
+  size = settings.image_size
+  return phantom.phantom(total, size=size, seed=seed, styles=styles, first=sites.TEST)
 
 
 def _loaded(settings: Train, lazy: bool) -> Inputs:
@@ -205,14 +138,8 @@ def _loaded(settings: Train, lazy: bool) -> Inputs:
     raise ValueError(
       f"partition {settings.partition} makes {len(dealt)} sites; set --num_sites={len(dealt)}"
     )
-  sites, held_sites = [], []
-  for number, index in enumerate(dealt):
-    kept, held = partition.hold_out(
-      take(train, index), settings.validation_fraction, settings.seed + number
-    )
-    sites.append(index[kept])
-    held_sites.append(index[held])
-  return Inputs(Part(train, tuple(sites)), Part(train, tuple(held_sites)), test)
+  parts = sites.hold_out(Part(train, dealt), settings.validation_fraction, settings.seed)
+  return Inputs(*parts, test)
 
 
 def _partition(settings: Train, dataset: Dataset) -> partition.Partition:

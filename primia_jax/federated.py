@@ -20,31 +20,10 @@ import optax
 from primia_jax.sites import Placement
 from primia_jax.summation import Outcome, Purpose, Session, Summation
 from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree
+from primia_jax.types import Site as Site
 
 # Uses of a run's key, folded in first: no two draw from the same stream.
 ORDER, STEPS, SAMPLING = 0, 1, 3
-
-
-class Site(NamedTuple):
-  """One site's data, or that of several sites stacked on a leading axis [K].
-
-  Attributes:
-    id: int32. The number of the site, from which its randomness is folded.
-    images: [N, H, W, C] as stored; rows beyond `num_examples` are padding.
-    labels: [N] int32.
-    num_examples: int32.
-    secret: [8] uint32, from which private training draws its batches and its noise. A loader leaves
-      it None: every step draws it afresh.
-    units: [N] int32, the patient of each image, numbered from 0 and -1 for padding; None where each
-      image counts alone.
-  """
-
-  id: Array
-  images: Array
-  labels: Array
-  num_examples: Array
-  secret: Array | None = None
-  units: Array | None = None
 
 
 def fresh_secrets(round: int, purpose: Purpose, ids: np.ndarray) -> np.ndarray:

@@ -35,6 +35,28 @@ class Batch(NamedTuple):
   weights: Array
 
 
+class Site(NamedTuple):
+  """One site's data, or that of K sites stacked on a leading axis [K].
+
+  Attributes:
+    id: int32. The number of the site; its randomness is folded from it.
+    images: [N, H, W, C] as stored; rows from `num_examples` on are padding.
+    labels: [N] int32.
+    num_examples: int32.
+    secret: [8] uint32, known to the site alone, from which private training draws its batches and
+      its noise. A loader leaves it None; every sum draws it afresh from the operating system.
+    units: [N] int32, the patient of each image, numbered from 0, and -1 for padding. None where
+      each image counts alone.
+  """
+
+  id: Array
+  images: Array
+  labels: Array
+  num_examples: Array
+  secret: Array | None = None
+  units: Array | None = None
+
+
 class Metrics(NamedTuple):
   """Sums over examples, so that they add up over batches and sites; divide by `num_examples` for a
   mean.
