@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from primia_jax import local
+from primia_jax import local, types
 from primia_jax.federated import ORDER, STEPS, Algorithm, Global, Site
 from primia_jax.types import Array, Metrics, ModelState, Params, PyTree
 
@@ -252,7 +252,7 @@ def fednova(
   """
   if not 0 <= momentum < 1:
     raise ValueError(f"momentum={momentum} must lie in [0, 1)")
-  most = float(_accumulated(jnp.float32(recipe.work.max_steps), momentum))
+  most = float(_accumulated(jnp.float32(recipe.steps.max_steps), momentum))
 
   def site(server: Global, kept: PyTree, site: Site) -> tuple[PyTree, PyTree]:
     opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
@@ -294,8 +294,8 @@ def fednova(
 
 
 def _noise(recipe: local.Recipe, params: Params) -> PyTree:
-  """What a site's noise starts from; each site keeps its own state, that of its own last step."""
-  return () if recipe.private is None else recipe.private.init(params)
+  """What a site's noise starts from; each site keeps the state of its own last step."""
+  return local.init_noise(recipe, params)
 
 
 def _has_state(recipe: local.Recipe, params: Params) -> bool:
@@ -324,19 +324,9 @@ def _train(
   key = jax.random.fold_in(
     jax.random.fold_in(jax.random.fold_in(server.key, STEPS), server.round), site.id
   )
-  run = local.train(recipe, correct)
-  data, hidden = (site.images, site.labels, site.num_examples), (site.secret, site.units, noise)
-  return run(
-    params,
-    model_state,
-    opt_state,
-    *data,
-    server.round,
-    order_key,
-    key,
-    server.class_weights,
-    *hidden,
-  )
+  now = local.Round(server.round, order_key, key, server.class_weights)
+  data = types.Site(*site)
+  return local.train(recipe, correct)(params, model_state, opt_state, noise, data, now)
 
 
 def _change(trained: local.Trained, server: Global) -> tuple[Params, ModelState]:
@@ -347,14 +337,12 @@ def _change(trained: local.Trained, server: Global) -> tuple[Params, ModelState]
 def _weight(recipe: local.Recipe, site: Site, weighting: Weighting) -> Array:
   if weighting == "uniform":
     return jnp.float32(1)
-  return site.num_examples.astype(jnp.float32) / recipe.work.max_examples
+  return site.num_examples.astype(jnp.float32) / recipe.steps.max_examples
 
 
 def _scaled(recipe: local.Recipe, metrics: Metrics) -> Metrics:
-  """Sums over a round divided by the most examples that a round can have, so that they fit any
-  message.
-  """
-  return jax.tree.map(lambda m: m / (recipe.work.max_steps * recipe.work.batch_size), metrics)
+  """Sums over a round, divided by the most examples of any round, so that they fit any message."""
+  return jax.tree.map(lambda m: m / (recipe.steps.max_steps * recipe.steps.batch_size), metrics)
 
 
 def _split(

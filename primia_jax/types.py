@@ -35,6 +35,28 @@ class Batch(NamedTuple):
   weights: Array
 
 
+class Site(NamedTuple):
+  """One site's data, or that of several sites stacked on a leading axis [K].
+
+  Attributes:
+    id: int32, the site's number, from which its public randomness is folded.
+    images: [N, H, W, C] as stored; rows beyond `num_examples` are padding.
+    labels: [N] int32.
+    num_examples: int32.
+    secret: [8] uint32, from which private training draws its batches and its noise; drawn from the
+      operating system by the site and known to it alone. None where training is not private.
+    units: [N] int32, the patient of each image, numbered from 0, and -1 for padding; None where
+      each image counts alone.
+  """
+
+  id: Array
+  images: Array
+  labels: Array
+  num_examples: Array
+  secret: Array | None = None
+  units: Array | None = None
+
+
 class Metrics(NamedTuple):
   """Sums over examples, so that they add up over batches and sites; divide by `num_examples` for a
   mean.
