@@ -250,7 +250,7 @@ def fednova(
   """
   if not 0 <= momentum < 1:
     raise ValueError(f"momentum={momentum} must lie in [0, 1)")
-  most = float(_accumulated(jnp.float32(recipe.work.max_steps), momentum))
+  most = float(_accumulated(jnp.float32(recipe.steps.max_steps), momentum))
 
   def site(server: Global, kept: PyTree, site: Site) -> tuple[Message, PyTree]:
     opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
@@ -287,8 +287,8 @@ def fednova(
 
 
 def _noise(recipe: local.Recipe, params: Params) -> PyTree:
-  """What a site's noise starts from; each site keeps its own state, that of its own last step."""
-  return () if recipe.private is None else recipe.private.init(params)
+  """What a site's noise starts from; each site keeps the state of its own last step."""
+  return local.init_noise(recipe, params)
 
 
 def _has_state(recipe: local.Recipe, params: Params) -> bool:
@@ -317,19 +317,8 @@ def _train(
   key = jax.random.fold_in(
     jax.random.fold_in(jax.random.fold_in(server.key, STEPS), server.round), site.id
   )
-  run = local.train(recipe, correct)
-  data, hidden = (site.images, site.labels, site.num_examples), (site.secret, site.units, noise)
-  return run(
-    params,
-    model_state,
-    opt_state,
-    *data,
-    server.round,
-    order_key,
-    key,
-    server.class_weights,
-    *hidden,
-  )
+  now = local.Round(server.round, order_key, key, server.class_weights)
+  return local.train(recipe, correct)(params, model_state, opt_state, noise, site, now)
 
 
 def _change(trained: local.Trained, server: Global) -> tuple[Params, ModelState]:
@@ -340,14 +329,12 @@ def _change(trained: local.Trained, server: Global) -> tuple[Params, ModelState]
 def _weight(recipe: local.Recipe, site: Site, weighting: Weighting) -> Array:
   if weighting == "uniform":
     return jnp.float32(1)
-  return site.num_examples.astype(jnp.float32) / recipe.work.max_examples
+  return site.num_examples.astype(jnp.float32) / recipe.steps.max_examples
 
 
 def _scaled(recipe: local.Recipe, metrics: Metrics) -> Metrics:
-  """Sums over a round divided by the most examples that a round can have, so that they fit any
-  message.
-  """
-  return jax.tree.map(lambda m: m / (recipe.work.max_steps * recipe.work.batch_size), metrics)
+  """Sums over a round, divided by the most examples of any round, so that they fit any message."""
+  return jax.tree.map(lambda m: m / (recipe.steps.max_steps * recipe.steps.batch_size), metrics)
 
 
 def _split(

@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax import local, prng
+from primia_jax import local
 from primia_jax.federated import Algorithm, Global, Site, Sites, State, over_sites
-from primia_jax.privacy import noise
+from primia_jax.privacy import noise, subkeys
 from primia_jax.sites import Placement
 from primia_jax.summation import Purpose, Summation
 from primia_jax.types import ApplyFn, Array, Key, ModelState, Params, PyTree
 
 MAX_LOSS = 100.0  # nats an image may cost on average before a run is taken for diverged
-_COUNTS = 0x434E5453  # "CNTS": the subkey of a site's secret for the noise on its class counts
 
 
 class Scores(NamedTuple):
@@ -60,8 +59,7 @@ def class_counting(
       share = share / jnp.maximum(of_unit[site.units], 1.0)
     counts = jnp.sum(jax.nn.one_hot(site.labels, num_classes) * share[:, None], axis=0)
     if noise_stddev:
-      assert site.secret is not None  # `over_sites` draws it
-      key = prng.derive(site.secret, _COUNTS)
+      key = subkeys.of_counts(site.secret)
       counts = counts + noise.gaussian_like(key, 0, counts, noise_stddev)
     return counts, kept
 

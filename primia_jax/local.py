@@ -1,13 +1,11 @@
-"""One site's work between two synchronisations: which examples, in which order, and the steps of
-its optimiser.
+"""Local training: the steps that one site takes in a round, and how it evaluates a model.
 
-Nothing here knows of other sites. Every random choice comes from a key folded from (round, site
-number).
+Nothing here knows of other sites. Each random choice derives from the keys of `Round`, or from the
+site's secret.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,101 +13,83 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from primia_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, ModelState, Params, PyTree
+from primia_jax.types import (
+  ApplyFn,
+  Array,
+  Batch,
+  Key,
+  LossFn,
+  Metrics,
+  ModelState,
+  Params,
+  PyTree,
+  Site,
+)
 
-# (params, model_state, batch, key) -> (gradient of the mean loss, (new model_state, Metrics))
+# (params, model_state, batch, key) -> (gradient, (new model_state, Metrics)). The gradient is that
+# of the mean loss, or the sum of clipped gradients, which a privatizer noises and divides.
 GradFn = Callable[[Params, ModelState, Batch, Key], tuple[Params, tuple[ModelState, Metrics]]]
 # learning rate -> optimiser, e.g. `functools.partial(optax.sgd, momentum=0.9)`
 Optimizer = Callable[[Array], optax.GradientTransformation]
-_CACHE_BYTES = (
-  2**20
-)  # of one site's model and batch; looping over smaller ones costs more than it saves
+# of one site's model and batch; a loop over smaller ones costs more than it saves
+_CACHE_BYTES = 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-  """How much a site does in a round. All sites know these numbers; a site's own number of examples
-  stays with it.
+class Round(NamedTuple):
+  """What a site needs to know of a round, besides its own data.
 
   Attributes:
-    batch_size: examples in a step. The last batch of an epoch may be smaller.
-    epochs: synchronise every `epochs` epochs; or
-    steps: synchronise every `steps` batches, going on in the epoch where the last round stopped.
-    min_examples, max_examples: public bounds on the examples of one site.
+    number: int32, of the round, from 0.
+    order_key: the site's key for the order of its examples, the same in every round.
+    key: for augmentation and dropout; fresh for each (round, site).
+    class_weights: [L], the weight of an example of each class; None for 1.
   """
 
+  number: Array
+  order_key: Key
+  key: Key
+  class_weights: Array | None = None
+
+
+class Steps(NamedTuple):
+  """Which examples a site takes in a round; made by `epochs`, `privacy.batches.poisson` or
+  `cyclic`. All sites know the numbers; a site's own number of examples stays with it.
+
+  Attributes:
+    max_steps: T, the most steps of any site in a round.
+    batch_size: the most examples (or units) that a step takes, on average for Poisson sampling.
+    max_examples: public bound on the examples of one site.
+    begin: (Site, Round) -> (number of steps: a Python int where all sites take equally many, else
+      int32; draw). `draw` maps (step of the round t, state of the privatizer) to [B] int32 into the
+      site's examples, or [B, R] where a unit has several rows; -1 marks padding.
+  """
+
+  max_steps: int
   batch_size: int
   max_examples: int
-  min_examples: int = 1
-  epochs: int | None = 1
-  steps: int | None = None
-
-  def __post_init__(self):
-    if (self.epochs is None) == (self.steps is None):
-      raise ValueError(
-        f"epochs={self.epochs} and steps={self.steps}: give one, and None for the other"
-      )
-    for name in ("batch_size", "max_examples", "min_examples", "epochs", "steps"):
-      if (value := getattr(self, name)) is not None and value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
-    if self.min_examples > self.max_examples:
-      raise ValueError(
-        f"min_examples={self.min_examples} is more than max_examples={self.max_examples}"
-      )
-
-  @property
-  def max_steps(self) -> int:
-    """T, the most steps of any site in a round."""
-    return self.steps or (self.epochs or 0) * -(-self.max_examples // self.batch_size)
-
-  @property
-  def same_steps(self) -> bool:
-    """Whether all sites are bound to take equally many steps."""
-    batches = [-(-n // self.batch_size) for n in (self.min_examples, self.max_examples)]
-    return self.steps is not None or batches[0] == batches[1]
-
-
-class Private(NamedTuple):
-  """What stands in for `draw_batches` and a recipe's `grad_fn` at a site that trains under
-  differential privacy.
-
-  Attributes:
-    draw: (the site's secret [8] uint32, step uint32, num_units, N, units, state) -> [B] int32 into
-      its examples, -1 where none, or [B, R] where a unit has several; units, [N] int32, number each
-      example's unit, None where each is one. No two steps of a site have the same number, those of
-      rounds that were lost included.
-    grad_fn: (params, model_state, batch, key, secret, step, num_units, state) -> what `GradFn`
-      gives, and the next state. Metrics never leave the step: they are not private.
-    num_steps: of a round, the same at all sites.
-    init: params -> the state before the first step, which the site keeps from round to round and
-      never shows; () where noise is fresh at every step.
-  """
-
-  draw: Callable[[Array, Array, Array, int, Array | None, PyTree], Array]
-  grad_fn: Callable[..., tuple[Params, tuple[ModelState, Metrics], PyTree]]
-  num_steps: int
-  init: Callable[[Params], PyTree] = lambda params: ()
+  begin: Callable[[Site, Round], tuple[Array | int, Callable[[Array, PyTree], Array]]]
 
 
 class Recipe(NamedTuple):
   """How a site trains.
 
   Attributes:
+    steps: which examples each step takes.
     grad_fn: see `GradFn`.
+    privatizer: what adds noise to gradients: None for none, or what `privacy.plan` makes. Its
+      `update` gets (gradient, state, params, secret=, step=, num_units=), with the site's secret, a
+      uint32 step that no two steps of a site share, and the site's number of units. A site keeps
+      its state from round to round and never shows it.
     optimizer: see `Optimizer`.
-    schedule: learning rate as a function of training time in rounds (float32: 2.5 is half-way
-      through the third round), so that it goes on whether or not the optimiser's state is kept from
-      round to round.
-    work: how much a site does in a round.
-    private: takes the place of `grad_fn` and of `work`'s batches, see `Private`; then a site needs
-      a secret.
+    schedule: the learning rate as a function of training time in rounds (float32; 2.5 is half-way
+      through the third round). It advances whether or not the optimiser keeps its state.
   """
 
+  steps: Steps
   grad_fn: GradFn
+  privatizer: optax.GradientTransformationExtraArgs | None
   optimizer: Optimizer
   schedule: Callable[[Array], Array | float]
-  work: Work
-  private: Private | None = None
 
 
 class Trained(NamedTuple):
@@ -118,66 +98,101 @@ class Trained(NamedTuple):
   params: Params
   model_state: ModelState
   opt_state: PyTree
-  metrics: Metrics  # sums over all examples of all steps
-  num_steps: Array  # int32, or a Python int where all sites take equally many
+  metrics: Metrics  # sums over all examples of all steps; 0 in private training
+  num_steps: Array  # int32
   rate_sum: Array  # the sum of the steps' learning rates
-  noise: PyTree  # the state of `Private`, which the site keeps; () without
+  noise: PyTree  # the privatizer's next state, which the site keeps; () without
 
 
-def draw_batches(
-  key: Key, round_index: Array, num_examples: Array, work: Work
-) -> tuple[Array, Array | int]:
-  """Chooses the examples of each step: each epoch a fresh permutation, cut into batches.
+_NOISELESS = optax.GradientTransformationExtraArgs(
+  lambda params: (), lambda grads, state, params=None, **_: (grads, state)
+)
+
+
+def init_noise(recipe: Recipe, params: Params) -> PyTree:
+  """The privatizer's state before a site's first step; () without a privatizer."""
+  return (recipe.privatizer or _NOISELESS).init(params)
+
+
+def num_units(site: Site) -> Array:
+  """How many units (examples, or patients) a site has: int32."""
+  return site.num_examples if site.units is None else jnp.max(site.units) + 1
+
+
+def epochs(
+  batch_size: int,
+  max_examples: int,
+  *,
+  min_examples: int = 1,
+  num_epochs: int | None = 1,
+  num_steps: int | None = None,
+) -> Steps:
+  """Each epoch takes the examples in a fresh random order, cut into batches.
 
   Args:
-    key: this site's key for the order of examples, the same in every round.
-    round_index: int32 scalar; epochs are numbered on from round to round.
-    num_examples: int32 scalar n, with min_examples <= n <= max_examples.
-    work: the amount of work.
+    batch_size: examples in a step. The last batch of an epoch may be smaller.
+    max_examples: public bound on the examples of one site.
+    min_examples: likewise, from below.
+    num_epochs: of a round; or None, and
+    num_steps: of a round. The next round continues in the epoch where the last one stopped.
 
-  Returns:
-    index: [T, B] int32 into the site's examples, -1 where a batch is not full and after the last
-      step.
-    num_steps: how many of the T steps this site takes.
+  Raises:
+    ValueError: for both or neither of num_epochs and num_steps, or numbers out of range.
   """
-  batches = -(-num_examples // work.batch_size)  # in one epoch
-  if work.steps is None:
-    assert work.epochs is not None
-    num_steps = work.max_steps if work.same_steps else work.epochs * batches
-    first_epoch, offset, num_orders = round_index * work.epochs, jnp.int32(0), work.epochs
-  else:
-    num_steps = work.steps
-    fewest = -(-work.min_examples // work.batch_size)
-    first_epoch, offset = jnp.divmod(round_index * work.steps, batches)
-    num_orders = (work.steps - 1) // fewest + 2
-  step = offset + jnp.arange(
-    work.max_steps, dtype=jnp.int32
-  )  # counted from the start of the first epoch
-
-  def order(i: Array) -> Array:
-    bits = jax.random.bits(
-      jax.random.fold_in(key, first_epoch + i), (work.max_examples,), jnp.uint32
+  if (num_epochs is None) == (num_steps is None):
+    raise ValueError(
+      f"num_epochs={num_epochs} and num_steps={num_steps}: give one, and None for the other"
     )
-    real = jnp.arange(work.max_examples, dtype=jnp.int32) < num_examples
-    return jnp.lexsort((bits, ~real)).astype(
-      jnp.int32
-    )  # the site's examples in random order, padding last
+  given = {
+    "batch_size": batch_size,
+    "max_examples": max_examples,
+    "min_examples": min_examples,
+    "num_epochs": num_epochs,
+    "num_steps": num_steps,
+  }
+  for name, value in given.items():
+    if value is not None and value < 1:
+      raise ValueError(f"{name}={value} must be at least 1")
+  if min_examples > max_examples:
+    raise ValueError(f"min_examples={min_examples} is more than max_examples={max_examples}")
+  fewest, most = (-(-n // batch_size) for n in (min_examples, max_examples))  # batches of an epoch
+  max_steps = num_steps or (num_epochs or 0) * most
 
-  orders = jax.vmap(order)(jnp.arange(num_orders, dtype=jnp.int32))
-  position = (step % batches)[:, None] * work.batch_size + jnp.arange(
-    work.batch_size, dtype=jnp.int32
-  )[None, :]
-  epoch = jnp.minimum(step // batches, num_orders - 1)  # at the limit only after the last step
-  index = orders[epoch[:, None], jnp.minimum(position, work.max_examples - 1)]
-  used = (position < num_examples) & (jnp.arange(work.max_steps, dtype=jnp.int32) < num_steps)[
-    :, None
-  ]
-  return jnp.where(used, index, -1), num_steps
+  def begin(site: Site, now: Round) -> tuple[Array | int, Callable[[Array, PyTree], Array]]:
+    batches = -(-site.num_examples // batch_size)
+    taken: Array | int = max_steps
+    if num_steps is None:
+      assert num_epochs is not None
+      taken = max_steps if fewest == most else num_epochs * batches
+      first_epoch, offset, num_orders = now.number * num_epochs, jnp.int32(0), num_epochs
+    else:
+      first_epoch, offset = jnp.divmod(now.number * num_steps, batches)
+      num_orders = (num_steps - 1) // fewest + 2
+    within = jnp.arange(max_steps, dtype=jnp.int32)
+    step = offset + within  # counted from the start of the first epoch
+
+    def order(i: Array) -> Array:
+      """The site's examples in random order, padding last."""
+      key = jax.random.fold_in(now.order_key, first_epoch + i)
+      bits = jax.random.bits(key, (max_examples,), jnp.uint32)
+      real = jnp.arange(max_examples, dtype=jnp.int32) < site.num_examples
+      return jnp.lexsort((bits, ~real)).astype(jnp.int32)
+
+    orders = jax.vmap(order)(jnp.arange(num_orders, dtype=jnp.int32))
+    place = jnp.arange(batch_size, dtype=jnp.int32)[None, :]
+    position = (step % batches)[:, None] * batch_size + place
+    epoch = jnp.minimum(step // batches, num_orders - 1)  # at the limit only after the last step
+    index = orders[epoch[:, None], jnp.minimum(position, max_examples - 1)]
+    used = (position < site.num_examples) & (within < taken)[:, None]
+    index = jnp.where(used, index, -1)
+    return taken, lambda t, state: index[t]
+
+  return Steps(max_steps, batch_size, max_examples, begin)
 
 
 def gather(images: Array, labels: Array, index: Array, class_weights: Array | None = None) -> Batch:
-  """Takes a batch out of a site's examples, each with its class's weight or 1; -1 becomes an
-  example of weight 0.
+  """Takes a batch out of a site's examples. Each has the weight of its class, or 1; index -1
+  becomes an example of weight 0.
   """
   safe = jnp.maximum(index, 0)
   weights = (index >= 0).astype(jnp.float32)
@@ -187,18 +202,17 @@ def gather(images: Array, labels: Array, index: Array, class_weights: Array | No
 
 
 def gradients(loss_fn: LossFn) -> GradFn:
-  """The plain gradient; private gradients take its place.
+  """The plain gradient of the mean loss.
 
-  For training, not to be differentiated again: on CPU its `vmap` is custom, which JAX cannot
-  differentiate in reverse. Attacks and meta-learning differentiate `jax.grad(loss_fn,
-  has_aux=True)`.
+  Do not differentiate it again: on CPU its `vmap` is custom, and JAX cannot differentiate that in
+  reverse. Attacks and meta-learning differentiate `jax.grad(loss_fn, has_aux=True)`.
   """
   return _in_cache(jax.grad(loss_fn, has_aux=True))
 
 
 def _in_cache(grad_fn: GradFn) -> GradFn:
-  """grad_fn, whose `vmap` over large models runs site after site on CPU, where side by side they
-  overflow the cache.
+  """grad_fn, whose `vmap` over large models runs one site after another on CPU; side by side they
+  would overflow the cache.
   """
   if jax.default_backend() != "cpu":
     return grad_fn
@@ -229,82 +243,46 @@ def _in_cache(grad_fn: GradFn) -> GradFn:
 
 def train(
   recipe: Recipe, correct: Callable[[PyTree, Params], PyTree] | None = None
-) -> Callable[..., Trained]:
+) -> Callable[[Params, ModelState, PyTree, PyTree, Site, Round], Trained]:
   """Makes the function that trains one site's model for one round.
 
   Args:
     recipe: how to train.
-    correct: changes a gradient before the optimiser sees it: (gradient, params) -> gradient.
+    correct: changes a gradient, after any noise, before the optimiser sees it: (gradient, params)
+      -> gradient.
 
   Returns:
-    (params, model_state, opt_state, images [N, H, W, C], labels [N], num_examples, round_index,
-    order_key, key, class_weights=None, secret=None, units=None, noise=()) -> Trained. `order_key`
-    stays the same for a site, `key` is fresh for each (round, site); `class_weights`, [L], weigh an
-    example by its class; `secret`, [8] uint32, is what a private recipe draws its batches and its
-    noise from, and must be fresh whenever rounds are counted from 0 again; `units` and `noise` (the
-    state) see `Private`. The metrics of private training are 0. It raises a ValueError where a
-    recipe is private and there is no secret.
+    (params, model_state, opt_state, noise, Site, Round) -> Trained. `noise` is the privatizer's
+    state: `init_noise` at first, then `Trained.noise`. A site's secret must be fresh whenever
+    rounds are counted from 0 again. It raises a ValueError for a private recipe and a site without
+    a secret.
   """
-  grad_fn, optimizer, schedule, work, private = recipe
+  steps, grad_fn, privatizer, optimizer, schedule = recipe
+  privatizer = privatizer or _NOISELESS
   add = lambda a, b: jax.tree.map(jnp.add, a, b)
 
-  def source(images, round_index, num_examples, order_key, secret, units):
-    """The number of steps, the examples of step t, and the gradient of step t."""
-    if private is None:
-      index, num_steps = draw_batches(order_key, round_index, num_examples, work)
-      return num_steps, lambda t, state: index[t], lambda t, state, *args: (*grad_fn(*args), state)
-    if secret is None:
-      raise ValueError(
-        "private training needs a secret at each site: give Site.secret, from prng.random_key()"
-      )
-    number = lambda t: (round_index * private.num_steps + t).astype(jnp.uint32)
-    num_units = num_examples if units is None else jnp.max(units) + 1
-    index_fn = lambda t, state: private.draw(
-      secret, number(t), num_units, images.shape[0], units, state
-    )
-
-    def gradient(t, state, *args):
-      grads, (model_state, new), state = private.grad_fn(*args, secret, number(t), num_units, state)
-      return grads, (model_state, jax.tree.map(jnp.zeros_like, new)), state
-
-    return private.num_steps, index_fn, gradient
-
-  def run(
-    params,
-    model_state,
-    opt_state,
-    images,
-    labels,
-    num_examples,
-    round_index,
-    order_key,
-    key,
-    class_weights=None,
-    secret=None,
-    units=None,
-    noise=(),
-  ):
-    num_steps, index_fn, gradient = source(
-      images, round_index, num_examples, order_key, secret, units
-    )
+  def run(params, model_state, opt_state, noise, site: Site, now: Round):
+    num_steps, draw = steps.begin(site, now)
 
     def step(t: Array, carry):
       params, model_state, opt_state, metrics, rate_sum, noise = carry
-      batch = gather(images, labels, index_fn(t, noise), class_weights)
-      step_key = jax.random.fold_in(key, t)
-      grads, (model_state, new), noise = gradient(t, noise, params, model_state, batch, step_key)
+      batch = gather(site.images, site.labels, draw(t, noise), now.class_weights)
+      step_key = jax.random.fold_in(now.key, t)
+      grads, (model_state, new) = grad_fn(params, model_state, batch, step_key)
+      grads, noise = privatizer.update(
+        grads,
+        noise,
+        params,
+        secret=site.secret,
+        step=number_of(steps, now, t),
+        num_units=num_units(site),
+      )
       grads = grads if correct is None else correct(grads, params)
       progress = jnp.asarray(t, jnp.float32) / jnp.asarray(num_steps, jnp.float32)
-      rate = jnp.asarray(schedule(jnp.asarray(round_index, jnp.float32) + progress), jnp.float32)
+      rate = jnp.asarray(schedule(jnp.asarray(now.number, jnp.float32) + progress), jnp.float32)
       updates, opt_state = optimizer(rate).update(grads, opt_state, params)
-      return (
-        optax.apply_updates(params, updates),
-        model_state,
-        opt_state,
-        add(metrics, new),
-        rate_sum + rate,
-        noise,
-      )
+      params = optax.apply_updates(params, updates)
+      return params, model_state, opt_state, add(metrics, new), rate_sum + rate, noise
 
     zero = jnp.zeros((), jnp.float32)
     carry = (params, model_state, opt_state, Metrics(zero, zero, zero), zero, noise)
@@ -318,6 +296,11 @@ def train(
   return run
 
 
+def number_of(steps: Steps, now: Round, t: Array) -> Array:
+  """The uint32 number of a round's step t, counted over rounds, lost ones included."""
+  return (now.number * steps.max_steps + t).astype(jnp.uint32)
+
+
 def classification_loss(
   apply_fn: ApplyFn,
   prepare: Callable[[Key, Array, Array], tuple[Array, Array]],
@@ -327,8 +310,8 @@ def classification_loss(
   """Softmax cross-entropy: the weighted sum over the batch, divided by the number of examples of
   non-zero weight.
 
-  With class weights of mean 1 over the data this is, on average, the weighted mean, and a batch
-  that happens to lack a class is not blown up.
+  With class weights of mean 1 over the data this is the weighted mean on average. A batch that
+  lacks a class is not scaled up.
 
   Args:
     apply_fn: (params, model_state, images, train=, key=) -> (logits [B, L], new model_state).

@@ -10,24 +10,20 @@ follows a quantile of their norms (`privacy.adaptive`).
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from primia_jax import prng, ring, secagg
+from primia_jax import ring, secagg
 from primia_jax.federated import Algorithm, Global, Message, Site
-from primia_jax.privacy import adaptive, distributed, noise
+from primia_jax.privacy import adaptive, distributed, noise, plan, subkeys
 from primia_jax.privacy.adaptive import Clip, clip_update
 from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.summation import Coding
 from primia_jax.types import Array, Metrics, ModelState, Params, PyTree
 
-_UPDATE_NOISE = 0x53495445  # "SITE": no other use of a site's secret derives this subkey
 _OF_BIT = 1  # third word of the bit's noise, beside round and purpose; the update's has none
-# A sum of bits that wrapped around would move the clip far, and one number costs no room.
-_STDDEVS_OF_BIT = 8.0
 # Seed of the public rotations, one for each round: updates cannot depend on what is fixed before.
 _ROTATION = 0
 
@@ -131,37 +127,8 @@ def _silent(metrics: Metrics) -> Metrics:
 
 
 def _add_noise(tree: PyTree, stddev: float, site: Site, round_index: Array, number: int) -> PyTree:
-  if site.secret is None:
-    raise ValueError("noise needs a secret at each site: give Site.secret, from prng.random_key()")
-  key = prng.derive(site.secret, _UPDATE_NOISE, round_index.astype(jnp.uint32))
+  key = subkeys.of_update(site.secret, round_index.astype(jnp.uint32))
   return jax.tree.map(jnp.add, tree, noise.gaussian_like(key, number, tree, stddev))
-
-
-def bit_noise(config: DistributedNoise, clip: Clip) -> DistributedNoise:
-  """The noise of the bits that move a clip, beside that of updates: of the same sites, in the same
-  ring.
-
-  Its standard deviation in a sum of the fewest sites is `clip.count_stddev`. A run is charged for
-  both: see `distributed.rdp`.
-
-  Raises:
-    ValueError: for a clip that is fixed, or updates' noise that is not made for updates divided by
-      the clip.
-  """
-  if clip.target_quantile is None or clip.count_stddev is None:
-    raise ValueError("a fixed clip sends no bits; give Clip a target_quantile")
-  if config.l2_clip_norm != 1:
-    raise ValueError(
-      f"l2_clip_norm={config.l2_clip_norm} of the noise: updates are divided by a clip that moves; "
-      f"use l2_clip_norm=1"
-    )
-  return dataclasses.replace(
-    config,
-    dim=1,
-    l2_clip_norm=0.5,
-    noise_multiplier=2 * clip.count_stddev,
-    num_stddevs=_STDDEVS_OF_BIT,
-  )
 
 
 def distributed_noise(
@@ -206,7 +173,7 @@ def distributed_noise(
       f"for {config.num_sites} sites"
     )
   of_bit = (
-    bit_noise(config, clip) if clip is not None and clip.target_quantile is not None else None
+    plan.bit_noise(config, clip) if clip is not None and clip.target_quantile is not None else None
   )
   dtype = ring.storage(config.num_bits)
   rotation_key = lambda words: jax.random.fold_in(jax.random.key(_ROTATION), words[0])

@@ -20,7 +20,7 @@ from primia_jax.types import Metrics
 NUM, ROUNDS = np.array([5, 12, 1, 8]), 3
 RNG = np.random.default_rng(0)
 A, M, CURVATURE = RNG.normal(size=(4, 3)), RNG.normal(size=(4, 2)), np.array([0, 2, 1, 0])
-WORK = local.Work(batch_size=4, max_examples=12, epochs=2)
+WORK = local.epochs(4, 12, num_epochs=2)
 STEPS = 2 * -(-NUM // 4)  # 4, 6, 2, 4
 SCHEDULE = lambda t: 0.3 / (1.0 + t)
 IDS = np.arange(4)
@@ -49,7 +49,7 @@ def grad_fn(params, model_state, batch, key):
 
 def recipe(momentum=0.0, optimizer=None):
   optimizer = optimizer or functools.partial(optax.sgd, momentum=momentum or None)
-  return local.Recipe(grad_fn, optimizer, SCHEDULE, WORK)
+  return local.Recipe(WORK, grad_fn, None, optimizer, SCHEDULE)
 
 
 def start():
@@ -202,7 +202,7 @@ def test_fednova(momentum, weighting):
 
 
 def test_fednova_is_fedavg_where_all_sites_take_equally_many_steps():
-  made = recipe()._replace(work=local.Work(batch_size=4, max_examples=12, epochs=None, steps=5))
+  made = recipe()._replace(steps=local.epochs(4, 12, num_epochs=None, num_steps=5))
   one, other = (
     run(algorithm(made)).params for algorithm in (algorithms.fednova, algorithms.fedavg)
   )

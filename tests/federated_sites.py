@@ -19,7 +19,7 @@ IMAGES, LABELS = (
 NUM = np.array([20, 13, 7, 20, 5], np.int32)
 IDS = np.arange(S)
 KEY = jax.random.key(0)
-WORK = local.Work(batch_size=4, max_examples=N, min_examples=5, epochs=2)
+STEPS = local.epochs(4, N, min_examples=5, num_epochs=2)
 
 
 def load(ids, images=IMAGES):
@@ -35,10 +35,10 @@ def augment(key, images, targets):
   return images + 0.1 * jax.random.normal(key, images.shape, images.dtype), targets
 
 
-def recipe(rate=0.1, momentum=0.9, work=WORK):
+def recipe(rate=0.1, momentum=0.9):
   loss = local.classification_loss(apply_fn, augment, L)
   optimizer = functools.partial(optax.sgd, momentum=momentum or None)
-  return local.Recipe(local.gradients(loss), optimizer, lambda t: rate, work)
+  return local.Recipe(STEPS, local.gradients(loss), None, optimizer, lambda t: rate)
 
 
 def start():
@@ -88,9 +88,9 @@ TRAIN = jax.jit(local.train(recipe()))
 
 def by_hand(i, params, round_index, opt_state=None):
   """Site i's training as `local` has it, with the keys of the protocol."""
-  made = recipe()
   order = jax.random.fold_in(jax.random.fold_in(KEY, fed.ORDER), i)
   steps = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(KEY, fed.STEPS), round_index), i)
-  opt_state = made.optimizer(jnp.float32(0)).init(params) if opt_state is None else opt_state
-  data = jnp.asarray(IMAGES[i]), jnp.asarray(LABELS[i]), jnp.int32(NUM[i])
-  return TRAIN(params, {}, opt_state, *data, jnp.int32(round_index), order, steps)
+  opt_state = recipe().optimizer(jnp.float32(0)).init(params) if opt_state is None else opt_state
+  site = jax.tree.map(lambda a: jnp.asarray(a[0]), load(np.array([i])))
+  now = local.Round(jnp.int32(round_index), order, steps)
+  return TRAIN(params, {}, opt_state, (), site, now)

@@ -48,8 +48,8 @@ def train(placement, seen=None):
   """Two rounds of FedAvg and a count, under secure aggregation."""
   loss = local.classification_loss(apply_fn, lambda key, images, targets: (images, targets), L)
   optimizer = functools.partial(optax.sgd, momentum=0.9)
-  work = local.Work(batch_size=4, max_examples=N, epochs=2)
-  recipe = local.Recipe(local.gradients(loss), optimizer, lambda t: 0.1, work)
+  steps = local.epochs(4, N, num_epochs=2)
+  recipe = local.Recipe(steps, local.gradients(loss), None, optimizer, lambda t: 0.1)
   summed = summation.masked(secagg.secure_sum(S))
   f = fed.federated(algorithms.fedavg(recipe, keep_optimizer=True), summed, placement, S)
   key, everybody = jax.random.key(SEED), fed.Sites(np.arange(S), functools.partial(load, seen=seen))

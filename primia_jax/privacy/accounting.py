@@ -1,20 +1,18 @@
-"""What a run's releases cost in epsilon and delta: one ledger a site over all mechanisms, computed
-by dp-accounting.
+"""What releases cost in epsilon and delta, over all mechanisms, computed by dp-accounting.
 
-A `Release` is one output computed from a site's units under noise; a `Ledger` is the list of all of
-them. Sites with disjoint units compose in parallel (the worst counts, `of_sites`); everything at
-one site, rounds, statistics and tuning runs alike, composes sequentially. Only Poisson sampling is
-known here: batches drawn in any other way, such as by shuffling, are not amplified, and must be
-charged with a sampling rate of 1.
+A `Release` is one output computed from a site's units under noise; a `Ledger` lists all outputs of
+a site. Sites with disjoint units compose in parallel (the worst counts, `of_sites`). Everything at
+one site composes sequentially: rounds, statistics and tuning runs. Only Poisson sampling is known
+here. Batches drawn in any other way, such as by shuffling, are not amplified, and must be charged
+with a sampling rate of 1.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import dp_accounting
 import numpy as np
@@ -190,7 +188,7 @@ def of_sites(ledgers: Sequence[Ledger]) -> float:
     ValueError: for no sites, or sites that protect different units or have different deltas: there
       is no common claim.
   """
-  return epsilon(_worst(ledgers))
+  return epsilon(worst(ledgers))
 
 
 def calibrate(
@@ -249,38 +247,20 @@ def calibrate(
   return high
 
 
-def steps_within(target_epsilon: float, start: Ledger, release: Release, most: int) -> int:
-  """How many more of a release fit into a budget, at most `most`; 0 where the budget is spent."""
+def steps_within(target_epsilon: float, spent: Callable[[int], Ledger], most: int) -> int:
+  """How many steps (or rounds) fit into a budget, at most `most`; 0 where the budget is spent.
+
+  Args:
+    target_epsilon: the budget.
+    spent: number of steps -> the ledger after them.
+    most: the most steps.
+  """
   low, high = 0, most
   while low < high:
     middle = (low + high + 1) // 2
-    low, high = (
-      (middle, high)
-      if epsilon(spend(start, release, middle)) <= target_epsilon
-      else (low, middle - 1)
-    )
+    fits = epsilon(spent(middle)) <= target_epsilon
+    low, high = (middle, high) if fits else (low, middle - 1)
   return low
-
-
-def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
-  """What a report says of the releases and of the claim, rounded up; all ledgers are of one run.
-
-  Raises:
-    ValueError: as `of_sites`.
-  """
-  worst = _worst(ledgers)
-  claim = lambda value: math.ceil(value * 1e4) / 1e4 if math.isfinite(value) else "infinite"
-  rows: dict[str, Any] = {
-    "unit of privacy": f"one {worst.unit}: adjacent data have it, or zeros in its place; numbers "
-    f"of units are public",
-    "delta": worst.delta,
-    "epsilon (of a unit of any one site, the worst)": claim(epsilon(worst)),
-    "epsilon by Renyi divergences": claim(epsilon(worst, "rdp")),
-    "composition": "sequential over rounds and statistics of a site, parallel over sites",
-  }
-  for release in worst.releases:
-    rows[f"released: {release.what}"] = _told(release)
-  return rows
 
 
 def _least(of_delta: Callable[[float], float], delta: float, wrong: float) -> float:
@@ -296,7 +276,12 @@ def _least(of_delta: Callable[[float], float], delta: float, wrong: float) -> fl
   return math.inf  # still rising: a smaller claim would not hold
 
 
-def _worst(ledgers: Sequence[Ledger]) -> Ledger:
+def worst(ledgers: Sequence[Ledger]) -> Ledger:
+  """The ledger of the largest epsilon.
+
+  Raises:
+    ValueError: as `of_sites`.
+  """
   claims = sorted({(one.unit, one.delta) for one in ledgers})
   if len(claims) != 1:
     raise ValueError(
@@ -308,53 +293,6 @@ def _worst(ledgers: Sequence[Ledger]) -> Ledger:
 def _check_extra(what: str, extra_delta: float) -> None:
   if not 0 <= extra_delta < 1:
     raise ValueError(f"{what}: extra_delta={extra_delta} must lie in [0, 1)")
-
-
-def _told(release: Release) -> str:
-  times = f"{release.times} times" if release.times != 1 else "once"
-  if release.curve:
-    return f"{times}, by integer noise of all sites together"
-  rate = (
-    f", each unit drawn with probability {release.sampling_rate:.6g} (Poisson)"
-    if release.sampling_rate < 1
-    else ""
-  )
-  return (
-    f"{times}, Gaussian noise of {release.noise_multiplier:.6g} times the largest "
-    f"contribution of a unit{rate}"
-  )
-
-
-def to_json(ledger: Ledger) -> str:
-  """A ledger as text, for a checkpoint."""
-  return json.dumps(ledger._asdict() | {"releases": [r._asdict() for r in ledger.releases]})
-
-
-def from_json(text: str) -> Ledger:
-  """The inverse of `to_json`.
-
-  Raises:
-    ValueError: for another text, or releases that could not have been made here.
-  """
-  try:
-    values: Mapping[str, Any] = json.loads(text)
-    one = Ledger(values["unit"], float(values["delta"]), tuple(map(_release, values["releases"])))
-    if one.unit not in UNITS or not 0 < one.delta <= 1:
-      raise ValueError(f"unit={one.unit!r}, delta={one.delta}")
-    return one
-  except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"this is no ledger ({error}): {text[:80]!r}") from error
-
-
-def _release(saved: Mapping[str, Any]) -> Release:
-  made = Release(**{**saved, "curve": tuple(saved["curve"])})
-  if made.times < 1 or (made.curve and (made.noise_multiplier or made.sampling_rate != 1)):
-    raise ValueError(f"{made.what}: times={made.times}, or both noise and a curve")
-  if made.curve:
-    checked = renyi(made.what, made.curve, made.extra_delta)
-  else:
-    checked = gaussian(made.what, made.noise_multiplier, made.sampling_rate, made.extra_delta)
-  return checked._replace(times=made.times)
 
 
 def _event(release: Release) -> dp_accounting.DpEvent:

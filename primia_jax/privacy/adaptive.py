@@ -18,7 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.types import Array, PyTree
+
+# A sum of bits that wrapped around would move the clip far; one number costs no room.
+_STDDEVS_OF_BIT = 8.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,3 +147,29 @@ def update_noise_multiplier(noise_multiplier: float, config: Clip) -> float:
       "alone would cost more than is allowed"
     )
   return (noise_multiplier**-2 - (2 * config.count_stddev) ** -2) ** -0.5
+
+
+def bit_noise(config: DistributedNoise, clip: Clip) -> DistributedNoise:
+  """The noise of the bits that move a clip, beside that of updates: of the same sites, in the same
+  ring.
+
+  Its standard deviation in a sum of the fewest sites is `Clip.count_stddev`.
+
+  Raises:
+    ValueError: for a clip that is fixed, or updates' noise that is not made for updates divided by
+      the clip.
+  """
+  if clip.target_quantile is None or clip.count_stddev is None:
+    raise ValueError("a fixed clip sends no bits; give Clip a target_quantile")
+  if config.l2_clip_norm != 1:
+    raise ValueError(
+      f"l2_clip_norm={config.l2_clip_norm} of the noise: updates are divided by a clip that moves; "
+      f"use l2_clip_norm=1"
+    )
+  return dataclasses.replace(
+    config,
+    dim=1,
+    l2_clip_norm=0.5,
+    noise_multiplier=2 * clip.count_stddev,
+    num_stddevs=_STDDEVS_OF_BIT,
+  )

@@ -8,6 +8,7 @@ tells roughly the number of units to whoever can time the site.)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -20,6 +21,32 @@ from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Par
 
 CLIPPINGS = ("flat", "per_layer", "automatic")
 _STABILITY = 0.01  # gamma of automatic clipping
+_NORMS = (1e-6, 1e6)  # clip norms whose squares float32 holds with room to spare
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipping:
+  """How units' gradients are clipped; see `clipped_sum`.
+
+  Attributes:
+    l2_clip_norm: C, from 1e-6 to 1e6.
+    kind: "flat", "per_layer" or "automatic".
+    augmentations: of each row, averaged before its unit is clipped once.
+    microbatch: units whose gradients are formed at once; None chooses by the model's size.
+    has_taps: marks kernels whose gradients need not be formed; None for none.
+  """
+
+  l2_clip_norm: float = 1.0
+  kind: str = "flat"
+  augmentations: int = 1
+  microbatch: int | None = None
+  has_taps: Callable[[Params], PyTree] | None = dataclasses.field(
+    default=None, repr=False, compare=False
+  )
+
+  def __post_init__(self):
+    if not _NORMS[0] <= self.l2_clip_norm <= _NORMS[1]:
+      raise ValueError(f"l2_clip_norm={self.l2_clip_norm} must lie in [{_NORMS[0]}, {_NORMS[1]}]")
 
 
 def clipped_sum(
@@ -127,6 +154,47 @@ def clipped_sum(
     return total, metrics, num_clipped / jnp.maximum(jnp.sum(used, dtype=jnp.float32), 1.0)
 
   return run
+
+
+def clipped_gradients(
+  loss_fn: LossFn, config: Clipping, unit: str, max_units: int
+) -> Callable[[Params, ModelState, Batch, Key], tuple[PyTree, tuple[ModelState, Metrics]]]:
+  """`clipped_sum` as the grad_fn of a `local.Recipe`, whose privatizer noises and divides the sum.
+
+  Args:
+    loss_fn: see `clipped_sum`.
+    config: how to clip.
+    unit: "example", for batches [max_units], or "patient", for batches [max_units, rows].
+    max_units: the most units of a step, as many as a batch has places.
+
+  Returns:
+    (params, model_state, batch, key) -> (sum, (model_state, Metrics)). The metrics are 0, since the
+    true ones are not private. It raises a ValueError for a batch of another form.
+
+  Raises:
+    ValueError: as `clipped_sum`.
+  """
+  summed = clipped_sum(
+    loss_fn,
+    l2_clip_norm=config.l2_clip_norm,
+    clipping=config.kind,
+    augmentations=config.augmentations,
+    microbatch=config.microbatch,
+    has_taps=config.has_taps,
+  )
+  wanted = {"example": 1, "patient": 2}[unit]
+
+  def grad_fn(params: Params, model_state: ModelState, batch: Batch, key: Key):
+    if batch.weights.ndim != wanted or batch.weights.shape[0] != max_units:
+      raise ValueError(
+        f"weights {list(batch.weights.shape)} do not fit unit={unit!r}, max_units={max_units}; "
+        f"give a batch of {'[max_units]' if wanted == 1 else '[max_units, rows]'}, padded with "
+        f"weight 0"
+      )
+    total, metrics, _ = summed(params, model_state, batch, key)
+    return total, (model_state, jax.tree.map(jnp.zeros_like, metrics))
+
+  return grad_fn
 
 
 def _factors(squares: Array, l2_clip_norm: float, clipping: str) -> Array:

@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import prng
+from primia_jax.privacy import subkeys
 from primia_jax.types import Array, PyTree
 
 _TOGETHER = (
   2**18
   # numbers of a tree that are drawn in one piece: a piece's fixed cost is that of some 10^5 numbers
 )
-_PURPOSE = 0x4E4F4953  # "NOIS": no other use of a site's secret derives this subkey
 # Taylor's and, for the cosine, also even: both within 4e-9 on [-pi / 4, pi / 4].
 _SINE = tuple((-1) ** i / math.factorial(2 * i + 1) for i in range(5))
 _COSINE = tuple((-1) ** i / math.factorial(2 * i) for i in range(6))
@@ -80,7 +80,7 @@ def gaussian_like(secret: Array, step: int | Array, tree: PyTree, stddev: float 
   Returns:
     float32 arrays in the same tree.
   """
-  key = prng.derive(secret, _PURPOSE, step)
+  key = prng.derive(secret, subkeys.GAUSSIAN, step)
   leaves, structure = jax.tree.flatten(tree)
   nonces = np.arange(max(1, len(leaves)), dtype=np.uint32)[:, None] * np.array(
     [[1, 0, 0]], np.uint32

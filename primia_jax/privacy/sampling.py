@@ -1,11 +1,10 @@
-"""Poisson sampling from a site's secret: each unit enters each step independently, laid out in
-static shapes.
+"""Poisson sampling from a site's secret: units enter each step independently, in static shapes.
 
-Amplification by sampling rests on the batch being secret and on every unit's draw being independent
-of the others' and of other steps'. Both hold for whoever lacks the secret, under the assumption
-that ChaCha20 is a pseudorandom function; so the secret stays at the site, and so do the indices and
-counts returned here. A unit is an example, or a patient with all of its rows. Rates are multiples
-of 2^-32, see `effective_rate`; a unit is drawn with exactly that probability.
+Amplification by sampling needs a secret batch, and for every unit a draw that is independent of
+other units' and other steps' draws. Both hold for whoever lacks the secret, under the assumption
+that ChaCha20 is a pseudorandom function. So the secret, the indices and the counts returned here
+stay at the site. A unit is an example, or a patient with all of its rows. Rates are multiples of
+2^-32, see `effective_rate`; a unit is drawn with exactly that probability.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 from primia_jax import prng
+from primia_jax.privacy import subkeys
 from primia_jax.types import Array
-
-_PURPOSE = 0x53414D50  # "SAMP": no other use of a site's secret derives this subkey
 
 
 class Drawn(NamedTuple):
@@ -29,8 +28,8 @@ class Drawn(NamedTuple):
   Attributes:
     indices: [max_units] int32 into the site's units, or [max_units, rows_per_unit] into its rows:
       the drawn ones first, in rising order, then -1 for padding.
-    overflow: int32, units that were drawn but found no place; the probability of any belongs in
-      delta, see `mechanism.overflow_probability`.
+    overflow: int32, units that were drawn but found no place. The probability of any belongs in
+      delta, see `overflow_probability`.
   """
 
   indices: Array
@@ -68,7 +67,7 @@ def poisson(
     max_units: rows of the result.
 
   Returns:
-    Drawn, with indices [max_units]. Where more are drawn the last are left out and counted.
+    Drawn, with indices [max_units]. Where more are drawn, the last are left out and counted.
 
   Raises:
     ValueError: for a rate outside (0, 1], a bound below 1, or a number of units that is known to be
@@ -82,7 +81,7 @@ def poisson(
       f"num_units={num_units} is not in [0, max_examples={max_examples}]; raise max_examples"
     )
   nonce = jnp.stack([jnp.asarray(step).astype(jnp.uint32), jnp.uint32(0), jnp.uint32(0)])
-  words = prng.bits(prng.derive(secret, _PURPOSE), nonce, (max_examples,))
+  words = prng.bits(prng.derive(secret, subkeys.POISSON), nonce, (max_examples,))
   drawn = (words <= np.uint32(threshold - 1)) & (
     jnp.arange(max_examples, dtype=jnp.int32) < num_units
   )
@@ -104,8 +103,9 @@ def rows_of(unit_of_row: Array, units: Array, rows_per_unit: int) -> tuple[Array
 
   Returns:
     index: [U, R] int32 into the rows, each unit's in rising order, -1 where it has fewer.
-    left_out: int32, rows beyond the first R of their unit. That bounds no one's privacy, clipping
-      does; but those rows are never learnt from, so take R from `max_rows`.
+    left_out: int32, rows beyond the first R of their unit. Privacy does not depend on R, since
+      clipping bounds the whole unit; but those rows are never learnt from, so take R from
+      `max_rows`.
   """
   if rows_per_unit < 1:
     raise ValueError(f"rows_per_unit={rows_per_unit} must be at least 1")
@@ -123,8 +123,8 @@ def rows_of(unit_of_row: Array, units: Array, rows_per_unit: int) -> tuple[Array
 
 
 def max_rows(unit_of_row: np.ndarray) -> int:
-  """The most rows of one unit, counted on the host; rows of unit -1 are padding. A public bound if
-  shared.
+  """The most rows of one unit, counted on the host; rows of unit -1 are padding. It becomes public
+  when sites share it.
   """
   real = np.asarray(unit_of_row)
   real = real[real >= 0]
@@ -152,3 +152,45 @@ def poisson_patients(
   drawn = poisson(secret, step, num_units, max_examples, sampling_rate, max_units)
   index, left_out = rows_of(unit_of_row, drawn.indices, rows_per_unit)
   return Drawn(index, drawn.overflow), left_out
+
+
+def capacity(
+  max_examples: int, sampling_rate: float, num_steps: int, failure: float = 1e-12
+) -> int:
+  """The smallest `max_units` with which all batches of a run fit with probability 1 - failure.
+
+  Args:
+    max_examples: the most units of any site.
+    sampling_rate: q; `effective_rate(q)` counts.
+    num_steps: of the run.
+    failure: what the union bound over steps may reach; the accountant adds it to delta.
+
+  Raises:
+    ValueError: for a rate outside (0, 1], a failure outside (0, 1), or counts below 1.
+  """
+  _check_run(max_examples, num_steps)
+  if not 0 < failure < 1:
+    raise ValueError(f"failure={failure} must lie in (0, 1)")
+  rate = effective_rate(sampling_rate)
+  fits = lambda m: num_steps * stats.binom.sf(m, max_examples, rate) <= failure
+  low, high = 0, max_examples  # the sampler draws at most `max_examples`, so `high` always fits
+  while low < high:
+    middle = (low + high) // 2
+    low, high = (low, middle) if fits(middle) else (middle + 1, high)
+  return max(high, 1)
+
+
+def overflow_probability(
+  max_units: int, max_examples: int, sampling_rate: float, num_steps: int
+) -> float:
+  """A bound on the probability that any step of a run draws more than `max_units`; the accountant
+  adds it to delta.
+  """
+  _check_run(max_examples, num_steps)
+  rate = effective_rate(sampling_rate)
+  return min(1.0, num_steps * float(stats.binom.sf(max_units, max_examples, rate)))
+
+
+def _check_run(max_examples: int, num_steps: int) -> None:
+  if max_examples < 1 or num_steps < 1:
+    raise ValueError(f"max_examples={max_examples} and num_steps={num_steps} must be at least 1")
