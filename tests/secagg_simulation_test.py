@@ -365,7 +365,7 @@ def test_wrong_dropouts_are_refused():
     secagg.Dropouts(none, first),
     secagg.Dropouts(none, none, first),
   ):
-    with pytest.raises(ValueError, match=r"rows \[0\] of the sites are lost.*a threshold"):
+    with pytest.raises(ValueError, match=r"the sites in rows \[0\] are lost.*a threshold"):
       secagg.begin(secagg.secure_sum(3), WORDS, ids, dropouts)
 
 
@@ -378,5 +378,6 @@ def test_impossible_sites_are_refused():
     secagg.begin(config, WORDS, np.arange(3, dtype=np.int32))
   with pytest.raises(ValueError, match=r"num_peers=299 .* use num_peers < 255"):
     secagg.begin(secagg.secure_sum(300, threshold=200), WORDS, np.arange(300, dtype=np.int32))
-  with pytest.raises(ValueError, match="must be three integers"):
-    secagg.begin(config, (2**32, 0), np.arange(4, dtype=np.int32))
+  for words in ((2**32, 0), (0, 2**32), (-1, 0), (0, -1)):
+    with pytest.raises(ValueError, match=r"\(round, purpose\) must be two integers"):
+      secagg.begin(config, words, np.arange(4, dtype=np.int32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Aborted(RuntimeError):
-  """A sum is not opened. Nothing of it has been given out, and its keys are never used again."""
+  """The caller gets no sum. Nothing partly masked is given out, and the keys are not used again."""
 
 
 class RoundAborted(Aborted):

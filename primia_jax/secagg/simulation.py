@@ -97,29 +97,23 @@ def _begin(
   entropy: Source,
 ) -> Begun:
   """`begin` with given entropy: what tests compare with the messages of `protocol`."""
-  ids, stages, (round, _) = _checked(config, ids), check(dropouts, len(ids)), words
+  ids, stages, (round, _) = np.asarray(ids), _stages(dropouts, len(ids)), words
+  _check(config, words, ids, stages)
   counted = np.logical_not(stages[0] | stages[1])
   if not counted.any():
     raise RoundAborted("round aborted: no site's message came")
   order = np.argsort(ids)  # sites in increasing order, as in `rounds`; `back` undoes it
-  back, numbers = np.argsort(order), ids[order]
+  back, numbers = np.argsort(order), ids[order].astype(np.int32)
+  draw = lambda name: keys.words(entropy(name)(keys.KEY_BYTES))
   if config.masked:
-    graph_key = keys.words(entropy("graph")(keys.KEY_BYTES))
-    rows = graph.neighbours(graph_key, len(ids), config.num_peers, round)
+    rows = graph.neighbours(draw("graph"), len(ids), config.num_peers, round)
   row: tuple[Any, ...]
   residue = Residue(jnp.zeros((0, 8), jnp.uint32), jnp.zeros(0, jnp.int32))
   if not config.masked:
-    noise = np.array([keys.words(entropy(i)(keys.KEY_BYTES)) for i in numbers.tolist()])
     nobody, no_keys = np.zeros((len(ids), 0), np.int32), np.zeros((len(ids), 0, 8), np.uint32)
-    row = numbers, nobody, no_keys, None, noise
+    row = numbers, nobody, no_keys, None, np.array([draw(i) for i in numbers.tolist()])
   elif config.threshold is None:
-    if stages.any():
-      raise ValueError(
-        f"rows {np.flatnonzero(stages.any(axis=0)).tolist()} of the sites are lost, which needs "
-        f"shares of their secrets; give secure_sum a threshold"
-      )
-    dealer = keys.words(entropy("dealer")(keys.KEY_BYTES))
-    of_pairs, noise = _dealt(dealer, numbers, numbers[rows])
+    of_pairs, noise = _dealt(draw("dealer"), numbers, numbers[rows])
     row = numbers, numbers[rows], of_pairs, None, noise
   else:
     secrets = [subkeys.draw(entropy(i)) for i in numbers.tolist()]
@@ -129,27 +123,30 @@ def _begin(
   return Begun(Row(*in_order), counted, residue)
 
 
-def _checked(config: SecureSum, ids: np.ndarray) -> np.ndarray:
-  ids = np.asarray(ids)
+def _check(config: SecureSum, words: tuple[int, int], ids: np.ndarray, stages: np.ndarray) -> None:
+  if not all(0 <= word < 2**32 for word in words):
+    raise ValueError(f"words={words}; (round, purpose) must be two integers in [0, 2^32)")
   if len(np.unique(ids)) < len(ids) or np.any(ids < 0) or not 1 <= len(ids) <= config.num_sites:
     raise ValueError(
       f"ids={ids.tolist()}; give 1 to {config.num_sites} site numbers, all different and none "
       f"negative"
     )
-  if config.threshold is not None and config.masked and config.num_peers >= shamir.MAX_SHARES:
+  if not config.masked:
+    return
+  if config.threshold is None and stages.any():
+    raise ValueError(
+      f"the sites in rows {np.flatnonzero(stages.any(axis=0)).tolist()} are lost, and their masks "
+      f"cannot be recovered; give secure_sum a threshold"
+    )
+  if config.threshold is not None and config.num_peers >= shamir.MAX_SHARES:
     raise ValueError(
       f"num_peers={config.num_peers} would hold shares of each site; use num_peers < "
       f"{shamir.MAX_SHARES}"
     )
-  return ids.astype(np.int32)
 
 
-def check(dropouts: Dropouts | None, num_sites: int) -> np.ndarray:
-  """The dropouts by stage, [3, K] bool; None stands for none.
-
-  Raises:
-    ValueError: for anything but bool [K], or for a site that is lost twice.
-  """
+def _stages(dropouts: Dropouts | None, num_sites: int) -> np.ndarray:
+  """The dropouts by stage, [3, K] bool; None stands for none."""
   stages = np.zeros((3, num_sites), bool)
   for row, (name, stage) in zip(
     stages, dropouts._asdict().items() if dropouts else (), strict=False
@@ -206,7 +203,8 @@ def _recovered(
 
   Each holder gives its share of the seed of a site whose message came, and of the private key of
   one whose message did not. The residue is padded to a multiple of K, so that few shapes occur.
-  Holder and point are those of `protocol`: the i-th of a neighbourhood in increasing order.
+  Holder and point are those of `protocol`: the i-th of a neighbourhood in increasing order. Each of
+  several processes draws other coefficients of the shares, which open to the same secrets.
   """
   before, during, after = stages
   came = ~(before | during)
@@ -222,8 +220,8 @@ def _recovered(
       f"round aborted: {num_answers[worst]} of the {around.shape[1]} holders of the shares of site "
       f"{numbers[site[worst]]} are left, and threshold={threshold} must answer"
     )
-  both = [[s.seed for s in secrets], [s.mask.private for s in secrets]]
-  flat = np.frombuffer(b"".join(both[0] + both[1]), np.uint8).reshape(-1, keys.KEY_BYTES)
+  both = b"".join([*(s.seed for s in secrets), *(s.mask.private for s in secrets)])
+  flat = np.frombuffer(both, np.uint8).reshape(-1, keys.KEY_BYTES)
   points = np.arange(1, around.shape[1] + 1)
   shares = shamir.share(flat, threshold, points).reshape(2, len(rows), len(points), -1)
   chosen = np.argsort(silent, axis=1, kind="stable")[:, :threshold]
