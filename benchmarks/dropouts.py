@@ -103,7 +103,9 @@ def mask_speed(params, kernel: str) -> Sequence[measuring.Cost]:
   os.environ["PRIMIA_NATIVE"] = "1" if kernel == "C" else "0"
   config = secagg.secure_sum(_SITES.value, num_peers=_PEERS.value, threshold=_THRESHOLD.value)
   row = work.row(_PEERS.value, prng.random_key())
-  protect = jax.jit(lambda params, number: secagg.protect(params, row, (number, 0), config))
+  protect = jax.jit(
+    lambda params, number: secagg.mask(secagg.encode(params, config), row, (number, 0), config)
+  )
   counter = iter(range(10**9))
   costs = measuring.alternate(
     {0: measuring.timed(lambda: protect(params, np.uint32(next(counter))))}, 10

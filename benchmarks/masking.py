@@ -69,7 +69,9 @@ def main(_):
 
   config = secagg.secure_sum(num_sites, num_peers=num_peers)
   row = work.row(num_peers, prng.random_key())
-  protect = jax.jit(lambda params, number: secagg.protect(params, row, (number, 0), config))
+  protect = jax.jit(
+    lambda params, number: secagg.mask(secagg.encode(params, config), row, (number, 0), config)
+  )
   counter = iter(range(10**9))
   site = measuring.alternate(
     {"site": measuring.timed(lambda: protect(params, np.uint32(next(counter))))}, 20

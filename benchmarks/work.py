@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -63,10 +62,8 @@ def fedavg(name: str) -> federated.Algorithm:
   loss = local.classification_loss(
     model(name).apply, lambda key, images, targets: (images, targets), CLASSES
   )
-  work = local.Work(batch_size=BATCH, max_examples=IMAGES, min_examples=IMAGES)
-  recipe = local.Recipe(
-    local.gradients(loss), functools.partial(optax.sgd), lambda time: RATE, work
-  )
+  steps = local.epochs(BATCH, IMAGES, min_examples=IMAGES)
+  recipe = local.Recipe(steps, local.gradients(loss), None, optax.sgd, lambda time: RATE)
   return algorithms.fedavg(recipe)
 
 

@@ -211,6 +211,11 @@ def over_sites(
   def apply(shared: Any, round: Array | int, sites: Sites, kept: PyTree = ()):
     ids = np.asarray(sites.ids, np.int32)
     here = placement.rows(len(ids))
+    if (placement.name == "processes") != summation.between_processes:
+      raise ValueError(
+        f"{summation.name!r} does not sum over the placement {placement.name!r}: summation.over and "
+        "sites.own_process go together"
+      )
     per_load = len(here) if sites.sites_per_load is None else sites.sites_per_load
     if per_load < 1:
       raise ValueError(f"sites_per_load={per_load}; give at least 1, or None for all at once")
@@ -218,7 +223,8 @@ def over_sites(
       per_load < len(here) or not np.array_equal(ids, np.arange(len(ids)))
     ):
       raise ValueError(
-        f"with several processes each runs its own sites: all take part at once, not {ids.tolist()}"
+        f"with several processes each runs its own sites, and all take part at once, not "
+        f"{ids.tolist()}"
       )
     secrets = sites.secrets(int(round), purpose, ids[here])
     session: Session | None = None

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from primia_jax import ring, secagg
 from primia_jax.federated import Algorithm, Global, Message, Site
-from primia_jax.privacy import adaptive, distributed, noise, plan, subkeys
+from primia_jax.privacy import adaptive, distributed, noise, subkeys
 from primia_jax.privacy.adaptive import Clip, clip_update
 from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.summation import Coding
@@ -144,8 +144,8 @@ def distributed_noise(
 
   Who learns what: whoever sees the opened sums learns of one site what `distributed.epsilon` says,
   under the assumptions named there; no round with fewer than `config.min_survivors` sites is
-  opened. Where the clip moves, the sum of bits is opened too, under noise of its own (`bit_noise`),
-  and the divergences of both add up.
+  opened. Where the clip moves, the sum of bits is opened too, under noise of its own
+  (`adaptive.bit_noise`), and the divergences of both add up.
 
   Args:
     config: of the noise; its `dim` is that of the update, its l2_clip_norm that of `bounded`, or 1
@@ -173,7 +173,9 @@ def distributed_noise(
       f"for {config.num_sites} sites"
     )
   of_bit = (
-    plan.bit_noise(config, clip) if clip is not None and clip.target_quantile is not None else None
+    adaptive.bit_noise(config, clip)
+    if clip is not None and clip.target_quantile is not None
+    else None
   )
   dtype = ring.storage(config.num_bits)
   rotation_key = lambda words: jax.random.fold_in(jax.random.key(_ROTATION), words[0])

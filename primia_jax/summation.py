@@ -128,6 +128,8 @@ class Summation(NamedTuple):
       sum over sites or, with `stacks`, every site's message [K, ...].
     stacks: whether `end` takes single messages instead of their sum.
     hides: whether nobody sees a single site's message.
+    between_processes: whether each process sends its own site's message, so that the sum forms
+      between them; such a summation goes with `sites.own_process`, and no other does.
   """
 
   name: str
@@ -136,6 +138,7 @@ class Summation(NamedTuple):
   end: Callable[[Session, PyTree], tuple[PyTree, Outcome]]
   stacks: bool = False
   hides: bool = False
+  between_processes: bool = False
 
 
 class Coding(NamedTuple):
@@ -280,7 +283,8 @@ def over(
     message, out_of_range = decode(total, words)
     return message, Outcome(np.asarray(messages.sites, np.int32), out_of_range)
 
-  return Summation(f"{coding.name} between processes", begin, send, end, hides=True)
+  name = f"{coding.name} between processes"
+  return Summation(name, begin, send, end, hides=True, between_processes=True)
 
 
 def losing(
@@ -297,7 +301,7 @@ def losing(
 def _begin_clear(num_sites: int | None, min_survivors: int) -> Callable[..., Session]:
   def begin(round, purpose, ids, shapes=None, dropouts=None) -> Session:
     _check_sites("the plain sum" if num_sites is None else "one site", ids, num_sites)
-    counted = ~simulation.check(dropouts, len(ids))[:2].any(axis=0)
+    counted = ~simulation.stages_of(dropouts, len(ids))[:2].any(axis=0)
     _check_survivors(int(counted.sum()), min_survivors)
     return Session(int(round), Purpose(purpose), ids, counted, counted)
 

@@ -9,13 +9,13 @@ import pytest
 from secagg_apart import Apart, Killed
 
 from primia_jax import federated as fed
-from primia_jax import secagg, sites
-from primia_jax.secagg import exchange
+from primia_jax import secagg, sites, summation
+from primia_jax.summation import Purpose
 from primia_jax.types import Metrics
 
 N, D, L = 12, 5, 3
 NUM = np.array([12, 7, 9, 10], np.int32)
-SEED, DEALER = 2, np.arange(8, dtype=np.uint32)
+SEED = 2
 
 
 def site(i):
@@ -37,12 +37,12 @@ def one_step(server, kept, site):
   wrong = (x @ server.params["w"] - y) * real[:, None]
   update, n = {"w": -0.1 * x.T @ wrong}, jnp.sum(real)
   metrics = Metrics(jnp.sum(wrong**2), jnp.zeros(()), n)
-  return {"update": update, "weight": n, "metrics": metrics}, {"rounds": kept["rounds"] + 1}
+  return fed.Message(update, n, metrics), {"rounds": kept["rounds"] + 1}
 
 
 def mean(server, message):
-  params = jax.tree.map(lambda p, u: p + u / message["weight"], server.params, message["update"])
-  return params, {}, (), message["metrics"]
+  params = jax.tree.map(lambda p, u: p + u / message.weight, server.params, message.update)
+  return params, {}, (), message.metrics
 
 
 ALGORITHM = fed.Algorithm(
@@ -65,21 +65,21 @@ def extremes(shared, kept, site):
   }, kept
 
 
-def train(placement, num_sites, threshold, algorithm=None, lost=None):
+def train(placement, num_sites, summed, algorithm=ALGORITHM, lost=None):
   """Two rounds and then a count, with a site lost in the second: what every process knows at the
   end.
   """
-  aggregator = fed.securely(secagg.secure_sum(num_sites, threshold=threshold))
-  f, loader = fed.federated(algorithm or ALGORITHM, aggregator, placement), fed.Loader(load)
-  key, ids = jax.random.key(SEED), np.arange(num_sites, dtype=np.int32)
-  state, infos = f.init({"w": np.zeros((D, L), np.float32)}, {}, num_sites), []
-  for dropouts in (None, lost):
-    state, info = f.step(key, state, ids, loader, DEALER, None, dropouts)
+  if lost is not None:
+    summed = summation.losing(summed, lambda round, purpose, ids: lost if round else None)
+  f = fed.federated(algorithm, summed, placement, num_sites)
+  key, everybody = jax.random.key(SEED), fed.Sites(np.arange(num_sites), load)
+  state, infos = f.init({"w": np.zeros((D, L), np.float32)}), []
+  for _ in range(2):
+    state, info = f.step(key, state, everybody)
     infos.append(info)
-  count = fed.total_over_sites(extremes, aggregator, placement, fed.COUNTING)
-  linked = fed.link(aggregator, placement, fed.COUNTING)(key, np.int32(7), ids, DEALER, lost)
-  total, _, out_of_range = count((), jnp.int32(7), ids, linked, (), loader)
-  assert int(out_of_range) == 0
+  count = fed.over_sites(extremes, summed, placement, Purpose.COUNTING)
+  total, _, outcome = count((), 7, everybody)
+  assert int(outcome.out_of_range) == 0
   return {"w": state.params["w"], "update_norm": infos[-1].update_norm, **total}, state, infos
 
 
@@ -99,14 +99,14 @@ def test_sites_apart_train_as_all_in_one_process_and_without_one_that_dies():
         jax.debug.callback(check, site.id)
       return one_step(shared, kept, site)
 
-    return train(
-      sites.Placement("apart", index=i, exchange=own), 3, 2, ALGORITHM._replace(site=dying)
-    )
+    summed = summation.over(own, secagg.secure_sum(3, threshold=2))
+    return train(sites.own_process(i), 3, summed, ALGORITHM._replace(site=dying))
 
   apart = Apart(3).run(call)
   assert list(apart.errors) == [2]
   lost = secagg.Dropouts(np.zeros(3, bool), np.array([False, False, True]))
-  want, *_ = train(sites.Placement("scan"), 3, 2, lost=lost)
+  summed = summation.masked(secagg.secure_sum(3, threshold=2))
+  want, *_ = train(sites.scan(), 3, summed, lost=lost)
   for i in (0, 1):
     got, state, infos = apart.results[i]
     for name, value in want.items():
@@ -116,9 +116,9 @@ def test_sites_apart_train_as_all_in_one_process_and_without_one_that_dies():
       np.testing.assert_allclose(got[name], value, atol=1e-6)
     for name in ("max", "n"):
       np.testing.assert_array_equal(got[name], want[name])
-    assert [int(info.survivors) for info in infos] == [3, 2]
+    assert [info.survivors.tolist() for info in infos] == [[0, 1, 2], [0, 1]]
     assert [int(info.out_of_range) for info in infos] == [0, 0]
-    assert state.sites["rounds"].tolist() == [2]  # of this site only
+    assert state.site_state["rounds"].tolist() == [2]  # of this site only
   np.testing.assert_array_equal(want["n"], NUM[:2].sum() / 16)
 
 
@@ -128,17 +128,18 @@ class Asked(Exception):
 
 def test_an_exchange_is_told_what_the_sum_is_for_and_how_it_is_protected():
   class Asking(Nobody):
-    def begin(self, shapes, terms):
-      raise Asked(terms)
+    def begin(self, shapes, *terms):
+      raise Asked(jax.tree.map(lambda a: (a.shape, a.dtype), shapes), *terms)
 
-  aggregator = fed.securely(secagg.secure_sum(3, threshold=2))._replace(min_survivors=3)
-  placement = sites.Placement("apart", exchange=Asking())
-  count = fed.total_over_sites(extremes, aggregator, placement, fed.COUNTING)
-  ids, key = np.arange(3, dtype=np.int32), jax.random.key(0)
-  linked = fed.link(aggregator, placement, fed.COUNTING)(key, np.int32(7), ids, DEALER)
+  config = secagg.secure_sum(3, threshold=2)
+  coding = summation.fixed_point(config)._replace(min_survivors=3)
+  summed = summation.over(Asking(), config, coding)
+  count = fed.over_sites(extremes, summed, sites.own_process(1), Purpose.COUNTING)
   with pytest.raises(Asked) as asked:
-    count((), jnp.int32(7), ids, linked, (), fed.Loader(load))
-  assert asked.value.args == (exchange.Terms(7, fed.COUNTING, 32, 2, 2, 3),)
+    count((), 7, fed.Sites(np.arange(3), load))
+  shapes, *terms = asked.value.args
+  assert terms == [7, Purpose.COUNTING, config, 3]
+  assert shapes.message == {"max": ((D, 1, 1), np.uint32), "n": ((), np.uint32)}
 
 
 class Nobody:
@@ -147,24 +148,30 @@ class Nobody:
   sites = (0, 1, 2)
 
 
-def test_nothing_but_masked_sums_leaves_sites_apart():
-  apart = sites.Placement("apart", exchange=Nobody())
-  secure = secagg.secure_sum(3)
-  for aggregator in (
-    fed.in_the_clear(),
-    fed.by_rule("median", lambda stacked: stacked),
-    fed.securely(secagg.secure_sum(3, masked=False)),
-  ):
-    with pytest.raises(ValueError, match="sites apart send nothing but masked ring elements"):
-      fed.federated(ALGORITHM._replace(uniform=True), aggregator, apart)
-  link = fed.link(fed.securely(secure), apart)
-  key, ids = jax.random.key(0), np.arange(3)
-  with pytest.raises(ValueError, match="lost in earnest"):
-    link(key, 0, ids, DEALER, secagg.Dropouts(np.ones(3, bool), np.zeros(3, bool)))
-  first, second = (link(key, 0, ids, DEALER).links for _ in range(2))
-  assert not np.any(first.own == second.own)  # fresh for each sum
-  assert first.keys.shape == (1, 0, 8)  # and no key that anybody has dealt
-  with pytest.raises(ValueError, match="sites apart need one"):
-    sites.Placement("apart")
-  with pytest.raises(ValueError, match="no others do"):
-    sites.Placement("scan", exchange=Nobody())
+@pytest.mark.parametrize(
+  "summed",
+  [
+    summation.clear(),
+    summation.by_rule("median", lambda stacked: stacked),
+    summation.masked(secagg.secure_sum(3)),
+    summation.masked(secagg.secure_sum(3, masked=False)),
+  ],
+)
+def test_nothing_but_masked_sums_leaves_a_process(summed):
+  f = fed.federated(ALGORITHM._replace(uniform=True), summed, sites.own_process(1), 3)
+  state = f.init({"w": np.zeros((D, L), np.float32)})
+  with pytest.raises(ValueError, match="go together"):
+    f.step(jax.random.key(0), state, fed.Sites(np.arange(3), load))
+
+
+def test_an_exchange_goes_with_sites_in_processes_of_their_own():
+  summed = summation.over(Nobody(), secagg.secure_sum(3))
+  for placement in (sites.scan(), sites.on_mesh()):
+    with pytest.raises(ValueError, match="go together"):
+      fed.over_sites(extremes, summed, placement, Purpose.COUNTING)(
+        (), 7, fed.Sites(np.arange(3), load)
+      )
+  with pytest.raises(ValueError, match="really lost"):
+    summed.begin(
+      0, Purpose.TRAINING, np.arange(3), None, secagg.Dropouts(np.ones(3, bool), np.zeros(3, bool))
+    )

@@ -11,7 +11,7 @@ from scipy import stats
 
 from primia_jax import algorithms, local, prng, robust, secagg, site_privacy, sites, summation
 from primia_jax import federated as fed
-from primia_jax.privacy import adaptive, plan
+from primia_jax.privacy import adaptive
 from primia_jax.privacy.distributed import DistributedNoise, error_stddev
 from primia_jax.types import Metrics
 
@@ -313,7 +313,7 @@ def test_all_sites_together_noise_the_sum_of_bits_as_promised(opened):
   updates, within, weight, wrong = opened(
     np.zeros((NUM, K, FEW), np.float32), bits, np.arange(NUM, dtype=np.uint32)
   )
-  of_bit = plan.bit_noise(config, MOVING)
+  of_bit = adaptive.bit_noise(config, MOVING)
   assert accepts(within - 0.5, error_stddev(of_bit, K))
   assert error_stddev(of_bit, 3) == pytest.approx(3.0, rel=1e-3)  # that of the fewest sites
   assert accepts(updates, error_stddev(config, K))
@@ -349,9 +349,9 @@ def test_placements_move_the_clip_alike(kind):
   ("call", "message"),
   [
     (lambda: site_privacy.bounded(algorithm(), MOVING, 6.0), "count_stddev=3.0 must be more than"),
-    (lambda: plan.bit_noise(_pair()[0], MOVING), "use l2_clip_norm=1"),
+    (lambda: adaptive.bit_noise(_pair()[0], MOVING), "use l2_clip_norm=1"),
     (
-      lambda: plan.bit_noise(moving_coding()[0], adaptive.Clip(1.0)),
+      lambda: adaptive.bit_noise(moving_coding()[0], adaptive.Clip(1.0)),
       "fixed clip sends no bits",
     ),
     (lambda: site_privacy.distributed_noise(*_pair(), MOVING), "use l2_clip_norm=1"),

@@ -97,7 +97,7 @@ def _begin(
   entropy: Source,
 ) -> Begun:
   """`begin` with given entropy: what tests compare with the messages of `protocol`."""
-  ids, stages, (round, _) = np.asarray(ids), _stages(dropouts, len(ids)), words
+  ids, stages, (round, _) = np.asarray(ids), stages_of(dropouts, len(ids)), words
   _check(config, words, ids, stages)
   counted = np.logical_not(stages[0] | stages[1])
   if not counted.any():
@@ -145,7 +145,7 @@ def _check(config: SecureSum, words: tuple[int, int], ids: np.ndarray, stages: n
     )
 
 
-def _stages(dropouts: Dropouts | None, num_sites: int) -> np.ndarray:
+def stages_of(dropouts: Dropouts | None, num_sites: int) -> np.ndarray:
   """The dropouts by stage, [3, K] bool; None stands for none."""
   stages = np.zeros((3, num_sites), bool)
   for row, (name, stage) in zip(
