@@ -213,8 +213,8 @@ def over_sites(
     here = placement.rows(len(ids))
     if (placement.name == "processes") != summation.between_processes:
       raise ValueError(
-        f"{summation.name!r} does not sum over the placement {placement.name!r}: summation.over and "
-        "sites.own_process go together"
+        f"{summation.name!r} does not sum over the placement {placement.name!r}: summation.over "
+        "and sites.own_process go together"
       )
     per_load = len(here) if sites.sites_per_load is None else sites.sites_per_load
     if per_load < 1:

@@ -159,7 +159,7 @@ def test_dropouts_among_sampled_sites():
 
 def test_dropouts_that_cannot_be_borne_are_refused():
   made = algorithms.fedavg(recipe(), keep_optimizer=True)
-  with pytest.raises(ValueError, match="needs shares of their secrets"):
+  with pytest.raises(ValueError, match="their masks cannot be recovered"):
     drop(build(made, losing(secure())), secagg.Dropouts(NONE, DURING))
   with pytest.raises(secagg.RoundAborted, match="round aborted: 2 of the 5 holders"):
     drop(tolerant(), secagg.Dropouts(BEFORE, DURING, AFTER))

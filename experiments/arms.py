@@ -1,0 +1,445 @@
+"""Trains one arm of an experiment (federated, pooled, or one site alone), with checkpoints."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from experiments import loop, private, processes
+from experiments.checkpoints import Best, Checkpoints
+from experiments.configs import Train
+from experiments.configs.model import normalise
+from experiments.configs.run import build_site_level
+from experiments.configs.training import build_alone
+from primia_jax import (
+  algorithms,
+  evaluation,
+  federated,
+  local,
+  metrics,
+  models,
+  site_privacy,
+  sites,
+  summation,
+)
+from primia_jax.data import sites as data_sites
+from primia_jax.data.augment import inverse_frequency
+from primia_jax.data.sites import Part
+from primia_jax.privacy import ledger, plan
+from primia_jax.secagg.exchange import Exchange
+from primia_jax.types import Array, ModelState, Params
+
+_FEATURE_BATCH = 64
+
+
+class Place(NamedTuple):
+  """Where the sites of an arm run.
+
+  Attributes:
+    placement: of the site axis.
+    exchange: between processes of one site each; None where one process plays all.
+    number: of this process's site; 0 where one process plays all.
+  """
+
+  placement: sites.Placement
+  exchange: Exchange | None = None
+  number: int = 0
+
+  @property
+  def is_first(self) -> bool:
+    """Whether this process writes what all know."""
+    return self.number == 0
+
+
+class Cohort(NamedTuple):
+  """Sites that train together; a single one for pooled and local training.
+
+  Attributes:
+    name: of the arm, as reports print it.
+    train, validation: what each site holds.
+    mine: numbers of the sites whose images this process may read.
+  """
+
+  name: str
+  train: Part
+  validation: Part
+  mine: np.ndarray
+
+
+class Trainer(NamedTuple):
+  """The compiled side of training, which cohorts of one shape share.
+
+  Attributes:
+    algorithm, rounds: what is trained, and how.
+    validate, count_classes: see `evaluation`.
+    schedule: learning rate by time in rounds.
+    place: where the sites run.
+    num_sampled: sites in a round.
+    max_examples, max_validated: rows to which the sites' images are padded.
+    privacy: of the sites' units, if any.
+    features: what images become before they are loaded, once and for all; None where they stay.
+  """
+
+  algorithm: federated.Algorithm
+  rounds: federated.FederatedAlgorithm
+  validate: Callable[..., evaluation.Scores]
+  count_classes: Callable[[federated.Sites], np.ndarray]
+  schedule: Callable[[Array], Array | float]
+  place: Place
+  num_sampled: int
+  max_examples: int
+  max_validated: int
+  privacy: plan.Plan | None
+  features: Callable[[np.ndarray], np.ndarray] | None
+
+
+class Arm(NamedTuple):
+  """A trained arm: its best models (one for each site where some parameters stay there) and its
+  JSON lines.
+
+  Attributes:
+    facts: by name, for the report.
+    privacy: what a report says of it; None without.
+  """
+
+  models: list[tuple[Params, ModelState]]
+  rows: list[dict[str, Any]]
+  facts: dict[str, Any]
+  privacy: dict[str, Any] | None
+
+
+def make_trainer(
+  config: Train,
+  model: models.Model,
+  model_config: models.ModelConfig,
+  cohorts: Sequence[Cohort],
+  place: Place,
+) -> Trainer:
+  """Makes what trains any of the cohorts: all of several sites, or all of one.
+
+  With privacy there is a single cohort.
+  """
+  num_classes, t = model_config.num_classes, config.training
+  num_sites = len(cohorts[0].train.sites)
+  together = num_sites > 1
+  num_sampled = config.sites_in_round if together else 1
+  sizes = [n for cohort in cohorts for n in cohort.train.sizes]
+  max_validated = max(n for cohort in cohorts for n in cohort.validation.sizes)
+  features = _features(model_config) if config.augment.is_none else None
+  as_they_are = lambda key, images, targets: (images, targets)
+  prepare = as_they_are if features is not None else config.augment.build()
+  loss = local.classification_loss(model.apply, prepare, num_classes, t.label_smoothing)
+  params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+
+  privacy: plan.Plan | None = None
+  recipe = local.Recipe(
+    t.build_steps(sizes), local.gradients(loss), None, t.build_optimizer(), t.build_schedule()
+  )
+  if config.privacy.dp in ("example", "patient"):
+    privacy = _step_plan(config, loss, cohorts, model_config)
+    recipe = privacy.recipe(t.build_optimizer(), t.build_schedule())
+  elif config.privacy.dp == "site" and together:
+    privacy = build_site_level(config, models.num_parameters(params))
+
+  algorithm, summed, counting = (
+    build_alone(recipe),
+    summation.alone(),
+    lambda most: summation.alone(),
+  )
+  if together:
+    algorithm = config.federation.build(t, recipe, num_sites)
+    coding = None
+    if isinstance(privacy, plan.SiteLevel):
+      own_noise = 0.0 if privacy.noise else privacy.noise_multiplier
+      algorithm = site_privacy.bounded(algorithm, privacy.clip, own_noise)
+      if privacy.noise is not None:
+        secure = config.aggregation.secure_sum(num_sampled, num_sampled, config.in_processes)
+        coding = site_privacy.distributed_noise(
+          privacy.noise, secure, params, model_state, privacy.clip
+        )
+    summed = config.aggregation.build(num_sampled, place.exchange, coding)
+    summed = config.aggregation.losing(summed, config.seed)
+    counting = lambda most: config.aggregation.build_counts(
+      num_sites, num_sampled, most, place.exchange
+    )
+  if config.privacy.dp_average:
+    algorithm = algorithms.averaged(algorithm, config.privacy.dp_average)
+  of_images = (lambda images: images) if features is not None else normalise
+  count_noise = config.privacy.dp_count_noise if config.privacy.dp != "none" else 0.0
+  most = recipe.steps.max_examples
+  return Trainer(
+    algorithm,
+    federated.federated(algorithm, summed, place.placement, num_sites),
+    evaluation.validation(
+      algorithm,
+      model.apply,
+      of_images,
+      num_classes,
+      counting(evaluation.MAX_LOSS * max_validated),
+      place.placement,
+    ),
+    evaluation.class_counting(  # the noise ends at 6.8 standard deviations
+      num_classes, counting(most + 10 * count_noise), place.placement, count_noise
+    ),
+    recipe.schedule,
+    place,
+    num_sampled,
+    most,
+    max_validated,
+    privacy,
+    features,
+  )
+
+
+def _step_plan(
+  config: Train, loss: Any, cohorts: Sequence[Cohort], model_config: models.ModelConfig
+) -> plan.StepPlan:
+  images = [n for cohort in cohorts for n in cohort.train.sizes]
+  units, rows_per_unit = images, 1
+  if config.privacy.by_patient:
+    of_sites = [data_sites.patients(c.train, i) for c in cohorts for i in range(len(c.train.sites))]
+    units = [int(of_site.max()) + 1 for of_site in of_sites]
+    rows_per_unit = max(int(np.bincount(of_site).max()) for of_site in of_sites)
+  return config.privacy.build_steps(
+    config.training,
+    loss,
+    units,
+    max_examples=max(images),
+    rows_per_unit=rows_per_unit,
+    has_taps=models.has_taps(model_config),
+  )
+
+
+def _features(config: models.ModelConfig) -> Callable[[np.ndarray], np.ndarray] | None:
+  """What the model computes before its first parameter, of any number of stored images."""
+  transform = models.features(config)
+  if transform is None:
+    return None
+  run = jax.jit(lambda images: transform(normalise(images)))
+
+  def apply(images: np.ndarray) -> np.ndarray:
+    flat, n = images.reshape(-1, *images.shape[-3:]), _FEATURE_BATCH
+    batches = (
+      flat[np.resize(np.arange(i, min(i + n, len(flat))), n)] for i in range(0, len(flat), n)
+    )
+    out = np.concatenate([np.asarray(run(batch)) for batch in batches])[: len(flat)]
+    return out.reshape(*images.shape[:-3], *out.shape[1:])
+
+  return apply
+
+
+def train(
+  config: Train,
+  cohort: Cohort,
+  trainer: Trainer,
+  model_config: models.ModelConfig,
+  folder: pathlib.Path,
+  log: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Arm:
+  """Trains an arm, or continues where it was stopped.
+
+  Args:
+    config: of the run.
+    cohort: the sites.
+    trainer: what trains them.
+    model_config: of the model they train.
+    folder: where the arm's checkpoints and `rounds.jsonl` go.
+    log: called with each round's line.
+
+  Raises:
+    RuntimeError: as `loop.rounds`.
+    ValueError: the ledger of an earlier start is damaged, or of another number of sites.
+  """
+  num_sites, key = len(cohort.train.sites), jax.random.key(config.seed)
+  place, privacy, algorithm = trainer.place, trainer.privacy, trainer.algorithm
+  own_folder = processes.home(folder, place.number)
+  own_folder.mkdir(exist_ok=True)
+  book = None if privacy is None else ledger.Book(privacy, num_sites, own_folder / ledger.LEDGER)
+  is_private = book is None or config.privacy.dp_seed < 0
+  everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
+  held_out = _sites(config, cohort, cohort.validation, trainer, trainer.max_validated)
+  if config.training.class_weights:
+    everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, book))
+
+  state = trainer.rounds.init(*config.model.initial(model_config, key))
+  keep = lambda a: place.placement.replicate(a)
+  best = Best(*state[:-1], *keep((jnp.float32(-2), jnp.int32(0))))
+  has_own = bool(jax.tree.leaves(state.site_state))
+  checkpoints = Checkpoints(folder, place.exchange is not None, place.number, has_own)
+  state, best = checkpoints.restore(state, best)
+  path = folder / "rounds.jsonl"
+  rows = _read_rows(path, int(state.round)) if place.is_first else []
+
+  bar = tqdm.tqdm(
+    desc=cohort.name + ("" if is_private else " (NOT PRIVATE)"),
+    unit="round",
+    initial=int(state.round),
+    total=config.training.rounds,
+    disable=not place.is_first,
+    bar_format="{desc}: {bar:20} round {n_fmt}/{total_fmt}{postfix}  [{elapsed} gone, {remaining} "
+    "left]",
+  )
+
+  def before(ids: list[int]) -> bool:
+    """Charges a round before anything of it is released; False ends the run."""
+    patience = config.training.patience
+    if patience and bar.n - int(best.round) >= patience:
+      return False
+    if book is None or privacy is None:
+      return True
+    if not book.within_budget(ids):
+      again = ", since a whole run is charged at each start" if privacy.whole_run else ""
+      target = f"epsilon {privacy.target_epsilon:g}{again}"
+      bar.set_postfix_str(f"  stopped: another round would exceed {target}")
+      return False
+    book.spend_round(ids)
+    return True
+
+  validate = lambda key, state: trainer.validate(key, state, held_out)
+  inputs = trainer.rounds.step, validate, key, state, everybody
+  started = time.perf_counter()
+  try:
+    for done in loop.rounds(*inputs, config.training.rounds, trainer.num_sampled, before):
+      state = done.state
+      bar.update()
+      if done.info is None or done.scores is None:
+        bar.write(f"round {done.number}: {done.aborted}")
+        continue
+      row = _row(config, cohort, trainer, done, book)
+      row["seconds"], started = time.perf_counter() - started, time.perf_counter()
+      if np.float32(row["val_mcc"]) > float(best.mcc):  # float32, as it is kept
+        now = keep((jnp.float32(row["val_mcc"]), jnp.int32(done.number)))
+        best = Best(*state[:-1], *now)
+      rows.append(row)
+      if place.is_first:
+        with path.open("a") as file:
+          file.write(json.dumps(row) + "\n")
+        log(row)
+      checkpoints.save(done.number, state, best)
+      shown = f"  loss {row['train_loss']:.3f}" if book is None else f"  epsilon {book.epsilon:.2f}"
+      bar.set_postfix_str(f"{shown}  MCC {row['val_mcc']:.3f}")
+  finally:
+    bar.close()
+    checkpoints.close()
+
+  serve = lambda kept: algorithm.personal(
+    federated.Global(best.params, best.model_state, best.server_state, state.round, key), kept
+  )
+  kept = []
+  if has_own and algorithm.name == "fedbn":
+    kept = [jax.tree.map(lambda a, i=i: a[i], best.site_state) for i in range(num_sites)]
+  # The average needs nothing that sites keep.
+  shared = serve(None) if config.privacy.dp_average else (best.params, best.model_state)
+  trained = [serve(k) for k in kept] or [shared]
+  facts = _facts(rows, best, state, place, num_sites, book is not None)
+  said = None if book is None else private.facts(config, privacy, book.ledgers)
+  return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
+
+
+def _row(
+  config: Train, cohort: Cohort, trainer: Trainer, done: loop.Round, book: ledger.Book | None
+) -> dict[str, Any]:
+  """The JSON line of a round."""
+  info, scores, exchange = done.info, done.scores, trainer.place.exchange
+  assert info is not None
+  assert scores is not None
+  ids, survivors = done.ids.tolist(), info.survivors.tolist()
+  loses = exchange is not None or (len(cohort.train.sites) > 1 and config.aggregation.dropout_rate)
+  return {
+    "arm": cohort.name,
+    "round": done.number,
+    "sites": ids if len(cohort.train.sites) > 1 else None,
+    "train_loss": float(info.loss) if book is None else None,  # not private, so never sent
+    "train_accuracy": float(info.accuracy) if book is None else None,
+    "update_norm": float(info.update_norm),
+    "learning_rate": float(trainer.schedule(jnp.float32(done.number - 1))),
+    **({"survivors": len(survivors)} if loses else {}),
+    **({} if exchange is None else {"lost": sorted(set(ids) - set(survivors))}),
+    **({} if book is None else {"epsilon": book.epsilon}),
+    **{name: float(value) for name, value in info.tells.items()},
+    **({} if book is None or config.privacy.dp_seed < 0 else {"NOT PRIVATE": "dp_seed"}),
+    "val_loss": scores.loss,
+    "val_accuracy": float(metrics.accuracy(scores.confusion)),
+    "val_mcc": float(metrics.mcc(scores.confusion)),
+  }
+
+
+def _facts(
+  rows: list[dict[str, Any]],
+  best: Best,
+  state: federated.State,
+  place: Place,
+  num_sites: int,
+  is_charged: bool,
+) -> dict[str, Any]:
+  facts: dict[str, Any] = {"best round": int(best.round), "validation MCC": float(best.mcc)}
+  facts["rounds trained"] = len(rows)
+  if aborted := int(state.round) - len(rows):
+    charged = ", charged all the same" if is_charged else ""
+    facts["rounds aborted, too few sites being left"] = f"{aborted}{charged}"
+  if place.exchange is not None:
+    lost = {i for row in rows for i in row.get("lost", ())}
+    lost |= set(range(num_sites)) - set(place.exchange.sites)
+    facts["sites lost in some round"] = sorted(lost) or "none"
+  return facts
+
+
+def _class_weights(
+  trainer: Trainer, everybody: federated.Sites, book: ledger.Book | None
+) -> np.ndarray:
+  """Inverse frequencies of the classes; a private run releases the noised counts once."""
+  counts = None if book is None else book.counts
+  if counts is None:
+    if book is not None and trainer.privacy is not None:
+      for release in trainer.privacy.before:
+        book.spend(release, everybody.ids.tolist())
+    counts = trainer.count_classes(everybody).tolist()
+    if book is not None:
+      book.counts = counts
+      book.save()
+  return np.asarray(inverse_frequency(np.maximum(np.float32(counts), 1.0)))
+
+
+def _sites(
+  config: Train, cohort: Cohort, part: Part, trainer: Trainer, max_examples: int
+) -> federated.Sites:
+  """The sites of an arm with their images, kept in memory or loaded a few at a time."""
+  by_patient = config.privacy.by_patient and part is cohort.train
+
+  def load(ids: np.ndarray) -> federated.Site:
+    site = data_sites.stack(part, ids, max_examples, by_patient=by_patient)
+    if trainer.features is not None:
+      site = site._replace(images=trainer.features(site.images))  # type: ignore[arg-type]
+    return site
+
+  ids, at_once = np.arange(len(part.sites), dtype=np.int32), config.hospitals.sites_in_memory
+  secrets = config.privacy.secrets()
+  if at_once:
+    return federated.Sites(ids, load, None, at_once, secrets)
+  mine = cohort.mine
+  stacked = load(mine)
+  placed = trainer.place.placement.put(stacked)
+
+  def in_memory(wanted: np.ndarray) -> federated.Site:
+    if np.array_equal(wanted, mine):
+      return placed
+    return jax.tree.map(lambda a: a[np.searchsorted(mine, wanted)], stacked)
+
+  return federated.Sites(ids, in_memory, secrets=secrets)
+
+
+def _read_rows(path: pathlib.Path, finished: int) -> list[dict[str, Any]]:
+  """The lines of the finished rounds; drops later ones, of a round that was not saved."""
+  if not path.is_file():
+    return []
+  rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["round"] <= finished]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return rows
