@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from primia_jax import local, types
+from primia_jax import local
 from primia_jax.federated import ORDER, STEPS, Algorithm, Global, Site
 from primia_jax.types import Array, Metrics, ModelState, Params, PyTree
 
@@ -325,8 +325,7 @@ def _train(
     jax.random.fold_in(jax.random.fold_in(server.key, STEPS), server.round), site.id
   )
   now = local.Round(server.round, order_key, key, server.class_weights)
-  data = types.Site(*site)
-  return local.train(recipe, correct)(params, model_state, opt_state, noise, data, now)
+  return local.train(recipe, correct)(params, model_state, opt_state, noise, site, now)
 
 
 def _change(trained: local.Trained, server: Global) -> tuple[Params, ModelState]:

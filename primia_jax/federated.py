@@ -21,7 +21,7 @@ import optax
 from primia_jax import prng, secagg, sites
 from primia_jax.secagg import simulation
 from primia_jax.secagg.exchange import Terms
-from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree
+from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree, Site
 
 TRAINING, EVALUATION, COUNTING = range(
   3
@@ -29,28 +29,6 @@ TRAINING, EVALUATION, COUNTING = range(
 ORDER, STEPS, GRAPH, SAMPLING = range(
   4
 )  # uses of a run's key, folded in first: no two draw from the same stream
-
-
-class Site(NamedTuple):
-  """One site's data, or that of several sites stacked on a leading axis [K].
-
-  Attributes:
-    id: int32. The number of the site, from which its randomness is folded.
-    images: [N, H, W, C] as stored; rows beyond `num_examples` are padding.
-    labels: [N] int32.
-    num_examples: int32.
-    secret: [8] uint32, known to the site alone, from which private training draws its batches and
-      its noise; None where training is not private.
-    units: [N] int32, the patient of each image, numbered from 0 and -1 for padding; None where each
-      image counts alone.
-  """
-
-  id: Array
-  images: Array
-  labels: Array
-  num_examples: Array
-  secret: Array | None = None
-  units: Array | None = None
 
 
 class Global(NamedTuple):

@@ -36,16 +36,16 @@ class Batch(NamedTuple):
 
 
 class Site(NamedTuple):
-  """One site's data, or that of several sites stacked on a leading axis [K].
+  """One site's data, or that of K sites stacked on a leading axis [K].
 
   Attributes:
-    id: int32, the site's number, from which its public randomness is folded.
-    images: [N, H, W, C] as stored; rows beyond `num_examples` are padding.
+    id: int32. The number of the site; its randomness is folded from it.
+    images: [N, H, W, C] as stored; rows from `num_examples` on are padding.
     labels: [N] int32.
     num_examples: int32.
-    secret: [8] uint32, from which private training draws its batches and its noise; drawn from the
-      operating system by the site and known to it alone. None where training is not private.
-    units: [N] int32, the patient of each image, numbered from 0, and -1 for padding; None where
+    secret: [8] uint32, known to the site alone. Private training draws its batches and its noise
+      from it. None where training is not private.
+    units: [N] int32, the patient of each image, numbered from 0, and -1 for padding. None where
       each image counts alone.
   """
 
