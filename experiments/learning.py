@@ -28,9 +28,9 @@ from primia_jax import (
   sites,
 )
 from primia_jax.data import augment
-from primia_jax.privacy import training as private_training
+from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
 from primia_jax.secagg import graph
-from primia_jax.types import Array, Key, ModelState, Params
+from primia_jax.types import Array, Key, LossFn, ModelState, Params
 
 AUGMENTATIONS = {
   "none": augment.Augmentation(),
@@ -295,78 +295,48 @@ def is_secure(settings: Train) -> bool:
   return settings.aggregation == "secure" and settings.secagg != "none"
 
 
-def recipe(
-  settings: Train,
-  model: models.Model,
-  work: local.Work,
-  num_classes: int,
-  privacy: private.Privacy | None = None,
-  rows_per_unit: int = 1,
-  prepared: bool = False,
-) -> local.Recipe:
-  """How a site trains.
+def loss(settings: Train, model: models.Model, num_classes: int, prepared: bool = False) -> LossFn:
+  """What a site minimises; `prepared` where images are `models.features` already."""
+  as_they_are = lambda key, images, targets: (images, targets)
+  prepare_fn = as_they_are if prepared else prepare(settings)
+  return local.classification_loss(model.apply, prepare_fn, num_classes, settings.label_smoothing)
 
-  Args:
-    settings: the run's.
-    model: which.
-    work: of a round.
-    num_classes: L.
-    privacy: of the units, if any.
-    rows_per_unit: the most images of a patient.
-    prepared: images are `models.features` already.
-  """
+
+def recipe(
+  settings: Train, loss_fn: LossFn, steps: local.Steps, privacy: Plan | None = None
+) -> local.Recipe:
+  """How a site trains, by its plan of private steps if it has one."""
   optimizers: dict[str, local.Optimizer] = {
     "sgd": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=settings.momentum),
     "adam": optax.adam,
     "adamw": functools.partial(optax.adamw, weight_decay=settings.weight_decay),
   }
-  as_they_are = lambda key, images, targets: (images, targets)
-  prepare_fn = as_they_are if prepared else prepare(settings)
-  loss_fn = local.classification_loss(
-    model.apply, prepare_fn, num_classes, settings.label_smoothing
-  )
-  steps, taps = None, models.has_taps(model_config(settings, num_classes))
-  if privacy is not None and privacy.mechanism is not None:
-    steps = private_training.private(
-      loss_fn, privacy.mechanism, privacy.num_steps, rows_per_unit, taps
-    )
-  elif privacy is not None and privacy.correlated is not None:
-    steps = private_training.correlated_noise(
-      loss_fn,
-      privacy.correlated,
-      privacy.num_steps,
-      settings.batch_size,
-      unit=settings.dp,
-      rows_per_unit=rows_per_unit,
-      clipping=settings.dp_clipping,
-      augmentations=settings.dp_augmentations,
-      has_taps=taps,
-    )
-  return local.Recipe(
-    local.gradients(loss_fn), optimizers[settings.optimizer], schedule(settings), work, steps
-  )
+  how = optimizers[settings.optimizer], schedule(settings)
+  if isinstance(privacy, StepPlan):
+    return privacy.recipe(*how)
+  return local.Recipe(steps, local.gradients(loss_fn), None, *how)
 
 
-def work(settings: Train, sizes: tuple[int, ...]) -> local.Work:
-  """How much a site does in a round; the smallest and largest site's sizes become public."""
+def steps(settings: Train, sizes: tuple[int, ...]) -> local.Steps:
+  """What a site does in a round; the smallest and largest site's sizes become public."""
   by_batches = settings.sync_batches > 0
-  return local.Work(
-    batch_size=settings.batch_size,
-    max_examples=max(sizes),
+  return local.epochs(
+    settings.batch_size,
+    max(sizes),
     min_examples=min(sizes),
-    epochs=None if by_batches else settings.sync_epochs,
-    steps=settings.sync_batches if by_batches else None,
+    num_epochs=None if by_batches else settings.sync_epochs,
+    num_steps=settings.sync_batches if by_batches else None,
   )
 
 
 def algorithm(
-  settings: Train, recipe: local.Recipe, privacy: private.Privacy | None = None
+  settings: Train, recipe: local.Recipe, privacy: Plan | None = None
 ) -> federated.Algorithm:
   """The federated algorithm that the settings name, and what bounds and averages its updates."""
   out = _algorithm(settings, recipe)
-  if privacy is not None and privacy.clip is not None:
-    noise = 0.0 if privacy.noise else privacy.release.noise_multiplier
+  if isinstance(privacy, SiteLevel):
+    noise = 0.0 if privacy.noise else privacy.noise_multiplier
     out = site_privacy.bounded(out, privacy.clip, noise)
   return algorithms.averaged(out, settings.dp_average) if settings.dp_average else out
 
@@ -488,12 +458,12 @@ def min_survivors(secure: secagg.SecureSum) -> int | None:
 def private_aggregator(
   settings: Train,
   num_sites: int,
-  privacy: private.Privacy | None,
+  privacy: Plan | None,
   params: Params,
   model_state: ModelState,
 ) -> federated.Aggregator:
   """How updates are combined: `aggregator`, or with noise that the sites make together."""
-  if privacy is None or privacy.noise is None:
+  if not isinstance(privacy, SiteLevel) or privacy.noise is None:
     return aggregator(settings, num_sites)
   return site_privacy.noised(
     privacy.noise, secure_sum(settings, num_sites), params, model_state, privacy.clip

@@ -1,27 +1,21 @@
-"""Differential privacy of a training run: from settings to a mechanism, its noise and what it
-costs.
-"""
+"""Differential privacy of a training run: from settings to a plan, and what is refused."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.settings import Train
-from primia_jax import prng, site_privacy
-from primia_jax.privacy import accounting, adaptive, correlated, distributed
-from primia_jax.privacy.accounting import Ledger, Release
-from primia_jax.privacy.adaptive import Clip
+from primia_jax import prng
+from primia_jax.privacy import accounting
 from primia_jax.privacy.distributed import DistributedNoise
-from primia_jax.privacy.mechanism import Mechanism, capacity, overflow_probability
-from primia_jax.privacy.training import participation
+from primia_jax.privacy.plan import SiteLevel, StepPlan, dp_ftrl, dp_sgd, site_level
+from primia_jax.types import LossFn, Params, PyTree
 
-_FAILURE = 1e-12  # probability that any batch of a run overflows; taken from delta
 _CORRELATED = ("banded", "tree")
 _OF_STEPS = ("site", *_CORRELATED)
 _KINDS = {
@@ -31,39 +25,6 @@ _KINDS = {
   "site": ("site", "distributed"),
 }
 _CURIOUS = 1  # sites whose own share of distributed noise does not hide the others from them
-_MAX_BANDS = 16  # more take memory and hardly any error
-_RELEASED = ("updates", "updates, and whether they were within the clip")
-
-
-class Privacy(NamedTuple):
-  """What protects the units of one cohort.
-
-  Attributes:
-    unit: "example", "patient" or "site".
-    release: of every site in every round, `num_steps` times; with `correlated`, once for the whole
-      run.
-    num_steps: steps of a round, or 1 for sites as units.
-    counts: the release of the class counts before training; None where there is none.
-    delta: of the claim.
-    target: epsilon at which training stops; infinite without one.
-    num_units: of the largest site, or sites.
-    mechanism: of a training step; None for sites as units, and with `correlated`.
-    noise: of a sum, where sites make it together; else None.
-    clip: of sites' updates; None for other units.
-    correlated: the noise of all steps of a run, where batches come in a fixed order; else None.
-  """
-
-  unit: str
-  release: Release
-  num_steps: int
-  counts: Release | None
-  delta: float
-  target: float
-  num_units: int
-  mechanism: Mechanism | None = None
-  noise: DistributedNoise | None = None
-  correlated: correlated.Config | None = None
-  clip: Clip | None = None
 
 
 def check(settings: Train, federated: bool = True) -> None:
@@ -177,18 +138,31 @@ def _check_clip(s: Train) -> None:
     )
 
 
-def make(
-  settings: Train, sizes: Sequence[int], num_sites: int, num_parameters: int, threshold: int | None
-) -> Privacy | None:
+def plan(
+  settings: Train,
+  loss_fn: LossFn,
+  sizes: Sequence[int],
+  num_sites: int,
+  num_parameters: int,
+  threshold: int | None,
+  *,
+  rows_per_unit: int = 1,
+  max_examples: int | None = None,
+  has_taps: Callable[[Params], PyTree] | None = None,
+) -> StepPlan | SiteLevel | None:
   """What protects a cohort, with noise calibrated to the target where none is given; None without
   privacy.
 
   Args:
     settings: of the run.
+    loss_fn: what steps differentiate.
     sizes: units of each site; the largest and the smallest become public.
     num_sites: sites in a round.
     num_parameters: of the model.
     threshold: the fewest sites in a sum.
+    rows_per_unit: the most images of one patient.
+    max_examples: the most images of one site; None where each unit is one image.
+    has_taps: of the model, see `clipping.clipped_sum`.
 
   Raises:
     ValueError: a delta that is too large, or a budget that nothing can meet.
@@ -196,138 +170,59 @@ def make(
   s = settings
   if s.dp == "none":
     return None
-  target = s.target_epsilon or math.inf
+  noise: dict[str, Any] = {
+    "rounds": s.rounds,
+    "target_epsilon": s.target_epsilon or None,
+    "noise_multiplier": s.noise_multiplier or None,
+    "l2_clip_norm": s.l2_clip_norm,
+  }
   if s.dp == "site":
-    return _of_sites(s, num_sites, num_parameters, threshold, target)
-  most = max(sizes)
-  delta = s.delta or 1 / most
-  accounting.ledger(s.dp, delta, most)  # checks delta
-  rate = min(1.0, s.batch_size / most)
-  num_steps = s.sync_epochs * -(-most // s.batch_size)
-  total = num_steps * s.rounds
-  counts = accounting.gaussian("class counts", s.dp_count_noise) if s.class_weights else None
-  if s.dp_noise in _CORRELATED:
-    noises = _of_run(s, total, min(sizes), delta, counts)
-    release = accounting.gaussian("gradients", noises.noise_multiplier)
-    return Privacy(s.dp, release, num_steps, counts, delta, target, most, correlated=noises)
-  mechanism = Mechanism(
-    noise_multiplier=s.noise_multiplier or 1.0,
-    sampling_rate=rate,
-    max_units=capacity(most, rate, total, _FAILURE),
-    l2_clip_norm=s.l2_clip_norm,
-    clipping=s.dp_clipping,
-    unit=s.dp,
-    augmentations=s.dp_augmentations,
-  )
-  overflow = overflow_probability(mechanism, most, total) / total
-  if not s.noise_multiplier:
-    before = (counts,) if counts else ()
-    rate = mechanism.sampling_rate
-    noise = accounting.calibrate(s.target_epsilon, delta, rate, total, before, overflow)
-    mechanism = dataclasses.replace(mechanism, noise_multiplier=noise)
-  release = accounting.gaussian(
-    "gradients", mechanism.noise_multiplier, mechanism.sampling_rate, overflow
-  )
-  return Privacy(s.dp, release, num_steps, counts, delta, target, most, mechanism)
-
-
-def _of_run(
-  s: Train, total: int, fewest: int, delta: float, counts: Release | None
-) -> correlated.Config:
-  """The noise of all steps of a run, which together are one Gaussian mechanism."""
-  before = (counts,) if counts else ()
-  sigma = s.noise_multiplier or accounting.calibrate(s.target_epsilon, delta, 1.0, 1, before)
-  if s.noise_multiplier and s.target_epsilon:
-    spent = Ledger(s.dp, delta)
-    for release in (*before, accounting.gaussian("gradients", sigma)):
-      spent = accounting.spend(spent, release)
-    if (epsilon := accounting.epsilon(spent)) > s.target_epsilon:
-      raise ValueError(
-        f"noise_multiplier={sigma:g} costs epsilon {epsilon:.4g} for the whole run, more than "
-        f"target_epsilon="
-        f"{s.target_epsilon:g}; leave one of them out"
+    together = None
+    if s.dp_noise == "distributed":
+      together = DistributedNoise(
+        dim=num_parameters,
+        num_sites=num_sites,
+        min_survivors=threshold or num_sites,
+        l2_clip_norm=1.0 if s.dp_clip_quantile else s.l2_clip_norm,
+        noise_multiplier=s.noise_multiplier or 1.0,
+        num_bits=s.secagg_bits,
+        num_colluding=_CURIOUS,
       )
-  separation, times = participation(total, s.batch_size, fewest)
-  if s.dp_noise == "tree":
-    return correlated.tree(total, separation, sigma, s.l2_clip_norm, max_participations=times)
-  if s.dp_bands > separation:
-    raise ValueError(
-      f"dp_bands={s.dp_bands} reach beyond the {separation} steps after which the smallest site's "
-      f"{fewest} units, "
-      f"{s.batch_size} in a batch, come again; use dp_bands={separation} or less, or a smaller "
-      f"batch_size"
+    return site_level(
+      num_sites=s.num_sites,
+      delta=s.delta or 1 / s.num_sites,
+      target_quantile=s.dp_clip_quantile or None,
+      clip_rate=s.dp_clip_rate,
+      together=together,
+      **noise,
     )
-  bands = min(s.dp_bands or min(separation, _MAX_BANDS), total)
-  coefficients = correlated.optimal_coefficients(bands, total)
-  return correlated.banded(
-    total, separation, sigma, s.l2_clip_norm, coefficients.tolist(), max_participations=times
-  )
-
-
-def _of_sites(
-  s: Train, num_sites: int, num_parameters: int, threshold: int | None, target: float
-) -> Privacy:
-  delta = s.delta or 1 / s.num_sites
-  accounting.ledger("site", delta, s.num_sites)
-  if s.dp_noise == "site":
-    sigma = s.noise_multiplier or accounting.calibrate(s.target_epsilon, delta, 1.0, s.rounds)
-    release = accounting.gaussian(_RELEASED[s.dp_clip_quantile > 0], sigma)
-    return Privacy("site", release, 1, None, delta, target, s.num_sites, clip=_clip(s, sigma))
-  noise = DistributedNoise(
-    dim=num_parameters,
-    num_sites=num_sites,
-    min_survivors=threshold or num_sites,
-    l2_clip_norm=1.0 if s.dp_clip_quantile else s.l2_clip_norm,
-    noise_multiplier=s.noise_multiplier or 1.0,
-    num_bits=s.secagg_bits,
-    num_colluding=_CURIOUS,
-  )
-  z, split = s.noise_multiplier, lambda z: _split(s, noise, z)
-  if not z:
-    z = distributed.calibrate(noise, s.target_epsilon, delta, s.rounds).noise_multiplier
-    start = accounting.ledger("site", delta, s.num_sites)
-    # The ledger knows whole orders only, and so claims a little more than `distributed.epsilon`.
-    while (
-      accounting.epsilon(accounting.spend(start, _of_sum(*split(z)), s.rounds)) > s.target_epsilon
-    ):
-      z *= 1.001
-  noise, clip = split(z)
-  return Privacy(
-    "site", _of_sum(noise, clip), 1, None, delta, target, s.num_sites, noise=noise, clip=clip
-  )
-
-
-def _clip(s: Train, noise_multiplier: float, num_sites: int = 0) -> Clip:
-  """The clip of updates; its bits' noise is that of `num_sites` together, or of a site alone where
-  none are given.
-
-  Of one noise multiplier z for both, bits get 2 z or more, so that updates get 1.16 z at most; many
-  sites together get num_sites / 20 (Andrew et al. 2021), which costs next to nothing.
-  """
-  if not s.dp_clip_quantile:
-    return Clip(s.l2_clip_norm)
-  return Clip(
-    s.l2_clip_norm, s.dp_clip_quantile, s.dp_clip_rate, max(noise_multiplier, num_sites / 20)
-  )
-
-
-def _split(
-  s: Train, noise: DistributedNoise, noise_multiplier: float
-) -> tuple[DistributedNoise, Clip]:
-  """One noise multiplier, between updates and the bits that move their clip."""
-  clip = _clip(s, noise_multiplier, noise.num_sites)
-  left = adaptive.update_noise_multiplier(noise_multiplier, clip)
-  return dataclasses.replace(noise, noise_multiplier=left), clip
-
-
-def _of_sum(noise: DistributedNoise, clip: Clip) -> Release:
-  """What a round opens: the sum of updates and, where the clip moves, that of bits, whose
-  divergences add up.
-  """
-  moves = clip.target_quantile is not None
-  noises = (noise, site_privacy.bit_noise(noise, clip)) if moves else (noise,)
-  curve = np.sum([distributed.rdp(n, accounting.ORDERS)[1] for n in noises], axis=0)
-  return accounting.renyi(_RELEASED[moves], curve, math.fsum(n.sampler_error for n in noises))
+  most = max(sizes)
+  before: tuple[accounting.Release, ...] = ()
+  if s.class_weights:
+    before = (accounting.gaussian("class counts", s.dp_count_noise),)
+  steps: dict[str, Any] = {
+    **noise,
+    "num_units": most,
+    "delta": s.delta or 1 / most,
+    "steps": s.sync_epochs * -(-most // s.batch_size),
+    "unit": s.dp,
+    "rows_per_unit": rows_per_unit,
+    "max_examples": max_examples,
+    "clipping": s.dp_clipping,
+    "augmentations": s.dp_augmentations,
+    "has_taps": has_taps,
+    "before": before,
+  }
+  if s.dp_noise in _CORRELATED:
+    return dp_ftrl(
+      loss_fn,
+      batch_size=s.batch_size,
+      min_units=min(sizes),
+      kind=s.dp_noise,
+      bands=s.dp_bands or None,
+      **steps,
+    )
+  return dp_sgd(loss_fn, sampling_rate=min(1.0, s.batch_size / most), **steps)
 
 
 def secrets(settings: Train, site_ids: np.ndarray) -> np.ndarray:

@@ -21,11 +21,11 @@ from experiments.settings import Train
 from primia_jax import federated, local, metrics, models, prng, secagg, site_privacy, sites
 from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.dataset import Dataset
-from primia_jax.privacy import noise
+from primia_jax.privacy import ledger, noise, subkeys
+from primia_jax.privacy.plan import SiteLevel, StepPlan
 from primia_jax.types import Array, Key, ModelState, Params, PyTree
 
 _PREDICTION_BATCH = 64
-_COUNTS = 0x434E5453  # "CNTS": the subkey of a site's secret for the noise on its class counts
 _MAX_LOSS = 100.0  # nats an image may cost on average before a run is taken for diverged
 
 
@@ -70,7 +70,7 @@ class Trainer(NamedTuple):
   num_sampled: int
   max_examples: int
   max_validated: int
-  privacy: private.Privacy | None
+  privacy: StepPlan | SiteLevel | None
   features: Callable[[np.ndarray], np.ndarray] | None
 
 
@@ -102,7 +102,7 @@ def make_trainer(
   num_sites = len(cohorts[0].train.sites)
   together = num_sites > 1
   num_sampled = (settings.sites_per_round or settings.num_sites) if together else 1
-  work = learning.work(settings, tuple(n for cohort in cohorts for n in cohort.train.sizes))
+  steps = learning.steps(settings, tuple(n for cohort in cohorts for n in cohort.train.sizes))
   max_validated = max(n for cohort in cohorts for n in cohort.validation.sizes)
   units = (
     [inputs.patients(c.train, i) for c in cohorts for i in range(len(c.train.sites))]
@@ -114,15 +114,22 @@ def make_trainer(
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
   num_parameters = sum(a.size for a in jax.tree.leaves(params))
   least = learning.min_survivors(learning.secure_sum(settings, num_sampled)) if together else None
-  privacy = (
-    None  # of whole sites there is none where one trains by itself: it sends no update to noise
-  )
-  if together or settings.dp != "site":
-    privacy = private.make(settings, sizes, num_sampled, num_parameters, least)
   features = _features(model_config) if settings.augment == "none" and not settings.mixup else None
-  recipe = learning.recipe(
-    settings, model, work, num_classes, privacy, rows_per_unit, features is not None
-  )
+  loss_fn = learning.loss(settings, model, num_classes, features is not None)
+  privacy = None  # of a whole site that trains by itself: it sends no update that needs noise
+  if together or settings.dp != "site":
+    privacy = private.plan(
+      settings,
+      loss_fn,
+      sizes,
+      num_sampled,
+      num_parameters,
+      least,
+      rows_per_unit=rows_per_unit,
+      max_examples=steps.max_examples,
+      has_taps=models.has_taps(model_config),
+    )
+  recipe = learning.recipe(settings, loss_fn, steps, privacy)
   algorithm = (
     learning.algorithm(settings, recipe, privacy) if together else learning.alone(settings, recipe)
   )
@@ -153,7 +160,7 @@ def make_trainer(
     _class_counting(
       num_classes,
       counting(
-        work.max_examples + 10 * settings.dp_count_noise
+        steps.max_examples + 10 * settings.dp_count_noise
       ),  # the noise ends at 6.8 deviations
       placement,
       settings.dp_count_noise if settings.dp != "none" else 0.0,
@@ -161,7 +168,7 @@ def make_trainer(
     recipe.schedule,
     placement,
     num_sampled,
-    work.max_examples,
+    steps.max_examples,
     max_validated,
     privacy,
     features,
@@ -227,7 +234,7 @@ def train(
   privacy, book = trainer.privacy, None
   repeatable = privacy is not None and settings.dp_seed >= 0
   if privacy is not None:
-    book = books.Book(privacy, len(everyone), own_folder / books.LEDGER)
+    book = ledger.Book(privacy, len(everyone), own_folder / ledger.LEDGER)
   train_data = _loader(
     cohort.train, trainer.max_examples, cohort.mine, placement, settings, trainer, True
   )
@@ -238,8 +245,9 @@ def train(
   if settings.class_weights:
     counts = None if book is None else book.counts
     if counts is None:
-      if book is not None and privacy is not None and privacy.counts is not None:
-        book.spend(privacy.counts, everyone.tolist())
+      for release in privacy.before if privacy is not None else ():
+        assert book is not None  # as there is a plan
+        book.spend(release, everyone.tolist())
       counts = trainer.count_classes(key, dealer_key, everyone, train_data).tolist()
       if book is not None:
         book.counts = counts
@@ -270,10 +278,10 @@ def train(
     if book is not None and privacy is not None:
       if not book.within_budget(ids.tolist()):
         again = (
-          ", since correlated noise is charged whole at each start" if privacy.correlated else ""
+          ", since correlated noise is charged whole at each start" if privacy.whole_run else ""
         )
         bar.set_postfix_str(
-          f"  stopped: another round would exceed epsilon {privacy.target:g}{again}"
+          f"  stopped: another round would exceed epsilon {privacy.target_epsilon:g}{again}"
         )
         break
       book.spend_round(ids.tolist())  # before anything is released
@@ -394,9 +402,7 @@ def _class_counting(
       share = share / jnp.maximum(of_unit[site.units], 1.0)
     counts = jnp.sum(jax.nn.one_hot(site.labels, num_classes) * share[:, None], axis=0)
     if count_noise and site.secret is not None:
-      counts = counts + noise.gaussian_like(
-        prng.derive(site.secret, _COUNTS), 0, counts, count_noise
-      )
+      counts = counts + noise.gaussian_like(subkeys.of_counts(site.secret), 0, counts, count_noise)
     return counts, kept
 
   total = federated.total_over_sites(site_fn, aggregator, placement, federated.COUNTING)
