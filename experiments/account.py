@@ -1,14 +1,17 @@
-"""Says what a private training run will cost, before it is run: epsilon against rounds, as a table
-and as a picture.
+"""Says what a private training run will cost before it runs: epsilon by round, as a table and as a
+picture.
 
-  python -m experiments.account --num_units=1500 --batch_size=64 --rounds=20 --target_epsilon=6
-  --output_dir=out python -m experiments.account
-  --flagfile=experiments/flags/chest_xray_private.flags --num_units=1984 python -m
-  experiments.account --dp=site --dp_noise=distributed --num_sites=50 --secagg_threshold=-1 \\
-    --noclass_weights --weighting=uniform --rounds=20 --target_epsilon=8 --delta=1e-3
+  python -m experiments.account --num_units=1500 --batch_size=64 --rounds=20 --target_epsilon=6 \\
+    --output_dir=out
+  python -m experiments.account --flagfile=experiments/flags/chest_xray_private.flags \\
+    --num_units=1984
+  python -m experiments.account --dp=site --dp_noise=distributed --num_sites=50 \\
+    --secagg_threshold=-1 --noclass_weights --weighting=uniform --rounds=20 --target_epsilon=8 \\
+    --delta=1e-3
 
-Takes the flags of train_federated and says of privacy what a run with them would report, down to
-the digit; nothing is read or trained. A site that takes part in every round is meant.
+Takes the flags of train_federated and reports of privacy what a run with them would report, digit
+for digit. It reads no data and trains nothing. The figures are those of a site that takes part in
+every round.
 """
 
 import dataclasses
@@ -23,10 +26,9 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import books, learning, plots, private, running, settings
-from experiments.private import Privacy
 from primia_jax import models
-from primia_jax.privacy import accounting
-from primia_jax.privacy.accounting import Ledger
+from primia_jax.privacy import accounting, ledger
+from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
 
 _ROWS = 10
 _NAMES = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
@@ -75,44 +77,38 @@ def check(s: settings.Train) -> None:
     )
 
 
-def plan(s: settings.Train) -> Privacy:
-  """What would protect a run, with noise calibrated where none is given."""
+def plan(s: settings.Train) -> StepPlan | SiteLevel:
+  """What would protect a run: the very object by which it would train and be charged."""
   num_sites, num_parameters, threshold = s.sites_per_round or s.num_sites, 0, None
+  config = learning.model_config(s, FLAGS.num_classes)
+  model = models.build(config)
   if s.dp_noise == "distributed":
-    model = models.build(learning.model_config(s, FLAGS.num_classes))
     num_parameters = sum(
       a.size for a in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))[0])
     )
     threshold = learning.min_survivors(learning.secure_sum(s, num_sites))
   sizes = [FLAGS.num_units, FLAGS.smallest_units or FLAGS.num_units]
-  made = private.make(s, sizes, num_sites, num_parameters, threshold)
+  loss_fn = learning.loss(s, model, FLAGS.num_classes)
+  made = private.plan(s, loss_fn, sizes, num_sites, num_parameters, threshold)
   assert made is not None  # as dp is not none
   return made
 
 
-def charge(privacy: Privacy, rounds: int) -> Ledger:
-  """A site's ledger after so many rounds."""
-  ledger = Ledger(privacy.unit, privacy.delta)
-  if privacy.counts is not None:
-    ledger = accounting.spend(ledger, privacy.counts)
-  times = (
-    rounds * privacy.num_steps if privacy.correlated is None else min(rounds, 1)
-  )  # a whole run is one release
-  return accounting.spend(ledger, privacy.release, times)
-
-
-def table(privacy: Privacy, rounds: int) -> list[dict[str, Any]]:
+def table(privacy: Plan, rounds: int) -> list[dict[str, Any]]:
   """Epsilon after about ten of the rounds, the last among them: the claim first, then by other
   accountants.
   """
-  known = ("rdp",) if privacy.release.curve else accounting.ACCOUNTANTS
+  by_curve = any(release.curve for release in privacy.releases)
+  known = ("rdp",) if by_curve else accounting.ACCOUNTANTS
   shown = sorted({-(-rounds * i // _ROWS) for i in range(1, _ROWS + 1)})
-  rows = []
-  for r in shown:
-    spent = charge(privacy, r)
-    by = {name: accounting.epsilon(spent, name) for name in known}
-    rows.append({"round": r, "steps": r * privacy.num_steps, **by})
-  return rows
+  return [
+    {
+      "round": r,
+      "steps": r * privacy.num_steps,
+      **{name: privacy.epsilon(r, name) for name in known},
+    }
+    for r in shown
+  ]
 
 
 def picture(rows: list[dict[str, Any]], target: float, path: pathlib.Path, title: str) -> None:
@@ -158,23 +154,17 @@ def main() -> None:
   s = settings.from_flags(settings.Train)
   check(s)
   privacy, rounds = plan(s), s.rounds
-  if s.noise_multiplier and s.target_epsilon and privacy.correlated is None:
-    a_round = privacy.release._replace(times=privacy.num_steps)
-    rounds = accounting.steps_within(s.target_epsilon, charge(privacy, 0), a_round, s.rounds)
+  if s.noise_multiplier and s.target_epsilon and not privacy.whole_run:
+    rounds = privacy.rounds_within(s.rounds)
     if not rounds:
       raise ValueError(
         f"target_epsilon={s.target_epsilon:g} does not allow one round at "
-        f"noise_multiplier={s.noise_multiplier:g}; "
-        "raise either"
+        f"noise_multiplier={s.noise_multiplier:g}; raise either"
       )
-  rows = table(privacy, rounds)
-  spent = charge(privacy, rounds)
-  sigma = (
-    privacy.release.noise_multiplier if privacy.noise is None else privacy.noise.noise_multiplier
-  )
+  rows, spent, sigma = table(privacy, rounds), privacy.spent(rounds), privacy.noise_multiplier
   moves = (
-    privacy.noise is not None
-    and privacy.clip is not None
+    isinstance(privacy, SiteLevel)
+    and privacy.noise is not None
     and privacy.clip.target_quantile is not None
   )
   facts = {
@@ -215,7 +205,7 @@ def main() -> None:
     "config": dataclasses.asdict(s),
     "statement": facts,
     "rows": finite,
-    "ledger": json.loads(accounting.to_json(spent)),
+    "ledger": json.loads(ledger.to_json(spent)),
   }
   (output / "account.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
   title = f"Privacy of one {s.dp}, delta {privacy.delta:.3g}, noise multiplier {sigma:.4g}"

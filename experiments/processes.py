@@ -22,9 +22,9 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments import books
 from experiments.settings import Train
 from primia_jax import sites
+from primia_jax.privacy import ledger
 from primia_jax.secagg import exchange, keys, transport
 
 IDENTITIES = "identities"
@@ -67,7 +67,9 @@ def connect(config: Train, folder: pathlib.Path, seat: Seat) -> sites.Placement:
   address, known, server = (host, int(port)), folder / IDENTITIES, None
   if seat.number == 0:
     _clear(known)
-    books.reconcile([home(folder / "federated", i) / books.LEDGER for i in range(config.num_sites)])
+    ledger.reconcile(
+      [home(folder / "federated", i) / ledger.LEDGER for i in range(config.num_sites)]
+    )
     identity = keys.identity()
     try:
       listener = transport.listen(*address)
