@@ -14,7 +14,6 @@ for digit. It reads no data and trains nothing. The figures are those of a site 
 every round.
 """
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -25,15 +24,17 @@ import jax
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import books, learning, plots, private, running, settings
-from primia_jax import models
+from experiments import books, plots, running, settings
+from experiments.configs import Train, rehearse
+from experiments.configs.run import build_site_level
+from primia_jax import local, models
 from primia_jax.privacy import accounting, ledger
 from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
 
 _ROWS = 10
 _NAMES = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
 
-settings.define_flags(settings.Train)
+settings.define_flags(Train)
 flags.DEFINE_integer(
   "num_units", 0, "images or patients of the largest site; for dp=site, num_sites says enough"
 )
@@ -52,24 +53,25 @@ FLAGS.set_default("dp", "example")
 flags.adopt_module_key_flags(sys.modules["experiments.settings"])
 
 
-def check(s: settings.Train) -> None:
+def check(config: Train) -> None:
   """Refuses bad flags before any work."""
-  learning.check(s, federated=s.num_sites > 1)
-  if s.dp == "none":
+  dp, batch_size = config.privacy.dp, config.training.batch_size
+  if dp == "none":
     raise ValueError("dp=none protects nobody, at no cost; use dp=example, patient or site")
+  rehearse(config, is_federated=config.hospitals.num_sites > 1)
   given = [name for name in ("num_units", "smallest_units") if FLAGS[name].value]
-  if s.dp == "site":
+  if dp == "site":
     if given:
       raise ValueError(
         f"{given[0]}={FLAGS[given[0]].value}: dp=site counts sites; use num_sites, and leave it out"
       )
   elif FLAGS.num_units < 1:
     raise ValueError(
-      f"num_units={FLAGS.num_units}: give the number of the largest site's {s.dp}s, at least 1"
+      f"num_units={FLAGS.num_units}: give the number of the largest site's {dp}s, at least 1"
     )
-  elif s.batch_size > FLAGS.num_units:
+  elif batch_size > FLAGS.num_units:
     raise ValueError(
-      f"batch_size={s.batch_size} exceeds num_units={FLAGS.num_units}; use at most that"
+      f"batch_size={batch_size} exceeds num_units={FLAGS.num_units}; use at most that"
     )
   if not 0 <= FLAGS.smallest_units <= FLAGS.num_units:
     raise ValueError(
@@ -77,21 +79,15 @@ def check(s: settings.Train) -> None:
     )
 
 
-def plan(s: settings.Train) -> StepPlan | SiteLevel:
+def plan(config: Train) -> StepPlan | SiteLevel:
   """What would protect a run: the very object by which it would train and be charged."""
-  num_sites, num_parameters, threshold = s.sites_per_round or s.num_sites, 0, None
-  config = learning.model_config(s, FLAGS.num_classes)
-  model = models.build(config)
-  if s.dp_noise == "distributed":
-    num_parameters = sum(
-      a.size for a in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))[0])
-    )
-    threshold = learning.min_survivors(learning.secure_sum(s, num_sites))
+  model = models.build(config.model.config(config.data, FLAGS.num_classes))
+  if config.privacy.dp == "site":
+    shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
+    return build_site_level(config, models.num_parameters(shapes))
+  loss = local.classification_loss(model.apply, config.augment.build(), FLAGS.num_classes)
   sizes = [FLAGS.num_units, FLAGS.smallest_units or FLAGS.num_units]
-  loss_fn = learning.loss(s, model, FLAGS.num_classes)
-  made = private.plan(s, loss_fn, sizes, num_sites, num_parameters, threshold)
-  assert made is not None  # as dp is not none
-  return made
+  return config.privacy.build_steps(config.training, loss, sizes)
 
 
 def table(privacy: Plan, rounds: int) -> list[dict[str, Any]]:
@@ -151,15 +147,16 @@ def _shown(value: float) -> str:
 
 
 def main() -> None:
-  s = settings.from_flags(settings.Train)
-  check(s)
-  privacy, rounds = plan(s), s.rounds
-  if s.noise_multiplier and s.target_epsilon and not privacy.whole_run:
-    rounds = privacy.rounds_within(s.rounds)
+  config = settings.from_flags(Train)
+  check(config)
+  privacy, most, rounds = plan(config), config.training.rounds, config.training.rounds
+  target, given = config.privacy.target_epsilon, config.privacy.noise_multiplier
+  if given and target and not privacy.whole_run:
+    rounds = privacy.rounds_within(most)
     if not rounds:
       raise ValueError(
-        f"target_epsilon={s.target_epsilon:g} does not allow one round at "
-        f"noise_multiplier={s.noise_multiplier:g}; raise either"
+        f"target_epsilon={target:g} does not allow one round at noise_multiplier={given:g}; raise "
+        "either"
       )
   rows, spent, sigma = table(privacy, rounds), privacy.spent(rounds), privacy.noise_multiplier
   moves = (
@@ -169,16 +166,10 @@ def main() -> None:
   )
   facts = {
     "noise multiplier" + " (of updates, besides that of their clip)" * moves: round(sigma, 6),
-    "noise from": "noise_multiplier"
-    if s.noise_multiplier
-    else f"target_epsilon={s.target_epsilon:g}",
+    "noise from": "noise_multiplier" if given else f"target_epsilon={target:g}",
     "rounds": f"{rounds}, of {privacy.num_steps} step{'s' * (privacy.num_steps > 1)} each"
-    + (
-      f"; the budget ends training before round {rounds + 1} of {s.rounds}"
-      if rounds < s.rounds
-      else ""
-    ),
-    **books.facts(s, privacy, [spent]),
+    + (f"; the budget ends training before round {rounds + 1} of {most}" if rounds < most else ""),
+    **books.facts(config.privacy, privacy, [spent]),
   }
   width = max(map(len, facts))
   for key, value in facts.items():
@@ -202,14 +193,16 @@ def main() -> None:
   names = ("num_units", "smallest_units", "num_classes")
   result = {
     "flags": {name: FLAGS[name].value for name in names},
-    "config": dataclasses.asdict(s),
+    "config": settings.flat(config),
     "statement": facts,
     "rows": finite,
     "ledger": json.loads(ledger.to_json(spent)),
   }
   (output / "account.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-  title = f"Privacy of one {s.dp}, delta {privacy.delta:.3g}, noise multiplier {sigma:.4g}"
-  picture(rows, s.target_epsilon, output / "epsilon.png", title)
+  title = (
+    f"Privacy of one {config.privacy.dp}, delta {privacy.delta:.3g}, noise multiplier {sigma:.4g}"
+  )
+  picture(rows, target, output / "epsilon.png", title)
   lines = [
     "# Privacy account",
     "",

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import loop, private, processes
+from experiments import books, loop, processes
 from experiments.checkpoints import Best, Checkpoints
 from experiments.configs import Train
 from experiments.configs.model import normalise
 from experiments.configs.run import build_site_level
 from experiments.configs.training import build_alone
+from experiments.processes import Place
 from primia_jax import (
   algorithms,
   evaluation,
@@ -27,36 +28,15 @@ from primia_jax import (
   metrics,
   models,
   site_privacy,
-  sites,
   summation,
 )
 from primia_jax.data import sites as data_sites
 from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
 from primia_jax.privacy import ledger, plan
-from primia_jax.secagg.exchange import Exchange
 from primia_jax.types import Array, ModelState, Params
 
 _FEATURE_BATCH = 64
-
-
-class Place(NamedTuple):
-  """Where the sites of an arm run.
-
-  Attributes:
-    placement: of the site axis.
-    exchange: between processes of one site each; None where one process plays all.
-    number: of this process's site; 0 where one process plays all.
-  """
-
-  placement: sites.Placement
-  exchange: Exchange | None = None
-  number: int = 0
-
-  @property
-  def is_first(self) -> bool:
-    """Whether this process writes what all know."""
-    return self.number == 0
 
 
 class Cohort(NamedTuple):
@@ -97,7 +77,7 @@ class Trainer(NamedTuple):
   num_sampled: int
   max_examples: int
   max_validated: int
-  privacy: plan.Plan | None
+  privacy: plan.StepPlan | plan.SiteLevel | None
   features: Callable[[np.ndarray], np.ndarray] | None
 
 
@@ -139,7 +119,7 @@ def make_trainer(
   loss = local.classification_loss(model.apply, prepare, num_classes, t.label_smoothing)
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
 
-  privacy: plan.Plan | None = None
+  privacy: plan.StepPlan | plan.SiteLevel | None = None
   recipe = local.Recipe(
     t.build_steps(sizes), local.gradients(loss), None, t.build_optimizer(), t.build_schedule()
   )
@@ -309,9 +289,9 @@ def train(
   try:
     for done in loop.rounds(*inputs, config.training.rounds, trainer.num_sampled, before):
       state = done.state
-      bar.update()
       if done.info is None or done.scores is None:
         bar.write(f"round {done.number}: {done.aborted}")
+        bar.update()
         continue
       row = _row(config, cohort, trainer, done, book)
       row["seconds"], started = time.perf_counter() - started, time.perf_counter()
@@ -325,7 +305,8 @@ def train(
         log(row)
       checkpoints.save(done.number, state, best)
       shown = f"  loss {row['train_loss']:.3f}" if book is None else f"  epsilon {book.epsilon:.2f}"
-      bar.set_postfix_str(f"{shown}  MCC {row['val_mcc']:.3f}")
+      bar.set_postfix_str(f"{shown}  MCC {row['val_mcc']:.3f}", refresh=False)
+      bar.update()
   finally:
     bar.close()
     checkpoints.close()
@@ -340,7 +321,9 @@ def train(
   shared = serve(None) if config.privacy.dp_average else (best.params, best.model_state)
   trained = [serve(k) for k in kept] or [shared]
   facts = _facts(rows, best, state, place, num_sites, book is not None)
-  said = None if book is None else private.facts(config, privacy, book.ledgers)
+  said = (
+    None if book is None or privacy is None else books.facts(config.privacy, privacy, book.ledgers)
+  )
   return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
 
 
@@ -392,11 +375,9 @@ def _facts(
   return facts
 
 
-def _class_weights(
-  trainer: Trainer, everybody: federated.Sites, book: ledger.Book | None
-) -> np.ndarray:
+def _class_weights(trainer: Trainer, everybody: federated.Sites, book: ledger.Book | None) -> Array:
   """Inverse frequencies of the classes; a private run releases the noised counts once."""
-  counts = None if book is None else book.counts
+  counts: Any = None if book is None else book.counts
   if counts is None:
     if book is not None and trainer.privacy is not None:
       for release in trainer.privacy.before:
@@ -405,7 +386,7 @@ def _class_weights(
     if book is not None:
       book.counts = counts
       book.save()
-  return np.asarray(inverse_frequency(np.maximum(np.float32(counts), 1.0)))
+  return inverse_frequency(np.maximum(np.asarray(counts, np.float32), np.float32(1)))
 
 
 def _sites(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.settings import Train
+from experiments.configs.privacy import Privacy
 from primia_jax.privacy import ledger, strategies
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.clipping import Clipping
@@ -37,21 +37,18 @@ def _facts_of_run(plan: StepPlan, noises: strategies.Config) -> dict[str, Any]:
   error = math.sqrt(float(np.mean(strategies.squared_errors(noises))))
   return {
     "mechanism": f"DP-FTRL at each site (Kairouz et al. 2021; {strategy}): per-unit gradients "
-    f"clipped and summed, "
-    "noise that cancels from step to step added by the site before its optimiser steps; epsilon is "
-    "of the whole run "
-    "from its first round on, and a run that is started again is charged again",
+    "clipped and summed, and noise that cancels from step to step is added by the site before its "
+    "optimiser steps; epsilon is of the whole run from its first round on, and a run that is "
+    "started again is charged again",
     "clipping": _clipping(plan.clipping),
     "sampler": f"none: batches of {plan.batch_size} in one fixed order, at least "
-    f"{noises.min_separation} steps between "
-    f"two uses of {'an image' if plan.unit == 'example' else 'a patient'}, at most "
-    f"{noises.max_participations} uses in "
-    f"{noises.num_steps} steps",
+    f"{noises.min_separation} steps between two uses of "
+    f"{'an image' if plan.unit == 'example' else 'a patient'}, at most {noises.max_participations} "
+    f"uses in {noises.num_steps} steps",
     "noise in the sum of all gradients so far": f"standard deviation {error:.4g} (root mean square "
     f"over steps)",
-    "noise on disk": "checkpoints hold noise that is yet to cancel: whoever reads them can take it "
-    "off; keep them as "
-    "the images are kept",
+    "noise on disk": "checkpoints hold noise that has yet to cancel: whoever reads them can "
+    "subtract it; keep them as the images are kept",
   }
 
 
@@ -109,12 +106,12 @@ def _facts_of_sites(plan: SiteLevel) -> dict[str, Any]:
   }
 
 
-def facts(settings: Train, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]) -> dict[str, Any]:
+def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]) -> dict[str, Any]:
   """What the report says, of ledgers at the run's end."""
   out: dict[str, Any] = {}
-  if settings.dp_seed >= 0:
+  if config.dp_seed >= 0:
     out["NOT PRIVATE"] = (
-      f"noise and batches come from dp_seed={settings.dp_seed}, which anybody can repeat"
+      f"noise and batches come from dp_seed={config.dp_seed}, which anybody can repeat"
     )
   out |= ledger.statement(ledgers)
   if plan.delta > _LARGE_DELTA:

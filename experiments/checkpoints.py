@@ -1,4 +1,4 @@
-"""What a run goes on from: the state after its last round, and the best model so far."""
+"""What a run continues from: the state after its last round, and the best model so far."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
-from primia_jax import federated, sites
+from primia_jax import federated
 from primia_jax.types import Array, ModelState, Params, PyTree
 
 
@@ -16,36 +16,45 @@ class Best(NamedTuple):
 
   params: Params
   model_state: ModelState
-  server: PyTree
-  sites: PyTree
+  server_state: PyTree
+  site_state: PyTree
   mcc: Array
   round: Array
 
 
 class Checkpoints:
-  """What a run goes on from. Where each site has a process, the first saves what all know, each
-  what its site keeps.
+  """What a run continues from.
 
-  Processes that are started again all begin with the first one's last round, and a site that has
-  not saved that round (it was lost, or is new) with the newest before it that it has.
+  Where each site has a process, the first saves what all know, and each saves what its site keeps.
+  Processes that are started again all begin with the first one's last round. A site that has not
+  saved that round, because it was lost or is new, begins with its own newest state before it.
   """
 
-  def __init__(self, folder: pathlib.Path, placement: sites.Placement, keeps: bool):
-    self._apart, self._writes = placement.exchange is not None, placement.index == 0
+  def __init__(self, folder: pathlib.Path, in_processes: bool, number: int, keeps: bool):
+    """Opens an arm's checkpoints.
+
+    Args:
+      folder: of the arm.
+      in_processes: whether each site has a process.
+      number: of this process's site; 0 where one process plays all.
+      keeps: whether sites keep anything from round to round.
+    """
+    self._in_processes, self._writes = in_processes, number == 0
     self._all = _manager(folder / "checkpoints", 1, read_only=not self._writes)
-    own = folder / f"site_{placement.index}" / "checkpoints"
+    own = folder / f"site_{number}" / "checkpoints"
     # Two, since the first process may have been stopped before it saved the round that this one
     # has.
-    self._own = _manager(own, 2) if self._apart and keeps else None
+    self._own = _manager(own, 2) if self._in_processes and keeps else None
 
   def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best]:
     """The last state saved; the given one where there is none."""
     if (last := self._all.latest_step()) is None:
       return state, best
     saved = self._all.restore(last, args=ocp.args.StandardRestore(self._split(state, best)[0]))
-    if self._apart:
-      kept = self._restore_own(last, {"state": state.sites, "best": best.sites})
-      saved["state"]["sites"], saved["best"]["sites"] = kept["state"], kept["best"]
+    if self._in_processes:
+      kept = self._restore_own(last, {"state": state.site_state, "best": best.site_state})
+      for name in kept:
+        saved[name]["site_state"] = kept[name]
     return federated.State(**saved["state"]), Best(**saved["best"])
 
   def _restore_own(self, last: int, kept: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -73,9 +82,9 @@ class Checkpoints:
 
   def _split(self, state: federated.State, best: Best) -> tuple[dict[str, Any], dict[str, Any]]:
     shared = {"state": state._asdict(), "best": best._asdict()}
-    if not self._apart:
+    if not self._in_processes:
       return shared, {}
-    return shared, {name: part.pop("sites") for name, part in shared.items()}
+    return shared, {name: part.pop("site_state") for name, part in shared.items()}
 
 
 def _manager(

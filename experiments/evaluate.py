@@ -12,9 +12,12 @@ import sys
 
 from absl import flags
 
-from experiments import inputs, report, running, settings, training
+from experiments import inputs, report, running, settings
+from experiments.configs.data import Data
+from experiments.configs.model import normalise
+from primia_jax import evaluation
 
-settings.define_flags(settings.Data)
+settings.define_flags(Data)
 flags.DEFINE_string("run_dir", None, "folder of the training run", required=True)
 flags.DEFINE_string("output_dir", None, "folder for the results; created", required=True)
 flags.DEFINE_integer("seed", 0, "seed of the phantom's images and of the bootstrap")
@@ -30,14 +33,14 @@ def main() -> None:
     if FLAGS[name].present and FLAGS[name].value != value:
       raise ValueError(f"{name}={FLAGS[name].value}: the model takes {value}; leave the flag out")
     FLAGS[name].value = value
-  config = settings.from_flags(settings.Data)
+  config = settings.from_flags(Data)
   output = pathlib.Path(FLAGS.output_dir)
   output.mkdir(parents=True, exist_ok=True)
   if FLAGS.unlabelled:
     dataset = inputs.unlabelled_images(config, label_names)
   else:
     dataset = inputs.images_to_test(config, FLAGS.seed, label_names)
-  probabilities = training.predictor(model)(trained, dataset)
+  probabilities = evaluation.predictor(model.apply, normalise)(trained, dataset.images)
   ids = [
     str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])
   ]

@@ -7,16 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.configs import Train
-from experiments.configs.data import Data
+from experiments.configs.data import Data, Hospitals
 from experiments.settings import fractions, names
 from primia_jax.data import partition, phantom, sites
 from primia_jax.data.dataset import Dataset, take
 from primia_jax.data.folder import read_images
 from primia_jax.data.load import load
 from primia_jax.data.sites import Part
-from primia_jax.data.sites import merge as merge
-from primia_jax.data.sites import patients as patients
-from primia_jax.data.sites import stack as stack
 
 
 class Inputs(NamedTuple):
@@ -58,20 +55,20 @@ def unlabelled_images(settings: Data, label_names: tuple[str, ...]) -> Dataset:
   return Dataset(images, np.zeros(len(paths), np.int32), label_names, paths, {"path": paths}, path)
 
 
-def site_images(settings: Train, only_site: int | None = None) -> Inputs:
+def site_images(config: Train, only_site: int | None = None) -> Inputs:
   """Loads the images of a federated run.
 
   Args:
-    settings: the run's.
+    config: the run's.
     only_site: the site whose images this process may read; None for all.
 
   Raises:
     ValueError, FileNotFoundError: the source or the partition asked for is wrong.
   """
   inputs = (
-    _phantom(settings, only_site)
-    if settings.data == "phantom"
-    else _loaded(settings, only_site is not None)
+    _phantom(config, only_site)
+    if config.data.data == "phantom"
+    else _loaded(config, only_site is not None)
   )
   for part in (inputs.train, inputs.validation):
     if empty := [i for i, n in enumerate(part.sizes) if not n]:
@@ -93,26 +90,25 @@ def _load(settings: Data, label_names: tuple[str, ...] | None, lazy: bool) -> di
   )
 
 
-def _phantom(settings: Train, only_site: int | None) -> Inputs:
-  if settings.channels != 1:
-    raise ValueError(f"channels={settings.channels}: the phantom is grey; use --channels=1")
-  if settings.partition not in ("auto", "column:site"):
+def _phantom(config: Train, only_site: int | None) -> Inputs:
+  data, h = config.data, config.hospitals
+  if data.channels != 1:
+    raise ValueError(f"channels={data.channels}: the phantom is grey; use --channels=1")
+  if h.partition not in ("auto", "column:site"):
     raise ValueError(
-      f"partition={settings.partition!r}: the phantom comes with its sites; use auto, and num_sites"
+      f"partition={h.partition!r}: the phantom comes with its sites; use auto, and num_sites"
     )
 
   def make(total: int, first: int) -> Part:
-    sizes = sites.site_sizes(total, settings.num_sites, fractions(settings.site_fractions))
-    size, seed = settings.image_size, settings.seed
+    sizes = sites.site_sizes(total, h.num_sites, fractions(h.site_fractions))
+    size, seed = data.image_size, config.seed
     return sites.phantom_part(sizes, size=size, seed=seed, first=first, only_site=only_site)
 
-  train = make(settings.phantom_images, sites.TRAINING)
-  num_held = round(settings.validation_fraction * settings.phantom_images)
-  validation = make(max(settings.num_sites, num_held), sites.VALIDATION)
-  num_test = max(settings.num_sites, settings.phantom_images // 2)
-  return Inputs(
-    train, validation, _phantom_test(settings, num_test, settings.num_sites, settings.seed)
-  )
+  train = make(data.phantom_images, sites.TRAINING)
+  num_held = round(h.validation_fraction * data.phantom_images)
+  validation = make(max(h.num_sites, num_held), sites.VALIDATION)
+  num_test = max(h.num_sites, data.phantom_images // 2)
+  return Inputs(train, validation, _phantom_test(data, num_test, h.num_sites, config.seed))
 
 
 def _phantom_test(settings: Data, total: int, num_sites: int, seed: int) -> Dataset:
@@ -121,42 +117,39 @@ def _phantom_test(settings: Data, total: int, num_sites: int, seed: int) -> Data
   return phantom.phantom(total, size=size, seed=seed, styles=styles, first=sites.TEST)
 
 
-def _loaded(settings: Train, lazy: bool) -> Inputs:
-  splits = _load(settings, None, lazy=lazy or settings.sites_in_memory > 0)
+def _loaded(config: Train, lazy: bool) -> Inputs:
+  data, h = config.data, config.hospitals
+  splits = _load(data, None, lazy=lazy or h.sites_in_memory > 0)
   if "train" in splits and "test" in splits:
     train, test = splits["train"], splits["test"]
   else:
     whole = splits.get("train", splits.get("all"))
     if whole is None:
       raise ValueError(
-        f"{settings.data} has only the splits {sorted(splits)}; training images are needed"
+        f"{data.data} has only the splits {sorted(splits)}; training images are needed"
       )
-    kept, held = partition.hold_out(whole, settings.test_fraction, settings.seed)
+    kept, held = partition.hold_out(whole, h.test_fraction, config.seed)
     train, test = take(whole, kept), take(whole, held)
-  dealt = _partition(settings, train)
-  if len(dealt) != settings.num_sites:
+  dealt = _partition(h, train, config.seed)
+  if len(dealt) != h.num_sites:
     raise ValueError(
-      f"partition {settings.partition} makes {len(dealt)} sites; set --num_sites={len(dealt)}"
+      f"partition {h.partition} makes {len(dealt)} sites; set --num_sites={len(dealt)}"
     )
-  parts = sites.hold_out(Part(train, dealt), settings.validation_fraction, settings.seed)
-  return Inputs(*parts, test)
+  return Inputs(*sites.hold_out(Part(train, dealt), h.validation_fraction, config.seed), test)
 
 
-def _partition(settings: Train, dataset: Dataset) -> partition.Partition:
-  kind, _, argument = settings.partition.partition(":")
-  shares = fractions(settings.site_fractions)
+def _partition(h: Hospitals, dataset: Dataset, seed: int) -> partition.Partition:
+  kind, _, argument = h.partition.partition(":")
+  shares = fractions(h.site_fractions)
   if kind == "column" and argument:
     return partition.by_column(dataset, argument)
   if kind == "iid":
-    return partition.iid(dataset, settings.num_sites, settings.seed)
+    return partition.iid(dataset, h.num_sites, seed)
   if kind == "unequal":
-    equal = (1 / settings.num_sites,) * settings.num_sites
-    return partition.unequal(dataset, shares or equal, settings.seed)
+    equal = (1 / h.num_sites,) * h.num_sites
+    return partition.unequal(dataset, shares or equal, seed)
   if kind in ("auto", "dirichlet"):
-    alpha = settings.dirichlet_alpha
     return partition.dirichlet(
-      dataset, settings.num_sites, alpha, settings.seed, fractions=shares, min_examples=2
+      dataset, h.num_sites, h.dirichlet_alpha, seed, fractions=shares, min_examples=2
     )
-  raise ValueError(
-    f"partition={settings.partition!r}; use auto, iid, unequal, dirichlet or column:NAME"
-  )
+  raise ValueError(f"partition={h.partition!r}; use auto, iid, unequal, dirichlet or column:NAME")

@@ -22,13 +22,32 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.settings import Train
+from experiments.configs import Train
 from primia_jax import sites
 from primia_jax.privacy import ledger
 from primia_jax.secagg import exchange, keys, transport
 
 IDENTITIES = "identities"
 _PATIENCE = 60.0  # seconds for the others to end when the first process has
+
+
+class Place(NamedTuple):
+  """Where the sites of an arm run.
+
+  Attributes:
+    placement: of the site axis.
+    exchange: between processes of one site each; None where one process plays all.
+    number: of this process's site; 0 where one process plays all.
+  """
+
+  placement: sites.Placement
+  exchange: exchange.Exchange | None = None
+  number: int = 0
+
+  @property
+  def is_first(self) -> bool:
+    """Whether this process writes what all know."""
+    return self.number == 0
 
 
 class Seat(NamedTuple):
@@ -45,7 +64,7 @@ class Seat(NamedTuple):
   timeout: float
 
 
-def connect(config: Train, folder: pathlib.Path, seat: Seat) -> sites.Placement:
+def connect(config: Train, folder: pathlib.Path, seat: Seat) -> Place:
   """Makes this process's identity, pins the others' and joins them.
 
   The first clears away what an earlier start has left and makes the books alike, and listens then;
@@ -58,17 +77,16 @@ def connect(config: Train, folder: pathlib.Path, seat: Seat) -> sites.Placement:
   """
   host, _, port = seat.address.rpartition(":")
   is_place = host and port.isdecimal() and 0 < int(port) < 2**16
-  if not is_place or not 0 <= seat.number < config.num_sites:
+  if not is_place or not 0 <= seat.number < config.hospitals.num_sites:
     raise ValueError(
       f"coordinator={seat.address!r} with process_id={seat.number}: write HOST:PORT, and a site's "
-      f"number below "
-      f"{config.num_sites}"
+      f"number below {config.hospitals.num_sites}"
     )
   address, known, server = (host, int(port)), folder / IDENTITIES, None
   if seat.number == 0:
     _clear(known)
     ledger.reconcile(
-      [home(folder / "federated", i) / ledger.LEDGER for i in range(config.num_sites)]
+      [home(folder / "federated", i) / ledger.LEDGER for i in range(config.hospitals.num_sites)]
     )
     identity = keys.identity()
     try:
@@ -77,16 +95,16 @@ def connect(config: Train, folder: pathlib.Path, seat: Seat) -> sites.Placement:
       raise ValueError(
         f"coordinator={seat.address!r}: the first process cannot listen there ({e})"
       ) from e
-    server = transport.Host(listener, config.num_sites, seat.timeout, identity)
+    server = transport.Host(listener, config.hospitals.num_sites, seat.timeout, identity)
     exchange.publish(known, exchange.SERVER, identity)
   else:
     exchange.connect(address, seat.timeout, seat.timeout).close()
   own = keys.identity()
   exchange.publish(known, seat.number, own)
-  pinned = exchange.pin(known, own, config.num_sites, seat.timeout)
+  pinned = exchange.pin(known, own, config.hospitals.num_sites, seat.timeout)
   run = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
   joined = exchange.Exchange(address, seat.number, pinned, run, seat.timeout, server)
-  return sites.Placement("apart", index=seat.number, exchange=joined)
+  return Place(sites.own_process(seat.number), joined, seat.number)
 
 
 def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathlib.Path) -> None:

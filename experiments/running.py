@@ -17,8 +17,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
-from experiments import inputs, learning, processes, report, settings, training
-from primia_jax import models, secagg, sites
+from experiments import arms, inputs, processes, report, settings
+from experiments.configs import Train
+from experiments.configs.model import normalise
+from primia_jax import evaluation, models, secagg, sites
+from primia_jax.data import sites as data_sites
 from primia_jax.types import ModelState, Params
 
 FLAGS = flags.FLAGS
@@ -33,7 +36,7 @@ def prepare_devices(placement: str) -> None:
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # no effect on accelerators
 
 
-def open_run(config: settings.Train, run_dir: str) -> pathlib.Path:
+def open_run(config: Train, run_dir: str) -> pathlib.Path:
   """Creates the run folder, or finds the same run in it to go on with; before anything is trained,
   settings may change.
 
@@ -70,7 +73,7 @@ def _has_begun(folder: pathlib.Path) -> bool:
 
 
 def run(
-  config: settings.Train,
+  config: Train,
   folder: pathlib.Path,
   *,
   federated: bool,
@@ -114,7 +117,7 @@ def alone(path: pathlib.Path) -> Iterator[None]:
 
 
 def _run(
-  config: settings.Train,
+  config: Train,
   folder: pathlib.Path,
   federated: bool,
   baselines: Sequence[str],
@@ -125,12 +128,13 @@ def _run(
   process = None if seat is None else seat.number
   images = inputs.site_images(config, process)
   label_names = images.train.dataset.label_names
-  model_config = learning.model_config(config, len(label_names))
+  model_config = config.model.config(config.data, len(label_names))
   model = models.build(model_config)
-  everyone = tuple(range(config.num_sites))
-  placement = (
-    processes.connect(config, folder, seat) if seat else sites.parse_placement(config.placement)
-  )
+  everyone = tuple(range(config.hospitals.num_sites))
+  if seat is None:
+    place = processes.Place(sites.parse_placement(config.federation.placement))
+  else:
+    place = processes.connect(config, folder, seat)
 
   plan: list[tuple[str, tuple[int, ...], bool]] = (
     [("federated", everyone, True)] if federated else []
@@ -140,68 +144,61 @@ def _run(
   if _LOCAL in baselines:
     plan += [(f"local: site {site}", (site,), False) for site in everyone]
 
-  cohorts: dict[str, training.Cohort] = {}
+  cohorts: dict[str, arms.Cohort] = {}
   for name, members, together in plan:
-    train, validation = (
-      p if together else inputs.merge(p, members) for p in (images.train, images.validation)
-    )
+    parts = images.train, images.validation
+    train, validation = (p if together else data_sites.merge(p, members) for p in parts)
     mine = np.asarray(everyone if together else (0,), np.int32)
-    cohorts[name] = training.Cohort(
-      name, train, validation, mine if process is None else mine[process : process + 1]
-    )
-  predict = training.predictor(model)
+    mine = mine if process is None else mine[process : process + 1]
+    cohorts[name] = arms.Cohort(name, train, validation, mine)
+  predict = evaluation.predictor(model.apply, normalise)
   # One trainer for the federation and one that all single cohorts share; privacy depends on a
   # cohort's own size.
-  kind = lambda cohort: (len(cohort.train.sites) > 1, cohort.name if config.dp != "none" else "")
+  is_private = config.privacy.dp != "none"
+  kind = lambda cohort: (len(cohort.train.sites) > 1, cohort.name if is_private else "")
   trainers = {}
   for key in dict.fromkeys(map(kind, cohorts.values())):
     alike = [cohort for cohort in cohorts.values() if kind(cohort) == key]
-    where = placement if key[0] else sites.Placement("loop")
-    trainers[key] = training.make_trainer(config, model, model_config, alike, where)
+    where = place if key[0] else processes.Place(sites.loop())
+    trainers[key] = arms.make_trainer(config, model, model_config, alike, where)
 
-  probabilities, arms = {}, {}
+  probabilities, trained = {}, {}
   for name, cohort in cohorts.items():
     trainer = trainers[kind(cohort)]
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
     arm_folder.mkdir(exist_ok=True)
-    arms[name] = training.train(config, cohort, trainer, model_config, arm_folder, log)
+    trained[name] = arms.train(config, cohort, trainer, model_config, arm_folder, log)
     if not process:
-      probabilities[name] = predict(arms[name].models, images.test)
-  if placement.exchange is not None:
-    placement.exchange.close()
+      probabilities[name] = predict(trained[name].models, images.test.images)
+  if place.exchange is not None:
+    place.exchange.close()
   if process:
     return {}
   main_arm = plan[0][0]
-  main = arms[main_arm]
+  main = trained[main_arm]
   facts = {
-    f"{name}: {what}": value for name, arm in arms.items() for what, value in arm.facts.items()
+    f"{name}: {what}": value for name, arm in trained.items() for what, value in arm.facts.items()
   }
   save_model(folder / "model", main.models)
   about = {"label_names": list(label_names), "model": dataclasses.asdict(model_config)}
   (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
   radiologist = {}
-  if (
-    label_names == ("normal", "bacterial", "viral")
-    and len(images.test) == 624
-    and config.data != "phantom"
-  ):
-    radiologist = {
-      "radiologist (PriMIA)": [[189, 3, 42], [67, 85, 90], [13, 11, 124]]
-    }  # Kaissis et al. 2021
+  is_kermany = label_names == ("normal", "bacterial", "viral") and len(images.test) == 624
+  if is_kermany and config.data.data != "phantom":  # Kaissis et al. 2021
+    radiologist = {"radiologist (PriMIA)": [[189, 3, 42], [67, 85, 90], [13, 11, 124]]}
+  title = f"Federated training, {len(everyone)} sites" if federated else "Pooled training"
+  secure = secure_aggregation_facts(config, images, main.models[0]) if federated else None
+  order = _report_order(trained)
   return report.write_report(
     folder,
-    title=f"Federated training, {config.num_sites} sites" if federated else "Pooled training",
+    title=title,
     data_name=images.test.name,
-    arms={
-      name: report.Arm(images.test.labels, probabilities[name]) for name in _report_order(arms)
-    },
+    arms={name: report.Arm(images.test.labels, probabilities[name]) for name in order},
     label_names=label_names,
-    config=dataclasses.asdict(config) | facts,
+    config=settings.flat(config) | facts,
     versions=report.versions(),
     rounds=main.rows,
-    secure_aggregation=secure_aggregation_facts(config, images, main.models[0])
-    if federated
-    else None,
+    secure_aggregation=secure,
     privacy=main.privacy,
     references=radiologist,
     main_arm=main_arm,
@@ -218,13 +215,13 @@ def _report_order(arms: dict[str, Any]) -> list[str]:
 
 
 def secure_aggregation_facts(
-  config: settings.Train, images: inputs.Inputs, model: tuple[Params, ModelState]
+  config: Train, images: inputs.Inputs, model: tuple[Params, ModelState]
 ) -> dict[str, Any] | None:
   """What the report says of the protection of updates; None where they went in the clear."""
-  if not learning.is_secure(config):
+  if not config.aggregation.is_secure:
     return None
-  num_sites = config.sites_per_round or config.num_sites
-  secure = learning.secure_sum(config, num_sites)
+  n = config.sites_in_round
+  secure = config.aggregation.secure_sum(n, n, config.in_processes)
   numbers = sum(np.size(a) for a in jax.tree.leaves(model))
   encoding = {
     "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction "
@@ -234,7 +231,7 @@ def secure_aggregation_facts(
     "largest quantisation error of a sum": secure.error_bound,
     "bytes of a masked update": numbers * secagg.bytes_per_number(secure),
   }
-  if config.dp_noise == "distributed":  # which has an encoding of its own
+  if config.privacy.dp_noise == "distributed":  # which has an encoding of its own
     encoding = {
       "ring": f"integers modulo 2^{secure.fixed.num_bits}; their encoding stands under privacy"
     }
@@ -251,8 +248,8 @@ def secure_aggregation_facts(
   }
 
 
-def _whose_keys(config: settings.Train, secure: secagg.SecureSum) -> str:
-  if config.placement == "processes":
+def _whose_keys(config: Train, secure: secagg.SecureSum) -> str:
+  if config.in_processes:
     keys = (
       "each site's process agrees on keys with the others anew for each sum, and no other "
       "process knows them"
@@ -287,7 +284,7 @@ def load_model(
   Raises:
     FileNotFoundError: the folder holds no finished run.
   """
-  about = settings.load(pathlib.Path(run_dir) / "model.json")
+  about = settings.read_json(pathlib.Path(run_dir) / "model.json")
   config = models.ModelConfig(
     **about["model"] | {"image_shape": tuple(about["model"]["image_shape"])}
   )

@@ -60,10 +60,12 @@ def define_flags(kind: type, values: flags.FlagValues = flags.FLAGS) -> None:
 
 def from_flags(kind: type, values: flags.FlagValues = flags.FLAGS) -> Any:
   """Reads the settings back from the parsed flags."""
-  read = lambda field, of_type: (
-    from_flags(of_type, values) if dataclasses.is_dataclass(of_type) else values[field.name].value
-  )
-  return kind(**{field.name: read(field, of_type) for field, of_type in _fields(kind)})
+  out: dict[str, Any] = {}
+  for field, of_type in _fields(kind):
+    is_group = dataclasses.is_dataclass(of_type)
+    name = field.name
+    out[name] = from_flags(typing.cast(type, of_type), values) if is_group else values[name].value
+  return kind(**out)
 
 
 def flat(settings: Any) -> dict[str, Any]:

@@ -1,21 +1,22 @@
-"""Trains a network at several hospitals together; no image and no single update is seen by anybody
-else.
+"""Trains a network at several hospitals together. Nobody else sees an image or a single update.
 
-  python -m experiments.train_federated --run_dir=runs/first python -m experiments.train_federated
-  --flagfile=experiments/flags/chest_xray.flags --run_dir=runs/chest
+  python -m experiments.train_federated --run_dir=runs/first
+  python -m experiments.train_federated --flagfile=experiments/flags/chest_xray.flags \\
+    --run_dir=runs/chest
 
 The run folder holds report.md (federated beside pooled and local training), metrics.json, pictures,
-the model, and one JSON line a round. Started again with the same --run_dir, a run that was stopped
-goes on where it was.
+the model, and one JSON line a round. An interrupted run resumes when it is started again with the
+same --run_dir.
 """
 
 import sys
 
 from absl import flags
 
-from experiments import learning, processes, running, settings
+from experiments import processes, running, settings
+from experiments.configs import Train, rehearse
 
-settings.define_flags(settings.Train)
+settings.define_flags(Train)
 flags.DEFINE_string("run_dir", None, "folder of the run; created, or gone on with", required=True)
 flags.DEFINE_list(
   "baselines",
@@ -40,29 +41,29 @@ for _module in ("experiments.settings",):
 
 
 def main() -> None:
-  config = settings.from_flags(settings.Train)
-  if config.num_sites < 2:
+  config = settings.from_flags(Train)
+  num_sites = config.hospitals.num_sites
+  if num_sites < 2:
     raise ValueError(
-      f"num_sites={config.num_sites}: one site is not a federation; use experiments.train_pooled"
+      f"num_sites={num_sites}: one site is not a federation; use experiments.train_pooled"
     )
-  learning.check(config)
   baselines = [name for name in FLAGS.baselines if name]
   if unknown := set(baselines) - {"pooled", "local"}:
     raise ValueError(f"baselines={sorted(unknown)}; there are pooled and local")
-  in_processes = config.placement == "processes"
+  in_processes = config.in_processes
   for name in ("coordinator", "process_id", "stage_timeout"):
     if FLAGS[name].present and not in_processes:
       raise ValueError(
-        f"{name}={FLAGS[name].value} belongs to placement=processes, not {config.placement}"
+        f"{name}={FLAGS[name].value} belongs to placement=processes, not "
+        f"{config.federation.placement}"
       )
   if FLAGS.process_id >= 0 and not FLAGS.coordinator:
     raise ValueError(
       f"process_id={FLAGS.process_id} starts a single process: give --coordinator=HOST:PORT, too"
     )
-  if FLAGS.coordinator and not 0 <= FLAGS.process_id < config.num_sites:
+  if FLAGS.coordinator and not 0 <= FLAGS.process_id < num_sites:
     raise ValueError(
-      f"process_id={FLAGS.process_id}; use 0 to {config.num_sites - 1}, the number of this "
-      f"process's site"
+      f"process_id={FLAGS.process_id}; use 0 to {num_sites - 1}, the number of this process's site"
     )
   if not 0 < FLAGS.stage_timeout < float("inf"):
     raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
@@ -73,14 +74,16 @@ def main() -> None:
       )
     baselines = []
   if in_processes and not FLAGS.coordinator:
+    rehearse(config)
     folder = running.open_run(config, FLAGS.run_dir)
-    processes.launch("experiments.train_federated", sys.argv[1:], config.num_sites, folder)
+    processes.launch("experiments.train_federated", sys.argv[1:], num_sites, folder)
     return
   seat = None
+  if not in_processes:
+    running.prepare_devices(config.federation.placement)
+  rehearse(config)
   if in_processes:
     seat = processes.Seat(FLAGS.process_id, FLAGS.coordinator, FLAGS.stage_timeout)
-  else:
-    running.prepare_devices(config.placement)
   folder = running.open_run(config, FLAGS.run_dir)
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
   result = running.run(config, folder, federated=True, baselines=baselines, log=log, seat=seat)

@@ -10,9 +10,10 @@ import sys
 
 from absl import flags
 
-from experiments import learning, running, settings
+from experiments import running, settings
+from experiments.configs import Train, rehearse
 
-settings.define_flags(settings.Train)
+settings.define_flags(Train)
 flags.DEFINE_string("run_dir", None, "folder of the run; created, or gone on with", required=True)
 flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
 FLAGS = flags.FLAGS
@@ -20,8 +21,8 @@ flags.adopt_module_key_flags(sys.modules["experiments.settings"])
 
 
 def main() -> None:
-  config = settings.from_flags(settings.Train)
-  learning.check(config, federated=False)
+  config = settings.from_flags(Train)
+  rehearse(config, is_federated=False)
   folder = running.open_run(config, FLAGS.run_dir)
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
   result = running.run(config, folder, federated=False, log=log)

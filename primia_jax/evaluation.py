@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +128,7 @@ def validation(
 
 def predictor(
   apply_fn: ApplyFn, prepare: Callable[[Array], Array], batch_size: int = 64
-) -> Callable[[Sequence[tuple[Params, ModelState]], np.ndarray], np.ndarray]:
+) -> Callable[[Sequence[tuple[Params, ModelState]], Any], np.ndarray]:
   """Makes (models, images [N, ...]) -> probabilities [N, L]; of several models, their mean."""
 
   @jax.jit
@@ -136,7 +136,7 @@ def predictor(
     logits, _ = apply_fn(params, model_state, prepare(images), train=False)
     return jax.nn.softmax(logits)
 
-  def batches(trained: Sequence[tuple[Params, ModelState]], images) -> Iterator[np.ndarray]:
+  def batches(trained: Sequence[tuple[Params, ModelState]], images: Any) -> Iterator[np.ndarray]:
     for start in range(0, len(images), batch_size):
       index = np.arange(start, min(start + batch_size, len(images)))
       batch = images[np.resize(index, batch_size)]  # one shape, so compiled once

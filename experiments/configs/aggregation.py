@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 
 from experiments.settings import choose, require, setting
-from primia_jax import robust, secagg, summation
+from primia_jax import robust, summation
+from primia_jax import secagg as protocol
 from primia_jax.secagg import graph
 from primia_jax.secagg.exchange import Exchange
 
@@ -113,7 +114,7 @@ class Aggregation:
 
   def secure_sum(
     self, num_sites: int, sites_in_round: int, processes: bool, max_abs: float | None = None
-  ) -> secagg.SecureSum:
+  ) -> protocol.SecureSum:
     """The encoding and the masks of a sum of updates, or of counts up to max_abs.
 
     Args:
@@ -140,7 +141,7 @@ class Aggregation:
       threshold = threshold if threshold > 0 or is_complete else needed
     holders = (peers or num_sites - 1) + 1
     bits = self.secagg_bits if max_abs is None else max(self.secagg_bits, _COUNT_BITS)
-    return secagg.secure_sum(
+    return protocol.secure_sum(
       num_sites,
       self.secagg_max_abs if max_abs is None else max_abs,
       num_bits=bits,
@@ -153,23 +154,23 @@ class Aggregation:
     if not self.dropout_rate:
       return summed
 
-    def dropouts(round: int, purpose: summation.Purpose, ids: np.ndarray) -> secagg.Dropouts:
+    def dropouts(round: int, purpose: summation.Purpose, ids: np.ndarray) -> protocol.Dropouts:
       rng = np.random.default_rng((seed, _DROPOUTS, round))
       lost, early = rng.random(len(ids)) < self.dropout_rate, rng.random(len(ids)) < 0.5
-      return secagg.Dropouts(lost & early, lost & ~early)
+      return protocol.Dropouts(lost & early, lost & ~early)
 
     return summation.losing(summed, dropouts)
 
 
 def _formed(
-  config: secagg.SecureSum, exchange: Exchange | None, coding: summation.Coding | None = None
+  config: protocol.SecureSum, exchange: Exchange | None, coding: summation.Coding | None = None
 ) -> summation.Summation:
   if exchange is None:
     return summation.masked(config, coding)
   return summation.over(exchange, config, coding)
 
 
-def min_survivors(secure: secagg.SecureSum) -> int | None:
+def min_survivors(secure: protocol.SecureSum) -> int | None:
   """The fewest sites in a sum for which noise is calibrated; None without a threshold."""
   if secure.threshold is None:
     return None

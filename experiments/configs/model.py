@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from experiments.configs.data import Data
 from experiments.settings import setting
 from primia_jax import models, pretrained
-from primia_jax.data import augment
+from primia_jax.data import augment as augmenting
 from primia_jax.types import Array, Key, ModelState, Params
 
 AUGMENTATIONS = {
-  "none": augment.Augmentation(),
-  "light": augment.Augmentation(
+  "none": augmenting.Augmentation(),
+  "light": augmenting.Augmentation(
     rotation_degrees=8, translation=0.05, scale=0.1, contrast=0.2, brightness=0.1
   ),
-  "strong": augment.Augmentation(
+  "strong": augmenting.Augmentation(
     rotation_degrees=12,
     translation=0.08,
     scale=0.15,
@@ -114,19 +114,19 @@ class Augment:
 
     def apply(key: Key, images: Array, targets: Array) -> tuple[Array, Array]:
       augment_key, mixup_key = jax.random.split(key)
-      images = augment.augment(augment_key, images.astype(jnp.float32) / 255, config)
+      images = augmenting.augment(augment_key, images.astype(jnp.float32) / 255, config)
       if self.mixup:
-        mixed = augment.mixup(mixup_key, images, targets, self.mixup)
-        images, targets = mixed.images, augment.mixed_labels(mixed, targets.shape[-1])
+        mixed = augmenting.mixup(mixup_key, images, targets, self.mixup)
+        images, targets = mixed.images, augmenting.mixed_labels(mixed, targets.shape[-1])
       return normalise(images), targets
 
     return apply
 
-  def augmentation(self) -> augment.Augmentation:
+  def augmentation(self) -> augmenting.Augmentation:
     """The library's own record; raises as `build`."""
     if self.augment in AUGMENTATIONS:
       return AUGMENTATIONS[self.augment]
-    known = [field.name for field in dataclasses.fields(augment.Augmentation)]
+    known = [field.name for field in dataclasses.fields(augmenting.Augmentation)]
     values: dict[str, float] = {}
     for part in self.augment.split(","):
       name, _, value = part.partition("=")
@@ -138,7 +138,7 @@ class Augment:
         raise ValueError(f"augment: {part!r} is not NAME=NUMBER; or use {choices}") from None
     if unknown := sorted(set(values) - set(known)):
       raise ValueError(f"augment: unknown {unknown}; there are {', '.join(known)}")
-    return augment.Augmentation(**values)  # type: ignore[arg-type]
+    return augmenting.Augmentation(**values)  # type: ignore[arg-type]
 
   @property
   def is_none(self) -> bool:
