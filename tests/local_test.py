@@ -8,7 +8,7 @@ import pytest
 from sklearn import metrics as sk
 
 from primia_jax import local
-from primia_jax.types import Batch, Metrics
+from primia_jax.types import Batch, Metrics, Site
 
 D, L = 6, 3
 
@@ -43,13 +43,28 @@ def joined(batches):
   return [example for batch in batches for example in batch]
 
 
-def order_of(rounds, n, work, seed=3):
+def site(n, images=None, labels=None, **more):
+  return Site(jnp.int32(0), images, labels, jnp.int32(n), **more)
+
+
+def now(number, seeds=(0, 1), class_weights=None):
+  return local.Round(jnp.int32(number), *map(jax.random.key, seeds), class_weights)
+
+
+def index_of(steps, number, n, seed=3):
+  """The examples of every step of a round, [T, B], and the number of steps."""
+  num_steps, draw = steps.begin(site(n), now(number, (seed, 1)))
+  index = jax.vmap(lambda t: draw(t, ()))(jnp.arange(steps.max_steps, dtype=jnp.int32))
+  return index, num_steps
+
+
+def order_of(rounds, n, steps, seed=3):
   """The examples of every step that a site takes, round after round."""
-  draw = jax.jit(functools.partial(local.draw_batches, work=work))
+  draw = jax.jit(lambda number, n: index_of(steps, number, n, seed))
   taken = []
   for r in range(rounds):
-    index, num_steps = draw(jax.random.key(seed), jnp.int32(r), jnp.int32(n))
-    assert index.shape == (work.max_steps, work.batch_size)
+    index, num_steps = draw(jnp.int32(r), jnp.int32(n))
+    assert index.shape == (steps.max_steps, steps.batch_size)
     assert index.dtype == jnp.int32
     assert np.all(np.asarray(index)[int(num_steps) :] == -1)  # nothing after the last step
     taken += [row[row >= 0].tolist() for row in np.asarray(index)[: int(num_steps)]]
@@ -60,7 +75,7 @@ def order_of(rounds, n, work, seed=3):
   ("n", "batch_size", "epochs"), [(20, 4, 1), (13, 4, 2), (7, 4, 3), (5, 8, 2), (1, 4, 2)]
 )
 def test_each_epoch_visits_every_example_once(n, batch_size, epochs):
-  work = local.Work(batch_size=batch_size, max_examples=20, epochs=epochs)
+  work = local.epochs(batch_size, 20, num_epochs=epochs)
   taken, batches = order_of(3, n, work), -(-n // batch_size)
   assert len(taken) == 3 * epochs * batches
   epochs_seen = [joined(taken[i : i + batches]) for i in range(0, len(taken), batches)]
@@ -78,9 +93,7 @@ def test_each_epoch_visits_every_example_once(n, batch_size, epochs):
   [(20, 4, 3), (13, 4, 7), (7, 4, 1), (5, 4, 9), (4, 4, 5), (20, 4, 5)],
 )
 def test_steps_go_on_across_epochs_and_rounds(n, batch_size, steps):
-  work = local.Work(
-    batch_size=batch_size, max_examples=20, min_examples=n, epochs=None, steps=steps
-  )
+  work = local.epochs(batch_size, 20, min_examples=n, num_epochs=None, num_steps=steps)
   rounds, batches = 8, -(-n // batch_size)
   taken = order_of(rounds, n, work)
   assert len(taken) == rounds * steps
@@ -95,46 +108,44 @@ def test_rounds_may_be_cut_anywhere():
   """The same steps in one round or in many: the order depends on the site's key and the step
   only.
   """
-  cut = lambda steps: local.Work(
-    batch_size=4, max_examples=20, min_examples=4, epochs=None, steps=steps
-  )
+  cut = lambda steps: local.epochs(4, 20, min_examples=4, num_epochs=None, num_steps=steps)
   assert order_of(2, 13, cut(6)) == order_of(6, 13, cut(2))
   assert order_of(1, 13, cut(8), seed=4) != order_of(1, 13, cut(8), seed=5)
 
 
 def test_late_rounds_do_not_overflow():
-  work = local.Work(
-    batch_size=1, max_examples=3000, epochs=5
-  )  # 15,000 steps a round: 2^31 of them by round 143,166
-  index, _ = jax.jit(functools.partial(local.draw_batches, work=work))(
-    jax.random.key(0), jnp.int32(200_000), jnp.int32(3000)
-  )
+  """15,000 steps a round pass 2^31 in round 143,166."""
+  steps = local.epochs(1, 3000, num_epochs=5)
+  index, _ = jax.jit(lambda r, n: index_of(steps, r, n))(jnp.int32(200_000), jnp.int32(3000))
   assert np.array_equal(np.sort(np.asarray(index)[:, 0]), np.repeat(np.arange(3000), 5))
 
 
 @pytest.mark.parametrize(
   "wrong",
   [
-    {"epochs": 1, "steps": 1},
-    {"epochs": None},
+    {"num_epochs": 1, "num_steps": 1},
+    {"num_epochs": None},
     {"batch_size": 0},
-    {"epochs": 0},
-    {"epochs": None, "steps": -1},
+    {"num_epochs": 0},
+    {"num_epochs": None, "num_steps": -1},
     {"min_examples": 21},
     {"max_examples": 0},
   ],
 )
-def test_impossible_work_is_refused(wrong):
+def test_impossible_steps_are_refused(wrong):
   with pytest.raises(ValueError, match="|".join(wrong)):
-    local.Work(**({"batch_size": 4, "max_examples": 20} | wrong))
+    local.epochs(**({"batch_size": 4, "max_examples": 20} | wrong))
 
 
 def test_same_steps_and_max_steps():
-  assert local.Work(4, 20, epochs=2).max_steps == 10
-  assert local.Work(4, 20, epochs=None, steps=7).max_steps == 7
-  assert local.Work(4, 20, min_examples=17).same_steps
-  assert not local.Work(4, 20, min_examples=16).same_steps
-  assert local.Work(4, 20, epochs=None, steps=7).same_steps
+  """Where all sites are bound to take equally many, the number is known before data are."""
+  taken = lambda steps: steps.begin(site(18), now(0))[0]
+  by_steps = local.epochs(4, 20, num_epochs=None, num_steps=7)
+  assert local.epochs(4, 20, num_epochs=2).max_steps == 10
+  assert by_steps.max_steps == 7
+  assert isinstance(taken(local.epochs(4, 20, min_examples=17)), int)
+  assert not isinstance(taken(local.epochs(4, 20, min_examples=16)), int)
+  assert isinstance(taken(by_steps), int)
 
 
 def test_gather_gives_padding_no_weight():
@@ -152,7 +163,7 @@ def test_gather_gives_padding_no_weight():
 
 def recipe(work, schedule=lambda t: 0.1, optimizer=optax.sgd, **kwargs):
   loss = local.classification_loss(apply_fn, as_stored, L, **kwargs)
-  return local.Recipe(local.gradients(loss), optimizer, schedule, work)
+  return local.Recipe(work, local.gradients(loss), None, optimizer, schedule)
 
 
 def by_hand(params, images, labels, batches, rates, momentum=0.0, classes=(1.0, 1.0, 1.0)):
@@ -177,24 +188,15 @@ def by_hand(params, images, labels, batches, rates, momentum=0.0, classes=(1.0, 
 @pytest.mark.parametrize(("n", "classes"), [(20, None), (13, (0.5, 2.0, 1.25))])
 def test_training_equals_the_loop_written_by_hand(n, classes, momentum):
   images, labels = data(20)
-  work = local.Work(batch_size=4, max_examples=20, epochs=2)
+  work = local.epochs(4, 20, num_epochs=2)
   schedule = lambda t: 0.3 * 0.8**t
   optimizer = functools.partial(optax.sgd, momentum=momentum or None)
   made = recipe(work, schedule, optimizer)
-  opt_state, round_index = made.optimizer(jnp.float32(0)).init(start()), jnp.int32(2)
-  keys = jax.random.key(3), jax.random.key(4)
-  args = (
-    start(),
-    {},
-    opt_state,
-    jnp.asarray(images),
-    jnp.asarray(labels),
-    jnp.int32(n),
-    round_index,
-    *keys,
-  )
-  trained = jax.jit(local.train(made))(*args, None if classes is None else jnp.asarray(classes))
-  index, num_steps = local.draw_batches(keys[0], round_index, jnp.int32(n), work)
+  opt_state = made.optimizer(jnp.float32(0)).init(start())
+  weights = None if classes is None else jnp.asarray(classes)
+  data_of = site(n, jnp.asarray(images), jnp.asarray(labels))
+  trained = jax.jit(local.train(made))(start(), {}, opt_state, (), data_of, now(2, (3, 4), weights))
+  index, num_steps = index_of(work, jnp.int32(2), jnp.int32(n))
   batches = [row[row >= 0] for row in np.asarray(index)[: int(num_steps)]]
   rates = [schedule(2 + t / int(num_steps)) for t in range(int(num_steps))]
   want, sums = by_hand(
@@ -210,17 +212,12 @@ def test_rows_beyond_the_sites_examples_change_nothing():
   images, labels = data(20)
   poisoned = images.copy()
   poisoned[13:] = np.nan
-  run = jax.jit(local.train(recipe(local.Work(4, 20, epochs=2))))
-  args = lambda x: (
-    start(),
-    {},
-    optax.sgd(0.1).init(start()),
-    jnp.asarray(x),
-    jnp.asarray(labels),
-    jnp.int32(13),
-  )
-  rest = (jnp.int32(0), jax.random.key(0), jax.random.key(1))
-  clean, dirty = run(*args(images), *rest), run(*args(poisoned), *rest)
+  run = jax.jit(local.train(recipe(local.epochs(4, 20, num_epochs=2))))
+  train = lambda x: run(
+    start(), {}, optax.sgd(0.1).init(start()), (), site(13, jnp.asarray(x), jnp.asarray(labels)),
+    now(0),
+  )  # fmt: skip
+  clean, dirty = train(images), train(poisoned)
   assert np.array_equal(clean.params["w"], dirty.params["w"])
   assert clean.metrics.num_examples == 26
 
@@ -231,13 +228,13 @@ def test_the_schedule_advances_whether_the_optimiser_keeps_its_state_or_not(keep
   images, labels = data(20)
   rates = []
   for optimizer in (optax.sgd, optax.adam, functools.partial(optax.sgd, momentum=0.9)):
-    made = recipe(local.Work(4, 20, epochs=1), lambda t: 1.0 / (1.0 + t), optimizer)
+    made = recipe(local.epochs(4, 20), lambda t: 1.0 / (1.0 + t), optimizer)
     run, opt_state = jax.jit(local.train(made)), made.optimizer(jnp.float32(0)).init(start())
     sums = []
     for r in range(3):
       state = opt_state if keep else made.optimizer(jnp.float32(0)).init(start())
-      data_args = jnp.asarray(images), jnp.asarray(labels), jnp.int32(20), jnp.int32(r)
-      trained = run(start(), {}, state, *data_args, jax.random.key(0), jax.random.key(r))
+      data_of = site(20, jnp.asarray(images), jnp.asarray(labels))
+      trained = run(start(), {}, state, (), data_of, now(r, (0, r)))
       opt_state = trained.opt_state
       sums.append(float(trained.rate_sum))
     rates.append(sums)
@@ -249,17 +246,10 @@ def test_the_schedule_advances_whether_the_optimiser_keeps_its_state_or_not(keep
 
 def test_correct_changes_the_gradient_before_the_optimiser():
   images, labels = data(20)
-  made = recipe(local.Work(4, 20))
+  made = recipe(local.epochs(4, 20))
   halt = local.train(made, lambda grads, params: jax.tree.map(jnp.zeros_like, grads))
-  args = (
-    jnp.asarray(images),
-    jnp.asarray(labels),
-    jnp.int32(20),
-    jnp.int32(0),
-    jax.random.key(0),
-    jax.random.key(1),
-  )
-  trained = jax.jit(halt)(start(), {}, optax.sgd(0.1).init(start()), *args)
+  data_of = site(20, jnp.asarray(images), jnp.asarray(labels))
+  trained = jax.jit(halt)(start(), {}, optax.sgd(0.1).init(start()), (), data_of, now(0))
   jax.tree.map(np.testing.assert_array_equal, trained.params, start())
 
 
@@ -364,38 +354,43 @@ def test_vmapped_gradients_are_those_of_each_site(size):
   np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-6)
 
 
-def test_a_private_recipe_draws_and_differentiates_by_the_sites_secret():
-  """Steps are numbered on from round to round, and nothing of the examples comes back but the
-  model.
-  """
+def test_a_privatizer_gets_the_sites_secret_its_units_and_numbers_that_go_on():
+  """Steps are counted over rounds, so that no two of a site share a number."""
   steps = 3
-  seen = lambda secret, step, n: jnp.stack(
-    [step + secret[0], n.astype(jnp.uint32), jnp.uint32(7)]
-  ).astype(jnp.float32)
-  draw = lambda secret, step, n, size, units, state: jnp.stack([step % 5, -1]).astype(jnp.int32)
 
-  def grad_fn(params, model_state, batch, key, secret, step, n, state):
-    grads = {
-      "w": jnp.tile(seen(secret, step, n), (D, 1)),
-      "b": jnp.sum(batch.weights) * jnp.ones(L),
-    }
-    return grads, (model_state, Metrics(jnp.float32(3), jnp.float32(2), jnp.float32(1))), state
+  def begin(site, now):
+    return steps, lambda t, state: jnp.stack([t + site.num_examples - 5, -1]).astype(jnp.int32)
 
-  work = local.Work(batch_size=4, max_examples=7)
-  private = local.Private(draw, grad_fn, steps)
-  recipe = local.Recipe(None, optax.sgd, lambda t: 1.0, work, private)
+  def grad_fn(params, model_state, batch, key):
+    nothing = jnp.float32(0)
+    grads = {"w": jnp.zeros((D, L)), "b": jnp.sum(batch.weights) * jnp.ones(L)}
+    return grads, (model_state, Metrics(nothing, nothing, nothing))
+
+  def update(grads, state, params, *, secret, step, num_units):
+    seen = jnp.stack([step + secret[0], num_units.astype(jnp.uint32), state.astype(jnp.uint32)])
+    return {**grads, "w": jnp.tile(seen.astype(jnp.float32), (D, 1))}, state + 1
+
+  made = local.Recipe(
+    local.Steps(steps, 2, 7, begin),
+    grad_fn,
+    optax.GradientTransformationExtraArgs(lambda params: jnp.int32(7), update),
+    optax.sgd,
+    lambda t: 1.0,
+  )
   images, labels = data(7)
-  args = (images, labels, jnp.int32(5), jnp.int32(2), jax.random.key(0), jax.random.key(1))
   params = jax.tree.map(jnp.zeros_like, start())
-  trained = jax.jit(local.train(recipe))(
-    params, {}, optax.sgd(1.0).init(params), *args, secret=jnp.full(8, 9, jnp.uint32)
-  )
-  numbers = 2 * steps + np.arange(steps)
-  np.testing.assert_array_equal(
-    trained.params["w"][0], [-(numbers + 9).sum(), -5 * steps, -7 * steps]
-  )
-  np.testing.assert_array_equal(trained.params["b"], -steps * np.ones(L))  # one example a step
-  assert trained.num_steps == steps
-  assert all(m == 0 for m in trained.metrics)
-  with pytest.raises(ValueError, match="needs a secret at each site"):
-    local.train(recipe)(params, {}, optax.sgd(1.0).init(params), *args)
+  for units, num_units in ((None, 5), (jnp.array([0, 0, 1, 1, 1, -1, -1], jnp.int32), 2)):
+    here = site(5, images, labels, secret=jnp.full(8, 9, jnp.uint32), units=units)
+    trained = jax.jit(local.train(made))(
+      params, {}, optax.sgd(1.0).init(params), local.init_noise(made, params), here, now(2)
+    )
+    numbers = 2 * steps + np.arange(steps)
+    want = [-(numbers + 9).sum(), -num_units * steps, -(7 + 8 + 9)]
+    np.testing.assert_array_equal(trained.params["w"][0], want)
+    np.testing.assert_array_equal(trained.params["b"], -steps * np.ones(L))  # one example a step
+    assert trained.num_steps == steps
+    assert trained.noise == 10
+
+
+def test_without_a_privatizer_nothing_is_kept():
+  assert local.init_noise(recipe(local.epochs(4, 20)), start()) == ()

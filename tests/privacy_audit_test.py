@@ -9,9 +9,7 @@ import optax
 import pytest
 from scipy import integrate, special, stats
 
-from primia_jax import prng
-from primia_jax.privacy import audit, correlated, noise
-from primia_jax.privacy.mechanism import Mechanism, private_gradients
+from primia_jax.privacy import audit, correlated, noise, plan, privatizers, strategies
 from primia_jax.types import Batch, Metrics
 
 DELTA = 1e-5
@@ -123,7 +121,7 @@ def test_random_directions_too_show_that_nothing_is_clipped():
 FEATURES, CLASSES = 32, 8
 
 
-def training(mechanism):
+def training(num_units, stddev, **changes):
   """Real private training of a linear classifier, among whose examples there are canaries."""
   rng = np.random.default_rng(0)
   real = rng.normal(size=(8, FEATURES)).astype(np.float32)
@@ -138,7 +136,11 @@ def training(mechanism):
     loss, num = jnp.sum(losses * batch.weights), jnp.sum((batch.weights > 0).astype(jnp.float32))
     return loss / jnp.maximum(num, 1.0), (model_state, Metrics(loss, jnp.zeros(()), num))
 
-  step_fn = private_gradients(loss_fn, mechanism)
+  made = plan.dp_sgd(
+    loss_fn, num_units=num_units, sampling_rate=1.0, steps=STEPS, rounds=1, delta=1e-3,
+    noise_multiplier=stddev or 1.0, microbatch=33, **changes,
+  )  # fmt: skip
+  noisy = made.privatizer if stddev else privatizers.gaussian(0.0, 1.0)
 
   def release(gradients, included, secret):
     images = jnp.concatenate(
@@ -151,7 +153,8 @@ def training(mechanism):
     )
 
     def step(params, t):
-      released, _ = step_fn(params, {}, batch, jax.random.key(0), prng.derive(secret, t), 1.0)
+      total, _ = made.grad_fn(params, {}, batch, jax.random.key(0))
+      released, _ = noisy.update(total, (), params, secret=secret, step=t, num_units=1.0)
       return jax.tree.map(lambda p, g: p - 0.01 * g, params, released), released["kernel"].ravel()
 
     params = {"kernel": jnp.zeros((FEATURES, CLASSES)), "bias": jnp.zeros(CLASSES)}
@@ -164,24 +167,15 @@ def training(mechanism):
   ("changes", "caught"),
   [
     ({}, False),
-    ({"noise_multiplier": STDDEV / 2}, True),
-    (
-      {"noise_multiplier": STDDEV / 1e3, "l2_clip_norm": 1e3},
-      True,
-    ),  # the same noise, and nothing is clipped
-    ({"noise_multiplier": 0.0, "private": False}, True),
+    ({"stddev": STDDEV / 2}, True),
+    # the same noise, and nothing is clipped
+    ({"stddev": STDDEV / 1e3, "l2_clip_norm": 1e3}, True),
+    ({"stddev": 0.0}, True),
   ],
   ids=["right", "half the noise", "no clipping", "no noise"],
 )
 def test_real_private_training_passes_and_broken_is_caught(changes, caught):
-  right = {
-    "noise_multiplier": STDDEV,
-    "sampling_rate": 1.0,
-    "max_units": 264,
-    "l2_clip_norm": 1.0,
-    "microbatch": 33,
-  }
-  result = run(training(Mechanism(**(right | changes))))
+  result = run(training(**({"num_units": 264, "stddev": STDDEV} | changes)))
   (assert_caught if caught else assert_passes)(result)
 
 
@@ -214,9 +208,9 @@ def correlated_training(config, actual):
 
 
 def test_correlated_noise_keeps_its_claim_for_the_whole_run_and_hardly_more():
-  config = correlated.banded(6, 2, 1 / MU, 1.0, correlated.square_root_coefficients(2))
+  config = strategies.banded(6, 2, 1 / MU, 1.0, strategies.square_root_coefficients(2))
   assert_passes(run(correlated_training(config, config)))
-  once = correlated.banded(
+  once = strategies.banded(
     6, 2, 1 / MU, 1.0, config.coefficients, max_participations=1
   )  # but they are three
   assert run(correlated_training(config, once)).gaussian_epsilon > CLAIM

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from primia_jax import prng
-from primia_jax.privacy import correlated, noise
+from primia_jax.privacy import correlated, noise, strategies
 
 SECRET = jnp.arange(8, dtype=jnp.uint32) + 3
 
@@ -38,7 +38,7 @@ def strategy(config):
   algebra.
   """
   num_steps = config.num_steps
-  if isinstance(config, correlated.BandedNoise):
+  if isinstance(config, strategies.BandedNoise):
     c = np.zeros((num_steps, num_steps))
     for i, j in itertools.product(range(num_steps), repeat=2):
       if 0 <= i - j < len(config.coefficients):
@@ -96,18 +96,18 @@ def honaker(first, end, num_steps):
 
 
 CONFIGS = {
-  "one band": correlated.banded(12, 4, 0.7, 2.0, [1.0]),
-  "square root": correlated.banded(13, 4, 0.7, 2.0, correlated.square_root_coefficients(4)),
-  "optimal": correlated.banded(24, 6, 1.3, 0.5, correlated.optimal_coefficients(5, 24)),
-  "all bands": correlated.banded(9, 9, 1.0, 1.0, correlated.square_root_coefficients(9)),
-  "more bands than steps": correlated.banded(
-    3, 9, 1.0, 1.0, correlated.square_root_coefficients(5)
+  "one band": strategies.banded(12, 4, 0.7, 2.0, [1.0]),
+  "square root": strategies.banded(13, 4, 0.7, 2.0, strategies.square_root_coefficients(4)),
+  "optimal": strategies.banded(24, 6, 1.3, 0.5, strategies.optimal_coefficients(5, 24)),
+  "all bands": strategies.banded(9, 9, 1.0, 1.0, strategies.square_root_coefficients(9)),
+  "more bands than steps": strategies.banded(
+    3, 9, 1.0, 1.0, strategies.square_root_coefficients(5)
   ),
-  "plain tree": correlated.tree(22, 8, 0.7, 2.0, honaker=False),
-  "plain short tree": correlated.tree(17, 7, 0.7, 2.0, restart_every=6, honaker=False),
-  "tree": correlated.tree(22, 8, 0.7, 2.0),
-  "short tree": correlated.tree(17, 7, 1.3, 0.5, restart_every=7),
-  "tree of one": correlated.tree(5, 3, 1.0, 1.0, restart_every=1),
+  "plain tree": strategies.tree(22, 8, 0.7, 2.0, honaker=False),
+  "plain short tree": strategies.tree(17, 7, 0.7, 2.0, restart_every=6, honaker=False),
+  "tree": strategies.tree(22, 8, 0.7, 2.0),
+  "short tree": strategies.tree(17, 7, 1.3, 0.5, restart_every=7),
+  "tree of one": strategies.tree(5, 3, 1.0, 1.0, restart_every=1),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -128,7 +128,7 @@ def brute_force(config):
 
 def columns(config):
   """[T, R] the noise of all steps for each unit impulse of stddev."""
-  levels = config.restart_every.bit_length() if isinstance(config, correlated.TreeNoise) else 1
+  levels = config.restart_every.bit_length() if isinstance(config, strategies.TreeNoise) else 1
   nodes = list(itertools.product(range(levels), range(config.num_steps)))
 
   @jax.jit
@@ -149,7 +149,7 @@ def columns(config):
 @every_config
 def test_the_noise_is_the_inverse_of_the_strategy_applied_to_independent_noise(config):
   _, inverse = strategy(config)
-  got = columns(config) / correlated.stddev(config)
+  got = columns(config) / strategies.stddev(config)
   np.testing.assert_allclose(got @ got.T, inverse @ inverse.T, atol=2e-5)
 
 
@@ -157,8 +157,8 @@ def test_the_noise_is_the_inverse_of_the_strategy_applied_to_independent_noise(c
 def test_expected_errors_are_those_of_the_matrices(config):
   _, inverse = strategy(config)
   rows = np.cumsum(inverse, axis=0)
-  want = np.sum(rows**2, axis=1) * correlated.stddev(config) ** 2
-  np.testing.assert_allclose(correlated.squared_errors(config), want, rtol=1e-9)
+  want = np.sum(rows**2, axis=1) * strategies.stddev(config) ** 2
+  np.testing.assert_allclose(strategies.squared_errors(config), want, rtol=1e-9)
 
 
 @every_config
@@ -178,9 +178,9 @@ def test_sensitivity_is_that_of_the_worst_pattern(name, most):
   config = CONFIGS[name]
   if most is not None:
     config = dataclasses.replace(config, max_participations=most)
-  assert math.isclose(correlated.sensitivity(config), brute_force(config), rel_tol=1e-9)
+  assert math.isclose(strategies.sensitivity(config), brute_force(config), rel_tol=1e-9)
   assert math.isclose(
-    correlated.stddev(config),
+    strategies.stddev(config),
     config.noise_multiplier * config.l2_clip_norm * brute_force(config),
     rel_tol=1e-9,
   )
@@ -194,11 +194,11 @@ def test_sensitivity_is_that_of_the_worst_pattern_whatever_the_numbers(
   size = data.draw(st.integers(1, separation))
   steps = data.draw(st.lists(st.floats(0.3, 1), min_size=size, max_size=size))
   for config in (
-    correlated.banded(num_steps, separation, 1.0, 1.0, np.cumprod(steps), max_participations=most),
-    correlated.tree(num_steps, separation, 1.0, 1.0, size, max_participations=most),
-    correlated.tree(num_steps, separation, 1.0, 1.0, size, max_participations=most, honaker=False),
+    strategies.banded(num_steps, separation, 1.0, 1.0, np.cumprod(steps), max_participations=most),
+    strategies.tree(num_steps, separation, 1.0, 1.0, size, max_participations=most),
+    strategies.tree(num_steps, separation, 1.0, 1.0, size, max_participations=most, honaker=False),
   ):
-    assert math.isclose(correlated.sensitivity(config), brute_force(config), rel_tol=1e-9)
+    assert math.isclose(strategies.sensitivity(config), brute_force(config), rel_tol=1e-9)
 
 
 def test_no_directions_of_gradients_are_worse_than_equal_ones():
@@ -208,7 +208,7 @@ def test_no_directions_of_gradients_are_worse_than_equal_ones():
     x = np.zeros((config.num_steps, 3))
     x[steps] = rng.normal(size=(len(steps), 3))
     x[steps] /= np.linalg.norm(x[steps], axis=1, keepdims=True)
-    assert np.linalg.norm(c @ x) <= correlated.sensitivity(config) * (1 + 1e-9)
+    assert np.linalg.norm(c @ x) <= strategies.sensitivity(config) * (1 + 1e-9)
 
 
 def deviation(config, drawn):
@@ -216,7 +216,7 @@ def deviation(config, drawn):
   numbers count.
   """
   _, inverse = strategy(config)
-  factor = np.linalg.cholesky(inverse @ inverse.T) * correlated.stddev(config)
+  factor = np.linalg.cholesky(inverse @ inverse.T) * strategies.stddev(config)
   white = np.linalg.solve(factor, np.asarray(drawn, np.float64).reshape(config.num_steps, -1))
   return (np.mean(white**2) - 1) / math.sqrt(2 / white.size)
 
@@ -230,7 +230,7 @@ def test_the_covariance_is_right_and_no_other_scale_passes(name):
   assert abs(deviation(config, np.asarray(drawn) * 3 / 2)) > 4
   _, inverse = strategy(config)
   prefix = np.cumsum(inverse, axis=0)
-  want = prefix @ prefix.T * correlated.stddev(config) ** 2
+  want = prefix @ prefix.T * strategies.stddev(config) ** 2
   sums = np.cumsum(np.asarray(drawn, np.float64), axis=0)
   got, size = sums @ sums.T / sums.shape[1], np.sqrt(np.diag(want))
   error = np.sqrt(
@@ -244,13 +244,13 @@ def test_the_covariance_is_right_and_no_other_scale_passes(name):
 
 
 def test_one_band_is_dp_sgd_without_amplification():
-  config = correlated.banded(10, 1, 1.1, 3.0, [1.0])
+  config = strategies.banded(10, 1, 1.1, 3.0, [1.0])
   assert math.isclose(
-    correlated.stddev(config), 1.1 * 3 * math.sqrt(10)
+    strategies.stddev(config), 1.1 * 3 * math.sqrt(10)
   )  # composition of ten Gaussians
   like = {"a": jnp.zeros(5), "b": jnp.zeros((2, 3))}
   draw = jax.jit(noise.gaussian_like, static_argnums=3)
-  want = [draw(subkey(0), jnp.uint32(t), like, correlated.stddev(config)) for t in range(10)]
+  want = [draw(subkey(0), jnp.uint32(t), like, strategies.stddev(config)) for t in range(10)]
   want = jax.tree.map(lambda *rows: jnp.stack(rows), *want)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), run(config, like), want
@@ -288,26 +288,26 @@ def test_a_step_out_of_turn_releases_nothing(name):
 
 
 def test_fewer_errors_than_dp_sgd_trees_and_the_square_root():
-  mean = lambda config: correlated.squared_errors(config).mean()
-  of = lambda c: mean(correlated.banded(256, 32, 1.0, 1.0, c))
+  mean = lambda config: strategies.squared_errors(config).mean()
+  of = lambda c: mean(strategies.banded(256, 32, 1.0, 1.0, c))
   optimal, root = (
-    of(correlated.optimal_coefficients(32, 256)),
-    of(correlated.square_root_coefficients(32)),
+    of(strategies.optimal_coefficients(32, 256)),
+    of(strategies.square_root_coefficients(32)),
   )
   sgd = of([1.0])
   assert math.isclose(sgd, 257 / 2 * 8)  # |A|^2 / T times k participations
-  honaker, tree = (mean(correlated.tree(256, 32, 1.0, 1.0, honaker=h)) for h in (True, False))
+  honaker, tree = (mean(strategies.tree(256, 32, 1.0, 1.0, honaker=h)) for h in (True, False))
   assert optimal < root < sgd
   assert optimal < honaker < 0.7 * tree
-  grown = [of(correlated.optimal_coefficients(b, 256)) for b in (1, 2, 4, 8, 16, 32)]
+  grown = [of(strategies.optimal_coefficients(b, 256)) for b in (1, 2, 4, 8, 16, 32)]
   assert grown == sorted(grown, reverse=True)
 
 
 def test_the_coefficients_are_those_of_the_square_root_and_a_minimum():
-  c = correlated.square_root_coefficients(40)
+  c = strategies.square_root_coefficients(40)
   np.testing.assert_allclose(np.convolve(c, c)[:40], np.ones(40), rtol=1e-12)  # 1 / (1 - x)
-  best = correlated.optimal_coefficients(6, 50)
-  error = lambda c: correlated.squared_errors(correlated.banded(50, 6, 1.0, 1.0, c)).mean()
+  best = strategies.optimal_coefficients(6, 50)
+  error = lambda c: strategies.squared_errors(strategies.banded(50, 6, 1.0, 1.0, c)).mean()
   rng = np.random.default_rng(0)
   worse = [error(np.sort(best * np.exp(0.1 * rng.normal(size=6)))[::-1]) for _ in range(20)]
   assert error(best) <= min(worse)
@@ -317,33 +317,33 @@ def test_the_coefficients_are_those_of_the_square_root_and_a_minimum():
 @pytest.mark.parametrize("num_steps", [1, 7, 100, 1000])
 @pytest.mark.parametrize("num_bands", [1, 2, 5, 50, 400])
 def test_coefficients_make_sound_noise_and_no_more_error_than_the_square_root(num_bands, num_steps):
-  error = lambda c: correlated.squared_errors(
-    correlated.banded(num_steps, num_bands, 1.0, 1.0, c)
+  error = lambda c: strategies.squared_errors(
+    strategies.banded(num_steps, num_bands, 1.0, 1.0, c)
   ).mean()
-  optimal = correlated.optimal_coefficients(num_bands, num_steps)
+  optimal = strategies.optimal_coefficients(num_bands, num_steps)
   assert (
-    error(optimal) <= error(correlated.square_root_coefficients(num_bands)) * 1.05
+    error(optimal) <= error(strategies.square_root_coefficients(num_bands)) * 1.05
   )  # short columns: see there
 
 
 @pytest.mark.parametrize(
   ("make", "match"),
   [
-    (lambda: correlated.banded(10, 2, 1.0, 1.0, [1.0, 0.5, 0.2]), "min_separation=2"),
-    (lambda: correlated.banded(10, 4, 1.0, 1.0, [1.0, 1.5]), "not rise"),
-    (lambda: correlated.banded(10, 4, 1.0, 1.0, [1.0, -0.5]), "positive"),
-    (lambda: correlated.banded(10, 4, 0.0, 1.0, [1.0]), "noise_multiplier=0"),
-    (lambda: correlated.banded(10, 4, 1.0, math.inf, [1.0]), "l2_clip_norm=inf"),
-    (lambda: correlated.banded(0, 4, 1.0, 1.0, [1.0]), "num_steps=0"),
-    (lambda: correlated.banded(10, 0, 1.0, 1.0, [1.0]), "min_separation=0"),
+    (lambda: strategies.banded(10, 2, 1.0, 1.0, [1.0, 0.5, 0.2]), "min_separation=2"),
+    (lambda: strategies.banded(10, 4, 1.0, 1.0, [1.0, 1.5]), "not rise"),
+    (lambda: strategies.banded(10, 4, 1.0, 1.0, [1.0, -0.5]), "positive"),
+    (lambda: strategies.banded(10, 4, 0.0, 1.0, [1.0]), "noise_multiplier=0"),
+    (lambda: strategies.banded(10, 4, 1.0, math.inf, [1.0]), "l2_clip_norm=inf"),
+    (lambda: strategies.banded(0, 4, 1.0, 1.0, [1.0]), "num_steps=0"),
+    (lambda: strategies.banded(10, 0, 1.0, 1.0, [1.0]), "min_separation=0"),
     (
-      lambda: correlated.banded(10, 2, 1.0, 1.0, [1.0], max_participations=0),
+      lambda: strategies.banded(10, 2, 1.0, 1.0, [1.0], max_participations=0),
       "max_participations=0",
     ),
-    (lambda: correlated.tree(10, 4, 1.0, 1.0, restart_every=5), "restart_every=5"),
-    (lambda: correlated.optimal_coefficients(0, 5), "num_bands=0"),
-    (lambda: correlated.tree(2**32, 4, 1.0, 1.0), "num_steps"),
-    (lambda: correlated.BandedNoise(10, 4, 3, 1.0, 1.0, (1.0, 0.5)), "norm 1"),
+    (lambda: strategies.tree(10, 4, 1.0, 1.0, restart_every=5), "restart_every=5"),
+    (lambda: strategies.optimal_coefficients(0, 5), "num_bands=0"),
+    (lambda: strategies.tree(2**32, 4, 1.0, 1.0), "num_steps"),
+    (lambda: strategies.BandedNoise(10, 4, 3, 1.0, 1.0, (1.0, 0.5)), "norm 1"),
   ],
 )
 def test_unsound_configurations_are_refused(make, match):

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from primia_jax import local, models
-from primia_jax.privacy import accounting, clipping, mechanism, noise
+from primia_jax.privacy import accounting, clipping, plan
 from primia_jax.types import Batch, Metrics
 
 SIZE, CLASSES, UNITS = (
@@ -205,16 +205,21 @@ def test_padding_and_what_is_not_finite_are_left_out_as_in_jax_privacy(jax_priva
 
 def test_sensitivity_and_noise_are_those_of_jax_privacy(jax_privacy):
   sigma, l2_clip_norm = 1.3, 0.7
-  mech = mechanism.Mechanism(sigma, 0.5, UNITS, l2_clip_norm)
+  _, loss, _ = work()
+  ours = plan.dp_sgd(
+    loss, num_units=UNITS, sampling_rate=0.5, steps=1, rounds=1, delta=1 / UNITS,
+    noise_multiplier=sigma, l2_clip_norm=l2_clip_norm,
+  )  # fmt: skip
   theirs = jax_privacy.clipped_grad(linear_loss, l2_clip_norm=l2_clip_norm, batch_argnums=(1, 2))
-  assert theirs.sensitivity() == mech.l2_clip_norm
-  assert sigma * theirs.sensitivity() == pytest.approx(mech.stddev)
+  assert theirs.sensitivity() == ours.clipping.l2_clip_norm
   adder = jax_privacy.noise_addition.gaussian_privatizer(
     stddev=sigma * theirs.sensitivity(), prng_key=KEY
   )
   zeros = jnp.zeros(200_000)
   samples = (
-    noise.gaussian_like(SECRET, 0, zeros, mech.stddev),
+    ours.privatizer.update(zeros, (), secret=SECRET, step=jnp.uint32(0), num_units=jnp.int32(2))[
+      0
+    ],  # over 2 x 1/2 units
     adder.update(zeros, adder.init(zeros))[0],
   )
   assert stats.ks_2samp(*samples).pvalue > 1e-3

@@ -152,3 +152,28 @@ def test_patients_are_drawn_as_one_and_independently_of_their_number_of_rows():
       i for i, u in enumerate(unit_of_row) if u in units[units >= 0]
     ]
     assert int(overflow) == int(left_out) == 0
+
+
+@pytest.mark.parametrize(
+  ("num_examples", "rate", "steps"),
+  [(5000, 0.01, 3000), (200, 0.5, 10), (3, 0.9, 1), (60000, 1.0, 5)],
+)
+def test_capacity_is_the_smallest_that_fits_and_overflow_agrees(num_examples, rate, steps):
+  rows = sampling.capacity(num_examples, rate, steps)
+  overflow = lambda rows: sampling.overflow_probability(rows, num_examples, rate, steps)
+  assert overflow(rows) <= 1e-12
+  if rows > 1:
+    assert overflow(rows - 1) > 1e-12
+  exact = steps * math.fsum(
+    stats.binom.pmf(
+      np.arange(rows + 1, num_examples + 1), num_examples, sampling.effective_rate(rate)
+    )
+  )
+  np.testing.assert_allclose(overflow(rows), min(exact, 1), rtol=1e-6)
+  assert sampling.overflow_probability(1, 10**6, rate, 10**6) <= 1
+
+
+def test_impossible_runs_are_refused():
+  for arguments in ((0, 0.1, 1), (1, 0.1, 0), (1, 0.1, 1, 0.0), (1, 2.0, 1)):
+    with pytest.raises(ValueError, match="must"):
+      sampling.capacity(*arguments)

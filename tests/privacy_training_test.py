@@ -1,7 +1,6 @@
-"""Private recipes: batches, clipping and noise as the mechanism says, from the site's secret
-alone.
-"""
+"""Private recipes: batches, clipping and noise as the plan says, from the site's secret alone."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -16,12 +15,18 @@ from scipy import stats
 
 from primia_jax import algorithms, local, prng, secagg, sites
 from primia_jax import federated as fed
-from primia_jax.privacy import correlated, sampling, training
-from primia_jax.privacy.mechanism import Mechanism
-from primia_jax.types import Metrics
+from primia_jax.privacy import (
+  batches,
+  correlated,
+  plan,
+  privatizers,
+  sampling,
+  strategies,
+  subkeys,
+)
+from primia_jax.types import Metrics, Site
 
 N, D, STEPS, RATE = 40, 3, 5, 0.25
-WORK = local.Work(batch_size=10, max_examples=N)
 ROWS = np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)
 SECRET = jnp.arange(8, dtype=jnp.uint32)
 
@@ -33,27 +38,33 @@ def loss_fn(params, model_state, batch, key):
   return total / jnp.maximum(count, 1.0), (model_state, Metrics(total, 0.0 * total, count))
 
 
-def train(mechanism, secret=SECRET, units=None, rows_per_unit=1, round_index=0, num=N, rows=ROWS):
-  private = training.private(loss_fn, mechanism, STEPS, rows_per_unit)
-  recipe = local.Recipe(local.gradients(loss_fn), optax.sgd, lambda t: 1.0, WORK, private)
-  params = {"w": jnp.zeros(D)}
-  data = (
-    jnp.asarray(rows)[:, None, None, :],
-    jnp.zeros(N, jnp.int32),
-    jnp.int32(num),
-    jnp.int32(round_index),
+def sgd(noise_multiplier=1.0, num_units=N, noiseless=False, **changes):
+  """A plan of five steps a round; `noiseless` keeps everything but the noise."""
+  made = plan.dp_sgd(
+    loss_fn, num_units=num_units, sampling_rate=RATE, steps=STEPS, rounds=4, delta=1e-3,
+    noise_multiplier=noise_multiplier, **changes,
+  )  # fmt: skip
+  return (
+    dataclasses.replace(made, privatizer=privatizers.gaussian(0.0, RATE)) if noiseless else made
   )
-  keys = jax.random.key(0), jax.random.key(1)
-  one = lambda secret: local.train(recipe)(
-    params, {}, optax.sgd(1.0).init(params), *data, *keys, secret=secret, units=units
-  )
-  trained = jax.jit(jax.vmap(one) if secret.ndim == 2 else one)(secret)
+
+
+def train(made, secret=SECRET, units=None, round_index=0, num=N, rows=ROWS):
+  run, params = local.train(made.recipe(optax.sgd, lambda t: 1.0)), {"w": jnp.zeros(D)}
+  images, labels = jnp.asarray(rows)[:, None, None, :], jnp.zeros(N, jnp.int32)
+  now = local.Round(jnp.int32(round_index), jax.random.key(0), jax.random.key(1))
+
+  def one(secret):
+    here = Site(jnp.int32(0), images, labels, jnp.int32(num), secret, units)
+    return run(params, {}, optax.sgd(1.0).init(params), (), here, now)
+
+  trained = jax.jit(jax.vmap(one) if secret is not None and secret.ndim == 2 else one)(secret)
   assert all((m == 0).all() for m in trained.metrics)
   return -np.asarray(trained.params["w"])
 
 
 def drawn(secret, step, num, max_units=N):
-  key = prng.derive(secret, 1)
+  key = subkeys.of_sampling(secret)
   return [int(i) for i in sampling.poisson(key, step, num, N, RATE, max_units)[0] if i >= 0]
 
 
@@ -63,32 +74,33 @@ def clipped(v, norm):
 
 @pytest.mark.parametrize("round_index", [0, 3])
 def test_without_noise_it_is_the_sum_of_clipped_gradients_of_poisson_batches(round_index):
-  mechanism = Mechanism(0.0, RATE, N, 0.5, private=False)
   want = sum(
     clipped(ROWS[i], 0.5) for t in range(STEPS) for i in drawn(SECRET, round_index * STEPS + t, 30)
   ) / (RATE * 30)
-  np.testing.assert_allclose(train(mechanism, round_index=round_index, num=30), want, rtol=1e-4)
+  np.testing.assert_allclose(
+    train(sgd(l2_clip_norm=0.5, noiseless=True), round_index=round_index, num=30), want, rtol=1e-4
+  )
 
 
 def test_a_patients_images_are_clipped_as_one():
   units = np.arange(N, dtype=np.int32) // 4  # ten patients of four images
-  mechanism = Mechanism(0.0, RATE, N, 0.5, unit="patient", private=False)
+  made = sgd(
+    num_units=10, l2_clip_norm=0.5, unit="patient", rows_per_unit=4, max_examples=N, noiseless=True
+  )
   means = ROWS.reshape(10, 4, D).mean(1)
   want = sum(clipped(means[i], 0.5) for t in range(STEPS) for i in drawn(SECRET, t, 10)) / (
     RATE * 10
   )
-  np.testing.assert_allclose(
-    train(mechanism, units=jnp.asarray(units), rows_per_unit=4), want, rtol=1e-4
-  )
+  np.testing.assert_allclose(train(made, units=jnp.asarray(units)), want, rtol=1e-4)
   with pytest.raises(ValueError, match=r"Site\.units"):
-    train(mechanism, rows_per_unit=4)
+    train(made)
 
 
 def test_noise_is_of_the_promised_scale_and_no_other():
-  mechanism = Mechanism(2.0, RATE, N, 0.5)
+  made = sgd(2.0, l2_clip_norm=0.5)
   zeros = np.zeros((N, D), np.float32)
   secrets = jnp.stack([prng.derive(SECRET, i) for i in range(60)])
-  noise = train(mechanism, secrets, rows=zeros)
+  noise = train(made, secrets, rows=zeros)
   unit = 2.0 * 0.5 * np.sqrt(STEPS) / (RATE * N)  # of the sum of all steps
   chance = lambda scale: stats.chi2.cdf(np.sum((noise / (scale * unit)) ** 2), noise.size)
   assert 0.001 < chance(1.0) < 0.999
@@ -97,17 +109,17 @@ def test_noise_is_of_the_promised_scale_and_no_other():
 
 
 def test_secrets_and_rounds_never_repeat_noise_or_batches():
-  mechanism = Mechanism(1.0, RATE, N)
-  again = train(mechanism)
-  np.testing.assert_array_equal(again, train(mechanism))
-  others = [train(mechanism, prng.derive(SECRET, 1)), train(mechanism, round_index=1)]
+  made = sgd()
+  again = train(made)
+  np.testing.assert_array_equal(again, train(made))
+  others = [train(made, prng.derive(SECRET, 1)), train(made, round_index=1)]
   assert all(np.abs(again - other).min() > 1e-6 for other in others)
   assert len({tuple(drawn(SECRET, t, N)) for t in range(20)}) == 20
 
 
-def test_bad_numbers_of_steps_are_refused():
-  with pytest.raises(ValueError, match="num_steps=0"):
-    training.private(loss_fn, Mechanism(1.0, RATE, N), 0)
+def test_a_private_recipe_without_a_secret_is_refused():
+  with pytest.raises(ValueError, match="needs a secret at each site"):
+    train(sgd(), secret=None)
 
 
 # DP-FTRL: four rounds of three steps; two batches of five make an epoch of the smallest site.
@@ -115,14 +127,12 @@ ROUNDS, EACH, SIZE = 4, 3, 5
 TOTAL = ROUNDS * EACH
 
 
-def config(kind, multiplier=1.0, min_units=30, total=TOTAL, size=SIZE, clip=0.5):
-  separation, times = training.participation(total, size, min_units)
-  if kind == "tree":
-    return correlated.tree(total, separation, multiplier, clip, max_participations=times)
-  coefficients = correlated.optimal_coefficients(min(separation, 6), total)
-  return correlated.banded(
-    total, separation, multiplier, clip, coefficients, max_participations=times
-  )
+def ftrl(kind, min_units=30, size=SIZE, num_units=N, **changes):
+  return plan.dp_ftrl(
+    loss_fn, num_units=num_units, min_units=min_units, batch_size=size, steps=EACH, rounds=ROUNDS,
+    delta=1e-3, kind=kind, bands=min(min_units // size, 6) if kind == "banded" else None,
+    noise_multiplier=1.0, l2_clip_norm=0.5, **changes,
+  )  # fmt: skip
 
 
 every_kind = pytest.mark.parametrize(
@@ -133,10 +143,9 @@ every_kind = pytest.mark.parametrize(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def places(total, size, num_units):
   """[T, B] the units of every step of a site with a padding of N images."""
-  draw = training.correlated_noise(
-    loss_fn, config("tree", min_units=size, total=total, size=size), 1, size
-  ).draw
-  one = lambda t: draw(SECRET, t + 7, num_units, N, None, correlated.NoiseState(t, {}))
+  here = Site(jnp.int32(0), jnp.zeros((N, 1)), None, num_units)
+  _, draw = batches.cyclic(1, size, N).begin(here, None)
+  one = lambda t: draw(jnp.int32(0), correlated.NoiseState(t, {}))
   return jax.vmap(one)(jnp.arange(total, dtype=jnp.uint32))
 
 
@@ -148,7 +157,7 @@ def test_units_come_as_far_apart_and_as_often_as_promised(shape, data):
   steps = np.asarray(places(total, size, jnp.int32(num_units)))
   assert steps.min() >= 0
   assert steps.max() < num_units
-  separation, times = training.participation(total, size, num_units)
+  separation, times = batches.participation(total, size, num_units)
   uses = {u: np.flatnonzero((steps == u).any(axis=1)) for u in range(num_units)}
   assert sum(map(len, uses.values())) == total * size  # no batch holds a unit twice
   assert max(map(len, uses.values())) <= times
@@ -165,13 +174,11 @@ def test_the_order_mixes_images_that_are_sorted():
 @functools.lru_cache
 def trainer(kind, unit="example"):
   """A recipe and its compiled rounds; images are W wide."""
-  noises = config(kind) if unit == "example" else config(kind, min_units=10, size=2)
-  size, rows_per_unit = (SIZE, 1) if unit == "example" else (2, 4)
-  private = training.correlated_noise(
-    loss_fn, noises, EACH, size, unit=unit, rows_per_unit=rows_per_unit
-  )
-  made = local.Recipe(local.gradients(loss_fn), optax.sgd, lambda t: 1.0, WORK, private)
-  return made, jax.jit(local.train(made))
+  made = ftrl(kind)
+  if unit == "patient":
+    made = ftrl(kind, 10, 2, 10, unit=unit, rows_per_unit=4, max_examples=N)
+  recipe = made.recipe(optax.sgd, lambda t: 1.0)
+  return recipe, jax.jit(local.train(recipe))
 
 
 W = 400
@@ -184,22 +191,12 @@ def run_rounds(kind, secret=SECRET, rows=WIDE, num=N, rounds=range(ROUNDS), carr
     trainer(kind, "example" if units is None else "patient"),
     {"w": jnp.zeros(W)},
   )
-  data = (jnp.asarray(rows)[:, None, None, :], jnp.zeros(N, jnp.int32), jnp.int32(num))
-  noise, out = made.private.init(params), []
+  images, labels = jnp.asarray(rows)[:, None, None, :], jnp.zeros(N, jnp.int32)
+  here = Site(jnp.int32(0), images, labels, jnp.int32(num), secret, units)
+  noise, out = local.init_noise(made, params), []
   for r in rounds:
-    keys = jax.random.key(0), jax.random.key(1)
-    done = train_fn(
-      params,
-      {},
-      optax.sgd(1.0).init(params),
-      *data,
-      jnp.int32(r),
-      *keys,
-      None,
-      secret,
-      units,
-      noise,
-    )
+    now = local.Round(jnp.int32(r), jax.random.key(0), jax.random.key(1))
+    done = train_fn(params, {}, optax.sgd(1.0).init(params), noise, here, now)
     params, noise = done.params, done.noise if carry else noise
     out.append(-np.asarray(params["w"], np.float64))
   return np.stack(out)
@@ -214,12 +211,12 @@ def accepts(noise, stddev):
 @every_kind
 def test_correlated_noise_of_all_rounds_has_the_scale_of_its_matrices(kind):
   """Which is not that of fresh noise, nor that of a state which every round starts anew."""
-  noises, nothing = config(kind), np.zeros((N, W), np.float32)
-  stddevs = np.sqrt(correlated.squared_errors(noises))[EACH - 1 :: EACH]
+  noises, nothing = ftrl(kind).strategy, np.zeros((N, W), np.float32)
+  stddevs = np.sqrt(strategies.squared_errors(noises))[EACH - 1 :: EACH]
   for sums, stddev in zip(run_rounds(kind, rows=nothing) * SIZE, stddevs, strict=True):
     assert accepts(sums, stddev)
   assert not accepts(run_rounds(kind, rows=nothing, carry=False)[-1] * SIZE, stddevs[-1])
-  assert correlated.stddev(noises) * np.sqrt(TOTAL) > 1.5 * stddevs[-1]
+  assert strategies.stddev(noises) * np.sqrt(TOTAL) > 1.5 * stddevs[-1]
 
 
 @every_kind
@@ -349,16 +346,14 @@ def test_placements_agree_and_algorithms_keep_the_state(kind):
   ("call", "message"),
   [
     (
-      lambda: training.participation(10, 8, 7),
-      "batch_size=8: one would be .* use batch_size=7 or less",
+      lambda: batches.participation(10, 8, 7),
+      "batch_size=8: a step would .* use batch_size=7 or less",
     ),
-    (lambda: training.participation(0, 8, 70), "num_steps=0"),
-    (lambda: training.correlated_noise(loss_fn, config("tree"), 0, SIZE), "num_steps=0"),
-    (lambda: training.correlated_noise(loss_fn, config("tree"), 1, 2**30), "fewer than 2\\^32"),
-    (
-      lambda: training.correlated_noise(loss_fn, config("tree"), 1, SIZE, unit="site"),
-      "unit='site'",
-    ),
+    (lambda: batches.participation(0, 8, 70), "num_steps=0"),
+    (lambda: ftrl("tree", size=2**29, min_units=2**30), "fewer than 2\\^32"),
+    (lambda: ftrl("tree", unit="site"), "unit='site'"),
+    (lambda: ftrl("tree", size=0), "batch_size=0"),
+    (lambda: batches.cyclic(0, SIZE, N), "num_steps=0"),
   ],
 )
 def test_fixed_orders_that_cannot_be_are_refused(call, message):
