@@ -1,10 +1,10 @@
-"""Tests a trained model on images: metrics, a table of predictions, confusion matrix and ROC
-curves.
+"""Tests a trained model on images.
 
   python -m experiments.evaluate --run_dir=runs/first --data=folder:PATH --output_dir=out
 
-Labelled images (one folder a class, npz or TFDS) give metrics.json, report.md and pictures beside
-predictions.csv; with --unlabelled, a folder of any images gives predictions.csv alone.
+For labelled images (a folder for each class, npz or TFDS) it writes predictions.csv, metrics.json,
+report.md, a confusion matrix and ROC curves. With --unlabelled it takes a folder of any images and
+writes predictions.csv only.
 """
 
 import pathlib
@@ -21,7 +21,7 @@ settings.define_flags(Data)
 flags.DEFINE_string("run_dir", None, "folder of the training run", required=True)
 flags.DEFINE_string("output_dir", None, "folder for the results; created", required=True)
 flags.DEFINE_integer("seed", 0, "seed of the phantom's images and of the bootstrap")
-flags.DEFINE_boolean("unlabelled", False, "folder: the images have no classes; only predict them")
+flags.DEFINE_boolean("unlabelled", False, "only predict, for a folder of images without classes")
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(sys.modules["experiments.settings"])
 
@@ -31,7 +31,7 @@ def main() -> None:
   size, _, channels = model_config.image_shape
   for name, value in (("image_size", size), ("channels", channels)):
     if FLAGS[name].present and FLAGS[name].value != value:
-      raise ValueError(f"{name}={FLAGS[name].value}: the model takes {value}; leave the flag out")
+      raise ValueError(f"{name}={FLAGS[name].value}: the model takes {value}; omit the flag")
     FLAGS[name].value = value
   config = settings.from_flags(Data)
   output = pathlib.Path(FLAGS.output_dir)

@@ -1,5 +1,4 @@
-"""Draws the training curves of one or several runs into one picture each, or of a run that is still
-going.
+"""Draws the training curves of a run, finished or not: one picture for each trained model.
 
 python -m experiments.plot --run_dir=runs/first
 """
@@ -12,7 +11,7 @@ from absl import flags
 from experiments import plots, running, settings
 
 flags.DEFINE_string("run_dir", None, "folder of the training run", required=True)
-flags.DEFINE_string("output_dir", "", "folder for the pictures; empty takes the run folder")
+flags.DEFINE_string("output_dir", "", "folder for the pictures; by default the run folder")
 FLAGS = flags.FLAGS
 
 
@@ -24,7 +23,7 @@ def main() -> None:
   files = sorted(folder.glob("*/rounds.jsonl"))
   if not files:
     raise FileNotFoundError(
-      f"{folder} has no rounds.jsonl yet; the first is written when the first round ends"
+      f"{folder} has no rounds.jsonl yet; wait until the run's first round has ended"
     )
   data = "synthetic phantom" if config["data"] == "phantom" else config["data"]
   for file in files:

@@ -1,9 +1,9 @@
-"""Pictures of a run. Each function writes one file, of the format its suffix names, and touches no
+"""Pictures of a run. Each function writes one file in the format of its suffix, and changes no
 global state.
 
-Colours are those of Okabe and Ito, which the colour-blind can tell apart, and lines differ in dash
-as well. Titles are the caller's, and must name the data set: nobody shall take a phantom's figure
-for a patient's.
+The colours are Okabe and Ito's, which colour-blind readers can distinguish; lines also differ in
+their dashes. The caller passes each title, which must name the data set, so that nobody mistakes a
+phantom's result for a patient's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CURVES = {
   "learning rate": {"learning_rate": "learning rate"},
   "epsilon spent": {"epsilon": "epsilon spent"},
 }
-SINGLE = ("learning rate", "epsilon spent")  # panels of one line, named by their axis
+SINGLE = ("learning rate", "epsilon spent")  # panels with one line, which their axis names
 
 
 def confusion_matrix(
@@ -53,10 +53,10 @@ def confusion_matrix(
     cm: [L, L] integers, rows true, columns predicted.
     label_names: the L classes.
     path: the file to write.
-    title: what the picture shows, data set included.
+    title: what the picture shows, including the data set.
 
   Raises:
-    ValueError: a matrix that is not [L, L].
+    ValueError: the matrix is not [L, L].
   """
   cm, size = np.asarray(cm), len(label_names)
   if cm.shape != (size, size):
@@ -106,16 +106,16 @@ def confusion_matrix(
 def roc(
   labels: Any, probabilities: Any, label_names: Sequence[str], path: str | pathlib.Path, title: str
 ) -> None:
-  """Draws one one-vs-rest ROC curve for each class, and their mean.
+  """Draws a one-vs-rest ROC curve for each class, and their mean.
 
-  A class without examples, or with all of them, has no curve; the legend says so.
+  A class that has no examples, or all of them, has no curve; the legend says so.
 
   Args:
     labels: [N] integers in 0..L-1.
     probabilities: [N, L].
     label_names: the L classes.
     path: the file to write.
-    title: what the picture shows, data set included.
+    title: what the picture shows, including the data set.
   """
   labels, probabilities = metrics.check_probabilities(labels, probabilities)
   crowded = len(label_names) > len(PALETTE)
@@ -166,26 +166,26 @@ def roc(
 
 
 def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: str) -> None:
-  """Draws loss, validation scores, learning rate and the epsilon that is spent against the round.
+  """Draws loss, validation scores, learning rate and spent epsilon against the round.
 
   Args:
-    rows: a run's JSON lines: each has `round` and any of `train_loss`, `val_loss`, `val_accuracy`,
-      `val_mcc`, `learning_rate` and `epsilon`. What a row lacks, or holds as None, has no point
-      there; what no row has, has no panel.
+    rows: a run's JSON lines. Each has `round` and any of `train_loss`, `val_loss`, `val_accuracy`,
+      `val_mcc`, `learning_rate` and `epsilon`. A value that is absent or None has no point. A panel
+      without values is left out.
     path: the file to write.
-    title: what the picture shows, data set included.
+    title: what the picture shows, including the data set.
 
   Raises:
-    ValueError: no rows, a row without `round`, or nothing to draw.
+    ValueError: there are no rows, a row has no `round`, or there is nothing to draw.
   """
   if not rows or not all("round" in row for row in rows):
-    raise ValueError("curves need at least one row, and a `round` in each")
+    raise ValueError("rows must hold at least one row, and a `round` in each")
   has = lambda key: any(row.get(key) is not None for row in rows)
   panels = {panel: {k: v for k, v in lines.items() if has(k)} for panel, lines in CURVES.items()}
   panels = {panel: lines for panel, lines in panels.items() if lines}
   if not panels:
     raise ValueError(
-      f"rows hold none of {[key for lines in CURVES.values() for key in lines]}: nothing to draw"
+      f"rows hold none of {[key for lines in CURVES.values() for key in lines]}; give at least one"
     )
   heights = [1.2 if panel in SINGLE else 2.6 for panel in panels]
   figure = Figure(figsize=(7.2, sum(heights) + 1.3), layout="constrained")
@@ -235,15 +235,15 @@ def comparison(
   highlight: str = "federated",
   references: Mapping[str, Any] | None = None,
 ) -> None:
-  """Draws accuracy, MCC and macro ROC-AUC of all arms side by side, as bars with their intervals.
+  """Draws accuracy, MCC and macro ROC-AUC of all arms as bars with their intervals.
 
   Args:
-    results: by arm, what `metrics.bootstrap_intervals` gave.
+    results: arm -> what `metrics.bootstrap_intervals` returned.
     path: the file to write.
-    title: what the picture shows, data set included.
-    highlight: the arm drawn darker, if it is among them.
-    references: by name, [L, L] confusion matrices of, say, a human reader; lines through accuracy
-      and MCC.
+    title: what the picture shows, including the data set.
+    highlight: the arm to draw darker, if it is among them.
+    references: name -> [L, L] confusion matrix, e.g. of a human reader; drawn as lines in the
+      panels of accuracy and MCC.
   """
   fields = {"accuracy": "accuracy", "mcc": "MCC", "macro_roc_auc": "macro ROC-AUC (one-vs-one)"}
   lowest = min(0.0, *(float(np.nanmin([r.low.mcc, 0.0])) for r in results.values()))
@@ -277,7 +277,7 @@ def comparison(
           x, color=ORANGE, linewidth=1.6, linestyle=DASHES[(i + 1) % len(DASHES)], label=reference
         )
     axes.set_title(name, fontsize=10.5)
-    # Room right of 1 for the numbers.
+    # Leave room to the right of 1 for the numbers.
     axes.set(xlim=(lowest if field == "mcc" else 0, 1.24), xticks=[0, 0.25, 0.5, 0.75, 1])
     axes.set_xticklabels(["0", "0.25", "0.5", "0.75", "1"])
     _tidy(axes)
@@ -308,7 +308,7 @@ def _tidy(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: str | pathlib.Path, title: str) -> None:
-  width = int(figure.get_figwidth() * 9.5)  # characters of the title's size that fit a line
+  width = int(figure.get_figwidth() * 9.5)  # how many characters of the title fit on a line
   figure.suptitle(
     "\n".join(textwrap.fill(line, width) for line in title.splitlines()),
     fontsize=12,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from primia_jax.data import phantom as phantom_lib
+from primia_jax.data import radiograph
 from primia_jax.data.phantom import LABEL_NAMES, SiteStyle, phantom, render, site_styles
 
 SIZE = 32
@@ -134,7 +134,7 @@ def test_resolution_changes_the_grain_and_not_the_child():
 def test_texture_has_unit_variance_and_the_asked_power_law():
   size, beta = 64, 2.5
   white = jax.random.normal(jax.random.key(1), (200, 2, size, size))
-  fields = np.stack(jax.vmap(lambda noise: phantom_lib._texture(noise, np.float32(beta)))(white))
+  fields = np.stack(jax.vmap(lambda noise: radiograph._texture(noise, np.float32(beta)))(white))
   np.testing.assert_allclose(np.mean(fields**2, axis=(1, 2, 3)), 1.0, atol=0.15)
   assert abs(np.mean(fields[0] * fields[1])) < 0.05  # the two are independent
   spectrum = np.mean(np.abs(np.fft.fft2(fields)) ** 2, axis=(0, 1))
@@ -146,14 +146,14 @@ def test_texture_has_unit_variance_and_the_asked_power_law():
 
 def test_smoothing_keeps_constants_and_spreads_a_point():
   flat = np.full((32, 32), 0.7, np.float32)
-  np.testing.assert_allclose(phantom_lib._smooth(flat, 3.0), flat, rtol=1e-5)
+  np.testing.assert_allclose(radiograph._smooth(flat, 3.0), flat, rtol=1e-5)
   point = np.zeros((33, 33), np.float32)
   point[16, 16] = 1
-  spread = np.asarray(phantom_lib._smooth(point, 2.0))
+  spread = np.asarray(radiograph._smooth(point, 2.0))
   steps = np.arange(33) - 16
   assert spread.sum() == pytest.approx(1, rel=1e-4)
   assert (spread.sum(0) * steps**2).sum() == pytest.approx(4.0, rel=1e-3)
-  np.testing.assert_allclose(phantom_lib._smooth(point, 0.0), point, atol=1e-6)  # no blur at all
+  np.testing.assert_allclose(radiograph._smooth(point, 0.0), point, atol=1e-6)  # no blur at all
 
 
 def test_bacterial_is_focal_and_viral_is_on_both_sides(by_label):

@@ -1,5 +1,5 @@
-"""The one interface to images: a `Dataset` of uint8 images (in memory or read at random), labels,
-names and groups.
+"""The interface of all data sources: a `Dataset` of uint8 images, labels, label names and groups.
+Images are in memory or read on demand.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 
 
 class Images(Protocol):
-  """Random access to N images of one shape; a uint8 array [N, H, W, C] is one.
+  """Random access to N images of one shape, e.g. a uint8 array [N, H, W, C].
 
-  `shape` is (N, H, W, C); indexing by an int array [M] returns uint8 [M, H, W, C].
+  `shape` is (N, H, W, C). Indexing with an int array [M] returns uint8 [M, H, W, C].
   """
 
   @property
@@ -28,13 +28,13 @@ class Dataset:
   """Labelled images.
 
   Attributes:
-    images: uint8 [N, H, W, C], in memory or read at random.
+    images: uint8 [N, H, W, C], in memory or read on demand.
     labels: int32 [N], an index into `label_names`.
     label_names: the classes, in the order of the labels.
-    groups: [N], e.g. a patient: images of one group are never split between sites or between train
-      and validation.
-    columns: further values for each image, e.g. its path or the folder it came from; each [N].
-    name: what reports print, e.g. "synthetic phantom".
+    groups: [N], e.g. the patient of each image. Images of one group are never split between sites,
+      or between training and validation.
+    columns: name -> [N], further values of each image, e.g. its path or folder.
+    name: shown in reports, e.g. "synthetic phantom".
   """
 
   images: Images
@@ -53,14 +53,12 @@ class Dataset:
     if self.labels.shape != (num,) or self.groups.shape != (num,):
       raise ValueError(
         f"{self.name!r} holds {num} images, but labels {self.labels.shape} and groups "
-        f"{self.groups.shape}; "
-        "one each is needed"
+        f"{self.groups.shape}; give one label and one group for each image"
       )
     if num and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.label_names):
       raise ValueError(
         f"labels of {self.name!r} run from {self.labels.min()} to {self.labels.max()}, but there "
-        f"are "
-        f"{len(self.label_names)} label names {self.label_names}"
+        f"are {len(self.label_names)} label names {self.label_names}"
       )
     for name, column in self.columns.items():
       if len(column) != num:
@@ -73,7 +71,7 @@ class Dataset:
 
 
 class Selected:
-  """Random access to some of another's images, without reading them."""
+  """Random access to a selection of images, which are read only when indexed."""
 
   def __init__(self, images: Images, index: np.ndarray):
     self._images, self._index = images, index
@@ -84,8 +82,8 @@ class Selected:
 
 
 def take(dataset: Dataset, index: np.ndarray) -> Dataset:
-  """Returns the examples at `index` ([M] integers) as a `Dataset`, lazily where the images are not
-  in memory.
+  """Returns the examples at `index` ([M] integers) as a `Dataset`. Images that are not in memory
+  are read later, when they are indexed.
   """
   index = np.asarray(index, np.int64)
   images = (

@@ -1,4 +1,4 @@
-"""What the flag `--data` means: one string to data sets."""
+"""Loads the data sets that a string such as the flag `--data` names."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def load(
     spec: `folder:PATH` (a folder or a tar), `npz:PATH`, or `tfds:NAME`.
     size: height and width, in pixels; see `decode.decode`.
     channels: 1 (grey) or 3 (RGB).
-    label_names: the classes in order, e.g. a checkpoint's; by default what the source says. Images
-      of any other class are an error, except that an npz file has no names of its own.
-    lazy: decode on demand instead of now; an npz file is always in memory.
-    percentiles: for grey DICOM only, see `dicom.read`.
+    label_names: the classes in order, e.g. a checkpoint's; by default the source's own. Images of
+      any other class are an error. (An npz file has no names of its own.)
+    lazy: decode on demand instead of now. An npz file is always in memory.
+    percentiles: for grey DICOM only; see `dicom.read`.
     ignore: for folders: files to ignore, e.g. `["*.csv"]`.
-    data_dir: for TFDS: where the prepared data sets are.
-    manual_dir: for TFDS: where the images are that our own builders prepare.
+    data_dir: for TFDS: the folder of the prepared data sets.
+    manual_dir: for TFDS: the folder of the images that our own builders prepare.
 
   Returns:
-    A `Dataset` for each split there is: "train", "validation", "test". Only a folder without split
-    folders gives "all" instead, which the caller splits (by group) as it needs.
+    A `Dataset` for each split in the source: "train", "validation", "test". A folder without split
+    folders gives "all" instead; the caller splits it by group.
 
   Raises:
-    FileNotFoundError: if the source is not there.
-    ValueError: for another spec, and for whatever is wrong in the source, naming the file and the
-      cure.
+    FileNotFoundError: the source does not exist.
+    ValueError: the spec has another form, or something in the source is wrong. The message names
+      the file and the cure.
   """
   kind, _, where = spec.partition(":")
   if kind not in ("folder", "npz", "tfds") or not where:
-    raise ValueError(f"data is {spec!r}; it must be folder:PATH, npz:PATH or tfds:NAME")
+    raise ValueError(f"data={spec!r}; it must be folder:PATH, npz:PATH or tfds:NAME")
   if kind == "folder":
     return folder.read_folder(
       os.path.expanduser(where),
@@ -61,7 +61,7 @@ def load(
     return npz.read_npz(
       os.path.expanduser(where), size=size, channels=channels, label_names=label_names
     )
-  from primia_jax.data import tfds  # takes a second
+  from primia_jax.data import tfds  # here, because the import takes a second
 
   return tfds.read_tfds(
     where,

@@ -1,8 +1,8 @@
-"""Splitting a data set between sites, and holding examples out, without ever splitting a group.
+"""Divides a data set between sites, and holds examples out, without ever splitting a group.
 
-Every function is pure NumPy and seeded, and reads labels, groups and columns but no image. A
-partition is a tuple of S sorted, disjoint int64 index arrays that together hold every example;
-`dataset.take` turns each into a site's data.
+Every function is pure NumPy, takes a seed, and reads labels, groups and columns but no images. A
+partition is a tuple of S sorted, disjoint int64 index arrays that together contain every example.
+`dataset.take` turns each of them into a site's data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Partition = tuple[np.ndarray, ...]
 
 
 def iid(dataset: Dataset, num_sites: int, seed: int) -> Partition:
-  """Splits at random into S sites as equal in size as the groups allow.
+  """Divides at random into S sites, as equal in size as the groups allow.
 
   Args:
     dataset: N examples.
@@ -29,7 +29,7 @@ def iid(dataset: Dataset, num_sites: int, seed: int) -> Partition:
     S index arrays.
 
   Raises:
-    ValueError: there are fewer groups than sites, or none.
+    ValueError: there are fewer groups than sites, or num_sites is below 1.
   """
   if num_sites < 1:
     raise ValueError(f"num_sites is {num_sites}; at least 1 is needed")
@@ -37,10 +37,10 @@ def iid(dataset: Dataset, num_sites: int, seed: int) -> Partition:
 
 
 def unequal(dataset: Dataset, fractions: Sequence[float], seed: int) -> Partition:
-  """Splits at random into sites of the given sizes.
+  """Divides at random into sites of the given sizes.
 
-  Groups are taken in random order and each goes to the site that lacks most, so that no site
-  exceeds the size asked for by a whole (largest) group.
+  Groups are taken in random order. Each goes to the site that lacks most, so that no site exceeds
+  its size by a whole (largest) group.
 
   Args:
     dataset: N examples.
@@ -51,8 +51,8 @@ def unequal(dataset: Dataset, fractions: Sequence[float], seed: int) -> Partitio
     S index arrays.
 
   Raises:
-    ValueError: the fractions are not such shares, there are fewer groups than sites, or a site gets
-      no example.
+    ValueError: the fractions are not such shares, there are fewer groups than sites, or a site
+      would get no example.
   """
   shares = _checked_fractions(fractions)
   members, counts = _groups(dataset, len(shares))
@@ -71,30 +71,29 @@ def dirichlet(
   min_examples: int = 1,
   max_draws: int = 1000,
 ) -> Partition:
-  """Splits so that every site has its own mix of labels: the usual model of non-IID hospitals.
+  """Divides so that every site has its own mix of labels: the usual model of non-IID hospitals.
 
-  Without `fractions`, each label's examples are shared between the sites in proportions drawn from
-  Dirichlet(alpha) (Yurochkin et al., ICML 2019; Li et al., ICDE 2022), so that sizes differ too.
-  With them, each site draws its mix of labels from Dirichlet(alpha L p), p the labels' frequencies
-  (Hsu et al., 2019), and a few rounds of iterative proportional fitting make the sites' sizes and
-  the labels' counts come out right.
+  Without `fractions`, each label's examples are divided between the sites in proportions drawn from
+  Dirichlet(alpha) (Yurochkin et al., ICML 2019; Li et al., ICDE 2022), so sizes differ too. With
+  `fractions`, each site draws its mix of labels from Dirichlet(alpha L p), where p are the labels'
+  frequencies (Hsu et al., 2019). A few rounds of iterative proportional fitting then match the
+  sites' sizes and the labels' counts.
 
   Args:
     dataset: N examples.
     num_sites: S.
-    alpha: concentration; about 0.1 is heavily skewed, 1 moderately, 100 nearly IID.
+    alpha: concentration. About 0.1 is heavily skewed, 1 is moderately skewed, 100 is nearly IID.
     seed: any non-negative integer.
     fractions: [S] shares of the examples that add up to 1.
-    min_examples: the fewest examples a site may have; proportions are drawn again until every site
-      has them.
-    max_draws: how often, before giving up.
+    min_examples: how many examples each site must have. Proportions are redrawn until it does.
+    max_draws: how many draws to try.
 
   Returns:
     S index arrays.
 
   Raises:
     ValueError: an argument is out of its range, there are fewer groups than sites, or no draw gave
-      every site `min_examples` examples.
+      each site `min_examples` examples.
   """
   if num_sites < 1:
     raise ValueError(f"num_sites is {num_sites}; at least 1 is needed")
@@ -103,8 +102,7 @@ def dirichlet(
   if min_examples < 1 or min_examples * num_sites > len(dataset):
     raise ValueError(
       f"min_examples is {min_examples}; expected at least 1, and at most "
-      f"{len(dataset) // num_sites} "
-      f"for {num_sites} sites to share {len(dataset)} examples"
+      f"{len(dataset) // num_sites} for {num_sites} sites to share {len(dataset)} examples"
     )
   shares = None if fractions is None else _checked_fractions(fractions)
   if shares is not None and len(shares) != num_sites:
@@ -122,23 +120,22 @@ def dirichlet(
       return _collect(members, sites, num_sites)
   raise ValueError(
     f"none of {max_draws} draws with alpha {alpha} gave each of {num_sites} sites {min_examples} "
-    f"examples; "
-    "raise alpha, or lower min_examples or the number of sites"
+    "examples; raise alpha, or lower min_examples or num_sites"
   )
 
 
 def by_column(dataset: Dataset, column: str) -> Partition:
-  """Makes one site of each value of a column, in sorted order, e.g. "site" or "folder".
+  """Makes one site for each value of a column, e.g. "site" or "folder", in sorted order.
 
   Args:
     dataset: N examples.
     column: a name in `dataset.columns`.
 
   Returns:
-    S index arrays, S the number of different values.
+    S index arrays, where S is the number of distinct values.
 
   Raises:
-    ValueError: there is no such column, or a group has more than one value.
+    ValueError: there are no examples or no such column, or a group has more than one value.
   """
   if column not in dataset.columns:
     raise ValueError(
@@ -147,7 +144,7 @@ def by_column(dataset: Dataset, column: str) -> Partition:
   values, sites = np.unique(np.asarray(dataset.columns[column]), return_inverse=True)
   group_names, groups = np.unique(dataset.groups, return_inverse=True)
   if not len(dataset):
-    raise ValueError(f"{dataset.name!r} holds no examples; there is nothing to split")
+    raise ValueError(f"{dataset.name!r} holds no examples to divide")
   highest, lowest = (
     np.zeros(len(group_names), np.int64),
     np.full(len(group_names), len(values), np.int64),
@@ -159,8 +156,8 @@ def by_column(dataset: Dataset, column: str) -> Partition:
     bad = split[0]
     raise ValueError(
       f"column {column!r} puts group {group_names[bad].item()!r} at both "
-      f"{values[lowest[bad]].item()!r} and "
-      f"{values[highest[bad]].item()!r} ({len(split)} such groups); give each group one value"
+      f"{values[lowest[bad]].item()!r} and {values[highest[bad]].item()!r} ({len(split)} such "
+      "groups); give each group one value"
     )
   return tuple(np.flatnonzero(sites == site) for site in range(len(values)))
 
@@ -174,25 +171,23 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[np.ndarray, 
     seed: any non-negative integer.
 
   Returns:
-    (train_index, held_index): sorted, disjoint int64 arrays that together hold every example.
+    (train_index, held_index): sorted, disjoint int64 arrays that together contain every example.
 
   Raises:
     ValueError: the fraction is out of its range, there are fewer than two groups, or one part would
-      be empty, which happens only where a group is as large as that part should be.
+      be empty. The last happens only if a group is as large as that part should be.
   """
   if not 0 < fraction < 1:
     raise ValueError(f"fraction is {fraction}; expected a number between 0 and 1, both excluded")
   members, counts = _groups(dataset, 2)
-  counts = np.concatenate(
-    [counts, counts.sum(1, keepdims=True)], axis=1
-  )  # rare labels must not all round the same way
+  # A column of totals, so that rare labels do not all round the same way.
+  counts = np.concatenate([counts, counts.sum(1, keepdims=True)], axis=1)
   wanted = np.asarray([1 - fraction, fraction])[:, None] * counts.sum(0)
   sites = _fill(counts, wanted, np.random.default_rng(seed))
   if len(np.unique(sites)) < 2:
     raise ValueError(
       f"fraction {fraction} of {dataset.name!r} ({len(dataset)} examples, {len(counts)} groups) "
-      f"leaves one part empty; "
-      "hold out a share nearer to one half"
+      "leaves one part empty; use a fraction closer to one half"
     )
   train, held = _collect(members, sites, 2)
   return train, held
@@ -213,13 +208,13 @@ def _checked_fractions(fractions: Sequence[float]) -> np.ndarray:
 
 
 def _groups(dataset: Dataset, num_sites: int) -> tuple[list[np.ndarray], np.ndarray]:
-  """The examples of each group, and how many of each label it holds: int64 [G, L]."""
+  """Returns the examples of each group, and how many of each label it holds: int64 [G, L]."""
   _, groups = np.unique(dataset.groups, return_inverse=True)
   num_groups = int(groups.max()) + 1 if len(groups) else 0
   if num_groups < num_sites:
     raise ValueError(
-      f"{dataset.name!r} has {num_groups} groups, too few for {num_sites} parts, as a group is "
-      f"never split"
+      f"{dataset.name!r} has {num_groups} groups, too few for {num_sites} parts, because a group "
+      "is never split; use fewer parts"
     )
   counts = np.zeros((num_groups, len(dataset.label_names)), np.int64)
   np.add.at(counts, (groups, dataset.labels), 1)
@@ -233,8 +228,8 @@ def _fill(counts: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> n
   Args:
     counts: [G, L] examples of each label in each group.
     wanted: [S, L] examples of each label that each site should get.
-    rng: orders the groups. Taking large ones first would fill the sites better, but leave small
-      sites small groups.
+    rng: orders the groups. Taking large groups first would fill sites more exactly, but would leave
+      only small groups to small sites.
 
   Returns:
     int64 [G], the site of each group.
@@ -254,8 +249,8 @@ def _dirichlet_counts(
   shares: np.ndarray | None,
   rng: np.random.Generator,
 ) -> np.ndarray:
-  """How many examples of each label [L] each site should get: [S, L], with columns that add up to
-  `totals`.
+  """Draws how many examples of each label each site should get: [S, L], with columns that add up to
+  `totals` [L].
   """
   if shares is None:
     return rng.dirichlet([alpha] * num_sites, size=len(totals)).T * totals
@@ -270,14 +265,14 @@ def _dirichlet_counts(
 
 
 def _collect(members: list[np.ndarray], sites: np.ndarray, num_sites: int) -> Partition:
-  """The sorted examples of each site."""
+  """Returns the sorted examples of each site."""
   parts = []
   for site in range(num_sites):
     chosen = np.flatnonzero(sites == site)
     if not len(chosen):
       raise ValueError(
-        f"site {site} of {num_sites} would get no example, as no group is split; ask for fewer "
-        f"sites or a larger share"
+        f"site {site} of {num_sites} would get no example, because no group is split; use fewer "
+        "sites or a larger share"
       )
     parts.append(np.sort(np.concatenate([members[group] for group in chosen])))
   return tuple(parts)

@@ -1,0 +1,170 @@
+"""The text of a report: the tables and sentences of `report.md`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# Field of `metrics.Scores` -> (its name in tables, whether it is shown in percent).
+SCALARS = {
+  "accuracy": ("accuracy", True),
+  "mcc": ("MCC", False),
+  "macro_roc_auc": ("macro ROC-AUC", False),
+}
+PER_CLASS = ("sensitivity", "specificity")
+
+
+def _number(x: float | None, percent: bool, signed: bool = False) -> str:
+  if x is None:
+    return "undefined"
+  return f"{100 * x if percent else x:{'+' if signed else ''}.{1 if percent else 3}f}"
+
+
+def _cell(entry: Mapping[str, Any] | float | None, percent: bool, signed: bool = False) -> str:
+  """A value and its interval, as tables show them."""
+  if not isinstance(entry, Mapping):
+    return _number(entry, percent, signed)
+  value, low, high = (_number(entry[k], percent, signed) for k in ("value", "low", "high"))
+  return value if entry["value"] is None else f"{value} [{low}, {high}]"
+
+
+def _row(*cells: Any) -> str:
+  return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+
+def _facts(facts: Mapping[str, Any], head: tuple[str, str]) -> list[str]:
+  text = lambda v: v if isinstance(v, str) else json.dumps(v)
+  return [_row(*head), _row("---", "---"), *(_row(k, text(v)) for k, v in facts.items())]
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+  main, difference = result["arms"][result["main_arm"]], result["difference"]
+  low, value, high = (_number(main["accuracy"][k], True) for k in ("low", "value", "high"))
+  text = (
+    f"On the {result['num_examples']:,} test images of **{result['data']}**, the "
+    f"{result['main_arm']} model is correct on {value} % (95 % interval {low} to {high}). Its "
+    f"Matthews correlation (MCC) is {_number(main['mcc']['value'], False)}"
+  )
+  if difference:
+    low, value, high = (
+      _number(difference["accuracy"][k], True, signed=True) for k in ("low", "value", "high")
+    )
+    text += (
+      f". Its accuracy minus that of the {difference['minus']} model is {value} percentage points "
+      f"(95 % interval {low} to {high})"
+    )
+  return text + "."
+
+
+def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+  arms, references, difference = result["arms"], result["references"], result["difference"]
+  rows: list[tuple[str, tuple[str, ...], bool]] = [
+    (name, (field,), percent) for field, (name, percent) in SCALARS.items()
+  ]
+  rows += [
+    (f"{field}: {label}", (field, label), True)
+    for field in PER_CLASS
+    for label in result["label_names"]
+  ]
+
+  def pick(scores: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    for step in path:
+      scores = scores.get(step, "")  # a reference has no ROC-AUC
+    return scores
+
+  def cell(
+    scores: Mapping[str, Any], path: tuple[str, ...], percent: bool, signed: bool = False
+  ) -> str:
+    entry = pick(scores, path)
+    return "–" if entry == "" else _cell(entry, percent, signed)
+
+  head = ["", *arms, *references]
+  lines = [f"# {result['title']}: {result['data']}", "", _summary(result), ""]
+  if "synthetic phantom" in result["data"]:
+    lines += [
+      "The synthetic phantom is computed, not recorded. These figures say nothing about patients.",
+      "",
+    ]
+  lines += ["## Results", ""]
+  lines += [_row(*head), _row("---", *["---:"] * (len(head) - 1))]
+  for name, path, percent in rows:
+    cells = [cell(scores, path, percent) for scores in (*arms.values(), *references.values())]
+    lines.append(_row(f"{name} (%)" if percent else name, *cells))
+  unit = "images" if result["intervals"]["unit"] == "example" else "patients (groups of images)"
+  lines += [
+    "",
+    f"Brackets hold 95 % percentile bootstrap intervals from "
+    f"{result['intervals']['num_resamples']:,} resamples of the test {unit}, the same for all "
+    "arms. ROC-AUC is one-vs-one, averaged over pairs of classes. MCC is the multi-class Matthews "
+    "correlation: 1 is perfect, 0 is chance.",
+  ]
+  if difference and difference["of"] == "federated" and difference["minus"] == "pooled":
+    lines += [
+      "",
+      "*local*: trained on the images of one site. *pooled*: trained on the images of all sites, "
+      "collected in one place. *federated*: trained on the images of all sites, each image "
+      "staying at its site.",
+    ]
+  exact = arms[result["main_arm"]]["accuracy_clopper_pearson"]
+  if exact:
+    low, high = (_number(x, True) for x in exact)
+    lines += [
+      "",
+      f"The exact (Clopper-Pearson) 95 % interval of the {result['main_arm']} accuracy is {low} to "
+      f"{high} %.",
+    ]
+  undefined = sorted(
+    {
+      name
+      for scores in arms.values()
+      for name, path, _ in rows
+      if pick(scores, path)["undefined_resamples"]
+    }
+  )
+  if undefined:
+    lines += [
+      "",
+      f"Some resamples lack a class. These intervals leave them out: {', '.join(undefined)}.",
+    ]
+  if difference:
+    lines += ["", f"## {difference['of'].capitalize()} minus {difference['minus']}", ""]
+    lines += [_row("", "difference"), _row("---", "---:")]
+    for name, path, percent in rows:
+      lines.append(
+        _row(f"{name} (points)" if percent else name, cell(difference, path, percent, signed=True))
+      )
+    lines += [
+      "",
+      "The intervals are paired: each resample scores both models. If an interval contains 0, "
+      "either model may be the better one.",
+    ]
+  lines += ["", "## Calibration", "", _row("", *arms), _row("---", *["---:"] * len(arms))]
+  calibration = {
+    "expected_calibration_error": "expected calibration error (15 bins)",
+    "brier_score": "Brier score (0 to 2)",
+    "log_loss": "log loss (nats)",
+  }
+  for field, name in calibration.items():
+    values = ("infinite" if s[field] is None else _number(s[field], False) for s in arms.values())
+    lines.append(_row(name, *values))
+  lines += ["", "Lower is better in all three."]
+  lines += ["", "## Secure aggregation", ""]
+  if result["secure_aggregation"] is None:
+    lines.append("Not used in this run.")
+  else:
+    lines += _facts(result["secure_aggregation"], ("fact", "value"))
+  lines += ["", "## Differential privacy", ""]
+  if result["privacy"] is None:
+    lines.append(
+      "Not used in this run. The trained model itself may reveal something about its training "
+      "images."
+    )
+  else:
+    lines += _facts(result["privacy"], ("fact", "value"))
+  lines += ["", "## Pictures", ""]
+  for file, caption in pictures.items():
+    lines += [f"![{caption}: {result['data']}]({file})", ""]
+  lines += ["## Configuration", "", *_facts(result["config"], ("setting", "value"))]
+  lines += ["", "## Versions", "", *_facts(result["versions"], ("what", "version"))]
+  return "\n".join(lines) + "\n"

@@ -1,0 +1,67 @@
+"""How good a classifier or a segmentation is, and how certain that figure is.
+
+`counts` holds the central object, the confusion matrix: integers that add up over batches and
+sites. A federation's metrics therefore need only the matrix from a site, and it leaves the site
+only through secure aggregation. Functions of a matrix take [..., L, L] and return JAX arrays
+(float32, jittable) for JAX matrices and NumPy arrays (float64) for NumPy ones. Functions of
+probabilities (`curves`, `intervals`) sort, so they run in NumPy on the host.
+
+A ratio with denominator 0, such as the sensitivity to a class without examples, is NaN
+("undefined"). The exception is `mcc`, which is 0 then, by convention.
+"""
+
+from primia_jax.metrics.counts import (
+  accuracy,
+  confusion_matrix,
+  dice,
+  f1,
+  iou,
+  mcc,
+  precision,
+  sensitivity,
+  specificity,
+)
+from primia_jax.metrics.curves import (
+  RocCurve,
+  brier_score,
+  check_probabilities,
+  expected_calibration_error,
+  log_loss,
+  macro_roc_auc,
+  roc_auc,
+  roc_curve,
+)
+from primia_jax.metrics.intervals import (
+  Intervals,
+  Scores,
+  bootstrap_difference,
+  bootstrap_intervals,
+  clopper_pearson,
+  scores,
+)
+
+__all__ = [
+  "Intervals",
+  "RocCurve",
+  "Scores",
+  "accuracy",
+  "bootstrap_difference",
+  "bootstrap_intervals",
+  "brier_score",
+  "check_probabilities",
+  "clopper_pearson",
+  "confusion_matrix",
+  "dice",
+  "expected_calibration_error",
+  "f1",
+  "iou",
+  "log_loss",
+  "macro_roc_auc",
+  "mcc",
+  "precision",
+  "roc_auc",
+  "roc_curve",
+  "scores",
+  "sensitivity",
+  "specificity",
+]

@@ -1,0 +1,115 @@
+"""The configuration of a model, and which options each model has."""
+
+from __future__ import annotations
+
+import dataclasses
+
+NORMS = ("group", "batch", "none")
+POOLS = ("max", "mean")
+STEMS = ("7x7", "3x3", "3x3/2")
+HEADS = ("dense", "mean")
+
+# The options of each model besides name, num_classes and image_shape. Setting any other is an
+# error.
+OPTIONS = {
+  "cnn": ("norm", "pool", "weight_standardisation", "width", "dropout"),
+  "leaf_cnn": (),
+  "mlp": (),
+  "resnet18": ("norm", "pool", "weight_standardisation", "width", "dropout", "stem"),
+  "vgg16": ("norm", "weight_standardisation", "pool", "width", "dropout", "head"),
+  "scatter_linear": ("norm", "dropout", "scales"),
+  "scatter_cnn": ("norm", "pool", "weight_standardisation", "width", "dropout", "scales"),
+}
+MIN_SIZE = {
+  "cnn": 8,
+  "leaf_cnn": 6,
+  "mlp": 1,
+  "resnet18": 16,
+  "vgg16": 32,
+  "scatter_linear": 2,
+  "scatter_cnn": 4,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The configuration that `build` turns into a model.
+
+  Attributes:
+    name: cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn.
+    num_classes: the number of logits.
+    image_shape: (height, width, channels) of one image.
+    norm: "group", "batch" or "none". None takes the model's default: "group" for cnn and resnet18;
+      "group" for the scattering models, which then standardise their features image by image and
+      without parameters; "none" for the others.
+    pool: "max" or "mean" pooling between blocks. Mean pooling is free in encrypted inference.
+    weight_standardisation: standardise each convolution kernel (Qiao et al., arXiv 1903.10520).
+      Use it with group norm.
+    width: factor on the number of channels.
+    dropout: rate before the last dense layer (vgg16: in both hidden dense layers).
+    stem: resnet18's first layers. "7x7" is torchvision's, for 224 px: stride 2, then a 3x3/2 pool.
+      For small images: "3x3/2" (stride 2, no pool) or "3x3" (stride 1, no pool).
+    head: vgg16's classifier. "dense" is torchvision's: 7x7 mean pool, two dense layers of 4096.
+      "mean" is a global mean pool, for small images.
+    scales: octaves J of the scattering models' wavelets. The features have 1 / 2^J of the image's
+      height and width.
+  """
+
+  name: str = "cnn"
+  num_classes: int = 3
+  image_shape: tuple[int, int, int] = (64, 64, 1)
+  norm: str | None = None
+  pool: str = "max"
+  weight_standardisation: bool = False
+  width: float = 1.0
+  dropout: float = 0.0
+  stem: str = "7x7"
+  head: str = "dense"
+  scales: int = 2
+
+
+def check(config: ModelConfig) -> None:
+  name = config.name
+  if name not in OPTIONS:
+    raise ValueError(f"unknown model {name!r}; known models: {', '.join(OPTIONS)}")
+  for option, allowed in (
+    ("norm", (None, *NORMS)),
+    ("pool", POOLS),
+    ("stem", STEMS),
+    ("head", HEADS),
+    ("weight_standardisation", (False, True)),
+  ):
+    if getattr(config, option) not in allowed:
+      raise ValueError(f"{option}={getattr(config, option)!r} is not one of {allowed}")
+  for field in dataclasses.fields(config)[3:]:
+    if field.name not in OPTIONS[name] and getattr(config, field.name) != field.default:
+      raise ValueError(
+        f"{name} has no option {field.name!r}; it has: {', '.join(OPTIONS[name]) or 'none'}"
+      )
+  if config.num_classes < 1:
+    raise ValueError(f"num_classes={config.num_classes} must be at least 1")
+  if not 0 <= config.dropout < 1:
+    raise ValueError(f"dropout={config.dropout} must lie in [0, 1)")
+  if not config.width > 0:
+    raise ValueError(f"width={config.width} must be positive")
+  if len(config.image_shape) != 3 or config.image_shape[2] < 1:
+    raise ValueError(f"image_shape={config.image_shape} must be (height, width, channels)")
+  if min(config.image_shape[:2]) < MIN_SIZE[name]:
+    raise ValueError(
+      f"{name} needs images of at least {MIN_SIZE[name]} x {MIN_SIZE[name]} pixels, not "
+      f"{config.image_shape[:2]}; resize the images or choose cnn"
+    )
+  if "scales" in OPTIONS[name]:
+    multiple = 2**config.scales if config.scales > 0 else 0
+    smallest = multiple * MIN_SIZE[name] // 2
+    if not multiple or any(n % multiple or n < smallest for n in config.image_shape[:2]):
+      raise ValueError(
+        f"scales={config.scales} must be at least 1, and {name} then needs images whose sides are "
+        f"multiples of {multiple} pixels and at least {smallest}, not {config.image_shape[:2]}; "
+        "resize them, or use fewer scales"
+      )
+    if config.norm == "batch":
+      raise ValueError(
+        f"{name} has no norm='batch': use 'group', which standardises its features image by image, "
+        "or 'none'"
+      )

@@ -1,0 +1,106 @@
+"""The layers of all models: convolution, dense, normalisation and pooling."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from primia_jax.conv import conv, max_pool, mean_pool
+from primia_jax.models.config import ModelConfig
+from primia_jax.tapped import dense
+from primia_jax.types import Array
+
+
+def pool(x: Array, kind: str, window: int, stride: int, padding: int = 0) -> Array:
+  return (max_pool if kind == "max" else mean_pool)(x, window, stride, padding)
+
+
+def widths(config: ModelConfig, *features: int) -> list[int]:
+  """Numbers of channels times the width, rounded to multiples of 8 for groups and vector units."""
+  return [max(8, 8 * round(n * config.width / 8)) for n in features]
+
+
+# Layers create kernels of zeros; `classifier` fills them, all from one draw.
+
+
+class Dense(nn.Module):
+  """A dense layer through `primia_jax.tapped`, so that its kernel may have taps."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.features), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+    return dense(x, kernel) + last(bias, x.ndim)
+
+
+class Conv(nn.Module):
+  """A square convolution through `primia_jax.conv`, with `padding` pixels of zeros on each side."""
+
+  features: int
+  size: int
+  stride: int = 1
+  padding: int = 0
+  use_bias: bool = True
+  weight_standardisation: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    shape = (self.size, self.size, x.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
+    if self.weight_standardisation:
+      mean, var = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
+      kernel = (kernel - last(mean, 4)) * last(jax.lax.rsqrt(var * math.prod(shape[:3]) + 1e-5), 4)
+    x = conv(x, kernel, strides=(self.stride,) * 2, padding=((self.padding,) * 2,) * 2)
+    if self.use_bias:
+      x = x + last(self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32), 4)
+    return x
+
+
+def last(v: Array, ndim: int) -> Array:
+  return v.reshape((1,) * (ndim - 1) + (-1,))
+
+
+class Norm(nn.Module):
+  """BatchNorm (arXiv 1502.03167), GroupNorm (arXiv 1803.08494; at most 32 groups), or the identity
+  for "none".
+
+  Both need only sums over pixels, and scale and shift once, in one pass over the images.
+  """
+
+  kind: str
+  epsilon: float = 1e-5
+  momentum: float = 0.9
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    if self.kind == "none":
+      return x
+    batch, features = x.shape[0], x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
+    if self.kind == "group":
+      groups = math.gcd(32, features)
+      mean, square = (
+        v.mean((1, 2)).reshape(batch, groups, -1).mean(-1).repeat(features // groups, axis=1)
+        for v in (x, x * x)
+      )
+      var = jnp.maximum(square - mean * mean, 0)
+    else:
+      running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
+      running_var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
+      if train:
+        mean, square = x.mean((0, 1, 2)), (x * x).mean((0, 1, 2))
+        var = jnp.maximum(square - mean * mean, 0)
+        if not self.is_initializing():
+          running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+          running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
+      else:
+        mean, var = running_mean.value, running_var.value
+      mean, var = mean[None], var[None]
+    factor = jax.lax.rsqrt(var + self.epsilon) * scale[None]
+    return x * factor[:, None, None] + (bias[None] - mean * factor)[:, None, None]
