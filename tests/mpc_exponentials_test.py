@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpc_reference import check, check_both_parties, check_scales, check_shapes, each_range, spread
 
-from primia_jax.mpc import exponentials
+from primia_jax.mpc.functions import exponentials
 
 
 @each_range

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mpc_reference import CONFIGS, check_both_parties, clear
 
-from primia_jax.mpc import extrema
+from primia_jax.mpc.functions import extrema
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 17, 130])

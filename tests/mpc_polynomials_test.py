@@ -7,8 +7,8 @@ import pytest
 from mpc_reference import CONFIGS, build, clear, each_config
 from numpy.polynomial import polynomial as reference
 
-from primia_jax.mpc import polynomials
 from primia_jax.mpc.circuit import Apply, Open
+from primia_jax.mpc.functions import polynomials
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -21,8 +21,8 @@ from mpc_reference import (
   spread,
 )
 
-from primia_jax.mpc import powers
 from primia_jax.mpc.circuit import Apply
+from primia_jax.mpc.functions import powers
 
 
 @each_range
