@@ -1,9 +1,9 @@
 """Encrypted inference, both parties in one process, beside plain float32 and other frameworks.
 
-  python -m benchmarks.encrypted_inference --case=resnet18_224 python -m
-  benchmarks.encrypted_inference --case=relu,matmul,lenet28 --crypten_python=ENV/bin/python python
-  -m benchmarks.encrypted_inference --case=resnet18_64 --batch=32 --rings=32fast python -m
-  benchmarks.encrypted_inference --case=relu --rings=64 --failures=1000000000
+  python -m benchmarks.encrypted_inference --case=resnet18_224
+  python -m benchmarks.encrypted_inference --case=relu,matmul --crypten_python=ENV/bin/python
+  python -m benchmarks.encrypted_inference --case=resnet18_64 --batch=32 --rings=32fast
+  python -m benchmarks.encrypted_inference --case=relu --rings=64 --failures=1000000000
 
 The model owner holds random weights, the data owner a random image; ranges are calibrated on that
 image. Rings: 32 (10 fraction bits) and 64 (16), each exact or, with "fast", within one unit.

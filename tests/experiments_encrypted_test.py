@@ -53,7 +53,7 @@ def flags_of(run_folder, image_folder):
 
 @pytest.fixture(scope="module")
 def in_the_clear(run_folder, image_folder):
-  """What `evaluate` says, without x64."""
+  """The images, and the probabilities of `evaluate`, without x64."""
   assert not jax.config.jax_enable_x64
   model, trained, names, _ = running.load_model(str(run_folder))
   data = settings.Data(data=f"folder:{image_folder}", image_size=16)

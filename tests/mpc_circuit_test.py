@@ -61,9 +61,7 @@ def test_a_wrong_configuration_is_refused(change, reason):
 @example(1 / 49, 0.7)
 @settings(max_examples=60, deadline=None)
 def test_aligned_values_have_one_scale_and_stand_for_the_same(first, second):
-  """Exactly where one scale is a whole multiple of the other; else the coarser is off by 2^-f of
-  itself at most.
-  """
+  """Exact if the ratio of the scales is whole; else the coarser is off by at most 2^-f."""
   builder = Builder(CONFIG)
   a, b = (
     builder.scaled(builder.input(None, lambda env: env, (3,)), factor) for factor in (first, second)

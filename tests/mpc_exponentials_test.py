@@ -1,5 +1,5 @@
-"""Exponentials and bounded functions over the whole legal range and beyond, within the bound that
-each states.
+"""Exponentials and bounded functions stay within their stated bounds, over the whole legal range
+and beyond.
 """
 
 import math

@@ -1,6 +1,4 @@
-"""The choice of a ring: the first that is accurate enough on every example, or a refusal that says
-what was reached.
-"""
+"""The first ring that is accurate enough on every example, or a refusal with the best error."""
 
 import jax
 import jax.numpy as jnp

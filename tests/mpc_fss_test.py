@@ -166,7 +166,7 @@ def test_two_devices_agree_with_vmap():
 
 
 def deviation(bits):
-  """How many standard deviations the number of ones is off one half, along the last axis."""
+  """The number of ones minus one half of all, along the last axis, in standard deviations."""
   bits = np.asarray(bits, float)
   return (bits.sum(-1) - bits.shape[-1] / 2) / np.sqrt(bits.shape[-1] / 4)
 
@@ -199,7 +199,7 @@ def unpacked(words):
 
 @pytest.mark.parametrize("number", [0, 2**20 - 1, 0b01011100101101110010])
 def test_correction_words_are_uniform_whatever_the_number(number):
-  """Each bit of them, and against the bits of either party's root."""
+  """Each bit, alone and against the bits of either party's root."""
   shares = roots(SPAN, NUM)
   common = deal(SPAN, jnp.full(NUM, number, jnp.uint32), shares)
   used = 3 * (13 % 10)  # bits of the second word of controls
@@ -274,7 +274,7 @@ def test_a_compiler_that_treats_windows_otherwise_is_not_trusted(monkeypatch):
 
 @pytest.mark.parametrize("span", [Span(0, 3), Span(0, 6), Span(0, 17), *LONG], ids=str)
 def test_the_keys_take_the_bytes_of_their_tree(span):
-  """For each element: 16 bytes and 3 control bits a level, ten levels' bits to a word, and the leaf.
+  """For each element 16 bytes and 3 control bits a level, ten levels' to a word, and the leaf.
 
   The roots come from a seed.
   """

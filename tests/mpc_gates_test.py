@@ -1,5 +1,5 @@
-"""The gates against integers in the clear, for every action, comparison and truncation; and their
-promise.
+"""Every action, comparison and truncation of the gates against integers in the clear; and the
+security that gates promise.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ NUM = 512
 
 
 def width(gate):
-  """x64 only where the ring needs it."""
+  """x64 if the ring needs it."""
   return jax.enable_x64(True) if gate.num_bits > 32 else contextlib.nullcontext()
 
 
@@ -163,7 +163,7 @@ def test_any_value_under_any_sharing(value, first):
 
 
 def test_a_value_beyond_its_range_is_what_goes_wrong():
-  """The bound is sharp: the test above would notice a gate that worked by accident only."""
+  """The bound is sharp, so the tests above would notice a gate that worked by accident."""
   gate = Gate(RELU, 4, 32, 20, 4)
   z = np.array([2**21, -(2**21) - 1, 2**22, 3 * 2**20], np.int64)
   assert (result(gate, z, np.random.default_rng(0)) != expected(gate, z)).any()
@@ -221,7 +221,7 @@ def test_every_opened_value_is_uniform_whatever_the_secret_is(value, comparison)
 
 
 def test_the_test_of_uniformity_has_teeth():
-  """Without its mask, the first message of constant inputs is anything but uniform."""
+  """Without its mask, the first message of constant inputs is far from uniform."""
   gate = Gate(RELU, 2**13, 32, 25, 12)
   z = shares(gate, np.zeros(gate.num, np.int64), np.random.default_rng(4))
   correlations, _ = deal(gate, jnp.stack([prng.random_key(), prng.random_key()]))
@@ -235,7 +235,7 @@ def test_the_test_of_uniformity_has_teeth():
 
 
 def test_opened_values_are_independent_of_the_secret():
-  """Mutual information of each opened byte's top bits with the sign of the secret: none."""
+  """The top bits of each opened byte have no mutual information with the sign of the secret."""
   gate = Gate(RELU, 2**14, 32, 25, 12)
   rng = np.random.default_rng(5)
   sign = rng.integers(0, 2, gate.num)

@@ -32,7 +32,7 @@ def phases(plan, args):
 
 
 def run_encrypted(plan, operands):
-  """All phases in one program, whose dealer's and parties' expansions are compiled once."""
+  """All phases in one program, which compiles the dealer's and the parties' expansions once."""
 
   @jax.jit
   def everything(key, operands):
@@ -43,9 +43,7 @@ def run_encrypted(plan, operands):
 
 
 def assert_faithful(fn, args, config=WIDE, atol=1e-3, owners=OWNERS):
-  """Exact: the protocol equals the integer model bit for bit. And both are near the function
-  itself.
-  """
+  """The exact protocol equals the integer model bit for bit; both are near the function itself."""
   plan = planned(fn, args, config, owners)
   operands = inference.encode(plan, args)
   exact = clear.operands_checker(plan)(operands)
@@ -176,7 +174,7 @@ def test_through_jit_and_vmap():
   want = small(w, x)
   np.testing.assert_allclose(jax.jit(encrypted)(prng.random_key(), w, x), want, atol=5e-3)
   keys = jnp.stack([prng.random_key() for _ in x])
-  got = jax.vmap(encrypted, in_axes=(0, None, 0))(keys, w, x[:, None])
+  got = jax.jit(jax.vmap(encrypted, in_axes=(0, None, 0)))(keys, w, x[:, None])
   np.testing.assert_allclose(got[:, 0], want, atol=5e-3)
 
 
@@ -254,7 +252,7 @@ def equations(jaxpr):
 
 
 def test_masks_are_used_once():
-  """Every array that anybody expands from a seed has a (nonce, key) of its own."""
+  """Every array that is expanded from a seed has its own (nonce, key)."""
   plan = planned(small, SMALL)
   names = [
     (number, name)
@@ -274,9 +272,7 @@ def test_masks_are_used_once():
 
 
 def test_the_published_weights_tell_nothing():
-  """D = W - B has the same distribution for weights of zeros and of ones; with B known it gives
-  W.
-  """
+  """D = W - B has the same distribution for weights of zeros and of ones."""
   fn = lambda w, x: x @ w
   for value in (0.0, 1.0):
     args = (np.full((64, 64), value, np.float32), normal(0, 2, 64))

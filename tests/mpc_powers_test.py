@@ -1,5 +1,5 @@
-"""Powers, quotients and logarithms over the whole legal range and beyond, within the bound that
-each states.
+"""Powers, quotients and logarithms stay within their stated bounds, over the whole legal range and
+beyond.
 """
 
 import functools

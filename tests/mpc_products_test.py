@@ -254,7 +254,7 @@ def test_elementwise_products(w_bits, num_bits):
 @pytest.mark.parametrize("fan_in", [2048, 4608, 70_000])
 @pytest.mark.parametrize(("w_bits", "num_bits"), [(18, 44), (18, 32), (44, 44), (64, 64)])
 def test_sums_of_extremes_stay_exact(fan_in, w_bits, num_bits):
-  """Where all digits are at their largest at once, in either sign, and the sums with them."""
+  """All digits and sums at their largest at once, in either sign."""
   bits = [2 ** (num_bits - 1), 2 ** (num_bits - 1) - 1, 2**num_bits - 1]
   bits += [
     sum(2 ** (b - 1) << i for i in range(0, num_bits, b)) % 2**num_bits for b in range(8, 25)

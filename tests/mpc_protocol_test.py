@@ -1,4 +1,4 @@
-"""A circuit's phases: encoding within half a unit, steps that equal the whole, and values that tell
+"""A circuit's phases: encoding within half a unit, steps that equal the whole, messages that tell
 nothing.
 """
 
@@ -74,7 +74,7 @@ def prepared():
 
 
 def advanced(circuit, ready, operands, cuts):
-  """The parties' env after each of the pieces that the cuts leave."""
+  """The parties' env after each piece between the cuts."""
   axes = {i: 0 if op.owner is None else None for i, op in enumerate(circuit.operands)}
   envs, env = [], {}
   for first, last in zip([0, *cuts], [*cuts, len(circuit.operations)], strict=True):
@@ -178,7 +178,7 @@ def test_pieces_are_the_whole_and_carry_only_what_is_read_again():
 
 
 def test_what_lives_is_what_later_operations_read():
-  """By leaving out each value in turn: exactly the dead ones are never missed."""
+  """`live` is exactly what later operations and the outputs read."""
   circuit = example()
   operations = circuit.operations
   reads = lambda op: getattr(op, "inputs", None) or ([op.input] if hasattr(op, "input") else [])
@@ -191,7 +191,7 @@ def test_what_lives_is_what_later_operations_read():
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_every_masked_value_is_uniform_whatever_it_hides(value):
-  """With its mask it is; taken out of it, it is the secret."""
+  """Under its mask it is uniform; without, it is the secret."""
   build = Builder(CONFIG)
   x = build.input(None, lambda env: env, (4096,))
   number = build.open(x)

@@ -1,4 +1,4 @@
-"""What tests of encrypted inference share: inputs, and functions of shared numbers beside their
+"""Inputs for the tests of encrypted inference, and functions of shared numbers beside their
 reference.
 """
 
@@ -70,7 +70,7 @@ def encoded(arrays, config):
 
 
 def clear(fn, arrays, config, max_abs=math.inf):
-  """What the protocol computes, as float64; no gate may get more bits than it was built for."""
+  """The protocol's result as float64; no gate gets more bits than it was built for."""
   with jax.enable_x64(True):
     circuit = build(fn, [np.shape(x) for x in arrays], config, max_abs)
 
@@ -87,7 +87,7 @@ def clear(fn, arrays, config, max_abs=math.inf):
 
 
 def check(fn, arrays, want, bound, config, max_abs=math.inf):
-  """Asserts that fn is within `bound` units of what is wanted; returns what it gives."""
+  """Asserts that fn is within `bound` units of `want`; returns its result."""
   padded = [
     np.resize(x, 1536) for x in arrays
   ]  # one shape, for which JAX has compiled everything before
@@ -103,7 +103,7 @@ def check(fn, arrays, want, bound, config, max_abs=math.inf):
 
 
 def check_shapes(fn):
-  """A scalar, a column and nothing at all, as a row has them."""
+  """A scalar, a column and an empty array give what a row gives."""
   x, config = np.array([0.5, 1.0, 2.0]), CONFIGS[0]
   row = clear(fn, [x], config, 4.0)
   np.testing.assert_array_equal(clear(fn, [np.array(1.0)], config, 4.0), row[1])
@@ -112,7 +112,7 @@ def check_shapes(fn):
 
 
 def check_scales(fn, reference, slack=0):
-  """A mean's scale is finer than u, and none of its binary fractions."""
+  """The scale of a mean is finer than u and no power of two times it."""
   config = CONFIGS[0]
   x = np.random.default_rng(0).uniform(0.1, 5, 300)
   x = np.rint(x * 2**16) / 2**16
@@ -126,9 +126,7 @@ def check_scales(fn, reference, slack=0):
 
 
 def both_parties(circuit, operands):
-  """The shares of the outputs [2, ...] that two parties get, who are given shares of every operand;
-  under x64.
-  """
+  """Both parties' shares of the outputs, [2, ...], from shares of every operand; under x64."""
 
   def offline(key):
     dealt = protocol.deal(circuit, key, {})
@@ -143,7 +141,7 @@ def both_parties(circuit, operands):
 
 
 def check_both_parties(fn, comparison="tables"):
-  """Together the parties have the integer model's bits."""
+  """The parties' shares add up to the integer model's bits."""
   config = Config(48, 12, comparison=comparison)
   x = np.array([[0.25, 3.0, -1.5], [0.125, 2.5, 2.5]])
   with jax.enable_x64(True):

@@ -1,5 +1,5 @@
-"""The three roles: the right answer, nothing but their own in their hands, and no second use of
-anything that serves once.
+"""The three roles give the right answer, hold only their own, and use nothing twice that serves
+once.
 """
 
 import copy
@@ -192,10 +192,16 @@ def test_what_serves_once_cannot_be_doubled(cast, duplicate):
     assert "key" not in repr(once)
 
 
-def test_it_cannot_be_traced(cast):
-  first, _ = cast.dealer.deal()
+def test_one_mask_cannot_be_traced_onto_many_images(cast):
+  first, second = cast.dealer.deal()
+  mine = cast.data_owner.prepare(second)
+  with pytest.raises(TypeError, match="takes arrays, not tracers"):
+    jax.vmap(lambda x: cast.data_owner.ask(mine, x)[0].operands)(np.stack([X, -X]))
+  with pytest.raises(TypeError, match="takes arrays, not tracers"):
+    jax.jit(lambda w: ModelOwner(cast.plan, w)._operands)(W)
   with pytest.raises(TypeError):
     jax.jit(cast.model_owner.prepare)(first)
+  cast.data_owner.ask(mine, X)  # and nothing was used up
 
 
 def test_every_key_is_fresh(cast):

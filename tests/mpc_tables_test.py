@@ -99,7 +99,7 @@ def test_neighbours_and_ends_of_many_bits(span):
 
 @pytest.mark.parametrize("name", ["table0", "level0_0", "products0_0", "level1_0"])
 def test_a_flipped_bit_of_a_correlation_gives_wrong_answers(name):
-  """Nothing that is dealt is idle."""
+  """Every dealt value matters."""
   span = Span(0, 20, 8)
   v, r = np.random.default_rng(0).integers(0, 2**20, (2, 512)).astype(np.uint32)
   everything = lambda c: c | {name: ~c[name]}

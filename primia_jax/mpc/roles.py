@@ -18,10 +18,11 @@ One inference, as messages:
                  that multiply shared ones, under a blind B' that only the data owner and the dealer
                  know; most plans have none
   (online)       both parties open masked values; then the model owner sends its shares of the
-  outputs
+                 outputs
 
-Every key is drawn from the operating system where it is used. A blind and a correlation serve once:
-they refuse a second use, a copy and a pickle.
+Every key is drawn from the operating system where it is used. Blinds and correlations serve once:
+they refuse a second use, a copy and a pickle. Roles take arrays and refuse tracers: under `vmap`,
+one mask would hide many images.
 """
 
 from __future__ import annotations
@@ -340,6 +341,11 @@ def _checked(plan: Plan) -> Plan:
 def _leaves(plan: Plan, party: int, arguments: Sequence[PyTree]) -> list[Array]:
   """The arrays of one party's arguments, with the planned shapes."""
   leaves = jax.tree.leaves(tuple(arguments))
+  if any(isinstance(v, jax.core.Tracer) for v in leaves):
+    raise TypeError(
+      f"the {_NAMES[party]} takes arrays, not tracers, since a mask serves once; call it outside "
+      f"of jit and vmap, or use `secret`"
+    )
   planned = [a for by, a in zip(plan.owners, plan.program.avals, strict=True) if by == party]
   got, want = [np.shape(v) for v in leaves], [a.shape for a in planned]
   if got != want:
