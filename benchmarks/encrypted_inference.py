@@ -1,16 +1,14 @@
-"""Encrypted inference, both parties in one process, beside plain float32 and other frameworks in
-the same run.
+"""Encrypted inference, both parties in one process, beside plain float32 and other frameworks.
 
-  python -m benchmarks.encrypted_inference --case=resnet18_224 python -m
-  benchmarks.encrypted_inference --case=relu,matmul,lenet28 --crypten_python=ENV/bin/python python
-  -m benchmarks.encrypted_inference --case=resnet18_64 --batch=32 --rings=32fast python -m
-  benchmarks.encrypted_inference --case=relu --rings=64 --failures=1000000000
+  python -m benchmarks.encrypted_inference --case=resnet18_224
+  python -m benchmarks.encrypted_inference --case=relu,matmul --crypten_python=ENV/bin/python
+  python -m benchmarks.encrypted_inference --case=resnet18_64 --batch=32 --rings=32fast
+  python -m benchmarks.encrypted_inference --case=relu --rings=64 --failures=1000000000
 
 The model owner holds random weights, the data owner a random image; ranges are calibrated on that
-image. Rings: 32 (10 fraction bits) and 64 (16), each exact or, with "fast", within one unit;
-"fitted" is what `mpc.fitting` picks for an error of 1e-3 in a logit. Only for timing does an online
-phase run again and again on the same correlations: to use them twice on secrets would give these
-away.
+image. Rings: 32 (10 fraction bits) and 64 (16), each exact or, with "fast", within one unit.
+"fitted" is the choice of `mpc.fitting` for an error of 1e-3 in a logit. The online phase runs many
+times on the same correlations only for timing; using them twice on secrets would reveal these.
 """
 
 import contextlib
@@ -30,31 +28,30 @@ from absl import app, flags, logging
 from benchmarks import encrypted_work, measuring
 from benchmarks.peers import networks
 from primia_jax import prng, ring
-from primia_jax.mpc import fitting, gates, inference, planning
+from primia_jax.mpc import clear, fitting, planning, sharing
 from primia_jax.mpc.circuit import Config
-from primia_jax.mpc.gates import RELU, Gate
+from primia_jax.mpc.gates import elementwise
+from primia_jax.mpc.gates.elementwise import RELU, Gate
 
 _CASE = flags.DEFINE_list("case", "lenet28", "Of resnet18_224, resnet18_64, lenet28, relu, matmul.")
 _RINGS = flags.DEFINE_list(
   "rings", "32fast,32,64,fitted", "Of 32, 64, 32fast, 64fast, fitted; for relu by their bits."
 )
 _COMPARISON = flags.DEFINE_enum(
-  "comparison", "tables", list(gates.COMPARISONS), "How the gates compare."
+  "comparison", "tables", list(elementwise.COMPARISONS), "Protocol of the comparisons."
 )
 _BATCH = flags.DEFINE_integer(
-  "batch", 1, "Images at once; above 1 beside a batch of one.", lower_bound=1
+  "batch", 1, "Images at once; a batch of one is timed beside more.", lower_bound=1
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds measured, after one to warm up.", lower_bound=1)
 _LIMIT = flags.DEFINE_float(
-  "limit", 100.0, "Seconds a case after which no further round begins.", lower_bound=1
+  "limit", 100.0, "Seconds in a case after which no further round begins.", lower_bound=1
 )
 _MEMORY = flags.DEFINE_float(
-  "memory", 6.0, "GiB of correlations above which nothing is timed.", lower_bound=0
+  "memory", 6.0, "GiB of correlations; a case with more is not timed.", lower_bound=0
 )
 _GATES = flags.DEFINE_integer("gates", 2**20, "Gates at once in the case relu.", lower_bound=1)
-_FAILURES = flags.DEFINE_integer(
-  "failures", 0, "Exact gates whose answers are checked in the case relu."
-)
+_FAILURES = flags.DEFINE_integer("failures", 0, "Exact gates to check in the case relu.")
 _CRYPTEN = flags.DEFINE_string(
   "crypten_python", None, "Interpreter of an environment with crypten."
 )
@@ -87,7 +84,7 @@ _MATMUL = {"owned": 0.09, "shared": 0.25}
 
 @contextlib.contextmanager
 def peers(case: str, batch: int, want: np.ndarray):
-  """The peers whose interpreters are given: contestants by name, and what each says of itself."""
+  """The peers whose interpreters are given: contestants and descriptions by name."""
   scripts = {
     "CrypTen": (_CRYPTEN.value, "crypten_inference.py", "total"),
     "CrypTen online": (_CRYPTEN.value, "crypten_inference.py", "online"),
@@ -114,7 +111,7 @@ def peers(case: str, batch: int, want: np.ndarray):
 
 
 def report_peers(what: str, ours: str, costs: dict, about: dict) -> None:
-  """A line for each peer, and one for ours over it."""
+  """A line for each peer, and one for the ratio to ours."""
   for name, said in about.items():
     measuring.report(f"{name}: {what}", costs[name], unit="s", peer=said)
     against = (
@@ -184,7 +181,7 @@ def make_plan(
 
 
 def report_plan(name: str, case: str, plan: planning.Plan) -> None:
-  """What the plan says: bytes, rounds, communication time, and the range of every gate."""
+  """The plan's bytes, rounds, communication time, and the range of every gate."""
   rows, comparison = planning.rows(plan), plan.config.comparison
   sent, rounds, dealt = (
     sum(getattr(row, field) for row in rows) for field in ("sent", "rounds", "dealt")
@@ -210,7 +207,7 @@ def report_answer(
   run: encrypted_work.Inference,
   want: np.ndarray,
 ) -> None:
-  """Whether the answer is right, and how long the online phase took to compile."""
+  """The error of the answer, and the time to compile the online phase."""
   got = np.asarray(run.outputs())
   error = float(np.abs(got - want).max())
   target = _ERROR if name.endswith("fitted") else None
@@ -218,7 +215,7 @@ def report_answer(
     f"largest logit error: {name}", [error], "1", target, largest_logit=float(np.abs(want).max())
   )
   if plan.config.exact:
-    equal = np.array_equal(got, np.asarray(inference.check(plan, work.args)))
+    equal = np.array_equal(got, np.asarray(clear.check(plan, work.args)))
     measuring.say(
       f"bit-equal to the integer model: {name}", [float(equal)], "1", 1.0, at_least=True
     )
@@ -237,7 +234,7 @@ def all_phases(name: str) -> list[tuple[str, str]]:
 
 
 def report_times(case: str, what: str, timed: list[str], costs: dict) -> None:
-  """What each phase took, and how that compares with plain float32."""
+  """The time of each phase, and its ratio to plain float32."""
   single = _BATCH.value == 1
   measuring.report(f"float32: {what}", costs["float32"], unit="s")
   for ring_name in timed:
@@ -271,8 +268,9 @@ def report_times(case: str, what: str, timed: list[str], costs: dict) -> None:
 def relu(case: str) -> None:
   """ReLU with truncation on random numbers of the whole range, by ring, exactness and range."""
   contestants, sent, size = {}, {}, _GATES.value
+  comparison = elementwise.COMPARISONS[_COMPARISON.value]
   settings = [
-    Gate(RELU, size, bits, range_bits, shift, 0 if exact else shift, exact, _COMPARISON.value)
+    Gate(RELU, size, bits, range_bits, shift, 0 if exact else shift, exact, comparison)
     for bits, shift, some in ((64, 16, 40), (32, 12, 28))
     if any(r.startswith(str(bits)) for r in _RINGS.value)
     for range_bits in (bits - 2, some)
@@ -280,7 +278,7 @@ def relu(case: str) -> None:
   ]
   name = lambda gate: (
     f"relu, {gate.num} gates, {gate.num_bits} bits, range {gate.range_bits}, "
-    f"{'exact' if gate.exact else 'within one unit'}{', fss' if gate.comparison == 'fss' else ''}"
+    f"{'exact' if gate.exact else 'within one unit'}{', fss' * (gate.comparison.name == 'fss')}"
   )
   for gate in settings:
     run, key = encrypted_work.gate_run(gate), prng.random_key()
@@ -288,8 +286,8 @@ def relu(case: str) -> None:
     first = prng.bits(key, jnp.zeros(3, jnp.uint32), z.shape, z.dtype)
     shares, correlation = jnp.stack([first, z - first]), run.offline(key)
     got = run.online(shares, correlation)
-    off = gates.to_signed(
-      ring.reduce(got[0] + got[1] - gates.clear(gate, z), gate.num_bits), gate.num_bits
+    off = sharing.signed(
+      ring.reduce(got[0] + got[1] - elementwise.clear(gate, z), gate.num_bits), gate.num_bits
     )
     measuring.say(
       f"largest error in units: {name(gate)}",
@@ -304,7 +302,7 @@ def relu(case: str) -> None:
   with peers(case, 1, want) as (others, about):
     costs = measuring.alternate({**contestants, **others}, _ROUNDS.value, _LIMIT.value)
   for gate in settings:
-    full = size == 2**20 and gate.comparison == "tables"
+    full = size == 2**20 and gate.comparison.name == "tables"
     measuring.report(
       f"online: {name(gate)}", costs[gate], unit="ms", scale=1e3,
       target=_RELU_MS.get((gate.num_bits, gate.exact)) if full else None,
@@ -331,7 +329,7 @@ def relu(case: str) -> None:
 
 
 def report_failures(name: str, gate: Gate) -> None:
-  """Counts wrong answers of exact gates on random numbers, each run with fresh correlations."""
+  """Counts wrong answers of exact gates on random numbers, with fresh correlations in each run."""
   count, wrong, done, start = encrypted_work.failures(gate), 0, 0, time.perf_counter()
   while done < _FAILURES.value:
     wrong, done = wrong + int(count(prng.random_key())), done + gate.num
@@ -340,9 +338,7 @@ def report_failures(name: str, gate: Gate) -> None:
 
 
 def matmul(case: str) -> None:
-  """A product of two matrices 1024 x 1024, the weights owned by a party, or both factors given as
-  shares.
-  """
+  """A product of two matrices 1024 x 1024: one owned by each party, or both given as shares."""
   works = {
     "owned": encrypted_work.matmul(encrypted_work.OWNERS),
     "shared": encrypted_work.matmul((planning.SHARED, planning.SHARED)),

@@ -1,6 +1,4 @@
-"""What the encrypted benchmark runs: the networks in JAX, and an inference as phases that are timed
-apart.
-"""
+"""What the encrypted benchmark runs: the networks in JAX, and an inference in phases."""
 
 from __future__ import annotations
 
@@ -15,8 +13,9 @@ from jax import lax
 
 from benchmarks.peers import networks
 from primia_jax import conv, prng, ring
-from primia_jax.mpc import dealing, gates, inference, protocol, sharing
-from primia_jax.mpc.gates import Gate
+from primia_jax.mpc import dealing, inference, protocol, sharing
+from primia_jax.mpc.gates import elementwise
+from primia_jax.mpc.gates.elementwise import Gate
 from primia_jax.mpc.planning import Plan
 from primia_jax.types import Array, PyTree
 
@@ -51,8 +50,8 @@ class Ops:
 
 
 class PlainOps(Ops):
-  """The same for float32 in the clear, by the library's own convolution: on CPU XLA's is up to 16
-  times slower.
+  """The same for float32 in the clear, with the library's own convolution, on CPU up to 16 times
+  faster than XLA's.
   """
 
   @staticmethod
@@ -61,9 +60,7 @@ class PlainOps(Ops):
 
 
 class Work(NamedTuple):
-  """A function to compute under encryption, the same for float32 in the clear, and whose arguments
-  are whose.
-  """
+  """A function to compute under encryption, the same in float32, and its arguments' owners."""
 
   fn: Callable[..., Array]
   plain: Callable[..., Array]
@@ -92,11 +89,10 @@ class Inference(NamedTuple):
 
   Attributes:
     phases: by name as in `PHASES`, functions without arguments. For timing only, the dealer's key
-      is the same every time and the online phase uses one set of correlations again and again,
-      which a protocol must never do.
-    compile: seconds to trace, lower and compile the online phase, with an empty cache of compiled
-      programs.
-    compile_again: the same with the cache that this left on disk.
+      is the same every time and the online phase uses one set of correlations again and again. A
+      protocol must never do that, and `mpc.roles` refuses it.
+    compile: seconds to trace, lower and compile the online phase without a compilation cache.
+    compile_again: the same with the cache that the first compilation left on disk.
     outputs: () -> what the data owner learns.
   """
 
@@ -110,12 +106,14 @@ PHASES = ("deal", "prepare 0", "prepare 1", "online")
 
 
 def prepared(plan: Plan, args: tuple[PyTree, ...]) -> Inference:
-  """Makes ready what an inference needs, and compiles its phases."""
-  key = prng.random_key()
+  """Prepares an inference and compiles its phases."""
+  key, circuit = prng.random_key(), plan.circuit
   operands = inference.share_inputs(plan, inference.encode(plan, args), key)
-  blind, published = inference.blinds(plan, key), inference.publish(plan, operands, key)
-  deal = jax.jit(functools.partial(inference.deal, plan))
-  prepare = [jax.jit(functools.partial(inference.prepare, plan, party)) for party in (0, 1)]
+  arrays = protocol.blinds(circuit, key, 0) | protocol.blinds(circuit, prng.random_key(), 1)
+  blind = protocol.full(circuit, arrays)
+  published = protocol.full(circuit, protocol.publish(operands, arrays))
+  deal = jax.jit(functools.partial(protocol.deal, circuit))
+  prepare = [jax.jit(functools.partial(protocol.prepare, circuit, party)) for party in (0, 1)]
   dealt = deal(key, blind)
   parts = [protocol.part(dealt, party) for party in (0, 1)]
   ready = inference.stack(*[prepare[party](parts[party], operands, published) for party in (0, 1)])
@@ -130,7 +128,7 @@ def prepared(plan: Plan, args: tuple[PyTree, ...]) -> Inference:
 
 
 def compile_twice(fn: Callable, *args: PyTree) -> tuple[Callable, float, float]:
-  """fn compiled, and the seconds it took: as it is, and from the cache on disk
+  """fn compiled, the seconds without a cache, and those with the cache on disk
   (jax_compilation_cache_dir).
   """
   seconds = []
@@ -170,17 +168,20 @@ def gate_run(gate: Gate) -> GateRun:
 
   def offline(key: Array) -> dealing.Correlation:
     seeds = [prng.derive(key, party) for party in (0, 1)]
-    each = [dealing.expand_masks(seed, 0, gates.masks(gate)) for seed in seeds]
-    derived = gates.derive(gate, {name: jnp.stack([m[name] for m in each]) for name in each[0]})
-    each[0] |= dealing.expand_derived(seeds[0], 0, derived) | derived.common
-    each[1] |= dealing.split(seeds[0], 0, derived) | derived.common
+    each = [dealing.expand_masks(seed, 0, elementwise.masks(gate)) for seed in seeds]
+    derived = elementwise.derive(
+      gate, {name: jnp.stack([m[name] for m in each]) for name in each[0]}
+    )
+    sent = dealing.split(seeds[0], 0, derived)
+    each[0] |= dealing.expand_shares(seeds[0], 0, sent) | derived.common
+    each[1] |= sent | derived.common
     return inference.stack(*each)
 
   def online(
     shares: Array, correlation: dealing.Correlation, log: list[sharing.Sent] | None = None
   ) -> Array:
     return jax.vmap(
-      lambda z, c: gates.run(gate, sharing.Wire(log=log), z, c), axis_name=sharing.PARTY
+      lambda z, c: elementwise.run(gate, sharing.Wire(log=log), z, c), axis_name=sharing.PARTY
     )(shares, correlation)
 
   shares = jax.ShapeDtypeStruct((2, gate.num), ring.storage(gate.num_bits))
@@ -191,28 +192,28 @@ def gate_run(gate: Gate) -> GateRun:
 
 
 def numbers(gate: Gate, key: Array) -> Array:
-  """Ring elements [N] from the whole range of a gate: half of them uniform, half of all magnitudes
-  alike.
+  """Ring elements [N] from a gate's whole range: half uniform, half with uniform magnitudes in
+  bits.
   """
   dtype = ring.storage(gate.num_bits).type
   bits = prng.bits(key, jnp.asarray([1, 0, 0], jnp.uint32), (gate.num,), dtype)
   sizes = prng.bits(key, jnp.asarray([2, 0, 0], jnp.uint32), (gate.num,), jnp.uint32)
-  signed = gates.to_signed(bits, gate.num_bits) >> (gate.num_bits - gate.range_bits - 1)
+  signed = sharing.signed(bits, gate.num_bits) >> (gate.num_bits - gate.range_bits - 1)
   smaller = (sizes >> 1) % jnp.uint32(gate.range_bits + 1)
   signed = jnp.where(sizes & 1 == 1, signed, signed >> smaller.astype(signed.dtype))
-  most = 2**gate.range_bits - gates.slack(gate) - 1
+  most = 2**gate.range_bits - elementwise.slack(gate) - 1
   return lax.bitcast_convert_type(jnp.clip(signed, -most, most), dtype)
 
 
 def failures(gate: Gate) -> Callable[[Array], Array]:
-  """key -> how many of a gate's answers on random numbers are wrong."""
+  """key -> the number of a gate's wrong answers on random numbers."""
   run = gate_run(gate)
 
   def count(key: Array) -> Array:
     z = numbers(gate, prng.derive(key, 2))
     first = prng.bits(prng.derive(key, 3), jnp.zeros(3, jnp.uint32), z.shape, z.dtype)
     y = run.online(jnp.stack([first, z - first]), run.offline(key))
-    wrong = ring.reduce(y[0] + y[1] - gates.clear(gate, z), gate.num_bits) != 0
+    wrong = ring.reduce(y[0] + y[1] - elementwise.clear(gate, z), gate.num_bits) != 0
     return jnp.sum(wrong.astype(jnp.uint32))
 
   return jax.jit(count)

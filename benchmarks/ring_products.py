@@ -21,7 +21,7 @@ from jax import lax
 
 from benchmarks import measuring
 from primia_jax import ring
-from primia_jax.mpc import products
+from primia_jax.mpc import maps, products
 
 _LAYERS = flags.DEFINE_enum(
   "layers", "resnet18", ["resnet18", "matmul"], "The layers timed; matmul is 1024^3."
@@ -46,7 +46,7 @@ class Layer:
   """A layer, and how often the network has it."""
 
   name: str
-  map: products.Map
+  map: maps.Map
   x: tuple[int, ...]
   w: tuple[int, ...]
   count: int = 1
@@ -62,13 +62,13 @@ def conv(size: int, channels: int, taps: int, stride: int, features: int, count:
     "dimension_numbers": lax.conv_dimension_numbers(x, w, ("NHWC", "HWIO", "NHWC")),
   }
   name = f"{size}x{size}x{channels}, {taps}x{taps}/{stride}, {features}"
-  return Layer(name, products.Map("conv_general_dilated", tuple(params.items())), x, w, count)
+  return Layer(name, maps.Map("conv_general_dilated", tuple(params.items())), x, w, count)
 
 
 def matmul(m: int, k: int, n: int) -> Layer:
   numbers = (((1,), (0,)), ((), ()))
   return Layer(
-    f"{m}x{k}x{n}", products.Map("dot_general", (("dimension_numbers", numbers),)), (m, k), (k, n)
+    f"{m}x{k}x{n}", maps.Map("dot_general", (("dimension_numbers", numbers),)), (m, k), (k, n)
   )
 
 
@@ -86,7 +86,7 @@ def resnet18(size: int) -> list[Layer]:
 def contestants(layer: Layer, cases: Sequence[tuple[int, int, str]]) -> dict:
   """The plain float32 layer, and its exact products, w split beforehand."""
   rng = np.random.default_rng(0)
-  plain = jax.jit(functools.partial(products.apply, layer.map))
+  plain = jax.jit(functools.partial(maps.apply, layer.map))
   x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (layer.x, layer.w))
   runs = {"float32": measuring.timed(functools.partial(plain, x, w))}
   for w_bits, num_bits, form in cases:

@@ -1,5 +1,5 @@
-"""What `infer_encrypted` does before anything is dealt: settings, model, calibration, the choice of
-the ring.
+"""The work of `infer_encrypted` before anything is dealt: flags, model, calibration, choice of the
+ring.
 """
 
 from __future__ import annotations
@@ -20,26 +20,14 @@ from primia_jax import models
 from primia_jax.data.folder import read_images
 from primia_jax.mpc import fitting, planning
 from primia_jax.mpc.circuit import Config
-from primia_jax.mpc.gates import COMPARISONS
+from primia_jax.mpc.gates.elementwise import COMPARISONS
 from primia_jax.types import Array, PyTree
 
 OWNERS = ("model_owner", "data_owner")
 OUTPUTS = ("probabilities", "label")
-PRNGS = ("chacha20", "threefry")
 _NETWORKS = {"lan": planning.LAN, "wan": planning.WAN}
 _CALIBRATION_BATCH = 32  # images at a time; the ranges do not depend on it
-_FRACTION_BITS = (
-  10,
-  12,
-  14,
-  16,
-  18,
-  20,
-  22,
-  24,
-  8,
-  6,
-)  # in the order tried where only the ring is given
+_FRACTION_BITS = (*range(10, 25, 2), 8, 6)  # in the order tried if only the ring is given
 
 
 def _(default: Any, text: str) -> Any:
@@ -50,56 +38,51 @@ def _(default: Any, text: str) -> Any:
 class Infer:
   """The flags of `infer_encrypted`."""
 
-  checkpoint: str = _("", "model owner: folder of the finished training run")
+  checkpoint: str = _("", "model owner: folder of a finished training run")
   images: str = _(
     "", "data owner: an image file (PNG, JPEG, TIFF, BMP, DICOM), a folder or a tar of them"
   )
   output: str = _(
     "probabilities",
     "what the data owner learns: probabilities (from the logits, revealed to it alone), or label "
-    "(only the class, "
-    "found under encryption)",
+    "(only the class, found under encryption)",
   )
   output_dir: str = _(
-    "", "folder for predictions.csv, plan.txt and costs.json; created; empty writes no files"
+    "",
+    "folder for predictions.csv, plan.txt and costs.json, created if needed; empty writes no files",
   )
   check: bool = _(
-    False, "also compute in the clear: compare with float32 and look for values beyond their range"
+    False, "also compute in the clear: compare with float32 and find values beyond their range"
   )
   comparison: str = _(
     "tables",
-    "how signs are found: tables (little dealt, more rounds) or fss (more dealt, few rounds)",
+    "protocol for signs: tables (less dealt, more rounds) or fss (more dealt, fewer rounds)",
   )
   ring_bits: int = _(0, "bits of a shared number, 8 to 64; 0 chooses by target_error")
   fraction_bits: int = _(0, "bits after the binary point; 0 chooses by target_error")
-  target_error: float = _(1e-3, "largest error of a logit wanted, on the calibration images")
+  target_error: float = _(1e-3, "largest error allowed in a logit, on the calibration images")
   exact: bool = _(
     True,
-    "exact truncation and comparison; --noexact is cheaper, each value off by one unit at most",
+    "exact truncation and comparison; --noexact is cheaper, each value off by at most one unit",
   )
-  margin: float = _(2.0, "factor by which values may exceed the largest seen in calibration")
+  margin: float = _(2.0, "factor by which values may exceed the largest of calibration")
   calibration: str = _(
-    "run", "model owner: images to calibrate on: run (the training run's validation images), "
-           "phantom, folder:PATH, "
-    "npz:PATH or tfds:NAME"
-  )  # fmt: skip
-  calibration_images: int = _(32, "how many of them")
+    "run",
+    "model owner: images to calibrate on: run (the training run's validation images), phantom, "
+    "folder:PATH, npz:PATH or tfds:NAME",
+  )
+  calibration_images: int = _(32, "number of calibration images")
   batch: int = _(1, "images in one run of the protocol")
   network: str = _(
-    "wan", "link to estimate the time of communication for: lan, wan, or RTT_MS,MBIT such as 40,100"
-  )
-  prng: str = _(
-    "chacha20",
-    "what masks are drawn with: chacha20, or threefry (a statistical PRNG: for research, not "
-    "secure)",
+    "wan", "link whose communication time is estimated: lan, wan, or RTT_MS,MBIT such as 40,100"
   )
 
 
 def check(s: Infer) -> None:
-  """Refuses what is wrong in the flags alone, before any work.
+  """Refuses wrong flags before any work.
 
   Raises:
-    ValueError, FileNotFoundError: naming the flag and the cure.
+    ValueError, FileNotFoundError: the message names the flag and the cure.
   """
   if not s.checkpoint:
     raise ValueError(
@@ -107,20 +90,18 @@ def check(s: Infer) -> None:
     )
   if not (pathlib.Path(s.checkpoint) / "model.json").is_file():
     raise FileNotFoundError(
-      f"checkpoint={s.checkpoint} holds no model.json: name the folder of a finished training run"
+      f"checkpoint={s.checkpoint} holds no model.json; name the folder of a finished training run"
     )
   if not s.images:
     raise ValueError("images is empty; name an image, a folder or a tar, such as --images=xray.png")
   if not os.path.exists(s.images):
     raise FileNotFoundError(f"images={s.images}: there is no such file or folder; check the path")
-  choices = {"output": OUTPUTS, "comparison": tuple(COMPARISONS), "prng": PRNGS}
+  choices = {"output": OUTPUTS, "comparison": tuple(COMPARISONS)}
   for name, allowed in choices.items():
     if getattr(s, name) not in allowed:
       raise ValueError(f"{name}={getattr(s, name)!r}; use {' or '.join(allowed)}")
   if s.ring_bits and not 8 <= s.ring_bits <= 64:
-    raise ValueError(
-      f"ring_bits={s.ring_bits}; use 8 to 64, or 0 to have it chosen by target_error"
-    )
+    raise ValueError(f"ring_bits={s.ring_bits}; use 8 to 64, or 0 to choose by target_error")
   most = (s.ring_bits or 64) // 2 - 1
   if s.fraction_bits and not 0 < s.fraction_bits <= most:
     raise ValueError(
@@ -128,9 +109,9 @@ def check(s: Infer) -> None:
     )
   for name in ("target_error", "calibration_images", "batch"):
     if not getattr(s, name) > 0:
-      raise ValueError(f"{name}={getattr(s, name)} must be positive")
+      raise ValueError(f"{name}={getattr(s, name)}; use a positive number")
   if not s.margin >= 1:
-    raise ValueError(f"margin={s.margin} must be at least 1: ranges that calibration saw must fit")
+    raise ValueError(f"margin={s.margin}; use at least 1: ranges that calibration saw must fit")
   kind, _, where = s.calibration.partition(":")
   if s.calibration not in ("run", "phantom") and not (kind in ("folder", "npz", "tfds") and where):
     raise ValueError(
@@ -145,7 +126,7 @@ def parse_network(text: str) -> planning.Network:
   """Reads "lan", "wan" or "RTT_MS,MBIT".
 
   Raises:
-    ValueError: it is none of these.
+    ValueError: the text is none of these.
   """
   if text in _NETWORKS:
     return _NETWORKS[text]
@@ -166,11 +147,10 @@ def parse_network(text: str) -> planning.Network:
 def calibration_images(
   s: Infer, config: models.ModelConfig, label_names: tuple[str, ...]
 ) -> tuple[np.ndarray, str]:
-  """The model owner's images to calibrate on, uint8 [N, H, W, C] spread over the source, and what
-  they are.
+  """The calibration images, uint8 [N, H, W, C] spread over the source, and their description.
 
   Raises:
-    ValueError, FileNotFoundError: the source is wrong or not there.
+    ValueError, FileNotFoundError: the source is wrong or missing.
   """
   size, _, channels = config.image_shape
   kind, _, path = s.calibration.partition(":")
@@ -210,17 +190,14 @@ def load_model(checkpoint: str) -> tuple[models.Model, PyTree, tuple[str, ...], 
   if len(trained) > 1:
     raise ValueError(
       f"checkpoint={checkpoint} holds {len(trained)} personal models, one for each site (FedBN). "
-      f"`evaluate` averages "
-      "their probabilities, which would take a run of the protocol for each; use a run of another "
-      "algorithm"
+      f"`evaluate` averages their probabilities, which would take a run of the protocol for each; "
+      f"use a run of another algorithm"
     )
   return model, trained[0], label_names, config
 
 
 def functions(model: models.Model) -> dict[str, Callable[[PyTree, Array], Array]]:
-  """What can be computed under encryption, (weights, normalised images) -> output, by the name of
-  the output.
-  """
+  """The functions to encrypt, (weights, normalised images) -> output, by output."""
   logits = lambda weights, images: model.apply(*weights, images, train=False)[0]
 
   def label(weights: PyTree, images: Array) -> Array:
@@ -234,7 +211,7 @@ def functions(model: models.Model) -> dict[str, Callable[[PyTree, Array], Array]
 def make_plan(
   s: Infer, model: models.Model, weights: PyTree, calibration: np.ndarray
 ) -> planning.Plan:
-  """Calibrates, chooses ring and fraction bits where they are left open, and plans.
+  """Calibrates, chooses ring and fraction bits if they are left open, and plans.
 
   Args:
     s: the flags.
@@ -243,14 +220,14 @@ def make_plan(
     calibration: uint8 [N, H, W, C].
 
   Raises:
-    ValueError: no ring reaches the target, or the ring asked for is too small.
+    ValueError: no ring reaches the target, or the chosen ring is too small.
   """
   examples = [
     (weights, normalised(part))
     for part in batches(calibration, min(len(calibration), _CALIBRATION_BATCH))
   ]
   fns = functions(model)
-  config = Config(exact=s.exact, comparison=s.comparison, margin=s.margin, prng=s.prng)
+  config = Config(exact=s.exact, comparison=s.comparison, margin=s.margin)
   if s.ring_bits and s.fraction_bits:
     weight_bits = min(config.weight_bits, s.ring_bits)
     config = dataclasses.replace(
@@ -272,13 +249,11 @@ def make_plan(
 
 
 def normalised(images: np.ndarray) -> Array:
-  """uint8 images as the model takes them; public arithmetic that their owner does in the clear."""
+  """uint8 images as the model takes them; their owner does this in the clear."""
   return learning.normalise(jnp.asarray(images))
 
 
 def batches(images: Any, size: int) -> Iterator[np.ndarray]:
-  """Cuts images into batches of one size; the last is filled up with repetitions, which the caller
-  drops.
-  """
+  """Images in batches of one size; repetitions fill the last, and the caller drops them."""
   for start in range(0, len(images), size):
     yield images[np.resize(np.arange(start, min(start + size, len(images))), size)]

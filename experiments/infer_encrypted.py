@@ -1,9 +1,9 @@
-"""Classifies images of one party with the model of another: neither shows the other what it holds.
+"""Classifies one party's images with another party's model; neither shows the other what it holds.
 
   python -m experiments.infer_encrypted --checkpoint=runs/first --images=xray.png
 
-Two parties and a dealer, all simulated in this process; prints the classes, and what each phase and
-each layer took in time, bytes and rounds. With --output_dir: predictions.csv, plan.txt and
+Two parties and a dealer, all simulated in this process. Prints the classes, and the time, bytes and
+rounds of each phase and layer. With --output_dir it writes predictions.csv, plan.txt and
 costs.json.
 """
 
@@ -44,10 +44,9 @@ def main() -> None:
     pathlib.Path(config.output_dir).mkdir(parents=True, exist_ok=True)
 
   print(
-    "Encrypted inference, simulated: model owner, data owner and dealer are all in this one "
-    "process, which sees\n"
-    "everything. What each of them does is apart in the code, by phase, and is given only what "
-    "that role holds.\n"
+    "Encrypted inference, simulated: model owner, data owner and dealer run in this one process, "
+    "which sees\n"
+    "everything. In the code they are separate, and each is given only what its role holds.\n"
   )
   print(
     f"Model   {model_config.name} from {config.checkpoint}, {size} x {size} x {channels}, "
@@ -67,8 +66,7 @@ def main() -> None:
     print(
       "\nSome steps multiply secrets with each other, as GroupNorm does with the statistics of an "
       "image. A model\n"
-      "trained with --norm=batch is spared them, since its owner folds the statistics into the "
-      "weights."
+      "trained with --norm=batch avoids them: its owner folds the statistics into the weights."
     )
   print(flush=True)
   result = phases.infer(plan, weights, images.images, config.batch)
@@ -84,8 +82,8 @@ def main() -> None:
     )
   else:
     print(
-      "\nA value beyond its planned range would give a wrong answer that nobody notices; --check "
-      "looks for that."
+      "\nA value beyond its planned range gives a wrong answer that nobody notices; --check finds "
+      "such values."
     )
   if config.output_dir:
     folder = pathlib.Path(config.output_dir)
@@ -98,11 +96,11 @@ def main() -> None:
 def _who_learns_what(config: encrypted.Infer) -> str:
   answer = {
     "probabilities": "the logits of its own images, and computes probabilities from them",
-    "label": "the class of its own images, and neither probabilities nor logits",
+    "label": "the class of its own images, but no probabilities or logits",
   }[config.output]
   return (
     "Who learns what, if all follow the protocol and the dealer colludes with neither party:\n"
-    "  model owner  how many images there are; nothing else about them, nor about the answers\n"
+    "  model owner  the number of images, and nothing else about them or the answers\n"
     f"  data owner   the plan, {answer}\n"
     "  dealer       the plan; neither weights nor images nor answers"
   )
@@ -136,9 +134,7 @@ def _write_predictions(
       path, ids, None, scipy.special.softmax(outputs.astype(np.float64), axis=1), label_names
     )
     return
-  with open(
-    path, "w", newline="", encoding="utf-8"
-  ) as file:  # the columns of predictions_csv, without probabilities
+  with open(path, "w", newline="", encoding="utf-8") as file:
     writer = csv.writer(file)
     writer.writerow(["image", "true", "predicted"])
     writer.writerows(
@@ -154,9 +150,7 @@ def _costs(
   config: encrypted.Infer,
   num_images: int,
 ) -> dict[str, Any]:
-  """What `costs.json` holds: seconds measured; bytes and rounds as planned, of one run of the
-  protocol.
-  """
+  """The content of `costs.json`: seconds as measured, bytes and rounds of one run as planned."""
   network = encrypted.parse_network(config.network)
   dealt, sent, rounds = (
     sum(getattr(row, name) for row in rows) for name in ("dealt", "sent", "rounds")
@@ -182,16 +176,15 @@ def _costs(
     "images_in_a_run": config.batch,
     "runs": result.runs,
     "config": dataclasses.asdict(plan.config),
-    "prng": config.prng,
     "phases": [
       phase("calibrate", "model owner", "model"),
       phase("compile", "everybody", "model"),
       phase("encode weights", "model owner", "model"),
       phase("blind", "dealer", "model"),
-      phase("publish", "model owner to data owner", "model", phases.published_bytes(plan)),
-      phase("encode images", "data owner", "run"),
+      phase("publish", "model owner to data owner", "model", planning.published_bytes(plan)),
       phase("deal", "dealer to data owner", "run", dealt),
       phase("prepare", "both parties", "run"),
+      phase("encode images", "data owner", "run"),
       phase("online", "both parties, each way", "run", sent, rounds),
     ],
     "layers": [layer._asdict() for layer in phases.layers(plan, rows, result)],
@@ -201,7 +194,7 @@ def _costs(
       "bits_per_second": network.bandwidth,
       "online_seconds": network.seconds(rounds, sent),
       "deal_seconds": network.seconds(0, dealt),
-      "publish_seconds": network.seconds(0, phases.published_bytes(plan)),
+      "publish_seconds": network.seconds(0, planning.published_bytes(plan)),
     },
     "versions": report.versions(),
   }
@@ -230,10 +223,7 @@ def _print_costs(costs: dict[str, Any]) -> None:
     f"{1e3 * network['round_trip_seconds']:g} ms and {network['bits_per_second'] / 1e6:g} Mbit/s"
   )
   print(f"\nCommunication over a link of {link} would take")
-  print(
-    f"  online            {_time(network['online_seconds']):>10} for {each}, beside the time that "
-    f"computing takes above"
-  )
+  print(f"  online            {_time(network['online_seconds']):>10} for {each}, besides computing")
   print(f"  deal, beforehand  {_time(network['deal_seconds']):>10} for {each}")
   print(f"  publish           {_time(network['publish_seconds']):>10} once per model")
 
@@ -258,7 +248,7 @@ def _time(seconds: float) -> str:
 
 
 def _print_check(config: encrypted.Infer, found: phases.Difference, ids: Sequence[str]) -> None:
-  print("\nChecked in the clear: every value stays within its planned range;")
+  print("\nChecked in the clear: every value stays within its planned range.")
   if found.largest is not None:
     print(
       f"  largest difference of a logit from float32: {found.largest:.2g} (target "

@@ -1,5 +1,5 @@
-"""Exponentials and bounded functions over the whole legal range and beyond, within the bound that
-each states.
+"""Exponentials and bounded functions stay within their stated bounds, over the whole legal range
+and beyond.
 """
 
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpc_reference import check, check_both_parties, check_scales, check_shapes, each_range, spread
 
-from primia_jax.mpc import exponentials
+from primia_jax.mpc.functions import exponentials
 
 
 @each_range

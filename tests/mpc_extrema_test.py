@@ -1,4 +1,4 @@
-"""The largest and where it stands, exactly, with ties and over the whole range."""
+"""The largest and its position: exact, with ties and over the whole range."""
 
 import functools
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mpc_reference import CONFIGS, check_both_parties, clear
 
-from primia_jax.mpc import extrema
+from primia_jax.mpc.functions import extrema
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 17, 130])
@@ -28,7 +28,7 @@ def test_argmax_and_tournament(n, axis):
 
 
 def test_argmax_sees_every_bit():
-  """Of products, which are finer than activations, the low bits count."""
+  """Products are finer than activations, and their low bits count."""
   x = np.array([[1.0, 1.0], [1 + 2.0**-16, 1.0], [1.0, 1 + 2.0**-16]])
   square = lambda build, x: extrema.argmax(build, build.scaled(build.multiply(x, x), 2.0**-8), 1)
   np.testing.assert_array_equal(clear(square, [x], CONFIGS[0], 4.0), [0, 0, 1])

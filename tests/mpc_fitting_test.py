@@ -1,6 +1,4 @@
-"""The choice of a ring: the first that is accurate enough on every example, or a refusal that says
-what was reached.
-"""
+"""The first ring that is accurate enough on every example, or a refusal with the best error."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +6,7 @@ import numpy as np
 import pytest
 from mpc_reference import OWNERS, normal
 
-from primia_jax.mpc import fitting, inference
+from primia_jax.mpc import clear, fitting
 from primia_jax.mpc.circuit import Config
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -24,7 +22,7 @@ def test_the_cheapest_ring_that_is_accurate_enough(target, ring):
   plan = fitting.fit(fn, OWNERS, [(W, X), (W, -X)], target)
   assert plan.config.num_bits == ring
   for x in (X, -X):
-    assert jnp.abs(inference.check(plan, (W, x)) - fn(W, x)).max() <= target
+    assert jnp.abs(clear.check(plan, (W, x)) - fn(W, x)).max() <= target
 
 
 def test_the_first_that_is_accurate_by_the_factor_asked_for():
@@ -33,7 +31,7 @@ def test_the_first_that_is_accurate_by_the_factor_asked_for():
     product, OWNERS, [(W, X), (W, -X)], target, spare=spare, candidates=candidates
   )
   plan = chosen(1.0, coarse)
-  most = max(float(jnp.abs(inference.check(plan, (W, x)) - product(W, x)).max()) for x in (X, -X))
+  most = max(float(jnp.abs(clear.check(plan, (W, x)) - product(W, x)).max()) for x in (X, -X))
   assert chosen(most * 1.01, coarse, fine).config.fraction_bits == 6
   assert chosen(most * 1.01, coarse, fine, spare=1.5).config.fraction_bits == 12
   assert chosen(most * 0.99, coarse, fine).config.fraction_bits == 12
@@ -51,7 +49,7 @@ def test_the_rest_of_the_configuration_is_kept():
 
 
 @pytest.mark.parametrize(
-  ("target", "reason"), [(1e-12, "no ring reaches"), (0.0, "must be positive")]
+  ("target", "reason"), [(1e-12, "no ring reaches"), (0.0, "use a positive number")]
 )
 def test_an_impossible_target_is_refused(target, reason):
   with pytest.raises(ValueError, match=reason):
@@ -61,6 +59,6 @@ def test_an_impossible_target_is_refused(target, reason):
 def test_without_x64_the_message_says_what_was_left_out():
   with (
     jax.enable_x64(False),
-    pytest.raises(ValueError, match=r"best is \d.*; rings of more than 32 bits need"),
+    pytest.raises(ValueError, match=r"best error is \d.*; rings of more than 32 bits need"),
   ):
     fitting.fit(fn, OWNERS, [(W, X)], 1e-7, candidates=((32, 10), (64, 20)))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from primia_jax.mpc import fss
-from primia_jax.mpc.fss import Span
+from primia_jax.mpc.gates import fss
+from primia_jax.mpc.gates.comparison import Span
 from primia_jax.mpc.sharing import PARTY, Wire
 
 LONG = [Span(17, 40), Span(0, 40, 13), Span(0, 62)]
@@ -42,7 +42,7 @@ def deal(span, r, shares):
 @functools.partial(jax.jit, static_argnums=0)
 def both(span, v, shares, common):
   """Both parties' shares of the answers, [2, N] each."""
-  party = lambda mine, theirs, v: fss.run(span, Wire(), v, {**mine, **theirs})
+  party = lambda mine, theirs, v: fss.evaluate(span, Wire(), v, {**mine, **theirs})
   return jax.vmap(party, in_axes=(0, None, None), axis_name=PARTY)(shares, common, jnp.asarray(v))
 
 
@@ -137,7 +137,7 @@ def test_a_single_element_without_jit():
   span, shares = Span(0, 9), roots(Span(0, 9), 1)
   derived, _ = fss.derive(span, jnp.asarray([300], jnp.uint32), shares)
   party = lambda mine: (
-    fss.run(span, Wire(), jnp.asarray([299], jnp.uint32), {**mine, **derived.common}).lt
+    fss.evaluate(span, Wire(), jnp.asarray([299], jnp.uint32), {**mine, **derived.common}).lt
   )
   a, b = jax.vmap(party, axis_name=PARTY)(shares)
   assert int(a[0] ^ b[0]) == 1
@@ -150,7 +150,9 @@ def test_two_devices_agree_with_vmap():
   spec, mesh = PartitionSpec(PARTY), Mesh(jax.devices()[:2], (PARTY,))
 
   def party(mine, theirs, v):
-    answer = fss.run(SPAN, Wire(swap=True), v, {**{k: x[0] for k, x in mine.items()}, **theirs})
+    answer = fss.evaluate(
+      SPAN, Wire(swap=True), v, {**{k: x[0] for k, x in mine.items()}, **theirs}
+    )
     return answer.lt[None], answer.borrow[None]
 
   run = jax.shard_map(
@@ -164,7 +166,7 @@ def test_two_devices_agree_with_vmap():
 
 
 def deviation(bits):
-  """How many standard deviations the number of ones is off one half, along the last axis."""
+  """The number of ones minus one half of all, along the last axis, in standard deviations."""
   bits = np.asarray(bits, float)
   return (bits.sum(-1) - bits.shape[-1] / 2) / np.sqrt(bits.shape[-1] / 4)
 
@@ -197,7 +199,7 @@ def unpacked(words):
 
 @pytest.mark.parametrize("number", [0, 2**20 - 1, 0b01011100101101110010])
 def test_correction_words_are_uniform_whatever_the_number(number):
-  """Each bit of them, and against the bits of either party's root."""
+  """Each bit, alone and against the bits of either party's root."""
   shares = roots(SPAN, NUM)
   common = deal(SPAN, jnp.full(NUM, number, jnp.uint32), shares)
   used = 3 * (13 % 10)  # bits of the second word of controls
@@ -271,14 +273,21 @@ def test_a_compiler_that_treats_windows_otherwise_is_not_trusted(monkeypatch):
 
 
 @pytest.mark.parametrize("span", [Span(0, 3), Span(0, 6), Span(0, 17), *LONG], ids=str)
-def test_key_bytes_are_those_of_the_keys(span):
-  num = 3
+def test_the_keys_take_the_bytes_of_their_tree(span):
+  """For each element 16 bytes and 3 control bits a level, ten levels' to a word, and the leaf.
+
+  The roots come from a seed.
+  """
+  num, key_bytes = 3, 0
+  for bits in [span.high - span.low] + ([] if span.cut is None else [span.cut]):
+    levels = max(0, bits - 7)
+    key_bytes += 16 * levels + 4 * -(-levels // 10) + 4 * -(-(2 ** min(bits, 7)) // 32)
   shapes = {
     name: jax.ShapeDtypeStruct((2, *m.shape), m.dtype) for name, m in fss.masks(span, num).items()
   }
   derive = lambda r, shares: fss.derive(span, r, shares)[0].common
   common = jax.eval_shape(derive, jax.ShapeDtypeStruct((num,), jnp.uint64), shapes)
-  assert fss.key_bytes(span) == sum(x.size * x.dtype.itemsize for x in common.values()) / num
+  assert key_bytes == sum(x.size * x.dtype.itemsize for x in common.values()) / num
 
 
 def test_millions_of_elements_need_little_memory_besides_their_keys():
@@ -288,7 +297,7 @@ def test_millions_of_elements_need_little_memory_besides_their_keys():
   }
   number = jax.ShapeDtypeStruct((num,), jnp.uint64)
   derive = jax.jit(lambda r, s: fss.derive(span, r, s)[0].common)
-  party = lambda mine, theirs, v: fss.run(span, Wire(), v, {**mine, **theirs})
+  party = lambda mine, theirs, v: fss.evaluate(span, Wire(), v, {**mine, **theirs})
   run = jax.jit(jax.vmap(party, in_axes=(0, None, None), axis_name=PARTY))
   for lowered in (
     derive.lower(number, shares),

@@ -1,5 +1,5 @@
-"""The gates against integers in the clear, for every action, comparison and truncation; and their
-promise.
+"""Every action, comparison and truncation of the gates against integers in the clear; and the
+security that gates promise.
 """
 
 import contextlib
@@ -14,26 +14,29 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from primia_jax import prng
-from primia_jax.mpc import dealing, gates, sharing
-from primia_jax.mpc.gates import RELU, SIGN, TRUNCATE, Gate
+from primia_jax.mpc import dealing, sharing
+from primia_jax.mpc.gates import elementwise
+from primia_jax.mpc.gates.elementwise import RELU, SIGN, TRUNCATE, Gate
+from primia_jax.mpc.gates.fss import FSS
+from primia_jax.mpc.gates.tables import TABLES
 
 NUM = 512
 
 
 def width(gate):
-  """x64 only where the ring needs it."""
+  """x64 if the ring needs it."""
   return jax.enable_x64(True) if gate.num_bits > 32 else contextlib.nullcontext()
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def deal(gate, seeds):
   """Both parties' correlations [2, ...], and what party 1 was sent."""
-  masks = gates.masks(gate)
+  masks = elementwise.masks(gate)
   each = [dealing.expand_masks(seeds[p], 7, masks) for p in (0, 1)]
-  derived = gates.derive(gate, {name: jnp.stack([e[name] for e in each]) for name in masks})
+  derived = elementwise.derive(gate, {name: jnp.stack([e[name] for e in each]) for name in masks})
   sent = dealing.split(seeds[0], 7, derived)
   parties = (
-    {**each[0], **dealing.expand_derived(seeds[0], 7, derived), **derived.common},
+    {**each[0], **dealing.expand_shares(seeds[0], 7, sent), **derived.common},
     {**each[1], **sent, **derived.common},
   )
   return jax.tree.map(lambda a, b: jnp.stack([a, b]), *parties), sent
@@ -41,7 +44,7 @@ def deal(gate, seeds):
 
 @functools.partial(jax.jit, static_argnums=0)
 def online(gate, z, correlations):
-  run = lambda z, c: gates.run(gate, sharing.Wire(), z, c)
+  run = lambda z, c: elementwise.run(gate, sharing.Wire(), z, c)
   return jax.vmap(run, axis_name=sharing.PARTY)(z, correlations)
 
 
@@ -54,7 +57,7 @@ def shares(gate, z, rng):
 def result(gate, z, rng):
   correlations, _ = deal(gate, jnp.stack([prng.random_key(), prng.random_key()]))
   out = online(gate, shares(gate, z, rng), correlations)
-  return np.asarray(gates.to_signed(out[0] + out[1], gate.num_bits)).astype(np.int64)
+  return np.asarray(sharing.signed(out[0] + out[1], gate.num_bits)).astype(np.int64)
 
 
 def expected(gate, z):
@@ -72,7 +75,7 @@ def legal(gate, rng):
   """Values over the whole legal range, its ends and everything around the places where answers
   change.
   """
-  most = 2**gate.range_bits - 1 - gates.slack(gate)
+  most = 2**gate.range_bits - 1 - elementwise.slack(gate)
   edges = [0, 1, -1, most, -most, most - 1, 1 - most]
   edges += [sign * 2**b + d for b in range(gate.range_bits) for sign in (1, -1) for d in (-1, 0, 1)]
   z = np.array([v for v in edges if abs(v) <= most], np.int64)
@@ -100,16 +103,16 @@ def test_an_exact_gate_equals_python_integers(action, num_bits, range_bits, shif
   with width(gate):
     z = legal(gate, rng)
     np.testing.assert_array_equal(result(gate, z, rng), expected(gate, z))
-    clear = gates.clear(
+    clear = elementwise.clear(
       gate, jnp.asarray(z.view(np.uint64).astype(np.uint64 if num_bits > 32 else np.uint32))
     )
-    np.testing.assert_array_equal(gates.to_signed(clear, num_bits), expected(gate, z))
+    np.testing.assert_array_equal(sharing.signed(clear, num_bits), expected(gate, z))
 
 
 @pytest.mark.parametrize("action", [RELU, TRUNCATE, SIGN])
 @pytest.mark.parametrize(("num_bits", "range_bits", "shift"), [(40, 34, 14), (32, 28, 9)])
 def test_function_secret_sharing_gives_the_same(action, num_bits, range_bits, shift):
-  gate = Gate(action, NUM, num_bits, range_bits, 0 if action == SIGN else shift, comparison="fss")
+  gate = Gate(action, NUM, num_bits, range_bits, 0 if action == SIGN else shift, comparison=FSS)
   rng = np.random.default_rng(1)
   with width(gate):
     z = legal(gate, rng)
@@ -140,7 +143,7 @@ def test_the_cheaper_gate_is_at_most_one_unit_off(action, num_bits, range_bits, 
 
 
 SHARED = Gate(RELU, 8, 32, 27, 11)
-MOST = 2**27 - 1 - gates.slack(SHARED)  # |z| + slack < 2^27
+MOST = 2**27 - 1 - elementwise.slack(SHARED)  # |z| + slack < 2^27
 
 
 @settings(max_examples=20, deadline=None)
@@ -154,13 +157,13 @@ def test_any_value_under_any_sharing(value, first):
   out = online(
     gate, jnp.stack([jnp.full(8, first, jnp.uint32), z - np.uint32(first)]), correlations
   )
-  assert set(np.asarray(gates.to_signed(out[0] + out[1], 32)).tolist()) == {
+  assert set(np.asarray(sharing.signed(out[0] + out[1], 32)).tolist()) == {
     max((value + 2**10) >> 11, 0)
   }
 
 
 def test_a_value_beyond_its_range_is_what_goes_wrong():
-  """The bound is sharp: the test above would notice a gate that worked by accident only."""
+  """The bound is sharp, so the tests above would notice a gate that worked by accident."""
   gate = Gate(RELU, 4, 32, 20, 4)
   z = np.array([2**21, -(2**21) - 1, 2**22, 3 * 2**20], np.int64)
   assert (result(gate, z, np.random.default_rng(0)) != expected(gate, z)).any()
@@ -172,7 +175,7 @@ def test_a_value_beyond_its_range_is_what_goes_wrong():
 )
 def test_impossible_gates_are_refused(change, reason):
   with pytest.raises(ValueError, match=reason):
-    gates.check(Gate(RELU, 4, 32, 28)._replace(**change))
+    elementwise.check(Gate(RELU, 4, 32, 28)._replace(**change))
 
 
 # ---- what is promised
@@ -194,7 +197,7 @@ def opened(gate, z, seeds):
 
   def run(z, correlations):
     seen.clear()
-    gates.run(gate, Watching(), z, correlations)
+    elementwise.run(gate, Watching(), z, correlations)
     return list(seen)
 
   correlations, _ = deal(gate, seeds)
@@ -206,19 +209,19 @@ def byte_counts(message):
   return np.bincount(np.ascontiguousarray(message).view(np.uint8), minlength=256)
 
 
-@pytest.mark.parametrize("comparison", ["tables", "fss"])
+@pytest.mark.parametrize("comparison", [TABLES, FSS], ids=["tables", "fss"])
 @pytest.mark.parametrize("value", [0, -1, 2**20, -(2**24) + 2**12])
 def test_every_opened_value_is_uniform_whatever_the_secret_is(value, comparison):
   gate = Gate(RELU, 2**13, 32, 25, 12, comparison=comparison)
   z = shares(gate, np.full(gate.num, value, np.int64), np.random.default_rng(4))
   messages = opened(gate, z, jnp.stack([prng.random_key(), prng.random_key()]))
-  assert len(messages) == (7 if comparison == "tables" else 3)
+  assert len(messages) == (7 if comparison is TABLES else 3)
   for message in messages:
     assert stats.chisquare(byte_counts(message)).pvalue > 1e-6
 
 
 def test_the_test_of_uniformity_has_teeth():
-  """Without its mask, the first message of constant inputs is anything but uniform."""
+  """Without its mask, the first message of constant inputs is far from uniform."""
   gate = Gate(RELU, 2**13, 32, 25, 12)
   z = shares(gate, np.zeros(gate.num, np.int64), np.random.default_rng(4))
   correlations, _ = deal(gate, jnp.stack([prng.random_key(), prng.random_key()]))
@@ -232,7 +235,7 @@ def test_the_test_of_uniformity_has_teeth():
 
 
 def test_opened_values_are_independent_of_the_secret():
-  """Mutual information of each opened byte's top bits with the sign of the secret: none."""
+  """The top bits of each opened byte have no mutual information with the sign of the secret."""
   gate = Gate(RELU, 2**14, 32, 25, 12)
   rng = np.random.default_rng(5)
   sign = rng.integers(0, 2, gate.num)
@@ -271,13 +274,13 @@ def test_the_answer_s_shares_are_uniform_one_by_one():
   [
     (Gate(RELU, 2**20, 64, 62, 16), 105 / 8 * 2**20, 4),
     (Gate(RELU, 2**20, 32, 28, 12, 12, exact=False), 65 / 8 * 2**20, 3),
-    (Gate(RELU, 2**20, 64, 40, 16, comparison="fss"), 66 / 8 * 2**20, 2),
+    (Gate(RELU, 2**20, 64, 40, 16, comparison=FSS), 66 / 8 * 2**20, 2),
   ],
 )
 def test_bytes_and_rounds(gate, num_bytes, rounds):
   with width(gate):
     log = []
-    run = lambda z, c: gates.run(gate, sharing.Wire(log=log), z, c)
+    run = lambda z, c: elementwise.run(gate, sharing.Wire(log=log), z, c)
     correlations = jax.eval_shape(
       functools.partial(deal, gate), jax.ShapeDtypeStruct((2, 8), jnp.uint32)
     )[0]

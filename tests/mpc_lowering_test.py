@@ -1,6 +1,4 @@
-"""Every primitive that is supported, against the function itself, on the integer model; and what is
-refused.
-"""
+"""Every supported primitive on the integer model against the function itself; every refusal."""
 
 import functools
 import re
@@ -12,7 +10,7 @@ import pytest
 from jax import lax
 from mpc_reference import OWNERS, normal
 
-from primia_jax.mpc import inference, planning
+from primia_jax.mpc import clear, planning
 from primia_jax.mpc.circuit import Config
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -22,7 +20,7 @@ CONFIG = Config(64, 16, 20)
 def checked(fn, args, owners=OWNERS, atol=2e-3, config=CONFIG):
   plan = planning.plan(fn, owners, args, config, planning.calibrate(fn, owners, [args]))
   for got, want in zip(
-    jax.tree.leaves(inference.check(plan, args)), jax.tree.leaves(fn(*args)), strict=True
+    jax.tree.leaves(clear.check(plan, args)), jax.tree.leaves(fn(*args)), strict=True
   ):
     assert got.dtype.kind == want.dtype.kind
     np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), atol=atol)
@@ -234,7 +232,7 @@ def test_a_relu_that_is_needed_as_it_is_is_computed_once():
 
 
 def test_what_repeats_elements_is_opened_before_it_does():
-  """Patches of an image: nine times its elements, but the image is what is sent."""
+  """Patches repeat an image nine times, but the image is what is sent."""
 
   def fn(w, x):
     y = jax.nn.relu(x * w[0])
@@ -250,7 +248,7 @@ def test_what_repeats_elements_is_opened_before_it_does():
 
 
 def test_convolutions_whose_kernel_is_no_other_partys():
-  """Either operand may be anybody's secret; only a public image has no protocol."""
+  """Either operand may be secret; only a public image has no protocol."""
   conv = lambda w, x: lax.conv_general_dilated(w, x, (1, 1), "SAME", dimension_numbers=NHWC)
   checked(conv, (IMAGE, KERNEL))
   checked(lambda w, x: conv(w, jnp.abs(x * w[0, 0, 0, 0])), (IMAGE, KERNEL), atol=1e-2)

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from primia_jax.mpc import maps
-from primia_jax.mpc.products import apply
+from primia_jax.mpc.maps import apply
 
 
 def conv(numbers=("NHWC", "HWIO", "NHWC"), **options):

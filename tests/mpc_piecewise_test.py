@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mpc_reference import CONFIGS, check, check_shapes, clear, each_config, spread
 
-from primia_jax.mpc import piecewise
+from primia_jax.mpc.functions import piecewise
 
 
 @each_config

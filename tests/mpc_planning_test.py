@@ -1,9 +1,11 @@
+import math
+
 import jax
 import numpy as np
 import pytest
 from mpc_reference import OWNERS
 
-from primia_jax.mpc import inference, planning
+from primia_jax.mpc import clear, planning, protocol
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.planning import Network
 
@@ -38,7 +40,8 @@ def test_the_rows_say_what_is_dealt_sent_and_assumed():
   assert 2 ** (relu.range_bits - 1) < 2 * largest / unit + 2**relu.shift < 2**relu.range_bits
   assert rows[0].sent == 4 * 8 * 8
   assert sum(r.dealt for r in rows) == sum(
-    v.nbytes for v in jax.tree.leaves(inference.deal(plan, np.zeros(8, np.uint32)).sent)
+    math.prod(v.shape) * v.dtype.itemsize
+    for v in jax.tree.leaves(protocol.dealt_shapes(plan.circuit).sent)
   )
   text = planning.table(plan)
   assert text == str(plan)
@@ -46,18 +49,15 @@ def test_the_rows_say_what_is_dealt_sent_and_assumed():
     word in text
     for word in ("first", "relu", f"2^{relu.range_bits}", "total", "ring of 2^64", "WAN")
   )
-  assert "statistical" not in text
-
-
-def test_a_statistical_generator_is_named():
-  plan = planning.plan(fn, OWNERS, (W, X), Config(32, 10, 12, prng="threefry"))
-  assert "statistical PRNG (threefry): for research" in str(plan)
+  assert "gets a seed)" in text
+  fss = planning.plan(fn, OWNERS, (W, X), Config(32, 10, 12, comparison="fss"))
+  assert "gets a seed and the correction words)" in str(fss)
 
 
 def test_without_calibration_the_whole_ring_is_assumed():
   plan = planning.plan(fn, OWNERS, (jax.ShapeDtypeStruct(W.shape, W.dtype), X), Config(64, 16, 18))
   assert {r.range_bits for r in planning.rows(plan) if r.what == "relu"} == {62}
-  np.testing.assert_allclose(inference.check(plan, (W, X)), fn(W, X), atol=1e-3)
+  np.testing.assert_allclose(clear.check(plan, (W, X)), fn(W, X), atol=1e-3)
 
 
 def test_a_plan_of_one_function_refuses_the_ranges_of_another():
@@ -67,7 +67,8 @@ def test_a_plan_of_one_function_refuses_the_ranges_of_another():
 
 
 @pytest.mark.parametrize(
-  ("examples", "reason"), [([], "no examples"), ([(W, X * np.float32(np.nan))], "infinite or NaN")]
+  ("examples", "reason"),
+  [([], "examples is empty"), ([(W, X * np.float32(np.nan))], "infinite or NaN")],
 )
 def test_calibration_wants_sound_examples(examples, reason):
   with pytest.raises(ValueError, match=reason):

@@ -7,8 +7,8 @@ import pytest
 from mpc_reference import CONFIGS, build, clear, each_config
 from numpy.polynomial import polynomial as reference
 
-from primia_jax.mpc import polynomials
 from primia_jax.mpc.circuit import Apply, Open
+from primia_jax.mpc.functions import polynomials
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -36,7 +36,7 @@ def test_several_values_are_opened_in_one_message():
 @each_config
 @pytest.mark.parametrize("change", [-2, 0, 3])
 def test_a_cut_is_to_the_nearest_and_one_gate(config, change):
-  """Products, at 2^-2f, to 2^-(f - change); a scale that is coarser already is only multiplied."""
+  """Products at 2^-2f go to 2^-(f - change); a scale that is coarser already is only multiplied."""
   bits, first, second = (
     config.fraction_bits - change,
     on_grid(config, 50),

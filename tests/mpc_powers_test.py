@@ -1,5 +1,5 @@
-"""Powers, quotients and logarithms over the whole legal range and beyond, within the bound that
-each states.
+"""Powers, quotients and logarithms stay within their stated bounds, over the whole legal range and
+beyond.
 """
 
 import functools
@@ -21,8 +21,8 @@ from mpc_reference import (
   spread,
 )
 
-from primia_jax.mpc import powers
 from primia_jax.mpc.circuit import Apply
+from primia_jax.mpc.functions import powers
 
 
 @each_range

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from primia_jax.mpc import products
+from primia_jax.mpc import maps, products
 
 FORMS = products.FORMS
 RINGS = (
@@ -38,7 +38,7 @@ RUN = jax.jit(split_and_multiply, static_argnums=(0, 3, 4, 5))
 def equation_map(fn, *shapes):
   """The map as a jaxpr has it."""
   (equation,) = jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).eqns
-  return products.Map(equation.primitive.name, tuple(equation.params.items()))
+  return maps.Map(equation.primitive.name, tuple(equation.params.items()))
 
 
 def conv_map(
@@ -59,7 +59,7 @@ def conv_map(
 
 
 def dot_map(contracted=((1,), (0,)), batch=NO_BATCH):
-  return products.Map("dot_general", (("dimension_numbers", (contracted, batch)),))
+  return maps.Map("dot_general", (("dimension_numbers", (contracted, batch)),))
 
 
 def elements(seed, shape, num_bits, bits=None):
@@ -248,13 +248,13 @@ def test_dots(name):
 @pytest.mark.parametrize(("w_bits", "num_bits"), RINGS)
 def test_elementwise_products(w_bits, num_bits):
   x, w = elements(0, (40, 3), num_bits), elements(1, (40, 3), num_bits, w_bits)
-  check(products.Map("mul"), x, w, x * unsigned(w), w_bits, num_bits)
+  check(maps.Map("mul"), x, w, x * unsigned(w), w_bits, num_bits)
 
 
 @pytest.mark.parametrize("fan_in", [2048, 4608, 70_000])
 @pytest.mark.parametrize(("w_bits", "num_bits"), [(18, 44), (18, 32), (44, 44), (64, 64)])
 def test_sums_of_extremes_stay_exact(fan_in, w_bits, num_bits):
-  """Where all digits are at their largest at once, in either sign, and the sums with them."""
+  """All digits and sums at their largest at once, in either sign."""
   bits = [2 ** (num_bits - 1), 2 ** (num_bits - 1) - 1, 2**num_bits - 1]
   bits += [
     sum(2 ** (b - 1) << i for i in range(0, num_bits, b)) % 2**num_bits for b in range(8, 25)
@@ -342,7 +342,7 @@ def test_errors():
   with pytest.raises(ValueError, match="of 32 bits are uint32"):
     products.multiply(dot_map(), w, split(w, 18, 32), 32)
   with pytest.raises(ValueError, match="'add' is not a bilinear map"):
-    products.apply(products.Map("add"), w, w)
+    maps.apply(maps.Map("add"), w, w)
   with jax.enable_x64(False), pytest.raises(ValueError, match="64-bit"):
     split(jnp.ones((4, 4), jnp.int32), 18, 44)
   with jax.enable_x64(False), pytest.raises(ValueError, match="needs x64"):

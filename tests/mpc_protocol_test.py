@@ -1,4 +1,4 @@
-"""A circuit's phases: encoding within half a unit, steps that equal the whole, and values that tell
+"""A circuit's phases: encoding within half a unit, steps that equal the whole, messages that tell
 nothing.
 """
 
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from mpc_reference import normal
 
 from primia_jax import prng, ring
-from primia_jax.mpc import gates, inference, protocol
-from primia_jax.mpc.circuit import Apply, Builder, Config, Linear, Offset, Open, Operand, Product
-from primia_jax.mpc.maps import MULTIPLY
-from primia_jax.mpc.products import Map
+from primia_jax.mpc import clear, encoding, inference, protocol, sharing
+from primia_jax.mpc.builder import Builder
+from primia_jax.mpc.circuit import Apply, Config, Linear, Offset, Open, Operand, Product
+from primia_jax.mpc.maps import MULTIPLY, Map
 from primia_jax.mpc.sharing import PARTY, Wire
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -43,27 +43,26 @@ def example():
 ENV = {"x": normal(0, 5, 4), "z": normal(1, 5, 3), "w": normal(2, 4, 3), "b": normal(3, 1, 3)}
 
 
-def ready_for(circuit, config, env=ENV):
+def ready_for(circuit, env=ENV):
   """(both parties' correlations, operands with z's shares, operands in the clear)."""
   operands = {
-    i: protocol.encode(op, jnp.asarray(op.value(env)), config)
+    i: encoding.encode(op, jnp.asarray(op.value(env)), circuit.config)
     for i, op in enumerate(circuit.operands)
   }
-  model, key = prng.random_key(), prng.random_key()
-  blind = protocol.blinds(circuit, config, model)
-  dealt = jax.jit(
-    lambda key: protocol.deal(circuit, config, key, protocol.full(circuit, config, blind))
-  )(key)
-  published = protocol.full(circuit, config, protocol.publish(operands, blind))
-  shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), dealt.sent)
-  prepare = lambda p: protocol.prepare(
-    circuit, config, p, protocol.part(dealt, p), operands, published, shapes
-  )
-  ready = inference.stack(*jax.jit(lambda: [prepare(p) for p in (0, 1)])())
-  shared = dict(operands)
+
+  @jax.jit
+  def offline(model, key, operands):
+    blind = protocol.blinds(circuit, model, 0)
+    dealt = protocol.deal(circuit, key, protocol.full(circuit, blind))
+    published = protocol.full(circuit, protocol.publish(operands, blind))
+    parts = [protocol.part(dealt, party) for party in (0, 1)]
+    ready = (protocol.prepare(circuit, i, p, operands, published) for i, p in enumerate(parts))
+    return inference.stack(*ready)
+
+  ready, shared = offline(prng.random_key(), prng.random_key(), operands), dict(operands)
   for i, op in enumerate(circuit.operands):
     if op.owner is None:
-      first = prng.bits(prng.random_key(), NONCE, operands[i].shape, config.dtype)
+      first = prng.bits(prng.random_key(), NONCE, operands[i].shape, operands[i].dtype)
       shared[i] = jnp.stack([first, operands[i] - first])
   return ready, shared, operands
 
@@ -71,16 +70,18 @@ def ready_for(circuit, config, env=ENV):
 @functools.cache
 def prepared():
   circuit = example()
-  return circuit, *ready_for(circuit, CONFIG)
+  return circuit, *ready_for(circuit)
 
 
-def advanced(circuit, config, ready, operands, cuts):
-  """The parties' env after each of the pieces that the cuts leave."""
+def advanced(circuit, ready, operands, cuts):
+  """The parties' env after each piece between the cuts."""
   axes = {i: 0 if op.owner is None else None for i, op in enumerate(circuit.operands)}
   envs, env = [], {}
   for first, last in zip([0, *cuts], [*cuts, len(circuit.operations)], strict=True):
-    step = functools.partial(protocol.advance, circuit, config, Wire(), first=first, last=last)
-    env = jax.vmap(step, in_axes=(0, axes, 0), axis_name=PARTY, axis_size=2)(ready, operands, env)
+    step = functools.partial(protocol.advance, circuit, Wire(), first=first, last=last)
+    both = jax.vmap(step, in_axes=(0, axes, 0), axis_name=PARTY, axis_size=2)
+    mine = {i: c for i, c in ready.items() if first <= i < last}
+    env = both(mine, operands, env)
     envs.append(env)
   return envs
 
@@ -97,19 +98,19 @@ def test_encoding_is_off_by_half_a_unit_at_most(values, scale):
   x = jnp.asarray(values, jnp.float32)
   for config in (CONFIG, Config(32, 8, 12)):
     operand = Operand(0, lambda env: env, scale, x.shape, None, None, "")
-    elements = protocol.encode(operand, x, config)
+    elements = encoding.encode(operand, x, config)
     assert elements.dtype == config.dtype
-    exact = np.asarray(gates.to_signed(elements, config.num_bits)).astype(np.float64) * scale
+    exact = np.asarray(sharing.signed(elements, config.num_bits)).astype(np.float64) * scale
     single = 900 * 2.0**-23 if config.num_bits == 32 else 0  # narrow rings are encoded in float32
     assert np.abs(exact - np.asarray(x, np.float64)).max() <= scale / 2 * (1 + 1e-6) + single
-    np.testing.assert_allclose(protocol.decode(elements, scale, config), exact, rtol=1e-6)
+    np.testing.assert_allclose(encoding.decode(elements, scale, config), exact, rtol=1e-6)
 
 
 def test_a_blank_has_the_shapes_of_what_it_stands_for():
   circuit = example()
   for operand in circuit.operands:
-    full = protocol.encode(operand, jnp.asarray(operand.value(ENV)), CONFIG)
-    blank = protocol.blank(operand, CONFIG)
+    full = encoding.encode(operand, jnp.asarray(operand.value(ENV)), CONFIG)
+    blank = encoding.blank(operand, CONFIG)
     assert jax.tree.structure(full) == jax.tree.structure(blank)
     jax.tree.map(
       lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail("shapes"), full, blank
@@ -122,7 +123,7 @@ def test_what_is_published_is_the_weight_under_the_dealers_blind():
   whatever W is.
   """
   circuit, _, _, operands = prepared()
-  blind = protocol.blinds(circuit, CONFIG, prng.random_key())
+  blind = protocol.blinds(circuit, prng.random_key(), 0)
   published = protocol.publish(operands, blind)
   (number,) = published
   assert circuit.operands[number].map == DOT
@@ -133,8 +134,8 @@ def test_what_is_published_is_the_weight_under_the_dealers_blind():
   build.linear(x, 0, lambda env: env, (64, 64), 2.0**-8, 14, DOT, max_abs=1.0)
   wide = build.circuit([])
   for value in (0.0, 1.0):
-    weight = {1: protocol.encode(wide.operands[1], jnp.full((64, 64), value), CONFIG)}
-    (d,) = protocol.publish(weight, protocol.blinds(wide, CONFIG, prng.random_key())).values()
+    weight = {1: encoding.encode(wide.operands[1], jnp.full((64, 64), value), CONFIG)}
+    (d,) = protocol.publish(weight, protocol.blinds(wide, prng.random_key(), 0)).values()
     assert_uniform(d)
 
 
@@ -151,15 +152,15 @@ def assert_uniform(words):
 def test_the_protocol_has_the_integer_models_bits():
   circuit, ready, shared, operands = prepared()
   assert {type(op) for op in circuit.operations} >= {Linear, Offset, Open, Product, Apply}
-  (env,) = advanced(circuit, CONFIG, ready, shared, [])
-  shares = protocol.outputs(circuit, CONFIG, env)
-  want = protocol.clear(circuit, CONFIG, operands)
+  (env,) = advanced(circuit, ready, shared, [])
+  shares = protocol.outputs(circuit, env)
+  want = clear.compute(circuit, operands)
   assert len(shares) == len(want) == 2  # a public output is none
   for share, elements in zip(shares, want, strict=True):
     np.testing.assert_array_equal(ring.reduce(share[0] + share[1], CONFIG.num_bits), elements)
   y = np.maximum(ENV["x"] @ ENV["w"] + ENV["b"], 0) + 0.5
   np.testing.assert_allclose(
-    protocol.decode(want[0], circuit.outputs[0].scale, CONFIG),
+    encoding.decode(want[0], circuit.outputs[0].scale, CONFIG),
     (y * ENV["z"][::-1]).sum(1),
     atol=0.05,
   )
@@ -167,17 +168,17 @@ def test_the_protocol_has_the_integer_models_bits():
 
 def test_pieces_are_the_whole_and_carry_only_what_is_read_again():
   circuit, ready, shared, _ = prepared()
-  (whole,) = advanced(circuit, CONFIG, ready, shared, [])
+  (whole,) = advanced(circuit, ready, shared, [])
   every = list(range(1, len(circuit.operations)))
   for cuts in (every, every[1::3], [len(every) // 2]):
-    envs = advanced(circuit, CONFIG, ready, shared, cuts)
+    envs = advanced(circuit, ready, shared, cuts)
     for cut, env in zip(cuts, envs, strict=False):
       assert list(env) == protocol.live(circuit, cut)
     jax.tree.map(np.testing.assert_array_equal, envs[-1], whole)
 
 
 def test_what_lives_is_what_later_operations_read():
-  """By leaving out each value in turn: exactly the dead ones are never missed."""
+  """`live` is exactly what later operations and the outputs read."""
   circuit = example()
   operations = circuit.operations
   reads = lambda op: getattr(op, "inputs", None) or ([op.input] if hasattr(op, "input") else [])
@@ -190,13 +191,13 @@ def test_what_lives_is_what_later_operations_read():
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_every_masked_value_is_uniform_whatever_it_hides(value):
-  """With its mask it is; taken out of it, it is the secret."""
+  """Under its mask it is uniform; without, it is the secret."""
   build = Builder(CONFIG)
   x = build.input(None, lambda env: env, (4096,))
   number = build.open(x)
   circuit = build.circuit([x._replace(number=number)])
-  ready, shared, operands = ready_for(circuit, CONFIG, np.full(4096, value, np.float32))
-  (env,) = advanced(circuit, CONFIG, ready, shared, [])
+  ready, shared, operands = ready_for(circuit, np.full(4096, value, np.float32))
+  (env,) = advanced(circuit, ready, shared, [])
   masked, masks = env[number]
   np.testing.assert_array_equal(masked[0], masked[1])
   assert_uniform(masked[0])
@@ -205,5 +206,5 @@ def test_every_masked_value_is_uniform_whatever_it_hides(value):
     ring.reduce(masked[0] - masks[0] - masks[1], CONFIG.num_bits), operands[0]
   )
   unmasked = {i: {"r": jnp.zeros_like(c["r"])} for i, c in ready.items()}
-  (env,) = advanced(circuit, CONFIG, unmasked, shared, [])
+  (env,) = advanced(circuit, unmasked, shared, [])
   assert np.unique(np.asarray(env[number][0])).size == 1

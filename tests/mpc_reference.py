@@ -1,4 +1,4 @@
-"""What tests of encrypted inference share: inputs, and functions of shared numbers beside their
+"""Inputs for the tests of encrypted inference, and functions of shared numbers beside their
 reference.
 """
 
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from primia_jax import prng, ring
-from primia_jax.mpc import gates, protocol, sharing
-from primia_jax.mpc.circuit import Builder, Config
+from primia_jax.mpc import clear as integer_model
+from primia_jax.mpc import inference, protocol, sharing
+from primia_jax.mpc.builder import Builder
+from primia_jax.mpc.circuit import Config
 
 OWNERS = ("model_owner", "data_owner")
 CONFIGS = [Config(64, 16), Config(48, 12), Config(40, 10), Config(32, 8)]
@@ -68,7 +70,7 @@ def encoded(arrays, config):
 
 
 def clear(fn, arrays, config, max_abs=math.inf):
-  """What the protocol computes, as float64; no gate may get more bits than it was built for."""
+  """The protocol's result as float64; no gate gets more bits than it was built for."""
   with jax.enable_x64(True):
     circuit = build(fn, [np.shape(x) for x in arrays], config, max_abs)
 
@@ -76,16 +78,16 @@ def clear(fn, arrays, config, max_abs=math.inf):
       most = float(jnp.max(jnp.abs(z), initial=0))
       assert most < 2.0**op.gate.range_bits, (op.gate, math.log2(most))
 
-    (out,) = protocol.clear(circuit, config, encoded(arrays, config), watch)
+    (out,) = integer_model.compute(circuit, encoded(arrays, config), watch)
     (value,) = circuit.outputs
     assert out.shape == value.shape
-    real = np.asarray(gates.to_signed(out, config.num_bits)).astype(np.float64) * value.scale
+    real = np.asarray(sharing.signed(out, config.num_bits)).astype(np.float64) * value.scale
     assert np.abs(real).max(initial=0) <= value.max_abs * (1 + 1e-6) + 2.0**-config.fraction_bits
     return real
 
 
 def check(fn, arrays, want, bound, config, max_abs=math.inf):
-  """Asserts that fn is within `bound` units of what is wanted; returns what it gives."""
+  """Asserts that fn is within `bound` units of `want`; returns its result."""
   padded = [
     np.resize(x, 1536) for x in arrays
   ]  # one shape, for which JAX has compiled everything before
@@ -101,7 +103,7 @@ def check(fn, arrays, want, bound, config, max_abs=math.inf):
 
 
 def check_shapes(fn):
-  """A scalar, a column and nothing at all, as a row has them."""
+  """A scalar, a column and an empty array give what a row gives."""
   x, config = np.array([0.5, 1.0, 2.0]), CONFIGS[0]
   row = clear(fn, [x], config, 4.0)
   np.testing.assert_array_equal(clear(fn, [np.array(1.0)], config, 4.0), row[1])
@@ -110,7 +112,7 @@ def check_shapes(fn):
 
 
 def check_scales(fn, reference, slack=0):
-  """A mean's scale is finer than u, and none of its binary fractions."""
+  """The scale of a mean is finer than u and no power of two times it."""
   config = CONFIGS[0]
   x = np.random.default_rng(0).uniform(0.1, 5, 300)
   x = np.rint(x * 2**16) / 2**16
@@ -123,30 +125,27 @@ def check_scales(fn, reference, slack=0):
     check(scaled, [x], want, 1 + 2 * np.abs(want) + slope + slack, config, 5.0)
 
 
-def both_parties(circuit, config, operands):
-  """The shares of the outputs [2, ...] that two parties get, who are given shares of every operand;
-  under x64.
-  """
-  dealt = jax.jit(lambda key: protocol.deal(circuit, config, key, {}))(prng.random_key())
-  shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), dealt.sent)
-  parts = [
-    protocol.prepare(circuit, config, p, protocol.part(dealt, p), {}, {}, shapes) for p in (0, 1)
-  ]
-  ready = jax.tree.map(lambda a, b: jnp.stack([a, b]), *parts)
-  random = {
-    i: jax.random.bits(jax.random.key(i), v.shape, config.dtype) for i, v in operands.items()
-  }
+def both_parties(circuit, operands):
+  """Both parties' shares of the outputs, [2, ...], from shares of every operand; under x64."""
+
+  def offline(key):
+    dealt = protocol.deal(circuit, key, {})
+    parts = [protocol.part(dealt, party) for party in (0, 1)]
+    return inference.stack(*(protocol.prepare(circuit, i, p, {}, {}) for i, p in enumerate(parts)))
+
+  random = {i: jax.random.bits(jax.random.key(i), v.shape, v.dtype) for i, v in operands.items()}
   shares = {i: jnp.stack([random[i], v - random[i]]) for i, v in operands.items()}
-  run = lambda ready, shares: protocol.run(circuit, config, sharing.Wire(), ready, shares)
-  return jax.jit(jax.vmap(run, axis_name=sharing.PARTY))(ready, shares)
+  run = lambda ready, shares: protocol.run(circuit, sharing.Wire(), ready, shares)
+  both = jax.jit(lambda key: jax.vmap(run, axis_name=sharing.PARTY)(offline(key), shares))
+  return both(prng.random_key())
 
 
 def check_both_parties(fn, comparison="tables"):
-  """Together the parties have the integer model's bits."""
+  """The parties' shares add up to the integer model's bits."""
   config = Config(48, 12, comparison=comparison)
   x = np.array([[0.25, 3.0, -1.5], [0.125, 2.5, 2.5]])
   with jax.enable_x64(True):
     circuit, operands = build(fn, [x.shape], config, 4.0), encoded([x], config)
-    (want,) = protocol.clear(circuit, config, operands)
-    (out,) = both_parties(circuit, config, operands)
+    (want,) = integer_model.compute(circuit, operands)
+    (out,) = both_parties(circuit, operands)
     np.testing.assert_array_equal(ring.reduce(out[0] + out[1], config.num_bits), want)

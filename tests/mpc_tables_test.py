@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from primia_jax import prng
-from primia_jax.mpc import dealing, sharing, tables
-from primia_jax.mpc.tables import Span
+from primia_jax.mpc import dealing, sharing
+from primia_jax.mpc.gates import tables
+from primia_jax.mpc.gates.comparison import Compared, Span
 
 
 def compare(span, v, r, tamper=None):
@@ -21,12 +22,12 @@ def compare(span, v, r, tamper=None):
       shares = {name: jnp.stack([e[name] for e in each]) for name in masks}
       derived, borrow_mask = tables.derive(span, r, shares)
       sent = dealing.split(seeds[0], 0, derived)
-      parties = [each[0] | dealing.expand_derived(seeds[0], 0, derived), each[1] | sent]
+      parties = [each[0] | dealing.expand_shares(seeds[0], 0, sent), each[1] | sent]
       if tamper is not None:
         parties[1] = tamper(dict(parties[1]))
       stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), *parties)
-      run = lambda c: tables.run(span, sharing.Wire(), v, c)
-      out = jax.vmap(run, axis_name=sharing.PARTY, out_axes=tables.Compared(0, 0, None))(stacked)
+      run = lambda c: tables.evaluate(span, sharing.Wire(), v, c)
+      out = jax.vmap(run, axis_name=sharing.PARTY, out_axes=Compared(0, 0, None))(stacked)
       borrow = None if out.borrow is None else out.borrow[0] ^ out.borrow[1]
       if out.opened_borrow is not None:
         borrow = out.opened_borrow ^ borrow_mask
@@ -98,7 +99,7 @@ def test_neighbours_and_ends_of_many_bits(span):
 
 @pytest.mark.parametrize("name", ["table0", "level0_0", "products0_0", "level1_0"])
 def test_a_flipped_bit_of_a_correlation_gives_wrong_answers(name):
-  """Nothing that is dealt is idle."""
+  """Every dealt value matters."""
   span = Span(0, 20, 8)
   v, r = np.random.default_rng(0).integers(0, 2**20, (2, 512)).astype(np.uint32)
   everything = lambda c: c | {name: ~c[name]}

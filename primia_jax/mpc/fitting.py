@@ -1,6 +1,4 @@
-"""The narrowest ring, and the fewest fraction bits, that keep a function's outputs within a target
-error.
-"""
+"""The cheapest ring in which a function's outputs stay within a target error."""
 
 from __future__ import annotations
 
@@ -12,13 +10,13 @@ import jax
 import numpy as np
 
 from primia_jax.mpc.circuit import Config
-from primia_jax.mpc.inference import checker
+from primia_jax.mpc.clear import checker
 from primia_jax.mpc.planning import Plan, calibrate, plan
 from primia_jax.types import PyTree
 
-# Rings by what they cost: 32 bits are stored in half the words, and within one width fewer fraction
-# bits compare fewer digits. The range of a 64-bit ring is never short, so its bits are not
-# searched.
+# Rings by their cost: 32 bits take half the storage, and within one width fewer fraction bits
+# compare fewer digits. The range of a 64-bit ring is never short, so no ring between 32 and 64 is
+# tried.
 CANDIDATES = tuple((32, f) for f in (14, 12, 10, 8)) + tuple((64, f) for f in range(10, 25, 2))
 
 
@@ -34,24 +32,24 @@ def fit(
   """Plans fn with the cheapest ring whose error on the examples is below the target.
 
   The error is the largest difference between an output of the integer model, which the exact
-  protocol equals bit for bit, and fn itself. Examples are the model owner's; that other inputs
-  behave alike is an assumption, hence `spare`.
+  protocol equals bit for bit, and of fn itself. The examples are the model owner's. Other inputs
+  are assumed to behave alike; `spare` allows for the difference.
 
   Args:
     fn: as for `plan`.
     owners: as for `plan`.
-    examples: argument lists of the shapes to be planned for, with the model owner's values.
-    target_error: largest error wanted of any output.
+    examples: argument lists of the planned shapes, with the model owner's values.
+    target_error: the largest error allowed in any output.
     config: everything but num_bits and fraction_bits.
     spare: the error on the examples must be smaller than the target by this factor.
-    candidates: (num_bits, fraction_bits), cheapest first. The finest that fits a ring need not be
-      the most accurate, since weights then get fewer bits; so all are measured.
+    candidates: (num_bits, fraction_bits), cheapest first. All are measured: the finest that fits a
+      ring need not be the most accurate, since weights then get fewer bits.
 
   Raises:
     ValueError: no ring reaches the target; the message says the best error.
   """
   if not target_error > 0:
-    raise ValueError(f"target_error={target_error} must be positive")
+    raise ValueError(f"target_error={target_error}; use a positive number")
   ranges = calibrate(fn, owners, examples)
   wanted = [jax.tree.leaves(jax.jit(fn)(*args)) for args in examples]
   best, why = np.inf, ""
@@ -78,4 +76,6 @@ def fit(
     if error * spare <= target_error:
       return candidate
     best = min(best, error)
-  raise ValueError(f"no ring reaches an error of {target_error}: the best is {best:.3g}{why}")
+  raise ValueError(
+    f"no ring reaches target_error={target_error}; the best error is {best:.3g}{why}"
+  )

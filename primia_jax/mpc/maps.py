@@ -1,16 +1,31 @@
-"""Bilinear maps as they stand in a jaxpr: their shapes, and which axis of a result comes from which
+"""Bilinear maps as a jaxpr has them: their shapes, and which axis of a result comes from which axis
 of the weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from primia_jax.mpc.products import Map, apply
+from primia_jax.types import Array
+
+
+class Map(NamedTuple):
+  """A bilinear map of JAX, static and hashable.
+
+  Attributes:
+    name: "conv_general_dilated", "dot_general" or "mul" (elementwise, of equal shapes).
+    params: the primitive's parameters as (name, value) pairs with hashable values, such as
+      `tuple(eqn.params.items())` of a jaxpr's equation; precision and element types are ignored.
+  """
+
+  name: str
+  params: tuple[tuple[str, Any], ...] = ()
+
 
 MULTIPLY = Map("mul", ())
 _KEPT = {
@@ -27,6 +42,19 @@ _KEPT = {
 }
 
 
+def apply(map: Map, x: Array, w: Array, dtype: Any = None) -> Array:
+  """The plain XLA operation on operands of one dtype, accumulated in `dtype` (default: theirs)."""
+  p = dict(map.params)
+  if map.name == "mul":
+    return (x if dtype is None else x.astype(dtype)) * (w if dtype is None else w.astype(dtype))
+  if map.name == "dot_general":
+    return lax.dot_general(x, w, p["dimension_numbers"], preferred_element_type=dtype)
+  if map.name != "conv_general_dilated":
+    raise ValueError(f"map.name={map.name!r}; use conv_general_dilated, dot_general or mul")
+  known = {name: p[name] for name in _KEPT[map.name] if name in p}
+  return lax.conv_general_dilated(x, w, **known, preferred_element_type=dtype)
+
+
 def from_equation(name: str, params: Mapping[str, Any]) -> Map:
   """The map of a jaxpr's dot_general or conv_general_dilated."""
   freeze = lambda v: v if not isinstance(v, list) else tuple(map(tuple, v))
@@ -40,7 +68,7 @@ def shape_of(mapping: Map, x: Sequence[int], w: Sequence[int]) -> tuple[int, ...
 
 
 def weight_axes(mapping: Map, x: Sequence[int], w: Sequence[int]) -> tuple[int | None, ...]:
-  """For each axis of the result, the axis of w that it runs along with, or None."""
+  """For each axis of the result, the axis of w that it follows, or None."""
   params = dict(mapping.params)
   ndim = len(shape_of(mapping, x, w))
   if mapping.name == "mul":
@@ -56,9 +84,7 @@ def weight_axes(mapping: Map, x: Sequence[int], w: Sequence[int]) -> tuple[int |
 
 
 def swapped(mapping: Map, a_ndim: int, b_ndim: int) -> tuple[Map, tuple[int, ...]]:
-  """A dot_general with its operands exchanged, and the transposition of its result that undoes
-  it.
-  """
+  """A dot_general with exchanged operands, and the transposition that its result then needs."""
   (a_contracted, b_contracted), (a_batch, b_batch) = dict(mapping.params)["dimension_numbers"]
   numbers = ((b_contracted, a_contracted), (b_batch, a_batch))
   batch = len(a_batch)

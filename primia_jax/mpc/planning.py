@@ -1,4 +1,4 @@
-"""What a secret computation will cost and what ranges it assumes, known before anything is dealt or
+"""What an encrypted computation will cost and which ranges it assumes, before anything is dealt or
 sent.
 """
 
@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.mpc import protocol
+from primia_jax.mpc import encoding, protocol
 from primia_jax.mpc.circuit import Apply, Circuit, Config, Linear, Open, Product, Value
-from primia_jax.mpc.dealing import THREEFRY
-from primia_jax.mpc.gates import RELU
-from primia_jax.mpc.lowering import lower
-from primia_jax.mpc.program import PUBLIC, Program, evaluate, trace
+from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
+from primia_jax.mpc.lowering.lower import lower
+from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, trace
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Sent, Wire
 from primia_jax.types import Array, PyTree
 
@@ -28,7 +27,7 @@ OWNERS = {"model_owner": MODEL_OWNER, "data_owner": DATA_OWNER, SHARED: None, PU
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A function ready to be dealt for: everybody may see it.
+  """A function ready to be dealt for; everybody may see it.
 
   It tells the architecture, the scales of the weights and the calibrated range of every gate
   (powers of two), and nothing else about model or image.
@@ -36,15 +35,18 @@ class Plan:
   Attributes:
     program: the function, flat.
     circuit: what the parties will do.
-    config: the ring and its like.
     owners: of each flat argument: 0 (model owner), 1 (data owner), None (given as shares) or
       "public".
   """
 
   program: Program
   circuit: Circuit
-  config: Config
   owners: tuple[Any, ...]
+
+  @property
+  def config(self) -> Config:
+    """The ring and its like."""
+    return self.circuit.config
 
   def __str__(self) -> str:
     return table(self)
@@ -55,7 +57,7 @@ class Row(NamedTuple):
 
   Attributes:
     operation: its number in the circuit; -1 for the output.
-    layer: where in the function.
+    layer: its place in the function.
     what: open, linear, product, relu, max, truncate, sign or output.
     shape: of its result.
     range_bits: K of a gate; 0 elsewhere.
@@ -77,13 +79,13 @@ class Row(NamedTuple):
 
 
 class Network(NamedTuple):
-  """A link between the parties: every round is charged the whole round-trip time."""
+  """A link between the parties; every round costs a whole round trip."""
 
   round_trip: float  # seconds
   bandwidth: float  # bits per second, each way
 
   def seconds(self, rounds: int, num_bytes: int) -> float:
-    """The time that communication takes, computation left out."""
+    """The time of communication alone."""
     return rounds * self.round_trip + 8 * num_bytes / self.bandwidth
 
 
@@ -100,27 +102,27 @@ def plan(
   """Plans fn for secret arguments.
 
   Args:
-    fn: a JAX function of positional arguments, e.g. a Flax module's apply; what it closes over is
-      public.
+    fn: a JAX function of positional arguments, such as a Flax module's apply. Whatever it closes
+      over is public.
     owners: for each argument (with all its leaves) "model_owner", "data_owner", "shared" (given as
       shares) or "public".
-    args: arrays, or ShapeDtypeStructs where only the shape is known. Where the model owner plans
-      with its weights at hand, their scales follow from their largest magnitudes.
+    args: arrays, or ShapeDtypeStructs if only the shape is known. If the model owner plans with its
+      weights at hand, their scales follow from their largest magnitudes.
     config: the ring, and how exact.
-    ranges: from `calibrate`; without it every gate assumes that values fill the ring, which costs
+    ranges: from `calibrate`. Without it every gate assumes that values fill the ring, which costs
       more.
 
   Raises:
-    NotImplementedError: for a primitive without a protocol, with its name and source line.
-    ValueError: for an unknown owner, or a calibrated range that does not fit the ring.
+    NotImplementedError: a primitive has no protocol; the message names it and its source line.
+    ValueError: an owner is unknown, or a calibrated range does not fit the ring.
   """
   config.dtype  # noqa: B018  (raises without x64 where the ring needs it)
   program = trace(fn, args, [PUBLIC if owner == PUBLIC else "secret" for owner in owners])
   flat = _flat_owners(owners, args)
   if ranges is not None and len(ranges) != program.num_values:
     raise ValueError(
-      f"{len(ranges)} ranges for {program.num_values} values: calibrate the same function and "
-      f"shapes"
+      f"{len(ranges)} ranges for {program.num_values} values; calibrate the same function with the "
+      f"same shapes"
     )
   known = {}
   for party in (MODEL_OWNER, DATA_OWNER):
@@ -135,7 +137,7 @@ def plan(
     )
     if party == MODEL_OWNER and concrete:
       known[party] = jax.jit(lambda leaves: evaluate(program, leaves))(leaves)
-  return Plan(program, lower(program, flat, config, ranges, known), config, flat)
+  return Plan(program, lower(program, flat, config, ranges, known), flat)
 
 
 def calibrate(
@@ -159,10 +161,10 @@ def calibrate(
     new = np.asarray(measure(leaves), np.float64)
     largest = new if largest is None else np.maximum(largest, new)
   if largest is None:
-    raise ValueError("no examples to calibrate with")
+    raise ValueError("examples is empty; calibrate with at least one list of arguments")
   if not np.all(np.isfinite(largest)):
     raise ValueError(
-      "a value inside the function is infinite or NaN on the examples; calibrate with sound inputs"
+      "a value inside the function is infinite or NaN on the examples; calibrate with finite ones"
     )
   return largest
 
@@ -178,7 +180,7 @@ def _magnitudes(program: Program, leaves: Sequence[Array]) -> Array:
 def _flat_owners(owners: Sequence[Any], args: Sequence[PyTree]) -> tuple[Any, ...]:
   for owner in owners:
     if owner not in OWNERS:
-      raise ValueError(f"owner {owner!r} is not one of {', '.join(OWNERS)}")
+      raise ValueError(f"owner {owner!r} is unknown; use one of {', '.join(OWNERS)}")
   return tuple(
     OWNERS[owner] for owner, arg in zip(owners, args, strict=True) for _ in jax.tree.leaves(arg)
   )
@@ -189,7 +191,7 @@ def _flat_owners(owners: Sequence[Any], args: Sequence[PyTree]) -> tuple[Any, ..
 
 def rows(plan: Plan) -> list[Row]:
   """Every step that deals or sends something, in order."""
-  dealt, sent = dealt_shapes(plan), sent_messages(plan)
+  dealt, sent = protocol.dealt_shapes(plan.circuit), sent_messages(plan)
   size = lambda tree: sum(math.prod(v.shape) * v.dtype.itemsize for v in jax.tree.leaves(tree))
   out = []
   for number, op in enumerate(plan.circuit.operations):
@@ -212,21 +214,9 @@ def rows(plan: Plan) -> list[Row]:
   return [*out, Row(-1, "", "output", shape, 0, 0, 0, num_bytes, int(bool(secrets)))]
 
 
-def dealt_shapes(plan: Plan) -> protocol.Dealt:
-  """Shapes and dtypes of what is dealt for one inference."""
-
-  def deal(key: Array) -> protocol.Dealt:
-    blind = protocol.full(
-      plan.circuit, plan.config, protocol.blinds(plan.circuit, plan.config, key)
-    )
-    return protocol.deal(plan.circuit, plan.config, key, blind)
-
-  return jax.eval_shape(deal, jax.ShapeDtypeStruct((8,), jnp.uint32))
-
-
 def ready_shapes(plan: Plan) -> protocol.Ready:
-  """Shapes and dtypes of what a party needs of it while the protocol runs."""
-  dealt = dealt_shapes(plan)
+  """Shapes and dtypes of what a party holds of the correlations during the online phase."""
+  dealt = protocol.dealt_shapes(plan.circuit)
   out: protocol.Ready = {}
   for number, op in enumerate(plan.circuit.operations):
     each: dict[str, Any] = {
@@ -240,18 +230,24 @@ def ready_shapes(plan: Plan) -> protocol.Ready:
 
 
 def sent_messages(plan: Plan) -> list[Sent]:
-  """The messages that each party sends, in order; one a round."""
+  """The messages that each party sends, in order; one for each round."""
   log: list[Sent] = []
   blanks = jax.eval_shape(
-    lambda: [protocol.blank(operand, plan.config) for operand in plan.circuit.operands]
+    lambda: [encoding.blank(operand, plan.config) for operand in plan.circuit.operands]
   )
   run = lambda ready, operands: protocol.run(
-    plan.circuit, plan.config, Wire(log=log), ready, dict(enumerate(operands))
+    plan.circuit, Wire(log=log), ready, dict(enumerate(operands))
   )
   jax.eval_shape(
     jax.vmap(run, axis_name=PARTY, axis_size=2, in_axes=(None, None)), ready_shapes(plan), blanks
   )
   return log
+
+
+def published_bytes(plan: Plan) -> int:
+  """Bytes of D = W - B, which the data owner receives once per publication."""
+  operands = [plan.circuit.operands[i] for i in plan.circuit.linear_operands(MODEL_OWNER)]
+  return sum(math.prod(o.shape) for o in operands) * plan.config.dtype.itemsize
 
 
 def table(plan: Plan, steps: Sequence[Row] | None = None) -> str:
@@ -277,21 +273,19 @@ def table(plan: Plan, steps: Sequence[Row] | None = None) -> str:
     f"{'':>4} {'total':<71} {'':>4} {bytes_text(dealt):>10} {bytes_text(sent):>10} {rounds:>6}"
   )
   exact = "exact" if config.exact else "within one unit"
+  also = "" if COMPARISONS[config.comparison].seed_only else " and the correction words"
   lines.append(
     f"ring of 2^{config.num_bits}, about {config.fraction_bits} fraction bits, truncation {exact}, "
-    f"comparison by "
-    f"{config.comparison}; range and cut in bits of the ring, dealt: to the data owner (the model "
-    f"owner gets a seed" + (" and the correction words)" if config.comparison == "fss" else ")")
+    f"comparison by {config.comparison}; range and cut in bits of the ring, dealt: to the data "
+    f"owner (the model owner gets a seed{also})"
   )
-  if config.prng == THREEFRY:
-    lines.append("statistical PRNG (threefry): for research; the masks promise nothing")
   for name, network in (("LAN 1 Gb/s, 0.5 ms", LAN), ("WAN 100 Mb/s, 40 ms", WAN)):
     lines.append(f"{name}: {network.seconds(rounds, sent):.2f} s of communication")
   return "\n".join(lines)
 
 
 def bytes_text(num_bytes: float) -> str:
-  """A number of bytes for people."""
+  """A number of bytes with its unit."""
   for unit in ("B", "kB", "MB"):
     if num_bytes < 1000:
       return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

@@ -1,28 +1,27 @@
-"""A circuit carried out: in the clear, by the dealer, by each party beforehand, and by both parties
-together.
+"""The phases of one inference on a circuit: deal, prepare, run.
 
-The phases of one inference, and who holds what:
-
-  encode    an owner's values as integers, once per model and once per image
-  blind     the model owner publishes D = W - B, uniform, to the data owner; B is the
-            dealer's, once per model
-  deal      the dealer's correlations, before the image exists; party 0 receives a seed
-            and party 1 a seed and arrays
+  publish   an owner's D = W - B for its operands of linear layers; B is the dealer's and uniform,
+  so
+            D tells nothing to anybody without B
+  deal      the dealer's correlations, before the image exists; party 0 receives a seed, party 1 a
+            seed and arrays
   prepare   each party expands its seed and maps its mask shares, alone
-  run       the parties open masked values to each other: the only phase that communicates
+  run       the parties open masked values to each other; only this phase communicates
+
+These functions are pure and trace. They trust their caller to use each key once and to hand nobody
+else's operands to a party; `roles` does both.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from primia_jax import native, prng, ring
-from primia_jax.mpc import dealing, gates, products
+from primia_jax import prng, ring
+from primia_jax.mpc import dealing, products
 from primia_jax.mpc.circuit import (
   Apply,
   Circuit,
@@ -32,28 +31,22 @@ from primia_jax.mpc.circuit import (
   Local,
   Offset,
   Open,
-  Operand,
   Product,
   Value,
 )
 from primia_jax.mpc.dealing import ADDITIVE, Correlation, Derived, Masks, Uniform
+from primia_jax.mpc.gates import elementwise
 from primia_jax.mpc.maps import MULTIPLY
 from primia_jax.mpc.products import multiply, product
-from primia_jax.mpc.sharing import Wire, at, compute_at
+from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, Wire, at, compute_at
 from primia_jax.types import Array
 
-Operands = dict[
-  int, Any
-]  # by number: ring elements, or a linear layer's Weight; B and D as products.Operand
-Ready = dict[int, Correlation]  # by number of the operation: what a party needs of it during `run`
+# By number of the operand: ring elements or, for linear layers, an `encoding.Weight`; B and D are
+# ring elements too, and `products.Prepared` once they are `full`.
+Operands = dict[int, Any]
+Ready = dict[int, Correlation]  # by number of the operation: what a party needs for it in `run`
+Env = dict[int, Any]  # by number: shares, or (masked value, this party's share of its mask)
 _BLIND, _SEED = 1, 2  # the dealer's subkeys
-
-
-class Weight(NamedTuple):
-  """A linear layer's operand: its ring elements, and the same made ready for products."""
-
-  elements: Array
-  ready: products.Operand
 
 
 class Dealt(NamedTuple):
@@ -61,7 +54,7 @@ class Dealt(NamedTuple):
 
   Attributes:
     seeds: [2, 8] uint32; party p receives row p.
-    sent: by number of the operation, party 1's shares of what was derived.
+    sent: by number of the operation, party 1's shares of the derived values.
     common: what both parties receive as it is (correction words of function secret sharing).
   """
 
@@ -70,73 +63,8 @@ class Dealt(NamedTuple):
   common: dict[int, Correlation]
 
 
-def encode(operand: Operand, value: Array, config: Config) -> Any:
-  """An owner's float array as ring elements, ready for its linear layer where it serves one.
-
-  Rounding is off by at most half of the operand's scale.
-  """
-  wide = jnp.float64 if config.num_bits > 32 else jnp.float32
-  integers = jnp.round(value.astype(wide) / jnp.asarray(operand.scale, wide))
-  elements = integers.astype(jnp.int64 if config.num_bits > 32 else jnp.int32).astype(config.dtype)
-  if operand.map is None:
-    return elements
-  # Used twice, here and for D: computed again, a fused multiply-add might round it to the
-  # neighbouring integer.
-  elements = native.once(elements)
-  return Weight(
-    elements,
-    products.split(operand.map, elements, operand.bits or config.num_bits, config.num_bits),
-  )
-
-
-def blank(operand: Operand, config: Config) -> Any:
-  """What stands for an operand at the party that does not hold it: zeros of the same shapes."""
-  return encode(operand, jnp.zeros(operand.shape, jnp.float32), config)
-
-
-# ---- in the clear
-
-
-def clear(
-  circuit: Circuit,
-  config: Config,
-  operands: Operands,
-  watch: Callable[[Apply, Array], None] | None = None,
-) -> list[Array]:
-  """The integers that the protocol computes, in the clear: what its exact mode equals bit for bit.
-
-  Args:
-    circuit: what to compute.
-    config: the ring.
-    operands: everybody's, encoded.
-    watch: called with each gate's operation and its input, signed.
-  """
-  env: dict[int, Array] = {}
-  for op in circuit.operations:
-    match op:
-      case Input():
-        env[op.out] = operands[op.operand]
-      case Local():
-        env[op.out] = op.fn(*(env[i] for i in op.inputs))
-      case Offset():
-        env[op.out] = env[op.input] + _offset(op, operands, config)
-      case Open():
-        env[op.out] = env[op.input]
-      case Linear():
-        env[op.out] = multiply(op.map, env[op.input], operands[op.operand].ready, config.num_bits)
-      case Product():
-        a, b = (env[i] for i in op.inputs)
-        env[op.out] = product(op.map, a, b, config.num_bits)
-      case Apply():
-        if watch is not None:
-          watch(op, gates.to_signed(env[op.input], config.num_bits))
-        env[op.out] = gates.clear(op.gate, env[op.input].reshape(-1)).reshape(op.shape)
-  return [
-    ring.reduce(env[v.number], config.num_bits) for v in circuit.outputs if isinstance(v, Value)
-  ]
-
-
-def _offset(op: Offset, operands: Operands, config: Config) -> Array:
+def offset(op: Offset, operands: Operands, config: Config) -> Array:
+  """The ring elements that an `Offset` adds."""
   if op.owner is not None:
     return operands[op.operand]
   return jnp.asarray(op.operand.astype(config.dtype))
@@ -151,46 +79,53 @@ def masks(op: Any, config: Config) -> Masks:
     case Open():
       return {"r": Uniform(op.shape, config.dtype, ADDITIVE)}
     case Apply():
-      return gates.masks(op.gate)
+      return elementwise.masks(op.gate)
   return {}
 
 
-def blinds(circuit: Circuit, config: Config, key: Array) -> Operands:
-  """The dealer's B for every operand of a linear layer: uniform ring elements, once per model."""
+def blinds(circuit: Circuit, key: Array, owner: int) -> Operands:
+  """B for each operand that an owner has in linear layers: uniform ring elements.
+
+  Args:
+    circuit: the circuit.
+    key: [8] uint32, known to the dealer and to this owner only: with it, the other party reads the
+      operands off D. One key serves one set of values: two D under one B give their difference.
+    owner: the party.
+  """
+  key, dtype = prng.derive(key, _BLIND), circuit.config.dtype
   return {
-    i: dealing.uniform(prng.derive(key, _BLIND), i, 0, operand.shape, config.dtype, config.prng)
-    for i, operand in enumerate(circuit.operands)
-    if operand.map is not None
+    i: dealing.uniform(key, i, 0, circuit.operands[i].shape, dtype)
+    for i in circuit.linear_operands(owner)
   }
 
 
-def full(circuit: Circuit, config: Config, arrays: Operands) -> Operands:
-  """Whole ring elements made ready for their linear layers: B, or the published D."""
-  split = lambda i, v: products.split(
-    circuit.operands[i].map or MULTIPLY, v, config.num_bits, config.num_bits
-  )
-  return {i: split(i, v) for i, v in arrays.items()}
+def full(circuit: Circuit, arrays: Operands) -> Operands:
+  """B or D, whole ring elements, made ready for their linear layers."""
+  bits = circuit.config.num_bits
+  return {
+    i: products.split(circuit.operands[i].map or MULTIPLY, v, bits, bits) for i, v in arrays.items()
+  }
 
 
 def publish(operands: Operands, blind: Operands) -> Operands:
-  """D = W - B for every operand of a linear layer; uniform to whoever lacks B."""
-  return {i: v.elements - blind[i] for i, v in operands.items() if isinstance(v, Weight)}
+  """D = W - B for each operand that has a B."""
+  return {i: operands[i].elements - b for i, b in blind.items()}
 
 
-def deal(circuit: Circuit, config: Config, key: Array, blind: Operands) -> Dealt:
+def deal(circuit: Circuit, key: Array, blind: Operands) -> Dealt:
   """The dealer's work for one inference.
 
   Args:
     circuit: what to deal for.
-    config: the ring.
-    key: [8] uint32, the dealer's secret for this inference; never used for another.
-    blind: `full(blinds(...))`, the dealer's operands of this model.
+    key: [8] uint32, the dealer's secret for this inference alone.
+    blind: `full(blinds(...))` of both owners.
   """
+  config = circuit.config
   seeds = [prng.derive(key, _SEED, party) for party in (0, 1)]
   opened: dict[int, list[Array]] = {}  # the mask shares of every masked value
   sent, common = {}, {}
   for number, op in enumerate(circuit.operations):
-    each = [dealing.expand_masks(seed, number, masks(op, config), config.prng) for seed in seeds]
+    each = [dealing.expand_masks(seed, number, masks(op, config)) for seed in seeds]
     derived = None
     match op:
       case Open():
@@ -204,11 +139,11 @@ def deal(circuit: Circuit, config: Config, key: Array, blind: Operands) -> Dealt
         a, b = (opened[i][0] + opened[i][1] for i in op.inputs)
         derived = Derived({"u": product(op.map, a, b, config.num_bits)}, {}, {})
       case Apply():
-        derived = gates.derive(
+        derived = elementwise.derive(
           op.gate, {name: jnp.stack([m[name] for m in each]) for name in each[0]}
         )
     if derived is not None:
-      sent[number] = dealing.split(seeds[0], number, derived, config.prng)
+      sent[number] = dealing.split(seeds[0], number, derived)
       if derived.common:
         common[number] = derived.common
   return Dealt(jnp.stack(seeds), sent, common)
@@ -221,42 +156,45 @@ class Part(NamedTuple):
   """What one party receives from the dealer."""
 
   seed: Array
-  sent: dict[int, Correlation] | None  # None at party 0, which expands its seed instead
+  sent: dict[int, Correlation] | None  # None for party 0, which expands its seed instead
   common: dict[int, Correlation]
 
 
 def part(dealt: Dealt, party: int) -> Part:
-  """The part of what was dealt that goes to a party."""
+  """What goes to one party."""
   return Part(dealt.seeds[party], dealt.sent if party == 1 else None, dealt.common)
 
 
-def prepare(
-  circuit: Circuit,
-  config: Config,
-  party: int,
-  dealt: Part,
-  own: Operands,
-  published: Operands,
-  shapes: Mapping[int, Mapping[str, Any]],
-) -> Ready:
-  """A party's work before the image is there; it communicates with nobody.
+def dealt_shapes(circuit: Circuit) -> Dealt:
+  """Shapes and dtypes of what is dealt for one inference."""
+
+  def dealt(key: Array) -> Dealt:
+    arrays = blinds(circuit, key, MODEL_OWNER) | blinds(circuit, key, DATA_OWNER)
+    return deal(circuit, key, full(circuit, arrays))
+
+  return jax.eval_shape(dealt, jax.ShapeDtypeStruct((8,), jnp.uint32))
+
+
+def prepare(circuit: Circuit, party: int, dealt: Part, own: Operands, published: Operands) -> Ready:
+  """A party's work before the image exists, without communication.
 
   Args:
     circuit: what will be computed.
-    config: the ring.
-    party: which.
+    party: the party.
     dealt: from the dealer.
-    own: this party's own operands of linear layers, encoded.
+    own: this party's encoded operands of linear layers. One that does not exist yet (it depends on
+      the image) may be missing, here and in the other party's `published`; then `complete` follows.
     published: the other party's D, made ready by `full`.
-    shapes: of what is dealt to party 1, by which party 0 expands its seed.
   """
+  config = circuit.config
+  shapes: Any = dealt_shapes(circuit).sent if dealt.sent is None else dealt.sent
   opened: dict[int, Array] = {}
   ready: Ready = {}
   for number, op in enumerate(circuit.operations):
-    mine = dealing.expand_masks(dealt.seed, number, masks(op, config), config.prng)
+    mine = dealing.expand_masks(dealt.seed, number, masks(op, config))
     if number in shapes:
       if dealt.sent is None:
-        mine |= dealing.expand_shares(dealt.seed, number, shapes[number], config.prng)
+        mine |= dealing.expand_shares(dealt.seed, number, shapes[number])
       else:
         mine |= dealt.sent[number]
     mine |= dealt.common.get(number, {})
@@ -266,58 +204,64 @@ def prepare(
       case Local() if op.opened:
         opened[op.out] = op.fn(*(opened[i] for i in op.inputs))
       case Linear():
-        weight = own[op.operand].ready if op.owner == party else published[op.operand]
-        mine = {"u": mine["u"] + multiply(op.map, opened[op.input], weight, config.num_bits)}
+        mine = _complete(op, mine | {"r": opened[op.input]}, party, own, published, config)
     if mine:
       ready[number] = mine
   return ready
 
 
-Env = dict[int, Any]  # by number: shares, or (masked value, this party's share of its mask)
+def complete(
+  circuit: Circuit, party: int, ready: Ready, own: Operands, published: Operands
+) -> Ready:
+  """Finishes `prepare` with the operands that did not exist then; arguments as there."""
+  out = dict(ready)
+  for number, op in enumerate(circuit.operations):
+    if isinstance(op, Linear) and "r" in ready[number]:
+      out[number] = _complete(op, ready[number], party, own, published, circuit.config)
+  return out
 
 
-def run(
-  circuit: Circuit, config: Config, wire: Wire, ready: Ready, operands: Operands
-) -> list[Array]:
+def _complete(
+  op: Linear, mine: Correlation, party: int, own: Operands, published: Operands, config: Config
+) -> Correlation:
+  """u + L_W(r) at the owner and u + L_D(r) at the other party, once W or D is there."""
+  if op.owner == party:
+    weight = own[op.operand].ready if op.operand in own else None
+  else:
+    weight = published.get(op.operand)
+  if weight is None:
+    return mine
+  return {"u": mine["u"] + multiply(op.map, mine["r"], weight, config.num_bits)}
+
+
+def run(circuit: Circuit, wire: Wire, ready: Ready, operands: Operands) -> list[Array]:
   """One party's part of the protocol, on the axis "party".
 
   Args:
     circuit: what to compute.
-    config: the ring.
     wire: to the other party.
     ready: from `prepare`.
-    operands: encoded; each as its owner has it and `blank` at the other party, or the same array at
-      both in a simulation. Arguments given as shares are this party's.
+    operands: encoded. Each is as its owner has it, and `encoding.blank` at the other party; in a
+      simulation both have the same array. Arguments given as shares are this party's shares.
 
   Returns:
-    This party's shares of the outputs; a party learns an output only from the other's share of it.
+    This party's shares of the outputs. A party learns an output only from the other's share.
   """
-  return outputs(
-    circuit, config, advance(circuit, config, wire, ready, operands, {}, 0, len(circuit.operations))
-  )
+  env = advance(circuit, wire, ready, operands, {}, 0, len(circuit.operations))
+  return outputs(circuit, env)
 
 
-def outputs(circuit: Circuit, config: Config, env: Env) -> list[Array]:
+def outputs(circuit: Circuit, env: Env) -> list[Array]:
   """The shares of the outputs, once every operation is done."""
-  return [
-    ring.reduce(env[v.number], config.num_bits) for v in circuit.outputs if isinstance(v, Value)
-  ]
+  secrets = [v.number for v in circuit.outputs if isinstance(v, Value)]
+  return [ring.reduce(env[number], circuit.config.num_bits) for number in secrets]
 
 
 def advance(
-  circuit: Circuit,
-  config: Config,
-  wire: Wire,
-  ready: Ready,
-  operands: Operands,
-  env: Env,
-  first: int,
-  last: int,
+  circuit: Circuit, wire: Wire, ready: Ready, operands: Operands, env: Env, first: int, last: int
 ) -> Env:
-  """Carries out operations first to last - 1 on what came before; returns what the rest still
-  needs.
-  """
-  env, k = dict(env), config.num_bits
+  """Carries out operations first to last - 1 and returns the values that later ones need."""
+  env, k = dict(env), circuit.config.num_bits
   for number in range(first, last):
     op = circuit.operations[number]
     c, before = ready.get(number, {}), len(wire.log or ())
@@ -334,7 +278,7 @@ def advance(
           env[op.out] = op.fn(*(env[i] for i in op.inputs))
         case Offset():
           env[op.out] = env[op.input] + at(
-            0 if op.owner is None else op.owner, _offset(op, operands, config)
+            0 if op.owner is None else op.owner, offset(op, operands, circuit.config)
           )
         case Open():
           env[op.out] = wire.open_additive(env[op.input] + c["r"], "open"), c["r"]
@@ -348,14 +292,14 @@ def advance(
           env[op.out] = product(op.map, a, at(0, b) - rb, k) - product(op.map, ra, b, k) + c["u"]
         case Apply():
           z = env[op.input].reshape(-1)
-          env[op.out] = gates.run(op.gate, wire, z, c).reshape(op.shape)
+          env[op.out] = elementwise.run(op.gate, wire, z, c).reshape(op.shape)
     if wire.log is not None:
       wire.log[before:] = [sent._replace(operation=number) for sent in wire.log[before:]]
   return {i: env[i] for i in live(circuit, last)}
 
 
 def live(circuit: Circuit, number: int) -> list[int]:
-  """The values from before operation `number` that it or a later one reads, or that are outputs."""
+  """The values made before operation `number` that it, a later one or the outputs read."""
   made = {op.out for op in circuit.operations[:number]}
   needed = {v.number for v in circuit.outputs if isinstance(v, Value)}
   for op in circuit.operations[number:]:
@@ -365,10 +309,3 @@ def live(circuit: Circuit, number: int) -> list[int]:
       case Offset() | Open() | Linear() | Apply():
         needed.add(op.input)
   return sorted(made & needed)
-
-
-def decode(elements: Array, scale: float, config: Config) -> Array:
-  """Ring elements as float32 numbers."""
-  signed = gates.to_signed(elements, config.num_bits)
-  wide = jnp.float64 if config.num_bits > 32 else jnp.float32
-  return (signed.astype(wide) * jnp.asarray(scale, wide)).astype(jnp.float32)

@@ -1,9 +1,9 @@
-"""Two parties on a named axis: shares, and `Wire`, the one place where the parties meet.
+"""Two parties on a named axis: shares, and `Wire`, the only place where the parties meet.
 
 Additive shares x_0 + x_1 = x live in Z_2^64 or Z_2^32 and are reduced to Z_2^k where a value is
-opened; Boolean shares b_0 ^ b_1 = b are bits packed into unsigned words. A protocol is one
-function, written for one party over the axis "party": `jax.vmap(..., axis_name=PARTY)` runs both in
-one process, `shard_map` one on each device.
+opened. Boolean shares b_0 ^ b_1 = b are bits packed into unsigned words. A protocol is one
+function, written for one party over the axis "party": `jax.vmap(..., axis_name=PARTY)` runs both
+parties in one process, `shard_map` runs each on a device of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from primia_jax import ring
 from primia_jax.types import Array
 
 PARTY = "party"
@@ -34,31 +35,32 @@ class Wire(NamedTuple):
   """How two parties open values to each other.
 
   Attributes:
-    swap: exchange by `ppermute` (devices and processes) instead of a reduction over the axis (vmap,
-      whose result then is one array and not two).
-    log: where to note what is sent, as the function is traced; None notes nothing.
+    swap: exchange by `ppermute` (devices and processes). False reduces over the axis (vmap), whose
+      result is then one array instead of two.
+    log: a list that notes each message while the function is traced; None notes nothing.
   """
 
   swap: bool = False
   log: list[Sent] | None = None
 
   def open_additive(self, x: Array, what: str) -> Array:
-    """The sum of both parties' x: one round, x's bytes each way. x must be masked: both parties
-    learn the sum.
+    """The sum of both parties' x in one round of x's bytes each way.
+
+    Both parties learn the sum, so x must be masked.
     """
     self._note([x], what)
     # Without the barrier XLA would compute the opened value again in every consumer.
     return lax.optimization_barrier(x + _swap(x) if self.swap else lax.psum(x, PARTY))
 
   def open_boolean(self, words: list[Array], what: str) -> list[Array]:
-    """The exclusive or of both parties' words: one round. Each must be masked, bit for bit."""
+    """The exclusive or of both parties' words in one round; every bit must be masked."""
     self._note(words, what)
     return [lax.optimization_barrier(self._xor(x)) for x in words]
 
   def _xor(self, x: Array) -> Array:
     if self.swap:
       return x ^ _swap(x)
-    # A reduction, which XLA computes once for all its consumers.
+    # XLA computes a reduction once for all its consumers.
     return lax.reduce(lax.all_gather(x, PARTY), x.dtype.type(0), lax.bitwise_xor, (0,))
 
   def _note(self, values: list[Array], what: str) -> None:
@@ -71,22 +73,35 @@ def _swap(x: Array) -> Array:
 
 
 def at(party: int, x: Array) -> Array:
-  """x at one party and zero at the other: a sharing of x, additive or Boolean alike."""
+  """x at one party and zero at the other: a sharing of x, additive and Boolean alike."""
   return jnp.where(lax.axis_index(PARTY) == party, x, jnp.zeros_like(x))
 
 
 def compute_at(party: int, fn: Callable[[], Array], wire: Wire) -> Array:
   """fn() at one party and zeros at the other, which does not run it; under vmap it runs once."""
-  if (
-    not wire.swap
-  ):  # vmap would turn `cond` into a choice between two results, and compute fn for both parties
+  if not wire.swap:  # vmap would turn `cond` into a selection and compute fn for both parties
     return at(party, fn())
   out = jax.eval_shape(fn)
   return lax.cond(lax.axis_index(PARTY) == party, fn, lambda: jnp.zeros(out.shape, out.dtype))
 
 
+def signed(v: Array, num_bits: int) -> Array:
+  """The numbers in [-2^(k-1), 2^(k-1)) that integers of any dtype are congruent to modulo 2^k.
+
+  Args:
+    v: integers; bits above k are ignored.
+    num_bits: k.
+
+  Returns:
+    int32 for k <= 32, else int64.
+  """
+  dtype = jnp.dtype(f"int{ring.storage(num_bits).itemsize * 8}")
+  unused = jnp.asarray(dtype.itemsize * 8 - num_bits, dtype)
+  return v.astype(dtype) << unused >> unused
+
+
 def party_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """A mesh over the axis "party": the first two of the devices, one for each party.
+  """A mesh over the axis "party": the first two devices, one for each party.
 
   Raises:
     ValueError: there is only one device.

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from primia_jax.mpc import exponentials, extrema, piecewise, powers
-from primia_jax.mpc.arithmetic import negative, padded, same
-from primia_jax.mpc.circuit import Builder, Value
-from primia_jax.mpc.knowledge import Lowering, Pending, Rule, is_secret
-from primia_jax.mpc.program import Equation, Ref
+from primia_jax.mpc.builder import Builder
+from primia_jax.mpc.circuit import Value
+from primia_jax.mpc.functions import exponentials, extrema, piecewise, powers
+from primia_jax.mpc.lowering.ownership import Lowering, Pending, Rule, is_secret
+from primia_jax.mpc.lowering.program import Equation, Ref
+from primia_jax.mpc.lowering.rules_linear import negative, padded, same
 
 
 def _max(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -54,9 +55,8 @@ def _difference(low: Lowering, inputs: list[Any], shape: tuple[int, ...]) -> Val
 
 def _compare(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   name, shape = equation.name, equation.avals[0].shape
-  if (
-    name in ("eq", "ne") and inputs[0] is inputs[1]
-  ):  # how JAX asks for NaN, which fixed point has not
+  # JAX asks for NaN by comparing a value with itself; fixed point has no NaN.
+  if name in ("eq", "ne") and inputs[0] is inputs[1]:
     return np.full(shape, name == "eq")
   complement = lambda bit: _complement(low.build, bit)
   at_least = lambda a, b: low.build.sign(_difference(low, [a, b], shape))
@@ -76,13 +76,15 @@ def _compare(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 
 def _convert(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  """Truth is being other than zero, and only whole numbers become integers."""
+  """A truth value is other than zero; only whole numbers become integers."""
   dtype = equation.params["new_dtype"]
   if jnp.issubdtype(dtype, jnp.bool_):
     return _compare(low, equation._replace(name="ne"), [inputs[0], np.zeros(())])
   whole = isinstance(inputs[0], Value) and float(inputs[0].scale) == 1.0
   if jnp.issubdtype(dtype, jnp.integer) and not whole:
-    raise NotImplementedError(f"rounding a secret value to {dtype} at {equation.source}")
+    raise NotImplementedError(
+      f"rounding a secret value to {dtype} at {equation.source}; keep it real"
+    )
   return same(low, equation, inputs)
 
 
@@ -93,7 +95,9 @@ def _complement(build: Builder, bit: Value) -> Value:
 def _select(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   """case 0 + bit (case 1 - case 0)."""
   if len(inputs) != 3:
-    raise NotImplementedError(f"select among {len(inputs) - 1} cases at {equation.source}")
+    raise NotImplementedError(
+      f"select among {len(inputs) - 1} cases at {equation.source}; nest jnp.where"
+    )
   bit, off, on = inputs
   shape = equation.avals[0].shape
   if not is_secret(bit):
@@ -165,7 +169,9 @@ def _reduce_window_max(low: Lowering, equation: Equation, inputs: list[Any]) -> 
   """Maxima over windows, one axis after the other."""
   params, pending = equation.params, isinstance(inputs[0], Pending)
   if any(d != 1 for d in params["base_dilation"]):
-    raise NotImplementedError(f"reduce_window_max with base dilation at {equation.source}")
+    raise NotImplementedError(
+      f"reduce_window_max with base dilation at {equation.source}; dilate with lax.pad first"
+    )
   x = inputs[0].x if pending else low.value(inputs[0])
   padding = [(a, b, 0) for a, b in params["padding"]]
   if any(a or b for a, b, _ in padding):
@@ -211,7 +217,7 @@ def _argmax(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 def _power(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   exponent: Any = equation.params.get("y") if equation.name == "integer_pow" else inputs[1]
   if is_secret(exponent) or np.size(exponent) != 1:
-    raise NotImplementedError(f"a power that is not one public number, at {equation.source}")
+    raise NotImplementedError(f"a power that is not one public number at {equation.source}")
   y = float(np.asarray(exponent).reshape(()))
   return powers.power(low.build, low.value(inputs[0]), int(y) if y == int(y) else y)
 

@@ -2,14 +2,14 @@
 to four inputs.
 
 The compared bits are cut into digits of four. For each digit the dealer shares the one-time table v
--> [v < digit] as a 16-bit word; the public digit indexes it, and [v == digit] is the difference of
+-> [v < digit] as a 16-bit word. The public digit indexes it, and [v == digit] is the difference of
 two neighbouring entries. Digits are combined lexicographically, lt = lt_3 ^ eq_3 lt_2 ^ eq_3 eq_2
 lt_1 ^ eq_3 eq_2 eq_1 lt_0, by opening masked bits and using dealt products of their masks (Beaver's
-multiplication with many factors; Ishai et al., TCC 2013, for the one-time tables). Up to 64 bits
-take two rounds, and 40 bits of messages.
+multiplication with many factors; the one-time tables are those of Ishai et al., TCC 2013). Up to 64
+bits take two rounds and 40 bits of messages.
 
-Bits of one level lie side by side in a word, its lanes: lane g has eq in bit 2 g and lt in bit 2 g
-+ 1.
+The bits of one level share a word. Each node has a lane in it: lane g holds eq in bit 2 g and lt in
+bit 2 g + 1.
 """
 
 from __future__ import annotations
@@ -23,42 +23,15 @@ from jax import lax
 
 from primia_jax import native
 from primia_jax.mpc.dealing import BOOLEAN, Correlation, Derived, Masks, Uniform, open_mask
+from primia_jax.mpc.gates.comparison import Compared, Comparison, Span
 from primia_jax.mpc.sharing import PARTY, Wire
 from primia_jax.types import Array
 
 _DIGIT, _RADIX = 4, 4
 
 
-class Span(NamedTuple):
-  """Which bits are compared.
-
-  Attributes:
-    low, high: lt = [v' < r'], where v' and r' are bits low to high - 1 of v and r.
-    cut: where given, also borrow = [v mod 2^cut < r mod 2^cut]; 0 = low < cut < high.
-  """
-
-  low: int
-  high: int
-  cut: int | None = None
-
-
-class Compared(NamedTuple):
-  """Shares of the answer.
-
-  Attributes:
-    lt: [N] uint8, Boolean share of 0 or 1.
-    borrow: the same for the borrow, where it was not opened.
-    opened_borrow: [N] uint8, public: borrow ^ (the dealer's mask), where the tree had to open it
-      anyway.
-  """
-
-  lt: Array
-  borrow: Array | None = None
-  opened_borrow: Array | None = None
-
-
 class _Level(NamedTuple):
-  """One round of the tree: its nodes, each a list of children numbered from low to high."""
+  """One round of the tree: its nodes, each a tuple of children numbered from low to high."""
 
   nodes: tuple[tuple[int, ...], ...]
   low: int  # of the root: how many of its children lie below the cut
@@ -83,7 +56,7 @@ def masks(span: Span, num: int) -> Masks:
 
 
 def opens_borrow(span: Span) -> bool:
-  """Whether the tree opens the borrow, masked, as one of the inputs of its root."""
+  """Whether the tree opens the borrow, masked, as an input of its root."""
   levels = _tree(span)[1]
   return bool(levels) and levels[-1].low == 1
 
@@ -92,12 +65,12 @@ def derive(span: Span, r: Array, shares: dict[str, Array]) -> tuple[Derived, Arr
   """The dealer's tables and products of masks.
 
   Args:
-    span: which bits.
+    span: the bits to compare.
     r: [N] uint32 or uint64, the dealer's number.
     shares: both parties' shares [2, ...] of the `masks`.
 
   Returns:
-    what is to be dealt, and the mask [N] uint8 of the borrow where the tree opens it.
+    What the dealer deals, and the mask [N] uint8 of the borrow if the tree opens it.
   """
   digits, levels = _tree(span)
   one = jnp.uint32(1)
@@ -117,14 +90,14 @@ def derive(span: Span, r: Array, shares: dict[str, Array]) -> tuple[Derived, Arr
   return Derived({}, boolean, {}), borrow_mask
 
 
-def run(span: Span, wire: Wire, v: Array, correlation: Correlation) -> Compared:
-  """One party's part: `len(levels)` rounds.
+def evaluate(span: Span, wire: Wire, v: Array, correlation: Correlation) -> Compared:
+  """One party's part, in `len(levels)` rounds.
 
   Args:
-    span: which bits.
+    span: the bits to compare.
     wire: to the other party.
     v: [N] uint32 or uint64, public.
-    correlation: this party's shares of the masks and of what was derived.
+    correlation: this party's shares of the masks and of the derived values.
   """
   digits, levels = _tree(span)
   first = lax.axis_index(PARTY) == 0
@@ -216,9 +189,7 @@ def _digit(v: Array, digit: tuple[int, int]) -> Array:
 def _look_up(
   digits: list[tuple[int, int]], level: _Level, v: Array, tables: list[Array], first: Array
 ) -> list[Array]:
-  """The leaves' bits as the first level wants them: word i, in whose lane g is child i of node
-  g.
-  """
+  """The leaves' bits as the first level reads them: lane g of word i is child i of node g."""
   dtype, one = _lanes(len(level.nodes)), jnp.uint32(1)
   start = jnp.where(
     first, one, jnp.uint32(0)
@@ -241,8 +212,8 @@ def _look_up(
 
 
 def _message_names(i: int, level: _Level) -> list[str]:
-  """The leaves send a word for the i-th children of all nodes; above, the nodes' own word is what
-  is sent.
+  """The leaves send a word for the i-th children of all nodes; higher levels send the nodes' own
+  word.
   """
   return [f"level{i}_{j}" for j in range(1 if i else level.radix)]
 
@@ -252,8 +223,9 @@ def _message_dtypes(i: int, level: _Level) -> list[np.dtype]:
 
 
 def _children(i: int, level: _Level, message: list[Array], missing: int = 0) -> list[Array]:
-  """Word i for the i-th child of every node, out of a level's message; `missing` is the eq of a
-  child that is not.
+  """Word i, the i-th child of every node, from a level's message.
+
+  `missing` is the eq of a child that does not exist.
   """
   if i == 0:
     return message
@@ -289,7 +261,7 @@ def _eq_term(level: _Level) -> tuple[str, ...]:
 
 
 def _products(level: _Level) -> list[tuple[str, ...]]:
-  """The products of masks that are dealt: all subsets of two or more factors of a term."""
+  """The products of masks that the dealer deals: all subsets of two or more factors of a term."""
   terms = _lt_terms(level.radix) + ([] if level.is_root else [_eq_term(level)])
   subsets = {
     tuple(sorted(s))
@@ -324,8 +296,8 @@ def _masked_and(
 
 
 def _slots(level: _Level) -> list[int]:
-  """Where in a word the products lie: a lane has two bits and a product uses one, and few lanes
-  leave room above.
+  """The products' places in a word: a lane has two bits, a product uses one, and few lanes leave
+  room above.
   """
   num = len(level.nodes)
   bits = _lanes(num).itemsize * 8
@@ -348,3 +320,6 @@ def _unpack(level: _Level, words: list[Array]) -> list[Array]:
     words[i // len(slots)] >> words[0].dtype.type(slots[i % len(slots)]) for i in range(num)
   ]
   return [word & _even(word.dtype, len(level.nodes)) for word in shifted]
+
+
+TABLES = Comparison("tables", masks, derive, evaluate, opens_borrow, seed_only=True)

@@ -1,11 +1,11 @@
-"""Polynomials of shared numbers, from products of several values in one message, which one gate
-truncates.
+"""Polynomials of shared numbers; several products share one message and one truncating gate.
 
-In the docstrings of functions u = 2^-f, the unit of activations; C, T and P are the rounds of a
-comparison, a truncation and a product: 4, 3 (4 where more than 16 bits are cut off) and 1 with
-"tables" and a ring of 64 bits, 2, 2 and 1 with "fss". Errors are those of the function at the
-shared input as it is truncated to u, with exact gates (without, each truncation adds one unit at
-most). An output that is not truncated has u^2 as its unit, as that of a product has.
+In the docstrings of functions, u = 2^-f is the unit of activations, and C, T and P are the rounds
+  of
+a comparison, a truncation and a product: 4, 3 (4 if more than 16 bits are cut off) and 1 with
+"tables" and a ring of 64 bits; 2, 2 and 1 with "fss". Errors are those of the function at the
+shared input after its truncation to u, with exact gates; other gates add at most one unit for each
+truncation. An output that is not truncated has the unit u^2, like that of a product.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from primia_jax.mpc.circuit import Builder, Config, Value
+from primia_jax.mpc.builder import Builder
+from primia_jax.mpc.circuit import Config, Value
 from primia_jax.mpc.maps import MULTIPLY
 
 # ---- several values in one message
 
 
 def opened(build: Builder, values: Sequence[Value]) -> list[Value]:
-  """The same values, masked in one message, for products."""
+  """The same values, opened under masks in one message, for products."""
   joined = _joined(build, values)
   build.open(joined)
   return _split(build, joined, values)
 
 
 def product(build: Builder, a: Value, b: Value) -> Value:
-  """a x b in whole units: neither is truncated first."""
+  """a x b in whole units; neither is truncated first."""
   bound = a.max_abs * b.max_abs if a.max_abs and b.max_abs else 0.0
   out = build.product(a._replace(scale=1.0), b._replace(scale=1.0), MULTIPLY)
   return out._replace(scale=a.scale * b.scale, max_abs=bound)
 
 
 def cut(build: Builder, values: Sequence[Value], bits: int) -> list[Value]:
-  """Values of one scale, truncated to 2^-bits by one gate; where that is finer, multiplied."""
+  """Values of one scale, truncated to 2^-bits by one gate, or multiplied if 2^-bits is finer."""
   finer = round(-math.log2(values[0].scale)) - bits
   if finer == 0:
     return list(values)
@@ -53,13 +54,13 @@ def cut(build: Builder, values: Sequence[Value], bits: int) -> list[Value]:
 
 
 def _joined(build: Builder, values: Sequence[Value]) -> Value:
-  """All elements of values, whose scales are forgotten."""
+  """All elements of the values in one row, without their scales."""
   values = [v._replace(scale=1.0, max_abs=v.max_abs / v.scale) for v in values]
   return build.local(lambda *vs: jnp.concatenate([v.reshape(-1) for v in vs]), *values)
 
 
 def _split(build: Builder, joined: Value, values: Sequence[Value]) -> list[Value]:
-  """The parts of what was joined, with the scales and bounds of `values`."""
+  """The parts of a joined value, with the scales and bounds of `values`."""
   out, start = [], 0
   for value in values:
     stop = start + math.prod(value.shape)
@@ -73,8 +74,9 @@ def _split(build: Builder, joined: Value, values: Sequence[Value]) -> list[Value
 
 
 def polynomial(build: Builder, x: Value, coefficients: Sequence[float], bits: int) -> Value:
-  """A polynomial of x, |x| about 1, with public coefficients, at scale 2^(-2 bits); truncations are
-  to 2^-bits.
+  """A polynomial of x, |x| about 1, with public coefficients, at scale 2^(-2 bits).
+
+  Truncations are to 2^-bits.
   """
   (x,) = cut(build, [x], bits)
   if len(coefficients) % 2:
@@ -98,8 +100,9 @@ def polynomial(build: Builder, x: Value, coefficients: Sequence[float], bits: in
 
 
 def estrin(build: Builder, power: Value, terms: Sequence[Value], bits: int) -> Value:
-  """sum_i terms_i power^i, all at scale 2^(-2 bits), in ceil(log2) levels of a truncation and a
-  product each.
+  """sum_i terms_i power^i, all at scale 2^(-2 bits).
+
+  It takes ceil(log2(terms)) levels of a truncation and a product each.
   """
   while len(terms) > 1:
     power, *odd = opened(build, cut(build, [power, *terms[1::2]], bits))
@@ -110,16 +113,14 @@ def estrin(build: Builder, power: Value, terms: Sequence[Value], bits: int) -> V
 
 
 def fit(fn: Callable[[np.ndarray], np.ndarray], bits: int) -> list[float]:
-  """Coefficients in s = 4 n - 3 of the polynomial of least degree within 2^-bits of fn(n) on [1/2,
-  1].
+  """Coefficients in s = 4 n - 3 of the polynomial of least degree within 2^-bits of fn(n) for n in
+  [1/2, 1].
   """
   return interpolate(lambda s: fn((s + 3) / 4), 1.0, bits)
 
 
 def interpolate(fn: Callable[[Any], Any], half: float, bits: float) -> list[float]:
-  """Coefficients of the polynomial of least degree, 2 to 15, within 2^-bits of fn on [-half,
-  half].
-  """
+  """The coefficients of least degree (2 to 15) that are within 2^-bits of fn on [-half, half]."""
   grid = np.linspace(-1, 1, 257)
   for degree in range(2, 16):
     c = chebyshev.chebinterpolate(lambda s: fn(half * s), degree)
@@ -129,5 +130,5 @@ def interpolate(fn: Callable[[Any], Any], half: float, bits: float) -> list[floa
 
 
 def working_bits(config: Config) -> int:
-  """Fraction bits inside a polynomial: four more than outside, where the ring has room."""
+  """Fraction bits inside a polynomial: four more than outside if the ring has room."""
   return min(config.fraction_bits + 4, (config.num_bits - 6) // 2)

@@ -1,9 +1,9 @@
-"""Who knows what while a program is lowered, and what waits to be computed.
+"""Who holds each value while a program is lowered, and which values wait to be computed.
 
 A value is public (an array), `Owned` by a party in the clear, or shared (a `Value` of the circuit).
 A linear layer with an owned operand waits (`Lazy`) for scales and offsets that its owner can fold
-into it, such as BatchNorm; a ReLU waits (`Pending`) while only maxima and reshapings follow, so
-that pooling comes first.
+into it, such as those of BatchNorm. A ReLU waits (`Pending`) while only maxima and reshapings
+follow, so that pooling comes first.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.mpc.circuit import Builder, Config, Value
-from primia_jax.mpc.products import Map
-from primia_jax.mpc.program import Equation, Program, Ref
+from primia_jax.mpc.builder import Builder
+from primia_jax.mpc.circuit import Config, Value, Values
+from primia_jax.mpc.lowering.program import Equation, Program, Ref
+from primia_jax.mpc.maps import Map
 from primia_jax.types import Array
 
 _FEWEST_BITS, _ENOUGH_BITS = 6, 10  # of the largest weight of a layer
-Env = Mapping[int, Array]  # an owner's values by number
 Rule = Callable[["Lowering", Equation, list[Any]], Any]
 
 
@@ -33,30 +33,29 @@ class Owned(NamedTuple):
     owner: the party.
     read: (the owner's values) -> the array.
     shape: of the array.
-    varies: axes along which it may vary; along the others it repeats one slice.
+    varies: the axes along which it may vary; along the others it repeats one slice.
   """
 
   owner: int
-  read: Callable[[Env], Array]
+  read: Callable[[Values], Array]
   shape: tuple[int, ...]
   varies: frozenset[int]
 
 
 class Lazy(NamedTuple):
-  """map(x, weight) + offset, not yet computed: its owner may still scale it."""
+  """map(x, weight) + offset, not yet computed, so that its owner can still scale it."""
 
   x: Value
   map: Map
   weight: Owned
   offset: Owned | None
   shape: tuple[int, ...]
-  axes: tuple[int | None, ...]  # for each axis of the output, that of the weight it comes from
-  after: tuple[
-    Callable[[Array], Array], ...
-  ]  # rearrangements of the product, before the offset is added
+  axes: tuple[int | None, ...]  # for each axis of the output, the weight's axis that it follows
+  # Rearrangements of the product, before the offset is added.
+  after: tuple[Callable[[Array], Array], ...]
   bound: float = math.inf
   layer: str = ""
-  largest_sum: float = 0.0  # of the sums that it enters, for which the ring must have room too
+  largest_sum: float = 0.0  # of the sums that it enters: the ring must have room for them too
 
 
 class Pending(NamedTuple):
@@ -68,10 +67,10 @@ class Pending(NamedTuple):
 
 
 class Lowering:
-  """The state of a lowering: the circuit so far, and what each value is."""
+  """The state of a lowering: the circuit so far, and who holds each value."""
 
   def __init__(
-    self, program: Program, config: Config, ranges: np.ndarray | None, known: Mapping[int, Env]
+    self, program: Program, config: Config, ranges: np.ndarray | None, known: Mapping[int, Values]
   ):
     self.build = Builder(config)
     self.ranges, self.known = ranges, known
@@ -100,7 +99,7 @@ class Lowering:
     return float(self.ranges[ref.number]) * self.build.config.margin
 
   def lower(self, equation: Equation, rules: Mapping[str, Rule]) -> None:
-    """Lowers one equation by its rule, or leaves it to the party that knows all its inputs."""
+    """Lowers one equation by its rule, or leaves it to the party that holds all its inputs."""
     inputs = [self.env[v.number] if isinstance(v, Ref) else v for v in equation.inputs]
     self.build.layer = layer = self.label(equation)
     owners = {v.owner for v in inputs if isinstance(v, Owned)}
@@ -129,7 +128,7 @@ class Lowering:
       self.env[ref.number] = out
 
   def label(self, equation: Equation) -> str:
-    """Where an equation stands: its own scope, or the deeper one that its input comes from."""
+    """The layer of an equation: its own scope, or the deeper one that its input comes from."""
     label = equation.layer
     for v in equation.inputs:
       if isinstance(v, Ref) and self.labels.get(v.number, "").startswith(label):
@@ -141,7 +140,7 @@ class Lowering:
   # ---- conversions
 
   def value(self, v: Any) -> Value:
-    """v as shares; what waits is computed now, once."""
+    """v as shares; a waiting value is computed now, once."""
     if isinstance(v, Value):
       return v
     if v not in self.forced:
@@ -156,13 +155,11 @@ class Lowering:
           self.forced[v] = out._replace(max_abs=min(out.max_abs, v.bound))
           self.build.layer = here
         case _:
-          raise TypeError(f"a public {type(v).__name__} does not become shares")
+          raise TypeError(f"a public {type(v).__name__} needs no shares; use it as it is")
     return self.forced[v]
 
   def compute(self, lazy: Lazy) -> Value:
-    """The one-sided product, at a scale that fills the operand's bits and leaves room in the
-    ring.
-    """
+    """The one-sided product, at a scale that fills the operand's bits and fits the ring."""
     config = self.build.config
     bound, x, largest = lazy.bound, lazy.x, self.largest(lazy.weight)
     fraction_bits, bits = config.fraction_bits, config.num_bits
@@ -173,7 +170,7 @@ class Lowering:
     room = config.num_bits - 3 - math.log2(most) if 0 < most < math.inf else math.inf
     magnitude = math.frexp(largest if math.isfinite(largest) else 1.0)[1]
     fits = math.floor(room + math.log2(x.scale)) if room < math.inf else fraction_bits
-    if fraction_bits > fits:  # weights lose bits; where that is too many, x is truncated first
+    if fraction_bits > fits:  # weights lose bits; if too many, x is truncated first
       if fits + magnitude < _ENOUGH_BITS:
         x = self.build.narrow(x, _ENOUGH_BITS - fits - magnitude)
         fits = math.floor(room + math.log2(x.scale))
@@ -181,8 +178,7 @@ class Lowering:
       if fraction_bits + magnitude < _FEWEST_BITS:
         raise ValueError(
           f"{self.build.layer}: values up to {bound:.4g} leave weights fewer than {_FEWEST_BITS} "
-          f"bits in a ring of "
-          f"{config.num_bits} bits; use a wider ring or fewer fraction_bits"
+          f"bits in a ring of num_bits={config.num_bits}; use a wider ring or fewer fraction_bits"
         )
     out = self.build.linear(
       x,
@@ -204,15 +200,13 @@ class Lowering:
     return out
 
   def least(self, x: Value) -> float:
-    """A magnitude that no value exceeds, and that a difference still holds."""
+    """A magnitude that no value exceeds and that leaves room for a difference."""
     return (
       x.max_abs if not math.isinf(x.max_abs) else 2.0 ** (self.build.config.num_bits - 4) * x.scale
     )
 
   def largest(self, owned: Owned, slack: float = 1.0) -> float:
-    """The largest magnitude of an owned value, where its owner plans with it at hand; with slack
-    where data.
-    """
+    """The largest magnitude of an owned value if its owner plans with it at hand, times a slack."""
     if owned.owner not in self.known:
       return math.inf
     return float(jnp.max(jnp.abs(owned.read(self.known[owned.owner])))) * slack
@@ -223,7 +217,7 @@ _THROUGH = {"pad", "slice", "reshape", "squeeze", "expand_dims", "transpose", "c
 
 
 def _pooled(program: Program) -> set[int]:
-  """The values that reach nothing but maxima, through reshapings alone."""
+  """The values that only maxima read, directly or through reshapings."""
   readers: dict[int, list[Equation]] = {}
   for equation in program.equations:
     for v in equation.inputs:
@@ -242,8 +236,8 @@ def _pooled(program: Program) -> set[int]:
   return pooled
 
 
-def reader(ref: Ref) -> Callable[[Env], Array]:
-  return lambda env: env[ref.number]
+def reader(ref: Ref) -> Callable[[Values], Array]:
+  return lambda values: values[ref.number]
 
 
 def is_secret(v: Any) -> bool:
@@ -273,34 +267,14 @@ def compact_shape(owned: Owned) -> tuple[int, ...]:
   return tuple(n if i in owned.varies else 1 for i, n in enumerate(owned.shape))
 
 
-def compact(owned: Owned) -> Callable[[Env], Array]:
-  """Reads one slice along the axes where nothing varies."""
+def compact(owned: Owned) -> Callable[[Values], Array]:
+  """Reads one slice along the axes that do not vary."""
   index = tuple(slice(None) if i in owned.varies else slice(0, 1) for i in range(len(owned.shape)))
-  return lambda env: owned.read(env)[index]
+  return lambda values: owned.read(values)[index]
 
 
 ELEMENTWISE = {
-  "add",
-  "sub",
-  "mul",
-  "div",
-  "neg",
-  "rsqrt",
-  "sqrt",
-  "square",
-  "integer_pow",
-  "max",
-  "min",
-  "exp",
-  "log",
-}
-ELEMENTWISE |= {
-  "convert_element_type",
-  "copy",
-  "stop_gradient",
-  "pow",
-  "abs",
-  "sign",
-  "logistic",
+  "abs", "add", "convert_element_type", "copy", "div", "exp", "integer_pow", "log", "logistic",
+  "max", "min", "mul", "neg", "pow", "rsqrt", "sign", "sqrt", "square", "stop_gradient", "sub",
   "tanh",
-}
+}  # fmt: skip

@@ -1,5 +1,6 @@
-"""Exponentials of shared numbers, and the bounded functions of their family. For u, C, T and P see
-`polynomials`.
+"""Exponentials of shared numbers, and the bounded functions of their family.
+
+For u, C, T and P see `polynomials`.
 """
 
 from __future__ import annotations
@@ -8,9 +9,17 @@ import math
 
 import numpy as np
 
-from primia_jax.mpc import piecewise
-from primia_jax.mpc.circuit import Builder, Value
-from primia_jax.mpc.polynomials import cut, interpolate, opened, polynomial, product, working_bits
+from primia_jax.mpc.builder import Builder
+from primia_jax.mpc.circuit import Value
+from primia_jax.mpc.functions import piecewise
+from primia_jax.mpc.functions.polynomials import (
+  cut,
+  interpolate,
+  opened,
+  polynomial,
+  product,
+  working_bits,
+)
 
 
 def exp2(build: Builder, x: Value) -> Value:
@@ -33,9 +42,7 @@ def exp2(build: Builder, x: Value) -> Value:
   v = build.local(
     lambda a, b: a * a.dtype.type(2**finer) + b, v._replace(scale=offset.scale), offset
   )
-  ratio = (
-    v.scale * 2.0**bits
-  )  # v will count in units of 2^-bits, and the coefficients make good for it
+  ratio = v.scale * 2.0**bits  # v will count in units of 2^-bits; the coefficients compensate
   v = v._replace(scale=2.0**-bits, max_abs=width / 2 / ratio + 2.0**-bits)
   most, unit = 2.0 ** (width / 2), build.config.unit / 8
   powers = np.array([0.0, *2.0**centres, 2.0 ** centres[-1]])
@@ -49,7 +56,7 @@ def exp2(build: Builder, x: Value) -> Value:
 
 
 def exp(build: Builder, x: Value) -> Value:
-  """e^x, as `exp2`."""
+  """e^x; error and rounds as `exp2`."""
   return exp2(build, build.scaled(x, math.log2(math.e)))
 
 
@@ -59,8 +66,8 @@ def expm1(build: Builder, x: Value) -> Value:
 
 
 def _octaves(bits: int) -> tuple[float, list[float]]:
-  """The largest width, and coefficients up to r^7, with which 2^r errs by 2^-bits of itself where
-  |r| <= width / 2.
+  """The largest width, and coefficients up to r^7, for a relative error of 2^-bits in 2^r where |r|
+  <= width / 2.
   """
   for width in np.arange(3, 0.25, -0.25):
     c = interpolate(lambda r: np.exp2(r), width / 2, bits + width / 2)
@@ -91,5 +98,5 @@ def erf(build: Builder, x: Value) -> Value:
 
 
 def erfc(build: Builder, x: Value) -> Value:
-  """1 - erf(x), and as that."""
+  """1 - erf(x), with its error and rounds."""
   return build.add_public(build.negate(erf(build, x)), 1.0)._replace(max_abs=2.0)

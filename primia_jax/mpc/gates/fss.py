@@ -2,16 +2,16 @@
 bits.
 
 A distributed comparison function (Boyle et al., EUROCRYPT 2021, figure 1, with one payload bit;
-AriaNN and PriMIA compare so too). Each party holds a binary tree of 128-bit seeds that grows from a
-root of its own. Correction words, the same for both, make the two trees equal off the dealer's path
-r and independent on it, so that the shares that the parties gather on the way to the public v
-cancel to [v < r]. The last seven levels are one 128-bit seed, taken as a one-time pad of the
-answers to their 128 numbers (early termination; Boyle et al., CCS 2016).
+AriaNN and PriMIA use the same family). Each party grows a binary tree of 128-bit seeds from a root
+of its own. Correction words, which both parties receive, make the two trees equal off the dealer's
+path r and independent on it, so the shares that the parties gather on the way to the public v
+cancel to [v < r]. The last seven levels are one 128-bit seed, used as a one-time pad of the answers
+to their 128 numbers (early termination; Boyle et al., CCS 2016).
 
 Assumption: ChaCha20 with a uniform 128-bit key (the cipher's own 16-byte form) is a pseudorandom
-function of a nonce and a counter. A node's seed is the key, its level the nonce and its element the
-counter: one block gives both children, and work spent on guessing one seed of a gate guesses no
-other. A party alone sees uniform words, whatever r is.
+function of nonce and counter. A node's seed is the key, its level the nonce and its element the
+counter. One block gives both children, and guessing one seed of a gate helps to guess no other. One
+party alone sees uniform words, whatever r is.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from jax import lax
 
 from primia_jax import prng
 from primia_jax.mpc.dealing import BOOLEAN, Correlation, Derived, Masks, Uniform
+from primia_jax.mpc.gates.comparison import Compared, Comparison, Span
 from primia_jax.mpc.sharing import PARTY, Wire
-from primia_jax.mpc.tables import Compared, Span
 from primia_jax.types import Array
 
 _SIGMA = np.frombuffer(b"expand 16-byte k", "<u4").astype(np.uint32)
-_LEAF = 7  # bits that a leaf answers at once
+_LEAF = 7  # bits that one leaf answers
 _FIELD, _FIELDS = 3, 10  # bits of a level's control correction, and levels to a word
-_CPU_CHUNK = 2**9  # elements at a time: a quarter of a megabyte of keys, to stay in the cache
-_CHUNK = 2**17  # the same where there is a wide machine to fill: 80 MB of keys
+_CPU_CHUNK = 2**9  # elements at a time: a quarter of a megabyte of keys stays in the cache
+_CHUNK = 2**17  # the same on wide machines: 80 MB of keys
 
 Words = tuple[Array, ...]  # a seed: four uint32 arrays
 Rounds = Callable[[Words], Words]
@@ -59,7 +59,7 @@ class _Tree(NamedTuple):
 
 
 def masks(span: Span, num: int) -> Masks:
-  """The roots: each party's share of them is its own seeds."""
+  """The roots: each party's share of a root is its own seed."""
   return {f"root{t.suffix}": Uniform((t.leaf_words, num), np.uint32, BOOLEAN) for t in _trees(span)}
 
 
@@ -67,12 +67,12 @@ def derive(span: Span, r: Array, shares: dict[str, Array]) -> tuple[Derived, Non
   """The dealer's correction words.
 
   Args:
-    span: which bits.
+    span: the bits to compare.
     r: [N] uint32 or uint64, the dealer's number.
     shares: both parties' shares [2, ...] of the `masks`.
 
   Returns:
-    what both parties are to be given, and no mask: this comparison opens nothing.
+    What both parties receive, and no mask: this comparison opens nothing.
   """
   common: Correlation = {}
   for tree in _trees(span):
@@ -81,14 +81,14 @@ def derive(span: Span, r: Array, shares: dict[str, Array]) -> tuple[Derived, Non
   return Derived({}, {}, common), None
 
 
-def run(span: Span, wire: Wire, v: Array, correlation: Correlation) -> Compared:
-  """One party's part: no rounds.
+def evaluate(span: Span, wire: Wire, v: Array, correlation: Correlation) -> Compared:
+  """One party's part, without communication.
 
   Args:
-    span: which bits.
-    wire: not used.
-    v: [N] uint32 or uint64, public; element n must be the dealer's element n, its number is in the
-      nonces.
+    span: the bits to compare.
+    wire: unused.
+    v: [N] uint32 or uint64, public; element n must be the dealer's element n, since the nonces hold
+      its number.
     correlation: this party's roots and the correction words.
   """
   del wire
@@ -102,24 +102,17 @@ def run(span: Span, wire: Wire, v: Array, correlation: Correlation) -> Compared:
   return Compared(*answers)
 
 
-def key_bytes(span: Span) -> int:
-  """Bytes of correction words that the dealer sends to each party for an element; the roots come
-  from a seed.
-  """
-  controls = lambda tree: -(-tree.levels // _FIELDS)
-  return sum(4 * (4 * tree.levels + controls(tree) + tree.leaf_words) for tree in _trees(span))
-
-
 def _trees(span: Span) -> list[_Tree]:
-  """The low bits are no prefix of all bits: the borrow needs a tree of its own."""
+  """The low bits are no prefix of all bits, so the borrow has a tree of its own."""
   return [_Tree("", span.low, span.high)] + (
     [] if span.cut is None else [_Tree("_cut", 0, span.cut)]
   )
 
 
 def _derive_chunk(tree: _Tree, rounds: Rounds, chunk: Correlation, first: Array) -> Correlation:
-  """The correction words of a few elements: the dealer walks the path r as both parties, arrays [2,
-  T].
+  """The correction words of a few elements: the dealer walks the path r as both parties.
+
+  Arrays are [2, T].
   """
   r, roots = chunk["r"], chunk["roots"]
   seed = tuple(roots[:, i] for i in range(tree.leaf_words))
@@ -134,7 +127,7 @@ def _derive_chunk(tree: _Tree, rounds: Rounds, chunk: Correlation, first: Array)
     total = both(control)
     stop = (
       both(value) ^ (total >> (3 - bit)) ^ bit
-    )  # who leaves the path to the left, where bit = 1, is less
+    )  # leaving the path to the left, where bit = 1, means less
     field = (total ^ bit ^ 1) & 1 | (total ^ bit << 1) & 2 | (stop & 1) << 2
     seed, t, step = _descend(
       left, right, control, bit[None], t, tuple(w[None] for w in off_path), field[None]
@@ -188,9 +181,7 @@ def _run_chunk(
 def _expand(
   tree: _Tree, rounds: Rounds, seed: Words, first: Array, level: Array
 ) -> tuple[Words, Words, Array]:
-  """The seeds of both children, and a word of control (bits 0, 1) and value bits (2, 3) of the left
-  and right child.
-  """
+  """The seeds of both children, and a word with their control bits (0, 1) and value bits (2, 3)."""
   zero = seed[0] & np.uint32(0)
   element = zero | (first + lax.broadcasted_iota(jnp.uint32, zero.shape, zero.ndim - 1))
   nonce = (zero | level, zero | (1 if tree.suffix else 0), zero)
@@ -201,9 +192,7 @@ def _expand(
 def _descend(
   left: Words, right: Words, control: Array, bit: Array, t: Array, correction: Words, field: Array
 ) -> tuple[Words, Array, Array]:
-  """One step down: the child's corrected seed and control bit, and what its value bit adds to the
-  share.
-  """
+  """One step down: the child's corrected seed, its control bit, and what it adds to the share."""
   children = zip(left, right, correction, strict=True)
   seed = tuple(jnp.where(bit == 1, b, a) ^ c & -t for a, b, c in children)
   return seed, (control >> bit ^ t & field >> bit) & 1, (control >> (2 + bit) ^ t & field >> 2) & 1
@@ -214,7 +203,7 @@ def _bit(tree: _Tree, v: Array, level: Array) -> Array:
 
 
 def _low(tree: _Tree, v: Array) -> Array:
-  """Which of a leaf's numbers v is."""
+  """The position of v among its leaf's numbers."""
   return ((v >> tree.low) & (2 ** min(tree.high - tree.low, _LEAF) - 1)).astype(jnp.int32)
 
 
@@ -229,9 +218,7 @@ def _pack(fields: Array) -> Array:
 
 
 def _chunked(fn: Callable[..., Correlation], arrays: Correlation, *scalars: Array) -> Correlation:
-  """fn(rounds, arrays, first, *scalars) for all elements, a few at a time; the last axis of all
-  arrays has them.
-  """
+  """fn(rounds, arrays, first, *scalars) for all elements, a few at a time, along the last axis."""
   rounds = _rounds_in_one_loop if _windows_are_exact() else _rounds
   on_cpu = functools.partial(_in_chunks, functools.partial(fn, rounds), _CPU_CHUNK)
   elsewhere = functools.partial(_in_chunks, functools.partial(fn, _rounds), _CHUNK)
@@ -251,7 +238,7 @@ def _in_chunks(
   def step(i, out):
     start = jnp.minimum(
       i * size, num - size
-    )  # the last may overlap the one before, and agrees with it
+    )  # the last may overlap the one before and agrees with it
     return {
       name: lax.dynamic_update_slice_in_dim(out[name], x, start, -1)
       for name, x in chunk(start).items()
@@ -276,10 +263,9 @@ def _rounds(state: Words) -> Words:
 
 
 def _rounds_in_one_loop(state: Words) -> Words:
-  """The same, four times faster on CPU: windows of one word are one loop, which keeps the words in
-  registers.
+  """The same, four times faster on CPU: windows of one word compile to one loop over registers.
 
-  The block function is no monoid, so that XLA does not promise to apply it once: see
+  The block function is no monoid, so XLA does not promise to apply it once: see
   `_windows_are_exact`.
   """
 
@@ -295,8 +281,8 @@ def _rounds_in_one_loop(state: Words) -> Words:
 
 @functools.cache
 def _windows_are_exact() -> bool:
-  """Whether this XLA:CPU computes `_rounds` in `_rounds_in_one_loop`, by trying it; False without a
-  CPU backend.
+  """Whether `_rounds_in_one_loop` equals `_rounds` on this XLA:CPU, found by trying; False without
+  a CPU backend.
   """
   try:
     cpu = jax.local_devices(backend="cpu")[0]
@@ -308,3 +294,6 @@ def _windows_are_exact() -> bool:
       jax.jit(fn)(tuple(map(jnp.asarray, words))) for fn in (_rounds_in_one_loop, _rounds)
     )
     return all(bool((a == b).all()) for a, b in zip(fast, slow, strict=True))
+
+
+FSS = Comparison("fss", masks, derive, evaluate, lambda span: False, seed_only=False)

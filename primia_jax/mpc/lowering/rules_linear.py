@@ -1,6 +1,4 @@
-"""Rules for sums, products and rearrangements: linear algebra, of which most costs no
-communication.
-"""
+"""Rules for sums, products and rearrangements; most of them cost no communication."""
 
 from __future__ import annotations
 
@@ -14,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from primia_jax.mpc import maps, powers, products
-from primia_jax.mpc.circuit import Value
-from primia_jax.mpc.knowledge import (
-  Env,
+from primia_jax.mpc import maps, products
+from primia_jax.mpc.circuit import Value, Values
+from primia_jax.mpc.functions import powers
+from primia_jax.mpc.lowering.ownership import (
   Lazy,
   Lowering,
   Owned,
@@ -27,8 +25,8 @@ from primia_jax.mpc.knowledge import (
   compact_shape,
   is_secret,
 )
-from primia_jax.mpc.products import Map
-from primia_jax.mpc.program import Equation
+from primia_jax.mpc.lowering.program import Equation
+from primia_jax.mpc.maps import Map
 from primia_jax.types import Array
 
 
@@ -59,7 +57,7 @@ def _sub(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 def negative(low: Lowering, v: Any) -> Any:
   if isinstance(v, Owned):
-    return v._replace(read=lambda env: -v.read(env))
+    return v._replace(read=lambda values: -v.read(values))
   return low.build.negate(low.value(v))
 
 
@@ -79,26 +77,26 @@ def _mul(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 
 def _scale(low: Lowering, equation: Equation, a: Any, b: Owned) -> Any:
-  """A shared value times an owned one: folded into the linear layer that made it, or a one-sided
+  """A shared value times an owned one: folded into the linear layer before it, or a one-sided
   product.
   """
   folds = lambda a: b.varies <= {i for i, axis in enumerate(a.axes) if axis is not None}
   if isinstance(a, Lazy) and b.owner == a.weight.owner and folds(a):
     weight = a.weight
-    factor = lambda env: _along(b, env, a.axes, len(weight.shape))
-    scaled = weight._replace(read=lambda env: weight.read(env) * factor(env))
+    factor = lambda values: _along(b, values, a.axes, len(weight.shape))
+    scaled = weight._replace(read=lambda values: weight.read(values) * factor(values))
     return a._replace(
       weight=scaled, offset=None if a.offset is None else _combine(jnp.multiply, a.offset, b)
     )
   shape = equation.avals[0].shape
   x = low.build.narrow(low.build.broadcast(low.value(a), shape))
-  everywhere = b._replace(read=lambda env: jnp.broadcast_to(b.read(env), shape), shape=shape)
+  everywhere = b._replace(read=lambda values: jnp.broadcast_to(b.read(values), shape), shape=shape)
   return Lazy(x, maps.MULTIPLY, everywhere, None, shape, tuple(range(len(shape))), ())
 
 
-def _along(factor: Owned, env: Env, axes: Sequence[int | None], ndim: int) -> Array:
-  """A factor on a linear layer's output, as one on its weight: its axes moved to the weight's."""
-  f = compact(factor)(env)
+def _along(factor: Owned, values: Values, axes: Sequence[int | None], ndim: int) -> Array:
+  """A factor on a linear layer's output, as a factor on its weight."""
+  f = compact(factor)(values)
   order = sorted((axis, i) for i, axis in enumerate(axes) if axis is not None)
   f = f.transpose([i for i in range(f.ndim) if axes[i] is None] + [i for _, i in order])
   sizes = dict(zip([axis for axis, _ in order], f.shape[len(axes) - len(order) :], strict=True))
@@ -107,7 +105,9 @@ def _along(factor: Owned, env: Env, axes: Sequence[int | None], ndim: int) -> Ar
 
 def _combine(fn: Callable, a: Owned, b: Owned) -> Owned:
   shape = np.broadcast_shapes(a.shape, b.shape)
-  return Owned(a.owner, lambda env: fn(a.read(env), b.read(env)), shape, a.varies | b.varies)
+  return Owned(
+    a.owner, lambda values: fn(a.read(values), b.read(values)), shape, a.varies | b.varies
+  )
 
 
 def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -115,13 +115,13 @@ def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if not is_secret(b):
     return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
   if isinstance(b, Owned):
-    return _mul(low, equation, [a, b._replace(read=lambda env: 1 / b.read(env))])
+    return _mul(low, equation, [a, b._replace(read=lambda values: 1 / b.read(values))])
   return powers.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b))
 
 
 def _bilinear(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  """Convolutions and matrix products. A matrix product may be exchanged, so that what its owner
-  holds is the weight.
+  """Convolutions and matrix products; a matrix product may be exchanged to make the owned factor
+  the weight.
   """
   a, b = inputs
   mapping = maps.from_equation(equation.name, equation.params)
@@ -171,15 +171,16 @@ def shape_of(v: Any) -> tuple[int, ...]:
 
 
 def _structural(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  """What only moves or adds up elements: each party does it to its share. Other operands (indices)
-  are public.
-  """
+  """Moves or adds up elements: each party does it to its share. Indices are public."""
   if any(is_secret(v) for v in inputs[1:]):
-    raise NotImplementedError(f"{equation.name} at a secret position, at {equation.source}")
+    raise NotImplementedError(
+      f"{equation.name} at a secret position at {equation.source}; use a public one"
+    )
   apply = lambda v: equation.bind(v, *inputs[1:])
   if equation.name == "gather" and _fills(apply, shape_of(inputs[0]), inputs[1]):
     raise NotImplementedError(
-      f"gather out of bounds, which fills with more than zeros, at {equation.source}"
+      f"gather out of bounds at {equation.source} fills with other numbers than zero; use "
+      f"mode='clip' or fill_value=0"
     )
   if (
     isinstance(inputs[0], Lazy)
@@ -201,8 +202,8 @@ def _structural(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 
 def _fills(apply: Callable[[Array], list[Array]], shape: tuple[int, ...], indices: Any) -> bool:
-  """Whether a gather also writes numbers that are not its operand's; of indices that jit traces
-  nothing is known.
+  """Whether a gather fills in numbers that are not its operand's; False for indices that jit
+  traces.
   """
   if isinstance(indices, jax.core.Tracer):
     return False
@@ -211,9 +212,7 @@ def _fills(apply: Callable[[Array], list[Array]], shape: tuple[int, ...], indice
 
 
 def _reshaped(lazy: Lazy, equation: Equation) -> Lazy | None:
-  """A lazy product in another shape, where the weight's axes stay whole and no offset is in the
-  way.
-  """
+  """A lazy product in another shape, if the weight's axes stay whole and it has no offset."""
   shape = equation.avals[0].shape
   before = lambda sizes, i: math.prod(sizes[:i])
   axes: list[int | None] = [None] * len(shape)
@@ -236,19 +235,12 @@ def _reshaped(lazy: Lazy, equation: Equation) -> Lazy | None:
 RESHAPES = {"reshape", "squeeze", "expand_dims"}
 SUMS = {"reduce_sum", "reduce_window_sum", "cumsum"}
 MOVES = {
-  "transpose",
-  "broadcast_in_dim",
-  "slice",
-  "rev",
-  "gather",
-  "dynamic_slice",
-  "split",
-  "tile",
-}
+  "transpose", "broadcast_in_dim", "slice", "rev", "gather", "dynamic_slice", "split", "tile",
+}  # fmt: skip
 
 
 def same(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  """What stays as it is, in whatever dtype."""
+  """The value itself; its dtype does not matter."""
   return inputs[0] if isinstance(inputs[0], Lazy | Pending | Value) else low.value(inputs[0])
 
 
@@ -279,12 +271,12 @@ def _stack(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 
 def padded(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  """Pads with a public number. Minus infinity, which only a maximum can lose again, becomes the
-  least number.
-  """
+  """Pads with a public number; minus infinity, which only maxima may follow, becomes the least."""
   config = equation.params["padding_config"]
   if is_secret(inputs[1]):
-    raise NotImplementedError(f"padding with a secret value at {equation.source}")
+    raise NotImplementedError(
+      f"padding with a secret value at {equation.source}; concatenate it instead"
+    )
   fill = float(np.asarray(inputs[1]))
   pad = lambda v: lax.pad(v, np.zeros((), v.dtype), config)
   waits = not equation.outputs or equation.outputs[0].number in low.pools

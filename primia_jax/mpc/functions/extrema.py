@@ -1,4 +1,4 @@
-"""The largest of many shared numbers, and where it stands. For C and P see `polynomials`."""
+"""The largest of many shared numbers, and its position. For C and P see `polynomials`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from primia_jax.mpc.circuit import Builder, Value
-from primia_jax.mpc.polynomials import opened, product
+from primia_jax.mpc.builder import Builder
+from primia_jax.mpc.circuit import Value
+from primia_jax.mpc.functions.polynomials import opened, product
 
 
 def tournament(build: Builder, x: Value, axis: int) -> Value:
-  """The largest along an axis, which is removed: exact; ceil(log2(n)) comparisons one after the
-  other, n - 1 in all.
+  """The largest along an axis, which is removed; exact.
+
+  n - 1 comparisons, ceil(log2(n)) of them one after the other.
   """
   while x.shape[axis] > 1:
     n = x.shape[axis]
@@ -29,20 +31,20 @@ def tournament(build: Builder, x: Value, axis: int) -> Value:
 
 
 def argmax(build: Builder, x: Value, axis: int) -> Value:
-  """The position of the largest along an axis, which is removed, the first of equals: exact, at
+  """The position of the largest along an axis, which is removed; the first of equals. Exact, at
   scale 1.
 
-  Within groups of up to 16 all pairs are compared at once, and the one that wins against all others
-  is found by a comparison of a few bits. C + 2 or 3 rounds for n <= 16; beyond, the same and P once
-  more for each factor of 8.
+  Within groups of up to 16, all pairs are compared at once; a comparison of a few bits finds the
+  one that wins against all others. C + 2 or 3 rounds for n <= 16; each further factor of 8 adds the
+  same and P.
   """
   n, shape = x.shape[axis], x.shape[:axis] + x.shape[axis + 1 :]
   x = build.local(lambda v: jnp.moveaxis(v, axis, 0), x)
-  position = None  # of the candidates, where that is no longer their number
+  position = None  # of the candidates, once it is no longer their number
   while n > 1:
     size = min(16, n) if n <= 16 else 8
     groups = -(-n // size)
-    # The last element, repeated, loses to itself: it comes first.
+    # The last element fills the group; its repetitions lose to it, since it comes first.
     grouped = lambda v, n=n, size=size, groups=groups: v[
       np.minimum(np.arange(groups * size), n - 1)
     ].reshape(groups, size, *shape)
@@ -72,7 +74,7 @@ def argmax(build: Builder, x: Value, axis: int) -> Value:
 
 
 def _winners(build: Builder, x: Value) -> Value:
-  """[groups, size, ...]: one 1 in each group, at the first of the largest."""
+  """[groups, size, ...]: a single 1 in each group, at the first of the largest."""
   size = x.shape[1]
   i, j = np.triu_indices(size, 1)
   pairs = build.local(lambda v: v[:, i] - v[:, j], x, max_abs=2 * x.max_abs)
@@ -86,9 +88,7 @@ def _winners(build: Builder, x: Value) -> Value:
     ],
     axis=1,
   )
-  lost = (j == np.arange(size)[:, None]).sum(
-    1
-  )  # comparisons that the later of a pair wins with a 0
+  lost = (j == np.arange(size)[:, None]).sum(1)  # comparisons that the later of a pair wins by a 0
   wins = build.local(rows, bits, max_abs=float(size))
   level = (lost - (size - 1)).reshape(1, -1, *[1] * (len(x.shape) - 2)).astype(np.float64)
   return build.sign(build.add_public(wins, level)._replace(max_abs=float(size)))

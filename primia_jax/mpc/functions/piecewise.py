@@ -1,8 +1,7 @@
-"""Functions of a shared number piece by piece: comparisons with many public thresholds in one gate,
-constants, cubics.
+"""Piecewise functions of a shared number: one gate compares it with many public thresholds.
 
-Any piecewise constant function is a local sum of the comparisons' bits (`table`); with tables of
-coefficients, so is any piecewise polynomial one product more.
+A piecewise constant function is a local sum of the comparisons' bits (`table`). A piecewise
+polynomial takes tables of coefficients and products.
 """
 
 from __future__ import annotations
@@ -13,24 +12,21 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.mpc.circuit import Builder, Value
-from primia_jax.mpc.polynomials import estrin, opened, product
+from primia_jax.mpc.builder import Builder
+from primia_jax.mpc.circuit import Value
+from primia_jax.mpc.functions.polynomials import estrin, opened, product
 from primia_jax.types import Array
 
 
 def steps(build: Builder, x: Value, thresholds: Sequence[int] | np.ndarray) -> Value:
-  """[n, ...] at scale 1: 1 where x reaches each of n thresholds, which are ascending, in units of
-  x.
-  """
+  """[n, ...] at scale 1: whether x reaches each of n ascending thresholds, in units of x."""
   t = np.asarray(thresholds, np.float64).reshape(-1, *[1] * len(x.shape)) * x.scale
   x = build.local(lambda v: jnp.broadcast_to(v, (t.size, *v.shape)), x)
   return build.sign(build.add_public(x, -t))
 
 
 def table(build: Builder, steps: Value, values: np.ndarray, scale: float) -> Value:
-  """The value of the piece that x lies in, in whole units of `scale`; there is one piece more than
-  steps.
-  """
+  """The value of the piece that x lies in, in whole units of `scale`; n steps make n + 1 pieces."""
   integers = [round(v / scale) for v in values.tolist()]
   jumps = [b - a for a, b in itertools.pairwise(integers)]
   dtype = build.config.dtype
@@ -60,12 +56,12 @@ def spline(
   left: float,
   right: float,
 ) -> Value:
-  """A function as cubics on pieces of [-end, end], and as constants beyond."""
+  """A function as cubics on pieces of [-end, end] and as constants beyond."""
   f = build.config.fraction_bits
   x = build.narrow(x)
   bounded = x.max_abs + x.scale <= end
   end = min(end, x.max_abs + x.scale)
-  ratio = x.scale * 2.0**f  # x counts in units of 2^-f, and the coefficients make good for it
+  ratio = x.scale * 2.0**f  # x counts in units of 2^-f; the coefficients compensate
   knots, centres, coefficients = _pieces(
     fn, end, 0.4 * build.config.unit, x.scale, build.config.unit / ratio
   )
@@ -89,11 +85,11 @@ def spline(
 def _pieces(
   fn: Callable[[np.ndarray], np.ndarray], end: float, error: float, scale: float, unit: float
 ):
-  """Knots [n + 1], centres [n] and coefficients [n, 4] of cubics in x - centre that are within
-  `error` of fn.
+  """Knots [n + 1], centres [n] and coefficients [n, 4] of cubics in x - centre within `error` of
+  fn.
 
-  They are each as long as possible, but not longer than 2; centres are whole multiples of `scale`,
-  and the odd coefficients, which will be multiplied by something of unit `scale`, of `unit`.
+  Each piece is as long as possible, up to 2. Centres are whole multiples of `scale`. The odd
+  coefficients, which multiply something of unit `scale`, are whole multiples of `unit`.
   """
   nodes, grid = np.cos(np.pi * (np.arange(8) + 0.5) / 8), np.linspace(-1, 1, 33)
 
@@ -102,7 +98,7 @@ def _pieces(
     centre = np.rint(middle / scale) * scale
     x, c = middle - centre + half * nodes, np.zeros(4)
     left, free = fn(middle + half * nodes), [0, 1, 2, 3]
-    for i in (3, 1):  # what is lost by rounding one coefficient, the others make good
+    for i in (3, 1):  # the others compensate for the rounding of one coefficient
       c[i] = (
         np.rint(np.linalg.lstsq(x[:, None] ** free, left, rcond=None)[0][free.index(i)] / unit)
         * unit

@@ -1,4 +1,4 @@
-"""A JAX function as a flat list of equations: calls inlined, scans unrolled, what is public
+"""A JAX function as a flat list of equations: calls are inlined, scans unrolled, public values
 computed on the spot.
 """
 
@@ -19,23 +19,23 @@ PUBLIC = "public"
 
 
 class Ref(NamedTuple):
-  """A value that somebody keeps secret, by its number; everything public is an array."""
+  """The number of a value that somebody keeps secret; public values are arrays."""
 
   number: int
 
 
 class Equation(NamedTuple):
-  """One primitive applied to values, at least one of which is a Ref.
+  """One primitive applied to values, at least one of them a Ref.
 
   Attributes:
     name: the primitive's name.
     bind: inputs -> list of outputs, the primitive itself.
     params: its static parameters.
-    inputs: Refs, or arrays where public.
-    outputs: one Ref each.
+    inputs: Refs, or arrays if public.
+    outputs: Refs.
     avals: shape and dtype of each output.
-    layer: the named scope it stands in (a Flax module's path), or the function's own.
-    source: file and line that called it.
+    layer: its named scope (a Flax module's path), or "(top)".
+    source: the file and line that called it.
   """
 
   name: str
@@ -52,11 +52,11 @@ class Program(NamedTuple):
   """A whole function.
 
   Attributes:
-    inputs: for each flat argument, its Ref, or the array itself where it is public.
+    inputs: for each flat argument its Ref, or the array itself if it is public.
     avals: of each flat argument.
     equations: in order.
-    outputs: Refs, or arrays where public.
-    out_tree: how the outputs are put together.
+    outputs: Refs, or arrays if public.
+    out_tree: the structure of the outputs.
     out_dtypes: of each output.
   """
 
@@ -69,7 +69,7 @@ class Program(NamedTuple):
 
   @property
   def num_values(self) -> int:
-    """How many values anybody keeps secret."""
+    """The number of secret values."""
     return (
       1 + max(ref.number for e in self.equations for ref in e.outputs)
       if self.equations
@@ -83,14 +83,14 @@ def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Progra
   Args:
     fn: a JAX function of positional arguments.
     args: pytrees of arrays or ShapeDtypeStructs; public ones must be arrays.
-    owners: for each argument, its owner; PUBLIC makes its values part of the program.
+    owners: for each argument its owner; PUBLIC makes its values part of the program.
 
   Raises:
-    ValueError: where owners do not match the arguments or a public argument has no value.
-    NotImplementedError: for control flow that depends on secret values.
+    ValueError: owners do not match the arguments, or a public argument has no value.
+    NotImplementedError: control flow depends on secret values.
   """
   if len(owners) != len(args):
-    raise ValueError(f"{len(owners)} owners for {len(args)} arguments; name one for each")
+    raise ValueError(f"{len(owners)} owners for {len(args)} arguments; name one owner for each")
   out_shape: list[Any] = []
 
   def flat_fn(*leaves: Array) -> list[Array]:
@@ -108,9 +108,7 @@ def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Progra
   inputs = []
   for owner, leaf in zip(flat_owners, leaves, strict=True):
     if owner == PUBLIC and isinstance(leaf, jax.ShapeDtypeStruct):
-      raise ValueError(
-        "a public argument needs its value when the plan is made, not only its shape"
-      )
+      raise ValueError("a public argument has only a shape; give its value when the plan is made")
     inputs.append(leaf if owner == PUBLIC else tracer.new())
   outputs = tracer.inline(jaxpr, inputs, "", "an unknown line")
   dtypes = tuple(v.dtype for v in jaxpr.out_avals)
@@ -120,7 +118,7 @@ def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Progra
 
 
 def evaluate(program: Program, leaves: Sequence[Array | None]) -> dict[int, Array]:
-  """Every value, by number, that follows from the inputs given (None: not given), in plain JAX."""
+  """The values, by number, that follow from the given inputs (None: not given), in plain JAX."""
   env = {
     ref.number: v
     for ref, v in zip(program.inputs, leaves, strict=True)
@@ -162,7 +160,7 @@ class _Tracer:
     if name == "cond":
       if isinstance(values[0], Ref):
         raise NotImplementedError(
-          f"cond on a secret value at {source}; both branches must run: use jnp.where"
+          f"cond on a secret value at {source}; use jnp.where, which runs both branches"
         )
       return self.inline(eqn.params["branches"][int(values[0])], values[1:], layer, source)
     if name == "scan":
@@ -197,8 +195,8 @@ def _unrolled(eqn: Any, values: Sequence[Any]) -> Any:
   if not isinstance(closed, core.ClosedJaxpr):
     closed = core.ClosedJaxpr(closed, ())
   body, inner = core.jaxpr_as_fun(closed), closed.jaxpr
-  # What is scanned over has one axis more outside than inside; how the parameters say so differs
-  # among versions of JAX.
+  # Scanned arrays have one axis more outside than inside. The parameters that say so differ among
+  # versions of JAX.
   scanned = lambda outside, inside: [
     len(a.aval.shape) > len(b.aval.shape) for a, b in zip(outside, inside, strict=True)
   ]
@@ -227,7 +225,7 @@ def _unrolled(eqn: Any, values: Sequence[Any]) -> Any:
 
 
 def _source(eqn: Any) -> str:
-  """file:line of the innermost call that is neither JAX's nor Flax's; empty where there is none."""
+  """file:line of the innermost call outside JAX and Flax; empty if there is none."""
   traceback = eqn.source_info.traceback
   for frame in traceback.frames if traceback else ():
     if not any(f"/{package}/" in frame.file_name for package in ("jax", "flax", "jaxlib")):

@@ -1,11 +1,11 @@
-"""ReLU, truncation and sign of a shared number, each one opening and a comparison.
+"""ReLU, truncation and sign of a shared number: one opening and a comparison each.
 
-All take shares of z, a signed number with |z| + `slack` < 2^K, K <= k - 2, in Z_2^k. The dealer
-knows a mask r; the parties open zh = z + 2^K (+ 2^(shift - 1), to round) + r, which is uniform
-whatever z is. The sign of z is a bit of zh, a bit of r and one comparison of the public zh with r
-(`tables` or `fss`); z >> shift is a linear function of what the dealer knows, once the borrow of
-the low bits is known (`exact`), or within one unit without it. Nothing else is opened but bits
-under fresh masks. A number beyond K is the one silent failure: `inference.check` finds it.
+Each takes shares of z, a signed number with |z| + `slack` < 2^K, K <= k - 2, in Z_2^k. The dealer
+knows a mask r. The parties open zh = z + 2^K (+ 2^(shift - 1), to round) + r, which is uniform
+whatever z is. The sign of z follows from a bit of zh, a bit of r and a comparison of the public zh
+with r. z >> shift is linear in values that the dealer knows: exactly once the borrow of the low
+bits is known (`exact`), else within one unit. Apart from zh the parties open only bits under fresh
+masks. A number beyond K is the one silent failure; `clear.check` finds it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 from jax import lax
 
 from primia_jax import ring
-from primia_jax.mpc import fss, tables
 from primia_jax.mpc.dealing import (
   ADDITIVE,
   BOOLEAN,
@@ -27,12 +26,14 @@ from primia_jax.mpc.dealing import (
   Uniform,
   open_mask,
 )
-from primia_jax.mpc.sharing import Wire, at
-from primia_jax.mpc.tables import Span
+from primia_jax.mpc.gates.comparison import Compared, Comparison, Span
+from primia_jax.mpc.gates.fss import FSS
+from primia_jax.mpc.gates.tables import TABLES
+from primia_jax.mpc.sharing import Wire, at, signed
 from primia_jax.types import Array
 
 RELU, TRUNCATE, SIGN = "relu", "truncate", "sign"
-COMPARISONS = {"tables": tables, "fss": fss}
+COMPARISONS = {comparison.name: comparison for comparison in (TABLES, FSS)}
 
 
 class Gate(NamedTuple):
@@ -44,10 +45,10 @@ class Gate(NamedTuple):
     num_bits: k of the ring.
     range_bits: K; |z| + `slack` must stay below 2^K.
     shift: bits cut off at the end, rounding to nearest (ties up).
-    skip: low bits that the sign ignores: it may err where |z| < 2^skip. 0 where the gate is exact.
-    exact: whether the truncation is exact; else one unit too high, with a chance equal to the part
-      that is cut off.
-    comparison: "tables" or "fss".
+    skip: low bits that the sign ignores; it may err for |z| < 2^skip. 0 if the gate is exact.
+    exact: whether the truncation is exact. If not, the result is one unit too high with a
+      probability equal to the part that is cut off.
+    comparison: the protocol for the comparison inside.
   """
 
   action: str
@@ -57,11 +58,11 @@ class Gate(NamedTuple):
   shift: int = 0
   skip: int = 0
   exact: bool = True
-  comparison: str = "tables"
+  comparison: Comparison = TABLES
 
 
 def check(gate: Gate) -> None:
-  """Raises a ValueError where the ring is too small for the gate."""
+  """Raises a ValueError if the ring is too small for the gate."""
   if gate.range_bits > gate.num_bits - 2:
     raise ValueError(
       f"values of {gate.range_bits} bits need a ring of {gate.range_bits + 2} bits, not "
@@ -80,7 +81,7 @@ def masks(gate: Gate) -> Masks:
   if _borrow(gate) and not _borrow_in_tree(gate):
     out["borrow"] = packed  # lambda
   if span := _span(gate):
-    out |= COMPARISONS[gate.comparison].masks(span, gate.num)
+    out |= gate.comparison.masks(span, gate.num)
   return out
 
 
@@ -90,7 +91,7 @@ def derive(gate: Gate, shares: dict[str, Array]) -> Derived:
   r = ring.reduce(open_mask(shares["r"], ADDITIVE), gate.num_bits)
   derived, lam = Derived({}, {}, {}), None
   if span := _span(gate):
-    derived, lam = COMPARISONS[gate.comparison].derive(span, r, shares)
+    derived, lam = gate.comparison.derive(span, r, shares)
   additive = dict(derived.additive)
   values: dict[str, Array] = {}
   if gate.shift:
@@ -122,10 +123,10 @@ def run(gate: Gate, wire: Wire, z: Array, correlation: Correlation) -> Array:
     gate: what to compute.
     wire: to the other party.
     z: [N] uint32 or uint64, this party's additive share.
-    correlation: this party's shares of masks and of what was derived.
+    correlation: this party's shares of the masks and of the derived values.
 
   Returns:
-    [N], this party's additive share of the answer; both parties learn nothing.
+    [N], this party's additive share of the answer. Neither party learns anything.
   """
   dtype, k, c = z.dtype.type, gate.num_bits, correlation
   offset = 2**gate.range_bits + _half(gate)
@@ -134,7 +135,7 @@ def run(gate: Gate, wire: Wire, z: Array, correlation: Correlation) -> Array:
   )
   borrow = sign = None
   if span := _span(gate):
-    compared = COMPARISONS[gate.comparison].run(span, wire, opened, c)
+    compared = gate.comparison.evaluate(span, wire, opened, c)
     borrow, sign = _open_bits(gate, wire, opened, compared, c)
   negated = lambda v: dtype(0) - v
   if gate.action == SIGN:
@@ -165,27 +166,20 @@ def run(gate: Gate, wire: Wire, z: Array, correlation: Correlation) -> Array:
 
 
 def clear(gate: Gate, z: Array) -> Array:
-  """The same on numbers in the clear, [N] uint32 or uint64 ring elements: what an exact gate equals
-  bit for bit.
+  """The gate in the clear on ring elements [N] uint32 or uint64; an exact gate equals it bit for
+  bit.
   """
-  signed = to_signed(z, gate.num_bits)
+  v = signed(z, gate.num_bits)
   if gate.action == SIGN:
-    return (signed >= 0).astype(z.dtype)
-  out = (signed + signed.dtype.type(_half(gate))) >> signed.dtype.type(gate.shift)
+    return (v >= 0).astype(z.dtype)
+  out = (v + v.dtype.type(_half(gate))) >> v.dtype.type(gate.shift)
   if gate.action == RELU:
     out = jnp.maximum(out, 0)
   return lax.bitcast_convert_type(out, z.dtype)
 
 
-def to_signed(z: Array, num_bits: int) -> Array:
-  """Ring elements as int32 or int64, with the sign of bit k - 1."""
-  dtype = jnp.int32 if z.dtype == jnp.uint32 else jnp.int64
-  unused = np.dtype(dtype).type(z.dtype.itemsize * 8 - num_bits)
-  return (lax.bitcast_convert_type(z, dtype) << unused) >> unused
-
-
 def slack(gate: Gate) -> int:
-  """What |z| must leave of 2^K: room for rounding, and for the bits that the sign ignores."""
+  """The room that |z| must leave below 2^K, for rounding and for the bits that the sign ignores."""
   return _half(gate) + (2**gate.skip if gate.skip else 0)
 
 
@@ -198,9 +192,9 @@ def _borrow(gate: Gate) -> bool:
 
 
 def _borrow_in_tree(gate: Gate) -> bool:
-  """Whether the comparison itself opens the borrow, under a mask of its own."""
+  """Whether the comparison opens the borrow under a mask of its own."""
   span = _span(gate)
-  return gate.comparison == "tables" and span is not None and tables.opens_borrow(span)
+  return span is not None and gate.comparison.opens_borrow(span)
 
 
 def _span(gate: Gate) -> Span | None:
@@ -209,7 +203,7 @@ def _span(gate: Gate) -> Span | None:
   return Span(gate.skip, gate.range_bits, gate.shift if _borrow(gate) else None)
 
 
-def _open_bits(gate: Gate, wire: Wire, opened: Array, compared: tables.Compared, c: Correlation):
+def _open_bits(gate: Gate, wire: Wire, opened: Array, compared: Compared, c: Correlation):
   """The borrow and the sign, [N] uint8 each or None, public under their masks, in one round."""
   packed = []
   if gate.action == TRUNCATE:

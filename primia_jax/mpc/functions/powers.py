@@ -1,6 +1,6 @@
 """Powers, quotients and logarithms of shared numbers. For u, C, T and P see `polynomials`.
 
-Since x spans many octaves, a table of powers of two first brings it into [1/2, 1), exactly; a
+Since x spans many octaves, a table of powers of two first brings it into [1/2, 1), exactly. A
 polynomial does the rest.
 """
 
@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from primia_jax.mpc import piecewise
-from primia_jax.mpc.circuit import Builder, Value
-from primia_jax.mpc.polynomials import cut, fit, opened, polynomial, product, working_bits
+from primia_jax.mpc.builder import Builder
+from primia_jax.mpc.circuit import Value
+from primia_jax.mpc.functions import piecewise
+from primia_jax.mpc.functions.polynomials import cut, fit, opened, polynomial, product, working_bits
 
 
 def power(build: Builder, x: Value, exponent: float) -> Value:
   """x^n for a public n.
 
-  Whole n >= 0: repeated squaring, P + T each; every step errs by u |x|^(n/2) at most. Negative n:
-  the reciprocal of that. Other n: |error| <= u + u x^n for x > 0, up to x^n = 2^(k - 2 f - 4),
-  where it stays; 0 for x <= 0.
+  Whole n >= 0: repeated squaring of P + T rounds each; every step errs by at most u |x|^(n/2).
+  Negative whole n: the reciprocal of that. Other n: |error| <= u + u x^n for x > 0 up to x^n =
+  2^(k - 2 f - 4), which is the largest result; 0 for x <= 0.
   """
   if exponent != int(exponent):
     return _power_law(build, x, exponent)
@@ -37,18 +38,17 @@ def power(build: Builder, x: Value, exponent: float) -> Value:
 
 
 def divide(build: Builder, a: Any, b: Value, positive: bool = False) -> Value:
-  """a / b, elementwise and broadcast, for a Value or public array a; |error| <= 2 u + u |a / b| /
-  2.
+  """a / b, elementwise and broadcast, for a Value or public array a.
 
-  Where the ring and no calibration bounds b, it must be below 2^(k - 2 f - 4), and beyond that 0
-  comes out; a / b must be below 2^(f + 1). Division by 0 gives 0. C + 5 (P + T) rounds, and twice
-  as many thresholds as b has bits.
+  |error| <= 2 u + u |a / b| / 2. |a / b| must be below 2^(f + 1). If no calibration bounds b, it
+  must be below 2^(k - 2 f - 4); beyond that the result is 0. Division by 0 gives 0. C + 5 (P + T)
+  rounds, and twice as many thresholds as b has bits.
 
   Args:
     build: the circuit.
     a: numerator.
     b: denominator.
-    positive: promises b >= 0, which halves the thresholds; a negative b then gives 0.
+    positive: promises b >= 0, which halves the thresholds. A negative b then gives 0.
   """
   if not isinstance(a, Value) and np.asarray(a).size == 1:
     out = _power_law(build, b, -1.0, float(np.asarray(a).reshape(())), signed=not positive)
@@ -76,19 +76,17 @@ def divide(build: Builder, a: Any, b: Value, positive: bool = False) -> Value:
 
 
 def reciprocal(build: Builder, x: Value) -> Value:
-  """1 / x; |error| <= u + u / |x|; 0 comes out for 0. C + 5 (P + T) rounds."""
+  """1 / x; |error| <= u + u / |x|; 0 for x = 0. C + 5 (P + T) rounds."""
   return _power_law(build, x, -1.0, signed=True)
 
 
 def sqrt(build: Builder, x: Value) -> Value:
-  """|error| <= u (1 + sqrt(x) / 2); 0 where x <= 0. C + 5 (P + T) rounds, as many thresholds as
-  bits.
-  """
+  """|error| <= u (1 + sqrt(x) / 2); 0 for x <= 0. C + 5 (P + T) rounds, a threshold a bit."""
   return _power_law(build, x, 0.5)
 
 
 def rsqrt(build: Builder, x: Value) -> Value:
-  """1 / sqrt(x); |error| <= u (1 + rsqrt(x) / 2); 0 where x <= 0. Rounds as `sqrt`."""
+  """1 / sqrt(x); |error| <= u (1 + rsqrt(x) / 2); 0 for x <= 0. Rounds as `sqrt`."""
   return _power_law(build, x, -0.5)
 
 
@@ -98,8 +96,9 @@ def cbrt(build: Builder, x: Value) -> Value:
 
 
 def log(build: Builder, x: Value) -> Value:
-  """|error| <= 2 u; x <= 0 gives the logarithm of 3/4 of x's unit. C + 4 P + 3 T rounds; not
-  truncated.
+  """|error| <= 2 u; x <= 0 gives the logarithm of 3/4 of x's unit.
+
+  C + 4 P + 3 T rounds; not truncated.
   """
   config, f = build.config, build.config.fraction_bits
   normal = _Normal.make(build, x, False, config.num_bits - 3, math.inf)
@@ -135,8 +134,7 @@ def _power_law(
     values * normal.signs * factor, -limit * build.config.unit**2, limit * build.config.unit**2
   )
   curve = polynomial(build, s, fit(lambda n: n**exponent, f + 4), bits)
-  # Where the product would not fit the ring, fewer bits of the table are kept, and then of the
-  # polynomial.
+  # If the product would not fit the ring, the table keeps fewer bits, and then the polynomial.
   excess = math.log2(np.abs(values).max() / limit) + f + 3 + bits
   coarser = min(3, max(0, math.ceil(excess)))
   bits = max(f, bits - max(0, math.ceil(excess) - 3)) if excess > 3 else bits
@@ -147,15 +145,14 @@ def _power_law(
 
 
 class _Normal(NamedTuple):
-  """x as (whole / factor) n, with n in [1/2, 1) and a factor that is a power of two, and negative
-  where x is.
+  """x as (whole / factor) n, with n in [1/2, 1); the factor is a power of two with the sign of x.
 
   Attributes:
     x: the number, in its own units.
     bits: [thresholds, ...] steps of x.
-    factor: 2^B n / x in units of x; 0 where x is 0, or too large.
+    factor: 2^B n / x in units of x; 0 if x is 0 or too large.
     whole: 2^B units.
-    exponents: for each piece, the binary exponent of x in units; 0 where factor is 0.
+    exponents: for each piece, the binary exponent of x in units; 0 if factor is 0.
     signs: for each piece, -1, 0 or 1.
   """
 
@@ -168,9 +165,7 @@ class _Normal(NamedTuple):
 
   @classmethod
   def make(cls, build: Builder, x: Value, signed: bool, limit: int, top: float) -> _Normal:
-    """Normalises |x| up to `top`, in at most `limit` bits, to which x is truncated where it needs
-    more.
-    """
+    """Normalises |x| up to `top` in at most `limit` bits; truncates x if it needs more."""
     most = build.config.num_bits - 3
     num_bits = lambda v, bound: (
       math.ceil(bound / v.scale).bit_length() if math.isfinite(bound) else most
@@ -190,11 +185,11 @@ class _Normal(NamedTuple):
     return cls(x, bits, factor, 2.0**width * x.scale, exponents, signs)
 
   def magnitudes(self, lowest: float) -> np.ndarray:
-    """For each piece, |x| / n; where there is none, `lowest` units."""
+    """For each piece, |x| / n, or `lowest` units if there is none."""
     return np.where(self.exponents > 0, 2.0**self.exponents, lowest) * self.x.scale
 
   def centred(self, build: Builder, product: Value) -> Value:
-    """4 n - 3, in [-1, 1), from x factor; 0 where the factor is 0."""
+    """4 n - 3, in [-1, 1), from x factor; 0 if the factor is 0."""
     scale = 4.0 * self.x.scale / self.whole  # a power of two
     offset = piecewise.table(build, self.bits, np.where(self.exponents > 0, -3.0, 0.0), scale)
     return build.add(product._replace(scale=scale), offset)._replace(max_abs=1.0)

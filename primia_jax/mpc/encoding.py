@@ -1,0 +1,87 @@
+"""Real numbers as ring elements and back, one operand at a time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from primia_jax import native, prng
+from primia_jax.mpc import products
+from primia_jax.mpc.circuit import Config, Operand
+from primia_jax.mpc.sharing import signed
+from primia_jax.types import Array
+
+
+class Weight(NamedTuple):
+  """A linear layer's operand: its ring elements, and the same made ready for products."""
+
+  elements: Array
+  ready: products.Prepared
+
+
+def encode(operand: Operand, value: Array, config: Config) -> Any:
+  """An owner's float array as ring elements; a `Weight` for the operand of a linear layer.
+
+  Rounding is off by at most half of the operand's scale.
+  """
+  wide = jnp.float64 if config.num_bits > 32 else jnp.float32
+  integers = jnp.round(value.astype(wide) / jnp.asarray(operand.scale, wide))
+  elements = integers.astype(jnp.int64 if config.num_bits > 32 else jnp.int32).astype(config.dtype)
+  if operand.map is None:
+    return elements
+  # The elements are used here and for D. Computed again there, a fused multiply-add might round
+  # to the neighbouring integer.
+  elements = native.once(elements)
+  bits = operand.bits or config.num_bits
+  return Weight(elements, products.split(operand.map, elements, bits, config.num_bits))
+
+
+def blank(operand: Operand, config: Config) -> Any:
+  """Zeros of an operand's shapes, for the party that does not hold it."""
+  return encode(operand, jnp.zeros(operand.shape, jnp.float32), config)
+
+
+def decode(elements: Array, scale: float, config: Config) -> Array:
+  """Ring elements as float32 numbers."""
+  wide = jnp.float64 if config.num_bits > 32 else jnp.float32
+  numbers = signed(elements, config.num_bits).astype(wide)
+  return (numbers * jnp.asarray(scale, wide)).astype(jnp.float32)
+
+
+def largest(value: Array) -> Array:
+  """The largest magnitude in float32, for `check_fits`."""
+  return jnp.max(jnp.abs(value), initial=0).astype(jnp.float32)
+
+
+def check_fits(operand: Operand, most: Array, config: Config) -> None:
+  """Raises a ValueError if a magnitude does not fit the operand's bits; unchecked under jit."""
+  if isinstance(most, jax.core.Tracer):
+    return
+  bits = min(operand.bits or config.num_bits, config.num_bits - 1)
+  limit = 2.0 ** (bits - 1) * operand.scale
+  if not float(most) < limit:
+    kind = "a weight" if operand.map else "an input or offset"
+    raise ValueError(
+      f"{operand.layer}: {kind} of magnitude {float(most):.4g} does not fit below {limit:.4g}; "
+      f"scale it down, plan with the weights at hand, or use fewer fraction_bits"
+    )
+
+
+def share(x: Array, key: Array, config: Config) -> Array:
+  """Shares [2, ...] of a float array at the scale of activations; each alone is uniform.
+
+  Args:
+    x: float array; |x| < 2^(k - 2 - f).
+    key: [8] uint32, secret, never used twice.
+    config: the ring.
+
+  Raises:
+    ValueError: a number does not fit the ring.
+  """
+  operand = Operand(None, lambda values: x, config.unit, x.shape, None, None, "share")
+  check_fits(operand, largest(x), config)
+  elements = encode(operand, x, config)
+  first = prng.bits(key, jnp.zeros(3, jnp.uint32), x.shape, config.dtype)
+  return jnp.stack([first, elements - first])

@@ -1,0 +1,1 @@
+"""Functions of shared numbers, built from gates and products."""

@@ -1,0 +1,1 @@
+"""ReLU, truncation and sign of shared numbers, and the comparisons inside them."""

@@ -1,0 +1,289 @@
+"""The three roles give the right answer, hold only their own, and use nothing twice that serves
+once.
+"""
+
+import copy
+import gc
+import pickle
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mpc_reference import OWNERS, normal
+
+from primia_jax import mpc
+from primia_jax.mpc import inference, protocol, roles
+from primia_jax.mpc.roles import Blind, DataOwner, Dealer, ModelOwner
+from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
+
+CONFIG = mpc.Config(32, 10, 14)
+W, X = normal(0, 6, 5), normal(1, 3, 6)
+
+
+def fn(w, x):
+  return jax.nn.relu(x @ w)
+
+
+def gated(w, x):
+  """The data owner's image multiplies a shared value, as in attention pooling."""
+  return (x @ w) * x[:, :5]
+
+
+def planned(fn):
+  return mpc.plan(fn, OWNERS, (W, X), CONFIG, mpc.calibrate(fn, OWNERS, [(W, X)]))
+
+
+class Cast:
+  """The roles of one plan, each made from what it may have, and every message between them."""
+
+  def __init__(self, plan):
+    self.plan, self.dealer, self.model_owner = plan, Dealer(plan), ModelOwner(plan, W)
+    self.key = self.dealer._blind._secret[0]  # for attacks: what the model owner is told
+    self.publication = self.model_owner.publish(self.dealer.blind())
+    self.data_owner = DataOwner(plan, self.publication)
+    self.online = mpc.online(plan)
+
+  def sides(self):
+    """Both parties' sides, the data owner's message, and party 0's part of what was dealt."""
+    first, second = self.dealer.deal()
+    part = first._secret[0]
+    asked, question = self.data_owner.ask(self.data_owner.prepare(second), X)
+    return self.model_owner.answer(self.model_owner.prepare(first), question), asked, question, part
+
+
+@pytest.fixture(scope="module")
+def cast():
+  return Cast(planned(fn))
+
+
+@pytest.fixture(scope="module")
+def gated_cast():
+  return Cast(planned(gated))
+
+
+# ---- the answer
+
+
+def test_the_roles_have_the_integer_models_bits(cast, gated_cast):
+  for each, function in ((cast, fn), (gated_cast, gated)):
+    answered, asked, _, _ = each.sides()
+    got = each.data_owner.reveal(each.online(answered, asked))
+    np.testing.assert_array_equal(got, mpc.check(each.plan, (W, X)))
+    np.testing.assert_allclose(got, function(W, X), atol=0.05)
+
+
+def test_one_call_plays_all_roles_and_two_devices_agree(gated_cast):
+  want = mpc.check(gated_cast.plan, (W, X))
+  np.testing.assert_array_equal(mpc.infer(gated_cast.plan, W, X), want)
+  answered, asked, _, _ = gated_cast.sides()
+  apart = mpc.online(gated_cast.plan, mpc.party_mesh())(answered, asked)
+  np.testing.assert_array_equal(gated_cast.data_owner.reveal(apart), want)
+
+
+# ---- what each holds
+
+
+def reachable(root):
+  """Every array that Python code with `root` in its hands can get at, closures included."""
+  found, seen, todo = [], set(), [root]
+  while todo:
+    v = todo.pop()
+    if id(v) in seen or isinstance(v, type | types.ModuleType | types.FrameType):
+      continue
+    seen.add(id(v))
+    if isinstance(v, jax.Array | np.ndarray):
+      found.append(np.asarray(v))
+    elif isinstance(v, types.FunctionType):
+      todo += [cell.cell_contents for cell in v.__closure__ or () if cell != types.CellType()]
+      todo += [v.__defaults__, v.__kwdefaults__]
+    else:
+      todo += [getattr(v, "__wrapped__", None), *gc.get_referents(v)]
+    todo[:] = [v for v in todo if v is not None]
+  return found
+
+
+def holds(root, secret):
+  """Whether an array with all of the secret's elements, in any layout, can be reached."""
+  number = lambda a: a.view(np.int32) if a.dtype == np.uint32 else a
+  secret = number(np.asarray(secret)).ravel()
+  arrays = [number(a) for a in reachable(root) if a.dtype.kind in "iuf"]
+  return any(a.dtype.kind == secret.dtype.kind and np.isin(secret, a).all() for a in arrays)
+
+
+def test_each_role_holds_only_its_own(cast, gated_cast):
+  for each in (cast, gated_cast):
+    circuit = each.plan.circuit
+    answered, asked, question, _ = each.sides()
+    operands = inference.encode(each.plan, (W, X))
+    owned = lambda party, o=operands, c=circuit: [
+      getattr(v, "elements", v) for i, v in o.items() if c.operands[i].owner == party
+    ]
+    weights, images = [W, *owned(MODEL_OWNER)], [X, *owned(DATA_OWNER)]
+    blind = protocol.blinds(circuit, each.key, MODEL_OWNER).values()
+    for root, own, others in (
+      (each.plan, [], [*weights, *images]),
+      (each.dealer, blind, [*weights, *images]),
+      (each.model_owner, weights[1:], images),
+      (answered, weights[1:], images),
+      (each.data_owner, each.publication.arrays.values(), [*weights, *blind, each.key]),
+      (asked, images[1:], [*weights, *blind, each.key]),
+      (each.publication, [], weights),
+      (question, [], images),
+    ):
+      assert all(holds(root, v) for v in own)  # the search has teeth
+      assert not any(holds(root, v) for v in others), type(root)
+
+
+def test_no_role_can_do_anothers_step(cast):
+  first, second = cast.dealer.deal()
+  model_owner, data_owner = cast.model_owner, cast.data_owner
+  with pytest.raises(ValueError, match="this Correlations is for the data owner, not the model"):
+    model_owner.prepare(second)
+  with pytest.raises(ValueError, match="for the model owner, not the data owner"):
+    data_owner.prepare(first)
+  mine = data_owner.prepare(second)
+  with pytest.raises(ValueError, match="for the model owner, not the data owner"):
+    data_owner.ask(model_owner.prepare(first), X)
+  _, question = data_owner.ask(mine, X)
+  with pytest.raises(ValueError, match="different inferences"):
+    model_owner.answer(model_owner.prepare(cast.dealer.deal()[0]), question)
+  with pytest.raises(TypeError, match="expected a Publication, not a Blind"):
+    DataOwner(cast.plan, Dealer(cast.plan).blind())
+  steps = {
+    role: {name for name in vars(role) if not name.startswith("_")}
+    for role in (Dealer, ModelOwner, DataOwner)
+  }
+  assert steps[Dealer] == {"blind", "deal"}
+  assert steps[ModelOwner] == {"publish", "prepare", "answer"}
+  assert steps[DataOwner] == {"prepare", "ask", "reveal"}
+
+
+# ---- single use
+
+
+def test_what_serves_once_refuses_a_second_use(cast):
+  dealer, model_owner = Dealer(cast.plan), ModelOwner(cast.plan, W)
+  data_owner = DataOwner(cast.plan, model_owner.publish(dealer.blind()))
+  with pytest.raises(ValueError, match="this Blind was used"):
+    ModelOwner(cast.plan, -W).publish(dealer.blind())
+  first, second = dealer.deal()
+  mine, theirs = data_owner.prepare(second), model_owner.prepare(first)
+  for owner, used in ((model_owner, first), (data_owner, second)):
+    with pytest.raises(ValueError, match="this Correlations was used; the dealer must make"):
+      owner.prepare(used)
+  with pytest.raises(ValueError, match="shapes"):
+    data_owner.ask(mine, X[:1])  # a wrong image costs nothing
+  _, question = data_owner.ask(mine, X)
+  with pytest.raises(ValueError, match="this Prepared was used"):
+    data_owner.ask(mine, -X)
+  model_owner.answer(theirs, question)
+  with pytest.raises(ValueError, match="this Prepared was used"):
+    model_owner.answer(theirs, question)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_serves_once_cannot_be_doubled(cast, duplicate):
+  first, _ = cast.dealer.deal()
+  for once in (first, Dealer(cast.plan).blind(), cast.model_owner.prepare(first)):
+    with pytest.raises(TypeError, match="serves once and cannot be copied or pickled"):
+      duplicate(once)
+    assert "key" not in repr(once)
+
+
+def test_one_mask_cannot_be_traced_onto_many_images(cast):
+  first, second = cast.dealer.deal()
+  mine = cast.data_owner.prepare(second)
+  with pytest.raises(TypeError, match="takes arrays, not tracers"):
+    jax.vmap(lambda x: cast.data_owner.ask(mine, x)[0].operands)(np.stack([X, -X]))
+  with pytest.raises(TypeError, match="takes arrays, not tracers"):
+    jax.jit(lambda w: ModelOwner(cast.plan, w)._operands)(W)
+  with pytest.raises(TypeError):
+    jax.jit(cast.model_owner.prepare)(first)
+  cast.data_owner.ask(mine, X)  # and nothing was used up
+
+
+def test_every_key_is_fresh(cast):
+  seeds = [
+    np.asarray(side._secret[0][0]).tobytes() for _ in range(4) for side in cast.dealer.deal()[:1]
+  ]
+  keys = [np.asarray(cast.dealer.deal()[1]._secret[0][1]).tobytes() for _ in range(4)]
+  blinds = [np.asarray(Dealer(cast.plan).blind()._secret[0]).tobytes() for _ in range(4)]
+  assert len({*seeds, *keys, *blinds}) == 12
+  one, two = ModelOwner(cast.plan, W), ModelOwner(cast.plan, W + np.float32(0.01))
+  first, second = (
+    next(iter(o.publish(Dealer(cast.plan).blind()).arrays.values())) for o in (one, two)
+  )
+  change = np.asarray(first - second).view(np.int32)
+  assert np.abs(change.astype(np.int64)).max() > 2**24  # two publications do not give W's change
+
+
+def test_correlations_of_another_publication_are_refused(cast):
+  other = Dealer(cast.plan)
+  other.blind()
+  first, second = other.deal()
+  with pytest.raises(ValueError, match="another publication"):
+    cast.model_owner.prepare(first)
+  with pytest.raises(ValueError, match="another publication"):
+    cast.data_owner.prepare(second)
+  np.testing.assert_array_equal(first.take(MODEL_OWNER).seed.shape, (8,))  # and are still unused
+
+
+def test_sides_of_different_inferences_do_not_meet(cast):
+  answered, asked, _, _ = cast.sides()
+  other, _, _, _ = cast.sides()
+  with pytest.raises(ValueError, match="different inferences"):
+    cast.online(other, asked)
+  with pytest.raises(ValueError, match="model owner's side comes first"):
+    cast.online(asked, answered)
+
+
+# ---- attacks
+
+
+def test_the_model_owner_cannot_unblind_the_image(gated_cast):
+  """D = x - B' with every key that it ever receives; the test of the attack succeeds with B'."""
+  circuit = gated_cast.plan.circuit
+  (number,) = circuit.linear_operands(DATA_OWNER)
+  image = inference.encode(gated_cast.plan, (W, X))[number].elements
+  first, second = gated_cast.dealer.deal()
+  seed, key = first._secret[0].seed, second._secret[0][1]
+  _, question = gated_cast.data_owner.ask(gated_cast.data_owner.prepare(second), X)
+  unblinded = lambda key: (
+    question.arrays[number] + protocol.blinds(circuit, key, DATA_OWNER)[number]
+  )
+  np.testing.assert_array_equal(unblinded(key), image)
+  for known in (gated_cast.key, seed):
+    assert np.mean(np.asarray(unblinded(known)) == np.asarray(image)) < 0.2
+
+
+def test_two_questions_about_one_image_do_not_agree(gated_cast):
+  _, _, one, _ = gated_cast.sides()
+  _, _, two, _ = gated_cast.sides()
+  for number, d in one.arrays.items():
+    assert np.mean(np.asarray(d) == np.asarray(two.arrays[number])) < 0.2
+
+
+# ---- bad input
+
+
+def test_arguments_must_have_the_planned_shapes(cast):
+  with pytest.raises(ValueError, match=r"\[\(6, 5\)\] for the model owner, not \[\(5, 6\)\]"):
+    ModelOwner(cast.plan, W.T)
+  with pytest.raises(ValueError, match="does not fit"):
+    ModelOwner(cast.plan, W * np.float32(1e6))
+
+
+def test_shared_arguments_have_no_role():
+  shapes = [jax.ShapeDtypeStruct(v.shape, jnp.float32) for v in (W, X)]
+  plan = mpc.plan(fn, ("model_owner", "shared"), shapes, CONFIG)
+  for make in (lambda: Dealer(plan), lambda: ModelOwner(plan, W), lambda: DataOwner(plan, None)):
+    with pytest.raises(ValueError, match='owner "shared", which no role holds'):
+      make()
+
+
+def test_roles_of_another_type_are_refused(cast):
+  with pytest.raises(TypeError, match="expected a Blind, not a Correlations"):
+    cast.model_owner.publish(cast.dealer.deal()[0])
+  assert issubclass(Blind, roles.Once)
