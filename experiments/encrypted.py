@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import inputs, learning, running, settings
+from experiments import inputs, running, settings
+from experiments.configs import Train
+from experiments.configs.data import Data
+from experiments.configs.model import normalise
 from primia_jax import models
 from primia_jax.data.folder import read_images
 from primia_jax.mpc import fitting, planning
@@ -155,12 +158,9 @@ def calibration_images(
   size, _, channels = config.image_shape
   kind, _, path = s.calibration.partition(":")
   if kind == "run":
-    saved = settings.load(pathlib.Path(s.checkpoint) / "config.json")
-    known = {field.name for field in dataclasses.fields(settings.Train)}
-    run = settings.Train(
-      **{name: value for name, value in saved.items() if name in known} | {"sites_in_memory": 1}
-    )
     try:
+      saved = settings.load(pathlib.Path(s.checkpoint) / "config.json")
+      run = settings.replace(Train(), **saved | {"sites_in_memory": 1})
       part = inputs.site_images(run).validation
     except (FileNotFoundError, ValueError) as error:
       raise ValueError(
@@ -168,12 +168,12 @@ def calibration_images(
       ) from error
     images: Any = part.dataset.images
     index = np.concatenate(part.sites)
-    source = f"validation images of the run ({run.data})"
+    source = f"validation images of the run ({run.data.data})"
   else:
     if kind == "folder":  # labelled or not
       _, images = read_images(os.path.expanduser(path), size=size, channels=channels, lazy=True)
     else:
-      data = settings.Data(data=s.calibration, image_size=size, channels=channels)
+      data = Data(data=s.calibration, image_size=size, channels=channels)
       images = inputs.images_to_test(data, label_names=label_names).images
     index, source = np.arange(images.shape[0]), f"images of {s.calibration}"
   chosen = index[np.linspace(0, len(index) - 1, min(s.calibration_images, len(index))).astype(int)]
@@ -250,7 +250,7 @@ def make_plan(
 
 def normalised(images: np.ndarray) -> Array:
   """uint8 images as the model takes them; their owner does this in the clear."""
-  return learning.normalise(jnp.asarray(images))
+  return normalise(jnp.asarray(images))
 
 
 def batches(images: Any, size: int) -> Iterator[np.ndarray]:

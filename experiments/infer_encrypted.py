@@ -22,6 +22,7 @@ import scipy.special
 from absl import flags
 
 from experiments import encrypted, inputs, phases, report, running, settings
+from experiments.configs.data import Data
 from primia_jax.mpc import planning
 
 settings.define_flags(encrypted.Infer)
@@ -37,7 +38,7 @@ def main() -> None:
   )  # rings wider than 32 bits; the model's own arrays stay float32
   model, weights, label_names, model_config = encrypted.load_model(config.checkpoint)
   size, _, channels = model_config.image_shape
-  data = settings.Data(data=f"folder:{config.images}", image_size=size, channels=channels)
+  data = Data(data=f"folder:{config.images}", image_size=size, channels=channels)
   images = inputs.unlabelled_images(data, label_names)
   calibration, source = encrypted.calibration_images(config, model_config, label_names)
   if config.output_dir:
