@@ -95,7 +95,7 @@ def rounds(
 ) -> Callable[[], Any]:
   """Makes the function that runs one round after the other, each from where the last ended."""
   num_sites = len(everybody.ids)
-  fed = federated.federated(fedavg(name), how, placement, num_sites)
+  fed = federated.federate(fedavg(name), how, placement, num_sites)
   key = jax.random.key(0)
   state = fed.init(*model(name).init(key))
   done = 0

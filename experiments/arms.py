@@ -157,7 +157,7 @@ def make_trainer(
   most = recipe.steps.max_examples
   return Trainer(
     algorithm,
-    federated.federated(algorithm, summed, place.placement, num_sites),
+    federated.federate(algorithm, summed, place.placement, num_sites),
     evaluation.validation(
       algorithm,
       model.apply,

@@ -44,7 +44,7 @@ def rounds(
   """Plays rounds until there were `num_rounds`, and yields each as it ends.
 
   Args:
-    step: of `federated.federated`.
+    step: of `federated.federate`.
     validate: scores a state.
     key: of the run.
     state: to go on from.

@@ -2,7 +2,7 @@
 
 An `Algorithm` says what one site computes and what the server does with the sum of the sites'
 messages; a `Summation` says how that sum is formed; a `Placement` says where the sites run.
-`federated` joins the three. A message is all that ever leaves a site, training loss and counts
+`federate` joins the three. A message is all that ever leaves a site, training loss and counts
 included.
 """
 
@@ -263,7 +263,7 @@ def _load(sites: Sites, ids: np.ndarray, secrets: Any) -> Site:
   return loaded._replace(secret=secrets)
 
 
-def federated(
+def federate(
   algorithm: Algorithm, summation: Summation, placement: Placement, num_sites: int
 ) -> FederatedAlgorithm:
   """Joins an algorithm, a summation and a placement, and refuses unsound combinations.

@@ -57,7 +57,7 @@ def start():
 
 
 def run(algorithm, rounds=(IDS,) * ROUNDS, summed=None, model_state=None):
-  f = fed.federated(algorithm, summed or summation.clear(), sites.scan(), 4)
+  f = fed.federate(algorithm, summed or summation.clear(), sites.scan(), 4)
   state = f.init(start(), model_state)
   for ids in rounds:
     state, info = f.step(KEY, state, fed.Sites(ids, load))

@@ -51,7 +51,7 @@ def secure(**kwargs):
 
 
 def build(algorithm, summed, placement="scan", num_sites=S):
-  return fed.federated(algorithm, summed, sites.parse_placement(placement), num_sites)
+  return fed.federate(algorithm, summed, sites.parse_placement(placement), num_sites)
 
 
 @functools.cache

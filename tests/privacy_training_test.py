@@ -269,7 +269,7 @@ MADE = {
 
 
 def federation(kind, placement="scan", name="fedavg"):
-  f = fed.federated(
+  f = fed.federate(
     MADE[name](trainer(kind)[0]), fed.in_the_clear(), sites.parse_placement(placement)
   )
   state = f.init({"w": jnp.zeros(W)}, {}, 3)

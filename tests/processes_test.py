@@ -51,7 +51,7 @@ def train(placement, seen=None):
   steps = local.epochs(4, N, num_epochs=2)
   recipe = local.Recipe(steps, local.gradients(loss), None, optimizer, lambda t: 0.1)
   summed = summation.masked(secagg.secure_sum(S))
-  f = fed.federated(algorithms.fedavg(recipe, keep_optimizer=True), summed, placement, S)
+  f = fed.federate(algorithms.fedavg(recipe, keep_optimizer=True), summed, placement, S)
   key, everybody = jax.random.key(SEED), fed.Sites(np.arange(S), functools.partial(load, seen=seen))
   state = f.init(start())
   for _ in range(2):

@@ -71,7 +71,7 @@ def train(placement, num_sites, summed, algorithm=ALGORITHM, lost=None):
   """
   if lost is not None:
     summed = summation.losing(summed, lambda round, purpose, ids: lost if round else None)
-  f = fed.federated(algorithm, summed, placement, num_sites)
+  f = fed.federate(algorithm, summed, placement, num_sites)
   key, everybody = jax.random.key(SEED), fed.Sites(np.arange(num_sites), load)
   state, infos = f.init({"w": np.zeros((D, L), np.float32)}), []
   for _ in range(2):
@@ -158,7 +158,7 @@ class Nobody:
   ],
 )
 def test_nothing_but_masked_sums_leaves_a_process(summed):
-  f = fed.federated(ALGORITHM._replace(uniform=True), summed, sites.own_process(1), 3)
+  f = fed.federate(ALGORITHM._replace(uniform=True), summed, sites.own_process(1), 3)
   state = f.init({"w": np.zeros((D, L), np.float32)})
   with pytest.raises(ValueError, match="go together"):
     f.step(jax.random.key(0), state, fed.Sites(np.arange(3), load))

@@ -56,7 +56,7 @@ def losing(summed, dropouts):
 
 
 def round_of(algorithm, summed, round_index=0):
-  f = fed.federated(algorithm, summed, sites.scan(), K)
+  f = fed.federate(algorithm, summed, sites.scan(), K)
   state = f.init(START)._replace(round=jnp.int32(round_index))
   state, info = f.step(KEY, state, fed.Sites(IDS, load))
   return np.asarray(state.params["w"], np.float64), info
@@ -180,7 +180,7 @@ NORMS = np.linalg.norm(UPDATES, axis=1)
 
 
 def run(algorithm, summed, rounds, placement="scan"):
-  f = fed.federated(algorithm, summed, sites.parse_placement(placement), K)
+  f = fed.federate(algorithm, summed, sites.parse_placement(placement), K)
   states, clips = [f.init(START)], []
   for _ in range(rounds):
     state, info = f.step(KEY, states[-1], fed.Sites(IDS, load, secrets=known_secrets))
@@ -372,5 +372,5 @@ def test_clips_that_do_not_fit_are_refused(call, message):
 
 def test_a_clip_that_stays_is_the_norm_itself():
   fixed = site_privacy.bounded(algorithm(), adaptive.Clip(CLIP))
-  state = fed.federated(fixed, summation.clear(), sites.scan(), K).init(START)
+  state = fed.federate(fixed, summation.clear(), sites.scan(), K).init(START)
   assert (fixed.name, fixed.tells(state.server_state)) == ("fedavg, bounded", {})

@@ -182,7 +182,7 @@ def rehearse(config: Train, is_federated: bool = True) -> None:
       config, models.num_parameters(jax.eval_shape(model.init, jax.random.key(0))[0])
     )
   elif summed.stacks or not summed.hides:
-    federated.federated(algorithm, summed, sites.scan(), num_sites)
+    federated.federate(algorithm, summed, sites.scan(), num_sites)
 
 
 def build_site_level(config: Train, num_parameters: int):
