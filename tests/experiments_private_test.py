@@ -7,12 +7,15 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import books, inputs, learning, private, running, settings, training
-from primia_jax import federated, models, secagg, site_privacy, sites
+from experiments import inputs, learning, private, running, settings, training
+from primia_jax import federated, models, secagg, sites
 from primia_jax.privacy import accounting, adaptive, distributed
+from primia_jax.privacy import ledger as books
+from primia_jax.types import Metrics
 
 TINY = settings.Train(
   phantom_images=36,
@@ -31,6 +34,15 @@ SITE = dataclasses.replace(TINY, dp="site", weighting="uniform", class_weights=F
 MOVING = dataclasses.replace(SITE, dp_clip_quantile=0.5, l2_clip_norm=0.7)  # the clip of updates
 FIXED = dataclasses.replace(TINY, dp_noise="banded", batch_size=2)  # batches in a fixed order
 SIZES = (18, 12, 6)
+
+
+def loss_fn(params, model_state, batch, key):
+  count = jnp.sum(batch.weights)
+  return jnp.sum(params) * count, (model_state, Metrics(count, count, count))
+
+
+def make(config, sizes=SIZES, num_sites=3, num_parameters=100, threshold=None):
+  return private.plan(config, loss_fn, sizes, num_sites, num_parameters, threshold)
 
 
 @pytest.mark.parametrize(
@@ -92,29 +104,28 @@ def test_nothing_is_claimed_of_sites_for_an_arm_of_one():
   model_config = learning.model_config(SITE, 3)
   train, validation = (inputs.merge(part, (0,)) for part in (images.train, images.validation))
   alone = training.Cohort("local: site 0", train, validation, np.arange(1))
-  make = lambda config: training.make_trainer(
+  trainer = lambda config: training.make_trainer(
     config, models.build(model_config), model_config, [alone], sites.Placement("loop")
   )
-  assert make(SITE).privacy is None
-  assert make(TINY).privacy is not None
+  assert trainer(SITE).privacy is None
+  assert trainer(TINY).privacy is not None
 
 
 @pytest.mark.slow
 def test_the_noise_that_is_chosen_meets_the_target_and_the_sampler_that_runs_is_charged():
   config = dataclasses.replace(TINY, noise_multiplier=0.0, target_epsilon=4.0)
-  made = private.make(config, (18, 12, 6), 3, 100, None)
-  assert made.mechanism.sampling_rate == pytest.approx(4 / 18, rel=1e-8)
-  assert made.release.sampling_rate == made.mechanism.sampling_rate
-  assert made.release.noise_multiplier == made.mechanism.noise_multiplier
+  made = make(config)
+  (release,) = made.releases
+  assert made.sampling_rate == pytest.approx(4 / 18, rel=1e-8)
+  assert release.sampling_rate == made.sampling_rate
+  assert release.noise_multiplier == made.noise_multiplier
+  assert release.times == made.num_steps
   assert made.num_steps == 5
   assert made.delta == 1 / 18
-  ledger = accounting.ledger("example", made.delta, 18)
-  spent = accounting.spend(
-    accounting.spend(ledger, made.counts), made.release, made.num_steps * config.rounds
-  )
-  assert 3.95 < accounting.epsilon(spent) <= 4.0
+  assert [release.what for release in made.before] == ["class counts"]
+  assert 3.95 < made.epsilon(config.rounds) <= 4.0
   with pytest.raises(ValueError, match="publish somebody whole"):
-    private.make(dataclasses.replace(config, delta=0.1), (18, 12, 6), 3, 100, None)
+    make(dataclasses.replace(config, delta=0.1))
 
 
 def test_noise_of_all_sites_hides_from_each_of_them():
@@ -122,14 +133,12 @@ def test_noise_of_all_sites_hides_from_each_of_them():
   config = dataclasses.replace(
     SITE, num_sites=10, noise_multiplier=1.0, dp_noise="distributed", secagg_threshold=7
   )
-  made = private.make(config, (5,) * 10, 10, 1000, 7)
+  made = make(config, (5,) * 10, 10, 1000, 7)
   assert made.noise.num_honest == 6
   curve = distributed.rdp(dataclasses.replace(made.noise, num_colluding=0), accounting.ORDERS)[1]
   trusting = accounting.renyi("updates", curve, made.noise.sampler_error)
-  of = lambda release: accounting.epsilon(
-    accounting.spend(accounting.ledger("site", 0.1, 10), release, 5)
-  )
-  assert of(made.release) >= of(trusting)
+  trusted = accounting.spend(accounting.ledger("site", 0.1, 10), trusting, 5)
+  assert made.epsilon(5) >= accounting.epsilon(trusted)
   assert made.noise.local_stddev > dataclasses.replace(made.noise, num_colluding=0).local_stddev
 
 
@@ -143,12 +152,11 @@ def test_noise_of_all_sites_is_calibrated_to_the_fewest():
     dp_noise="distributed",
     secagg_threshold=7,
   )
-  made = private.make(config, (5,) * 10, 10, 1000, 7)
+  made = make(config, (5,) * 10, 10, 1000, 7)
   assert made.noise.min_survivors == 7
-  ledger = accounting.spend(accounting.ledger("site", 0.1, 10), made.release, config.rounds)
-  assert 4.95 < accounting.epsilon(ledger) <= 5.0
-  alone = private.make(dataclasses.replace(config, dp_noise="site"), (5,) * 10, 10, 1000, None)
-  assert made.noise.noise_multiplier == pytest.approx(alone.release.noise_multiplier, rel=0.2)
+  assert 4.95 < made.epsilon(config.rounds) <= 5.0
+  alone = make(dataclasses.replace(config, dp_noise="site"), (5,) * 10, 10, 1000)
+  assert made.noise.noise_multiplier == pytest.approx(alone.noise_multiplier, rel=0.2)
 
 
 @pytest.mark.parametrize("num_sites", [10, 100])
@@ -158,30 +166,30 @@ def test_updates_and_what_moves_their_clip_are_charged_together(num_sites):
   """
   config = dataclasses.replace(MOVING, num_sites=num_sites, delta=0.01, noise_multiplier=2.0)
   sizes, least = (5,) * num_sites, num_sites // 2 + 1
-  alone = private.make(config, sizes, num_sites, 1000, None)
-  assert alone.release == accounting.gaussian(alone.release.what, 2.0)
+  alone = make(config, sizes, num_sites, 1000)
+  (released,) = alone.releases
+  assert released == accounting.gaussian(released.what, 2.0)
   assert alone.clip == adaptive.Clip(0.7, 0.5, 0.2, 2.0)
-  together = private.make(
+  together = make(
     dataclasses.replace(config, dp_noise="distributed"), sizes, num_sites, 1000, least
   )
-  noise, of_bit = together.noise, site_privacy.bit_noise(together.noise, together.clip)
+  noise, of_bit = together.noise, adaptive.bit_noise(together.noise, together.clip)
+  (release,) = together.releases
   assert (noise.l2_clip_norm, together.clip.l2_clip_norm, of_bit.min_survivors) == (1.0, 0.7, least)
   assert of_bit.noise_multiplier == 2 * together.clip.count_stddev == max(4.0, num_sites / 10)
   curves = [distributed.rdp(n, accounting.ORDERS)[1] for n in (noise, of_bit)]
   assert min(map(min, curves)) > 0
-  np.testing.assert_allclose(together.release.curve, np.add(*curves), rtol=1e-12)
-  assert together.release.extra_delta == pytest.approx(
-    noise.sampler_error + of_bit.sampler_error, rel=1e-9
-  )
+  np.testing.assert_allclose(release.curve, np.add(*curves), rtol=1e-12)
+  assert release.extra_delta == pytest.approx(noise.sampler_error + of_bit.sampler_error, rel=1e-9)
   # that is what noise of multiplier 2 costs without bits, but for the little that rounding adds
-  fixed = private.make(
+  fixed = make(
     dataclasses.replace(config, dp_noise="distributed", dp_clip_quantile=0.0),
     sizes,
     num_sites,
     1000,
     least,
   )
-  np.testing.assert_allclose(together.release.curve, fixed.release.curve, rtol=1e-3)
+  np.testing.assert_allclose(release.curve, fixed.releases[0].curve, rtol=1e-3)
   assert noise.noise_multiplier > fixed.noise.noise_multiplier
 
 
@@ -196,56 +204,45 @@ def test_a_clip_that_moves_keeps_within_the_target():
     secagg_threshold=7,
   )
   for change in ({}, {"dp_noise": "site"}):
-    made = private.make(dataclasses.replace(config, **change), (5,) * 10, 10, 1000, 7)
-    ledger = accounting.spend(accounting.ledger("site", 0.1, 10), made.release, config.rounds)
-    assert 4.95 < accounting.epsilon(ledger) <= 5.0
+    made = make(dataclasses.replace(config, **change), (5,) * 10, 10, 1000, 7)
+    assert 4.95 < made.epsilon(config.rounds) <= 5.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["banded", "tree"])
 def test_noise_of_a_whole_run_meets_the_target_once(kind):
   config = dataclasses.replace(FIXED, dp_noise=kind, noise_multiplier=0.0, target_epsilon=4.0)
-  made = private.make(config, SIZES, 3, 100, None)
-  noises = made.correlated
+  made = make(config)
+  noises = made.strategy
   assert (noises.num_steps, noises.min_separation, noises.max_participations) == (27, 3, 9)
-  assert (made.num_steps, made.delta, made.mechanism) == (9, 1 / 18, None)
-  assert made.release == accounting.gaussian("gradients", noises.noise_multiplier)
-  spent = accounting.spend(
-    accounting.spend(accounting.ledger("example", made.delta, 18), made.counts), made.release
-  )
-  assert 3.95 < accounting.epsilon(spent) <= 4.0
-  assert private.make(dataclasses.replace(config, noise_multiplier=10.0), SIZES, 3, 100, None)
+  assert (made.num_steps, made.delta, made.sampling_rate) == (9, 1 / 18, 1)
+  assert made.releases == (accounting.gaussian("gradients", noises.noise_multiplier),)
+  assert 3.95 < made.epsilon(config.rounds) == made.epsilon(1) <= 4.0
+  assert make(dataclasses.replace(config, noise_multiplier=10.0))
   with pytest.raises(
     ValueError, match=r"noise_multiplier=0.3 costs epsilon .* more than target_epsilon=4"
   ):
-    private.make(dataclasses.replace(config, noise_multiplier=0.3), SIZES, 3, 100, None)
+    make(dataclasses.replace(config, noise_multiplier=0.3))
 
 
 def test_batches_in_a_fixed_order_are_checked_against_the_smallest_site():
-  assert len(private.make(FIXED, SIZES, 3, 100, None).correlated.coefficients) == 3
+  assert len(make(FIXED).strategy.coefficients) == 3
   assert (
-    len(
-      private.make(
-        dataclasses.replace(FIXED, dp_bands=2), SIZES, 3, 100, None
-      ).correlated.coefficients
-    )
+    len(make(dataclasses.replace(FIXED, dp_bands=2), SIZES, 3, 100, None).strategy.coefficients)
     == 2
   )
   for change, message in (
     ({"batch_size": 7}, "6 units, less than batch_size=7"),
-    ({"dp_bands": 4}, "use dp_bands=3"),
+    ({"dp_bands": 4}, "use bands=3"),
   ):
     with pytest.raises(ValueError, match=message):
-      private.make(dataclasses.replace(FIXED, **change), SIZES, 3, 100, None)
+      make(dataclasses.replace(FIXED, **change))
 
 
 def test_a_whole_run_is_charged_at_its_start_and_at_every_other(tmp_path):
-  made = private.make(FIXED, SIZES, 3, 100, None)
-  made = made._replace(
-    target=accounting.epsilon(
-      accounting.spend(accounting.Ledger("example", made.delta), made.release)
-    )
-  )
+  config = dataclasses.replace(FIXED, class_weights=False)
+  made = make(config)
+  made = dataclasses.replace(made, target_epsilon=made.epsilon(1))
   times = lambda book: [sum(r.times for r in ledger.releases) for ledger in book.ledgers]
   start = lambda: books.Book(made, 3, tmp_path / "ledger.json")
   book = start()
@@ -324,7 +321,7 @@ def test_what_is_released_is_charged_before_and_on_disk(config, gradients, tmp_p
   def note_and_stop(*_):
     saved = json.loads((tmp_path / "ledger.json").read_text())["ledgers"]
     booked.append(
-      {(r.what, r.times) for one in saved for r in accounting.from_json(json.dumps(one)).releases}
+      {(r.what, r.times) for one in saved for r in books.from_json(json.dumps(one)).releases}
     )
     raise KeyboardInterrupt
 
@@ -352,11 +349,11 @@ def test_a_stopped_run_goes_on_with_its_ledger_and_its_class_counts(tmp_path):
   arm = train(TINY, tmp_path)
   after = json.loads((tmp_path / "ledger.json").read_text())
   assert before["class_counts"] == after["class_counts"]
-  ledger = accounting.from_json(json.dumps(after["ledgers"][0]))
+  ledger = books.from_json(json.dumps(after["ledgers"][0]))
   counts, gradients = ledger.releases
   # The second round was not saved when the run was stopped: it was released twice, and is charged
   # twice.
-  steps = private.make(TINY, inputs.site_images(TINY).train.sizes, 3, 100, None).num_steps
+  steps = make(TINY, inputs.site_images(TINY).train.sizes).num_steps
   assert (counts.times, gradients.times) == (1, 4 * steps)
   epsilons = [row["epsilon"] for row in arm.rows]
   assert len(epsilons) == 3
@@ -379,7 +376,7 @@ def test_a_stopped_run_goes_on_with_its_correlated_noise_and_is_charged_again(tm
   ledgers = {}
   for name in ("whole", "parts"):
     saved = json.loads((tmp_path / name / "ledger.json").read_text())["ledgers"][0]
-    ledgers[name] = accounting.from_json(json.dumps(saved))
+    ledgers[name] = books.from_json(json.dumps(saved))
   assert [(r.what, r.times) for r in ledgers["whole"].releases] == [
     ("class counts", 1),
     ("gradients", 1),
@@ -396,7 +393,7 @@ def test_a_stopped_run_goes_on_with_its_correlated_noise_and_is_charged_again(tm
   ):  # a finished run that is started again trains nothing, and costs nothing
     train(FIXED, tmp_path / name)
     saved = json.loads((tmp_path / name / "ledger.json").read_text())["ledgers"][0]
-    assert accounting.from_json(json.dumps(saved)) == ledgers[name]
+    assert books.from_json(json.dumps(saved)) == ledgers[name]
   assert "3 bands" in whole.privacy["mechanism"]
   assert (
     "at least 3 steps between two uses of an image, at most 9 uses in 27"
@@ -437,15 +434,11 @@ def test_pooled_training_takes_batches_in_a_fixed_order(tmp_path):
 @pytest.mark.slow
 def test_training_stops_at_the_budget(tmp_path):
   sizes = inputs.site_images(TINY).train.sizes
-  made = private.make(TINY, sizes, 3, 100, None)
-  start = accounting.spend(accounting.ledger("example", made.delta, max(sizes)), made.counts)
-  after = lambda rounds: accounting.epsilon(
-    accounting.spend(start, made.release, rounds * made.num_steps)
-  )
-  target = (after(1) + after(2)) / 2
+  made = make(TINY, sizes)
+  target = (made.epsilon(1) + made.epsilon(2)) / 2
   arm = train(dataclasses.replace(TINY, target_epsilon=target, dp_seed=-1), tmp_path)
   assert [row["round"] for row in arm.rows] == [1]
-  assert arm.rows[-1]["epsilon"] == pytest.approx(after(1), rel=1e-6)
+  assert arm.rows[-1]["epsilon"] == pytest.approx(made.epsilon(1), rel=1e-6)
   assert "NOT PRIVATE" not in arm.privacy
 
 
@@ -511,7 +504,7 @@ def test_rounds_say_how_the_clip_moves(tmp_path):
   assert "each site's bit" in arm.privacy["noise of the clip"]
   assert "norm that moves" in arm.privacy["mechanism"]
   saved = json.loads((tmp_path / "ledger.json").read_text())["ledgers"]
-  (ledger,) = {accounting.from_json(json.dumps(one)) for one in saved}
+  (ledger,) = {books.from_json(json.dumps(one)) for one in saved}
   assert [(r.what, r.times, r.noise_multiplier) for r in ledger.releases] == [
     ("updates, and whether they were within the clip", 2, 1.0)
   ]
