@@ -10,7 +10,8 @@ import pytest
 
 from primia_jax import models
 from primia_jax.privacy import accounting
-from primia_jax.privacy.distributed import DistributedNoise, epsilon
+from primia_jax.privacy.distributed import DistributedNoise
+from primia_jax.privacy.distributed_cost import epsilon
 from primia_jax.privacy.ledger import from_json
 
 SITES = ("dp=site", "num_sites=50", "noclass_weights", "weighting=uniform")
