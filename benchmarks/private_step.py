@@ -1,5 +1,5 @@
-"""What privacy adds to a step: clip, noise and SGD on a full batch of 32, beside the same step
-without privacy.
+"""What privacy adds to a step: clip, noise and SGD on a full batch of 32, beside the step without
+privacy.
 
   python -m benchmarks.private_step --case=cnn28
   python -m benchmarks.private_step --case=resnet18_64 --rounds=10 --torch_python=ENV/bin/python \
@@ -9,7 +9,7 @@ The CNN is that of the Opacus and jax-privacy tutorials (conv 16 8x8/2, pool, co
 dense 32, dense 10; 26 thousand parameters); the ResNet-18 has GroupNorm and 11.2 million. Both
 steps run in turn in one process. Temporary memory is XLA's own figure for the compiled step. ENV:
 `pip install torch==2.13.0 opacus==1.6.0`. ENV3 (Python 3.12): `pip install jax==0.12.0.1 flax
-jax-privacy==2.0.0`. Their noise is not of a cryptographic generator, ours is.
+jax-privacy==2.0.0`. Their noise does not come from a cryptographic generator; ours does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from absl import app, flags, logging
 from benchmarks import measuring
 from primia_jax import local, models, prng
 from primia_jax.conv import conv, max_pool
-from primia_jax.privacy import mechanism
+from primia_jax.privacy import plan
 from primia_jax.tapped import dense
 from primia_jax.types import Array, Batch, LossFn, Params
 
@@ -56,7 +56,7 @@ _JAX_PRIVACY = flags.DEFINE_string(
   "jax_privacy_python", None, "Interpreter of one with flax and jax-privacy."
 )
 _PEERS = flags.DEFINE_list(
-  "peers", "torch,hooks,ghost,full,full_dot,micro1", "Of `OTHERS`, what to time beside it."
+  "peers", "torch,hooks,ghost,full,full_dot,micro1", "Which of `OTHERS` to time beside it."
 )
 
 # name, script, and what the script is told, of each peer; see benchmarks/peers/
@@ -149,24 +149,28 @@ def beside(
 def main(_):
   case = _CASE.value
   params, loss_fn, batch = work(case)
-  mech = mechanism.Mechanism(
-    1.0, 0.01, BATCH, clipping=_CLIPPING.value, microbatch=_MICROBATCH.value
+  made = plan.dp_sgd(
+    loss_fn,
+    num_units=BATCH,
+    sampling_rate=1.0,
+    steps=1,
+    rounds=1,
+    delta=1 / BATCH,
+    noise_multiplier=1.0,
+    clipping=_CLIPPING.value,
+    microbatch=_MICROBATCH.value,
+    has_taps=has_taps if _TAPS.value else None,
   )
-  taps = has_taps if _TAPS.value else None
-  plain, private = local.gradients(loss_fn), mechanism.private_gradients(loss_fn, mech, taps)
-  key, secret = jax.random.key(1), prng.random_key()
+  plain, key, secret = local.gradients(loss_fn), jax.random.key(1), prng.random_key()
   descend = lambda params, grads: jax.tree.map(lambda p, g: p - RATE * g, params, grads)
 
   def plain_step(params, batch, step):
     return descend(params, plain(params, {}, batch, jax.random.fold_in(key, step))[0])
 
   def private_step(params, batch, step):
-    args = (
-      jax.random.fold_in(key, step),
-      prng.derive(secret, step),
-      jnp.float32(BATCH / mech.sampling_rate),
-    )
-    return descend(params, private(params, {}, batch, *args)[0])
+    total, _ = made.grad_fn(params, {}, batch, jax.random.fold_in(key, step))
+    numbers = {"secret": secret, "step": step, "num_units": jnp.int32(BATCH)}
+    return descend(params, made.privatizer.update(total, (), params, **numbers)[0])
 
   steps = {"plain": plain_step, "private": private_step}
   compiled = {
@@ -195,10 +199,10 @@ def main(_):
   what = f"{case}, {models.num_parameters(params)} parameters, batch {BATCH}"
   scale = 1 / per_round
   measuring.report(f"step: {what}, not private", costs["plain"], unit="s/step", scale=scale)
-  name = f"step: {what}, private, {mech.clipping}"
+  name = f"step: {what}, private, {made.clipping.kind}"
   measuring.report(name, costs["private"], target=seconds, unit="s/step", scale=scale)
   measuring.report_ratio(
-    f"private over not private: {what}, {mech.clipping}",
+    f"private over not private: {what}, {made.clipping.kind}",
     costs["private"],
     costs["plain"],
     target=ratio,
@@ -213,7 +217,10 @@ def main(_):
   assert analysis is not None
   temporary = analysis.temp_size_in_bytes / 2**20
   measuring.say(
-    f"temporary memory of a private step: {what}, {mech.clipping}", [temporary], "MiB", mebibytes
+    f"temporary memory of a private step: {what}, {made.clipping.kind}",
+    [temporary],
+    "MiB",
+    mebibytes,
   )
 
 

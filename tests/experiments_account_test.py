@@ -10,7 +10,9 @@ import pytest
 
 from primia_jax import models
 from primia_jax.privacy import accounting
-from primia_jax.privacy.distributed import DistributedNoise, epsilon
+from primia_jax.privacy.distributed import DistributedNoise
+from primia_jax.privacy.distributed_cost import epsilon
+from primia_jax.privacy.ledger import from_json
 
 SITES = ("dp=site", "num_sites=50", "noclass_weights", "weighting=uniform")
 DISTRIBUTED = (*SITES, "dp_noise=distributed", "secagg_threshold=-1", "secagg_bits=16")
@@ -30,7 +32,7 @@ def test_figures_are_the_accountant_s_and_files_are_written(tmp_path):
   assert done.returncode == 0, done.stderr
   assert "WARNING" not in done.stderr
   result = json.loads((tmp_path / "account.json").read_text())
-  ledger = accounting.from_json(json.dumps(result["ledger"]))
+  ledger = from_json(json.dumps(result["ledger"]))
   assert [(r.what, r.times) for r in ledger.releases] == [("class counts", 1), ("gradients", 20)]
   last = result["rows"][-1]
   assert (last["round"], last["pld"], len(result["rows"])) == (20, accounting.epsilon(ledger), 10)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from primia_jax import prng
-from primia_jax.privacy import adaptive, distributed
+from primia_jax.privacy import adaptive, distributed, distributed_cost
 
 SECRET = prng.derive(jnp.arange(8, dtype=jnp.uint32), 8)
 
@@ -88,7 +88,7 @@ def test_the_two_releases_together_cost_what_one_would():
   with pytest.raises(ValueError, match="count_stddev"):
     adaptive.update_noise_multiplier(6.0, config)
   costs = [
-    distributed.rdp(
+    distributed_cost.rdp(
       distributed.DistributedNoise(1, 4, 4, clip, z, num_bits=24, num_stddevs=8.0), (8.0,)
     )[1][0]
     for clip, z in ((1.0, z_updates), (0.5, 2 * config.count_stddev), (1.0, z))

@@ -10,7 +10,7 @@ from dp_accounting import rdp
 from scipy import special, stats
 
 from primia_jax import prng
-from primia_jax.privacy import distributed, rotation
+from primia_jax.privacy import distributed, distributed_cost, rotation
 from primia_jax.privacy.distributed import DistributedNoise
 
 SECRET = prng.derive(jnp.arange(8, dtype=jnp.uint32), 7)
@@ -102,7 +102,7 @@ def test_noise_counts_honest_sites_of_the_smallest_sum_only():
   )  # more than the threshold of honest ones gives more noise
   assert accepts(sum_of_seven, few.noise_multiplier * few.l2_clip_norm * math.sqrt(7 / 4), c.dim)
   assert not accepts(sum_of_seven, all_honest.local_stddev * math.sqrt(7), c.dim)
-  epsilons = [distributed.rdp(k)[1][9] for k in (c, all_honest)]
+  epsilons = [distributed_cost.rdp(k)[1][9] for k in (c, all_honest)]
   assert epsilons[0] == pytest.approx(epsilons[1], rel=0.05)  # the same promise
 
 
@@ -259,7 +259,7 @@ class OnGrid:
 def test_rdp_bounds_the_divergence_of_the_sum(kind, stddev, num_sites):
   for shift in (1, 2, 5):
     orders = (2.0, 3.0, 8.0, 16.0)
-    _, bounds = distributed.rdp(OnGrid(1, num_sites, stddev, shift, shift, kind), orders)
+    _, bounds = distributed_cost.rdp(OnGrid(1, num_sites, stddev, shift, shift, kind), orders)
     for order, bound in zip(orders, bounds, strict=True):
       if shift * order > 20 * stddev * math.sqrt(num_sites):
         continue  # where the tails that float64 holds do not reach
@@ -273,26 +273,26 @@ def test_rdp_bounds_the_divergence_of_the_sum(kind, stddev, num_sites):
 
 def test_fractional_orders_are_bounded_by_the_next_integer():
   c = config(kind="skellam")
-  orders, epsilons = distributed.rdp(c, (1.5, 2.0, 2.5, 3.0))
+  orders, epsilons = distributed_cost.rdp(c, (1.5, 2.0, 2.5, 3.0))
   assert orders == (1.5, 2.0, 2.5, 3.0)
   assert epsilons[0] == epsilons[1] < epsilons[2] == epsilons[3]
   with pytest.raises(ValueError, match="greater than 1"):
-    distributed.rdp(c, (1.0,))
+    distributed_cost.rdp(c, (1.0,))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_fine_grid_epsilon_is_that_of_the_gaussian_mechanism(kind):
   c = config(kind=kind, num_bits=22, noise_multiplier=2.0)
-  accountant = rdp.RdpAccountant(list(distributed.ORDERS))
+  accountant = rdp.RdpAccountant(list(distributed_cost.ORDERS))
   accountant.compose(dp_accounting.GaussianDpEvent(c.noise_multiplier), 20)
   expected = accountant.get_epsilon(1e-5)
   assert c.sensitivity_inflation < 1.001
-  assert distributed.epsilon(c, 20, 1e-5) == pytest.approx(expected, rel=0.01)
-  assert distributed.epsilon(c, 20, 1e-5) > expected  # never less
+  assert distributed_cost.epsilon(c, 20, 1e-5) == pytest.approx(expected, rel=0.01)
+  assert distributed_cost.epsilon(c, 20, 1e-5) > expected  # never less
 
 
 def test_more_noise_more_bits_and_fewer_rounds_cost_less():
-  of = lambda rounds=10, **changes: distributed.epsilon(config(**changes), rounds, 1e-5)
+  of = lambda rounds=10, **changes: distributed_cost.epsilon(config(**changes), rounds, 1e-5)
   assert of(noise_multiplier=2.0) < of(noise_multiplier=1.0)
   assert of(num_bits=16) < of(num_bits=12) < of(num_bits=10)
   assert of(rounds=5) < of(rounds=10)
@@ -301,12 +301,12 @@ def test_more_noise_more_bits_and_fewer_rounds_cost_less():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_calibration_reaches_the_target_with_the_least_noise(kind):
-  c = distributed.calibrate(config(kind=kind), 3.0, 1e-5, 50)
-  assert 2.9 < distributed.epsilon(c, 50, 1e-5) <= 3.0
+  c = distributed_cost.calibrate(config(kind=kind), 3.0, 1e-5, 50)
+  assert 2.9 < distributed_cost.epsilon(c, 50, 1e-5) <= 3.0
   less = dataclasses.replace(c, noise_multiplier=c.noise_multiplier * 0.99)
-  assert distributed.epsilon(less, 50, 1e-5) > 3.0
+  assert distributed_cost.epsilon(less, 50, 1e-5) > 3.0
   with pytest.raises(ValueError, match="out of reach"):
-    distributed.calibrate(config(num_bits=8, dim=10**6), 0.1, 1e-5, 1000)
+    distributed_cost.calibrate(config(num_bits=8, dim=10**6), 0.1, 1e-5, 1000)
 
 
 def test_inflation_at_eleven_million_parameters_is_that_of_the_paper():
@@ -321,11 +321,11 @@ def test_inflation_at_eleven_million_parameters_is_that_of_the_paper():
   chunked = DistributedNoise(11_178_051, 10, 10, 1.0, 1.0, 12)
   assert chunked.size < 1.01 * chunked.dim
   assert chunked.sensitivity_inflation < of(12)
-  chosen = distributed.choose_bits(chunked, 1.05)
+  chosen = distributed_cost.choose_bits(chunked, 1.05)
   assert chosen.num_bits == 16
   assert chosen.sensitivity_inflation <= 1.05
   with pytest.raises(ValueError, match="32 bits"):
-    distributed.choose_bits(chunked, 1.0)
+    distributed_cost.choose_bits(chunked, 1.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -377,6 +377,6 @@ def test_bad_sums_are_refused():
   with pytest.raises(ValueError, match="uint32"):
     distributed.decode(jnp.zeros(c.dim, jnp.uint32), ROTATION, c)
   with pytest.raises(ValueError, match="delta"):
-    distributed.epsilon(c, 1, 0.0)
+    distributed_cost.epsilon(c, 1, 0.0)
   with pytest.raises(ValueError, match="too much: the sampler"):
-    distributed.epsilon(c, 10, 1e-18)
+    distributed_cost.epsilon(c, 10, 1e-18)

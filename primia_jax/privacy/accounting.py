@@ -89,7 +89,7 @@ def gaussian(
 
 def renyi(what: str, curve: Sequence[float], extra_delta: float = 0.0) -> Release:
   """One release of any mechanism, from its Renyi divergences at `ORDERS` (distributed noise:
-  `distributed.rdp`).
+  `distributed_cost.rdp`).
 
   Raises:
     ValueError: for another number of divergences, or one that is negative or no number.

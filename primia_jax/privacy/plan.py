@@ -28,7 +28,7 @@ from primia_jax.privacy import (
   accounting,
   adaptive,
   batches,
-  distributed,
+  distributed_cost,
   privatizers,
   sampling,
   strategies,
@@ -359,13 +359,13 @@ def site_level(
     def released(noise: DistributedNoise, moving: Clip) -> Release:
       """What a round opens: sums of updates and of bits, whose divergences add up."""
       noises = (noise, adaptive.bit_noise(noise, moving)) if moves else (noise,)
-      curve = np.sum([distributed.rdp(n, accounting.ORDERS)[1] for n in noises], axis=0)
+      curve = np.sum([distributed_cost.rdp(n, accounting.ORDERS)[1] for n in noises], axis=0)
       return accounting.renyi(what, curve, math.fsum(n.sampler_error for n in noises))
 
     sigma = noise_multiplier
     if sigma is None:
-      sigma = distributed.calibrate(template, target, delta, rounds).noise_multiplier
-      # The ledger knows whole orders only, and claims a little more than `distributed.epsilon`.
+      sigma = distributed_cost.calibrate(template, target, delta, rounds).noise_multiplier
+      # The ledger knows whole orders only, so it claims a little more than `calibrate` does.
       cost = lambda z: accounting.epsilon(accounting.spend(start, released(*split(z)), rounds))
       while cost(sigma) > target:
         sigma *= 1.001
