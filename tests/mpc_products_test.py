@@ -341,7 +341,7 @@ def test_errors():
     split(w.astype(jnp.float32), 18, 32)
   with pytest.raises(ValueError, match="a ring of 32 bits takes uint32"):
     products.multiply(dot_map(), w, split(w, 18, 32), 32)
-  with pytest.raises(ValueError, match="map.name='add'; use conv"):
+  with pytest.raises(ValueError, match=r"map\.name='add'; use conv"):
     maps.apply(maps.Map("add"), w, w)
   with jax.enable_x64(False), pytest.raises(ValueError, match="64-bit"):
     split(jnp.ones((4, 4), jnp.int32), 18, 44)
