@@ -269,7 +269,7 @@ def test_sums_of_extremes_stay_exact(fan_in, w_bits, num_bits):
 
 def test_fan_in_beyond_one_exact_sum_of_int8():
   x, w = np.full((1, 2**17), 128, np.uint64), np.full((2**17, 1), 128, np.uint64)
-  with pytest.raises(ValueError, match="int8 sums at most 131071 products"):
+  with pytest.raises(ValueError, match="form='int8' sums at most 131071 products"):
     products.split(dot_map(), jnp.asarray(w), 64, 64, "int8")
   check(dot_map(), x, w, np.full((1, 1), 2**31, np.uint64), 64, 64, ("integer", "float64"))
   check(
@@ -319,9 +319,9 @@ def test_empty_operands():
     check(dot_map(), x, w, x @ w, 18, 44)
 
 
-def test_operands_pass_through_jit():
-  operand = products.split(dot_map(), jnp.ones((20, 5), jnp.int64), 18, 44)
-  assert jax.jit(lambda o: o)(operand).form == operand.form
+def test_factors_pass_through_jit():
+  factor = products.split(dot_map(), jnp.ones((20, 5), jnp.int64), 18, 44)
+  assert jax.jit(lambda v: v)(factor).form == factor.form
 
 
 def test_errors():
@@ -329,19 +329,19 @@ def test_errors():
   split = functools.partial(products.split, dot_map())
   split(w, 9, 32)
   split(-w, 9, 32)
-  with pytest.raises(ValueError, match=r"128 to 128, which is not below 2\^7 as w_bits=8"):
+  with pytest.raises(ValueError, match=r"128 to 128, but w_bits=8 promises magnitudes below 2\^7"):
     split(w, 8, 32)
   jax.make_jaxpr(lambda w: split(w, 8, 32))(w)  # cannot be checked
   for bits in ((33, 32), (1, 32), (18, 65)):
     with pytest.raises(ValueError, match="w_bits"):
       split(w, *bits)
-  with pytest.raises(ValueError, match="none of integer"):
+  with pytest.raises(ValueError, match="form='float'; use one of integer"):
     split(w, 18, 32, "float")
   with pytest.raises(ValueError, match="encode it"):
     split(w.astype(jnp.float32), 18, 32)
-  with pytest.raises(ValueError, match="of 32 bits are uint32"):
+  with pytest.raises(ValueError, match="a ring of 32 bits takes uint32"):
     products.multiply(dot_map(), w, split(w, 18, 32), 32)
-  with pytest.raises(ValueError, match="'add' is not a bilinear map"):
+  with pytest.raises(ValueError, match=r"map\.name='add'; use conv"):
     maps.apply(maps.Map("add"), w, w)
   with jax.enable_x64(False), pytest.raises(ValueError, match="64-bit"):
     split(jnp.ones((4, 4), jnp.int32), 18, 44)

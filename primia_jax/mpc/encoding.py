@@ -18,7 +18,7 @@ class Weight(NamedTuple):
   """A linear layer's operand: its ring elements, and the same made ready for products."""
 
   elements: Array
-  ready: products.Prepared
+  ready: products.Factor
 
 
 def encode(operand: Operand, value: Array, config: Config) -> Any:

@@ -39,14 +39,14 @@ FORMS: tuple[Form, ...] = get_args(Form)
   jax.tree_util.register_dataclass, data_fields=["digits"], meta_fields=["form", "shape", "w_bits"]
 )
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-  """A right-hand operand made ready for repeated products; a pytree whose leaves are arrays.
+class Factor:
+  """A right-hand factor made ready for repeated products; a pytree whose leaves are arrays.
 
   Attributes:
     digits: the arrays that the form multiplies by: one ("integer"), or one for each digit, lowest
       first.
     form: the form that it is made for.
-    shape: of the operand.
+    shape: of the factor.
     w_bits: as given to `split`.
   """
 
@@ -71,8 +71,8 @@ def choose(map: Map, w_shape: Sequence[int], w_bits: int, num_bits: int) -> Form
   return "float64"
 
 
-def split(map: Map, w: Array, w_bits: int, num_bits: int, form: Form | None = None) -> Prepared:
-  """Makes a right-hand operand ready for `multiply`; do it once for an operand that is used often.
+def split(map: Map, w: Array, w_bits: int, num_bits: int, form: Form | None = None) -> Factor:
+  """Makes a right-hand factor ready for `multiply`; do it once for one that is used often.
 
   Args:
     map: the bilinear map of the product.
@@ -123,10 +123,10 @@ def split(map: Map, w: Array, w_bits: int, num_bits: int, form: Form | None = No
     digits = tuple(
       d.astype(jnp.int8) for d in _digits(v, 8, min(-(-num_bits // 8), w_bits // 8 + 1))
     )
-  return Prepared(digits, form, tuple(w.shape), w_bits)
+  return Factor(digits, form, tuple(w.shape), w_bits)
 
 
-def multiply(map: Map, x: Array, w: Prepared, num_bits: int) -> Array:
+def multiply(map: Map, x: Array, w: Factor, num_bits: int) -> Array:
   """map(x, w) modulo 2^k, exactly.
 
   Args:

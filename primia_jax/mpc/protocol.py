@@ -42,7 +42,7 @@ from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, Wire, at, compute_at
 from primia_jax.types import Array
 
 # By number of the operand: ring elements or, for linear layers, an `encoding.Weight`; B and D are
-# ring elements too, and `products.Prepared` once they are `full`.
+# ring elements too, and `products.Factor` once they are `full`.
 Operands = dict[int, Any]
 Ready = dict[int, Correlation]  # by number of the operation: what a party needs for it in `run`
 Env = dict[int, Any]  # by number: shares, or (masked value, this party's share of its mask)
