@@ -8,7 +8,6 @@ included.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from primia_jax import prng
 from primia_jax.sites import Placement
 from primia_jax.summation import Outcome, Purpose, Session, Summation
 from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree
@@ -28,7 +28,7 @@ ORDER, STEPS, SAMPLING = 0, 1, 3
 
 def fresh_secrets(round: int, purpose: Purpose, ids: np.ndarray) -> np.ndarray:
   """A secret for each site from the operating system, never the same twice: [K, 8] uint32."""
-  return np.frombuffer(os.urandom(32 * len(ids)), np.uint32).reshape(len(ids), 8)
+  return prng.random_keys(len(ids))
 
 
 class Sites(NamedTuple):

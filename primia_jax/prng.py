@@ -141,6 +141,11 @@ def random_key(entropy: Callable[[int], bytes] = os.urandom) -> Array:
   return jnp.asarray(np.frombuffer(entropy(32), "<u4").astype(np.uint32))
 
 
+def random_keys(count: int, entropy: Callable[[int], bytes] = os.urandom) -> np.ndarray:
+  """Several fresh keys, as `random_key`: [count, 8] uint32 on the host."""
+  return np.frombuffer(entropy(32 * count), "<u4").astype(np.uint32).reshape(count, 8)
+
+
 def derive(key: Array, *words: int | Array) -> Array:
   """A subkey for one to three words, e.g. a round and a pair of sites; nest for more.
 

@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -20,10 +22,12 @@ LAYERS = {
   "local": {"types"},
   "robust": {"types"},
   "secagg": {"types", "ring", "prng", "native"},
+  "summation": {"types", "ring", "secagg"},
   "privacy": {"types", "ring", "prng", "local", "tapped"},
-  "federated": {"types", "prng", "sites", "secagg"},
+  "federated": {"types", "prng", "sites", "summation"},
   "algorithms": {"types", "local", "federated"},
-  "site_privacy": {"types", "ring", "prng", "secagg", "privacy", "federated"},
+  "site_privacy": {"types", "ring", "secagg", "privacy", "summation", "federated"},
+  "evaluation": {"types", "local", "privacy", "sites", "summation", "federated"},
   "mpc": {"types", "ring", "prng", "native"},
   "metrics": LEAF,
   "pretrained": LEAF,
@@ -123,6 +127,9 @@ def test_imports_run_downwards_only(module):
     ("ring", "from primia_jax import secagg"),
     ("local", "def f():\n  import primia_jax.sites"),
     ("secagg", "from . import federated"),
+    ("summation", "from primia_jax import federated"),
+    ("federated", "from primia_jax import secagg"),
+    ("federated", "from primia_jax.privacy import plan"),
     ("metrics", "from primia_jax.models import build"),
     ("data.folder", "from ..metrics import accuracy"),
     ("data.folder", "from primia_jax import local"),
@@ -139,12 +146,36 @@ def test_the_check_sees_what_is_forbidden(module, source):
   assert breaches(source, module)
 
 
-def test_the_package_itself_only_passes_names_on():
-  for path in [PACKAGE / "__init__.py", *PACKAGE.glob("*/__init__.py")]:
+def test_packages_only_pass_names_on():
+  for path in PACKAGE.glob("*/**/__init__.py"):
     body = ast.parse(path.read_text()).body
     assert all(
       isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)) for node in body
     )
+
+
+def test_each_public_name_has_one_path_and_costs_nothing_until_it_is_used():
+  code = """
+import sys, time
+start = time.perf_counter()
+import primia_jax
+assert time.perf_counter() - start < 1
+assert not {"jax", "numpy", "optax", "flax"} & set(sys.modules), "loaded too early"
+names = [name for names in primia_jax._NAMES.values() for name in names]
+assert sorted(names) == sorted(set(names)) == sorted(primia_jax.__all__)
+assert 20 <= len(names) <= 30
+for name in names:
+  assert callable(getattr(primia_jax, name)), name
+for name in primia_jax._PACKAGES:
+  assert getattr(primia_jax, name).__name__ == f"primia_jax.{name}"
+try:
+  primia_jax.nothing
+except AttributeError as error:
+  assert "nothing" in str(error)
+else:
+  raise AssertionError("a name that does not exist was found")
+"""
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_the_sites_of_a_federation_never_meet_files_or_flags():

@@ -299,3 +299,11 @@ def test_bits_are_uniform_and_a_biased_generator_is_rejected():
 def test_bad_input_is_refused(call, message):
   with pytest.raises(ValueError, match=message):
     call(key_of(0))
+
+
+def test_random_keys_are_as_many_fresh_keys():
+  keys = prng.random_keys(4)
+  assert (keys.shape, keys.dtype) == ((4, 8), np.uint32)
+  assert len({row.tobytes() for row in [*keys, *prng.random_keys(4)]}) == 8
+  counted = prng.random_keys(2, lambda size: bytes(range(size)))
+  assert [row.tobytes() for row in counted] == [bytes(range(32)), bytes(range(32, 64))]
