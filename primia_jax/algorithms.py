@@ -56,19 +56,26 @@ def fedavg(
       "noise": _noise(recipe, params),
     }
 
-  def personal(server: Global, kept: PyTree) -> tuple[Params, ModelState]:
-    return _join(kept["personal"], (server.params, server.model_state))
+  def personal(server: Global, site_state: PyTree) -> tuple[Params, ModelState]:
+    return _join(site_state["personal"], (server.params, server.model_state))
 
-  def site(server: Global, kept: PyTree, site: Site) -> tuple[Message, PyTree]:
-    start, statistics = personal(server, kept)
+  def site(server: Global, site_state: PyTree, site: Site) -> tuple[Message, PyTree]:
+    start, statistics = personal(server, site_state)
     pull = lambda grads, params: jax.tree.map(
       lambda g, y, x: g + proximal * (y - x), grads, params, start
     )
     opt_state = (
-      kept["optimizer"] if keep_optimizer else recipe.optimizer(jnp.float32(0)).init(start)
+      site_state["optimizer"] if keep_optimizer else recipe.optimizer(jnp.float32(0)).init(start)
     )
     trained = _train(
-      recipe, server, site, start, statistics, opt_state, kept["noise"], pull if proximal else None
+      recipe,
+      server,
+      site,
+      start,
+      statistics,
+      opt_state,
+      site_state["noise"],
+      pull if proximal else None,
     )
     weight = _weight(recipe, site, weighting)
     mine, shared = _split(trained.params, trained.model_state, stays)
@@ -164,9 +171,9 @@ def averaged(algorithm: Algorithm, decay: float) -> Algorithm:
 
   return algorithm._replace(
     init_server=init_server,
-    site=lambda server, kept, site: algorithm.site(inner(server), kept, site),
+    site=lambda server, site_state, site: algorithm.site(inner(server), site_state, site),
     server=server,
-    personal=lambda server, kept: (server.server_state["average"], server.model_state),
+    personal=lambda server, site_state: (server.server_state["average"], server.model_state),
     tells=lambda state: algorithm.tells(state["inner"]),
   )
 
@@ -197,14 +204,21 @@ def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) 
   def init_site(params: Params, model_state: ModelState) -> PyTree:
     return {"control": zeros(params), "noise": _noise(recipe, params)}
 
-  def site(server: Global, kept: PyTree, site: Site) -> tuple[Message, PyTree]:
+  def site(server: Global, site_state: PyTree, site: Site) -> tuple[Message, PyTree]:
     opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
-    own = kept["control"]
+    own = site_state["control"]
     correct = lambda grads, params: jax.tree.map(
       lambda g, own, c: g - own + c, grads, own, server.server_state
     )
     trained = _train(
-      recipe, server, site, server.params, server.model_state, opt_state, kept["noise"], correct
+      recipe,
+      server,
+      site,
+      server.params,
+      server.model_state,
+      opt_state,
+      site_state["noise"],
+      correct,
     )
     update, statistics = _change(trained, server)
     change = jax.tree.map(
@@ -252,9 +266,9 @@ def fednova(
     raise ValueError(f"momentum={momentum} must lie in [0, 1)")
   most = float(_accumulated(jnp.float32(recipe.steps.max_steps), momentum))
 
-  def site(server: Global, kept: PyTree, site: Site) -> tuple[Message, PyTree]:
+  def site(server: Global, site_state: PyTree, site: Site) -> tuple[Message, PyTree]:
     opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
-    trained = _train(recipe, server, site, server.params, server.model_state, opt_state, kept)
+    trained = _train(recipe, server, site, server.params, server.model_state, opt_state, site_state)
     update, statistics = _change(trained, server)
     weight = _weight(recipe, site, weighting)
     steps = _accumulated(trained.num_steps.astype(jnp.float32), momentum)
@@ -299,7 +313,7 @@ def _accumulated(steps: Array, momentum: float) -> Array:
   return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
-def _global(server: Global, kept: PyTree) -> tuple[Params, ModelState]:
+def _global(server: Global, site_state: PyTree) -> tuple[Params, ModelState]:
   return server.params, server.model_state
 
 

@@ -52,7 +52,7 @@ def class_counting(
     fit the summation.
   """
 
-  def site_fn(shared: tuple, kept: PyTree, site: Site) -> tuple[Array, PyTree]:
+  def site_fn(shared: tuple, site_state: PyTree, site: Site) -> tuple[Array, PyTree]:
     share = (jnp.arange(site.labels.shape[0]) < site.num_examples).astype(jnp.float32)
     if site.units is not None:
       of_unit = jnp.zeros_like(share).at[site.units].add(share)  # padding, of unit -1, adds 0
@@ -61,7 +61,7 @@ def class_counting(
     if noise_stddev:
       key = subkeys.of_counts(site.secret)
       counts = counts + noise.gaussian_like(key, 0, counts, noise_stddev)
-    return counts, kept
+    return counts, site_state
 
   total = over_sites(site_fn, summation, placement, Purpose.COUNTING)
 
@@ -104,8 +104,8 @@ def validation(
   """
   count_errors = local.count_errors(apply_fn, prepare, num_classes, batch_size)
 
-  def site_fn(shared: Global, kept: PyTree, site: Site) -> tuple[dict[str, Array], tuple]:
-    model = algorithm.personal(shared, kept)
+  def site_fn(shared: Global, site_state: PyTree, site: Site) -> tuple[dict[str, Array], tuple]:
+    model = algorithm.personal(shared, site_state)
     return count_errors(*model, site.images, site.labels, site.num_examples), ()
 
   total = over_sites(site_fn, summation, placement, Purpose.EVALUATION)

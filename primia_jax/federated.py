@@ -184,23 +184,23 @@ def over_sites(
   """Runs a function at each site and opens the sum of the messages: the one way out of a site.
 
   Args:
-    site_fn: (shared, what the site keeps, Site) -> (message, what the site keeps). The Site has a
+    site_fn: (shared, site_state, Site) -> (message, site_state). The Site has a
       secret of its own, fresh for this sum.
     summation: how the sum is formed.
     placement: where the site axis runs.
     purpose: of the sum.
 
   Returns:
-    (shared, round, Sites, kept [K, ...] = ()) -> (sum of messages, kept [K, ...] of the sites that
-    run here, Outcome). It raises a ValueError for sites that the summation, the placement or the
-    loader cannot serve, and whatever the summation raises.
+    (shared, round, Sites, site_state [K, ...] = ()) -> (sum of messages, site_state [K, ...] of the
+    sites that run here, Outcome). It raises a ValueError for sites that the summation, the
+    placement or the loader cannot serve, and whatever the summation raises.
   """
 
   def one(shared: Any, inputs: PyTree) -> tuple[PyTree, PyTree]:
-    site, row, kept = inputs
-    message, kept = site_fn(shared, kept, site)
+    site, row, site_state = inputs
+    message, site_state = site_fn(shared, site_state, site)
     sent = summation.send(message, row)
-    return ((), (sent, kept)) if summation.stacks else (sent, kept)
+    return ((), (sent, site_state)) if summation.stacks else (sent, site_state)
 
   def message_of(shared: Any, inputs: PyTree) -> PyTree:
     return site_fn(shared, *jax.tree.map(lambda a: a[0], inputs))[0]
@@ -208,7 +208,7 @@ def over_sites(
   run = placement.sum_over_sites(one)
   add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
-  def apply(shared: Any, round: Array | int, sites: Sites, kept: PyTree = ()):
+  def apply(shared: Any, round: Array | int, sites: Sites, site_state: PyTree = ()):
     ids = np.asarray(sites.ids, np.int32)
     here = placement.rows(len(ids))
     if (placement.name == "processes") != summation.between_processes:
@@ -232,7 +232,11 @@ def over_sites(
     for start in range(0, len(here), per_load):
       part = slice(start, start + per_load)
       site = placement.put(_load(sites, ids[here][part], secrets[part]))
-      had = kept if per_load >= len(here) else jax.tree.map(lambda a, part=part: a[part], kept)
+      had = (
+        site_state
+        if per_load >= len(here)
+        else jax.tree.map(lambda a, part=part: a[part], site_state)
+      )
       if session is None:  # once the first sites are loaded, since messages are shaped by them
         shapes = lambda site=site, had=had: jax.eval_shape(message_of, shared, (had, site))
         session = summation.begin(int(round), purpose, ids, shapes)
@@ -242,10 +246,10 @@ def over_sites(
       total = summed if total is None else add(total, summed)
       outs.append(out)
     out = outs[0] if len(outs) == 1 else jax.tree.map(lambda *o: jnp.concatenate(o), *outs)
-    stack, kept = out if summation.stacks else ((), out)
+    stack, site_state = out if summation.stacks else ((), out)
     assert session is not None  # there is at least one site here
     message, outcome = summation.end(session, stack if summation.stacks else total)
-    return message, kept, outcome
+    return message, site_state, outcome
 
   return apply
 
@@ -296,20 +300,22 @@ def federate(
         "site"
       )
     one, here = algorithm.init_site(params, model_state), len(placement.rows(num_sites))
-    kept = jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (here, *np.shape(a))), one)
+    site_state = jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (here, *np.shape(a))), one)
     start = (params, model_state, algorithm.init_server(params), jnp.zeros((), jnp.int32))
     params, model_state, server_state, zero = placement.replicate(start)
-    return State(params, model_state, server_state, placement.put(kept), zero)
+    return State(params, model_state, server_state, placement.put(site_state), zero)
 
   @jax.jit
-  def finish(key, state: State, message, had, kept, rows, counted, out_of_range):
+  def finish(key, state: State, message, had, site_state, rows, counted, out_of_range):
     before = Global(state.params, state.model_state, state.server_state, state.round, key)
     params, model_state, server_state, metrics = algorithm.server(before, message)
     stays = lambda new, old: jnp.where(counted.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-    kept = jax.tree.map(stays, kept, had)
+    site_state = jax.tree.map(stays, site_state, had)
     if rows is not None:
-      kept = jax.tree.map(lambda old, new: old.at[rows].set(new), state.site_state, kept)
-    after = State(params, model_state, server_state, kept, state.round + 1)
+      site_state = jax.tree.map(
+        lambda old, new: old.at[rows].set(new), state.site_state, site_state
+      )
+    after = State(params, model_state, server_state, site_state, state.round + 1)
     usable = out_of_range == 0
     after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, state)
     after = after._replace(round=state.round + 1)
@@ -329,9 +335,9 @@ def federate(
     key = placement.replicate(key)
     weights = None if sites.class_weights is None else placement.replicate(sites.class_weights)
     shared = Global(state.params, state.model_state, state.server_state, state.round, key, weights)
-    message, kept, outcome = train(shared, int(state.round), sites._replace(ids=ids), had)
+    message, site_state, outcome = train(shared, int(state.round), sites._replace(ids=ids), had)
     counted = placement.put(np.isin(ids[placement.rows(len(ids))], outcome.survivors))
-    inputs = message, had, kept, rows, counted, outcome.out_of_range
+    inputs = message, had, site_state, rows, counted, outcome.out_of_range
     state, (loss, accuracy, norm, told) = finish(key, state, *inputs)
     return state, Info(loss, accuracy, norm, outcome.out_of_range, outcome.survivors, told)
 

@@ -67,12 +67,12 @@ def bounded(algorithm: Algorithm, clip: float | Clip, noise_multiplier: float = 
   if isinstance(clip, Clip) and clip.target_quantile is not None:
     return _moving(algorithm, clip, noise_multiplier)
 
-  def site(server: Global, kept: PyTree, site: Site) -> tuple[Message, PyTree]:
-    message, kept = algorithm.site(server, kept, site)
+  def site(server: Global, site_state: PyTree, site: Site) -> tuple[Message, PyTree]:
+    message, site_state = algorithm.site(server, site_state, site)
     update, _ = clip_update(message.update, l2_clip_norm)
     if noise_multiplier:
       update = _add_noise(update, noise_multiplier * l2_clip_norm, site, server.round, 0)
-    return message._replace(update=update, metrics=_silent(message.metrics)), kept
+    return message._replace(update=update, metrics=_silent(message.metrics)), site_state
 
   return algorithm._replace(name=f"{algorithm.name}, bounded", site=site)
 
@@ -87,8 +87,8 @@ def _moving(algorithm: Algorithm, clip: Clip, noise_multiplier: float) -> Algori
   def init_server(params: Params) -> PyTree:
     return {"inner": algorithm.init_server(params), "clip": adaptive.init(clip)}
 
-  def site(server: Global, kept: PyTree, site: Site) -> tuple[Message, PyTree]:
-    message, kept = algorithm.site(inner(server), kept, site)
+  def site(server: Global, site_state: PyTree, site: Site) -> tuple[Message, PyTree]:
+    message, site_state = algorithm.site(inner(server), site_state, site)
     norm = server.server_state["clip"].l2_clip_norm
     # Divided first and clipped last: the bound holds for any clip that the server sends, 0 and NaN
     # included.
@@ -98,7 +98,7 @@ def _moving(algorithm: Algorithm, clip: Clip, noise_multiplier: float) -> Algori
     if noise_multiplier:
       update = _add_noise(update, of_update, site, server.round, 0)
       bit = _add_noise(bit, of_bit, site, server.round, 1)
-    return Message(update, message.weight, _silent(message.metrics), bit), kept
+    return Message(update, message.weight, _silent(message.metrics), bit), site_state
 
   def server(server: Global, total: Message) -> tuple[Params, ModelState, PyTree, Metrics]:
     state = server.server_state["clip"]
@@ -116,7 +116,7 @@ def _moving(algorithm: Algorithm, clip: Clip, noise_multiplier: float) -> Algori
     init_server=init_server,
     site=site,
     server=server,
-    personal=lambda server, kept: algorithm.personal(inner(server), kept),
+    personal=lambda server, site_state: algorithm.personal(inner(server), site_state),
     uniform=False,  # a robust rule would not give the mean of the bits
     tells=tells,
   )

@@ -1,6 +1,4 @@
-"""What distributed noise costs: the Renyi divergences of a round, the epsilon of several rounds, and
-the noise or the ring that a target needs.
-"""
+"""What distributed noise costs, round by round, and the noise or the ring that a target needs."""
 
 from __future__ import annotations
 
