@@ -216,12 +216,8 @@ def main(_):
   analysis = compiled["private"].memory_analysis()
   assert analysis is not None
   temporary = analysis.temp_size_in_bytes / 2**20
-  measuring.say(
-    f"temporary memory of a private step: {what}, {made.clipping.kind}",
-    [temporary],
-    "MiB",
-    mebibytes,
-  )
+  told = f"temporary memory of a private step: {what}, {made.clipping.kind}"
+  measuring.say(told, [temporary], "MiB", mebibytes)
 
 
 if __name__ == "__main__":

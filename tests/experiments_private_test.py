@@ -103,9 +103,8 @@ def test_noise_of_all_sites_hides_from_each_of_them():
   )
   made = make(config, (5,) * 10, 10, 1000, 7)
   assert made.noise.num_honest == 6
-  curve = distributed_cost.rdp(dataclasses.replace(made.noise, num_colluding=0), accounting.ORDERS)[
-    1
-  ]
+  trusting = dataclasses.replace(made.noise, num_colluding=0)
+  curve = distributed_cost.rdp(trusting, accounting.ORDERS)[1]
   release = accounting.renyi("updates", curve, made.noise.sampler_error)
   trusted = accounting.spend(accounting.ledger("site", 0.1, 10), release, 5)
   assert made.epsilon(5) >= accounting.epsilon(trusted)

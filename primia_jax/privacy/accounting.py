@@ -24,11 +24,10 @@ ACCOUNTANTS = ("pld", "rdp")
 ORDERS = (
   *map(float, range(2, 65)),
   *(2.0**i for i in range(7, 13)),
-)  # whole, where the formula is a sum
+)  # whole numbers, for which the formula is a sum
 _MAX_EPSILON = 1e3  # beyond this nothing is claimed
 _LEAST_NOISE = 0.1  # below this nothing is calibrated
-# step of a privacy loss distribution over its width: the error grows with steps, time falls with
-# them
+# step of a privacy loss distribution over its width; larger steps mean more error and less time
 _GRID = 5e-5
 
 
@@ -36,12 +35,12 @@ class Release(NamedTuple):
   """One kind of output of a site, and how often it was given.
 
   Attributes:
-    what: for people, such as "gradients".
+    what: its name in reports, such as "gradients".
     noise_multiplier: of the Poisson-subsampled Gaussian mechanism; 0 where `curve` is given.
     sampling_rate: q, the rate that really ran.
-    times: how often.
-    extra_delta: the probability, each time, that what ran was not what is accounted for (a batch
-      that overflowed).
+    times: how often it was given.
+    extra_delta: the probability, each time, that what ran was not what is accounted for: a batch
+      that overflowed, or the sampler's error.
     curve: Renyi divergences at `ORDERS`, for any other mechanism; empty for the Gaussian.
   """
 
@@ -59,7 +58,7 @@ class Ledger(NamedTuple):
   Attributes:
     unit: whose presence is hidden: "example", "patient" or "site".
     delta: of the claim.
-    releases: each kind once.
+    releases: each kind on one line.
   """
 
   unit: str
@@ -122,8 +121,7 @@ def ledger(unit: str, delta: float, num_units: int) -> Ledger:
   if not 0 < delta <= 1 / num_units:
     raise ValueError(
       f"delta={delta:g} must lie between 0 and 1 / {num_units} = {1 / num_units:.3g}, one over the "
-      f"number of units: a "
-      "larger one allows to publish somebody whole"
+      f"number of units: a larger one would allow a mechanism to publish somebody whole"
     )
   return Ledger(unit, delta)
 
@@ -157,8 +155,8 @@ def epsilon(ledger: Ledger, accountant: str | None = None) -> float:
   Raises:
     ValueError: for "pld" with a release that is known by its Renyi curve alone.
 
-  With overflow probabilities p_i the accountant is asked for delta - (1 + e^epsilon) sum p_i, by
-  iteration: what ran is within total variation p_i of what is accounted for, on either of two
+  With overflow probabilities p_i the accountant is asked, by iteration, for delta - (1 + e^epsilon)
+  sum p_i: what ran is within total variation p_i of what is accounted for, on either of two
   adjacent data sets.
   """
   releases = [r for r in ledger.releases if r.times]
@@ -182,11 +180,10 @@ def epsilon(ledger: Ledger, accountant: str | None = None) -> float:
 
 
 def of_sites(ledgers: Sequence[Ledger]) -> float:
-  """The epsilon of whoever is in one of several disjoint sites, at the worst: parallel composition.
+  """The epsilon of a unit in any one of several disjoint sites, the worst: parallel composition.
 
   Raises:
-    ValueError: for no sites, or sites that protect different units or have different deltas: there
-      is no common claim.
+    ValueError: for no sites, or sites with different units or deltas, which have no common claim.
   """
   return epsilon(worst(ledgers))
 
@@ -204,7 +201,7 @@ def calibrate(
 
   Raises:
     ValueError: for a target or delta out of range, a target that the releases before exceed alone,
-      or one so lax, with its delta, that hardly any noise (a multiplier of 0.1) meets it.
+      or a target so lax, with its delta, that a multiplier of 0.1 (hardly any noise) meets it.
   """
   if not 0 < target_epsilon < _MAX_EPSILON or num_steps < 1:
     raise ValueError(
@@ -237,8 +234,7 @@ def calibrate(
     if low < _LEAST_NOISE:
       raise ValueError(
         f"target_epsilon={target_epsilon} at delta={delta:g} is met with hardly any noise, which "
-        f"is privacy in name "
-        "only; lower one of them"
+        f"is privacy in name only; lower one of them"
       )
     low, high = low / 1.15, low
   while high > low * 1.001:
@@ -264,7 +260,7 @@ def steps_within(target_epsilon: float, spent: Callable[[int], Ledger], most: in
 
 
 def _least(of_delta: Callable[[float], float], delta: float, wrong: float) -> float:
-  """The least epsilon that is of_delta(delta - (1 + e^epsilon) wrong) at least, met from below."""
+  """The least epsilon with epsilon >= of_delta(delta - (1 + e^epsilon) wrong), found from below."""
   value = of_delta(delta)
   for _ in range(100):
     left = delta - (1 + math.exp(min(value, 700.0))) * wrong

@@ -1,11 +1,11 @@
 """The clip of site updates: fixed, or following a quantile of their norms (Andrew et al. 2021,
 "Differentially private learning with adaptive clipping", algorithm 1).
 
-Each site reports, beside its clipped update, whether its norm was within the clip; the noised sum
-of those bits moves the clip. Who learns what: the bits are a second release, whose noise must be
-drawn where that of the updates is (e.g. by `distributed.encode`, with l2_clip_norm 1/2 and
-noise_multiplier 2 count_stddev); `update_noise_multiplier` splits one noise multiplier between the
-two. What the server computes from the noised sum, the clip included, costs nothing more.
+Each site reports, beside its clipped update, whether its norm was within the clip. The noised sum
+of those bits moves the clip. Who learns what: the bits are a second release. Their noise must be
+drawn where that of the updates is, e.g. by `distributed.encode` with `bit_noise`, and
+`update_noise_multiplier` splits one noise multiplier between the two. What the server computes from
+the noised sum, the clip included, costs nothing more.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ class Clip:
     if self.count_stddev is None or not 0 < self.count_stddev < math.inf:
       raise ValueError(
         f"count_stddev={self.count_stddev}: the number of sites within the clip is released too "
-        f"and needs noise; "
-        "give a positive number, e.g. num_sites / 20"
+        f"and needs noise; give a positive number, e.g. num_sites / 20"
       )
 
 
@@ -143,8 +142,7 @@ def update_noise_multiplier(noise_multiplier: float, config: Clip) -> float:
   if 2 * config.count_stddev <= noise_multiplier:
     raise ValueError(
       f"count_stddev={config.count_stddev} must be more than noise_multiplier / 2 = "
-      f"{noise_multiplier / 2}: the bits "
-      "alone would cost more than is allowed"
+      f"{noise_multiplier / 2}: the bits alone would cost more than is allowed"
     )
   return (noise_multiplier**-2 - (2 * config.count_stddev) ** -2) ** -0.5
 

@@ -1,20 +1,20 @@
 """Empirical lower bounds on epsilon: canaries go through the mechanism that really runs, and an
-attacker guesses which.
+attacker guesses which took part.
 
-Each canary is a gradient that takes part or not by a fair coin of its own. What the mechanism
-releases gives each a score, and whoever tells canaries in from canaries out better than (epsilon,
-delta) allows has refuted the claim. One run with many canaries is enough (Steinke, Nasr and
-Jagielski 2023, "Privacy auditing with one (1) training run"), and several runs with canaries of
-their own are one mechanism too. An audit finds faults; that it finds none proves nothing.
+Each canary is a gradient that takes part or not, by a fair coin of its own. What the mechanism
+releases gives each canary a score. An attacker who tells canaries in from canaries out better than
+(epsilon, delta) allows refutes the claim. One run with many canaries is enough (Steinke, Nasr and
+Jagielski 2023, "Privacy auditing with one (1) training run"); several runs with canaries of their
+own count as one mechanism, too. An audit finds faults; finding none proves nothing.
 
-Three bounds, from the least to the most that is assumed:
+Three bounds, by how much they assume, the least first:
 
 - `one_run_bound` holds for any mechanism (their theorem 5.2), and stays far below the true epsilon
-  when that is large;
-- `two_sided_bound` (Nasr et al. 2023, equation 4) takes the canaries' scores as independent of each
-  other;
-- `gaussian_bound` takes the mechanism for a Gaussian one besides (Nasr et al. 2023, section 4):
-  close to the truth, and for another mechanism no bound at all.
+  where that is large;
+- `two_sided_bound` (Nasr et al. 2023, equation 4) assumes that the canaries' scores are independent
+  of each other;
+- `gaussian_bound` also assumes that the mechanism is Gaussian (Nasr et al. 2023, section 4): it is
+  close to the truth, and for another mechanism it is no bound at all.
 
 Independence holds exactly where each canary has a coordinate of its own and noise is independent
 over coordinates, but not where canaries share directions, a norm or a clipping threshold.
@@ -83,7 +83,7 @@ def canaries(key: Array, num_canaries: int, num_coordinates: int, dirac: bool = 
   """Draws which canaries take part, and their directions.
 
   Args:
-    key: [8] uint32, the auditor's; the mechanism must not know it.
+    key: [8] uint32, the auditor's; it must be unknown to the mechanism.
     num_canaries: M.
     num_coordinates: D, at least M for Dirac canaries.
     dirac: canary i is coordinate i, so that canaries do not disturb each other; False for random
@@ -119,8 +119,8 @@ def score(updates: Array, directions: Array) -> Array:
 
 
 def guesses(scores: np.ndarray, included: np.ndarray, num_guesses: int) -> int:
-  """How many guesses are right: of the `num_guesses` most extreme scores the upper half as in, the
-  lower as out.
+  """How many guesses are right. Of the `num_guesses` most extreme scores the upper half is guessed
+  to be in, the lower half out.
   """
   if not 0 <= num_guesses <= len(scores):
     raise ValueError(f"num_guesses={num_guesses} of {len(scores)} canaries")
@@ -160,8 +160,8 @@ def p_value(
 def one_run_bound(
   num_canaries: int, num_guesses: int, num_right: int, delta: float, confidence: float = 0.95
 ) -> float:
-  """The largest epsilon that the guesses refute: with probability `confidence` the mechanism's is
-  larger.
+  """The largest epsilon that the guesses refute; the mechanism's is larger with probability
+  `confidence`.
 
   The number of guesses must not depend on the scores.
 
@@ -328,12 +328,11 @@ def _check_scores(scores: np.ndarray, included: np.ndarray) -> None:
   ):
     raise ValueError(
       f"scores {scores.shape} and included {included.shape}; give one of each to every canary, and "
-      f"canaries enough "
-      "that some are in and some out"
+      f"enough canaries that some are in and some out"
     )
   if not np.all(np.isfinite(scores)):
     raise ValueError(
-      f"{np.sum(~np.isfinite(scores))} scores are not finite; what was released cannot be judged"
+      f"{np.sum(~np.isfinite(scores))} scores are not finite; such a release cannot be judged"
     )
 
 
@@ -344,8 +343,8 @@ def _doubt(confidence: float) -> float:
 
 
 def _largest(holds: Callable[[float], bool], most: float = _MAX_EPSILON) -> float:
-  """The largest number up to `most` for which a condition holds that ceases to hold but once; 0 if
-  it never does.
+  """The largest number up to `most` for which a condition holds; 0 if it never holds. The condition
+  must hold up to some number and nowhere beyond it.
   """
   low, high = 0.0, 1.0
   if not holds(low):

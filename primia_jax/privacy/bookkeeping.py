@@ -1,11 +1,11 @@
 """Norms and weighted sums of single units' gradients, with or without forming those gradients.
 
 `explicit` forms each unit's gradient, whatever the model. `bookkept` runs forward and backward once
-for all units together and keeps, of each large kernel, the layer's inputs and the gradients of its
-outputs: from these follow the norm of each unit's gradient and any weighted sum (Bu et al. 2023,
+for all units together. For each large kernel it keeps the layer's inputs and the gradients of its
+outputs, which determine the norm of each unit's gradient and any weighted sum (Bu et al. 2023,
 "Differentially private optimization on large model at small cost", section 4; norms from Gram
-matrices: Goodfellow 2015, arXiv 1510.01799, and Bu et al. 2022, arXiv 2205.10683). The time is then
-near that of training without privacy.
+matrices: Goodfellow 2015, arXiv 1510.01799, and Bu et al. 2022, arXiv 2205.10683). This takes
+hardly longer than training without privacy.
 """
 
 from __future__ import annotations
@@ -100,23 +100,22 @@ def explicit(loss_fn: LossFn) -> PerUnit:
 
 
 def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
-  """Forms no gradient of a kernel with taps but where that is faster than its norm from Gram
-  matrices.
+  """Forms gradients of a kernel with taps only where that is faster than norms from Gram matrices.
 
   It takes the memory of m units' activations, and of what kernels see of them at all positions: for
-  a kernel of 3 x 3 nine times its input.
+  a kernel of 3 x 3, nine times its input.
 
   Args:
-    loss_fn: whose model uses each kernel that has taps once, by `conv` or `dense`, and the others
-      in any way.
+    loss_fn: its model uses each kernel that has taps once, by `conv` or `dense`, and the others in
+      any way.
     has_taps: parameters -> bools in their structure, True for large kernels.
 
   Returns:
     As `explicit`, equal up to rounding. Squared norms from Gram matrices have 1e-5 of their largest
     possible value added, and what may be lost below float32's range, so that rounding makes no norm
-    too small. It raises a ValueError, while it is traced, where a kernel with taps is not used
-    exactly once, or in any other way; where it is used in a loop, which tracing cannot count, or
-    its output gets no gradient at all (`stop_gradient`), all sums are NaN.
+    too small. While traced it raises a ValueError for a kernel with taps that is not used exactly
+    once, or used in another way. A use in a loop, which tracing cannot count, makes all sums NaN,
+    and so does an output without a gradient (`stop_gradient`).
   """
 
   def split(

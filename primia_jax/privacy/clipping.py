@@ -1,9 +1,9 @@
 """The sum of per-unit gradients, each clipped first, in the memory of one gradient and with XLA's
 fast convolutions.
 
-A loop goes over the units that a step really has, a few at a time, and adds each clipped gradient
-to a running sum, so that padding beyond the last few costs nothing. (How long a step takes thus
-tells roughly the number of units to whoever can time the site.)
+A loop runs over the units that a step really has, a few at a time, and adds each clipped gradient
+to a running sum. Padding after the last unit so costs nothing. (Whoever can time the site learns
+roughly the number of units from how long a step takes.)
 """
 
 from __future__ import annotations
@@ -68,21 +68,21 @@ def clipped_sum(
     so, with C / sqrt(number of leaves) (McMahan et al. 2018, section 3.1). automatic: C g / (|g| +
     0.01) (Bu et al. 2022, equation 4.1), of norm below C with nothing to tune.
 
-  One unit, whatever is in it, so changes the sum by a vector of norm C at most, up to float32: 1e-5
+  So one unit, whatever is in it, changes the sum by a vector of norm at most C, up to float32: 1e-5
   C for the rounding of the factor and the norm, and the rounding of the sum. A gradient that is not
-  finite, or whose norm passes float32, counts as exactly 0.
+  finite, or whose norm exceeds float32's range, counts as exactly 0.
 
   Args:
     loss_fn: a mean over rows of non-zero weight, without model state.
     l2_clip_norm: C.
     clipping: see above.
     augmentations: see above.
-    microbatch: at most so many units are worked on at once: time and memory, never the result (but
-      for rounding, with taps); None takes as many as are fast in moderate memory.
+    microbatch: the most units that are worked on at once. It changes time and memory, and never the
+      result (with taps, up to rounding). None takes as many as are fast in moderate memory.
     has_taps: parameters -> bools in their structure; True for kernels that the model gives to
       `conv` or `tapped.dense` once and to nothing else. Most of their gradients are then never
-      formed unit by unit, which takes a fraction of the time (`bookkeeping`). None for no kernel at
-      all, which suits any model.
+      formed unit by unit, which takes a fraction of the time (`bookkeeping`). None marks no kernel
+      and suits any model.
 
   Returns:
     (params, model_state, Batch, key) -> (sum, Metrics, share of the units that were scaled down).
@@ -108,8 +108,7 @@ def clipped_sum(
     if jax.tree.leaves(model_state):
       raise ValueError(
         "the model has a state that gradients of single units would share (BatchNorm mixes the "
-        "examples of a batch, "
-        "which clipping cannot bound); use norm=group"
+        "examples of a batch, which clipping cannot bound); use norm=group"
       )
     for leaf in jax.tree.leaves(params):
       if leaf.dtype.itemsize < 4:

@@ -1,28 +1,23 @@
-"""Correlated noise (DP-FTRL): for sites that cannot sample, whose units take part at steps that are
-known to lie apart.
+"""Correlated noise (DP-FTRL) step by step, for sites that cannot sample: units take part at steps
+that are known to lie apart.
 
-What a model learns from are prefix sums of its gradients, so noise that cancels from step to step
-costs less accuracy than fresh noise. With gradients X [T, D], standard normal Z and a strategy
-matrix C, the noise of step t is row t of C^-1 Z, and all that is released follows from C X + Z: one
-Gaussian mechanism for the whole run, also where gradients depend on earlier outputs (Denisov et al.
-2022, theorem 2.1). Two strategies:
+A model learns from prefix sums of its gradients, so noise that cancels from step to step costs less
+accuracy than fresh noise. The noise of step t is row t of C^-1 Z, with standard normal Z and the
+matrix C of one of the `strategies`. Its state is b - 1 earlier vectors for `banded`, and for `tree`
+a vector for each level (log2 of the steps of a tree).
 
-- `banded`: C is lower triangular with b bands (Choquette-Choo et al. 2023, "(Amplified) banded
-  matrix factorization", section 4), Toeplitz up to columns scaled to norm 1. State: b - 1 earlier
-  vectors.
-- `tree`: binary trees (Kairouz et al. 2021, "Practical and private (deep) learning without sampling
-  or shuffling"), restarted before any unit comes again. State: a vector for each level, log2 of the
-  steps of a tree.
+Who learns what: whoever sees every noisy sum of the run learns about one unit what a single
+Gaussian mechanism of `noise_multiplier` tells. The ledger is charged for that: once for the run,
+nothing for a step. Adjacent data have a unit, or zeros in place of its gradients; for replaced
+units double the sensitivity. This assumes that a unit's gradient is clipped to `l2_clip_norm`, and
+that its steps are at least `min_separation` apart and at most `max_participations`. Batches in one
+fixed order satisfy that; shuffling each epoch anew does NOT. No amplification by sampling is
+claimed. No step may be released twice, as by two runs from one checkpoint, unless the ledger is
+charged again. The state holds noise and must never leave the site. The noise is rounded to float32;
+the claim is that of real numbers.
 
-Who learns what: whoever sees every noisy sum of the run learns about one unit what he would from a
-single Gaussian mechanism of `noise_multiplier`, which is all that the ledger is charged (once for
-the run, nothing for a step). Units are added or removed (their gradients replaced by 0; for
-replaced units double the sensitivity). This assumes that a unit's gradient is clipped to
-`l2_clip_norm`, that its steps are at least `min_separation` apart and at most `max_participations`:
-batches in one fixed order do that, shuffling each epoch anew does NOT, and no amplification by
-sampling is claimed. No step may be released twice, as by two runs from one checkpoint: the ledger
-knows of one. The state holds noise and must never leave the site. Noise is float32, rounded: the
-claim is that of real numbers.
+The secret may change from step to step: each step draws fresh numbers from it, and the state alone
+holds what later steps need of earlier draws.
 """
 
 from __future__ import annotations
@@ -91,14 +86,14 @@ def next_noise(
 ) -> tuple[PyTree, NoiseState]:
   """The noise to add to this step's sum of clipped gradients (to the sum, not to the mean).
 
-  Steps come once each, in order, from 0 to num_steps - 1: what the ledger was charged for. Out of
+  Steps come once each, in order, from 0 to num_steps - 1; the ledger is charged for these. Out of
   turn the noise is NaN, so that a mistake releases nothing.
 
   Args:
     config: the noise; static under jit.
     state: from `init` or the step before.
-    secret: [8] uint32, the site's for this run; may also serve `sampling` and `noise`, whose
-      subkeys are others.
+    secret: [8] uint32; it may also serve `sampling` and `noise`, which derive other subkeys
+      (`subkeys`). No step comes twice with one secret.
     step: uint32 scalar.
     noise_fn: independent Gaussian noise from a cryptographic generator, see `NoiseFn`.
 

@@ -1,19 +1,20 @@
 """Discrete Gaussian and Skellam noise as arrays of integers, drawn from ChaCha20 by the alias
 method.
 
-A table made on the host from probabilities of 60 digits holds every magnitude whose probability
-counts; 95 uniform bits pick a column and one of its two magnitudes (Walker 1977; Vose 1991), one
-more bit the sign. No rejection, so no loop whose length depends on the noise, and no floating point
-on the way from the bits to the integer. What is left of error, probabilities rounded to multiples
-of 2^-95 and the tail cut off, is `sampler_error`, which an accountant must add.
+A table, made on the host from probabilities of 60 digits, holds every magnitude whose probability
+counts. 95 uniform bits pick a column and one of its two magnitudes (Walker 1977; Vose 1991); one
+more bit is the sign. Nothing is rejected, so no loop's length depends on the noise, and no floating
+point lies between the bits and the integer. The remaining error comes from probabilities rounded to
+multiples of 2^-95 and from the tail that is cut off; it is `sampler_error`, which an accountant
+must add.
 
 Distributions: the discrete Gaussian has probability proportional to exp(-x^2 / (2 s^2)) at every
-integer x (Canonne, Kamath, Steinke 2020, definition 1), and variance at most s^2: less by 2e-7 of
-it at s = 1 and by 14 % at s = 1/2. The Skellam distribution is the difference of two Poisson
-variables of mean s^2 / 2 (Agarwal et al. 2021), of variance s^2.
+integer x (Canonne, Kamath, Steinke 2020, definition 1). Its variance is at most s^2: smaller by
+2e-7 of it at s = 1 and by 14 % at s = 1/2. The Skellam distribution is the difference of two
+Poisson variables of mean s^2 / 2 (Agarwal et al. 2021); its variance is s^2.
 
-Who learns what: noise hides to the extent that its key is secret and uniform, and ChaCha20 is a
-pseudorandom function.
+Who learns what: whoever lacks the key cannot tell the noise from true samples, under the assumption
+that the key is secret and uniform and that ChaCha20 is a pseudorandom function.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def sample(
   """Independent integers of one of the distributions above.
 
   Args:
-    key: [8] uint32, secret, used for nothing else: derive one for each use.
+    key: [8] uint32, secret; derive one for each use, and use it for nothing else.
     shape: the shape wanted.
     stddev: s; static under jit, as the table is made from it.
     kind: which distribution.
@@ -66,12 +67,11 @@ def sample(
 
 
 def sampler_error(stddev: float, kind: Kind = "discrete_gaussian") -> float:
-  """An upper bound on the total variation between one draw and its distribution, for truly uniform
-  bits.
+  """Bounds the total variation between one draw and its distribution, for truly uniform bits.
 
-  N columns round N probabilities to the nearest multiple of 2^-95 (and the first one makes up the
-  sum), which changes half the sum of absolute differences by at most N 2^-96; the tail adds at most
-  2^-100. About 1e-24.
+  N columns round N probabilities to the nearest multiple of 2^-95, and the first one makes up the
+  sum. This changes half the sum of absolute differences by at most N 2^-96, and the tail adds at
+  most 2^-100: about 1e-24 together.
 
   Raises:
     ValueError: for a standard deviation that is not positive or beyond `MAX_STDDEV`, or an unknown
@@ -81,11 +81,11 @@ def sampler_error(stddev: float, kind: Kind = "discrete_gaussian") -> float:
 
 
 def largest(stddev: float, kind: Kind = "discrete_gaussian") -> int:
-  """The largest magnitude that is ever drawn: more has probability at most 2^-100.
+  """The largest magnitude that is ever drawn; larger ones have probability at most 2^-100.
 
-  By the sub-Gaussian tail of the discrete Gaussian, P(|X| >= t) <= 2 exp(-t^2 / (2 s^2)) (Canonne
-  et al. 2020), and by Chernoff's bound with the Skellam's moments, E exp(u X) = exp(s^2 (cosh u -
-  1)).
+  It follows from the sub-Gaussian tail of the discrete Gaussian, P(|X| >= t) <= 2 exp(-t^2 / (2
+  s^2)) (Canonne et al. 2020), and from Chernoff's bound with the Skellam's moments, E exp(u X) =
+  exp(s^2 (cosh u - 1)).
 
   Raises:
     ValueError: as `sampler_error`.
@@ -118,8 +118,8 @@ def largest(stddev: float, kind: Kind = "discrete_gaussian") -> int:
 
 
 def probabilities(stddev: float, kind: Kind = "discrete_gaussian") -> list[decimal.Decimal]:
-  """Of the values 0 to `largest` (the negative ones are as probable), to 50 digits; what is cut off
-  is left out of sum.
+  """The probabilities of 0 to `largest`, to 50 digits; negative values have those of positive ones.
+  They sum to 1 without the tail that is cut off.
 
   Raises:
     ValueError: as `sampler_error`.
@@ -154,8 +154,8 @@ def _index_bits(stddev: float, kind: Kind) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _table(stddev: float, kind: Kind) -> np.ndarray:
-  """[2^m, 4] uint32: a threshold of 95 - m bits in three words, and the magnitude that is drawn
-  from there upwards.
+  """[2^m, 4] uint32: a threshold of 95 - m bits in three words, and the magnitude that bits from
+  there upwards draw.
   """
   index_bits = _index_bits(stddev, kind)
   num_columns, full = 2**index_bits, 2 ** (_BITS - index_bits)

@@ -1,5 +1,5 @@
 """Differential privacy of sites by distributed noise: each site adds a share of it before masking,
-nobody adds it all.
+and nobody adds all of it.
 
 The distributed discrete Gaussian (Kairouz, Liu, Steinke 2021, "The distributed discrete Gaussian
 mechanism for federated learning with secure aggregation", algorithms 1 and 2) and the Skellam
@@ -9,11 +9,12 @@ random under a bound on its norm, and adds integer noise (`discrete`) modulo 2^k
 opens the sum, which `decode` takes back.
 
 Who learns what: whoever sees the opened sums learns of one site's update, against an update of zero
-in its place, no more than `epsilon` says. This assumes that secure aggregation opens only sums of
-at least `min_survivors` sites of which at most `num_colluding` reveal or leave out their noise, and
-keeps single messages hidden; that sites' secrets are fresh; and ChaCha20. Noise is calibrated to
-the honest sites of the smallest sum: with more survivors there is more than promised, by the factor
-num_survivors / num_honest in variance. A site's presence is not hidden, only what it sent.
+in its place, no more than `distributed_cost.epsilon` says. This assumes that secure aggregation
+opens only sums of at least `min_survivors` sites, of which at most `num_colluding` reveal or leave
+out their noise, and that it keeps single messages hidden; that sites' secrets are fresh; and that
+ChaCha20 is a pseudorandom function. Noise is calibrated to the honest sites of the smallest sum.
+With more survivors its variance exceeds the promised one by the factor num_survivors / num_honest.
+What a site sent is hidden; that it took part is not.
 """
 
 from __future__ import annotations
@@ -30,16 +31,14 @@ from primia_jax import prng, ring
 from primia_jax.privacy import discrete, rotation
 from primia_jax.types import Array, Key, PyTree
 
-_SLACK = (
-  2.0**-12
-)  # of the norm, left for float32: clipping, rotation and sums of squares are off by less
+# of the norm, left for float32: clipping, rotation and sums of squares are off by less
+_SLACK = 2.0**-12
 _LARGEST = 2.0**30  # numbers on the grid stay below; float32 holds them to 2^-24 of them
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedNoise:
-  """How sites encode their updates, and what is promised of the sum; all that follows is derived
-  from these numbers.
+  """How sites encode their updates, and what is promised of the sum.
 
   Attributes:
     dim: D, numbers in an update.
@@ -56,9 +55,9 @@ class DistributedNoise:
     beta: a rounding whose norm is beyond the bound is repeated; the probability of that is at most
       beta.
     chunk_size: of the rotation, a power of two.
-    num_stddevs: a coordinate of the sum wraps around only where it is so many standard deviations
+    num_stddevs: a coordinate of the sum wraps around only where it is this many standard deviations
       out.
-    num_tries: roundings; if all fail, numbers are rounded towards zero, which is biased and never
+    num_tries: roundings. If all fail, numbers are rounded towards zero, which is biased and never
       beyond the bound.
   """
 
@@ -93,8 +92,7 @@ class DistributedNoise:
     if not 0 <= self.num_colluding < self.min_survivors:
       raise ValueError(
         f"num_colluding={self.num_colluding} of min_survivors={self.min_survivors}: a sum might "
-        f"hold no honest noise; "
-        f"use 0 to {self.min_survivors - 1}, or more survivors"
+        f"hold no honest noise; use 0 to {self.min_survivors - 1}, or more survivors"
       )
     if not 2 <= self.num_bits <= 32:
       raise ValueError(f"num_bits={self.num_bits}; a ring of 2 to 32 bits is supported")
@@ -102,10 +100,8 @@ class DistributedNoise:
     if 4.0**self.num_bits <= self.num_sites * self.num_stddevs**2 or self.grid_stddev < 0.5:
       raise ValueError(
         f"num_bits={self.num_bits} is too small a ring for num_sites={self.num_sites}, "
-        f"noise_multiplier="
-        f"{self.noise_multiplier}: a site's noise must have a standard deviation of at least 1/2 "
-        f"on the grid; use more "
-        "bits (see choose_bits)"
+        f"noise_multiplier={self.noise_multiplier}: a site's noise must have a standard deviation "
+        f"of at least 1/2 on the grid; use more bits (see distributed_cost.choose_bits)"
       )
 
   @property
@@ -191,7 +187,8 @@ class DistributedNoise:
 
   @property
   def sampler_error(self) -> float:
-    """Total variation between a round's noise and what `rdp` assumes: T rounds have T times that.
+    """Total variation between a round's noise and what `distributed_cost.rdp` assumes; T rounds
+    have T times that.
 
     An accountant adds (1 + exp(epsilon)) times it to delta.
     """
@@ -214,7 +211,7 @@ def encode(
 ):
   """What one site gives to secure aggregation: its update, clipped and noised, in Z_2^k.
 
-  Who learns what: the message itself is protected by the site's own noise only, and must be masked.
+  Who learns what: only the site's own noise protects the message, so it must be masked.
 
   Args:
     update: a pytree of float arrays, D numbers. Where one is not finite, an update of zeros is sent
@@ -281,9 +278,8 @@ def round_clipped(flat: Array, rotation_key: Key, key: Array, config: Distribute
   again = lambda state: (state[0] < np.uint32(config.num_tries)) & jnp.logical_not(state[2])
   _, z, done = lax.while_loop(again, attempt, attempt((jnp.uint32(0), None, None)))
   z = jnp.where(done, z, jnp.trunc(x).astype(jnp.int32))
-  return jnp.where(
-    inside(z), z, 0
-  )  # never the case; but what is promised must hold whatever float32 does
+  # Never the case; but the promise must hold whatever float32 does.
+  return jnp.where(inside(z), z, 0)
 
 
 def decode(
@@ -300,8 +296,8 @@ def decode(
     rotation_key: as in `encode`.
     config: see `DistributedNoise`.
     like: a pytree of arrays of the update's shapes; None for a flat [D] float32.
-    num_survivors: sites in the sum, where known: it is checked. (Too late for privacy: secure
-      aggregation itself must not open a smaller sum.)
+    num_survivors: sites in the sum, where known; it is checked. (This is too late for privacy:
+      secure aggregation itself must not open a smaller sum.)
 
   Returns:
     The sum of the clipped updates, each number with an error of standard deviation `error_stddev`

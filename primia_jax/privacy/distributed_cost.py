@@ -1,4 +1,6 @@
-"""What distributed noise costs, round by round, and the noise or the ring that a target needs."""
+"""What distributed noise costs: the Renyi divergences of a round, the epsilon of several, and the
+noise or the ring that a target needs.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +75,8 @@ def epsilon(config: DistributedNoise, num_rounds: int, delta: float) -> float:
   ) > math.log(kept):
     raise ValueError(
       f"epsilon={value:.3g} at delta={delta} is too much: the sampler's error, "
-      f"{num_rounds * config.sampler_error:.1e},"
-      " counts exp(epsilon) times; use more noise, more bits or fewer rounds, or a larger delta"
+      f"{num_rounds * config.sampler_error:.1e}, counts exp(epsilon) times; use more noise, more "
+      f"bits or fewer rounds, or a larger delta"
     )
   return value
 
@@ -100,8 +102,8 @@ def calibrate(
   if not fits:
     raise ValueError(
       f"target_epsilon={target_epsilon} at delta={delta} over {num_rounds} rounds is out of reach "
-      f"with num_bits="
-      f"{config.num_bits}, dim={config.dim}: use more bits, more survivors or fewer rounds"
+      f"with num_bits={config.num_bits}, dim={config.dim}: use more bits, more survivors or fewer "
+      f"rounds"
     )
   high = float(fits[0])
   low = high / 10**0.1
@@ -126,6 +128,6 @@ def choose_bits(config: DistributedNoise, max_inflation: float = 1.05) -> Distri
       return chosen
   raise ValueError(
     f"no ring of 32 bits or fewer keeps the inflation of sensitivity within {max_inflation} at "
-    f"dim={config.dim}, "
-    f"num_sites={config.num_sites}, noise_multiplier={config.noise_multiplier}"
+    f"dim={config.dim}, num_sites={config.num_sites}, noise_multiplier={config.noise_multiplier}; "
+    f"allow more inflation or use more noise"
   )

@@ -1,18 +1,18 @@
 """Gaussian noise from a site's secret, by ChaCha20 and Box and Muller's transform, in jit and at
-memory's speed.
+the speed of memory.
 
-Who learns what: without the secret the noise is, under the assumption that ChaCha20 is a
-pseudorandom function, indistinguishable from what uniform bits would give; with the secret anybody
-can subtract it. So the site draws the secret from the operating system (`prng.random_key`) and
-never sends it. What these float32 numbers are not:
+Who learns what: whoever lacks the secret cannot tell the noise from that of uniform bits, under the
+assumption that ChaCha20 is a pseudorandom function. Whoever knows the secret can subtract the
+noise. So the site draws the secret from the operating system (`prng.random_key`) and never sends
+it. These float32 numbers have two limits:
 
-- exact in the tail: a radius stops at sqrt(66 ln 2) = 6.76 standard deviations, beyond which a pair
-  of true normals lies with probability 2^-33, and radii come in 2^32 steps. Add num_pairs x 2^-33
-  of a run to delta to be strict.
-- safe from the floating-point attack of Mironov (2012, "On significance of the least significant
-  bits"): the set of float32 results that gradient + noise can reach depends on the gradient, and
-  one who sees every bit of a site's noisy sum may use that. The integers of `discrete` have no such
-  gap.
+- The tail is not exact. A radius stops at sqrt(66 ln 2) = 6.76 standard deviations; a pair of true
+  normals lies beyond with probability 2^-33. Radii come in 2^32 steps. To be strict, add num_pairs
+  x 2^-33 of a run to delta.
+- The floating-point attack of Mironov (2012, "On significance of the least significant bits") is
+  not prevented. The set of float32 results that gradient + noise can reach depends on the gradient,
+  and an attacker who sees every bit of a site's noisy sum may use that. The integers of `discrete`
+  have no such gap.
 """
 
 from __future__ import annotations
@@ -28,18 +28,15 @@ from primia_jax import prng
 from primia_jax.privacy import subkeys
 from primia_jax.types import Array, PyTree
 
-_TOGETHER = (
-  2**18
-  # numbers of a tree that are drawn in one piece: a piece's fixed cost is that of some 10^5 numbers
-)
+# numbers of a tree that are drawn in one piece: a piece's fixed cost is that of some 10^5 numbers
+_TOGETHER = 2**18
 # Taylor's and, for the cosine, also even: both within 4e-9 on [-pi / 4, pi / 4].
 _SINE = tuple((-1) ** i / math.factorial(2 * i + 1) for i in range(5))
 _COSINE = tuple((-1) ** i / math.factorial(2 * i) for i in range(6))
 
 
 def gaussian(secret: Array, nonce: Array, shape: Sequence[int], stddev: float | Array) -> Array:
-  """Independent normal numbers of mean 0; the module's text says how good they are and who must not
-  have the secret.
+  """Independent normal numbers of mean 0; see the module's text for how exact they are.
 
   Args:
     secret: [8] uint32.
@@ -59,7 +56,7 @@ def gaussian(secret: Array, nonce: Array, shape: Sequence[int], stddev: float | 
   size = math.prod(shape)
   pairs = -(-size // 2)
   words = prng.bits(secret, nonce, (2 * pairs,))
-  # (u + 1/2) / 2^32 lies in (0, 1]: rounding to float32 may reach 1, where the radius is 0, but
+  # (u + 1/2) / 2^32 lies in (0, 1]: rounding to float32 may give 1, where the radius is 0, but
   # never 0.
   uniform = (words[:pairs].astype(jnp.float32) + np.float32(0.5)) * np.float32(2**-32)
   radius = jnp.sqrt(np.float32(-2) * jnp.log(uniform)) * jnp.asarray(stddev, jnp.float32)
@@ -71,10 +68,9 @@ def gaussian_like(secret: Array, step: int | Array, tree: PyTree, stddev: float 
   """Independent normal numbers of a tree's shapes, fresh for every step and leaf.
 
   Args:
-    secret: [8] uint32; may also serve `sampling`, whose subkeys are others.
-    step: uint32 scalar or a Python integer, never used twice with this secret and a tree of other
-      shapes or values.
-    tree: arrays, of which only the shapes count.
+    secret: [8] uint32; it may also serve `sampling`, which derives other subkeys (`subkeys`).
+    step: uint32 scalar or a Python integer, never used twice with this secret.
+    tree: arrays; only their shapes count.
     stddev: as in `gaussian`.
 
   Returns:
@@ -99,8 +95,8 @@ def gaussian_like(secret: Array, step: int | Array, tree: PyTree, stddev: float 
 
 
 def _circle(words: Array) -> tuple[Array, Array]:
-  """Sine and cosine of 2 pi words / 2^32: the nearest quarter turn exactly, the rest, in eighths,
-  by polynomials.
+  """Sine and cosine of 2 pi words / 2^32: the nearest quarter turn exactly, and the rest, at most
+  an eighth, by polynomials.
   """
   quarter = (words + np.uint32(2**29)) >> np.uint32(30)  # the addition wraps, as the circle does
   rest = jax.lax.bitcast_convert_type(words - (quarter << np.uint32(30)), jnp.int32).astype(

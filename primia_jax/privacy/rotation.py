@@ -1,10 +1,10 @@
-"""Randomised Hadamard rotation, chunk by chunk: spreads a vector evenly over its coordinates and
+"""Randomised Hadamard rotation, chunk by chunk: it spreads a vector evenly over its coordinates and
 changes no norm.
 
-With signs that are random and independent of the vector, every rotated coordinate of a chunk of m
+If the signs are random and independent of the vector, every rotated coordinate of a chunk of m
 numbers is sub-Gaussian with variance at most (norm of the chunk)^2 / m (Hoeffding; Kairouz et al.
-2021, section 4): a vector of known norm then fits a ring of few bits. Rotation hides nothing: signs
-are public, and the same at all sites of a sum.
+2021, section 4). A vector of known norm then fits a ring of few bits. Rotation hides nothing: the
+signs are public, and the same at all sites of a sum.
 """
 
 from __future__ import annotations

@@ -50,8 +50,7 @@ class BandedNoise:
     if not 1 <= len(c) <= self.min_separation:
       raise ValueError(
         f"{len(c)} bands with min_separation={self.min_separation}: a unit's columns would "
-        f"overlap, and sensitivity is "
-        f"unknown; give 1 to {self.min_separation} coefficients"
+        f"overlap, and sensitivity is unknown; give 1 to {self.min_separation} coefficients"
       )
     if not (
       np.all(np.isfinite(c)) and np.all(c > 0) and np.all(np.diff(c) <= 0) and abs(c @ c - 1) < 1e-9
@@ -88,8 +87,7 @@ class TreeNoise:
     if not 1 <= self.restart_every <= self.min_separation:
       raise ValueError(
         f"restart_every={self.restart_every} with min_separation={self.min_separation}: a unit "
-        f"would be twice in one "
-        f"tree; restart every 1 to {self.min_separation} steps"
+        f"would be twice in one tree; restart every 1 to {self.min_separation} steps"
       )
 
 
@@ -104,8 +102,8 @@ def banded(
   coefficients: Sequence[float],
   max_participations: int | None = None,
 ) -> BandedNoise:
-  """Banded noise from the coefficients of any scale, e.g. of `optimal_coefficients`; one band is
-  DP-SGD's noise.
+  """Banded noise from coefficients of any scale, e.g. `optimal_coefficients`. One band is the fresh
+  noise of DP-SGD.
 
   Raises:
     ValueError: for numbers out of range, more bands than `min_separation` or rising coefficients.
@@ -181,8 +179,8 @@ def optimal_coefficients(num_bands: int, num_steps: int) -> np.ndarray:
   """The coefficients [b] of least mean squared error over T prefix sums, float64, first 1.
 
   Minimises |c|^2 / T sum_t sum_(j <= t) e_j^2, where e are the coefficients of 1 / ((1 - x) c(x)),
-  over the ratios c_j / c_(j-1) in (0, 1] by L-BFGS from `square_root_coefficients`. That the last
-  columns are shorter is left out.
+  over the ratios c_j / c_(j-1) in (0, 1] by L-BFGS from `square_root_coefficients`. It neglects
+  that the last columns are shorter.
 
   Raises:
     ValueError: for fewer than one band or step.
@@ -228,7 +226,7 @@ def sensitivity(config: Config) -> float:
 
 
 def stddev(config: Config) -> float:
-  """The standard deviation of each number of Z, so that the whole run is one Gaussian mechanism of
+  """The standard deviation of each number of Z that makes the whole run one Gaussian mechanism of
   noise_multiplier.
   """
   return config.noise_multiplier * config.l2_clip_norm * sensitivity(config)
