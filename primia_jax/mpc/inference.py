@@ -115,6 +115,8 @@ def owner_encoder(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], 
   """
   mine = [i for i, operand in enumerate(plan.circuit.operands) if operand.owner == owner]
   operands = [plan.circuit.operands[i] for i in mine]
+  if not mine:
+    return lambda leaves: {}
 
   @jax.jit
   def integers(leaves: Sequence[Array]) -> tuple[list[Array], list[Any]]:
