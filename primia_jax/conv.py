@@ -1,12 +1,12 @@
 """Convolution and pooling that stay fast under every transformation.
 
-XLA:CPU has one fast convolution kernel, and it is reached only by plain NHWC x HWIO -> NHWC
-convolutions on maps no smaller than the kernel. JAX's own gradients (other dimension orders) inside
-`scan` or `while`, its batching rule (grouped convolutions) under `vmap` with one kernel per site,
-and small maps all miss it, and run 30 to 100 times slower. Here both gradients are again plain
-convolutions, `vmap` runs them one site after the other, and small maps become a matrix product. On
-accelerators XLA's own forms are good and are left alone. Every form is differentiable in reverse
-any number of times; on CPU none is in forward mode.
+XLA:CPU has one fast convolution kernel. Only plain NHWC x HWIO -> NHWC convolutions reach it, on
+maps at least as large as the kernel. Three things miss it and run 30 to 100 times slower: JAX's own
+gradients (other dimension orders) inside `scan` or `while`, its batching rule (grouped
+convolutions) under `vmap` with one kernel per site, and small maps. Here both gradients are again
+plain convolutions, `vmap` runs one site after another, and small maps become a matrix product. On
+accelerators XLA's own forms are fast, so they are used. All forms support reverse-mode
+differentiation of any order; on CPU none supports forward mode.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Pair = tuple[int, int]
 
 
 class Geometry(NamedTuple):
-  """The static part of a convolution, each a value per spatial axis, as `lax.conv_general_dilated`
-  has them.
+  """The static part of a convolution: one value per spatial axis, as for
+  `lax.conv_general_dilated`.
   """
 
   strides: Pair
@@ -49,12 +49,15 @@ def conv(
 
   Args:
     x: [B, H, W, C] images.
-    w: [kh, kw, C, O] kernel, which may have taps.
+    w: [kh, kw, C, O] kernel, which may be tapped.
     strides: per spatial axis.
     padding: "SAME", "VALID", or (low, high) per spatial axis.
 
   Returns:
     [B, H', W', O], equal to `lax.conv_general_dilated` up to rounding.
+
+  Raises:
+    ValueError: the ranks are not 4, or x and w differ in C.
   """
   if x.ndim != 4 or len(w.shape) != 4 or x.shape[3] != w.shape[2]:
     raise ValueError(
@@ -73,18 +76,17 @@ def conv(
 
 
 def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
-  """Maximum over square windows of [B, H, W, C]; incomplete windows at the far edges are dropped.
+  """Maximum over square windows of [B, H, W, C]; drops incomplete windows at the far edges.
 
-  Elementwise maxima of rows, then of columns: the gradient is elementwise too, where that of
-  `lax.reduce_window` is a slow select-and-scatter on CPU. Where several elements are largest, their
-  gradients share.
+  Takes elementwise maxima of rows, then of columns. The gradient is then elementwise too; that of
+  `lax.reduce_window` is a slow select-and-scatter on CPU. Equal maxima share the gradient.
   """
   return _reduce_windows(jnp.maximum, x, window, stride, padding, -jnp.inf)
 
 
 def mean_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
-  """Mean over square windows of [B, H, W, C], padding counting as zeros; incomplete far windows are
-  dropped.
+  """Mean over square windows of [B, H, W, C], where padding counts as zeros; drops incomplete
+  windows at the far edges.
   """
   return _reduce_windows(jnp.add, x, window, stride, padding, 0.0) / window**2
 
@@ -114,7 +116,7 @@ def _apply(x: Array, w: Array, geometry: Geometry) -> Array:
 
 
 def _same_varying_axes(x: Array, w: Array) -> tuple[Array, Array]:
-  """Inside `shard_map`, casts a replicated operand to vary like the other; its gradient is then
+  """Inside `shard_map`, casts a replicated operand to vary like the other, so that its gradient is
   summed over devices.
   """
   x_axes, w_axes = (jax.typeof(a).manual_axis_type.varying for a in (x, w))
@@ -182,7 +184,7 @@ def _dilated_sizes(
 
 
 def _site_by_site(fn: Callable[[Array, Array], Array], x: Array, w: Array) -> Array:
-  """fn(x, w), whose `vmap` runs fn site after site; sites that share the kernel become one large
+  """fn(x, w). Under `vmap` it runs fn site by site, or, if sites share the kernel, on one large
   batch.
   """
 
@@ -209,26 +211,25 @@ def _fastest(x: Array, w: Array, geometry: Geometry) -> Array:
     (w.shape[a] - 1) * cropped.rhs_dilation[a] < seen.shape[1 + a] * cropped.lhs_dilation[a]
     for a in range(2)
   )
-  # XLA would exchange a small map, counted before its dilation, with a larger kernel, and then miss
-  # its fast form, or abort where it leaves one axis of the two as it is.
+  # XLA swaps a map (measured before dilation) with a larger kernel. It then misses its fast form,
+  # or aborts if only one of the two axes is affected.
   smaller = any(seen.shape[1 + a] < w.shape[a] for a in range(2))
   return _plain(seen, w, cropped) if fits and not smaller else _matrix_product(x, w, geometry)
 
 
 def _crop(x: Array, geometry: Geometry) -> tuple[Array, Geometry]:
-  """The images without what negative padding cuts off, and the same convolution of them with no
+  """Crops the images instead of padding them negatively; returns the same convolution without
   negative padding.
 
-  The gradient of padding wider than the kernel has it; there XLA:CPU may read what lies beyond the
-  images for zeros (jax 0.10; openxla/xla#48713).
+  The gradient of padding wider than the kernel has negative padding. There XLA:CPU may read memory
+  beyond the images instead of zeros (jax 0.10; openxla/xla#48713).
   """
   padding = list(geometry.padding)
   for axis, dilation in enumerate(geometry.lhs_dilation):
-    low, high = (
-      max(0, -(p // dilation)) for p in padding[axis]
-    )  # whole elements, before their dilation
-    # Not `lax.slice`, which would be an operation even of the whole: two convolutions of x would
-    # open it twice.
+    # Whole elements, before dilation.
+    low, high = (max(0, -(p // dilation)) for p in padding[axis])
+    # Not `lax.slice`: that adds an operation even if it keeps all of x, and two encrypted
+    # convolutions of x would then open it twice.
     x = x[(slice(None),) * (1 + axis) + (slice(low, max(low, x.shape[1 + axis] - high)),)]
     padding[axis] = (padding[axis][0] + low * dilation, padding[axis][1] + high * dilation)
   return x, geometry._replace(padding=(padding[0], padding[1]))
@@ -247,14 +248,14 @@ def _plain(x: Array, w: Array, geometry: Geometry) -> Array:
 
 
 def _matrix_product(x: Array, w: Array, geometry: Geometry) -> Array:
-  """The same convolution as patches [B H' W', kh kw C] times the kernel's [kh kw C, O]."""
+  """The same convolution, as patches [B H' W', kh kw C] times the kernel [kh kw C, O]."""
   patches, (height, width) = _patches(x, w.shape, geometry)
   y = patches @ w.reshape(-1, w.shape[3])
   return y.reshape(x.shape[0], height, width, w.shape[3])
 
 
 def _patches(x: Array, w_shape: Sequence[int], geometry: Geometry) -> tuple[Array, Pair]:
-  """What a kernel of shape w_shape sees, [B H' W', kh kw C], and (H', W')."""
+  """The patches that a kernel of shape w_shape sees, [B H' W', kh kw C], and (H', W')."""
   spatial = [
     (low, high, d - 1)
     for (low, high), d in zip(geometry.padding, geometry.lhs_dilation, strict=True)
@@ -265,9 +266,8 @@ def _patches(x: Array, w_shape: Sequence[int], geometry: Geometry) -> tuple[Arra
   height = (x.shape[1] - (kh - 1) * dh - 1) // sh + 1
   width = (x.shape[2] - (kw - 1) * dw - 1) // sw + 1
   columns = [x[:, :, j * dw : j * dw + (width - 1) * sw + 1 : sw] for j in range(kw)]
-  x = jnp.stack(columns, axis=3)  # first along rows alone, so that the second copies longer pieces
+  x = jnp.stack(columns, axis=3)  # columns first, so that the second stack copies longer pieces
   rows = [x[:, i * dh : i * dh + (height - 1) * sh + 1 : sh] for i in range(kh)]
-  patches = jnp.stack(
-    rows, axis=3
-  )  # not `concatenate`, for each of whose pieces XLA:CPU forms the columns anew
+  # Not `concatenate`: XLA:CPU would recompute the columns for each of its pieces.
+  patches = jnp.stack(rows, axis=3)
   return patches.reshape(-1, kh * kw * x.shape[-1]), (height, width)

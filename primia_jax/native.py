@@ -1,9 +1,9 @@
-"""C shipped with the package for CPU, compiled on first use and cached for the user.
+"""C code for CPU, shipped with the package, compiled on first use and cached for the user.
 
-`mask_sum` is the inner loop of `prng`: XLA's CPU compiler cannot keep ChaCha20's sixteen words in
-registers, and plain JAX takes seven times the CPU time, on one core. `barrier` is what
-`lax.optimization_barrier` is elsewhere. Without a C compiler, or with PRIMIA_NATIVE=0 in the
-environment, everything works, bit for bit the same.
+`mask_sum` is the inner loop of `prng`. XLA's CPU compiler cannot keep ChaCha20's sixteen words in
+registers, so plain JAX takes seven times the CPU time on one core. `barrier` does on CPU what
+`lax.optimization_barrier` does elsewhere. Without a C compiler, or with PRIMIA_NATIVE=0 in the
+environment, everything works and gives the same bits.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _LOCK = threading.Lock()
 
 
 def available() -> bool:
-  """Whether the C form can be used here; the first call compiles it (about a second) unless the
-  cache holds it.
+  """Tells whether the C form can be used here. The first call compiles it (about a second) unless
+  it is cached.
 
-  A failure is told once, as a RuntimeWarning, and leaves plain JAX. PRIMIA_NATIVE=0 turns the C
-  form off.
+  If that fails, a RuntimeWarning appears once and plain JAX is used. PRIMIA_NATIVE=0 disables the C
+  form.
   """
   if os.environ.get("PRIMIA_NATIVE", "1") == "0":
     return False
@@ -46,7 +46,7 @@ def available() -> bool:
 
 
 def mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype) -> Array:
-  """`prng.mask_sum`, flat and unchecked, for CPU only and where `available()`."""
+  """`prng.mask_sum`, flat and unchecked. Only for CPU, and only if `available()`."""
   call = jax.ffi.ffi_call(
     _MASK_SUM, jax.ShapeDtypeStruct((size,), dtype), vmap_method="broadcast_all"
   )
@@ -54,10 +54,10 @@ def mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype) -> Array
 
 
 def barrier(x: Array) -> Array:
-  """x, computed once for all its consumers: XLA neither fuses nor repeats work across this line.
+  """Returns x, computed once for all its consumers: XLA neither fuses nor repeats work across it.
 
-  XLA:CPU drops optimization barriers before it fuses, and may then compute a value again in each
-  consumer. Inside shard_map and without the C form this is `lax.optimization_barrier` alone.
+  XLA:CPU drops optimization barriers before it fuses, and may then recompute a value in each
+  consumer. Inside shard_map, and without the C form, this is only `lax.optimization_barrier`.
   """
   if jax.typeof(x).manual_axis_type.varying or not available():
     return lax.optimization_barrier(x)
@@ -71,12 +71,12 @@ def barrier(x: Array) -> Array:
 
 
 def once(x: Array) -> Array:
-  """x, of which all consumers certainly see the same bits, even where it rounds floating-point
+  """Returns x so that all consumers see the same bits, even if computing it rounds floating-point
   numbers.
 
-  `barrier` where it holds; elsewhere, since compilers may drop barriers and then contract one
-  copy's multiplication and addition and not another's, a sort by position, which none looks
-  through. For what is done once, not in a hot path.
+  Uses `barrier` where it holds. Elsewhere compilers may drop barriers and then fuse multiplication
+  and addition in one copy but not in another. There it sorts by position, which no compiler sees
+  through. Use it for work that is done once, not in a hot path.
   """
   if jax.default_backend() == "cpu" and available() and not jax.typeof(x).manual_axis_type.varying:
     return barrier(x)
@@ -94,8 +94,7 @@ def _load() -> bool:
     detail = getattr(error, "stderr", None) or error
     warnings.warn(
       f"masks are made in plain JAX, at least 7 times slower: the C form could not be built or "
-      f"loaded ({detail}). "
-      "Install a C compiler or set CC; PRIMIA_NATIVE=0 silences this.",
+      f"loaded ({detail}). Install a C compiler or set CC; PRIMIA_NATIVE=0 silences this.",
       RuntimeWarning,
       stacklevel=3,
     )
@@ -104,13 +103,13 @@ def _load() -> bool:
 
 
 def _build() -> pathlib.Path:
-  """Compiles the sources into the user's cache, under a name that tells sources, headers, compiler
-  and CPU apart.
+  """Compiles the sources into the user's cache, under a name that depends on sources, headers,
+  compiler and CPU.
   """
   compiler = [*shlex.split(os.environ.get("CC", "cc")), *_FLAGS]
   interface = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
-  # The predefined macros name the compiler's version and every instruction set that -march=native
-  # found.
+  # The predefined macros contain the compiler's version and all instruction sets that
+  # -march=native found.
   macros = _run([*compiler, "-E", "-dM", "-x", "c", os.devnull])
   texts = [path.read_bytes() for path in (interface, _HEADER, *_SOURCES)]
   digest = hashlib.sha256(b"".join((" ".join(compiler).encode(), macros, *texts)))

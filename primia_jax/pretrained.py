@@ -1,8 +1,8 @@
-"""torchvision's ResNet-18 and VGG-16 weights, from a file on disk, as parameters of
+"""Loads torchvision's ResNet-18 and VGG-16 weights from a file, as parameters of
 `primia_jax.models`.
 
-PyTorch is not needed: a `.pth` file is a pickle beside raw storages, and `_Unpickler` admits only
-the few names that a dictionary of tensors is made of, so that reading a file runs no code from it.
+PyTorch is not needed: a `.pth` file is a pickle plus raw storages. `_Unpickler` admits only the few
+names that occur in a dictionary of tensors, so reading a file runs no code from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 
 from primia_jax.types import ModelState, Params
 
-# VGG-16's 13 convolutions by block, for the position of each in torchvision's `features`.
+# How many of VGG-16's 13 convolutions each block has; gives their positions in torchvision's
+# `features`.
 _VGG_DEPTHS = (2, 2, 3, 3, 3)
 
 _STORAGES = {
@@ -37,24 +38,24 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 def load_pretrained(
   path: str | pathlib.Path, params: Params, model_state: ModelState, *, new_head: bool = False
 ) -> tuple[Params, ModelState]:
-  """Fills a ResNet-18's or VGG-16's parameters from torchvision's weights.
+  """Fills the parameters of a ResNet-18 or VGG-16 from torchvision's weights.
 
-  A first convolution trained on 3 channels serves a model of 1 channel by the sum of its kernels,
-  which answers as the original does to three equal channels.
+  If the model takes 1 channel and the file's first convolution takes 3, its kernels are summed over
+  the channels. The model then answers as the original does to three equal channels.
 
   Args:
     path: a `.pth`, `.pt` or `.safetensors` file with the state dict.
-    params: the model's, as `Model.init` gives them; they say which entries and shapes are wanted.
-    model_state: the model's; with BatchNorm it takes the running statistics.
-    new_head: keep the model's own last layer, as for another number of classes.
+    params: the model's, from `Model.init`; they define the wanted entries and shapes.
+    model_state: the model's. With BatchNorm it is filled with the running statistics.
+    new_head: keep the model's own last layer, e.g. for another number of classes.
 
   Returns:
     (params, model_state) with the same structure and shapes, float32.
 
   Raises:
-    FileNotFoundError: where there is no such file.
-    ValueError: if the file is no state dict, or its entries do not fit the model; names up to ten
-      of them and the cure.
+    FileNotFoundError: there is no such file.
+    ValueError: the file is not a state dict, or its entries do not fit the model. The message names
+      up to ten entries and the cure.
   """
   return convert(read_state_dict(path), params, model_state, new_head=new_head, source=str(path))
 
@@ -67,7 +68,7 @@ def convert(
   new_head: bool = False,
   source: str = "the state dict",
 ) -> tuple[Params, ModelState]:
-  """`load_pretrained` for a state dict in memory; `source` is its name in error messages."""
+  """`load_pretrained` for a state dict in memory. Error messages call it `source`."""
   rename: Callable[[list[str]], str]
   if "layer1_0" in params:
     rename, head = _resnet_name, "fc"
@@ -75,14 +76,14 @@ def convert(
     rename, head = _vgg_names(has_norm="norm1_1" in params), "classifier.6"
   else:
     raise ValueError(
-      f"pretrained weights are for resnet18 and vgg16, not for a model with layers "
+      f"pretrained weights are for resnet18 and vgg16, not for a model with the layers "
       f"{', '.join(params)}"
     )
   used: set[str] = set()
   problems: list[str] = []
 
   def fill(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-    *layers, kind = (entry.key for entry in path[1:])  # after the position in (params, model_state)
+    *layers, kind = (entry.key for entry in path[1:])  # path[0]: params or model_state
     name = f"{rename(layers)}.{_LEAVES[kind]}"
     used.add(name)
     if new_head and name.startswith(f"{head}."):
@@ -122,8 +123,8 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   """Reads a flat dictionary of tensors from a `.pth`, `.pt` or `.safetensors` file.
 
   Raises:
-    FileNotFoundError: where there is no such file.
-    ValueError: if it is not such a dictionary, is damaged, or asks for anything beyond tensors.
+    FileNotFoundError: there is no such file.
+    ValueError: it is not such a dictionary, is damaged, or contains anything but tensors.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -133,7 +134,7 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   if path.suffix == ".safetensors":
     return _read_safetensors(path)
   if path.suffix not in (".pth", ".pt"):
-    raise ValueError(f"{path} is neither .pth, .pt nor .safetensors")
+    raise ValueError(f"{path} is neither .pth, .pt nor .safetensors; save it as one of these")
   try:
     content = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
   except (
@@ -146,7 +147,7 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     AttributeError,
   ) as e:
     raise ValueError(
-      f"{path} is no PyTorch state dict, or is damaged ({e}); save it with model.state_dict()"
+      f"{path} is not a PyTorch state dict, or is damaged ({e}); save it with model.state_dict()"
     ) from e
   if not isinstance(content, dict) or not all(
     isinstance(value, np.ndarray) for value in content.values()
@@ -168,11 +169,11 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     return safetensors.numpy.load_file(path)
   except safetensors.SafetensorError as e:
-    raise ValueError(f"{path} is no safetensors file, or is damaged: {e}") from e
+    raise ValueError(f"{path} is not a safetensors file, or is damaged: {e}; save it again") from e
 
 
 def _read_zip(path: pathlib.Path) -> Any:
-  """PyTorch's format since 1.6: ROOT/data.pkl and one file ROOT/data/KEY a storage."""
+  """PyTorch's format since 1.6: ROOT/data.pkl, and a file ROOT/data/KEY for each storage."""
   with zipfile.ZipFile(path) as archive:
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -192,7 +193,7 @@ def _read_zip(path: pathlib.Path) -> Any:
       )
       if values.size < size:
         raise ValueError(
-          f"{path}: storage {key} holds {values.size} numbers and not {size}; the file is damaged"
+          f"{path}: storage {key} holds {values.size} numbers, not {size}; the file is damaged"
         )
       return values
 
@@ -202,30 +203,32 @@ def _read_zip(path: pathlib.Path) -> Any:
 
 def _read_legacy(path: pathlib.Path) -> Any:
   """PyTorch's format before 1.6: five pickles (magic number, version, system, tensors, storage
-  keys), then storages.
+  keys), then the storages.
   """
   storages: dict[str, np.ndarray] = {}
 
   def storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
-    return storages.setdefault(key, np.zeros(size, dtype))  # filled below: tensors are views of it
+    return storages.setdefault(key, np.zeros(size, dtype))  # tensors are views of it; filled below
 
   with open(path, "rb") as file:
     magic, _, system, content, keys = (_Unpickler(file, storage).load() for _ in range(5))
     if magic != _LEGACY_MAGIC or not system["little_endian"]:
       raise ValueError(
-        f"{path} is no little-endian PyTorch file; save it with torch.save(model.state_dict(), ...)"
+        f"{path} is not a little-endian PyTorch file; save it with "
+        "torch.save(model.state_dict(), ...)"
       )
     for key in keys:
       size = int(np.frombuffer(file.read(8), "<i8")[0])
       data = file.read(size * storages[key].itemsize)
       if size != storages[key].size or len(data) != storages[key].nbytes:
-        raise ValueError(f"{path}: storage {key} is cut short; the file is damaged")
+        raise ValueError(f"{path}: storage {key} is truncated; the file is damaged")
+
       storages[key][:] = np.frombuffer(data, storages[key].dtype)
   return content
 
 
 class _Unpickler(pickle.Unpickler):
-  """Unpickles dictionaries of tensors and refuses every other name."""
+  """Unpickles dictionaries of tensors and rejects every other name."""
 
   def __init__(self, file: IO[bytes], storage: Callable[[np.dtype, str, int], np.ndarray]):
     super().__init__(file)
@@ -299,8 +302,8 @@ def _vgg_names(has_norm: bool) -> Callable[[list[str]], str]:
 def _to_our_layout(
   value: np.ndarray, kind: str, shape: tuple[int, ...], after_flatten: bool
 ) -> np.ndarray:
-  """[O, C, kh, kw] -> [kh, kw, C, O] and [O, I] -> [I, O]; flattened [C, 7, 7] -> [7, 7, C]; 3
-  channels -> 1.
+  """Converts [O, C, kh, kw] to [kh, kw, C, O], [O, I] to [I, O], flattened [C, 7, 7] to [7, 7, C],
+  and 3 input channels to 1.
   """
   if kind != "kernel":
     return value
@@ -314,15 +317,13 @@ def _to_our_layout(
 
 def _cure(problems: list[str], head: str) -> str:
   if all(f"{head}." in problem for problem in problems):
-    return (
-      "For another number of classes pass new_head=True, which keeps the model's own last layer"
-    )
+    return "For another number of classes, pass new_head=True to keep the model's own last layer"
   if any("running_" in problem and "shape" not in problem for problem in problems):
     return (
-      'The file and the model differ in normalisation: build the model with norm="batch" for a '
-      "file with it"
+      "The file and the model differ in normalisation: for a file with BatchNorm, build the model "
+      'with norm="batch"'
     )
   return (
-    'Build the model as torchvision does: width=1, stem="7x7", head="dense", and norm as in '
-    "the file"
+    'Build the model as torchvision does: width=1, stem="7x7", head="dense", and norm as in the '
+    "file"
   )

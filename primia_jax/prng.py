@@ -1,15 +1,15 @@
 """Cryptographic randomness as arrays: the ChaCha20 stream cipher (RFC 8439), subkeys, and signed
 sums of masks.
 
-Every function takes the secret key as an argument and is deterministic: the same bits on every
-backend, under jit, vmap and shard_map, however the work is cut. Security rests on one assumption,
-that the ChaCha20 block function with a uniform secret key is a pseudorandom function of (counter,
-nonce); a (key, nonce) pair must never be used twice. `jax.random` is for everything that is not
+Every function takes the secret key as an argument and is deterministic. It gives the same bits on
+every backend, under jit, vmap and shard_map, and however the work is divided. Security rests on one
+assumption: the ChaCha20 block function with a uniform secret key is a pseudorandom function of
+(counter, nonce). Never use a (key, nonce) pair twice. Use `jax.random` for everything that is not
 secret.
 
-`bits` and `mask_sum` run on CPU as C compiled on first use (see `native`), elsewhere and without a
-C compiler as plain JAX. Shard them with shard_map: under automatic sharding the C form runs whole
-on every device.
+On CPU, `bits` and `mask_sum` run as C that is compiled on first use (see `native`); elsewhere, and
+without a C compiler, they run as plain JAX. Shard them with shard_map: under automatic sharding
+every device would run the whole C form.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ from jax import lax
 from primia_jax import native
 from primia_jax.types import Array
 
-TILE = 128  # blocks whose words are laid side by side; fixes the order of words in `bits`
+TILE = 128  # blocks whose words lie side by side; fixes the order of words in `bits`
 _SIGMA = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)  # "expand 32-byte k"
 _MAX_BLOCKS = 2**32 - 4  # of `bits`; the last four counters of every nonce belong to `derive`
-_CPU_CHUNK = (
-  2**13
-)  # blocks that plain JAX computes at a time: 0.5 MiB of state, to stay in the cache
-_CHUNK = 2**18  # the same where there is no such cache and a wide machine to fill: 16 MiB
+_CPU_CHUNK = 2**13  # blocks that plain JAX computes at a time on CPU: 0.5 MiB fits the cache
+_CHUNK = 2**18  # the same on accelerators, which are wide and have no such cache: 16 MiB
 
 
 def chacha20(key: Array, nonce: Array, counter: int | Array, num_blocks: int) -> Array:
@@ -47,12 +45,12 @@ def chacha20(key: Array, nonce: Array, counter: int | Array, num_blocks: int) ->
     num_blocks: how many blocks.
 
   Returns:
-    [16, num_blocks] uint32; column b is block counter + b, and the transpose read in order is the
+    [16, num_blocks] uint32. Column b is block counter + b; the transpose, read in order, is the
     RFC's keystream.
 
   Raises:
-    ValueError: where a shape or dtype is wrong or the counter would pass 2^32. A traced counter
-      cannot be checked; it wraps.
+    ValueError: a shape or dtype is wrong, or the counter would pass 2^32. A traced counter cannot
+      be checked and wraps around.
   """
   _check("key", key, 8)
   _check("nonce", nonce, 3)
@@ -61,7 +59,7 @@ def chacha20(key: Array, nonce: Array, counter: int | Array, num_blocks: int) ->
   first = 0 if isinstance(counter, jax.core.Tracer) else int(counter)
   if not 0 <= first < 2**32 or first + num_blocks > 2**32:
     raise ValueError(
-      f"blocks {first} to {first + num_blocks} pass the 32-bit counter; take another nonce"
+      f"blocks {first} to {first + num_blocks} pass the 32-bit counter; use another nonce"
     )
   return _blocks(key, nonce, jnp.asarray(counter, jnp.uint32), num_blocks)
 
@@ -69,10 +67,10 @@ def chacha20(key: Array, nonce: Array, counter: int | Array, num_blocks: int) ->
 def bits(key: Array, nonce: Array, shape: Sequence[int], dtype=jnp.uint32) -> Array:
   """Uniform bits from a key and a nonce.
 
-  The flat output is a row of tiles. Tile t holds blocks 128 t to 128 t + 127, word 0 of every block
-  first, then word 1 and so on: position p of a tile is word p // 128 of its block p % 128. A uint64
-  takes its low half from word w and its high half from word w + 8 of one block. So a shorter output
-  is a prefix of a longer one.
+  The flat output is a row of tiles. Tile t holds blocks 128 t to 128 t + 127: first word 0 of every
+  block, then word 1, and so on. Position p of a tile is word p // 128 of its block p % 128. A
+  uint64 takes its low half from word w and its high half from word w + 8 of one block. A shorter
+  output is therefore a prefix of a longer one.
 
   Args:
     key: [8] uint32.
@@ -84,8 +82,8 @@ def bits(key: Array, nonce: Array, shape: Sequence[int], dtype=jnp.uint32) -> Ar
     An array of that shape and dtype.
 
   Raises:
-    ValueError: for a wrong key, nonce or dtype, uint64 without x64, or more than 2^32 - 4 blocks
-      (256 GiB).
+    ValueError: key, nonce or dtype is wrong, dtype is uint64 without x64, or the output needs more
+      than 2^32 - 4 blocks (256 GiB).
   """
   _check("key", key, 8)
   _check("nonce", nonce, 3)
@@ -99,14 +97,14 @@ def bits(key: Array, nonce: Array, shape: Sequence[int], dtype=jnp.uint32) -> Ar
 def mask_sum(
   keys: Array, signs: Array, nonce: Array, shape: Sequence[int], dtype=jnp.uint32
 ) -> Array:
-  """The sum over peers of sign x mask, modulo 2^32 or 2^64, holding one mask's worth of memory.
+  """The sum over peers of sign x mask, modulo 2^32 or 2^64, in the memory of one mask.
 
-  Equal to `sum(signs[p] * bits(keys[p], nonce, shape, dtype) for p in range(P))`: what one site
-  adds to its update in secure aggregation (Bonawitz et al. 2017, section 4.0.1).
+  Equals `sum(signs[p] * bits(keys[p], nonce, shape, dtype) for p in range(P))`. In secure
+  aggregation, a site adds this to its update (Bonawitz et al. 2017, section 4.0.1).
 
   Args:
     keys: [P, 8] uint32, one key for each peer.
-    signs: [P] int32: +1, -1, or 0 for a peer that is absent.
+    signs: [P] int32: +1, -1, or 0 for an absent peer.
     nonce: [3] uint32, never used twice with any of these keys.
     shape: the shape wanted.
     dtype: uint32, or uint64 (needs x64).
@@ -115,7 +113,7 @@ def mask_sum(
     An array of that shape and dtype.
 
   Raises:
-    ValueError: as `bits`, and where keys and signs do not match.
+    ValueError: as `bits`, and if keys and signs do not match.
   """
   if keys.ndim != 2 or keys.shape[1] != 8 or keys.dtype != jnp.uint32:
     raise ValueError(f"keys is {keys.dtype}{list(keys.shape)}; it must be uint32[P, 8]")
@@ -130,7 +128,7 @@ def mask_sum(
 
 
 def random_key(entropy: Callable[[int], bytes] = os.urandom) -> Array:
-  """A fresh key from the operating system, drawn on the host.
+  """Draws a fresh key from the operating system, on the host.
 
   Args:
     entropy: returns the given number of secret uniform bytes.
@@ -147,11 +145,11 @@ def random_keys(count: int, entropy: Callable[[int], bytes] = os.urandom) -> np.
 
 
 def derive(key: Array, *words: int | Array) -> Array:
-  """A subkey for one to three words, e.g. a round and a pair of sites; nest for more.
+  """Derives a subkey for one to three words, e.g. a round and a pair of sites; nest it for more.
 
-  Under the assumption that ChaCha20 is a pseudorandom function, subkeys for different words are
-  independent uniform keys to whoever lacks `key`, and independent of the `bits` of `key`: n words
-  are the nonce of the block with counter 2^32 - 1 - n, which `bits` never reaches.
+  To anyone without `key`, subkeys for different words are independent uniform keys, also
+  independent of the `bits` of `key`, if ChaCha20 is a pseudorandom function. The n words are the
+  nonce of the block with counter 2^32 - 1 - n, which `bits` never reaches.
 
   Args:
     key: [8] uint32.
@@ -161,10 +159,10 @@ def derive(key: Array, *words: int | Array) -> Array:
     [8] uint32, the first half of the block.
 
   Raises:
-    ValueError: for no words, more than three, or a word outside uint32.
+    ValueError: there are no words or more than three, or a word is outside uint32.
   """
   if not 1 <= len(words) <= 3:
-    raise ValueError(f"{len(words)} words; derive takes one to three, and nests for more")
+    raise ValueError(f"{len(words)} words; derive takes one to three; nest it for more")
   for word in words:
     if isinstance(word, (int, np.integer)):
       if not 0 <= word < 2**32:
@@ -190,12 +188,11 @@ def _unsigned(dtype) -> np.dtype:
 
 
 def _num_blocks(size: int, dtype: np.dtype) -> int:
-  """Blocks of the whole tiles that hold `size` values."""
+  """The number of blocks in the whole tiles that hold `size` values."""
   tiles = -(-size * dtype.itemsize // (64 * TILE))
   if tiles * TILE > _MAX_BLOCKS:
     raise ValueError(
-      f"{size} values of {dtype} need {tiles * TILE} blocks, over {_MAX_BLOCKS}; take several "
-      f"nonces"
+      f"{size} values of {dtype} need {tiles * TILE} blocks, over {_MAX_BLOCKS}; use several nonces"
     )
   return tiles * TILE
 
@@ -204,7 +201,7 @@ def _num_blocks(size: int, dtype: np.dtype) -> int:
 def _mask_sum(
   keys: Array, signs: Array, nonce: Array, size: int, dtype: np.dtype, use_native: bool
 ) -> Array:
-  """`mask_sum`, flat and unchecked, in the form that suits the platform it is compiled for."""
+  """`mask_sum`, flat and unchecked, in the form for the platform that it is compiled for."""
   if not size or not len(keys):
     return jnp.zeros(size, dtype)
   portable = functools.partial(_portable_mask_sum, size=size, dtype=dtype)
@@ -216,7 +213,7 @@ def _mask_sum(
 
 
 def _native_mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype: np.dtype) -> Array:
-  """`mask_sum` by the C form, with the mesh axes it varies over, which a foreign call forgets."""
+  """`mask_sum` in C, with the mesh axes it varies over, which a foreign call loses."""
   return native.mask_sum(keys, signs, nonce, size, dtype) | _varying_zero(
     keys, signs, nonce
   ).astype(dtype)
@@ -225,11 +222,11 @@ def _native_mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype: 
 def _portable_mask_sum(
   keys: Array, signs: Array, nonce: Array, size: int, dtype: np.dtype, chunk_blocks: int
 ) -> Array:
-  """`mask_sum` in plain JAX: chunk by chunk, so that the state stays in fast memory, and there peer
-  by peer.
+  """`mask_sum` in plain JAX: chunk by chunk, so that the state stays in fast memory, and peer by
+  peer within a chunk.
   """
   num_blocks = _num_blocks(size, dtype)
-  tiles = -(-num_blocks // (TILE * -(-num_blocks // chunk_blocks)))  # of one chunk, all about equal
+  tiles = -(-num_blocks // (TILE * -(-num_blocks // chunk_blocks)))  # per chunk, about equal
   factors = signs.astype(jnp.int64 if dtype == jnp.uint64 else jnp.int32).astype(dtype)
 
   def mask(peer, first):
@@ -257,11 +254,11 @@ def _blocks(key: Array, nonce: Array, counter: Array, num_blocks: int) -> Array:
 
 
 def _varying_zero(*arrays: Array) -> Array:
-  """A uint32 zero that varies over the mesh axes that any of the arrays varies over; the compiler
+  """A uint32 zero that varies over every mesh axis that any of the arrays varies over. The compiler
   removes it.
 
-  Under shard_map a loop's carry, and the two branches of a choice, must agree in the axes they vary
-  over.
+  Under shard_map, a loop's carry must keep the axes it varies over, and both branches of a choice
+  must agree in theirs.
   """
   return functools.reduce(
     operator.or_, (a.ravel()[0].astype(jnp.uint32) for a in arrays)
@@ -269,7 +266,7 @@ def _varying_zero(*arrays: Array) -> Array:
 
 
 def double_round(state: tuple[Array, ...]) -> tuple[Array, ...]:
-  """Four quarter rounds down the columns and four down the diagonals (RFC 8439, section 2.3.1)."""
+  """Four quarter rounds on the columns and four on the diagonals (RFC 8439, section 2.3.1)."""
   s = list(state)
   for shift in (0, 1):
     for i in range(4):

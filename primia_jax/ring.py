@@ -1,5 +1,5 @@
-"""Z_2^k and fixed point: real numbers as integers modulo 2^k, so that sums are exact and additive
-masks are uniform.
+"""Z_2^k and fixed point: represents real numbers as integers modulo 2^k, so that sums are exact and
+additive masks are uniform.
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ class FixedPoint:
   @property
   def max_abs(self) -> float:
     """The largest magnitude that is encoded without wrapping around."""
-    unheld = max(
-      0, self.num_bits - 54
-    )  # low bits that a Python float cannot hold: round down, not up
+    # Low bits that a Python float cannot hold; subtracting them rounds down instead of up.
+    unheld = max(0, self.num_bits - 54)
     return (2 ** (self.num_bits - 1) - 2**unheld) / 2**self.fraction_bits
 
   @property
   def resolution(self) -> float:
-    """The value of the last bit; rounding is off by at most half of it."""
+    """The value of the last bit. Rounding errors are at most half of it."""
     return 2.0**-self.fraction_bits
 
 
@@ -57,17 +56,16 @@ def fit(max_abs: float, num_terms: int, num_bits: int = 32) -> FixedPoint:
   2^(k-1).
 
   Raises:
-    ValueError: not even whole numbers fit (the message says how many bits would do), or a number is
-      not positive and finite.
+    ValueError: even whole numbers do not fit (the message says how many bits suffice), or a number
+      is not positive and finite.
 
   >>> fit(max_abs=32.0, num_terms=3)
   FixedPoint(num_bits=32, fraction_bits=24)
   """
   if not 0 < max_abs < math.inf or num_terms < 1:
     raise ValueError(f"max_abs={max_abs} and num_terms={num_terms} must be positive and finite")
-  largest = lambda f: (
-    num_terms * (Fraction(max_abs) * 2**f + Fraction(1, 2))
-  )  # exact: floats would round up to 2^(k-1)
+  # Exact fractions, because floats would round up to 2^(k-1).
+  largest = lambda f: num_terms * (Fraction(max_abs) * 2**f + Fraction(1, 2))
   fits = [f for f in range(num_bits) if largest(f) < 2 ** (num_bits - 1)]
   if not fits:
     enough = math.floor(largest(0)).bit_length() + 1
@@ -83,17 +81,16 @@ def encode(x: Array, fixed: FixedPoint) -> Array:
   """Rounds real numbers to ring elements.
 
   Args:
-    x: float32 or float64 of any shape, magnitudes at most `fixed.max_abs` (what lies beyond is
-      undefined: check first).
+    x: float32 or float64 of any shape, with magnitudes at most `fixed.max_abs`. Beyond that the
+      result is undefined, so check first.
     fixed: the encoding.
 
   Returns:
-    uint32 or uint64 of x's shape, reduced modulo 2^k. Off by at most 2^-(f+1): scaling by 2^f is
-    exact.
+    uint32 or uint64 of x's shape, reduced modulo 2^k. The error is at most 2^-(f+1), because
+    scaling by 2^f is exact.
 
   Raises:
-    ValueError: where x is of another dtype; float16 would overflow and integers would not be
-      scaled.
+    ValueError: x has another dtype. float16 would overflow, and integers would not be scaled.
   """
   if x.dtype not in (jnp.float32, jnp.float64):
     raise ValueError(f"cannot encode {x.dtype}; convert to float32 or float64")
@@ -105,14 +102,13 @@ def encode(x: Array, fixed: FixedPoint) -> Array:
 
 
 def decode(v: Array, fixed: FixedPoint, dtype: jnp.dtype | type = jnp.float32) -> Array:
-  """Returns the real numbers that ring elements stand for, rounded to `dtype` (float32: relative
+  """Returns the real numbers that ring elements represent, rounded to `dtype` (float32: relative
   error 2^-24).
   """
   unused = jnp.asarray(v.dtype.itemsize * 8 - fixed.num_bits, _signed(fixed.num_bits))
   signed = jax.lax.bitcast_convert_type(v, _signed(fixed.num_bits))
-  signed = jnp.right_shift(
-    jnp.left_shift(signed, unused), unused
-  )  # extends the sign from bit k - 1
+  # Extends the sign from bit k - 1.
+  signed = jnp.right_shift(jnp.left_shift(signed, unused), unused)
   return signed.astype(dtype) * jnp.asarray(2.0**-fixed.fraction_bits, dtype)
 
 
@@ -127,7 +123,7 @@ def storage(num_bits: int) -> jnp.dtype:
   """Returns the dtype that holds Z_2^k: uint32 for k <= 32, else uint64.
 
   Raises:
-    ValueError: k > 32 without x64, where JAX would quietly use 32 bits.
+    ValueError: k > 32 without x64, where JAX would silently use 32 bits.
   """
   return jnp.dtype(_unsigned(num_bits))
 

@@ -1,14 +1,14 @@
-"""The wavelet scattering transform: features of an image that nobody had to train.
+"""The wavelet scattering transform: fixed, untrained features of an image.
 
-Bruna and Mallat, arXiv 1203.1513; with a linear classifier, the strongest handcrafted features for
-training under differential privacy (Tramer and Boneh, arXiv 2011.11660). Nothing here depends on
-data, so it costs no privacy.
+Bruna and Mallat, arXiv 1203.1513. With a linear classifier, these were the strongest handcrafted
+features for training under differential privacy (Tramer and Boneh, arXiv 2011.11660). Nothing here
+depends on data, so it costs no privacy.
 
-An image x is averaged, S0 = x * phi; split into oriented waves whose local strength is averaged,
-S1[j, a] = |x * psi[j, a]| * phi; and their strength split once more at the coarser scales, S2[j, a,
-k, b] = ||x * psi[j, a]| * psi[k, b]| * phi with k > j. `psi[j, a]` is a Morlet wavelet of scale 2^j
-at one of the angles a pi / A, and phi a Gaussian of scale 2^J. Each map is kept at the resolution
-that its scale allows, and continued beyond its edges by reflection.
+There are three orders of coefficients. S0 = x * phi is the averaged image. S1[j, a] = |x *
+psi[j, a]| * phi is the averaged local strength of its oriented waves. S2[j, a, k, b] = ||x *
+psi[j, a]| * psi[k, b]| * phi with k > j splits that strength again at coarser scales. psi[j, a] is
+a Morlet wavelet of scale 2^j at the angle a pi / A; phi is a Gaussian of scale 2^J. Each map is
+sampled as coarsely as its scale allows, and extended beyond its edges by reflection.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from jax import lax
 
 from primia_jax.types import Array
 
-# of a wavelet's envelope, in units of its scale; with _FREQUENCY as in arXiv 1203.1513 and ScatNet
+# Of a wavelet's envelope, in units of its scale. _SIGMA and _FREQUENCY are those of arXiv 1203.1513
+# and ScatNet.
 _SIGMA = 0.8
 _FREQUENCY = 0.75 * math.pi
 _SLANT = 0.5  # the envelope is twice as long across the wave as along it
-_RADIUS = 3.0  # where a Gaussian is cut off, in standard deviations
+_RADIUS = 3.0  # where Gaussians are truncated, in standard deviations
 
 
 def num_paths(num_scales: int, num_angles: int = 8) -> int:
-  """K, the scattering coefficients of a position: 1 + A J + A^2 J (J - 1) / 2."""
+  """K, the number of scattering coefficients per position: 1 + A J + A^2 J (J - 1) / 2."""
   return 1 + num_angles * num_scales + num_angles**2 * num_scales * (num_scales - 1) // 2
 
 
@@ -40,13 +41,13 @@ def scatter(images: Array, num_scales: int = 2, num_angles: int = 8) -> Array:
 
   Args:
     images: [B, H, W, C] float32, H and W multiples of 2^J.
-    num_scales: J, the number of octaves; a coefficient sees about 2^(J + 1) pixels.
-    num_angles: A, orientations of the wavelets in half a turn.
+    num_scales: J, the number of octaves. A coefficient sees about 2^(J + 1) pixels.
+    num_angles: A, the number of wavelet orientations in half a turn.
 
   Returns:
-    [B, H / 2^J, W / 2^J, C K] float32 with K = `num_paths(J, A)`; within a channel of the image S0,
-    then S1 by (j, a), then S2 by (j, a, k, b). Up to rounding, adding a constant to an image
-    changes S0 alone, and a factor on the image is one on every coefficient.
+    [B, H / 2^J, W / 2^J, C K] float32 with K = `num_paths(J, A)`. For each channel of the image
+    come S0, then S1 by (j, a), then S2 by (j, a, k, b). Up to rounding, adding a constant to an
+    image changes only S0, and scaling an image scales every coefficient.
 
   Raises:
     ValueError: the images are not [B, H, W, C] float32, their size is not a multiple of 2^J, or J
@@ -62,8 +63,7 @@ def scatter(images: Array, num_scales: int = 2, num_angles: int = 8) -> Array:
   if height % 2**num_scales or width % 2**num_scales:
     raise ValueError(
       f"images of {height} x {width} pixels cannot be halved num_scales={num_scales} times; resize "
-      f"them to a multiple "
-      f"of {2**num_scales}, or take fewer scales"
+      f"them to a multiple of {2**num_scales}, or use fewer scales"
     )
 
   def average(maps: Array, scale: int) -> Array:
@@ -97,15 +97,15 @@ def scatter(images: Array, num_scales: int = 2, num_angles: int = 8) -> Array:
 
 
 def _strength(maps: Array, scale: int, coarser: int, num_angles: int) -> Array:
-  """|maps * psi[coarser, a]| for all angles: maps [N, h, w] sampled at 2^scale -> [N A, h', w'] at
-  2^coarser.
+  """|maps * psi[coarser, a]| for all angles: from maps [N, h, w] sampled at 2^scale to [N A, h',
+  w'] sampled at 2^coarser.
   """
   kernel = _wavelets(coarser - scale, num_angles)
   radius, stride = kernel.shape[0] // 2, 2 ** (coarser - scale)
   padded = jnp.pad(maps, ((0, 0), (radius, radius), (radius, radius)), mode="reflect")
   last = [n + 2 * radius - (n - stride) % stride for n in maps.shape[1:]]
-  # XLA's own convolution: the kernel is a constant larger than many a map, and there is nothing to
-  # learn.
+  # XLA's own convolution: the kernel is a constant, often larger than the map, and needs no
+  # gradient.
   waves = lax.conv_general_dilated(
     padded[:, : last[0], : last[1], None],
     jnp.asarray(kernel),
@@ -120,11 +120,11 @@ def _strength(maps: Array, scale: int, coarser: int, num_angles: int) -> Array:
 
 @functools.cache
 def _wavelets(scale: int, num_angles: int) -> np.ndarray:
-  """Morlet wavelets [k, k, 1, 2 A], real parts and then imaginary ones: an envelope times (a wave
-  minus its mean).
+  """Morlet wavelets [k, k, 1, 2 A], real parts first, then imaginary ones. Each is an envelope
+  times (a wave minus its mean).
 
-  The mean is that under the envelope, as cut off, so that each wavelet's values add up to exactly
-  nothing.
+  The mean is taken under the truncated envelope, so that the values of each wavelet sum to exactly
+  0.
   """
   sigma, frequency = _SIGMA * 2**scale, _FREQUENCY / 2**scale
   radius = math.ceil(_RADIUS * sigma / _SLANT)
@@ -146,8 +146,8 @@ def _wavelets(scale: int, num_angles: int) -> np.ndarray:
 
 @functools.cache
 def _averaging(size: int, scale: int, num_scales: int) -> np.ndarray:
-  """The Gaussian phi over `size` samples at 2^scale and the choice of each 2^J-th: [size 2^scale /
-  2^J, size].
+  """A matrix [size 2^scale / 2^J, size] that applies the Gaussian phi to `size` samples at 2^scale,
+  and subsamples to 2^J.
   """
   sigma, step = _SIGMA * 2 ** (num_scales - 1 - scale), 2 ** (num_scales - scale)
   radius = math.ceil(_RADIUS * sigma)

@@ -1,12 +1,12 @@
-"""Kernels with taps: a layer's input and output gradient, example by example, in place of each
-example's gradient.
+"""Tapped kernels: a backward pass that returns a layer's input and output gradient for each
+example, instead of each example's gradient of the kernel.
 
-A convolution or dense layer is y[p] = rows(x)[p] @ w over positions p, so that one example's
-gradient of w is the sum over p of rows(x)[p]^T g[p]: whoever holds x and g knows its norm, and any
-weighted sum over examples, without forming it for every example (book-keeping, Bu et al. 2023,
-"Differentially private optimization on large model at small cost"). `conv` and `dense` take a
-`Tapped` kernel for an ordinary one; a backward pass then hands x and g to its taps as if they were
-gradients.
+A convolution or dense layer computes y[p] = rows(x)[p] @ w at positions p. One example's gradient
+of w is then the sum over p of rows(x)[p]^T g[p]. So x and g determine its norm, and any weighted
+sum over examples, without forming the gradient of each example (book-keeping; Bu et al. 2023,
+"Differentially private optimization on large model at small cost"). `conv` and `dense` accept a
+`Tapped` kernel in place of an ordinary one. A backward pass then returns x and g as the gradients
+of its taps.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from primia_jax.types import Array
 
 
 class Taps(NamedTuple):
-  """What a kernel's one use fills: zeros on the way in, see `Use.taps`; their gradients are what is
-  asked for.
+  """Arguments that receive x and g as their gradients. Pass zeros of the shapes in `Use.taps`.
 
   Attributes:
     x: the layer's input.
     g: the gradient of its output.
-    uses: how often the kernel was used, float32 scalar; x and g are sums, and worth nothing, unless
-      it is 1.
+    uses: how often the kernel was used, a float32 scalar. Unless it is 1, x and g are sums over
+      uses and useless.
   """
 
   x: Array
@@ -45,7 +44,7 @@ class Use(NamedTuple):
 
   Attributes:
     apply: (x [N, ...], w) -> y [N, ..., O], linear in both.
-    rows: x [N, ...] -> [N P, K], what each position of y sees: y = rows @ w.reshape(K, O).
+    rows: x [N, ...] -> [N P, K], the inputs of each position of y: y = rows @ w.reshape(K, O).
     taps: shapes of `Taps`.
   """
 
@@ -56,7 +55,7 @@ class Use(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Log:
-  """The uses that tracing finds."""
+  """The uses of kernels that tracing has found."""
 
   uses: list[Use] = dataclasses.field(default_factory=list)
 
@@ -64,14 +63,14 @@ class Log:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["w", "taps"], meta_fields=["log"])
 @dataclasses.dataclass(frozen=True)
 class Tapped:
-  """A kernel that `conv` or `dense` is given once; what takes it for an array refuses it.
+  """A kernel for one call of `conv` or `dense`. Functions that expect an array reject it.
 
-  What takes it for a tree (`jax.tree.leaves` of all parameters, for a penalty) finds `w`, and loses
-  its gradient where nobody looks: see `only_in_layers`.
+  Functions that expect a tree (such as a penalty on `jax.tree.leaves` of all parameters) find `w`
+  and would silently lose its gradient; `only_in_layers` detects this.
 
   Attributes:
     w: the kernel, which gets no gradient itself.
-    taps: where x and g go; None to note the use in `log` only.
+    taps: receive x and g; None only records the use in `log`.
     log: see `Log`.
   """
 
@@ -85,11 +84,11 @@ class Tapped:
 
 
 def only_in_layers(loss_fn: Callable[[Any], Array], kernels: Any) -> Array:
-  """loss_fn(kernels), which gives their w to `conv` and `dense` by `Tapped` without taps; traces
-  well.
+  """Returns loss_fn(kernels), and checks that it uses kernels only in `conv` and `dense`, as
+  `Tapped` without taps. Can be traced.
 
   Raises:
-    ValueError: the loss depends on a kernel in another way, whose gradient taps would not hold.
+    ValueError: the loss depends on a kernel in another way; taps would miss that gradient.
   """
   return jax.jvp(lambda kernels: _constant(loss_fn(kernels)), (kernels,), (kernels,))[0]
 
@@ -102,10 +101,9 @@ def _constant(loss: Array) -> Array:
 def _constant_jvp(primals: tuple[Array], tangents: tuple[Any]) -> tuple[Array, Any]:
   if not isinstance(tangents[0], SymbolicZero):
     raise ValueError(
-      "the loss depends on a kernel with taps in another way than by `conv` or `dense`, such as a "
-      "penalty on all "
-      "parameters, whose gradient would be lost; add it after clipping (weight decay), or use no "
-      "taps"
+      "the loss depends on a tapped kernel outside of `conv` and `dense`, e.g. by a penalty on all "
+      "parameters, and that gradient would be lost; add the penalty after clipping (weight decay), "
+      "or use no taps"
     )
   return primals[0], tangents[0]
 
@@ -114,7 +112,7 @@ _constant.defjvp(_constant_jvp, symbolic_zeros=True)
 
 
 def dense(x: Array, w: Array | Tapped) -> Array:
-  """x [N, K] @ w [K, O], whose kernel may have taps."""
+  """x [N, K] @ w [K, O], where w may be tapped."""
   if isinstance(w, Tapped):
     return linear(x, w, jnp.matmul, lambda x: x)
   return x @ w
@@ -123,7 +121,7 @@ def dense(x: Array, w: Array | Tapped) -> Array:
 def linear(
   x: Array, kernel: Tapped, apply: Callable[[Array, Array], Array], rows: Callable[[Array], Array]
 ) -> Array:
-  """apply(x, kernel.w), with taps; see `Use` for the arguments."""
+  """apply(x, kernel.w) with taps. `Use` describes the arguments."""
   if kernel.taps is not None:
     return _through(apply, x, kernel.w, kernel.taps)
   y = apply(x, lax.stop_gradient(kernel.w))

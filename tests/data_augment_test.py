@@ -308,7 +308,7 @@ def test_bad_arguments_are_refused():
     (lambda: equalize_adapthist(images, tiles=21), "21 tiles"),
     (lambda: equalize_adapthist(images, num_bins=1), "num_bins is 1"),
     (lambda: aug.mixup(KEY, images, labels, -1.0), "alpha is -1.0"),
-    (lambda: aug.mixup(KEY, images, labels[:3], 1.0), "one each is needed"),
+    (lambda: aug.mixup(KEY, images, labels[:3], 1.0), "give one for each image"),
     (
       lambda: aug.mixed_labels(aug.mixup(KEY, images, jnp.eye(4, dtype=jnp.float32), 0.0), 3),
       "expected 3",

@@ -143,7 +143,7 @@ def test_what_cannot_be_read_is_named():
     dicom.read(make(np.concatenate([RAMP, RAMP]), NumberOfFrames=2, Rows=16), "x.dcm")
   for cut in (140, 300, len(make()) - 100):
     with pytest.raises(
-      ValueError, match=r"x\.dcm is a (corrupt DICOM file|DICOM file without pixels).*remove"
+      ValueError, match=r"x\.dcm is (corrupt DICOM|a DICOM file without pixels).*remove"
     ):
       dicom.read(make()[:cut], "x.dcm")
   wavelet = pydicom.dcmread(io.BytesIO(make(rle=True)))
@@ -155,7 +155,7 @@ def test_what_cannot_be_read_is_named():
     match=r"(?s)x\.dcm is .* compressed in a way that cannot be read .*pip install 'pylibjpeg",
   ):
     dicom.read(buffer.getvalue(), "x.dcm")
-  with pytest.raises(ValueError, match=r"percentiles are \(99, 1\); they must be rising"):
+  with pytest.raises(ValueError, match=r"percentiles are \(99, 1\); they must increase"):
     dicom.read(make(), "x.dcm", percentiles=(99, 1))
   with pytest.raises(ValueError, match=r"x\.dcm cannot be read as .* DICOM"):
     decode.decode(make()[132:], "x.dcm", size=8, channels=1)

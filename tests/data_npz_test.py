@@ -80,7 +80,7 @@ def test_resizing_and_channels(tmp_path):
       r"x\.npz holds \['images'\] for the test split, but no labels; add test_labels",
     ),
     ({"test_masks": GREY, "test_images": GREY}, r"but no labels"),
-    ({"images": GREY}, r"an array 'images'; names must be like train_images"),
+    ({"images": GREY}, r"an array 'images'; rename it like train_images"),
     ({"holdout_images": GREY}, r"an array 'holdout_images'"),
     (
       {"test_images": GREY / 255, "test_labels": LABELS},
@@ -134,7 +134,7 @@ def test_a_missing_or_corrupt_file_is_named(tmp_path):
   single = (tmp_path / "one.npy").read_bytes()
   for content in (whole[:200], bytes(damaged), b"", b"some text", single):
     (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.npz cannot be read as npz .* copy it anew"):
+    with pytest.raises(ValueError, match=r"x\.npz cannot be read as npz .* copy it again"):
       load(f"npz:{tmp_path}/x.npz", size=8, channels=1)
 
 

@@ -122,7 +122,7 @@ def test_a_prepared_set_needs_no_manual_dir_and_maps_given_label_names(tmp_path,
     assert data["train"].label_names == order
     assert sorted(data["train"].labels.tolist()) == [0, 1, 1, 2]
   with pytest.raises(
-    ValueError, match=r"class 'bacterial' of .*kermany_chest_xray.* is none of the known classes"
+    ValueError, match=r"class 'bacterial' of .*kermany_chest_xray.* is not one of the known classes"
   ):
     load(
       "tfds:kermany_chest_xray",
@@ -179,14 +179,14 @@ def test_what_is_wrong_is_named_with_its_cure(tmp_path, manual_dir):
       FileNotFoundError, match=rf"no TFDS data set '{name}' is prepared in .*{cure}"
     ):
       load(f"tfds:{name}", size=8, channels=1, data_dir=tmp_path)
-  with pytest.raises(ValueError, match=r"no builder 'mnist'; those that can be prepared are"):
+  with pytest.raises(ValueError, match=r"no builder 'mnist'; known builders are"):
     load("tfds:mnist", size=8, channels=1, data_dir=tmp_path, manual_dir=manual_dir)
   with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere; Put one of"):
     load("tfds:med_nist", size=8, channels=1, data_dir=tmp_path, manual_dir=tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match=r"holds none of .*MedNIST.*; put the tar"):
     load("tfds:med_nist", size=8, channels=1, data_dir=tmp_path, manual_dir=manual_dir)
   (manual_dir / "chest_xray/train/NORMAL/IM-0001-0001.jpeg").write_bytes(b"junk")
-  with pytest.raises(ValueError, match=r"IM-0001-0001\.jpeg is no JPEG image; copy it anew"):
+  with pytest.raises(ValueError, match=r"IM-0001-0001\.jpeg is not a JPEG image; copy it again"):
     load("tfds:kermany_chest_xray", size=8, channels=1, data_dir=tmp_path, manual_dir=manual_dir)
 
 
@@ -208,7 +208,7 @@ def test_unfit_features_and_damage_are_named(tmp_path):
   text = info.read_text()
   info.write_text(text.replace("array_record", "tfrecord"))
   with pytest.raises(
-    ValueError, match=r"stored as tfrecord, which only TensorFlow reads; prepare it anew"
+    ValueError, match=r"stored as tfrecord, which only TensorFlow reads; prepare it again"
   ):
     load("tfds:other", size=8, channels=1, data_dir=tmp_path)
   info.write_text(text[: len(text) // 2])

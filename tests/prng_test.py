@@ -278,7 +278,7 @@ def test_bits_are_uniform_and_a_biased_generator_is_rejected():
     (lambda k: prng.chacha20(k, NONCE.astype(jnp.int32), 0, 1), r"nonce is int32\[3\]"),
     (lambda k: prng.chacha20(k, NONCE, 0, -1), "num_blocks=-1"),
     (lambda k: prng.chacha20(k, NONCE, 2**32 - 1, 2), "pass the 32-bit counter"),
-    (lambda k: prng.bits(k, NONCE, (2**33, 8)), "take several nonces"),
+    (lambda k: prng.bits(k, NONCE, (2**33, 8)), "use several nonces"),
     (lambda k: prng.bits(k, NONCE, (4,), jnp.int32), "must be uint32 or uint64"),
     (lambda k: prng.bits(k, NONCE, (4,), np.uint64), "jax_enable_x64"),
     (lambda k: prng.mask_sum(k, jnp.ones(8, jnp.int32), NONCE, (4,)), r"must be uint32\[P, 8\]"),

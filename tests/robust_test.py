@@ -117,5 +117,5 @@ def test_impossible_rules_are_refused():
     robust.krum(1, 0)
   with pytest.raises(ValueError, match="needs more than 6 sites"):
     robust.krum(2)(messages(6))
-  with pytest.raises(ValueError, match="keeping 7"):
+  with pytest.raises(ValueError, match="num_kept=7"):
     robust.krum(1, 7)(messages(7))

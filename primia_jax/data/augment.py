@@ -1,9 +1,9 @@
 """Augmentation as pure functions of a key and a batch: photometric changes, MixUp, class weights,
-and a composition.
+and their composition.
 
-Each function draws afresh for each image of float32 [B, H, W, C] in [0, 1] and returns images of
-the same kind; zero strength is the identity. All may run under `jit`, `scan` and `vmap` (over
-sites); strengths are Python numbers.
+Each function takes float32 [B, H, W, C] in [0, 1], draws separately for each image, and returns
+images of the same kind. Strength 0 is the identity. Strengths are Python numbers. All functions
+work under `jit`, `scan` and `vmap` (over sites).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def clahe(key: Key, images: Array, clahe: float, clip_limit: float = 0.01) -> Ar
 
 
 def gaussian_blur(key: Key, images: Array, blur: float) -> Array:
-  """Blurs each image with a Gaussian whose standard deviation is uniform in [0, blur] pixels,
-  rescaled at the edges.
+  """Blurs each image with a Gaussian whose standard deviation is uniform in [0, blur] pixels. At
+  the edges the weights are renormalised.
 
-  One matrix for each image and axis. A convolution would become a slow grouped one under `vmap`; a
-  sum of shifted images is fast alone, but XLA on CPU then computes what came before it, a warp say,
-  once for each shift.
+  Each image and axis gets a matrix. A convolution would become a slow grouped one under `vmap`. A
+  sum of shifted images is fast alone, but XLA on CPU then recomputes the preceding operation, e.g.
+  a warp, for each shift.
   """
   check_images(images)
   check_strengths(blur=blur)
@@ -48,9 +48,8 @@ def gaussian_blur(key: Key, images: Array, blur: float) -> Array:
   def kernel(side: int) -> Array:
     pixel = jnp.arange(side, dtype=jnp.float32)
     distance = jnp.square(pixel[:, None] - pixel[None, :])[None]
-    weights = jnp.exp(
-      -distance / jnp.maximum(2 * variance, 1e-12)
-    )  # the floor makes sigma = 0 the identity
+    # The floor makes sigma = 0 the identity.
+    weights = jnp.exp(-distance / jnp.maximum(2 * variance, 1e-12))
     return weights / weights.sum(-1, keepdims=True)
 
   exact = jax.lax.Precision.HIGHEST
@@ -63,15 +62,12 @@ def gamma(key: Key, images: Array, gamma: float) -> Array:
   check_images(images)
   check_strengths(gamma=gamma)
   exponent = jnp.exp(_draw(key, images, -1, 1) * math.log1p(gamma))
-  return jnp.exp(
-    exponent * jnp.log(images)
-  )  # a third of the time of XLA's power on CPU; log(0) = -inf gives 0
+  # Takes a third of the time of XLA's power on CPU. log(0) = -inf gives 0.
+  return jnp.exp(exponent * jnp.log(images))
 
 
 def contrast(key: Key, images: Array, contrast: float) -> Array:
-  """Scales each image about its mean by a factor uniform in 1 plus or minus `contrast`, and clips
-  to [0, 1].
-  """
+  """Scales each image about its mean by a factor uniform in 1 +- `contrast`; clips to [0, 1]."""
   check_images(images)
   check_strengths(contrast=contrast)
   mean = images.mean((1, 2, 3), keepdims=True)
@@ -79,14 +75,14 @@ def contrast(key: Key, images: Array, contrast: float) -> Array:
 
 
 def brightness(key: Key, images: Array, brightness: float) -> Array:
-  """Adds to each image a number uniform within plus or minus `brightness`, and clips to [0, 1]."""
+  """Adds a number uniform in +- `brightness` to each image, and clips to [0, 1]."""
   check_images(images)
   check_strengths(brightness=brightness)
   return jnp.clip(images + _draw(key, images, -brightness, brightness), 0, 1)
 
 
 def gaussian_noise(key: Key, images: Array, noise: float) -> Array:
-  """Adds to each image white noise with a standard deviation uniform in [0, noise], and clips to
+  """Adds white noise to each image, with a standard deviation uniform in [0, noise], and clips to
   [0, 1].
   """
   check_images(images)
@@ -97,14 +93,14 @@ def gaussian_noise(key: Key, images: Array, noise: float) -> Array:
 
 
 def cutout(key: Key, images: Array, cutout: float, fill: float = 0.0) -> Array:
-  """Fills in each image a box about a random pixel; what lies outside the image is lost (DeVries &
+  """Fills a box around a random pixel of each image; the box may extend beyond the image (DeVries &
   Taylor 2017).
 
   Args:
     key: a typed key.
     images: [B, H, W, C] float32.
     cutout: the box's height and width as fractions of the image's; at least one pixel unless 0.
-    fill: the value put there.
+    fill: the value inside the box.
 
   Returns:
     The images, [B, H, W, C] float32.
@@ -129,24 +125,24 @@ def cutout(key: Key, images: Array, cutout: float, fill: float = 0.0) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """Which augmentations are on, and how strongly; each is off by default, and the same-named
-  function says its unit.
+  """The strength of each augmentation. Each is off by default; the function of the same name
+  defines it.
 
   Attributes:
-    rotation_degrees: largest angle either way.
-    translation: largest shift either way, as a fraction of the image's sides.
-    scale: the factor is within 1 plus or minus this.
-    shear_degrees: largest angle either way.
-    horizontal_flip: probability; mind that it puts the heart on the right.
+    rotation_degrees: largest angle in either direction.
+    translation: largest shift in either direction, as a fraction of the image's sides.
+    scale: the factor is within 1 +- this.
+    shear_degrees: largest angle in either direction.
+    horizontal_flip: probability. A flip puts the heart on the right.
     vertical_flip: probability.
     elastic: standard deviation of the displacement, as a fraction of the image's sides.
-    elastic_grid: displacement vectors along each side.
+    elastic_grid: the number of displacement vectors along each side.
     clahe: probability of equalising an image.
     clip_limit: of CLAHE.
     blur: largest standard deviation in pixels.
     gamma: the exponent is within [1 / (1 + gamma), 1 + gamma].
-    contrast: the factor is within 1 plus or minus this.
-    brightness: largest change either way.
+    contrast: the factor is within 1 +- this.
+    brightness: largest change in either direction.
     noise: largest standard deviation.
     cutout: height and width of the box, as fractions of the image's.
   """
@@ -180,9 +176,9 @@ def augment(key: Key, images: Array, config: Augmentation) -> Array:
   cutout.
 
   Args:
-    key: a typed key; the same key gives the same draws to an augmentation whichever others are on.
+    key: a typed key. An augmentation gets the same draws from it whichever others are on.
     images: [B, H, W, C] float32 in [0, 1].
-    config: which, and how strongly.
+    config: the strengths.
 
   Returns:
     The augmented images, [B, H, W, C] float32 in [0, 1].
@@ -212,11 +208,7 @@ def augment(key: Key, images: Array, config: Augmentation) -> Array:
     (gaussian_blur, keys[2], config.blur),
     (contrast, keys[3], config.contrast),
     (brightness, keys[4], config.brightness),
-    (
-      gamma,
-      keys[5],
-      config.gamma,
-    ),  # after the mean that contrast takes, or XLA computes the power twice
+    (gamma, keys[5], config.gamma),  # after contrast's mean, or XLA computes the power twice
     (gaussian_noise, keys[6], config.noise),
     (cutout, keys[7], config.cutout),
   ):
@@ -226,13 +218,13 @@ def augment(key: Key, images: Array, config: Augmentation) -> Array:
 
 
 class MixedBatch(NamedTuple):
-  """A batch after MixUp: the loss is lam * loss(labels_a) + (1 - lam) * loss(labels_b), or that of
-  `mixed_labels`.
+  """A batch after MixUp. Its loss is lam * loss(labels_a) + (1 - lam) * loss(labels_b), or the loss
+  with `mixed_labels`.
   """
 
   images: Array  # [B, H, W, C] float32
-  labels_a: Array  # [B, ...] as they came
-  labels_b: Array  # [B, ...] those of the partners
+  labels_a: Array  # [B, ...] of the images themselves
+  labels_b: Array  # [B, ...] of their partners
   lam: Array  # [B] float32, the share of labels_a
 
 
@@ -241,18 +233,18 @@ def mixup(
 ) -> MixedBatch:
   """Mixes each image with another of its batch (Zhang et al. 2018, mixup, section 2).
 
-  x~ = lam x_i + (1 - lam) x_j and y~ = lam y_i + (1 - lam) y_j with lam ~ Beta(alpha, alpha), one
-  for each image, and j a random permutation of the batch. A mixed image depends on two patients:
-  clipping per example bounds one example's influence no longer, so this must not be used with
-  differentially private training.
+  x~ = lam x_i + (1 - lam) x_j and y~ = lam y_i + (1 - lam) y_j, where each image has its own lam ~
+  Beta(alpha, alpha), and j is a random permutation of the batch.
+
+  Do not use this with differentially private training: a mixed image depends on two patients, so
+  per-example clipping no longer bounds the influence of one example.
 
   Args:
     key: a typed key.
     images: [B, H, W, C] float32.
     labels: [B] integers or [B, L] one-hot floats.
     alpha: of the Beta distribution; 0 leaves the images as they are.
-    weights: [B] float32, 0 for padding, which is only mixed with padding; None where there is no
-      padding.
+    weights: [B] float32, 0 for padding, which is mixed only with padding; None if there is none.
 
   Returns:
     The mixed images, both labels of each, and lam.
@@ -265,11 +257,11 @@ def mixup(
   if not 0 <= alpha < math.inf:
     raise ValueError(f"alpha is {alpha}; expected a finite number, at least 0")
   if labels.shape[:1] != (num,):
-    raise ValueError(f"labels have shape {labels.shape} for {num} images; one each is needed")
+    raise ValueError(f"labels have shape {labels.shape} for {num} images; give one for each image")
   order_key, lam_key = jax.random.split(key)
   padding = jnp.zeros(num, bool) if weights is None else weights <= 0
-  # Real examples first in both orders, so that sending one order to the other keeps real and
-  # padding apart.
+  # Both orders list real examples first, so mapping one to the other never pairs a real example
+  # with padding.
   shuffled = jnp.argsort(
     jax.random.uniform(order_key, (num,), jnp.float32) + padding.astype(jnp.float32)
   )
@@ -284,7 +276,7 @@ def mixup(
 
 
 def mixed_labels(mixed: MixedBatch, num_classes: int) -> Array:
-  """Returns the targets lam y_a + (1 - lam) y_b, [B, L] float32, of integer or one-hot labels."""
+  """Returns the targets lam y_a + (1 - lam) y_b, [B, L] float32, for integer or one-hot labels."""
   one_hot = mixed.labels_a.ndim == 2
   a, b = (
     y if one_hot else jax.nn.one_hot(y, num_classes, dtype=jnp.float32)
@@ -296,19 +288,19 @@ def mixed_labels(mixed: MixedBatch, num_classes: int) -> Array:
 
 
 def inverse_frequency(counts: Array | np.ndarray) -> Array:
-  """Returns class weights N / (L n_l): inverse to the class's frequency, with mean one over the
+  """Returns class weights N / (L n_l): inverse to the class's frequency, with mean 1 over the
   examples.
 
   Args:
     counts: [L], the number of examples n_l of each class; N is their sum.
 
   Returns:
-    [L] float32. Where `counts` is traced and cannot be checked, a class without examples gets
-    weight 0 and does not count in L, which keeps the mean at one.
+    [L] float32. If `counts` is traced, it cannot be checked: a class without examples then gets
+    weight 0 and is left out of L, which keeps the mean at 1.
 
   Raises:
-    ValueError: `counts` is not [L], or (where its values are known) a count is not a positive
-      finite number.
+    ValueError: `counts` is not [L], or (if its values are known) a count is not a positive finite
+      number.
   """
   if counts.ndim != 1:
     raise ValueError(f"counts have shape {counts.shape}; expected one number for each class, [L]")

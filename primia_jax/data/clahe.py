@@ -1,5 +1,5 @@
-"""Contrast-limited adaptive histogram equalisation (CLAHE), after Zuiderveld 1994 as scikit-image
-implements it.
+"""Contrast-limited adaptive histogram equalisation (CLAHE; Zuiderveld 1994), as implemented in
+scikit-image.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import numpy as np
 from primia_jax.data.warp import check_images, check_strengths
 from primia_jax.types import Array
 
-_LEVELS = 2**14  # grey levels before they are put into bins
+_LEVELS = 2**14  # grey levels before binning
 
 
 def limit_counts(counts: Array, limit: int) -> Array:
-  """Cuts histograms at a limit and shares out what was cut among the bins below it.
+  """Clips histograms at a limit and redistributes the excess to the bins below it.
 
-  Step by step as scikit-image does, so that its images are reproduced: there is first an equal
-  share for all, then passes that add one to every k-th bin below the limit, k = (bins below) //
-  (counts left). The last pass may hand out more than was left; the sum of a histogram may thus grow
-  by up to the number of its bins.
+  Follows scikit-image step by step, to reproduce its images. First every bin gets an equal share.
+  Then passes add one to every k-th bin below the limit, where k = (bins below) // (counts left).
+  The last pass may add more than was left, so the sum of a histogram may grow by up to the number
+  of its bins.
 
   Args:
     counts: [..., bins] int32, at least 0.
-    limit: the largest count of a bin.
+    limit: the largest count allowed in a bin.
 
   Returns:
     [..., bins] int32, at most `limit`.
@@ -50,8 +50,8 @@ def limit_counts(counts: Array, limit: int) -> Array:
     stride = jnp.maximum(below.sum(-1, keepdims=True) // jnp.maximum(left, 1), 1).astype(
       jnp.float32
     )
-    # position = index modulo stride, without a slow integer division; half a step keeps the
-    # quotient off the integers.
+    # Tests position = index modulo stride without a slow integer division. The half keeps the
+    # quotient away from integers.
     offset = (position - index).astype(jnp.float32)
     chosen = (
       below
@@ -69,8 +69,8 @@ def limit_counts(counts: Array, limit: int) -> Array:
 
 
 def _stretch(values: Array) -> tuple[Array, Array]:
-  """Maps each image [B, H, W] linearly onto [0, 1]; also returns whether it was flat, [B, 1, 1],
-  and so left alone.
+  """Maps each image [B, H, W] linearly onto [0, 1]. Also returns [B, 1, 1] whether it was flat; a
+  flat image is left unchanged.
   """
   low, high = values.min((1, 2), keepdims=True), values.max((1, 2), keepdims=True)
   flat = high <= low
@@ -80,21 +80,21 @@ def _stretch(values: Array) -> tuple[Array, Array]:
 def equalize_adapthist(
   images: Array, clip_limit: float = 0.01, tiles: int = 8, num_bins: int = 256
 ) -> Array:
-  """Equalises the contrast of each image within tiles, blending between the tiles.
+  """Equalises the contrast of each image within tiles, and interpolates between the tiles.
 
-  Agrees with `skimage.exposure.equalize_adapthist` (its kernel_size=None means 8 tiles) but for
-  pixels that fall on the edge of a bin, rounded in float32 here. Several channels are equalised as
-  HSV: their maximum is, and all keep their ratio to it.
+  Agrees with `skimage.exposure.equalize_adapthist` (whose kernel_size=None means 8 tiles), except
+  for pixels on the edge of a bin, which are rounded in float32 here. Images with several channels
+  are treated as HSV: their maximum is equalised, and each channel keeps its ratio to it.
 
   Args:
     images: [B, H, W, C] float32 in [0, 1].
     clip_limit: the largest share of a tile's pixels in one bin; lower is gentler. 0 sets no limit.
-    tiles: along each side; tiles are H // tiles by W // tiles pixels.
+    tiles: the number of tiles along each side. A tile has H // tiles by W // tiles pixels.
     num_bins: of each tile's histogram.
 
   Returns:
-    [B, H, W, C] float32, each image stretched to [0, 1]; an image of one grey level comes back as
-    it was.
+    [B, H, W, C] float32, each image stretched to [0, 1]. An image with a single grey level is
+    returned unchanged.
 
   Raises:
     ValueError: the images are not float32 [B, H, W, C], or an argument is out of range.
@@ -133,9 +133,7 @@ def equalize_adapthist(
   curves = jnp.floor(jnp.minimum(curves, _LEVELS - 1))
 
   def neighbours(side: int, size: int, count: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """For each pixel along one side: the tile before and the tile after, with the weight of
-    each.
-    """
+    """The tiles before and after each pixel along one side, each with its weight."""
     position = np.arange(side, dtype=np.int32) + size // 2
     after, share = position // size, (position % size / size).astype(np.float32)
     return (np.clip(after - 1, 0, count - 1), 1 - share), (np.clip(after, 0, count - 1), share)

@@ -1,4 +1,4 @@
-"""Encoded images (JPEG, PNG, TIFF, BMP, DICOM) to uint8 arrays of one shape: one at a time, or many
+"""Decodes images (JPEG, PNG, TIFF, BMP, DICOM) to uint8 arrays of one shape: one at a time, or many
 on demand.
 """
 
@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 from primia_jax.data import dicom
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", *dicom.SUFFIXES)
-PERCENTILES = (1.0, 99.0)  # the window of a grey DICOM image, unless the caller says otherwise
+PERCENTILES = (1.0, 99.0)  # default window of a grey DICOM image
 
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
-# What Pillow raises for a file that is cut short or damaged, whatever its format.
+# What Pillow raises for a truncated or damaged file of any format.
 _BROKEN = (
   OSError,
   SyntaxError,
@@ -33,7 +33,7 @@ _BROKEN = (
   struct.error,
   zlib.error,
 )
-_CHUNK = 16  # images a thread decodes before it asks for more
+_CHUNK = 16  # images that a thread decodes per task
 
 
 def decode(
@@ -44,45 +44,45 @@ def decode(
   channels: int,
   percentiles: tuple[float, float] | None = PERCENTILES,
 ) -> np.ndarray:
-  """Returns one encoded image as uint8 [size, size, channels].
+  """Decodes one image to uint8 [size, size, channels].
 
-  Integer images are scaled by their bit depth (16 bits: 65535 becomes 255), never cut; colour
-  becomes grey by the ITU-R 601-2 luma, grey becomes three equal channels. The image is resized to a
-  square with an antialiasing bilinear filter, so that its aspect ratio is lost; a camera's
-  orientation tag is obeyed, transparency is dropped.
+  Integer images are scaled by their bit depth (16 bits: 65535 becomes 255), never clipped. Colour
+  becomes grey by the ITU-R 601-2 luma; grey becomes three equal channels. The image is resized to a
+  square with an antialiasing bilinear filter, which does not preserve the aspect ratio. The
+  camera's orientation tag is applied; transparency is dropped.
 
   Args:
-    data: a whole JPEG, PNG, TIFF, BMP or DICOM file; its content, not its name, says which.
+    data: a whole JPEG, PNG, TIFF, BMP or DICOM file. Its content, not its name, decides the format.
     name: the file, for error messages.
-    size: height and width returned, in pixels.
+    size: height and width of the result, in pixels.
     channels: 1 (grey) or 3 (RGB).
-    percentiles: for grey DICOM only, see `dicom.read`.
+    percentiles: for grey DICOM only; see `dicom.read`.
 
   Raises:
-    ValueError: if the file is corrupt, holds several frames, or values of unknown scale (32-bit
+    ValueError: the file is corrupt, or holds several frames or values of unknown scale (32-bit
       integers, floats).
-    ImportError: if it is a DICOM file and pydicom is not installed.
+    ImportError: it is a DICOM file and pydicom is not installed.
   """
   check_form(size, channels)
   if dicom.is_dicom(data):
     return to_uint8(dicom.read(data, name, percentiles=percentiles), size, channels)
   if not data:
-    raise ValueError(f"{name} is empty; copy it anew or remove it")
+    raise ValueError(f"{name} is empty; copy it again or remove it")
   try:
     image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     num_frames = getattr(image, "n_frames", 1)
-    # A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1 of its size that is still large
-    # enough.
+    # Decodes a JPEG at the smallest of 1/8, 1/4, 1/2 and 1 of its size that is large enough.
     image.draft("L" if channels == 1 else "RGB", (size, size))
     depth, is_inverted = _bit_depth(image)
     image.load()
     image = ImageOps.exif_transpose(image)
   except (*_BROKEN, Image.DecompressionBombError) as error:
     raise ValueError(
-      f"{name} cannot be read as JPEG, PNG, TIFF, BMP or DICOM ({error}); copy it anew or remove it"
+      f"{name} cannot be read as JPEG, PNG, TIFF, BMP or DICOM ({error}); copy it again or remove "
+      "it"
     ) from error
   if num_frames > 1:
-    raise ValueError(f"{name} holds {num_frames} frames; save each as a file of its own")
+    raise ValueError(f"{name} holds {num_frames} frames; save each in its own file")
   if image.mode in ("I", "F"):
     raise ValueError(
       f"{name} holds 32-bit or signed values, whose scale is unknown; save it with 8 or 16 "
@@ -95,8 +95,8 @@ def decode(
 
 
 def to_uint8(image: np.ndarray, size: int, channels: int) -> np.ndarray:
-  """Returns an image, uint8 [H, W] or [H, W, 3] or float32 [H, W] in 0..255, as uint8 [size, size,
-  channels].
+  """Converts an image (uint8 [H, W] or [H, W, 3], or float32 [H, W] in 0..255) to uint8 [size,
+  size, channels].
   """
   if image.dtype == np.uint8:
     return _finish(Image.fromarray(image), size, channels)
@@ -108,7 +108,7 @@ def to_uint8(image: np.ndarray, size: int, channels: int) -> np.ndarray:
 
 
 def check_form(size: int, channels: int) -> None:
-  """Raises ValueError unless images can have this size and number of channels."""
+  """Raises ValueError unless size and number of channels are supported."""
   if size < 1:
     raise ValueError(f"the image size is {size}; it must be at least 1 pixel")
   if channels not in (1, 3):
@@ -117,18 +117,18 @@ def check_form(size: int, channels: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImages:
-  """Random access to encoded images, decoded on demand by a pool of threads: a `dataset.Images`.
+  """Random access to encoded images (a `dataset.Images`). A pool of threads decodes them on demand.
 
-  `EncodedImages(...)[np.arange(n)]` holds the first n in memory. It can be pickled where `read`
-  can.
+  `EncodedImages(...)[np.arange(n)]` loads the first n into memory. An instance can be pickled if
+  `read` can.
 
   Attributes:
-    keys: [N], what `read` takes, e.g. paths.
+    keys: [N], the arguments of `read`, e.g. paths.
     read: returns the bytes of one encoded image; called from several threads.
     root: where the images are, for error messages.
     size: height and width, in pixels.
     channels: 1 (grey) or 3 (RGB).
-    percentiles: for grey DICOM only, see `dicom.read`.
+    percentiles: for grey DICOM only; see `dicom.read`.
   """
 
   keys: np.ndarray
@@ -159,17 +159,16 @@ class EncodedImages:
           percentiles=self.percentiles,
         )
 
-    with ThreadPoolExecutor(
-      os.cpu_count()
-    ) as pool:  # Pillow decodes and resizes without the interpreter's lock
+    # Threads help because Pillow decodes and resizes without the interpreter's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
       for _ in pool.map(fill, range(0, len(keys), _CHUNK)):
-        pass  # raises here what a thread raised, and cancels what has not started
+        pass  # re-raises a thread's exception here, and cancels tasks that have not started
     return images
 
 
 def _bit_depth(image: Image.Image) -> tuple[int, bool]:
-  """Returns how many bits a 16-bit grey image uses, and whether 0 is white (a TIFF's tags; Pillow
-  heeds neither).
+  """Returns how many bits a 16-bit grey image uses, and whether 0 is white. Both are TIFF tags that
+  Pillow ignores.
   """
   if image.format != "TIFF":
     return 16, False
@@ -178,9 +177,7 @@ def _bit_depth(image: Image.Image) -> tuple[int, bool]:
 
 
 def _finish(image: Image.Image, size: int, channels: int) -> np.ndarray:
-  """Converts the colours of an 8-bit image, resizes it, and returns uint8 [size, size,
-  channels].
-  """
+  """Converts the colours of an 8-bit image and resizes it, to uint8 [size, size, channels]."""
   image = image.convert("L" if channels == 1 else "RGB")
   if image.size != (size, size):
     image = image.resize((size, size), Image.Resampling.BILINEAR)

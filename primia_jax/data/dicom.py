@@ -1,4 +1,4 @@
-"""DICOM files to pixels, through pydicom (an optional extra: `pip install primia_jax[dicom]`)."""
+"""Reads pixels of DICOM files with pydicom, an optional extra: `pip install primia_jax[dicom]`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 
-# What pydicom raises for a damaged file, beside its own exceptions.
+# What pydicom raises for a damaged file, besides its own exceptions.
 _BROKEN = (
   OSError,
   EOFError,
@@ -27,8 +27,8 @@ _BROKEN = (
 
 
 def is_dicom(data: bytes) -> bool:
-  """Whether `data` starts like a DICOM file: a preamble of 128 bytes, then "DICM" (PS3.10, section
-  7.1).
+  """Tells whether `data` starts like a DICOM file: 128 bytes of preamble, then "DICM" (PS3.10,
+  section 7.1).
   """
   return data[128:132] == b"DICM"
 
@@ -36,32 +36,32 @@ def is_dicom(data: bytes) -> bool:
 def read(
   data: bytes, name: str, *, percentiles: tuple[float, float] | None = (1.0, 99.0)
 ) -> np.ndarray:
-  """Returns the pixels of one DICOM image, with bright meaning dense, in 0..255.
+  """Returns the pixels of one DICOM image in 0..255, where bright means dense.
 
-  Grey values go through the modality transformation (rescale slope and intercept, or a table), then
-  a linear window, and are inverted for MONOCHROME1. The window in the file itself (VOI) is not
-  applied: makers choose it differently. Padding (the pixel padding value or range) counts for no
-  percentile and becomes 0.
+  Grey values pass through the modality transformation (rescale slope and intercept, or a table) and
+  then a linear window. MONOCHROME1 is inverted. The file's own window (VOI) is not applied, because
+  manufacturers choose it differently. Padding (the pixel padding value or range) is left out of the
+  percentiles and becomes 0.
 
   Args:
     data: a whole DICOM file.
     name: the file, for error messages.
-    percentiles: the percentiles of the image that become 0 and 255; values outside are cut. Where
-      both are one value (a few bright dots on black), the least and the greatest value take their
-      place, and an image of one value only becomes 0. With None, the range of the stored bits
+    percentiles: the percentiles of the image that become 0 and 255; values outside are clipped. If
+      both percentiles are equal (a few bright dots on black), the smallest and largest values are
+      used instead; an image with a single value becomes 0. With None, the range of the stored bits
       becomes 0 to 255, so that images stay comparable. Colour images always use their stored bits.
 
   Returns:
     float32 [H, W] for grey, uint8 [H, W, 3] for colour.
 
   Raises:
-    ValueError: if the file is corrupt, holds no image or several, or is compressed in a way that
+    ValueError: the file is corrupt, holds no image or several, or is compressed in a way that
       cannot be read.
-    ImportError: if pydicom is not installed.
+    ImportError: pydicom is not installed.
   """
   if percentiles is not None and not 0 <= percentiles[0] < percentiles[1] <= 100:
     raise ValueError(
-      f"the DICOM percentiles are {percentiles}; they must be rising and within 0 to 100"
+      f"the DICOM percentiles are {percentiles}; they must increase and lie within 0 to 100"
     )
   with _pydicom(name) as pydicom:
     header = pydicom.dcmread(io.BytesIO(data))
@@ -69,7 +69,7 @@ def read(
   if "PixelData" not in header:
     raise ValueError(f"{name} is a DICOM file without pixels (a report or an index?); remove it")
   if num_frames > 1:
-    raise ValueError(f"{name} holds {num_frames} frames; save each as a file of its own")
+    raise ValueError(f"{name} holds {num_frames} frames; save each in its own file")
   with _pydicom(name) as pydicom:
     stored = pydicom.pixels.pixel_array(header)  # colour arrives as RGB
     photometric, bits = header.PhotometricInterpretation, int(header.BitsStored)
@@ -93,9 +93,7 @@ def read(
 
 
 def patient_id(data: bytes, name: str) -> str:
-  """Returns the patient ID in the header of a DICOM file, "" where it holds none; raises as
-  `read`.
-  """
+  """Returns the patient ID in a DICOM file's header, or "" if it has none. Raises as `read`."""
   with _pydicom(name) as pydicom:
     header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=["PatientID"])
     return str(header.get("PatientID") or "").strip()
@@ -103,9 +101,7 @@ def patient_id(data: bytes, name: str) -> str:
 
 @contextlib.contextmanager
 def _pydicom(name: str) -> Iterator[Any]:
-  """Gives the pydicom module, and names the file in what pydicom raises for a damaged or unreadable
-  one.
-  """
+  """Yields the pydicom module, and adds the file's name to errors that pydicom raises for it."""
   try:
     import pydicom
     import pydicom.pixels
@@ -117,14 +113,14 @@ def _pydicom(name: str) -> Iterator[Any]:
     yield pydicom
   except (*_BROKEN, pydicom.errors.InvalidDicomError, pydicom.errors.BytesLengthException) as error:
     raise ValueError(
-      f"{name} is a corrupt DICOM file, or compressed in a way that cannot be read ({error}); copy "
-      f"it anew or remove "
-      "it, install decoders (`pip install 'pylibjpeg[all]'`), or store it uncompressed"
+      f"{name} is corrupt DICOM, or compressed in a way that cannot be read ({error}); copy it "
+      "again or remove it, install decoders (`pip install 'pylibjpeg[all]'`), or store it "
+      "uncompressed"
     ) from error
 
 
 def _padding(stored: np.ndarray, header: Any) -> np.ndarray:
-  """Returns where the stored values are padding: bool, the shape of `stored`."""
+  """Returns which stored values are padding: bool, of the shape of `stored`."""
   first = header.get("PixelPaddingValue")
   if first is None:
     return np.zeros(stored.shape, bool)
@@ -134,8 +130,8 @@ def _padding(stored: np.ndarray, header: Any) -> np.ndarray:
 
 
 def _stored_range(header: Any) -> tuple[float, float]:
-  """Returns the least and the greatest value that the stored bits can hold, after the modality
-  transformation.
+  """Returns the smallest and the largest value that the stored bits can represent, after the
+  modality transformation.
   """
   from pydicom import pixels
 

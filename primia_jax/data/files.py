@@ -1,4 +1,4 @@
-"""The image files of a folder, or of an uncompressed tar archive read in place."""
+"""Finds and reads the image files of a folder, or of an uncompressed tar archive, read in place."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from primia_jax.data import decode
 
-# Files and folders that systems and publishers leave among images; everything else that is no image
-# is an error.
+# Files and folders that systems and publishers leave among images. Any other file that is not an
+# image is an error.
 JUNK = (".*", "__MACOSX", "Thumbs.db", "desktop.ini", "DICOMDIR", "README*", "LICENSE*")
 
 
 class Files(NamedTuple):
-  """The image files of a folder or tar: names relative to it, sorted, and a function that reads one
-  by name.
+  """The image files of a folder or tar: sorted names relative to it, and a function from a name to
+  its bytes.
   """
 
   root: str
@@ -30,7 +30,7 @@ class Files(NamedTuple):
 
 
 def list_files(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Files:
-  """Lists the images of a folder or tar, or one image file; raises as `read_folder`."""
+  """Lists the images of a folder or tar, or one image file. Raises as `read_folder`."""
   root = pathlib.Path(path)
   patterns = (*JUNK, *ignore)
   if root.is_dir():
@@ -46,11 +46,11 @@ def list_files(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> File
   names = sorted(name for name in names if not _is_ignored(name, patterns))
   for name in names:
     suffix = posixpath.splitext(name)[1].lower()
-    # DICOM files are often named by their UID, without a suffix or with a number for one.
+    # DICOM files are often named by their UID, so they have no suffix, or a number as a suffix.
     if suffix not in decode.SUFFIXES and not re.fullmatch(r"(\.\d+)?", suffix):
       raise ValueError(
-        f"{root}/{name} is no image ({', '.join(decode.SUFFIXES)}); move it elsewhere, or name it "
-        f"in `ignore`"
+        f"{root}/{name} is not an image ({', '.join(decode.SUFFIXES)}); move it elsewhere, or add "
+        "it to `ignore`"
       )
   parents = {str(parent) for name in names for parent in pathlib.PurePosixPath(name).parents}
   for folder in sorted(folders):
@@ -66,11 +66,11 @@ def _is_ignored(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _walk(root: pathlib.Path, patterns: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Returns the files and the folders below `root`, links followed, relative to it."""
+  """Returns the files and the folders below `root`, relative to it. Follows links."""
   names, folders = [], []
 
   def fail(error: OSError) -> None:
-    raise error  # os.walk would skip a folder that cannot be listed
+    raise error  # by default, os.walk skips a folder that cannot be listed
 
   for folder, children, files in os.walk(root, onerror=fail, followlinks=True):
     children[:] = [child for child in children if not _is_ignored(child, patterns)]
@@ -79,7 +79,7 @@ def _walk(root: pathlib.Path, patterns: Sequence[str]) -> tuple[list[str], list[
       if os.path.islink(os.path.join(folder, child)) and _is_within(
         folder, os.path.join(folder, child)
       ):
-        raise ValueError(f"{folder}/{child} is a link to a folder that holds it; remove it")
+        raise ValueError(f"{folder}/{child} links to a folder that contains it; remove the link")
     folders += [(relative / child).as_posix() for child in children]
     names += [(relative / file).as_posix() for file in files]
   return names, folders
@@ -90,7 +90,7 @@ def _is_within(folder: str, other: str) -> bool:
 
 
 def _index_tar(root: pathlib.Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
-  """Returns (offset, length) in bytes of each file in a tar, and its folders."""
+  """Returns name -> (offset, length) in bytes of each file in a tar, and its folders."""
   members, folders = {}, []
   try:
     with tarfile.open(root, "r:") as archive:
@@ -102,11 +102,11 @@ def _index_tar(root: pathlib.Path) -> tuple[dict[str, tuple[int, int]], list[str
           members[name] = (member.offset_data, member.size)
         else:
           raise ValueError(
-            f"{root}/{name} is a link or no plain file; unpack the archive and give the folder"
+            f"{root}/{name} is a link or special file; unpack the archive and pass the folder"
           )
   except tarfile.TarError as error:
     raise ValueError(
-      f"{root} is no uncompressed tar, or cut short ({error}); copy it anew or unpack it"
+      f"{root} is compressed, truncated or not a tar ({error}); copy it again or unpack it"
     ) from error
   return members, folders
 
@@ -116,15 +116,15 @@ def _read_file(root: pathlib.Path, name: str) -> bytes:
     return (root / name).read_bytes()
   except FileNotFoundError as error:
     raise FileNotFoundError(
-      f"{root}/{name} has gone or is a broken link; restore it or remove the link"
+      f"{root}/{name} has disappeared or is a broken link; restore it or remove the link"
     ) from error
 
 
 def _read_member(root: pathlib.Path, members: dict[str, tuple[int, int]], name: str) -> bytes:
   offset, length = members[name]
-  with open(root, "rb") as file:  # opened anew: threads and pickled copies then share no position
+  with open(root, "rb") as file:  # each call, since threads must not share a position
     file.seek(offset)
     data = file.read(length)
   if len(data) != length:
-    raise ValueError(f"{root} is cut short within {name}; copy it anew")
+    raise ValueError(f"{root} is truncated within {name}; copy it again")
   return data

@@ -1,5 +1,5 @@
-"""Folders of images, or uncompressed tar archives of them read in place: one folder a class, or no
-classes at all.
+"""Reads images from a folder, or from an uncompressed tar archive in place: with a folder for each
+class, or without classes.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _KINDS = {"bacteria": "bacterial", "virus": "viral"}
 
 
 class Listing(NamedTuple):
-  """What the names of the files say of each image; all arrays are [N]."""
+  """What file names tell about each image; all arrays are [N]."""
 
   files: Files
   label_names: tuple[str, ...]
   paths: np.ndarray  # relative to the root
-  splits: np.ndarray  # "train", "validation", "test", or "all" where there are no split folders
+  splits: np.ndarray  # "train", "validation", "test", or "all" without split folders
   labels: np.ndarray  # int32
   groups: np.ndarray
-  folders: np.ndarray  # the path's folders other than split and class; "" where there are none
+  folders: np.ndarray  # the path's folders other than split and class; "" if there are none
 
 
 def read_folder(
@@ -57,36 +57,37 @@ def read_folder(
   percentiles: tuple[float, float] | None = decode.PERCENTILES,
   ignore: Sequence[str] = (),
 ) -> dict[str, Dataset]:
-  """Reads labelled images, one folder a class.
+  """Reads labelled images from a folder for each class.
 
-  The layout is `[SPLIT/]CLASS/**/IMAGE`, with SPLIT one of train, val, valid, validation and test;
-  folders above SPLIT and below CLASS go to the column "folder" (e.g. a site). A single folder
-  around everything is looked through. In the Kermany layout (NORMAL, PNEUMONIA, and names such as
-  `person1_virus_6.jpeg`) the classes are `KERMANY_LABELS`, unless `label_names` holds "pneumonia".
-  Dot files and `files.JUNK` are ignored; any other file that is no image is an error.
+  The layout is `[SPLIT/]CLASS/**/IMAGE`, where SPLIT is train, val, valid, validation or test. The
+  column "folder" holds the folders above SPLIT and below CLASS (e.g. a site). A single folder that
+  contains everything is skipped. In the Kermany layout (NORMAL, PNEUMONIA, and names such as
+  `person1_virus_6.jpeg`) the classes are `KERMANY_LABELS`, unless `label_names` contains
+  "pneumonia". Dot files and `files.JUNK` are ignored; any other file that is not an image is an
+  error.
 
-  Groups: in the Kermany layout (class, number), since numbers recur in other classes for other
-  patients; the patient ID where DICOM headers tell at least two patients apart; otherwise each
-  image is a group of its own.
+  In the Kermany layout the groups are (class, number), because the same number in another class is
+  another patient. If DICOM headers name at least two patients, the groups are patient IDs.
+  Otherwise each image is its own group.
 
   Args:
-    path: a folder, or a `.tar` (not compressed), which is read in place.
+    path: a folder, or an uncompressed `.tar`, which is read in place.
     size: height and width, in pixels; see `decode.decode`.
     channels: 1 (grey) or 3 (RGB).
-    label_names: the classes in order, e.g. a checkpoint's; by default the class folders, sorted.
+    label_names: the classes in order, e.g. a checkpoint's; by default the sorted class folders.
       Letter case is ignored.
-    lazy: decode on demand instead of now, for images that do not fit in memory; errors then come
-      late, too.
-    percentiles: for grey DICOM only, see `dicom.read`.
+    lazy: decode on demand instead of now, for images that do not fit in memory. Errors in images
+      then also come later.
+    percentiles: for grey DICOM only; see `dicom.read`.
     ignore: further files and folders to ignore, e.g. `["*.csv"]`.
 
   Returns:
-    A `Dataset` for each split there is, else {"all": ...}, with the columns "path" and "folder".
+    A `Dataset` for each split, or {"all": ...} without split folders. Columns: "path" and "folder".
 
   Raises:
-    FileNotFoundError: if there is no such folder or tar.
-    ValueError: for an empty folder, a corrupt file, a file that is no image or in no class, or an
-      unknown class.
+    FileNotFoundError: there is no such folder or tar.
+    ValueError: the folder is empty, a file is corrupt, not an image or in no class folder, or a
+      class is unknown.
   """
   decode.check_form(size, channels)
   listing = list_folder(path, label_names=label_names, ignore=ignore)
@@ -115,16 +116,14 @@ def read_images(
   percentiles: tuple[float, float] | None = decode.PERCENTILES,
   ignore: Sequence[str] = (),
 ) -> tuple[np.ndarray, Images]:
-  """Reads images without labels, e.g. to predict them: every image at any depth of a folder or tar,
+  """Reads images without labels, e.g. for prediction: all images at any depth of a folder or tar,
   or one image file.
 
-  Args: as for `read_folder`.
+  Takes the arguments of `read_folder` and raises the same errors.
 
   Returns:
-    The paths relative to `path`, [N] strings, sorted; and the images, uint8 [N, size, size,
+    The sorted paths relative to `path`, [N] strings; and the images, uint8 [N, size, size,
     channels].
-
-  Raises: as `read_folder`.
   """
   decode.check_form(size, channels)
   files = list_files(path, ignore)
@@ -138,7 +137,7 @@ def list_folder(
   label_names: Sequence[str] | None = None,
   ignore: Sequence[str] = (),
 ) -> Listing:
-  """Reads from the names of the files what `read_folder` says, without decoding them; raises as
+  """Derives what `read_folder` describes from file names alone, without decoding images. Raises as
   `read_folder`.
   """
   files = list_files(path, ignore)
@@ -185,16 +184,16 @@ def list_folder(
 
 
 def label_index(kind: str, label_names: tuple[str, ...], where: str) -> int:
-  """Returns the index of a class among the label names, letter case ignored unless that is
+  """Returns the index of a class among the label names, ignoring letter case unless that is
   ambiguous.
 
   Args:
     kind: the class.
     label_names: the known classes.
-    where: the file that is of this class, for the error message.
+    where: a file of this class, for the error message.
 
   Raises:
-    ValueError: if the class is none of the known ones.
+    ValueError: the class is unknown.
   """
   if kind in label_names:
     return label_names.index(kind)
@@ -202,8 +201,8 @@ def label_index(kind: str, label_names: tuple[str, ...], where: str) -> int:
   if lower.count(kind.lower()) == 1:
     return lower.index(kind.lower())
   raise ValueError(
-    f"class {kind!r} of {where} is none of the known classes {label_names}; rename it to one of "
-    f"them, or take it out"
+    f"class {kind!r} of {where} is not one of the known classes {label_names}; rename it to one of "
+    "them, or remove it"
   )
 
 
@@ -222,9 +221,9 @@ def _places(
   if any(has_split) and not all(has_split):
     stray = files.names[has_split.index(False)]
     raise ValueError(
-      f"{files.root} has split folders (train, validation, test), but {stray} lies in none; move it"
+      f"{files.root} has split folders (train, validation, test), but {stray} is in none; move it"
     )
-  start = 0  # where the class folder is, without splits
+  start = 0  # the depth of the class folders if there are no splits
   known = {name.lower() for name in label_names or ()}
   while (
     not any(has_split) and min(map(len, parts)) > start + 1 and len({p[start] for p in parts}) == 1
@@ -237,7 +236,7 @@ def _places(
     at = start if i is None else i + 1
     if at >= len(p):
       raise ValueError(
-        f"{files.root}/{name} lies in no class folder; move it into one "
+        f"{files.root}/{name} is in no class folder; move it into one "
         f"(CLASS/{posixpath.basename(name)})"
       )
     splits.append("all" if i is None else SPLITS[p[i].lower()])
@@ -247,21 +246,21 @@ def _places(
 
 
 def _kermany_class(files: Files, name: str, folder: str, match: re.Match[str] | None) -> str:
-  """Returns the class that the Kermany file name tells."""
+  """Returns the class that a Kermany file name encodes."""
   if folder.upper() == "NORMAL":
     return "normal"
   kind = match and (match["kind"] or match["kind3"])
   if not kind:
     raise ValueError(
       f"{files.root}/{name} is named neither bacterial (person1_bacteria_2) nor viral "
-      f"(person1_virus_2), as others "
-      'are; rename it, or take pneumonia as one class by label_names=("normal", "pneumonia")'
+      "(person1_virus_2), unlike other files; rename it, or make pneumonia one class with "
+      'label_names=("normal", "pneumonia")'
     )
   return _KINDS[kind.lower()]
 
 
 def _default_names(files: Files, classes: Sequence[str], is_kermany: bool) -> tuple[str, ...]:
-  """Returns the label names where the caller gives none."""
+  """Returns the default label names."""
   names = sorted(set(classes))
   lower = [name.lower() for name in names]
   if is_kermany or set(lower) == set(KERMANY_LABELS):
@@ -269,13 +268,15 @@ def _default_names(files: Files, classes: Sequence[str], is_kermany: bool) -> tu
   twice = [name for name in names if lower.count(name.lower()) > 1]
   if twice:
     raise ValueError(
-      f"class folders {twice} of {files.root} differ in letter case only; merge or rename them"
+      f"class folders {twice} of {files.root} differ only in letter case; merge or rename them"
     )
   return tuple(names)
 
 
 def _patients(files: Files) -> list[str]:
-  """Returns each file's patient where DICOM headers tell at least two apart, else its own name."""
+  """Returns the patient of each file if DICOM headers name at least two patients, else the file's
+  name.
+  """
   suffixes = (*dicom.SUFFIXES, "")
   ids = ["" for _ in files.names]
   for i, name in enumerate(files.names):
@@ -283,6 +284,6 @@ def _patients(files: Files) -> list[str]:
     if suffix in suffixes or suffix[1:].isdigit():
       data = files.read(name)
       ids[i] = dicom.patient_id(data, f"{files.root}/{name}") if dicom.is_dicom(data) else ""
-  if len(set(ids) - {""}) < 2:  # one ID for all is an anonymiser's, and none tells nothing
+  if len(set(ids) - {""}) < 2:  # a single ID for all files comes from an anonymiser
     return list(files.names)
   return [f"patient/{one}" if one else name for one, name in zip(ids, files.names, strict=True)]

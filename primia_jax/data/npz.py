@@ -1,4 +1,4 @@
-"""Arrays in one npz file, named as MedMNIST, MNIST or Keras name them."""
+"""Reads images and labels from one npz file, with array names as in MedMNIST, MNIST or Keras."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def read_npz(
   """Reads labelled images from one npz file into memory.
 
   The arrays are `{train,val,test}_{images,labels}` (or `x_train`, `y_train`, ...): images uint8 [N,
-  H, W], [N, H, W, 1] or [N, H, W, 3], labels integers [N] or [N, 1]. `SPLIT_groups` [N], where
-  there is one, gives the groups (otherwise each image is its own); any further `SPLIT_NAME` [N,
-  ...] becomes the column NAME.
+  H, W], [N, H, W, 1] or [N, H, W, 3], labels integers [N] or [N, 1]. An optional array
+  `SPLIT_groups` [N] gives the groups; without it, each image is its own group. Any further array
+  `SPLIT_NAME` [N, ...] becomes the column NAME.
 
   Args:
     path: the file.
-    size: height and width, in pixels; images of another size are resized, see `decode.decode`.
-    channels: 1 (grey) or 3 (RGB); images of the other kind are converted.
+    size: height and width, in pixels. Images of another size are resized; see `decode.decode`.
+    channels: 1 (grey) or 3 (RGB). Images of the other kind are converted.
     label_names: the name of each label; by default "0", "1", ... up to the largest label in the
       file.
 
@@ -42,8 +42,8 @@ def read_npz(
     A `Dataset` for each split in the file: "train", "validation", "test".
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if the file is corrupt, or an array is missing, has an unknown name, a wrong shape
+    FileNotFoundError: there is no such file.
+    ValueError: the file is corrupt, or an array is missing, or has an unknown name, a wrong shape
       or a wrong type.
   """
   decode.check_form(size, channels)
@@ -91,25 +91,25 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
     TypeError,
   ) as error:
     raise ValueError(
-      f"{path} cannot be read as npz ({error}); copy it anew, or write it with np.savez and arrays "
-      f"of one shape"
+      f"{path} cannot be read as npz ({error}); copy it again, or write it with np.savez and "
+      "arrays of one shape"
     ) from error
 
 
 def _parse(path: str | os.PathLike[str], key: str) -> tuple[str, str]:
-  """Returns the split and the name that a key means."""
+  """Returns the split and the array's name that a key encodes."""
   if (match := re.fullmatch(r"([xy])_([a-z]+)", key)) and match[2] in folder.SPLITS:
     return folder.SPLITS[match[2]], _KERAS[match[1]]
   if (match := re.fullmatch(r"([a-z]+)_(\w+)", key)) and match[1] in folder.SPLITS:
     return folder.SPLITS[match[1]], match[2]
   raise ValueError(
-    f"{path} holds an array {key!r}; names must be like train_images, val_labels or x_test, "
-    f"y_test: rename or remove it"
+    f"{path} holds an array {key!r}; rename it like train_images, val_labels or x_test, y_test, or "
+    "remove it"
   )
 
 
 def _check(path: str | os.PathLike[str], split: str, parts: dict[str, np.ndarray]) -> None:
-  """Checks the arrays of one split, and brings images to [N, H, W, C] and labels to [N]."""
+  """Checks the arrays of one split, and reshapes images to [N, H, W, C] and labels to [N]."""
   for name in ("images", "labels"):
     if name not in parts:
       raise ValueError(
@@ -125,23 +125,21 @@ def _check(path: str | os.PathLike[str], split: str, parts: dict[str, np.ndarray
   if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
     raise ValueError(
       f"{split} images of {path} have shape {parts['images'].shape}; store them as [N, H, W] or "
-      f"[N, H, W, C] "
-      "with N > 0 and C = 1 or 3"
+      "[N, H, W, C] with N > 0 and C = 1 or 3"
     )
   num = len(images)
   if labels.shape not in ((num,), (num, 1)) or not np.issubdtype(labels.dtype, np.integer):
     raise ValueError(
       f"{split} labels of {path} are {labels.dtype} {labels.shape}; store one integer for each of "
-      f"the {num} images "
-      "(np.argmax(labels, -1) for one-hot labels)"
+      f"the {num} images (np.argmax(labels, -1) for one-hot labels)"
     )
   if labels.min() < 0:
     raise ValueError(f"{split} labels of {path} hold {labels.min()}; number the classes from 0")
   for name, array in parts.items():
     if len(np.atleast_1d(array)) != num:
       raise ValueError(
-        f"{split}_{name} of {path} has shape {array.shape} for {num} images; give one value an "
-        f"image"
+        f"{split}_{name} of {path} has shape {array.shape} for {num} images; store one value for "
+        "each image"
       )
   parts["images"], parts["labels"] = images, labels.reshape(num).astype(np.int32)
 
@@ -160,9 +158,8 @@ def _dataset(
     for i, image in enumerate(images):
       resized[i] = decode.to_uint8(image[..., 0] if image.shape[-1] == 1 else image, size, channels)
     images = resized
-  own = np.char.add(
-    f"{split}/", np.arange(num).astype(str)
-  )  # the split keeps groups apart when splits are joined
+  # With the split's name, so that groups stay distinct when splits are joined.
+  own = np.char.add(f"{split}/", np.arange(num).astype(str))
   return Dataset(
     images=images,
     labels=parts["labels"],

@@ -1,8 +1,8 @@
-"""TensorFlow Datasets without TensorFlow: two builders, and a reader of any data set prepared on
-disk.
+"""TensorFlow Datasets without TensorFlow: two builders, and a reader for any data set that is
+prepared on disk.
 
-Importing this module imports `tensorflow_datasets`, which takes a second: import it where it is
-needed.
+Importing this module imports `tensorflow_datasets`, which takes a second. Import it only where it
+is needed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _JPEG = b"\xff\xd8\xff"
 
 
 class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-  """JPEG images with one folder a class, from the first of `SOURCES` that is in `manual_dir`."""
+  """JPEG images in a folder for each class, from the first of `SOURCES` found in `manual_dir`."""
 
   VERSION = tfds.core.Version("1.0.0")
-  # TFDS finds neither by itself outside its catalogue, and for the second asks for a package that
-  # it does not declare.
+  # Outside its catalogue TFDS finds neither path itself; for the second it would also need a
+  # package that it does not declare.
   pkg_dir_path = pathlib.Path(__file__).parent
   code_path = pathlib.Path(__file__)
   SOURCES: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
     if not found:
       raise FileNotFoundError(
         f"{dl_manager.manual_dir} holds none of {self.SOURCES}; put the tar or the unpacked folder "
-        f"there"
+        "there"
       )
     listing = folder.list_folder(found[0], label_names=self.LABELS)
     return {
@@ -80,8 +80,10 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
       path = str(listing.paths[i])
       image = listing.files.read(path)
       if not image.startswith(_JPEG):
-        raise ValueError(f"{listing.files.root}/{path} is no JPEG image; copy it anew or remove it")
-      # The bytes go in as they are: an array would be encoded anew, by TensorFlow.
+        raise ValueError(
+          f"{listing.files.root}/{path} is not a JPEG image; copy it again or remove it"
+        )
+      # Passes the bytes unchanged: an array would be encoded again, by TensorFlow.
       yield (
         path,
         {
@@ -94,8 +96,8 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
 
 
 class KermanyChestXray(_FolderBuilder):
-  """Paediatric chest X-rays: `{train,test}/{NORMAL,PNEUMONIA}`, bacterial or viral from the name of
-  the file.
+  """Paediatric chest X-rays in `{train,test}/{NORMAL,PNEUMONIA}`. File names tell bacterial from
+  viral.
   """
 
   SOURCES = ("chest_xray_224.tar", "chest_xray.tar", "chest_xray")
@@ -105,18 +107,16 @@ class KermanyChestXray(_FolderBuilder):
   LICENSE = "CC BY 4.0"
   CITATION = (
     "Kermany, Zhang, Goldbaum: Labeled Optical Coherence Tomography (OCT) and Chest X-Ray Images "
-    "for Classification. "
-    "Mendeley Data, 2018, doi:10.17632/rscbjbr9sj"
+    "for Classification. Mendeley Data, 2018, doi:10.17632/rscbjbr9sj"
   )
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
-    f"Put one of {SOURCES} (a tar or the unpacked folder, with train and test in it) into "
-    f"manual_dir; "
-    f"the source is {HOMEPAGE}"
+    f"Put one of {SOURCES} (a tar or the unpacked folder, containing train and test) into "
+    f"manual_dir; the source is {HOMEPAGE}"
   )
 
 
 class MedNist(_FolderBuilder):
-  """MedNIST: six kinds of radiological images, one folder each, without splits (all become
+  """MedNIST: six kinds of radiological images in a folder each, without splits (all become
   "train").
   """
 
@@ -127,7 +127,7 @@ class MedNist(_FolderBuilder):
   LICENSE = "CC BY-SA 4.0"
   CITATION = "B. J. Erickson, Mayo Clinic: MedNIST"
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
-    f"Put one of {SOURCES} (a tar or the unpacked folder, one folder a class) into "
+    f"Put one of {SOURCES} (a tar or the unpacked folder, with a folder for each class) into "
     f"manual_dir; the source is {HOMEPAGE}"
   )
 
@@ -138,24 +138,22 @@ BUILDERS = {builder.name: builder for builder in (KermanyChestXray, MedNist)}
 def prepare(
   name: str, *, manual_dir: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None
 ) -> pathlib.Path:
-  """Writes one of our data sets in TFDS's form, unless it is there already.
+  """Prepares one of our data sets in TFDS's format, unless it is already there.
 
   Args:
     name: "kermany_chest_xray" or "med_nist".
-    manual_dir: the folder that holds the tar or the unpacked folder.
+    manual_dir: the folder that contains the tar or the unpacked folder.
     data_dir: where TFDS keeps its data sets; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
   Returns:
     The folder of the prepared data set.
 
   Raises:
-    ValueError: for another name, or as `folder.read_folder`.
-    FileNotFoundError: if `manual_dir` does not hold the images.
+    ValueError: the name is another, or `folder.read_folder` raises it.
+    FileNotFoundError: `manual_dir` does not hold the images.
   """
   if name not in BUILDERS:
-    raise ValueError(
-      f"there is no builder {name!r}; those that can be prepared are {sorted(BUILDERS)}"
-    )
+    raise ValueError(f"there is no builder {name!r}; known builders are {sorted(BUILDERS)}")
   if not pathlib.Path(manual_dir).is_dir():
     raise FileNotFoundError(
       f"there is no folder {manual_dir}; {BUILDERS[name].MANUAL_DOWNLOAD_INSTRUCTIONS}"
@@ -198,9 +196,9 @@ def read_tfds(
     A `Dataset` for each split, named as TFDS names it, "val" and "valid" as "validation".
 
   Raises:
-    FileNotFoundError: if the data set is not there.
-    ValueError: if it has no or several image or label features, another file format, a corrupt
-      image or record, or an unknown class.
+    FileNotFoundError: the data set is not there.
+    ValueError: it has no image or label feature or several, another file format, a corrupt image
+      or record, or an unknown class.
   """
   decode.check_form(size, channels)
   if manual_dir is not None:
@@ -212,7 +210,7 @@ def read_tfds(
   if file_format != tfds.core.FileFormat.ARRAY_RECORD:
     raise ValueError(
       f"{path} is stored as {file_format and file_format.value}, which only TensorFlow reads; "
-      'prepare it anew with download_and_prepare(file_format="array_record")'
+      'prepare it again with download_and_prepare(file_format="array_record")'
     )
   image_key = _only_feature(path, builder.info.features, tfds.features.Image)
   label_key = _only_feature(path, builder.info.features, tfds.features.ClassLabel)
@@ -251,9 +249,7 @@ def _data_dir(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
 
 
 def _find(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
-  """Returns the folder of a prepared data set; `tfds.builder` would look for it on the network,
-  too.
-  """
+  """Returns the folder of a prepared data set. (`tfds.builder` would also look on the network.)"""
   if (pathlib.Path(name) / "dataset_info.json").is_file():
     return pathlib.Path(name)
   base, _, version = name.partition(":")
@@ -280,21 +276,18 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _only_feature(path: pathlib.Path, features: Any, kind: type) -> str:
-  """Returns the name of the one feature of a kind."""
+  """Returns the name of the only feature of a kind."""
   found = [name for name, feature in features.items() if isinstance(feature, kind)]
   if len(found) != 1:
     raise ValueError(
       f"{path} has {len(found)} features of the kind {kind.__name__} among {sorted(features)}; one "
-      f"is needed: "
-      "choose a data set of labelled images"
+      "is needed: choose a data set of labelled images"
     )
   return found[0]
 
 
 def _columns(source: Any, image_key: str) -> dict[str, np.ndarray]:
-  """Reads each feature but the image of all records: those that are one number or one text, [N]
-  each.
-  """
+  """Reads all features that are a single number or text, for all records; [N] each."""
   rows: dict[str, list] = {}
   for start in range(0, len(source), _CHUNK):
     for record in source.__getitems__(list(range(start, min(start + _CHUNK, len(source))))):
@@ -311,12 +304,10 @@ def _read(path: pathlib.Path, source: Any, image_key: str, index: int) -> bytes:
 
 @contextlib.contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
-  """Names the data set in what TFDS, protobuf and array_record raise for a damaged or missing
-  file.
-  """
+  """Adds the data set's path to errors of TFDS, protobuf and array_record about its files."""
   try:
     yield
   except (RuntimeError, ValueError, OSError, KeyError, json_format.ParseError) as error:
     raise ValueError(
-      f"{path} cannot be read ({error}); copy it anew, or remove it and prepare it again"
+      f"{path} cannot be read ({error}); copy it again, or remove it and prepare it again"
     ) from error

@@ -1,8 +1,9 @@
 """Random geometry: affine maps, flips and elastic deformation of a batch of images, in one bilinear
 warp.
 
-Images are float32 [B, H, W, C]. Positions are in pixels, row y down and column x right; c =
-((W-1)/2, (H-1)/2) is the centre of the image. Pixels from outside an image repeat its edge.
+Images are float32 [B, H, W, C]. Positions are in pixels: row y points down, column x right. c =
+((W-1)/2, (H-1)/2) is the image's centre. Beyond its edge, an image continues with the edge's
+pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from primia_jax.types import Array, Key
 
-# The strengths that make sense; far outside them an image no longer shows what its label says.
+# Sensible strengths. Far outside these bounds an image no longer shows what its label says.
 BOUNDS = {
   "rotation_degrees": (0.0, 180.0),
   "translation": (0.0, 1.0),
@@ -45,29 +46,28 @@ def check_images(images: Array) -> None:
   if images.ndim != 4 or images.dtype != jnp.float32:
     raise ValueError(
       f"images have shape {images.shape} and type {images.dtype}; expected float32 [B, H, W, C] in "
-      f"[0, 1] "
-      "(divide uint8 images by 255 first; vmap over further leading axes)"
+      "[0, 1] (divide uint8 images by 255 first; vmap over further leading axes)"
     )
 
 
 def bilinear(images: Array, rows: Array, columns: Array) -> Array:
-  """Samples each image at positions of its own.
+  """Samples each image at its own positions.
 
-  Four gathers of single pixels, which XLA fuses with the arithmetic on the positions; on a CPU this
-  beat packed taps, shears and interpolation matrices by a factor of two and more.
+  Uses four gathers of single pixels, which XLA fuses with the arithmetic on the positions. On a CPU
+  this was at least twice as fast as packed taps, shears and interpolation matrices.
 
   Args:
     images: [B, H, W, C] float32.
-    rows: [B, H', W'] float32, in pixels; positions outside are moved to the nearest edge.
-    columns: [B, H', W'] float32, likewise.
+    rows: [B, H', W'] float32, in pixels. Positions outside the image move to the nearest edge.
+    columns: [B, H', W'] float32, as `rows`.
 
   Returns:
     [B, H', W', C] float32.
   """
   num, height, width, _ = images.shape
   rows, columns = jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
-  # Starting the last pair of taps one pixel early keeps the second tap inside, with weight 1 on the
-  # last pixel.
+  # The last pair of taps starts one pixel early, so that the second tap stays inside. Its weight is
+  # then 1 on the last pixel.
   top = jnp.minimum(rows.astype(jnp.int32), max(height - 2, 0))
   left = jnp.minimum(columns.astype(jnp.int32), max(width - 2, 0))
   down = (rows - top.astype(jnp.float32))[..., None]
@@ -91,7 +91,7 @@ def affine_positions(
   scale: float = 0.0,
   shear_degrees: float = 0.0,
 ) -> tuple[Array, Array]:
-  """Draws one affine map for each image and returns where each output pixel comes from.
+  """Draws an affine map for each image and returns where each output pixel comes from.
 
   The pixel at p moves to c + s R(theta) K(phi) (p - c) + t, with R = [[cos, -sin], [sin, cos]]
   (clockwise as displayed) and K = [[1, tan phi], [0, 1]] on (x, y).
@@ -99,13 +99,14 @@ def affine_positions(
   Args:
     key: a typed key.
     shape: (B, H, W, C).
-    rotation_degrees: theta is uniform within plus or minus this.
-    translation: t is uniform within plus or minus this fraction of the width and of the height.
+    rotation_degrees: theta is uniform in +- this.
+    translation: t is uniform in +- this fraction of the width and of the height.
     scale: s is uniform in [1 - scale, 1 + scale].
-    shear_degrees: phi is uniform within plus or minus this.
+    shear_degrees: phi is uniform in +- this.
 
   Returns:
-    Rows and columns, each [B, H, W] float32; for strengths of zero exactly the pixels' own.
+    Rows and columns, each [B, H, W] float32. If all strengths are 0, they are exactly the pixels'
+    own.
 
   Raises:
     ValueError: a strength lies outside `BOUNDS`.
@@ -141,16 +142,16 @@ def elastic_displacement(
 ) -> tuple[Array, Array]:
   """Draws a smooth displacement field for each image.
 
-  Gaussian vectors on a coarse grid, interpolated bicubically (Ronneberger et al. 2015, U-Net,
-  section 3.1, who take a grid of 3 and 10 pixels in 512).
+  Gaussian vectors on a coarse grid are interpolated bicubically (Ronneberger et al. 2015, U-Net,
+  section 3.1, with a grid of 3 and 10 pixels in 512).
 
   Args:
     key: a typed key.
     shape: (B, H, W, C).
     elastic: standard deviation of the grid's vectors, as a fraction of the height and of the width.
-      From about a tenth of the grid's spacing, 0.03 for a grid of 3, the deformation is plain to
-      see; several times that, and it folds.
-    grid: vectors along each side.
+      From about a tenth of the grid's spacing (0.03 for a grid of 3) the deformation is clearly
+      visible; at several times that, the image folds.
+    grid: the number of vectors along each side.
 
   Returns:
     Displacements along rows and columns in pixels, each [B, H, W] float32.
@@ -170,9 +171,7 @@ def elastic_displacement(
 def flip_signs(
   key: Key, num: int, horizontal_flip: float, vertical_flip: float
 ) -> tuple[Array, Array]:
-  """Draws, for rows and for columns, -1.0 where an image is to be flipped and 1.0 elsewhere; each
-  [B] float32.
-  """
+  """Draws signs for rows and for columns, each [B] float32: -1 if the image is flipped, else 1."""
   check_strengths(horizontal_flip=horizontal_flip, vertical_flip=vertical_flip)
   draws = jax.random.uniform(key, (2, num), jnp.float32)
   return jnp.where(draws[0] < vertical_flip, -1.0, 1.0), jnp.where(
@@ -188,7 +187,7 @@ def affine(
   scale: float = 0.0,
   shear_degrees: float = 0.0,
 ) -> Array:
-  """Rotates, moves, scales and shears each image at random; see `affine_positions` for the map and
+  """Rotates, shifts, scales and shears each image at random. `affine_positions` defines the map and
   its arguments.
   """
   check_images(images)
@@ -199,7 +198,7 @@ def affine(
 
 
 def elastic(key: Key, images: Array, elastic: float, grid: int = 3) -> Array:
-  """Deforms each image smoothly and at random; see `elastic_displacement` for the field and its
+  """Deforms each image smoothly at random. `elastic_displacement` defines the field and its
   arguments.
   """
   return warp(key, images, elastic=elastic, grid=grid)
@@ -243,19 +242,19 @@ def warp(
   elastic: float = 0.0,
   grid: int = 3,
 ) -> Array:
-  """Flips, then maps affinely, then deforms each image, all by one bilinear interpolation.
+  """Flips, then maps affinely, then deforms each image, all in one bilinear interpolation.
 
   Args:
     key: a typed key.
     images: [B, H, W, C] float32.
-    rotation_degrees: see `affine_positions`, as for the next three.
-    translation: a fraction of the image's sides.
-    scale: the factor is within 1 plus or minus this.
-    shear_degrees: along x.
-    horizontal_flip: a probability, as the next.
-    vertical_flip: of exchanging top and bottom.
-    elastic: see `elastic_displacement`, as for the next.
-    grid: of the elastic deformation.
+    rotation_degrees: largest angle; see `affine_positions`, also for the next three.
+    translation: largest shift, as a fraction of the image's sides.
+    scale: the factor is within 1 +- this.
+    shear_degrees: largest angle, along x.
+    horizontal_flip: the probability of exchanging left and right.
+    vertical_flip: the probability of exchanging top and bottom.
+    elastic: standard deviation of the displacement; see `elastic_displacement`.
+    grid: the number of displacement vectors along each side.
 
   Returns:
     The warped images, [B, H, W, C] float32.
