@@ -1,5 +1,5 @@
-"""Timing of contestants in turn, peers in processes of their own, and the one line of JSON a
-measurement prints.
+"""Times contestants in turns, runs peers in their own processes, and prints each measurement as one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ import jax
 
 T = TypeVar("T")
 _PEERS = pathlib.Path(__file__).parent / "peers"
-_PATIENCE = 150.0  # seconds that a peer may take for its start, or for one round
+_PATIENCE = 150.0  # seconds that a peer may take to start, or for one round
 
 
 class Cost(NamedTuple):
-  """What one round took.
+  """The time of one round.
 
   Attributes:
-    seconds: by the clock on the wall.
-    cpu: seconds of all its processes and threads on all cores; the steadier figure on a busy
-      machine.
+    seconds: wall-clock time.
+    cpu: CPU seconds of all its processes and threads; steadier on a busy machine.
   """
 
   seconds: float
@@ -51,8 +50,8 @@ class Peer(NamedTuple):
 
 
 def timed(run: Callable[[], Any]) -> Contestant:
-  """A contestant in this process: `run` does one round and returns arrays, whose arrival is waited
-  for.
+  """A contestant in this process: `run` does one round and returns arrays; the time ends when they
+  are ready.
   """
   while True:
     wall, cpu = time.perf_counter(), time.process_time()
@@ -63,17 +62,17 @@ def timed(run: Callable[[], Any]) -> Contestant:
 @contextlib.contextmanager
 def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Iterator[Peer]:
   """A contestant in another process and environment: `benchmarks/peers/<script>`, which runs a
-  round when told to.
+  round on request.
 
   Args:
     python: the interpreter of the environment where the peer is installed.
     script: name of the file.
-    num_rounds: how many rounds will be asked for, those to warm up included.
-    *arguments: passed on to the script.
+    num_rounds: how many rounds will be requested, including warm-up.
+    *arguments: passed to the script.
 
   Raises:
-    RuntimeError: the peer failed or took longer than `_PATIENCE`; the end of what it said is in the
-      message.
+    RuntimeError: the peer failed or took longer than `_PATIENCE`. The message holds the end of its
+      output.
   """
   command = [python, str(_PEERS / script), str(num_rounds), *map(str, arguments)]
   with tempfile.TemporaryFile("w+") as errors:

@@ -1,4 +1,4 @@
-"""The work that frameworks are timed with: FedAvg over sites of 64 images, one epoch of SGD in
+"""The work that all frameworks are timed on: FedAvg over sites of 64 images, one epoch of SGD in
 batches of 16.
 """
 
@@ -17,13 +17,13 @@ import optax
 from primia_jax import algorithms, federated, local, models, prng, secagg, sites
 
 IMAGES, SIZE, CLASSES, BATCH, RATE = 64, 28, 10, 16, 0.1
-_CONTRAST = 0.25  # of the images: small enough for that rate
-_MAX_ABS = 32.0  # of any number in a message
+_CONTRAST = 0.25  # of the images; small enough for the rate
+_MAX_ABS = 32.0  # bound on any number in a message
 
 
 def site_data(site: int) -> tuple[np.ndarray, np.ndarray]:
-  """One site's images [64, 28, 28, 1] float32 and labels [64] int32: ten random prototypes, and
-  noise.
+  """Returns one site's images [64, 28, 28, 1] float32 and labels [64] int32: ten random prototypes
+  plus noise.
   """
   prototypes = np.random.default_rng(0).normal(size=(CLASSES, SIZE, SIZE, 1)).astype(np.float32)
   rng = np.random.default_rng((1, site))
@@ -33,20 +33,20 @@ def site_data(site: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stack(ids: np.ndarray) -> federated.Site:
-  """The data of several sites, made anew."""
+  """Makes the data of several sites."""
   images, labels = zip(*map(site_data, ids), strict=True)
   sizes = np.full(len(ids), IMAGES, np.int32)
   return federated.Site(np.asarray(ids, np.int32), np.stack(images), np.stack(labels), sizes)
 
 
 def save(path: pathlib.Path, num_sites: int) -> None:
-  """Writes the same data for peers, which read NumPy."""
+  """Writes the same data to a NumPy file, for peers."""
   everything = stack(np.arange(num_sites))
   np.savez(path, x=everything.images, y=everything.labels)
 
 
 def resident(num_sites: int, placement: sites.Placement) -> federated.Loader:
-  """All sites' data in memory, and on the devices when all take part."""
+  """Holds all sites' data in memory, and on the devices when all sites take part."""
   everything = stack(np.arange(num_sites))
   placed = sites.put(everything, placement)
   return federated.Loader(
@@ -55,7 +55,7 @@ def resident(num_sites: int, placement: sites.Placement) -> federated.Loader:
 
 
 def streamed(piece: int) -> federated.Loader:
-  """At most `piece` sites' data in memory at a time."""
+  """Holds the data of at most `piece` sites in memory at a time."""
   return federated.Loader(stack, piece)
 
 
@@ -76,8 +76,8 @@ def fedavg(name: str) -> federated.Algorithm:
 
 
 def aggregator(name: str, num_sites: int) -> federated.Aggregator:
-  """`clear`, `encoded` (secure aggregation without its masks) or `masked` (all peers up to 11
-  sites, else ten).
+  """Makes `clear`, `encoded` (secure aggregation without masks) or `masked` (up to 11 sites: all
+  others are peers; else ten).
   """
   if name == "clear":
     return federated.in_the_clear()
@@ -94,7 +94,7 @@ def rounds(
   placement: sites.Placement,
   loader: federated.Loader,
 ) -> Callable[[], Any]:
-  """Makes the function that runs one round after the other, each from where the last ended."""
+  """Makes a function that runs the next round, from where the last one ended."""
   fed = federated.federated(fedavg(name), aggregator, placement)
   key, dealer_key = jax.random.key(0), prng.random_key()
   params, model_state = model(name).init(key)
