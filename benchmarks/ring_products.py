@@ -43,7 +43,7 @@ _EACH = flags.DEFINE_bool("each", False, "Report every layer.")
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """A layer, and how often the network has it."""
+  """A layer, and how often it occurs in the network."""
 
   name: str
   map: products.Map
@@ -84,7 +84,7 @@ def resnet18(size: int) -> list[Layer]:
 
 
 def contestants(layer: Layer, cases: Sequence[tuple[int, int, str]]) -> dict:
-  """The plain float32 layer, and its exact products, w split beforehand."""
+  """The plain float32 layer, and its exact products with w split in advance."""
   rng = np.random.default_rng(0)
   plain = jax.jit(functools.partial(products.apply, layer.map))
   x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (layer.x, layer.w))

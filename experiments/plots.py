@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from primia_jax import metrics
@@ -150,7 +149,7 @@ def roc(
     )
     label = f"mean of {len(curves)} curves: {np.mean(areas):.3f}"
     # A wide, pale band below the curves, so that it hides none of them.
-    axes.plot([0, *grid], [0, *mean], color="#BBBBBB", linewidth=6, zorder=1.5, label=label)
+    axes.plot([0, *grid], [0, *mean], color="#C4C4C4", linewidth=5, zorder=1.5, label=label)
   one_vs_one = _number(metrics.macro_roc_auc(labels, probabilities))
   heading = f"area under the curve\n(macro one-vs-one: {one_vs_one})"
   if crowded:
@@ -261,10 +260,11 @@ def comparison(
         axes.text(0.02, y, "undefined", va="center", fontsize=9, color="#444444")
         continue
       axes.barh(y, value, height=0.62, color=BLUE if arm == highlight else "#A9C9E3")
-      # White edges, so that the interval can be seen on a dark bar.
-      edge = {"path_effects": [withStroke(linewidth=3.6, foreground="white")]}
-      axes.plot([low, high], [y, y], color=INK, linewidth=1.6, **edge)
-      axes.plot([low, high], [y, y], "|", color=INK, markersize=7, **edge)
+      # First wider and in white, so that the interval can be seen on a dark bar.
+      for colour, wide in (("white", 2.4), (INK, 0.0)):
+        axes.plot([low, high], [y, y], color=colour, linewidth=1.6 + wide)
+        caps = {"markersize": 7 + wide, "markeredgewidth": 1.2 + wide}
+        axes.plot([low, high], [y, y], "|", color=colour, **caps)
       axes.text(
         np.nanmax([value, high]) + 0.03,
         y,
