@@ -1,4 +1,4 @@
-"""conv against jax.lax, in value and in both gradients, under every mapping; pools against
+"""Compares conv with jax.lax, in value and both gradients, under every mapping; and pools with
 reduce_window.
 """
 
@@ -113,13 +113,11 @@ def test_without_jit():
   strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
   pads=st.tuples(*[st.integers(0, 3)] * 4),
 )
-@example(
-  (4, 5), (2, 3), (2, 3), (1, 2, 0, 2)
-)  # XLA would exchange kernel and map, but for one axis
+# XLA would swap kernel and map, except for one axis.
+@example((4, 5), (2, 3), (2, 3), (1, 2, 0, 2))
 @example((5, 4), (3, 2), (3, 2), (0, 2, 1, 2))
-@example(
-  (4, 4), (2, 2), (1, 1), (2, 0, 3, 0)
-)  # XLA would take what lies beyond the images for the gradient's zeros
+# XLA would read memory beyond the images as the gradient's zeros.
+@example((4, 4), (2, 2), (1, 1), (2, 0, 3, 0))
 @example((1, 3), (1, 1), (2, 3), (1, 1, 2, 0))  # no output sees an image
 def test_any_geometry(size, kernel, strides, pads):
   padding = (pads[:2], pads[2:])
