@@ -126,7 +126,7 @@ def test_contrast_is_a_factor():
 
 
 def test_energy_decays_from_order_to_order():
-  """Most energy is in the first two orders (arXiv 1203.1513, table 1), and the total is no larger."""
+  """Most energy is in the first two orders (arXiv 1203.1513, table 1); the total never grows."""
   smooth = ndimage.gaussian_filter(images(2, 32, 32), (0, 1.5, 1.5))[..., None]
   y = run(smooth, num_scales=3)
   zeroth, first, second = ((part**2).sum() * 4**3 for part in np.split(y, [1, 25], axis=-1))
