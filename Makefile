@@ -1,4 +1,4 @@
-# `make train` and `make test` each set up all they need in .venv; PYTHON chooses the interpreter.
+# `make train` and `make test` install what they need in .venv. PYTHON selects the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 RUN_DIR ?= runs/phantom

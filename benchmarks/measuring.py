@@ -1,5 +1,5 @@
-"""Timing of contestants in turn, peers in processes of their own, and the one line of JSON a
-measurement prints.
+"""Times contestants in turns, runs peers in their own processes, and prints each measurement as one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ import jax
 
 T = TypeVar("T")
 _PEERS = pathlib.Path(__file__).parent / "peers"
-_PATIENCE = 150.0  # seconds that a peer may take for its start, or for one round
+_PATIENCE = 150.0  # seconds that a peer may take to start, or for one round
 
 
 class Cost(NamedTuple):
-  """What one round took.
+  """The time of one round.
 
   Attributes:
-    seconds: by the clock on the wall.
-    cpu: seconds of all its processes and threads on all cores; the steadier figure on a busy
-      machine.
+    seconds: wall-clock time.
+    cpu: CPU seconds of all its processes and threads; steadier on a busy machine.
   """
 
   seconds: float
@@ -51,8 +50,8 @@ class Peer(NamedTuple):
 
 
 def timed(run: Callable[[], Any]) -> Contestant:
-  """A contestant in this process: `run` does one round and returns arrays, whose arrival is waited
-  for.
+  """A contestant in this process: `run` does one round and returns arrays; the time ends when they
+  are ready.
   """
   while True:
     wall, cpu = time.perf_counter(), time.process_time()
@@ -63,17 +62,17 @@ def timed(run: Callable[[], Any]) -> Contestant:
 @contextlib.contextmanager
 def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Iterator[Peer]:
   """A contestant in another process and environment: `benchmarks/peers/<script>`, which runs a
-  round when told to.
+  round on request.
 
   Args:
     python: the interpreter of the environment where the peer is installed.
     script: name of the file.
-    num_rounds: how many rounds will be asked for, those to warm up included.
-    *arguments: passed on to the script.
+    num_rounds: how many rounds will be requested, including warm-up.
+    *arguments: passed to the script.
 
   Raises:
-    RuntimeError: the peer failed or took longer than `_PATIENCE`; the end of what it said is in the
-      message.
+    RuntimeError: the peer failed or took longer than `_PATIENCE`. The message holds the end of its
+      output.
   """
   command = [python, str(_PEERS / script), str(num_rounds), *map(str, arguments)]
   with tempfile.TemporaryFile("w+") as errors:
@@ -114,7 +113,7 @@ def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Itera
     try:
       yield Peer(rounds(), " ".join(answer("READY")))
     finally:
-      to.close()  # the peer ends at the end of its input
+      to.close()  # the peer exits when its input ends
       try:
         process.wait(20)
       except subprocess.TimeoutExpired:
@@ -125,14 +124,14 @@ def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Itera
 def alternate(
   contestants: Mapping[T, Contestant], num_rounds: int, limit: float = math.inf
 ) -> dict[T, list[Cost]]:
-  """Runs the contestants' rounds in turn, so that whatever else the machine does meets all of them
+  """Runs the contestants' rounds in turn, so that other load on the machine affects all of them
   alike.
 
   Args:
-    contestants: by name.
-    num_rounds: how many rounds each runs, after one to warm up.
-    limit: seconds after which no further round begins; `n` in the lines printed says how many there
-      were.
+    contestants: name -> contestant.
+    num_rounds: how many rounds each runs, after a warm-up round.
+    limit: seconds after which no further round starts. `n` in the printed lines says how many
+      rounds ran.
   """
   end = time.perf_counter() + limit
   for contestant in contestants.values():
@@ -155,7 +154,7 @@ def report(
   scale: float = 1.0,
   **more: Any,
 ) -> None:
-  """Prints the median of times, with their spread and the median of the CPU times."""
+  """Prints the median time with its spread, and the median CPU time."""
   more = {"cpu": _short(scale * statistics.median(c.cpu for c in costs)), **more}
   say(name, [scale * c.seconds for c in costs], unit, target, **more)
 
@@ -163,9 +162,7 @@ def report(
 def report_ratio(
   name: str, ours: Sequence[Cost], theirs: Sequence[Cost], *, target: float | None, **more: Any
 ) -> None:
-  """Prints the ratio of two medians; its spread is that of the ratios of rounds run one after the
-  other.
-  """
+  """Prints the ratio of two medians. Its spread is that of the ratios of neighbouring rounds."""
   pairs = [a.seconds / b.seconds for a, b in zip(ours, theirs, strict=True)]
   medians = [statistics.median(c.seconds for c in costs) for costs in (ours, theirs)]
   cpus = [statistics.median(c.cpu for c in costs) for costs in (ours, theirs)]
@@ -176,8 +173,8 @@ def report_ratio(
 def report_difference(
   name: str, more_work: Sequence[Cost], less: Sequence[Cost], *, target: float | None, **more
 ) -> None:
-  """Prints by how much one median is above another, in seconds; the spread is that of neighbouring
-  rounds.
+  """Prints the difference of two medians, in seconds. Its spread is that of the differences of
+  neighbouring rounds.
   """
   pairs = [a.seconds - b.seconds for a, b in zip(more_work, less, strict=True)]
   value, cpu = (
@@ -201,10 +198,10 @@ def say(
 
   Args:
     name: of the figure.
-    values: the single measurements.
+    values: the individual measurements.
     unit: of all numbers.
-    target: what is to be reached; None where the figure is only for comparison.
-    value: what is published, if not the median of `values`.
+    target: the value to reach; None if the figure is only for comparison.
+    value: the published value, if it is not the median of `values`.
     at_least: the target is a lower bound, not an upper one.
     **more: further entries.
   """
@@ -228,7 +225,7 @@ def say(
 
 
 def skip(name: str, reason: str) -> None:
-  """Says, in a line of the same form, that something was not measured."""
+  """Prints, in a line of the same form, that something was not measured."""
   print(json.dumps({"name": name, "value": None, "skipped": reason}), flush=True)
 
 
@@ -238,7 +235,7 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-  """The devices that JAX runs on, and the processor that feeds them."""
+  """Names the devices that JAX runs on, and the machine's processor."""
   lines = (
     pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     if pathlib.Path("/proc/cpuinfo").is_file()

@@ -1,4 +1,4 @@
-"""Images a second that the built-in phantom draws.
+"""Measures how many images per second the built-in phantom draws.
 
 python -m benchmarks.phantom_speed --size=64
 """
@@ -11,8 +11,8 @@ from primia_jax.data import phantom
 _SIZE = flags.DEFINE_integer(
   "size", 64, "Height and width in pixels.", lower_bound=phantom.MIN_SIZE
 )
-_IMAGES = flags.DEFINE_integer("images", 512, "Images drawn at a time.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "How often, after one to warm up.", lower_bound=1)
+_IMAGES = flags.DEFINE_integer("images", 512, "Images per repeat.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Measured repeats, after a warm-up.", lower_bound=1)
 
 _TARGETS = {64: 500}
 

@@ -1,12 +1,12 @@
-"""Exact products in Z_2^k in each of their forms, beside the same layers in float32;
-`mpc.products.choose` follows it.
+"""Times exact products in Z_2^k in each of their forms, and the same layers in float32.
+`mpc.products.choose` is based on the results.
 
   python -m benchmarks.ring_products
   python -m benchmarks.ring_products --size=64 --batch=32 --forms=integer
   python -m benchmarks.ring_products --layers=matmul
 
-The layers of a ResNet-18 (224 x 224 x 3) are timed one by one and added up; a line for each layer
-and form with --each.
+It times the layers of a ResNet-18 (224 x 224 x 3) one by one and adds them up. With --each it also
+prints a line for each layer and form.
 """
 
 import dataclasses
@@ -24,26 +24,26 @@ from primia_jax import ring
 from primia_jax.mpc import maps, products
 
 _LAYERS = flags.DEFINE_enum(
-  "layers", "resnet18", ["resnet18", "matmul"], "The layers timed; matmul is 1024^3."
+  "layers", "resnet18", ["resnet18", "matmul"], "The layers to time; matmul is 1024^3."
 )
 _SIZE = flags.DEFINE_integer("size", 224, "Height and width of the images.", lower_bound=32)
-_BATCH = flags.DEFINE_integer("batch", 1, "Images at once.", lower_bound=1)
-_FORMS = flags.DEFINE_list("forms", list(products.FORMS), "The forms timed.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Images per batch.", lower_bound=1)
+_FORMS = flags.DEFINE_list("forms", list(products.FORMS), "The forms to time.")
 _RINGS = flags.DEFINE_list(
   "rings",
   ["18:32", "18:40", "18:44", "18:64", "32:32", "40:40", "44:44", "64:64"],
-  "Bits of w : bits of the ring.",
+  "Pairs of bits of w : bits of the ring.",
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds measured, after one to warm up.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Measured rounds, after a warm-up.", lower_bound=1)
 _LIMIT = flags.DEFINE_float(
-  "limit", 10.0, "Seconds a layer after which no further round begins.", lower_bound=1
+  "limit", 10.0, "Seconds per layer after which no further round starts.", lower_bound=1
 )
 _EACH = flags.DEFINE_bool("each", False, "Report every layer.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """A layer, and how often the network has it."""
+  """A layer, and how often it occurs in the network."""
 
   name: str
   map: maps.Map
@@ -84,7 +84,7 @@ def resnet18(size: int) -> list[Layer]:
 
 
 def contestants(layer: Layer, cases: Sequence[tuple[int, int, str]]) -> dict:
-  """The plain float32 layer, and its exact products, w split beforehand."""
+  """The plain float32 layer, and its exact products with w split in advance."""
   rng = np.random.default_rng(0)
   plain = jax.jit(functools.partial(maps.apply, layer.map))
   x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (layer.x, layer.w))

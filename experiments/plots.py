@@ -128,7 +128,7 @@ def roc(
     area = metrics.roc_auc(labels == k, probabilities[:, k])
     style: dict[str, Any] = {
       "color": PALETTE[k % len(PALETTE)],
-      "linestyle": DASHES[k // len(PALETTE) % len(DASHES)],
+      "linestyle": DASHES[(k + k // len(PALETTE)) % len(DASHES)],
     }
     if np.isnan(area):
       axes.plot([], [], label=f"{name}: undefined in these data", **style)
@@ -148,7 +148,8 @@ def roc(
       [np.interp(grid, c.false_positive_rate, c.true_positive_rate) for c in curves], axis=0
     )
     label = f"mean of {len(curves)} curves: {np.mean(areas):.3f}"
-    axes.plot([0, *grid], [0, *mean], color=INK, linewidth=2.2, linestyle="--", label=label)
+    # A wide, pale band below the curves, so that it hides none of them.
+    axes.plot([0, *grid], [0, *mean], color="#C4C4C4", linewidth=5, zorder=1.5, label=label)
   one_vs_one = _number(metrics.macro_roc_auc(labels, probabilities))
   heading = f"area under the curve\n(macro one-vs-one: {one_vs_one})"
   if crowded:
@@ -259,8 +260,11 @@ def comparison(
         axes.text(0.02, y, "undefined", va="center", fontsize=9, color="#444444")
         continue
       axes.barh(y, value, height=0.62, color=BLUE if arm == highlight else "#A9C9E3")
-      axes.plot([low, high], [y, y], color=INK, linewidth=1.6)
-      axes.plot([low, high], [y, y], "|", color=INK, markersize=7)
+      # First wider and in white, so that the interval can be seen on a dark bar.
+      for colour, wide in (("white", 2.4), (INK, 0.0)):
+        axes.plot([low, high], [y, y], color=colour, linewidth=1.6 + wide)
+        caps = {"markersize": 7 + wide, "markeredgewidth": 1.2 + wide}
+        axes.plot([low, high], [y, y], "|", color=colour, **caps)
       axes.text(
         np.nanmax([value, high]) + 0.03,
         y,

@@ -1,4 +1,4 @@
-"""conv against jax.lax, in value and in both gradients, under every mapping; pools against
+"""Compares conv with jax.lax, in value and both gradients, under every mapping; and pools with
 reduce_window.
 """
 
@@ -35,12 +35,25 @@ def reference(x, w, *, strides, padding):
   )
 
 
-def by_offsets(x, w, *, strides, padding):
-  """The definition: XLA's own gradient aborts for some geometries."""
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  ends = [n - k + 1 for n, k in zip(x.shape[1:3], w.shape[:2], strict=True)]
-  seen = lambda i, j: x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
-  return sum(seen(i, j) @ w[i, j] for i in range(w.shape[0]) for j in range(w.shape[1]))
+def loss_by_offsets(x, w, strides, padding):
+  """((conv(x, w) + 1)^2).sum() and its gradients from the definition, in NumPy's float64.
+  XLA's own gradient aborts for some geometries.
+  """
+  x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+  padded = np.pad(x, ((0, 0), *padding, (0, 0)))
+  ends = [n - k + 1 for n, k in zip(padded.shape[1:3], w.shape[:2], strict=True)]
+  gradients = np.zeros_like(padded), np.zeros_like(w)
+  offsets = {
+    (i, j): (slice(None), slice(i, i + ends[0], strides[0]), slice(j, j + ends[1], strides[1]))
+    for i, j in np.ndindex(w.shape[:2])
+  }
+  y = 1 + sum(padded[seen] @ w[offset] for offset, seen in offsets.items())
+  for offset, seen in offsets.items():
+    gradients[0][seen] += 2 * y @ w[offset].T
+    gradients[1][offset] = 2 * np.einsum("bhwc,bhwo->co", padded[seen], y)
+  (top, _), (left, _) = padding
+  inside = gradients[0][:, top : top + x.shape[1], left : left + x.shape[2]]
+  return (y * y).sum(), (inside, gradients[1])
 
 
 def normal(seed, *shape):
@@ -100,13 +113,11 @@ def test_without_jit():
   strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
   pads=st.tuples(*[st.integers(0, 3)] * 4),
 )
-@example(
-  (4, 5), (2, 3), (2, 3), (1, 2, 0, 2)
-)  # XLA would exchange kernel and map, but for one axis
+# XLA would swap kernel and map, except for one axis.
+@example((4, 5), (2, 3), (2, 3), (1, 2, 0, 2))
 @example((5, 4), (3, 2), (3, 2), (0, 2, 1, 2))
-@example(
-  (4, 4), (2, 2), (1, 1), (2, 0, 3, 0)
-)  # XLA would take what lies beyond the images for the gradient's zeros
+# XLA would read memory beyond the images as the gradient's zeros.
+@example((4, 4), (2, 2), (1, 1), (2, 0, 3, 0))
 @example((1, 3), (1, 1), (2, 3), (1, 1, 2, 0))  # no output sees an image
 def test_any_geometry(size, kernel, strides, pads):
   padding = (pads[:2], pads[2:])
@@ -114,13 +125,10 @@ def test_any_geometry(size, kernel, strides, pads):
     return  # an empty output
   x, w = normal(2, 2, *size, 2), normal(3, *kernel, 2, 3)
 
-  def gradients(
-    fn, x, w
-  ):  # of a loss whose gradient is no zero even where an output sees padding alone
-    loss = lambda *a: ((fn(*a, strides=strides, padding=padding) + 1) ** 2).sum()
-    return jax.value_and_grad(loss, argnums=(0, 1))(x, w)
-
-  assert_close(*jax.jit(lambda *a: (gradients(conv, *a), gradients(by_offsets, *a)))(x, w))
+  # The gradient of this loss is not 0 even where an output sees only padding.
+  loss = lambda *a: ((conv(*a, strides=strides, padding=padding) + 1) ** 2).sum()
+  gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, w)
+  assert_close(gradients, loss_by_offsets(x, w, strides, padding))
 
 
 @pytest.mark.parametrize(("x_shape", "w_shape", "strides", "padding"), [CASES[i] for i in (3, 6)])

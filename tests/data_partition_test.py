@@ -1,5 +1,5 @@
-"""Partitions: disjoint, covering, seeded, never splitting a group; and as skewed or unequal as
-asked.
+"""Partitions are disjoint, complete and seeded, never split a group, and are as skewed or unequal
+as requested.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def make(labels, groups, columns=None, num_labels=3):
 
 
 def spread_out(num, seed=0, num_labels=3):
-  """One group an image, balanced labels in random order."""
+  """Each image is its own group; labels are balanced and in random order."""
   labels = np.random.default_rng(seed).permutation(np.arange(num) % num_labels)
   return make(labels, [f"p{i}" for i in range(num)], num_labels=num_labels)
 

@@ -157,7 +157,7 @@ def test_smoothing_keeps_constants_and_spreads_a_point():
 
 
 def test_bacterial_is_focal_and_viral_is_on_both_sides(by_label):
-  """Both only replace air, so both brighten; the first one lung, the second both."""
+  """Both diseases replace air, so both brighten: bacterial one lung, viral both."""
   normal, bacterial, viral = by_label
   for ill in (bacterial, viral):
     assert (ill - normal).min() > -0.02
@@ -194,7 +194,7 @@ def test_images_use_the_grey_scale_without_saturating(by_label):
 
 
 def test_classes_differ_but_mild_cases_are_hard(by_label):
-  """Severity varies: the brightening of the mildest tenth is a small part of that of the worst."""
+  """Severity varies: the mildest tenth brightens far less than the worst."""
   normal, bacterial, viral = by_label
   for ill in (bacterial, viral):
     change = np.sort((ill - normal).mean((1, 2)))

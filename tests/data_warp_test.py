@@ -16,9 +16,7 @@ KEY = jax.random.key(7)
 
 
 def jitted(function, **strengths):
-  """Compiles `function` with its strengths fixed; one compilation is much quicker than one for each
-  operation.
-  """
+  """Compiles `function` with fixed strengths: much faster than compiling each operation."""
   return jax.jit(functools.partial(function, **strengths))
 
 

@@ -17,7 +17,7 @@ NONCE = jnp.zeros(3, jnp.uint32)
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-  """A process that has not loaded the C form, with an empty cache; returns the cache's folder."""
+  """Acts like a process without the C form loaded, with an empty cache; returns its folder."""
   monkeypatch.setattr(native, "_load", functools.cache(native._load.__wrapped__))
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   monkeypatch.setenv("PRIMIA_NATIVE", "1")

@@ -61,7 +61,7 @@ def templates(**changes):
 
 
 class FakeTensor:
-  """Pickles as a torch.Tensor of the given view of a storage does."""
+  """Pickles like a torch.Tensor that is the given view of a storage."""
 
   def __init__(self, array, storage=None, offset=0, kind="FloatStorage"):
     self.storage = np.ascontiguousarray(array).ravel() if storage is None else storage
@@ -284,7 +284,7 @@ def test_other_models_are_refused():
 
 
 def torch_resnet18(torch, classes):
-  """torchvision's ResNet-18 in few lines, with its names."""
+  """torchvision's ResNet-18 in a few lines, with the same names."""
   nn = torch.nn
 
   class BasicBlock(nn.Module):
@@ -328,7 +328,7 @@ def torch_resnet18(torch, classes):
 
 
 def torch_vgg16(torch, classes, batch_norm):
-  """torchvision's VGG-16 in few lines, with its names."""
+  """torchvision's VGG-16 in a few lines, with the same names."""
   nn = torch.nn
   layers, before = [], 3
   for features, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):

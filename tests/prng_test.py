@@ -15,7 +15,7 @@ NONCE = jnp.asarray([7, 0, 2**32 - 1], jnp.uint32)
 
 @pytest.fixture(params=["native", "plain"])
 def form(request, monkeypatch):
-  """The test runs with the C form and without."""
+  """Runs the test with and without the C form."""
   monkeypatch.setenv("PRIMIA_NATIVE", "1" if request.param == "native" else "0")
   if request.param == "native" and not native.available():
     pytest.skip("no C compiler here")
@@ -37,7 +37,7 @@ def oracle(key, nonce, counter: int, num_blocks: int) -> np.ndarray:
 
 
 def oracle_bits(key, nonce, size: int, dtype) -> np.ndarray:
-  """The order of words that the docstring of `bits` states, written as indices."""
+  """The order of words in the docstring of `bits`, written as indices."""
   num_tiles = -(-size * np.dtype(dtype).itemsize // (64 * prng.TILE))
   stream = oracle(key, nonce, 0, num_tiles * prng.TILE)
   t, p = np.divmod(np.arange(size), (64 // np.dtype(dtype).itemsize) * prng.TILE)

@@ -21,12 +21,12 @@ def encodings(draw, max_bits=64):
 
 
 def width(fixed):
-  """x64 only where the ring needs it."""
+  """Enables x64 only if the ring needs it."""
   return jax.enable_x64(True) if fixed.num_bits > 32 else contextlib.nullcontext()
 
 
 def exact(v, fixed):
-  """The real numbers that ring elements stand for, in Python integers."""
+  """The real numbers that ring elements represent, from Python integers."""
   return [
     Fraction(n - 2**fixed.num_bits if n >= 2 ** (fixed.num_bits - 1) else n, 2**fixed.fraction_bits)
     for n in map(int, np.asarray(v).ravel())
@@ -34,7 +34,7 @@ def exact(v, fixed):
 
 
 def legal(fractions, fixed, dtype):
-  """Numbers of `dtype` across the whole legal range, both ends included."""
+  """Numbers of `dtype` across the whole legal range, including both ends."""
   x = np.array(fractions) * fixed.max_abs
   x = np.append(
     x, [fixed.max_abs, -fixed.max_abs, 0.0, fixed.resolution / 2, -1.5 * fixed.resolution]
@@ -51,7 +51,7 @@ def legal(fractions, fixed, dtype):
 @settings(deadline=None, max_examples=40)
 @given(
   encodings(),
-  st.lists(st.floats(-1, 1), min_size=1, max_size=8),
+  st.lists(st.floats(-1, 1), min_size=8, max_size=8),  # of one length, as each is compiled
   st.sampled_from([np.float32, np.float64]),
 )
 def test_round_trip_over_the_whole_legal_range(fixed, fractions, dtype):
@@ -133,7 +133,7 @@ def test_fit_never_overflows_and_is_the_finest(max_abs, num_terms, num_bits):
 
 
 def test_the_fullest_sum_that_fit_allows_is_opened_right():
-  max_abs = float(np.float32(2.0**31 / 3 / 2**20))  # as near to overflow as float32 comes
+  max_abs = float(np.float32(2.0**31 / 3 / 2**20))  # as close to overflow as float32 can be
   fixed = ring.fit(max_abs, 3)
   for sign in (1.0, -1.0):
     v = ring.encode(jnp.full(4, sign * max_abs, jnp.float32), fixed)

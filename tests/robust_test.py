@@ -31,7 +31,7 @@ def flat(tree):
 
 
 def krum_by_hand(vectors, num_byzantine, num_kept):
-  """The indices that Krum keeps: Blanchard et al. 2017, section 4, word for word."""
+  """The indices that Krum keeps, written literally as in Blanchard et al. 2017, section 4."""
   num_sites, scores = len(vectors), []
   for i in range(num_sites):
     others = sorted(np.sum((vectors[i] - vectors[j]) ** 2) for j in range(num_sites) if j != i)

@@ -25,9 +25,7 @@ def run(x, **options):
 
 
 def circular(x, kernel):
-  """x * kernel for x [H, W], continued by reflection as far as the kernel reaches; a product of
-  spectra.
-  """
+  """x * kernel for x [H, W], reflected as far as the kernel reaches, as a product of spectra."""
   radius = kernel.shape[0] // 2
   padded = np.pad(x, radius, mode="reflect")
   spectrum = np.fft.fft2(padded) * np.fft.fft2(
@@ -41,9 +39,7 @@ def embed(kernel, shape):
 
 
 def morlet(scale, angle):
-  """The textbook's wavelet in rotated coordinates u = R r; a cross-correlation has it the other way
-  round.
-  """
+  """The textbook's wavelet in rotated coordinates u = R r. A cross-correlation mirrors it."""
   sigma, xi, slant = 0.8 * 2**scale, 3 * np.pi / 4 / 2**scale, 0.5
   radius = int(np.ceil(3 * sigma / slant))
   r = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1)] * 2, indexing="ij"), -1)[
@@ -130,7 +126,7 @@ def test_contrast_is_a_factor():
 
 
 def test_energy_decays_from_order_to_order():
-  """Most energy is in the first two orders (arXiv 1203.1513, table 1), and the whole gains none."""
+  """Most energy is in the first two orders (arXiv 1203.1513, table 1); the total never grows."""
   smooth = ndimage.gaussian_filter(images(2, 32, 32), (0, 1.5, 1.5))[..., None]
   y = run(smooth, num_scales=3)
   zeroth, first, second = ((part**2).sum() * 4**3 for part in np.split(y, [1, 25], axis=-1))

@@ -1,4 +1,4 @@
-"""Taps give a layer's input and output gradient, whatever the layer, and every other use of the
+"""Taps return a layer's input and output gradient, for every layer, and every other use of the
 kernel is refused.
 """
 

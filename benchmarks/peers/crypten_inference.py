@@ -1,8 +1,8 @@
 """CrypTen: two processes on the loopback device, Beaver triples. crypten_inference.py ROUNDS CASE
 BATCH SIZE WANT HOW
 
-HOW is total (triples are made as they are needed) or online (they are made before each round, and
-not timed). Inputs and weights are secret. WANT is a file with the answer in float32.
+HOW is total (triples are made when needed) or online (triples are made before each round and not
+timed). Inputs and weights are secret. WANT is a file with the answer in float32.
 """
 # ruff: noqa: E402 - stand-ins come before imports
 

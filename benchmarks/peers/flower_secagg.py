@@ -1,8 +1,8 @@
 """Flower with idle clients that return the model: plain, or SecAgg+. flower_secagg.py ROUNDS HOW K
 PEERS CPUS [LOST]
 
-HOW is plain or secagg; PEERS is how many others each client shares masks with; LOST clients fail
-when they are to send the masked model, each round.
+HOW is plain or secagg; PEERS is how many others each client shares masks with. In each round,
+LOST clients fail when they should send the masked model.
 """
 
 import os

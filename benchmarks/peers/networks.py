@@ -1,9 +1,10 @@
-"""What the encrypted benchmark computes, for any framework: inputs, random weights, and the
-networks on given `ops`.
+"""The work of the encrypted benchmark, for any framework: inputs, random weights, and networks that
+use given `ops`.
 
-NumPy alone, and Python 3.7. Images and activations are NCHW in the weights' order of axes (OIHW;
-dense [out, in]); an `ops` may keep them otherwise. It has: conv(x, w, b, stride, padding), dense(x,
-w, b), relu, add, flat, mean, a max_pool(x, window, stride, padding) and layer(name), a context.
+Needs only NumPy and Python 3.7. Images and activations are NCHW in the weights' order of axes
+(OIHW; dense [out, in]); an `ops` may store them differently. It has: conv(x, w, b, stride,
+padding), dense(x, w, b), relu, add, flat, mean, a max_pool(x, window, stride, padding) and
+layer(name), a context.
 """
 
 import numpy as np

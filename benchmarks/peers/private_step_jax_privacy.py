@@ -1,9 +1,9 @@
 """jax-privacy's private step, in Flax, on a full batch of 32. private_step_jax_privacy.py ROUNDS
 CASE HOW CONV STEPS
 
-HOW is plain (no privacy), full (the gradients of all examples at once) or micro1, micro8, ... (so
-many at once). CONV is xla, Flax's own, or dot: im2col and a product where the result is 2x2 or
-smaller, for which XLA on CPU takes far too long.
+HOW is plain (no privacy), full (the gradients of all examples at once) or micro1, micro8, ... (that
+many at once). CONV is xla (Flax's own) or dot: im2col and a product where the result is 2x2 or
+smaller, because XLA on CPU is far too slow there.
 """
 
 import functools

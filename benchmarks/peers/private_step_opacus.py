@@ -1,8 +1,8 @@
 """PyTorch's step, or Opacus's private one, on a full batch of 32. private_step_opacus.py ROUNDS
 CASE HOW STEPS THREADS
 
-HOW is plain (no privacy), hooks or ghost. Noise is PyTorch's own generator's (`secure_mode` would
-take longer).
+HOW is plain (no privacy), hooks or ghost. Noise comes from PyTorch's own generator
+(`secure_mode` would take longer).
 """
 
 import sys

@@ -1,9 +1,9 @@
 """SecretFlow's SPU, all parties as threads of one process. spu_inference.py ROUNDS CASE BATCH SIZE
 WANT PROTOCOL
 
-PROTOCOL is SEMI2K (two parties) or ABY3 (three). A round is a run of all parties, with what is
-dealt; compiling, sharing and reconstruction are not timed. Inputs and weights are secret. WANT is a
-file with the answer in float32.
+PROTOCOL is SEMI2K (two parties) or ABY3 (three). A round is a run of all parties, including
+dealing; compiling, sharing and reconstruction are not timed. Inputs and weights are secret. WANT is
+a file with the answer in float32.
 """
 
 import contextlib

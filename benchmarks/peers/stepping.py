@@ -1,5 +1,5 @@
-"""The peer's end of `benchmarks.measuring.peer`: a round is run when a line comes in, and its cost
-goes out.
+"""The peer's side of `benchmarks.measuring.peer`: runs a round for each line of input and prints
+its cost.
 """
 
 import os
