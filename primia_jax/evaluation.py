@@ -77,6 +77,44 @@ def class_counting(
   return count
 
 
+def count_errors(
+  apply_fn: ApplyFn,
+  prepare: Callable[[Array], Array],
+  num_classes: int,
+  batch_size: int,
+) -> Callable[..., dict[str, Array]]:
+  """Makes the function that evaluates a model on one site's examples.
+
+  Returns:
+    (params, model_state, images [N, H, W, C], labels [N], num_examples) -> {"confusion": [L, L]
+    float32 counts, rows true and columns predicted; "loss": the sum of the cross-entropies}: sums,
+    which add up over sites.
+  """
+  one_hot = lambda labels: jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+
+  def run(params, model_state, images, labels, num_examples):
+    size = images.shape[0]
+
+    def body(i: Array, total):
+      index = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+      batch = local.gather(
+        images, labels, jnp.where(index < jnp.minimum(num_examples, size), index, -1)
+      )
+      logits, _ = apply_fn(params, model_state, prepare(batch.images), train=False)
+      true = one_hot(batch.labels) * batch.weights[:, None]
+      confusion = true.T @ one_hot(jnp.argmax(logits, axis=-1))
+      loss = jnp.sum(true * -jax.nn.log_softmax(logits))
+      return {"confusion": total["confusion"] + confusion, "loss": total["loss"] + loss}
+
+    zero = {
+      "confusion": jnp.zeros((num_classes, num_classes), jnp.float32),
+      "loss": jnp.zeros((), jnp.float32),
+    }
+    return jax.lax.fori_loop(0, -(-num_examples // batch_size), body, zero)
+
+  return run
+
+
 def validation(
   algorithm: Algorithm,
   apply_fn: ApplyFn,
@@ -102,11 +140,11 @@ def validation(
     (key, State, Sites) -> Scores. It raises a RuntimeError where a site's loss is not finite or
     does not fit the summation.
   """
-  count_errors = local.count_errors(apply_fn, prepare, num_classes, batch_size)
+  errors_of = count_errors(apply_fn, prepare, num_classes, batch_size)
 
   def site_fn(shared: Global, site_state: PyTree, site: Site) -> tuple[dict[str, Array], tuple]:
     model = algorithm.personal(shared, site_state)
-    return count_errors(*model, site.images, site.labels, site.num_examples), ()
+    return errors_of(*model, site.images, site.labels, site.num_examples), ()
 
   total = over_sites(site_fn, summation, placement, Purpose.EVALUATION)
 

@@ -70,6 +70,22 @@ class Steps(NamedTuple):
   begin: Callable[[Site, Round], tuple[Array | int, Callable[[Array, PyTree], Array]]]
 
 
+class Privatizer(optax.GradientTransformationExtraArgs):
+  """What adds noise to gradients, for the batches and the clipped gradients it is charged for.
+
+  Attributes:
+    goes_with: the `Steps` and the `GradFn` of its plan; () for any, which nothing vouches for.
+  """
+
+  goes_with: tuple[Steps, GradFn] | tuple[()] = ()
+
+  def bound_to(self, steps: Steps, grad_fn: GradFn) -> Privatizer:
+    """The same, which a recipe with other batches or gradients refuses."""
+    made = Privatizer(*self)
+    made.goes_with = (steps, grad_fn)
+    return made
+
+
 class Recipe(NamedTuple):
   """How a site trains.
 
@@ -256,9 +272,18 @@ def train(
     state: `init_noise` at first, then `Trained.noise`. A site's secret must be fresh whenever
     rounds are counted from 0 again. It raises a ValueError for a private recipe and a site without
     a secret.
+
+  Raises:
+    ValueError: for a privatizer that does not go with the recipe's batches and gradients.
   """
   steps, grad_fn, privatizer, optimizer, schedule = recipe
   privatizer = privatizer or _NOISELESS
+  own = getattr(privatizer, "goes_with", ())
+  if own and (steps is not own[0] or grad_fn is not own[1]):
+    raise ValueError(
+      "the recipe joins a privatizer with batches or gradients that its releases are not charged "
+      "for; take the whole from the plan's recipe(optimizer, schedule)"
+    )
   add = lambda a, b: jax.tree.map(jnp.add, a, b)
 
   def run(params, model_state, opt_state, noise, site: Site, now: Round):
@@ -346,39 +371,3 @@ def classification_loss(
     )
 
   return loss_fn
-
-
-def count_errors(
-  apply_fn: ApplyFn,
-  prepare: Callable[[Array], Array],
-  num_classes: int,
-  batch_size: int,
-) -> Callable[..., dict[str, Array]]:
-  """Makes the function that evaluates a model on one site's examples.
-
-  Returns:
-    (params, model_state, images [N, H, W, C], labels [N], num_examples) -> {"confusion": [L, L]
-    float32 counts, rows true and columns predicted; "loss": the sum of the cross-entropies}: sums,
-    which add up over sites.
-  """
-  one_hot = lambda labels: jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
-
-  def run(params, model_state, images, labels, num_examples):
-    size = images.shape[0]
-
-    def body(i: Array, total):
-      index = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-      batch = gather(images, labels, jnp.where(index < jnp.minimum(num_examples, size), index, -1))
-      logits, _ = apply_fn(params, model_state, prepare(batch.images), train=False)
-      true = one_hot(batch.labels) * batch.weights[:, None]
-      confusion = true.T @ one_hot(jnp.argmax(logits, axis=-1))
-      loss = jnp.sum(true * -jax.nn.log_softmax(logits))
-      return {"confusion": total["confusion"] + confusion, "loss": total["loss"] + loss}
-
-    zero = {
-      "confusion": jnp.zeros((num_classes, num_classes), jnp.float32),
-      "loss": jnp.zeros((), jnp.float32),
-    }
-    return jax.lax.fori_loop(0, -(-num_examples // batch_size), body, zero)
-
-  return run

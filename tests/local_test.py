@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sklearn import metrics as sk
 
 from primia_jax import local
 from primia_jax.types import Batch, Metrics, Site
@@ -317,20 +316,6 @@ def test_prepare_and_model_get_different_keys_and_prepare_may_mix_targets():
 def test_impossible_smoothing_is_refused(smoothing):
   with pytest.raises(ValueError, match="label_smoothing"):
     local.classification_loss(apply_fn, as_stored, L, label_smoothing=smoothing)
-
-
-@pytest.mark.parametrize(("n", "batch_size"), [(20, 8), (13, 4), (16, 16), (1, 8), (20, 64)])
-def test_count_errors_against_scikit_learn(n, batch_size):
-  images, labels = data(20)
-  run = jax.jit(local.count_errors(apply_fn, lambda images: images, L, batch_size))
-  got = run(start(), {}, jnp.asarray(images), jnp.asarray(labels), jnp.int32(n))
-  p0 = jax.tree.map(np.asarray, start())
-  p = softmax(images[:n].reshape(n, D).astype(np.float64) @ p0["w"] + p0["b"])
-  want = sk.confusion_matrix(labels[:n], p.argmax(1), labels=range(L))
-  np.testing.assert_array_equal(got["confusion"], want)
-  np.testing.assert_allclose(
-    got["loss"], n * sk.log_loss(labels[:n], p, labels=range(L)), rtol=1e-5
-  )
 
 
 @pytest.mark.parametrize(

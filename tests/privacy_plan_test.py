@@ -194,3 +194,19 @@ def test_two_lines_make_a_plain_recipe_private():
   private = privacy.recipe(*how)
   assert plain.optimizer is private.optimizer
   assert privacy.epsilon(rounds=3) <= 6
+
+
+@pytest.mark.parametrize("make", [sgd, ftrl])
+def test_a_plan_is_not_taken_apart(make):
+  """Noise charged for Poisson batches and clipped gradients, on shuffled or unclipped ones."""
+  made, other = make(), make()
+  whole = made.recipe(optax.sgd, lambda t: 1.0)
+  local.train(whole)
+  for part in (
+    {"steps": local.epochs(5, 40)},
+    {"steps": other.steps},
+    {"grad_fn": local.gradients(loss_fn)},
+    {"grad_fn": other.grad_fn},
+  ):
+    with pytest.raises(ValueError, match="take the whole from the plan"):
+      local.train(whole._replace(**part))

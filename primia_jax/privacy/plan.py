@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import optax
 
 from primia_jax import local
 from primia_jax.privacy import (
@@ -95,7 +94,7 @@ class StepPlan(Plan):
     sampling_rate: q, the rate that runs; 1 for batches in a fixed order.
     batch_size: the most units of a step.
     strategy: of noise that is correlated over steps; None for fresh noise.
-    steps, grad_fn, privatizer: of a `local.Recipe`.
+    steps, grad_fn, privatizer: of a `local.Recipe`, which refuses to part them.
   """
 
   noise_multiplier: float
@@ -105,7 +104,10 @@ class StepPlan(Plan):
   strategy: strategies.Config | None
   steps: local.Steps = dataclasses.field(repr=False, compare=False)
   grad_fn: local.GradFn = dataclasses.field(repr=False, compare=False)
-  privatizer: optax.GradientTransformationExtraArgs = dataclasses.field(repr=False, compare=False)
+  privatizer: local.Privatizer = dataclasses.field(repr=False, compare=False)
+
+  def __post_init__(self):
+    object.__setattr__(self, "privatizer", self.privatizer.bound_to(self.steps, self.grad_fn))
 
   def recipe(
     self, optimizer: local.Optimizer, schedule: Callable[[Array], Array | float]

@@ -12,14 +12,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from primia_jax import local
 from primia_jax.privacy import correlated, noise, subkeys
 from primia_jax.privacy.strategies import Config
 from primia_jax.types import Array, Params, PyTree
 
 
-def gaussian(stddev: float, sampling_rate: float) -> optax.GradientTransformationExtraArgs:
+def gaussian(stddev: float, sampling_rate: float) -> local.Privatizer:
   """Fresh noise at each step, as DP-SGD adds it; the state is ().
 
   Args:
@@ -40,10 +40,10 @@ def gaussian(stddev: float, sampling_rate: float) -> optax.GradientTransformatio
     scale = 1 / (np.float32(sampling_rate) * jnp.asarray(num_units, jnp.float32))
     return jax.tree.map(lambda g, n: (g + n) * scale, grads, drawn), state
 
-  return optax.GradientTransformationExtraArgs(lambda params: (), update)
+  return local.Privatizer(lambda params: (), update)
 
 
-def correlate(config: Config, batch_size: int) -> optax.GradientTransformationExtraArgs:
+def correlate(config: Config, batch_size: int) -> local.Privatizer:
   """Noise that cancels from step to step, as DP-FTRL adds it; the state is `correlated.NoiseState`.
 
   The secret may be another in every round: the state holds what later noise needs of earlier draws,
@@ -73,6 +73,4 @@ def correlate(config: Config, batch_size: int) -> optax.GradientTransformationEx
     drawn = jax.tree.map(lambda n: jnp.where(num_units >= fewest, n, jnp.nan), drawn)
     return jax.tree.map(lambda g, n: (g + n) / np.float32(batch_size), grads, drawn), state
 
-  return optax.GradientTransformationExtraArgs(
-    lambda params: correlated.init(config, params), update
-  )
+  return local.Privatizer(lambda params: correlated.init(config, params), update)
