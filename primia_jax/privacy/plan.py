@@ -233,8 +233,7 @@ def dp_ftrl(
   has_taps: Callable[[Params], PyTree] | None = None,
   before: Sequence[Release] = (),
 ) -> StepPlan:
-  """DP-FTRL (Kairouz et al. 2021) for sites that cannot sample: batches in one fixed order, and
-  noise that cancels from step to step.
+  """DP-FTRL (Kairouz et al. 2021): batches in a fixed order, and noise that cancels over steps.
 
   A step's gradient is the sum of clipped gradients plus `correlated.next_noise`, over B. The whole
   run is one Gaussian release of noise_multiplier, for a site of any number of units from min_units
