@@ -64,13 +64,19 @@ class Aggregation:
     return self.aggregation == "secure" and self.secagg != "none"
 
   def build(
-    self, num_sites: int, exchange: Exchange | None = None, coding: summation.Coding | None = None
+    self,
+    num_sites: int,
+    in_processes: bool = False,
+    exchange: Exchange | None = None,
+    coding: summation.Coding | None = None,
   ) -> summation.Summation:
     """How the updates of a round's sites are combined.
 
     Args:
       num_sites: of a round.
-      exchange: between processes of one site each; None where one process plays all.
+      in_processes: whether each site has a process.
+      exchange: between these processes; None where one process plays all, or before they are
+        joined.
       coding: of distributed noise; None without.
 
     Raises:
@@ -80,7 +86,7 @@ class Aggregation:
     if (kind == "clear" and not argument) or (kind == "secure" and self.secagg == "none"):
       return summation.clear()
     if kind == "secure" and not argument:
-      config = self.secure_sum(num_sites, num_sites, exchange is not None)
+      config = self.secure_sum(num_sites, num_sites, in_processes)
       if config.fixed.fraction_bits < _MIN_FRACTION_BITS and coding is None:
         raise ValueError(
           f"secagg_bits={self.secagg_bits} for {num_sites} sites and numbers up to "
