@@ -44,7 +44,9 @@ def test_rounds_follow_one_another_and_each_is_validated():
   steps = Steps()
   done = list(steps.rounds())
   assert [one.number for one in done] == [1, 2, 3, 4]
-  assert [int(one.state.round) for one in done] == [one.state.params for one in done] == [1, 2, 3, 4]
+  assert (
+    [int(one.state.round) for one in done] == [one.state.params for one in done] == [1, 2, 3, 4]
+  )
   drawn = [federated.sample_sites(KEY, i, 5, 3).tolist() for i in range(4)]
   assert [one.ids.tolist() for one in done] == drawn
   assert len(set(map(tuple, drawn))) > 1
@@ -76,7 +78,9 @@ def test_nothing_is_released_before_before_allows_it_and_false_ends_the_run():
 
   done = list(steps.rounds(before=before))
   assert [one.number for one in done] == [1, 2]
-  assert [ids for ids, _ in asked] == [federated.sample_sites(KEY, i, 5, 3).tolist() for i in (0, 1, 2)]
+  assert [ids for ids, _ in asked] == [
+    federated.sample_sites(KEY, i, 5, 3).tolist() for i in (0, 1, 2)
+  ]
   assert [count for _, count in asked] == [0, 2, 4]  # step and validation of the rounds before
   assert len(steps.calls) == 4
 
