@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 from absl import flags
-from experiments_runs import TINY
+from experiments_runs import FIXED, MOVING, PRIVATE, SITE, TINY
 
 from experiments import inputs, settings
 from experiments.configs import Train, rehearse
@@ -17,13 +17,6 @@ from primia_jax.privacy import accounting, adaptive, distributed
 from primia_jax.secagg import graph
 from primia_jax.summation import Purpose
 
-PRIVATE = settings.replace(
-  TINY, rounds=3, optimizer="sgd", learning_rate=0.1, keep_optimizer=False, dp="example",
-  noise_multiplier=1.0, dp_seed=1,
-)  # fmt: skip
-SITE = settings.replace(PRIVATE, dp="site", weighting="uniform", class_weights=False, delta=0.1)
-MOVING = settings.replace(SITE, dp_clip_quantile=0.5, l2_clip_norm=0.7)  # the clip of updates
-FIXED = settings.replace(PRIVATE, dp_noise="banded", batch_size=2)  # batches in a fixed order
 DISTRIBUTED = settings.replace(SITE, num_sites=10, dp_noise="distributed", secagg_threshold=7)
 SIZES = (18, 12, 6)
 
@@ -166,7 +159,7 @@ def test_a_small_ring_is_for_updates_and_their_own_grid():
   a = config.aggregation
   assert a.secure_sum(3, 3, False).fixed.num_bits == 16
   assert a.secure_sum(3, 3, False, 1e6).fixed.num_bits == 32
-  with pytest.raises(ValueError, match="leave .* fraction bits, and updates need 10"):
+  with pytest.raises(ValueError, match=r"leave .* fraction bits, and updates need 10"):
     rehearse(settings.replace(config, dp_noise="site"))
 
 

@@ -114,5 +114,5 @@ def test_lists_in_a_text():
   assert settings.names(" a, b,,") == ("a", "b")
   assert settings.fractions("0.5, 0.3,0.2") == (0.5, 0.3, 0.2)
   assert settings.fractions("") is None
-  with pytest.raises(ValueError, match="site_fractions='0.5,x'; write numbers"):
+  with pytest.raises(ValueError, match=r"site_fractions='0\.5,x'; write numbers"):
     settings.fractions("0.5,x")

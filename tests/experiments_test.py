@@ -1,5 +1,6 @@
-"""A training run of the binaries: its images, its rounds, its folder; the programs themselves are run
-whole by `.ci/smoke`.
+"""A training run of the binaries: its images, its rounds, its folder.
+
+The programs themselves are run whole by `.ci/smoke`.
 """
 
 import json
@@ -10,9 +11,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from experiments_runs import TINY, assert_equal, cohort, train, trainer
+from experiments_runs import TINY, assert_equal, cohort_of, make_trainer, train, trainer_of
 
-from experiments import arms, inputs, processes, running, settings
+from experiments import inputs, processes, running, settings
 from experiments.configs import Train, rehearse
 from experiments.configs.model import normalise
 from primia_jax import evaluation, sites
@@ -80,7 +81,7 @@ def test_real_sites_are_unequal_and_share_no_patient(real_data):
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, stop_after):
   with pytest.raises(KeyboardInterrupt):
     train(TINY, tmp_path, stop_after)
-  resumed = train(TINY, tmp_path)
+  resumed = train(TINY, tmp_path, trainer=make_trainer(TINY, cohort_of(TINY)))  # a new process
   assert_equal(resumed.models, whole.models)
   without_time = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
   assert without_time(resumed.rows) == without_time(whole.rows)
@@ -134,14 +135,9 @@ def test_sites_are_drawn_and_loaded_a_few_at_a_time_with_all_others_as_peers(tmp
 def test_early_stopping_is_alike_in_all_processes(tmp_path):
   """The first round is the best, two more are no better; only the first process has a bar."""
   config = settings.replace(TINY, rounds=30, learning_rate=1e-12, momentum=0.0, patience=2)
-  everyone = cohort(config, inputs.site_images(config))
-  made = trainer(config, everyone)
   for number in (0, 1):
     place, folder = processes.Place(sites.scan(), None, number), tmp_path / str(number)
-    folder.mkdir()
-    arm = arms.train(
-      config, everyone, made._replace(place=place), config.model.config(config.data, 3), folder
-    )
+    arm = train(config, folder, trainer=trainer_of(config)._replace(place=place))
     assert [row["round"] for row in arm.rows] == [1, 2, 3]
     assert (folder / "rounds.jsonl").exists() == (number == 0)
 
