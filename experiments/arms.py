@@ -227,8 +227,8 @@ def train(
     initial=int(state.round),
     total=config.training.rounds,
     disable=not place.is_first,
-    bar_format="{desc}: {bar:20} round {n_fmt}/{total_fmt}{postfix}  [{elapsed} gone, {remaining} "
-    "left]",
+    bar_format="{desc}: {bar:20} round {n_fmt} of {total_fmt}{postfix}  [{elapsed} gone, "
+    "{remaining} left]",
   )
 
   def before(ids: list[int]) -> bool:
@@ -241,7 +241,7 @@ def train(
     if not book.within_budget(ids):
       again = ", since a whole run is charged at each start" if privacy.whole_run else ""
       target = f"epsilon {privacy.target_epsilon:g}{again}"
-      bar.set_postfix_str(f"  stopped: another round would exceed {target}")
+      bar.set_postfix_str(f"stopped: another round would exceed {target}")
       return False
     book.spend_round(ids)
     return True
@@ -266,7 +266,7 @@ def train(
           file.write(json.dumps(row) + "\n")
         log(row)
       checkpoints.save(done.number, state, best)
-      shown = f"  loss {row['train_loss']:.3f}" if book is None else f"  epsilon {book.epsilon:.2f}"
+      shown = f"loss {row['train_loss']:.3f}" if book is None else f"epsilon {book.epsilon:.2f}"
       bar.set_postfix_str(f"{shown}  MCC {row['val_mcc']:.3f}", refresh=False)
       bar.update()
   finally:

@@ -110,6 +110,7 @@ def test_every_algorithm_trains_under_secure_aggregation(tmp_path, algorithm):
     optimizer=optimizer,
     model=model,
     norm=norm,
+    width=0.25,
     rounds=2,
     keep_optimizer=False,
   )
@@ -128,16 +129,18 @@ def test_sites_are_drawn_and_loaded_a_few_at_a_time_with_all_others_as_peers(tmp
   rehearse(config)
   arm = train(config, tmp_path / "kept")
   assert len(arm.rows[0]["sites"]) == 4
-  loaded = train(settings.replace(config, sites_in_memory=2), tmp_path / "loaded")
+  few = settings.replace(config, sites_in_memory=2)
+  loaded = train(few, tmp_path / "loaded", trainer=trainer_of(config))
   assert_equal(loaded.models, arm.models)
 
 
 def test_early_stopping_is_alike_in_all_processes(tmp_path):
   """The first round is the best, two more are no better; only the first process has a bar."""
-  config = settings.replace(TINY, rounds=30, learning_rate=1e-12, momentum=0.0, patience=2)
+  config, scores = settings.replace(TINY, rounds=30, patience=2), evaluation.Scores(np.eye(3), 0.5)
+  made = trainer_of(TINY)._replace(validate=lambda *_: scores)
   for number in (0, 1):
     place, folder = processes.Place(sites.scan(), None, number), tmp_path / str(number)
-    arm = train(config, folder, trainer=trainer_of(config)._replace(place=place))
+    arm = train(config, folder, trainer=made._replace(place=place))
     assert [row["round"] for row in arm.rows] == [1, 2, 3]
     assert (folder / "rounds.jsonl").exists() == (number == 0)
 

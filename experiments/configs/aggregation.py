@@ -40,17 +40,18 @@ class Aggregation:
     32.0, "secure: largest magnitude in a site's update; larger ones stop the run"
   )
   secagg_peers: int = setting(
-    0, "secure: peers of each site, an even number; 0 takes all others, or what bell asks for"
+    0,
+    "secure: peers of each site, an even number or all others; 0 takes all others, or with "
+    "secagg=bell what its graph needs",
   )
   secagg_threshold: int = setting(
     0,
-    "secure: how many of a site and its peers must answer to unmask a round; 0 tolerates no loss, "
-    "-1 takes over two thirds, as 0 does with placement=processes, where fewer require a server "
-    "that follows the protocol",
+    "secure: how many of a site and its peers must answer to unmask a round. 0 tolerates no loss, "
+    "-1 takes just over two thirds. With placement=processes 0 is -1, and a smaller number is safe "
+    "only if the server follows the protocol",
   )
   dropout_rate: float = setting(
-    0.0, "chance that a site is lost in a round, to simulate; half of them before and half after "
-    "they mask"
+    0.0, "simulated chance that a site is lost in a round, before or after it masks, equally often"
   )  # fmt: skip
 
   def __post_init__(self):

@@ -45,15 +45,15 @@ class Model:
   """Which network."""
 
   model: str = setting("cnn", "cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn")
-  norm: str = setting("", "group, batch or none; empty takes the model's own")
-  pool: str = setting("max", "max or mean")
+  norm: str = setting("", "normalisation: group, batch or none; empty takes the model's own")
+  pool: str = setting("max", "pooling: max or mean")
   width: float = setting(1.0, "factor on the number of channels")
   stem: str = setting(
     "", "resnet18: 7x7 (large images), 3x3/2 or 3x3 (small ones); empty chooses by image size"
   )
   head: str = setting("", "vgg16: dense (torchvision's) or mean; empty takes dense")
   weight_standardisation: bool = setting(False, "standardise convolution kernels")
-  dropout: float = setting(0.0, "rate before the last layer")
+  dropout: float = setting(0.0, "dropout rate before the last layer")
   pretrained: str = setting(
     "", "torchvision state dict (.pth or .safetensors) of resnet18 or vgg16 to start from"
   )
@@ -99,8 +99,8 @@ class Augment:
 
   augment: str = setting(
     "light",
-    "none, light, strong, or NAME=VALUE,... of primia_jax.data.augment.Augmentation, such as "
-    "noise=0.02",
+    "none, light, strong, or fields of primia_jax.data.augment.Augmentation as NAME=VALUE,..., "
+    "such as noise=0.02",
   )
   mixup: float = setting(0.0, "MixUp's alpha; 0 mixes nothing")
 

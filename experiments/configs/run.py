@@ -24,7 +24,7 @@ _NOMINAL_CLASSES = 3  # for building before the images are known
 class Train:
   """Everything that decides the result of a training run."""
 
-  seed: int = setting(0, "seed of everything random but secret keys")
+  seed: int = setting(0, "seed of everything random except secret keys and private noise")
   data: Data = dataclasses.field(default_factory=Data)
   hospitals: Hospitals = dataclasses.field(default_factory=Hospitals)
   model: Model = dataclasses.field(default_factory=Model)
