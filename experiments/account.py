@@ -1,4 +1,4 @@
-"""Says what a private training run will cost before it runs: epsilon by round, as a table and as a
+"""Computes what a private training run will cost before it runs: epsilon by round, as a table and a
 picture.
 
   python -m experiments.account --num_units=1500 --batch_size=64 --rounds=20 --target_epsilon=6 \\
@@ -9,9 +9,9 @@ picture.
     --secagg_threshold=-1 --noclass_weights --weighting=uniform --rounds=20 --target_epsilon=8 \\
     --delta=1e-3
 
-Takes the flags of train_federated and reports of privacy what a run with them would report, digit
-for digit. It reads no data and trains nothing. The figures are those of a site that takes part in
-every round.
+It takes the flags of train_federated, reads no images and trains nothing. Given the true sizes of
+the sites, its figures are digit for digit those of the run's own report, for a site that takes part
+in every round of an uninterrupted run.
 """
 
 import json
@@ -36,17 +36,21 @@ _NAMES = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
 
 settings.define_flags(Train)
 flags.DEFINE_integer(
-  "num_units", 0, "images or patients of the largest site; for dp=site, num_sites says enough"
+  "num_units", 0, "training images or patients of the largest site; not for dp=site"
 )
 flags.DEFINE_integer(
-  "smallest_units", 0, "dp_noise=banded, tree: those of the smallest site; 0 takes num_units"
+  "smallest_units",
+  0,
+  "dp_noise=banded or tree: training images or patients of the smallest site; 0 takes num_units",
 )
 flags.DEFINE_integer(
-  "num_classes", 3, "dp_noise=distributed: of the model, whose size decides what rounding costs"
+  "num_classes",
+  3,
+  "dp_noise=distributed: classes of the model, whose size decides what rounding costs",
 )
-flags.DEFINE_list("baselines", [], "not counted: for the presets of train_federated, which have it")
+flags.DEFINE_list("baselines", [], "ignored; presets of train_federated may set it")
 flags.DEFINE_string(
-  "output_dir", "", "folder for account.json, epsilon.png and report.md; created; empty writes none"
+  "output_dir", "", "folder for account.json, epsilon.png and report.md; empty writes no files"
 )
 FLAGS = flags.FLAGS
 FLAGS.set_default("dp", "example")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +15,8 @@ import tqdm
 from experiments import books, loop, processes
 from experiments.checkpoints import Best, Checkpoints
 from experiments.configs import Train
-from experiments.configs.model import normalise
-from experiments.configs.run import build_site_level
+from experiments.configs.model import normalise, of_stored
+from experiments.configs.run import build_federation
 from experiments.configs.training import build_alone
 from experiments.processes import Place
 from primia_jax import (
@@ -27,7 +26,6 @@ from primia_jax import (
   local,
   metrics,
   models,
-  site_privacy,
   summation,
 )
 from primia_jax.data import sites as data_sites
@@ -35,8 +33,6 @@ from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
 from primia_jax.privacy import ledger, plan
 from primia_jax.types import Array, ModelState, Params
-
-_FEATURE_BATCH = 64
 
 
 class Cohort(NamedTuple):
@@ -113,11 +109,10 @@ def make_trainer(
   num_sampled = config.sites_in_round if together else 1
   sizes = [n for cohort in cohorts for n in cohort.train.sizes]
   max_validated = max(n for cohort in cohorts for n in cohort.validation.sizes)
-  features = _features(model_config) if config.augment.is_none else None
+  features = of_stored(model_config) if config.augment.is_none else None
   as_they_are = lambda key, images, targets: (images, targets)
   prepare = as_they_are if features is not None else config.augment.build()
   loss = local.classification_loss(model.apply, prepare, num_classes, t.label_smoothing)
-  params, model_state = jax.eval_shape(model.init, jax.random.key(0))
 
   privacy: plan.StepPlan | plan.SiteLevel | None = None
   recipe = local.Recipe(
@@ -126,30 +121,16 @@ def make_trainer(
   if config.privacy.dp in ("example", "patient"):
     privacy = _step_plan(config, loss, cohorts, model_config)
     recipe = privacy.recipe(t.build_optimizer(), t.build_schedule())
-  elif config.privacy.dp == "site" and together:
-    privacy = build_site_level(config, models.num_parameters(params))
 
-  algorithm, summed, counting = (
-    build_alone(recipe),
-    summation.alone(),
-    lambda most: summation.alone(),
-  )
   if together:
-    algorithm = config.federation.build(t, recipe, num_sites)
-    coding = None
-    if isinstance(privacy, plan.SiteLevel):
-      own_noise = 0.0 if privacy.noise else privacy.noise_multiplier
-      algorithm = site_privacy.bounded(algorithm, privacy.clip, own_noise)
-      if privacy.noise is not None:
-        secure = config.aggregation.secure_sum(num_sampled, num_sampled, config.in_processes)
-        coding = site_privacy.distributed_noise(
-          privacy.noise, secure, params, model_state, privacy.clip
-        )
-    summed = config.aggregation.build(num_sampled, place.exchange, coding)
-    summed = config.aggregation.losing(summed, config.seed)
+    built = build_federation(config, recipe, model, place.exchange)
+    algorithm, summed, privacy = built.algorithm, built.summation, built.privacy or privacy
     counting = lambda most: config.aggregation.build_counts(
       num_sites, num_sampled, most, place.exchange
     )
+  else:
+    algorithm, summed = build_alone(recipe), summation.alone()
+    counting = lambda most: summation.alone()
   if config.privacy.dp_average:
     algorithm = algorithms.averaged(algorithm, config.privacy.dp_average)
   of_images = (lambda images: images) if features is not None else normalise
@@ -196,24 +177,6 @@ def _step_plan(
     rows_per_unit=rows_per_unit,
     has_taps=models.has_taps(model_config),
   )
-
-
-def _features(config: models.ModelConfig) -> Callable[[np.ndarray], np.ndarray] | None:
-  """What the model computes before its first parameter, of any number of stored images."""
-  transform = models.features(config)
-  if transform is None:
-    return None
-  run = jax.jit(lambda images: transform(normalise(images)))
-
-  def apply(images: np.ndarray) -> np.ndarray:
-    flat, n = images.reshape(-1, *images.shape[-3:]), _FEATURE_BATCH
-    batches = (
-      flat[np.resize(np.arange(i, min(i + n, len(flat))), n)] for i in range(0, len(flat), n)
-    )
-    out = np.concatenate([np.asarray(run(batch)) for batch in batches])[: len(flat)]
-    return out.reshape(*images.shape[:-3], *out.shape[1:])
-
-  return apply
 
 
 def train(
@@ -264,37 +227,36 @@ def train(
     initial=int(state.round),
     total=config.training.rounds,
     disable=not place.is_first,
-    bar_format="{desc}: {bar:20} round {n_fmt}/{total_fmt}{postfix}  [{elapsed} gone, {remaining} "
-    "left]",
+    bar_format="{desc}: {bar:20} round {n_fmt} of {total_fmt}{postfix}  [{elapsed} gone, "
+    "{remaining} left]",
   )
 
   def before(ids: list[int]) -> bool:
     """Charges a round before anything of it is released; False ends the run."""
     patience = config.training.patience
-    if patience and bar.n - int(best.round) >= patience:
+    if patience and int(state.round) - int(best.round) >= patience:  # alike in all processes
       return False
     if book is None or privacy is None:
       return True
     if not book.within_budget(ids):
       again = ", since a whole run is charged at each start" if privacy.whole_run else ""
       target = f"epsilon {privacy.target_epsilon:g}{again}"
-      bar.set_postfix_str(f"  stopped: another round would exceed {target}")
+      bar.set_postfix_str(f"stopped: another round would exceed {target}")
       return False
     book.spend_round(ids)
     return True
 
   validate = lambda key, state: trainer.validate(key, state, held_out)
   inputs = trainer.rounds.step, validate, key, state, everybody
-  started = time.perf_counter()
+  most, bound = config.training.rounds, config.aggregation.secagg_max_abs
   try:
-    for done in loop.rounds(*inputs, config.training.rounds, trainer.num_sampled, before):
+    for done in loop.rounds(*inputs, most, trainer.num_sampled, before, bound):
       state = done.state
       if done.info is None or done.scores is None:
         bar.write(f"round {done.number}: {done.aborted}")
         bar.update()
         continue
       row = _row(config, cohort, trainer, done, book)
-      row["seconds"], started = time.perf_counter() - started, time.perf_counter()
       if np.float32(row["val_mcc"]) > float(best.mcc):  # float32, as it is kept
         now = keep((jnp.float32(row["val_mcc"]), jnp.int32(done.number)))
         best = Best(*state[:-1], *now)
@@ -304,7 +266,7 @@ def train(
           file.write(json.dumps(row) + "\n")
         log(row)
       checkpoints.save(done.number, state, best)
-      shown = f"  loss {row['train_loss']:.3f}" if book is None else f"  epsilon {book.epsilon:.2f}"
+      shown = f"loss {row['train_loss']:.3f}" if book is None else f"epsilon {book.epsilon:.2f}"
       bar.set_postfix_str(f"{shown}  MCC {row['val_mcc']:.3f}", refresh=False)
       bar.update()
   finally:
@@ -352,6 +314,7 @@ def _row(
     "val_loss": scores.loss,
     "val_accuracy": float(metrics.accuracy(scores.confusion)),
     "val_mcc": float(metrics.mcc(scores.confusion)),
+    "seconds": done.seconds,
   }
 
 

@@ -4,7 +4,7 @@
 
 For labelled images (a folder for each class, npz or TFDS) it writes predictions.csv, metrics.json,
 report.md, a confusion matrix and ROC curves. With --unlabelled it takes a folder of any images and
-writes predictions.csv only.
+writes predictions.csv only. The model sets the image size and the classes.
 """
 
 import pathlib

@@ -1,10 +1,10 @@
-"""Classifies one party's images with another party's model; neither shows the other what it holds.
+"""Classifies one party's images with another party's model. Neither party shows the other its data.
 
   python -m experiments.infer_encrypted --checkpoint=runs/first --images=xray.png
 
-Two parties and a dealer, all simulated in this process. Prints the classes, and the time, bytes and
-rounds of each phase and layer. With --output_dir it writes predictions.csv, plan.txt and
-costs.json.
+This process simulates both parties and the dealer, so it protects nothing by itself. It prints the
+classes, and the time, bytes and rounds of each phase and layer. With --output_dir it writes
+predictions.csv, plan.txt and costs.json.
 """
 
 import csv

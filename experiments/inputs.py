@@ -104,10 +104,10 @@ def _phantom(config: Train, only_site: int | None) -> Inputs:
     size, seed = data.image_size, config.seed
     return sites.phantom_part(sizes, size=size, seed=seed, first=first, only_site=only_site)
 
-  train = make(data.phantom_images, sites.TRAINING)
-  num_held = round(h.validation_fraction * data.phantom_images)
+  train = make(h.phantom_images, sites.TRAINING)
+  num_held = round(h.validation_fraction * h.phantom_images)
   validation = make(max(h.num_sites, num_held), sites.VALIDATION)
-  num_test = max(h.num_sites, data.phantom_images // 2)
+  num_test = max(h.num_sites, h.phantom_images // 2)
   return Inputs(train, validation, _phantom_test(data, num_test, h.num_sites, config.seed))
 
 

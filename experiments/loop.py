@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ class Round(NamedTuple):
     state: after the round.
     info: see `federated.Info`; None where the round was aborted.
     scores: on validation images; None where the round was aborted.
+    seconds: what the round and its validation took.
     aborted: why; empty where it was not.
   """
 
@@ -28,6 +30,7 @@ class Round(NamedTuple):
   state: federated.State
   info: federated.Info | None
   scores: evaluation.Scores | None
+  seconds: float
   aborted: str = ""
 
 
@@ -40,19 +43,23 @@ def rounds(
   num_rounds: int,
   num_sampled: int,
   before: Callable[[list[int]], bool] = lambda ids: True,
+  secagg_max_abs: float = float("inf"),
 ) -> Iterator[Round]:
-  """Plays rounds until there were `num_rounds`, and yields each as it ends.
+  """Runs rounds until there have been `num_rounds`, and yields each as it ends.
+
+  A round begins when the caller asks for it, so that the caller can save the last one first.
 
   Args:
     step: of `federated.federate`.
     validate: scores a state.
     key: of the run.
-    state: to go on from.
+    state: to continue from.
     everybody: all sites.
     num_rounds: rounds in all, those before `state` included.
     num_sampled: sites in a round.
     before: called with a round's sites before anything of it is released, e.g. to charge a ledger;
       False ends the run.
+    secagg_max_abs: the setting, for the error message.
 
   Raises:
     RuntimeError: a site's update did not fit the encoding of secure aggregation, or training
@@ -63,17 +70,20 @@ def rounds(
     ids = federated.sample_sites(key, index, num_sites, num_sampled)
     if not before(ids.tolist()):
       return
+    started = time.perf_counter()
+    took = lambda started=started: time.perf_counter() - started
     try:
       state, info = step(key, state, everybody._replace(ids=ids))
     except secagg.RoundAborted as error:
       state = state._replace(round=state.round + 1)
-      yield Round(index + 1, ids, state, None, None, str(error))
+      yield Round(index + 1, ids, state, None, None, took(), str(error))
       continue
     if int(info.out_of_range):
       raise RuntimeError(
         f"round {index + 1}: at {int(info.out_of_range)} of {len(ids)} sites the update held a "
-        "number beyond secagg_max_abs or not finite. The round was not applied. If training "
-        "diverges, lower --learning_rate; else raise --secagg_max_abs. Start again with another "
-        "--run_dir, since a run keeps its settings"
+        f"number beyond secagg_max_abs={secagg_max_abs} or not finite. The round was not applied. "
+        "If training diverges, lower --learning_rate; else raise --secagg_max_abs. Start again "
+        "with another --run_dir, since a run keeps its settings"
       )
-    yield Round(index + 1, ids, state, info, validate(key, state))
+    scores = validate(key, state)
+    yield Round(index + 1, ids, state, info, scores, took())

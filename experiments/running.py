@@ -37,8 +37,9 @@ def prepare_devices(placement: str) -> None:
 
 
 def open_run(config: Train, run_dir: str) -> pathlib.Path:
-  """Creates the run folder, or finds the same run in it to go on with; before anything is trained,
-  settings may change.
+  """Creates the run folder, or finds in it the same run, to be continued.
+
+  Settings may still change as long as nothing has been trained.
 
   Raises:
     ValueError: the folder holds a run with other settings, or something else.
@@ -227,8 +228,8 @@ def secure_aggregation_facts(
     "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction "
     f"bits",
     "largest magnitude of a number in an update": secure.max_abs,
-    "largest magnitude of a sum before overflow": secure.fixed.max_abs,
-    "largest quantisation error of a sum": secure.error_bound,
+    "largest magnitude of a sum before overflow": float(f"{secure.fixed.max_abs:.6g}"),
+    "largest quantisation error of a sum": float(f"{secure.error_bound:.2g}"),
     "bytes of a masked update": numbers * secagg.bytes_per_number(secure),
   }
   if config.privacy.dp_noise == "distributed":  # which has an encoding of its own
@@ -255,11 +256,12 @@ def _whose_keys(config: Train, secure: secagg.SecureSum) -> str:
       "process knows them"
     )
     return f"{keys}; all sites see the sums, too"
-  return (
+  keys = (
     "keys are agreed and shared anew for each sum"
     if secure.threshold
     else "pair keys come from a trusted dealer"
   )
+  return f"{keys}. This run was a simulation: one process played the server and all sites"
 
 
 def save_model(folder: pathlib.Path, trained: list[tuple[Params, ModelState]]) -> None:
@@ -354,7 +356,7 @@ def start(main: Callable[[], None]) -> None:
       main()
     except KeyboardInterrupt:
       sys.exit(
-        "\nstopped; a run that is started again with the same --run_dir goes on from its last round"
+        "\nstopped; start again with the same --run_dir to continue from the last saved round"
       )
     except (ValueError, FileNotFoundError, RuntimeError) as error:
       logging.debug("what led to it:", exc_info=True)  # shown with --verbosity=1

@@ -1,8 +1,14 @@
-"""Trains a network at several hospitals together. Nobody else sees an image or a single update.
+"""Trains a network at several hospitals together.
+
+Images stay at their hospital, and the server sees only sums of updates, by default:
 
   python -m experiments.train_federated --run_dir=runs/first
   python -m experiments.train_federated --flagfile=experiments/flags/chest_xray.flags \\
     --run_dir=runs/chest
+
+This process simulates the server and all hospitals. With --placement=processes each hospital has a
+process of its own, which alone reads its images. --aggregation=clear and the robust rules show the
+server every update.
 
 The run folder holds report.md (federated beside pooled and local training), metrics.json, pictures,
 the model, and one JSON line a round. An interrupted run resumes when it is started again with the
@@ -17,27 +23,33 @@ from experiments import processes, running, settings
 from experiments.configs import Train, rehearse
 
 settings.define_flags(Train)
-flags.DEFINE_string("run_dir", None, "folder of the run; created, or gone on with", required=True)
+flags.DEFINE_string(
+  "run_dir", None, "folder of the run: a new one, or that of an interrupted run", required=True
+)
 flags.DEFINE_list(
   "baselines",
   ["pooled", "local"],
-  "what to train beside the federated model: pooled, local; or empty",
+  "what to train for comparison: pooled (all images in one place), local (each site alone); or "
+  "empty; none with placement=processes",
 )
 flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
 flags.DEFINE_string(
-  "coordinator", "", "processes: HOST:PORT of the first, host to the server; to start a single one"
+  "coordinator",
+  "",
+  "placement=processes: HOST:PORT where process 0, which hosts the server, listens. Give it with "
+  "process_id to start one process; empty starts all of them on this machine",
 )
 flags.DEFINE_integer(
-  "process_id", -1, "processes: the number of this process's site, with --coordinator"
+  "process_id", -1, "placement=processes: number of this process's site, with coordinator"
 )
 flags.DEFINE_float(
   "stage_timeout",
   600.0,
-  "processes: seconds that the others wait for a site, its training included",
+  "placement=processes: seconds that the others wait for a site before it counts as lost; its "
+  "training must fit in",
 )
 FLAGS = flags.FLAGS
-for _module in ("experiments.settings",):
-  flags.adopt_module_key_flags(sys.modules[_module])
+flags.adopt_module_key_flags(sys.modules["experiments.settings"])
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
   python -m experiments.train_pooled --run_dir=runs/pooled
 
-Takes the flags of train_federated; those of sites decide only how validation images are chosen. It
-is the same code as federated training, with one site.
+It runs the same code as federated training, with one site. Flags about sites decide only which
+images are held out for validation; flags about algorithms and aggregation have no effect.
 """
 
 import sys
@@ -14,7 +14,9 @@ from experiments import running, settings
 from experiments.configs import Train, rehearse
 
 settings.define_flags(Train)
-flags.DEFINE_string("run_dir", None, "folder of the run; created, or gone on with", required=True)
+flags.DEFINE_string(
+  "run_dir", None, "folder of the run: a new one, or that of an interrupted run", required=True
+)
 flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(sys.modules["experiments.settings"])

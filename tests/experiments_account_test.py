@@ -1,4 +1,6 @@
-"""The account binary: its figures are the accountant's, and bad flags end it before any work."""
+"""The account binary: its figures are the accountant's and the run's, and bad flags end it before
+any work.
+"""
 
 import functools
 import json
@@ -7,12 +9,12 @@ import sys
 
 import jax
 import pytest
+from experiments_runs import FIXED, PRIVATE, SITE, cohort_of, flags_of, ledgers, train, trainer_of
 
+from experiments import settings
 from primia_jax import models
-from primia_jax.privacy import accounting
-from primia_jax.privacy.distributed import DistributedNoise
-from primia_jax.privacy.distributed_cost import epsilon
-from primia_jax.privacy.ledger import from_json
+from primia_jax.privacy import accounting, ledger
+from primia_jax.privacy.distributed import DistributedNoise, epsilon
 
 SITES = ("dp=site", "num_sites=50", "noclass_weights", "weighting=uniform")
 DISTRIBUTED = (*SITES, "dp_noise=distributed", "secagg_threshold=-1", "secagg_bits=16")
@@ -25,6 +27,45 @@ def account(*flags):
   return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize(
+  "config",
+  [
+    pytest.param(
+      settings.replace(PRIVATE, rounds=2, noise_multiplier=0.0, target_epsilon=8.0), id="example"
+    ),
+    pytest.param(
+      settings.replace(
+        SITE,
+        rounds=2,
+        num_sites=4,
+        dp_noise="distributed",
+        secagg_threshold=3,
+        dp_clip_quantile=0.5,
+      ),
+      id="site",
+    ),
+    slow(settings.replace(FIXED, rounds=2), id="fixed order"),
+  ],
+)
+def test_what_is_foretold_is_what_is_charged(config, tmp_path):
+  """The forecast has the sizes that a report makes public, and no images."""
+  arm = train(config, tmp_path / "run")
+  sizes = cohort_of(config).train.sizes
+  given = [flag.removeprefix("--") for flag in flags_of(config)]
+  if config.privacy.dp != "site":
+    given += [f"num_units={max(sizes)}", f"smallest_units={min(sizes)}"]
+  done = account(*given, f"output_dir={tmp_path}")
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "account.json").read_text())
+  foretold = ledger.from_json(json.dumps(result["ledger"]))
+  assert foretold.releases
+  assert ledgers(tmp_path / "run") == [foretold] * len(sizes)
+  assert trainer_of(config).privacy.spent(2) == foretold
+  last = result["rows"][-1]
+  assert arm.rows[-1]["epsilon"] == last.get("pld", last["rdp"])
+  assert {k: v for k, v in result["statement"].items() if k in arm.privacy} == arm.privacy
+
+
 @pytest.mark.slow
 def test_figures_are_the_accountant_s_and_files_are_written(tmp_path):
   run = ("num_units=1000", "batch_size=1000", "rounds=20", "noise_multiplier=10")
@@ -32,12 +73,12 @@ def test_figures_are_the_accountant_s_and_files_are_written(tmp_path):
   assert done.returncode == 0, done.stderr
   assert "WARNING" not in done.stderr
   result = json.loads((tmp_path / "account.json").read_text())
-  ledger = from_json(json.dumps(result["ledger"]))
-  assert [(r.what, r.times) for r in ledger.releases] == [("class counts", 1), ("gradients", 20)]
+  spent = ledger.from_json(json.dumps(result["ledger"]))
+  assert [(r.what, r.times) for r in spent.releases] == [("class counts", 1), ("gradients", 20)]
   last = result["rows"][-1]
-  assert (last["round"], last["pld"], len(result["rows"])) == (20, accounting.epsilon(ledger), 10)
+  assert (last["round"], last["pld"], len(result["rows"])) == (20, accounting.epsilon(spent), 10)
   assert last["pld"] < last["rdp"]
-  assert ledger.delta == 1e-3
+  assert spent.delta == 1e-3
   assert (tmp_path / "epsilon.png").stat().st_size > 10_000
   for told in ("one example", "released: class counts", "protected from"):
     assert told in done.stdout

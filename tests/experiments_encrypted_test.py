@@ -4,28 +4,24 @@ import csv
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
+from experiments_runs import TINY, images_of
 from PIL import Image
 
-from experiments import encrypted, inputs, phases, running, settings, training
+from experiments import encrypted, inputs, phases, running, settings
+from experiments.configs import Train
+from experiments.configs.data import Data
+from experiments.configs.model import normalise
+from primia_jax import evaluation
 from primia_jax.mpc import planning
 
-TRAIN = settings.Train(
-  phantom_images=36,
-  image_size=16,
-  model="mlp",
-  rounds=1,
-  batch_size=4,
-  augment="none",
-  optimizer="sgd",
-  learning_rate=0.01,
-)
+TRAIN = settings.replace(TINY, rounds=1)
 NAMES = ("normal", "bacterial", "viral")
 IDS = ["a.png", "deep/c.png", "deep/d.jpg"]
 
@@ -41,7 +37,7 @@ def run_folder(tmp_path_factory):
 def image_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("images")
   (folder / "deep").mkdir()
-  for name, image in zip(IDS, inputs.site_images(TRAIN).test.images, strict=False):
+  for name, image in zip(IDS, images_of(TRAIN.data, TRAIN.hospitals, 0).test.images, strict=False):
     Image.fromarray(np.kron(image[..., 0], np.ones((2, 2), np.uint8))).save(folder / name)
   return folder
 
@@ -56,10 +52,10 @@ def in_the_clear(run_folder, image_folder):
   """The images, and the probabilities of `evaluate`, without x64."""
   assert not jax.config.jax_enable_x64
   model, trained, names, _ = running.load_model(str(run_folder))
-  data = settings.Data(data=f"folder:{image_folder}", image_size=16)
+  data = Data(data=f"folder:{image_folder}", image_size=16)
   dataset = inputs.unlabelled_images(data, names)
   assert list(dataset.columns["path"]) == IDS
-  return dataset.images, training.predictor(model)(trained, dataset)
+  return dataset.images, evaluation.predictor(model.apply, normalise)(trained, dataset.images)
 
 
 def _softmax(logits):
@@ -196,11 +192,22 @@ def test_wrong_flags_are_refused_before_work(flags_of, change, message):
 
 def test_the_data_of_a_run_may_be_gone(flags_of, tmp_path):
   _, _, names, config = encrypted.load_model(flags_of.checkpoint)
-  settings.save(dataclasses.replace(TRAIN, data="folder:/nowhere"), tmp_path / "config.json")
+  settings.save(settings.replace(TRAIN, data="folder:/nowhere"), tmp_path / "config.json")
+  s = dataclasses.replace(flags_of, checkpoint=str(tmp_path))
   with pytest.raises(ValueError, match="name other images with --calibration"):
-    encrypted.calibration_images(
-      dataclasses.replace(flags_of, checkpoint=str(tmp_path)), config, names
-    )
+    encrypted.calibration_images(s, config, names)
+
+
+def test_the_model_of_a_run_of_the_former_format_is_still_taken(flags_of, tmp_path):
+  """Its config.json was one flat record without a format; only its images must be named anew."""
+  shutil.copytree(flags_of.checkpoint, tmp_path / "old")
+  (tmp_path / "old" / "config.json").write_text(json.dumps(settings.flat(TRAIN)))
+  s = dataclasses.replace(flags_of, checkpoint=str(tmp_path / "old"), calibration="phantom")
+  encrypted.check(s)
+  _, _, names, config = encrypted.load_model(s.checkpoint)
+  assert len(encrypted.calibration_images(s, config, names)[0]) == 4
+  with pytest.raises(ValueError, match=r"format 1.*name other images with --calibration"):
+    encrypted.calibration_images(dataclasses.replace(s, calibration="run"), config, names)
 
 
 def test_personal_models_are_refused(flags_of, tmp_path):
@@ -211,14 +218,6 @@ def test_personal_models_are_refused(flags_of, tmp_path):
   )
   with pytest.raises(ValueError, match="holds 2 personal models"):
     encrypted.load_model(str(tmp_path))
-
-
-def test_every_field_is_a_flag_and_comes_back():
-  values = flags.FlagValues()
-  settings.define_flags(encrypted.Infer, values)
-  values(["program", "--images=x.png", "--noexact", "--target_error=0.1", "--check"])
-  expected = encrypted.Infer(images="x.png", exact=False, target_error=0.1, check=True)
-  assert settings.from_flags(encrypted.Infer, values) == expected
 
 
 def _binary(*arguments):
@@ -290,8 +289,8 @@ def test_the_binary_fails_with_the_reason_alone(flags_of, tmp_path):
 def test_every_real_test_image_gets_the_class_of_float32(real_data, tmp_path, output):
   """All 624 test X-rays through the protocol, after a short training."""
   data = f"folder:{real_data / 'chest_xray_224.tar'}"
-  train = dataclasses.replace(
-    settings.Train(),
+  train = settings.replace(
+    Train(),
     data=data,
     image_size=32,
     norm="batch",
@@ -308,7 +307,7 @@ def test_every_real_test_image_gets_the_class_of_float32(real_data, tmp_path, ou
   encrypted.check(s)
   model, weights, names, config = encrypted.load_model(s.checkpoint)
   calibration, _ = encrypted.calibration_images(s, config, names)
-  images = inputs.images_to_test(settings.Data(data=data, image_size=32), 0, names).images
+  images = inputs.images_to_test(Data(data=data, image_size=32), 0, names).images
   assert len(images) == 624
   with jax.enable_x64(True):
     plan = encrypted.make_plan(s, model, weights, calibration)

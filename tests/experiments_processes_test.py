@@ -3,7 +3,6 @@ again.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -17,30 +16,13 @@ import time
 import jax
 import numpy as np
 import pytest
+from experiments_runs import FIXED, TINY, flags_of, train, trainer_of
 
-from experiments import books, inputs, learning, private, processes, running, settings, training
-from primia_jax import models, sites
-from primia_jax.privacy import accounting
-from primia_jax.secagg import exchange, graph, keys
+from experiments import inputs, processes, running, settings
+from primia_jax.privacy import accounting, ledger
+from primia_jax.secagg import exchange, keys
 
-TINY = settings.Train(
-  phantom_images=36,
-  image_size=16,
-  model="mlp",
-  rounds=2,
-  batch_size=4,
-  augment="none",
-  optimizer="momentum",
-  learning_rate=0.01,
-  keep_optimizer=True,
-  placement="processes",
-  validation_fraction=0.3,
-)
-FLAGS = [
-  f"--{'' if value is not False else 'no'}{name}" + ("" if isinstance(value, bool) else f"={value}")
-  for name, value in dataclasses.asdict(TINY).items()
-  if value != getattr(settings.Train(), name)
-]
+APART = settings.replace(TINY, rounds=2, placement="processes", validation_fraction=0.3)
 
 
 @pytest.fixture
@@ -52,36 +34,14 @@ def path(monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
 
-def simulated(config, folder):
-  """The same run by one process."""
-  config = dataclasses.replace(config, placement="scan", secagg_threshold=2)
-  images = inputs.site_images(config)
-  model_config = learning.model_config(config, 3)
-  cohort = training.Cohort(
-    "federated", images.train, images.validation, np.arange(config.num_sites)
-  )
-  trainer = training.make_trainer(
-    config, models.build(model_config), model_config, [cohort], sites.Placement("scan")
-  )
-  folder.mkdir()
-  return training.train(config, cohort, trainer, model_config, folder)
+def arguments(config, folder):
+  return [*flags_of(config), f"--run_dir={folder}"]
 
 
-def arguments(folder, *more, num_sites=3):
-  return [
-    *FLAGS,
-    f"--run_dir={folder}",
-    f"--num_sites={num_sites}",
-    *(f"--{name}={value}" for name, value in more),
-  ]
-
-
-def start(folder, *more, num_sites=3):
-  config = dataclasses.replace(TINY, **dict(more), num_sites=num_sites)
+def start(config, folder):
   running.open_run(config, str(folder))
-  return processes.start(
-    "experiments.train_federated", arguments(folder, *more, num_sites=num_sites), num_sites, folder
-  )
+  module, num_sites = "experiments.train_federated", config.hospitals.num_sites
+  return processes.start(module, arguments(config, folder), num_sites, folder)
 
 
 def rows(folder):
@@ -91,8 +51,10 @@ def rows(folder):
 
 def test_a_process_a_site_trains_the_model_that_one_process_trains(tmp_path, path):
   folder = tmp_path / "run"
-  children = start(folder)
-  expected = simulated(TINY, tmp_path / "simulated")
+  children = start(APART, folder)
+  expected = train(
+    settings.replace(APART, placement="scan", secagg_threshold=2), tmp_path / "simulated"
+  )
   assert processes.watch(children, folder) == []
   _, (trained,), _, _ = running.load_model(str(folder))
   for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(expected.models[0]), strict=True):
@@ -115,7 +77,7 @@ def test_a_process_reads_the_images_of_its_own_site_only(tmp_path, monkeypatch):
   monkeypatch.setattr(inputs, "site_images", read)
   for seat, only in ((processes.Seat(1, "127.0.0.1:1", 1.0), 1), (None, None)):
     with pytest.raises(Read) as asked:
-      running.run(TINY, tmp_path, federated=True, seat=seat)
+      running.run(APART, tmp_path, federated=True, seat=seat)
     assert asked.value.args == (only,)
 
 
@@ -128,16 +90,14 @@ def test_processes_that_are_started_one_by_one_pin_no_older_identity_and_go_on_f
   tmp_path,
 ):
   """Site 1 is there first, in a folder with all that an earlier start has left."""
-  known, config = tmp_path / "identities", dataclasses.replace(TINY, num_sites=2)
+  known, config = tmp_path / "identities", settings.replace(APART, num_sites=2)
   known.mkdir()
   for name in (0, 1, exchange.SERVER):
     exchange.publish(known, name, keys.identity())
-  privacy = private.Privacy(
-    "example", accounting.gaussian("gradients", 1.0, 0.1), 2, None, 1e-3, np.inf, 100
-  )
-  ledgers = [processes.home(tmp_path / "federated", i) / books.LEDGER for i in range(2)]
+  plan = trainer_of(FIXED).privacy
+  ledgers = [processes.home(tmp_path / "federated", i) / ledger.LEDGER for i in range(2)]
   ledgers[1].parent.mkdir(parents=True)
-  books.Book(privacy, 2, ledgers[1]).spend(privacy.release, [0, 1])
+  ledger.Book(plan, 2, ledgers[1]).spend(plan.releases[0], [0, 1])
   places, address = {}, f"127.0.0.1:{free_port()}"
 
   def connect(i):
@@ -158,7 +118,7 @@ def test_processes_that_are_started_one_by_one_pin_no_older_identity_and_go_on_f
 
 
 def test_an_address_that_is_none_or_nobodys_is_refused_by_name(tmp_path):
-  config = dataclasses.replace(TINY, num_sites=2)
+  config = settings.replace(APART, num_sites=2)
   for number, address in (
     (0, "127.0.0.1:99999"),
     (0, "127.0.0.1:0"),
@@ -197,7 +157,7 @@ def test_flags_that_would_be_ignored_are_refused(tmp_path, path, flags, told):
     sys.executable,
     "-m",
     "experiments.train_federated",
-    *arguments(tmp_path / "run"),
+    *arguments(APART, tmp_path / "run"),
     *flags,
   ]
   run = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -213,7 +173,7 @@ def test_processes_end_with_who_has_launched_them(tmp_path, path):
     sys.executable,
     "-m",
     "experiments.train_federated",
-    *arguments(folder, ("rounds", 1000)),
+    *arguments(settings.replace(APART, rounds=1000), folder),
   ]
   launcher = subprocess.Popen(command, start_new_session=True)
   try:
@@ -228,21 +188,6 @@ def test_processes_end_with_who_has_launched_them(tmp_path, path):
       os.killpg(launcher.pid, signal.SIGKILL)  # whoever is left
 
 
-@pytest.mark.parametrize("secagg", ["pairwise", "bell"])
-@pytest.mark.parametrize("num_sites", [4, 5, 10, 50])
-def test_sums_of_processes_do_not_trust_the_server_and_survive_a_loss(num_sites, secagg):
-  secure = learning.secure_sum(
-    dataclasses.replace(TINY, num_sites=num_sites, secagg=secagg), num_sites
-  )
-  holders = secure.num_peers + 1
-  assert graph.smallest_threshold(holders, malicious_server=True) <= secure.threshold < holders
-  trusting = dataclasses.replace(
-    TINY, num_sites=num_sites, secagg=secagg, secagg_threshold=num_sites // 2 + 1
-  )
-  if secure.num_peers == num_sites - 1:
-    assert learning.secure_sum(trusting, num_sites).threshold == num_sites // 2 + 1
-
-
 def wait_for(condition, seconds=120):
   end = time.monotonic() + seconds
   while not condition():
@@ -255,14 +200,16 @@ def test_a_killed_process_is_a_lost_site_and_takes_part_again_when_all_start_ane
   tmp_path, path, capfd
 ):
   folder = tmp_path / "run"
-  more = {
-    "rounds": 30,
-    "dp": "example",
-    "noise_multiplier": 1.0,
-    "dp_count_noise": 5.0,
-    "secagg_threshold": 3,
-  }.items()
-  children = start(folder, *more, num_sites=4)
+  config = settings.replace(
+    APART,
+    rounds=30,
+    num_sites=4,
+    dp="example",
+    noise_multiplier=1.0,
+    dp_count_noise=5.0,
+    secagg_threshold=3,
+  )
+  children = start(config, folder)
   try:
     wait_for(lambda: len(rows(folder)) >= 2)
     children[3].send_signal(signal.SIGKILL)
@@ -279,7 +226,7 @@ def test_a_killed_process_is_a_lost_site_and_takes_part_again_when_all_start_ane
   got = rows(folder)
   assert {row["survivors"] for row in got[: before - 1]} == {4}
   assert 3 <= len(got) < 30
-  processes.launch("experiments.train_federated", arguments(folder, *more, num_sites=4), 4, folder)
+  processes.launch("experiments.train_federated", arguments(config, folder), 4, folder)
   after = rows(folder)
   assert after[: len(got) - 1] == got[:-1]  # the last may not have been saved yet
   assert [row["round"] for row in after] == list(range(1, 31))
@@ -288,20 +235,19 @@ def test_a_killed_process_is_a_lost_site_and_takes_part_again_when_all_start_ane
 
 
 def test_books_of_several_processes_are_made_alike_with_the_largest_epsilon_of_each_site(tmp_path):
-  privacy = private.Privacy(
-    "example", accounting.gaussian("gradients", 1.0, 0.1), 2, None, 1e-3, np.inf, 100
-  )
-  paths = [tmp_path / f"{i}" / books.LEDGER for i in range(3)]
+  plan = trainer_of(FIXED).privacy
+  (release,) = plan.releases
+  paths = [tmp_path / f"{i}" / ledger.LEDGER for i in range(3)]
   for times, path in zip(((3, 1), (2, 2)), paths, strict=False):
     path.parent.mkdir()
-    book = books.Book(privacy, 2, path)
+    book = ledger.Book(plan, 2, path)
     for site, count in enumerate(times):
-      book.spend(privacy.release, [site], count)
-  books.reconcile(paths)
-  alike = [books.Book(privacy, 2, path) for path in paths]
+      book.spend(release, [site], count)
+  ledger.reconcile(paths)
+  alike = [ledger.Book(plan, 2, path) for path in paths]
   assert alike[0].ledgers == alike[1].ledgers == alike[2].ledgers
   expected = [
-    accounting.spend(accounting.Ledger("example", 1e-3), privacy.release, n) for n in (3, 2)
+    accounting.spend(accounting.Ledger("example", plan.delta), release, n) for n in (3, 2)
   ]
   assert [accounting.epsilon(one) for one in alike[0].ledgers] == [
     accounting.epsilon(one) for one in expected

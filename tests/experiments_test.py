@@ -1,90 +1,36 @@
-"""The binaries' settings, inputs and training loop; the programs themselves are run whole by
-`.ci/smoke`.
+"""A training run of the binaries: its images, its rounds, its folder.
+
+The programs themselves are run whole by `.ci/smoke`.
 """
 
-import dataclasses
 import json
-import pathlib
+import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
+from experiments_runs import TINY, assert_equal, cohort_of, make_trainer, train, trainer_of
 
-from experiments import inputs, learning, running, settings, training
-from primia_jax import models, sites
-
-TINY = settings.Train(
-  phantom_images=36,
-  image_size=16,
-  model="mlp",
-  rounds=4,
-  batch_size=4,
-  augment="none",
-  optimizer="momentum",
-  learning_rate=0.01,
-  keep_optimizer=True,
-)
+from experiments import inputs, processes, running, settings
+from experiments.configs import Train, rehearse
+from experiments.configs.model import normalise
+from primia_jax import evaluation, sites
 
 
-def test_every_setting_is_a_flag_and_comes_back():
-  values = flags.FlagValues()
-  settings.define_flags(settings.Train, values)
-  values(["program", "--rounds=7", "--noclass_weights", "--learning_rate=0.5", "--model=mlp"])
-  expected = settings.Train(rounds=7, class_weights=False, learning_rate=0.5, model="mlp")
-  assert settings.from_flags(settings.Train, values) == expected
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """An uninterrupted run of TINY."""
+  return train(TINY, tmp_path_factory.mktemp("whole"))
 
 
-def test_presets_parse_and_are_sound(tmp_path):
-  root = pathlib.Path(__file__).parents[1]
-  presets = sorted((root / "experiments" / "flags").glob("*.flags"))
-  assert presets
-  for preset in presets:
-    values = flags.FlagValues()
-    settings.define_flags(settings.Train, values)
-    flags.DEFINE_list("baselines", [], "", flag_values=values)
-    values(["program", f"--flagfile={preset}"])
-    config = settings.from_flags(settings.Train, values)
-    learning.check(config, federated=config.num_sites > 1)
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    ({"algorithm": "fedsgd"}, "algorithm='fedsgd'"),
-    ({"rounds": 0}, "rounds=0"),
-    ({"learning_rate": -1.0}, "learning_rate=-1.0"),
-    ({"sites_per_round": 4}, "sites_per_round=4 of num_sites=3"),
-    ({"algorithm": "scaffold", "optimizer": "adam"}, "scaffold is sound with optimizer=sgd"),
-    ({"algorithm": "fednova", "optimizer": "adam"}, "fednova needs optimizer=sgd or momentum"),
-    ({"augment": "rotate=3"}, "unknown"),
-    ({"augment": "noise=high"}, "is not NAME=NUMBER"),
-    ({"aggregation": "average"}, "aggregation='average'"),
-    ({"aggregation": "trimmed_mean=0.7"}, "fraction=0.7"),
-    ({"secagg_bits": 8}, "leave 0 fraction bits"),
-    ({"secagg_bits": 48}, "JAX_ENABLE_X64"),
-    ({"secagg_peers": 5}, "num_peers=5"),
-    ({"aggregation": "median"}, "weighting=uniform"),
-    (
-      {"aggregation": "median", "weighting": "uniform", "algorithm": "fednova", "optimizer": "sgd"},
-      "fednova",
-    ),
-    ({"aggregation": "krum=1", "weighting": "uniform"}, "needs more than 4 sites"),
-    ({"aggregation": "clear", "norm": "batch"}, "BatchNorm statistics"),
-    ({"model": "resnet50"}, "resnet50"),
-    ({"model": "vgg16", "image_size": 16}, "vgg16"),
-    ({"validation_fraction": 0.0}, "validation_fraction=0.0"),
-    ({"placement": "chunk"}, "chunk=C"),
-    ({"partition": "random"}, "partition='random'"),
-    ({"site_fractions": "0.5,x"}, "site_fractions="),
-    ({"pretrained": "nowhere.pth", "model": "resnet18"}, "nowhere.pth"),
-  ],
-)
-def test_wrong_settings_are_refused_before_work(change, message):
-  with pytest.raises((ValueError, FileNotFoundError), match=message):
-    learning.check(dataclasses.replace(settings.Train(), **change))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run with its baselines: (folder, what metrics.json holds)."""
+  config = settings.replace(TINY, rounds=2)
+  folder = running.open_run(config, str(tmp_path_factory.mktemp("finished") / "run"))
+  return folder, running.run(config, folder, federated=True, baselines=("pooled", "local"))
 
 
 def test_sites_differ_and_a_process_sees_the_same_images_of_its_own():
@@ -109,8 +55,11 @@ def test_train_validation_and_test_share_no_image():
 
 @pytest.mark.real_data
 def test_real_sites_are_unequal_and_share_no_patient(real_data):
-  config = settings.Train(
-    data=f"folder:{real_data / 'chest_xray_224.tar'}", image_size=32, site_fractions="0.5,0.3,0.2"
+  config = settings.replace(
+    Train(),
+    data=f"folder:{real_data / 'chest_xray_224.tar'}",
+    image_size=32,
+    site_fractions="0.5,0.3,0.2",
   )
   images = inputs.site_images(config)
   assert images.train.dataset.label_names == ("normal", "bacterial", "viral")
@@ -128,36 +77,15 @@ def test_real_sites_are_unequal_and_share_no_patient(real_data):
   assert sum(images.train.sizes) + sum(images.validation.sizes) == 4664
 
 
-def _train(config, folder, stop_after=None, name="federated"):
-  images = inputs.site_images(config)
-  model_config = learning.model_config(config, 3)
-  cohort = training.Cohort(name, images.train, images.validation, np.arange(config.num_sites))
-  trainer = training.make_trainer(
-    config, models.build(model_config), model_config, [cohort], sites.Placement("scan")
-  )
-
-  def log(row):
-    if row["round"] == stop_after:
-      raise KeyboardInterrupt
-
-  return training.train(config, cohort, trainer, model_config, folder, log)
-
-
 @pytest.mark.parametrize("stop_after", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, stop_after):
-  whole = tmp_path / "whole"
-  parts = tmp_path / "parts"
-  whole.mkdir()
-  parts.mkdir()
-  expected = _train(TINY, whole)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, stop_after):
   with pytest.raises(KeyboardInterrupt):
-    _train(TINY, parts, stop_after)  # after the line was written and before the checkpoint was
-  resumed = _train(TINY, parts)
-  for a, b in zip(jax.tree.leaves(resumed.models), jax.tree.leaves(expected.models), strict=True):
-    np.testing.assert_array_equal(a, b)
+    train(TINY, tmp_path, stop_after)
+  resumed = train(TINY, tmp_path, trainer=make_trainer(TINY, cohort_of(TINY)))  # a new process
+  assert_equal(resumed.models, whole.models)
   without_time = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-  assert without_time(resumed.rows) == without_time(expected.rows)
-  lines = [json.loads(line) for line in (parts / "rounds.jsonl").read_text().splitlines()]
+  assert without_time(resumed.rows) == without_time(whole.rows)
+  lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
   assert [line["round"] for line in lines] == [1, 2, 3, 4]
 
 
@@ -176,48 +104,60 @@ _slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 def test_every_algorithm_trains_under_secure_aggregation(tmp_path, algorithm):
   optimizer = "sgd" if algorithm in ("scaffold", "fednova") else "adamw"
   model, norm = ("cnn", "batch") if algorithm == "fedbn" else ("mlp", "")
-  config = dataclasses.replace(
+  config = settings.replace(
     TINY,
     algorithm=algorithm,
     optimizer=optimizer,
     model=model,
     norm=norm,
+    width=0.25,
     rounds=2,
     keep_optimizer=False,
   )
   with jax.numpy_dtype_promotion("standard"):  # optax's Adam and Yogi need it
-    arm = _train(config, tmp_path)
+    arm = train(config, tmp_path)
   assert len(arm.rows) == 2
   assert np.isfinite([row["val_loss"] for row in arm.rows]).all()
   assert len(arm.models) == (3 if algorithm == "fedbn" else 1)
 
 
-def test_all_peers_of_a_round_are_an_odd_number_of_all_sites(tmp_path):
-  config = dataclasses.replace(TINY, num_sites=6, sites_per_round=4, secagg_peers=3, rounds=1)
-  learning.check(config)
-  assert len(_train(config, tmp_path).rows[0]["sites"]) == 4
+def test_sites_are_drawn_and_loaded_a_few_at_a_time_with_all_others_as_peers(tmp_path):
+  """A round's 3 peers are all others; the sums over all six sites, whose 3 would be odd, take 5."""
+  config = settings.replace(
+    TINY, num_sites=6, sites_per_round=4, secagg_peers=3, rounds=1, keep_optimizer=False
+  )
+  rehearse(config)
+  arm = train(config, tmp_path / "kept")
+  assert len(arm.rows[0]["sites"]) == 4
+  few = settings.replace(config, sites_in_memory=2)
+  loaded = train(few, tmp_path / "loaded", trainer=trainer_of(config))
+  assert_equal(loaded.models, arm.models)
 
 
-def test_early_stopping(tmp_path):
-  config = dataclasses.replace(TINY, rounds=30, learning_rate=1e-12, momentum=0.0, patience=2)
-  assert len(_train(config, tmp_path).rows) == 3  # the first is the best, two more are no better
+def test_early_stopping_is_alike_in_all_processes(tmp_path):
+  """The first round is the best, two more are no better; only the first process has a bar."""
+  config, scores = settings.replace(TINY, rounds=30, patience=2), evaluation.Scores(np.eye(3), 0.5)
+  made = trainer_of(TINY)._replace(validate=lambda *_: scores)
+  for number in (0, 1):
+    place, folder = processes.Place(sites.scan(), None, number), tmp_path / str(number)
+    arm = train(config, folder, trainer=made._replace(place=place))
+    assert [row["round"] for row in arm.rows] == [1, 2, 3]
+    assert (folder / "rounds.jsonl").exists() == (number == 0)
 
 
 def test_an_update_out_of_range_stops_the_run_and_names_the_cure(tmp_path):
-  config = dataclasses.replace(TINY, secagg_max_abs=1.0, learning_rate=1e4)
+  config = settings.replace(TINY, secagg_max_abs=1.0, learning_rate=1e4)
   with pytest.raises(RuntimeError, match=r"secagg_max_abs=1\.0"):
-    _train(config, tmp_path)
+    train(config, tmp_path)
 
 
 def test_settings_may_be_mended_until_something_is_trained(tmp_path):
-  config, run_dir = (
-    dataclasses.replace(TINY, dp="example", noise_multiplier=1.0, delta=0.5),
-    str(tmp_path / "run"),
-  )
+  config = settings.replace(TINY, dp="example", noise_multiplier=1.0, delta=0.5)
+  run_dir = str(tmp_path / "run")
   folder = running.open_run(config, run_dir)
   with pytest.raises(ValueError, match="delta"):
     running.run(config, folder, federated=True)
-  mended = dataclasses.replace(config, delta=0.01)
+  mended = settings.replace(config, delta=0.01)
   assert running.open_run(mended, run_dir) == folder
   assert settings.load(folder / "config.json")["delta"] == 0.01
   (folder / "federated").mkdir(exist_ok=True)
@@ -230,7 +170,8 @@ def test_two_processes_do_not_work_on_one_run(tmp_path):
   """They would overwrite what the other has booked in one ledger. One that was killed is in
   nobody's way.
   """
-  folder = running.open_run(dataclasses.replace(TINY, rounds=1), str(tmp_path / "run"))
+  config = settings.replace(TINY, rounds=1)
+  folder = running.open_run(config, str(tmp_path / "run"))
   lock = folder / "process_0.lock"
   code = f"import fcntl, sys; file = open({str(lock)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX)"
   code += "; print(flush=True); sys.stdin.read()"
@@ -240,17 +181,15 @@ def test_two_processes_do_not_work_on_one_run(tmp_path):
     assert other.stdout is not None
     assert other.stdout.readline() == b"\n"
     with pytest.raises(ValueError, match=f"another process is at work in {folder}"):
-      running.run(dataclasses.replace(TINY, rounds=1), folder, federated=True)
+      running.run(config, folder, federated=True)
     other.kill()
   assert not (folder / "federated").exists()
   with running.alone(lock):
     pass
 
 
-def test_a_whole_run_and_its_evaluation(tmp_path, monkeypatch):
-  config = dataclasses.replace(TINY, rounds=2)
-  folder = running.open_run(config, str(tmp_path / "run"))
-  result = running.run(config, folder, federated=True, baselines=("pooled", "local"))
+def test_a_whole_run_and_its_model(finished):
+  folder, result = finished
   assert list(result["arms"]) == [
     "local: site 0",
     "local: site 1",
@@ -263,31 +202,49 @@ def test_a_whole_run_and_its_evaluation(tmp_path, monkeypatch):
   assert "secure aggregation" in text.lower()
   model, trained, label_names, _ = running.load_model(str(folder))
   assert label_names == ("normal", "bacterial", "viral")
-  images = inputs.site_images(config).test
-  probabilities = training.predictor(model)(trained, images)
+  images = inputs.site_images(TINY).test
+  probabilities = evaluation.predictor(model.apply, normalise)(trained, images.images)
   accuracy = float(np.mean(probabilities.argmax(1) == images.labels))
   assert accuracy == pytest.approx(result["arms"]["federated"]["accuracy"]["value"])
 
-  with pytest.raises(ValueError, match="rounds was 2, now 3"):
-    running.open_run(dataclasses.replace(config, rounds=3), str(folder))
-  (tmp_path / "other").mkdir()
-  (tmp_path / "other" / "file").touch()
+
+def test_a_folder_of_other_settings_or_of_something_else_is_refused(finished, tmp_path):
+  folder, _ = finished
+  with pytest.raises(ValueError, match="rounds was 2, now 4"):
+    running.open_run(TINY, str(folder))
+  (tmp_path / "file").touch()
   with pytest.raises(ValueError, match="not empty"):
-    running.open_run(config, str(tmp_path / "other"))
+    running.open_run(TINY, str(tmp_path))
+  with pytest.raises(ValueError, match="run_dir is empty"):
+    running.open_run(TINY, "")
   with pytest.raises(FileNotFoundError, match=r"model\.json"):
     running.load_model(str(tmp_path))
 
 
-def test_binaries_fail_with_the_reason_and_without_a_traceback(tmp_path):
+def test_a_run_of_the_former_format_is_refused_and_its_model_is_still_evaluated(finished, tmp_path):
+  """Its config.json was one flat record without a format."""
+  config, folder = settings.replace(TINY, rounds=2), tmp_path / "old"
+  shutil.copytree(finished[0], folder)
+  (folder / "config.json").write_text(json.dumps(settings.flat(config)))
+  with pytest.raises(ValueError, match=r"has format 1, .* use another --run_dir"):
+    running.open_run(config, str(folder))
+  command = [sys.executable, "-m", "experiments.evaluate", f"--run_dir={folder}", "--data=phantom"]
+  done = subprocess.run(
+    [*command, f"--output_dir={tmp_path / 'out'}"], capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_examples"] == 600
 
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.train_federated",
-    f"--run_dir={tmp_path / 'x'}",
-    "--algorithm=fedsgd",
-  ]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  assert done.returncode == 1
-  assert done.stderr.startswith("error: algorithm='fedsgd'")
-  assert not (tmp_path / "x").exists()
+
+def test_binaries_fail_with_the_reason_and_without_a_traceback(tmp_path):
+  """What only the library can tell is refused before anything is made or read, too."""
+  for flag, message in (
+    ("--algorithm=fedsgd", "error: algorithm='fedsgd'"),
+    ("--secagg_peers=5", "error: num_peers=5"),
+  ):
+    run_dir = f"--run_dir={tmp_path / 'x'}"
+    command = [sys.executable, "-m", "experiments.train_federated", run_dir, flag]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert not (tmp_path / "x").exists()

@@ -40,17 +40,18 @@ class Aggregation:
     32.0, "secure: largest magnitude in a site's update; larger ones stop the run"
   )
   secagg_peers: int = setting(
-    0, "secure: peers of each site, an even number; 0 takes all others, or what bell asks for"
+    0,
+    "secure: peers of each site, an even number or all others; 0 takes all others, or with "
+    "secagg=bell what its graph needs",
   )
   secagg_threshold: int = setting(
     0,
-    "secure: how many of a site and its peers must answer to unmask a round; 0 tolerates no loss, "
-    "-1 takes over two thirds, as 0 does with placement=processes, where fewer require a server "
-    "that follows the protocol",
+    "secure: how many of a site and its peers must answer to unmask a round. 0 tolerates no loss, "
+    "-1 takes just over two thirds. With placement=processes 0 is -1, and a smaller number is safe "
+    "only if the server follows the protocol",
   )
   dropout_rate: float = setting(
-    0.0, "chance that a site is lost in a round, to simulate; half of them before and half after "
-    "they mask"
+    0.0, "simulated chance that a site is lost in a round, before or after it masks, equally often"
   )  # fmt: skip
 
   def __post_init__(self):
@@ -64,13 +65,19 @@ class Aggregation:
     return self.aggregation == "secure" and self.secagg != "none"
 
   def build(
-    self, num_sites: int, exchange: Exchange | None = None, coding: summation.Coding | None = None
+    self,
+    num_sites: int,
+    in_processes: bool = False,
+    exchange: Exchange | None = None,
+    coding: summation.Coding | None = None,
   ) -> summation.Summation:
     """How the updates of a round's sites are combined.
 
     Args:
       num_sites: of a round.
-      exchange: between processes of one site each; None where one process plays all.
+      in_processes: whether each site has a process.
+      exchange: between these processes; None where one process plays all, or before they are
+        joined.
       coding: of distributed noise; None without.
 
     Raises:
@@ -80,7 +87,7 @@ class Aggregation:
     if (kind == "clear" and not argument) or (kind == "secure" and self.secagg == "none"):
       return summation.clear()
     if kind == "secure" and not argument:
-      config = self.secure_sum(num_sites, num_sites, exchange is not None)
+      config = self.secure_sum(num_sites, num_sites, in_processes)
       if config.fixed.fraction_bits < _MIN_FRACTION_BITS and coding is None:
         raise ValueError(
           f"secagg_bits={self.secagg_bits} for {num_sites} sites and numbers up to "

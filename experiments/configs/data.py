@@ -23,12 +23,10 @@ class Data:
   manual_dir: str = setting(
     "", "tfds: folder of the original images, for the builders that come with primia_jax"
   )
-  phantom_images: int = setting(800, "phantom: training images, all sites together")
 
   def __post_init__(self):
     choose("channels", self.channels, (1, 3))
     require(self.image_size > 0, "image_size", self.image_size, "must be positive")
-    require(self.phantom_images > 0, "phantom_images", self.phantom_images, "must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Hospitals:
   """How images are dealt to sites."""
 
   num_sites: int = setting(3, "hospitals that train together")
+  phantom_images: int = setting(800, "data=phantom: training images of all sites together")
   partition: str = setting(
     "auto",
     "how images are dealt to sites: iid, unequal, dirichlet (non-IID), column:NAME (such as "
@@ -43,10 +42,12 @@ class Hospitals:
     "never split",
   )
   site_fractions: str = setting(
-    "", "unequal, dirichlet: sizes of the sites, such as 0.5,0.3,0.2; empty: equal, or drawn"
+    "",
+    "sizes of the sites, such as 0.5,0.3,0.2; empty: equal for unequal, drawn for dirichlet, and "
+    "falling from 3 to 1 for the phantom",
   )
   dirichlet_alpha: float = setting(
-    2.0, "dirichlet: 0.1 makes very different sites, 100 nearly equal ones"
+    2.0, "dirichlet: 0.1 makes sites with very different classes, 100 nearly equal ones"
   )
   validation_fraction: float = setting(
     0.15, "share of each site's patients held out to choose the best round"
@@ -54,10 +55,13 @@ class Hospitals:
   test_fraction: float = setting(
     0.2, "share of patients held out for testing where the data have no test split"
   )
-  sites_in_memory: int = setting(0, "load at most so many sites at a time; 0 keeps all in memory")
+  sites_in_memory: int = setting(
+    0, "load at most this many sites' images at a time; 0 keeps all in memory"
+  )
 
   def __post_init__(self):
     require(self.num_sites > 0, "num_sites", self.num_sites, "must be positive")
+    require(self.phantom_images > 0, "phantom_images", self.phantom_images, "must be positive")
     require(self.sites_in_memory >= 0, "sites_in_memory", self.sites_in_memory, "is negative")
     if self.partition.partition(":")[0] not in ("auto", "iid", "unequal", "dirichlet", "column"):
       raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.configs.data import Data
 from experiments.settings import setting
@@ -36,6 +37,7 @@ AUGMENTATIONS = {
 _INITIAL = 7  # what the key of the initial parameters is folded with
 # Of a typical radiograph; fixed, so that no statistic of anybody's images is needed.
 _MEAN, _STD = 0.5, 0.25
+_FEATURE_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +45,15 @@ class Model:
   """Which network."""
 
   model: str = setting("cnn", "cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn")
-  norm: str = setting("", "group, batch or none; empty takes the model's own")
-  pool: str = setting("max", "max or mean")
+  norm: str = setting("", "normalisation: group, batch or none; empty takes the model's own")
+  pool: str = setting("max", "pooling: max or mean")
   width: float = setting(1.0, "factor on the number of channels")
   stem: str = setting(
     "", "resnet18: 7x7 (large images), 3x3/2 or 3x3 (small ones); empty chooses by image size"
   )
   head: str = setting("", "vgg16: dense (torchvision's) or mean; empty takes dense")
   weight_standardisation: bool = setting(False, "standardise convolution kernels")
-  dropout: float = setting(0.0, "rate before the last layer")
+  dropout: float = setting(0.0, "dropout rate before the last layer")
   pretrained: str = setting(
     "", "torchvision state dict (.pth or .safetensors) of resnet18 or vgg16 to start from"
   )
@@ -97,8 +99,8 @@ class Augment:
 
   augment: str = setting(
     "light",
-    "none, light, strong, or NAME=VALUE,... of primia_jax.data.augment.Augmentation, such as "
-    "noise=0.02",
+    "none, light, strong, or fields of primia_jax.data.augment.Augmentation as NAME=VALUE,..., "
+    "such as noise=0.02",
   )
   mixup: float = setting(0.0, "MixUp's alpha; 0 mixes nothing")
 
@@ -151,3 +153,26 @@ def normalise(images: Array) -> Array:
   if images.dtype == jnp.uint8:
     images = images.astype(jnp.float32) / 255
   return (images - _MEAN) / _STD
+
+
+def of_stored(config: models.ModelConfig) -> Callable[[np.ndarray], np.ndarray] | None:
+  """What the model computes of stored images before its first parameter; None where that is
+  nothing.
+
+  Returns:
+    uint8 images [..., H, W, C] -> features [..., h, w, c].
+  """
+  transform = models.features(config)
+  if transform is None:
+    return None
+  run = jax.jit(lambda images: transform(normalise(images)))
+
+  def apply(images: np.ndarray) -> np.ndarray:
+    flat, n = images.reshape(-1, *images.shape[-3:]), _FEATURE_BATCH
+    batches = (
+      flat[np.resize(np.arange(i, min(i + n, len(flat))), n)] for i in range(0, len(flat), n)
+    )
+    out = np.concatenate([np.asarray(run(batch)) for batch in batches])[: len(flat)]
+    return out.reshape(*images.shape[:-3], *out.shape[1:])
+
+  return apply

@@ -35,7 +35,8 @@ class Privacy:
 
   dp: str = setting(
     "none",
-    "differential privacy of each site's: none, example or patient (DP-SGD), or site (its update)",
+    "differential privacy: none; example or patient (of each site's images, by DP-SGD or DP-FTRL); "
+    "site (of each site's whole update)",
   )
   dp_noise: str = setting(
     "site",
@@ -45,20 +46,24 @@ class Privacy:
   )
   dp_bands: int = setting(
     0,
-    "dp_noise=banded: bands, each of which takes the memory of a gradient; 0 takes what batches "
-    "allow, at most 16",
+    "dp_noise=banded: number of bands, each of which takes the memory of a gradient; 0 takes as "
+    "many as batches allow, at most 16",
   )
   target_epsilon: float = setting(
-    0.0, "dp: the budget; the noise follows from it, or with noise_multiplier the rounds; 0 none"
+    0.0,
+    "dp: the budget, at which training stops. Without noise_multiplier it also sets the noise; 0 "
+    "for no budget",
   )
   delta: float = setting(
-    0.0, "dp: chance that epsilon does not bound; 0 takes 1 / images of the largest site"
+    0.0,
+    "dp: the delta of the claim. 0 takes 1 / the images or patients of the largest site, or with "
+    "dp=site 1 / num_sites, which is weak for few sites",
   )
   noise_multiplier: float = setting(
     0.0,
     "dp: standard deviation of the noise over the clipping norm; with banded and tree, of the one "
     "Gaussian mechanism that the whole run amounts to; with dp_clip_quantile, of updates and of "
-    "what moves their clip together; 0 takes target_epsilon's",
+    "what moves their clip together; 0 takes the least that keeps target_epsilon",
   )
   l2_clip_norm: float = setting(
     1.0,
@@ -67,9 +72,9 @@ class Privacy:
   )
   dp_clip_quantile: float = setting(
     0.0,
-    "dp=site: the share of sites whose updates shall be within the clip, which follows it from "
-    "round to round (Andrew et al. 2021), e.g. 0.5; sites then tell, under noise, whether theirs "
-    "was within; 0 keeps l2_clip_norm",
+    "dp=site: the share of sites whose updates shall be within the clip, e.g. 0.5. The clip then "
+    "moves from round to round (Andrew et al. 2021), and each site reports, under noise, whether "
+    "its update was within; 0 keeps l2_clip_norm",
   )
   dp_clip_rate: float = setting(
     _CLIP_RATE,
@@ -92,7 +97,8 @@ class Privacy:
   )
   dp_seed: int = setting(
     -1,
-    "dp: a seed for noise and batches, to repeat a run that is then NOT PRIVATE; -1 takes entropy",
+    "dp: a seed for noise and batches, to repeat a run, which is then NOT PRIVATE; -1 draws them "
+    "from the operating system",
   )
 
   def __post_init__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 
@@ -12,7 +13,9 @@ from experiments.configs.model import Augment, Model
 from experiments.configs.privacy import Privacy
 from experiments.configs.training import SERVER_OPTIMIZERS, Federation, Training, build_alone
 from experiments.settings import setting
-from primia_jax import federated, local, models, sites
+from primia_jax import federated, local, models, site_privacy, sites, summation
+from primia_jax.privacy import plan
+from primia_jax.secagg.exchange import Exchange
 
 _NOMINAL_CLASSES = 3  # for building before the images are known
 
@@ -21,7 +24,7 @@ _NOMINAL_CLASSES = 3  # for building before the images are known
 class Train:
   """Everything that decides the result of a training run."""
 
-  seed: int = setting(0, "seed of everything random but secret keys")
+  seed: int = setting(0, "seed of everything random except secret keys and private noise")
   data: Data = dataclasses.field(default_factory=Data)
   hospitals: Hospitals = dataclasses.field(default_factory=Hospitals)
   model: Model = dataclasses.field(default_factory=Model)
@@ -171,21 +174,50 @@ def rehearse(config: Train, is_federated: bool = True) -> None:
     build_alone(recipe)
     return
   config.check_federation()
+  built = build_federation(config, recipe, model)
   num_sites = config.hospitals.num_sites
-  algorithm = config.federation.build(t, recipe, num_sites)
-  if config.in_processes:
-    config.aggregation.secure_sum(config.sites_in_round, config.sites_in_round, True)
-    return
-  summed = config.aggregation.build(config.sites_in_round)
+  federated.federate(built.algorithm, built.summation, sites.scan(), num_sites)
+
+
+class Joined(NamedTuple):
+  """How sites train together.
+
+  Attributes:
+    algorithm, summation: what is trained, and how updates are combined.
+    privacy: of whole sites; None without.
+  """
+
+  algorithm: federated.Algorithm
+  summation: summation.Summation
+  privacy: plan.SiteLevel | None
+
+
+def build_federation(
+  config: Train, recipe: local.Recipe, model: models.Model, exchange: Exchange | None = None
+) -> Joined:
+  """Builds the rounds of a federation from how one site trains; `exchange` as in
+  `Aggregation.build`.
+
+  Raises:
+    ValueError: parts that do not go together.
+  """
+  n, processes, privacy, coding = config.sites_in_round, config.in_processes, None, None
+  algorithm = config.federation.build(config.training, recipe, config.hospitals.num_sites)
   if config.privacy.dp == "site":
-    build_site_level(
-      config, models.num_parameters(jax.eval_shape(model.init, jax.random.key(0))[0])
-    )
-  elif summed.stacks or not summed.hides:
-    federated.federate(algorithm, summed, sites.scan(), num_sites)
+    params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+    privacy = build_site_level(config, models.num_parameters(params))
+    own_noise = 0.0 if privacy.noise else privacy.noise_multiplier
+    algorithm = site_privacy.bounded(algorithm, privacy.clip, own_noise)
+    if privacy.noise is not None:
+      secure = config.aggregation.secure_sum(n, n, processes)
+      coding = site_privacy.distributed_noise(
+        privacy.noise, secure, params, model_state, privacy.clip
+      )
+  summed = config.aggregation.build(n, processes, exchange, coding)
+  return Joined(algorithm, config.aggregation.losing(summed, config.seed), privacy)
 
 
-def build_site_level(config: Train, num_parameters: int):
+def build_site_level(config: Train, num_parameters: int) -> plan.SiteLevel:
   """The plan of whole sites; see `Privacy.build_sites`."""
   least = None
   if config.aggregation.is_secure:

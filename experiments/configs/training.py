@@ -22,15 +22,17 @@ ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "f
 class Training:
   """A site's steps."""
 
-  rounds: int = setting(18, "synchronisations")
+  rounds: int = setting(18, "rounds of training at the sites, each followed by a synchronisation")
   sync_epochs: int = setting(
     1, "epochs over its own images that a site trains between synchronisations"
   )
-  sync_batches: int = setting(0, "synchronise every so many batches instead; 0 counts epochs")
+  sync_batches: int = setting(
+    0, "batches that a site trains between synchronisations; 0 counts sync_epochs instead"
+  )
   batch_size: int = setting(16, "images in a training step")
   optimizer: str = setting("adam", "the sites' optimiser: sgd, momentum, adam or adamw")
-  momentum: float = setting(0.9, "momentum: its decay")
-  weight_decay: float = setting(0.01, "adamw: its strength")
+  momentum: float = setting(0.9, "optimizer=momentum: the decay")
+  weight_decay: float = setting(0.01, "optimizer=adamw: the strength of weight decay")
   learning_rate: float = setting(0.002, "highest learning rate of the sites")
   schedule: str = setting("cosine", "constant, or cosine: down to 0 over all rounds")
   warmup_rounds: float = setting(1.0, "rounds of linear warm-up")
@@ -38,9 +40,11 @@ class Training:
   class_weights: bool = setting(
     True, "weigh classes by inverse frequency; the counts are summed under secure aggregation"
   )
-  label_smoothing: float = setting(0.0, "in [0, 1)")
+  label_smoothing: float = setting(
+    0.0, "share of a label that is spread evenly over all classes, in [0, 1)"
+  )
   patience: int = setting(
-    0, "stop after so many rounds without a better MCC on validation; 0 never"
+    0, "stop after this many rounds without a better MCC on validation images; 0 never stops"
   )
 
   def __post_init__(self):
@@ -102,7 +106,9 @@ class Federation:
     "fedavg",
     "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad, scaffold, fednova or fedbn",
   )
-  weighting: str = setting("examples", "sites count by their number of examples, or uniform")
+  weighting: str = setting(
+    "examples", "weight of a site: examples (its number of images), or uniform"
+  )
   proximal: float = setting(0.01, "fedprox: strength of the pull towards the global model")
   server_learning_rate: float = setting(
     0.01, "fedadam, fedyogi, fedadagrad, fedavgm: the server's learning rate"
