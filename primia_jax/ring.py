@@ -105,11 +105,23 @@ def decode(v: Array, fixed: FixedPoint, dtype: jnp.dtype | type = jnp.float32) -
   """Returns the real numbers that ring elements represent, rounded to `dtype` (float32: relative
   error 2^-24).
   """
-  unused = jnp.asarray(v.dtype.itemsize * 8 - fixed.num_bits, _signed(fixed.num_bits))
-  signed = jax.lax.bitcast_convert_type(v, _signed(fixed.num_bits))
-  # Extends the sign from bit k - 1.
-  signed = jnp.right_shift(jnp.left_shift(signed, unused), unused)
-  return signed.astype(dtype) * jnp.asarray(2.0**-fixed.fraction_bits, dtype)
+  numbers = signed(v, fixed.num_bits)
+  return numbers.astype(dtype) * jnp.asarray(2.0**-fixed.fraction_bits, dtype)
+
+
+def signed(v: Array, num_bits: int) -> Array:
+  """The numbers in [-2^(k-1), 2^(k-1)) that integers of any dtype are congruent to modulo 2^k.
+
+  Args:
+    v: integers; bits above k are ignored.
+    num_bits: k.
+
+  Returns:
+    int32 for k <= 32, else int64.
+  """
+  dtype = jnp.dtype(f"int{storage(num_bits).itemsize * 8}")
+  unused = jnp.asarray(dtype.itemsize * 8 - num_bits, dtype)
+  return v.astype(dtype) << unused >> unused
 
 
 def reduce(v: Array, num_bits: int) -> Array:

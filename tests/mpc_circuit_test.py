@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mpc_reference import build, encoded
 
-from primia_jax.mpc import clear, sharing
+from primia_jax import ring
+from primia_jax.mpc import clear
 from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Apply, Config, Local, Open
 from primia_jax.mpc.maps import MULTIPLY
@@ -26,7 +27,7 @@ def made(fn, *arrays, config=CONFIG, max_abs=math.inf):
   (out,) = clear.compute(circuit, encoded(arrays, config))
   (value,) = circuit.outputs
   assert out.shape == value.shape
-  return np.asarray(sharing.signed(out, config.num_bits)).astype(np.float64) * value.scale, circuit
+  return np.asarray(ring.signed(out, config.num_bits)).astype(np.float64) * value.scale, circuit
 
 
 def kinds(circuit, kind):

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from primia_jax import prng
+from primia_jax import prng, ring
 from primia_jax.mpc import dealing, sharing
 from primia_jax.mpc.gates import elementwise
 from primia_jax.mpc.gates.elementwise import RELU, SIGN, TRUNCATE, Gate
@@ -57,7 +57,7 @@ def shares(gate, z, rng):
 def result(gate, z, rng):
   correlations, _ = deal(gate, jnp.stack([prng.random_key(), prng.random_key()]))
   out = online(gate, shares(gate, z, rng), correlations)
-  return np.asarray(sharing.signed(out[0] + out[1], gate.num_bits)).astype(np.int64)
+  return np.asarray(ring.signed(out[0] + out[1], gate.num_bits)).astype(np.int64)
 
 
 def expected(gate, z):
@@ -106,7 +106,7 @@ def test_an_exact_gate_equals_python_integers(action, num_bits, range_bits, shif
     clear = elementwise.clear(
       gate, jnp.asarray(z.view(np.uint64).astype(np.uint64 if num_bits > 32 else np.uint32))
     )
-    np.testing.assert_array_equal(sharing.signed(clear, num_bits), expected(gate, z))
+    np.testing.assert_array_equal(ring.signed(clear, num_bits), expected(gate, z))
 
 
 @pytest.mark.parametrize("action", [RELU, TRUNCATE, SIGN])
@@ -157,7 +157,7 @@ def test_any_value_under_any_sharing(value, first):
   out = online(
     gate, jnp.stack([jnp.full(8, first, jnp.uint32), z - np.uint32(first)]), correlations
   )
-  assert set(np.asarray(sharing.signed(out[0] + out[1], 32)).tolist()) == {
+  assert set(np.asarray(ring.signed(out[0] + out[1], 32)).tolist()) == {
     max((value + 2**10) >> 11, 0)
   }
 

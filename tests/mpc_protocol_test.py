@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mpc_reference import normal
 
 from primia_jax import prng, ring
-from primia_jax.mpc import clear, encoding, inference, protocol, sharing
+from primia_jax.mpc import clear, encoding, inference, protocol
 from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Apply, Config, Linear, Offset, Open, Operand, Product
 from primia_jax.mpc.maps import MULTIPLY, Map
@@ -100,7 +100,7 @@ def test_encoding_is_off_by_half_a_unit_at_most(values, scale):
     operand = Operand(0, lambda env: env, scale, x.shape, None, None, "")
     elements = encoding.encode(operand, x, config)
     assert elements.dtype == config.dtype
-    exact = np.asarray(sharing.signed(elements, config.num_bits)).astype(np.float64) * scale
+    exact = np.asarray(ring.signed(elements, config.num_bits)).astype(np.float64) * scale
     single = 900 * 2.0**-23 if config.num_bits == 32 else 0  # narrow rings are encoded in float32
     assert np.abs(exact - np.asarray(x, np.float64)).max() <= scale / 2 * (1 + 1e-6) + single
     np.testing.assert_allclose(encoding.decode(elements, scale, config), exact, rtol=1e-6)

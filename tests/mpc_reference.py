@@ -81,7 +81,7 @@ def clear(fn, arrays, config, max_abs=math.inf):
     (out,) = integer_model.compute(circuit, encoded(arrays, config), watch)
     (value,) = circuit.outputs
     assert out.shape == value.shape
-    real = np.asarray(sharing.signed(out, config.num_bits)).astype(np.float64) * value.scale
+    real = np.asarray(ring.signed(out, config.num_bits)).astype(np.float64) * value.scale
     assert np.abs(real).max(initial=0) <= value.max_abs * (1 + 1e-6) + 2.0**-config.fraction_bits
     return real
 

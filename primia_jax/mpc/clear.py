@@ -24,7 +24,7 @@ from primia_jax.mpc.gates import elementwise
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.products import multiply, product
 from primia_jax.mpc.protocol import Operands
-from primia_jax.mpc.sharing import signed
+from primia_jax.ring import signed
 from primia_jax.types import Array, PyTree
 
 

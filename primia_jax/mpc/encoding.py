@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from primia_jax import native, prng
 from primia_jax.mpc import products
 from primia_jax.mpc.circuit import Config, Operand
-from primia_jax.mpc.sharing import signed
+from primia_jax.ring import signed
 from primia_jax.types import Array
 
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from primia_jax import ring
 from primia_jax.mpc import integer_products
 from primia_jax.mpc.maps import Map, apply
-from primia_jax.mpc.sharing import signed
+from primia_jax.ring import signed
 from primia_jax.types import Array
 
 Form = Literal["integer", "float64", "int8"]

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from primia_jax import ring
 from primia_jax.types import Array
 
 PARTY = "party"
@@ -83,21 +82,6 @@ def compute_at(party: int, fn: Callable[[], Array], wire: Wire) -> Array:
     return at(party, fn())
   out = jax.eval_shape(fn)
   return lax.cond(lax.axis_index(PARTY) == party, fn, lambda: jnp.zeros(out.shape, out.dtype))
-
-
-def signed(v: Array, num_bits: int) -> Array:
-  """The numbers in [-2^(k-1), 2^(k-1)) that integers of any dtype are congruent to modulo 2^k.
-
-  Args:
-    v: integers; bits above k are ignored.
-    num_bits: k.
-
-  Returns:
-    int32 for k <= 32, else int64.
-  """
-  dtype = jnp.dtype(f"int{ring.storage(num_bits).itemsize * 8}")
-  unused = jnp.asarray(dtype.itemsize * 8 - num_bits, dtype)
-  return v.astype(dtype) << unused >> unused
 
 
 def party_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

@@ -29,7 +29,8 @@ from primia_jax.mpc.dealing import (
 from primia_jax.mpc.gates.comparison import Compared, Comparison, Span
 from primia_jax.mpc.gates.fss import FSS
 from primia_jax.mpc.gates.tables import TABLES
-from primia_jax.mpc.sharing import Wire, at, signed
+from primia_jax.mpc.sharing import Wire, at
+from primia_jax.ring import signed
 from primia_jax.types import Array
 
 RELU, TRUNCATE, SIGN = "relu", "truncate", "sign"
