@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from primia_jax import algorithms, local, prng, secagg, sites
+from primia_jax import algorithms, local, prng, secagg, sites, summation
 from primia_jax import federated as fed
 from primia_jax.privacy import (
   batches,
@@ -260,7 +260,15 @@ def site_of(i):
   return fed.Site(np.int32(i), images, np.zeros(N, np.int32), np.int32(30 + 3 * i), secret)
 
 
-LOADER = fed.Loader(lambda ids: jax.tree.map(lambda *rows: np.stack(rows), *map(site_of, ids)))
+def load(ids):
+  sites = [site_of(i)._replace(secret=None) for i in ids]
+  return jax.tree.map(lambda *rows: np.stack(rows), *sites)
+
+
+def known_secrets(round, purpose, ids):
+  return np.stack([np.asarray(site_of(i).secret) for i in ids])
+
+
 MADE = {
   "fedavg": lambda made: algorithms.fedavg(made, weighting="uniform"),
   "scaffold": lambda made: algorithms.scaffold(made, 3),
@@ -269,25 +277,27 @@ MADE = {
 
 
 def federation(kind, placement="scan", name="fedavg"):
-  f = fed.federate(
-    MADE[name](trainer(kind)[0]), fed.in_the_clear(), sites.parse_placement(placement)
-  )
-  state = f.init({"w": jnp.zeros(W)}, {}, 3)
-  return state, lambda state, ids=(0, 1, 2), lost=(): f.step(
-    KEY,
-    state,
-    np.array(ids),
-    LOADER,
-    SECRET,
-    dropouts=secagg.Dropouts(np.isin(ids, lost), np.zeros(len(ids), bool)),
-  )[0]
+  lost_next = []
+
+  def dropouts(round, purpose, ids):
+    return secagg.Dropouts(np.isin(ids, lost_next.pop()), np.zeros(len(ids), bool))
+
+  summed = summation.losing(summation.clear(), dropouts)
+  f = fed.federate(MADE[name](trainer(kind)[0]), summed, sites.parse_placement(placement), 3)
+
+  def step(state, ids=(0, 1, 2), lost=()):
+    lost_next.append(lost)
+    return f.step(KEY, state, fed.Sites(np.array(ids), load, secrets=known_secrets))[0]
+
+  return f.init({"w": jnp.zeros(W)}), step
 
 
 KEY = jax.random.key(0)
 
 
 def noise_of(state):
-  kept = state.sites["noise"] if isinstance(state.sites, dict) else state.sites
+  kept = state.site_state
+  kept = kept["noise"] if isinstance(kept, dict) else kept
   return np.asarray(kept.step), np.asarray(kept.rows["w"])
 
 
@@ -330,7 +340,8 @@ def test_placements_agree_and_algorithms_keep_the_state(kind):
   for placement in ("loop", "vmap"):
     got = after_two_rounds(placement)
     for a, b in zip(
-      *map(jax.tree.leaves, ((got.params, got.sites), (want.params, want.sites))), strict=True
+      *map(jax.tree.leaves, ((got.params, got.site_state), (want.params, want.site_state))),
+      strict=True,
     ):
       np.testing.assert_allclose(a, b, atol=1e-5)
   for name in MADE:

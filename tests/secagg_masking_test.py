@@ -90,8 +90,7 @@ def test_every_placement_opens_the_same_bits(text):
     message, row = inputs
     return secagg.mask(secagg.encode(message, config), row, (2, 1), config), ()
 
-  inputs = sites.put((messages(5), of_all), placement)
-  summed, _ = sites.sum_over_sites(site, placement)((), inputs)
+  summed, _ = placement.sum_over_sites(site)((), placement.put((messages(5), of_all)))
   opened, _ = secagg.open_sum(summed, config)
   want, _ = secagg.open_sum(total(protect_all(messages(5), of_all, config, 2, 1)), config)
   assert all(
