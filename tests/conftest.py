@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -10,6 +12,26 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", False)
+
+
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config):
+  """Shares compiled programs between the tests and processes of one run, and with no other run."""
+  if not os.environ.get(_CACHE):
+    config.own_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix="primia_jax_xla_")
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+  jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
+  jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs",
+    float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+  )
+
+
+def pytest_unconfigure(config):
+  if hasattr(config, "own_cache"):
+    shutil.rmtree(config.own_cache, ignore_errors=True)
 
 
 @pytest.fixture
