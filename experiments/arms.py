@@ -19,15 +19,7 @@ from experiments.configs.model import normalise, of_stored
 from experiments.configs.run import build_federation
 from experiments.configs.training import build_alone
 from experiments.processes import Place
-from primia_jax import (
-  algorithms,
-  evaluation,
-  federated,
-  local,
-  metrics,
-  models,
-  summation,
-)
+from primia_jax import algorithms, evaluation, federated, local, metrics, models, summation
 from primia_jax.data import sites as data_sites
 from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
@@ -61,7 +53,7 @@ class Trainer(NamedTuple):
     num_sampled: sites in a round.
     max_examples, max_validated: rows to which the sites' images are padded.
     privacy: of the sites' units, if any.
-    features: what images become before they are loaded, once and for all; None where they stay.
+    features: applied to images once, when they are loaded; None leaves them as they are.
   """
 
   algorithm: federated.Algorithm
@@ -257,7 +249,7 @@ def train(
         bar.update()
         continue
       row = _row(config, cohort, trainer, done, book)
-      if np.float32(row["val_mcc"]) > float(best.mcc):  # float32, as it is kept
+      if np.float32(row["val_mcc"]) > float(best.mcc):  # float32, as `Best` has it
         now = keep((jnp.float32(row["val_mcc"]), jnp.int32(done.number)))
         best = Best(*state[:-1], *now)
       rows.append(row)
@@ -279,7 +271,7 @@ def train(
   kept = []
   if has_own and algorithm.name == "fedbn":
     kept = [jax.tree.map(lambda a, i=i: a[i], best.site_state) for i in range(num_sites)]
-  # The average needs nothing that sites keep.
+  # The average needs no site's state.
   shared = serve(None) if config.privacy.dp_average else (best.params, best.model_state)
   trained = [serve(k) for k in kept] or [shared]
   facts = _facts(rows, best, state, place, num_sites, book is not None)

@@ -1,4 +1,4 @@
-"""What a report says of a plan of privacy and of the ledgers that were charged for it."""
+"""A report's rows on a privacy plan and the ledgers charged for it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _clipped(plan: SiteLevel) -> str:
 
 
 def _facts_of_clip(plan: SiteLevel) -> dict[str, Any]:
-  """Where the clip moves: how, and what of the noise its bits take."""
+  """Rows on a clip that moves: how it moves, and the noise of its bits."""
   c = plan.clip
   if c.target_quantile is None:
     return {}
@@ -111,7 +111,7 @@ def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]
   out: dict[str, Any] = {}
   if config.dp_seed >= 0:
     out["NOT PRIVATE"] = (
-      f"noise and batches come from dp_seed={config.dp_seed}, which anybody can repeat"
+      f"noise and batches come from dp_seed={config.dp_seed}, which anyone can repeat"
     )
   out |= ledger.statement(ledgers)
   if plan.delta > _LARGE_DELTA:

@@ -1,11 +1,11 @@
-"""A federated run with one operating-system process a site: who starts them, and how each joins the
-others.
+"""A federated run with one operating-system process per site: how they start, and how each joins
+the others.
 
 Each process reads its own site's images only and holds its own keys and secrets; what crosses
 between them is the protocol of `primia_jax.secagg`. The process of site 0 is also host to the
 server, which learns sums only. The run folder is where they find each other: its `identities` hold
-public keys, which are pinned on first use, so that whoever can write there while a run starts could
-stand in for a site that has not come yet.
+public keys, which are pinned on first use, so anyone who can write there while a run starts could
+impersonate a site that has not joined yet.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
   @property
   def is_first(self) -> bool:
-    """Whether this process writes what all know."""
+    """Whether this process writes what all share."""
     return self.number == 0
 
 
@@ -67,12 +67,12 @@ class Seat(NamedTuple):
 def connect(config: Train, folder: pathlib.Path, seat: Seat) -> Place:
   """Makes this process's identity, pins the others' and joins them.
 
-  The first clears away what an earlier start has left and makes the books alike, and listens then;
-  the others wait for that, so that however they are started none pins an old identity or goes on
-  from another book.
+  The first clears what an earlier start has left, makes the books equal, and then listens. The
+  others wait for that, so none pins an old identity or continues from another book, in whatever
+  order they start.
 
   Raises:
-    Lost: the others do not come.
+    Lost: the others do not join in time.
     ValueError: the address is none, or not this machine's.
   """
   host, _, port = seat.address.rpartition(":")
@@ -110,16 +110,15 @@ def connect(config: Train, folder: pathlib.Path, seat: Seat) -> Place:
 def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathlib.Path) -> None:
   """Starts the processes on this machine and waits for them; the first one's output is shown.
 
-  A site whose process ends is lost to the run, which goes on while enough are left.
+  A site whose process ends is lost to the run, which continues while enough are left.
 
   Raises:
     RuntimeError: the first process failed, or another before it could take part; the message names
       the log.
   """
   children = start(module, arguments, num_sites, folder)
-  before = signal.signal(
-    signal.SIGTERM, lambda number, _: sys.exit(128 + number)
-  )  # no child is left behind
+  # so that no child is left behind
+  before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
   try:
     lost = watch(children, folder)
   finally:
@@ -130,8 +129,7 @@ def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathli
   if lost:
     print(
       f"warning: sites {lost} were lost, and are not in what was trained after that; see "
-      f"{_logs(folder, lost)}. A run "
-      "that is started again takes them back",
+      f"{_logs(folder, lost)}. A restarted run takes them back",
       file=sys.stderr,
     )
 
@@ -139,21 +137,15 @@ def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathli
 def start(
   module: str, arguments: Sequence[str], num_sites: int, folder: pathlib.Path
 ) -> list[subprocess.Popen]:
-  """Starts one process for each site, in a run folder that no older identities are left in."""
+  """Starts one process for each site, in a run folder cleared of old identities."""
   _clear(folder / IDENTITIES)  # before the first does, since `watch` looks there
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
   children = []
   for i in range(num_sites):
-    command = [
-      sys.executable,
-      "-m",
-      module,
-      *arguments,
-      f"--coordinator={address}",
-      f"--process_id={i}",
-    ]
+    place = f"--coordinator={address}", f"--process_id={i}"
+    command = [sys.executable, "-m", module, *arguments, *place]
     output = (folder / f"process_{i}.log").open("w") if i else None
     children.append(subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT))
   return children
@@ -187,16 +179,15 @@ def watch(children: Sequence[subprocess.Popen], folder: pathlib.Path) -> list[in
   if children[0].returncode:
     others = _logs(folder, range(1, len(children)))
     raise RuntimeError(
-      f"the process of site 0, which is host to the server, failed: see above, and {others}. Start "
-      f"again with the same "
-      "--run_dir to go on from the last round that was saved"
+      f"the process of site 0, which is host to the server, failed: see above, and {others}. "
+      "Start again with the same --run_dir to continue from the last saved round"
     )
   return [i for i, child in enumerate(children) if child.poll() != 0]
 
 
 def home(folder: pathlib.Path, number: int) -> pathlib.Path:
-  """Where in an arm's folder a site's process keeps its own: the first in the folder itself, which
-  the report reads.
+  """The folder of a site's own files in an arm's folder; for the first site the arm's folder
+  itself, which the report reads.
   """
   return folder / f"site_{number}" if number else folder
 

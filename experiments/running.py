@@ -68,7 +68,7 @@ def open_run(config: Train, run_dir: str) -> pathlib.Path:
 
 
 def _has_begun(folder: pathlib.Path) -> bool:
-  """Whether an arm has left anything; settings that were refused have not."""
+  """Whether an arm has written a file; a run with refused settings has not."""
   arms = [path for path in folder.iterdir() if path.is_dir() and path.name != processes.IDENTITIES]
   return any(path.is_file() for arm in arms for path in arm.rglob("*"))
 
@@ -104,12 +104,10 @@ def run(
 
 @contextlib.contextmanager
 def alone(path: pathlib.Path) -> Iterator[None]:
-  """Two processes that wrote one ledger would each overwrite what the other has spent."""
+  """Locks the run: two processes that write one ledger would overwrite each other's charges."""
   with path.open("w") as file:
     try:
-      fcntl.flock(
-        file, fcntl.LOCK_EX | fcntl.LOCK_NB
-      )  # which ends with the process, however that ends
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released whenever the process ends
     except BlockingIOError:
       raise ValueError(
         f"another process is at work in {path.parent}; wait for it or stop it"
@@ -208,11 +206,8 @@ def _run(
 
 
 def _report_order(arms: dict[str, Any]) -> list[str]:
-  return [
-    name
-    for name in (*(a for a in arms if a.startswith(_LOCAL)), _POOLED, "federated")
-    if name in arms
-  ]
+  order = *(a for a in arms if a.startswith(_LOCAL)), _POOLED, "federated"
+  return [name for name in order if name in arms]
 
 
 def secure_aggregation_facts(
@@ -323,7 +318,7 @@ def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:
 
 
 def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
-  """Says on one screen how the arms did and where the rest is."""
+  """Prints the arms' scores and where the report is."""
   print(f"\n{result['title']} on {result['data']}: {result['num_examples']} test images")
   if "NOT PRIVATE" in (result["privacy"] or {}):
     print(f"  NOT PRIVATE: {result['privacy']['NOT PRIVATE']}")
@@ -336,11 +331,8 @@ def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
 
 
 def _cache_dir() -> pathlib.Path:
-  return (
-    pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    / "primia_jax"
-    / "xla"
-  )
+  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(home) / "primia_jax" / "xla"
 
 
 def start(main: Callable[[], None]) -> None:
@@ -359,7 +351,7 @@ def start(main: Callable[[], None]) -> None:
         "\nstopped; start again with the same --run_dir to continue from the last saved round"
       )
     except (ValueError, FileNotFoundError, RuntimeError) as error:
-      logging.debug("what led to it:", exc_info=True)  # shown with --verbosity=1
+      logging.debug("traceback:", exc_info=True)  # shown with --verbosity=1
       sys.exit(f"error: {error}")
 
   app.run(guarded)

@@ -69,7 +69,7 @@ def from_flags(kind: type, values: flags.FlagValues = flags.FLAGS) -> Any:
 
 
 def flat(settings: Any) -> dict[str, Any]:
-  """All settings by name, whatever record they stand in."""
+  """All settings by name, from all nested records."""
   out: dict[str, Any] = {}
   for field, of_type in _fields(type(settings)):
     value = getattr(settings, field.name)
@@ -78,7 +78,7 @@ def flat(settings: Any) -> dict[str, Any]:
 
 
 def replace(settings: Any, **changes: Any) -> Any:
-  """The settings with some changed by name, whatever record they stand in; for tests and tools.
+  """The settings with some changed by name, in any nested record; for tests and tools.
 
   Raises:
     TypeError: for a name that is no setting.

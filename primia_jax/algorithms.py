@@ -37,8 +37,8 @@ def fedavg(
     weighting: by examples, or uniform.
     keep_optimizer: the site's optimiser keeps its state from round to round instead of starting
       anew.
-    server_optimizer: what the server does with the negative mean update as a gradient; None adds
-      the mean.
+    server_optimizer: the server applies it to the negative mean update as a gradient; None adds the
+      mean update.
     proximal: see `fedprox`.
     stays: see `fedbn`.
     name: as reports print it.
@@ -53,7 +53,7 @@ def fedavg(
     return {
       "optimizer": optimizer,
       "personal": _split(params, model_state, stays)[0],
-      "noise": _noise(recipe, params),
+      "noise": local.init_noise(recipe, params),
     }
 
   def personal(server: Global, site_state: PyTree) -> tuple[Params, ModelState]:
@@ -64,19 +64,9 @@ def fedavg(
     pull = lambda grads, params: jax.tree.map(
       lambda g, y, x: g + proximal * (y - x), grads, params, start
     )
-    opt_state = (
-      site_state["optimizer"] if keep_optimizer else recipe.optimizer(jnp.float32(0)).init(start)
-    )
-    trained = _train(
-      recipe,
-      server,
-      site,
-      start,
-      statistics,
-      opt_state,
-      site_state["noise"],
-      pull if proximal else None,
-    )
+    opt_state = site_state["optimizer"] if keep_optimizer else None
+    correct, noise = pull if proximal else None, site_state["noise"]
+    trained = _train(recipe, server, site, start, statistics, noise, correct, opt_state)
     weight = _weight(recipe, site, weighting)
     mine, shared = _split(trained.params, trained.model_state, stays)
     _, before = _split(start, statistics, stays)
@@ -99,9 +89,8 @@ def fedavg(
     return *everything, opt_state, total.metrics
 
   def init_server(params: Params) -> PyTree:
-    return (
-      () if server_optimizer is None else server_optimizer.init(_split(params, {}, stays)[1][0])
-    )
+    shared, _ = _split(params, {}, stays)[1]
+    return () if server_optimizer is None else server_optimizer.init(shared)
 
   return Algorithm(
     name, init_server, init_site, site, server, personal, weighting == "uniform", stays is None
@@ -118,11 +107,11 @@ def fedprox(recipe: local.Recipe, proximal: float, **kwargs) -> Algorithm:
 def fedopt(
   recipe: local.Recipe, server_optimizer: optax.GradientTransformation, **kwargs
 ) -> Algorithm:
-  """FedOpt (Reddi et al. 2021, algorithm 2): the server's optimiser takes the mean update for a
-  negative gradient.
+  """FedOpt (Reddi et al. 2021, algorithm 2): the server's optimiser uses the negative mean update
+  as a gradient.
 
   `optax.adam`, `yogi`, `adagrad` and `sgd(momentum=)` give FedAdam, FedYogi, FedAdagrad and
-  FedAvgM. (The paper's FedAdam leaves Adam's bias correction out; optax makes it.)
+  FedAvgM. (The paper's FedAdam omits Adam's bias correction; optax applies it.)
   """
   return fedavg(recipe, server_optimizer=server_optimizer, name="fedopt", **kwargs)
 
@@ -132,7 +121,7 @@ def fedbn(recipe: local.Recipe, is_norm_parameter: Callable[[str], bool], **kwar
 
   Args:
     recipe: how a site trains.
-    is_norm_parameter: says of a parameter's path ("conv1/kernel") whether it stays.
+    is_norm_parameter: parameter's path ("conv1/kernel") -> whether it stays at its site.
     **kwargs: as for `fedavg`.
   """
   return fedavg(recipe, stays=is_norm_parameter, name="fedbn", **kwargs)
@@ -143,11 +132,10 @@ def averaged(algorithm: Algorithm, decay: float) -> Algorithm:
   (De et al. 2022).
 
   Round t counts min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage. The
-  average follows from what the server has opened already, so that under differential privacy it
-  costs nothing.
+  server computes the average from sums that it has opened already, so it costs no privacy.
 
   Args:
-    algorithm: which keeps all parameters global.
+    algorithm: one that keeps all parameters global.
     decay: in [0, 1).
 
   Raises:
@@ -202,28 +190,18 @@ def scaffold(recipe: local.Recipe, num_sites: int, *, server_rate: float = 1.0) 
     return jax.tree.map(jnp.zeros_like, params)
 
   def init_site(params: Params, model_state: ModelState) -> PyTree:
-    return {"control": zeros(params), "noise": _noise(recipe, params)}
+    return {"control": zeros(params), "noise": local.init_noise(recipe, params)}
 
   def site(server: Global, site_state: PyTree, site: Site) -> tuple[Message, PyTree]:
-    opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
     own = site_state["control"]
     correct = lambda grads, params: jax.tree.map(
       lambda g, own, c: g - own + c, grads, own, server.server_state
     )
-    trained = _train(
-      recipe,
-      server,
-      site,
-      server.params,
-      server.model_state,
-      opt_state,
-      site_state["noise"],
-      correct,
-    )
+    model, noise = (server.params, server.model_state), site_state["noise"]
+    trained = _train(recipe, server, site, *model, noise, correct)
     update, statistics = _change(trained, server)
-    change = jax.tree.map(
-      lambda c, u: -c - u / trained.rate_sum, server.server_state, update
-    )  # of c_i
+    of_control = lambda c, u: -c - u / trained.rate_sum
+    change = jax.tree.map(of_control, server.server_state, update)
     metrics = _scaled(recipe, trained.metrics)
     message = Message((update, statistics), jnp.float32(1), metrics, change)
     return message, {"control": jax.tree.map(jnp.add, own, change), "noise": trained.noise}
@@ -267,8 +245,7 @@ def fednova(
   most = float(_accumulated(jnp.float32(recipe.steps.max_steps), momentum))
 
   def site(server: Global, site_state: PyTree, site: Site) -> tuple[Message, PyTree]:
-    opt_state = recipe.optimizer(jnp.float32(0)).init(server.params)
-    trained = _train(recipe, server, site, server.params, server.model_state, opt_state, site_state)
+    trained = _train(recipe, server, site, server.params, server.model_state, site_state)
     update, statistics = _change(trained, server)
     weight = _weight(recipe, site, weighting)
     steps = _accumulated(trained.num_steps.astype(jnp.float32), momentum)
@@ -294,15 +271,10 @@ def fednova(
       )
     return ()
 
-  init_site = lambda params, model_state: _noise(recipe, params)
+  init_site = lambda params, model_state: local.init_noise(recipe, params)
   return Algorithm(
     "fednova", nothing, init_site, site, server, _global, uniform=False, shares_statistics=True
   )
-
-
-def _noise(recipe: local.Recipe, params: Params) -> PyTree:
-  """What a site's noise starts from; each site keeps the state of its own last step."""
-  return local.init_noise(recipe, params)
 
 
 def _has_state(recipe: local.Recipe, params: Params) -> bool:
@@ -317,20 +289,12 @@ def _global(server: Global, site_state: PyTree) -> tuple[Params, ModelState]:
   return server.params, server.model_state
 
 
-def _train(
-  recipe: local.Recipe,
-  server: Global,
-  site: Site,
-  params,
-  model_state,
-  opt_state,
-  noise,
-  correct=None,
-):
-  order_key = jax.random.fold_in(jax.random.fold_in(server.key, ORDER), site.id)
-  key = jax.random.fold_in(
-    jax.random.fold_in(jax.random.fold_in(server.key, STEPS), server.round), site.id
-  )
+def _train(recipe, server, site, params, model_state, noise, correct=None, opt_state=None):
+  if opt_state is None:
+    opt_state = recipe.optimizer(jnp.float32(0)).init(params)
+  fold = jax.random.fold_in
+  order_key = fold(fold(server.key, ORDER), site.id)
+  key = fold(fold(fold(server.key, STEPS), server.round), site.id)
   now = local.Round(server.round, order_key, key, server.class_weights)
   return local.train(recipe, correct)(params, model_state, opt_state, noise, site, now)
 
@@ -354,8 +318,8 @@ def _scaled(recipe: local.Recipe, metrics: Metrics) -> Metrics:
 def _split(
   params: Params, model_state: ModelState, stays: Callable[[str], bool] | None
 ) -> tuple[PyTree, PyTree]:
-  """Parts (params, model_state) into what stays at the site and what is shared; absent leaves are
-  None.
+  """Splits (params, model_state) into what stays at the site and what is shared; absent leaves
+  are None.
   """
   if stays is None:
     return (), (params, model_state)
@@ -366,7 +330,7 @@ def _split(
 
 
 def _join(part: PyTree, whole: PyTree) -> PyTree:
-  """Returns `whole` with the leaves that `part` has taken from there."""
+  """Returns `whole`, with leaves from `part` where it has them."""
   if part == ():
     return whole
   return jax.tree.map(lambda a, b: b if a is None else a, part, whole, is_leaf=lambda a: a is None)

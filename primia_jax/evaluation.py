@@ -1,4 +1,4 @@
-"""What a federation measures without moving images: class counts and scores, through sums."""
+"""Class counts and validation scores of a federation, as sums over sites."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from primia_jax.sites import Placement
 from primia_jax.summation import Purpose, Summation
 from primia_jax.types import ApplyFn, Array, Key, ModelState, Params, PyTree
 
-MAX_LOSS = 100.0  # nats an image may cost on average before a run is taken for diverged
+MAX_LOSS = 100.0  # nats per image, on average; a run above it has diverged
 
 
 class Scores(NamedTuple):
-  """The sum of all sites' errors.
+  """Errors, summed over all sites.
 
   Attributes:
     confusion: [L, L] float64 counts, rows true and columns predicted.
@@ -40,7 +40,7 @@ def class_counting(
   patient changes the counts by at most 1 in L1 and L2 norm.
 
   Who learns what: the summation's server learns the opened counts. With noise, each site's counts
-  are a Gaussian mechanism of that deviation and sensitivity 1, whoever sees them.
+  are a Gaussian mechanism of that deviation and sensitivity 1, against every observer.
 
   Args:
     num_classes: L.
@@ -106,10 +106,8 @@ def count_errors(
       loss = jnp.sum(true * -jax.nn.log_softmax(logits))
       return {"confusion": total["confusion"] + confusion, "loss": total["loss"] + loss}
 
-    zero = {
-      "confusion": jnp.zeros((num_classes, num_classes), jnp.float32),
-      "loss": jnp.zeros((), jnp.float32),
-    }
+    confusion = jnp.zeros((num_classes, num_classes), jnp.float32)
+    zero = {"confusion": confusion, "loss": jnp.zeros((), jnp.float32)}
     return jax.lax.fori_loop(0, -(-num_examples // batch_size), body, zero)
 
   return run

@@ -1,9 +1,8 @@
-"""Federated rounds: what a site sends, how messages are summed, what the server makes of the sum.
+"""Federated rounds: what a site sends, how messages are summed, what the server computes.
 
 An `Algorithm` says what one site computes and what the server does with the sum of the sites'
 messages; a `Summation` says how that sum is formed; a `Placement` says where the sites run.
-`federate` joins the three. A message is all that ever leaves a site, training loss and counts
-included.
+`federate` joins the three. Only messages leave a site; they include training loss and counts.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Sites(NamedTuple):
     load: site numbers -> Site, stacked, as host or device arrays. On several processes it is asked
       for the sites of its own process only.
     class_weights: [L] float32, the weight of an example of each class; None for 1.
-    sites_per_load: at most so many sites are loaded at a time; None for all at once.
+    sites_per_load: the most sites that are loaded at a time; None for all at once.
     secrets: (round, purpose, site numbers) -> [K, 8] uint32, the secrets of the sites' noise and
       batches in this sum. Anything but `fresh_secrets` repeats noise and is not private; it is for
       tests and for runs that say so.
@@ -88,7 +87,7 @@ class Message(NamedTuple):
     update: the site's change of the model, weighted; what robust rules and noise treat.
     weight: scalar, the sum of the weights in `update`.
     metrics: `Metrics` up to a factor common to all sites.
-    more: what an algorithm sends besides.
+    more: what else an algorithm sends.
   """
 
   update: PyTree
@@ -103,14 +102,14 @@ class Algorithm(NamedTuple):
   Attributes:
     name: as a user writes it.
     init_server: params -> the server's own state.
-    init_site: (params, model_state) -> what one site keeps from round to round.
-    site: (Global, what the site keeps, Site) -> (Message, what the site keeps).
+    init_site: (params, model_state) -> one site's initial state.
+    site: (Global, site state, Site) -> (Message, site state). The state stays at the site.
     server: (Global, sum of messages) -> (params, model_state, server state, training metrics up to
       a common factor).
-    personal: (Global, what a site keeps) -> (params, model_state) with which that site works.
+    personal: (Global, site state) -> the (params, model_state) that this site uses.
     uniform: every message counts the same and only their mean matters, as robust rules need.
     shares_statistics: model_state (BatchNorm statistics) is part of the message.
-    tells: server state -> scalars by name that a log shows of the coming round.
+    tells: server state -> named scalars of the coming round, for logs.
   """
 
   name: str
@@ -130,7 +129,7 @@ class State(NamedTuple):
   Attributes:
     params, model_state: the global model.
     server_state: the algorithm's own.
-    site_state: [S, ...], what each site keeps; in a process of its own, that of its site [1, ...].
+    site_state: [S, ...], each site's own; under `sites.own_process` that of one site, [1, ...].
     round: int32, rounds begun. A refused round counts too, so that another attempt draws other
       batches.
   """
@@ -148,7 +147,7 @@ class Info(NamedTuple):
   Attributes:
     loss, accuracy: means over the round's training examples, as the sites saw them while training.
     update_norm: L2 norm of the change of the global parameters.
-    out_of_range: sites whose message did not fit the encoding; unless 0, the round was not applied.
+    out_of_range: sites whose message did not fit the encoding; the round is applied only if 0.
     survivors: numbers of the sites whose message is in the sum.
     tells: see `Algorithm.tells`, of this round.
   """
@@ -166,8 +165,8 @@ class FederatedAlgorithm(NamedTuple):
 
   Attributes:
     init: (params, model_state={}) -> State.
-    step: (key, State, Sites) -> (State, Info). A lost site adds nothing to the sum and keeps what
-      it had. It raises `secagg.RoundAborted` where too many are lost; go on with the State's round
+    step: (key, State, Sites) -> (State, Info). A lost site adds nothing to the sum and keeps its
+      state. It raises `secagg.RoundAborted` if too many are lost; continue with the State's round
       advanced by one.
   """
 
@@ -181,11 +180,11 @@ def over_sites(
   placement: Placement,
   purpose: Purpose,
 ) -> Callable[..., tuple[PyTree, PyTree, Outcome]]:
-  """Runs a function at each site and opens the sum of the messages: the one way out of a site.
+  """Runs a function at each site and opens the sum of the messages: the only way out of a site.
 
   Args:
-    site_fn: (shared, site_state, Site) -> (message, site_state). The Site has a
-      secret of its own, fresh for this sum.
+    site_fn: (shared, site_state, Site) -> (message, site_state). The Site's
+      secret is fresh for this sum.
     summation: how the sum is formed.
     placement: where the site axis runs.
     purpose: of the sum.
@@ -193,7 +192,7 @@ def over_sites(
   Returns:
     (shared, round, Sites, site_state [K, ...] = ()) -> (sum of messages, site_state [K, ...] of the
     sites that run here, Outcome). It raises a ValueError for sites that the summation, the
-    placement or the loader cannot serve, and whatever the summation raises.
+    placement or the loader cannot serve, and the summation's own errors.
   """
 
   def one(shared: Any, inputs: PyTree) -> tuple[PyTree, PyTree]:
@@ -226,23 +225,19 @@ def over_sites(
         f"with several processes each runs its own sites, and all take part at once, not "
         f"{ids.tolist()}"
       )
-    secrets = sites.secrets(int(round), purpose, ids[here])
+    whole, secrets = per_load >= len(here), sites.secrets(int(round), purpose, ids[here])
+    cut = lambda tree, part: tree if whole else jax.tree.map(lambda a: a[part], tree)
     session: Session | None = None
     total, outs = None, []
     for start in range(0, len(here), per_load):
       part = slice(start, start + per_load)
       site = placement.put(_load(sites, ids[here][part], secrets[part]))
-      had = (
-        site_state
-        if per_load >= len(here)
-        else jax.tree.map(lambda a, part=part: a[part], site_state)
-      )
+      had = cut(site_state, part)
       if session is None:  # once the first sites are loaded, since messages are shaped by them
         shapes = lambda site=site, had=had: jax.eval_shape(message_of, shared, (had, site))
         session = summation.begin(int(round), purpose, ids, shapes)
         rows = session.rows(here)
-      own = rows if per_load >= len(here) else jax.tree.map(lambda a, part=part: a[part], rows)
-      summed, out = run(shared, (site, placement.put(own), had))
+      summed, out = run(shared, (site, placement.put(cut(rows, part)), had))
       total = summed if total is None else add(total, summed)
       outs.append(out)
     out = outs[0] if len(outs) == 1 else jax.tree.map(lambda *o: jnp.concatenate(o), *outs)
@@ -345,7 +340,7 @@ def federate(
 
 
 def sample_sites(key: Key, round_index: int, num_sites: int, num_sampled: int) -> np.ndarray:
-  """Draws the sites of a round without replacement, the same for everybody.
+  """Draws the sites of a round without replacement; every party draws the same.
 
   Returns:
     [num_sampled] int32, sorted.

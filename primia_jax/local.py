@@ -1,7 +1,7 @@
-"""Local training: the steps that one site takes in a round, and how it evaluates a model.
+"""Local training: the steps that one site takes in a round.
 
-Nothing here knows of other sites. Each random choice derives from the keys of `Round`, or from the
-site's secret.
+Nothing here depends on other sites. Each random choice derives from the keys of `Round`, or from
+the site's secret.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CACHE_BYTES = 2**20
 
 
 class Round(NamedTuple):
-  """What a site needs to know of a round, besides its own data.
+  """What a site needs to know about a round, besides its own data.
 
   Attributes:
     number: int32, of the round, from 0.
@@ -53,7 +53,7 @@ class Round(NamedTuple):
 
 class Steps(NamedTuple):
   """Which examples a site takes in a round; made by `epochs`, `privacy.batches.poisson` or
-  `cyclic`. All sites know the numbers; a site's own number of examples stays with it.
+  `cyclic`. The numbers are public; a site's own number of examples is not.
 
   Attributes:
     max_steps: T, the most steps of any site in a round.
@@ -71,16 +71,16 @@ class Steps(NamedTuple):
 
 
 class Privatizer(optax.GradientTransformationExtraArgs):
-  """What adds noise to gradients, for the batches and the clipped gradients it is charged for.
+  """Adds noise to gradients; tied to the batches and clipped gradients of its plan.
 
   Attributes:
-    goes_with: the `Steps` and the `GradFn` of its plan; () for any, which nothing vouches for.
+    goes_with: the `Steps` and the `GradFn` of its plan; () accepts any, without guarantee.
   """
 
   goes_with: tuple[Steps, GradFn] | tuple[()] = ()
 
   def bound_to(self, steps: Steps, grad_fn: GradFn) -> Privatizer:
-    """The same, which a recipe with other batches or gradients refuses."""
+    """A copy that `train` refuses to use with other batches or gradients."""
     made = Privatizer(*self)
     made.goes_with = (steps, grad_fn)
     return made
@@ -92,10 +92,10 @@ class Recipe(NamedTuple):
   Attributes:
     steps: which examples each step takes.
     grad_fn: see `GradFn`.
-    privatizer: what adds noise to gradients: None for none, or what `privacy.plan` makes. Its
+    privatizer: adds noise to gradients, made by `privacy.plan`; None for no noise. Its
       `update` gets (gradient, state, params, secret=, step=, num_units=), with the site's secret, a
       uint32 step that no two steps of a site share, and the site's number of units. A site keeps
-      its state from round to round and never shows it.
+      its state from round to round and never sends it.
     optimizer: see `Optimizer`.
     schedule: the learning rate as a function of training time in rounds (float32; 2.5 is half-way
       through the third round). It advances whether or not the optimiser keeps its state.
@@ -148,7 +148,7 @@ def epochs(
   Args:
     batch_size: examples in a step. The last batch of an epoch may be smaller.
     max_examples: public bound on the examples of one site.
-    min_examples: likewise, from below.
+    min_examples: public lower bound on them.
     num_epochs: of a round; or None, and
     num_steps: of a round. The next round continues in the epoch where the last one stopped.
 
@@ -159,14 +159,9 @@ def epochs(
     raise ValueError(
       f"num_epochs={num_epochs} and num_steps={num_steps}: give one, and None for the other"
     )
-  given = {
-    "batch_size": batch_size,
-    "max_examples": max_examples,
-    "min_examples": min_examples,
-    "num_epochs": num_epochs,
-    "num_steps": num_steps,
-  }
-  for name, value in given.items():
+  names = "batch_size", "max_examples", "min_examples", "num_epochs", "num_steps"
+  given = batch_size, max_examples, min_examples, num_epochs, num_steps
+  for name, value in zip(names, given, strict=True):
     if value is not None and value < 1:
       raise ValueError(f"{name}={value} must be at least 1")
   if min_examples > max_examples:
@@ -249,9 +244,8 @@ def _in_cache(grad_fn: GradFn) -> GradFn:
       take = lambda i: jax.tree.map(lambda a, is_batched: a[i] if is_batched else a, args, batched)
       out = jax.lax.map(lambda i: run(*take(i)), jnp.arange(axis_size, dtype=jnp.int32))
     else:
-      out = jax.vmap(grad_fn, jax.tree.map(lambda is_batched: 0 if is_batched else None, batched))(
-        *args
-      )
+      axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+      out = jax.vmap(grad_fn, axes)(*args)
     return out, jax.tree.map(lambda _: True, out)
 
   return run
@@ -322,7 +316,7 @@ def train(
 
 
 def number_of(steps: Steps, now: Round, t: Array) -> Array:
-  """The uint32 number of a round's step t, counted over rounds, lost ones included."""
+  """The uint32 number of a round's step t, counted over all rounds, lost ones included."""
   return (now.number * steps.max_steps + t).astype(jnp.uint32)
 
 
@@ -361,13 +355,8 @@ def classification_loss(
     logits, model_state = apply_fn(params, model_state, images, train=True, key=model_key)
     loss = jnp.sum(optax.softmax_cross_entropy(logits, targets))
     counts = (batch.weights > 0).astype(jnp.float32)
-    correct = jnp.sum(
-      jnp.where(jnp.argmax(logits, axis=-1).astype(jnp.int32) == batch.labels, counts, 0.0)
-    )
-    num_examples = jnp.sum(counts)
-    return loss / jnp.maximum(num_examples, 1.0), (
-      model_state,
-      Metrics(loss, correct, num_examples),
-    )
+    is_right = jnp.argmax(logits, axis=-1).astype(jnp.int32) == batch.labels
+    metrics = Metrics(loss, jnp.sum(jnp.where(is_right, counts, 0.0)), jnp.sum(counts))
+    return loss / jnp.maximum(metrics.num_examples, 1.0), (model_state, metrics)
 
   return loss_fn

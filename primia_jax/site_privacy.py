@@ -1,10 +1,10 @@
 """Differential privacy of whole sites: bounded updates, and noise by each site or by all together.
 
 There are two ways to add noise to a round's sum. `bounded` with a noise multiplier makes each
-site's update private by itself, whoever sees it; this noise is local, so K sites give the sum K
+site's update private against every observer; this noise is local, so K sites give the sum K
 times the variance that it needs. With `distributed_noise` each site adds a share of integer noise
 before masking. Then only the opened sum is private, with as little noise as a trusted server would
-add, and nobody has to be trusted with it (`privacy.distributed`). The clip of updates is fixed, or
+add, and no party must be trusted with it (`privacy.distributed`). The clip of updates is fixed, or
 follows a quantile of their norms (`privacy.adaptive`).
 """
 
@@ -38,8 +38,8 @@ def bounded(algorithm: Algorithm, clip: float | Clip, noise_multiplier: float = 
   Who learns what: with a noise multiplier z, whoever sees a site's message learns what a Gaussian
   mechanism of that multiplier tells of its update, once a round, under the assumption that
   `Site.secret` is fresh and known to the site alone. Without, nothing is hidden yet: see `noised`.
-  Training loss and accuracy are never sent. Whatever moving clip a server sends, what is sent back
-  has a norm of at most 1, and a bit of 1/2 up or down.
+  Training loss and accuracy are never sent. For any moving clip that a server sends, the update
+  sent back has a norm of at most 1, and the bit is 1/2 or -1/2.
 
   Args:
     algorithm: of the FedAvg family, with uniform weighting.
@@ -50,13 +50,13 @@ def bounded(algorithm: Algorithm, clip: float | Clip, noise_multiplier: float = 
       `adaptive.update_noise_multiplier`.
 
   Raises:
-    ValueError: for an algorithm that weighs its messages, or sends more than one update; and where
-      the bit alone costs more than z.
+    ValueError: for an algorithm that weighs its messages, or sends more than one update, or if the
+      bit alone costs more than z.
   """
   if not algorithm.uniform:
     raise ValueError(
-      f"{algorithm.name} weighs sites by their images, which the sum would tell; use uniform "
-      f"weighting"
+      f"{algorithm.name} weighs sites by their images, which the sum would reveal; use "
+      "uniform weighting"
     )
   l2_clip_norm = clip.l2_clip_norm if isinstance(clip, Clip) else clip
   if not 0 < l2_clip_norm < float("inf") or noise_multiplier < 0:

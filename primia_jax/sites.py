@@ -1,7 +1,7 @@
 """The axis "site": one function of one site, run over all sites by a loop, scan, vmap or mesh.
 
 A trust boundary runs between sites. `Placement.sum_over_sites` is the only way out of a site: it
-sums over sites what a site function returns first, and on a mesh that sum (`psum`) is all that
+sums a site function's first output over sites, and on a mesh that sum (`psum`) is all that
 crosses devices or processes. Automatic sharding never runs across the boundary, because XLA may
 gather every site's inputs.
 """
@@ -76,8 +76,8 @@ def chunked(size: int) -> Placement:
 def on_mesh(mesh: Mesh | None = None, inner: Literal["scan", "vmap"] | None = None) -> Placement:
   """`shard_map` over devices, each of which runs its share of the sites.
 
-  Each device sees the rows of its own sites only. The sum is replicated. Stacked values stay where
-  their site is; but where K is no multiple of the devices, which one process may simulate, they are
+  Each device sees the rows of its own sites only. The sum is replicated. Stacked values stay with
+  their site. If K is no multiple of the number of devices (possible in one process only), they are
   gathered, since arrays cannot be sharded unevenly.
 
   Args:
@@ -107,8 +107,8 @@ def on_mesh(mesh: Mesh | None = None, inner: Literal["scan", "vmap"] | None = No
 def own_process(index: int) -> Placement:
   """The placement of a process that runs one site of several, and holds nothing of the others.
 
-  The sum over sites is then this site's own value. A summation that talks to the other processes
-  (`summation.over`) forms the sum; no other one does.
+  The sum over sites is then this site's own value. Only a summation that talks to the other
+  processes (`summation.over`) forms the sum.
 
   Args:
     index: the position of this process's site.

@@ -3,7 +3,7 @@
 A `Summation` begins a session for each sum, says what a site sends in it, and opens the sum. The
 same contract serves sums in the clear, sums under masks that one process simulates, sums between
 processes by the secure aggregation protocol, and robust rules. The keys of a masked sum are drawn
-from the operating system when its session begins, stand in no state, and die with the session, so
+from the operating system when its session begins, are in no state, and die with the session, so
 no caller can use a mask twice.
 """
 
@@ -24,7 +24,7 @@ from primia_jax.types import Array, PyTree
 
 
 class Purpose(enum.IntEnum):
-  """What a sum is for. Masks of one round are never those of two purposes."""
+  """What a sum is for. No two purposes of a round share a mask."""
 
   TRAINING = 0
   EVALUATION = 1
@@ -32,7 +32,7 @@ class Purpose(enum.IntEnum):
 
 
 class Outcome(NamedTuple):
-  """What a sum tells besides its value.
+  """What a sum reports besides its value.
 
   Attributes:
     survivors: numbers of the sites whose message is in the sum, in increasing order.
@@ -47,9 +47,8 @@ class Outcome(NamedTuple):
 class Session:
   """One sum, from the drawing of its keys to its opening.
 
-  It is used once, in the process that began it.
-
-  A session cannot be copied or pickled. Nothing of it belongs in a checkpoint.
+  It serves once, in the process that began it. It cannot be copied or pickled, and nothing of it
+  belongs in a checkpoint.
 
   Attributes:
     round, purpose: of the sum.
@@ -110,7 +109,7 @@ class Session:
     raise TypeError("a session holds one-time keys; it cannot be copied, pickled or saved")
 
 
-# () -> the message's shapes; called by summations whose parties agree on them before they work
+# () -> the message's shapes; called by summations whose parties agree on them before they train
 Shapes = Callable[[], PyTree]
 
 
@@ -127,9 +126,9 @@ class Summation(NamedTuple):
     end: (Session, what the placement gathered) -> (message, Outcome), on the host. Gathered is the
       sum over sites or, with `stacks`, every site's message [K, ...].
     stacks: whether `end` takes single messages instead of their sum.
-    hides: whether nobody sees a single site's message.
+    hides: whether every single site's message is hidden.
     between_processes: whether each process sends its own site's message, so that the sum forms
-      between them; such a summation goes with `sites.own_process`, and no other does.
+      between them; exactly these summations go with `sites.own_process`.
   """
 
   name: str
@@ -185,7 +184,7 @@ def by_rule(name: str, rule: Callable[[PyTree], PyTree]) -> Summation:
 
   Args:
     name: as reports print it.
-    rule: messages [K, ...] -> one message, which stands for the sum over one site.
+    rule: messages [K, ...] -> one message, which is used as a sum over one site.
   """
   rule = jax.jit(rule)
 
@@ -254,7 +253,7 @@ def over(
     config, coding: see `masked`; all processes have the same.
   """
   coding = fixed_point(config) if coding is None else coding
-  # What a site's row looks like where others add the masks: it has no peers.
+  # The shapes of a site's row, which has no peers: the exchange adds the masks.
   shape: Any = jax.ShapeDtypeStruct
   site, peers, pair_keys = shape((), np.int32), shape((0,), np.int32), shape((0, 8), np.uint32)
   like = secagg.Row(site, peers, pair_keys, None, shape((8,), np.uint32))
@@ -290,7 +289,7 @@ def over(
 def losing(
   summation: Summation, dropouts: Callable[[int, Purpose, np.ndarray], secagg.Dropouts | None]
 ) -> Summation:
-  """The same summation, which loses sites as `dropouts` (round, purpose, site numbers) says."""
+  """The summation with sites lost as `dropouts` (round, purpose, site numbers) says."""
 
   def begin(round, purpose, ids, shapes=None) -> Session:
     return summation.begin(round, purpose, ids, shapes, dropouts(int(round), Purpose(purpose), ids))

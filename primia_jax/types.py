@@ -26,8 +26,8 @@ class Batch(NamedTuple):
   Attributes:
     images: [..., B, H, W, C], uint8 as stored or float32 as the model takes it.
     labels: [..., B] int32.
-    weights: [..., B] float32, of each example in the loss; 0 marks padding, which counts for
-      nothing anywhere.
+    weights: [..., B] float32, of each example in the loss; 0 marks padding, which is ignored
+      everywhere.
   """
 
   images: Array
@@ -39,14 +39,14 @@ class Site(NamedTuple):
   """One site's data, or that of K sites stacked on a leading axis [K].
 
   Attributes:
-    id: int32. The number of the site; its randomness is folded from it.
+    id: int32. The number of the site, which is folded into its keys.
     images: [N, H, W, C] as stored; rows from `num_examples` on are padding.
     labels: [N] int32.
     num_examples: int32.
     secret: [8] uint32, known to the site alone, from which private training draws its batches and
       its noise. A loader leaves it None; every sum draws it afresh from the operating system.
-    units: [N] int32, the patient of each image, numbered from 0, and -1 for padding. None where
-      each image counts alone.
+    units: [N] int32, the patient of each image, numbered from 0, and -1 for padding. None if
+      each image is its own unit.
   """
 
   id: Array
@@ -58,7 +58,7 @@ class Site(NamedTuple):
 
 
 class Metrics(NamedTuple):
-  """Sums over examples, so that they add up over batches and sites; divide by `num_examples` for a
+  """Sums over examples, which add up over batches and sites; divide by `num_examples` for a
   mean.
   """
 

@@ -15,7 +15,7 @@ from primia_jax.secagg.exchange import Exchange
 _CORRUPT_FRACTION = 0.1  # of a site's peers; the degree of a sparse graph allows for them
 _LOST_FRACTION = 0.1  # of the sites; it allows for them where sites are really lost
 _MIN_FRACTION_BITS = 10  # an update's numbers are off by less than 1/2048
-_COUNT_BITS = 32  # of the sums of a few counts, whatever ring updates have
+_COUNT_BITS = 32  # of sums of counts, for any ring of updates
 _DROPOUTS = 1  # use of the seed
 
 
@@ -115,7 +115,7 @@ class Aggregation:
   def build_counts(
     self, num_sites: int, sites_in_round: int, largest: float, exchange: Exchange | None = None
   ) -> summation.Summation:
-    """How counts up to `largest` are summed over all sites: securely, whatever updates are."""
+    """How counts up to `largest` are summed over all sites: always securely."""
     processes = exchange is not None
     return _formed(self.secure_sum(num_sites, sites_in_round, processes, largest), exchange)
 
@@ -157,7 +157,7 @@ class Aggregation:
     )
 
   def losing(self, summed: summation.Summation, seed: int) -> summation.Summation:
-    """The same, which loses sites at `dropout_rate`, half of them before they mask."""
+    """The summation with sites lost at `dropout_rate`, half of them before they mask."""
     if not self.dropout_rate:
       return summed
 

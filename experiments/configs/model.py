@@ -1,4 +1,4 @@
-"""What network is trained, on images in which form."""
+"""The network that is trained, and the form of its images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AUGMENTATIONS = {
   ),
 }
 _INITIAL = 7  # what the key of the initial parameters is folded with
-# Of a typical radiograph; fixed, so that no statistic of anybody's images is needed.
+# Of a typical radiograph; fixed, so that no statistics of any site's images are needed.
 _MEAN, _STD = 0.5, 0.25
 _FEATURE_BATCH = 64
 
@@ -95,7 +95,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-  """What images undergo at each step."""
+  """Random changes to images at each step."""
 
   augment: str = setting(
     "light",
@@ -156,8 +156,8 @@ def normalise(images: Array) -> Array:
 
 
 def of_stored(config: models.ModelConfig) -> Callable[[np.ndarray], np.ndarray] | None:
-  """What the model computes of stored images before its first parameter; None where that is
-  nothing.
+  """The model's computation on stored images before its first parameter; None if there is
+  none.
 
   Returns:
     uint8 images [..., H, W, C] -> features [..., h, w, c].

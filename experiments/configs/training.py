@@ -1,4 +1,4 @@
-"""How a site trains between two synchronisations, and what the server makes of updates."""
+"""How a site trains between two synchronisations, and how the server applies updates."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Builder:
       Offset, a.shape, a.scale, a.max_abs + max_abs, input=a.number, owner=owner, operand=operand
     )
 
-  def multiply_public(self, a: Value, array: Any, max_abs: float | None = None) -> Value:
+  def multiply_public(self, a: Value, array: Any) -> Value:
     """a x array, elementwise and broadcast.
 
     A number is free; an array is rounded to 2^-f of its largest element.

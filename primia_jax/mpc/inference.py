@@ -34,7 +34,7 @@ def secret(
 ) -> Callable:
   """Transforms fn(*args) into f(key, *args), which computes it under encryption.
 
-  For research: both parties and the dealer run in one call, and whoever runs it sees everything. It
+  For research: both parties and the dealer run in one call, and the caller sees everything. It
   traces, so it goes through `jit` and `vmap` (with a key for each element). It deals for every
   call.
 
@@ -106,7 +106,7 @@ def encoder(plan: Plan) -> Callable[[Sequence[PyTree]], Operands]:
 def owner_encoder(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], Operands]:
   """One owner's arguments as operands: once per model, or once per image.
 
-  Each owner has a program of its own: in another program, a folded weight might round to the
+  Each owner has its own program: in another program, a folded weight might round to the
   neighbouring integer.
 
   Returns:

@@ -1,6 +1,4 @@
-"""What an encrypted computation will cost and which ranges it assumes, before anything is dealt or
-sent.
-"""
+"""The cost and assumed ranges of an encrypted computation, before anything is dealt or sent."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ OWNERS = {"model_owner": MODEL_OWNER, "data_owner": DATA_OWNER, SHARED: None, PU
 class Plan:
   """A function ready to be dealt for; everybody may see it.
 
-  It tells the architecture, the scales of the weights and the calibrated range of every gate
+  It reveals the architecture, the scales of the weights and the calibrated range of every gate
   (powers of two), and nothing else about model or image.
 
   Attributes:
@@ -45,7 +43,7 @@ class Plan:
 
   @property
   def config(self) -> Config:
-    """The ring and its like."""
+    """The ring, and how exact."""
     return self.circuit.config
 
   def __str__(self) -> str:

@@ -56,7 +56,7 @@ class Factor:
   w_bits: int
 
 
-def choose(map: Map, w_shape: Sequence[int], w_bits: int, num_bits: int) -> Form:
+def choose(map: Map, w_shape: Sequence[int], num_bits: int) -> Form:
   """The fastest form on the default backend, on CPU as measured by `benchmarks/ring_products.py`.
 
   On CPU "integer" is ahead for every layer of a ResNet and for large matrices, in every ring and
@@ -90,7 +90,7 @@ def split(map: Map, w: Array, w_bits: int, num_bits: int, form: Form | None = No
   """
   if not 2 <= w_bits <= num_bits <= 64:
     raise ValueError(f"w_bits={w_bits} and num_bits={num_bits}; use 2 <= w_bits <= num_bits <= 64")
-  form = choose(map, w.shape, w_bits, num_bits) if form is None else form
+  form = choose(map, w.shape, num_bits) if form is None else form
   if form not in FORMS:
     raise ValueError(f"form={form!r}; use one of {', '.join(FORMS)}")
   if form == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]

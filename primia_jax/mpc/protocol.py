@@ -1,15 +1,14 @@
 """The phases of one inference on a circuit: deal, prepare, run.
 
   publish   an owner's D = W - B for its operands of linear layers; B is the dealer's and uniform,
-  so
-            D tells nothing to anybody without B
+            so D reveals nothing without B
   deal      the dealer's correlations, before the image exists; party 0 receives a seed, party 1 a
             seed and arrays
   prepare   each party expands its seed and maps its mask shares, alone
   run       the parties open masked values to each other; only this phase communicates
 
-These functions are pure and trace. They trust their caller to use each key once and to hand nobody
-else's operands to a party; `roles` does both.
+These functions are pure and trace. Their caller must use each key once and give each
+party its own operands only; `roles` does both.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | `ModelOwner` | its weights | nothing about the image |
 | `DataOwner` | its images | the output and the plan, nothing else about the weights |
-| `Dealer` | the plan; seeds and blinds of its own making | nothing of anybody's |
+| `Dealer` | the plan; its own seeds and blinds | nothing about weights or images |
 
 All three are semi-honest, and the dealer colludes with neither party. The dealer works before the
 image exists. ChaCha20 with a uniform key is a pseudorandom function.
@@ -14,9 +14,9 @@ One inference, as messages:
   Blind          dealer -> model owner, once: the key of B
   Publication    model owner -> data owner, once: D = W - B, uniform without B
   Correlations   dealer -> each party, for one inference
-  Question       data owner -> model owner, for one inference: D = x - B' of those values of its own
-                 that multiply shared ones, under a blind B' that only the data owner and the dealer
-                 know; most plans have none
+  Question       data owner -> model owner, for one inference: D = x - B' for those of its values
+                 that multiply shared ones; only the data owner and the dealer know B'; most plans
+                 have none
   (online)       both parties open masked values; then the model owner sends its shares of the
                  outputs
 

@@ -169,13 +169,6 @@ class DistributedNoise:
     return self.l2_sensitivity / (self.scale * self.l2_clip_norm)
 
   @property
-  def effective_noise_multiplier(self) -> float:
-    """Of the continuous Gaussian mechanism that this one comes close to: noise_multiplier /
-    sensitivity_inflation.
-    """
-    return self.noise_multiplier / self.sensitivity_inflation
-
-  @property
   def wrap_probability(self) -> float:
     """A bound on the probability that one coordinate of the rotated sum wraps around, by 2^k /
     scale.

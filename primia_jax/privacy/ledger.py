@@ -1,8 +1,8 @@
 """Ledgers on disk and in reports: a book is written before anything is released.
 
-Every site of a cohort spends alike, since all draw with the same probability and add the same
-noise. So a book holds one ledger for each site, charged for the rounds that it took part in; the
-worst is what is claimed.
+All sites of a cohort spend the same in a round, since all draw with the same probability and add
+the same noise. A book holds one ledger for each site, charged for the rounds that it took part in;
+the claim is that of the worst.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ class Book:
 
   Attributes:
     ledgers: one for each site.
-    counts: the noised class counts, which are released once however often a run is started; None
-      before.
+    counts: the noised class counts, which are released once, restarts included; None before.
   """
 
   def __init__(self, plan: Plan, num_sites: int, path: pathlib.Path):
@@ -65,7 +64,7 @@ class Book:
 
   @property
   def epsilon(self) -> float:
-    """What is claimed so far: that of the worst site."""
+    """The epsilon claimed so far: the worst site's."""
     return accounting.of_sites(self.ledgers)
 
   def within_budget(self, site_ids: Sequence[int]) -> bool:
@@ -92,8 +91,8 @@ def reconcile(paths: Sequence[pathlib.Path]) -> None:
   """Makes the books of several processes equal before they continue: of each site the ledger with
   the largest epsilon.
 
-  A process that was killed may have booked a round that no other has begun. Books hold nothing that
-  is not public.
+  A process that was killed may have charged a round that no other has begun. Books hold only
+  public numbers.
   """
   books = [json.loads(path.read_text()) for path in paths if path.is_file()]
   if not books:
@@ -109,7 +108,7 @@ def reconcile(paths: Sequence[pathlib.Path]) -> None:
 
 
 def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
-  """What a report says of the releases and of the claim, rounded up; all ledgers are of one run.
+  """A report's rows on the releases and the claim (rounded up) of one run's ledgers.
 
   Raises:
     ValueError: as `accounting.of_sites`.
@@ -167,11 +166,8 @@ def _told(release: Release) -> str:
   times = f"{release.times} times" if release.times != 1 else "once"
   if release.curve:
     return f"{times}, by integer noise of all sites together"
-  rate = (
-    f", each unit drawn with probability {release.sampling_rate:.6g} (Poisson)"
-    if release.sampling_rate < 1
-    else ""
-  )
+  q = release.sampling_rate
+  rate = f", each unit drawn with probability {q:.6g} (Poisson)" if q < 1 else ""
   return (
     f"{times}, Gaussian noise of {release.noise_multiplier:.6g} times the largest "
     f"contribution of a unit{rate}"

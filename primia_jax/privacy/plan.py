@@ -4,12 +4,12 @@
 the clipped gradients and the noise of a step, and the releases that a ledger is charged for it. The
 step, the ledger and a forecast read that one object, so that they cannot disagree.
 
-Who learns what: whoever sees a site's updates, or the sums and models that follow from them, learns
-of any one unit no more than the ledger's epsilon and delta say. Two data sets are adjacent when one
+Who learns what: an observer of a site's updates, or of sums and models computed from them, learns
+no more about any unit than the ledger's epsilon and delta say. Two data sets are adjacent when one
 has a unit more than the other (its gradients, or its update, are zeros in the other); the number of
 units is public. This assumes that each site's secret is fresh, drawn from the operating system and
-known to nobody else (then ChaCha20's output stands for true randomness), that no step's number
-comes twice with one secret, and that the rows of one unit are of one patient. The site itself sees
+known to nobody else (then ChaCha20's output stands for true randomness), that no step number
+occurs twice with one secret, and that the rows of one unit are of one patient. The site itself sees
 its images.
 """
 
@@ -43,7 +43,7 @@ _FAILURE = 1e-12  # probability that any batch of a run overflows; taken from de
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What all plans say of their cost.
+  """What every plan costs.
 
   Attributes:
     unit: whose presence is hidden: "example", "patient" or "site".
@@ -51,8 +51,8 @@ class Plan:
     num_units: public: of the largest site, or of sites.
     target_epsilon: at which training stops; infinite without a target.
     num_steps: of a round, the same at all sites; 1 for sites as units.
-    releases: what one round of a site gives away, each with its number of times.
-    before: what is given away once, before training, such as class counts.
+    releases: what one round of a site releases, each with its number of times.
+    before: what is released once, before training, such as class counts.
     whole_run: the releases are those of all rounds together, charged before a site's first round.
   """
 
@@ -71,7 +71,7 @@ class Plan:
     return functools.reduce(lambda a, b: accounting.spend(a, b, times), self.releases, ledger)
 
   def spent(self, rounds: int) -> Ledger:
-    """A site's ledger after what comes before training, and so many rounds."""
+    """A site's ledger after the releases before training, and that many rounds."""
     start = functools.reduce(accounting.spend, self.before, Ledger(self.unit, self.delta))
     return self.charge(start, rounds)
 
@@ -94,7 +94,7 @@ class StepPlan(Plan):
     sampling_rate: q, the rate that runs; 1 for batches in a fixed order.
     batch_size: the most units of a step.
     strategy: of noise that is correlated over steps; None for fresh noise.
-    steps, grad_fn, privatizer: of a `local.Recipe`, which refuses to part them.
+    steps, grad_fn, privatizer: of a `local.Recipe`, which takes them together only.
   """
 
   noise_multiplier: float
@@ -320,9 +320,9 @@ def site_level(
     target_epsilon: of the whole run; None for no target.
     noise_multiplier: of a round, bits included; None for the least that meets the target.
     l2_clip_norm: the largest norm of an update, or that of the first round.
-    target_quantile: the share of sites whose norm shall be within the clip; None fixes the clip.
+    target_quantile: the share of sites whose norm should be within the clip; None fixes it.
     clip_rate: `Clip.learning_rate` of a clip that moves.
-    together: how sites make noise together. Its l2_clip_norm and noise_multiplier do not count:
+    together: how sites make noise together. Its l2_clip_norm and noise_multiplier are ignored:
       they follow from this function's. None for noise that each site adds by itself.
 
   Raises:

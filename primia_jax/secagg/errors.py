@@ -10,7 +10,7 @@ class Aborted(RuntimeError):
 class RoundAborted(Aborted):
   """Simulation: too many sites are lost to open this sum, or to open it only as a whole.
 
-  The caller may go on with the next round.
+  The caller may continue with the next round.
   """
 
 
@@ -29,7 +29,7 @@ class RoundFailed(Aborted):
 
 
 class Refused(Aborted):
-  """Site: the server's message would make it unsafe to go on, so this site leaves the round.
+  """Site: the server's message would make it unsafe to continue, so this site leaves the round.
 
   Attributes:
     site: the site that refuses.

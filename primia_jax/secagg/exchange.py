@@ -9,9 +9,9 @@ Who learns what: see `protocol`. Its bounds hold for the K sites that have begun
 lost, no sum is over fewer than the quorum of K. That is more than two thirds of them, or more than
 half with a threshold between half and two thirds, which assumes a server that follows the protocol.
 The bounds cannot hide the difference of two sums of the same inputs, one with a site and one
-without it: all learn such a site's input.
+without it: everyone learns that site's input.
 
-The server tells the sums, so it could tell each site another sum and make them train different
+The server announces the sums, so it could tell each site another one and make them train different
 models, until only one site's update is left in a sum (Pasquini et al. 2022, "Eluding secure
 aggregation in federated learning via model inconsistency"). Here every message of a sum is bound to
 all sums that its sender was told before. Sites that were told different sums refuse each other in
@@ -157,7 +157,7 @@ class Exchange:
 
     Raises:
       Lost, RoundFailed: as `begin`.
-      Refused: the server's message would make it unsafe to go on.
+      Refused: the server's message would make it unsafe to continue.
     """
     (_, site, pending), (leaves, structure) = begun, jax.tree.flatten(elements)
     vectors = [rounds.reduce(np.asarray(a).reshape(-1), site.setup) for a in leaves]
@@ -172,7 +172,7 @@ class Exchange:
     return jax.tree.unflatten(structure, [jnp.asarray(v.reshape(a.shape)) for v, a in totals])
 
   def close(self) -> None:
-    """Leaves the run; the other sites go on without this one, unless it is the host."""
+    """Leaves the run; the other sites continue without this one, unless it is the host."""
     self._connection.close()
     if self._host:
       self._host.close()
@@ -204,7 +204,7 @@ def agree(
   run: bytes,
   graph_key: np.ndarray,
 ) -> rounds.Setup:
-  """What the sites that are left, of num_sites, agree on for a sum of vectors of these sizes.
+  """The setup of a sum of vectors of these sizes, over the sites left of num_sites.
 
   Raises:
     ValueError: for a config without masks or for fewer sites, a ring that jax arrays cannot hold,
@@ -274,7 +274,7 @@ def publish(folder: pathlib.Path, name: int | str, identity: keys.Identity) -> N
 
 
 def pin(folder: pathlib.Path, own: keys.Identity, num_sites: int, timeout: float) -> Pinned:
-  """Waits for all identities and pins them: trust on first use in whoever can write to the folder.
+  """Waits for all identities and pins them, trusting on first use all who can write to the folder.
 
   Raises:
     Lost: some are missing when the timeout has passed.

@@ -77,7 +77,7 @@ def degree_for(
   correctness: int = 30,
   malicious_server: bool = False,
 ) -> tuple[int, int]:
-  """The sparsest circle, and its threshold, that withstands so many corrupt sites and dropouts.
+  """The sparsest circle, and its threshold, that withstands the given corrupt sites and dropouts.
 
   C corrupt sites and D dropouts of K are spread over the circle at random, and t of the P + 1
   shares (P neighbours' and a site's own) open a secret. Union bounds over the sites:
@@ -105,19 +105,15 @@ def degree_for(
   Raises:
     ValueError: for fractions outside [0, 1), or if not even the complete graph is enough.
   """
-  for name, fraction in (
-    ("corrupt_fraction", corrupt_fraction),
-    ("dropout_fraction", dropout_fraction),
-  ):
+  fractions = {"corrupt_fraction": corrupt_fraction, "dropout_fraction": dropout_fraction}
+  for name, fraction in fractions.items():
     if not 0 <= fraction < 1:
       raise ValueError(f"{name}={fraction}; it must be in [0, 1)")
   if num_sites < 2:
     raise ValueError(
       f"num_sites={num_sites}; the sum over one site is that site's input, so use at least 2"
     )
-  corrupt, dropped = (
-    math.floor(f * num_sites + 1e-9) for f in (corrupt_fraction, dropout_fraction)
-  )
+  corrupt, dropped = (math.floor(f * num_sites + 1e-9) for f in fractions.values())
   unsafe, failed = 0.5 * 2.0**-security / num_sites, 2.0**-correctness / num_sites
   for degree in range(2, min(num_sites - 1, shamir.MAX_SHARES), 2):
     removed = [max(corrupt + dropped - i, 0) / (num_sites - i) for i in range(degree)]

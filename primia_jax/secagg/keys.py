@@ -91,8 +91,8 @@ def agree(private: bytes, *peers_public: bytes) -> list[bytes]:
     32 bytes for each, not uniform: expand them before use.
 
   Raises:
-    ValueError: for a key of the wrong length, or a public key of low order, with which anybody
-      would know the secret.
+    ValueError: for a key of the wrong length, or a public key of low order, whose secret
+      anyone could compute.
   """
   own = X25519PrivateKey.from_private_bytes(private)
 

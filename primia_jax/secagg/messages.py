@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
@@ -131,18 +131,7 @@ Message = (
 STAGES = ("advertise", "share_keys", "masked_input", "consistency", "unmask")
 FROM_SITES = (Advert, Shares, MaskedInput, Consent, Answer)  # in the order of the stages
 FROM_SERVER = (Roster, Delivery, Survivors, Consents, Total)  # what ends each stage
-_KINDS: tuple[Any, ...] = (
-  Advert,
-  Roster,
-  Shares,
-  Delivery,
-  MaskedInput,
-  Survivors,
-  Consent,
-  Consents,
-  Answer,
-  Total,
-)
+_KINDS: tuple[Any, ...] = get_args(Message)
 
 
 def encode(message: Message) -> bytes:

@@ -113,10 +113,8 @@ def setup(
   least, least_quorum = (
     graph.smallest_threshold(n, malicious_server) for n in (degree + 1, num_sites)
   )
-  threshold, quorum = (
-    least if threshold is None else threshold,
-    least_quorum if quorum is None else quorum,
-  )
+  threshold = least if threshold is None else threshold
+  quorum = least_quorum if quorum is None else quorum
   if not least <= threshold <= degree + 1:
     raise ValueError(
       f"threshold={threshold} of {degree + 1} shares; it must be above {part}: {least} to "

@@ -19,7 +19,7 @@ from primia_jax.secagg.rounds import Setup
 
 
 class Server(NamedTuple):
-  """The server's state in one round; nothing in it is secret from whoever may see the sum.
+  """The server's state in one round; it holds nothing secret from those who may see the sum.
 
   Attributes:
     setup: what all agreed on.
@@ -268,20 +268,13 @@ def _check_shares(server: Server, shares: msg.Shares) -> str:
   if set(shares.boxes) != near:
     return f"boxes for sites {sorted(shares.boxes)} instead of {sorted(near)}"
   size = 2 * keys.KEY_BYTES + keys.BOX_OVERHEAD
-  return (
-    ""
-    if all(len(box) == size for box in shares.boxes.values())
-    else f"boxes must have {size} bytes"
-  )
+  legal = all(len(box) == size for box in shares.boxes.values())
+  return "" if legal else f"boxes must have {size} bytes"
 
 
 def _check_masked(server: Server, masked: msg.MaskedInput) -> str:
-  legal = rounds.legal_vectors(masked.vectors, server.setup)
-  return (
-    ""
-    if legal
-    else f"vectors must have {server.setup.sizes} elements of Z_2^{server.setup.num_bits}"
-  )
+  setup, legal = server.setup, rounds.legal_vectors(masked.vectors, server.setup)
+  return "" if legal else f"vectors must have {setup.sizes} elements of Z_2^{setup.num_bits}"
 
 
 def _check_answer(server: Server, answer: msg.Answer) -> str:
@@ -293,11 +286,8 @@ def _check_answer(server: Server, answer: msg.Answer) -> str:
       f"seed shares must be of sites {sorted(wanted[0])}, mask-key shares of {sorted(wanted[1])}"
     )
   given = [*answer.self_shares.values(), *answer.mask_shares.values()]
-  return (
-    ""
-    if all(len(share) == keys.KEY_BYTES for share in given)
-    else f"shares must have {keys.KEY_BYTES} bytes"
-  )
+  legal = all(len(share) == keys.KEY_BYTES for share in given)
+  return "" if legal else f"shares must have {keys.KEY_BYTES} bytes"
 
 
 _CHECKS: tuple[Callable[[Server, Any], str], ...] = (

@@ -6,8 +6,8 @@ peers and Shamir shares of each site's two secrets among its neighbourhood, and 
 that lost sites leave in the sum. Both take the graph, the secrets, the keys and the masks from the
 same functions: where a site's secrets are equal, so is its masked message, bit for bit.
 
-Who learns what: the caller plays every site and could learn everything. What is simulated is the
-server's part: it gets t shares of one secret of each site, never of both.
+Who learns what: the caller plays every site and could learn everything. The simulated
+server gets t shares of one secret of each site, never of both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Dropouts(NamedTuple):
     before: [K] bool. Lost before they shared their secrets: no site masks with them.
     during: [K] bool. Lost after that: others have masked with them, but their message never comes.
     after: [K] bool, or None for no site. Lost after their message came: it is in the sum, but they
-      answer no more.
+      no longer answer.
   """
 
   before: np.ndarray
@@ -60,10 +60,10 @@ class Begun(NamedTuple):
 def begin(
   config: SecureSum, words: tuple[int, int], ids: np.ndarray, dropouts: Dropouts | None = None
 ) -> Begun:
-  """Draws all keys of one sum from the operating system, and plays the loss and recovery of sites.
+  """Draws all keys of one sum from the operating system, and simulates losses and recovery.
 
-  No key is an argument or is derived from one, so no two sums share a key, however often a caller
-  begins with the same arguments. With several processes (`jax.distributed`, all of one operator)
+  No key is an argument or is derived from one, so no two sums share a key, even if a caller begins
+  twice with the same arguments. With several processes (`jax.distributed`, all of one operator)
   process 0 draws 32 bytes and broadcasts them; every process expands them to the same keys.
 
   With a threshold, pair keys and self-masks are those of `protocol`. Without one, a trusted dealer
@@ -175,7 +175,7 @@ def _agreed(
   secrets: Sequence[subkeys.Secrets],
   before: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
-  """What key agreement gives each site, as in `Row`; a peer lost before is none."""
+  """What key agreement gives each site, as in `Row`; a peer lost before does not count."""
   sites, of_pair = numbers.tolist(), {}
   for i, row in enumerate(rows.tolist()):
     later = {sites[j]: secrets[j].mask.public for j in row if j > i}  # once for both ends

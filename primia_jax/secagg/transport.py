@@ -144,7 +144,7 @@ def begin(
     identity: its signing pair.
 
   Raises:
-    Refused: the server's message would make it unsafe to go on.
+    Refused: the server's message would make it unsafe to continue.
     ConnectionError: the server has ended the round.
     TimeoutError: the server sends nothing.
   """
@@ -290,7 +290,7 @@ async def _serve(
 async def _gather(
   state: serving.Server, hub: _Hub, rejected: list[Rejected], timeout: float
 ) -> serving.Server:
-  """Takes messages until every site has spoken that still can, or the time is up."""
+  """Takes messages until every site that still can has spoken, or the time is up."""
   loop = asyncio.get_running_loop()
   deadline, stage, writers = loop.time() + timeout, msg.STAGES[state.stage], hub.writers
   while any(u not in writers or writers[u] in hub.open for u in serving.expected(state)):
