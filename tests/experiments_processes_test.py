@@ -216,7 +216,7 @@ def test_a_killed_process_is_a_lost_site_and_takes_part_again_when_all_start_ane
     before = len(rows(folder))
     wait_for(lambda: rows(folder)[-1]["survivors"] == 3)
     children[0].send_signal(signal.SIGKILL)  # the host: the run ends, and can be started again
-    with pytest.raises(RuntimeError, match="site 0, which is host to the server, failed"):
+    with pytest.raises(RuntimeError, match="site 0, which hosts the server, failed"):
       processes.watch(children, folder)
   finally:
     for child in children:
