@@ -36,10 +36,10 @@ def _facts_of_run(plan: StepPlan, noises: strategies.Config) -> dict[str, Any]:
     strategy = f"{len(noises.coefficients)} bands, Choquette-Choo et al. 2023"
   error = math.sqrt(float(np.mean(strategies.squared_errors(noises))))
   return {
-    "mechanism": f"DP-FTRL at each site (Kairouz et al. 2021; {strategy}): per-unit gradients "
-    "clipped and summed, and noise that cancels from step to step is added by the site before its "
-    "optimiser steps; epsilon is of the whole run from its first round on, and a run that is "
-    "started again is charged again",
+    "mechanism": f"DP-FTRL at each site (Kairouz et al. 2021; {strategy}): per-unit gradients are "
+    "clipped and summed, and the site adds noise that cancels from step to step before its "
+    "optimiser steps. The whole run is charged at its first round, and once more at every further "
+    "start",
     "clipping": _clipping(plan.clipping),
     "sampler": f"none: batches of {plan.batch_size} in one fixed order, at least "
     f"{noises.min_separation} steps between two uses of "
@@ -47,8 +47,8 @@ def _facts_of_run(plan: StepPlan, noises: strategies.Config) -> dict[str, Any]:
     f"uses in {noises.num_steps} steps",
     "noise in the sum of all gradients so far": f"standard deviation {error:.4g} (root mean square "
     f"over steps)",
-    "noise on disk": "checkpoints hold noise that has yet to cancel: whoever reads them can "
-    "subtract it; keep them as the images are kept",
+    "noise on disk": "checkpoints hold noise that has yet to cancel, and whoever reads them can "
+    "subtract it; protect them as you protect the images",
   }
 
 
@@ -80,8 +80,8 @@ def _facts_of_steps(plan: StepPlan) -> dict[str, Any]:
   if plan.strategy is not None:
     return _facts_of_run(plan, plan.strategy)
   return {
-    "mechanism": "DP-SGD at each site (Abadi et al. 2016): per-unit gradients clipped and "
-    "summed, noise added by the site before its optimiser steps",
+    "mechanism": "DP-SGD at each site (Abadi et al. 2016): per-unit gradients are clipped and "
+    "summed, and the site adds noise before its optimiser steps",
     "clipping": _clipping(plan.clipping),
     "sampler": f"Poisson, rate {plan.sampling_rate:.6g}, at most {plan.batch_size} units in a "
     f"batch",
@@ -116,8 +116,8 @@ def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]
   out |= ledger.statement(ledgers)
   if plan.delta > _LARGE_DELTA:
     out["WEAK"] = (
-      f"delta={plan.delta:.3g} is the probability of giving a unit away altogether; set a small "
-      f"--delta"
+      f"delta={plan.delta:.3g} allows that with this probability a unit is disclosed entirely; set "
+      f"a smaller --delta"
     )
   if isinstance(plan, StepPlan):
     out |= _facts_of_steps(plan)
@@ -132,7 +132,7 @@ def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]
     )
   return out | {
     "protected from": protected,
-    "not covered": "validation images: their counts leave each site as exact sums under secure "
-    "aggregation, and choose the round that is kept; other arms of a report and other runs on the "
-    "same images, tuning included, add up",
+    "not covered": "validation images: their exact counts leave each site under secure aggregation "
+    "and choose the round that is kept. Other arms of this report and other runs on the same "
+    "images, tuning included, cost privacy in addition",
   }

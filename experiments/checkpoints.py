@@ -23,11 +23,12 @@ class Best(NamedTuple):
 
 
 class Checkpoints:
-  """What a run continues from.
+  """The checkpoints of an arm. No secret and no key of a mask is in them.
 
-  Where each site has a process, the first saves what all know, and each saves what its site keeps.
-  Processes that are started again all begin with the first one's last round. A site that has not
-  saved that round, because it was lost or is new, begins with its own newest state before it.
+  Where each site has a process, that of site 0 saves what all know, and each saves what its site
+  keeps. All processes that are started again continue from the last round that site 0 saved. A site
+  that has not saved that round, because it was lost or is new, begins with its own newest state
+  before it.
   """
 
   def __init__(self, folder: pathlib.Path, in_processes: bool, number: int, keeps: bool):
@@ -42,8 +43,7 @@ class Checkpoints:
     self._in_processes, self._writes = in_processes, number == 0
     self._all = _manager(folder / "checkpoints", 1, read_only=not self._writes)
     own = folder / f"site_{number}" / "checkpoints"
-    # Two, since the first process may have been stopped before it saved the round that this one
-    # has.
+    # Two, since site 0 may have been stopped before it saved the round that this process has.
     self._own = _manager(own, 2) if self._in_processes and keeps else None
 
   def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best]:
@@ -61,7 +61,7 @@ class Checkpoints:
     if not self._own:
       return kept
     for step in self._own.all_steps():
-      if step > last:  # to be done again
+      if step > last:  # site 0 has not saved it, so it is repeated
         self._own.delete(step)
     newest = self._own.latest_step()
     return (

@@ -251,10 +251,9 @@ def _time(seconds: float) -> str:
 def _print_check(config: encrypted.Infer, found: phases.Difference, ids: Sequence[str]) -> None:
   print("\nChecked in the clear: every value stays within its planned range.")
   if found.largest is not None:
-    print(
-      f"  largest difference of a logit from float32: {found.largest:.2g} (target "
-      f"{config.target_error:g})"
-    )
+    is_chosen = config.ring_bits and config.fraction_bits  # then target_error chose nothing
+    target = "" if is_chosen else f" (target {config.target_error:g})"
+    print(f"  largest difference of a logit from float32: {found.largest:.2g}{target}")
   print(f"  the same class as float32: {found.same} of {len(ids)} images")
   if found.bitwise is not None:
     print(

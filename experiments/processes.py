@@ -1,10 +1,9 @@
-"""A federated run with one operating-system process per site: how they start, and how each joins
-the others.
+"""A federated run with one operating-system process for each site: starting them and joining them.
 
-Each process reads its own site's images only and holds its own keys and secrets; what crosses
-between them is the protocol of `primia_jax.secagg`. The process of site 0 is also host to the
-server, which learns sums only. The run folder is where they find each other: its `identities` hold
-public keys, which are pinned on first use, so anyone who can write there while a run starts could
+Each process reads its own site's images only and holds its own keys and secrets. Only messages of
+the protocol of `primia_jax.secagg` cross between processes. The process of site 0 also hosts the
+server, which learns sums only. Processes find each other's public keys in the run folder, under
+`identities`, and pin them on first use. So a person who can write there while a run starts can
 impersonate a site that has not joined yet.
 """
 
@@ -56,7 +55,8 @@ class Seat(NamedTuple):
   Attributes:
     number: of its site.
     address: HOST:PORT of the server.
-    timeout: seconds that the others wait for a site in each stage of a sum, its training included.
+    timeout: seconds that the others wait for a site in each stage of a sum; its training must fit
+      in.
   """
 
   number: int
@@ -67,13 +67,13 @@ class Seat(NamedTuple):
 def connect(config: Train, folder: pathlib.Path, seat: Seat) -> Place:
   """Makes this process's identity, pins the others' and joins them.
 
-  The first clears what an earlier start has left, makes the books equal, and then listens. The
-  others wait for that, so none pins an old identity or continues from another book, in whatever
-  order they start.
+  The process of site 0 removes the identities of an earlier start, makes all sites' ledgers equal,
+  and only then listens. The others wait until it listens. So no process pins an old identity or
+  continues from another ledger, in whatever order they are started.
 
   Raises:
     Lost: the others do not join in time.
-    ValueError: the address is none, or not this machine's.
+    ValueError: the address is not HOST:PORT, or not an address of this machine.
   """
   host, _, port = seat.address.rpartition(":")
   is_place = host and port.isdecimal() and 0 < int(port) < 2**16
@@ -108,13 +108,13 @@ def connect(config: Train, folder: pathlib.Path, seat: Seat) -> Place:
 
 
 def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathlib.Path) -> None:
-  """Starts the processes on this machine and waits for them; the first one's output is shown.
+  """Starts the processes on this machine and waits for them; shows the output of site 0's.
 
-  A site whose process ends is lost to the run, which continues while enough are left.
+  A site whose process ends is lost to the run. The run continues while enough sites are left.
 
   Raises:
-    RuntimeError: the first process failed, or another before it could take part; the message names
-      the log.
+    RuntimeError: the process of site 0 failed, or another one ended before it took part; the
+      message names the log.
   """
   children = start(module, arguments, num_sites, folder)
   # so that no child is left behind
@@ -128,8 +128,8 @@ def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathli
       child.wait()
   if lost:
     print(
-      f"warning: sites {lost} were lost, and are not in what was trained after that; see "
-      f"{_logs(folder, lost)}. A restarted run takes them back",
+      f"warning: sites {lost} were lost and took no part in later rounds; see "
+      f"{_logs(folder, lost)}. They take part again when the run is started again",
       file=sys.stderr,
     )
 
@@ -137,8 +137,8 @@ def launch(module: str, arguments: Sequence[str], num_sites: int, folder: pathli
 def start(
   module: str, arguments: Sequence[str], num_sites: int, folder: pathlib.Path
 ) -> list[subprocess.Popen]:
-  """Starts one process for each site, in a run folder cleared of old identities."""
-  _clear(folder / IDENTITIES)  # before the first does, since `watch` looks there
+  """Starts one process for each site, after removing older identities from the run folder."""
+  _clear(folder / IDENTITIES)  # earlier than site 0 does, since `watch` looks there
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -179,16 +179,14 @@ def watch(children: Sequence[subprocess.Popen], folder: pathlib.Path) -> list[in
   if children[0].returncode:
     others = _logs(folder, range(1, len(children)))
     raise RuntimeError(
-      f"the process of site 0, which is host to the server, failed: see above, and {others}. "
-      "Start again with the same --run_dir to continue from the last saved round"
+      f"the process of site 0, which hosts the server, failed; see above and {others}. Start again "
+      "with the same --run_dir to continue from the last saved round"
     )
   return [i for i, child in enumerate(children) if child.poll() != 0]
 
 
 def home(folder: pathlib.Path, number: int) -> pathlib.Path:
-  """The folder of a site's own files in an arm's folder; for the first site the arm's folder
-  itself, which the report reads.
-  """
+  """Where a site's process keeps its own files: site 0 in the arm's folder, others below it."""
   return folder / f"site_{number}" if number else folder
 
 

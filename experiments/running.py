@@ -29,8 +29,9 @@ _POOLED, _LOCAL = "pooled", "local"
 
 
 def prepare_devices(placement: str) -> None:
-  """Gives a CPU one JAX device for each core where sites may run on a mesh; must come before
-  anything uses JAX.
+  """Gives a CPU one JAX device for each core, where sites may run on a mesh.
+
+  Call it before anything uses JAX.
   """
   if placement in ("auto", "mesh"):
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # no effect on accelerators
@@ -90,7 +91,7 @@ def run(
     federated: whether sites train together (then that is the main arm); else the pooled model is.
     baselines: further arms, of "pooled" and "local".
     log: called with each round's line.
-    seat: this process's, where each site has one.
+    seat: this process's place among the processes, where each site has one.
 
   Returns:
     What `metrics.json` holds; empty in all processes but the first.
@@ -104,10 +105,18 @@ def run(
 
 @contextlib.contextmanager
 def alone(path: pathlib.Path) -> Iterator[None]:
-  """Locks the run: two processes that write one ledger would overwrite each other's charges."""
+  """Keeps a second process out while this one works on a run.
+
+  Locks the run: two processes that write one ledger would overwrite each other's charges.
+
+  Raises:
+    ValueError: another process holds the lock.
+  """
   with path.open("w") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released whenever the process ends
+      fcntl.flock(
+        file, fcntl.LOCK_EX | fcntl.LOCK_NB
+      )  # it ends with the process, even a killed one
     except BlockingIOError:
       raise ValueError(
         f"another process is at work in {path.parent}; wait for it or stop it"
@@ -236,7 +245,7 @@ def secure_aggregation_facts(
     "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
     "of a site and its peers, who must answer": secure.threshold or "all: no site may drop out",
     **encoding,
-    "who learns what": "the server sees sums only; " + _whose_keys(config, secure),
+    "who learns what": "the server sees sums only; " + _whose_keys(config, secure) + _of_two(n),
     "known to all": (
       f"sizes of the smallest and largest site: {min(images.train.sizes)} and "
       f"{max(images.train.sizes)} training images"
@@ -257,6 +266,12 @@ def _whose_keys(config: Train, secure: secagg.SecureSum) -> str:
     else "pair keys come from a trusted dealer"
   )
   return f"{keys}. This run was a simulation: one process played the server and all sites"
+
+
+def _of_two(num_sites: int) -> str:
+  if num_sites > 2:
+    return ""
+  return ". Each of two sites can subtract its own update from the sum and learns the other's"
 
 
 def save_model(folder: pathlib.Path, trained: list[tuple[Params, ModelState]]) -> None:

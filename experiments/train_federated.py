@@ -17,6 +17,7 @@ same --run_dir.
 
 import sys
 
+import jax
 from absl import flags
 
 from experiments import processes, running, settings
@@ -86,6 +87,7 @@ def main() -> None:
       )
     baselines = []
   if in_processes and not FLAGS.coordinator:
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)
     folder = running.open_run(config, FLAGS.run_dir)
     processes.launch("experiments.train_federated", sys.argv[1:], num_sites, folder)

@@ -34,7 +34,7 @@ def fedavg(
 
   Args:
     recipe: how a site trains.
-    weighting: by examples, or uniform.
+    weighting: by examples (by patients, for sites with units), or uniform.
     keep_optimizer: the site's optimiser keeps its state from round to round instead of starting
       anew.
     server_optimizer: the server applies it to the negative mean update as a gradient; None adds the
@@ -307,7 +307,8 @@ def _change(trained: local.Trained, server: Global) -> tuple[Params, ModelState]
 def _weight(recipe: local.Recipe, site: Site, weighting: Weighting) -> Array:
   if weighting == "uniform":
     return jnp.float32(1)
-  return site.num_examples.astype(jnp.float32) / recipe.steps.max_examples
+  # Of patients, where they are the unit: how many images a patient has is not public.
+  return local.num_units(site).astype(jnp.float32) / recipe.steps.max_examples
 
 
 def _scaled(recipe: local.Recipe, metrics: Metrics) -> Metrics:

@@ -63,6 +63,7 @@ def class_counting(
       counts = counts + noise.gaussian_like(key, 0, counts, noise_stddev)
     return counts, site_state
 
+  _check_sums(summation)
   total = over_sites(site_fn, summation, placement, Purpose.COUNTING)
 
   def count(sites: Sites) -> np.ndarray:
@@ -144,6 +145,7 @@ def validation(
     model = algorithm.personal(shared, site_state)
     return errors_of(*model, site.images, site.labels, site.num_examples), ()
 
+  _check_sums(summation)
   total = over_sites(site_fn, summation, placement, Purpose.EVALUATION)
 
   def validate(key: Key, state: State, sites: Sites) -> Scores:
@@ -160,6 +162,13 @@ def validation(
     return Scores(confusion, float(sums["loss"]) / max(float(confusion.sum()), 1.0))
 
   return validate
+
+
+def _check_sums(summation: Summation) -> None:
+  if summation.stacks:
+    raise ValueError(
+      f"{summation.name!r} makes no sum of counts; use summation.masked or summation.clear"
+    )
 
 
 def predictor(

@@ -145,7 +145,9 @@ class Info(NamedTuple):
   """What a round reports, all of it computed from the opened sum.
 
   Attributes:
-    loss, accuracy: means over the round's training examples, as the sites saw them while training.
+    loss, accuracy: means over the round's training examples, as the sites saw them while training;
+      NaN where sites do not send them, as private ones do not. Under a robust rule, what the rule
+      makes of the sites' sums.
     update_norm: L2 norm of the change of the global parameters.
     out_of_range: sites whose message did not fit the encoding; the round is applied only if 0.
     survivors: numbers of the sites whose message is in the sum.
@@ -191,8 +193,9 @@ def over_sites(
 
   Returns:
     (shared, round, Sites, site_state [K, ...] = ()) -> (sum of messages, site_state [K, ...] of the
-    sites that run here, Outcome). It raises a ValueError for sites that the summation, the
-    placement or the loader cannot serve, and the summation's own errors.
+    sites that run here, Outcome). It raises a ValueError under jit, vmap or grad, where keys would
+    serve twice, and for sites that the summation, the placement or the loader cannot serve; and the
+    summation's own errors.
   """
 
   def one(shared: Any, inputs: PyTree) -> tuple[PyTree, PyTree]:
@@ -208,6 +211,7 @@ def over_sites(
   add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
   def apply(shared: Any, round: Array | int, sites: Sites, site_state: PyTree = ()):
+    _refuse_traced((shared, site_state, jnp.zeros(())))
     ids = np.asarray(sites.ids, np.int32)
     here = placement.rows(len(ids))
     if (placement.name == "processes") != summation.between_processes:
@@ -238,6 +242,7 @@ def over_sites(
         session = summation.begin(int(round), purpose, ids, shapes)
         rows = session.rows(here)
       summed, out = run(shared, (site, placement.put(cut(rows, part)), had))
+      _refuse_traced((summed, out))  # where the site function closes over a traced value
       total = summed if total is None else add(total, summed)
       outs.append(out)
     out = outs[0] if len(outs) == 1 else jax.tree.map(lambda *o: jnp.concatenate(o), *outs)
@@ -247,6 +252,14 @@ def over_sites(
     return message, site_state, outcome
 
   return apply
+
+
+def _refuse_traced(tree: PyTree) -> None:
+  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+    raise ValueError(
+      "a sum inside jit, vmap or grad would use its masks and noise again whenever the compiled "
+      "function runs; call it outside of them (its site functions are compiled by themselves)"
+    )
 
 
 def _load(sites: Sites, ids: np.ndarray, secrets: Any) -> Site:
@@ -275,8 +288,8 @@ def federate(
     num_sites: S, all sites, whether or not a round takes all of them.
 
   Raises:
-    ValueError: for a robust rule with messages that do not count the same; from `init`, for model
-      statistics that would leave a site in the clear.
+    ValueError: for a robust rule with messages that do not count the same; from `init` and `step`,
+      for model statistics that would leave a site in the clear.
   """
   if summation.stacks and not algorithm.uniform:
     raise ValueError(
@@ -286,14 +299,17 @@ def federate(
   train = over_sites(algorithm.site, summation, placement, Purpose.TRAINING)
   everyone = np.arange(num_sites)
 
-  def init(params: Params, model_state: ModelState | None = None) -> State:
-    model_state = {} if model_state is None else model_state
+  def check_statistics(model_state: ModelState) -> None:
     if jax.tree.leaves(model_state) and algorithm.shares_statistics and not summation.hides:
       raise ValueError(
         f"the model's statistics (BatchNorm) would leave each site in the clear under "
         f"{summation.name!r}; use secure aggregation, GroupNorm, or FedBN, which keeps them at the "
         "site"
       )
+
+  def init(params: Params, model_state: ModelState | None = None) -> State:
+    model_state = {} if model_state is None else model_state
+    check_statistics(model_state)
     one, here = algorithm.init_site(params, model_state), len(placement.rows(num_sites))
     site_state = jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (here, *np.shape(a))), one)
     start = (params, model_state, algorithm.init_server(params), jnp.zeros((), jnp.int32))
@@ -315,11 +331,12 @@ def federate(
     after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, state)
     after = after._replace(round=state.round + 1)
     change = jax.tree.map(jnp.subtract, after.params, state.params)
-    count = jnp.maximum(metrics.num_examples, jnp.finfo(jnp.float32).tiny)
+    count = jnp.where(metrics.num_examples > 0, metrics.num_examples, jnp.nan)
     told = algorithm.tells(state.server_state)
     return after, (metrics.loss / count, metrics.correct / count, optax.tree.norm(change), told)
 
   def step(key: Key, state: State, sites: Sites) -> tuple[State, Info]:
+    check_statistics(state.model_state)
     ids = np.asarray(sites.ids, np.int32)
     if len(ids) and (np.max(ids) >= num_sites or np.min(ids) < 0):
       raise ValueError(f"site numbers {ids.tolist()}; the run has sites 0 to {num_sites - 1}")

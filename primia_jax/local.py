@@ -85,6 +85,11 @@ class Privatizer(optax.GradientTransformationExtraArgs):
     made.goes_with = (steps, grad_fn)
     return made
 
+  def _replace(self, **changes) -> Privatizer:  # type: ignore[override]
+    made = super()._replace(**changes)
+    made.goes_with = self.goes_with
+    return made
+
 
 class Recipe(NamedTuple):
   """How a site trains.
@@ -272,6 +277,11 @@ def train(
   """
   steps, grad_fn, privatizer, optimizer, schedule = recipe
   privatizer = privatizer or _NOISELESS
+  if recipe.privatizer is None and getattr(grad_fn, "needs_noise", False):
+    raise ValueError(
+      "the recipe takes a private plan's clipped gradients without its privatizer, so nothing "
+      "would be private; take the whole from the plan's recipe(optimizer, schedule)"
+    )
   own = getattr(privatizer, "goes_with", ())
   if own and (steps is not own[0] or grad_fn is not own[1]):
     raise ValueError(

@@ -65,9 +65,10 @@ class Session:
       rows: [K, ...], what each site needs to send its message.
       private: what only `end` needs.
     """
+    if not 0 <= round < 2**31:
+      raise ValueError(f"round={round}; the number of a round is in [0, 2^31)")
     self.round, self.purpose, self.ids = round, purpose, ids
-    self._rows, self._private, self._process = rows, private, os.getpid()
-    self._is_taken = self._is_open = False
+    self._rows, self._private, self._process = [rows], [private], os.getpid()
 
   def rows(self, positions: np.ndarray) -> PyTree:
     """The rows of the sites at these positions among the K; given out once.
@@ -75,10 +76,8 @@ class Session:
     Raises:
       RuntimeError: the rows were given out before, or the process was forked since.
     """
-    self._check(self._is_taken, "its sites have sent their messages")
-    self._is_taken, rows = True, self._rows
-    self._rows = None
-    if len(positions) == len(self.ids):
+    rows = self._take(self._rows, "its sites have sent their messages")
+    if np.array_equal(positions, np.arange(len(self.ids))):
       return rows
     return jax.tree.map(lambda a: a[positions], rows)
 
@@ -88,22 +87,23 @@ class Session:
     Raises:
       RuntimeError: the sum was opened before, or the process was forked since.
     """
-    self._check(self._is_open, "its sum was opened")
-    self._is_open, private = True, self._private
-    self._rows = self._private = None
+    private = self._take(self._private, "its sum was opened")
+    self._rows.clear()
     return private
 
-  def _check(self, is_used: bool, how: str) -> None:
-    if is_used:
-      raise RuntimeError(
-        f"the session of round {self.round}, {self.purpose.name}, is used up: {how}. One-time "
-        "masks serve one sum; begin a session for each"
-      )
+  def _take(self, held: list[PyTree], how: str) -> PyTree:
+    where = f"the session of round {self.round}, {self.purpose.name},"
     if os.getpid() != self._process:
       raise RuntimeError(
-        f"the session of round {self.round}, {self.purpose.name}, was begun before this process "
-        "was forked, and its masks may be used in the other one; begin a session in this process"
+        f"{where} was begun before this process was forked, and its masks may be used in the other "
+        "one; begin a session in this process"
       )
+    try:
+      return held.pop()  # atomic, so that two threads never get the same
+    except IndexError:
+      raise RuntimeError(
+        f"{where} is used up: {how}. One-time masks serve one sum; begin a session for each"
+      ) from None
 
   def __reduce__(self):
     raise TypeError("a session holds one-time keys; it cannot be copied, pickled or saved")
@@ -121,8 +121,9 @@ class Summation(NamedTuple):
     begin: (round, purpose, site numbers [K] int32, shapes=None, dropouts=None) -> Session, on the
       host. It raises a ValueError for sites that the summation cannot serve, and
       `secagg.RoundAborted` where too few of them are left. `secagg.Dropouts` simulates losses.
-    send: (message, the site's row) -> what the site sends; pure, under jit. The row of a site that
-      is lost turns its message into zeros.
+    send: (message, the site's row) -> what the site sends; pure, under jit. A row serves one
+      message: `federated.over_sites` sees to that. The row of a lost site turns its message into
+      zeros.
     end: (Session, what the placement gathered) -> (message, Outcome), on the host. Gathered is the
       sum over sites or, with `stacks`, every site's message [K, ...].
     stacks: whether `end` takes single messages instead of their sum.

@@ -56,6 +56,10 @@ class Site(NamedTuple):
   secret: Array | None = None
   units: Array | None = None
 
+  def __repr__(self) -> str:
+    shown = self._replace(secret=None)._asdict()
+    return f"Site({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
 
 class Metrics(NamedTuple):
   """Sums over examples, which add up over batches and sites; divide by `num_examples` for a

@@ -21,7 +21,7 @@ from experiments.configs.model import normalise
 from primia_jax import evaluation
 from primia_jax.mpc import planning
 
-TRAIN = settings.replace(TINY, rounds=1)
+TRAIN = settings.replace(TINY, rounds=1, placement="scan")
 NAMES = ("normal", "bacterial", "viral")
 IDS = ["a.png", "deep/c.png", "deep/d.jpg"]
 

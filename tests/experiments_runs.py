@@ -6,11 +6,12 @@ import pathlib
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from experiments import arms, inputs, settings
-from experiments.configs import Train
+from experiments.configs import Train, privacy
 from experiments.processes import Place
-from primia_jax import models, sites
+from primia_jax import models, sites, summation
 from primia_jax.privacy import ledger
 
 TINY = settings.replace(
@@ -95,3 +96,43 @@ def flags_of(config) -> list[str]:
     (f"--{'' if value else 'no'}{name}" if isinstance(value, bool) else f"--{name}={value}")
     for name, (_, value) in changed.items()
   ]
+
+
+class Drawn:
+  """Records every secret and every key of masks that a run draws."""
+
+  def __init__(self, patch):
+    self.noise, self.masks = [], []
+    fresh, begin = privacy.fresh_secrets, summation.simulation.begin
+
+    def secrets(*of_sum):
+      self.noise += list(out := fresh(*of_sum))
+      return out
+
+    def begun(*args):
+      out = begin(*args)
+      arrays = out.rows.keys, out.rows.self_mask, out.rows.noise
+      self.masks += [key for a in arrays if a is not None for key in np.asarray(a).reshape(-1, 8)]
+      return out
+
+    patch.setattr(privacy, "fresh_secrets", secrets)
+    patch.setattr(summation.simulation, "begin", begun)
+
+
+def contents(folder):
+  """The bytes of all files, and of all arrays in checkpoints, whose files are compressed."""
+  for path in folder.rglob("*"):
+    if path.is_file():
+      yield path.read_bytes()
+    elif path.name == "default" and path.parent.parent.name == "checkpoints":
+      tree = ocp.StandardCheckpointer().restore(path.absolute())
+      yield from (np.asarray(a).tobytes() for a in jax.tree.leaves(tree))
+
+
+def found(keys, folder):
+  """How many keys, or parts of them, are in the folder: as bytes, hexadecimal or numbers."""
+  everything = list(contents(folder))
+  forms = lambda key: (
+    key[:2].tobytes(), key[-2:].tobytes(), key[:2].tobytes().hex().encode(), str(key[3]).encode()
+  )  # fmt: skip
+  return sum(any(form in data for form in forms(key) for data in everything) for key in keys)

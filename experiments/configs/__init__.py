@@ -1,7 +1,7 @@
 """The settings of a training run, and how each becomes functions of the library.
 
-The records build their parts with the library's own constructors. What the library refuses is not
-checked here a second time; `rehearse` builds everything before any image is read.
+Each record has a `build`, which calls the library's own constructors. What the library refuses is
+not checked here a second time. `rehearse` builds everything before any image is read.
 """
 
 from experiments.configs.run import Train, rehearse

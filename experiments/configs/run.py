@@ -1,4 +1,4 @@
-"""All settings of a training run, and the checks that involve several of them."""
+"""All settings of a training run, and the checks that concern several records of them."""
 
 from __future__ import annotations
 
@@ -154,7 +154,9 @@ class Train:
 
 
 def rehearse(config: Train, is_federated: bool = True) -> None:
-  """Builds everything that needs no images, so that the library refuses bad settings first.
+  """Builds everything that needs no images, so that the library's refusals come before work.
+
+  Only what depends on the sizes of sites is refused later, e.g. a delta that is too large.
 
   Raises:
     ValueError, FileNotFoundError: naming the setting and the cure.

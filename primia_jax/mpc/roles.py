@@ -56,15 +56,20 @@ class Once:
 
   def __init__(self, party: int, publication: str, inference: str, secret: Any):
     self.party, self.publication, self.inference = party, publication, inference
-    self._secret = [secret]
+    self._secret, self._process = [secret], os.getpid()
 
   def take(self, party: int) -> Any:
     """The secret, for its party, once.
 
     Raises:
-      ValueError: it is for the other party, or was used.
+      ValueError: it is for the other party, was used, or was made before this process was forked.
     """
     kind = type(self).__name__
+    if os.getpid() != self._process:
+      raise ValueError(
+        f"this {kind} was made before this process was forked and may be used in the other one; "
+        "the dealer must make a new one"
+      )
     if party != self.party:
       raise ValueError(f"this {kind} is for the {_NAMES[self.party]}, not the {_NAMES[party]}")
     try:

@@ -51,6 +51,7 @@ def poisson(
   rate = sampling.effective_rate(sampling_rate)
 
   def begin(site: Site, now: local.Round) -> tuple[int, Callable[[Array, PyTree], Array]]:
+    _check_units(unit, site)
     key = subkeys.of_sampling(site.secret)
     num_units, how = local.num_units(site), (site.images.shape[0], rate, max_units)
 
@@ -94,6 +95,7 @@ def cyclic(
   _check(unit, num_steps=num_steps, batch_size=batch_size, rows_per_unit=rows_per_unit)
 
   def begin(site: Site, now: local.Round) -> tuple[int, Callable[[Array, PyTree], Array]]:
+    _check_units(unit, site)
     num_units, size = local.num_units(site), site.images.shape[0]
 
     def draw(t: Array, state: PyTree) -> Array:
@@ -139,6 +141,14 @@ def _patients(site: Site) -> Array:
   if site.units is None:
     raise ValueError("unit='patient' needs the patient of each image: give Site.units")
   return site.units
+
+
+def _check_units(unit: str, site: Site) -> None:
+  if unit == "example" and site.units is not None:
+    raise ValueError(
+      "unit='example' and a site with units: its patients would be counted as its examples; leave "
+      "Site.units None, or use unit='patient'"
+    )
 
 
 def _check(unit: str, **numbers: int) -> None:

@@ -193,6 +193,7 @@ def clipped_gradients(
     total, metrics, _ = summed(params, model_state, batch, key)
     return total, (model_state, jax.tree.map(jnp.zeros_like, metrics))
 
+  grad_fn.needs_noise = True  # type: ignore[attr-defined]  # `local.train` looks for it
   return grad_fn
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,6 +81,13 @@ class Book:
       self.ledgers[i] = self._after(i)
     self._begun |= set(site_ids)
     self.save()
+
+  def repeats(self, site_ids: Sequence[int]) -> None:
+    """Says that these sites' round was refused, so that the next releases its steps again.
+
+    A whole run is then charged once more. Fresh noise is charged for each round in any case.
+    """
+    self._begun -= set(site_ids)
 
   def _after(self, site: int) -> Ledger:
     """A site's ledger after one more round."""
@@ -176,5 +184,8 @@ def _told(release: Release) -> str:
 
 def _write(path: pathlib.Path, book: dict[str, Any]) -> None:
   part = path.with_suffix(".part")
-  part.write_text(json.dumps(book, indent=2) + "\n")
+  with part.open("w") as file:
+    file.write(json.dumps(book, indent=2) + "\n")
+    file.flush()
+    os.fsync(file.fileno())  # before anything is released
   part.replace(path)

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -107,7 +108,9 @@ class StepPlan(Plan):
   privatizer: local.Privatizer = dataclasses.field(repr=False, compare=False)
 
   def __post_init__(self):
-    object.__setattr__(self, "privatizer", self.privatizer.bound_to(self.steps, self.grad_fn))
+    charged = self.releases[0].noise_multiplier
+    if self.privatizer.goes_with != (self.steps, self.grad_fn) or self.noise_multiplier != charged:
+      raise ValueError("dp_sgd and dp_ftrl make a plan whole; make another one for other settings")
 
   def recipe(
     self, optimizer: local.Optimizer, schedule: Callable[[Array], Array | float]
@@ -189,25 +192,13 @@ def dp_sgd(
     sigma = accounting.calibrate(target, delta, rate, total, before, overflow)
   release = accounting.gaussian("gradients", sigma, rate, overflow)
   clipped = Clipping(l2_clip_norm, clipping, augmentations, microbatch, has_taps)
-  images = max_examples or num_units * rows_per_unit
-  return StepPlan(
-    unit=unit,
-    delta=delta,
-    num_units=num_units,
-    target_epsilon=target,
-    num_steps=steps,
-    releases=(release._replace(times=steps),),
-    before=tuple(before),
-    whole_run=False,
-    noise_multiplier=sigma,
-    clipping=clipped,
-    sampling_rate=rate,
-    batch_size=max_units,
-    strategy=None,
-    steps=batches.poisson(steps, rate, max_units, images, unit=unit, rows_per_unit=rows_per_unit),
-    grad_fn=clipped_gradients(loss_fn, clipped, unit, max_units),
-    privatizer=privatizers.gaussian(sigma * l2_clip_norm, rate),
+  images, rows = max_examples or num_units * rows_per_unit, rows_per_unit
+  drawn = batches.poisson(steps, rate, max_units, images, unit=unit, rows_per_unit=rows)
+  base = Plan(
+    unit, delta, num_units, target, steps, (release._replace(times=steps),), tuple(before), False
   )
+  noise = privatizers.gaussian(sigma * l2_clip_norm, rate, num_units)
+  return _step_plan(loss_fn, base, clipped, drawn, noise, sigma, rate, None)
 
 
 def dp_ftrl(
@@ -276,25 +267,28 @@ def dp_ftrl(
   separation, times = batches.participation(total, batch_size, fewest)
   strategy = strategies.make(kind, total, separation, times, sigma, l2_clip_norm, bands)
   clipped = Clipping(l2_clip_norm, clipping, augmentations, microbatch, has_taps)
-  images = max_examples or num_units * rows_per_unit
-  return StepPlan(
-    unit=unit,
-    delta=delta,
-    num_units=num_units,
-    target_epsilon=target,
-    num_steps=steps,
-    releases=(release,),
-    before=tuple(before),
-    whole_run=True,
-    noise_multiplier=sigma,
-    clipping=clipped,
-    sampling_rate=1.0,
-    batch_size=batch_size,
-    strategy=strategy,
-    steps=batches.cyclic(steps, batch_size, images, unit=unit, rows_per_unit=rows_per_unit),
-    grad_fn=clipped_gradients(loss_fn, clipped, unit, batch_size),
-    privatizer=privatizers.correlate(strategy, batch_size),
-  )
+  images, rows = max_examples or num_units * rows_per_unit, rows_per_unit
+  drawn = batches.cyclic(steps, batch_size, images, unit=unit, rows_per_unit=rows)
+  base = Plan(unit, delta, num_units, target, steps, (release,), tuple(before), True)
+  noise = privatizers.correlate(strategy, batch_size)
+  return _step_plan(loss_fn, base, clipped, drawn, noise, sigma, 1.0, strategy)
+
+
+def _step_plan(
+  loss_fn: LossFn,
+  base: Plan,
+  clipped: Clipping,
+  drawn: local.Steps,
+  noise: local.Privatizer,
+  sigma: float,
+  rate: float,
+  strategy: strategies.Config | None,
+) -> StepPlan:
+  """Ties the batches, the clipped gradients and the noise of a plan together."""
+  grad_fn, size = clipped_gradients(loss_fn, clipped, base.unit, drawn.batch_size), drawn.batch_size
+  priced: list[Any] = [getattr(base, field.name) for field in dataclasses.fields(Plan)]
+  own = sigma, clipped, rate, size, strategy, drawn, grad_fn, noise.bound_to(drawn, grad_fn)
+  return StepPlan(*priced, *own)
 
 
 def site_level(

@@ -19,12 +19,16 @@ from primia_jax.privacy.strategies import Config
 from primia_jax.types import Array, Params, PyTree
 
 
-def gaussian(stddev: float, sampling_rate: float) -> local.Privatizer:
+def gaussian(
+  stddev: float, sampling_rate: float, most_units: int | None = None
+) -> local.Privatizer:
   """Fresh noise at each step, as DP-SGD adds it; the state is ().
 
   Args:
     stddev: of the noise on the sum; 0 adds none, and then nothing is private.
     sampling_rate: q; noised sums are divided by q times the site's number of units.
+    most_units: of any site; a site with more gets NaN for noise and so releases nothing, since its
+      batches would overflow. None for no bound.
   """
 
   def update(
@@ -37,6 +41,9 @@ def gaussian(stddev: float, sampling_rate: float) -> local.Privatizer:
     num_units: Array,
   ) -> tuple[PyTree, PyTree]:
     drawn = noise.gaussian_like(subkeys.of_step(secret, step), 0, grads, stddev)
+    if most_units is not None:
+      fits = num_units <= most_units
+      drawn = jax.tree.map(lambda n: jnp.where(fits, n, jnp.nan), drawn)
     scale = 1 / (np.float32(sampling_rate) * jnp.asarray(num_units, jnp.float32))
     return jax.tree.map(lambda g, n: (g + n) * scale, grads, drawn), state
 

@@ -79,6 +79,9 @@ class Row(NamedTuple):
   self_mask: Array | None
   noise: Array
 
+  def __repr__(self) -> str:
+    return f"Row(site={self.site}, peers={self.peers}, keys hidden)"
+
 
 class Masked(NamedTuple):
   """What one site sends, once masked: ring elements, uniform to whoever lacks the masks' keys.
