@@ -298,3 +298,14 @@ def test_the_average_over_rounds_is_what_is_evaluated_and_changes_no_training():
     np.testing.assert_allclose(averages[-1], average, rtol=1e-6, atol=1e-7)
   with pytest.raises(ValueError, match="decay=1"):
     algorithms.averaged(plain, 1.0)
+
+
+def test_sites_count_by_patients_where_these_are_the_unit():
+  """How many images one patient has is not public, and the opened weight would tell it."""
+  site = jax.tree.map(lambda a: jnp.asarray(a[1]), load(IDS))
+  algorithm, server = algorithms.fedavg(recipe()), fed.Global(start(), {}, (), jnp.int32(0), KEY)
+  weight = lambda site: algorithm.site(server, algorithm.init_site(start(), {}), site)[0].weight
+  for units in ([0, 0, 0, 1, 2], [0, 1, 1, 1, 2]):
+    padded = jnp.asarray(units + [-1] * 7, jnp.int32)
+    few = site._replace(num_examples=jnp.int32(5), units=padded)
+    assert float(weight(few)) == pytest.approx(3 / 12)

@@ -103,3 +103,11 @@ def test_predictions_are_the_mean_of_the_models(n):
   np.testing.assert_allclose(predict([(PARAMS, {})], images), probabilities(images), atol=1e-6)
   both = predict([(PARAMS, {}), (start(), {})], images)
   np.testing.assert_allclose(both, (probabilities(images) + 1 / L) / 2, atol=1e-6)
+
+
+def test_a_robust_rule_makes_no_counts():
+  rule = summation.by_rule("median", lambda stack: stack)
+  with pytest.raises(ValueError, match="makes no sum of counts"):
+    evaluation.class_counting(L, rule, sites.scan())
+  with pytest.raises(ValueError, match="makes no sum of counts"):
+    evaluation.validation(IDENTITY, apply_fn, AS_THEY_ARE, L, rule, sites.scan())

@@ -228,6 +228,14 @@ def test_unsound_pairs_are_refused():
   assert fedavg().init(start(), statistics).round == 0
 
 
+def test_statistics_are_refused_in_every_step_and_not_only_at_the_start():
+  """A state made under masks would otherwise leave each site in the clear."""
+  made = algorithms.fedavg(recipe())
+  state = build(made, secure()).init(start(), {"mean": jnp.zeros(2)})
+  with pytest.raises(ValueError, match="BatchNorm"):
+    build(made, summation.clear()).step(KEY, state, fed.Sites(IDS, load))
+
+
 @pytest.mark.parametrize(
   ("ids", "told"),
   [

@@ -4,7 +4,10 @@ once.
 
 import copy
 import gc
+import pathlib
 import pickle
+import subprocess
+import sys
 import types
 
 import jax
@@ -17,6 +20,8 @@ from primia_jax import mpc
 from primia_jax.mpc import inference, protocol, roles
 from primia_jax.mpc.roles import Blind, DataOwner, Dealer, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 CONFIG = mpc.Config(32, 10, 14)
 W, X = normal(0, 6, 5), normal(1, 3, 6)
@@ -287,3 +292,27 @@ def test_roles_of_another_type_are_refused(cast):
   with pytest.raises(TypeError, match="expected a Blind, not a Correlations"):
     cast.model_owner.publish(cast.dealer.deal()[0])
   assert issubclass(Blind, roles.Once)
+
+
+FORKING = """
+import os
+from primia_jax.mpc import roles
+
+secret = roles.Correlations(1, "publication", "inference", b"mask")
+child = os.fork()
+try:
+  told = secret.take(1).decode()
+except ValueError as error:
+  told = str(error)
+os.write(1, (("child" if child == 0 else "parent") + "|" + told + chr(10)).encode())
+if child:
+  os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_process_does_not_use_what_its_parent_holds():
+  run = [sys.executable, "-W", "ignore", "-c", FORKING]
+  out = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+  told = dict(line.split("|") for line in out.stdout.splitlines())
+  assert told["parent"] == "mask"
+  assert "before this process was forked" in told["child"]

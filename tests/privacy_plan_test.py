@@ -202,11 +202,54 @@ def test_a_plan_is_not_taken_apart(make):
   made, other = make(), make()
   whole = made.recipe(optax.sgd, lambda t: 1.0)
   local.train(whole)
+  loosened = made.privatizer._replace(init=lambda params: made.privatizer.init(params))
   for part in (
     {"steps": local.epochs(5, 40)},
     {"steps": other.steps},
     {"grad_fn": local.gradients(loss_fn)},
     {"grad_fn": other.grad_fn},
+    {"privatizer": None},
+    {"privatizer": None, "steps": local.epochs(5, 40)},
+    {"privatizer": loosened, "grad_fn": other.grad_fn},
   ):
     with pytest.raises(ValueError, match="take the whole from the plan"):
       local.train(whole._replace(**part))
+  for change in (
+    {"grad_fn": other.grad_fn},
+    {"steps": other.steps},
+    {"noise_multiplier": 100.0},
+    {"releases": (made.releases[0]._replace(noise_multiplier=100.0),)},
+  ):
+    with pytest.raises(ValueError, match="make a plan whole"):
+      dataclasses.replace(made, **change)
+
+
+def test_a_site_with_more_units_than_planned_releases_nothing():
+  """Its batches would overflow, and the ledger is charged for a chance of 1e-12 that they do."""
+  update = sgd(num_units=40).privatizer.update
+  grads = {"w": jnp.zeros(3)}
+  noised = lambda n: update(grads, (), secret=SECRET, step=jnp.uint32(0), num_units=jnp.int32(n))[0]
+  assert np.isfinite(noised(40)["w"]).all()
+  assert np.isnan(noised(41)["w"]).all()
+
+
+@pytest.mark.parametrize("make", [sgd, ftrl])
+def test_examples_are_not_counted_as_patients(make):
+  images = jnp.zeros((8, 1, 1, 1))
+  units = jnp.asarray([0, 0, 0, 0, 1, 1, 1, 1], jnp.int32)
+  site = Site(jnp.int32(0), images, jnp.zeros(8, jnp.int32), jnp.int32(8), SECRET, units)
+  key = jax.random.key(0)
+  with pytest.raises(ValueError, match="unit='example' and a site with units"):
+    make().steps.begin(site, local.Round(jnp.int32(0), key, key))
+
+
+def test_a_refused_round_of_correlated_noise_is_charged_again(tmp_path):
+  made = ftrl()
+  book = ledger.Book(made, 2, tmp_path / ledger.LEDGER)
+  book.spend_round([0, 1])
+  once = book.epsilon
+  book.spend_round([0, 1])
+  assert book.epsilon == once  # the whole run was charged at its start
+  book.repeats([0, 1])
+  book.spend_round([0, 1])
+  assert book.epsilon > once

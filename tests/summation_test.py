@@ -248,6 +248,50 @@ def test_a_session_cannot_be_copied(duplicate):
     duplicate(session)
 
 
+def test_rows_are_those_of_the_positions_and_rounds_are_numbers():
+  clear = summation.losing(summation.clear(), lambda *_: secagg.Dropouts(NONE, DURING))
+  rows = clear.begin(0, Purpose.TRAINING, IDS).rows(IDS[::-1])
+  assert rows.tolist() == [True, False, True, True, True]  # site 3 is lost
+  for round in (-1, 2**31):
+    with pytest.raises(ValueError, match=f"round={round}"):
+      summation.clear().begin(round, Purpose.TRAINING, IDS)
+
+
+TRACING = [
+  lambda step: jax.jit(step)(jnp.float32(1)),
+  lambda step: jax.vmap(step)(jnp.ones(2)),
+  lambda step: jax.grad(lambda x: step(x)["b"].sum())(jnp.float32(1)),
+  lambda step: jax.jit(lambda: step(jnp.float32(1)))(),  # everything closed over
+]
+
+
+@pytest.mark.parametrize("trace", TRACING)
+@pytest.mark.parametrize("placement", ["scan", "loop"])
+def test_no_sum_under_a_trace_where_its_masks_would_serve_again(trace, placement):
+  """A compiled step would send every message of every call under the masks of one session."""
+  seen = []
+  f = build(algorithms.fedavg(recipe()), watch_masks(secure(**TOLERANT), seen), placement)
+  state = f.init(start())
+
+  def step(x):
+    params = jax.tree.map(lambda p: p * x, state.params)
+    return f.step(KEY, state._replace(params=params), fed.Sites(IDS, load))[0].params
+
+  with pytest.raises(ValueError, match="would use its masks and noise again"):
+    trace(step)
+  assert not seen  # not even begun
+
+
+def test_a_site_function_that_closes_over_a_traced_value_is_refused():
+  def total(x):
+    site_fn = lambda shared, site_state, site: (x * jnp.ones(2), ())
+    run = fed.over_sites(site_fn, summation.clear(), sites.loop(), Purpose.COUNTING)
+    return run((), 0, fed.Sites(IDS, load))[0]
+
+  with pytest.raises(ValueError, match="would use its masks and noise again"):
+    jax.vmap(total)(jnp.ones(3))
+
+
 FORKING = """
 import os
 import numpy as np

@@ -288,7 +288,7 @@ def _step_plan(
   grad_fn, size = clipped_gradients(loss_fn, clipped, base.unit, drawn.batch_size), drawn.batch_size
   priced: list[Any] = [getattr(base, field.name) for field in dataclasses.fields(Plan)]
   own = sigma, clipped, rate, size, strategy, drawn, grad_fn, noise.bound_to(drawn, grad_fn)
-  return StepPlan(*priced, *own)
+  return StepPlan(*priced, *own)  # type: ignore[call-arg]
 
 
 def site_level(
