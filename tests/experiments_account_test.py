@@ -14,7 +14,8 @@ from experiments_runs import FIXED, PRIVATE, SITE, cohort_of, flags_of, ledgers,
 from experiments import settings
 from primia_jax import models
 from primia_jax.privacy import accounting, ledger
-from primia_jax.privacy.distributed import DistributedNoise, epsilon
+from primia_jax.privacy.distributed import DistributedNoise
+from primia_jax.privacy.distributed_cost import epsilon
 
 SITES = ("dp=site", "num_sites=50", "noclass_weights", "weighting=uniform")
 DISTRIBUTED = settings.replace(
@@ -131,7 +132,7 @@ def test_noise_that_sites_make_together_is_foretold_and_charged(tmp_path):
   noise = DistributedNoise(size, 6, 5, 1.0, statement["noise multiplier"], 16, num_colluding=1)
   inflation = round(noise.sensitivity_inflation, 4)
   assert statement["sensitivity multiplied by rounding"] == inflation > 1
-  # `distributed.epsilon` searches more orders than whole ones.
+  # `distributed_cost.epsilon` searches more orders than whole ones.
   assert epsilon(noise, 2, 1e-3) == pytest.approx(result["rows"][-1]["rdp"], rel=0.01)
 
 

@@ -13,7 +13,7 @@ from experiments import inputs, settings
 from experiments.configs import Train, rehearse
 from experiments.configs.aggregation import min_survivors
 from primia_jax import federated, local, secagg
-from primia_jax.privacy import accounting, adaptive, distributed
+from primia_jax.privacy import accounting, adaptive, distributed_cost
 from primia_jax.secagg import graph
 from primia_jax.summation import Purpose
 
@@ -243,7 +243,7 @@ def test_noise_of_all_sites_hides_from_each_of_them():
   made = of_sites(DISTRIBUTED, 7)
   assert made.noise.num_honest == 6
   alone = dataclasses.replace(made.noise, num_colluding=0)
-  curve = distributed.rdp(alone, accounting.ORDERS)[1]
+  curve = distributed_cost.rdp(alone, accounting.ORDERS)[1]
   trusting = accounting.renyi("updates", curve, made.noise.sampler_error)
   start = accounting.ledger("site", 0.1, 10)
   of = lambda release: accounting.epsilon(accounting.spend(start, release, 5))
@@ -276,7 +276,7 @@ def test_updates_and_what_moves_their_clip_are_charged_together(num_sites):
   noise, of_bit = together.noise, adaptive.bit_noise(together.noise, together.clip)
   assert (noise.l2_clip_norm, together.clip.l2_clip_norm, of_bit.min_survivors) == (1.0, 0.7, least)
   assert of_bit.noise_multiplier == 2 * together.clip.count_stddev == max(4.0, num_sites / 10)
-  curves = [distributed.rdp(n, accounting.ORDERS)[1] for n in (noise, of_bit)]
+  curves = [distributed_cost.rdp(n, accounting.ORDERS)[1] for n in (noise, of_bit)]
   assert min(map(min, curves)) > 0
   (release,) = together.releases
   np.testing.assert_allclose(release.curve, np.add(*curves), rtol=1e-12)

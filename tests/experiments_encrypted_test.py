@@ -280,7 +280,7 @@ def test_the_binary_fails_with_the_reason_alone(flags_of, tmp_path):
   done = _binary(f"--checkpoint={flags_of.checkpoint}", f"--images={tmp_path / 'notes.txt'}")
   assert done.returncode == 1
   assert done.stderr.startswith("error:")
-  assert "notes.txt is no image" in done.stderr
+  assert "notes.txt is not an image" in done.stderr
 
 
 @pytest.mark.slow
