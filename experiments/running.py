@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import pathlib
 import sys
@@ -232,8 +233,9 @@ def secure_aggregation_facts(
     "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction "
     f"bits",
     "largest magnitude of a number in an update": secure.max_abs,
-    "largest magnitude of a sum before overflow": float(f"{secure.fixed.max_abs:.6g}"),
-    "largest quantisation error of a sum": float(f"{secure.error_bound:.2g}"),
+    # Rounded down, and up by at most 1 %, so that both claims hold.
+    "largest magnitude of a sum before overflow": math.floor(1e3 * secure.fixed.max_abs) / 1e3,
+    "largest quantisation error of a sum": float(f"{1.005 * secure.error_bound:.3g}"),
     "bytes of a masked update": numbers * secagg.bytes_per_number(secure),
   }
   if config.privacy.dp_noise == "distributed":  # which has an encoding of its own
