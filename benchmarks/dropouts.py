@@ -90,11 +90,7 @@ def stages(
     message, outcome = how.end(now["session"], now["total"])
     return message, outcome.out_of_range
 
-  return {
-    "keys, shares and their recovery": begin,
-    "masks and sum": send,
-    "unmask and decode": end,
-  }
+  return {"keys, shares and their recovery": begin, "masks and sum": send, "unmask and decode": end}
 
 
 def mask_speed(params, kernel: str) -> Sequence[measuring.Cost]:

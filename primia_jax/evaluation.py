@@ -79,10 +79,7 @@ def class_counting(
 
 
 def count_errors(
-  apply_fn: ApplyFn,
-  prepare: Callable[[Array], Array],
-  num_classes: int,
-  batch_size: int,
+  apply_fn: ApplyFn, prepare: Callable[[Array], Array], num_classes: int, batch_size: int
 ) -> Callable[..., dict[str, Array]]:
   """Makes the function that evaluates a model on one site's examples.
 

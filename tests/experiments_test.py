@@ -105,12 +105,7 @@ def test_every_algorithm_trains_under_secure_aggregation(tmp_path, algorithm):
   optimizer = "sgd" if algorithm in ("scaffold", "fednova") else "adamw"
   own = {"model": "cnn", "norm": "batch", "width": 0.25} if algorithm == "fedbn" else {}
   config = settings.replace(
-    TINY,
-    algorithm=algorithm,
-    optimizer=optimizer,
-    rounds=2,
-    keep_optimizer=False,
-    **own,
+    TINY, algorithm=algorithm, optimizer=optimizer, rounds=2, keep_optimizer=False, **own
   )
   with jax.numpy_dtype_promotion("standard"):  # optax's Adam and Yogi need it
     arm = train(config, tmp_path)

@@ -116,11 +116,7 @@ def test_patients_are_clipped_as_one_and_the_batch_must_have_the_form():
   patients = (0.0, "patient", 2)
   rows = batch_of([[9.0, 9.0, 9.0], [0.01, 0.03, 7.0]], [[1, 1, 1], [1, 1, 0]])
   np.testing.assert_allclose(gradient(rows, *patients), (2 / 32 + 0.02) / 4, rtol=1e-5)
-  for wrong, batch in (
-    (patients, batch_of([1.0, 2.0])),
-    ((), rows),
-    ((), batch_of([1.0] * 5)),
-  ):
+  for wrong, batch in ((patients, batch_of([1.0, 2.0])), ((), rows), ((), batch_of([1.0] * 5))):
     with pytest.raises(ValueError, match="do not fit unit"):
       gradient(batch, *wrong)
 

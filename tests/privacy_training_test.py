@@ -15,15 +15,7 @@ from scipy import stats
 
 from primia_jax import algorithms, local, prng, secagg, sites, summation
 from primia_jax import federated as fed
-from primia_jax.privacy import (
-  batches,
-  correlated,
-  plan,
-  privatizers,
-  sampling,
-  strategies,
-  subkeys,
-)
+from primia_jax.privacy import batches, correlated, plan, privatizers, sampling, strategies, subkeys
 from primia_jax.types import Metrics, Site
 
 N, D, STEPS, RATE = 40, 3, 5, 0.25

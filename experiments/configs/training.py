@@ -103,8 +103,7 @@ class Federation:
   """How sites work together."""
 
   algorithm: str = setting(
-    "fedavg",
-    "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad, scaffold, fednova or fedbn",
+    "fedavg", "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad, scaffold, fednova or fedbn"
   )
   weighting: str = setting(
     "examples", "weight of a site: examples (its number of images), or uniform"

@@ -19,13 +19,7 @@ see `features`):
   scatter_cnn     two convolutions with tanh, a pool between them, and a dense layer
 """
 
-from primia_jax.models.classifier import (
-  Model,
-  build,
-  has_taps,
-  is_norm_parameter,
-  num_parameters,
-)
+from primia_jax.models.classifier import Model, build, has_taps, is_norm_parameter, num_parameters
 from primia_jax.models.config import HEADS, MIN_SIZE, NORMS, OPTIONS, POOLS, STEMS, ModelConfig
 from primia_jax.models.layers import Norm
 from primia_jax.models.scatter import features

@@ -127,11 +127,7 @@ class Host:
 
 
 def begin(
-  connection: socket.socket,
-  setup: rounds.Setup,
-  round: int,
-  number: int,
-  identity: keys.Identity,
+  connection: socket.socket, setup: rounds.Setup, round: int, number: int, identity: keys.Identity
 ) -> protocol.Site:
   """A site's part of a round up to its shares, before its input need be known.
 
