@@ -36,9 +36,10 @@ def sgd(noise_multiplier=1.0, num_units=N, noiseless=False, **changes):
     loss_fn, num_units=num_units, sampling_rate=RATE, steps=STEPS, rounds=4, delta=1e-3,
     noise_multiplier=noise_multiplier, **changes,
   )  # fmt: skip
-  return (
-    dataclasses.replace(made, privatizer=privatizers.gaussian(0.0, RATE)) if noiseless else made
-  )
+  if not noiseless:
+    return made
+  silent = privatizers.gaussian(0.0, RATE).bound_to(made.steps, made.grad_fn)
+  return dataclasses.replace(made, privatizer=silent)
 
 
 def train(made, secret=SECRET, units=None, round_index=0, num=N, rows=ROWS):

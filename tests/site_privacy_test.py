@@ -115,9 +115,9 @@ def with_known_noise(summed):
 
   def begin(round, *args, **kwargs):
     session = summed.begin(round, *args, **kwargs)
-    keys, *rest = session._rows
+    keys, *rest = session._rows[0]
     noise = jax.vmap(lambda i: prng.derive(KNOWN, 6, round, i))(jnp.arange(K, dtype=jnp.uint32))
-    session._rows = (keys._replace(noise=noise), *rest)
+    session._rows[0] = (keys._replace(noise=noise), *rest)
     return session
 
   return summed._replace(begin=begin)

@@ -177,7 +177,7 @@ def watch_masks(summed, seen):
 
   def begin(*args, **kwargs):
     session = summed.begin(*args, **kwargs)
-    row = session._rows[0]
+    row, *_ = session._rows[0]
     keys = [row.keys.reshape(-1, 8), row.noise.reshape(-1, 8)]
     keys += [] if row.self_mask is None else [row.self_mask.reshape(-1, 8)]
     # A pair's key stands at both of its ends; each is counted once for a sum.
