@@ -261,7 +261,9 @@ def _put_on(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda a: a if is_placed(a) else place(a), tree)
   # Shards must be equal; where they would not be, `_mesh` pads later.
   divides = lambda a: a.shape[0] % mesh.size == 0
-  return jax.tree.map(lambda a: jax.device_put(a, sharding) if divides(a) else jnp.asarray(a), tree)
+  leaves, structure = jax.tree.flatten(tree)
+  placed = iter(jax.device_put([a for a in leaves if divides(a)], sharding))  # in one dispatch
+  return structure.unflatten([next(placed) if divides(a) else jnp.asarray(a) for a in leaves])
 
 
 def _replicate_on(mesh: Mesh, tree: PyTree) -> PyTree:
