@@ -263,7 +263,8 @@ def _put_on(mesh: Mesh, tree: PyTree) -> PyTree:
   divides = lambda a: a.shape[0] % mesh.size == 0
   leaves, structure = jax.tree.flatten(tree)
   placed = iter(jax.device_put([a for a in leaves if divides(a)], sharding))  # in one dispatch
-  return structure.unflatten([next(placed) if divides(a) else jnp.asarray(a) for a in leaves])
+  rows = [next(placed) if divides(a) else jnp.asarray(a) for a in leaves]
+  return jax.tree.unflatten(structure, rows)
 
 
 def _replicate_on(mesh: Mesh, tree: PyTree) -> PyTree:
