@@ -106,7 +106,8 @@ class Federation:
     "fedavg", "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad, scaffold, fednova or fedbn"
   )
   weighting: str = setting(
-    "examples", "weight of a site: examples (its number of images), or uniform"
+    "examples",
+    "weight of a site: examples (its number of images; of patients with dp=patient), or uniform",
   )
   proximal: float = setting(0.01, "fedprox: strength of the pull towards the global model")
   server_learning_rate: float = setting(
