@@ -11,7 +11,7 @@ import numpy as np
 
 from primia_jax import local
 from primia_jax.federated import Algorithm, Global, Site, Sites, State, over_sites
-from primia_jax.privacy import noise, subkeys
+from primia_jax.privacy import grid, subkeys
 from primia_jax.sites import Placement
 from primia_jax.summation import Purpose, Summation
 from primia_jax.types import ApplyFn, Array, Key, ModelState, Params, PyTree
@@ -53,15 +53,19 @@ def class_counting(
   """
 
   def site_fn(shared: tuple, site_state: PyTree, site: Site) -> tuple[Array, PyTree]:
-    share = (jnp.arange(site.labels.shape[0]) < site.num_examples).astype(jnp.float32)
+    size = site.labels.shape[0]
+    real = (jnp.arange(size) < site.num_examples).astype(jnp.int32)
+    on = grid.choose(num_classes, noise_stddev, size)
+    whole = int(on.steps)  # what one unit adds at most, in integers, so that sums are exact
+    share = real * whole
     if site.units is not None:
-      of_unit = jnp.zeros_like(share).at[site.units].add(share)  # padding, of unit -1, adds 0
-      share = share / jnp.maximum(of_unit[site.units], 1.0)
-    counts = jnp.sum(jax.nn.one_hot(site.labels, num_classes) * share[:, None], axis=0)
+      of_unit = jnp.zeros_like(real).at[site.units].add(real)  # padding, of unit -1, adds 0
+      share = real * (whole // jnp.maximum(of_unit[site.units], 1))
+    one_hot = jax.nn.one_hot(site.labels, num_classes, dtype=jnp.int32)
+    counts = jnp.sum(one_hot * share[:, None], axis=0, dtype=jnp.int32)
     if noise_stddev:
-      key = subkeys.of_counts(site.secret)
-      counts = counts + noise.gaussian_like(key, 0, counts, noise_stddev)
-    return counts, site_state
+      counts = grid.noised(counts, on, subkeys.of_counts(site.secret), 0)
+    return grid.real(counts, jnp.float32(1 / whole)), site_state
 
   _check_sums(summation)
   total = over_sites(site_fn, summation, placement, Purpose.COUNTING)

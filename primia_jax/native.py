@@ -1,9 +1,10 @@
 """C code for CPU, shipped with the package, compiled on first use and cached for the user.
 
-`mask_sum` is the inner loop of `prng`. XLA's CPU compiler cannot keep ChaCha20's sixteen words in
-registers, so plain JAX takes seven times the CPU time on one core. `barrier` does on CPU what
+`mask_sum` is the inner loop of `prng`, and `discrete` that of exact noise. XLA's CPU compiler cannot
+keep ChaCha20's sixteen words in registers, so plain JAX takes seven times the CPU time on one core.
+`products` sums rounded matrix products without storing one. `barrier` does on CPU what
 `lax.optimization_barrier` does elsewhere. Without a C compiler, or with PRIMIA_NATIVE=0 in the
-environment, everything works and gives the same bits.
+environment, everything works. All random bits are the same; products may round otherwise.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from jax import lax
 
 from primia_jax.types import Array
 
-_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("chacha20.c", "barrier.c"))
-_HEADER = pathlib.Path(__file__).with_name("ffi.h")
+_SOURCES, _HEADERS = (
+  tuple(sorted(pathlib.Path(__file__).parent.glob(pattern))) for pattern in ("*.c", "*.h")
+)
 _MASK_SUM, _BARRIER = "primia_mask_sum", "primia_barrier"
+_DISCRETE, _PRODUCTS = "primia_discrete", "primia_products"
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared")
 _LOCK = threading.Lock()
 
@@ -51,6 +54,20 @@ def mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype) -> Array
     _MASK_SUM, jax.ShapeDtypeStruct((size,), dtype), vmap_method="broadcast_all"
   )
   return call(keys, signs, nonce)
+
+
+def discrete(keys: Array, heads: Array, tails: Array, shift: Array, size: int) -> Array:
+  """`privacy.discrete.digits`, flat. Only for CPU, and only if `available()`."""
+  call = jax.ffi.ffi_call(
+    _DISCRETE, jax.ShapeDtypeStruct((size,), jnp.int32), vmap_method="broadcast_all"
+  )
+  return call(keys, heads, tails, shift)
+
+
+def products(x: Array, g: Array, factors: Array) -> Array:
+  """`privacy.bookkeeping.rounded_products`. Only for CPU, and only if `available()`."""
+  shape = jax.ShapeDtypeStruct((x.shape[-1], g.shape[-1]), jnp.int32)
+  return jax.ffi.ffi_call(_PRODUCTS, shape, vmap_method="broadcast_all")(x, g, factors)
 
 
 def barrier(x: Array) -> Array:
@@ -88,12 +105,12 @@ def once(x: Array) -> Array:
 def _load() -> bool:
   try:
     library = ctypes.cdll.LoadLibrary(str(_build()))
-    for target in (_MASK_SUM, _BARRIER):
+    for target in (_MASK_SUM, _DISCRETE, _PRODUCTS, _BARRIER):
       jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform="cpu")
   except (OSError, RuntimeError, subprocess.SubprocessError) as error:
     detail = getattr(error, "stderr", None) or error
     warnings.warn(
-      f"masks are made in plain JAX, at least 7 times slower: the C form could not be built or "
+      f"masks and noise are made in plain JAX, at least 7 times slower: the C form could not be built or "
       f"loaded ({detail}). Install a C compiler or set CC; PRIMIA_NATIVE=0 silences this.",
       RuntimeWarning,
       stacklevel=3,
@@ -111,7 +128,7 @@ def _build() -> pathlib.Path:
   # The predefined macros contain the compiler's version and all instruction sets that
   # -march=native found.
   macros = _run([*compiler, "-E", "-dM", "-x", "c", os.devnull])
-  texts = [path.read_bytes() for path in (interface, _HEADER, *_SOURCES)]
+  texts = [path.read_bytes() for path in (interface, *_HEADERS, *_SOURCES)]
   digest = hashlib.sha256(b"".join((" ".join(compiler).encode(), macros, *texts)))
   cache = (
     pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "primia_jax"

@@ -214,9 +214,9 @@ def _mask_sum(
 
 def _native_mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype: np.dtype) -> Array:
   """`mask_sum` in C, with the mesh axes it varies over, which a foreign call loses."""
-  return native.mask_sum(keys, signs, nonce, size, dtype) | _varying_zero(
-    keys, signs, nonce
-  ).astype(dtype)
+  return native.mask_sum(keys, signs, nonce, size, dtype) | varying_zero(keys, signs, nonce).astype(
+    dtype
+  )
 
 
 def _portable_mask_sum(
@@ -246,14 +246,14 @@ def _portable_mask_sum(
 @functools.partial(jax.jit, static_argnums=3)
 def _blocks(key: Array, nonce: Array, counter: Array, num_blocks: int) -> Array:
   """`chacha20`, unchecked."""
-  zero = jnp.broadcast_to(_varying_zero(key, nonce, counter), num_blocks)
+  zero = jnp.broadcast_to(varying_zero(key, nonce, counter), num_blocks)
   counters = counter + lax.iota(jnp.uint32, num_blocks)
   rows = tuple(zero | word for word in (*np.array(_SIGMA, np.uint32), *key, counters, *nonce))
   mixed = lax.fori_loop(0, 10, lambda _, s: double_round(s), rows)
   return jnp.stack([a + b for a, b in zip(mixed, rows, strict=True)])
 
 
-def _varying_zero(*arrays: Array) -> Array:
+def varying_zero(*arrays: Array) -> Array:
   """A uint32 zero that varies over every mesh axis that any of the arrays varies over. The compiler
   removes it.
 

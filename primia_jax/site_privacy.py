@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from primia_jax import ring, secagg
 from primia_jax.federated import Algorithm, Global, Message, Site
-from primia_jax.privacy import adaptive, distributed, noise, subkeys
+from primia_jax.privacy import adaptive, distributed, grid, subkeys
 from primia_jax.privacy.adaptive import Clip, clip_update
 from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.summation import Coding
@@ -44,7 +44,8 @@ def bounded(algorithm: Algorithm, clip: float | Clip, noise_multiplier: float = 
   Args:
     algorithm: of the FedAvg family, with uniform weighting.
     clip: the largest norm of an update, all parameters together; or how it moves.
-    noise_multiplier: z; each site adds noise of standard deviation z times the clip to each number.
+    noise_multiplier: z; each site rounds its update and adds noise of standard deviation z times
+      the clip to each number.
       Where the clip moves, z is that of update and bit together: the bit's noise has standard
       deviation `clip.count_stddev` at each site, and the update's
       `adaptive.update_noise_multiplier`.
@@ -71,7 +72,7 @@ def bounded(algorithm: Algorithm, clip: float | Clip, noise_multiplier: float = 
     message, site_state = algorithm.site(server, site_state, site)
     update, _ = clip_update(message.update, l2_clip_norm)
     if noise_multiplier:
-      update = _add_noise(update, noise_multiplier * l2_clip_norm, site, server.round, 0)
+      update = _noised(update, l2_clip_norm, noise_multiplier, site, server.round, 0)
     return message._replace(update=update, metrics=_silent(message.metrics)), site_state
 
   return algorithm._replace(name=f"{algorithm.name}, bounded", site=site)
@@ -96,8 +97,8 @@ def _moving(algorithm: Algorithm, clip: Clip, noise_multiplier: float) -> Algori
     update, was_within = clip_update(divided, 1.0)
     bit = adaptive.centred(was_within)
     if noise_multiplier:
-      update = _add_noise(update, of_update, site, server.round, 0)
-      bit = _add_noise(bit, of_bit, site, server.round, 1)
+      update = _noised(update, 1.0, of_update, site, server.round, 0)
+      bit = _noised(bit, 0.5, 2 * of_bit, site, server.round, 1)
     return Message(update, message.weight, _silent(message.metrics), bit), site_state
 
   def server(server: Global, total: Message) -> tuple[Params, ModelState, PyTree, Metrics]:
@@ -126,9 +127,12 @@ def _silent(metrics: Metrics) -> Metrics:
   return jax.tree.map(jnp.zeros_like, metrics)
 
 
-def _add_noise(tree: PyTree, stddev: float, site: Site, round_index: Array, number: int) -> PyTree:
+def _noised(
+  tree: PyTree, clip: float, noise_multiplier: float, site: Site, round_index: Array, number: int
+) -> PyTree:
+  """A vector of norm at most `clip`, rounded and under noise (`grid.release`)."""
   key = subkeys.of_update(site.secret, round_index.astype(jnp.uint32))
-  return jax.tree.map(jnp.add, tree, noise.gaussian_like(key, number, tree, stddev))
+  return grid.release(tree, clip, grid.choose(grid.size(tree), noise_multiplier), key, number)
 
 
 def distributed_noise(

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from primia_jax import local, models
-from primia_jax.privacy import bookkeeping, clipping
+from primia_jax.privacy import bookkeeping, clipping, grid
 from primia_jax.tapped import dense
 from primia_jax.types import Batch, Metrics
 
@@ -37,8 +37,13 @@ def batch_of(units, shape, rows=None, seed=0):
 
 def both(loss_fn, has_taps, batch, params, **options):
   """What the two ways give."""
-  runs = [clipping.clipped_sum(loss_fn, has_taps=taps, **options) for taps in (None, has_taps)]
-  return jax.jit(lambda *args: [run(*args) for run in runs])(params, {}, batch, KEY)
+  fine = lambda dim, units: grid.choose(dim, 1e-6, units)
+  runs = [
+    clipping.clipped_sum(loss_fn, has_taps=taps, grid_of=fine, **options)
+    for taps in (None, has_taps)
+  ]
+  results = jax.jit(lambda *args: [run(*args) for run in runs])(params, {}, batch, KEY)
+  return [(grid.real(total.integers, total.step), *rest) for total, *rest in results]
 
 
 def check(ours, formed):
@@ -46,7 +51,7 @@ def check(ours, formed):
   scale = np.sqrt(sum(float(jnp.sum(a * a)) for a in jax.tree.leaves(expected)))
   assert scale > 0
   for a, e in zip(jax.tree.leaves(total), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(a, e, rtol=5e-4, atol=2e-4 * scale / np.sqrt(a.size) + 1e-7)
+    np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-3 * scale / np.sqrt(a.size) + 1e-7)
   for a, e in zip(jax.tree.leaves((metrics, share)), jax.tree.leaves(rest), strict=True):
     np.testing.assert_allclose(a, e, rtol=1e-5)
 
@@ -158,8 +163,7 @@ def test_a_use_in_a_loop_spoils_everything_instead_of_passing(rows):
   total, *_ = clipping.clipped_sum(loss_of(looped), has_taps=TAPS)(
     PARAMS, {}, batch_of(2, (2, 2, 1), rows), KEY
   )
-  assert np.all(np.isnan(total["second"]))
-  assert np.all(np.isfinite(total["first"]))
+  assert np.isnan(total.step)
 
 
 def cancelling(positions=4, fan_in=40, features=40, seed=0):
@@ -190,7 +194,7 @@ def test_rounding_makes_no_norm_too_small(margin, monkeypatch):
   """Where positions cancel, Gram matrices in float32 give half of all norms too small, or would."""
   monkeypatch.setattr(bookkeeping, "_CACHE_BYTES", 0)
   if not margin:
-    monkeypatch.setattr(bookkeeping, "_MARGIN", 0.0)
+    monkeypatch.setattr(grid, "EPS", 0.0)
   pairs = [squares_of(*cancelling(seed=seed)) for seed in range(20)]
   too_small = sum(found < exact for found, exact in pairs)
   assert too_small == 0 if margin else too_small > 2
@@ -202,8 +206,8 @@ def test_norms_are_right_by_either_form(positions, cache, monkeypatch):
   monkeypatch.setattr(bookkeeping, "_CACHE_BYTES", cache)
   rng = np.random.default_rng(0)
   found, exact = squares_of(*(rng.normal(size=(positions, n)).astype(np.float32) for n in (40, 30)))
-  np.testing.assert_allclose(found, exact, rtol=1e-4)
-  assert found >= exact * (1 - 1e-6)
+  np.testing.assert_allclose(found, exact, rtol=1e-3)
+  assert found >= exact
 
 
 @pytest.mark.parametrize("positions", [1, 4])
@@ -224,12 +228,12 @@ def test_norms_of_coarse_activations_are_of_float32(monkeypatch):
     for positions in (1, 4):
       rows, out = (rng.normal(size=(positions, n)).astype(np.float32) for n in (40, 30))
       found, exact = squares_of(rows.astype(jnp.bfloat16), out)
-      np.testing.assert_allclose(found, exact, rtol=1e-4)
+      np.testing.assert_allclose(found, exact, rtol=1e-3)
 
 
-def test_the_norm_of_millions_of_equal_numbers_keeps_five_digits():
+def test_the_norm_of_millions_of_equal_numbers_is_hardly_too_large_and_never_too_small():
   """A running float32 sum would lose 4 %: the clip would let that much more through."""
   for shape in ((3, 3, 512, 512), (25088, 100), (2**21,)):
     x = jnp.full(shape, 0.1, jnp.float32)
     exact = x.size * float(np.float32(0.1)) ** 2
-    assert abs(float(jax.jit(bookkeeping._square)(x)) / exact - 1) < 1e-5
+    assert 0 <= float(jax.jit(grid.square)(x)) / exact - 1 < 1e-3

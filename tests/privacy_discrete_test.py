@@ -80,19 +80,19 @@ def test_large_scales(kind, stddev):
 @pytest.mark.parametrize("stddev", [0.3, 2.0, 9.3])
 def test_the_table_is_within_the_stated_error_of_the_exact_probabilities(kind, stddev):
   """The chance of each magnitude is read off the table in whole numbers and compared with an oracle
-  of 50 digits.
+  of 70 digits.
   """
   rows = discrete._table(stddev, kind).astype(object)
   num_columns = len(rows)
-  full = 2**95 // num_columns
+  full = 2**127 // num_columns
   chance = [0] * num_columns
-  for column, (a, b, c, alias) in enumerate(rows):
-    threshold = (int(a) << 64) + (int(b) << 32) + int(c)
+  for column, (*words, alias) in enumerate(rows):
+    threshold = sum(int(w) << shift for w, shift in zip(words, (96, 64, 32, 0), strict=True))
     assert threshold <= full
     chance[column] += threshold
     chance[alias] += full - threshold
-  assert sum(chance) == 2**95
-  with mpmath.workdps(60):
+  assert sum(chance) == 2**127
+  with mpmath.workdps(70):
     variance = mpmath.mpf(stddev) ** 2
     if kind == "skellam":
       weight = lambda x: mpmath.exp(-variance) * mpmath.besseli(x, variance)
@@ -102,30 +102,34 @@ def test_the_table_is_within_the_stated_error_of_the_exact_probabilities(kind, s
       total = 1 + 2 * mpmath.fsum(weight(x) for x in range(1, int(20 * stddev) + 40))
     exact = [weight(x) / total * (1 if x == 0 else 2) for x in range(num_columns)]
     distance = mpmath.fsum(
-      abs(mpmath.mpf(c) / 2**95 - p) for c, p in zip(chance, exact, strict=True)
+      abs(mpmath.mpf(c) / 2**127 - p) for c, p in zip(chance, exact, strict=True)
     )
     distance = (distance + 1 - mpmath.fsum(exact)) / 2  # beyond the table
-    assert distance <= discrete.sampler_error(stddev, kind) < 1e-23
-    assert 2 * distance > mpmath.mpf(2) ** -100  # a bound, and not far from what is so
+    assert distance <= discrete.sampler_error(stddev, kind) < 1e-33
+    assert 2 * distance > mpmath.mpf(2) ** -130  # a bound, and not far from what is so
 
 
 def test_a_column_is_split_at_its_threshold_to_the_last_bit():
   rows = discrete._table(3.7, "discrete_gaussian")
   index_bits = len(rows).bit_length() - 1
-  column = int(np.argmax((rows[:, 0] > 0) & (rows[:, 1] > 0) & (rows[:, 2] > 0)))
+  column = int(np.argmax(np.all(rows[:, :4] > 0, axis=1)))
   threshold = sum(
-    int(word) << shift for word, shift in zip(rows[column, :3], (64, 32, 0), strict=True)
+    int(word) << shift for word, shift in zip(rows[column, :4], (96, 64, 32, 0), strict=True)
   )
 
   def drawn(fraction, sign):
     words = [
-      column << (32 - index_bits) | (fraction >> 64) << 1 | sign,
-      fraction >> 32 & 0xFFFFFFFF,
-      fraction & 0xFFFFFFFF,
+      column << (32 - index_bits) | (fraction >> 96) << 1 | sign,
+      *(fraction >> shift & 0xFFFFFFFF for shift in (64, 32, 0)),
     ]
-    return int(discrete._lookup(jnp.asarray(rows), jnp.asarray(words, jnp.uint32)[:, None])[0])
+    heads, tails = jnp.asarray(rows[:, [0, 4]]), jnp.asarray(rows[:, 1:4])
+    first = jnp.asarray(words[:1], jnp.uint32)
+    whole = int(discrete._lookup(heads, tails, jnp.asarray(words, jnp.uint32)[:, None])[0])
+    by_head, tie = discrete._by_head(first, heads)
+    assert int(by_head[0]) == whole or bool(tie[0])
+    return whole
 
-  alias = int(rows[column, 3])
+  alias = int(rows[column, 4])
   for fraction, magnitude in [
     (0, column),
     (threshold - 1, column),
@@ -135,9 +139,11 @@ def test_a_column_is_split_at_its_threshold_to_the_last_bit():
     (threshold + 2**32, alias),
     (threshold - 2**64, column),
     (threshold + 2**64, alias),
-    (2 ** (95 - index_bits) - 1, alias),
+    (threshold - 2**96, column),
+    (threshold + 2**96, alias),
+    (2 ** (127 - index_bits) - 1, alias),
   ]:
-    if 0 <= fraction < 2 ** (95 - index_bits):
+    if 0 <= fraction < 2 ** (127 - index_bits):
       assert drawn(fraction, 0) == magnitude
       assert drawn(fraction, 1) == -magnitude
 
@@ -147,7 +153,7 @@ def test_the_tail_bound_holds(kind):
   for stddev in (0.3, 1.0, 10.0):
     top = discrete.largest(stddev, kind)
     x = np.arange(top + 1, top + 200)
-    assert 2 * float(np.sum(pmf(x, stddev, kind))) <= 2.0**-100
+    assert 2 * float(np.sum(pmf(x, stddev, kind))) <= 2.0**-130
     assert top >= 11 * stddev
 
 

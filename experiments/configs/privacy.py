@@ -12,7 +12,7 @@ from experiments.configs.training import Training
 from experiments.settings import choose, require, setting
 from primia_jax import prng
 from primia_jax.federated import fresh_secrets
-from primia_jax.privacy import accounting, plan
+from primia_jax.privacy import accounting, noise, plan
 from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.summation import Purpose
 from primia_jax.types import LossFn, Params, PyTree
@@ -171,9 +171,10 @@ class Privacy:
       ValueError: a delta that is too large, or a budget that nothing can meet.
     """
     most, batch = max(sizes), training.batch_size
-    counts = (
-      accounting.gaussian("class counts", self.dp_count_noise) if training.class_weights else None
-    )
+    counts = None
+    if training.class_weights:
+      error = noise.error_of_release()
+      counts = accounting.gaussian("class counts", self.dp_count_noise, extra_delta=error)
     options = {
       "num_units": most,
       "steps": training.sync_epochs * -(-most // batch),

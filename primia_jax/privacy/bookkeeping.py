@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from primia_jax import local
+from primia_jax import local, native, prng
+from primia_jax.privacy import grid
 from primia_jax.tapped import Log, Tapped, Taps, Use, only_in_layers
 from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Params, PyTree
 
@@ -27,24 +28,25 @@ _CACHE_BYTES = 2**22  # of gradients formed at once: more are slower
 _UNROLLED = 8  # units, whose addition is unrolled
 _TAPS_BYTES, _UNITS = 24 * 2**20, 32  # of what taps hold at once; more are hardly faster
 _TINY = float(np.finfo(np.float32).tiny)
-# of the largest that a norm from Gram matrices could be: above what float32 loses in summing them
-_MARGIN = 1e-5
 
 
 class UnitGradients(NamedTuple):
   """The gradients of m units.
 
   Attributes:
-    squares: [m, L], the squared norm of each of the L leaves of the parameters.
-    add: (total, factors [m, L], counts [m] bool) -> total plus the sum, over the units that count,
-      of their gradients times factors; a unit that does not count adds exactly 0, whatever is in
-      it.
+    squares: [m, L], an upper bound of the squared norm of each of the L leaves of the parameters,
+      however large or small the numbers are; not finite where a unit's gradient has none.
+    add: (total of int32, factors [m, L], counts [m] bool) -> total plus, for each unit that counts,
+      its gradient times factors, rounded to integers; a unit that does not count adds exactly 0,
+      whatever is in it, and no unit changes what another adds.
     metrics: of each unit, [m].
+    sound: float32, 1; NaN where taps missed part of a gradient.
   """
 
   squares: Array
   add: Callable[[PyTree, Array, Array], PyTree]
   metrics: Metrics
+  sound: Array
 
 
 class PerUnit(NamedTuple):
@@ -66,7 +68,7 @@ def explicit(loss_fn: LossFn) -> PerUnit:
 
   def one(params: Params, model_state: ModelState, rows: Batch, key: Key):
     gradient, (_, metrics) = gradient_fn(params, model_state, rows, key)
-    return gradient, jnp.stack([_square(leaf) for leaf in jax.tree.leaves(gradient)]), metrics
+    return gradient, jnp.stack([grid.square(leaf) for leaf in jax.tree.leaves(gradient)]), metrics
 
   def run(params: Params, model_state: ModelState, rows: Batch, keys: Key) -> UnitGradients:
     num_units = rows.weights.shape[0]
@@ -81,16 +83,14 @@ def explicit(loss_fn: LossFn) -> PerUnit:
 
     def add(total: PyTree, factors: Array, counts: Array) -> PyTree:
       sums = jax.tree.leaves(total)
-      for u in range(
-        num_units
-      ):  # in the units' order, so that the sum rounds alike however they are grouped
+      for u in range(num_units):
         sums = [
-          s + jnp.where(counts[u], leaf[u] * factors[u, i], 0.0)
-          for i, (s, leaf) in enumerate(zip(sums, leaves, strict=True))
+          total + jnp.where(counts[u], grid.rounded(leaf[u], factors[u, i]), 0)
+          for i, (total, leaf) in enumerate(zip(sums, leaves, strict=True))
         ]
       return jax.tree.unflatten(structure, sums)
 
-    return UnitGradients(squares, add, metrics)
+    return UnitGradients(squares, add, metrics, jnp.ones((), jnp.float32))
 
   def fitting(params: Params, *_) -> int:
     size = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
@@ -111,11 +111,9 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
     has_taps: parameters -> bools in their structure, True for large kernels.
 
   Returns:
-    As `explicit`, equal up to rounding. Squared norms from Gram matrices have 1e-5 of their largest
-    possible value added, and what may be lost below float32's range, so that rounding makes no norm
-    too small. While traced it raises a ValueError for a kernel with taps that is not used exactly
-    once, or used in another way. A use in a loop, which tracing cannot count, makes all sums NaN,
-    and so does an output without a gradient (`stop_gradient`).
+    As `explicit`, equal up to rounding. While traced it raises a ValueError for a kernel with taps
+    that is not used exactly once, or used in another way. A use in a loop, which tracing cannot
+    count, makes `sound` NaN, and so does an output without a gradient (`stop_gradient`).
   """
 
   def split(
@@ -176,16 +174,16 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
       list(map(each, others)), zeros
     )
     layers = [_layer(use, taps, w) for use, taps, w in zip(uses, of_taps, kernels, strict=True)]
-    small = [(jax.vmap(_square)(g), functools.partial(_weighted, g)) for g in of_others]
+    small = [(jax.vmap(grid.square)(g), functools.partial(_add_held, g)) for g in of_others]
     squares, sums = zip(*merge(layers, small), strict=True)
+    sound = jnp.all(jnp.stack([jnp.all(taps.uses == 1) for taps in of_taps] or [jnp.bool_(True)]))
 
     def add(total: PyTree, factors: Array, counts: Array) -> PyTree:
-      new = [weighted(factors[:, i], counts) for i, weighted in enumerate(sums)]
-      return jax.tree.unflatten(
-        jax.tree.structure(total), map(jnp.add, jax.tree.leaves(total), new)
-      )
+      leaves, structure = jax.tree.flatten(total)
+      new = [plus(a, factors[:, i], counts) for i, (a, plus) in enumerate(zip(leaves, sums))]
+      return jax.tree.unflatten(structure, new)
 
-    return UnitGradients(jnp.stack(squares, axis=1), add, metrics)
+    return UnitGradients(jnp.stack(squares, axis=1), add, metrics, jnp.where(sound, 1.0, jnp.nan))
 
   def fitting(params: Params, *args) -> int:
     num_bytes = sum(4 * leaf.size for use in uses_of(params, *args) for leaf in use.taps)
@@ -194,61 +192,94 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
   return PerUnit(run, fitting)
 
 
-def _layer(use: Use, taps: Taps, w: Array) -> tuple[Array, Callable[[Array, Array], Array]]:
-  """The squared norms [m] of the gradients of one kernel, and how to sum them; taps have leading
-  axes [m, R].
+def rounded_products(x: Array, g: Array, factors: Array) -> Array:
+  """The sum over units of factors[m] x[m]^T g[m], each rounded to integers first.
+
+  Args:
+    x: [m, P, K] float32.
+    g: [m, P, O] float32.
+    factors: [m] float32; a unit of factor 0 adds exactly 0, whatever is in it.
+
+  Returns:
+    [K, O] int32. On CPU no product is stored; elsewhere one at a time.
+  """
+
+  def plain(x: Array, g: Array, factors: Array) -> Array:
+    def body(u: Array, total: Array) -> Array:
+      product = jnp.einsum("pk,po->ko", x[u], g[u], precision=_precision())
+      return total + jnp.where(factors[u] != 0, grid.rounded(product, factors[u]), 0)
+
+    varying = prng.varying_zero(x, g, factors).astype(jnp.int32)
+    nothing = jnp.zeros((x.shape[-1], g.shape[-1]), jnp.int32) + varying
+    return lax.fori_loop(0, factors.shape[0], body, nothing)
+
+  if not native.available():
+    return plain(x, g, factors)
+  compiled = lambda *args: native.products(*args) | prng.varying_zero(*args).astype(jnp.int32)
+  return lax.platform_dependent(x, g, factors, cpu=compiled, default=plain)
+
+
+def _layer(use: Use, taps: Taps, w: Array) -> tuple[Array, Callable[[Array, Array, Array], Array]]:
+  """Bounds of the squared norms [m] of one kernel's gradients, and what adds these to a total; taps
+  have leading axes [m, R].
   """
   num_units = taps.uses.shape[0]
-  merged = lambda a: a.reshape(-1, *a.shape[2:])
-  rows, g = use.rows(merged(taps.x)), taps.g.reshape(num_units, -1, w.shape[-1])
-  rows, g = rows.reshape(num_units, -1, rows.shape[-1]).astype(w.dtype), g.astype(w.dtype)
+
+  def rows_of(x: Array) -> Array:
+    rows = use.rows(x.reshape(-1, *x.shape[2:]))
+    return rows.reshape(num_units, -1, rows.shape[-1]).astype(w.dtype)
+
+  rows, g = rows_of(taps.x), taps.g.reshape(num_units, -1, w.shape[-1]).astype(w.dtype)
   (positions, fan_in), features = rows.shape[1:], w.shape[-1]
-  once = jnp.where(jnp.all(taps.uses == 1), 1.0, jnp.nan)
   fewer_products = positions * (fan_in + features) < fan_in * features
   if positions == 1 or (
     fewer_products and 4 * num_units * fan_in * features > _CACHE_BYTES
   ):  # by Gram matrices
-    gram = lambda a: jnp.einsum("mpk,mqk->mpq", a, a, precision=_precision())
-    seen, sent = gram(rows), gram(g)
-    of_x, of_g = (jnp.trace(a, axis1=1, axis2=2) for a in (seen, sent))
-    rounded = np.float32(_MARGIN if positions > 1 else 0) * (of_x * of_g)
-    # A product of two x or g below float32's range is taken for 0, which counts where the other's
-    # are very large.
-    lost = [np.float32(positions * n * _TINY) * a for n, a in ((features, of_x), (fan_in, of_g))]
-    squares = jnp.maximum(jnp.sum(seen * sent, axis=(1, 2)), 0.0) + rounded + lost[0] + lost[1]
+    squares = _squares_by_gram(rows, g)
 
-    def weighted(factors: Array, counts: Array) -> Array:
-      x = merged(_where(counts, taps.x))
-      with jax.default_matmul_precision("default" if jax.default_backend() == "cpu" else "highest"):
-        pull = jax.vjp(lambda w: use.apply(x, w), w)[1]
-        return pull(merged(_where(counts, _scaled(factors, taps.g))))[0] * once
+    def add(total: Array, factors: Array, counts: Array) -> Array:
+      # The rows are made again: those of all layers would take much memory until all norms are known.
+      again = rows_of(jnp.where(counts.reshape(-1, *(1,) * (taps.x.ndim - 1)), taps.x, 0.0))
+      new = rounded_products(again, g, jnp.where(counts, factors, 0.0))
+      return total + new.reshape(total.shape)
 
-    return squares, weighted
+    return squares, add
   gradients = jnp.einsum("mpk,mpo->mok", rows, g, precision=_precision())  # faster on CPU than mko
-  return jax.vmap(_square)(
-    gradients
-  ), lambda *how: _weighted(gradients, *how).T.reshape(w.shape) * once
+  turned = lambda total: total.reshape(fan_in, features).T
+  return jax.vmap(grid.square)(gradients), lambda total, *how: _add_held(
+    gradients, turned(total), *how
+  ).T.reshape(total.shape)
 
 
-def _weighted(gradients: Array, factors: Array, counts: Array) -> Array:
-  """The sum over units that count of gradients [m, ...] times factors [m]."""
-  return jnp.sum(_where(counts, _scaled(factors, gradients)), axis=0)
+def _squares_by_gram(rows: Array, g: Array) -> Array:
+  """Upper bounds [m] of |rows[m]^T g[m]|^2, from rows [m, P, K] and g [m, P, O].
 
-
-def _scaled(factors: Array, a: Array) -> Array:
-  return a * factors.reshape(-1, *(1,) * (a.ndim - 1))
-
-
-def _where(counts: Array, a: Array) -> Array:
-  """a [m, ...], with exactly 0 for units that do not count."""
-  return jnp.where(counts.reshape(-1, *(1,) * (a.ndim - 1)), a, 0.0)
-
-
-def _square(x: Array) -> Array:
-  """The squared norm, summed within and then over rows so that float32 loses little of millions of
-  terms.
+  The exact value is sum_pq (x_p . x_q) (g_p . g_q). Float32 changes it by at most (K + O + P^2 + 4)
+  `EPS` times (sum_p |x_p| |g_p|)^2, to first order and in any order of the sums (Higham 2002,
+  section 3.1). What adds the gradients up forms rows^T g itself, with an error of norm P `EPS`
+  times that sum. Twice both are added, so that rounding makes no norm too small; without much
+  cancellation between positions it is a thousandth at most. A product of two x or g below float32's
+  range is taken for 0, which counts where the other's are very large.
   """
-  return jnp.sum(jnp.sum(jnp.square(x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)), axis=1))
+  (positions, fan_in), features = rows.shape[1:], g.shape[-1]
+  gram = lambda a: jnp.einsum("mpk,mqk->mpq", a, a, precision=_precision())
+  diagonal = lambda a: jnp.diagonal(a, axis1=1, axis2=2)
+  seen, sent = gram(rows), gram(g)
+  largest = jnp.sum(jnp.sqrt(diagonal(seen)) * jnp.sqrt(diagonal(sent)), axis=1)
+  terms = fan_in + features + positions**2 + 4 * positions + 16
+  lost = [
+    np.float32(positions * n * _TINY) * jnp.sum(diagonal(a), axis=1)
+    for n, a in ((features, seen), (fan_in, sent))
+  ]
+  exact = jnp.maximum(jnp.sum(seen * sent, axis=(1, 2)), 0.0)
+  return exact + np.float32(2 * terms * grid.EPS) * jnp.square(largest) + lost[0] + lost[1]
+
+
+def _add_held(gradients: Array, total: Array, factors: Array, counts: Array) -> Array:
+  """total plus the units that count of gradients [m, ...] times factors [m], rounded."""
+  each = lambda a: a.reshape(-1, *(1,) * (gradients.ndim - 1))
+  whole = jnp.where(each(counts), grid.rounded(gradients, each(factors)), 0)
+  return total + jnp.sum(whole, axis=0, dtype=jnp.int32)
 
 
 def _precision() -> lax.Precision | None:

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax.privacy import grid
 from primia_jax.privacy.bookkeeping import bookkept, explicit
+from primia_jax.privacy.grid import Grid, Rounded
 from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Params, PyTree
 
 CLIPPINGS = ("flat", "per_layer", "automatic")
@@ -57,7 +59,8 @@ def clipped_sum(
   augmentations: int = 1,
   microbatch: int | None = None,
   has_taps: Callable[[Params], PyTree] | None = None,
-) -> Callable[[Params, ModelState, Batch, Key], tuple[PyTree, Metrics, Array]]:
+  grid_of: Callable[[int, int], Grid] = lambda dim, max_units: grid.choose(dim),
+) -> Callable[[Params, ModelState, Batch, Key], tuple[Rounded, Metrics, Array]]:
   """Makes the function that sums clipped gradients over units.
 
   The gradient g of a unit is that of the mean loss over its rows, each row `augmentations` times
@@ -68,9 +71,12 @@ def clipped_sum(
     so, with C / sqrt(number of leaves) (McMahan et al. 2018, section 3.1). automatic: C g / (|g| +
     0.01) (Bu et al. 2022, equation 4.1), of norm below C with nothing to tune.
 
-  So one unit, whatever is in it, changes the sum by a vector of norm at most C, up to float32: 1e-5
-  C for the rounding of the factor and the norm, and the rounding of the sum. A gradient that is not
-  finite, or whose norm exceeds float32's range, counts as exactly 0.
+  Each unit's result is rounded to integers on a grid (`grid`) before it is added, and its norm is
+  bounded from above with all that float32 may have lost. So one unit, whatever is in it, changes
+  the sum by a vector of norm at most C, exactly, and changes nothing of what other units add. (This
+  assumes that the numbers of one unit do not depend on its place in a group, nor on the others in
+  it, as holds for layers that work row by row.) C is at most half a percent less for it. A gradient
+  that is not finite, or whose norm exceeds float32's range, counts as exactly 0.
 
   Args:
     loss_fn: a mean over rows of non-zero weight, without model state.
@@ -83,13 +89,15 @@ def clipped_sum(
       `conv` or `tapped.dense` once and to nothing else. Most of their gradients are then never
       formed unit by unit, which takes a fraction of the time (`bookkeeping`). None marks no kernel
       and suits any model.
+    grid_of: (numbers of a gradient, most units of a step) -> the grid, which is made for the noise
+      that will be added.
 
   Returns:
     (params, model_state, Batch, key) -> (sum, Metrics, share of the units that were scaled down).
     The batch has leading axes [U] or, where units have several rows, [U, R]; a unit whose weights
     are all 0 is padding, and loops end after the last that is not. `key` is for augmentation and
     dropout, not secret. Metrics are per row, of finite units; like the share they are NOT private.
-    It raises a ValueError for a model with state, or parameters of fewer bits than float32.
+    It raises a ValueError for a model with state, or parameters that are not float32.
 
   Raises:
     ValueError: for another clipping, or numbers out of range.
@@ -111,9 +119,9 @@ def clipped_sum(
         "examples of a batch, which clipping cannot bound); use norm=group"
       )
     for leaf in jax.tree.leaves(params):
-      if leaf.dtype.itemsize < 4:
+      if leaf.dtype != jnp.float32:
         raise ValueError(
-          f"parameters are {leaf.dtype}, in which norms are too coarse for a bound; use float32"
+          f"parameters are {leaf.dtype}; the bounds of rounding hold for float32: use that"
         )
     if batch.weights.ndim == 1:
       batch = jax.tree.map(lambda a: a[:, None], batch)
@@ -127,9 +135,11 @@ def clipped_sum(
     used = jnp.any(batch.weights != 0, axis=1)
     rank = jnp.arange(1, num_units + padding + 1, dtype=jnp.int32)
     last = jnp.max(jnp.where(used, rank, 0))
+    on = grid_of(grid.size(params), num_units)
+    unclipped = np.float32(on.steps / l2_clip_norm)
 
     def body(i: Array, carry):
-      total, metrics, num_clipped = carry
+      total, metrics, num_clipped, sound = carry
       first = i * together
       rows = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, together), batch)
       index = first + jnp.arange(together, dtype=jnp.int32)
@@ -137,27 +147,31 @@ def clipped_sum(
       rows = augmented(rows, 1)
       units = per_unit.gradients(params, model_state, rows, keys)
       counts = jnp.any(rows.weights != 0, axis=1) & jnp.isfinite(jnp.sum(units.squares, axis=1))
-      factors = jax.vmap(lambda squares: _factors(squares, l2_clip_norm, clipping))(units.squares)
+      factors = jax.vmap(lambda squares: _factors(squares, on, unclipped, clipping))(units.squares)
       total = units.add(total, factors, counts)
       new = jax.tree.map(lambda m: jnp.where(counts, m, 0.0) / augmentations, units.metrics)
       metrics = jax.tree.map(lambda a, b: a + jnp.sum(b), metrics, new)
-      num_clipped = num_clipped + jnp.sum(counts & jnp.any(factors < 1, axis=1), dtype=jnp.float32)
-      return total, metrics, num_clipped
+      scaled = counts & jnp.any(factors < unclipped, axis=1)
+      num_clipped = num_clipped + jnp.sum(scaled, dtype=jnp.float32)
+      return total, metrics, num_clipped, sound * units.sound
 
-    zero = jnp.zeros((), jnp.float32)
-    carry = (jax.tree.map(jnp.zeros_like, params), Metrics(zero, zero, zero), zero)
+    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.int32), params)
+    carry = (nothing, Metrics(zero, zero, zero), zero, one)
     if together == num_units:  # without a loop XLA sees more at once
-      total, metrics, num_clipped = body(jnp.int32(0), carry)
+      total, metrics, num_clipped, sound = body(jnp.int32(0), carry)
     else:
-      total, metrics, num_clipped = jax.lax.fori_loop(0, -(-last // together), body, carry)
-    return total, metrics, num_clipped / jnp.maximum(jnp.sum(used, dtype=jnp.float32), 1.0)
+      total, metrics, num_clipped, sound = jax.lax.fori_loop(0, -(-last // together), body, carry)
+    step = sound * np.float32(l2_clip_norm / on.steps)
+    share = num_clipped / jnp.maximum(jnp.sum(used, dtype=jnp.float32), 1.0)
+    return Rounded(total, step, on), metrics, share
 
   return run
 
 
 def clipped_gradients(
-  loss_fn: LossFn, config: Clipping, unit: str, max_units: int
-) -> Callable[[Params, ModelState, Batch, Key], tuple[PyTree, tuple[ModelState, Metrics]]]:
+  loss_fn: LossFn, config: Clipping, unit: str, max_units: int, grid_of: Callable[[int, int], Grid]
+) -> Callable[[Params, ModelState, Batch, Key], tuple[Rounded, tuple[ModelState, Metrics]]]:
   """`clipped_sum` as the grad_fn of a `local.Recipe`, whose privatizer noises and divides the sum.
 
   Args:
@@ -165,6 +179,7 @@ def clipped_gradients(
     config: how to clip.
     unit: "example", for batches [max_units], or "patient", for batches [max_units, rows].
     max_units: the most units of a step, as many as a batch has places.
+    grid_of: see `clipped_sum`.
 
   Returns:
     (params, model_state, batch, key) -> (sum, (model_state, Metrics)). The metrics are 0, since the
@@ -180,6 +195,7 @@ def clipped_gradients(
     augmentations=config.augmentations,
     microbatch=config.microbatch,
     has_taps=config.has_taps,
+    grid_of=grid_of,
   )
   wanted = {"example": 1, "patient": 2}[unit]
 
@@ -197,17 +213,16 @@ def clipped_gradients(
   return grad_fn
 
 
-def _factors(squares: Array, l2_clip_norm: float, clipping: str) -> Array:
-  """What each leaf [L] of one unit's gradient is multiplied by, from the squared norms of the
-  leaves.
+def _factors(squares: Array, on: Grid, unclipped: np.float32, clipping: str) -> Array:
+  """What each leaf [L] of one unit's gradient is multiplied by, in grid steps, from bounds of the
+  squared norms of the leaves.
   """
   if clipping == "per_layer":
-    return jnp.minimum(
-      1.0, np.float32(l2_clip_norm / math.sqrt(len(squares))) * jax.lax.rsqrt(squares)
-    )
-  norm = jnp.sqrt(jnp.sum(squares))
+    most = np.float32(on.limit / math.sqrt(len(squares)))
+    return jnp.minimum(unclipped, most / grid.norm(squares[:, None]))
+  norm = grid.norm(squares)
   if clipping == "automatic":
-    factor = np.float32(l2_clip_norm) / (norm + np.float32(_STABILITY))
+    factor = np.float32(on.limit) / (norm + np.float32(_STABILITY))
   else:
-    factor = jnp.minimum(1.0, np.float32(l2_clip_norm) / norm)
+    factor = jnp.minimum(unclipped, np.float32(on.limit) / norm)
   return jnp.broadcast_to(factor, squares.shape)

@@ -2,9 +2,16 @@
 that are known to lie apart.
 
 A model learns from prefix sums of its gradients, so noise that cancels from step to step costs less
-accuracy than fresh noise. The noise of step t is row t of C^-1 Z, with standard normal Z and the
-matrix C of one of the `strategies`. Its state is b - 1 earlier vectors for `banded`, and for `tree`
-a vector for each level (log2 of the steps of a tree).
+accuracy than fresh noise. The noise of step t is row t of C^-1 Z, with Gaussian Z and the matrix C
+of one of the `strategies`. Its state is b - 1 earlier vectors for `banded`, and for `tree` a vector
+for each level (log2 of the steps of a tree).
+
+All of it is integers, and all that is released is a function of C X + Z, to the last bit. X, the
+sums of rounded gradients, and Z (`noise`) lie on one grid. For `tree`, C holds zeros and ones, and
+a node's estimate is its children's plus the rounded share of what it differs from them. For
+`banded`, C holds multiples of 1/64, Z lies on a grid 64 times as fine as X, and what step t
+releases is Y_t = round(V_t - sum_j c_j Y_(t-j)) with V = C X + Z. This is X_t plus the integer
+round(Z_t - sum_j c_j N_(t-j)), which is drawn here, where N = Y - X is the noise of earlier steps.
 
 Who learns what: whoever sees every noisy sum of the run learns about one unit what a single
 Gaussian mechanism of `noise_multiplier` tells. The ledger is charged for that: once for the run,
@@ -13,8 +20,7 @@ units double the sensitivity. This assumes that a unit's gradient is clipped to 
 that its steps are at least `min_separation` apart and at most `max_participations`. Batches in one
 fixed order satisfy that; shuffling each epoch anew does NOT. No amplification by sampling is
 claimed. No step may be released twice, as by two runs from one checkpoint, unless the ledger is
-charged again. The state holds noise and must never leave the site. The noise is rounded to float32;
-the claim is that of real numbers.
+charged again. The state holds noise and must never leave the site.
 
 The secret may change from step to step: each step draws fresh numbers from it, and the state alone
 holds what later steps need of earlier draws.
@@ -22,6 +28,7 @@ holds what later steps need of earlier draws.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,20 +38,22 @@ import numpy as np
 from jax import lax
 
 from primia_jax import prng
-from primia_jax.privacy import noise, subkeys
+from primia_jax.privacy import grid, noise, subkeys
+from primia_jax.privacy.grid import Grid
 from primia_jax.privacy.strategies import (
+  FRACTION,
   BandedNoise,
   Config,
   TreeNoise,
   level_variances,
-  shortened_norms,
   stddev,
 )
 from primia_jax.types import Array, PyTree
 
-# (key [8] uint32, step uint32, like, stddev) -> independent Gaussians of like's shapes, never the
-# same for another step
-NoiseFn = Callable[[Array, Array, PyTree, float], PyTree]
+_MOST_DRAWS = 16  # of `noise.largest` that a number may hold: numbers wrap around beyond
+# (key [8] uint32, step uint32, like, level) -> the two digits of independent noise of like's
+# shapes, never the same for another step
+NoiseFn = Callable[[Array, Array, PyTree, int], tuple[PyTree, PyTree]]
 
 
 class NoiseState(NamedTuple):
@@ -52,12 +61,27 @@ class NoiseState(NamedTuple):
 
   Attributes:
     step: uint32, the step that comes next.
-    rows: the gradient's pytree with a leading axis, float32: the last b - 1 vectors in a ring, or
-      one for each level.
+    rows: the gradient's pytree with a leading axis, int32 in grid steps: the noise of the last b -
+      1 steps in a ring, or one vector for each level.
   """
 
   step: Array
   rows: PyTree
+
+
+def fraction(config: Config) -> int:
+  """How much finer the grid of Z is than that of the sums."""
+  return FRACTION if isinstance(config, BandedNoise) else 1
+
+
+def grid_of(config: Config) -> Callable[..., Grid]:
+  """`grid.choose` for this noise: (dim, max_units=) -> Grid."""
+  return functools.partial(
+    grid.choose,
+    noise_multiplier=stddev(config) / config.l2_clip_norm,
+    fraction=fraction(config),
+    num_draws=_MOST_DRAWS,
+  )
 
 
 def init(config: Config, like: PyTree) -> NoiseState:
@@ -73,7 +97,7 @@ def init(config: Config, like: PyTree) -> NoiseState:
     else config.restart_every.bit_length()
   )
   num_rows = max(1, num_rows)  # one band needs none, but checkpoints hold no empty arrays
-  zeros = lambda leaf: jnp.zeros((num_rows, *leaf.shape), jnp.float32)
+  zeros = lambda leaf: jnp.zeros((num_rows, *leaf.shape), jnp.int32)
   return NoiseState(jnp.zeros((), jnp.uint32), jax.tree.map(zeros, like))
 
 
@@ -82,23 +106,24 @@ def next_noise(
   state: NoiseState,
   secret: Array,
   step: int | Array,
-  noise_fn: NoiseFn = noise.gaussian_like,
+  level: int,
+  noise_fn: NoiseFn = noise.digits_like,
 ) -> tuple[PyTree, NoiseState]:
   """The noise to add to this step's sum of clipped gradients (to the sum, not to the mean).
 
-  Steps come once each, in order, from 0 to num_steps - 1; the ledger is charged for these. Out of
-  turn the noise is NaN, so that a mistake releases nothing.
+  Steps come once each, in order, from 0 to num_steps - 1; the ledger is charged for these.
 
   Args:
     config: the noise; static under jit.
     state: from `init` or the step before.
     secret: [8] uint32; it may also serve `sampling` and `noise`, which derive other subkeys
       (`subkeys`). No step comes twice with one secret.
-    step: uint32 scalar.
+    step: uint32 scalar, equal to that of the state.
+    level: that of the sums' grid, from `grid_of`; static.
     noise_fn: independent Gaussian noise from a cryptographic generator, see `NoiseFn`.
 
   Returns:
-    float32 noise of the gradient's shapes, and the next state.
+    int32 noise of the gradient's shapes, in grid steps, and the next state.
 
   Raises:
     ValueError: for a step out of turn, where neither it nor the state is traced.
@@ -107,44 +132,47 @@ def next_noise(
   known = not any(isinstance(a, jax.core.Tracer) for a in (step, state.step))
   if known and not int(step) == int(state.step) < config.num_steps:
     raise ValueError(f"step={step} out of turn: step {state.step} of {config.num_steps} comes next")
-  like = jax.tree.map(lambda rows: jnp.zeros(rows.shape[1:], jnp.float32), state.rows)
-  draw = lambda level: noise_fn(
-    prng.derive(secret, subkeys.CORRELATED, level), step, like, stddev(config)
+  like = jax.tree.map(lambda rows: rows[0], state.rows)
+  draw = lambda of_level: noise_fn(
+    prng.derive(secret, subkeys.CORRELATED, of_level), step, like, level
   )
+  shift = noise.shift(level)
   if isinstance(config, BandedNoise):
-    drawn, rows = _next_banded(config, draw, state.rows, step)
+    drawn, rows = _next_banded(config, draw, shift, state.rows, step)
   else:
-    drawn, rows = _next_tree(config, draw, state.rows, step)
-  in_turn = (step == state.step) & (step < np.uint32(config.num_steps))
-  drawn = jax.tree.map(lambda n: jnp.where(in_turn, n, jnp.nan), drawn)
+    drawn, rows = _next_tree(config, draw, shift, state.rows, step)
   return drawn, NoiseState(state.step + np.uint32(1), rows)
 
 
 def _next_banded(
-  config: BandedNoise, draw: Callable, rows: PyTree, step: Array
+  config: BandedNoise, draw: Callable, shift: int, rows: PyTree, step: Array
 ) -> tuple[PyTree, PyTree]:
-  """Forward substitution: u_t = (z_t - sum_j c_j u_(t-j)) / c_0, and the noise is u_t times the
-  norm of column t.
-  """
-  c, width = np.array(config.coefficients), len(config.coefficients) - 1
-  below = jnp.minimum(
-    np.uint32(config.num_steps - 1) - step, np.uint32(width)
-  )  # entries of the column
-  norm = jnp.asarray(shortened_norms(config.coefficients), jnp.float32)[below.astype(jnp.int32)]
-  z = jax.tree.map(lambda a: a / np.float32(c[0]), draw(0))
-  if not width:
-    return jax.tree.map(lambda a: a * norm, z), rows
-  slot = step % np.uint32(width)  # where u_(t - width) makes place for u_t
-  age = (slot + np.uint32(width - 1) - jnp.arange(width, dtype=jnp.uint32)) % np.uint32(width)
-  weights = jnp.asarray(c[1:] / c[0], jnp.float32)[age.astype(jnp.int32)]
-  earlier = lambda u: jnp.tensordot(weights, u, 1, precision=lax.Precision.HIGHEST)
-  new = jax.tree.map(lambda a, u: a - earlier(u), z, rows)
-  rows = jax.tree.map(lambda u, a: u.at[slot.astype(jnp.int32)].set(a), rows, new)
-  return jax.tree.map(lambda a: a * norm, new), rows
+  """Forward substitution: n_t = round(z_t - sum_j c_j n_(t-j)), in two digits of integers."""
+  width, bits = len(config.coefficients) - 1, FRACTION.bit_length() - 1
+  slot = step % np.uint32(max(width, 1))  # where n_(t - width) makes place for n_t
+  age = (slot + np.uint32(width - 1) - jnp.arange(width, dtype=jnp.uint32)) % np.uint32(
+    max(width, 1)
+  )
+  by_age = np.rint(np.array(config.coefficients[1:]) * FRACTION).astype(np.int32)
+  weights = jnp.asarray(by_age)[age.astype(jnp.int32)]
+
+  def new(high: Array, low: Array, earlier: Array) -> Array:
+    """The digits of 64 times z_t less the earlier noise, and their rounded 64th."""
+    for j in range(width):
+      high = high - weights[j] * (earlier[j] >> shift)
+      low = low - weights[j] * (earlier[j] & (2**shift - 1))
+    if shift < bits:  # coarse noise, whose digits fit one number together
+      return ((high << shift) + low + FRACTION // 2) >> bits
+    return (high << (shift - bits)) + ((low + FRACTION // 2) >> bits)
+
+  drawn = jax.tree.map(new, *draw(0), rows)
+  if width:
+    rows = jax.tree.map(lambda u, a: u.at[slot.astype(jnp.int32)].set(a), rows, drawn)
+  return drawn, rows
 
 
 def _next_tree(
-  config: TreeNoise, draw: Callable, rows: PyTree, step: Array
+  config: TreeNoise, draw: Callable, shift: int, rows: PyTree, step: Array
 ) -> tuple[PyTree, PyTree]:
   """The nodes that a prefix is made of after this step, less those before it.
 
@@ -155,6 +183,7 @@ def _next_tree(
   within = step % np.uint32(config.restart_every)
   top = lax.population_count(within & ~(within + np.uint32(1))).astype(jnp.int32)
   variances = jnp.asarray(level_variances(config), jnp.float32)
+  whole = lambda of_level: jax.tree.map(lambda high, low: (high << shift) + low, *draw(of_level))
 
   def merge(level: Array, carry):
     node, replaced = carry
@@ -163,11 +192,15 @@ def _next_tree(
       config.honaker
     ):  # by inverse variance; a node's own share is then the variance of the estimate
       own = variances[level + 1]
-      mix = lambda z, a, b: own * z + (1 - own) * (a + b)
-      node = jax.tree.map(mix, draw((level + 1).astype(jnp.uint32)), left, node)
+
+      def mix(z: Array, a: Array, b: Array) -> Array:
+        below = a + b  # any function of the difference is one of what the tree would release
+        return below + jnp.rint(own * (z - below).astype(jnp.float32)).astype(jnp.int32)
+
+      node = jax.tree.map(mix, whole((level + 1).astype(jnp.uint32)), left, node)
     return node, jax.tree.map(jnp.add, replaced, left)
 
-  leaf = draw(jnp.uint32(0)) if config.honaker else draw(top.astype(jnp.uint32))
+  leaf = whole(jnp.uint32(0)) if config.honaker else whole(top.astype(jnp.uint32))
   node, replaced = lax.fori_loop(0, top, merge, (leaf, jax.tree.map(jnp.zeros_like, leaf)))
   rows = jax.tree.map(lambda u, a: u.at[top].set(a), rows, node)
   return jax.tree.map(jnp.subtract, node, replaced), rows

@@ -28,11 +28,14 @@ from primia_jax.privacy import (
   accounting,
   adaptive,
   batches,
+  correlated,
   distributed_cost,
+  grid,
   privatizers,
   sampling,
   strategies,
 )
+from primia_jax.privacy import noise as sampler
 from primia_jax.privacy.accounting import Ledger, Release
 from primia_jax.privacy.adaptive import Clip
 from primia_jax.privacy.clipping import Clipping, clipped_gradients
@@ -187,18 +190,19 @@ def dp_sgd(
   total, rate = steps * rounds, sampling.effective_rate(sampling_rate)
   max_units = sampling.capacity(num_units, rate, total, _FAILURE)
   overflow = sampling.overflow_probability(max_units, num_units, rate, total) / total
+  wrong = overflow + sampler.error_of_release()
   sigma = noise_multiplier
   if sigma is None:
-    sigma = accounting.calibrate(target, delta, rate, total, before, overflow)
-  release = accounting.gaussian("gradients", sigma, rate, overflow)
+    sigma = accounting.calibrate(target, delta, rate, total, before, wrong)
+  release = accounting.gaussian("gradients", sigma, rate, wrong)
   clipped = Clipping(l2_clip_norm, clipping, augmentations, microbatch, has_taps)
   images, rows = max_examples or num_units * rows_per_unit, rows_per_unit
   drawn = batches.poisson(steps, rate, max_units, images, unit=unit, rows_per_unit=rows)
   base = Plan(
     unit, delta, num_units, target, steps, (release._replace(times=steps),), tuple(before), False
   )
-  noise = privatizers.gaussian(sigma * l2_clip_norm, rate, num_units)
-  return _step_plan(loss_fn, base, clipped, drawn, noise, sigma, rate, None)
+  adds = privatizers.gaussian(sigma, rate, num_units)
+  return _step_plan(loss_fn, base, clipped, drawn, adds, sigma, rate, None)
 
 
 def dp_ftrl(
@@ -254,10 +258,10 @@ def dp_ftrl(
       f"steps={steps}, rounds={rounds} and batch_size={batch_size} must be at least 1, and the "
       f"places of the whole run, {total} x {batch_size}, fewer than 2^32"
     )
-  sigma = noise_multiplier
+  sigma, wrong = noise_multiplier, total * sampler.error_of_release()
   if sigma is None:
-    sigma = accounting.calibrate(target, delta, 1.0, 1, before)
-  release = accounting.gaussian("gradients", sigma)
+    sigma = accounting.calibrate(target, delta, 1.0, 1, before, wrong)
+  release = accounting.gaussian("gradients", sigma, extra_delta=wrong)
   whole = lambda: accounting.epsilon(accounting.spend(start, release))
   if noise_multiplier is not None and target < math.inf and (epsilon := whole()) > target:
     raise ValueError(
@@ -270,8 +274,8 @@ def dp_ftrl(
   images, rows = max_examples or num_units * rows_per_unit, rows_per_unit
   drawn = batches.cyclic(steps, batch_size, images, unit=unit, rows_per_unit=rows)
   base = Plan(unit, delta, num_units, target, steps, (release,), tuple(before), True)
-  noise = privatizers.correlate(strategy, batch_size)
-  return _step_plan(loss_fn, base, clipped, drawn, noise, sigma, 1.0, strategy)
+  adds = privatizers.correlate(strategy, batch_size)
+  return _step_plan(loss_fn, base, clipped, drawn, adds, sigma, 1.0, strategy)
 
 
 def _step_plan(
@@ -279,15 +283,21 @@ def _step_plan(
   base: Plan,
   clipped: Clipping,
   drawn: local.Steps,
-  noise: local.Privatizer,
+  adds: local.Privatizer,
   sigma: float,
   rate: float,
   strategy: strategies.Config | None,
 ) -> StepPlan:
   """Ties the batches, the clipped gradients and the noise of a plan together."""
-  grad_fn, size = clipped_gradients(loss_fn, clipped, base.unit, drawn.batch_size), drawn.batch_size
+  size = drawn.batch_size
+  grid_of = functools.partial(grid.choose, noise_multiplier=sigma)
+  if strategy is not None:
+    grid_of = correlated.grid_of(strategy)
+  grad_fn = clipped_gradients(
+    loss_fn, clipped, base.unit, size, lambda dim, units: grid_of(dim, max_units=units)
+  )
   priced: list[Any] = [getattr(base, field.name) for field in dataclasses.fields(Plan)]
-  own = sigma, clipped, rate, size, strategy, drawn, grad_fn, noise.bound_to(drawn, grad_fn)
+  own = sigma, clipped, rate, size, strategy, drawn, grad_fn, adds.bound_to(drawn, grad_fn)
   return StepPlan(*priced, *own)  # type: ignore[call-arg]
 
 
@@ -338,10 +348,10 @@ def site_level(
     return Clip(l2_clip_norm, target_quantile, clip_rate, max(sigma, num_together / 20))
 
   if together is None:
-    sigma = noise_multiplier
+    sigma, wrong = noise_multiplier, 2 * sampler.error_of_release()  # update and bit
     if sigma is None:
-      sigma = accounting.calibrate(target, delta, 1.0, rounds)
-    moving, release = clip_of(sigma), accounting.gaussian(what, sigma)
+      sigma = accounting.calibrate(target, delta, 1.0, rounds, extra_delta=wrong)
+    moving, release = clip_of(sigma), accounting.gaussian(what, sigma, extra_delta=wrong)
   else:
     template = dataclasses.replace(together, l2_clip_norm=1.0 if moves else l2_clip_norm)
 

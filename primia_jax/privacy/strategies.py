@@ -5,8 +5,9 @@ Z and a strategy matrix C, the noise of step t is row t of C^-1 Z (`correlated` 
 is released follows from C X + Z: one Gaussian mechanism for the whole run, also where gradients
 depend on earlier outputs (Denisov et al. 2022, theorem 2.1). Two strategies:
 
-- `banded`: C is lower triangular with b bands (Choquette-Choo et al. 2023, "(Amplified) banded
-  matrix factorization", section 4), Toeplitz up to columns scaled to norm 1.
+- `banded`: C is lower triangular and Toeplitz with b bands (Choquette-Choo et al. 2023,
+  "(Amplified) banded matrix factorization", section 4). Its coefficients are multiples of 1/64, so
+  that C X lies on the same grid as Z (`correlated`).
 - `tree`: binary trees (Kairouz et al. 2021, "Practical and private (deep) learning without sampling
   or shuffling"), restarted before any unit comes again.
 """
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import optimize, signal
 
+FRACTION = 64  # coefficients of `banded` are multiples of 1 / FRACTION
 _MAX_BANDS = 16  # more take memory, and hardly reduce the error
 
 
@@ -34,7 +36,7 @@ class BandedNoise:
     max_participations: k, the most steps of one unit.
     noise_multiplier: of the one Gaussian mechanism that the run amounts to.
     l2_clip_norm: the largest norm of a unit's gradient in one step.
-    coefficients: [b] of the columns of C, the diagonal's first, of norm 1.
+    coefficients: [b] of the columns of C, the diagonal's first, which is 1; in 1/64.
   """
 
   num_steps: int
@@ -53,11 +55,11 @@ class BandedNoise:
         f"overlap, and sensitivity is unknown; give 1 to {self.min_separation} coefficients"
       )
     if not (
-      np.all(np.isfinite(c)) and np.all(c > 0) and np.all(np.diff(c) <= 0) and abs(c @ c - 1) < 1e-9
+      c[0] == 1 and np.all(c > 0) and np.all(np.diff(c) <= 0) and np.all(c * FRACTION % 1 == 0)
     ):
       raise ValueError(
-        f"coefficients={self.coefficients} must be positive, of norm 1, and not rise (noise might "
-        f"grow)"
+        f"coefficients={self.coefficients} must be positive multiples of 1 / {FRACTION}, begin with "
+        f"1, and not rise (noise might grow)"
       )
 
 
@@ -102,14 +104,17 @@ def banded(
   coefficients: Sequence[float],
   max_participations: int | None = None,
 ) -> BandedNoise:
-  """Banded noise from coefficients of any scale, e.g. `optimal_coefficients`. One band is the fresh
-  noise of DP-SGD.
+  """Banded noise from coefficients of any scale, e.g. `optimal_coefficients`, rounded to multiples
+  of 1 / 64 of the first. One band is the fresh noise of DP-SGD.
 
   Raises:
     ValueError: for numbers out of range, more bands than `min_separation` or rising coefficients.
   """
-  norm = math.sqrt(sum(c**2 for c in coefficients))
-  scaled = tuple(float(c / norm) for c in coefficients)
+  in_64ths = np.rint(np.asarray(coefficients) / coefficients[0] * FRACTION)
+  scaled = tuple(
+    float(c)
+    for c in np.where(np.asarray(coefficients) > 0, np.maximum(in_64ths, 1), in_64ths) / FRACTION
+  )
   times = _participations(num_steps, min_separation, max_participations)
   return BandedNoise(num_steps, min_separation, times, noise_multiplier, l2_clip_norm, scaled)
 
@@ -249,25 +254,7 @@ def squared_errors(config: Config) -> np.ndarray:
   impulse = np.zeros(config.num_steps)
   impulse[0] = 1
   inverse = signal.lfilter([1.0], config.coefficients, impulse)
-  left = np.minimum(config.num_steps - np.arange(config.num_steps), len(config.coefficients))
-  norms = shortened_norms(config.coefficients)[left - 1]
-  same = max(
-    1, config.num_steps - len(config.coefficients) + 1
-  )  # whole columns; up to there A C^-1 is Toeplitz
-  errors = np.cumsum(np.cumsum(norms[0] * inverse[:same]) ** 2)
-  row = np.cumsum(norms[0] * inverse[:same])[::-1]
-  rest = []
-  for t in range(same, config.num_steps):
-    row = np.append(row, 0.0) + norms[t] * inverse[t::-1]
-    rest.append(row @ row)
-  return np.concatenate([errors, rest]) * stddev(config) ** 2
-
-
-def shortened_norms(coefficients: Sequence[float]) -> np.ndarray:
-  """The norms of the Toeplitz columns cut after 1, ..., b entries, as the last columns are; C's own
-  are all 1.
-  """
-  return np.sqrt(np.cumsum(np.square(coefficients)))
+  return np.cumsum(np.cumsum(inverse) ** 2) * stddev(config) ** 2
 
 
 def level_variances(config: TreeNoise) -> tuple[float, ...]:
@@ -283,7 +270,9 @@ def _column_squares(config: Config) -> np.ndarray:
   """[T] the squared norms of the columns of C: which noisy numbers a step enters, and how much."""
   step = np.arange(config.num_steps)
   if isinstance(config, BandedNoise):
-    return np.ones(config.num_steps)
+    whole = np.cumsum(np.square(config.coefficients))  # the last columns are cut
+    left = np.minimum(config.num_steps - step, len(whole))
+    return whole[left - 1]
   within, first = step % config.restart_every, step - step % config.restart_every
   end = np.minimum(
     config.num_steps - first, config.restart_every
