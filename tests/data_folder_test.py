@@ -62,6 +62,7 @@ def test_class_folders_at_any_depth_with_columns(tmp_path):
   assert data.labels.tolist() == [0, 1, 1]
   assert data.labels.dtype == np.int32
   assert len(set(data.groups)) == 3
+  assert not data.has_patient.any()
   np.testing.assert_array_equal(data.images[:, 0, 0, 0], [1, 4, 3])
   assert data.images.shape == (3, 4, 4, 1)
   assert data.images.dtype == np.uint8

@@ -57,6 +57,7 @@ def test_groups_and_columns(tmp_path):
   )
   data = load(spec, size=8, channels=1)["test"]
   assert data.groups.tolist() == [1, 1, 2, 2, 3, 3]
+  assert data.has_patient.all()
   assert "".join(data.columns["site"]) == "aabbcc"
 
 
