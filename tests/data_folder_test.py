@@ -111,6 +111,7 @@ def test_kermany_classes_and_groups(tmp_path):
   ]
   assert data["test"].labels.tolist() == [0, 1, 2]
   assert data["test"].groups.tolist() == ["normal/1003233", "bacterial/1083680", "viral/1083680"]
+  assert data["test"].has_patient.all()
 
 
 def test_kermany_follows_the_label_names_given(tmp_path):

@@ -33,7 +33,8 @@ class Data:
   patient_pattern: str = setting(
     "",
     "folder or tfds: regular expression with one group, searched in each image's path, that finds "
-    r"its patient, such as (person\d+)_; folders may be part of it",
+    r"its patient, such as (person\d+)_; folders may be part of it. With this or patient_column, "
+    "evaluate's intervals resample patients",
   )
 
   def __post_init__(self):
