@@ -252,7 +252,8 @@ def test_a_unit_that_is_left_out_changes_no_other_units_keys(mode, microbatch, a
   of = lambda batch: run({"w": jnp.zeros((8, 3))}, {}, batch, KEY)[0]
   np.testing.assert_allclose(flat(of(moved)), flat(of(zeroed)), rtol=1e-5, atol=1e-5)
   assert 0.5 < distance(of(every), of(moved)) <= 1 + 1e-3
-  by_place = [of(batch._replace(numbers=None)) for batch in (every, moved)]
+  place = jnp.arange(num, dtype=jnp.int32)
+  by_place = [of(batch._replace(numbers=place)) for batch in (every, moved)]
   assert distance(*by_place) > 2
 
 
@@ -261,7 +262,7 @@ MLP = models.ModelConfig("mlp", 3, (4, 4, 1))
 
 @functools.cache
 def of_mlp(mode, microbatch, augmentations, taps):
-  as_float = lambda key, images, targets: ((images.astype(jnp.float32) / 255 - 0.5) / 0.25, targets)
+  as_float = lambda key, images, targets: ((images / 255 - 0.5) / 0.25, targets)
   return jax.jit(
     clipping.clipped_sum(
       local.classification_loss(models.build(MLP).apply, as_float, 3), clipping=mode,
@@ -271,12 +272,12 @@ def of_mlp(mode, microbatch, augmentations, taps):
   )  # fmt: skip
 
 
-def unequal_patients(dtype):
+def unequal_patients():
   """Patient 0 has three images, 15 others one: images, labels, rows [16, 3], patients."""
   units = jnp.asarray([0, 0, 0, *range(1, 16)], jnp.int32)
   rows = sampling.rows_of(units, jnp.arange(16, dtype=jnp.int32), 3)[0]
   labels = np.random.default_rng(0).integers(0, 3, 18).astype(np.int32)
-  return np.full((18, 4, 4, 1), 128, dtype), jnp.asarray(labels), rows, units
+  return np.full((18, 4, 4, 1), 128, np.float32), jnp.asarray(labels), rows, units
 
 
 def hostile(params, spares_blank):
@@ -298,7 +299,7 @@ def test_a_patient_with_fewer_rows_is_padded_by_nobodys_image(
   mode, microbatch, augmentations, taps, spares_blank, pixel
 ):
   """One pixel of patient 0, whose image once stood in for others' missing rows."""
-  images, labels, rows, units = unequal_patients(np.float32 if spares_blank is None else np.uint8)
+  images, labels, rows, units = unequal_patients()
   params = models.build(MLP).init(KEY)[0]
   params = params if spares_blank is None else hostile(params, spares_blank)
   run = of_mlp(mode, microbatch, augmentations, taps)
