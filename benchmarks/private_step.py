@@ -120,7 +120,8 @@ def work(case: str) -> tuple[Params, LossFn, Batch]:
     model = models.build(models.ModelConfig("resnet18", num_classes, shape, norm="group"))
     (params, _), apply = model.init(keys[0]), model.apply
   labels = jax.random.randint(keys[1], (BATCH,), 0, num_classes, jnp.int32)
-  batch = Batch(jax.random.normal(keys[2], (BATCH, *shape)), labels, jnp.ones(BATCH))
+  numbers = jnp.arange(BATCH, dtype=jnp.int32)
+  batch = Batch(jax.random.normal(keys[2], (BATCH, *shape)), labels, jnp.ones(BATCH), numbers)
   return (
     params,
     local.classification_loss(apply, lambda key, images, targets: (images, targets), num_classes),

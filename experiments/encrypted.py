@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from experiments.configs.data import Data
 from experiments.configs.model import normalise
 from primia_jax import models
 from primia_jax.data.folder import read_images
+from primia_jax.evaluation import batches
 from primia_jax.mpc import fitting, planning
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.gates.elementwise import COMPARISONS
@@ -251,9 +252,3 @@ def make_plan(
 def normalised(images: np.ndarray) -> Array:
   """uint8 images as the model takes them; their owner does this in the clear."""
   return normalise(jnp.asarray(images))
-
-
-def batches(images: Any, size: int) -> Iterator[np.ndarray]:
-  """Images in batches of one size; repetitions fill the last, and the caller drops them."""
-  for start in range(0, len(images), size):
-    yield images[np.resize(np.arange(start, min(start + size, len(images))), size)]

@@ -62,6 +62,7 @@ def main() -> None:
       "image_size": size,
     },
     versions=report.versions(),
+    groups=dataset.groups if config.patient_column or config.patient_pattern else None,
     main_arm="model",
     seed=FLAGS.seed,
   )

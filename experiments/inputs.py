@@ -9,8 +9,8 @@ import numpy as np
 from experiments.configs import Train
 from experiments.configs.data import Data, Hospitals
 from experiments.settings import fractions, names
-from primia_jax.data import partition, phantom, sites
-from primia_jax.data.dataset import Dataset, take
+from primia_jax.data import partition, patient_ids, phantom, sites
+from primia_jax.data.dataset import Dataset, in_memory, take
 from primia_jax.data.folder import read_images
 from primia_jax.data.load import load
 from primia_jax.data.sites import Part
@@ -70,6 +70,8 @@ def site_images(config: Train, only_site: int | None = None) -> Inputs:
     if config.data.data == "phantom"
     else _loaded(config, only_site is not None)
   )
+  if config.privacy.by_patient:
+    sites.check_patients(inputs.train)
   for part in (inputs.train, inputs.validation):
     if empty := [i for i, n in enumerate(part.sizes) if not n]:
       raise ValueError(
@@ -87,6 +89,8 @@ def _load(settings: Data, label_names: tuple[str, ...] | None, lazy: bool) -> di
     lazy=lazy,
     data_dir=settings.data_dir or None,
     manual_dir=settings.manual_dir or None,
+    patient_column=settings.patient_column,
+    patient_pattern=settings.patient_pattern,
   )
 
 
@@ -119,17 +123,21 @@ def _phantom_test(settings: Data, total: int, num_sites: int, seed: int) -> Data
 
 def _loaded(config: Train, lazy: bool) -> Inputs:
   data, h = config.data, config.hospitals
-  splits = _load(data, None, lazy=lazy or h.sites_in_memory > 0)
+  splits = _load(data, None, lazy=True)
+  whole = splits.get("train", splits.get("all"))
+  if whole is None:
+    raise ValueError(
+      f"{data.data} has only the splits {sorted(splits)}; training images are needed"
+    )
+  if config.privacy.by_patient:  # before any image is decoded
+    patient_ids.require(whole)
+  read = (lambda dataset: dataset) if lazy or h.sites_in_memory else in_memory
+  train = read(whole)
   if "train" in splits and "test" in splits:
-    train, test = splits["train"], splits["test"]
+    test = read(splits["test"])
   else:
-    whole = splits.get("train", splits.get("all"))
-    if whole is None:
-      raise ValueError(
-        f"{data.data} has only the splits {sorted(splits)}; training images are needed"
-      )
-    kept, held = partition.hold_out(whole, h.test_fraction, config.seed)
-    train, test = take(whole, kept), take(whole, held)
+    kept, held = partition.hold_out(train, h.test_fraction, config.seed)
+    train, test = take(train, kept), take(train, held)
   dealt = _partition(h, train, config.seed)
   if len(dealt) != h.num_sites:
     raise ValueError(

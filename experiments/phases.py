@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments.encrypted import batches, functions, normalised
+from experiments.encrypted import functions, normalised
 from primia_jax import models
+from primia_jax.evaluation import batches
 from primia_jax.mpc import clear, inference, planning, protocol, roles
 from primia_jax.types import PyTree
 

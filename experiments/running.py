@@ -22,6 +22,7 @@ from experiments import arms, inputs, processes, report, settings
 from experiments.configs import Train
 from experiments.configs.model import normalise
 from primia_jax import evaluation, models, secagg, sites
+from primia_jax.data import patient_ids
 from primia_jax.data import sites as data_sites
 from primia_jax.types import ModelState, Params
 
@@ -188,6 +189,7 @@ def _run(
   facts = {
     f"{name}: {what}": value for name, arm in trained.items() for what, value in arm.facts.items()
   }
+  facts["patients of training images"] = patient_ids.described(images.train.dataset)
   save_model(folder / "model", main.models)
   about = {"label_names": list(label_names), "model": dataclasses.asdict(model_config)}
   (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")

@@ -105,7 +105,8 @@ def count_errors(
       logits, _ = apply_fn(params, model_state, prepare(batch.images), train=False)
       true = one_hot(batch.labels) * batch.weights[:, None]
       confusion = true.T @ one_hot(jnp.argmax(logits, axis=-1))
-      loss = jnp.sum(true * -jax.nn.log_softmax(logits))
+      real = batch.weights[:, None] > 0
+      loss = jnp.sum(jnp.where(real, true * -jax.nn.log_softmax(logits), 0.0))
       return {"confusion": total["confusion"] + confusion, "loss": total["loss"] + loss}
 
     confusion = jnp.zeros((num_classes, num_classes), jnp.float32)
@@ -172,6 +173,17 @@ def _check_sums(summation: Summation) -> None:
     )
 
 
+def batches(images: Any, size: int) -> Iterator[np.ndarray]:
+  """Images [N, ...] in batches of one size, so that what takes them is compiled once.
+
+  Repetitions fill the last batch, and the caller drops what becomes of them. (Blank images would
+  widen the ranges that encrypted inference calibrates.) In training, padding is blank.
+  """
+  num = images.shape[0]
+  for start in range(0, num, size):
+    yield images[np.resize(np.arange(start, min(start + size, num)), size)]
+
+
 def predictor(
   apply_fn: ApplyFn, prepare: Callable[[Array], Array], batch_size: int = 64
 ) -> Callable[[Sequence[tuple[Params, ModelState]], Any], np.ndarray]:
@@ -182,10 +194,8 @@ def predictor(
     logits, _ = apply_fn(params, model_state, prepare(images), train=False)
     return jax.nn.softmax(logits)
 
-  def batches(trained: Sequence[tuple[Params, ModelState]], images: Any) -> Iterator[np.ndarray]:
-    for start in range(0, len(images), batch_size):
-      index = np.arange(start, min(start + batch_size, len(images)))
-      batch = images[np.resize(index, batch_size)]  # one shape, so compiled once
-      yield np.mean([probabilities(*m, batch)[: len(index)] for m in trained], axis=0)
+  def predict(trained: Sequence[tuple[Params, ModelState]], images: Any) -> np.ndarray:
+    mean = lambda batch: np.mean([probabilities(*m, batch) for m in trained], axis=0)
+    return np.concatenate(list(map(mean, batches(images, batch_size))))[: images.shape[0]]
 
-  return lambda trained, images: np.concatenate(list(batches(trained, images)))
+  return predict

@@ -206,15 +206,40 @@ def epochs(
   return Steps(max_steps, batch_size, max_examples, begin)
 
 
-def gather(images: Array, labels: Array, index: Array, class_weights: Array | None = None) -> Batch:
-  """Takes a batch out of a site's examples. Each has the weight of its class, or 1; index -1
-  becomes an example of weight 0.
+def gather(
+  images: Array,
+  labels: Array,
+  index: Array,
+  class_weights: Array | None = None,
+  units: Array | None = None,
+  is_blank: bool = True,
+) -> Batch:
+  """Takes a batch out of a site's examples. Each has the weight of its class, or 1.
+
+  Args:
+    images, labels: [N, ...] of the site.
+    index: [B] int32 into them, or [U, R] for the rows of units. -1 becomes padding: a blank image
+      (zeros) of label and weight 0, which tells nothing of the site's images.
+    class_weights: [L]; None for 1.
+    units: [N], the number of each example's unit; None where examples are the units.
+    is_blank: False repeats the site's first image instead, for BatchNorm, whose statistics count
+      padding.
   """
-  safe = jnp.maximum(index, 0)
-  weights = (index >= 0).astype(jnp.float32)
+  safe, real = jnp.maximum(index, 0), index >= 0
+  weights = real.astype(jnp.float32)
   if class_weights is not None:
     weights = weights * class_weights[labels[safe]]
-  return Batch(images[safe], labels[safe], weights)
+  images, labels = images[safe], labels[safe]
+  if is_blank:
+    images, labels = blank(real, images), blank(real, labels)
+  numbers = index if units is None else jnp.where(real, units[safe], -1)
+  numbers = numbers if index.ndim == 1 else numbers[:, 0]
+  return Batch(images, labels, weights, numbers)
+
+
+def blank(real: Array, a: Array) -> Array:
+  """a [..., H, W, C] with zeros where `real` [...] is False."""
+  return jnp.where(real.reshape(*real.shape, *(1,) * (a.ndim - real.ndim)), a, 0)
 
 
 def gradients(loss_fn: LossFn) -> GradFn:
@@ -295,7 +320,8 @@ def train(
 
     def step(t: Array, carry):
       params, model_state, opt_state, metrics, rate_sum, noise = carry
-      batch = gather(site.images, site.labels, draw(t, noise), now.class_weights)
+      index, is_blank = draw(t, noise), not jax.tree.leaves(model_state)
+      batch = gather(site.images, site.labels, index, now.class_weights, site.units, is_blank)
       step_key = jax.random.fold_in(now.key, t)
       grads, (model_state, new) = grad_fn(params, model_state, batch, step_key)
       grads, noise = privatizer.update(

@@ -1,7 +1,8 @@
 """C code for CPU, shipped with the package, compiled on first use and cached for the user.
 
-`mask_sum` is the inner loop of `prng`, and `discrete` that of exact noise. XLA's CPU compiler cannot
-keep ChaCha20's sixteen words in registers, so plain JAX takes seven times the CPU time on one core.
+`mask_sum` is the inner loop of `prng`, and `discrete` that of exact noise. XLA's CPU compiler
+cannot keep ChaCha20's sixteen words in registers, so plain JAX takes seven times the CPU time on
+one core.
 `products` sums rounded matrix products without storing one. `barrier` does on CPU what
 `lax.optimization_barrier` does elsewhere. Without a C compiler, or with PRIMIA_NATIVE=0 in the
 environment, everything works. All random bits are the same; products may round otherwise.
@@ -110,8 +111,8 @@ def _load() -> bool:
   except (OSError, RuntimeError, subprocess.SubprocessError) as error:
     detail = getattr(error, "stderr", None) or error
     warnings.warn(
-      f"masks and noise are made in plain JAX, at least 7 times slower: the C form could not be built or "
-      f"loaded ({detail}). Install a C compiler or set CC; PRIMIA_NATIVE=0 silences this.",
+      f"masks and noise are made in plain JAX, at least 7 times slower: the C form could not be "
+      f"built or loaded ({detail}). Install a C compiler or set CC; PRIMIA_NATIVE=0 silences this.",
       RuntimeWarning,
       stacklevel=3,
     )

@@ -27,12 +27,16 @@ class Batch(NamedTuple):
     images: [..., B, H, W, C], uint8 as stored or float32 as the model takes it.
     labels: [..., B] int32.
     weights: [..., B] float32, of each example in the loss; 0 marks padding, which is ignored
-      everywhere.
+      everywhere but in BatchNorm's statistics.
+    numbers: [..., U] int32, the number within its site of each unit (example, or patient with all
+      of its rows), -1 for padding. A unit's random keys are folded from its number and not from its
+      place, so that no unit changes another's. None where keys are of the whole batch.
   """
 
   images: Array
   labels: Array
   weights: Array
+  numbers: Array | None = None
 
 
 class Site(NamedTuple):

@@ -14,7 +14,7 @@ from pydicom.uid import (
   generate_uid,
 )
 
-from primia_jax.data import decode, dicom, folder
+from primia_jax.data import decode, dicom, folder, patient_ids
 from primia_jax.data.load import load
 
 RAMP = np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)  # 12 bits
@@ -199,6 +199,9 @@ def test_a_folder_of_dicom_files_is_grouped_by_patient(tmp_path):
   assert dict(zip(data.columns["path"], data.groups, strict=True)) == {
     name: f"patient/{patient}" if patient else name for name, patient in names.items()
   }
+  assert data.has_patient.tolist() == [name != "viral/4.IMA" for name in data.columns["path"]]
+  with pytest.raises(ValueError, match=r"1 \(viral/4\.IMA\), so each would count as a patient"):
+    patient_ids.require(data)
   np.testing.assert_array_equal(data.images[2, ..., 0], np.rint(RAMP * (255 / 4095)))
   paths, images = folder.read_images(tmp_path, size=4, channels=3)
   assert images.shape == (len(paths), 4, 4, 3) == (5, 4, 4, 3)
@@ -208,7 +211,6 @@ def test_one_id_for_all_is_an_anonymisers_and_groups_nothing(tmp_path):
   for name in ("a/1.dcm", "b/2.dcm"):
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_bytes(make(PatientID="ANON"))
-  assert load(f"folder:{tmp_path}", size=4, channels=1)["all"].groups.tolist() == [
-    "a/1.dcm",
-    "b/2.dcm",
-  ]
+  data = load(f"folder:{tmp_path}", size=4, channels=1)["all"]
+  assert data.groups.tolist() == ["a/1.dcm", "b/2.dcm"]
+  assert not data.has_patient.any()

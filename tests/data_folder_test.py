@@ -62,6 +62,7 @@ def test_class_folders_at_any_depth_with_columns(tmp_path):
   assert data.labels.tolist() == [0, 1, 1]
   assert data.labels.dtype == np.int32
   assert len(set(data.groups)) == 3
+  assert not data.has_patient.any()
   np.testing.assert_array_equal(data.images[:, 0, 0, 0], [1, 4, 3])
   assert data.images.shape == (3, 4, 4, 1)
   assert data.images.dtype == np.uint8
@@ -110,6 +111,7 @@ def test_kermany_classes_and_groups(tmp_path):
   ]
   assert data["test"].labels.tolist() == [0, 1, 2]
   assert data["test"].groups.tolist() == ["normal/1003233", "bacterial/1083680", "viral/1083680"]
+  assert data["test"].has_patient.all()
 
 
 def test_kermany_follows_the_label_names_given(tmp_path):

@@ -57,6 +57,11 @@ def test_groups_and_columns(tmp_path):
   )
   data = load(spec, size=8, channels=1)["test"]
   assert data.groups.tolist() == [1, 1, 2, 2, 3, 3]
+  assert data.has_patient.all()
+  by_site = load(spec, size=8, channels=1, patient_column="site")["test"]
+  assert "".join(by_site.groups) == "aabbcc"
+  with pytest.raises(ValueError, match="give one of them"):
+    load(spec, size=8, channels=1, patient_column="site", patient_pattern="(a)")
   assert "".join(data.columns["site"]) == "aabbcc"
 
 

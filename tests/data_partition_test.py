@@ -246,7 +246,10 @@ DATASET = make(
       lambda: partition.by_column(DATASET, "folder"),
       r"no column 'folder'; its columns are \['site', 'ward'\]",
     ),
-    (lambda: partition.by_column(DATASET, "site"), "puts group 'p' at both 0 and 1"),
+    (
+      lambda: partition.by_column(DATASET, "site"),
+      "several values within groups: 1 \\(p at 0 and 1\\)",
+    ),
     (lambda: partition.hold_out(DATASET, 1.0, 0), "fraction is 1.0"),
     (lambda: partition.hold_out(DATASET, 0.001, 0), "one part empty"),
     (lambda: partition.hold_out(make([0, 0], ["p", "p"]), 0.5, 0), "1 groups, too few for 2 parts"),

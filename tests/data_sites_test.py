@@ -1,5 +1,8 @@
 """Sites' images: sizes, held-out images, pooling, stacking, and the phantom's hospitals."""
 
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +25,8 @@ def part_of(sizes=(5, 3, 4), seed=0):
   for site, index in enumerate(dealt):
     for position, image in enumerate(index):
       groups[image] = f"{site}-{position // 2}"
-  return sites.Part(Dataset(images, labels, ("a", "b"), groups), dealt)
+  known = np.ones(total, bool)
+  return sites.Part(Dataset(images, labels, ("a", "b"), groups, has_patient=known), dealt)
 
 
 def test_stack_holds_each_image_in_its_place_and_blank_padding():
@@ -68,6 +72,24 @@ def test_stack_reads_no_image_of_a_site_that_it_was_not_asked_for():
   lazy = sites.Part(Dataset(Counted(), data.labels, data.label_names, data.groups), part.sites)
   np.testing.assert_array_equal(sites.stack(lazy, [1]).images, sites.stack(part, [1]).images)
   assert sorted(Counted.read) == sorted(part.sites[1].tolist())
+
+
+def test_patients_are_known_and_at_one_site_or_refused():
+  part = part_of()
+  sites.check_patients(part)
+  first = np.array([index[0] for index in part.sites])
+  split = part.dataset.groups.copy()
+  split[first] = "same"
+  with pytest.raises(ValueError, match=r"at several sites: 1 \(same at \[0, 1, 2\]\); give each"):
+    sites.check_patients(part._replace(dataset=dataclasses.replace(part.dataset, groups=split)))
+  known = np.ones(len(part.dataset), bool)
+  known[first[1]] = False
+  for has_patient, named in ((known, first[1]), (None, r"\d+")):
+    unknown = part._replace(dataset=dataclasses.replace(part.dataset, has_patient=has_patient))
+    for refused in (sites.check_patients, functools.partial(sites.stack, by_patient=True)):
+      with pytest.raises(ValueError, match=rf"image {named}\b.*set patient_column"):
+        refused(unknown)
+    sites.stack(unknown)
 
 
 def test_too_many_images_are_refused():

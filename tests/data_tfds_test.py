@@ -150,6 +150,7 @@ def test_mednist_builder(tmp_path):
   ]
   assert data.label_names == sources.MEDNIST_LABELS
   np.testing.assert_array_equal(data.images[:, 0, 0, 0], 10 * data.labels)
+  assert not data.has_patient.any()  # each image is a group, named by its path
 
 
 def test_any_other_set_by_name_with_its_newest_version(tmp_path):
@@ -170,6 +171,7 @@ def test_any_other_set_by_name_with_its_newest_version(tmp_path):
   assert train.labels[order].tolist() == [1, 0]
   assert train.images[order, 0, 0, 0].tolist() == [60, 70]
   assert len(set(train.groups)) == 2
+  assert not train.has_patient.any()
   assert len(load("tfds:other", size=8, channels=1, data_dir=tmp_path)["train"]) == 1
 
 

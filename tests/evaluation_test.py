@@ -96,6 +96,11 @@ def test_counts_that_do_not_fit_are_told():
     count(fed.Sites(IDS, load))
 
 
+def test_batches_have_one_size():
+  parts = list(evaluation.batches(np.arange(5), 3))
+  assert [part.tolist() for part in parts] == [[0, 1, 2], [3, 4, 3]]
+
+
 @pytest.mark.parametrize("n", [1, 5, 20])
 def test_predictions_are_the_mean_of_the_models(n):
   predict = evaluation.predictor(apply_fn, AS_THEY_ARE, batch_size=8)

@@ -79,6 +79,10 @@ def test_presets_parse_and_are_sound(no_images):
     ({"placement": "processes", "algorithm": "fedbn", "model": "cnn"}, "without fedbn"),
     ({"placement": "processes", "dropout_rate": 0.1}, "end a process"),
     ({"placement": "processes", "sites_in_memory": 1}, "sites_in_memory=1"),
+    ({"data": "npz:x", "patient_pattern": "(p)"}, "no file names; use patient_column"),
+    ({"data": "folder:x", "patient_pattern": "p"}, "has 0 groups"),
+    ({"data": "folder:x", "patient_pattern": "(p)", "patient_column": "c"}, "use one of them"),
+    ({"patient_column": "site"}, "the phantom has one image a patient"),
   ],
 )
 def test_wrong_settings_are_refused_before_images_are_read(change, message, no_images):

@@ -142,11 +142,6 @@ def test_calibrates_on_other_images(flags_of, image_folder, calibration):
   assert source == f"{len(images)} images of {where}"
 
 
-def test_batches_have_one_size():
-  parts = list(encrypted.batches(np.arange(5), 3))
-  assert [part.tolist() for part in parts] == [[0, 1, 2], [3, 4, 3]]
-
-
 @pytest.mark.parametrize(
   ("text", "expected"),
   [

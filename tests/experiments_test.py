@@ -12,11 +12,13 @@ import jax
 import numpy as np
 import pytest
 from experiments_runs import TINY, assert_equal, cohort_of, make_trainer, train, trainer_of
+from PIL import Image
 
 from experiments import inputs, processes, running, settings
 from experiments.configs import Train, rehearse
 from experiments.configs.model import normalise
 from primia_jax import evaluation, sites
+from primia_jax.data import sites as data_sites
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,33 @@ def test_train_validation_and_test_share_no_image():
   parts = (images.train.dataset, images.validation.dataset, images.test)
   seen = [image.tobytes() for part in parts for image in part.images]
   assert len(set(seen)) == len(seen)
+
+
+def test_patients_whose_images_nothing_ties_together_are_refused(tmp_path):
+  """24 patients of three images each: dealt out image by image, most stand at two sites."""
+  for i in range(72):
+    path = tmp_path / ("a", "b")[i % 2] / f"person{i // 3}_{i}.png"
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.full((4, 4), i, np.uint8)).save(path)
+  config = settings.replace(Train(), data=f"folder:{tmp_path}", image_size=4, partition="iid")
+  patients_of = lambda images: [
+    {path.split("/")[1].split("_")[0] for path in images.train.dataset.columns["path"][index]}
+    for index in images.train.sites
+  ]
+  several = lambda sets: sum(sum(p in one for one in sets) > 1 for p in set.union(*sets))
+  assert several(patients_of(inputs.site_images(config))) > 10
+
+  private = settings.replace(config, dp="patient", noise_multiplier=1.0)
+  with pytest.raises(
+    ValueError, match=r"72 \(a/person.*patient_column.*patient_pattern.*PatientID"
+  ):
+    inputs.site_images(private)
+  named = inputs.site_images(settings.replace(private, patient_pattern=r"(person\d+)_"))
+  assert several(patients_of(named)) == 0
+  stacked = data_sites.stack(named.train, by_patient=True)
+  assert [int(units.max()) + 1 for units in stacked.units] == [
+    len(one) for one in patients_of(named)
+  ]
 
 
 @pytest.mark.real_data

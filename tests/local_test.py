@@ -147,6 +147,23 @@ def test_same_steps_and_max_steps():
   assert isinstance(taken(by_steps), int)
 
 
+def test_padding_is_blank_and_units_keep_their_numbers():
+  """The site's first image once stood for padding, and could spoil the sums of others."""
+  images, labels = (jnp.asarray(a) + 1 for a in data(5))
+  padding = lambda batch, real: jnp.any(batch.images[~real]) | jnp.any(batch.labels[~real])
+  index = jnp.asarray([3, -1, 0], jnp.int32)
+  batch = local.gather(images, labels, index)
+  assert batch.images.dtype == images.dtype
+  assert not padding(batch, index >= 0)
+  np.testing.assert_array_equal(batch.numbers, index)
+  repeated = local.gather(images, labels, index, is_blank=False)
+  np.testing.assert_array_equal(repeated.images[1], images[0])
+  rows = jnp.asarray([[2, 4], [0, -1], [-1, -1]], jnp.int32)
+  of_patients = local.gather(images, labels, rows, units=jnp.asarray([7, 8, 9, 7, 9], jnp.int32))
+  assert not padding(of_patients, rows >= 0)
+  np.testing.assert_array_equal(of_patients.numbers, [9, 7, -1])
+
+
 def test_gather_gives_padding_no_weight():
   images, labels = data(5)
   index, classes = jnp.asarray([3, 0, -1], jnp.int32), np.array([0.5, 2.0, 1.0], np.float32)

@@ -150,6 +150,7 @@ def training(num_units, stddev, **changes):
       images,
       jnp.concatenate([labels, jnp.full(len(gradients), -1, jnp.int32)]),
       jnp.concatenate([jnp.ones(8), included.astype(jnp.float32)]),
+      jnp.arange(len(images), dtype=jnp.int32),
     )
 
     def step(params, t):

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from primia_jax import local, models
+from primia_jax.conv import conv
 from primia_jax.privacy import bookkeeping, clipping, grid
 from primia_jax.tapped import dense
 from primia_jax.types import Batch, Metrics
@@ -126,6 +127,30 @@ def test_a_unit_that_is_not_finite_counts_as_exactly_nothing(where, bad, rows):
   expected = run(PARAMS, {}, batch._replace(weights=batch.weights.at[2].set(0)), KEY)
   for a, e in zip(jax.tree.leaves(got[:2]), jax.tree.leaves(expected[:2]), strict=True):
     np.testing.assert_array_equal(a, e)
+
+
+@pytest.mark.parametrize("cache", [0, 2**22])  # norms from Gram matrices, and of formed gradients
+def test_convolutions_of_several_units_keep_one_that_overflows_apart(cache, monkeypatch):
+  monkeypatch.setattr(bookkeeping, "_CACHE_BYTES", cache)
+  rng = np.random.default_rng(0)
+  shapes = {"first": (3, 3, 1, 4), "gain": (4,), "second": (64, 3)}
+  params = {
+    name: jnp.asarray(rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()
+  }
+
+  def logits(params, x):
+    x = jax.nn.relu(conv(x.reshape(-1, 8, 8, 1), params["first"], strides=(2, 2)))
+    x = x * params["gain"][None, None, None]
+    return dense(x.reshape(x.shape[0], -1), params["second"])
+
+  run = jax.jit(clipping.clipped_sum(loss_of(logits), l2_clip_norm=0.5, has_taps=TAPS))
+  batch = batch_of(6, (8, 8, 1), 2)
+  expected = run(params, {}, batch._replace(weights=batch.weights.at[2].set(0)), KEY)[0]
+  assert all(np.linalg.norm(leaf) > 0.01 for leaf in expected.integers.values())
+  for bad in (np.nan, np.inf, 1e30):
+    got = run(params, {}, batch._replace(images=batch.images.at[2, 0, 3].set(bad)), KEY)[0]
+    for name in params:
+      np.testing.assert_array_equal(got.integers[name], expected.integers[name])
 
 
 def test_a_kernel_is_used_once_or_refused():

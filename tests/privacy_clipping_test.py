@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from primia_jax import conv, local, models
-from primia_jax.privacy import clipping, grid
+from primia_jax.privacy import clipping, grid, sampling
 from primia_jax.privacy.grid import Rounded
 from primia_jax.tapped import dense
 from primia_jax.types import Batch, Metrics
@@ -50,7 +50,7 @@ def batch_of(num_units, rows=None, seed=0, padding=0, scale=1.0):
 
 def oracle(batch, mode, norm):
   """The clipped sum in double precision, unit by unit, and how many were scaled down."""
-  images, labels, weights = (np.asarray(a) for a in batch)
+  images, labels, weights = map(np.asarray, batch[:3])
   if weights.ndim == 1:
     images, labels, weights = images[:, None], labels[:, None], weights[:, None]
   w, b = np.asarray(PARAMS["w"], np.float64), np.asarray(PARAMS["b"], np.float64)
@@ -221,6 +221,115 @@ def test_augmentations_are_averaged_and_clipped_as_one_unit():
   assert np.linalg.norm(flat(total)) <= 1.5 < np.linalg.norm(flat(apart))
 
 
+def distance(a, b):
+  return np.linalg.norm(flat(a) - flat(b))
+
+
+FORMS = pytest.mark.parametrize(
+  ("mode", "microbatch", "augmentations", "taps"),
+  [("flat", None, 1, False), ("automatic", 4, 2, False), ("per_layer", 1, 1, True),
+   ("flat", None, 2, True)],
+)  # fmt: skip
+
+
+def dropping_loss(params, model_state, batch, key):
+  """Softmax regression that drops inputs, as dropout and augmentation do."""
+  x = batch.images.reshape(batch.images.shape[0], -1)
+  x = jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0.0)
+  return local.classification_loss(
+    lambda *_, **__: (dense(x, params["w"]), model_state), lambda _, i, t: (i, t), 3
+  )(params, model_state, batch, key)
+
+
+@FORMS
+def test_a_unit_that_is_left_out_changes_no_other_units_keys(mode, microbatch, augmentations, taps):
+  """Units move up by one place when one before them is not drawn; leaving it out is zeroing it."""
+  num = 16
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(10 * rng.normal(size=(2 * num, 4, 2, 1)).astype(np.float32))
+  labels = jnp.asarray(rng.integers(0, 3, 2 * num).astype(np.int32))
+  index, units = jnp.arange(num, dtype=jnp.int32), None
+  if augmentations > 1:  # patients of two images
+    units = jnp.repeat(index, 2)
+    index = index[:, None] * 2 + jnp.arange(2, dtype=jnp.int32)[None]
+  gone = jnp.full_like(index[:1], -1)
+  every, zeroed, moved = (
+    local.gather(images, labels, i, units=units)
+    for i in (index, index.at[0].set(-1), jnp.concatenate([index[1:], gone]))
+  )
+  np.testing.assert_array_equal(every.numbers, np.arange(num))
+  np.testing.assert_array_equal(moved.numbers, [*range(1, num), -1])
+  run = jax.jit(
+    clipping.clipped_sum(
+      dropping_loss, clipping=mode, microbatch=microbatch, augmentations=augmentations,
+      has_taps=(lambda params: {"w": True}) if taps else None, grid_of=FINE,
+    )
+  )  # fmt: skip
+  of = lambda batch: run({"w": jnp.zeros((8, 3))}, {}, batch, KEY)[0]
+  np.testing.assert_allclose(flat(of(moved)), flat(of(zeroed)), rtol=1e-5, atol=1e-5)
+  assert 0.5 < distance(of(every), of(moved)) <= 1 + 1e-3
+  place = jnp.arange(num, dtype=jnp.int32)
+  by_place = [of(batch._replace(numbers=place)) for batch in (every, moved)]
+  assert distance(*by_place) > 2
+
+
+MLP = models.ModelConfig("mlp", 3, (4, 4, 1))
+
+
+@functools.cache
+def of_mlp(mode, microbatch, augmentations, taps):
+  as_float = lambda key, images, targets: ((images / 255 - 0.5) / 0.25, targets)
+  return jax.jit(
+    clipping.clipped_sum(
+      local.classification_loss(models.build(MLP).apply, as_float, 3), clipping=mode,
+      microbatch=microbatch, augmentations=augmentations,
+      has_taps=models.has_taps(MLP) if taps else None,
+    )
+  )  # fmt: skip
+
+
+def unequal_patients():
+  """Patient 0 has three images, 15 others one: images, labels, rows [16, 3], patients."""
+  units = jnp.asarray([0, 0, 0, *range(1, 16)], jnp.int32)
+  rows = sampling.rows_of(units, jnp.arange(16, dtype=jnp.int32), 3)[0]
+  labels = np.random.default_rng(0).integers(0, 3, 18).astype(np.int32)
+  return np.full((18, 4, 4, 1), 128, np.float32), jnp.asarray(labels), rows, units
+
+
+def hostile(params, spares_blank):
+  """Parameters under which one pixel makes an image overflow, and a blank one may, too."""
+  hidden, head = params["hidden"], params["head"]
+  if not spares_blank:
+    grown = jax.tree.map(lambda a: a * np.float32(2e20), hidden)
+    return {"hidden": grown, "head": jax.tree.map(lambda a: a * np.float32(4e18), head)}
+  kernel = hidden["kernel"].at[:, 0].set(0.0).at[0, 0].set(1e25)
+  hidden = {"kernel": kernel, "bias": hidden["bias"].at[0].set(-1e25)}
+  return {"hidden": hidden, "head": {**head, "kernel": head["kernel"].at[0].set(1e20)}}
+
+
+@FORMS
+@pytest.mark.parametrize(
+  ("spares_blank", "pixel"), [(True, 255), (False, 0), (None, np.nan), (None, np.inf)]
+)
+def test_a_patient_with_fewer_rows_is_padded_by_nobodys_image(
+  mode, microbatch, augmentations, taps, spares_blank, pixel
+):
+  """One pixel of patient 0, whose image once stood in for others' missing rows."""
+  images, labels, rows, units = unequal_patients()
+  params = models.build(MLP).init(KEY)[0]
+  params = params if spares_blank is None else hostile(params, spares_blank)
+  run = of_mlp(mode, microbatch, augmentations, taps)
+  of = lambda images, rows: run(
+    params, {}, local.gather(jnp.asarray(images), labels, rows, units=units), KEY
+  )[0]
+  changed = images.copy()
+  changed[0, 0, 0, 0] = pixel
+  assert distance(of(images, rows), of(changed, rows)) <= 1 + 1e-3
+  without = of(images, rows.at[0].set(-1))
+  np.testing.assert_array_equal(flat(of(changed, rows)), flat(without))
+  assert (np.linalg.norm(flat(without)) > 1.5) == (spares_blank is not False)
+
+
 def conv_loss(params, model_state, batch, key):
   x = jax.nn.relu(conv.conv(batch.images, params["kernel"], strides=(2, 2)))
   logits = dense(conv.mean_pool(x, 2, 2).reshape(x.shape[0], -1), params["w"])
@@ -282,5 +391,5 @@ def test_what_would_not_clip_as_told_is_refused(options):
 
 def test_coarse_parameters_are_refused():
   params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), PARAMS)
-  with pytest.raises(ValueError, match="parameters are bfloat16; .* use that"):
+  with pytest.raises(ValueError, match=r"parameters are bfloat16; .* use that"):
     clipping.clipped_sum(linear_loss)(params, {}, batch_of(2), KEY)

@@ -39,6 +39,7 @@ def batch_of(values, weights=None):
     jnp.asarray(values[..., None, None, None]),
     jnp.zeros(values.shape, jnp.int32),
     jnp.asarray(weights, jnp.float32),
+    jnp.arange(len(values), dtype=jnp.int32),
   )
 
 
@@ -115,6 +116,11 @@ def test_neighbouring_batches_differ_by_the_clip_norm_at_most_and_not_with_clipp
 def test_a_gradient_that_is_not_finite_is_an_ordinary_step():
   spoilt = gradient(batch_of([1.0, np.nan, np.inf, 2.0]))
   assert np.array_equal(spoilt, gradient(batch_of([1.0, 0.0, 0.0, 2.0], [1.0, 0.0, 0.0, 1.0])))
+
+
+def test_units_without_numbers_are_refused():
+  with pytest.raises(ValueError, match="no numbers of its units"):
+    step_of()(batch_of([1.0] * 4)._replace(numbers=None))
 
 
 def test_patients_are_clipped_as_one_and_the_batch_must_have_the_form():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from experiments.settings import choose, fractions, require, setting
+from primia_jax.data import patient_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,38 @@ class Data:
   manual_dir: str = setting(
     "", "tfds: folder of the original images, for the builders that come with primia_jax"
   )
+  patient_column: str = setting(
+    "",
+    "column that holds each image's patient: npz: array SPLIT_NAME; tfds: feature NAME; folder: "
+    "`folder`, where each patient has one. Empty takes what the source names: SPLIT_groups of npz, "
+    "group of tfds, PatientID of DICOM files, numbers in Kermany's file names",
+  )
+  patient_pattern: str = setting(
+    "",
+    "folder or tfds: regular expression with one group, searched in each image's path, that finds "
+    r"its patient, such as (person\d+)_; folders may be part of it. With this or patient_column, "
+    "evaluate's intervals resample patients",
+  )
 
   def __post_init__(self):
     choose("channels", self.channels, (1, 3))
+    kind = self.data.partition(":")[0]
+    if self.patient_column and self.patient_pattern:
+      raise ValueError(
+        f"patient_column={self.patient_column!r} and patient_pattern={self.patient_pattern!r} both "
+        "say whose an image is; use one of them"
+      )
+    if kind == "phantom" and (self.patient_column or self.patient_pattern):
+      raise ValueError(
+        "the phantom has one image a patient; leave out patient_column and patient_pattern"
+      )
+    if self.patient_pattern:
+      patient_ids.compiled(self.patient_pattern)
+      if kind == "npz":
+        raise ValueError(
+          f"patient_pattern={self.patient_pattern!r}: an npz file holds no file names; use "
+          "patient_column"
+        )
     require(self.image_size > 0, "image_size", self.image_size, "must be positive")
 
 

@@ -14,6 +14,7 @@ from experiments.configs.data import Data
 from experiments.settings import setting
 from primia_jax import models, pretrained
 from primia_jax.data import augment as augmenting
+from primia_jax.evaluation import batches
 from primia_jax.types import Array, Key, ModelState, Params
 
 AUGMENTATIONS = {
@@ -168,11 +169,9 @@ def of_stored(config: models.ModelConfig) -> Callable[[np.ndarray], np.ndarray] 
   run = jax.jit(lambda images: transform(normalise(images)))
 
   def apply(images: np.ndarray) -> np.ndarray:
-    flat, n = images.reshape(-1, *images.shape[-3:]), _FEATURE_BATCH
-    batches = (
-      flat[np.resize(np.arange(i, min(i + n, len(flat))), n)] for i in range(0, len(flat), n)
-    )
-    out = np.concatenate([np.asarray(run(batch)) for batch in batches])[: len(flat)]
+    flat = images.reshape(-1, *images.shape[-3:])
+    out = np.concatenate([np.asarray(run(batch)) for batch in batches(flat, _FEATURE_BATCH)])
+    out = out[: len(flat)]
     return out.reshape(*images.shape[:-3], *out.shape[1:])
 
   return apply

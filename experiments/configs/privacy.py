@@ -35,8 +35,9 @@ class Privacy:
 
   dp: str = setting(
     "none",
-    "differential privacy: none; example or patient (of each site's images, by DP-SGD or DP-FTRL); "
-    "site (of each site's whole update)",
+    "differential privacy: none; example or patient (of each site's images, by DP-SGD or DP-FTRL; "
+    "patient needs known patients, see patient_column and patient_pattern); site (of each site's "
+    "whole update)",
   )
   dp_noise: str = setting(
     "site",

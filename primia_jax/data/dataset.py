@@ -35,6 +35,8 @@ class Dataset:
       or between training and validation.
     columns: name -> [N], further values of each image, e.g. its path or folder.
     name: shown in reports, e.g. "synthetic phantom".
+    has_patient: bool [N], whether an image's group is its patient, as patient-level privacy needs
+      (`patient_ids.require`). None where no patient is known.
   """
 
   images: Images
@@ -43,6 +45,7 @@ class Dataset:
   groups: np.ndarray
   columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   name: str = ""
+  has_patient: np.ndarray | None = None
 
   def __post_init__(self):
     num = self.images.shape[0]
@@ -59,6 +62,11 @@ class Dataset:
       raise ValueError(
         f"labels of {self.name!r} run from {self.labels.min()} to {self.labels.max()}, but there "
         f"are {len(self.label_names)} label names {self.label_names}"
+      )
+    if self.has_patient is not None and self.has_patient.shape != (num,):
+      raise ValueError(
+        f"has_patient of {self.name!r} has shape {self.has_patient.shape}; give one bool for each "
+        f"of the {num} images"
       )
     for name, column in self.columns.items():
       if len(column) != num:
@@ -97,4 +105,12 @@ def take(dataset: Dataset, index: np.ndarray) -> Dataset:
     labels=dataset.labels[index],
     groups=dataset.groups[index],
     columns={name: np.asarray(column)[index] for name, column in dataset.columns.items()},
+    has_patient=None if dataset.has_patient is None else dataset.has_patient[index],
   )
+
+
+def in_memory(dataset: Dataset) -> Dataset:
+  """The same examples, with all images read now."""
+  if isinstance(dataset.images, np.ndarray):
+    return dataset
+  return dataclasses.replace(dataset, images=dataset.images[np.arange(len(dataset))])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from primia_jax.data import decode, dicom
+from primia_jax.data import decode, dicom, patient_ids
 from primia_jax.data.dataset import Dataset, Images
 from primia_jax.data.files import Files, list_files
 
@@ -44,6 +44,7 @@ class Listing(NamedTuple):
   splits: np.ndarray  # "train", "validation", "test", or "all" without split folders
   labels: np.ndarray  # int32
   groups: np.ndarray
+  has_patient: np.ndarray  # bool; elsewhere a group is one image, named by its path
   folders: np.ndarray  # the path's folders other than split and class; "" if there are none
 
 
@@ -68,7 +69,7 @@ def read_folder(
 
   In the Kermany layout the groups are (class, number), because the same number in another class is
   another patient. If DICOM headers name at least two patients, the groups are patient IDs.
-  Otherwise each image is its own group.
+  Otherwise each image is its own group, and its patient is unknown.
 
   Args:
     path: a folder, or an uncompressed `.tar`, which is read in place.
@@ -101,6 +102,7 @@ def read_folder(
       labels=listing.labels[index],
       label_names=listing.label_names,
       groups=listing.groups[index],
+      has_patient=listing.has_patient[index],
       columns={"path": listing.paths[index], "folder": listing.folders[index]},
       name=pathlib.PurePath(listing.files.root).name,
     )
@@ -166,19 +168,19 @@ def list_folder(
     np.int32,
   )
   if is_kermany:
-    groups = [
-      f"{kind}/{int(match['person'] or match['number3'] or match['number'])}" if match else name
-      for name, kind, match in zip(files.names, classes, matches, strict=True)
+    ids = [
+      f"{kind}/{int(match['person'] or match['number3'] or match['number'])}" if match else ""
+      for kind, match in zip(classes, matches, strict=True)
     ]
   else:
-    groups = _patients(files)
+    ids = _dicom_patients(files)
   return Listing(
     files,
     names,
     np.array(files.names),
     np.array(splits),
     labels,
-    np.array(groups),
+    *patient_ids.groups(ids, files.names),
     np.array(folders),
   )
 
@@ -273,10 +275,8 @@ def _default_names(files: Files, classes: Sequence[str], is_kermany: bool) -> tu
   return tuple(names)
 
 
-def _patients(files: Files) -> list[str]:
-  """Returns the patient of each file if DICOM headers name at least two patients, else the file's
-  name.
-  """
+def _dicom_patients(files: Files) -> list[str]:
+  """Returns the patient of each file if DICOM headers name at least two patients; "" otherwise."""
   suffixes = (*dicom.SUFFIXES, "")
   ids = ["" for _ in files.names]
   for i, name in enumerate(files.names):
@@ -285,5 +285,5 @@ def _patients(files: Files) -> list[str]:
       data = files.read(name)
       ids[i] = dicom.patient_id(data, f"{files.root}/{name}") if dicom.is_dicom(data) else ""
   if len(set(ids) - {""}) < 2:  # a single ID for all files comes from an anonymiser
-    return list(files.names)
-  return [f"patient/{one}" if one else name for one, name in zip(ids, files.names, strict=True)]
+    return ["" for _ in ids]
+  return [f"patient/{one}" if one else "" for one in ids]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
-from primia_jax.data import decode, folder, npz
+from primia_jax.data import decode, folder, npz, patient_ids
 from primia_jax.data.dataset import Dataset
 
 
@@ -20,6 +21,8 @@ def load(
   ignore: Sequence[str] = (),
   data_dir: str | os.PathLike[str] | None = None,
   manual_dir: str | os.PathLike[str] | None = None,
+  patient_column: str = "",
+  patient_pattern: str = "",
 ) -> dict[str, Dataset]:
   """Loads labelled images.
 
@@ -34,6 +37,9 @@ def load(
     ignore: for folders: files to ignore, e.g. `["*.csv"]`.
     data_dir: for TFDS: the folder of the prepared data sets.
     manual_dir: for TFDS: the folder of the images that our own builders prepare.
+    patient_column: the column that holds each image's patient; see `patient_ids.from_column`.
+    patient_pattern: or what finds it in file names; see `patient_ids.from_names`. By default the
+      groups of the source, which are patients where it names these.
 
   Returns:
     A `Dataset` for each split in the source: "train", "validation", "test". A folder without split
@@ -47,28 +53,23 @@ def load(
   kind, _, where = spec.partition(":")
   if kind not in ("folder", "npz", "tfds") or not where:
     raise ValueError(f"data={spec!r}; it must be folder:PATH, npz:PATH or tfds:NAME")
+  if patient_column and patient_pattern:
+    raise ValueError(
+      f"patient_column={patient_column!r} and patient_pattern={patient_pattern!r}: give one of them"
+    )
+  if patient_pattern:
+    patient_ids.compiled(patient_pattern)
+  form: dict[str, Any] = {"size": size, "channels": channels, "label_names": label_names}
   if kind == "folder":
-    return folder.read_folder(
-      os.path.expanduser(where),
-      size=size,
-      channels=channels,
-      label_names=label_names,
-      lazy=lazy,
-      percentiles=percentiles,
-      ignore=ignore,
+    splits = folder.read_folder(
+      os.path.expanduser(where), lazy=lazy, percentiles=percentiles, ignore=ignore, **form
     )
-  if kind == "npz":
-    return npz.read_npz(
-      os.path.expanduser(where), size=size, channels=channels, label_names=label_names
-    )
-  from primia_jax.data import tfds  # here, because the import takes a second
+  elif kind == "npz":
+    splits = npz.read_npz(os.path.expanduser(where), **form)
+  else:
+    from primia_jax.data import tfds  # here, because the import takes a second
 
-  return tfds.read_tfds(
-    where,
-    size=size,
-    channels=channels,
-    label_names=label_names,
-    lazy=lazy,
-    data_dir=data_dir,
-    manual_dir=manual_dir,
-  )
+    splits = tfds.read_tfds(where, lazy=lazy, data_dir=data_dir, manual_dir=manual_dir, **form)
+  if patient_column:
+    return patient_ids.from_column(splits, patient_column)
+  return patient_ids.from_names(splits, patient_pattern) if patient_pattern else splits

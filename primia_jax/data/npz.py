@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from primia_jax.data import decode, folder
+from primia_jax.data import decode, folder, patient_ids
 from primia_jax.data.dataset import Dataset
 
 _KERAS = {"x": "images", "y": "labels"}  # x_train, y_train
@@ -28,8 +28,9 @@ def read_npz(
 
   The arrays are `{train,val,test}_{images,labels}` (or `x_train`, `y_train`, ...): images uint8 [N,
   H, W], [N, H, W, 1] or [N, H, W, 3], labels integers [N] or [N, 1]. An optional array
-  `SPLIT_groups` [N] gives the groups; without it, each image is its own group. Any further array
-  `SPLIT_NAME` [N, ...] becomes the column NAME.
+  `SPLIT_groups` [N] gives each image's patient (empty or NaN where it is unknown); without it, each
+  image is its own group and patients are unknown. Any further array `SPLIT_NAME` [N, ...] becomes
+  the column NAME.
 
   Args:
     path: the file.
@@ -160,11 +161,13 @@ def _dataset(
     images = resized
   # With the split's name, so that groups stay distinct when splits are joined.
   own = np.char.add(f"{split}/", np.arange(num).astype(str))
+  groups, has_patient = patient_ids.groups(parts.get("groups", np.full(num, "")), own)
   return Dataset(
     images=images,
     labels=parts["labels"],
     label_names=label_names,
-    groups=parts.get("groups", own),
+    groups=groups,
+    has_patient=has_patient,
     columns={
       key: array for key, array in parts.items() if key not in ("images", "labels", "groups")
     },

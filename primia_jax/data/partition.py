@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from primia_jax.data.dataset import Dataset
+from primia_jax.data.patient_ids import listed
 
 Partition = tuple[np.ndarray, ...]
 
@@ -153,11 +154,10 @@ def by_column(dataset: Dataset, column: str) -> Partition:
   np.minimum.at(lowest, groups, sites)
   split = np.flatnonzero(highest != lowest)
   if len(split):
-    bad = split[0]
+    name = lambda i: f"{group_names[i]} at {values[lowest[i]]} and {values[highest[i]]}"
     raise ValueError(
-      f"column {column!r} puts group {group_names[bad].item()!r} at both "
-      f"{values[lowest[bad]].item()!r} and {values[highest[bad]].item()!r} ({len(split)} such "
-      "groups); give each group one value"
+      f"column {column!r} has several values within groups: {listed(list(map(name, split)))}; give "
+      "each group (patient) one value, or names that tell patients of different sites apart"
     )
   return tuple(np.flatnonzero(sites == site) for site in range(len(values)))
 

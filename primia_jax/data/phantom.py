@@ -182,4 +182,5 @@ def phantom(
   groups = np.asarray(
     [f"{seed}-{site}-{index}" for site, index in zip(sites, indices, strict=True)], np.str_
   )
-  return Dataset(images, labels, LABEL_NAMES, groups, {"site": sites}, NAME)
+  one_each = np.ones(len(groups), bool)  # each image is another child's
+  return Dataset(images, labels, LABEL_NAMES, groups, {"site": sites}, NAME, one_each)

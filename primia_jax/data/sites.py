@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from primia_jax.data import partition, phantom
+from primia_jax.data import partition, patient_ids, phantom
 from primia_jax.data.dataset import Dataset, take
 from primia_jax.types import Site
 
@@ -92,9 +92,32 @@ def merge(part: Part, sites: Sequence[int]) -> Part:
 
 
 def patients(part: Part, site: int) -> np.ndarray:
-  """Returns the patient (group) of each of a site's images: [N] int32, numbered from 0."""
+  """Returns the patient of each of a site's images: [N] int32, numbered from 0. Raises as
+  `check_patients`, for this site alone.
+  """
+  patient_ids.require(part.dataset, part.sites[site])
   groups = np.asarray(part.dataset.groups)[part.sites[site]]
   return np.unique(groups, return_inverse=True)[1].astype(np.int32)
+
+
+def check_patients(part: Part) -> None:
+  """Checks that every image's patient is known and has all of its images at one site, without
+  which a bound on one patient at each site bounds no patient.
+
+  Raises:
+    ValueError: naming the images, or the patients and their sites.
+  """
+  patient_ids.require(part.dataset, np.concatenate(part.sites))
+  names, of_image = np.unique(part.dataset.groups, return_inverse=True)
+  at = np.zeros((len(part.sites), len(names)), bool)
+  for site, index in enumerate(part.sites):
+    at[site, of_image[index]] = True
+  if len(split := np.flatnonzero(at.sum(0) > 1)):
+    where = [f"{names[i]} at {np.flatnonzero(at[:, i]).tolist()}" for i in split]
+    raise ValueError(
+      f"patients have images at several sites: {patient_ids.listed(where)}; give each patient one "
+      "site, or names that tell patients of different sites apart"
+    )
 
 
 def stack(
@@ -111,13 +134,15 @@ def stack(
     site_ids: [K] which sites; by default all, in order.
     max_examples: N, the rows of each site; by default the size of the largest site in `part`.
     by_patient: also fill `units` with each image's patient, as patient-level privacy needs.
+      `check_patients` tells whether patients are bounded over all sites.
 
   Returns:
     A `Site` of NumPy arrays with a leading axis K: images uint8 [K, N, H, W, C], labels and units
     int32 [K, N]. Padding has label 0 and unit -1.
 
   Raises:
-    ValueError: a site has more than N images, or its images are not in this process.
+    ValueError: a site has more than N images, its images are not in this process, or `by_patient`
+      and the patient of an image is unknown.
   """
   ids = np.arange(len(part.sites)) if site_ids is None else np.asarray(site_ids)
   rows = max(part.sizes, default=0) if max_examples is None else max_examples

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import json_format
 
-from primia_jax.data import decode, folder
+from primia_jax.data import decode, folder, patient_ids
 from primia_jax.data.dataset import Dataset
 
 MEDNIST_LABELS = ("AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT")
@@ -179,8 +179,9 @@ def read_tfds(
   """Reads a TFDS data set that was prepared on disk as array_record; needs neither TensorFlow nor a
   network.
 
-  There must be one image feature and one class label. A text or number feature "group" gives the
-  groups (otherwise each image is its own); every other text or number becomes a column.
+  There must be one image feature and one class label. A text or number feature "group" gives each
+  image's patient (unknown where it is empty or equals a feature "path"); without it, each image is
+  its own group and patients are unknown. Every other text or number becomes a column.
 
   Args:
     name: `NAME`, `NAME/CONFIG`, either with `:VERSION` (by default the newest), or the path of a
@@ -215,8 +216,8 @@ def read_tfds(
   image_key = _only_feature(path, builder.info.features, tfds.features.Image)
   label_key = _only_feature(path, builder.info.features, tfds.features.ClassLabel)
   own_names = tuple(builder.info.features[label_key].names)
-  names = tuple(label_names) if label_names is not None else own_names
-  to_label = [folder.label_index(one, names, f"{path}") for one in own_names]
+  kinds = tuple(label_names) if label_names is not None else own_names
+  to_label = [folder.label_index(one, kinds, f"{path}") for one in own_names]
   datasets = {}
   for split in builder.info.splits:
     with _readable(path):
@@ -230,12 +231,16 @@ def read_tfds(
       size,
       channels,
     )
-    own_groups = np.char.add(f"{split}/", np.arange(num).astype(str))
+    own = np.char.add(f"{split}/", np.arange(num).astype(str))
+    groups, has_patient = patient_ids.groups(columns.pop("group", np.full(num, "")), own)
+    if "path" in columns:  # which our builders write where a patient is unknown
+      has_patient &= groups.astype(str) != columns["path"]
     datasets[folder.SPLITS.get(split, split)] = Dataset(
       images=images if lazy else images[np.arange(num)],
       labels=np.array(to_label, np.int32)[columns.pop(label_key)],
-      label_names=names,
-      groups=columns.pop("group", own_groups),
+      label_names=kinds,
+      groups=groups,
+      has_patient=has_patient,
       columns=columns,
       name=builder.info.name,
     )

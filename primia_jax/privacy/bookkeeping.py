@@ -180,7 +180,9 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
 
     def add(total: PyTree, factors: Array, counts: Array) -> PyTree:
       leaves, structure = jax.tree.flatten(total)
-      new = [plus(a, factors[:, i], counts) for i, (a, plus) in enumerate(zip(leaves, sums))]
+      new = [
+        plus(a, factors[:, i], counts) for i, (a, plus) in enumerate(zip(leaves, sums, strict=True))
+      ]
       return jax.tree.unflatten(structure, new)
 
     return UnitGradients(jnp.stack(squares, axis=1), add, metrics, jnp.where(sound, 1.0, jnp.nan))
@@ -238,7 +240,8 @@ def _layer(use: Use, taps: Taps, w: Array) -> tuple[Array, Callable[[Array, Arra
     squares = _squares_by_gram(rows, g)
 
     def add(total: Array, factors: Array, counts: Array) -> Array:
-      # The rows are made again: those of all layers would take much memory until all norms are known.
+      # The rows are made again: until all norms are known, those of all layers would take much
+      # memory.
       again = rows_of(jnp.where(counts.reshape(-1, *(1,) * (taps.x.ndim - 1)), taps.x, 0.0))
       new = rounded_products(again, g, jnp.where(counts, factors, 0.0))
       return total + new.reshape(total.shape)

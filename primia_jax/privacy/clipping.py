@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax import local
 from primia_jax.privacy import grid
 from primia_jax.privacy.bookkeeping import bookkept, explicit
 from primia_jax.privacy.grid import Grid, Rounded
@@ -94,10 +95,12 @@ def clipped_sum(
 
   Returns:
     (params, model_state, Batch, key) -> (sum, Metrics, share of the units that were scaled down).
-    The batch has leading axes [U] or, where units have several rows, [U, R]; a unit whose weights
-    are all 0 is padding, and loops end after the last that is not. `key` is for augmentation and
-    dropout, not secret. Metrics are per row, of finite units; like the share they are NOT private.
-    It raises a ValueError for a model with state, or parameters that are not float32.
+    The batch has leading axes [U] or, where units have several rows, [U, R]; a row of weight 0 is
+    padding and becomes a blank image, a unit whose weights are all 0 is padding too, and loops end
+    after the last that is not. `key` is for augmentation and dropout, not secret; each unit's is
+    folded from its number (`Batch.numbers`; its place in the batch where these are None). Metrics
+    are per row, of finite units; like the share they are NOT private. It raises a ValueError for a
+    model with state, or parameters that are not float32.
 
   Raises:
     ValueError: for another clipping, or numbers out of range.
@@ -123,15 +126,20 @@ def clipped_sum(
         raise ValueError(
           f"parameters are {leaf.dtype}; the bounds of rounding hold for float32: use that"
         )
+    num_units, together = batch.weights.shape[0], microbatch
+    numbers = jnp.arange(num_units, dtype=jnp.int32) if batch.numbers is None else batch.numbers
+    # Whoever made the batch: of padding, no label or pixel of a unit may come near another's sum.
+    batch = jax.tree.map(lambda a: local.blank(batch.weights != 0, a), batch._replace(numbers=None))
     if batch.weights.ndim == 1:
       batch = jax.tree.map(lambda a: a[:, None], batch)
-    num_units, together = batch.weights.shape[0], microbatch
     if together is None:
       rows = augmented(jax.tree.map(lambda a: a[0], batch), 0)
       together = per_unit.fitting(params, model_state, rows, key)
     together = -(-num_units // -(-num_units // together))  # groups of equal size
     padding = -num_units % together
-    batch = jax.tree.map(lambda a: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)), batch)
+    batch, numbers = jax.tree.map(
+      lambda a: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)), (batch, numbers)
+    )
     used = jnp.any(batch.weights != 0, axis=1)
     rank = jnp.arange(1, num_units + padding + 1, dtype=jnp.int32)
     last = jnp.max(jnp.where(used, rank, 0))
@@ -141,9 +149,10 @@ def clipped_sum(
     def body(i: Array, carry):
       total, metrics, num_clipped, sound = carry
       first = i * together
-      rows = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, together), batch)
-      index = first + jnp.arange(together, dtype=jnp.int32)
-      keys = jax.vmap(lambda j: jax.random.fold_in(key, j))(index)
+      rows, own = jax.tree.map(
+        lambda a: jax.lax.dynamic_slice_in_dim(a, first, together), (batch, numbers)
+      )
+      keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(own)
       rows = augmented(rows, 1)
       units = per_unit.gradients(params, model_state, rows, keys)
       counts = jnp.any(rows.weights != 0, axis=1) & jnp.isfinite(jnp.sum(units.squares, axis=1))
@@ -183,7 +192,8 @@ def clipped_gradients(
 
   Returns:
     (params, model_state, batch, key) -> (sum, (model_state, Metrics)). The metrics are 0, since the
-    true ones are not private. It raises a ValueError for a batch of another form.
+    true ones are not private. It raises a ValueError for a batch of another form, or without the
+    numbers of its units.
 
   Raises:
     ValueError: as `clipped_sum`.
@@ -205,6 +215,12 @@ def clipped_gradients(
         f"weights {list(batch.weights.shape)} do not fit unit={unit!r}, max_units={max_units}; "
         f"give a batch of {'[max_units]' if wanted == 1 else '[max_units, rows]'}, padded with "
         f"weight 0"
+      )
+    if batch.numbers is None:
+      raise ValueError(
+        "the batch has no numbers of its units, so keys would be of their places, and a unit that "
+        "is left out would change the augmentation of others; take the batch from local.gather, or "
+        "give Batch.numbers"
       )
     total, metrics, _ = summed(params, model_state, batch, key)
     return total, (model_state, jax.tree.map(jnp.zeros_like, metrics))

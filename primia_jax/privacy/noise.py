@@ -6,8 +6,8 @@ X_1 + X_0, where X_1 and X_0 are discrete Gaussians of standard deviation s_0 >=
 (`discrete`). Why a Gaussian mechanism's cost may be charged for x + X:
 
 1. Let s^2 = (1 + K^2) s_0^2 and t = s_0 / sqrt(1 + K^2). P(X = y) is proportional to
-   exp(-y^2 / 2 s^2) times sum_k exp(-(k - c_y)^2 / 2 t^2), which for any c_y is t sqrt(2 pi) up to a
-   factor 1 +- e(t), e(t) = 2.01 exp(-2 pi^2 t^2) (Poisson's summation; Micciancio and Walter 2017,
+   exp(-y^2 / 2 s^2) times sum_k exp(-(k - c_y)^2 / 2 t^2), which for any c_y is t sqrt(2 pi) up to
+   a factor 1 +- e(t), e(t) = 2.01 exp(-2 pi^2 t^2) (Poisson's summation; Micciancio, Walter 2017,
    "Gaussian sampling over the integers", section 4). So X is a discrete Gaussian of standard
    deviation s up to factors 1 +- 3 e(t), with e(t) < 2^-126.
 2. Round a continuous N(0, s^2 - r^2) to an integer y at random, with probability proportional to
@@ -69,8 +69,8 @@ def level_of(least: float) -> int:
     if stddev(level) >= least:
       return level
   raise ValueError(
-    f"noise of {least:.3g} grid steps is more than {stddev(LEVELS[-1]):.3g}: the model has too many "
-    f"parameters for so much noise; lower noise_multiplier"
+    f"noise of {least:.3g} grid steps is more than {stddev(LEVELS[-1]):.3g}: the model has too "
+    f"many parameters for so much noise; lower noise_multiplier"
   )
 
 

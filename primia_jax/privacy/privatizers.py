@@ -2,9 +2,9 @@
 the gradient that the optimiser sees.
 
 `update` takes (sum, state, params, secret=, step=, num_units=) as `local.Recipe` says; the sum is
-that of `clipping.clipped_gradients`, in integers (`grid`). Who learns what: whoever sees the results, and
-not the secret, learns what a Gaussian mechanism tells; whoever knows the secret can subtract the
-noise. The secret is an argument, so that no state, checkpoint or folder holds it.
+that of `clipping.clipped_gradients`, in integers (`grid`). Who learns what: whoever sees the
+results, and not the secret, learns what a Gaussian mechanism tells; whoever knows the secret can
+subtract the noise. The secret is an argument, so that no state, checkpoint or folder holds it.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ class BandedNoise:
       c[0] == 1 and np.all(c > 0) and np.all(np.diff(c) <= 0) and np.all(c * FRACTION % 1 == 0)
     ):
       raise ValueError(
-        f"coefficients={self.coefficients} must be positive multiples of 1 / {FRACTION}, begin with "
-        f"1, and not rise (noise might grow)"
+        f"coefficients={self.coefficients} must be positive multiples of 1 / {FRACTION}, begin "
+        f"with 1, and not rise (noise might grow)"
       )
 
 
