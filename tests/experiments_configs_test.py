@@ -13,11 +13,12 @@ from experiments import inputs, settings
 from experiments.configs import Train, rehearse
 from experiments.configs.aggregation import min_survivors
 from primia_jax import federated, local, secagg
-from primia_jax.privacy import accounting, adaptive, distributed_cost
+from primia_jax.privacy import accounting, adaptive, distributed_cost, noise
 from primia_jax.secagg import graph
 from primia_jax.summation import Purpose
 
 DISTRIBUTED = settings.replace(SITE, num_sites=10, dp_noise="distributed", secagg_threshold=7)
+SAMPLER = noise.error_of_release()
 SIZES = (18, 12, 6)
 
 
@@ -236,7 +237,7 @@ def test_the_noise_that_is_chosen_meets_the_target_and_the_sampler_that_runs_is_
   )
   assert made.num_steps == release.times == 5
   assert made.delta == 1 / 18
-  assert made.before == (accounting.gaussian("class counts", 20.0),)
+  assert made.before == (accounting.gaussian("class counts", 20.0, 1.0, SAMPLER),)
   assert 3.95 < made.epsilon(config.training.rounds) <= 4.0
   with pytest.raises(ValueError, match="publish somebody whole"):
     of_steps(settings.replace(config, delta=0.1))
@@ -273,7 +274,7 @@ def test_updates_and_what_moves_their_clip_are_charged_together(num_sites):
   config = settings.replace(MOVING, num_sites=num_sites, delta=0.01, noise_multiplier=2.0)
   least = num_sites // 2 + 1
   alone = of_sites(config)
-  assert alone.releases == (accounting.gaussian(alone.releases[0].what, 2.0),)
+  assert alone.releases == (accounting.gaussian(alone.releases[0].what, 2.0, 1.0, 2 * SAMPLER),)
   assert alone.clip == adaptive.Clip(0.7, 0.5, 0.2, 2.0)
   config = settings.replace(config, dp_noise="distributed")
   together = of_sites(config, least)
@@ -309,7 +310,8 @@ def test_noise_of_a_whole_run_meets_the_target_once(kind):
   assert (noises.num_steps, noises.min_separation, noises.max_participations) == (27, 3, 9)
   assert (made.num_steps, made.delta, made.sampling_rate) == (9, 1 / 18, 1)
   assert made.whole_run
-  assert made.releases == (accounting.gaussian("gradients", noises.noise_multiplier),)
+  sigma, of_all_steps = noises.noise_multiplier, 27 * SAMPLER
+  assert made.releases == (accounting.gaussian("gradients", sigma, 1.0, of_all_steps),)
   assert 3.95 < made.epsilon(1) == made.epsilon(3) <= 4.0
   assert of_steps(settings.replace(config, noise_multiplier=10.0))
   match = r"noise_multiplier=0.3 costs epsilon .* more than target_epsilon=4"

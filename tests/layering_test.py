@@ -23,7 +23,7 @@ LAYERS = {
   "robust": {"types"},
   "secagg": {"types", "ring", "prng", "native"},
   "summation": {"types", "ring", "secagg"},
-  "privacy": {"types", "ring", "prng", "local", "tapped"},
+  "privacy": {"types", "native", "ring", "prng", "local", "tapped"},
   "federated": {"types", "prng", "sites", "summation"},
   "algorithms": {"types", "local", "federated"},
   "site_privacy": {"types", "ring", "secagg", "privacy", "summation", "federated"},

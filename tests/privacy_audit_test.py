@@ -9,7 +9,7 @@ import optax
 import pytest
 from scipy import integrate, special, stats
 
-from primia_jax.privacy import audit, correlated, noise, plan, privatizers, strategies
+from primia_jax.privacy import audit, correlated, grid, noise, plan, strategies
 from primia_jax.types import Batch, Metrics
 
 DELTA = 1e-5
@@ -26,9 +26,8 @@ def noisy_sums(gradients, included, secret, stddev=STDDEV, clip=1.0):
   factors = jnp.minimum(1.0, clip / jnp.linalg.norm(gradients, axis=1)) * included.astype(
     jnp.float32
   )
-  return (factors @ gradients)[None] + noise.gaussian_like(
-    secret, 0, jnp.zeros((STEPS, gradients.shape[1])), stddev
-  )
+  drawn = noise.integers(secret, (STEPS, gradients.shape[1]), 20)
+  return (factors @ gradients)[None] + grid.real(drawn, np.float32(stddev / noise.stddev(20)))
 
 
 def analytic_epsilon(mu, delta):
@@ -140,7 +139,8 @@ def training(num_units, stddev, **changes):
     loss_fn, num_units=num_units, sampling_rate=1.0, steps=STEPS, rounds=1, delta=1e-3,
     noise_multiplier=stddev or 1.0, microbatch=33, **changes,
   )  # fmt: skip
-  noisy = made.privatizer if stddev else privatizers.gaussian(0.0, 1.0)
+  silent = lambda total, state, params, **_: (grid.real(total.integers, total.step), state)
+  update = made.privatizer.update if stddev else silent
 
   def release(gradients, included, secret):
     images = jnp.concatenate(
@@ -155,7 +155,7 @@ def training(num_units, stddev, **changes):
 
     def step(params, t):
       total, _ = made.grad_fn(params, {}, batch, jax.random.key(0))
-      released, _ = noisy.update(total, (), params, secret=secret, step=t, num_units=1.0)
+      released, _ = update(total, (), params, secret=secret, step=t, num_units=1.0)
       return jax.tree.map(lambda p, g: p - 0.01 * g, params, released), released["kernel"].ravel()
 
     params = {"kernel": jnp.zeros((FEATURES, CLASSES)), "bias": jnp.zeros(CLASSES)}
@@ -188,7 +188,6 @@ def correlated_training(config, actual):
   strategy = np.array(
     [[c[i - j] if 0 <= i - j < len(c) else 0 for j in range(steps)] for i in range(steps)]
   )
-  strategy /= np.linalg.norm(strategy, axis=0)
   takes_part = (np.arange(steps) % config.min_separation == 0).astype(np.float32)
   pattern = strategy @ takes_part
 
@@ -197,9 +196,11 @@ def correlated_training(config, actual):
       gradients / jnp.linalg.norm(gradients, axis=1, keepdims=True)
     )
 
+    on = correlated.grid_of(actual)(gradients.shape[1])
+
     def step(state, t):
-      drawn, state = correlated.next_noise(actual, state, secret, t)
-      return state, jnp.asarray(takes_part)[t] * total + drawn
+      drawn, state = correlated.next_noise(actual, state, secret, t, on.level)
+      return state, jnp.asarray(takes_part)[t] * total + grid.real(drawn, np.float32(1 / on.steps))
 
     numbers = jnp.arange(steps, dtype=jnp.uint32)
     released = jax.lax.scan(step, correlated.init(actual, total), numbers)[1]

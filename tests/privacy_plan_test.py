@@ -13,8 +13,9 @@ import optax
 import pytest
 
 from primia_jax import local
-from primia_jax.privacy import accounting, ledger, plan, sampling, subkeys
+from primia_jax.privacy import accounting, grid, ledger, plan, sampling, subkeys
 from primia_jax.privacy.distributed import DistributedNoise
+from primia_jax.privacy.grid import Rounded
 from primia_jax.types import Metrics, Site
 
 SECRET = jnp.arange(8, dtype=jnp.uint32)
@@ -227,7 +228,7 @@ def test_a_plan_is_not_taken_apart(make):
 def test_a_site_with_more_units_than_planned_releases_nothing():
   """Its batches would overflow, and the ledger is charged for a chance of 1e-12 that they do."""
   update = sgd(num_units=40).privatizer.update
-  grads = {"w": jnp.zeros(3)}
+  grads = Rounded({"w": jnp.zeros(3, jnp.int32)}, jnp.float32(1), grid.choose(3, 1.0))
   noised = lambda n: update(grads, (), secret=SECRET, step=jnp.uint32(0), num_units=jnp.int32(n))[0]
   assert np.isfinite(noised(40)["w"]).all()
   assert np.isnan(noised(41)["w"]).all()

@@ -149,10 +149,9 @@ def _next_banded(
 ) -> tuple[PyTree, PyTree]:
   """Forward substitution: n_t = round(z_t - sum_j c_j n_(t-j)), in two digits of integers."""
   width, bits = len(config.coefficients) - 1, FRACTION.bit_length() - 1
-  slot = step % np.uint32(max(width, 1))  # where n_(t - width) makes place for n_t
-  age = (slot + np.uint32(width - 1) - jnp.arange(width, dtype=jnp.uint32)) % np.uint32(
-    max(width, 1)
-  )
+  ring = np.uint32(max(width, 1))
+  slot = step % ring  # where n_(t - width) makes place for n_t
+  age = (slot + ring - np.uint32(1) - jnp.arange(width, dtype=jnp.uint32)) % ring
   by_age = np.rint(np.array(config.coefficients[1:]) * FRACTION).astype(np.int32)
   weights = jnp.asarray(by_age)[age.astype(jnp.int32)]
 

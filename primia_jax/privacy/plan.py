@@ -40,6 +40,7 @@ from primia_jax.privacy.accounting import Ledger, Release
 from primia_jax.privacy.adaptive import Clip
 from primia_jax.privacy.clipping import Clipping, clipped_gradients
 from primia_jax.privacy.distributed import DistributedNoise
+from primia_jax.privacy.grid import Grid
 from primia_jax.types import Array, LossFn, Params, PyTree
 
 _FAILURE = 1e-12  # probability that any batch of a run overflows; taken from delta
@@ -290,9 +291,8 @@ def _step_plan(
 ) -> StepPlan:
   """Ties the batches, the clipped gradients and the noise of a plan together."""
   size = drawn.batch_size
-  grid_of = functools.partial(grid.choose, noise_multiplier=sigma)
-  if strategy is not None:
-    grid_of = correlated.grid_of(strategy)
+  made_for = functools.partial(grid.choose, noise_multiplier=sigma)
+  grid_of: Callable[..., Grid] = made_for if strategy is None else correlated.grid_of(strategy)
   grad_fn = clipped_gradients(
     loss_fn, clipped, base.unit, size, lambda dim, units: grid_of(dim, max_units=units)
   )
