@@ -235,7 +235,7 @@ def test_the_noise_that_is_chosen_meets_the_target_and_the_sampler_that_runs_is_
     made.noise_multiplier,
   )
   assert made.num_steps == release.times == 5
-  assert made.delta == 1 / 18
+  assert made.delta == 0.1 / 18
   assert made.before == (accounting.gaussian("class counts", 20.0),)
   assert 3.95 < made.epsilon(config.training.rounds) <= 4.0
   with pytest.raises(ValueError, match="publish somebody whole"):
@@ -307,7 +307,7 @@ def test_noise_of_a_whole_run_meets_the_target_once(kind):
   made = of_steps(config)
   noises = made.strategy
   assert (noises.num_steps, noises.min_separation, noises.max_participations) == (27, 3, 9)
-  assert (made.num_steps, made.delta, made.sampling_rate) == (9, 1 / 18, 1)
+  assert (made.num_steps, made.delta, made.sampling_rate) == (9, 0.1 / 18, 1)
   assert made.whole_run
   assert made.releases == (accounting.gaussian("gradients", noises.noise_multiplier),)
   assert 3.95 < made.epsilon(1) == made.epsilon(3) <= 4.0

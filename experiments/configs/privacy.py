@@ -27,6 +27,7 @@ _KINDS = {
 }
 _CURIOUS = 1  # sites whose own share of distributed noise does not hide the others from them
 _CLIP_RATE = 0.2
+_DELTA = 0.1  # times 1 / n, at which a mechanism could publish a random unit whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Privacy:
   )
   delta: float = setting(
     0.0,
-    "dp: the delta of the claim. 0 takes 1 / the images or patients of the largest site, or with "
-    "dp=site 1 / num_sites, which is weak for few sites",
+    "dp: the delta of the claim, at most 1 / n, with n the images or patients of the largest site, "
+    "or with dp=site the number of sites; 0 takes a tenth of that, which is weak for few sites",
   )
   noise_multiplier: float = setting(
     0.0,
@@ -180,7 +181,7 @@ class Privacy:
       "num_units": most,
       "steps": training.sync_epochs * -(-most // batch),
       "rounds": training.rounds,
-      "delta": self.delta or 1 / most,
+      "delta": self.delta or _DELTA / most,
       "target_epsilon": self.target_epsilon or None,
       "noise_multiplier": self.noise_multiplier or None,
       "l2_clip_norm": self.l2_clip_norm,
@@ -238,7 +239,7 @@ class Privacy:
     return plan.site_level(
       num_sites=num_sites,
       rounds=training.rounds,
-      delta=self.delta or 1 / num_sites,
+      delta=self.delta or _DELTA / num_sites,
       target_epsilon=self.target_epsilon or None,
       noise_multiplier=self.noise_multiplier or None,
       l2_clip_norm=self.l2_clip_norm,
