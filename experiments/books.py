@@ -113,6 +113,11 @@ def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]
     out["NOT PRIVATE"] = (
       f"noise and batches come from dp_seed={config.dp_seed}, which anyone can repeat"
     )
+  if config.validates:
+    out["NOT PROTECTED"] = (
+      "validation images: their exact counts and losses, in sums over sites, left after each round "
+      "and chose the model, and no ledger was charged"
+    )
   out |= ledger.statement(ledgers)
   if plan.delta > _LARGE_DELTA:
     out["WEAK"] = (
@@ -132,7 +137,6 @@ def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]
     )
   return out | {
     "protected from": protected,
-    "not covered": "validation images: their exact counts leave each site under secure aggregation "
-    "and choose the round that is kept. Other arms of this report and other runs on the same "
+    "not covered": "test images, whose exact scores are in this report. Other runs on the same "
     "images, tuning included, cost privacy in addition",
   }

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
-from experiments import arms, inputs, processes, report, settings
+from experiments import arms, inputs, markdown, processes, report, settings
 from experiments.configs import Train
 from experiments.configs.model import normalise
 from primia_jax import evaluation, models, secagg, sites
@@ -339,8 +339,8 @@ def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:
 def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
   """Prints the arms' scores and where the report is."""
   print(f"\n{result['title']} on {result['data']}: {result['num_examples']} test images")
-  if "NOT PRIVATE" in (result["privacy"] or {}):
-    print(f"  NOT PRIVATE: {result['privacy']['NOT PRIVATE']}")
+  for what, why in markdown.warnings(result):
+    print(f"  {what}: {why}")
   for name, scores in result["arms"].items():
     show = lambda field, scores=scores: "{value:.3f} [{low:.3f}, {high:.3f}]".format(
       **scores[field]

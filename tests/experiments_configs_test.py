@@ -126,6 +126,8 @@ def test_wrong_settings_are_refused_before_images_are_read(change, message, no_i
     (SITE, {"delta": 0.5}, "delta=0.5"),
     (SITE, {"delta": 0.5, "placement": "processes"}, "delta=0.5"),
     (PRIVATE, {"placement": "processes", "dp": "patient"}, "one image a patient"),
+    (PRIVATE, {"patience": 3}, "patience=3 needs scores of validation images"),
+    (PRIVATE, {"validation": "noised"}, "validation='noised'"),
   ],
 )
 def test_what_could_not_be_claimed_is_refused_before_images_are_read(
@@ -144,6 +146,7 @@ def test_what_is_right_is_rehearsed_without_images(no_images):
   for config in (TINY, PRIVATE, SITE, MOVING, FIXED, DISTRIBUTED):
     rehearse(config)
     rehearse(settings.replace(config, placement="processes"))
+  rehearse(settings.replace(PRIVATE, patience=3, validation="exact"))
 
 
 # ---- sums

@@ -97,6 +97,12 @@ class Privacy:
   dp_average: float = setting(
     0.0, "decay of the average over rounds of the parameters that are evaluated; 0 takes the last"
   )
+  validation: str = setting(
+    "auto",
+    "validation images: exact (counts and losses, summed over sites after each round, choose the "
+    "round whose model is kept; no ledger is charged for them), none (unused; the last round's "
+    "model is kept), or auto: exact, and with dp none",
+  )
   dp_seed: int = setting(
     -1,
     "dp: a seed for noise and batches, to repeat a run, which is then NOT PRIVATE; -1 draws them "
@@ -105,6 +111,7 @@ class Privacy:
 
   def __post_init__(self):
     choose("dp", self.dp, _KINDS)
+    choose("validation", self.validation, ("auto", "exact", "none"))
     for name in ("target_epsilon", "noise_multiplier", "delta", "dp_count_noise", "dp_bands"):
       value = getattr(self, name)
       require(0 <= value < math.inf, name, value, "must be finite and not negative")
@@ -148,6 +155,11 @@ class Privacy:
   @property
   def by_patient(self) -> bool:
     return self.dp == "patient"
+
+  @property
+  def validates(self) -> bool:
+    """Whether scores on validation images leave the sites, exactly, and choose the model."""
+    return self.validation == "exact" or (self.validation == "auto" and self.dp == "none")
 
   def build_steps(
     self,

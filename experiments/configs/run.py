@@ -50,6 +50,12 @@ class Train:
       raise ValueError(
         "dp_average averages global parameters, and fedbn keeps some at each site; use dp_average=0"
       )
+    if self.training.patience and not p.validates:
+      raise ValueError(
+        f"patience={self.training.patience} needs scores of validation images, which are unused "
+        f"with dp={p.dp} and validation={p.validation}; use patience=0, or validation=exact, which "
+        "releases them uncharged"
+      )
     if p.dp != "none":
       self._check_privacy()
 
