@@ -24,6 +24,7 @@ from primia_jax.data import sites as data_sites
 from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
 from primia_jax.privacy import ledger, plan
+from primia_jax.privacy.accounting import Ledger
 from primia_jax.types import Array, ModelState, Params
 
 
@@ -76,12 +77,14 @@ class Arm(NamedTuple):
   Attributes:
     facts: by name, for the report.
     privacy: what a report says of it; None without.
+    ledgers: one for each site; None without privacy.
   """
 
   models: list[tuple[Params, ModelState]]
   rows: list[dict[str, Any]]
   facts: dict[str, Any]
   privacy: dict[str, Any] | None
+  ledgers: Sequence[Ledger] | None
 
 
 def make_trainer(
@@ -277,10 +280,11 @@ def train(
   shared = serve(None) if config.privacy.dp_average else (best.params, best.model_state)
   trained = [serve(k) for k in kept] or [shared]
   facts = _facts(rows, best, state, place, num_sites, book is not None)
+  ledgers = None if book is None else book.ledgers
   said = (
-    None if book is None or privacy is None else books.facts(config.privacy, privacy, book.ledgers)
+    None if ledgers is None or privacy is None else books.facts(config.privacy, privacy, ledgers)
   )
-  return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
+  return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said, ledgers)
 
 
 def _row(

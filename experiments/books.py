@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.configs.privacy import Privacy
-from primia_jax.privacy import ledger, strategies
+from primia_jax.privacy import accounting, ledger, strategies
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.clipping import Clipping
 from primia_jax.privacy.plan import SiteLevel, StepPlan
@@ -140,3 +141,36 @@ def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]
     "not covered": "test images, whose exact scores are in this report. Other runs on the same "
     "images, tuning included, cost privacy in addition",
   }
+
+
+def of_arms(spent: Mapping[str, Mapping[int, Ledger] | None]) -> dict[str, Any]:
+  """What all arms of a report cost, since they are trained on the same images.
+
+  Args:
+    spent: arm -> site -> the ledger of the site's images there; None for an arm without privacy.
+      The first arm is the one whose claim the report makes, and gives delta.
+
+  Returns:
+    The epsilon of each arm and of all together, infinite where one has no privacy; nothing for a
+    single arm.
+  """
+  if len(spent) == 1:
+    return {}
+  private = {name: of_sites for name, of_sites in spent.items() if of_sites is not None}
+  out: dict[str, Any] = {}
+  if bare := [name for name in spent if name not in private]:
+    out["NOT PRIVATE"] = (
+      f"{', '.join(bare)}: trained on the same images without privacy, so that epsilon of this "
+      "report is infinite"
+    )
+  for name in spent:
+    alone = accounting.of_sites([*private[name].values()]) if name in private else math.inf
+    out[f"epsilon of the arm {name!r}"] = ledger.claimed(alone)
+  every: dict[int, Ledger] = {}
+  for of_sites in private.values():
+    for site, one in of_sites.items():
+      before = every.get(site, one._replace(releases=()))
+      every[site] = functools.reduce(accounting.spend, one.releases, before)
+  together = math.inf if bare else accounting.of_sites([*every.values()])
+  out["epsilon of all arms together, a unit of any one site"] = ledger.claimed(together)
+  return out

@@ -18,12 +18,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
-from experiments import arms, inputs, markdown, processes, report, settings
+from experiments import arms, books, inputs, markdown, processes, report, settings
 from experiments.configs import Train
 from experiments.configs.model import normalise
 from primia_jax import evaluation, models, secagg, sites
 from primia_jax.data import patient_ids
 from primia_jax.data import sites as data_sites
+from primia_jax.privacy.accounting import Ledger
 from primia_jax.types import ModelState, Params
 
 FLAGS = flags.FLAGS
@@ -74,6 +75,26 @@ def _has_begun(folder: pathlib.Path) -> bool:
   """Whether an arm has written a file; a run with refused settings has not."""
   arms = [path for path in folder.iterdir() if path.is_dir() and path.name != processes.IDENTITIES]
   return any(path.is_file() for arm in arms for path in arm.rglob("*"))
+
+
+def baselines(names: Sequence[str], config: Train) -> list[str]:
+  """What a federated run is compared with, from the flag.
+
+  Raises:
+    ValueError: for other names, or baselines where each site has a process.
+  """
+  if [*names] == ["auto"]:
+    alone = config.in_processes or config.privacy.dp != "none"
+    return [] if alone else [_POOLED, _LOCAL]
+  chosen = [name for name in names if name]
+  if unknown := set(chosen) - {_POOLED, _LOCAL}:
+    raise ValueError(f"baselines={sorted(unknown)}; there are pooled and local, or auto alone")
+  if chosen and config.in_processes:
+    raise ValueError(
+      f"baselines={chosen} with placement=processes: no process may read all sites' images; leave "
+      "baselines out"
+    )
+  return chosen
 
 
 def run(
@@ -198,6 +219,7 @@ def _run(
   if is_kermany and config.data.data != "phantom":  # Kaissis et al. 2021
     radiologist = {"radiologist (PriMIA)": [[189, 3, 42], [67, 85, 90], [13, 11, 124]]}
   title = f"Federated training, {len(everyone)} sites" if federated else "Pooled training"
+  spent = {name: _by_site(trained[name].ledgers, members) for name, members, _ in plan}
   secure = secure_aggregation_facts(config, images, main.models[0]) if federated else None
   order = _report_order(trained)
   return report.write_report(
@@ -210,11 +232,18 @@ def _run(
     versions=report.versions(),
     rounds=main.rows,
     secure_aggregation=secure,
-    privacy=main.privacy,
+    privacy=None if main.privacy is None else books.of_arms(spent) | main.privacy,
     references=radiologist,
     main_arm=main_arm,
     seed=config.seed,
   )
+
+
+def _by_site(ledgers: Sequence[Ledger] | None, sites: Sequence[int]) -> dict[int, Ledger] | None:
+  """The ledger of each site's images in an arm, which has one for each site or one for all."""
+  if ledgers is None:
+    return None
+  return {site: ledgers[i if len(ledgers) > 1 else 0] for i, site in enumerate(sites)}
 
 
 def _report_order(arms: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The bound on reconstruction against closed forms, the accountant, and an attack that is played."""
+"""The bound on reconstruction: closed forms, the accountant, and an attack that is played."""
 
 import math
 
