@@ -98,7 +98,7 @@ def _facts_of_sites(plan: SiteLevel) -> dict[str, Any]:
     "mechanism": f"distributed {n.kind.replace('_', ' ')}: each site adds a share of the noise "
     f"before masking, updates {_clipped(plan)} and rounded in Z_2^{n.num_bits}",
     "noise in a sum": f"{n.noise_multiplier:.6g} times the clipping norm, from at least "
-    f"{n.num_honest} sites, besides one that is curious and knows its own share",
+    f"{n.num_honest} sites, besides {n.num_colluding} that may collude and know their own shares",
     "encoding": f"rotated in chunks of {n.chunk:,}, rounded to multiples of {1 / n.scale:.4g}; a "
     f"number of a sum wraps around with probability {n.wrap_probability:.2g} at most",
     "sensitivity multiplied by rounding": round(n.sensitivity_inflation, 4),
@@ -133,8 +133,8 @@ def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]
     protected = (
       "everybody outside the site, the server included"
       if plan.noise is None
-      else "whoever sees sums and models, any one site included, while secure aggregation hides "
-      "single updates"
+      else f"whoever sees sums and models, {plan.noise.num_colluding} colluding sites included, "
+      "while secure aggregation hides single updates"
     )
   return out | {
     "protected from": protected,

@@ -20,11 +20,13 @@ from absl import app, flags, logging
 
 from experiments import arms, books, inputs, markdown, processes, report, settings
 from experiments.configs import Train
+from experiments.configs.aggregation import may_lie, min_survivors
 from experiments.configs.model import normalise
 from primia_jax import evaluation, models, secagg, sites
 from primia_jax.data import patient_ids
 from primia_jax.data import sites as data_sites
 from primia_jax.privacy.accounting import Ledger
+from primia_jax.secagg import graph
 from primia_jax.types import ModelState, Params
 
 FLAGS = flags.FLAGS
@@ -277,6 +279,7 @@ def secure_aggregation_facts(
     "sites in a sum": secure.num_sites,
     "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
     "of a site and its peers, who must answer": secure.threshold or "all: no site may drop out",
+    "colluding sites that open nothing more": _collusion(config, secure),
     **encoding,
     "who learns what": "the server sees sums only; " + _whose_keys(config, secure) + _of_two(n),
     "known to all": (
@@ -284,6 +287,22 @@ def secure_aggregation_facts(
       f"{max(images.train.sizes)} training images"
     ),
   }
+
+
+def _collusion(config: Train, secure: secagg.SecureSum) -> str:
+  """How many sites are reckoned with, and how many would be too many."""
+  n, peers, threshold = secure.num_sites, secure.num_peers, secure.threshold
+  lies = may_lie(secure, config.in_processes)
+  enough = graph.num_to_open(peers, threshold, lies)
+  told = f"{config.aggregation.num_colluding(n)} with the server (secagg_colluding)"
+  if threshold is None:
+    return f"{told}; all {peers} peers of a site would open its update"
+  if lies:
+    return f"{told}; {enough} peers of a site and a lying server would open its update"
+  return (
+    f"{told}; {enough} peers of a site would open its update, and {enough - 1} if only "
+    f"{min_survivors(secure)} sites are left"
+  )
 
 
 def _whose_keys(config: Train, secure: secagg.SecureSum) -> str:

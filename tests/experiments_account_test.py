@@ -124,7 +124,7 @@ def test_noise_that_sites_make_together_is_foretold_and_charged(tmp_path):
   assert 7.9 < result["rows"][-1]["rdp"] <= 8
   statement = result["statement"]
   assert statement["noise in a sum"].endswith(
-    "from at least 4 sites, besides one that is curious and knows its own share"
+    "from at least 4 sites, besides 1 that may collude and know their own shares"
   )
   assert statement["noise in a sum"] in printed
   model = models.build(DISTRIBUTED.model.config(DISTRIBUTED.data, 3))

@@ -59,6 +59,15 @@ def test_presets_parse_and_are_sound(no_images):
     ({"secagg_bits": 8}, "leave 0 fraction bits"),
     ({"secagg_bits": 48}, "JAX_ENABLE_X64"),
     ({"secagg_peers": 5}, "num_peers=5"),
+    ({"secagg_colluding": -2}, "secagg_colluding=-2"),
+    ({"num_sites": 2}, "secagg_colluding=1 of 2 sites"),
+    ({"secagg_colluding": 2}, "secagg_colluding=2 of 3 sites"),
+    ({"secagg_threshold": 2}, "secagg_threshold=2, could open another"),
+    ({"num_sites": 10, "secagg_threshold": -1, "secagg_colluding": 7}, "secagg_colluding=7"),
+    (
+      {"placement": "processes", "num_sites": 10, "secagg_colluding": 4},
+      "secagg_colluding=4 of 10 sites, each with 9 peers and secagg_threshold=7",
+    ),
     ({"aggregation": "median"}, "uniform weighting"),
     (
       {"aggregation": "median", "weighting": "uniform", "algorithm": "fednova", "optimizer": "sgd"},
@@ -224,7 +233,7 @@ def of_steps(config, sizes=SIZES):
 
 def of_sites(config, least=None):
   n = config.hospitals.num_sites
-  return config.privacy.build_sites(config.training, n, n, 1000, 32, least)
+  return config.privacy.build_sites(config.training, n, n, 1000, 32, least, num_colluding=1)
 
 
 @pytest.mark.slow

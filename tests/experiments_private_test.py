@@ -34,7 +34,7 @@ from primia_jax.data import sites as data_sites
 from primia_jax.privacy import accounting, ledger
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-FRESH = settings.replace(PRIVATE, dp_seed=-1, secagg_threshold=2)  # private in earnest
+FRESH = settings.replace(PRIVATE, dp_seed=-1, secagg_threshold=3)  # private in earnest
 LOSING = settings.replace(
   SITE, num_sites=6, phantom_images=48, secagg_threshold=-1, dropout_rate=0.2, rounds=4, dp_seed=-1
 )

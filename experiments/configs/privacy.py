@@ -25,7 +25,6 @@ _KINDS = {
   "patient": _OF_STEPS,
   "site": ("site", "distributed"),
 }
-_CURIOUS = 1  # sites whose own share of distributed noise does not hide the others from them
 _CLIP_RATE = 0.2
 _DELTA = 0.1  # times 1 / n, at which a mechanism could publish a random unit whole
 
@@ -224,6 +223,7 @@ class Privacy:
     num_parameters: int,
     secagg_bits: int,
     min_survivors: int | None,
+    num_colluding: int,
   ) -> plan.SiteLevel:
     """The plan of whole sites, for dp=site.
 
@@ -233,6 +233,7 @@ class Privacy:
       num_parameters: of the model.
       secagg_bits: of the ring.
       min_survivors: the fewest sites in a sum.
+      num_colluding: sites whose own shares of distributed noise do not hide the others from them.
 
     Raises:
       ValueError: as `build_steps`.
@@ -246,7 +247,7 @@ class Privacy:
         l2_clip_norm=self.l2_clip_norm,
         noise_multiplier=1.0,
         num_bits=secagg_bits,
-        num_colluding=_CURIOUS,
+        num_colluding=num_colluding,
       )
     return plan.site_level(
       num_sites=num_sites,

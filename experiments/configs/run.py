@@ -227,15 +227,15 @@ def build_federation(
 
 def build_site_level(config: Train, num_parameters: int) -> plan.SiteLevel:
   """The plan of whole sites; see `Privacy.build_sites`."""
-  least = None
+  least, n = None, config.sites_in_round
   if config.aggregation.is_secure:
-    n = config.sites_in_round
     least = min_survivors(config.aggregation.secure_sum(n, n, config.in_processes))
   return config.privacy.build_sites(
     config.training,
     config.hospitals.num_sites,
-    config.sites_in_round,
+    n,
     num_parameters,
     config.aggregation.secagg_bits,
     least,
+    config.aggregation.num_colluding(n),
   )
