@@ -165,12 +165,12 @@ def of_arms(spent: Mapping[str, Mapping[int, Ledger] | None]) -> dict[str, Any]:
     )
   for name in spent:
     alone = accounting.of_sites([*private[name].values()]) if name in private else math.inf
-    out[f"epsilon of the arm {name!r}"] = ledger.claimed(alone)
+    out[f"epsilon of the arm {name!r}"] = ledger.claim(alone)
   every: dict[int, Ledger] = {}
   for of_sites in private.values():
     for site, one in of_sites.items():
       before = every.get(site, one._replace(releases=()))
       every[site] = functools.reduce(accounting.spend, one.releases, before)
   together = math.inf if bare else accounting.of_sites([*every.values()])
-  out["epsilon of all arms together, a unit of any one site"] = ledger.claimed(together)
+  out["epsilon of all arms together, a unit of any one site"] = ledger.claim(together)
   return out

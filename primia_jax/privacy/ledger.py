@@ -126,8 +126,8 @@ def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
     "unit of privacy": f"one {worst.unit}: adjacent data have it, or zeros in its place; numbers "
     f"of units are public",
     "delta": worst.delta,
-    "epsilon (of a unit of any one site, the worst)": claimed(accounting.epsilon(worst)),
-    "epsilon by Renyi divergences": claimed(accounting.epsilon(worst, "rdp")),
+    "epsilon (of a unit of any one site, the worst)": claim(accounting.epsilon(worst)),
+    "epsilon by Renyi divergences": claim(accounting.epsilon(worst, "rdp")),
     **_against_reconstruction(worst),
     "composition": "sequential over rounds and statistics of a site, parallel over sites",
   }
@@ -142,7 +142,7 @@ def _against_reconstruction(worst: Ledger) -> dict[str, Any]:
   return {name: f"at most {percent(bound)}; {1 / count:.3%} by a guess (Kaissis et al. 2023)"}
 
 
-def claimed(epsilon: float) -> float | str:
+def claim(epsilon: float) -> float | str:
   """An epsilon as reports show it, rounded up."""
   return math.ceil(epsilon * 1e4) / 1e4 if math.isfinite(epsilon) else "infinite"
 
