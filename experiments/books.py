@@ -120,6 +120,8 @@ def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]
       "and chose the model, and no ledger was charged"
     )
   out |= ledger.statement(ledgers)
+  if not config.validates:
+    out["validation images"] = "not used; the last round's model is kept"
   if plan.delta > _LARGE_DELTA:
     out["WEAK"] = (
       f"delta={plan.delta:.3g} allows that with this probability a unit is disclosed entirely; set "

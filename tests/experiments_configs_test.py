@@ -12,6 +12,7 @@ from experiments_runs import FIXED, MOVING, PRIVATE, SITE, TINY
 from experiments import inputs, settings
 from experiments.configs import Train, rehearse
 from experiments.configs.aggregation import min_survivors
+from experiments.configs.run import build_site_level
 from primia_jax import federated, local, secagg
 from primia_jax.privacy import accounting, adaptive, distributed_cost
 from primia_jax.secagg import graph
@@ -265,6 +266,13 @@ def test_noise_of_all_sites_hides_from_each_of_them():
   of = lambda release: accounting.epsilon(accounting.spend(start, release, 5))
   assert of(made.releases[0]) >= of(trusting)
   assert made.noise.local_stddev > alone.local_stddev
+
+
+@pytest.mark.parametrize(("colluding", "honest"), [(-1, 6), (0, 7), (3, 4)])
+def test_distributed_noise_does_not_count_on_sites_that_may_collude(colluding, honest):
+  config = settings.replace(DISTRIBUTED, secagg_colluding=colluding)
+  noise = build_site_level(config, 1000).noise
+  assert (noise.num_honest, noise.num_colluding) == (honest, 7 - honest)
 
 
 @pytest.mark.slow
