@@ -62,6 +62,7 @@ def test_presets_parse_and_are_sound(no_images):
     ({"secagg_peers": 5}, "num_peers=5"),
     ({"secagg_colluding": -2}, "secagg_colluding=-2"),
     ({"num_sites": 2}, "secagg_colluding=1 of 2 sites"),
+    ({"num_sites": 2, "aggregation": "clear"}, "secagg_colluding=1 of 2 sites"),
     ({"secagg_colluding": 2}, "secagg_colluding=2 of 3 sites"),
     ({"secagg_threshold": 2}, "secagg_threshold=2, could open another"),
     ({"num_sites": 10, "secagg_threshold": -1, "secagg_colluding": 7}, "secagg_colluding=7"),

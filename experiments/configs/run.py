@@ -185,6 +185,8 @@ def rehearse(config: Train, is_federated: bool = True) -> None:
   built = build_federation(config, recipe, model)
   num_sites = config.hospitals.num_sites
   federated.federate(built.algorithm, built.summation, sites.scan(), num_sites)
+  n, of_counts = config.sites_in_round, 1.0
+  config.aggregation.secure_sum(num_sites, n, config.in_processes, of_counts)
 
 
 class Joined(NamedTuple):
