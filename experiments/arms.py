@@ -280,11 +280,10 @@ def train(
   shared = serve(None) if config.privacy.dp_average else (best.params, best.model_state)
   trained = [serve(k) for k in kept] or [shared]
   facts = _facts(rows, best, state, place, num_sites, book is not None)
-  ledgers = None if book is None else book.ledgers
-  said = (
-    None if ledgers is None or privacy is None else books.facts(config.privacy, privacy, ledgers)
-  )
-  return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said, ledgers)
+  spent, said = None, None
+  if book is not None and privacy is not None:
+    spent, said = book.ledgers, books.facts(config.privacy, privacy, book.ledgers)
+  return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said, spent)
 
 
 def _row(
