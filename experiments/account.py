@@ -1,5 +1,5 @@
 """Computes what a private training run will cost before it runs: epsilon by round, as a table and a
-picture.
+picture, and the largest chance that somebody names the unit that was used among 10,000 candidates.
 
   python -m experiments.account --num_units=1500 --batch_size=64 --rounds=20 --target_epsilon=6 \\
     --output_dir=out
@@ -30,6 +30,7 @@ from experiments.configs.run import build_site_level
 from primia_jax import local, models
 from primia_jax.privacy import accounting, ledger
 from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
+from primia_jax.privacy.reconstruction import NUM_CANDIDATES, reconstruction_bound
 
 _ROWS = 10
 _NAMES = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
@@ -96,7 +97,7 @@ def plan(config: Train) -> StepPlan | SiteLevel:
 
 def table(privacy: Plan, rounds: int) -> list[dict[str, Any]]:
   """Epsilon after about ten of the rounds, the last among them: the claim first, then by other
-  accountants.
+  accountants, then the largest chance to name the unit among 10,000 candidates.
   """
   by_curve = any(release.curve for release in privacy.releases)
   known = ("rdp",) if by_curve else accounting.ACCOUNTANTS
@@ -106,6 +107,7 @@ def table(privacy: Plan, rounds: int) -> list[dict[str, Any]]:
       "round": r,
       "steps": r * privacy.num_steps,
       **{name: privacy.epsilon(r, name) for name in known},
+      "named": reconstruction_bound(privacy.spent(r)),
     }
     for r in shown
   ]
@@ -182,12 +184,13 @@ def main() -> None:
   print(
     f"\n{'round':>8} {'steps':>9}"
     + "".join(f" {name.upper():>10}" for name in known)
-    + "   (epsilon)"
+    + f" {'named':>10}   (epsilon; chance to name one {privacy.unit} among {NUM_CANDIDATES:,})"
   )
   for row in rows:
     print(
       f"{row['round']:8,} {row['steps']:9,}"
       + "".join(f" {_shown(row[name]):>10}" for name in known)
+      + f" {ledger.percent(row['named']):>10}"
     )
   if not FLAGS.output_dir:
     return
@@ -214,10 +217,14 @@ def main() -> None:
     "|---|---|",
     *(f"| {k} | {v} |" for k, v in facts.items()),
     "",
-    "| round | steps |" + "".join(f" epsilon ({name.upper()}) |" for name in known),
-    "|--:|--:|" + "--:|" * len(known),
+    "| round | steps |"
+    + "".join(f" epsilon ({name.upper()}) |" for name in known)
+    + f" chance to name one {privacy.unit} among {NUM_CANDIDATES:,} |",
+    "|--:|--:|" + "--:|" * (len(known) + 1),
     *(
-      f"| {r['round']} | {r['steps']} |" + "".join(f" {_shown(r[name])} |" for name in known)
+      f"| {r['round']} | {r['steps']} |"
+      + "".join(f" {_shown(r[name])} |" for name in known)
+      + f" {ledger.percent(r['named'])} |"
       for r in rows
     ),
     "",

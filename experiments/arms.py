@@ -24,6 +24,7 @@ from primia_jax.data import sites as data_sites
 from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
 from primia_jax.privacy import ledger, plan
+from primia_jax.privacy.accounting import Ledger
 from primia_jax.types import Array, ModelState, Params
 
 
@@ -47,7 +48,7 @@ class Trainer(NamedTuple):
 
   Attributes:
     algorithm, rounds: what is trained, and how.
-    validate, count_classes: see `evaluation`.
+    validate, count_classes: see `evaluation`; no validation for a run that uses no such images.
     schedule: learning rate by time in rounds.
     place: where the sites run.
     num_sampled: sites in a round.
@@ -58,7 +59,7 @@ class Trainer(NamedTuple):
 
   algorithm: federated.Algorithm
   rounds: federated.FederatedAlgorithm
-  validate: Callable[..., evaluation.Scores]
+  validate: Callable[..., evaluation.Scores] | None
   count_classes: Callable[[federated.Sites], np.ndarray]
   schedule: Callable[[Array], Array | float]
   place: Place
@@ -76,12 +77,14 @@ class Arm(NamedTuple):
   Attributes:
     facts: by name, for the report.
     privacy: what a report says of it; None without.
+    ledgers: one for each site; None without privacy.
   """
 
   models: list[tuple[Params, ModelState]]
   rows: list[dict[str, Any]]
   facts: dict[str, Any]
   privacy: dict[str, Any] | None
+  ledgers: Sequence[Ledger] | None
 
 
 def make_trainer(
@@ -127,18 +130,16 @@ def make_trainer(
     algorithm = algorithms.averaged(algorithm, config.privacy.dp_average)
   of_images = (lambda images: images) if features is not None else normalise
   count_noise = config.privacy.dp_count_noise if config.privacy.dp != "none" else 0.0
-  most = recipe.steps.max_examples
+  most, validate = recipe.steps.max_examples, None
+  if config.privacy.validates:
+    summed_scores = counting(evaluation.MAX_LOSS * max_validated)
+    validate = evaluation.validation(
+      algorithm, model.apply, of_images, num_classes, summed_scores, place.placement
+    )
   return Trainer(
     algorithm,
     federated.federate(algorithm, summed, place.placement, num_sites),
-    evaluation.validation(
-      algorithm,
-      model.apply,
-      of_images,
-      num_classes,
-      counting(evaluation.MAX_LOSS * max_validated),
-      place.placement,
-    ),
+    validate,
     evaluation.class_counting(  # the noise ends at 6.8 standard deviations
       num_classes, counting(most + 10 * count_noise), place.placement, count_noise
     ),
@@ -200,7 +201,6 @@ def train(
   book = None if privacy is None else ledger.Book(privacy, num_sites, own_folder / ledger.LEDGER)
   is_private = book is None or config.privacy.dp_seed < 0
   everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
-  held_out = _sites(config, cohort, cohort.validation, trainer, trainer.max_validated)
   if config.training.class_weights:
     everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, book))
 
@@ -238,19 +238,23 @@ def train(
     book.spend_round(ids)
     return True
 
-  validate = lambda key, state: trainer.validate(key, state, held_out)
+  validate = None
+  if trainer.validate is not None:
+    held_out = _sites(config, cohort, cohort.validation, trainer, trainer.max_validated)
+    validate = lambda key, state: trainer.validate(key, state, held_out)
   inputs = trainer.rounds.step, validate, key, state, everybody
   most, bound = config.training.rounds, config.aggregation.secagg_max_abs
   try:
     for done in loop.rounds(*inputs, most, trainer.num_sampled, before, bound):
       state = done.state
-      if done.info is None or done.scores is None:
+      if done.info is None:
         bar.write(f"round {done.number}: {done.aborted}")
         bar.update()
         continue
       row = _row(config, cohort, trainer, done, book)
-      if np.float32(row["val_mcc"]) > float(best.mcc):  # float32, as `Best` has it
-        now = keep((jnp.float32(row["val_mcc"]), jnp.int32(done.number)))
+      mcc = np.float32(row.get("val_mcc", best.mcc))  # float32, as `Best` has it
+      if validate is None or mcc > float(best.mcc):
+        now = keep((jnp.float32(mcc), jnp.int32(done.number)))
         best = Best(*state[:-1], *now)
       rows.append(row)
       if place.is_first:
@@ -259,7 +263,8 @@ def train(
         log(row)
       checkpoints.save(done.number, state, best)
       shown = f"loss {row['train_loss']:.3f}" if book is None else f"epsilon {book.epsilon:.2f}"
-      bar.set_postfix_str(f"{shown}  MCC {row['val_mcc']:.3f}", refresh=False)
+      shown += f"  MCC {row['val_mcc']:.3f}" if "val_mcc" in row else ""
+      bar.set_postfix_str(shown, refresh=False)
       bar.update()
   finally:
     bar.close()
@@ -275,19 +280,18 @@ def train(
   shared = serve(None) if config.privacy.dp_average else (best.params, best.model_state)
   trained = [serve(k) for k in kept] or [shared]
   facts = _facts(rows, best, state, place, num_sites, book is not None)
-  said = (
-    None if book is None or privacy is None else books.facts(config.privacy, privacy, book.ledgers)
-  )
-  return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
+  spent, said = None, None
+  if book is not None and privacy is not None:
+    spent, said = book.ledgers, books.facts(config.privacy, privacy, book.ledgers)
+  return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said, spent)
 
 
 def _row(
   config: Train, cohort: Cohort, trainer: Trainer, done: loop.Round, book: ledger.Book | None
 ) -> dict[str, Any]:
   """The JSON line of a round."""
-  info, scores, exchange = done.info, done.scores, trainer.place.exchange
+  info, exchange = done.info, trainer.place.exchange
   assert info is not None
-  assert scores is not None
   ids, survivors = done.ids.tolist(), info.survivors.tolist()
   loses = exchange is not None or (len(cohort.train.sites) > 1 and config.aggregation.dropout_rate)
   return {
@@ -303,11 +307,17 @@ def _row(
     **({} if book is None else {"epsilon": book.epsilon}),
     **{name: float(value) for name, value in info.tells.items()},
     **({} if book is None or config.privacy.dp_seed < 0 else {"NOT PRIVATE": "dp_seed"}),
-    "val_loss": scores.loss,
-    "val_accuracy": float(metrics.accuracy(scores.confusion)),
-    "val_mcc": float(metrics.mcc(scores.confusion)),
+    **_scores(done),
     "seconds": done.seconds,
   }
+
+
+def _scores(done: loop.Round) -> dict[str, float]:
+  if done.scores is None:
+    return {}
+  confusion = done.scores.confusion
+  accuracy, mcc = float(metrics.accuracy(confusion)), float(metrics.mcc(confusion))
+  return {"val_loss": done.scores.loss, "val_accuracy": accuracy, "val_mcc": mcc}
 
 
 def _facts(
@@ -319,6 +329,8 @@ def _facts(
   is_charged: bool,
 ) -> dict[str, Any]:
   facts: dict[str, Any] = {"best round": int(best.round), "validation MCC": float(best.mcc)}
+  if not any("val_mcc" in row for row in rows):
+    facts = {"round kept": f"{int(best.round)}, the last; validation images were not used"}
   facts["rounds trained"] = len(rows)
   if aborted := int(state.round) - len(rows):
     charged = ", charged all the same" if is_charged else ""

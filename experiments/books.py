@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.configs.privacy import Privacy
-from primia_jax.privacy import ledger, strategies
+from primia_jax.privacy import accounting, ledger, strategies
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.clipping import Clipping
 from primia_jax.privacy.plan import SiteLevel, StepPlan
@@ -97,7 +98,7 @@ def _facts_of_sites(plan: SiteLevel) -> dict[str, Any]:
     "mechanism": f"distributed {n.kind.replace('_', ' ')}: each site adds a share of the noise "
     f"before masking, updates {_clipped(plan)} and rounded in Z_2^{n.num_bits}",
     "noise in a sum": f"{n.noise_multiplier:.6g} times the clipping norm, from at least "
-    f"{n.num_honest} sites, besides one that is curious and knows its own share",
+    f"{n.num_honest} sites, besides {n.num_colluding} that may collude and know their own shares",
     "encoding": f"rotated in chunks of {n.chunk:,}, rounded to multiples of {1 / n.scale:.4g}; a "
     f"number of a sum wraps around with probability {n.wrap_probability:.2g} at most",
     "sensitivity multiplied by rounding": round(n.sensitivity_inflation, 4),
@@ -113,7 +114,14 @@ def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]
     out["NOT PRIVATE"] = (
       f"noise and batches come from dp_seed={config.dp_seed}, which anyone can repeat"
     )
+  if config.validates:
+    out["NOT PROTECTED"] = (
+      "validation images: their exact counts and losses, in sums over sites, left after each round "
+      "and chose the model, and no ledger was charged"
+    )
   out |= ledger.statement(ledgers)
+  if not config.validates:
+    out["validation images"] = "not used; the last round's model is kept"
   if plan.delta > _LARGE_DELTA:
     out["WEAK"] = (
       f"delta={plan.delta:.3g} allows that with this probability a unit is disclosed entirely; set "
@@ -127,12 +135,44 @@ def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]
     protected = (
       "everybody outside the site, the server included"
       if plan.noise is None
-      else "whoever sees sums and models, any one site included, while secure aggregation hides "
-      "single updates"
+      else f"whoever sees sums and models, {plan.noise.num_colluding} colluding sites included, "
+      "while secure aggregation hides single updates"
     )
   return out | {
     "protected from": protected,
-    "not covered": "validation images: their exact counts leave each site under secure aggregation "
-    "and choose the round that is kept. Other arms of this report and other runs on the same "
+    "not covered": "test images, whose exact scores are in this report. Other runs on the same "
     "images, tuning included, cost privacy in addition",
   }
+
+
+def of_arms(spent: Mapping[str, Mapping[int, Ledger] | None]) -> dict[str, Any]:
+  """What all arms of a report cost, since they are trained on the same images.
+
+  Args:
+    spent: arm -> site -> the ledger of the site's images there; None for an arm without privacy.
+      The first arm is the one whose claim the report makes, and gives delta.
+
+  Returns:
+    The epsilon of each arm and of all together, infinite where one has no privacy; nothing for a
+    single arm.
+  """
+  if len(spent) == 1:
+    return {}
+  private = {name: of_sites for name, of_sites in spent.items() if of_sites is not None}
+  out: dict[str, Any] = {}
+  if bare := [name for name in spent if name not in private]:
+    out["NOT PRIVATE"] = (
+      f"{', '.join(bare)}: trained on the same images without privacy, so that epsilon of this "
+      "report is infinite"
+    )
+  for name in spent:
+    alone = accounting.of_sites([*private[name].values()]) if name in private else math.inf
+    out[f"epsilon of the arm {name!r}"] = ledger.claim(alone)
+  every: dict[int, Ledger] = {}
+  for of_sites in private.values():
+    for site, one in of_sites.items():
+      before = every.get(site, one._replace(releases=()))
+      every[site] = functools.reduce(accounting.spend, one.releases, before)
+  together = math.inf if bare else accounting.of_sites([*every.values()])
+  out["epsilon of all arms together, a unit of any one site"] = ledger.claim(together)
+  return out

@@ -12,7 +12,7 @@ from primia_jax.types import Array, ModelState, Params, PyTree
 
 
 class Best(NamedTuple):
-  """The model of the round with the best MCC on validation."""
+  """The model of the round with the best MCC on validation, or of the last without validation."""
 
   params: Params
   model_state: ModelState

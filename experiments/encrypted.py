@@ -72,8 +72,8 @@ class Infer:
   margin: float = _(2.0, "factor by which values may exceed the largest of calibration")
   calibration: str = _(
     "run",
-    "model owner: images to calibrate on: run (the training run's validation images), phantom, "
-    "folder:PATH, npz:PATH or tfds:NAME",
+    "model owner: images to calibrate on: run (the training run's validation images, which a "
+    "private run leaves unused), phantom, folder:PATH, npz:PATH or tfds:NAME",
   )
   calibration_images: int = _(32, "number of calibration images")
   batch: int = _(1, "images in one run of the protocol")
@@ -162,6 +162,11 @@ def calibration_images(
     try:
       saved = settings.load(pathlib.Path(s.checkpoint) / "config.json")
       run = settings.replace(Train(), **saved | {"sites_in_memory": 1})
+      if not run.privacy.validates:
+        raise ValueError(
+          f"calibration=run: with dp={run.privacy.dp} and validation={run.privacy.validation} the "
+          "run's validation images are unused, and a plan would tell every layer's range on them"
+        )
       part = inputs.site_images(run).validation
     except (FileNotFoundError, ValueError) as error:
       raise ValueError(

@@ -72,7 +72,8 @@ def site_images(config: Train, only_site: int | None = None) -> Inputs:
   )
   if config.privacy.by_patient:
     sites.check_patients(inputs.train)
-  for part in (inputs.train, inputs.validation):
+  used = (inputs.train, inputs.validation) if config.privacy.validates else (inputs.train,)
+  for part in used:
     if empty := [i for i, n in enumerate(part.sizes) if not n]:
       raise ValueError(
         f"sites {empty} have no images to {'train on' if part is inputs.train else 'validate with'}"

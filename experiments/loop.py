@@ -20,7 +20,7 @@ class Round(NamedTuple):
     ids: the sites that took part.
     state: after the round.
     info: see `federated.Info`; None where the round was aborted.
-    scores: on validation images; None where the round was aborted.
+    scores: on validation images; None without validation, or where the round was aborted.
     seconds: what the round and its validation took.
     aborted: why; empty where it was not.
   """
@@ -36,7 +36,7 @@ class Round(NamedTuple):
 
 def rounds(
   step: Callable[[Key, federated.State, federated.Sites], tuple[federated.State, federated.Info]],
-  validate: Callable[[Key, federated.State], evaluation.Scores],
+  validate: Callable[[Key, federated.State], evaluation.Scores] | None,
   key: Key,
   state: federated.State,
   everybody: federated.Sites,
@@ -51,7 +51,7 @@ def rounds(
 
   Args:
     step: of `federated.federate`.
-    validate: scores a state.
+    validate: scores a state; None where no validation images are used.
     key: of the run.
     state: to continue from.
     everybody: all sites.
@@ -85,5 +85,5 @@ def rounds(
         "If training diverges, lower --learning_rate; else raise --secagg_max_abs. Start again "
         "with another --run_dir, since a run keeps its settings"
       )
-    scores = validate(key, state)
+    scores = None if validate is None else validate(key, state)
     yield Round(index + 1, ids, state, info, scores, took())

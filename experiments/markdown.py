@@ -57,6 +57,12 @@ def _summary(result: Mapping[str, Any]) -> str:
   return text + "."
 
 
+def warnings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """What a reader must know of a run's privacy before its scores, as (what, why)."""
+  privacy = result["privacy"] or {}
+  return [(what, privacy[what]) for what in ("NOT PRIVATE", "NOT PROTECTED") if what in privacy]
+
+
 def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
   arms, references, difference = result["arms"], result["references"], result["difference"]
   rows: list[tuple[str, tuple[str, ...], bool]] = [
@@ -81,6 +87,8 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
 
   head = ["", *arms, *references]
   lines = [f"# {result['title']}: {result['data']}", "", _summary(result), ""]
+  for what, why in warnings(result):
+    lines += [f"**{what}**: {why}.", ""]
   if "synthetic phantom" in result["data"]:
     lines += [
       "The synthetic phantom is computed, not recorded. These figures say nothing about patients.",

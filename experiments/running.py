@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import math
 import os
 import pathlib
 import sys
@@ -18,12 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
-from experiments import arms, inputs, processes, report, settings
+from experiments import arms, books, inputs, markdown, processes, report, settings, sums
 from experiments.configs import Train
 from experiments.configs.model import normalise
-from primia_jax import evaluation, models, secagg, sites
+from primia_jax import evaluation, models, sites
 from primia_jax.data import patient_ids
 from primia_jax.data import sites as data_sites
+from primia_jax.privacy.accounting import Ledger
 from primia_jax.types import ModelState, Params
 
 FLAGS = flags.FLAGS
@@ -74,6 +74,26 @@ def _has_begun(folder: pathlib.Path) -> bool:
   """Whether an arm has written a file; a run with refused settings has not."""
   arms = [path for path in folder.iterdir() if path.is_dir() and path.name != processes.IDENTITIES]
   return any(path.is_file() for arm in arms for path in arm.rglob("*"))
+
+
+def baselines(names: Sequence[str], config: Train) -> list[str]:
+  """What a federated run is compared with, from the flag.
+
+  Raises:
+    ValueError: for other names, or baselines where each site has a process.
+  """
+  if [*names] == ["auto"]:
+    alone = config.in_processes or config.privacy.dp != "none"
+    return [] if alone else [_POOLED, _LOCAL]
+  chosen = [name for name in names if name]
+  if unknown := set(chosen) - {_POOLED, _LOCAL}:
+    raise ValueError(f"baselines={sorted(unknown)}; there are pooled and local, or auto alone")
+  if chosen and config.in_processes:
+    raise ValueError(
+      f"baselines={chosen} with placement=processes: no process may read all sites' images; leave "
+      "baselines out"
+    )
+  return chosen
 
 
 def run(
@@ -198,7 +218,8 @@ def _run(
   if is_kermany and config.data.data != "phantom":  # Kaissis et al. 2021
     radiologist = {"radiologist (PriMIA)": [[189, 3, 42], [67, 85, 90], [13, 11, 124]]}
   title = f"Federated training, {len(everyone)} sites" if federated else "Pooled training"
-  secure = secure_aggregation_facts(config, images, main.models[0]) if federated else None
+  spent = {name: _by_site(trained[name].ledgers, members) for name, members, _ in plan}
+  secure = sums.facts(config, images, main.models[0]) if federated else None
   order = _report_order(trained)
   return report.write_report(
     folder,
@@ -210,72 +231,23 @@ def _run(
     versions=report.versions(),
     rounds=main.rows,
     secure_aggregation=secure,
-    privacy=main.privacy,
+    privacy=None if main.privacy is None else books.of_arms(spent) | main.privacy,
     references=radiologist,
     main_arm=main_arm,
     seed=config.seed,
   )
 
 
+def _by_site(ledgers: Sequence[Ledger] | None, sites: Sequence[int]) -> dict[int, Ledger] | None:
+  """The ledger of each site's images in an arm, which has one for each site or one for all."""
+  if ledgers is None:
+    return None
+  return {site: ledgers[i if len(ledgers) > 1 else 0] for i, site in enumerate(sites)}
+
+
 def _report_order(arms: dict[str, Any]) -> list[str]:
   order = *(a for a in arms if a.startswith(_LOCAL)), _POOLED, "federated"
   return [name for name in order if name in arms]
-
-
-def secure_aggregation_facts(
-  config: Train, images: inputs.Inputs, model: tuple[Params, ModelState]
-) -> dict[str, Any] | None:
-  """What the report says of the protection of updates; None where they went in the clear."""
-  if not config.aggregation.is_secure:
-    return None
-  n = config.sites_in_round
-  secure = config.aggregation.secure_sum(n, n, config.in_processes)
-  numbers = sum(np.size(a) for a in jax.tree.leaves(model))
-  encoding = {
-    "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction "
-    f"bits",
-    "largest magnitude of a number in an update": secure.max_abs,
-    # Rounded down, and up by at most 1 %, so that both claims hold.
-    "largest magnitude of a sum before overflow": math.floor(1e3 * secure.fixed.max_abs) / 1e3,
-    "largest quantisation error of a sum": float(f"{1.005 * secure.error_bound:.3g}"),
-    "bytes of a masked update": numbers * secagg.bytes_per_number(secure),
-  }
-  if config.privacy.dp_noise == "distributed":  # which has an encoding of its own
-    encoding = {
-      "ring": f"integers modulo 2^{secure.fixed.num_bits}; their encoding stands under privacy"
-    }
-  return {
-    "sites in a sum": secure.num_sites,
-    "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
-    "of a site and its peers, who must answer": secure.threshold or "all: no site may drop out",
-    **encoding,
-    "who learns what": "the server sees sums only; " + _whose_keys(config, secure) + _of_two(n),
-    "known to all": (
-      f"sizes of the smallest and largest site: {min(images.train.sizes)} and "
-      f"{max(images.train.sizes)} training images"
-    ),
-  }
-
-
-def _whose_keys(config: Train, secure: secagg.SecureSum) -> str:
-  if config.in_processes:
-    keys = (
-      "each site's process agrees on keys with the others anew for each sum, and no other "
-      "process knows them"
-    )
-    return f"{keys}; all sites see the sums, too"
-  keys = (
-    "keys are agreed and shared anew for each sum"
-    if secure.threshold
-    else "pair keys come from a trusted dealer"
-  )
-  return f"{keys}. This run was a simulation: one process played the server and all sites"
-
-
-def _of_two(num_sites: int) -> str:
-  if num_sites > 2:
-    return ""
-  return ". Each of two sites can subtract its own update from the sum and learns the other's"
 
 
 def save_model(folder: pathlib.Path, trained: list[tuple[Params, ModelState]]) -> None:
@@ -339,8 +311,8 @@ def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:
 def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
   """Prints the arms' scores and where the report is."""
   print(f"\n{result['title']} on {result['data']}: {result['num_examples']} test images")
-  if "NOT PRIVATE" in (result["privacy"] or {}):
-    print(f"  NOT PRIVATE: {result['privacy']['NOT PRIVATE']}")
+  for what, why in markdown.warnings(result):
+    print(f"  {what}: {why}")
   for name, scores in result["arms"].items():
     show = lambda field, scores=scores: "{value:.3f} [{low:.3f}, {high:.3f}]".format(
       **scores[field]

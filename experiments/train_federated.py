@@ -10,9 +10,9 @@ This process simulates the server and all hospitals. With --placement=processes 
 process of its own, which alone reads its images. --aggregation=clear and the robust rules show the
 server every update.
 
-The run folder holds report.md (federated beside pooled and local training), metrics.json, pictures,
-the model, and one JSON line a round. An interrupted run resumes when it is started again with the
-same --run_dir.
+The run folder holds report.md (federated beside pooled and local training, where these are
+trained), metrics.json, pictures, the model, and one JSON line a round. An interrupted run resumes
+when it is started again with the same --run_dir.
 """
 
 import sys
@@ -29,9 +29,10 @@ flags.DEFINE_string(
 )
 flags.DEFINE_list(
   "baselines",
-  ["pooled", "local"],
-  "what to train for comparison: pooled (all images in one place), local (each site alone); or "
-  "empty; none with placement=processes",
+  ["auto"],
+  "what to train for comparison: pooled (all images in one place), local (each site alone); empty "
+  "for neither; auto takes both, but none with dp, whose budget they would spend on the same "
+  "images, or with placement=processes",
 )
 flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
 flags.DEFINE_string(
@@ -60,9 +61,7 @@ def main() -> None:
     raise ValueError(
       f"num_sites={num_sites}: one site is not a federation; use experiments.train_pooled"
     )
-  baselines = [name for name in FLAGS.baselines if name]
-  if unknown := set(baselines) - {"pooled", "local"}:
-    raise ValueError(f"baselines={sorted(unknown)}; there are pooled and local")
+  baselines = running.baselines(FLAGS.baselines, config)
   in_processes = config.in_processes
   for name in ("coordinator", "process_id", "stage_timeout"):
     if FLAGS[name].present and not in_processes:
@@ -80,12 +79,6 @@ def main() -> None:
     )
   if not 0 < FLAGS.stage_timeout < float("inf"):
     raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
-  if in_processes:
-    if "baselines" in FLAGS and FLAGS["baselines"].present and baselines:
-      raise ValueError(
-        "placement=processes: no process may read all sites' images, so there are no baselines"
-      )
-    baselines = []
   if in_processes and not FLAGS.coordinator:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)

@@ -12,6 +12,7 @@ from experiments_runs import FIXED, MOVING, PRIVATE, SITE, TINY
 from experiments import inputs, settings
 from experiments.configs import Train, rehearse
 from experiments.configs.aggregation import min_survivors
+from experiments.configs.run import build_site_level
 from primia_jax import federated, local, secagg
 from primia_jax.privacy import accounting, adaptive, distributed_cost, noise
 from primia_jax.secagg import graph
@@ -60,6 +61,16 @@ def test_presets_parse_and_are_sound(no_images):
     ({"secagg_bits": 8}, "leave 0 fraction bits"),
     ({"secagg_bits": 48}, "JAX_ENABLE_X64"),
     ({"secagg_peers": 5}, "num_peers=5"),
+    ({"secagg_colluding": -2}, "secagg_colluding=-2"),
+    ({"num_sites": 2}, "secagg_colluding=1 of 2 sites"),
+    ({"num_sites": 2, "aggregation": "clear"}, "secagg_colluding=1 of 2 sites"),
+    ({"secagg_colluding": 2}, "secagg_colluding=2 of 3 sites"),
+    ({"secagg_threshold": 2}, "secagg_threshold=2, could open another"),
+    ({"num_sites": 10, "secagg_threshold": -1, "secagg_colluding": 7}, "secagg_colluding=7"),
+    (
+      {"placement": "processes", "num_sites": 10, "secagg_colluding": 4},
+      "secagg_colluding=4 of 10 sites, each with 9 peers and secagg_threshold=7",
+    ),
     ({"aggregation": "median"}, "uniform weighting"),
     (
       {"aggregation": "median", "weighting": "uniform", "algorithm": "fednova", "optimizer": "sgd"},
@@ -127,6 +138,8 @@ def test_wrong_settings_are_refused_before_images_are_read(change, message, no_i
     (SITE, {"delta": 0.5}, "delta=0.5"),
     (SITE, {"delta": 0.5, "placement": "processes"}, "delta=0.5"),
     (PRIVATE, {"placement": "processes", "dp": "patient"}, "one image a patient"),
+    (PRIVATE, {"patience": 3}, "patience=3 needs scores of validation images"),
+    (PRIVATE, {"validation": "noised"}, "validation='noised'"),
   ],
 )
 def test_what_could_not_be_claimed_is_refused_before_images_are_read(
@@ -145,6 +158,7 @@ def test_what_is_right_is_rehearsed_without_images(no_images):
   for config in (TINY, PRIVATE, SITE, MOVING, FIXED, DISTRIBUTED):
     rehearse(config)
     rehearse(settings.replace(config, placement="processes"))
+  rehearse(settings.replace(PRIVATE, patience=3, validation="exact"))
 
 
 # ---- sums
@@ -222,7 +236,7 @@ def of_steps(config, sizes=SIZES):
 
 def of_sites(config, least=None):
   n = config.hospitals.num_sites
-  return config.privacy.build_sites(config.training, n, n, 1000, 32, least)
+  return config.privacy.build_sites(config.training, n, n, 1000, 32, least, num_colluding=1)
 
 
 @pytest.mark.slow
@@ -236,7 +250,7 @@ def test_the_noise_that_is_chosen_meets_the_target_and_the_sampler_that_runs_is_
     made.noise_multiplier,
   )
   assert made.num_steps == release.times == 5
-  assert made.delta == 1 / 18
+  assert made.delta == 0.1 / 18
   assert made.before == (accounting.gaussian("class counts", 20.0, 1.0, SAMPLER),)
   assert 3.95 < made.epsilon(config.training.rounds) <= 4.0
   with pytest.raises(ValueError, match="publish somebody whole"):
@@ -254,6 +268,13 @@ def test_noise_of_all_sites_hides_from_each_of_them():
   of = lambda release: accounting.epsilon(accounting.spend(start, release, 5))
   assert of(made.releases[0]) >= of(trusting)
   assert made.noise.local_stddev > alone.local_stddev
+
+
+@pytest.mark.parametrize(("colluding", "honest"), [(-1, 6), (0, 7), (3, 4)])
+def test_distributed_noise_does_not_count_on_sites_that_may_collude(colluding, honest):
+  config = settings.replace(DISTRIBUTED, secagg_colluding=colluding)
+  noise = build_site_level(config, 1000).noise
+  assert (noise.num_honest, noise.num_colluding) == (honest, 7 - honest)
 
 
 @pytest.mark.slow
@@ -308,7 +329,7 @@ def test_noise_of_a_whole_run_meets_the_target_once(kind):
   made = of_steps(config)
   noises = made.strategy
   assert (noises.num_steps, noises.min_separation, noises.max_participations) == (27, 3, 9)
-  assert (made.num_steps, made.delta, made.sampling_rate) == (9, 1 / 18, 1)
+  assert (made.num_steps, made.delta, made.sampling_rate) == (9, 0.1 / 18, 1)
   assert made.whole_run
   sigma, of_all_steps = noises.noise_multiplier, 27 * SAMPLER
   assert made.releases == (accounting.gaussian("gradients", sigma, 1.0, of_all_steps),)

@@ -103,6 +103,20 @@ def test_probabilities_are_those_of_evaluate_within_the_target(flags_of, in_the_
   assert [step for layer in layers for step in layer.steps] == [row.what for row in rows]
 
 
+def test_unused_validation_images_of_a_private_run_do_not_make_a_plan(flags_of, tmp_path):
+  """A plan tells the data owner the range of every layer on them."""
+  s = dataclasses.replace(flags_of, checkpoint=str(tmp_path))
+  _, _, names, config = encrypted.load_model(flags_of.checkpoint)
+  for validation in ("auto", "exact"):
+    run = settings.replace(TRAIN, dp="example", noise_multiplier=1.0, validation=validation)
+    settings.save(run, tmp_path / "config.json")
+    if validation == "auto":
+      with pytest.raises(ValueError, match=r"dp=example .* images are unused.* --calibration"):
+        encrypted.calibration_images(s, config, names)
+    else:
+      assert len(encrypted.calibration_images(s, config, names)[0]) == 4
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_label_is_the_argmax_and_all_that_is_revealed(flags_of, in_the_clear, exact):
   images, wanted = in_the_clear

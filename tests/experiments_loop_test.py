@@ -57,6 +57,13 @@ def test_rounds_follow_one_another_and_each_is_validated():
   assert all(one.seconds >= 0 for one in done)
 
 
+def test_rounds_go_without_validation():
+  steps = Steps()
+  done = list(loop.rounds(steps.step, None, KEY, state_at(0), SITES, 2, 3))
+  assert [(one.number, one.scores) for one in done] == [(1, None), (2, None)]
+  assert all(one.info for one in done)
+
+
 def test_an_aborted_round_counts_is_not_validated_and_the_next_goes_on_from_the_same_model():
   steps = Steps(aborted=(2,))
   done = list(steps.rounds())

@@ -34,7 +34,7 @@ from primia_jax.data import sites as data_sites
 from primia_jax.privacy import accounting, ledger
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-FRESH = settings.replace(PRIVATE, dp_seed=-1, secagg_threshold=2)  # private in earnest
+FRESH = settings.replace(PRIVATE, dp_seed=-1, secagg_threshold=3)  # private in earnest
 LOSING = settings.replace(
   SITE, num_sites=6, phantom_images=48, secagg_threshold=-1, dropout_rate=0.2, rounds=4, dp_seed=-1
 )
@@ -127,7 +127,7 @@ def test_no_secret_and_no_key_of_masks_is_in_a_run_folder(kind, stopped, tmp_pat
   if kind == "correlated noise":
     folder = tmp_path / "run"
     drawn = stop(settings.replace(FIXED, dp_seed=-1), folder)
-  sums = 1 + 2 * 2  # class counts, and training and validation of two rounds
+  sums = 1 + 2  # class counts, and training of two rounds
   assert len(drawn.noise) == 3 * sums
   assert len(drawn.masks) >= 3 * sums
   everything = drawn.noise + drawn.masks
@@ -228,7 +228,8 @@ def test_a_stopped_run_goes_on_with_its_correlated_noise_and_is_charged_again(tm
   with pytest.raises(KeyboardInterrupt):
     train(FIXED, tmp_path / "parts", 2)
   parts = train(FIXED, tmp_path / "parts")
-  assert [row["val_loss"] for row in parts.rows] == [row["val_loss"] for row in whole.rows]
+  norms = [[row["update_norm"] for row in arm.rows] for arm in (parts, whole)]
+  assert norms[0] == norms[1]
   assert_equal(parts.models, whole.models)
   after = {name: ledgers(tmp_path / name) for name in ("whole", "parts")}
   assert charged(tmp_path / "whole") == [("class counts", 1), ("gradients", 1)]
@@ -274,6 +275,28 @@ def test_pooled_training_takes_batches_in_a_fixed_order(tmp_path):
   result = running.run(config, tmp_path, federated=False)
   assert "DP-FTRL" in result["privacy"]["mechanism"]
   assert "DP-FTRL" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("validation", ["auto", slow("exact")])
+def test_validation_images_change_nothing_that_leaves_a_private_run(validation, tmp_path):
+  """Everything of them is replaced; with exact scores, which choose the model, that is seen."""
+  config = settings.replace(PRIVATE, rounds=2, validation=validation)
+  made, cohort = trainer_of(config), cohort_of(config)
+  images = cohort.validation.dataset
+  inverted, wrong = 255 - np.asarray(images.images), (images.labels + 1) % 3
+  other = dataclasses.replace(images, images=inverted, labels=wrong)
+  cohorts = cohort, cohort._replace(validation=cohort.validation._replace(dataset=other))
+  told = []
+  for i, one in enumerate(cohorts):
+    folder = tmp_path / str(i)
+    folder.mkdir()
+    arm = arms.train(config, one, made, config.model.config(config.data, 3), folder)
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in arm.rows]
+    told.append((rows, arm.facts, jax.tree.map(np.ndarray.tolist, arm.models)))
+    assert ("NOT PROTECTED" in arm.privacy) == (validation == "exact")
+  assert (told[0] == told[1]) == (validation == "auto")
+  if validation == "auto":
+    assert told[0][1]["round kept"].startswith("2, the last")
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def test_a_process_a_site_trains_the_model_that_one_process_trains(tmp_path, pat
   folder = tmp_path / "run"
   children = start(APART, folder)
   expected = train(
-    settings.replace(APART, placement="scan", secagg_threshold=2), tmp_path / "simulated"
+    settings.replace(APART, placement="scan", secagg_threshold=3), tmp_path / "simulated"
   )
   assert processes.watch(children, folder) == []
   _, (trained,), _, _ = running.load_model(str(folder))

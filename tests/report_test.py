@@ -150,6 +150,16 @@ def test_intervals_over_patients_say_so(tmp_path):
   assert "Clopper" not in text
 
 
+def test_what_is_not_private_stands_above_the_scores(tmp_path):
+  arms = {"federated": arm(0, 1, np.arange(30) % 3)}
+  privacy = {"delta": 1e-5, "NOT PROTECTED": "validation images"}
+  write(tmp_path, arms, privacy=privacy)
+  text = (tmp_path / "report.md").read_text()
+  assert text.index("**NOT PROTECTED**: validation images.") < text.index("## Results")
+  write(tmp_path, arms, privacy={"delta": 1e-5})
+  assert "NOT PROTECTED" not in (tmp_path / "report.md").read_text()
+
+
 def test_bad_reports_write_nothing(tmp_path):
   labels = np.arange(30) % 3
   arms = three_arms(labels)

@@ -9,7 +9,7 @@ import pytest
 from secagg_world import ROUND, answer, play, world
 
 from primia_jax import secagg
-from primia_jax.secagg import keys, protocol, rounds, shamir, subkeys
+from primia_jax.secagg import graph, keys, protocol, rounds, shamir, subkeys
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 
@@ -135,6 +135,48 @@ def attack(w, victim, believers, corrupt=()):
     mask_keys, [*[1 if v > victim else -1 for v in rest], 1], ROUND, w.setup
   )
   return tuple(rounds.reduce(a - b, w.setup) for a, b in zip(masked, masks, strict=True))
+
+
+def opened_by_peers(w, colluding):
+  """Site 0's input as a curious server and these peers compute it from an honest round."""
+  sites, _, out = play(w, 2)
+  _, masked = answer(w, 2, sites[0], out[0])
+  known = {i: answer(w, 2, sites[i], out[i])[0].shares[0] for i in colluding}
+  points = np.array([sites[0].neighbours.index(i) + 1 for i in known])
+  of_kind = [
+    [np.frombuffer(shares[kind], np.uint8) for shares in known.values()] for kind in (0, 1)
+  ]
+  private, seed = (
+    shamir.combine(points, np.stack(values)[None], len(known))[0].tobytes() for values in of_kind
+  )
+  public = {v: sites[0].roster[v].mask_key for v in out[0].boxes}
+  pair = subkeys.pair_mask_keys(private, public, ROUND, 0)
+  mask_keys = [*pair.values(), subkeys.self_mask_key(seed, ROUND, 0)]
+  masks = rounds.mask_total(mask_keys, [1] * len(mask_keys), ROUND, w.setup)
+  return tuple(rounds.reduce(a - b, w.setup) for a, b in zip(masked.vectors, masks, strict=True))
+
+
+@pytest.mark.parametrize("colluding", [1, 2, 3, 4])
+def test_a_threshold_of_peers_opens_an_input_and_one_fewer_does_not(colluding):
+  """Not all peers are needed, but t, with a server that is no more than curious."""
+  w = world(malicious_server=False)
+  got = opened_by_peers(w, range(1, 1 + colluding))
+  opened = all(np.array_equal(a, b) for a, b in zip(got, w.inputs[0], strict=True))
+  assert opened == (colluding >= graph.num_to_open(4, w.setup.threshold)) == (colluding >= 3)
+
+
+@pytest.mark.parametrize("colluding", [1, 2])
+def test_one_peer_fewer_is_enough_where_the_fewest_sites_are_left(colluding):
+  """The sum over t survivors, less the inputs of those that collude."""
+  w = world(malicious_server=False)
+  _, _, opened = play(w, 5, lambda stage, site: stage < 2 or site < w.setup.threshold)
+  assert opened.survivors == (0, 1, 2)
+  left = rounds.reduce(
+    opened.total[0] - sum(w.inputs[i][0] for i in range(1, 1 + colluding)), w.setup
+  )
+  assert np.array_equal(left, w.inputs[0][0]) == (colluding == w.setup.threshold - 1)
+  chance = graph.chance_of_opening(5, 4, w.setup.threshold, colluding)
+  assert chance == (colluding == w.setup.threshold - 1)
 
 
 @pytest.mark.parametrize(("malicious", "corrupt"), [(False, ()), (True, ()), (True, (4,))])

@@ -67,8 +67,9 @@ def test_the_degree_meets_its_bounds_and_two_less_does_not(num_sites, corrupt, d
 
   def failures(degree, threshold):
     """log2 of the three bounds, by the definition, in fractions."""
+    enough = 2 * threshold - degree - 1 if malicious else threshold
     captured = sum(
-      hypergeometric(num_sites - 1, num_corrupt, degree, i) for i in range(threshold, degree + 1)
+      hypergeometric(num_sites - 1, num_corrupt, degree, i) for i in range(enough, degree + 1)
     )
     lost = sum(
       hypergeometric(num_sites - 1, num_dropped, degree, i)
@@ -150,6 +151,40 @@ def test_few_sites_are_all_neighbours(num_sites, corrupt, dropout, malicious, wa
 def test_what_no_graph_tolerates_is_refused(arguments, told):
   with pytest.raises(ValueError, match=told):
     graph.degree_for(*arguments)
+
+
+@pytest.mark.parametrize(
+  ("sites", "threshold", "colluding", "malicious", "opens"),
+  [
+    ((10, 9), None, 8, False, 0),  # two honest sites, whose masks nobody else knows
+    ((10, 9), None, 9, False, 1),
+    ((10, 9), 7, 5, False, 0),
+    ((10, 9), 7, 6, False, 1),  # of seven survivors, all but one
+    ((10, 9), 7, 3, True, 0),
+    ((10, 9), 7, 4, True, 1),  # 4 shares of both secrets, and 3 of each from six honest holders
+    ((2, 1), None, 0, False, 0),
+    ((2, 1), None, 1, False, 1),
+    ((50, 10), None, 9, False, 0),
+  ],
+)
+def test_collusion_that_no_circle_or_every_circle_withstands(
+  sites, threshold, colluding, malicious, opens
+):
+  got = graph.chance_of_opening(*sites, threshold, colluding, malicious_server=malicious)
+  assert got == opens
+
+
+def test_the_chance_that_colluding_sites_open_a_message_bounds_what_is_drawn():
+  num_sites, degree, threshold, colluding, trials = 40, 6, 4, 8, 2000
+  bound = graph.chance_of_opening(num_sites, degree, threshold, colluding)
+  caught = []
+  for trial in range(trials):
+    bad = np.random.default_rng(trial).permutation(num_sites) < colluding
+    near = graph.neighbours(KEY, num_sites, degree, trial)
+    caught.append(np.any(bad[near[~bad]].sum(1) >= threshold))
+  assert 0.2 * bound < np.mean(caught) <= bound < 1
+  assert graph.chance_of_opening(num_sites, 2 * degree, 2 * threshold, colluding) < bound
+  assert graph.chance_of_opening(num_sites, degree, threshold, colluding, num_lost=20) > bound
 
 
 def test_the_smallest_threshold_is_above_half_or_two_thirds():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from primia_jax import secagg as protocol
 from primia_jax.secagg import graph
 from primia_jax.secagg.exchange import Exchange
 
-_CORRUPT_FRACTION = 0.1  # of a site's peers; the degree of a sparse graph allows for them
+_CHANCE = 2.0**-40  # that colluding sites happen to be enough of a site's peers on a random circle
 _LOST_FRACTION = 0.1  # of the sites; it allows for them where sites are really lost
 _MIN_FRACTION_BITS = 10  # an update's numbers are off by less than 1/2048
 _COUNT_BITS = 32  # of sums of counts, for any ring of updates
@@ -50,6 +51,12 @@ class Aggregation:
     "-1 takes just over two thirds. With placement=processes 0 is -1, and a smaller number is safe "
     "only if the server follows the protocol",
   )
+  secagg_colluding: int = setting(
+    -1,
+    "secure: sites of a sum that may tell the server all they know; a run in which they could open "
+    "another site's message is refused, and shares of distributed noise do not count on them. -1 "
+    "takes a tenth of the sites, at least 1; 0 trusts every site, as two sites must",
+  )
   dropout_rate: float = setting(
     0.0, "simulated chance that a site is lost in a round, before or after it masks, equally often"
   )  # fmt: skip
@@ -57,6 +64,8 @@ class Aggregation:
   def __post_init__(self):
     choose("secagg", self.secagg, ("pairwise", "bell", "none"))
     require(self.secagg_peers >= 0, "secagg_peers", self.secagg_peers, "must not be negative")
+    colluding = self.secagg_colluding
+    require(colluding >= -1, "secagg_colluding", colluding, "must be at least 0, or -1")
     require(0 <= self.dropout_rate < 1, "dropout_rate", self.dropout_rate, "must lie in [0, 1)")
 
   @property
@@ -131,7 +140,7 @@ class Aggregation:
       max_abs: None for that of updates.
 
     Raises:
-      ValueError: as `secagg.secure_sum`.
+      ValueError: as `secagg.secure_sum`, or where `secagg_colluding` sites could open a message.
     """
     peers, threshold = self.secagg_peers, self.secagg_threshold
     if processes and not threshold:
@@ -141,20 +150,42 @@ class Aggregation:
     if self.secagg == "bell" and not peers:
       # Between processes the server is not trusted, and no setting says how many sites are lost.
       lost = _LOST_FRACTION if processes else self.dropout_rate
-      peers, needed = graph.degree_for(
-        num_sites, _CORRUPT_FRACTION, lost, malicious_server=processes
-      )
+      corrupt = self.num_colluding(num_sites) / num_sites
+      peers, needed = graph.degree_for(num_sites, corrupt, lost, malicious_server=processes)
       is_complete = processes and peers == num_sites - 1
       threshold = threshold if threshold > 0 or is_complete else needed
     holders = (peers or num_sites - 1) + 1
     bits = self.secagg_bits if max_abs is None else max(self.secagg_bits, _COUNT_BITS)
-    return protocol.secure_sum(
+    secure = protocol.secure_sum(
       num_sites,
       self.secagg_max_abs if max_abs is None else max_abs,
       num_bits=bits,
       num_peers=peers or None,
       threshold=2 * holders // 3 + 1 if threshold < 0 else threshold or None,
     )
+    self._check_collusion(secure, processes)
+    return secure
+
+  def num_colluding(self, num_sites: int) -> int:
+    """How many sites of a sum may collude with the server."""
+    return max(1, num_sites // 10) if self.secagg_colluding < 0 else self.secagg_colluding
+
+  def _check_collusion(self, secure: protocol.SecureSum, processes: bool) -> None:
+    n, peers, threshold = secure.num_sites, secure.num_peers, secure.threshold
+    colluding = self.num_colluding(n)
+    lost = math.floor(n * (_LOST_FRACTION if processes else self.dropout_rate))
+    chance = graph.chance_of_opening(
+      n, peers, threshold, colluding, lost, may_lie(secure, processes)
+    )
+    if chance > _CHANCE:
+      raise ValueError(
+        f"secagg_colluding={colluding} of {n} sites, each with {peers} peers"
+        + (f" and secagg_threshold={threshold}" if threshold else "")
+        + ", could open another site's message with the server"
+        + (f" (chance {chance:.1g})" if chance < 1 else "")
+        + "; take more sites or peers, a higher secagg_threshold, or assume fewer colluding sites "
+        "(0 trusts them all)"
+      )
 
   def losing(self, summed: summation.Summation, seed: int) -> summation.Summation:
     """The summation with sites lost at `dropout_rate`, half of them before they mask."""
@@ -175,6 +206,17 @@ def _formed(
   if exchange is None:
     return summation.masked(config, coding)
   return summation.over(exchange, config, coding)
+
+
+def may_lie(secure: protocol.SecureSum, processes: bool) -> bool:
+  """Whether the protocol holds against a server that lies, as it does between processes with a
+  threshold above two thirds.
+  """
+  return (
+    processes
+    and secure.threshold is not None
+    and secure.threshold >= graph.smallest_threshold(secure.num_peers + 1, malicious_server=True)
+  )
 
 
 def min_survivors(secure: protocol.SecureSum) -> int | None:

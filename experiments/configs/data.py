@@ -80,7 +80,8 @@ class Hospitals:
     2.0, "dirichlet: 0.1 makes sites with very different classes, 100 nearly equal ones"
   )
   validation_fraction: float = setting(
-    0.15, "share of each site's patients held out to choose the best round"
+    0.15,
+    "share of each site's patients held out to choose the best round; unused with validation=none",
   )
   test_fraction: float = setting(
     0.2, "share of patients held out for testing where the data have no test split"

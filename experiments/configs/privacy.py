@@ -25,8 +25,8 @@ _KINDS = {
   "patient": _OF_STEPS,
   "site": ("site", "distributed"),
 }
-_CURIOUS = 1  # sites whose own share of distributed noise does not hide the others from them
 _CLIP_RATE = 0.2
+_DELTA = 0.1  # times 1 / n, at which a mechanism could publish a random unit whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Privacy:
   )
   delta: float = setting(
     0.0,
-    "dp: the delta of the claim. 0 takes 1 / the images or patients of the largest site, or with "
-    "dp=site 1 / num_sites, which is weak for few sites",
+    "dp: the delta of the claim, at most 1 / n, with n the images or patients of the largest site, "
+    "or with dp=site the number of sites; 0 takes a tenth of that, which is weak for few sites",
   )
   noise_multiplier: float = setting(
     0.0,
@@ -96,6 +96,12 @@ class Privacy:
   dp_average: float = setting(
     0.0, "decay of the average over rounds of the parameters that are evaluated; 0 takes the last"
   )
+  validation: str = setting(
+    "auto",
+    "validation images: exact (counts and losses, summed over sites after each round, choose the "
+    "round whose model is kept; no ledger is charged for them), none (unused; the last round's "
+    "model is kept), or auto: exact, and with dp none",
+  )
   dp_seed: int = setting(
     -1,
     "dp: a seed for noise and batches, to repeat a run, which is then NOT PRIVATE; -1 draws them "
@@ -104,6 +110,7 @@ class Privacy:
 
   def __post_init__(self):
     choose("dp", self.dp, _KINDS)
+    choose("validation", self.validation, ("auto", "exact", "none"))
     for name in ("target_epsilon", "noise_multiplier", "delta", "dp_count_noise", "dp_bands"):
       value = getattr(self, name)
       require(0 <= value < math.inf, name, value, "must be finite and not negative")
@@ -148,6 +155,11 @@ class Privacy:
   def by_patient(self) -> bool:
     return self.dp == "patient"
 
+  @property
+  def validates(self) -> bool:
+    """Whether scores on validation images leave the sites, exactly, and choose the model."""
+    return self.validation == "exact" or (self.validation == "auto" and self.dp == "none")
+
   def build_steps(
     self,
     training: Training,
@@ -180,7 +192,7 @@ class Privacy:
       "num_units": most,
       "steps": training.sync_epochs * -(-most // batch),
       "rounds": training.rounds,
-      "delta": self.delta or 1 / most,
+      "delta": self.delta or _DELTA / most,
       "target_epsilon": self.target_epsilon or None,
       "noise_multiplier": self.noise_multiplier or None,
       "l2_clip_norm": self.l2_clip_norm,
@@ -211,6 +223,7 @@ class Privacy:
     num_parameters: int,
     secagg_bits: int,
     min_survivors: int | None,
+    num_colluding: int,
   ) -> plan.SiteLevel:
     """The plan of whole sites, for dp=site.
 
@@ -220,6 +233,7 @@ class Privacy:
       num_parameters: of the model.
       secagg_bits: of the ring.
       min_survivors: the fewest sites in a sum.
+      num_colluding: sites whose own shares of distributed noise do not hide the others from them.
 
     Raises:
       ValueError: as `build_steps`.
@@ -233,12 +247,12 @@ class Privacy:
         l2_clip_norm=self.l2_clip_norm,
         noise_multiplier=1.0,
         num_bits=secagg_bits,
-        num_colluding=_CURIOUS,
+        num_colluding=num_colluding,
       )
     return plan.site_level(
       num_sites=num_sites,
       rounds=training.rounds,
-      delta=self.delta or 1 / num_sites,
+      delta=self.delta or _DELTA / num_sites,
       target_epsilon=self.target_epsilon or None,
       noise_multiplier=self.noise_multiplier or None,
       l2_clip_norm=self.l2_clip_norm,

@@ -50,6 +50,12 @@ class Train:
       raise ValueError(
         "dp_average averages global parameters, and fedbn keeps some at each site; use dp_average=0"
       )
+    if self.training.patience and not p.validates:
+      raise ValueError(
+        f"patience={self.training.patience} needs scores of validation images, which are unused "
+        f"with dp={p.dp} and validation={p.validation}; use patience=0, or validation=exact, which "
+        "releases them uncharged"
+      )
     if p.dp != "none":
       self._check_privacy()
 
@@ -179,6 +185,8 @@ def rehearse(config: Train, is_federated: bool = True) -> None:
   built = build_federation(config, recipe, model)
   num_sites = config.hospitals.num_sites
   federated.federate(built.algorithm, built.summation, sites.scan(), num_sites)
+  n, of_counts = config.sites_in_round, 1.0
+  config.aggregation.secure_sum(num_sites, n, config.in_processes, of_counts)
 
 
 class Joined(NamedTuple):
@@ -221,15 +229,15 @@ def build_federation(
 
 def build_site_level(config: Train, num_parameters: int) -> plan.SiteLevel:
   """The plan of whole sites; see `Privacy.build_sites`."""
-  least = None
+  least, n = None, config.sites_in_round
   if config.aggregation.is_secure:
-    n = config.sites_in_round
     least = min_survivors(config.aggregation.secure_sum(n, n, config.in_processes))
   return config.privacy.build_sites(
     config.training,
     config.hospitals.num_sites,
-    config.sites_in_round,
+    n,
     num_parameters,
     config.aggregation.secagg_bits,
     least,
+    config.aggregation.num_colluding(n),
   )

@@ -44,7 +44,9 @@ class Training:
     0.0, "share of a label that is spread evenly over all classes, in [0, 1)"
   )
   patience: int = setting(
-    0, "stop after this many rounds without a better MCC on validation images; 0 never stops"
+    0,
+    "stop after this many rounds without a better MCC on validation images; 0 never stops, which "
+    "a run without validation needs",
   )
 
   def __post_init__(self):

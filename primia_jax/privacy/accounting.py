@@ -159,24 +159,40 @@ def epsilon(ledger: Ledger, accountant: str | None = None) -> float:
   sum p_i: what ran is within total variation p_i of what is accounted for, on either of two
   adjacent data sets.
   """
-  releases = [r for r in ledger.releases if r.times]
   if accountant not in (None, *ACCOUNTANTS):
     raise ValueError(f"accountant={accountant!r}; use one of {', '.join(ACCOUNTANTS)}")
-  if not releases:
+  if not any(r.times for r in ledger.releases):
     return 0.0
+  of_delta = profile(ledger, accountant)
+  value = _least(of_delta, ledger.delta, extra_delta(ledger))
+  return value if value < _MAX_EPSILON else math.inf
+
+
+def profile(ledger: Ledger, accountant: str | None = None) -> Callable[[float], float]:
+  """delta -> epsilon of what a ledger accounts for, `extra_delta` left out; see `epsilon`.
+
+  The ledger's own delta sets the grid of the computation only.
+
+  Raises:
+    ValueError: as `epsilon`.
+  """
+  releases = tuple(r for r in ledger.releases if r.times)
   tight = all(not r.curve for r in releases)
   if accountant == "pld" and not tight:
     raise ValueError("a release is known by its Renyi divergences alone; use the accountant rdp")
-  of_delta = by_rdp = _by_rdp(releases)
-  if tight and accountant != "rdp":
-    width = by_rdp(min(ledger.delta, 1e-6))
-    if width > 3 * _MAX_EPSILON:
-      return math.inf
-    by_pld = _by_pld(tuple(releases), _GRID * max(width, 1e-6))
-    of_delta = by_pld if accountant else lambda delta: min(by_pld(delta), by_rdp(delta))
-  wrong = math.fsum(r.times * r.extra_delta for r in releases)
-  value = _least(of_delta, ledger.delta, wrong)
-  return value if value < _MAX_EPSILON else math.inf
+  by_rdp = _by_rdp(releases)
+  if not tight or accountant == "rdp":
+    return by_rdp
+  width = by_rdp(min(ledger.delta, 1e-6))
+  if width > 3 * _MAX_EPSILON:
+    return lambda delta: math.inf
+  by_pld = _by_pld(releases, _GRID * max(width, 1e-6))
+  return by_pld if accountant else lambda delta: min(by_pld(delta), by_rdp(delta))
+
+
+def extra_delta(ledger: Ledger) -> float:
+  """The probability that anything of a ledger ran otherwise than accounted for."""
+  return math.fsum(r.times * r.extra_delta for r in ledger.releases)
 
 
 def of_sites(ledgers: Sequence[Ledger]) -> float:

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from primia_jax.privacy import accounting
+from primia_jax.privacy import accounting, reconstruction
 from primia_jax.privacy.accounting import Ledger, Release
 from primia_jax.privacy.plan import Plan
 
@@ -122,18 +122,34 @@ def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
     ValueError: as `accounting.of_sites`.
   """
   worst = accounting.worst(ledgers)
-  claim = lambda value: math.ceil(value * 1e4) / 1e4 if math.isfinite(value) else "infinite"
   rows: dict[str, Any] = {
     "unit of privacy": f"one {worst.unit}: adjacent data have it, or zeros in its place; numbers "
     f"of units are public",
     "delta": worst.delta,
     "epsilon (of a unit of any one site, the worst)": claim(accounting.epsilon(worst)),
     "epsilon by Renyi divergences": claim(accounting.epsilon(worst, "rdp")),
+    **_against_reconstruction(worst),
     "composition": "sequential over rounds and statistics of a site, parallel over sites",
   }
   for release in worst.releases:
     rows[f"released: {release.what}"] = _told(release)
   return rows
+
+
+def _against_reconstruction(worst: Ledger) -> dict[str, Any]:
+  count, bound = reconstruction.NUM_CANDIDATES, reconstruction.reconstruction_bound(worst)
+  name = f"chance to name the {worst.unit} that was used among {count:,} candidates"
+  return {name: f"at most {percent(bound)}; {1 / count:.3%} by a guess (Kaissis et al. 2023)"}
+
+
+def claim(epsilon: float) -> float | str:
+  """An epsilon as reports show it, rounded up."""
+  return math.ceil(epsilon * 1e4) / 1e4 if math.isfinite(epsilon) else "infinite"
+
+
+def percent(chance: float) -> str:
+  """A chance as reports show it, rounded up."""
+  return f"{min(1.0, math.ceil(chance * 1e5) / 1e5):.3%}"
 
 
 def to_json(ledger: Ledger) -> str:

@@ -82,12 +82,12 @@ def degree_for(
   C corrupt sites and D dropouts of K are spread over the circle at random, and t of the P + 1
   shares (P neighbours' and a site's own) open a secret. Union bounds over the sites:
 
-    K Pr[Hypergeometric(K - 1, C, P) >= t]     no t corrupt neighbours      <= 2^-(security + 1)
+    K Pr[Hypergeometric(K - 1, C, P) >= c]     no c corrupt neighbours      <= 2^-(security + 1)
     K^2/2 prod_{i < P} (C + D - i)/(K - i)     survivors are connected      <= 2^-(security + 1)
     K Pr[P - Hypergeometric(K - 1, D, P) < t]  every site keeps t           <= 2^-correctness
 
-  (Bell et al., theorem 3.10. They bound the second by one run of P/2 removed sites; it takes two
-  runs for a circle to fall apart.)
+  with c of `num_to_open`. (Bell et al., theorem 3.10. They bound the second by one run of P/2
+  removed sites; it takes two runs for a circle to fall apart.)
 
   Args:
     num_sites: K.
@@ -116,16 +116,20 @@ def degree_for(
   corrupt, dropped = (math.floor(f * num_sites + 1e-9) for f in fractions.values())
   unsafe, failed = 0.5 * 2.0**-security / num_sites, 2.0**-correctness / num_sites
   for degree in range(2, min(num_sites - 1, shamir.MAX_SHARES), 2):
-    removed = [max(corrupt + dropped - i, 0) / (num_sites - i) for i in range(degree)]
-    if num_sites / 2 * math.prod(removed) > unsafe:
+    if _apart(num_sites, degree, corrupt + dropped) > 0.5 * 2.0**-security:
       continue
     captured, lost = (_tails(num_sites - 1, marked, degree) for marked in (corrupt, dropped))
     legal = range(smallest_threshold(degree + 1, malicious_server), degree + 1)
-    if enough := [t for t in legal if captured[t] <= unsafe and lost[degree - t + 1] <= failed]:
+    opens = lambda t, degree=degree: num_to_open(degree, t, malicious_server)
+    if enough := [
+      t for t in legal if captured[opens(t)] <= unsafe and lost[degree - t + 1] <= failed
+    ]:
       return degree, enough[-1]
   threshold = num_sites - dropped
-  if num_sites <= shamir.MAX_SHARES and threshold >= max(
-    smallest_threshold(num_sites, malicious_server), corrupt + 1
+  if (
+    num_sites <= shamir.MAX_SHARES
+    and threshold >= smallest_threshold(num_sites, malicious_server)
+    and num_to_open(num_sites - 1, threshold, malicious_server) > corrupt
   ):
     return num_sites - 1, threshold
   raise ValueError(
@@ -133,6 +137,58 @@ def degree_for(
     f"{corrupt} corrupt sites "
     f"and {dropped} dropouts{' under a malicious server' if malicious_server else ''}; assume fewer"
   )
+
+
+def num_to_open(degree: int, threshold: int | None, malicious_server: bool = False) -> int:
+  """How many of a site's P neighbours, with the server, open its message.
+
+  Without a threshold all of them: they know all of its masks. With a threshold t of them: they hold
+  t shares of both secrets. If the server also tells the honest holders different stories, half of
+  those give it shares of each secret, and 2 t - P - 1 are enough.
+  """
+  if threshold is None:
+    return degree
+  return 2 * threshold - degree - 1 if malicious_server else threshold
+
+
+def chance_of_opening(
+  num_sites: int,
+  degree: int,
+  threshold: int | None,
+  num_colluding: int,
+  num_lost: int = 0,
+  malicious_server: bool = False,
+) -> float:
+  """Bounds the chance that colluding sites and the server open a message of any other site.
+
+  They open it if they are enough neighbours of a site (`num_to_open`), if the masks of the others
+  do not join all of these, or if fewer than two others are in the smallest sum that is opened.
+
+  Args:
+    num_sites, degree: K and P.
+    threshold: t of P + 1 shares; None if no site may be lost.
+    num_colluding: sites that tell the server all they know, spread over the circle at random.
+    num_lost: of the other sites, in the same round.
+    malicious_server: whether it lies to sites.
+
+  Returns:
+    0 where no arrangement of these sites is enough, up to 1.
+  """
+  fewest = num_sites if threshold is None else -(-num_sites * threshold // (degree + 1))
+  if num_colluding > fewest - 2:
+    return 1.0 if num_colluding else 0.0
+  enough = num_to_open(degree, threshold, malicious_server)
+  if degree == num_sites - 1:
+    return float(num_colluding >= enough)
+  apart = _apart(num_sites, degree, num_colluding + num_lost)
+  captured = num_sites * _tails(num_sites - 1, num_colluding, degree)[enough]
+  return min(1.0, float(captured) + apart)
+
+
+def _apart(num_sites: int, degree: int, removed: int) -> float:
+  """Bounds the chance that a circle falls apart: K^2/2 prod_{i < P} (removed - i) / (K - i)."""
+  chances = [max(removed - i, 0) / (num_sites - i) for i in range(degree)]
+  return num_sites**2 / 2 * math.prod(chances)
 
 
 def smallest_threshold(num_shares: int, malicious_server: bool) -> int:

@@ -1,0 +1,60 @@
+"""What a report says of arms that are trained on the same images."""
+
+import pytest
+from experiments_runs import PRIVATE, SITE
+
+from experiments import books, running, settings
+from primia_jax.privacy import accounting, ledger
+
+
+def test_baselines_are_off_beside_a_private_run():
+  asked = running.baselines
+  assert asked(["auto"], settings.replace(PRIVATE, dp="none", noise_multiplier=0.0)) == [
+    "pooled",
+    "local",
+  ]
+  assert asked(["auto"], PRIVATE) == asked(["auto"], SITE) == asked([""], PRIVATE) == []
+  assert asked(["local"], PRIVATE) == ["local"]
+  with pytest.raises(ValueError, match=r"baselines=\['all'\]"):
+    asked(["all"], PRIVATE)
+  with pytest.raises(ValueError, match="no process may read all sites' images"):
+    asked(["pooled"], settings.replace(PRIVATE, placement="processes"))
+
+
+def test_arms_on_the_same_images_are_composed():
+  start, whole = (
+    accounting.Ledger("example", 1e-3),
+    "epsilon of all arms together, a unit of any one site",
+  )
+  ledger_of = lambda sigma, times: accounting.spend(
+    start, accounting.gaussian("sums", sigma), times
+  )
+  federated, pooled, local = ledger_of(9.0, 9), ledger_of(4.0, 1), ledger_of(6.0, 4)
+  spent = {
+    "federated": {0: federated, 1: federated},
+    "pooled": {0: pooled, 1: pooled},
+    "local: site 1": {1: local},
+  }
+  told = books.of_arms(spent)
+  for name, one in (("federated", federated), ("pooled", pooled), ("local: site 1", local)):
+    assert told[f"epsilon of the arm {name!r}"] == ledger.claim(accounting.epsilon(one))
+  mu = (9 / 9**2 + 1 / 4**2 + 4 / 6**2) ** 0.5  # at site 1, which is in all three
+  assert told[whole] == pytest.approx(accounting.epsilon(ledger_of(1 / mu, 1)), abs=2e-3)
+  assert "NOT PRIVATE" not in told
+  bare = books.of_arms(spent | {"pooled": None})
+  assert bare[whole] == bare["epsilon of the arm 'pooled'"] == "infinite"
+  assert bare["NOT PRIVATE"].startswith("pooled: trained on the same images without privacy")
+  assert books.of_arms({"federated": {0: federated}}) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [PRIVATE, SITE])
+def test_a_report_names_the_epsilon_of_every_arm(config, tmp_path):
+  """Arms without privacy, beside dp=site, make the whole report's epsilon infinite."""
+  bare, config = config is SITE, settings.replace(config, rounds=1, dp_seed=-1)
+  result = running.run(config, tmp_path, federated=True, baselines=("local",))
+  told = {k: v for k, v in result["privacy"].items() if k.startswith("epsilon of")}
+  assert len(told) == 1 + 3 + 1
+  assert ("NOT PRIVATE" in result["privacy"]) == bare
+  assert list(told.values()).count("infinite") == (4 if bare else 0)
+  assert ("**NOT PRIVATE**" in (tmp_path / "report.md").read_text()) == bare

@@ -1,0 +1,92 @@
+"""The bound on reconstruction: closed forms, the accountant, and an attack that is played."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import integrate, optimize, stats
+
+from primia_jax.privacy import accounting, reconstruction
+from primia_jax.privacy.accounting import Ledger, gaussian, renyi, spend
+from primia_jax.privacy.reconstruction import reconstruction_bound
+
+norm = stats.norm
+
+
+def spent(release, count=1):
+  return spend(Ledger("example", 1e-5), release, count)
+
+
+@pytest.mark.parametrize("num_candidates", [2, 100, 10_000])
+@pytest.mark.parametrize(("sigma", "count"), [(0.5, 1), (2.0, 1), (10.0, 30)])
+def test_gaussian_releases_have_their_closed_form(sigma, count, num_candidates):
+  """Kaissis et al. 2023: 1 - Phi(Phi^-1(1 - kappa) - mu), of many releases with mu sqrt(count)."""
+  got = reconstruction_bound(spent(gaussian("sums", sigma), count), num_candidates)
+  mu = math.sqrt(count) / sigma
+  assert got == pytest.approx(1 - norm.cdf(norm.ppf(1 - 1 / num_candidates) - mu), rel=1e-9)
+
+
+def test_one_sampled_release_has_its_closed_form():
+  """The best test of (1 - q) N(0, 1) + q N(mu, 1) against N(0, 1) is a threshold."""
+  mu, q, prior = 1 / 0.8, 0.3, 1e-4
+  at = optimize.brentq(lambda x: norm.sf(x) - prior, 0, 10)
+  density = lambda x: (1 - q) * norm.pdf(x) + q * norm.pdf(x - mu)
+  want = integrate.quad(density, at, at + 20, epsabs=1e-13)[0]
+  assert reconstruction_bound(spent(gaussian("gradients", 0.8, q))) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("release", [gaussian("sums", 1.5), gaussian("gradients", 0.9, 0.05)])
+def test_the_accountants_bound_is_the_closed_form_from_above(release):
+  """So that what is claimed of many sampled steps, which have no closed form, is near the truth."""
+  exact = reconstruction_bound(spent(release))
+  by_epsilon = reconstruction._of_profile(spent(release), 1e-4)
+  assert exact <= by_epsilon <= 1.001 * exact
+  curve = accounting._gaussian_curve(release.noise_multiplier, release.sampling_rate)
+  assert exact <= reconstruction_bound(spent(renyi("updates", curve))) <= 3 * exact
+
+
+def test_it_is_at_most_what_any_epsilon_and_its_delta_allow():
+  ledger = spent(gaussian("gradients", 1.0, 0.1), 100)
+  bound = reconstruction_bound(ledger)
+  claims = [ledger._replace(delta=delta) for delta in (1e-6, 1e-4, 1e-2, 0.1)]
+  allowed = [math.exp(accounting.epsilon(one)) / 10_000 + one.delta for one in claims]
+  assert bound <= 1.001 * min(allowed)
+  assert bound < allowed[0] / 20  # epsilon at the delta of the claim says far less
+
+
+def test_it_falls_with_noise_from_one_to_a_guess():
+  of = lambda sigma: reconstruction_bound(spent(gaussian("gradients", sigma, 0.1), 50))
+  bounds = [of(sigma) for sigma in (0.02, 0.6, 1.0, 2.0, 5.0, 1e3)]
+  assert bounds == sorted(bounds, reverse=True)
+  assert bounds[0] == 1
+  assert bounds[-1] == pytest.approx(1e-4, rel=0.01)
+  assert all(bound >= 1e-4 for bound in bounds)
+  assert reconstruction_bound(Ledger("example", 1e-5)) == 1e-4
+
+
+def test_what_ran_otherwise_than_accounted_for_is_added():
+  release = gaussian("sums", 2.0)
+  failing = release._replace(extra_delta=0.001)
+  more = reconstruction_bound(spent(failing, 5)) - reconstruction_bound(spent(release, 5))
+  assert more == pytest.approx(0.005)
+
+
+def test_one_candidate_is_no_game():
+  with pytest.raises(ValueError, match="num_candidates=1"):
+    reconstruction_bound(Ledger("example", 1e-5), 1)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_an_attack_stays_within_the_bound_and_exceeds_it_with_less_noise(sigma):
+  """Candidates are orthogonal and known; the most likely one is named."""
+  num_candidates, trials = 20, 20_000
+  rng = np.random.default_rng(0)
+  bound = reconstruction_bound(spent(gaussian("sums", sigma)), num_candidates)
+
+  def successes(noise):
+    seen = noise * rng.normal(size=(trials, num_candidates))
+    seen[:, 0] += 1  # the first was used
+    return np.mean(seen.argmax(axis=1) == 0)
+
+  assert 1.5 / num_candidates < successes(sigma) <= bound
+  assert successes(sigma / 2) > bound
