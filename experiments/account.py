@@ -24,7 +24,7 @@ import jax
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import books, plots, running, settings
+from experiments import ledgers, plots, running, settings
 from experiments.configs import Train, rehearse
 from experiments.configs.run import build_site_level
 from primia_jax import local, models
@@ -173,7 +173,7 @@ def main() -> None:
     "noise from": "noise_multiplier" if given else f"target_epsilon={target:g}",
     "rounds": f"{rounds}, of {privacy.num_steps} step{'s' * (privacy.num_steps > 1)} each"
     + (f"; the budget ends training before round {rounds + 1} of {most}" if rounds < most else ""),
-    **books.facts(config.privacy, privacy, [spent]),
+    **ledgers.facts(config.privacy, privacy, [spent]),
   }
   width = max(map(len, facts))
   for key, value in facts.items():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import books, loop, processes
+from experiments import ledgers, loop, processes
 from experiments.checkpoints import Best, Checkpoints
 from experiments.configs import Train
 from experiments.configs.model import normalise, of_stored
@@ -24,6 +24,7 @@ from primia_jax.data import sites as data_sites
 from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
 from primia_jax.privacy import ledger, plan
+from primia_jax.privacy.chain import Chain
 from primia_jax.types import Array, ModelState, Params
 
 
@@ -177,6 +178,7 @@ def train(
   trainer: Trainer,
   model_config: models.ModelConfig,
   folder: pathlib.Path,
+  ledger_dir: pathlib.Path | None,
   log: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Arm:
   """Trains an arm, or continues where it was stopped.
@@ -187,29 +189,33 @@ def train(
     trainer: what trains them.
     model_config: of the model they train.
     folder: where the arm's checkpoints and `rounds.jsonl` go.
+    ledger_dir: folder of the data's ledger, where a private arm is charged; None without privacy.
     log: called with each round's line.
 
   Raises:
     RuntimeError: as `loop.rounds`.
-    ValueError: the ledger of an earlier start is damaged, or of another number of sites.
+    ValueError: the ledger is damaged, or has lost what earlier starts were charged.
   """
   num_sites, key = len(cohort.train.sites), jax.random.key(config.seed)
   place, privacy, algorithm = trainer.place, trainer.privacy, trainer.algorithm
   own_folder = processes.home(folder, place.number)
   own_folder.mkdir(exist_ok=True)
-  book = None if privacy is None else ledger.Book(privacy, num_sites, own_folder / ledger.LEDGER)
-  is_private = book is None or config.privacy.dp_seed < 0
-  everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
-  held_out = _sites(config, cohort, cohort.validation, trainer, trainer.max_validated)
-  if config.training.class_weights:
-    everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, book))
-
+  is_private = privacy is None or config.privacy.dp_seed < 0
   state = trainer.rounds.init(*config.model.initial(model_config, key))
   keep = lambda a: place.placement.replicate(a)
   best = Best(*state[:-1], *keep((jnp.float32(-2), jnp.int32(0))))
   has_own = bool(jax.tree.leaves(state.site_state))
-  checkpoints = Checkpoints(folder, place.exchange is not None, place.number, has_own)
-  state, best = checkpoints.restore(state, best)
+  checkpoints = Checkpoints(folder, place.exchange is not None, place.number)
+  state, best, last_entry = checkpoints.restore(state, best)
+  charges: ledger.Ledgers | None = None
+  if privacy is not None:
+    assert ledger_dir is not None
+    charges = _open(privacy, cohort, own_folder / ledger.LEDGER, ledger_dir, is_private, last_entry)
+
+  everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
+  held_out = _sites(config, cohort, cohort.validation, trainer, trainer.max_validated)
+  if config.training.class_weights:
+    everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, charges))
   path = folder / "rounds.jsonl"
   rows = _read_rows(path, int(state.round)) if place.is_first else []
 
@@ -228,14 +234,14 @@ def train(
     patience = config.training.patience
     if patience and int(state.round) - int(best.round) >= patience:  # alike in all processes
       return False
-    if book is None or privacy is None:
+    if charges is None or privacy is None:
       return True
-    if not book.within_budget(ids):
+    if not charges.within_budget(ids):
       again = ", since a whole run is charged at each start" if privacy.whole_run else ""
       target = f"epsilon {privacy.target_epsilon:g}{again}"
       bar.set_postfix_str(f"stopped: another round would exceed {target}")
       return False
-    book.spend_round(ids)
+    charges.spend_round(ids)
     return True
 
   validate = lambda key, state: trainer.validate(key, state, held_out)
@@ -248,7 +254,7 @@ def train(
         bar.write(f"round {done.number}: {done.aborted}")
         bar.update()
         continue
-      row = _row(config, cohort, trainer, done, book)
+      row = _row(config, cohort, trainer, done, charges)
       if np.float32(row["val_mcc"]) > float(best.mcc):  # float32, as `Best` has it
         now = keep((jnp.float32(row["val_mcc"]), jnp.int32(done.number)))
         best = Best(*state[:-1], *now)
@@ -257,8 +263,9 @@ def train(
         with path.open("a") as file:
           file.write(json.dumps(row) + "\n")
         log(row)
-      checkpoints.save(done.number, state, best)
-      shown = f"loss {row['train_loss']:.3f}" if book is None else f"epsilon {book.epsilon:.2f}"
+      checkpoints.save(done.number, state, best, "" if charges is None else charges.chain.last)
+      spent = None if charges is None else f"epsilon {charges.epsilon:.2f}"
+      shown = spent or f"loss {row['train_loss']:.3f}"
       bar.set_postfix_str(f"{shown}  MCC {row['val_mcc']:.3f}", refresh=False)
       bar.update()
   finally:
@@ -274,15 +281,39 @@ def train(
   # The average needs no site's state.
   shared = serve(None) if config.privacy.dp_average else (best.params, best.model_state)
   trained = [serve(k) for k in kept] or [shared]
-  facts = _facts(rows, best, state, place, num_sites, book is not None)
-  said = (
-    None if book is None or privacy is None else books.facts(config.privacy, privacy, book.ledgers)
-  )
+  facts = _facts(rows, best, state, place, num_sites, charges is not None)
+  said = None
+  if charges is not None and privacy is not None:
+    said = ledgers.facts(config.privacy, privacy, charges.ledgers)
   return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
 
 
+def _open(
+  privacy: plan.Plan,
+  cohort: Cohort,
+  path: pathlib.Path,
+  ledger_dir: pathlib.Path,
+  is_private: bool,
+  last_entry: str,
+) -> ledger.Ledgers:
+  """Begins the ledgers of an arm, or continues those that its checkpoint belongs to."""
+  if last_entry and not path.is_file():
+    raise ValueError(
+      f"{path} is missing: it says where the ledger holds what this arm has spent; restore it from "
+      "a backup, or use another --run_dir"
+    )
+  chain, parts, mine = Chain(ledger_dir), (cohort.train, cohort.validation), cohort.mine.tolist()
+  units = [
+    ledgers.units(chain, parts, i) if i in mine else None for i in range(len(cohort.train.sites))
+  ]
+  charges = ledger.Ledgers(privacy, path, chain, units, is_private)
+  if last_entry:
+    charges.check(last_entry)
+  return charges
+
+
 def _row(
-  config: Train, cohort: Cohort, trainer: Trainer, done: loop.Round, book: ledger.Book | None
+  config: Train, cohort: Cohort, trainer: Trainer, done: loop.Round, charges: ledger.Ledgers | None
 ) -> dict[str, Any]:
   """The JSON line of a round."""
   info, scores, exchange = done.info, done.scores, trainer.place.exchange
@@ -294,15 +325,15 @@ def _row(
     "arm": cohort.name,
     "round": done.number,
     "sites": ids if len(cohort.train.sites) > 1 else None,
-    "train_loss": float(info.loss) if book is None else None,  # not private, so never sent
-    "train_accuracy": float(info.accuracy) if book is None else None,
+    "train_loss": float(info.loss) if charges is None else None,  # not private, so never sent
+    "train_accuracy": float(info.accuracy) if charges is None else None,
     "update_norm": float(info.update_norm),
     "learning_rate": float(trainer.schedule(jnp.float32(done.number - 1))),
     **({"survivors": len(survivors)} if loses else {}),
     **({} if exchange is None else {"lost": sorted(set(ids) - set(survivors))}),
-    **({} if book is None else {"epsilon": book.epsilon}),
+    **({} if charges is None else {"epsilon": charges.epsilon}),
     **{name: float(value) for name, value in info.tells.items()},
-    **({} if book is None or config.privacy.dp_seed < 0 else {"NOT PRIVATE": "dp_seed"}),
+    **({} if charges is None or config.privacy.dp_seed < 0 else {"NOT PRIVATE": "dp_seed"}),
     "val_loss": scores.loss,
     "val_accuracy": float(metrics.accuracy(scores.confusion)),
     "val_mcc": float(metrics.mcc(scores.confusion)),
@@ -330,17 +361,18 @@ def _facts(
   return facts
 
 
-def _class_weights(trainer: Trainer, everybody: federated.Sites, book: ledger.Book | None) -> Array:
+def _class_weights(
+  trainer: Trainer, everybody: federated.Sites, charges: ledger.Ledgers | None
+) -> Array:
   """Inverse frequencies of the classes; a private run releases the noised counts once."""
-  counts: Any = None if book is None else book.counts
+  counts: Any = None if charges is None else charges.counts
   if counts is None:
-    if book is not None and trainer.privacy is not None:
+    if charges is not None and trainer.privacy is not None:
       for release in trainer.privacy.before:
-        book.spend(release, everybody.ids.tolist())
+        charges.spend(release, everybody.ids.tolist())
     counts = trainer.count_classes(everybody).tolist()
-    if book is not None:
-      book.counts = counts
-      book.save()
+    if charges is not None:
+      charges.keep_counts(counts)
   return inverse_frequency(np.maximum(np.asarray(counts, np.float32), np.float32(1)))
 
 

@@ -18,12 +18,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
-from experiments import arms, inputs, processes, report, settings
+from experiments import arms, inputs, ledgers, processes, report, settings
 from experiments.configs import Train
 from experiments.configs.model import normalise
 from primia_jax import evaluation, models, secagg, sites
 from primia_jax.data import patient_ids
 from primia_jax.data import sites as data_sites
+from primia_jax.privacy.chain import Chain
 from primia_jax.types import ModelState, Params
 
 FLAGS = flags.FLAGS
@@ -72,7 +73,8 @@ def open_run(config: Train, run_dir: str) -> pathlib.Path:
 
 def _has_begun(folder: pathlib.Path) -> bool:
   """Whether an arm has written a file; a run with refused settings has not."""
-  arms = [path for path in folder.iterdir() if path.is_dir() and path.name != processes.IDENTITIES]
+  others = processes.IDENTITIES, ledgers.OF_PHANTOM
+  arms = [path for path in folder.iterdir() if path.is_dir() and path.name not in others]
   return any(path.is_file() for arm in arms for path in arm.rglob("*"))
 
 
@@ -136,6 +138,10 @@ def _run(
 ) -> dict[str, Any]:
   """`run`, alone in the folder."""
   process = None if seat is None else seat.number
+  is_private = config.privacy.dp != "none"
+  ledger_dir = ledgers.folder(config, folder) if is_private else None
+  if ledger_dir is not None:
+    Chain(ledger_dir)  # refused before any work, if it cannot be written or is broken
   images = inputs.site_images(config, process)
   label_names = images.train.dataset.label_names
   model_config = config.model.config(config.data, len(label_names))
@@ -164,7 +170,6 @@ def _run(
   predict = evaluation.predictor(model.apply, normalise)
   # One trainer for the federation and one that all single cohorts share; privacy depends on a
   # cohort's own size.
-  is_private = config.privacy.dp != "none"
   kind = lambda cohort: (len(cohort.train.sites) > 1, cohort.name if is_private else "")
   trainers = {}
   for key in dict.fromkeys(map(kind, cohorts.values())):
@@ -177,7 +182,7 @@ def _run(
     trainer = trainers[kind(cohort)]
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
     arm_folder.mkdir(exist_ok=True)
-    trained[name] = arms.train(config, cohort, trainer, model_config, arm_folder, log)
+    trained[name] = arms.train(config, cohort, trainer, model_config, arm_folder, ledger_dir, log)
     if not process:
       probabilities[name] = predict(trained[name].models, images.test.images)
   if place.exchange is not None:
@@ -199,7 +204,9 @@ def _run(
     radiologist = {"radiologist (PriMIA)": [[189, 3, 42], [67, 85, 90], [13, 11, 124]]}
   title = f"Federated training, {len(everyone)} sites" if federated else "Pooled training"
   secure = secure_aggregation_facts(config, images, main.models[0]) if federated else None
-  order = _report_order(trained)
+  order, privacy = _report_order(trained), main.privacy
+  if privacy is not None and ledger_dir is not None:
+    privacy = privacy | ledgers.together(Chain(ledger_dir), privacy["delta"])
   return report.write_report(
     folder,
     title=title,
@@ -210,7 +217,7 @@ def _run(
     versions=report.versions(),
     rounds=main.rows,
     secure_aggregation=secure,
-    privacy=main.privacy,
+    privacy=privacy,
     references=radiologist,
     main_arm=main_arm,
     seed=config.seed,

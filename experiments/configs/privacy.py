@@ -102,6 +102,12 @@ class Privacy:
     "from the operating system",
   )
 
+  ledger_dir: str = setting(
+    "",
+    "dp: folder of the ledger, which all runs on the same data share; it must outlive run folders. "
+    "Empty takes PATH.ledger beside the images in PATH, and for the phantom the run folder",
+  )
+
   def __post_init__(self):
     choose("dp", self.dp, _KINDS)
     for name in ("target_epsilon", "noise_multiplier", "delta", "dp_count_noise", "dp_bands"):
@@ -135,6 +141,11 @@ class Privacy:
         raise ValueError(
           "target_epsilon and noise_multiplier belong to differential privacy; set dp=example, "
           "patient or site"
+        )
+      if self.ledger_dir:
+        raise ValueError(
+          f"ledger_dir={self.ledger_dir}: dp=none is charged in no ledger; leave it out, or set "
+          "dp=example, patient or site"
         )
       return
     choose(f"dp={self.dp} with dp_noise", self.dp_noise, _KINDS[self.dp])

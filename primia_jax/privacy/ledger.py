@@ -1,28 +1,34 @@
-"""Ledgers on disk and in reports: a book is written before anything is released.
+"""Ledgers of a run and in reports: a release is charged on the disk before it happens.
 
-All sites of a cohort spend the same in a round, since all draw with the same probability and add
-the same noise. A book holds one ledger for each site, charged for the rounds that it took part in;
-the claim is that of the worst.
+All sites of a run spend the same in a round, since all draw with the same probability and add the
+same noise. A run has one ledger for each site, charged for the rounds that it took part in; the
+run's claim is that of the worst. All runs on the same data are charged in one file (`chain`), and
+`histories` says what they cost a unit together.
 """
 
 from __future__ import annotations
 
+import datetime
+import functools
+import hashlib
 import json
 import math
-import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from primia_jax.privacy import accounting
 from primia_jax.privacy.accounting import Ledger, Release
+from primia_jax.privacy.chain import Chain, Entry, packed
 from primia_jax.privacy.plan import Plan
 
-LEDGER = "ledger.json"
+LEDGER = "ledger.json"  # of a run: which entry of which file begins it
+_AGREED = "agreed.json"  # what `reconcile` leaves for a process
+_RUN_FACTS = ("unit", "delta", "groups", "private")
 
 
-class Book:
-  """The ledgers of a cohort in a file. A crash can overcharge them, never undercharge.
+class Ledgers:
+  """The ledgers of a run. A crash can overcharge them, never undercharge.
 
   Correlated noise (a plan of a whole run) is charged to a site before its first round, and again by
   every start that continues training: the steps after the checkpoint are released a second time,
@@ -31,37 +37,73 @@ class Book:
   Attributes:
     ledgers: one for each site.
     counts: the noised class counts, which are released once, restarts included; None before.
+    chain: where all of it is written.
   """
 
-  def __init__(self, plan: Plan, num_sites: int, path: pathlib.Path):
-    """Opens the book, with what earlier starts have charged.
+  def __init__(
+    self,
+    plan: Plan,
+    path: pathlib.Path,
+    chain: Chain,
+    units: Sequence[Iterable[bytes] | None],
+    is_private: bool = True,
+  ):
+    """Begins a run, or continues it with what earlier starts have charged.
+
+    Args:
+      plan: what is charged.
+      path: of the run's own small file, which says where the run begins in the chain.
+      chain: of the data.
+      units: of each site: `record`s of its units, with which other runs' are compared; None where
+        another process has the site's images, and charges its units.
+      is_private: False where anyone can repeat the noise. Nothing can then be claimed of the units.
 
     Raises:
-      ValueError: for a damaged file, or one of another number of sites.
+      ValueError: the chain does not hold what the run was charged, or the run was of other units.
     """
-    self._plan, self._path = plan, path
-    self.ledgers = [Ledger(plan.unit, plan.delta)] * num_sites
-    self.counts: list[float] | None = None
-    self._begun: set[int] = set()  # sites that this start has charged for the whole run
-    if path.is_file():
-      saved = json.loads(path.read_text())
-      self.ledgers = [from_json(json.dumps(one)) for one in saved["ledgers"]]
-      self.counts = saved["class_counts"]
-      if len(self.ledgers) != num_sites:
-        raise ValueError(
-          f"{path} has ledgers of {len(self.ledgers)} sites, not {num_sites}; use another --run_dir"
-        )
+    self._plan, self._path, self.chain = plan, path, chain
+    groups = [None if names is None else _group(names) for names in units]
+    named = [None if group is None else group["group"] for group in groups]
+    begin = {"unit": plan.unit, "delta": plan.delta, "groups": named, "private": is_private}
+    if not path.is_file():
+      known = {entry["group"] for entry in chain.entries if entry["kind"] == "group"}
+      new = [group for group in groups if group is not None and group["group"] not in known]
+      self._run = chain.append(*new, {"kind": "run", **begin, "at": _now()})
+      self._save()
+    self._run, entry = _begun(path, chain)
+    if changed := [name for name in _RUN_FACTS if entry[name] != begin[name]]:
+      raise ValueError(
+        f"{path}: the run began with other {', '.join(changed)}: its images or its plan have "
+        "changed since; use another --run_dir"
+      )
+    self._save()
+    self.ledgers, self.counts = _replayed(chain, self._run)
+    self._paid: set[int] = set()  # sites that this start has charged for the whole run
+    if (agreed := path.with_name(_AGREED)).is_file():
+      self._top_up(json.loads(agreed.read_text()))
 
-  def spend(self, release: Release, site_ids: Sequence[int], count: int = 1) -> None:
-    """Charges a release to sites."""
-    for i in site_ids:
-      self.ledgers[i] = accounting.spend(self.ledgers[i], release, count)
-    self.save()
+  def check(self, last: str) -> None:
+    """Checks what a checkpoint remembers: the hash of the chain's last entry when it was saved.
 
-  def save(self) -> None:
-    """Writes the file anew."""
-    ledgers = [json.loads(to_json(one)) for one in self.ledgers]
-    _write(self._path, {"ledgers": ledgers, "class_counts": self.counts})
+    Raises:
+      ValueError: the chain has lost entries, or never held them.
+    """
+    begun, place = self.chain.place(self._run), self.chain.place(last)
+    if place is None or begun is None or place < begun:
+      raise ValueError(
+        f"{self.chain.path} has lost entries: a checkpoint beside {self._path} was saved after "
+        f"the entry {last[:16]}, which it does not hold; restore the file from a backup. Without "
+        "it nobody knows what was spent, so that the run cannot go on"
+      )
+
+  def spend(self, release: Release, site_ids: Sequence[int]) -> None:
+    """Charges a release to sites; call it before the release."""
+    self._charge([release], site_ids)
+
+  def keep_counts(self, counts: list[float]) -> None:
+    """Writes down class counts that were released."""
+    self.chain.append({"kind": "counts", "run": self._run, "counts": counts})
+    self.counts = counts
 
   @property
   def epsilon(self) -> float:
@@ -72,47 +114,92 @@ class Book:
     """Whether one more round of these sites keeps within the target."""
     if math.isinf(self._plan.target_epsilon):
       return True
-    after = {self._after(i) for i in site_ids}
+    cost = lambda i: () if self._has_paid(i) else self._of_a_round
+    after = {functools.reduce(accounting.spend, cost(i), self.ledgers[i]) for i in site_ids}
     return accounting.of_sites(list(after)) <= self._plan.target_epsilon
 
   def spend_round(self, site_ids: Sequence[int]) -> None:
     """Charges a round to its sites; call it before anything is released."""
-    for i in site_ids:
-      self.ledgers[i] = self._after(i)
-    self._begun |= set(site_ids)
-    self.save()
+    self._charge(self._of_a_round, [i for i in site_ids if not self._has_paid(i)])
+    self._paid |= set(site_ids)
 
   def repeats(self, site_ids: Sequence[int]) -> None:
     """Says that these sites' round was refused, so that the next releases its steps again.
 
     A whole run is then charged once more. Fresh noise is charged for each round in any case.
     """
-    self._begun -= set(site_ids)
+    self._paid -= set(site_ids)
 
-  def _after(self, site: int) -> Ledger:
-    """A site's ledger after one more round."""
-    paid = self._plan.whole_run and site in self._begun
-    return self._plan.charge(self.ledgers[site], 0 if paid else 1)
+  @property
+  def _of_a_round(self) -> tuple[Release, ...]:
+    return self._plan.charge(Ledger(self._plan.unit, self._plan.delta)).releases
+
+  def _has_paid(self, site: int) -> bool:
+    return self._plan.whole_run and site in self._paid
+
+  def _charge(self, releases: Iterable[Release], site_ids: Sequence[int]) -> None:
+    about = {"kind": "charge", "run": self._run, "sites": list(site_ids), "at": _now()}
+    entries = [{**about, "release": release._asdict()} for release in releases if site_ids]
+    if entries:
+      self.chain.append(*entries)
+    for i in site_ids:
+      self.ledgers[i] = functools.reduce(accounting.spend, releases, self.ledgers[i])
+
+  def _save(self) -> None:
+    where = {"ledger": str(self.chain.folder.resolve()), "run": self._run}
+    self._path.write_text(json.dumps(where, indent=2) + "\n")
+
+  def _top_up(self, agreed: Mapping[str, Any]) -> None:
+    for i, saved in enumerate(agreed["ledgers"]):
+      most = from_json(json.dumps(saved))
+      self._charge(_missing(self.ledgers[i], most), [i])
+    if self.counts is None and agreed["counts"] is not None:
+      self.keep_counts(agreed["counts"])
+
+
+def record(chain: Chain, group: str, image: Any) -> bytes:
+  """What an image's unit is known by: the names of its group (its patient, or its own id) and of
+  its pixels, 32 bytes.
+
+  Args:
+    chain: of the data, whose key is used.
+    group: of the image in its data set.
+    image: [H, W, C], decoded; its label does not count.
+  """
+  of_group, shape = chain.name(b"group", group.encode()), repr((image.shape, image.dtype.str))
+  return of_group + chain.name(b"pixels", shape.encode(), image.tobytes())
 
 
 def reconcile(paths: Sequence[pathlib.Path]) -> None:
-  """Makes the books of several processes equal before they continue: of each site the ledger with
-  the largest epsilon.
+  """Makes ledgers of several processes equal before they continue: of each site and release, the
+  most times that any has charged.
 
-  A process that was killed may have charged a round that no other has begun. Books hold only
-  public numbers.
+  A process that was killed may have charged a round that no other has begun. Each finds beside its
+  file what it lacks, and charges that itself when it opens its ledgers. Ledgers hold only public
+  numbers.
+
+  Args:
+    paths: of each process; those of new ones are not there yet.
   """
-  books = [json.loads(path.read_text()) for path in paths if path.is_file()]
-  if not books:
+  known = []
+  for path in paths:
+    path.with_name(_AGREED).unlink(missing_ok=True)
+    if path.is_file():
+      chain = Chain(pathlib.Path(json.loads(path.read_text())["ledger"]), read_only=True)
+      known.append(_replayed(chain, _begun(path, chain)[0]))
+  if not known:
     return
-  epsilon = lambda one: accounting.epsilon(from_json(json.dumps(one)))
-  ledgers = [
-    max(rows, key=epsilon) for rows in zip(*(book["ledgers"] for book in books), strict=True)
-  ]
-  counts = next((book["class_counts"] for book in books if book["class_counts"] is not None), None)
+  ledgers = [functools.reduce(_most, rows) for rows in zip(*(k[0] for k in known), strict=True)]
+  counts = next((k[1] for k in known if k[1] is not None), None)
+  text = json.dumps({"ledgers": [json.loads(to_json(one)) for one in ledgers], "counts": counts})
   for path in paths:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, {"ledgers": ledgers, "class_counts": counts})
+    path.with_name(_AGREED).write_text(text)
+
+
+def of_run(path: pathlib.Path, chain: Chain) -> list[Ledger]:
+  """The ledgers of each site that a run's own file leads to; raises as `Ledgers`."""
+  return _replayed(chain, _begun(path, chain)[0])[0]
 
 
 def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
@@ -122,7 +209,6 @@ def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
     ValueError: as `accounting.of_sites`.
   """
   worst = accounting.worst(ledgers)
-  claim = lambda value: math.ceil(value * 1e4) / 1e4 if math.isfinite(value) else "infinite"
   rows: dict[str, Any] = {
     "unit of privacy": f"one {worst.unit}: adjacent data have it, or zeros in its place; numbers "
     f"of units are public",
@@ -134,6 +220,11 @@ def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
   for release in worst.releases:
     rows[f"released: {release.what}"] = _told(release)
   return rows
+
+
+def claim(epsilon: float) -> float | str:
+  """An epsilon as reports say it: rounded up."""
+  return math.ceil(epsilon * 1e4) / 1e4 if math.isfinite(epsilon) else "infinite"
 
 
 def to_json(ledger: Ledger) -> str:
@@ -149,7 +240,7 @@ def from_json(text: str) -> Ledger:
   """
   try:
     values: Mapping[str, Any] = json.loads(text)
-    one = Ledger(values["unit"], float(values["delta"]), tuple(map(_release, values["releases"])))
+    one = Ledger(values["unit"], float(values["delta"]), tuple(map(release_of, values["releases"])))
     if one.unit not in accounting.UNITS or not 0 < one.delta <= 1:
       raise ValueError(f"unit={one.unit!r}, delta={one.delta}")
     return one
@@ -157,7 +248,7 @@ def from_json(text: str) -> Ledger:
     raise ValueError(f"this is no ledger ({error}): {text[:80]!r}") from error
 
 
-def _release(saved: Mapping[str, Any]) -> Release:
+def release_of(saved: Mapping[str, Any]) -> Release:
   made = Release(**{**saved, "curve": tuple(saved["curve"])})
   if made.times < 1 or (made.curve and (made.noise_multiplier or made.sampling_rate != 1)):
     raise ValueError(f"{made.what}: times={made.times}, or both noise and a curve")
@@ -182,10 +273,53 @@ def _told(release: Release) -> str:
   )
 
 
-def _write(path: pathlib.Path, book: dict[str, Any]) -> None:
-  part = path.with_suffix(".part")
-  with part.open("w") as file:
-    file.write(json.dumps(book, indent=2) + "\n")
-    file.flush()
-    os.fsync(file.fileno())  # before anything is released
-  part.replace(path)
+def _missing(have: Ledger, want: Ledger) -> list[Release]:
+  """The releases that `want` has more often."""
+  times = {r._replace(times=1): r.times for r in have.releases}
+  more = [(r, r.times - times.get(r._replace(times=1), 0)) for r in want.releases]
+  return [r._replace(times=n) for r, n in more if n > 0]
+
+
+def _most(one: Ledger, other: Ledger) -> Ledger:
+  return functools.reduce(accounting.spend, _missing(one, other), one)
+
+
+def _begun(path: pathlib.Path, chain: Chain) -> tuple[str, Entry]:
+  """(name of a run, the entry that begins it), from the run's own file."""
+  run = json.loads(path.read_text())["run"]
+  place = chain.place(run)
+  if place is None or chain.entries[place]["kind"] != "run":
+    raise ValueError(
+      f"{chain.path} does not hold the run of {path}, which began with the entry {run[:16]}: the "
+      "ledger was lost or replaced; restore it from a backup. Without it nobody knows what was "
+      "spent, so that the run cannot go on"
+    )
+  return run, chain.entries[place]
+
+
+def _replayed(chain: Chain, run: str) -> tuple[list[Ledger], list[float] | None]:
+  """(ledger of each site, class counts) of a run, from the chain's entries."""
+  place = chain.place(run)
+  assert place is not None
+  begin, counts = chain.entries[place], None
+  ledgers = [Ledger(begin["unit"], begin["delta"])] * len(begin["groups"])
+  for entry in chain.entries[place:]:
+    if entry.get("run") != run:
+      continue
+    if entry["kind"] == "counts":
+      counts = entry["counts"]
+    elif entry["kind"] == "charge":
+      for i in entry["sites"]:
+        ledgers[i] = accounting.spend(ledgers[i], release_of(entry["release"]))
+  return ledgers, counts
+
+
+def _group(records: Iterable[bytes]) -> dict[str, str]:
+  """The entry of a group of units, named by what it holds."""
+  units = packed(records)
+  name = hashlib.sha256(units.encode()).hexdigest()[:32]
+  return {"kind": "group", "group": name, "units": units}
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,24 +1,85 @@
-"""A report's rows on a privacy plan and the ledgers charged for it."""
+"""Where a run's ledger lies, whose images it charges, and a report's rows on plan and ledgers."""
 
 from __future__ import annotations
 
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from experiments import inputs
+from experiments.configs import Train
 from experiments.configs.privacy import Privacy
-from primia_jax.privacy import ledger, strategies
+from primia_jax.data.sites import Part
+from primia_jax.privacy import histories, ledger, strategies
 from primia_jax.privacy.accounting import Ledger
+from primia_jax.privacy.chain import Chain
 from primia_jax.privacy.clipping import Clipping
 from primia_jax.privacy.plan import SiteLevel, StepPlan
 
+OF_PHANTOM = "ledger"  # in the run folder
 _LARGE_DELTA = 0.01
+_AT_ONCE = 256  # images that are read at a time
 _OUTSIDE = (
   "whoever sees updates, sums or models: server, other sites, users of the model; not the "
   "site itself"
 )
+
+
+def folder(config: Train, run_dir: pathlib.Path) -> pathlib.Path:
+  """The folder of the ledger that all runs on the same data share.
+
+  It is `ledger_dir`, or else beside the data: PATH.ledger for images in PATH. The phantom is
+  synthetic, so that its ledger lies in the run folder.
+
+  Raises:
+    FileNotFoundError: the data do not exist.
+  """
+  if config.privacy.ledger_dir:
+    return pathlib.Path(config.privacy.ledger_dir).expanduser()
+  source = inputs.source(config.data)
+  return run_dir / OF_PHANTOM if source is None else source.with_name(f"{source.name}.ledger")
+
+
+def units(chain: Chain, parts: Sequence[Part], site: int) -> set[bytes]:
+  """The records of a site's images, by which other runs' are compared.
+
+  Args:
+    chain: of the data.
+    parts: training and validation images; either are units.
+    site: whose images this process has.
+  """
+  found = set()
+  for part in parts:
+    index, groups = part.sites[site], np.asarray(part.dataset.groups)
+    for start in range(0, len(index), _AT_ONCE):
+      rows = index[start : start + _AT_ONCE]
+      images = part.dataset.images[rows]
+      found |= {
+        ledger.record(chain, str(group), image)
+        for group, image in zip(groups[rows], images, strict=True)
+      }
+  return found
+
+
+def together(chain: Chain, delta: float | None = None) -> dict[str, Any]:
+  """Rows on all runs that the ledger holds, and on its last entry."""
+  known = histories.histories(chain, delta)
+  rows: dict[str, Any] = {}
+  if known:
+    one = histories.worst(known)
+    runs = {run for history in known for run in history.runs}
+    rows = {
+      "all runs on these data together: epsilon": ledger.claim(one.epsilon),
+      "all runs on these data together: delta": one.ledger.delta,
+      "all runs on these data together: who": f"the worst of "
+      f"{sum(history.num_units for history in known):,} units (validation images included) in "
+      f"{len(runs)} runs, each with its arms; it was in {len(one.runs)}. Adjacent data lack, in "
+      "every run, the image, patient or site that holds it",
+    }
+  return rows | {"ledger": str(chain.path), "last entry of the ledger": chain.last}
 
 
 def _clipping(clipping: Clipping) -> str:
@@ -133,6 +194,6 @@ def facts(config: Privacy, plan: StepPlan | SiteLevel, ledgers: Sequence[Ledger]
   return out | {
     "protected from": protected,
     "not covered": "validation images: their exact counts leave each site under secure aggregation "
-    "and choose the round that is kept. Other arms of this report and other runs on the same "
-    "images, tuning included, cost privacy in addition",
+    "and choose the round that is kept. What was released of the same images "
+    "without this ledger costs privacy in addition",
   }
