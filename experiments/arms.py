@@ -24,7 +24,6 @@ from primia_jax.data import sites as data_sites
 from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
 from primia_jax.privacy import ledger, plan
-from primia_jax.privacy.chain import Chain
 from primia_jax.types import Array, ModelState, Params
 
 
@@ -210,7 +209,10 @@ def train(
   charges: ledger.Ledgers | None = None
   if privacy is not None:
     assert ledger_dir is not None
-    charges = _open(privacy, cohort, own_folder / ledger.LEDGER, ledger_dir, is_private, last_entry)
+    parts, mine = (cohort.train, cohort.validation), cohort.mine.tolist()
+    charges = ledgers.begin(
+      privacy, parts, mine, own_folder / ledger.LEDGER, ledger_dir, is_private, last_entry
+    )
 
   everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
   held_out = _sites(config, cohort, cohort.validation, trainer, trainer.max_validated)
@@ -286,30 +288,6 @@ def train(
   if charges is not None and privacy is not None:
     said = ledgers.facts(config.privacy, privacy, charges.ledgers)
   return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said)
-
-
-def _open(
-  privacy: plan.Plan,
-  cohort: Cohort,
-  path: pathlib.Path,
-  ledger_dir: pathlib.Path,
-  is_private: bool,
-  last_entry: str,
-) -> ledger.Ledgers:
-  """Begins the ledgers of an arm, or continues those that its checkpoint belongs to."""
-  if last_entry and not path.is_file():
-    raise ValueError(
-      f"{path} is missing: it says where the ledger holds what this arm has spent; restore it from "
-      "a backup, or use another --run_dir"
-    )
-  chain, parts, mine = Chain(ledger_dir), (cohort.train, cohort.validation), cohort.mine.tolist()
-  units = [
-    ledgers.units(chain, parts, i) if i in mine else None for i in range(len(cohort.train.sites))
-  ]
-  charges = ledger.Ledgers(privacy, path, chain, units, is_private)
-  if last_entry:
-    charges.check(last_entry)
-  return charges
 
 
 def _row(

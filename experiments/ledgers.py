@@ -13,14 +13,15 @@ from experiments import inputs
 from experiments.configs import Train
 from experiments.configs.privacy import Privacy
 from primia_jax.data.sites import Part
-from primia_jax.privacy import histories, ledger, strategies
+from primia_jax.privacy import accounting, histories, ledger, strategies
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
 from primia_jax.privacy.clipping import Clipping
-from primia_jax.privacy.plan import SiteLevel, StepPlan
+from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
 
 OF_PHANTOM = "ledger"  # in the run folder
 _LARGE_DELTA = 0.01
+_SHORT = 12  # digits of a hash that name a run
 _AT_ONCE = 256  # images that are read at a time
 _OUTSIDE = (
   "whoever sees updates, sums or models: server, other sites, users of the model; not the "
@@ -41,6 +42,42 @@ def folder(config: Train, run_dir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(config.privacy.ledger_dir).expanduser()
   source = inputs.source(config.data)
   return run_dir / OF_PHANTOM if source is None else source.with_name(f"{source.name}.ledger")
+
+
+def begin(
+  privacy: Plan,
+  parts: Sequence[Part],
+  mine: Sequence[int],
+  path: pathlib.Path,
+  ledger_dir: pathlib.Path,
+  is_private: bool,
+  last_entry: str,
+) -> ledger.Ledgers:
+  """Begins the ledgers of an arm, or continues those that its checkpoint belongs to.
+
+  Args:
+    privacy: what is charged.
+    parts: training and validation images.
+    mine: numbers of the sites whose images this process has.
+    path: of the arm's own small file.
+    ledger_dir: of the data.
+    is_private: see `ledger.Ledgers`.
+    last_entry: the hash that the checkpoint holds; empty without a checkpoint.
+
+  Raises:
+    ValueError: the ledger is damaged, or has lost what the arm was charged.
+  """
+  if last_entry and not path.is_file():
+    raise ValueError(
+      f"{path} is missing: it says where the ledger holds what this arm has spent; restore it from "
+      "a backup, or use another --run_dir"
+    )
+  chain, everyone = Chain(ledger_dir), range(len(parts[0].sites))
+  records = [units(chain, parts, i) if i in mine else None for i in everyone]
+  charges = ledger.Ledgers(privacy, path, chain, records, is_private)
+  if last_entry:
+    charges.check(last_entry)
+  return charges
 
 
 def units(chain: Chain, parts: Sequence[Part], site: int) -> set[bytes]:
@@ -70,16 +107,47 @@ def together(chain: Chain, delta: float | None = None) -> dict[str, Any]:
   rows: dict[str, Any] = {}
   if known:
     one = histories.worst(known)
-    runs = {run for history in known for run in history.runs}
     rows = {
       "all runs on these data together: epsilon": ledger.claim(one.epsilon),
       "all runs on these data together: delta": one.ledger.delta,
       "all runs on these data together: who": f"the worst of "
       f"{sum(history.num_units for history in known):,} units (validation images included) in "
-      f"{len(runs)} runs, each with its arms; it was in {len(one.runs)}. Adjacent data lack, in "
+      f"{len(histories.runs(chain))} runs (each arm is one); it was in {len(one.runs)}. Adjacent "
+      "data lack, in "
       "every run, the image, patient or site that holds it",
     }
   return rows | {"ledger": str(chain.path), "last entry of the ledger": chain.last}
+
+
+def summary(chain: Chain, delta: float | None = None) -> dict[str, Any]:
+  """What `account` tells of a ledger: rows as `together`; its runs; its units by what they were
+  charged, the worst first.
+  """
+  known = [(one.epsilon, one) for one in histories.histories(chain, delta)]
+  return {
+    "statement": together(chain, delta),
+    "runs": [
+      {
+        "run": name[:_SHORT],
+        "begun": begin["at"],
+        "unit": begin["unit"],
+        "sites": len(begin["groups"]),
+        "delta": begin["delta"],
+        "epsilon": ledger.claim(accounting.of_sites(ledger.replayed(chain, name)[0]))
+        if begin["private"]
+        else "NOT PRIVATE",
+      }
+      for name, begin in histories.runs(chain).items()
+    ],
+    "units": [
+      {
+        "units": one.num_units,
+        "epsilon": ledger.claim(epsilon),
+        "runs": [name[:_SHORT] for name in one.runs],
+      }
+      for epsilon, one in sorted(known, key=lambda pair: -pair[0])
+    ],
+  }
 
 
 def _clipping(clipping: Clipping) -> str:

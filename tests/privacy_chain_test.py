@@ -144,7 +144,7 @@ def test_another_key_is_refused(filled, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused_with_its_flag(tmp_path):
   (tmp_path / "file").touch()
-  with pytest.raises(ValueError, match=r"ledger_dir=.*file/ledger cannot be written .*--ledger_dir"):
+  with pytest.raises(ValueError, match=r"ledger_dir=.*ledger cannot be written .*--ledger_dir"):
     Chain(tmp_path / "file" / "ledger")
   with pytest.raises(FileNotFoundError, match="holds no ledger"):
     Chain(tmp_path / "none", read_only=True)

@@ -16,7 +16,7 @@ protected as two; protect patients to cover both.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from scipy import sparse
 
 from primia_jax.privacy import accounting
 from primia_jax.privacy.accounting import Ledger, Release
-from primia_jax.privacy.chain import NAME_BYTES, Chain, unpacked
+from primia_jax.privacy.chain import NAME_BYTES, Chain, Entry, unpacked
 from primia_jax.privacy.ledger import release_of
 
 
@@ -48,6 +48,20 @@ class History(NamedTuple):
     return accounting.epsilon(self.ledger) if self.is_private else math.inf
 
 
+def runs(chain: Chain) -> dict[str, Entry]:
+  """The runs that were charged anything: name -> the entry that begins it.
+
+  Raises:
+    ValueError: a charge names a run that was not begun.
+  """
+  out = {}
+  for name in dict.fromkeys(entry["run"] for entry in chain.entries if entry["kind"] == "charge"):
+    if (place := chain.place(name)) is None:
+      raise ValueError(f"{chain.path} charges a run {name[:16]} that it does not hold")
+    out[name] = chain.entries[place]
+  return out
+
+
 def histories(chain: Chain, delta: float | None = None) -> list[History]:
   """All units of a chain, by what they were charged.
 
@@ -58,17 +72,14 @@ def histories(chain: Chain, delta: float | None = None) -> list[History]:
   Raises:
     ValueError: an entry is none that `ledger` writes.
   """
-  runs = {  # name -> the entry that begins it
-    name: chain.entries[place] for name, place in _charged(chain).items()
-  }
-  if not runs:
+  if not (begun := runs(chain)):
     return []
   units, num_units = _units(chain)
-  charges = _charges(chain, runs)
+  charges = _charges(chain, begun)
   kinds = list(dict.fromkeys(kind for of_run in charges.values() for _, kind in of_run))
   spent = np.zeros((num_units, len(kinds)), np.int64)
-  took_part = np.zeros((num_units, len(runs)), np.int64)
-  for number, (name, begin) in enumerate(runs.items()):
+  took_part = np.zeros((num_units, len(begun)), np.int64)
+  for number, (name, begin) in enumerate(begun.items()):
     most = np.zeros_like(spent)
     for site, group in enumerate(begin["groups"]):
       row = [charges[name].get((site, kind), 0) for kind in kinds]
@@ -77,14 +88,14 @@ def histories(chain: Chain, delta: float | None = None) -> list[History]:
     spent += most
     took_part[:, number] = most.any(axis=1)
   distinct, counts = np.unique(np.concatenate([took_part, spent], 1), axis=0, return_counts=True)
-  last, claimed = list(runs.values())[-1], min(begin["delta"] for begin in runs.values())
+  last, claimed = list(begun.values())[-1], min(begin["delta"] for begin in begun.values())
   out = []
   for row, count in zip(distinct, counts.tolist(), strict=True):
-    mine = [name for name, took in zip(runs, row, strict=False) if took]
-    times = zip(kinds, row[len(runs) :].tolist(), strict=True)
+    mine = [name for name, took in zip(begun, row, strict=False) if took]
+    times = zip(kinds, row[len(begun) :].tolist(), strict=True)
     releases = tuple(kind._replace(times=n) for kind, n in times if n)
     ledger = Ledger(last["unit"], delta or claimed, releases)
-    is_private = all(runs[name]["private"] for name in mine)
+    is_private = all(begun[name]["private"] for name in mine)
     out.append(History(count, tuple(mine), ledger, is_private))
   return [one for one in out if one.runs]
 
@@ -102,18 +113,9 @@ def worst(known: Sequence[History]) -> History:
   return max((one for one, _ in front), key=lambda one: one.epsilon)
 
 
-def _charged(chain: Chain) -> dict[str, int]:
-  """The runs that have released anything: name -> place of their first entry."""
-  names = dict.fromkeys(entry["run"] for entry in chain.entries if entry["kind"] == "charge")
-  places = {name: chain.place(name) for name in names}
-  if gone := [name for name, place in places.items() if place is None]:
-    raise ValueError(f"{chain.path} charges a run {gone[0][:16]} that it does not hold")
-  return {name: place for name, place in places.items() if place is not None}
-
-
-def _charges(chain: Chain, runs: Mapping[str, object]) -> dict[str, dict[tuple[int, Release], int]]:
+def _charges(chain: Chain, begun: Iterable[str]) -> dict[str, dict[tuple[int, Release], int]]:
   """By run: (site, release) -> how often."""
-  out: dict[str, dict[tuple[int, Release], int]] = {name: {} for name in runs}
+  out: dict[str, dict[tuple[int, Release], int]] = {name: {} for name in begun}
   for entry in chain.entries:
     if entry["kind"] == "charge":
       release = release_of(entry["release"])

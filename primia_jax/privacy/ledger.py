@@ -77,7 +77,7 @@ class Ledgers:
         "changed since; use another --run_dir"
       )
     self._save()
-    self.ledgers, self.counts = _replayed(chain, self._run)
+    self.ledgers, self.counts = replayed(chain, self._run)
     self._paid: set[int] = set()  # sites that this start has charged for the whole run
     if (agreed := path.with_name(_AGREED)).is_file():
       self._top_up(json.loads(agreed.read_text()))
@@ -186,7 +186,7 @@ def reconcile(paths: Sequence[pathlib.Path]) -> None:
     path.with_name(_AGREED).unlink(missing_ok=True)
     if path.is_file():
       chain = Chain(pathlib.Path(json.loads(path.read_text())["ledger"]), read_only=True)
-      known.append(_replayed(chain, _begun(path, chain)[0]))
+      known.append(replayed(chain, _begun(path, chain)[0]))
   if not known:
     return
   ledgers = [functools.reduce(_most, rows) for rows in zip(*(k[0] for k in known), strict=True)]
@@ -199,7 +199,24 @@ def reconcile(paths: Sequence[pathlib.Path]) -> None:
 
 def of_run(path: pathlib.Path, chain: Chain) -> list[Ledger]:
   """The ledgers of each site that a run's own file leads to; raises as `Ledgers`."""
-  return _replayed(chain, _begun(path, chain)[0])[0]
+  return replayed(chain, _begun(path, chain)[0])[0]
+
+
+def replayed(chain: Chain, run: str) -> tuple[list[Ledger], list[float] | None]:
+  """(ledger of each site, class counts) of the run that begins with the entry of this hash."""
+  place = chain.place(run)
+  assert place is not None
+  begin, counts = chain.entries[place], None
+  ledgers = [Ledger(begin["unit"], begin["delta"])] * len(begin["groups"])
+  for entry in chain.entries[place:]:
+    if entry.get("run") != run:
+      continue
+    if entry["kind"] == "counts":
+      counts = entry["counts"]
+    elif entry["kind"] == "charge":
+      for i in entry["sites"]:
+        ledgers[i] = accounting.spend(ledgers[i], release_of(entry["release"]))
+  return ledgers, counts
 
 
 def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
@@ -295,23 +312,6 @@ def _begun(path: pathlib.Path, chain: Chain) -> tuple[str, Entry]:
       "spent, so that the run cannot go on"
     )
   return run, chain.entries[place]
-
-
-def _replayed(chain: Chain, run: str) -> tuple[list[Ledger], list[float] | None]:
-  """(ledger of each site, class counts) of a run, from the chain's entries."""
-  place = chain.place(run)
-  assert place is not None
-  begin, counts = chain.entries[place], None
-  ledgers = [Ledger(begin["unit"], begin["delta"])] * len(begin["groups"])
-  for entry in chain.entries[place:]:
-    if entry.get("run") != run:
-      continue
-    if entry["kind"] == "counts":
-      counts = entry["counts"]
-    elif entry["kind"] == "charge":
-      for i in entry["sites"]:
-        ledgers[i] = accounting.spend(ledgers[i], release_of(entry["release"]))
-  return ledgers, counts
 
 
 def _group(records: Iterable[bytes]) -> dict[str, str]:
