@@ -111,7 +111,7 @@ def run(
 def alone(path: pathlib.Path) -> Iterator[None]:
   """Keeps a second process out while this one works on a run.
 
-  Locks the run: two processes that write one ledger would overwrite each other's charges.
+  Two would overwrite each other's checkpoints and lines.
 
   Raises:
     ValueError: another process holds the lock.

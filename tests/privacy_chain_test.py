@@ -55,6 +55,14 @@ def test_folder_key_and_file_are_for_their_owner_alone(filled):
     Chain(filled)
 
 
+def test_a_new_folder_is_on_the_disk_before_anything_is_charged(tmp_path, monkeypatch):
+  synced = []
+  monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
+  Chain(tmp_path / "ledger")
+  paths = tmp_path, tmp_path / "ledger", tmp_path / "ledger/key", tmp_path / "ledger" / chain.FILE
+  assert set(synced) == {path.stat().st_ino for path in paths}
+
+
 def test_an_entry_is_on_the_disk_when_append_returns(tmp_path, monkeypatch):
   """Without its fsync, a power cut would forget what was released."""
   one, synced = Chain(tmp_path), []

@@ -43,7 +43,7 @@ class Chain:
   """
 
   def __init__(self, folder: pathlib.Path, read_only: bool = False):
-    """Opens a folder, or makes it.
+    """Opens a folder, or makes it in one that exists.
 
     Args:
       folder: of a data set.
@@ -65,7 +65,7 @@ class Chain:
       self._absorb(self.path.read_bytes())
       return
     with _named(folder):
-      folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+      folder.mkdir(mode=0o700, exist_ok=True)
       with _locked(folder):
         self._key = _key(folder)
         self._absorb(self.path.read_bytes())
