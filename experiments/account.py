@@ -71,9 +71,10 @@ def summed(folder: pathlib.Path, delta: float) -> dict[str, Any]:
   for name in ("runs", "units"):
     for i, row in enumerate(summary[name]):
       cells = {k: " ".join(v) if isinstance(v, list) else v for k, v in row.items()}
+      widths = [28 if key == "begun" else 14 for key in cells]
       if not i:
-        print("\n" + "  ".join(f"{key:>12}" for key in cells))
-      print("  ".join(f"{value:>12}" for value in cells.values()))
+        print("\n" + "".join(f"{key:<{w}}" for key, w in zip(cells, widths, strict=True)))
+      print("".join(f"{value!s:<{w}}" for value, w in zip(cells.values(), widths, strict=True)))
   return summary
 
 

@@ -52,8 +52,8 @@ class Privacy:
   )
   target_epsilon: float = setting(
     0.0,
-    "dp: the budget of this run, at which training stops. Without noise_multiplier it also sets the noise; 0 "
-    "for no budget",
+    "dp: the budget of this run, at which training stops. Without noise_multiplier it also sets "
+    "the noise; 0 for no budget",
   )
   delta: float = setting(
     0.0,
