@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments import inputs
-from experiments.configs import Train
+from experiments.configs.data import Data
 from experiments.configs.privacy import Privacy
 from primia_jax.data.sites import Part
 from primia_jax.privacy import accounting, histories, ledger, strategies
@@ -29,7 +29,7 @@ _OUTSIDE = (
 )
 
 
-def folder(config: Train, run_dir: pathlib.Path) -> pathlib.Path:
+def folder(privacy: Privacy, data: Data, run_dir: pathlib.Path) -> pathlib.Path:
   """The folder of the ledger that all runs on the same data share.
 
   It is `ledger_dir`, or else beside the data: PATH.ledger for images in PATH. The phantom is
@@ -38,9 +38,9 @@ def folder(config: Train, run_dir: pathlib.Path) -> pathlib.Path:
   Raises:
     FileNotFoundError: the data do not exist.
   """
-  if config.privacy.ledger_dir:
-    return pathlib.Path(config.privacy.ledger_dir).expanduser()
-  source = inputs.source(config.data)
+  if privacy.ledger_dir:
+    return pathlib.Path(privacy.ledger_dir).expanduser()
+  source = inputs.source(data)
   return run_dir / OF_PHANTOM if source is None else source.with_name(f"{source.name}.ledger")
 
 

@@ -139,7 +139,7 @@ def _run(
   """`run`, alone in the folder."""
   process = None if seat is None else seat.number
   is_private = config.privacy.dp != "none"
-  ledger_dir = ledgers.folder(config, folder) if is_private else None
+  ledger_dir = ledgers.folder(config.privacy, config.data, folder) if is_private else None
   if ledger_dir is not None:
     Chain(ledger_dir)  # refused before any work, if it cannot be written or is broken
   images = inputs.site_images(config, process)

@@ -19,6 +19,10 @@ from primia_jax.privacy.chain import Chain
 SHORT = settings.replace(PRIVATE, rounds=1, class_weights=False)
 
 
+def ledger_of(config, run_dir):
+  return rows.folder(config.privacy, config.data, run_dir)
+
+
 # ---- where they lie
 
 
@@ -27,7 +31,7 @@ def test_a_ledger_lies_beside_the_data_under_their_real_name(tmp_path):
   run_dir, images = pathlib.Path("runs/a"), tmp_path / "xray.tar"
   images.touch()
   (tmp_path / "link").symlink_to(images)
-  of = lambda **changes: rows.folder(settings.replace(PRIVATE, **changes), run_dir)
+  of = lambda **changes: ledger_of(settings.replace(PRIVATE, **changes), run_dir)
   beside = tmp_path.resolve() / "xray.tar.ledger"
   assert of(data=f"folder:{images}") == beside
   assert of(data=f"folder:{tmp_path}/../{tmp_path.name}/link") == beside
@@ -41,7 +45,7 @@ def test_a_data_set_of_tfds_has_one_ledger_by_its_name_and_by_its_path(tmp_path)
   prepared = tmp_path / "scans" / "1.0.0"
   prepared.mkdir(parents=True)
   (prepared / "dataset_info.json").touch()
-  of = lambda data: rows.folder(
+  of = lambda data: ledger_of(
     settings.replace(PRIVATE, data=data, data_dir=str(tmp_path)), pathlib.Path("run")
   )
   assert of("tfds:scans") == of(f"tfds:{prepared}") == tmp_path.resolve() / "scans/1.0.0.ledger"
@@ -99,6 +103,7 @@ ATTACKS = {
     "the chain is broken at line",
   ),
   "key deleted": (lambda folder: (folder / "ledger" / "key").unlink(), "key is missing"),
+  "name damaged": ((lambda folder: (folder / ledger.LEDGER).write_text("{")), "is damaged"),
   "name deleted": (lambda folder: (folder / ledger.LEDGER).unlink(), "is missing: it says where"),
 }
 
@@ -180,7 +185,7 @@ def test_runs_on_the_same_images_add_up_whatever_folder_seed_and_sites_they_have
   )
   first = settings.replace(shared, num_sites=2)
   second = settings.replace(shared, num_sites=4, seed=7, noise_multiplier=1.5)
-  folder = rows.folder(first, tmp_path)
+  folder = ledger_of(first, tmp_path)
   train(first, tmp_path / "first", ledger_dir=folder)
   alone = rows.together(Chain(folder, read_only=True))
 

@@ -247,9 +247,15 @@ def test_ledgers_of_several_processes_are_made_alike_with_the_most_that_any_has_
     for site, count in enumerate(times):
       begin(path).spend(release._replace(times=count), [site])
   begin(paths[1]).keep_counts([1.0, 2.0, 3.0])
-  ledger.reconcile(paths)
+  said = [ledger.public(path) for path in paths]
+  assert said[2] == b""
+  for path in paths:
+    ledger.reconcile(said, path)
   expected = [accounting.spend(Ledger("example", plan.delta), release, n) for n in (3, 2)]
   for _ in range(2):  # a second start finds nothing to add
     alike = [begin(path) for path in paths]
     assert [one.ledgers for one in alike] == [expected] * 3
     assert [one.counts for one in alike] == [[1.0, 2.0, 3.0]] * 3
+  for wrong in (b"x", b"[]", b"{}", b'{"ledgers": [{}], "counts": null}'):
+    with pytest.raises(ValueError, match=r"no ledger|Expecting value"):
+      ledger.reconcile([said[0], wrong], paths[0])

@@ -68,15 +68,14 @@ class Ledgers:
     if not path.is_file():
       known = {entry["group"] for entry in chain.entries if entry["kind"] == "group"}
       new = [group for group in groups if group is not None and group["group"] not in known]
-      self._run = chain.append(*new, {"kind": "run", **begin, "at": _now()})
-      self._save()
+      self._save(chain.append(*new, {"kind": "run", **begin, "at": _now()}))
     self._run, entry = _begun(path, chain)
     if changed := [name for name in _RUN_FACTS if entry[name] != begin[name]]:
       raise ValueError(
         f"{path}: the run began with other {', '.join(changed)}: its images or its plan have "
         "changed since; use another --run_dir"
       )
-    self._save()
+    self._save(self._run)  # the folder may have moved
     self.ledgers, self.counts = replayed(chain, self._run)
     self._paid: set[int] = set()  # sites that this start has charged for the whole run
     if (agreed := path.with_name(_AGREED)).is_file():
@@ -145,9 +144,8 @@ class Ledgers:
     for i in site_ids:
       self.ledgers[i] = functools.reduce(accounting.spend, releases, self.ledgers[i])
 
-  def _save(self) -> None:
-    where = {"ledger": str(self.chain.folder.resolve()), "run": self._run}
-    self._path.write_text(json.dumps(where, indent=2) + "\n")
+  def _save(self, run: str) -> None:
+    _write(self._path, {"ledger": str(self.chain.folder.resolve()), "run": run})
 
   def _top_up(self, agreed: Mapping[str, Any]) -> None:
     for i, saved in enumerate(agreed["ledgers"]):
@@ -170,31 +168,45 @@ def record(chain: Chain, group: str, image: Any) -> bytes:
   return of_group + chain.name(b"pixels", shape.encode(), image.tobytes())
 
 
-def reconcile(paths: Sequence[pathlib.Path]) -> None:
-  """Makes ledgers of several processes equal before they continue: of each site and release, the
-  most times that any has charged.
+def public(path: pathlib.Path) -> bytes:
+  """What a process tells the others of its run's charges, which are public; empty before a run.
 
-  A process that was killed may have charged a round that no other has begun. Each finds beside its
-  file what it lacks, and charges that itself when it opens its ledgers. Ledgers hold only public
-  numbers.
+  Raises:
+    ValueError, FileNotFoundError: as `Ledgers`.
+  """
+  if not path.is_file():
+    return b""
+  chain = Chain(pathlib.Path(_read(path)["ledger"]), read_only=True)
+  ledgers, counts = replayed(chain, _begun(path, chain)[0])
+  return json.dumps({"ledgers": [_plain(one) for one in ledgers], "counts": counts}).encode()
+
+
+def reconcile(others: Sequence[bytes], path: pathlib.Path) -> None:
+  """Notes with what all processes continue: of each site and release, the most times that any has
+  charged.
+
+  A process that was killed may have charged a round that no other has begun. `Ledgers` then charges
+  what it lacks itself.
 
   Args:
-    paths: of each process; those of new ones are not there yet.
+    others: what is `public` of each process.
+    path: of this process's run.
+
+  Raises:
+    ValueError: one has told no ledgers, or those of another number of sites.
   """
-  known = []
-  for path in paths:
-    path.with_name(_AGREED).unlink(missing_ok=True)
-    if path.is_file():
-      chain = Chain(pathlib.Path(json.loads(path.read_text())["ledger"]), read_only=True)
-      known.append(replayed(chain, _begun(path, chain)[0]))
-  if not known:
-    return
-  ledgers = [functools.reduce(_most, rows) for rows in zip(*(k[0] for k in known), strict=True)]
-  counts = next((k[1] for k in known if k[1] is not None), None)
-  text = json.dumps({"ledgers": [json.loads(to_json(one)) for one in ledgers], "counts": counts})
-  for path in paths:
+  agreed = path.with_name(_AGREED)
+  agreed.unlink(missing_ok=True)
+  try:
+    known = [json.loads(said) for said in others if said]
+    every = [[from_json(json.dumps(one)) for one in said["ledgers"]] for said in known]
+    ledgers = [functools.reduce(_most, rows) for rows in zip(*every, strict=True)]
+    counts = next((said["counts"] for said in known if said["counts"] is not None), None)
+  except (KeyError, TypeError) as error:
+    raise ValueError(f"a process has told no ledgers ({error})") from error
+  if known:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(_AGREED).write_text(text)
+    _write(agreed, {"ledgers": [_plain(one) for one in ledgers], "counts": counts})
 
 
 def of_run(path: pathlib.Path, chain: Chain) -> list[Ledger]:
@@ -246,7 +258,7 @@ def claim(epsilon: float) -> float | str:
 
 def to_json(ledger: Ledger) -> str:
   """A ledger as text."""
-  return json.dumps(ledger._asdict() | {"releases": [r._asdict() for r in ledger.releases]})
+  return json.dumps(_plain(ledger))
 
 
 def from_json(text: str) -> Ledger:
@@ -290,6 +302,10 @@ def _told(release: Release) -> str:
   )
 
 
+def _plain(ledger: Ledger) -> dict[str, Any]:
+  return ledger._asdict() | {"releases": [r._asdict() for r in ledger.releases]}
+
+
 def _missing(have: Ledger, want: Ledger) -> list[Release]:
   """The releases that `want` has more often."""
   times = {r._replace(times=1): r.times for r in have.releases}
@@ -301,9 +317,23 @@ def _most(one: Ledger, other: Ledger) -> Ledger:
   return functools.reduce(accounting.spend, _missing(one, other), one)
 
 
+def _read(path: pathlib.Path) -> dict[str, str]:
+  try:
+    saved = json.loads(path.read_text())
+    return {"ledger": str(saved["ledger"]), "run": str(saved["run"])}
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{path} is damaged ({error}); restore it from a backup") from error
+
+
+def _write(path: pathlib.Path, what: Mapping[str, Any]) -> None:
+  part = path.with_suffix(".part")
+  part.write_text(json.dumps(what, indent=2) + "\n")
+  part.replace(path)
+
+
 def _begun(path: pathlib.Path, chain: Chain) -> tuple[str, Entry]:
   """(name of a run, the entry that begins it), from the run's own file."""
-  run = json.loads(path.read_text())["run"]
+  run = _read(path)["run"]
   place = chain.place(run)
   if place is None or chain.entries[place]["kind"] != "run":
     raise ValueError(
