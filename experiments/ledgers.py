@@ -107,14 +107,16 @@ def together(chain: Chain, delta: float | None = None) -> dict[str, Any]:
   rows: dict[str, Any] = {}
   if known:
     one = histories.worst(known)
+    total = sum(history.num_units for history in known)
+    bare = sum(history.num_units for history in known if not history.is_private)
+    repeatable = f"; {bare:,} were in a run with dp_seed, whose noise anyone can repeat"
     rows = {
       "all runs on these data together: epsilon": ledger.claim(one.epsilon),
       "all runs on these data together: delta": one.ledger.delta,
-      "all runs on these data together: who": f"the worst of "
-      f"{sum(history.num_units for history in known):,} units (validation images included) in "
-      f"{len(histories.runs(chain))} runs (each arm is one); it was in {len(one.runs)}. Adjacent "
-      "data lack, in "
-      "every run, the image, patient or site that holds it",
+      "all runs on these data together: who": f"the worst of {total:,} units (validation "
+      f"images included) in {len(histories.runs(chain))} runs (each arm is one); it was in "
+      f"{len(one.runs)}{repeatable if bare else ''}. Adjacent data lack, in every run, the image, "
+      "patient or site that holds it",
     }
   return rows | {"ledger": str(chain.path), "last entry of the ledger": chain.last}
 

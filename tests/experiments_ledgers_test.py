@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from experiments_runs import PRIVATE, ledgers, train, trainer_of
+from experiments_runs import PRIVATE, cohort_of, ledgers, train, trainer_of
 
 from experiments import inputs, running, settings
 from experiments import ledgers as rows
@@ -220,3 +220,11 @@ def assert_account_sums(folder, output, one, singly):
   done = run("--num_units=9", "--dp=patient")
   assert done.returncode == 1
   assert "leave out dp, num_units, or leave out ledger_dir" in done.stderr
+
+
+def test_a_run_with_dp_seed_leaves_no_claim_on_its_images(finished):
+  told = rows.together(Chain(finished / "ledger", read_only=True))
+  assert told["all runs on these data together: epsilon"] == "infinite"
+  total = sum(sum(part.sizes) for part in cohort_of(SHORT)[1:3])
+  assert f"the worst of {total} units" in told["all runs on these data together: who"]
+  assert f"{total} were in a run with dp_seed" in told["all runs on these data together: who"]
