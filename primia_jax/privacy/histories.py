@@ -2,11 +2,11 @@
 
 Two records are of one unit if they have the same group (their patient, or their own id in the data
 set) or the same pixels. So a unit is recognised whatever site it is dealt to, under another name,
-and, by its id, at another size. Of a run, a unit is charged the most that any of its records was:
-each release at a site counts once.
+and, by its id, at another size; not where both have changed. Of a run, a unit is charged the most
+that any of its records was: each release at a site counts once.
 
 Who learns what: take one unit. Two data sets are adjacent when, in every run, what that run
-protects and holds the unit (an image, a patient, or a whole site) is there, or zeros in its place.
+protects (one image of the unit, its patient, or its whole site) is there, or zeros in its place.
 Whoever sees all that the runs released learns no more about which of the two it is than epsilon and
 delta say. This assumes what each run assumes, and that nothing else was released of these data.
 Equal images are distinct units to a run that protects examples, so one that occurs twice is
