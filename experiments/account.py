@@ -70,12 +70,18 @@ def summed(folder: pathlib.Path, delta: float) -> dict[str, Any]:
   _print_facts(summary["statement"])
   for name in ("runs", "units"):
     for i, row in enumerate(summary[name]):
-      cells = {k: " ".join(v) if isinstance(v, list) else v for k, v in row.items()}
+      cells = {k: _cell(value) for k, value in row.items()}
       widths = [28 if key == "begun" else 14 for key in cells]
       if not i:
         print("\n" + "".join(f"{key:<{w}}" for key, w in zip(cells, widths, strict=True)))
-      print("".join(f"{value!s:<{w}}" for value, w in zip(cells.values(), widths, strict=True)))
+      print("".join(f"{value:<{w}}" for value, w in zip(cells.values(), widths, strict=True)))
   return summary
+
+
+def _cell(value: Any) -> str:
+  if isinstance(value, list):
+    return " ".join(value)
+  return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def check_summed() -> None:

@@ -114,7 +114,8 @@ def together(chain: Chain, delta: float | None = None) -> dict[str, Any]:
       "all runs on these data together: epsilon": ledger.claim(one.epsilon),
       "all runs on these data together: delta": one.ledger.delta,
       "all runs on these data together: who": f"the worst of {total:,} units (validation "
-      f"images included) in {len(histories.runs(chain))} runs (each arm is one); it was in "
+      f"images included) in {len(histories.runs(chain))} runs (each arm, and each site's "
+      f"process, is one); it was in "
       f"{len(one.runs)}{repeatable if bare else ''}. Adjacent data lack what each run protects: "
       "an image of the unit, its patient, or its site",
     }
