@@ -12,23 +12,30 @@ picture, and the largest chance that somebody names the unit that was used among
 It takes the flags of train_federated, reads no images and trains nothing. Given the true sizes of
 the sites, its figures are digit for digit those of the run's own report, for a site that takes part
 in every round of an uninterrupted run.
+
+With --ledger_dir it sums what all runs on the same data were charged, at the least of their deltas
+or at --delta:
+
+  python -m experiments.account --ledger_dir=images.ledger
 """
 
 import json
 import math
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import books, plots, running, settings
+from experiments import ledgers, plots, running, settings
 from experiments.configs import Train, rehearse
 from experiments.configs.run import build_site_level
 from primia_jax import local, models
 from primia_jax.privacy import accounting, ledger
+from primia_jax.privacy.chain import Chain
 from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
 from primia_jax.privacy.reconstruction import NUM_CANDIDATES, reconstruction_bound
 
@@ -56,6 +63,39 @@ flags.DEFINE_string(
 FLAGS = flags.FLAGS
 FLAGS.set_default("dp", "example")
 flags.adopt_module_key_flags(sys.modules["experiments.settings"])
+
+
+def summed(folder: pathlib.Path, delta: float) -> dict[str, Any]:
+  """Prints what all runs in a ledger were charged, and returns it."""
+  summary = ledgers.summary(Chain(folder, read_only=True), delta or None)
+  _print_facts(summary["statement"])
+  for name in ("runs", "units"):
+    for i, row in enumerate(summary[name]):
+      cells = {k: _cell(value) for k, value in row.items()}
+      widths = [28 if key == "begun" else 14 for key in cells]
+      if not i:
+        print("\n" + "".join(f"{key:<{w}}" for key, w in zip(cells, widths, strict=True)))
+      print("".join(f"{value:<{w}}" for value, w in zip(cells.values(), widths, strict=True)))
+  return summary
+
+
+def _cell(value: Any) -> str:
+  if isinstance(value, list):
+    return " ".join(value)
+  return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def check_summed() -> None:
+  """Refuses flags that a sum over a ledger would ignore."""
+  names = {*settings.flat(Train()), "num_units", "smallest_units", "num_classes"}
+  given = sorted(name for name in names - {"ledger_dir", "delta"} if FLAGS[name].present)
+  if given:
+    raise ValueError(
+      f"ledger_dir={FLAGS.ledger_dir} sums what was charged, and takes delta and output_dir only; "
+      f"leave out {', '.join(given)}, or leave out ledger_dir to foretell a run"
+    )
+  if not 0 <= FLAGS.delta < 1:
+    raise ValueError(f"delta={FLAGS.delta} must lie in (0, 1); 0 takes the least of all runs")
 
 
 def check(config: Train) -> None:
@@ -148,11 +188,25 @@ def picture(rows: list[dict[str, Any]], target: float, path: pathlib.Path, title
   plots._save(figure, path, title)
 
 
+def _print_facts(facts: Mapping[str, Any]) -> None:
+  width = max(map(len, facts))
+  for key, value in facts.items():
+    print(f"{key:{width}}  {value}")
+
+
 def _shown(value: float) -> str:
   return f"{value:.4g}" if math.isfinite(value) else "infinite"
 
 
 def main() -> None:
+  if FLAGS.ledger_dir:
+    check_summed()
+    summary = summed(pathlib.Path(FLAGS.ledger_dir).expanduser(), FLAGS.delta)
+    if FLAGS.output_dir:
+      output = pathlib.Path(FLAGS.output_dir)
+      output.mkdir(parents=True, exist_ok=True)
+      (output / "account.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return
   config = settings.from_flags(Train)
   check(config)
   privacy, most, rounds = plan(config), config.training.rounds, config.training.rounds
@@ -175,11 +229,9 @@ def main() -> None:
     "noise from": "noise_multiplier" if given else f"target_epsilon={target:g}",
     "rounds": f"{rounds}, of {privacy.num_steps} step{'s' * (privacy.num_steps > 1)} each"
     + (f"; the budget ends training before round {rounds + 1} of {most}" if rounds < most else ""),
-    **books.facts(config.privacy, privacy, [spent]),
+    **ledgers.facts(config.privacy, privacy, [spent]),
   }
-  width = max(map(len, facts))
-  for key, value in facts.items():
-    print(f"{key:{width}}  {value}")
+  _print_facts(facts)
   known = [name for name in accounting.ACCOUNTANTS if name in rows[0]]
   print(
     f"\n{'round':>8} {'steps':>9}"

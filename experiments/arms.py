@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import books, loop, processes
+from experiments import ledgers, lines, loop, processes
 from experiments.checkpoints import Best, Checkpoints
 from experiments.configs import Train
 from experiments.configs.model import normalise, of_stored
 from experiments.configs.run import build_federation
 from experiments.configs.training import build_alone
 from experiments.processes import Place
-from primia_jax import algorithms, evaluation, federated, local, metrics, models, summation
+from primia_jax import algorithms, evaluation, federated, local, models, summation
 from primia_jax.data import sites as data_sites
 from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
@@ -178,6 +178,7 @@ def train(
   trainer: Trainer,
   model_config: models.ModelConfig,
   folder: pathlib.Path,
+  ledger_dir: pathlib.Path | None,
   log: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Arm:
   """Trains an arm, or continues where it was stopped.
@@ -188,30 +189,35 @@ def train(
     trainer: what trains them.
     model_config: of the model they train.
     folder: where the arm's checkpoints and `rounds.jsonl` go.
+    ledger_dir: folder of the data's ledger, where a private arm is charged; None without privacy.
     log: called with each round's line.
 
   Raises:
     RuntimeError: as `loop.rounds`.
-    ValueError: the ledger of an earlier start is damaged, or of another number of sites.
+    ValueError: the ledger is damaged, or has lost what earlier starts were charged.
   """
   num_sites, key = len(cohort.train.sites), jax.random.key(config.seed)
   place, privacy, algorithm = trainer.place, trainer.privacy, trainer.algorithm
   own_folder = processes.home(folder, place.number)
   own_folder.mkdir(exist_ok=True)
-  book = None if privacy is None else ledger.Book(privacy, num_sites, own_folder / ledger.LEDGER)
-  is_private = book is None or config.privacy.dp_seed < 0
-  everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
-  if config.training.class_weights:
-    everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, book))
-
+  is_private = privacy is None or config.privacy.dp_seed < 0
   state = trainer.rounds.init(*config.model.initial(model_config, key))
   keep = lambda a: place.placement.replicate(a)
   best = Best(*state[:-1], *keep((jnp.float32(-2), jnp.int32(0))))
   has_own = bool(jax.tree.leaves(state.site_state))
-  checkpoints = Checkpoints(folder, place.exchange is not None, place.number, has_own)
-  state, best = checkpoints.restore(state, best)
+  checkpoints = Checkpoints(folder, place.exchange is not None, place.number)
+  state, best, last_entry = checkpoints.restore(state, best)
+  charges: ledger.Ledgers | None = None
+  if privacy is not None:
+    assert ledger_dir is not None
+    path, mine = own_folder / ledger.LEDGER, cohort.mine.tolist()
+    charges = ledgers.begin(privacy, cohort.train, mine, path, ledger_dir, is_private, last_entry)
+
+  everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
+  if config.training.class_weights:
+    everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, charges))
   path = folder / "rounds.jsonl"
-  rows = _read_rows(path, int(state.round)) if place.is_first else []
+  rows = lines.read(path, int(state.round)) if place.is_first else []
 
   bar = tqdm.tqdm(
     desc=cohort.name + ("" if is_private else " (NOT PRIVATE)"),
@@ -228,14 +234,14 @@ def train(
     patience = config.training.patience
     if patience and int(state.round) - int(best.round) >= patience:  # alike in all processes
       return False
-    if book is None or privacy is None:
+    if charges is None or privacy is None:
       return True
-    if not book.within_budget(ids):
+    if not charges.within_budget(ids):
       again = ", since a whole run is charged at each start" if privacy.whole_run else ""
       target = f"epsilon {privacy.target_epsilon:g}{again}"
       bar.set_postfix_str(f"stopped: another round would exceed {target}")
       return False
-    book.spend_round(ids)
+    charges.spend_round(ids)
     return True
 
   validate = None
@@ -251,7 +257,7 @@ def train(
         bar.write(f"round {done.number}: {done.aborted}")
         bar.update()
         continue
-      row = _row(config, cohort, trainer, done, book)
+      row = _row(config, cohort, trainer, done, charges)
       mcc = np.float32(row.get("val_mcc", best.mcc))  # float32, as `Best` has it
       if validate is None or mcc > float(best.mcc):
         now = keep((jnp.float32(mcc), jnp.int32(done.number)))
@@ -261,8 +267,9 @@ def train(
         with path.open("a") as file:
           file.write(json.dumps(row) + "\n")
         log(row)
-      checkpoints.save(done.number, state, best)
-      shown = f"loss {row['train_loss']:.3f}" if book is None else f"epsilon {book.epsilon:.2f}"
+      checkpoints.save(done.number, state, best, "" if charges is None else charges.chain.last)
+      epsilon = None if charges is None else f"epsilon {charges.epsilon:.2f}"
+      shown = epsilon or f"loss {row['train_loss']:.3f}"
       shown += f"  MCC {row['val_mcc']:.3f}" if "val_mcc" in row else ""
       bar.set_postfix_str(shown, refresh=False)
       bar.update()
@@ -279,15 +286,15 @@ def train(
   # The average needs no site's state.
   shared = serve(None) if config.privacy.dp_average else (best.params, best.model_state)
   trained = [serve(k) for k in kept] or [shared]
-  facts = _facts(rows, best, state, place, num_sites, book is not None)
+  facts = lines.facts(rows, best, state, place, num_sites, charges is not None)
   spent, said = None, None
-  if book is not None and privacy is not None:
-    spent, said = book.ledgers, books.facts(config.privacy, privacy, book.ledgers)
+  if charges is not None and privacy is not None:
+    spent, said = charges.ledgers, ledgers.facts(config.privacy, privacy, charges.ledgers)
   return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said, spent)
 
 
 def _row(
-  config: Train, cohort: Cohort, trainer: Trainer, done: loop.Round, book: ledger.Book | None
+  config: Train, cohort: Cohort, trainer: Trainer, done: loop.Round, charges: ledger.Ledgers | None
 ) -> dict[str, Any]:
   """The JSON line of a round."""
   info, exchange = done.info, trainer.place.exchange
@@ -298,61 +305,32 @@ def _row(
     "arm": cohort.name,
     "round": done.number,
     "sites": ids if len(cohort.train.sites) > 1 else None,
-    "train_loss": float(info.loss) if book is None else None,  # not private, so never sent
-    "train_accuracy": float(info.accuracy) if book is None else None,
+    "train_loss": float(info.loss) if charges is None else None,  # not private, so never sent
+    "train_accuracy": float(info.accuracy) if charges is None else None,
     "update_norm": float(info.update_norm),
     "learning_rate": float(trainer.schedule(jnp.float32(done.number - 1))),
     **({"survivors": len(survivors)} if loses else {}),
     **({} if exchange is None else {"lost": sorted(set(ids) - set(survivors))}),
-    **({} if book is None else {"epsilon": book.epsilon}),
+    **({} if charges is None else {"epsilon": charges.epsilon}),
     **{name: float(value) for name, value in info.tells.items()},
-    **({} if book is None or config.privacy.dp_seed < 0 else {"NOT PRIVATE": "dp_seed"}),
-    **_scores(done),
+    **({} if charges is None or config.privacy.dp_seed < 0 else {"NOT PRIVATE": "dp_seed"}),
+    **lines.scores(done),
     "seconds": done.seconds,
   }
 
 
-def _scores(done: loop.Round) -> dict[str, float]:
-  if done.scores is None:
-    return {}
-  confusion = done.scores.confusion
-  accuracy, mcc = float(metrics.accuracy(confusion)), float(metrics.mcc(confusion))
-  return {"val_loss": done.scores.loss, "val_accuracy": accuracy, "val_mcc": mcc}
-
-
-def _facts(
-  rows: list[dict[str, Any]],
-  best: Best,
-  state: federated.State,
-  place: Place,
-  num_sites: int,
-  is_charged: bool,
-) -> dict[str, Any]:
-  facts: dict[str, Any] = {"best round": int(best.round), "validation MCC": float(best.mcc)}
-  if not any("val_mcc" in row for row in rows):
-    facts = {"round kept": f"{int(best.round)}, the last; validation images were not used"}
-  facts["rounds trained"] = len(rows)
-  if aborted := int(state.round) - len(rows):
-    charged = ", charged all the same" if is_charged else ""
-    facts["rounds aborted, too few sites being left"] = f"{aborted}{charged}"
-  if place.exchange is not None:
-    lost = {i for row in rows for i in row.get("lost", ())}
-    lost |= set(range(num_sites)) - set(place.exchange.sites)
-    facts["sites lost in some round"] = sorted(lost) or "none"
-  return facts
-
-
-def _class_weights(trainer: Trainer, everybody: federated.Sites, book: ledger.Book | None) -> Array:
+def _class_weights(
+  trainer: Trainer, everybody: federated.Sites, charges: ledger.Ledgers | None
+) -> Array:
   """Inverse frequencies of the classes; a private run releases the noised counts once."""
-  counts: Any = None if book is None else book.counts
+  counts: Any = None if charges is None else charges.counts
   if counts is None:
-    if book is not None and trainer.privacy is not None:
+    if charges is not None and trainer.privacy is not None:
       for release in trainer.privacy.before:
-        book.spend(release, everybody.ids.tolist())
+        charges.spend(release, everybody.ids.tolist())
     counts = trainer.count_classes(everybody).tolist()
-    if book is not None:
-      book.counts = counts
-      book.save()
+    if charges is not None:
+      charges.keep_counts(counts)
   return inverse_frequency(np.maximum(np.asarray(counts, np.float32), np.float32(1)))
 
 
@@ -382,12 +360,3 @@ def _sites(
     return jax.tree.map(lambda a: a[np.searchsorted(mine, wanted)], stacked)
 
   return federated.Sites(ids, in_memory, secrets=secrets)
-
-
-def _read_rows(path: pathlib.Path, finished: int) -> list[dict[str, Any]]:
-  """The lines of the finished rounds; drops later ones, of a round that was not saved."""
-  if not path.is_file():
-    return []
-  rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["round"] <= finished]
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any, NamedTuple
 
+import numpy as np
 import orbax.checkpoint as ocp
 
 from primia_jax import federated
@@ -28,34 +29,40 @@ class Checkpoints:
   Where each site has a process, that of site 0 saves what all know, and each saves what its site
   keeps. All processes that are started again continue from the last round that site 0 saved. A site
   that has not saved that round, because it was lost or is new, begins with its own newest state
-  before it.
+  before it. Each checkpoint holds the hash of the ledger's last entry that its process knew, so
+  that a ledger which has lost entries is refused.
   """
 
-  def __init__(self, folder: pathlib.Path, in_processes: bool, number: int, keeps: bool):
+  def __init__(self, folder: pathlib.Path, in_processes: bool, number: int):
     """Opens an arm's checkpoints.
 
     Args:
       folder: of the arm.
       in_processes: whether each site has a process.
       number: of this process's site; 0 where one process plays all.
-      keeps: whether sites keep anything from round to round.
     """
     self._in_processes, self._writes = in_processes, number == 0
     self._all = _manager(folder / "checkpoints", 1, read_only=not self._writes)
     own = folder / f"site_{number}" / "checkpoints"
     # Two, since site 0 may have been stopped before it saved the round that this process has.
-    self._own = _manager(own, 2) if self._in_processes and keeps else None
+    self._own = _manager(own, 2) if self._in_processes else None
 
-  def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best]:
-    """The last state saved; the given one where there is none."""
+  def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best, str]:
+    """The last state saved, and the hash of the ledger's last entry then, empty without a ledger;
+    the given state and no hash where there is none.
+    """
     if (last := self._all.latest_step()) is None:
-      return state, best
-    saved = self._all.restore(last, args=ocp.args.StandardRestore(self._split(state, best)[0]))
+      return state, best, ""
+    shared, kept = self._split(state, best, "")
+    saved = self._all.restore(last, args=ocp.args.StandardRestore(shared))
     if self._in_processes:
-      kept = self._restore_own(last, {"state": state.site_state, "best": best.site_state})
-      for name in kept:
-        saved[name]["site_state"] = kept[name]
-    return federated.State(**saved["state"]), Best(**saved["best"])
+      own = self._restore_own(last, kept)
+      for name in ("state", "best"):
+        saved[name]["site_state"] = own[name]
+      saved["ledger"] = own["ledger"]
+    digest = np.asarray(saved["ledger"])
+    known = digest.tobytes().hex() if digest.any() else ""
+    return federated.State(**saved["state"]), Best(**saved["best"]), known
 
   def _restore_own(self, last: int, kept: dict[str, PyTree]) -> dict[str, PyTree]:
     if not self._own:
@@ -68,8 +75,9 @@ class Checkpoints:
       kept if newest is None else self._own.restore(newest, args=ocp.args.StandardRestore(kept))
     )
 
-  def save(self, step: int, state: federated.State, best: Best) -> None:
-    shared, kept = self._split(state, best)
+  def save(self, step: int, state: federated.State, best: Best, ledger: str = "") -> None:
+    """Saves a round's state, with the hash of the ledger's last entry, if there is a ledger."""
+    shared, kept = self._split(state, best, ledger)
     if self._own:
       self._own.save(step, args=ocp.args.StandardSave(kept))
     if self._writes:
@@ -80,11 +88,16 @@ class Checkpoints:
     if self._own:
       self._own.close()
 
-  def _split(self, state: federated.State, best: Best) -> tuple[dict[str, Any], dict[str, Any]]:
+  def _split(
+    self, state: federated.State, best: Best, ledger: str
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what all know, what each process keeps); all of it is known where one process plays all."""
+    digest = np.frombuffer(bytes.fromhex(ledger or "00" * 32), np.uint8)
     shared = {"state": state._asdict(), "best": best._asdict()}
     if not self._in_processes:
-      return shared, {}
-    return shared, {name: part.pop("site_state") for name, part in shared.items()}
+      return shared | {"ledger": digest}, {}
+    kept = {name: part.pop("site_state") for name, part in shared.items()}
+    return shared, kept | {"ledger": digest}
 
 
 def _manager(

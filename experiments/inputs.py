@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,31 @@ class Inputs(NamedTuple):
   train: Part
   validation: Part
   test: Dataset
+
+
+def source(settings: Data) -> pathlib.Path | None:
+  """The file or folder that holds the images, by its real path; None for the phantom, which is
+  computed. A data set of TFDS is prepared if it is not yet.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: data has another form.
+  """
+  kind, _, where = settings.data.partition(":")
+  if settings.data == "phantom":
+    return None
+  if kind == "tfds":
+    from primia_jax.data import tfds  # here, because the import takes a second
+
+    if settings.manual_dir:
+      tfds.prepare(where, manual_dir=settings.manual_dir, data_dir=settings.data_dir or None)
+    return tfds.find(where, settings.data_dir or None).resolve()
+  path = pathlib.Path(where).expanduser()
+  if kind not in ("folder", "npz") or not where:
+    raise ValueError(f"data={settings.data!r}; it must be folder:PATH, npz:PATH or tfds:NAME")
+  if not path.exists():
+    raise FileNotFoundError(f"data={settings.data}: there is no {path}")
+  return path.resolve()
 
 
 def images_to_test(

@@ -85,9 +85,12 @@ def connect(config: Train, folder: pathlib.Path, seat: Seat) -> Place:
   address, known, server = (host, int(port)), folder / IDENTITIES, None
   if seat.number == 0:
     _clear(known)
-    ledger.reconcile(
-      [home(folder / "federated", i) / ledger.LEDGER for i in range(config.hospitals.num_sites)]
-    )
+    paths = [
+      home(folder / "federated", i) / ledger.LEDGER for i in range(config.hospitals.num_sites)
+    ]
+    said = [ledger.public(path) for path in paths]
+    for path in paths:
+      ledger.reconcile(said, path)
     identity = keys.identity()
     try:
       listener = transport.listen(*address)

@@ -17,13 +17,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
-from experiments import arms, books, inputs, markdown, processes, report, settings, sums
+from experiments import arms, inputs, ledgers, markdown, processes, report, settings, sums
 from experiments.configs import Train
 from experiments.configs.model import normalise
 from primia_jax import evaluation, models, sites
 from primia_jax.data import patient_ids
 from primia_jax.data import sites as data_sites
 from primia_jax.privacy.accounting import Ledger
+from primia_jax.privacy.chain import Chain
 from primia_jax.types import ModelState, Params
 
 FLAGS = flags.FLAGS
@@ -72,7 +73,8 @@ def open_run(config: Train, run_dir: str) -> pathlib.Path:
 
 def _has_begun(folder: pathlib.Path) -> bool:
   """Whether an arm has written a file; a run with refused settings has not."""
-  arms = [path for path in folder.iterdir() if path.is_dir() and path.name != processes.IDENTITIES]
+  others = processes.IDENTITIES, ledgers.OF_PHANTOM
+  arms = [path for path in folder.iterdir() if path.is_dir() and path.name not in others]
   return any(path.is_file() for arm in arms for path in arm.rglob("*"))
 
 
@@ -129,7 +131,7 @@ def run(
 def alone(path: pathlib.Path) -> Iterator[None]:
   """Keeps a second process out while this one works on a run.
 
-  Locks the run: two processes that write one ledger would overwrite each other's charges.
+  Two would overwrite each other's checkpoints and lines.
 
   Raises:
     ValueError: another process holds the lock.
@@ -156,6 +158,10 @@ def _run(
 ) -> dict[str, Any]:
   """`run`, alone in the folder."""
   process = None if seat is None else seat.number
+  is_private = config.privacy.dp != "none"
+  ledger_dir = ledgers.folder(config.privacy, config.data, folder) if is_private else None
+  if ledger_dir is not None:
+    Chain(ledger_dir)  # refused before any work, if it cannot be written or is broken
   images = inputs.site_images(config, process)
   label_names = images.train.dataset.label_names
   model_config = config.model.config(config.data, len(label_names))
@@ -184,7 +190,6 @@ def _run(
   predict = evaluation.predictor(model.apply, normalise)
   # One trainer for the federation and one that all single cohorts share; privacy depends on a
   # cohort's own size.
-  is_private = config.privacy.dp != "none"
   kind = lambda cohort: (len(cohort.train.sites) > 1, cohort.name if is_private else "")
   trainers = {}
   for key in dict.fromkeys(map(kind, cohorts.values())):
@@ -197,7 +202,7 @@ def _run(
     trainer = trainers[kind(cohort)]
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
     arm_folder.mkdir(exist_ok=True)
-    trained[name] = arms.train(config, cohort, trainer, model_config, arm_folder, log)
+    trained[name] = arms.train(config, cohort, trainer, model_config, arm_folder, ledger_dir, log)
     if not process:
       probabilities[name] = predict(trained[name].models, images.test.images)
   if place.exchange is not None:
@@ -220,7 +225,10 @@ def _run(
   title = f"Federated training, {len(everyone)} sites" if federated else "Pooled training"
   spent = {name: _by_site(trained[name].ledgers, members) for name, members, _ in plan}
   secure = sums.facts(config, images, main.models[0]) if federated else None
-  order = _report_order(trained)
+  order, privacy = _report_order(trained), main.privacy
+  if privacy is not None and ledger_dir is not None:
+    together = ledgers.together(Chain(ledger_dir), privacy["delta"])
+    privacy = ledgers.of_arms(spent) | privacy | together
   return report.write_report(
     folder,
     title=title,
@@ -231,18 +239,18 @@ def _run(
     versions=report.versions(),
     rounds=main.rows,
     secure_aggregation=secure,
-    privacy=None if main.privacy is None else books.of_arms(spent) | main.privacy,
+    privacy=privacy,
     references=radiologist,
     main_arm=main_arm,
     seed=config.seed,
   )
 
 
-def _by_site(ledgers: Sequence[Ledger] | None, sites: Sequence[int]) -> dict[int, Ledger] | None:
+def _by_site(charged: Sequence[Ledger] | None, sites: Sequence[int]) -> dict[int, Ledger] | None:
   """The ledger of each site's images in an arm, which has one for each site or one for all."""
-  if ledgers is None:
+  if charged is None:
     return None
-  return {site: ledgers[i if len(ledgers) > 1 else 0] for i, site in enumerate(sites)}
+  return {site: charged[i if len(charged) > 1 else 0] for i, site in enumerate(sites)}
 
 
 def _report_order(arms: dict[str, Any]) -> list[str]:

@@ -32,12 +32,17 @@ from experiments import arms, checkpoints, running, settings
 from primia_jax import federated
 from primia_jax.data import sites as data_sites
 from primia_jax.privacy import accounting, ledger
+from primia_jax.privacy.chain import Chain
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 FRESH = settings.replace(PRIVATE, dp_seed=-1, secagg_threshold=3)  # private in earnest
 LOSING = settings.replace(
   SITE, num_sites=6, phantom_images=48, secagg_threshold=-1, dropout_rate=0.2, rounds=4, dp_seed=-1
 )
+
+
+def chain_of(folder):
+  return Chain(folder / "ledger", read_only=True)
 
 
 def alone(config):
@@ -87,10 +92,11 @@ def continued(stopped, tmp_path_factory):
 
 def test_a_stopped_run_goes_on_with_its_ledger_and_its_class_counts(stopped, continued):
   counts = [
-    json.loads((folder / ledger.LEDGER).read_text())["class_counts"]
+    [entry["counts"] for entry in chain_of(folder).entries if entry["kind"] == "counts"]
     for folder in (stopped[0], continued[0][0])
   ]
-  assert counts[0] == counts[1] is not None
+  assert counts[0] == counts[1]
+  assert len(counts[0]) == 1
   # The second round was not saved when the run was stopped: it was released twice, and is charged
   # twice.
   steps, (folder, arm) = trainer_of(FRESH).privacy.num_steps, continued[0]
@@ -141,7 +147,7 @@ def test_no_secret_and_no_key_of_masks_is_in_a_run_folder(kind, stopped, tmp_pat
   best = checkpoints.Best(*state[:-1], np.float32(0), np.int32(0))
   tmp_path = tmp_path / "saved"
   tmp_path.mkdir()
-  saved = checkpoints.Checkpoints(tmp_path, False, 0, False)
+  saved = checkpoints.Checkpoints(tmp_path, False, 0)
   saved.save(1, state._replace(site_state={"secret": np.stack(everything[:3])}), best)
   saved.close()
   (tmp_path / "log.json").write_text(json.dumps([key.tolist() for key in everything[3:5]]))
@@ -168,15 +174,16 @@ def test_a_whole_run_is_charged_at_its_start_and_at_every_other(tmp_path):
   made = trainer_of(FIXED).privacy
   once = accounting.spend(accounting.Ledger("example", made.delta), *made.releases)
   made = dataclasses.replace(made, target_epsilon=accounting.epsilon(once))
-  times = lambda book: [sum(r.times for r in one.releases) for one in book.ledgers]
-  start = lambda: ledger.Book(made, 3, tmp_path / "ledger.json")
-  book = start()
+  times = lambda charges: [sum(r.times for r in one.releases) for one in charges.ledgers]
+  chain = lambda: Chain(tmp_path / "ledger")
+  start = lambda: ledger.Ledgers(made, tmp_path / ledger.LEDGER, chain(), [None] * 3)
+  charges = start()
   for sites_of_round in ([0, 2], [0, 1], [0, 1]):
     # The budget is that of one whole run, and no round stops it.
-    assert book.within_budget(sites_of_round)
-    book.spend_round(sites_of_round)
+    assert charges.within_budget(sites_of_round)
+    charges.spend_round(sites_of_round)
     assert times(start())[0] == 1  # it is in the file before anything is released
-  assert times(book) == [1, 1, 1]
+  assert times(charges) == [1, 1, 1]
   again = start()
   assert not again.within_budget([0])
   again.spend_round([0, 1])
@@ -187,10 +194,10 @@ def test_a_whole_run_is_charged_at_its_start_and_at_every_other(tmp_path):
 @pytest.mark.parametrize(("config", "gradients"), [(PRIVATE, 5), (FIXED, 1)])
 def test_what_is_released_is_charged_before_and_on_disk(config, gradients, tmp_path):
   """So that whatever stops a run in the middle of a release, no ledger lacks it."""
-  booked, made = [], trainer_of(config)
+  noted, made = [], trainer_of(config)
 
   def note_and_stop(*_):
-    booked.append(charged(tmp_path))
+    noted.append(charged(tmp_path))
     raise KeyboardInterrupt
 
   rounds = made.rounds._replace(step=note_and_stop)
@@ -200,7 +207,7 @@ def test_what_is_released_is_charged_before_and_on_disk(config, gradients, tmp_p
   ):
     with pytest.raises(KeyboardInterrupt):
       train(config, tmp_path, trainer=made._replace(**stop))
-  assert booked == [[("class counts", 1)], [("class counts", 2), ("gradients", gradients)]]
+  assert noted == [[("class counts", 1)], [("class counts", 2), ("gradients", gradients)]]
 
 
 def test_a_patient_of_many_images_changes_class_counts_by_one():

@@ -20,6 +20,8 @@ from experiments_runs import FIXED, TINY, flags_of, train, trainer_of
 
 from experiments import inputs, processes, running, settings
 from primia_jax.privacy import accounting, ledger
+from primia_jax.privacy.accounting import Ledger
+from primia_jax.privacy.chain import Chain
 from primia_jax.secagg import exchange, keys
 
 APART = settings.replace(TINY, rounds=2, placement="processes", validation_fraction=0.3)
@@ -86,7 +88,7 @@ def free_port():
     return probe.getsockname()[1]
 
 
-def test_processes_that_are_started_one_by_one_pin_no_older_identity_and_go_on_from_one_book(
+def test_processes_that_are_started_one_by_one_pin_no_older_identity_and_go_on_from_equal_ledgers(
   tmp_path,
 ):
   """Site 1 is there first, in a folder with all that an earlier start has left."""
@@ -97,12 +99,13 @@ def test_processes_that_are_started_one_by_one_pin_no_older_identity_and_go_on_f
   plan = trainer_of(FIXED).privacy
   ledgers = [processes.home(tmp_path / "federated", i) / ledger.LEDGER for i in range(2)]
   ledgers[1].parent.mkdir(parents=True)
-  ledger.Book(plan, 2, ledgers[1]).spend(plan.releases[0], [0, 1])
+  begin = lambda path: ledger.Ledgers(plan, path, Chain(tmp_path / "ledger"), [None, None])
+  begin(ledgers[1]).spend(plan.releases[0], [0, 1])
   places, address = {}, f"127.0.0.1:{free_port()}"
 
   def connect(i):
     places[i] = processes.connect(config, tmp_path, processes.Seat(i, address, 20.0))
-    assert ledgers[0].read_text() == ledgers[1].read_text()
+    assert begin(ledgers[i]).ledgers == [plan.charge(Ledger("example", plan.delta))] * 2
 
   threads = [threading.Thread(target=connect, args=(i,), daemon=True) for i in (1, 0)]
   for thread in threads:
@@ -234,21 +237,25 @@ def test_a_killed_process_is_a_lost_site_and_takes_part_again_when_all_start_ane
   assert "sites lost" in (folder / "report.md").read_text()
 
 
-def test_books_of_several_processes_are_made_alike_with_the_largest_epsilon_of_each_site(tmp_path):
+def test_ledgers_of_several_processes_are_made_alike_with_the_most_that_any_has_charged(tmp_path):
   plan = trainer_of(FIXED).privacy
   (release,) = plan.releases
   paths = [tmp_path / f"{i}" / ledger.LEDGER for i in range(3)]
+  begin = lambda path: ledger.Ledgers(plan, path, Chain(tmp_path / "ledger"), [None, None])
   for times, path in zip(((3, 1), (2, 2)), paths, strict=False):
     path.parent.mkdir()
-    book = ledger.Book(plan, 2, path)
     for site, count in enumerate(times):
-      book.spend(release, [site], count)
-  ledger.reconcile(paths)
-  alike = [ledger.Book(plan, 2, path) for path in paths]
-  assert alike[0].ledgers == alike[1].ledgers == alike[2].ledgers
-  expected = [
-    accounting.spend(accounting.Ledger("example", plan.delta), release, n) for n in (3, 2)
-  ]
-  assert [accounting.epsilon(one) for one in alike[0].ledgers] == [
-    accounting.epsilon(one) for one in expected
-  ]
+      begin(path).spend(release._replace(times=count), [site])
+  begin(paths[1]).keep_counts([1.0, 2.0, 3.0])
+  said = [ledger.public(path) for path in paths]
+  assert said[2] == b""
+  for path in paths:
+    ledger.reconcile(said, path)
+  expected = [accounting.spend(Ledger("example", plan.delta), release, n) for n in (3, 2)]
+  for _ in range(2):  # a second start finds nothing to add
+    alike = [begin(path) for path in paths]
+    assert [one.ledgers for one in alike] == [expected] * 3
+    assert [one.counts for one in alike] == [[1.0, 2.0, 3.0]] * 3
+  for wrong in (b"x", b"[]", b"{}", b'{"ledgers": [{}], "counts": null}'):
+    with pytest.raises(ValueError, match=r"no ledger|Expecting value"):
+      ledger.reconcile([said[0], wrong], paths[0])

@@ -1,7 +1,6 @@
 """Tiny runs of the binaries' own code, for several test files."""
 
 import functools
-import json
 import pathlib
 
 import jax
@@ -13,6 +12,7 @@ from experiments.configs import Train, privacy
 from experiments.processes import Place
 from primia_jax import models, sites, summation
 from primia_jax.privacy import ledger
+from primia_jax.privacy.chain import Chain
 
 TINY = settings.replace(
   Train(),
@@ -62,8 +62,10 @@ def trainer_of(config):
   return _compiled(settings.replace(config, dp_seed=-1))
 
 
-def train(config, folder: pathlib.Path, stop_after=None, trainer=None):
-  """The federated arm; stopped after a round's line is written and before its checkpoint is."""
+def train(config, folder: pathlib.Path, stop_after=None, trainer=None, ledger_dir=None):
+  """The federated arm; stopped after a round's line is written and before its checkpoint is. Its
+  ledger lies below the folder, unless another is given.
+  """
 
   def log(row):
     if row["round"] == stop_after:
@@ -71,13 +73,13 @@ def train(config, folder: pathlib.Path, stop_after=None, trainer=None):
 
   folder.mkdir(exist_ok=True)
   model_config, trainer = config.model.config(config.data, 3), trainer or trainer_of(config)
-  return arms.train(config, cohort_of(config), trainer, model_config, folder, log)
+  ledger_dir = ledger_dir or folder / "ledger"
+  return arms.train(config, cohort_of(config), trainer, model_config, folder, ledger_dir, log)
 
 
 def ledgers(folder):
-  """What the ledger of a run folder says of each site."""
-  saved = json.loads((folder / ledger.LEDGER).read_text())["ledgers"]
-  return [ledger.from_json(json.dumps(one)) for one in saved]
+  """What the ledger says of each site of an arm, which `train` has trained."""
+  return ledger.of_run(folder / ledger.LEDGER, Chain(folder / "ledger", read_only=True))
 
 
 def charged(folder):

@@ -189,9 +189,7 @@ def test_settings_may_be_mended_until_something_is_trained(tmp_path):
 
 
 def test_two_processes_do_not_work_on_one_run(tmp_path):
-  """They would overwrite what the other has booked in one ledger. One that was killed is in
-  nobody's way.
-  """
+  """They would overwrite each other's checkpoints. One that was killed is in nobody's way."""
   config = settings.replace(TINY, rounds=1)
   folder = running.open_run(config, str(tmp_path / "run"))
   lock = folder / "process_0.lock"

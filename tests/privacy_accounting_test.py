@@ -12,7 +12,7 @@ from dp_accounting import rdp
 from scipy import integrate, optimize, stats
 
 from primia_jax.privacy import accounting
-from primia_jax.privacy import ledger as books
+from primia_jax.privacy import ledger as ledgers
 from primia_jax.privacy.accounting import Ledger, gaussian, renyi, spend
 
 GRADIENTS = gaussian("gradients", 1.1, 256 / 60000)
@@ -146,7 +146,7 @@ def test_rounds_and_statistics_compose_at_a_site_and_not_across_sites():
   assert accounting.epsilon(Ledger("example", 1e-5)) == 0.0
   with pytest.raises(ValueError, match="different units"):
     accounting.of_sites([one, one._replace(unit="site")])
-  for judge in (accounting.of_sites, books.statement):
+  for judge in (accounting.of_sites, ledgers.statement):
     with pytest.raises(ValueError, match="different deltas"):
       judge([one, one._replace(delta=1e-2)])
 
@@ -199,9 +199,9 @@ def test_a_ledger_survives_being_written():
   ledger = functools.reduce(
     spend, (GRADIENTS, curve, GRADIENTS), accounting.ledger("patient", 1e-4, 1000)
   )
-  assert books.from_json(books.to_json(ledger)) == ledger
-  assert hash(ledger) == hash(books.from_json(books.to_json(ledger)))
-  text = books.to_json(spent(GRADIENTS, 10))
+  assert ledgers.from_json(ledgers.to_json(ledger)) == ledger
+  assert hash(ledger) == hash(ledgers.from_json(ledgers.to_json(ledger)))
+  text = ledgers.to_json(spent(GRADIENTS, 10))
   for bad in (
     "[1, 2]",
     text.replace('"example"', '"nobody"'),
@@ -212,11 +212,11 @@ def test_a_ledger_survives_being_written():
   ):
     assert bad != text
     with pytest.raises(ValueError, match="no ledger"):
-      books.from_json(bad)
+      ledgers.from_json(bad)
 
 
 def test_a_statement_names_unit_delta_and_mechanism():
-  told = books.statement([spent(GRADIENTS, 10), spent(GRADIENTS, 20)])
+  told = ledgers.statement([spent(GRADIENTS, 10), spent(GRADIENTS, 20)])
   epsilon = accounting.epsilon(spent(GRADIENTS, 20))
   assert "one example" in told["unit of privacy"]
   assert told["delta"] == 1e-5
@@ -225,7 +225,7 @@ def test_a_statement_names_unit_delta_and_mechanism():
   assert (
     epsilon <= next(v for k, v in told.items() if k.startswith("epsilon (")) < epsilon + 1e-4
   )  # never rounded down
-  assert "infinite" in books.statement([spent(gaussian("sums", 0.01))]).values()
+  assert "infinite" in ledgers.statement([spent(gaussian("sums", 0.01))]).values()
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ class Privacy:
   )
   target_epsilon: float = setting(
     0.0,
-    "dp: the budget, at which training stops. Without noise_multiplier it also sets the noise; 0 "
-    "for no budget",
+    "dp: the budget of this run, at which training stops. Without noise_multiplier it also sets "
+    "the noise; 0 for no budget",
   )
   delta: float = setting(
     0.0,
@@ -108,6 +108,12 @@ class Privacy:
     "from the operating system",
   )
 
+  ledger_dir: str = setting(
+    "",
+    "dp: folder of the ledger, which all runs on the same data share; it must outlive run folders. "
+    "Empty takes PATH.ledger beside the images in PATH, and for the phantom the run folder",
+  )
+
   def __post_init__(self):
     choose("dp", self.dp, _KINDS)
     choose("validation", self.validation, ("auto", "exact", "none"))
@@ -142,6 +148,11 @@ class Privacy:
         raise ValueError(
           "target_epsilon and noise_multiplier belong to differential privacy; set dp=example, "
           "patient or site"
+        )
+      if self.ledger_dir:
+        raise ValueError(
+          f"ledger_dir={self.ledger_dir}: dp=none is charged in no ledger; leave it out, or set "
+          "dp=example, patient or site"
         )
       return
     choose(f"dp={self.dp} with dp_noise", self.dp_noise, _KINDS[self.dp])

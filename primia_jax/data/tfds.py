@@ -204,7 +204,7 @@ def read_tfds(
   decode.check_form(size, channels)
   if manual_dir is not None:
     prepare(name, manual_dir=manual_dir, data_dir=data_dir)
-  path = _find(name, data_dir)
+  path = find(name, data_dir)
   with _readable(path):
     builder = tfds.builder_from_directory(path)
   file_format = builder.info.file_format
@@ -253,8 +253,12 @@ def _data_dir(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
   ).expanduser()
 
 
-def _find(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
-  """Returns the folder of a prepared data set. (`tfds.builder` would also look on the network.)"""
+def find(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
+  """Returns the folder of a prepared data set. (`tfds.builder` would also look on the network.)
+
+  Raises:
+    FileNotFoundError: it is not prepared.
+  """
   if (pathlib.Path(name) / "dataset_info.json").is_file():
     return pathlib.Path(name)
   base, _, version = name.partition(":")

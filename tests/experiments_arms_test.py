@@ -3,7 +3,7 @@
 import pytest
 from experiments_runs import PRIVATE, SITE
 
-from experiments import books, running, settings
+from experiments import ledgers, running, settings
 from primia_jax.privacy import accounting, ledger
 
 
@@ -35,16 +35,16 @@ def test_arms_on_the_same_images_are_composed():
     "pooled": {0: pooled, 1: pooled},
     "local: site 1": {1: local},
   }
-  told = books.of_arms(spent)
+  told = ledgers.of_arms(spent)
   for name, one in (("federated", federated), ("pooled", pooled), ("local: site 1", local)):
     assert told[f"epsilon of the arm {name!r}"] == ledger.claim(accounting.epsilon(one))
   mu = (9 / 9**2 + 1 / 4**2 + 4 / 6**2) ** 0.5  # at site 1, which is in all three
   assert told[whole] == pytest.approx(accounting.epsilon(ledger_of(1 / mu, 1)), abs=2e-3)
   assert "NOT PRIVATE" not in told
-  bare = books.of_arms(spent | {"pooled": None})
+  bare = ledgers.of_arms(spent | {"pooled": None})
   assert bare[whole] == bare["epsilon of the arm 'pooled'"] == "infinite"
   assert bare["NOT PRIVATE"].startswith("pooled: trained on the same images without privacy")
-  assert books.of_arms({"federated": {0: federated}}) == {}
+  assert ledgers.of_arms({"federated": {0: federated}}) == {}
 
 
 @pytest.mark.slow

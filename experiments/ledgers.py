@@ -1,25 +1,156 @@
-"""A report's rows on a privacy plan and the ledgers charged for it."""
+"""Where a run's ledger lies, whose images it charges, and a report's rows on plan and ledgers."""
 
 from __future__ import annotations
 
 import functools
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from experiments import inputs
+from experiments.configs.data import Data
 from experiments.configs.privacy import Privacy
-from primia_jax.privacy import accounting, ledger, strategies
+from primia_jax.data.sites import Part
+from primia_jax.privacy import accounting, histories, ledger, strategies
 from primia_jax.privacy.accounting import Ledger
+from primia_jax.privacy.chain import Chain
 from primia_jax.privacy.clipping import Clipping
-from primia_jax.privacy.plan import SiteLevel, StepPlan
+from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
 
+OF_PHANTOM = "ledger"  # in the run folder
 _LARGE_DELTA = 0.01
+_SHORT = 12  # digits of a hash that name a run
+_AT_ONCE = 256  # images that are read at a time
 _OUTSIDE = (
   "whoever sees updates, sums or models: server, other sites, users of the model; not the "
   "site itself"
 )
+
+
+def folder(privacy: Privacy, data: Data, run_dir: pathlib.Path) -> pathlib.Path:
+  """The folder of the ledger that all runs on the same data share.
+
+  It is `ledger_dir`, or else beside the data: PATH.ledger for images in PATH. The phantom is
+  synthetic, so that its ledger lies in the run folder.
+
+  Raises:
+    FileNotFoundError: the data do not exist.
+  """
+  if privacy.ledger_dir:
+    return pathlib.Path(privacy.ledger_dir).expanduser()
+  source = inputs.source(data)
+  return run_dir / OF_PHANTOM if source is None else source.with_name(f"{source.name}.ledger")
+
+
+def begin(
+  privacy: Plan,
+  part: Part,
+  mine: Sequence[int],
+  path: pathlib.Path,
+  ledger_dir: pathlib.Path,
+  is_private: bool,
+  last_entry: str,
+) -> ledger.Ledgers:
+  """Begins the ledgers of an arm, or continues those that its checkpoint belongs to.
+
+  Args:
+    privacy: what is charged.
+    part: training images; validation images are charged in no ledger.
+    mine: numbers of the sites whose images this process has.
+    path: of the arm's own small file.
+    ledger_dir: of the data.
+    is_private: see `ledger.Ledgers`.
+    last_entry: the hash that the checkpoint holds; empty without a checkpoint.
+
+  Raises:
+    ValueError: the ledger is damaged, or has lost what the arm was charged.
+  """
+  if last_entry and not path.is_file():
+    raise ValueError(
+      f"{path} is missing: it says where the ledger holds what this arm has spent; restore it from "
+      "a backup, or use another --run_dir"
+    )
+  chain, everyone = Chain(ledger_dir), range(len(part.sites))
+  records = [units(chain, part, i) if i in mine else None for i in everyone]
+  charges = ledger.Ledgers(privacy, path, chain, records, is_private)
+  if last_entry:
+    charges.check(last_entry)
+  return charges
+
+
+def units(chain: Chain, part: Part, site: int) -> set[bytes]:
+  """The records of a site's images, by which other runs' are compared.
+
+  Args:
+    chain: of the data.
+    part: the images.
+    site: whose images this process has.
+  """
+  found = set()
+  index, groups = part.sites[site], np.asarray(part.dataset.groups)
+  for start in range(0, len(index), _AT_ONCE):
+    rows = index[start : start + _AT_ONCE]
+    images = part.dataset.images[rows]
+    found |= {
+      ledger.record(chain, str(group), image)
+      for group, image in zip(groups[rows], images, strict=True)
+    }
+  return found
+
+
+def together(chain: Chain, delta: float | None = None) -> dict[str, Any]:
+  """Rows on all runs that the ledger holds, and on its last entry."""
+  known = histories.histories(chain, delta)
+  rows: dict[str, Any] = {}
+  if known:
+    one = histories.worst(known)
+    total = sum(history.num_units for history in known)
+    bare = sum(history.num_units for history in known if not history.is_private)
+    repeatable = f"; {bare:,} were in a run with dp_seed, whose noise anyone can repeat"
+    rows = {
+      "all private runs on these data: epsilon": ledger.claim(one.epsilon),
+      "all private runs on these data: delta": one.ledger.delta,
+      "all private runs on these data: who": f"the worst of {total:,} units of "
+      f"training images in {len(histories.runs(chain))} runs (each arm, and each site's "
+      f"process, is one); it was in "
+      f"{len(one.runs)}{repeatable if bare else ''}. Adjacent data lack what each run protects: "
+      "an image of the unit, its patient, or its site",
+    }
+  return rows | {"ledger": str(chain.path), "last entry of the ledger": chain.last}
+
+
+def summary(chain: Chain, delta: float | None = None) -> dict[str, Any]:
+  """What `account` tells of a ledger: rows as `together`; its runs; its units by what they were
+  charged, the worst first.
+  """
+  known = [(one.epsilon, one) for one in histories.histories(chain, delta)]
+  return {
+    "statement": together(chain, delta),
+    "runs": [
+      {
+        "run": name[:_SHORT],
+        "begun": begin["at"],
+        "unit": begin["unit"],
+        "sites": len(begin["groups"]),
+        "delta": begin["delta"],
+        "epsilon": ledger.claim(accounting.of_sites(ledger.replayed(chain, name)[0]))
+        if begin["private"]
+        else "NOT PRIVATE",
+      }
+      for name, begin in histories.runs(chain).items()
+    ],
+    "units": [
+      {
+        "units": one.num_units,
+        "epsilon": ledger.claim(epsilon),
+        "runs": [name[:_SHORT] for name in one.runs],
+      }
+      for epsilon, one in sorted(known, key=lambda pair: -pair[0])
+    ],
+  }
 
 
 def _clipping(clipping: Clipping) -> str:

@@ -1,0 +1,61 @@
+"""What an arm writes down: its JSON lines, one a round, and facts for the report."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from experiments import loop
+from experiments.checkpoints import Best
+from experiments.processes import Place
+from primia_jax import federated, metrics
+
+
+def scores(done: loop.Round) -> dict[str, float]:
+  """A line's scores on validation; empty without."""
+  if done.scores is None:
+    return {}
+  confusion = done.scores.confusion
+  accuracy, mcc = float(metrics.accuracy(confusion)), float(metrics.mcc(confusion))
+  return {"val_loss": done.scores.loss, "val_accuracy": accuracy, "val_mcc": mcc}
+
+
+def facts(
+  rows: list[dict[str, Any]],
+  best: Best,
+  state: federated.State,
+  place: Place,
+  num_sites: int,
+  is_charged: bool,
+) -> dict[str, Any]:
+  """What the report says of an arm's rounds.
+
+  Args:
+    rows: its lines.
+    best, state: at its end.
+    place: where the sites ran.
+    num_sites: of the arm.
+    is_charged: whether the arm is private.
+  """
+  out: dict[str, Any] = {"best round": int(best.round), "validation MCC": float(best.mcc)}
+  if not any("val_mcc" in row for row in rows):
+    out = {"round kept": f"{int(best.round)}, the last; validation images were not used"}
+  out["rounds trained"] = len(rows)
+  if aborted := int(state.round) - len(rows):
+    charged = ", charged all the same" if is_charged else ""
+    out["rounds aborted, too few sites being left"] = f"{aborted}{charged}"
+  if place.exchange is not None:
+    lost = {i for row in rows for i in row.get("lost", ())}
+    lost |= set(range(num_sites)) - set(place.exchange.sites)
+    out["sites lost in some round"] = sorted(lost) or "none"
+  return out
+
+
+def read(path: pathlib.Path, finished: int) -> list[dict[str, Any]]:
+  """The lines of the finished rounds; drops later ones, of a round that was not saved."""
+  if not path.is_file():
+    return []
+  rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["round"] <= finished]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return rows
