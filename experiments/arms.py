@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import books, loop, processes
+from experiments import books, loop, starts
 from experiments.checkpoints import Best, Checkpoints
 from experiments.configs import Train
 from experiments.configs.model import normalise, of_stored
@@ -190,26 +190,35 @@ def train(
     log: called with each round's line.
 
   Raises:
-    RuntimeError: as `loop.rounds`.
+    RuntimeError: as `loop.rounds`, or sites do not agree on where to start (`starts.agree`).
     ValueError: the ledger of an earlier start is damaged, or of another number of sites.
   """
   num_sites, key = len(cohort.train.sites), jax.random.key(config.seed)
   place, privacy, algorithm = trainer.place, trainer.privacy, trainer.algorithm
-  own_folder = processes.home(folder, place.number)
-  own_folder.mkdir(exist_ok=True)
-  book = None if privacy is None else ledger.Book(privacy, num_sites, own_folder / ledger.LEDGER)
-  is_private = book is None or config.privacy.dp_seed < 0
-  everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
-  held_out = _sites(config, cohort, cohort.validation, trainer, trainer.max_validated)
-  if config.training.class_weights:
-    everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, book))
+  joined = place.joined
+  own_folder = folder if joined is None else joined.own
 
   state = trainer.rounds.init(*config.model.initial(model_config, key))
   keep = lambda a: place.placement.replicate(a)
   best = Best(*state[:-1], *keep((jnp.float32(-2), jnp.int32(0))))
   has_own = bool(jax.tree.leaves(state.site_state))
-  checkpoints = Checkpoints(folder, place.exchange is not None, place.number, has_own)
+  checkpoints = Checkpoints(folder, joined and joined.own, place.number, has_own)
   state, best = checkpoints.restore(state, best)
+  path, step = own_folder / ledger.LEDGER, trainer.rounds.step
+  if joined is not None:
+    charged = path.read_bytes() if path.is_file() else b""
+    books = starts.agree(joined, place.number, state, charged)
+    if privacy is not None:
+      ledger.reconcile(books, path)
+    step = starts.recorded(joined, step)
+  book = None if privacy is None else ledger.Book(privacy, num_sites, path)
+  is_private = book is None or config.privacy.dp_seed < 0
+  everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
+  held_out = _sites(config, cohort, cohort.validation, trainer, trainer.max_validated)
+  if config.training.class_weights:
+    everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, book))
+  if joined is not None and everybody.class_weights is not None:
+    joined.exchange.bind(np.asarray(everybody.class_weights).tobytes())
   path = folder / "rounds.jsonl"
   rows = _read_rows(path, int(state.round)) if place.is_first else []
 
@@ -239,7 +248,7 @@ def train(
     return True
 
   validate = lambda key, state: trainer.validate(key, state, held_out)
-  inputs = trainer.rounds.step, validate, key, state, everybody
+  inputs = step, validate, key, state, everybody
   most, bound = config.training.rounds, config.aggregation.secagg_max_abs
   try:
     for done in loop.rounds(*inputs, most, trainer.num_sampled, before, bound):

@@ -26,47 +26,44 @@ class Checkpoints:
   """The checkpoints of an arm. No secret and no key of a mask is in them.
 
   Where each site has a process, that of site 0 saves what all know, and each saves what its site
-  keeps. All processes that are started again continue from the last round that site 0 saved. A site
-  that has not saved that round, because it was lost or is new, begins with its own newest state
-  before it.
+  keeps in its own folder. All processes that are started again continue from the last round that
+  site 0 saved. A site that has not saved that round, because it was lost, begins with its own
+  newest state before it.
   """
 
-  def __init__(self, folder: pathlib.Path, in_processes: bool, number: int, keeps: bool):
+  def __init__(self, folder: pathlib.Path, own: pathlib.Path | None, number: int, keeps: bool):
     """Opens an arm's checkpoints.
 
     Args:
       folder: of the arm.
-      in_processes: whether each site has a process.
+      own: the folder of this process's site; None where one process plays all.
       number: of this process's site; 0 where one process plays all.
       keeps: whether sites keep anything from round to round.
     """
-    self._in_processes, self._writes = in_processes, number == 0
+    self._in_processes, self._writes = own is not None, number == 0
     self._all = _manager(folder / "checkpoints", 1, read_only=not self._writes)
-    own = folder / f"site_{number}" / "checkpoints"
     # Two, since site 0 may have been stopped before it saved the round that this process has.
-    self._own = _manager(own, 2) if self._in_processes and keeps else None
+    self._own = _manager(own / "checkpoints", 2) if own is not None and keeps else None
 
   def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best]:
     """The last state saved; the given one where there is none."""
-    if (last := self._all.latest_step()) is None:
+    last = self._all.latest_step()
+    for step in self._own.all_steps() if self._own else ():
+      if step > (last or 0):  # site 0 has not saved it, so it is repeated
+        self._own.delete(step)
+    if last is None:
       return state, best
     saved = self._all.restore(last, args=ocp.args.StandardRestore(self._split(state, best)[0]))
     if self._in_processes:
-      kept = self._restore_own(last, {"state": state.site_state, "best": best.site_state})
+      kept = self._restore_own({"state": state.site_state, "best": best.site_state})
       for name in kept:
         saved[name]["site_state"] = kept[name]
     return federated.State(**saved["state"]), Best(**saved["best"])
 
-  def _restore_own(self, last: int, kept: dict[str, PyTree]) -> dict[str, PyTree]:
-    if not self._own:
+  def _restore_own(self, kept: dict[str, PyTree]) -> dict[str, PyTree]:
+    if not self._own or (newest := self._own.latest_step()) is None:
       return kept
-    for step in self._own.all_steps():
-      if step > last:  # site 0 has not saved it, so it is repeated
-        self._own.delete(step)
-    newest = self._own.latest_step()
-    return (
-      kept if newest is None else self._own.restore(newest, args=ocp.args.StandardRestore(kept))
-    )
+    return self._own.restore(newest, args=ocp.args.StandardRestore(kept))
 
   def save(self, step: int, state: federated.State, best: Best) -> None:
     shared, kept = self._split(state, best)

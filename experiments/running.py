@@ -72,7 +72,7 @@ def open_run(config: Train, run_dir: str) -> pathlib.Path:
 
 def _has_begun(folder: pathlib.Path) -> bool:
   """Whether an arm has written a file; a run with refused settings has not."""
-  arms = [path for path in folder.iterdir() if path.is_dir() and path.name != processes.IDENTITIES]
+  arms = [path for path in folder.iterdir() if path.is_dir() and path.name != processes.MEETING]
   return any(path.is_file() for arm in arms for path in arm.rglob("*"))
 
 
@@ -101,7 +101,10 @@ def run(
   Raises:
     ValueError: another process is at work on this run, or on this site of it.
   """
-  with alone(folder / f"process_{seat.number if seat else 0}.lock"):
+  with contextlib.ExitStack() as locks:
+    locks.enter_context(alone(folder / f"process_{seat.number if seat else 0}.lock"))
+    if seat is not None:
+      locks.enter_context(alone(seat.own / "lock"))
     return _run(config, folder, federated, baselines, log, seat)
 
 
@@ -144,7 +147,7 @@ def _run(
   if seat is None:
     place = processes.Place(sites.parse_placement(config.federation.placement))
   else:
-    place = processes.connect(config, folder, seat)
+    place, _ = processes.connect(config, folder, seat)
 
   plan: list[tuple[str, tuple[int, ...], bool]] = (
     [("federated", everyone, True)] if federated else []

@@ -49,6 +49,18 @@ flags.DEFINE_float(
   "placement=processes: seconds that the others wait for a site before it counts as lost; its "
   "training must fit in",
 )
+flags.DEFINE_string(
+  "sites_dir",
+  "",
+  "placement=processes: where each site has a folder of its own, site_N, which no other user can "
+  "read, with its identity, state, ledger and log; empty is RUN_DIR.sites",
+)
+flags.DEFINE_boolean(
+  "network_is_protected",
+  False,
+  "placement=processes: allow a coordinator that is no loopback address. Models and sums travel in "
+  "the clear, so say this only of a network that is encrypted by other means, such as a VPN",
+)
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(sys.modules["experiments.settings"])
 
@@ -64,7 +76,9 @@ def main() -> None:
   if unknown := set(baselines) - {"pooled", "local"}:
     raise ValueError(f"baselines={sorted(unknown)}; there are pooled and local")
   in_processes = config.in_processes
-  for name in ("coordinator", "process_id", "stage_timeout"):
+  for name in (
+    "coordinator", "process_id", "stage_timeout", "sites_dir", "network_is_protected"
+  ):  # fmt: skip
     if FLAGS[name].present and not in_processes:
       raise ValueError(
         f"{name}={FLAGS[name].value} belongs to placement=processes, not "
@@ -90,15 +104,20 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)
     folder = running.open_run(config, FLAGS.run_dir)
-    processes.launch("experiments.train_federated", sys.argv[1:], num_sites, folder)
+    own = processes.sites_folder(folder, FLAGS.sites_dir)
+    processes.launch("experiments.train_federated", sys.argv[1:], num_sites, folder, own)
     return
   seat = None
   if not in_processes:
     running.prepare_devices(config.federation.placement)
   rehearse(config)
-  if in_processes:
-    seat = processes.Seat(FLAGS.process_id, FLAGS.coordinator, FLAGS.stage_timeout)
   folder = running.open_run(config, FLAGS.run_dir)
+  if in_processes:
+    place = processes.sites_folder(folder, FLAGS.sites_dir)
+    own = processes.own_folder(place, FLAGS.process_id)
+    seat = processes.Seat(
+      FLAGS.process_id, FLAGS.coordinator, FLAGS.stage_timeout, own, FLAGS.network_is_protected
+    )
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
   result = running.run(config, folder, federated=True, baselines=baselines, log=log, seat=seat)
   if result:

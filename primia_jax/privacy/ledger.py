@@ -95,24 +95,29 @@ class Book:
     return self._plan.charge(self.ledgers[site], 0 if paid else 1)
 
 
-def reconcile(paths: Sequence[pathlib.Path]) -> None:
-  """Makes the books of several processes equal before they continue: of each site the ledger with
-  the largest epsilon.
+def reconcile(books: Sequence[bytes], path: pathlib.Path) -> None:
+  """Writes the ledgers with which all sites continue: of each site the one with the largest epsilon.
 
   A process that was killed may have charged a round that no other has begun. Books hold only
   public numbers.
+
+  Args:
+    books: the content of each site's file, this one's first, since its own class counts go first;
+      empty where there is none.
+    path: of this site's file.
+
+  Raises:
+    ValueError: one is no ledger.
   """
-  books = [json.loads(path.read_text()) for path in paths if path.is_file()]
-  if not books:
+  found = [json.loads(book) for book in books if book]
+  if not found:
     return
   epsilon = lambda one: accounting.epsilon(from_json(json.dumps(one)))
   ledgers = [
-    max(rows, key=epsilon) for rows in zip(*(book["ledgers"] for book in books), strict=True)
+    max(rows, key=epsilon) for rows in zip(*(book["ledgers"] for book in found), strict=True)
   ]
-  counts = next((book["class_counts"] for book in books if book["class_counts"] is not None), None)
-  for path in paths:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, {"ledgers": ledgers, "class_counts": counts})
+  counts = next((book["class_counts"] for book in found if book["class_counts"] is not None), None)
+  _write(path, {"ledgers": ledgers, "class_counts": counts})
 
 
 def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
