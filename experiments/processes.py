@@ -171,7 +171,7 @@ def connect(
   own = meeting.own_identity(seat.own / "identity")
   hosted = identity.public if server else b""
   meeting.publish(at, meeting.hello(own, seat.number, told, hosted))
-  settings = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
+  settings = settings_of(config)
   try:
     hellos = meeting.gather(at, msg.Hello, num_sites, seat.timeout)
     pinned = meeting.pin(hellos, own, seat.number, seat.own / "identities.json")
@@ -184,6 +184,11 @@ def connect(
   joined = Joined(sums, pinned, settings, seat.own, at, seat.timeout)
   place = Place(sites.own_process(seat.number), joined, seat.number)
   return place, {i: message.told for i, message in hellos.items()}
+
+
+def settings_of(config: Train) -> bytes:
+  """The settings of a run, as all sites agree on them."""
+  return json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
 
 
 def _address(seat: Seat, num_sites: int) -> tuple[str, int]:

@@ -34,9 +34,7 @@ class Record(NamedTuple):
   sites: tuple[int, ...]
 
 
-Step = Callable[
-  [Key, federated.State, federated.Sites], tuple[federated.State, federated.Info]
-]
+Step = Callable[[Key, federated.State, federated.Sites], tuple[federated.State, federated.Info]]
 
 
 def digest(state: federated.State, settings: bytes) -> bytes:
@@ -81,13 +79,7 @@ def agree(joined: Joined, number: int, state: federated.State, told: bytes) -> l
       "or the record belongs to another run. Use another --run_dir, or bring the checkpoint back",
     )
   made = meeting.start(
-    joined.pinned.own,
-    joined.exchange.label,
-    number,
-    now,
-    found,
-    known.sites if known else (),
-    told,
+    joined.pinned.own, joined.exchange.label, number, now, found, known.sites if known else (), told
   )
   meeting.publish(joined.meeting, made)
   starts = meeting.gather(joined.meeting, msg.Start, len(joined.pinned.sites), joined.timeout)

@@ -38,7 +38,6 @@ from primia_jax.secagg.masking import Row, SecureSum
 from primia_jax.types import PyTree
 
 
-
 class Pinned(NamedTuple):
   """The identities of a run.
 
