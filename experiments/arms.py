@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import books, loop, starts
+from experiments import loop, starts
 from experiments.checkpoints import Best, Checkpoints
 from experiments.configs import Train
 from experiments.configs.model import normalise, of_stored
@@ -34,12 +34,14 @@ class Cohort(NamedTuple):
     name: of the arm, as reports print it.
     train, validation: what each site holds.
     mine: numbers of the sites whose images this process may read.
+    patients: (patients, the most images of one) of each site, for dp=patient.
   """
 
   name: str
   train: Part
   validation: Part
   mine: np.ndarray
+  patients: tuple[tuple[int, int], ...] = ()
 
 
 class Trainer(NamedTuple):
@@ -158,9 +160,8 @@ def _step_plan(
   images = [n for cohort in cohorts for n in cohort.train.sizes]
   units, rows_per_unit = images, 1
   if config.privacy.by_patient:
-    of_sites = [data_sites.patients(c.train, i) for c in cohorts for i in range(len(c.train.sites))]
-    units = [int(of_site.max()) + 1 for of_site in of_sites]
-    rows_per_unit = max(int(np.bincount(of_site).max()) for of_site in of_sites)
+    units = [n for cohort in cohorts for n, _ in cohort.patients]
+    rows_per_unit = max(most for cohort in cohorts for _, most in cohort.patients)
   return config.privacy.build_steps(
     config.training,
     loss,

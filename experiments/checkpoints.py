@@ -41,7 +41,9 @@ class Checkpoints:
       keeps: whether sites keep anything from round to round.
     """
     self._in_processes, self._writes = own is not None, number == 0
-    self._all = _manager(folder / "checkpoints", 1, read_only=not self._writes)
+    # Two between processes, in case that some were stopped before they recorded the last.
+    most = 2 if self._in_processes else 1
+    self._all = _manager(folder / "checkpoints", most, read_only=not self._writes)
     # Two, since site 0 may have been stopped before it saved the round that this process has.
     self._own = _manager(own / "checkpoints", 2) if own is not None and keeps else None
 

@@ -147,7 +147,10 @@ def _run(
   if seat is None:
     place = processes.Place(sites.parse_placement(config.federation.placement))
   else:
-    place, _ = processes.connect(config, folder, seat)
+    said = inputs.told(images, seat.number) if config.data.site_data else b""
+    place, told = processes.connect(config, folder, seat, said)
+    if config.data.site_data:
+      images = inputs.with_others(images, seat.number, told)
 
   plan: list[tuple[str, tuple[int, ...], bool]] = (
     [("federated", everyone, True)] if federated else []
@@ -163,7 +166,10 @@ def _run(
     train, validation = (p if together else data_sites.merge(p, members) for p in parts)
     mine = np.asarray(everyone if together else (0,), np.int32)
     mine = mine if process is None else mine[process : process + 1]
-    cohorts[name] = arms.Cohort(name, train, validation, mine)
+    patients = images.patients
+    if config.privacy.by_patient and not patients:
+      patients = inputs.count_patients(train)
+    cohorts[name] = arms.Cohort(name, train, validation, mine, patients)
   predict = evaluation.predictor(model.apply, normalise)
   # One trainer for the federation and one that all single cohorts share; privacy depends on a
   # cohort's own size.

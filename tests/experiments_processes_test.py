@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import PIL.Image
 import pytest
 from experiments_runs import FIXED, TINY, contents, flags_of, found, train, trainer_of
 
 from experiments import arms, inputs, processes, running, settings, starts
 from experiments.checkpoints import Best, Checkpoints
 from primia_jax import models, secagg
+from primia_jax.data import sites as data_sites
 from primia_jax.privacy import accounting, ledger
 from primia_jax.secagg import exchange, keys, meeting, subkeys, transport
 
@@ -60,12 +62,55 @@ def rows(folder):
   return [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
 
 
-def test_a_process_a_site_trains_the_model_that_one_process_trains(tmp_path, path):
+AUDIT = """
+import os, sys
+if "--process_id" in " ".join(sys.orig_argv):
+  number = next(a for a in sys.orig_argv if a.startswith("--process_id")).partition("=")[2]
+  log = os.open(os.path.dirname(__file__) + f"/opened_{number}", os.O_CREAT | os.O_WRONLY)
+  def audit(event, args):
+    if event in ("open", "os.listdir", "os.scandir"):
+      os.write(log, f"{args[0]}\\n".encode())
+  sys.addaudithook(audit)
+"""
+
+
+def write_sources(folder):
+  """A source for each of three sites: npz files, one of them unsplit, and a folder of images."""
+  part = data_sites.phantom_part((12, 12, 16), size=16)
+  label_names, sources = part.dataset.label_names, []
+  for i, rows in enumerate(part.sites):
+    (own := folder / f"site_{i}").mkdir(parents=True)
+    images, labels = part.dataset.images[rows, ..., 0], part.dataset.labels[rows]
+    if i < 2:
+      splits = {"train": slice(0, 9), "test": slice(9, 12)} if i else {"train": slice(0, 12)}
+      arrays = {
+        f"{split}_{name}": a[of_split]
+        for split, of_split in splits.items()
+        for name, a in (("images", images), ("labels", labels))
+      }
+      np.savez(own / "images.npz", **arrays)
+      sources.append(f"npz:{own / 'images.npz'}")
+      continue
+    for n, (image, label) in enumerate(zip(images, labels, strict=True)):
+      (own / label_names[label]).mkdir(exist_ok=True)
+      PIL.Image.fromarray(image).save(own / label_names[label] / f"{n}.png")
+    sources.append(f"folder:{own}")
+  return ",".join(sources), ",".join(label_names)
+
+
+def test_a_process_a_site_trains_what_one_process_trains_and_opens_no_other_site_s_file(
+  tmp_path, path, monkeypatch
+):
+  """Each process has a source and a folder of its own; an audit hook sees every file it opens."""
+  site_data, label_names = write_sources(tmp_path / "data")
+  config = settings.replace(APART, site_data=site_data, label_names=label_names)
+  (hook := tmp_path / "hook").mkdir()
+  (hook / "sitecustomize.py").write_text(AUDIT)
+  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hook), os.environ["PYTHONPATH"]]))
   folder = tmp_path / "run"
-  children, own = start(APART, folder)
-  expected = train(
-    settings.replace(APART, placement="scan", secagg_threshold=2), tmp_path / "simulated"
-  )
+  children, own = start(config, folder)
+  simulated = settings.replace(config, placement="scan", secagg_threshold=2)
+  expected = train(simulated, tmp_path / "simulated")
   assert processes.watch(children, folder, own) == []
   _, (trained,), _, _ = running.load_model(str(folder))
   for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(expected.models[0]), strict=True):
@@ -76,20 +121,37 @@ def test_a_process_a_site_trains_the_model_that_one_process_trains(tmp_path, pat
     assert row["val_mcc"] == pytest.approx(wanted["val_mcc"])
     assert row["val_loss"] == pytest.approx(wanted["val_loss"], abs=1e-4)
   assert "no other process knows them" in (folder / "report.md").read_text()
+  for i in range(3):
+    opened = {pathlib.Path(line) for line in (hook / f"opened_{i}").read_text().splitlines()}
+    for root in (tmp_path / "data", own):
+      within = {one.relative_to(root).parts[0] for one in opened if one.is_relative_to(root)}
+      assert within == {f"site_{i}"}
 
 
-def test_a_process_reads_the_images_of_its_own_site_only(tmp_path, monkeypatch):
-  class Read(Exception):
-    pass
-
-  def read(config, only_site=None):
-    raise Read(only_site)
-
-  monkeypatch.setattr(inputs, "site_images", read)
-  for seat, only in ((seat_of(tmp_path, 1, "127.0.0.1:1", 1.0), 1), (None, None)):
-    with pytest.raises(Read) as asked:
-      running.run(APART, tmp_path, federated=True, seat=seat)
-    assert asked.value.args == (only,)
+def test_a_process_is_given_the_sizes_of_the_others_and_none_of_their_images(tmp_path):
+  site_data, label_names = write_sources(tmp_path)
+  config = settings.replace(APART, site_data=site_data, label_names=label_names)
+  everything = inputs.site_images(config)
+  own = [inputs.site_images(config, i) for i in range(3)]
+  said = {i: inputs.told(one, i) for i, one in enumerate(own)}
+  for i, one in enumerate(own):
+    known = inputs.with_others(one, i, said)
+    assert known.train.sizes == everything.train.sizes
+    assert known.validation.sizes == everything.validation.sizes
+    assert known.patients == inputs.count_patients(everything.train)
+    for part, whole in zip(known[:2], everything[:2], strict=True):
+      np.testing.assert_array_equal(
+        data_sites.stack(part, [i]).images, data_sites.stack(whole, [i]).images
+      )
+      with pytest.raises(ValueError, match=r"images are not in this process"):
+        data_sites.stack(part, [(i + 1) % 3])
+  for wrong, text in (
+    (b"[]", "site 1 has not told how many images it has"),
+    (b'[4, 2, 6, 1, "a", "b"]', r"site 1 has the classes \['a', 'b'\], and site 0"),
+    (b"[0," + said[1].partition(b",")[2], r"sites \[1\] have no images to train on"),
+  ):
+    with pytest.raises(ValueError, match=text):
+      inputs.with_others(own[0], 0, said | {1: wrong})
 
 
 def free_port():

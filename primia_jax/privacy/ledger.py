@@ -96,7 +96,7 @@ class Book:
 
 
 def reconcile(books: Sequence[bytes], path: pathlib.Path) -> None:
-  """Writes the ledgers with which all sites continue: of each site the one with the largest epsilon.
+  """Writes the ledgers with which all continue: of each site the one with the largest epsilon.
 
   A process that was killed may have charged a round that no other has begun. Books hold only
   public numbers.

@@ -207,7 +207,8 @@ def check(
       "start",
       "too few",
       f"it has no record of round {own.round}, and sites {sorted(recorded)} have signed its state. "
-      f"All other sites of that round must have, and at least {least}. Use another --run_dir",
+      f"All other sites of that round must have, and at least {least}. To continue from the round "
+      "before it, take the last checkpoint away; or begin a new run",
     )
   return sites
 
