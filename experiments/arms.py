@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import loop, starts
+from experiments import books, loop, starts
 from experiments.checkpoints import Best, Checkpoints
 from experiments.configs import Train
 from experiments.configs.model import normalise, of_stored
@@ -204,13 +204,13 @@ def train(
   best = Best(*state[:-1], *keep((jnp.float32(-2), jnp.int32(0))))
   has_own = bool(jax.tree.leaves(state.site_state))
   checkpoints = Checkpoints(folder, joined and joined.own, place.number, has_own)
-  state, best = checkpoints.restore(state, best)
+  initial, (state, best) = state, checkpoints.restore(state, best)
   path, step = own_folder / ledger.LEDGER, trainer.rounds.step
   if joined is not None:
     charged = path.read_bytes() if path.is_file() else b""
-    books = starts.agree(joined, place.number, state, charged)
+    told = starts.agree(joined, place.number, initial, state, charged)
     if privacy is not None:
-      ledger.reconcile(books, path)
+      ledger.reconcile(told, path)
     step = starts.recorded(joined, step)
   book = None if privacy is None else ledger.Book(privacy, num_sites, path)
   is_private = book is None or config.privacy.dp_seed < 0

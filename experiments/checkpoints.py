@@ -49,27 +49,27 @@ class Checkpoints:
 
   def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best]:
     """The last state saved; the given one where there is none."""
-    last = self._all.latest_step()
-    for step in self._own.all_steps() if self._own else ():
-      if step > (last or 0):  # site 0 has not saved it, so it is repeated
-        self._own.delete(step)
-    if last is None:
+    if (last := self._all.latest_step()) is None:
       return state, best
     saved = self._all.restore(last, args=ocp.args.StandardRestore(self._split(state, best)[0]))
     if self._in_processes:
-      kept = self._restore_own({"state": state.site_state, "best": best.site_state})
+      kept = self._restore_own(last, {"state": state.site_state, "best": best.site_state})
       for name in kept:
         saved[name]["site_state"] = kept[name]
     return federated.State(**saved["state"]), Best(**saved["best"])
 
-  def _restore_own(self, kept: dict[str, PyTree]) -> dict[str, PyTree]:
-    if not self._own or (newest := self._own.latest_step()) is None:
+  def _restore_own(self, last: int, kept: dict[str, PyTree]) -> dict[str, PyTree]:
+    steps = [step for step in self._own.all_steps() if step <= last] if self._own else []
+    if not self._own or not steps:
       return kept
-    return self._own.restore(newest, args=ocp.args.StandardRestore(kept))
+    return self._own.restore(max(steps), args=ocp.args.StandardRestore(kept))
 
   def save(self, step: int, state: federated.State, best: Best) -> None:
     shared, kept = self._split(state, best)
     if self._own:
+      for later in self._own.all_steps():
+        if later >= step:  # site 0 had not saved it, and it was repeated
+          self._own.delete(later)
       self._own.save(step, args=ocp.args.StandardSave(kept))
     if self._writes:
       self._all.save(step, args=ocp.args.StandardSave(shared))

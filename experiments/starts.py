@@ -47,7 +47,9 @@ def digest(state: federated.State, settings: bytes) -> bytes:
   return out.digest()
 
 
-def agree(joined: Joined, number: int, state: federated.State, told: bytes) -> list[bytes]:
+def agree(
+  joined: Joined, number: int, initial: federated.State, state: federated.State, told: bytes
+) -> list[bytes]:
   """Agrees with all other sites on the state to start from, before anything is trained.
 
   Records of later rounds are dropped: these rounds are repeated.
@@ -55,7 +57,8 @@ def agree(joined: Joined, number: int, state: federated.State, told: bytes) -> l
   Args:
     joined: this process's.
     number: of its site.
-    state: as this process has restored it, or has made it from the settings.
+    initial: the state before the first round, as this process makes it from the settings.
+    state: the same, or what it has read from a checkpoint.
     told: what this site tells all others.
 
   Returns:
@@ -67,8 +70,8 @@ def agree(joined: Joined, number: int, state: federated.State, told: bytes) -> l
   """
   path, now, found = joined.own / _RECORDS, int(state.round), digest(state, joined.settings)
   records = {n: record for n, record in _read(path).items() if n <= now}
-  if not now and not records:  # it comes from the settings, and from nobody else
-    records[now] = Record(found.hex(), tuple(sorted(joined.pinned.sites)))
+  made_here = digest(initial, joined.settings).hex()
+  records.setdefault(0, Record(made_here, tuple(sorted(joined.pinned.sites))))
   known = records.get(now)
   if known and known.state != found.hex():
     raise Refused(
@@ -91,10 +94,7 @@ def agree(joined: Joined, number: int, state: federated.State, told: bytes) -> l
 
 
 def recorded(joined: Joined, step: Step) -> Step:
-  """The step of a round, which records its state before the next sum begins.
-
-  So every site of that sum has the record before the state can be saved.
-  """
+  """The step of a round, which then records its state: before the next sum, or a save."""
 
   def recorded_step(key: Key, state: federated.State, sites: federated.Sites):
     state, info = step(key, state, sites)

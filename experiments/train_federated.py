@@ -92,6 +92,10 @@ def main() -> None:
     raise ValueError(
       f"process_id={FLAGS.process_id}; use 0 to {num_sites - 1}, the number of this process's site"
     )
+  if FLAGS.network_is_protected and not FLAGS.coordinator:
+    raise ValueError(
+      "network_is_protected concerns a coordinator on another machine: give --coordinator, too"
+    )
   if not 0 < FLAGS.stage_timeout < float("inf"):
     raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
   if in_processes:

@@ -250,6 +250,7 @@ def test_an_address_that_is_none_or_nobodys_is_refused_by_name(tmp_path):
   ("flags", "told"),
   [
     (["--process_id=1"], "process_id=1 starts a single process: give --coordinator"),
+    (["--network_is_protected"], "network_is_protected concerns a coordinator"),
     (["--stage_timeout=0"], "stage_timeout=0.0 must be a positive number"),
     (
       ["--placement=scan", "--coordinator=127.0.0.1:1"],
@@ -424,17 +425,17 @@ def again(begun, root):
   return root / "run" / "federated"
 
 
-def plant(source, folder, change):
-  """Copies the global checkpoint and changes its parameters."""
+def plant(source, folder, change, round_index=1):
+  """Copies the global checkpoint and changes its parameters, and the round that it names."""
   trainer, nobody = trainer_of(TINY), folder / "nobody"
   start = TINY.model.initial(TINY.model.config(TINY.data, 3), jax.random.key(TINY.seed))
   state = trainer.rounds.init(*start)._replace(site_state=())
   before = Checkpoints(source, nobody, 0, False)
   state, best = before.restore(state, Best(*state[:-1], jnp.float32(-2), jnp.int32(0)))
   before.close()
-  state = state._replace(params=jax.tree.map(change, state.params))
+  state = state._replace(params=jax.tree.map(change, state.params), round=jnp.int32(round_index))
   after = Checkpoints(folder, nobody, 0, False)
-  after.save(int(state.round), state, best)
+  after.save(1, state, best)
   after.close()
   return state
 
@@ -494,6 +495,17 @@ def test_two_planted_checkpoints_do_not_single_out_a_site_s_update(
   for i, text in (wrong if protection == "records" else told).items():
     assert isinstance(errors[i], secagg.Refused)
     assert re.search(text, str(errors[i]))
+
+
+@pytest.mark.parametrize(
+  ("round_index", "told"), [(0, "not the one in its record"), (1, "no record")]
+)
+def test_at_the_first_start_no_site_takes_a_checkpoint(begun, tmp_path, round_index, told):
+  """One that the host has put there: of a later round, or as if no round had been."""
+  bad = tmp_path / "planted"
+  plant(begun[0] / "run" / "federated", bad, lambda a: a + 1, round_index)
+  _, errors = train_apart(tmp_path, 2, {0: bad, 1: bad, 2: bad}, 2.0)
+  assert all(told in str(errors[i]) for i in range(3))
 
 
 def test_a_site_that_was_lost_rejoins_on_what_all_others_have_recorded(begun, tmp_path):
