@@ -7,8 +7,9 @@ Images stay at their hospital, and the server sees only sums of updates, by defa
     --run_dir=runs/chest
 
 This process simulates the server and all hospitals. With --placement=processes each hospital has a
-process of its own, which alone reads its images. --aggregation=clear and the robust rules show the
-server every update.
+process of its own: a trial on one machine, since models and sums are not encrypted on their way.
+With --site_data each process opens the images of its own hospital only; without it, each opens all
+of --data and takes its share. --aggregation=clear and the robust rules show the server every update.
 
 The run folder holds report.md (federated beside pooled and local training), metrics.json, pictures,
 the model, and one JSON line a round. An interrupted run resumes when it is started again with the
@@ -101,7 +102,7 @@ def main() -> None:
   if in_processes:
     if "baselines" in FLAGS and FLAGS["baselines"].present and baselines:
       raise ValueError(
-        "placement=processes: no process may read all sites' images, so there are no baselines"
+        "placement=processes: baselines need all sites' images in one place; use --baselines="
       )
     baselines = []
   if in_processes and not FLAGS.coordinator:
