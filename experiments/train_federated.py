@@ -9,7 +9,8 @@ Images stay at their hospital, and the server sees only sums of updates, by defa
 This process simulates the server and all hospitals. With --placement=processes each hospital has a
 process of its own: a trial on one machine, since models and sums are not encrypted on their way.
 With --site_data each process opens the images of its own hospital only; without it, each opens all
-of --data and takes its share. --aggregation=clear and the robust rules show the server every update.
+of --data and takes its share. --aggregation=clear and the robust rules show every update to the
+server.
 
 The run folder holds report.md (federated beside pooled and local training), metrics.json, pictures,
 the model, and one JSON line a round. An interrupted run resumes when it is started again with the
