@@ -201,11 +201,10 @@ def _address(seat: Seat, num_sites: int) -> tuple[str, int]:
       f"number below {num_sites}"
     )
   try:
-    found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][4][0]
+    found = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
   except OSError as e:
     raise ValueError(f"coordinator={seat.address!r}: there is no such host ({e})") from e
-  is_local = ipaddress.ip_address(str(found).partition("%")[0]).is_loopback
-  if not is_local and not seat.is_protected:
+  if not ipaddress.ip_address(found).is_loopback and not seat.is_protected:
     raise ValueError(
       f"coordinator={seat.address!r} is no loopback address, and models and sums would travel in "
       "the clear. Use 127.0.0.1:PORT; or --network_is_protected if the network between the "

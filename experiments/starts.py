@@ -38,7 +38,10 @@ Step = Callable[[Key, federated.State, federated.Sites], tuple[federated.State, 
 
 
 def digest(state: federated.State, settings: bytes) -> bytes:
-  """SHA-256 of all that the sites share of a state, and of the settings of their run."""
+  """SHA-256 of all that the sites share of a state, and of the settings of their run.
+
+  The best model so far is not part of it: it is reported, and no site trains from it.
+  """
   out = hashlib.sha256(hashlib.sha256(settings).digest())
   for path, leaf in jax.tree_util.tree_leaves_with_path(state._replace(site_state=())):
     a = np.asarray(leaf)
@@ -69,7 +72,10 @@ def agree(
     Lost: the others do not come in time.
   """
   path, now, found = joined.own / _RECORDS, int(state.round), digest(state, joined.settings)
-  records = {n: record for n, record in _read(path).items() if n <= now}
+  known_rounds = _read(path)
+  records = {n: record for n, record in known_rounds.items() if n <= now}
+  if later := sorted(set(known_rounds) - set(records)):
+    print(f"site {number}: rounds {later[0]} to {later[-1]} were not saved and are repeated")
   made_here = digest(initial, joined.settings).hex()
   records.setdefault(0, Record(made_here, tuple(sorted(joined.pinned.sites))))
   known = records.get(now)

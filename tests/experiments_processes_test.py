@@ -150,7 +150,7 @@ def test_processes_that_are_started_one_by_one_read_no_older_message(tmp_path):
   """Site 1 is there first, in a folder with all that an earlier start has left."""
   config = settings.replace(APART, num_sites=2)
   for _ in range(2):
-    address = f"127.0.0.1:{free_port()}"
+    address = f"localhost:{free_port()}"
     connect = lambda i, address=address: processes.connect(
       config, tmp_path, seat_of(tmp_path, i, address), b"%d" % i
     )

@@ -16,7 +16,7 @@ from experiments_runs import TINY, contents, found, trainer_of
 
 from experiments import arms, inputs, processes, settings, starts
 from experiments.checkpoints import Best, Checkpoints
-from primia_jax import models, secagg
+from primia_jax import federated, models, secagg
 from primia_jax.secagg import exchange, keys, meeting, subkeys, transport
 
 
@@ -193,3 +193,28 @@ def test_a_site_that_was_lost_rejoins_on_what_all_others_have_recorded(begun, tm
   of_sites = [json.loads(path.read_text()) for path in known.values()]
   assert of_sites[0] == of_sites[1] == of_sites[2]
   assert sorted(of_sites[0]) == ["0", "1", "2"]
+
+
+def test_a_site_keeps_its_state_of_later_rounds_until_they_are_repeated(tmp_path):
+  """A start that is then refused must not cost a site its state."""
+  shared, round_0 = tmp_path / "run", jnp.int32(0)
+  keeps = lambda value: {"m": jnp.full((1, 2), float(value))}
+  start = federated.State({"w": jnp.zeros(2)}, {}, (), keeps(0), round_0)
+  best = Best(*start[:-1], jnp.float32(-2), round_0)
+  after = lambda n, value: (n, start._replace(site_state=keeps(value), round=jnp.int32(n)), best)
+
+  def saved(number, *rounds):
+    """A process's checkpoints after it has saved some rounds; what it then restores."""
+    checkpoints = Checkpoints(shared, tmp_path / f"own_{number}", number, keeps=True)
+    for one in rounds:
+      checkpoints.save(*one)
+    state, _ = checkpoints.restore(start, best)
+    checkpoints.close()
+    return int(state.round), float(state.site_state["m"][0, 0])
+
+  assert saved(0, after(1, 10)) == (1, 10)
+  assert saved(1, after(1, 11), after(2, 12)) == (1, 11)  # site 0 was killed in the second round
+  assert saved(1) == (1, 11)
+  assert saved(0, after(2, 20)) == (2, 20)
+  assert saved(1) == (2, 12)
+  assert saved(1, after(2, 21)) == (2, 21)

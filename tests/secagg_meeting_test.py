@@ -75,6 +75,10 @@ def test_an_identity_that_changes_between_two_starts_is_refused_by_name(tmp_path
     meeting.pin(said, OWN[3], 3, known)
   with pytest.raises(secagg.Refused, match="another identity stands in its own place"):
     meeting.pin(hellos(), stranger, 3, known)
+  for damaged in ("", "7"):
+    known.write_text(damaged)
+    with pytest.raises(ValueError, match=r"identities\.json is damaged"):
+      meeting.pin(hellos(), OWN[3], 3, known)
 
 
 def test_a_site_starts_only_from_the_state_that_all_others_start_from():

@@ -137,6 +137,7 @@ def pin(
 
   Raises:
     Refused: a message is not signed by its identity, or an identity is not the one known.
+    ValueError: the file of known identities is damaged.
   """
   for i, message in hellos.items():
     if not keys.verify(message.identity, _text(b"", message), message.signature):
@@ -149,7 +150,10 @@ def pin(
     raise Refused(number, "hello", "malformed", "site 0 names no server")
   if not known.is_file():
     keep(known, json.dumps(found, indent=2).encode())
-  before = json.loads(known.read_text())
+  try:
+    before = dict(json.loads(known.read_text()))
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{known} is damaged ({error}); restore it") from error
   if changed := [who for who in {**before, **found} if before.get(who) != found.get(who)]:
     raise Refused(
       number,
