@@ -170,7 +170,7 @@ def calibration_images(
       ) from error
     images: Any = part.dataset.images
     index = np.concatenate(part.sites)
-    source = f"validation images of the run ({run.hospitals.site_data or run.data.data})"
+    source = f"validation images of the run ({run.data.site_data or run.data.data})"
   else:
     if kind == "folder":  # labelled or not
       _, images = read_images(os.path.expanduser(path), size=size, channels=channels, lazy=True)
