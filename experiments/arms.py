@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import ledgers, lines, loop, processes
+from experiments import ledgers, lines, loop, starts
 from experiments.checkpoints import Best, Checkpoints
 from experiments.configs import Train
 from experiments.configs.model import normalise, of_stored
@@ -35,12 +35,14 @@ class Cohort(NamedTuple):
     name: of the arm, as reports print it.
     train, validation: what each site holds.
     mine: numbers of the sites whose images this process may read.
+    patients: (patients, the most images of one) of each site, for dp=patient.
   """
 
   name: str
   train: Part
   validation: Part
   mine: np.ndarray
+  patients: tuple[tuple[int, int], ...] = ()
 
 
 class Trainer(NamedTuple):
@@ -159,9 +161,8 @@ def _step_plan(
   images = [n for cohort in cohorts for n in cohort.train.sizes]
   units, rows_per_unit = images, 1
   if config.privacy.by_patient:
-    of_sites = [data_sites.patients(c.train, i) for c in cohorts for i in range(len(c.train.sites))]
-    units = [int(of_site.max()) + 1 for of_site in of_sites]
-    rows_per_unit = max(int(np.bincount(of_site).max()) for of_site in of_sites)
+    units = [n for cohort in cohorts for n, _ in cohort.patients]
+    rows_per_unit = max(most for cohort in cohorts for _, most in cohort.patients)
   return config.privacy.build_steps(
     config.training,
     loss,
@@ -193,29 +194,39 @@ def train(
     log: called with each round's line.
 
   Raises:
-    RuntimeError: as `loop.rounds`.
+    RuntimeError: as `loop.rounds`, or sites do not agree on where to start (`starts.agree`).
     ValueError: the ledger is damaged, or has lost what earlier starts were charged.
   """
   num_sites, key = len(cohort.train.sites), jax.random.key(config.seed)
   place, privacy, algorithm = trainer.place, trainer.privacy, trainer.algorithm
-  own_folder = processes.home(folder, place.number)
-  own_folder.mkdir(exist_ok=True)
+  joined = place.joined
+  own_folder = folder if joined is None else joined.own
   is_private = privacy is None or config.privacy.dp_seed < 0
   state = trainer.rounds.init(*config.model.initial(model_config, key))
   keep = lambda a: place.placement.replicate(a)
   best = Best(*state[:-1], *keep((jnp.float32(-2), jnp.int32(0))))
   has_own = bool(jax.tree.leaves(state.site_state))
-  checkpoints = Checkpoints(folder, place.exchange is not None, place.number)
+  keeps = has_own or privacy is not None
+  checkpoints = Checkpoints(folder, joined and joined.own, place.number, keeps)
+  initial = state
   state, best, last_entry = checkpoints.restore(state, best)
+  path, step = own_folder / ledger.LEDGER, trainer.rounds.step
+  if joined is not None:
+    told = starts.agree(joined, place.number, initial, state, ledger.public(path))
+    if privacy is not None:
+      ledger.reconcile(told, path)
+    step = starts.recorded(joined, step)
   charges: ledger.Ledgers | None = None
   if privacy is not None:
     assert ledger_dir is not None
-    path, mine = own_folder / ledger.LEDGER, cohort.mine.tolist()
+    mine = cohort.mine.tolist()
     charges = ledgers.begin(privacy, cohort.train, mine, path, ledger_dir, is_private, last_entry)
 
   everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
   if config.training.class_weights:
     everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, charges))
+  if joined is not None and everybody.class_weights is not None:
+    joined.exchange.bind(np.asarray(everybody.class_weights).tobytes())
   path = folder / "rounds.jsonl"
   rows = lines.read(path, int(state.round)) if place.is_first else []
 
@@ -248,7 +259,7 @@ def train(
   if trainer.validate is not None:
     held_out = _sites(config, cohort, cohort.validation, trainer, trainer.max_validated)
     validate = lambda key, state: trainer.validate(key, state, held_out)
-  inputs = trainer.rounds.step, validate, key, state, everybody
+  inputs = step, validate, key, state, everybody
   most, bound = config.training.rounds, config.aggregation.secagg_max_abs
   try:
     for done in loop.rounds(*inputs, most, trainer.num_sampled, before, bound):

@@ -27,25 +27,27 @@ class Checkpoints:
   """The checkpoints of an arm. No secret and no key of a mask is in them.
 
   Where each site has a process, that of site 0 saves what all know, and each saves what its site
-  keeps. All processes that are started again continue from the last round that site 0 saved. A site
-  that has not saved that round, because it was lost or is new, begins with its own newest state
-  before it. Each checkpoint holds the hash of the ledger's last entry that its process knew, so
-  that a ledger which has lost entries is refused.
+  keeps in its own folder. All processes that are started again continue from the last round that
+  site 0 saved. A site that has not saved that round, because it was lost, begins with its own
+  newest state before it. Each checkpoint holds the hash of the ledger's last entry that its process
+  knew, so that a ledger which has lost entries is refused.
   """
 
-  def __init__(self, folder: pathlib.Path, in_processes: bool, number: int):
+  def __init__(self, folder: pathlib.Path, own: pathlib.Path | None, number: int, keeps: bool):
     """Opens an arm's checkpoints.
 
     Args:
       folder: of the arm.
-      in_processes: whether each site has a process.
+      own: the folder of this process's site; None where one process plays all.
       number: of this process's site; 0 where one process plays all.
+      keeps: whether sites keep anything from round to round: state, or a ledger.
     """
-    self._in_processes, self._writes = in_processes, number == 0
-    self._all = _manager(folder / "checkpoints", 1, read_only=not self._writes)
-    own = folder / f"site_{number}" / "checkpoints"
+    self._in_processes, self._writes = own is not None, number == 0
+    # Two between processes, in case that some were stopped before they recorded the last.
+    most = 2 if self._in_processes else 1
+    self._all = _manager(folder / "checkpoints", most, read_only=not self._writes)
     # Two, since site 0 may have been stopped before it saved the round that this process has.
-    self._own = _manager(own, 2) if self._in_processes else None
+    self._own = _manager(own / "checkpoints", 2) if own is not None and keeps else None
 
   def restore(self, state: federated.State, best: Best) -> tuple[federated.State, Best, str]:
     """The last state saved, and the hash of the ledger's last entry then, empty without a ledger;
@@ -65,20 +67,18 @@ class Checkpoints:
     return federated.State(**saved["state"]), Best(**saved["best"]), known
 
   def _restore_own(self, last: int, kept: dict[str, PyTree]) -> dict[str, PyTree]:
-    if not self._own:
+    steps = [step for step in self._own.all_steps() if step <= last] if self._own else []
+    if not self._own or not steps:
       return kept
-    for step in self._own.all_steps():
-      if step > last:  # site 0 has not saved it, so it is repeated
-        self._own.delete(step)
-    newest = self._own.latest_step()
-    return (
-      kept if newest is None else self._own.restore(newest, args=ocp.args.StandardRestore(kept))
-    )
+    return self._own.restore(max(steps), args=ocp.args.StandardRestore(kept))
 
   def save(self, step: int, state: federated.State, best: Best, ledger: str = "") -> None:
     """Saves a round's state, with the hash of the ledger's last entry, if there is a ledger."""
     shared, kept = self._split(state, best, ledger)
     if self._own:
+      for later in self._own.all_steps():
+        if later >= step:  # site 0 had not saved it, and it was repeated
+          self._own.delete(later)
       self._own.save(step, args=ocp.args.StandardSave(kept))
     if self._writes:
       self._all.save(step, args=ocp.args.StandardSave(shared))

@@ -161,7 +161,8 @@ def calibration_images(
   if kind == "run":
     try:
       saved = settings.load(pathlib.Path(s.checkpoint) / "config.json")
-      run = settings.replace(Train(), **saved | {"sites_in_memory": 1})
+      at_once = 0 if saved.get("site_data") else 1
+      run = settings.replace(Train(), **saved | {"sites_in_memory": at_once})
       if not run.privacy.validates:
         raise ValueError(
           f"calibration=run: with dp={run.privacy.dp} and validation={run.privacy.validation} the "
@@ -174,7 +175,7 @@ def calibration_images(
       ) from error
     images: Any = part.dataset.images
     index = np.concatenate(part.sites)
-    source = f"validation images of the run ({run.data.data})"
+    source = f"validation images of the run ({run.data.site_data or run.data.data})"
   else:
     if kind == "folder":  # labelled or not
       _, images = read_images(os.path.expanduser(path), size=size, channels=channels, lazy=True)

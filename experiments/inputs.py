@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,16 +14,31 @@ from experiments.configs import Train
 from experiments.configs.data import Data, Hospitals
 from experiments.settings import fractions, names
 from primia_jax.data import partition, patient_ids, phantom, sites
-from primia_jax.data.dataset import Dataset, in_memory, take
+from primia_jax.data.dataset import Dataset, in_memory, join, take
 from primia_jax.data.folder import read_images
 from primia_jax.data.load import load
 from primia_jax.data.sites import Part
 
 
 class Inputs(NamedTuple):
+  """The images of a run.
+
+  Attributes:
+    train, validation: what each site holds.
+    test: where a process reads the source of its own site only, that site's.
+    patients: of each site, see `count_patients`; empty where this process can count them.
+  """
+
   train: Part
   validation: Part
   test: Dataset
+  patients: tuple[tuple[int, int], ...] = ()
+
+
+def count_patients(part: Part) -> tuple[tuple[int, int], ...]:
+  """(Patients, the most images of one) of each site."""
+  counts = [np.unique(part.dataset.groups[i], return_counts=True)[1] for i in part.sites]
+  return tuple((len(n), int(n.max(initial=0))) for n in counts)
 
 
 def source(settings: Data) -> pathlib.Path | None:
@@ -91,20 +109,87 @@ def site_images(config: Train, only_site: int | None = None) -> Inputs:
   Raises:
     ValueError, FileNotFoundError: the source or the partition asked for is wrong.
   """
-  inputs = (
-    _phantom(config, only_site)
-    if config.data.data == "phantom"
-    else _loaded(config, only_site is not None)
-  )
+  if config.data.site_data:
+    inputs = _of_sources(config, only_site)
+  elif config.data.data == "phantom":
+    inputs = _phantom(config, only_site)
+  else:
+    inputs = _loaded(config, only_site is not None)
   if config.privacy.by_patient:
     sites.check_patients(inputs.train)
-  used = (inputs.train, inputs.validation) if config.privacy.validates else (inputs.train,)
-  for part in used:
-    if empty := [i for i, n in enumerate(part.sizes) if not n]:
+  which = range(config.hospitals.num_sites) if only_site is None else [only_site]
+  _check_sizes(inputs, which, config.privacy.validates)
+  return inputs
+
+
+def told(inputs: Inputs, site: int) -> bytes:
+  """What a site's process tells all others of its images."""
+  ((patients, most),) = count_patients(Part(inputs.train.dataset, (inputs.train.sites[site],)))
+  sizes = inputs.train.sizes[site], inputs.validation.sizes[site]
+  return json.dumps([*sizes, patients, most, *inputs.train.dataset.label_names]).encode()
+
+
+def with_others(
+  inputs: Inputs, site: int, said: Mapping[int, bytes], validates: bool = True
+) -> Inputs:
+  """The inputs of a process that has read its own site only, with the sizes that the others have
+  told; their images stay out of reach. Sites need validation images if the run `validates`.
+
+  Raises:
+    ValueError: a site has other classes, or no images, or has told something else.
+  """
+  names_here, told_sizes, patients = list(inputs.train.dataset.label_names), [], []
+  for i in sorted(said):
+    try:
+      train, validation, units, most = map(int, json.loads(said[i])[:4])
+      label_names = json.loads(said[i])[4:]
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"site {i} has not told how many images it has ({error})") from error
+    if label_names != names_here:
+      raise ValueError(
+        f"site {i} has the classes {label_names}, and site {site} {names_here}; give all of them "
+        "in --label_names"
+      )
+    told_sizes.append((train, validation))
+    patients.append((units, most))
+
+  def known(part: Part, sizes: Sequence[int]) -> Part:
+    beyond = lambda n: len(part.dataset) + np.arange(n)
+    rows = [part.sites[site] if i == site else beyond(n) for i, n in enumerate(sizes)]
+    return Part(part.dataset, tuple(rows))
+
+  of_training, of_validation = zip(*told_sizes, strict=True)
+  parts = known(inputs.train, of_training), known(inputs.validation, of_validation)
+  out = Inputs(*parts, inputs.test, tuple(patients))
+  _check_sizes(out, range(len(told_sizes)), validates)
+  return out
+
+
+def _check_sizes(inputs: Inputs, of_sites: Iterable[int], validates: bool) -> None:
+  for part in (inputs.train, inputs.validation) if validates else (inputs.train,):
+    if empty := [i for i in of_sites if not part.sizes[i]]:
       raise ValueError(
         f"sites {empty} have no images to {'train on' if part is inputs.train else 'validate with'}"
       )
-  return inputs
+
+
+def _of_sources(config: Train, only_site: int | None) -> Inputs:
+  """A source for each site; those of other sites are not opened where a process has its own."""
+  data, h = config.data, config.hospitals
+  mine = range(h.num_sites) if only_site is None else [only_site]
+  trains, tests, kept, held, first = [], [], {}, {}, 0
+  for i in mine:
+    train, test = _with_test(config, dataclasses.replace(data, data=data.sources[i], site_data=""))
+    parts = sites.hold_out(
+      Part(train, (np.arange(len(train)),)), h.validation_fraction, config.seed + i
+    )
+    kept[i], held[i] = (first + part.sites[0] for part in parts)
+    trains.append(train)
+    tests.append(test)
+    first += len(train)
+  joined, nothing = join(trains), np.zeros(0, np.int64)
+  part = lambda rows: Part(joined, tuple(rows.get(i, nothing) for i in range(h.num_sites)))
+  return Inputs(part(kept), part(held), join(tests))
 
 
 def _load(settings: Data, label_names: tuple[str, ...] | None, lazy: bool) -> dict[str, Dataset]:
@@ -150,6 +235,17 @@ def _phantom_test(settings: Data, total: int, num_sites: int, seed: int) -> Data
 
 def _loaded(config: Train, lazy: bool) -> Inputs:
   data, h = config.data, config.hospitals
+  train, test = _with_test(config, data, lazy or h.sites_in_memory > 0)
+  dealt = _partition(h, train, config.seed)
+  if len(dealt) != h.num_sites:
+    raise ValueError(
+      f"partition {h.partition} makes {len(dealt)} sites; set --num_sites={len(dealt)}"
+    )
+  return Inputs(*sites.hold_out(Part(train, dealt), h.validation_fraction, config.seed), test)
+
+
+def _with_test(config: Train, data: Data, lazy: bool = False) -> tuple[Dataset, Dataset]:
+  """The images of a source to train with and to test on, which are held out where it has none."""
   splits = _load(data, None, lazy=True)
   whole = splits.get("train", splits.get("all"))
   if whole is None:
@@ -158,19 +254,12 @@ def _loaded(config: Train, lazy: bool) -> Inputs:
     )
   if config.privacy.by_patient:  # before any image is decoded
     patient_ids.require(whole)
-  read = (lambda dataset: dataset) if lazy or h.sites_in_memory else in_memory
+  read = (lambda dataset: dataset) if lazy else in_memory
   train = read(whole)
   if "train" in splits and "test" in splits:
-    test = read(splits["test"])
-  else:
-    kept, held = partition.hold_out(train, h.test_fraction, config.seed)
-    train, test = take(train, kept), take(train, held)
-  dealt = _partition(h, train, config.seed)
-  if len(dealt) != h.num_sites:
-    raise ValueError(
-      f"partition {h.partition} makes {len(dealt)} sites; set --num_sites={len(dealt)}"
-    )
-  return Inputs(*sites.hold_out(Part(train, dealt), h.validation_fraction, config.seed), test)
+    return train, read(splits["test"])
+  kept, held = partition.hold_out(train, config.hospitals.test_fraction, config.seed)
+  return take(train, kept), take(train, held)
 
 
 def _partition(h: Hospitals, dataset: Dataset, seed: int) -> partition.Partition:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -30,19 +31,36 @@ _OUTSIDE = (
 )
 
 
-def folder(privacy: Privacy, data: Data, run_dir: pathlib.Path) -> pathlib.Path:
+def folder(
+  privacy: Privacy, data: Data, own: pathlib.Path, site: int | None = None
+) -> pathlib.Path:
   """The folder of the ledger that all runs on the same data share.
 
   It is `ledger_dir`, or else beside the data: PATH.ledger for images in PATH. The phantom is
-  synthetic, so that its ledger lies in the run folder.
+  synthetic, so that its ledger lies in the run folder, or in the site's own. Processes with a
+  source each have a ledger each: beside their source, or in `ledger_dir`/site_N.
+
+  Args:
+    privacy, data: settings.
+    own: the run folder, or where each site has a process the folder of its own.
+    site: of this process; None where one process plays all.
 
   Raises:
     FileNotFoundError: the data do not exist.
+    ValueError: one process plays sites of several sources, and no ledger is named for them.
   """
   if privacy.ledger_dir:
-    return pathlib.Path(privacy.ledger_dir).expanduser()
+    named = pathlib.Path(privacy.ledger_dir).expanduser()
+    return named if site is None or not data.sources else named / f"site_{site}"
+  if data.sources and site is None:
+    raise ValueError(
+      "site_data with dp: one process charges the images of all sources in one ledger; name its "
+      "folder with --ledger_dir"
+    )
+  if data.sources:
+    data = dataclasses.replace(data, data=data.sources[site or 0], site_data="")
   source = inputs.source(data)
-  return run_dir / OF_PHANTOM if source is None else source.with_name(f"{source.name}.ledger")
+  return own / OF_PHANTOM if source is None else source.with_name(f"{source.name}.ledger")
 
 
 def begin(

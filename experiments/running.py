@@ -73,7 +73,7 @@ def open_run(config: Train, run_dir: str) -> pathlib.Path:
 
 def _has_begun(folder: pathlib.Path) -> bool:
   """Whether an arm has written a file; a run with refused settings has not."""
-  others = processes.IDENTITIES, ledgers.OF_PHANTOM
+  others = processes.MEETING, ledgers.OF_PHANTOM
   arms = [path for path in folder.iterdir() if path.is_dir() and path.name not in others]
   return any(path.is_file() for arm in arms for path in arm.rglob("*"))
 
@@ -92,8 +92,8 @@ def baselines(names: Sequence[str], config: Train) -> list[str]:
     raise ValueError(f"baselines={sorted(unknown)}; there are pooled and local, or auto alone")
   if chosen and config.in_processes:
     raise ValueError(
-      f"baselines={chosen} with placement=processes: no process may read all sites' images; leave "
-      "baselines out"
+      f"baselines={chosen} with placement=processes: baselines need all sites' images in one "
+      "place; leave baselines out"
     )
   return chosen
 
@@ -123,7 +123,10 @@ def run(
   Raises:
     ValueError: another process is at work on this run, or on this site of it.
   """
-  with alone(folder / f"process_{seat.number if seat else 0}.lock"):
+  with contextlib.ExitStack() as locks:
+    locks.enter_context(alone(folder / f"process_{seat.number if seat else 0}.lock"))
+    if seat is not None:
+      locks.enter_context(alone(seat.own / "lock"))
     return _run(config, folder, federated, baselines, log, seat)
 
 
@@ -159,8 +162,9 @@ def _run(
   """`run`, alone in the folder."""
   process = None if seat is None else seat.number
   is_private = config.privacy.dp != "none"
-  ledger_dir = ledgers.folder(config.privacy, config.data, folder) if is_private else None
-  if ledger_dir is not None:
+  ledger_dir, own = None, folder if seat is None else seat.own
+  if is_private:
+    ledger_dir = ledgers.folder(config.privacy, config.data, own, process)
     Chain(ledger_dir)  # refused before any work, if it cannot be written or is broken
   images = inputs.site_images(config, process)
   label_names = images.train.dataset.label_names
@@ -170,7 +174,10 @@ def _run(
   if seat is None:
     place = processes.Place(sites.parse_placement(config.federation.placement))
   else:
-    place = processes.connect(config, folder, seat)
+    said = inputs.told(images, seat.number) if config.data.site_data else b""
+    place, told = processes.connect(config, folder, seat, said)
+    if config.data.site_data:
+      images = inputs.with_others(images, seat.number, told, config.privacy.validates)
 
   plan: list[tuple[str, tuple[int, ...], bool]] = (
     [("federated", everyone, True)] if federated else []
@@ -186,7 +193,10 @@ def _run(
     train, validation = (p if together else data_sites.merge(p, members) for p in parts)
     mine = np.asarray(everyone if together else (0,), np.int32)
     mine = mine if process is None else mine[process : process + 1]
-    cohorts[name] = arms.Cohort(name, train, validation, mine)
+    patients = images.patients
+    if config.privacy.by_patient and not patients:
+      patients = inputs.count_patients(train)
+    cohorts[name] = arms.Cohort(name, train, validation, mine, patients)
   predict = evaluation.predictor(model.apply, normalise)
   # One trainer for the federation and one that all single cohorts share; privacy depends on a
   # cohort's own size.
@@ -227,8 +237,8 @@ def _run(
   secure = sums.facts(config, images, main.models[0]) if federated else None
   order, privacy = _report_order(trained), main.privacy
   if privacy is not None and ledger_dir is not None:
-    together = ledgers.together(Chain(ledger_dir), privacy["delta"])
-    privacy = ledgers.of_arms(spent) | privacy | together
+    all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"])
+    privacy = ledgers.of_arms(spent) | privacy | all_runs
   return report.write_report(
     folder,
     title=title,

@@ -48,6 +48,8 @@ def facts(
     "known to all": (
       f"sizes of the smallest and largest site: {min(images.train.sizes)} and "
       f"{max(images.train.sizes)} training images"
+      + "; each site has told all others how many images and patients it has"
+      * bool(images.patients)
     ),
   }
 

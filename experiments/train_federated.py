@@ -7,8 +7,10 @@ Images stay at their hospital, and the server sees only sums of updates, by defa
     --run_dir=runs/chest
 
 This process simulates the server and all hospitals. With --placement=processes each hospital has a
-process of its own, which alone reads its images. --aggregation=clear and the robust rules show the
-server every update.
+process of its own: a trial on one machine, since models and sums are not encrypted on their way.
+With --site_data each process opens the images of its own hospital only; without it, each opens all
+of --data and takes its share. --aggregation=clear and the robust rules show every update to the
+server.
 
 The run folder holds report.md (federated beside pooled and local training, where these are
 trained), metrics.json, pictures, the model, and one JSON line a round. An interrupted run resumes
@@ -50,6 +52,18 @@ flags.DEFINE_float(
   "placement=processes: seconds that the others wait for a site before it counts as lost; its "
   "training must fit in",
 )
+flags.DEFINE_string(
+  "sites_dir",
+  "",
+  "placement=processes: where each site has a folder of its own, site_N, which no other user can "
+  "read, with its identity, state, ledger and log; empty is RUN_DIR.sites",
+)
+flags.DEFINE_boolean(
+  "network_is_protected",
+  False,
+  "placement=processes: allow a coordinator that is no loopback address. Models and sums travel in "
+  "the clear, so say this only of a network that is encrypted by other means, such as a VPN",
+)
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(sys.modules["experiments.settings"])
 
@@ -63,7 +77,9 @@ def main() -> None:
     )
   baselines = running.baselines(FLAGS.baselines, config)
   in_processes = config.in_processes
-  for name in ("coordinator", "process_id", "stage_timeout"):
+  for name in (
+    "coordinator", "process_id", "stage_timeout", "sites_dir", "network_is_protected"
+  ):  # fmt: skip
     if FLAGS[name].present and not in_processes:
       raise ValueError(
         f"{name}={FLAGS[name].value} belongs to placement=processes, not "
@@ -77,21 +93,30 @@ def main() -> None:
     raise ValueError(
       f"process_id={FLAGS.process_id}; use 0 to {num_sites - 1}, the number of this process's site"
     )
+  if FLAGS.network_is_protected and not FLAGS.coordinator:
+    raise ValueError(
+      "network_is_protected concerns a coordinator on another machine: give --coordinator, too"
+    )
   if not 0 < FLAGS.stage_timeout < float("inf"):
     raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
   if in_processes and not FLAGS.coordinator:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)
     folder = running.open_run(config, FLAGS.run_dir)
-    processes.launch("experiments.train_federated", sys.argv[1:], num_sites, folder)
+    own = processes.sites_folder(folder, FLAGS.sites_dir)
+    processes.launch("experiments.train_federated", sys.argv[1:], num_sites, folder, own)
     return
   seat = None
   if not in_processes:
     running.prepare_devices(config.federation.placement)
   rehearse(config)
-  if in_processes:
-    seat = processes.Seat(FLAGS.process_id, FLAGS.coordinator, FLAGS.stage_timeout)
   folder = running.open_run(config, FLAGS.run_dir)
+  if in_processes:
+    place = processes.sites_folder(folder, FLAGS.sites_dir)
+    own = processes.own_folder(place, FLAGS.process_id)
+    seat = processes.Seat(
+      FLAGS.process_id, FLAGS.coordinator, FLAGS.stage_timeout, own, FLAGS.network_is_protected
+    )
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
   result = running.run(config, folder, federated=True, baselines=baselines, log=log, seat=seat)
   if result:

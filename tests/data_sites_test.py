@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from primia_jax.data import phantom, sites
-from primia_jax.data.dataset import Dataset
+from primia_jax.data.dataset import Dataset, join
 
 
 def part_of(sizes=(5, 3, 4), seed=0):
@@ -169,3 +169,18 @@ def test_one_process_makes_its_own_hospital_and_cannot_read_another():
     for other in {0, 1, 2} - {only}:
       with pytest.raises(ValueError, match=f"site {other}'s images are not in this process"):
         sites.stack(own, [other])
+
+
+def test_joined_data_sets_keep_their_images_and_tell_their_patients_apart():
+  one, other = part_of((2, 2)).dataset, part_of((3,), seed=1).dataset
+  one = dataclasses.replace(one, name="one", columns={"path": np.arange(4), "age": np.arange(4)})
+  other = dataclasses.replace(other, name="two", columns={"path": np.arange(3)}, has_patient=None)
+  both = join([one, other])
+  np.testing.assert_array_equal(both.images, np.concatenate([one.images, other.images]))
+  np.testing.assert_array_equal(both.labels, np.concatenate([one.labels, other.labels]))
+  assert both.groups.tolist() == [f"0/{g}" for g in one.groups] + [f"1/{g}" for g in other.groups]
+  assert both.has_patient.tolist() == [True] * 4 + [False] * 3
+  assert (both.name, list(both.columns)) == ("one + two", ["path"])
+  assert join([one]) is one
+  with pytest.raises(ValueError, match="sources have different classes"):
+    join([one, dataclasses.replace(other, label_names=("a", "c"))])

@@ -17,7 +17,7 @@ def test_baselines_are_off_beside_a_private_run():
   assert asked(["local"], PRIVATE) == ["local"]
   with pytest.raises(ValueError, match=r"baselines=\['all'\]"):
     asked(["all"], PRIVATE)
-  with pytest.raises(ValueError, match="no process may read all sites' images"):
+  with pytest.raises(ValueError, match="all sites' images in one place"):
     asked(["pooled"], settings.replace(PRIVATE, placement="processes"))
 
 

@@ -43,7 +43,8 @@ def images_of(data, hospitals, seed):
 def cohort_of(config):
   images = images_of(config.data, config.hospitals, config.seed)
   mine = np.arange(config.hospitals.num_sites)
-  return arms.Cohort("federated", images.train, images.validation, mine)
+  patients = inputs.count_patients(images.train)
+  return arms.Cohort("federated", images.train, images.validation, mine, patients)
 
 
 def make_trainer(config, cohort):

@@ -138,6 +138,22 @@ def test_sites_that_were_told_different_sums_do_not_go_on_together(monkeypatch, 
   assert "message of site 1 in stage advertise is rejected: forged" in apart.errors[0].__notes__[0]
 
 
+@pytest.mark.parametrize("started", ["alike", "apart"])
+def test_sites_that_start_from_different_states_open_no_sum(started):
+  """Else a server could single out one site's update by the state that it gives to the others."""
+
+  def call(i, own):
+    own.bind(b"other" if started == "apart" and i == 1 else b"state")
+    return one_sum(own, i)
+
+  apart = Apart(3, timeout=2.0 if started == "apart" else 60.0).run(call)
+  if started == "alike":
+    assert sorted(apart.results) == [0, 1, 2]
+    return
+  assert apart.results == {}
+  assert "message of site 1 in stage advertise is rejected: forged" in apart.errors[0].__notes__[0]
+
+
 def test_a_survivor_that_is_late_to_sign_the_lists_is_told_so_and_not_waited_for_again(monkeypatch):
   late, consistency = threading.Event(), protocol.consistency
 
@@ -313,18 +329,3 @@ def test_a_total_that_is_stale_or_forged_is_refused_by_name():
   unfinished, _ = protocol.advertise(setup, 4, 0, own[0])
   with pytest.raises(secagg.Refused, match="malformed"):
     protocol.share_keys(unfinished, signed)
-
-
-def test_identities_are_pinned_when_all_are_there(tmp_path):
-  own, server = [keys.identity(), keys.identity()], keys.identity()
-  exchange.publish(tmp_path, 0, own[0])
-  with pytest.raises(secagg.Lost, match=r"no identity of \[1, 'server'\]"):
-    exchange.pin(tmp_path, own[0], 2, timeout=0)
-  exchange.publish(tmp_path, 1, own[1])
-  exchange.publish(tmp_path, exchange.SERVER, server)
-  pinned = exchange.pin(tmp_path, own[1], 2, timeout=0)
-  assert pinned == (own[1], {0: own[0].public, 1: own[1].public}, server.public)
-  assert all(own[0].private not in path.read_bytes() for path in tmp_path.iterdir())
-  (tmp_path / "site_1.pub").write_bytes(b"short")
-  with pytest.raises(ValueError, match=r"identities of \[1\]"):
-    exchange.pin(tmp_path, own[1], 2, timeout=0)

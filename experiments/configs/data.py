@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.settings import choose, fractions, require, setting
+from experiments.settings import choose, fractions, names, require, setting
 from primia_jax.data import patient_ids
 
 
@@ -14,6 +14,12 @@ class Data:
 
   data: str = setting(
     "phantom", "images: phantom (synthetic), folder:PATH (a folder or tar), npz:PATH, or tfds:NAME"
+  )
+  site_data: str = setting(
+    "",
+    "a source for each site in place of data, in the same form and separated by commas; with "
+    "placement=processes each process then opens its own source only, and patients of two sources "
+    "count as different. Empty deals the images of data to the sites, and each process opens all",
   )
   image_size: int = setting(64, "height and width in pixels to which images are resized")
   channels: int = setting(1, "1 (grey) or 3 (RGB)")
@@ -39,6 +45,10 @@ class Data:
 
   def __post_init__(self):
     choose("channels", self.channels, (1, 3))
+    if self.site_data:
+      for source in self.sources:
+        dataclasses.replace(self, data=source, site_data="")  # which checks it
+      return
     kind = self.data.partition(":")[0]
     if self.patient_column and self.patient_pattern:
       raise ValueError(
@@ -57,6 +67,11 @@ class Data:
           "patient_column"
         )
     require(self.image_size > 0, "image_size", self.image_size, "must be positive")
+
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """Of each site; empty where the images of one source are dealt."""
+    return names(self.site_data)
 
 
 @dataclasses.dataclass(frozen=True)

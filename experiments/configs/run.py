@@ -40,6 +40,8 @@ class Train:
       raise ValueError(
         f"sites_per_round={f.sites_per_round} of num_sites={h.num_sites}; 0 takes all"
       )
+    if self.data.site_data:
+      self._check_sources()
     if self.training.keep_optimizer and h.sites_in_memory and 0 < f.sites_per_round < h.num_sites:
       raise ValueError(
         "keep_optimizer needs every site's state in memory; leave sites_in_memory at 0"
@@ -100,6 +102,28 @@ class Train:
     if self.in_processes:
       self._check_processes()
 
+  def _check_sources(self) -> None:
+    d, h = self.data, self.hospitals
+    if d.data != Data().data:
+      raise ValueError(
+        f"data={d.data!r} and site_data={d.site_data!r}: give one of them; site_data has a source "
+        "for each site"
+      )
+    if len(d.sources) != h.num_sites:
+      raise ValueError(
+        f"site_data={d.site_data!r} names {len(d.sources)} sources for num_sites={h.num_sites}; "
+        "give one for each site"
+      )
+    if "phantom" in d.sources:
+      raise ValueError(
+        f"site_data={d.site_data!r}: the phantom is dealt to all sites; use data=phantom"
+      )
+    if h.partition != "auto" or h.site_fractions or h.sites_in_memory:
+      raise ValueError(
+        "site_data deals no images and loads all of a site; leave partition, site_fractions and "
+        "sites_in_memory at their defaults"
+      )
+
   def _check_privacy(self) -> None:
     f, p, t = self.federation, self.privacy, self.training
     if self.augment.mixup:
@@ -153,7 +177,7 @@ class Train:
         f"sites_in_memory={h.sites_in_memory}: with placement=processes each holds its own site; "
         "use 0"
       )
-    if self.privacy.by_patient and self.data.data == "phantom":
+    if self.privacy.by_patient and self.data.data == "phantom" and not self.data.site_data:
       raise ValueError(
         "dp=patient with placement=processes: the phantom has one image a patient; use dp=example"
       )

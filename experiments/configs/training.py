@@ -118,7 +118,9 @@ class Federation:
   server_momentum: float = setting(0.9, "fedavgm: the server's momentum")
   sites_per_round: int = setting(0, "sites drawn at random for each round; 0 takes all")
   placement: str = setting(
-    "auto", "where sites run: loop, scan, vmap, chunk=C, mesh, processes, or auto, the fastest"
+    "auto",
+    "where sites run: loop, scan, vmap, chunk=C, mesh, auto (the fastest), or processes: one for "
+    "each site, a trial on one machine",
   )
 
   def __post_init__(self):

@@ -5,7 +5,7 @@ Images are in memory or read on demand.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -114,3 +114,34 @@ def in_memory(dataset: Dataset) -> Dataset:
   if isinstance(dataset.images, np.ndarray):
     return dataset
   return dataclasses.replace(dataset, images=dataset.images[np.arange(len(dataset))])
+
+
+def join(datasets: Sequence[Dataset]) -> Dataset:
+  """All examples of several data sets in memory, in order.
+
+  Groups of different data sets stay different, and columns are those that all have. A single data
+  set is returned as it is.
+
+  Raises:
+    ValueError: they have different classes.
+  """
+  if len(datasets) == 1:
+    return datasets[0]
+  if len(classes := {one.label_names for one in datasets}) > 1:
+    raise ValueError(f"the sources have different classes, {sorted(classes)}; give --label_names")
+  names = set.intersection(*(set(one.columns) for one in datasets))
+  together = lambda values: np.concatenate([np.asarray(value) for value in values])
+  named = [
+    np.zeros(len(one), bool) if one.has_patient is None else one.has_patient for one in datasets
+  ]
+  return Dataset(
+    images=together(one.images for one in datasets),
+    labels=together(one.labels for one in datasets),
+    label_names=datasets[0].label_names,
+    groups=together(
+      np.char.add(f"{i}/", np.asarray(one.groups).astype(str)) for i, one in enumerate(datasets)
+    ),
+    columns={name: together(one.columns[name] for one in datasets) for name in sorted(names)},
+    name=" + ".join(dict.fromkeys(one.name for one in datasets)),
+    has_patient=together(named),
+  )

@@ -33,7 +33,7 @@ class Refused(Aborted):
 
   Attributes:
     site: the site that refuses.
-    stage: the stage in which it refuses.
+    stage: the stage in which it refuses, or "hello" or "start" before the first round.
     reason: one of "out of turn", "another round", "unknown", "changed key", "forged", "too few",
       "malformed", "overlapping", "declared dead", "inconsistent", "falls apart".
   """

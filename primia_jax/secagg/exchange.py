@@ -14,15 +14,14 @@ without it: everyone learns that site's input.
 The server announces the sums, so it could tell each site another one and make them train different
 models, until only one site's update is left in a sum (Pasquini et al. 2022, "Eluding secure
 aggregation in federated learning via model inconsistency"). Here every message of a sum is bound to
-all sums that its sender was told before. Sites that were told different sums refuse each other in
-the next one, which then does not open.
+the state that its sender started from (`bind`) and to all sums that it was told since. Sites with
+different ones refuse each other in the next sum, which then does not open.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import hashlib
-import pathlib
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -37,8 +36,6 @@ from primia_jax.secagg import graph, keys, protocol, rounds, transport
 from primia_jax.secagg.errors import Lost
 from primia_jax.secagg.masking import Row, SecureSum
 from primia_jax.types import PyTree
-
-SERVER = "server"  # the name of its identity
 
 
 class Pinned(NamedTuple):
@@ -73,6 +70,7 @@ class Exchange:
   """One site's end of all sums of a run. It changes as sites are lost.
 
   Attributes:
+    label: names this start of the run; the same at all sites.
     sites: the survivors of the last sum, which are the sites of the next.
   """
 
@@ -103,12 +101,18 @@ class Exchange:
     self.sites = tuple(sorted(pinned.sites))
     self._number, self._pinned, self._host = number, pinned, host
     everybody = [*(pinned.sites[i] for i in self.sites), pinned.server]
-    self._run = hashlib.sha256(b"".join(everybody) + run).digest()
+    self.label = self._run = hashlib.sha256(b"".join(everybody) + run).digest()
     # One for all sums, made of all identities: only the site that publishes the last identity can
     # choose among circles of neighbours.
     self._graph_key = np.frombuffer(self._run, "<u4").astype(np.uint32)
     self._connection = connect(address, 2 * timeout, patience=0)  # the server's patience ends first
     self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+  def bind(self, public: bytes) -> None:
+    """Binds all later sums to what this site continues from: only sites that bind the same bytes,
+    in the same order, can take part in one sum.
+    """
+    self._run = hashlib.sha256(self._run + hashlib.sha256(public).digest()).digest()
 
   def begin(
     self, shapes: PyTree, round: int, purpose: int, config: SecureSum, min_survivors: int = 1
@@ -263,39 +267,3 @@ def connect(address: tuple[str, int], timeout: float, patience: float) -> socket
           f"no server at {address[0]}:{address[1]} ({e}); start the first process, which hosts it"
         ) from e
     time.sleep(0.1)
-
-
-def publish(folder: pathlib.Path, name: int | str, identity: keys.Identity) -> None:
-  """Writes the public half of an identity to the folder where the others look for it."""
-  path = folder / file_name(name)
-  part = path.with_suffix(".part")
-  part.write_bytes(identity.public)
-  part.replace(path)
-
-
-def pin(folder: pathlib.Path, own: keys.Identity, num_sites: int, timeout: float) -> Pinned:
-  """Waits for all identities and pins them, trusting on first use all who can write to the folder.
-
-  Raises:
-    Lost: some are missing when the timeout has passed.
-    ValueError: one is not a public key.
-  """
-  end, names = time.monotonic() + timeout, [*range(num_sites), SERVER]
-  while missing := [name for name in names if not (folder / file_name(name)).is_file()]:
-    if time.monotonic() > end:
-      raise Lost(
-        f"no identity of {missing} in {folder} after {timeout:g} seconds; start their processes "
-        f"within that time"
-      )
-    time.sleep(0.02)
-  public = {name: (folder / file_name(name)).read_bytes() for name in names}
-  if wrong := [name for name, key in public.items() if len(key) != keys.KEY_BYTES]:
-    raise ValueError(
-      f"the identities of {wrong} in {folder} are no public keys of {keys.KEY_BYTES} bytes"
-    )
-  return Pinned(own, {i: public[i] for i in range(num_sites)}, public[SERVER])
-
-
-def file_name(name: int | str) -> str:
-  """The name of the file with an identity, a site's or the server's."""
-  return f"{name}.pub" if name == SERVER else f"site_{name}.pub"

@@ -12,6 +12,8 @@ Stages, and who speaks (Bonawitz et al., CCS 2017, figure 4):
   masked_input  MaskedInput  site to server     Survivors  server to every site
   consistency   Consent      site to server     Consents   server to every site
   unmask        Answer       site to server     Total      server to survivors, if they get the sum
+
+Before the first round each site says `Hello` and `Start` to all others (`meeting`).
 """
 
 from __future__ import annotations
@@ -116,6 +118,46 @@ class Total(NamedTuple):
   signature: bytes
 
 
+class Hello(NamedTuple):
+  """A site's identity at the start of a run, in a message that it signs itself.
+
+  Attributes:
+    site: the sender.
+    identity: its public key.
+    server: that of the server which its process hosts; empty elsewhere.
+    fresh: 32 bytes drawn for this start.
+    told: what it tells all others.
+    signature: of all other fields.
+  """
+
+  site: int
+  identity: bytes
+  server: bytes
+  fresh: bytes
+  told: bytes
+  signature: bytes
+
+
+class Start(NamedTuple):
+  """The global state that a site starts from.
+
+  Attributes:
+    site: the sender.
+    round: the last that is in the state.
+    state: a digest of it.
+    sites: of that round, if the sender has recorded this digest after it; else empty.
+    told: what it tells all others.
+    signature: of all other fields.
+  """
+
+  site: int
+  round: int
+  state: bytes
+  sites: tuple[int, ...]
+  told: bytes
+  signature: bytes
+
+
 Message = (
   Advert
   | Roster
@@ -127,6 +169,8 @@ Message = (
   | Consents
   | Answer
   | Total
+  | Hello
+  | Start
 )
 STAGES = ("advertise", "share_keys", "masked_input", "consistency", "unmask")
 FROM_SITES = (Advert, Shares, MaskedInput, Consent, Answer)  # in the order of the stages
