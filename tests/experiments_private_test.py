@@ -49,7 +49,7 @@ def alone(config):
   """Site 0, as local training has it."""
   everyone = cohort_of(config)
   train, validation = (data_sites.merge(p, (0,)) for p in (everyone.train, everyone.validation))
-  return arms.Cohort("local: site 0", train, validation, np.arange(1))
+  return arms.Cohort("local: site 0", train, validation, np.arange(1), everyone.patients[:1])
 
 
 def test_nothing_is_claimed_of_sites_for_an_arm_of_one():
@@ -297,7 +297,8 @@ def test_validation_images_change_nothing_that_leaves_a_private_run(validation, 
   for i, one in enumerate(cohorts):
     folder = tmp_path / str(i)
     folder.mkdir()
-    arm = arms.train(config, one, made, config.model.config(config.data, 3), folder)
+    model_config = config.model.config(config.data, 3)
+    arm = arms.train(config, one, made, model_config, folder, folder / "ledger")
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in arm.rows]
     told.append((rows, arm.facts, jax.tree.map(np.ndarray.tolist, arm.models)))
     assert ("NOT PROTECTED" in arm.privacy) == (validation == "exact")
