@@ -119,8 +119,8 @@ def units(chain: Chain, part: Part, site: int) -> set[bytes]:
   return found
 
 
-def together(chain: Chain, delta: float | None = None) -> dict[str, Any]:
-  """Rows on all runs that the ledger holds, and on its last entry."""
+def together(chain: Chain, delta: float | None = None, only: str = "") -> dict[str, Any]:
+  """Rows on all runs that the ledger holds, and on its last entry; `only` says whose it is alone."""
   known = histories.histories(chain, delta)
   rows: dict[str, Any] = {}
   if known:
@@ -131,11 +131,10 @@ def together(chain: Chain, delta: float | None = None) -> dict[str, Any]:
     rows = {
       "all private runs on these data: epsilon": ledger.claim(one.epsilon),
       "all private runs on these data: delta": one.ledger.delta,
-      "all private runs on these data: who": f"the worst of {total:,} units of "
-      f"training images in {len(histories.runs(chain))} runs (each arm, and each site's "
-      f"process, is one); it was in "
-      f"{len(one.runs)}{repeatable if bare else ''}. Adjacent data lack what each run protects: "
-      "an image of the unit, its patient, or its site",
+      "all private runs on these data: who": f"the worst of {total:,} units, which was in "
+      f"{len(one.runs)} of {len(histories.runs(chain))} runs (each arm, and each site's process, "
+      f"counts as one){repeatable if bare else ''}{only}. Adjacent data lack what each run "
+      "protects: an image of the unit, its patient, or its site",
     }
   return rows | {"ledger": str(chain.path), "last entry of the ledger": chain.last}
 

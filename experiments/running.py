@@ -237,7 +237,9 @@ def _run(
   secure = sums.facts(config, images, main.models[0]) if federated else None
   order, privacy = _report_order(trained), main.privacy
   if privacy is not None and ledger_dir is not None:
-    all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"])
+    is_alone = seat is not None and (bool(config.data.sources) or ledger_dir.is_relative_to(own))
+    only = "; this is the ledger of site 0 alone, and each other site has its own" * is_alone
+    all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"], only)
     privacy = ledgers.of_arms(spent) | privacy | all_runs
   return report.write_report(
     folder,

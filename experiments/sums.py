@@ -42,7 +42,7 @@ def facts(
     "sites in a sum": secure.num_sites,
     "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
     "of a site and its peers, who must answer": secure.threshold or "all: no site may drop out",
-    "colluding sites that open nothing more": _collusion(config, secure),
+    "sites that may collude with the server": _collusion(config, secure),
     **encoding,
     "who learns what": "the server sees sums only; " + _whose_keys(config, secure) + _of_two(n),
     "known to all": (
@@ -58,8 +58,8 @@ def _collusion(config: Train, secure: secagg.SecureSum) -> str:
   """How many sites are reckoned with, and how many would be too many."""
   n, peers, threshold = secure.num_sites, secure.num_peers, secure.threshold
   lies = may_lie(secure, config.in_processes)
-  enough = graph.num_to_open(peers, threshold, lies)
-  told = f"{config.aggregation.num_colluding(n)} with the server (secagg_colluding)"
+  enough = min(peers, graph.num_to_open(peers, threshold, lies))  # all: they subtract their own
+  told = f"{config.aggregation.num_colluding(n)} (secagg_colluding)"
   if threshold is None:
     return f"{told}; all {peers} peers of a site would open its update"
   if lies:
