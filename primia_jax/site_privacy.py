@@ -20,6 +20,7 @@ from primia_jax.federated import Algorithm, Global, Message, Site
 from primia_jax.privacy import adaptive, distributed, grid, subkeys
 from primia_jax.privacy.adaptive import Clip, clip_update
 from primia_jax.privacy.distributed import DistributedNoise
+from primia_jax.privacy.plan import SiteLevel
 from primia_jax.summation import Coding
 from primia_jax.types import Array, Metrics, ModelState, Params, PyTree
 
@@ -76,6 +77,14 @@ def bounded(algorithm: Algorithm, clip: float | Clip, noise_multiplier: float = 
     return message._replace(update=update, metrics=_silent(message.metrics)), site_state
 
   return algorithm._replace(name=f"{algorithm.name}, bounded", site=site)
+
+
+def private(algorithm: Algorithm, plan: SiteLevel) -> Algorithm:
+  """The algorithm with the clip and the noise that a plan is charged for; see `bounded`.
+
+  Where sites make noise together, `distributed_noise` of `plan.noise` adds it.
+  """
+  return bounded(algorithm, plan.clip, 0.0 if plan.noise else plan.noise_multiplier)
 
 
 def _moving(algorithm: Algorithm, clip: Clip, noise_multiplier: float) -> Algorithm:

@@ -118,7 +118,7 @@ def test_bounds_of_norms_are_never_too_small_and_hardly_too_large():
   assert exact <= float(grid.norm(squares)) <= exact * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6, 1e30])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 1e6, 1e15])
 def test_one_vector_is_clipped_rounded_and_noised(scale, monkeypatch):
   on = grid.choose(200, 0.5)
   tree = {"a": jnp.ones((10, 15)) * scale, "b": -jnp.ones(50) * scale}

@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from primia_jax import local, models
-from primia_jax.privacy import accounting, clipping, plan
+from primia_jax.privacy import accounting, clipping, grid, plan
+from primia_jax.privacy.grid import Rounded
 from primia_jax.types import Batch, Metrics
 
 SIZE, CLASSES, UNITS = (
@@ -25,6 +26,7 @@ LAYERS = [f"{kind}{i}" for i in range(1, 5) for kind in ("conv", "norm")] + [
 ]  # of the model, in their order
 SHARES = {0.5: "all", 5.6: "some", 1e3: "none"}  # clip norm -> how many units it scales down
 NORMS = pytest.mark.parametrize("l2_clip_norm", SHARES, ids=SHARES.get)
+FINE = lambda dim, max_units: grid.choose(dim, 1e-7, max_units)  # hardly any rounding
 RUNS = pytest.mark.parametrize(
   ("sigma", "num_units", "batch_size", "steps", "delta"),
   [
@@ -67,11 +69,10 @@ def work():
 @functools.cache
 def our_sum(l2_clip_norm):
   params, loss, batch = work()
-  total, _, share = jax.jit(clipping.clipped_sum(loss, l2_clip_norm=l2_clip_norm))(
-    params, {}, batch, KEY
-  )
+  summed = clipping.clipped_sum(loss, l2_clip_norm=l2_clip_norm, grid_of=FINE)
+  total, _, share = jax.jit(summed)(params, {}, batch, KEY)
   assert {0: "none", 1: "all"}.get(float(share), "some") == SHARES[l2_clip_norm]
-  return total
+  return grid.real(total.integers, total.step)
 
 
 def assert_equal(ours, theirs):
@@ -190,13 +191,13 @@ def test_padding_and_what_is_not_finite_are_left_out_as_in_jax_privacy(jax_priva
     linear_loss(params, rows.images, rows.labels),
     (state, metrics),
   )
-  our_sum = clipping.clipped_sum(our_loss)
+  our_sum = clipping.clipped_sum(our_loss, grid_of=FINE)
   for padding in (jnp.arange(UNITS) % 2 == 0, jnp.ones(UNITS, bool)):
     ours, _, _ = our_sum(
       params, {}, Batch(images, batch.labels, 1.0 - padding.astype(jnp.float32)), KEY
     )
     theirs = their_sum(params, images, batch.labels, is_padding_example=padding)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grid.real(ours.integers, ours.step), theirs, rtol=1e-5, atol=1e-6)
   with pytest.raises(
     ValueError, match="num_microbatches=0"
   ):  # a Poisson batch without any example, as it draws them
@@ -215,11 +216,11 @@ def test_sensitivity_and_noise_are_those_of_jax_privacy(jax_privacy):
   adder = jax_privacy.noise_addition.gaussian_privatizer(
     stddev=sigma * theirs.sensitivity(), prng_key=KEY
   )
-  zeros = jnp.zeros(200_000)
+  zeros, on = jnp.zeros(200_000), grid.choose(200_000, sigma)
+  total = Rounded(zeros.astype(jnp.int32), jnp.float32(l2_clip_norm / on.steps), on)
+  numbers = {"secret": SECRET, "step": jnp.uint32(0), "num_units": jnp.int32(2)}
   samples = (
-    ours.privatizer.update(zeros, (), secret=SECRET, step=jnp.uint32(0), num_units=jnp.int32(2))[
-      0
-    ],  # over 2 x 1/2 units
+    ours.privatizer.update(total, (), **numbers)[0],  # over 2 x 1/2 units
     adder.update(zeros, adder.init(zeros))[0],
   )
   assert stats.ks_2samp(*samples).pvalue > 1e-3

@@ -240,8 +240,7 @@ def build_federation(
   if config.privacy.dp == "site":
     params, model_state = jax.eval_shape(model.init, jax.random.key(0))
     privacy = build_site_level(config, models.num_parameters(params))
-    own_noise = 0.0 if privacy.noise else privacy.noise_multiplier
-    algorithm = site_privacy.bounded(algorithm, privacy.clip, own_noise)
+    algorithm = site_privacy.private(algorithm, privacy)
     if privacy.noise is not None:
       secure = config.aggregation.secure_sum(n, n, processes)
       coding = site_privacy.distributed_noise(

@@ -21,6 +21,7 @@ from jax import lax
 
 from primia_jax import local, native, prng
 from primia_jax.privacy import grid
+from primia_jax.privacy.grid import Grid
 from primia_jax.tapped import Log, Tapped, Taps, Use, only_in_layers
 from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Params, PyTree
 
@@ -36,15 +37,15 @@ class UnitGradients(NamedTuple):
   Attributes:
     squares: [m, L], an upper bound of the squared norm of each of the L leaves of the parameters,
       however large or small the numbers are; not finite where a unit's gradient has none.
-    add: (total of int32, factors [m, L], counts [m] bool) -> total plus, for each unit that counts,
-      its gradient times factors, rounded to integers; a unit that does not count adds exactly 0,
-      whatever is in it, and no unit changes what another adds.
+    add: (total of int32, factors [m, L], counts [m] bool, grid) -> total plus, for each unit that
+      counts, its gradient times factors, rounded to integers; a unit that does not count adds
+      exactly 0, whatever is in it, and no unit changes what another adds.
     metrics: of each unit, [m].
     sound: float32, 1; NaN where taps missed part of a gradient.
   """
 
   squares: Array
-  add: Callable[[PyTree, Array, Array], PyTree]
+  add: Callable[[PyTree, Array, Array, Grid], PyTree]
   metrics: Metrics
   sound: Array
 
@@ -79,16 +80,14 @@ def explicit(loss_fn: LossFn) -> PerUnit:
       gradients, squares, metrics = jax.vmap(one, (None, None, 0, 0))(
         params, model_state, rows, keys
       )
-    leaves, structure = jax.tree.flatten(gradients)
 
-    def add(total: PyTree, factors: Array, counts: Array) -> PyTree:
-      sums = jax.tree.leaves(total)
-      for u in range(num_units):
-        sums = [
-          total + jnp.where(counts[u], grid.rounded(leaf[u], factors[u, i]), 0)
-          for i, (total, leaf) in enumerate(zip(sums, leaves, strict=True))
-        ]
-      return jax.tree.unflatten(structure, sums)
+    def add(total: PyTree, factors: Array, counts: Array, on: Grid) -> PyTree:
+      leaves, structure = jax.tree.flatten(total)
+      new = [
+        a + grid.summed(leaf, factors[:, i], counts, on)
+        for i, (a, leaf) in enumerate(zip(leaves, jax.tree.leaves(gradients), strict=True))
+      ]
+      return jax.tree.unflatten(structure, new)
 
     return UnitGradients(squares, add, metrics, jnp.ones((), jnp.float32))
 
@@ -178,10 +177,11 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
     squares, sums = zip(*merge(layers, small), strict=True)
     sound = jnp.all(jnp.stack([jnp.all(taps.uses == 1) for taps in of_taps] or [jnp.bool_(True)]))
 
-    def add(total: PyTree, factors: Array, counts: Array) -> PyTree:
+    def add(total: PyTree, factors: Array, counts: Array, on: Grid) -> PyTree:
       leaves, structure = jax.tree.flatten(total)
       new = [
-        plus(a, factors[:, i], counts) for i, (a, plus) in enumerate(zip(leaves, sums, strict=True))
+        plus(a, factors[:, i], counts, on)
+        for i, (a, plus) in enumerate(zip(leaves, sums, strict=True))
       ]
       return jax.tree.unflatten(structure, new)
 
@@ -221,7 +221,9 @@ def rounded_products(x: Array, g: Array, factors: Array) -> Array:
   return lax.platform_dependent(x, g, factors, cpu=compiled, default=plain)
 
 
-def _layer(use: Use, taps: Taps, w: Array) -> tuple[Array, Callable[[Array, Array, Array], Array]]:
+def _layer(
+  use: Use, taps: Taps, w: Array
+) -> tuple[Array, Callable[[Array, Array, Array, Grid], Array]]:
   """Bounds of the squared norms [m] of one kernel's gradients, and what adds these to a total; taps
   have leading axes [m, R].
   """
@@ -239,7 +241,7 @@ def _layer(use: Use, taps: Taps, w: Array) -> tuple[Array, Callable[[Array, Arra
   ):  # by Gram matrices
     squares = _squares_by_gram(rows, g)
 
-    def add(total: Array, factors: Array, counts: Array) -> Array:
+    def add(total: Array, factors: Array, counts: Array, _: Grid) -> Array:
       # The rows are made again: until all norms are known, those of all layers would take much
       # memory.
       again = rows_of(jnp.where(counts.reshape(-1, *(1,) * (taps.x.ndim - 1)), taps.x, 0.0))
@@ -278,11 +280,8 @@ def _squares_by_gram(rows: Array, g: Array) -> Array:
   return exact + np.float32(2 * terms * grid.EPS) * jnp.square(largest) + lost[0] + lost[1]
 
 
-def _add_held(gradients: Array, total: Array, factors: Array, counts: Array) -> Array:
-  """total plus the units that count of gradients [m, ...] times factors [m], rounded."""
-  each = lambda a: a.reshape(-1, *(1,) * (gradients.ndim - 1))
-  whole = jnp.where(each(counts), grid.rounded(gradients, each(factors)), 0)
-  return total + jnp.sum(whole, axis=0, dtype=jnp.int32)
+def _add_held(gradients: Array, total: Array, factors: Array, counts: Array, on: Grid) -> Array:
+  return total + grid.summed(gradients, factors, counts, on)
 
 
 def _precision() -> lax.Precision | None:

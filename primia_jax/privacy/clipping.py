@@ -157,7 +157,7 @@ def clipped_sum(
       units = per_unit.gradients(params, model_state, rows, keys)
       counts = jnp.any(rows.weights != 0, axis=1) & jnp.isfinite(jnp.sum(units.squares, axis=1))
       factors = jax.vmap(lambda squares: _factors(squares, on, unclipped, clipping))(units.squares)
-      total = units.add(total, factors, counts)
+      total = units.add(total, factors, counts, on)
       new = jax.tree.map(lambda m: jnp.where(counts, m, 0.0) / augmentations, units.metrics)
       metrics = jax.tree.map(lambda a, b: a + jnp.sum(b), metrics, new)
       scaled = counts & jnp.any(factors < unclipped, axis=1)

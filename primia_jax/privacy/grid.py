@@ -25,6 +25,7 @@ from primia_jax.types import Array, PyTree
 EPS = 2.0**-24  # the largest relative error of one float32 operation
 _ROUNDING = 0.005  # g sqrt(d) over C: half of it is what the clip gives to rounding
 _COARSEST = 0.1
+_FEW = 2**12  # numbers whose sum is made in one stage
 _MARGIN = 2.0**-20  # of the factor's own rounding, six operations
 
 
@@ -123,8 +124,10 @@ def square(x: Array) -> Array:
   """
   total, terms = jnp.square(x), 2
   for stage in range(3):
+    if total.size <= _FEW:
+      break
     by_axis = stage == 0 and x.ndim > 1
-    columns = x.shape[-1] if by_axis else max(1, math.isqrt(total.size))
+    columns = x.shape[-1] if by_axis else math.isqrt(total.size)
     total = jnp.pad(total.reshape(-1), (0, -total.size % columns)).reshape(-1, columns)
     # the maximum keeps the compiler from making one long sum of all stages
     total, terms = jnp.maximum(jnp.sum(total, axis=1), 0.0), terms + columns
@@ -141,6 +144,21 @@ def norm(squares: Array, axis: int = -1) -> Array:
 def rounded(x: Array, factor: Array) -> Array:
   """x times a factor into grid steps, rounded to the nearest int32."""
   return jnp.rint(x * factor).astype(jnp.int32)
+
+
+def summed(units: Array, factors: Array, counts: Array, on: Grid) -> Array:
+  """The sum over units that count of `rounded(units[m], factors[m])`, exactly: int32.
+
+  Args:
+    units: [m, ...] float32, of norm at most `on.limit` after multiplication.
+    factors, counts: [m] float32 and bool; a unit that does not count adds 0, whatever is in it.
+    on: the grid.
+  """
+  each = lambda a: a.reshape(-1, *(1,) * (units.ndim - 1))
+  whole = jnp.where(each(counts), jnp.rint(units * each(factors)), 0.0)
+  if units.shape[0] * on.steps <= 2**24:  # float32 adds such whole numbers exactly, and faster
+    return jnp.sum(whole, axis=0).astype(jnp.int32)
+  return jnp.sum(whole.astype(jnp.int32), axis=0, dtype=jnp.int32)
 
 
 def noised(total: PyTree, on: Grid, secret: Array, step: int | Array) -> PyTree:

@@ -105,7 +105,7 @@ def integers(secret: Array, shape: Sequence[int], level: int) -> Array:
     ValueError: for another level, and as `discrete.sample`.
   """
   base, shift = _digits(level)
-  keys = jnp.stack([prng.derive(secret, digit) for digit in range(2)])
+  keys = jax.vmap(lambda digit: prng.derive(secret, digit))(jnp.arange(2, dtype=jnp.uint32))
   return discrete.digits(keys, shape, base, shift)
 
 
@@ -150,7 +150,7 @@ def _like(
   if sum(sizes) > NUMBERS:
     raise ValueError(f"{sum(sizes)} numbers; the accountant reckons with {NUMBERS} in a release")
   if sum(sizes) <= _TOGETHER:
-    pieces = jnp.split(draw(prng.derive(key, 0), sum(sizes)), np.cumsum(sizes)[:-1])
+    pieces = jnp.split(draw(key, sum(sizes)), np.cumsum(sizes)[:-1])
   else:
     numbers = jnp.arange(len(leaves), dtype=jnp.uint32)
     keys = jax.vmap(lambda i: prng.derive(key, i))(numbers)

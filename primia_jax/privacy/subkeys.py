@@ -22,7 +22,7 @@ _UPDATE = 0x53495445  # "SITE"
 _COUNTS = 0x434E5453  # "CNTS"
 # First words under a subkey.
 POISSON = 0x53414D50  # "SAMP": `sampling.poisson`
-GAUSSIAN = 0x4E4F4953  # "NOIS": `noise.gaussian_like`, then the step
+GAUSSIAN = 0x4E4F4953  # "NOIS": `noise.integers_like`, then the step
 CORRELATED = 0x434F5252  # "CORR": `correlated.next_noise`, then the level; then `GAUSSIAN`
 
 _NO_SECRET = (
