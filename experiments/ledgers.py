@@ -120,7 +120,7 @@ def units(chain: Chain, part: Part, site: int) -> set[bytes]:
 
 
 def together(chain: Chain, delta: float | None = None, only: str = "") -> dict[str, Any]:
-  """Rows on all runs that the ledger holds, and on its last entry; `only` says whose it is alone."""
+  """Rows on all runs that the ledger holds, and on its last entry; `only` says whose it is."""
   known = histories.histories(chain, delta)
   rows: dict[str, Any] = {}
   if known:
