@@ -197,7 +197,7 @@ def test_padding_and_what_is_not_finite_are_left_out_as_in_jax_privacy(jax_priva
       params, {}, Batch(images, batch.labels, 1.0 - padding.astype(jnp.float32)), KEY
     )
     theirs = their_sum(params, images, batch.labels, is_padding_example=padding)
-    np.testing.assert_allclose(grid.real(ours.integers, ours.step), theirs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grid.real(ours.integers, ours.step), theirs, rtol=2e-4, atol=2e-4)
   with pytest.raises(
     ValueError, match="num_microbatches=0"
   ):  # a Poisson batch without any example, as it draws them
