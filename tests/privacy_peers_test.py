@@ -76,10 +76,10 @@ def our_sum(l2_clip_norm):
 
 
 def assert_equal(ours, theirs):
-  """To 1e-5 of the largest entry, leaf by leaf."""
+  """To 2e-4 of the largest entry, leaf by leaf: our norms are upper bounds, and sums are rounded."""
   assert len(ours) == len(theirs)
   for a, b in zip(ours, theirs, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.abs(b).max()))
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * float(np.abs(b).max()))
 
 
 def spent(sigma, rate, steps, delta, accountant):
@@ -197,7 +197,7 @@ def test_padding_and_what_is_not_finite_are_left_out_as_in_jax_privacy(jax_priva
       params, {}, Batch(images, batch.labels, 1.0 - padding.astype(jnp.float32)), KEY
     )
     theirs = their_sum(params, images, batch.labels, is_padding_example=padding)
-    np.testing.assert_allclose(grid.real(ours.integers, ours.step), theirs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grid.real(ours.integers, ours.step), theirs, rtol=2e-4, atol=2e-4)
   with pytest.raises(
     ValueError, match="num_microbatches=0"
   ):  # a Poisson batch without any example, as it draws them
