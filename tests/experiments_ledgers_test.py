@@ -26,6 +26,22 @@ def ledger_of(config, run_dir):
 # ---- where they lie
 
 
+def test_processes_with_a_source_each_have_a_ledger_each(tmp_path):
+  names = [f"npz:{tmp_path / one}" for one in ("a.npz", "b.npz")]
+  for one in ("a.npz", "b.npz"):
+    (tmp_path / one).touch()
+  config = settings.replace(PRIVATE, num_sites=2, site_data=",".join(names))
+  folder = lambda config, site: rows.folder(config.privacy, config.data, tmp_path / "own", site)
+  assert folder(config, 0) == (tmp_path / "a.npz.ledger").resolve()
+  assert folder(config, 1) == (tmp_path / "b.npz.ledger").resolve()
+  assert folder(PRIVATE, 1) == tmp_path / "own" / rows.OF_PHANTOM
+  with pytest.raises(ValueError, match="name its folder with --ledger_dir"):
+    folder(config, None)
+  named = settings.replace(config, ledger_dir=str(tmp_path / "named"))
+  assert folder(named, None) == tmp_path / "named"
+  assert folder(named, 1) == tmp_path / "named" / "site_1"
+
+
 def test_a_ledger_lies_beside_the_data_under_their_real_name(tmp_path):
   """So that another run folder, and another path to the same data, finds it again."""
   run_dir, images = pathlib.Path("runs/a"), tmp_path / "xray.tar"

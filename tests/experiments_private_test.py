@@ -266,7 +266,13 @@ def test_a_stopped_run_goes_on_with_its_correlated_noise_and_is_charged_again(tm
       "num_sites": 4,
       "dp_clipping": "per_layer",
     },
-    {"sites_per_round": 2, "dp_average": 0.9, "keep_optimizer": True, "dp_clipping": "automatic"},
+    {
+      "num_sites": 4,
+      "sites_per_round": 3,
+      "dp_average": 0.9,
+      "keep_optimizer": True,
+      "dp_clipping": "automatic",
+    },
   ],
 )
 def test_fixed_batches_go_with_other_settings(tmp_path, change):
