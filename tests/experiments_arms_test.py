@@ -1,9 +1,13 @@
-"""What a report says of arms that are trained on the same images."""
+"""Arms: what a report says of several on the same images, and what validation images change."""
 
+import dataclasses
+
+import jax
+import numpy as np
 import pytest
-from experiments_runs import PRIVATE, SITE
+from experiments_runs import PRIVATE, SITE, cohort_of, trainer_of
 
-from experiments import ledgers, running, settings
+from experiments import arms, ledgers, running, settings
 from primia_jax.privacy import accounting, ledger
 
 
@@ -58,3 +62,26 @@ def test_a_report_names_the_epsilon_of_every_arm(config, tmp_path):
   assert ("NOT PRIVATE" in result["privacy"]) == bare
   assert list(told.values()).count("infinite") == (4 if bare else 0)
   assert ("**NOT PRIVATE**" in (tmp_path / "report.md").read_text()) == bare
+
+
+@pytest.mark.parametrize("validation", ["auto", pytest.param("exact", marks=pytest.mark.slow)])
+def test_validation_images_change_nothing_that_leaves_a_private_run(validation, tmp_path):
+  """Everything of them is replaced; with exact scores, which choose the model, that is seen."""
+  config = settings.replace(PRIVATE, rounds=2, validation=validation)
+  made, cohort = trainer_of(config), cohort_of(config)
+  images = cohort.validation.dataset
+  inverted, wrong = 255 - np.asarray(images.images), (images.labels + 1) % 3
+  other = dataclasses.replace(images, images=inverted, labels=wrong)
+  cohorts = cohort, cohort._replace(validation=cohort.validation._replace(dataset=other))
+  told = []
+  for i, one in enumerate(cohorts):
+    folder = tmp_path / str(i)
+    folder.mkdir()
+    model_config = config.model.config(config.data, 3)
+    arm = arms.train(config, one, made, model_config, folder, folder / "ledger")
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in arm.rows]
+    told.append((rows, arm.facts, jax.tree.map(np.ndarray.tolist, arm.models)))
+    assert ("NOT PROTECTED" in arm.privacy) == (validation == "exact")
+  assert (told[0] == told[1]) == (validation == "auto")
+  if validation == "auto":
+    assert told[0][1]["round kept"].startswith("2, the last")

@@ -290,29 +290,6 @@ def test_pooled_training_takes_batches_in_a_fixed_order(tmp_path):
   assert "DP-FTRL" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize("validation", ["auto", slow("exact")])
-def test_validation_images_change_nothing_that_leaves_a_private_run(validation, tmp_path):
-  """Everything of them is replaced; with exact scores, which choose the model, that is seen."""
-  config = settings.replace(PRIVATE, rounds=2, validation=validation)
-  made, cohort = trainer_of(config), cohort_of(config)
-  images = cohort.validation.dataset
-  inverted, wrong = 255 - np.asarray(images.images), (images.labels + 1) % 3
-  other = dataclasses.replace(images, images=inverted, labels=wrong)
-  cohorts = cohort, cohort._replace(validation=cohort.validation._replace(dataset=other))
-  told = []
-  for i, one in enumerate(cohorts):
-    folder = tmp_path / str(i)
-    folder.mkdir()
-    model_config = config.model.config(config.data, 3)
-    arm = arms.train(config, one, made, model_config, folder, folder / "ledger")
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in arm.rows]
-    told.append((rows, arm.facts, jax.tree.map(np.ndarray.tolist, arm.models)))
-    assert ("NOT PROTECTED" in arm.privacy) == (validation == "exact")
-  assert (told[0] == told[1]) == (validation == "auto")
-  if validation == "auto":
-    assert told[0][1]["round kept"].startswith("2, the last")
-
-
 @pytest.mark.slow
 def test_training_stops_at_the_budget(tmp_path):
   made = trainer_of(FRESH).privacy
