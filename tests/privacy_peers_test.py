@@ -76,7 +76,7 @@ def our_sum(l2_clip_norm):
 
 
 def assert_equal(ours, theirs):
-  """To 2e-4 of the largest entry, leaf by leaf: our norms are upper bounds, and sums are rounded."""
+  """To 2e-4 of the largest entry, leaf by leaf: norms are upper bounds, and sums are rounded."""
   assert len(ours) == len(theirs)
   for a, b in zip(ours, theirs, strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * float(np.abs(b).max()))

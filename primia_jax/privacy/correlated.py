@@ -28,7 +28,6 @@ holds what later steps need of earlier draws.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -75,12 +74,10 @@ def fraction(config: Config) -> int:
 
 
 def grid_of(config: Config) -> Callable[..., Grid]:
-  """`grid.choose` for this noise: (dim, max_units=) -> Grid."""
-  return functools.partial(
-    grid.choose,
-    noise_multiplier=stddev(config) / config.l2_clip_norm,
-    fraction=fraction(config),
-    num_draws=_MOST_DRAWS,
+  """`grid.choose` for this noise: (dim, max_units=1) -> Grid."""
+  multiplier, finer = stddev(config) / config.l2_clip_norm, fraction(config)
+  return lambda dim, max_units=1: grid.choose(
+    dim, multiplier, max_units, fraction=finer, num_draws=_MOST_DRAWS
   )
 
 

@@ -40,7 +40,6 @@ from primia_jax.privacy.accounting import Ledger, Release
 from primia_jax.privacy.adaptive import Clip
 from primia_jax.privacy.clipping import Clipping, clipped_gradients
 from primia_jax.privacy.distributed import DistributedNoise
-from primia_jax.privacy.grid import Grid
 from primia_jax.types import Array, LossFn, Params, PyTree
 
 _FAILURE = 1e-12  # probability that any batch of a run overflows; taken from delta
@@ -163,7 +162,7 @@ def dp_sgd(
 
   A step's gradient is the sum of clipped gradients plus noise of standard deviation sigma C, over q
   n. Each step costs one release of the Poisson-subsampled Gaussian mechanism; the probability that
-  a batch overflows is taken from delta.
+  a batch overflows and the sampler's error are taken from delta.
 
   Args:
     loss_fn: the mean over rows of non-zero weight; it is called with one unit, or several, at a
@@ -197,8 +196,8 @@ def dp_sgd(
     sigma = accounting.calibrate(target, delta, rate, total, before, wrong)
   release = accounting.gaussian("gradients", sigma, rate, wrong)
   clipped = Clipping(l2_clip_norm, clipping, augmentations, microbatch, has_taps)
-  images, rows = max_examples or num_units * rows_per_unit, rows_per_unit
-  drawn = batches.poisson(steps, rate, max_units, images, unit=unit, rows_per_unit=rows)
+  images = max_examples or num_units * rows_per_unit
+  drawn = batches.poisson(steps, rate, max_units, images, unit=unit, rows_per_unit=rows_per_unit)
   base = Plan(
     unit, delta, num_units, target, steps, (release._replace(times=steps),), tuple(before), False
   )
@@ -272,8 +271,8 @@ def dp_ftrl(
   separation, times = batches.participation(total, batch_size, fewest)
   strategy = strategies.make(kind, total, separation, times, sigma, l2_clip_norm, bands)
   clipped = Clipping(l2_clip_norm, clipping, augmentations, microbatch, has_taps)
-  images, rows = max_examples or num_units * rows_per_unit, rows_per_unit
-  drawn = batches.cyclic(steps, batch_size, images, unit=unit, rows_per_unit=rows)
+  images = max_examples or num_units * rows_per_unit
+  drawn = batches.cyclic(steps, batch_size, images, unit=unit, rows_per_unit=rows_per_unit)
   base = Plan(unit, delta, num_units, target, steps, (release,), tuple(before), True)
   adds = privatizers.correlate(strategy, batch_size)
   return _step_plan(loss_fn, base, clipped, drawn, adds, sigma, 1.0, strategy)
@@ -291,11 +290,9 @@ def _step_plan(
 ) -> StepPlan:
   """Ties the batches, the clipped gradients and the noise of a plan together."""
   size = drawn.batch_size
-  made_for = functools.partial(grid.choose, noise_multiplier=sigma)
-  grid_of: Callable[..., Grid] = made_for if strategy is None else correlated.grid_of(strategy)
-  grad_fn = clipped_gradients(
-    loss_fn, clipped, base.unit, size, lambda dim, units: grid_of(dim, max_units=units)
-  )
+  fresh = lambda dim, max_units=1: grid.choose(dim, sigma, max_units)
+  grid_of = fresh if strategy is None else correlated.grid_of(strategy)
+  grad_fn = clipped_gradients(loss_fn, clipped, base.unit, size, grid_of)
   priced: list[Any] = [getattr(base, field.name) for field in dataclasses.fields(Plan)]
   own = sigma, clipped, rate, size, strategy, drawn, grad_fn, adds.bound_to(drawn, grad_fn)
   return StepPlan(*priced, *own)  # type: ignore[call-arg]
