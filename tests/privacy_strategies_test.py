@@ -1,4 +1,4 @@
-"""Errors, coefficients and refusals; what a strategy costs is checked in `privacy_correlated_test`."""
+"""Errors, coefficients and refusals; `privacy_correlated_test` checks what a strategy costs."""
 
 import math
 

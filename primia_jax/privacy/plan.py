@@ -191,9 +191,7 @@ def dp_sgd(
   max_units = sampling.capacity(num_units, rate, total, _FAILURE)
   overflow = sampling.overflow_probability(max_units, num_units, rate, total) / total
   wrong = overflow + sampler.error_of_release()
-  sigma = noise_multiplier
-  if sigma is None:
-    sigma = accounting.calibrate(target, delta, rate, total, before, wrong)
+  sigma = noise_multiplier or accounting.calibrate(target, delta, rate, total, before, wrong)
   release = accounting.gaussian("gradients", sigma, rate, wrong)
   clipped = Clipping(l2_clip_norm, clipping, augmentations, microbatch, has_taps)
   images = max_examples or num_units * rows_per_unit
