@@ -56,7 +56,8 @@ def class_counting(
     size = site.labels.shape[0]
     real = (jnp.arange(size) < site.num_examples).astype(jnp.int32)
     on = grid.choose(num_classes, noise_stddev, size)
-    whole = int(on.steps)  # what one unit adds at most, in integers, so that sums are exact
+    # what one unit adds at most, in integers, so that sums are exact
+    whole = int(on.steps) if noise_stddev or site.units is not None else 1
     share = real * whole
     if site.units is not None:
       of_unit = jnp.zeros_like(real).at[site.units].add(real)  # padding, of unit -1, adds 0

@@ -102,6 +102,15 @@ def once(x: Array) -> Array:
   return lax.sort((position, x.reshape(-1)), num_keys=1)[1].reshape(x.shape)
 
 
+def settled(x: Array) -> Array:
+  """Returns x so that all consumers see the same bits, fast where `barrier` holds.
+
+  On CPU it is `once`, which sorts where there is no C form; elsewhere an optimization barrier,
+  which keeps its meaning until after fusion.
+  """
+  return once(x) if jax.default_backend() == "cpu" else lax.optimization_barrier(x)
+
+
 @functools.cache
 def _load() -> bool:
   try:

@@ -335,7 +335,7 @@ def test_noise_of_a_whole_run_meets_the_target_once(kind):
   assert (noises.num_steps, noises.min_separation, noises.max_participations) == (27, 3, 9)
   assert (made.num_steps, made.delta, made.sampling_rate) == (9, 0.1 / 18, 1)
   assert made.whole_run
-  sigma, of_all_steps = noises.noise_multiplier, 27 * SAMPLER
+  sigma, of_all_steps = noises.noise_multiplier, 54 * SAMPLER
   assert made.releases == (accounting.gaussian("gradients", sigma, 1.0, of_all_steps),)
   assert 3.95 < made.epsilon(1) == made.epsilon(3) <= 4.0
   assert of_steps(settings.replace(config, noise_multiplier=10.0))

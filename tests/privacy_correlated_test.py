@@ -212,6 +212,14 @@ def test_what_is_released_is_a_function_of_the_strategy_s_output_to_the_last_bit
 
 
 @every_config
+def test_noise_stays_within_the_draws_that_its_grid_has_room_for(config):
+  """All draws as large as they come, each with the sign that adds to one number."""
+  _, inverse = strategy(config)
+  assert np.abs(inverse).sum(axis=1).max() <= strategies.largest_noise(config)
+  assert strategies.largest_noise(strategies.banded(500, 20, 1.0, 1.0, [1.0, 1.0])) > 500
+
+
+@every_config
 def test_expected_errors_are_those_of_the_matrices(config):
   _, inverse = strategy(config)
   rows = np.cumsum(inverse, axis=0)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from primia_jax import native
 from primia_jax.privacy import bookkeeping, clipping, grid, noise
 from primia_jax.tapped import dense
 from primia_jax.types import Batch, Metrics
@@ -61,15 +62,15 @@ def hostile_units(seed):
 FORMS = {"formed": (None, 2**22), "held": (True, 2**22), "by Gram matrices": (True, 0)}
 
 
-@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("native_form", ["1", "0"])
 @pytest.mark.parametrize("form", FORMS)
 def test_hostile_units_add_apart_and_change_a_sum_by_no_more_than_the_clip(
-  form, native, monkeypatch
+  form, native_form, monkeypatch
 ):
   """Sums are exactly those of the units alone, and each is within C, in integers."""
   taps, cache = FORMS[form]
   monkeypatch.setattr(bookkeeping, "_CACHE_BYTES", cache)
-  monkeypatch.setenv("PRIMIA_NATIVE", native)
+  monkeypatch.setenv("PRIMIA_NATIVE", native_form)
   run = jax.jit(
     clipping.clipped_sum(
       loss_fn, l2_clip_norm=2.0, has_taps=taps and (lambda params: True),
@@ -103,6 +104,42 @@ def test_one_float_sum_of_all_units_would_not_keep_them_apart():
   exact = np.einsum("pk,po->ko", x[0].astype(np.float64), g[0].astype(np.float64))
   assert np.linalg.norm(exact) == 0
   assert np.linalg.norm(change) > 1
+
+
+def products_loss(params, model_state, batch, key):
+  """The gradient of w is s t - c, elementwise, which the compiler can form in two ways."""
+  del key
+  s, t, c = batch.images[0, 0, 0], batch.images[0, 1, 0], batch.images[0, 2]
+  zero = jnp.zeros(())
+  return jnp.sum((s * t - c) * params), (model_state, Metrics(zero, zero, zero))
+
+
+@pytest.mark.parametrize("protected", [True, False])
+@pytest.mark.parametrize("native_form", ["1", "0"])
+def test_the_norm_and_the_sum_are_of_one_gradient_to_the_last_bit(
+  protected, native_form, monkeypatch
+):
+  """Else a product rounded in one place and fused into an addition in the other makes a gradient
+  that cancels to 0 in the norm a thousand times the clip in the sum.
+  """
+  monkeypatch.setenv("PRIMIA_NATIVE", native_form)
+  if not protected:
+    monkeypatch.setattr(native, "settled", lambda x: x)
+  width, a, b = 63, np.float32(1.2345678e10), np.float32(1.3456789)
+  largest = 0.0
+  for units, together in ((8, 2), (16, 4), (64, None)):
+    images = np.zeros((units, 3, width), np.float32)
+    images[0] = np.stack([np.full(width, v) for v in (a, b, a * b)])
+    batch = Batch(jnp.asarray(images), jnp.zeros(units, jnp.int32), jnp.ones(units))
+    run = jax.jit(
+      clipping.clipped_sum(
+        products_loss, microbatch=together, grid_of=lambda dim, units: grid.choose(dim, 1.0, units)
+      )
+    )
+    total, *_ = run(jnp.ones(width), {}, batch, KEY)
+    norm = np.linalg.norm(np.asarray(total.integers, np.float64))
+    largest = max(largest, norm / total.grid.steps)
+  assert largest <= 1 if protected else largest > 10
 
 
 def test_bounds_of_norms_are_never_too_small_and_hardly_too_large():

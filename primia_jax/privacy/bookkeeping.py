@@ -69,17 +69,19 @@ def explicit(loss_fn: LossFn) -> PerUnit:
 
   def one(params: Params, model_state: ModelState, rows: Batch, key: Key):
     gradient, (_, metrics) = gradient_fn(params, model_state, rows, key)
-    return gradient, jnp.stack([grid.square(leaf) for leaf in jax.tree.leaves(gradient)]), metrics
+    return gradient, metrics
 
   def run(params: Params, model_state: ModelState, rows: Batch, keys: Key) -> UnitGradients:
     num_units = rows.weights.shape[0]
     if num_units == 1:  # a convolution's own form, and not that of its `vmap`
       out = one(params, model_state, *jax.tree.map(lambda a: a[0], (rows, keys)))
-      gradients, squares, metrics = jax.tree.map(lambda a: a[None], out)
+      gradients, metrics = jax.tree.map(lambda a: a[None], out)
     else:
-      gradients, squares, metrics = jax.vmap(one, (None, None, 0, 0))(
-        params, model_state, rows, keys
-      )
+      gradients, metrics = jax.vmap(one, (None, None, 0, 0))(params, model_state, rows, keys)
+    # The compiler could else form a gradient anew, and round it otherwise, for its norm and for the
+    # sum, and where much cancels these would be of different vectors.
+    gradients = jax.tree.map(native.settled, gradients)
+    squares = jnp.stack([jax.vmap(grid.square)(g) for g in jax.tree.leaves(gradients)], axis=1)
 
     def add(total: PyTree, factors: Array, counts: Array, on: Grid) -> PyTree:
       leaves, structure = jax.tree.flatten(total)
@@ -172,6 +174,7 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
     (of_others, of_taps), metrics = jax.grad(total, argnums=(0, 1), has_aux=True)(
       list(map(each, others)), zeros
     )
+    of_others, of_taps = jax.tree.map(native.settled, (of_others, of_taps))  # as in `explicit`
     layers = [_layer(use, taps, w) for use, taps, w in zip(uses, of_taps, kernels, strict=True)]
     small = [(jax.vmap(grid.square)(g), functools.partial(_add_held, g)) for g in of_others]
     squares, sums = zip(*merge(layers, small), strict=True)
@@ -249,7 +252,8 @@ def _layer(
       return total + new.reshape(total.shape)
 
     return squares, add
-  gradients = jnp.einsum("mpk,mpo->mok", rows, g, precision=_precision())  # faster on CPU than mko
+  # faster on CPU than mko
+  gradients = native.settled(jnp.einsum("mpk,mpo->mok", rows, g, precision=_precision()))
   turned = lambda total: total.reshape(fan_in, features).T
   return jax.vmap(grid.square)(gradients), lambda total, *how: _add_held(
     gradients, turned(total), *how

@@ -44,12 +44,12 @@ from primia_jax.privacy.strategies import (
   BandedNoise,
   Config,
   TreeNoise,
+  largest_noise,
   level_variances,
   stddev,
 )
 from primia_jax.types import Array, PyTree
 
-_MOST_DRAWS = 16  # of `noise.largest` that a number may hold: numbers wrap around beyond
 # (key [8] uint32, step uint32, like, level) -> the two digits of independent noise of like's
 # shapes, never the same for another step
 NoiseFn = Callable[[Array, Array, PyTree, int], tuple[PyTree, PyTree]]
@@ -77,7 +77,7 @@ def grid_of(config: Config) -> Callable[..., Grid]:
   """`grid.choose` for this noise: (dim, max_units=1) -> Grid."""
   multiplier, finer = stddev(config) / config.l2_clip_norm, fraction(config)
   return lambda dim, max_units=1: grid.choose(
-    dim, multiplier, max_units, fraction=finer, num_draws=_MOST_DRAWS
+    dim, multiplier, max_units, fraction=finer, num_draws=largest_noise(config)
   )
 
 

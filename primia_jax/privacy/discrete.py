@@ -226,7 +226,8 @@ def _stream(key: Array, heads: Array, tails: Array, size: int) -> Array:
     take = lambda a: lax.dynamic_slice_in_dim(jnp.pad(a, (0, -size % chunk)), index * chunk, chunk)
     return _lookup(heads, tails, jnp.stack([first, *map(take, more)]))
 
-  index = jnp.arange(padded.shape[0], dtype=jnp.int32)
+  varying = prng.varying_zero(key).astype(jnp.int32)
+  index = jnp.arange(padded.shape[0], dtype=jnp.int32) + varying
   return lax.map(draw, (index, padded)).reshape(-1)[:size]
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from primia_jax import prng, ring
+from primia_jax import native, prng, ring
 from primia_jax.privacy import discrete, rotation
 from primia_jax.types import Array, Key, PyTree
 
@@ -250,7 +250,8 @@ def round_clipped(flat: Array, rotation_key: Key, key: Array, config: Distribute
   flat = jnp.where(jnp.isfinite(norm), flat, 0.0) * jnp.minimum(
     1.0, clip / jnp.where(norm > 0, norm, 1.0)
   )
-  x = rotation.rotate(flat, rotation_key, config.chunk) * np.float32(config.scale)
+  # what is bounded and what is sent are of the same bits, however the compiler divides the work
+  x = native.settled(rotation.rotate(flat, rotation_key, config.chunk) * np.float32(config.scale))
   limit = np.float32(config.l2_sensitivity**2 * (1 - _SLACK / 2))
   low = jnp.floor(x)
   share = jnp.floor(

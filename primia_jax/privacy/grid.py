@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax import native
 from primia_jax.privacy import noise
 from primia_jax.types import Array, PyTree
 
@@ -127,7 +128,7 @@ def square(x: Array) -> Array:
     if total.size <= _FEW:
       break
     by_axis = stage == 0 and x.ndim > 1
-    columns = x.shape[-1] if by_axis else math.isqrt(total.size)
+    columns = min(x.shape[-1], _FEW) if by_axis else math.isqrt(total.size)
     total = jnp.pad(total.reshape(-1), (0, -total.size % columns)).reshape(-1, columns)
     # the maximum keeps the compiler from making one long sum of all stages
     total, terms = jnp.maximum(jnp.sum(total, axis=1), 0.0), terms + columns
@@ -183,6 +184,7 @@ def release(
     on: from `choose`, for this many numbers and one unit.
     secret, step: as in `noise.integers_like`.
   """
+  tree = jax.tree.map(native.settled, tree)  # its norm and its sum are of the same bits
   leaves = jax.tree.leaves(tree)
   length = norm(jnp.stack([square(leaf.astype(jnp.float32)) for leaf in leaves]))
   clip = jnp.asarray(l2_clip_norm, jnp.float32)

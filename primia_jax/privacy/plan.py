@@ -256,7 +256,7 @@ def dp_ftrl(
       f"steps={steps}, rounds={rounds} and batch_size={batch_size} must be at least 1, and the "
       f"places of the whole run, {total} x {batch_size}, fewer than 2^32"
     )
-  sigma, wrong = noise_multiplier, total * sampler.error_of_release()
+  sigma, wrong = noise_multiplier, 2 * total * sampler.error_of_release()  # trees draw twice
   if sigma is None:
     sigma = accounting.calibrate(target, delta, 1.0, 1, before, wrong)
   release = accounting.gaussian("gradients", sigma, extra_delta=wrong)

@@ -22,6 +22,7 @@ import numpy as np
 from scipy import optimize, signal
 
 FRACTION = 64  # coefficients of `banded` are multiples of 1 / FRACTION
+_MOST_COEFFICIENTS = 2**10  # whose digits fit 32 bits (`correlated`)
 _MAX_BANDS = 16  # more take memory, and hardly reduce the error
 
 
@@ -49,6 +50,8 @@ class BandedNoise:
   def __post_init__(self):
     _check(self)
     c = np.array(self.coefficients)
+    if len(c) > _MOST_COEFFICIENTS:
+      raise ValueError(f"{len(c)} bands; give at most {_MOST_COEFFICIENTS}")
     if not 1 <= len(c) <= self.min_separation:
       raise ValueError(
         f"{len(c)} bands with min_separation={self.min_separation}: a unit's columns would "
@@ -255,6 +258,15 @@ def squared_errors(config: Config) -> np.ndarray:
   impulse[0] = 1
   inverse = signal.lfilter([1.0], config.coefficients, impulse)
   return np.cumsum(np.cumsum(inverse) ** 2) * stddev(config) ** 2
+
+
+def largest_noise(config: Config) -> int:
+  """How many draws' largest magnitude one number of noise can reach, in any run of the strategy."""
+  if isinstance(config, TreeNoise):
+    return 2 * (config.restart_every.bit_length() + 1)
+  impulse = np.zeros(config.num_steps)
+  impulse[0] = 1
+  return math.ceil(np.sum(np.abs(signal.lfilter([1.0], config.coefficients, impulse)))) + 1
 
 
 def level_variances(config: TreeNoise) -> tuple[float, ...]:
