@@ -44,17 +44,19 @@ _NAMES = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
 
 settings.define_flags(Train)
 flags.DEFINE_integer(
-  "num_units", 0, "training images or patients of the largest site; not for dp=site"
+  "num_units", 0, "training images or patients of the largest site; not for dp=site", 0
 )
 flags.DEFINE_integer(
   "smallest_units",
   0,
   "dp_noise=banded or tree: training images or patients of the smallest site; 0 takes num_units",
+  0,
 )
 flags.DEFINE_integer(
   "num_classes",
   3,
   "dp_noise=distributed: classes of the model, whose size decides what rounding costs",
+  2,
 )
 flags.DEFINE_list("baselines", [], "ignored; presets of train_federated may set it")
 flags.DEFINE_string(

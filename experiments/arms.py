@@ -194,7 +194,8 @@ def train(
     log: called with each round's line.
 
   Raises:
-    RuntimeError: as `loop.rounds`, or sites do not agree on where to start (`starts.agree`).
+    RuntimeError: as `loop.rounds`, no round changed the model, or sites do not agree on where to
+      start (`starts.agree`).
     ValueError: the ledger is damaged, or has lost what earlier starts were charged.
   """
   num_sites, key = len(cohort.train.sites), jax.random.key(config.seed)
@@ -261,10 +262,12 @@ def train(
     validate = lambda key, state: trainer.validate(key, state, held_out)
   inputs = step, validate, key, state, everybody
   most, bound = config.training.rounds, config.aggregation.secagg_max_abs
+  last_abort = ""
   try:
     for done in loop.rounds(*inputs, most, trainer.num_sampled, before, bound):
       state = done.state
       if done.info is None:
+        last_abort = done.aborted.removeprefix("round aborted: ")
         bar.write(f"round {done.number}: {done.aborted}")
         bar.update()
         continue
@@ -287,6 +290,15 @@ def train(
   finally:
     bar.close()
     checkpoints.close()
+
+  if not int(best.round):
+    why = "the budget allows no round"
+    if last_abort:
+      why = f"all {int(state.round)} rounds were aborted, the last because: {last_abort}"
+    raise RuntimeError(
+      f"{cohort.name}: {why}. Nothing was trained, so there is no model and no report; lower "
+      "--dropout_rate or --secagg_threshold, or raise --target_epsilon, with another --run_dir"
+    )
 
   serve = lambda kept: algorithm.personal(
     federated.Global(best.params, best.model_state, best.server_state, state.round, key), kept

@@ -112,9 +112,9 @@ def check(s: Infer) -> None:
       f"fraction_bits={s.fraction_bits}; use 1 to {most}, less than half the ring, or 0 to choose"
     )
   for name in ("target_error", "calibration_images", "batch"):
-    if not getattr(s, name) > 0:
+    if not 0 < getattr(s, name) < math.inf:
       raise ValueError(f"{name}={getattr(s, name)}; use a positive number")
-  if not s.margin >= 1:
+  if not 1 <= s.margin < math.inf:
     raise ValueError(f"margin={s.margin}; use at least 1: ranges that calibration saw must fit")
   kind, _, where = s.calibration.partition(":")
   if s.calibration not in ("run", "phantom") and not (kind in ("folder", "npz", "tfds") and where):

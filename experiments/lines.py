@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments import loop
 from experiments.checkpoints import Best
+from experiments.markdown import ABORTED
 from experiments.processes import Place
 from primia_jax import federated, metrics
 
@@ -44,7 +45,7 @@ def facts(
   out["rounds trained"] = len(rows)
   if aborted := int(state.round) - len(rows):
     charged = ", charged all the same" if is_charged else ""
-    out["rounds aborted, too few sites being left"] = f"{aborted}{charged}"
+    out[ABORTED] = f"{aborted} of {int(state.round)}{charged}"
   if place.exchange is not None:
     lost = {i for row in rows for i in row.get("lost", ())}
     lost |= set(range(num_sites)) - set(place.exchange.sites)

@@ -13,6 +13,7 @@ SCALARS = {
   "macro_roc_auc": ("macro ROC-AUC", False),
 }
 PER_CLASS = ("sensitivity", "specificity")
+ABORTED = "rounds aborted, too few sites being left"  # fact of an arm
 
 
 def _number(x: float | None, percent: bool, signed: bool = False) -> str:
@@ -58,9 +59,11 @@ def _summary(result: Mapping[str, Any]) -> str:
 
 
 def warnings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """What a reader must know of a run's privacy before its scores, as (what, why)."""
+  """What a reader must know of a run before its scores, as (what, why)."""
   privacy = result["privacy"] or {}
-  return [(what, privacy[what]) for what in ("NOT PRIVATE", "NOT PROTECTED") if what in privacy]
+  aborted = [(k, str(v)) for k, v in result["config"].items() if k.endswith(ABORTED)]
+  of_privacy = [(k, privacy[k]) for k in ("NOT PRIVATE", "NOT PROTECTED") if k in privacy]
+  return of_privacy + aborted
 
 
 def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:

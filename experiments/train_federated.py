@@ -85,7 +85,7 @@ def main() -> None:
         f"{name}={FLAGS[name].value} belongs to placement=processes, not "
         f"{config.federation.placement}"
       )
-  if FLAGS.process_id >= 0 and not FLAGS.coordinator:
+  if FLAGS["process_id"].present and not FLAGS.coordinator:
     raise ValueError(
       f"process_id={FLAGS.process_id} starts a single process: give --coordinator=HOST:PORT, too"
     )

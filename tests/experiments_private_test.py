@@ -337,7 +337,7 @@ def test_rounds_that_were_aborted_are_told(tmp_path):
   arm = train(config, tmp_path)
   assert arm.facts["rounds trained"] == len(arm.rows) < 6
   told = arm.facts["rounds aborted, too few sites being left"]
-  assert told == f"{6 - len(arm.rows)}, charged all the same"
+  assert told == f"{6 - len(arm.rows)} of 6, charged all the same"
   steps = trainer_of(config).privacy.num_steps
   assert charged(tmp_path) == [("class counts", 1), ("gradients", 6 * steps)]
 

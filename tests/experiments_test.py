@@ -17,7 +17,7 @@ from PIL import Image
 from experiments import inputs, processes, running, settings
 from experiments.configs import Train, rehearse
 from experiments.configs.model import normalise
-from primia_jax import evaluation, sites
+from primia_jax import evaluation, secagg, sites
 from primia_jax.data import sites as data_sites
 
 
@@ -171,6 +171,17 @@ def test_an_update_out_of_range_stops_the_run_and_names_the_cure(tmp_path):
   config = settings.replace(TINY, secagg_max_abs=1.0, learning_rate=1e4)
   with pytest.raises(RuntimeError, match=r"secagg_max_abs=1\.0"):
     train(config, tmp_path)
+
+
+def test_a_run_whose_rounds_were_all_aborted_fails_and_reports_no_network(tmp_path):
+  def lost(key, state, sites):
+    raise secagg.RoundAborted("round aborted: no site's message came")
+
+  made = trainer_of(TINY)
+  made = made._replace(rounds=made.rounds._replace(step=lost))
+  match = r"federated: all 4 rounds were aborted, the last because: no site's .* no report"
+  with pytest.raises(RuntimeError, match=match):
+    train(TINY, tmp_path, trainer=made)
 
 
 def test_settings_may_be_mended_until_something_is_trained(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import plots, report
+from experiments import markdown, plots, report
 from primia_jax import metrics
 
 NAMES = ("normal", "bacterial", "viral")
@@ -158,6 +158,14 @@ def test_what_is_not_private_stands_above_the_scores(tmp_path):
   assert text.index("**NOT PROTECTED**: validation images.") < text.index("## Results")
   write(tmp_path, arms, privacy={"delta": 1e-5})
   assert "NOT PROTECTED" not in (tmp_path / "report.md").read_text()
+
+
+def test_aborted_rounds_stand_above_the_scores(tmp_path):
+  arms = {"federated": arm(0, 1, np.arange(30) % 3)}
+  write(tmp_path, arms, config={f"federated: {markdown.ABORTED}": "3 of 4"})
+  text = (tmp_path / "report.md").read_text()
+  told = "**federated: rounds aborted, too few sites being left**: 3 of 4."
+  assert text.index(told) < text.index("## Results")
 
 
 def test_bad_reports_write_nothing(tmp_path):

@@ -64,6 +64,11 @@ class Aggregation:
   def __post_init__(self):
     choose("secagg", self.secagg, ("pairwise", "bell", "none"))
     require(self.secagg_peers >= 0, "secagg_peers", self.secagg_peers, "must not be negative")
+    bits, bound, needed = self.secagg_bits, self.secagg_max_abs, self.secagg_threshold
+    require(1 < bits <= 64, "secagg_bits", bits, "must lie between 2 and 64")
+    require(0 < bound < math.inf, "secagg_max_abs", bound, "must be positive and finite")
+    cure = "must be a number of sites, 0 or -1"
+    require(needed >= -1, "secagg_threshold", needed, cure)
     colluding = self.secagg_colluding
     require(colluding >= -1, "secagg_colluding", colluding, "must be at least 0, or -1")
     require(0 <= self.dropout_rate < 1, "dropout_rate", self.dropout_rate, "must lie in [0, 1)")

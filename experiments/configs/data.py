@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from experiments.settings import choose, fractions, names, require, setting
 from primia_jax.data import patient_ids
+
+
+_MAX_SIZE = 8192  # pixels; larger images fit in no memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Data:
           f"patient_pattern={self.patient_pattern!r}: an npz file holds no file names; use "
           "patient_column"
         )
-    require(self.image_size > 0, "image_size", self.image_size, "must be positive")
+    cure = f"must lie between 1 and {_MAX_SIZE}"
+    require(0 < self.image_size <= _MAX_SIZE, "image_size", self.image_size, cure)
 
   @property
   def sources(self) -> tuple[str, ...]:
@@ -109,6 +114,8 @@ class Hospitals:
     require(self.num_sites > 0, "num_sites", self.num_sites, "must be positive")
     require(self.phantom_images > 0, "phantom_images", self.phantom_images, "must be positive")
     require(self.sites_in_memory >= 0, "sites_in_memory", self.sites_in_memory, "is negative")
+    value = self.dirichlet_alpha
+    require(0 < value < math.inf, "dirichlet_alpha", value, "must be positive and finite")
     if self.partition.partition(":")[0] not in ("auto", "iid", "unequal", "dirichlet", "column"):
       raise ValueError(
         f"partition={self.partition!r}; use auto, iid, unequal, dirichlet or column:NAME"
@@ -116,4 +123,6 @@ class Hospitals:
     for name in ("validation_fraction", "test_fraction"):
       value = getattr(self, name)
       require(0 < value < 1, name, value, "must lie between 0 and 1")
-    fractions(self.site_fractions)
+    for share in fractions(self.site_fractions) or ():
+      cure = "must hold numbers between 0 and 1, such as 0.5,0.3,0.2"
+      require(0 < share <= 1, "site_fractions", self.site_fractions, cure)

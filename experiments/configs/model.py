@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.configs.data import Data
-from experiments.settings import setting
+from experiments.settings import require, setting
 from primia_jax import models, pretrained
 from primia_jax.data import augment as augmenting
 from primia_jax.evaluation import batches
@@ -60,6 +61,8 @@ class Model:
   )
 
   def __post_init__(self):
+    require(0 < self.width < math.inf, "width", self.width, "must be positive and finite")
+    require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
     if self.pretrained and not pathlib.Path(self.pretrained).is_file():
       raise FileNotFoundError(f"pretrained={self.pretrained}: there is no such file")
 
@@ -105,14 +108,15 @@ class Augment:
   )
   mixup: float = setting(0.0, "MixUp's alpha; 0 mixes nothing")
 
+  def __post_init__(self):
+    require(0 <= self.mixup < math.inf, "mixup", self.mixup, "must be finite and not negative")
+
   def build(self) -> Callable[[Key, Array, Array], tuple[Array, Array]]:
     """(key, uint8 images, targets [B, L]) -> augmented, mixed and normalised images, and targets.
 
     Raises:
       ValueError: an unknown augmentation, or a value that is no number or out of range.
     """
-    if self.mixup < 0:
-      raise ValueError(f"mixup={self.mixup} must not be negative")
     config = self.augmentation()
 
     def apply(key: Key, images: Array, targets: Array) -> tuple[Array, Array]:
@@ -141,6 +145,8 @@ class Augment:
         raise ValueError(f"augment: {part!r} is not NAME=NUMBER; or use {choices}") from None
     if unknown := sorted(set(values) - set(known)):
       raise ValueError(f"augment: unknown {unknown}; there are {', '.join(known)}")
+    for name, number in values.items():
+      require(math.isfinite(number), f"augment: {name}", number, "must be finite")
     return augmenting.Augmentation(**values)  # type: ignore[arg-type]
 
   @property

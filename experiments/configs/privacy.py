@@ -120,6 +120,13 @@ class Privacy:
     for name in ("target_epsilon", "noise_multiplier", "delta", "dp_count_noise", "dp_bands"):
       value = getattr(self, name)
       require(0 <= value < math.inf, name, value, "must be finite and not negative")
+    require(self.delta < 1, "delta", self.delta, "must be less than 1, and at most 1 / n")
+    value = self.l2_clip_norm
+    require(0 < value < math.inf, "l2_clip_norm", value, "must be positive and finite")
+    value = self.dp_augmentations
+    require(value > 0, "dp_augmentations", value, "must be at least 1")
+    require(0 <= self.dp_average < 1, "dp_average", self.dp_average, "must lie in [0, 1)")
+    require(self.dp_seed >= -1, "dp_seed", self.dp_seed, "must be at least 0, or -1")
     if self.dp_bands and self.dp_noise != "banded":
       raise ValueError(
         f"dp_bands={self.dp_bands} belongs to dp_noise=banded, not {self.dp_noise}; use dp_bands=0"

@@ -12,7 +12,7 @@ from experiments.configs.data import Data, Hospitals
 from experiments.configs.model import Augment, Model
 from experiments.configs.privacy import Privacy
 from experiments.configs.training import SERVER_OPTIMIZERS, Federation, Training, build_alone
-from experiments.settings import setting
+from experiments.settings import require, setting
 from primia_jax import federated, local, models, site_privacy, sites, summation
 from primia_jax.privacy import plan
 from primia_jax.secagg.exchange import Exchange
@@ -36,6 +36,7 @@ class Train:
 
   def __post_init__(self):
     h, f, p = self.hospitals, self.federation, self.privacy
+    require(0 <= self.seed < 2**32, "seed", self.seed, "must lie between 0 and 4294967295")
     if f.sites_per_round > h.num_sites:
       raise ValueError(
         f"sites_per_round={f.sites_per_round} of num_sites={h.num_sites}; 0 takes all"

@@ -55,10 +55,12 @@ class Training:
     for name in ("rounds", "batch_size", "learning_rate"):
       value = getattr(self, name)
       require(0 < value < math.inf, name, value, "must be positive and finite")
-    for name in ("sync_batches", "patience", "warmup_rounds", "weight_decay"):
+    for name in ("sync_batches", "sync_epochs", "patience", "warmup_rounds", "weight_decay"):
       value = getattr(self, name)
       require(0 <= value < math.inf, name, value, "must be finite and not negative")
-    require(0 <= self.momentum < 1, "momentum", self.momentum, "must lie in [0, 1)")
+    for name in ("momentum", "label_smoothing"):
+      value = getattr(self, name)
+      require(0 <= value < 1, name, value, "must lie in [0, 1)")
     if not self.sync_batches:
       value = self.sync_epochs
       require(value > 0, "sync_epochs", value, "must be at least 1, or set sync_batches")
@@ -128,6 +130,8 @@ class Federation:
     choose("weighting", self.weighting, ("examples", "uniform"))
     value = self.server_learning_rate
     require(0 < value < math.inf, "server_learning_rate", value, "must be positive and finite")
+    value = self.proximal
+    require(0 <= value < math.inf, "proximal", value, "must be finite and not negative")
     require(0 <= self.server_momentum < 1, "server_momentum", self.server_momentum,
             "must lie in [0, 1)")  # fmt: skip
     require(self.sites_per_round >= 0, "sites_per_round", self.sites_per_round, "is negative")
