@@ -20,9 +20,7 @@ from primia_jax import evaluation
 settings.define_flags(Data)
 flags.DEFINE_string("run_dir", None, "folder of the training run", required=True)
 flags.DEFINE_string("output_dir", None, "folder for the results; created", required=True)
-flags.DEFINE_integer(
-  "seed", 0, "seed of the phantom's images and of the bootstrap", 0, 2**32 - 1
-)
+flags.DEFINE_integer("seed", 0, "seed of the phantom's images and of the bootstrap", 0, 2**32 - 1)
 flags.DEFINE_boolean("unlabelled", False, "only predict, for a folder of images without classes")
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(sys.modules["experiments.settings"])

@@ -106,45 +106,6 @@ def test_wrong_settings_are_refused_before_images_are_read(change, message, no_i
     rehearse(settings.replace(Train(), **change))
 
 
-ABSURD = [
-  ("momentum", 2.0), ("server_momentum", 1.5), ("server_learning_rate", 0.0), ("dropout", 1.0),
-  ("label_smoothing", 1.0), ("width", 0.0), ("dirichlet_alpha", 0.0), ("secagg_max_abs", 0.0),
-  ("secagg_bits", 65), ("l2_clip_norm", 0.0), ("dp_average", 1.0), ("dp_augmentations", 0),
-  ("image_size", 100_000), ("seed", 2**32), ("delta", 1.0), ("test_fraction", 1.0),
-  ("dropout_rate", 1.0), ("site_fractions", "nan,0.5,0.5"), ("site_fractions", "-1,1,1"),
-  ("site_fractions", "inf,1,1"),
-]  # fmt: skip
-
-
-def wrong_numbers():
-  """(setting, value): no number, infinite and negative ones for each numeric setting; absurd ones."""
-  for name, value in settings.flat(Train()).items():
-    if isinstance(value, float):
-      yield from ((name, wrong) for wrong in (math.nan, math.inf, -math.inf, -0.5))
-    elif isinstance(value, int) and not isinstance(value, bool):
-      yield name, -2
-  yield from ABSURD
-
-
-def test_every_number_that_is_none_or_out_of_range_is_refused_by_its_name():
-  """The records refuse it, so every binary that reads them does, before any work."""
-  accepted, cases = [], list(wrong_numbers())
-  assert len(cases) > 120
-  for name, value in cases:
-    try:
-      settings.replace(Train(), **{name: value})
-      accepted.append((name, value))
-    except ValueError as error:
-      assert str(error).startswith(f"{name}="), (name, value, error)
-  assert not accepted
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_augmentations_are_finite(value):
-  with pytest.raises(ValueError, match="noise"):
-    settings.replace(Train(), augment=f"noise={value}").augment.augmentation()
-
-
 @pytest.mark.parametrize(
   ("base", "change", "message"),
   [

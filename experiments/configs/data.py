@@ -8,7 +8,6 @@ import math
 from experiments.settings import choose, fractions, names, require, setting
 from primia_jax.data import patient_ids
 
-
 _MAX_SIZE = 8192  # pixels; larger images fit in no memory
 
 
