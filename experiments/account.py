@@ -22,7 +22,6 @@ or at --delta:
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,14 +29,15 @@ import jax
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import ledgers, plots, running, settings
-from experiments.configs import Train, rehearse
-from experiments.configs.run import build_site_level
 from primia_jax import local, models
 from primia_jax.privacy import accounting, ledger
 from primia_jax.privacy.chain import Chain
 from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
 from primia_jax.privacy.reconstruction import NUM_CANDIDATES, reconstruction_bound
+
+from . import ledgers, plots, running, settings
+from .configs import Train, rehearse
+from .configs.run import build_site_level
 
 _ROWS = 10
 _NAMES = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
@@ -64,7 +64,7 @@ flags.DEFINE_string(
 )
 FLAGS = flags.FLAGS
 FLAGS.set_default("dp", "example")
-flags.adopt_module_key_flags(sys.modules["experiments.settings"])
+flags.adopt_module_key_flags(settings)
 
 
 def summed(folder: pathlib.Path, delta: float) -> dict[str, Any]:

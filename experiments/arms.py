@@ -12,13 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import ledgers, lines, loop, starts
-from experiments.checkpoints import Best, Checkpoints
-from experiments.configs import Train
-from experiments.configs.model import normalise, of_stored
-from experiments.configs.run import build_federation
-from experiments.configs.training import build_alone
-from experiments.processes import Place
 from primia_jax import algorithms, evaluation, federated, local, models, summation
 from primia_jax.data import sites as data_sites
 from primia_jax.data.augment import inverse_frequency
@@ -26,6 +19,14 @@ from primia_jax.data.sites import Part
 from primia_jax.privacy import ledger, plan
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.types import Array, ModelState, Params
+
+from . import ledgers, lines, loop, starts
+from .checkpoints import Best, Checkpoints
+from .configs import Train
+from .configs.model import normalise, of_stored
+from .configs.run import build_federation
+from .configs.training import build_alone
+from .processes import Place
 
 
 class Cohort(NamedTuple):

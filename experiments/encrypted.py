@@ -15,10 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import inputs, running, settings
-from experiments.configs import Train
-from experiments.configs.data import Data
-from experiments.configs.model import normalise
 from primia_jax import models
 from primia_jax.data.folder import read_images
 from primia_jax.evaluation import batches
@@ -26,6 +22,11 @@ from primia_jax.mpc import fitting, planning
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.gates.elementwise import COMPARISONS
 from primia_jax.types import Array, PyTree
+
+from . import inputs, running, settings
+from .configs import Train
+from .configs.data import Data
+from .configs.model import normalise
 
 OWNERS = ("model_owner", "data_owner")
 OUTPUTS = ("probabilities", "label")

@@ -8,14 +8,14 @@ writes predictions.csv only. The model sets the image size and the classes.
 """
 
 import pathlib
-import sys
 
 from absl import flags
 
-from experiments import inputs, report, running, settings
-from experiments.configs.data import Data
-from experiments.configs.model import normalise
 from primia_jax import evaluation
+
+from . import inputs, report, running, settings
+from .configs.data import Data
+from .configs.model import normalise
 
 settings.define_flags(Data)
 flags.DEFINE_string("run_dir", None, "folder of the training run", required=True)
@@ -23,7 +23,7 @@ flags.DEFINE_string("output_dir", None, "folder for the results; created", requi
 flags.DEFINE_integer("seed", 0, "seed of the phantom's images and of the bootstrap", 0, 2**32 - 1)
 flags.DEFINE_boolean("unlabelled", False, "only predict, for a folder of images without classes")
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(sys.modules["experiments.settings"])
+flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:

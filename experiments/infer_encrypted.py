@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,13 +20,14 @@ import numpy as np
 import scipy.special
 from absl import flags
 
-from experiments import encrypted, inputs, phases, report, running, settings
-from experiments.configs.data import Data
 from primia_jax.mpc import planning
+
+from . import encrypted, inputs, phases, report, running, settings
+from .configs.data import Data
 
 settings.define_flags(encrypted.Infer)
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(sys.modules["experiments.settings"])
+flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:

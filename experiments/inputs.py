@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.configs import Train
-from experiments.configs.data import Data, Hospitals
-from experiments.settings import fractions, names
 from primia_jax.data import partition, patient_ids, phantom, sites
 from primia_jax.data.dataset import Dataset, in_memory, join, take
 from primia_jax.data.folder import read_images
 from primia_jax.data.load import load
 from primia_jax.data.sites import Part
+
+from .configs import Train
+from .configs.data import Data, Hospitals
+from .settings import fractions, names
 
 
 class Inputs(NamedTuple):

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from experiments import inputs
-from experiments.configs.data import Data
-from experiments.configs.privacy import Privacy
 from primia_jax.data.sites import Part
 from primia_jax.privacy import accounting, histories, ledger, strategies
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
 from primia_jax.privacy.clipping import Clipping
 from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
+
+from . import inputs
+from .configs.data import Data
+from .configs.privacy import Privacy
 
 OF_PHANTOM = "ledger"  # in the run folder
 _LARGE_DELTA = 0.01

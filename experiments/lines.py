@@ -6,11 +6,12 @@ import json
 import pathlib
 from typing import Any
 
-from experiments import loop
-from experiments.checkpoints import Best
-from experiments.markdown import ABORTED
-from experiments.processes import Place
 from primia_jax import federated, metrics
+
+from . import loop
+from .checkpoints import Best
+from .markdown import ABORTED
+from .processes import Place
 
 
 def scores(done: loop.Round) -> dict[str, float]:

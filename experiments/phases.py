@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments.encrypted import functions, normalised
 from primia_jax import models
 from primia_jax.evaluation import batches
 from primia_jax.mpc import clear, inference, planning, protocol, roles
 from primia_jax.types import PyTree
+
+from .encrypted import functions, normalised
 
 
 class Clock:

@@ -8,7 +8,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import plots, running, settings
+from . import plots, running, settings
 
 flags.DEFINE_string("run_dir", None, "folder of the training run", required=True)
 flags.DEFINE_string("output_dir", "", "folder for the pictures; by default the run folder")

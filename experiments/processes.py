@@ -24,10 +24,11 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.configs import Train
 from primia_jax import sites
 from primia_jax.secagg import exchange, meeting, transport
 from primia_jax.secagg import messages as msg
+
+from .configs import Train
 
 MEETING = "meeting"  # in the run folder
 _LOG = "log"

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import markdown, plots
-from experiments.markdown import PER_CLASS, SCALARS
 from primia_jax import metrics
+
+from . import markdown, plots
+from .markdown import PER_CLASS, SCALARS
 
 NUM_RESAMPLES = 2000
 

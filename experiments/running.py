@@ -17,15 +17,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
-from experiments import arms, inputs, ledgers, markdown, processes, report, settings, sums
-from experiments.configs import Train
-from experiments.configs.model import normalise
 from primia_jax import evaluation, models, sites
 from primia_jax.data import patient_ids
 from primia_jax.data import sites as data_sites
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
 from primia_jax.types import ModelState, Params
+
+from . import arms, inputs, ledgers, markdown, processes, report, settings, sums
+from .configs import Train
+from .configs.model import normalise
 
 FLAGS = flags.FLAGS
 _POOLED, _LOCAL = "pooled", "local"

@@ -17,12 +17,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments.processes import Joined
 from primia_jax import federated
 from primia_jax.secagg import meeting
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.errors import Refused
 from primia_jax.types import Key
+
+from .processes import Joined
 
 _RECORDS = "states.json"
 

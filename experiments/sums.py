@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import inputs
-from experiments.configs import Train
-from experiments.configs.aggregation import may_lie, min_survivors
 from primia_jax import secagg
 from primia_jax.secagg import graph
 from primia_jax.types import ModelState, Params
+
+from . import inputs
+from .configs import Train
+from .configs.aggregation import may_lie, min_survivors
 
 
 def facts(

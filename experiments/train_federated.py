@@ -22,8 +22,8 @@ import sys
 import jax
 from absl import flags
 
-from experiments import processes, running, settings
-from experiments.configs import Train, rehearse
+from . import processes, running, settings
+from .configs import Train, rehearse
 
 settings.define_flags(Train)
 flags.DEFINE_string(
@@ -65,7 +65,7 @@ flags.DEFINE_boolean(
   "the clear, so say this only of a network that is encrypted by other means, such as a VPN",
 )
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(sys.modules["experiments.settings"])
+flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def main() -> None:
     rehearse(config)
     folder = running.open_run(config, FLAGS.run_dir)
     own = processes.sites_folder(folder, FLAGS.sites_dir)
-    processes.launch("experiments.train_federated", sys.argv[1:], num_sites, folder, own)
+    processes.launch(f"{__package__}.train_federated", sys.argv[1:], num_sites, folder, own)
     return
   seat = None
   if not in_processes:

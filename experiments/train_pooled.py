@@ -6,12 +6,10 @@ It runs the same code as federated training, with one site. Flags about sites de
 images are held out for validation; flags about algorithms and aggregation have no effect.
 """
 
-import sys
-
 from absl import flags
 
-from experiments import running, settings
-from experiments.configs import Train, rehearse
+from . import running, settings
+from .configs import Train, rehearse
 
 settings.define_flags(Train)
 flags.DEFINE_string(
@@ -19,7 +17,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(sys.modules["experiments.settings"])
+flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:

@@ -4,6 +4,6 @@ Each record has a `build`, which calls the library's own constructors. What the 
 not checked here a second time. `rehearse` builds everything before any image is read.
 """
 
-from experiments.configs.run import Train, rehearse
+from .run import Train, rehearse
 
 __all__ = ["Train", "rehearse"]

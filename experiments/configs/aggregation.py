@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 
-from experiments.settings import choose, require, setting
 from primia_jax import robust, summation
 from primia_jax import secagg as protocol
 from primia_jax.secagg import graph
 from primia_jax.secagg.exchange import Exchange
+
+from ..settings import choose, require, setting
 
 _CHANCE = 2.0**-40  # that colluding sites happen to be enough of a site's peers on a random circle
 _LOST_FRACTION = 0.1  # of the sites; it allows for them where sites are really lost

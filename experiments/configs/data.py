@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from experiments.settings import choose, fractions, names, require, setting
 from primia_jax.data import patient_ids
+
+from ..settings import choose, fractions, names, require, setting
 
 _MAX_SIZE = 8192  # pixels; larger images fit in no memory
 

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.configs.data import Data
-from experiments.settings import require, setting
 from primia_jax import models, pretrained
 from primia_jax.data import augment as augmenting
 from primia_jax.evaluation import batches
 from primia_jax.types import Array, Key, ModelState, Params
+
+from ..settings import require, setting
+from .data import Data
 
 AUGMENTATIONS = {
   "none": augmenting.Augmentation(),

@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from experiments.configs.training import Training
-from experiments.settings import choose, require, setting
 from primia_jax import prng
 from primia_jax.federated import fresh_secrets
 from primia_jax.privacy import accounting, noise, plan
 from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.summation import Purpose
 from primia_jax.types import LossFn, Params, PyTree
+
+from ..settings import choose, require, setting
+from .training import Training
 
 _CORRELATED = ("banded", "tree")
 _OF_STEPS = ("site", *_CORRELATED)

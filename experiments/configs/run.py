@@ -7,15 +7,16 @@ from typing import NamedTuple
 
 import jax
 
-from experiments.configs.aggregation import Aggregation, min_survivors
-from experiments.configs.data import Data, Hospitals
-from experiments.configs.model import Augment, Model
-from experiments.configs.privacy import Privacy
-from experiments.configs.training import SERVER_OPTIMIZERS, Federation, Training, build_alone
-from experiments.settings import require, setting
 from primia_jax import federated, local, models, site_privacy, sites, summation
 from primia_jax.privacy import plan
 from primia_jax.secagg.exchange import Exchange
+
+from ..settings import require, setting
+from .aggregation import Aggregation, min_survivors
+from .data import Data, Hospitals
+from .model import Augment, Model
+from .privacy import Privacy
+from .training import SERVER_OPTIMIZERS, Federation, Training, build_alone
 
 _NOMINAL_CLASSES = 3  # for building before the images are known
 

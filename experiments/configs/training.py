@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import optax
 
-from experiments.settings import choose, require, setting
 from primia_jax import algorithms, federated, local, models
 from primia_jax.types import Array
+
+from ..settings import choose, require, setting
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
