@@ -1,11 +1,10 @@
 """Computes what a private training run will cost before it runs: epsilon by round, as a table and a
 picture, and the largest chance that somebody names the unit that was used among 10,000 candidates.
 
-  python -m experiments.account --num_units=1500 --batch_size=64 --rounds=20 --target_epsilon=6 \\
+  primia-account --num_units=1500 --batch_size=64 --rounds=20 --target_epsilon=6 \\
     --output_dir=out
-  python -m experiments.account --flagfile=experiments/flags/chest_xray_private.flags \\
-    --num_units=1984
-  python -m experiments.account --dp=site --dp_noise=distributed --num_sites=50 \\
+  primia-account --preset=chest_xray_private --num_units=1984
+  primia-account --dp=site --dp_noise=distributed --num_sites=50 \\
     --secagg_threshold=-1 --noclass_weights --weighting=uniform --rounds=20 --target_epsilon=8 \\
     --delta=1e-3
 
@@ -16,7 +15,7 @@ in every round of an uninterrupted run.
 With --ledger_dir it sums what all runs on the same data were charged, at the least of their deltas
 or at --delta:
 
-  python -m experiments.account --ledger_dir=images.ledger
+  primia-account --ledger_dir=images.ledger
 """
 
 import json
@@ -35,7 +34,7 @@ from primia_jax.privacy.chain import Chain
 from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
 from primia_jax.privacy.reconstruction import NUM_CANDIDATES, reconstruction_bound
 
-from . import ledgers, plots, running, settings
+from . import ledgers, plots, presets, running, settings
 from .configs import Train, rehearse
 from .configs.run import build_site_level
 
@@ -43,6 +42,7 @@ _ROWS = 10
 _NAMES = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
 
 settings.define_flags(Train)
+presets.define_flag()
 flags.DEFINE_integer(
   "num_units", 0, "training images or patients of the largest site; not for dp=site", 0
 )
@@ -65,6 +65,7 @@ flags.DEFINE_string(
 FLAGS = flags.FLAGS
 FLAGS.set_default("dp", "example")
 flags.adopt_module_key_flags(settings)
+flags.adopt_module_key_flags(presets)
 
 
 def summed(folder: pathlib.Path, delta: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tests a trained model on images.
 
-  python -m experiments.evaluate --run_dir=runs/first --data=folder:PATH --output_dir=out
+  primia-evaluate --run_dir=runs/first --data=folder:PATH --output_dir=out
 
 For labelled images (a folder for each class, npz or TFDS) it writes predictions.csv, metrics.json,
 report.md, a confusion matrix and ROC curves. With --unlabelled it takes a folder of any images and

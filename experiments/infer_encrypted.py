@@ -1,6 +1,6 @@
 """Classifies one party's images with another party's model. Neither party shows the other its data.
 
-  python -m experiments.infer_encrypted --checkpoint=runs/first --images=xray.png
+  primia-infer --checkpoint=runs/first --images=xray.png
 
 This process simulates both parties and the dealer, so it protects nothing by itself. It prints the
 classes, and the time, bytes and rounds of each phase and layer. With --output_dir it writes

@@ -1,6 +1,6 @@
 """Draws the training curves of a run, finished or not: one picture for each trained model.
 
-python -m experiments.plot --run_dir=runs/first
+primia-plot --run_dir=runs/first
 """
 
 import json

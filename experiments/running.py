@@ -24,7 +24,7 @@ from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
 from primia_jax.types import ModelState, Params
 
-from . import arms, inputs, ledgers, markdown, processes, report, settings, sums
+from . import arms, inputs, ledgers, markdown, presets, processes, report, settings, sums
 from .configs import Train
 from .configs.model import normalise
 
@@ -366,4 +366,8 @@ def start(main: Callable[[], None]) -> None:
       logging.debug("traceback:", exc_info=True)  # shown with --verbosity=1
       sys.exit(f"error: {error}")
 
-  app.run(guarded)
+  try:
+    arguments = presets.expanded(sys.argv)
+  except ValueError as error:
+    sys.exit(f"error: {error}")
+  app.run(guarded, arguments)

@@ -2,9 +2,8 @@
 
 Images stay at their hospital, and the server sees only sums of updates, by default:
 
-  python -m experiments.train_federated --run_dir=runs/first
-  python -m experiments.train_federated --flagfile=experiments/flags/chest_xray.flags \\
-    --run_dir=runs/chest
+  primia-train --run_dir=runs/first
+  primia-train --preset=chest_xray --data=folder:PATH --run_dir=runs/chest
 
 This process simulates the server and all hospitals. With --placement=processes each hospital has a
 process of its own: a trial on one machine, since models and sums are not encrypted on their way.
@@ -22,10 +21,11 @@ import sys
 import jax
 from absl import flags
 
-from . import processes, running, settings
+from . import presets, processes, running, settings
 from .configs import Train, rehearse
 
 settings.define_flags(Train)
+presets.define_flag()
 flags.DEFINE_string(
   "run_dir", None, "folder of the run: a new one, or that of an interrupted run", required=True
 )
@@ -66,15 +66,14 @@ flags.DEFINE_boolean(
 )
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
+flags.adopt_module_key_flags(presets)
 
 
 def main() -> None:
   config = settings.from_flags(Train)
   num_sites = config.hospitals.num_sites
   if num_sites < 2:
-    raise ValueError(
-      f"num_sites={num_sites}: one site is not a federation; use experiments.train_pooled"
-    )
+    raise ValueError(f"num_sites={num_sites}: one site is not a federation; use primia-pooled")
   baselines = running.baselines(FLAGS.baselines, config)
   in_processes = config.in_processes
   for name in (

@@ -1,6 +1,6 @@
 """Trains a network on all images in one place: what federated training is measured against.
 
-  python -m experiments.train_pooled --run_dir=runs/pooled
+  primia-pooled --run_dir=runs/pooled
 
 It runs the same code as federated training, with one site. Flags about sites decide only which
 images are held out for validation; flags about algorithms and aggregation have no effect.
@@ -8,16 +8,18 @@ images are held out for validation; flags about algorithms and aggregation have 
 
 from absl import flags
 
-from . import running, settings
+from . import presets, running, settings
 from .configs import Train, rehearse
 
 settings.define_flags(Train)
+presets.define_flag()
 flags.DEFINE_string(
   "run_dir", None, "folder of the run: a new one, or that of an interrupted run", required=True
 )
 flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
+flags.adopt_module_key_flags(presets)
 
 
 def main() -> None:

@@ -1,10 +1,13 @@
 """C code for CPU, shipped with the package, compiled on first use and cached for the user.
 
+Without a C compiler, the library of the wheel is loaded: it is built for any CPU of its platform,
+and takes one and a half times as long. Where the wheel has none, plain JAX is used.
+
 `mask_sum` is the inner loop of `prng`, and `discrete` that of exact noise. XLA's CPU compiler
 cannot keep ChaCha20's sixteen words in registers, so plain JAX takes seven times the CPU time on
 one core.
 `products` sums rounded matrix products without storing one. `barrier` does on CPU what
-`lax.optimization_barrier` does elsewhere. Without a C compiler, or with PRIMIA_NATIVE=0 in the
+`lax.optimization_barrier` does elsewhere. Without all this, or with PRIMIA_NATIVE=0 in the
 environment, everything works. All random bits are the same; products may round otherwise.
 """
 
@@ -15,8 +18,6 @@ import functools
 import hashlib
 import os
 import pathlib
-import shlex
-import subprocess
 import tempfile
 import threading
 import warnings
@@ -25,14 +26,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from primia_jax import compiling
 from primia_jax.types import Array
 
-_SOURCES, _HEADERS = (
-  tuple(sorted(pathlib.Path(__file__).parent.glob(pattern))) for pattern in ("*.c", "*.h")
-)
 _MASK_SUM, _BARRIER = "primia_mask_sum", "primia_barrier"
 _DISCRETE, _PRODUCTS = "primia_discrete", "primia_products"
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared")
+_FLAGS = ("-march=native",)
 _LOCK = threading.Lock()
 
 
@@ -114,31 +113,41 @@ def settled(x: Array) -> Array:
 @functools.cache
 def _load() -> bool:
   try:
-    library = ctypes.cdll.LoadLibrary(str(_build()))
+    library = _build()
+  except compiling.ERRORS as error:
+    library, why = compiling.PORTABLE, compiling.reason(error)
+    if not library.is_file():
+      return _warn(why)
+  try:
+    loaded = ctypes.cdll.LoadLibrary(str(library))
     for target in (_MASK_SUM, _DISCRETE, _PRODUCTS, _BARRIER):
-      jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform="cpu")
-  except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-    detail = getattr(error, "stderr", None) or error
-    warnings.warn(
-      f"masks and noise are made in plain JAX, at least 7 times slower: the C form could not be "
-      f"built or loaded ({detail}). Install a C compiler or set CC; PRIMIA_NATIVE=0 silences this.",
-      RuntimeWarning,
-      stacklevel=3,
-    )
-    return False
+      jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded[target]), platform="cpu")
+  except (OSError, RuntimeError) as error:
+    return _warn(f"{library} cannot be loaded: {error}")
   return True
+
+
+def _warn(why: str) -> bool:
+  warnings.warn(
+    f"masks and noise are made in plain JAX, which gives the same and takes at least 7 times as "
+    f"long ({why}). Install a C compiler or set CC; PRIMIA_NATIVE=0 silences this.",
+    RuntimeWarning,
+    stacklevel=4,
+  )
+  return False
 
 
 def _build() -> pathlib.Path:
   """Compiles the sources into the user's cache, under a name that depends on sources, headers,
   compiler and CPU.
   """
-  compiler = [*shlex.split(os.environ.get("CC", "cc")), *_FLAGS]
-  interface = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+  compiler = [*compiling.compiler(), *_FLAGS]
+  headers = pathlib.Path(jax.ffi.include_dir())
   # The predefined macros contain the compiler's version and all instruction sets that
   # -march=native found.
-  macros = _run([*compiler, "-E", "-dM", "-x", "c", os.devnull])
-  texts = [path.read_bytes() for path in (interface, *_HEADERS, *_SOURCES)]
+  macros = compiling.run([*compiler, "-E", "-dM", "-x", "c", os.devnull])
+  read = (headers / "xla" / "ffi" / "api" / "c_api.h", *compiling.HEADERS, *compiling.SOURCES)
+  texts = [path.read_bytes() for path in read]
   digest = hashlib.sha256(b"".join((" ".join(compiler).encode(), macros, *texts)))
   cache = (
     pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "primia_jax"
@@ -148,10 +157,6 @@ def _build() -> pathlib.Path:
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
       built = pathlib.Path(scratch) / library.name
-      _run([*compiler, f"-I{jax.ffi.include_dir()}", *map(str, _SOURCES), "-o", str(built)])
+      compiling.build(built, headers, *_FLAGS)
       built.replace(library)  # atomic: several processes may build at once
   return library
-
-
-def _run(command: list[str]) -> bytes:
-  return subprocess.run(command, check=True, capture_output=True, timeout=120).stdout

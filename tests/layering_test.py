@@ -13,7 +13,8 @@ PACKAGE = ROOT / "primia_jax"
 LEAF = {"types"}
 LAYERS = {
   "types": set(),
-  "native": {"types"},
+  "compiling": set(),
+  "native": {"types", "compiling"},
   "ring": {"types"},
   "sites": {"types"},
   "tapped": {"types"},

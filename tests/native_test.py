@@ -1,15 +1,21 @@
 import functools
+import os
 import pathlib
+import re
 import shutil
+import subprocess
+import sys
 import tomllib
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from primia_jax import native, prng
+from primia_jax import compiling, native, prng
 
+INTERFACE = pathlib.Path(__file__).parents[1] / "third_party"  # what wheels are built against
 KEY = prng.random_key(lambda n: bytes(range(n)))
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
 NONCE = jnp.zeros(3, jnp.uint32)
@@ -27,7 +33,7 @@ def fresh(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   ("compiler", "reason"),
   [
-    ("no-such-compiler", "no-such-compiler"),
+    ("no-such-compiler", "there is no C compiler 'no-such-compiler'"),
     ("false", "non-zero exit"),
     pytest.param(None, "primia_jax", marks=needs_compiler),
   ],
@@ -61,11 +67,11 @@ def test_a_build_is_cached_for_its_source_and_flags(fresh, monkeypatch):
 @needs_compiler
 def test_a_changed_header_is_compiled_anew(fresh, monkeypatch, tmp_path):
   built = native._build()
-  for header in native._HEADERS:
+  for header in compiling.HEADERS:
     (tmp_path / header.name).write_text(header.read_text())
-  changed = [tmp_path / header.name for header in native._HEADERS]
+  changed = [tmp_path / header.name for header in compiling.HEADERS]
   changed[-1].write_text(changed[-1].read_text() + "\n// changed\n")
-  monkeypatch.setattr(native, "_HEADERS", tuple(changed))
+  monkeypatch.setattr(compiling, "HEADERS", tuple(changed))
   assert native._build() != built
 
 
@@ -74,8 +80,51 @@ def test_all_that_is_compiled_is_shipped():
   shipped = project["tool"]["setuptools"]["package-data"]["primia_jax"]
   package = pathlib.Path(native.__file__).parent
   written = {path for path in package.iterdir() if path.suffix in (".c", ".h")}
-  assert written == {*native._HEADERS, *native._SOURCES}
+  assert written == {*compiling.HEADERS, *compiling.SOURCES}
   assert all(any(path.match(pattern) for pattern in shipped) for path in written)
+
+
+@needs_compiler
+def test_without_a_compiler_the_wheel_s_library_makes_the_same_bits(tmp_path):
+  """In a process of its own, since a process registers the C form once."""
+  library = tmp_path / "portable.so"
+  compiling.build(library, INTERFACE)
+  code = f"""
+import pathlib, warnings
+import jax.numpy as jnp
+from primia_jax import compiling, native, prng
+warnings.simplefilter("error")
+compiling.PORTABLE = pathlib.Path({str(library)!r})
+assert native.available()
+key = prng.random_key(lambda n: bytes(range(n)))
+print(*prng.bits(key, jnp.zeros(3, jnp.uint32), (300,)))
+"""
+  environment = os.environ | {"CC": "no-such-compiler", "PRIMIA_NATIVE": "1"}
+  done = subprocess.run(
+    [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  expected = prng.chacha20(KEY, NONCE, 0, prng.TILE).ravel()[:300]
+  np.testing.assert_array_equal(np.array(done.stdout.split(), np.uint32), expected)
+
+
+def test_a_library_that_does_not_load_warns_and_leaves_plain_jax(fresh, monkeypatch, tmp_path):
+  (library := tmp_path / "portable.so").write_text("for another machine")
+  monkeypatch.setattr(compiling, "PORTABLE", library)
+  monkeypatch.setenv("CC", "no-such-compiler")
+  with pytest.warns(RuntimeWarning, match=r"portable\.so cannot be loaded"):
+    assert not native.available()
+
+
+def test_wheels_are_built_against_an_interface_that_the_installed_jax_takes():
+  def version(folder):
+    text = (pathlib.Path(folder) / "xla" / "ffi" / "api" / "c_api.h").read_text()
+    return [int(n) for n in re.findall(r"#define XLA_FFI_API_M\w+ (\d+)", text)]
+
+  own, installed = version(INTERFACE), version(jax.ffi.include_dir())
+  assert len(own) == 2
+  assert own[0] == installed[0]
+  assert own[1] <= installed[1]
 
 
 def test_the_environment_turns_it_off(fresh, monkeypatch):

@@ -1,0 +1,13 @@
+"""The programs as commands, such as `primia-train`: each runs its module as `python -m` does."""
+
+import runpy
+from collections.abc import Callable
+
+
+def _program(module: str) -> Callable[[], object]:
+  return lambda: runpy.run_module(f"{__package__}.{module}", run_name="__main__", alter_sys=True)
+
+
+train, pooled = _program("train_federated"), _program("train_pooled")
+evaluate, infer = _program("evaluate"), _program("infer_encrypted")
+account, plot = _program("account"), _program("plot")
