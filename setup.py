@@ -1,6 +1,7 @@
 """Lists the packages, and puts the C kernels into the wheel where a C compiler builds them."""
 
 import pathlib
+import shutil
 import sys
 
 from setuptools import find_packages, setup
@@ -16,10 +17,11 @@ class Wheel(bdist_wheel):
   """A wheel for all Pythons: of this platform if the kernels can be built, else of any."""
 
   def run(self):
-    folder = pathlib.Path(self.get_finalized_command("build_py").build_lib) / "primia_jax"
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / compiling.PORTABLE.name
-    library.unlink(missing_ok=True)  # of an earlier build
+    build = pathlib.Path(self.get_finalized_command("build_py").build_lib)
+    for package in ("primia_jax", "primia_experiments"):  # what an earlier build left
+      shutil.rmtree(build / package, ignore_errors=True)
+    library = build / "primia_jax" / compiling.PORTABLE.name
+    library.parent.mkdir(parents=True)
     try:
       compiling.build(library, ROOT / "third_party")
     except compiling.ERRORS as error:

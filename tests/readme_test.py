@@ -1,4 +1,4 @@
-"""The README: its examples run and reuse no key; the commands and files it names exist."""
+"""README and docs: their examples run and reuse no key; the commands and files it names exist."""
 
 import contextlib
 import copy
@@ -17,7 +17,8 @@ from primia_jax.secagg import simulation
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCS = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-TRAINING, PRIVATE, ENCRYPTED = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ENCRYPTION = (ROOT / "docs" / "encrypted_inference.md").read_text()
+TRAINING, PRIVATE, ENCRYPTED = re.findall(r"```python\n(.*?)```", README + ENCRYPTION, re.DOTALL)
 
 
 def privately():
