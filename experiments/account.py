@@ -65,7 +65,6 @@ flags.DEFINE_string(
 FLAGS = flags.FLAGS
 FLAGS.set_default("dp", "example")
 flags.adopt_module_key_flags(settings)
-flags.adopt_module_key_flags(presets)
 
 
 def summed(folder: pathlib.Path, delta: float) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Presets: the flag files that are installed with the programs, taken by name."""
 
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -14,12 +15,12 @@ def names() -> list[str]:
 
 
 def define_flag(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines --preset, for `--help`: `expanded` takes it out before flags are parsed."""
+  """Defines --preset as a flag of the program; `expanded` takes it out before flags are parsed."""
   text = f"settings of a whole run, by name: {', '.join(names())}. Flags that you give besides win"
-  flags.DEFINE_string(_NAME, None, text, flag_values=values)
+  flags.DEFINE_string(_NAME, "", text, flag_values=values, module_name=sys.argv[0])
   flags.register_validator(
     _NAME,
-    lambda name: name is None,
+    lambda name: not name,
     "give it on the command line, not in a flag file",
     flag_values=values,
   )

@@ -350,6 +350,12 @@ def _cache_dir() -> pathlib.Path:
 def start(main: Callable[[], None]) -> None:
   """Runs a binary: bad settings and failed runs end it with their reason, not with a traceback."""
 
+  def parsed(arguments: list[str]) -> list[str]:
+    try:
+      return app.parse_flags_with_usage(presets.expanded(arguments))
+    except ValueError as error:
+      sys.exit(f"error: {error}")
+
   def guarded(arguments: list[str]) -> None:
     if len(arguments) > 1:
       raise app.UsageError(f"unexpected arguments {arguments[1:]}; flags are written --name=value")
@@ -366,8 +372,4 @@ def start(main: Callable[[], None]) -> None:
       logging.debug("traceback:", exc_info=True)  # shown with --verbosity=1
       sys.exit(f"error: {error}")
 
-  try:
-    arguments = presets.expanded(sys.argv)
-  except ValueError as error:
-    sys.exit(f"error: {error}")
-  app.run(guarded, arguments)
+  app.run(guarded, flags_parser=parsed)

@@ -66,7 +66,6 @@ flags.DEFINE_boolean(
 )
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
-flags.adopt_module_key_flags(presets)
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ flags.DEFINE_string(
 flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
-flags.adopt_module_key_flags(presets)
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ def test_a_preset_sets_what_is_not_given(arguments):
   values = parsed(*arguments)
   assert values.rounds == 3
   assert values.image_size == 96
-  assert values.preset is None
+  assert not values.preset
   assert parsed("--preset=chest_xray").rounds == 24
 
 
