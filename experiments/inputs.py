@@ -96,7 +96,9 @@ def unlabelled_images(settings: Data, label_names: tuple[str, ...]) -> Dataset:
   kind, _, path = settings.data.partition(":")
   if kind != "folder":
     raise ValueError(f"data={settings.data!r}: only folder:PATH can be unlabelled")
-  paths, images = read_images(path, size=settings.image_size, channels=settings.channels)
+  paths, images = read_images(
+    path, size=settings.image_size, channels=settings.channels, ct_window=settings.hounsfield
+  )
   return Dataset(images, np.zeros(len(paths), np.int32), label_names, paths, {"path": paths}, path)
 
 
@@ -200,6 +202,7 @@ def _load(settings: Data, label_names: tuple[str, ...] | None, lazy: bool) -> di
     channels=settings.channels,
     label_names=label_names or names(settings.label_names) or None,
     lazy=lazy,
+    ct_window=settings.hounsfield,
     data_dir=settings.data_dir or None,
     manual_dir=settings.manual_dir or None,
     patient_column=settings.patient_column,

@@ -228,6 +228,7 @@ def _run(
   facts["patients of training images"] = patient_ids.described(images.train.dataset)
   save_model(folder / "model", main.models)
   about = {"label_names": list(label_names), "model": dataclasses.asdict(model_config)}
+  about["ct_window"] = config.data.ct_window
   (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
   radiologist = {}
   is_kermany = label_names == ("normal", "bacterial", "viral") and len(images.test) == 624
@@ -301,6 +302,11 @@ def load_model(
     tree = checkpointer.restore((pathlib.Path(run_dir) / "model").absolute())
   trained = [(m["params"], m["model_state"] or {}) for m in tree["models"]]
   return models.build(config), trained, tuple(about["label_names"]), config
+
+
+def ct_window(run_dir: str) -> str:
+  """The window of the CT images on which a run's model was trained; empty if they had none."""
+  return settings.read_json(pathlib.Path(run_dir) / "model.json").get("ct_window", "")
 
 
 def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:
