@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pathlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -65,6 +67,14 @@ def source(settings: Data) -> pathlib.Path | None:
   if not path.exists():
     raise FileNotFoundError(f"data={settings.data}: there is no {path}")
   return path.resolve()
+
+
+def silence_pydicom() -> None:
+  """Keeps from the terminal what pydicom notes without a file's name: oddities of files that it
+  reads, and tracebacks of those that it cannot, which `dicom` refuses by name.
+  """
+  logging.getLogger("pydicom").propagate = False
+  warnings.filterwarnings("ignore", module="pydicom")
 
 
 def images_to_test(

@@ -361,6 +361,7 @@ def start(main: Callable[[], None]) -> None:
       raise app.UsageError(f"unexpected arguments {arguments[1:]}; flags are written --name=value")
     if not FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)
+      inputs.silence_pydicom()
     jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
     try:
       main()
