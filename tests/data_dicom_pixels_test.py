@@ -308,7 +308,7 @@ def test_a_window_in_hounsfield_units(photometric, window):
   ("tags", "why"),
   [
     ({"Modality": "MR"}, "is of the modality 'MR'"),
-    ({"Modality": None}, "is of the modality None"),
+    ({"Modality": None}, "is of the modality 'None'"),
     ({"RescaleSlope": None, "RescaleIntercept": None}, "has no RescaleSlope and RescaleIntercept"),
     ({"RescaleType": "US"}, "has the RescaleType 'US'"),
   ],
@@ -316,6 +316,13 @@ def test_a_window_in_hounsfield_units(photometric, window):
 def test_a_ct_window_refuses_what_is_not_in_hounsfield_units(tags, why):
   data = change(make(**CT), **tags)
   refuse(data, f"{why}, and ct_window needs CT images .* leave out ct_window", ct_window=(40, 400))
+
+
+def test_the_unit_of_functional_groups_counts():
+  macro = items(RescaleSlope=1, RescaleIntercept=0, RescaleType="US")
+  groups = items(PixelValueTransformationSequence=macro)
+  data = make(Modality="CT", SharedFunctionalGroupsSequence=groups)
+  refuse(data, "has the RescaleType 'US'", ct_window=(40, 400))
 
 
 def test_a_ct_window_refuses_colour_other_formats_and_itself():

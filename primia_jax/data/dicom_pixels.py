@@ -40,8 +40,8 @@ class Refused(ValueError):
 
 
 class Stored(NamedTuple):
-  """The values that a file stores, and which of them are padding: int64 [H, W] and bool [H, W], or
-  [H, W, 3] in RGB for colour.
+  """The values that a file stores, integers [H, W] or, as RGB, [H, W, 3]; and which of them are
+  padding, bool [H, W].
   """
 
   values: np.ndarray
@@ -55,8 +55,8 @@ def parse(data: bytes, **options: Any) -> Any:
 
 def check(header: Any) -> None:
   """Raises Refused unless a file holds one image that can be read, as far as its header tells."""
-  if header.get("Modality") in _NO_PICTURES:
-    raise Refused(f"holds {_NO_PICTURES[header.Modality]}, which is no picture; remove it")
+  if what := _NO_PICTURES.get(str(header.get("Modality"))):
+    raise Refused(f"holds {what}, which is no picture; remove it")
   if "FloatPixelData" in header or "DoubleFloatPixelData" in header:
     raise Refused("holds floating-point pixels, whose scale is unknown; save them as integers")
   if not header.get("PixelData"):
@@ -110,7 +110,8 @@ def stored(header: Any) -> Stored:
       f"holds data of shape {cells.shape} where its header says {shape}, which may be frames "
       "without NumberOfFrames; save each in its own file"
     )
-  kind, cells = cells.dtype, cells.astype(np.int64) >> low_bit
+  kind = cells.dtype
+  cells = np.right_shift(cells, low_bit, dtype=np.int32 if kind.itemsize <= 2 else np.int64)
   is_padding = _padding(cells, kind, header)
   return Stored(_own_bits(cells, is_padding, header) if is_plain else cells, is_padding)
 
@@ -133,12 +134,14 @@ def physical(values: np.ndarray, header: Any) -> np.ndarray:
     length, first = _descriptor(lut.LUTDescriptor, header)
     table = _table(lut.LUTData, length, header)
     return table[np.clip(values - first, 0, length - 1)].astype(np.float64)
-  slope, intercept = rescaling(header) or (1.0, 0.0)
+  slope, intercept, _ = rescaling(header) or (1.0, 0.0, "")
   return values * slope + intercept
 
 
-def rescaling(header: Any) -> tuple[float, float] | None:
-  """Returns the rescale slope and intercept; None if a file has neither, or blanks."""
+def rescaling(header: Any) -> tuple[float, float, str] | None:
+  """Returns the rescale slope, intercept and type; None if a file has no slope and intercept, or
+  blanks.
+  """
   groups = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
   macros = [item for name in groups for item in header.get(name) or []]
   values = [item for one in macros for item in one.get("PixelValueTransformationSequence") or []]
@@ -146,10 +149,10 @@ def rescaling(header: Any) -> tuple[float, float] | None:
     slope, intercept = place.get("RescaleSlope"), place.get("RescaleIntercept")
     if slope is None and intercept is None:
       continue
-    out = float(1 if slope is None else slope), float(intercept or 0)
-    if not out[0] or not all(map(math.isfinite, out)):
+    a, b = float(1 if slope is None else slope), float(intercept or 0)
+    if not a or not math.isfinite(a) or not math.isfinite(b):
       raise Refused(f"has RescaleSlope={slope} and RescaleIntercept={intercept}; export it anew")
-    return out
+    return a, b, place.get("RescaleType") or ""
   return None
 
 
@@ -167,16 +170,15 @@ def physical_range(header: Any) -> tuple[float, float]:
 
 def check_hounsfield(header: Any) -> None:
   """Raises Refused unless the modality transformation leads to Hounsfield units."""
-  modality, unit = header.get("Modality"), header.get("RescaleType") or "HU"
-  why = ""
+  modality, found, why = str(header.get("Modality")), rescaling(header), ""
   if modality != "CT":
     why = f"is of the modality {modality!r}"
   elif not header.PhotometricInterpretation.startswith("MONOCHROME"):
     why = "is in colour"
-  elif header.get("ModalityLUTSequence") or not rescaling(header):
+  elif header.get("ModalityLUTSequence") or found is None:
     why = "has no RescaleSlope and RescaleIntercept"
-  elif unit != "HU":
-    why = f"has the RescaleType {unit!r}"
+  elif found[2] not in ("", "HU"):
+    why = f"has the RescaleType {found[2]!r}"
   if why:
     raise Refused(
       f"{why}, and ct_window needs CT images in Hounsfield units; leave out ct_window, or remove it"
@@ -235,8 +237,8 @@ def _padding(cells: np.ndarray, kind: np.dtype, header: Any) -> np.ndarray:
   if first is None or header.SamplesPerPixel == 3:
     return none
   last = header.get("PixelPaddingRangeLimit")
-  ends = np.array([first, first if last is None else last], np.int64).astype(kind).astype(np.int64)
-  distance = np.maximum(0, np.maximum(ends.min() - cells, cells - ends.max()))
+  low, high = sorted(np.array([first, first if last is None else last]).astype(kind).tolist())
+  distance = np.maximum(0, np.maximum(low - cells, cells - high))
   is_lossy = header.get("LossyImageCompression") == "01" or (
     header.file_meta.TransferSyntaxUID in _LOSSY
   )
@@ -249,7 +251,7 @@ def _smeared(distance: np.ndarray, width: int) -> np.ndarray:
   range of values, and on from there as long as each fiftieth has less than half as many values as
   the one before, which is the foot of a peak and no tissue.
   """
-  fiftieths = 50 * distance // max(width, 1)
+  fiftieths = distance * np.int64(50) // max(width, 1)
   counts = np.bincount(fiftieths.ravel())
   falls = [*(2 * counts[1:] < counts[:-1]), False]
   return fiftieths <= falls.index(False)
@@ -262,6 +264,8 @@ def _own_bits(cells: np.ndarray, is_padding: np.ndarray, header: Any) -> np.ndar
     Refused: the bits above hold neither a sign nor overlays, so values may need them.
   """
   bits = header.BitsStored
+  if bits == header.BitsAllocated:
+    return cells
   values = lowest = cells & (2**bits - 1)
   if header.PixelRepresentation == 1:
     values = np.where(lowest >= 2 ** (bits - 1), lowest - 2**bits, lowest)
