@@ -179,7 +179,10 @@ def calibration_images(
     source = f"validation images of the run ({run.data.site_data or run.data.data})"
   else:
     if kind == "folder":  # labelled or not
-      _, images = read_images(os.path.expanduser(path), size=size, channels=channels, lazy=True)
+      window = Data(data=s.calibration, ct_window=running.ct_window(s.checkpoint)).hounsfield
+      _, images = read_images(
+        os.path.expanduser(path), size=size, channels=channels, lazy=True, ct_window=window
+      )
     else:
       data = Data(data=s.calibration, image_size=size, channels=channels)
       images = inputs.images_to_test(data, label_names=label_names).images

@@ -4,7 +4,7 @@
 
 For labelled images (a folder for each class, npz or TFDS) it writes predictions.csv, metrics.json,
 report.md, a confusion matrix and ROC curves. With --unlabelled it takes a folder of any images and
-writes predictions.csv only. The model sets the image size and the classes.
+writes predictions.csv only. The model sets the image size, the classes and the CT window.
 """
 
 import pathlib
@@ -29,9 +29,12 @@ flags.adopt_module_key_flags(settings)
 def main() -> None:
   model, trained, label_names, model_config = running.load_model(FLAGS.run_dir)
   size, _, channels = model_config.image_shape
-  for name, value in (("image_size", size), ("channels", channels)):
+  form = {"image_size": size, "channels": channels, "ct_window": running.ct_window(FLAGS.run_dir)}
+  for name, value in form.items():
     if FLAGS[name].present and FLAGS[name].value != value:
-      raise ValueError(f"{name}={FLAGS[name].value}: the model takes {value}; omit the flag")
+      raise ValueError(
+        f"{name}={FLAGS[name].value}: the model takes {value or 'none'}; omit the flag"
+      )
     FLAGS[name].value = value
   config = settings.from_flags(Data)
   output = pathlib.Path(FLAGS.output_dir)

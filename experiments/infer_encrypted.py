@@ -38,7 +38,8 @@ def main() -> None:
   )  # rings wider than 32 bits; the model's own arrays stay float32
   model, weights, label_names, model_config = encrypted.load_model(config.checkpoint)
   size, _, channels = model_config.image_shape
-  data = Data(data=f"folder:{config.images}", image_size=size, channels=channels)
+  window = running.ct_window(config.checkpoint)
+  data = Data(data=f"folder:{config.images}", image_size=size, channels=channels, ct_window=window)
   images = inputs.unlabelled_images(data, label_names)
   calibration, source = encrypted.calibration_images(config, model_config, label_names)
   if config.output_dir:

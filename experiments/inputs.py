@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pathlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -67,6 +69,14 @@ def source(settings: Data) -> pathlib.Path | None:
   return path.resolve()
 
 
+def silence_pydicom() -> None:
+  """Keeps from the terminal what pydicom notes without a file's name: oddities of files that it
+  reads, and tracebacks of those that it cannot, which `dicom` refuses by name.
+  """
+  logging.getLogger("pydicom").propagate = False
+  warnings.filterwarnings("ignore", module="pydicom")
+
+
 def images_to_test(
   settings: Data, seed: int = 0, label_names: tuple[str, ...] | None = None
 ) -> Dataset:
@@ -96,7 +106,9 @@ def unlabelled_images(settings: Data, label_names: tuple[str, ...]) -> Dataset:
   kind, _, path = settings.data.partition(":")
   if kind != "folder":
     raise ValueError(f"data={settings.data!r}: only folder:PATH can be unlabelled")
-  paths, images = read_images(path, size=settings.image_size, channels=settings.channels)
+  paths, images = read_images(
+    path, size=settings.image_size, channels=settings.channels, ct_window=settings.hounsfield
+  )
   return Dataset(images, np.zeros(len(paths), np.int32), label_names, paths, {"path": paths}, path)
 
 
@@ -200,6 +212,7 @@ def _load(settings: Data, label_names: tuple[str, ...] | None, lazy: bool) -> di
     channels=settings.channels,
     label_names=label_names or names(settings.label_names) or None,
     lazy=lazy,
+    ct_window=settings.hounsfield,
     data_dir=settings.data_dir or None,
     manual_dir=settings.manual_dir or None,
     patient_column=settings.patient_column,

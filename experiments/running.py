@@ -228,6 +228,7 @@ def _run(
   facts["patients of training images"] = patient_ids.described(images.train.dataset)
   save_model(folder / "model", main.models)
   about = {"label_names": list(label_names), "model": dataclasses.asdict(model_config)}
+  about["ct_window"] = config.data.ct_window
   (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
   radiologist = {}
   is_kermany = label_names == ("normal", "bacterial", "viral") and len(images.test) == 624
@@ -303,6 +304,11 @@ def load_model(
   return models.build(config), trained, tuple(about["label_names"]), config
 
 
+def ct_window(run_dir: str) -> str:
+  """The window of the CT images on which a run's model was trained; empty if they had none."""
+  return settings.read_json(pathlib.Path(run_dir) / "model.json").get("ct_window", "")
+
+
 def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:
   """Returns a log that writes TensorBoard event files.
 
@@ -361,6 +367,7 @@ def start(main: Callable[[], None]) -> None:
       raise app.UsageError(f"unexpected arguments {arguments[1:]}; flags are written --name=value")
     if not FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)
+      inputs.silence_pydicom()
     jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
     try:
       main()

@@ -138,3 +138,10 @@ def test_values_of_unknown_scale_frames_and_empty_files_are_refused():
     decode.decode(encode(GREY), "x.png", size=0, channels=1)
   with pytest.raises(ValueError, match=r"channels is 2; it must be 1 .* or 3"):
     decode.decode(encode(GREY), "x.png", size=8, channels=2)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "JPEG"])
+def test_an_image_beyond_the_limit_of_pixels_is_refused_with_the_limit(kind, monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+  with pytest.raises(ValueError, match=r"^x has more than 100 pixels; save it smaller$"):
+    decode.decode(encode(GREY, kind), "x", size=8, channels=1)

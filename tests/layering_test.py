@@ -41,7 +41,7 @@ LAYERS = {
 ALONE = {
   "flax": {"models"},
   "tensorflow_datasets": {"data.tfds"},
-  "pydicom": {"data.dicom"},
+  "pydicom": {"data.dicom", "data.dicom_pixels"},
   "safetensors": {"pretrained"},
   "PIL": {"data"},
   "sklearn": {"metrics"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from primia_jax.data import patient_ids
+from primia_jax.data import dicom, patient_ids
 
 from ..settings import choose, fractions, names, require, setting
 
@@ -27,6 +27,12 @@ class Data:
   )
   image_size: int = setting(64, "height and width in pixels to which images are resized")
   channels: int = setting(1, "1 (grey) or 3 (RGB)")
+  ct_window: str = setting(
+    "",
+    "folder of CT images as DICOM: the Hounsfield units shown from black to white, as CENTRE,WIDTH "
+    f"such as 40,400, or {', '.join(dicom.CT_WINDOWS)}; other images are then refused. Empty "
+    "takes percentiles 1 to 99 of each grey DICOM image",
+  )
   label_names: str = setting(
     "", "classes in order, separated by commas; empty takes what the source says"
   )
@@ -54,6 +60,10 @@ class Data:
         dataclasses.replace(self, data=source, site_data="")  # which checks it
       return
     kind = self.data.partition(":")[0]
+    if self.hounsfield and kind != "folder":
+      raise ValueError(
+        f"ct_window={self.ct_window!r}: data={self.data} holds no DICOM files; leave out ct_window"
+      )
     if self.patient_column and self.patient_pattern:
       raise ValueError(
         f"patient_column={self.patient_column!r} and patient_pattern={self.patient_pattern!r} both "
@@ -77,6 +87,24 @@ class Data:
   def sources(self) -> tuple[str, ...]:
     """Of each site; empty where the images of one source are dealt."""
     return names(self.site_data)
+
+  @property
+  def hounsfield(self) -> tuple[float, float] | None:
+    """Centre and width of the CT window; None without one."""
+    if not self.ct_window:
+      return None
+    if self.ct_window in dicom.CT_WINDOWS:
+      return dicom.CT_WINDOWS[self.ct_window]
+    try:
+      centre, width = map(float, self.ct_window.split(","))
+    except ValueError:
+      centre, width = math.nan, math.nan
+    cure = (
+      "is no window; use CENTRE,WIDTH in Hounsfield units with a positive width, such as 40,400, "
+      f"or one of {', '.join(dicom.CT_WINDOWS)}"
+    )
+    require(math.isfinite(centre) and 0 < width < math.inf, "ct_window", self.ct_window, cure)
+    return centre, width
 
 
 @dataclasses.dataclass(frozen=True)

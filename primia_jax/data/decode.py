@@ -42,6 +42,7 @@ def decode(
   *,
   size: int,
   channels: int,
+  ct_window: tuple[float, float] | None = None,
   percentiles: tuple[float, float] | None = PERCENTILES,
 ) -> np.ndarray:
   """Decodes one image to uint8 [size, size, channels].
@@ -56,18 +57,25 @@ def decode(
     name: the file, for error messages.
     size: height and width of the result, in pixels.
     channels: 1 (grey) or 3 (RGB).
+    ct_window: for CT images as DICOM, all others being refused with it; see `dicom.read`.
     percentiles: for grey DICOM only; see `dicom.read`.
 
   Raises:
-    ValueError: the file is corrupt, or holds several frames or values of unknown scale (32-bit
-      integers, floats).
+    ValueError: the file is corrupt or too large, or holds several frames or values of unknown scale
+      (32-bit integers, floats).
     ImportError: it is a DICOM file and pydicom is not installed.
   """
   check_form(size, channels)
   if dicom.is_dicom(data):
-    return to_uint8(dicom.read(data, name, percentiles=percentiles), size, channels)
+    pixels = dicom.read(data, name, ct_window=ct_window, percentiles=percentiles)
+    return to_uint8(pixels, size, channels)
   if not data:
     raise ValueError(f"{name} is empty; copy it again or remove it")
+  if ct_window is not None:
+    raise ValueError(
+      f"{name} is no DICOM file, and ct_window needs CT images in Hounsfield units; leave out "
+      "ct_window, or remove it"
+    )
   try:
     image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     num_frames = getattr(image, "n_frames", 1)
@@ -76,7 +84,10 @@ def decode(
     depth, is_inverted = _bit_depth(image)
     image.load()
     image = ImageOps.exif_transpose(image)
-  except (*_BROKEN, Image.DecompressionBombError) as error:
+  except Image.DecompressionBombError:
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    raise ValueError(f"{name} has more than {limit} pixels; save it smaller") from None
+  except _BROKEN as error:
     raise ValueError(
       f"{name} cannot be read as JPEG, PNG, TIFF, BMP or DICOM ({error}); copy it again or remove "
       "it"
@@ -129,6 +140,7 @@ class EncodedImages:
     size: height and width, in pixels.
     channels: 1 (grey) or 3 (RGB).
     percentiles: for grey DICOM only; see `dicom.read`.
+    ct_window: for CT images as DICOM, all others being refused with it; see `dicom.read`.
   """
 
   keys: np.ndarray
@@ -137,6 +149,7 @@ class EncodedImages:
   size: int
   channels: int
   percentiles: tuple[float, float] | None = PERCENTILES
+  ct_window: tuple[float, float] | None = None
 
   def __post_init__(self):
     check_form(self.size, self.channels)
@@ -156,6 +169,7 @@ class EncodedImages:
           f"{self.root}/{keys[i]}",
           size=self.size,
           channels=self.channels,
+          ct_window=self.ct_window,
           percentiles=self.percentiles,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +10,12 @@ from typing import Any
 import numpy as np
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
+CT_WINDOWS = {  # centre and width in Hounsfield units, as radiologists know them
+  "lung": (-600.0, 1500.0),
+  "bone": (400.0, 1800.0),
+  "soft_tissue": (40.0, 400.0),
+  "brain": (40.0, 80.0),
+}
 
 # What pydicom raises for a damaged file, besides its own exceptions.
 _BROKEN = (
@@ -28,20 +33,26 @@ _BROKEN = (
 
 def is_dicom(data: bytes) -> bool:
   """Tells whether `data` starts like a DICOM file: 128 bytes of preamble, then "DICM" (PS3.10,
-  section 7.1).
+  section 7.1), or, as older files do, with the first elements of group 2 or 8.
   """
-  return data[128:132] == b"DICM"
+  group, element = data[:2], data[2:4]
+  is_little = group in (b"\2\0", b"\x08\0") and element[1:] == b"\0"
+  return data[128:132] == b"DICM" or is_little or (group == b"\0\x08" and element[:1] == b"\0")
 
 
 def read(
-  data: bytes, name: str, *, percentiles: tuple[float, float] | None = (1.0, 99.0)
+  data: bytes,
+  name: str,
+  *,
+  percentiles: tuple[float, float] | None = (1.0, 99.0),
+  ct_window: tuple[float, float] | None = None,
 ) -> np.ndarray:
   """Returns the pixels of one DICOM image in 0..255, where bright means dense.
 
   Grey values pass through the modality transformation (rescale slope and intercept, or a table) and
   then a linear window. MONOCHROME1 is inverted. The file's own window (VOI) is not applied, because
-  manufacturers choose it differently. Padding (the pixel padding value or range) is left out of the
-  percentiles and becomes 0.
+  manufacturers choose it differently. Padding (the pixel padding value or range, and after lossy
+  compression what is near it) is left out of the percentiles and becomes 0.
 
   Args:
     data: a whole DICOM file.
@@ -50,6 +61,9 @@ def read(
       both percentiles are equal (a few bright dots on black), the smallest and largest values are
       used instead; an image with a single value becomes 0. With None, the range of the stored bits
       becomes 0 to 255, so that images stay comparable. Colour images always use their stored bits.
+    ct_window: instead of percentiles, (centre, width) of a window in Hounsfield units: centre -
+      width / 2 becomes 0, and centre + width / 2 becomes 255. A file that is no CT image in these
+      units is then refused.
 
   Returns:
     float32 [H, W] for grey, uint8 [H, W, 3] for colour.
@@ -63,26 +77,24 @@ def read(
     raise ValueError(
       f"the DICOM percentiles are {percentiles}; they must increase and lie within 0 to 100"
     )
-  with _pydicom(name) as pydicom:
-    header = pydicom.dcmread(io.BytesIO(data))
-    num_frames = int(header.get("NumberOfFrames") or 1)
-  if "PixelData" not in header:
-    raise ValueError(f"{name} is a DICOM file without pixels (a report or an index?); remove it")
-  if num_frames > 1:
-    raise ValueError(f"{name} holds {num_frames} frames; save each in its own file")
-  with _pydicom(name) as pydicom:
-    stored = pydicom.pixels.pixel_array(header)  # colour arrives as RGB
-    photometric, bits = header.PhotometricInterpretation, int(header.BitsStored)
-    if photometric == "PALETTE COLOR":
-      stored = pydicom.pixels.apply_color_lut(stored, header)
-      bits = 8 * stored.dtype.itemsize
-    if stored.ndim == 3:
-      return np.clip(np.rint(stored[..., :3] * (255 / (2**bits - 1))), 0, 255).astype(np.uint8)
-    values = pydicom.pixels.apply_modality_lut(stored, header).astype(np.float64)
-    is_padding = _padding(stored, header)
-    low, high = (
-      np.percentile(values[~is_padding], percentiles) if percentiles else _stored_range(header)
-    )
+  if ct_window is not None and not ct_window[1] > 0:
+    raise ValueError(f"the CT window (centre, width) is {ct_window}; its width must be positive")
+  with _pixels(name) as pixels:
+    header = pixels.parse(data)
+    pixels.check(header)
+    if ct_window is not None:
+      pixels.check_hounsfield(header)
+    stored, is_padding = pixels.stored(header)
+    photometric = header.PhotometricInterpretation
+    if not photometric.startswith("MONOCHROME"):
+      return pixels.colour(stored, header)
+    values = pixels.physical(stored, header)
+    if ct_window is not None:
+      low, high = ct_window[0] - ct_window[1] / 2, ct_window[0] + ct_window[1] / 2
+    elif percentiles is not None:
+      low, high = np.percentile(values[~is_padding], percentiles)
+    else:
+      low, high = pixels.physical_range(header)
   if low == high:
     low, high = values[~is_padding].min(), values[~is_padding].max()
   if low == high:
@@ -94,50 +106,28 @@ def read(
 
 def patient_id(data: bytes, name: str) -> str:
   """Returns the patient ID in a DICOM file's header, or "" if it has none. Raises as `read`."""
-  with _pydicom(name) as pydicom:
-    header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=["PatientID"])
+  with _pixels(name) as pixels:
+    header = pixels.parse(data, stop_before_pixels=True, specific_tags=["PatientID"])
     return str(header.get("PatientID") or "").strip()
 
 
 @contextlib.contextmanager
-def _pydicom(name: str) -> Iterator[Any]:
-  """Yields the pydicom module, and adds the file's name to errors that pydicom raises for it."""
+def _pixels(name: str) -> Iterator[Any]:
+  """Yields the module `dicom_pixels`, and adds the file's name to errors."""
   try:
     import pydicom
-    import pydicom.pixels
+
+    from primia_jax.data import dicom_pixels
   except ImportError as error:
     raise ImportError(
       f"{name} is a DICOM file, and reading it needs pydicom; run `pip install 'primia_jax[dicom]'`"
     ) from error
   try:
-    yield pydicom
+    yield dicom_pixels
+  except dicom_pixels.Refused as error:
+    raise ValueError(f"{name} {error}") from None
   except (*_BROKEN, pydicom.errors.InvalidDicomError, pydicom.errors.BytesLengthException) as error:
     raise ValueError(
-      f"{name} is corrupt DICOM, or compressed in a way that cannot be read ({error}); copy it "
-      "again or remove it, install decoders (`pip install 'pylibjpeg[all]'`), or store it "
-      "uncompressed"
+      f"{name} is corrupt DICOM, or compressed in a way that cannot be read "
+      f"({' '.join(str(error).split())}); copy it again or remove it, or store it uncompressed"
     ) from error
-
-
-def _padding(stored: np.ndarray, header: Any) -> np.ndarray:
-  """Returns which stored values are padding: bool, of the shape of `stored`."""
-  first = header.get("PixelPaddingValue")
-  if first is None:
-    return np.zeros(stored.shape, bool)
-  last = header.get("PixelPaddingRangeLimit", first)
-  is_padding = (stored >= min(first, last)) & (stored <= max(first, last))
-  return is_padding if not is_padding.all() else np.zeros(stored.shape, bool)
-
-
-def _stored_range(header: Any) -> tuple[float, float]:
-  """Returns the smallest and the largest value that the stored bits can represent, after the
-  modality transformation.
-  """
-  from pydicom import pixels
-
-  if header.get("ModalityLUTSequence"):
-    return 0.0, 2.0 ** int(header.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
-  bits = int(header.BitsStored)
-  first = -(2 ** (bits - 1)) if header.PixelRepresentation == 1 else 0
-  ends = pixels.apply_modality_lut(np.array([first, first + 2**bits - 1]), header)
-  return float(ends.min()), float(ends.max())

@@ -55,6 +55,7 @@ def read_folder(
   channels: int,
   label_names: Sequence[str] | None = None,
   lazy: bool = False,
+  ct_window: tuple[float, float] | None = None,
   percentiles: tuple[float, float] | None = decode.PERCENTILES,
   ignore: Sequence[str] = (),
 ) -> dict[str, Dataset]:
@@ -79,6 +80,7 @@ def read_folder(
       Letter case is ignored.
     lazy: decode on demand instead of now, for images that do not fit in memory. Errors in images
       then also come later.
+    ct_window: for CT images as DICOM, all others being refused with it; see `dicom.read`.
     percentiles: for grey DICOM only; see `dicom.read`.
     ignore: further files and folders to ignore, e.g. `["*.csv"]`.
 
@@ -98,7 +100,9 @@ def read_folder(
     if not len(index):
       continue
     datasets[split] = Dataset(
-      images=_images(listing.files, listing.paths[index], size, channels, percentiles, lazy),
+      images=_images(
+        listing.files, listing.paths[index], size, channels, percentiles, ct_window, lazy
+      ),
       labels=listing.labels[index],
       label_names=listing.label_names,
       groups=listing.groups[index],
@@ -115,6 +119,7 @@ def read_images(
   size: int,
   channels: int,
   lazy: bool = False,
+  ct_window: tuple[float, float] | None = None,
   percentiles: tuple[float, float] | None = decode.PERCENTILES,
   ignore: Sequence[str] = (),
 ) -> tuple[np.ndarray, Images]:
@@ -130,7 +135,7 @@ def read_images(
   decode.check_form(size, channels)
   files = list_files(path, ignore)
   paths = np.array(files.names)
-  return paths, _images(files, paths, size, channels, percentiles, lazy)
+  return paths, _images(files, paths, size, channels, percentiles, ct_window, lazy)
 
 
 def list_folder(
@@ -208,8 +213,11 @@ def label_index(kind: str, label_names: tuple[str, ...], where: str) -> int:
   )
 
 
-def _images(files: Files, paths: np.ndarray, size, channels, percentiles, lazy: bool) -> Images:
-  images = decode.EncodedImages(paths, files.read, files.root, size, channels, percentiles)
+def _images(
+  files: Files, paths: np.ndarray, size, channels, percentiles, ct_window, lazy: bool
+) -> Images:
+  form = size, channels, percentiles, ct_window
+  images = decode.EncodedImages(paths, files.read, files.root, *form)
   return images if lazy else images[np.arange(len(paths))]
 
 

@@ -17,6 +17,7 @@ def load(
   channels: int,
   label_names: Sequence[str] | None = None,
   lazy: bool = False,
+  ct_window: tuple[float, float] | None = None,
   percentiles: tuple[float, float] | None = decode.PERCENTILES,
   ignore: Sequence[str] = (),
   data_dir: str | os.PathLike[str] | None = None,
@@ -33,6 +34,8 @@ def load(
     label_names: the classes in order, e.g. a checkpoint's; by default the source's own. Images of
       any other class are an error. (An npz file has no names of its own.)
     lazy: decode on demand instead of now. An npz file is always in memory.
+    ct_window: for folders of CT images as DICOM, all others being refused with it; see
+      `dicom.read`.
     percentiles: for grey DICOM only; see `dicom.read`.
     ignore: for folders: files to ignore, e.g. `["*.csv"]`.
     data_dir: for TFDS: the folder of the prepared data sets.
@@ -59,10 +62,17 @@ def load(
     )
   if patient_pattern:
     patient_ids.compiled(patient_pattern)
+  if ct_window is not None and kind != "folder":
+    raise ValueError(f"ct_window={ct_window}: {spec} holds no DICOM files; leave it out")
   form: dict[str, Any] = {"size": size, "channels": channels, "label_names": label_names}
   if kind == "folder":
     splits = folder.read_folder(
-      os.path.expanduser(where), lazy=lazy, percentiles=percentiles, ignore=ignore, **form
+      os.path.expanduser(where),
+      lazy=lazy,
+      ct_window=ct_window,
+      percentiles=percentiles,
+      ignore=ignore,
+      **form,
     )
   elif kind == "npz":
     splits = npz.read_npz(os.path.expanduser(where), **form)
