@@ -75,7 +75,7 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
     if config.privacy.validates and len(one) and not validation.sizes[i]:
       said.append("too few images to hold any out for validation: all of them train")
     if said:
-      out[f"site {i}"] = f"{len(one)} images; {'; '.join(said)}"
+      out[f"site {i}"] = f"{len(one)} image{'s' * (len(one) > 1)}; {'; '.join(said)}"
   if config.privacy.dp != "none":
     out["not protected"] = "these rows are exact, and no ledger was charged for them"
   return out
