@@ -73,7 +73,7 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
     if len(kinds := np.unique(dataset.labels[one])) == 1:
       said.append(f"images of one class only, {dataset.label_names[kinds[0]]}")
     if config.privacy.validates and len(one) and not validation.sizes[i]:
-      said.append("too few images to hold any out for validation: all of them train")
+      said.append("none is held out for validation, since all are of one patient")
     if said:
       out[f"site {i}"] = f"{len(one)} image{'s' * (len(one) > 1)}; {'; '.join(said)}"
   if config.privacy.dp != "none":

@@ -189,8 +189,8 @@ def _check_sizes(inputs: Inputs, validates: bool) -> None:
     raise ValueError(f"sites {empty} have no images to train on; give them some, or leave them out")
   if validates and not any(inputs.validation.sizes):
     raise ValueError(
-      f"no site has images to validate with, of {list(inputs.train.sizes)}; give more, raise "
-      "--validation_fraction, or use --validation=none"
+      f"no site has images to validate with, of {list(inputs.train.sizes)} to train on, because a "
+      "patient's images stay together; give sites more patients, or use --validation=none"
     )
 
 

@@ -229,7 +229,7 @@ def _run(
   of_images = image_facts.facts(config, images.train, images.validation, images.test)
   if _LOCAL in baselines:
     for site in (i for i in everyone if f"local: site {i}" not in trained):
-      of_images[f"site {site}"] += "; not trained alone, for want of such images"
+      of_images[f"site {site}"] += "; so this site is not trained alone"
   save_model(folder / "model", main.models)
   about = {
     "label_names": list(label_names),

@@ -163,7 +163,7 @@ def by_column(dataset: Dataset, column: str) -> Partition:
 
 
 def hold_out(
-  dataset: Dataset, fraction: float, seed: int, *, may_be_empty: bool = False
+  dataset: Dataset, fraction: float, seed: int, *, smallest: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
   """Holds out examples, e.g. for validation, with the same mix of labels as the rest.
 
@@ -171,7 +171,8 @@ def hold_out(
     dataset: N examples.
     fraction: share of the examples to hold out, between 0 and 1, both excluded.
     seed: any non-negative integer.
-    may_be_empty: hold nothing out instead of an error, where there are too few groups.
+    smallest: where the fraction would leave one part empty, hold out the smallest group instead;
+      nothing of a single group.
 
   Returns:
     (train_index, held_index): sorted, disjoint int64 arrays that together contain every example.
@@ -182,17 +183,16 @@ def hold_out(
   """
   if not 0 < fraction < 1:
     raise ValueError(f"fraction is {fraction}; expected a number between 0 and 1, both excluded")
-  everything = np.arange(len(dataset)), np.zeros(0, np.int64)
-  if may_be_empty and len(np.unique(dataset.groups)) < 2:
-    return everything
+  if smallest and len(np.unique(dataset.groups)) < 2:
+    return np.arange(len(dataset)), np.zeros(0, np.int64)
   members, counts = _groups(dataset, 2)
   # A column of totals, so that rare labels do not all round the same way.
   counts = np.concatenate([counts, counts.sum(1, keepdims=True)], axis=1)
   wanted = np.asarray([1 - fraction, fraction])[:, None] * counts.sum(0)
   sites = _fill(counts, wanted, np.random.default_rng(seed))
+  if smallest and len(np.unique(sites)) < 2:
+    sites = np.arange(len(counts)) == np.argmin(counts[:, -1])
   if len(np.unique(sites)) < 2:
-    if may_be_empty:
-      return everything
     raise ValueError(
       f"fraction {fraction} of {dataset.name!r} ({len(dataset)} examples, {len(counts)} groups) "
       "leaves one part empty; use a fraction closer to one half"

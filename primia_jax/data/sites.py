@@ -67,7 +67,7 @@ def site_sizes(total: int, num_sites: int, fractions: Sequence[float] | None = N
 def hold_out(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
   """Sets images of each site aside, e.g. for validation, without splitting a group (a patient).
 
-  A site with too few groups to hold any out keeps all of them.
+  A site of at least two groups holds out at least one, and a site of one group keeps it.
 
   Args:
     part: S sites.
@@ -83,7 +83,7 @@ def hold_out(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
   kept, held = [], []
   for number, index in enumerate(part.sites):
     own = take(part.dataset, index)
-    rest, apart = partition.hold_out(own, fraction, seed + number, may_be_empty=True)
+    rest, apart = partition.hold_out(own, fraction, seed + number, smallest=True)
     kept.append(index[rest])
     held.append(index[apart])
   return Part(part.dataset, tuple(kept)), Part(part.dataset, tuple(held))
