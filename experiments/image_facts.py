@@ -63,9 +63,16 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
     held = [one[one < len(dataset)] for one in validation.sites]
     rows = [np.concatenate(pair) for pair in zip(rows, held, strict=True)]
   bare = dataclasses.replace(dataset, images=np.zeros((len(dataset), 1, 1, 1), np.uint8))
+  if config.data.sources:  # `join` has numbered them
+    bare = dataclasses.replace(bare, groups=np.strings.partition(bare.groups, "/")[2])
   shared = overlaps.between([take(bare, one) for one in rows])
   if shared.patients:
-    out["patients at several sites"] = patient_ids.listed(shared.patients)
+    listed = patient_ids.listed(shared.patients)
+    if config.data.sources:
+      out["names of patients in several sources"] = f"{listed}, counted as different patients"
+    else:
+      out["patients of training images"] = "known"
+      out["patients at several sites"] = listed
   if shared.images:
     out["images at several sites"] = _pairs(shared.images)
   for i, one in enumerate(rows):

@@ -7,7 +7,7 @@ import pytest
 from data_dicom_test import make
 from data_folder_test import encode, write
 
-from experiments import image_facts, inputs, settings
+from experiments import image_facts, inputs, running, settings
 from experiments.configs import Train
 from experiments.configs.data import Data
 from primia_jax.data import scan
@@ -182,6 +182,26 @@ def test_a_site_of_one_image_and_a_site_of_one_class_are_ordinary(tmp_path):
   config = settings.replace(config, partition="auto")
   with pytest.raises(ValueError, match=r"no site has images to validate with, of \[1, 1\]"):
     inputs.site_images(config)
+
+
+def test_sources_of_sites_are_compared(tmp_path):
+  files = images(names("a b", "p q r s", num=2))
+  write(tmp_path / "u", files)
+  write(
+    tmp_path / "v", {"a/x/copy.png": files["a/p/0.png"]} | images(names("a b", "r s t u", num=2))
+  )
+  sources = f"folder:{tmp_path}/u,folder:{tmp_path}/v"
+  config = settings.replace(SMALL, site_data=sources, layout="class/patient", partition="auto")
+  said = facts(settings.replace(config, allow_overlap=True))
+  assert said["names of patients in several sources"].endswith(", counted as different patients")
+  assert any(what.endswith(("IN TRAINING AND TESTING", "at several sites")) for what in said)
+
+
+def test_a_model_is_tested_with_the_bits_of_its_training(tmp_path):
+  write(tmp_path, {"model.json": b'{"grey_bits": 12}'})
+  assert running.grey_bits(str(tmp_path)) == 12
+  write(tmp_path, {"model.json": b"{}"})  # of an earlier version
+  assert running.grey_bits(str(tmp_path)) == 0
 
 
 def test_splits_that_are_not_used_are_named(tmp_path):
