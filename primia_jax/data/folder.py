@@ -10,7 +10,7 @@ import pathlib
 import posixpath
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -100,7 +100,9 @@ def read_folder(
   columns = {"path": listing.paths, "folder": listing.folders}
   if listing.sites.any():
     columns["site"] = listing.sites
-  form = size, channels, percentiles, grey_bits
+  form: dict[str, Any] = {
+    "size": size, "channels": channels, "percentiles": percentiles, "grey_bits": grey_bits
+  }  # fmt: skip
   datasets = {}
   for split in dict.fromkeys([*layouts.SPLITS.values(), "all"]):
     index = np.flatnonzero(listing.splits == split)
@@ -108,7 +110,7 @@ def read_folder(
       continue
     datasets[split] = Dataset(
       images=decode.EncodedImages(
-        listing.paths[index], listing.files.read, listing.files.root, *form
+        listing.paths[index], listing.files.read, listing.files.root, **form
       ),
       labels=listing.labels[index],
       label_names=listing.label_names,
@@ -145,7 +147,7 @@ def read_images(
   files = list_files(path, ignore)
   paths = np.array(files.names)
   images = decode.EncodedImages(
-    paths, files.read, files.root, size, channels, percentiles, grey_bits
+    paths, files.read, files.root, size, channels, percentiles, grey_bits=grey_bits
   )
   return paths, images if lazy else scan.read({"all": unlabelled(paths, images)})["all"].images
 

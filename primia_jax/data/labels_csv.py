@@ -10,7 +10,7 @@ import pathlib
 import posixpath
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,13 +79,15 @@ def read_csv(
   splits = np.array([layouts.SPLITS[one.lower()] for one in of.get("split", [])] or "all")
   own = {name: np.array(column) for name, column in _columns(table).items()}
   own |= {"path": np.array(files)} | ({"site": np.array(of["site"])} if "site" in of else {})
-  form = size, channels, percentiles, grey_bits
+  form: dict[str, Any] = {
+    "size": size, "channels": channels, "percentiles": percentiles, "grey_bits": grey_bits
+  }  # fmt: skip
   datasets = {}
   for split in dict.fromkeys([*layouts.SPLITS.values(), "all"]):
     index = np.flatnonzero(np.broadcast_to(splits, len(files)) == split)
     if len(index):
       datasets[split] = Dataset(
-        images=decode.EncodedImages(own["path"][index], listing.read, listing.root, *form),
+        images=decode.EncodedImages(own["path"][index], listing.read, listing.root, **form),
         labels=labels[index],
         label_names=names,
         groups=groups[index],
