@@ -47,6 +47,10 @@ def test_sites_above_splits_are_sites():
     (HOSPITALS[:-2], "--layout=site/class"),  # one hospital lacks a class
     (product("d", "a b", "p1 p2 p3"), r"--layout=\*/site/class .* \*/class/patient where a"),
     (product("train test", "h1 h2", "x y"), "--layout=split/site/class"),
+    (
+      product("a", "train test", "p1 p2") + product("b", "train test", "p3"),
+      "=site/split/class, cl",
+    ),
   ],
 )
 def test_folders_that_may_be_sites_or_classes_are_refused_with_the_choice(names, choices):

@@ -114,8 +114,11 @@ def _recognised(files: Files, label_names: Sequence[str] | None) -> Places:
       f"{these(files.root, lost)} in no class folder; move {them(lost)} into one "
       "(CLASS/IMAGE), or say what the folders mean with --layout"
     )
+  known = given or _KNOWN
+  if has_sites:
+    _check_shared(files, [(p[i - 2], p[i]) for p, i in zip(parts, at, strict=True)], known)
   before = [NOTHING] * start + ["site"] * has_sites + ["split"] * has_split
-  if not has_sites and _classes_are_inner(files, parts, at, where, given or _KNOWN, before):
+  if not has_sites and _classes_are_inner(files, parts, at, where, known, before):
     at = [i + 1 for i in at]
     before += ["site"]
   is_inner = before[-1:] == ["site"]
@@ -130,6 +133,19 @@ def _recognised(files: Files, label_names: Sequence[str] | None) -> Places:
     ["/".join([*p[: (i - is_inner if w is None else w)], *p[i - is_inner : i], *p[i + 1 :]])
      for p, i, w in spots],
   )  # fmt: skip
+
+
+def _check_shared(files: Files, pairs: Sequence[tuple[str, str]], known: set[str]) -> None:
+  """Sites (outer) above splits share classes (inner); else outer folders may be the classes."""
+  outer = {inner: {one for one, other in pairs if other == inner} for _, inner in set(pairs)}
+  if {one.lower() for one in outer} <= known or max(map(len, outer.values())) > 1:
+    return
+  names = sorted({one for one, _ in pairs})
+  raise ValueError(
+    f"{files.root}: the folders {listed(names)} above the splits hold no folders of the same names "
+    f"below ({listed(sorted(outer))}), so that either may be the classes; say what they mean: "
+    "--layout=site/split/class, class/split/patient or class/split, after */ for each folder around"
+  )
 
 
 def _classes_are_inner(
