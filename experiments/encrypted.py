@@ -17,6 +17,7 @@ import numpy as np
 
 from primia_jax import models
 from primia_jax.data.folder import read_images
+from primia_jax.data.load import KINDS
 from primia_jax.evaluation import batches
 from primia_jax.mpc import fitting, planning
 from primia_jax.mpc.circuit import Config
@@ -47,6 +48,9 @@ class Infer:
   images: str = _(
     "", "data owner: an image file (PNG, JPEG, TIFF, BMP, DICOM), a folder or a tar of them"
   )
+  ignore: str = _("", "files and folders to leave out, as patterns separated by commas")
+  skip_bad_files: bool = _(False, "go on without images that cannot be read, and name them")
+  grey_bits: int = _(0, "bits that 16-bit grey PNG and TIFF use; 0 takes those of the training run")
   output: str = _(
     "probabilities",
     "what the data owner learns: probabilities (from the logits, revealed to it alone), or label "
@@ -74,7 +78,7 @@ class Infer:
   calibration: str = _(
     "run",
     "model owner: images to calibrate on: run (the training run's validation images, which a "
-    "private run leaves unused), phantom, folder:PATH, npz:PATH or tfds:NAME",
+    "private run leaves unused), phantom, folder:PATH, csv:PATH, npz:PATH or tfds:NAME",
   )
   calibration_images: int = _(32, "number of calibration images")
   batch: int = _(1, "images in one run of the protocol")
@@ -118,9 +122,10 @@ def check(s: Infer) -> None:
   if not 1 <= s.margin < math.inf:
     raise ValueError(f"margin={s.margin}; use at least 1: ranges that calibration saw must fit")
   kind, _, where = s.calibration.partition(":")
-  if s.calibration not in ("run", "phantom") and not (kind in ("folder", "npz", "tfds") and where):
+  if s.calibration not in ("run", "phantom") and not (kind in KINDS and where):
     raise ValueError(
-      f"calibration={s.calibration!r}; use run, phantom, folder:PATH, npz:PATH or tfds:NAME"
+      f"calibration={s.calibration!r}; use run, phantom, folder:PATH, csv:PATH, npz:PATH or "
+      "tfds:NAME"
     )
   if s.output_dir and os.path.exists(s.output_dir) and not os.path.isdir(s.output_dir):
     raise ValueError(f"output_dir={s.output_dir} is a file; name a folder")
@@ -178,13 +183,20 @@ def calibration_images(
     index = np.concatenate(part.sites)
     source = f"validation images of the run ({run.data.site_data or run.data.data})"
   else:
+    bits = s.grey_bits or running.grey_bits(s.checkpoint)
     if kind == "folder":  # labelled or not
       window = Data(data=s.calibration, ct_window=running.ct_window(s.checkpoint)).hounsfield
       _, images = read_images(
-        os.path.expanduser(path), size=size, channels=channels, lazy=True, ct_window=window
+        os.path.expanduser(path),
+        size=size,
+        channels=channels,
+        lazy=True,
+        ignore=settings.names(s.ignore),
+        grey_bits=bits,
+        ct_window=window,
       )
     else:
-      data = Data(data=s.calibration, image_size=size, channels=channels)
+      data = Data(data=s.calibration, image_size=size, channels=channels, grey_bits=bits)
       images = inputs.images_to_test(data, label_names=label_names).images
     index, source = np.arange(images.shape[0]), f"images of {s.calibration}"
   chosen = index[np.linspace(0, len(index) - 1, min(s.calibration_images, len(index))).astype(int)]

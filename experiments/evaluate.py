@@ -36,6 +36,8 @@ def main() -> None:
         f"{name}={FLAGS[name].value}: the model takes {value or 'none'}; omit the flag"
       )
     FLAGS[name].value = value
+  if not FLAGS["grey_bits"].present:
+    FLAGS["grey_bits"].value = running.grey_bits(FLAGS.run_dir)
   config = settings.from_flags(Data)
   output = pathlib.Path(FLAGS.output_dir)
   output.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,8 @@ def main() -> None:
   report.predictions_csv(output / "predictions.csv", ids, labels, probabilities, label_names)
   if labels is None:
     print(f"{len(dataset)} predictions are in {output / 'predictions.csv'}")
+    for what, text in dataset.notes.items():
+      print(f"  {what}: {text}")
     return
   result = report.write_report(
     output,
@@ -66,6 +70,7 @@ def main() -> None:
     },
     versions=report.versions(),
     groups=dataset.groups if config.patient_column or config.patient_pattern else None,
+    images=dataset.notes,
     main_arm="model",
     seed=FLAGS.seed,
   )

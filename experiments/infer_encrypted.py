@@ -38,8 +38,15 @@ def main() -> None:
   )  # rings wider than 32 bits; the model's own arrays stay float32
   model, weights, label_names, model_config = encrypted.load_model(config.checkpoint)
   size, _, channels = model_config.image_shape
-  window = running.ct_window(config.checkpoint)
-  data = Data(data=f"folder:{config.images}", image_size=size, channels=channels, ct_window=window)
+  data = Data(
+    data=f"folder:{config.images}",
+    image_size=size,
+    channels=channels,
+    ignore=config.ignore,
+    grey_bits=config.grey_bits or running.grey_bits(config.checkpoint),
+    skip_bad_files=config.skip_bad_files,
+    ct_window=running.ct_window(config.checkpoint),
+  )
   images = inputs.unlabelled_images(data, label_names)
   calibration, source = encrypted.calibration_images(config, model_config, label_names)
   if config.output_dir:
@@ -55,6 +62,8 @@ def main() -> None:
     f"{', '.join(label_names)}"
   )
   print(f"Images  {len(images)} from {config.images}, {config.batch} in a run of the protocol")
+  for what, text in images.notes.items():
+    print(f"        {what}: {text}")
   print(f"Calibrating on {source} and choosing the ring ...", flush=True)
   start = time.perf_counter()
   plan = encrypted.make_plan(config, model, weights, calibration)

@@ -7,17 +7,18 @@ import json
 import logging
 import pathlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from primia_jax.data import partition, patient_ids, phantom, sites
-from primia_jax.data.dataset import Dataset, in_memory, join, take
-from primia_jax.data.folder import read_images
+from primia_jax.data import overlaps, partition, patient_ids, phantom, scan, sites
+from primia_jax.data.dataset import Dataset, join, take
+from primia_jax.data.folder import read_images, unlabelled
 from primia_jax.data.load import load
 from primia_jax.data.sites import Part
 
+from . import image_facts
 from .configs import Train
 from .configs.data import Data, Hospitals
 from .settings import fractions, names
@@ -62,8 +63,10 @@ def source(settings: Data) -> pathlib.Path | None:
       tfds.prepare(where, manual_dir=settings.manual_dir, data_dir=settings.data_dir or None)
     return tfds.find(where, settings.data_dir or None).resolve()
   path = pathlib.Path(where).expanduser()
-  if kind not in ("folder", "npz") or not where:
-    raise ValueError(f"data={settings.data!r}; it must be folder:PATH, npz:PATH or tfds:NAME")
+  if kind not in ("folder", "csv", "npz") or not where:
+    raise ValueError(
+      f"data={settings.data!r}; it must be folder:PATH, csv:PATH, npz:PATH or tfds:NAME"
+    )
   if not path.exists():
     raise FileNotFoundError(f"data={settings.data}: there is no {path}")
   return path.resolve()
@@ -87,10 +90,11 @@ def images_to_test(
   """
   if settings.data == "phantom":
     return _phantom_test(settings, 600, 3, seed)
-  splits = _load(settings, label_names, lazy=False)
+  splits = _load(settings, label_names)
   for split in ("test", "all"):
     if split in splits:
-      return splits[split]
+      read = scan.read({split: splits[split]}, skip_bad_files=settings.skip_bad_files)
+      return read[split]
   raise ValueError(
     f"{settings.data} has the splits {sorted(splits)} but neither test images nor images without "
     f"split"
@@ -107,9 +111,16 @@ def unlabelled_images(settings: Data, label_names: tuple[str, ...]) -> Dataset:
   if kind != "folder":
     raise ValueError(f"data={settings.data!r}: only folder:PATH can be unlabelled")
   paths, images = read_images(
-    path, size=settings.image_size, channels=settings.channels, ct_window=settings.hounsfield
+    path,
+    size=settings.image_size,
+    channels=settings.channels,
+    lazy=True,
+    ignore=names(settings.ignore),
+    grey_bits=settings.grey_bits,
+    ct_window=settings.hounsfield,
   )
-  return Dataset(images, np.zeros(len(paths), np.int32), label_names, paths, {"path": paths}, path)
+  found = {"all": unlabelled(paths, images, label_names)}
+  return scan.read(found, skip_bad_files=settings.skip_bad_files)["all"]
 
 
 def site_images(config: Train, only_site: int | None = None) -> Inputs:
@@ -128,10 +139,16 @@ def site_images(config: Train, only_site: int | None = None) -> Inputs:
     inputs = _phantom(config, only_site)
   else:
     inputs = _loaded(config, only_site is not None)
+  if not config.data.allow_overlap:
+    where = config.data.site_data or config.data.data
+    image_facts.check_overlap(where, inputs.train.dataset, inputs.test)
   if config.privacy.by_patient:
     sites.check_patients(inputs.train)
-  which = range(config.hospitals.num_sites) if only_site is None else [only_site]
-  _check_sizes(inputs, which, config.privacy.validates)
+  # Where a process reads its own source, the others' sizes are told later.
+  if only_site is None or not config.data.site_data:
+    _check_sizes(inputs, config.privacy.validates)
+  elif not inputs.train.sizes[only_site]:
+    raise ValueError(f"site {only_site} has no images to train on")
   return inputs
 
 
@@ -174,16 +191,18 @@ def with_others(
   of_training, of_validation = zip(*told_sizes, strict=True)
   parts = known(inputs.train, of_training), known(inputs.validation, of_validation)
   out = Inputs(*parts, inputs.test, tuple(patients))
-  _check_sizes(out, range(len(told_sizes)), validates)
+  _check_sizes(out, validates)
   return out
 
 
-def _check_sizes(inputs: Inputs, of_sites: Iterable[int], validates: bool) -> None:
-  for part in (inputs.train, inputs.validation) if validates else (inputs.train,):
-    if empty := [i for i in of_sites if not part.sizes[i]]:
-      raise ValueError(
-        f"sites {empty} have no images to {'train on' if part is inputs.train else 'validate with'}"
-      )
+def _check_sizes(inputs: Inputs, validates: bool) -> None:
+  if empty := [i for i, n in enumerate(inputs.train.sizes) if not n]:
+    raise ValueError(f"sites {empty} have no images to train on; give them some, or leave them out")
+  if validates and not any(inputs.validation.sizes):
+    raise ValueError(
+      f"no site has images to validate with, of {list(inputs.train.sizes)} to train on, because a "
+      "patient's images stay together; give sites more patients, or use --validation=none"
+    )
 
 
 def _of_sources(config: Train, only_site: int | None) -> Inputs:
@@ -192,10 +211,8 @@ def _of_sources(config: Train, only_site: int | None) -> Inputs:
   mine = range(h.num_sites) if only_site is None else [only_site]
   trains, tests, kept, held, first = [], [], {}, {}, 0
   for i in mine:
-    train, test = _with_test(config, dataclasses.replace(data, data=data.sources[i], site_data=""))
-    parts = sites.hold_out(
-      Part(train, (np.arange(len(train)),)), h.validation_fraction, config.seed + i
-    )
+    train, test = _with_test(config, data.of(data.sources[i]))
+    parts = _hold_out(train, (np.arange(len(train)),), h.validation_fraction, config.seed + i)
     kept[i], held[i] = (first + part.sites[0] for part in parts)
     trains.append(train)
     tests.append(test)
@@ -205,13 +222,18 @@ def _of_sources(config: Train, only_site: int | None) -> Inputs:
   return Inputs(part(kept), part(held), join(tests))
 
 
-def _load(settings: Data, label_names: tuple[str, ...] | None, lazy: bool) -> dict[str, Dataset]:
+def _load(settings: Data, label_names: tuple[str, ...] | None) -> dict[str, Dataset]:
+  """The splits of a source, whose images `scan.read` reads."""
   return load(
     settings.data,
     size=settings.image_size,
     channels=settings.channels,
     label_names=label_names or names(settings.label_names) or None,
-    lazy=lazy,
+    lazy=True,
+    ignore=names(settings.ignore),
+    layout=settings.layout,
+    csv_columns=settings.columns,
+    grey_bits=settings.grey_bits,
     ct_window=settings.hounsfield,
     data_dir=settings.data_dir or None,
     manual_dir=settings.manual_dir or None,
@@ -255,12 +277,20 @@ def _loaded(config: Train, lazy: bool) -> Inputs:
     raise ValueError(
       f"partition {h.partition} makes {len(dealt)} sites; set --num_sites={len(dealt)}"
     )
-  return Inputs(*sites.hold_out(Part(train, dealt), h.validation_fraction, config.seed), test)
+  return Inputs(*_hold_out(train, dealt, h.validation_fraction, config.seed), test)
+
+
+def _hold_out(
+  train: Dataset, dealt: partition.Partition, fraction: float, seed: int
+) -> tuple[Part, Part]:
+  """`sites.hold_out` that parts no copies either."""
+  parts = sites.hold_out(Part(overlaps.tied(train), dealt), fraction, seed)
+  return Part(train, parts[0].sites), Part(train, parts[1].sites)
 
 
 def _with_test(config: Train, data: Data, lazy: bool = False) -> tuple[Dataset, Dataset]:
   """The images of a source to train with and to test on, which are held out where it has none."""
-  splits = _load(data, None, lazy=True)
+  splits = _load(data, None)
   whole = splits.get("train", splits.get("all"))
   if whole is None:
     raise ValueError(
@@ -268,19 +298,34 @@ def _with_test(config: Train, data: Data, lazy: bool = False) -> tuple[Dataset, 
     )
   if config.privacy.by_patient:  # before any image is decoded
     patient_ids.require(whole)
-  read = (lambda dataset: dataset) if lazy else in_memory
-  train = read(whole)
-  if "train" in splits and "test" in splits:
-    return train, read(splits["test"])
-  kept, held = partition.hold_out(train, config.hospitals.test_fraction, config.seed)
+  used = {name: one for name, one in splits.items() if name in ("train", "test", "all")}
+  read = scan.read(used, keep=not lazy, skip_bad_files=data.skip_bad_files)
+  train = read.get("train", read.get("all"))
+  assert train is not None
+  if unused := [name for name in splits if name not in used]:
+    note = f"{', '.join(unused)}: each site holds out images of its own to validate with"
+    train = dataclasses.replace(train, notes={**train.notes, "splits not used": note})
+  if "test" in read:
+    return train, read["test"]
+  fraction = config.hospitals.test_fraction
+  kept, held = partition.hold_out(overlaps.tied(train), fraction, config.seed)
   return take(train, kept), take(train, held)
 
 
 def _partition(h: Hospitals, dataset: Dataset, seed: int) -> partition.Partition:
   kind, _, argument = h.partition.partition(":")
   shares = fractions(h.site_fractions)
-  if kind == "column" and argument:
-    return partition.by_column(dataset, argument)
+  has_sites = kind == "auto" and "site" in dataset.columns
+  if has_sites and shares:
+    raise ValueError(
+      f"site_fractions={h.site_fractions!r}: the source names its sites; leave it out, or deal the "
+      "images to other sites with --partition=dirichlet"
+    )
+  if (kind == "column" and argument) or has_sites:
+    # A patient may have been at several sites; `facts` tells of it.
+    alone = dataclasses.replace(dataset, groups=np.arange(len(dataset)))
+    return partition.by_column(alone, argument or "site")
+  dataset = overlaps.tied(dataset)
   if kind == "iid":
     return partition.iid(dataset, h.num_sites, seed)
   if kind == "unequal":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import pathlib
@@ -59,7 +58,7 @@ def folder(
       "folder with --ledger_dir"
     )
   if data.sources:
-    data = dataclasses.replace(data, data=data.sources[site or 0], site_data="")
+    data = data.of(data.sources[site or 0])
   source = inputs.source(data)
   return own / OF_PHANTOM if source is None else source.with_name(f"{source.name}.ledger")
 

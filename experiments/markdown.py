@@ -63,7 +63,8 @@ def warnings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   privacy = result["privacy"] or {}
   aborted = [(k, str(v)) for k, v in result["config"].items() if k.endswith(ABORTED)]
   of_privacy = [(k, privacy[k]) for k in ("NOT PRIVATE", "NOT PROTECTED") if k in privacy]
-  return of_privacy + aborted
+  of_images = [(k, v) for k, v in result["images"].items() if k.isupper()]
+  return of_privacy + of_images + aborted
 
 
 def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
@@ -160,6 +161,8 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     values = ("infinite" if s[field] is None else _number(s[field], False) for s in arms.values())
     lines.append(_row(name, *values))
   lines += ["", "Lower is better in all three."]
+  if result["images"]:
+    lines += ["", "## Images", "", *_facts(result["images"], ("fact", "value"))]
   lines += ["", "## Secure aggregation", ""]
   if result["secure_aggregation"] is None:
     lines.append("Not used in this run.")

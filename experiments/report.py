@@ -52,6 +52,7 @@ def write_report(
   privacy: Mapping[str, Any] | None = None,
   references: Mapping[str, Any] | None = None,
   groups: Any = None,
+  images: Mapping[str, str] | None = None,
   main_arm: str = "federated",
   baseline: str = "pooled",
   seed: int = 0,
@@ -76,6 +77,7 @@ def write_report(
     references: name -> [L, L] confusion matrix to compare with, such as a human reader's.
     groups: [N] the patient of each test image. If given, intervals resample patients instead of
       images.
+    images: what a reader must know of the images, such as which were left out.
     main_arm: the arm that the summary, the confusion matrix and the ROC curves show.
     baseline: the arm that the main arm is compared with, if it is among `arms`.
     seed: of the resamples.
@@ -135,6 +137,7 @@ def write_report(
     },
     "difference": None,
     "references": {name: _reference_json(cm, label_names) for name, cm in references.items()},
+    "images": dict(images or {}),
     "secure_aggregation": None if secure_aggregation is None else dict(secure_aggregation),
     "privacy": None if privacy is None else dict(privacy),
     "config": dict(config),

@@ -18,13 +18,24 @@ import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
 from primia_jax import evaluation, models, sites
-from primia_jax.data import patient_ids
+from primia_jax.data import scan
 from primia_jax.data import sites as data_sites
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
 from primia_jax.types import ModelState, Params
 
-from . import arms, inputs, ledgers, markdown, presets, processes, report, settings, sums
+from . import (
+  arms,
+  image_facts,
+  inputs,
+  ledgers,
+  markdown,
+  presets,
+  processes,
+  report,
+  settings,
+  sums,
+)
 from .configs import Train
 from .configs.model import normalise
 
@@ -185,8 +196,9 @@ def _run(
   )
   if _POOLED in baselines or not federated:
     plan.append((_POOLED, everyone, False))
-  if _LOCAL in baselines:
-    plan += [(f"local: site {site}", (site,), False) for site in everyone]
+  if _LOCAL in baselines:  # a site that holds no image out cannot choose its best round
+    able = [i for i in everyone if images.validation.sizes[i] or not config.privacy.validates]
+    plan += [(f"local: site {site}", (site,), False) for site in able]
 
   cohorts: dict[str, arms.Cohort] = {}
   for name, members, together in plan:
@@ -225,10 +237,17 @@ def _run(
   facts = {
     f"{name}: {what}": value for name, arm in trained.items() for what, value in arm.facts.items()
   }
-  facts["patients of training images"] = patient_ids.described(images.train.dataset)
+  of_images = image_facts.facts(config, images.train, images.validation, images.test)
+  if _LOCAL in baselines:
+    for site in (i for i in everyone if f"local: site {i}" not in trained):
+      of_images[f"site {site}"] += "; so this site is not trained alone"
   save_model(folder / "model", main.models)
-  about = {"label_names": list(label_names), "model": dataclasses.asdict(model_config)}
-  about["ct_window"] = config.data.ct_window
+  about = {
+    "label_names": list(label_names),
+    "model": dataclasses.asdict(model_config),
+    "ct_window": config.data.ct_window,
+    "grey_bits": config.data.grey_bits or scan.bits(images.train.dataset),
+  }
   (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
   radiologist = {}
   is_kermany = label_names == ("normal", "bacterial", "viral") and len(images.test) == 624
@@ -255,6 +274,7 @@ def _run(
     secure_aggregation=secure,
     privacy=privacy,
     references=radiologist,
+    images=of_images,
     main_arm=main_arm,
     seed=config.seed,
   )
@@ -307,6 +327,15 @@ def load_model(
 def ct_window(run_dir: str) -> str:
   """The window of the CT images on which a run's model was trained; empty if they had none."""
   return settings.read_json(pathlib.Path(run_dir) / "model.json").get("ct_window", "")
+
+
+def grey_bits(run_dir: str) -> int:
+  """The bits of 16-bit grey images that a run was trained on; 0 where there were none, or several.
+
+  Raises:
+    FileNotFoundError: the folder holds no finished run.
+  """
+  return settings.read_json(pathlib.Path(run_dir) / "model.json").get("grey_bits", 0)
 
 
 def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:

@@ -218,7 +218,7 @@ def test_images_without_labels(tmp_path):
     ({"a/1.png": 1, "2.png": 2}, r"/2\.png is in no class folder; move it into one"),
     ({"train/1.png": 1}, r"train/1\.png is in no class folder"),
     ({"a/1.png": 1, "train/b/2.png": 2}, r"but a/1\.png is in none; move it"),
-    ({"a/1.png": 1, "b/notes.txt": b""}, r"b/notes\.txt is not an image .* or add it to `ignore`"),
+    ({"a/1.png": 1, "b/notes.txt": b""}, r"b/notes\.txt is not an image .* --ignore='\*\.txt'"),
     ({"a/1.png": 1, "A/2.png": 2}, r"\['A', 'a'\] .* differ only in letter case"),
     ({"a/1.png": 1, "b/.keep": b""}, r"folder .*/b holds no image; remove it or put"),
     ({".keep": b""}, r"holds no image"),
@@ -241,7 +241,7 @@ def test_what_is_not_there_or_no_source_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no image folder or tar at .*nowhere; check"):
     load(f"folder:{tmp_path}/nowhere", size=8, channels=1)
   for spec in ("nonsense", "folder:", "zip:x"):
-    with pytest.raises(ValueError, match=r"must be folder:PATH, npz:PATH or tfds:NAME"):
+    with pytest.raises(ValueError, match=r"must be folder:PATH, csv:PATH, npz:PATH or tfds:NAME"):
       load(spec, size=8, channels=1)
   (tmp_path / "data.zip").write_bytes(b"PK")
   with pytest.raises(ValueError, match=r"data\.zip is not an image"):

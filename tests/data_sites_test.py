@@ -133,6 +133,16 @@ def test_held_out_images_leave_their_site_by_whole_patients():
   assert not all(np.array_equal(a, b) for a, b in zip(held.sites, other, strict=True))
 
 
+def test_small_sites_hold_out_their_smallest_patient_and_a_single_one_stays():
+  dataset = part_of((12, 8, 20)).dataset
+  groups = np.array(["p"] * 1 + ["q"] * 2 + ["r", "s", "s"] + ["t"] * (len(dataset) - 6))
+  dataset = dataclasses.replace(dataset, groups=groups)
+  part = sites.Part(dataset, (np.arange(1), np.arange(1, 3), np.arange(3, 6)))
+  kept, held = sites.hold_out(part, 0.15, seed=0)
+  assert [index.tolist() for index in kept.sites] == [[0], [1, 2], [4, 5]]
+  assert [index.tolist() for index in held.sites] == [[], [], [3]]
+
+
 def test_merged_sites_hold_what_each_held():
   part = part_of()
   pooled = sites.merge(part, (0, 2))

@@ -160,6 +160,17 @@ def test_what_is_not_private_stands_above_the_scores(tmp_path):
   assert "NOT PROTECTED" not in (tmp_path / "report.md").read_text()
 
 
+def test_facts_of_images_have_their_section_and_what_spoils_scores_stands_above(tmp_path):
+  facts = {"bad files, left out": "1 of 9: a.png", "IMAGES IN TRAINING AND TESTING": "1 (a = b)"}
+  arms = three_arms(np.arange(30) % 3)
+  result = write(tmp_path, arms, images=facts)
+  assert result["images"] == facts
+  head, _, tail = (tmp_path / "report.md").read_text().partition("## Images")
+  assert "**IMAGES IN TRAINING AND TESTING**: 1 (a = b)." in head
+  assert "bad files" not in head
+  assert "| bad files, left out | 1 of 9: a.png |" in tail
+
+
 def test_aborted_rounds_stand_above_the_scores(tmp_path):
   arms = {"federated": arm(0, 1, np.arange(30) % 3)}
   write(tmp_path, arms, config={f"federated: {markdown.ABORTED}": "3 of 4"})

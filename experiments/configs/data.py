@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
-from primia_jax.data import dicom, patient_ids
+from primia_jax.data import dicom, labels_csv, layouts, patient_ids
 
 from ..settings import choose, fractions, names, require, setting
 
@@ -17,7 +19,9 @@ class Data:
   """Which images, in which form."""
 
   data: str = setting(
-    "phantom", "images: phantom (synthetic), folder:PATH (a folder or tar), npz:PATH, or tfds:NAME"
+    "phantom",
+    "images: phantom (synthetic), folder:PATH (a folder or tar), csv:PATH (a table of files and "
+    "labels), npz:PATH, or tfds:NAME",
   )
   site_data: str = setting(
     "",
@@ -36,15 +40,43 @@ class Data:
   label_names: str = setting(
     "", "classes in order, separated by commas; empty takes what the source says"
   )
+  layout: str = setting(
+    "",
+    "folder: what the folders mean, from the root to the image, of site, split, class, patient and "
+    "* (nothing), such as site/class or split/class/patient; empty recognises [SITE/][SPLIT/]CLASS",
+  )
+  ignore: str = setting(
+    "",
+    "folder: files and folders to leave out, as patterns separated by commas, such as *.csv,masks; "
+    "one with a slash is a path below the root",
+  )
+  csv_columns: str = setting(
+    "",
+    "csv: names of the columns that are not called file, label, split or site, such as "
+    "file=Image Index,label=Finding; see patient_column for patients",
+  )
+  grey_bits: int = setting(
+    0,
+    "bits that 16-bit grey PNG and TIFF use, such as 12; 0 takes the fewest of 8, 10, 12, 14 and "
+    "16 that hold the largest value of the source",
+  )
+  skip_bad_files: bool = setting(
+    False, "go on without images that cannot be read; the report lists them"
+  )
+  allow_overlap: bool = setting(
+    False,
+    "go on where patients or equal images are in training and testing; the report counts them",
+  )
   data_dir: str = setting("", "tfds: folder of the prepared data sets; empty takes TFDS's default")
   manual_dir: str = setting(
     "", "tfds: folder of the original images, for the builders that come with primia_jax"
   )
   patient_column: str = setting(
     "",
-    "column that holds each image's patient: npz: array SPLIT_NAME; tfds: feature NAME; folder: "
-    "`folder`, where each patient has one. Empty takes what the source names: SPLIT_groups of npz, "
-    "group of tfds, PatientID of DICOM files, numbers in Kermany's file names",
+    "column that holds each image's patient: csv: any; npz: array SPLIT_NAME; tfds: feature NAME; "
+    "folder: `folder`, where each patient has one. Empty takes what the source names: column "
+    "patient of csv, SPLIT_groups of npz, group of tfds, PatientID of DICOM files, numbers in "
+    "Kermany's file names",
   )
   patient_pattern: str = setting(
     "",
@@ -55,12 +87,21 @@ class Data:
 
   def __post_init__(self):
     choose("channels", self.channels, (1, 3))
+    choose("grey_bits", self.grey_bits, (0, *range(8, 17)))
+    kinds = {source.partition(":")[0] for source in self.sources or (self.data,)}
+    for name, (kind, read) in self._of_kinds().items():
+      value = getattr(self, name)
+      if value and kind not in kinds:
+        given = f"site_data={self.site_data!r}" if self.site_data else f"data={self.data!r}"
+        raise ValueError(f"{name}={value!r} belongs to {kind}:PATH, not to {given}; leave it out")
+      if value:
+        read(value)
     if self.site_data:
       for source in self.sources:
-        dataclasses.replace(self, data=source, site_data="")  # which checks it
+        self.of(source)  # which checks it
       return
     kind = self.data.partition(":")[0]
-    if self.hounsfield and kind != "folder":
+    if self.hounsfield and kind not in ("folder", "csv"):
       raise ValueError(
         f"ct_window={self.ct_window!r}: data={self.data} holds no DICOM files; leave out ct_window"
       )
@@ -68,6 +109,12 @@ class Data:
       raise ValueError(
         f"patient_column={self.patient_column!r} and patient_pattern={self.patient_pattern!r} both "
         "say whose an image is; use one of them"
+      )
+    named = self.patient_column or self.patient_pattern
+    if named and self.layout and "patient" in layouts.levels(self.layout):
+      raise ValueError(
+        f"layout={self.layout!r} and {named!r} both say whose an image is; take patient out of "
+        "layout, or leave patient_column and patient_pattern out"
       )
     if kind == "phantom" and (self.patient_column or self.patient_pattern):
       raise ValueError(
@@ -82,6 +129,26 @@ class Data:
         )
     cure = f"must lie between 1 and {_MAX_SIZE}"
     require(0 < self.image_size <= _MAX_SIZE, "image_size", self.image_size, cure)
+
+  @staticmethod
+  def _of_kinds() -> dict[str, tuple[str, Callable[[str], Any]]]:
+    """Settings of one kind of source, and what reads each."""
+    return {
+      "layout": ("folder", layouts.levels),
+      "ignore": ("folder", names),
+      "csv_columns": ("csv", _columns),
+    }
+
+  def of(self, source: str) -> Data:
+    """The settings for one source, without those of other kinds."""
+    kind = source.partition(":")[0]
+    others: dict[str, Any] = {name: "" for name, (of, _) in self._of_kinds().items() if of != kind}
+    return dataclasses.replace(self, data=source, site_data="", **others)
+
+  @property
+  def columns(self) -> dict[str, str]:
+    """Of `csv_columns`: meaning -> name."""
+    return _columns(self.csv_columns)
 
   @property
   def sources(self) -> tuple[str, ...]:
@@ -107,6 +174,19 @@ class Data:
     return centre, width
 
 
+def _columns(text: str) -> dict[str, str]:
+  pairs = [[part.strip() for part in one.partition("=")[::2]] for one in names(text)]
+  meanings = [meaning for meaning, _ in pairs]
+  wrong = set(meanings) - set(labels_csv.MEANINGS) or len(set(meanings)) < len(meanings)
+  if wrong or not all(name for _, name in pairs):
+    raise ValueError(
+      f"csv_columns={text!r}; write NAME=COLUMN, separated by commas, for names of "
+      f"{', '.join(labels_csv.MEANINGS)}, such as file=Image Index; patient_column names that of "
+      "patients"
+    )
+  return {meaning: name for meaning, name in pairs}
+
+
 @dataclasses.dataclass(frozen=True)
 class Hospitals:
   """How images are dealt to sites."""
@@ -116,8 +196,8 @@ class Hospitals:
   partition: str = setting(
     "auto",
     "how images are dealt to sites: iid, unequal, dirichlet (non-IID), column:NAME (such as "
-    "column:folder), or auto: the phantom's own sites, else dirichlet; a patient's images are "
-    "never split",
+    "column:folder), or auto: the sites that the source names (a site in layout, a CSV's column "
+    "site), else dirichlet; dealing never splits a patient's images, nor equal ones",
   )
   site_fractions: str = setting(
     "",

@@ -37,6 +37,9 @@ class Dataset:
     name: shown in reports, e.g. "synthetic phantom".
     has_patient: bool [N], whether an image's group is its patient, as patient-level privacy needs
       (`patient_ids.require`). None where no patient is known.
+    is_numbered: patients are numbers that may start anew in another split (Kermany's), so that one
+      number in two splits need not be one patient.
+    notes: what a report's reader must know of how the images were read, e.g. which were left out.
   """
 
   images: Images
@@ -46,6 +49,8 @@ class Dataset:
   columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   name: str = ""
   has_patient: np.ndarray | None = None
+  is_numbered: bool = False
+  notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     num = self.images.shape[0]
@@ -134,6 +139,11 @@ def join(datasets: Sequence[Dataset]) -> Dataset:
   named = [
     np.zeros(len(one), bool) if one.has_patient is None else one.has_patient for one in datasets
   ]
+  notes: dict[str, str] = {}
+  for what in dict.fromkeys(what for one in datasets for what in one.notes):
+    texts = [one.notes.get(what, "") for one in datasets]
+    each = [f"{one.name}: {text}" for one, text in zip(datasets, texts, strict=True) if text]
+    notes[what] = texts[0] if len(set(texts)) == 1 else "; ".join(each)
   return Dataset(
     images=together(one.images for one in datasets),
     labels=together(one.labels for one in datasets),
@@ -144,4 +154,6 @@ def join(datasets: Sequence[Dataset]) -> Dataset:
     columns={name: together(one.columns[name] for one in datasets) for name in sorted(names)},
     name=" + ".join(dict.fromkeys(one.name for one in datasets)),
     has_patient=together(named),
+    is_numbered=any(one.is_numbered for one in datasets),
+    notes=notes,
   )

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from primia_jax.data import dicom
 
@@ -44,10 +44,12 @@ def decode(
   channels: int,
   ct_window: tuple[float, float] | None = None,
   percentiles: tuple[float, float] | None = PERCENTILES,
+  grey_bits: int = 0,
 ) -> np.ndarray:
   """Decodes one image to uint8 [size, size, channels].
 
-  Integer images are scaled by their bit depth (16 bits: 65535 becomes 255), never clipped. Colour
+  Integer images are scaled by their bit depth (16 bits: 65535 becomes 255, or 2^grey_bits - 1 does,
+  as scanners store 12 bits in 16), never clipped. Colour
   becomes grey by the ITU-R 601-2 luma; grey becomes three equal channels. The image is resized to a
   square with an antialiasing bilinear filter, which does not preserve the aspect ratio. The
   camera's orientation tag is applied; transparency is dropped.
@@ -59,10 +61,11 @@ def decode(
     channels: 1 (grey) or 3 (RGB).
     ct_window: for CT images as DICOM, all others being refused with it; see `dicom.read`.
     percentiles: for grey DICOM only; see `dicom.read`.
+    grey_bits: that 16-bit grey images use; 0 for all 16. See `scan.read`, which finds them.
 
   Raises:
-    ValueError: the file is corrupt or too large, or holds several frames or values of unknown scale
-      (32-bit integers, floats).
+    ValueError: the file is corrupt or too large, or holds several frames, values of unknown scale
+      (32-bit integers, floats) or values that `grey_bits` cannot hold.
     ImportError: it is a DICOM file and pydicom is not installed.
   """
   check_form(size, channels)
@@ -88,9 +91,10 @@ def decode(
     limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
     raise ValueError(f"{name} has more than {limit} pixels; save it smaller") from None
   except _BROKEN as error:
+    unknown = isinstance(error, UnidentifiedImageError)  # whose text is of this process's memory
     raise ValueError(
-      f"{name} cannot be read as JPEG, PNG, TIFF, BMP or DICOM ({error}); copy it again or remove "
-      "it"
+      f"{name} cannot be read as JPEG, PNG, TIFF, BMP or DICOM "
+      f"({'its content is none of these' if unknown else error}); copy it again or remove it"
     ) from error
   if num_frames > 1:
     raise ValueError(f"{name} holds {num_frames} frames; save each in its own file")
@@ -100,9 +104,30 @@ def decode(
       f"unsigned bits"
     )
   if image.mode.startswith("I;16"):
+    if depth == 16 and 0 < grey_bits < 16:
+      depth = grey_bits
+      if (most := int(np.asarray(image).max())) >= 2**depth:
+        raise ValueError(
+          f"{name} holds the value {most}, more than {depth} bits; give --grey_bits=16 or remove it"
+        )
     grey = np.asarray(image).astype(np.float32) * np.float32(255 / (2**depth - 1))
     return to_uint8(255 - grey if is_inverted else grey, size, channels)
   return _finish(image.convert("RGB") if image.mode == "P" else image, size, channels)
+
+
+def largest_16_bit(data: bytes) -> int:
+  """The largest value of a 16-bit grey PNG or TIFF whose bits no tag tells; 0 for any other file,
+  a damaged one included.
+  """
+  if not data.startswith((b"\x89PNG", b"II*\0", b"MM\0*")):
+    return 0
+  try:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    if not image.mode.startswith("I;16") or _bit_depth(image)[0] != 16:
+      return 0
+    return int(np.asarray(image).max())
+  except (*_BROKEN, Image.DecompressionBombError):
+    return 0  # `decode` names it
 
 
 def to_uint8(image: np.ndarray, size: int, channels: int) -> np.ndarray:
@@ -141,6 +166,7 @@ class EncodedImages:
     channels: 1 (grey) or 3 (RGB).
     percentiles: for grey DICOM only; see `dicom.read`.
     ct_window: for CT images as DICOM, all others being refused with it; see `dicom.read`.
+    grey_bits: that 16-bit grey images use; see `decode`.
   """
 
   keys: np.ndarray
@@ -150,6 +176,7 @@ class EncodedImages:
   channels: int
   percentiles: tuple[float, float] | None = PERCENTILES
   ct_window: tuple[float, float] | None = None
+  grey_bits: int = 0
 
   def __post_init__(self):
     check_form(self.size, self.channels)
@@ -159,25 +186,39 @@ class EncodedImages:
     return (len(self.keys), self.size, self.size, self.channels)
 
   def __getitem__(self, index: np.ndarray, /) -> np.ndarray:
+    images, bad = self.try_read(index)
+    if bad:
+      raise next(iter(bad.values()))
+    return images
+
+  def try_read(self, index: np.ndarray) -> tuple[np.ndarray, dict[int, Exception]]:
+    """Reads images, and returns what is wrong with those that cannot be read, by their place in
+    `index`.
+    """
     keys = self.keys[np.asarray(index)]
     images = np.empty((len(keys), *self.shape[1:]), np.uint8)
+    bad: dict[int, Exception] = {}
 
     def fill(start: int) -> None:
       for i in range(start, min(start + _CHUNK, len(keys))):
-        images[i] = decode(
-          self.read(keys[i].item()),
-          f"{self.root}/{keys[i]}",
-          size=self.size,
-          channels=self.channels,
-          ct_window=self.ct_window,
-          percentiles=self.percentiles,
-        )
+        try:
+          images[i] = decode(
+            self.read(keys[i].item()),
+            f"{self.root}/{keys[i]}",
+            size=self.size,
+            channels=self.channels,
+            ct_window=self.ct_window,
+            percentiles=self.percentiles,
+            grey_bits=self.grey_bits,
+          )
+        except (ValueError, OSError) as error:
+          bad[i] = error
 
     # Threads help because Pillow decodes and resizes without the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
       for _ in pool.map(fill, range(0, len(keys), _CHUNK)):
         pass  # re-raises a thread's exception here, and cancels tasks that have not started
-    return images
+    return images, dict(sorted(bad.items()))
 
 
 def _bit_depth(image: Image.Image) -> tuple[int, bool]:

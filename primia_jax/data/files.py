@@ -7,6 +7,7 @@ import os
 import pathlib
 import posixpath
 import re
+import stat
 import tarfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,8 @@ from primia_jax.data import decode
 # Files and folders that systems and publishers leave among images. Any other file that is not an
 # image is an error.
 JUNK = (".*", "__MACOSX", "Thumbs.db", "desktop.ini", "DICOMDIR", "README*", "LICENSE*")
+
+_SHOWN = 10  # names in a message
 
 
 class Files(NamedTuple):
@@ -35,34 +38,69 @@ def list_files(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> File
   patterns = (*JUNK, *ignore)
   if root.is_dir():
     names, folders = _walk(root, patterns)
-    read: Callable[[str], bytes] = partial(_read_file, root)
+    read: Callable[[str], bytes] = partial(read_file, root)
   elif root.suffix == ".tar" and root.is_file():
     members, folders = _index_tar(root)
     names, read = list(members), partial(_read_member, root, members)
   elif root.is_file():
-    names, folders, read, root = [root.name], [], partial(_read_file, root.parent), root.parent
+    names, folders, read, root = [root.name], [], partial(read_file, root.parent), root.parent
   else:
     raise FileNotFoundError(f"there is no image folder or tar at {root}; check the path")
   names = sorted(name for name in names if not _is_ignored(name, patterns))
-  for name in names:
-    suffix = posixpath.splitext(name)[1].lower()
-    # DICOM files are often named by their UID, so they have no suffix, or a number as a suffix.
-    if suffix not in decode.SUFFIXES and not re.fullmatch(r"(\.\d+)?", suffix):
-      raise ValueError(
-        f"{root}/{name} is not an image ({', '.join(decode.SUFFIXES)}); move it elsewhere, or add "
-        "it to `ignore`"
-      )
+  files = Files(str(root), tuple(names), read)
+  if others := [name for name in names if not is_image(name)]:
+    suffix = posixpath.splitext(others[0])[1]
+    pattern = f"*{suffix}" if suffix else posixpath.basename(others[0])
+    raise ValueError(
+      f"{these(str(root), others)} not an image ({', '.join(decode.SUFFIXES)}); move "
+      f"{them(others)} elsewhere, or leave {them(others)} out with --ignore='{pattern}'"
+    )
   parents = {str(parent) for name in names for parent in pathlib.PurePosixPath(name).parents}
-  for folder in sorted(folders):
-    if folder not in parents and not _is_ignored(folder, patterns):
-      raise ValueError(f"folder {root}/{folder} holds no image; remove it or put its images there")
+  empty = [one for one in sorted(folders) if one not in parents and not _is_ignored(one, patterns)]
+  if empty:
+    named = f"folder {root}/{empty[0]} holds"
+    if len(empty) > 1:
+      named = f"the folders {listed(empty)} of {root} hold"
+    raise ValueError(f"{named} no image; remove {them(empty)} or put images there")
   if not names:
     raise ValueError(f"{root} holds no image ({', '.join(decode.SUFFIXES)}); check the path")
-  return Files(str(root), tuple(names), read)
+  return files
+
+
+def is_image(name: str) -> bool:
+  """Whether a file's name is one of an image."""
+  suffix = posixpath.splitext(name)[1].lower()
+  # DICOM files are often named by their UID, so they have no suffix, or a number as a suffix.
+  return suffix in decode.SUFFIXES or re.fullmatch(r"(\.\d+)?", suffix) is not None
+
+
+def listed(names: Sequence[str]) -> str:
+  """The first names, and how many there are."""
+  more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
+  return ", ".join(names[:_SHOWN]) + more
+
+
+def these(root: str, names: Sequence[str]) -> str:
+  """Names files as the subject of a sentence, with its verb."""
+  if len(names) == 1:
+    return f"{root}/{names[0]} is"
+  return f"{len(names)} files of {root} ({listed(names)}) are"
+
+
+def them(names: Sequence[str]) -> str:
+  """The pronoun of such names."""
+  return "it" if len(names) == 1 else "them"
 
 
 def _is_ignored(name: str, patterns: Sequence[str]) -> bool:
-  return any(fnmatch.fnmatchcase(part, pattern) for part in name.split("/") for pattern in patterns)
+  """Patterns are of a file's or folder's name, or with a slash of the path below the root."""
+  parts = name.split("/")
+  paths = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+  return any(
+    fnmatch.fnmatchcase(one, pattern)
+    for pattern in patterns
+    for one in (paths if "/" in pattern else parts)
+  )
 
 
 def _walk(root: pathlib.Path, patterns: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -91,7 +129,7 @@ def _is_within(folder: str, other: str) -> bool:
 
 def _index_tar(root: pathlib.Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
   """Returns name -> (offset, length) in bytes of each file in a tar, and its folders."""
-  members, folders = {}, []
+  members, folders, special = {}, [], []
   try:
     with tarfile.open(root, "r:") as archive:
       for member in archive:
@@ -101,22 +139,35 @@ def _index_tar(root: pathlib.Path) -> tuple[dict[str, tuple[int, int]], list[str
         elif member.isreg() and not member.issparse():
           members[name] = (member.offset_data, member.size)
         else:
-          raise ValueError(
-            f"{root}/{name} is a link or special file; unpack the archive and pass the folder"
-          )
+          special.append(name)
   except tarfile.TarError as error:
     raise ValueError(
       f"{root} is compressed, truncated or not a tar ({error}); copy it again or unpack it"
     ) from error
+  if special:
+    raise ValueError(
+      f"{these(str(root), special)} a link or special file; unpack the archive and pass the folder"
+    )
   return members, folders
 
 
-def _read_file(root: pathlib.Path, name: str) -> bytes:
+def read_file(root: pathlib.Path, name: str) -> bytes:
+  """Reads a file below a folder.
+
+  Raises:
+    FileNotFoundError, ValueError: it is not there, no file, or cannot be opened.
+  """
   try:
+    if not stat.S_ISREG(os.stat(root / name).st_mode):  # opening a FIFO would wait for ever
+      raise ValueError(f"{root}/{name} is no file but a FIFO, socket or device; remove it")
     return (root / name).read_bytes()
   except FileNotFoundError as error:
     raise FileNotFoundError(
       f"{root}/{name} has disappeared or is a broken link; restore it or remove the link"
+    ) from error
+  except OSError as error:
+    raise ValueError(
+      f"{root}/{name} cannot be opened ({error.strerror}); make it readable, or remove it"
     ) from error
 
 

@@ -4,27 +4,21 @@ class, or without classes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import posixpath
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from primia_jax.data import decode, dicom, patient_ids
+from primia_jax.data import decode, dicom, layouts, patient_ids, scan
 from primia_jax.data.dataset import Dataset, Images
-from primia_jax.data.files import Files, list_files
+from primia_jax.data.files import Files, list_files, them, these
 
 KERMANY_LABELS = ("normal", "bacterial", "viral")
-SPLITS = {
-  "train": "train",
-  "val": "validation",
-  "valid": "validation",
-  "validation": "validation",
-  "test": "test",
-}
 
 # person12_virus_34.jpeg, IM-0115-0001.jpeg, NORMAL2-IM-0383-0001.jpeg; the third edition:
 # BACTERIA-1008087-0001.jpeg
@@ -46,6 +40,9 @@ class Listing(NamedTuple):
   groups: np.ndarray
   has_patient: np.ndarray  # bool; elsewhere a group is one image, named by its path
   folders: np.ndarray  # the path's folders other than split and class; "" if there are none
+  sites: np.ndarray  # "" where folders tell none
+  layout: str  # as given or recognised
+  is_numbered: bool  # see `Dataset`
 
 
 def read_folder(
@@ -58,19 +55,23 @@ def read_folder(
   ct_window: tuple[float, float] | None = None,
   percentiles: tuple[float, float] | None = decode.PERCENTILES,
   ignore: Sequence[str] = (),
+  layout: str = "",
+  grey_bits: int = 0,
+  skip_bad_files: bool = False,
 ) -> dict[str, Dataset]:
   """Reads labelled images from a folder for each class.
 
-  The layout is `[SPLIT/]CLASS/**/IMAGE`, where SPLIT is train, val, valid, validation or test. The
-  column "folder" holds the folders above SPLIT and below CLASS (e.g. a site). A single folder that
-  contains everything is skipped. In the Kermany layout (NORMAL, PNEUMONIA, and names such as
-  `person1_virus_6.jpeg`) the classes are `KERMANY_LABELS`, unless `label_names` contains
-  "pneumonia". Dot files and `files.JUNK` are ignored; any other file that is not an image is an
-  error.
+  The layout is `[SITE/][SPLIT/]CLASS/**/IMAGE`, where SPLIT is one of `layouts.SPLITS` in any
+  letter case, or is given. Folders that may be sites or classes are refused. The column "folder"
+  holds the folders above SPLIT and below CLASS. A single folder that contains everything is
+  skipped. In the Kermany layout (NORMAL, PNEUMONIA, and names such as `person1_virus_6.jpeg`) the
+  classes are `KERMANY_LABELS`, unless `label_names` contains "pneumonia". Dot files and
+  `files.JUNK` are ignored; any other file that is not an image is an error.
 
-  In the Kermany layout the groups are (class, number), because the same number in another class is
-  another patient. If DICOM headers name at least two patients, the groups are patient IDs.
-  Otherwise each image is its own group, and its patient is unknown.
+  Groups are the folders of patients where the layout has them; else in the Kermany layout (class,
+  number), because the same number in another class is another patient; else patient IDs if DICOM
+  headers name at least two patients. Otherwise each image is its own group, and its patient is
+  unknown.
 
   Args:
     path: a folder, or an uncompressed `.tar`, which is read in place.
@@ -78,39 +79,52 @@ def read_folder(
     channels: 1 (grey) or 3 (RGB).
     label_names: the classes in order, e.g. a checkpoint's; by default the sorted class folders.
       Letter case is ignored.
-    lazy: decode on demand instead of now, for images that do not fit in memory. Errors in images
-      then also come later.
+    lazy: decode on demand instead of now. `scan.read` then finds bad files and the bits of 16-bit
+      images.
     ct_window: for CT images as DICOM, all others being refused with it; see `dicom.read`.
     percentiles: for grey DICOM only; see `dicom.read`.
-    ignore: further files and folders to ignore, e.g. `["*.csv"]`.
+    ignore: further files and folders to ignore, e.g. `["*.csv"]`; with a slash, paths.
+    layout: what folders mean, from the root to the image; see `layouts.levels`.
+    grey_bits: that 16-bit grey images use; by default what `scan.read` finds.
+    skip_bad_files: see `scan.read`.
 
   Returns:
-    A `Dataset` for each split, or {"all": ...} without split folders. Columns: "path" and "folder".
+    A `Dataset` for each split, or {"all": ...} without split folders. Columns: "path", "folder",
+    and "site" where folders tell it.
 
   Raises:
     FileNotFoundError: there is no such folder or tar.
-    ValueError: the folder is empty, a file is corrupt, not an image or in no class folder, or a
-      class is unknown.
+    ValueError: the folder is empty, files are corrupt, no images or in no class folder, a class is
+      unknown, or folders may be classes or not. All such files are named.
   """
   decode.check_form(size, channels)
-  listing = list_folder(path, label_names=label_names, ignore=ignore)
+  listing = list_folder(path, label_names=label_names, ignore=ignore, layout=layout)
+  columns = {"path": listing.paths, "folder": listing.folders}
+  if listing.sites.any():
+    columns["site"] = listing.sites
+  form: dict[str, Any] = {
+    "size": size, "channels": channels, "percentiles": percentiles, "ct_window": ct_window,
+    "grey_bits": grey_bits,
+  }  # fmt: skip
   datasets = {}
-  for split in dict.fromkeys([*SPLITS.values(), "all"]):
+  for split in dict.fromkeys([*layouts.SPLITS.values(), "all"]):
     index = np.flatnonzero(listing.splits == split)
     if not len(index):
       continue
     datasets[split] = Dataset(
-      images=_images(
-        listing.files, listing.paths[index], size, channels, percentiles, ct_window, lazy
+      images=decode.EncodedImages(
+        listing.paths[index], listing.files.read, listing.files.root, **form
       ),
       labels=listing.labels[index],
       label_names=listing.label_names,
       groups=listing.groups[index],
       has_patient=listing.has_patient[index],
-      columns={"path": listing.paths[index], "folder": listing.folders[index]},
+      columns={name: column[index] for name, column in columns.items()},
       name=pathlib.PurePath(listing.files.root).name,
+      is_numbered=listing.is_numbered,
+      notes={"folders": listing.layout},
     )
-  return datasets
+  return datasets if lazy else scan.read(datasets, skip_bad_files=skip_bad_files)
 
 
 def read_images(
@@ -122,6 +136,7 @@ def read_images(
   ct_window: tuple[float, float] | None = None,
   percentiles: tuple[float, float] | None = decode.PERCENTILES,
   ignore: Sequence[str] = (),
+  grey_bits: int = 0,
 ) -> tuple[np.ndarray, Images]:
   """Reads images without labels, e.g. for prediction: all images at any depth of a folder or tar,
   or one image file.
@@ -135,7 +150,15 @@ def read_images(
   decode.check_form(size, channels)
   files = list_files(path, ignore)
   paths = np.array(files.names)
-  return paths, _images(files, paths, size, channels, percentiles, ct_window, lazy)
+  images = decode.EncodedImages(
+    paths, files.read, files.root, size, channels, percentiles, ct_window, grey_bits
+  )
+  return paths, images if lazy else scan.read({"all": unlabelled(paths, images)})["all"].images
+
+
+def unlabelled(paths: np.ndarray, images: Images, label_names: Sequence[str] = ("",)) -> Dataset:
+  """Images without labels as a data set, with 0 for a label."""
+  return Dataset(images, np.zeros(len(paths), np.int32), tuple(label_names), paths, {"path": paths})
 
 
 def list_folder(
@@ -143,12 +166,14 @@ def list_folder(
   *,
   label_names: Sequence[str] | None = None,
   ignore: Sequence[str] = (),
+  layout: str = "",
 ) -> Listing:
   """Derives what `read_folder` describes from file names alone, without decoding images. Raises as
   `read_folder`.
   """
   files = list_files(path, ignore)
-  splits, classes, folders = _places(files, label_names)
+  places = layouts.places(files, layout, label_names)
+  classes = places.classes
   matches = [_KERMANY.match(posixpath.basename(name)) for name in files.names]
   wants_pneumonia = label_names is not None and "pneumonia" in {
     name.lower() for name in label_names
@@ -159,11 +184,11 @@ def list_folder(
     and not wants_pneumonia
   )
   if is_kermany:
-    classes = [
-      _kermany_class(files, *one) for one in zip(files.names, classes, matches, strict=True)
-    ]
+    classes = _kermany_classes(files, classes, matches)
   names = (
-    tuple(label_names) if label_names is not None else _default_names(files, classes, is_kermany)
+    tuple(label_names)
+    if label_names is not None
+    else default_names(files.root, classes, is_kermany)
   )
   labels = np.array(
     [
@@ -172,21 +197,26 @@ def list_folder(
     ],
     np.int32,
   )
-  if is_kermany:
+  if any(places.patients):
+    ids = places.patients
+  elif is_kermany:
     ids = [
       f"{kind}/{int(match['person'] or match['number3'] or match['number'])}" if match else ""
       for kind, match in zip(classes, matches, strict=True)
     ]
   else:
-    ids = _dicom_patients(files)
+    ids = dicom_patients(files)
   return Listing(
     files,
     names,
     np.array(files.names),
-    np.array(splits),
+    np.array(places.splits),
     labels,
     *patient_ids.groups(ids, files.names),
-    np.array(folders),
+    np.array(places.folders),
+    np.array(places.sites),
+    places.layout,
+    is_kermany and not any(places.patients),
   )
 
 
@@ -213,63 +243,27 @@ def label_index(kind: str, label_names: tuple[str, ...], where: str) -> int:
   )
 
 
-def _images(
-  files: Files, paths: np.ndarray, size, channels, percentiles, ct_window, lazy: bool
-) -> Images:
-  form = size, channels, percentiles, ct_window
-  images = decode.EncodedImages(paths, files.read, files.root, *form)
-  return images if lazy else images[np.arange(len(paths))]
-
-
-def _places(
-  files: Files, label_names: Sequence[str] | None
-) -> tuple[list[str], list[str], list[str]]:
-  """Returns the split, the class folder and the other folders of each file."""
-  parts = [name.split("/")[:-1] for name in files.names]
-  where = [next((i for i, part in enumerate(p) if part.lower() in SPLITS), None) for p in parts]
-  has_split = [i is not None for i in where]
-  if any(has_split) and not all(has_split):
-    stray = files.names[has_split.index(False)]
+def _kermany_classes(
+  files: Files, folders: Sequence[str], matches: Sequence[re.Match[str] | None]
+) -> list[str]:
+  """Returns the classes that Kermany file names encode."""
+  found, unnamed = [], []
+  for name, folder, match in zip(files.names, folders, matches, strict=True):
+    kind = (match["kind"] or match["kind3"] or "") if match else ""
+    if folder.upper() != "NORMAL" and not kind:
+      unnamed.append(name)
+    found.append("normal" if folder.upper() == "NORMAL" else _KINDS.get(kind.lower(), ""))
+  if unnamed:
     raise ValueError(
-      f"{files.root} has split folders (train, validation, test), but {stray} is in none; move it"
+      f"{these(files.root, unnamed)} named neither bacterial (person1_bacteria_2) nor viral "
+      f"(person1_virus_2), unlike other files; rename {them(unnamed)}, or make pneumonia one class "
+      "with "
+      'label_names=("normal", "pneumonia") (--label_names=normal,pneumonia)'
     )
-  start = 0  # the depth of the class folders if there are no splits
-  known = {name.lower() for name in label_names or ()}
-  while (
-    not any(has_split) and min(map(len, parts)) > start + 1 and len({p[start] for p in parts}) == 1
-  ):
-    if parts[0][start].lower() in known:
-      break
-    start += 1
-  splits, classes, folders = [], [], []
-  for name, p, i in zip(files.names, parts, where, strict=True):
-    at = start if i is None else i + 1
-    if at >= len(p):
-      raise ValueError(
-        f"{files.root}/{name} is in no class folder; move it into one "
-        f"(CLASS/{posixpath.basename(name)})"
-      )
-    splits.append("all" if i is None else SPLITS[p[i].lower()])
-    classes.append(p[at])
-    folders.append("/".join([*p[: start if i is None else i], *p[at + 1 :]]))
-  return splits, classes, folders
+  return found
 
 
-def _kermany_class(files: Files, name: str, folder: str, match: re.Match[str] | None) -> str:
-  """Returns the class that a Kermany file name encodes."""
-  if folder.upper() == "NORMAL":
-    return "normal"
-  kind = match and (match["kind"] or match["kind3"])
-  if not kind:
-    raise ValueError(
-      f"{files.root}/{name} is named neither bacterial (person1_bacteria_2) nor viral "
-      "(person1_virus_2), unlike other files; rename it, or make pneumonia one class with "
-      'label_names=("normal", "pneumonia")'
-    )
-  return _KINDS[kind.lower()]
-
-
-def _default_names(files: Files, classes: Sequence[str], is_kermany: bool) -> tuple[str, ...]:
+def default_names(root: str, classes: Sequence[str], is_kermany: bool = False) -> tuple[str, ...]:
   """Returns the default label names."""
   names = sorted(set(classes))
   lower = [name.lower() for name in names]
@@ -278,20 +272,21 @@ def _default_names(files: Files, classes: Sequence[str], is_kermany: bool) -> tu
   twice = [name for name in names if lower.count(name.lower()) > 1]
   if twice:
     raise ValueError(
-      f"class folders {twice} of {files.root} differ only in letter case; merge or rename them"
+      f"class folders {twice} of {root} differ only in letter case; merge or rename them"
     )
   return tuple(names)
 
 
-def _dicom_patients(files: Files) -> list[str]:
+def dicom_patients(files: Files) -> list[str]:
   """Returns the patient of each file if DICOM headers name at least two patients; "" otherwise."""
   suffixes = (*dicom.SUFFIXES, "")
   ids = ["" for _ in files.names]
   for i, name in enumerate(files.names):
     suffix = posixpath.splitext(name)[1].lower()
     if suffix in suffixes or suffix[1:].isdigit():
-      data = files.read(name)
-      ids[i] = dicom.patient_id(data, f"{files.root}/{name}") if dicom.is_dicom(data) else ""
+      with contextlib.suppress(ValueError, OSError):  # decoding names all bad files
+        data = files.read(name)
+        ids[i] = dicom.patient_id(data, f"{files.root}/{name}") if dicom.is_dicom(data) else ""
   if len(set(ids) - {""}) < 2:  # a single ID for all files comes from an anonymiser
     return ["" for _ in ids]
   return [f"patient/{one}" if one else "" for one in ids]

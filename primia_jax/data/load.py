@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from primia_jax.data import decode, folder, npz, patient_ids
+from primia_jax.data import decode, folder, labels_csv, npz, patient_ids
 from primia_jax.data.dataset import Dataset
+
+KINDS = ("folder", "csv", "npz", "tfds")
 
 
 def load(
@@ -24,17 +26,22 @@ def load(
   manual_dir: str | os.PathLike[str] | None = None,
   patient_column: str = "",
   patient_pattern: str = "",
+  layout: str = "",
+  csv_columns: Mapping[str, str] | None = None,
+  grey_bits: int = 0,
+  skip_bad_files: bool = False,
 ) -> dict[str, Dataset]:
   """Loads labelled images.
 
   Args:
-    spec: `folder:PATH` (a folder or a tar), `npz:PATH`, or `tfds:NAME`.
+    spec: `folder:PATH` (a folder or a tar), `csv:PATH` (a table of files and labels), `npz:PATH`,
+      or `tfds:NAME`.
     size: height and width, in pixels; see `decode.decode`.
     channels: 1 (grey) or 3 (RGB).
     label_names: the classes in order, e.g. a checkpoint's; by default the source's own. Images of
       any other class are an error. (An npz file has no names of its own.)
-    lazy: decode on demand instead of now. An npz file is always in memory.
-    ct_window: for folders of CT images as DICOM, all others being refused with it; see
+    lazy: decode on demand instead of now; see `scan.read`. An npz file is always in memory.
+    ct_window: for folders and tables of CT images as DICOM, all others being refused with it; see
       `dicom.read`.
     percentiles: for grey DICOM only; see `dicom.read`.
     ignore: for folders: files to ignore, e.g. `["*.csv"]`.
@@ -43,6 +50,9 @@ def load(
     patient_column: the column that holds each image's patient; see `patient_ids.from_column`.
     patient_pattern: or what finds it in file names; see `patient_ids.from_names`. By default the
       groups of the source, which are patients where it names these.
+    layout: for folders: what they mean; see `layouts.levels`.
+    csv_columns: for a CSV: names of its columns; see `labels_csv.read_csv`.
+    grey_bits, skip_bad_files: for folders and a CSV; see `scan.read`.
 
   Returns:
     A `Dataset` for each split in the source: "train", "validation", "test". A folder without split
@@ -54,28 +64,28 @@ def load(
       the file and the cure.
   """
   kind, _, where = spec.partition(":")
-  if kind not in ("folder", "npz", "tfds") or not where:
-    raise ValueError(f"data={spec!r}; it must be folder:PATH, npz:PATH or tfds:NAME")
+  if kind not in KINDS or not where:
+    raise ValueError(f"data={spec!r}; it must be folder:PATH, csv:PATH, npz:PATH or tfds:NAME")
   if patient_column and patient_pattern:
     raise ValueError(
       f"patient_column={patient_column!r} and patient_pattern={patient_pattern!r}: give one of them"
     )
   if patient_pattern:
     patient_ids.compiled(patient_pattern)
-  if ct_window is not None and kind != "folder":
+  if ct_window is not None and kind not in ("folder", "csv"):
     raise ValueError(f"ct_window={ct_window}: {spec} holds no DICOM files; leave it out")
   form: dict[str, Any] = {"size": size, "channels": channels, "label_names": label_names}
+  of_files: dict[str, Any] = {
+    "lazy": lazy, "ct_window": ct_window, "percentiles": percentiles, "grey_bits": grey_bits,
+    "skip_bad_files": skip_bad_files,
+  }  # fmt: skip
+  path = os.path.expanduser(where)
   if kind == "folder":
-    splits = folder.read_folder(
-      os.path.expanduser(where),
-      lazy=lazy,
-      ct_window=ct_window,
-      percentiles=percentiles,
-      ignore=ignore,
-      **form,
-    )
+    splits = folder.read_folder(path, ignore=ignore, layout=layout, **of_files, **form)
+  elif kind == "csv":
+    splits = labels_csv.read_csv(path, columns=csv_columns, **of_files, **form)
   elif kind == "npz":
-    splits = npz.read_npz(os.path.expanduser(where), **form)
+    splits = npz.read_npz(path, **form)
   else:
     from primia_jax.data import tfds  # here, because the import takes a second
 

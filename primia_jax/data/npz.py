@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from primia_jax.data import decode, folder, patient_ids
+from primia_jax.data import decode, layouts, patient_ids
 from primia_jax.data.dataset import Dataset
 
 _KERAS = {"x": "images", "y": "labels"}  # x_train, y_train
@@ -99,10 +99,10 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _parse(path: str | os.PathLike[str], key: str) -> tuple[str, str]:
   """Returns the split and the array's name that a key encodes."""
-  if (match := re.fullmatch(r"([xy])_([a-z]+)", key)) and match[2] in folder.SPLITS:
-    return folder.SPLITS[match[2]], _KERAS[match[1]]
-  if (match := re.fullmatch(r"([a-z]+)_(\w+)", key)) and match[1] in folder.SPLITS:
-    return folder.SPLITS[match[1]], match[2]
+  if (match := re.fullmatch(r"([xy])_([a-z]+)", key)) and match[2] in layouts.SPLITS:
+    return layouts.SPLITS[match[2]], _KERAS[match[1]]
+  if (match := re.fullmatch(r"([a-z]+)_(\w+)", key)) and match[1] in layouts.SPLITS:
+    return layouts.SPLITS[match[1]], match[2]
   raise ValueError(
     f"{path} holds an array {key!r}; rename it like train_images, val_labels or x_test, y_test, or "
     "remove it"

@@ -162,13 +162,17 @@ def by_column(dataset: Dataset, column: str) -> Partition:
   return tuple(np.flatnonzero(sites == site) for site in range(len(values)))
 
 
-def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+  dataset: Dataset, fraction: float, seed: int, *, smallest: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
   """Holds out examples, e.g. for validation, with the same mix of labels as the rest.
 
   Args:
     dataset: N examples.
     fraction: share of the examples to hold out, between 0 and 1, both excluded.
     seed: any non-negative integer.
+    smallest: where the fraction would leave one part empty, hold out the smallest group instead;
+      nothing of a single group.
 
   Returns:
     (train_index, held_index): sorted, disjoint int64 arrays that together contain every example.
@@ -179,11 +183,15 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[np.ndarray, 
   """
   if not 0 < fraction < 1:
     raise ValueError(f"fraction is {fraction}; expected a number between 0 and 1, both excluded")
+  if smallest and len(np.unique(dataset.groups)) < 2:
+    return np.arange(len(dataset)), np.zeros(0, np.int64)
   members, counts = _groups(dataset, 2)
   # A column of totals, so that rare labels do not all round the same way.
   counts = np.concatenate([counts, counts.sum(1, keepdims=True)], axis=1)
   wanted = np.asarray([1 - fraction, fraction])[:, None] * counts.sum(0)
   sites = _fill(counts, wanted, np.random.default_rng(seed))
+  if smallest and len(np.unique(sites)) < 2:
+    sites = np.arange(len(counts)) == np.argmin(counts[:, -1])
   if len(np.unique(sites)) < 2:
     raise ValueError(
       f"fraction {fraction} of {dataset.name!r} ({len(dataset)} examples, {len(counts)} groups) "

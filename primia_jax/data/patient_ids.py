@@ -63,7 +63,9 @@ def from_column(splits: Mapping[str, Dataset], column: str) -> dict[str, Dataset
       )
     names, is_named = groups(values, image_names(dataset))
     unnamed += image_names(dataset)[~is_named].tolist()
-    found[split] = dataclasses.replace(dataset, groups=names, has_patient=is_named)
+    found[split] = dataclasses.replace(
+      dataset, groups=names, has_patient=is_named, is_numbered=False
+    )
   if unnamed:
     raise ValueError(
       f"patient_column={column!r} is empty for {listed(unnamed)}; name their patients, or remove "
@@ -96,7 +98,9 @@ def from_names(splits: Mapping[str, Dataset], pattern: str) -> dict[str, Dataset
     names = [(match and match[1]) or "" for match in matches]
     unnamed += [path for path, name in zip(paths, names, strict=True) if not name]
     known = np.ones(len(paths), bool)
-    found[split] = dataclasses.replace(dataset, groups=np.array(names), has_patient=known)
+    found[split] = dataclasses.replace(
+      dataset, groups=np.array(names), has_patient=known, is_numbered=False
+    )
   if unnamed:
     raise ValueError(
       f"patient_pattern={pattern!r} finds no patient in {listed(unnamed)}; widen the pattern, or "

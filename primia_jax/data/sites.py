@@ -67,6 +67,8 @@ def site_sizes(total: int, num_sites: int, fractions: Sequence[float] | None = N
 def hold_out(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
   """Sets images of each site aside, e.g. for validation, without splitting a group (a patient).
 
+  A site of at least two groups holds out at least one, and a site of one group keeps it.
+
   Args:
     part: S sites.
     fraction: the share of each site's images to hold out, between 0 and 1, both excluded.
@@ -76,11 +78,12 @@ def hold_out(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
     (what remains, what is held out), both over the same data set.
 
   Raises:
-    ValueError: as `partition.hold_out`, e.g. where a site has fewer than two groups.
+    ValueError: the fraction is out of its range.
   """
   kept, held = [], []
   for number, index in enumerate(part.sites):
-    rest, apart = partition.hold_out(take(part.dataset, index), fraction, seed + number)
+    own = take(part.dataset, index)
+    rest, apart = partition.hold_out(own, fraction, seed + number, smallest=True)
     kept.append(index[rest])
     held.append(index[apart])
   return Part(part.dataset, tuple(kept)), Part(part.dataset, tuple(held))

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import json_format
 
-from primia_jax.data import decode, folder, patient_ids
+from primia_jax.data import decode, folder, layouts, patient_ids
 from primia_jax.data.dataset import Dataset
 
 MEDNIST_LABELS = ("AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT")
@@ -235,7 +235,7 @@ def read_tfds(
     groups, has_patient = patient_ids.groups(columns.pop("group", np.full(num, "")), own)
     if "path" in columns:  # which our builders write where a patient is unknown
       has_patient &= groups.astype(str) != columns["path"]
-    datasets[folder.SPLITS.get(split, split)] = Dataset(
+    datasets[layouts.SPLITS.get(split, split)] = Dataset(
       images=images if lazy else images[np.arange(num)],
       labels=np.array(to_label, np.int32)[columns.pop(label_key)],
       label_names=kinds,
@@ -243,6 +243,7 @@ def read_tfds(
       has_patient=has_patient,
       columns=columns,
       name=builder.info.name,
+      is_numbered=builder.info.name == KermanyChestXray.name,
     )
   return datasets
 

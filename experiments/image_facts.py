@@ -1,0 +1,94 @@
+"""What must be known of a run's images before its scores: patients and images at two places, small
+sites, what was left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from primia_jax.data import overlaps, patient_ids
+from primia_jax.data.dataset import Dataset, take
+from primia_jax.data.sites import Part
+
+from .configs import Train
+
+
+def check_overlap(where: str, train: Dataset, test: Dataset) -> None:
+  """Refuses patients and images that are in training and testing, which make scores too good.
+
+  Numbers that may start anew in another split are no such patients.
+
+  Raises:
+    ValueError: naming the first of them.
+  """
+  found = overlaps.between((train, test))
+  cure = "or go on with --allow_overlap, which the report says"
+  if found.patients and not train.is_numbered:
+    raise ValueError(
+      f"{where}: patients have images in both training and testing: "
+      f"{patient_ids.listed(found.patients)}; move all images of each into one split, {cure}"
+    )
+  if found.images:
+    raise ValueError(
+      f"{where}: images are in both training and testing: {_pairs(found.images)}; remove one of "
+      f"each, {cure}"
+    )
+
+
+def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[str, str]:
+  """The rows of a report on its images; where a process reads its own site only, of that site's."""
+  dataset, h = train.dataset, config.hospitals
+  out = {"patients of training images": patient_ids.described(dataset), **dataset.notes}
+  both = overlaps.between((dataset, test))
+  if both.patients and dataset.is_numbered:
+    out["numbers of patients in training and testing"] = (
+      f"{patient_ids.listed(both.patients)}: the same patients, or others if numbers start anew"
+    )
+  elif both.patients:
+    out["PATIENTS IN TRAINING AND TESTING"] = patient_ids.listed(both.patients)
+  if both.images:
+    out["IMAGES IN TRAINING AND TESTING"] = _pairs(both.images)
+  if copies := overlaps.repeated(dataset):
+    out["training images that copy another"] = f"{copies} of {len(dataset)}"
+  rows = [one[one < len(dataset)] for one in train.sites]  # others are not in this process
+  kind, _, argument = h.partition.partition(":")
+  column = argument if kind == "column" else "site" if kind == "auto" else ""
+  if column in dataset.columns and config.data.data != "phantom":
+    names = [f"{i}: {dataset.columns[column][r[0]]}" for i, r in enumerate(rows) if len(r)]
+    out["sites"] = ", ".join(names)
+  if validation.dataset is dataset:  # the phantom's are no part of the training images
+    held = [one[one < len(dataset)] for one in validation.sites]
+    rows = [np.concatenate(pair) for pair in zip(rows, held, strict=True)]
+  bare = dataclasses.replace(dataset, images=np.zeros((len(dataset), 1, 1, 1), np.uint8))
+  if config.data.sources:  # `join` has numbered them
+    bare = dataclasses.replace(bare, groups=np.strings.partition(bare.groups, "/")[2])
+  shared = overlaps.between([take(bare, one) for one in rows])
+  if shared.patients:
+    listed = patient_ids.listed(shared.patients)
+    if config.data.sources:
+      out["names of patients in several sources"] = f"{listed}, counted as different patients"
+    else:
+      out["patients of training images"] = "known"
+      out["patients at several sites"] = listed
+  if shared.images:
+    out["images at several sites"] = _pairs(shared.images)
+  for i, one in enumerate(rows):
+    said = []
+    if len(kinds := np.unique(dataset.labels[one])) == 1:
+      said.append(f"images of one class only, {dataset.label_names[kinds[0]]}")
+    if config.privacy.validates and len(one) and not validation.sizes[i]:
+      said.append("none is held out for validation, since all are of one patient")
+    if said:
+      out[f"site {i}"] = f"{len(one)} image{'s' * (len(one) > 1)}; {'; '.join(said)}"
+  if config.in_processes and config.data.sources:
+    out["other sites"] = "not read by this process, so that these rows are of site 0 alone"
+  if config.privacy.dp != "none":
+    out["not protected"] = "these rows are exact, and no ledger was charged for them"
+  return out
+
+
+def _pairs(images: Sequence[tuple[str, str]]) -> str:
+  return patient_ids.listed([f"{one} = {other}" for one, other in images])
