@@ -274,7 +274,7 @@ def train(
       state = done.state
       if done.info is None:
         last_abort = done.aborted.removeprefix("round aborted: ")
-        bar.write(f"round {done.number}: {done.aborted}")
+        bar.write(f"round {done.number} aborted: {last_abort}")
         bar.update()
         continue
       row = _row(config, cohort, trainer, done, charges)

@@ -23,8 +23,7 @@ from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.gates.elementwise import COMPARISONS
 from primia_jax.types import Array, PyTree
 
-from . import inputs, running, settings
-from .configs import Train
+from . import folders, inputs, running, settings
 from .configs.data import Data
 from .configs.model import normalise
 
@@ -161,9 +160,9 @@ def calibration_images(
   kind, _, path = s.calibration.partition(":")
   if kind == "run":
     try:
-      saved = settings.load(pathlib.Path(s.checkpoint) / "config.json")
-      at_once = 0 if saved.get("site_data") else 1
-      run = settings.replace(Train(), **saved | {"sites_in_memory": at_once})
+      run = folders.settings_of(s.checkpoint)
+      if not run.data.site_data:  # sites of a round do not matter here, and may forbid this
+        run = settings.replace(run, sites_in_memory=1, sites_per_round=0)
       if not run.privacy.validates:
         raise ValueError(
           f"calibration=run: with dp={run.privacy.dp} and validation={run.privacy.validation} the "
@@ -182,7 +181,7 @@ def calibration_images(
       _, images = read_images(os.path.expanduser(path), size=size, channels=channels, lazy=True)
     else:
       data = Data(data=s.calibration, image_size=size, channels=channels)
-      images = inputs.images_to_test(data, label_names=label_names).images
+      images = inputs.images_to_test(data, label_names=label_names)[0].images
     index, source = np.arange(images.shape[0]), f"images of {s.calibration}"
   chosen = index[np.linspace(0, len(index) - 1, min(s.calibration_images, len(index))).astype(int)]
   return np.asarray(images[chosen]), f"{len(chosen)} {source}"

@@ -49,6 +49,8 @@ class Data:
 
   def __post_init__(self):
     choose("channels", self.channels, (1, 3))
+    if self.label_names:
+      self._check_label_names()
     if self.site_data:
       for source in self.sources:
         dataclasses.replace(self, data=source, site_data="")  # which checks it
@@ -63,6 +65,8 @@ class Data:
       raise ValueError(
         "the phantom has one image a patient; leave out patient_column and patient_pattern"
       )
+    if kind == "phantom" and self.channels != 1:
+      raise ValueError(f"channels={self.channels}: the phantom is grey; use --channels=1")
     if self.patient_pattern:
       patient_ids.compiled(self.patient_pattern)
       if kind == "npz":
@@ -72,6 +76,18 @@ class Data:
         )
     cure = f"must lie between 1 and {_MAX_SIZE}"
     require(0 < self.image_size <= _MAX_SIZE, "image_size", self.image_size, cure)
+
+  def _check_label_names(self) -> None:
+    given = [name.strip() for name in self.label_names.split(",")]
+    if "" in given or len(given) < 2 or len(set(given)) < len(given):
+      raise ValueError(
+        f"label_names={self.label_names!r}: give at least two classes, each with a name of its own"
+      )
+    if self.data == "phantom" and not self.site_data:
+      raise ValueError(
+        f"label_names={self.label_names!r}: the phantom has its own classes; leave it out, or name "
+        "other images with --data"
+      )
 
   @property
   def sources(self) -> tuple[str, ...]:
