@@ -179,6 +179,11 @@ def calibration_images(
   else:
     if kind == "folder":  # labelled or not
       _, images = read_images(os.path.expanduser(path), size=size, channels=channels, lazy=True)
+    elif s.calibration == "phantom" and channels != 1:
+      raise ValueError(
+        f"calibration=phantom: the phantom is grey, and the model takes {channels} channels; name "
+        "other images with --calibration"
+      )
     else:
       data = Data(data=s.calibration, image_size=size, channels=channels)
       images = inputs.images_to_test(data, label_names=label_names)[0].images

@@ -6,12 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from experiments_evaluate_test import NAMES, write_folder, write_npz
-from experiments_runs import TINY, train, trainer_of
+from experiments_runs import NAMES, TINY, write_folder, write_npz
 
 from experiments import encrypted, folders, inputs, settings
 from experiments.configs import Train
-from primia_jax import secagg
+from experiments.configs.data import Data
 from primia_jax.data.dataset import Dataset
 from primia_jax.data.load import load
 
@@ -67,17 +66,14 @@ def test_a_name_of_two_classes_is_refused_by_every_source(tmp_path):
     load(where, label_names=("cat", "dog", "cat"), **FORM)
 
 
-def test_presets_of_train_federated_are_known_to_train_pooled_and_account():
+def test_presets_of_train_federated_are_known_to_train_pooled():
   presets = sorted((pathlib.Path(inputs.__file__).parent / "flags").glob("*.flags"))
+  code = "import sys; from absl import flags; import experiments.train_pooled; "
+  code += "[flags.FLAGS(['program', '--run_dir=x', file]) for file in sys.argv[1:]]"
   files = [f"--flagfile={path}" for path in presets]
-  code = "import sys, importlib; from absl import flags; name, *files = sys.argv[1:]; "
-  code += "importlib.import_module(name); "
-  code += "[flags.FLAGS(['program', '--run_dir=x'][: 1 + ('run_dir' in flags.FLAGS)] + [file]) "
-  code += "for file in files]"
-  for program in ("train_pooled", "account"):
-    command = [sys.executable, "-c", code, f"experiments.{program}", *files]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+  command = [sys.executable, "-c", code, *files, "--baselines=pooled,local"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
 
 
 def test_a_run_whose_sites_keep_state_gives_its_validation_images_to_encrypted_inference(tmp_path):
@@ -94,21 +90,19 @@ def test_a_run_whose_sites_keep_state_gives_its_validation_images_to_encrypted_i
   assert (len(images), source) == (4, f"4 validation images of the run ({data})")
 
 
+def test_a_model_of_colours_is_neither_tested_nor_calibrated_on_the_grey_phantom():
+  with pytest.raises(ValueError, match=r"channels=3: the phantom is grey.* --data"):
+    Data(channels=3)
+  model_config = settings.replace(TINY, data="npz:x", channels=3)
+  model_config = model_config.model.config(model_config.data, 3)
+  s = encrypted.Infer(calibration="phantom")
+  with pytest.raises(ValueError, match=r"calibration=phantom: .* takes 3 channels.* --calibration"):
+    encrypted.calibration_images(s, model_config, NAMES)
+
+
 def test_a_setting_that_this_version_lacks_is_refused_by_name(tmp_path):
   settings.save(Train(), tmp_path / folders.RUN)
   text = (tmp_path / folders.RUN).read_text()
   (tmp_path / folders.RUN).write_text(text.replace('"seed"', '"old_seed"'))
   with pytest.raises(ValueError, match=r"config\.json holds \['old_seed'\]"):
     folders.settings_of(str(tmp_path))
-
-
-def test_an_aborted_round_is_told_without_saying_round_twice(tmp_path, capsys):
-  made = trainer_of(TINY)
-
-  def lost(key, state, sites):
-    raise secagg.RoundAborted("round aborted: no site's message came")
-
-  made = made._replace(rounds=made.rounds._replace(step=lost))
-  with pytest.raises(RuntimeError, match="all 4 rounds were aborted"):
-    train(TINY, tmp_path, trainer=made)
-  assert "round 2 aborted: no site's message came" in "".join(capsys.readouterr())

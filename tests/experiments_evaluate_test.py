@@ -10,35 +10,12 @@ import sys
 
 import numpy as np
 import pytest
-from experiments_runs import TINY
-from PIL import Image
+from experiments_runs import NAMES, TINY, write_folder, write_npz
 
 from experiments import folders, inputs, running, settings
 from experiments.configs.data import Data
 
-NAMES = ("cat", "dog", "owl")
 SMALL = settings.replace(TINY, rounds=1, keep_optimizer=False, num_sites=2, secagg_colluding=0)
-
-
-def write_folder(root, splits=("",), each=6):
-  """Images of three classes that their brightness tells apart."""
-  for split in splits:
-    for k, name in enumerate(NAMES):
-      (root / split / name).mkdir(parents=True, exist_ok=True)
-      for i in range(each):
-        image = Image.fromarray(np.full((16, 16), 20 + 90 * k + i, np.uint8))
-        image.save(root / split / name / f"{split}{i}.png")
-  return root
-
-
-def write_npz(path, order=(0, 1, 2), split="train"):
-  """The same, where class k has the number order[k]."""
-  kinds = np.repeat(np.arange(3), 6)
-  images = (20 + 90 * kinds + np.tile(np.arange(6), 3)).astype(np.uint8)
-  images = np.broadcast_to(images[:, None, None], (18, 16, 16))
-  arrays = {f"{split}_images": images, f"{split}_labels": np.array(order)[kinds]}
-  np.savez(path, **arrays)
-  return path
 
 
 def test_classes_are_matched_by_name_whatever_their_order(tmp_path):

@@ -66,7 +66,10 @@ class Data:
         "the phantom has one image a patient; leave out patient_column and patient_pattern"
       )
     if kind == "phantom" and self.channels != 1:
-      raise ValueError(f"channels={self.channels}: the phantom is grey; use --channels=1")
+      raise ValueError(
+        f"data=phantom with channels={self.channels}: the phantom is grey, channels=1; use that, "
+        "or name other images with --data"
+      )
     if self.patient_pattern:
       patient_ids.compiled(self.patient_pattern)
       if kind == "npz":
