@@ -34,7 +34,7 @@ from primia_jax.privacy.chain import Chain
 from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
 from primia_jax.privacy.reconstruction import NUM_CANDIDATES, reconstruction_bound
 
-from . import ledgers, plots, presets, running, settings
+from . import folders, ledgers, plots, presets, running, settings
 from .configs import Train, rehearse
 from .configs.run import build_site_level
 
@@ -102,7 +102,7 @@ def check_summed() -> None:
 
 def check(config: Train) -> None:
   """Refuses bad flags before any work."""
-  dp, batch_size = config.privacy.dp, config.training.batch_size
+  dp = config.privacy.dp
   if dp == "none":
     raise ValueError("dp=none protects nobody, at no cost; use dp=example, patient or site")
   rehearse(config, is_federated=config.hospitals.num_sites > 1)
@@ -115,10 +115,6 @@ def check(config: Train) -> None:
   elif FLAGS.num_units < 1:
     raise ValueError(
       f"num_units={FLAGS.num_units}: give the number of the largest site's {dp}s, at least 1"
-    )
-  elif batch_size > FLAGS.num_units:
-    raise ValueError(
-      f"batch_size={batch_size} exceeds num_units={FLAGS.num_units}; use at most that"
     )
   if not 0 <= FLAGS.smallest_units <= FLAGS.num_units:
     raise ValueError(
@@ -201,6 +197,8 @@ def _shown(value: float) -> str:
 
 
 def main() -> None:
+  if FLAGS.output_dir:
+    folders.to_write(FLAGS.output_dir, ("account.json", "epsilon.png", "report.md"))
   if FLAGS.ledger_dir:
     check_summed()
     summary = summed(pathlib.Path(FLAGS.ledger_dir).expanduser(), FLAGS.delta)

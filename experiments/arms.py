@@ -212,6 +212,11 @@ def train(
   checkpoints = Checkpoints(folder, joined and joined.own, place.number, keeps)
   initial = state
   state, best, last_entry = checkpoints.restore(state, best)
+  # Orbax ties what it restores to one device, which a mesh refuses where it cannot deal the rows
+  # evenly: they are placed anew, as at the first start.
+  rows_of = lambda tree: place.placement.put(jax.tree.map(np.asarray, tree))
+  state = state._replace(site_state=rows_of(state.site_state))
+  best = best._replace(site_state=rows_of(best.site_state))
   path, step = own_folder / ledger.LEDGER, trainer.rounds.step
   if joined is not None:
     told = starts.agree(joined, place.number, initial, state, ledger.public(path))
@@ -269,7 +274,7 @@ def train(
       state = done.state
       if done.info is None:
         last_abort = done.aborted.removeprefix("round aborted: ")
-        bar.write(f"round {done.number}: {done.aborted}")
+        bar.write(f"round {done.number} aborted: {last_abort}")
         bar.update()
         continue
       row = _row(config, cohort, trainer, done, charges)

@@ -24,8 +24,7 @@ from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.gates.elementwise import COMPARISONS
 from primia_jax.types import Array, PyTree
 
-from . import inputs, running, settings
-from .configs import Train
+from . import folders, inputs, running, settings
 from .configs.data import Data
 from .configs.model import normalise
 
@@ -166,9 +165,9 @@ def calibration_images(
   kind, _, path = s.calibration.partition(":")
   if kind == "run":
     try:
-      saved = settings.load(pathlib.Path(s.checkpoint) / "config.json")
-      at_once = 0 if saved.get("site_data") else 1
-      run = settings.replace(Train(), **saved | {"sites_in_memory": at_once})
+      run = folders.settings_of(s.checkpoint)
+      if not run.data.site_data:  # sites of a round do not matter here, and may forbid this
+        run = settings.replace(run, sites_in_memory=1, sites_per_round=0)
       if not run.privacy.validates:
         raise ValueError(
           f"calibration=run: with dp={run.privacy.dp} and validation={run.privacy.validation} the "
@@ -195,9 +194,14 @@ def calibration_images(
         grey_bits=bits,
         ct_window=window,
       )
+    elif s.calibration == "phantom" and channels != 1:
+      raise ValueError(
+        f"calibration=phantom: the phantom is grey, and the model takes {channels} channels; name "
+        "other images with --calibration"
+      )
     else:
       data = Data(data=s.calibration, image_size=size, channels=channels, grey_bits=bits)
-      images = inputs.images_to_test(data, label_names=label_names).images
+      images = inputs.images_to_test(data, label_names=label_names)[0].images
     index, source = np.arange(images.shape[0]), f"images of {s.calibration}"
   chosen = index[np.linspace(0, len(index) - 1, min(s.calibration_images, len(index))).astype(int)]
   return np.asarray(images[chosen]), f"{len(chosen)} {source}"

@@ -3,17 +3,21 @@
   primia-evaluate --run_dir=runs/first --data=folder:PATH --output_dir=out
 
 For labelled images (a folder for each class, npz or TFDS) it writes predictions.csv, metrics.json,
-report.md, a confusion matrix and ROC curves. With --unlabelled it takes a folder of any images and
-writes predictions.csv only. The model sets the image size, the classes and the CT window.
+report.md, a confusion matrix and ROC curves: of the test split, or of all images where there is
+none. Without --data it takes the test images of the run's own report. With --unlabelled it takes a
+folder of any images and writes predictions.csv only. The model sets the image size, the classes and
+the CT window; --label_names names the source's labels in their order, and classes are matched by
+name.
 """
 
-import pathlib
+from typing import Any
 
 from absl import flags
 
 from primia_jax import evaluation
+from primia_jax.data.dataset import Dataset
 
-from . import inputs, report, running, settings
+from . import folders, inputs, markdown, report, running, settings
 from .configs.data import Data
 from .configs.model import normalise
 
@@ -26,7 +30,46 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
 
 
+def own_images() -> tuple[Dataset, Data]:
+  """The test images of the run's own report, and its settings of data."""
+  names = set(settings.flat(Data())) - {"image_size", "channels"}
+  if given := sorted(name for name in names if FLAGS[name].present):
+    raise ValueError(
+      f"{given[0]}={FLAGS[given[0]].value} without data: the run's own test images are taken as "
+      "the run took them; name the images with --data"
+    )
+  try:
+    run = folders.settings_of(FLAGS.run_dir)
+    return inputs.tested_images(run), run.data
+  except (FileNotFoundError, ValueError) as error:
+    raise ValueError(
+      f"{error} (the data of the run in {FLAGS.run_dir}; name other images with --data)"
+    ) from error
+
+
+def trained_on(data: Data) -> dict[str, str]:
+  """A warning, if the images of a source include those that the run was trained on."""
+  try:
+    run = folders.settings_of(FLAGS.run_dir)
+    sources = [run.data.of(one) for one in run.data.sources]
+    same = inputs.source(data) in map(inputs.source, sources or [run.data])
+  except (FileNotFoundError, ValueError):  # the run's own images may be elsewhere by now
+    return {}
+  why = "the source has no test split, and the run was trained on images of it; leave --data out"
+  return {markdown.TRAINED_ON: f"{why} to test on those that it held out"} if same else {}
+
+
 def main() -> None:
+  output = folders.to_write(FLAGS.output_dir, ("predictions.csv", *report.FILES))
+  if FLAGS.unlabelled and not FLAGS["data"].present:
+    raise ValueError("unlabelled without data; name the images, such as --data=folder:PATH")
+  for name in ("label_names", "patient_column", "patient_pattern"):
+    if FLAGS.unlabelled and FLAGS[name].value:
+      raise ValueError(f"{name}={FLAGS[name].value} says what unlabelled images lack; leave it out")
+  if FLAGS.site_data:
+    raise ValueError(
+      f"site_data={FLAGS.site_data}: one source is tested at a time; name it with --data"
+    )
   model, trained, label_names, model_config = running.load_model(FLAGS.run_dir)
   size, _, channels = model_config.image_shape
   form = {"image_size": size, "channels": channels, "ct_window": running.ct_window(FLAGS.run_dir)}
@@ -38,13 +81,17 @@ def main() -> None:
     FLAGS[name].value = value
   if not FLAGS["grey_bits"].present:
     FLAGS["grey_bits"].value = running.grey_bits(FLAGS.run_dir)
-  config = settings.from_flags(Data)
-  output = pathlib.Path(FLAGS.output_dir)
-  output.mkdir(parents=True, exist_ok=True)
-  if FLAGS.unlabelled:
-    dataset = inputs.unlabelled_images(config, label_names)
+  facts: dict[str, Any] = {}
+  if FLAGS["data"].present:
+    config = settings.from_flags(Data)
+    if FLAGS.unlabelled:
+      dataset = inputs.unlabelled_images(config, label_names)
+    else:
+      dataset, has_test = inputs.images_to_test(config, FLAGS.seed, label_names)
+      facts = {} if has_test else trained_on(config)
   else:
-    dataset = inputs.images_to_test(config, FLAGS.seed, label_names)
+    dataset, config = own_images()
+  output.mkdir(parents=True, exist_ok=True)
   probabilities = evaluation.predictor(model.apply, normalise)(trained, dataset.images)
   ids = [
     str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])
@@ -60,18 +107,19 @@ def main() -> None:
     output,
     title="Evaluation",
     data_name=dataset.name,
-    arms={"model": report.Arm(labels, probabilities)},
+    arms={"trained": report.Arm(labels, probabilities)},
     label_names=label_names,
     config={
       "run_dir": FLAGS.run_dir,
-      "data": config.data,
+      "data": config.site_data or config.data,
       "model": model_config.name,
       "image_size": size,
+      **facts,
     },
     versions=report.versions(),
     groups=dataset.groups if config.patient_column or config.patient_pattern else None,
     images=dataset.notes,
-    main_arm="model",
+    main_arm="trained",
     seed=FLAGS.seed,
   )
   running.print_summary(result, output)

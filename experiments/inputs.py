@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from primia_jax.data import overlaps, partition, patient_ids, phantom, scan, sites
-from primia_jax.data.dataset import Dataset, join, take
-from primia_jax.data.folder import read_images, unlabelled
+from primia_jax.data.dataset import Dataset, in_memory, join, take
+from primia_jax.data.folder import label_index, read_images, unlabelled
 from primia_jax.data.load import load
 from primia_jax.data.sites import Part
 
@@ -82,23 +82,48 @@ def silence_pydicom() -> None:
 
 def images_to_test(
   settings: Data, seed: int = 0, label_names: tuple[str, ...] | None = None
-) -> Dataset:
-  """The test split of a source, or all its images where it is not split.
+) -> tuple[Dataset, bool]:
+  """The test split of a source, or all its images where it has none; and whether it has one.
+
+  Args:
+    settings: the source. Its own label names say what its labels are.
+    seed: of the phantom.
+    label_names: of the model, whose labels the images get, by name; None keeps the source's.
 
   Raises:
-    ValueError, FileNotFoundError: the source is wrong, or has no test images.
+    ValueError, FileNotFoundError: the source is wrong, or has a class that the model lacks.
   """
   if settings.data == "phantom":
-    return _phantom_test(settings, 600, 3, seed)
-  splits = _load(settings, label_names)
-  for split in ("test", "all"):
-    if split in splits:
-      read = scan.read({split: splits[split]}, skip_bad_files=settings.skip_bad_files)
-      return read[split]
-  raise ValueError(
-    f"{settings.data} has the splits {sorted(splits)} but neither test images nor images without "
-    f"split"
-  )
+    dataset, has_test = _phantom_test(settings, 600, 3, seed), True
+  else:
+    splits = _load(settings, label_names)
+    has_test = "test" in splits
+    tested = {"test": splits["test"]} if has_test else splits
+    dataset = _whole(list(scan.read(tested, skip_bad_files=settings.skip_bad_files).values()))
+  if label_names is None or dataset.label_names == label_names:
+    return dataset, has_test
+  index = [label_index(name, label_names, settings.data) for name in dataset.label_names]
+  labels = np.array(index, np.int32)[dataset.labels]
+  return dataclasses.replace(dataset, labels=labels, label_names=label_names), has_test
+
+
+def _whole(splits: Sequence[Dataset]) -> Dataset:
+  """All splits of a source; a patient may be in several."""
+  if len(splits) == 1:
+    return splits[0]
+  groups = np.concatenate([np.asarray(split.groups).astype(str) for split in splits])
+  return dataclasses.replace(join(splits), groups=groups)
+
+
+def tested_images(config: Train) -> Dataset:
+  """The images on which a run's own report tests.
+
+  Raises:
+    ValueError, FileNotFoundError: as `site_images`.
+  """
+  if config.data.site_data or config.data.data == "phantom":
+    return site_images(config, 0 if config.in_processes else None).test
+  return in_memory(_with_test(config, config.data, lazy=True)[1])
 
 
 def unlabelled_images(settings: Data, label_names: tuple[str, ...]) -> Dataset:
@@ -205,6 +230,15 @@ def _check_sizes(inputs: Inputs, validates: bool) -> None:
     )
 
 
+def _check_kinds(train: Dataset, where: str) -> None:
+  kinds = np.unique(train.labels)
+  if len(kinds) < 2:
+    raise ValueError(
+      f"all training images of {where} are of one class, {[train.label_names[i] for i in kinds]}; "
+      "give images of at least two"
+    )
+
+
 def _of_sources(config: Train, only_site: int | None) -> Inputs:
   """A source for each site; those of other sites are not opened where a process has its own."""
   data, h = config.data, config.hospitals
@@ -218,6 +252,8 @@ def _of_sources(config: Train, only_site: int | None) -> Inputs:
     tests.append(test)
     first += len(train)
   joined, nothing = join(trains), np.zeros(0, np.int64)
+  if only_site is None:
+    _check_kinds(joined, data.site_data)
   part = lambda rows: Part(joined, tuple(rows.get(i, nothing) for i in range(h.num_sites)))
   return Inputs(part(kept), part(held), join(tests))
 
@@ -228,7 +264,7 @@ def _load(settings: Data, label_names: tuple[str, ...] | None) -> dict[str, Data
     settings.data,
     size=settings.image_size,
     channels=settings.channels,
-    label_names=label_names or names(settings.label_names) or None,
+    label_names=names(settings.label_names) or label_names,
     lazy=True,
     ignore=names(settings.ignore),
     layout=settings.layout,
@@ -244,8 +280,6 @@ def _load(settings: Data, label_names: tuple[str, ...] | None) -> dict[str, Data
 
 def _phantom(config: Train, only_site: int | None) -> Inputs:
   data, h = config.data, config.hospitals
-  if data.channels != 1:
-    raise ValueError(f"channels={data.channels}: the phantom is grey; use --channels=1")
   if h.partition not in ("auto", "column:site"):
     raise ValueError(
       f"partition={h.partition!r}: the phantom comes with its sites; use auto, and num_sites"
@@ -257,6 +291,8 @@ def _phantom(config: Train, only_site: int | None) -> Inputs:
     return sites.phantom_part(sizes, size=size, seed=seed, first=first, only_site=only_site)
 
   train = make(h.phantom_images, sites.TRAINING)
+  if only_site is None:
+    _check_kinds(train.dataset, "the phantom")
   num_held = round(h.validation_fraction * h.phantom_images)
   validation = make(max(h.num_sites, num_held), sites.VALIDATION)
   num_test = max(h.num_sites, h.phantom_images // 2)
@@ -296,6 +332,8 @@ def _with_test(config: Train, data: Data, lazy: bool = False) -> tuple[Dataset, 
     raise ValueError(
       f"{data.data} has only the splits {sorted(splits)}; training images are needed"
     )
+  if not config.data.site_data:  # one of several sites may have images of one class
+    _check_kinds(whole, data.data)
   if config.privacy.by_patient:  # before any image is decoded
     patient_ids.require(whole)
   used = {name: one for name, one in splits.items() if name in ("train", "test", "all")}

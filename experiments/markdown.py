@@ -14,6 +14,7 @@ SCALARS = {
 }
 PER_CLASS = ("sensitivity", "specificity")
 ABORTED = "rounds aborted, too few sites being left"  # fact of an arm
+TRAINED_ON = "TRAINED ON"  # fact of images
 
 
 def _number(x: float | None, percent: bool, signed: bool = False) -> str:
@@ -61,10 +62,10 @@ def _summary(result: Mapping[str, Any]) -> str:
 def warnings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """What a reader must know of a run before its scores, as (what, why)."""
   privacy = result["privacy"] or {}
-  aborted = [(k, str(v)) for k, v in result["config"].items() if k.endswith(ABORTED)]
+  facts = [(k, str(v)) for k, v in result["config"].items() if k.endswith((ABORTED, TRAINED_ON))]
   of_privacy = [(k, privacy[k]) for k in ("NOT PRIVATE", "NOT PROTECTED") if k in privacy]
   of_images = [(k, v) for k, v in result["images"].items() if k.isupper()]
-  return of_privacy + of_images + aborted
+  return of_privacy + of_images + facts
 
 
 def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
@@ -123,8 +124,8 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     low, high = (_number(x, True) for x in exact)
     lines += [
       "",
-      f"The exact (Clopper-Pearson) 95 % interval of the {result['main_arm']} accuracy is {low} to "
-      f"{high} %.",
+      f"The exact (Clopper-Pearson) 95 % interval of the {result['main_arm']} model's accuracy is "
+      f"{low} to {high} %.",
     ]
   undefined = sorted(
     {

@@ -1,6 +1,8 @@
 """Draws the training curves of a run, finished or not: one picture for each trained model.
 
 primia-plot --run_dir=runs/first
+
+In the run's own folder its pictures are drawn anew each time; in another nothing is overwritten.
 """
 
 import json
@@ -8,7 +10,7 @@ import pathlib
 
 from absl import flags
 
-from . import plots, running, settings
+from . import folders, plots, running, settings
 
 flags.DEFINE_string("run_dir", None, "folder of the training run", required=True)
 flags.DEFINE_string("output_dir", "", "folder for the pictures; by default the run folder")
@@ -19,16 +21,20 @@ def main() -> None:
   folder = pathlib.Path(FLAGS.run_dir)
   config = settings.load(folder / "config.json")
   output = pathlib.Path(FLAGS.output_dir or folder)
-  output.mkdir(parents=True, exist_ok=True)
   files = sorted(folder.glob("*/rounds.jsonl"))
   if not files:
     raise FileNotFoundError(
       f"{folder} has no rounds.jsonl yet; wait until the run's first round has ended"
     )
-  data = "synthetic phantom" if config["data"] == "phantom" else config["data"]
-  for file in files:
+  pictures = {file: f"curves_{file.parent.name}.png" for file in files}
+  if not output.exists() or not output.samefile(folder):
+    folders.to_write(FLAGS.output_dir, pictures.values())
+  output.mkdir(parents=True, exist_ok=True)
+  data = config.get("site_data") or config["data"]
+  data = "synthetic phantom" if data == "phantom" else data
+  for file, picture in pictures.items():
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    path = output / f"curves_{file.parent.name}.png"
+    path = output / picture
     plots.curves(rows, path, f"{rows[0]['arm']}: {data}")
     print(path)
 

@@ -24,6 +24,9 @@ from . import markdown, plots
 from .markdown import PER_CLASS, SCALARS
 
 NUM_RESAMPLES = 2000
+FILES = (
+  "report.md", "metrics.json", "confusion_matrix.png", "roc.png", "curves.png", "comparison.png",
+)  # fmt: skip
 
 
 class Arm(NamedTuple):

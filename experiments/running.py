@@ -52,13 +52,13 @@ def prepare_devices(placement: str) -> None:
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # no effect on accelerators
 
 
-def open_run(config: Train, run_dir: str) -> pathlib.Path:
+def open_run(config: Train, run_dir: str, program: str = "train_federated") -> pathlib.Path:
   """Creates the run folder, or finds in it the same run, to be continued.
 
   Settings may still change as long as nothing has been trained.
 
   Raises:
-    ValueError: the folder holds a run with other settings, or something else.
+    ValueError: the folder holds a run with other settings or of another program, or something else.
   """
   if not run_dir:
     raise ValueError("run_dir is empty; name a folder for the run, such as --run_dir=runs/first")
@@ -66,8 +66,15 @@ def open_run(config: Train, run_dir: str) -> pathlib.Path:
   saved = folder / "config.json"
   if saved.is_file():
     changed = settings.differences(settings.load(saved), config)
-    if changed and not _has_begun(folder):
-      settings.save(config, saved)
+    begun_by = settings.read_json(saved).get("program") or program
+    if not _has_begun(folder):
+      if changed or begun_by != program:
+        settings.save(config, saved, program)
+    elif begun_by != program:
+      raise ValueError(
+        f"{folder} holds a run of {begun_by}, whose report and model {program} would replace; use "
+        "another --run_dir"
+      )
     elif changed:
       listed = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
       raise ValueError(
@@ -79,7 +86,7 @@ def open_run(config: Train, run_dir: str) -> pathlib.Path:
     )
   folder.mkdir(parents=True, exist_ok=True)
   if not saved.is_file():
-    settings.save(config, saved)
+    settings.save(config, saved, program)
   return folder
 
 

@@ -96,9 +96,9 @@ def replace(settings: Any, **changes: Any) -> Any:
   return type(settings)(**new)
 
 
-def save(settings: Any, path: pathlib.Path) -> None:
-  """Writes `config.json`."""
-  record = {"format": FORMAT, "settings": dataclasses.asdict(settings)}
+def save(settings: Any, path: pathlib.Path, program: str = "") -> None:
+  """Writes `config.json`: the settings, and which program made them."""
+  record = {"format": FORMAT, "program": program, "settings": dataclasses.asdict(settings)}
   path.write_text(json.dumps(record, indent=2) + "\n")
 
 

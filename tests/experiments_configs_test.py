@@ -41,7 +41,8 @@ def test_presets_parse_and_are_sound(no_images):
     flags.DEFINE_list("baselines", [], "", flag_values=values)
     values(["program", f"--flagfile={preset}"])
     config = settings.from_flags(Train, values)
-    rehearse(config, is_federated=config.hospitals.num_sites > 1)
+    for is_federated in (config.hospitals.num_sites > 1, False):  # train_pooled takes all
+      rehearse(config, is_federated=is_federated)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,11 @@ def test_presets_parse_and_are_sound(no_images):
     ({"data": "folder:x", "patient_pattern": "p"}, "has 0 groups"),
     ({"data": "folder:x", "patient_pattern": "(p)", "patient_column": "c"}, "use one of them"),
     ({"patient_column": "site"}, "the phantom has one image a patient"),
+    ({"data": "npz:x", "label_names": "cat"}, "label_names='cat': give at least two"),
+    ({"data": "npz:x", "label_names": "cat,dog, cat"}, "each with a name of its own"),
+    ({"data": "npz:x", "label_names": "cat,,dog"}, "each with a name of its own"),
+    ({"label_names": "cat,dog"}, "the phantom has its own classes"),
+    ({"channels": 3}, "the phantom is grey"),
   ],
 )
 def test_wrong_settings_are_refused_before_images_are_read(change, message, no_images):

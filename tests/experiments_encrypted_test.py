@@ -316,7 +316,7 @@ def test_every_real_test_image_gets_the_class_of_float32(real_data, tmp_path, ou
   encrypted.check(s)
   model, weights, names, config = encrypted.load_model(s.checkpoint)
   calibration, _ = encrypted.calibration_images(s, config, names)
-  images = inputs.images_to_test(Data(data=data, image_size=32), 0, names).images
+  images = inputs.images_to_test(Data(data=data, image_size=32), 0, names)[0].images
   assert len(images) == 624
   with jax.enable_x64(True):
     plan = encrypted.make_plan(s, model, weights, calibration)

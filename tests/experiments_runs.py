@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from PIL import Image
 
 from experiments import arms, inputs, settings
 from experiments.configs import Train, privacy
@@ -33,6 +34,7 @@ PRIVATE = settings.replace(
 SITE = settings.replace(PRIVATE, dp="site", weighting="uniform", class_weights=False, delta=0.1)
 MOVING = settings.replace(SITE, dp_clip_quantile=0.5, l2_clip_norm=0.7)  # the clip of updates
 FIXED = settings.replace(PRIVATE, dp_noise="banded", batch_size=2)  # batches in a fixed order
+NAMES = ("cat", "dog", "owl")  # of `write_folder`
 
 
 @functools.cache
@@ -99,6 +101,27 @@ def flags_of(config) -> list[str]:
     (f"--{'' if value else 'no'}{name}" if isinstance(value, bool) else f"--{name}={value}")
     for name, (_, value) in changed.items()
   ]
+
+
+def write_folder(root, splits=("",), each=6):
+  """Images of three classes that their brightness tells apart."""
+  for split in splits:
+    for k, name in enumerate(NAMES):
+      (root / split / name).mkdir(parents=True, exist_ok=True)
+      for i in range(each):
+        image = Image.fromarray(np.full((16, 16), 20 + 90 * k + i, np.uint8))
+        image.save(root / split / name / f"{split}{i}.png")
+  return root
+
+
+def write_npz(path, order=(0, 1, 2), split="train"):
+  """The same, where class k has the number order[k]."""
+  kinds = np.repeat(np.arange(3), 6)
+  images = (20 + 90 * kinds + np.tile(np.arange(6), 3)).astype(np.uint8)
+  images = np.broadcast_to(images[:, None, None], (18, 16, 16))
+  arrays = {f"{split}_images": images, f"{split}_labels": np.array(order)[kinds]}
+  np.savez(path, **arrays)
+  return path
 
 
 class Drawn:

@@ -173,7 +173,7 @@ def test_an_update_out_of_range_stops_the_run_and_names_the_cure(tmp_path):
     train(config, tmp_path)
 
 
-def test_a_run_whose_rounds_were_all_aborted_fails_and_reports_no_network(tmp_path):
+def test_a_run_whose_rounds_were_all_aborted_fails_and_reports_no_network(tmp_path, capsys):
   def lost(key, state, sites):
     raise secagg.RoundAborted("round aborted: no site's message came")
 
@@ -182,6 +182,7 @@ def test_a_run_whose_rounds_were_all_aborted_fails_and_reports_no_network(tmp_pa
   match = r"federated: all 4 rounds were aborted, the last because: no site's .* no report"
   with pytest.raises(RuntimeError, match=match):
     train(TINY, tmp_path, trainer=made)
+  assert "round 2 aborted: no site's message came" in "".join(capsys.readouterr())
 
 
 def test_settings_may_be_mended_until_something_is_trained(tmp_path):

@@ -96,6 +96,8 @@ class Data:
         raise ValueError(f"{name}={value!r} belongs to {kind}:PATH, not to {given}; leave it out")
       if value:
         read(value)
+    if self.label_names:
+      self._check_label_names()
     if self.site_data:
       for source in self.sources:
         self.of(source)  # which checks it
@@ -119,6 +121,11 @@ class Data:
     if kind == "phantom" and (self.patient_column or self.patient_pattern):
       raise ValueError(
         "the phantom has one image a patient; leave out patient_column and patient_pattern"
+      )
+    if kind == "phantom" and self.channels != 1:
+      raise ValueError(
+        f"data=phantom with channels={self.channels}: the phantom is grey, channels=1; use that, "
+        "or name other images with --data"
       )
     if self.patient_pattern:
       patient_ids.compiled(self.patient_pattern)
@@ -149,6 +156,18 @@ class Data:
   def columns(self) -> dict[str, str]:
     """Of `csv_columns`: meaning -> name."""
     return _columns(self.csv_columns)
+
+  def _check_label_names(self) -> None:
+    given = [name.strip() for name in self.label_names.split(",")]
+    if "" in given or len(given) < 2 or len(set(given)) < len(given):
+      raise ValueError(
+        f"label_names={self.label_names!r}: give at least two classes, each with a name of its own"
+      )
+    if self.data == "phantom" and not self.site_data:
+      raise ValueError(
+        f"label_names={self.label_names!r}: the phantom has its own classes; leave it out, or name "
+        "other images with --data"
+      )
 
   @property
   def sources(self) -> tuple[str, ...]:

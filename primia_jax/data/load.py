@@ -60,8 +60,8 @@ def load(
 
   Raises:
     FileNotFoundError: the source does not exist.
-    ValueError: the spec has another form, or something in the source is wrong. The message names
-      the file and the cure.
+    ValueError: the spec has another form, or something in the source is wrong, e.g. there is a
+      single class or a name of two. The message names the file and the cure.
   """
   kind, _, where = spec.partition(":")
   if kind not in KINDS or not where:
@@ -90,6 +90,17 @@ def load(
     from primia_jax.data import tfds  # here, because the import takes a second
 
     splits = tfds.read_tfds(where, lazy=lazy, data_dir=data_dir, manual_dir=manual_dir, **form)
+  _check_classes(spec, next(iter(splits.values())).label_names)
   if patient_column:
     return patient_ids.from_column(splits, patient_column)
   return patient_ids.from_names(splits, patient_pattern) if patient_pattern else splits
+
+
+def _check_classes(spec: str, label_names: Sequence[str]) -> None:
+  if len(label_names) < 2:
+    raise ValueError(
+      f"data={spec} has the single class {list(label_names)}, and there is nothing to tell apart; "
+      "give all classes in --label_names if these images are of one of them"
+    )
+  if twice := sorted({name for name in label_names if list(label_names).count(name) > 1}):
+    raise ValueError(f"data={spec}: {twice} each name several classes; give each its own name")

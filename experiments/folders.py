@@ -1,0 +1,50 @@
+"""Folders of runs, and of results, which are never overwritten."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+
+from . import settings
+from .configs import Train
+
+RUN = "config.json"  # what makes a folder that of a training run
+
+
+def settings_of(run_dir: str) -> Train:
+  """The settings of a run.
+
+  Raises:
+    FileNotFoundError: the folder holds no run.
+    ValueError: another version of primia_jax began it.
+  """
+  path = pathlib.Path(run_dir) / RUN
+  saved = settings.load(path)
+  if unknown := set(saved) - set(settings.flat(Train())):
+    raise ValueError(f"{path} holds {sorted(unknown)}, which this version of primia_jax lacks")
+  return settings.replace(Train(), **saved)
+
+
+def to_write(output_dir: str, writes: Iterable[str]) -> pathlib.Path:
+  """Checks the folder for a program's results, which need not exist.
+
+  Args:
+    output_dir: as the user wrote it.
+    writes: the names of the files that the program may write.
+
+  Raises:
+    ValueError: one of these files is there already, or the folder is that of a training run, whose
+      report has the same names.
+  """
+  folder = pathlib.Path(output_dir)
+  if (folder / RUN).exists():
+    raise ValueError(
+      f"output_dir={output_dir} is the folder of a training run, whose own report must stay; name "
+      f"another, such as --output_dir={folder}_results"
+    )
+  if held := [name for name in writes if (folder / name).exists()]:
+    raise ValueError(
+      f"output_dir={output_dir} already holds {', '.join(held)} of an earlier result, which is "
+      f"never overwritten; name another, such as --output_dir={folder}_2, or remove the files"
+    )
+  return folder
