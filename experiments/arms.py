@@ -37,6 +37,7 @@ class Cohort(NamedTuple):
     train, validation: what each site holds.
     mine: numbers of the sites whose images this process may read.
     patients: (patients, the most images of one) of each site, for dp=patient.
+    order: which of the run's arms it is, as its bar says before the name.
   """
 
   name: str
@@ -44,6 +45,7 @@ class Cohort(NamedTuple):
   validation: Part
   mine: np.ndarray
   patients: tuple[tuple[int, int], ...] = ()
+  order: str = ""
 
 
 class Trainer(NamedTuple):
@@ -233,7 +235,7 @@ def train(
   rows = lines.read(path, int(state.round)) if place.is_first else []
 
   bar = tqdm.tqdm(
-    desc=cohort.name + ("" if is_private else " (NOT PRIVATE)"),
+    desc=cohort.order + cohort.name + ("" if is_private else " (NOT PRIVATE)"),
     unit="round",
     initial=int(state.round),
     total=config.training.rounds,

@@ -21,6 +21,7 @@ import numpy as np
 from primia_jax import metrics
 
 from . import markdown, plots
+from .hospitals import Hospitals
 from .markdown import PER_CLASS, SCALARS
 
 NUM_RESAMPLES = 2000
@@ -52,6 +53,7 @@ def write_report(
   privacy: Mapping[str, Any] | None = None,
   references: Mapping[str, Any] | None = None,
   groups: Any = None,
+  hospitals: Hospitals | None = None,
   main_arm: str = "federated",
   baseline: str = "pooled",
   seed: int = 0,
@@ -76,6 +78,7 @@ def write_report(
     references: name -> [L, L] confusion matrix to compare with, such as a human reader's.
     groups: [N] the patient of each test image. If given, intervals resample patients instead of
       images.
+    hospitals: what the phantom's differ in, with images of each; None for real ones.
     main_arm: the arm that the summary, the confusion matrix and the ROC curves show.
     baseline: the arm that the main arm is compared with, if it is among `arms`.
     seed: of the resamples.
@@ -134,6 +137,7 @@ def write_report(
       for name, arm in arms.items()
     },
     "difference": None,
+    "hospitals": None if hospitals is None else hospitals.rows,
     "references": {name: _reference_json(cm, label_names) for name, cm in references.items()},
     "secure_aggregation": None if secure_aggregation is None else dict(secure_aggregation),
     "privacy": None if privacy is None else dict(privacy),
@@ -166,6 +170,12 @@ def write_report(
       intervals, path, f"{title}: {data_name}", highlight=main_arm, references=references
     )
     pictures["comparison.png"] = "All arms, with 95 % intervals"
+  of_hospitals = run_dir / "hospitals.png"
+  if hospitals is not None:
+    about = f"Test images of each hospital: {data_name}"
+    plots.hospitals(hospitals, label_names, of_hospitals, about)
+  else:
+    of_hospitals.unlink(missing_ok=True)  # left by an earlier report
   for absent in {"curves.png", "comparison.png"} - set(pictures):
     (run_dir / absent).unlink(missing_ok=True)  # left by an earlier report
   (run_dir / "report.md").write_text(markdown.markdown(result, pictures))

@@ -24,7 +24,7 @@ from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
 from primia_jax.types import ModelState, Params
 
-from . import arms, inputs, ledgers, markdown, processes, report, settings, sums
+from . import arms, hospitals, inputs, ledgers, markdown, processes, report, settings, sums
 from .configs import Train
 from .configs.model import normalise
 
@@ -189,7 +189,7 @@ def _run(
     plan += [(f"local: site {site}", (site,), False) for site in everyone]
 
   cohorts: dict[str, arms.Cohort] = {}
-  for name, members, together in plan:
+  for number, (name, members, together) in enumerate(plan, start=1):
     parts = images.train, images.validation
     train, validation = (p if together else data_sites.merge(p, members) for p in parts)
     mine = np.asarray(everyone if together else (0,), np.int32)
@@ -197,7 +197,8 @@ def _run(
     patients = images.patients
     if config.privacy.by_patient and not patients:
       patients = inputs.count_patients(train)
-    cohorts[name] = arms.Cohort(name, train, validation, mine, patients)
+    order = f"arm {number} of {len(plan)}: " if len(plan) > 1 else ""
+    cohorts[name] = arms.Cohort(name, train, validation, mine, patients, order)
   predict = evaluation.predictor(model.apply, normalise)
   # One trainer for the federation and one that all single cohorts share; privacy depends on a
   # cohort's own size.
@@ -254,6 +255,7 @@ def _run(
     secure_aggregation=secure,
     privacy=privacy,
     references=radiologist,
+    hospitals=hospitals.of_phantom(config, images.train.sizes, images.test),
     main_arm=main_arm,
     seed=config.seed,
   )
@@ -339,6 +341,8 @@ def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
       **scores[field]
     )
     print(f"  {name:16} accuracy {show('accuracy')}   MCC {show('mcc')}")
+  if said := markdown.learnt(result):
+    print(said)
   print(f"Report: {folder / 'report.md'}")
 
 

@@ -16,6 +16,7 @@ from primia_jax.types import Array
 from ..settings import choose, require, setting
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+_SYNC_BATCHES = 10
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
 
 
@@ -25,10 +26,13 @@ class Training:
 
   rounds: int = setting(18, "rounds of training at the sites, each followed by a synchronisation")
   sync_epochs: int = setting(
-    1, "epochs over its own images that a site trains between synchronisations"
+    0,
+    "epochs over its own images that a site trains between synchronisations, in place of "
+    "sync_batches. Sites and baselines then take unequal numbers of steps. With dp=example or "
+    "patient a round is always of epochs, and 0 is one",
   )
   sync_batches: int = setting(
-    0, "batches that a site trains between synchronisations; 0 counts sync_epochs instead"
+    0, f"batches that a site trains between synchronisations; 0 is {_SYNC_BATCHES}"
   )
   batch_size: int = setting(16, "images in a training step")
   optimizer: str = setting("adam", "the sites' optimiser: sgd, momentum, adam or adamw")
@@ -62,9 +66,11 @@ class Training:
     for name in ("momentum", "label_smoothing"):
       value = getattr(self, name)
       require(0 <= value < 1, name, value, "must lie in [0, 1)")
-    if not self.sync_batches:
-      value = self.sync_epochs
-      require(value > 0, "sync_epochs", value, "must be at least 1, or set sync_batches")
+    if self.sync_epochs and self.sync_batches:
+      raise ValueError(
+        f"sync_epochs={self.sync_epochs} and sync_batches={self.sync_batches} both say how long a "
+        "round is; give one of them"
+      )
 
   @property
   def _optimizers(self) -> dict[str, local.Optimizer]:
@@ -81,8 +87,8 @@ class Training:
       self.batch_size,
       max(sizes),
       min_examples=min(sizes),
-      num_epochs=None if self.sync_batches else self.sync_epochs,
-      num_steps=self.sync_batches or None,
+      num_epochs=self.sync_epochs or None,
+      num_steps=None if self.sync_epochs else self.sync_batches or _SYNC_BATCHES,
     )
 
   def build_optimizer(self) -> local.Optimizer:
