@@ -20,6 +20,7 @@ TINY = settings.replace(
   image_size=16,
   model="mlp",
   rounds=4,
+  sync_epochs=1,
   batch_size=4,
   augment="none",
   optimizer="momentum",

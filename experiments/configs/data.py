@@ -25,7 +25,7 @@ class Data:
     "placement=processes each process then opens its own source only, and patients of two sources "
     "count as different. Empty deals the images of data to the sites, and each process opens all",
   )
-  image_size: int = setting(64, "height and width in pixels to which images are resized")
+  image_size: int = setting(32, "height and width in pixels to which images are resized")
   channels: int = setting(1, "1 (grey) or 3 (RGB)")
   label_names: str = setting(
     "", "classes in order, separated by commas; empty takes what the source says"

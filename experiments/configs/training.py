@@ -24,7 +24,7 @@ ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "f
 class Training:
   """A site's steps."""
 
-  rounds: int = setting(18, "rounds of training at the sites, each followed by a synchronisation")
+  rounds: int = setting(60, "rounds of training at the sites, each followed by a synchronisation")
   sync_epochs: int = setting(
     0,
     "epochs over its own images that a site trains between synchronisations, in place of "
@@ -41,7 +41,7 @@ class Training:
   learning_rate: float = setting(0.002, "highest learning rate of the sites")
   schedule: str = setting("cosine", "constant, or cosine: down to 0 over all rounds")
   warmup_rounds: float = setting(1.0, "rounds of linear warm-up")
-  keep_optimizer: bool = setting(False, "sites keep their optimiser's state from round to round")
+  keep_optimizer: bool = setting(True, "sites keep their optimiser's state from round to round")
   class_weights: bool = setting(
     True, "weigh classes by inverse frequency; the counts are summed under secure aggregation"
   )
@@ -150,14 +150,14 @@ class Federation:
       ValueError: the algorithm does not go with the sites' optimiser.
     """
     keep, name = training.keep_optimizer, self.algorithm
-    if name in ("scaffold", "fednova") and keep:
-      raise ValueError(
-        f"algorithm={name} starts the sites' optimiser anew each round; use --nokeep_optimizer"
-      )
     if name == "fednova" and training.optimizer not in ("sgd", "momentum"):
       raise ValueError(
         f"algorithm=fednova must know the weights of steps; use optimizer=sgd or momentum, not "
         f"{training.optimizer}"
+      )
+    if name == "fednova" and training.optimizer == "momentum" and keep:
+      raise ValueError(
+        "algorithm=fednova starts the sites' momentum anew each round; use --nokeep_optimizer"
       )
     if name == "scaffold" and training.optimizer != "sgd":
       raise ValueError(
