@@ -76,7 +76,7 @@ def images_to_test(
     ValueError, FileNotFoundError: the source is wrong, or has no test images.
   """
   if settings.data == "phantom":
-    return _phantom_test(settings, 2000, 3, seed)
+    return _phantom_test(settings, Hospitals().phantom_test_images, 3, seed)
   splits = _load(settings, label_names, lazy=False)
   for split in ("test", "all"):
     if split in splits:
@@ -224,7 +224,7 @@ def _phantom(config: Train, only_site: int | None) -> Inputs:
   train = make(h.phantom_images, sites.TRAINING)
   num_held = round(h.validation_fraction * h.phantom_images)
   validation = make(max(h.num_sites, num_held), sites.VALIDATION)
-  num_test = max(h.num_sites, h.phantom_images)
+  num_test = max(h.num_sites, h.phantom_test_images)
   return Inputs(train, validation, _phantom_test(data, num_test, h.num_sites, config.seed))
 
 

@@ -17,6 +17,7 @@ from primia_jax.privacy.chain import Chain
 TINY = settings.replace(
   Train(),
   phantom_images=36,
+  phantom_test_images=18,
   image_size=16,
   model="mlp",
   rounds=4,

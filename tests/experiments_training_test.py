@@ -19,8 +19,8 @@ def test_presets_do_not_rest_on_defaults_made_for_the_phantom():
 
 def test_every_arm_takes_as_many_steps_by_default():
   steps = Train().training.build_steps
-  assert {steps(sizes).max_steps for sizes in ((1000, 667, 333), (2000,), (333,))} == {10}
-  assert settings.replace(Train(), sync_epochs=1).training.build_steps((320,)).max_steps == 20
+  assert {steps(sizes).max_steps for sizes in ((1000, 667, 333), (2000,), (333,))} == {20}
+  assert settings.replace(Train(), sync_epochs=1).training.build_steps((320,)).max_steps == 40
   assert settings.replace(Train(), sync_batches=3).training.build_steps((320,)).max_steps == 3
 
 

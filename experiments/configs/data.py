@@ -85,6 +85,7 @@ class Hospitals:
 
   num_sites: int = setting(3, "hospitals that train together")
   phantom_images: int = setting(800, "data=phantom: training images of all sites together")
+  phantom_test_images: int = setting(2000, "data=phantom: test images of all sites together")
   partition: str = setting(
     "auto",
     "how images are dealt to sites: iid, unequal, dirichlet (non-IID), column:NAME (such as "
@@ -112,7 +113,8 @@ class Hospitals:
 
   def __post_init__(self):
     require(self.num_sites > 0, "num_sites", self.num_sites, "must be positive")
-    require(self.phantom_images > 0, "phantom_images", self.phantom_images, "must be positive")
+    for name in ("phantom_images", "phantom_test_images"):
+      require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
     require(self.sites_in_memory >= 0, "sites_in_memory", self.sites_in_memory, "is negative")
     value = self.dirichlet_alpha
     require(0 < value < math.inf, "dirichlet_alpha", value, "must be positive and finite")

@@ -16,7 +16,7 @@ from primia_jax.types import Array
 from ..settings import choose, require, setting
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
-_SYNC_BATCHES = 10
+_SYNC_BATCHES = 20
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
 
 
@@ -34,7 +34,7 @@ class Training:
   sync_batches: int = setting(
     0, f"batches that a site trains between synchronisations; 0 is {_SYNC_BATCHES}"
   )
-  batch_size: int = setting(16, "images in a training step")
+  batch_size: int = setting(8, "images in a training step")
   optimizer: str = setting("adam", "the sites' optimiser: sgd, momentum, adam or adamw")
   momentum: float = setting(0.9, "optimizer=momentum: the decay")
   weight_decay: float = setting(0.01, "optimizer=adamw: the strength of weight decay")
