@@ -222,7 +222,7 @@ def _phantom(config: Train, only_site: int | None) -> Inputs:
     return sites.phantom_part(sizes, size=size, seed=seed, first=first, only_site=only_site)
 
   train = make(h.phantom_images, sites.TRAINING)
-  num_held = round(h.validation_fraction * h.phantom_images)
+  num_held = round(h.validation_fraction * h.phantom_test_images)
   validation = make(max(h.num_sites, num_held), sites.VALIDATION)
   num_test = max(h.num_sites, h.phantom_test_images)
   return Inputs(train, validation, _phantom_test(data, num_test, h.num_sites, config.seed))

@@ -30,6 +30,7 @@ from .configs.model import normalise
 
 FLAGS = flags.FLAGS
 _POOLED, _LOCAL = "pooled", "local"
+_SAVE_EVERY = 5.0  # seconds; a checkpoint may take longer than a short round
 
 
 def prepare_devices(placement: str) -> None:
@@ -214,7 +215,9 @@ def _run(
     trainer = trainers[kind(cohort)]
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
     arm_folder.mkdir(exist_ok=True)
-    trained[name] = arms.train(config, cohort, trainer, model_config, arm_folder, ledger_dir, log)
+    trained[name] = arms.train(
+      config, cohort, trainer, model_config, arm_folder, ledger_dir, log, _SAVE_EVERY
+    )
     if not process:
       probabilities[name] = predict(trained[name].models, images.test.images)
   if place.exchange is not None:

@@ -123,6 +123,15 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, stop_after):
   assert [line["round"] for line in lines] == [1, 2, 3, 4]
 
 
+def test_rounds_that_were_not_saved_are_trained_again_bit_for_bit(tmp_path, whole):
+  with pytest.raises(KeyboardInterrupt):
+    train(TINY, tmp_path, stop_after=3, save_every=3600.0)
+  assert not any((tmp_path / "checkpoints").iterdir())
+  assert_equal(train(TINY, tmp_path, save_every=3600.0).models, whole.models)
+  assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 4
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
 _slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 
 

@@ -84,7 +84,7 @@ class Hospitals:
   """How images are dealt to sites."""
 
   num_sites: int = setting(3, "hospitals that train together")
-  phantom_images: int = setting(800, "data=phantom: training images of all sites together")
+  phantom_images: int = setting(600, "data=phantom: training images of all sites together")
   phantom_test_images: int = setting(2000, "data=phantom: test images of all sites together")
   partition: str = setting(
     "auto",
@@ -102,7 +102,8 @@ class Hospitals:
   )
   validation_fraction: float = setting(
     0.15,
-    "share of each site's patients held out to choose the best round; unused with validation=none",
+    "share of each site's patients held out to choose the best round; unused with validation=none. "
+    "The phantom draws others, as large a share of phantom_test_images",
   )
   test_fraction: float = setting(
     0.2, "share of patients held out for testing where the data have no test split"
