@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ class Cohort(NamedTuple):
     train, validation: what each site holds.
     mine: numbers of the sites whose images this process may read.
     patients: (patients, the most images of one) of each site, for dp=patient.
+    order: which of the run's arms it is, as its bar says before the name.
   """
 
   name: str
@@ -44,6 +46,7 @@ class Cohort(NamedTuple):
   validation: Part
   mine: np.ndarray
   patients: tuple[tuple[int, int], ...] = ()
+  order: str = ""
 
 
 class Trainer(NamedTuple):
@@ -182,6 +185,7 @@ def train(
   folder: pathlib.Path,
   ledger_dir: pathlib.Path | None,
   log: Callable[[dict[str, Any]], None] = lambda row: None,
+  save_every: float = 0.0,
 ) -> Arm:
   """Trains an arm, or continues where it was stopped.
 
@@ -193,6 +197,8 @@ def train(
     folder: where the arm's checkpoints and `rounds.jsonl` go.
     ledger_dir: folder of the data's ledger, where a private arm is charged; None without privacy.
     log: called with each round's line.
+    save_every: seconds from one checkpoint to the next. Later rounds are trained again, bit for
+      bit. Private runs and processes save each round.
 
   Raises:
     RuntimeError: as `loop.rounds`, no round changed the model, or sites do not agree on where to
@@ -238,7 +244,7 @@ def train(
   rows = lines.read(path, int(state.round)) if place.is_first else []
 
   bar = tqdm.tqdm(
-    desc=cohort.name + ("" if is_private else " (NOT PRIVATE)"),
+    desc=cohort.order + cohort.name + ("" if is_private else " (NOT PRIVATE)"),
     unit="round",
     initial=int(state.round),
     total=config.training.rounds,
@@ -268,7 +274,7 @@ def train(
     validate = lambda key, state: trainer.validate(key, state, held_out)
   inputs = step, validate, key, state, everybody
   most, bound = config.training.rounds, config.aggregation.secagg_max_abs
-  last_abort = ""
+  last_abort, saved = "", time.monotonic()
   try:
     for done in loop.rounds(*inputs, most, trainer.num_sampled, before, bound):
       state = done.state
@@ -287,7 +293,10 @@ def train(
         with path.open("a") as file:
           file.write(json.dumps(row) + "\n")
         log(row)
-      checkpoints.save(done.number, state, best, "" if charges is None else charges.chain.last)
+      is_due = time.monotonic() - saved >= save_every or done.number == most
+      if is_due or charges is not None or joined is not None:
+        checkpoints.save(done.number, state, best, "" if charges is None else charges.chain.last)
+        saved = time.monotonic()
       epsilon = None if charges is None else f"epsilon {charges.epsilon:.2f}"
       shown = epsilon or f"loss {row['train_loss']:.3f}"
       shown += f"  MCC {row['val_mcc']:.3f}" if "val_mcc" in row else ""

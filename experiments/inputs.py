@@ -94,7 +94,7 @@ def images_to_test(
     ValueError, FileNotFoundError: the source is wrong, or has a class that the model lacks.
   """
   if settings.data == "phantom":
-    dataset, has_test = _phantom_test(settings, 600, 3, seed), True
+    dataset, has_test = _phantom_test(settings, Hospitals().phantom_test_images, 3, seed), True
   else:
     splits = _load(settings, label_names)
     has_test = "test" in splits
@@ -293,9 +293,9 @@ def _phantom(config: Train, only_site: int | None) -> Inputs:
   train = make(h.phantom_images, sites.TRAINING)
   if only_site is None:
     _check_kinds(train.dataset, "the phantom")
-  num_held = round(h.validation_fraction * h.phantom_images)
+  num_held = round(h.validation_fraction * h.phantom_test_images)
   validation = make(max(h.num_sites, num_held), sites.VALIDATION)
-  num_test = max(h.num_sites, h.phantom_images // 2)
+  num_test = max(h.num_sites, h.phantom_test_images)
   return Inputs(train, validation, _phantom_test(data, num_test, h.num_sites, config.seed))
 
 

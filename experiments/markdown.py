@@ -13,6 +13,7 @@ SCALARS = {
   "macro_roc_auc": ("macro ROC-AUC", False),
 }
 PER_CLASS = ("sensitivity", "specificity")
+LOCAL = "local: "  # begins the names of arms of one site alone
 ABORTED = "rounds aborted, too few sites being left"  # fact of an arm
 TRAINED_ON = "TRAINED ON"  # fact of images
 
@@ -68,6 +69,55 @@ def warnings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   return of_privacy + of_images + facts
 
 
+def learnt(result: Mapping[str, Any]) -> str:
+  """What a federated run beside others has shown, in a sentence; empty without the others."""
+  of = {name: 100 * scores["accuracy"]["value"] for name, scores in result["arms"].items()}
+  alone = {name.removeprefix(LOCAL): x for name, x in of.items() if name.startswith(LOCAL)}
+  if "federated" not in of or not alone:
+    return ""
+  ours, best = of["federated"], max(alone, key=alone.__getitem__)
+
+  def beside(other: float) -> str:
+    points = round(ours, 1) - round(other, 1)
+    if round(points, 1) == 0:
+      return "as good as"
+    return f"{abs(points):.1f} points {'below' if points < 0 else 'above'}"
+
+  pooled = ""
+  if "pooled" in of:
+    pooled = (
+      f", and {beside(of['pooled'])} the {of['pooled']:.1f} % of all images in one place (pooled)"
+    )
+  return (
+    f"Training together, each hospital's images staying with it, reached {ours:.1f} % accuracy: "
+    f"{beside(alone[best])} the {alone[best]:.1f} % of the best hospital alone ({best}){pooled}."
+  )
+
+
+def _hospitals(result: Mapping[str, Any]) -> list[str]:
+  """What the phantom's hospitals differ in."""
+  rows = result["hospitals"]
+  if rows is None:
+    return []
+  return [
+    "## The hospitals",
+    "",
+    "Hospitals differ in size, detector and patients. Less *exposure* makes images brighter and "
+    "noisier, and *blur* is the standard deviation of the detector's. Percentages are the chances "
+    "of the classes among a hospital's patients. The test images are of all hospitals in equal "
+    "shares.",
+    "",
+    _row(*rows[0]),
+    _row("---", *["---:"] * (len(rows[0]) - 1)),
+    *(_row(*row.values()) for row in rows),
+    "",
+    f"![Test images of each hospital: {result['data']}](hospitals.png)",
+    "",
+    "These images are computed, so they may be shown. No report shows images of real patients.",
+    "",
+  ]
+
+
 def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
   arms, references, difference = result["arms"], result["references"], result["difference"]
   rows: list[tuple[str, tuple[str, ...], bool]] = [
@@ -92,6 +142,7 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
 
   head = ["", *arms, *references]
   lines = [f"# {result['title']}: {result['data']}", "", _summary(result), ""]
+  lines += [said, ""] if (said := learnt(result)) else []
   for what, why in warnings(result):
     lines += [f"**{what}**: {why}.", ""]
   if "synthetic phantom" in result["data"]:
@@ -99,7 +150,7 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
       "The synthetic phantom is computed, not recorded. These figures say nothing about patients.",
       "",
     ]
-  lines += ["## Results", ""]
+  lines += [*_hospitals(result), "## Results", ""]
   lines += [_row(*head), _row("---", *["---:"] * (len(head) - 1))]
   for name, path, percent in rows:
     cells = [cell(scores, path, percent) for scores in (*arms.values(), *references.values())]

@@ -20,6 +20,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from primia_jax import metrics
 
+from .hospitals import Hospitals
+
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK = (
   "#0072B2",
   "#D55E00",
@@ -296,6 +298,31 @@ def comparison(
       frameon=False,
       fontsize=9,
     )
+  _save(figure, path, title)
+
+
+def hospitals(
+  shown: Hospitals, label_names: Sequence[str], path: str | pathlib.Path, title: str
+) -> None:
+  """Draws a row of images for each hospital, sorted by class.
+
+  Args:
+    shown: the hospitals.
+    label_names: the classes.
+    path: the file to write.
+    title: what the picture shows, including the data set.
+  """
+  num, columns = shown.images.shape[:2]
+  figure = Figure(figsize=(1.4 * columns + 0.6, 1.4 * num + 0.9), layout="constrained")
+  all_axes = figure.subplots(num, columns, squeeze=False)
+  for (row, column), axes in np.ndenumerate(all_axes):
+    axes.imshow(shown.images[row, column], cmap="gray", vmin=0, vmax=255)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    if not row:
+      axes.set_title(label_names[shown.labels[column]], fontsize=10)
+    if not column:
+      axes.set_ylabel(shown.rows[row]["hospital"], fontsize=10)
   _save(figure, path, title)
 
 

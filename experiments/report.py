@@ -21,6 +21,7 @@ import numpy as np
 from primia_jax import metrics
 
 from . import markdown, plots
+from .hospitals import Hospitals
 from .markdown import PER_CLASS, SCALARS
 
 NUM_RESAMPLES = 2000
@@ -56,6 +57,7 @@ def write_report(
   references: Mapping[str, Any] | None = None,
   groups: Any = None,
   images: Mapping[str, str] | None = None,
+  hospitals: Hospitals | None = None,
   main_arm: str = "federated",
   baseline: str = "pooled",
   seed: int = 0,
@@ -81,6 +83,7 @@ def write_report(
     groups: [N] the patient of each test image. If given, intervals resample patients instead of
       images.
     images: what a reader must know of the images, such as which were left out.
+    hospitals: what the phantom's differ in, with images of each; None for real ones.
     main_arm: the arm that the summary, the confusion matrix and the ROC curves show.
     baseline: the arm that the main arm is compared with, if it is among `arms`.
     seed: of the resamples.
@@ -139,6 +142,7 @@ def write_report(
       for name, arm in arms.items()
     },
     "difference": None,
+    "hospitals": None if hospitals is None else hospitals.rows,
     "references": {name: _reference_json(cm, label_names) for name, cm in references.items()},
     "images": dict(images or {}),
     "secure_aggregation": None if secure_aggregation is None else dict(secure_aggregation),
@@ -172,6 +176,12 @@ def write_report(
       intervals, path, f"{title}: {data_name}", highlight=main_arm, references=references
     )
     pictures["comparison.png"] = "All arms, with 95 % intervals"
+  of_hospitals = run_dir / "hospitals.png"
+  if hospitals is not None:
+    about = f"Test images of each hospital: {data_name}"
+    plots.hospitals(hospitals, label_names, of_hospitals, about)
+  else:
+    of_hospitals.unlink(missing_ok=True)  # left by an earlier report
   for absent in {"curves.png", "comparison.png"} - set(pictures):
     (run_dir / absent).unlink(missing_ok=True)  # left by an earlier report
   (run_dir / "report.md").write_text(markdown.markdown(result, pictures))

@@ -26,6 +26,7 @@ from primia_jax.types import ModelState, Params
 
 from . import (
   arms,
+  hospitals,
   image_facts,
   inputs,
   ledgers,
@@ -41,6 +42,7 @@ from .configs.model import normalise
 
 FLAGS = flags.FLAGS
 _POOLED, _LOCAL = "pooled", "local"
+_SAVE_EVERY = 5.0  # seconds; a checkpoint may take longer than a short round
 
 
 def prepare_devices(placement: str) -> None:
@@ -208,7 +210,7 @@ def _run(
     plan += [(f"local: site {site}", (site,), False) for site in able]
 
   cohorts: dict[str, arms.Cohort] = {}
-  for name, members, together in plan:
+  for number, (name, members, together) in enumerate(plan, start=1):
     parts = images.train, images.validation
     train, validation = (p if together else data_sites.merge(p, members) for p in parts)
     mine = np.asarray(everyone if together else (0,), np.int32)
@@ -216,7 +218,8 @@ def _run(
     patients = images.patients
     if config.privacy.by_patient and not patients:
       patients = inputs.count_patients(train)
-    cohorts[name] = arms.Cohort(name, train, validation, mine, patients)
+    order = f"arm {number} of {len(plan)}: " if len(plan) > 1 else ""
+    cohorts[name] = arms.Cohort(name, train, validation, mine, patients, order)
   predict = evaluation.predictor(model.apply, normalise)
   # One trainer for the federation and one that all single cohorts share; privacy depends on a
   # cohort's own size.
@@ -232,7 +235,9 @@ def _run(
     trainer = trainers[kind(cohort)]
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
     arm_folder.mkdir(exist_ok=True)
-    trained[name] = arms.train(config, cohort, trainer, model_config, arm_folder, ledger_dir, log)
+    trained[name] = arms.train(
+      config, cohort, trainer, model_config, arm_folder, ledger_dir, log, _SAVE_EVERY
+    )
     if not process:
       probabilities[name] = predict(trained[name].models, images.test.images)
   if place.exchange is not None:
@@ -282,6 +287,7 @@ def _run(
     privacy=privacy,
     references=radiologist,
     images=of_images,
+    hospitals=hospitals.of_phantom(config, images.train.sizes, images.test),
     main_arm=main_arm,
     seed=config.seed,
   )
@@ -381,6 +387,8 @@ def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
       **scores[field]
     )
     print(f"  {name:16} accuracy {show('accuracy')}   MCC {show('mcc')}")
+  if said := markdown.learnt(result):
+    print(said)
   print(f"Report: {folder / 'report.md'}")
 
 

@@ -18,9 +18,11 @@ from primia_jax.privacy.chain import Chain
 TINY = settings.replace(
   Train(),
   phantom_images=36,
+  phantom_test_images=18,
   image_size=16,
   model="mlp",
   rounds=4,
+  sync_epochs=1,
   batch_size=4,
   augment="none",
   optimizer="momentum",
@@ -65,7 +67,9 @@ def trainer_of(config):
   return _compiled(settings.replace(config, dp_seed=-1))
 
 
-def train(config, folder: pathlib.Path, stop_after=None, trainer=None, ledger_dir=None):
+def train(
+  config, folder: pathlib.Path, stop_after=None, trainer=None, ledger_dir=None, save_every=0.0
+):
   """The federated arm; stopped after a round's line is written and before its checkpoint is. Its
   ledger lies below the folder, unless another is given.
   """
@@ -77,7 +81,8 @@ def train(config, folder: pathlib.Path, stop_after=None, trainer=None, ledger_di
   folder.mkdir(exist_ok=True)
   model_config, trainer = config.model.config(config.data, 3), trainer or trainer_of(config)
   ledger_dir = ledger_dir or folder / "ledger"
-  return arms.train(config, cohort_of(config), trainer, model_config, folder, ledger_dir, log)
+  cohort = cohort_of(config)
+  return arms.train(config, cohort, trainer, model_config, folder, ledger_dir, log, save_every)
 
 
 def ledgers(folder):

@@ -3,6 +3,8 @@
 The programs themselves are run whole by `.ci/smoke`.
 """
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
@@ -14,10 +16,11 @@ import pytest
 from experiments_runs import TINY, assert_equal, cohort_of, make_trainer, train, trainer_of
 from PIL import Image
 
-from experiments import inputs, processes, running, settings
+from experiments import hospitals, inputs, markdown, processes, running, settings
 from experiments.configs import Train, rehearse
 from experiments.configs.model import normalise
 from primia_jax import evaluation, secagg, sites
+from primia_jax.data import phantom
 from primia_jax.data import sites as data_sites
 
 
@@ -29,10 +32,12 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """A run with its baselines: (folder, what metrics.json holds)."""
-  config = settings.replace(TINY, rounds=2)
+  """A run with its baselines: (folder, what metrics.json holds, what its bars showed)."""
+  config, bars = settings.replace(TINY, rounds=2), io.StringIO()
   folder = running.open_run(config, str(tmp_path_factory.mktemp("finished") / "run"))
-  return folder, running.run(config, folder, federated=True, baselines=("pooled", "local"))
+  with contextlib.redirect_stderr(bars):
+    result = running.run(config, folder, federated=True, baselines=("pooled", "local"))
+  return folder, result, bars.getvalue()
 
 
 def test_sites_differ_and_a_process_sees_the_same_images_of_its_own():
@@ -116,6 +121,15 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, stop_after):
   assert without_time(resumed.rows) == without_time(whole.rows)
   lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
   assert [line["round"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_rounds_that_were_not_saved_are_trained_again_bit_for_bit(tmp_path, whole):
+  with pytest.raises(KeyboardInterrupt):
+    train(TINY, tmp_path, stop_after=3, save_every=3600.0)
+  assert not any((tmp_path / "checkpoints").iterdir())
+  assert_equal(train(TINY, tmp_path, save_every=3600.0).models, whole.models)
+  assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 4
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
 
 
 _slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
@@ -220,8 +234,49 @@ def test_two_processes_do_not_work_on_one_run(tmp_path):
     pass
 
 
+def test_a_run_says_where_it_is_and_what_was_learnt(finished, capsys):
+  folder, result, bars = finished
+  arms = "federated", "pooled", *(f"local: site {i}" for i in range(3))
+  for number, name in enumerate(arms, start=1):
+    assert f"arm {number} of 5: {name}: " in bars
+  running.print_summary(result, folder)
+  *_, learnt, where = capsys.readouterr().out.splitlines()
+  assert learnt == markdown.learnt(result)
+  assert f"reached {100 * result['arms']['federated']['accuracy']['value']:.1f} %" in learnt
+  assert where == f"Report: {folder / 'report.md'}"
+  text = (folder / "report.md").read_text()
+  assert text.index(learnt) < text.index("## The hospitals") < text.index("## Results")
+
+
+def test_a_report_shows_what_the_phantoms_hospitals_differ_in(finished):
+  folder, result, _ = finished
+  styles = phantom.site_styles(3, TINY.seed)
+  rows = result["hospitals"]
+  assert [row["training images"] for row in rows] == [18, 12, 6]
+  assert [row["exposure"] for row in rows] == [f"{style.gain:.2f}" for style in styles]
+  assert [row["blur (pixels)"] for row in rows] == [f"{16 * style.blur:.2f}" for style in styles]
+  assert [row["viral (%)"] for row in rows] == [f"{100 * s.class_mix[2]:.0f}" for s in styles]
+  text = (folder / "report.md").read_text()
+  for row in rows:
+    assert f"| {' | '.join(map(str, row.values()))} |" in text
+  assert "](hospitals.png)" in text
+  assert (folder / "hospitals.png").stat().st_size > 0
+
+  test = inputs.site_images(TINY).test
+  shown = hospitals.of_phantom(TINY, (18, 12, 6), test)
+  assert shown.labels.tolist() == [0, 0, 1, 1, 2, 2]
+  for site in range(3):
+    for label in range(3):
+      all_of_it = test.images[(test.columns["site"] == site) & (test.labels == label)][..., 0]
+      cells = shown.images[site][shown.labels == label]
+      np.testing.assert_array_equal(cells[: len(all_of_it)], all_of_it[:2])
+      assert (cells[len(all_of_it) :] == 255).all()
+  real = settings.replace(TINY, data="npz:chest.npz")
+  assert hospitals.of_phantom(real, (18, 12, 6), test) is None
+
+
 def test_a_whole_run_and_its_model(finished):
-  folder, result = finished
+  folder, result, _ = finished
   assert list(result["arms"]) == [
     "local: site 0",
     "local: site 1",
@@ -241,7 +296,7 @@ def test_a_whole_run_and_its_model(finished):
 
 
 def test_a_folder_of_other_settings_or_of_something_else_is_refused(finished, tmp_path):
-  folder, _ = finished
+  folder = finished[0]
   with pytest.raises(ValueError, match="rounds was 2, now 4"):
     running.open_run(TINY, str(folder))
   (tmp_path / "file").touch()
@@ -265,7 +320,7 @@ def test_a_run_of_the_former_format_is_refused_and_its_model_is_still_evaluated(
     [*command, f"--output_dir={tmp_path / 'out'}"], capture_output=True, text=True, check=False
   )
   assert done.returncode == 0, done.stderr
-  assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_examples"] == 600
+  assert json.loads((tmp_path / "out" / "metrics.json").read_text())["num_examples"] == 2000
 
 
 def test_binaries_fail_with_the_reason_and_without_a_traceback(tmp_path):

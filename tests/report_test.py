@@ -179,6 +179,33 @@ def test_aborted_rounds_stand_above_the_scores(tmp_path):
   assert text.index(told) < text.index("## Results")
 
 
+@pytest.mark.parametrize(
+  ("alone", "pooled", "said"),
+  [
+    (
+      (0.5, 0.6),
+      0.75,
+      "70.0 % accuracy: 10.0 points above the 60.0 % of the best hospital alone (site 1), and 5.0 "
+      "points below the 75.0 % of all images in one place (pooled).",
+    ),
+    (
+      (0.9, 0.5),
+      0.7,
+      "70.0 % accuracy: 20.0 points below the 90.0 % of the best hospital alone (site 0), and as "
+      "good as the 70.0 % of all images in one place (pooled).",
+    ),
+    ((0.9, 0.5), None, "70.0 % accuracy: 20.0 points below the 90.0 % of the best hospital alone "
+     "(site 0)."),
+  ],
+)  # fmt: skip
+def test_a_sentence_says_what_was_learnt_whichever_way_it_went(alone, pooled, said):
+  of = {f"local: site {i}": x for i, x in enumerate(alone)}
+  of |= {"federated": 0.7} | ({} if pooled is None else {"pooled": pooled})
+  result = {"arms": {name: {"accuracy": {"value": x}} for name, x in of.items()}}
+  assert markdown.learnt(result).endswith(said)
+  assert markdown.learnt({"arms": {"federated": result["arms"]["federated"]}}) == ""
+
+
 def test_bad_reports_write_nothing(tmp_path):
   labels = np.arange(30) % 3
   arms = three_arms(labels)

@@ -29,7 +29,7 @@ class Data:
     "placement=processes each process then opens its own source only, and patients of two sources "
     "count as different. Empty deals the images of data to the sites, and each process opens all",
   )
-  image_size: int = setting(64, "height and width in pixels to which images are resized")
+  image_size: int = setting(32, "height and width in pixels to which images are resized")
   channels: int = setting(1, "1 (grey) or 3 (RGB)")
   ct_window: str = setting(
     "",
@@ -211,7 +211,8 @@ class Hospitals:
   """How images are dealt to sites."""
 
   num_sites: int = setting(3, "hospitals that train together")
-  phantom_images: int = setting(800, "data=phantom: training images of all sites together")
+  phantom_images: int = setting(600, "data=phantom: training images of all sites together")
+  phantom_test_images: int = setting(2000, "data=phantom: test images of all sites together")
   partition: str = setting(
     "auto",
     "how images are dealt to sites: iid, unequal, dirichlet (non-IID), column:NAME (such as "
@@ -228,7 +229,8 @@ class Hospitals:
   )
   validation_fraction: float = setting(
     0.15,
-    "share of each site's patients held out to choose the best round; unused with validation=none",
+    "share of each site's patients held out to choose the best round; unused with validation=none. "
+    "The phantom draws others, as large a share of phantom_test_images",
   )
   test_fraction: float = setting(
     0.2, "share of patients held out for testing where the data have no test split"
@@ -239,7 +241,8 @@ class Hospitals:
 
   def __post_init__(self):
     require(self.num_sites > 0, "num_sites", self.num_sites, "must be positive")
-    require(self.phantom_images > 0, "phantom_images", self.phantom_images, "must be positive")
+    for name in ("phantom_images", "phantom_test_images"):
+      require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
     require(self.sites_in_memory >= 0, "sites_in_memory", self.sites_in_memory, "is negative")
     value = self.dirichlet_alpha
     require(0 < value < math.inf, "dirichlet_alpha", value, "must be positive and finite")

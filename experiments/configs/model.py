@@ -103,7 +103,7 @@ class Augment:
   """Random changes to images at each step."""
 
   augment: str = setting(
-    "light",
+    "none",
     "none, light, strong, or fields of primia_jax.data.augment.Augmentation as NAME=VALUE,..., "
     "such as noise=0.02",
   )

@@ -209,7 +209,7 @@ class Privacy:
       counts = accounting.gaussian("class counts", self.dp_count_noise, extra_delta=error)
     options = {
       "num_units": most,
-      "steps": training.sync_epochs * -(-most // batch),
+      "steps": (training.sync_epochs or 1) * -(-most // batch),
       "rounds": training.rounds,
       "delta": self.delta or _DELTA / most,
       "target_epsilon": self.target_epsilon or None,

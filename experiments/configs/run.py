@@ -46,7 +46,8 @@ class Train:
       self._check_sources()
     if self.training.keep_optimizer and h.sites_in_memory and 0 < f.sites_per_round < h.num_sites:
       raise ValueError(
-        "keep_optimizer needs every site's state in memory; leave sites_in_memory at 0"
+        "keep_optimizer needs every site's state in memory; leave sites_in_memory at 0, or use "
+        "--nokeep_optimizer"
       )
     if f.placement not in ("auto", "mesh", "processes"):  # these would start JAX
       sites.parse_placement(f.placement)
@@ -136,11 +137,12 @@ class Train:
       raise ValueError(
         "norm=batch mixes the images of a batch, which clipping cannot bound; use norm=group"
       )
-    if t.sync_batches:
-      raise ValueError(
-        "dp counts rounds in sync_epochs, of as many steps at every site; use sync_batches=0"
-      )
     if p.dp != "site":
+      if t.sync_batches:
+        raise ValueError(
+          f"sync_batches={t.sync_batches}: dp={p.dp} counts rounds in sync_epochs, of as many "
+          "steps at every site; use sync_batches=0"
+        )
       if t.class_weights and not p.dp_count_noise:
         raise ValueError(
           "class_weights releases exact class counts; set dp_count_noise, or --noclass_weights"

@@ -16,6 +16,7 @@ from primia_jax.types import Array
 from ..settings import choose, require, setting
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
+_SYNC_BATCHES = 20
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
 
 
@@ -23,21 +24,24 @@ ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "f
 class Training:
   """A site's steps."""
 
-  rounds: int = setting(18, "rounds of training at the sites, each followed by a synchronisation")
+  rounds: int = setting(60, "rounds of training at the sites, each followed by a synchronisation")
   sync_epochs: int = setting(
-    1, "epochs over its own images that a site trains between synchronisations"
+    0,
+    "epochs over its own images that a site trains between synchronisations, in place of "
+    "sync_batches. Sites and baselines then take unequal numbers of steps. With dp=example or "
+    "patient a round is always of epochs, and 0 is one",
   )
   sync_batches: int = setting(
-    0, "batches that a site trains between synchronisations; 0 counts sync_epochs instead"
+    0, f"batches that a site trains between synchronisations; 0 is {_SYNC_BATCHES}"
   )
-  batch_size: int = setting(16, "images in a training step")
+  batch_size: int = setting(8, "images in a training step")
   optimizer: str = setting("adam", "the sites' optimiser: sgd, momentum, adam or adamw")
   momentum: float = setting(0.9, "optimizer=momentum: the decay")
   weight_decay: float = setting(0.01, "optimizer=adamw: the strength of weight decay")
   learning_rate: float = setting(0.002, "highest learning rate of the sites")
   schedule: str = setting("cosine", "constant, or cosine: down to 0 over all rounds")
   warmup_rounds: float = setting(1.0, "rounds of linear warm-up")
-  keep_optimizer: bool = setting(False, "sites keep their optimiser's state from round to round")
+  keep_optimizer: bool = setting(True, "sites keep their optimiser's state from round to round")
   class_weights: bool = setting(
     True, "weigh classes by inverse frequency; the counts are summed under secure aggregation"
   )
@@ -62,9 +66,11 @@ class Training:
     for name in ("momentum", "label_smoothing"):
       value = getattr(self, name)
       require(0 <= value < 1, name, value, "must lie in [0, 1)")
-    if not self.sync_batches:
-      value = self.sync_epochs
-      require(value > 0, "sync_epochs", value, "must be at least 1, or set sync_batches")
+    if self.sync_epochs and self.sync_batches:
+      raise ValueError(
+        f"sync_epochs={self.sync_epochs} and sync_batches={self.sync_batches} both say how long a "
+        "round is; give one of them"
+      )
 
   @property
   def _optimizers(self) -> dict[str, local.Optimizer]:
@@ -81,8 +87,8 @@ class Training:
       self.batch_size,
       max(sizes),
       min_examples=min(sizes),
-      num_epochs=None if self.sync_batches else self.sync_epochs,
-      num_steps=self.sync_batches or None,
+      num_epochs=self.sync_epochs or None,
+      num_steps=None if self.sync_epochs else self.sync_batches or _SYNC_BATCHES,
     )
 
   def build_optimizer(self) -> local.Optimizer:
@@ -144,14 +150,14 @@ class Federation:
       ValueError: the algorithm does not go with the sites' optimiser.
     """
     keep, name = training.keep_optimizer, self.algorithm
-    if name in ("scaffold", "fednova") and keep:
-      raise ValueError(
-        f"algorithm={name} starts the sites' optimiser anew each round; use --nokeep_optimizer"
-      )
     if name == "fednova" and training.optimizer not in ("sgd", "momentum"):
       raise ValueError(
         f"algorithm=fednova must know the weights of steps; use optimizer=sgd or momentum, not "
         f"{training.optimizer}"
+      )
+    if name == "fednova" and training.optimizer == "momentum" and keep:
+      raise ValueError(
+        "algorithm=fednova starts the sites' momentum anew each round; use --nokeep_optimizer"
       )
     if name == "scaffold" and training.optimizer != "sgd":
       raise ValueError(
