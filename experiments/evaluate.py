@@ -7,13 +7,11 @@ report.md, a confusion matrix and ROC curves. With --unlabelled it takes a folde
 writes predictions.csv only. The model sets the image size and the classes.
 """
 
-import pathlib
-
 from absl import flags
 
 from primia_jax import evaluation
 
-from . import inputs, report, running, settings
+from . import inputs, refusals, report, running, settings
 from .configs.data import Data
 from .configs.model import normalise
 
@@ -34,12 +32,15 @@ def main() -> None:
       raise ValueError(f"{name}={FLAGS[name].value}: the model takes {value}; omit the flag")
     FLAGS[name].value = value
   config = settings.from_flags(Data)
-  output = pathlib.Path(FLAGS.output_dir)
-  output.mkdir(parents=True, exist_ok=True)
+  if config.site_data:
+    raise ValueError(f"site_data={config.site_data}: images are tested from one source; use data")
+  output = refusals.folder("output_dir", FLAGS.output_dir)
+  inputs.source(config)
   if FLAGS.unlabelled:
     dataset = inputs.unlabelled_images(config, label_names)
   else:
     dataset = inputs.images_to_test(config, FLAGS.seed, label_names)
+  output.mkdir(parents=True, exist_ok=True)
   probabilities = evaluation.predictor(model.apply, normalise)(trained, dataset.images)
   ids = [
     str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])

@@ -16,6 +16,7 @@ from primia_jax.data.folder import read_images
 from primia_jax.data.load import load
 from primia_jax.data.sites import Part
 
+from . import memory
 from .configs import Train
 from .configs.data import Data, Hospitals
 from .settings import fractions, names
@@ -63,8 +64,26 @@ def source(settings: Data) -> pathlib.Path | None:
   if kind not in ("folder", "npz") or not where:
     raise ValueError(f"data={settings.data!r}; it must be folder:PATH, npz:PATH or tfds:NAME")
   if not path.exists():
-    raise FileNotFoundError(f"data={settings.data}: there is no {path}")
+    raise FileNotFoundError(f"data={settings.data}: there is no {path}; check the path")
+  if not (path.is_file() or (path.is_dir() and kind == "folder")):
+    form = "an ordinary file" if kind == "npz" else "a folder or a tar"
+    raise ValueError(f"data={settings.data}: {path} is not {form}; name one")
   return path.resolve()
+
+
+def check_sources(config: Train, only_site: int | None = None) -> None:
+  """Refuses sources that are not there and images that fit in no memory, and reads none; so a run
+  with them leaves no folder behind. Arguments and errors as `site_images`.
+  """
+  data, h = config.data, config.hospitals
+  memory.check_step(config)
+  if data.data == "phantom" and not data.site_data:
+    _check_phantom(config)
+    memory.check_images(h.phantom_images, data)
+  for site, one in enumerate(data.sources or (data.data,)):
+    is_prepared_later = one.startswith("tfds:") and data.manual_dir
+    if not is_prepared_later and (only_site in (None, site) or not data.sources):
+      source(dataclasses.replace(data, data=one, site_data=""))
 
 
 def images_to_test(
@@ -207,7 +226,7 @@ def _load(settings: Data, label_names: tuple[str, ...] | None, lazy: bool) -> di
   )
 
 
-def _phantom(config: Train, only_site: int | None) -> Inputs:
+def _check_phantom(config: Train) -> None:
   data, h = config.data, config.hospitals
   if data.channels != 1:
     raise ValueError(f"channels={data.channels}: the phantom is grey; use --channels=1")
@@ -215,6 +234,12 @@ def _phantom(config: Train, only_site: int | None) -> Inputs:
     raise ValueError(
       f"partition={h.partition!r}: the phantom comes with its sites; use auto, and num_sites"
     )
+  sites.site_sizes(h.phantom_images, h.num_sites, fractions(h.site_fractions))
+
+
+def _phantom(config: Train, only_site: int | None) -> Inputs:
+  data, h = config.data, config.hospitals
+  _check_phantom(config)
 
   def make(total: int, first: int) -> Part:
     sizes = sites.site_sizes(total, h.num_sites, fractions(h.site_fractions))
@@ -255,6 +280,8 @@ def _with_test(config: Train, data: Data, lazy: bool = False) -> tuple[Dataset, 
     )
   if config.privacy.by_patient:  # before any image is decoded
     patient_ids.require(whole)
+  if not lazy:
+    memory.check_images(len(whole), data)
   read = (lambda dataset: dataset) if lazy else in_memory
   train = read(whole)
   if "train" in splits and "test" in splits:

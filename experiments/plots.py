@@ -8,6 +8,7 @@ phantom's result for a patient's.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ CURVES = {
   "learning rate": {"learning_rate": "learning rate"},
   "epsilon spent": {"epsilon": "epsilon spent"},
 }
+# The order is that of the columns: the claim first.
+ACCOUNTANTS = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
 SINGLE = ("learning rate", "epsilon spent")  # panels with one line, which their axis names
 
 
@@ -296,6 +299,46 @@ def comparison(
       frameon=False,
       fontsize=9,
     )
+  _save(figure, path, title)
+
+
+def epsilon(
+  rows: Sequence[Mapping[str, Any]], target: float, path: str | pathlib.Path, title: str
+) -> None:
+  """Draws epsilon against rounds, by each accountant; what is infinite has no point.
+
+  Args:
+    rows: each has `round` and epsilon by the accountants' names, that of the claim first.
+    target: the budget; 0 for none.
+    path: the file to write.
+    title: what the picture shows.
+  """
+  figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+  axes = figure.add_subplot()
+  known = [name for name in ACCOUNTANTS if name in rows[0]]
+  for key, colour, dash in zip(known, (BLUE, ORANGE), DASHES, strict=False):
+    name = ACCOUNTANTS[key] + " (claimed)" * (key == known[0])
+    points = [(row["round"], row[key]) for row in rows if math.isfinite(row[key])]
+    if points:
+      x, y = zip(*points, strict=True)
+      axes.plot(
+        x, y, color=colour, linestyle=dash, linewidth=1.8, marker="o", markersize=3.5, label=name
+      )
+  if target:
+    axes.axhline(target, color=INK, linestyle=":", linewidth=1.3, label=f"target {target:g}")
+  end = rows[-1]
+  if math.isfinite(claim := end[known[0]]):
+    label = f"end: epsilon {claim:.3g} after round {end['round']}"
+    axes.plot(end["round"], claim, "*", color=INK, markersize=12, linestyle="none", label=label)
+  axes.set(xlabel="round", ylabel="epsilon", xlim=(0, end["round"] * 1.03))
+  axes.margins(y=0.1)
+  axes.set_ylim(bottom=0)
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+  _tidy(axes)
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(frameon=False, fontsize=9)
+  if not any(math.isfinite(row[key]) for row in rows for key in known):
+    axes.text(0.5, 0.5, "epsilon is infinite", transform=axes.transAxes, ha="center", color=INK)
   _save(figure, path, title)
 
 

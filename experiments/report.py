@@ -20,7 +20,7 @@ import numpy as np
 
 from primia_jax import metrics
 
-from . import markdown, plots
+from . import markdown
 from .markdown import PER_CLASS, SCALARS
 
 NUM_RESAMPLES = 2000
@@ -88,6 +88,8 @@ def write_report(
     ValueError: the main arm is absent, arms have different labels, label names repeat, or a shape
       is wrong.
   """
+  from . import plots  # here, because the import takes a second
+
   run_dir = pathlib.Path(run_dir)
   if not run_dir.is_dir():
     raise FileNotFoundError(f"the run folder {run_dir} does not exist; create it first")

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
 from primia_jax import evaluation, models, sites
@@ -24,7 +23,7 @@ from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
 from primia_jax.types import ModelState, Params
 
-from . import arms, inputs, ledgers, markdown, processes, report, settings, sums
+from . import arms, helping, inputs, ledgers, markdown, processes, refusals, report, settings, sums
 from .configs import Train
 from .configs.model import normalise
 
@@ -51,7 +50,7 @@ def open_run(config: Train, run_dir: str) -> pathlib.Path:
   """
   if not run_dir:
     raise ValueError("run_dir is empty; name a folder for the run, such as --run_dir=runs/first")
-  folder = pathlib.Path(run_dir)
+  folder = pathlib.Path(run_dir).expanduser()
   saved = folder / "config.json"
   if saved.is_file():
     changed = settings.differences(settings.load(saved), config)
@@ -60,12 +59,15 @@ def open_run(config: Train, run_dir: str) -> pathlib.Path:
     elif changed:
       listed = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
       raise ValueError(
-        f"{folder} holds a run with other settings ({listed}); use another --run_dir"
+        f"run_dir={folder} holds a run with other settings ({listed}); use another --run_dir"
       )
-  elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+  elif folder.is_dir() and any(folder.iterdir()):
     raise ValueError(
-      f"{folder} is not empty and holds no run (no config.json); use another --run_dir"
+      f"run_dir={folder} is not empty and holds no run (no config.json); use another --run_dir"
     )
+  refusals.folder("run_dir", run_dir)
+  if config.privacy.ledger_dir:
+    refusals.folder("ledger_dir", config.privacy.ledger_dir)
   folder.mkdir(parents=True, exist_ok=True)
   if not saved.is_file():
     settings.save(config, saved)
@@ -273,6 +275,8 @@ def _report_order(arms: dict[str, Any]) -> list[str]:
 
 def save_model(folder: pathlib.Path, trained: list[tuple[Params, ModelState]]) -> None:
   """Saves models for `evaluate`, replacing older ones; called by the first process alone."""
+  import orbax.checkpoint as ocp  # here, because the import takes half a second
+
   alone = ocp.options.MultiprocessingOptions(
     primary_host=0, active_processes={0}, barrier_sync_key_prefix="model"
   )
@@ -293,12 +297,17 @@ def load_model(
   Raises:
     FileNotFoundError: the folder holds no finished run.
   """
-  about = settings.read_json(pathlib.Path(run_dir) / "model.json")
+  import orbax.checkpoint as ocp
+
+  folder = pathlib.Path(run_dir).expanduser()
+  about = settings.read_json(folder / "model.json")
+  if not (folder / "model").is_dir():
+    raise FileNotFoundError(f"{folder / 'model'} is missing; --run_dir must name a finished run")
   config = models.ModelConfig(
     **about["model"] | {"image_shape": tuple(about["model"]["image_shape"])}
   )
   with ocp.StandardCheckpointer() as checkpointer:
-    tree = checkpointer.restore((pathlib.Path(run_dir) / "model").absolute())
+    tree = checkpointer.restore((folder / "model").absolute())
   trained = [(m["params"], m["model_state"] or {}) for m in tree["models"]]
   return models.build(config), trained, tuple(about["label_names"]), config
 
@@ -348,11 +357,20 @@ def _cache_dir() -> pathlib.Path:
 
 
 def start(main: Callable[[], None]) -> None:
-  """Runs a binary: bad settings and failed runs end it with their reason, not with a traceback."""
+  """Runs a binary: `--help` explains it, and bad settings and failed runs end it with their reason,
+  not with a traceback.
+  """
 
-  def guarded(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-      raise app.UsageError(f"unexpected arguments {arguments[1:]}; flags are written --name=value")
+  def parsed(arguments: list[str]) -> list[str]:
+    if asked := helping.asked(arguments):
+      print(helping.text(main.__module__, is_full=asked == "helpfull"))
+      sys.exit(0)
+    try:
+      return refusals.parse(arguments)
+    except ValueError as error:
+      sys.exit(f"error: {error}")
+
+  def guarded(_: list[str]) -> None:
     if not FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
@@ -362,8 +380,8 @@ def start(main: Callable[[], None]) -> None:
       sys.exit(
         "\nstopped; start again with the same --run_dir to continue from the last saved round"
       )
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except refusals.REFUSALS as error:
       logging.debug("traceback:", exc_info=True)  # shown with --verbosity=1
-      sys.exit(f"error: {error}")
+      sys.exit(f"error: {refusals.said(error)}")
 
-  app.run(guarded)
+  app.run(guarded, flags_parser=parsed)

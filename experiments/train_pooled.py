@@ -8,7 +8,7 @@ images are held out for validation; flags about algorithms and aggregation have 
 
 from absl import flags
 
-from . import running, settings
+from . import inputs, running, settings
 from .configs import Train, rehearse
 
 settings.define_flags(Train)
@@ -23,6 +23,7 @@ flags.adopt_module_key_flags(settings)
 def main() -> None:
   config = settings.from_flags(Train)
   rehearse(config, is_federated=False)
+  inputs.check_sources(config)
   folder = running.open_run(config, FLAGS.run_dir)
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
   result = running.run(config, folder, federated=False, log=log)
