@@ -139,7 +139,7 @@ def _write_predictions(
     writer = csv.writer(file)
     writer.writerow(["image", "true", "predicted"])
     writer.writerows(
-      [image, "", label_names[round(label)]]
+      [report.csv_cell(image), "", report.csv_cell(label_names[round(label)])]
       for image, label in zip(ids, outputs.tolist(), strict=True)
     )
 

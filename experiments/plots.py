@@ -21,6 +21,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from primia_jax import metrics
 
+from . import lettering
+
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK = (
   "#0072B2",
   "#D55E00",
@@ -75,8 +77,9 @@ def confusion_matrix(
   )
   axes = figure.add_subplot()
   image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-  tilted = size > 5 or max(map(len, label_names)) > 24
-  names = list(label_names) if tilted else [textwrap.fill(name, 14) for name in label_names]
+  names = lettering.shown(label_names)
+  tilted = size > 5 or max(map(len, names)) > 24
+  names = names if tilted else [textwrap.fill(name, 14) for name in names]
   axes.set_xticks(range(size), names)
   axes.set_yticks(range(size), names)
   if tilted:
@@ -126,7 +129,7 @@ def roc(
   axes = figure.add_subplot()
   axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=(0, (2, 3)))
   curves, areas = [], []
-  for k, name in enumerate(label_names):
+  for k, name in enumerate(map(lettering.in_legend, lettering.shown(label_names))):
     curve = metrics.roc_curve(labels == k, probabilities[:, k])
     area = metrics.roc_auc(labels == k, probabilities[:, k])
     style: dict[str, Any] = {
@@ -362,4 +365,5 @@ def _save(figure: Figure, path: str | pathlib.Path, title: str) -> None:
     fontweight="bold",
     color=INK,
   )
+  lettering.prepare(figure)
   figure.savefig(path, dpi=150, facecolor="white")
