@@ -121,22 +121,19 @@ def folder(name: str, value: str) -> pathlib.Path:
 
 def said(error: BaseException, values: flags.FlagValues = flags.FLAGS) -> str:
   """A refusal as the user reads it; what the system says, with the flag that it concerns."""
-  text = str(error)
+  text, code, file = str(error), getattr(error, "errno", None), getattr(error, "filename", None)
+  if not code:  # libraries hide what the system said in texts of their own
+    code = next((code for code in _FULL_OR_CLOSED if os.strerror(code) in text), None)
+  if code:
+    flag = _flag_of(file, values)
+    what = f"{flag}: " * bool(flag) + (str(file) if file else "writing or reading")
+    return (
+      f"{what} fails ({os.strerror(code)}): {_CURES.get(code, 'check the path and its rights')}"
+    )
   if isinstance(error, MemoryError) or any(word in text for word in _NO_MEMORY):
     given = ", ".join(f"{n}={values[n].value}" for n in _OF_SIZE if n in values)
     return f"out of memory ({_first_line(text) or 'nothing more is known'}); lower one of {given}"
-  if isinstance(error, OSError) and error.errno:
-    code, reason, file = error.errno, error.strerror or text, error.filename
-  else:  # libraries hide what the system said in texts of their own
-    codes = [code for code in _FULL_OR_CLOSED if os.strerror(code) in text]
-    if not codes:
-      return text
-    code, reason, file = codes[0], os.strerror(codes[0]), None
-  flag = _flag_of(file, values)
-  where = f"{flag}: " if flag else ""
-  named = f"{file} fails" if file else "writing or reading fails"
-  cure = _CURES.get(code, "check the path and its rights")
-  return f"{where}{named} ({reason}): {cure}"
+  return text
 
 
 def _first_line(text: str) -> str:

@@ -356,6 +356,10 @@ def _cache_dir() -> pathlib.Path:
   return pathlib.Path(home) / "primia_jax" / "xla"
 
 
+def _has_no_traceback(record: Any) -> bool:
+  return not record.exc_info
+
+
 def start(main: Callable[[], None]) -> None:
   """Runs a binary: `--help` explains it, and bad settings and failed runs end it with their reason,
   not with a traceback.
@@ -373,6 +377,8 @@ def start(main: Callable[[], None]) -> None:
   def guarded(_: list[str]) -> None:
     if not FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)
+      # orbax logs a traceback of what it raises, and that is said below
+      logging.get_absl_handler().addFilter(_has_no_traceback)
     jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
     try:
       main()
@@ -382,6 +388,7 @@ def start(main: Callable[[], None]) -> None:
       )
     except refusals.REFUSALS as error:
       logging.debug("traceback:", exc_info=True)  # shown with --verbosity=1
+      sys.unraisablehook = lambda _: None  # threads that were still writing may fail as well
       sys.exit(f"error: {refusals.said(error)}")
 
   app.run(guarded, flags_parser=parsed)

@@ -3,6 +3,7 @@ flag or the file, its value and the cure, no traceback, and nothing begun and no
 """
 
 import collections
+import errno
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ from experiments_refusals import SHORT, TABLES
 from experiments_runs import TINY
 from PIL import Image
 
-from experiments import encrypted, inputs, phases, processes, running, settings
+from experiments import encrypted, inputs, memory, phases, processes, running, settings
 from primia_jax import evaluation, models
 
 LEFT = ("new",)  # may not exist after a refusal
@@ -148,3 +149,75 @@ def test_every_bad_invocation_is_refused_by_flag_value_and_cure(at, program, no_
   assert not wrong, "\n".join(wrong)
   assert sum(count.values()) >= 200
   assert len(count) == 6
+
+
+def failing(error):
+  def fail(*args, **kwargs):
+    raise error
+
+  return fail
+
+
+def full(*args, **kwargs):
+  with open("/dev/full", "w") as file:
+    file.write("lines")
+
+
+@pytest.mark.parametrize(
+  ("work", "words"),
+  [
+    (full, ["run_dir={new}", "No space left on device", "free space"]),
+    (failing(OSError(errno.EDQUOT, "", "{new}/a/b")), ["run_dir={new}", "{new}/a/b", "free space"]),
+    (failing(OSError(errno.EROFS, "", "{new}/a")), ["run_dir={new}", "{new}/a", "can be written"]),
+    (failing(PermissionError(errno.EACCES, "", "{file}")), ["{file}", "denied", "rights"]),
+    (failing(ValueError("RESOURCE_EXHAUSTED: x: No space left on device [28]\n" * 9)),
+     ["run_dir={new}", "No space left on device", "free space"]),
+    (failing(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nPeak:\n")),
+     ["out of memory", "9 bytes", "image_size=64", "batch_size=16", "lower"]),
+    (failing(MemoryError("Unable to allocate 9 GiB")), ["out of memory", "9 GiB", "lower"]),
+  ],
+)  # fmt: skip
+def test_a_full_or_closed_disk_and_little_memory_end_a_run_with_the_cure(
+  at, program, no_work, work, words
+):
+  main = program("train_pooled")
+
+  def begun(*args, **kwargs):
+    try:
+      work()
+    except OSError as error:
+      if error.filename:
+        error.filename = error.filename.format(**at)
+      raise
+
+  no_work.setattr(running, "run", begun)
+  said = refusal(main, [f"--run_dir={at['new']}"], no_work)
+  shutil.rmtree(at["new"])
+  assert not wrong_with(said, [word.format(**at) for word in words])
+
+
+def test_a_folder_without_rights_is_refused_before_work(at, program, no_work):
+  no_work.setattr(os, "access", lambda path, mode: path != at["folder"])
+  words = [f"run_dir={at['folder']}/below", "cannot be written", "rights"]
+  for name in ("train_pooled", "train_federated"):
+    said = refusal(program(name), [f"--run_dir={at['folder']}/below"], no_work)
+    assert not wrong_with(said, words)
+
+
+def test_an_error_in_the_code_keeps_its_traceback(at, program, no_work):
+  no_work.setattr(running, "run", failing(TypeError("a bug")))
+  said = refusal(program("train_pooled"), [f"--run_dir={at['new']}"], no_work)
+  shutil.rmtree(at["new"])
+  assert isinstance(said, TypeError)
+
+
+def test_memory_that_is_not_there_is_counted(monkeypatch):
+  """One page of a GiB: 16 images of 8192 x 8192 fill it, and a step of one takes four."""
+  monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**30, "SC_PHYS_PAGES": 1}.__getitem__)
+  config = settings.replace(TINY, image_size=8192, batch_size=1, model="cnn")
+  memory.check_images(16, config.data)
+  with pytest.raises(ValueError, match=r"image_size=8192: 32 images .* 2 GiB .* sites_in_memory"):
+    memory.check_images(32, config.data)
+  with pytest.raises(ValueError, match=r"image_size=8192 with batch_size=1: .* 4 GiB"):
+    memory.check_step(config)
+  memory.check_step(settings.replace(config, image_size=4096))
