@@ -62,7 +62,7 @@ def source(settings: Data) -> pathlib.Path | None:
     return tfds.find(where, settings.data_dir or None).resolve()
   path = pathlib.Path(where).expanduser()
   if kind not in ("folder", "npz") or not where:
-    raise ValueError(f"data={settings.data!r}; it must be folder:PATH, npz:PATH or tfds:NAME")
+    raise ValueError(f"data={settings.data!r}; use phantom, folder:PATH, npz:PATH or tfds:NAME")
   if not path.exists():
     raise FileNotFoundError(f"data={settings.data}: there is no {path}; check the path")
   if not (path.is_file() or (path.is_dir() and kind == "folder")):

@@ -66,9 +66,9 @@ def _illegal(message: str, values: flags.FlagValues) -> str:
     return f"{message}; --helpfull lists all flags"
   if value == "None":
     missing = [line.partition("=")[0].removeprefix("flag --") for line in message.splitlines()]
-    return f"--{' and --'.join(missing)} must be given; --help explains them"
+    return f"--{' and --'.join(missing)} must be given; --help explains all that most runs set"
   kind = values[name].parser.syntactic_help or "true or false"
-  return f"--{name}={value}: the value is not {kind}; --help explains the flag"
+  return f"--{name}={value}: the value must be {kind}; --help explains the flag"
 
 
 def _check_flagfiles(arguments: Sequence[str], seen: tuple[str, ...] = ()) -> None:

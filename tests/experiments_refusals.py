@@ -40,7 +40,7 @@ extra                                       | extra | is no flag | --name=value
 --image_size=0                              | image_size | 0 | between
 --image_size=100000                         | image_size | 100000 | 8192
 --image_size=8192 --batch_size=10000        | image_size | 8192 | smaller
---image_size=8192 --phantom_images=90000000 | image_size | 8192 | smaller
+--image_size=8192 --phantom_images=90000000 --model=mlp | image_size | 90,000,000 | smaller
 --image_size=x                              | --image_size | x | integer
 --channels=2                                | channels | 2 | 3
 --channels=3                                | channels | 3 | --channels=1
@@ -245,7 +245,7 @@ EVALUATE = """
 --data=folder:{fifo}                        | data | {fifo} | name
 --data=npz:{missing}                        | data | {missing} | check
 --data=npz:{fifo}                           | data | {fifo} | name
---data=npz:{file}                           | {file} | npz | np.savez
+--data=npz:{file}                           | {file} | no zip | np.savez
 --site_data=npz:a,npz:b                     | site_data | npz:a | data
 --data=folder:{folder} --patient_pattern=(  | patient_pattern | ( | expression
 --rounds=3                                  | --rounds | no flag | --

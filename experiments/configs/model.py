@@ -92,7 +92,8 @@ class Model:
     try:
       models.build(config)
     except ValueError as error:
-      raise ValueError(f"model={self.model} with image_size={size}: {error}") from error
+      of_images = f"image_size={size}: " if "images" in str(error) else ""
+      raise ValueError(f"{of_images}{error}") from error
     return config
 
   def initial(self, config: models.ModelConfig, key: Key) -> tuple[Params, ModelState]:

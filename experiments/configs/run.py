@@ -135,8 +135,8 @@ class Train:
     f, p, t = self.federation, self.privacy, self.training
     if self.augment.mixup:
       raise ValueError(
-        f"mixup={self.augment.mixup} blends the images of several units, so clipping bounds no "
-        "single one; mixup blends nothing at mixup=0"
+        f"mixup={self.augment.mixup}: mixup blends the images of several units, so clipping bounds "
+        "no single one; use mixup=0"
       )
     if self.model.norm == "batch":
       raise ValueError(

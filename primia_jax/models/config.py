@@ -80,7 +80,8 @@ def check(config: ModelConfig) -> None:
     ("weight_standardisation", (False, True)),
   ):
     if getattr(config, option) not in allowed:
-      raise ValueError(f"{option}={getattr(config, option)!r} is not one of {allowed}")
+      known = ", ".join(str(value) for value in allowed if value is not None)
+      raise ValueError(f"{option}={getattr(config, option)!r} is not one of {known}")
   for field in dataclasses.fields(config)[3:]:
     if field.name not in OPTIONS[name] and getattr(config, field.name) != field.default:
       raise ValueError(
