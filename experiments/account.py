@@ -4,9 +4,8 @@ picture, and the largest chance that somebody names the unit that was used among
   primia-account --num_units=1500 --batch_size=64 --rounds=20 --target_epsilon=6 \\
     --output_dir=out
   primia-account --preset=chest_xray_private --num_units=1984
-  primia-account --dp=site --dp_noise=distributed --num_sites=50 \\
-    --secagg_threshold=-1 --noclass_weights --weighting=uniform --rounds=20 --target_epsilon=8 \\
-    --delta=1e-3
+  primia-account --dp=site --dp_noise=distributed --delta=1e-3 --num_sites=50 \\
+    --secagg_threshold=-1 --noclass_weights --weighting=uniform --rounds=20 --target_epsilon=8
 
 It takes the flags of train_federated, reads no images and trains nothing. Given the true sizes of
 the sites, its figures are digit for digit those of the run's own report, for a site that takes part
@@ -26,7 +25,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from matplotlib.figure import Figure
 
 from primia_jax import local, models
 from primia_jax.privacy import accounting, ledger
@@ -34,12 +32,11 @@ from primia_jax.privacy.chain import Chain
 from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
 from primia_jax.privacy.reconstruction import NUM_CANDIDATES, reconstruction_bound
 
-from . import folders, ledgers, plots, presets, running, settings
+from . import folders, ledgers, presets, running, settings
 from .configs import Train, rehearse
 from .configs.run import build_site_level
 
 _ROWS = 10
-_NAMES = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
 
 settings.define_flags(Train)
 presets.define_flag()
@@ -151,41 +148,6 @@ def table(privacy: Plan, rounds: int) -> list[dict[str, Any]]:
   ]
 
 
-def picture(rows: list[dict[str, Any]], target: float, path: pathlib.Path, title: str) -> None:
-  """Draws epsilon against rounds; what is infinite has no point."""
-  figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-  axes = figure.add_subplot()
-  known = [name for name in accounting.ACCOUNTANTS if name in rows[0]]
-  for key, colour, dash in zip(known, (plots.BLUE, plots.ORANGE), plots.DASHES, strict=False):
-    name = _NAMES[key] + " (claimed)" * (key == known[0])
-    points = [(row["round"], row[key]) for row in rows if math.isfinite(row[key])]
-    if points:
-      x, y = zip(*points, strict=True)
-      axes.plot(
-        x, y, color=colour, linestyle=dash, linewidth=1.8, marker="o", markersize=3.5, label=name
-      )
-  if target:
-    axes.axhline(target, color=plots.INK, linestyle=":", linewidth=1.3, label=f"target {target:g}")
-  end = rows[-1]
-  if math.isfinite(claim := end[known[0]]):
-    label = f"end: epsilon {claim:.3g} after round {end['round']}"
-    axes.plot(
-      end["round"], claim, "*", color=plots.INK, markersize=12, linestyle="none", label=label
-    )
-  axes.set(xlabel="round", ylabel="epsilon", xlim=(0, end["round"] * 1.03))
-  axes.margins(y=0.1)
-  axes.set_ylim(bottom=0)
-  axes.xaxis.set_major_locator(plots.MaxNLocator(integer=True, min_n_ticks=1))
-  plots._tidy(axes)
-  if axes.get_legend_handles_labels()[0]:
-    axes.legend(frameon=False, fontsize=9)
-  if not any(math.isfinite(row[key]) for row in rows for key in known):
-    axes.text(
-      0.5, 0.5, "epsilon is infinite", transform=axes.transAxes, ha="center", color=plots.INK
-    )
-  plots._save(figure, path, title)
-
-
 def _print_facts(facts: Mapping[str, Any]) -> None:
   width = max(map(len, facts))
   for key, value in facts.items():
@@ -197,13 +159,12 @@ def _shown(value: float) -> str:
 
 
 def main() -> None:
-  if FLAGS.output_dir:
-    folders.to_write(FLAGS.output_dir, ("account.json", "epsilon.png", "report.md"))
+  files = "account.json", "epsilon.png", "report.md"
+  output = folders.to_write(FLAGS.output_dir, files) if FLAGS.output_dir else None
   if FLAGS.ledger_dir:
     check_summed()
     summary = summed(pathlib.Path(FLAGS.ledger_dir).expanduser(), FLAGS.delta)
-    if FLAGS.output_dir:
-      output = pathlib.Path(FLAGS.output_dir)
+    if output is not None:
       output.mkdir(parents=True, exist_ok=True)
       (output / "account.json").write_text(json.dumps(summary, indent=2) + "\n")
     return
@@ -244,10 +205,11 @@ def main() -> None:
       + "".join(f" {_shown(row[name]):>10}" for name in known)
       + f" {ledger.percent(row['named']):>10}"
     )
-  if not FLAGS.output_dir:
+  if output is None:
     return
-  output = pathlib.Path(FLAGS.output_dir)
   output.mkdir(parents=True, exist_ok=True)
+  from . import plots  # here, because the import takes a second
+
   finite = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in rows]
   names = ("num_units", "smallest_units", "num_classes")
   result = {
@@ -261,7 +223,7 @@ def main() -> None:
   title = (
     f"Privacy of one {config.privacy.dp}, delta {privacy.delta:.3g}, noise multiplier {sigma:.4g}"
   )
-  picture(rows, target, output / "epsilon.png", title)
+  plots.epsilon(rows, target, output / "epsilon.png", title)
   lines = [
     "# Privacy account",
     "",

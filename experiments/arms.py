@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from primia_jax import algorithms, evaluation, federated, local, models, summation
 from primia_jax.data import sites as data_sites
@@ -21,8 +20,7 @@ from primia_jax.privacy import ledger, plan
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.types import Array, ModelState, Params
 
-from . import ledgers, lines, loop, starts
-from .checkpoints import Best, Checkpoints
+from . import ledgers, lines, loop, progress, starts
 from .configs import Train
 from .configs.model import normalise, of_stored
 from .configs.run import build_federation
@@ -205,6 +203,8 @@ def train(
       start (`starts.agree`).
     ValueError: the ledger is damaged, or has lost what earlier starts were charged.
   """
+  from .checkpoints import Best, Checkpoints  # here, because orbax takes half a second
+
   num_sites, key = len(cohort.train.sites), jax.random.key(config.seed)
   place, privacy, algorithm = trainer.place, trainer.privacy, trainer.algorithm
   joined = place.joined
@@ -243,7 +243,7 @@ def train(
   path = folder / "rounds.jsonl"
   rows = lines.read(path, int(state.round)) if place.is_first else []
 
-  bar = tqdm.tqdm(
+  bar = progress.bar(
     desc=cohort.order + cohort.name + ("" if is_private else " (NOT PRIVATE)"),
     unit="round",
     initial=int(state.round),

@@ -41,7 +41,7 @@ def _(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Infer:
-  """The flags of `infer_encrypted`."""
+  """What is classified, with which model, and by which protocol."""
 
   checkpoint: str = _("", "model owner: folder of a finished training run")
   images: str = _(
@@ -102,8 +102,7 @@ def check(s: Infer) -> None:
     )
   if not s.images:
     raise ValueError("images is empty; name an image, a folder or a tar, such as --images=xray.png")
-  if not os.path.exists(s.images):
-    raise FileNotFoundError(f"images={s.images}: there is no such file or folder; check the path")
+  _check_there("images", s.images, s.images)
   choices = {"output": OUTPUTS, "comparison": tuple(COMPARISONS)}
   for name, allowed in choices.items():
     if getattr(s, name) not in allowed:
@@ -126,9 +125,17 @@ def check(s: Infer) -> None:
       f"calibration={s.calibration!r}; use run, phantom, folder:PATH, csv:PATH, npz:PATH or "
       "tfds:NAME"
     )
-  if s.output_dir and os.path.exists(s.output_dir) and not os.path.isdir(s.output_dir):
-    raise ValueError(f"output_dir={s.output_dir} is a file; name a folder")
+  if kind in ("folder", "csv", "npz"):
+    _check_there("calibration", s.calibration, where)
   parse_network(s.network)
+
+
+def _check_there(name: str, value: str, path: str) -> None:
+  found = pathlib.Path(path).expanduser()
+  if not found.exists():
+    raise FileNotFoundError(f"{name}={value}: there is no {found}; check the path")
+  if not (found.is_dir() or found.is_file()):  # opening a pipe would wait for ever
+    raise ValueError(f"{name}={value}: {found} is a pipe or device; name a file or folder")
 
 
 def parse_network(text: str) -> planning.Network:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterable
 
-from . import settings
+from . import refusals, settings
 from .configs import Train
 
 RUN = "config.json"  # what makes a folder that of a training run
@@ -33,10 +33,10 @@ def to_write(output_dir: str, writes: Iterable[str]) -> pathlib.Path:
     writes: the names of the files that the program may write.
 
   Raises:
-    ValueError: one of these files is there already, or the folder is that of a training run, whose
-      report has the same names.
+    ValueError: the folder cannot be written, one of these files is there already, or the folder is
+      that of a training run, whose report has the same names.
   """
-  folder = pathlib.Path(output_dir)
+  folder = refusals.folder("output_dir", output_dir)
   if (folder / RUN).exists():
     raise ValueError(
       f"output_dir={output_dir} is the folder of a training run, whose own report must stay; name "

@@ -52,7 +52,7 @@ def main() -> None:
   images = inputs.unlabelled_images(data, label_names)
   calibration, source = encrypted.calibration_images(config, model_config, label_names)
   if config.output_dir:
-    pathlib.Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    pathlib.Path(config.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
 
   print(
     "Encrypted inference, simulated: model owner, data owner and dealer run in this one process, "
@@ -99,7 +99,7 @@ def main() -> None:
       "such values."
     )
   if config.output_dir:
-    folder = pathlib.Path(config.output_dir)
+    folder = pathlib.Path(config.output_dir).expanduser()
     _write_predictions(folder / "predictions.csv", ids, result.outputs, label_names)
     (folder / "plan.txt").write_text(f"{table}\n")
     (folder / "costs.json").write_text(json.dumps(costs, indent=2) + "\n")
@@ -151,7 +151,7 @@ def _write_predictions(
     writer = csv.writer(file)
     writer.writerow(["image", "true", "predicted"])
     writer.writerows(
-      [image, "", label_names[round(label)]]
+      [report.csv_cell(image), "", report.csv_cell(label_names[round(label)])]
       for image, label in zip(ids, outputs.tolist(), strict=True)
     )
 

@@ -18,7 +18,7 @@ from primia_jax.data.folder import label_index, read_images, unlabelled
 from primia_jax.data.load import load
 from primia_jax.data.sites import Part
 
-from . import image_facts
+from . import image_facts, memory
 from .configs import Train
 from .configs.data import Data, Hospitals
 from .settings import fractions, names
@@ -65,10 +65,13 @@ def source(settings: Data) -> pathlib.Path | None:
   path = pathlib.Path(where).expanduser()
   if kind not in ("folder", "csv", "npz") or not where:
     raise ValueError(
-      f"data={settings.data!r}; it must be folder:PATH, csv:PATH, npz:PATH or tfds:NAME"
+      f"data={settings.data!r}; use phantom, folder:PATH, csv:PATH, npz:PATH or tfds:NAME"
     )
   if not path.exists():
-    raise FileNotFoundError(f"data={settings.data}: there is no {path}")
+    raise FileNotFoundError(f"data={settings.data}: there is no {path}; check the path")
+  if not (path.is_file() or (path.is_dir() and kind == "folder")):
+    form = "a folder or a tar" if kind == "folder" else "an ordinary file"
+    raise ValueError(f"data={settings.data}: {path} is not {form}; name one")
   return path.resolve()
 
 
@@ -78,6 +81,21 @@ def silence_pydicom() -> None:
   """
   logging.getLogger("pydicom").propagate = False
   warnings.filterwarnings("ignore", module="pydicom")
+
+
+def check_sources(config: Train, only_site: int | None = None) -> None:
+  """Refuses sources that are not there and images that fit in no memory, and reads none; so a run
+  with them leaves no folder behind. Arguments and errors as `site_images`.
+  """
+  data, h = config.data, config.hospitals
+  memory.check_step(config)
+  if data.data == "phantom" and not data.site_data:
+    _check_phantom(config)
+    memory.check_images(h.phantom_images, data)
+  for site, one in enumerate(data.sources or (data.data,)):
+    is_prepared_later = one.startswith("tfds:") and data.manual_dir
+    if not is_prepared_later and (only_site in (None, site) or not data.sources):
+      source(data.of(one))
 
 
 def images_to_test(
@@ -278,12 +296,18 @@ def _load(settings: Data, label_names: tuple[str, ...] | None) -> dict[str, Data
   )
 
 
-def _phantom(config: Train, only_site: int | None) -> Inputs:
-  data, h = config.data, config.hospitals
+def _check_phantom(config: Train) -> None:
+  h = config.hospitals
   if h.partition not in ("auto", "column:site"):
     raise ValueError(
       f"partition={h.partition!r}: the phantom comes with its sites; use auto, and num_sites"
     )
+  sites.site_sizes(h.phantom_images, h.num_sites, fractions(h.site_fractions))
+
+
+def _phantom(config: Train, only_site: int | None) -> Inputs:
+  data, h = config.data, config.hospitals
+  _check_phantom(config)
 
   def make(total: int, first: int) -> Part:
     sizes = sites.site_sizes(total, h.num_sites, fractions(h.site_fractions))
@@ -336,6 +360,8 @@ def _with_test(config: Train, data: Data, lazy: bool = False) -> tuple[Dataset, 
     _check_kinds(whole, data.data)
   if config.privacy.by_patient:  # before any image is decoded
     patient_ids.require(whole)
+  if not lazy:
+    memory.check_images(len(whole), data)
   used = {name: one for name, one in splits.items() if name in ("train", "test", "all")}
   read = scan.read(used, keep=not lazy, skip_bad_files=data.skip_bad_files)
   train = read.get("train", read.get("all"))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from primia_jax import federated, metrics
 
 from . import loop
-from .checkpoints import Best
 from .markdown import ABORTED
 from .processes import Place
+
+if TYPE_CHECKING:
+  from .checkpoints import Best
 
 
 def scores(done: loop.Round) -> dict[str, float]:
@@ -58,6 +60,24 @@ def read(path: pathlib.Path, finished: int) -> list[dict[str, Any]]:
   """The lines of the finished rounds; drops later ones, of a round that was not saved."""
   if not path.is_file():
     return []
-  rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["round"] <= finished]
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return rows
+  found = [row for row in rows(path) if row["round"] <= finished]
+  path.write_text("".join(json.dumps(row) + "\n" for row in found))
+  return found
+
+
+def rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """All lines of an arm. An unfinished last one is of a round that was not saved, and left out.
+
+  Raises:
+    ValueError: another line is damaged.
+  """
+  out = []
+  *finished, _ = path.read_text().split("\n")
+  for number, line in enumerate(finished, 1):
+    try:
+      out.append(json.loads(line))
+    except ValueError as error:
+      raise ValueError(
+        f"{path} is damaged at line {number} ({error}); restore it, or use another --run_dir"
+      ) from error
+  return out

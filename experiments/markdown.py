@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,11 @@ def _row(*cells: Any) -> str:
   return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
 
 
+def plain(text: str) -> str:
+  """A text that Markdown shows as it is, whatever is in it; `_row` takes care of its bars."""
+  return re.sub(r"([\\`*<>\[\]$~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+
+
 def _facts(facts: Mapping[str, Any], head: tuple[str, str]) -> list[str]:
   text = lambda v: v if isinstance(v, str) else json.dumps(v)
   return [_row(*head), _row("---", "---"), *(_row(k, text(v)) for k, v in facts.items())]
@@ -45,7 +51,7 @@ def _summary(result: Mapping[str, Any]) -> str:
   main, difference = result["arms"][result["main_arm"]], result["difference"]
   low, value, high = (_number(main["accuracy"][k], True) for k in ("low", "value", "high"))
   text = (
-    f"On the {result['num_examples']:,} test images of **{result['data']}**, the "
+    f"On the {result['num_examples']:,} test images of **{plain(result['data'])}**, the "
     f"{result['main_arm']} model is correct on {value} % (95 % interval {low} to {high}). Its "
     f"Matthews correlation (MCC) is {_number(main['mcc']['value'], False)}"
   )
@@ -118,13 +124,20 @@ def _hospitals(result: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: str = "") -> str:
+  """The whole report.
+
+  Args:
+    result: what `metrics.json` holds.
+    pictures: file -> caption.
+    numbered: what the numbers of classes in the pictures stand for; empty where they have names.
+  """
   arms, references, difference = result["arms"], result["references"], result["difference"]
   rows: list[tuple[str, tuple[str, ...], bool]] = [
     (name, (field,), percent) for field, (name, percent) in SCALARS.items()
   ]
   rows += [
-    (f"{field}: {label}", (field, label), True)
+    (f"{field}: {plain(label)}", (field, label), True)
     for field in PER_CLASS
     for label in result["label_names"]
   ]
@@ -141,7 +154,8 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     return "–" if entry == "" else _cell(entry, percent, signed)
 
   head = ["", *arms, *references]
-  lines = [f"# {result['title']}: {result['data']}", "", _summary(result), ""]
+  data = plain(result["data"])
+  lines = [f"# {result['title']}: {data}", "", _summary(result), ""]
   lines += [said, ""] if (said := learnt(result)) else []
   for what, why in warnings(result):
     lines += [f"**{what}**: {why}.", ""]
@@ -229,8 +243,13 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
   else:
     lines += _facts(result["privacy"], ("fact", "value"))
   lines += ["", "## Pictures", ""]
+  if numbered:
+    lines += [
+      f"No font of this machine has the letters of some names. In the pictures {plain(numbered)}.",
+      "",
+    ]
   for file, caption in pictures.items():
-    lines += [f"![{caption}: {result['data']}]({file})", ""]
+    lines += [f"![{caption}: {data}]({file})", ""]
   lines += ["## Configuration", "", *_facts(result["config"], ("setting", "value"))]
   lines += ["", "## Versions", "", *_facts(result["versions"], ("what", "version"))]
   return "\n".join(lines) + "\n"

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 
 from primia_jax import models
 from primia_jax.evaluation import batches
 from primia_jax.mpc import clear, inference, planning, protocol, roles
 from primia_jax.types import PyTree
 
+from . import progress
 from .encrypted import functions, normalised
 
 
@@ -31,7 +31,7 @@ class Clock:
 
   def __init__(self, total: int):
     self.seconds: dict[Any, float] = collections.defaultdict(float)
-    self._bar = tqdm.tqdm(
+    self._bar = progress.bar(
       total=total, bar_format="{desc:<44} {bar:20} {n_fmt}/{total_fmt}  [{elapsed} gone]"
     )
 

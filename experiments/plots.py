@@ -8,6 +8,7 @@ phantom's result for a patient's.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from primia_jax import metrics
 
+from . import lettering
 from .hospitals import Hospitals
 
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK = (
@@ -43,6 +45,8 @@ CURVES = {
   "learning rate": {"learning_rate": "learning rate"},
   "epsilon spent": {"epsilon": "epsilon spent"},
 }
+# The order is that of the columns: the claim first.
+ACCOUNTANTS = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}
 SINGLE = ("learning rate", "epsilon spent")  # panels with one line, which their axis names
 
 
@@ -74,8 +78,9 @@ def confusion_matrix(
   )
   axes = figure.add_subplot()
   image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-  tilted = size > 5 or max(map(len, label_names)) > 24
-  names = list(label_names) if tilted else [textwrap.fill(name, 14) for name in label_names]
+  names = lettering.shown(label_names)
+  tilted = size > 5 or max(map(len, names)) > 24
+  names = names if tilted else [textwrap.fill(name, 14) for name in names]
   axes.set_xticks(range(size), names)
   axes.set_yticks(range(size), names)
   if tilted:
@@ -125,7 +130,7 @@ def roc(
   axes = figure.add_subplot()
   axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=(0, (2, 3)))
   curves, areas = [], []
-  for k, name in enumerate(label_names):
+  for k, name in enumerate(map(lettering.in_legend, lettering.shown(label_names))):
     curve = metrics.roc_curve(labels == k, probabilities[:, k])
     area = metrics.roc_auc(labels == k, probabilities[:, k])
     style: dict[str, Any] = {
@@ -326,6 +331,46 @@ def hospitals(
   _save(figure, path, title)
 
 
+def epsilon(
+  rows: Sequence[Mapping[str, Any]], target: float, path: str | pathlib.Path, title: str
+) -> None:
+  """Draws epsilon against rounds, by each accountant; what is infinite has no point.
+
+  Args:
+    rows: each has `round` and epsilon by the accountants' names, that of the claim first.
+    target: the budget; 0 for none.
+    path: the file to write.
+    title: what the picture shows.
+  """
+  figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+  axes = figure.add_subplot()
+  known = [name for name in ACCOUNTANTS if name in rows[0]]
+  for key, colour, dash in zip(known, (BLUE, ORANGE), DASHES, strict=False):
+    name = ACCOUNTANTS[key] + " (claimed)" * (key == known[0])
+    points = [(row["round"], row[key]) for row in rows if math.isfinite(row[key])]
+    if points:
+      x, y = zip(*points, strict=True)
+      axes.plot(
+        x, y, color=colour, linestyle=dash, linewidth=1.8, marker="o", markersize=3.5, label=name
+      )
+  if target:
+    axes.axhline(target, color=INK, linestyle=":", linewidth=1.3, label=f"target {target:g}")
+  end = rows[-1]
+  if math.isfinite(claim := end[known[0]]):
+    label = f"end: epsilon {claim:.3g} after round {end['round']}"
+    axes.plot(end["round"], claim, "*", color=INK, markersize=12, linestyle="none", label=label)
+  axes.set(xlabel="round", ylabel="epsilon", xlim=(0, end["round"] * 1.03))
+  axes.margins(y=0.1)
+  axes.set_ylim(bottom=0)
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+  _tidy(axes)
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(frameon=False, fontsize=9)
+  if not any(math.isfinite(row[key]) for row in rows for key in known):
+    axes.text(0.5, 0.5, "epsilon is infinite", transform=axes.transAxes, ha="center", color=INK)
+  _save(figure, path, title)
+
+
 def _number(value: Any, percent: bool = False) -> str:
   if np.isnan(value):
     return "undefined"
@@ -346,4 +391,5 @@ def _save(figure: Figure, path: str | pathlib.Path, title: str) -> None:
     fontweight="bold",
     color=INK,
   )
+  lettering.prepare(figure)
   figure.savefig(path, dpi=150, facecolor="white")

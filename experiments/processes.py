@@ -156,7 +156,7 @@ def connect(
     ValueError: the address is not HOST:PORT, or not an address of this machine.
   """
   num_sites, server = config.hospitals.num_sites, None
-  address = _address(seat, num_sites)
+  address = check_address(seat.address, seat.number, num_sites, seat.is_protected)
   at = folder / MEETING
   if seat.number == 0:
     _clear(at)
@@ -194,22 +194,26 @@ def settings_of(config: Train) -> bytes:
   return json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
 
 
-def _address(seat: Seat, num_sites: int) -> tuple[str, int]:
-  """The server's address, as a number, so that no name is looked up twice."""
-  host, _, port = seat.address.rpartition(":")
+def check_address(text: str, number: int, num_sites: int, is_protected: bool) -> tuple[str, int]:
+  """The server's address, as a number, so that no name is looked up twice; arguments as in `Seat`.
+
+  Raises:
+    ValueError: it is not HOST:PORT, or not an address of this machine.
+  """
+  host, _, port = text.rpartition(":")
   is_place = host and port.isdecimal() and 0 < int(port) < 2**16
-  if not is_place or not 0 <= seat.number < num_sites:
+  if not is_place or not 0 <= number < num_sites:
     raise ValueError(
-      f"coordinator={seat.address!r} with process_id={seat.number}: write HOST:PORT, and a site's "
+      f"coordinator={text!r} with process_id={number}: write HOST:PORT, and a site's "
       f"number below {num_sites}"
     )
   try:
     found = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
   except OSError as e:
-    raise ValueError(f"coordinator={seat.address!r}: there is no such host ({e})") from e
-  if not ipaddress.ip_address(found).is_loopback and not seat.is_protected:
+    raise ValueError(f"coordinator={text!r}: there is no such host ({e})") from e
+  if not ipaddress.ip_address(found).is_loopback and not is_protected:
     raise ValueError(
-      f"coordinator={seat.address!r} is no loopback address, and models and sums would travel in "
+      f"coordinator={text!r} is no loopback address, and models and sums would travel in "
       "the clear. Use 127.0.0.1:PORT; or --network_is_protected if the network between the "
       "processes is encrypted by other means, such as a VPN"
     )

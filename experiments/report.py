@@ -20,7 +20,7 @@ import numpy as np
 
 from primia_jax import metrics
 
-from . import markdown, plots
+from . import markdown
 from .hospitals import Hospitals
 from .markdown import PER_CLASS, SCALARS
 
@@ -96,6 +96,8 @@ def write_report(
     ValueError: the main arm is absent, arms have different labels, label names repeat, or a shape
       is wrong.
   """
+  from . import lettering, plots  # here, because the import takes a second
+
   run_dir = pathlib.Path(run_dir)
   if not run_dir.is_dir():
     raise FileNotFoundError(f"the run folder {run_dir} does not exist; create it first")
@@ -184,8 +186,16 @@ def write_report(
     of_hospitals.unlink(missing_ok=True)  # left by an earlier report
   for absent in {"curves.png", "comparison.png"} - set(pictures):
     (run_dir / absent).unlink(missing_ok=True)  # left by an earlier report
-  (run_dir / "report.md").write_text(markdown.markdown(result, pictures))
+  text = markdown.markdown(result, pictures, lettering.numbered(label_names))
+  (run_dir / "report.md").write_text(text, encoding="utf-8")
   return result
+
+
+def csv_cell(text: str) -> str:
+  """A name for a table: one that a spreadsheet would take for a formula begins with an
+  apostrophe, which marks text there.
+  """
+  return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def predictions_csv(
@@ -196,7 +206,7 @@ def predictions_csv(
   label_names: Sequence[str],
 ) -> None:
   """Writes one line for each image: its name, true class, predicted class, and the probability of
-  each class.
+  each class. Names are as `csv_cell` gives them.
 
   Args:
     path: the file to write.
@@ -222,8 +232,9 @@ def predictions_csv(
     )
     for image, label, p in zip(ids, labels, np.asarray(probabilities), strict=True):
       true = "" if label == -1 else label_names[label]
+      said = (csv_cell(name) for name in (image, true, label_names[p.argmax()]))
       # Nine digits restore a float32 exactly, so the table gives the same ROC-AUC.
-      writer.writerow([image, true, label_names[p.argmax()], *(f"{x:.9g}" for x in p)])
+      writer.writerow([*said, *(f"{x:.9g}" for x in p)])
 
 
 def versions() -> dict[str, str]:

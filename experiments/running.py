@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import app, flags, logging
 
 from primia_jax import evaluation, models, sites
@@ -26,6 +25,7 @@ from primia_jax.types import ModelState, Params
 
 from . import (
   arms,
+  helping,
   hospitals,
   image_facts,
   inputs,
@@ -33,6 +33,7 @@ from . import (
   markdown,
   presets,
   processes,
+  refusals,
   report,
   settings,
   sums,
@@ -64,7 +65,7 @@ def open_run(config: Train, run_dir: str, program: str = "train_federated") -> p
   """
   if not run_dir:
     raise ValueError("run_dir is empty; name a folder for the run, such as --run_dir=runs/first")
-  folder = pathlib.Path(run_dir)
+  folder = pathlib.Path(run_dir).expanduser()
   saved = folder / "config.json"
   if saved.is_file():
     changed = settings.differences(settings.load(saved), config)
@@ -80,12 +81,15 @@ def open_run(config: Train, run_dir: str, program: str = "train_federated") -> p
     elif changed:
       listed = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
       raise ValueError(
-        f"{folder} holds a run with other settings ({listed}); use another --run_dir"
+        f"run_dir={folder} holds a run with other settings ({listed}); use another --run_dir"
       )
-  elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+  elif folder.is_dir() and any(folder.iterdir()):
     raise ValueError(
-      f"{folder} is not empty and holds no run (no config.json); use another --run_dir"
+      f"run_dir={folder} is not empty and holds no run (no config.json); use another --run_dir"
     )
+  refusals.folder("run_dir", run_dir)
+  if config.privacy.ledger_dir:
+    refusals.folder("ledger_dir", config.privacy.ledger_dir)
   folder.mkdir(parents=True, exist_ok=True)
   if not saved.is_file():
     settings.save(config, saved, program)
@@ -307,6 +311,8 @@ def _report_order(arms: dict[str, Any]) -> list[str]:
 
 def save_model(folder: pathlib.Path, trained: list[tuple[Params, ModelState]]) -> None:
   """Saves models for `evaluate`, replacing older ones; called by the first process alone."""
+  import orbax.checkpoint as ocp  # here, because the import takes half a second
+
   alone = ocp.options.MultiprocessingOptions(
     primary_host=0, active_processes={0}, barrier_sync_key_prefix="model"
   )
@@ -327,12 +333,17 @@ def load_model(
   Raises:
     FileNotFoundError: the folder holds no finished run.
   """
-  about = settings.read_json(pathlib.Path(run_dir) / "model.json")
+  import orbax.checkpoint as ocp
+
+  folder = pathlib.Path(run_dir).expanduser()
+  about = settings.read_json(folder / "model.json")
+  if not (folder / "model").is_dir():
+    raise FileNotFoundError(f"{folder / 'model'} is missing; --run_dir must name a finished run")
   config = models.ModelConfig(
     **about["model"] | {"image_shape": tuple(about["model"]["image_shape"])}
   )
   with ocp.StandardCheckpointer() as checkpointer:
-    tree = checkpointer.restore((pathlib.Path(run_dir) / "model").absolute())
+    tree = checkpointer.restore((folder / "model").absolute())
   trained = [(m["params"], m["model_state"] or {}) for m in tree["models"]]
   return models.build(config), trained, tuple(about["label_names"]), config
 
@@ -397,21 +408,30 @@ def _cache_dir() -> pathlib.Path:
   return pathlib.Path(home) / "primia_jax" / "xla"
 
 
+def _has_no_traceback(record: Any) -> bool:
+  return not record.exc_info
+
+
 def start(main: Callable[[], None]) -> None:
-  """Runs a binary: bad settings and failed runs end it with their reason, not with a traceback."""
+  """Runs a binary: `--help` explains it, and bad settings and failed runs end it with their reason,
+  not with a traceback.
+  """
 
   def parsed(arguments: list[str]) -> list[str]:
+    if asked := helping.asked(arguments):
+      print(helping.text(main.__module__, is_full=asked == "helpfull"))
+      sys.exit(0)
     try:
-      return app.parse_flags_with_usage(presets.expanded(arguments))
+      return refusals.parse(presets.expanded(arguments))
     except ValueError as error:
       sys.exit(f"error: {error}")
 
-  def guarded(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-      raise app.UsageError(f"unexpected arguments {arguments[1:]}; flags are written --name=value")
+  def guarded(_: list[str]) -> None:
     if not FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)
       inputs.silence_pydicom()
+      # orbax logs a traceback of what it raises, and that is said below
+      logging.get_absl_handler().addFilter(_has_no_traceback)
     jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
     try:
       main()
@@ -419,8 +439,9 @@ def start(main: Callable[[], None]) -> None:
       sys.exit(
         "\nstopped; start again with the same --run_dir to continue from the last saved round"
       )
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except refusals.REFUSALS as error:
       logging.debug("traceback:", exc_info=True)  # shown with --verbosity=1
-      sys.exit(f"error: {error}")
+      sys.unraisablehook = lambda _: None  # threads that were still writing may fail as well
+      sys.exit(f"error: {refusals.said(error)}")
 
   app.run(guarded, flags_parser=parsed)

@@ -7,6 +7,7 @@ unique over the whole.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import pathlib
 import typing
@@ -44,18 +45,23 @@ def require(holds: bool, kind: str, value: Any, cure: str) -> None:
 
 
 def define_flags(kind: type, values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines one flag for each field."""
+  """Defines one flag for each field. Those of a record are a section of `--help`, under its name
+  and the first line of its docstring.
+  """
   define: dict[type, Any] = {
     str: flags.DEFINE_string,
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     bool: flags.DEFINE_boolean,
   }
+  about = (inspect.getdoc(kind) or "").partition("\n")[0].rstrip(".")
+  section = f"{kind.__name__}: {about[:1].lower()}{about[1:]}"
   for field, of_type in _fields(kind):
     if dataclasses.is_dataclass(of_type):
       define_flags(of_type, values)  # type: ignore[arg-type]
     else:
-      define[of_type](field.name, field.default, field.metadata["help"], flag_values=values)
+      said = field.default, field.metadata["help"]
+      define[of_type](field.name, *said, flag_values=values, module_name=section)
 
 
 def from_flags(kind: type, values: flags.FlagValues = flags.FLAGS) -> Any:
@@ -129,7 +135,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     raise FileNotFoundError(
       f"{path} does not exist; --run_dir must name the folder of a finished training run"
     )
-  return json.loads(path.read_text())
+  try:
+    record = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is damaged ({error}); restore it, or use another --run_dir"
+    ) from error
+  if not isinstance(record, dict):
+    raise ValueError(
+      f"{path} is damaged (it holds no record); restore it, or use another --run_dir"
+    )
+  return record
 
 
 def differences(old: Mapping[str, Any], new: Any) -> dict[str, tuple[Any, Any]]:

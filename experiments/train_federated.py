@@ -21,7 +21,7 @@ import sys
 import jax
 from absl import flags
 
-from . import presets, processes, running, settings
+from . import inputs, presets, processes, refusals, running, settings
 from .configs import Train, rehearse
 
 settings.define_flags(Train)
@@ -91,15 +91,22 @@ def main() -> None:
     raise ValueError(
       f"process_id={FLAGS.process_id}; use 0 to {num_sites - 1}, the number of this process's site"
     )
-  if FLAGS.network_is_protected and not FLAGS.coordinator:
+  if FLAGS.coordinator:
+    processes.check_address(
+      FLAGS.coordinator, FLAGS.process_id, num_sites, FLAGS.network_is_protected
+    )
+  elif FLAGS.network_is_protected:
     raise ValueError(
-      "network_is_protected concerns a coordinator on another machine: give --coordinator, too"
+      "network_is_protected=True concerns a coordinator on another machine: give --coordinator, too"
     )
   if not 0 < FLAGS.stage_timeout < float("inf"):
     raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
+  if FLAGS.sites_dir:
+    refusals.folder("sites_dir", FLAGS.sites_dir)
   if in_processes and not FLAGS.coordinator:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)
+    inputs.check_sources(config)
     folder = running.open_run(config, FLAGS.run_dir)
     own = processes.sites_folder(folder, FLAGS.sites_dir)
     processes.launch(f"{__package__}.train_federated", sys.argv[1:], num_sites, folder, own)
@@ -108,6 +115,7 @@ def main() -> None:
   if not in_processes:
     running.prepare_devices(config.federation.placement)
   rehearse(config)
+  inputs.check_sources(config, FLAGS.process_id if in_processes else None)
   folder = running.open_run(config, FLAGS.run_dir)
   if in_processes:
     place = processes.sites_folder(folder, FLAGS.sites_dir)

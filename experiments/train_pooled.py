@@ -9,7 +9,7 @@ images are held out for validation; flags about algorithms and aggregation have 
 
 from absl import flags
 
-from . import presets, running, settings
+from . import inputs, presets, running, settings
 from .configs import Train, rehearse
 
 settings.define_flags(Train)
@@ -26,6 +26,7 @@ flags.adopt_module_key_flags(settings)
 def main() -> None:
   config = settings.from_flags(Train)
   rehearse(config, is_federated=False)
+  inputs.check_sources(config)
   if any(FLAGS.baselines):
     print(f"baselines={','.join(FLAGS.baselines)} is ignored: train_pooled trains one model")
   folder = running.open_run(config, FLAGS.run_dir, "train_pooled")

@@ -327,7 +327,7 @@ def test_binaries_fail_with_the_reason_and_without_a_traceback(tmp_path):
   """What only the library can tell is refused before anything is made or read, too."""
   for flag, message in (
     ("--algorithm=fedsgd", "error: algorithm='fedsgd'"),
-    ("--secagg_peers=5", "error: num_peers=5"),
+    ("--secagg_peers=5", "error: secagg_peers=5"),
   ):
     run_dir = f"--run_dir={tmp_path / 'x'}"
     command = [sys.executable, "-m", "experiments.train_federated", run_dir, flag]

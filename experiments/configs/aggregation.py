@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 
@@ -114,8 +115,14 @@ class Aggregation:
       if kind == "median" and not argument:
         return summation.by_rule("median", robust.median())
       if kind == "trimmed_mean":
-        return summation.by_rule(self.aggregation, robust.trimmed_mean(float(argument)))
+        try:
+          share = float(argument)
+        except ValueError:
+          raise ValueError("write a number below 0.5, trimmed_mean=FRACTION") from None
+        return summation.by_rule(self.aggregation, robust.trimmed_mean(share))
       if kind == "krum":
+        if not argument.isdecimal():
+          raise ValueError("write a number of sites, krum=BAD_SITES")
         bad = int(argument)
         if num_sites <= 2 * bad + 2:
           raise ValueError(f"needs more than {2 * bad + 2} sites a round; there are {num_sites}")
@@ -162,13 +169,17 @@ class Aggregation:
       threshold = threshold if threshold > 0 or is_complete else needed
     holders = (peers or num_sites - 1) + 1
     bits = self.secagg_bits if max_abs is None else max(self.secagg_bits, _COUNT_BITS)
-    secure = protocol.secure_sum(
-      num_sites,
-      self.secagg_max_abs if max_abs is None else max_abs,
-      num_bits=bits,
-      num_peers=peers or None,
-      threshold=2 * holders // 3 + 1 if threshold < 0 else threshold or None,
-    )
+    try:
+      secure = protocol.secure_sum(
+        num_sites,
+        self.secagg_max_abs if max_abs is None else max_abs,
+        num_bits=bits,
+        num_peers=peers or None,
+        threshold=2 * holders // 3 + 1 if threshold < 0 else threshold or None,
+      )
+    except ValueError as error:
+      own_names = r"\b(?:num_)?(bits|peers|threshold|max_abs)\b(?=[ =])"
+      raise ValueError(re.sub(own_names, r"secagg_\1", str(error))) from error
     self._check_collusion(secure, processes)
     return secure
 

@@ -120,7 +120,8 @@ class Data:
       )
     if kind == "phantom" and (self.patient_column or self.patient_pattern):
       raise ValueError(
-        "the phantom has one image a patient; leave out patient_column and patient_pattern"
+        f"patient_column={self.patient_column!r} and patient_pattern={self.patient_pattern!r}: the "
+        "phantom has one image a patient; leave them out"
       )
     if kind == "phantom" and self.channels != 1:
       raise ValueError(
@@ -246,7 +247,9 @@ class Hospitals:
     require(self.sites_in_memory >= 0, "sites_in_memory", self.sites_in_memory, "is negative")
     value = self.dirichlet_alpha
     require(0 < value < math.inf, "dirichlet_alpha", value, "must be positive and finite")
-    if self.partition.partition(":")[0] not in ("auto", "iid", "unequal", "dirichlet", "column"):
+    kind, _, column = self.partition.partition(":")
+    kinds = ("column",) if column else ("auto", "iid", "unequal", "dirichlet")
+    if kind not in kinds:
       raise ValueError(
         f"partition={self.partition!r}; use auto, iid, unequal, dirichlet or column:NAME"
       )

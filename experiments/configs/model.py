@@ -65,7 +65,9 @@ class Model:
     require(0 < self.width < math.inf, "width", self.width, "must be positive and finite")
     require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
     if self.pretrained and not pathlib.Path(self.pretrained).is_file():
-      raise FileNotFoundError(f"pretrained={self.pretrained}: there is no such file")
+      raise FileNotFoundError(
+        f"pretrained={self.pretrained}: there is no such file; check the path"
+      )
 
   def config(self, data: Data, num_classes: int) -> models.ModelConfig:
     """The library's own record of the model.
@@ -84,10 +86,14 @@ class Model:
       weight_standardisation=self.weight_standardisation,
       width=self.width,
       dropout=self.dropout,
-      stem=stem if self.model == "resnet18" else "7x7",
+      stem=stem if self.model == "resnet18" else self.stem or "7x7",
       head=self.head or "dense",
     )
-    models.build(config)
+    try:
+      models.build(config)
+    except ValueError as error:
+      of_images = f"image_size={size}: " if "images" in str(error) else ""
+      raise ValueError(f"{of_images}{error}") from error
     return config
 
   def initial(self, config: models.ModelConfig, key: Key) -> tuple[Params, ModelState]:
@@ -148,7 +154,10 @@ class Augment:
       raise ValueError(f"augment: unknown {unknown}; there are {', '.join(known)}")
     for name, number in values.items():
       require(math.isfinite(number), f"augment: {name}", number, "must be finite")
-    return augmenting.Augmentation(**values)  # type: ignore[arg-type]
+    try:
+      return augmenting.Augmentation(**values)  # type: ignore[arg-type]
+    except ValueError as error:
+      raise ValueError(f"augment={self.augment}: {error}") from error
 
   @property
   def is_none(self) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from primia_jax import prng
 from primia_jax.federated import fresh_secrets
-from primia_jax.privacy import accounting, noise, plan
+from primia_jax.privacy import accounting, clipping, noise, plan
 from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.summation import Purpose
 from primia_jax.types import LossFn, Params, PyTree
@@ -117,6 +117,7 @@ class Privacy:
 
   def __post_init__(self):
     choose("dp", self.dp, _KINDS)
+    choose("dp_clipping", self.dp_clipping, clipping.CLIPPINGS)
     choose("validation", self.validation, ("auto", "exact", "none"))
     for name in ("target_epsilon", "noise_multiplier", "delta", "dp_count_noise", "dp_bands"):
       value = getattr(self, name)
@@ -154,8 +155,8 @@ class Privacy:
         )
       if self.target_epsilon or self.noise_multiplier:
         raise ValueError(
-          "target_epsilon and noise_multiplier belong to differential privacy; set dp=example, "
-          "patient or site"
+          f"target_epsilon={self.target_epsilon:g} and noise_multiplier={self.noise_multiplier:g} "
+          "belong to differential privacy, and dp=none; set dp=example, patient or site"
         )
       if self.ledger_dir:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 
 from primia_jax import federated, local, models, site_privacy, sites, summation
+from primia_jax.pretrained import load_pretrained
 from primia_jax.privacy import plan
 from primia_jax.secagg.exchange import Exchange
 
@@ -46,14 +47,16 @@ class Train:
       self._check_sources()
     if self.training.keep_optimizer and h.sites_in_memory and 0 < f.sites_per_round < h.num_sites:
       raise ValueError(
-        "keep_optimizer needs every site's state in memory; leave sites_in_memory at 0, or use "
-        "--nokeep_optimizer"
+        f"keep_optimizer=True with sites_in_memory={h.sites_in_memory} and "
+        f"sites_per_round={f.sites_per_round} needs every site's state in memory; use "
+        "sites_in_memory=0 or --nokeep_optimizer"
       )
     if f.placement not in ("auto", "mesh", "processes"):  # these would start JAX
       sites.parse_placement(f.placement)
     if p.dp_average and f.algorithm == "fedbn":
       raise ValueError(
-        "dp_average averages global parameters, and fedbn keeps some at each site; use dp_average=0"
+        f"dp_average={p.dp_average} averages global parameters, and fedbn keeps some at each site; "
+        "use dp_average=0"
       )
     if self.training.patience and not p.validates:
       raise ValueError(
@@ -123,15 +126,17 @@ class Train:
       )
     if h.partition != "auto" or h.site_fractions or h.sites_in_memory:
       raise ValueError(
-        "site_data deals no images and loads all of a site; leave partition, site_fractions and "
-        "sites_in_memory at their defaults"
+        f"site_data deals no images and loads all of a site, so partition={h.partition}, "
+        f"site_fractions={h.site_fractions!r} and sites_in_memory={h.sites_in_memory} have no "
+        "meaning; leave them out"
       )
 
   def _check_privacy(self) -> None:
     f, p, t = self.federation, self.privacy, self.training
     if self.augment.mixup:
       raise ValueError(
-        "mixup blends the images of several units, so clipping bounds no single one; use mixup=0"
+        f"mixup={self.augment.mixup}: mixup blends the images of several units, so clipping bounds "
+        "no single one; use mixup=0"
       )
     if self.model.norm == "batch":
       raise ValueError(
@@ -145,12 +150,14 @@ class Train:
         )
       if t.class_weights and not p.dp_count_noise:
         raise ValueError(
-          "class_weights releases exact class counts; set dp_count_noise, or --noclass_weights"
+          f"class_weights with dp_count_noise={p.dp_count_noise:g} releases exact class counts; "
+          "set dp_count_noise, or --noclass_weights"
         )
       return
     if t.class_weights:
       raise ValueError(
-        "class counts of a site cannot be bounded as one unit's; use --noclass_weights with dp=site"
+        "class_weights=True: class counts of a site cannot be bounded as one unit's; use "
+        "--noclass_weights with dp=site"
       )
     if f.weighting != "uniform":
       raise ValueError(
@@ -170,7 +177,11 @@ class Train:
         f"with secagg={a.secagg}; use aggregation=secure and secagg=pairwise or bell"
       )
     if f.algorithm == "fedbn" or 0 < f.sites_per_round < h.num_sites:
-      raise ValueError("placement=processes works with all sites in every round, without fedbn")
+      raise ValueError(
+        f"placement=processes with algorithm={f.algorithm} and "
+        f"sites_per_round={f.sites_per_round}: it works with all sites in every round, "
+        "and without fedbn; use another algorithm and sites_per_round=0"
+      )
     if a.dropout_rate:
       raise ValueError(
         f"dropout_rate={a.dropout_rate} simulates losses; with placement=processes sites are "
@@ -197,6 +208,9 @@ def rehearse(config: Train, is_federated: bool = True) -> None:
   """
   model_config = config.model.config(config.data, _NOMINAL_CLASSES)
   model, t = models.build(model_config), config.training
+  if config.model.pretrained:
+    empty = jax.eval_shape(model.init, jax.random.key(0))
+    load_pretrained(config.model.pretrained, *empty, new_head=True)
   loss = local.classification_loss(
     model.apply, config.augment.build(), _NOMINAL_CLASSES, t.label_smoothing
   )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import scipy.special
+import scipy
 
 from primia_jax.metrics.counts import ArrayLike, accuracy, mcc, sensitivity, specificity
 from primia_jax.metrics.curves import check_probabilities, ovo_auc

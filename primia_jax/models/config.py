@@ -80,11 +80,13 @@ def check(config: ModelConfig) -> None:
     ("weight_standardisation", (False, True)),
   ):
     if getattr(config, option) not in allowed:
-      raise ValueError(f"{option}={getattr(config, option)!r} is not one of {allowed}")
+      known = ", ".join(str(value) for value in allowed if value is not None)
+      raise ValueError(f"{option}={getattr(config, option)!r} is not one of {known}")
   for field in dataclasses.fields(config)[3:]:
     if field.name not in OPTIONS[name] and getattr(config, field.name) != field.default:
       raise ValueError(
-        f"{name} has no option {field.name!r}; it has: {', '.join(OPTIONS[name]) or 'none'}"
+        f"{field.name}={getattr(config, field.name)!r}: {name} has no option {field.name!r}; "
+        f"it has: {', '.join(OPTIONS[name]) or 'none'}"
       )
   if config.num_classes < 1:
     raise ValueError(f"num_classes={config.num_classes} must be at least 1")

@@ -12,12 +12,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import dp_accounting
 import numpy as np
-from dp_accounting import pld, rdp
-from scipy import special
+import scipy
+
+if TYPE_CHECKING:
+  import dp_accounting  # otherwise where it is used, because the import takes a second
 
 UNITS = ("example", "patient", "site")
 ACCOUNTANTS = ("pld", "rdp")
@@ -308,6 +309,8 @@ def _check_extra(what: str, extra_delta: float) -> None:
 
 
 def _event(release: Release) -> dp_accounting.DpEvent:
+  import dp_accounting
+
   event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(release.noise_multiplier)
   return (
     event
@@ -321,6 +324,8 @@ def _by_rdp(releases: Sequence[Release]) -> Callable[[float], float]:
   12).
   """
   if not any(r.curve for r in releases):
+    from dp_accounting import rdp
+
     accountant = rdp.RdpAccountant(ORDERS)
     for release in releases:
       accountant.compose(_event(release), release.times)
@@ -340,7 +345,7 @@ def _gaussian_curve(noise_multiplier: float, sampling_rate: float) -> tuple[floa
   """
 
   def divergence(order: int) -> float:
-    k = np.arange(order + 1)
+    k, special = np.arange(order + 1), scipy.special
     logs = special.gammaln(order + 1) - special.gammaln(k + 1) - special.gammaln(order - k + 1)
     logs = logs + special.xlog1py(order - k, -sampling_rate) + k * math.log(sampling_rate)
     return float(special.logsumexp(logs + k * (k - 1) / (2 * noise_multiplier**2))) / (order - 1)
@@ -353,6 +358,8 @@ def _by_pld(releases: tuple[Release, ...], interval: float) -> Callable[[float],
   """delta -> epsilon, by composing privacy loss distributions, on a grid that rounds up (Doroshenko
   et al. 2022).
   """
+  from dp_accounting import pld
+
   accountant = pld.PLDAccountant(value_discretization_interval=interval)
   for release in releases:
     accountant.compose(_event(release), release.times)

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import sparse
+import scipy
 
 from primia_jax.privacy import accounting
 from primia_jax.privacy.accounting import Ledger, Release
@@ -142,6 +142,6 @@ def _units(chain: Chain) -> tuple[dict[str, np.ndarray], int]:
   }
   ends = np.concatenate(list(edges.values()))
   ones = np.ones(len(ends), np.int8)
-  graph = sparse.coo_matrix((ones, (ends[:, 0], ends[:, 1])), (len(numbers),) * 2)
-  num_units, unit_of = sparse.csgraph.connected_components(graph, directed=False)
+  graph = scipy.sparse.coo_matrix((ones, (ends[:, 0], ends[:, 1])), (len(numbers),) * 2)
+  num_units, unit_of = scipy.sparse.csgraph.connected_components(graph, directed=False)
   return {group: np.unique(unit_of[rows[:, 0]]) for group, rows in edges.items()}, num_units

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy import optimize, special
+import scipy
 
 from primia_jax.privacy import accounting
 from primia_jax.privacy.accounting import Ledger, Release
@@ -67,7 +67,7 @@ def _as_one(releases: Sequence[Release]) -> tuple[float, float] | None:
 
 def _of_gaussian(mu: float, rate: float, prior: float) -> float:
   """(1 - q) / N + q (1 - Phi(Phi^-1(1 - 1/N) - mu)): the power of the best test at level 1 / N."""
-  return (1 - rate) * prior + rate * float(special.ndtr(special.ndtri(prior) + mu))
+  return (1 - rate) * prior + rate * float(scipy.special.ndtr(scipy.special.ndtri(prior) + mu))
 
 
 def _of_profile(ledger: Ledger, prior: float) -> float:
@@ -79,5 +79,7 @@ def _of_profile(ledger: Ledger, prior: float) -> float:
     return math.exp(min(of_delta(delta), 700.0)) * prior + delta
 
   options = {"xatol": 1e-2}
-  found = optimize.minimize_scalar(bound, bounds=_LOG_DELTAS, method="bounded", options=options)
+  found = scipy.optimize.minimize_scalar(
+    bound, bounds=_LOG_DELTAS, method="bounded", options=options
+  )
   return float(found.fun)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
+import scipy
 
 from primia_jax import prng
 from primia_jax.privacy import subkeys
@@ -172,7 +172,7 @@ def capacity(
   if not 0 < failure < 1:
     raise ValueError(f"failure={failure} must lie in (0, 1)")
   rate = effective_rate(sampling_rate)
-  fits = lambda m: num_steps * stats.binom.sf(m, max_examples, rate) <= failure
+  fits = lambda m: num_steps * scipy.stats.binom.sf(m, max_examples, rate) <= failure
   low, high = 0, max_examples  # the sampler draws at most `max_examples`, so `high` always fits
   while low < high:
     middle = (low + high) // 2
@@ -188,7 +188,7 @@ def overflow_probability(
   """
   _check_run(max_examples, num_steps)
   rate = effective_rate(sampling_rate)
-  return min(1.0, num_steps * float(stats.binom.sf(max_units, max_examples, rate)))
+  return min(1.0, num_steps * float(scipy.stats.binom.sf(max_units, max_examples, rate)))
 
 
 def _check_run(max_examples: int, num_steps: int) -> None:

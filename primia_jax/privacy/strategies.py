@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize, signal
+import scipy
 
 FRACTION = 64  # coefficients of `banded` are multiples of 1 / FRACTION
 _MOST_COEFFICIENTS = 2**10  # whose digits fit 32 bits (`correlated`)
@@ -199,8 +199,8 @@ def optimal_coefficients(num_bands: int, num_steps: int) -> np.ndarray:
 
   def objective(ratios: np.ndarray) -> tuple[float, np.ndarray]:
     c = np.cumprod(np.append(1.0, ratios))
-    e = signal.lfilter([1.0], c, np.ones(num_steps))
-    slope = signal.lfilter([1.0], c, e)  # de_j / dc_i = -slope_(j - i)
+    e = scipy.signal.lfilter([1.0], c, np.ones(num_steps))
+    slope = scipy.signal.lfilter([1.0], c, e)  # de_j / dc_i = -slope_(j - i)
     error, norm = (left * e) @ e, c @ c
     by_error = np.array([(left * e)[i:] @ slope[: num_steps - i] for i in range(len(c))])
     by_c = 2 * c * error - 2 * norm * by_error
@@ -210,7 +210,7 @@ def optimal_coefficients(num_bands: int, num_steps: int) -> np.ndarray:
   if len(start) == 1:
     return start
   bounds = [(1e-6, 1.0)] * (len(start) - 1)
-  found = optimize.minimize(
+  found = scipy.optimize.minimize(
     objective, start[1:] / start[:-1], jac=True, method="L-BFGS-B", bounds=bounds
   )
   return np.cumprod(np.append(1.0, found.x))
@@ -256,7 +256,7 @@ def squared_errors(config: Config) -> np.ndarray:
     return (trees * one[-1] + one[within]) * stddev(config) ** 2
   impulse = np.zeros(config.num_steps)
   impulse[0] = 1
-  inverse = signal.lfilter([1.0], config.coefficients, impulse)
+  inverse = scipy.signal.lfilter([1.0], config.coefficients, impulse)
   return np.cumsum(np.cumsum(inverse) ** 2) * stddev(config) ** 2
 
 
@@ -266,7 +266,7 @@ def largest_noise(config: Config) -> int:
     return 2 * (config.restart_every.bit_length() + 1)
   impulse = np.zeros(config.num_steps)
   impulse[0] = 1
-  return math.ceil(np.sum(np.abs(signal.lfilter([1.0], config.coefficients, impulse)))) + 1
+  return math.ceil(np.sum(np.abs(scipy.signal.lfilter([1.0], config.coefficients, impulse)))) + 1
 
 
 def level_variances(config: TreeNoise) -> tuple[float, ...]:

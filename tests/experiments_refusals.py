@@ -1,0 +1,359 @@
+"""Bad invocations of every program, one a line: the flags, and words that the message must hold:
+the name of a flag or file, its value, and a word of the cure. `{file}` and such are in the test.
+"""
+
+SHORT = {
+  "EXAMPLE": "--dp=example --target_epsilon=3",
+  "SITE": "--dp=site --target_epsilon=3 --noclass_weights --weighting=uniform",
+}
+
+TRAINING = """
+--roundz=3                                  | --roundz | no flag | --rounds
+--rounds=abc                                | --rounds | abc | integer
+--rounds=1.5                                | --rounds | 1.5 | integer
+--rounds                                    | --rounds | value | --helpfull
+--learning_rate=fast                        | --learning_rate | fast | number
+--keep_optimizer=maybe                      | --keep_optimizer | maybe | true
+extra                                       | extra | is no flag | --name=value
+--rounds=0                                  | rounds | 0 | positive
+--rounds=-3                                 | rounds | -3 | positive
+--batch_size=0                              | batch_size | 0 | positive
+--batch_size=-16                            | batch_size | -16 | positive
+--learning_rate=nan                         | learning_rate | nan | finite
+--learning_rate=inf                         | learning_rate | inf | finite
+--learning_rate=-0.1                        | learning_rate | -0.1 | positive
+--optimizer=lion                            | optimizer | lion | adam
+--optimizer=                                | optimizer | '' | adam
+--schedule=linear                           | schedule | linear | cosine
+--momentum=2                                | momentum | 2 | [0, 1)
+--momentum=nan                              | momentum | nan | [0, 1)
+--weight_decay=-1                           | weight_decay | -1 | negative
+--warmup_rounds=-1                          | warmup_rounds | -1 | negative
+--warmup_rounds=inf                         | warmup_rounds | inf | finite
+--sync_epochs=0                             | sync_epochs | 0 | sync_batches
+--sync_batches=-1                           | sync_batches | -1 | negative
+--label_smoothing=1                         | label_smoothing | 1 | [0, 1)
+--patience=-1                               | patience | -1 | negative
+--patience=3 --validation=none              | patience | 3 | validation=exact
+--seed=-1                                   | seed | -1 | between
+--seed=4294967296                           | seed | 4294967296 | between
+--image_size=0                              | image_size | 0 | between
+--image_size=100000                         | image_size | 100000 | 8192
+--image_size=8192 --batch_size=10000        | image_size | 8192 | smaller
+--image_size=8192 --phantom_images=90000000 --model=mlp | image_size | 90,000,000 | smaller
+--image_size=x                              | --image_size | x | integer
+--channels=2                                | channels | 2 | 3
+--channels=3                                | channels | 3 | --channels=1
+--data=                                     | data | '' | folder:PATH
+--data=xrays                                | data | xrays | folder:PATH
+--data=folder:                              | data | folder: | folder:PATH
+--data=zip:{file}                           | data | zip: | folder:PATH
+--data=folder:{missing}                     | data | {missing} | check
+--data=npz:{missing}                        | data | {missing} | check
+--data=npz:{folder}                         | data | {folder} | name
+--data=folder:{fifo}                        | data | {fifo} | name
+--data=npz:{fifo}                           | data | {fifo} | name
+--data=tfds:no_such_set                     | no_such_set | data_dir | prepare
+--data=npz:{file} --patient_pattern=(a)     | patient_pattern | (a) | patient_column
+--patient_column=a                          | patient_column | a | leave
+--patient_pattern=(a)_                      | patient_pattern | (a)_ | leave
+--data=folder:{folder} --patient_pattern=(  | patient_pattern | ( | expression
+--data=folder:{folder} --patient_pattern=a  | patient_pattern | 'a' | group
+--data=folder:x --patient_pattern=(a) --patient_column=b | patient_pattern | b | one of them
+--phantom_images=0                          | phantom_images | 0 | positive
+--partition=shuffled                        | partition | shuffled | iid
+--partition=iid                             | partition | iid | auto
+--partition=column: --data=folder:{folder}  | partition | column: | NAME
+--site_fractions=0.5,x                      | site_fractions | 0.5,x | numbers
+--site_fractions=0.5,0.5                    | site_fractions | 0.5 | 3
+--site_fractions=0.5,0.3,0.9                | site_fractions | 0.9 | add up
+--site_fractions=-1,1,1                     | site_fractions | -1 | between
+--dirichlet_alpha=0                         | dirichlet_alpha | 0 | positive
+--validation_fraction=1                     | validation_fraction | 1 | between
+--test_fraction=0                           | test_fraction | 0 | between
+--sites_in_memory=-1                        | sites_in_memory | -1 | negative
+--site_data=folder:a,folder:b               | site_data | folder:a | num_sites=3
+--site_data=phantom,phantom,phantom         | site_data | phantom | data=phantom
+--site_data=npz:a,npz:b,npz:c --data=npz:d  | site_data | npz:d | one of them
+--site_data=npz:a,npz:b,npz:c --partition=iid | site_data | iid | partition
+--site_data=npz:{missing},npz:b,npz:c       | {missing} | npz | check
+--site_data=zip:a,zip:b,zip:c               | zip:a | data | folder:PATH
+--model=transformer                         | model | transformer | cnn
+--model=resnet18 --image_size=8             | image_size | 8 | resnet18
+--norm=layer                                | norm | layer | group
+--pool=min                                  | pool | min | mean
+--width=0                                   | width | 0 | positive
+--width=inf                                 | width | inf | finite
+--stem=5x5 --model=resnet18                 | stem | 5x5 | 7x7
+--stem=3x3                                  | stem | 3x3 | has
+--head=mean                                 | head | mean | has
+--head=wide --model=vgg16                   | head | wide | dense
+--dropout=1                                 | dropout | 1 | [0, 1)
+--pretrained={missing}                      | pretrained | {missing} | check
+--pretrained={fifo}                         | pretrained | {fifo} | check
+--pretrained={file} --model=resnet18        | {file} | safetensors | save
+--pretrained={weights}                      | {weights} | state dict | save
+--augment=heavy                             | augment | heavy | strong
+--augment=noise                             | augment | noise | NAME=NUMBER
+--augment=noise=x                           | augment | noise=x | NAME=NUMBER
+--augment=noise=-1                          | augment | noise | -1
+--augment=noise=nan                         | augment | noise | finite
+--augment=sparkle=1                         | augment | sparkle | noise
+--mixup=-1                                  | mixup | -1 | negative
+--mixup=nan                                 | mixup | nan | finite
+--dp=all                                    | dp | all | example
+--dp=example                                | dp | example | noise_multiplier
+--dp=example --noise_multiplier=-1          | noise_multiplier | -1 | negative
+--dp=example --target_epsilon=nan           | target_epsilon | nan | finite
+EXAMPLE --delta=1                           | delta | 1 | less than 1
+EXAMPLE --norm=batch                        | norm | batch | group
+EXAMPLE --mixup=1                           | mixup | 1 | mixup=0
+EXAMPLE --sync_batches=2                    | sync_batches | 2 | sync_batches=0
+EXAMPLE --dp_count_noise=0                  | class_weights | dp_count_noise | --noclass_weights
+EXAMPLE --dp_noise=rain                     | dp_noise | rain | site
+EXAMPLE --dp_noise=distributed              | dp_noise | distributed | banded
+EXAMPLE --dp_clipping=soft                  | dp_clipping | soft | flat
+EXAMPLE --l2_clip_norm=0                    | l2_clip_norm | 0 | positive
+EXAMPLE --dp_augmentations=0                | dp_augmentations | 0 | at least 1
+EXAMPLE --dp_bands=4                        | dp_bands | 4 | banded
+EXAMPLE --dp_clip_quantile=0.5              | dp_clip_quantile | 0.5 | dp=site
+EXAMPLE --dp_clip_rate=2                    | dp_clip_rate | 2 | dp_clip_quantile
+EXAMPLE --dp_average=1                      | dp_average | 1 | [0, 1)
+EXAMPLE --dp_seed=-2                        | dp_seed | -2 | at least 0
+EXAMPLE --patience=2                        | patience | 2 | validation=exact
+EXAMPLE --ledger_dir={file}                 | ledger_dir | {file} | folder
+--validation=some                           | validation | some | exact
+--target_epsilon=3                          | target_epsilon | 3 | dp=example
+--noise_multiplier=1                        | noise_multiplier | 1 | dp=example
+--dp_noise=tree                             | dp_noise | tree | dp=example
+--ledger_dir={folder}                       | ledger_dir | {folder} | dp=example
+--flagfile={missing}                        | flagfile | {missing} | check
+--flagfile={folder}                         | flagfile | {folder} | ordinary file
+--flagfile={fifo}                           | flagfile | {fifo} | ordinary file
+--flagfile={image}                          | flagfile | {image} | text
+--flagfile=                                 | flagfile | no file | --flagfile=FILE
+--flagfile={loop}                           | flagfile | {loop} | remove
+--flagfile={nested}                         | flagfile | {fifo} | ordinary file
+--flagfile={flags}                          | --roundz | no flag | --rounds
+"""
+
+FEDERATED = """
+--num_sites=0                               | num_sites | 0 | positive
+--num_sites=1                               | num_sites | 1 | train_pooled
+--num_sites=2                               | secagg_colluding | 2 | trusts
+--sites_per_round=9                         | sites_per_round | 9 | num_sites
+--sites_per_round=-1                        | sites_per_round | -1 | negative
+--algorithm=fedsgd                          | algorithm | fedsgd | fedavg
+--algorithm=fednova                         | algorithm | fednova | optimizer
+--algorithm=scaffold                        | algorithm | scaffold | optimizer=sgd
+--algorithm=scaffold --optimizer=sgd --keep_optimizer | algorithm | scaffold | --nokeep_optimizer
+--algorithm=fedbn --dp_average=0.5          | dp_average | 0.5 | dp_average=0
+--weighting=votes                           | weighting | votes | uniform
+--proximal=-1                               | proximal | -1 | negative
+--server_learning_rate=0                    | server_learning_rate | 0 | positive
+--server_momentum=1.5                       | server_momentum | 1.5 | [0, 1)
+--placement=cloud                           | placement | cloud | mesh
+--placement=chunk=0                         | placement | chunk=0 | chunk=C
+--keep_optimizer --sites_in_memory=1 --sites_per_round=2 | keep_optimizer | True | sites_in_memory
+--aggregation=mean                          | aggregation | mean | median
+--aggregation=trimmed_mean=0.7              | aggregation | 0.7 | 0.5
+--aggregation=trimmed_mean=x                | aggregation | trimmed_mean=x | FRACTION
+--aggregation=krum=1                        | aggregation | krum=1 | sites
+--aggregation=krum=few                      | aggregation | krum=few | BAD_SITES
+--aggregation=clear --norm=batch            | norm | batch | group
+--secagg=ring                               | secagg | ring | pairwise
+--secagg_bits=8                             | secagg_bits | 8 | raise
+--secagg_bits=65                            | secagg_bits | 65 | 64
+--secagg_bits=48                            | secagg_bits | 48 | JAX_ENABLE_X64
+--secagg_max_abs=0                          | secagg_max_abs | 0 | positive
+--secagg_max_abs=1e9                        | secagg_bits | 1000000000 | use
+--secagg_peers=-2                           | secagg_peers | -2 | negative
+--secagg_peers=5                            | secagg_peers | 5 | sites
+--secagg_threshold=-2                       | secagg_threshold | -2 | -1
+--secagg_threshold=9                        | secagg_threshold | 9 | 3
+--secagg_colluding=-2                       | secagg_colluding | -2 | at least
+--secagg_colluding=2                        | secagg_colluding | 2 | fewer
+--dropout_rate=1                            | dropout_rate | 1 | [0, 1)
+--dropout_rate=0.2                          | dropout_rate | 0.2 | secagg_threshold
+--dp=site --target_epsilon=3                | class_weights | dp=site | --noclass_weights
+--dp=site --target_epsilon=3 --noclass_weights | weighting | examples | uniform
+SITE --algorithm=fednova --optimizer=sgd    | fednova | dp=site | fedavg
+SITE --dp_noise=tree                        | dp_noise | tree | distributed
+SITE --dp_noise=distributed                 | dp_noise | distributed | secagg_threshold
+SITE --delta=0.9                            | delta | 0.9 | 3
+SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
+--baselines=polled                          | baselines | polled | pooled
+--baselines=auto,pooled                     | baselines | auto | alone
+--baselines=pooled --placement=processes    | baselines | pooled | leave
+--coordinator=127.0.0.1:1                   | coordinator | 127.0.0.1:1 | placement=processes
+--process_id=0                              | process_id | 0 | placement=processes
+--stage_timeout=5                           | stage_timeout | 5 | placement=processes
+--sites_dir={folder}                        | sites_dir | {folder} | placement=processes
+--network_is_protected                      | network_is_protected | True | placement=processes
+--placement=processes --process_id=0        | process_id | 0 | --coordinator
+--placement=processes --process_id=7 --coordinator=127.0.0.1:1 | process_id | 7 | 0 to 2
+--placement=processes --coordinator=here --process_id=0 | coordinator | here | HOST:PORT
+--placement=processes --coordinator=h:99999 --process_id=0 | coordinator | h:99999 | HOST:PORT
+--placement=processes --network_is_protected | network_is_protected | True | --coordinator
+--placement=processes --stage_timeout=0     | stage_timeout | 0 | positive
+--placement=processes --stage_timeout=nan   | stage_timeout | nan | positive
+--placement=processes --aggregation=median  | aggregation | median | secure
+--placement=processes --secagg=none         | secagg | none | pairwise
+--placement=processes --algorithm=fedbn     | algorithm | fedbn | placement
+--placement=processes --sites_per_round=2   | sites_per_round | 2 | 0
+--placement=processes --dropout_rate=0.1    | dropout_rate | 0.1 | end a process
+--placement=processes --sites_in_memory=1   | sites_in_memory | 1 | use 0
+--placement=processes --sites_dir={file}    | sites_dir | {file} | folder
+--run_dir=                                  | run_dir | is empty | --run_dir=
+--run_dir={file}                            | run_dir | {file} | folder
+--run_dir={file}/below                      | run_dir | {file} | folder
+--run_dir={fifo}                            | run_dir | {fifo} | folder
+--run_dir={full}                            | run_dir | {full} | another --run_dir
+--run_dir={run}                             | run_dir | rounds | another --run_dir
+--run_dir={broken}                          | config.json | {broken} | --run_dir
+--run_dir=/dev/null/x                       | run_dir | /dev/null | folder
+"""
+
+POOLED = """
+SITE                                        | dp | site | dp=example
+--run_dir=                                  | run_dir | is empty | --run_dir=
+--run_dir={file}                            | run_dir | {file} | folder
+--run_dir={full}                            | run_dir | {full} | another --run_dir
+--coordinator=127.0.0.1:1                   | --coordinator | no flag | --helpfull
+"""
+
+EVALUATE = """
+--run_dir={missing}                         | run_dir | {missing} | finished training run
+--run_dir={folder}                          | run_dir | {folder} | finished training run
+--run_dir={broken}                          | model.json | {broken} | --run_dir
+--run_dir={emptied}                         | {emptied} | model | --run_dir
+--output_dir={file}                         | output_dir | {file} | folder
+--output_dir={file}/below                   | output_dir | {file} | folder
+--output_dir={fifo}                         | output_dir | {fifo} | folder
+--image_size=32                             | image_size | 32 | omit
+--channels=3                                | channels | 3 | omit
+--channels=7                                | channels | 7 | omit
+--seed=-1                                   | --seed | -1 | integer
+--unlabelled=perhaps                        | --unlabelled | perhaps | true
+--unlabelled --data=npz:{file}              | unlabelled | {file} | folder:PATH
+--unlabelled --data=folder:{missing}        | data | {missing} | check
+--unlabelled --data=folder:{fifo}           | data | {fifo} | name
+--unlabelled --data=folder:{folder}         | {folder} | no image | check
+--data=xrays                                | data | xrays | folder:PATH
+--data=folder:{missing}                     | data | {missing} | check
+--data=folder:{folder}                      | {folder} | no image | check
+--data=folder:{fifo}                        | data | {fifo} | name
+--data=npz:{missing}                        | data | {missing} | check
+--data=npz:{fifo}                           | data | {fifo} | name
+--data=npz:{file}                           | {file} | no zip | np.savez
+--site_data=npz:a,npz:b                     | site_data | npz:a | data
+--data=folder:{folder} --patient_pattern=(  | patient_pattern | ( | expression
+--rounds=3                                  | --rounds | no flag | --
+{file}                                      | {file} | no flag | --name=value
+--flagfile={fifo}                           | flagfile | {fifo} | ordinary file
+"""
+
+INFER = """
+--checkpoint=                               | checkpoint | is empty | --checkpoint=
+--checkpoint={missing}                      | checkpoint | {missing} | finished training run
+--checkpoint={folder}                       | checkpoint | {folder} | finished training run
+--checkpoint={broken}                       | model.json | {broken} | --run_dir
+--images=                                   | images | is empty | --images=
+--images={missing}                          | images | {missing} | check
+--images={fifo}                             | images | {fifo} | name
+--images={file}                             | {file} | cannot be read | copy it again
+--images={folder}                           | {folder} | no image | check
+--output=logits                             | output | logits | label
+--comparison=magic                          | comparison | magic | tables
+--ring_bits=4                               | ring_bits | 4 | 8 to 64
+--ring_bits=65                              | ring_bits | 65 | 8 to 64
+--ring_bits=-1                              | ring_bits | -1 | 8 to 64
+--fraction_bits=40                          | fraction_bits | 40 | 1 to 31
+--fraction_bits=-2                          | fraction_bits | -2 | 1 to 31
+--ring_bits=16 --fraction_bits=8            | fraction_bits | 8 | 1 to 7
+--target_error=0                            | target_error | 0 | positive
+--target_error=nan                          | target_error | nan | positive
+--margin=0.5                                | margin | 0.5 | at least 1
+--margin=inf                                | margin | inf | at least 1
+--calibration=yes                           | calibration | yes | phantom
+--calibration=folder:                       | calibration | folder: | folder:PATH
+--calibration=folder:{missing}              | calibration | {missing} | check
+--calibration=npz:{missing}                 | calibration | {missing} | check
+--calibration=folder:{fifo}                 | calibration | {fifo} | name
+--calibration_images=0                      | calibration_images | 0 | positive
+--batch=0                                   | batch | 0 | positive
+--batch=two                                 | --batch | two | integer
+--network=moon                              | network | moon | wan
+--network=40                                | network | 40 | 40,100
+--network=40,0                              | network | 40,0 | 40,100
+--network=nan,1                             | network | nan,1 | 40,100
+--output_dir={file}                         | output_dir | {file} | folder
+--output_dir={file}/below                   | output_dir | {file} | folder
+--output_dir={fifo}                         | output_dir | {fifo} | folder
+--noexact=2                                 | --noexact | 2 | --helpfull
+"""
+
+ACCOUNT = """
+--num_units=0                               | num_units | 0 | at least 1
+--num_units=-1                              | --num_units | -1 | integer
+--num_units=many                            | --num_units | many | integer
+--smallest_units=200                        | smallest_units | 200 | num_units=100
+--num_classes=1                             | --num_classes | 1 | integer
+--dp=none                                   | dp | none | dp=example
+--dp=all                                    | dp | all | patient
+--target_epsilon=0                          | dp=example | target_epsilon | noise_multiplier
+--target_epsilon=-1                         | target_epsilon | -1 | negative
+--delta=0.5                                 | delta | 0.5 | between
+--delta=-1                                  | delta | -1 | negative
+--noise_multiplier=inf                      | noise_multiplier | inf | finite
+--noise_multiplier=0.01 --target_epsilon=0.001 | target_epsilon | 0.001 | raise
+--rounds=0                                  | rounds | 0 | positive
+--batch_size=0                              | batch_size | 0 | positive
+--dp=site --noclass_weights --weighting=uniform | num_units | 100 | num_sites
+--dp=site                                   | class_weights | dp=site | --noclass_weights
+--norm=batch                                | norm | batch | group
+--model=transformer                         | model | transformer | cnn
+--dp_noise=banded --dp_bands=-1             | dp_bands | -1 | negative
+--dp_noise=banded --dp_bands=900            | bands | 900 | use bands=6
+--image_size=100000                         | image_size | 100000 | 8192
+--output_dir={file}                         | output_dir | {file} | folder
+--output_dir={fifo}                         | output_dir | {fifo} | folder
+--output_dir={file}/below                   | output_dir | {file} | folder
+--ledger_dir={missing} --num_units=0        | ledger_dir | {missing} | num_units
+--run_dir={run}                             | --run_dir | no flag | --helpfull
+extra                                       | extra | no flag | --name=value
+"""
+
+LEDGERS = """
+--ledger_dir={missing}                      | ledger_dir | {missing} | check
+--ledger_dir={folder}                       | ledger_dir | {folder} | check
+--ledger_dir={folder} --rounds=3            | ledger_dir | rounds | leave out
+--ledger_dir={folder} --delta=1             | delta | 1 | (0, 1)
+--ledger_dir={torn}                         | {torn} | ledger | backup
+"""
+
+PLOT = """
+--run_dir={missing}                         | run_dir | {missing} | training run
+--run_dir={folder}                          | run_dir | {folder} | training run
+--run_dir={broken}                          | config.json | {broken} | --run_dir
+--run_dir={run}                             | {run} | rounds.jsonl | wait
+--run_dir={cut}                             | {cut} | rounds.jsonl | line 2
+--output_dir={file} --run_dir={drawn}       | output_dir | {file} | folder
+--output_dir={fifo} --run_dir={drawn}       | output_dir | {fifo} | folder
+--rounds=3                                  | --rounds | no flag | --helpfull
+extra                                       | extra | no flag | --name=value
+--flagfile={fifo}                           | flagfile | {fifo} | ordinary file
+"""
+
+# (Program, the flags that every row begins with, rows.) Later flags win.
+TABLES = (
+  ("train_federated", "--run_dir={new}", TRAINING + FEDERATED),
+  ("train_pooled", "--run_dir={new}", TRAINING + POOLED),
+  ("train_federated", "", "--rounds=3 | --run_dir | must be given | --help"),
+  ("evaluate", "--run_dir={run} --output_dir={new} --data=phantom", EVALUATE),
+  ("evaluate", "", "--seed=3 | --run_dir | --output_dir | --help"),
+  ("infer_encrypted", "--checkpoint={run} --images={image} --output_dir={new}", INFER),
+  ("account", "--num_units=100 --target_epsilon=3 --output_dir={new}", ACCOUNT),
+  ("account", "", LEDGERS),
+  ("plot", "--run_dir={run}", PLOT),
+)

@@ -1,0 +1,223 @@
+"""What each program refuses, as its user sees it: exit code 1, one or two sentences that name the
+flag or the file, its value and the cure, no traceback, and nothing begun and no folder left.
+"""
+
+import collections
+import errno
+import importlib
+import json
+import os
+import re
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import app, flags
+from experiments_refusals import SHORT, TABLES
+from experiments_runs import TINY
+from PIL import Image
+
+from experiments import encrypted, inputs, memory, phases, processes, running, settings
+from primia_jax import evaluation, models
+
+LEFT = ("new",)  # may not exist after a refusal
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory):
+  """Files and folders by the names that rows use."""
+  root = tmp_path_factory.mktemp("refused")
+  names = "missing file folder fifo full run broken emptied torn cut drawn new flags nested loop"
+  at = {name: root / name for name in names.split()}
+  for name in ("folder", "full", "run", "broken", "emptied", "torn", "cut", "drawn"):
+    at[name].mkdir()
+  at["file"].write_text("no image, no weights, no arrays\n")
+  at["weights"] = root / "weights.pth"
+  at["weights"].write_text("no weights")
+  os.mkfifo(at["fifo"])
+  at["image"] = root / "image.png"
+  Image.fromarray(np.full((16, 16), 255, np.uint8)).save(at["image"])
+  at["flags"].write_text("--rounds=2\n--roundz=3\n")
+  at["nested"].write_text(f"# more\n--flagfile={at['fifo']}\n")
+  at["loop"].write_text(f"--flagfile={at['loop']}\n")
+  (at["full"] / "letter.txt").write_text("Dear Sir")
+  (at["torn"] / "ledger.jsonl").write_text('{"kind": 3}\n')
+  model_config = TINY.model.config(TINY.data, 3)
+  about = {"label_names": ["normal", "bacterial", "viral"], "model": vars(model_config)}
+  trained = models.build(model_config).init(jax.random.key(0))
+  running.save_model(at["run"] / "model", [trained])
+  for name in ("run", "emptied"):
+    (at[name] / "model.json").write_text(json.dumps(about))
+  for name in ("run", "cut", "drawn"):
+    settings.save(settings.replace(TINY, rounds=5), at[name] / "config.json")
+    (at[name] / "federated").mkdir()
+    (at[name] / "federated" / "checkpoint").touch()  # as of a run that has begun
+  (at["cut"] / "federated" / "rounds.jsonl").write_text('{"round": 1}\n{"round": 2, "tr\n{}\n')
+  (at["drawn"] / "federated" / "rounds.jsonl").write_text('{"round": 1, "arm": "federated"}\n')
+  for name in ("config.json", "model.json"):
+    (at["broken"] / name).write_text("{")
+  return at
+
+
+@pytest.fixture(scope="module")
+def program():
+  """Imports a program with its flags as if it were alone in the process."""
+
+  def of_programs():
+    return [name for name in flags.FLAGS if name not in before]
+
+  def load(name):
+    for flag in of_programs():
+      delattr(flags.FLAGS, flag)
+    sys.modules.pop(f"experiments.{name}", None)
+    return importlib.import_module(f"experiments.{name}").main
+
+  before = set(flags.FLAGS)
+  yield load
+  for flag in of_programs():
+    delattr(flags.FLAGS, flag)
+
+
+def refusal(main, arguments, patch):
+  """What the program says in the end."""
+  patch.setattr(sys, "argv", ["program", *arguments])
+  patch.setattr(app._register_and_parse_flags_with_usage, "done", False)
+  flags.FLAGS.unparse_flags()
+  for name in flags.FLAGS:
+    flags.FLAGS[name].unparse()
+  try:
+    running.start(main)
+  except SystemExit as ended:
+    return ended.code
+  except Exception as error:
+    return error  # the user would see a traceback
+  return None
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+  """Whatever is work fails, and no setting of JAX is changed."""
+
+  def begun(*args, **kwargs):
+    raise AssertionError("work was begun")
+
+  monkeypatch.setattr(jax.config, "update", lambda *args: None)
+  for module, name in (
+    (running, "run"), (processes, "launch"), (processes, "connect"), (evaluation, "predictor"),
+    (phases, "infer"), (encrypted, "make_plan"), (inputs, "site_images"),
+  ):  # fmt: skip
+    monkeypatch.setattr(module, name, begun)
+  return monkeypatch
+
+
+def wrong_with(said, words):
+  """Why a message is not as it must be; empty where it is."""
+  if not isinstance(said, str) or not said.startswith("error: "):
+    return f"ended with {said!r}"
+  missing = [word for word in words if word not in said]
+  sentences = re.findall(r"[.:;?] ", said.removeprefix("error: "))
+  if missing:
+    return f"lacks {missing}: {said}"
+  if "\n" in said or len(said) > 500 or len(sentences) > 5:
+    return f"is long: {said}"
+  return ""
+
+
+def rows():
+  for name, always, table in TABLES:
+    for line in filter(None, table.splitlines()):
+      given, *words = (cell.strip() for cell in line.split(" | "))
+      given = " ".join(SHORT.get(word, word) for word in given.split())
+      yield name, [*always.split(), *given.split()], words
+
+
+def test_every_bad_invocation_is_refused_by_flag_value_and_cure(at, program, no_work):
+  count, wrong, loaded = collections.Counter(), [], None
+  for name, given, words in rows():
+    if name != loaded:
+      main, loaded = program(name), name
+    arguments, words = ([text.format(**at) for text in texts] for texts in (given, words))
+    fault = wrong_with(refusal(main, arguments, no_work), words)
+    if at["new"].exists():
+      fault = fault or "left a folder behind"
+      shutil.rmtree(at["new"])
+    if fault:
+      wrong.append(f"{name} {' '.join(arguments)}\n  {fault}")
+    count[name] += 1
+  assert not wrong, "\n".join(wrong)
+  assert sum(count.values()) >= 200
+  assert len(count) == 6
+
+
+def failing(error):
+  def fail(*args, **kwargs):
+    raise error
+
+  return fail
+
+
+def full(*args, **kwargs):
+  with open("/dev/full", "w") as file:
+    file.write("lines")
+
+
+@pytest.mark.parametrize(
+  ("work", "words"),
+  [
+    (full, ["run_dir={new}", "No space left on device", "free space"]),
+    (failing(OSError(errno.EDQUOT, "", "{new}/a/b")), ["run_dir={new}", "{new}/a/b", "free space"]),
+    (failing(OSError(errno.EROFS, "", "{new}/a")), ["run_dir={new}", "{new}/a", "can be written"]),
+    (failing(PermissionError(errno.EACCES, "", "{file}")), ["{file}", "denied", "rights"]),
+    (failing(ValueError("RESOURCE_EXHAUSTED: x: No space left on device [28]\n" * 9)),
+     ["run_dir={new}", "No space left on device", "free space"]),
+    (failing(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nPeak:\n")),
+     ["out of memory", "9 bytes", "image_size=64", "batch_size=16", "lower"]),
+    (failing(MemoryError("Unable to allocate 9 GiB")), ["out of memory", "9 GiB", "lower"]),
+  ],
+)  # fmt: skip
+def test_a_full_or_closed_disk_and_little_memory_end_a_run_with_the_cure(
+  at, program, no_work, work, words
+):
+  main = program("train_pooled")
+
+  def begun(*args, **kwargs):
+    try:
+      work()
+    except OSError as error:
+      if error.filename:
+        error.filename = error.filename.format(**at)
+      raise
+
+  no_work.setattr(running, "run", begun)
+  said = refusal(main, [f"--run_dir={at['new']}"], no_work)
+  shutil.rmtree(at["new"])
+  assert not wrong_with(said, [word.format(**at) for word in words])
+
+
+def test_a_folder_without_rights_is_refused_before_work(at, program, no_work):
+  no_work.setattr(os, "access", lambda path, mode: path != at["folder"])
+  words = [f"run_dir={at['folder']}/below", "cannot be written", "rights"]
+  for name in ("train_pooled", "train_federated"):
+    said = refusal(program(name), [f"--run_dir={at['folder']}/below"], no_work)
+    assert not wrong_with(said, words)
+
+
+def test_an_error_in_the_code_keeps_its_traceback(at, program, no_work):
+  no_work.setattr(running, "run", failing(TypeError("a bug")))
+  said = refusal(program("train_pooled"), [f"--run_dir={at['new']}"], no_work)
+  shutil.rmtree(at["new"])
+  assert isinstance(said, TypeError)
+
+
+def test_memory_that_is_not_there_is_counted(monkeypatch):
+  """One page of a GiB: 16 images of 8192 x 8192 fill it, and a step of one takes four."""
+  monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**30, "SC_PHYS_PAGES": 1}.__getitem__)
+  config = settings.replace(TINY, image_size=8192, batch_size=1, model="cnn")
+  memory.check_images(16, config.data)
+  with pytest.raises(ValueError, match=r"image_size=8192: 32 images .* 2 GiB .* sites_in_memory"):
+    memory.check_images(32, config.data)
+  with pytest.raises(ValueError, match=r"image_size=8192 with batch_size=1: .* 4 GiB"):
+    memory.check_step(config)
+  memory.check_step(settings.replace(config, image_size=4096))
