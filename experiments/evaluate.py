@@ -27,6 +27,7 @@ flags.DEFINE_string("output_dir", None, "folder for the results; created", requi
 flags.DEFINE_integer("seed", 0, "seed of the phantom's images and of the bootstrap", 0, 2**32 - 1)
 flags.DEFINE_boolean("unlabelled", False, "only predict, for a folder of images without classes")
 FLAGS = flags.FLAGS
+FLAGS.set_default("data", "")  # the test images of the run's own report
 flags.adopt_module_key_flags(settings)
 
 

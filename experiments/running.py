@@ -75,8 +75,8 @@ def open_run(config: Train, run_dir: str, program: str = "train_federated") -> p
         settings.save(config, saved, program)
     elif begun_by != program:
       raise ValueError(
-        f"{folder} holds a run of {begun_by}, whose report and model {program} would replace; use "
-        "another --run_dir"
+        f"run_dir={run_dir} holds a run of {begun_by}, whose report and model {program} would "
+        "replace; use another --run_dir"
       )
     elif changed:
       listed = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
