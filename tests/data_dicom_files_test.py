@@ -1,6 +1,6 @@
 """Every file that comes with pydicom: its shape, its mean and its values by pydicom's own
-functions, or the reason why it is refused. The means of files that pydicom alone does not decode
-were found with GDCM or pylibjpeg-libjpeg.
+functions, or the reason why it is refused. Files that pydicom does not decode alone were compared
+with GDCM, and those of 12-bit JPEG with the pixels in pydicom's own tests.
 """
 
 import pathlib
