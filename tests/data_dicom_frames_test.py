@@ -12,10 +12,16 @@ from pydicom import encaps, uid
 from primia_jax.data import dicom
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (16, 20, 3), np.uint8)
+
+
+def lossless_jpeg(a):
+  space, bits = ("RGB", 8) if a.ndim == 3 else ("GRAYSCALE", 12)
+  form = {"colorspace": space, "outcolorspace": space, "bitspersample": bits}
+  return imagecodecs.jpeg8_encode(a, lossless=True, **form)
+
+
 LOSSLESS = {
-  uid.JPEGLossless: lambda a: imagecodecs.jpeg8_encode(
-    a, lossless=True, bitspersample=8 if a.dtype == np.uint8 else 12, outcolorspace="RGB"[: a.ndim]
-  ),
+  uid.JPEGLossless: lossless_jpeg,
   uid.JPEGLSLossless: imagecodecs.jpegls_encode,
   uid.JPEG2000Lossless: lambda a: imagecodecs.jpeg2k_encode(a, level=0, reversible=True),
   uid.HTJ2KLossless: imagecodecs.htj2k_encode,
@@ -58,8 +64,7 @@ def test_colour_comes_back(syntax):
 
 
 def test_signed_jpeg_2000_of_unsigned_values_is_read_as_the_header_says():
-  pixel = RAMP.copy()
-  frame = imagecodecs.jpeg2k_encode(pixel.astype(np.int16), level=0, reversible=True)
+  frame = LOSSLESS[uid.JPEG2000Lossless](RAMP.astype(np.int16))
   np.testing.assert_array_equal(read(compress(make(), uid.JPEG2000Lossless, frame)), read(make()))
 
 
