@@ -41,7 +41,8 @@ LAYERS = {
 ALONE = {
   "flax": {"models"},
   "tensorflow_datasets": {"data.tfds"},
-  "pydicom": {"data.dicom", "data.dicom_pixels"},
+  "pydicom": {"data.dicom", "data.dicom_pixels", "data.dicom_frames"},
+  "imagecodecs": {"data.dicom_frames"},
   "safetensors": {"pretrained"},
   "PIL": {"data"},
   "sklearn": {"metrics"},

@@ -13,6 +13,8 @@ import pydicom
 import pydicom.pixels
 from pydicom import uid
 
+from primia_jax.data import dicom_frames
+
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _SAMPLES = {"MONOCHROME1": 1, "MONOCHROME2": 1, "PALETTE COLOR": 1} | dict.fromkeys(_COLOURS, 3)
 _REQUIRED = (
@@ -101,9 +103,14 @@ def stored(header: Any) -> Stored:
       f"has HighBit={high_bit}, BitsStored={bits} and BitsAllocated={header.BitsAllocated}, which "
       "leaves open where a value's bits are; export it anew"
     )
-  # A decoder of JPEG returns whole values. Elsewhere pydicom would take each value's lowest bits.
-  options: dict[str, Any] = {"correct_unused_bits": False} if is_plain else {}
-  cells = pydicom.pixels.pixel_array(header, **options)  # colour arrives as RGB
+  # Colour arrives as RGB. A decoder of JPEG returns whole values; elsewhere pydicom would take each
+  # value's lowest bits.
+  if dicom_frames.is_needed(header):
+    cells = dicom_frames.decode(header)
+  elif is_plain:
+    cells = pydicom.pixels.pixel_array(header, correct_unused_bits=False)
+  else:
+    cells = pydicom.pixels.pixel_array(header, decoding_plugin="pillow")
   shape = (header.Rows, header.Columns, *([3] if header.SamplesPerPixel == 3 else []))
   if cells.shape != shape:
     raise Refused(
@@ -197,22 +204,15 @@ def _guessed_syntax(header: Any) -> uid.UID:
 def _check_compression(header: Any) -> None:
   syntax = header.file_meta.TransferSyntaxUID
   try:
-    decoder = pydicom.pixels.get_decoder(syntax)
+    is_native = pydicom.pixels.get_decoder(syntax).is_native
   except NotImplementedError:
     raise Refused(f"is stored as {syntax.name}, which is not read; store it uncompressed") from None
-  if decoder.is_native:
+  if is_native:
     _check_length(header)
-    return
-  is_readable, package = decoder.is_available, "'primia_jax[dicom]'"
-  if syntax in (uid.HTJ2K, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL):
-    package = "pylibjpeg pylibjpeg-openjpeg"
-  if syntax == uid.JPEGExtended12Bit and header.BitsStored > 8:
-    is_readable = "pylibjpeg" in decoder.available_plugins
-    package = "pylibjpeg pylibjpeg-libjpeg"  # under GPL-3.0, and alone in reading 12 bits
-  if not is_readable:
+  elif dicom_frames.is_needed(header) and not dicom_frames.is_installed():
     raise Refused(
-      f"is compressed as {syntax.name}, and no decoder of it is installed; run `pip install "
-      f"{package}`, or store the file uncompressed"
+      f"is compressed as {syntax.name}, which needs imagecodecs; run `pip install "
+      "'primia_jax[dicom]'`, or store the file uncompressed"
     )
 
 
