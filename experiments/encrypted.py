@@ -133,7 +133,7 @@ def check(s: Infer) -> None:
 def _check_there(name: str, value: str, path: str) -> None:
   found = pathlib.Path(path).expanduser()
   if not found.exists():
-    raise FileNotFoundError(f"{name}={value}: there is no {found}; check the path")
+    raise FileNotFoundError(f"{name}={value}: there is no such file or folder; check the path")
   if not (found.is_dir() or found.is_file()):  # opening a pipe would wait for ever
     raise ValueError(f"{name}={value}: {found} is a pipe or device; name a file or folder")
 

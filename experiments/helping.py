@@ -59,7 +59,8 @@ def text(module: str, is_full: bool, values: flags.FlagValues = flags.FLAGS) -> 
   for title, of_section in {"This program": own, **sections}.items():
     if of_section:
       lines += ["", title, *_section(of_section, is_full, width)]
-  end = "--flagfile=FILE reads flags from a file, a flag on each line; later flags win."
+  end = "--flagfile=FILE reads flags from a file, a flag on each line; later flags win. "
+  end += "--verbosity=1 shows where an error comes from."
   if not is_full:
     end += " --helpfull explains all flags."
   return "\n".join([*lines, "", *textwrap.wrap(end, width)])

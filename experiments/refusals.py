@@ -113,7 +113,8 @@ def folder(name: str, value: str) -> pathlib.Path:
   path = pathlib.Path(value).expanduser()
   nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
   if not nearest.is_dir():
-    raise ValueError(f"{name}={value}: {nearest} is no folder; name a folder")
+    kind = "a file" if nearest.is_file() else "no folder"
+    raise ValueError(f"{name}={value}: {nearest} is {kind}; name a folder")
   if not os.access(nearest, os.W_OK | os.X_OK):
     raise ValueError(f"{name}={value}: {nearest} cannot be written; {_RIGHTS}")
   return path

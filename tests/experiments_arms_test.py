@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from experiments_runs import PRIVATE, SITE, cohort_of, trainer_of
 
-from experiments import arms, ledgers, running, settings
+from experiments import arms, ledgers, lines, running, settings
 from primia_jax.privacy import accounting, ledger
 
 
@@ -85,3 +85,14 @@ def test_validation_images_change_nothing_that_leaves_a_private_run(validation, 
   assert (told[0] == told[1]) == (validation == "auto")
   if validation == "auto":
     assert told[0][1]["round kept"].startswith("2, the last")
+
+
+def test_an_unfinished_line_is_left_out_and_a_damaged_one_is_named(tmp_path):
+  """A run that was killed while it wrote a line goes on; what was there before is not touched."""
+  path = tmp_path / "rounds.jsonl"
+  path.write_text('{"round": 1}\n{"round": 2}\n{"round": 3, "tr')
+  assert lines.read(path, 2) == [{"round": 1}, {"round": 2}]
+  assert path.read_text() == '{"round": 1}\n{"round": 2}\n'
+  path.write_text('{"round": 1}\n{"rou\n{"round": 3}\n')
+  with pytest.raises(ValueError, match=r"rounds\.jsonl is damaged at line 2 .* --run_dir"):
+    lines.read(path, 3)

@@ -213,7 +213,7 @@ def test_an_address_that_is_none_or_nobodys_is_refused_by_name(tmp_path):
   ("flags", "told"),
   [
     (["--process_id=1"], "process_id=1 starts a single process: give --coordinator"),
-    (["--network_is_protected"], "network_is_protected concerns a coordinator"),
+    (["--network_is_protected"], "network_is_protected=True concerns a coordinator"),
     (["--stage_timeout=0"], "stage_timeout=0.0 must be a positive number"),
     (
       ["--placement=scan", "--coordinator=127.0.0.1:1"],
