@@ -24,7 +24,7 @@ from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.gates.elementwise import COMPARISONS
 from primia_jax.types import Array, PyTree
 
-from . import folders, inputs, running, settings
+from . import folders, inputs, model_files, settings
 from .configs.data import Data
 from .configs.model import normalise
 
@@ -189,9 +189,9 @@ def calibration_images(
     index = np.concatenate(part.sites)
     source = f"validation images of the run ({run.data.site_data or run.data.data})"
   else:
-    bits = s.grey_bits or running.grey_bits(s.checkpoint)
+    bits = s.grey_bits or model_files.grey_bits(s.checkpoint)
     if kind == "folder":  # labelled or not
-      window = Data(data=s.calibration, ct_window=running.ct_window(s.checkpoint)).hounsfield
+      window = Data(data=s.calibration, ct_window=model_files.ct_window(s.checkpoint)).hounsfield
       _, images = read_images(
         os.path.expanduser(path),
         size=size,
@@ -220,7 +220,7 @@ def load_model(checkpoint: str) -> tuple[models.Model, PyTree, tuple[str, ...], 
   Raises:
     ValueError: the run holds several personal models.
   """
-  model, trained, label_names, config = running.load_model(checkpoint)
+  model, trained, label_names, config = model_files.load_model(checkpoint)
   if len(trained) > 1:
     raise ValueError(
       f"checkpoint={checkpoint} holds {len(trained)} personal models, one for each site (FedBN). "

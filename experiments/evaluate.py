@@ -17,7 +17,7 @@ from absl import flags
 from primia_jax import evaluation
 from primia_jax.data.dataset import Dataset
 
-from . import folders, inputs, markdown, report, running, settings
+from . import folders, inputs, markdown, model_files, report, running, settings
 from .configs.data import Data
 from .configs.model import normalise
 
@@ -71,9 +71,13 @@ def main() -> None:
     raise ValueError(
       f"site_data={FLAGS.site_data}: one source is tested at a time; name it with --data"
     )
-  model, trained, label_names, model_config = running.load_model(FLAGS.run_dir)
+  model, trained, label_names, model_config = model_files.load_model(FLAGS.run_dir)
   size, _, channels = model_config.image_shape
-  form = {"image_size": size, "channels": channels, "ct_window": running.ct_window(FLAGS.run_dir)}
+  form = {
+    "image_size": size,
+    "channels": channels,
+    "ct_window": model_files.ct_window(FLAGS.run_dir),
+  }
   for name, value in form.items():
     if FLAGS[name].present and FLAGS[name].value != value:
       raise ValueError(
@@ -81,7 +85,7 @@ def main() -> None:
       )
     FLAGS[name].value = value
   if not FLAGS["grey_bits"].present:
-    FLAGS["grey_bits"].value = running.grey_bits(FLAGS.run_dir)
+    FLAGS["grey_bits"].value = model_files.grey_bits(FLAGS.run_dir)
   facts: dict[str, Any] = {}
   if FLAGS["data"].present:
     config = settings.from_flags(Data)

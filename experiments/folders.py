@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from . import refusals, settings
 from .configs import Train
@@ -48,3 +50,24 @@ def to_write(output_dir: str, writes: Iterable[str]) -> pathlib.Path:
       f"never overwritten; name another, such as --output_dir={folder}_2, or remove the files"
     )
   return folder
+
+
+@contextlib.contextmanager
+def alone(path: pathlib.Path) -> Iterator[None]:
+  """Keeps a second process out while this one works on a run.
+
+  Two would overwrite each other's checkpoints and lines.
+
+  Raises:
+    ValueError: another process holds the lock.
+  """
+  with path.open("w") as file:
+    try:
+      fcntl.flock(
+        file, fcntl.LOCK_EX | fcntl.LOCK_NB
+      )  # it ends with the process, even a killed one
+    except BlockingIOError:
+      raise ValueError(
+        f"another process is at work in {path.parent}; wait for it or stop it"
+      ) from None
+    yield

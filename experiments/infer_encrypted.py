@@ -22,7 +22,7 @@ from absl import flags
 
 from primia_jax.mpc import planning
 
-from . import encrypted, folders, inputs, phases, report, running, settings
+from . import encrypted, folders, inputs, model_files, phases, report, running, settings
 from .configs.data import Data
 
 settings.define_flags(encrypted.Infer)
@@ -45,9 +45,9 @@ def main() -> None:
     image_size=size,
     channels=channels,
     ignore=config.ignore,
-    grey_bits=config.grey_bits or running.grey_bits(config.checkpoint),
+    grey_bits=config.grey_bits or model_files.grey_bits(config.checkpoint),
     skip_bad_files=config.skip_bad_files,
-    ct_window=running.ct_window(config.checkpoint),
+    ct_window=model_files.ct_window(config.checkpoint),
   )
   images = inputs.unlabelled_images(data, label_names)
   calibration, source = encrypted.calibration_images(config, model_config, label_names)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import pathlib
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -73,14 +71,6 @@ def source(settings: Data) -> pathlib.Path | None:
     form = "a folder or a tar" if kind == "folder" else "an ordinary file"
     raise ValueError(f"data={settings.data}: {path} is not {form}; name one")
   return path.resolve()
-
-
-def silence_pydicom() -> None:
-  """Keeps from the terminal what pydicom notes without a file's name: oddities of files that it
-  reads, and tracebacks of those that it cannot, which `dicom` refuses by name.
-  """
-  logging.getLogger("pydicom").propagate = False
-  warnings.filterwarnings("ignore", module="pydicom")
 
 
 def check_sources(config: Train, only_site: int | None = None) -> None:

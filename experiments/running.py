@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
+import logging as python_logging
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,6 @@ from primia_jax.data import scan
 from primia_jax.data import sites as data_sites
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
-from primia_jax.types import ModelState, Params
 
 from . import (
   arms,
@@ -31,6 +31,7 @@ from . import (
   inputs,
   ledgers,
   markdown,
+  model_files,
   presets,
   processes,
   refusals,
@@ -149,31 +150,10 @@ def run(
     ValueError: another process is at work on this run, or on this site of it.
   """
   with contextlib.ExitStack() as locks:
-    locks.enter_context(alone(folder / f"process_{seat.number if seat else 0}.lock"))
+    locks.enter_context(folders.alone(folder / f"process_{seat.number if seat else 0}.lock"))
     if seat is not None:
-      locks.enter_context(alone(seat.own / "lock"))
+      locks.enter_context(folders.alone(seat.own / "lock"))
     return _run(config, folder, federated, baselines, log, seat)
-
-
-@contextlib.contextmanager
-def alone(path: pathlib.Path) -> Iterator[None]:
-  """Keeps a second process out while this one works on a run.
-
-  Two would overwrite each other's checkpoints and lines.
-
-  Raises:
-    ValueError: another process holds the lock.
-  """
-  with path.open("w") as file:
-    try:
-      fcntl.flock(
-        file, fcntl.LOCK_EX | fcntl.LOCK_NB
-      )  # it ends with the process, even a killed one
-    except BlockingIOError:
-      raise ValueError(
-        f"another process is at work in {path.parent}; wait for it or stop it"
-      ) from None
-    yield
 
 
 def _run(
@@ -222,8 +202,8 @@ def _run(
     patients = images.patients
     if config.privacy.by_patient and not patients:
       patients = inputs.count_patients(train)
-    order = f"arm {number} of {len(plan)}: " if len(plan) > 1 else ""
-    cohorts[name] = arms.Cohort(name, train, validation, mine, patients, order)
+    numbered = f"arm {number} of {len(plan)}: " if len(plan) > 1 else ""
+    cohorts[name] = arms.Cohort(name, train, validation, mine, patients, numbered)
   predict = evaluation.predictor(model.apply, normalise)
   # One trainer for the federation and one that all single cohorts share; privacy depends on a
   # cohort's own size.
@@ -257,7 +237,7 @@ def _run(
   if _LOCAL in baselines:
     for site in (i for i in everyone if f"local: site {i}" not in trained):
       of_images[f"site {site}"] += "; so this site is not trained alone"
-  save_model(folder / "model", main.models)
+  model_files.save_model(folder / "model", main.models)
   about = {
     "label_names": list(label_names),
     "model": dataclasses.asdict(model_config),
@@ -307,59 +287,6 @@ def _by_site(charged: Sequence[Ledger] | None, sites: Sequence[int]) -> dict[int
 def _report_order(arms: dict[str, Any]) -> list[str]:
   order = *(a for a in arms if a.startswith(_LOCAL)), _POOLED, "federated"
   return [name for name in order if name in arms]
-
-
-def save_model(folder: pathlib.Path, trained: list[tuple[Params, ModelState]]) -> None:
-  """Saves models for `evaluate`, replacing older ones; called by the first process alone."""
-  import orbax.checkpoint as ocp  # here, because the import takes half a second
-
-  alone = ocp.options.MultiprocessingOptions(
-    primary_host=0, active_processes={0}, barrier_sync_key_prefix="model"
-  )
-  with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-    tree = [{"params": params, "model_state": model_state} for params, model_state in trained]
-    checkpointer.save(folder.absolute(), {"models": tree}, force=True)
-
-
-def load_model(
-  run_dir: str,
-) -> tuple[models.Model, list[tuple[Params, ModelState]], tuple[str, ...], models.ModelConfig]:
-  """Loads what `save_model` saved.
-
-  Returns:
-    (model, its parameters and state, one pair for each site where FedBN was used, label names, its
-    configuration).
-
-  Raises:
-    FileNotFoundError: the folder holds no finished run.
-  """
-  import orbax.checkpoint as ocp
-
-  folder = pathlib.Path(run_dir).expanduser()
-  about = settings.read_json(folder / "model.json")
-  if not (folder / "model").is_dir():
-    raise FileNotFoundError(f"{folder / 'model'} is missing; --run_dir must name a finished run")
-  config = models.ModelConfig(
-    **about["model"] | {"image_shape": tuple(about["model"]["image_shape"])}
-  )
-  with ocp.StandardCheckpointer() as checkpointer:
-    tree = checkpointer.restore((folder / "model").absolute())
-  trained = [(m["params"], m["model_state"] or {}) for m in tree["models"]]
-  return models.build(config), trained, tuple(about["label_names"]), config
-
-
-def ct_window(run_dir: str) -> str:
-  """The window of the CT images on which a run's model was trained; empty if they had none."""
-  return settings.read_json(pathlib.Path(run_dir) / "model.json").get("ct_window", "")
-
-
-def grey_bits(run_dir: str) -> int:
-  """The bits of 16-bit grey images that a run was trained on; 0 where there were none, or several.
-
-  Raises:
-    FileNotFoundError: the folder holds no finished run.
-  """
-  return settings.read_json(pathlib.Path(run_dir) / "model.json").get("grey_bits", 0)
 
 
 def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:
@@ -412,6 +339,14 @@ def _has_no_traceback(record: Any) -> bool:
   return not record.exc_info
 
 
+def silence_pydicom() -> None:
+  """Keeps from the terminal what pydicom notes without a file's name: oddities of files that it
+  reads, and tracebacks of those that it cannot, which `dicom` refuses by name.
+  """
+  python_logging.getLogger("pydicom").propagate = False
+  warnings.filterwarnings("ignore", module="pydicom")
+
+
 def start(main: Callable[[], None]) -> None:
   """Runs a binary: `--help` explains it, and bad settings and failed runs end it with their reason,
   not with a traceback.
@@ -429,7 +364,7 @@ def start(main: Callable[[], None]) -> None:
   def guarded(_: list[str]) -> None:
     if not FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)
-      inputs.silence_pydicom()
+      silence_pydicom()
       # orbax logs a traceback of what it raises, and that is said below
       logging.get_absl_handler().addFilter(_has_no_traceback)
     jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dicom_maker import RAMP, make
 
-from experiments import inputs, running
+from experiments import inputs, model_files, running
 from experiments.configs.data import Data
 from primia_jax.data import dicom, folder
 from primia_jax.data.load import load
@@ -56,16 +56,16 @@ def test_a_window_needs_a_folder(data):
 
 def test_the_window_is_kept_with_the_model(tmp_path):
   (tmp_path / "model.json").write_text(json.dumps({"ct_window": "lung"}))
-  assert running.ct_window(str(tmp_path)) == "lung"
+  assert model_files.ct_window(str(tmp_path)) == "lung"
   (tmp_path / "model.json").write_text("{}")  # of a former version
-  assert running.ct_window(str(tmp_path)) == ""
+  assert model_files.ct_window(str(tmp_path)) == ""
 
 
 def test_the_log_of_pydicom_stays_off_the_terminal(monkeypatch, hospital, caplog):
   monkeypatch.setattr(logging.getLogger("pydicom"), "propagate", True)
   longer = make(**CT, PixelData=RAMP.tobytes() + bytes(64))
   with warnings.catch_warnings(record=True) as seen:
-    inputs.silence_pydicom()
+    running.silence_pydicom()
     dicom.read(longer, "x")
   assert not seen
   assert not caplog.records

@@ -14,7 +14,7 @@ import pytest
 from experiments_runs import TINY, images_of
 from PIL import Image
 
-from experiments import encrypted, inputs, phases, running, settings
+from experiments import encrypted, inputs, model_files, phases, running, settings
 from experiments.configs import Train
 from experiments.configs.data import Data
 from experiments.configs.model import normalise
@@ -51,7 +51,7 @@ def flags_of(run_folder, image_folder):
 def in_the_clear(run_folder, image_folder):
   """The images, and the probabilities of `evaluate`, without x64."""
   assert not jax.config.jax_enable_x64
-  model, trained, names, _ = running.load_model(str(run_folder))
+  model, trained, names, _ = model_files.load_model(str(run_folder))
   data = Data(data=f"folder:{image_folder}", image_size=16)
   dataset = inputs.unlabelled_images(data, names)
   assert list(dataset.columns["path"]) == IDS
@@ -220,8 +220,8 @@ def test_the_model_of_a_run_of_the_former_format_is_still_taken(flags_of, tmp_pa
 
 
 def test_personal_models_are_refused(flags_of, tmp_path):
-  _, trained, _, _ = running.load_model(flags_of.checkpoint)
-  running.save_model(tmp_path / "model", trained * 2)
+  _, trained, _, _ = model_files.load_model(flags_of.checkpoint)
+  model_files.save_model(tmp_path / "model", trained * 2)
   (tmp_path / "model.json").write_text(
     (pathlib.Path(flags_of.checkpoint) / "model.json").read_text()
   )

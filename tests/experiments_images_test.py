@@ -7,7 +7,7 @@ import pytest
 from data_dicom_test import make
 from data_folder_test import encode, write
 
-from experiments import image_facts, inputs, running, settings
+from experiments import image_facts, inputs, model_files, settings
 from experiments.configs import Train
 from experiments.configs.data import Data
 from primia_jax.data import scan
@@ -199,9 +199,9 @@ def test_sources_of_sites_are_compared(tmp_path):
 
 def test_a_model_is_tested_with_the_bits_of_its_training(tmp_path):
   write(tmp_path, {"model.json": b'{"grey_bits": 12}'})
-  assert running.grey_bits(str(tmp_path)) == 12
+  assert model_files.grey_bits(str(tmp_path)) == 12
   write(tmp_path, {"model.json": b"{}"})  # of an earlier version
-  assert running.grey_bits(str(tmp_path)) == 0
+  assert model_files.grey_bits(str(tmp_path)) == 0
 
 
 def test_splits_that_are_not_used_are_named(tmp_path):

@@ -21,7 +21,7 @@ import pytest
 from experiments_apart import APART, free_port, in_threads, seat_of
 from experiments_runs import FIXED, flags_of, train, trainer_of
 
-from experiments import inputs, processes, running, settings
+from experiments import inputs, model_files, processes, running, settings
 from primia_jax.data import sites as data_sites
 from primia_jax.privacy import accounting, ledger
 from primia_jax.privacy.accounting import Ledger
@@ -106,7 +106,7 @@ def test_a_process_a_site_trains_what_one_process_trains_and_opens_no_other_site
   simulated = settings.replace(config, placement="scan", secagg_threshold=3)
   expected = train(simulated, tmp_path / "simulated")
   assert processes.watch(children, folder, own) == []
-  _, (trained,), _, _ = running.load_model(str(folder))
+  _, (trained,), _, _ = model_files.load_model(str(folder))
   for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(expected.models[0]), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
   got = rows(folder)

@@ -19,7 +19,7 @@ from experiments_refusals import SHORT, TABLES
 from experiments_runs import TINY
 from PIL import Image
 
-from experiments import encrypted, inputs, memory, phases, processes, running, settings
+from experiments import encrypted, inputs, memory, model_files, phases, processes, running, settings
 from primia_jax import evaluation, models
 
 LEFT = ("new",)  # may not exist after a refusal
@@ -47,7 +47,7 @@ def at(tmp_path_factory):
   model_config = TINY.model.config(TINY.data, 3)
   about = {"label_names": ["normal", "bacterial", "viral"], "model": vars(model_config)}
   trained = models.build(model_config).init(jax.random.key(0))
-  running.save_model(at["run"] / "model", [trained])
+  model_files.save_model(at["run"] / "model", [trained])
   for name in ("run", "emptied"):
     (at[name] / "model.json").write_text(json.dumps(about))
   for name in ("run", "cut", "drawn"):

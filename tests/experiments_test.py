@@ -16,7 +16,16 @@ import pytest
 from experiments_runs import TINY, assert_equal, cohort_of, make_trainer, train, trainer_of
 from PIL import Image
 
-from experiments import hospitals, inputs, markdown, processes, running, settings
+from experiments import (
+  folders,
+  hospitals,
+  inputs,
+  markdown,
+  model_files,
+  processes,
+  running,
+  settings,
+)
 from experiments.configs import Train, rehearse
 from experiments.configs.model import normalise
 from primia_jax import evaluation, secagg, sites
@@ -230,7 +239,7 @@ def test_two_processes_do_not_work_on_one_run(tmp_path):
       running.run(config, folder, federated=True)
     other.kill()
   assert not (folder / "federated").exists()
-  with running.alone(lock):
+  with folders.alone(lock):
     pass
 
 
@@ -287,7 +296,7 @@ def test_a_whole_run_and_its_model(finished):
   text = (folder / "report.md").read_text()
   assert "synthetic phantom" in text
   assert "secure aggregation" in text.lower()
-  model, trained, label_names, _ = running.load_model(str(folder))
+  model, trained, label_names, _ = model_files.load_model(str(folder))
   assert label_names == ("normal", "bacterial", "viral")
   images = inputs.site_images(TINY).test
   probabilities = evaluation.predictor(model.apply, normalise)(trained, images.images)
@@ -305,7 +314,7 @@ def test_a_folder_of_other_settings_or_of_something_else_is_refused(finished, tm
   with pytest.raises(ValueError, match="run_dir is empty"):
     running.open_run(TINY, "")
   with pytest.raises(FileNotFoundError, match=r"model\.json"):
-    running.load_model(str(tmp_path))
+    model_files.load_model(str(tmp_path))
 
 
 def test_a_run_of_the_former_format_is_refused_and_its_model_is_still_evaluated(finished, tmp_path):

@@ -1,0 +1,63 @@
+"""The model of a finished run, and what it takes for images."""
+
+from __future__ import annotations
+
+import pathlib
+
+from primia_jax import models
+from primia_jax.types import ModelState, Params
+
+from . import settings
+
+
+def save_model(folder: pathlib.Path, trained: list[tuple[Params, ModelState]]) -> None:
+  """Saves models for `evaluate`, replacing older ones; called by the first process alone."""
+  import orbax.checkpoint as ocp  # here, because the import takes half a second
+
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix="model"
+  )
+  with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+    tree = [{"params": params, "model_state": model_state} for params, model_state in trained]
+    checkpointer.save(folder.absolute(), {"models": tree}, force=True)
+
+
+def load_model(
+  run_dir: str,
+) -> tuple[models.Model, list[tuple[Params, ModelState]], tuple[str, ...], models.ModelConfig]:
+  """Loads what `save_model` saved.
+
+  Returns:
+    (model, its parameters and state, one pair for each site where FedBN was used, label names, its
+    configuration).
+
+  Raises:
+    FileNotFoundError: the folder holds no finished run.
+  """
+  import orbax.checkpoint as ocp
+
+  folder = pathlib.Path(run_dir).expanduser()
+  about = settings.read_json(folder / "model.json")
+  if not (folder / "model").is_dir():
+    raise FileNotFoundError(f"{folder / 'model'} is missing; --run_dir must name a finished run")
+  config = models.ModelConfig(
+    **about["model"] | {"image_shape": tuple(about["model"]["image_shape"])}
+  )
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.restore((folder / "model").absolute())
+  trained = [(m["params"], m["model_state"] or {}) for m in tree["models"]]
+  return models.build(config), trained, tuple(about["label_names"]), config
+
+
+def ct_window(run_dir: str) -> str:
+  """The window of the CT images on which a run's model was trained; empty if they had none."""
+  return settings.read_json(pathlib.Path(run_dir) / "model.json").get("ct_window", "")
+
+
+def grey_bits(run_dir: str) -> int:
+  """The bits of 16-bit grey images that a run was trained on; 0 where there were none, or several.
+
+  Raises:
+    FileNotFoundError: the folder holds no finished run.
+  """
+  return settings.read_json(pathlib.Path(run_dir) / "model.json").get("grey_bits", 0)
