@@ -89,6 +89,7 @@ def main() -> None:
   facts: dict[str, Any] = {}
   if FLAGS["data"].present:
     config = settings.from_flags(Data)
+    inputs.source(config)
     if FLAGS.unlabelled:
       dataset = inputs.unlabelled_images(config, label_names)
     else:

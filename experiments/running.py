@@ -25,6 +25,7 @@ from primia_jax.privacy.chain import Chain
 
 from . import (
   arms,
+  folders,
   helping,
   hospitals,
   image_facts,

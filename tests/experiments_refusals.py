@@ -30,7 +30,7 @@ extra                                       | extra | is no flag | --name=value
 --weight_decay=-1                           | weight_decay | -1 | negative
 --warmup_rounds=-1                          | warmup_rounds | -1 | negative
 --warmup_rounds=inf                         | warmup_rounds | inf | finite
---sync_epochs=0                             | sync_epochs | 0 | sync_batches
+--sync_epochs=1 --sync_batches=2            | sync_epochs | 1 | one of them
 --sync_batches=-1                           | sync_batches | -1 | negative
 --label_smoothing=1                         | label_smoothing | 1 | [0, 1)
 --patience=-1                               | patience | -1 | negative
@@ -43,7 +43,7 @@ extra                                       | extra | is no flag | --name=value
 --image_size=8192 --phantom_images=90000000 --model=mlp | image_size | 90,000,000 | smaller
 --image_size=x                              | --image_size | x | integer
 --channels=2                                | channels | 2 | 3
---channels=3                                | channels | 3 | --channels=1
+--channels=3                                | channels | 3 | channels=1
 --data=                                     | data | '' | folder:PATH
 --data=xrays                                | data | xrays | folder:PATH
 --data=folder:                              | data | folder: | folder:PATH
@@ -146,7 +146,7 @@ FEDERATED = """
 --algorithm=fedsgd                          | algorithm | fedsgd | fedavg
 --algorithm=fednova                         | algorithm | fednova | optimizer
 --algorithm=scaffold                        | algorithm | scaffold | optimizer=sgd
---algorithm=scaffold --optimizer=sgd --keep_optimizer | algorithm | scaffold | --nokeep_optimizer
+--algorithm=fednova --optimizer=sgd         | algorithm | fednova | --nokeep_optimizer
 --algorithm=fedbn --dp_average=0.5          | dp_average | 0.5 | dp_average=0
 --weighting=votes                           | weighting | votes | uniform
 --proximal=-1                               | proximal | -1 | negative
@@ -314,7 +314,7 @@ ACCOUNT = """
 --norm=batch                                | norm | batch | group
 --model=transformer                         | model | transformer | cnn
 --dp_noise=banded --dp_bands=-1             | dp_bands | -1 | negative
---dp_noise=banded --dp_bands=900            | bands | 900 | use bands=6
+--dp_noise=banded --dp_bands=900            | bands | 900 | use bands=12
 --image_size=100000                         | image_size | 100000 | 8192
 --output_dir={file}                         | output_dir | {file} | folder
 --output_dir={fifo}                         | output_dir | {fifo} | folder
