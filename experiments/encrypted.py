@@ -189,6 +189,11 @@ def calibration_images(
     index = np.concatenate(part.sites)
     source = f"validation images of the run ({run.data.site_data or run.data.data})"
   else:
+    if s.calibration == "phantom" and channels != 1:
+      raise ValueError(
+        f"calibration=phantom: the phantom is grey, and the model takes {channels} channels; name "
+        "other images with --calibration"
+      )
     bits = s.grey_bits or model_files.grey_bits(s.checkpoint)
     if kind == "folder":  # labelled or not
       window = Data(data=s.calibration, ct_window=model_files.ct_window(s.checkpoint)).hounsfield
@@ -200,11 +205,6 @@ def calibration_images(
         ignore=settings.names(s.ignore),
         grey_bits=bits,
         ct_window=window,
-      )
-    elif s.calibration == "phantom" and channels != 1:
-      raise ValueError(
-        f"calibration=phantom: the phantom is grey, and the model takes {channels} channels; name "
-        "other images with --calibration"
       )
     else:
       data = Data(data=s.calibration, image_size=size, channels=channels, grey_bits=bits)

@@ -17,9 +17,9 @@ _USUAL = (
   "preset", "run_dir", "seed", "baselines", "data", "site_data", "image_size", "channels",
   "label_names", "num_sites", "partition", "model", "norm", "pretrained", "augment", "rounds",
   "sync_epochs", "batch_size", "optimizer", "learning_rate", "class_weights", "algorithm",
-  "placement", "aggregation", "secagg_threshold", "dp", "target_epsilon", "delta", "noise_multiplier",
-  "l2_clip_norm", "ledger_dir", "output_dir", "unlabelled", "num_units", "checkpoint",
-  "images", "output", "check", "calibration",
+  "placement", "aggregation", "secagg_threshold", "dp", "target_epsilon", "delta",
+  "noise_multiplier", "l2_clip_norm", "ledger_dir", "output_dir", "unlabelled", "num_units",
+  "checkpoint", "images", "output", "check", "calibration",
 )  # fmt: skip
 _COLUMN = 27  # where the texts begin
 _WIDTHS = 72, 100  # the narrowest and the widest page

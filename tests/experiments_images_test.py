@@ -161,7 +161,7 @@ def test_bad_files_of_all_splits_are_named_before_work_and_left_out(tmp_path):
   with pytest.raises(ValueError, match="2 images cannot be read"):
     inputs.images_to_test(data)
   skipping = settings.replace(data, skip_bad_files=True)
-  assert len(inputs.images_to_test(skipping)) == 8
+  assert len(inputs.images_to_test(skipping)[0]) == 8
   everything = inputs.unlabelled_images(skipping, ("a", "b"))
   assert everything.notes[scan.LEFT_OUT].startswith("3 of 19")
 

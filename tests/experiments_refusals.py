@@ -139,14 +139,14 @@ EXAMPLE --ledger_dir={file}                 | ledger_dir | {file} | folder
 
 FEDERATED = """
 --num_sites=0                               | num_sites | 0 | positive
---num_sites=1                               | num_sites | 1 | train_pooled
+--num_sites=1                               | num_sites | 1 | primia-pooled
 --num_sites=2                               | secagg_colluding | 2 | trusts
 --sites_per_round=9                         | sites_per_round | 9 | num_sites
 --sites_per_round=-1                        | sites_per_round | -1 | negative
 --algorithm=fedsgd                          | algorithm | fedsgd | fedavg
 --algorithm=fednova                         | algorithm | fednova | optimizer
 --algorithm=scaffold                        | algorithm | scaffold | optimizer=sgd
---algorithm=fednova --optimizer=sgd         | algorithm | fednova | --nokeep_optimizer
+--algorithm=fednova --optimizer=momentum    | algorithm | fednova | --nokeep_optimizer
 --algorithm=fedbn --dp_average=0.5          | dp_average | 0.5 | dp_average=0
 --weighting=votes                           | weighting | votes | uniform
 --proximal=-1                               | proximal | -1 | negative

@@ -173,7 +173,7 @@ def full(*args, **kwargs):
     (failing(ValueError("RESOURCE_EXHAUSTED: x: No space left on device [28]\n" * 9)),
      ["run_dir={new}", "No space left on device", "free space"]),
     (failing(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nPeak:\n")),
-     ["out of memory", "9 bytes", "image_size=64", "batch_size=16", "lower"]),
+     ["out of memory", "9 bytes", "image_size=32", "batch_size=8", "lower"]),
     (failing(MemoryError("Unable to allocate 9 GiB")), ["out of memory", "9 GiB", "lower"]),
   ],
 )  # fmt: skip
