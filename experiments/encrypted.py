@@ -127,6 +127,8 @@ def check(s: Infer) -> None:
     )
   if kind in ("folder", "csv", "npz"):
     _check_there("calibration", s.calibration, where)
+  if s.output_dir:
+    folders.to_write(s.output_dir, ("predictions.csv", "plan.txt", "costs.json"))
   parse_network(s.network)
 
 

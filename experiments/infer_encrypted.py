@@ -22,7 +22,7 @@ from absl import flags
 
 from primia_jax.mpc import planning
 
-from . import encrypted, folders, inputs, model_files, phases, report, running, settings
+from . import encrypted, inputs, model_files, phases, report, running, settings
 from .configs.data import Data
 
 settings.define_flags(encrypted.Infer)
@@ -33,8 +33,6 @@ flags.adopt_module_key_flags(settings)
 def main() -> None:
   config = settings.from_flags(encrypted.Infer)
   encrypted.check(config)
-  if config.output_dir:
-    folders.to_write(config.output_dir, ("predictions.csv", "plan.txt", "costs.json"))
   jax.config.update(
     "jax_enable_x64", True
   )  # rings wider than 32 bits; the model's own arrays stay float32

@@ -71,7 +71,9 @@ def test_a_ledger_that_cannot_be_written_is_refused_before_any_image_is_read(tmp
   monkeypatch.setattr(inputs, "site_images", lambda *_: pytest.fail("images were read"))
   (tmp_path / "file").touch()
   config = settings.replace(PRIVATE, ledger_dir=str(tmp_path / "file" / "ledger"))
-  folder = running.open_run(config, str(tmp_path / "run"))
+  with pytest.raises(ValueError, match=r"ledger_dir=.* is a file; name a folder"):
+    running.open_run(config, str(tmp_path / "run"))
+  folder = running.open_run(settings.replace(config, ledger_dir=""), str(tmp_path / "run"))
   with pytest.raises(ValueError, match=r"cannot be written.*set --ledger_dir"):
     running.run(config, folder, federated=True)
   with pytest.raises(ValueError, match="ledger_dir=x: dp=none is charged in no ledger"):
