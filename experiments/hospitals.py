@@ -62,5 +62,5 @@ def of_phantom(config: Train, sizes: Sequence[int], test: Dataset) -> Hospitals 
     for label in range(len(phantom.LABEL_NAMES)):
       found = np.flatnonzero((test.columns["site"] == site) & (test.labels == label))
       found = found[:_OF_A_CLASS]
-      row[np.flatnonzero(labels == label)[: len(found)]] = test.images[found, ..., 0]
+      row[np.flatnonzero(labels == label)[: len(found)]] = test.images[found][..., 0]
   return Hospitals(rows, images, labels)

@@ -320,7 +320,7 @@ def hospitals(
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     if not row:
-      axes.set_title(label_names[shown.labels[column]], fontsize=10)
+      axes.set_title(label_names[int(shown.labels[column])], fontsize=10)
     if not column:
       axes.set_ylabel(shown.rows[row]["hospital"], fontsize=10)
   _save(figure, path, title)
