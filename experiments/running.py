@@ -203,8 +203,8 @@ def _run(
     patients = images.patients
     if config.privacy.by_patient and not patients:
       patients = inputs.count_patients(train)
-    numbered = f"arm {number} of {len(plan)}: " if len(plan) > 1 else ""
-    cohorts[name] = arms.Cohort(name, train, validation, mine, patients, numbered)
+    which = f"arm {number} of {len(plan)}: " if len(plan) > 1 else ""
+    cohorts[name] = arms.Cohort(name, train, validation, mine, patients, which)
   predict = evaluation.predictor(model.apply, normalise)
   # One trainer for the federation and one that all single cohorts share; privacy depends on a
   # cohort's own size.

@@ -248,7 +248,11 @@ def _mesh(site_fn: SiteFn, mesh: Mesh, inner: Callable) -> Run:
     specs = (PartitionSpec(), PartitionSpec(AXIS))
     lifted = jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
     total, stacked = lifted(shared, sites)
-    return total, jax.tree.map(lambda a: a[:num_sites], stacked)
+    if padding:  # gathered as `_put_on` places such rows, so that the next round fits this program
+      everywhere = NamedSharding(mesh, PartitionSpec())
+      gather = lambda a: jax.lax.with_sharding_constraint(a[:num_sites], everywhere)
+      stacked = jax.tree.map(gather, stacked)
+    return total, stacked
 
   return run
 
@@ -259,11 +263,12 @@ def _put_on(mesh: Mesh, tree: PyTree) -> PyTree:
     is_placed = lambda a: isinstance(a, jax.Array) and not a.is_fully_addressable
     place = lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a))
     return jax.tree.map(lambda a: a if is_placed(a) else place(a), tree)
-  # Shards must be equal; where they would not be, `_mesh` pads later.
+  # Shards must be equal; where they would not be, every device has all rows, and `_mesh` pads.
   divides = lambda a: a.shape[0] % mesh.size == 0
   leaves, structure = jax.tree.flatten(tree)
   placed = iter(jax.device_put([a for a in leaves if divides(a)], sharding))  # in one dispatch
-  rows = [next(placed) if divides(a) else jnp.asarray(a) for a in leaves]
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  rows = [next(placed) if divides(a) else jax.device_put(a, everywhere) for a in leaves]
   return jax.tree.unflatten(structure, rows)
 
 

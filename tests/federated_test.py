@@ -262,7 +262,7 @@ def test_loaders_that_break_their_word_are_refused():
     f.step(KEY, state, fed.Sites(IDS, lambda ids: load(ids)._replace(secret=np.zeros((S, 8)))))
 
 
-@pytest.mark.parametrize(("placement", "num_sites"), [("scan", 5), ("mesh", 4)])
+@pytest.mark.parametrize(("placement", "num_sites"), [("scan", 5), ("mesh", 4), ("mesh", 5)])
 def test_a_run_compiles_in_its_first_round_and_never_again(placement, num_sites):
   summed = summation.masked(secagg.secure_sum(num_sites))
   f = build(algorithms.fedavg(recipe(), keep_optimizer=True), summed, placement, num_sites)
