@@ -17,8 +17,7 @@ from primia_jax.secagg import simulation
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCS = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-ENCRYPTION = (ROOT / "docs" / "encrypted_inference.md").read_text()
-TRAINING, PRIVATE, ENCRYPTED = re.findall(r"```python\n(.*?)```", README + ENCRYPTION, re.DOTALL)
+TRAINING, PRIVATE, ENCRYPTED = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def privately():
