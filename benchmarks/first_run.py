@@ -42,7 +42,8 @@ def run(seed: int, folder: pathlib.Path) -> Run:
   command = [sys.executable, "-m", "experiments.train_federated", f"--run_dir={folder / 'run'}"]
   env = dict(os.environ, XDG_CACHE_HOME=str(folder / "cache"))
   before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-  subprocess.run([*command, f"--seed={seed}", *_FLAGS.value], check=True, env=env)
+  command += [f"--seed={seed}", *_FLAGS.value]
+  subprocess.run(command, check=True, env=env, stdout=sys.stderr)
   seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
   cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
   arms = json.loads((folder / "run" / "metrics.json").read_text())["arms"]
