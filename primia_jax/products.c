@@ -6,11 +6,14 @@
 #include "pool.h"
 
 #if defined(__AVX512F__)
-enum { LANES = 16, ROWS = 6 };
+enum { LANES = 16 };
+#define ROWS 6
 #elif defined(__AVX2__)
-enum { LANES = 8, ROWS = 4 };
+enum { LANES = 8 };
+#define ROWS 4
 #else
-enum { LANES = 4, ROWS = 2 };
+enum { LANES = 4 };
+#define ROWS 2
 #endif
 enum { COLUMNS = 2 };  // vectors: a block of ROWS x COLUMNS of them stays in registers
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -22,8 +25,9 @@ typedef struct {
   int64_t units, positions, fan_in, features, blocks;  // blocks: of ROWS rows in one total
 } Job;
 
-// rows k to k + ROWS - 1 and columns o to o + COLUMNS * LANES - 1
-static inline void block(const Job* job, const float* x, const float* g, const float* factors, int32_t* total) {
+// rows k to k + rows - 1 and columns o to o + COLUMNS * LANES - 1; rows is a constant of each call
+__attribute__((always_inline)) static inline void block(const Job* job, const float* x, const float* g,
+                                                        const float* factors, int32_t* total, const int rows) {
   const int64_t stride = job->features;
   Ints sum[ROWS][COLUMNS] = {};
   for (int64_t m = 0; m < job->units; m++, x += job->positions * job->fan_in, g += job->positions * stride) {
@@ -33,10 +37,10 @@ static inline void block(const Job* job, const float* x, const float* g, const f
     for (int64_t p = 0; p < job->positions; p++, xp += job->fan_in, gp += stride) {
       Vec row[COLUMNS];
       for (int c = 0; c < COLUMNS; c++) row[c] = *(const Vec*)(gp + c * LANES);
-      for (int r = 0; r < ROWS; r++)
+      for (int r = 0; r < rows; r++)
         for (int c = 0; c < COLUMNS; c++) product[r][c] += xp[r] * row[c];
     }
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < rows; r++)
       for (int c = 0; c < COLUMNS; c++) {
         Vec scaled = product[r][c] * factors[m];
         Ints rounded;
@@ -44,7 +48,7 @@ static inline void block(const Job* job, const float* x, const float* g, const f
         sum[r][c] += rounded;
       }
   }
-  for (int r = 0; r < ROWS; r++)
+  for (int r = 0; r < rows; r++)
     for (int c = 0; c < COLUMNS; c++) *(Ints*)(total + r * stride + c * LANES) = sum[r][c];
 }
 
@@ -66,11 +70,23 @@ static void work(const void* data, int64_t unit) {
   const float* g = job->g + row * job->units * job->positions * job->features;
   const float* factors = job->factors + row * job->units;
   int32_t* total = job->total + row * job->fan_in * job->features;
+  const int64_t last = first + ROWS < job->fan_in ? first + ROWS : job->fan_in;
   int64_t o = 0;
-  if (first + ROWS <= job->fan_in)
-    for (; o + COLUMNS * LANES <= job->features; o += COLUMNS * LANES)
-      block(job, x + first, g + o, factors, total + first * job->features + o);
-  for (int64_t k = first; k < first + ROWS && k < job->fan_in; k++)
+#define OF(rows) case rows: block(job, x + first, g + o, factors, total + first * job->features + o, rows); break
+  for (; o + COLUMNS * LANES <= job->features; o += COLUMNS * LANES) switch (last - first) {
+      OF(1);
+      OF(2);
+#if ROWS >= 4
+      OF(3);
+      OF(4);
+#endif
+#if ROWS >= 6
+      OF(5);
+      OF(6);
+#endif
+    }
+#undef OF
+  for (int64_t k = first; k < last; k++)
     for (int64_t i = o; i < job->features; i++)
       single(job, x + k, g + i, factors, total + k * job->features + i);
 }

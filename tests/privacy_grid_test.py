@@ -182,3 +182,18 @@ def test_what_has_no_grid_is_refused():
     grid.choose(10**9, 50.0, 10**6)
   with pytest.raises(ValueError, match="made without noise"):
     grid.noised({"a": jnp.zeros(3, jnp.int32)}, grid.choose(3), SECRET, 0)
+
+
+@pytest.mark.parametrize(
+  ("fan_in", "features"), [(33, 3), (3, 33), (40, 31), (70, 50), (7, 64), (1, 32), (95, 100)]
+)
+def test_rounded_products_of_any_width_are_exact(fan_in, features):
+  """Whichever of the two is the wide one: rows and columns end within a block of the C form."""
+  rng = np.random.default_rng(0)
+  x, g = (rng.integers(-8, 9, (5, 4, n)).astype(np.float32) for n in (fan_in, features))
+  factors = np.array([0.5, 0, 1, 3, -2.25], np.float32)
+  products = np.einsum("mpk,mpo->mko", x, g, dtype=np.float64) * factors[:, None, None]
+  total = np.rint(products).sum(0).astype(np.int32)
+  add = jax.jit(bookkeeping.rounded_products)
+  np.testing.assert_array_equal(add(x, g, factors), total)
+  np.testing.assert_array_equal(add(g, x, factors).T, total)

@@ -28,6 +28,7 @@ from primia_jax.types import Array, Batch, Key, LossFn, Metrics, ModelState, Par
 _CACHE_BYTES = 2**22  # of gradients formed at once: more are slower
 _UNROLLED = 8  # units, whose addition is unrolled
 _TAPS_BYTES, _UNITS = 24 * 2**20, 32  # of what taps hold at once; more are hardly faster
+_WIDE = 32  # numbers of a row that `native.products` takes at once
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -248,8 +249,10 @@ def _layer(
       # The rows are made again: until all norms are known, those of all layers would take much
       # memory.
       again = rows_of(jnp.where(counts.reshape(-1, *(1,) * (taps.x.ndim - 1)), taps.x, 0.0))
-      new = rounded_products(again, g, jnp.where(counts, factors, 0.0))
-      return total + new.reshape(total.shape)
+      own = jnp.where(counts, factors, 0.0)
+      if features < _WIDE <= fan_in:  # the kernel is fast along its second factor
+        return total + rounded_products(g, again, own).T.reshape(total.shape)
+      return total + rounded_products(again, g, own).reshape(total.shape)
 
     return squares, add
   # faster on CPU than mko
