@@ -344,7 +344,7 @@ def test_placements_agree_and_algorithms_keep_the_state(kind):
       *map(jax.tree.leaves, ((got.params, got.site_state), (want.params, want.site_state))),
       strict=True,
     ):
-      np.testing.assert_allclose(a, b, atol=1e-5)
+      np.testing.assert_allclose(a, b, atol=5e-5)  # a few steps of the grid
   for name in MADE:
     got = after_two_rounds("scan", name)
     assert noise_of(got)[0].tolist() == [2 * EACH] * 3
