@@ -11,7 +11,7 @@ With --site_data each process opens the images of its own hospital only; without
 of --data and takes its share. --aggregation=clear and the robust rules show every update to the
 server.
 
-The defaults are made for the phantom; for images of your own start from a preset in flags/.
+The defaults are made for the phantom; for images of your own start from a --preset.
 
 The run folder holds report.md (federated beside pooled and local training, where these are
 trained), metrics.json, pictures, the model, and one JSON line a round. An interrupted run resumes

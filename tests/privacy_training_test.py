@@ -337,6 +337,7 @@ def test_placements_agree_and_algorithms_keep_the_state(kind):
     state, step = federation(kind, placement, name)
     return step(step(state))
 
+  grid_step = 0.5 * 0.005 / W**0.5 / SIZE / 3  # of the mean over three sites
   want = after_two_rounds("scan")
   for placement in ("loop", "vmap"):
     got = after_two_rounds(placement)
@@ -344,7 +345,7 @@ def test_placements_agree_and_algorithms_keep_the_state(kind):
       *map(jax.tree.leaves, ((got.params, got.site_state), (want.params, want.site_state))),
       strict=True,
     ):
-      np.testing.assert_allclose(a, b, atol=5e-5)  # a few steps of the grid
+      np.testing.assert_allclose(a, b, atol=3 * grid_step)  # placements round floats differently
   for name in MADE:
     got = after_two_rounds("scan", name)
     assert noise_of(got)[0].tolist() == [2 * EACH] * 3
