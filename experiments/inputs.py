@@ -12,7 +12,7 @@ import numpy as np
 
 from primia_jax.data import overlaps, partition, patient_ids, phantom, scan, sites
 from primia_jax.data.dataset import Dataset, in_memory, join, take
-from primia_jax.data.folder import label_index, read_images, unlabelled
+from primia_jax.data.folder import label_indices, read_images, unlabelled
 from primia_jax.data.load import load
 from primia_jax.data.sites import Part
 
@@ -110,8 +110,8 @@ def images_to_test(
     dataset = _whole(list(scan.read(tested, skip_bad_files=settings.skip_bad_files).values()))
   if label_names is None or dataset.label_names == label_names:
     return dataset, has_test
-  index = [label_index(name, label_names, settings.data) for name in dataset.label_names]
-  labels = np.array(index, np.int32)[dataset.labels]
+  own = dataset.label_names
+  labels = label_indices(own, label_names, [settings.data] * len(own))[dataset.labels]
   return dataclasses.replace(dataset, labels=labels, label_names=label_names), has_test
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from primia_jax.data import files, folder
 from primia_jax.data.dataset import take
+from primia_jax.data.folder import label_indices
 from primia_jax.data.load import load
 
 
@@ -156,6 +157,14 @@ def test_label_names_fix_the_order_and_refuse_other_classes(tmp_path):
     match=r"class 'dog' of .*dog/2\.png is not one of the known classes \('cat',\); rename",
   ):
     load(f"folder:{tmp_path}", size=8, channels=1, label_names=("cat",))
+  write(tmp_path, {"dog/3.png": 2, "fox/4.png": 2})
+  with pytest.raises(
+    ValueError,
+    match=r"class 'dog' of .*dog/2\.png, class 'fox' of .*fox/4\.png are none .* rename them",
+  ):
+    load(f"folder:{tmp_path}", size=8, channels=1, label_names=("cat",))
+  with pytest.raises(ValueError, match="class 'CAT'"):  # which of the two?
+    label_indices(["CAT", "Cat"], ("cat", "Cat"), ["1.png", "2.png"])
 
 
 def test_a_folder_around_everything_is_looked_through_unless_it_is_a_class(tmp_path):

@@ -190,13 +190,7 @@ def list_folder(
     if label_names is not None
     else default_names(files.root, classes, is_kermany)
   )
-  labels = np.array(
-    [
-      label_index(kind, names, f"{files.root}/{name}")
-      for name, kind in zip(files.names, classes, strict=True)
-    ],
-    np.int32,
-  )
+  labels = label_indices(classes, names, [f"{files.root}/{name}" for name in files.names])
   if any(places.patients):
     ids = places.patients
   elif is_kermany:
@@ -220,27 +214,38 @@ def list_folder(
   )
 
 
-def label_index(kind: str, label_names: tuple[str, ...], where: str) -> int:
-  """Returns the index of a class among the label names, ignoring letter case unless that is
+def label_indices(
+  kinds: Sequence[str], label_names: tuple[str, ...], where: Sequence[str]
+) -> np.ndarray:
+  """Returns the index of each class among the label names, ignoring letter case unless that is
   ambiguous.
 
   Args:
-    kind: the class.
+    kinds: the classes, [N].
     label_names: the known classes.
-    where: a file of this class, for the error message.
+    where: a file of each class, for the error message.
+
+  Returns:
+    [N] int32.
 
   Raises:
-    ValueError: the class is unknown.
+    ValueError: classes are unknown; all of them are named, with a file of each.
   """
-  if kind in label_names:
-    return label_names.index(kind)
   lower = [known.lower() for known in label_names]
-  if lower.count(kind.lower()) == 1:
-    return lower.index(kind.lower())
-  raise ValueError(
-    f"class {kind!r} of {where} is not one of the known classes {label_names}; rename it to one of "
-    "them, or remove it"
-  )
+  index = {known: i for i, known in enumerate(label_names)}
+  alone = {known: i for i, known in enumerate(lower) if lower.count(known) == 1}
+  found = [index.get(kind, alone.get(kind.lower(), -1)) for kind in kinds]
+  unknown: dict[str, str] = {}
+  for kind, at, i in zip(kinds, where, found, strict=True):
+    if i < 0:
+      unknown.setdefault(kind, f"class {kind!r} of {at}")
+  if unknown:
+    verb, them = ("is not one", "it") if len(unknown) == 1 else ("are none", "them")
+    raise ValueError(
+      f"{', '.join(unknown.values())} {verb} of the known classes {label_names}; rename {them} to "
+      f"one of them, or remove {them}"
+    )
+  return np.array(found, np.int32)
 
 
 def _kermany_classes(

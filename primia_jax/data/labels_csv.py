@@ -73,7 +73,7 @@ def read_csv(
     raise ValueError(f"{path} has wrong lines; mend or remove them:{problems}")
   files = [posixpath.normpath(name) for name in of["file"]]
   names = tuple(label_names) if label_names else folder.default_names(str(path), of["label"])
-  labels = np.array([folder.label_index(one, names, str(path)) for one in of["label"]], np.int32)
+  labels = folder.label_indices(of["label"], names, [str(path)] * len(files))
   listing = Files(str(path.parent), tuple(files), partial(read_file, path.parent))
   ids = of.get(PATIENT) or folder.dicom_patients(listing)
   groups, has_patient = patient_ids.groups(ids, files)

@@ -217,7 +217,7 @@ def read_tfds(
   label_key = _only_feature(path, builder.info.features, tfds.features.ClassLabel)
   own_names = tuple(builder.info.features[label_key].names)
   kinds = tuple(label_names) if label_names is not None else own_names
-  to_label = [folder.label_index(one, kinds, f"{path}") for one in own_names]
+  to_label = folder.label_indices(own_names, kinds, [f"{path}"] * len(own_names)).tolist()
   datasets = {}
   for split in builder.info.splits:
     with _readable(path):
