@@ -15,6 +15,7 @@ from primia_jax.mpc import encoding, protocol
 from primia_jax.mpc.circuit import Apply, Circuit, Config, Linear, Open, Product, Value
 from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
 from primia_jax.mpc.lowering.lower import lower
+from primia_jax.mpc.lowering.ownership import Owned, outwards
 from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, trace
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Sent, Wire
 from primia_jax.types import Array, PyTree
@@ -35,11 +36,16 @@ class Plan:
     circuit: what the parties will do.
     owners: of each flat argument: 0 (model owner), 1 (data owner), None (given as shares) or
       "public".
+    bounds: [number of values] the planned magnitude of each, a power of two less a 64th; None
+      without calibration.
+    magnitudes: of owned values, in the order in which lowering asked; as coarse as `bounds`.
   """
 
   program: Program
   circuit: Circuit
   owners: tuple[Any, ...]
+  bounds: np.ndarray | None
+  magnitudes: tuple[float, ...]
 
   @property
   def config(self) -> Config:
@@ -135,7 +141,18 @@ def plan(
     )
     if party == MODEL_OWNER and concrete:
       known[party] = jax.jit(lambda leaves: evaluate(program, leaves))(leaves)
-  return Plan(program, lower(program, flat, config, ranges, known), flat)
+  bounds = None if ranges is None else np.array([outwards(r * config.margin) for r in ranges])
+  magnitudes: list[float] = []
+
+  def magnitude(owned: Owned) -> float:
+    found = math.inf
+    if owned.owner in known:
+      found = outwards(float(jnp.max(jnp.abs(owned.read(known[owned.owner])), initial=0)))
+    magnitudes.append(found)
+    return found
+
+  circuit = lower(program, flat, config, bounds, magnitude)
+  return Plan(program, circuit, flat, bounds, tuple(magnitudes))
 
 
 def calibrate(

@@ -7,14 +7,15 @@ its source line.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from primia_jax.mpc.circuit import Circuit, Config, Values
+from primia_jax.mpc.circuit import Circuit, Config
 from primia_jax.mpc.lowering import rules_linear, rules_nonlinear
-from primia_jax.mpc.lowering.ownership import Lowering, is_secret
+from primia_jax.mpc.lowering.ownership import Lowering, Owned, is_secret
 from primia_jax.mpc.lowering.program import Program, Ref
 
 _RULES = rules_linear.RULES | rules_nonlinear.RULES
@@ -24,8 +25,8 @@ def lower(
   program: Program,
   owners: Sequence[Any],
   config: Config,
-  ranges: np.ndarray | None = None,
-  known: Mapping[int, Values] | None = None,
+  bounds: np.ndarray | None = None,
+  magnitude: Callable[[Owned], float] = lambda owned: math.inf,
 ) -> Circuit:
   """Builds the circuit of a program.
 
@@ -33,15 +34,15 @@ def lower(
     program: the function.
     owners: for each flat input that is not public, its party; None for an argument given as shares.
     config: the ring and whatever else the parties agree on.
-    ranges: [number of values] the calibrated largest magnitude of each; None assumes nothing.
-    known: the values of each owner who plans with them at hand; the scales of its operands follow
-      from them.
+    bounds: [number of values] the planned magnitude of each; None assumes nothing.
+    magnitude: the largest magnitude of an owned value, or infinity if it is not at hand; the scale
+      of an operand follows from it.
 
   Raises:
     NotImplementedError: a primitive has no rule.
     ValueError: a calibrated range does not fit the ring.
   """
-  low = Lowering(program, config, ranges, known or {})
+  low = Lowering(program, config, bounds, magnitude)
   for ref, owner, aval in zip(program.inputs, owners, program.avals, strict=True):
     if isinstance(ref, Ref):
       low.enter(ref, owner, aval)

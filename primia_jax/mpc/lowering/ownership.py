@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc.builder import Builder
@@ -23,6 +22,7 @@ from primia_jax.mpc.maps import Map
 from primia_jax.types import Array
 
 _FEWEST_BITS, _ENOUGH_BITS = 6, 10  # of the largest weight of a layer
+_BELOW = 1 - 2.0**-6
 Rule = Callable[["Lowering", Equation, list[Any]], Any]
 
 
@@ -70,17 +70,19 @@ class Lowering:
   """The state of a lowering: the circuit so far, and who holds each value."""
 
   def __init__(
-    self, program: Program, config: Config, ranges: np.ndarray | None, known: Mapping[int, Values]
+    self,
+    program: Program,
+    config: Config,
+    bounds: np.ndarray | None,
+    magnitude: Callable[[Owned], float],
   ):
     self.build = Builder(config)
-    self.ranges, self.known = ranges, known
+    self.bounds, self.magnitude = bounds, magnitude
     self.env: dict[int, Any] = {}
     self.forced: dict[Any, Value] = {}
     self.labels: dict[int, str] = {}
     self.pools = _pooled(program)
-    self.sums = (
-      np.full(program.num_values, math.inf) if ranges is None else np.array(ranges, np.float64)
-    )
+    self.sums = np.full(program.num_values, math.inf) if bounds is None else np.array(bounds)
     for equation in reversed(program.equations):
       if equation.name in ("add", "sub"):
         inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
@@ -94,9 +96,8 @@ class Lowering:
       self.env[ref.number] = owned
 
   def bound(self, ref: Ref) -> float:
-    if self.ranges is None:
-      return math.inf
-    return float(self.ranges[ref.number]) * self.build.config.margin
+    """The planned magnitude of a value: `outwards` of its calibrated one, or infinity."""
+    return math.inf if self.bounds is None else float(self.bounds[ref.number])
 
   def lower(self, equation: Equation, rules: Mapping[str, Rule]) -> None:
     """Lowers one equation by its rule, or leaves it to the party that holds all its inputs."""
@@ -124,7 +125,7 @@ class Lowering:
       elif isinstance(out, Lazy | Pending):
         out = out._replace(bound=self.bound(ref), layer=layer)
         if isinstance(out, Lazy):
-          out = out._replace(largest_sum=float(self.sums[ref.number]) * self.build.config.margin)
+          out = out._replace(largest_sum=float(self.sums[ref.number]))
       self.env[ref.number] = out
 
   def label(self, equation: Equation) -> str:
@@ -206,10 +207,10 @@ class Lowering:
     )
 
   def largest(self, owned: Owned, slack: float = 1.0) -> float:
-    """The largest magnitude of an owned value if its owner plans with it at hand, times a slack."""
-    if owned.owner not in self.known:
-      return math.inf
-    return float(jnp.max(jnp.abs(owned.read(self.known[owned.owner])))) * slack
+    """The magnitude of an owned value if its owner plans with it at hand, times a slack,
+    `outwards`.
+    """
+    return outwards(self.magnitude(owned) * slack)
 
 
 _MAXIMA = {"max", "reduce_window_max"}
@@ -234,6 +235,16 @@ def _pooled(program: Program) -> set[int]:
     if found and ref not in kept and all(map(reaches, found)):
       pooled.add(ref)
   return pooled
+
+
+def outwards(magnitude: float) -> float:
+  """The least 2^m (1 - 2^-6) that is not smaller: a plan says nothing finer of anybody's data.
+
+  The 64th leaves room for rounding below the power of two.
+  """
+  if magnitude == 0 or math.isinf(magnitude):
+    return magnitude
+  return 2.0 ** math.ceil(math.log2(magnitude / _BELOW)) * _BELOW
 
 
 def reader(ref: Ref) -> Callable[[Values], Array]:
