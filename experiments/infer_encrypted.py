@@ -15,12 +15,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import scipy.special
 from absl import flags
 
-from primia_jax.mpc import planning
+from primia_jax.mpc import costs, planning
 
 from . import encrypted, inputs, model_files, phases, report, running, settings
 from .configs.data import Data
@@ -33,9 +32,6 @@ flags.adopt_module_key_flags(settings)
 def main() -> None:
   config = settings.from_flags(encrypted.Infer)
   encrypted.check(config)
-  jax.config.update(
-    "jax_enable_x64", True
-  )  # rings wider than 32 bits; the model's own arrays stay float32
   model, weights, label_names, model_config = encrypted.load_model(config.checkpoint)
   size, _, channels = model_config.image_shape
   data = Data(
@@ -68,7 +64,7 @@ def main() -> None:
   start = time.perf_counter()
   plan = encrypted.make_plan(config, model, weights, calibration)
   calibrating = time.perf_counter() - start
-  rows, table = planning.rows(plan), str(plan)
+  rows, table = costs.rows(plan.circuit), str(plan)
   print(
     f"\nThe plan, which both parties and the dealer see, for {_images(config.batch)}:\n\n{table}\n"
   )
@@ -85,8 +81,8 @@ def main() -> None:
 
   ids = [str(path) for path in images.columns["path"]]
   _print_predictions(ids, result.outputs, label_names)
-  costs = _costs(plan, rows, result, config, len(images))
-  _print_costs(costs)
+  summary = _costs(plan, rows, result, config, len(images))
+  _print_costs(summary)
   if config.check:
     _print_check(
       config, phases.compare(plan, model, weights, images.images, config.batch, result.outputs), ids
@@ -100,7 +96,7 @@ def main() -> None:
     folder = pathlib.Path(config.output_dir).expanduser()
     _write_predictions(folder / "predictions.csv", ids, result.outputs, label_names)
     (folder / "plan.txt").write_text(f"{table}\n")
-    (folder / "costs.json").write_text(json.dumps(costs, indent=2) + "\n")
+    (folder / "costs.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\npredictions.csv, plan.txt and costs.json are in {folder}")
 
 
@@ -156,7 +152,7 @@ def _write_predictions(
 
 def _costs(
   plan: planning.Plan,
-  rows: Sequence[planning.Row],
+  rows: Sequence[costs.Row],
   result: phases.Result,
   config: encrypted.Infer,
   num_images: int,
@@ -192,7 +188,7 @@ def _costs(
       phase("compile", "everybody", "model"),
       phase("encode weights", "model owner", "model"),
       phase("blind", "dealer", "model"),
-      phase("publish", "model owner to data owner", "model", planning.published_bytes(plan)),
+      phase("publish", "model owner to data owner", "model", costs.published_bytes(plan.circuit)),
       phase("deal", "dealer to data owner", "run", dealt),
       phase("prepare", "both parties", "run"),
       phase("encode images", "data owner", "run"),
@@ -205,31 +201,31 @@ def _costs(
       "bits_per_second": network.bandwidth,
       "online_seconds": network.seconds(rounds, sent),
       "deal_seconds": network.seconds(0, dealt),
-      "publish_seconds": network.seconds(0, planning.published_bytes(plan)),
+      "publish_seconds": network.seconds(0, costs.published_bytes(plan.circuit)),
     },
     "versions": report.versions(),
   }
 
 
-def _print_costs(costs: dict[str, Any]) -> None:
-  text = planning.bytes_text
-  each = _images(costs["images_in_a_run"])
+def _print_costs(summary: dict[str, Any]) -> None:
+  text = costs.bytes_text
+  each = _images(summary["images_in_a_run"])
   print(f"\n{'phase':<14} {'who':<26} {'once per':<10} {'time':>10} {'bytes':>10} {'rounds':>7}")
-  for p in costs["phases"]:
+  for p in summary["phases"]:
     per = each if p["once_per"] == "run" else "model"
     size, rounds = (text(p["bytes"]) if p["bytes"] else "", p["rounds"] or "")
     print(
       f"{p['phase']:<14} {p['who']:<26} {per:<10} {_time(p['seconds']):>10} {size:>10} {rounds:>7}"
     )
   print(f"\n{'layer':<28} {'steps':<44} {'online':>10} {'dealt':>10} {'sent':>10} {'rounds':>7}")
-  for layer in costs["layers"]:
+  for layer in summary["layers"]:
     steps = _shorten(", ".join(_counted(layer["steps"])), 44)
     print(
       f"{_shorten(layer['name'], 28):<28} {steps:<44} {_time(layer['seconds']):>10} "
       f"{text(layer['dealt']):>10} "
       f"{text(layer['sent']):>10} {layer['rounds']:>7}"
     )
-  network = costs["network"]
+  network = summary["network"]
   link = (
     f"{1e3 * network['round_trip_seconds']:g} ms and {network['bits_per_second'] / 1e6:g} Mbit/s"
   )

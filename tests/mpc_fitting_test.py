@@ -56,9 +56,8 @@ def test_an_impossible_target_is_refused(target, reason):
     fitting.fit(fn, OWNERS, [(W, X)], target, candidates=((32, 10), (64, 12)))
 
 
-def test_without_x64_the_message_says_what_was_left_out():
-  with (
-    jax.enable_x64(False),
-    pytest.raises(ValueError, match=r"best error is \d.*; rings of more than 32 bits need"),
+def test_a_refusal_says_why_the_last_ring_was_too_small():
+  with pytest.raises(
+    ValueError, match=r"best error is \d.*; 16 bits with 7 of fraction are refused"
   ):
-    fitting.fit(fn, OWNERS, [(W, X)], 1e-7, candidates=((32, 10), (64, 20)))
+    fitting.fit(fn, OWNERS, [(W, X)], 1e-7, candidates=((32, 10), (16, 7)))

@@ -3,6 +3,7 @@ once.
 """
 
 import copy
+import dataclasses
 import gc
 import pathlib
 import pickle
@@ -18,7 +19,8 @@ from mpc_reference import OWNERS, normal
 
 from primia_jax import mpc
 from primia_jax.mpc import inference, protocol, roles
-from primia_jax.mpc.roles import Blind, DataOwner, Dealer, ModelOwner
+from primia_jax.mpc.messages import Blind
+from primia_jax.mpc.roles import DataOwner, Dealer, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -44,7 +46,8 @@ class Cast:
   """The roles of one plan, each made from what it may have, and every message between them."""
 
   def __init__(self, plan):
-    self.plan, self.dealer, self.model_owner = plan, Dealer(plan), ModelOwner(plan, W)
+    self.plan, self.model_owner = plan, ModelOwner(plan, W)
+    self.dealer = Dealer(plan, self.model_owner.tag)
     self.key = self.dealer._blind._secret[0]  # for attacks: what the model owner is told
     self.publication = self.model_owner.publish(self.dealer.blind())
     self.data_owner = DataOwner(plan, self.publication)
@@ -126,7 +129,8 @@ def test_each_role_holds_only_its_own(cast, gated_cast):
       getattr(v, "elements", v) for i, v in o.items() if c.operands[i].owner == party
     ]
     weights, images = [W, *owned(MODEL_OWNER)], [X, *owned(DATA_OWNER)]
-    blind = protocol.blinds(circuit, each.key, MODEL_OWNER).values()
+    key = roles._bound(each.key, each.publication.publication)
+    blind = protocol.blinds(circuit, key, MODEL_OWNER).values()
     for root, own, others in (
       (each.plan, [], [*weights, *images]),
       (each.dealer, blind, [*weights, *images]),
@@ -155,7 +159,7 @@ def test_no_role_can_do_anothers_step(cast):
   with pytest.raises(ValueError, match="different inferences"):
     model_owner.answer(model_owner.prepare(cast.dealer.deal()[0]), question)
   with pytest.raises(TypeError, match="expected a Publication, not a Blind"):
-    DataOwner(cast.plan, Dealer(cast.plan).blind())
+    DataOwner(cast.plan, Dealer(cast.plan, cast.model_owner.tag).blind())
   steps = {
     role: {name for name in vars(role) if not name.startswith("_")}
     for role in (Dealer, ModelOwner, DataOwner)
@@ -169,10 +173,11 @@ def test_no_role_can_do_anothers_step(cast):
 
 
 def test_what_serves_once_refuses_a_second_use(cast):
-  dealer, model_owner = Dealer(cast.plan), ModelOwner(cast.plan, W)
+  model_owner = ModelOwner(cast.plan, W)
+  dealer = Dealer(cast.plan, model_owner.tag)
   data_owner = DataOwner(cast.plan, model_owner.publish(dealer.blind()))
   with pytest.raises(ValueError, match="this Blind was used"):
-    ModelOwner(cast.plan, -W).publish(dealer.blind())
+    model_owner.publish(dealer.blind())
   first, second = dealer.deal()
   mine, theirs = data_owner.prepare(second), model_owner.prepare(first)
   for owner, used in ((model_owner, first), (data_owner, second)):
@@ -191,7 +196,11 @@ def test_what_serves_once_refuses_a_second_use(cast):
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_what_serves_once_cannot_be_doubled(cast, duplicate):
   first, _ = cast.dealer.deal()
-  for once in (first, Dealer(cast.plan).blind(), cast.model_owner.prepare(first)):
+  for once in (
+    first,
+    Dealer(cast.plan, cast.model_owner.tag).blind(),
+    cast.model_owner.prepare(first),
+  ):
     with pytest.raises(TypeError, match="serves once and cannot be copied or pickled"):
       duplicate(once)
     assert "key" not in repr(once)
@@ -214,18 +223,13 @@ def test_every_key_is_fresh(cast):
     np.asarray(side._secret[0][0]).tobytes() for _ in range(4) for side in cast.dealer.deal()[:1]
   ]
   keys = [np.asarray(cast.dealer.deal()[1]._secret[0][1]).tobytes() for _ in range(4)]
-  blinds = [np.asarray(Dealer(cast.plan).blind()._secret[0]).tobytes() for _ in range(4)]
+  tag = cast.model_owner.tag
+  blinds = [np.asarray(Dealer(cast.plan, tag).blind()._secret[0]).tobytes() for _ in range(4)]
   assert len({*seeds, *keys, *blinds}) == 12
-  one, two = ModelOwner(cast.plan, W), ModelOwner(cast.plan, W + np.float32(0.01))
-  first, second = (
-    next(iter(o.publish(Dealer(cast.plan).blind()).arrays.values())) for o in (one, two)
-  )
-  change = np.asarray(first - second).view(np.int32)
-  assert np.abs(change.astype(np.int64)).max() > 2**24  # two publications do not give W's change
 
 
 def test_correlations_of_another_publication_are_refused(cast):
-  other = Dealer(cast.plan)
+  other = Dealer(cast.plan, cast.model_owner.tag)
   other.blind()
   first, second = other.deal()
   with pytest.raises(ValueError, match="another publication"):
@@ -270,6 +274,63 @@ def test_two_questions_about_one_image_do_not_agree(gated_cast):
     assert np.mean(np.asarray(d) == np.asarray(two.arrays[number])) < 0.2
 
 
+def stolen(plan, weights, key):
+  """D of a publication whose blind was made from a key that served before."""
+  owner = ModelOwner(plan, weights)
+  blind = Blind(MODEL_OWNER, f"{plan.digest}-{owner.tag}-0", "", key)
+  return {i: np.asarray(d) for i, d in owner.publish(blind).arrays.items()}
+
+
+@pytest.mark.parametrize("what", ["fine-tuned weights", "another plan", "other weight bits"])
+def test_one_key_for_two_publications_tells_nothing(cast, what):
+  """The attack: D - D' is the weights' change, or with other scales a multiple of the weights."""
+  other, weights = cast.plan, W
+  if what == "fine-tuned weights":
+    weights = W + np.float32(2.0**-8)
+  elif what == "another plan":
+    other = mpc.plan(fn, OWNERS, (W, X), CONFIG, 8 * mpc.calibrate(fn, OWNERS, [(W, X)]))
+  else:
+    config = dataclasses.replace(CONFIG, weight_bits=10)
+    other = mpc.plan(fn, OWNERS, (W, X), config, mpc.calibrate(fn, OWNERS, [(W, X)]))
+  one, two = stolen(cast.plan, W, cast.key), stolen(other, weights, cast.key)
+  for i, d in one.items():
+    change = (d - two[i]).view(np.int32).astype(np.int64)
+    assert np.abs(change).max() > 2**26  # with one B it is below 2^14, the weights' bits
+    assert np.unique(change >> 16).size > change.size / 2
+
+
+def test_the_attack_on_one_key_works_where_nothing_binds_it(cast, monkeypatch):
+  """The control: with B from the key alone, D - D' is the weights' change to the last bit."""
+  monkeypatch.setattr(roles, "_bound", lambda key, publication: key)
+  tuned = W + np.float32(2.0**-8)
+  one, two = stolen(cast.plan, W, cast.key), stolen(cast.plan, tuned, cast.key)
+  for i, d in one.items():
+    unit = cast.plan.circuit.operands[i].scale
+    np.testing.assert_allclose((two[i] - d).view(np.int32) * unit, tuned - W, atol=unit)
+
+
+def test_the_tag_confirms_no_guess_of_the_weights(cast):
+  """The dealer sees the tag and the plan: without the model owner's secret W has no one tag."""
+  assert ModelOwner(cast.plan, W).tag != ModelOwner(cast.plan, W).tag
+  for wrong in ("", "ab", cast.model_owner.tag.upper() + "g", None):
+    with pytest.raises(ValueError, match="take the model owner's `tag`"):
+      Dealer(cast.plan, wrong)
+
+
+def test_messages_of_another_plan_or_other_weights_are_refused(cast):
+  other = planned(lambda w, x: jax.nn.relu(x @ w) * 2)
+  dealer = Dealer(other, cast.model_owner.tag)
+  with pytest.raises(ValueError, match="made for another plan"):
+    cast.model_owner.publish(dealer.blind())
+  with pytest.raises(ValueError, match="made for another plan"):
+    DataOwner(other, cast.publication)
+  with pytest.raises(ValueError, match="made for another plan"):
+    cast.data_owner.prepare(dealer.deal()[1])
+  blind = Dealer(cast.plan, cast.model_owner.tag).blind()
+  with pytest.raises(ValueError, match="this Blind is for other weights"):
+    ModelOwner(cast.plan, W).publish(blind)
+
+
 # ---- bad input
 
 
@@ -283,7 +344,11 @@ def test_arguments_must_have_the_planned_shapes(cast):
 def test_shared_arguments_have_no_role():
   shapes = [jax.ShapeDtypeStruct(v.shape, jnp.float32) for v in (W, X)]
   plan = mpc.plan(fn, ("model_owner", "shared"), shapes, CONFIG)
-  for make in (lambda: Dealer(plan), lambda: ModelOwner(plan, W), lambda: DataOwner(plan, None)):
+  for make in (
+    lambda: Dealer(plan, "0" * 64),
+    lambda: ModelOwner(plan, W),
+    lambda: DataOwner(plan, None),
+  ):
     with pytest.raises(ValueError, match='owner "shared", which no role holds'):
       make()
 
@@ -291,14 +356,13 @@ def test_shared_arguments_have_no_role():
 def test_roles_of_another_type_are_refused(cast):
   with pytest.raises(TypeError, match="expected a Blind, not a Correlations"):
     cast.model_owner.publish(cast.dealer.deal()[0])
-  assert issubclass(Blind, roles.Once)
 
 
 FORKING = """
 import os
-from primia_jax.mpc import roles
+from primia_jax.mpc import messages
 
-secret = roles.Correlations(1, "publication", "inference", b"mask")
+secret = messages.Correlations(1, "publication", "inference", b"mask")
 child = os.fork()
 try:
   told = secret.take(1).decode()

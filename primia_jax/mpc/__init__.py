@@ -1,44 +1,44 @@
 """Encrypted inference: a JAX function as a protocol between a model owner and a data owner.
 
-The model owner plans with its weights and calibrates on images of its own:
+The model owner calibrates, chooses the ring and plans on data of its own, in one call:
 
 >>> import jax, jax.numpy as jnp
 >>> from primia_jax import mpc
->>> def apply(weights, image):  # any function of supported primitives
+>>> def apply(weights, image):  # any function of supported primitives, or a module
 ...   return jax.nn.relu(image @ weights["in"]) @ weights["out"]
 >>> weights = {"in": jnp.eye(4) / 2, "out": jnp.ones((4, 1))}
->>> image = jnp.array([[1.0, -2.0, 3.0, 0.5]])
->>> owners = ("model_owner", "data_owner")
->>> ranges = mpc.calibrate(apply, owners, [(weights, image)])
->>> config = mpc.Config(num_bits=32, fraction_bits=8)  # wider rings need jax_enable_x64
->>> plan = mpc.plan(apply, owners, (weights, image), config, ranges)
+>>> images = jnp.array([[1.0, -2.0, 3.0, 0.5], [2.0, 0.0, -1.0, 4.0]])
+>>> private = mpc.secret(apply, weights, examples=images, target_error=1e-2)
+>>> private(images[0]).tolist()  # all three roles in this process, under encryption
+[2.25]
+>>> private.check(images[1]).error < 1e-2
+True
 
-Three roles, each with nothing but its own (`roles` says who learns what):
+The same by three roles, each with nothing but its own (`roles` says who learns what). The plan and
+the messages can be written to files (`write`, `read`):
 
->>> dealer, model_owner = mpc.Dealer(plan), mpc.ModelOwner(plan, weights)
+>>> plan, model_owner = private.plan, private.model_owner()
+>>> dealer = mpc.Dealer(plan, model_owner.tag)
 >>> data_owner = mpc.DataOwner(plan, model_owner.publish(dealer.blind()))
 >>> first, second = dealer.deal()  # for one inference; a second use is refused
->>> asked, question = data_owner.ask(data_owner.prepare(second), image)
+>>> asked, question = data_owner.ask(data_owner.prepare(second), images[0])
 >>> answered = model_owner.answer(model_owner.prepare(first), question)
 >>> online = mpc.online(plan)  # both parties in this process; `mesh` puts each on its own device
 >>> data_owner.reveal(online(answered, asked)).tolist()
-[[2.25]]
+[2.25]
 
-The same in one call, and as a traceable function for research:
-
->>> mpc.infer(plan, weights, image).tolist()
-[[2.25]]
->>> from primia_jax import prng
->>> mpc.secret(apply, owners, config, ranges)(prng.random_key(), weights, image).tolist()
-[[2.25]]
+For simulations under `jit` and `vmap`, `private.transform(key, image)` is traceable; a key is then
+an array and cannot know that it was used.
 """
 
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.clear import check
+from primia_jax.mpc.costs import Network
 from primia_jax.mpc.fitting import fit
-from primia_jax.mpc.inference import secret
-from primia_jax.mpc.planning import Network, Plan, calibrate, plan
+from primia_jax.mpc.planning import Plan, calibrate, plan
+from primia_jax.mpc.private import Private, secret
 from primia_jax.mpc.roles import DataOwner, Dealer, ModelOwner, infer, online
+from primia_jax.mpc.saving import read, write
 from primia_jax.mpc.sharing import party_mesh
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
   "ModelOwner",
   "Network",
   "Plan",
+  "Private",
   "calibrate",
   "check",
   "fit",
@@ -55,5 +56,7 @@ __all__ = [
   "online",
   "party_mesh",
   "plan",
+  "read",
   "secret",
+  "write",
 ]

@@ -9,10 +9,12 @@ masks alike. `builder.Builder` writes circuits.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from primia_jax import ring
@@ -28,7 +30,7 @@ class Config:
   """What both parties and the dealer agree on.
 
   Attributes:
-    num_bits: k; values live in Z_2^k, stored in uint32 for k <= 32, else in uint64 (needs x64).
+    num_bits: k; values live in Z_2^k, stored in uint32 for k <= 32, else in uint64.
     fraction_bits: f; a value is truncated to about 2^-f before it is multiplied again.
     weight_bits: bits of an owned operand of a linear layer, with the sign. Its scale follows from
       its largest magnitude if the owner plans with it at hand, and is 2^-f otherwise.
@@ -68,6 +70,10 @@ class Config:
   @property
   def dtype(self) -> np.dtype:
     return ring.storage(self.num_bits)
+
+  def scope(self) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the ring can be computed in, whether x64 is on or off outside."""
+    return jax.enable_x64(True) if self.num_bits > 32 else contextlib.nullcontext()
 
   @property
   def unit(self) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from primia_jax import ring
-from primia_jax.mpc import inference, protocol
+from primia_jax.mpc import inference, planning, protocol
 from primia_jax.mpc.circuit import (
   Apply,
   Circuit,
@@ -21,6 +23,7 @@ from primia_jax.mpc.circuit import (
   Value,
 )
 from primia_jax.mpc.gates import elementwise
+from primia_jax.mpc.lowering.program import Ref, evaluate
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.products import multiply, product
 from primia_jax.mpc.protocol import Operands
@@ -33,37 +36,116 @@ def check(plan: Plan, args: Sequence[PyTree]) -> PyTree:
   return checker(plan)(args)
 
 
+class Checked(NamedTuple):
+  """The exact protocol beside the function itself.
+
+  Attributes:
+    outputs: the integer model's, in fn's own structure.
+    plain: fn's.
+    error: the largest difference between an output and its plain counterpart.
+  """
+
+  outputs: PyTree
+  plain: PyTree
+  error: float
+
+
 def checker(plan: Plan) -> Callable[[Sequence[PyTree]], PyTree]:
-  """Computes the exact protocol's outputs in the clear and checks the range of every gate.
+  """Computes the exact protocol's outputs in the clear and checks every range.
 
   Returns:
-    args -> outputs. It raises a ValueError that names the layer if a value leaves its planned
-    range, which the protocol itself cannot notice.
+    args -> outputs; raises as `comparer`'s result does.
+  """
+  compare = comparer(plan)
+  return lambda args: compare(args).outputs
+
+
+def comparer(plan: Plan) -> Callable[[Sequence[PyTree]], Checked]:
+  """Computes the integer model beside the function itself and checks every range.
+
+  Returns:
+    args -> Checked. It raises a ValueError that names the layer if a value inside or an output
+    leaves its planned range or the ring, which the protocol itself cannot notice.
   """
   encode_all, check_encoded = inference.encoder(plan), operands_checker(plan)
-  return lambda args: check_encoded(encode_all(args))
+  watched = _shared(plan) if plan.bounds is not None else {}
+
+  def evaluated(leaves: Sequence[Array]) -> tuple[list[Any], Array]:
+    env = evaluate(plan.program, leaves)
+    plain = [env[v.number] if isinstance(v, Ref) else v for v in plan.program.outputs]
+    return plain, planning.magnitudes(env, watched)
+
+  compiled = plan.compiled("plain", evaluated)
+
+  def run(args: Sequence[PyTree]) -> Checked:
+    plain, largest = compiled(jax.tree.leaves(tuple(args)))
+    bounds = [] if plan.bounds is None else [float(plan.bounds[i]) for i in watched]
+    for where, bound, most in zip(watched.values(), bounds, largest.tolist(), strict=True):
+      if not most <= bound:
+        raise ValueError(
+          f"{where}: a value of magnitude {most:.4g} leaves its planned range of {bound:.4g}; "
+          "calibrate with more examples or a larger margin"
+        )
+    for v, value in zip(plan.circuit.outputs, plain, strict=True):
+      room = 2.0 ** (plan.config.num_bits - 1) * v.scale if isinstance(v, Value) else np.inf
+      if not np.max(np.abs(value), initial=0) < room:
+        raise ValueError(
+          f"an output of magnitude {np.max(np.abs(value)):.4g} does not fit a ring of "
+          f"num_bits={plan.config.num_bits} at its scale; use a wider ring or calibrate"
+        )
+    outputs = check_encoded(encode_all(args))
+    difference = lambda a, b: np.max(
+      np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0
+    )
+    error = max(map(difference, jax.tree.leaves(outputs), plain), default=0.0)
+    return Checked(outputs, jax.tree.unflatten(plan.program.out_tree, plain), float(error))
+
+  return run
+
+
+def _shared(plan: Plan) -> dict[int, str]:
+  """The values that enter the protocol or arise in it, and where: their ranges must hold."""
+  program = plan.program
+  found: dict[int, str] = {}
+  holders: dict[int, frozenset[Any]] = {
+    ref.number: frozenset([owner if owner is not None else "shared"])
+    for ref, owner in zip(program.inputs, plan.owners, strict=True)
+    if isinstance(ref, Ref)
+  }
+  for e in program.equations:
+    inputs = [v.number for v in e.inputs if isinstance(v, Ref)]
+    held = frozenset().union(*(holders[i] for i in inputs))
+    holders |= {ref.number: held for ref in e.outputs}
+    if len(held) > 1 or held == {"shared"}:
+      where = f"{e.layer}, {e.name} at {e.source}"
+      found |= {i: found.get(i, where) for i in inputs}
+      found |= {ref.number: where for ref in e.outputs}
+  return found
 
 
 def operands_checker(plan: Plan) -> Callable[[Operands], PyTree]:
-  """`checker` for arguments that are encoded already."""
+  """The integer model of arguments that are encoded already; checks the range of every gate."""
   gate_operations = [op for op in plan.circuit.operations if isinstance(op, Apply)]
   wide = jnp.int64 if plan.config.num_bits > 32 else jnp.int32
 
-  @jax.jit
   def integers(operands: Operands) -> tuple[list[Array], list[Array]]:
     largest: list[Array] = []
     watch = lambda op, z: largest.append(jnp.max(jnp.abs(z.astype(wide)), initial=0))
     return compute(plan.circuit, operands, watch), largest
 
+  compiled = plan.compiled("clear", integers)
+
   def run_clear(operands: Operands) -> PyTree:
-    elements, largest = integers(operands)
+    with plan.config.scope():
+      elements, largest = compiled(operands)
     for op, most in zip(gate_operations, largest, strict=True):
       if int(most) + elementwise.slack(op.gate) >= 2**op.gate.range_bits:
         raise ValueError(
           f"{op.layer}: the input of a {op.gate.action} takes {int(most).bit_length()} bits but "
           f"was planned for {op.gate.range_bits}; calibrate with more examples or a larger margin"
         )
-    return inference.decode_outputs(plan, elements)
+    with plan.config.scope():
+      return inference.decode_outputs(plan, elements)
 
   return run_clear
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from primia_jax.mpc import clear, inference
 from primia_jax.mpc.circuit import Config
-from primia_jax.mpc.clear import checker
 from primia_jax.mpc.planning import Plan, calibrate, plan
 from primia_jax.types import PyTree
 
@@ -54,9 +54,6 @@ def fit(
   wanted = [jax.tree.leaves(jax.jit(fn)(*args)) for args in examples]
   best, why = np.inf, ""
   for num_bits, fraction_bits in candidates:
-    if num_bits > 32 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-      why = "; rings of more than 32 bits need jax_enable_x64"
-      continue
     trial = dataclasses.replace(
       config,
       num_bits=num_bits,
@@ -65,17 +62,18 @@ def fit(
     )
     try:
       candidate = plan(fn, owners, examples[0], trial, ranges)
-    except ValueError:  # the ring is too small for so many fraction bits
+    except ValueError as error:  # the ring is too small for so many fraction bits
+      why = f"; {num_bits} bits with {fraction_bits} of fraction are refused: {error}"
       continue
-    run_clear = checker(candidate)
-    error = max(
+    encode_all, run_clear = inference.encoder(candidate), clear.operands_checker(candidate)
+    largest = max(
       float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0))
       for args, want in zip(examples, wanted, strict=True)
-      for a, b in zip(jax.tree.leaves(run_clear(args)), want, strict=True)
+      for a, b in zip(jax.tree.leaves(run_clear(encode_all(args))), want, strict=True)
     )
-    if error * spare <= target_error:
+    if largest * spare <= target_error:
       return candidate
-    best = min(best, error)
+    best = min(best, largest)
   raise ValueError(
     f"no ring reaches target_error={target_error}; the best error is {best:.3g}{why}"
   )

@@ -1,6 +1,7 @@
-"""`secret`, a JAX function as a traceable two-party protocol, and the online phase of both parties.
+"""The phases of an inference on a plan: values in and out, and both parties online.
 
-Semi-honest parties; the dealer colludes with neither. `roles` keeps the roles apart.
+Semi-honest parties; the dealer colludes with neither. `roles` keeps the roles apart; `transform`
+plays all of them in one traceable function.
 """
 
 from __future__ import annotations
@@ -11,54 +12,68 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from primia_jax import prng, ring
-from primia_jax.mpc import dealing, encoding, planning, protocol
-from primia_jax.mpc.circuit import Apply, Config, Local, Open, Value
+from primia_jax.mpc import dealing, encoding, protocol
+from primia_jax.mpc.circuit import Apply, Local, Open, Value
 from primia_jax.mpc.lowering.program import evaluate
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.protocol import Env, Operands, Ready
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Wire
 from primia_jax.types import Array, PyTree
 
-_OWNERS_BLIND = {MODEL_OWNER: 0, DATA_OWNER: 4}  # subkeys of `secret`'s key
+_OWNERS_BLIND = {MODEL_OWNER: 0, DATA_OWNER: 4}  # subkeys of `transform`'s key
 _SHARED_INPUTS = 3
 
 
-def secret(
-  fn: Callable,
-  owners: Sequence[Any],
-  config: Config = Config(),  # noqa: B008
-  ranges: np.ndarray | None = None,
-) -> Callable:
-  """Transforms fn(*args) into f(key, *args), which computes it under encryption.
+def transform(plan: Plan) -> Callable:
+  """The whole protocol as one traceable function f(key, *args), for simulation only.
 
-  For research: both parties and the dealer run in one call, and the caller sees everything. It
-  traces, so it goes through `jit` and `vmap` (with a key for each element). It deals for every
-  call.
+  Both parties and the dealer run in one call, and the caller sees everything. It deals and
+  publishes anew in every call. Under `jit` a key is an array and cannot know that it was used: two
+  calls with one key use every mask twice. Under `vmap` a key that is not mapped is folded with the
+  index, so that no two elements share a mask; a `scan` over images must be given a key for each.
 
   Args:
-    fn, owners, config, ranges: as `planning.plan` takes them.
+    plan: the plan.
 
   Returns:
-    f(key, *args) -> fn's outputs in float32. key is [8] uint32, never used twice. Arguments of the
-    owner "shared" are given in the clear here.
-
-  >>> import jax.numpy as jnp
-  >>> from primia_jax import prng
-  >>> owners = ("model_owner", "data_owner")
-  >>> f = secret(lambda w, x: jnp.maximum(w @ x, 0), owners, Config(32, 8, 10))
-  >>> f(prng.random_key(), jnp.eye(2), jnp.array([1.5, -2.0])).tolist()
-  [1.5, 0.0]
+    f(key, *args) -> fn's outputs in float32. key is [8] uint32, never used twice. Public arguments
+    are those of the plan; arguments of the owner "shared" are given in the clear here.
   """
+  encode_all = encoder(plan)
 
-  def wrapped(key: Array, *args: PyTree) -> PyTree:
-    plan = planning.plan(fn, owners, args, config, ranges)
-    operands = share_inputs(plan, encode(plan, args), key)
-    return reveal(plan, simulate(plan, offline(plan, key, operands), operands))
+  def run(key: Array, leaves: list[Array]) -> list[Array]:
+    operands = encode_all(leaves)
+    with plan.config.scope():
+      operands = share_inputs(plan, operands, key)
+      shares = simulate(plan, offline(plan, key, operands), operands)
+    return jax.tree.leaves(reveal(plan, shares))
 
-  return wrapped
+  folding = _folding(run)
+
+  def transformed(key: Array, *args: PyTree) -> PyTree:
+    leaves = [jnp.asarray(v) for v in jax.tree.leaves(args)]
+    return jax.tree.unflatten(plan.program.out_tree, folding(jnp.asarray(key), leaves))
+
+  return transformed
+
+
+def _folding(run: Callable[[Array, list[Array]], list[Array]]) -> Callable:
+  """run(key [..., 8], leaves) with a key folded with the index by a vmap that does not map it."""
+  folding = jax.custom_batching.custom_vmap(run)
+
+  @folding.def_vmap
+  def _(axis_size: int, mapped: Any, key: Array, leaves: list[Array]) -> Any:
+    key_mapped, leaves_mapped = mapped
+    if not key_mapped:
+      fold = lambda i: jnp.vectorize(lambda k: prng.derive(k, i), signature="(8)->(8)")(key)
+      key = jax.vmap(fold)(jnp.arange(axis_size, dtype=jnp.uint32))
+    each = jax.vmap(run, in_axes=(0, [0 if m else None for m in leaves_mapped]))
+    out = _folding(each)(key, leaves)
+    return out, [True] * len(out)
+
+  return folding
 
 
 def offline(plan: Plan, key: Array, operands: Operands) -> Ready:
@@ -118,7 +133,6 @@ def owner_encoder(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], 
   if not mine:
     return lambda leaves: {}
 
-  @jax.jit
   def integers(leaves: Sequence[Array]) -> tuple[list[Array], list[Any]]:
     own = iter(leaves)
     env: Any = evaluate(plan.program, [next(own) if by == owner else None for by in plan.owners])
@@ -126,8 +140,12 @@ def owner_encoder(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], 
     encoded = [encoding.encode(o, v, plan.config) for o, v in zip(operands, values, strict=True)]
     return [encoding.largest(v) for v in values], encoded
 
+  compiled = plan.compiled(("encode", owner), integers)
+
   def run_encoder(leaves: Sequence[Array]) -> Operands:
-    largest, encoded = integers([jnp.asarray(v) for v in leaves])
+    leaves = [jnp.asarray(v) for v in leaves]  # in the caller's types
+    with plan.config.scope():
+      largest, encoded = compiled(leaves)
     for operand, most in zip(operands, largest, strict=True):
       encoding.check_fits(operand, most, plan.config)
     return dict(zip(mine, encoded, strict=True))
@@ -147,7 +165,9 @@ def share_inputs(plan: Plan, operands: Operands, key: Array) -> Operands:
 
 def reveal(plan: Plan, shares: Sequence[Array]) -> PyTree:
   """The outputs in float32 from both parties' shares, [2, ...] each, in fn's own structure."""
-  return decode_outputs(plan, [ring.reduce(v[0] + v[1], plan.config.num_bits) for v in shares])
+  with plan.config.scope():
+    elements = [ring.reduce(v[0] + v[1], plan.config.num_bits) for v in shares]
+    return decode_outputs(plan, elements)
 
 
 def decode_outputs(plan: Plan, elements: Sequence[Array]) -> PyTree:
@@ -240,8 +260,12 @@ def simulate_steps(plan: Plan) -> list[Step]:
         axis_size=2,
       )
     )
-    mine = lambda ready: {i: c for i, c in ready.items() if first <= i < last}
-    return Step(first, last, lambda ready, operands, env: both(mine(ready), operands, env))
+
+    def run(ready: Ready, operands: Operands, env: Env) -> Env:
+      with plan.config.scope():
+        return both({i: c for i, c in ready.items() if first <= i < last}, operands, env)
+
+    return Step(first, last, run)
 
   return [step(first, last) for first, last in itertools.pairwise(cuts)]
 

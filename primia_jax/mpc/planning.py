@@ -1,23 +1,26 @@
-"""The cost and assumed ranges of an encrypted computation, before anything is dealt or sent."""
+"""Plans: a function with owners, ranges and a ring, before anything is dealt or sent."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.mpc import encoding, protocol
-from primia_jax.mpc.circuit import Apply, Circuit, Config, Linear, Open, Product, Value
-from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
+from primia_jax.mpc import costs
+from primia_jax.mpc.circuit import Circuit, Config
+from primia_jax.mpc.lowering import portable
 from primia_jax.mpc.lowering.lower import lower
 from primia_jax.mpc.lowering.ownership import Owned, outwards
 from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, trace
-from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Sent, Wire
+from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import Array, PyTree
 
 SHARED = "shared"
@@ -52,48 +55,34 @@ class Plan:
     """The ring, and how exact."""
     return self.circuit.config
 
+  @functools.cached_property
+  def _compiled(self) -> dict[Any, Any]:
+    return {}
+
+  def compiled(self, name: Any, fn: Callable) -> Callable:
+    """jax.jit(fn), once for each name: what the roles run is compiled once for a plan."""
+    if name not in self._compiled:
+      self._compiled[name] = jax.jit(fn)
+    return self._compiled[name]
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """SHA-256 of everything that the parties must agree on, in hexadecimal."""
+    writer = portable.Writer(strict=False)
+    parts = [
+      writer.program(self.program, sources=False),
+      [str(owner) for owner in self.owners],
+      dataclasses.asdict(self.config),
+      [] if self.bounds is None else [v.hex() for v in self.bounds.tolist()],
+      [v.hex() for v in self.magnitudes],
+    ]
+    found = hashlib.sha256(json.dumps(parts).encode())
+    for array in writer.arrays:
+      found.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
   def __str__(self) -> str:
-    return table(self)
-
-
-class Row(NamedTuple):
-  """One step of a plan.
-
-  Attributes:
-    operation: its number in the circuit; -1 for the output.
-    layer: its place in the function.
-    what: open, linear, product, relu, max, truncate, sign or output.
-    shape: of its result.
-    range_bits: K of a gate; 0 elsewhere.
-    shift: bits that a gate truncates.
-    dealt: bytes that party 1 receives from the dealer.
-    sent: bytes that each party sends to the other.
-    rounds: of communication.
-  """
-
-  operation: int
-  layer: str
-  what: str
-  shape: tuple[int, ...]
-  range_bits: int
-  shift: int
-  dealt: int
-  sent: int
-  rounds: int
-
-
-class Network(NamedTuple):
-  """A link between the parties; every round costs a whole round trip."""
-
-  round_trip: float  # seconds
-  bandwidth: float  # bits per second, each way
-
-  def seconds(self, rounds: int, num_bytes: int) -> float:
-    """The time of communication alone."""
-    return rounds * self.round_trip + 8 * num_bytes / self.bandwidth
-
-
-LAN, WAN = Network(0.0005, 1e9), Network(0.040, 100e6)
+    return costs.table(self.circuit)
 
 
 def plan(
@@ -120,7 +109,6 @@ def plan(
     NotImplementedError: a primitive has no protocol; the message names it and its source line.
     ValueError: an owner is unknown, or a calibrated range does not fit the ring.
   """
-  config.dtype  # noqa: B018  (raises without x64 where the ring needs it)
   program = trace(fn, args, [PUBLIC if owner == PUBLIC else "secret" for owner in owners])
   flat = _flat_owners(owners, args)
   if ranges is not None and len(ranges) != program.num_values:
@@ -142,17 +130,33 @@ def plan(
     if party == MODEL_OWNER and concrete:
       known[party] = jax.jit(lambda leaves: evaluate(program, leaves))(leaves)
   bounds = None if ranges is None else np.array([outwards(r * config.margin) for r in ranges])
-  magnitudes: list[float] = []
+
+  asked: list[float] = []
 
   def magnitude(owned: Owned) -> float:
     found = math.inf
     if owned.owner in known:
       found = outwards(float(jnp.max(jnp.abs(owned.read(known[owned.owner])), initial=0)))
-    magnitudes.append(found)
+    asked.append(found)
     return found
 
-  circuit = lower(program, flat, config, bounds, magnitude)
-  return Plan(program, circuit, flat, bounds, tuple(magnitudes))
+  with config.scope():
+    circuit = lower(program, flat, config, bounds, magnitude)
+  return Plan(program, circuit, flat, bounds, tuple(asked))
+
+
+def lowered(
+  program: Program,
+  owners: tuple[Any, ...],
+  config: Config,
+  bounds: np.ndarray | None,
+  magnitudes: tuple[float, ...],
+) -> Plan:
+  """The plan with these attributes, as `plan` made it."""
+  each = iter(magnitudes)
+  with config.scope():
+    circuit = lower(program, owners, config, bounds, lambda owned: next(each))
+  return Plan(program, circuit, owners, bounds, magnitudes)
 
 
 def calibrate(
@@ -172,7 +176,11 @@ def calibrate(
     leaves = jax.tree.leaves(tuple(args))
     if measure is None:
       program = trace(fn, args, [PUBLIC if owner == PUBLIC else "secret" for owner in owners])
-      measure = jax.jit(lambda leaves, program=program: _magnitudes(program, leaves))
+      measure = jax.jit(
+        lambda leaves, program=program: magnitudes(
+          evaluate(program, leaves), range(program.num_values)
+        )
+      )
     new = np.asarray(measure(leaves), np.float64)
     largest = new if largest is None else np.maximum(largest, new)
   if largest is None:
@@ -184,12 +192,12 @@ def calibrate(
   return largest
 
 
-def _magnitudes(program: Program, leaves: Sequence[Array]) -> Array:
-  env = evaluate(program, leaves)
+def magnitudes(env: Mapping[int, Array], numbers: Iterable[int]) -> Array:
+  """[numbers] float32, the largest magnitude of each value."""
   real = lambda v: jnp.abs(v) if jnp.iscomplexobj(v) else v.astype(jnp.float32)
   finite = lambda v: jnp.where(jnp.isneginf(v), jnp.zeros_like(v), v)  # padding before a maximum
-  values = [finite(real(env[i])) for i in range(program.num_values)]
-  return jnp.stack([jnp.max(jnp.abs(v), initial=0) for v in values])
+  found = [jnp.max(jnp.abs(finite(real(env[i]))), initial=0) for i in numbers]
+  return jnp.stack(found) if found else jnp.zeros(0)
 
 
 def _flat_owners(owners: Sequence[Any], args: Sequence[PyTree]) -> tuple[Any, ...]:
@@ -199,114 +207,3 @@ def _flat_owners(owners: Sequence[Any], args: Sequence[PyTree]) -> tuple[Any, ..
   return tuple(
     OWNERS[owner] for owner, arg in zip(owners, args, strict=True) for _ in jax.tree.leaves(arg)
   )
-
-
-# ---- what it costs
-
-
-def rows(plan: Plan) -> list[Row]:
-  """Every step that deals or sends something, in order."""
-  dealt, sent = protocol.dealt_shapes(plan.circuit), sent_messages(plan)
-  size = lambda tree: sum(math.prod(v.shape) * v.dtype.itemsize for v in jax.tree.leaves(tree))
-  out = []
-  for number, op in enumerate(plan.circuit.operations):
-    if not isinstance(op, Open | Linear | Product | Apply):
-      continue
-    messages = [m for m in sent if m.operation == number]
-    gate = op.gate if isinstance(op, Apply) else None
-    what = type(op).__name__.lower()
-    if gate:
-      what = "max" if gate.action == RELU and not gate.shift else gate.action
-    num_dealt = size(dealt.sent.get(number, {})) + size(dealt.common.get(number, {}))
-    bits, shift = (gate.range_bits, gate.shift) if gate else (0, 0)
-    num_sent = sum(m.num_bytes for m in messages)
-    out.append(
-      Row(number, op.layer, what, op.shape, bits, shift, num_dealt, num_sent, len(messages))
-    )
-  secrets = [v for v in plan.circuit.outputs if isinstance(v, Value)]
-  num_bytes = sum(math.prod(v.shape) for v in secrets) * plan.config.dtype.itemsize
-  shape = secrets[0].shape if secrets else ()
-  return [*out, Row(-1, "", "output", shape, 0, 0, 0, num_bytes, int(bool(secrets)))]
-
-
-def ready_shapes(plan: Plan) -> protocol.Ready:
-  """Shapes and dtypes of what a party holds of the correlations during the online phase."""
-  dealt = protocol.dealt_shapes(plan.circuit)
-  out: protocol.Ready = {}
-  for number, op in enumerate(plan.circuit.operations):
-    each: dict[str, Any] = {
-      name: jax.ShapeDtypeStruct(m.shape, m.dtype)
-      for name, m in protocol.masks(op, plan.config).items()
-    }
-    each |= {**dealt.sent.get(number, {}), **dealt.common.get(number, {})}
-    if each:
-      out[number] = each
-  return out
-
-
-def sent_messages(plan: Plan) -> list[Sent]:
-  """The messages that each party sends, in order; one for each round."""
-  log: list[Sent] = []
-  blanks = jax.eval_shape(
-    lambda: [encoding.blank(operand, plan.config) for operand in plan.circuit.operands]
-  )
-  run = lambda ready, operands: protocol.run(
-    plan.circuit, Wire(log=log), ready, dict(enumerate(operands))
-  )
-  jax.eval_shape(
-    jax.vmap(run, axis_name=PARTY, axis_size=2, in_axes=(None, None)), ready_shapes(plan), blanks
-  )
-  return log
-
-
-def published_bytes(plan: Plan) -> int:
-  """Bytes of D = W - B, which the data owner receives once per publication."""
-  operands = [plan.circuit.operands[i] for i in plan.circuit.linear_operands(MODEL_OWNER)]
-  return sum(math.prod(o.shape) for o in operands) * plan.config.dtype.itemsize
-
-
-def table(plan: Plan, steps: Sequence[Row] | None = None) -> str:
-  """The plan as text: a line for every step (default `rows(plan)`), and the totals."""
-  steps = rows(plan) if steps is None else steps
-  config = plan.config
-  lines = [
-    f"{'':>4} {'layer':<28} {'step':<9} {'shape':<20} {'range':>6} {'cut':>4} {'dealt':>10} "
-    f"{'sent':>10} {'rounds':>6}"
-  ]
-  for i, row in enumerate(steps):
-    shape = "x".join(map(str, row.shape)) or "1"
-    bits = f"2^{row.range_bits}" if row.range_bits else ""
-    cut = str(row.shift) if row.shift else ""
-    lines.append(
-      f"{i:>4} {_shorten(row.layer, 28):<28} {row.what:<9} {shape:<20} {bits:>6} {cut:>4} "
-      f"{bytes_text(row.dealt):>10} {bytes_text(row.sent):>10} {row.rounds:>6}"
-    )
-  dealt, sent, rounds = (
-    sum(getattr(row, name) for row in steps) for name in ("dealt", "sent", "rounds")
-  )
-  lines.append(
-    f"{'':>4} {'total':<71} {'':>4} {bytes_text(dealt):>10} {bytes_text(sent):>10} {rounds:>6}"
-  )
-  exact = "exact" if config.exact else "within one unit"
-  also = "" if COMPARISONS[config.comparison].seed_only else " and the correction words"
-  lines.append(
-    f"ring of 2^{config.num_bits}, about {config.fraction_bits} fraction bits, truncation {exact}, "
-    f"comparison by {config.comparison}; range and cut in bits of the ring, dealt: to the data "
-    f"owner (the model owner gets a seed{also})"
-  )
-  for name, network in (("LAN 1 Gb/s, 0.5 ms", LAN), ("WAN 100 Mb/s, 40 ms", WAN)):
-    lines.append(f"{name}: {network.seconds(rounds, sent):.2f} s of communication")
-  return "\n".join(lines)
-
-
-def bytes_text(num_bytes: float) -> str:
-  """A number of bytes with its unit."""
-  for unit in ("B", "kB", "MB"):
-    if num_bytes < 1000:
-      return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-    num_bytes /= 1000
-  return f"{num_bytes:.2f} GB"
-
-
-def _shorten(text: str, width: int) -> str:
-  return text if len(text) <= width else "…" + text[-(width - 1) :]

@@ -11,7 +11,9 @@ image exists. ChaCha20 with a uniform key is a pseudorandom function.
 
 One inference, as messages:
 
-  Blind          dealer -> model owner, once: the key of B
+  tag            model owner -> dealer, once: HMAC-SHA256(a secret of the model owner, plan and
+                 encoded weights), so that the dealer cannot confirm a guess of the weights
+  Blind          dealer -> model owner, once: the key from which, with the tag, B follows
   Publication    model owner -> data owner, once: D = W - B, uniform without B
   Correlations   dealer -> each party, for one inference
   Question       data owner -> model owner, for one inference: D = x - B' for those of its values
@@ -21,136 +23,59 @@ One inference, as messages:
                  outputs
 
 Every key is drawn from the operating system where it is used. Blinds and correlations serve once:
-they refuse a second use, a copy and a pickle. Roles take arrays and refuse tracers: under `vmap`,
-one mask would hide many images.
+they refuse a second use, a copy and a pickle. B depends on the tag, so that even a key used twice
+never blinds two sets of weights, or one set with two plans, alike. Each message names its
+publication (the plan's digest and the tag), and a role refuses those of another. Roles take arrays
+and refuse tracers: under `vmap`, one mask would hide many images. `saving` writes plans and
+messages to files.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import hmac
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import prng
 from primia_jax.mpc import inference, protocol
+from primia_jax.mpc.messages import (
+  NAMES,
+  Blind,
+  Correlations,
+  Prepared,
+  Publication,
+  Question,
+  Side,
+)
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.protocol import Operands, Ready
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import Array, PyTree
 
-_NAMES = {MODEL_OWNER: "model owner", DATA_OWNER: "data owner"}
-
-
-class Once:
-  """A secret that serves once; the base of what is single-use.
-
-  Attributes:
-    party: whom it is for.
-    publication: which publication it belongs to; public.
-    inference: which inference it belongs to, or empty; public.
-  """
-
-  def __init__(self, party: int, publication: str, inference: str, secret: Any):
-    self.party, self.publication, self.inference = party, publication, inference
-    self._secret, self._process = [secret], os.getpid()
-
-  def take(self, party: int) -> Any:
-    """The secret, for its party, once.
-
-    Raises:
-      ValueError: it is for the other party, was used, or was made before this process was forked.
-    """
-    kind = type(self).__name__
-    if os.getpid() != self._process:
-      raise ValueError(
-        f"this {kind} was made before this process was forked and may be used in the other one; "
-        "the dealer must make a new one"
-      )
-    if party != self.party:
-      raise ValueError(f"this {kind} is for the {_NAMES[self.party]}, not the {_NAMES[party]}")
-    try:
-      return self._secret.pop()
-    except IndexError:
-      raise ValueError(f"this {kind} was used; the dealer must make a new one") from None
-
-  def block_until_ready(self) -> Once:
-    """Waits until its arrays are computed, as arrays do."""
-    jax.block_until_ready(self._secret)
-    return self
-
-  def __reduce_ex__(self, protocol: Any) -> Any:
-    raise TypeError(f"a {type(self).__name__} serves once and cannot be copied or pickled")
-
-  def __repr__(self) -> str:
-    return f"{type(self).__name__}(for the {_NAMES[self.party]}, used={not self._secret})"
-
-
-class Blind(Once):
-  """The key of B, from the dealer to the model owner, for one publication."""
-
-
-class Correlations(Once):
-  """One party's part of the correlated randomness of one inference."""
-
-
-class Prepared(Once):
-  """What a party has ready for one inference before the image exists."""
-
-
-class Publication(NamedTuple):
-  """D = W - B for the weights of linear layers: uniform without B.
-
-  Attributes:
-    publication: which one.
-    arrays: by number of the operand, ring elements.
-  """
-
-  publication: str
-  arrays: Operands
-
-
-class Question(NamedTuple):
-  """D = x - B' for the data owner's operands of linear layers: uniform without B'.
-
-  Attributes:
-    inference: which one.
-    arrays: by number of the operand, ring elements; mostly empty.
-  """
-
-  inference: str
-  arrays: Operands
-
-
-class Side(NamedTuple):
-  """What one party brings to the online phase of one inference; it stays with this party.
-
-  Attributes:
-    party: which.
-    inference: which one.
-    ready: its correlations, prepared.
-    operands: its own values, encoded.
-  """
-
-  party: int
-  inference: str
-  ready: Ready
-  operands: Operands
-
 
 class Dealer:
-  """Deals for one plan and one publication. It sees neither weights nor images."""
+  """Deals for one plan and one publication. It sees neither weights nor images.
 
-  def __init__(self, plan: Plan):
+  Args:
+    plan: the plan.
+    tag: the model owner's.
+  """
+
+  def __init__(self, plan: Plan, tag: str):
     key, circuit = prng.random_key(), _checked(plan).circuit
-    self.plan, self._publication = plan, os.urandom(16).hex()
+    self.plan, self._publication = plan, f"{plan.digest}-{_checked_tag(tag)}-{os.urandom(16).hex()}"
     self._blind = Blind(MODEL_OWNER, self._publication, "", key)
-    arrays = protocol.full(circuit, protocol.blinds(circuit, key, MODEL_OWNER))
-    self._blinds = jax.block_until_ready(arrays)
-    self._deal = jax.jit(functools.partial(protocol.deal, circuit))
+    with plan.config.scope():
+      blinds = protocol.blinds(circuit, _bound(key, self._publication), MODEL_OWNER)
+      self._blinds = jax.block_until_ready(protocol.full(circuit, blinds))
+    self._deal = plan.compiled("deal", functools.partial(protocol.deal, circuit))
 
   def blind(self) -> Blind:
     """The key of B for the model owner, which takes it once; the data owner must not have it."""
@@ -159,8 +84,9 @@ class Dealer:
   def deal(self) -> tuple[Correlations, Correlations]:
     """Fresh correlations of one inference: for the model owner, and for the data owner."""
     circuit, key, own = self.plan.circuit, prng.random_key(), prng.random_key()
-    fresh = protocol.full(circuit, protocol.blinds(circuit, own, DATA_OWNER))
-    dealt = self._deal(key, self._blinds | fresh)
+    with self.plan.config.scope():
+      fresh = protocol.full(circuit, protocol.blinds(circuit, own, DATA_OWNER))
+      dealt = self._deal(key, self._blinds | fresh)
     new = functools.partial(Correlations, publication=self._publication)
     number = os.urandom(16).hex()
     return (
@@ -176,6 +102,10 @@ class ModelOwner:
     plan: the plan.
     weights: the arguments of fn whose owner is "model_owner", in order.
 
+  Attributes:
+    plan: the plan.
+    tag: for the dealer: HMAC-SHA256(a fresh secret, the plan and the encoded weights), hexadecimal.
+
   Raises:
     ValueError: the arguments do not have the planned shapes, or a number does not fit.
   """
@@ -185,16 +115,26 @@ class ModelOwner:
     encode = inference.owner_encoder(plan, MODEL_OWNER)
     self.plan, self._operands = plan, encode(_leaves(plan, MODEL_OWNER, weights))
     self._own = {i: self._operands[i] for i in circuit.linear_operands(MODEL_OWNER)}
+    self.tag = _tag(plan, self._operands)
     self._publications: set[str] = set()
-    self._prepare = jax.jit(functools.partial(protocol.prepare, circuit, MODEL_OWNER))
-    self._complete = jax.jit(functools.partial(protocol.complete, circuit, MODEL_OWNER))
+    self._prepare, self._complete = _preparing(plan, MODEL_OWNER)
 
   def publish(self, blind: Blind) -> Publication:
-    """D = W - B, for the data owner."""
-    key = _typed(blind, Blind).take(MODEL_OWNER)
-    arrays = protocol.publish(self._own, protocol.blinds(self.plan.circuit, key, MODEL_OWNER))
-    self._publications.add(blind.publication)
-    return Publication(blind.publication, arrays)
+    """D = W - B, for the data owner.
+
+    Raises:
+      ValueError: the blind is for another plan or other weights, or was used.
+    """
+    publication = _typed(blind, Blind).publication
+    _check_plan(publication, self.plan)
+    if publication.split("-")[1] != self.tag:
+      raise ValueError("this Blind is for other weights; the dealer needs this model owner's tag")
+    key = _bound(blind.take(MODEL_OWNER), publication)
+    with self.plan.config.scope():
+      blinds = protocol.blinds(self.plan.circuit, key, MODEL_OWNER)
+      arrays = protocol.publish(self._own, blinds)
+    self._publications.add(publication)
+    return Publication(publication, arrays)
 
   def prepare(self, correlations: Correlations) -> Prepared:
     """Its part of the work that needs no image; it communicates with nobody.
@@ -202,8 +142,9 @@ class ModelOwner:
     Raises:
       ValueError: the correlations are another party's, another publication's, or used.
     """
-    _check_publication(_typed(correlations, Correlations), self._publications)
-    ready = self._prepare(correlations.take(MODEL_OWNER), self._own, {})
+    _check_publication(_typed(correlations, Correlations), self.plan, self._publications)
+    with self.plan.config.scope():
+      ready = self._prepare(correlations.take(MODEL_OWNER), self._own, {})
     return Prepared(MODEL_OWNER, correlations.publication, correlations.inference, ready)
 
   def answer(self, prepared: Prepared, question: Question) -> Side:
@@ -218,7 +159,8 @@ class ModelOwner:
       )
     ready = prepared.take(MODEL_OWNER)
     if question.arrays:
-      ready = self._complete(ready, {}, protocol.full(self.plan.circuit, question.arrays))
+      with self.plan.config.scope():
+        ready = self._complete(ready, {}, protocol.full(self.plan.circuit, question.arrays))
     return Side(MODEL_OWNER, prepared.inference, ready, self._operands)
 
 
@@ -228,21 +170,26 @@ class DataOwner:
   Args:
     plan: the plan.
     publication: the model owner's.
+
+  Raises:
+    ValueError: the publication was made for another plan.
   """
 
   def __init__(self, plan: Plan, publication: Publication):
     circuit = _checked(plan).circuit
     self.plan, self._publication = plan, _typed(publication, Publication).publication
-    self._published = jax.block_until_ready(protocol.full(circuit, publication.arrays))
+    _check_plan(self._publication, plan)
+    with plan.config.scope():
+      self._published = jax.block_until_ready(protocol.full(circuit, publication.arrays))
     self._encode = inference.owner_encoder(plan, DATA_OWNER)
-    self._prepare = jax.jit(functools.partial(protocol.prepare, circuit, DATA_OWNER))
-    self._complete = jax.jit(functools.partial(protocol.complete, circuit, DATA_OWNER))
+    self._prepare, self._complete = _preparing(plan, DATA_OWNER)
 
   def prepare(self, correlations: Correlations) -> Prepared:
     """Its part of the work that needs no image; raises as `ModelOwner.prepare` does."""
-    _check_publication(_typed(correlations, Correlations), {self._publication})
+    _check_publication(_typed(correlations, Correlations), self.plan, {self._publication})
     part, key = correlations.take(DATA_OWNER)
-    secret = self._prepare(part, {}, self._published), key
+    with self.plan.config.scope():
+      secret = self._prepare(part, {}, self._published), key
     return Prepared(DATA_OWNER, correlations.publication, correlations.inference, secret)
 
   def ask(self, prepared: Prepared, *images: PyTree) -> tuple[Side, Question]:
@@ -261,8 +208,9 @@ class DataOwner:
     circuit, sent = self.plan.circuit, Operands()
     own = {i: operands[i] for i in circuit.linear_operands(DATA_OWNER)}
     if own:
-      sent = protocol.publish(own, protocol.blinds(circuit, key, DATA_OWNER))
-      ready = self._complete(ready, own, {})
+      with self.plan.config.scope():
+        sent = protocol.publish(own, protocol.blinds(circuit, key, DATA_OWNER))
+        ready = self._complete(ready, own, {})
     side = Side(DATA_OWNER, prepared.inference, ready, operands)
     return side, Question(prepared.inference, sent)
 
@@ -286,7 +234,8 @@ def infer(plan: Plan, *args: PyTree) -> PyTree:
   """
   leaves = jax.tree.leaves(args)
   of = lambda party: [v for by, v in zip(plan.owners, leaves, strict=True) if by == party]
-  dealer, model_owner = Dealer(plan), ModelOwner(plan, of(MODEL_OWNER))
+  model_owner = ModelOwner(plan, of(MODEL_OWNER))
+  dealer = Dealer(plan, model_owner.tag)
   data_owner = DataOwner(plan, model_owner.publish(dealer.blind()))
   first, second = dealer.deal()
   asked, question = data_owner.ask(data_owner.prepare(second), of(DATA_OWNER))
@@ -306,16 +255,19 @@ def online(plan: Plan, mesh: jax.sharding.Mesh | None = None) -> Callable[..., l
     (the model owner's side, the data owner's side) -> shares of the outputs, [2, ...] each.
   """
   if mesh is None:
-    run = jax.jit(functools.partial(inference.simulate, plan))
-    return lambda answered, asked: run(*together(answered, asked))
-  run = jax.jit(functools.partial(inference.on_mesh, plan, mesh))
+    run = plan.compiled("online", functools.partial(inference.simulate, plan))
+  else:
+    run = plan.compiled(("online", mesh), functools.partial(inference.on_mesh, plan, mesh))
 
-  def apart(answered: Side, asked: Side) -> list[Array]:
-    ready, _ = together(answered, asked)
-    filled = [inference.filled(plan, side.operands) for side in (answered, asked)]
-    return run(ready, inference.stack(*filled))
+  def both(answered: Side, asked: Side) -> list[Array]:
+    with plan.config.scope():
+      ready, operands = together(answered, asked)
+      if mesh is not None:
+        filled = [inference.filled(plan, side.operands) for side in (answered, asked)]
+        operands = inference.stack(*filled)
+      return run(ready, operands)
 
-  return apart
+  return both
 
 
 def together(answered: Side, asked: Side) -> tuple[Ready, Operands]:
@@ -343,19 +295,26 @@ def _checked(plan: Plan) -> Plan:
   return plan
 
 
+def _preparing(plan: Plan, party: int) -> tuple[Callable, Callable]:
+  """A party's work before the image exists, and its end, compiled."""
+  prepare = functools.partial(protocol.prepare, plan.circuit, party)
+  complete = functools.partial(protocol.complete, plan.circuit, party)
+  return plan.compiled(("prepare", party), prepare), plan.compiled(("complete", party), complete)
+
+
 def _leaves(plan: Plan, party: int, arguments: Sequence[PyTree]) -> list[Array]:
   """The arrays of one party's arguments, with the planned shapes."""
   leaves = jax.tree.leaves(tuple(arguments))
   if any(isinstance(v, jax.core.Tracer) for v in leaves):
     raise TypeError(
-      f"the {_NAMES[party]} takes arrays, not tracers, since a mask serves once; call it outside "
+      f"the {NAMES[party]} takes arrays, not tracers, since a mask serves once; call it outside "
       f"of jit and vmap, or use `secret`"
     )
   planned = [a for by, a in zip(plan.owners, plan.program.avals, strict=True) if by == party]
   got, want = [np.shape(v) for v in leaves], [a.shape for a in planned]
   if got != want:
     raise ValueError(
-      f"the plan has arrays of shapes {want} for the {_NAMES[party]}, not {got}; plan again or "
+      f"the plan has arrays of shapes {want} for the {NAMES[party]}, not {got}; plan again or "
       f"reshape"
     )
   return leaves
@@ -367,7 +326,41 @@ def _typed(value: Any, kind: type) -> Any:
   return value
 
 
-def _check_publication(correlations: Correlations, known: set[str]) -> None:
+# ---- what a publication is
+
+
+def _tag(plan: Plan, operands: Operands) -> str:
+  """HMAC of the plan and the encoded weights under a secret that nobody keeps.
+
+  Without the secret, the tag of a guess of the weights cannot be computed.
+  """
+  found = hmac.new(os.urandom(32), plan.digest.encode(), hashlib.sha256)
+  for i, operand in sorted(operands.items()):
+    elements = np.ascontiguousarray(getattr(operand, "elements", operand))
+    found.update(f"{i} {plan.circuit.operands[i].scale.hex()} {elements.shape}".encode())
+    found.update(elements.tobytes())
+  return found.hexdigest()
+
+
+def _checked_tag(tag: str) -> str:
+  if not (isinstance(tag, str) and len(tag) == 64 and set(tag) <= set("0123456789abcdef")):
+    raise ValueError(f"tag={tag!r}; take the model owner's `tag`, 64 hexadecimal digits")
+  return tag
+
+
+def _bound(key: Array, publication: str) -> Array:
+  """The key of B: HMAC-SHA256(the dealer's key, the publication), [8] uint32."""
+  found = hmac.digest(np.asarray(key).tobytes(), publication.encode(), "sha256")
+  return jnp.asarray(np.frombuffer(found, "<u4").astype(np.uint32))
+
+
+def _check_plan(publication: str, plan: Plan) -> None:
+  if publication.split("-")[0] != plan.digest:
+    raise ValueError("this message was made for another plan; give all roles the same plan")
+
+
+def _check_publication(correlations: Correlations, plan: Plan, known: set[str]) -> None:
+  _check_plan(correlations.publication, plan)
   if correlations.publication not in known:
     raise ValueError(
       "these correlations belong to another publication; take them from the dealer whose blind it "

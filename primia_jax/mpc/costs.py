@@ -1,0 +1,181 @@
+"""What an encrypted computation costs, before anything is dealt or sent."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+from primia_jax.mpc import encoding, protocol
+from primia_jax.mpc.circuit import Apply, Circuit, Linear, Open, Product, Value
+from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
+from primia_jax.mpc.sharing import MODEL_OWNER, PARTY, Sent, Wire
+
+
+class Row(NamedTuple):
+  """One step of a plan.
+
+  Attributes:
+    operation: its number in the circuit; -1 for the output.
+    layer: its place in the function.
+    what: open, linear, product, relu, max, truncate, sign or output.
+    shape: of its result.
+    range_bits: K of a gate; 0 elsewhere.
+    shift: bits that a gate truncates.
+    dealt: bytes that party 1 receives from the dealer.
+    sent: bytes that each party sends to the other.
+    rounds: of communication.
+  """
+
+  operation: int
+  layer: str
+  what: str
+  shape: tuple[int, ...]
+  range_bits: int
+  shift: int
+  dealt: int
+  sent: int
+  rounds: int
+
+
+class Network(NamedTuple):
+  """A link between the parties; every round costs a whole round trip."""
+
+  round_trip: float  # seconds
+  bandwidth: float  # bits per second, each way
+
+  def seconds(self, rounds: int, num_bytes: int) -> float:
+    """The time of communication alone."""
+    return rounds * self.round_trip + 8 * num_bytes / self.bandwidth
+
+
+_Result = TypeVar("_Result")
+
+
+def _scoped(fn: Callable[..., _Result]) -> Callable[..., _Result]:
+  """fn(circuit, ...) with the circuit's ring, whatever types its caller computes in."""
+
+  @functools.wraps(fn)
+  def scoped(circuit: Circuit, *args: Any) -> _Result:
+    with circuit.config.scope():
+      return fn(circuit, *args)
+
+  return scoped
+
+
+LAN, WAN = Network(0.0005, 1e9), Network(0.040, 100e6)
+
+
+@_scoped
+def rows(circuit: Circuit) -> list[Row]:
+  """Every step that deals or sends something, in order."""
+  dealt, sent = protocol.dealt_shapes(circuit), sent_messages(circuit)
+  size = lambda tree: sum(math.prod(v.shape) * v.dtype.itemsize for v in jax.tree.leaves(tree))
+  out = []
+  for number, op in enumerate(circuit.operations):
+    if not isinstance(op, Open | Linear | Product | Apply):
+      continue
+    messages = [m for m in sent if m.operation == number]
+    gate = op.gate if isinstance(op, Apply) else None
+    what = type(op).__name__.lower()
+    if gate:
+      what = "max" if gate.action == RELU and not gate.shift else gate.action
+    num_dealt = size(dealt.sent.get(number, {})) + size(dealt.common.get(number, {}))
+    bits, shift = (gate.range_bits, gate.shift) if gate else (0, 0)
+    num_sent = sum(m.num_bytes for m in messages)
+    out.append(
+      Row(number, op.layer, what, op.shape, bits, shift, num_dealt, num_sent, len(messages))
+    )
+  secrets = [v for v in circuit.outputs if isinstance(v, Value)]
+  num_bytes = sum(math.prod(v.shape) for v in secrets) * circuit.config.dtype.itemsize
+  shape = secrets[0].shape if secrets else ()
+  return [*out, Row(-1, "", "output", shape, 0, 0, 0, num_bytes, int(bool(secrets)))]
+
+
+@_scoped
+def ready_shapes(circuit: Circuit) -> protocol.Ready:
+  """Shapes and dtypes of what a party holds of the correlations during the online phase."""
+  dealt = protocol.dealt_shapes(circuit)
+  out: protocol.Ready = {}
+  for number, op in enumerate(circuit.operations):
+    each: dict[str, Any] = {
+      name: jax.ShapeDtypeStruct(m.shape, m.dtype)
+      for name, m in protocol.masks(op, circuit.config).items()
+    }
+    each |= {**dealt.sent.get(number, {}), **dealt.common.get(number, {})}
+    if each:
+      out[number] = each
+  return out
+
+
+@_scoped
+def sent_messages(circuit: Circuit) -> list[Sent]:
+  """The messages that each party sends, in order; one for each round."""
+  log: list[Sent] = []
+  blanks = jax.eval_shape(
+    lambda: [encoding.blank(operand, circuit.config) for operand in circuit.operands]
+  )
+  run = lambda ready, operands: protocol.run(
+    circuit, Wire(log=log), ready, dict(enumerate(operands))
+  )
+  jax.eval_shape(
+    jax.vmap(run, axis_name=PARTY, axis_size=2, in_axes=(None, None)), ready_shapes(circuit), blanks
+  )
+  return log
+
+
+@_scoped
+def published_bytes(circuit: Circuit) -> int:
+  """Bytes of D = W - B, which the data owner receives once per publication."""
+  operands = [circuit.operands[i] for i in circuit.linear_operands(MODEL_OWNER)]
+  return sum(math.prod(o.shape) for o in operands) * circuit.config.dtype.itemsize
+
+
+def table(circuit: Circuit, steps: Sequence[Row] | None = None) -> str:
+  """The plan as text: a line for every step (default `rows(circuit)`), and the totals."""
+  steps = rows(circuit) if steps is None else steps
+  config = circuit.config
+  lines = [
+    f"{'':>4} {'layer':<28} {'step':<9} {'shape':<20} {'range':>6} {'cut':>4} {'dealt':>10} "
+    f"{'sent':>10} {'rounds':>6}"
+  ]
+  for i, row in enumerate(steps):
+    shape = "x".join(map(str, row.shape)) or "1"
+    bits = f"2^{row.range_bits}" if row.range_bits else ""
+    cut = str(row.shift) if row.shift else ""
+    lines.append(
+      f"{i:>4} {_shorten(row.layer, 28):<28} {row.what:<9} {shape:<20} {bits:>6} {cut:>4} "
+      f"{bytes_text(row.dealt):>10} {bytes_text(row.sent):>10} {row.rounds:>6}"
+    )
+  dealt, sent, rounds = (
+    sum(getattr(row, name) for row in steps) for name in ("dealt", "sent", "rounds")
+  )
+  lines.append(
+    f"{'':>4} {'total':<71} {'':>4} {bytes_text(dealt):>10} {bytes_text(sent):>10} {rounds:>6}"
+  )
+  exact = "exact" if config.exact else "within one unit"
+  also = "" if COMPARISONS[config.comparison].seed_only else " and the correction words"
+  lines.append(
+    f"ring of 2^{config.num_bits}, about {config.fraction_bits} fraction bits, truncation {exact}, "
+    f"comparison by {config.comparison}; range and cut in bits of the ring, dealt: to the data "
+    f"owner (the model owner gets a seed{also})"
+  )
+  for name, network in (("LAN 1 Gb/s, 0.5 ms", LAN), ("WAN 100 Mb/s, 40 ms", WAN)):
+    lines.append(f"{name}: {network.seconds(rounds, sent):.2f} s of communication")
+  return "\n".join(lines)
+
+
+def bytes_text(num_bytes: float) -> str:
+  """A number of bytes with its unit."""
+  for unit in ("B", "kB", "MB"):
+    if num_bytes < 1000:
+      return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+    num_bytes /= 1000
+  return f"{num_bytes:.2f} GB"
+
+
+def _shorten(text: str, width: int) -> str:
+  return text if len(text) <= width else "…" + text[-(width - 1) :]

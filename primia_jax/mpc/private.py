@@ -1,0 +1,263 @@
+"""`secret`: a function of a model and an image becomes one whose inputs nobody else sees."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from primia_jax.mpc import clear, fitting, inference, planning, roles
+from primia_jax.mpc.circuit import Config
+from primia_jax.mpc.clear import Checked
+from primia_jax.mpc.planning import PUBLIC, Plan
+from primia_jax.types import Array, PyTree
+
+_TARGET_ERROR = 1e-3
+
+
+class Private:
+  """A planned function with its weights; all three roles play in this process.
+
+  Keys are drawn anew for each call. The one who calls sees everything, so this is for research and
+  for the model owner's own tests; `model_owner` begins an inference between institutions.
+
+  Attributes:
+    plan: what everybody may see.
+  """
+
+  def __init__(self, plan: Plan, weights: list[Array]):
+    self.plan, self._weights, self._online = plan, weights, roles.online(plan)
+
+  @functools.cached_property
+  def _cast(self) -> tuple[roles.Dealer, roles.ModelOwner, roles.DataOwner]:
+    model_owner = self.model_owner()
+    dealer = roles.Dealer(self.plan, model_owner.tag)
+    return dealer, model_owner, roles.DataOwner(self.plan, model_owner.publish(dealer.blind()))
+
+  @functools.cached_property
+  def _compare(self) -> Callable[[Sequence[PyTree]], Checked]:
+    return clear.comparer(self.plan)
+
+  def __call__(self, *inputs: PyTree) -> PyTree:
+    """fn's outputs in float32 for the data owner's arguments, computed under encryption.
+
+    Raises:
+      ValueError: an argument has not the planned shape, or a number does not fit.
+      TypeError: it is a tracer: masks serve once; `transform` goes through jit and vmap.
+    """
+    dealer, model_owner, data_owner = self._cast
+    first, second = dealer.deal()
+    asked, question = data_owner.ask(data_owner.prepare(second), *inputs)
+    answered = model_owner.answer(model_owner.prepare(first), question)
+    return data_owner.reveal(self._online(answered, asked))
+
+  def check(self, *inputs: PyTree) -> Checked:
+    """The encrypted computation's outputs, fn's own, and their largest difference, in the clear.
+
+    Raises:
+      ValueError: a value leaves its planned range; the message names the layer and the cure.
+    """
+    return self._compare((self._weights, *inputs))
+
+  def transform(self, key: Array, *inputs: PyTree) -> PyTree:
+    """The same as a traceable function, for `jit` and `vmap`: for simulation only.
+
+    Under jit a key cannot know that it was used; see `inference.transform`.
+    """
+    return inference.transform(self.plan)(key, self._weights, *inputs)
+
+  def model_owner(self) -> roles.ModelOwner:
+    """The model owner of this plan, with the weights; a new publication begins with it."""
+    return roles.ModelOwner(self.plan, self._weights)
+
+
+def secret(
+  fn: Callable,
+  *args: PyTree,
+  examples: Iterable[Any],
+  target_error: float | None = None,
+  config: Config | None = None,
+  owners: Sequence[str] | Mapping[str, str] | None = None,
+) -> Private:
+  """Prepares fn for encrypted inference: calibrates, chooses the ring, plans, compiles.
+
+  The first example then runs under encryption and is compared with the clear.
+
+  Args:
+    fn: a JAX function, an NNX module, an Equinox module or any other callable pytree. Float arrays
+      of a module are the model owner's secret; float arrays that a function closes over are public,
+      and a warning names them.
+    args: the model owner's arguments (and public ones, see `owners`), in fn's order. Their float
+      arrays are secret; what else they hold (PRNG keys, counters, functions) is public.
+    examples: for calibration, from the model owner's own data: what the data owner will give, each
+      of the shape that a call takes. A tuple is several arguments; an array is iterated over.
+    target_error: largest error of an output, met on the examples with a factor of 1.5 to spare;
+      1e-3 unless a config is given.
+    config: a ring of one's own; None takes the cheapest that meets the target.
+    owners: for each argument, or by its name, "model_owner", "data_owner" or "public" (a constant
+      while fn is traced). Default: `args` come first and are the model owner's.
+
+  Raises:
+    NotImplementedError: a primitive has no protocol; the message names it, its line and a cure.
+    ValueError: no ring reaches the target, a range does not fit the ring, an owner is unknown, or
+      there are no examples.
+
+  >>> import jax, jax.numpy as jnp
+  >>> weights, images = jnp.eye(3) / 2, jnp.array([[1.0, -2.0, 3.0], [0.5, 4.0, -1.0]])
+  >>> private = secret(lambda w, x: jax.nn.relu(x @ w), weights, examples=images, target_error=1e-2)
+  >>> private(images[0]).tolist()
+  [0.5, 0.0, 1.5]
+  >>> private.check(images[1]).error < 1e-2
+  True
+  """
+  _warn_of_constants(fn)
+  fn, args, owners = _with_module(fn, args, owners)
+  inputs = [jax.tree.map(jnp.asarray, v if isinstance(v, tuple) else (v,)) for v in examples]
+  if not inputs:
+    raise ValueError("examples is empty; give inputs like those to come, from your own data")
+  order = _order(fn, owners, len(args), len(inputs[0]))
+  weights, call = _parted(fn, args, order)
+  owned = ("model_owner", *["data_owner"] * len(inputs[0]))
+  each = [(weights, *given) for given in inputs]
+  if config is None:
+    plan = fitting.fit(call, owned, each, target_error or _TARGET_ERROR)
+  else:
+    plan = planning.plan(call, owned, each[0], config, planning.calibrate(call, owned, each))
+  private = Private(plan, weights)
+  _try(private, inputs[0], target_error)
+  return private
+
+
+def _try(private: Private, example: Sequence[PyTree], target_error: float | None) -> None:
+  """Compiles by running an example, and compares it."""
+  checked, got = private.check(*example), private(*example)
+  if target_error is not None and checked.error > target_error:
+    raise ValueError(
+      f"the error on the first example is {checked.error:.3g}, more than "
+      f"target_error={target_error}; use another config, or none to choose one"
+    )
+  same = all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(checked.outputs)))
+  if private.plan.config.exact and not same:
+    raise RuntimeError("the protocol differs from its integer model; please report this function")
+
+
+# ---- what belongs to whom
+
+
+def _order(fn: Callable, owners: Any, num_args: int, num_inputs: int) -> list[str]:
+  """The owner of each argument, in fn's order."""
+  if owners is None:
+    return ["model_owner"] * num_args + ["data_owner"] * num_inputs
+  if isinstance(owners, Mapping):
+    names = list(inspect.signature(fn).parameters)
+    if wrong := [name for name in owners if name not in names]:
+      raise ValueError(f"owners names {wrong}, but the arguments are {names}")
+    missing = [name for name in names if name not in owners]
+    if missing and len(owners) < num_args + num_inputs:
+      raise ValueError(f"owners leaves out {missing}; name the owner of each argument")
+    owners = [owners[name] for name in names if name in owners]
+  allowed = ("model_owner", "data_owner", PUBLIC)
+  if wrong := [owner for owner in owners if owner not in allowed]:
+    raise ValueError(f"owners={wrong}; use {', '.join(allowed)}")
+  found = owners.count("data_owner")
+  if found != num_inputs or len(owners) - found != num_args:
+    raise ValueError(
+      f"owners has {found} arguments of the data owner and {len(owners) - found} others, but an "
+      f"example has {num_inputs} and {num_args} were given"
+    )
+  return list(owners)
+
+
+def _parted(
+  fn: Callable, args: Sequence[PyTree], order: Sequence[str]
+) -> tuple[list[Array], Callable]:
+  """The model owner's float arrays, and fn of (them, *the data owner's arguments)."""
+  leaves, tree = jax.tree.flatten(tuple(args))
+  owners = iter([owner for owner in order if owner != "data_owner"])
+  whose = [owner for arg, owner in zip(args, owners, strict=True) for _ in jax.tree.leaves(arg)]
+  is_secret = [by == "model_owner" and _is_float(v) for v, by in zip(leaves, whose, strict=True)]
+  weights = [jnp.asarray(v) for v, mine in zip(leaves, is_secret, strict=True) if mine]
+
+  def call(weights: list[Array], *inputs: PyTree) -> PyTree:
+    own = iter(weights)
+    filled = [next(own) if mine else v for v, mine in zip(leaves, is_secret, strict=True)]
+    given, theirs = iter(jax.tree.unflatten(tree, filled)), iter(inputs)
+    return fn(*(next(theirs if owner == "data_owner" else given) for owner in order))
+
+  return weights, call
+
+
+def _is_float(v: Any) -> bool:
+  return isinstance(v, jax.Array | np.ndarray | np.generic | float) and jnp.issubdtype(
+    jnp.result_type(v), jnp.floating
+  )
+
+
+def _with_module(fn: Callable, args: tuple, owners: Any) -> tuple[Callable, tuple, Any]:
+  """Modules as functions of their arrays: NNX graphs are split, callable pytrees taken apart."""
+  nnx: Any = sys.modules.get("flax.nnx")
+  is_graph = lambda v: nnx is not None and isinstance(v, nnx.Module)
+  if is_graph(fn) or jax.tree.leaves(fn) != [fn]:
+    fn, args = (lambda module, *rest: module(*rest)), (fn, *args)
+    if owners is not None:
+      named = isinstance(owners, Mapping)
+      owners = {"module": "model_owner", **owners} if named else ("model_owner", *owners)
+  if not any(map(is_graph, args)):
+    return fn, args, owners
+  split = [nnx.split(v) if is_graph(v) else (None, v) for v in args]
+  graphs = [graph for graph, _ in split]
+
+  @functools.wraps(fn)
+  def merged(*given: PyTree) -> PyTree:
+    own = zip(graphs, given, strict=False)
+    whole = [v if graph is None else nnx.merge(graph, v) for graph, v in own]
+    return fn(*whole, *given[len(graphs) :])
+
+  return merged, tuple(state for _, state in split), owners
+
+
+# ---- constants
+
+
+def _warn_of_constants(fn: Any) -> None:
+  found = {
+    f"{name} ({v.dtype}{list(v.shape)})"
+    for name, value in _closed_over(fn, set())
+    for v in jax.tree.leaves(value)
+    if isinstance(v, jax.Array | np.ndarray) and _is_float(v) and v.size > 1
+  }
+  if found:
+    warnings.warn(
+      f"the function closes over {', '.join(sorted(found))}: such arrays are public, part of the "
+      "plan. Pass them as arguments to keep them secret",
+      stacklevel=3,
+    )
+
+
+def _closed_over(fn: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+  """What a function holds besides its arguments, and what functions of its module hold, by name."""
+  if id(fn) in seen:
+    return
+  seen.add(id(fn))
+  if isinstance(fn, functools.partial):
+    yield from ((f"argument {i} of partial", v) for i, v in enumerate(fn.args))
+    yield from fn.keywords.items()
+    yield from _closed_over(fn.func, seen)
+  elif isinstance(fn, types.MethodType):
+    yield from _closed_over(fn.__func__, seen)
+  elif isinstance(fn := inspect.unwrap(fn) if callable(fn) else fn, types.FunctionType):
+    held = inspect.getclosurevars(fn)
+    for name, value in {**held.globals, **held.nonlocals}.items():
+      if isinstance(value, types.FunctionType | functools.partial):
+        if getattr(value, "__module__", fn.__module__) == fn.__module__:
+          yield from _closed_over(value, seen)
+      elif not isinstance(value, types.ModuleType | type):
+        yield name, value
