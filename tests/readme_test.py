@@ -17,7 +17,7 @@ from primia_jax.secagg import simulation
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCS = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-TRAINING, PRIVATE, ENCRYPTED = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TRAINING, PRIVATE, ENCRYPTED, APART = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def privately():
@@ -118,18 +118,21 @@ def test_no_key_serves_twice_in_an_example_or_a_restart(code):
   assert len({row[1] for row in seen}) == len(seen)  # not even for another purpose or round
 
 
-def test_the_encrypted_example_agrees_with_the_function_and_reuses_no_key():
-  (printed, _, seen), again = first_run(ENCRYPTED), recording()
-  encrypted, plain = [
-    [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", row)]
-    for row in re.findall(r"\[\[.*?\]\]", printed)
-  ]
-  assert len(plain) == 3
-  assert max(abs(a - b) for a, b in zip(encrypted, plain, strict=True)) < 0.02
+def test_the_encrypted_examples_agree_with_the_function_and_reuse_no_key():
+  (printed, names, seen), again = first_run(ENCRYPTED), recording()
   with again as more:
-    run(ENCRYPTED)
+    apart, _ = run(APART, dict(names))
+  number = r"\d\.\d+(?:e-\d+)?"
+  private, encrypted, plain = (
+    [float(x) for x in re.findall(number, row)]
+    for row in re.findall(r"\[\s*\d.*?\]", printed + apart)
+  )
+  wanted = names["apply"](names["weights"], names["images"][0])
+  np.testing.assert_allclose(private, wanted, atol=0.02)
+  np.testing.assert_allclose(encrypted, plain, atol=0.02)
+  assert float(re.findall(number, printed)[-1]) < 0.02  # the error that `check` found
   keys = [row[1] for row in [*seen, *more]]
-  assert len(keys) >= 4
+  assert len(keys) == (1 + 2 * 2) + (1 + 2)  # of B, and two for each inference
   assert len(set(keys)) == len(keys)
 
 
