@@ -28,8 +28,7 @@ from absl import app, flags, logging
 from benchmarks import encrypted_work, measuring
 from benchmarks.peers import networks
 from primia_jax import prng, ring
-from primia_jax.mpc import clear, fitting, planning, sharing
-from primia_jax.mpc import costs as mpc_costs
+from primia_jax.mpc import clear, fitting, planning, pricing, sharing
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.gates import elementwise
 from primia_jax.mpc.gates.elementwise import RELU, Gate
@@ -141,7 +140,7 @@ def network(case: str) -> None:
     plan = make_plan(ring_name, work, ranges)
     name = f"{what}, {ring_name}"
     report_plan(name, case, plan)
-    if 2 * encrypted_work.num_bytes(mpc_costs.ready_shapes(plan.circuit)) > _MEMORY.value * 2**30:
+    if 2 * encrypted_work.num_bytes(pricing.ready_shapes(plan.circuit)) > _MEMORY.value * 2**30:
       measuring.skip(
         f"online: {name}", f"its correlations take more than --memory={_MEMORY.value} GiB"
       )
@@ -183,7 +182,7 @@ def make_plan(
 
 def report_plan(name: str, case: str, plan: planning.Plan) -> None:
   """The plan's bytes, rounds, communication time, and the range of every gate."""
-  rows, comparison = mpc_costs.rows(plan.circuit), plan.config.comparison
+  rows, comparison = pricing.rows(plan.circuit), plan.config.comparison
   sent, rounds, dealt = (
     sum(getattr(row, field) for row in rows) for field in ("sent", "rounds", "dealt")
   )
@@ -192,7 +191,7 @@ def report_plan(name: str, case: str, plan: planning.Plan) -> None:
   measuring.say(f"sent by each party: {name}", [sent / 1e6], "MB", target(_SENT), **bits)
   measuring.say(f"rounds: {name}", [rounds], "rounds", target(_NUM_ROUNDS), **bits)
   measuring.say(f"dealt to party 1: {name}", [dealt / 1e6], "MB", target(_DEALT), **bits)
-  seconds = mpc_costs.WAN.seconds(rounds, sent)
+  seconds = pricing.WAN.seconds(rounds, sent)
   measuring.say(f"communication at 100 Mb/s, 40 ms: {name}", [seconds], "s", target(_WAN), **bits)
   layers = [[row.layer, row.what, row.range_bits, row.shift] for row in rows if row.range_bits]
   print(

@@ -19,7 +19,7 @@ from primia_jax import models
 from primia_jax.data.folder import read_images
 from primia_jax.data.load import KINDS
 from primia_jax.evaluation import batches
-from primia_jax.mpc import costs, fitting, planning
+from primia_jax.mpc import fitting, planning, pricing
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.gates.elementwise import COMPARISONS
 from primia_jax.types import Array, PyTree
@@ -30,7 +30,7 @@ from .configs.model import normalise
 
 OWNERS = ("model_owner", "data_owner")
 OUTPUTS = ("probabilities", "label")
-_NETWORKS = {"lan": costs.LAN, "wan": costs.WAN}
+_NETWORKS = {"lan": pricing.LAN, "wan": pricing.WAN}
 _CALIBRATION_BATCH = 32  # images at a time; the ranges do not depend on it
 _FRACTION_BITS = (*range(10, 25, 2), 8, 6)  # in the order tried if only the ring is given
 
@@ -140,7 +140,7 @@ def _check_there(name: str, value: str, path: str) -> None:
     raise ValueError(f"{name}={value}: {found} is a pipe or device; name a file or folder")
 
 
-def parse_network(text: str) -> costs.Network:
+def parse_network(text: str) -> pricing.Network:
   """Reads "lan", "wan" or "RTT_MS,MBIT".
 
   Raises:
@@ -156,7 +156,7 @@ def parse_network(text: str) -> costs.Network:
     raise ValueError(
       f"network={text!r}; use lan, wan, or RTT_MS,MBIT such as 40,100 (40 ms, 100 Mbit/s)"
     )
-  return costs.Network(milliseconds / 1e3, megabits * 1e6)
+  return pricing.Network(milliseconds / 1e3, megabits * 1e6)
 
 
 # ---- before anything is dealt

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.special
 from absl import flags
 
-from primia_jax.mpc import costs, planning
+from primia_jax.mpc import planning, pricing
 
 from . import encrypted, inputs, model_files, phases, report, running, settings
 from .configs.data import Data
@@ -64,7 +64,7 @@ def main() -> None:
   start = time.perf_counter()
   plan = encrypted.make_plan(config, model, weights, calibration)
   calibrating = time.perf_counter() - start
-  rows, table = costs.rows(plan.circuit), str(plan)
+  rows, table = pricing.rows(plan.circuit), str(plan)
   print(
     f"\nThe plan, which both parties and the dealer see, for {_images(config.batch)}:\n\n{table}\n"
   )
@@ -152,7 +152,7 @@ def _write_predictions(
 
 def _costs(
   plan: planning.Plan,
-  rows: Sequence[costs.Row],
+  rows: Sequence[pricing.Row],
   result: phases.Result,
   config: encrypted.Infer,
   num_images: int,
@@ -188,7 +188,7 @@ def _costs(
       phase("compile", "everybody", "model"),
       phase("encode weights", "model owner", "model"),
       phase("blind", "dealer", "model"),
-      phase("publish", "model owner to data owner", "model", costs.published_bytes(plan.circuit)),
+      phase("publish", "model owner to data owner", "model", pricing.published_bytes(plan.circuit)),
       phase("deal", "dealer to data owner", "run", dealt),
       phase("prepare", "both parties", "run"),
       phase("encode images", "data owner", "run"),
@@ -201,14 +201,14 @@ def _costs(
       "bits_per_second": network.bandwidth,
       "online_seconds": network.seconds(rounds, sent),
       "deal_seconds": network.seconds(0, dealt),
-      "publish_seconds": network.seconds(0, costs.published_bytes(plan.circuit)),
+      "publish_seconds": network.seconds(0, pricing.published_bytes(plan.circuit)),
     },
     "versions": report.versions(),
   }
 
 
 def _print_costs(summary: dict[str, Any]) -> None:
-  text = costs.bytes_text
+  text = pricing.bytes_text
   each = _images(summary["images_in_a_run"])
   print(f"\n{'phase':<14} {'who':<26} {'once per':<10} {'time':>10} {'bytes':>10} {'rounds':>7}")
   for p in summary["phases"]:

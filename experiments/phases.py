@@ -15,7 +15,7 @@ import numpy as np
 
 from primia_jax import models
 from primia_jax.evaluation import batches
-from primia_jax.mpc import clear, costs, inference, planning, protocol, roles
+from primia_jax.mpc import clear, inference, planning, pricing, protocol, roles
 from primia_jax.types import PyTree
 
 from . import progress
@@ -184,7 +184,7 @@ class Layer(NamedTuple):
   rounds: int
 
 
-def layers(plan: planning.Plan, rows: Sequence[costs.Row], result: Result) -> list[Layer]:
+def layers(plan: planning.Plan, rows: Sequence[pricing.Row], result: Result) -> list[Layer]:
   """The rows of a plan by layer, with the mean time; a step counts to the layer of its end."""
   named = [row if row.operation >= 0 else row._replace(layer="output") for row in rows]
   seconds = {number: value / result.runs for number, value in result.online.items()}

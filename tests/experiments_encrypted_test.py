@@ -19,7 +19,7 @@ from experiments.configs import Train
 from experiments.configs.data import Data
 from experiments.configs.model import normalise
 from primia_jax import evaluation
-from primia_jax.mpc import costs
+from primia_jax.mpc import pricing
 
 TRAIN = settings.replace(TINY, rounds=1, placement="scan")
 NAMES = ("normal", "bacterial", "viral")
@@ -79,7 +79,7 @@ def test_probabilities_are_those_of_evaluate_within_the_target(flags_of, in_the_
   s = dataclasses.replace(flags_of, batch=2, target_error=1e-3)
   with jax.enable_x64(True):
     plan, result, difference = _infer(s, images)
-    rows = costs.rows(plan.circuit)
+    rows = pricing.rows(plan.circuit)
   assert result.outputs.shape == (3, 3)
   assert result.outputs.dtype == np.float32
   assert difference == phases.Difference(difference.largest, 3, True)
@@ -273,7 +273,7 @@ def test_the_binary_as_a_clinic_calls_it(flags_of, in_the_clear, tmp_path):
     plan = encrypted.make_plan(
       dataclasses.replace(flags_of, ring_bits=32, fraction_bits=10), model, weights, calibration
     )
-  planned = [json.loads(json.dumps(row._asdict())) for row in costs.rows(plan.circuit)]
+  planned = [json.loads(json.dumps(row._asdict())) for row in pricing.rows(plan.circuit)]
   assert costs["steps"] == planned
   phases = {phase["phase"]: phase for phase in costs["phases"]}
   assert phases["online"]["bytes"] == sum(row["sent"] for row in planned)

@@ -13,7 +13,7 @@ from jax import lax
 from mpc_reference import OWNERS, normal
 
 from primia_jax import models, prng
-from primia_jax.mpc import clear, costs, encoding, inference, planning, protocol, sharing
+from primia_jax.mpc import clear, encoding, inference, planning, pricing, protocol, sharing
 from primia_jax.mpc.circuit import Config
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -92,7 +92,7 @@ def test_the_library_s_networks(name, size, options):
   if (
     options.get("norm") == "batch"
   ):  # folded by its owner: no product of shared values, no extra opening
-    kinds = [row.what for row in costs.rows(plan.circuit)]
+    kinds = [row.what for row in pricing.rows(plan.circuit)]
     assert kinds.count("open") == kinds.count("linear") - (3 if name == "resnet18" else 0)
     assert "product" not in kinds
     assert "truncate" not in kinds
@@ -165,8 +165,8 @@ def test_other_owners(owners):
 def test_public_arguments_cost_nothing():
   fn = lambda w, x, scale: small(w, x * scale)
   plan = assert_faithful(fn, (*SMALL, np.float32(0.5)), owners=(*OWNERS, "public"))
-  assert len(costs.sent_messages(plan.circuit)) == len(
-    costs.sent_messages(planned(small, SMALL).circuit)
+  assert len(pricing.sent_messages(plan.circuit)) == len(
+    pricing.sent_messages(planned(small, SMALL).circuit)
   )
 
 
@@ -217,11 +217,11 @@ def test_what_crosses_is_masked_afresh_and_is_what_was_planned():
     for v in eqn.invars
   ]
   assert {eqn.primitive.name for eqn in equations(jaxpr.jaxpr)} & COLLECTIVES == {"ppermute"}
-  planned_bytes = sum(row.sent for row in costs.rows(plan.circuit)[:-1])
+  planned_bytes = sum(row.sent for row in pricing.rows(plan.circuit)[:-1])
   assert sum(a.size * a.dtype.itemsize for a in sent) == planned_bytes
   assert (
-    sum(row.rounds for row in costs.rows(plan.circuit))
-    == len(costs.sent_messages(plan.circuit)) + 1
+    sum(row.rounds for row in pricing.rows(plan.circuit))
+    == len(pricing.sent_messages(plan.circuit)) + 1
   )
 
 

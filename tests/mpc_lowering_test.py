@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from mpc_reference import OWNERS, normal
 
-from primia_jax.mpc import clear, costs, planning
+from primia_jax.mpc import clear, planning, pricing
 from primia_jax.mpc.circuit import Config
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -104,7 +104,7 @@ def test_structure(fn):
   plan = checked(lambda w, x: fn(x * w), (np.float32(1), X))
   assert all(
     row.what in ("open", "linear", "truncate", "product", "output")
-    for row in costs.rows(plan.circuit)
+    for row in pricing.rows(plan.circuit)
   )
 
 
@@ -198,7 +198,7 @@ def test_calls_and_control_flow_are_walked():
 def test_what_depends_on_one_party_is_computed_there_in_floating_point():
   fn = lambda w, x: jnp.sort(jnp.abs(jnp.fft.rfft(w))) @ jnp.sort(x)
   plan = checked(fn, (normal(0, 8), normal(1, 5)))
-  assert [row.what for row in costs.rows(plan.circuit)] == ["open", "linear", "output"]
+  assert [row.what for row in pricing.rows(plan.circuit)] == ["open", "linear", "output"]
 
 
 def test_a_batch_norm_is_folded():
@@ -209,13 +209,13 @@ def test_a_batch_norm_is_folded():
 
   channels = lambda seed: normal(seed, 1, 1, 1, 6)
   plan = checked(fn, ((KERNEL, channels(0), np.abs(channels(1)) + 0.5, channels(2)), IMAGE))
-  assert [row.what for row in costs.rows(plan.circuit)] == ["open", "linear", "relu", "output"]
+  assert [row.what for row in pricing.rows(plan.circuit)] == ["open", "linear", "relu", "output"]
 
 
 def test_pooling_comes_before_a_relu():
   pool = lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
   fn = lambda w, x: pool(jax.nn.relu(x * w))
-  rows = costs.rows(checked(fn, (normal(5, 1, 1, 1, 4), IMAGE)).circuit)
+  rows = pricing.rows(checked(fn, (normal(5, 1, 1, 1, 4), IMAGE)).circuit)
   assert [(row.what, row.shape) for row in rows if row.rounds > 1] == [
     ("max", (2, 3, 6, 4)),
     ("max", (2, 3, 3, 4)),
@@ -228,7 +228,7 @@ def test_a_relu_that_is_needed_as_it_is_is_computed_once():
     y = jax.nn.relu(x * w)
     return jnp.maximum(y[:, :3], y[:, 3:]), y
 
-  rows = costs.rows(checked(fn, (np.float32(1), X)).circuit)
+  rows = pricing.rows(checked(fn, (np.float32(1), X)).circuit)
   assert [row.what for row in rows].count("relu") == 1
 
 
@@ -242,7 +242,7 @@ def test_what_repeats_elements_is_opened_before_it_does():
     return patches @ w[1]
 
   plan = checked(fn, ((normal(5, 1, 1, 1, 4), normal(6, 36, 2)), IMAGE))
-  assert [row.shape for row in costs.rows(plan.circuit) if row.what == "open"] == [
+  assert [row.shape for row in pricing.rows(plan.circuit) if row.what == "open"] == [
     IMAGE.shape,
     IMAGE.shape,
   ]

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from mpc_reference import OWNERS
 
-from primia_jax.mpc import clear, costs, planning, protocol
+from primia_jax.mpc import clear, planning, pricing, protocol
 from primia_jax.mpc.circuit import Config
-from primia_jax.mpc.costs import Network
+from primia_jax.mpc.pricing import Network
 
 pytestmark = pytest.mark.usefixtures("x64")
 W = np.random.default_rng(0).standard_normal((2, 8, 8)).astype(np.float32) / 3
@@ -25,7 +25,7 @@ def test_the_rows_say_what_is_dealt_sent_and_assumed():
   plan = planning.plan(
     fn, OWNERS, (W, X), Config(64, 16, 18), planning.calibrate(fn, OWNERS, [(W, X)])
   )
-  rows = costs.rows(plan.circuit)
+  rows = pricing.rows(plan.circuit)
   assert [(r.layer, r.what, r.rounds) for r in rows] == [
     ("first", "open", 1),
     ("first", "linear", 0),
@@ -43,7 +43,7 @@ def test_the_rows_say_what_is_dealt_sent_and_assumed():
     math.prod(v.shape) * v.dtype.itemsize
     for v in jax.tree.leaves(protocol.dealt_shapes(plan.circuit).sent)
   )
-  text = costs.table(plan.circuit)
+  text = pricing.table(plan.circuit)
   assert text == str(plan)
   assert all(
     word in text
@@ -56,7 +56,7 @@ def test_the_rows_say_what_is_dealt_sent_and_assumed():
 
 def test_without_calibration_the_whole_ring_is_assumed():
   plan = planning.plan(fn, OWNERS, (jax.ShapeDtypeStruct(W.shape, W.dtype), X), Config(64, 16, 18))
-  assert {r.range_bits for r in costs.rows(plan.circuit) if r.what == "relu"} == {62}
+  assert {r.range_bits for r in pricing.rows(plan.circuit) if r.what == "relu"} == {62}
   np.testing.assert_allclose(clear.check(plan, (W, X)), fn(W, X), atol=1e-3)
 
 

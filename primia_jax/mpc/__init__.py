@@ -33,9 +33,9 @@ an array and cannot know that it was used.
 
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.clear import check
-from primia_jax.mpc.costs import Network
 from primia_jax.mpc.fitting import fit
 from primia_jax.mpc.planning import Plan, calibrate, plan
+from primia_jax.mpc.pricing import Network
 from primia_jax.mpc.private import Private, secret
 from primia_jax.mpc.roles import DataOwner, Dealer, ModelOwner, infer, online
 from primia_jax.mpc.saving import read, write

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.mpc import costs
+from primia_jax.mpc import pricing
 from primia_jax.mpc.circuit import Circuit, Config
 from primia_jax.mpc.lowering import portable
 from primia_jax.mpc.lowering.lower import lower
@@ -82,7 +82,7 @@ class Plan:
     return found.hexdigest()
 
   def __str__(self) -> str:
-    return costs.table(self.circuit)
+    return pricing.table(self.circuit)
 
 
 def plan(
