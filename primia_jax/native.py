@@ -6,9 +6,11 @@ and takes one and a half times as long. Where the wheel has none, plain JAX is u
 `mask_sum` is the inner loop of `prng`, and `discrete` that of exact noise. XLA's CPU compiler
 cannot keep ChaCha20's sixteen words in registers, so plain JAX takes seven times the CPU time on
 one core.
-`products` sums rounded matrix products without storing one. `barrier` does on CPU what
+`products` sums rounded matrix products without storing one. `wide_products` multiplies 64-bit
+integers on CPUs that have no such instruction. `barrier` does on CPU what
 `lax.optimization_barrier` does elsewhere. Without all this, or with PRIMIA_NATIVE=0 in the
-environment, everything works. All random bits are the same; products may round otherwise.
+environment, everything works. All random bits and integers are the same; rounded products may
+differ.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from primia_jax.types import Array
 
 _MASK_SUM, _BARRIER = "primia_mask_sum", "primia_barrier"
 _DISCRETE, _PRODUCTS = "primia_discrete", "primia_products"
+_WIDE_PRODUCTS, _HAS_WIDE_PRODUCTS = "primia_wide_products", "primia_has_wide_products"
 _FLAGS = ("-march=native",)
 _LOCK = threading.Lock()
 
@@ -45,7 +48,7 @@ def available() -> bool:
   if os.environ.get("PRIMIA_NATIVE", "1") == "0":
     return False
   with _LOCK:
-    return _load()
+    return _load() is not None
 
 
 def mask_sum(keys: Array, signs: Array, nonce: Array, size: int, dtype) -> Array:
@@ -68,6 +71,26 @@ def products(x: Array, g: Array, factors: Array) -> Array:
   """`privacy.bookkeeping.rounded_products`. Only for CPU, and only if `available()`."""
   shape = jax.ShapeDtypeStruct((x.shape[-1], g.shape[-1]), jnp.int32)
   return jax.ffi.ffi_call(_PRODUCTS, shape, vmap_method="broadcast_all")(x, g, factors)
+
+
+def has_wide_products() -> bool:
+  """Tells whether `wide_products` can be used here and is faster than XLA: with AVX2 and without
+  AVX-512DQ.
+  """
+  if not available():
+    return False
+  with _LOCK:
+    return bool(_load()[_HAS_WIDE_PRODUCTS]())  # type: ignore[index]
+
+
+def wide_products(x: Array, w: Array, geometry: Array, shape: tuple[int, ...]) -> Array:
+  """The core of `mpc.half_products`, uint64 of a shape; see wide_products.c for the operands. Only
+  for CPU, and only if `has_wide_products()`.
+  """
+  call = jax.ffi.ffi_call(
+    _WIDE_PRODUCTS, jax.ShapeDtypeStruct(shape, jnp.uint64), vmap_method="expand_dims"
+  )
+  return call(x, w, geometry)
 
 
 def barrier(x: Array) -> Array:
@@ -111,30 +134,31 @@ def settled(x: Array) -> Array:
 
 
 @functools.cache
-def _load() -> bool:
+def _load() -> ctypes.CDLL | None:
   try:
     library = _build()
   except compiling.ERRORS as error:
     library, why = compiling.PORTABLE, compiling.reason(error)
     if not library.is_file():
-      return _warn(why)
+      _warn(why)
+      return None
   try:
     loaded = ctypes.cdll.LoadLibrary(str(library))
-    for target in (_MASK_SUM, _DISCRETE, _PRODUCTS, _BARRIER):
+    for target in (_MASK_SUM, _DISCRETE, _PRODUCTS, _WIDE_PRODUCTS, _BARRIER):
       jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded[target]), platform="cpu")
   except (OSError, RuntimeError) as error:
-    return _warn(f"{library} cannot be loaded: {error}")
-  return True
+    _warn(f"{library} cannot be loaded: {error}")
+    return None
+  return loaded
 
 
-def _warn(why: str) -> bool:
+def _warn(why: str) -> None:
   warnings.warn(
     f"masks and noise are made in plain JAX, which gives the same and takes at least 7 times as "
     f"long ({why}). Install a C compiler or set CC; PRIMIA_NATIVE=0 silences this.",
     RuntimeWarning,
     stacklevel=4,
   )
-  return False
 
 
 def _build() -> pathlib.Path:

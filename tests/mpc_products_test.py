@@ -1,6 +1,7 @@
 """Every form of every map against NumPy's uint64, which wraps around modulo 2^64."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from primia_jax import native
 from primia_jax.mpc import maps, products
 
-FORMS = products.FORMS
+HALVES = native.has_wide_products()
+FORMS = tuple(form for form in products.FORMS if form != "halves" or HALVES)
 RINGS = (
   (18, 32),
   (32, 32),
@@ -248,7 +251,8 @@ def test_dots(name):
 @pytest.mark.parametrize(("w_bits", "num_bits"), RINGS)
 def test_elementwise_products(w_bits, num_bits):
   x, w = elements(0, (40, 3), num_bits), elements(1, (40, 3), num_bits, w_bits)
-  check(maps.Map("mul"), x, w, x * unsigned(w), w_bits, num_bits)
+  forms = [form for form in FORMS if form != "halves"]
+  check(maps.Map("mul"), x, w, x * unsigned(w), w_bits, num_bits, forms)
 
 
 @pytest.mark.parametrize("fan_in", [2048, 4608, 70_000])
@@ -317,6 +321,40 @@ def test_empty_operands():
   for shapes in (((0, 20), (20, 5)), ((4, 0), (0, 5)), ((4, 20), (20, 0))):
     x, w = (np.zeros(s, np.uint64) for s in shapes)
     check(dot_map(), x, w, x @ w, 18, 44)
+
+
+def test_halves_are_chosen_only_where_they_are_fast(monkeypatch):
+  choose = lambda columns, num_bits: products.choose(dot_map(), (20, columns), num_bits)
+  for has, form in ((False, "integer"), (True, "halves")):
+    monkeypatch.setattr(native, "has_wide_products", lambda has=has: has)
+    assert [choose(64, 64), choose(64, 33)] == [form, form]
+    assert [choose(1, 64), choose(64, 32)] == ["integer", "integer"]
+    assert products.choose(maps.MULTIPLY, (20, 64), 64) == "integer"
+
+
+def test_halves_are_refused_where_there_are_none(monkeypatch):
+  w = jnp.ones((20, 5), jnp.int64)
+  with pytest.raises(ValueError, match="is for contractions"):
+    products.split(maps.MULTIPLY, w, 18, 64, "halves")
+  monkeypatch.setattr(native, "has_wide_products", lambda: False)
+  with pytest.raises(ValueError, match="use form='integer'"):
+    products.split(dot_map(), w, 18, 64, "halves")
+
+
+@pytest.mark.skipif(not HALVES, reason="this CPU multiplies 64-bit vectors, or has no AVX2")
+def test_halves_batched_in_either_operand_or_both():
+  """Batch axes of the operands differ, inside each other, and next to groups."""
+  mapping = dot_map(((2,), (1,)), ((0,), (0,)))
+  x, w = elements(0, (3, 2, 4, 5, 20), 64), elements(1, (3, 2, 4, 20, 9), 64)
+  sides = ((0, 0), (0, None), (None, 0))
+  for w_bits, outer, inner in itertools.product((18, 64), sides, sides):
+    operands = x, elements(1, w.shape, 64, w_bits)
+    missing = [tuple(i for i, axes in enumerate((outer, inner)) if axes[v] is None) for v in (0, 1)]
+    kept = [v.max(axes, keepdims=True) for v, axes in zip(operands, missing, strict=True)]
+    run = lambda x, w, bits=w_bits: split_and_multiply(mapping, x, w, bits, 64, "halves")
+    run = jax.jit(jax.vmap(jax.vmap(run, inner), outer))
+    got = run(*(jnp.asarray(v.squeeze(axes)) for v, axes in zip(kept, missing, strict=True)))
+    np.testing.assert_array_equal(got, kept[0] @ unsigned(kept[1]))
 
 
 def test_factors_pass_through_jit():

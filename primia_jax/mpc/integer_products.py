@@ -1,20 +1,18 @@
 """The "integer" form of `products`: ring elements in their own dtype, which wraps around.
 
-All maps take one shape: x [N, *space, C, G] times w [*window, C, G, O] is [N, *space', G, O]. N and
-O are the free dimensions, groups G are independent of each other, and C and the window are summed
-over.
+Names of dimensions are those of `layouts`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from primia_jax.mpc import layouts
 from primia_jax.mpc.maps import Map
 from primia_jax.types import Array
 
@@ -26,22 +24,9 @@ _MAX_COLUMNS = 128  # of w in one loop: a larger block does not fit the innermos
 _MIN_WORK = 2**17  # elements of the result in one step if possible: each step has its own cost
 
 
-class _Axis(NamedTuple):
-  """A spatial axis: the window along it, and (low, high, interior) padding of x."""
-
-  taps: int
-  stride: int
-  dilation: int
-  padding: tuple[int, int, int]
-
-  def num_windows(self, size: int) -> int:
-    """How many windows there are in the padded x."""
-    return max(0, (size - (self.taps - 1) * self.dilation - 1) // self.stride + 1)
-
-
 def prepare(map: Map, w: Array) -> Array:
   """Signed integers w [*w_shape], laid out for `multiply`."""
-  return w if map.name == "mul" else _blocks(_kernel(map, w))
+  return w if map.name == "mul" else _blocks(layouts.kernel(map, w))
 
 
 def multiply(map: Map, x: Array, w: Array, w_shape: tuple[int, ...]) -> Array:
@@ -55,22 +40,16 @@ def multiply(map: Map, x: Array, w: Array, w_shape: tuple[int, ...]) -> Array:
   """
   if map.name == "mul":
     return x * _as_ring(w, x.dtype)
-  axes = _axes(map, w_shape)
-  rows = _rows(map, x)
-  rows = lax.pad(
-    rows,
-    jnp.zeros((), x.dtype),
-    [(0, 0, 0), *(axis.padding for axis in axes), (0, 0, 0), (0, 0, 0)],
-  )
-  kernel = jax.eval_shape(lambda w: _kernel(map, w), jax.ShapeDtypeStruct(w_shape, x.dtype)).shape
+  axes = layouts.axes(map, w_shape)
+  rows, kernel = layouts.padded_rows(map, x, axes), layouts.kernel_shape(map, w_shape)
   for i in reversed(range(len(axes) - _num_folded(kernel), len(axes))):
-    rows, axes[i] = _patches(rows, i + 1, axes[i]), _Axis(1, 1, 1, (0, 0, 0))
+    rows, axes[i] = _patches(rows, i + 1, axes[i]), layouts.Axis(1, 1, 1, (0, 0, 0))
   out = jnp.moveaxis(_sum_blocks(rows, w, axes), 0, -2)  # [N, *space', G, O/o, o]
   out = out.reshape(*out.shape[:-2], out.shape[-2] * out.shape[-1])[..., : kernel[-1]]
-  return _result(map, out, x.shape, w_shape)
+  return layouts.result(map, out, x.shape, w_shape)
 
 
-def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[_Axis]) -> Array:
+def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[layouts.Axis]) -> Array:
   """Rows [N, *space, C, G] times blocks [steps, O/o, U, G, o] of U terms and o columns: [O/o, N,
   *space', G, o].
   """
@@ -134,7 +113,7 @@ def _num_folded(kernel: Sequence[int]) -> int:
   )
 
 
-def _patches(rows: Array, position: int, axis: _Axis) -> Array:
+def _patches(rows: Array, position: int, axis: layouts.Axis) -> Array:
   """Makes the windows along an axis channels: [N, *space, C, G] -> [N, *space', taps C, G]."""
   span = max(0, (axis.num_windows(rows.shape[position]) - 1) * axis.stride + 1)
   starts = [tap * axis.dilation for tap in range(axis.taps)]
@@ -146,68 +125,3 @@ def _patches(rows: Array, position: int, axis: _Axis) -> Array:
 def _as_ring(w: Array, dtype: Any) -> Array:
   """Signed integers as ring elements."""
   return w.astype(jnp.int32 if dtype == jnp.uint32 else jnp.int64).astype(dtype)
-
-
-def _axes(map: Map, w_shape: Sequence[int]) -> list[_Axis]:
-  if map.name == "dot_general":
-    return []
-  p = dict(map.params)
-  ones = (1,) * (len(w_shape) - 2)
-  dilated = p.get("lhs_dilation") or ones
-  taps = [w_shape[a] for a in p["dimension_numbers"].rhs_spec[2:]]
-  padding = [(low, high, d - 1) for (low, high), d in zip(p["padding"], dilated, strict=True)]
-  values = zip(taps, p["window_strides"], p.get("rhs_dilation") or ones, padding, strict=True)
-  return [_Axis(*each) for each in values]
-
-
-def _free(ndim: int, contracted: Sequence[int], batch: Sequence[int]) -> list[int]:
-  """The axes of a dot_general's operand that are neither summed over nor batched."""
-  return [a for a in range(ndim) if a not in (*contracted, *batch)]
-
-
-def _flattened(v: Array, *groups: Sequence[int]) -> Array:
-  """v with one axis for each group of axes."""
-  sizes = [math.prod(v.shape[a] for a in axes) for axes in groups]
-  return v.transpose(*(a for axes in groups for a in axes)).reshape(sizes)
-
-
-def _kernel(map: Map, w: Array) -> Array:
-  """The right-hand operand as [*window, C, G, O]."""
-  p = dict(map.params)
-  if map.name == "dot_general":
-    (_, contracted), (_, batch) = p["dimension_numbers"]
-    return _flattened(w, contracted, batch, _free(w.ndim, contracted, batch))
-  out, channels, *window = p["dimension_numbers"].rhs_spec
-  w = w.transpose(*window, channels, out)
-  groups = p.get("feature_group_count", 1) * p.get(
-    "batch_group_count", 1
-  )  # at least one of them is 1
-  return w.reshape(*w.shape[:-1], groups, w.shape[-1] // groups)
-
-
-def _rows(map: Map, x: Array) -> Array:
-  """The left-hand operand as [N, *space, C, G]."""
-  p = dict(map.params)
-  if map.name == "dot_general":
-    (contracted, _), (batch, _) = p["dimension_numbers"]
-    return _flattened(x, _free(x.ndim, contracted, batch), contracted, batch)
-  rows, channels, *space = p["dimension_numbers"].lhs_spec
-  x = x.transpose(rows, *space, channels)
-  if (groups := p.get("batch_group_count", 1)) > 1:
-    return jnp.moveaxis(x.reshape(groups, x.shape[0] // groups, *x.shape[1:]), 0, -1)
-  groups = p.get("feature_group_count", 1)
-  return x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups).swapaxes(-1, -2)
-
-
-def _result(map: Map, y: Array, x_shape: Sequence[int], w_shape: Sequence[int]) -> Array:
-  """[N, *space', G, O] as the map has it."""
-  p = dict(map.params)
-  if map.name == "dot_general":
-    (x_contracted, w_contracted), (x_batch, w_batch) = p["dimension_numbers"]
-    batch = [x_shape[a] for a in x_batch]
-    x_free = [x_shape[a] for a in _free(len(x_shape), x_contracted, x_batch)]
-    w_free = [w_shape[a] for a in _free(len(w_shape), w_contracted, w_batch)]
-    return y.swapaxes(0, 1).reshape(*batch, *x_free, *w_free)
-  rows, channels, *space = p["dimension_numbers"].out_spec
-  y = y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
-  return jnp.moveaxis(y, range(y.ndim), (rows, *space, channels))

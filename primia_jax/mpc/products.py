@@ -1,12 +1,14 @@
 """Exact bilinear maps (convolution, dot_general, product) of ring elements, in whatever arithmetic
 is fast.
 
-XLA has no good matrix product for wide integers. Three forms replace it, all exact modulo 2^k:
+XLA has no good matrix product for wide integers. Four forms replace it, all exact modulo 2^k:
 
 - "integer": multiply-add of the ring elements themselves, wrapping around in their own dtype, as
   elementwise operations on sixteen terms of the contraction at a time. XLA:CPU compiles these to a
-  tight vector loop: 64-bit products at half the speed of a float32 convolution, 32-bit ones at its
-  full speed. Neither operand is split.
+  tight vector loop: 32-bit products at the full speed of a float32 convolution, and 64-bit ones at
+  half of it where the CPU multiplies 64-bit vectors (AVX-512DQ). Neither operand is split.
+- "halves": 64-bit products from those of 32-bit halves, in C. AVX2 has no other, and XLA's loop
+  takes three times as long there.
 - "float64": digits so small that sums of their products are integers below 2^53; one float64
   convolution for each pair.
 - "int8": balanced digits of 8 bits, int8 x int8 -> int32 convolutions.
@@ -25,14 +27,15 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from primia_jax import ring
-from primia_jax.mpc import integer_products
+from primia_jax import native, ring
+from primia_jax.mpc import half_products, integer_products, layouts
 from primia_jax.mpc.maps import Map, apply
 from primia_jax.ring import signed
 from primia_jax.types import Array
 
-Form = Literal["integer", "float64", "int8"]
+Form = Literal["integer", "halves", "float64", "int8"]
 FORMS: tuple[Form, ...] = get_args(Form)
+_MIN_COLUMNS = 4  # for which a vector of eight is worth it
 
 
 @functools.partial(
@@ -43,8 +46,8 @@ class Factor:
   """A right-hand factor made ready for repeated products; a pytree whose leaves are arrays.
 
   Attributes:
-    digits: the arrays that the form multiplies by: one ("integer"), or one for each digit, lowest
-      first.
+    digits: the arrays that the form multiplies by: one ("integer", "halves"), or one for each
+      digit, lowest first.
     form: the form that it is made for.
     shape: of the factor.
     w_bits: as given to `split`.
@@ -60,12 +63,16 @@ def choose(map: Map, w_shape: Sequence[int], num_bits: int) -> Form:
   """The fastest form on the default backend, on CPU as measured by `benchmarks/ring_products.py`.
 
   On CPU "integer" is ahead for every layer of a ResNet and for large matrices, in every ring and
-  for weights of any size. Accelerators have no such loop: GPUs compute in float64 (with x64), TPUs
-  in int8.
+  for weights of any size; but where 64-bit vectors cannot be multiplied, "halves" is, unless few
+  columns fill its vectors. Accelerators have no such loops: GPUs compute in float64 (with x64),
+  TPUs in int8.
   """
-  if map.name == "mul" or jax.default_backend() == "cpu":
+  if map.name == "mul":
     return "integer"
   x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+  if jax.default_backend() == "cpu":
+    wide = num_bits > 32 and x64 and layouts.kernel_shape(map, w_shape)[-1] >= _MIN_COLUMNS
+    return "halves" if wide and native.has_wide_products() else "integer"
   if jax.default_backend() == "tpu" or not x64:
     return "int8" if num_bits <= 32 or _fan_in(map, w_shape) <= _INT8_FAN_IN else "float64"
   return "float64"
@@ -93,9 +100,14 @@ def split(map: Map, w: Array, w_bits: int, num_bits: int, form: Form | None = No
   form = choose(map, w.shape, num_bits) if form is None else form
   if form not in FORMS:
     raise ValueError(f"form={form!r}; use one of {', '.join(FORMS)}")
-  if form == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+  if form in ("halves", "float64") and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
     raise ValueError(
-      "form='float64' needs x64: set JAX_ENABLE_X64=1 (or jax_enable_x64), or use another form"
+      f"form={form!r} needs x64: set JAX_ENABLE_X64=1 (or jax_enable_x64), or use another form"
+    )
+  if form == "halves" and not (map.name != "mul" and native.has_wide_products()):
+    raise ValueError(
+      "form='halves' is for contractions on CPUs with AVX2 and without AVX-512DQ, and needs the C "
+      "form of `native`; use form='integer'"
     )
   if not jnp.issubdtype(w.dtype, jnp.integer):
     raise ValueError(f"w has dtype {w.dtype}, but products take integers; encode it first")
@@ -111,6 +123,8 @@ def split(map: Map, w: Array, w_bits: int, num_bits: int, form: Form | None = No
   if form == "integer":
     # Small weights take half the memory, which bounds layers with more weights than pixels.
     digits = (integer_products.prepare(map, v.astype(jnp.int32) if w_bits <= 32 else v),)
+  elif form == "halves":
+    digits = (half_products.prepare(map, v.astype(jnp.int32 if w_bits <= 32 else jnp.int64)),)
   elif form == "float64":
     _, bits, _, count = _float_digits(_fan_in(map, w.shape), w_bits, num_bits)
     digits = tuple(d.astype(jnp.float64) for d in _digits(v.astype(jnp.int64), bits, count))
@@ -148,6 +162,8 @@ def multiply(map: Map, x: Array, w: Factor, num_bits: int) -> Array:
     )
   if w.form == "integer":
     return integer_products.multiply(map, x, w.digits[0], w.shape)
+  if w.form == "halves":
+    return half_products.multiply(map, x.astype(jnp.uint64), w.digits[0], w.shape).astype(dtype)
   v = signed(x, num_bits)
   if w.form == "float64":
     x_bits, w_bits, count, _ = _float_digits(_fan_in(map, w.shape), w.w_bits, num_bits)
