@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from primia_jax.mpc import fusing
 from primia_jax.mpc.circuit import Circuit, Config, Values
 from primia_jax.mpc.lowering import rules_linear, rules_nonlinear
 from primia_jax.mpc.lowering.ownership import Lowering, is_secret
@@ -49,4 +50,4 @@ def lower(
     low.lower(equation, _RULES)
   found = [low.env[v.number] if isinstance(v, Ref) else v for v in program.outputs]
   outputs = [low.value(v) if is_secret(v) else v for v in found]
-  return low.build.circuit(outputs)
+  return fusing.fuse(low.build.circuit(outputs))
