@@ -17,6 +17,7 @@ from primia_jax.mpc.circuit import Circuit, Config, Values
 from primia_jax.mpc.lowering import rules_linear, rules_nonlinear
 from primia_jax.mpc.lowering.ownership import Lowering, is_secret
 from primia_jax.mpc.lowering.program import Program, Ref
+from primia_jax.mpc.lowering.repeats import without_repeats
 
 _RULES = rules_linear.RULES | rules_nonlinear.RULES
 
@@ -42,6 +43,7 @@ def lower(
     NotImplementedError: a primitive has no rule.
     ValueError: a calibrated range does not fit the ring.
   """
+  program = without_repeats(program)
   low = Lowering(program, config, ranges, known or {})
   for ref, owner, aval in zip(program.inputs, owners, program.avals, strict=True):
     if isinstance(ref, Ref):
