@@ -25,7 +25,7 @@ _PRODUCT = "product"
 
 
 def fuse(circuit: Circuit, most: int = 2**16) -> Circuit:
-  """The same outputs in no more rounds; a circuit where nothing joins is returned as it is.
+  """The same outputs in no more rounds; where nothing joins, operations stay as they are.
 
   Gates of one kind join at the largest K and the longest shift among them, if the ring has room: an
   input with a shorter shift is multiplied by a power of two first, which leaves its result as it
@@ -48,7 +48,7 @@ def fuse(circuit: Circuit, most: int = 2**16) -> Circuit:
     for group in _packed([operations[i] for i in ready], most)
   ]
   if all(len(group) == 1 for group in groups):
-    return circuit
+    return circuit._replace(operations=tuple(operations[i] for i in needed))
   count, out = max(maker) + 1, []
   done: set[int] = set()
   for group in groups:
