@@ -44,6 +44,7 @@ class Builder:
     self._made_by: dict[int, Local] = {}
     self._values: dict[int, Value] = {}
     self._narrowed: dict[tuple[int, float, int], Value] = {}
+    self._operands: dict[Operand, int] = {}
 
   # ---- entering and leaving
 
@@ -301,8 +302,16 @@ class Builder:
     return bits
 
   def _operand(self, owner, value, scale, shape, bits, map) -> int:
-    self.operands.append(Operand(owner, value, scale, tuple(shape), bits, map, self.layer))
-    return len(self.operands) - 1
+    """The number of an operand; an owner encodes and publishes equal ones once.
+
+    Arguments given as shares are never equal: each comes with shares of its own.
+    """
+    new = Operand(owner, value, scale, tuple(shape), bits, map, self.layer)
+    number = self._operands.setdefault(new._replace(layer=""), len(self.operands))
+    if owner is None or number == len(self.operands):
+      self.operands.append(new)
+      return len(self.operands) - 1
+    return number
 
   def _add(
     self, kind: Any, shape: Sequence[int], scale: float, max_abs: float, **fields: Any

@@ -37,7 +37,7 @@ from primia_jax.mpc.dealing import ADDITIVE, Correlation, Derived, Masks, Unifor
 from primia_jax.mpc.gates import elementwise
 from primia_jax.mpc.maps import MULTIPLY
 from primia_jax.mpc.products import multiply, product
-from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, Wire, at, compute_at
+from primia_jax.mpc.sharing import Wire, at, compute_at
 from primia_jax.types import Array
 
 # By number of the operand: ring elements or, for linear layers, an `encoding.Weight`; B and D are
@@ -166,12 +166,28 @@ def part(dealt: Dealt, party: int) -> Part:
 
 def dealt_shapes(circuit: Circuit) -> Dealt:
   """Shapes and dtypes of what is dealt for one inference."""
+  sent: dict[int, Any] = {}
+  common: dict[int, Any] = {}
+  for number, op in enumerate(circuit.operations):
+    if isinstance(op, Linear | Product):
+      sent[number] = {"u": jax.ShapeDtypeStruct(op.shape, circuit.config.dtype)}
+    elif isinstance(op, Apply):
+      derived = _derived_shapes(op.gate)
+      sent[number] = derived.additive | derived.boolean
+      if derived.common:
+        common[number] = derived.common
+  seeds: Any = jax.ShapeDtypeStruct((2, 8), jnp.uint32)
+  return Dealt(seeds, sent, common)
 
-  def dealt(key: Array) -> Dealt:
-    arrays = blinds(circuit, key, MODEL_OWNER) | blinds(circuit, key, DATA_OWNER)
-    return deal(circuit, key, full(circuit, arrays))
 
-  return jax.eval_shape(dealt, jax.ShapeDtypeStruct((8,), jnp.uint32))
+@functools.cache
+def _derived_shapes(gate: elementwise.Gate) -> Derived:
+  """Traced once for all equal gates: a recurrent network has the same ones at every step."""
+  both = {
+    name: jax.ShapeDtypeStruct((2, *mask.shape), mask.dtype)
+    for name, mask in elementwise.masks(gate).items()
+  }
+  return jax.eval_shape(functools.partial(elementwise.derive, gate), both)
 
 
 def prepare(circuit: Circuit, party: int, dealt: Part, own: Operands, published: Operands) -> Ready:

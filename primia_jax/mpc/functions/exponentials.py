@@ -80,21 +80,29 @@ def _octaves(bits: int) -> tuple[float, list[float]]:
 
 
 def logistic(build: Builder, x: Value) -> Value:
-  """1 / (1 + e^-x); |error| <= u, whatever x. C + 3 P + T rounds; not truncated."""
+  """1 / (1 + e^-x); |error| <= u, whatever x. Rounds as `piecewise.spline`; not truncated."""
   end = (build.config.fraction_bits + 2) * math.log(2)
-  return piecewise.spline(build, x, lambda x: 1 / (1 + np.exp(-x)), end, 0.0, 1.0)
+  return piecewise.spline(build, x, _logistic, end, 0.0, 1.0)
+
+
+def _logistic(x: np.ndarray) -> np.ndarray:
+  return 1 / (1 + np.exp(-x))
 
 
 def tanh(build: Builder, x: Value) -> Value:
-  """|error| <= u, whatever x. C + 3 P + T rounds; not truncated."""
+  """|error| <= u, whatever x. Rounds as `piecewise.spline`; not truncated."""
   end = (build.config.fraction_bits + 3) * math.log(2) / 2
   return piecewise.spline(build, x, np.tanh, end, -1.0, 1.0)
 
 
 def erf(build: Builder, x: Value) -> Value:
-  """|error| <= u, whatever x. C + 3 P + T rounds; not truncated."""
+  """|error| <= u, whatever x. Rounds as `piecewise.spline`; not truncated."""
   end = math.sqrt(build.config.fraction_bits * math.log(2))
-  return piecewise.spline(build, x, np.vectorize(math.erf), end, -1.0, 1.0)
+  return piecewise.spline(build, x, _erf, end, -1.0, 1.0)
+
+
+def _erf(x: np.ndarray) -> np.ndarray:
+  return np.vectorize(math.erf)(x)
 
 
 def erfc(build: Builder, x: Value) -> Value:

@@ -6,7 +6,9 @@ polynomial takes tables of coefficients and products.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -56,7 +58,11 @@ def spline(
   left: float,
   right: float,
 ) -> Value:
-  """A function as cubics on pieces of [-end, end] and as constants beyond."""
+  """A function as cubics on pieces of [-end, end] and as constants beyond.
+
+  C + 2 P + T rounds, and P more if x^2 may not fit the ring, as without calibration. fn is a
+  function of a module: its pieces are found once and kept.
+  """
   f = build.config.fraction_bits
   x = build.narrow(x)
   bounded = x.max_abs + x.scale <= end
@@ -70,10 +76,14 @@ def spline(
   c[0, 0], c[-1, 0] = (left, right) if not bounded else fn(np.array([-end, end]))
   reached = steps(build, x, np.rint(knots / x.scale))
   pick = lambda values, scale: table(build, reached, values, scale)
-  inside = pick(np.array([0.0, *[1.0] * len(centres), 0.0]), 1.0)
-  v = product(build, *opened(build, [x, inside]))._replace(max_abs=end)
+  v, largest = x, float(np.diff(knots).max())
+  if not bounded and 2 * math.log2(x.max_abs / x.scale) < build.config.num_bits - 3:
+    largest = max(largest, x.max_abs)  # far out v is large and meets coefficients of zero
+  elif not bounded:
+    inside = pick(np.array([0.0, *[1.0] * len(centres), 0.0]), 1.0)
+    v = product(build, *opened(build, [x, inside]))._replace(max_abs=end)
   v = build.add(v, pick(np.array([0.0, *-centres, 0.0]), v.scale))
-  v = v._replace(scale=2.0**-f, max_abs=float(np.diff(knots).max()) / ratio)
+  v = v._replace(scale=2.0**-f, max_abs=largest / ratio)
   unit, fine = build.config.unit, build.config.unit**2
   v, linear, cubic = opened(build, [v, pick(c[:, 1], unit), pick(c[:, 3], unit)])
   even = build.add(product(build, linear, v), pick(c[:, 0], fine))
@@ -82,6 +92,7 @@ def spline(
   return out._replace(max_abs=float(np.abs(c[:, 0]).max()) + 0.5)
 
 
+@functools.cache
 def _pieces(
   fn: Callable[[np.ndarray], np.ndarray], end: float, error: float, scale: float, unit: float
 ):

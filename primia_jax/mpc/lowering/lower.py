@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from primia_jax.mpc import fusing
 from primia_jax.mpc.circuit import Circuit, Config
 from primia_jax.mpc.lowering import rules_linear, rules_nonlinear
 from primia_jax.mpc.lowering.ownership import Lowering, Owned, is_secret
 from primia_jax.mpc.lowering.program import Program, Ref
+from primia_jax.mpc.lowering.repeats import without_repeats
 
 _RULES = rules_linear.RULES | rules_nonlinear.RULES
 
@@ -42,6 +44,7 @@ def lower(
     NotImplementedError: a primitive has no rule.
     ValueError: a calibrated range does not fit the ring.
   """
+  program = without_repeats(program)
   low = Lowering(program, config, bounds, magnitude)
   for ref, owner, aval in zip(program.inputs, owners, program.avals, strict=True):
     if isinstance(ref, Ref):
@@ -50,4 +53,4 @@ def lower(
     low.lower(equation, _RULES)
   found = [low.env[v.number] if isinstance(v, Ref) else v for v in program.outputs]
   outputs = [low.value(v) if is_secret(v) else v for v in found]
-  return low.build.circuit(outputs)
+  return fusing.fuse(low.build.circuit(outputs))

@@ -8,6 +8,7 @@ follow, so that pooling comes first.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,6 +41,34 @@ class Owned(NamedTuple):
   read: Callable[[Values], Array]
   shape: tuple[int, ...]
   varies: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+  """Reads a value of the program. Equal for the same value, so that its owner encodes it once."""
+
+  number: int
+
+  def __call__(self, values: Values) -> Array:
+    return values[self.number]
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+  """fn(*arrays, *static) of owned values; equal for equal parts.
+
+  Attributes:
+    fn: a function of a module, or another that compares equal to itself when it is made again.
+    inputs: the owned values.
+    static: hashable.
+  """
+
+  fn: Callable[..., Array]
+  inputs: tuple[Owned, ...]
+  static: tuple[Any, ...] = ()
+
+  def __call__(self, values: Values) -> Array:
+    return self.fn(*(v.read(values) for v in self.inputs), *self.static)
 
 
 class Lazy(NamedTuple):
@@ -89,7 +118,7 @@ class Lowering:
         self.sums[inputs] = np.maximum(self.sums[inputs], self.sums[equation.outputs[0].number])
 
   def enter(self, ref: Ref, owner: int | None, aval: jax.ShapeDtypeStruct) -> None:
-    owned = Owned(owner or 0, reader(ref), aval.shape, frozenset(range(len(aval.shape))))
+    owned = Owned(owner or 0, Read(ref.number), aval.shape, frozenset(range(len(aval.shape))))
     if owner is None:
       self.env[ref.number] = self.build.input(None, owned.read, aval.shape, self.bound(ref))
     else:
@@ -108,7 +137,7 @@ class Lowering:
       (owner,) = owners
       for ref, aval in zip(equation.outputs, equation.avals, strict=True):
         self.env[ref.number] = Owned(
-          owner, reader(ref), aval.shape, _varies(equation, inputs, aval)
+          owner, Read(ref.number), aval.shape, _varies(equation, inputs, aval)
         )
       return
     rule = rules.get(equation.name)
@@ -247,10 +276,6 @@ def outwards(magnitude: float) -> float:
   return 2.0 ** math.ceil(math.log2(magnitude / _BELOW)) * _BELOW
 
 
-def reader(ref: Ref) -> Callable[[Values], Array]:
-  return lambda values: values[ref.number]
-
-
 def is_secret(v: Any) -> bool:
   return isinstance(v, Owned | Lazy | Pending | Value)
 
@@ -280,8 +305,11 @@ def compact_shape(owned: Owned) -> tuple[int, ...]:
 
 def compact(owned: Owned) -> Callable[[Values], Array]:
   """Reads one slice along the axes that do not vary."""
-  index = tuple(slice(None) if i in owned.varies else slice(0, 1) for i in range(len(owned.shape)))
-  return lambda values: owned.read(values)[index]
+  return Derived(_sliced, (owned,), compact_shape(owned))
+
+
+def _sliced(v: Array, *sizes: int) -> Array:
+  return v[tuple(slice(0, n) for n in sizes)]
 
 
 ELEMENTWISE = {

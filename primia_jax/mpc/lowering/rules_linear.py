@@ -13,9 +13,10 @@ import numpy as np
 from jax import lax
 
 from primia_jax.mpc import maps, products
-from primia_jax.mpc.circuit import Value, Values
+from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import powers
 from primia_jax.mpc.lowering.ownership import (
+  Derived,
   Lazy,
   Lowering,
   Owned,
@@ -57,7 +58,7 @@ def _sub(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 def negative(low: Lowering, v: Any) -> Any:
   if isinstance(v, Owned):
-    return v._replace(read=lambda values: -v.read(values))
+    return v._replace(read=Derived(jnp.negative, (v,)))
   return low.build.negate(low.value(v))
 
 
@@ -83,31 +84,28 @@ def _scale(low: Lowering, equation: Equation, a: Any, b: Owned) -> Any:
   folds = lambda a: b.varies <= {i for i, axis in enumerate(a.axes) if axis is not None}
   if isinstance(a, Lazy) and b.owner == a.weight.owner and folds(a):
     weight = a.weight
-    factor = lambda values: _along(b, values, a.axes, len(weight.shape))
-    scaled = weight._replace(read=lambda values: weight.read(values) * factor(values))
+    scaled = weight._replace(read=Derived(_scaled, (weight, b), (b.varies, a.axes)))
     return a._replace(
       weight=scaled, offset=None if a.offset is None else _combine(jnp.multiply, a.offset, b)
     )
   shape = equation.avals[0].shape
   x = low.build.narrow(low.build.broadcast(low.value(a), shape))
-  everywhere = b._replace(read=lambda values: jnp.broadcast_to(b.read(values), shape), shape=shape)
+  everywhere = b._replace(read=Derived(jnp.broadcast_to, (b,), (shape,)), shape=shape)
   return Lazy(x, maps.MULTIPLY, everywhere, None, shape, tuple(range(len(shape))), ())
 
 
-def _along(factor: Owned, values: Values, axes: Sequence[int | None], ndim: int) -> Array:
-  """A factor on a linear layer's output, as a factor on its weight."""
-  f = compact(factor)(values)
+def _scaled(weight: Array, f: Array, varies: frozenset[int], axes: Sequence[int | None]) -> Array:
+  """A linear layer's weight times a factor f on its output, which varies along some axes."""
+  f = f[tuple(slice(None) if i in varies else slice(0, 1) for i in range(f.ndim))]
   order = sorted((axis, i) for i, axis in enumerate(axes) if axis is not None)
   f = f.transpose([i for i in range(f.ndim) if axes[i] is None] + [i for _, i in order])
   sizes = dict(zip([axis for axis, _ in order], f.shape[len(axes) - len(order) :], strict=True))
-  return f.reshape([sizes.get(axis, 1) for axis in range(ndim)])
+  return weight * f.reshape([sizes.get(axis, 1) for axis in range(weight.ndim)])
 
 
 def _combine(fn: Callable, a: Owned, b: Owned) -> Owned:
   shape = np.broadcast_shapes(a.shape, b.shape)
-  return Owned(
-    a.owner, lambda values: fn(a.read(values), b.read(values)), shape, a.varies | b.varies
-  )
+  return Owned(a.owner, Derived(fn, (a, b)), shape, a.varies | b.varies)
 
 
 def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -115,8 +113,12 @@ def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if not is_secret(b):
     return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
   if isinstance(b, Owned):
-    return _mul(low, equation, [a, b._replace(read=lambda values: 1 / b.read(values))])
+    return _mul(low, equation, [a, b._replace(read=Derived(_inverse, (b,)))])
   return powers.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b))
+
+
+def _inverse(v: Array) -> Array:
+  return 1 / v
 
 
 def _bilinear(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
