@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc import encoding, protocol
 from primia_jax.mpc.circuit import Apply, Circuit, Config, Linear, Open, Product, Value
 from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
 from primia_jax.mpc.lowering.lower import lower
-from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, trace
+from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, magnitudes, trace
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Sent, Wire
-from primia_jax.types import Array, PyTree
+from primia_jax.types import PyTree
 
 SHARED = "shared"
 OWNERS = {"model_owner": MODEL_OWNER, "data_owner": DATA_OWNER, SHARED: None, PUBLIC: PUBLIC}
@@ -150,13 +149,12 @@ def calibrate(
   Returns:
     [number of values] float64; `Config.margin` is applied later.
   """
-  program, measure, largest = None, None, None
+  program, largest = None, None
   for args in examples:
     leaves = jax.tree.leaves(tuple(args))
-    if measure is None:
+    if program is None:
       program = trace(fn, args, [PUBLIC if owner == PUBLIC else "secret" for owner in owners])
-      measure = jax.jit(lambda leaves, program=program: _magnitudes(program, leaves))
-    new = np.asarray(measure(leaves), np.float64)
+    new = magnitudes(program, leaves)
     largest = new if largest is None else np.maximum(largest, new)
   if largest is None:
     raise ValueError("examples is empty; calibrate with at least one list of arguments")
@@ -165,14 +163,6 @@ def calibrate(
       "a value inside the function is infinite or NaN on the examples; calibrate with finite ones"
     )
   return largest
-
-
-def _magnitudes(program: Program, leaves: Sequence[Array]) -> Array:
-  env = evaluate(program, leaves)
-  real = lambda v: jnp.abs(v) if jnp.iscomplexobj(v) else v.astype(jnp.float32)
-  finite = lambda v: jnp.where(jnp.isneginf(v), jnp.zeros_like(v), v)  # padding before a maximum
-  values = [finite(real(env[i])) for i in range(program.num_values)]
-  return jnp.stack([jnp.max(jnp.abs(v), initial=0) for v in values])
 
 
 def _flat_owners(owners: Sequence[Any], args: Sequence[PyTree]) -> tuple[Any, ...]:
