@@ -203,7 +203,8 @@ class _Tracer:
     if name == "cond":
       if isinstance(values[0], Ref):
         raise NotImplementedError(
-          f"cond on a secret value at {source}; use jnp.where, which runs both branches"
+          f"cond on a secret value at {source}; use jnp.where, which runs both branches, or pass what "
+          f"it depends on as a public argument"
         )
       branches = eqn.params["branches"]
       chosen = int(np.clip(int(values[0]), 0, len(branches) - 1))
