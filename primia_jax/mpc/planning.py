@@ -14,7 +14,7 @@ from primia_jax.mpc import encoding, protocol
 from primia_jax.mpc.circuit import Apply, Circuit, Config, Linear, Open, Product, Value
 from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
 from primia_jax.mpc.lowering.lower import lower
-from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, magnitudes, trace
+from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, measure, trace
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Sent, Wire
 from primia_jax.types import PyTree
 
@@ -154,7 +154,7 @@ def calibrate(
     leaves = jax.tree.leaves(tuple(args))
     if program is None:
       program = trace(fn, args, [PUBLIC if owner == PUBLIC else "secret" for owner in owners])
-    new = magnitudes(program, leaves)
+    new = measure(program, leaves)
     largest = new if largest is None else np.maximum(largest, new)
   if largest is None:
     raise ValueError("examples is empty; calibrate with at least one list of arguments")

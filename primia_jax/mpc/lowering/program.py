@@ -126,7 +126,7 @@ def evaluate(program: Program, leaves: Sequence[Array | None]) -> dict[int, Arra
   return env
 
 
-def magnitudes(program: Program, leaves: Sequence[Array]) -> np.ndarray:
+def measure(program: Program, leaves: Sequence[Array]) -> np.ndarray:
   """[number of values] float64: the largest magnitude of each value, without minus infinity.
 
   Minus infinity pads maxima and masks; it stands for no number. Values without magnitude (keys of
@@ -203,8 +203,8 @@ class _Tracer:
     if name == "cond":
       if isinstance(values[0], Ref):
         raise NotImplementedError(
-          f"cond on a secret value at {source}; use jnp.where, which runs both branches, or pass what "
-          f"it depends on as a public argument"
+          f"cond on a secret value at {source}; use jnp.where, which runs both branches, or make "
+          f"what it depends on a public argument"
         )
       branches = eqn.params["branches"]
       chosen = int(np.clip(int(values[0]), 0, len(branches) - 1))
