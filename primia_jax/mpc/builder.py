@@ -64,14 +64,23 @@ class Builder:
 
   # ---- without communication
 
-  def local(self, fn: Callable[..., Array], *values: Value, max_abs: float | None = None) -> Value:
-    """A function that is linear over the integers, of values of one scale."""
+  def local(
+    self,
+    fn: Callable[..., Array],
+    *values: Value,
+    max_abs: float | None = None,
+    shape: tuple[int, ...] | None = None,
+  ) -> Value:
+    """A function that is linear over the integers, of values of one scale.
+
+    Where the caller knows the result's shape, planning need not trace fn.
+    """
     scale = values[0].scale
     if any(v.scale != scale for v in values):
       raise ValueError(f"values of scales {[v.scale for v in values]}; align them first")
-    shape = jax.eval_shape(
-      fn, *(jax.ShapeDtypeStruct(v.shape, self.config.dtype) for v in values)
-    ).shape
+    if shape is None:
+      given = [jax.ShapeDtypeStruct(v.shape, self.config.dtype) for v in values]
+      shape = jax.eval_shape(fn, *given).shape
     bound = max(v.max_abs for v in values) if max_abs is None else max_abs
     out = self._add(
       Local, shape, scale, bound, inputs=tuple(v.number for v in values), fn=fn, opened=False
@@ -81,14 +90,16 @@ class Builder:
 
   def add(self, a: Value, b: Value) -> Value:
     a, b = self.align(a, b)
-    return self.local(lambda x, y: x + y, a, b, max_abs=a.max_abs + b.max_abs)
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    return self.local(lambda x, y: x + y, a, b, max_abs=a.max_abs + b.max_abs, shape=shape)
 
   def subtract(self, a: Value, b: Value) -> Value:
     a, b = self.align(a, b)
-    return self.local(lambda x, y: x - y, a, b, max_abs=a.max_abs + b.max_abs)
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    return self.local(lambda x, y: x - y, a, b, max_abs=a.max_abs + b.max_abs, shape=shape)
 
   def negate(self, a: Value) -> Value:
-    return self.local(lambda x: x.dtype.type(0) - x, a)
+    return self.local(lambda x: x.dtype.type(0) - x, a, shape=a.shape)
 
   def scaled(self, a: Value, factor: float) -> Value:
     """a x factor, as another scale; exact up to the factor's own rounding in float64."""
@@ -157,7 +168,9 @@ class Builder:
     )._replace(scale=scale)
 
   def _multiplied(self, a: Value, factor: int) -> Value:
-    return a if factor == 1 else self.local(lambda x: x * x.dtype.type(factor), a)
+    if factor == 1:
+      return a
+    return self.local(lambda x: x * x.dtype.type(factor), a, shape=a.shape)
 
   # ---- with communication
 
@@ -194,7 +207,10 @@ class Builder:
     return self.product(self.broadcast(a, shape), self.broadcast(b, shape), MULTIPLY, max_abs)
 
   def broadcast(self, a: Value, shape: tuple[int, ...]) -> Value:
-    return a if a.shape == tuple(shape) else self.local(lambda x: jnp.broadcast_to(x, shape), a)
+    shape = tuple(shape)
+    if a.shape == shape:
+      return a
+    return self.local(lambda x: jnp.broadcast_to(x, shape), a, shape=shape)
 
   def relu(self, a: Value) -> Value:
     """max(a, 0), truncated to the scale of activations if a is finer."""

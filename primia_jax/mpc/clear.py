@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import ring
-from primia_jax.mpc import inference, planning, protocol
+from primia_jax.mpc import inference, protocol
 from primia_jax.mpc.circuit import (
   Apply,
   Circuit,
@@ -23,7 +23,7 @@ from primia_jax.mpc.circuit import (
   Value,
 )
 from primia_jax.mpc.gates import elementwise
-from primia_jax.mpc.lowering.program import Ref, evaluate
+from primia_jax.mpc.lowering.program import Ref, evaluate, magnitude
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.products import multiply, product
 from primia_jax.mpc.protocol import Operands
@@ -70,18 +70,12 @@ def comparer(plan: Plan) -> Callable[[Sequence[PyTree]], Checked]:
   encode_all, check_encoded = inference.encoder(plan), operands_checker(plan)
   watched = _shared(plan) if plan.bounds is not None else {}
 
-  def evaluated(leaves: Sequence[Array]) -> tuple[list[Any], Array]:
-    env = evaluate(plan.program, leaves)
-    plain = [env[v.number] if isinstance(v, Ref) else v for v in plan.program.outputs]
-    return plain, planning.magnitudes(env, watched)
-
-  compiled = plan.compiled("plain", evaluated)
-
   def run(args: Sequence[PyTree]) -> Checked:
-    plain, largest = compiled(jax.tree.leaves(tuple(args)))
+    env = evaluate(plan.program, jax.tree.leaves(tuple(args)))
+    plain = [env[v.number] if isinstance(v, Ref) else v for v in plan.program.outputs]
     bounds = [] if plan.bounds is None else [float(plan.bounds[i]) for i in watched]
-    for where, bound, most in zip(watched.values(), bounds, largest.tolist(), strict=True):
-      if not most <= bound:
+    for (number, where), bound in zip(watched.items(), bounds, strict=True):
+      if not (most := magnitude(env[number])) <= bound:
         raise ValueError(
           f"{where}: a value of magnitude {most:.4g} leaves its planned range of {bound:.4g}; "
           "calibrate with more examples or a larger margin"

@@ -11,7 +11,7 @@ from primia_jax import native, prng
 from primia_jax.mpc import products
 from primia_jax.mpc.circuit import Config, Operand
 from primia_jax.ring import signed
-from primia_jax.types import Array
+from primia_jax.types import Array, PyTree
 
 
 class Weight(NamedTuple):
@@ -55,18 +55,45 @@ def largest(value: Array) -> Array:
   return jnp.max(jnp.abs(value), initial=0).astype(jnp.float32)
 
 
+def fits(operand: Operand, most: Array, config: Config) -> Array:
+  """Whether a magnitude fits the operand's bits; NaN does not. It traces."""
+  return most < _limit(operand, config)
+
+
 def check_fits(operand: Operand, most: Array, config: Config) -> None:
-  """Raises a ValueError if a magnitude does not fit the operand's bits; unchecked under jit."""
-  if isinstance(most, jax.core.Tracer):
+  """Raises a ValueError unless `fits`; under jit and vmap, where nothing can be raised, outputs are
+  `spoiled` instead.
+  """
+  if isinstance(most, jax.core.Tracer) or bool(fits(operand, most, config)):
     return
+  kind, limit = "a weight" if operand.map else "an input or offset", _limit(operand, config)
+  advice = "scale it down, plan with the weights at hand, or use fewer fraction_bits"
+  if not jnp.isfinite(most):
+    advice = "there is no fixed-point number for it"
+  raise ValueError(
+    f"{operand.layer}: {kind} of magnitude {float(most):.4g} does not fit below {limit:.4g}; "
+    f"{advice}"
+  )
+
+
+def spoiled(outputs: PyTree, good: Array) -> PyTree:
+  """The outputs, or NaN unless good ([] bool): a plausible number would be worse than none.
+
+  Integers have no NaN and become the least of their type; truth values stay.
+  """
+
+  def spoil(v: Array) -> Array:
+    if jnp.issubdtype(v.dtype, jnp.bool_):
+      return v
+    real = jnp.issubdtype(v.dtype, jnp.floating)
+    return jnp.where(good, v, jnp.asarray(jnp.nan if real else jnp.iinfo(v.dtype).min, v.dtype))
+
+  return jax.tree.map(spoil, outputs)
+
+
+def _limit(operand: Operand, config: Config) -> float:
   bits = min(operand.bits or config.num_bits, config.num_bits - 1)
-  limit = 2.0 ** (bits - 1) * operand.scale
-  if not float(most) < limit:
-    kind = "a weight" if operand.map else "an input or offset"
-    raise ValueError(
-      f"{operand.layer}: {kind} of magnitude {float(most):.4g} does not fit below {limit:.4g}; "
-      f"scale it down, plan with the weights at hand, or use fewer fraction_bits"
-    )
+  return 2.0 ** (bits - 1) * operand.scale
 
 
 def share(x: Array, key: Array, config: Config) -> Array:

@@ -4,6 +4,7 @@ of the weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,12 @@ def from_equation(name: str, params: Mapping[str, Any]) -> Map:
 
 def shape_of(mapping: Map, x: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:
   """The shape of a map's result."""
-  operands = [jax.ShapeDtypeStruct(tuple(s), jnp.float32) for s in (x, w)]
+  return _shape_of(mapping, tuple(x), tuple(w))
+
+
+@functools.cache
+def _shape_of(mapping: Map, x: tuple[int, ...], w: tuple[int, ...]) -> tuple[int, ...]:
+  operands = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (x, w)]
   return tuple(jax.eval_shape(lambda x, w: apply(mapping, x, w), *operands).shape)
 
 

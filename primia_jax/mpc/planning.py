@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,9 @@ from primia_jax.mpc.circuit import Circuit, Config
 from primia_jax.mpc.lowering import portable
 from primia_jax.mpc.lowering.lower import lower
 from primia_jax.mpc.lowering.ownership import Owned, outwards
-from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, trace
+from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, measure, trace
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
-from primia_jax.types import Array, PyTree
+from primia_jax.types import PyTree
 
 SHARED = "shared"
 OWNERS = {"model_owner": MODEL_OWNER, "data_owner": DATA_OWNER, SHARED: None, PUBLIC: PUBLIC}
@@ -171,17 +171,12 @@ def calibrate(
   Returns:
     [number of values] float64; `Config.margin` is applied later.
   """
-  program, measure, largest = None, None, None
+  program, largest = None, None
   for args in examples:
     leaves = jax.tree.leaves(tuple(args))
-    if measure is None:
+    if program is None:
       program = trace(fn, args, [PUBLIC if owner == PUBLIC else "secret" for owner in owners])
-      measure = jax.jit(
-        lambda leaves, program=program: magnitudes(
-          evaluate(program, leaves), range(program.num_values)
-        )
-      )
-    new = np.asarray(measure(leaves), np.float64)
+    new = measure(program, leaves)
     largest = new if largest is None else np.maximum(largest, new)
   if largest is None:
     raise ValueError("examples is empty; calibrate with at least one list of arguments")
@@ -190,14 +185,6 @@ def calibrate(
       "a value inside the function is infinite or NaN on the examples; calibrate with finite ones"
     )
   return largest
-
-
-def magnitudes(env: Mapping[int, Array], numbers: Iterable[int]) -> Array:
-  """[numbers] float32, the largest magnitude of each value."""
-  real = lambda v: jnp.abs(v) if jnp.iscomplexobj(v) else v.astype(jnp.float32)
-  finite = lambda v: jnp.where(jnp.isneginf(v), jnp.zeros_like(v), v)  # padding before a maximum
-  found = [jnp.max(jnp.abs(finite(real(env[i]))), initial=0) for i in numbers]
-  return jnp.stack(found) if found else jnp.zeros(0)
 
 
 def _flat_owners(owners: Sequence[Any], args: Sequence[PyTree]) -> tuple[Any, ...]:

@@ -78,15 +78,17 @@ def _octaves(bits: int) -> tuple[float, list[float]]:
 
 # ---- bounded functions
 
+_erf = np.vectorize(math.erf)
+
+
+def _logistic(x: np.ndarray) -> np.ndarray:
+  return 1 / (1 + np.exp(-x))
+
 
 def logistic(build: Builder, x: Value) -> Value:
   """1 / (1 + e^-x); |error| <= u, whatever x. Rounds as `piecewise.spline`; not truncated."""
   end = (build.config.fraction_bits + 2) * math.log(2)
   return piecewise.spline(build, x, _logistic, end, 0.0, 1.0)
-
-
-def _logistic(x: np.ndarray) -> np.ndarray:
-  return 1 / (1 + np.exp(-x))
 
 
 def tanh(build: Builder, x: Value) -> Value:
@@ -99,10 +101,6 @@ def erf(build: Builder, x: Value) -> Value:
   """|error| <= u, whatever x. Rounds as `piecewise.spline`; not truncated."""
   end = math.sqrt(build.config.fraction_bits * math.log(2))
   return piecewise.spline(build, x, _erf, end, -1.0, 1.0)
-
-
-def _erf(x: np.ndarray) -> np.ndarray:
-  return np.vectorize(math.erf)(x)
 
 
 def erfc(build: Builder, x: Value) -> Value:

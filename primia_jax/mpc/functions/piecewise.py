@@ -39,7 +39,7 @@ def table(build: Builder, steps: Value, values: np.ndarray, scale: float) -> Val
   def fn(bits: Array) -> Array:
     return (bits * factors).sum(0, dtype=bits.dtype)
 
-  out = build.local(fn, steps)._replace(scale=scale)
+  out = build.local(fn, steps, shape=steps.shape[1:])._replace(scale=scale)
   if integers[0]:
     out = build.add_public(out, integers[0] * scale)
   return out._replace(max_abs=max(map(abs, integers)) * scale)
@@ -99,7 +99,8 @@ def _pieces(
   """Knots [n + 1], centres [n] and coefficients [n, 4] of cubics in x - centre within `error` of
   fn.
 
-  Each piece is as long as possible, up to 2. Centres are whole multiples of `scale`. The odd
+  Cached: a recurrent network asks for the same ones at every step. Each piece is as long as
+  possible, up to 2. Centres are whole multiples of `scale`. The odd
   coefficients, which multiply something of unit `scale`, are whole multiples of `unit`.
   """
   nodes, grid = np.cos(np.pi * (np.arange(8) + 0.5) / 8), np.linspace(-1, 1, 33)

@@ -56,7 +56,8 @@ def cut(build: Builder, values: Sequence[Value], bits: int) -> list[Value]:
 def _joined(build: Builder, values: Sequence[Value]) -> Value:
   """All elements of the values in one row, without their scales."""
   values = [v._replace(scale=1.0, max_abs=v.max_abs / v.scale) for v in values]
-  return build.local(lambda *vs: jnp.concatenate([v.reshape(-1) for v in vs]), *values)
+  joined = lambda *vs: jnp.concatenate([v.reshape(-1) for v in vs])
+  return build.local(joined, *values, shape=(sum(math.prod(v.shape) for v in values),))
 
 
 def _split(build: Builder, joined: Value, values: Sequence[Value]) -> list[Value]:
@@ -64,7 +65,8 @@ def _split(build: Builder, joined: Value, values: Sequence[Value]) -> list[Value
   out, start = [], 0
   for value in values:
     stop = start + math.prod(value.shape)
-    part = build.local(lambda v, a=start, b=stop, s=value.shape: v[a:b].reshape(s), joined)
+    fn = lambda v, a=start, b=stop, s=value.shape: v[a:b].reshape(s)
+    part = build.local(fn, joined, shape=value.shape)
     out.append(part._replace(scale=value.scale, max_abs=value.max_abs))
     start = stop
   return out

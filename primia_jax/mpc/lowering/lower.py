@@ -15,12 +15,12 @@ import numpy as np
 
 from primia_jax.mpc import fusing
 from primia_jax.mpc.circuit import Circuit, Config
-from primia_jax.mpc.lowering import rules_linear, rules_nonlinear
+from primia_jax.mpc.lowering import rules_linear, rules_masks, rules_nonlinear
 from primia_jax.mpc.lowering.ownership import Lowering, Owned, is_secret
 from primia_jax.mpc.lowering.program import Program, Ref
 from primia_jax.mpc.lowering.repeats import without_repeats
 
-_RULES = rules_linear.RULES | rules_nonlinear.RULES
+_RULES = rules_masks.rules(rules_linear.RULES | rules_nonlinear.RULES)
 
 
 def lower(

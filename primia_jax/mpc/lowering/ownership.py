@@ -3,7 +3,8 @@
 A value is public (an array), `Owned` by a party in the clear, or shared (a `Value` of the circuit).
 A linear layer with an owned operand waits (`Lazy`) for scales and offsets that its owner can fold
 into it, such as those of BatchNorm. A ReLU waits (`Pending`) while only maxima and reshapings
-follow, so that pooling comes first.
+follow, so that pooling comes first. Numbers far below all others wait (`Masked`), since a maximum
+or an exponential that follows does not need them.
 """
 
 from __future__ import annotations
@@ -95,6 +96,40 @@ class Pending(NamedTuple):
   layer: str = ""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Masked:
+  """A value some of whose entries are so low that exp gives 0; `rules_masks` says what may follow.
+
+  Attributes:
+    x: the value. Entries that `keep` excludes are 0; those that a secret mask excludes lie below
+      `fill`.
+    keep: [shape] bool, the entries that are not masked; None if the mask is secret.
+    fill: [shape] public numbers, or one for a secret mask.
+    spread: masked entries stand for numbers within this of `fill`.
+    bound: of the magnitude of the other entries.
+    plain: the value with the masked numbers in it, for everything else that may follow.
+    origin: which secret mask; in a tuple, a maximum over what it masks.
+  """
+
+  x: Value
+  keep: np.ndarray | None
+  fill: np.ndarray
+  spread: float
+  bound: float
+  plain: Callable[[], Value]
+  origin: Any = None
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.x.shape
+
+  @property
+  def top(self) -> float:
+    """No masked entry stands for more."""
+    fill = self.fill if self.keep is None else self.fill[~self.keep]
+    return float(fill.max(initial=-math.inf)) + self.spread
+
+
 class Lowering:
   """The state of a lowering: the circuit so far, and who holds each value."""
 
@@ -179,6 +214,8 @@ class Lowering:
           self.forced[v] = self.build.input(
             v.owner, v.read, v.shape, self.largest(v, self.build.config.margin)
           )
+        case Masked():
+          self.forced[v] = v.plain()
         case Pending() | Lazy():
           here, self.build.layer = self.build.layer, v.layer or self.build.layer
           out = self.compute(v) if isinstance(v, Lazy) else self.build.relu(v.x)
@@ -277,7 +314,7 @@ def outwards(magnitude: float) -> float:
 
 
 def is_secret(v: Any) -> bool:
-  return isinstance(v, Owned | Lazy | Pending | Value)
+  return isinstance(v, Owned | Lazy | Pending | Masked | Value)
 
 
 def _varies(

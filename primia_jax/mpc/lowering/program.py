@@ -1,5 +1,5 @@
-"""A JAX function as a flat list of equations: calls are inlined, scans unrolled, public values
-computed on the spot.
+"""A JAX function as a flat list of equations: calls are inlined, loops unrolled, public values
+computed on the spot, and what no output needs left out.
 """
 
 from __future__ import annotations
@@ -69,12 +69,10 @@ class Program(NamedTuple):
 
   @property
   def num_values(self) -> int:
-    """The number of secret values."""
-    return (
-      1 + max(ref.number for e in self.equations for ref in e.outputs)
-      if self.equations
-      else len(self.inputs)
-    )
+    """One more than the largest number of a secret value."""
+    made = (ref.number for e in self.equations for ref in e.outputs)
+    given = (v.number for v in self.inputs if isinstance(v, Ref))
+    return 1 + max([-1, *given, *made])
 
 
 def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Program:
@@ -112,18 +110,13 @@ def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Progra
     inputs.append(leaf if owner == PUBLIC else tracer.new())
   outputs = tracer.inline(jaxpr, inputs, "", "an unknown line")
   dtypes = tuple(v.dtype for v in jaxpr.out_avals)
-  return Program(
-    tuple(inputs), avals, tuple(tracer.equations), tuple(outputs), out_shape[-1], dtypes
-  )
+  equations = _needed(tracer.equations, outputs)
+  return Program(tuple(inputs), avals, equations, tuple(outputs), out_shape[-1], dtypes)
 
 
 def evaluate(program: Program, leaves: Sequence[Array | None]) -> dict[int, Array]:
   """The values, by number, that follow from the given inputs (None: not given), in plain JAX."""
-  env = {
-    ref.number: v
-    for ref, v in zip(program.inputs, leaves, strict=True)
-    if isinstance(ref, Ref) and v is not None
-  }
+  env = _given(program, leaves)
   for equation in program.equations:
     inputs = [env.get(v.number) if isinstance(v, Ref) else v for v in equation.inputs]
     if all(v is not None for v in inputs):
@@ -131,6 +124,54 @@ def evaluate(program: Program, leaves: Sequence[Array | None]) -> dict[int, Arra
         ref.number: v for ref, v in zip(equation.outputs, equation.bind(*inputs), strict=True)
       }
   return env
+
+
+def measure(program: Program, leaves: Sequence[Array]) -> np.ndarray:
+  """[number of values] float64: the largest magnitude of each value, without minus infinity.
+
+  Minus infinity pads maxima and masks; it stands for no number. Values without magnitude (keys of
+  random generators), and those that no output needs, count as 0. Each equation runs by itself: to
+  compile a long unrolled program takes far longer than to run it once.
+  """
+  out = np.zeros(program.num_values)
+  env = _given(program, leaves)
+  last = {v.number: e for e in program.equations for v in e.inputs if isinstance(v, Ref)}
+  out[list(env)] = [magnitude(v) for v in env.values()]
+  for equation in program.equations:
+    inputs = [env[v.number] if isinstance(v, Ref) else v for v in equation.inputs]
+    for ref, v in zip(equation.outputs, equation.bind(*inputs), strict=True):
+      env[ref.number], out[ref.number] = v, magnitude(v)
+    for v in equation.inputs:
+      if isinstance(v, Ref) and last[v.number] is equation:
+        env.pop(v.number, None)
+  return out
+
+
+def magnitude(v: Array) -> float:
+  """The largest magnitude of a value's elements, without minus infinity; 0 for keys."""
+  if jax.dtypes.issubdtype(v.dtype, jax.dtypes.extended):
+    return 0.0
+  found = np.abs(np.asarray(v).astype(complex if jnp.iscomplexobj(v) else float))
+  return float(np.max(np.where(np.isneginf(np.asarray(v).real), 0, found), initial=0))
+
+
+def _given(program: Program, leaves: Sequence[Array | None]) -> dict[int, Any]:
+  return {
+    ref.number: v
+    for ref, v in zip(program.inputs, leaves, strict=True)
+    if isinstance(ref, Ref) and v is not None
+  }
+
+
+def _needed(equations: Sequence[Equation], outputs: Sequence[Any]) -> tuple[Equation, ...]:
+  """The equations that outputs need, and those without outputs, which have effects."""
+  live = {v.number for v in outputs if isinstance(v, Ref)}
+  kept = []
+  for equation in reversed(equations):
+    if not equation.outputs or any(ref.number in live for ref in equation.outputs):
+      live |= {v.number for v in equation.inputs if isinstance(v, Ref)}
+      kept.append(equation)
+  return tuple(reversed(kept))
 
 
 class _Tracer:
@@ -157,24 +198,25 @@ class _Tracer:
   def _equation(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
     name, source = eqn.primitive.name, _source(eqn) or source
     layer = "/".join(filter(None, [layer, str(eqn.source_info.name_stack)]))
-    if name == "cond":
-      if isinstance(values[0], Ref):
-        raise NotImplementedError(
-          f"cond on a secret value at {source}; use jnp.where, which runs both branches"
-        )
-      return self.inline(eqn.params["branches"][int(values[0])], values[1:], layer, source)
-    if name == "scan":
-      return self.inline(_unrolled(eqn, values), values, layer, source)
-    if name == "while" and any(isinstance(v, Ref) for v in values):
-      raise NotImplementedError(
-        f"while loop over secret values at {source}; use scan or a static fori_loop"
-      )
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
-      if isinstance(eqn.params.get(key), (core.ClosedJaxpr, core.Jaxpr)):
-        return self.inline(eqn.params[key], values, layer, source)
     if not any(isinstance(v, Ref) for v in values) and not eqn.effects:
       with jax.ensure_compile_time_eval():
         return _bind(eqn, values)
+    if name == "cond":
+      if isinstance(values[0], Ref):
+        raise NotImplementedError(
+          f"cond on a secret value at {source}; use jnp.where, which runs both branches, or make "
+          f"what it depends on a public argument"
+        )
+      branches = eqn.params["branches"]
+      chosen = int(np.clip(int(values[0]), 0, len(branches) - 1))
+      return self.inline(branches[chosen], values[1:], layer, source)
+    if name == "scan":
+      return self._scan(eqn, values, layer, source)
+    if name == "while":
+      return self._while(eqn, values, layer, source)
+    if name in _CALLS:
+      (body,) = (eqn.params[key] for key in _CALLS[name] if key in eqn.params)
+      return self.inline(body, values, layer, source)
     outputs = tuple(self.new() for _ in eqn.outvars)
     avals = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
     bind = lambda *inputs: _bind(eqn, inputs)
@@ -183,45 +225,70 @@ class _Tracer:
     )
     return list(outputs)
 
+  def _while(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
+    """A while loop, iteration by iteration, as long as its public condition holds."""
+    params = eqn.params
+    first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    cond_consts, body_consts, carry = values[:first], values[first:second], values[second:]
+    while True:
+      (more,) = self.inline(params["cond_jaxpr"], [*cond_consts, *carry], layer, source)
+      if isinstance(more, Ref):
+        raise NotImplementedError(
+          f"while loop on a secret condition at {source}; its length would tell the secret: loop a "
+          f"fixed number of times and choose with jnp.where"
+        )
+      if not more:
+        return carry
+      carry = self.inline(params["body_jaxpr"], [*body_consts, *carry], layer, source)
+
+  def _scan(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
+    """A scan, iteration by iteration."""
+    body, length = eqn.params["jaxpr"], eqn.params["length"]
+    inner = body.jaxpr if isinstance(body, core.ClosedJaxpr) else body
+    # Scanned arrays have one axis more outside than inside. The parameters that say so differ among
+    # versions of JAX.
+    scanned = lambda outside, inside: [
+      len(a.aval.shape) > len(b.aval.shape) for a, b in zip(outside, inside, strict=True)
+    ]
+    num_carry = scanned(eqn.outvars, inner.outvars).count(False)
+    num_consts = scanned(eqn.invars, inner.invars).count(False) - num_carry
+    consts, carry = values[:num_consts], values[num_consts : num_consts + num_carry]
+    row = lambda x, i: lax.dynamic_index_in_dim(x, i, keepdims=False)
+    rows = [
+      (x, jax.make_jaxpr(row)(v.aval, np.uint32(0)))
+      for x, v in zip(
+        values[num_consts + num_carry :], eqn.invars[num_consts + num_carry :], strict=True
+      )
+    ]
+    stacked: dict[int, Sequence[Any]] = {}
+    for i in range(length)[::-1] if eqn.params["reverse"] else range(length):
+      xs = [v for x, take in rows for v in self.inline(take, [x, np.uint32(i)], layer, source)]
+      outputs = self.inline(body, [*consts, *carry, *xs], layer, source)
+      carry, stacked[i] = outputs[:num_carry], outputs[num_carry:]
+    ys = []
+    for j, v in enumerate(inner.outvars[num_carry:]):
+      if length:
+        stack = jax.make_jaxpr(lambda *each: jnp.stack(each))(*[v.aval] * length)
+        ys += self.inline(stack, [stacked[i][j] for i in range(length)], layer, source)
+      else:
+        ys.append(np.zeros((0, *v.aval.shape), v.aval.dtype))
+    return [*carry, *ys]
+
+
+# Primitives that only call a jaxpr, and the parameters that hold it in one version of JAX or
+# another. Other primitives (reductions, kernels) have jaxprs with another meaning.
+_CALLS = dict.fromkeys(
+  (
+    "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
+    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite",
+  ),
+  ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"),
+)  # fmt: skip
+
 
 def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
   outputs = eqn.primitive.bind(*values, **eqn.params)
   return list(outputs) if eqn.primitive.multiple_results else [outputs]
-
-
-def _unrolled(eqn: Any, values: Sequence[Any]) -> Any:
-  """The jaxpr of a scan, iteration by iteration."""
-  closed, length = eqn.params["jaxpr"], eqn.params["length"]
-  if not isinstance(closed, core.ClosedJaxpr):
-    closed = core.ClosedJaxpr(closed, ())
-  body, inner = core.jaxpr_as_fun(closed), closed.jaxpr
-  # Scanned arrays have one axis more outside than inside. The parameters that say so differ among
-  # versions of JAX.
-  scanned = lambda outside, inside: [
-    len(a.aval.shape) > len(b.aval.shape) for a, b in zip(outside, inside, strict=True)
-  ]
-  num_carry = scanned(eqn.outvars, inner.outvars).count(False)
-  num_consts = scanned(eqn.invars, inner.invars).count(False) - num_carry
-  steps = range(length)[::-1] if eqn.params["reverse"] else range(length)
-
-  def loop(*args: Array) -> list[Array]:
-    consts, carry, xs = (
-      args[:num_consts],
-      args[num_consts : num_consts + num_carry],
-      args[num_consts + num_carry :],
-    )
-    stacked: dict[int, Sequence[Array]] = {}
-    for i in steps:
-      outputs = body(*consts, *carry, *(lax.index_in_dim(x, i, keepdims=False) for x in xs))
-      carry, stacked[i] = outputs[:num_carry], outputs[num_carry:]
-    ys = [
-      jnp.stack([stacked[i][j] for i in range(length)]) for j in range(len(eqn.outvars) - num_carry)
-    ]
-    return [*carry, *ys]
-
-  return jax.make_jaxpr(loop)(
-    *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)
-  )
 
 
 def _source(eqn: Any) -> str:
