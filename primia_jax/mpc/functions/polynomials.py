@@ -47,9 +47,7 @@ def cut(build: Builder, values: Sequence[Value], bits: int) -> list[Value]:
   if finer < 0:
     grown = [build.local(lambda v: v * v.dtype.type(2**-finer), v) for v in values]
     return [v._replace(scale=v.scale * 2.0**finer) for v in grown]
-  unit = 2.0 ** -(build.config.fraction_bits + finer)
-  joined = _joined(build, values)
-  joined = build.narrow(joined._replace(scale=unit, max_abs=joined.max_abs * unit))
+  joined = build.truncate(_joined(build, values), finer)
   return _split(build, joined, [v._replace(scale=v.scale * 2.0**finer) for v in values])
 
 
