@@ -116,7 +116,8 @@ def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
     return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
   if isinstance(b, Owned):
     return _mul(low, equation, [a, b._replace(read=lambda values: 1 / b.read(values))])
-  return powers.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b))
+  bound = low.bound(equation.outputs[0])
+  return powers.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b), bound=bound)
 
 
 def _bilinear(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
