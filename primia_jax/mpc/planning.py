@@ -14,6 +14,7 @@ import numpy as np
 from primia_jax.mpc import encoding, protocol
 from primia_jax.mpc.circuit import Apply, Circuit, Config, Linear, Open, Product, Value
 from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
+from primia_jax.mpc.lowering import variances
 from primia_jax.mpc.lowering.lower import lower
 from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, trace
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Sent, Wire
@@ -115,7 +116,7 @@ def plan(
     ValueError: an owner is unknown, or a calibrated range does not fit the ring.
   """
   config.dtype  # noqa: B018  (raises without x64 where the ring needs it)
-  program = trace(fn, args, [PUBLIC if owner == PUBLIC else "secret" for owner in owners])
+  program = _program(fn, owners, args)
   flat = _flat_owners(owners, args)
   if ranges is not None and len(ranges) != program.num_values:
     raise ValueError(
@@ -154,7 +155,7 @@ def calibrate(
   for args in examples:
     leaves = jax.tree.leaves(tuple(args))
     if measure is None:
-      program = trace(fn, args, [PUBLIC if owner == PUBLIC else "secret" for owner in owners])
+      program = _program(fn, owners, args)
       measure = jax.jit(lambda leaves, program=program: _magnitudes(program, leaves))
     new = np.asarray(measure(leaves), np.float64)
     largest = new if largest is None else np.maximum(largest, new)
@@ -165,6 +166,11 @@ def calibrate(
       "a value inside the function is infinite or NaN on the examples; calibrate with finite ones"
     )
   return largest
+
+
+def _program(fn: Callable, owners: Sequence[Any], args: Sequence[PyTree]) -> Program:
+  roles = [PUBLIC if owner == PUBLIC else "secret" for owner in owners]
+  return variances.centred(trace(fn, args, roles))
 
 
 def _magnitudes(program: Program, leaves: Sequence[Array]) -> Array:

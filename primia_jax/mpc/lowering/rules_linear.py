@@ -115,7 +115,7 @@ def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if not is_secret(b):
     return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
   if isinstance(b, Owned):
-    return _mul(low, equation, [a, b._replace(read=lambda values: 1 / b.read(values))])
+    return _mul(low, equation, [a, b._replace(read=lambda values: 1 / b.read(values), bound=math.inf)])
   bound = low.bound(equation.outputs[0])
   return powers.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b), bound=bound)
 
