@@ -46,6 +46,16 @@ class Builder:
     self._narrowed: dict[tuple[int, float, int], Value] = {}
     self._operands: dict[Operand, int] = {}
 
+  def unit(self, max_abs: float) -> float:
+    """The unit worth keeping of numbers up to max_abs: u = 2^-f, or finer for a range below 1.
+
+    It is u max_abs, rounded up to a power of two, so that small numbers keep f bits too. A ring
+    bounds how fine: a product of two such numbers leaves room for a sum of 2^6.
+    """
+    finest = max(0, (self.config.num_bits - 8) // 2 - self.config.fraction_bits)
+    octave = math.ceil(math.log2(max_abs)) if 0 < max_abs < 1 else 0
+    return self.config.unit * 2.0 ** max(-finest, octave)
+
   # ---- entering and leaving
 
   def input(
@@ -55,9 +65,10 @@ class Builder:
     shape: tuple[int, ...],
     max_abs: float = math.inf,
   ) -> Value:
-    """An owner's argument, or shares (owner None), at the scale of activations."""
-    operand = self._operand(owner, value, self.config.unit, shape, None, None)
-    return self._add(Input, shape, self.config.unit, max_abs, owner=owner, operand=operand)
+    """An owner's argument in its unit; shares (owner None) come in units of u."""
+    unit = self.config.unit if owner is None else self.unit(max_abs)
+    operand = self._operand(owner, value, unit, shape, None, None)
+    return self._add(Input, shape, unit, max_abs, owner=owner, operand=operand)
 
   def circuit(self, outputs: Sequence[Any]) -> Circuit:
     return Circuit(tuple(self.operations), tuple(self.operands), tuple(outputs), self.config)
@@ -225,8 +236,11 @@ class Builder:
     return self._gate(SIGN, a, 0)._replace(scale=1.0, max_abs=1.0)
 
   def narrow(self, a: Value, most: int | None = None) -> Value:
-    """a, truncated to the scale of activations if it is finer, by at most `most` bits."""
-    shift = self._shift(a) if most is None else min(most, self._shift(a))
+    """a, truncated to its unit if it is finer, by at most `most` bits."""
+    return self.truncate(a, self._shift(a) if most is None else min(most, self._shift(a)))
+
+  def truncate(self, a: Value, shift: int) -> Value:
+    """a at 2^shift times its scale, rounded to nearest."""
     if not shift:
       return a
     if (a.number, a.scale, shift) not in self._narrowed:
@@ -279,8 +293,8 @@ class Builder:
   # ---- inside
 
   def _shift(self, a: Value) -> int:
-    """The bits by which a is finer than activations."""
-    return max(0, math.floor(-self.config.fraction_bits - math.log2(a.scale) + 0.5))
+    """The bits by which a is finer than its unit."""
+    return max(0, math.floor(math.log2(self.unit(a.max_abs)) - math.log2(a.scale) + 0.5))
 
   def _gate(self, action: str, a: Value, shift: int, skip: int = 0) -> Value:
     config = self.config

@@ -16,7 +16,7 @@ import numpy as np
 
 from primia_jax.mpc import pricing
 from primia_jax.mpc.circuit import Circuit, Config
-from primia_jax.mpc.lowering import portable
+from primia_jax.mpc.lowering import portable, variances
 from primia_jax.mpc.lowering.lower import lower
 from primia_jax.mpc.lowering.ownership import Owned, outwards
 from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, measure, trace
@@ -109,7 +109,7 @@ def plan(
     NotImplementedError: a primitive has no protocol; the message names it and its source line.
     ValueError: an owner is unknown, or a calibrated range does not fit the ring.
   """
-  program = trace(fn, args, [PUBLIC if owner == PUBLIC else "secret" for owner in owners])
+  program = _program(fn, owners, args)
   flat = _flat_owners(owners, args)
   if ranges is not None and len(ranges) != program.num_values:
     raise ValueError(
@@ -175,7 +175,7 @@ def calibrate(
   for args in examples:
     leaves = jax.tree.leaves(tuple(args))
     if program is None:
-      program = trace(fn, args, [PUBLIC if owner == PUBLIC else "secret" for owner in owners])
+      program = _program(fn, owners, args)
     new = measure(program, leaves)
     largest = new if largest is None else np.maximum(largest, new)
   if largest is None:
@@ -185,6 +185,11 @@ def calibrate(
       "a value inside the function is infinite or NaN on the examples; calibrate with finite ones"
     )
   return largest
+
+
+def _program(fn: Callable, owners: Sequence[Any], args: Sequence[PyTree]) -> Program:
+  roles = [PUBLIC if owner == PUBLIC else "secret" for owner in owners]
+  return variances.centred(trace(fn, args, roles))
 
 
 def _flat_owners(owners: Sequence[Any], args: Sequence[PyTree]) -> tuple[Any, ...]:

@@ -6,14 +6,16 @@ For u, C, T and P see `polynomials`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import piecewise
 from primia_jax.mpc.functions.polynomials import (
-  cut,
+  Parts,
   interpolate,
   opened,
   polynomial,
@@ -22,13 +24,60 @@ from primia_jax.mpc.functions.polynomials import (
 )
 
 
-def exp2(build: Builder, x: Value) -> Value:
-  """2^x up to M = 2^(k - 2 f - 6), and M beyond; |error| <= u + 2 u 2^x. C + 5 P + 4 T rounds."""
-  config, f = build.config, build.config.fraction_bits
+def exp2(build: Builder, x: Value, bound: float = math.inf) -> Value:
+  """2^x; |error| <= u(R) + 2 u 2^x. C + 5 P + 4 T rounds.
+
+  Without a bound of x or of the result, 2^(k - 2 f - 6) is the largest result.
+  """
+  most = build.config.num_bits - 2.0 * build.config.fraction_bits - 6
+  highest = math.log2(bound) if 0 < bound < math.inf else most
   x = build.narrow(x)
-  lowest = max(-f - 2.0, -x.max_abs - 4 * x.scale)
-  highest = min(config.num_bits - 2.0 * f - 6, x.max_abs + 4 * x.scale)
-  width, coefficients = _octaves(f + 2)
+  return _exp2(build, x, min(highest, x.max_abs + 4 * x.scale), math.isfinite(bound))
+
+
+def exp(build: Builder, x: Value, bound: float = math.inf) -> Value:
+  """e^x; error and rounds as `exp2`."""
+  return exp2(build, build.scaled(x, math.log2(math.e)), bound)
+
+
+def expm1(build: Builder, x: Value, bound: float = math.inf) -> Value:
+  """e^x - 1; error and rounds as `exp2` of the bound 1 + R."""
+  return build.add_public(exp(build, x, 1 + bound), -1.0)
+
+
+def power_of(build: Builder, base: Any, x: Value, bound: float = math.inf) -> Value:
+  """base^x for a public array base > 0; error and rounds as `exp2`.
+
+  If the bases differ, x log2(base) is truncated before, which is one T more.
+  """
+  return exp2(build, build.multiply_public(x, np.log2(np.asarray(base, np.float64))), bound)
+
+
+def sinh(build: Builder, x: Value, bound: float = math.inf) -> Value:
+  """(e^x - e^-x) / 2; |error| <= u(R) + 2 u cosh(x). Rounds as `exp2`."""
+  return build.scaled(build.subtract(*_both(build, x, bound)), 0.5)
+
+
+def cosh(build: Builder, x: Value, bound: float = math.inf) -> Value:
+  """(e^x + e^-x) / 2; error and rounds as `sinh`."""
+  return build.scaled(build.add(*_both(build, x, bound)), 0.5)
+
+
+def _both(build: Builder, x: Value, bound: float) -> tuple[Value, Value]:
+  """e^x and e^-x, side by side, where their half sum or difference is up to `bound`."""
+  x = build.narrow(x)
+  both = exp(build, build.local(lambda v: jnp.stack([v, v.dtype.type(0) - v]), x), 2 * bound + 1)
+  first, second = (build.local(lambda v, i=i: v[i], both) for i in (0, 1))
+  return first, second
+
+
+def _exp2(build: Builder, x: Value, highest: float, checked: bool) -> Value:
+  """2^x up to 2^highest; beyond, twice as much if that is to be `checked`."""
+  config = build.config
+  width, coefficients = _octaves(config.fraction_bits + 2)
+  parts = Parts.of(build, 2.0 ** (highest + checked) * 1.01, build.unit(2.0**highest))
+  lowest = max(math.log2(parts.unit) - 2, -x.max_abs - 4 * x.scale)
+  highest = max(highest, lowest + 4 * x.scale)
   pieces = max(1, math.ceil((highest - lowest) / width))
   width = (highest - lowest) / pieces
   edges = lowest + width * np.arange(pieces + 1)
@@ -36,7 +85,7 @@ def exp2(build: Builder, x: Value) -> Value:
   steps = piecewise.steps(build, x, np.rint(edges / x.scale))
   inside = piecewise.table(build, steps, np.array([0.0, *[1.0] * pieces, 0.0]), 1.0)
   v = product(build, *opened(build, [x, inside]))._replace(max_abs=max(-lowest, highest))
-  bits = working_bits(build.config)
+  bits = working_bits(config)
   finer = max(0, math.floor(bits + math.log2(x.scale) - math.log2(width / 2)))
   offset = piecewise.table(build, steps, np.array([0.0, *-centres, width / 2]), v.scale / 2**finer)
   v = build.local(
@@ -44,25 +93,12 @@ def exp2(build: Builder, x: Value) -> Value:
   )
   ratio = v.scale * 2.0**bits  # v will count in units of 2^-bits; the coefficients compensate
   v = v._replace(scale=2.0**-bits, max_abs=width / 2 / ratio + 2.0**-bits)
-  most, unit = 2.0 ** (width / 2), build.config.unit / 8
-  powers = np.array([0.0, *2.0**centres, 2.0 ** centres[-1]])
-  fraction = polynomial(build, v, [c * ratio**i for i, c in enumerate(coefficients)], bits)
-  room = math.floor(config.num_bits - 3 - math.log2(powers[-1] * most / unit))
-  (fraction,) = cut(build, [fraction._replace(max_abs=most * 1.01)], min(bits, room))
-  out = product(build, *opened(build, [fraction, piecewise.table(build, steps, powers, unit)]))
-  return build.narrow(
-    out._replace(max_abs=math.inf if math.isinf(x.max_abs) else 2.0**highest * 1.01)
-  )
-
-
-def exp(build: Builder, x: Value) -> Value:
-  """e^x; error and rounds as `exp2`."""
-  return exp2(build, build.scaled(x, math.log2(math.e)))
-
-
-def expm1(build: Builder, x: Value) -> Value:
-  """e^x - 1, with the absolute error of `exp2`."""
-  return build.add_public(exp(build, x), -1.0)
+  powers = np.array([0.0, *2.0**centres, 2.0 ** (centres[-1] + checked)])
+  curve = polynomial(build, v, [c * ratio**i for i, c in enumerate(coefficients)], bits)
+  curve = curve._replace(max_abs=2.0 ** (width / 2) * 1.01)
+  table = piecewise.table(build, steps, powers, parts.step)
+  out = parts.compose(build, curve, table, 2.0**highest * 1.01)
+  return out if checked or math.isfinite(x.max_abs) else out._replace(max_abs=math.inf)
 
 
 def _octaves(bits: int) -> tuple[float, list[float]]:

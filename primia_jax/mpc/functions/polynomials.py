@@ -1,18 +1,21 @@
 """Polynomials of shared numbers; several products share one message and one truncating gate.
 
-In the docstrings of functions, u = 2^-f is the unit of activations, and C, T and P are the rounds
-  of
+In the docstrings of functions, u = 2^-f is the unit of activations, and C, T and P are the rounds of
 a comparison, a truncation and a product: 4, 3 (4 if more than 16 bits are cut off) and 1 with
 "tables" and a ring of 64 bits; 2, 2 and 1 with "fss". Errors are those of the function at the
-shared input after its truncation to u, with exact gates; other gates add at most one unit for each
-truncation. An output that is not truncated has the unit u^2, like that of a product.
+shared input after its truncation to its unit, with exact gates; other gates add at most one unit
+for each truncation. An output that is not truncated has the unit u^2, like that of a product.
+
+R is the calibrated bound of a result, `bound` in the code. u(R) is its unit: `Builder.unit` (u if R
+is 1 or more, else about u R), and u R 2^-(k - 3 f - 10) for results so large that this is more. A
+result beyond R is at least 2 R, which `clear.check` reports.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,9 +50,7 @@ def cut(build: Builder, values: Sequence[Value], bits: int) -> list[Value]:
   if finer < 0:
     grown = [build.local(lambda v: v * v.dtype.type(2**-finer), v) for v in values]
     return [v._replace(scale=v.scale * 2.0**finer) for v in grown]
-  unit = 2.0 ** -(build.config.fraction_bits + finer)
-  joined = _joined(build, values)
-  joined = build.narrow(joined._replace(scale=unit, max_abs=joined.max_abs * unit))
+  joined = build.truncate(_joined(build, values), finer)
   return _split(build, joined, [v._replace(scale=v.scale * 2.0**finer) for v in values])
 
 
@@ -129,6 +130,37 @@ def interpolate(fn: Callable[[Any], Any], half: float, bits: float) -> list[floa
     if np.abs(chebyshev.chebval(grid, c) - fn(half * grid)).max() <= 2.0**-bits:
       break
   return list(chebyshev.cheb2poly(c) / half ** np.arange(len(c)))
+
+
+class Parts(NamedTuple):
+  """The parts of a result: a polynomial's value, in units of 2^-bits, times a table's constant.
+
+  Attributes:
+    unit: of the result.
+    step: the unit of the constants, `unit` or up to 8 times as fine.
+    bits: more than f; `working_bits` if the ring has room.
+  """
+
+  unit: float
+  step: float
+  bits: int
+
+  @classmethod
+  def of(cls, build: Builder, most: float, unit: float) -> Parts:
+    """For results up to `most`, in units of `unit`, or coarser ones if those do not fit the ring."""
+    f = build.config.fraction_bits
+    room = math.floor(build.config.num_bits - 3 - math.log2(most / unit))
+    coarser = max(0, f + 1 - room)
+    unit, room = unit * 2.0**coarser, room + coarser
+    bits = min(working_bits(build.config), max(f + 1, room - 3))
+    return cls(unit, unit / 2.0 ** min(3, room - bits), bits)
+
+  def compose(self, build: Builder, curve: Value, table: Value, max_abs: float) -> Value:
+    """curve x table, truncated to the result's unit; the curve is at any scale."""
+    (fraction,) = cut(build, [curve], self.bits)
+    out = product(build, *opened(build, [fraction, table]))
+    out = out._replace(max_abs=min(max_abs, 2.0 ** (build.config.num_bits - 3) * out.scale))
+    return build.truncate(out, round(math.log2(self.unit / out.scale)))
 
 
 def working_bits(config: Config) -> int:

@@ -36,12 +36,14 @@ class Owned(NamedTuple):
     read: (the owner's values) -> the array.
     shape: of the array.
     varies: the axes along which it may vary; along the others it repeats one slice.
+    bound: its calibrated magnitude.
   """
 
   owner: int
   read: Callable[[Values], Array]
   shape: tuple[int, ...]
   varies: frozenset[int]
+  bound: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,8 @@ class Lowering:
         self.sums[inputs] = np.maximum(self.sums[inputs], self.sums[equation.outputs[0].number])
 
   def enter(self, ref: Ref, owner: int | None, aval: jax.ShapeDtypeStruct) -> None:
-    owned = Owned(owner or 0, Read(ref.number), aval.shape, frozenset(range(len(aval.shape))))
+    everywhere = frozenset(range(len(aval.shape)))
+    owned = Owned(owner or 0, Read(ref.number), aval.shape, everywhere, self.bound(ref))
     if owner is None:
       self.env[ref.number] = self.build.input(None, owned.read, aval.shape, self.bound(ref))
     else:
@@ -172,7 +175,7 @@ class Lowering:
       (owner,) = owners
       for ref, aval in zip(equation.outputs, equation.avals, strict=True):
         self.env[ref.number] = Owned(
-          owner, Read(ref.number), aval.shape, _varies(equation, inputs, aval)
+          owner, Read(ref.number), aval.shape, _varies(equation, inputs, aval), self.bound(ref)
         )
       return
     rule = rules.get(equation.name)
@@ -211,9 +214,8 @@ class Lowering:
     if v not in self.forced:
       match v:
         case Owned():
-          self.forced[v] = self.build.input(
-            v.owner, v.read, v.shape, self.largest(v, self.build.config.margin)
-          )
+          largest = min(v.bound, self.largest(v, self.build.config.margin))
+          self.forced[v] = self.build.input(v.owner, v.read, v.shape, largest)
         case Masked():
           self.forced[v] = v.plain()
         case Pending() | Lazy():

@@ -113,8 +113,9 @@ def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if not is_secret(b):
     return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
   if isinstance(b, Owned):
-    return _mul(low, equation, [a, b._replace(read=Derived(_inverse, (b,)))])
-  return powers.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b))
+    return _mul(low, equation, [a, b._replace(read=Derived(_inverse, (b,)), bound=math.inf)])
+  bound = low.bound(equation.outputs[0])
+  return powers.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b), bound=bound)
 
 
 def _inverse(v: Array) -> Array:

@@ -214,12 +214,33 @@ def _argmax(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   return extrema.argmax(low.build, x, axis)
 
 
+def _ranged(fn: Callable[..., Value]) -> Callable:
+  """As `_unary`, for functions that plan for the calibrated bound of their result."""
+  return lambda low, equation, inputs: fn(
+    low.build, low.value(inputs[0]), bound=low.bound(equation.outputs[0])
+  )
+
+
 def _power(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  exponent: Any = equation.params.get("y") if equation.name == "integer_pow" else inputs[1]
-  if is_secret(exponent) or np.size(exponent) != 1:
-    raise NotImplementedError(f"a power that is not one public number at {equation.source}")
-  y = float(np.asarray(exponent).reshape(()))
-  return powers.power(low.build, low.value(inputs[0]), int(y) if y == int(y) else y)
+  base, exponent = inputs[0], equation.params.get("y", inputs[-1])
+  bound = low.bound(equation.outputs[0])
+  if is_secret(exponent) and is_secret(base):
+    raise NotImplementedError(
+      f"a secret power of a secret number at {equation.source}; use jnp.exp(y * jnp.log(x)) for "
+      f"x > 0"
+    )
+  if is_secret(exponent):
+    if not np.all(np.asarray(base) > 0):
+      raise NotImplementedError(f"a secret power of a base <= 0 at {equation.source}; use one > 0")
+    x = low.build.broadcast(low.value(exponent), equation.avals[0].shape)
+    return exponentials.power_of(low.build, base, x, bound)
+  if np.unique(exponent).size != 1:
+    raise NotImplementedError(
+      f"a power by several exponents at {equation.source}; use one number for each call"
+    )
+  y = float(np.ravel(exponent)[0])
+  x = low.build.broadcast(low.value(base), equation.avals[0].shape)
+  return powers.power(low.build, x, int(y) if y == int(y) else y, bound)
 
 
 def _abs(build: Builder, x: Value) -> Value:
@@ -231,6 +252,12 @@ UNARY: dict[str, Callable[[Builder, Value], Value]] = {
   "abs": _abs,
   "square": functools.partial(powers.power, exponent=2),
   "sign": piecewise.sign,
+  "logistic": exponentials.logistic,
+  "tanh": exponentials.tanh,
+  "erf": exponentials.erf,
+  "erfc": exponentials.erfc,
+}
+RANGED: dict[str, Callable[..., Value]] = {
   "sqrt": powers.sqrt,
   "rsqrt": powers.rsqrt,
   "cbrt": powers.cbrt,
@@ -239,10 +266,8 @@ UNARY: dict[str, Callable[[Builder, Value], Value]] = {
   "exp": exponentials.exp,
   "exp2": exponentials.exp2,
   "expm1": exponentials.expm1,
-  "logistic": exponentials.logistic,
-  "tanh": exponentials.tanh,
-  "erf": exponentials.erf,
-  "erfc": exponentials.erfc,
+  "sinh": exponentials.sinh,
+  "cosh": exponentials.cosh,
 }
 RULES: dict[str, Rule] = {
   "max": _max,
@@ -262,3 +287,4 @@ RULES: dict[str, Rule] = {
 RULES |= {name: _compare for name in ("ge", "le", "gt", "lt", "eq", "ne")}
 RULES |= {name: _logical for name in ("and", "or", "xor", "not")}
 RULES |= {name: _unary(fn) for name, fn in UNARY.items()}
+RULES |= {name: _ranged(fn) for name, fn in RANGED.items()}
