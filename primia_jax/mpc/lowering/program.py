@@ -4,6 +4,7 @@ computed on the spot.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from primia_jax.mpc.lowering.decompositions import DECOMPOSITIONS
 from primia_jax.types import Array, PyTree
 
 PUBLIC = "public"
@@ -137,6 +139,7 @@ class _Tracer:
   def __init__(self) -> None:
     self.equations: list[Equation] = []
     self.count = 0
+    self.decomposed = ""  # the source of a primitive whose parts are being inlined
 
   def new(self) -> Ref:
     self.count += 1
@@ -155,7 +158,7 @@ class _Tracer:
     return [read(v) for v in jaxpr.outvars]
 
   def _equation(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
-    name, source = eqn.primitive.name, _source(eqn) or source
+    name, source = eqn.primitive.name, self.decomposed or _source(eqn) or source
     layer = "/".join(filter(None, [layer, str(eqn.source_info.name_stack)]))
     if name == "cond":
       if isinstance(values[0], Ref):
@@ -175,6 +178,8 @@ class _Tracer:
     if not any(isinstance(v, Ref) for v in values) and not eqn.effects:
       with jax.ensure_compile_time_eval():
         return _bind(eqn, values)
+    if name in DECOMPOSITIONS and not eqn.effects:
+      return self._parts(eqn, values, layer, source)
     outputs = tuple(self.new() for _ in eqn.outvars)
     avals = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
     bind = lambda *inputs: _bind(eqn, inputs)
@@ -182,6 +187,14 @@ class _Tracer:
       Equation(name, bind, eqn.params, tuple(values), outputs, avals, layer or "(top)", source)
     )
     return list(outputs)
+
+  def _parts(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
+    """A primitive as others, which keep its place."""
+    parts = jax.make_jaxpr(functools.partial(DECOMPOSITIONS[eqn.primitive.name], **eqn.params))
+    outside, self.decomposed = self.decomposed, source
+    out = self.inline(parts(*(v.aval for v in eqn.invars)), values, layer, source)
+    self.decomposed = outside
+    return out
 
 
 def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
