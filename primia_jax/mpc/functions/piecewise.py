@@ -25,6 +25,24 @@ def steps(build: Builder, x: Value, thresholds: Sequence[int] | np.ndarray) -> V
   return build.sign(build.add_public(x, -t))
 
 
+def one_hot(build: Builder, x: Value, num: int, clip: bool) -> Value:
+  """[num, ...] at scale 1: whether a whole number x is 0, 1, ... num - 1; C rounds.
+
+  Numbers beyond give all zeros or, with `clip`, the nearest.
+  """
+  if not clip:
+    reached = steps(build, x, np.arange(num + 1) / x.scale)
+    return build.local(lambda v: v[:-1] - v[1:], reached)._replace(max_abs=1.0)
+  reached = steps(build, x, np.arange(1, num) / x.scale)
+
+  def differences(v: Array) -> Array:
+    zeros = jnp.zeros((1, *x.shape), v.dtype)
+    return jnp.concatenate([zeros, v]) - jnp.concatenate([v, zeros])
+
+  first = (np.arange(num) == 0).astype(np.float64).reshape(-1, *[1] * len(x.shape))
+  return build.add_public(build.local(differences, reached), first)._replace(max_abs=1.0)
+
+
 def table(build: Builder, steps: Value, values: np.ndarray, scale: float) -> Value:
   """The value of the piece that x lies in, in whole units of `scale`; n steps make n + 1 pieces."""
   integers = [round(v / scale) for v in values.tolist()]

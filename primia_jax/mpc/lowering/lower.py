@@ -13,11 +13,19 @@ from typing import Any
 import numpy as np
 
 from primia_jax.mpc.circuit import Circuit, Config, Values
-from primia_jax.mpc.lowering import rules_integer, rules_linear, rules_nonlinear
+from primia_jax.mpc.lowering import (
+  rules_indexing,
+  rules_integer,
+  rules_linear,
+  rules_nonlinear,
+  rules_sorting,
+)
 from primia_jax.mpc.lowering.ownership import Lowering, is_secret
 from primia_jax.mpc.lowering.program import Program, Ref
 
-_RULES = rules_integer.rules(rules_linear.RULES | rules_nonlinear.RULES)
+_RULES = rules_integer.rules(
+  rules_linear.RULES | rules_nonlinear.RULES | rules_sorting.RULES | rules_indexing.RULES
+)
 
 
 def lower(

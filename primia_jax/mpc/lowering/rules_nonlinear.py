@@ -55,7 +55,7 @@ def _difference(low: Lowering, inputs: list[Any], shape: tuple[int, ...]) -> Val
 
 
 def _compare(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  name, shape = equation.name, equation.avals[0].shape
+  name, shape = equation.name.removesuffix("_to"), equation.avals[0].shape
   # JAX asks for NaN by comparing a value with itself; fixed point has no NaN.
   if name in ("eq", "ne") and inputs[0] is inputs[1]:
     return np.full(shape, name == "eq")
@@ -269,6 +269,6 @@ RULES: dict[str, Rule] = {
   "pow": _power,
   "is_finite": lambda low, equation, inputs: np.ones(equation.avals[0].shape, bool),
 }
-RULES |= {name: _compare for name in ("ge", "le", "gt", "lt", "eq", "ne")}
+RULES |= {name: _compare for name in ("ge", "le", "gt", "lt", "eq", "ne", "le_to", "lt_to")}
 RULES |= {name: _logical for name in ("and", "or", "xor", "not")}
 RULES |= {name: _unary(fn) for name, fn in UNARY.items()}
