@@ -83,6 +83,7 @@ class Lowering:
     self.forced: dict[Any, Value] = {}
     self.labels: dict[int, str] = {}
     self.dtypes: dict[int, Any] = {}
+    self.counts: set[int] = set()  # the numbers of Values that cannot be negative
     self.pools = _pooled(program)
     self.sums = (
       np.full(program.num_values, math.inf) if ranges is None else np.array(ranges, np.float64)

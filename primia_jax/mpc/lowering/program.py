@@ -18,6 +18,8 @@ from primia_jax.mpc.lowering.decompositions import DECOMPOSITIONS
 from primia_jax.types import Array, PyTree
 
 PUBLIC = "public"
+# JAX's functions of a number and public tables that have rules of their own.
+LOOK_UPS = {"searchsorted": "searchsorted", "_interp": "interp"}
 
 
 class Ref(NamedTuple):
@@ -172,6 +174,10 @@ class _Tracer:
       raise NotImplementedError(
         f"while loop over secret values at {source}; use scan or a static fori_loop"
       )
+    if (called := eqn.params.get("name")) in LOOK_UPS and (
+      sum(isinstance(v, Ref) for v in values) == 1
+    ):
+      return self._whole(LOOK_UPS[called], eqn, values, layer, source)
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
       if isinstance(eqn.params.get(key), (core.ClosedJaxpr, core.Jaxpr)):
         return self.inline(eqn.params[key], values, layer, source)
@@ -180,6 +186,10 @@ class _Tracer:
         return _bind(eqn, values)
     if name in DECOMPOSITIONS and not eqn.effects:
       return self._parts(eqn, values, layer, source)
+    return self._whole(name, eqn, values, layer, source)
+
+  def _whole(self, name: str, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
+    """One equation."""
     outputs = tuple(self.new() for _ in eqn.outvars)
     avals = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
     bind = lambda *inputs: _bind(eqn, inputs)

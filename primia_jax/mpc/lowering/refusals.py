@@ -17,6 +17,7 @@ _NEAREST = {
   "bessel_i1e": _SERIES,
   "bitcast_convert_type": "the bits of a float are not kept; compare it with public numbers",
   "cholesky": "let one party factorise what it holds alone",
+  "cumlogsumexp": "use jnp.log(jnp.cumsum(jnp.exp(x - largest))) + largest",
   "clz": "compare with the powers of two: (x[..., None] < 2**jnp.arange(n)).sum(-1)",
   "complex": "keep real and imaginary parts apart",
   "cosh": "use (jnp.exp(x) + jnp.exp(-x)) / 2",

@@ -225,9 +225,13 @@ def _evaluated(write: Callable[[Array, Array], Array], base: Array, update: Arra
 
 def _refuse_secret(equation: Equation, positions: list[Any]) -> None:
   if any(is_secret(v) for v in positions):
+    instead = (
+      "a sum of jax.nn.one_hot(index, n) times each update"
+      if equation.name.startswith("scatter-")
+      else "jnp.where(jnp.arange(n) == index, value, x)"
+    )
     raise NotImplementedError(
-      f"{equation.name} at a secret position at {equation.source}; use "
-      f"jnp.where(jnp.arange(n) == index, value, x)"
+      f"{equation.name} at a secret position at {equation.source}; use {instead}"
     )
 
 

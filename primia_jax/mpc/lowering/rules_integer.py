@@ -229,27 +229,19 @@ def shift(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
     )
   x = whole(build, build.broadcast(low.value(a), equation.avals[0].shape))
   width, by = jnp.iinfo(dtype).bits, np.broadcast_to(np.asarray(by, np.int64), x.shape)
-  beyond = (by >= width) | (by < 0)
+  by = np.where((by < 0) | (by > width), width, by)
   if equation.name == "shift_left":
-    return _times(build, x, np.where(beyond, 0, 2.0 ** np.minimum(by, width)))
-  if equation.name == "shift_right_logical":
-    if np.dtype(dtype).kind == "i":  # the same bits, read as a number without sign
-      x = wrapped(build, x, np.dtype(f"u{np.dtype(dtype).itemsize}"))
-    by = np.where(beyond, width, by)
-  else:
-    by = np.where(beyond, width - 1, by)
-  return _shifted_right(build, x, by, dtype)
-
-
-def _shifted_right(build: Builder, x: Value, by: np.ndarray, dtype: Any) -> Value:
-  """floor(x / 2^by) for each element's own number of bits."""
-  used = sorted(set(by.reshape(-1).tolist()))
-  floors = rounding.shifted(build, x, used)
-  chosen = (by[None] == np.array(used).reshape(-1, *[1] * by.ndim)).astype(build.config.dtype)
-  out = build.local(lambda v: (v * chosen).sum(0, dtype=v.dtype), floors)
-  if used[0] == 0 and np.dtype(dtype).kind == "i":  # a shift by 0 keeps the sign
-    return wrapped(build, out, dtype)
-  return out
+    return _times(build, x, np.where(by == width, 0, 2.0**by))
+  # Beyond the bits of x, only its sign is left.
+  n = _num_bits(build, x)
+  used = sorted({n, *np.minimum(by, n).reshape(-1).tolist()})
+  factors = np.minimum(by, n)[None] == np.array(used).reshape(-1, *[1] * by.ndim)
+  factors = factors.astype(np.int64)
+  if equation.name == "shift_right_logical" and np.dtype(dtype).kind == "i":
+    factors[-1] -= np.where(by > 0, 2 ** (width - by), 0)  # no copies of the sign move in
+  floors, table = rounding.shifted(build, x, used), factors.astype(build.config.dtype)
+  bound = x.max_abs + 1 + 2.0 ** (width - 1) * bool(np.any(factors < 0))
+  return build.local(lambda v: (v * table).sum(0, dtype=v.dtype), floors, max_abs=bound)
 
 
 # ---- conversions and rounding
@@ -262,7 +254,9 @@ def to_integer(low: Lowering, equation: Equation, inputs: list[Any]) -> Value:
   if not is_integer(old):
     is_whole = x.scale >= 1 and x.scale == int(x.scale)
     return whole(build, x) if is_whole else rounding.trunc(build, x)
-  loses_sign = np.dtype(dtype).kind == "u" and np.dtype(old).kind == "i"
+  loses_sign = (
+    np.dtype(dtype).kind == "u" and np.dtype(old).kind == "i" and x.number not in low.counts
+  )
   return wrapped(build, x, dtype) if loses_sign or x.max_abs > most_of(dtype) else x
 
 

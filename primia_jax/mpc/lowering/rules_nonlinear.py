@@ -26,11 +26,14 @@ def _max(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if not is_secret(b):
     public = np.asarray(b, np.float64)
     if np.all(np.isneginf(public)):
-      return a
+      return a if isinstance(a, Pending) else low.build.broadcast(low.value(a), equation.avals[0].shape)
     if not np.any(public):
       x = a.x if isinstance(a, Pending) else low.value(a)
       return Pending(x) if equation.outputs[0].number in low.pools else low.build.relu(x)
     x = low.build.broadcast(low.value(a), equation.avals[0].shape)
+    public = np.where(np.isneginf(public), -low.least(x), public)
+    if not np.all(np.isfinite(public)):
+      raise NotImplementedError(f"{equation.name} with infinity or NaN at {equation.source}")
     return low.build.add_public(low.build.positive_part(low.build.add_public(x, -public)), public)
   if isinstance(a, Pending) and isinstance(b, Pending):
     return Pending(low.build.maximum(a.x, b.x))
@@ -59,6 +62,12 @@ def _compare(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   # JAX asks for NaN by comparing a value with itself; fixed point has no NaN.
   if name in ("eq", "ne") and inputs[0] is inputs[1]:
     return np.full(shape, name == "eq")
+  if name in ("lt", "ge") and _is_count(low, inputs[0]) and _at_most_zero(inputs[1]):
+    return np.full(shape, name == "ge")
+  if not is_secret(inputs[0]):
+    inputs, name = inputs[::-1], _MIRRORED.get(name, name)
+  if not is_secret(inputs[1]) and not np.all(np.isfinite(np.asarray(inputs[1], np.float64))):
+    return _compare_infinite(low, equation._replace(name=name), inputs)
   complement = lambda bit: _complement(low.build, bit)
   at_least = lambda a, b: low.build.sign(_difference(low, [a, b], shape))
   a, b = inputs
@@ -77,6 +86,34 @@ def _compare(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
       holds = low.build.local(lambda s: s.sum(0, dtype=s.dtype), low.build.sign(both))
       equal = low.build.add_public(holds, -1.0)._replace(max_abs=1.0)
       return equal if name == "eq" else complement(equal)
+
+
+_MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}
+
+
+def _compare_infinite(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  """Every shared number is finite, so that what is beyond is known."""
+  x, other = inputs[0], np.asarray(inputs[1], np.float64)
+  finite, truth = np.isfinite(other), getattr(np, _UFUNCS[equation.name])(0.0, other)
+  if not finite.any():
+    return np.broadcast_to(truth, equation.avals[0].shape)
+  compared = _compare(low, equation, [x, np.where(finite, other, 0.0)])
+  finite, truth = (np.broadcast_to(v, equation.avals[0].shape) for v in (finite, truth))
+  return _public_select(low, finite.astype(np.int64), [truth, compared], equation.avals[0].shape)
+
+
+_UFUNCS = {
+  "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal",
+  "ne": "not_equal",
+}  # fmt: skip
+
+
+def _is_count(low: Lowering, v: Any) -> bool:
+  return isinstance(v, Value) and v.number in low.counts
+
+
+def _at_most_zero(v: Any) -> bool:
+  return not is_secret(v) and bool(np.all(np.asarray(v) <= 0))
 
 
 def _convert(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -130,6 +167,8 @@ def _public_select(
   low: Lowering, which: np.ndarray, cases: list[Any], shape: tuple[int, ...]
 ) -> Value:
   """The sum of all cases, each with zeros where it is not chosen; no round."""
+  if which.size and np.all(which == which.flat[0]) and is_secret(only := cases[which.flat[0]]):
+    return low.build.broadcast(low.value(only), shape)
   secret, public = [], np.zeros(shape)
   for i, case in enumerate(cases):
     chosen = which == i
@@ -221,7 +260,9 @@ def _argmax(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if equation.name == "argmin":
     x = low.build.negate(x)
   (axis,) = equation.params["axes"]
-  return extrema.argmax(low.build, x, axis)
+  position = extrema.argmax(low.build, x, axis)
+  low.counts.add(position.number)
+  return position
 
 
 def _power(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:

@@ -37,7 +37,9 @@ def _sort(low: Lowering, equation: Equation, inputs: list[Any]) -> list[Value]:
 def _top_k(low: Lowering, equation: Equation, inputs: list[Any]) -> list[Value]:
   x = low.value(inputs[0])
   axis = equation.params.get("axis", -1) % len(x.shape)
-  return list(sorting.largest(low.build, x, equation.params["k"], axis))
+  values, positions = sorting.largest(low.build, x, equation.params["k"], axis)
+  low.counts.add(positions.number)
+  return [values, positions]
 
 
 RULES: dict[str, Rule] = {"sort": _sort, "top_k": _top_k}
