@@ -1,6 +1,5 @@
 """Whole numbers under encryption are those of their dtype, bit for bit; or they are refused."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +20,9 @@ def whole(w, x):
 
 
 def test_quotients():
-  by = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 50, 64, -3, -8], np.int32)[None] * np.ones((6, 1), np.int32)
+  by = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 50, 64, -3, -8], np.int32)[None] * np.ones(
+    (6, 1), np.int32
+  )
 
   def fn(w, x):
     n = whole(w, x)
@@ -43,7 +44,9 @@ def test_bits():
 
 
 def test_shifts():
-  by = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 30, 31, 32, 33]], np.int32) * np.ones((6, 1), np.int32)
+  by = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 30, 31, 32, 33]], np.int32) * np.ones(
+    (6, 1), np.int32
+  )
 
   def fn(w, x):
     n = whole(w, x)
@@ -77,7 +80,9 @@ def test_products_are_exact():
 
   weights = np.ones((14, 3), np.float32)
   check_plan(lambda w, x: fn(w, x)[:-1], (ONE, X))
-  check_plan(lambda w, x: whole(w["a"], x) @ w["b"], ({"a": ONE, "b": weights.astype(np.int32) * 99}, X))
+  check_plan(
+    lambda w, x: whole(w["a"], x) @ w["b"], ({"a": ONE, "b": weights.astype(np.int32) * 99}, X)
+  )
 
 
 def test_an_owners_integers():
@@ -95,7 +100,11 @@ def test_rounding_and_remainders_of_reals():
     return jnp.round(y), lax.round(y), jnp.floor(y), jnp.ceil(y), jnp.trunc(y), y.astype(i32)
 
   check_plan(exact, (ONE, x))
-  check_plan(lambda w, x: ((x * w) % 1.0, lax.rem(x * w, np.float32(-0.75)), jnp.round(x * w, 1)), (ONE, x), 1e-6)
+  check_plan(
+    lambda w, x: ((x * w) % 1.0, lax.rem(x * w, np.float32(-0.75)), jnp.round(x * w, 1)),
+    (ONE, x),
+    1e-6,
+  )
   check_plan(lambda w, x: (x * w) % 0.3, (ONE, x + 0.01), 2e-4)
 
 
@@ -121,7 +130,10 @@ def test_fractions_beside_truth_values_and_counts():
     (lambda w, x: lax.population_count(whole(w, x)), "population_count.*add up"),
     (lambda w, x: lax.clz(whole(w, x)), "clz.*powers of two"),
     (lambda w, x: jnp.nextafter(x * w, 1.0), "nextafter.*smallest step"),
-    (lambda w, x: whole(w, x) @ (w * np.full((14, 2), 2.0**20, np.float32)).astype(i32), "more than weight_bits=18"),
+    (
+      lambda w, x: whole(w, x) @ (w * np.full((14, 2), 2.0**20, np.float32)).astype(i32),
+      "more than weight_bits=18",
+    ),
   ],
 )
 def test_the_rest_is_refused_by_name(fn, reason):

@@ -103,7 +103,7 @@ def check(fn, arrays, want, bound, config, max_abs=math.inf):
 
 
 def check_plan(fn, args, atol=0.0, owners=OWNERS, config=CONFIGS[0]):
-  """Asserts that the integer model of fn's plan gives fn's outputs within atol; returns the plan."""
+  """Asserts that the integer model of fn's plan gives fn's outputs; returns the plan."""
   plan = mpc.plan(fn, owners, args, config, mpc.calibrate(fn, owners, [args]))
   want = jax.tree.leaves(jax.jit(fn)(*jax.tree.map(jnp.asarray, args)))
   got = jax.tree.leaves(mpc.check(plan, args))

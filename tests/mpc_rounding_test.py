@@ -13,7 +13,8 @@ from primia_jax.mpc.functions import rounding
 def joined(*fns):
   """Several functions of one argument in one circuit."""
   return lambda build, x: build.local(
-    lambda *vs: jnp.stack(vs), *(build.align(f(build, x), build.scaled(x, 0.0)._replace(scale=1.0))[0] for f in fns)
+    lambda *vs: jnp.stack(vs),
+    *(build.align(f(build, x), build.scaled(x, 0.0)._replace(scale=1.0))[0] for f in fns),
   )
 
 

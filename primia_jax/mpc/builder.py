@@ -317,9 +317,9 @@ class Builder:
     bits = max(largest.bit_length(), shift + 1, skip + 1)
     if bits > limit:
       raise ValueError(
-        f"{self.layer}: {self.place}: values up to {a.max_abs:.4g} in units of {a.scale:.3g} need a ring of "
-        f"{bits + 2} bits, but num_bits={self.config.num_bits}; use a wider ring, fewer "
-        f"fraction_bits or weight_bits, or calibrate"
+        f"{self.layer}: {self.place}: values up to {a.max_abs:.4g} in units of "
+        f"{a.scale:.3g} need a ring of {bits + 2} bits, but num_bits={self.config.num_bits}; use a "
+        f"wider ring, fewer fraction_bits or weight_bits, or calibrate"
       )
     return bits
 

@@ -70,7 +70,9 @@ def shifted(build: Builder, x: Value, shifts: Any) -> Value:
   most = max(shifts)
   factors = np.array([2 ** (most - s) for s in shifts], build.config.dtype)
   factors = factors.reshape(-1, *[1] * len(x.shape))
-  grown = build.local(lambda v: v[None] * factors, x, max_abs=x.max_abs * 2.0 ** (most - min(shifts)))
+  grown = build.local(
+    lambda v: v[None] * factors, x, max_abs=x.max_abs * 2.0 ** (most - min(shifts))
+  )
   out = build.floored(grown, most)
   return out._replace(scale=1.0, max_abs=x.max_abs + 1)
 
@@ -85,13 +87,14 @@ def _quotient(build: Builder, x: Value, step: Any) -> tuple[Value, int]:
   if all(_is_power_of_two(r) for r in ratios):
     shift = max(0, *(r.denominator.bit_length() - 1 for r in ratios))
     return _times(build, x, [int(r * 2**shift) for r in ratios], shape), shift
-  bits = math.ceil(x.max_abs / x.scale).bit_length() if math.isfinite(x.max_abs) else math.inf
+  finite = math.isfinite(x.max_abs)
+  bits = math.ceil(x.max_abs / x.scale).bit_length() if finite else build.config.num_bits
   least, most = (math.floor(math.log2(f(ratios))) for f in (min, max))
   if 2 * bits + most - least + 5 > build.config.num_bits - 2:
     narrow = build.narrow(x)
     if narrow is not x:
       return _quotient(build, narrow, step)
-    if math.isinf(bits):
+    if not finite:
       raise ValueError(
         f"{build.layer}: a number without bound is rounded to steps that are no powers of two; "
         f"calibrate"
@@ -133,7 +136,7 @@ def _ratios(x: Value, step: Any) -> tuple[list[Fraction], tuple[int, ...]]:
   if not (steps.size and np.all(steps > 0) and np.all(np.isfinite(steps))):
     raise ValueError("a step is not above 0 and finite")
   if np.all(steps == steps.flat[0]):
-    steps = steps.flat[0]
+    steps = steps.reshape(-1)[0:1].reshape(())
   return [Fraction(x.scale) / Fraction(s) for s in np.ravel(steps).tolist()], np.shape(steps)
 
 

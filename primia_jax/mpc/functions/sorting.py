@@ -1,13 +1,12 @@
 """Order of shared numbers along an axis. For C and P see `polynomials`.
 
-Up to `_ALL_PAIRS` numbers are compared pair by pair, all at once: the comparisons that a number wins
-are its rank, which makes a permutation matrix. More of them go through Batcher's network of
+Up to `_ALL_PAIRS` numbers are compared pair by pair, all at once: the comparisons that a number
+wins are its rank, which makes a permutation matrix. More of them go through Batcher's network of
 odd-even merges, whose numbers of comparisons and rounds grow with n log(n)^2 and log(n)^2.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -24,8 +23,8 @@ _ALL_PAIRS = 16
 def sort(build: Builder, operands: Sequence[Value], axis: int) -> list[Value]:
   """All operands in ascending order of the first along an axis; equal ones keep theirs. Exact.
 
-  n <= 16: 2 C + P rounds. Else p (p + 1) / 2 times C rounds for one operand, C + P for several, with
-  p = ceil(log2(n)); then log2(n) bits more are compared.
+  n <= 16: 2 C + P rounds. Else p (p + 1) / 2 times C rounds for one operand, C + P for several,
+  with p = ceil(log2(n)); then p bits more are compared.
   """
   moved = [build.local(lambda v: jnp.moveaxis(v, axis, 0), x) for x in operands]
   n = moved[0].shape[0]
@@ -48,13 +47,13 @@ def largest(build: Builder, x: Value, num: int, axis: int) -> tuple[Value, Value
   x = build.negate(build.local(lambda v: jnp.moveaxis(v, axis, 0), x))
   n = x.shape[0]
   numbers = np.broadcast_to(np.arange(n).reshape(-1, *[1] * (len(x.shape) - 1)), x.shape)
-  positions = build.add_public(build.local(jnp.zeros_like, x)._replace(scale=1.0, max_abs=0.0), numbers)
+  positions = build.add_public(
+    build.local(jnp.zeros_like, x)._replace(scale=1.0, max_abs=0.0), numbers
+  )
   if 1 < n <= _ALL_PAIRS:
     values, places = _permuted(build, [x, positions], _ranks(build, x), num)
   else:
-    values, places = (
-      build.local(lambda v: v[:num], v) for v in sort(build, [x, positions], 0)
-    )
+    values, places = (build.local(lambda v: v[:num], v) for v in sort(build, [x, positions], 0))
   back = lambda v: build.local(lambda v: jnp.moveaxis(v, 0, axis), v)
   return back(build.negate(values)), back(places)
 
@@ -117,7 +116,9 @@ def exchanges(n: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _network(build: Builder, x: Value) -> Value:
   for first, second in exchanges(x.shape[0]):
-    excess = build.positive_part(build.local(lambda v, i=first, j=second: v[i] - v[j], x, max_abs=2 * x.max_abs))
+    excess = build.positive_part(
+      build.local(lambda v, i=first, j=second: v[i] - v[j], x, max_abs=2 * x.max_abs)
+    )
     swap = lambda v, e, i=first, j=second: v.at[i].add(v.dtype.type(0) - e).at[j].add(e)
     x = build.local(swap, x, excess, max_abs=x.max_abs)
   return x

@@ -116,7 +116,9 @@ class Lowering:
     inputs = [self.env[v.number] if isinstance(v, Ref) else v for v in equation.inputs]
     self.build.layer = layer = self.label(equation)
     self.build.place = place = f"{equation.name} at {equation.source}"
-    self.dtypes |= {ref.number: v.dtype for ref, v in zip(equation.outputs, equation.avals, strict=True)}
+    self.dtypes |= {
+      ref.number: v.dtype for ref, v in zip(equation.outputs, equation.avals, strict=True)
+    }
     owners = {v.owner for v in inputs if isinstance(v, Owned)}
     if len(owners) == 1 and all(isinstance(v, Owned) or not is_secret(v) for v in inputs):
       (owner,) = owners
@@ -203,8 +205,9 @@ class Lowering:
       fraction_bits = min(fraction_bits, fits)
       if fraction_bits + magnitude < _FEWEST_BITS:
         raise ValueError(
-          f"{self.build.layer}: {self.build.place}: values up to {bound:.4g} leave weights fewer than {_FEWEST_BITS} "
-          f"bits in a ring of num_bits={config.num_bits}; use a wider ring or fewer fraction_bits"
+          f"{self.build.layer}: {self.build.place}: values up to {bound:.4g} leave weights fewer "
+          f"than {_FEWEST_BITS} bits in a ring of num_bits={config.num_bits}; use a wider ring or "
+          f"fewer fraction_bits"
         )
     out = self.build.linear(
       x,

@@ -106,10 +106,11 @@ def _lookup(
     clip: whether a position out of bounds takes the nearest; else it gives zeros.
     order: of the result's axes, from those of the index followed by those of a row.
   """
-  if isinstance(index, Owned):
-    hot = _owned_one_hot(index, num, clip)
-  else:
-    hot = piecewise.one_hot(low.build, low.value(index), num, clip)
+  hot: Any = (
+    _owned_one_hot(index, num, clip)
+    if isinstance(index, Owned)
+    else piecewise.one_hot(low.build, low.value(index), num, clip)
+  )
   if not is_secret(table):
     return _public_lookup(low.build, low.value(hot), np.asarray(rows(jnp.asarray(table))), order)
   contracted = equation._replace(
@@ -134,10 +135,12 @@ def _public_lookup(build: Builder, hot: Value, rows: np.ndarray, order: list[int
 def _owned_one_hot(index: Owned, num: int, clip: bool) -> Owned:
   shape = (num, *index.shape)
   numbers = np.arange(num).reshape(-1, *[1] * len(index.shape))
+  reachable = numbers <= jnp.iinfo(index.dtype).max
 
   def read(values: Any) -> Array:
     at = index.read(values)[None]
-    return ((jnp.clip(at, 0, num - 1) if clip else at) == numbers).astype(jnp.int32)
+    at = jnp.clip(at, 0, num - 1) if clip else at
+    return ((at == numbers.astype(at.dtype)) & reachable).astype(jnp.int32)
 
   return Owned(index.owner, read, shape, frozenset(range(len(shape))), np.dtype(np.int32))
 
@@ -183,6 +186,7 @@ def _scatter(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
       f"{equation.name} of secret factors at equal positions at {equation.source}; multiply them "
       f"first"
     )
+  factor: Any
   if is_secret(updates):
     factor = low.build.add_public(_written(low, updates, shape, add, 1.0), 1.0 - count)
   else:

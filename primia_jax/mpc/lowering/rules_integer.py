@@ -145,7 +145,11 @@ def product(others: Rule) -> Rule:
 def _largest(low: Lowering, v: Any, dtype: Any) -> float:
   if isinstance(v, Owned):
     return min(low.largest(v), most_of(dtype))
-  return low.value(v).max_abs if is_secret(v) else float(np.abs(np.asarray(v, np.float64)).max(initial=0))
+  return (
+    low.value(v).max_abs
+    if is_secret(v)
+    else float(np.abs(np.asarray(v, np.float64)).max(initial=0))
+  )
 
 
 # ---- bits
@@ -189,7 +193,9 @@ def _and_public(build: Builder, x: Value, mask: np.ndarray) -> Value:
   used = [i for i, f in enumerate(factors) if np.any(f)]
   if not used:
     return build.scaled(x, 0.0)
-  floors = rounding.shifted(build, build.broadcast(x, np.broadcast_shapes(x.shape, mask.shape)), used)
+  floors = rounding.shifted(
+    build, build.broadcast(x, np.broadcast_shapes(x.shape, mask.shape)), used
+  )
   table = np.stack([np.broadcast_to(factors[i], floors.shape[1:]) for i in used])
   table = table.astype(build.config.dtype)
   largest = float(np.abs(mask).max(initial=0))
@@ -200,14 +206,18 @@ def _and_public(build: Builder, x: Value, mask: np.ndarray) -> Value:
 def bitwise(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   """and, or, xor, not of whole numbers; T rounds, and P if both are secret."""
   build, name, dtype = low.build, equation.name, equation.avals[0].dtype
-  values = [whole(build, low.value(v)) if is_secret(v) else np.asarray(v, np.int64) for v in inputs]
+  values: list[Any] = [
+    whole(build, low.value(v)) if is_secret(v) else np.asarray(v, np.int64) for v in inputs
+  ]
   if name == "not":
     top = -1.0 if np.dtype(dtype).kind == "i" else float(jnp.iinfo(dtype).max)
     return build.add_public(build.negate(values[0]), top)._replace(max_abs=most_of(dtype))
   a, b = values if isinstance(values[0], Value) else values[::-1]
   if isinstance(b, Value):
     most = max(a.max_abs, b.max_abs)
-    rows = lambda v: bits_of(build, build.broadcast(v, equation.avals[0].shape)._replace(max_abs=most))
+    rows = lambda v: bits_of(
+      build, build.broadcast(v, equation.avals[0].shape)._replace(max_abs=most)
+    )
     both = from_bits(build, build.multiply(rows(a), rows(b)))
     total = build.add(a, b)
   else:

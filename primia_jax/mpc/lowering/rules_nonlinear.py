@@ -26,7 +26,9 @@ def _max(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if not is_secret(b):
     public = np.asarray(b, np.float64)
     if np.all(np.isneginf(public)):
-      return a if isinstance(a, Pending) else low.build.broadcast(low.value(a), equation.avals[0].shape)
+      return (
+        a if isinstance(a, Pending) else low.build.broadcast(low.value(a), equation.avals[0].shape)
+      )
     if not np.any(public):
       x = a.x if isinstance(a, Pending) else low.value(a)
       return Pending(x) if equation.outputs[0].number in low.pools else low.build.relu(x)
@@ -139,7 +141,7 @@ def _select(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
     return _public_select(low, number, cases, shape)
   which = low.build.broadcast(low.value(which), shape)
   if len(cases) == 2:
-    return _two_cases(low, which, *cases, shape=shape)
+    return _two_cases(low, which, cases[0], cases[1], shape)
   reached = piecewise.steps(low.build, which, np.arange(1, len(cases)) / which.scale)
   out = cases[0]
   for i, case in enumerate(cases[1:]):

@@ -14,13 +14,13 @@ from primia_jax.mpc.lowering.program import Equation
 from primia_jax.mpc.lowering.rules_indexing import shared
 
 
-def _sort(low: Lowering, equation: Equation, inputs: list[Any]) -> list[Value]:
+def _sort(low: Lowering, equation: Equation, inputs: list[Any]) -> list[Any]:
   """All operands in the order of the first."""
   axis, (key, *rest) = equation.params["dimension"], inputs
   if equation.params["num_keys"] > 1:
     raise NotImplementedError(
-      f"sort by {equation.params['num_keys']} keys at {equation.source}; sort by one number made of "
-      f"them, such as a * n + b"
+      f"sort by {equation.params['num_keys']} keys at {equation.source}; sort by one number made "
+      f"of them, such as a * n + b"
     )
   if not is_secret(key):  # a permutation that everybody knows
     order = np.argsort(np.asarray(key), axis, kind="stable")

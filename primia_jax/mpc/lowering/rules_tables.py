@@ -17,17 +17,24 @@ from primia_jax.mpc.lowering.program import Equation
 def _searchsorted(low: Lowering, equation: Equation, inputs: list[Any]) -> Value:
   """How many knots lie below a number, or at it on the side "right". Exact; C rounds."""
   (x,), (knots,) = _told_apart(equation, inputs, 1)
+  knots = np.unique(knots).astype(np.float64)
+  between = np.concatenate([knots[:1] - 1, (knots[1:] + knots[:-1]) / 2, knots[-1:] + 1])
+  # Asked in public, it also tells what it makes of knots that are not in order.
+  found = _probed(equation, inputs, np.concatenate([between, knots]))
+  pieces, at = found[: len(between)], found[len(between) :]
   x = low.value(x)
-  probes = np.concatenate([knots, (knots[1:] + knots[:-1]) / 2, knots[:1] - 1, knots[-1:] + 1])
-  found = _probed(equation, inputs, probes)
-  for side in ("left", "right"):
-    if np.array_equal(np.searchsorted(knots, probes.astype(knots.dtype), side), found):
-      units = knots.astype(np.float64) / x.scale
-      reached = piecewise.steps(
-        low.build, x, np.ceil(units) if side == "right" else np.floor(units) + 1
-      )
-      return piecewise.table(low.build, reached, np.arange(len(knots) + 1.0), 1.0)
-  raise NotImplementedError(f"searchsorted at {equation.source}: sort the knots in ascending order")
+  units = knots / x.scale
+  if np.array_equal(at, pieces[1:]):
+    thresholds = np.ceil(units)
+  elif np.array_equal(at, pieces[:-1]):
+    thresholds = np.floor(units) + 1
+  else:
+    raise NotImplementedError(
+      f"searchsorted at {equation.source}: sort the knots and thin them out"
+    )
+  out = piecewise.table(low.build, piecewise.steps(low.build, x, thresholds), pieces, 1.0)
+  low.counts.add(out.number)
+  return out
 
 
 def _interp(low: Lowering, equation: Equation, inputs: list[Any]) -> Value:
@@ -40,7 +47,9 @@ def _interp(low: Lowering, equation: Equation, inputs: list[Any]) -> Value:
   if not len(gaps) or gaps.min() <= 0:
     raise NotImplementedError(f"interp at {equation.source}: use two or more ascending knots")
   reach = np.abs(knots).max() + gaps.max()
-  probes = np.array([knots[0] - 2 * reach, knots[0] - reach, knots[-1] + reach, knots[-1] + 2 * reach])
+  probes = np.array(
+    [knots[0] - 2 * reach, knots[0] - reach, knots[-1] + reach, knots[-1] + 2 * reach]
+  )
   found = _probed(equation, inputs, probes).astype(np.float64)
   ends = (found[1] - found[0]) / reach, (found[3] - found[2]) / reach
   slopes = np.concatenate([ends[:1], np.diff(values) / gaps, ends[1:]])
