@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from primia_jax import prng, ring
+from primia_jax import mpc, prng, ring
 from primia_jax.mpc import clear as integer_model
 from primia_jax.mpc import inference, protocol, sharing
 from primia_jax.mpc.builder import Builder
@@ -100,6 +100,19 @@ def check(fn, arrays, want, bound, config, max_abs=math.inf):
     want[worst],
   )
   return got
+
+
+def check_plan(fn, args, atol=0.0, owners=OWNERS, config=CONFIGS[0]):
+  """Asserts that the integer model of fn's plan gives fn's outputs; returns the plan."""
+  plan = mpc.plan(fn, owners, args, config, mpc.calibrate(fn, owners, [args]))
+  want = jax.tree.leaves(jax.jit(fn)(*jax.tree.map(jnp.asarray, args)))
+  got = jax.tree.leaves(mpc.check(plan, args))
+  for i, (a, b) in enumerate(zip(got, want, strict=True)):
+    assert a.dtype.kind == b.dtype.kind, (i, a.dtype, b.dtype)
+    assert a.shape == b.shape, (i, a.shape, b.shape)
+    a, b = (np.asarray(v, np.float64) for v in (a, b))
+    np.testing.assert_allclose(a, b, 0, atol, err_msg=f"output {i}")
+  return plan
 
 
 def check_shapes(fn):

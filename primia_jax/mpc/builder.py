@@ -39,6 +39,7 @@ class Builder:
     self.operations: list[Operation] = []
     self.operands: list[Operand] = []
     self.layer = "(top)"
+    self.place = "an operation"  # its name, file and line, for errors
     self._count = 0
     self._opened: dict[int, int] = {}  # number of shares -> number of their masked value
     self._made_by: dict[int, Local] = {}
@@ -64,11 +65,13 @@ class Builder:
     value: Callable[[Values], Array],
     shape: tuple[int, ...],
     max_abs: float = math.inf,
+    scale: float | None = None,
   ) -> Value:
-    """An owner's argument in its unit; shares (owner None) come in units of u."""
-    unit = self.config.unit if owner is None else self.unit(max_abs)
-    operand = self._operand(owner, value, unit, shape, None, None)
-    return self._add(Input, shape, unit, max_abs, owner=owner, operand=operand)
+    """An owner's argument, in its unit unless a scale is given; shares (no owner) in units of u."""
+    if scale is None:
+      scale = self.config.unit if owner is None else self.unit(max_abs)
+    operand = self._operand(owner, value, scale, shape, None, None)
+    return self._add(Input, shape, scale, max_abs, owner=owner, operand=operand)
 
   def circuit(self, outputs: Sequence[Any]) -> Circuit:
     return Circuit(tuple(self.operations), tuple(self.operands), tuple(outputs), self.config)
@@ -120,11 +123,13 @@ class Builder:
     return out._replace(scale=a.scale * abs(factor), max_abs=a.max_abs * abs(factor))
 
   def add_public(self, a: Value, array: Any) -> Value:
-    """a + array, broadcast; off by at most half a unit of a's scale."""
+    """a + array, broadcast; off by at most half a unit of activations, less if a is finer."""
     array = np.asarray(array, np.float64)
     shape = np.broadcast_shapes(a.shape, array.shape)
-    if shape != a.shape:
-      a = self.local(lambda x: jnp.broadcast_to(x, shape), a)
+    a = self.broadcast(a, shape)
+    units = array / a.scale
+    if float(np.abs(units - np.rint(units)).max(initial=0)) * a.scale > self.config.unit / 2:
+      a = self._finer(a)
     integers = np.asarray(np.rint(array / a.scale), np.int64).reshape(
       (1,) * (len(shape) - array.ndim) + array.shape
     )
@@ -139,7 +144,8 @@ class Builder:
     shape: tuple[int, ...],
     max_abs: float,
   ) -> Value:
-    """a + an array of one party that broadcasts against it."""
+    """a + an array of one party that broadcasts against it, rounded as in `add_public`."""
+    a = self._finer(a)
     operand = self._operand(owner, value, a.scale, shape, None, None)
     return self._add(
       Offset, a.shape, a.scale, a.max_abs + max_abs, input=a.number, owner=owner, operand=operand
@@ -177,6 +183,11 @@ class Builder:
     return self._multiplied(a, factor)._replace(scale=scale), self._multiplied(
       b, 2**finer
     )._replace(scale=scale)
+
+  def _finer(self, a: Value) -> Value:
+    """a at the scale of activations if it is coarser, such as a whole number."""
+    bits = max(0, math.ceil(math.log2(a.scale / self.config.unit)))
+    return self._multiplied(a, 2**bits)._replace(scale=a.scale / 2**bits)
 
   def _multiplied(self, a: Value, factor: int) -> Value:
     if factor == 1:
@@ -247,6 +258,15 @@ class Builder:
       self._narrowed[a.number, a.scale, shift] = self._gate(TRUNCATE, a, shift)
     return self._narrowed[a.number, a.scale, shift]
 
+  def floored(self, a: Value, shift: int, positive: bool = False) -> Value:
+    """floor(a / 2^shift) of a's whole numbers, or of max(a, 0) if `positive`.
+
+    It is exact whatever the configuration; the scale grows by 2^shift.
+    """
+    if shift:  # the gate rounds to nearest
+      a = self.add_public(a, -(2.0 ** (shift - 1)) * a.scale)
+    return self._gate(RELU if positive else TRUNCATE, a, shift, exact=True)
+
   def maximum(self, a: Value, b: Value) -> Value:
     """max(a, b) = b + max(a - b, 0)."""
     a, b = self.align(a, b)
@@ -296,9 +316,12 @@ class Builder:
     """The bits by which a is finer than its unit."""
     return max(0, math.floor(math.log2(self.unit(a.max_abs)) - math.log2(a.scale) + 0.5))
 
-  def _gate(self, action: str, a: Value, shift: int, skip: int = 0) -> Value:
+  def _gate(
+    self, action: str, a: Value, shift: int, skip: int = 0, exact: bool | None = None
+  ) -> Value:
     config = self.config
-    skip = 0 if config.exact or action == TRUNCATE else max(shift, skip)
+    exact = config.exact if exact is None else exact
+    skip = 0 if exact or action == TRUNCATE else max(shift, skip)
     gate = Gate(
       action,
       math.prod(a.shape),
@@ -306,7 +329,7 @@ class Builder:
       self.range_bits(a, shift, skip),
       shift,
       skip,
-      config.exact,
+      exact,
       COMPARISONS[config.comparison],
     )
     elementwise.check(gate)
@@ -325,9 +348,9 @@ class Builder:
     bits = max(largest.bit_length(), shift + 1, skip + 1)
     if bits > limit:
       raise ValueError(
-        f"{self.layer}: values up to {a.max_abs:.4g} in units of {a.scale:.3g} need a ring of "
-        f"{bits + 2} bits, but num_bits={self.config.num_bits}; use a wider ring, fewer "
-        f"fraction_bits or weight_bits, or calibrate"
+        f"{self.layer}: {self.place}: values up to {a.max_abs:.4g} in units of "
+        f"{a.scale:.3g} need a ring of {bits + 2} bits, but num_bits={self.config.num_bits}; use a "
+        f"wider ring, fewer fraction_bits or weight_bits, or calibrate"
       )
     return bits
 

@@ -22,12 +22,15 @@ class Weight(NamedTuple):
 
 
 def encode(operand: Operand, value: Array, config: Config) -> Any:
-  """An owner's float array as ring elements; a `Weight` for the operand of a linear layer.
+  """An owner's array as ring elements; a `Weight` for the operand of a linear layer.
 
-  Rounding is off by at most half of the operand's scale.
+  Rounding is off by at most half of the operand's scale; whole numbers at scale 1 stay exact.
   """
   wide = jnp.float64 if config.num_bits > 32 else jnp.float32
-  integers = jnp.round(value.astype(wide) / jnp.asarray(operand.scale, wide))
+  if operand.scale == 1 and jnp.issubdtype(value.dtype, jnp.integer):
+    integers = value
+  else:
+    integers = jnp.round(value.astype(wide) / jnp.asarray(operand.scale, wide))
   elements = integers.astype(jnp.int64 if config.num_bits > 32 else jnp.int32).astype(config.dtype)
   if operand.map is None:
     return elements

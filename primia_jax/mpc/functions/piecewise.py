@@ -27,6 +27,24 @@ def steps(build: Builder, x: Value, thresholds: Sequence[int] | np.ndarray) -> V
   return build.sign(build.add_public(x, -t))
 
 
+def one_hot(build: Builder, x: Value, num: int, clip: bool) -> Value:
+  """[num, ...] at scale 1: whether a whole number x is 0, 1, ... num - 1; C rounds.
+
+  Numbers beyond give all zeros or, with `clip`, the nearest.
+  """
+  if not clip:
+    reached = steps(build, x, np.arange(num + 1) / x.scale)
+    return build.local(lambda v: v[:-1] - v[1:], reached)._replace(max_abs=1.0)
+  reached = steps(build, x, np.arange(1, num) / x.scale)
+
+  def differences(v: Array) -> Array:
+    zeros = jnp.zeros((1, *x.shape), v.dtype)
+    return jnp.concatenate([zeros, v]) - jnp.concatenate([v, zeros])
+
+  first = (np.arange(num) == 0).astype(np.float64).reshape(-1, *[1] * len(x.shape))
+  return build.add_public(build.local(differences, reached), first)._replace(max_abs=1.0)
+
+
 def table(build: Builder, steps: Value, values: np.ndarray, scale: float) -> Value:
   """The value of the piece that x lies in, in whole units of `scale`; n steps make n + 1 pieces."""
   integers = [round(v / scale) for v in values.tolist()]
@@ -43,6 +61,29 @@ def table(build: Builder, steps: Value, values: np.ndarray, scale: float) -> Val
   if integers[0]:
     out = build.add_public(out, integers[0] * scale)
   return out._replace(max_abs=max(map(abs, integers)) * scale)
+
+
+def lines(
+  build: Builder, x: Value, knots: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray
+) -> Value:
+  """slope x + intercept of the piece that x lies in; n ascending knots make n + 1 pieces.
+
+  |error| <= u, and what x's own truncation to u makes of it, as long as the ring has room for
+  slopes in units of u / max |x|. T + C + P rounds; not truncated.
+  """
+  config, x = build.config, build.narrow(x)
+  reach = max(1.0, x.max_abs) if math.isfinite(x.max_abs) else 1.0
+  steepest = max(float(np.abs(slopes).max()), config.unit)
+  room = config.num_bits - 4 - math.log2(steepest * reach / x.scale)
+  fine = 2.0 ** -min(math.ceil(math.log2(2 * reach / config.unit)), math.floor(room))
+  units = knots / x.scale
+  reached = steps(build, x, np.concatenate([np.ceil(units[:-1]), np.floor(units[-1:]) + 1]))
+  slope, constant = (
+    table(build, reached, v, scale) for v, scale in ((slopes, fine), (intercepts, fine * x.scale))
+  )
+  bound = steepest * reach if math.isfinite(x.max_abs) else math.inf
+  risen = product(build, *opened(build, [x, slope]))._replace(max_abs=bound)
+  return build.add(risen, constant)
 
 
 def sign(build: Builder, x: Value) -> Value:

@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Config, Value, Values
 from primia_jax.mpc.lowering.program import Equation, Program, Ref
+from primia_jax.mpc.lowering.refusals import nearest
 from primia_jax.mpc.maps import Map
 from primia_jax.types import Array
 
@@ -37,6 +39,7 @@ class Owned(NamedTuple):
     shape: of the array.
     varies: the axes along which it may vary; along the others it repeats one slice.
     bound: its calibrated magnitude.
+    dtype: of the array; whole numbers enter the circuit at scale 1.
   """
 
   owner: int
@@ -44,6 +47,7 @@ class Owned(NamedTuple):
   shape: tuple[int, ...]
   varies: frozenset[int]
   bound: float = math.inf
+  dtype: Any = np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Lazy(NamedTuple):
   after: tuple[Callable[[Array], Array], ...]
   bound: float = math.inf
   layer: str = ""
+  place: str = ""
   largest_sum: float = 0.0  # of the sums that it enters: the ring must have room for them too
 
 
@@ -96,6 +101,7 @@ class Pending(NamedTuple):
   x: Value
   bound: float = math.inf
   layer: str = ""
+  place: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,6 +153,8 @@ class Lowering:
     self.env: dict[int, Any] = {}
     self.forced: dict[Any, Value] = {}
     self.labels: dict[int, str] = {}
+    self.dtypes: dict[int, Any] = {}
+    self.counts: set[int] = set()  # the numbers of Values that cannot be negative
     self.pools = _pooled(program)
     self.sums = np.full(program.num_values, math.inf) if bounds is None else np.array(bounds)
     for equation in reversed(program.equations):
@@ -156,11 +164,16 @@ class Lowering:
 
   def enter(self, ref: Ref, owner: int | None, aval: jax.ShapeDtypeStruct) -> None:
     everywhere = frozenset(range(len(aval.shape)))
-    owned = Owned(owner or 0, Read(ref.number), aval.shape, everywhere, self.bound(ref))
+    owned = Owned(owner or 0, Read(ref.number), aval.shape, everywhere, self.bound(ref), aval.dtype)
+    self.dtypes[ref.number] = aval.dtype
     if owner is None:
       self.env[ref.number] = self.build.input(None, owned.read, aval.shape, self.bound(ref))
     else:
       self.env[ref.number] = owned
+
+  def dtype(self, v: Any) -> Any:
+    """Of an equation's input."""
+    return self.dtypes[v.number] if isinstance(v, Ref) else np.asarray(v).dtype
 
   def bound(self, ref: Ref) -> float:
     """The planned magnitude of a value: `outwards` of its calibrated one, or infinity."""
@@ -170,19 +183,29 @@ class Lowering:
     """Lowers one equation by its rule, or leaves it to the party that holds all its inputs."""
     inputs = [self.env[v.number] if isinstance(v, Ref) else v for v in equation.inputs]
     self.build.layer = layer = self.label(equation)
+    self.build.place = place = f"{equation.name} at {equation.source}"
+    self.dtypes |= {
+      ref.number: v.dtype for ref, v in zip(equation.outputs, equation.avals, strict=True)
+    }
     owners = {v.owner for v in inputs if isinstance(v, Owned)}
     if len(owners) == 1 and all(isinstance(v, Owned) or not is_secret(v) for v in inputs):
       (owner,) = owners
       for ref, aval in zip(equation.outputs, equation.avals, strict=True):
+        varies = _varies(equation, inputs, aval)
         self.env[ref.number] = Owned(
-          owner, Read(ref.number), aval.shape, _varies(equation, inputs, aval), self.bound(ref)
+          owner, Read(ref.number), aval.shape, varies, self.bound(ref), aval.dtype
         )
+      return
+    if inputs and equation.outputs and not any(map(is_secret, inputs)):  # such as x == x
+      with jax.ensure_compile_time_eval():
+        found = equation.bind(*map(jnp.asarray, inputs))
+      self.env |= {ref.number: v for ref, v in zip(equation.outputs, found, strict=True)}
       return
     rule = rules.get(equation.name)
     if rule is None:
       raise NotImplementedError(
         f"{equation.name} of a secret value has no protocol (at {equation.source}, in "
-        f"{equation.layer}); supported are " + ", ".join(sorted(rules))
+        f"{equation.layer}); {nearest(equation.name)}"
       )
     outputs = rule(self, equation, inputs)
     outputs = outputs if isinstance(outputs, list) else [outputs]
@@ -190,7 +213,7 @@ class Lowering:
       if isinstance(out, Value):
         out = out._replace(max_abs=min(out.max_abs, self.bound(ref)))
       elif isinstance(out, Lazy | Pending):
-        out = out._replace(bound=self.bound(ref), layer=layer)
+        out = out._replace(bound=self.bound(ref), layer=layer, place=place)
         if isinstance(out, Lazy):
           out = out._replace(largest_sum=float(self.sums[ref.number]))
       self.env[ref.number] = out
@@ -214,15 +237,18 @@ class Lowering:
     if v not in self.forced:
       match v:
         case Owned():
-          largest = min(v.bound, self.largest(v, self.build.config.margin))
-          self.forced[v] = self.build.input(v.owner, v.read, v.shape, largest)
+          largest = min(v.bound, self.largest(v, self.build.config.margin), most_of(v.dtype))
+          whole = not jnp.issubdtype(v.dtype, jnp.floating)
+          scale = 1.0 if whole else None
+          self.forced[v] = self.build.input(v.owner, v.read, v.shape, largest, scale)
         case Masked():
           self.forced[v] = v.plain()
         case Pending() | Lazy():
-          here, self.build.layer = self.build.layer, v.layer or self.build.layer
+          build, here = self.build, (self.build.layer, self.build.place)
+          build.layer, build.place = v.layer or build.layer, v.place or build.place
           out = self.compute(v) if isinstance(v, Lazy) else self.build.relu(v.x)
           self.forced[v] = out._replace(max_abs=min(out.max_abs, v.bound))
-          self.build.layer = here
+          build.layer, build.place = here
         case _:
           raise TypeError(f"a public {type(v).__name__} needs no shares; use it as it is")
     return self.forced[v]
@@ -246,8 +272,9 @@ class Lowering:
       fraction_bits = min(fraction_bits, fits)
       if fraction_bits + magnitude < _FEWEST_BITS:
         raise ValueError(
-          f"{self.build.layer}: values up to {bound:.4g} leave weights fewer than {_FEWEST_BITS} "
-          f"bits in a ring of num_bits={config.num_bits}; use a wider ring or fewer fraction_bits"
+          f"{self.build.layer}: {self.build.place}: values up to {bound:.4g} leave weights fewer "
+          f"than {_FEWEST_BITS} bits in a ring of num_bits={config.num_bits}; use a wider ring or "
+          f"fewer fraction_bits"
         )
     out = self.build.linear(
       x,
@@ -313,6 +340,15 @@ def outwards(magnitude: float) -> float:
   if magnitude == 0 or math.isinf(magnitude):
     return magnitude
   return 2.0 ** math.ceil(math.log2(magnitude / _BELOW)) * _BELOW
+
+
+def most_of(dtype: Any) -> float:
+  """The largest magnitude of a dtype of whole numbers or truth values; infinity for reals."""
+  if jnp.issubdtype(dtype, jnp.bool_):
+    return 1.0
+  if not jnp.issubdtype(dtype, jnp.integer):
+    return math.inf
+  return float(max(jnp.iinfo(dtype).max, -int(jnp.iinfo(dtype).min)))
 
 
 def is_secret(v: Any) -> bool:

@@ -4,6 +4,7 @@ computed on the spot, and what no output needs left out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +14,12 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from primia_jax.mpc.lowering.decompositions import DECOMPOSITIONS
 from primia_jax.types import Array, PyTree
 
 PUBLIC = "public"
+# JAX's functions of a number and public tables that have rules of their own.
+LOOK_UPS = {"searchsorted": "searchsorted", "_interp": "interp"}
 
 
 class Ref(NamedTuple):
@@ -178,6 +182,7 @@ class _Tracer:
   def __init__(self) -> None:
     self.equations: list[Equation] = []
     self.count = 0
+    self.decomposed = ""  # the source of a primitive whose parts are being inlined
 
   def new(self) -> Ref:
     self.count += 1
@@ -196,7 +201,7 @@ class _Tracer:
     return [read(v) for v in jaxpr.outvars]
 
   def _equation(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
-    name, source = eqn.primitive.name, _source(eqn) or source
+    name, source = eqn.primitive.name, self.decomposed or _source(eqn) or source
     layer = "/".join(filter(None, [layer, str(eqn.source_info.name_stack)]))
     if not any(isinstance(v, Ref) for v in values) and not eqn.effects:
       with jax.ensure_compile_time_eval():
@@ -214,9 +219,19 @@ class _Tracer:
       return self._scan(eqn, values, layer, source)
     if name == "while":
       return self._while(eqn, values, layer, source)
+    if (called := eqn.params.get("name")) in LOOK_UPS and (
+      sum(isinstance(v, Ref) for v in values) == 1
+    ):
+      return self._whole(LOOK_UPS[called], eqn, values, layer, source)
     if name in _CALLS:
       (body,) = (eqn.params[key] for key in _CALLS[name] if key in eqn.params)
       return self.inline(body, values, layer, source)
+    if name in DECOMPOSITIONS and not eqn.effects:
+      return self._parts(eqn, values, layer, source)
+    return self._whole(name, eqn, values, layer, source)
+
+  def _whole(self, name: str, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
+    """One equation."""
     outputs = tuple(self.new() for _ in eqn.outvars)
     avals = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
     bind = lambda *inputs: _bind(eqn, inputs)
@@ -224,6 +239,14 @@ class _Tracer:
       Equation(name, bind, eqn.params, tuple(values), outputs, avals, layer or "(top)", source)
     )
     return list(outputs)
+
+  def _parts(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
+    """A primitive as others, which keep its place."""
+    parts = jax.make_jaxpr(functools.partial(DECOMPOSITIONS[eqn.primitive.name], **eqn.params))
+    outside, self.decomposed = self.decomposed, source
+    out = self.inline(parts(*(v.aval for v in eqn.invars)), values, layer, source)
+    self.decomposed = outside
+    return out
 
   def _while(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
     """A while loop, iteration by iteration, as long as its public condition holds."""

@@ -13,6 +13,7 @@ from jax import lax
 from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import exponentials, extrema, piecewise, powers
+from primia_jax.mpc.lowering import rules_integer
 from primia_jax.mpc.lowering.ownership import Lowering, Pending, Rule, is_secret
 from primia_jax.mpc.lowering.program import Equation, Ref
 from primia_jax.mpc.lowering.rules_linear import negative, padded, same
@@ -25,11 +26,16 @@ def _max(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if not is_secret(b):
     public = np.asarray(b, np.float64)
     if np.all(np.isneginf(public)):
-      return a
+      return (
+        a if isinstance(a, Pending) else low.build.broadcast(low.value(a), equation.avals[0].shape)
+      )
     if not np.any(public):
       x = a.x if isinstance(a, Pending) else low.value(a)
       return Pending(x) if equation.outputs[0].number in low.pools else low.build.relu(x)
     x = low.build.broadcast(low.value(a), equation.avals[0].shape)
+    public = np.where(np.isneginf(public), -low.least(x), public)
+    if not np.all(np.isfinite(public)):
+      raise NotImplementedError(f"{equation.name} with infinity or NaN at {equation.source}")
     return low.build.add_public(low.build.positive_part(low.build.add_public(x, -public)), public)
   if isinstance(a, Pending) and isinstance(b, Pending):
     return Pending(low.build.maximum(a.x, b.x))
@@ -54,10 +60,16 @@ def _difference(low: Lowering, inputs: list[Any], shape: tuple[int, ...]) -> Val
 
 
 def _compare(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  name, shape = equation.name, equation.avals[0].shape
+  name, shape = equation.name.removesuffix("_to"), equation.avals[0].shape
   # JAX asks for NaN by comparing a value with itself; fixed point has no NaN.
   if name in ("eq", "ne") and inputs[0] is inputs[1]:
     return np.full(shape, name == "eq")
+  if name in ("lt", "ge") and _is_count(low, inputs[0]) and _at_most_zero(inputs[1]):
+    return np.full(shape, name == "ge")
+  if not is_secret(inputs[0]):
+    inputs, name = inputs[::-1], _MIRRORED.get(name, name)
+  if not is_secret(inputs[1]) and not np.all(np.isfinite(np.asarray(inputs[1], np.float64))):
+    return _compare_infinite(low, equation._replace(name=name), inputs)
   complement = lambda bit: _complement(low.build, bit)
   at_least = lambda a, b: low.build.sign(_difference(low, [a, b], shape))
   a, b = inputs
@@ -70,21 +82,49 @@ def _compare(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
       return complement(at_least(a, b))
     case "gt":
       return complement(at_least(b, a))
-    case _:
-      both = low.build.multiply(at_least(a, b), at_least(b, a))
-      return both if name == "eq" else complement(both)
+    case _:  # one gate; at least one of the two holds
+      difference = _difference(low, [a, b], shape)
+      both = low.build.local(lambda d: jnp.stack([d, d.dtype.type(0) - d]), difference)
+      holds = low.build.local(lambda s: s.sum(0, dtype=s.dtype), low.build.sign(both))
+      equal = low.build.add_public(holds, -1.0)._replace(max_abs=1.0)
+      return equal if name == "eq" else complement(equal)
+
+
+_MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}
+
+
+def _compare_infinite(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  """Every shared number is finite, so that what is beyond is known."""
+  x, other = inputs[0], np.asarray(inputs[1], np.float64)
+  finite, truth = np.isfinite(other), getattr(np, _UFUNCS[equation.name])(0.0, other)
+  if not finite.any():
+    return np.broadcast_to(truth, equation.avals[0].shape)
+  compared = _compare(low, equation, [x, np.where(finite, other, 0.0)])
+  finite, truth = (np.broadcast_to(v, equation.avals[0].shape) for v in (finite, truth))
+  return _public_select(low, finite.astype(np.int64), [truth, compared], equation.avals[0].shape)
+
+
+_UFUNCS = {
+  "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal",
+  "ne": "not_equal",
+}  # fmt: skip
+
+
+def _is_count(low: Lowering, v: Any) -> bool:
+  return isinstance(v, Value) and v.number in low.counts
+
+
+def _at_most_zero(v: Any) -> bool:
+  return not is_secret(v) and bool(np.all(np.asarray(v) <= 0))
 
 
 def _convert(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  """A truth value is other than zero; only whole numbers become integers."""
+  """A truth value is other than zero; integers are whole."""
   dtype = equation.params["new_dtype"]
   if jnp.issubdtype(dtype, jnp.bool_):
     return _compare(low, equation._replace(name="ne"), [inputs[0], np.zeros(())])
-  whole = isinstance(inputs[0], Value) and float(inputs[0].scale) == 1.0
-  if jnp.issubdtype(dtype, jnp.integer) and not whole:
-    raise NotImplementedError(
-      f"rounding a secret value to {dtype} at {equation.source}; keep it real"
-    )
+  if jnp.issubdtype(dtype, jnp.integer):
+    return rules_integer.to_integer(low, equation, inputs)
   return same(low, equation, inputs)
 
 
@@ -93,16 +133,25 @@ def _complement(build: Builder, bit: Value) -> Value:
 
 
 def _select(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
-  """case 0 + bit (case 1 - case 0)."""
-  if len(inputs) != 3:
-    raise NotImplementedError(
-      f"select among {len(inputs) - 1} cases at {equation.source}; nest jnp.where"
-    )
-  bit, off, on = inputs
+  """Each case where the selector has its number; C rounds for more than two, and P for each."""
+  which, *cases = inputs
   shape = equation.avals[0].shape
-  if not is_secret(bit):
-    return _public_select(low, np.broadcast_to(np.asarray(bit, bool), shape), off, on, shape)
-  bit = low.build.broadcast(low.value(bit), shape)
+  if not is_secret(which):
+    number = np.broadcast_to(np.asarray(which).astype(np.int64), shape)
+    return _public_select(low, number, cases, shape)
+  which = low.build.broadcast(low.value(which), shape)
+  if len(cases) == 2:
+    return _two_cases(low, which, cases[0], cases[1], shape)
+  reached = piecewise.steps(low.build, which, np.arange(1, len(cases)) / which.scale)
+  out = cases[0]
+  for i, case in enumerate(cases[1:]):
+    bit = low.build.local(lambda v, i=i: v[i], reached)
+    out = _two_cases(low, bit, out, case, shape)
+  return out
+
+
+def _two_cases(low: Lowering, bit: Value, off: Any, on: Any, shape: tuple[int, ...]) -> Value:
+  """off + bit (on - off)."""
   if not is_secret(off) and not is_secret(on):
     step = np.asarray(on, np.float64) - np.asarray(off, np.float64)
     return low.build.add_public(low.build.multiply_public(bit, np.broadcast_to(step, shape)), off)
@@ -117,21 +166,23 @@ def _select(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 
 def _public_select(
-  low: Lowering, bit: np.ndarray, off: Any, on: Any, shape: tuple[int, ...]
+  low: Lowering, which: np.ndarray, cases: list[Any], shape: tuple[int, ...]
 ) -> Value:
-  parts: list[Any] = []
-  for keep, v in ((~bit, off), (bit, on)):
-    if is_secret(v):
-      mask = jnp.asarray(keep.astype(low.build.config.dtype))
-      parts.append(
-        low.build.local(lambda x, mask=mask: x * mask, low.build.broadcast(low.value(v), shape))
-      )
+  """The sum of all cases, each with zeros where it is not chosen; no round."""
+  if which.size and np.all(which == which.flat[0]) and is_secret(only := cases[which.flat[0]]):
+    return low.build.broadcast(low.value(only), shape)
+  secret, public = [], np.zeros(shape)
+  for i, case in enumerate(cases):
+    chosen = which == i
+    if is_secret(case):
+      mask = jnp.asarray(chosen.astype(low.build.config.dtype))
+      x = low.build.broadcast(low.value(case), shape)
+      secret.append(low.build.local(lambda v, mask=mask: v * mask, x))
     else:
-      parts.append(np.where(keep, np.asarray(v, np.float64), 0.0))
-  a, b = parts
-  if isinstance(a, Value) and isinstance(b, Value):
-    return low.build.add(a, b)
-  return low.build.add_public(a, b) if isinstance(a, Value) else low.build.add_public(b, a)
+      public = np.where(chosen, np.asarray(case, np.float64), public)
+  total = functools.reduce(low.build.add, secret)
+  total = total._replace(max_abs=max(v.max_abs for v in secret))
+  return low.build.add_public(total, public) if np.any(public) else total
 
 
 def _clamp(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -211,7 +262,9 @@ def _argmax(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if equation.name == "argmin":
     x = low.build.negate(x)
   (axis,) = equation.params["axes"]
-  return extrema.argmax(low.build, x, axis)
+  position = extrema.argmax(low.build, x, axis)
+  low.counts.add(position.number)
+  return position
 
 
 def _ranged(fn: Callable[..., Value]) -> Callable:
@@ -284,7 +337,7 @@ RULES: dict[str, Rule] = {
   "pow": _power,
   "is_finite": lambda low, equation, inputs: np.ones(equation.avals[0].shape, bool),
 }
-RULES |= {name: _compare for name in ("ge", "le", "gt", "lt", "eq", "ne")}
+RULES |= {name: _compare for name in ("ge", "le", "gt", "lt", "eq", "ne", "le_to", "lt_to")}
 RULES |= {name: _logical for name in ("and", "or", "xor", "not")}
 RULES |= {name: _unary(fn) for name, fn in UNARY.items()}
 RULES |= {name: _ranged(fn) for name, fn in RANGED.items()}
