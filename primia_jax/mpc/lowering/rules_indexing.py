@@ -150,9 +150,8 @@ def _mapped(low: Lowering, v: Any, fn: Callable[[Array], Array]) -> Any:
   if not isinstance(v, Owned):
     return low.build.local(fn, low.value(v))
   shape = jax.eval_shape(fn, jax.ShapeDtypeStruct(v.shape, v.dtype)).shape
-  return Owned(
-    v.owner, lambda values: fn(v.read(values)), shape, frozenset(range(len(shape))), v.dtype
-  )
+  everywhere = frozenset(range(len(shape)))
+  return Owned(v.owner, lambda values: fn(v.read(values)), shape, everywhere, v.bound, v.dtype)
 
 
 # ---- writes at public positions
