@@ -235,16 +235,20 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-  """Names the devices that JAX runs on, and the machine's processor."""
+  """Names the devices that JAX runs on, the machine's processor and its widest vectors."""
   lines = (
     pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     if pathlib.Path("/proc/cpuinfo").is_file()
     else []
   )
   models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+  flags = next((line.split() for line in lines if line.startswith("flags")), [])
+  vectors = next((f", {name}" for name in ("avx512dq", "avx2", "sse2") if name in flags), "")
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   kind = jax.devices()[0].device_kind
-  return f"{jax.device_count()} x {kind}; {cores} cores {(models or [platform.processor()])[0]}"
+  return (
+    f"{jax.device_count()} x {kind}; {cores} cores {(models or [platform.processor()])[0]}{vectors}"
+  )
 
 
 def _short(number: float) -> float:

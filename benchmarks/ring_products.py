@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from jax import lax
 
 from benchmarks import measuring
-from primia_jax import ring
+from primia_jax import native, ring
 from primia_jax.mpc import maps, products
 
 _LAYERS = flags.DEFINE_enum(
@@ -28,7 +28,9 @@ _LAYERS = flags.DEFINE_enum(
 )
 _SIZE = flags.DEFINE_integer("size", 224, "Height and width of the images.", lower_bound=32)
 _BATCH = flags.DEFINE_integer("batch", 1, "Images per batch.", lower_bound=1)
-_FORMS = flags.DEFINE_list("forms", list(products.FORMS), "The forms to time.")
+_FORMS = flags.DEFINE_list(
+  "forms", list(products.FORMS), "The forms to time; halves only where it is to be had."
+)
 _RINGS = flags.DEFINE_list(
   "rings",
   ["18:32", "18:40", "18:44", "18:64", "32:32", "40:40", "44:44", "64:64"],
@@ -107,7 +109,8 @@ def contestants(layer: Layer, cases: Sequence[tuple[int, int, str]]) -> dict:
 def main(_):
   jax.config.update("jax_enable_x64", True)
   layers = resnet18(_SIZE.value) if _LAYERS.value == "resnet18" else [matmul(1024, 1024, 1024)]
-  cases = [(*map(int, bits.split(":")), form) for bits in _RINGS.value for form in _FORMS.value]
+  forms = [form for form in _FORMS.value if form != "halves" or native.has_wide_products()]
+  cases = [(*map(int, bits.split(":")), form) for bits in _RINGS.value for form in forms]
   totals: dict = {}
   for layer in layers:
     costs = measuring.alternate(contestants(layer, cases), _ROUNDS.value, _LIMIT.value)

@@ -1,7 +1,7 @@
 // Signed sums of ChaCha20 keystreams, the CPU form of prng.mask_sum: an XLA foreign function compiled on first use.
 //
-// keys uint32[..., P, 8], signs int32[..., P], nonce uint32[..., 3] -> uint32[..., N] or uint64[..., N]; the leading
-// dimensions are vmap's. The order of words is that of prng.bits.
+// keys uint32[..., P, 8], signs int32[..., P] of 1, -1 and 0, nonce uint32[..., 3] -> uint32[..., N] or uint64[..., N];
+// the leading dimensions are vmap's. The order of words is that of prng.bits.
 #include "chacha20.h"
 #include "pool.h"
 
@@ -20,27 +20,34 @@ static void tile(const Job* job, const uint32_t* keys, const int32_t* signs, con
                  int64_t bytes, void* out) {
   const int64_t columns = bytes / (job->wide ? 8 : 4);  // a short tile has word 0 of its first blocks only
   const int num_blocks = columns < TILE ? columns : TILE;
-  memset(out, 0, TILE_BYTES);
+  bool empty = true;  // the first mask is stored, the others are added
   for (int64_t p = 0; p < job->peers; p++) {
     if (signs[p] == 0) continue;
-    const uint32_t sign = signs[p];
-    const uint64_t wide_sign = (int64_t)signs[p];
+    const uint64_t flip = signs[p] < 0 ? -1 : 0;  // -v is (v ^ -1) + 1; AVX2 cannot multiply wide numbers
     for (int b = 0; b < num_blocks; b += LANES) {
       uint32_t x[16][LANES];
       blocks(keys + 8 * p, nonce, index * TILE + b, x);
       if (job->wide) {
         for (int w = 0; w < 8; w++) {
           uint64_t* sum = (uint64_t*)out + w * TILE + b;
-          for (int l = 0; l < LANES; l++) sum[l] += wide_sign * (x[w][l] | (uint64_t)x[w + 8][l] << 32);
+          for (int l = 0; l < LANES; l++) {
+            const uint64_t v = ((x[w][l] | (uint64_t)x[w + 8][l] << 32) ^ flip) - flip;
+            sum[l] = empty ? v : sum[l] + v;
+          }
         }
       } else {
         for (int w = 0; w < 16; w++) {
           uint32_t* sum = (uint32_t*)out + w * TILE + b;
-          for (int l = 0; l < LANES; l++) sum[l] += sign * x[w][l];
+          for (int l = 0; l < LANES; l++) {
+            const uint32_t v = (x[w][l] ^ (uint32_t)flip) - (uint32_t)flip;
+            sum[l] = empty ? v : sum[l] + v;
+          }
         }
       }
     }
+    empty = false;
   }
+  if (empty) memset(out, 0, TILE_BYTES);
 }
 
 static void work(const void* data, int64_t unit) {

@@ -4,6 +4,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 enum { TILE = 128, TILE_WORDS = 16 * TILE, TILE_BYTES = 4 * TILE_WORDS };  // a tile is TILE blocks side by side, word-major
 #if defined(__AVX512F__)
 enum { LANES = 16 };
@@ -14,7 +18,17 @@ enum { LANES = 4 };
 #endif
 typedef uint32_t Vec __attribute__((vector_size(4 * LANES)));  // one state word of LANES blocks
 
-static inline Vec rotate(Vec x, int n) { return (x << n) | (x >> (32 - n)); }
+__attribute__((always_inline)) static inline Vec rotate(Vec x, const int n) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (n % 8 == 0) {  // whole bytes: one instruction instead of three, where none rotates
+    typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
+    Bytes from;
+    for (int i = 0; i < 4 * LANES; i++) from[i] = i % 16 / 4 * 4 + (i + 4 - n / 8) % 4;
+    return (Vec)_mm256_shuffle_epi8((__m256i)x, (__m256i)from);
+  }
+#endif
+  return (x << n) | (x >> (32 - n));
+}
 
 #define QUARTER(a, b, c, d)                     \
   x[a] += x[b], x[d] = rotate(x[d] ^ x[a], 16), \

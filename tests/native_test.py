@@ -130,4 +130,5 @@ def test_wheels_are_built_against_an_interface_that_the_installed_jax_takes():
 def test_the_environment_turns_it_off(fresh, monkeypatch):
   monkeypatch.setenv("PRIMIA_NATIVE", "0")
   assert not native.available()
+  assert not native.has_wide_products()
   assert not fresh.exists()

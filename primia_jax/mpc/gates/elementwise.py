@@ -96,7 +96,8 @@ def derive(gate: Gate, shares: dict[str, Array]) -> Derived:
   additive = dict(derived.additive)
   values: dict[str, Array] = {}
   if gate.shift:
-    narrow = np.uint16 if gate.shift <= 16 else dtype  # sigma is multiplied by 2^(k - shift)
+    # sigma is multiplied by 2^(k - shift), so bits above shift do not count
+    narrow = np.dtype(f"uint{max(8, 2 ** (gate.shift - 1).bit_length())}")
     values |= {
       "rho": r >> dtype(gate.shift),
       "sigma": (r >> dtype(gate.num_bits - 1)).astype(narrow),
