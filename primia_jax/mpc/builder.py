@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax.mpc import scales
 from primia_jax.mpc.circuit import (
   Apply,
   Circuit,
@@ -39,6 +40,7 @@ class Builder:
     self.operations: list[Operation] = []
     self.operands: list[Operand] = []
     self.layer = "(top)"
+    self.place = "an operation"  # its name, file and line, for errors
     self._count = 0
     self._opened: dict[int, int] = {}  # number of shares -> number of their masked value
     self._made_by: dict[int, Local] = {}
@@ -57,6 +59,18 @@ class Builder:
     """An owner's argument, or shares (owner None), at the scale of activations."""
     operand = self._operand(owner, value, self.config.unit, shape, None, None)
     return self._add(Input, shape, self.config.unit, max_abs, owner=owner, operand=operand)
+
+  def output(self, a: Value) -> Value:
+    """a as it may be revealed: truncated to u if it is finer, since a product's low bits tell its
+    factors, and within the ring.
+
+    Raises:
+      ValueError: a's bound does not fit the ring.
+    """
+    bits = scales.finer(a.scale, self.config.fraction_bits)
+    a = self._gate(TRUNCATE, a, bits) if bits else a
+    self.range_bits(a)
+    return a
 
   def circuit(self, outputs: Sequence[Any]) -> Circuit:
     return Circuit(tuple(self.operations), tuple(self.operands), tuple(outputs), self.config)
@@ -79,11 +93,11 @@ class Builder:
     return out
 
   def add(self, a: Value, b: Value) -> Value:
-    a, b = self.align(a, b)
+    a, b = self.align(a, b, bound=sum)
     return self.local(lambda x, y: x + y, a, b, max_abs=a.max_abs + b.max_abs)
 
   def subtract(self, a: Value, b: Value) -> Value:
-    a, b = self.align(a, b)
+    a, b = self.align(a, b, bound=sum)
     return self.local(lambda x, y: x - y, a, b, max_abs=a.max_abs + b.max_abs)
 
   def negate(self, a: Value) -> Value:
@@ -91,21 +105,29 @@ class Builder:
 
   def scaled(self, a: Value, factor: float) -> Value:
     """a x factor, as another scale; exact up to the factor's own rounding in float64."""
+    self.check_finite("factor", factor)
     if factor == 0:
       return self.local(jnp.zeros_like, a, max_abs=0.0)
     out = self.negate(a) if factor < 0 else a
     return out._replace(scale=a.scale * abs(factor), max_abs=a.max_abs * abs(factor))
 
   def add_public(self, a: Value, array: Any) -> Value:
-    """a + array, broadcast; off by at most half a unit of a's scale."""
+    """a + array, broadcast; off by at most half a unit of activations, less if a is finer."""
     array = np.asarray(array, np.float64)
+    self.check_finite("offset", array)
     shape = np.broadcast_shapes(a.shape, array.shape)
-    if shape != a.shape:
-      a = self.local(lambda x: jnp.broadcast_to(x, shape), a)
+    a = self.broadcast(a, shape)
+    units = array / a.scale
+    if float(np.abs(units - np.rint(units)).max(initial=0)) * a.scale > self.config.unit / 2:
+      a = self._finer(a)
+    largest = float(np.abs(array).max(initial=0))
+    a = a if largest < self._room(a.scale) else self.narrow(a)
+    if largest >= self._room(a.scale):
+      self._too_large(largest, a.scale, math.ceil(math.log2(largest / a.scale)) + 2)
     integers = np.asarray(np.rint(array / a.scale), np.int64).reshape(
       (1,) * (len(shape) - array.ndim) + array.shape
     )
-    bound = a.max_abs + float(np.abs(array).max(initial=0))
+    bound = a.max_abs + largest
     return self._add(Offset, a.shape, a.scale, bound, input=a.number, owner=None, operand=integers)
 
   def add_owned(
@@ -116,7 +138,8 @@ class Builder:
     shape: tuple[int, ...],
     max_abs: float,
   ) -> Value:
-    """a + an array of one party that broadcasts against it."""
+    """a + an array of one party that broadcasts against it, rounded as in `add_public`."""
+    a = self._finer(a)
     operand = self._operand(owner, value, a.scale, shape, None, None)
     return self._add(
       Offset, a.shape, a.scale, a.max_abs + max_abs, input=a.number, owner=owner, operand=operand
@@ -125,38 +148,53 @@ class Builder:
   def multiply_public(self, a: Value, array: Any) -> Value:
     """a x array, elementwise and broadcast.
 
-    A number is free; an array is rounded to 2^-f of its largest element.
+    One number, however often, is free. Others are rounded to 2^-f of the largest.
     """
     array = np.asarray(array, np.float64)
-    if array.size == 1 and array.ndim <= len(a.shape):
-      return self.scaled(a, float(array.reshape(())))
+    a = self.broadcast(a, np.broadcast_shapes(a.shape, array.shape))
+    if array.size and np.all(array == array.flat[0]):
+      return self.scaled(a, float(array.flat[0]))
+    self.check_finite("factor", array)
     a = self.narrow(a)
-    largest = float(np.abs(array).max())
+    largest = float(np.abs(array).max(initial=0))
     unit = 2.0 ** (math.ceil(math.log2(largest)) - self.config.fraction_bits) if largest else 1.0
     integers = jnp.asarray(np.rint(array / unit).astype(np.int64).astype(self.config.dtype))
     out = self.local(lambda x: x * integers, a, max_abs=a.max_abs * largest)
     return out._replace(scale=a.scale * unit)
 
-  def align(self, a: Value, b: Value) -> tuple[Value, Value]:
-    """Both at one scale, the coarser multiplied by a whole number; exact if the ratio is whole."""
-    if a.scale < b.scale:
-      b, a = self.align(b, a)
-      return a, b
-    if a.scale == b.scale:
-      return a, b
-    ratio, finer = a.scale / b.scale, 0
-    while (
-      abs(ratio - round(ratio)) > 2.0**-self.config.fraction_bits
-      and ratio < 2**self.config.fraction_bits
-    ):
-      ratio, finer = ratio * 2, finer + 1
-    scale, factor = b.scale / 2**finer, round(ratio)
-    return self._multiplied(a, factor)._replace(scale=scale), self._multiplied(
-      b, 2**finer
-    )._replace(scale=scale)
+  def align(self, *values: Value, bound: Callable[[Iterable[float]], float] = max) -> list[Value]:
+    """The values at one scale, multiplied by whole numbers; v is off by |v| u / 16 at most.
+
+    They are exact if their scales have whole ratios. The ratios of others are rounded to fractions
+    of small numbers, so that the common scale is finer by f / 2 + 2 bits at most. If it leaves no
+    room for what follows (the largest of the values, or their sum), those that are finer than
+    activations are truncated first.
+    """
+    if len({v.scale for v in values}) == 1:
+      return list(values)
+    bits = min(self.config.fraction_bits + 4, 22)  # float32 has no finer ratios
+    scale = scales.common([v.scale for v in values], bits)
+    largest, finest = bound(v.max_abs for v in values), 2.0 ** (-3 * self.config.num_bits // 4)
+    if scale < finest if math.isinf(largest) else largest >= self._room(scale):
+      values = tuple(self.narrow(v) for v in values)
+      scale = scales.common([v.scale for v in values], bits)
+    return [self._multiplied(v, round(v.scale / scale))._replace(scale=scale) for v in values]
+
+  def _room(self, scale: float) -> float:
+    """The magnitude that values of a scale must stay below."""
+    return 2.0 ** (self.config.num_bits - 2) * scale
+
+  def _finer(self, a: Value) -> Value:
+    """a at the scale of activations if it is coarser, such as a whole number."""
+    bits = max(0, math.ceil(math.log2(a.scale / self.config.unit)))
+    return self._multiplied(a, 2**bits)._replace(scale=a.scale / 2**bits)
 
   def _multiplied(self, a: Value, factor: int) -> Value:
-    return a if factor == 1 else self.local(lambda x: x * x.dtype.type(factor), a)
+    return (
+      a
+      if factor == 1
+      else self.local(lambda x: x * x.dtype.type(factor % 2 ** (8 * x.dtype.itemsize)), a)
+    )
 
   # ---- with communication
 
@@ -263,10 +301,13 @@ class Builder:
 
   def _shift(self, a: Value) -> int:
     """The bits by which a is finer than activations."""
-    return max(0, math.floor(-self.config.fraction_bits - math.log2(a.scale) + 0.5))
+    return scales.finer(a.scale, self.config.fraction_bits)
 
   def _gate(self, action: str, a: Value, shift: int, skip: int = 0) -> Value:
     config = self.config
+    if shift > config.num_bits - 3:  # nothing is left
+      zeros = self.local(jnp.zeros_like, a, max_abs=0.0)
+      return zeros._replace(scale=a.scale * 2.0**shift)
     skip = 0 if config.exact or action == TRUNCATE else max(shift, skip)
     gate = Gate(
       action,
@@ -293,12 +334,23 @@ class Builder:
     largest = math.ceil(a.max_abs / a.scale) + 2 ** max(shift, skip)
     bits = max(largest.bit_length(), shift + 1, skip + 1)
     if bits > limit:
-      raise ValueError(
-        f"{self.layer}: values up to {a.max_abs:.4g} in units of {a.scale:.3g} need a ring of "
-        f"{bits + 2} bits, but num_bits={self.config.num_bits}; use a wider ring, fewer "
-        f"fraction_bits or weight_bits, or calibrate"
-      )
+      self._too_large(a.max_abs, a.scale, bits + 2)
     return bits
+
+  def _too_large(self, largest: float, scale: float, bits: int) -> NoReturn:
+    raise ValueError(
+      f"{self.layer}: {self.place}: values up to {largest:.4g} in units of {scale:.3g} need a ring "
+      f"of {bits} bits, but num_bits={self.config.num_bits}; use a wider ring, fewer fraction_bits "
+      f"or weight_bits, or calibrate"
+    )
+
+  def check_finite(self, what: str, array: Any) -> None:
+    """Raises a ValueError if a public array holds what fixed point cannot."""
+    if not np.all(np.isfinite(array)):
+      raise ValueError(
+        f"{self.layer}: {self.place}: a public {what} is infinite or NaN; use a finite one, or "
+        f"jnp.where with a public mask"
+      )
 
   def _operand(self, owner, value, scale, shape, bits, map) -> int:
     self.operands.append(Operand(owner, value, scale, tuple(shape), bits, map, self.layer))

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from primia_jax.mpc.circuit import Circuit, Config, Values
-from primia_jax.mpc.lowering import rules_linear, rules_nonlinear
+from primia_jax.mpc.lowering import rectifiers, rules_linear, rules_nonlinear
 from primia_jax.mpc.lowering.ownership import Lowering, is_secret
 from primia_jax.mpc.lowering.program import Program, Ref
 
-_RULES = rules_linear.RULES | rules_nonlinear.RULES
+_RULES = rules_linear.RULES | rules_nonlinear.RULES | rectifiers.RULES
 
 
 def lower(
@@ -39,14 +39,22 @@ def lower(
 
   Raises:
     NotImplementedError: a primitive has no rule.
-    ValueError: a calibrated range does not fit the ring.
+    ValueError: the range of a gate or an output does not fit the ring.
   """
+  program = rectifiers.with_leaky_relus(program)
   low = Lowering(program, config, ranges, known or {})
   for ref, owner, aval in zip(program.inputs, owners, program.avals, strict=True):
     if isinstance(ref, Ref):
       low.enter(ref, owner, aval)
   for equation in program.equations:
     low.lower(equation, _RULES)
-  found = [low.env[v.number] if isinstance(v, Ref) else v for v in program.outputs]
-  outputs = [low.value(v) if is_secret(v) else v for v in found]
-  return low.build.circuit(outputs)
+  return low.build.circuit([_output(low, v) for v in program.outputs])
+
+
+def _output(low: Lowering, v: Any) -> Any:
+  found = low.env[v.number] if isinstance(v, Ref) else v
+  if not is_secret(found):
+    return found
+  low.build.layer = low.labels.get(v.number, "(top)")
+  low.build.place = f"the output of {low.places.get(v.number, 'the function, an argument')}"
+  return low.build.output(low.value(found))

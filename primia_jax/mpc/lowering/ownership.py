@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax.mpc import scales
 from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Config, Value, Values
 from primia_jax.mpc.lowering.program import Equation, Program, Ref
@@ -55,7 +56,8 @@ class Lazy(NamedTuple):
   after: tuple[Callable[[Array], Array], ...]
   bound: float = math.inf
   layer: str = ""
-  largest_sum: float = 0.0  # of the sums that it enters: the ring must have room for them too
+  place: str = ""
+  needed: float = 0.0  # the largest that the ring must hold at its scale
 
 
 class Pending(NamedTuple):
@@ -64,6 +66,7 @@ class Pending(NamedTuple):
   x: Value
   bound: float = math.inf
   layer: str = ""
+  place: str = ""
 
 
 class Lowering:
@@ -77,14 +80,9 @@ class Lowering:
     self.env: dict[int, Any] = {}
     self.forced: dict[Any, Value] = {}
     self.labels: dict[int, str] = {}
+    self.places: dict[int, str] = {}
     self.pools = _pooled(program)
-    self.sums = (
-      np.full(program.num_values, math.inf) if ranges is None else np.array(ranges, np.float64)
-    )
-    for equation in reversed(program.equations):
-      if equation.name in ("add", "sub"):
-        inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
-        self.sums[inputs] = np.maximum(self.sums[inputs], self.sums[equation.outputs[0].number])
+    self.needs = _needs(program, ranges, self.pools)
 
   def enter(self, ref: Ref, owner: int | None, aval: jax.ShapeDtypeStruct) -> None:
     owned = Owned(owner or 0, reader(ref), aval.shape, frozenset(range(len(aval.shape))))
@@ -102,6 +100,8 @@ class Lowering:
     """Lowers one equation by its rule, or leaves it to the party that holds all its inputs."""
     inputs = [self.env[v.number] if isinstance(v, Ref) else v for v in equation.inputs]
     self.build.layer = layer = self.label(equation)
+    self.build.place = place = f"{equation.name} at {equation.source}"
+    self.places |= {ref.number: place for ref in equation.outputs}
     owners = {v.owner for v in inputs if isinstance(v, Owned)}
     if len(owners) == 1 and all(isinstance(v, Owned) or not is_secret(v) for v in inputs):
       (owner,) = owners
@@ -122,9 +122,9 @@ class Lowering:
       if isinstance(out, Value):
         out = out._replace(max_abs=min(out.max_abs, self.bound(ref)))
       elif isinstance(out, Lazy | Pending):
-        out = out._replace(bound=self.bound(ref), layer=layer)
+        out = out._replace(bound=self.bound(ref), layer=layer, place=place)
         if isinstance(out, Lazy):
-          out = out._replace(largest_sum=float(self.sums[ref.number]) * self.build.config.margin)
+          out = out._replace(needed=float(self.needs[ref.number]) * self.build.config.margin)
       self.env[ref.number] = out
 
   def label(self, equation: Equation) -> str:
@@ -150,10 +150,11 @@ class Lowering:
             v.owner, v.read, v.shape, self.largest(v, self.build.config.margin)
           )
         case Pending() | Lazy():
-          here, self.build.layer = self.build.layer, v.layer or self.build.layer
+          build, here = self.build, (self.build.layer, self.build.place)
+          build.layer, build.place = v.layer or build.layer, v.place or build.place
           out = self.compute(v) if isinstance(v, Lazy) else self.build.relu(v.x)
           self.forced[v] = out._replace(max_abs=min(out.max_abs, v.bound))
-          self.build.layer = here
+          build.layer, build.place = here
         case _:
           raise TypeError(f"a public {type(v).__name__} needs no shares; use it as it is")
     return self.forced[v]
@@ -166,9 +167,17 @@ class Lowering:
     if not math.isinf(largest) and largest > 0:
       bits = config.weight_bits
       fraction_bits = bits - 1 - max(math.frexp(largest)[1], -64)
-    most = max(bound, lazy.largest_sum)
-    room = config.num_bits - 3 - math.log2(most) if 0 < most < math.inf else math.inf
     magnitude = math.frexp(largest if math.isfinite(largest) else 1.0)[1]
+    most = lambda bound: (
+      config.num_bits - 3 - math.log2(bound) if 0 < bound < math.inf else math.inf
+    )
+    room, coarsest = most(max(bound, lazy.needed)), math.log2(max(x.scale, config.unit))
+    if room + coarsest + magnitude < _FEWEST_BITS:  # what follows is truncated before it is added
+      room = most(bound)
+    # As after a product; a mean is less fine.
+    spare = scales.finer(x.scale, config.fraction_bits) > config.fraction_bits // 2
+    if spare and (room == math.inf or fraction_bits > math.floor(room + math.log2(x.scale))):
+      x = self.build.narrow(x)
     fits = math.floor(room + math.log2(x.scale)) if room < math.inf else fraction_bits
     if fraction_bits > fits:  # weights lose bits; if too many, x is truncated first
       if fits + magnitude < _ENOUGH_BITS:
@@ -177,8 +186,9 @@ class Lowering:
       fraction_bits = min(fraction_bits, fits)
       if fraction_bits + magnitude < _FEWEST_BITS:
         raise ValueError(
-          f"{self.build.layer}: values up to {bound:.4g} leave weights fewer than {_FEWEST_BITS} "
-          f"bits in a ring of num_bits={config.num_bits}; use a wider ring or fewer fraction_bits"
+          f"{self.build.layer}: {self.build.place}: values up to {bound:.4g} leave weights fewer "
+          f"than {_FEWEST_BITS} bits in a ring of num_bits={config.num_bits}; use a wider ring or "
+          f"fewer fraction_bits"
         )
     out = self.build.linear(
       x,
@@ -214,6 +224,40 @@ class Lowering:
 
 _MAXIMA = {"max", "reduce_window_max"}
 _THROUGH = {"pad", "slice", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
+_ONE_SCALE = _THROUGH | {
+  "add", "add_any", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum", "concatenate",
+  "stack", "broadcast_in_dim", "rev", "gather", "dynamic_slice", "split", "tile", "copy_p",
+  "convert_element_type", "stop_gradient", "optimization_barrier",
+}  # fmt: skip
+_SUBTRACTED = {
+  "max", "min", "clamp", "reduce_max", "reduce_min", "reduce_window_max", "argmax", "argmin", "ge",
+  "gt", "le", "lt", "eq", "ne",
+}  # fmt: skip
+
+
+def _needs(program: Program, ranges: np.ndarray | None, pools: set[int]) -> np.ndarray:
+  """The largest magnitude that the ring must hold at each value's scale.
+
+  It is that of the value, of its sums, and of its differences from others that it is compared with.
+  """
+  if ranges is None:
+    return np.full(program.num_values, math.inf)
+  needs = np.array(ranges, np.float64)
+  for equation in reversed(program.equations):
+    inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
+    public = [v for v in equation.inputs if not isinstance(v, Ref)]
+    largest = max((needs[ref.number] for ref in equation.outputs), default=0.0)
+    match equation.name:
+      case name if name in _ONE_SCALE:
+        needed = largest
+      case name if name in _SUBTRACTED and (len(inputs) > 1 or not public):
+        needed = 2 * max(ranges[i] for i in inputs)
+      case "max" if equation.outputs[0].number in pools:
+        needed = largest
+      case _:
+        continue
+    needs[inputs] = np.maximum(needs[inputs], needed)
+  return needs
 
 
 def _pooled(program: Program) -> set[int]:
