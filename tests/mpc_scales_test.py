@@ -39,7 +39,10 @@ def gates(plan):
   return [op.gate.action for op in plan.circuit.operations if isinstance(op, Apply)]
 
 
-X, W = normal(0, 4, 6), {"k": normal(1, 6, 6), "l": normal(2, 6, 6), "a": np.float32(0.3)}
+X, W = (
+  normal(0, 4, 6),
+  {"k": normal(1, 6, 6), "l": normal(2, 6, 6), "a": np.asarray(0.3, np.float32)},
+)
 
 # ---- outputs
 
@@ -120,7 +123,12 @@ def test_sums_count_what_they_add():
   checked(fn, (w, x), 1, NARROW)
   kernel = np.full((3, 3, 1, 2), 0.5, np.float32)
   grouped = lambda w, x: lax.conv_general_dilated(
-    x * w, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+    x * w,
+    kernel.astype(x.dtype),
+    (1, 1),
+    "SAME",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=2,
   )
   fn = lambda w, x: (jax.nn.relu(grouped(w, x)), jax.nn.relu((x * w) @ np.ones((2, 3), np.float32)))
   checked(fn, (w, x), 1)
@@ -187,11 +195,17 @@ def test_public_factors_do_not_eat_the_ring():
   def fn(w, x):
     y = x * w["k"][:1]
     joined = jnp.concatenate([y, y / 3, y / 7, np.ones((1, 6), np.float32)])
-    return joined, y / 3 + y / 7 + y / 11, y - 0.0371 * y * y, y * 1e-12, 1 + y * 1e-20
+    return joined, y / 3 + y / 7 + y / 11, y - 0.0371 * y * y
 
-  for config in (WIDE, NARROW):
+  for config, most in ((WIDE, 50), (NARROW, 30)):
     plan = checked(fn, (W, X), 2, config)
-    assert all(op.gate.range_bits < 45 for op in plan.circuit.operations if isinstance(op, Apply))
+    assert max(op.gate.range_bits for op in plan.circuit.operations if isinstance(op, Apply)) < most
+
+
+def test_tiny_public_factors_give_nothing():
+  fn = lambda w, x: (x * w["a"] * 1e-12, 1 + x * w["a"] * 1e-20, jax.nn.relu(x * w["a"] * 1e-30))
+  checked(fn, (W, X), 1)
+  checked(fn, (W, X), 1, NARROW, calibrated=False)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +214,7 @@ def test_public_factors_do_not_eat_the_ring():
     (lambda w, x: x * w["a"] + np.inf, "public offset is infinite"),
     (lambda w, x: x * w["a"] * np.nan, "public factor is infinite or NaN"),
     (lambda w, x: x * w["a"] / np.zeros((1, 6), np.float32), "public factor is infinite"),
-    (lambda w, x: x * w["a"] - 1e18, "need a ring of 94 bits"),
+    (lambda w, x: x * w["a"] - 1e18, "need a ring of 78 bits"),
   ],
 )
 def test_public_numbers_that_fixed_point_cannot_hold_are_refused(fn, reason):

@@ -170,7 +170,8 @@ def _public_product(low: Lowering, x: Value, weight: Any, mapping: Map, order: A
   weight = np.asarray(weight, np.float64)
   low.build.check_finite("factor", weight)
   with jax.ensure_compile_time_eval():
-    sums = maps.apply(mapping, jnp.ones(x.shape), jnp.asarray(np.abs(weight), jnp.float32))
+    magnitudes = jnp.asarray(np.abs(weight), jnp.float32)
+    sums = maps.apply(mapping, jnp.ones(x.shape, jnp.float32), magnitudes)
   largest = float(jnp.max(sums, initial=0)) * (1 + 2.0**-10)  # float32 rounds
   unit = 2.0 ** (math.frexp(float(np.abs(weight).max()) or 1.0)[1] - (config.weight_bits - 1))
   integers = np.rint(weight / unit).astype(np.int64).astype(config.dtype)
