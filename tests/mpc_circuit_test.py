@@ -62,7 +62,7 @@ def test_a_wrong_configuration_is_refused(change, reason):
 @example(1 / 49, 0.7)
 @settings(max_examples=60, deadline=None)
 def test_aligned_values_have_one_scale_and_stand_for_the_same(first, second):
-  """Exact if the ratio of the scales is whole; else off by 2^-(f + 4), and half as many bits finer."""
+  """Exact if their ratio is whole; else off by 2^-(f + 4), and half as many bits finer."""
   builder = Builder(CONFIG)
   a, b = (
     builder.scaled(builder.input(None, lambda env: env, (3,)), factor) for factor in (first, second)

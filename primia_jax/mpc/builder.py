@@ -256,7 +256,7 @@ class Builder:
 
   def maximum(self, a: Value, b: Value) -> Value:
     """max(a, b) = b + max(a - b, 0)."""
-    a, b = self.align(a, b)
+    a, b = self.align(a, b, bound=sum)
     difference = self.subtract(a, b)
     return self.add(b, self.positive_part(difference, self._shift(difference)))._replace(
       max_abs=max(a.max_abs, b.max_abs)

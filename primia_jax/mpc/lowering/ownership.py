@@ -82,7 +82,7 @@ class Lowering:
     self.labels: dict[int, str] = {}
     self.places: dict[int, str] = {}
     self.pools = _pooled(program)
-    self.needs = _needs(program, ranges, self.pools)
+    self.needs = _needs(program, ranges)
 
   def enter(self, ref: Ref, owner: int | None, aval: jax.ShapeDtypeStruct) -> None:
     owned = Owned(owner or 0, reader(ref), aval.shape, frozenset(range(len(aval.shape))))
@@ -168,12 +168,10 @@ class Lowering:
       bits = config.weight_bits
       fraction_bits = bits - 1 - max(math.frexp(largest)[1], -64)
     magnitude = math.frexp(largest if math.isfinite(largest) else 1.0)[1]
-    most = lambda bound: (
-      config.num_bits - 3 - math.log2(bound) if 0 < bound < math.inf else math.inf
-    )
-    room, coarsest = most(max(bound, lazy.needed)), math.log2(max(x.scale, config.unit))
-    if room + coarsest + magnitude < _FEWEST_BITS:  # what follows is truncated before it is added
-      room = most(bound)
+    above = lambda most: config.num_bits - 3 - math.log2(most) if 0 < most < math.inf else math.inf
+    room, coarsest = above(max(bound, lazy.needed)), math.log2(max(x.scale, config.unit))
+    if room + coarsest + magnitude < _FEWEST_BITS:
+      room = above(bound)  # what is added is truncated first
     # As after a product; a mean is less fine.
     spare = scales.finer(x.scale, config.fraction_bits) > config.fraction_bits // 2
     if spare and (room == math.inf or fraction_bits > math.floor(room + math.log2(x.scale))):
@@ -229,34 +227,16 @@ _ONE_SCALE = _THROUGH | {
   "stack", "broadcast_in_dim", "rev", "gather", "dynamic_slice", "split", "tile", "copy_p",
   "convert_element_type", "stop_gradient", "optimization_barrier",
 }  # fmt: skip
-_SUBTRACTED = {
-  "max", "min", "clamp", "reduce_max", "reduce_min", "reduce_window_max", "argmax", "argmin", "ge",
-  "gt", "le", "lt", "eq", "ne",
-}  # fmt: skip
 
 
-def _needs(program: Program, ranges: np.ndarray | None, pools: set[int]) -> np.ndarray:
-  """The largest magnitude that the ring must hold at each value's scale.
-
-  It is that of the value, of its sums, and of its differences from others that it is compared with.
-  """
-  if ranges is None:
-    return np.full(program.num_values, math.inf)
-  needs = np.array(ranges, np.float64)
+def _needs(program: Program, ranges: np.ndarray | None) -> np.ndarray:
+  """For each value the largest magnitude of what has its scale: the value and its sums."""
+  needs = np.full(program.num_values, math.inf) if ranges is None else np.array(ranges, np.float64)
   for equation in reversed(program.equations):
-    inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
-    public = [v for v in equation.inputs if not isinstance(v, Ref)]
-    largest = max((needs[ref.number] for ref in equation.outputs), default=0.0)
-    match equation.name:
-      case name if name in _ONE_SCALE:
-        needed = largest
-      case name if name in _SUBTRACTED and (len(inputs) > 1 or not public):
-        needed = 2 * max(ranges[i] for i in inputs)
-      case "max" if equation.outputs[0].number in pools:
-        needed = largest
-      case _:
-        continue
-    needs[inputs] = np.maximum(needs[inputs], needed)
+    if equation.name in _ONE_SCALE:
+      inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
+      largest = max(needs[ref.number] for ref in equation.outputs)
+      needs[inputs] = np.maximum(needs[inputs], largest)
   return needs
 
 
