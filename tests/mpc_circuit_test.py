@@ -62,13 +62,14 @@ def test_a_wrong_configuration_is_refused(change, reason):
 @example(1 / 49, 0.7)
 @settings(max_examples=60, deadline=None)
 def test_aligned_values_have_one_scale_and_stand_for_the_same(first, second):
-  """Exact if the ratio of the scales is whole; else the coarser is off by at most 2^-f."""
+  """Exact if their ratio is whole; else off by 2^-(f + 4), and half as many bits finer."""
   builder = Builder(CONFIG)
   a, b = (
     builder.scaled(builder.input(None, lambda env: env, (3,)), factor) for factor in (first, second)
   )
   x, y = builder.align(a, b)
   assert x.scale == y.scale <= min(a.scale, b.scale)
+  assert min(a.scale, b.scale) / x.scale <= 2 ** (CONFIG.fraction_bits / 2 + 2)
   factors = []
   for before, after in ((a, x), (b, y)):
     ones = dict.fromkeys((0, 1), jnp.ones(3, jnp.uint32))
@@ -78,8 +79,32 @@ def test_aligned_values_have_one_scale_and_stand_for_the_same(first, second):
       assert isinstance(builder.operations[after.number], Local)
   ratio = max(first, second) / min(first, second)
   np.testing.assert_allclose(
-    factors, 1, rtol=1e-12 if ratio == round(ratio) else 2.0**-CONFIG.fraction_bits
+    factors, 1, rtol=1e-12 if ratio == round(ratio) else 2.0 ** -(CONFIG.fraction_bits + 4)
   )
+
+
+def test_any_number_of_values_is_aligned():
+  x = on_grid(0, 5)
+  factors = (1.0, 1 / 3, -2 / 7, 0.01, 49.0)
+
+  def fn(builder, x):
+    values = builder.align(*(builder.scaled(x, factor) for factor in factors))
+    assert len({v.scale for v in values}) == 1
+    return builder.local(lambda *vs: jnp.stack(vs), *values)
+
+  got, circuit = made(fn, x, max_abs=2.0)
+  assert not kinds(circuit, Apply)
+  np.testing.assert_allclose(got, np.outer(factors, x), rtol=2.0**-12)
+
+
+def test_what_leaves_no_room_is_truncated_before_it_is_aligned():
+  """The square of x is finer than x by 8 bits and the factor's 17, for which 32 bits do not do."""
+  x = on_grid(0, 5)
+  fn = lambda builder, x: builder.add(builder.scaled(builder.multiply(x, x), 1e-5), x)
+  for max_abs in (2.0, math.inf):
+    got, circuit = made(fn, x, max_abs=max_abs)
+    assert np.abs(got - (x + 1e-5 * x * x)).max() <= CONFIG.unit
+    assert len(kinds(circuit, Apply)) == 1
 
 
 @given(st.floats(-50, 50, allow_subnormal=False), st.integers(0, 2**31))
@@ -103,6 +128,25 @@ def test_a_public_offset_is_off_by_half_a_unit_at_most(shape):
   got, _ = made(lambda builder, x: builder.add_public(x, offset), x)
   assert got.shape == np.broadcast_shapes(x.shape, shape)
   assert np.abs(got - (x + offset)).max() <= CONFIG.unit / 2
+
+
+def test_a_fraction_is_added_to_whole_numbers():
+  x, offset = on_grid(0, 4), np.array([0.3, -0.5, 1.25, 2.0])
+  for shift in (0.0, *offset, offset):
+    got, _ = made(lambda builder, x, shift=shift: builder.add_public(builder.sign(x), shift), x)
+    assert np.abs(got - ((x >= 0) + shift)).max() <= CONFIG.unit / 2
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_public_numbers_are_finite(number):
+  builder = Builder(CONFIG)
+  x = builder.input(None, lambda env: env, (2,))
+  for fn in (builder.add_public, builder.multiply_public):
+    for array in (number, np.array([1.0, number])):
+      with pytest.raises(ValueError, match="is infinite or NaN"):
+        fn(x, array)
+  with pytest.raises(ValueError, match=r"values up to 1e\+08 .* need a ring of"):
+    builder.add_public(x, 1e8)
 
 
 @pytest.mark.parametrize("largest", [0.3, 1.0, 5.0])
@@ -148,7 +192,7 @@ def test_range_bits_hold_the_magnitude_and_no_more(max_abs, exponent, shift):
   value = builder.input(None, lambda env: env, (2,))._replace(scale=2.0**exponent, max_abs=max_abs)
   needed = math.ceil(max_abs / value.scale) + 2**shift
   if needed >= 2**30:
-    with pytest.raises(ValueError, match=r"\(top\): values up to .* need a ring of"):
+    with pytest.raises(ValueError, match=r"\(top\): .*: values up to .* need a ring of"):
       builder.range_bits(value, shift)
   else:
     bits = builder.range_bits(value, shift)
@@ -185,6 +229,26 @@ def test_a_value_is_truncated_once_and_only_where_it_is_finer():
   got, circuit = made(fn, x)
   np.testing.assert_array_equal(got, np.floor(x * x / CONFIG.unit + 0.5) * CONFIG.unit)
   assert [op.gate.shift for op in kinds(circuit, Apply)] == [8, 3]
+
+
+def test_an_output_is_truncated_and_within_the_ring():
+  x = on_grid(0, 5)
+  got, circuit = made(lambda builder, x: builder.output(builder.multiply(x, x)), x, max_abs=2.0)
+  np.testing.assert_array_equal(got, np.floor(x * x / CONFIG.unit + 0.5) * CONFIG.unit)
+  assert circuit.outputs[0].scale == CONFIG.unit
+  assert made(lambda builder, x: builder.output(builder.sign(x)), x)[1].outputs[0].scale == 1.0
+  builder = Builder(CONFIG)
+  value = builder.input(None, lambda env: env, (2,), max_abs=2.0**22)
+  with pytest.raises(ValueError, match="need a ring of 33 bits"):
+    builder.output(value)
+
+
+def test_what_is_finer_than_the_ring_is_nothing():
+  x = on_grid(0, 5)
+  for fn in (Builder.narrow, Builder.relu, Builder.output):
+    got, circuit = made(lambda builder, x, fn=fn: fn(builder, builder.scaled(x, 1e-12)), x)
+    np.testing.assert_array_equal(got, 0)
+    assert not kinds(circuit, Apply)
 
 
 # ---- openings

@@ -8,7 +8,7 @@ from jax import lax
 from mpc_reference import OWNERS, check_plan, normal
 
 from primia_jax import mpc
-from primia_jax.mpc import planning
+from primia_jax.mpc import pricing
 
 pytestmark = pytest.mark.usefixtures("x64")
 ONE, X, TABLE = np.ones((), np.float32), normal(0, 4, 6), normal(1, 7, 3) * 100

@@ -198,7 +198,12 @@ def test_calls_and_control_flow_are_walked():
 def test_what_depends_on_one_party_is_computed_there_in_floating_point():
   fn = lambda w, x: jnp.sort(jnp.abs(jnp.fft.rfft(w))) @ jnp.sort(x)
   plan = checked(fn, (normal(0, 8), normal(1, 5)))
-  assert [row.what for row in pricing.rows(plan.circuit)] == ["open", "linear", "output"]
+  assert [row.what for row in pricing.rows(plan.circuit)] == [
+    "open",
+    "linear",
+    "truncate",
+    "output",
+  ]
 
 
 def test_a_batch_norm_is_folded():

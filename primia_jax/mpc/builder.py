@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax.mpc import scales
 from primia_jax.mpc.circuit import (
   Apply,
   Circuit,
@@ -73,6 +74,18 @@ class Builder:
     operand = self._operand(owner, value, scale, shape, None, None)
     return self._add(Input, shape, scale, max_abs, owner=owner, operand=operand)
 
+  def output(self, a: Value) -> Value:
+    """a as it may be revealed: truncated to u if it is finer, since a product's low bits tell its
+    factors, and within the ring.
+
+    Raises:
+      ValueError: a's bound does not fit the ring.
+    """
+    bits = scales.finer(a.scale, self.config.fraction_bits)
+    a = self._gate(TRUNCATE, a, bits) if bits else a
+    self.range_bits(a)
+    return a
+
   def circuit(self, outputs: Sequence[Any]) -> Circuit:
     return Circuit(tuple(self.operations), tuple(self.operands), tuple(outputs), self.config)
 
@@ -103,12 +116,12 @@ class Builder:
     return out
 
   def add(self, a: Value, b: Value) -> Value:
-    a, b = self.align(a, b)
+    a, b = self.align(a, b, bound=sum)
     shape = np.broadcast_shapes(a.shape, b.shape)
     return self.local(lambda x, y: x + y, a, b, max_abs=a.max_abs + b.max_abs, shape=shape)
 
   def subtract(self, a: Value, b: Value) -> Value:
-    a, b = self.align(a, b)
+    a, b = self.align(a, b, bound=sum)
     shape = np.broadcast_shapes(a.shape, b.shape)
     return self.local(lambda x, y: x - y, a, b, max_abs=a.max_abs + b.max_abs, shape=shape)
 
@@ -117,6 +130,7 @@ class Builder:
 
   def scaled(self, a: Value, factor: float) -> Value:
     """a x factor, as another scale; exact up to the factor's own rounding in float64."""
+    self.check_finite("factor", factor)
     if factor == 0:
       return self.local(jnp.zeros_like, a, max_abs=0.0)
     out = self.negate(a) if factor < 0 else a
@@ -125,15 +139,20 @@ class Builder:
   def add_public(self, a: Value, array: Any) -> Value:
     """a + array, broadcast; off by at most half a unit of activations, less if a is finer."""
     array = np.asarray(array, np.float64)
+    self.check_finite("offset", array)
     shape = np.broadcast_shapes(a.shape, array.shape)
     a = self.broadcast(a, shape)
     units = array / a.scale
     if float(np.abs(units - np.rint(units)).max(initial=0)) * a.scale > self.config.unit / 2:
       a = self._finer(a)
+    largest = float(np.abs(array).max(initial=0))
+    a = a if largest < self._room(a.scale) else self.narrow(a)
+    if largest >= self._room(a.scale):
+      self._too_large(largest, a.scale, math.ceil(math.log2(largest / a.scale)) + 2)
     integers = np.asarray(np.rint(array / a.scale), np.int64).reshape(
       (1,) * (len(shape) - array.ndim) + array.shape
     )
-    bound = a.max_abs + float(np.abs(array).max(initial=0))
+    bound = a.max_abs + largest
     return self._add(Offset, a.shape, a.scale, bound, input=a.number, owner=None, operand=integers)
 
   def add_owned(
@@ -154,35 +173,41 @@ class Builder:
   def multiply_public(self, a: Value, array: Any) -> Value:
     """a x array, elementwise and broadcast.
 
-    A number is free; an array is rounded to 2^-f of its largest element.
+    One number, however often, is free. Others are rounded to 2^-f of the largest.
     """
     array = np.asarray(array, np.float64)
-    if array.size == 1 and array.ndim <= len(a.shape):
-      return self.scaled(a, float(array.reshape(())))
+    a = self.broadcast(a, np.broadcast_shapes(a.shape, array.shape))
+    if array.size and np.all(array == array.flat[0]):
+      return self.scaled(a, float(array.flat[0]))
+    self.check_finite("factor", array)
     a = self.narrow(a)
-    largest = float(np.abs(array).max())
+    largest = float(np.abs(array).max(initial=0))
     unit = 2.0 ** (math.ceil(math.log2(largest)) - self.config.fraction_bits) if largest else 1.0
     integers = jnp.asarray(np.rint(array / unit).astype(np.int64).astype(self.config.dtype))
     out = self.local(lambda x: x * integers, a, max_abs=a.max_abs * largest)
     return out._replace(scale=a.scale * unit)
 
-  def align(self, a: Value, b: Value) -> tuple[Value, Value]:
-    """Both at one scale, the coarser multiplied by a whole number; exact if the ratio is whole."""
-    if a.scale < b.scale:
-      b, a = self.align(b, a)
-      return a, b
-    if a.scale == b.scale:
-      return a, b
-    ratio, finer = a.scale / b.scale, 0
-    while (
-      abs(ratio - round(ratio)) > 2.0**-self.config.fraction_bits
-      and ratio < 2**self.config.fraction_bits
-    ):
-      ratio, finer = ratio * 2, finer + 1
-    scale, factor = b.scale / 2**finer, round(ratio)
-    return self._multiplied(a, factor)._replace(scale=scale), self._multiplied(
-      b, 2**finer
-    )._replace(scale=scale)
+  def align(self, *values: Value, bound: Callable[[Iterable[float]], float] = max) -> list[Value]:
+    """The values at one scale, multiplied by whole numbers; v is off by |v| u / 16 at most.
+
+    They are exact if their scales have whole ratios. The ratios of others are rounded to fractions
+    of small numbers, so that the common scale is finer by f / 2 + 2 bits at most. If it leaves no
+    room for what follows (the largest of the values, or their sum), those that are finer than
+    activations are truncated first.
+    """
+    if len({v.scale for v in values}) == 1:
+      return list(values)
+    bits = min(self.config.fraction_bits + 4, 22)  # float32 has no finer ratios
+    scale = scales.common([v.scale for v in values], bits)
+    largest, finest = bound(v.max_abs for v in values), 2.0 ** (-3 * self.config.num_bits // 4)
+    if scale < finest if math.isinf(largest) else largest >= self._room(scale):
+      values = tuple(self.narrow(v) for v in values)
+      scale = scales.common([v.scale for v in values], bits)
+    return [self._multiplied(v, round(v.scale / scale))._replace(scale=scale) for v in values]
+
+  def _room(self, scale: float) -> float:
+    """The magnitude that values of a scale must stay below."""
+    return 2.0 ** (self.config.num_bits - 2) * scale
 
   def _finer(self, a: Value) -> Value:
     """a at the scale of activations if it is coarser, such as a whole number."""
@@ -192,7 +217,8 @@ class Builder:
   def _multiplied(self, a: Value, factor: int) -> Value:
     if factor == 1:
       return a
-    return self.local(lambda x: x * x.dtype.type(factor), a, shape=a.shape)
+    fn = lambda x: x * x.dtype.type(factor % 2 ** (8 * x.dtype.itemsize))
+    return self.local(fn, a, shape=a.shape)
 
   # ---- with communication
 
@@ -269,7 +295,7 @@ class Builder:
 
   def maximum(self, a: Value, b: Value) -> Value:
     """max(a, b) = b + max(a - b, 0)."""
-    a, b = self.align(a, b)
+    a, b = self.align(a, b, bound=sum)
     difference = self.subtract(a, b)
     return self.add(b, self.positive_part(difference, self._shift(difference)))._replace(
       max_abs=max(a.max_abs, b.max_abs)
@@ -321,6 +347,9 @@ class Builder:
   ) -> Value:
     config = self.config
     exact = config.exact if exact is None else exact
+    if shift > config.num_bits - 3:  # nothing is left
+      zeros = self.local(jnp.zeros_like, a, max_abs=0.0)
+      return zeros._replace(scale=a.scale * 2.0**shift)
     skip = 0 if exact or action == TRUNCATE else max(shift, skip)
     gate = Gate(
       action,
@@ -347,12 +376,23 @@ class Builder:
     largest = math.ceil(a.max_abs / a.scale) + 2 ** max(shift, skip)
     bits = max(largest.bit_length(), shift + 1, skip + 1)
     if bits > limit:
-      raise ValueError(
-        f"{self.layer}: {self.place}: values up to {a.max_abs:.4g} in units of "
-        f"{a.scale:.3g} need a ring of {bits + 2} bits, but num_bits={self.config.num_bits}; use a "
-        f"wider ring, fewer fraction_bits or weight_bits, or calibrate"
-      )
+      self._too_large(a.max_abs, a.scale, bits + 2)
     return bits
+
+  def _too_large(self, largest: float, scale: float, bits: int) -> NoReturn:
+    raise ValueError(
+      f"{self.layer}: {self.place}: values up to {largest:.4g} in units of {scale:.3g} need a ring "
+      f"of {bits} bits, but num_bits={self.config.num_bits}; use a wider ring, fewer fraction_bits "
+      f"or weight_bits, or calibrate"
+    )
+
+  def check_finite(self, what: str, array: Any) -> None:
+    """Raises a ValueError if a public array holds what fixed point cannot."""
+    if not np.all(np.isfinite(array)):
+      raise ValueError(
+        f"{self.layer}: {self.place}: a public {what} is infinite or NaN; use a finite one, or "
+        f"jnp.where with a public mask"
+      )
 
   def _operand(self, owner, value, scale, shape, bits, map) -> int:
     """The number of an operand; an owner encodes and publishes equal ones once.

@@ -16,6 +16,7 @@ import numpy as np
 from primia_jax.mpc import fusing
 from primia_jax.mpc.circuit import Circuit, Config
 from primia_jax.mpc.lowering import (
+  rectifiers,
   rules_indexing,
   rules_integer,
   rules_linear,
@@ -32,6 +33,7 @@ _RULES = rules_masks.rules(
   rules_integer.rules(
     rules_linear.RULES
     | rules_nonlinear.RULES
+    | rectifiers.RULES
     | rules_sorting.RULES
     | rules_indexing.RULES
     | rules_tables.RULES
@@ -58,15 +60,22 @@ def lower(
 
   Raises:
     NotImplementedError: a primitive has no rule.
-    ValueError: a calibrated range does not fit the ring.
+    ValueError: the range of a gate or an output does not fit the ring.
   """
-  program = without_repeats(program)
+  program = rectifiers.with_leaky_relus(without_repeats(program))
   low = Lowering(program, config, bounds, magnitude)
   for ref, owner, aval in zip(program.inputs, owners, program.avals, strict=True):
     if isinstance(ref, Ref):
       low.enter(ref, owner, aval)
   for equation in program.equations:
     low.lower(equation, _RULES)
-  found = [low.env[v.number] if isinstance(v, Ref) else v for v in program.outputs]
-  outputs = [low.value(v) if is_secret(v) else v for v in found]
-  return fusing.fuse(low.build.circuit(outputs))
+  return fusing.fuse(low.build.circuit([_output(low, v) for v in program.outputs]))
+
+
+def _output(low: Lowering, v: Any) -> Any:
+  found = low.env[v.number] if isinstance(v, Ref) else v
+  if not is_secret(found):
+    return found
+  low.build.layer = low.labels.get(v.number, "(top)")
+  low.build.place = f"the output of {low.places.get(v.number, 'the function, an argument')}"
+  return low.build.output(low.value(found))

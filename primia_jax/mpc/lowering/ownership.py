@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax.mpc import scales
 from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Config, Value, Values
 from primia_jax.mpc.lowering.program import Equation, Program, Ref
@@ -92,7 +93,7 @@ class Lazy(NamedTuple):
   bound: float = math.inf
   layer: str = ""
   place: str = ""
-  largest_sum: float = 0.0  # of the sums that it enters: the ring must have room for them too
+  needed: float = 0.0  # the largest that the ring must hold at its scale
 
 
 class Pending(NamedTuple):
@@ -154,13 +155,10 @@ class Lowering:
     self.forced: dict[Any, Value] = {}
     self.labels: dict[int, str] = {}
     self.dtypes: dict[int, Any] = {}
+    self.places: dict[int, str] = {}
     self.counts: set[int] = set()  # the numbers of Values that cannot be negative
     self.pools = _pooled(program)
-    self.sums = np.full(program.num_values, math.inf) if bounds is None else np.array(bounds)
-    for equation in reversed(program.equations):
-      if equation.name in ("add", "sub"):
-        inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
-        self.sums[inputs] = np.maximum(self.sums[inputs], self.sums[equation.outputs[0].number])
+    self.needs = _needs(program, bounds)
 
   def enter(self, ref: Ref, owner: int | None, aval: jax.ShapeDtypeStruct) -> None:
     everywhere = frozenset(range(len(aval.shape)))
@@ -187,6 +185,7 @@ class Lowering:
     self.dtypes |= {
       ref.number: v.dtype for ref, v in zip(equation.outputs, equation.avals, strict=True)
     }
+    self.places |= {ref.number: place for ref in equation.outputs}
     owners = {v.owner for v in inputs if isinstance(v, Owned)}
     if len(owners) == 1 and all(isinstance(v, Owned) or not is_secret(v) for v in inputs):
       (owner,) = owners
@@ -215,7 +214,7 @@ class Lowering:
       elif isinstance(out, Lazy | Pending):
         out = out._replace(bound=self.bound(ref), layer=layer, place=place)
         if isinstance(out, Lazy):
-          out = out._replace(largest_sum=float(self.sums[ref.number]))
+          out = out._replace(needed=float(self.needs[ref.number]))
       self.env[ref.number] = out
 
   def label(self, equation: Equation) -> str:
@@ -261,9 +260,15 @@ class Lowering:
     if not math.isinf(largest) and largest > 0:
       bits = config.weight_bits
       fraction_bits = bits - 1 - max(math.frexp(largest)[1], -64)
-    most = max(bound, lazy.largest_sum)
-    room = config.num_bits - 3 - math.log2(most) if 0 < most < math.inf else math.inf
     magnitude = math.frexp(largest if math.isfinite(largest) else 1.0)[1]
+    above = lambda most: config.num_bits - 3 - math.log2(most) if 0 < most < math.inf else math.inf
+    room, coarsest = above(max(bound, lazy.needed)), math.log2(max(x.scale, config.unit))
+    if room + coarsest + magnitude < _FEWEST_BITS:
+      room = above(bound)  # what is added is truncated first
+    # As after a product; a mean is less fine.
+    spare = scales.finer(x.scale, config.fraction_bits) > config.fraction_bits // 2
+    if spare and (room == math.inf or fraction_bits > math.floor(room + math.log2(x.scale))):
+      x = self.build.narrow(x)
     fits = math.floor(room + math.log2(x.scale)) if room < math.inf else fraction_bits
     if fraction_bits > fits:  # weights lose bits; if too many, x is truncated first
       if fits + magnitude < _ENOUGH_BITS:
@@ -310,6 +315,22 @@ class Lowering:
 
 _MAXIMA = {"max", "reduce_window_max"}
 _THROUGH = {"pad", "slice", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
+_ONE_SCALE = _THROUGH | {
+  "add", "add_any", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum", "concatenate",
+  "stack", "broadcast_in_dim", "rev", "gather", "dynamic_slice", "split", "tile", "copy_p",
+  "convert_element_type", "stop_gradient", "optimization_barrier",
+}  # fmt: skip
+
+
+def _needs(program: Program, bounds: np.ndarray | None) -> np.ndarray:
+  """For each value the largest magnitude of what has its scale: the value and its sums."""
+  needs = np.full(program.num_values, math.inf) if bounds is None else np.array(bounds)
+  for equation in reversed(program.equations):
+    if equation.name in _ONE_SCALE:
+      inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
+      largest = max(needs[ref.number] for ref in equation.outputs)
+      needs[inputs] = np.maximum(needs[inputs], largest)
+  return needs
 
 
 def _pooled(program: Program) -> set[int]:

@@ -35,18 +35,31 @@ def _add(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   a, b = inputs
   if not is_secret(a) or (isinstance(a, Owned) and not isinstance(b, Owned)):
     a, b = b, a
-  if isinstance(a, Lazy) and isinstance(b, Owned) and b.owner == a.weight.owner:
+  shape = equation.avals[0].shape
+  if isinstance(b, Owned):
+    b = _spread(b, shape)
+  if (
+    isinstance(a, Lazy) and isinstance(b, Owned) and b.owner == a.weight.owner and a.shape == shape
+  ):
     offset = b if a.offset is None else _combine(jnp.add, a.offset, b)
     return a._replace(offset=offset)
   x = low.value(a)
   if not is_secret(b):
     return low.build.add_public(x, b)
   if isinstance(b, Owned):
-    x = low.build.broadcast(x, equation.avals[0].shape)
+    x = low.build.broadcast(x, shape)
     return low.build.add_owned(
       x, b.owner, compact(b), compact_shape(b), low.largest(b, low.build.config.margin)
     )
   return low.build.add(x, low.value(b))
+
+
+def _spread(owned: Owned, shape: tuple[int, ...]) -> Owned:
+  """An owned number as an array that does not vary; arrays stay as they are."""
+  if owned.shape:
+    return owned
+  read = lambda values: jnp.broadcast_to(owned.read(values), shape)
+  return Owned(owned.owner, read, shape, frozenset())
 
 
 def _sub(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
@@ -81,14 +94,15 @@ def _scale(low: Lowering, equation: Equation, a: Any, b: Owned) -> Any:
   """A shared value times an owned one: folded into the linear layer before it, or a one-sided
   product.
   """
+  shape = equation.avals[0].shape
+  b = _spread(b, shape)
   folds = lambda a: b.varies <= {i for i, axis in enumerate(a.axes) if axis is not None}
-  if isinstance(a, Lazy) and b.owner == a.weight.owner and folds(a):
+  if isinstance(a, Lazy) and b.owner == a.weight.owner and a.shape == shape and folds(a):
     weight = a.weight
     scaled = weight._replace(read=Derived(_scaled, (weight, b), (b.varies, a.axes)))
     return a._replace(
       weight=scaled, offset=None if a.offset is None else _combine(jnp.multiply, a.offset, b)
     )
-  shape = equation.avals[0].shape
   x = low.build.narrow(low.build.broadcast(low.value(a), shape))
   everywhere = b._replace(read=Derived(jnp.broadcast_to, (b,), (shape,)), shape=shape)
   return Lazy(x, maps.MULTIPLY, everywhere, None, shape, tuple(range(len(shape))), ())
@@ -157,6 +171,11 @@ def _public_product(low: Lowering, x: Value, weight: Any, mapping: Map, order: A
   config = low.build.config
   x = low.build.narrow(x)
   weight = np.asarray(weight, np.float64)
+  low.build.check_finite("factor", weight)
+  with jax.ensure_compile_time_eval():
+    magnitudes = jnp.asarray(np.abs(weight), jnp.float32)
+    sums = maps.apply(mapping, jnp.ones(x.shape, jnp.float32), magnitudes)
+  largest = float(jnp.max(sums, initial=0)) * (1 + 2.0**-10)  # float32 rounds
   unit = 2.0 ** (math.frexp(float(np.abs(weight).max()) or 1.0)[1] - (config.weight_bits - 1))
   integers = np.rint(weight / unit).astype(np.int64).astype(config.dtype)
 
@@ -164,7 +183,7 @@ def _public_product(low: Lowering, x: Value, weight: Any, mapping: Map, order: A
     operand = products.split(mapping, jnp.asarray(integers), config.weight_bits, config.num_bits)
     return products.multiply(mapping, v, operand, config.num_bits)
 
-  out = low.build.local(fn, x, max_abs=math.inf)
+  out = low.build.local(fn, x, max_abs=x.max_abs * largest if largest else 0.0)
   out = out._replace(scale=out.scale * unit)
   return out if order is None else low.build.local(lambda v: lax.transpose(v, order), out)
 
@@ -194,14 +213,22 @@ def _structural(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if isinstance(inputs[0], Pending) and equation.outputs[0].number in low.pools:
     return Pending(low.build.local(lambda v: apply(v)[0], inputs[0].x))
   x = low.value(inputs[0])
-  terms = (
-    math.prod(x.shape) / max(1, math.prod(equation.avals[0].shape))
-    if equation.name in SUMS
-    else 1.0
-  )
   if len(equation.outputs) > 1:
     return [low.build.local(lambda v, i=i: apply(v)[i], x) for i in range(len(equation.outputs))]
-  return low.build.local(lambda v: apply(v)[0], x, max_abs=x.max_abs * terms)
+  return low.build.local(lambda v: apply(v)[0], x, max_abs=x.max_abs * _terms(equation, x.shape))
+
+
+def _terms(equation: Equation, shape: tuple[int, ...]) -> int:
+  """The most elements of the input that one element of the output adds up."""
+  params = equation.params
+  match equation.name:
+    case "reduce_sum":
+      return max(1, math.prod(shape[axis] for axis in params["axes"]))
+    case "reduce_window_sum":
+      return math.prod(params["window_dimensions"])
+    case "cumsum":
+      return max(1, shape[params["axis"]])
+  return 1
 
 
 def _fills(apply: Callable[[Array], list[Array]], shape: tuple[int, ...], indices: Any) -> bool:
@@ -249,17 +276,13 @@ def same(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
 
 def _concatenate(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   values = [low.value(v) if is_secret(v) else v for v in inputs]
-  secrets = [v for v in values if isinstance(v, Value)]
-  scale = min(v.scale for v in secrets)
-  finest = next(v for v in secrets if v.scale == scale)
-  aligned = []
-  for v in values:
+  finest = min((v for v in values if isinstance(v, Value)), key=lambda v: v.scale)
+  for i, v in enumerate(values):
     if not isinstance(v, Value):
       zeros = functools.partial(lambda x, shape: jnp.zeros(shape, x.dtype), shape=np.shape(v))
-      v = low.build.add_public(low.build.local(zeros, finest, max_abs=0.0), v)
-    aligned.append(low.build.align(v, finest)[0])
+      values[i] = low.build.add_public(low.build.local(zeros, finest, max_abs=0.0), v)
   axis = equation.params["dimension"]
-  return low.build.local(lambda *xs: lax.concatenate(xs, axis), *aligned)
+  return low.build.local(lambda *xs: lax.concatenate(xs, axis), *low.build.align(*values))
 
 
 def _stack(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:

@@ -1,0 +1,108 @@
+"""Leaky ReLUs as one comparison, in all their spellings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mpc_reference import OWNERS, normal
+
+from primia_jax.mpc import clear, planning
+from primia_jax.mpc.circuit import Apply, Config, Linear, Product
+
+pytestmark = pytest.mark.usefixtures("x64")
+X, K = normal(0, 4, 6), normal(1, 6, 6)
+SLOPES = (0.01, 0.1, 0.2, 0.3, 1 / 5.5, 0.237, 0.0, 1.0, -0.5, 1.7)
+
+
+def planned(fn, args, config=Config()):  # noqa: B008
+  return planning.plan(fn, OWNERS, args, config, planning.calibrate(fn, OWNERS, [args]))
+
+
+def costs(plan):
+  gates = [op.gate.action for op in plan.circuit.operations if isinstance(op, Apply)]
+  return gates, sum(isinstance(op, Product) for op in plan.circuit.operations)
+
+
+def above(w, y, a):
+  return jnp.where(y >= 0, y, a * y)
+
+
+SPELLINGS = [
+  above,
+  lambda w, y, a: jnp.where(y > 0, y, y * a),
+  lambda w, y, a: jnp.where(y < 0, a * y, y),
+  lambda w, y, a: jnp.where(jnp.greater_equal(0, y), y * a, y),
+  lambda w, y, a: jnp.where(jnp.less_equal(0, y), y, a * y),
+]
+
+
+@pytest.mark.parametrize("config", [Config(), Config(32, 8, 12)], ids=["64", "32"])
+def test_every_slope_and_spelling(config):
+  """|error| <= u / 2 + |a| u / 2 + |y| u / 16, once for the layer and once for the output."""
+  scaled = lambda w, x: [spelling(w, x @ w, a) for a in SLOPES for spelling in SPELLINGS[:1]]
+  spelt = lambda w, x: [spelling(w, x @ w, 0.3) for spelling in SPELLINGS]
+  x = (np.rint(X / config.unit) * config.unit).astype(np.float32)
+  k = (np.rint(K * 2**8) / 2**8).astype(np.float32)  # exact in 12 bits
+  fn = lambda w, x: scaled(w, x) + spelt(w, x)
+  plan = planned(fn, (k, x), config)
+  y = x.astype(np.float64) @ k.astype(np.float64)
+  want = [np.where(y >= 0, y, a * y) for a in (*SLOPES, *[np.float32(0.3)] * len(SPELLINGS))]
+  for got, expected in zip(clear.check(plan, (k, x)), want, strict=True):
+    bound = config.unit * (0.5 + 0.85 + np.abs(y) / 16 + 0.01) + 2e-7 * np.abs(y)
+    assert np.all(np.abs(np.asarray(got, np.float64) - expected) <= bound)
+
+
+def test_each_is_one_comparison():
+
+  def fn(w, x):
+    y = x @ w
+    return [spelling(w, y, 0.3) for spelling in SPELLINGS]
+
+  plan = planning.plan(fn, OWNERS, (K, X))
+  gates, products = costs(plan)
+  assert {name: gates.count(name) for name in gates} == {
+    "relu": 5,
+    "truncate": 1 + 5,
+  }  # of y, and of the outputs
+  assert products == 0
+  assert sum(isinstance(op, Linear) for op in plan.circuit.operations) == 1
+
+
+def test_other_choices_stay_choices():
+  others = [
+    lambda w, y: jnp.where(y >= 0, 0.3 * y, y),
+    lambda w, y: jnp.where(y >= 0.1, y, 0.3 * y),
+    lambda w, y: jnp.where(y >= 0, y, 0.3 * w[:1]),
+    lambda w, y: jnp.where(y[:, ::-1] >= 0, y, 0.3 * y),
+    lambda w, y: (above(w, y, 0.3), y >= 0, 0.3 * y),
+  ]
+  whole = lambda w, x: [fn(w, x @ w) for fn in others]
+  plan = planned(whole, (K, X))
+  assert costs(plan)[0].count("sign") == len(others)
+  got, want = jax.tree.leaves(clear.check(plan, (K, X))), jax.tree.leaves(whole(K, X))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=1e-3)
+
+
+@pytest.mark.parametrize("owners", [OWNERS, ("data_owner", "model_owner"), ("shared", "shared")])
+def test_a_secret_slope(owners):
+  """One number, or one for each channel; of either party or shared."""
+  args = {"k": K, "a": np.asarray(0.25, np.float32), "b": normal(2, 1, 6)}, X
+
+  def fn(w, x):
+    y = x @ w["k"]
+    return above(w, y, w["a"]), above(w, y, w["b"]), above(w, above(w, y, w["a"]), y)
+
+  for ranges in (planning.calibrate(fn, owners, [args]), None):
+    plan = planning.plan(fn, owners, args, Config(), ranges)
+    want = jax.jit(fn)(*jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), args))
+    for got, expected in zip(clear.check(plan, args), want, strict=True):
+      np.testing.assert_allclose(got, expected, atol=3e-4)
+    assert costs(plan)[0].count("sign") == 0
+
+
+def test_a_slope_and_an_input_of_one_party_cost_nothing():
+  fn = lambda w, x: above(w, w, 0.3) * x
+  plan = planned(fn, (K[:4], X))
+  np.testing.assert_allclose(clear.check(plan, (K[:4], X)), fn(K[:4], X), atol=1e-4)
+  assert costs(plan) == (["truncate"], 0)
