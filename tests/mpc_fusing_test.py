@@ -10,7 +10,7 @@ import pytest
 from mpc_reference import OWNERS, both_parties, build, encoded, normal
 
 from primia_jax import mpc, prng
-from primia_jax.mpc import clear, dealing, fusing, planning, protocol
+from primia_jax.mpc import clear, dealing, fusing, planning, protocol, sharing
 from primia_jax.mpc.circuit import Apply, Config, Local, Open, Product
 from primia_jax.mpc.lowering import lower
 from primia_jax.mpc.lowering.program import trace
@@ -122,6 +122,24 @@ def test_no_keystream_serves_twice_and_nothing_idle_is_left(monkeypatch):
   slices = {op.out for op in fused.operations if isinstance(op, Local)}
   assert set(outs) - read <= slices  # parts of a joint result that only idle chains would read
   assert rounds(fused) == rounds(fusing.fuse(build_one()))
+
+
+@pytest.mark.parametrize("comparison", ["tables", "fss"])
+def test_the_messages_of_a_run_are_those_foretold(comparison):
+  log, config = [], dataclasses.replace(CONFIG, comparison=comparison)
+  with jax.enable_x64(True):
+    circuit = fusing.fuse(build(functools.partial(branches, 2), [(2, 2)] * 4, config, 4.0))
+    dealt = jax.eval_shape(lambda key: protocol.deal(circuit, key, {}), prng.random_key())
+    for made, foretold in zip(dealt, protocol.dealt_shapes(circuit), strict=True):
+      shape = lambda v: (v.shape, np.dtype(v.dtype))
+      assert jax.tree.map(shape, made) == jax.tree.map(shape, foretold)
+    part = jax.eval_shape(lambda dealt: protocol.part(dealt, 1), dealt)
+    ready = jax.eval_shape(lambda part: protocol.prepare(circuit, 1, part, {}, {}), part)
+    shares = {i: jax.ShapeDtypeStruct((2, 2), config.dtype) for i in range(4)}
+    run = functools.partial(protocol.run, circuit, sharing.Wire(log=log))
+    both = jax.vmap(run, in_axes=(None, None), axis_name=sharing.PARTY, axis_size=2)
+    jax.eval_shape(both, ready, shares)
+    assert log == protocol.messages(circuit)
 
 
 def build_one():
