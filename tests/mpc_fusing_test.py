@@ -249,6 +249,22 @@ def test_repeated_equations_are_lowered_once():
     np.testing.assert_array_equal(a, b)
 
 
+def test_repeats_are_found_by_content_not_by_identity():
+  """Parties who read the program from a file have other objects."""
+
+  def fn(w, x):
+    table, again = (jnp.asarray(np.arange(2000.0, dtype=np.float32)) for _ in range(2))
+    first, second = (x.at[jnp.array([0])].add(1.0) for _ in range(2))
+    return jnp.exp(x * table) + jnp.exp(x * again) * w, first * second
+
+  program = trace(fn, (np.float32(2), np.ones(2000, np.float32)), OWNERS)
+  fewer = without_repeats(program)
+  count = lambda program, name: sum(e.name == name for e in program.equations)
+  assert (count(program, "exp"), count(fewer, "exp")) == (2, 1)
+  scatters = [name for name in {e.name for e in program.equations} if "scatter" in name]
+  assert [count(fewer, name) for name in scatters] == [2]  # it has a jaxpr, which is not compared
+
+
 def outputs(program, leaves):
   """The program's outputs in plain JAX."""
   env = planning.evaluate(program, leaves)

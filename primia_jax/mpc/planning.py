@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.mpc import protocol
+from primia_jax.mpc import encoding, protocol
 from primia_jax.mpc.circuit import Apply, Circuit, Config, Linear, Open, Product, Value
 from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
 from primia_jax.mpc.lowering.lower import lower
 from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, trace
-from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, Sent
+from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Sent, Wire
 from primia_jax.types import Array, PyTree
 
 SHARED = "shared"
@@ -229,7 +229,17 @@ def ready_shapes(plan: Plan) -> protocol.Ready:
 
 def sent_messages(plan: Plan) -> list[Sent]:
   """The messages that each party sends, in order; one for each round."""
-  return protocol.messages(plan.circuit)
+  log: list[Sent] = []
+  blanks = jax.eval_shape(
+    lambda: [encoding.blank(operand, plan.config) for operand in plan.circuit.operands]
+  )
+  run = lambda ready, operands: protocol.run(
+    plan.circuit, Wire(log=log), ready, dict(enumerate(operands))
+  )
+  jax.eval_shape(
+    jax.vmap(run, axis_name=PARTY, axis_size=2, in_axes=(None, None)), ready_shapes(plan), blanks
+  )
+  return log
 
 
 def published_bytes(plan: Plan) -> int:
