@@ -75,8 +75,9 @@ def test_gates_join_at_the_largest_range_and_the_longest_shift():
   before = [op.gate for op in circuit.operations if isinstance(op, Apply)]
   first = [g for g in gates if g.num == 12]
   assert (len(before), len(gates), len(first)) == (3, 2, 1)
-  assert first[0].shift == max(g.shift for g in before[:2])
-  assert first[0].range_bits >= max(g.range_bits for g in before[:2])
+  shift = first[0].shift
+  assert shift == max(g.shift for g in before[:2]) > min(g.shift for g in before[:2])
+  assert first[0].range_bits == max(g.range_bits + shift - g.shift for g in before[:2])
 
 
 def test_what_the_ring_has_no_room_for_stays_apart():
