@@ -10,7 +10,7 @@ import pytest
 from mpc_reference import OWNERS, both_parties, build, encoded, normal
 
 from primia_jax import mpc, prng
-from primia_jax.mpc import clear, dealing, fusing, planning, protocol
+from primia_jax.mpc import clear, dealing, fusing, planning, protocol, sharing
 from primia_jax.mpc.circuit import Apply, Config, Local, Open, Product
 from primia_jax.mpc.lowering import lower
 from primia_jax.mpc.lowering.program import trace
@@ -75,8 +75,9 @@ def test_gates_join_at_the_largest_range_and_the_longest_shift():
   before = [op.gate for op in circuit.operations if isinstance(op, Apply)]
   first = [g for g in gates if g.num == 12]
   assert (len(before), len(gates), len(first)) == (3, 2, 1)
-  assert first[0].shift == max(g.shift for g in before[:2])
-  assert first[0].range_bits >= max(g.range_bits for g in before[:2])
+  shift = first[0].shift
+  assert shift == max(g.shift for g in before[:2]) > min(g.shift for g in before[:2])
+  assert first[0].range_bits == max(g.range_bits + shift - g.shift for g in before[:2])
 
 
 def test_what_the_ring_has_no_room_for_stays_apart():
@@ -122,6 +123,24 @@ def test_no_keystream_serves_twice_and_nothing_idle_is_left(monkeypatch):
   slices = {op.out for op in fused.operations if isinstance(op, Local)}
   assert set(outs) - read <= slices  # parts of a joint result that only idle chains would read
   assert rounds(fused) == rounds(fusing.fuse(build_one()))
+
+
+@pytest.mark.parametrize("comparison", ["tables", "fss"])
+def test_the_messages_of_a_run_are_those_foretold(comparison):
+  log, config = [], dataclasses.replace(CONFIG, comparison=comparison)
+  with jax.enable_x64(True):
+    circuit = fusing.fuse(build(functools.partial(branches, 2), [(2, 2)] * 4, config, 4.0))
+    dealt = jax.eval_shape(lambda key: protocol.deal(circuit, key, {}), prng.random_key())
+    for made, foretold in zip(dealt, protocol.dealt_shapes(circuit), strict=True):
+      shape = lambda v: (v.shape, np.dtype(v.dtype))
+      assert jax.tree.map(shape, made) == jax.tree.map(shape, foretold)
+    part = jax.eval_shape(lambda dealt: protocol.part(dealt, 1), dealt)
+    ready = jax.eval_shape(lambda part: protocol.prepare(circuit, 1, part, {}, {}), part)
+    shares = {i: jax.ShapeDtypeStruct((2, 2), config.dtype) for i in range(4)}
+    run = functools.partial(protocol.run, circuit, sharing.Wire(log=log))
+    both = jax.vmap(run, in_axes=(None, None), axis_name=sharing.PARTY, axis_size=2)
+    jax.eval_shape(both, ready, shares)
+    assert log == protocol.messages(circuit)
 
 
 def build_one():
@@ -229,6 +248,22 @@ def test_repeated_equations_are_lowered_once():
   assert count(fewer, "mul") == count(program, "mul") == 4
   for a, b in zip(outputs(program, (w, x)), outputs(fewer, (w, x)), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_repeats_are_found_by_content_not_by_identity():
+  """Parties who read the program from a file have other objects."""
+
+  def fn(w, x):
+    table, again = (jnp.asarray(np.arange(2000.0, dtype=np.float32)) for _ in range(2))
+    first, second = (x.at[jnp.array([0])].add(1.0) for _ in range(2))
+    return jnp.exp(x * table) + jnp.exp(x * again) * w, first * second
+
+  program = trace(fn, (np.float32(2), np.ones(2000, np.float32)), OWNERS)
+  fewer = without_repeats(program)
+  count = lambda program, name: sum(e.name == name for e in program.equations)
+  assert (count(program, "exp"), count(fewer, "exp")) == (2, 1)
+  scatters = [name for name in {e.name for e in program.equations} if "scatter" in name]
+  assert [count(fewer, name) for name in scatters] == [2]  # it has a jaxpr, which is not compared
 
 
 def outputs(program, leaves):

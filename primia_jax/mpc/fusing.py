@@ -82,7 +82,10 @@ def _above(start: Iterable[int], reads: Sequence[Sequence[int]], done: set[int])
 
 
 def _kind(op: Operation, number: int, most: int) -> Hashable:
-  """What an operation's partners must have alike; None for one that joins nothing."""
+  """What an operation's partners must have alike: its own number if it is too large to have any.
+
+  None for one that is done where its result is needed.
+  """
   match op:
     case Open() | Apply() if math.prod(op.shape) > most:
       return number
@@ -114,7 +117,8 @@ def _schedule(
     levels[i] = Counter()
     for j in before[i]:
       levels[i] |= levels[j]
-    levels[i][kinds.get(i)] += 1
+    if i in kinds and kinds[i] != i:  # it may join others
+      levels[i][kinds[i]] += 1
   after: dict[int, list[int]] = {i: [] for i in kinds}
   rest = dict.fromkeys(kinds, 0)  # gates and openings on the longest way to the end
   for i in reversed(list(kinds)):

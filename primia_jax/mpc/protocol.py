@@ -14,6 +14,7 @@ party its own operands only; `roles` does both.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ from primia_jax.mpc.dealing import ADDITIVE, Correlation, Derived, Masks, Unifor
 from primia_jax.mpc.gates import elementwise
 from primia_jax.mpc.maps import MULTIPLY
 from primia_jax.mpc.products import multiply, product
-from primia_jax.mpc.sharing import Wire, at, compute_at
+from primia_jax.mpc.sharing import PARTY, Sent, Wire, at, compute_at
 from primia_jax.types import Array
 
 # By number of the operand: ring elements or, for linear layers, an `encoding.Weight`; B and D are
@@ -188,6 +189,32 @@ def _derived_shapes(gate: elementwise.Gate) -> Derived:
     for name, mask in elementwise.masks(gate).items()
   }
   return jax.eval_shape(functools.partial(elementwise.derive, gate), both)
+
+
+def messages(circuit: Circuit) -> list[Sent]:
+  """The messages that each party sends in `run`, in order; one for each round."""
+  sent: list[Sent] = []
+  for number, op in enumerate(circuit.operations):
+    match op:
+      case Open():
+        sent.append(Sent("open", math.prod(op.shape) * circuit.config.dtype.itemsize, number))
+      case Apply():
+        sent += [message._replace(operation=number) for message in _gate_messages(op.gate)]
+  return sent
+
+
+@functools.cache
+def _gate_messages(gate: elementwise.Gate) -> tuple[Sent, ...]:
+  log: list[Sent] = []
+  run = functools.partial(elementwise.run, gate, Wire(log=log))
+  derived, masks = _derived_shapes(gate), elementwise.masks(gate)
+  shapes: dict[str, Any] = {
+    name: jax.ShapeDtypeStruct(mask.shape, mask.dtype) for name, mask in masks.items()
+  }
+  shapes |= derived.additive | derived.boolean | derived.common
+  both = jax.vmap(run, in_axes=(None, None), axis_name=PARTY, axis_size=2)
+  jax.eval_shape(both, jax.ShapeDtypeStruct((gate.num,), ring.storage(gate.num_bits)), shapes)
+  return tuple(log)
 
 
 def prepare(circuit: Circuit, party: int, dealt: Part, own: Operands, published: Operands) -> Ready:

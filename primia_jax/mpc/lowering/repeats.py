@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import hashlib
 from collections.abc import Hashable
 from typing import Any
 
@@ -10,7 +13,8 @@ import numpy as np
 
 from primia_jax.mpc.lowering.program import Equation, Program, Ref
 
-_SMALL = 2**10  # elements of a public array that are compared; larger ones must be the same object
+# These say where XLA puts a value or how it accumulates it; a program has neither.
+_UNUSED = {"sharding", "out_sharding", "accuracy", "precision", "mesh"}
 
 
 def without_repeats(program: Program) -> Program:
@@ -41,21 +45,29 @@ def _key(equation: Equation) -> Hashable:
   """Equal for equations that compute the same; None for one that is kept anyway."""
   if not equation.outputs:
     return None
-  params = tuple(sorted(equation.params.items(), key=lambda item: item[0]))
-  inputs = tuple(v if isinstance(v, Ref) else _public(v) for v in equation.inputs)
-  avals = tuple((aval.shape, aval.dtype) for aval in equation.avals)
-  key = equation.name, params, inputs, avals
+  params = {k: v for k, v in equation.params.items() if k not in _UNUSED}
+  avals = tuple((aval.shape, str(aval.dtype)) for aval in equation.avals)
   try:
-    hash(key)
-  except TypeError:  # a parameter that cannot be compared
+    return equation.name, _plain(sorted(params.items())), _plain(equation.inputs), avals
+  except TypeError:
     return None
-  return key
 
 
-def _public(v: Any) -> Hashable:
-  if isinstance(v, jax.core.Tracer) or np.size(v) > _SMALL:
-    return id(v)
-  if jax.dtypes.issubdtype(getattr(v, "dtype", np.float32), jax.dtypes.extended):
-    return id(v)
-  array = np.asarray(v)
-  return array.dtype, array.shape, array.tobytes()
+def _plain(v: Any) -> Hashable:
+  """Equal for equal content.
+
+  It asks for no object's identity, so that parties who read a program from a file find the same
+  repeats. Raises a TypeError for what has no plain content: functions, jaxprs and tracers.
+  """
+  if v is None or isinstance(v, Ref | bool | str | int | enum.Enum | np.dtype):
+    return type(v).__name__, v
+  if isinstance(v, float):
+    return v.hex()
+  if isinstance(v, np.ndarray | np.generic | jax.Array) and not isinstance(v, jax.core.Tracer):
+    array = np.asarray(v)
+    return str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest()
+  if isinstance(v, tuple | list):
+    return type(v).__name__, *map(_plain, v)
+  if dataclasses.is_dataclass(v):
+    return type(v).__name__, *(_plain(getattr(v, f.name)) for f in dataclasses.fields(v))
+  raise TypeError(f"a {type(v).__name__} has no plain content")
