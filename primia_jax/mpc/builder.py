@@ -230,6 +230,15 @@ class Builder:
       self._narrowed[a.number, a.scale, shift] = self._gate(TRUNCATE, a, shift)
     return self._narrowed[a.number, a.scale, shift]
 
+  def floored(self, a: Value, shift: int, positive: bool = False) -> Value:
+    """floor(a / 2^shift) of a's whole numbers, or of max(a, 0) if `positive`.
+
+    It is exact whatever the configuration; the scale grows by 2^shift.
+    """
+    if shift:  # the gate rounds to nearest
+      a = self.add_public(a, -(2.0 ** (shift - 1)) * a.scale)
+    return self._gate(RELU if positive else TRUNCATE, a, shift, exact=True)
+
   def maximum(self, a: Value, b: Value) -> Value:
     """max(a, b) = b + max(a - b, 0)."""
     a, b = self.align(a, b)
@@ -279,9 +288,12 @@ class Builder:
     """The bits by which a is finer than its unit."""
     return max(0, math.floor(math.log2(self.unit(a.max_abs)) - math.log2(a.scale) + 0.5))
 
-  def _gate(self, action: str, a: Value, shift: int, skip: int = 0) -> Value:
+  def _gate(
+    self, action: str, a: Value, shift: int, skip: int = 0, exact: bool | None = None
+  ) -> Value:
     config = self.config
-    skip = 0 if config.exact or action == TRUNCATE else max(shift, skip)
+    exact = config.exact if exact is None else exact
+    skip = 0 if exact or action == TRUNCATE else max(shift, skip)
     gate = Gate(
       action,
       math.prod(a.shape),
@@ -289,7 +301,7 @@ class Builder:
       self.range_bits(a, shift, skip),
       shift,
       skip,
-      config.exact,
+      exact,
       COMPARISONS[config.comparison],
     )
     elementwise.check(gate)

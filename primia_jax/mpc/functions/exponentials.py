@@ -46,29 +46,17 @@ def expm1(build: Builder, x: Value, bound: float = math.inf) -> Value:
 
 
 def power_of(build: Builder, base: Any, x: Value, bound: float = math.inf) -> Value:
-  """base^x for a public array base > 0; error and rounds as `exp2`.
+  """base^x for a public array base > 0 that broadcasts to x; |error| <= u(R) + 3 u 2^x.
 
-  If the bases differ, x log2(base) is truncated before, which is one T more.
+  Rounds as `exp2`, and a T more if the bases differ.
   """
-  return exp2(build, build.multiply_public(x, np.log2(np.asarray(base, np.float64))), bound)
-
-
-def sinh(build: Builder, x: Value, bound: float = math.inf) -> Value:
-  """(e^x - e^-x) / 2; |error| <= u(R) + 2 u cosh(x). Rounds as `exp2`."""
-  return build.scaled(build.subtract(*_both(build, x, bound)), 0.5)
-
-
-def cosh(build: Builder, x: Value, bound: float = math.inf) -> Value:
-  """(e^x + e^-x) / 2; error and rounds as `sinh`."""
-  return build.scaled(build.add(*_both(build, x, bound)), 0.5)
-
-
-def _both(build: Builder, x: Value, bound: float) -> tuple[Value, Value]:
-  """e^x and e^-x, side by side, where their half sum or difference is up to `bound`."""
+  logs, bits = np.log2(np.asarray(base, np.float64)), build.config.fraction_bits + 6
+  if np.all(logs == logs.flat[0]):
+    return exp2(build, build.scaled(x, float(logs.flat[0])), bound)
+  integers = jnp.asarray(np.rint(logs * 2.0**bits).astype(np.int64).astype(build.config.dtype))
   x = build.narrow(x)
-  both = exp(build, build.local(lambda v: jnp.stack([v, v.dtype.type(0) - v]), x), 2 * bound + 1)
-  first, second = (build.local(lambda v, i=i: v[i], both) for i in (0, 1))
-  return first, second
+  out = build.local(lambda v: v * integers, x, max_abs=x.max_abs * float(np.abs(logs).max()))
+  return exp2(build, out._replace(scale=x.scale * 2.0**-bits), bound)
 
 
 def _exp2(build: Builder, x: Value, highest: float, checked: bool) -> Value:
