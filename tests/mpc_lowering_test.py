@@ -306,10 +306,7 @@ def pooled(x, **options):
       "gather out of bounds",
     ),
     (lambda w, x: (x @ w) ** x[:, :3], "a secret power of a secret number"),
-    (
-      lambda w, x: (x @ w) ** np.arange(3, dtype=np.float32)[None],
-      "a power by several exponents",
-    ),
+    (lambda w, x: (x @ w) ** np.arange(3, dtype=np.float32)[None], "a power by several exponents"),
     (lambda w, x: np.float32(-2) ** (x @ w), "a secret power of a base <= 0"),
     (lambda w, x: (x @ w).astype(jnp.int32), "rounding a secret value"),
     (

@@ -119,7 +119,9 @@ def test_quotients_of_a_calibrated_range():
   fn = functools.partial(powers.divide, bound=bound)
   error = np.abs(clear(fn, [a, b], config, 1023.0) - a / b)
   assert np.all(error <= 2 * result_unit(config, bound) + config.unit * a / b / 2)
-  with pytest.raises(ValueError, match=r"quotient up to 1.074e\+09 by values up to 1.049e\+06 needs"):
+  with pytest.raises(
+    ValueError, match=r"quotient up to 1.074e\+09 by values up to 1.049e\+06 needs"
+  ):
     build(functools.partial(powers.divide, bound=2.0**30), [(2,), (2,)], config, 2.0**20)
 
 

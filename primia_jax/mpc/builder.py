@@ -63,11 +63,12 @@ class Builder:
     value: Callable[[Values], Array],
     shape: tuple[int, ...],
     max_abs: float = math.inf,
+    scale: float | None = None,
   ) -> Value:
-    """An owner's argument in its unit; shares (owner None) come in units of u."""
-    unit = self.config.unit if owner is None else self.unit(max_abs)
-    operand = self._operand(owner, value, unit, shape, None, None)
-    return self._add(Input, shape, unit, max_abs, owner=owner, operand=operand)
+    """An owner's argument, or shares (owner None); in units of u by default."""
+    scale = self.config.unit if scale is None else scale
+    operand = self._operand(owner, value, scale, shape, None, None)
+    return self._add(Input, shape, scale, max_abs, owner=owner, operand=operand)
 
   def circuit(self, outputs: Sequence[Any]) -> Circuit:
     return Circuit(tuple(self.operations), tuple(self.operands), tuple(outputs), self.config)

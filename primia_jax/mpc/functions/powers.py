@@ -149,12 +149,7 @@ def log1p(build: Builder, x: Value, bound: float = math.inf) -> Value:
 
 
 def _power_law(
-  build: Builder,
-  x: Value,
-  exponent: float,
-  bound: float,
-  factor: float = 1.0,
-  signed: bool = False,
+  build: Builder, x: Value, exponent: float, bound: float, factor: float = 1.0, signed: bool = False
 ) -> Value:
   """factor sign(x) |x|^exponent; without `signed`, 0 where x <= 0."""
   config, f = build.config, build.config.fraction_bits
@@ -212,13 +207,7 @@ class _Normal(NamedTuple):
 
   @classmethod
   def make(
-    cls,
-    build: Builder,
-    x: Value,
-    signed: bool,
-    limit: int,
-    low: float = 0.0,
-    top: float = math.inf,
+    cls, build: Builder, x: Value, signed: bool, limit: int, low: float = 0.0, top: float = math.inf
   ) -> _Normal:
     """Normalises |x| from `low` to `top` in at most `limit` bits; truncates x if it needs more."""
     if _num_bits(build, x, min(x.max_abs, top)) > limit:

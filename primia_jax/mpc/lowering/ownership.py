@@ -35,6 +35,7 @@ class Owned(NamedTuple):
     shape: of the array.
     varies: the axes along which it may vary; along the others it repeats one slice.
     bound: its calibrated magnitude.
+    unit: in which it becomes shares; None stands for that of its bound.
   """
 
   owner: int
@@ -42,6 +43,7 @@ class Owned(NamedTuple):
   shape: tuple[int, ...]
   varies: frozenset[int]
   bound: float = math.inf
+  unit: float | None = None
 
 
 class Lazy(NamedTuple):
@@ -83,6 +85,7 @@ class Lowering:
     self.sums = (
       np.full(program.num_values, math.inf) if ranges is None else np.array(ranges, np.float64)
     )
+    self.units = self._units(program)
     for equation in reversed(program.equations):
       if equation.name in ("add", "sub"):
         inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
@@ -90,7 +93,8 @@ class Lowering:
 
   def enter(self, ref: Ref, owner: int | None, aval: jax.ShapeDtypeStruct) -> None:
     everywhere = frozenset(range(len(aval.shape)))
-    owned = Owned(owner or 0, reader(ref), aval.shape, everywhere, self.bound(ref))
+    bound, unit = self.bound(ref), float(self.units[ref.number])
+    owned = Owned(owner or 0, reader(ref), aval.shape, everywhere, bound, unit)
     if owner is None:
       self.env[ref.number] = self.build.input(None, owned.read, aval.shape, self.bound(ref))
     else:
@@ -101,6 +105,20 @@ class Lowering:
       return math.inf
     return float(self.ranges[ref.number]) * self.build.config.margin
 
+  def _units(self, program: Program) -> np.ndarray:
+    """[number of values] in which units an owner's value is worth sharing: those of its own range,
+    or of a smaller range that differences of it have.
+    """
+    own = np.array([self.build.unit(self.bound(Ref(i))) for i in range(program.num_values)])
+    units = own.copy()
+    for equation in reversed(program.equations):
+      if equation.name in _UNITS:
+        (out,) = (ref.number for ref in equation.outputs)
+        for i in (v.number for v in equation.inputs if isinstance(v, Ref)):
+          factor = own[i] / own[out] if equation.name in ("mul", "div") else 1.0
+          units[i] = min(units[i], units[out] * factor)
+    return units
+
   def lower(self, equation: Equation, rules: Mapping[str, Rule]) -> None:
     """Lowers one equation by its rule, or leaves it to the party that holds all its inputs."""
     inputs = [self.env[v.number] if isinstance(v, Ref) else v for v in equation.inputs]
@@ -109,9 +127,8 @@ class Lowering:
     if len(owners) == 1 and all(isinstance(v, Owned) or not is_secret(v) for v in inputs):
       (owner,) = owners
       for ref, aval in zip(equation.outputs, equation.avals, strict=True):
-        self.env[ref.number] = Owned(
-          owner, reader(ref), aval.shape, _varies(equation, inputs, aval), self.bound(ref)
-        )
+        varies, unit = _varies(equation, inputs, aval), float(self.units[ref.number])
+        self.env[ref.number] = Owned(owner, reader(ref), aval.shape, varies, self.bound(ref), unit)
       return
     rule = rules.get(equation.name)
     if rule is None:
@@ -150,7 +167,8 @@ class Lowering:
       match v:
         case Owned():
           largest = min(v.bound, self.largest(v, self.build.config.margin))
-          self.forced[v] = self.build.input(v.owner, v.read, v.shape, largest)
+          unit = self.build.unit(largest) if v.unit is None else v.unit
+          self.forced[v] = self.build.input(v.owner, v.read, v.shape, largest, unit)
         case Pending() | Lazy():
           here, self.build.layer = self.build.layer, v.layer or self.build.layer
           out = self.compute(v) if isinstance(v, Lazy) else self.build.relu(v.x)
@@ -164,7 +182,7 @@ class Lowering:
     """The one-sided product, at a scale that fills the operand's bits and fits the ring."""
     config = self.build.config
     bound, x, largest = lazy.bound, lazy.x, self.largest(lazy.weight)
-    fraction_bits, bits = config.fraction_bits, config.num_bits
+    fraction_bits, bits = -round(math.log2(lazy.weight.unit or config.unit)), config.num_bits
     if not math.isinf(largest) and largest > 0:
       bits = config.weight_bits
       fraction_bits = bits - 1 - max(math.frexp(largest)[1], -64)
@@ -214,6 +232,10 @@ class Lowering:
     return float(jnp.max(jnp.abs(owned.read(self.known[owned.owner])))) * slack
 
 
+_UNITS = {
+  "add", "sub", "neg", "mul", "div", "reshape", "squeeze", "expand_dims", "broadcast_in_dim",
+  "transpose", "slice", "copy",
+}  # fmt: skip
 _MAXIMA = {"max", "reduce_window_max"}
 _THROUGH = {"pad", "slice", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
 

@@ -6,8 +6,8 @@ its terms are small, so that fixed point keeps them in fine units, and it is nev
 
 A normalisation y = (x - mean) r, where r = 1 / sqrt(variance + epsilon), then errs by at most
 u ((1 + |y|) C r + |y| (R / r + 1) + 1), where C and R bound x - mean and r: up to 4 times their
-largest in calibration. This holds for x in units of u C or finer, as a linear layer's output; units
-of u, as those of an owner's input of range 1 or more, add u (1 + |y|) r / 2.
+largest in calibration. x must be in units of u C or finer, as a linear layer's output and an
+owner's input are.
 """
 
 from __future__ import annotations
