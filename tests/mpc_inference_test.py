@@ -165,8 +165,8 @@ def test_other_owners(owners):
 def test_public_arguments_cost_nothing():
   fn = lambda w, x, scale: small(w, x * scale)
   plan = assert_faithful(fn, (*SMALL, np.float32(0.5)), owners=(*OWNERS, "public"))
-  assert len(pricing.sent_messages(plan.circuit)) == len(
-    pricing.sent_messages(planned(small, SMALL).circuit)
+  assert len(protocol.messages(plan.circuit)) == len(
+    protocol.messages(planned(small, SMALL).circuit)
   )
 
 
@@ -221,7 +221,7 @@ def test_what_crosses_is_masked_afresh_and_is_what_was_planned():
   assert sum(a.size * a.dtype.itemsize for a in sent) == planned_bytes
   assert (
     sum(row.rounds for row in pricing.rows(plan.circuit))
-    == len(pricing.sent_messages(plan.circuit)) + 1
+    == len(protocol.messages(plan.circuit)) + 1
   )
 
 

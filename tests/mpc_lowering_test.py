@@ -166,6 +166,12 @@ def test_comparisons_of_equals():
     (lambda x: lax.rsqrt(jnp.abs(x) + 0.1), 3e-3),
     (lambda x: 1 / (jnp.abs(x) + 0.5), 2e-3),
     (lambda x: x / (2 + x[::-1] ** 2), 2e-3),
+    (jnp.sin, 1e-4),
+    (lambda x: jnp.tan(x / 3), 1e-4),
+    (jnp.arctan, 1e-4),
+    (lambda x: jnp.sinh(x) - jnp.cosh(x) + jnp.arcsinh(x) * jnp.arctanh(x / 4), 1e-3),
+    (lambda x: jnp.arccosh(1 + jnp.abs(x)), 1e-4),
+    (lambda x: 2.0**x + jnp.power(np.geomspace(0.1, 5, 6).astype(np.float32), x), 1e-3),
   ],
 )
 def test_smooth_functions(fn, atol):
@@ -288,8 +294,8 @@ def pooled(x, **options):
   ("fn", "reason"),
   [
     (
-      lambda w, x: jnp.sin(x @ w),
-      r"sin of a secret value has no protocol \(at "
+      lambda w, x: jnp.arccos(x @ w),
+      r"acos of a secret value has no protocol \(at "
       r"mpc_lowering_test.py:\d+",
     ),
     (lambda w, x: jnp.take(x @ w, np.array([7]), axis=0), "gather out of bounds"),
@@ -297,12 +303,9 @@ def pooled(x, **options):
       lambda w, x: jnp.take(x @ w, np.array([7]), axis=0, mode="fill", fill_value=1),
       "gather out of bounds",
     ),
-    (lambda w, x: (x @ w) ** x[:, :3], "power"),
-    (
-      lambda w, x: (x @ w) ** np.arange(3, dtype=np.float32)[None],
-      "a power that is not one public number",
-    ),
-    (lambda w, x: np.float32(2) ** (x @ w), "a power that is not one public number"),
+    (lambda w, x: (x @ w) ** x[:, :3], "a secret power of a secret number"),
+    (lambda w, x: (x @ w) ** np.arange(3, dtype=np.float32)[None], "a power by several exponents"),
+    (lambda w, x: np.float32(-2) ** (x @ w), "a secret power of a base <= 0"),
     (
       lambda w, x: lax.pad(x @ w, (x @ w)[0, 0], ((1, 1, 0), (0, 0, 0))),
       "padding with a secret value",

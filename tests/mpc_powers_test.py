@@ -18,6 +18,7 @@ from mpc_reference import (
   clear,
   each_config,
   each_range,
+  result_unit,
   spread,
 )
 
@@ -51,6 +52,37 @@ def test_roots_and_reciprocals(name, config, bounded):
   check(fn, [x], want, 1 + relative * np.abs(want), config, max_abs)
 
 
+@pytest.mark.parametrize("config", CONFIGS[::3], ids=["64-16", "32-8"])
+@pytest.mark.parametrize(
+  ("fn", "reference", "relative", "end"),
+  [
+    (powers.rsqrt, lambda x: x**-0.5, 0.5, 0),
+    (powers.reciprocal, lambda x: 1 / x, 1.0, 0),
+    (functools.partial(powers.power, exponent=-0.75), lambda x: x**-0.75, 1.0, 0),
+    (powers.sqrt, np.sqrt, 0.5, -1),
+    (powers.cbrt, np.cbrt, 0.5, -1),
+    (powers.log, np.log, 0.0, 0),
+  ],
+  ids=["rsqrt", "reciprocal", "power", "sqrt", "cbrt", "log"],
+)
+def test_a_calibrated_result_of_small_numbers(fn, reference, relative, end, config):
+  """Numbers in units much finer than u, as after a product, keep them; the result's unit follows
+  its range. A result beyond that leaves the range of a gate, which `check` sees.
+  """
+  shift = config.fraction_bits - 2
+  scaled = lambda build, x: build.scaled(x, 2.0**-shift)
+  low, top = 2.0 ** (6 - config.fraction_bits), 1.0 - config.unit
+  x = np.rint(np.geomspace(low, top, 1536) / config.unit) * config.unit
+  want = reference(x * 2.0**-shift)
+  bound = 2.0 ** math.ceil(math.log2(np.abs(want).max() * 1.02)) * (1 - 2.0**-6)
+  run = lambda x: clear(lambda build, x: fn(build, scaled(build, x), bound=bound), [x], config, 1.0)
+  unit = result_unit(config, bound) * (2 if relative == 0 else 1)
+  assert np.all(np.abs(run(x) - want) <= unit + relative * config.unit * np.abs(want))
+  if end == 0 and relative:
+    with pytest.raises(AssertionError, match="truncate"):
+      run(np.full(1536, low / 16))
+
+
 @pytest.mark.parametrize("config", CONFIGS[1:3], ids=["48-12", "40-10"])
 def test_outside_of_the_domain(config):
   x = np.array([0.0, -1.0, -(2.0**-config.fraction_bits), -3.7])
@@ -76,6 +108,21 @@ def test_divide(config, bounded):
   check(powers.divide, [a, b], a / b, bound, config, max_abs)
   positive = functools.partial(powers.divide, positive=True)
   check(positive, [a, np.abs(b)], a / np.abs(b), bound, config, max_abs)
+
+
+def test_quotients_of_a_calibrated_range():
+  """Beyond 2^(f + 1), which is the limit without one; what does not fit the ring is refused."""
+  config = CONFIGS[0]
+  b = np.rint(np.geomspace(2**-10, 8, 1536) / config.unit) * config.unit
+  a = np.full(1536, 1000.0)
+  bound = 2.0**20
+  fn = functools.partial(powers.divide, bound=bound)
+  error = np.abs(clear(fn, [a, b], config, 1023.0) - a / b)
+  assert np.all(error <= 2 * result_unit(config, bound) + config.unit * a / b / 2)
+  with pytest.raises(
+    ValueError, match=r"quotient up to 1.074e\+09 by values up to 1.049e\+06 needs"
+  ):
+    build(functools.partial(powers.divide, bound=2.0**30), [(2,), (2,)], config, 2.0**20)
 
 
 @pytest.mark.parametrize("config", CONFIGS[::3], ids=["64-16", "32-8"])

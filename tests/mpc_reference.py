@@ -52,6 +52,13 @@ def spread(config, top=None, low=0.0, num=300, seed=0):
   return np.concatenate([x, -x])
 
 
+def result_unit(config, bound):
+  """u(R): relative to a result's range where that is below 1, or large."""
+  finest = 2.0 ** -max(0, (config.num_bits - 8) // 2 - config.fraction_bits)
+  fine = max(finest, 2.0 ** math.ceil(math.log2(min(1.0, bound))))
+  return config.unit * max(fine, bound * 2.0 ** (2 * config.fraction_bits + 7 - config.num_bits))
+
+
 def build(fn, shapes, config, max_abs=math.inf):
   """The circuit of fn(builder, *values), whose arguments are given as shares."""
   builder = Builder(config)

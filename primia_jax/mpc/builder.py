@@ -68,9 +68,8 @@ class Builder:
     max_abs: float = math.inf,
     scale: float | None = None,
   ) -> Value:
-    """An owner's argument, in its unit unless a scale is given; shares (no owner) in units of u."""
-    if scale is None:
-      scale = self.config.unit if owner is None else self.unit(max_abs)
+    """An owner's argument, or shares (owner None); in units of u by default."""
+    scale = self.config.unit if scale is None else scale
     operand = self._operand(owner, value, scale, shape, None, None)
     return self._add(Input, shape, scale, max_abs, owner=owner, operand=operand)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc import pricing
-from primia_jax.mpc.circuit import Circuit, Config
+from primia_jax.mpc.circuit import Apply, Circuit, Config
 from primia_jax.mpc.lowering import portable, variances
 from primia_jax.mpc.lowering.lower import lower
 from primia_jax.mpc.lowering.ownership import Owned, outwards
@@ -75,6 +75,7 @@ class Plan:
       dataclasses.asdict(self.config),
       [] if self.bounds is None else [v.hex() for v in self.bounds.tolist()],
       [v.hex() for v in self.magnitudes],
+      [_outline(v) for v in (*self.circuit.operations, *self.circuit.operands)],
     ]
     found = hashlib.sha256(json.dumps(parts).encode())
     for array in writer.arrays:
@@ -83,6 +84,15 @@ class Plan:
 
   def __str__(self) -> str:
     return pricing.table(self.circuit)
+
+
+def _outline(part: Any) -> list[str]:
+  """An operation or operand without its functions, for a digest."""
+  fields = part._asdict()
+  if isinstance(part, Apply):
+    fields |= part.gate._asdict() | {"comparison": part.gate.comparison.name}
+  plain = {k: v for k, v in fields.items() if isinstance(v, int | float | str | tuple | None)}
+  return [type(part).__name__, *(f"{k} {v}" for k, v in plain.items() if k != "gate")]
 
 
 def plan(

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from primia_jax.mpc import encoding, protocol
+from primia_jax.mpc import protocol
 from primia_jax.mpc.circuit import Apply, Circuit, Linear, Open, Product, Value
 from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
-from primia_jax.mpc.sharing import MODEL_OWNER, PARTY, Sent, Wire
+from primia_jax.mpc.sharing import MODEL_OWNER
 
 
 class Row(NamedTuple):
@@ -72,7 +72,7 @@ LAN, WAN = Network(0.0005, 1e9), Network(0.040, 100e6)
 @_scoped
 def rows(circuit: Circuit) -> list[Row]:
   """Every step that deals or sends something, in order."""
-  dealt, sent = protocol.dealt_shapes(circuit), sent_messages(circuit)
+  dealt, sent = protocol.dealt_shapes(circuit), protocol.messages(circuit)
   size = lambda tree: sum(math.prod(v.shape) * v.dtype.itemsize for v in jax.tree.leaves(tree))
   out = []
   for number, op in enumerate(circuit.operations):
@@ -109,22 +109,6 @@ def ready_shapes(circuit: Circuit) -> protocol.Ready:
     if each:
       out[number] = each
   return out
-
-
-@_scoped
-def sent_messages(circuit: Circuit) -> list[Sent]:
-  """The messages that each party sends, in order; one for each round."""
-  log: list[Sent] = []
-  blanks = jax.eval_shape(
-    lambda: [encoding.blank(operand, circuit.config) for operand in circuit.operands]
-  )
-  run = lambda ready, operands: protocol.run(
-    circuit, Wire(log=log), ready, dict(enumerate(operands))
-  )
-  jax.eval_shape(
-    jax.vmap(run, axis_name=PARTY, axis_size=2, in_axes=(None, None)), ready_shapes(circuit), blanks
-  )
-  return log
 
 
 @_scoped

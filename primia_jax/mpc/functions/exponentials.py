@@ -30,9 +30,9 @@ def exp2(build: Builder, x: Value, bound: float = math.inf) -> Value:
   Without a bound of x or of the result, 2^(k - 2 f - 6) is the largest result.
   """
   most = build.config.num_bits - 2.0 * build.config.fraction_bits - 6
-  highest = math.log2(bound) if 0 < bound < math.inf else most
   x = build.narrow(x)
-  return _exp2(build, x, min(highest, x.max_abs + 4 * x.scale), math.isfinite(bound))
+  highest = math.log2(bound) + 2 * x.scale if 0 < bound < math.inf else most
+  return _exp2(build, x, min(highest, x.max_abs + 4 * x.scale), bound)
 
 
 def exp(build: Builder, x: Value, bound: float = math.inf) -> Value:
@@ -46,34 +46,22 @@ def expm1(build: Builder, x: Value, bound: float = math.inf) -> Value:
 
 
 def power_of(build: Builder, base: Any, x: Value, bound: float = math.inf) -> Value:
-  """base^x for a public array base > 0; error and rounds as `exp2`.
+  """base^x for a public array base > 0 that broadcasts to x; |error| <= u(R) + 3 u 2^x.
 
-  If the bases differ, x log2(base) is truncated before, which is one T more.
+  Rounds as `exp2`, and a T more if the bases differ.
   """
-  return exp2(build, build.multiply_public(x, np.log2(np.asarray(base, np.float64))), bound)
-
-
-def sinh(build: Builder, x: Value, bound: float = math.inf) -> Value:
-  """(e^x - e^-x) / 2; |error| <= u(R) + 2 u cosh(x). Rounds as `exp2`."""
-  return build.scaled(build.subtract(*_both(build, x, bound)), 0.5)
-
-
-def cosh(build: Builder, x: Value, bound: float = math.inf) -> Value:
-  """(e^x + e^-x) / 2; error and rounds as `sinh`."""
-  return build.scaled(build.add(*_both(build, x, bound)), 0.5)
-
-
-def _both(build: Builder, x: Value, bound: float) -> tuple[Value, Value]:
-  """e^x and e^-x, side by side, where their half sum or difference is up to `bound`."""
+  logs, bits = np.log2(np.asarray(base, np.float64)), build.config.fraction_bits + 6
+  if np.all(logs == logs.flat[0]):
+    return exp2(build, build.scaled(x, float(logs.flat[0])), bound)
+  integers = jnp.asarray(np.rint(logs * 2.0**bits).astype(np.int64).astype(build.config.dtype))
   x = build.narrow(x)
-  both = exp(build, build.local(lambda v: jnp.stack([v, v.dtype.type(0) - v]), x), 2 * bound + 1)
-  first, second = (build.local(lambda v, i=i: v[i], both) for i in (0, 1))
-  return first, second
+  out = build.local(lambda v: v * integers, x, max_abs=x.max_abs * float(np.abs(logs).max()))
+  return exp2(build, out._replace(scale=x.scale * 2.0**-bits), bound)
 
 
-def _exp2(build: Builder, x: Value, highest: float, checked: bool) -> Value:
-  """2^x up to 2^highest; beyond, twice as much if that is to be `checked`."""
-  config = build.config
+def _exp2(build: Builder, x: Value, highest: float, bound: float) -> Value:
+  """2^x up to 2^highest; beyond, that or (if there is a bound) twice as much."""
+  config, checked = build.config, math.isfinite(bound)
   width, coefficients = _octaves(config.fraction_bits + 2)
   parts = Parts.of(build, 2.0 ** (highest + checked) * 1.01, build.unit(2.0**highest))
   lowest = max(math.log2(parts.unit) - 2, -x.max_abs - 4 * x.scale)
@@ -97,7 +85,7 @@ def _exp2(build: Builder, x: Value, highest: float, checked: bool) -> Value:
   curve = polynomial(build, v, [c * ratio**i for i, c in enumerate(coefficients)], bits)
   curve = curve._replace(max_abs=2.0 ** (width / 2) * 1.01)
   table = piecewise.table(build, steps, powers, parts.step)
-  out = parts.compose(build, curve, table, 2.0**highest * 1.01)
+  out = parts.compose(build, curve, table, min(bound, 2.0**highest * 1.01))
   return out if checked or math.isfinite(x.max_abs) else out._replace(max_abs=math.inf)
 
 

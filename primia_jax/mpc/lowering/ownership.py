@@ -41,6 +41,7 @@ class Owned(NamedTuple):
     varies: the axes along which it may vary; along the others it repeats one slice.
     bound: its calibrated magnitude.
     dtype: of the array; whole numbers enter the circuit at scale 1.
+    unit: in which it becomes shares; None stands for that of its bound.
   """
 
   owner: int
@@ -49,6 +50,7 @@ class Owned(NamedTuple):
   varies: frozenset[int]
   bound: float = math.inf
   dtype: Any = np.dtype(np.float32)
+  unit: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,15 +161,22 @@ class Lowering:
     self.counts: set[int] = set()  # the numbers of Values that cannot be negative
     self.pools = _pooled(program)
     self.needs = _needs(program, bounds)
+    self.units = self._units(program)
 
   def enter(self, ref: Ref, owner: int | None, aval: jax.ShapeDtypeStruct) -> None:
-    everywhere = frozenset(range(len(aval.shape)))
-    owned = Owned(owner or 0, Read(ref.number), aval.shape, everywhere, self.bound(ref), aval.dtype)
     self.dtypes[ref.number] = aval.dtype
+    owned = self._owned(owner or 0, ref, aval, frozenset(range(len(aval.shape))))
     if owner is None:
       self.env[ref.number] = self.build.input(None, owned.read, aval.shape, self.bound(ref))
     else:
       self.env[ref.number] = owned
+
+  def _owned(
+    self, owner: int, ref: Ref, aval: jax.ShapeDtypeStruct, varies: frozenset[int]
+  ) -> Owned:
+    """A value of the program that its owner has."""
+    bound, unit = self.bound(ref), float(self.units[ref.number])
+    return Owned(owner, Read(ref.number), aval.shape, varies, bound, aval.dtype, unit)
 
   def dtype(self, v: Any) -> Any:
     """Of an equation's input."""
@@ -176,6 +185,20 @@ class Lowering:
   def bound(self, ref: Ref) -> float:
     """The planned magnitude of a value: `outwards` of its calibrated one, or infinity."""
     return math.inf if self.bounds is None else float(self.bounds[ref.number])
+
+  def _units(self, program: Program) -> np.ndarray:
+    """[number of values] in which units an owner's value is worth sharing: those of its own range,
+    or of a smaller range that differences of it have.
+    """
+    own = np.array([self.build.unit(self.bound(Ref(i))) for i in range(program.num_values)])
+    units = own.copy()
+    for equation in reversed(program.equations):
+      if equation.name in _UNITS:
+        (out,) = (ref.number for ref in equation.outputs)
+        for i in (v.number for v in equation.inputs if isinstance(v, Ref)):
+          factor = own[i] / own[out] if equation.name in ("mul", "div") else 1.0
+          units[i] = min(units[i], units[out] * factor)
+    return units
 
   def lower(self, equation: Equation, rules: Mapping[str, Rule]) -> None:
     """Lowers one equation by its rule, or leaves it to the party that holds all its inputs."""
@@ -190,10 +213,7 @@ class Lowering:
     if len(owners) == 1 and all(isinstance(v, Owned) or not is_secret(v) for v in inputs):
       (owner,) = owners
       for ref, aval in zip(equation.outputs, equation.avals, strict=True):
-        varies = _varies(equation, inputs, aval)
-        self.env[ref.number] = Owned(
-          owner, Read(ref.number), aval.shape, varies, self.bound(ref), aval.dtype
-        )
+        self.env[ref.number] = self._owned(owner, ref, aval, _varies(equation, inputs, aval))
       return
     if inputs and equation.outputs and not any(map(is_secret, inputs)):  # such as x == x
       with jax.ensure_compile_time_eval():
@@ -237,8 +257,8 @@ class Lowering:
       match v:
         case Owned():
           largest = min(v.bound, self.largest(v, self.build.config.margin), most_of(v.dtype))
-          whole = not jnp.issubdtype(v.dtype, jnp.floating)
-          scale = 1.0 if whole else None
+          unit = self.build.unit(largest) if v.unit is None else v.unit
+          scale = unit if jnp.issubdtype(v.dtype, jnp.floating) else 1.0
           self.forced[v] = self.build.input(v.owner, v.read, v.shape, largest, scale)
         case Masked():
           self.forced[v] = v.plain()
@@ -256,7 +276,7 @@ class Lowering:
     """The one-sided product, at a scale that fills the operand's bits and fits the ring."""
     config = self.build.config
     bound, x, largest = lazy.bound, lazy.x, self.largest(lazy.weight)
-    fraction_bits, bits = config.fraction_bits, config.num_bits
+    fraction_bits, bits = -round(math.log2(lazy.weight.unit or config.unit)), config.num_bits
     if not math.isinf(largest) and largest > 0:
       bits = config.weight_bits
       fraction_bits = bits - 1 - max(math.frexp(largest)[1], -64)
@@ -313,6 +333,10 @@ class Lowering:
     return outwards(self.magnitude(owned) * slack)
 
 
+_UNITS = {
+  "add", "sub", "neg", "mul", "div", "reshape", "squeeze", "expand_dims", "broadcast_in_dim",
+  "transpose", "slice", "copy",
+}  # fmt: skip
 _MAXIMA = {"max", "reduce_window_max"}
 _THROUGH = {"pad", "slice", "reshape", "squeeze", "expand_dims", "transpose", "copy"}
 _ONE_SCALE = _THROUGH | {

@@ -103,7 +103,8 @@ def _scale(low: Lowering, equation: Equation, a: Any, b: Owned) -> Any:
     return a._replace(
       weight=scaled, offset=None if a.offset is None else _combine(jnp.multiply, a.offset, b)
     )
-  x = low.build.narrow(low.build.broadcast(low.value(a), shape))
+  x = low.value(a) if isinstance(a, Owned) else low.build.narrow(low.value(a))
+  x = low.build.broadcast(x, shape)
   everywhere = b._replace(read=Derived(jnp.broadcast_to, (b,), (shape,)), shape=shape)
   return Lazy(x, maps.MULTIPLY, everywhere, None, shape, tuple(range(len(shape))), ())
 
@@ -127,7 +128,8 @@ def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   if not is_secret(b):
     return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
   if isinstance(b, Owned):
-    return _mul(low, equation, [a, b._replace(read=Derived(_inverse, (b,)), bound=math.inf)])
+    inverse = Derived(_inverse, (b,))
+    return _mul(low, equation, [a, b._replace(read=inverse, bound=math.inf, unit=None)])
   bound = low.bound(equation.outputs[0])
   return powers.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b), bound=bound)
 

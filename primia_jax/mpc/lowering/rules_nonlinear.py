@@ -12,7 +12,14 @@ from jax import lax
 
 from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Value
-from primia_jax.mpc.functions import exponentials, extrema, piecewise, powers
+from primia_jax.mpc.functions import (
+  exponentials,
+  extrema,
+  hyperbolic,
+  piecewise,
+  powers,
+  trigonometry,
+)
 from primia_jax.mpc.lowering import rules_integer
 from primia_jax.mpc.lowering.ownership import Lowering, Pending, Rule, is_secret
 from primia_jax.mpc.lowering.program import Equation, Ref
@@ -309,6 +316,9 @@ UNARY: dict[str, Callable[[Builder, Value], Value]] = {
   "tanh": exponentials.tanh,
   "erf": exponentials.erf,
   "erfc": exponentials.erfc,
+  "sin": trigonometry.sin,
+  "cos": trigonometry.cos,
+  "atan": trigonometry.atan,
 }
 RANGED: dict[str, Callable[..., Value]] = {
   "sqrt": powers.sqrt,
@@ -319,8 +329,12 @@ RANGED: dict[str, Callable[..., Value]] = {
   "exp": exponentials.exp,
   "exp2": exponentials.exp2,
   "expm1": exponentials.expm1,
-  "sinh": exponentials.sinh,
-  "cosh": exponentials.cosh,
+  "sinh": hyperbolic.sinh,
+  "cosh": hyperbolic.cosh,
+  "asinh": hyperbolic.asinh,
+  "acosh": hyperbolic.acosh,
+  "atanh": hyperbolic.atanh,
+  "tan": trigonometry.tan,
 }
 RULES: dict[str, Rule] = {
   "max": _max,

@@ -3,6 +3,11 @@
 mean(x^2) - mean(x)^2 is the difference of two large numbers where the mean is large beside the
 deviation. Flax's normalisations compute it so by default. mean((x - mean(x))^2) is the same number;
 its terms are small, so that fixed point keeps them in fine units, and it is never negative.
+
+A normalisation y = (x - mean) r, where r = 1 / sqrt(variance + epsilon), then errs by at most
+u ((1 + |y|) C r + |y| (R / r + 1) + 1), where C and R bound x - mean and r: up to 4 times their
+largest in calibration. x must be in units of u C or finer, as a linear layer's output and an
+owner's input are.
 """
 
 from __future__ import annotations
