@@ -14,6 +14,7 @@ import numpy as np
 
 from primia_jax.mpc.circuit import Circuit, Config, Values
 from primia_jax.mpc.lowering import (
+  rules_complex,
   rules_indexing,
   rules_integer,
   rules_linear,
@@ -24,12 +25,14 @@ from primia_jax.mpc.lowering import (
 from primia_jax.mpc.lowering.ownership import Lowering, is_secret
 from primia_jax.mpc.lowering.program import Program, Ref
 
-_RULES = rules_integer.rules(
-  rules_linear.RULES
-  | rules_nonlinear.RULES
-  | rules_sorting.RULES
-  | rules_indexing.RULES
-  | rules_tables.RULES
+_RULES = rules_complex.rules(
+  rules_integer.rules(
+    rules_linear.RULES
+    | rules_nonlinear.RULES
+    | rules_sorting.RULES
+    | rules_indexing.RULES
+    | rules_tables.RULES
+  )
 )
 
 
