@@ -7,7 +7,6 @@ weight_bits - 1.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -166,8 +165,8 @@ def _transformed(low: Lowering, x: Complex, axis: int, n: int, kind: str) -> Any
   out = low.build.local(lambda v: jnp.moveaxis(v, -1, axis), out)
   if kind == "IRFFT":
     return out
-  half = functools.partial(lax.split, sizes=[out.shape[axis] // 2] * 2, axis=axis)
-  return Complex(*(low.build.local(lambda v, i=i: half(v)[i], out) for i in (0, 1)))
+  parts = lambda v: lax.split(v, [v.shape[axis] // 2] * 2, axis)
+  return Complex(*(low.build.local(lambda v, i=i: parts(v)[i], out) for i in (0, 1)))
 
 
 _RULES: dict[str, Callable[..., Any]] = {
