@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from mpc_reference import OWNERS, check_plan, normal
+from mpc_reference import OWNERS, check_plan, gates, normal
 
 from primia_jax import mpc
-from primia_jax.mpc import planning
+from primia_jax.mpc.gates.elementwise import RELU, SIGN, TRUNCATE
 
 pytestmark = pytest.mark.usefixtures("x64")
 ONE, X, TABLE = np.ones((), np.float32), normal(0, 4, 6), normal(1, 7, 3) * 100
@@ -31,13 +31,7 @@ def test_writes_at_public_positions():
     )  # fmt: skip
 
   plan = check_plan(fn, (ONE, X), 1e-4)
-  assert {row.what for row in planning.rows(plan)} == {
-    "open",
-    "linear",
-    "truncate",
-    "product",
-    "output",
-  }
+  assert set(gates(plan)) <= {TRUNCATE}
 
 
 def test_sums_at_equal_positions_have_room():
@@ -78,7 +72,7 @@ def test_a_private_token_in_the_model_owners_table():
   """The position's one-hot vector is the data owner's alone: one product and no comparison."""
   tokens = np.array([[0, 3, 6], [1, 6, 2]], np.int32)
   plan = check_plan(lambda w, i: (jnp.take(w, i, axis=0), w[i]), (TABLE, tokens), 1e-3)
-  assert {row.what for row in planning.rows(plan)} == {"open", "linear", "output"}
+  assert not {RELU, SIGN} & set(gates(plan))
 
 
 def test_parties_agree_with_the_integer_model():
@@ -118,10 +112,7 @@ def position(w, x):
       "dynamic_slice at a secret position of several axes",
     ),
     (lambda w, x: (x * w).at[TWICE].multiply(x * w), "scatter.mul of secret factors at equal"),
-    (
-      lambda w, x: jnp.full((9, 2), np.inf, np.float32)[position(w, x)],
-      "a table that is not finite",
-    ),
+    (lambda w, x: jnp.full((9, 2), np.inf, np.float32)[position(w, x)], "not finite|infinite"),
   ],
 )
 def test_the_rest_is_refused_by_name(fn, reason):
