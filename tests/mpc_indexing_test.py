@@ -76,14 +76,10 @@ def test_a_private_token_in_the_model_owners_table():
 
 
 def test_parties_agree_with_the_integer_model():
-  fn = lambda w, x: (
-    jnp.asarray(TABLE)[jnp.argmax(x * w, 1)],
-    (x * w)[:, jnp.argmax(x[0] * w)],
-    (x * w).at[1].set(2.0).at[2].add(x[0] * w),
-  )
-  plan = check_plan(fn, (ONE, X), 1e-4)
-  for got, want in zip(mpc.infer(plan, ONE, X), mpc.check(plan, (ONE, X)), strict=True):
-    np.testing.assert_array_equal(got, want)
+  fn = lambda w, x: (x * w).at[1].set(2.0)[jnp.argmax(x[0] * w)]
+  args = (ONE, X[:, :3])
+  plan = check_plan(fn, args, 3e-5)
+  np.testing.assert_array_equal(mpc.infer(plan, *args), mpc.check(plan, args))
 
 
 def position(w, x):
