@@ -20,18 +20,13 @@ from primia_jax.mpc.lowering import (
   rules_linear,
   rules_nonlinear,
   rules_sorting,
-  rules_tables,
 )
 from primia_jax.mpc.lowering.ownership import Lowering, is_secret
 from primia_jax.mpc.lowering.program import Program, Ref
 
 _RULES = rules_complex.rules(
   rules_integer.rules(
-    rules_linear.RULES
-    | rules_nonlinear.RULES
-    | rules_sorting.RULES
-    | rules_indexing.RULES
-    | rules_tables.RULES
+    rules_linear.RULES | rules_nonlinear.RULES | rules_sorting.RULES | rules_indexing.RULES
   )
 )
 
