@@ -13,7 +13,7 @@ from primia_jax import mpc, prng, ring
 from primia_jax.mpc import clear as integer_model
 from primia_jax.mpc import inference, protocol, sharing
 from primia_jax.mpc.builder import Builder
-from primia_jax.mpc.circuit import Config
+from primia_jax.mpc.circuit import Apply, Config
 
 OWNERS = ("model_owner", "data_owner")
 CONFIGS = [Config(64, 16), Config(48, 12), Config(40, 10), Config(32, 8)]
@@ -120,6 +120,11 @@ def check_plan(fn, args, atol=0.0, owners=OWNERS, config=CONFIGS[0]):
     a, b = (np.asarray(v, np.float64) for v in (a, b))
     np.testing.assert_allclose(a, b, 0, atol, err_msg=f"output {i}")
   return plan
+
+
+def gates(plan):
+  """What each gate of a plan does, in order."""
+  return [op.gate.action for op in plan.circuit.operations if isinstance(op, Apply)]
 
 
 def check_shapes(fn):

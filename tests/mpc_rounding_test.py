@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mpc_reference import CONFIGS, check_both_parties, clear
+from mpc_reference import CONFIGS, clear
 
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.functions import rounding
@@ -71,7 +71,3 @@ def test_what_is_refused():
       clear(lambda b, x: rounding.floor(b, x, 3.0), [np.ones(2)], CONFIGS[0])
     with pytest.raises(ValueError, match="not above 0"):
       clear(lambda b, x: rounding.floor(b, x, 0.0), [np.ones(2)], CONFIGS[0])
-
-
-def test_both_parties_get_the_same_bits():
-  check_both_parties(rounding.nearest_away)

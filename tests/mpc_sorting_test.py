@@ -33,7 +33,7 @@ def everything(axis, num):
   return fn
 
 
-@pytest.mark.parametrize(("n", "axis"), [(1, 0), (7, 0), (16, 2), (19, 1)])
+@pytest.mark.parametrize(("n", "axis"), [(1, 0), (7, 2)])
 def test_sort_and_largest(n, axis):
   config, rng, num = CONFIGS[1], np.random.default_rng(n), min(n, 3)
   shape = [2, 3]

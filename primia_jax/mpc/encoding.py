@@ -46,11 +46,14 @@ def blank(operand: Operand, config: Config) -> Any:
   return encode(operand, jnp.zeros(operand.shape, jnp.float32), config)
 
 
-def decode(elements: Array, scale: float, config: Config) -> Array:
-  """Ring elements as float32 numbers."""
+def decode(elements: Array, scale: float, config: Config, dtype: Any = jnp.float32) -> Array:
+  """Ring elements as float32 numbers, or as integers or truth values of another dtype."""
   wide = jnp.float64 if config.num_bits > 32 else jnp.float32
-  numbers = signed(elements, config.num_bits).astype(wide)
-  return (numbers * jnp.asarray(scale, wide)).astype(jnp.float32)
+  integers, real = signed(elements, config.num_bits), jnp.issubdtype(dtype, jnp.floating)
+  if scale == 1 and not real:
+    return integers.astype(dtype)
+  numbers = integers.astype(wide) * jnp.asarray(scale, wide)
+  return numbers.astype(jnp.float32) if real else jnp.round(numbers).astype(dtype)
 
 
 def largest(value: Array) -> Array:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -61,29 +60,6 @@ def table(build: Builder, steps: Value, values: np.ndarray, scale: float) -> Val
   if integers[0]:
     out = build.add_public(out, integers[0] * scale)
   return out._replace(max_abs=max(map(abs, integers)) * scale)
-
-
-def lines(
-  build: Builder, x: Value, knots: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray
-) -> Value:
-  """slope x + intercept of the piece that x lies in; n ascending knots make n + 1 pieces.
-
-  |error| <= u, and what x's own truncation to u makes of it, as long as the ring has room for
-  slopes in units of u / max |x|. T + C + P rounds; not truncated.
-  """
-  config, x = build.config, build.narrow(x)
-  reach = max(1.0, x.max_abs) if math.isfinite(x.max_abs) else 1.0
-  steepest = max(float(np.abs(slopes).max()), config.unit)
-  room = config.num_bits - 4 - math.log2(steepest * reach / x.scale)
-  fine = 2.0 ** -min(math.ceil(math.log2(2 * reach / config.unit)), math.floor(room))
-  units = knots / x.scale
-  reached = steps(build, x, np.concatenate([np.ceil(units[:-1]), np.floor(units[-1:]) + 1]))
-  slope, constant = (
-    table(build, reached, v, scale) for v, scale in ((slopes, fine), (intercepts, fine * x.scale))
-  )
-  bound = steepest * reach if math.isfinite(x.max_abs) else math.inf
-  risen = product(build, *opened(build, [x, slope]))._replace(max_abs=bound)
-  return build.add(risen, constant)
 
 
 def sign(build: Builder, x: Value) -> Value:

@@ -17,26 +17,27 @@ from primia_jax.mpc import fusing
 from primia_jax.mpc.circuit import Circuit, Config
 from primia_jax.mpc.lowering import (
   rectifiers,
+  rules_complex,
   rules_indexing,
   rules_integer,
   rules_linear,
   rules_masks,
   rules_nonlinear,
   rules_sorting,
-  rules_tables,
 )
 from primia_jax.mpc.lowering.ownership import Lowering, Owned, is_secret
 from primia_jax.mpc.lowering.program import Program, Ref
 from primia_jax.mpc.lowering.repeats import without_repeats
 
 _RULES = rules_masks.rules(
-  rules_integer.rules(
-    rules_linear.RULES
-    | rules_nonlinear.RULES
-    | rectifiers.RULES
-    | rules_sorting.RULES
-    | rules_indexing.RULES
-    | rules_tables.RULES
+  rules_complex.rules(
+    rules_integer.rules(
+      rules_linear.RULES
+      | rules_nonlinear.RULES
+      | rectifiers.RULES
+      | rules_sorting.RULES
+      | rules_indexing.RULES
+    )
   )
 )
 

@@ -141,6 +141,17 @@ class Masked:
     return float(fill.max(initial=-math.inf)) + self.spread
 
 
+class Complex(NamedTuple):
+  """Two real numbers, each held as it may be; a part may be public."""
+
+  real: Any
+  imag: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return np.broadcast_shapes(*(v.shape for v in self))
+
+
 class Lowering:
   """The state of a lowering: the circuit so far, and who holds each value."""
 
@@ -229,8 +240,11 @@ class Lowering:
     outputs = rule(self, equation, inputs)
     outputs = outputs if isinstance(outputs, list) else [outputs]
     for ref, out in zip(equation.outputs, outputs, strict=True):
+      bounded = lambda v: v._replace(max_abs=min(v.max_abs, self.bound(ref)))  # noqa: B023
       if isinstance(out, Value):
-        out = out._replace(max_abs=min(out.max_abs, self.bound(ref)))
+        out = bounded(out)
+      elif isinstance(out, Complex):
+        out = Complex(*(bounded(v) if isinstance(v, Value) else v for v in out))
       elif isinstance(out, Lazy | Pending):
         out = out._replace(bound=self.bound(ref), layer=layer, place=place)
         if isinstance(out, Lazy):
@@ -253,6 +267,10 @@ class Lowering:
     """v as shares; a waiting value is computed now, once."""
     if isinstance(v, Value):
       return v
+    if isinstance(v, Complex):
+      raise NotImplementedError(
+        f"{self.build.place}: a complex number; take jnp.real and jnp.imag of it first"
+      )
     if v not in self.forced:
       match v:
         case Owned():
@@ -397,7 +415,7 @@ def most_of(dtype: Any) -> float:
 
 
 def is_secret(v: Any) -> bool:
-  return isinstance(v, Owned | Lazy | Pending | Masked | Value)
+  return isinstance(v, Owned | Lazy | Pending | Masked | Value | Complex)
 
 
 def _varies(

@@ -14,12 +14,11 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from primia_jax.mpc.lowering import look_ups
 from primia_jax.mpc.lowering.decompositions import DECOMPOSITIONS
 from primia_jax.types import Array, PyTree
 
 PUBLIC = "public"
-# JAX's functions of a number and public tables that have rules of their own.
-LOOK_UPS = {"searchsorted": "searchsorted", "_interp": "interp"}
 
 
 class Ref(NamedTuple):
@@ -219,19 +218,15 @@ class _Tracer:
       return self._scan(eqn, values, layer, source)
     if name == "while":
       return self._while(eqn, values, layer, source)
-    if (called := eqn.params.get("name")) in LOOK_UPS and (
-      sum(isinstance(v, Ref) for v in values) == 1
-    ):
-      return self._whole(LOOK_UPS[called], eqn, values, layer, source)
+    parts = look_ups.written_out(eqn, [None if isinstance(v, Ref) else v for v in values])
+    if parts is not None:
+      return self._parts(parts, [v for v in values if isinstance(v, Ref)], layer, source)
     if name in _CALLS:
       (body,) = (eqn.params[key] for key in _CALLS[name] if key in eqn.params)
       return self.inline(body, values, layer, source)
     if name in DECOMPOSITIONS and not eqn.effects:
-      return self._parts(eqn, values, layer, source)
-    return self._whole(name, eqn, values, layer, source)
-
-  def _whole(self, name: str, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
-    """One equation."""
+      parts = jax.make_jaxpr(functools.partial(DECOMPOSITIONS[name], **eqn.params))
+      return self._parts(parts(*(v.aval for v in eqn.invars)), values, layer, source)
     outputs = tuple(self.new() for _ in eqn.outvars)
     avals = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
     bind = lambda *inputs: _bind(eqn, inputs)
@@ -240,11 +235,10 @@ class _Tracer:
     )
     return list(outputs)
 
-  def _parts(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
-    """A primitive as others, which keep its place."""
-    parts = jax.make_jaxpr(functools.partial(DECOMPOSITIONS[eqn.primitive.name], **eqn.params))
+  def _parts(self, parts: Any, values: list[Any], layer: str, source: str) -> list[Any]:
+    """A jaxpr in an equation's place."""
     outside, self.decomposed = self.decomposed, source
-    out = self.inline(parts(*(v.aval for v in eqn.invars)), values, layer, source)
+    out = self.inline(parts, values, layer, source)
     self.decomposed = outside
     return out
 

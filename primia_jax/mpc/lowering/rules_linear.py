@@ -155,7 +155,7 @@ def _bilinear(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   else:
     x, weight, order = low.value(a), b, None
   if not is_secret(weight):
-    return _public_product(low, x, weight, mapping, order)
+    return public_product(low, x, weight, mapping, order)
   if isinstance(weight, Owned):
     shape = maps.shape_of(mapping, x.shape, weight.shape)
     axes = maps.weight_axes(mapping, x.shape, weight.shape)
@@ -168,7 +168,7 @@ def _bilinear(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   return low.build.product(x, low.value(weight), mapping, low.bound(equation.outputs[0]))
 
 
-def _public_product(low: Lowering, x: Value, weight: Any, mapping: Map, order: Any) -> Value:
+def public_product(low: Lowering, x: Value, weight: Any, mapping: Map, order: Any) -> Value:
   """A linear map with public coefficients: each party applies it to its share."""
   config = low.build.config
   x = low.build.narrow(x)
