@@ -11,10 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc.circuit import Value
-from primia_jax.mpc.lowering.ownership import Lowering, Masked, Owned, Rule, is_secret
+from primia_jax.mpc.lowering.ownership import (
+  LOW,
+  Lowering,
+  Masked,
+  Owned,
+  Rule,
+  is_low,
+  is_real,
+  is_secret,
+)
 from primia_jax.mpc.lowering.program import Equation, Ref
 
-LOW = -1e4  # a public number masks from here down
 _UNBOUNDED = {"max", "min", "clamp", "pad"}  # their own rules take infinite numbers
 
 
@@ -71,18 +79,18 @@ class Step(NamedTuple):
       found = [np.asarray(v) for v in self.equation.bind(*map(jnp.asarray, inputs))]
     return found if len(found) > 1 else found[0]
 
-  def masked(self, x: Value, keep: np.ndarray, fill: Any, spread: float, number: int = 0) -> Any:
+  def masked(self, x: Value, keep: np.ndarray, fill: Any, spread: Any, number: int = 0) -> Any:
     """Output `number` under a public mask; a plain value if nothing is masked."""
     if keep.all():
       return x
     x = x._replace(max_abs=min(x.max_abs, self.low.bound(self.equation.outputs[number])))
-    fill = np.where(keep, 0.0, np.asarray(fill, np.float64))
+    fill, spread = (np.where(keep, 0.0, np.asarray(v, np.float64)) for v in (fill, spread))
     return Masked(x, keep, fill, spread, x.max_abs, self._late(number))
 
   def hidden(self, x: Value, top: float, bound: float, origin: Any, number: int = 0) -> Masked:
     """Output `number` under a secret mask; masked entries lie at or below `top`."""
     bound = min(bound, self.low.bound(self.equation.outputs[number]))
-    return Masked(x, None, np.asarray(top), 0.0, bound, self._late(number), origin)
+    return Masked(x, None, np.asarray(top), np.zeros(()), bound, self._late(number), origin)
 
   def _late(self, number: int) -> Any:
     def plain() -> Value:
@@ -165,15 +173,5 @@ def is_hidden(v: Any) -> bool:
   return isinstance(v, Masked) and v.keep is None
 
 
-def is_real(v: Any) -> bool:
-  """Whether v is a public array of real numbers."""
-  known = not is_secret(v) and not isinstance(v, jax.core.Tracer)
-  return known and jnp.issubdtype(np.asarray(v).dtype, jnp.floating)
-
-
 def is_finite(v: Any) -> bool:
   return not is_real(v) or bool(np.all(np.isfinite(np.asarray(v, np.float64))))
-
-
-def is_low(v: Any) -> bool:
-  return is_real(v) and bool(np.any(np.asarray(v, np.float64) <= LOW))

@@ -24,6 +24,7 @@ from primia_jax.mpc.lowering.program import Equation, Program, Ref
 from primia_jax.mpc.maps import Map
 from primia_jax.types import Array
 
+LOW = -1e4  # a public number masks from here down
 _FEWEST_BITS, _ENOUGH_BITS = 6, 10  # of the largest weight of a layer
 Rule = Callable[["Lowering", Equation, list[Any]], Any]
 
@@ -77,16 +78,16 @@ class Masked:
       `fill`.
     keep: [shape] bool, the entries that are not masked; None if the mask is secret.
     fill: [shape] public numbers, or one for a secret mask.
-    spread: masked entries stand for numbers within this of `fill`.
+    spread: of fill's shape; masked entries stand for numbers within this of `fill`.
     bound: of the magnitude of the other entries.
     plain: the value with the masked numbers in it, for everything else that may follow.
     origin: which secret mask; in a tuple, a maximum over what it masks.
   """
 
   x: Value
-  keep: np.ndarray | None
+  keep: Any
   fill: np.ndarray
-  spread: float
+  spread: np.ndarray
   bound: float
   plain: Callable[[], Value]
   origin: Any = None
@@ -98,8 +99,8 @@ class Masked:
   @property
   def top(self) -> float:
     """No masked entry stands for more."""
-    fill = self.fill if self.keep is None else self.fill[~self.keep]
-    return float(fill.max(initial=-math.inf)) + self.spread
+    most = self.fill + self.spread
+    return float((most if self.keep is None else most[~self.keep]).max(initial=-math.inf))
 
 
 class Lowering:
@@ -118,7 +119,7 @@ class Lowering:
       np.full(program.num_values, math.inf) if ranges is None else np.array(ranges, np.float64)
     )
     for equation in reversed(program.equations):
-      if equation.name in ("add", "sub"):
+      if equation.name in ("add", "sub") and not any(map(is_low, equation.inputs)):
         inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
         self.sums[inputs] = np.maximum(self.sums[inputs], self.sums[equation.outputs[0].number])
 
@@ -138,6 +139,11 @@ class Lowering:
     """Lowers one equation by its rule, or leaves it to the party that holds all its inputs."""
     inputs = [self.env[v.number] if isinstance(v, Ref) else v for v in equation.inputs]
     self.build.layer = layer = self.label(equation)
+    if equation.outputs and not any(map(is_secret, inputs)):  # a rule found what is public
+      with jax.ensure_compile_time_eval():
+        found = equation.bind(*inputs)
+      self.env |= {ref.number: v for ref, v in zip(equation.outputs, found, strict=True)}
+      return
     owners = {v.owner for v in inputs if isinstance(v, Owned)}
     if len(owners) == 1 and all(isinstance(v, Owned) or not is_secret(v) for v in inputs):
       (owner,) = owners
@@ -276,6 +282,17 @@ def _pooled(program: Program) -> set[int]:
 
 def reader(ref: Ref) -> Callable[[Values], Array]:
   return lambda values: values[ref.number]
+
+
+def is_real(v: Any) -> bool:
+  """Whether v is a public array of real numbers."""
+  known = not is_secret(v) and not isinstance(v, Ref | jax.core.Tracer)
+  return known and jnp.issubdtype(np.asarray(v).dtype, jnp.floating)
+
+
+def is_low(v: Any) -> bool:
+  """Whether v is a public array that masks."""
+  return is_real(v) and bool(np.any(np.asarray(v, np.float64) <= LOW))
 
 
 def is_secret(v: Any) -> bool:
