@@ -100,6 +100,8 @@ def test_maxima_and_comparisons():
       (x <= jnp.inf) & jnp.isfinite(masked),
       jax.nn.relu(masked),
       jnp.where(VALID, masked, 0),
+      jnp.isnan(masked),
+      jnp.maximum(x, np.where(VALID, -jnp.inf, 0.5)),
       lax.reduce_window(
         jnp.where(np.arange(6) != 2, x, -jnp.inf), -jnp.inf, lax.max, (1, 3, 3), (1, 2, 2), "SAME"
       ),
@@ -198,6 +200,12 @@ def test_nnx_attention():
     (lambda x: jnp.where(VALID, x, -jnp.inf), "select_n of a secret value and an infinite"),
     (lambda x: jnp.where(VALID, x, -jnp.inf).sum(-1), "select_n of a secret value and an infinite"),
     (lambda x: x * jnp.inf, "mul of a secret value and an infinite"),
+    (lambda x: jnp.maximum(x, jnp.inf), "max of a secret value and an infinite"),
+    (lambda x: jnp.minimum(x, np.where(VALID, 0, jnp.inf)), "min of a secret value and an inf"),
+    (
+      lambda x: jnp.isfinite(jnp.where(x > 0, x, -jnp.inf)),
+      "select_n of a secret value and an inf",
+    ),
     (lambda x: jnp.where(x > 0, x, jnp.nan), "select_n of a secret value and an infinite or NaN"),
     (lambda x: jax.nn.softmax(jnp.where(VALID & False, x, -jnp.inf)), "masked wholly by minus inf"),
   ],

@@ -23,7 +23,13 @@ from primia_jax.mpc.lowering.ownership import (
 )
 from primia_jax.mpc.lowering.program import Equation, Ref
 
-_UNBOUNDED = {"max", "min", "clamp", "pad"}  # their own rules take infinite numbers
+# Primitives whose own rules take an infinite number.
+_UNBOUNDED = {
+  "max": (-math.inf,),
+  "min": (math.inf,),
+  "clamp": (-math.inf, math.inf),
+  "pad": (-math.inf, math.inf),
+}
 
 
 class Part(NamedTuple):
@@ -64,7 +70,8 @@ class Step(NamedTuple):
   def plain(self) -> Any:
     """Without masks: masked values as the numbers that they are."""
     inputs = [self.low.value(v) if isinstance(v, Masked) else v for v in self.inputs]
-    if self.equation.name not in _UNBOUNDED and not all(map(is_finite, inputs)):
+    allowed = _UNBOUNDED.get(self.equation.name, ())
+    if not all(is_finite(v) or any(np.all(np.asarray(v) == n) for n in allowed) for v in inputs):
       raise NotImplementedError(
         f"{self.equation.name} of a secret value and an infinite or NaN public number at "
         f"{self.equation.source}; only maxima, comparisons and exp may follow minus infinity"

@@ -224,7 +224,8 @@ def _reduce_max(step: Step) -> Any:
   if not isinstance(a, Masked):
     return None
   if a.keep is None:
-    return step.hidden(step.value([a.x]), a.top, a.bound, (a.origin,))
+    below = a.top <= -a.bound
+    return step.hidden(step.value([a.x]), a.top, a.bound, (a.origin,)) if below else None
   axes = tuple(sorted(step.equation.params["axes"]))
   last = tuple(range(len(step.shape), len(a.shape)))
   keep = np.moveaxis(a.keep, axes, last).reshape(*step.shape, -1)
@@ -270,7 +271,10 @@ def _max(step: Step) -> Any:
   b = np.broadcast_to(np.asarray(b, np.float64), step.shape)
   below = bool(np.all(b <= LOW)) and bool(np.all(b <= -step.bound(i)))
   if not isinstance(a, Masked):
-    return low.build.broadcast(low.value(a), step.shape) if below else None
+    if below:
+      return low.build.broadcast(low.value(a), step.shape)
+    least = -low.least(low.value(a))
+    return step.run([a, np.where(b <= least, least, b)]) if is_low(b) else None
   if a.keep is None:
     x = low.build.broadcast(a.x, step.shape)
     return step.hidden(x, a.top, a.bound, a.origin) if below else None
@@ -285,6 +289,8 @@ def _max(step: Step) -> Any:
 
 def _compare(step: Step) -> Any:
   """With public numbers: what is masked, or compared with infinity, is public."""
+  if step.inputs[0] is step.inputs[1]:  # as JAX asks for NaN
+    return np.full(step.shape, step.equation.name in ("eq", "ge", "le"))
   low, i = step.low, 0 if is_secret(step.inputs[0]) else 1
   numbers = step.inputs[1 - i]
   if not is_real(numbers) or is_hidden(step.inputs[i]):
@@ -310,8 +316,10 @@ def _compare(step: Step) -> Any:
 
 def _is_finite(step: Step) -> Any:
   (a,) = step.inputs
-  if not isinstance(a, Masked) or a.keep is None:
+  if not isinstance(a, Masked):
     return None
+  if a.keep is None:  # of a maximum under a secret mask, nobody knows whether all was masked
+    return np.ones(step.shape, bool) if isinstance(a.origin, tuple) else None
   return a.keep | np.isfinite(a.fill)
 
 
