@@ -151,7 +151,7 @@ def zeroed(low: Lowering, x: Value, keep: np.ndarray) -> Value:
   """x, and 0 where masked."""
   if keep.all():
     return x
-  factors = jnp.asarray(keep.astype(low.build.config.dtype))
+  factors = keep.astype(low.build.config.dtype)
   return low.build.local(
     lambda v: v * factors, low.build.broadcast(x, keep.shape), shape=keep.shape
   )

@@ -233,7 +233,7 @@ def _reduce_max(step: Step) -> Any:
   places = np.argsort(~keep, axis=-1, kind="stable")[..., : max(1, int(counts.max(initial=0)))]
   places = np.where(np.arange(places.shape[-1]) < counts, places, places[..., :1])
   rows = lambda v: jnp.moveaxis(v, axes, last).reshape(keep.shape)
-  taken = lambda v: jnp.take_along_axis(rows(v), jnp.asarray(places), axis=-1)
+  taken = lambda v: jnp.take_along_axis(rows(v), places, axis=-1)
   x = extrema.tournament(
     low.build, low.build.local(taken, a.x, shape=places.shape), len(step.shape)
   )
