@@ -321,7 +321,7 @@ def pooled(x, **options):
     (lambda w, x: lax.cond((x @ w).sum() > 0, lambda: 1.0, lambda: 2.0), "cond on a secret value"),
     (
       lambda w, x: lax.while_loop(lambda v: v.sum() > 0, lambda v: v - 1, x @ w),
-      "while loop over secret",
+      "while loop on a secret condition",
     ),
   ],
 )

@@ -75,6 +75,80 @@ def test_a_switch_takes_its_branch():
     assert names(flat(fn, (X, np.int32(i)), ["secret", PUBLIC])) == [name]
 
 
+def test_loops_on_public_conditions_are_unrolled():
+  """A counter, a public bound, and a public number decide; what is carried along is secret."""
+
+  def fn(x, n):
+    doubled = lax.fori_loop(0, n, lambda i, v: v * 2.0, x)
+    count, total = lax.while_loop(
+      lambda c: c[0] * c[0] < 10,
+      lambda c: (c[0] + 1, c[1] + jnp.asarray(x)[c[0]]),
+      (0, jnp.zeros(3)),
+    )
+    chosen = lax.fori_loop(0, 3, lambda i, v: lax.cond(i == 1, jnp.sin, jnp.cos, v), doubled)
+    return chosen, count, total
+
+  traced = flat(fn, (X, np.int32(3)), ["secret", PUBLIC])
+  found = names(traced)
+  assert found.count("mul") == 3
+  assert [name for name in found if name in ("sin", "cos")] == ["cos", "sin", "cos"]
+  assert not isinstance(traced.outputs[1], Ref)
+  assert int(traced.outputs[1]) == 4
+
+
+def test_a_carry_that_starts_public_and_a_public_sequence():
+  def fn(x):
+    step = lambda carry, row: ((carry[0] + row * x, carry[1] + 1), (carry[0], carry[1]))
+    return lax.scan(step, (jnp.zeros((4, 3)), 0), np.arange(5, dtype=np.float32))
+
+  traced = flat(fn, (X,))
+  assert [isinstance(v, Ref) for v in traced.outputs] == [True, False, True, False]
+
+
+def test_an_empty_scan():
+  flat(lambda x: lax.scan(lambda c, _: (c * 2, c), x, None, length=0), (X,))
+
+
+def test_what_no_output_needs_is_left_out():
+  assert names(flat(lambda x: (jnp.sort(x), jnp.sin(x))[1], (X,))) == ["sin"]
+
+
+def test_reductions_are_no_calls():
+  """Their jaxpr is that of two elements."""
+  traced = flat(lambda x: lax.reduce(x, np.float32(1), lambda a, b: a * b, (1,)), (X,))
+  assert names(traced) in (["reduce"], ["reduce_prod"])
+
+
+def test_keys_and_counters_are_values_like_others():
+  state = {"key": jax.random.key(0), "raw": jax.random.PRNGKey(1), "count": np.uint32(3)}
+
+  def fn(state, x):
+    bits = jax.random.key_data(state["key"])[0] + state["raw"][1] + state["count"]
+    return x * (bits % np.uint32(8)).astype(np.float32)
+
+  traced = flat(fn, (state, X))
+  assert np.all(np.isfinite(program.measure(traced, jax.tree.leaves((state, X)))))
+
+
+def test_magnitudes():
+  fn = lambda x, w: (
+    jnp.pad(x, 1, constant_values=-jnp.inf).max(1),
+    x * w,
+    x[:, :0],
+    lax.complex(x, x),
+  )
+  traced = program.trace(fn, (X, W[None]), ["secret"] * 2)
+  largest = program.measure(traced, [X, W[None]])
+  assert len(largest) == traced.num_values
+  of = lambda v: np.abs(v).max()
+  np.testing.assert_allclose(largest[traced.outputs[1].number], of(X * W), rtol=1e-6)
+  np.testing.assert_allclose(largest[traced.outputs[3].number], of(X + 1j * X), rtol=1e-6)
+  assert largest[traced.outputs[2].number] == 0
+  assert largest[0] == of(X)
+  assert largest.max() < 10
+  assert np.isnan(program.measure(traced, [X * np.nan, W[None]])[0])
+
+
 def test_what_is_public_is_computed_on_the_spot():
   def fn(x, p):
     p = lax.while_loop(lambda v: v.sum() < 100, lambda v: 2 * v, jnp.abs(p))
@@ -85,6 +159,21 @@ def test_what_is_public_is_computed_on_the_spot():
   assert [isinstance(v, Ref) for v in traced.outputs] == [True, False, False]
   assert isinstance(traced.inputs[0], Ref)
   np.testing.assert_array_equal(traced.inputs[1], W)
+
+
+def test_what_is_public_stays_an_array_inside_jit():
+  programs = []
+
+  @jax.jit
+  def fn(x):
+    inner = lambda x, p: lax.scan(lambda c, row: (c * jnp.sin(p) + row, jnp.cos(p)), x[0], x)
+    programs.append(program.trace(inner, (x, W), ["secret", PUBLIC]))
+    return x
+
+  fn(X)
+  public = [v for e in programs[0].equations for v in e.inputs if not isinstance(v, Ref)]
+  assert len(public) >= len(X)
+  assert not any(isinstance(v, jax.core.Tracer) for v in public)
 
 
 def test_evaluate_gives_what_follows_from_what_is_given():
@@ -130,7 +219,7 @@ def test_shapes_and_dtypes_of_what_goes_in_and_out():
     ),
     (
       lambda x: lax.while_loop(lambda v: v.sum() > 0, lambda v: v - 1, x),
-      r"while loop .* at mpc_program_test.py:\d+",
+      r"while loop on a secret condition at mpc_program_test.py:\d+",
     ),
   ],
 )

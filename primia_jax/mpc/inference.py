@@ -174,14 +174,10 @@ def decode_outputs(plan: Plan, elements: Sequence[Array]) -> PyTree:
   """The outputs from their ring elements; positions and comparisons as integers and booleans."""
   found = iter(elements)
   leaves = [
-    _as(dtype, encoding.decode(next(found), v.scale, plan.config)) if isinstance(v, Value) else v
+    encoding.decode(next(found), v.scale, plan.config, dtype) if isinstance(v, Value) else v
     for v, dtype in zip(plan.circuit.outputs, plan.program.out_dtypes, strict=True)
   ]
   return jax.tree.unflatten(plan.program.out_tree, leaves)
-
-
-def _as(dtype: Any, x: Array) -> Array:
-  return x if jnp.issubdtype(dtype, jnp.floating) else jnp.round(x).astype(dtype)
 
 
 # ---- both parties online

@@ -29,8 +29,8 @@ from primia_jax.mpc.lowering.ownership import Lowering, Owned, is_secret
 from primia_jax.mpc.lowering.program import Program, Ref
 from primia_jax.mpc.lowering.repeats import without_repeats
 
-_RULES = rules_masks.rules(
-  rules_complex.rules(
+_RULES = rules_complex.rules(
+  rules_masks.rules(
     rules_integer.rules(
       rules_linear.RULES
       | rules_nonlinear.RULES

@@ -11,11 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc.circuit import Value
-from primia_jax.mpc.lowering.ownership import Lowering, Masked, Owned, Rule, is_secret
+from primia_jax.mpc.lowering.ownership import (
+  LOW,
+  Lowering,
+  Masked,
+  Owned,
+  Rule,
+  is_low,
+  is_real,
+  is_secret,
+)
 from primia_jax.mpc.lowering.program import Equation, Ref
 
-LOW = -1e4  # a public number masks from here down
-_UNBOUNDED = {"max", "min", "clamp", "pad"}  # their own rules take infinite numbers
+# Primitives whose own rules take an infinite number.
+_UNBOUNDED = {
+  "max": (-math.inf,),
+  "min": (math.inf,),
+  "clamp": (-math.inf, math.inf),
+  "pad": (-math.inf, math.inf),
+}
 
 
 class Part(NamedTuple):
@@ -56,7 +70,8 @@ class Step(NamedTuple):
   def plain(self) -> Any:
     """Without masks: masked values as the numbers that they are."""
     inputs = [self.low.value(v) if isinstance(v, Masked) else v for v in self.inputs]
-    if self.equation.name not in _UNBOUNDED and not all(map(is_finite, inputs)):
+    allowed = _UNBOUNDED.get(self.equation.name, ())
+    if not all(is_finite(v) or any(np.all(np.asarray(v) == n) for n in allowed) for v in inputs):
       raise NotImplementedError(
         f"{self.equation.name} of a secret value and an infinite or NaN public number at "
         f"{self.equation.source}; only maxima, comparisons and exp may follow minus infinity"
@@ -71,18 +86,18 @@ class Step(NamedTuple):
       found = [np.asarray(v) for v in self.equation.bind(*map(jnp.asarray, inputs))]
     return found if len(found) > 1 else found[0]
 
-  def masked(self, x: Value, keep: np.ndarray, fill: Any, spread: float, number: int = 0) -> Any:
+  def masked(self, x: Value, keep: np.ndarray, fill: Any, spread: Any, number: int = 0) -> Any:
     """Output `number` under a public mask; a plain value if nothing is masked."""
     if keep.all():
       return x
     x = x._replace(max_abs=min(x.max_abs, self.low.bound(self.equation.outputs[number])))
-    fill = np.where(keep, 0.0, np.asarray(fill, np.float64))
+    fill, spread = (np.where(keep, 0.0, np.asarray(v, np.float64)) for v in (fill, spread))
     return Masked(x, keep, fill, spread, x.max_abs, self._late(number))
 
   def hidden(self, x: Value, top: float, bound: float, origin: Any, number: int = 0) -> Masked:
     """Output `number` under a secret mask; masked entries lie at or below `top`."""
     bound = min(bound, self.low.bound(self.equation.outputs[number]))
-    return Masked(x, None, np.asarray(top), 0.0, bound, self._late(number), origin)
+    return Masked(x, None, np.asarray(top), np.zeros(()), bound, self._late(number), origin)
 
   def _late(self, number: int) -> Any:
     def plain() -> Value:
@@ -136,7 +151,7 @@ def zeroed(low: Lowering, x: Value, keep: np.ndarray) -> Value:
   """x, and 0 where masked."""
   if keep.all():
     return x
-  factors = jnp.asarray(keep.astype(low.build.config.dtype))
+  factors = keep.astype(low.build.config.dtype)
   return low.build.local(
     lambda v: v * factors, low.build.broadcast(x, keep.shape), shape=keep.shape
   )
@@ -165,15 +180,5 @@ def is_hidden(v: Any) -> bool:
   return isinstance(v, Masked) and v.keep is None
 
 
-def is_real(v: Any) -> bool:
-  """Whether v is a public array of real numbers."""
-  known = not is_secret(v) and not isinstance(v, jax.core.Tracer)
-  return known and jnp.issubdtype(np.asarray(v).dtype, jnp.floating)
-
-
 def is_finite(v: Any) -> bool:
   return not is_real(v) or bool(np.all(np.isfinite(np.asarray(v, np.float64))))
-
-
-def is_low(v: Any) -> bool:
-  return is_real(v) and bool(np.any(np.asarray(v, np.float64) <= LOW))

@@ -26,6 +26,7 @@ from primia_jax.mpc.lowering.refusals import nearest
 from primia_jax.mpc.maps import Map
 from primia_jax.types import Array
 
+LOW = -1e4  # a public number masks from here down
 _FEWEST_BITS, _ENOUGH_BITS = 6, 10  # of the largest weight of a layer
 _BELOW = 1 - 2.0**-6
 Rule = Callable[["Lowering", Equation, list[Any]], Any]
@@ -116,16 +117,16 @@ class Masked:
       `fill`.
     keep: [shape] bool, the entries that are not masked; None if the mask is secret.
     fill: [shape] public numbers, or one for a secret mask.
-    spread: masked entries stand for numbers within this of `fill`.
+    spread: of fill's shape; masked entries stand for numbers within this of `fill`.
     bound: of the magnitude of the other entries.
     plain: the value with the masked numbers in it, for everything else that may follow.
     origin: which secret mask; in a tuple, a maximum over what it masks.
   """
 
   x: Value
-  keep: np.ndarray | None
+  keep: Any
   fill: np.ndarray
-  spread: float
+  spread: np.ndarray
   bound: float
   plain: Callable[[], Value]
   origin: Any = None
@@ -137,8 +138,8 @@ class Masked:
   @property
   def top(self) -> float:
     """No masked entry stands for more."""
-    fill = self.fill if self.keep is None else self.fill[~self.keep]
-    return float(fill.max(initial=-math.inf)) + self.spread
+    most = self.fill + self.spread
+    return float((most if self.keep is None else most[~self.keep]).max(initial=-math.inf))
 
 
 class Complex(NamedTuple):
@@ -368,7 +369,7 @@ def _needs(program: Program, bounds: np.ndarray | None) -> np.ndarray:
   """For each value the largest magnitude of what has its scale: the value and its sums."""
   needs = np.full(program.num_values, math.inf) if bounds is None else np.array(bounds)
   for equation in reversed(program.equations):
-    if equation.name in _ONE_SCALE:
+    if equation.name in _ONE_SCALE and not any(map(is_low, equation.inputs)):
       inputs = [v.number for v in equation.inputs if isinstance(v, Ref)]
       largest = max(needs[ref.number] for ref in equation.outputs)
       needs[inputs] = np.maximum(needs[inputs], largest)
@@ -412,6 +413,17 @@ def most_of(dtype: Any) -> float:
   if not jnp.issubdtype(dtype, jnp.integer):
     return math.inf
   return float(max(jnp.iinfo(dtype).max, -int(jnp.iinfo(dtype).min)))
+
+
+def is_real(v: Any) -> bool:
+  """Whether v is a public array of real numbers."""
+  known = not is_secret(v) and not isinstance(v, Ref | jax.core.Tracer)
+  return known and jnp.issubdtype(np.asarray(v).dtype, jnp.floating)
+
+
+def is_low(v: Any) -> bool:
+  """Whether v is a public array that masks."""
+  return is_real(v) and bool(np.any(np.asarray(v, np.float64) <= LOW))
 
 
 def is_secret(v: Any) -> bool:

@@ -20,19 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc.functions import extrema
-from primia_jax.mpc.lowering.masks import (
+from primia_jax.mpc.lowering.masks import Step, is_finite, is_hidden, level, limit, lowered, zeroed
+from primia_jax.mpc.lowering.ownership import (
   LOW,
-  Step,
-  is_finite,
-  is_hidden,
+  Lowering,
+  Masked,
+  Owned,
+  Rule,
   is_low,
   is_real,
-  level,
-  limit,
-  lowered,
-  zeroed,
+  is_secret,
 )
-from primia_jax.mpc.lowering.ownership import Lowering, Masked, Owned, Rule, is_secret
 from primia_jax.mpc.lowering.program import Equation, Ref
 
 
@@ -78,7 +76,7 @@ def _move(step: Step) -> Any:
   fills = _listed(step.public(pick(lambda p: where_masked(p, p.fill))))
   doubts = _listed(step.public(pick(lambda p: where_masked(p, p.doubt))))
   return [
-    step.masked(low.value(x), keep != 0, fill, float(doubt.max(initial=0)), i)
+    step.masked(low.value(x), keep != 0, fill, doubt, i)
     for i, (x, keep, fill, doubt) in enumerate(zip(outs, keeps, fills, doubts, strict=True))
   ]
 
@@ -89,7 +87,7 @@ def _move_hidden(step: Step) -> Any:
   data = [i for i, v in enumerate(step.inputs) if is_secret(v) or is_real(v)]
   origin = sources[0].origin if len(data) == 1 else object()
   bound = max(step.bound(i) for i in data)
-  outs = step.run(step.levelled(i, top) if i in data else v for i, v in enumerate(step.inputs))
+  outs = step.run([step.levelled(i, top) if i in data else v for i, v in enumerate(step.inputs)])
   return [
     step.hidden(step.low.value(x), top, bound, origin, i) for i, x in enumerate(_listed(outs))
   ]
@@ -149,7 +147,7 @@ def _add(step: Step) -> Any:
   if np.any(again):
     x = step.low.build.add_public(x, np.where(again, fill, 0.0))
   keep = keep | again
-  return step.masked(x, keep, fill, float(np.where(keep, 0.0, doubt).max(initial=0)))
+  return step.masked(x, keep, fill, doubt)
 
 
 def _add_hidden(step: Step, minus: bool) -> Any:
@@ -203,7 +201,7 @@ def _scale(step: Step) -> Any:
   if a.keep is None:
     return step.hidden(x, a.top * float(factor.min()), a.bound * most, a.origin)
   keep = np.broadcast_to(a.keep, step.shape)
-  return step.masked(x, keep, np.broadcast_to(a.fill * factor, step.shape), a.spread * most)
+  return step.masked(x, keep, a.fill * factor, a.spread * factor)
 
 
 def _exp(step: Step) -> Any:
@@ -226,7 +224,8 @@ def _reduce_max(step: Step) -> Any:
   if not isinstance(a, Masked):
     return None
   if a.keep is None:
-    return step.hidden(step.value([a.x]), a.top, a.bound, (a.origin,))
+    below = a.top <= -a.bound
+    return step.hidden(step.value([a.x]), a.top, a.bound, (a.origin,)) if below else None
   axes = tuple(sorted(step.equation.params["axes"]))
   last = tuple(range(len(step.shape), len(a.shape)))
   keep = np.moveaxis(a.keep, axes, last).reshape(*step.shape, -1)
@@ -234,20 +233,21 @@ def _reduce_max(step: Step) -> Any:
   places = np.argsort(~keep, axis=-1, kind="stable")[..., : max(1, int(counts.max(initial=0)))]
   places = np.where(np.arange(places.shape[-1]) < counts, places, places[..., :1])
   rows = lambda v: jnp.moveaxis(v, axes, last).reshape(keep.shape)
-  taken = lambda v: jnp.take_along_axis(rows(v), jnp.asarray(places), axis=-1)
+  taken = lambda v: jnp.take_along_axis(rows(v), places, axis=-1)
   x = extrema.tournament(
     low.build, low.build.local(taken, a.x, shape=places.shape), len(step.shape)
   )
-  return step.masked(x, a.keep.any(axes), np.where(a.keep, -np.inf, a.fill).max(axes), a.spread)
+  fill = np.where(a.keep, -np.inf, a.fill).max(axes)
+  return step.masked(x, counts[..., 0] > 0, fill, a.spread.max(axes))
 
 
 def _argmax(step: Step) -> Any:
   low, (a,) = step.low, step.inputs
-  if not isinstance(a, Masked) or a.keep is None or a.spread:
+  if not isinstance(a, Masked) or a.keep is None or a.spread.any():
     return None
   axes = step.equation.params["axes"]
-  differ = np.ptp(np.where(a.keep, a.fill.min(), a.fill), axes) != 0
-  if np.any(differ & ~a.keep.any(axes)):
+  least, most = np.where(a.keep, np.inf, a.fill), np.where(a.keep, -np.inf, a.fill)
+  if np.any((least.min(axes) < most.max(axes)) & ~a.keep.any(axes)):
     return None
   return step.run([lowered(low, a.x, a.keep, -1.5 * low.least(a.x))])
 
@@ -256,10 +256,10 @@ def _window_max(step: Step) -> Any:
   low, (a,) = step.low, step.inputs
   if not isinstance(a, Masked) or a.keep is None:
     return None
-  keep = step.public([a.keep.astype(np.float32)]) > 0
+  keep = np.asarray(step.public([a.keep.astype(np.float32)]) > 0)
   fill = step.public([np.where(a.keep, -np.inf, a.fill).astype(np.float32)])
   x = zeroed(low, step.value([lowered(low, a.x, a.keep, -low.least(a.x))]), keep)
-  return step.masked(x, keep, fill, a.spread)
+  return step.masked(x, keep, fill, np.full(keep.shape, a.spread.max()))
 
 
 def _max(step: Step) -> Any:
@@ -271,14 +271,17 @@ def _max(step: Step) -> Any:
   b = np.broadcast_to(np.asarray(b, np.float64), step.shape)
   below = bool(np.all(b <= LOW)) and bool(np.all(b <= -step.bound(i)))
   if not isinstance(a, Masked):
-    return low.build.broadcast(low.value(a), step.shape) if below else None
+    if below:
+      return low.build.broadcast(low.value(a), step.shape)
+    least = -low.least(low.value(a))
+    return step.run([a, np.where(b <= least, least, b)]) if is_low(b) else None
   if a.keep is None:
     x = low.build.broadcast(a.x, step.shape)
     return step.hidden(x, a.top, a.bound, a.origin) if below else None
-  keep, fill = (np.broadcast_to(v, step.shape) for v in (a.keep, a.fill))
+  keep, fill, spread = (np.broadcast_to(v, step.shape) for v in (a.keep, a.fill, a.spread))
   if below:
-    return step.masked(low.build.broadcast(a.x, step.shape), keep, np.maximum(fill, b), a.spread)
-  if np.any((fill + a.spread > b) & ~keep):
+    return step.masked(low.build.broadcast(a.x, step.shape), keep, np.maximum(fill, b), spread)
+  if np.any((fill + spread > b) & ~keep):
     return None
   x = zeroed(low, step.value([a.x, b]), keep)
   return low.build.add_public(x, np.where(keep, 0.0, b))
@@ -286,6 +289,8 @@ def _max(step: Step) -> Any:
 
 def _compare(step: Step) -> Any:
   """With public numbers: what is masked, or compared with infinity, is public."""
+  if step.inputs[0] is step.inputs[1]:  # as JAX asks for NaN
+    return np.full(step.shape, step.equation.name in ("eq", "ge", "le"))
   low, i = step.low, 0 if is_secret(step.inputs[0]) else 1
   numbers = step.inputs[1 - i]
   if not is_real(numbers) or is_hidden(step.inputs[i]):
@@ -298,7 +303,8 @@ def _compare(step: Step) -> Any:
   numbers, keep = full(np.asarray(numbers, np.float64)), full(p.keep)
   fill, doubt = (full(np.where(p.keep, 0.0, v)) for v in (p.fill, p.doubt))
   known = ~keep | np.isinf(numbers)
-  if np.any(known & np.isfinite(numbers) & (np.abs(fill - numbers) <= doubt) & (doubt > 0)):
+  near = (fill - doubt <= numbers) & (numbers <= fill + doubt) & (doubt > 0)
+  if np.any(known & np.isfinite(numbers) & near):
     return None
   answer = step.public(in_order(fill, numbers)) & known
   if known.all():
@@ -310,8 +316,10 @@ def _compare(step: Step) -> Any:
 
 def _is_finite(step: Step) -> Any:
   (a,) = step.inputs
-  if not isinstance(a, Masked) or a.keep is None:
+  if not isinstance(a, Masked):
     return None
+  if a.keep is None:  # of a maximum under a secret mask, nobody knows whether all was masked
+    return np.ones(step.shape, bool) if isinstance(a.origin, tuple) else None
   return a.keep | np.isfinite(a.fill)
 
 

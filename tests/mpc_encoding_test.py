@@ -1,0 +1,45 @@
+"""Numbers that do not fit are refused, or spoil the outputs where nothing can be refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from primia_jax.mpc import encoding
+from primia_jax.mpc.circuit import Config, Operand
+from primia_jax.mpc.maps import MULTIPLY
+
+CONFIG = Config(32, 8, 10)
+INPUT = Operand(1, lambda values: values[0], CONFIG.unit, (2,), None, None, "input")
+WEIGHT = Operand(0, lambda values: values[0], 2.0**-6, (2,), 10, MULTIPLY, "layer")
+
+
+@pytest.mark.parametrize(
+  ("operand", "limit", "reason"), [(INPUT, 2.0**22, "an input"), (WEIGHT, 8.0, "layer: a weight")]
+)
+def test_what_fits(operand, limit, reason):
+  fits = lambda v: encoding.fits(operand, encoding.largest(jnp.array([0, v])), CONFIG)
+  below, beyond = np.nextafter(np.float32(limit), np.float32(0)), np.float32(limit)
+  assert fits(below)
+  assert fits(-below)
+  for bad in (beyond, -beyond, np.inf, -np.inf, np.nan, -np.nan):
+    assert not fits(bad)
+    assert not jax.jit(fits)(bad)
+    with pytest.raises(ValueError, match=f"{reason}.* does not fit below"):
+      encoding.check_fits(operand, encoding.largest(jnp.array([0, bad])), CONFIG)
+  encoding.check_fits(operand, below, CONFIG)
+
+
+def test_what_does_not_fit_spoils_the_outputs():
+  """In each element of a vmap for itself."""
+  outputs = {"x": np.float32([1, 2]), "i": np.int32([3]), "b": np.array([True])}
+
+  def fn(v):
+    return encoding.spoiled(outputs, encoding.fits(INPUT, encoding.largest(v), CONFIG))
+
+  good, bad = jax.tree.map(jnp.asarray, outputs), jax.jit(fn)(np.float32([0, np.nan]))
+  jax.tree.map(np.testing.assert_array_equal, jax.jit(fn)(np.float32([0, 1])), good)
+  assert np.all(np.isnan(bad["x"]))
+  assert bad["i"] == np.iinfo(np.int32).min
+  both = jax.vmap(fn)(np.float32([[0, 1], [np.inf, 0]]))
+  np.testing.assert_array_equal(both["x"], [[1, 2], [np.nan, np.nan]])
