@@ -11,7 +11,7 @@ from primia_jax.mpc.circuit import Apply, Config, Linear, Product
 
 pytestmark = pytest.mark.usefixtures("x64")
 X, K = normal(0, 4, 6), normal(1, 6, 6)
-SLOPES = (0.01, 0.1, 0.2, 0.3, 1 / 5.5, 0.237, 0.0, 1.0, -0.5, 1.7)
+SLOPES = (0.01, 0.1, 0.2, 0.3, 1 / 5.5, 0.237, 0.0, 1.0, -0.5, 1.7, 2.0, 3.0)
 
 
 def planned(fn, args, config=Config()):  # noqa: B008
@@ -38,18 +38,22 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("config", [Config(), Config(32, 8, 12)], ids=["64", "32"])
 def test_every_slope_and_spelling(config):
-  """|error| <= u / 2 + |a| u / 2 + |y| u / 16, once for the layer and once for the output."""
-  scaled = lambda w, x: [spelling(w, x @ w, a) for a in SLOPES for spelling in SPELLINGS[:1]]
-  spelt = lambda w, x: [spelling(w, x @ w, 0.3) for spelling in SPELLINGS]
+  """|error| <= u max(1, |a|) / 2 for the layer and as much as u / 2 for the output; |y| u / 16 for
+  a's rounding.
+  """
+  slopes = (*SLOPES, *[0.3] * len(SPELLINGS))
+
+  def fn(w, x):
+    y = x @ w
+    return [above(w, y, a) for a in SLOPES] + [spelling(w, y, 0.3) for spelling in SPELLINGS]
+
   x = (np.rint(X / config.unit) * config.unit).astype(np.float32)
   k = (np.rint(K * 2**8) / 2**8).astype(np.float32)  # exact in 12 bits
-  fn = lambda w, x: scaled(w, x) + spelt(w, x)
-  plan = planned(fn, (k, x), config)
   y = x.astype(np.float64) @ k.astype(np.float64)
-  want = [np.where(y >= 0, y, a * y) for a in (*SLOPES, *[np.float32(0.3)] * len(SPELLINGS))]
-  for got, expected in zip(clear.check(plan, (k, x)), want, strict=True):
-    bound = config.unit * (0.5 + 0.85 + np.abs(y) / 16 + 0.01) + 2e-7 * np.abs(y)
-    assert np.all(np.abs(np.asarray(got, np.float64) - expected) <= bound)
+  for got, a in zip(clear.check(planned(fn, (k, x), config), (k, x)), slopes, strict=True):
+    error = np.abs(np.asarray(got, np.float64) - np.where(y >= 0, y, np.float32(a) * y))
+    units = max(1, abs(a)) / 2 + 0.71 + np.abs(y) / 16
+    assert np.all(error <= config.unit * units + 2e-7 * np.abs(y)), a
 
 
 def test_each_is_one_comparison():
