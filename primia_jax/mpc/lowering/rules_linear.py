@@ -127,7 +127,8 @@ def _combine(fn: Callable, a: Owned, b: Owned) -> Owned:
 def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   a, b = inputs
   if not is_secret(b):
-    return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
+    with np.errstate(divide="ignore"):  # refused by name
+      return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
   if isinstance(b, Owned):
     return _mul(low, equation, [a, b._replace(read=lambda values: 1 / b.read(values))])
   return powers.divide(low.build, low.value(a) if is_secret(a) else a, low.value(b))
