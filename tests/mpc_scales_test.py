@@ -213,15 +213,16 @@ def test_tiny_public_factors_give_nothing():
 @pytest.mark.parametrize(
   ("fn", "reason"),
   [
-    (lambda w, x: x * w["a"] + np.inf, "public offset is infinite"),
-    (lambda w, x: x * w["a"] * np.nan, "public factor is infinite or NaN"),
-    (lambda w, x: x * w["a"] / np.zeros((1, 6), np.float32), "public factor is infinite"),
+    (lambda w, x: x * w["a"] + np.inf, "infinite or NaN"),
+    (lambda w, x: x * w["a"] * np.nan, "infinite or NaN"),
+    (lambda w, x: x * w["a"] / np.zeros((1, 6), np.float32), "infinite or NaN"),
     (lambda w, x: x * w["a"] - 1e18, "need a ring of 78 bits"),
   ],
 )
 def test_public_numbers_that_fixed_point_cannot_hold_are_refused(fn, reason):
-  with pytest.raises(ValueError, match=rf"at mpc_scales_test\.py:\d+: .*{reason}"):
+  with pytest.raises((ValueError, NotImplementedError), match=reason) as refusal:
     plan_of(fn, (W, X), calibrated=False)
+  assert "mpc_scales_test.py:" in str(refusal.value)
 
 
 # ---- layers in a row

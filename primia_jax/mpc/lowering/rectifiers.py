@@ -33,24 +33,28 @@ def with_leaky_relus(program: Program) -> Program:
 
 
 def _leaky_relu(e: Equation, made: dict[int, Equation]) -> Equation | None:
+  """The equation (y, a) in place of a choice, or None if it is another choice."""
   if e.name != "select_n" or len(e.inputs) != 3 or not all(isinstance(v, Ref) for v in e.inputs):
     return None
   bit, off, on = e.inputs
   compared = made.get(bit.number)
   if compared is None or compared.name not in _ABOVE | _BELOW:
     return None
-  a, b = compared.inputs
-  above = (compared.name in _ABOVE) == isinstance(a, Ref)
-  y, zero = (a, b) if isinstance(a, Ref) else (b, a)
+  y, zero = compared.inputs
+  above = (compared.name in _ABOVE) == isinstance(y, Ref)
+  if not isinstance(y, Ref):
+    y, zero = zero, y
   whole, sloped = (on, off) if above else (off, on)
   scaled = made.get(sloped.number)
-  if isinstance(zero, Ref) or np.any(zero) or whole != y or scaled is None:
+  if isinstance(zero, Ref) or np.any(zero) or whole != y or scaled is None or scaled.name != "mul":
     return None
-  if scaled.name != "mul" or not any(v is y or v == y for v in scaled.inputs if isinstance(v, Ref)):
+  first, second = scaled.inputs
+  is_y = lambda v: isinstance(v, Ref) and v == y
+  if not is_y(first) and not is_y(second):
     return None
-  slope = scaled.inputs[1] if scaled.inputs[0] == y else scaled.inputs[0]
   bind = lambda y, a: [jnp.where(y >= 0, y, a * y)]
-  return e._replace(name=LEAKY_RELU, bind=bind, params={}, inputs=(y, slope))
+  inputs = (y, second if is_y(first) else first)
+  return e._replace(name=LEAKY_RELU, bind=bind, params={}, inputs=inputs)
 
 
 def _lower(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:

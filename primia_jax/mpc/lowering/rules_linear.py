@@ -126,7 +126,8 @@ def _combine(fn: Callable, a: Owned, b: Owned) -> Owned:
 def _div(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   a, b = inputs
   if not is_secret(b):
-    return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
+    with np.errstate(divide="ignore"):  # refused by name
+      return _mul(low, equation, [a, 1 / np.asarray(b, np.float64)])
   if isinstance(b, Owned):
     inverse = Derived(_inverse, (b,))
     return _mul(low, equation, [a, b._replace(read=inverse, bound=math.inf, unit=None)])
