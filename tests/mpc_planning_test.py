@@ -32,6 +32,7 @@ def test_the_rows_say_what_is_dealt_sent_and_assumed():
     ("first", "relu", 4),
     ("second", "open", 1),
     ("second", "linear", 0),
+    ("second", "truncate", 4),
     ("", "output", 1),
   ]
   largest = np.abs(X @ W[0]).max()

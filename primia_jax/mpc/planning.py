@@ -133,7 +133,7 @@ def plan(
       for owner, v in zip(flat, jax.tree.leaves(tuple(args)), strict=True)
     ]
     concrete = all(
-      isinstance(v, jax.Array | np.ndarray) and not isinstance(v, jax.core.Tracer)
+      isinstance(v, jax.Array | np.ndarray | np.generic) and not isinstance(v, jax.core.Tracer)
       for v in leaves
       if v is not None
     )
