@@ -171,7 +171,7 @@ def test_comparisons_of_equals():
     (jnp.arctan, 1e-4),
     (lambda x: jnp.sinh(x) - jnp.cosh(x) + jnp.arcsinh(x) * jnp.arctanh(x / 4), 1e-3),
     (lambda x: jnp.arccosh(1 + jnp.abs(x)), 1e-4),
-    (lambda x: 2.0**x + jnp.power(np.geomspace(0.1, 5, 6).astype(np.float32), x), 1e-3),
+    (lambda x: 2.0**x + jnp.power(np.geomspace(0.1, 5, 6).astype(np.float32)[None], x), 1e-3),
   ],
 )
 def test_smooth_functions(fn, atol):

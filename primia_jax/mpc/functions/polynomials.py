@@ -1,14 +1,15 @@
 """Polynomials of shared numbers; several products share one message and one truncating gate.
 
-In the docstrings of functions, u = 2^-f is the unit of activations, and C, T and P are the rounds of
-a comparison, a truncation and a product: 4, 3 (4 if more than 16 bits are cut off) and 1 with
+In the docstrings of functions, u = 2^-f is the unit of activations, and C, T and P are the rounds
+of a comparison, a truncation and a product: 4, 3 (4 if more than 16 bits are cut off) and 1 with
 "tables" and a ring of 64 bits; 2, 2 and 1 with "fss". Errors are those of the function at the
 shared input after its truncation to its unit, with exact gates; other gates add at most one unit
 for each truncation. An output that is not truncated has the unit u^2, like that of a product.
 
 R is the calibrated bound of a result, `bound` in the code. u(R) is its unit: `Builder.unit` (u if R
-is 1 or more, else about u R), and u R 2^-(k - 3 f - 10) for results so large that this is more. A
-result beyond R is at least 2 R, which `clear.check` reports.
+is 1 or more, else about u R), or R 2^(f + 7 - k) where that is more, since the ring holds no finer
+one; 2^|n| times as much for a power n. A result beyond R becomes 2 R or more, which `clear.check`
+reports.
 """
 
 from __future__ import annotations
@@ -147,9 +148,9 @@ class Parts(NamedTuple):
 
   @classmethod
   def of(cls, build: Builder, most: float, unit: float) -> Parts:
-    """For results up to `most`, in units of `unit`, or coarser ones if those do not fit the ring."""
+    """For results up to `most` in units of `unit`, or coarser ones if those do not fit the ring."""
     f = build.config.fraction_bits
-    room = math.floor(build.config.num_bits - 3 - math.log2(most / unit))
+    room = math.floor(build.config.num_bits - 3 - math.log2(max(most / unit, 1)))
     coarser = max(0, f + 1 - room)
     unit, room = unit * 2.0**coarser, room + coarser
     bits = min(working_bits(build.config), max(f + 1, room - 3))

@@ -66,8 +66,8 @@ def divide(
     ValueError: the calibrated ranges of b and of the result do not fit the ring together.
   """
   if not isinstance(a, Value) and np.asarray(a).size == 1:
-    factor = float(np.asarray(a).reshape(()))
-    out = _power_law(build, b, -1.0, bound, factor, signed=not positive)
+    numerator = float(np.asarray(a).reshape(()))
+    out = _power_law(build, b, -1.0, bound, numerator, signed=not positive)
     return build.broadcast(out, np.broadcast_shapes(np.shape(a), b.shape))
   config, bits = build.config, working_bits(build.config)
   shape = np.broadcast_shapes(np.shape(a) if not isinstance(a, Value) else a.shape, b.shape)
@@ -86,8 +86,8 @@ def divide(
   needed = _num_bits(build, b, min(b.max_abs, top))
   if needed > room(b) and math.isfinite(b.max_abs):
     raise ValueError(
-      f"{build.layer}: a quotient up to {bound:.4g} by values up to {b.max_abs:.4g} needs a ring of "
-      f"{config.num_bits + needed - room(b)} bits, but num_bits={config.num_bits}; use a wider "
+      f"{build.layer}: a quotient up to {bound:.4g} by values up to {b.max_abs:.4g} needs a ring "
+      f"of {config.num_bits + needed - room(b)} bits, but num_bits={config.num_bits}; use a wider "
       f"ring, fewer fraction_bits, or divide by smaller numbers"
     )
   normal = _Normal.make(build, b, not positive, room(b), 0.0, top)

@@ -26,7 +26,7 @@ _LINEAR = {"reduce_sum", "div", "mul", "broadcast_in_dim", "reshape", "squeeze",
 
 
 class _Variance(NamedTuple):
-  """mean(x^2) - mean(x)^2, where `mean` is a sum over some axes and what divides and reshapes it."""
+  """mean(x^2) - mean(x)^2, where `mean` is a sum over axes and what divides and reshapes it."""
 
   x: Ref
   average: Ref
@@ -90,7 +90,8 @@ def _variance(
   average = _squared(second)
   if first is None or average is None:
     return None
-  a, b, steps = first, made.get(average.number), list[Equation]()
+  a: Equation | None = first
+  b, steps = made.get(average.number), list[Equation]()
   while a and b and a.name == b.name and a.name in _LINEAR and a.params == b.params:
     if not isinstance(a.inputs[0], Ref) or not isinstance(b.inputs[0], Ref):
       return None
