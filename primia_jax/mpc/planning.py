@@ -17,8 +17,8 @@ import numpy as np
 from primia_jax.mpc import pricing
 from primia_jax.mpc.circuit import Apply, Circuit, Config
 from primia_jax.mpc.lowering import portable, variances
+from primia_jax.mpc.lowering.holders import Owned, outwards
 from primia_jax.mpc.lowering.lower import lower
-from primia_jax.mpc.lowering.ownership import Owned, outwards
 from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, measure, trace
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import PyTree

@@ -25,7 +25,8 @@ from primia_jax.mpc.lowering import (
   rules_nonlinear,
   rules_sorting,
 )
-from primia_jax.mpc.lowering.ownership import Lowering, Owned, is_secret
+from primia_jax.mpc.lowering.holders import Owned, is_secret
+from primia_jax.mpc.lowering.ownership import Lowering
 from primia_jax.mpc.lowering.program import Program, Ref
 from primia_jax.mpc.lowering.repeats import without_repeats
 

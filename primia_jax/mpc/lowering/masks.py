@@ -11,16 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc.circuit import Value
-from primia_jax.mpc.lowering.ownership import (
-  LOW,
-  Lowering,
-  Masked,
-  Owned,
-  Rule,
-  is_low,
-  is_real,
-  is_secret,
-)
+from primia_jax.mpc.lowering.holders import LOW, Masked, Owned, is_low, is_real, is_secret
+from primia_jax.mpc.lowering.ownership import Lowering, Rule
 from primia_jax.mpc.lowering.program import Equation, Ref
 
 # Primitives whose own rules take an infinite number.

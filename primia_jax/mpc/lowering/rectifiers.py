@@ -11,7 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.mpc.lowering.ownership import Lazy, Lowering, Rule, is_secret
+from primia_jax.mpc.lowering.holders import Lazy, is_secret
+from primia_jax.mpc.lowering.ownership import Lowering, Rule
 from primia_jax.mpc.lowering.program import Equation, Program, Ref
 from primia_jax.mpc.lowering.rules_linear import RULES as LINEAR
 

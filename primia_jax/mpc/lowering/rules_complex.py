@@ -17,7 +17,8 @@ from jax import lax
 
 from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import powers
-from primia_jax.mpc.lowering.ownership import Complex, Lowering, Owned, Rule, is_secret
+from primia_jax.mpc.lowering.holders import Complex, Owned, is_secret
+from primia_jax.mpc.lowering.ownership import Lowering, Rule
 from primia_jax.mpc.lowering.program import Equation
 from primia_jax.mpc.lowering.rules_linear import MOVES, RESHAPES, public_product, shape_of
 from primia_jax.mpc.maps import Map

@@ -18,7 +18,8 @@ from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import piecewise
 from primia_jax.mpc.lowering import rules_linear
-from primia_jax.mpc.lowering.ownership import Lowering, Owned, Rule, is_secret
+from primia_jax.mpc.lowering.holders import Owned, is_secret
+from primia_jax.mpc.lowering.ownership import Lowering, Rule
 from primia_jax.mpc.lowering.program import Equation
 from primia_jax.mpc.lowering.rules_linear import shape_of
 from primia_jax.types import Array

@@ -16,7 +16,8 @@ import numpy as np
 from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import rounding
-from primia_jax.mpc.lowering.ownership import Lazy, Lowering, Owned, Rule, is_secret, most_of
+from primia_jax.mpc.lowering.holders import Lazy, Owned, is_secret, most_of
+from primia_jax.mpc.lowering.ownership import Lowering, Rule
 from primia_jax.mpc.lowering.program import Equation
 from primia_jax.mpc.lowering.rules_linear import shape_of
 

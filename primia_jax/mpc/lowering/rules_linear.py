@@ -15,17 +15,16 @@ from jax import lax
 from primia_jax.mpc import maps, products
 from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import powers
-from primia_jax.mpc.lowering.ownership import (
+from primia_jax.mpc.lowering.holders import (
   Derived,
   Lazy,
-  Lowering,
   Owned,
   Pending,
-  Rule,
   compact,
   compact_shape,
   is_secret,
 )
+from primia_jax.mpc.lowering.ownership import Lowering, Rule
 from primia_jax.mpc.lowering.program import Equation
 from primia_jax.mpc.maps import Map
 from primia_jax.types import Array

@@ -20,17 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc.functions import extrema
+from primia_jax.mpc.lowering.holders import LOW, Masked, Owned, is_low, is_real, is_secret
 from primia_jax.mpc.lowering.masks import Step, is_finite, is_hidden, level, limit, lowered, zeroed
-from primia_jax.mpc.lowering.ownership import (
-  LOW,
-  Lowering,
-  Masked,
-  Owned,
-  Rule,
-  is_low,
-  is_real,
-  is_secret,
-)
+from primia_jax.mpc.lowering.ownership import Lowering, Rule
 from primia_jax.mpc.lowering.program import Equation, Ref
 
 

@@ -21,7 +21,8 @@ from primia_jax.mpc.functions import (
   trigonometry,
 )
 from primia_jax.mpc.lowering import rules_integer
-from primia_jax.mpc.lowering.ownership import Lowering, Pending, Rule, is_secret
+from primia_jax.mpc.lowering.holders import Pending, is_secret
+from primia_jax.mpc.lowering.ownership import Lowering, Rule
 from primia_jax.mpc.lowering.program import Equation, Ref
 from primia_jax.mpc.lowering.rules_linear import negative, padded, same
 

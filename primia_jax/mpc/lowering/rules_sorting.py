@@ -9,7 +9,8 @@ import numpy as np
 
 from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import sorting
-from primia_jax.mpc.lowering.ownership import Lowering, Rule, is_secret
+from primia_jax.mpc.lowering.holders import is_secret
+from primia_jax.mpc.lowering.ownership import Lowering, Rule
 from primia_jax.mpc.lowering.program import Equation
 from primia_jax.mpc.lowering.rules_indexing import shared
 
