@@ -49,14 +49,8 @@ class Builder:
     self._operands: dict[Operand, int] = {}
 
   def unit(self, max_abs: float) -> float:
-    """The unit worth keeping of numbers up to max_abs: u = 2^-f, or finer for a range below 1.
-
-    It is u max_abs, rounded up to a power of two, so that small numbers keep f bits too. A ring
-    bounds how fine: a product of two such numbers leaves room for a sum of 2^6.
-    """
-    finest = max(0, (self.config.num_bits - 8) // 2 - self.config.fraction_bits)
-    octave = math.ceil(math.log2(max_abs)) if 0 < max_abs < 1 else 0
-    return self.config.unit * 2.0 ** max(-finest, octave)
+    """`scales.unit` of numbers up to max_abs."""
+    return scales.unit(max_abs, self.config.num_bits, self.config.fraction_bits)
 
   # ---- entering and leaving
 

@@ -25,3 +25,14 @@ def common(scales: Sequence[float], bits: int) -> float:
       most *= 2
     parts *= near.denominator
   return finest / parts
+
+
+def unit(max_abs: float, num_bits: int, fraction_bits: int) -> float:
+  """The unit worth keeping of numbers up to max_abs: u = 2^-f, or finer for a range below 1.
+
+  It is u max_abs, rounded up to a power of two, so that small numbers keep f bits too. A ring of k
+  bits bounds how fine: a product of two such numbers leaves room for a sum of 2^6.
+  """
+  finest = max(0, (num_bits - 8) // 2 - fraction_bits)
+  octave = math.ceil(math.log2(max_abs)) if 0 < max_abs < 1 else 0
+  return 2.0**-fraction_bits * 2.0 ** max(-finest, octave)

@@ -20,13 +20,13 @@ from primia_jax.mpc.lowering.holders import (
   Owned,
   Pending,
   Read,
-  varies_along,
   compact,
   compact_shape,
   is_low,
   is_secret,
   most_of,
   outwards,
+  varies_along,
 )
 from primia_jax.mpc.lowering.program import Equation, Program, Ref
 from primia_jax.mpc.lowering.refusals import nearest
