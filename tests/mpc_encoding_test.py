@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from primia_jax.mpc import encoding
+from primia_jax import prng
+from primia_jax.mpc import encoding, inference, planning
 from primia_jax.mpc.circuit import Config, Operand
 from primia_jax.mpc.maps import MULTIPLY
 
@@ -43,3 +44,15 @@ def test_what_does_not_fit_spoils_the_outputs():
   assert bad["i"] == np.iinfo(np.int32).min
   both = jax.vmap(fn)(np.float32([[0, 1], [np.inf, 0]]))
   np.testing.assert_array_equal(both["x"], [[1, 2], [np.nan, np.nan]])
+
+
+def test_a_bad_number_makes_the_logits_nan_under_jit_and_vmap():
+  fn, owners = lambda w, x: (x @ w, jnp.argmax(x @ w, -1)), ("model_owner", "data_owner")
+  args = (np.eye(2, dtype=np.float32), np.ones((1, 2), np.float32))
+  f = inference.transform(planning.plan(fn, owners, args, CONFIG))
+  rows = np.float32([[1, 2], [1, np.nan], [-np.inf, 1], [1e30, 1]])[:, None]
+  outputs, places = jax.jit(jax.vmap(f, (None, None, 0)))(prng.random_key(), args[0], rows)
+  np.testing.assert_array_equal(outputs[0], rows[0])
+  assert places[0] == 1
+  assert np.all(np.isnan(outputs[1:]))
+  assert np.all(places[1:] < 0)

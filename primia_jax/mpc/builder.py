@@ -74,8 +74,7 @@ class Builder:
     Raises:
       ValueError: a's bound does not fit the ring.
     """
-    bits = scales.finer(a.scale, self.config.fraction_bits)
-    a = self._gate(TRUNCATE, a, bits) if bits else a
+    a = self.truncate(a, scales.finer(a.scale, self.config.fraction_bits))
     self.range_bits(a)
     return a
 
@@ -290,9 +289,8 @@ class Builder:
     """max(a, b) = b + max(a - b, 0)."""
     a, b = self.align(a, b, bound=sum)
     difference = self.subtract(a, b)
-    return self.add(b, self.positive_part(difference, self._shift(difference)))._replace(
-      max_abs=max(a.max_abs, b.max_abs)
-    )
+    out = self.add(b, self.positive_part(difference, self._shift(difference)))
+    return out._replace(max_abs=max(a.max_abs, b.max_abs))
 
   def open(self, a: Value) -> int:
     """The number of a's masked value.
@@ -344,16 +342,9 @@ class Builder:
       zeros = self.local(jnp.zeros_like, a, max_abs=0.0)
       return zeros._replace(scale=a.scale * 2.0**shift)
     skip = 0 if exact or action == TRUNCATE else max(shift, skip)
-    gate = Gate(
-      action,
-      math.prod(a.shape),
-      config.num_bits,
-      self.range_bits(a, shift, skip),
-      shift,
-      skip,
-      exact,
-      COMPARISONS[config.comparison],
-    )
+    num, range_bits = math.prod(a.shape), self.range_bits(a, shift, skip)
+    comparison = COMPARISONS[config.comparison]
+    gate = Gate(action, num, config.num_bits, range_bits, shift, skip, exact, comparison)
     elementwise.check(gate)
     return self._add(Apply, a.shape, a.scale * 2**shift, a.max_abs, input=a.number, gate=gate)
 

@@ -39,16 +39,17 @@ def transform(plan: Plan) -> Callable:
 
   Returns:
     f(key, *args) -> fn's outputs in float32. key is [8] uint32, never used twice. Public arguments
-    are those of the plan; arguments of the owner "shared" are given in the clear here.
+    are those of the plan; arguments of the owner "shared" are given in the clear here. An argument
+    that is NaN, infinite or does not fit the ring makes the outputs NaN.
   """
-  encode_all = encoder(plan)
+  encode_all = _tracing_encoder(plan)
 
   def run(key: Array, leaves: list[Array]) -> list[Array]:
-    operands = encode_all(leaves)
+    operands, good = encode_all(leaves)
     with plan.config.scope():
       operands = share_inputs(plan, operands, key)
       shares = simulate(plan, offline(plan, key, operands), operands)
-    return jax.tree.leaves(reveal(plan, shares))
+    return encoding.spoiled(jax.tree.leaves(reveal(plan, shares)), good)
 
   folding = _folding(run)
 
@@ -112,7 +113,7 @@ def encoder(plan: Plan) -> Callable[[Sequence[PyTree]], Operands]:
     leaves = jax.tree.leaves(tuple(args))
     out: Operands = {}
     for owner, encode_owner in each.items():
-      out |= encode_owner([v for by, v in zip(plan.owners, leaves, strict=True) if by == owner])
+      out |= encode_owner(_of(plan, owner, leaves))
     return out
 
   return run_encoders
@@ -121,36 +122,69 @@ def encoder(plan: Plan) -> Callable[[Sequence[PyTree]], Operands]:
 def owner_encoder(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], Operands]:
   """One owner's arguments as operands: once per model, or once per image.
 
-  Each owner has its own program: in another program, a folded weight might round to the
-  neighbouring integer.
-
   Returns:
     leaves -> operands, where leaves are the arrays of this owner's arguments, in order. It raises a
     ValueError if a number does not fit the ring, or a weight the bits that were planned for it.
   """
+  measured = _measured(plan, owner)
+
+  def run_encoder(leaves: Sequence[Array]) -> Operands:
+    largest, encoded = measured(leaves)
+    for i, most in largest.items():
+      encoding.check_fits(plan.circuit.operands[i], most, plan.config)
+    return encoded
+
+  return run_encoder
+
+
+def _tracing_encoder(plan: Plan) -> Callable[[Sequence[Array]], tuple[Operands, Array]]:
+  """leaves -> everybody's operands, and whether all numbers fit: a transform cannot raise."""
+  each = {owner: _measured(plan, owner) for owner in (None, MODEL_OWNER, DATA_OWNER)}
+
+  def run_encoders(leaves: Sequence[Array]) -> tuple[Operands, Array]:
+    out: Operands = {}
+    good = jnp.bool_(True)
+    for owner, measured in each.items():
+      largest, encoded = measured(_of(plan, owner, leaves))
+      out |= encoded
+      for i, most in largest.items():
+        good &= encoding.fits(plan.circuit.operands[i], most, plan.config)
+    return out, good
+
+  return run_encoders
+
+
+def _of(plan: Plan, owner: int | None, leaves: Sequence[Array]) -> list[Array]:
+  return [v for by, v in zip(plan.owners, leaves, strict=True) if by == owner]
+
+
+def _measured(plan: Plan, owner: int | None) -> Callable:
+  """leaves -> (the largest magnitude of each of one owner's operands, the operands).
+
+  Each owner has its own program: in another program, a folded weight might round to the
+  neighbouring integer.
+  """
   mine = [i for i, operand in enumerate(plan.circuit.operands) if operand.owner == owner]
   operands = [plan.circuit.operands[i] for i in mine]
   if not mine:
-    return lambda leaves: {}
+    return lambda leaves: ({}, {})
 
-  def integers(leaves: Sequence[Array]) -> tuple[list[Array], list[Any]]:
+  def integers(leaves: Sequence[Array]) -> tuple[dict[int, Array], Operands]:
     own = iter(leaves)
     env: Any = evaluate(plan.program, [next(own) if by == owner else None for by in plan.owners])
     values = [operand.value(env) for operand in operands]
     encoded = [encoding.encode(o, v, plan.config) for o, v in zip(operands, values, strict=True)]
-    return [encoding.largest(v) for v in values], encoded
+    largest = [encoding.largest(v) for v in values]
+    return dict(zip(mine, largest, strict=True)), dict(zip(mine, encoded, strict=True))
 
   compiled = plan.compiled(("encode", owner), integers)
 
-  def run_encoder(leaves: Sequence[Array]) -> Operands:
+  def run(leaves: Sequence[Array]) -> tuple[dict[int, Array], Operands]:
     leaves = [jnp.asarray(v) for v in leaves]  # in the caller's types
     with plan.config.scope():
-      largest, encoded = compiled(leaves)
-    for operand, most in zip(operands, largest, strict=True):
-      encoding.check_fits(operand, most, plan.config)
-    return dict(zip(mine, encoded, strict=True))
+      return compiled(leaves)
 
-  return run_encoder
+  return run
 
 
 def share_inputs(plan: Plan, operands: Operands, key: Array) -> Operands:

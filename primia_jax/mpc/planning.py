@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc import pricing
@@ -146,7 +145,7 @@ def plan(
   def magnitude(owned: Owned) -> float:
     found = math.inf
     if owned.owner in known:
-      found = outwards(float(jnp.max(jnp.abs(owned.read(known[owned.owner])), initial=0)))
+      found = outwards(float(np.max(np.abs(owned.read(known[owned.owner])), initial=0)))
     asked.append(found)
     return found
 
