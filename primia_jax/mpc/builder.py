@@ -68,8 +68,7 @@ class Builder:
     return self._add(Input, shape, scale, max_abs, owner=owner, operand=operand)
 
   def output(self, a: Value) -> Value:
-    """a as it may be revealed: truncated to u if it is finer, since a product's low bits tell its
-    factors, and within the ring.
+    """a as it may be revealed: without low bits, which would tell a product's factors.
 
     Raises:
       ValueError: a's bound does not fit the ring.
