@@ -178,9 +178,9 @@ class ViT(nn.Module):
     norm = lambda: nn.LayerNorm(scale_init=near_one, bias_init=NEAR_ZERO)
     x = nn.Conv(width, (16, 16), (16, 16))(x)
     x = x.reshape(x.shape[0], -1, width)
-    first = self.param("class", NEAR_ZERO, (1, 1, width))
+    first = self.param("class", NEAR_ZERO, (1, 1, width), jnp.float32)
     x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, width)), x], 1)
-    x = x + self.param("positions", NEAR_ZERO, (1, *x.shape[1:]))
+    x = x + self.param("positions", NEAR_ZERO, (1, *x.shape[1:]), jnp.float32)
     for _ in range(12):
       y = norm()(x)
       x = x + nn.MultiHeadDotProductAttention(12)(y, y)

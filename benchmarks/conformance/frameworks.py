@@ -12,6 +12,8 @@ from benchmarks import networks
 from benchmarks.conformance.case import Case, normal, owned, spread
 from benchmarks.conformance.layers import flax
 from primia_jax import models
+from primia_jax.models.cnn import CNN, LeafCNN
+from primia_jax.models.resnet import ResNet18
 
 IMAGE, TOKENS, SEQUENCE = spread(-2, 2, 1, 16, 16, 3), normal(2, 6, 8), normal(2, 5, 8)
 
@@ -24,7 +26,7 @@ def network(name):
   return make
 
 
-def shipped(name, size, **options):
+def shipped(module, name, size, **options):
   """A model of `primia_jax.models`, its statistics those of random images."""
 
   def make():
@@ -33,8 +35,8 @@ def shipped(name, size, **options):
     params, state = model.init(jax.random.key(0))
     for i in range(20 if state else 0):
       _, state = model.apply(params, state, normal(8, size, size, 1, seed=i), train=True)
-    fn = lambda w, x: model.apply(*w, x.astype(jnp.float32))[0]
-    return fn, (params, state), normal(1, size, size, 1)
+    variables = {"params": params} | ({"batch_stats": state} if state else {})
+    return module(config).apply, variables, normal(1, size, size, 1)
 
   return make
 
@@ -126,11 +128,12 @@ LINEN = owned(
     "autoencoder": flax(Autoencoder(), IMAGE[:, :8, :8]),
     "GRU, 5 steps": flax(Recurrent(nn.GRUCell), SEQUENCE),
     "SimpleCell, 5 steps": flax(Recurrent(nn.SimpleCell), SEQUENCE),
-    "primia_jax cnn, group norm": shipped("cnn", 16),
-    "primia_jax cnn, batch norm": shipped("cnn", 16, norm="batch"),
-    "primia_jax leaf_cnn": shipped("leaf_cnn", 14),
-    "primia_jax resnet18, batch norm": shipped("resnet18", 32, norm="batch", width=0.125),
-    "primia_jax scatter_linear": shipped("scatter_linear", 16),
+    "primia_jax cnn, group norm": shipped(lambda c: CNN(c, "group"), "cnn", 16),
+    "primia_jax cnn, batch norm": shipped(lambda c: CNN(c, "batch"), "cnn", 16, norm="batch"),
+    "primia_jax leaf_cnn": shipped(lambda c: LeafCNN(c.num_classes), "leaf_cnn", 14),
+    "primia_jax resnet18, batch norm": shipped(
+      lambda c: ResNet18(c, "batch"), "resnet18", 32, norm="batch", width=0.125
+    ),
   },
 )
 

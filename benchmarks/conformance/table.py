@@ -16,7 +16,9 @@ _WIDTH = 90  # characters of a refusal
 _INTRODUCTION = """# What encrypted inference accepts
 
 Of these {total} functions `mpc` runs {accepted} under encryption. It refuses {refused} when it
-plans, by an error that says why and what to do instead. {others}Made by
+plans, by an error that says why and what to do instead. {others}
+
+This table is made by
 
     python -m benchmarks.conformance --output=docs/conformance.md
 
@@ -41,7 +43,7 @@ def markdown(results: Sequence[Result]) -> str:
   """A section for each kind, a row for each case, in order."""
   count = lambda outcome: sum(r.outcome == outcome for r in results)
   others = [
-    f"{count(outcome)} {outcome} ({why}). "
+    f"{count(outcome)} {outcome} ({why})"
     for outcome, why in ((BROKEN, "a fault"), (SKIPPED, "a package is not installed"))
     if count(outcome)
   ]
@@ -49,7 +51,7 @@ def markdown(results: Sequence[Result]) -> str:
     accepted=count(ACCEPTED),
     total=len(results),
     refused=count(REFUSED),
-    others="".join(others),
+    others="".join(f"{each}. " for each in others).strip(),
     num_bits=CONFIG.num_bits,
     fraction_bits=CONFIG.fraction_bits,
     unit=CONFIG.unit,
@@ -96,7 +98,8 @@ def number(error: float) -> str:
 
 def first_words(text: str) -> str:
   """The beginning of an error's text, without the line of the case that caused it."""
-  text = re.sub(r" \(?at [\w.]+\.py:\d+[^;:)]*\)?", "", text.split("\n")[0]).split(";")[0]
+  place = r"^\(top\): | \(at [\w.]+:\d+(, in .*?\)?)?\)(?=[;:,]|$)| at [\w.]+:\d+"
+  text = re.sub(place, "", text.split("\n")[0]).split(";")[0]
   return plain(text if len(text) <= _WIDTH else text[: _WIDTH - 1].rsplit(" ", 1)[0] + " …")
 
 
