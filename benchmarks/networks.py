@@ -18,6 +18,7 @@ import numpy as np
 from primia_jax.types import Array, PyTree
 
 HE = nn.initializers.he_normal()
+WIDE = nn.initializers.variance_scaling(4.0, "fan_in", "normal")
 NEAR_ZERO = nn.initializers.normal(0.3)
 Conv = functools.partial(nn.Conv, use_bias=False, kernel_init=HE)
 leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.01)
@@ -199,7 +200,7 @@ class LSTM(nn.Module):
     width = 512 // self.divisor
     for _ in range(2):
       start = (jnp.zeros((x.shape[0], width), x.dtype),) * 2
-      x = nn.RNN(nn.OptimizedLSTMCell(width))(x, initial_carry=start)
+      x = nn.RNN(nn.OptimizedLSTMCell(width, kernel_init=WIDE))(x, initial_carry=start)
     return nn.Dense(10)(x[:, -1])
 
 

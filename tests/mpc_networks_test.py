@@ -20,11 +20,11 @@ from primia_jax.mpc.gates.elementwise import RELU
 pytestmark = pytest.mark.slow
 TARGET_ERROR = {
   "ResNet-50": 1e-2,
-  "VGG-16": 1e-2,
+  "VGG-16": 1e-3,
   "DenseNet-121": 1e-2,
-  "U-Net, 2-D": 1e-2,
-  "U-Net, 3-D": 1e-2,
-  "ViT-B/16": 1e-2,
+  "U-Net, 2-D": 1e-3,
+  "U-Net, 3-D": 1e-3,
+  "ViT-B/16": 1e-3,
   "LSTM, two layers": 1e-3,
 }
 NUM_RELUS = {"ResNet-50": 49, "VGG-16": 15, "DenseNet-121": 121}
@@ -88,7 +88,7 @@ def assert_driven(seen):
   assert np.all(filled < 1)
   assert np.mean(filled >= 1 / 4) > 0.75, np.sort(filled)
   signs = [gate.low < 0 < gate.high for gate in seen if gate.action == RELU]
-  assert np.mean(signs) > 0.9
+  assert np.mean(signs or [True]) > 0.9
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
