@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.conformance.case import Case
 from primia_jax import mpc
-from primia_jax.mpc import planning
+from primia_jax.mpc import pricing
 from primia_jax.types import PyTree
 
 OWNERS = ("model_owner", "data_owner")
@@ -59,7 +59,7 @@ def measure(case: Case) -> Result:
       if is_refusal(error):
         return Result(case, REFUSED, str(error))
       return Result(case, BROKEN, f"{type(error).__name__}: {error}")
-    rows = planning.rows(plan)
+    rows = pricing.rows(plan.circuit)
   total = lambda name: sum(getattr(row, name) for row in rows)
   error = largest_error(outputs, exact)
   return Result(case, ACCEPTED, "", error, total("rounds"), total("sent"), total("dealt"))

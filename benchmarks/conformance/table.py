@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from benchmarks.conformance.measure import ACCEPTED, BROKEN, CONFIG, REFUSED, SKIPPED, Result
-from primia_jax.mpc import planning
+from primia_jax.mpc import pricing
 
 _HEAD = "| | | error | rounds | sent | dealt |", "| --- | --- | ---: | ---: | ---: | ---: |"
 _WIDTH = 90  # characters of a refusal
@@ -66,7 +66,7 @@ def markdown(results: Sequence[Result]) -> str:
 def row(result: Result) -> str:
   """One line of a table."""
   if result.outcome == ACCEPTED:
-    sent, dealt = (planning.bytes_text(n) for n in (result.sent, result.dealt))
+    sent, dealt = (pricing.bytes_text(n) for n in (result.sent, result.dealt))
     cells = ["yes", number(result.error), str(result.rounds), sent, dealt]
   else:
     cells = [f"{result.outcome}: {first_words(result.said)}", "", "", "", ""]

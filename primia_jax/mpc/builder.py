@@ -137,8 +137,8 @@ class Builder:
     if float(np.abs(units - np.rint(units)).max(initial=0)) * a.scale > self.config.unit / 2:
       a = self._finer(a)
     largest = float(np.abs(array).max(initial=0))
-    a = a if largest < self._room(a.scale) else self.narrow(a)
-    if largest >= self._room(a.scale):
+    a = a if largest < self.room(a.scale) else self.narrow(a)
+    if largest >= self.room(a.scale):
       self._too_large(largest, a.scale, math.ceil(math.log2(largest / a.scale)) + 2)
     integers = np.asarray(np.rint(array / a.scale), np.int64).reshape(
       (1,) * (len(shape) - array.ndim) + array.shape
@@ -191,12 +191,12 @@ class Builder:
     bits = min(self.config.fraction_bits + 4, 22)  # float32 has no finer ratios
     scale = scales.common([v.scale for v in values], bits)
     largest, finest = bound(v.max_abs for v in values), 2.0 ** (-3 * self.config.num_bits // 4)
-    if scale < finest if math.isinf(largest) else largest >= self._room(scale):
+    if scale < finest if math.isinf(largest) else largest >= self.room(scale):
       values = tuple(self.narrow(v) for v in values)
       scale = scales.common([v.scale for v in values], bits)
     return [self._multiplied(v, round(v.scale / scale))._replace(scale=scale) for v in values]
 
-  def _room(self, scale: float) -> float:
+  def room(self, scale: float) -> float:
     """The magnitude that values of a scale must stay below."""
     return 2.0 ** (self.config.num_bits - 2) * scale
 

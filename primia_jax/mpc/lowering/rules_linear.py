@@ -217,7 +217,10 @@ def _structural(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   x = low.value(inputs[0])
   if len(equation.outputs) > 1:
     return [low.build.local(lambda v, i=i: apply(v)[i], x) for i in range(len(equation.outputs))]
-  return low.build.local(lambda v: apply(v)[0], x, max_abs=x.max_abs * _terms(equation, x.shape))
+  most = x.max_abs * _terms(equation, x.shape)
+  if low.build.room(x.scale) <= min(most, low.bound(equation.outputs[0])) < math.inf:
+    x = low.build.narrow(x)  # the sum must fit the ring that a gate after it needs
+  return low.build.local(lambda v: apply(v)[0], x, max_abs=most)
 
 
 def _terms(equation: Equation, shape: tuple[int, ...]) -> int:

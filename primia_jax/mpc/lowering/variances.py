@@ -116,7 +116,7 @@ def _variance(
     return None
   keep = tuple(1 if i in axes else n for i, n in enumerate(shape))
   with jax.ensure_compile_time_eval():
-    ones = mean(jnp.ones(shape, jnp.float32))
+    ones = mean(jnp.ones(shape, shapes[x.number].dtype))
   if ones.size != np.prod(keep) or not np.allclose(ones, 1, atol=1e-5):
     return None
   return _Variance(x, average, keep, mean)
