@@ -16,7 +16,7 @@ _WIDTH = 90  # characters of a refusal
 _INTRODUCTION = """# What encrypted inference accepts
 
 Of these {total} functions `mpc` runs {accepted} under encryption. It refuses {refused} when it
-plans, by an error that says why and what to do instead. {others}
+plans, by an error that says why and what to do instead.{others}
 
 This table is made by
 
@@ -51,7 +51,7 @@ def markdown(results: Sequence[Result]) -> str:
     accepted=count(ACCEPTED),
     total=len(results),
     refused=count(REFUSED),
-    others="".join(f"{each}. " for each in others).strip(),
+    others="".join(f" {each}." for each in others),
     num_bits=CONFIG.num_bits,
     fraction_bits=CONFIG.fraction_bits,
     unit=CONFIG.unit,

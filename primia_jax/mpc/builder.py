@@ -341,9 +341,8 @@ class Builder:
       zeros = self.local(jnp.zeros_like, a, max_abs=0.0)
       return zeros._replace(scale=a.scale * 2.0**shift)
     skip = 0 if exact or action == TRUNCATE else max(shift, skip)
-    num, range_bits = math.prod(a.shape), self.range_bits(a, shift, skip)
-    comparison = COMPARISONS[config.comparison]
-    gate = Gate(action, num, config.num_bits, range_bits, shift, skip, exact, comparison)
+    size, comparison = (math.prod(a.shape), config.num_bits), COMPARISONS[config.comparison]
+    gate = Gate(action, *size, self.range_bits(a, shift, skip), shift, skip, exact, comparison)
     elementwise.check(gate)
     return self._add(Apply, a.shape, a.scale * 2**shift, a.max_abs, input=a.number, gate=gate)
 
