@@ -65,9 +65,8 @@ def test_gates_join_at_the_largest_range_and_the_longest_shift():
   def fn(build, x, y):
     fine = build.multiply(x, y)
     finer = build.scaled(fine, 2.0**-3)
-    return build.add(
-      build.narrow(fine), build.narrow(build.multiply_public(finer, np.ones((1, 3))))
-    )
+    product = build.multiply_public(finer, np.array([[1.0, 0.7, 0.3]]))
+    return build.add(build.narrow(fine), build.narrow(product))
 
   with jax.enable_x64(True):
     circuit = build(fn, [(2, 3), (2, 3)], CONFIG, 4.0)
