@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 from jax import lax
 from mpc_reference import OWNERS, normal
 
@@ -36,14 +37,12 @@ def test_a_recurrence_with_a_skip_and_outputs_of_every_step():
 
 @pytest.mark.slow
 def test_linen_cells():
-  linen = pytest.importorskip("flax.linen")
   layer, x = linen.RNN(linen.OptimizedLSTMCell(4)), normal(0, 1, 2, 3)
   checked(layer.apply, (layer.init(jax.random.key(0), x), x), 1e-3)
 
 
 @pytest.mark.slow
 def test_nnx_cells_with_random_state():
-  nnx = pytest.importorskip("flax.nnx")
 
   class Network(nnx.Module):
     def __init__(self, rngs):
@@ -59,7 +58,6 @@ def test_nnx_cells_with_random_state():
 
 @pytest.mark.slow
 def test_forty_steps_are_planned_in_seconds():
-  linen = pytest.importorskip("flax.linen")
   layer, x = linen.RNN(linen.LSTMCell(16)), normal(0, 1, 40, 8)
   args = (layer.init(jax.random.key(0), x), x)
   start = time.process_time()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 from jax import lax
 from mpc_reference import OWNERS, normal
 
@@ -167,7 +168,6 @@ def test_dot_product_attention(options):
 
 def test_a_masked_token_changes_nothing():
   """Flax's attention under the data owner's secret mask: outputs are equal bit for bit."""
-  linen = pytest.importorskip("flax.linen")
   tokens = normal(2, 2, 4, 4)
   lengths = np.arange(4)[None] < np.array([[2], [4]])
   mask = np.asarray(linen.make_attention_mask(lengths, lengths)).astype(bool)
@@ -187,7 +187,6 @@ def test_a_masked_token_changes_nothing():
 @pytest.mark.slow
 def test_nnx_attention():
   """Its state holds a key and a counter of dropout, which nothing here needs."""
-  nnx = pytest.importorskip("flax.nnx")
   layer = nnx.MultiHeadAttention(2, 4, decode=False, dropout_rate=0.1, rngs=nnx.Rngs(0))
   graph, state = nnx.split(layer)
   fn = lambda state, x: nnx.merge(graph, state)(x, mask=CAUSAL[:4, :4], deterministic=True)
