@@ -235,3 +235,16 @@ def test_bad_arguments_are_refused():
     program.trace(
       lambda x, w: x @ w, (X, jax.ShapeDtypeStruct(W.shape, W.dtype)), ["secret", PUBLIC]
     )
+
+
+def test_a_public_argument_is_a_constant_while_tracing():
+  """Python may branch on it, and loop as often as it says."""
+
+  def fn(x, power, flip):
+    for _ in range(int(power) - 1):
+      x = x * 2
+    return -x if flip else x
+
+  args = (np.ones(2, np.float32), np.int32(3), np.bool_(True))
+  program = flat(fn, args, ["secret", PUBLIC, PUBLIC])
+  assert [e.name for e in program.equations] == ["mul", "mul", "neg"]

@@ -84,7 +84,7 @@ def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Progra
   Args:
     fn: a JAX function of positional arguments.
     args: pytrees of arrays or ShapeDtypeStructs; public ones must be arrays.
-    owners: for each argument its owner; PUBLIC makes its values part of the program.
+    owners: for each argument its owner; the values of PUBLIC ones are constants while fn is traced.
 
   Raises:
     ValueError: owners do not match the arguments, or a public argument has no value.
@@ -94,24 +94,26 @@ def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Progra
     raise ValueError(f"{len(owners)} owners for {len(args)} arguments; name one owner for each")
   out_shape: list[Any] = []
 
-  def flat_fn(*leaves: Array) -> list[Array]:
-    outputs, tree = jax.tree.flatten(fn(*jax.tree.unflatten(structure, leaves)))
-    out_shape.append(tree)
-    return outputs
-
   leaves, structure = jax.tree.flatten(tuple(args))
   flat_owners = [
     owner for owner, arg in zip(owners, args, strict=True) for _ in jax.tree.leaves(arg)
   ]
+  public = [owner == PUBLIC for owner in flat_owners]
+  if any(p and isinstance(v, jax.ShapeDtypeStruct) for p, v in zip(public, leaves, strict=True)):
+    raise ValueError("a public argument has only a shape; give its value when the plan is made")
+
+  def flat_fn(*secrets: Array) -> list[Array]:
+    given = iter(secrets)
+    filled = [v if p else next(given) for p, v in zip(public, leaves, strict=True)]
+    outputs, tree = jax.tree.flatten(fn(*jax.tree.unflatten(structure, filled)))
+    out_shape.append(tree)
+    return outputs
+
   avals = tuple(jax.ShapeDtypeStruct(np.shape(v), v.dtype) for v in leaves)
-  jaxpr = jax.make_jaxpr(flat_fn)(*avals)
+  jaxpr = jax.make_jaxpr(flat_fn)(*(v for p, v in zip(public, avals, strict=True) if not p))
   tracer = _Tracer()
-  inputs = []
-  for owner, leaf in zip(flat_owners, leaves, strict=True):
-    if owner == PUBLIC and isinstance(leaf, jax.ShapeDtypeStruct):
-      raise ValueError("a public argument has only a shape; give its value when the plan is made")
-    inputs.append(leaf if owner == PUBLIC else tracer.new())
-  outputs = tracer.inline(jaxpr, inputs, "", "an unknown line")
+  inputs = [v if p else tracer.new() for p, v in zip(public, leaves, strict=True)]
+  outputs = tracer.inline(jaxpr, [v for v in inputs if isinstance(v, Ref)], "", "an unknown line")
   dtypes = tuple(v.dtype for v in jaxpr.out_avals)
   equations = _needed(tracer.equations, outputs)
   return Program(tuple(inputs), avals, equations, tuple(outputs), out_shape[-1], dtypes)
