@@ -28,7 +28,7 @@ from absl import app, flags, logging
 from benchmarks import encrypted_work, measuring
 from benchmarks.peers import networks
 from primia_jax import prng, ring
-from primia_jax.mpc import clear, fitting, planning, pricing, sharing
+from primia_jax.mpc import clear, fitting, planning, pricing
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.gates import elementwise
 from primia_jax.mpc.gates.elementwise import RELU, Gate
@@ -288,7 +288,7 @@ def relu(case: str) -> None:
     first = prng.bits(key, jnp.zeros(3, jnp.uint32), z.shape, z.dtype)
     shares, correlation = jnp.stack([first, z - first]), run.offline(key)
     got = run.online(shares, correlation)
-    off = sharing.signed(
+    off = ring.signed(
       ring.reduce(got[0] + got[1] - elementwise.clear(gate, z), gate.num_bits), gate.num_bits
     )
     measuring.say(

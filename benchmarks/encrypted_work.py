@@ -198,7 +198,7 @@ def numbers(gate: Gate, key: Array) -> Array:
   dtype = ring.storage(gate.num_bits).type
   bits = prng.bits(key, jnp.asarray([1, 0, 0], jnp.uint32), (gate.num,), dtype)
   sizes = prng.bits(key, jnp.asarray([2, 0, 0], jnp.uint32), (gate.num,), jnp.uint32)
-  signed = sharing.signed(bits, gate.num_bits) >> (gate.num_bits - gate.range_bits - 1)
+  signed = ring.signed(bits, gate.num_bits) >> (gate.num_bits - gate.range_bits - 1)
   smaller = (sizes >> 1) % jnp.uint32(gate.range_bits + 1)
   signed = jnp.where(sizes & 1 == 1, signed, signed >> smaller.astype(signed.dtype))
   most = 2**gate.range_bits - elementwise.slack(gate) - 1
