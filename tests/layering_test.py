@@ -35,6 +35,18 @@ LAYERS = {
   "scattering": {"types", "conv"},
   "models": LEAF | {"conv", "scattering", "tapped"},
   "data": LEAF,
+  "attacks": {
+    "types",
+    "prng",
+    "ring",
+    "local",
+    "privacy",
+    "conv",
+    "models",
+    "federated",
+    "metrics",
+    "mpc",
+  },
 }
 # Who alone may import a package, however it is imported; an empty set stands for nobody in
 # primia_jax.
