@@ -1,4 +1,4 @@
-"""What an attack showed: a score with its interval, what guessing scores, and a positive control."""
+"""What an attack showed: its score, the interval, what guessing scores, and a positive control."""
 
 from __future__ import annotations
 
