@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from primia_jax import federated
+from primia_jax import durable, federated
 from primia_jax.secagg import meeting
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.errors import Refused
@@ -125,4 +125,4 @@ def _read(path: pathlib.Path) -> dict[int, Record]:
 
 
 def _write(path: pathlib.Path, records: dict[int, Record]) -> None:
-  meeting.keep(path, json.dumps(records).encode())
+  durable.replace(path, json.dumps(records).encode())

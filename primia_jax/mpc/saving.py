@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from primia_jax import durable
 from primia_jax.mpc import planning
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.lowering import portable
@@ -62,11 +63,9 @@ def write(path: str | os.PathLike, value: Any) -> None:
   named: dict[str, Any] = {f"a{i}": v for i, v in enumerate(arrays.found)}
   np.savez(payload, header=text, **named)
   mode = 0o600 if isinstance(value, Once) else 0o666
-  with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-    file.write(_MAGIC + hashlib.sha256(payload.getvalue()).digest() + payload.getvalue())
-    file.flush()
-    os.fsync(file.fileno())
-  _sync(path.parent)
+  whole = _MAGIC + hashlib.sha256(payload.getvalue()).digest() + payload.getvalue()
+  durable.create(path, whole, mode)
+  durable.sync_folder(path.parent)
 
 
 def read(path: str | os.PathLike) -> Any:
@@ -87,7 +86,7 @@ def read(path: str | os.PathLike) -> Any:
     fields = [v if isinstance(v, str) else _unpack(v, arrays) for v in header["fields"]]
     return _SENT[kind](*fields)
   path.unlink()  # only one of two readers succeeds
-  _sync(path.parent)
+  durable.sync_folder(path.parent)
   names = [header[k] for k in ("party", "publication", "inference")]
   return _ONCE[kind](*names, _unpack(header["secret"], arrays))
 
@@ -107,14 +106,6 @@ def _parsed(path: pathlib.Path) -> tuple[dict[str, Any], list[np.ndarray]]:
       f"reads {_FORMAT} {_VERSION}; use the version that wrote it"
     )
   return header, [found[f"a{i}"] for i in range(len(found.files) - 1)]
-
-
-def _sync(folder: pathlib.Path) -> None:
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
 
 
 # ---- plans

@@ -26,6 +26,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from primia_jax import durable
+
 FILE = "ledger.jsonl"
 NAME_BYTES = 16  # of a unit; two of 2^40 units share a name with probability 2^-49
 _KEY, _LOCK, _START = "key", "lock", "0" * 64
@@ -175,31 +177,16 @@ def _key(folder: pathlib.Path) -> bytes:
     )
   if not path.exists():
     key = os.urandom(32)
-    _create(path, key)
-    _create(file, _line({"kind": "start", "key": _name(key, _CHECK).hex()}, _START) + b"\n")
+    durable.create(path, key)
+    durable.create(file, _line({"kind": "start", "key": _name(key, _CHECK).hex()}, _START) + b"\n")
     for one in (folder, folder.parent):
-      _fsync_folder(one)
+      durable.sync_folder(one)
     return key
   if path.stat().st_mode & 0o077:
     raise ValueError(
       f"{path} can be read by others, who could test which images are in the ledger; chmod 600 it"
     )
   return path.read_bytes()
-
-
-def _create(path: pathlib.Path, data: bytes) -> None:
-  with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _fsync_folder(folder: pathlib.Path) -> None:
-  number = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(number)
-  finally:
-    os.close(number)
 
 
 @contextlib.contextmanager

@@ -23,27 +23,13 @@ import time
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from primia_jax import durable
 from primia_jax.secagg import keys
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.errors import Lost, Refused
 from primia_jax.secagg.exchange import Pinned
 
 _Said = TypeVar("_Said", msg.Hello, msg.Start)
-
-
-def keep(path: pathlib.Path, data: bytes) -> None:
-  """Writes a file that only its owner can read; it is on disk, whole, when this returns."""
-  part = path.with_suffix(".part")
-  with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(path)
-  folder = os.open(path.parent, os.O_RDONLY)
-  try:
-    os.fsync(folder)
-  finally:
-    os.close(folder)
 
 
 def own_identity(path: pathlib.Path) -> keys.Identity:
@@ -53,7 +39,7 @@ def own_identity(path: pathlib.Path) -> keys.Identity:
     ValueError: the file holds no private key.
   """
   if not path.is_file():
-    keep(path, keys.identity().private)
+    durable.replace(path, keys.identity().private)
   private = path.read_bytes()
   if len(private) != keys.KEY_BYTES:
     raise ValueError(f"{path} has {len(private)} bytes and is no private key; restore it")
@@ -149,7 +135,7 @@ def pin(
   if len(hellos[0].server) != keys.KEY_BYTES:
     raise Refused(number, "hello", "malformed", "site 0 names no server")
   if not known.is_file():
-    keep(known, json.dumps(found, indent=2).encode())
+    durable.replace(known, json.dumps(found, indent=2).encode())
   try:
     before = dict(json.loads(known.read_text()))
   except (TypeError, ValueError) as error:

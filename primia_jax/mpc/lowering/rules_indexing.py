@@ -18,7 +18,7 @@ from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import piecewise
 from primia_jax.mpc.lowering import rules_linear
-from primia_jax.mpc.lowering.holders import Owned, is_secret
+from primia_jax.mpc.lowering.holders import Derived, Owned, is_secret
 from primia_jax.mpc.lowering.ownership import Lowering, Rule
 from primia_jax.mpc.lowering.program import Equation
 from primia_jax.mpc.lowering.rules_linear import shape_of
@@ -56,7 +56,7 @@ def _gather(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   by_row = numbers._replace(offset_dims=tuple(range(1, depth + 1)))
   rows = lambda v: lax.gather(v, np.arange(num)[:, None], by_row, sizes, mode="clip")
   fills = params["mode"] == _FILL and params["fill_value"] == 0
-  index = _mapped(low, indices, lambda v: v[..., 0])
+  index = _mapped(low, indices, _first)
   out_shape = equation.avals[0].shape
   free = iter(range(len(out_shape) - depth))
   offsets = iter(range(len(out_shape) - depth, len(out_shape)))
@@ -152,7 +152,11 @@ def _mapped(low: Lowering, v: Any, fn: Callable[[Array], Array]) -> Any:
     return low.build.local(fn, low.value(v))
   shape = jax.eval_shape(fn, jax.ShapeDtypeStruct(v.shape, v.dtype)).shape
   everywhere = frozenset(range(len(shape)))
-  return Owned(v.owner, lambda values: fn(v.read(values)), shape, everywhere, v.bound, v.dtype)
+  return Owned(v.owner, Derived(fn, (v,)), shape, everywhere, v.bound, v.dtype)
+
+
+def _first(v: Array) -> Array:
+  return v[..., 0]
 
 
 # ---- writes at public positions

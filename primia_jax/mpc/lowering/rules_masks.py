@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc.functions import extrema
-from primia_jax.mpc.lowering.holders import LOW, Masked, Owned, is_low, is_real, is_secret
+from primia_jax.mpc.lowering.holders import LOW, Derived, Masked, Owned, is_low, is_real, is_secret
 from primia_jax.mpc.lowering.masks import Step, is_finite, is_hidden, level, limit, lowered, zeroed
 from primia_jax.mpc.lowering.ownership import Lowering, Rule
 from primia_jax.mpc.lowering.program import Equation, Ref
+from primia_jax.types import Array
 
 
 def rules(base: Mapping[str, Rule]) -> dict[str, Rule]:
@@ -173,10 +174,13 @@ def _add_owned(step: Step) -> Any:
   if math.isinf(bound):
     return None
   least = level(low, 2 * bound - LOW)
-  lifted = lambda v: jnp.where(v <= LOW, least, v)
   x = low.build.broadcast(low.value(step.levelled(1 - i, least + LOW)), step.shape)
-  x = step.value([x, b._replace(read=lambda values: lifted(b.read(values)))])
+  x = step.value([x, b._replace(read=Derived(_lifted, (b,), (least,)))])
   return step.hidden(x._replace(max_abs=bound - least - LOW), bound + least, bound - LOW, object())
+
+
+def _lifted(v: Array, least: float) -> Array:
+  return jnp.where(v <= LOW, least, v)
 
 
 def _scale(step: Step) -> Any:

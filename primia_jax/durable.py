@@ -1,0 +1,42 @@
+"""Files that are on disk, whole, when a function returns, so that a crash loses nothing of them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+
+def create(path: pathlib.Path, data: bytes, mode: int = 0o600) -> None:
+  """Writes a new file; call `sync_folder` after the last one of a folder.
+
+  Raises:
+    FileExistsError: there is one of that name.
+  """
+  _write(path, data, mode, os.O_EXCL)
+
+
+def replace(path: pathlib.Path, data: bytes) -> None:
+  """Writes a file that only its owner can read, in place of one of that name.
+
+  After a crash the old one or the new one is there, whole.
+  """
+  part = path.with_suffix(".part")
+  _write(part, data, 0o600, os.O_TRUNC)
+  part.replace(path)
+  sync_folder(path.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+  """Makes the names of a folder's files last: those made, renamed and removed."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _write(path: pathlib.Path, data: bytes, mode: int, flag: int) -> None:
+  with open(os.open(path, os.O_WRONLY | os.O_CREAT | flag, mode), "wb") as file:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
