@@ -10,7 +10,7 @@ train: $(VENV)/installed
 	$(BIN)/python -m experiments.train_federated --run_dir=$(RUN_DIR) $(FLAGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(TESTS)

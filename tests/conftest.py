@@ -15,10 +15,23 @@ jax.config.update("jax_debug_key_reuse", False)
 
 
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
+_UNOPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+
+# Tests of these files claim what is exact in Z_2^k, what holds within a tolerance, or that one
+# program gives the same bits twice: none of it hangs on how XLA optimises, and to compile is most
+# of their work. Tests marked `slow` or `optimised`, and all other files (bits that two programs
+# share, roundings, compiled text and memory), compile as users do. The variable above wins where
+# it is set.
+_UNOPTIMISED_FILES = (
+  "conv_", "experiments_", "metrics_", "models_", "mpc_", "privacy_audit_", "privacy_bookkeeping_",
+  "privacy_clipping_", "privacy_plan_", "privacy_training_", "readme_", "report_", "scattering_",
+  "site_privacy_",
+)  # fmt: skip
 
 
 def pytest_configure(config):
   """Shares compiled programs between the tests and processes of one run, and with no other run."""
+  config.chooses = _UNOPTIMISED not in os.environ
   if not os.environ.get(_CACHE):
     config.own_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix="primia_jax_xla_")
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
@@ -32,6 +45,25 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
   if hasattr(config, "own_cache"):
     shutil.rmtree(config.own_cache, ignore_errors=True)
+
+
+def _unoptimised(item) -> bool:
+  marked = any(item.get_closest_marker(name) for name in ("slow", "optimised"))
+  return not marked and item.path.name.startswith(_UNOPTIMISED_FILES)
+
+
+def pytest_collection_modifyitems(items):
+  """Tests that compile alike come together."""
+  items.sort(key=_unoptimised, reverse=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Before the fixtures of a test: how it, and the processes that it starts, compile."""
+  if item.config.chooses and os.environ.get(_UNOPTIMISED) != str(int(_unoptimised(item))):
+    os.environ[_UNOPTIMISED] = str(int(_unoptimised(item)))
+    jax.config.update("jax_disable_most_optimizations", _unoptimised(item))
+    jax.clear_caches()
 
 
 @pytest.fixture

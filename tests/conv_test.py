@@ -204,6 +204,7 @@ def test_on_a_mesh_a_replicated_kernel_gets_the_sum_of_the_gradients():
   assert_close(jax.jit(sharded)(w, x), jax.grad(functools.partial(loss, reference))(w, x))
 
 
+@pytest.mark.optimised
 def test_an_unused_input_gradient_is_not_computed():
   def count(argnums):
     gradient = jax.grad(lambda x, w: conv(x, w, padding="VALID").sum() ** 2, argnums=argnums)

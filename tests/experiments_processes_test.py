@@ -28,6 +28,8 @@ from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
 from primia_jax.secagg import exchange, keys
 
+pytestmark = pytest.mark.optimised  # the bits of one process and of many are compared
+
 
 @pytest.fixture
 def path(monkeypatch):

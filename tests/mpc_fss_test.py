@@ -290,6 +290,7 @@ def test_the_keys_take_the_bytes_of_their_tree(span):
   assert key_bytes == sum(x.size * x.dtype.itemsize for x in common.values()) / num
 
 
+@pytest.mark.optimised
 def test_millions_of_elements_need_little_memory_besides_their_keys():
   span, num = Span(0, 40, 16), 2**22
   shares = {

@@ -1,6 +1,4 @@
-"""Recurrent networks: right on the integer model, and planned as fast as they are long."""
-
-import time
+"""Recurrent networks are right on the integer model."""
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +52,3 @@ def test_nnx_cells_with_random_state():
 
   graph, state = nnx.split(Network(nnx.Rngs(0)))
   checked(lambda state, x: nnx.merge(graph, state)(x), (state, normal(1, 1, 2, 3)), 1e-3)
-
-
-@pytest.mark.slow
-def test_forty_steps_are_planned_in_seconds():
-  layer, x = linen.RNN(linen.LSTMCell(16)), normal(0, 1, 40, 8)
-  args = (layer.init(jax.random.key(0), x), x)
-  start = time.process_time()
-  ranges = planning.calibrate(layer.apply, OWNERS, [args])
-  planning.plan(layer.apply, OWNERS, args, Config(), 2.0 ** np.ceil(np.log2(ranges + 1e-9)))
-  assert time.process_time() - start < 10

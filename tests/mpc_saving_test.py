@@ -41,6 +41,7 @@ def same(a, b):
   return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # the fill value of jnp.take is no integer
 def test_all_messages_of_an_inference_through_files(plan, tmp_path):
   """Every role reads the plan and what it receives; the bits are those of one process."""
   through = lambda value, name: (

@@ -201,11 +201,14 @@ def _structural(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
       f"{equation.name} at a secret position at {equation.source}; use a public one"
     )
   apply = lambda v: equation.bind(v, *inputs[1:])
-  if equation.name == "gather" and _fills(apply, shape_of(inputs[0]), inputs[1]):
-    raise NotImplementedError(
-      f"gather out of bounds at {equation.source} fills with other numbers than zero; use "
-      f"mode='clip' or fill_value=0"
-    )
+  if equation.name == "gather":
+    if _fills(apply, shape_of(inputs[0]), inputs[1]):
+      raise NotImplementedError(
+        f"gather out of bounds at {equation.source} fills with other numbers than zero; use "
+        f"mode='clip' or fill_value=0"
+      )
+    zeros = {**equation.params, "fill_value": 0}  # the ring has no NaN, which is jnp.take's filling
+    apply = lambda v: [lax.gather(v, inputs[1], **zeros)]
   if (
     isinstance(inputs[0], Lazy)
     and equation.name in RESHAPES
