@@ -41,6 +41,7 @@ LAYERS = {
     "prng",
     "ring",
     "local",
+    "sites",
     "privacy",
     "conv",
     "models",

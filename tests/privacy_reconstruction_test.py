@@ -8,7 +8,7 @@ from scipy import integrate, optimize, stats
 
 from primia_jax.privacy import accounting, reconstruction
 from primia_jax.privacy.accounting import Ledger, gaussian, renyi, spend
-from primia_jax.privacy.reconstruction import reconstruction_bound
+from primia_jax.privacy.reconstruction import max_true_positive_rate, reconstruction_bound
 
 norm = stats.norm
 
@@ -90,3 +90,49 @@ def test_an_attack_stays_within_the_bound_and_exceeds_it_with_less_noise(sigma):
 
   assert 1.5 / num_candidates < successes(sigma) <= bound
   assert successes(sigma / 2) > bound
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-3, 0.01, 0.3, 1.0])
+def test_a_gaussian_mechanisms_tests_have_their_closed_form(rate):
+  """Dong et al. 2022, equation 6: the power at a level is Phi(Phi^-1(level) + mu)."""
+  got = max_true_positive_rate(spent(gaussian("sums", 3.0), 9), rate)
+  assert got == pytest.approx(norm.cdf(norm.ppf(rate) + 1), rel=1e-12)
+
+
+@pytest.mark.parametrize("release", [gaussian("sums", 1.5), gaussian("gradients", 0.9, 0.05)])
+@pytest.mark.parametrize("rate", [1e-3, 0.01, 0.3, 0.9])
+def test_the_accountants_power_is_the_closed_form_from_above(release, rate):
+  """Both sides of the trade-off: at few false positives, and where nearly all are guessed in. The
+  accountant takes the worse of adding and removing a unit, which costs a little at the far end.
+  """
+  exact = max_true_positive_rate(spent(release), rate)
+  assert exact <= reconstruction._of_profile(spent(release), rate) <= 1.02 * exact
+
+
+def test_no_test_beats_the_bound_and_one_with_less_noise_does():
+  """Ten sampled steps, the likelihood ratio of all of them; thresholds hold each rate exactly."""
+  steps, q, sigma, trials = 10, 0.3, 1.0, 100_000
+  rng = np.random.default_rng(0)
+
+  def ratios(noise, is_in):
+    seen = noise * rng.normal(size=(trials, steps)) + is_in * (rng.random((trials, steps)) < q)
+    return np.log1p(q * np.expm1((2 * seen - 1) / (2 * noise**2))).sum(axis=1)
+
+  rates = np.array([0.01, 0.1])
+  bound = [max_true_positive_rate(spent(gaussian("g", sigma, q), steps), rate) for rate in rates]
+  for noise, holds in ((sigma, True), (sigma / 2, False)):
+    thresholds = np.quantile(ratios(noise, 0), 1 - rates)
+    power = np.mean(ratios(noise, 1)[:, None] > thresholds, axis=0)
+    error = 3 * np.sqrt(power * (1 - power) / trials) + 3 * np.sqrt(rates / trials)
+    assert np.all(power - error <= bound) == holds
+    assert not holds or np.all(power > 0.7 * np.array(bound))
+
+
+def test_both_rates_carry_what_ran_otherwise_than_accounted_for():
+  release = gaussian("sums", 2.0)
+  failing = release._replace(extra_delta=0.01)
+  got = max_true_positive_rate(spent(failing), 0.05)
+  assert got == pytest.approx(0.01 + max_true_positive_rate(spent(release), 0.06))
+  assert max_true_positive_rate(Ledger("example", 1e-5), 0.2) == 0.2
+  with pytest.raises(ValueError, match=r"false_positive_rate=1\.5"):
+    max_true_positive_rate(spent(release), 1.5)
