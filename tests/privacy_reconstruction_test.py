@@ -1,14 +1,21 @@
 """The bound on reconstruction: closed forms, the accountant, and an attack that is played."""
 
+import functools
 import math
 
+import jax
 import numpy as np
 import pytest
 from scipy import integrate, optimize, stats
 
 from primia_jax.privacy import accounting, reconstruction
 from primia_jax.privacy.accounting import Ledger, gaussian, renyi, spend
-from primia_jax.privacy.reconstruction import max_true_positive_rate, reconstruction_bound
+from primia_jax.privacy.reconstruction import (
+  estimate,
+  max_true_positive_rate,
+  reconstruction_bound,
+  renyi_bound,
+)
 
 norm = stats.norm
 
@@ -71,9 +78,88 @@ def test_what_ran_otherwise_than_accounted_for_is_added():
   assert more == pytest.approx(0.005)
 
 
-def test_one_candidate_is_no_game():
-  with pytest.raises(ValueError, match="num_candidates=1"):
-    reconstruction_bound(Ledger("example", 1e-5), 1)
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize(
+  ("releases", "num_candidates"),
+  [
+    ([(gaussian("sums", 1.0), 1)], 10),
+    ([(gaussian("sums", 0.3), 1)], 2),
+    ([(gaussian("sums", 1.0), 1), (gaussian("counts", 3.0), 18)], 10_000),
+    ([(gaussian("gradients", 0.8, 0.3), 1)], 10_000),
+  ],
+)
+def test_the_estimate_is_the_closed_form_within_its_interval(releases, num_candidates):
+  """Full batch: Phi(Phi^-1(1 / N) + mu); one sampled release: as above."""
+  ledger = functools.reduce(lambda a, b: spend(a, *b), releases, Ledger("example", 1e-5))
+  exact, found = reconstruction_bound(ledger, num_candidates), estimate(ledger, KEY, num_candidates)
+  assert found.low <= exact <= found.high
+  assert found.value == pytest.approx(exact, rel=0.06)
+  assert found.high < 1.25 * exact + 2e-4
+  assert found.low > 0.4 * exact
+
+
+def test_the_interval_of_the_estimate_misses_as_seldom_as_it_says():
+  ledger = spent(gaussian("sums", 1.2))
+  exact = reconstruction_bound(ledger, 100)
+  found = [estimate(ledger, jax.random.key(i), 100, 1000, 0.5) for i in range(60)]
+  missed = sum(not one.low <= exact <= one.high for one in found)
+  assert missed <= stats.binom.ppf(0.999, 60, 0.5)
+  # unbiased: the mean is nearer than any interval
+  assert np.mean([one.value for one in found]) == pytest.approx(exact, rel=0.05)
+
+
+def test_many_sampled_steps_are_what_the_accountant_says():
+  """For which there is no closed form: both ways to the chance meet."""
+  ledger = spent(gaussian("gradients", 1.0, 0.1), 50)
+  found, bound = estimate(ledger, KEY, 100, 50_000), reconstruction_bound(ledger, 100)
+  assert found.low <= bound
+  assert found.value == pytest.approx(bound, rel=0.03)
+  assert found.high < 1.1 * bound < 1.1 * renyi_bound(ledger, 100)
+
+
+def test_equal_epsilon_and_delta_are_not_equal_risks():
+  """Hayes et al. 2023, section 4: the same claim with another rate and noise."""
+  whole, sampled = (
+    spent(gaussian("gradients", 1.0815)), spent(gaussian("gradients", 0.6458, 0.02), 50)
+  )  # fmt: skip
+  assert accounting.epsilon(whole) == pytest.approx(4.0, rel=2e-3)
+  assert accounting.epsilon(sampled) == pytest.approx(4.0, rel=2e-3)
+  one, other = (estimate(ledger, KEY, 10, 50_000) for ledger in (whole, sampled))
+  assert one.low > 1.2 * other.high
+
+
+@pytest.mark.parametrize("num_candidates", [10, 10_000])
+def test_the_bound_by_renyi_divergences_has_its_closed_form(num_candidates):
+  """Balle et al. 2022: of a Gaussian, D_a = a mu^2 / 2."""
+  mu, orders = 0.9, np.asarray(accounting.ORDERS)
+  powers = (orders - 1) / orders
+  want = math.exp(np.min(powers * (orders * mu**2 / 2 - math.log(num_candidates))))
+  assert renyi_bound(spent(gaussian("sums", 1 / mu)), num_candidates) == pytest.approx(want)
+  curve = spent(renyi("updates", orders * mu**2 / 2))
+  assert renyi_bound(curve, num_candidates) == pytest.approx(want)
+  assert reconstruction_bound(curve, num_candidates) <= want * (1 + 1e-9)
+  nothing = renyi_bound(Ledger("example", 1e-5), num_candidates)
+  assert nothing == pytest.approx(1 / num_candidates, rel=3e-3)  # orders end
+
+
+@pytest.mark.parametrize(
+  ("call", "match"),
+  [
+    (lambda ledger: reconstruction_bound(ledger, 1), "num_candidates=1"),
+    (lambda ledger: renyi_bound(ledger, 0), "num_candidates=0"),
+    (lambda ledger: estimate(ledger, KEY, 10, 99), "num_samples=99"),
+    (lambda ledger: estimate(ledger, KEY, 10, 1000, 1.0), "confidence=1.0"),
+    (
+      lambda ledger: estimate(spend(ledger, renyi("updates", [1.0] * len(accounting.ORDERS))), KEY),
+      "renyi_bound",
+    ),
+  ],
+)
+def test_impossible_numbers_are_refused(call, match):
+  with pytest.raises(ValueError, match=match):
+    call(Ledger("example", 1e-5))
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0])

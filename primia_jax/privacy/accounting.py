@@ -169,10 +169,13 @@ def epsilon(ledger: Ledger, accountant: str | None = None) -> float:
   return value if value < _MAX_EPSILON else math.inf
 
 
-def profile(ledger: Ledger, accountant: str | None = None) -> Callable[[float], float]:
+def profile(
+  ledger: Ledger, accountant: str | None = None, grid: float = _GRID
+) -> Callable[[float], float]:
   """delta -> epsilon of what a ledger accounts for, `extra_delta` left out; see `epsilon`.
 
-  The ledger's own delta sets the grid of the computation only.
+  The ledger's own delta sets the grid of the computation only, to `grid` times the width of the
+  privacy loss distribution. Whatever the grid, what is returned is an upper bound.
 
   Raises:
     ValueError: as `epsilon`.
@@ -187,8 +190,14 @@ def profile(ledger: Ledger, accountant: str | None = None) -> Callable[[float], 
   width = by_rdp(min(ledger.delta, 1e-6))
   if width > 3 * _MAX_EPSILON:
     return lambda delta: math.inf
-  by_pld = _by_pld(releases, _GRID * max(width, 1e-6))
+  by_pld = _by_pld(releases, grid * max(width, 1e-6))
   return by_pld if accountant else lambda delta: min(by_pld(delta), by_rdp(delta))
+
+
+def divergences(ledger: Ledger) -> np.ndarray:
+  """[len(ORDERS)] the Renyi divergences of all that a ledger lists, `extra_delta` left out."""
+  curve = lambda r: np.asarray(r.curve or _gaussian_curve(r.noise_multiplier, r.sampling_rate))
+  return np.sum([np.zeros(len(ORDERS)), *(r.times * curve(r) for r in ledger.releases)], axis=0)
 
 
 def extra_delta(ledger: Ledger) -> float:
@@ -330,9 +339,7 @@ def _by_rdp(releases: Sequence[Release]) -> Callable[[float], float]:
     for release in releases:
       accountant.compose(_event(release), release.times)
     return accountant.get_epsilon
-  orders = np.asarray(ORDERS)
-  curve = lambda r: np.asarray(r.curve or _gaussian_curve(r.noise_multiplier, r.sampling_rate))
-  total = np.sum([r.times * curve(r) for r in releases], axis=0)
+  orders, total = np.asarray(ORDERS), divergences(Ledger("", 0.0, tuple(releases)))
   converted = lambda delta: (
     total + np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
   )
