@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,40 +113,53 @@ def publish(operands: Operands, blind: Operands) -> Operands:
   return {i: operands[i].elements - b for i, b in blind.items()}
 
 
-def deal(circuit: Circuit, key: Array, blind: Operands) -> Dealt:
+def deal_gate(gate: elementwise.Gate, seeds: Sequence[Array], number: Any) -> tuple:
+  """What the dealer deals for one gate: party 1's shares, and what both receive as it is.
+
+  Args:
+    gate: the gate.
+    seeds: of both parties.
+    number: of the operation in the circuit.
+  """
+  each = [dealing.expand_masks(seed, number, elementwise.masks(gate)) for seed in seeds]
+  both = {name: jnp.stack([m[name] for m in each]) for name in each[0]}
+  derived = elementwise.derive(gate, both)
+  return dealing.split(seeds[0], number, derived), derived.common
+
+
+def deal(circuit: Circuit, key: Array, blind: Operands, deal_gate: Callable = deal_gate) -> Dealt:
   """The dealer's work for one inference.
 
   Args:
     circuit: what to deal for.
     key: [8] uint32, the dealer's secret for this inference alone.
     blind: `full(blinds(...))` of both owners.
+    deal_gate: deals for a gate; an audit traces it by itself, once for all gates alike.
   """
   config = circuit.config
   seeds = [prng.derive(key, _SEED, party) for party in (0, 1)]
   opened: dict[int, list[Array]] = {}  # the mask shares of every masked value
   sent, common = {}, {}
   for number, op in enumerate(circuit.operations):
-    each = [dealing.expand_masks(seed, number, masks(op, config)) for seed in seeds]
     derived = None
     match op:
       case Open():
+        each = [dealing.expand_masks(seed, number, masks(op, config)) for seed in seeds]
         opened[op.out] = [m["r"] for m in each]
       case Local() if op.opened:
         opened[op.out] = [op.fn(*(opened[i][p] for i in op.inputs)) for p in (0, 1)]
       case Linear():
         r = opened[op.input][1 - op.owner]
-        derived = Derived({"u": multiply(op.map, r, blind[op.operand], config.num_bits)}, {}, {})
+        derived = {"u": multiply(op.map, r, blind[op.operand], config.num_bits)}
       case Product():
         a, b = (opened[i][0] + opened[i][1] for i in op.inputs)
-        derived = Derived({"u": product(op.map, a, b, config.num_bits)}, {}, {})
+        derived = {"u": product(op.map, a, b, config.num_bits)}
       case Apply():
-        derived = elementwise.derive(
-          op.gate, {name: jnp.stack([m[name] for m in each]) for name in each[0]}
-        )
+        sent[number], shown = deal_gate(op.gate, seeds, number)
+        if shown:
+          common[number] = shown
     if derived is not None:
-      sent[number] = dealing.split(seeds[0], number, derived)
-      if derived.common:
-        common[number] = derived.common
+      sent[number] = dealing.split(seeds[0], number, Derived(derived, {}, {}))
   return Dealt(jnp.stack(seeds), sent, common)
 
 
@@ -217,7 +231,19 @@ def _gate_messages(gate: elementwise.Gate) -> tuple[Sent, ...]:
   return tuple(log)
 
 
-def prepare(circuit: Circuit, party: int, dealt: Part, own: Operands, published: Operands) -> Ready:
+def expand(masks: Masks, shapes: Any, seed: Array, number: Any) -> Correlation:
+  """A party's share of an operation's masks and, at party 0, of values of these shapes."""
+  return dealing.expand_masks(seed, number, masks) | dealing.expand_shares(seed, number, shapes)
+
+
+def prepare(
+  circuit: Circuit,
+  party: int,
+  dealt: Part,
+  own: Operands,
+  published: Operands,
+  expand: Callable = expand,
+) -> Ready:
   """A party's work before the image exists, without communication.
 
   Args:
@@ -229,17 +255,12 @@ def prepare(circuit: Circuit, party: int, dealt: Part, own: Operands, published:
     published: the other party's D, made ready by `full`.
   """
   config = circuit.config
-  shapes: Any = dealt_shapes(circuit).sent if dealt.sent is None else dealt.sent
+  shapes: Any = dealt_shapes(circuit).sent if dealt.sent is None else {}
   opened: dict[int, Array] = {}
   ready: Ready = {}
   for number, op in enumerate(circuit.operations):
-    mine = dealing.expand_masks(dealt.seed, number, masks(op, config))
-    if number in shapes:
-      if dealt.sent is None:
-        mine |= dealing.expand_shares(dealt.seed, number, shapes[number])
-      else:
-        mine |= dealt.sent[number]
-    mine |= dealt.common.get(number, {})
+    mine = expand(masks(op, config), shapes.get(number, {}), dealt.seed, number)
+    mine |= (dealt.sent or {}).get(number, {}) | dealt.common.get(number, {})
     match op:
       case Open():
         opened[op.out] = mine["r"]
@@ -276,7 +297,9 @@ def _complete(
   return {"u": mine["u"] + multiply(op.map, mine["r"], weight, config.num_bits)}
 
 
-def run(circuit: Circuit, wire: Wire, ready: Ready, operands: Operands) -> list[Array]:
+def run(
+  circuit: Circuit, wire: Wire, ready: Ready, operands: Operands, apply: Callable = elementwise.run
+) -> list[Array]:
   """One party's part of the protocol, on the axis "party".
 
   Args:
@@ -285,11 +308,12 @@ def run(circuit: Circuit, wire: Wire, ready: Ready, operands: Operands) -> list[
     ready: from `prepare`.
     operands: encoded. Each is as its owner has it, and `encoding.blank` at the other party; in a
       simulation both have the same array. Arguments given as shares are this party's shares.
+    apply: runs a gate; see `deal`.
 
   Returns:
     This party's shares of the outputs. A party learns an output only from the other's share.
   """
-  env = advance(circuit, wire, ready, operands, {}, 0, len(circuit.operations))
+  env = advance(circuit, wire, ready, operands, {}, 0, len(circuit.operations), apply)
   return outputs(circuit, env)
 
 
@@ -300,7 +324,14 @@ def outputs(circuit: Circuit, env: Env) -> list[Array]:
 
 
 def advance(
-  circuit: Circuit, wire: Wire, ready: Ready, operands: Operands, env: Env, first: int, last: int
+  circuit: Circuit,
+  wire: Wire,
+  ready: Ready,
+  operands: Operands,
+  env: Env,
+  first: int,
+  last: int,
+  apply: Callable = elementwise.run,
 ) -> Env:
   """Carries out operations first to last - 1 and returns the values that later ones need."""
   env, k = dict(env), circuit.config.num_bits
@@ -334,7 +365,7 @@ def advance(
           env[op.out] = product(op.map, a, at(0, b) - rb, k) - product(op.map, ra, b, k) + c["u"]
         case Apply():
           z = env[op.input].reshape(-1)
-          env[op.out] = elementwise.run(op.gate, wire, z, c).reshape(op.shape)
+          env[op.out] = apply(op.gate, wire, z, c).reshape(op.shape)
     if wire.log is not None:
       wire.log[before:] = [sent._replace(operation=number) for sent in wire.log[before:]]
   return {i: env[i] for i in live(circuit, last)}

@@ -1,0 +1,235 @@
+"""What leaves a site in one sum over sites: `federated.over_sites`, traced and not run.
+
+The audit gives `over_sites` a placement that runs nothing. It begins the sum as always, traces the
+function of one site with `make_jaxpr`, follows the data and stops. What crosses is what the
+summation's `send` returns, and whatever a site's function gives to a collective or to the host.
+
+Secret are the site's data, its state and its keys. Public are what the server sends (`Global`), the
+site's number, and of a `secagg.Row` the numbers of the peers. A message is masked if each mask key
+of the row hides it alone: with P peers, P of them and the server must collude to open it.
+
+Not seen: what `begin` and `end` do on the host (their messages are in `boundary.messages`); the
+algorithm's `server`, which gets the opened sum only; noise, since noise is no mask; how much a sum
+tells; sizes, times and who takes part; the data that a loader gives, such as a padding row that is
+a real image. Only the site at `position` is followed: all run one function, and differ in the keys
+of their rows, of which no two may be equal. Sums between processes (`summation.over`) are masked on
+the host and cannot be traced: audit the same coding under `summation.masked`, whose masks are equal
+bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from primia_jax import federated, secagg
+from primia_jax.boundary import flow, known, report
+from primia_jax.boundary.values import PUBLIC, Value, Word, mixed, secret
+from primia_jax.federated import Algorithm, Sites
+from primia_jax.sites import Placement
+from primia_jax.summation import Summation
+from primia_jax.types import ModelState, Params, PyTree, Site
+
+
+class _Traced(Exception):
+  """Ends a step once its site function is traced."""
+
+
+def audit(run: Callable[[Placement], Any], name: str = "", position: int = 0) -> report.Report:
+  """Audits the first sum over sites that `run` forms with the placement it is given.
+
+  Args:
+    run: placement -> anything; e.g. `lambda placement: federate(..., placement, 3).step(...)`.
+      Arrays of sites, model and states may be ShapeDtypeStructs; a `State.round` must be a number.
+    name: for the report.
+    position: of the site that is followed, among those of the round.
+
+  Raises:
+    ValueError: `run` formed no sum; or whatever `run` raises.
+  """
+  found: list[report.Report] = []
+
+  def lift(site_fn: Callable) -> Callable:
+    def traced(shared: PyTree, inputs: PyTree) -> Any:
+      found.append(_follow(site_fn, shared, inputs, name, position))
+      raise _Traced
+
+    return traced
+
+  same = lambda tree: tree
+  try:
+    run(Placement("audit", lift, same, same, np.arange))
+  except _Traced:
+    return found[0]
+  raise ValueError("run formed no sum over sites; let it call `step` or what `over_sites` returns")
+
+
+def audit_round(
+  algorithm: Algorithm,
+  summation: Summation,
+  params: Params,
+  model_state: ModelState,
+  site: Site,
+  num_sites: int,
+  *,
+  class_weights: Any = None,
+  round: int = 0,
+  position: int = 0,
+) -> report.Report:
+  """Audits a training round of `federate(algorithm, summation, ..., num_sites)`.
+
+  Args:
+    algorithm, summation, num_sites: as `federate` takes them.
+    params, model_state: of the model; shapes suffice.
+    site: one site's data; shapes suffice. `secret` is None, as from a loader.
+    class_weights: see `federated.Sites`.
+    round: the round's number.
+    position: of the site that is followed.
+  """
+  shapes = lambda tree: jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct((num_sites, *a.shape), a.dtype), tree
+  )
+  site_state = shapes(jax.eval_shape(algorithm.init_site, params, model_state))
+  server_state = jax.eval_shape(algorithm.init_server, params)
+  begun: Any = np.int32(round)
+  state = federated.State(params, model_state, server_state, site_state, begun)
+  sites = Sites(np.arange(num_sites), lambda ids: shapes(site), class_weights)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  run = lambda placement: federated.federate(algorithm, summation, placement, num_sites).step(
+    key, state, sites
+  )
+  return audit(run, f"{algorithm.name}, {summation.name}", position)
+
+
+def _follow(
+  site_fn: Callable, shared: PyTree, inputs: PyTree, name: str, position: int
+) -> report.Report:
+  own = jax.tree.map(lambda a: _row(a, position), inputs)
+  (site, row, state), rows = own, inputs[1]
+  names = _key_names(rows, position)
+  labels = [
+    *[_public(v) for v in jax.tree.leaves(shared)],
+    *_site_labels(site),
+    *_row_labels(row, names),
+    *_secrets("state", state),
+  ]
+  closed, shapes = jax.make_jaxpr(site_fn, return_shape=True)(shared, own)
+  walk = flow.start()
+  outputs = flow.follow(walk, closed, labels)
+  summed, stacked = shapes
+  # a robust rule takes every site's message as it is, stacked beside the states that stay
+  crosses = summed if jax.tree.leaves(summed) else stacked[0]
+  paths = [p for p, _ in jax.tree_util.tree_flatten_with_path(crosses)[0]]
+  number = int(getattr(shared, "round", 0))
+  sent = [
+    report.Sent(f"sent{jax.tree_util.keystr(path)}", value, aval, number)
+    for path, value, aval in zip(paths, outputs, closed.out_avals, strict=False)
+  ]
+  sent += [
+    report.Sent(f"{m.how} in the site function", mixed([m.value], m.eqn), m.aval, number, m.eqn)
+    for m in walk.met
+  ]
+  hides = [
+    (f"whoever knows all keys but the {key}", lambda stream, key=key: stream.key == (key,))
+    for key in _mask_keys(row, names)
+  ]
+  found = report.judge(name, sent, hides)
+  twice = [m for m in walk.met if m.repeats and m.value.parts]
+  more = [
+    report.Violation(f"{m.how} in the site function", flow.line(m.eqn), "in a loop") for m in twice
+  ]
+  return found._replace(violations=(*found.violations, *_equal_keys(rows), *more))
+
+
+# ---- labels of the inputs
+
+
+def _row(a: Any, position: int) -> Any:
+  if isinstance(a, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+  return np.asarray(a)[position]
+
+
+def _public(v: Any) -> Value:
+  return PUBLIC if isinstance(v, jax.ShapeDtypeStruct) else Value((), known.constant(v))
+
+
+def _secrets(name: str, tree: PyTree) -> list[Value]:
+  paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return [secret([f"{name}{jax.tree_util.keystr(path)}"]) for path, _ in paths]
+
+
+def _site_labels(site: Site) -> list[Value]:
+  labels = {field: secret([f"site.{field}"]) for field in site._fields}
+  labels |= {"id": _public(site.id), "secret": flow.key(("site.secret",))}
+  return [labels[field] for field, v in site._asdict().items() if v is not None]
+
+
+def _row_labels(row: PyTree, names: dict[bytes, str]) -> list[Value]:
+  labels: list[Value] = []
+  for leaf in jax.tree.leaves(row, is_leaf=_is_row):
+    if not _is_row(leaf):
+      labels.append(_public(leaf))
+      continue
+    labels += [_public(leaf.site), _public(leaf.peers)]
+    labels += [_keys(v, names) for v in (leaf.keys, leaf.self_mask, leaf.noise) if v is not None]
+  return labels
+
+
+def _is_row(v: Any) -> bool:
+  return isinstance(v, secagg.Row)
+
+
+def _keys(array: Any, names: dict[bytes, str]) -> Value:
+  array = np.asarray(array, np.uint32)
+  words = np.empty((array.size // 8, 8), object)
+  for i, one in enumerate(array.reshape(-1, 8)):
+    words[i] = [Word((names[one.tobytes()],), w) for w in range(8)]
+  return flow.keys(words.reshape(array.shape))
+
+
+def _key_names(rows: PyTree, position: int) -> dict[bytes, str]:
+  """A name for each key of the site's row, the same for equal keys."""
+  names: dict[bytes, str] = {}
+  for stacked in filter(_is_row, jax.tree.leaves(rows, is_leaf=_is_row)):
+    row = jax.tree.map(lambda a: np.asarray(a)[position], stacked)
+    if row.self_mask is not None:
+      names.setdefault(row.self_mask.tobytes(), "site's own mask key")
+    for peer, one in zip(row.peers, row.keys, strict=True):
+      names.setdefault(one.tobytes(), f"pair key with site {peer}")
+    names.setdefault(row.noise.tobytes(), "key of the site's noise")
+  return names
+
+
+def _mask_keys(row: PyTree, names: dict[bytes, str]) -> list[str]:
+  """The keys that must each hide the message."""
+  out: list[str] = []
+  for one in filter(_is_row, jax.tree.leaves(row, is_leaf=_is_row)):
+    pairs = [k for peer, k in zip(one.peers, one.keys, strict=True) if peer != one.site]
+    out += [names[k.tobytes()] for k in pairs]
+    if one.self_mask is not None:
+      out.append(names[one.self_mask.tobytes()])
+  return list(dict.fromkeys(out))
+
+
+def _equal_keys(rows: PyTree) -> list[report.Violation]:
+  """Keys of one sum that serve more than once: a pair's is at its two ends, all others at one."""
+  ends: dict[bytes, list[frozenset[int]]] = {}
+  for row in filter(_is_row, jax.tree.leaves(rows, is_leaf=_is_row)):
+    peers, sites = np.asarray(row.peers), np.asarray(row.site)
+    for (k, p), peer in np.ndenumerate(peers):
+      if peer != sites[k]:
+        pair = frozenset((int(sites[k]), int(peer)))
+        ends.setdefault(np.asarray(row.keys)[k, p].tobytes(), []).append(pair)
+    for alone in (row.self_mask, row.noise):
+      for k, one in enumerate(() if alone is None else np.asarray(alone)):
+        ends.setdefault(one.tobytes(), []).append(frozenset((int(sites[k]),)))
+  why = "one key serves {}"
+  return [
+    report.Violation("the sum's keys", "", why.format(", ".join(map(str, map(sorted, of)))))
+    for of in ends.values()
+    if len(of) > (2 if len(of[0]) == 2 else 1) or len(set(of)) > 1
+  ]

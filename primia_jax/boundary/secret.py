@@ -1,0 +1,304 @@
+"""What crosses in an encrypted inference: the whole protocol of a plan, as one party sees it.
+
+For each observer, the model owner and the data owner, the audit traces what the dealer and the
+other party do, from the keys that the dealer and the owners draw to the last opened value: blinds,
+publication or question, correlations, preparation and the party's program, all by the functions of
+`mpc.protocol`. The observer's keys and values are public, all else is secret. What crosses to it
+together must be hidden together.
+
+Three kinds of values need no mask, each for a reason:
+  key      a seed or the key of a blind, given to the party whose it is. Streams of it are public.
+  output   the model owner's shares of the outputs. The data owner learns the outputs, and with them
+           and its own shares it can compute these.
+  assumed  the correction words of function secret sharing, which are uniform to each party alone by
+           Boyle et al. 2021, theorem 1; their trees grow inside and not by `prng`'s streams.
+
+Not seen: `mpc.roles`, which draws the keys and keeps them apart by the types in `mpc.messages`; the
+plan, which is public; what the data owner learns from outputs, query by query; a party that does
+not follow the protocol; sizes and times.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from primia_jax.boundary import flow, report
+from primia_jax.boundary.values import PUBLIC, KeyName, Value, Word, secret
+from primia_jax.mpc import circuit as circuits
+from primia_jax.mpc import encoding, protocol
+from primia_jax.mpc.circuit import Apply, Circuit, Open
+from primia_jax.mpc.dealing import Masks
+from primia_jax.mpc.gates import elementwise
+from primia_jax.mpc.gates.elementwise import Gate
+from primia_jax.mpc.messages import NAMES
+from primia_jax.mpc.planning import Plan
+from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER, PARTY, Sent, Wire
+
+_NUM = 8 * 521  # elements of a traced gate; neither it nor its eighth is a size of anything else
+_DEALER: KeyName = ("the dealer's key",)
+_BLINDS: dict[int, KeyName] = {p: (f"the key of the {NAMES[p]}'s blind",) for p in NAMES}
+
+
+def audit_secret(private: Any, observer: int | None = None) -> report.Report:
+  """Audits what one party of a secret function sees, or each in turn.
+
+  Args:
+    private: from `mpc.secret`, or a plan from `mpc.plan`.
+    observer: 0 for what the model owner sees, 1 for the data owner; None for both.
+
+  Raises:
+    ValueError: the plan has arguments of the owner "shared", whose shares no role sends.
+  """
+  plan: Plan = getattr(private, "plan", private)
+  if None in plan.owners:
+    raise ValueError(
+      'the plan has arguments of the owner "shared", which no role holds; name an owner'
+    )
+  with plan.config.scope():
+    traced = _trace(plan)
+    both = (MODEL_OWNER, DATA_OWNER) if observer is None else (observer,)
+    found = [_seen_by(plan, traced, party) for party in both]
+  return report.Report(
+    "encrypted inference",
+    tuple(c for each in found for c in each.crossings),
+    tuple(v for each in found for v in each.violations),
+  )
+
+
+class _Gate(NamedTuple):
+  """A gate, traced for `_NUM` elements.
+
+  Attributes:
+    deal, run: `protocol.deal_gate`, and one party's `elementwise.run`.
+    dealt: the structure of what `deal` returns.
+    rounds: what each round of `run` is, and how many arrays it opens.
+  """
+
+  deal: Any
+  run: Any
+  dealt: Any
+  rounds: list[tuple[str, int]]
+
+
+class _Phases(NamedTuple):
+  """The phases of `protocol`, traced, and shapes of what passes between them."""
+
+  blinds: Any  # keys -> B of both owners, and `full`
+  deal: Any
+  dealt: protocol.Dealt
+  prepare: list[Any]  # of each party: (its operands, all B, dealt) -> (published, ready)
+  run: Any
+  operands: dict[int, Any]
+  gates: dict[Gate, _Gate]
+
+
+def _trace(plan: Plan) -> _Phases:
+  circuit = plan.circuit
+  key: Any = jax.ShapeDtypeStruct((8,), jnp.uint32)
+  alike = {_alike(op.gate) for op in circuit.operations if isinstance(op, Apply)}
+  gates = {gate: _trace_gate(gate) for gate in alike}
+
+  def deal_gate(gate: Gate, seeds: Sequence[Any], number: int) -> Any:
+    traced = gates[_alike(gate)]
+    out = _fold(traced.deal, _resized(gate.num), *seeds, np.uint32(number))
+    return jax.tree.unflatten(traced.dealt, out)
+
+  def apply(gate: Gate, wire: Wire, z: Any, correlation: dict[str, Any]) -> Any:
+    leaves = jax.tree.leaves((z, correlation))
+    return _fold(gates[_alike(gate)].run, _resized(gate.num), *leaves)[0]
+
+  expanding: dict[Any, Any] = {}
+
+  def expand(masks: Masks, shapes: dict[str, Any], seed: Any, number: int) -> dict[str, Any]:
+    small = {k: m._replace(shape=(1,)) for k, m in masks.items()}
+    others = {k: jax.ShapeDtypeStruct((1,), v.dtype) for k, v in shapes.items()}
+    kind = repr((small, others))
+    if kind not in expanding:
+      fn = lambda seed, number: protocol.expand(small, others, seed, number)
+      expanding[kind] = jax.make_jaxpr(fn, return_shape=True)(key, np.uint32(0))
+    inner, out = expanding[kind]
+    shapes = {k: (masks | shapes)[k] for k in sorted(out)}
+    avals = tuple(jax.core.ShapedArray(v.shape, v.dtype) for v in shapes.values())
+    found = flow.folded.bind(seed, np.uint32(number), inner=inner, avals=avals, resized=None)
+    return dict(zip(sorted(out), found, strict=True))
+
+  def blinds(first: Any, second: Any) -> tuple[protocol.Operands, protocol.Operands]:
+    both = protocol.blinds(circuit, first, MODEL_OWNER) | protocol.blinds(
+      circuit, second, DATA_OWNER
+    )
+    return both, protocol.full(circuit, both)
+
+  def prepare(party: int, operands: protocol.Operands, blind: protocol.Operands, dealt: Any) -> Any:
+    published = protocol.publish(operands, blind)
+    own = {i: operands[i] for i in circuit.linear_operands(party)}
+    theirs = {i: published[i] for i in circuit.linear_operands(1 - party)}
+    ready = protocol.prepare(
+      circuit, party, protocol.part(dealt, party), own, protocol.full(circuit, theirs), expand
+    )
+    return {i: published[i] for i in own}, ready
+
+  operands = {
+    i: jax.eval_shape(functools.partial(encoding.blank, o, plan.config))
+    for i, o in enumerate(circuit.operands)
+  }
+  blinded, (arrays, full) = jax.make_jaxpr(blinds, return_shape=True)(key, key)
+  deal = functools.partial(protocol.deal, circuit, deal_gate=deal_gate)
+  dealing, dealt = jax.make_jaxpr(deal, return_shape=True)(key, full)
+  prepared = [
+    jax.make_jaxpr(functools.partial(prepare, p), return_shape=True)(operands, arrays, dealt)
+    for p in (MODEL_OWNER, DATA_OWNER)
+  ]
+  run = functools.partial(protocol.run, circuit, Wire(swap=True), apply=apply)
+  ready = prepared[0][1][1]
+  running = jax.make_jaxpr(run, axis_env=[(PARTY, 2)])(ready, operands)
+  return _Phases(
+    blinded, dealing, dealt, [closed for closed, _ in prepared], running, operands, gates
+  )
+
+
+def _alike(gate: Gate) -> Gate:
+  return gate._replace(num=_NUM)
+
+
+def _trace_gate(gate: Gate) -> _Gate:
+  log: list[Sent] = []
+  seed: Any = jax.ShapeDtypeStruct((8,), jnp.uint32)
+  deal, dealt = jax.make_jaxpr(
+    lambda a, b, number: protocol.deal_gate(gate, (a, b), number), return_shape=True
+  )(seed, seed, np.uint32(0))
+  masks = {k: jax.ShapeDtypeStruct(m.shape, m.dtype) for k, m in elementwise.masks(gate).items()}
+  correlation = masks | dealt[0] | dealt[1]
+  run = jax.make_jaxpr(
+    lambda z, c: elementwise.run(gate, Wire(swap=True, log=log), z, c), axis_env=[(PARTY, 2)]
+  )(masks["r"], correlation)
+  sizes = iter(flow.sizes_met(run))
+  rounds = []
+  for sent in log:
+    total, count = 0, 0
+    while total < sent.num_bytes and (size := next(sizes, None)) is not None:
+      total, count = total + size, count + 1
+    rounds.append((sent.what, count))
+  return _Gate(deal, run, jax.tree.structure(dealt), rounds)
+
+
+def _fold(inner: Any, resized: Callable[[Any], Any], *args: Any) -> list[Any]:
+  avals = tuple(map(resized, inner.out_avals))
+  return flow.folded.bind(*args, inner=inner, avals=avals, resized=resized)
+
+
+def _resized(num: int) -> Callable[[Any], Any]:
+  """The shape that an array of a gate traced for `_NUM` elements has for this many."""
+  sizes = {_NUM: num, _NUM // 8: -(-num // 8)}
+  return lambda aval: jax.core.ShapedArray([sizes.get(n, n) for n in aval.shape], aval.dtype)
+
+
+def _seen_by(plan: Plan, phases: _Phases, observer: int) -> report.Report:
+  """What the dealer and the other party send to the observer."""
+  circuit, party, them = plan.circuit, 1 - observer, NAMES[observer]
+  dealer, keys = flow.key(_DEALER), [flow.key(_BLINDS[p]) for p in (MODEL_OWNER, DATA_OWNER)]
+  public = [PUBLIC] * (len(phases.deal.in_avals) - 1)
+  seeds = flow.follow_one(flow.start(), phases.deal, [dealer, *public], 0)
+  given = {w.key for w in _row(seeds, observer) if isinstance(w, Word)}
+  walk = flow.start(party, {_BLINDS[observer], *given})
+
+  # offline
+  blinded = flow.follow(walk, phases.blinds, keys)
+  num_arrays = len(phases.prepare[party].in_avals) - len(jax.tree.leaves(phases.operands))
+  num_arrays -= len(jax.tree.leaves(phases.dealt))
+  arrays, full = blinded[:num_arrays], blinded[num_arrays:]
+  dealt = flow.follow(walk, phases.deal, [dealer, *full])
+  operands = _operands(circuit, phases, observer, None)
+  prepared = flow.follow(walk, phases.prepare[party], [*operands, *arrays, *dealt])
+  own = circuit.linear_operands(party)
+  published, ready = prepared[: len(own)], prepared[len(own) :]
+  shapes = phases.prepare[party].out_avals
+  sent = [
+    report.Sent(
+      f"dealer to {them}: seed", PUBLIC, jax.core.ShapedArray((8,), jnp.uint32), 0, None, "key"
+    ),
+    *_dealt(circuit, phases, observer, dealt),
+    *[
+      report.Sent(f"{NAMES[party]} to {them}: D of {circuit.operands[i].layer}", value, aval)
+      for i, value, aval in zip(own, published, shapes, strict=False)
+    ],
+  ]
+
+  # online
+  met = len(walk.met)
+  blanks = _operands(circuit, phases, observer, np.zeros((), np.uint32))
+  shares = flow.follow(walk, phases.run, [*ready, *blanks])
+  sent += _opened(circuit, phases, party, walk.met[met:])
+  last = sent[-1].round + 1
+  if observer == DATA_OWNER:
+    planned = sum(isinstance(v, circuits.Value) for v in circuit.outputs)
+    for i, (value, aval) in enumerate(zip(shares, phases.run.out_avals, strict=True)):
+      what, known = f"{NAMES[party]} to {them}: share of output {i}", i < planned
+      sent.append(report.Sent(what, value, aval, last, None, "output" * known))
+  lacks = lambda stream: not flow.held(walk, stream.key)
+  return report.judge(f"what the {them} sees", sent, [(f"the {them}", lacks)])
+
+
+def _row(seeds: Value, party: int) -> Sequence[Any]:
+  return () if seeds.known is None else list(seeds.known[party])
+
+
+def _operands(
+  circuit: Circuit, phases: _Phases, observer: int, blank: np.ndarray | None
+) -> list[Value]:
+  """Labels of all operands: the observer knows its own, and online the other party has blanks."""
+  labels = []
+  for i, operand in enumerate(circuit.operands):
+    leaves = len(jax.tree.leaves(phases.operands[i]))
+    if operand.owner == observer:
+      labels += [Value((), blank)] * leaves
+    else:
+      labels += [secret([f"the {NAMES[1 - observer]}'s values for {operand.layer}"])] * leaves
+  return labels
+
+
+def _dealt(
+  circuit: Circuit, phases: _Phases, observer: int, dealt: list[Value]
+) -> list[report.Sent]:
+  """What the dealer sends besides the seed: shares to the data owner, correction words to both."""
+  out = []
+  paths = jax.tree_util.tree_flatten_with_path(phases.dealt)[0]
+  for (path, aval), value in zip(paths, dealt, strict=True):
+    kind, *where = path
+    if kind.name == "seeds" or (kind.name == "sent" and observer == MODEL_OWNER):
+      continue
+    number, name = (entry.key for entry in where)
+    what = f"dealer to {NAMES[observer]}: {circuit.operations[number].layer}, {name}"
+    expected = "assumed" if kind.name == "common" else ""
+    out.append(report.Sent(what, value, aval, 0, None, expected))
+  return out
+
+
+def _opened(
+  circuit: Circuit, phases: _Phases, party: int, met: Sequence[flow.Met]
+) -> list[report.Sent]:
+  """What a party opens, message by message; rounds are numbered from 1."""
+  left, out, number = iter(met), list[report.Sent](), 0
+  for op in circuit.operations:
+    match op:
+      case Open():
+        rounds = [("open", 1)]
+      case Apply():
+        rounds = phases.gates[_alike(op.gate)].rounds
+      case _:
+        rounds = []
+    for what, count in rounds:
+      number += 1
+      for m in itertools.islice(left, count):
+        out.append(_opening(f"{NAMES[party]} opens {op.layer}: {what}", m, number))
+  return out + [_opening(f"{NAMES[party]} opens more than planned", m, number + 1) for m in left]
+
+
+def _opening(what: str, m: flow.Met, number: int) -> report.Sent:
+  return report.Sent(what, m.value, m.aval, number, m.eqn)

@@ -1,0 +1,251 @@
+"""The audit's lattice by small functions; every algorithm, sum, gate and message by its types."""
+
+import ast
+import pathlib
+
+import boundary_breaking as breaking
+import federated_sites as small
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from primia_jax import (
+  algorithms,
+  boundary,
+  evaluation,
+  federated,
+  prng,
+  robust,
+  secagg,
+  site_privacy,
+  summation,
+)
+from primia_jax.boundary import flow, messages, report, values
+from primia_jax.mpc import planning, protocol
+from primia_jax.mpc.circuit import Config
+from primia_jax.privacy import adaptive, distributed
+
+# ---- the lattice
+
+KEY, X = jax.ShapeDtypeStruct((8,), np.uint32), jax.ShapeDtypeStruct((6,), np.uint32)
+
+
+def stream(key, number=0, shape=(6,), dtype=jnp.uint32):
+  return prng.bits(key, jnp.asarray([number, 0, 0], jnp.uint32), shape, dtype)
+
+
+def audited(fn):
+  """The report on what fn(a secret array, a secret key) returns."""
+  closed = jax.make_jaxpr(fn)(X, KEY)
+  walk = flow.start()
+  outputs = flow.follow(walk, closed, [values.secret(["x"]), flow.key(("k",))])
+  sent = [report.Sent("out", v, aval) for v, aval in zip(outputs, closed.out_avals, strict=True)]
+  sent += [report.Sent("met", m.value, m.aval) for m in walk.met]
+  return report.judge("", sent, [("all", lambda stream: True)])
+
+
+HIDDEN = {
+  "a sum": lambda x, k: x + stream(k),
+  "a difference": lambda x, k: stream(k) - x,
+  "an exclusive or": lambda x, k: x ^ stream(k),
+  "of a function of x": lambda x, k: jnp.sum(x * x, dtype=x.dtype) + stream(k)[:1],
+  "of low bits": lambda x, k: (x + (stream(k) & np.uint32(255))) & np.uint32(255),
+  "of low bits again": lambda x, k: (x + stream(k)) & np.uint32(7),
+  "a public function of it": lambda x, k: (x + stream(k)).astype(jnp.float32) / 3,
+  "moved": lambda x, k: (x + stream(k)).reshape(2, 3).T[::-1] + np.uint32(1),
+  "two streams": lambda x, k: (x + stream(k), x - stream(k, 1)),
+  "of a derived key": lambda x, k: (x + stream(k), x + stream(prng.derive(k, 0))),
+  "twice the same": lambda x, k: (lambda v: (v, v[1:3], v + np.uint32(1)))(x + stream(k)),
+  "side by side": lambda x, k: jnp.concatenate([x, x + x]) + jnp.concatenate(
+    [stream(k), stream(k, 1)]),
+  "in a branch that is known": lambda x, k: jnp.where(np.True_, x + stream(k), x),
+  "in a jitted function": lambda x, k: jax.jit(lambda a, b: a + b)(x, stream(k)),
+  "bytes": lambda x, k: x.astype(jnp.uint8) ^ jax.lax.bitcast_convert_type(
+    stream(k), jnp.uint8).reshape(-1)[:6],
+  "nothing secret": lambda x, k: jnp.arange(3),
+}  # fmt: skip
+OPEN = {
+  "x": lambda x, k: x,
+  "a product": lambda x, k: x * stream(k),
+  "an or": lambda x, k: x | stream(k),
+  "a maximum": lambda x, k: jnp.maximum(x, stream(k)),
+  "a sum of floats": lambda x, k: x.astype(jnp.float32) + stream(k).astype(jnp.float32),
+  "a stream twice": lambda x, k: (x + stream(k), x * x + stream(k)),
+  "its mask beside it": lambda x, k: (x + stream(k), stream(k)),
+  "a shorter prefix of its mask": lambda x, k: (x + stream(k), stream(k, 0, (3,))),
+  "its key beside it": lambda x, k: (x + stream(k), k[:1]),
+  "a key that its own is derived from": lambda x, k: (x + stream(prng.derive(k, 0)), k),
+  "a mask taken off": lambda x, k: x + stream(k) - stream(k),
+  "a mask that depends on it": lambda x, k: x + stream(k) + stream(k),
+  "high bits": lambda x, k: x + (stream(k) & np.uint32(255)),
+  "one word for all": lambda x, k: x + stream(k)[:1],
+  "a shuffled word": lambda x, k: x + stream(k)[jnp.zeros(6, jnp.int32)],
+  "a stream in a loop": lambda x, k: jax.lax.map(lambda v: v + stream(k, 0, ()), x),
+  "a nonce that is secret": lambda x, k: x + prng.bits(k, x[:3], (6,)),
+  "the public key's stream": lambda x, k: x + stream(jnp.zeros(8, jnp.uint32)),
+  "a secret branch": lambda x, k: jax.lax.cond(x[0] > 0, lambda: x + stream(k), lambda: x),
+  "a secret choice": lambda x, k: jnp.where(x > 0, x + stream(k), stream(k, 1)),
+  "a print": lambda x, k: (jax.debug.print("{}", x), stream(k))[1],
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_is_hidden_passes(name):
+  audited(HIDDEN[name]).check()
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_what_lies_open_is_found(name):
+  with pytest.raises(boundary.Unmasked):
+    audited(OPEN[name]).check()
+
+
+# ---- rounds
+
+MASKED = summation.masked(breaking.SECURE)
+ALGORITHMS = {
+  "fedavg": lambda: algorithms.fedavg(small.recipe()),
+  "fedprox": lambda: algorithms.fedprox(small.recipe(), 0.1),
+  "fedopt": lambda: algorithms.fedopt(small.recipe(), optax.adam(0.1)),
+  "fedbn": lambda: algorithms.fedbn(small.recipe(), lambda path: path == "b"),
+  "scaffold": lambda: algorithms.scaffold(small.recipe(momentum=0), breaking.K),
+  "fednova": lambda: algorithms.fednova(small.recipe(), momentum=0.9),
+  "averaged": lambda: algorithms.averaged(algorithms.fedavg(small.recipe()), 0.9),
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_sends_masked_values_only(name):
+  found = breaking.round_report(ALGORITHMS[name]())
+  found.check()
+  assert {c.status for c in found.crossings} == {"masked"}
+  assert all(c.dtype == "uint32" and c.line for c in found.crossings)
+  names = " ".join(c.what for c in found.crossings)
+  assert ("'b'" in names) == (name != "fedbn")  # its normalisation stays at the site
+  assert f"{len(found.crossings)} crossings" in str(found)
+
+
+@pytest.mark.parametrize(
+  "summed",
+  [
+    summation.clear(),
+    summation.by_rule("median", robust.median()),
+    summation.masked(secagg.secure_sum(breaking.K, masked=False)),
+  ],
+  ids=["clear", "rule", "without masks"],
+)
+def test_sums_without_masks_are_reported_with_their_lines(summed):
+  algorithm = algorithms.fedavg(small.recipe(), weighting="uniform")
+  found = boundary.audit_round(algorithm, summed, breaking.PARAMS, {}, breaking.SITE, breaking.K)
+  unmasked = [c for c in found.crossings if c.status == "unmasked"]
+  assert len(unmasked) == len(found.violations) >= 5
+  with pytest.raises(boundary.Unmasked, match=r"\.py:\d+: sent.*it tells site\.images"):
+    found.check()
+
+
+def test_noise_of_sites_is_masked_too():
+  """Distributed noise has an encoding of its own; the clip's bit crosses beside the update."""
+  clip = adaptive.Clip(1.0, target_quantile=0.5, count_stddev=2.0)
+  secure = secagg.secure_sum(breaking.K, threshold=2, num_bits=12)
+  noise = distributed.DistributedNoise(21, breaking.K, 2, 1.0, 1.0, num_bits=12)
+  params = small.start()
+  coding = site_privacy.distributed_noise(noise, secure, params, {}, clip)
+  algorithm = site_privacy.bounded(algorithms.fedavg(small.recipe(), weighting="uniform"), clip)
+  found = boundary.audit_round(
+    algorithm, summation.masked(secure, coding), params, {}, breaking.SITE, breaking.K
+  )
+  found.check()
+  assert [c.status for c in found.crossings] == ["masked"] * 4
+
+
+def test_sums_of_counts_and_scores_are_audited_as_they_are_formed():
+  stacked = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct((breaking.K, *a.shape), a.dtype), breaking.SITE
+  )
+  sites = federated.Sites(np.arange(breaking.K), lambda ids: stacked)
+  count = lambda where: evaluation.class_counting(small.L, MASKED, where, 1.0)(sites)
+  boundary.audit(count).check()
+  algorithm = ALGORITHMS["fedavg"]()
+  own = jax.eval_shape(algorithm.init_site, breaking.PARAMS, {})
+  state = federated.State(breaking.PARAMS, {}, (), own, np.int32(7))
+  same = lambda images: images
+  validate = lambda where: evaluation.validation(
+    algorithm, small.apply_fn, same, small.L, MASKED, where
+  )(jax.eval_shape(lambda: jax.random.key(0)), state, sites)
+  found = boundary.audit(validate)
+  found.check()
+  assert {c.round for c in found.crossings} == {7}
+  with pytest.raises(ValueError, match="formed no sum"):
+    boundary.audit(lambda where: None)
+
+
+# ---- inference
+
+
+def planned(fn, config, *args):
+  owners = ("model_owner", "data_owner")
+  return planning.plan(fn, owners, args, config, planning.calibrate(fn, owners, [args]))
+
+
+def check_secret(plan):
+  found = boundary.audit_secret(plan)
+  found.check()
+  with plan.config.scope():
+    sent = protocol.messages(plan.circuit)
+  for who in ("model owner", "data owner"):
+    opened = [c for c in found.crossings if f"{who} opens" in c.what]
+    assert sum(c.num_bytes for c in opened) == sum(s.num_bytes for s in sent)
+    assert max(c.round for c in opened) == len(sent)
+  return {c.status for c in found.crossings}
+
+
+W, IMAGE = np.eye(3, dtype=np.float32), np.ones((2, 3), np.float32)
+
+
+def every_gate(w, x):
+  hidden = jax.nn.relu(x @ w)
+  return jnp.argmax(hidden * hidden, axis=1), hidden * x  # a product, signs, and the image's blind
+
+
+@pytest.mark.parametrize(
+  "config", [Config(48, 12), Config(32, 6, 8, exact=False)], ids=["exact", "fast"]
+)
+def test_every_gate_opens_masked_values_only(config):
+  assert check_secret(planned(every_gate, config, W, IMAGE)) == {"masked", "key", "output"}
+
+
+@pytest.mark.slow  # function secret sharing grows its trees inside the trace
+def test_function_secret_sharing_opens_masked_values_only():
+  plan = planned(lambda w, x: jax.nn.relu(x @ w), Config(32, 6, 8, comparison="fss"), W, IMAGE)
+  assert check_secret(plan) == {"masked", "key", "output", "assumed"}
+
+
+def test_shared_arguments_are_refused():
+  plan = planning.plan(jnp.matmul, ("shared", "data_owner"), (W, W), Config(32, 8))
+  with pytest.raises(ValueError, match='owner "shared"'):
+    boundary.audit_secret(plan)
+
+
+# ---- messages
+
+
+def test_every_field_of_every_message_is_listed():
+  messages.check()
+  without = {k: v for k, v in messages.FIELDS.items() if k is not secagg.messages.Answer}
+  with pytest.raises(boundary.Unmasked, match=r"Answer\.site leaves its process, unlisted"):
+    messages.check(without)
+  bare = dict(messages.FIELDS[secagg.messages.MaskedInput], vectors="public")
+  with pytest.raises(boundary.Unmasked, match=r"MaskedInput\.vectors holds arrays and is public"):
+    messages.check(messages.FIELDS | {secagg.messages.MaskedInput: bare})
+
+
+def test_sockets_take_frames_of_messages_only():
+  """`frame` encodes a `messages.Message`; nothing else is written to a socket."""
+  root, found = pathlib.Path(secagg.__file__).parents[1], []
+  for path in root.rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("sendall", "send_bytes"):
+        found.append((path.name, ast.unparse(node.args[0]).split("(")[0].split(".")[-1]))
+  assert {name for _, name in found} == {"frame"}, found
