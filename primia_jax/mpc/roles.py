@@ -101,21 +101,24 @@ class ModelOwner:
   Args:
     plan: the plan.
     weights: the arguments of fn whose owner is "model_owner", in order.
+    secret: 32 uniform bytes that only the model owner has, to have the same tag in its next process
+      (`resume`); None draws them.
 
   Attributes:
     plan: the plan.
-    tag: for the dealer: HMAC-SHA256(a fresh secret, the plan and the encoded weights), hexadecimal.
+    tag: for the dealer: HMAC-SHA256(the secret, the plan and the encoded weights), hexadecimal.
 
   Raises:
-    ValueError: the arguments do not have the planned shapes, or a number does not fit.
+    ValueError: the arguments do not have the planned shapes, a number does not fit, or the secret
+      is too short.
   """
 
-  def __init__(self, plan: Plan, *weights: PyTree):
+  def __init__(self, plan: Plan, *weights: PyTree, secret: bytes | None = None):
     circuit = _checked(plan).circuit
     encode = inference.owner_encoder(plan, MODEL_OWNER)
     self.plan, self._operands = plan, encode(_leaves(plan, MODEL_OWNER, weights))
     self._own = {i: self._operands[i] for i in circuit.linear_operands(MODEL_OWNER)}
-    self.tag = _tag(plan, self._operands)
+    self.tag = _tag(plan, self._operands, os.urandom(32) if secret is None else secret)
     self._publications: set[str] = set()
     self._prepare, self._complete = _preparing(plan, MODEL_OWNER)
 
@@ -135,6 +138,17 @@ class ModelOwner:
       arrays = protocol.publish(self._own, blinds)
     self._publications.add(publication)
     return Publication(publication, arrays)
+
+  def resume(self, publication: str) -> None:
+    """Serves a publication of an earlier process, which had the same weights and secret.
+
+    Raises:
+      ValueError: it is of another plan, or of other weights.
+    """
+    _check_plan(publication, self.plan)
+    if publication.split("-")[1] != self.tag:
+      raise ValueError("this publication is of other weights, or of another secret; publish anew")
+    self._publications.add(publication)
 
   def prepare(self, correlations: Correlations) -> Prepared:
     """Its part of the work that needs no image; it communicates with nobody.
@@ -329,12 +343,14 @@ def _typed(value: Any, kind: type) -> Any:
 # ---- what a publication is
 
 
-def _tag(plan: Plan, operands: Operands) -> str:
-  """HMAC of the plan and the encoded weights under a secret that nobody keeps.
+def _tag(plan: Plan, operands: Operands, secret: bytes) -> str:
+  """HMAC of the plan and the encoded weights under a secret of the model owner.
 
   Without the secret, the tag of a guess of the weights cannot be computed.
   """
-  found = hmac.new(os.urandom(32), plan.digest.encode(), hashlib.sha256)
+  if len(secret) < 32:
+    raise ValueError(f"the secret has {len(secret)} bytes; use 32 from os.urandom")
+  found = hmac.new(secret, plan.digest.encode(), hashlib.sha256)
   for i, operand in sorted(operands.items()):
     elements = np.ascontiguousarray(getattr(operand, "elements", operand))
     found.update(f"{i} {plan.circuit.operands[i].scale.hex()} {elements.shape}".encode())

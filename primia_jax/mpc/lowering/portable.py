@@ -214,7 +214,7 @@ def _value(v: Any, arrays: Sequence[np.ndarray]) -> Any:
     case {"enum": kind, "name": name}:
       return _NAMED[kind][name]  # type: ignore[index]
     case {"array": number}:
-      return arrays[number]
+      return arrays[number][()]  # a number is a scalar again, which can be a primitive's parameter
     case {"named": kind, "fields": fields}:
       return _NAMED[kind](**{k: _value(x, arrays) for k, x in fields.items()})
     case {"tuple": items}:

@@ -223,8 +223,8 @@ class _Tracer:
     parts = look_ups.written_out(eqn, [None if isinstance(v, Ref) else v for v in values])
     if parts is not None:
       return self._parts(parts, [v for v in values if isinstance(v, Ref)], layer, source)
-    if name in _CALLS:
-      (body,) = (eqn.params[key] for key in _CALLS[name] if key in eqn.params)
+    if name in CALLS:
+      (body,) = (eqn.params[key] for key in CALLS[name] if key in eqn.params)
       return self.inline(body, values, layer, source)
     if name in DECOMPOSITIONS and not eqn.effects:
       parts = jax.make_jaxpr(functools.partial(DECOMPOSITIONS[name], **eqn.params))
@@ -296,7 +296,7 @@ class _Tracer:
 
 # Primitives that only call a jaxpr, and the parameters that hold it in one version of JAX or
 # another. Other primitives (reductions, kernels) have jaxprs with another meaning.
-_CALLS = dict.fromkeys(
+CALLS = dict.fromkeys(
   (
     "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
     "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite",

@@ -1,0 +1,158 @@
+"""One party's online phase in a process of its own.
+
+It is the same protocol function that `roles.online` runs for both parties at once; only what
+carries an opening is different. A party is a generator: it yields each message that it sends, and
+is sent the other party's. So any carrier will do (`service` has one), two parties in one process
+need no threads, and opened values have the same bits as in one process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from primia_jax.mpc import encoding, pricing, protocol, segments
+from primia_jax.mpc.messages import NAMES, Side
+from primia_jax.mpc.planning import Plan
+from primia_jax.mpc.segments import Segment
+from primia_jax.mpc.sharing import MODEL_OWNER, PARTY, Wire
+from primia_jax.types import Array
+
+# Yields what this party sends (b"" where it only receives), and is sent what the other party sent
+# (b"" where that one only receives). It returns the outputs' shares, [2, ...] each, at the data
+# owner, and None at the model owner.
+Party = Generator[bytes, bytes | memoryview, list[Array] | None]
+
+
+class Online(NamedTuple):
+  """One party's program.
+
+  Attributes:
+    sizes: bytes of each message, the same in both directions, but for the last one, which goes from
+      the model owner to the data owner only.
+    start: this party's side -> its part of one inference.
+  """
+
+  sizes: tuple[int, ...]
+  start: Callable[[Side], Party]
+
+
+def sizes(plan: Plan) -> tuple[int, ...]:
+  """Bytes of each message, as in `Online`; nothing is compiled.
+
+  Their number is that of the rounds. It can be lower than in the plan's own table, whose openings
+  follow each other: here those that do not wait for each other share a message.
+  """
+  return _sizes(_traced(plan))
+
+
+def online(plan: Plan, party: int) -> Online:
+  """Traces, cuts and compiles one party's online phase, for many inferences.
+
+  Args:
+    plan: the plan.
+    party: MODEL_OWNER or DATA_OWNER.
+
+  Raises:
+    ValueError: the plan has arguments given as shares, which no role holds.
+  """
+  circuit, config = plan.circuit, plan.config
+  traced = _traced(plan)
+  with config.scope():
+    parts, outputs = segments.cut(traced, party)
+  numbers = iter(range(len(traced.in_avals)))
+  inputs = _inputs(plan)
+  numbered = jax.tree.map(lambda _: next(numbers), inputs)
+  own = [i for i, o in enumerate(circuit.operands) if o.owner == party]
+  of_own = lambda tree: jax.tree.leaves((tree[0], {i: tree[1][i] for i in own}))
+  mine, shapes = of_own(numbered), [(a.shape, a.dtype) for a in of_own(inputs)]
+  foreign = set(jax.tree.leaves(numbered)) - set(mine)
+  assert not any(foreign & set(part.reads) for part in parts), "it reads the other party's values"
+
+  def start(side: Side) -> Party:
+    if side.party != party:
+      raise ValueError(f"this is the {NAMES[side.party]}'s side, not the {NAMES[party]}'s")
+    leaves = of_own((side.ready, side.operands))
+    if [(v.shape, v.dtype) for v in leaves] != shapes:
+      raise ValueError("this side was prepared for another plan; give all roles the same plan")
+    return _party(plan, party, parts, outputs, dict(zip(mine, leaves, strict=True)))
+
+  return Online(_sizes(traced), start)
+
+
+def _inputs(plan: Plan) -> tuple[protocol.Ready, protocol.Operands]:
+  """Shapes of what `protocol.run` reads."""
+  blanks = lambda: {i: encoding.blank(o, plan.config) for i, o in enumerate(plan.circuit.operands)}
+  with plan.config.scope():
+    return pricing.ready_shapes(plan.circuit), jax.eval_shape(blanks)
+
+
+def _traced(plan: Plan) -> core.ClosedJaxpr:
+  if None in plan.owners:
+    raise ValueError('the plan has arguments of the owner "shared", which no role holds')
+  run = lambda ready, operands: protocol.run(plan.circuit, Wire(swap=True), ready, operands)
+  with plan.config.scope():
+    return jax.make_jaxpr(run, axis_env=[(PARTY, 2)])(*_inputs(plan))
+
+
+def _sizes(traced: core.ClosedJaxpr) -> tuple[int, ...]:
+  return (*segments.sizes(traced), segments.num_bytes(traced.out_avals))
+
+
+def _party(
+  plan: Plan, party: int, parts: Sequence[Segment], outputs: Sequence[int], env: dict[int, Any]
+) -> Party:
+  for part in parts:
+    with plan.config.scope():
+      made = part.run(*(env[i] for i in part.reads))
+    env |= zip(part.makes, made, strict=True)
+    if part.sends:
+      message = yield _packed([env[i] for i in part.sends])
+      env |= zip(part.receives, _unpacked(message, part.avals), strict=True)
+    for i in part.drops:
+      del env[i]
+  shares = [env[i] for i in outputs]
+  if party == MODEL_OWNER:
+    yield _packed(shares)
+    return None
+  theirs = _unpacked((yield b""), shares)
+  with plan.config.scope():
+    return [jnp.stack([jnp.asarray(a), b]) for a, b in zip(theirs, shares, strict=True)]
+
+
+def simulate(model_owner: Party, data_owner: Party) -> list[Array]:
+  """Both parties in one process, message by message; returns what the data owner's part does."""
+  first, second = next(model_owner), next(data_owner)
+  while True:
+    try:
+      following = model_owner.send(second)
+    except StopIteration:
+      following = b""
+    try:
+      second = data_owner.send(first)
+    except StopIteration as end:
+      return end.value
+    first = following
+
+
+def _packed(values: Sequence[Array]) -> bytes:
+  return b"".join(np.ascontiguousarray(v).tobytes() for v in values)
+
+
+def _unpacked(message: bytes | memoryview, like: Sequence[Any]) -> list[np.ndarray]:
+  """Arrays of the shapes and dtypes of `like`, which nothing but the message's length can miss."""
+  want = segments.num_bytes(like)
+  if len(message) != want:
+    raise ValueError(f"a message has {len(message)} bytes instead of {want}; end the session")
+  found, start = [], 0
+  for v in like:
+    count = math.prod(v.shape)
+    found.append(np.frombuffer(message, v.dtype, count, start).reshape(v.shape))
+    start += count * v.dtype.itemsize
+  return found

@@ -1,0 +1,244 @@
+"""gRPC over mutual TLS 1.3: one method, a stream of messages each way, and nothing else.
+
+gRPC offers no least version of TLS. But no cipher that is permitted here for TLS 1.2 goes with the
+certificates' ECDSA keys, so that only TLS 1.3, whose ciphers are not chosen, can succeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from typing import Any, NamedTuple
+
+_CIPHERS = "GRPC_SSL_CIPHER_SUITES"
+if "grpc" in sys.modules and os.environ.get(_CIPHERS) != "ECDHE-RSA-AES128-GCM-SHA256":
+  raise ImportError("import primia_jax.service before grpc, or it could not permit TLS 1.3 only")
+os.environ[_CIPHERS] = "ECDHE-RSA-AES128-GCM-SHA256"  # read when gRPC is loaded
+
+try:
+  import grpc
+except ImportError as e:
+  raise ImportError("the service needs gRPC: pip install 'primia-jax[service]'") from e
+
+from primia_jax.service import certificates  # noqa: E402
+from primia_jax.service.certificates import Identity  # noqa: E402
+from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded  # noqa: E402
+
+_SERVICE, _METHOD = "primia_jax.EncryptedInference", "Session"
+_AHEAD = 2  # messages that may come before they are read
+_REFUSALS = (
+  grpc.StatusCode.UNAUTHENTICATED,
+  grpc.StatusCode.FAILED_PRECONDITION,
+  grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+
+# (the clinic's name, (idle) -> the next message or None at the end) -> what the server sends
+Receive = Callable[..., bytes | None]
+Session = Callable[[str, Receive], Iterator[bytes]]
+
+
+class Limits(NamedTuple):
+  """What a connection may take.
+
+  Attributes:
+    timeout: seconds to wait for the other side's next message within an inference.
+    idle: seconds to wait for the next inference.
+    sessions: at once; a server turns further ones away.
+    session: seconds that one session may last.
+    message: bytes of the longest message.
+  """
+
+  timeout: float = 60.0
+  idle: float = 600.0
+  sessions: int = 8
+  session: float = 3600.0
+  message: int = 2**28
+
+
+@contextlib.contextmanager
+def listen(
+  address: str,
+  identity: Identity,
+  clinics: Mapping[str, bytes],
+  session: Session,
+  limits: Limits,
+  ended: Callable[[str, SessionEnded], None] = lambda clinic, error: None,
+) -> Iterator[int]:
+  """A server for as long as the context lasts; gives the port.
+
+  Args:
+    address: host:port; port 0 takes any free one.
+    identity: the server's.
+    clinics: the certificates, PEM, that it lets in, by the clinic's name.
+    session: what the server does in each session.
+    limits: what they may take.
+    ended: is told of each session that ended early.
+  """
+  known = {certificates.fingerprint(pem): name for name, pem in clinics.items()}
+
+  def handle(messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
+    (peer,) = context.auth_context()["x509_pem_cert"]
+    clinic = known.get(certificates.fingerprint(peer), "")
+    inbox = _Inbox(messages, context.cancel, limits)
+    end = threading.Timer(limits.session, context.cancel)
+    end.daemon = True
+    end.start()
+    try:
+      if not clinic:
+        raise Refused("this certificate is not known here")
+      certificates.check_valid(peer)
+      yield from session(clinic, inbox.receive)
+    except SessionEnded as error:
+      ended(clinic, error)
+      context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{type(error).__name__}: {error}")
+    except Exception:  # its text might tell a secret
+      ended(clinic, SessionEnded("a fault of this side"))
+      context.abort(grpc.StatusCode.INTERNAL, "a fault of the other side")
+    finally:
+      end.cancel()
+      inbox.close()
+
+  credentials = grpc.ssl_server_credentials(
+    [(identity.key, identity.certificate)], b"".join(clinics.values()), require_client_auth=True
+  )
+  server = grpc.server(
+    futures.ThreadPoolExecutor(limits.sessions),
+    options=_options(limits),
+    maximum_concurrent_rpcs=limits.sessions,
+  )
+  handler = grpc.stream_stream_rpc_method_handler(handle, None, None)
+  server.add_generic_rpc_handlers(
+    [grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler})]
+  )
+  port = server.add_secure_port(address, credentials)
+  server.start()
+  try:
+    yield port
+  finally:
+    server.stop(grace=limits.timeout).wait()
+
+
+@contextlib.contextmanager
+def connect(
+  address: str, identity: Identity, server: bytes, limits: Limits
+) -> Iterator[tuple[Callable[[bytes], None], Receive]]:
+  """A connection to a server for as long as the context lasts: (send, receive).
+
+  Args:
+    address: host:port.
+    identity: the clinic's.
+    server: the server's certificate, PEM; no other is accepted.
+    limits: what the connection may take.
+
+  Raises:
+    Refused: a certificate has expired.
+    PeerLost: nobody listens there. send and receive raise SessionEnded; receive raises Refused if
+      the server does not take the clinic's certificate, or is not the one expected.
+  """
+  for certificate in (identity.certificate, server):
+    certificates.check_valid(certificate)
+  host, _, port = address.rpartition(":")
+  try:
+    socket.create_connection((host.strip("[]"), int(port)), limits.timeout).close()
+  except OSError as error:
+    raise PeerLost(f"nobody listens at {address}: {error}") from error
+  credentials = grpc.ssl_channel_credentials(server, identity.key, identity.certificate)
+  name = ("grpc.ssl_target_name_override", certificates.name(server))
+  outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+  with grpc.secure_channel(address, credentials, [*_options(limits), name]) as channel:
+    method = channel.stream_stream(f"/{_SERVICE}/{_METHOD}", None, None)
+    call = method(iter(outbox.get, None), timeout=limits.session)
+    inbox = _Inbox(call, call.cancel, limits)
+    try:
+      yield outbox.put, inbox.receive
+    finally:
+      outbox.put(None)
+      inbox.close(limits.timeout)
+      call.cancel()
+
+
+class _Inbox:
+  """Waits for messages of a stream, but not for ever."""
+
+  def __init__(self, messages: Iterator[bytes], cancel: Callable[[], Any], limits: Limits):
+    self._queue: queue.Queue[bytes | SessionEnded | None] = queue.Queue(_AHEAD)
+    self._cancel, self._limits = cancel, limits
+    self._closed, self._over = threading.Event(), threading.Event()
+    threading.Thread(target=self._pump, args=(messages,), daemon=True).start()
+
+  def receive(self, idle: bool = False) -> bytes | None:
+    """The next message, or None at the end of the stream.
+
+    Raises:
+      PeerLate: nothing came in time.
+      PeerLost: the stream broke.
+      Refused: the other side says why it ended the session.
+    """
+    seconds = self._limits.idle if idle else self._limits.timeout
+    try:
+      found = self._queue.get(timeout=seconds)
+    except queue.Empty:
+      self._cancel()
+      raise PeerLate(f"the other side sent nothing for {seconds} s") from None
+    if isinstance(found, SessionEnded):
+      raise found
+    return found
+
+  def close(self, seconds: float = 0.0) -> None:
+    """Takes no more messages, and waits for the other side to end its stream, too."""
+    self._closed.set()
+    self._over.wait(seconds)
+
+  def _pump(self, messages: Iterator[bytes]) -> None:
+    end: SessionEnded | None = None
+    begun = False
+    try:
+      for message in messages:
+        begun = True
+        self._put(message)
+    except grpc.RpcError as error:  # a server's has no code: its client has gone
+      known = isinstance(error, grpc.Call)
+      end = _named(error, begun) if known else PeerLost("the connection ended")
+    self._over.set()
+    self._put(end)
+
+  def _put(self, message: bytes | SessionEnded | None) -> None:
+    while not self._closed.is_set():
+      with contextlib.suppress(queue.Full):
+        return self._queue.put(message, timeout=0.2)
+
+
+def _named(error: Any, begun: bool) -> SessionEnded:
+  code, details = error.code(), error.details()
+  if code in _REFUSALS:
+    return Refused(details)
+  if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+    return PeerLate("the session took longer than it may")
+  if code == grpc.StatusCode.UNAVAILABLE and not begun:  # somebody listens, but TLS failed
+    return Refused(
+      "the other side's certificate is not the pinned one, or it turned this side's away as "
+      f"unknown or expired ({details})"
+    )
+  return PeerLost(f"the connection ended ({code.name}: {details})")
+
+
+def _options(limits: Limits) -> list[tuple[str, int]]:
+  """Also pings, so that a machine that has vanished is noticed between messages, too."""
+  ping = max(1000, int(1000 * limits.timeout / 3))
+  return [
+    ("grpc.max_receive_message_length", limits.message),
+    ("grpc.max_send_message_length", limits.message),
+    ("grpc.keepalive_time_ms", ping),
+    ("grpc.keepalive_timeout_ms", 5 * ping),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),  # the other side's timeout may be short
+    ("grpc.enable_retries", 0),
+    ("grpc.so_reuseport", 0),
+  ]

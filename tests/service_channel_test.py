@@ -1,0 +1,225 @@
+"""The carrier lets in whom it knows over TLS 1.3, keeps its limits, and names every end."""
+
+import contextlib
+import socket
+import ssl
+import stat
+import threading
+import time
+
+import pytest
+
+from primia_jax.service import certificates, channel, folders
+from primia_jax.service.channel import Limits
+from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded
+
+
+def identity(root, name, who, days=1.0):
+  folder = folders.make(root / name)
+  certificates.create(folder, who, days)
+  return certificates.Identity(
+    (folder / certificates.KEY).read_bytes(), (folder / certificates.CERTIFICATE).read_bytes()
+  )
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory):
+  root = tmp_path_factory.mktemp("identities")
+  return {
+    "server": identity(root, "server", "model-owner"),
+    "clinic": identity(root, "clinic", "clinic-a"),
+    "stranger": identity(root, "stranger", "clinic-a"),  # calls itself the same
+    "expired": identity(root, "expired", "clinic-b", -1.0),
+  }
+
+
+def echo(clinic, receive):
+  while (message := receive()) is not None:
+    yield clinic.encode() + b" " + message
+
+
+@contextlib.contextmanager
+def listening(identities, session=echo, limits=Limits(timeout=5)):  # noqa: B008
+  known = {
+    "clinic-a": identities["clinic"].certificate,
+    "clinic-b": identities["expired"].certificate,
+  }
+  ends = []
+  told = lambda clinic, error: ends.append((clinic, error))
+  with channel.listen("127.0.0.1:0", identities["server"], known, session, limits, told) as port:
+    yield f"127.0.0.1:{port}", ends
+
+
+def ask(address, identities, who="clinic", server="server", limits=Limits(timeout=5)):  # noqa: B008
+  certificate = identities[server].certificate
+  with channel.connect(address, identities[who], certificate, limits) as (send, receive):
+    send(b"hello")
+    return receive()
+
+
+def test_a_known_clinic_is_answered_by_its_name(identities):
+  with listening(identities) as (address, ends):
+    assert ask(address, identities) == b"clinic-a hello"
+  assert ends == []
+
+
+def test_a_stranger_an_expired_certificate_and_a_false_server_get_nothing(identities, monkeypatch):
+  with listening(identities) as (address, ends):
+    with pytest.raises(Refused, match="clinic-b is valid from"):  # told before it asks
+      ask(address, identities, "expired")
+    monkeypatch.setattr(certificates, "check_valid", lambda certificate: None)
+    for who, server in (("stranger", "server"), ("expired", "server"), ("clinic", "stranger")):
+      with pytest.raises(Refused, match="pinned"):
+        ask(address, identities, who, server)
+    assert ask(address, identities) == b"clinic-a hello"
+  assert ends == []  # none of them reached a session
+
+
+@pytest.mark.parametrize(
+  ("version", "cert", "good"),
+  [("TLSv1_2", True, False), ("TLSv1_3", True, True), ("TLSv1_3", False, False)],
+)
+def test_only_tls_1_3_with_a_certificate_succeeds(identities, tmp_path, version, cert, good):
+  context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+  context.minimum_version = context.maximum_version = getattr(ssl.TLSVersion, version)
+  context.load_verify_locations(cadata=identities["server"].certificate.decode())
+  context.set_alpn_protocols(["h2"])
+  if cert:
+    (tmp_path / "pem").write_bytes(identities["clinic"].key + identities["clinic"].certificate)
+    context.load_cert_chain(tmp_path / "pem")
+  with listening(identities) as (address, _):
+    host, port = address.split(":")
+
+    greeting = b""
+    with contextlib.suppress(OSError):
+      raw = socket.create_connection((host, int(port)), 5)
+      with context.wrap_socket(raw, server_hostname="model-owner") as one:
+        greeting = one.recv(9)  # in TLS 1.3 a refusal comes only now
+  assert (greeting[3:4] == b"\x04") == good  # HTTP/2 begins with SETTINGS
+
+
+def test_nobody_there_is_named(identities):
+  with socket.create_server(("127.0.0.1", 0)) as free:
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  with pytest.raises(PeerLost, match="nobody listens"):
+    ask(address, identities)
+
+
+def test_a_stalled_side_is_named_in_time(identities):
+  def stalled(clinic, receive):
+    receive()
+    receive()  # the clinic waits, too
+    yield b""
+
+  with listening(identities, stalled, Limits(timeout=3)) as (address, ends):
+    start = time.monotonic()
+    with pytest.raises(PeerLate, match=r"for 1.5 s"):
+      ask(address, identities, limits=Limits(timeout=1.5))
+    assert time.monotonic() - start < 20
+  assert [clinic for clinic, _ in ends] == ["clinic-a"]
+
+
+def connected(address, identities, timeout=20.0):
+  certificate = identities["server"].certificate
+  return channel.connect(address, identities["clinic"], certificate, Limits(timeout))
+
+
+def test_a_message_beyond_the_limit_is_refused(identities):
+  with (
+    listening(identities, limits=Limits(timeout=5, message=1000)) as (address, _),
+    connected(address, identities) as (send, receive),
+  ):
+    send(bytes(2000))
+    with pytest.raises(Refused, match="larger than max"):
+      receive()
+
+
+def test_a_session_beyond_the_limit_is_refused_and_harms_no_other(identities):
+  with (
+    listening(identities, limits=Limits(timeout=5, sessions=1)) as (address, _),
+    connected(address, identities) as (send, receive),
+  ):
+    send(b"first")
+    assert receive() == b"clinic-a first"
+    with pytest.raises(Refused):
+      ask(address, identities)
+    send(b"still there")
+    assert receive() == b"clinic-a still there"
+
+
+def test_a_session_may_idle_for_longer_than_an_inference_may_stall(identities):
+  """Pings keep the connection, and neither side takes them for an attack."""
+
+  def patient(clinic, receive):
+    while (message := receive(idle=True)) is not None:
+      yield message
+
+  with (
+    listening(identities, patient, Limits(timeout=2, idle=30)) as (address, _),
+    connected(address, identities, 2.0) as (send, receive),
+  ):
+    for message in (b"first", b"later"):
+      send(message)
+      assert receive() == message
+      time.sleep(4)
+
+
+def test_a_session_beyond_its_time_ends(identities):
+  with (
+    listening(identities, limits=Limits(timeout=5, session=0.5)) as (address, _),
+    connected(address, identities) as (send, receive),
+  ):
+    send(b"first")
+    assert receive() == b"clinic-a first"
+    with pytest.raises(SessionEnded):
+      receive()
+
+
+def test_a_fault_of_the_server_tells_the_clinic_nothing(identities):
+  def faulty(clinic, receive):
+    receive()
+    raise RuntimeError("the secret is 42")
+    yield b""
+
+  with listening(identities, faulty) as (address, ends), pytest.raises(PeerLost) as found:
+    ask(address, identities)
+  assert "42" not in str(found.value)
+  assert "42" not in str(ends[0][1])
+
+
+def test_eight_clinics_at_once_are_not_mixed_up(identities):
+  answers = {}
+
+  def one(i):
+    with connected(address, identities) as (send, receive):
+      for j in range(20):
+        send(f"{i} {j}".encode())
+        answers[i, j] = receive()
+
+  with listening(identities, limits=Limits(timeout=20)) as (address, _):
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join(60)
+  assert answers == {(i, j): f"clinic-a {i} {j}".encode() for i in range(8) for j in range(20)}
+
+
+def test_certificates_are_private_named_and_not_overwritten(tmp_path):
+  folder = folders.make(tmp_path / "mine")
+  path = certificates.create(folder, "clinic-a", 2)
+  assert stat.S_IMODE((folder / certificates.KEY).stat().st_mode) == 0o600
+  assert certificates.name(path.read_bytes()) == "clinic-a"
+  assert "PRIVATE" not in repr(certificates.load(folder))
+  with pytest.raises(FileExistsError):
+    certificates.create(folder, "clinic-a")
+  with pytest.raises(ValueError, match="who="):
+    certificates.create(folders.make(tmp_path / "other"), "Clinic A")
+
+
+def test_a_folder_that_others_can_read_is_refused(tmp_path):
+  folder = folders.make(tmp_path / "a" / "b")
+  assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+  folder.chmod(0o750)
+  with pytest.raises(PermissionError, match="chmod"):
+    folders.make(folder)

@@ -1,0 +1,114 @@
+"""A model owner, a clinic and a dealer with folders of their own, for tests of the service."""
+
+import queue
+import threading
+from typing import Any, NamedTuple
+
+import jax
+from mpc_reference import OWNERS, normal
+
+from primia_jax import mpc
+from primia_jax.mpc import apart
+from primia_jax.service import folders, sessions
+from primia_jax.service.errors import PeerLate, SessionEnded
+
+CLINIC = "clinic-a"
+W, X = normal(0, 6, 5), normal(1, 3, 6)
+
+
+def fn(w, x):
+  """The image multiplies a shared value, so that there is a question."""
+  return jax.nn.relu(x @ w) * x[:, :5]
+
+
+def planned():
+  return mpc.plan(fn, OWNERS, (W, X), mpc.Config(32, 10, 14), mpc.calibrate(fn, OWNERS, [(W, X)]))
+
+
+class World(NamedTuple):
+  """All roles of a plan, and what each was dealt."""
+
+  plan: Any
+  model_owner: mpc.ModelOwner
+  data_owner: mpc.DataOwner
+  dealer: mpc.Dealer
+  publication: Any
+  online: tuple  # by party
+
+
+def world():
+  plan = planned()
+  model_owner = mpc.ModelOwner(plan, W)
+  dealer = mpc.Dealer(plan, model_owner.tag)
+  publication = model_owner.publish(dealer.blind())
+  online = tuple(apart.online(plan, party) for party in (0, 1))
+  return World(plan, model_owner, mpc.DataOwner(plan, publication), dealer, publication, online)
+
+
+def dealt(world, root, count):
+  """The parties' folders, with correlations for `count` inferences."""
+  both = folders.make(root / "model_owner"), folders.make(root / "clinic")
+  folders.deal(world.dealer, count, both[0] / CLINIC, both[1])
+  return both
+
+
+class Pipe:
+  """Two sides of a session in one process; `change` is what the network does to a message."""
+
+  def __init__(self, change=lambda sender, number, message: [message], timeout=20.0):
+    self.queues, self.change, self.timeout = (
+      (queue.SimpleQueue(), queue.SimpleQueue()),
+      change,
+      timeout,
+    )
+    self.sent = ([], [])
+
+  def send(self, party, message):
+    number = len(self.sent[party])
+    self.sent[party].append(message)
+    for v in self.change(party, number, message):
+      self.queues[1 - party].put(v)
+
+  def receive(self, party, idle=False):
+    try:
+      return self.queues[party].get(timeout=self.timeout)
+    except queue.Empty:
+      raise PeerLate("nothing came") from None
+
+  def end(self, party):
+    self.queues[1 - party].put(None)
+
+
+def inference(world, folder_of, pipe, images=(X,)):
+  """One session over a pipe: what each side ended with, an error or (the clinic) the answers."""
+  ends = [None, None]
+
+  def serve():
+    take = lambda number: folders.take(folder_of[0] / CLINIC, number)
+    receive = lambda idle=False: pipe.receive(0, idle)
+    try:
+      name = world.publication.publication
+      for message in sessions.serve(world.model_owner, world.online[0], name, take, receive):
+        pipe.send(0, message)
+    except SessionEnded as error:
+      ends[0] = error
+    pipe.end(0)
+
+  thread = threading.Thread(target=serve, daemon=True)
+  thread.start()
+  try:
+    asking = sessions.Asking(
+      world.data_owner, world.online[1], world.publication.publication,
+      lambda message: pipe.send(1, message), lambda idle=False: pipe.receive(1, idle),
+    )  # fmt: skip
+    answers = []
+    for image in images:
+      asking.prepare(folders.take(folder_of[1], folders.unused(folder_of[1])[0]))
+      answers.append(asking.ask(image))
+    ends[1] = answers
+  except SessionEnded as error:
+    ends[1] = error
+  pipe.end(1)
+  thread.join(60)
+  assert not thread.is_alive()
+  return ends
