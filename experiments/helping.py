@@ -19,7 +19,7 @@ _USUAL = (
   "sync_epochs", "batch_size", "optimizer", "learning_rate", "class_weights", "algorithm",
   "placement", "aggregation", "secagg_threshold", "dp", "target_epsilon", "delta",
   "noise_multiplier", "l2_clip_norm", "ledger_dir", "output_dir", "unlabelled", "num_units",
-  "checkpoint", "images", "output", "check", "calibration",
+  "checkpoint", "images", "output", "check", "calibration", "record_transcript", "parts",
 )  # fmt: skip
 _COLUMN = 27  # where the texts begin
 _WIDTHS = 72, 100  # the narrowest and the widest page

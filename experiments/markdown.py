@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # Field of `metrics.Scores` -> (its name in tables, whether it is shown in percent).
@@ -17,6 +17,7 @@ PER_CLASS = ("sensitivity", "specificity")
 LOCAL = "local: "  # begins the names of arms of one site alone
 ABORTED = "rounds aborted, too few sites being left"  # fact of an arm
 TRAINED_ON = "TRAINED ON"  # fact of images
+NOT_PRIVATE = "NOT PRIVATE"  # fact of a run, or of its privacy
 
 
 def _number(x: float | None, percent: bool, signed: bool = False) -> str:
@@ -33,8 +34,14 @@ def _cell(entry: Mapping[str, Any] | float | None, percent: bool, signed: bool =
   return value if entry["value"] is None else f"{value} [{low}, {high}]"
 
 
-def _row(*cells: Any) -> str:
+def row(*cells: Any) -> str:
+  """A row of a table."""
   return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+  """A table of text cells."""
+  return "\n".join([row(*head), row(*["---"] * len(head)), *(row(*cells) for cells in rows)])
 
 
 def plain(text: str) -> str:
@@ -44,7 +51,7 @@ def plain(text: str) -> str:
 
 def _facts(facts: Mapping[str, Any], head: tuple[str, str]) -> list[str]:
   text = lambda v: v if isinstance(v, str) else json.dumps(v)
-  return [_row(*head), _row("---", "---"), *(_row(k, text(v)) for k, v in facts.items())]
+  return [row(*head), row("---", "---"), *(row(k, text(v)) for k, v in facts.items())]
 
 
 def _summary(result: Mapping[str, Any]) -> str:
@@ -70,9 +77,10 @@ def warnings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """What a reader must know of a run before its scores, as (what, why)."""
   privacy = result["privacy"] or {}
   facts = [(k, str(v)) for k, v in result["config"].items() if k.endswith((ABORTED, TRAINED_ON))]
-  of_privacy = [(k, privacy[k]) for k in ("NOT PRIVATE", "NOT PROTECTED") if k in privacy]
+  recorded = [(k, v) for k, v in result["config"].items() if k == NOT_PRIVATE]
+  of_privacy = [(k, privacy[k]) for k in (NOT_PRIVATE, "NOT PROTECTED") if k in privacy]
   of_images = [(k, v) for k, v in result["images"].items() if k.isupper()]
-  return of_privacy + of_images + facts
+  return recorded + of_privacy + of_images + facts
 
 
 def learnt(result: Mapping[str, Any]) -> str:
@@ -113,9 +121,9 @@ def _hospitals(result: Mapping[str, Any]) -> list[str]:
     "of the classes among a hospital's patients. The test images are of all hospitals in equal "
     "shares.",
     "",
-    _row(*rows[0]),
-    _row("---", *["---:"] * (len(rows[0]) - 1)),
-    *(_row(*row.values()) for row in rows),
+    row(*rows[0]),
+    row("---", *["---:"] * (len(rows[0]) - 1)),
+    *(row(*hospital.values()) for hospital in rows),
     "",
     f"![Test images of each hospital: {result['data']}](hospitals.png)",
     "",
@@ -165,10 +173,10 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
       "",
     ]
   lines += [*_hospitals(result), "## Results", ""]
-  lines += [_row(*head), _row("---", *["---:"] * (len(head) - 1))]
+  lines += [row(*head), row("---", *["---:"] * (len(head) - 1))]
   for name, path, percent in rows:
     cells = [cell(scores, path, percent) for scores in (*arms.values(), *references.values())]
-    lines.append(_row(f"{name} (%)" if percent else name, *cells))
+    lines.append(row(f"{name} (%)" if percent else name, *cells))
   unit = "images" if result["intervals"]["unit"] == "example" else "patients (groups of images)"
   lines += [
     "",
@@ -207,17 +215,17 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
     ]
   if difference:
     lines += ["", f"## {difference['of'].capitalize()} minus {difference['minus']}", ""]
-    lines += [_row("", "difference"), _row("---", "---:")]
+    lines += [row("", "difference"), row("---", "---:")]
     for name, path, percent in rows:
       lines.append(
-        _row(f"{name} (points)" if percent else name, cell(difference, path, percent, signed=True))
+        row(f"{name} (points)" if percent else name, cell(difference, path, percent, signed=True))
       )
     lines += [
       "",
       "The intervals are paired: each resample scores both models. If an interval contains 0, "
       "either model may be the better one.",
     ]
-  lines += ["", "## Calibration", "", _row("", *arms), _row("---", *["---:"] * len(arms))]
+  lines += ["", "## Calibration", "", row("", *arms), row("---", *["---:"] * len(arms))]
   calibration = {
     "expected_calibration_error": "expected calibration error (15 bins)",
     "brier_score": "Brier score (0 to 2)",
@@ -225,7 +233,7 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
   }
   for field, name in calibration.items():
     values = ("infinite" if s[field] is None else _number(s[field], False) for s in arms.values())
-    lines.append(_row(name, *values))
+    lines.append(row(name, *values))
   lines += ["", "Lower is better in all three."]
   if result["images"]:
     lines += ["", "## Images", "", *_facts(result["images"], ("fact", "value"))]

@@ -107,7 +107,7 @@ def confusion_matrix(
     f"n = {cm.sum():,}"
   )
   axes.set_title(summary, fontsize=10, color="#444444")
-  _save(figure, path, title)
+  save(figure, path, title)
 
 
 def roc(
@@ -169,8 +169,8 @@ def roc(
   axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
   axes.set_xlabel("false positive rate (1 - specificity)")
   axes.set_ylabel("true positive rate (sensitivity)")
-  _tidy(axes)
-  _save(figure, path, title)
+  tidy(axes)
+  save(figure, path, title)
 
 
 def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: str) -> None:
@@ -221,7 +221,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
         label = f"best MCC: {y[best]:.3f}, round {x[best]:.0f}"
         axes.plot(x[best], y[best], "*", color=INK, markersize=11, linestyle="none", label=label)
     axes.set_ylabel(panel)
-    _tidy(axes)
+    tidy(axes)
     if panel in SINGLE:
       axes.set_ylim(bottom=0)
       axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -232,7 +232,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
   all_axes[-1].set(xlabel="round", xlim=(min(rounds) - pad, max(rounds) + pad))
   all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
   figure.align_ylabels(list(all_axes))
-  _save(figure, path, title)
+  save(figure, path, title)
 
 
 def comparison(
@@ -291,7 +291,7 @@ def comparison(
     # Leave room to the right of 1 for the numbers.
     axes.set(xlim=(lowest if field == "mcc" else 0, 1.24), xticks=[0, 0.25, 0.5, 0.75, 1])
     axes.set_xticklabels(["0", "0.25", "0.5", "0.75", "1"])
-    _tidy(axes)
+    tidy(axes)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
   all_axes[0].set_yticks(range(len(results)), [textwrap.fill(arm, 24) for arm in results])
@@ -303,7 +303,7 @@ def comparison(
       frameon=False,
       fontsize=9,
     )
-  _save(figure, path, title)
+  save(figure, path, title)
 
 
 def hospitals(
@@ -328,7 +328,7 @@ def hospitals(
       axes.set_title(label_names[int(shown.labels[column])], fontsize=10)
     if not column:
       axes.set_ylabel(shown.rows[row]["hospital"], fontsize=10)
-  _save(figure, path, title)
+  save(figure, path, title)
 
 
 def epsilon(
@@ -363,12 +363,12 @@ def epsilon(
   axes.margins(y=0.1)
   axes.set_ylim(bottom=0)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-  _tidy(axes)
+  tidy(axes)
   if axes.get_legend_handles_labels()[0]:
     axes.legend(frameon=False, fontsize=9)
   if not any(math.isfinite(row[key]) for row in rows for key in known):
     axes.text(0.5, 0.5, "epsilon is infinite", transform=axes.transAxes, ha="center", color=INK)
-  _save(figure, path, title)
+  save(figure, path, title)
 
 
 def _number(value: Any, percent: bool = False) -> str:
@@ -377,13 +377,15 @@ def _number(value: Any, percent: bool = False) -> str:
   return f"{value:.1%}" if percent else f"{value:.3f}"
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+  """Draws a pale grid behind the data, and no frame above and to the right."""
   axes.grid(**GRID)
   axes.set_axisbelow(True)
   axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: str | pathlib.Path, title: str) -> None:
+def save(figure: Figure, path: str | pathlib.Path, title: str) -> None:
+  """Writes a figure under its title, with letters that fonts of this machine have."""
   width = int(figure.get_figwidth() * 9.5)  # how many characters of the title fit on a line
   figure.suptitle(
     "\n".join(textwrap.fill(line, width) for line in title.splitlines()),

@@ -39,6 +39,8 @@ from . import (
   report,
   settings,
   sums,
+  trainers,
+  transcripts,
 )
 from .configs import Train
 from .configs.model import normalise
@@ -194,7 +196,7 @@ def _run(
     able = [i for i in everyone if images.validation.sizes[i] or not config.privacy.validates]
     plan += [(f"local: site {site}", (site,), False) for site in able]
 
-  cohorts: dict[str, arms.Cohort] = {}
+  cohorts: dict[str, trainers.Cohort] = {}
   for number, (name, members, together) in enumerate(plan, start=1):
     parts = images.train, images.validation
     train, validation = (p if together else data_sites.merge(p, members) for p in parts)
@@ -204,20 +206,20 @@ def _run(
     if config.privacy.by_patient and not patients:
       patients = inputs.count_patients(train)
     which = f"arm {number} of {len(plan)}: " if len(plan) > 1 else ""
-    cohorts[name] = arms.Cohort(name, train, validation, mine, patients, which)
+    cohorts[name] = trainers.Cohort(name, train, validation, mine, patients, which)
   predict = evaluation.predictor(model.apply, normalise)
   # One trainer for the federation and one that all single cohorts share; privacy depends on a
   # cohort's own size.
   kind = lambda cohort: (len(cohort.train.sites) > 1, cohort.name if is_private else "")
-  trainers = {}
+  shared: dict[Any, trainers.Trainer] = {}
   for key in dict.fromkeys(map(kind, cohorts.values())):
     alike = [cohort for cohort in cohorts.values() if kind(cohort) == key]
     where = place if key[0] else processes.Place(sites.loop())
-    trainers[key] = arms.make_trainer(config, model, model_config, alike, where)
+    shared[key] = trainers.make_trainer(config, model, model_config, alike, where)
 
   probabilities, trained = {}, {}
   for name, cohort in cohorts.items():
-    trainer = trainers[kind(cohort)]
+    trainer = shared[kind(cohort)]
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
     arm_folder.mkdir(exist_ok=True)
     trained[name] = arms.train(
@@ -234,6 +236,8 @@ def _run(
   facts = {
     f"{name}: {what}": value for name, arm in trained.items() for what, value in arm.facts.items()
   }
+  if config.record_transcript:
+    facts[markdown.NOT_PRIVATE] = transcripts.why(config, folder / main_arm)
   of_images = image_facts.facts(config, images.train, images.validation, images.test)
   if _LOCAL in baselines:
     for site in (i for i in everyone if f"local: site {i}" not in trained):
@@ -372,9 +376,7 @@ def start(main: Callable[[], None]) -> None:
     try:
       main()
     except KeyboardInterrupt:
-      sys.exit(
-        "\nstopped; start again with the same --run_dir to continue from the last saved round"
-      )
+      sys.exit("\nstopped; start again with the same flags to continue from what was saved last")
     except refusals.REFUSALS as error:
       logging.debug("traceback:", exc_info=True)  # shown with --verbosity=1
       sys.unraisablehook = lambda _: None  # threads that were still writing may fail as well

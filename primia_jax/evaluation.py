@@ -168,7 +168,7 @@ def validation(
 
 
 def _check_sums(summation: Summation) -> None:
-  if summation.stacks:
+  if summation.is_rule:
     raise ValueError(
       f"{summation.name!r} makes no sum of counts; use summation.masked or summation.clear"
     )

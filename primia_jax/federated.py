@@ -291,7 +291,7 @@ def federate(
     ValueError: for a robust rule with messages that do not count the same; from `init` and `step`,
       for model statistics that would leave a site in the clear.
   """
-  if summation.stacks and not algorithm.uniform:
+  if summation.is_rule and not algorithm.uniform:
     raise ValueError(
       f"the robust rule {summation.name!r} treats all sites alike, but {algorithm.name} weighs its "
       "messages; use uniform weighting and an algorithm such as FedAvg"

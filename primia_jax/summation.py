@@ -128,6 +128,8 @@ class Summation(NamedTuple):
       sum over sites or, with `stacks`, every site's message [K, ...].
     stacks: whether `end` takes single messages instead of their sum.
     hides: whether every single site's message is hidden.
+    is_rule: whether `end` combines messages by a robust rule, which treats all sites alike, and not
+      by a sum.
     between_processes: whether each process sends its own site's message, so that the sum forms
       between them; exactly these summations go with `sites.own_process`.
   """
@@ -139,6 +141,7 @@ class Summation(NamedTuple):
   stacks: bool = False
   hides: bool = False
   between_processes: bool = False
+  is_rule: bool = False
 
 
 class Coding(NamedTuple):
@@ -197,7 +200,7 @@ def by_rule(name: str, rule: Callable[[PyTree], PyTree]) -> Summation:
     message, out_of_range = _check_finite(rule(stack))
     return message, Outcome(np.sort(session.ids[counted]), out_of_range)
 
-  return clear()._replace(name=name, end=end, stacks=True)
+  return clear()._replace(name=name, end=end, stacks=True, is_rule=True)
 
 
 def masked(config: secagg.SecureSum, coding: Coding | None = None) -> Summation:

@@ -12,7 +12,8 @@ from experiments.configs import Train
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = (
-  "train_federated", "train_pooled", "evaluate", "infer_encrypted", "account", "plot"
+  "train_federated", "train_pooled", "evaluate", "infer_encrypted", "account", "audit_privacy",
+  "plot",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from experiments_runs import (
   trainer_of,
 )
 
-from experiments import arms, checkpoints, running, settings
+from experiments import checkpoints, running, settings, trainers
 from primia_jax import federated
 from primia_jax.data import sites as data_sites
 from primia_jax.privacy import accounting, ledger
@@ -49,7 +49,7 @@ def alone(config):
   """Site 0, as local training has it."""
   everyone = cohort_of(config)
   train, validation = (data_sites.merge(p, (0,)) for p in (everyone.train, everyone.validation))
-  return arms.Cohort("local: site 0", train, validation, np.arange(1), everyone.patients[:1])
+  return trainers.Cohort("local: site 0", train, validation, np.arange(1), everyone.patients[:1])
 
 
 def test_nothing_is_claimed_of_sites_for_an_arm_of_one():

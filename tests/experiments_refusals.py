@@ -204,6 +204,8 @@ SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --placement=processes --dropout_rate=0.1    | dropout_rate | 0.1 | end a process
 --placement=processes --sites_in_memory=1   | sites_in_memory | 1 | use 0
 --placement=processes --sites_dir={file}    | sites_dir | {file} | folder
+--placement=processes --record_transcript   | record_transcript | True | another placement
+SITE --dp_noise=distributed --record_transcript | record_transcript | True | dp_noise=site
 --run_dir=                                  | run_dir | is empty | --run_dir=
 --run_dir={file}                            | run_dir | {file} | folder
 --run_dir={file}/below                      | run_dir | {file} | folder
@@ -219,6 +221,7 @@ SITE                                        | dp | site | dp=example
 --run_dir=                                  | run_dir | is empty | --run_dir=
 --run_dir={file}                            | run_dir | {file} | folder
 --run_dir={full}                            | run_dir | {full} | another --run_dir
+--record_transcript                         | record_transcript | True | primia-train
 --coordinator=127.0.0.1:1                   | --coordinator | no flag | --helpfull
 """
 
@@ -332,6 +335,25 @@ LEDGERS = """
 --ledger_dir={torn}                         | {torn} | ledger | backup
 """
 
+AUDIT = """
+--run_dir={missing}                         | {missing} | config.json | finished training run
+--run_dir={folder}                          | {folder} | config.json | finished training run
+--run_dir={broken}                          | config.json | {broken} | --run_dir
+--run_dir={cut}                             | {cut} | metrics.json | finished training run
+--output_dir={file}                         | output_dir | {file} | folder
+--output_dir={fifo}                         | output_dir | {fifo} | folder
+--output_dir={run}                          | output_dir | {run} | another
+--output_dir={kept}                         | output_dir | {kept} | another folder
+--parts=magic                               | parts | magic | recognition
+--parts=recognition                         | {run} | transcript | --record_transcript
+--parts=                                    | parts | [] | auto
+--candidates=0                              | candidates | 0 | at least 1
+--attacked_rounds=0                         | attacked_rounds | 0 | at least 1
+--audit_seed=-1                             | audit_seed | -1 | at least 0
+--rounds=3                                  | --rounds | no flag | --
+extra                                       | extra | no flag | --name=value
+"""
+
 PLOT = """
 --run_dir={missing}                         | run_dir | {missing} | training run
 --run_dir={folder}                          | run_dir | {folder} | training run
@@ -355,5 +377,7 @@ TABLES = (
   ("infer_encrypted", "--checkpoint={run} --images={image} --output_dir={new}", INFER),
   ("account", "--num_units=100 --target_epsilon=3 --output_dir={new}", ACCOUNT),
   ("account", "", LEDGERS),
+  ("audit_privacy", "--run_dir={run} --output_dir={new}", AUDIT),
+  ("audit_privacy", "", "--candidates=3 | --run_dir | --output_dir | --help"),
   ("plot", "--run_dir={run}", PLOT),
 )

@@ -29,9 +29,11 @@ LEFT = ("new",)  # may not exist after a refusal
 def at(tmp_path_factory):
   """Files and folders by the names that rows use."""
   root = tmp_path_factory.mktemp("refused")
-  names = "missing file folder fifo full run broken emptied torn cut drawn new flags nested loop"
+  names = (
+    "missing file folder fifo full run broken emptied torn cut drawn kept new flags nested loop"
+  )
   at = {name: root / name for name in names.split()}
-  for name in ("folder", "full", "run", "broken", "emptied", "torn", "cut", "drawn"):
+  for name in ("folder", "full", "run", "broken", "emptied", "torn", "cut", "drawn", "kept"):
     at[name].mkdir()
   at["file"].write_text("no image, no weights, no arrays\n")
   at["weights"] = root / "weights.pth"
@@ -54,6 +56,9 @@ def at(tmp_path_factory):
     settings.save(settings.replace(TINY, rounds=5), at[name] / "config.json")
     (at[name] / "federated").mkdir()
     (at[name] / "federated" / "checkpoint").touch()  # as of a run that has begun
+  (at["run"] / "metrics.json").write_text("{}")
+  (at["kept"] / "parts").mkdir()
+  (at["kept"] / "parts" / "ledger.json").write_text('{"digest": "of another run"}')
   (at["cut"] / "federated" / "rounds.jsonl").write_text('{"round": 1}\n{"round": 2, "tr\n{}\n')
   (at["drawn"] / "federated" / "rounds.jsonl").write_text('{"round": 1, "arm": "federated"}\n')
   for name in ("config.json", "model.json"):
@@ -148,7 +153,7 @@ def test_every_bad_invocation_is_refused_by_flag_value_and_cure(at, program, no_
     count[name] += 1
   assert not wrong, "\n".join(wrong)
   assert sum(count.values()) >= 200
-  assert len(count) == 6
+  assert len(count) == 7
 
 
 def failing(error):

@@ -8,7 +8,7 @@ import pytest
 from experiments_runs import FIXED, MOVING, PRIVATE, TINY, assert_equal, cohort_of, train
 from jax.sharding import Mesh
 
-from experiments import arms, running, settings
+from experiments import running, settings, trainers
 from experiments.processes import Place
 from primia_jax import models, sites
 
@@ -37,7 +37,7 @@ def on_devices(number):
 def trainer_on(config, placement):
   cohort, model_config = cohort_of(config), config.model.config(config.data, 3)
   model = models.build(model_config)
-  return arms.make_trainer(config, model, model_config, [cohort], Place(placement))
+  return trainers.make_trainer(config, model, model_config, [cohort], Place(placement))
 
 
 def stop(config, folder, trainer):

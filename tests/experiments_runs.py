@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from PIL import Image
 
-from experiments import arms, inputs, settings
+from experiments import arms, inputs, settings, trainers
 from experiments.configs import Train, privacy
 from experiments.processes import Place
 from primia_jax import models, sites, summation
@@ -48,13 +48,13 @@ def cohort_of(config):
   images = images_of(config.data, config.hospitals, config.seed)
   mine = np.arange(config.hospitals.num_sites)
   patients = inputs.count_patients(images.train)
-  return arms.Cohort("federated", images.train, images.validation, mine, patients)
+  return trainers.Cohort("federated", images.train, images.validation, mine, patients)
 
 
 def make_trainer(config, cohort):
   model_config = config.model.config(config.data, 3)
   model = models.build(model_config)
-  return arms.make_trainer(config, model, model_config, [cohort], Place(sites.scan()))
+  return trainers.make_trainer(config, model, model_config, [cohort], Place(sites.scan()))
 
 
 @functools.cache

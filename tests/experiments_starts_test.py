@@ -14,7 +14,7 @@ import pytest
 from experiments_apart import APART, free_port, in_threads, seat_of
 from experiments_runs import TINY, contents, found, trainer_of
 
-from experiments import arms, inputs, processes, settings, starts
+from experiments import arms, inputs, processes, settings, starts, trainers
 from experiments.checkpoints import Best, Checkpoints
 from primia_jax import federated, models, secagg
 from primia_jax.secagg import exchange, keys, meeting, subkeys, transport
@@ -32,8 +32,8 @@ def train_apart(root, rounds=2, arm_folders=None, timeout=20.0):
     place, _ = processes.connect(config, folder, seat_of(root, i, address, timeout))
     try:
       images = inputs.site_images(config, i)
-      cohort = arms.Cohort("federated", images.train, images.validation, np.array([i]))
-      trainer = arms.make_trainer(config, model, model_config, [cohort], place)
+      cohort = trainers.Cohort("federated", images.train, images.validation, np.array([i]))
+      trainer = trainers.make_trainer(config, model, model_config, [cohort], place)
       arm_folder = (arm_folders or {}).get(i, folder / "federated")
       arm_folder.mkdir(exist_ok=True)
       return arms.train(

@@ -39,7 +39,7 @@ AUGMENTATIONS = {
 }
 _INITIAL = 7  # what the key of the initial parameters is folded with
 # Of a typical radiograph; fixed, so that no statistics of any site's images are needed.
-_MEAN, _STD = 0.5, 0.25
+MEAN, STD = 0.5, 0.25
 _FEATURE_BATCH = 64
 
 
@@ -169,7 +169,7 @@ def normalise(images: Array) -> Array:
   """uint8 images, or float32 ones in [0, 1], as models take them."""
   if images.dtype == jnp.uint8:
     images = images.astype(jnp.float32) / 255
-  return (images - _MEAN) / _STD
+  return (images - MEAN) / STD
 
 
 def of_stored(config: models.ModelConfig) -> Callable[[np.ndarray], np.ndarray] | None:

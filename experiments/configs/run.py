@@ -27,6 +27,11 @@ class Train:
   """Everything that decides the result of a training run."""
 
   seed: int = setting(0, "seed of everything random except secret keys and private noise")
+  record_transcript: bool = setting(
+    False,
+    "keep what crossed in each round, for audit_privacy: models, sums, and each site's own update "
+    "as a server without secure aggregation sees it. The run is then NOT PRIVATE",
+  )
   data: Data = dataclasses.field(default_factory=Data)
   hospitals: Hospitals = dataclasses.field(default_factory=Hospitals)
   model: Model = dataclasses.field(default_factory=Model)
@@ -100,6 +105,11 @@ class Train:
         f"aggregation={a.aggregation} does not give the share of sites within the clip, which "
         "moves it; use secure or clear, or dp_clip_quantile=0"
       )
+    if self.record_transcript and p.dp_noise == "distributed":
+      raise ValueError(
+        "record_transcript=True keeps single updates, and with dp_noise=distributed only their sum "
+        "carries the noise that the ledger is charged for; use dp_noise=site, or no transcript"
+      )
     if p.dp_noise == "distributed" and (not a.is_secure or not a.secagg_threshold):
       raise ValueError(
         "dp_noise=distributed protects the sum of at least secagg_threshold sites and no single "
@@ -171,6 +181,11 @@ class Train:
 
   def _check_processes(self) -> None:
     a, f, h = self.aggregation, self.federation, self.hospitals
+    if self.record_transcript:
+      raise ValueError(
+        "record_transcript=True with placement=processes: a site's update never leaves its process "
+        "unmasked, so only a simulation can record it; use another placement"
+      )
     if not a.is_secure:
       raise ValueError(
         f"placement=processes sends nothing but masked sums, and not aggregation={a.aggregation} "
@@ -220,6 +235,10 @@ def rehearse(config: Train, is_federated: bool = True) -> None:
     if config.privacy.dp == "site":
       raise ValueError(
         "dp=site protects sites of a federation; one site alone has dp=example or patient"
+      )
+    if config.record_transcript:
+      raise ValueError(
+        "record_transcript=True: a site that trains alone sends nothing; use primia-train"
       )
     build_alone(recipe)
     return

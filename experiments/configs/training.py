@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from primia_jax import algorithms, federated, local, models
-from primia_jax.types import Array
+from primia_jax.attacks import detection
+from primia_jax.sites import Placement
+from primia_jax.summation import Summation
+from primia_jax.types import Array, LossFn
 
 from ..settings import choose, require, setting
 
@@ -131,6 +134,11 @@ class Federation:
     "where sites run: loop, scan, vmap, chunk=C, mesh, auto (the fastest), or processes: one for "
     "each site, a trial on one machine",
   )
+  refuse_suspicious_models: bool = setting(
+    False,
+    "each site looks at the model before it trains it, on 16 of its own images, and ends the run "
+    "if it looks made to reveal single images; costs 16 gradients a round",
+  )
 
   def __post_init__(self):
     choose("algorithm", self.algorithm, ALGORITHMS)
@@ -185,6 +193,25 @@ class Federation:
       }[name]
       return algorithms.fedopt(recipe, optimizer, **options)._replace(name=name)
     return algorithms.fedavg(recipe, **options)  # type: ignore[arg-type]
+
+  def join(
+    self,
+    algorithm: federated.Algorithm,
+    summed: Summation,
+    placement: Placement,
+    num_sites: int,
+    loss: LossFn,
+  ) -> federated.FederatedAlgorithm:
+    """The rounds, in which sites look at each model first if they are told to.
+
+    Args:
+      algorithm, summed, placement, num_sites: as for `federated.federate`.
+      loss: of a batch, as the sites train.
+    """
+    rounds = federated.federate(algorithm, summed, placement, num_sites)
+    if not self.refuse_suspicious_models:
+      return rounds
+    return rounds._replace(step=detection.guarded(rounds.step, loss, placement.rows))
 
 
 def build_alone(recipe: local.Recipe) -> federated.Algorithm:

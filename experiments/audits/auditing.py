@@ -1,0 +1,125 @@
+"""An audit from its parts to its report; a part that was made before is not made again."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from .. import folders, progress, settings, transcripts
+from . import (
+  boundaries,
+  epsilons,
+  heads,
+  inversion,
+  membership,
+  pages,
+  parts,
+  pictures,
+  recognition,
+  servers,
+  threats,
+)
+from .context import ARM, Context, Effort
+from .parts import Audit, Part
+
+REPORT, OVERVIEW = "privacy_report.md", "evidence.png"
+PARTS = {
+  "threats": Audit(threats.points, ("attacked_rounds",)),
+  "ledger": Audit(threats.budget),
+  "bounds": Audit(epsilons.bounds, ("audit_seed",)),
+  "epsilon": Audit(epsilons.proved, ("audit_seed", "canaries")),
+  "recognition": Audit(
+    recognition.audit, ("audit_seed", "candidates", "attacked_rounds"), takes_transcript=True
+  ),
+  "inversion": Audit(
+    inversion.audit, ("audit_seed", "candidates", "victims", "restarts", "iterations")
+  ),
+  "heads": Audit(heads.audit, ("audit_seed", "candidates", "victims", "attacked_rounds")),
+  "servers": Audit(servers.audit, ("audit_seed", "candidates")),
+  "membership": Audit(membership.audit, ("audit_seed", "candidates", "shadows")),
+  "boundary": Audit(boundaries.audit),
+}
+_WHY = "which needs a transcript: train with --record_transcript and another --run_dir"
+
+
+def chosen(names: Sequence[str], run: Context) -> list[str]:
+  """The parts to make, in order.
+
+  Raises:
+    ValueError: an unknown name.
+    FileNotFoundError: a part that was asked for needs a transcript, and there is none.
+  """
+  if [*names] == ["auto"]:
+    return [name for name, one in PARTS.items() if run.has_transcript or not one.takes_transcript]
+  unknown = sorted(set(names) - set(PARTS))
+  if unknown or not names:
+    raise ValueError(f"parts={unknown}; there are {', '.join(PARTS)}, or auto alone")
+  if any(PARTS[name].takes_transcript for name in names):
+    transcripts.paths(run.run_dir / ARM)
+  return [name for name in PARTS if name in names]
+
+
+def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Sequence[str]) -> str:
+  """Makes the parts that are not there yet, and writes the report of all that are.
+
+  Args:
+    run_dir: of a finished run of `train_federated`.
+    output: folder of the audit; created.
+    effort: how hard to attack.
+    names: of parts; ["auto"] for all that the run allows.
+
+  Returns:
+    The verdict, as the report's first line has it.
+
+  Raises:
+    ValueError, FileNotFoundError: the run is of another kind or not finished, as `chosen`, or the
+      output is of another audit.
+  """
+  run = Context(run_dir, output, effort)
+  config = run.config
+  settings.read_json(run_dir / "metrics.json")  # the run has ended
+  if not (run_dir / ARM).is_dir():
+    raise ValueError(
+      f"run_dir={run_dir} holds no federated arm, and whoever trains alone shows nothing; audit a "
+      "run of primia-train"
+    )
+  if config.in_processes:
+    raise ValueError(
+      f"run_dir={run_dir} was trained with placement=processes, where each site keeps its own "
+      "ledger and nobody has a transcript; audit a simulation with the same settings"
+    )
+  wanted = chosen(names, run)
+  path = lambda name: output / parts.FOLDER / f"{name}.json"
+  keys = {name: parts.digest(name, one, run) for name, one in PARTS.items()}
+  done = {name: parts.kept(path(name), key) for name, key in keys.items()}
+  output.mkdir(mode=0o700, parents=True, exist_ok=True)  # it will show images of the sites
+  with folders.alone(output / "audit.lock"):
+    bar = progress.bar(
+      desc="audit", unit="part", total=len(wanted),
+      bar_format="{desc}: {bar:20} part {n_fmt} of {total_fmt}{postfix}  [{elapsed} gone]",
+    )  # fmt: skip
+    run = Context(run_dir, output, effort, bar.set_postfix_str)
+    for name in wanted:
+      if done[name] is None:
+        bar.set_postfix_str(name)
+        done[name] = part = PARTS[name].run(run)
+        parts.keep(path(name), part, keys[name])
+      bar.update()
+    bar.close()
+    made = {name: part for name, part in done.items() if part is not None}
+    return _write(run, f"Privacy audit: {config.hospitals.num_sites} sites, {run.data_name}", made)
+
+
+def _write(run: Context, title: str, made: dict[str, Part]) -> str:
+  evidence = [one for part in made.values() for one in part.evidence]
+  shown = [one for one in evidence if one.chance is not None]
+  overview = {}
+  if shown:
+    pictures.rates(shown, run.output / OVERVIEW, f"All attacks: {run.data_name}")
+    overview = {OVERVIEW: "Each attack beside its control and chance, with 95 % intervals"}
+  absent = {
+    name: _WHY for name, one in PARTS.items() if one.takes_transcript and not run.has_transcript
+  }
+  text = pages.page(title, made, absent, overview)
+  (run.output / REPORT).write_text(text, encoding="utf-8")
+  return pages.first_line(evidence)

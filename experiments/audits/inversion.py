@@ -1,0 +1,131 @@
+"""Images reconstructed from the update of a single one, under one protection after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from primia_jax.attacks import inversion, priors, scores
+from primia_jax.attacks import updates as clients
+from primia_jax.attacks.evidence import Evidence
+from primia_jax.types import Array, Key
+
+from . import laboratory, pictures
+from .context import Context
+from .laboratory import Bench, Protection
+from .parts import Part
+
+_THREAT = "honest server, one image and one step a site"
+_ATTACK = "Geiping et al. 2020, Adam without signs"
+_WEIGHTS = (0.03, 0.1, 1.0)  # of total variation, beside a cosine distance
+_TUNED = 2  # images on which the weight is chosen, and which are not reported
+_PICTURE = "reconstructions.png"
+
+
+class Tried(NamedTuple):
+  """Reconstructions under one protection.
+
+  Attributes:
+    taken: [V, H, W, C], what the attacker selects.
+    best: [V] PSNR of the best restart, which no attacker knows.
+    weight: of total variation.
+  """
+
+  taken: np.ndarray
+  best: np.ndarray
+  weight: float
+
+
+def audit(context: Context) -> Part:
+  """Searches images whose gradient points as the one seen, with restarts."""
+  title, effort = "Reconstruction from single updates", context.effort
+  on = laboratory.bench(context, effort.candidates, effort.victims + _TUNED)
+  num = on.num_victims - _TUNED
+  if num < 1 or min(on.images.shape[1:3]) < 11:
+    return Part(title, ("Left out: there are too few images, or they are below 11 pixels.",))
+  truth = (on.images / 255).astype(np.float32)
+  solve = _solver(context, on)
+  rows, evidence = {"original": truth[:num]}, []
+  quality = {}
+  for protection in laboratory.protections(context):
+    tried = _attack(context, on, protection, solve, num)
+    psnr = np.asarray(scores.psnr(jnp.asarray(tried.taken), jnp.asarray(truth[:num])))
+    ssim = np.asarray(scores.ssim(jnp.asarray(tried.taken), jnp.asarray(truth[:num])))
+    named = scores.identify(jnp.asarray(tried.taken), jnp.asarray(truth), jnp.arange(num))
+    name = protection.name.replace("none", "no protection")
+    rows[name], quality[name] = tried.taken, psnr
+    note = (
+      f"PSNR {psnr.mean():.1f} dB ({tried.best.mean():.1f} for the best restart), SSIM "
+      f"{ssim.mean():.2f}, total variation {tried.weight:g}"
+    )
+    evidence.append(
+      Evidence(
+        _THREAT, _ATTACK, protection.name, f"identification among {len(truth)}", named.rate,
+        named.interval, named.chance, note=note, occurs=False,
+      )
+    )  # fmt: skip
+  evidence = [evidence[0], *(one._replace(control=evidence[0]) for one in evidence[1:])]
+  path = context.output / _PICTURE
+  few = {name: images[:8] for name, images in rows.items()}
+  pictures.grid(few, quality, path, f"{title}: {context.data_name}")
+  text = (
+    f"The adversary knows the label and searches for the image whose gradient on {on.which} points "
+    f"as the one seen: {effort.restarts} restarts of {effort.iterations} steps each. The weight of "
+    f"total variation is chosen for each protection on {_TUNED} images that are not reported, out "
+    f"of {', '.join(f'{w:g}' for w in _WEIGHTS)}. {num} images were tried. The control is the same "
+    "search without protection.",
+  )
+  caption = "Original and reconstructions; below each its PSNR in dB"
+  return Part(title, text, tuple(evidence), (), {_PICTURE: caption})
+
+
+def _solver(context: Context, on: Bench) -> Callable[..., inversion.Found]:
+  """(key, weight of total variation, Seen) -> Found; compiled once."""
+  settings = inversion.Settings(steps=context.effort.iterations, rate=0.1, signed=False)
+  simulate = clients.gradient(context.loss_fn)
+
+  def solve(key: Key, weight: Array, seen: clients.Seen) -> inversion.Found:
+    penalty = lambda seen, images: weight * priors.total_variation(images)
+    variables = inversion.pixels((1, *on.images.shape[1:]))
+    attack = inversion.inversion(simulate, variables, settings, penalty)
+    return inversion.run(attack, key, seen, context.effort.restarts)
+
+  return jax.jit(solve)
+
+
+def _attack(
+  context: Context,
+  on: Bench,
+  protection: Protection,
+  solve: Callable[..., inversion.Found],
+  num: int,
+) -> Tried:
+  """Tunes on the images after the first `num`, and reconstructs these."""
+  key = jax.random.key(context.effort.audit_seed)
+  gradients = laboratory.updates(context, on, protection, range(on.num_victims))
+  seen = [
+    clients.Seen(*on.model, gradient, jnp.asarray(on.labels[row : row + 1]))
+    for row, gradient in enumerate(gradients)
+  ]
+
+  def run(row: int, weight: float) -> tuple[np.ndarray, np.ndarray]:
+    """What the attacker selects, and the PSNR of each restart."""
+    context.note(f"reconstruction, {protection.name}, image {row + 1}")
+    found = solve(jax.random.fold_in(key, row), jnp.float32(weight), seen[row])
+    original = jnp.asarray(on.images[row].astype(np.float32) / 255)
+    of_restarts = scores.psnr(found.images[:, 0], original[None])
+    return np.asarray(inversion.selected(found)[0]), np.asarray(of_restarts)
+
+  def on_tuned(weight: float) -> float:
+    images = {row: run(row, weight)[0] for row in range(num, on.num_victims)}
+    original = on.images[num : on.num_victims].astype(np.float32) / 255
+    taken = np.stack([*images.values()])
+    return float(jnp.mean(scores.psnr(jnp.asarray(taken), jnp.asarray(original))))
+
+  weight = max(_WEIGHTS, key=on_tuned)
+  taken, qualities = zip(*(run(row, weight) for row in range(num)), strict=True)
+  return Tried(np.stack(taken), np.max(qualities, axis=1), weight)

@@ -1,0 +1,121 @@
+"""The text of `privacy_report.md`: the verdict first, then each part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from primia_jax.attacks.evidence import Evidence, beats_chance, verdict
+
+from .. import markdown
+from .parts import Part
+
+_KEEP = (
+  "**NOT PRIVATE**: the run was attacked on purpose. Pictures show images of the sites, and what "
+  "attacks made of them; keep this folder as the images are kept."
+)
+_SAID = {
+  "succeeds": "**not at chance**",
+  "at chance": "at chance; its control succeeds",
+  "inconclusive": "inconclusive: its control fails, or there is none",
+  "no chance level": "–",
+}
+
+
+def first_line(evidence: Iterable[Evidence]) -> str:
+  """Where identification is not at chance, of what somebody sees in the run."""
+  open_to = [one for one in evidence if one.occurs and one.chance is not None]
+  above = [one for one in open_to if beats_chance(one)]
+  if above:
+    where = "; ".join(f"{one.threat}: {one.attack}, {_value(one)}" for one in above)
+    return f"**Identification is not at chance**: {where}."
+  unsure = [one for one in open_to if verdict(one) == "inconclusive"]
+  if unsure:
+    where = "; ".join(f"{one.threat}: {one.attack}" for one in unsure)
+    return f"**Inconclusive**, since a control fails or is missing: {where}."
+  if not open_to:
+    return "**Nothing that somebody sees in this run was attacked**, so that nothing is said of it."
+  tried = "; ".join(dict.fromkeys(f"{one.threat}: {one.attack}" for one in open_to))
+  return (
+    f"**Identification is at chance** within its intervals in all that was tried ({tried}), and "
+    "each attack succeeds in its control. An attack that fails proves nothing about better ones; "
+    "what is proved stands under Ledger."
+  )
+
+
+def page(
+  title: str, parts: Mapping[str, Part], absent: Mapping[str, str], pictures: Mapping[str, str]
+) -> str:
+  """The whole report.
+
+  Args:
+    title: what was audited.
+    parts: by name, in order.
+    absent: what was left out -> why.
+    pictures: of all evidence together: file -> caption.
+  """
+  evidence = [one for part in parts.values() for one in part.evidence]
+  failures = [text for part in parts.values() for text in part.failures]
+  lines = [f"# {title}", "", first_line(evidence), "", _KEEP, ""]
+  if failures:
+    lines += ["## Where protection fails", "", *(f"- {text}" for text in failures), ""]
+  for name, why in absent.items():
+    lines += [f"Left out: {name}, {why}.", ""]
+  lines += _pictures(pictures)
+  if num := sum(one.chance is not None for one in evidence):
+    lines += [
+      f"Intervals hold at 95 % each: of {num} attacks that are at chance, {num / 40:.1g} seem to "
+      "succeed on average.",
+      "",
+    ]
+  for part in parts.values():
+    lines += [f"## {part.title}", ""]
+    for paragraph in part.text:
+      lines += [paragraph, ""]
+    if part.evidence:
+      lines += [table(part.evidence), ""]
+    lines += _pictures(part.pictures)
+  return "\n".join(lines)
+
+
+def _pictures(pictures: Mapping[str, str]) -> list[str]:
+  lines: list[str] = []
+  for file, caption in pictures.items():
+    lines += [f"![{caption}]({file})", "", f"*{caption}.*", ""]
+  return lines
+
+
+def table(evidence: Iterable[Evidence]) -> str:
+  """Evidence, an attack a row, beside its control."""
+  head = (
+    "threat point",
+    "attack",
+    "protection",
+    "measure",
+    "value",
+    "chance",
+    "control",
+    "verdict",
+  )
+  return markdown.table(head, map(_row, evidence))
+
+
+def _row(one: Evidence) -> tuple[str, ...]:
+  here = "" if one.occurs else " (not in this run)"
+  control = "–" if one.control is None else f"{_value(one.control)}, {one.control.threat}"
+  chance = "–" if one.chance is None else _number(one.chance)
+  note = f"; {one.note}" if one.note else ""
+  said = _SAID[verdict(one)]
+  return (
+    one.threat + here, one.attack, one.protection, one.measure, _value(one), chance, control,
+    said + note,
+  )  # fmt: skip
+
+
+def _value(one: Evidence) -> str:
+  if one.interval is None:
+    return _number(one.value)
+  return f"{_number(one.value)} [{', '.join(map(_number, one.interval))}]"
+
+
+def _number(x: float) -> str:
+  return f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
