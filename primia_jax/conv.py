@@ -7,6 +7,11 @@ convolutions) under `vmap` with one kernel per site, and small maps. Here both g
 plain convolutions, `vmap` runs one site after another, and small maps become a matrix product. On
 accelerators XLA's own forms are fast, so they are used. All forms support reverse-mode
 differentiation of any order; on CPU none supports forward mode.
+
+Gradients of a few images are matrix products too, as in attacks that differentiate a client's
+gradient again: as plain convolutions they would have one input channel per image, or dilated
+images. Convolution, input gradient and kernel gradient are linear in both operands, and the
+gradients of each are the other two.
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from primia_jax.tapped import Tapped
 from primia_jax.types import Array
 
 Pair = tuple[int, int]
+_FEW = 4  # images, up to which gradients are faster as matrix products
+_SMALL_KERNEL = 2**13  # elements, up to which restarts that share a kernel are, too
 
 
 class Geometry(NamedTuple):
@@ -129,7 +136,12 @@ def _same_varying_axes(x: Array, w: Array) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: Array, w: Array, geometry: Geometry) -> Array:
-  return _site_by_site(functools.partial(_fastest, geometry=geometry), x, w)
+  return _site_by_site(
+    functools.partial(_fastest, geometry=geometry),
+    functools.partial(_matrix_product, geometry=geometry),
+    x,
+    w,
+  )
 
 
 def _conv_fwd(x: Array, w: Array, geometry: Geometry) -> tuple[Array, tuple[Array, Array]]:
@@ -145,6 +157,8 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
 def _input_gradient(g: Array, w: Array, x_shape: Sequence[int], geometry: Geometry) -> Array:
+  if x_shape[0] <= _FEW and max(geometry.strides) > 1:
+    return _rows_sum(g, w, tuple(x_shape), geometry)
   padding = []
   for axis in range(2):
     x_size, w_size, g_size = _dilated_sizes(x_shape, w.shape, g.shape, geometry, axis)
@@ -157,6 +171,8 @@ def _input_gradient(g: Array, w: Array, x_shape: Sequence[int], geometry: Geomet
 
 
 def _kernel_gradient(x: Array, g: Array, w_shape: Sequence[int], geometry: Geometry) -> Array:
+  if x.shape[0] <= _FEW:
+    return _rows_product(x, g, tuple(w_shape), geometry)
   padding = []
   for axis in range(2):
     x_size, w_size, g_size = _dilated_sizes(x.shape, w_shape, g.shape, geometry, axis)
@@ -166,6 +182,53 @@ def _kernel_gradient(x: Array, g: Array, w_shape: Sequence[int], geometry: Geome
     geometry.rhs_dilation, (padding[0], padding[1]), geometry.lhs_dilation, geometry.strides
   )
   return _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), transposed).transpose(1, 2, 0, 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _rows_product(x: Array, g: Array, w_shape: tuple[int, ...], geometry: Geometry) -> Array:
+  """The kernel gradient of a few images, as patches [B H' W', kh kw C], transposed, times g. As a
+  convolution it would have as few input channels as there are images, and XLA would be slow.
+  """
+  rows = _patches(x, w_shape, geometry)[0]
+  return (rows.T @ g.reshape(-1, w_shape[3])).reshape(w_shape)
+
+
+def _rows_product_fwd(
+  x: Array, g: Array, w_shape: tuple[int, ...], geometry: Geometry
+) -> tuple[Array, tuple[Array, Array]]:
+  return _rows_product(x, g, w_shape, geometry), (x, g)
+
+
+def _rows_product_bwd(
+  w_shape: tuple[int, ...], geometry: Geometry, residuals: tuple[Array, Array], w: Array
+) -> tuple[Array, Array]:
+  x, g = residuals
+  return _input_gradient(g, w, x.shape, geometry), _conv(x, w, geometry)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _rows_sum(g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry) -> Array:
+  """The input gradient of a few images: the sum of the patches g w^T at their places."""
+  rows = lambda x: _patches(x, w.shape, geometry)[0]
+  place = jax.linear_transpose(rows, jax.ShapeDtypeStruct(x_shape, g.dtype))
+  return place(g.reshape(-1, w.shape[3]) @ w.reshape(-1, w.shape[3]).T)[0]
+
+
+def _rows_sum_fwd(
+  g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry
+) -> tuple[Array, tuple[Array, Array]]:
+  return _rows_sum(g, w, x_shape, geometry), (g, w)
+
+
+def _rows_sum_bwd(
+  x_shape: tuple[int, ...], geometry: Geometry, residuals: tuple[Array, Array], x: Array
+) -> tuple[Array, Array]:
+  g, w = residuals
+  return _conv(x, w, geometry), _kernel_gradient(x, g, w.shape, geometry)
+
+
+_rows_sum.defvjp(_rows_sum_fwd, _rows_sum_bwd)
+_rows_product.defvjp(_rows_product_fwd, _rows_product_bwd)
 
 
 def _dilated_sizes(
@@ -183,9 +246,11 @@ def _dilated_sizes(
   )
 
 
-def _site_by_site(fn: Callable[[Array, Array], Array], x: Array, w: Array) -> Array:
-  """fn(x, w). Under `vmap` it runs fn site by site, or, if sites share the kernel, on one large
-  batch.
+def _site_by_site(
+  fn: Callable[[Array, Array], Array], of_few: Callable[[Array, Array], Array], x: Array, w: Array
+) -> Array:
+  """fn(x, w). Under `vmap` it runs fn site by site; if sites share the kernel, on one large batch;
+  and if they have few images each, of_few on all of them.
   """
 
   @jax.custom_batching.custom_vmap
@@ -196,10 +261,13 @@ def _site_by_site(fn: Callable[[Array, Array], Array], x: Array, w: Array) -> Ar
   def rule(axis_size: int, in_batched: Sequence[bool], x: Array, w: Array) -> tuple[Array, bool]:
     x_batched, w_batched = in_batched
     if x_batched and not w_batched:
-      y = run(x.reshape(-1, *x.shape[2:]), w)
+      is_small = x.shape[1] <= _FEW and w.size <= _SMALL_KERNEL
+      y = (of_few if is_small else run)(x.reshape(-1, *x.shape[2:]), w)
       return y.reshape(axis_size, -1, *y.shape[1:]), True
     if w_batched and not x_batched:
       return lax.map(lambda w: run(x, w), w), True
+    if x.shape[1] <= _FEW:
+      return jax.vmap(of_few)(x, w), True
     return lax.map(lambda operands: run(*operands), (x, w)), True
 
   return run(x, w)

@@ -20,7 +20,7 @@ CASES = [  # x, w, strides, padding
   ((2, 9, 8, 3), (3, 3, 3, 4), (1, 1), "VALID"),
   ((2, 9, 8, 3), (3, 3, 3, 4), (1, 1), "SAME"),
   ((2, 9, 8, 1), (3, 2, 1, 4), (2, 1), "SAME"),
-  ((2, 11, 12, 3), (7, 7, 3, 5), (2, 2), ((3, 3), (3, 3))),
+  ((6, 11, 12, 3), (7, 7, 3, 5), (2, 2), ((3, 3), (3, 3))),  # more than a few images
   ((2, 8, 8, 3), (1, 1, 3, 4), (2, 2), "VALID"),
   ((2, 8, 7, 2), (3, 3, 2, 4), (3, 2), ((0, 2), (1, 0))),
   ((3, 2, 2, 4), (3, 3, 4, 5), (1, 1), "SAME"),  # maps smaller than the kernel
@@ -108,22 +108,23 @@ def test_without_jit():
 
 @settings(max_examples=20, deadline=None)
 @given(
+  batch=st.sampled_from([1, 5]),  # gradients of a few images have forms of their own
   size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
   kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
   strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
   pads=st.tuples(*[st.integers(0, 3)] * 4),
 )
 # XLA would swap kernel and map, except for one axis.
-@example((4, 5), (2, 3), (2, 3), (1, 2, 0, 2))
-@example((5, 4), (3, 2), (3, 2), (0, 2, 1, 2))
+@example(5, (4, 5), (2, 3), (2, 3), (1, 2, 0, 2))
+@example(5, (5, 4), (3, 2), (3, 2), (0, 2, 1, 2))
 # XLA would read memory beyond the images as the gradient's zeros.
-@example((4, 4), (2, 2), (1, 1), (2, 0, 3, 0))
-@example((1, 3), (1, 1), (2, 3), (1, 1, 2, 0))  # no output sees an image
-def test_any_geometry(size, kernel, strides, pads):
+@example(5, (4, 4), (2, 2), (1, 1), (2, 0, 3, 0))
+@example(5, (1, 3), (1, 1), (2, 3), (1, 1, 2, 0))  # no output sees an image
+def test_any_geometry(batch, size, kernel, strides, pads):
   padding = (pads[:2], pads[2:])
   if any(n + sum(p) < k for n, p, k in zip(size, padding, kernel, strict=True)):
     return  # an empty output
-  x, w = normal(2, 2, *size, 2), normal(3, *kernel, 2, 3)
+  x, w = normal(2, batch, *size, 2), normal(3, *kernel, 2, 3)
 
   # The gradient of this loss is not 0 even where an output sees only padding.
   loss = lambda *a: ((conv(*a, strides=strides, padding=padding) + 1) ** 2).sum()
@@ -210,7 +211,7 @@ def test_an_unused_input_gradient_is_not_computed():
     gradient = jax.grad(lambda x, w: conv(x, w, padding="VALID").sum() ** 2, argnums=argnums)
     step = jax.jit(lambda x, w: lax.fori_loop(0, 2, lambda _, w: w + gradient(x, w)[-1].sum(), w))
     return (
-      step.lower(normal(0, 2, 9, 9, 3), normal(1, 3, 3, 3, 4))
+      step.lower(normal(0, 5, 9, 9, 3), normal(1, 3, 3, 3, 4))
       .compile()
       .as_text()
       .count(" convolution(")
