@@ -78,6 +78,7 @@ def _compare(name: str, rate: float, steps: int, epsilon: float, seeds: int, mod
     "claim": round(found[0].claim, 4),
     "canaries": found[0].num_canaries,
     "guesses": found[0].num_guesses,
+    "limit": round(found[0].limit / found[0].claim, 4),
     "from_final_model": round(statistics.median(ratios("final_epsilon")), 4),
     "steinke": round(statistics.median(ratios("any_epsilon")), 4),
   }

@@ -36,7 +36,7 @@ _NAMES = {
   "summation": ("by_rule", "clear", "masked"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_PACKAGES = ("attacks", "data", "metrics", "models", "mpc", "privacy", "secagg")
+_PACKAGES = ("attacks", "boundary", "data", "metrics", "models", "mpc", "privacy", "secagg")
 
 __all__ = [
   "Recipe",

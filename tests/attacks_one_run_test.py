@@ -103,6 +103,17 @@ def test_the_bound_is_the_epsilon_of_a_gaussian_mechanism_between_refuted_and_no
   assert one_run.f_dp_bound(ledger(1.0 * 1.01**20), 2000, 200, 190) == pytest.approx(bound)
 
 
+def test_more_guesses_are_made_where_few_could_not_refute_the_claim():
+  proved = lambda sigma, m, c: one_run.f_dp_bound(ledger(sigma), m, c, c)
+  assert one_run.enough_guesses(ledger(3.73), 4096) == 320
+  more = one_run.enough_guesses(ledger(0.6), 4096)
+  assert more in (640, 1280, 2560)
+  claim = accounting.epsilon(ledger(0.6))
+  assert proved(0.6, 4096, 320) < claim < proved(0.6, 4096, more)
+  # with 500 canaries nothing refutes that epsilon is 284
+  assert one_run.enough_guesses(ledger(0.05), 500) == 112
+
+
 def test_the_trade_off_function_of_gaussian_releases():
   low = one_run.floor(spend(ledger(2.0, times=3), gaussian("counts", 1.0)))
   for x in (0.0, 1e-4, 0.3, 0.9, 1.0):

@@ -31,6 +31,8 @@ LAYERS = {
   "site_privacy": {"types", "ring", "secagg", "privacy", "summation", "federated"},
   "evaluation": {"types", "local", "privacy", "sites", "summation", "federated"},
   "mpc": {"types", "ring", "prng", "native", "durable"},
+  "boundary": {"types", "prng", "sites", "secagg", "summation", "federated", "mpc"},
+  "service": {"types", "durable", "mpc"},
   "metrics": LEAF,
   "pretrained": LEAF,
   "scattering": {"types", "conv"},
@@ -48,6 +50,7 @@ LAYERS = {
     "federated",
     "metrics",
     "mpc",
+    "summation",
   },
 }
 # Who alone may import a package, however it is imported; an empty set stands for nobody in
@@ -73,7 +76,8 @@ ALONE = {
   "tensorboardX": set(),
   "tqdm": set(),
   "dp_accounting": {"privacy.accounting"},
-  "cryptography": {"secagg.keys", "secagg.transport"},
+  "cryptography": {"secagg.keys", "secagg.transport", "service.certificates"},
+  "grpc": {"service.channel"},
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +26,8 @@ class Audit(NamedTuple):
     num_canaries: m, over all runs.
     num_guesses, num_right: about the transcript.
     epsilon: `one_run.f_dp_bound` from the transcript. From `claim` on, the claim is refuted.
+    limit: what `epsilon` would be if all guesses were right; a larger claim cannot be refuted, and
+      needs more canaries.
     any_epsilon: `one_run.epsilon_delta_bound` from the transcript, which assumes nothing about the
       mechanism.
     final_num_right, final_epsilon: `num_right` and `epsilon` from the final model alone.
@@ -39,6 +40,7 @@ class Audit(NamedTuple):
   num_guesses: int
   num_right: int
   epsilon: float
+  limit: float
   any_epsilon: float
   final_num_right: int
   final_epsilon: float
@@ -100,8 +102,7 @@ def judge(
     observed: of one run or several.
     made: the plan that is claimed to have run.
     rounds: of one run.
-    num_guesses: fix it before anything is observed. None for five times the square root of the
-      number of canaries, which is near the best for claims from 1 to 6.
+    num_guesses: fix it before anything is observed; None for `one_run.enough_guesses`.
     confidence: of each of the bounds.
 
   Raises:
@@ -109,7 +110,9 @@ def judge(
   """
   included, ledger = np.asarray(observed.included), claim(made, rounds)
   total = len(included)
-  guesses = min(total, math.ceil(5 * math.sqrt(total))) if num_guesses is None else num_guesses
+  guesses = num_guesses
+  if guesses is None:
+    guesses = one_run.enough_guesses(ledger, total, confidence)
   # a canary that was never drawn looks as one that is out, so of sampled ones only ins are guessed
   out = 0 if made.strategy is None and made.sampling_rate < 1 else None
   right, final = (
@@ -124,6 +127,7 @@ def judge(
     num_guesses=guesses,
     num_right=right,
     epsilon=bound(right),
+    limit=bound(guesses),
     any_epsilon=one_run.epsilon_delta_bound(total, guesses, right, ledger.delta, confidence),
     final_num_right=final,
     final_epsilon=bound(final),

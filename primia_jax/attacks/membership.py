@@ -154,7 +154,8 @@ def rmia(
   The ratio is p(. | model) / p(.), with p(.) as in `base`.
 
   Args:
-    gamma: at least 1.
+    gamma: at least 1. No image whose p(x) is above 1 / gamma can reach it, so that 1 suits models
+      that are sure of most images, as with two classes.
     target, shadows, included, offline_a: as in `base`.
 
   Raises:

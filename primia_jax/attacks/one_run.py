@@ -152,6 +152,22 @@ def f_dp_bound(
   return accounting.epsilon(_member(ledger, high))
 
 
+def enough_guesses(ledger: Ledger, num_canaries: int, confidence: float = 0.95) -> int:
+  """How many guesses to make, chosen before anything is seen.
+
+  Five times the square root of the number of canaries, which is near the best for claims from 1 to
+  6. Where that many right ones could not refute nine tenths of the ledger's noise: the least
+  doubling that could, if there is one.
+  """
+  weaker = floor(_member(ledger, round(math.log(0.9) / math.log(_STEP))))
+  fewest = guesses = min(num_canaries, math.ceil(5 * math.sqrt(num_canaries)))
+  while guesses <= num_canaries:
+    if refutes(weaker, num_canaries, guesses, guesses, confidence):
+      return guesses
+    guesses *= 2
+  return fewest
+
+
 def p_value(
   num_canaries: int, num_guesses: int, num_right: int, epsilon: float, delta: float
 ) -> float:

@@ -1,0 +1,271 @@
+"""Gradient inversion of chest X-rays, with and without protection.
+
+  python -m benchmarks.chest_inversion --case=protection
+  python -m benchmarks.chest_inversion --case=protection --search=codes --images=10
+  python -m benchmarks.chest_inversion --case=grid --site_images=1,8,32
+  python -m benchmarks.chest_inversion --case=protection --tune
+
+protection: the gradient of one image, 64 px, of an untrained sigmoid LeNet (Zhu et al. 2019), which
+is the positive control; the mean of such gradients of 3 and of 10 sites, as secure aggregation
+shows it; and one image's step of DP-SGD, with the noise of a run of epsilon 6 like
+`chest_xray_private.flags`. The attacker knows all labels and how many images there are, and
+searches all images of a sum together; in pixels, and in the codes of an autoencoder of the other
+X-rays.
+
+grid: the update of an epoch of SGD (Hatamizadeh et al. 2023), 32 px, by images at a site and batch
+size, for one site and for the sum of three. The attacker knows the order of images too.
+
+Identification: is a true image nearer to some reconstruction than all of them are to each of 499
+decoys? Chance is 1 in 500. --tune tries weights on images that are not reported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+from absl import app, flags, logging
+
+from benchmarks import attacked, measuring
+from primia_jax import prng
+from primia_jax.attacks import inversion, learned, priors, scores, updates
+from primia_jax.privacy import plan
+from primia_jax.types import Batch, LossFn, Params, PyTree
+
+_CASE = flags.DEFINE_enum("case", "protection", ["protection", "grid"], "What is measured.")
+_DATA = flags.DEFINE_string("data", "../shared/data/chest_xray_224.tar", "Folder or tar of X-rays.")
+_IMAGES = flags.DEFINE_integer(
+  "images", 30, "Images attacked for each protection, at least.", lower_bound=1
+)
+_STEPS = flags.DEFINE_integer("steps", 2000, "Of an attack.", lower_bound=8)
+_RESTARTS = flags.DEFINE_integer("restarts", 1, "Restarts side by side.", lower_bound=1)
+_SEARCH = flags.DEFINE_list("search", "pixels", "What to search: pixels, codes, or both.")
+_PROTECTIONS = flags.DEFINE_list(
+  "protections", "none,sum of 3,sum of 10,DP", "Which to attack, in this order."
+)
+_SITE_IMAGES = flags.DEFINE_list("site_images", "1,8,32,128,512", "Images at a site of the grid.")
+_BATCHES = flags.DEFINE_list("batches", "1,4,8", "Batch sizes of the grid.")
+_TUNE = flags.DEFINE_bool("tune", False, "Only try weights, on images that are not reported.")
+_LIMIT = flags.DEFINE_float("limit", 500.0, "Seconds after which no further attack begins.")
+
+DECOYS, CLASSES, RATE = 499, 3, 0.1
+# "none" by --tune; the others are guesses until --tune has run
+TUNED = {"none": 1e-2, "sum of 3": 1e-2, "sum of 10": 1e-2, "DP": 1e-1}
+WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0)
+
+
+class Images(NamedTuple):
+  """X-rays in [0, 1] [N, H, W, 1] and labels, all different: each has one use."""
+
+  attacked: tuple[np.ndarray, np.ndarray]
+  tuning: tuple[np.ndarray, np.ndarray]
+  decoys: np.ndarray
+  public: np.ndarray
+
+
+def read(size: int) -> Images:
+  images, labels = attacked.images(_DATA.value, "train", size, 1)
+  first, second = DECOYS + 1600, DECOYS + 1700
+  return Images(
+    (images[DECOYS:first], labels[DECOYS:first]),
+    (images[first:second], labels[first:second]),
+    images[:DECOYS],
+    images[second:],
+  )
+
+
+def protect(name: str, params: Params, loss_fn: LossFn) -> Callable[..., PyTree]:
+  """(images [B, H, W, C], labels [B]) -> what the adversary sees of a step with one image a site;
+  B is 1 unless it is a sum.
+  """
+  if name != "DP":
+    send = jax.jit(updates.gradient(loss_fn))
+    return lambda images, labels: send(updates.Seen(params, {}, None, labels), images)
+  made = plan.dp_sgd(
+    loss_fn,
+    num_units=2332,
+    sampling_rate=199 / 2332,
+    steps=10,
+    rounds=30,
+    delta=0.1 / 2332,
+    target_epsilon=6.0,
+  )
+  logging.info("noise multiplier %.3f", made.noise_multiplier)
+
+  @jax.jit
+  def send(images, labels, secret):
+    fill = lambda a: jnp.pad(a, [(0, made.batch_size - 1)] + [(0, 0)] * (a.ndim - 1))
+    first = fill(jnp.ones(1))
+    batch = Batch(fill(images), fill(labels), first, first.astype(jnp.int32) - 1)
+    total, _ = made.grad_fn(params, {}, batch, jax.random.key(0))
+    told = {"secret": secret, "step": jnp.uint32(0), "num_units": jnp.int32(2332)}
+    return made.privatizer.update(total, (), params, **told)[0]
+
+  return lambda images, labels: send(images, labels, prng.random_key())
+
+
+def attack(
+  simulate: updates.Simulate, variables: inversion.Variables, steps: int, rate: float
+) -> Callable[..., inversion.Found]:
+  """(key, Seen, weight of total variation) -> Found, jitted."""
+
+  def run(key, seen, weight):
+    made = inversion.inversion(
+      simulate,
+      variables,
+      inversion.Settings(steps=steps, rate=rate),
+      lambda _, images: weight * priors.total_variation(images),
+    )
+    return inversion.run(made, key, seen, _RESTARTS.value)
+
+  return jax.jit(run)
+
+
+class Outcome(NamedTuple):
+  """Of one attack on B images: PSNR and SSIM of each true image's reconstruction, in the order that
+  suits the attacker best; selected by the attacker, and the best restart by the truth.
+  """
+
+  psnr: np.ndarray
+  ssim: np.ndarray
+  oracle: np.ndarray
+  named: scores.Identification
+
+
+def judge(found: inversion.Found, truth: np.ndarray, decoys: np.ndarray) -> Outcome:
+  def paired(images):
+    mse = np.square(np.asarray(images)[:, None] - truth[None]).mean((2, 3, 4))
+    guess = scipy.optimize.linear_sum_assignment(mse.T)[1]
+    return np.asarray(images)[guess]
+
+  chosen = inversion.selected(found)
+  best = max(float(scores.ssim(paired(x), truth).mean()) for x in found.images)
+  return Outcome(
+    np.asarray(scores.psnr(paired(chosen), truth)),
+    np.asarray(scores.ssim(paired(chosen), truth)),
+    np.full(len(truth), best),
+    scores.identify_any(chosen, truth, decoys),
+  )
+
+
+def tell(name: str, outcomes: Sequence[Outcome], is_control: bool, **more) -> None:
+  psnr, ssim, oracle = (
+    np.concatenate([getattr(o, field) for o in outcomes]) for field in ("psnr", "ssim", "oracle")
+  )
+  named = scores.join([o.named for o in outcomes])
+  more |= {"attacks": len(outcomes)}
+  measuring.say(f"{name}: PSNR", psnr.tolist(), "dB", None, value=float(psnr.mean()), **more)
+  least = 0.6 if is_control else None
+  measuring.say(
+    f"{name}: SSIM",
+    ssim.tolist(),
+    "SSIM",
+    least,
+    value=float(ssim.mean()),
+    at_least=True,
+    oracle=round(float(oracle.mean()), 4),
+    **more,
+  )
+  measuring.say(
+    f"{name}: identification among {DECOYS + 1}",
+    named.found.astype(float).tolist(),
+    "rate",
+    0.9 if is_control else None,
+    value=named.rate,
+    at_least=True,
+    interval=[round(x, 4) for x in named.interval],
+    chance=named.chance,
+    **more,
+  )
+
+
+def protection(end: float) -> None:
+  images = read(64)
+  params, _, loss_fn = attacked.network("lenet", 64, 1, CLASSES)
+  simulate = updates.gradient(loss_fn)
+  learnt = None
+  if "codes" in _SEARCH.value:
+    made = jax.jit(lambda x: learned.train(jax.random.key(0), x, learned.Training(code=128)))
+    learnt = jax.block_until_ready(made(images.public))
+    loss = [float(learnt.losses[-50:].mean())]
+    measuring.say("autoencoder of public X-rays: mean squared error", loss, "", None)
+  pool, labels = images.tuning if _TUNE.value else images.attacked
+  for name in _PROTECTIONS.value:
+    count = int(name.split()[-1]) if name.startswith("sum") else 1
+    send = protect(name, params, loss_fn)
+    num_attacks = -(-_IMAGES.value // count)
+    for search in _SEARCH.value:
+      shape = (count, 64, 64, 1)
+      variables = (
+        learned.codes(learnt.params, shape) if search == "codes" else inversion.pixels(shape)
+      )
+      run = attack(simulate, variables, _STEPS.value, 0.1 * attacked.STD)
+      for weight in WEIGHTS if _TUNE.value else (TUNED[name],):
+        outcomes = []
+        for i in range(num_attacks):
+          if outcomes and time.monotonic() > end:
+            break
+          each = slice(i * count, (i + 1) * count)
+          seen = updates.Seen(params, {}, send(pool[each], labels[each]), labels[each])
+          found = run(jax.random.key(i), seen, jnp.float32(weight))
+          outcomes.append(judge(found, pool[each], images.decoys))
+        what = f"protection: {name}, searched in {search}, total variation {weight}"
+        tell(what, outcomes, name == "none" and search == "pixels" and not _TUNE.value)
+
+
+def epoch(loss_fn: LossFn, num_sites: int, num_images: int, batch: int) -> updates.Simulate:
+  """The mean over sites of the change in one epoch; images and labels are [S N, ...]."""
+  order = jnp.arange(num_images, dtype=jnp.int32).reshape(-1, batch)
+  site = updates.local_training(loss_fn, RATE, order)
+
+  def simulate(seen, images):
+    split = lambda a: a.reshape(num_sites, num_images, *a.shape[1:])
+    one = lambda images, labels: site(seen._replace(labels=labels), images)
+    sent = jax.vmap(one)(split(images), split(seen.labels))
+    return jax.tree.map(lambda a: a.mean(0), sent)
+
+  return simulate
+
+
+def grid(end: float) -> None:
+  images = read(32)
+  params, _, loss_fn = attacked.network("lenet", 32, 1, CLASSES)
+  pool, labels = images.tuning if _TUNE.value else images.attacked
+  for num_images in map(int, _SITE_IMAGES.value):
+    for batch in map(int, _BATCHES.value):
+      for num_sites in (1, 3):
+        total = num_images * num_sites
+        name = f"grid: {num_images} images at a site, batch {batch}, " + (
+          "one site's update" if num_sites == 1 else f"sum of {num_sites} sites"
+        )
+        if batch > num_images:
+          continue
+        if time.monotonic() > end:
+          measuring.skip(name, f"no time left of --limit={_LIMIT.value}")
+          continue
+        steps = min(_STEPS.value, max(60, 12_000 // total))
+        simulate = jax.jit(epoch(loss_fn, num_sites, num_images, batch))
+        run = attack(simulate, inversion.pixels((total, 32, 32, 1)), steps, 0.1 * attacked.STD)
+        outcomes = []
+        for i in range(max(1, 12 // total)):
+          each = slice(i * total, (i + 1) * total)
+          seen = updates.Seen(params, {}, None, labels[each])
+          seen = seen._replace(update=simulate(seen, pool[each]))
+          found = run(jax.random.key(i), seen, jnp.float32(TUNED["none"]))
+          outcomes.append(judge(found, pool[each], images.decoys))
+        tell(name, outcomes, False, steps=steps)
+
+
+def main(_):
+  end = time.monotonic() + _LIMIT.value
+  (protection if _CASE.value == "protection" else grid)(end)
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.ERROR)
+  app.run(main)

@@ -1,0 +1,76 @@
+"""The labels behind an update, read off the gradient of the last dense layer.
+
+With softmax cross-entropy the gradient of the last bias is the mean over the batch of p - y, the
+predicted probabilities minus the one-hot labels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from primia_jax.types import Array
+
+
+def single(kernel: Array) -> Array:
+  """The label of a single image: int32, exact (Zhao et al. 2020, "iDLG", section 3.2).
+
+  The kernel's gradient is h (p - y)^T with the features h, so that columns i and j have the inner
+  product |h|^2 (p - y)_i (p - y)_j. It is negative for all pairs with the label, whatever the signs
+  of h, and for no other pair.
+
+  Args:
+    kernel: [K, L], the gradient of the last kernel.
+  """
+  products = kernel.T @ kernel
+  off = products * (1 - jnp.eye(len(products), dtype=products.dtype))
+  return jnp.argmin(off.sum(0)).astype(jnp.int32)
+
+
+def distinct(kernel: Array, batch_size: int) -> Array:
+  """The labels of a batch without two of one class: [B] int32, in ascending order (Yin et al. 2021,
+  "See through gradients", equation 5).
+
+  Right where features are not negative, as after ReLU, sigmoid or a mean of them, and other
+  classes' probabilities are small.
+
+  Args:
+    kernel: [K, L], the gradient of the last kernel.
+    batch_size: B, at most L.
+
+  Raises:
+    ValueError: the batch is larger than the number of classes.
+  """
+  if batch_size > kernel.shape[1]:
+    raise ValueError(
+      f"batch_size={batch_size} is more than the {kernel.shape[1]} classes, so labels repeat; use "
+      "counts"
+    )
+  return jnp.sort(jax.lax.top_k(-kernel.min(0), batch_size)[1].astype(jnp.int32))
+
+
+def counts(bias: Array, probabilities: Array, batch_size: int) -> np.ndarray:
+  """How many images of each class are in a batch: [L] int64 that sum to B.
+
+  The bias's gradient g is mean(p) - counts / B. Exact if the attacker's guess of mean(p) is within
+  1 / (2 B) of it for each class. An untrained model predicts much the same for all images, so that
+  any public images give the guess.
+
+  Args:
+    bias: [L], the gradient of the last bias.
+    probabilities: [L], the guess of the batch's mean prediction.
+    batch_size: B.
+  """
+  guess = batch_size * (np.asarray(probabilities, np.float64) - np.asarray(bias, np.float64))
+  whole = np.maximum(np.rint(guess), 0).astype(np.int64)
+  while (excess := whole.sum() - batch_size) != 0:  # move the count that is nearest to the next one
+    step = int(np.sign(excess))
+    cost = np.where(whole - step < 0, np.inf, np.abs(whole - step - guess) - np.abs(whole - guess))
+    whole[cost.argmin()] -= step
+  return whole
+
+
+def of_counts(whole: np.ndarray) -> np.ndarray:
+  """[B] int32 labels in ascending order, from counts [L]. Their order within a batch is free."""
+  return np.repeat(np.arange(len(whole)), whole).astype(np.int32)
