@@ -75,7 +75,7 @@ def audit(context: Context) -> Part:
     f"The adversary has the final model and trains {context.effort.shadows} shadow models in one "
     f"place, as often over the images as the run, each on a random half of {len(game.images)} "
     "images, half of which the run was trained on. In the "
-    "table he tells a member from a stranger of the same site and class. The control attacks each "
+    "table it tells a member from a stranger of the same site and class. The control attacks each "
     "shadow, trained without privacy, with the others.",
   )
   caption = (

@@ -71,7 +71,8 @@ def rates(evidence: Sequence[Evidence], path: pathlib.Path, title: str) -> None:
         axes.plot(shown.interval, [y + shift] * 2, color=colour, linewidth=2)
     axes.plot(np.full(2, one.chance), [y - 0.38, y + 0.38], color=plots.INK, linewidth=1.4,
               label="chance" if y == 0 else "")  # fmt: skip
-  names = [textwrap.fill(f"{one.threat}; {one.protection}: {one.attack}", 62) for one in evidence]
+  under = lambda one: one.protection.replace("none", "no protection")
+  names = [textwrap.fill(f"{one.threat}; {under(one)}: {one.attack}", 62) for one in evidence]
   axes.set_yticks(range(len(evidence)), names, fontsize=8)
   axes.set(xlim=(0, 1.02), ylim=(len(evidence) - 0.5, -0.5), xlabel="share that is right")
   axes.xaxis.set_major_formatter(PercentFormatter(1.0))

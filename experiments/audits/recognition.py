@@ -1,4 +1,4 @@
-"""Whether an adversary recognises images that he holds in what he saw: at each threat point."""
+"""Whether an adversary recognises images that it holds in what it saw: at each threat point."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def audit(context: Context) -> Part:
   ]
   text = (
     f"The adversary holds {len(game.pairs)} pairs of images: one that a site trained on, and one "
-    "of the same site and class that it did not. He computes the gradient of each on the model "
-    "before a round, and asks which of the two agrees more with what he saw. Guessing is right in "
+    "of the same site and class that it did not. It computes the gradient of each on the model "
+    "before a round, and asks which of the two agrees more with what it saw. Guessing is right in "
     "half of the pairs. Every third pair chose how much public images count; the others are "
     "reported. "
     f"The control is one step of SGD on {_BATCH} images, seen without protection.",

@@ -4,7 +4,7 @@ A passive attack on membership from updates, for any model (compare Nasr et al. 
 and Li, Li and Ribeiro 2022, "Effective passive membership inference attacks in federated learning
 against overparameterized models"). The attacker holds the candidates with their labels, the model
 before the update, and public images of the same kind. It needs no search, so that it is a strong
-and cheap test of every threat point: who cannot even recognise an image that he holds will not
+and cheap test of every threat point: who cannot even recognise an image that it holds will not
 reconstruct it.
 """
 

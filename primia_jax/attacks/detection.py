@@ -77,9 +77,10 @@ def check_structure(params: Params, own: Params) -> None:
   )
   cure = "the server wants another model trained than this site's settings build; do not train it"
   if set(sent) != set(ours):
+    listed = lambda names: f"{', '.join(sorted(names)[:2])} (of {len(names)})" if names else "none"
     raise ValueError(
-      f"the model sent has {sorted(set(sent) - set(ours))} beyond the site's own and lacks "
-      f"{sorted(set(ours) - set(sent))}: {cure}"
+      f"the model sent has parameters beyond the site's own, {listed(set(sent) - set(ours))}, and "
+      f"lacks {listed(set(ours) - set(sent))}: {cure}"
     )
   for name, leaf in ours.items():
     form = lambda a: (a.dtype.name, tuple(a.shape))
