@@ -31,6 +31,7 @@ from primia_jax.service.certificates import Identity  # noqa: E402
 from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded  # noqa: E402
 
 _SERVICE, _METHOD = "primia_jax.EncryptedInference", "Session"
+_END = b""  # a client's last message: to a server, a connection that breaks can look like an end
 _AHEAD = 2  # messages that may come before they are read
 _REFUSALS = (
   grpc.StatusCode.UNAUTHENTICATED,
@@ -85,7 +86,7 @@ def listen(
   def handle(messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
     (peer,) = context.auth_context()["x509_pem_cert"]
     clinic = known.get(certificates.fingerprint(peer), "")
-    inbox = _Inbox(messages, context.cancel, limits)
+    inbox = _Inbox(messages, context.cancel, limits, _END)
     end = threading.Timer(limits.session, context.cancel)
     end.daemon = True
     end.start()
@@ -157,6 +158,7 @@ def connect(
     inbox = _Inbox(call, call.cancel, limits)
     try:
       yield outbox.put, inbox.receive
+      outbox.put(_END)
     finally:
       outbox.put(None)
       inbox.close(limits.timeout)
@@ -166,9 +168,15 @@ def connect(
 class _Inbox:
   """Waits for messages of a stream, but not for ever."""
 
-  def __init__(self, messages: Iterator[bytes], cancel: Callable[[], Any], limits: Limits):
+  def __init__(
+    self,
+    messages: Iterator[bytes],
+    cancel: Callable[[], Any],
+    limits: Limits,
+    last: bytes | None = None,
+  ):
     self._queue: queue.Queue[bytes | SessionEnded | None] = queue.Queue(_AHEAD)
-    self._cancel, self._limits = cancel, limits
+    self._cancel, self._limits, self._last = cancel, limits, last
     self._closed, self._over = threading.Event(), threading.Event()
     threading.Thread(target=self._pump, args=(messages,), daemon=True).start()
 
@@ -196,10 +204,13 @@ class _Inbox:
     self._over.wait(seconds)
 
   def _pump(self, messages: Iterator[bytes]) -> None:
-    end: SessionEnded | None = None
+    end: SessionEnded | None = None if self._last is None else PeerLost("the connection ended")
     begun = False
     try:
       for message in messages:
+        if message == self._last:
+          end = None
+          break
         begun = True
         self._put(message)
     except grpc.RpcError as error:  # a server's has no code: its client has gone
