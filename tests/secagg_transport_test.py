@@ -221,12 +221,11 @@ def test_garbage_and_strangers_are_rejected_by_name_and_the_round_goes_on():
   server, sites, beside = play(strangers)
   report = server.get()
   check(report, SITES)
-  got = sorted((r.site if r.site is not None else -1, r.stage, r.reason) for r in report.rejected)
+  nameless = [r for r in report.rejected if r.site is None]
+  # a busy server may come to what no site sent when the sites are a stage further
+  assert [r.reason for r in nameless] == ["malformed"] * 4
+  got = sorted((r.site, r.stage, r.reason) for r in report.rejected if r.site is not None)
   assert got == [
-    (-1, "advertise", "malformed"),
-    (-1, "advertise", "malformed"),
-    (-1, "advertise", "malformed"),
-    (-1, "advertise", "malformed"),
     (3, "advertise", "another round"),
     (3, "advertise", "forged"),
     (9, "advertise", "unknown"),
