@@ -97,7 +97,7 @@ def test_a_module_before_the_model_is_refused_by_structure_and_by_its_units():
   bins = jnp.asarray(active.thresholds(np.linspace(-0.5, 0.5, 99), 32))
   layer = active.for_site(active.imprint(jnp.full(36, 1 / 36, jnp.float32), bins), 1, 3)
   apply_fn, params = active.prepend(MODEL.apply, fresh(0), layer, 0.01)
-  with pytest.raises(ValueError, match=r"module.* beyond the site's own"):
+  with pytest.raises(ValueError, match=r"beyond the site's own, .*\(of 7\), and lacks .*\(of 4\)"):
     detection.check_structure(params, fresh(0))
   # even a site that takes it sees what it is for
   scores = measure(apply_fn)(params)
