@@ -108,11 +108,8 @@ def listen(
   credentials = grpc.ssl_server_credentials(
     [(identity.key, identity.certificate)], b"".join(clinics.values()), require_client_auth=True
   )
-  server = grpc.server(
-    futures.ThreadPoolExecutor(limits.sessions),
-    options=_options(limits),
-    maximum_concurrent_rpcs=limits.sessions,
-  )
+  pool = futures.ThreadPoolExecutor(limits.sessions)
+  server = grpc.server(pool, options=_options(limits), maximum_concurrent_rpcs=limits.sessions)
   handler = grpc.stream_stream_rpc_method_handler(handle, None, None)
   server.add_generic_rpc_handlers(
     [grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler})]
@@ -123,6 +120,7 @@ def listen(
     yield port
   finally:
     server.stop(grace=limits.timeout).wait()
+    pool.shutdown()  # waits until each session has said how it ended
 
 
 @contextlib.contextmanager
