@@ -140,7 +140,8 @@ def test_evaluation_leaves_the_state_alone():
 
 
 def test_sites_agree_between_vmap_and_loop():
-  config = ModelConfig("cnn", 3, (8, 8, 1), width=0.5)
+  # 16 pixels: at 8 the last norm sees two values a group, and a gradient is all rounding.
+  config = ModelConfig("cnn", 3, (16, 16, 1), width=0.5)
   model = build(config)
   x = jnp.stack([images(config, 2, seed) for seed in range(3)])
   params, _ = jax.jit(jax.vmap(model.init))(jax.random.split(jax.random.key(3), 3))
@@ -149,7 +150,7 @@ def test_sites_agree_between_vmap_and_loop():
   for i in range(3):
     alone = jax.jit(gradient)(jax.tree.map(lambda p, i=i: p[i], params), x[i])
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-      np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+      np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize("features", [4, 48, 64])
