@@ -87,6 +87,16 @@ OPEN = {
   "the public key's stream": lambda x, k: x + stream(jnp.zeros(8, jnp.uint32)),
   "a secret branch": lambda x, k: jax.lax.cond(x[0] > 0, lambda: x + stream(k), lambda: x),
   "a secret choice": lambda x, k: jnp.where(x > 0, x + stream(k), stream(k, 1)),
+  "half a mask, half zeros": lambda x, k: (
+    x + jnp.concatenate([stream(k)[:3], jnp.zeros_like(x[:3])])
+  ),
+  "a padded mask": lambda x, k: x + jnp.pad(stream(k)[:3], (0, 3)),
+  "a mask stacked on zeros": lambda x, k: (
+    x + jnp.stack([stream(k)[:3], jnp.zeros(3, jnp.uint32)]).reshape(6)
+  ),
+  "an and with -1": lambda x, k: (
+    (x.astype(jnp.int32) + (stream(k) & np.uint32(1)).astype(jnp.int32)) & np.int32(-1)
+  ),
   "a print": lambda x, k: (jax.debug.print("{}", x), stream(k))[1],
 }
 

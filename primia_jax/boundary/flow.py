@@ -202,12 +202,16 @@ def _rule(state: Walk, name: str, eqn: Any, values: list[Value]) -> Value:
       return beside(values, at)
     case "slice" | "pvary" | "pcast" | "sharding_constraint" | "copy_p":
       return beside(values, at)
-    case "concatenate" | "stack":
-      return beside(values, at)
+    case "concatenate" | "stack":  # beside public elements a mask does not cover the whole array
+      whole = all(v.parts for v in values)
+      return beside(values, at) if whole else mixed(values, at)
     case "broadcast_in_dim" if math.prod(eqn.invars[0].aval.shape) == math.prod(aval.shape):
       return beside(values, at)
-    case "dynamic_slice" | "pad" if not depends(values[1:]):
+    case "dynamic_slice" if not depends(values[1:]):
       return beside(values[:1], at)
+    case "pad" if not depends(values[1:]):
+      cuts = all(max(config) <= 0 for config in eqn.params["padding_config"])
+      return beside(values[:1], at) if cuts else mixed(values[:1], at)
     case "convert_element_type":
       before = eqn.invars[0].aval.dtype
       if before.kind in "iu" and aval.dtype.kind in "iu":
@@ -220,7 +224,7 @@ def _rule(state: Walk, name: str, eqn: Any, values: list[Value]) -> Value:
     case "and":
       for one, other in (values, values[::-1]):
         number = known.single(other.known)
-        if number is not None and number & (number + 1) == 0:
+        if number is not None and number >= 0 and number & (number + 1) == 0:
           return lowest(one, number.bit_length(), at)
   return mixed(values, at)
 
