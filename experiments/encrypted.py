@@ -223,6 +223,7 @@ def load_model(checkpoint: str) -> tuple[models.Model, PyTree, tuple[str, ...], 
     ValueError: the run holds several personal models.
   """
   model, trained, label_names, config = model_files.load_model(checkpoint)
+  model_files.require_classes(config, "primia-infer")
   if len(trained) > 1:
     raise ValueError(
       f"checkpoint={checkpoint} holds {len(trained)} personal models, one for each site (FedBN). "

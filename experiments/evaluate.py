@@ -7,24 +7,33 @@ report.md, a confusion matrix and ROC curves: of the test split, or of all image
 none. Without --data it takes the test images of the run's own report. With --unlabelled it takes a
 folder of any images and writes predictions.csv only. The model sets the image size, the classes and
 the CT window; --label_names names the source's labels in their order, and classes are matched by
-name.
+name. Of a model that learns masks it writes masks.npz, and Dice of each case for images with masks;
+--overlays draws some.
 """
 
 from typing import Any
 
+import numpy as np
 from absl import flags
 
-from primia_jax import evaluation
 from primia_jax.data.dataset import Dataset
 
-from . import folders, inputs, markdown, model_files, report, running, settings
+from . import folders, inputs, markdown, model_files, report, running, segmentation_report, settings
+from .configs import tasks
 from .configs.data import Data
-from .configs.model import normalise
 
 settings.define_flags(Data)
 flags.DEFINE_string("run_dir", None, "folder of the training run", required=True)
 flags.DEFINE_string("output_dir", None, "folder for the results; created", required=True)
 flags.DEFINE_integer("seed", 0, "seed of the phantom's images and of the bootstrap", 0, 2**32 - 1)
+flags.DEFINE_integer(
+  "overlays",
+  0,
+  "segmentation: draw this many test images with the outlines of the truth and of the model's "
+  "mask; they are IMAGES OF PATIENTS",
+  0,
+  100,
+)
 flags.DEFINE_boolean("unlabelled", False, "only predict, for a folder of images without classes")
 FLAGS = flags.FLAGS
 FLAGS.set_default("data", "")  # the test images of the run's own report
@@ -61,7 +70,9 @@ def trained_on(data: Data) -> dict[str, str]:
 
 
 def main() -> None:
-  output = folders.to_write(FLAGS.output_dir, ("predictions.csv", *report.FILES))
+  output = folders.to_write(
+    FLAGS.output_dir, ("predictions.csv", "masks.npz", *report.FILES, *segmentation_report.FILES)
+  )
   if FLAGS.unlabelled and not FLAGS["data"].present:
     raise ValueError("unlabelled without data; name the images, such as --data=folder:PATH")
   for name in ("label_names", "patient_column", "patient_pattern"):
@@ -73,6 +84,9 @@ def main() -> None:
     )
   model, trained, label_names, model_config = model_files.load_model(FLAGS.run_dir)
   size, _, channels = model_config.image_shape
+  task = tasks.of(model_config.name)
+  if FLAGS.overlays and not task.of_pixels:
+    raise ValueError(f"overlays={FLAGS.overlays}: {model_config.name} gives no masks; leave it out")
   form = {
     "image_size": size,
     "channels": channels,
@@ -97,13 +111,33 @@ def main() -> None:
       facts = {} if has_test else trained_on(config)
   else:
     dataset, config = own_images()
+  if not FLAGS.unlabelled:
+    tasks.check(model_config.name, dataset)
   output.mkdir(parents=True, exist_ok=True)
-  probabilities = evaluation.predictor(model.apply, normalise)(trained, dataset.images)
+  predictions = task.predictor(model.apply)(trained, dataset.images)
+  about = {
+    "run_dir": FLAGS.run_dir,
+    "data": config.site_data or config.data,
+    "model": model_config.name,
+    "image_size": size,
+    **facts,
+  }
+  if task.of_pixels:
+    np.savez_compressed(output / "masks.npz", masks=predictions)
+    print(f"{len(dataset)} masks are in {output / 'masks.npz'}")
+    if not FLAGS.unlabelled:
+      said = segmentation_report.Facts(about, dataset.notes)
+      result = segmentation_report.write(
+        output, "Evaluation", dataset, {"trained": predictions}, "trained", FLAGS.seed, said,
+        FLAGS.overlays,
+      )  # fmt: skip
+      running.print_summary(result, output)
+    return
   ids = [
     str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])
   ]
   labels = None if FLAGS.unlabelled else dataset.labels
-  report.predictions_csv(output / "predictions.csv", ids, labels, probabilities, label_names)
+  report.predictions_csv(output / "predictions.csv", ids, labels, predictions, label_names)
   if labels is None:
     print(f"{len(dataset)} predictions are in {output / 'predictions.csv'}")
     for what, text in dataset.notes.items():
@@ -113,15 +147,9 @@ def main() -> None:
     output,
     title="Evaluation",
     data_name=dataset.name,
-    arms={"trained": report.Arm(labels, probabilities)},
+    arms={"trained": report.Arm(labels, predictions)},
     label_names=label_names,
-    config={
-      "run_dir": FLAGS.run_dir,
-      "data": config.site_data or config.data,
-      "model": model_config.name,
-      "image_size": size,
-      **facts,
-    },
+    config=about,
     versions=report.versions(),
     groups=dataset.groups if config.patient_column or config.patient_pattern else None,
     images=dataset.notes,

@@ -62,7 +62,8 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
   if validation.dataset is dataset:  # the phantom's are no part of the training images
     held = [one[one < len(dataset)] for one in validation.sites]
     rows = [np.concatenate(pair) for pair in zip(rows, held, strict=True)]
-  bare = dataclasses.replace(dataset, images=np.zeros((len(dataset), 1, 1, 1), np.uint8))
+  no_images = np.zeros((len(dataset), 1, 1, 1), np.uint8)
+  bare = dataclasses.replace(dataset, images=no_images, masks=None)
   if config.data.sources:  # `join` has numbered them
     bare = dataclasses.replace(bare, groups=np.strings.partition(bare.groups, "/")[2])
   shared = overlaps.between([take(bare, one) for one in rows])
@@ -77,7 +78,8 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
     out["images at several sites"] = _pairs(shared.images)
   for i, one in enumerate(rows):
     said = []
-    if len(kinds := np.unique(dataset.labels[one])) == 1:
+    kinds = np.unique(dataset.labels[one])
+    if len(kinds) == 1 and dataset.masks is None:
       said.append(f"images of one class only, {dataset.label_names[kinds[0]]}")
     if config.privacy.validates and len(one) and not validation.sizes[i]:
       said.append("none is held out for validation, since all are of one patient")

@@ -61,13 +61,13 @@ def source(settings: Data) -> pathlib.Path | None:
       tfds.prepare(where, manual_dir=settings.manual_dir, data_dir=settings.data_dir or None)
     return tfds.find(where, settings.data_dir or None).resolve()
   path = pathlib.Path(where).expanduser()
-  if kind not in ("folder", "csv", "npz") or not where:
+  if kind not in ("folder", "csv", "npz", "msd") or not where:
     raise ValueError(
-      f"data={settings.data!r}; use phantom, folder:PATH, csv:PATH, npz:PATH or tfds:NAME"
+      f"data={settings.data!r}; use phantom, folder:PATH, csv:PATH, npz:PATH, msd:PATH or tfds:NAME"
     )
   if not path.exists():
     raise FileNotFoundError(f"data={settings.data}: there is no {path}; check the path")
-  if not (path.is_file() or (path.is_dir() and kind == "folder")):
+  if not (path.is_file() or (path.is_dir() and kind in ("folder", "msd"))):
     form = "a folder or a tar" if kind == "folder" else "an ordinary file"
     raise ValueError(f"data={settings.data}: {path} is not {form}; name one")
   return path.resolve()
@@ -111,8 +111,10 @@ def images_to_test(
   if label_names is None or dataset.label_names == label_names:
     return dataset, has_test
   own = dataset.label_names
-  labels = label_indices(own, label_names, [settings.data] * len(own))[dataset.labels]
-  return dataclasses.replace(dataset, labels=labels, label_names=label_names), has_test
+  indices = label_indices(own, label_names, [settings.data] * len(own))
+  masks = None if dataset.masks is None else indices[dataset.masks].astype(np.uint8)
+  labels = indices[dataset.labels]
+  return dataclasses.replace(dataset, labels=labels, label_names=label_names, masks=masks), has_test
 
 
 def _whole(splits: Sequence[Dataset]) -> Dataset:
@@ -240,7 +242,7 @@ def _check_sizes(inputs: Inputs, validates: bool) -> None:
 
 def _check_kinds(train: Dataset, where: str) -> None:
   kinds = np.unique(train.labels)
-  if len(kinds) < 2:
+  if len(kinds) < 2 and train.masks is None:
     raise ValueError(
       f"all training images of {where} are of one class, {[train.label_names[i] for i in kinds]}; "
       "give images of at least two"
@@ -283,6 +285,7 @@ def _load(settings: Data, label_names: tuple[str, ...] | None) -> dict[str, Data
     manual_dir=settings.manual_dir or None,
     patient_column=settings.patient_column,
     patient_pattern=settings.patient_pattern,
+    slices=settings.slices or "all",
   )
 
 

@@ -235,9 +235,23 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
     values = ("infinite" if s[field] is None else _number(s[field], False) for s in arms.values())
     lines.append(row(name, *values))
   lines += ["", "Lower is better in all three."]
+  lines += ["", *sections(result), "## Pictures", ""]
+  if numbered:
+    lines += [
+      f"No font of this machine has the letters of some names. In the pictures {plain(numbered)}.",
+      "",
+    ]
+  for file, caption in pictures.items():
+    lines += [f"![{caption}: {data}]({file})", ""]
+  return "\n".join([*lines, *ending(result)]) + "\n"
+
+
+def sections(result: Mapping[str, Any]) -> list[str]:
+  """What every report says of its images, its sums and its privacy."""
+  lines = list[str]()
   if result["images"]:
-    lines += ["", "## Images", "", *_facts(result["images"], ("fact", "value"))]
-  lines += ["", "## Secure aggregation", ""]
+    lines += ["## Images", "", *_facts(result["images"], ("fact", "value")), ""]
+  lines += ["## Secure aggregation", ""]
   if result["secure_aggregation"] is None:
     lines.append("Not used in this run.")
   else:
@@ -250,14 +264,10 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
     )
   else:
     lines += _facts(result["privacy"], ("fact", "value"))
-  lines += ["", "## Pictures", ""]
-  if numbered:
-    lines += [
-      f"No font of this machine has the letters of some names. In the pictures {plain(numbered)}.",
-      "",
-    ]
-  for file, caption in pictures.items():
-    lines += [f"![{caption}: {data}]({file})", ""]
-  lines += ["## Configuration", "", *_facts(result["config"], ("setting", "value"))]
-  lines += ["", "## Versions", "", *_facts(result["versions"], ("what", "version"))]
-  return "\n".join(lines) + "\n"
+  return [*lines, ""]
+
+
+def ending(result: Mapping[str, Any]) -> list[str]:
+  """The settings and versions, with which every report ends."""
+  lines = ["## Configuration", "", *_facts(result["config"], ("setting", "value"))]
+  return [*lines, "", "## Versions", "", *_facts(result["versions"], ("what", "version"))]

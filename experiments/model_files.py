@@ -49,6 +49,15 @@ def load_model(
   return models.build(config), trained, tuple(about["label_names"]), config
 
 
+def require_classes(config: models.ModelConfig, program: str) -> None:
+  """Raises ValueError for a model that learns masks."""
+  if config.name in models.SEGMENTERS:
+    raise ValueError(
+      f"the run's model is {config.name}, which learns masks, and {program} takes models that "
+      "classify images; from Python, `primia_jax.mpc.secret` takes any model's apply"
+    )
+
+
 def ct_window(run_dir: str) -> str:
   """The window of the CT images on which a run's model was trained; empty if they had none."""
   return settings.read_json(pathlib.Path(run_dir) / "model.json").get("ct_window", "")

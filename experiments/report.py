@@ -158,7 +158,7 @@ def write_report(
     result["difference"] = {"of": main_arm, "minus": baseline} | _intervals_json(
       difference, label_names
     )
-  result = _jsonable(result)
+  result = jsonable(result)
   (run_dir / "metrics.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
   cm = np.array(result["arms"][main_arm]["confusion_matrix"])
@@ -302,14 +302,14 @@ def _reference_json(cm: np.ndarray, label_names: Sequence[str]) -> dict[str, Any
   }
 
 
-def _jsonable(x: Any) -> Any:
+def jsonable(x: Any) -> Any:
   """Converts to plain Python values. Numbers that are not finite become null, as JSON has none."""
   if isinstance(x, Mapping):
-    return {str(k): _jsonable(v) for k, v in x.items()}
+    return {str(k): jsonable(v) for k, v in x.items()}
   if isinstance(x, (np.ndarray, np.generic, jax.Array)):
-    return _jsonable(np.asarray(x).tolist())
+    return jsonable(np.asarray(x).tolist())
   if isinstance(x, (list, tuple)):
-    return [_jsonable(v) for v in x]
+    return [jsonable(v) for v in x]
   if isinstance(x, float):
     return x if np.isfinite(x) else None
   return x if x is None or isinstance(x, (bool, int, str)) else str(x)

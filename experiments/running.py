@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from primia_jax import evaluation, models, sites
+from primia_jax import models, sites
 from primia_jax.data import scan
 from primia_jax.data import sites as data_sites
 from primia_jax.privacy.accounting import Ledger
@@ -37,16 +37,17 @@ from . import (
   processes,
   refusals,
   report,
+  segmentation_report,
   settings,
   sums,
   trainers,
   transcripts,
 )
-from .configs import Train
-from .configs.model import normalise
+from .configs import Train, tasks
 
 FLAGS = flags.FLAGS
 _POOLED, _LOCAL = "pooled", "local"
+_SHOWN = {"accuracy": "accuracy", "mcc": "MCC"}  # scores of the summary
 _SAVE_EVERY = 5.0  # seconds; a checkpoint may take longer than a short round
 
 
@@ -176,6 +177,8 @@ def _run(
     Chain(ledger_dir)  # refused before any work, if it cannot be written or is broken
   images = inputs.site_images(config, process)
   label_names = images.train.dataset.label_names
+  tasks.check(config.model.model, images.train.dataset)
+  task = tasks.of(config.model.model)
   model_config = config.model.config(config.data, len(label_names))
   model = models.build(model_config)
   everyone = tuple(range(config.hospitals.num_sites))
@@ -207,7 +210,7 @@ def _run(
       patients = inputs.count_patients(train)
     which = f"arm {number} of {len(plan)}: " if len(plan) > 1 else ""
     cohorts[name] = trainers.Cohort(name, train, validation, mine, patients, which)
-  predict = evaluation.predictor(model.apply, normalise)
+  predict = task.predictor(model.apply)
   # One trainer for the federation and one that all single cohorts share; privacy depends on a
   # cohort's own size.
   kind = lambda cohort: (len(cohort.train.sites) > 1, cohort.name if is_private else "")
@@ -217,7 +220,7 @@ def _run(
     where = place if key[0] else processes.Place(sites.loop())
     shared[key] = trainers.make_trainer(config, model, model_config, alike, where)
 
-  probabilities, trained = {}, {}
+  predictions, trained = {}, {}
   for name, cohort in cohorts.items():
     trainer = shared[kind(cohort)]
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
@@ -226,7 +229,7 @@ def _run(
       config, cohort, trainer, model_config, arm_folder, ledger_dir, log, _SAVE_EVERY
     )
     if not process:
-      probabilities[name] = predict(trained[name].models, images.test.images)
+      predictions[name] = predict(trained[name].models, images.test.images)
   if place.exchange is not None:
     place.exchange.close()
   if process:
@@ -263,11 +266,19 @@ def _run(
     only = "; this is the ledger of site 0 alone, and each other site has its own" * is_alone
     all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"], only)
     privacy = ledgers.of_arms(spent) | privacy | all_runs
+  if task.of_pixels:
+    about_run = segmentation_report.Facts(
+      settings.flat(config) | facts, of_images, main.rows, secure, privacy
+    )
+    arms_found = {name: predictions[name] for name in order}
+    return segmentation_report.write(
+      folder, title, images.test, arms_found, main_arm, config.seed, about_run
+    )
   return report.write_report(
     folder,
     title=title,
     data_name=images.test.name,
-    arms={name: report.Arm(images.test.labels, probabilities[name]) for name in order},
+    arms={name: report.Arm(images.test.labels, predictions[name]) for name in order},
     label_names=label_names,
     config=settings.flat(config) | facts,
     versions=report.versions(),
@@ -325,12 +336,11 @@ def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
   print(f"\n{result['title']} on {result['data']}: {result['num_examples']} test images")
   for what, why in markdown.warnings(result):
     print(f"  {what}: {why}")
+  shown = {"dice": f"mean Dice of a {result['case']}"} if "case" in result else _SHOWN
   for name, scores in result["arms"].items():
-    show = lambda field, scores=scores: "{value:.3f} [{low:.3f}, {high:.3f}]".format(
-      **scores[field]
-    )
-    print(f"  {name:16} accuracy {show('accuracy')}   MCC {show('mcc')}")
-  if said := markdown.learnt(result):
+    cells = ["{} {value:.3f} [{low:.3f}, {high:.3f}]".format(shown[k], **scores[k]) for k in shown]
+    print(f"  {name:16} {'   '.join(cells)}")
+  if said := "" if "case" in result else markdown.learnt(result):
     print(said)
   print(f"Report: {folder / 'report.md'}")
 

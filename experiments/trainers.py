@@ -13,7 +13,7 @@ from primia_jax.data.sites import Part
 from primia_jax.privacy import plan
 from primia_jax.types import Array
 
-from .configs import Train
+from .configs import Train, tasks
 from .configs.model import normalise, of_stored
 from .configs.run import build_federation
 from .configs.training import build_alone
@@ -87,8 +87,9 @@ def make_trainer(
   max_validated = max(n for cohort in cohorts for n in cohort.validation.sizes)
   features = of_stored(model_config) if config.augment.is_none else None
   as_they_are = lambda key, images, targets: (images, targets)
-  prepare = as_they_are if features is not None else config.augment.build()
-  loss = local.classification_loss(model.apply, prepare, num_classes, t.label_smoothing)
+  task = tasks.of(model_config.name)
+  prepare = as_they_are if features is not None else task.augment(config.augment)
+  loss = task.loss(model.apply, prepare, num_classes, t.label_smoothing)
 
   seen: list[recording.Seen] | None = None
   privacy: plan.StepPlan | plan.SiteLevel | None = None
@@ -119,8 +120,9 @@ def make_trainer(
   if config.privacy.validates:
     summed_scores = counting(evaluation.MAX_LOSS * max_validated)
     validate = evaluation.validation(
-      algorithm, model.apply, of_images, num_classes, summed_scores, place.placement
-    )
+      algorithm, model.apply, of_images, num_classes, summed_scores, place.placement,
+      of_pixels=task.of_pixels,
+    )  # fmt: skip
   return Trainer(
     algorithm,
     config.federation.join(algorithm, summed, place.placement, num_sites, loss),

@@ -50,6 +50,7 @@ def conv(
   *,
   strides: Sequence[int] = (1, 1),
   padding: str | Sequence[Sequence[int]] = "SAME",
+  dilation: Sequence[int] = (1, 1),
 ) -> Array:
   """Two-dimensional convolution (cross-correlation), fast on CPU under jit, scan, vmap, grad and
   shard_map.
@@ -59,6 +60,7 @@ def conv(
     w: [kh, kw, C, O] kernel, which may be tapped.
     strides: per spatial axis.
     padding: "SAME", "VALID", or (low, high) per spatial axis.
+    dilation: pixels from one tap of the kernel to the next, per spatial axis.
 
   Returns:
     [B, H', W', O], equal to `lax.conv_general_dilated` up to rounding.
@@ -71,10 +73,13 @@ def conv(
       f"conv takes x [B, H, W, C] and w [kh, kw, C, O], not {list(x.shape)} and {list(w.shape)}"
     )
   if isinstance(padding, str):
-    padding = lax.padtype_to_pads(x.shape[1:3], w.shape[:2], strides, padding)
+    seen = [(n - 1) * d + 1 for n, d in zip(w.shape[:2], dilation, strict=True)]
+    padding = lax.padtype_to_pads(x.shape[1:3], seen, strides, padding)
   (top, bottom), (left, right) = padding
   geometry = Geometry(
-    (int(strides[0]), int(strides[1])), ((int(top), int(bottom)), (int(left), int(right)))
+    (int(strides[0]), int(strides[1])),
+    ((int(top), int(bottom)), (int(left), int(right))),
+    rhs_dilation=(int(dilation[0]), int(dilation[1])),
   )
   if isinstance(w, Tapped):
     rows = functools.partial(_patches, w_shape=w.shape, geometry=geometry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ class Scores(NamedTuple):
   """Errors, summed over all sites.
 
   Attributes:
-    confusion: [L, L] float64 counts, rows true and columns predicted.
+    confusion: [L, L] float64 counts, rows true and columns predicted. In segmentation, each pixel
+      counts as its share of an image.
     loss: mean cross-entropy of an example, nats.
   """
 
@@ -89,14 +91,15 @@ def count_errors(
   """Makes the function that evaluates a model on one site's examples.
 
   Returns:
-    (params, model_state, images [N, H, W, C], labels [N], num_examples) -> {"confusion": [L, L]
-    float32 counts, rows true and columns predicted; "loss": the sum of the cross-entropies}: sums,
-    which add up over sites.
+    (params, model_state, images [N, H, W, C], labels [N] or [N, H, W], num_examples) ->
+    {"confusion": [L, L] float32, rows true and columns predicted; "loss": the sum of the
+    cross-entropies}: sums, which add up over sites. An example counts 1, and a pixel of it its
+    share of that.
   """
   one_hot = lambda labels: jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
 
   def run(params, model_state, images, labels, num_examples):
-    size = images.shape[0]
+    size, pixels = images.shape[0], math.prod(labels.shape[1:])
 
     def body(i: Array, total):
       index = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
@@ -104,11 +107,14 @@ def count_errors(
         images, labels, jnp.where(index < jnp.minimum(num_examples, size), index, -1)
       )
       logits, _ = apply_fn(params, model_state, prepare(batch.images), train=False)
-      true = one_hot(batch.labels) * batch.weights[:, None]
-      confusion = true.T @ one_hot(jnp.argmax(logits, axis=-1))
-      real = batch.weights[:, None] > 0
-      loss = jnp.sum(jnp.where(real, true * -jax.nn.log_softmax(logits), 0.0))
-      return {"confusion": total["confusion"] + confusion, "loss": total["loss"] + loss}
+      weights = jnp.broadcast_to(
+        batch.weights.reshape(-1, *(1,) * (batch.labels.ndim - 1)), batch.labels.shape
+      ).reshape(-1, 1)
+      logits = logits.reshape(-1, num_classes)
+      true = one_hot(batch.labels.reshape(-1)) * weights
+      confusion = true.T @ one_hot(jnp.argmax(logits, axis=-1)) / pixels
+      loss = jnp.sum(jnp.where(weights > 0, true * -jax.nn.log_softmax(logits), 0.0))
+      return {"confusion": total["confusion"] + confusion, "loss": total["loss"] + loss / pixels}
 
     confusion = jnp.zeros((num_classes, num_classes), jnp.float32)
     zero = {"confusion": confusion, "loss": jnp.zeros((), jnp.float32)}
@@ -125,6 +131,7 @@ def validation(
   summation: Summation,
   placement: Placement,
   batch_size: int = 64,
+  of_pixels: bool = False,
 ) -> Callable[[Key, State, Sites], Scores]:
   """Makes the function that scores the model of a run on the sites' own images.
 
@@ -137,6 +144,7 @@ def validation(
     num_classes: L.
     summation, placement: how and where the sum is formed.
     batch_size: images scored at once.
+    of_pixels: labels are masks, so that counts are sums of shares of images, and no whole numbers.
 
   Returns:
     (key, State, Sites) -> Scores. It raises a RuntimeError where a site's loss is not finite or
@@ -161,7 +169,8 @@ def validation(
         f"{len(sites.ids)} sites the loss is not finite or above {MAX_LOSS} per image; training "
         "has diverged: lower the learning rate"
       )
-    confusion = np.round(np.asarray(sums["confusion"], np.float64))
+    confusion = np.asarray(sums["confusion"], np.float64)
+    confusion = confusion if of_pixels else np.round(confusion)
     return Scores(confusion, float(sums["loss"]) / max(float(confusion.sum()), 1.0))
 
   return validate

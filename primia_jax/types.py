@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
   Attributes:
     images: [..., B, H, W, C], uint8 as stored or float32 as the model takes it.
-    labels: [..., B] int32.
+    labels: [..., B] int32, or [..., B, H, W] in segmentation.
     weights: [..., B] float32, of each example in the loss; 0 marks padding, which is ignored
       everywhere but in BatchNorm's statistics.
     numbers: [..., U] int32, the number within its site of each unit (example, or patient with all
@@ -45,7 +45,7 @@ class Site(NamedTuple):
   Attributes:
     id: int32. The number of the site, which is folded into its keys.
     images: [N, H, W, C] as stored; rows from `num_examples` on are padding.
-    labels: [N] int32.
+    labels: [N] int32, or [N, H, W] in segmentation.
     num_examples: int32.
     secret: [8] uint32, known to the site alone, from which private training draws its batches and
       its noise. A loader leaves it None; every sum draws it afresh from the operating system.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
+from primia_jax import models
+
 from .. import folders, progress, settings, transcripts
 from . import (
   boundaries,
@@ -87,6 +89,11 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
     raise ValueError(
       f"run_dir={run_dir} was trained with placement=processes, where each site keeps its own "
       "ledger and nobody has a transcript; audit a simulation with the same settings"
+    )
+  if config.model.model in models.SEGMENTERS:
+    raise ValueError(
+      f"run_dir={run_dir} trained {config.model.model}, which learns masks; the attacks here are "
+      "on models that classify images"
     )
   wanted = chosen(names, run)
   path = lambda name: output / parts.FOLDER / f"{name}.json"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from primia_jax.data import dicom, labels_csv, layouts, patient_ids
+from primia_jax.data import dicom, labels_csv, layouts, patient_ids, volumes
 
 from ..settings import choose, fractions, names, require, setting
 
@@ -21,7 +21,7 @@ class Data:
   data: str = setting(
     "phantom",
     "images: phantom (synthetic), folder:PATH (a folder or tar), csv:PATH (a table of files and "
-    "labels), npz:PATH, or tfds:NAME",
+    "labels), npz:PATH, msd:PATH (volumes with masks, as the Decathlon's), or tfds:NAME",
   )
   site_data: str = setting(
     "",
@@ -33,9 +33,9 @@ class Data:
   channels: int = setting(1, "1 (grey) or 3 (RGB)")
   ct_window: str = setting(
     "",
-    "folder of CT images as DICOM: the Hounsfield units shown from black to white, as CENTRE,WIDTH "
-    f"such as 40,400, or {', '.join(dicom.CT_WINDOWS)}; other images are then refused. Empty "
-    "takes percentiles 1 to 99 of each grey DICOM image",
+    "folder of CT images as DICOM, or msd: the Hounsfield units shown from black to white, as "
+    f"CENTRE,WIDTH such as 40,400, or {', '.join(dicom.CT_WINDOWS)}; other images are then refused. "
+    "Empty takes percentiles 1 to 99 of each grey DICOM image or volume",
   )
   label_names: str = setting(
     "", "classes in order, separated by commas; empty takes what the source says"
@@ -59,6 +59,11 @@ class Data:
     0,
     "bits that 16-bit grey PNG and TIFF use, such as 12; 0 takes the fewest of 8, 10, 12, 14 and "
     "16 that hold the largest value of the source",
+  )
+  slices: str = setting(
+    "",
+    "msd: labelled takes only slices that hold a class besides the background, whose scores say "
+    "nothing of false alarms elsewhere; empty takes all",
   )
   skip_bad_files: bool = setting(
     False, "go on without images that cannot be read; the report lists them"
@@ -103,7 +108,12 @@ class Data:
         self.of(source)  # which checks it
       return
     kind = self.data.partition(":")[0]
-    if self.hounsfield and kind not in ("folder", "csv"):
+    if kind == "msd" and (self.patient_column or self.patient_pattern):
+      raise ValueError(
+        f"patient_column={self.patient_column!r} and patient_pattern={self.patient_pattern!r}: "
+        "each volume of msd:PATH is one patient; leave them out"
+      )
+    if self.hounsfield and kind not in ("folder", "csv", "msd"):
       raise ValueError(
         f"ct_window={self.ct_window!r}: data={self.data} holds no DICOM files; leave out ct_window"
       )
@@ -145,6 +155,7 @@ class Data:
       "layout": ("folder", layouts.levels),
       "ignore": ("folder", names),
       "csv_columns": ("csv", _columns),
+      "slices": ("msd", _slices),
     }
 
   def of(self, source: str) -> Data:
@@ -192,6 +203,10 @@ class Data:
     )
     require(math.isfinite(centre) and 0 < width < math.inf, "ct_window", self.ct_window, cure)
     return centre, width
+
+
+def _slices(text: str) -> None:
+  choose("slices", text, volumes.SLICES)
 
 
 def _columns(text: str) -> dict[str, str]:

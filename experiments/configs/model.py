@@ -47,7 +47,11 @@ _FEATURE_BATCH = 64
 class Model:
   """Which network."""
 
-  model: str = setting("cnn", "cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn")
+  model: str = setting(
+    "cnn",
+    "cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn; or unet or monet, which "
+    "learn masks",
+  )
   norm: str = setting("", "normalisation: group, batch or none; empty takes the model's own")
   pool: str = setting("max", "pooling: max or mean")
   width: float = setting(1.0, "factor on the number of channels")
@@ -133,6 +137,17 @@ class Augment:
         mixed = augmenting.mixup(mixup_key, images, targets, self.mixup)
         images, targets = mixed.images, augmenting.mixed_labels(mixed, targets.shape[-1])
       return normalise(images), targets
+
+    return apply
+
+  def build_with_masks(self) -> Callable[[Key, Array, Array], tuple[Array, Array]]:
+    """`build` for targets [B, H, W, L] of each pixel, which move with their images."""
+    config = self.augmentation()
+
+    def apply(key: Key, images: Array, masks: Array) -> tuple[Array, Array]:
+      images = images.astype(jnp.float32) / 255
+      images, masks = augmenting.augment_with_masks(key, images, masks, config)
+      return normalise(images), masks
 
     return apply
 

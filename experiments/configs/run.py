@@ -13,6 +13,7 @@ from primia_jax.privacy import plan
 from primia_jax.secagg.exchange import Exchange
 
 from ..settings import require, setting
+from . import tasks
 from .aggregation import Aggregation, min_survivors
 from .data import Data, Hospitals
 from .model import Augment, Model
@@ -69,6 +70,8 @@ class Train:
         f"with dp={p.dp} and validation={p.validation}; use patience=0, or validation=exact, which "
         "releases them uncharged"
       )
+    if self.model.model in models.SEGMENTERS:
+      self._check_segmentation()
     if p.dp != "none":
       self._check_privacy()
 
@@ -139,6 +142,19 @@ class Train:
         f"site_data deals no images and loads all of a site, so partition={h.partition}, "
         f"site_fractions={h.site_fractions!r} and sites_in_memory={h.sites_in_memory} have no "
         "meaning; leave them out"
+      )
+
+  def _check_segmentation(self) -> None:
+    t, name = self.training, self.model.model
+    if t.class_weights:
+      raise ValueError(
+        f"class_weights=True weighs images by class, and {name} learns masks, whose Dice loss "
+        "weighs classes alike; use --noclass_weights"
+      )
+    if self.augment.mixup or t.label_smoothing:
+      raise ValueError(
+        f"mixup={self.augment.mixup} and label_smoothing={t.label_smoothing} are for classes of "
+        f"images, and {name} learns masks; leave them out"
       )
 
   def _check_privacy(self) -> None:
@@ -226,9 +242,8 @@ def rehearse(config: Train, is_federated: bool = True) -> None:
   if config.model.pretrained:
     empty = jax.eval_shape(model.init, jax.random.key(0))
     load_pretrained(config.model.pretrained, *empty, new_head=True)
-  loss = local.classification_loss(
-    model.apply, config.augment.build(), _NOMINAL_CLASSES, t.label_smoothing
-  )
+  task = tasks.of(config.model.model)
+  loss = task.loss(model.apply, task.augment(config.augment), _NOMINAL_CLASSES, t.label_smoothing)
   steps = t.build_steps((2 * t.batch_size,))
   recipe = local.Recipe(steps, local.gradients(loss), None, t.build_optimizer(), t.build_schedule())
   if not is_federated:

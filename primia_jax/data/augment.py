@@ -188,6 +188,33 @@ def augment(key: Key, images: Array, config: Augmentation) -> Array:
   """
   check_images(images)
   keys = jax.random.split(key, 8)
+  return _intensities(keys, _geometry(keys[0], images, config), config)
+
+
+def augment_with_masks(
+  key: Key, images: Array, masks: Array, config: Augmentation
+) -> tuple[Array, Array]:
+  """`augment`, whose geometry moves an image and its mask alike.
+
+  Args:
+    key: a typed key. The images become what `augment` makes of them.
+    images: [B, H, W, C] float32 in [0, 1].
+    masks: [B, H, W, L] float32, one-hot.
+    config: the strengths.
+
+  Returns:
+    The images and the masks, which are soft where a warp interpolates.
+
+  Raises:
+    ValueError: as `augment`.
+  """
+  check_images(images)
+  keys, channels = jax.random.split(key, 8), images.shape[-1]
+  both = _geometry(keys[0], jnp.concatenate([images, masks], axis=-1), config)
+  return _intensities(keys, both[..., :channels], config), both[..., channels:]
+
+
+def _geometry(key: Key, images: Array, config: Augmentation) -> Array:
   if (
     config.rotation_degrees
     or config.translation
@@ -197,11 +224,14 @@ def augment(key: Key, images: Array, config: Augmentation) -> Array:
   ):
     geometry = (config.rotation_degrees, config.translation, config.scale, config.shear_degrees)
     flips = (config.horizontal_flip, config.vertical_flip)
-    images = warp(keys[0], images, *geometry, *flips, config.elastic, config.elastic_grid)
-  elif config.horizontal_flip or config.vertical_flip:
-    images = flip(
-      jax.random.split(keys[0], 3)[2], images, config.horizontal_flip, config.vertical_flip
-    )
+    return warp(key, images, *geometry, *flips, config.elastic, config.elastic_grid)
+  if config.horizontal_flip or config.vertical_flip:
+    flip_key = jax.random.split(key, 3)[2]
+    return flip(flip_key, images, config.horizontal_flip, config.vertical_flip)
+  return images
+
+
+def _intensities(keys: Key, images: Array, config: Augmentation) -> Array:
   if config.clahe:
     images = clahe(keys[1], images, config.clahe, config.clip_limit)
   for function, function_key, strength in (

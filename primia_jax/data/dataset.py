@@ -40,6 +40,9 @@ class Dataset:
     is_numbered: patients are numbers that may start anew in another split (Kermany's), so that one
       number in two splits need not be one patient.
     notes: what a report's reader must know of how the images were read, e.g. which were left out.
+    masks: uint8 [N, H, W], the class of each pixel, an index into `label_names`; None where images
+      are classified as a whole. An image's label then is its largest class but the background, 0,
+      and 0 where there is nothing else.
   """
 
   images: Images
@@ -51,6 +54,7 @@ class Dataset:
   has_patient: np.ndarray | None = None
   is_numbered: bool = False
   notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  masks: np.ndarray | None = None
 
   def __post_init__(self):
     num = self.images.shape[0]
@@ -72,6 +76,16 @@ class Dataset:
       raise ValueError(
         f"has_patient of {self.name!r} has shape {self.has_patient.shape}; give one bool for each "
         f"of the {num} images"
+      )
+    if self.masks is not None and self.masks.shape != self.images.shape[:3]:
+      raise ValueError(
+        f"masks of {self.name!r} have shape {self.masks.shape} for images {self.images.shape}; "
+        "give each image a mask of its height and width"
+      )
+    if self.masks is not None and self.masks.size and self.masks.max() >= len(self.label_names):
+      raise ValueError(
+        f"masks of {self.name!r} hold class {self.masks.max()}, but there are "
+        f"{len(self.label_names)} label names {self.label_names}"
       )
     for name, column in self.columns.items():
       if len(column) != num:
@@ -111,7 +125,14 @@ def take(dataset: Dataset, index: np.ndarray) -> Dataset:
     groups=dataset.groups[index],
     columns={name: np.asarray(column)[index] for name, column in dataset.columns.items()},
     has_patient=None if dataset.has_patient is None else dataset.has_patient[index],
+    masks=None if dataset.masks is None else dataset.masks[index],
   )
+
+
+def largest_class(masks: np.ndarray, num_classes: int) -> np.ndarray:
+  """The largest class of each mask besides 0, or 0: uint8 [N, H, W] -> int32 [N]."""
+  sizes = np.stack([(masks == k).sum((1, 2)) for k in range(1, num_classes)], axis=1)
+  return np.where(sizes.any(1), 1 + sizes.argmax(1), 0).astype(np.int32)
 
 
 def in_memory(dataset: Dataset) -> Dataset:
@@ -134,6 +155,8 @@ def join(datasets: Sequence[Dataset]) -> Dataset:
     return datasets[0]
   if len(classes := {one.label_names for one in datasets}) > 1:
     raise ValueError(f"the sources have different classes, {sorted(classes)}; give --label_names")
+  if len({one.masks is None for one in datasets}) > 1:
+    raise ValueError("some of the sources have masks and some have none; give sources of one kind")
   names = set.intersection(*(set(one.columns) for one in datasets))
   together = lambda values: np.concatenate([np.asarray(value) for value in values])
   named = [
@@ -156,4 +179,5 @@ def join(datasets: Sequence[Dataset]) -> Dataset:
     has_patient=together(named),
     is_numbered=any(one.is_numbered for one in datasets),
     notes=notes,
+    masks=None if datasets[0].masks is None else together(one.masks for one in datasets),
   )

@@ -143,6 +143,12 @@ def to_uint8(image: np.ndarray, size: int, channels: int) -> np.ndarray:
   return np.repeat(grey[..., None], channels, axis=-1)
 
 
+def nearest(masks: np.ndarray, size: int) -> np.ndarray:
+  """Masks [N, H, W] at a new height and width: each pixel takes the class at its centre."""
+  rows, columns = (((np.arange(size) + 0.5) * n / size).astype(int) for n in masks.shape[1:])
+  return masks[:, rows[:, None], columns]
+
+
 def check_form(size: int, channels: int) -> None:
   """Raises ValueError unless size and number of channels are supported."""
   if size < 1:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from primia_jax.data import decode, folder, labels_csv, npz, patient_ids
+from primia_jax.data import decode, folder, labels_csv, npz, patient_ids, volumes
 from primia_jax.data.dataset import Dataset
 
-KINDS = ("folder", "csv", "npz", "tfds")
+KINDS = ("folder", "csv", "npz", "msd", "tfds")
 
 
 def load(
@@ -30,19 +30,20 @@ def load(
   csv_columns: Mapping[str, str] | None = None,
   grey_bits: int = 0,
   skip_bad_files: bool = False,
+  slices: str = "all",
 ) -> dict[str, Dataset]:
   """Loads labelled images.
 
   Args:
     spec: `folder:PATH` (a folder or a tar), `csv:PATH` (a table of files and labels), `npz:PATH`,
-      or `tfds:NAME`.
+      `msd:PATH` (volumes with masks, see `volumes`), or `tfds:NAME`.
     size: height and width, in pixels; see `decode.decode`.
     channels: 1 (grey) or 3 (RGB).
     label_names: the classes in order, e.g. a checkpoint's; by default the source's own. Images of
       any other class are an error. (An npz file has no names of its own.)
     lazy: decode on demand instead of now; see `scan.read`. An npz file is always in memory.
     ct_window: for folders and tables of CT images as DICOM, all others being refused with it; see
-      `dicom.read`.
+      `dicom.read`; and for volumes.
     percentiles: for grey DICOM only; see `dicom.read`.
     ignore: for folders: files to ignore, e.g. `["*.csv"]`.
     data_dir: for TFDS: the folder of the prepared data sets.
@@ -53,6 +54,7 @@ def load(
     layout: for folders: what they mean; see `layouts.levels`.
     csv_columns: for a CSV: names of its columns; see `labels_csv.read_csv`.
     grey_bits, skip_bad_files: for folders and a CSV; see `scan.read`.
+    slices: of volumes; see `volumes.read_msd`.
 
   Returns:
     A `Dataset` for each split in the source: "train", "validation", "test". A folder without split
@@ -65,14 +67,16 @@ def load(
   """
   kind, _, where = spec.partition(":")
   if kind not in KINDS or not where:
-    raise ValueError(f"data={spec!r}; it must be folder:PATH, csv:PATH, npz:PATH or tfds:NAME")
+    raise ValueError(
+      f"data={spec!r}; it must be folder:PATH, csv:PATH, npz:PATH, msd:PATH or tfds:NAME"
+    )
   if patient_column and patient_pattern:
     raise ValueError(
       f"patient_column={patient_column!r} and patient_pattern={patient_pattern!r}: give one of them"
     )
   if patient_pattern:
     patient_ids.compiled(patient_pattern)
-  if ct_window is not None and kind not in ("folder", "csv"):
+  if ct_window is not None and kind not in ("folder", "csv", "msd"):
     raise ValueError(f"ct_window={ct_window}: {spec} holds no DICOM files; leave it out")
   form: dict[str, Any] = {"size": size, "channels": channels, "label_names": label_names}
   of_files: dict[str, Any] = {
@@ -86,6 +90,8 @@ def load(
     splits = labels_csv.read_csv(path, columns=csv_columns, **of_files, **form)
   elif kind == "npz":
     splits = npz.read_npz(path, **form)
+  elif kind == "msd":
+    splits = volumes.read_msd(path, ct_window=ct_window, slices=slices, **form)
   else:
     from primia_jax.data import tfds  # here, because the import takes a second
 

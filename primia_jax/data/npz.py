@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from primia_jax.data import decode, layouts, patient_ids
-from primia_jax.data.dataset import Dataset
+from primia_jax.data.dataset import Dataset, largest_class
 
 _KERAS = {"x": "images", "y": "labels"}  # x_train, y_train
 
@@ -27,17 +27,18 @@ def read_npz(
   """Reads labelled images from one npz file into memory.
 
   The arrays are `{train,val,test}_{images,labels}` (or `x_train`, `y_train`, ...): images uint8 [N,
-  H, W], [N, H, W, 1] or [N, H, W, 3], labels integers [N] or [N, 1]. An optional array
-  `SPLIT_groups` [N] gives each image's patient (empty or NaN where it is unknown); without it, each
-  image is its own group and patients are unknown. Any further array `SPLIT_NAME` [N, ...] becomes
-  the column NAME.
+  H, W], [N, H, W, 1] or [N, H, W, 3], labels integers [N] or [N, 1]. In place of labels,
+  `SPLIT_masks` [N, H, W] or [N, H, W, 1] gives the class of each pixel, 0 for the background. An
+  optional array `SPLIT_groups` [N] gives each image's patient (empty or NaN where it is unknown);
+  without it, each image is its own group and patients are unknown. Any further array `SPLIT_NAME`
+  [N, ...] becomes the column NAME.
 
   Args:
     path: the file.
     size: height and width, in pixels. Images of another size are resized; see `decode.decode`.
     channels: 1 (grey) or 3 (RGB). Images of the other kind are converted.
     label_names: the name of each label; by default "0", "1", ... up to the largest label in the
-      file.
+      file; of masks with one class, "background" and "foreground".
 
   Returns:
     A `Dataset` for each split in the file: "train", "validation", "test".
@@ -61,10 +62,14 @@ def read_npz(
     raise ValueError(f"{path} holds no arrays; add train_images, train_labels, ...")
   for split, parts in splits.items():
     _check(path, split, parts)
+  if len({"masks" in parts for parts in splits.values()}) > 1:
+    raise ValueError(f"{path} holds masks for some splits only; give all of them, or none")
   if label_names is None:
-    label_names = [
-      str(i) for i in range(1 + max(int(parts["labels"].max()) for parts in splits.values()))
-    ]
+    what = "masks" if "masks" in next(iter(splits.values())) else "labels"
+    largest = max(int(parts[what].max()) for parts in splits.values())
+    label_names = [str(i) for i in range(1 + largest)]
+    if what == "masks" and largest == 1:
+      label_names = ["background", "foreground"]
   return {
     split: _dataset(
       pathlib.Path(path).name, split, splits[split], size, channels, tuple(label_names)
@@ -113,13 +118,20 @@ def _parse(path: str | os.PathLike[str], key: str) -> tuple[str, str]:
 
 
 def _check(path: str | os.PathLike[str], split: str, parts: dict[str, np.ndarray]) -> None:
-  """Checks the arrays of one split, and reshapes images to [N, H, W, C] and labels to [N]."""
+  """Checks the arrays of one split, and reshapes images to [N, H, W, C], labels to [N] and masks
+  to [N, H, W].
+  """
+  if "labels" in parts and "masks" in parts:
+    raise ValueError(
+      f"{path} holds labels and masks for the {split} split; a run learns one of them: remove the "
+      "other"
+    )
   for name in ("images", "labels"):
-    if name not in parts:
+    if name not in parts and not (name == "labels" and "masks" in parts):
       raise ValueError(
         f"{path} holds {sorted(parts)} for the {split} split, but no {name}; add {split}_{name}"
       )
-  images, labels = parts["images"], parts["labels"]
+  images = parts["images"]
   if images.dtype != np.uint8:
     raise ValueError(
       f"{split} images of {path} are {images.dtype}; scale them to 0..255 and store them as uint8"
@@ -132,6 +144,10 @@ def _check(path: str | os.PathLike[str], split: str, parts: dict[str, np.ndarray
       "[N, H, W, C] with N > 0 and C = 1 or 3"
     )
   num = len(images)
+  if "masks" in parts:
+    parts["masks"] = _checked_masks(path, split, parts["masks"], images.shape[:3])
+    parts["labels"] = np.zeros(num, np.int32)  # known once the classes are
+  labels = parts["labels"]
   if labels.shape not in ((num,), (num, 1)) or not np.issubdtype(labels.dtype, np.integer):
     raise ValueError(
       f"{split} labels of {path} are {labels.dtype} {labels.shape}; store one integer for each of "
@@ -148,6 +164,23 @@ def _check(path: str | os.PathLike[str], split: str, parts: dict[str, np.ndarray
   parts["images"], parts["labels"] = images, labels.reshape(num).astype(np.int32)
 
 
+def _checked_masks(
+  path: str | os.PathLike[str], split: str, masks: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+  """uint8 [N, H, W]."""
+  if masks.shape not in (shape, (*shape, 1)) or masks.dtype.kind not in "iub":
+    raise ValueError(
+      f"{split} masks of {path} are {masks.dtype} {masks.shape}; store one integer for each pixel "
+      f"of the images, {shape}"
+    )
+  if int(masks.min()) < 0 or int(masks.max()) > 255:
+    raise ValueError(
+      f"{split} masks of {path} hold {masks.min()} to {masks.max()}; number the classes from 0 to "
+      "255"
+    )
+  return masks.reshape(shape).astype(np.uint8)
+
+
 def _dataset(
   name: str,
   split: str,
@@ -162,17 +195,24 @@ def _dataset(
     for i, image in enumerate(images):
       resized[i] = decode.to_uint8(image[..., 0] if image.shape[-1] == 1 else image, size, channels)
     images = resized
+  masks, labels = parts.get("masks"), parts["labels"]
+  if masks is not None:
+    masks = decode.nearest(masks, size)
+    labels = largest_class(masks, max(len(label_names), 1 + int(masks.max())))
   # With the split's name, so that groups stay distinct when splits are joined.
   own = np.char.add(f"{split}/", np.arange(num).astype(str))
   groups, has_patient = patient_ids.groups(parts.get("groups", np.full(num, "")), own)
   return Dataset(
     images=images,
-    labels=parts["labels"],
+    labels=labels,
     label_names=label_names,
     groups=groups,
     has_patient=has_patient,
     columns={
-      key: array for key, array in parts.items() if key not in ("images", "labels", "groups")
+      key: array
+      for key, array in parts.items()
+      if key not in ("images", "labels", "groups", "masks")
     },
     name=name,
+    masks=masks,
   )

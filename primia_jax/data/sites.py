@@ -141,7 +141,8 @@ def stack(
 
   Returns:
     A `Site` of NumPy arrays with a leading axis K: images uint8 [K, N, H, W, C], labels and units
-    int32 [K, N]. Padding has label 0 and unit -1.
+    int32 [K, N], or labels [K, N, H, W] of each pixel for a data set with masks. Padding has label
+    0 and unit -1.
 
   Raises:
     ValueError: a site has more than N images, its images are not in this process, or `by_patient`
@@ -150,7 +151,8 @@ def stack(
   ids = np.arange(len(part.sites)) if site_ids is None else np.asarray(site_ids)
   rows = max(part.sizes, default=0) if max_examples is None else max_examples
   images = np.zeros((len(ids), rows, *part.dataset.images.shape[1:]), np.uint8)
-  labels = np.zeros((len(ids), rows), np.int32)
+  of_image = part.dataset.labels if part.dataset.masks is None else part.dataset.masks
+  labels = np.zeros((len(ids), rows, *of_image.shape[1:]), np.int32)
   units = np.full((len(ids), rows), -1, np.int32)
   counts = np.zeros(len(ids), np.int32)
   for row, site in enumerate(ids.tolist()):
@@ -163,7 +165,7 @@ def stack(
         f"site {site}'s images are not in this process; stack only the site it was loaded for"
       )
     images[row, :size] = part.dataset.images[index]
-    labels[row, :size] = part.dataset.labels[index]
+    labels[row, :size] = of_image[index]
     if by_patient:
       units[row, :size] = patients(part, site)
   return Site(ids.astype(np.int32), images, labels, counts, None, units if by_patient else None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The shipped image classifiers; the only part of the package that imports flax.
+"""The shipped models; the only part of the package that imports flax.
 
 A model is a pair of pure functions. `init` makes parameters (trained) and model state (BatchNorm
 statistics, `{}` without BatchNorm); `apply` turns images into logits. `build` makes the pair from a
@@ -17,10 +17,24 @@ see `features`):
 
   scatter_linear  one dense layer: a convex problem, in which many noisy steps average out
   scatter_cnn     two convolutions with tanh, a pool between them, and a dense layer
+
+And two give each pixel a class (`primia_jax.segmentation`):
+
+  unet   Ronneberger et al., arXiv 1505.04597, 1.9 M parameters
+  monet  dilated residual blocks after Knolle et al. 2021, 0.4 M parameters
 """
 
 from primia_jax.models.classifier import Model, build, has_taps, is_norm_parameter, num_parameters
-from primia_jax.models.config import HEADS, MIN_SIZE, NORMS, OPTIONS, POOLS, STEMS, ModelConfig
+from primia_jax.models.config import (
+  HEADS,
+  MIN_SIZE,
+  NORMS,
+  OPTIONS,
+  POOLS,
+  SEGMENTERS,
+  STEMS,
+  ModelConfig,
+)  # fmt: skip
 from primia_jax.models.layers import Norm
 from primia_jax.models.scatter import features
 
@@ -30,6 +44,7 @@ __all__ = [
   "NORMS",
   "OPTIONS",
   "POOLS",
+  "SEGMENTERS",
   "STEMS",
   "Model",
   "ModelConfig",

@@ -16,18 +16,19 @@ from primia_jax.models.cnn import CNN, MLP, LeafCNN
 from primia_jax.models.config import ModelConfig, check
 from primia_jax.models.resnet import ResNet18
 from primia_jax.models.scatter import ScatterCNN, ScatterLinear, features_shape
+from primia_jax.models.segmenters import MoNet, UNet
 from primia_jax.models.vgg import VGG16
 from primia_jax.types import Array, Key, ModelState, Params, PyTree
 
 
 class Model(NamedTuple):
-  """A classifier as two pure functions.
+  """A classifier of images, or of their pixels, as two pure functions.
 
   Attributes:
     init: key -> (params, model_state).
     apply: (params, model_state, images, *, train=False, key=None) -> (logits, new model_state);
-      images float32 [B, H, W, C], logits float32 [B, L]. With `train`, BatchNorm uses and tracks
-      the batch's statistics, and dropout is on and needs a key.
+      images float32 [B, H, W, C], logits float32 [B, L], or [B, H, W, L] for each pixel. With
+      `train`, BatchNorm uses and tracks the batch's statistics, and dropout is on and needs a key.
   """
 
   init: Callable[[Key], tuple[Params, ModelState]]
@@ -117,7 +118,7 @@ def num_parameters(params: Params) -> int:
 
 
 def _module(config: ModelConfig) -> nn.Module:
-  norm = config.norm or ("group" if config.name in ("cnn", "resnet18") else "none")
+  norm = config.norm or ("group" if config.name in ("cnn", "resnet18", "unet", "monet") else "none")
   match config.name:
     case "cnn":
       return CNN(config, norm)
@@ -131,6 +132,10 @@ def _module(config: ModelConfig) -> nn.Module:
       return ScatterLinear(config)
     case "scatter_cnn":
       return ScatterCNN(config)
+    case "unet":
+      return UNet(config, norm)
+    case "monet":
+      return MoNet(config, norm)
     case _:
       return VGG16(config, norm)
 

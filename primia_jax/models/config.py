@@ -19,7 +19,11 @@ OPTIONS = {
   "vgg16": ("norm", "weight_standardisation", "pool", "width", "dropout", "head"),
   "scatter_linear": ("norm", "dropout", "scales"),
   "scatter_cnn": ("norm", "pool", "weight_standardisation", "width", "dropout", "scales"),
+  "unet": ("norm", "pool", "weight_standardisation", "width", "dropout"),
+  "monet": ("norm", "pool", "weight_standardisation", "width", "dropout"),
 }
+# Those that give each pixel a class, and of what the sides of their images are multiples.
+SEGMENTERS = {"unet": 8, "monet": 4}
 MIN_SIZE = {
   "cnn": 8,
   "leaf_cnn": 6,
@@ -28,6 +32,8 @@ MIN_SIZE = {
   "vgg16": 32,
   "scatter_linear": 2,
   "scatter_cnn": 4,
+  "unet": 8,
+  "monet": 4,
 }
 
 
@@ -36,12 +42,13 @@ class ModelConfig:
   """The configuration that `build` turns into a model.
 
   Attributes:
-    name: cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn.
+    name: cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn; or unet or monet,
+      which give each pixel a class.
     num_classes: the number of logits.
     image_shape: (height, width, channels) of one image.
-    norm: "group", "batch" or "none". None takes the model's default: "group" for cnn and resnet18;
-      "group" for the scattering models, which then standardise their features image by image and
-      without parameters; "none" for the others.
+    norm: "group", "batch" or "none". None takes the model's default: "group" for cnn, resnet18, unet
+      and monet; "group" for the scattering models, which then standardise their features image by
+      image and without parameters; "none" for the others.
     pool: "max" or "mean" pooling between blocks. Mean pooling is free in encrypted inference.
     weight_standardisation: standardise each convolution kernel (Qiao et al., arXiv 1903.10520).
       Use it with group norm.
@@ -100,6 +107,12 @@ def check(config: ModelConfig) -> None:
     raise ValueError(
       f"{name} needs images of at least {MIN_SIZE[name]} x {MIN_SIZE[name]} pixels, not "
       f"{config.image_shape[:2]}; resize the images or choose cnn"
+    )
+  multiple = SEGMENTERS.get(name, 1)
+  if any(n % multiple for n in config.image_shape[:2]):
+    raise ValueError(
+      f"{name} needs images whose sides are multiples of {multiple} pixels, not "
+      f"{config.image_shape[:2]}; resize the images"
     )
   if "scales" in OPTIONS[name]:
     multiple = 2**config.scales if config.scales > 0 else 0

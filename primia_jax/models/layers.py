@@ -47,6 +47,7 @@ class Conv(nn.Module):
   padding: int = 0
   use_bias: bool = True
   weight_standardisation: bool = False
+  dilation: int = 1
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -55,7 +56,8 @@ class Conv(nn.Module):
     if self.weight_standardisation:
       mean, var = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
       kernel = (kernel - last(mean, 4)) * last(jax.lax.rsqrt(var * math.prod(shape[:3]) + 1e-5), 4)
-    x = conv(x, kernel, strides=(self.stride,) * 2, padding=((self.padding,) * 2,) * 2)
+    pads = ((self.padding,) * 2,) * 2
+    x = conv(x, kernel, strides=(self.stride,) * 2, padding=pads, dilation=(self.dilation,) * 2)
     if self.use_bias:
       x = x + last(self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32), 4)
     return x
