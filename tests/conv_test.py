@@ -251,3 +251,25 @@ def test_tied_maxima_share_the_gradient():
   gradient = jax.grad(lambda x: max_pool(x, 2, 2).sum())(jnp.ones((1, 4, 4, 1)))
   assert float(gradient.sum()) == 4.0
   assert float(gradient.min()) > 0
+
+
+@pytest.mark.parametrize("dilation", [(2, 2), (4, 4), (1, 3)])
+@pytest.mark.parametrize("batch", [2, 6])
+def test_dilated_convolution(dilation, batch):
+  """In value and in first and second gradients; on maps that are smaller than what it sees, too."""
+  x, w = normal(0, batch, 6, 7, 3), normal(1, 3, 3, 3, 4)
+
+  def theirs(x, w):
+    return lax.conv_general_dilated(
+      x, w, (1, 1), "SAME", rhs_dilation=dilation, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+  ours = lambda x, w: conv(x, w, dilation=dilation)
+  for a, b in zip(
+    jax.tree.leaves(value_and_gradients(ours, x, w)),
+    jax.tree.leaves(value_and_gradients(theirs, x, w)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
+  sites = normal(2, 3, batch, 6, 7, 3), normal(3, 3, 3, 3, 3, 4)
+  np.testing.assert_allclose(jax.vmap(ours)(*sites), jax.vmap(theirs)(*sites), rtol=1e-4, atol=1e-4)

@@ -33,6 +33,7 @@ LAYERS = {
   "mpc": {"types", "ring", "prng", "native", "durable"},
   "boundary": {"types", "prng", "sites", "secagg", "summation", "federated", "mpc"},
   "service": {"types", "durable", "mpc"},
+  "segmentation": {"types", "evaluation", "metrics"},
   "metrics": LEAF,
   "pretrained": LEAF,
   "scattering": {"types", "conv"},
@@ -58,6 +59,7 @@ LAYERS = {
 ALONE = {
   "flax": {"models"},
   "tensorflow_datasets": {"data.tfds"},
+  "nibabel": {"data.volumes"},
   "pydicom": {"data.dicom", "data.dicom_pixels", "data.dicom_frames"},
   "imagecodecs": {"data.dicom_frames"},
   "safetensors": {"pretrained"},

@@ -303,3 +303,36 @@ def test_bad_images_are_refused():
     model.apply(params, state, jnp.zeros((2, 8, 8, 3)))
   with pytest.raises(ValueError, match="must be float32, not uint8"):
     model.apply(params, state, jnp.zeros((2, 8, 8, 1), jnp.uint8))
+
+
+@pytest.mark.parametrize(("name", "count"), [("unet", 2_141_730), ("monet", 408_970)])
+def test_segmenters_give_each_pixel_a_class(name, count):
+  model = build(ModelConfig(name, 2, (16, 24, 1)))
+  params, state = jax.eval_shape(model.init, jax.random.key(0))
+  assert num_parameters(params) == count
+  x = jax.ShapeDtypeStruct((3, 16, 24, 1), jnp.float32)
+  logits, _ = jax.eval_shape(model.apply, params, state, x)
+  assert (logits.shape, logits.dtype) == ((3, 16, 24, 2), jnp.float32)
+
+
+@pytest.mark.parametrize(
+  ("name", "skips"), [("unet", ("up0_0", "up1_0", "up2_0")), ("monet", ("join0", "join1"))]
+)
+def test_each_skip_of_a_segmenter_is_used(name, skips):
+  """Where the kernel takes nothing from a skip, the output is another."""
+  config = ModelConfig(name, 2, (8, 8, 1), width=0.25, norm="none")
+  model = build(config)
+  params, _ = model.init(jax.random.key(1))
+  apply = jax.jit(lambda params: model.apply(params, {}, images(config))[0])
+  whole = apply(params)
+  for skip in skips:
+    kernel = params[f"{skip}_conv"]["kernel"]
+    without = kernel.at[:, :, : kernel.shape[2] // 2].set(0)  # the skip's channels come first
+    changed = apply(params | {f"{skip}_conv": params[f"{skip}_conv"] | {"kernel": without}})
+    assert float(jnp.abs(changed - whole).max()) > 1e-3 * float(jnp.abs(whole).max())
+
+
+def test_segmenters_refuse_sides_that_their_pools_do_not_divide():
+  with pytest.raises(ValueError, match="multiples of 8"):
+    build(ModelConfig("unet", 2, (16, 20, 1)))
+  build(ModelConfig("monet", 2, (16, 20, 1)))

@@ -34,8 +34,8 @@ class Data:
   ct_window: str = setting(
     "",
     "folder of CT images as DICOM, or msd: the Hounsfield units shown from black to white, as "
-    f"CENTRE,WIDTH such as 40,400, or {', '.join(dicom.CT_WINDOWS)}; other images are then refused. "
-    "Empty takes percentiles 1 to 99 of each grey DICOM image or volume",
+    f"CENTRE,WIDTH such as 40,400, or {', '.join(dicom.CT_WINDOWS)}; other images are then "
+    "refused. Empty takes percentiles 1 to 99 of each grey DICOM image or volume",
   )
   label_names: str = setting(
     "", "classes in order, separated by commas; empty takes what the source says"

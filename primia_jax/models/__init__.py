@@ -20,7 +20,7 @@ see `features`):
 
 And two give each pixel a class (`primia_jax.segmentation`):
 
-  unet   Ronneberger et al., arXiv 1505.04597, 1.9 M parameters
+  unet   Ronneberger et al., arXiv 1505.04597, 2.1 M parameters
   monet  dilated residual blocks after Knolle et al. 2021, 0.4 M parameters
 """
 

@@ -46,9 +46,9 @@ class ModelConfig:
       which give each pixel a class.
     num_classes: the number of logits.
     image_shape: (height, width, channels) of one image.
-    norm: "group", "batch" or "none". None takes the model's default: "group" for cnn, resnet18, unet
-      and monet; "group" for the scattering models, which then standardise their features image by
-      image and without parameters; "none" for the others.
+    norm: "group", "batch" or "none". None takes the model's default: "group" for cnn, resnet18,
+      unet and monet; "group" for the scattering models, which then standardise their features image
+      by image and without parameters; "none" for the others.
     pool: "max" or "mean" pooling between blocks. Mean pooling is free in encrypted inference.
     weight_standardisation: standardise each convolution kernel (Qiao et al., arXiv 1903.10520).
       Use it with group norm.
