@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from primia_jax.data import overlaps, partition, patient_ids, phantom, scan, sites
+from primia_jax.data import overlaps, partition, patient_ids, phantom, scan, sites, volumes
 from primia_jax.data.dataset import Dataset, in_memory, join, take
 from primia_jax.data.folder import label_indices, read_images, unlabelled
 from primia_jax.data.load import load
@@ -67,9 +67,16 @@ def source(settings: Data) -> pathlib.Path | None:
     )
   if not path.exists():
     raise FileNotFoundError(f"data={settings.data}: there is no {path}; check the path")
-  if not (path.is_file() or (path.is_dir() and kind in ("folder", "msd"))):
-    form = "a folder or a tar" if kind == "folder" else "an ordinary file"
+  fits = path.is_dir() if kind in ("folder", "msd") else path.is_file()
+  if not fits and not (kind == "folder" and path.is_file()):
+    forms = {"folder": "a folder or a tar", "msd": "a folder"}
+    form = forms.get(kind, "an ordinary file")
     raise ValueError(f"data={settings.data}: {path} is not {form}; name one")
+  if kind == "msd" and not (path / volumes.INDEX).is_file():
+    raise FileNotFoundError(
+      f"data={settings.data}: there is no {volumes.INDEX} in it; name the folder of a task, such "
+      "as Task06_Lung"
+    )
   return path.resolve()
 
 

@@ -336,7 +336,7 @@ def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
   print(f"\n{result['title']} on {result['data']}: {result['num_examples']} test images")
   for what, why in markdown.warnings(result):
     print(f"  {what}: {why}")
-  shown = {"dice": f"mean Dice of a {result['case']}"} if "case" in result else _SHOWN
+  shown = {"dice": f"mean Dice ({result['case']}s)"} if "case" in result else _SHOWN
   for name, scores in result["arms"].items():
     cells = ["{} {value:.3f} [{low:.3f}, {high:.3f}]".format(shown[k], **scores[k]) for k in shown]
     print(f"  {name:16} {'   '.join(cells)}")

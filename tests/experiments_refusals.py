@@ -53,6 +53,17 @@ extra                                       | extra | is no flag | --name=value
 --data=npz:{folder}                         | data | {folder} | name
 --data=folder:{fifo}                        | data | {fifo} | name
 --data=npz:{fifo}                           | data | {fifo} | name
+--data=msd:{missing} --model=unet --noclass_weights | data | {missing} | check
+--data=msd:{file} --model=unet --noclass_weights | data | {file} | name
+--data=msd:{folder} --model=unet --noclass_weights | dataset.json | {folder} | Task06_Lung
+--data=msd:{folder} --slices=some           | slices | some | labelled
+--slices=labelled                           | slices | labelled | leave
+--data=msd:{folder} --patient_column=a      | patient_column | a | leave
+--data=npz:{file} --model=unet              | class_weights | True | --noclass_weights
+--data=npz:{file} --model=monet --noclass_weights --mixup=0.2 | mixup | 0.2 | leave
+--data=npz:{file} --model=unet --noclass_weights --image_size=36 | image_size | 36 | multiples of 8
+--data=msd:{folder}                         | model | cnn | unet
+--model=unet --noclass_weights              | model | unet | npz:PATH
 --data=tfds:no_such_set                     | no_such_set | data_dir | prepare
 --data=npz:{file} --patient_pattern=(a)     | patient_pattern | (a) | patient_column
 --patient_column=a                          | patient_column | a | leave

@@ -2,21 +2,23 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from absl import flags
 from experiments_runs import TINY
 from PIL import Image
 from segmentation_test import scenes
 
-from experiments import evaluate, model_files, running, settings
+from experiments import model_files, running, settings
 from experiments.audits import auditing
 from primia_jax.data.load import load
 
 SMALL = settings.replace(
-  TINY, rounds=2, num_sites=2, secagg_colluding=0, model="unet", width=0.25, norm="none",
-  image_size=8, class_weights=False, augment="light",
+  TINY,
+  data="npz:a.npz", rounds=2, num_sites=2, secagg_colluding=0, model="unet", width=0.25,
+  norm="none", image_size=8, class_weights=False, augment="light",
 )  # fmt: skip
 
 
@@ -58,18 +60,13 @@ def test_a_run_learns_masks_and_reports_dice_of_each_case(run):
   assert {"val_mcc", "val_loss"} <= set(lines[0])
 
 
-def test_evaluate_saves_masks_and_draws_patients_only_when_asked(run, tmp_path, monkeypatch):
+def test_evaluate_saves_masks_and_draws_patients_only_when_asked(run, tmp_path):
   folder, result = run
-  say = lambda **given: [f"--{k}={v}" for k, v in given.items()]
-  values = flags.FLAGS
-  saved = flags.FLAGS._flags().copy()
-  try:
-    values.unparse_flags()
-    values(["evaluate", *say(run_dir=folder, output_dir=tmp_path / "out", overlays=3)])
-    evaluate.main()
-  finally:
-    values.unparse_flags()
-    flags.FLAGS._flags().update(saved)
+  given = (f"--run_dir={folder}", f"--output_dir={tmp_path / 'out'}", "--overlays=3")
+  command = [sys.executable, "-m", "experiments.evaluate", *given]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert "mean Dice (images)" in done.stdout
   found = np.load(tmp_path / "out" / "masks.npz")["masks"]
   assert found.shape == (16, 8, 8)
   scored = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -96,6 +93,8 @@ def test_other_programs_refuse_a_model_of_masks(run, tmp_path):
     ({"data": "npz:a.npz", "slices": "labelled"}, "slices='labelled' belongs to msd"),
     ({"data": "msd:a", "slices": "some"}, "slices='some'"),
     ({"data": "msd:a", "patient_column": "x"}, "one patient"),
+    ({"data": "phantom"}, "model=unet learns masks, which data=phantom has not"),
+    ({"data": "msd:a", "model": "cnn", "norm": ""}, "model=cnn classifies images"),
   ],
 )
 def test_settings_that_do_not_go_with_masks(change, told):
@@ -109,9 +108,12 @@ def test_model_and_images_must_have_one_task(tmp_path):
   )
   with pytest.raises(ValueError, match=r"model=cnn classifies images, and a.npz has masks; use"):
     running.run(masks, running.open_run(masks, str(tmp_path / "a")), federated=True)
-  phantom = settings.replace(SMALL, image_size=16)
+  classes = write(tmp_path / "b.npz", kind="labels")
+  arrays = dict(np.load(classes))
+  np.savez(classes, **{k: v[:, 0, 0] if "labels" in k else v for k, v in arrays.items()})
+  plain = settings.replace(SMALL, data=f"npz:{classes}")
   with pytest.raises(ValueError, match=r"model=unet gives each pixel a class, and .* no masks"):
-    running.run(phantom, running.open_run(phantom, str(tmp_path / "b")), federated=True)
+    running.run(plain, running.open_run(plain, str(tmp_path / "b")), federated=True)
 
 
 def test_npz_masks_are_resized_to_the_nearest_class_and_checked(tmp_path):

@@ -70,8 +70,7 @@ class Train:
         f"with dp={p.dp} and validation={p.validation}; use patience=0, or validation=exact, which "
         "releases them uncharged"
       )
-    if self.model.model in models.SEGMENTERS:
-      self._check_segmentation()
+    self._check_task()
     if p.dp != "none":
       self._check_privacy()
 
@@ -144,8 +143,21 @@ class Train:
         "meaning; leave them out"
       )
 
-  def _check_segmentation(self) -> None:
+  def _check_task(self) -> None:
     t, name = self.training, self.model.model
+    kinds = {source.partition(":")[0] for source in self.data.sources or (self.data.data,)}
+    if name not in models.SEGMENTERS:
+      if "msd" in kinds:
+        raise ValueError(
+          f"model={name} classifies images, and msd:PATH has masks; use "
+          f"--model={' or '.join(models.SEGMENTERS)}"
+        )
+      return
+    if kinds - {"npz", "msd"}:
+      raise ValueError(
+        f"model={name} learns masks, which data={self.data.site_data or self.data.data} has not; "
+        "use npz:PATH with train_masks, or msd:PATH"
+      )
     if t.class_weights:
       raise ValueError(
         f"class_weights=True weighs images by class, and {name} learns masks, whose Dice loss "

@@ -21,6 +21,7 @@ from primia_jax.data import decode
 from primia_jax.data.dataset import Dataset, largest_class
 
 SLICES = ("all", "labelled")
+INDEX = "dataset.json"
 _BROKEN = (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error)
 
 
@@ -103,7 +104,7 @@ def read_msd(
 
 def _index(folder: pathlib.Path) -> tuple[list[str], list[tuple[pathlib.Path, pathlib.Path]]]:
   """Names of the classes and pairs of files, as dataset.json has them."""
-  path = folder / "dataset.json"
+  path = folder / INDEX
   if not path.is_file():
     raise FileNotFoundError(f"there is no {path}; name the folder of a task, such as Task06_Lung")
   try:
