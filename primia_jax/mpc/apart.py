@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from primia_jax.mpc import encoding, pricing, protocol, segments
+from primia_jax.mpc import checks, encoding, pricing, protocol, replay, segments
+from primia_jax.mpc.checks import Crossed, Rounds
+from primia_jax.mpc.circuit import CHECKED
 from primia_jax.mpc.messages import NAMES, Side
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.segments import Segment
@@ -49,7 +51,7 @@ def sizes(plan: Plan) -> tuple[int, ...]:
   Their number is that of the rounds. It can be lower than in the plan's own table, whose openings
   follow each other: here those that do not wait for each other share a message.
   """
-  return _sizes(_traced(plan))
+  return _sizes(plan, _traced(plan)[0])
 
 
 def online(plan: Plan, party: int) -> Online:
@@ -59,17 +61,18 @@ def online(plan: Plan, party: int) -> Online:
     plan: the plan.
     party: MODEL_OWNER or DATA_OWNER.
 
-  Raises:
-    ValueError: the plan has arguments given as shares, which no role holds.
+  Where the client is "checked", the model owner's part raises `checks.Deviated` before it sends
+  its shares of the outputs, unless all openings carry the dealer's tags.
   """
   circuit, config = plan.circuit, plan.config
-  traced = _traced(plan)
+  traced, kinds = _traced(plan)
   with config.scope():
     parts, outputs = segments.cut(traced, party)
+  checking = checks.compiled(plan, traced, kinds) if config.client == CHECKED else None
   numbers = iter(range(len(traced.in_avals)))
   inputs = _inputs(plan)
   numbered = jax.tree.map(lambda _: next(numbers), inputs)
-  own = [i for i, o in enumerate(circuit.operands) if o.owner == party]
+  own = [i for i, o in enumerate(circuit.operands) if o.owner in (party, None)]
   of_own = lambda tree: jax.tree.leaves((tree[0], {i: tree[1][i] for i in own}))
   mine, shapes = of_own(numbered), [(a.shape, a.dtype) for a in of_own(inputs)]
   foreign = set(jax.tree.leaves(numbered)) - set(mine)
@@ -81,9 +84,14 @@ def online(plan: Plan, party: int) -> Online:
     leaves = of_own((side.ready, side.operands))
     if [(v.shape, v.dtype) for v in leaves] != shapes:
       raise ValueError("this side was prepared for another plan; give all roles the same plan")
-    return _party(plan, party, parts, outputs, dict(zip(mine, leaves, strict=True)))
+    env = dict(zip(mine, leaves, strict=True))
+    if checking is None:
+      return _ending(plan, party, _rounds(plan, parts, outputs, env))
+    if side.tags is None:
+      raise ValueError("this side has no tags; prepare it for a plan whose client is checked")
+    return _ending(plan, party, checking(party, side.tags, _rounds(plan, parts, outputs, env)))
 
-  return Online(_sizes(traced), start)
+  return Online(_sizes(plan, traced), start)
 
 
 def _inputs(plan: Plan) -> tuple[protocol.Ready, protocol.Operands]:
@@ -93,31 +101,45 @@ def _inputs(plan: Plan) -> tuple[protocol.Ready, protocol.Operands]:
     return pricing.ready_shapes(plan.circuit), jax.eval_shape(blanks)
 
 
-def _traced(plan: Plan) -> core.ClosedJaxpr:
-  if None in plan.owners:
-    raise ValueError('the plan has arguments of the owner "shared", which no role holds')
-  run = lambda ready, operands: protocol.run(plan.circuit, Wire(swap=True), ready, operands)
+def _traced(plan: Plan) -> tuple[core.ClosedJaxpr, Sequence[str]]:
+  """One party's protocol, and the kind of each opening where they are checked."""
+  noting = replay.noting(plan.config.num_bits) if plan.config.client == CHECKED else None
+  wire = noting or Wire(swap=True)
+  run = lambda ready, operands: protocol.run(plan.circuit, wire, ready, operands)
   with plan.config.scope():
-    return jax.make_jaxpr(run, axis_env=[(PARTY, 2)])(*_inputs(plan))
+    traced = jax.make_jaxpr(run, axis_env=[(PARTY, 2)])(*_inputs(plan))
+  return traced, noting.kinds if noting else ()
 
 
-def _sizes(traced: core.ClosedJaxpr) -> tuple[int, ...]:
-  return (*segments.sizes(traced), segments.num_bytes(traced.out_avals))
+def _sizes(plan: Plan, traced: core.ClosedJaxpr) -> tuple[int, ...]:
+  check = checks.SIZES if plan.config.client == CHECKED else ()
+  return (*segments.sizes(traced), *check, segments.num_bytes(traced.out_avals))
 
 
-def _party(
-  plan: Plan, party: int, parts: Sequence[Segment], outputs: Sequence[int], env: dict[int, Any]
-) -> Party:
+def _rounds(
+  plan: Plan, parts: Sequence[Segment], outputs: Sequence[int], env: dict[int, Any]
+) -> Rounds:
+  """The openings, and then this party's shares of the outputs and, to be checked, what crossed."""
+  keeps = plan.config.client == CHECKED
+  crossed: Crossed = []
   for part in parts:
     with plan.config.scope():
       made = part.run(*(env[i] for i in part.reads))
     env |= zip(part.makes, made, strict=True)
     if part.sends:
-      message = yield _packed([env[i] for i in part.sends])
-      env |= zip(part.receives, _unpacked(message, part.avals), strict=True)
+      own = [env[i] for i in part.sends]
+      theirs = _unpacked((yield _packed(own)), part.avals)
+      env |= zip(part.receives, theirs, strict=True)
+      if keeps:
+        crossed.append((own, theirs))
     for i in part.drops:
       del env[i]
-  shares = [env[i] for i in outputs]
+  return [env[i] for i in outputs], crossed
+
+
+def _ending(plan: Plan, party: int, rounds: Rounds) -> Party:
+  """The openings, and the model owner's shares of the outputs to the data owner."""
+  shares, _ = yield from rounds
   if party == MODEL_OWNER:
     yield _packed(shares)
     return None

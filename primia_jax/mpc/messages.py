@@ -102,9 +102,11 @@ class Side(NamedTuple):
     inference: which one.
     ready: its correlations, prepared.
     operands: its own values, encoded.
+    tags: what its openings are checked by, or what it shows for that; None where nothing is checked.
   """
 
   party: int
   inference: str
   ready: Ready
   operands: Operands
+  tags: Any = None

@@ -36,7 +36,7 @@ import functools
 import hashlib
 import hmac
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import prng
-from primia_jax.mpc import inference, protocol
+from primia_jax.mpc import inference, protocol, tags
+from primia_jax.mpc.circuit import CHECKED
 from primia_jax.mpc.messages import (
   NAMES,
   Blind,
@@ -76,6 +77,7 @@ class Dealer:
       blinds = protocol.blinds(circuit, _bound(key, self._publication), MODEL_OWNER)
       self._blinds = jax.block_until_ready(protocol.full(circuit, blinds))
     self._deal = plan.compiled("deal", functools.partial(protocol.deal, circuit))
+    self._tag = plan.compiled("tag", functools.partial(tags.deal, circuit))
 
   def blind(self) -> Blind:
     """The key of B for the model owner, which takes it once; the data owner must not have it."""
@@ -87,11 +89,15 @@ class Dealer:
     with self.plan.config.scope():
       fresh = protocol.full(circuit, protocol.blinds(circuit, own, DATA_OWNER))
       dealt = self._deal(key, self._blinds | fresh)
+    second = protocol.part(dealt, DATA_OWNER)
+    if _checking(self.plan):
+      with jax.enable_x64(True):
+        second = second._replace(tags=self._tag(dealt))
     new = functools.partial(Correlations, publication=self._publication)
     number = os.urandom(16).hex()
     return (
       new(MODEL_OWNER, inference=number, secret=protocol.part(dealt, MODEL_OWNER)),
-      new(DATA_OWNER, inference=number, secret=(protocol.part(dealt, DATA_OWNER), own)),
+      new(DATA_OWNER, inference=number, secret=(second, own)),
     )
 
 
@@ -119,8 +125,9 @@ class ModelOwner:
     self.plan, self._operands = plan, encode(_leaves(plan, MODEL_OWNER, weights))
     self._own = {i: self._operands[i] for i in circuit.linear_operands(MODEL_OWNER)}
     self.tag = _tag(plan, self._operands, os.urandom(32) if secret is None else secret)
-    self._publications: set[str] = set()
+    self._publications: dict[str, Operands | None] = {}
     self._prepare, self._complete = _preparing(plan, MODEL_OWNER)
+    self._keep = plan.compiled("keep", functools.partial(tags.keep, circuit))
 
   def publish(self, blind: Blind) -> Publication:
     """D = W - B, for the data owner.
@@ -136,19 +143,26 @@ class ModelOwner:
     with self.plan.config.scope():
       blinds = protocol.blinds(self.plan.circuit, key, MODEL_OWNER)
       arrays = protocol.publish(self._own, blinds)
-    self._publications.add(publication)
+    self._publications[publication] = arrays if _checking(self.plan) else None
     return Publication(publication, arrays)
 
-  def resume(self, publication: str) -> None:
+  def resume(self, published: str | Publication) -> None:
     """Serves a publication of an earlier process, which had the same weights and secret.
 
+    Args:
+      published: its name; the whole of it where the client is "checked".
+
     Raises:
-      ValueError: it is of another plan, or of other weights.
+      ValueError: it is of another plan, or of other weights, or only a name where more is needed.
     """
+    publication = published if isinstance(published, str) else published.publication
+    arrays = None if isinstance(published, str) else published.arrays
     _check_plan(publication, self.plan)
+    if _checking(self.plan) and arrays is None:
+      raise ValueError(f"client={CHECKED!r} needs the whole publication to resume, not its name")
     if publication.split("-")[1] != self.tag:
       raise ValueError("this publication is of other weights, or of another secret; publish anew")
-    self._publications.add(publication)
+    self._publications[publication] = arrays if _checking(self.plan) else None
 
   def prepare(self, correlations: Correlations) -> Prepared:
     """Its part of the work that needs no image; it communicates with nobody.
@@ -157,9 +171,14 @@ class ModelOwner:
       ValueError: the correlations are another party's, another publication's, or used.
     """
     _check_publication(_typed(correlations, Correlations), self.plan, self._publications)
+    part, keys = correlations.take(MODEL_OWNER), None
     with self.plan.config.scope():
-      ready = self._prepare(correlations.take(MODEL_OWNER), self._own, {})
-    return Prepared(MODEL_OWNER, correlations.publication, correlations.inference, ready)
+      ready = self._prepare(part, self._own, {})
+    if _checking(self.plan):
+      with jax.enable_x64(True):
+        keys = self._keep(part, self._publications[correlations.publication])
+    secret = ready, keys
+    return Prepared(MODEL_OWNER, correlations.publication, correlations.inference, secret)
 
   def answer(self, prepared: Prepared, question: Question) -> Side:
     """Its side of the online phase.
@@ -171,11 +190,11 @@ class ModelOwner:
       raise ValueError(
         "question and prepared belong to different inferences; pair those of one deal"
       )
-    ready = prepared.take(MODEL_OWNER)
+    ready, keys = prepared.take(MODEL_OWNER)
     if question.arrays:
       with self.plan.config.scope():
         ready = self._complete(ready, {}, protocol.full(self.plan.circuit, question.arrays))
-    return Side(MODEL_OWNER, prepared.inference, ready, self._operands)
+    return Side(MODEL_OWNER, prepared.inference, ready, self._operands, keys)
 
 
 class DataOwner:
@@ -195,6 +214,8 @@ class DataOwner:
     _check_plan(self._publication, plan)
     with plan.config.scope():
       self._published = jax.block_until_ready(protocol.full(circuit, publication.arrays))
+    self._arrays = publication.arrays if _checking(plan) else None
+    self._hold = plan.compiled("hold", functools.partial(tags.hold, circuit))
     self._encode = inference.owner_encoder(plan, DATA_OWNER)
     self._prepare, self._complete = _preparing(plan, DATA_OWNER)
 
@@ -203,7 +224,14 @@ class DataOwner:
     _check_publication(_typed(correlations, Correlations), self.plan, {self._publication})
     part, key = correlations.take(DATA_OWNER)
     with self.plan.config.scope():
-      secret = self._prepare(part, {}, self._published), key
+      secret = self._prepare(part._replace(tags=None), {}, self._published), key
+    holding = None
+    if _checking(self.plan):
+      if part.tags is None:
+        raise ValueError("these correlations have no tags; have the dealer deal for this plan")
+      with jax.enable_x64(True):
+        holding = self._hold(part._replace(tags=None), tags.Tagged(*part.tags), self._arrays)
+    secret = (*secret, holding)
     return Prepared(DATA_OWNER, correlations.publication, correlations.inference, secret)
 
   def ask(self, prepared: Prepared, *images: PyTree) -> tuple[Side, Question]:
@@ -218,14 +246,14 @@ class DataOwner:
         is the model owner's or was used.
     """
     operands = self._encode(_leaves(self.plan, DATA_OWNER, images))
-    ready, key = _typed(prepared, Prepared).take(DATA_OWNER)
+    ready, key, holding = _typed(prepared, Prepared).take(DATA_OWNER)
     circuit, sent = self.plan.circuit, Operands()
     own = {i: operands[i] for i in circuit.linear_operands(DATA_OWNER)}
     if own:
       with self.plan.config.scope():
         sent = protocol.publish(own, protocol.blinds(circuit, key, DATA_OWNER))
         ready = self._complete(ready, own, {})
-    side = Side(DATA_OWNER, prepared.inference, ready, operands)
+    side = Side(DATA_OWNER, prepared.inference, ready, operands, holding)
     return side, Question(prepared.inference, sent)
 
   def reveal(self, shares: Sequence[Array]) -> PyTree:
@@ -309,6 +337,10 @@ def _checked(plan: Plan) -> Plan:
   return plan
 
 
+def _checking(plan: Plan) -> bool:
+  return plan.config.client == CHECKED
+
+
 def _preparing(plan: Plan, party: int) -> tuple[Callable, Callable]:
   """A party's work before the image exists, and its end, compiled."""
   prepare = functools.partial(protocol.prepare, plan.circuit, party)
@@ -375,7 +407,7 @@ def _check_plan(publication: str, plan: Plan) -> None:
     raise ValueError("this message was made for another plan; give all roles the same plan")
 
 
-def _check_publication(correlations: Correlations, plan: Plan, known: set[str]) -> None:
+def _check_publication(correlations: Correlations, plan: Plan, known: Collection[str]) -> None:
   _check_plan(correlations.publication, plan)
   if correlations.publication not in known:
     raise ValueError(
