@@ -1,5 +1,7 @@
 """A data owner that deviates extracts a model from the semi-honest protocol."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from mpc_reference import normal
 
 from primia_jax import mpc
 from primia_jax.attacks import extraction
-from primia_jax.mpc import apart
+from primia_jax.mpc import apart, checks, tags
 from primia_jax.mpc.circuit import Apply
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 
@@ -96,3 +98,26 @@ def test_the_same_queries_of_an_honest_data_owner_do_not(world):
 def test_a_shift_must_fit_its_message(world):
   with pytest.raises(ValueError, match="a shift of 4000 bytes"):
     world.ask(IMAGES[0], {0: np.zeros(1000, np.uint32)})
+
+
+@pytest.fixture(scope="module")
+def checked():
+  return World(dataclasses.replace(CONFIG, client="checked"))
+
+
+CLAMP = 3  # rounds before that of the image's masked wire
+
+
+def test_tags_stop_the_attack_at_its_first_query(checked):
+  np.testing.assert_array_equal(checked.ask(IMAGES[0]), mpc.check(checked.plan, (W, IMAGES[0])))
+  with pytest.raises(checks.Deviated):
+    extraction.by_shifts(checked.shifted_relus(CLAMP + 1), D, H, 8.0)
+
+
+def test_without_the_check_it_succeeds_again(checked, monkeypatch):
+  for name in ("check", "check_bits"):
+    monkeypatch.setattr(tags, name, lambda *args: True)
+  shift = 2**checked.relu.range_bits * checked.unit / 4
+  found = extraction.by_shifts(checked.shifted_relus(CLAMP + 1), D, H, shift)
+  for name, value in W.items():
+    np.testing.assert_allclose(getattr(found, name), value, atol=0.02, err_msg=name)

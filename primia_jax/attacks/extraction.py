@@ -172,7 +172,7 @@ def agreement(one: Array, other: Array) -> Agreement:
 
 
 def shifted(party: Party, shifts: Mapping[int, np.ndarray]) -> Party:
-  """A party that falsifies what it opens, and computes on as if the false values were the true ones.
+  """A party that falsifies what it opens, and computes on as if the values were the true ones.
 
   Args:
     party: its honest part of one inference, from `mpc.apart`.

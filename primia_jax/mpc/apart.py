@@ -70,11 +70,11 @@ def online(plan: Plan, party: int) -> Online:
     parts, outputs = segments.cut(traced, party)
   checking = checks.compiled(plan, traced, kinds) if config.client == CHECKED else None
   numbers = iter(range(len(traced.in_avals)))
-  inputs = _inputs(plan)
-  numbered = jax.tree.map(lambda _: next(numbers), inputs)
+  given = inputs(plan)
+  numbered = jax.tree.map(lambda _: next(numbers), given)
   own = [i for i, o in enumerate(circuit.operands) if o.owner in (party, None)]
   of_own = lambda tree: jax.tree.leaves((tree[0], {i: tree[1][i] for i in own}))
-  mine, shapes = of_own(numbered), [(a.shape, a.dtype) for a in of_own(inputs)]
+  mine, shapes = of_own(numbered), [(a.shape, a.dtype) for a in of_own(given)]
   foreign = set(jax.tree.leaves(numbered)) - set(mine)
   assert not any(foreign & set(part.reads) for part in parts), "it reads the other party's values"
 
@@ -94,7 +94,7 @@ def online(plan: Plan, party: int) -> Online:
   return Online(_sizes(plan, traced), start)
 
 
-def _inputs(plan: Plan) -> tuple[protocol.Ready, protocol.Operands]:
+def inputs(plan: Plan) -> tuple[protocol.Ready, protocol.Operands]:
   """Shapes of what `protocol.run` reads."""
   blanks = lambda: {i: encoding.blank(o, plan.config) for i, o in enumerate(plan.circuit.operands)}
   with plan.config.scope():
@@ -107,7 +107,7 @@ def _traced(plan: Plan) -> tuple[core.ClosedJaxpr, Sequence[str]]:
   wire = noting or Wire(swap=True)
   run = lambda ready, operands: protocol.run(plan.circuit, wire, ready, operands)
   with plan.config.scope():
-    traced = jax.make_jaxpr(run, axis_env=[(PARTY, 2)])(*_inputs(plan))
+    traced = jax.make_jaxpr(run, axis_env=[(PARTY, 2)])(*inputs(plan))
   return traced, noting.kinds if noting else ()
 
 

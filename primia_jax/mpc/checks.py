@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.extend import core
 
@@ -61,16 +60,16 @@ def compiled(
     values = opened(crossed)
     words = program.bits(holding.tags.bits, values)
     challenge = yield tags.digest_bits(words)
-    lifted, tagged = (
-      program.elements(v.elements, values) for v in (holding.shares, holding.tags)
-    )
+    lifted, tagged = (program.elements(v.elements, values) for v in (holding.shares, holding.tags))
     yield tags.respond(bytes(challenge), bits, lifted, tagged)
     return shares, crossed
 
   def verified(keys: tags.Keys, rounds: Rounds) -> Rounds:
     shares, crossed = yield from rounds
     values, theirs = opened(crossed), ordered(crossed, 1)
-    sent = {what: [v for k, v in zip(kinds, theirs, strict=True) if k == what] for what in (ELEMENT, WORD)}
+    sent = {
+      what: [v for k, v in zip(kinds, theirs, strict=True) if k == what] for what in (ELEMENT, WORD)
+    }
     challenge = os.urandom(tags.CHALLENGE_BYTES)
     digest = yield challenge
     response = yield bytes(tags.RESPONSE_BYTES)

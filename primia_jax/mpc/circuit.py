@@ -187,8 +187,8 @@ class Operand(NamedTuple):
     value: (the owner's values) -> float array.
     scale: the real number that one unit stands for.
     shape: of the array.
-    bits: of a linear layer's operand or a clamped argument, with the sign; None for another argument
-      or an offset, which may fill the ring.
+    bits: of a linear layer's operand or a clamped argument, with the sign; None for another
+      argument or an offset, which may fill the ring.
     map: the bilinear map of the linear layer; None for an argument or an offset.
     layer: the layer that uses it.
   """

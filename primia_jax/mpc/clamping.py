@@ -51,8 +51,8 @@ def clamped(circuit: Circuit) -> Circuit:
   if loose or offsets or len(inputs) > 1:
     where = [v.layer for v in (*loose, *offsets, *inputs[1:])]
     raise ValueError(
-      f"{', '.join(where)}: the image enters the model in more than one place, so a data owner that "
-      f"need not be trusted could put in different ones; use client={TRUSTED!r}"
+      f"{', '.join(where)}: the image enters the model in more than one place, so a data owner "
+      f"that need not be trusted could put in different ones; use client={TRUSTED!r}"
     )
   count = 1 + max(op.out for op in circuit.operations)
   operations: list[Operation] = []

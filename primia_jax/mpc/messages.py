@@ -102,7 +102,7 @@ class Side(NamedTuple):
     inference: which one.
     ready: its correlations, prepared.
     operands: its own values, encoded.
-    tags: what its openings are checked by, or what it shows for that; None where nothing is checked.
+    tags: what it checks openings by, or shows for its own; None where nothing is checked.
   """
 
   party: int

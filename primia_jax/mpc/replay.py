@@ -18,7 +18,6 @@ from primia_jax.mpc import encoding, protocol, segments, tags
 from primia_jax.mpc.circuit import Circuit
 from primia_jax.mpc.gates.elementwise import IMAGE
 from primia_jax.mpc.sharing import DATA_OWNER, PARTY, Wire
-from primia_jax.mpc.tags import Tagged
 from primia_jax.types import Array
 
 ELEMENT, WORD, FREE = "element", "word", "free"  # what an opening opens; FREE: a secret input

@@ -19,8 +19,8 @@ the tags, which are uniform and independent of alpha and Delta, since each beta 
 `respond` and `check` verify all openings of an inference at once, before party 0 sends its shares
 of the outputs:
 
-1. Party 1 sends SHA-256 of the tags of all its bits; party 0 can compute the same from the bits that
-   it received.
+1. Party 1 sends SHA-256 of the tags of all its bits; party 0 can compute the same from the bits
+   that it received.
 2. Party 0 draws 40 random subsets of the ring elements that party 1 has sent; their challenge was
    not known to party 1 before.
 3. For each subset party 1 sends the sum of the elements' bits above the k-th, and SHA-256 of the
@@ -151,9 +151,7 @@ def times(delta: Array, words: Array) -> Array:
 
 def expand_keys(circuit: Circuit, seed: Array) -> Keys:
   """alpha, Delta, and all beta and kappa, from party 0's seed."""
-  alpha, delta = prng.bits(
-    prng.derive(seed, _SECRETS), jnp.zeros(3, jnp.uint32), (2,), jnp.uint32
-  )
+  alpha, delta = prng.bits(prng.derive(seed, _SECRETS), jnp.zeros(3, jnp.uint32), (2,), jnp.uint32)
   fresh = lambda i, j, shape, dtype: dealing.uniform(seed, i, _KEYS + j, shape, dtype)
   elements, bits = {}, {}
   for i in range(len(circuit.operations)):
@@ -187,7 +185,9 @@ def hold(circuit: Circuit, part: Part, tags: Tagged, published: Operands) -> Hol
   """Party 1's work on its tags before the image exists."""
   prepared = functools.partial(prepare, circuit, published=published)
   shares = lifted(circuit, part)
-  return Holding(Tagged(prepared(shares.elements), {}), tags._replace(elements=prepared(tags.elements)))
+  return Holding(
+    Tagged(prepared(shares.elements), {}), tags._replace(elements=prepared(tags.elements))
+  )
 
 
 def keep(circuit: Circuit, part: Part, published: Operands) -> Keys:
@@ -206,7 +206,9 @@ def prepare(circuit: Circuit, elements: dict, published: Operands) -> dict:
     published: D of the model owner, as published.
   """
   circuit = wide(circuit)
-  full = protocol.full(circuit, {i: jnp.asarray(d).astype(jnp.uint64) for i, d in published.items()})
+  full = protocol.full(
+    circuit, {i: jnp.asarray(d).astype(jnp.uint64) for i, d in published.items()}
+  )
   each = lambda masks, shapes, seed, number: dict(elements[number])
   return protocol.prepare(circuit, 1, Part(None, {}, {}), {}, full, each)  # type: ignore[arg-type]
 

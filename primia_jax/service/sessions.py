@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from primia_jax.mpc.apart import Online
+from primia_jax.mpc.checks import Deviated
 from primia_jax.mpc.messages import Correlations, Prepared, Question
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner, ModelOwner
@@ -103,7 +104,11 @@ def serve(
     for i, size in enumerate(online.sizes[:-1]):
       place = Place(frames.ROUND, session, i)
       yield frames.encode(place, payload)
-      payload = party.send(frames.decode(_some(receive()), place, size))
+      message = frames.decode(_some(receive()), place, size)
+      try:
+        payload = party.send(message)
+      except Deviated as error:
+        raise Refused(str(error)) from error
     yield frames.encode(Place(frames.OUTPUT, session), payload)
 
 

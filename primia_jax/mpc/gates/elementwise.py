@@ -46,8 +46,8 @@ class Gate(NamedTuple):
 
   Attributes:
     action: "relu": max(z, 0) >> shift; "truncate": z >> shift; "sign": 1 where z >= 0, else 0;
-      "clamp": the number in [-2^(shift - 1), 2^(shift - 1)) that equals z modulo 2^shift, so z itself
-      where z is in that range.
+      "clamp": the number in [-2^(shift - 1), 2^(shift - 1)) that equals z modulo 2^shift, so z
+      itself where z is in that range.
     num: elements.
     num_bits: k of the ring.
     range_bits: K; |z| + `slack` must stay below 2^K.

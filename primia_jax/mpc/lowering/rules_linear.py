@@ -184,7 +184,9 @@ def public_product(low: Lowering, x: Value, weight: Any, mapping: Map, order: An
   def fn(v: Array) -> Array:
     bits = 64 if v.dtype == np.uint64 else config.num_bits
     whole = jnp.asarray(integers.astype(v.dtype))
-    return products.multiply(mapping, v, products.split(mapping, whole, config.weight_bits, bits), bits)
+    return products.multiply(
+      mapping, v, products.split(mapping, whole, config.weight_bits, bits), bits
+    )
 
   out = low.build.local(fn, x, max_abs=x.max_abs * largest if largest else 0.0)
   out = out._replace(scale=out.scale * unit)
