@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from primia_jax.mpc import checks, encoding, pricing, protocol, replay, segments
+from primia_jax.mpc import checks, encoding, inference, pricing, protocol, replay, segments
 from primia_jax.mpc.checks import Crossed, Rounds
-from primia_jax.mpc.circuit import CHECKED
+from primia_jax.mpc.circuit import CHECKED, SHARING
 from primia_jax.mpc.messages import NAMES, Side
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.segments import Segment
@@ -28,7 +28,7 @@ from primia_jax.types import Array
 
 # Yields what this party sends (b"" where it only receives), and is sent what the other party sent
 # (b"" where that one only receives). It returns the outputs' shares, [2, ...] each, at the data
-# owner, and None at the model owner.
+# owner, and None at the model owner. Where the client is "sharing", both parties return their own.
 Party = Generator[bytes, bytes | memoryview, list[Array] | None]
 
 
@@ -37,7 +37,7 @@ class Online(NamedTuple):
 
   Attributes:
     sizes: bytes of each message, the same in both directions, but for the last one, which goes from
-      the model owner to the data owner only.
+      the model owner to the data owner only; where the client is "sharing" there is none.
     start: this party's side -> its part of one inference.
   """
 
@@ -57,12 +57,15 @@ def sizes(plan: Plan) -> tuple[int, ...]:
 def online(plan: Plan, party: int) -> Online:
   """Traces, cuts and compiles one party's online phase, for many inferences.
 
-  Args:
-    plan: the plan.
-    party: MODEL_OWNER or DATA_OWNER.
-
   Where the client is "checked", the model owner's part raises `checks.Deviated` before it sends
   its shares of the outputs, unless all openings carry the dealer's tags.
+
+  Args:
+    plan: the plan.
+    party: MODEL_OWNER or DATA_OWNER; where the client is "sharing", the helper is the latter.
+
+  Raises:
+    ValueError: the plan has arguments given as shares, and its client is not "sharing".
   """
   circuit, config = plan.circuit, plan.config
   traced, kinds = _traced(plan)
@@ -103,6 +106,7 @@ def inputs(plan: Plan) -> tuple[protocol.Ready, protocol.Operands]:
 
 def _traced(plan: Plan) -> tuple[core.ClosedJaxpr, Sequence[str]]:
   """One party's protocol, and the kind of each opening where they are checked."""
+  inference.check_owners(plan)
   noting = replay.noting(plan.config.num_bits) if plan.config.client == CHECKED else None
   wire = noting or Wire(swap=True)
   run = lambda ready, operands: protocol.run(plan.circuit, wire, ready, operands)
@@ -113,7 +117,8 @@ def _traced(plan: Plan) -> tuple[core.ClosedJaxpr, Sequence[str]]:
 
 def _sizes(plan: Plan, traced: core.ClosedJaxpr) -> tuple[int, ...]:
   check = checks.SIZES if plan.config.client == CHECKED else ()
-  return (*segments.sizes(traced), *check, segments.num_bytes(traced.out_avals))
+  last = () if plan.config.client == SHARING else (segments.num_bytes(traced.out_avals),)
+  return (*segments.sizes(traced), *check, *last)
 
 
 def _rounds(
@@ -138,8 +143,10 @@ def _rounds(
 
 
 def _ending(plan: Plan, party: int, rounds: Rounds) -> Party:
-  """The openings, and the model owner's shares of the outputs to the data owner."""
+  """The openings; then the model owner's shares of the outputs to the data owner, if it is one."""
   shares, _ = yield from rounds
+  if plan.config.client == SHARING:
+    return shares
   if party == MODEL_OWNER:
     yield _packed(shares)
     return None
@@ -149,17 +156,17 @@ def _ending(plan: Plan, party: int, rounds: Rounds) -> Party:
 
 
 def simulate(model_owner: Party, data_owner: Party) -> list[Array]:
-  """Both parties in one process, message by message; returns what the data owner's part does."""
-  first, second = next(model_owner), next(data_owner)
+  """Both parties in one process, message by message: the outputs' shares, [2, ...] each."""
+  first, second, shares = next(model_owner), next(data_owner), None
   while True:
     try:
       following = model_owner.send(second)
-    except StopIteration:
-      following = b""
+    except StopIteration as end:
+      following, shares = b"", end.value
     try:
       second = data_owner.send(first)
     except StopIteration as end:
-      return end.value
+      return end.value if shares is None else inference.stack(shares, end.value)
     first = following
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from primia_jax.mpc.circuit import TRUSTED, Apply, Circuit, Config, Input, Offset, Operation
+from primia_jax.mpc.circuit import TRUSTED, Apply, Circuit, Config, Input, Operation
 from primia_jax.mpc.gates.elementwise import CLAMP, COMPARISONS, Gate, check
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 
@@ -45,28 +45,26 @@ def clamped(circuit: Circuit) -> Circuit:
   config = circuit.config
   if config.client == TRUSTED:
     return circuit
-  loose = [o for o in circuit.operands if o.owner == DATA_OWNER and o.map is not None]
-  offsets = [o for o in circuit.operations if isinstance(o, Offset) and o.owner == DATA_OWNER]
-  inputs = [o for o in circuit.operations if isinstance(o, Input) and o.owner == DATA_OWNER]
-  if loose or offsets or len(inputs) > 1:
-    where = [v.layer for v in (*loose, *offsets, *inputs[1:])]
+  entries = [o.layer for o in circuit.operands if o.owner == DATA_OWNER]
+  if len(entries) > 1 or circuit.linear_operands(DATA_OWNER):
     raise ValueError(
-      f"{', '.join(where)}: the image enters the model in more than one place, so a data owner "
-      f"that need not be trusted could put in different ones; use client={TRUSTED!r}"
+      f"{', '.join(entries)}: the image enters the model in more than one place, or multiplies a "
+      "secret value itself, so a data owner that need not be trusted could put in different ones; "
+      f"use client={TRUSTED!r}"
     )
   count = 1 + max(op.out for op in circuit.operations)
   operations: list[Operation] = []
   for op in circuit.operations:
-    shift = circuit.operands[op.operand].bits if isinstance(op, Input) else None
-    if shift is None:
+    operand = circuit.operands[op.operand] if isinstance(op, Input) else None
+    if operand is None or operand.bits is None:
       operations.append(op)
       continue
-    shape = circuit.operands[op.operand].shape
     gate = Gate(
-      CLAMP, math.prod(shape), config.num_bits, shift + 1, shift,
+      CLAMP, math.prod(operand.shape), config.num_bits, operand.bits + 1, operand.bits,
       comparison=COMPARISONS[config.comparison],
     )  # fmt: skip
     check(gate)
-    operations += [op._replace(out=count), Apply(op.out, count, gate, shape, op.layer)]
+    operations.append(op._replace(out=count))
+    operations.append(Apply(op.out, count, gate, operand.shape, op.layer))
     count += 1
   return circuit._replace(operations=tuple(operations))

@@ -180,12 +180,19 @@ class ModelOwner:
     secret = ready, keys
     return Prepared(MODEL_OWNER, correlations.publication, correlations.inference, secret)
 
-  def answer(self, prepared: Prepared, question: Question) -> Side:
+  def answer(self, prepared: Prepared, question: Question, shares: Operands | None = None) -> Side:
     """Its side of the online phase.
 
+    Args:
+      prepared: its own, unused.
+      question: the other party's.
+      shares: its shares of the image, by number of the operand, where the client is "sharing".
+
     Raises:
-      ValueError: the question belongs to another inference, or `prepared` was used.
+      ValueError: the question belongs to another inference, `prepared` was used, or the shares are
+        not those of the plan.
     """
+    shares = inference.checked_shares(self.plan, shares)
     if _typed(question, Question).inference != _typed(prepared, Prepared).inference:
       raise ValueError(
         "question and prepared belong to different inferences; pair those of one deal"
@@ -194,7 +201,7 @@ class ModelOwner:
     if question.arrays:
       with self.plan.config.scope():
         ready = self._complete(ready, {}, protocol.full(self.plan.circuit, question.arrays))
-    return Side(MODEL_OWNER, prepared.inference, ready, self._operands, keys)
+    return Side(MODEL_OWNER, prepared.inference, ready, self._operands | shares, keys)
 
 
 class DataOwner:
@@ -224,14 +231,14 @@ class DataOwner:
     _check_publication(_typed(correlations, Correlations), self.plan, {self._publication})
     part, key = correlations.take(DATA_OWNER)
     with self.plan.config.scope():
-      secret = self._prepare(part._replace(tags=None), {}, self._published), key
+      ready = self._prepare(part._replace(tags=None), {}, self._published)
     holding = None
     if _checking(self.plan):
       if part.tags is None:
         raise ValueError("these correlations have no tags; have the dealer deal for this plan")
       with jax.enable_x64(True):
         holding = self._hold(part._replace(tags=None), tags.Tagged(*part.tags), self._arrays)
-    secret = (*secret, holding)
+    secret = ready, key, holding
     return Prepared(DATA_OWNER, correlations.publication, correlations.inference, secret)
 
   def ask(self, prepared: Prepared, *images: PyTree) -> tuple[Side, Question]:
@@ -329,11 +336,7 @@ def together(answered: Side, asked: Side) -> tuple[Ready, Operands]:
 
 
 def _checked(plan: Plan) -> Plan:
-  if None in plan.owners:
-    raise ValueError(
-      'the plan has arguments of the owner "shared", which no role holds; use `secret`, or '
-      "name an owner"
-    )
+  inference.check_owners(plan)
   return plan
 
 

@@ -105,13 +105,15 @@ def names(circuit: Circuit, number: int) -> tuple[dict[str, Any], dict[str, Any]
   """Shapes and dtypes of what party 1 is dealt for an operation: ring elements, and words."""
   op = circuit.operations[number]
   masks = protocol.masks(op, circuit.config)
-  derived = Derived({}, {}, {})
+  derived: Any = Derived({}, {}, {})
   if isinstance(op, Apply):
     derived = protocol.derived_shapes(op.gate)
   elif isinstance(op, Linear | Product):
     derived = Derived({"u": jax.ShapeDtypeStruct(op.shape, circuit.config.dtype)}, {}, {})
-  elements = {name: m for name, m in masks.items() if m.kind == ADDITIVE} | derived.additive
-  words = {name: m for name, m in masks.items() if m.kind != ADDITIVE} | derived.boolean
+  elements: dict[str, Any] = {name: m for name, m in masks.items() if m.kind == ADDITIVE}
+  elements |= derived.additive
+  words: dict[str, Any] = {name: m for name, m in masks.items() if m.kind != ADDITIVE}
+  words |= derived.boolean
   return dict(sorted(elements.items())), dict(sorted(words.items()))
 
 
@@ -291,5 +293,5 @@ def _flat(values: Sequence[np.ndarray]) -> np.ndarray:
 def _digest(values: Sequence[np.ndarray]) -> bytes:
   found = hashlib.sha256()
   for v in values:
-    found.update(np.ascontiguousarray(v))
+    found.update(np.ascontiguousarray(v).tobytes())
   return found.digest()
