@@ -109,7 +109,8 @@ def names(circuit: Circuit, number: int) -> tuple[dict[str, Any], dict[str, Any]
   if isinstance(op, Apply):
     derived = protocol.derived_shapes(op.gate)
   elif isinstance(op, Linear | Product):
-    derived = Derived({"u": jax.ShapeDtypeStruct(op.shape, circuit.config.dtype)}, {}, {})
+    u: Any = jax.ShapeDtypeStruct(op.shape, circuit.config.dtype)
+    derived = Derived({"u": u}, {}, {})
   elements: dict[str, Any] = {name: m for name, m in masks.items() if m.kind == ADDITIVE}
   elements |= derived.additive
   words: dict[str, Any] = {name: m for name, m in masks.items() if m.kind != ADDITIVE}
