@@ -27,7 +27,9 @@ from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 
 _CASE = flags.DEFINE_list("case", "lenet28,cnn28", "Of lenet28 and cnn28.")
 _CLIENTS = flags.DEFINE_list("clients", list(CLIENTS), "Of trusted, checked and sharing.")
-_ROUNDS = flags.DEFINE_integer("rounds", 20, "Rounds measured, after one to warm up.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 20, "Rounds measured, after one to warm up.", lower_bound=1
+)
 _PHASES = ("deal", "prepare", "request")
 
 
@@ -35,11 +37,10 @@ def work(case: str) -> encrypted_work.Work:
   """A function of weights and an image, and both."""
   if case == "lenet28":
     return encrypted_work.network(case)
-  model = build(ModelConfig(name="cnn", num_classes=10, image_size=28, num_channels=1))
-  params, state = model.init(jax.random.key(0))
+  model = build(ModelConfig("cnn", 3, (28, 28, 1), norm="batch"))
   image = jax.random.normal(jax.random.key(1), (1, 28, 28, 1))
-  fn = lambda weights, image: model.predict(*weights, image)
-  return encrypted_work.Work(fn, fn, encrypted_work.OWNERS, ((params, state), image))
+  fn = lambda weights, image: model.apply(*weights, image)[0]
+  return encrypted_work.Work(fn, fn, encrypted_work.OWNERS, (model.init(jax.random.key(0)), image))
 
 
 class Client:

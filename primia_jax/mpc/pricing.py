@@ -10,16 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from primia_jax.mpc import protocol, tags
-from primia_jax.mpc.circuit import (
-  CHECKED,
-  TRUSTED,
-  Apply,
-  Circuit,
-  Linear,
-  Open,
-  Product,
-  Value,
-)
+from primia_jax.mpc.circuit import CHECKED, TRUSTED, Apply, Circuit, Linear, Open, Product, Value
 from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
 from primia_jax.mpc.sharing import MODEL_OWNER
 
@@ -176,8 +167,8 @@ def table(circuit: Circuit, steps: Sequence[Row] | None = None) -> str:
     lead = "client checked" if config.client == CHECKED else "with client='checked' it would be"
     online = tags.CHALLENGE_BYTES + tags.RESPONSE_BYTES
     lines.append(
-      f"{lead}: {bytes_text(tagged)} of tags dealt to the data owner ({LAN.seconds(0, tagged):.2f} s "
-      f"at 1 Gb/s), {online} B and 2 rounds online"
+      f"{lead}: {bytes_text(tagged)} of tags dealt to the data owner "
+      f"({LAN.seconds(0, tagged):.2f} s at 1 Gb/s), {online} B and 2 rounds online"
     )
   for name, network in (("LAN 1 Gb/s, 0.5 ms", LAN), ("WAN 100 Mb/s, 40 ms", WAN)):
     lines.append(f"{name}: {network.seconds(rounds, sent):.2f} s of communication")

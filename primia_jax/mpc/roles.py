@@ -33,14 +33,11 @@ messages to files.
 from __future__ import annotations
 
 import functools
-import hashlib
-import hmac
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import prng
@@ -57,6 +54,7 @@ from primia_jax.mpc.messages import (
 )
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.protocol import Operands, Ready
+from primia_jax.mpc.publications import bound, check_plan, check_publication, checked_tag, tag_of
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import Array, PyTree
 
@@ -71,10 +69,13 @@ class Dealer:
 
   def __init__(self, plan: Plan, tag: str):
     key, circuit = prng.random_key(), _checked(plan).circuit
-    self.plan, self._publication = plan, f"{plan.digest}-{_checked_tag(tag)}-{os.urandom(16).hex()}"
+    self.plan, self._publication = (
+      plan,
+      f"{plan.digest}-{checked_tag(tag)}-{os.urandom(16).hex()}",
+    )
     self._blind = Blind(MODEL_OWNER, self._publication, "", key)
     with plan.config.scope():
-      blinds = protocol.blinds(circuit, _bound(key, self._publication), MODEL_OWNER)
+      blinds = protocol.blinds(circuit, bound(key, self._publication), MODEL_OWNER)
       self._blinds = jax.block_until_ready(protocol.full(circuit, blinds))
     self._deal = plan.compiled("deal", functools.partial(protocol.deal, circuit))
     self._tag = plan.compiled("tag", functools.partial(tags.deal, circuit))
@@ -124,7 +125,7 @@ class ModelOwner:
     encode = inference.owner_encoder(plan, MODEL_OWNER)
     self.plan, self._operands = plan, encode(_leaves(plan, MODEL_OWNER, weights))
     self._own = {i: self._operands[i] for i in circuit.linear_operands(MODEL_OWNER)}
-    self.tag = _tag(plan, self._operands, os.urandom(32) if secret is None else secret)
+    self.tag = tag_of(plan, self._operands, os.urandom(32) if secret is None else secret)
     self._publications: dict[str, Operands | None] = {}
     self._prepare, self._complete = _preparing(plan, MODEL_OWNER)
     self._keep = plan.compiled("keep", functools.partial(tags.keep, circuit))
@@ -136,10 +137,10 @@ class ModelOwner:
       ValueError: the blind is for another plan or other weights, or was used.
     """
     publication = _typed(blind, Blind).publication
-    _check_plan(publication, self.plan)
+    check_plan(publication, self.plan)
     if publication.split("-")[1] != self.tag:
       raise ValueError("this Blind is for other weights; the dealer needs this model owner's tag")
-    key = _bound(blind.take(MODEL_OWNER), publication)
+    key = bound(blind.take(MODEL_OWNER), publication)
     with self.plan.config.scope():
       blinds = protocol.blinds(self.plan.circuit, key, MODEL_OWNER)
       arrays = protocol.publish(self._own, blinds)
@@ -157,7 +158,7 @@ class ModelOwner:
     """
     publication = published if isinstance(published, str) else published.publication
     arrays = None if isinstance(published, str) else published.arrays
-    _check_plan(publication, self.plan)
+    check_plan(publication, self.plan)
     if _checking(self.plan) and arrays is None:
       raise ValueError(f"client={CHECKED!r} needs the whole publication to resume, not its name")
     if publication.split("-")[1] != self.tag:
@@ -170,7 +171,7 @@ class ModelOwner:
     Raises:
       ValueError: the correlations are another party's, another publication's, or used.
     """
-    _check_publication(_typed(correlations, Correlations), self.plan, self._publications)
+    check_publication(_typed(correlations, Correlations), self.plan, self._publications)
     part, keys = correlations.take(MODEL_OWNER), None
     with self.plan.config.scope():
       ready = self._prepare(part, self._own, {})
@@ -218,7 +219,7 @@ class DataOwner:
   def __init__(self, plan: Plan, publication: Publication):
     circuit = _checked(plan).circuit
     self.plan, self._publication = plan, _typed(publication, Publication).publication
-    _check_plan(self._publication, plan)
+    check_plan(self._publication, plan)
     with plan.config.scope():
       self._published = jax.block_until_ready(protocol.full(circuit, publication.arrays))
     self._arrays = publication.arrays if _checking(plan) else None
@@ -228,7 +229,7 @@ class DataOwner:
 
   def prepare(self, correlations: Correlations) -> Prepared:
     """Its part of the work that needs no image; raises as `ModelOwner.prepare` does."""
-    _check_publication(_typed(correlations, Correlations), self.plan, {self._publication})
+    check_publication(_typed(correlations, Correlations), self.plan, {self._publication})
     part, key = correlations.take(DATA_OWNER)
     with self.plan.config.scope():
       ready = self._prepare(part._replace(tags=None), {}, self._published)
@@ -373,47 +374,3 @@ def _typed(value: Any, kind: type) -> Any:
   if not isinstance(value, kind):
     raise TypeError(f"expected a {kind.__name__}, not a {type(value).__name__}")
   return value
-
-
-# ---- what a publication is
-
-
-def _tag(plan: Plan, operands: Operands, secret: bytes) -> str:
-  """HMAC of the plan and the encoded weights under a secret of the model owner.
-
-  Without the secret, the tag of a guess of the weights cannot be computed.
-  """
-  if len(secret) < 32:
-    raise ValueError(f"the secret has {len(secret)} bytes; use 32 from os.urandom")
-  found = hmac.new(secret, plan.digest.encode(), hashlib.sha256)
-  for i, operand in sorted(operands.items()):
-    elements = np.ascontiguousarray(getattr(operand, "elements", operand))
-    found.update(f"{i} {plan.circuit.operands[i].scale.hex()} {elements.shape}".encode())
-    found.update(elements.tobytes())
-  return found.hexdigest()
-
-
-def _checked_tag(tag: str) -> str:
-  if not (isinstance(tag, str) and len(tag) == 64 and set(tag) <= set("0123456789abcdef")):
-    raise ValueError(f"tag={tag!r}; take the model owner's `tag`, 64 hexadecimal digits")
-  return tag
-
-
-def _bound(key: Array, publication: str) -> Array:
-  """The key of B: HMAC-SHA256(the dealer's key, the publication), [8] uint32."""
-  found = hmac.digest(np.asarray(key).tobytes(), publication.encode(), "sha256")
-  return jnp.asarray(np.frombuffer(found, "<u4").astype(np.uint32))
-
-
-def _check_plan(publication: str, plan: Plan) -> None:
-  if publication.split("-")[0] != plan.digest:
-    raise ValueError("this message was made for another plan; give all roles the same plan")
-
-
-def _check_publication(correlations: Correlations, plan: Plan, known: Collection[str]) -> None:
-  _check_plan(correlations.publication, plan)
-  if correlations.publication not in known:
-    raise ValueError(
-      "these correlations belong to another publication; take them from the dealer whose blind it "
-      "used"
-    )
