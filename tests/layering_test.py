@@ -79,7 +79,7 @@ ALONE = {
   "tqdm": set(),
   "dp_accounting": {"privacy.accounting"},
   "cryptography": {"secagg.keys", "secagg.transport", "service.certificates"},
-  "grpc": {"service.channel"},
+  "grpc": {"service.channel", "service.sharing"},
 }
 
 

@@ -287,3 +287,24 @@ def test_bytes_and_rounds(gate, num_bytes, rounds):
     z = jax.ShapeDtypeStruct((2, gate.num), np.uint64 if gate.num_bits > 32 else np.uint32)
     jax.eval_shape(jax.vmap(run, axis_name=sharing.PARTY), z, correlations)
     assert (sum(m.num_bytes for m in log), len(log)) == (num_bytes, rounds)
+
+
+@pytest.mark.parametrize("comparison", [TABLES, FSS], ids=lambda c: c.name)
+@pytest.mark.parametrize(("num_bits", "shift"), [(64, 40), (32, 13), (30, 5), (20, 17)])
+def test_a_clamp_takes_any_ring_element_into_its_range(num_bits, shift, comparison):
+  """In Python integers, over the whole ring, and at every place where it wraps around."""
+  gate = Gate("clamp", NUM, num_bits, shift + 1, shift, comparison=comparison, exact=shift % 2 == 0)
+  half, rng = 2 ** (shift - 1), np.random.default_rng(shift)
+  ends = [sign * half + d for sign in (1, -1) for d in (-1, 0, 1)]
+  z = [*ends, 0, -1, 2 ** (num_bits - 1) - 1, -(2 ** (num_bits - 1))]
+  z = np.array([*z, *rng.integers(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1), NUM - len(z))])
+  want = np.array([(int(v) + half) % 2**shift - half for v in z])
+  with width(gate):
+    np.testing.assert_array_equal(result(gate, z, rng), want)
+    elements = jnp.asarray(z.view(np.uint64).astype(ring.storage(num_bits)))
+    clear = ring.signed(elementwise.clear(gate, elements), num_bits)
+    np.testing.assert_array_equal(np.asarray(clear).astype(np.int64), want)
+  inside = (z < half) & (z > -half)
+  np.testing.assert_array_equal(want[inside], z[inside])
+  assert inside.any()
+  assert not inside.all()

@@ -129,7 +129,7 @@ def test_each_role_holds_only_its_own(cast, gated_cast):
       getattr(v, "elements", v) for i, v in o.items() if c.operands[i].owner == party
     ]
     weights, images = [W, *owned(MODEL_OWNER)], [X, *owned(DATA_OWNER)]
-    key = roles._bound(each.key, each.publication.publication)
+    key = roles.bound(each.key, each.publication.publication)
     blind = protocol.blinds(circuit, key, MODEL_OWNER).values()
     for root, own, others in (
       (each.plan, [], [*weights, *images]),
@@ -301,7 +301,7 @@ def test_one_key_for_two_publications_tells_nothing(cast, what):
 
 def test_the_attack_on_one_key_works_where_nothing_binds_it(cast, monkeypatch):
   """The control: with B from the key alone, D - D' is the weights' change to the last bit."""
-  monkeypatch.setattr(roles, "_bound", lambda key, publication: key)
+  monkeypatch.setattr(roles, "bound", lambda key, publication: key)
   tuned = W + np.float32(2.0**-8)
   one, two = stolen(cast.plan, W, cast.key), stolen(cast.plan, tuned, cast.key)
   for i, d in one.items():

@@ -7,11 +7,15 @@ for exactly from one query more than it has inputs, up to the unit (`solve_linea
 limit on queries, or answers that say less (`--output=label`), bound it. `rounded` stands in for the
 protocol where thousands of queries are simulated; its outputs differ from the protocol's by what
 truncations inside the network lose (`mpc.Private.check` says how much).
+
+A data owner that leaves the semi-honest protocol needs few queries (`by_shifts`, with `shifted`):
+it adds what it likes to a ReLU's input, and so chooses which units answer, and on which side of the
+kink. Tags on its openings or a helper in its place stop that (`mpc.Config.client`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import jax
@@ -21,6 +25,7 @@ import optax
 
 from primia_jax.metrics import clopper_pearson
 from primia_jax.mpc import Plan
+from primia_jax.mpc.apart import Party
 from primia_jax.types import Array, Key, Params, PyTree
 
 Answer = Literal["logits", "probabilities", "label"]
@@ -161,3 +166,97 @@ def agreement(one: Array, other: Array) -> Agreement:
   """Of two models' outputs [N, L] on images that were no queries."""
   same = np.argmax(np.asarray(one), axis=-1) == np.argmax(np.asarray(other), axis=-1)
   return Agreement(float(same.mean()), *clopper_pearson(int(same.sum()), same.size))
+
+
+# ---- a data owner that deviates
+
+
+def shifted(party: Party, shifts: Mapping[int, np.ndarray]) -> Party:
+  """A party that falsifies what it opens, and computes on as if the values were the true ones.
+
+  Args:
+    party: its honest part of one inference, from `mpc.apart`.
+    shifts: by round, what it changes in its message, from the message's start on: ring elements
+      (uint32 or uint64), which are added, or bytes (uint8), which are flipped.
+  """
+  message, number = next(party), 0
+  while True:
+    shift = shifts.get(number)
+    other = yield message if shift is None else _changed(message, shift)
+    if shift is not None:  # what both open is the sum, so its own view is shifted as well
+      other = _changed(other, shift)
+    number += 1
+    try:
+      message = party.send(other)
+    except StopIteration as end:
+      return end.value
+
+
+def _changed(message: bytes | memoryview, shift: np.ndarray) -> bytes:
+  content = np.frombuffer(message, np.uint8).copy()
+  if shift.nbytes > content.size:
+    raise ValueError(f"a shift of {shift.nbytes} bytes for a message of {content.size}")
+  words = content[: shift.nbytes].view(shift.dtype)
+  words[:] = words ^ shift.reshape(-1) if shift.dtype == np.uint8 else words + shift.reshape(-1)
+  return content.tobytes()
+
+
+class Extracted(NamedTuple):
+  """A network relu(x @ hidden + hidden_bias) @ kernel + bias, as an attacker sees it."""
+
+  hidden: np.ndarray
+  hidden_bias: np.ndarray
+  kernel: np.ndarray
+  bias: np.ndarray
+  num_queries: int
+
+  @property
+  def num_parameters(self) -> int:
+    return sum(v.size for v in self[:4])
+
+
+def by_shifts(
+  ask: Callable[[np.ndarray, np.ndarray], np.ndarray],
+  num_inputs: int,
+  num_hidden: int,
+  shift: float,
+  size: float = 1.0,
+) -> Extracted:
+  """A network with one hidden layer, from answers under shifts of its ReLUs' inputs.
+
+  The attack on semi-honest inference of Lehmkuhl et al. (USENIX Security 2021, section 3), in which
+  the client's shares of a linear layer's result carry an additive error. A shift of -`shift` makes
+  a unit 0 and one of +`shift` makes it linear. So each query is a set of linear equations in the
+  parameters of the units that were left alive. It takes 1 + 2 H + D ceil(H / L) queries, less than
+  one a parameter, and is exact up to the answers' rounding over `shift` and `size`.
+
+  Args:
+    ask: (x [D], shifts [H]) -> relu(x @ hidden + hidden_bias + shifts) @ kernel + bias, [L].
+    num_inputs: D.
+    num_hidden: H.
+    shift: more than any |x @ hidden + hidden_bias|; twice as much must be in the gate's range.
+    size: of the one number in x that is not 0.
+  """
+  zero, num_queries = np.zeros(num_inputs), 0
+
+  def answer(x: np.ndarray, alive: np.ndarray, by: float) -> np.ndarray:
+    nonlocal num_queries
+    num_queries += 1
+    shifts = np.full(num_hidden, -shift)
+    shifts[alive] = by
+    return np.asarray(ask(x, shifts), np.float64)
+
+  bias = answer(zero, np.array([], int), 0)
+  kernel, hidden_bias = np.zeros((num_hidden, len(bias))), np.zeros(num_hidden)
+  for j in range(num_hidden):
+    low, high = (answer(zero, np.array([j]), by * shift) for by in (1.0, 1.5))
+    kernel[j] = (high - low) / (0.5 * shift)
+    hidden_bias[j] = np.linalg.lstsq(kernel[j, :, None], low - bias, rcond=None)[0][0] - shift
+  hidden = np.zeros((num_inputs, num_hidden))
+  for i in range(num_inputs):
+    x = size * (np.arange(num_inputs) == i)
+    for start in range(0, num_hidden, len(bias)):
+      alive = np.arange(start, min(start + len(bias), num_hidden))
+      rest = answer(x, alive, shift) - bias - (hidden_bias[alive] + shift) @ kernel[alive]
+      hidden[i, alive] = np.linalg.lstsq(kernel[alive].T, rest, rcond=None)[0] / size
+  return Extracted(hidden, hidden_bias, kernel, bias, num_queries)

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from primia_jax.mpc import encoding, pricing, protocol, segments
+from primia_jax.mpc import checks, encoding, inference, pricing, protocol, replay, segments
+from primia_jax.mpc.checks import Crossed, Rounds
+from primia_jax.mpc.circuit import CHECKED, SHARING
 from primia_jax.mpc.messages import NAMES, Side
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.segments import Segment
@@ -26,7 +28,7 @@ from primia_jax.types import Array
 
 # Yields what this party sends (b"" where it only receives), and is sent what the other party sent
 # (b"" where that one only receives). It returns the outputs' shares, [2, ...] each, at the data
-# owner, and None at the model owner.
+# owner, and None at the model owner. Where the client is "sharing", both parties return their own.
 Party = Generator[bytes, bytes | memoryview, list[Array] | None]
 
 
@@ -35,7 +37,7 @@ class Online(NamedTuple):
 
   Attributes:
     sizes: bytes of each message, the same in both directions, but for the last one, which goes from
-      the model owner to the data owner only.
+      the model owner to the data owner only; where the client is "sharing" there is none.
     start: this party's side -> its part of one inference.
   """
 
@@ -49,29 +51,33 @@ def sizes(plan: Plan) -> tuple[int, ...]:
   Their number is that of the rounds. It can be lower than in the plan's own table, whose openings
   follow each other: here those that do not wait for each other share a message.
   """
-  return _sizes(_traced(plan))
+  return _sizes(plan, _traced(plan)[0])
 
 
 def online(plan: Plan, party: int) -> Online:
   """Traces, cuts and compiles one party's online phase, for many inferences.
 
+  Where the client is "checked", the model owner's part raises `checks.Deviated` before it sends
+  its shares of the outputs, unless all openings carry the dealer's tags.
+
   Args:
     plan: the plan.
-    party: MODEL_OWNER or DATA_OWNER.
+    party: MODEL_OWNER or DATA_OWNER; where the client is "sharing", the helper is the latter.
 
   Raises:
-    ValueError: the plan has arguments given as shares, which no role holds.
+    ValueError: the plan has arguments given as shares, and its client is not "sharing".
   """
   circuit, config = plan.circuit, plan.config
-  traced = _traced(plan)
+  traced, kinds = _traced(plan)
   with config.scope():
     parts, outputs = segments.cut(traced, party)
+  checking = checks.compiled(plan, traced, kinds) if config.client == CHECKED else None
   numbers = iter(range(len(traced.in_avals)))
-  inputs = _inputs(plan)
-  numbered = jax.tree.map(lambda _: next(numbers), inputs)
-  own = [i for i, o in enumerate(circuit.operands) if o.owner == party]
+  given = inputs(plan)
+  numbered = jax.tree.map(lambda _: next(numbers), given)
+  own = [i for i, o in enumerate(circuit.operands) if o.owner in (party, None)]
   of_own = lambda tree: jax.tree.leaves((tree[0], {i: tree[1][i] for i in own}))
-  mine, shapes = of_own(numbered), [(a.shape, a.dtype) for a in of_own(inputs)]
+  mine, shapes = of_own(numbered), [(a.shape, a.dtype) for a in of_own(given)]
   foreign = set(jax.tree.leaves(numbered)) - set(mine)
   assert not any(foreign & set(part.reads) for part in parts), "it reads the other party's values"
 
@@ -81,43 +87,66 @@ def online(plan: Plan, party: int) -> Online:
     leaves = of_own((side.ready, side.operands))
     if [(v.shape, v.dtype) for v in leaves] != shapes:
       raise ValueError("this side was prepared for another plan; give all roles the same plan")
-    return _party(plan, party, parts, outputs, dict(zip(mine, leaves, strict=True)))
+    env = dict(zip(mine, leaves, strict=True))
+    if checking is None:
+      return _ending(plan, party, _rounds(plan, parts, outputs, env))
+    if side.tags is None:
+      raise ValueError("this side has no tags; prepare it for a plan whose client is checked")
+    return _ending(plan, party, checking(party, side.tags, _rounds(plan, parts, outputs, env)))
 
-  return Online(_sizes(traced), start)
+  return Online(_sizes(plan, traced), start)
 
 
-def _inputs(plan: Plan) -> tuple[protocol.Ready, protocol.Operands]:
+def inputs(plan: Plan) -> tuple[protocol.Ready, protocol.Operands]:
   """Shapes of what `protocol.run` reads."""
   blanks = lambda: {i: encoding.blank(o, plan.config) for i, o in enumerate(plan.circuit.operands)}
   with plan.config.scope():
     return pricing.ready_shapes(plan.circuit), jax.eval_shape(blanks)
 
 
-def _traced(plan: Plan) -> core.ClosedJaxpr:
-  if None in plan.owners:
-    raise ValueError('the plan has arguments of the owner "shared", which no role holds')
-  run = lambda ready, operands: protocol.run(plan.circuit, Wire(swap=True), ready, operands)
+def _traced(plan: Plan) -> tuple[core.ClosedJaxpr, Sequence[str]]:
+  """One party's protocol, and the kind of each opening where they are checked."""
+  inference.check_owners(plan)
+  noting = replay.noting(plan.config.num_bits) if plan.config.client == CHECKED else None
+  wire = noting or Wire(swap=True)
+  run = lambda ready, operands: protocol.run(plan.circuit, wire, ready, operands)
   with plan.config.scope():
-    return jax.make_jaxpr(run, axis_env=[(PARTY, 2)])(*_inputs(plan))
+    traced = jax.make_jaxpr(run, axis_env=[(PARTY, 2)])(*inputs(plan))
+  return traced, noting.kinds if noting else ()
 
 
-def _sizes(traced: core.ClosedJaxpr) -> tuple[int, ...]:
-  return (*segments.sizes(traced), segments.num_bytes(traced.out_avals))
+def _sizes(plan: Plan, traced: core.ClosedJaxpr) -> tuple[int, ...]:
+  check = checks.SIZES if plan.config.client == CHECKED else ()
+  last = () if plan.config.client == SHARING else (segments.num_bytes(traced.out_avals),)
+  return (*segments.sizes(traced), *check, *last)
 
 
-def _party(
-  plan: Plan, party: int, parts: Sequence[Segment], outputs: Sequence[int], env: dict[int, Any]
-) -> Party:
+def _rounds(
+  plan: Plan, parts: Sequence[Segment], outputs: Sequence[int], env: dict[int, Any]
+) -> Rounds:
+  """The openings, and then this party's shares of the outputs and, to be checked, what crossed."""
+  keeps = plan.config.client == CHECKED
+  crossed: Crossed = []
   for part in parts:
     with plan.config.scope():
       made = part.run(*(env[i] for i in part.reads))
     env |= zip(part.makes, made, strict=True)
     if part.sends:
-      message = yield _packed([env[i] for i in part.sends])
-      env |= zip(part.receives, _unpacked(message, part.avals), strict=True)
+      own = [env[i] for i in part.sends]
+      theirs = _unpacked((yield _packed(own)), part.avals)
+      env |= zip(part.receives, theirs, strict=True)
+      if keeps:
+        crossed.append((own, theirs))
     for i in part.drops:
       del env[i]
-  shares = [env[i] for i in outputs]
+  return [env[i] for i in outputs], crossed
+
+
+def _ending(plan: Plan, party: int, rounds: Rounds) -> Party:
+  """The openings; then the model owner's shares of the outputs to the data owner, if it is one."""
+  shares, _ = yield from rounds
+  if plan.config.client == SHARING:
+    return shares
   if party == MODEL_OWNER:
     yield _packed(shares)
     return None
@@ -127,17 +156,17 @@ def _party(
 
 
 def simulate(model_owner: Party, data_owner: Party) -> list[Array]:
-  """Both parties in one process, message by message; returns what the data owner's part does."""
-  first, second = next(model_owner), next(data_owner)
+  """Both parties in one process, message by message: the outputs' shares, [2, ...] each."""
+  first, second, shares = next(model_owner), next(data_owner), None
   while True:
     try:
       following = model_owner.send(second)
-    except StopIteration:
-      following = b""
+    except StopIteration as end:
+      following, shares = b"", end.value
     try:
       second = data_owner.send(first)
     except StopIteration as end:
-      return end.value
+      return end.value if shares is None else inference.stack(shares, end.value)
     first = following
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.mpc import scales
+from primia_jax.mpc import clamping, scales
 from primia_jax.mpc.circuit import (
   Apply,
   Circuit,
@@ -64,7 +64,8 @@ class Builder:
   ) -> Value:
     """An owner's argument, or shares (owner None); in units of u by default."""
     scale = self.config.unit if scale is None else scale
-    operand = self._operand(owner, value, scale, shape, None, None)
+    bits = clamping.bits(self.config, owner, max_abs, scale)
+    operand = self._operand(owner, value, scale, shape, bits, None)
     return self._add(Input, shape, scale, max_abs, owner=owner, operand=operand)
 
   def output(self, a: Value) -> Value:
@@ -175,7 +176,7 @@ class Builder:
     largest = float(np.abs(array).max(initial=0))
     unit = 2.0 ** (math.ceil(math.log2(largest)) - self.config.fraction_bits) if largest else 1.0
     integers = jnp.asarray(np.rint(array / unit).astype(np.int64).astype(self.config.dtype))
-    out = self.local(lambda x: x * integers, a, max_abs=a.max_abs * largest)
+    out = self.local(lambda x: x * integers.astype(x.dtype), a, max_abs=a.max_abs * largest)
     return out._replace(scale=a.scale * unit)
 
   def align(self, *values: Value, bound: Callable[[Iterable[float]], float] = max) -> list[Value]:
@@ -246,8 +247,7 @@ class Builder:
     return self.product(self.broadcast(a, shape), self.broadcast(b, shape), MULTIPLY, max_abs)
 
   def broadcast(self, a: Value, shape: tuple[int, ...]) -> Value:
-    shape = tuple(shape)
-    if a.shape == shape:
+    if a.shape == (shape := tuple(shape)):
       return a
     return self.local(lambda x: jnp.broadcast_to(x, shape), a, shape=shape)
 

@@ -22,6 +22,8 @@ from primia_jax.mpc.gates.elementwise import COMPARISONS, Gate
 from primia_jax.mpc.maps import Map
 from primia_jax.types import Array
 
+TRUSTED, SHARING, CHECKED = "trusted", "sharing", "checked"
+CLIENTS = (TRUSTED, SHARING, CHECKED)
 Values = Mapping[int, Array]  # an owner's values in the clear, by their number in the program
 
 
@@ -38,6 +40,10 @@ class Config:
       each gate.
     comparison: "tables" (few bytes dealt, two rounds) or "fss" (more bytes dealt, no round).
     margin: factor on every calibrated range.
+    client: what the one who has the image may be. "trusted" is a party that follows the protocol.
+      "sharing" is no party: it shares its image between two servers, and the image is clamped to
+      its planned range under encryption. "checked" is a party whose openings carry the dealer's
+      tags, and whose image is clamped; it needs num_bits <= 32 and comparison="tables".
   """
 
   num_bits: int = 64
@@ -46,6 +52,7 @@ class Config:
   exact: bool = True
   comparison: str = "tables"
   margin: float = 2.0
+  client: str = TRUSTED
 
   def __post_init__(self) -> None:
     if not 8 <= self.num_bits <= 64:
@@ -62,6 +69,13 @@ class Config:
       )
     if self.comparison not in COMPARISONS:
       raise ValueError(f"comparison={self.comparison!r}; use {' or '.join(COMPARISONS)}")
+    if self.client not in CLIENTS:
+      raise ValueError(f"client={self.client!r}; use {', '.join(CLIENTS)}")
+    if self.client == CHECKED and (self.num_bits > 32 or self.comparison != "tables"):
+      raise ValueError(
+        f"client={CHECKED!r} needs num_bits of at most 32 and comparison='tables', not "
+        f"{self.num_bits} and {self.comparison!r}: tags of 32 bits must fit a word beside them"
+      )
     if not self.margin >= 1:
       raise ValueError(
         f"margin={self.margin}; use at least 1: ranges that calibration saw must fit"
@@ -173,8 +187,8 @@ class Operand(NamedTuple):
     value: (the owner's values) -> float array.
     scale: the real number that one unit stands for.
     shape: of the array.
-    bits: of a linear layer's operand, with the sign; None for an argument or an offset, which may
-      fill the ring.
+    bits: of a linear layer's operand or a clamped argument, with the sign; None for another
+      argument or an offset, which may fill the ring.
     map: the bilinear map of the linear layer; None for an argument or an offset.
     layer: the layer that uses it.
   """

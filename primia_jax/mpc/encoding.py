@@ -99,7 +99,10 @@ def spoiled(outputs: PyTree, good: Array) -> PyTree:
 
 def _limit(operand: Operand, config: Config) -> float:
   bits = min(operand.bits or config.num_bits, config.num_bits - 1)
-  return 2.0 ** (bits - 1) * operand.scale
+  units = 2.0 ** (bits - 1)
+  if operand.map is None and operand.bits is not None:  # it is clamped; rounding must not lead out
+    units -= 1
+  return units * operand.scale
 
 
 def share(x: Array, key: Array, config: Config) -> Array:

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from primia_jax.mpc.circuit import Apply, Circuit, Input, Local, Open, Operation, Product, Value
-from primia_jax.mpc.gates.elementwise import Gate
+from primia_jax.mpc.gates.elementwise import CLAMP, Gate
 from primia_jax.mpc.maps import MULTIPLY
 from primia_jax.types import Array
 
@@ -95,6 +95,8 @@ def _kind(op: Operation, number: int, most: int) -> Hashable:
       return _PRODUCT
     case Apply(gate=gate):
       cut = bool(gate.shift) if gate.exact else (gate.shift, gate.skip)
+      if gate.action == CLAMP:  # scaled inputs would have other low bits
+        cut = gate.shift, 0
       return gate.action, cut, gate.exact, gate.comparison.name
   return None
 

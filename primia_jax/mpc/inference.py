@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from primia_jax import prng, ring
 from primia_jax.mpc import dealing, encoding, protocol
-from primia_jax.mpc.circuit import Apply, Local, Open, Value
+from primia_jax.mpc.circuit import SHARING, Apply, Local, Open, Value
 from primia_jax.mpc.lowering.program import evaluate
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.protocol import Env, Operands, Ready
@@ -195,6 +196,37 @@ def share_inputs(plan: Plan, operands: Operands, key: Array) -> Operands:
       first = dealing.uniform(key, i, 0, operands[i].shape, plan.config.dtype)
       out[i] = jnp.stack([first, operands[i] - first])
   return out
+
+
+def check_owners(plan: Plan) -> None:
+  """Raises a ValueError if the plan's arguments are not such that roles can hold them."""
+  if plan.config.client != SHARING and None in plan.owners:
+    raise ValueError(
+      'the plan has arguments of the owner "shared", which no role holds; use `secret`, name an '
+      f"owner, or plan for client={SHARING!r}"
+    )
+  if plan.config.client == SHARING and (None not in plan.owners or DATA_OWNER in plan.owners):
+    raise ValueError(
+      f'client={SHARING!r} is for arguments of the owner "shared": name it in the place of '
+      '"data_owner"'
+    )
+
+
+def checked_shares(plan: Plan, shares: Operands | None) -> Operands:
+  """One party's shares of the arguments of the owner "shared".
+
+  Raises:
+    ValueError: they are not of the plan's shapes and ring.
+  """
+  want = {
+    i: (operand.shape, plan.config.dtype)
+    for i, operand in enumerate(plan.circuit.operands)
+    if operand.owner is None
+  }
+  got = {i: (np.shape(v), v.dtype) for i, v in (shares or {}).items()}
+  if got != want:
+    raise ValueError(f"the plan takes shares {want}, not {got}")
+  return {i: jnp.asarray(v) for i, v in (shares or {}).items()}
 
 
 def reveal(plan: Plan, shares: Sequence[Array]) -> PyTree:

@@ -102,9 +102,11 @@ class Side(NamedTuple):
     inference: which one.
     ready: its correlations, prepared.
     operands: its own values, encoded.
+    tags: what it checks openings by, or shows for its own; None where nothing is checked.
   """
 
   party: int
   inference: str
   ready: Ready
   operands: Operands
+  tags: Any = None

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from primia_jax.mpc import protocol
-from primia_jax.mpc.circuit import Apply, Circuit, Linear, Open, Product, Value
+from primia_jax.mpc import protocol, tags
+from primia_jax.mpc.circuit import CHECKED, TRUSTED, Apply, Circuit, Linear, Open, Product, Value
 from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
 from primia_jax.mpc.sharing import MODEL_OWNER
 
@@ -21,11 +21,11 @@ class Row(NamedTuple):
   Attributes:
     operation: its number in the circuit; -1 for the output.
     layer: its place in the function.
-    what: open, linear, product, relu, max, truncate, sign or output.
+    what: open, linear, product, clamp, relu, max, truncate, sign, check or output.
     shape: of its result.
     range_bits: K of a gate; 0 elsewhere.
     shift: bits that a gate truncates.
-    dealt: bytes that party 1 receives from the dealer.
+    dealt: bytes that party 1 receives from the dealer, with its tags where it is checked.
     sent: bytes that each party sends to the other.
     rounds: of communication.
   """
@@ -74,6 +74,7 @@ def rows(circuit: Circuit) -> list[Row]:
   """Every step that deals or sends something, in order."""
   dealt, sent = protocol.dealt_shapes(circuit), protocol.messages(circuit)
   size = lambda tree: sum(math.prod(v.shape) * v.dtype.itemsize for v in jax.tree.leaves(tree))
+  checked = circuit.config.client == CHECKED
   out = []
   for number, op in enumerate(circuit.operations):
     if not isinstance(op, Open | Linear | Product | Apply):
@@ -84,11 +85,15 @@ def rows(circuit: Circuit) -> list[Row]:
     if gate:
       what = "max" if gate.action == RELU and not gate.shift else gate.action
     num_dealt = size(dealt.sent.get(number, {})) + size(dealt.common.get(number, {}))
+    if checked:
+      num_dealt += tags.num_bytes(circuit, number)
     bits, shift = (gate.range_bits, gate.shift) if gate else (0, 0)
     num_sent = sum(m.num_bytes for m in messages)
     out.append(
       Row(number, op.layer, what, op.shape, bits, shift, num_dealt, num_sent, len(messages))
     )
+  if checked:
+    out.append(Row(-1, "", "check", (), 0, 0, 0, tags.CHALLENGE_BYTES + tags.RESPONSE_BYTES, 2))
   secrets = [v for v in circuit.outputs if isinstance(v, Value)]
   num_bytes = sum(math.prod(v.shape) for v in secrets) * circuit.config.dtype.itemsize
   shape = secrets[0].shape if secrets else ()
@@ -109,6 +114,17 @@ def ready_shapes(circuit: Circuit) -> protocol.Ready:
     if each:
       out[number] = each
   return out
+
+
+@_scoped
+def tag_bytes(circuit: Circuit) -> int | None:
+  """Bytes of tags that the dealer deals for an inference whose client is "checked"; an estimate for
+  another client, without the clamp. None where there are none: in a wider ring, or without tables.
+  """
+  config = circuit.config
+  if config.num_bits > 32 or config.comparison != "tables":
+    return None
+  return sum(tags.num_bytes(circuit, i) for i in range(len(circuit.operations)))
 
 
 @_scoped
@@ -147,6 +163,13 @@ def table(circuit: Circuit, steps: Sequence[Row] | None = None) -> str:
     f"comparison by {config.comparison}; range and cut in bits of the ring, dealt: to the data "
     f"owner (the model owner gets a seed{also})"
   )
+  if config.client in (TRUSTED, CHECKED) and (tagged := tag_bytes(circuit)) is not None:
+    lead = "client checked" if config.client == CHECKED else "with client='checked' it would be"
+    online = tags.CHALLENGE_BYTES + tags.RESPONSE_BYTES
+    lines.append(
+      f"{lead}: {bytes_text(tagged)} of tags dealt to the data owner "
+      f"({LAN.seconds(0, tagged):.2f} s at 1 Gb/s), {online} B and 2 rounds online"
+    )
   for name, network in (("LAN 1 Gb/s, 0.5 ms", LAN), ("WAN 100 Mb/s, 40 ms", WAN)):
     lines.append(f"{name}: {network.seconds(rounds, sent):.2f} s of communication")
   return "\n".join(lines)

@@ -172,6 +172,7 @@ class Part(NamedTuple):
   seed: Array
   sent: dict[int, Correlation] | None  # None for party 0, which expands its seed instead
   common: dict[int, Correlation]
+  tags: Any = None  # `tags.Tagged` of party 1, where its openings are checked
 
 
 def part(dealt: Dealt, party: int) -> Part:
@@ -187,7 +188,7 @@ def dealt_shapes(circuit: Circuit) -> Dealt:
     if isinstance(op, Linear | Product):
       sent[number] = {"u": jax.ShapeDtypeStruct(op.shape, circuit.config.dtype)}
     elif isinstance(op, Apply):
-      derived = _derived_shapes(op.gate)
+      derived = derived_shapes(op.gate)
       sent[number] = derived.additive | derived.boolean
       if derived.common:
         common[number] = derived.common
@@ -196,7 +197,7 @@ def dealt_shapes(circuit: Circuit) -> Dealt:
 
 
 @functools.cache
-def _derived_shapes(gate: elementwise.Gate) -> Derived:
+def derived_shapes(gate: elementwise.Gate) -> Derived:
   """Traced once for all equal gates: a recurrent network has the same ones at every step."""
   both = {
     name: jax.ShapeDtypeStruct((2, *mask.shape), mask.dtype)
@@ -221,7 +222,7 @@ def messages(circuit: Circuit) -> list[Sent]:
 def _gate_messages(gate: elementwise.Gate) -> tuple[Sent, ...]:
   log: list[Sent] = []
   run = functools.partial(elementwise.run, gate, Wire(log=log))
-  derived, masks = _derived_shapes(gate), elementwise.masks(gate)
+  derived, masks = derived_shapes(gate), elementwise.masks(gate)
   shapes: dict[str, Any] = {
     name: jax.ShapeDtypeStruct(mask.shape, mask.dtype) for name, mask in masks.items()
   }

@@ -33,18 +33,16 @@ messages to files.
 from __future__ import annotations
 
 import functools
-import hashlib
-import hmac
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import prng
-from primia_jax.mpc import inference, protocol
+from primia_jax.mpc import inference, protocol, tags
+from primia_jax.mpc.circuit import CHECKED
 from primia_jax.mpc.messages import (
   NAMES,
   Blind,
@@ -56,6 +54,7 @@ from primia_jax.mpc.messages import (
 )
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.protocol import Operands, Ready
+from primia_jax.mpc.publications import bound, check_plan, check_publication, checked_tag, tag_of
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import Array, PyTree
 
@@ -70,12 +69,16 @@ class Dealer:
 
   def __init__(self, plan: Plan, tag: str):
     key, circuit = prng.random_key(), _checked(plan).circuit
-    self.plan, self._publication = plan, f"{plan.digest}-{_checked_tag(tag)}-{os.urandom(16).hex()}"
+    self.plan, self._publication = (
+      plan,
+      f"{plan.digest}-{checked_tag(tag)}-{os.urandom(16).hex()}",
+    )
     self._blind = Blind(MODEL_OWNER, self._publication, "", key)
     with plan.config.scope():
-      blinds = protocol.blinds(circuit, _bound(key, self._publication), MODEL_OWNER)
+      blinds = protocol.blinds(circuit, bound(key, self._publication), MODEL_OWNER)
       self._blinds = jax.block_until_ready(protocol.full(circuit, blinds))
     self._deal = plan.compiled("deal", functools.partial(protocol.deal, circuit))
+    self._tag = plan.compiled("tag", functools.partial(tags.deal, circuit))
 
   def blind(self) -> Blind:
     """The key of B for the model owner, which takes it once; the data owner must not have it."""
@@ -87,11 +90,15 @@ class Dealer:
     with self.plan.config.scope():
       fresh = protocol.full(circuit, protocol.blinds(circuit, own, DATA_OWNER))
       dealt = self._deal(key, self._blinds | fresh)
+    second = protocol.part(dealt, DATA_OWNER)
+    if _checking(self.plan):
+      with jax.enable_x64(True):
+        second = second._replace(tags=self._tag(dealt))
     new = functools.partial(Correlations, publication=self._publication)
     number = os.urandom(16).hex()
     return (
       new(MODEL_OWNER, inference=number, secret=protocol.part(dealt, MODEL_OWNER)),
-      new(DATA_OWNER, inference=number, secret=(protocol.part(dealt, DATA_OWNER), own)),
+      new(DATA_OWNER, inference=number, secret=(second, own)),
     )
 
 
@@ -118,9 +125,10 @@ class ModelOwner:
     encode = inference.owner_encoder(plan, MODEL_OWNER)
     self.plan, self._operands = plan, encode(_leaves(plan, MODEL_OWNER, weights))
     self._own = {i: self._operands[i] for i in circuit.linear_operands(MODEL_OWNER)}
-    self.tag = _tag(plan, self._operands, os.urandom(32) if secret is None else secret)
-    self._publications: set[str] = set()
+    self.tag = tag_of(plan, self._operands, os.urandom(32) if secret is None else secret)
+    self._publications: dict[str, Operands | None] = {}
     self._prepare, self._complete = _preparing(plan, MODEL_OWNER)
+    self._keep = plan.compiled("keep", functools.partial(tags.keep, circuit))
 
   def publish(self, blind: Blind) -> Publication:
     """D = W - B, for the data owner.
@@ -129,26 +137,33 @@ class ModelOwner:
       ValueError: the blind is for another plan or other weights, or was used.
     """
     publication = _typed(blind, Blind).publication
-    _check_plan(publication, self.plan)
+    check_plan(publication, self.plan)
     if publication.split("-")[1] != self.tag:
       raise ValueError("this Blind is for other weights; the dealer needs this model owner's tag")
-    key = _bound(blind.take(MODEL_OWNER), publication)
+    key = bound(blind.take(MODEL_OWNER), publication)
     with self.plan.config.scope():
       blinds = protocol.blinds(self.plan.circuit, key, MODEL_OWNER)
       arrays = protocol.publish(self._own, blinds)
-    self._publications.add(publication)
+    self._publications[publication] = arrays if _checking(self.plan) else None
     return Publication(publication, arrays)
 
-  def resume(self, publication: str) -> None:
+  def resume(self, published: str | Publication) -> None:
     """Serves a publication of an earlier process, which had the same weights and secret.
 
+    Args:
+      published: its name; the whole of it where the client is "checked".
+
     Raises:
-      ValueError: it is of another plan, or of other weights.
+      ValueError: it is of another plan, or of other weights, or only a name where more is needed.
     """
-    _check_plan(publication, self.plan)
+    publication = published if isinstance(published, str) else published.publication
+    arrays = None if isinstance(published, str) else published.arrays
+    check_plan(publication, self.plan)
+    if _checking(self.plan) and arrays is None:
+      raise ValueError(f"client={CHECKED!r} needs the whole publication to resume, not its name")
     if publication.split("-")[1] != self.tag:
       raise ValueError("this publication is of other weights, or of another secret; publish anew")
-    self._publications.add(publication)
+    self._publications[publication] = arrays if _checking(self.plan) else None
 
   def prepare(self, correlations: Correlations) -> Prepared:
     """Its part of the work that needs no image; it communicates with nobody.
@@ -156,26 +171,38 @@ class ModelOwner:
     Raises:
       ValueError: the correlations are another party's, another publication's, or used.
     """
-    _check_publication(_typed(correlations, Correlations), self.plan, self._publications)
+    check_publication(_typed(correlations, Correlations), self.plan, self._publications)
+    part, keys = correlations.take(MODEL_OWNER), None
     with self.plan.config.scope():
-      ready = self._prepare(correlations.take(MODEL_OWNER), self._own, {})
-    return Prepared(MODEL_OWNER, correlations.publication, correlations.inference, ready)
+      ready = self._prepare(part, self._own, {})
+    if _checking(self.plan):
+      with jax.enable_x64(True):
+        keys = self._keep(part, self._publications[correlations.publication])
+    secret = ready, keys
+    return Prepared(MODEL_OWNER, correlations.publication, correlations.inference, secret)
 
-  def answer(self, prepared: Prepared, question: Question) -> Side:
+  def answer(self, prepared: Prepared, question: Question, shares: Operands | None = None) -> Side:
     """Its side of the online phase.
 
+    Args:
+      prepared: its own, unused.
+      question: the other party's.
+      shares: its shares of the image, by number of the operand, where the client is "sharing".
+
     Raises:
-      ValueError: the question belongs to another inference, or `prepared` was used.
+      ValueError: the question belongs to another inference, `prepared` was used, or the shares are
+        not those of the plan.
     """
+    shares = inference.checked_shares(self.plan, shares)
     if _typed(question, Question).inference != _typed(prepared, Prepared).inference:
       raise ValueError(
         "question and prepared belong to different inferences; pair those of one deal"
       )
-    ready = prepared.take(MODEL_OWNER)
+    ready, keys = prepared.take(MODEL_OWNER)
     if question.arrays:
       with self.plan.config.scope():
         ready = self._complete(ready, {}, protocol.full(self.plan.circuit, question.arrays))
-    return Side(MODEL_OWNER, prepared.inference, ready, self._operands)
+    return Side(MODEL_OWNER, prepared.inference, ready, self._operands | shares, keys)
 
 
 class DataOwner:
@@ -192,18 +219,27 @@ class DataOwner:
   def __init__(self, plan: Plan, publication: Publication):
     circuit = _checked(plan).circuit
     self.plan, self._publication = plan, _typed(publication, Publication).publication
-    _check_plan(self._publication, plan)
+    check_plan(self._publication, plan)
     with plan.config.scope():
       self._published = jax.block_until_ready(protocol.full(circuit, publication.arrays))
+    self._arrays = publication.arrays if _checking(plan) else None
+    self._hold = plan.compiled("hold", functools.partial(tags.hold, circuit))
     self._encode = inference.owner_encoder(plan, DATA_OWNER)
     self._prepare, self._complete = _preparing(plan, DATA_OWNER)
 
   def prepare(self, correlations: Correlations) -> Prepared:
     """Its part of the work that needs no image; raises as `ModelOwner.prepare` does."""
-    _check_publication(_typed(correlations, Correlations), self.plan, {self._publication})
+    check_publication(_typed(correlations, Correlations), self.plan, {self._publication})
     part, key = correlations.take(DATA_OWNER)
     with self.plan.config.scope():
-      secret = self._prepare(part, {}, self._published), key
+      ready = self._prepare(part._replace(tags=None), {}, self._published)
+    holding = None
+    if _checking(self.plan):
+      if part.tags is None:
+        raise ValueError("these correlations have no tags; have the dealer deal for this plan")
+      with jax.enable_x64(True):
+        holding = self._hold(part._replace(tags=None), tags.Tagged(*part.tags), self._arrays)
+    secret = ready, key, holding
     return Prepared(DATA_OWNER, correlations.publication, correlations.inference, secret)
 
   def ask(self, prepared: Prepared, *images: PyTree) -> tuple[Side, Question]:
@@ -218,14 +254,14 @@ class DataOwner:
         is the model owner's or was used.
     """
     operands = self._encode(_leaves(self.plan, DATA_OWNER, images))
-    ready, key = _typed(prepared, Prepared).take(DATA_OWNER)
+    ready, key, holding = _typed(prepared, Prepared).take(DATA_OWNER)
     circuit, sent = self.plan.circuit, Operands()
     own = {i: operands[i] for i in circuit.linear_operands(DATA_OWNER)}
     if own:
       with self.plan.config.scope():
         sent = protocol.publish(own, protocol.blinds(circuit, key, DATA_OWNER))
         ready = self._complete(ready, own, {})
-    side = Side(DATA_OWNER, prepared.inference, ready, operands)
+    side = Side(DATA_OWNER, prepared.inference, ready, operands, holding)
     return side, Question(prepared.inference, sent)
 
   def reveal(self, shares: Sequence[Array]) -> PyTree:
@@ -301,12 +337,12 @@ def together(answered: Side, asked: Side) -> tuple[Ready, Operands]:
 
 
 def _checked(plan: Plan) -> Plan:
-  if None in plan.owners:
-    raise ValueError(
-      'the plan has arguments of the owner "shared", which no role holds; use `secret`, or '
-      "name an owner"
-    )
+  inference.check_owners(plan)
   return plan
+
+
+def _checking(plan: Plan) -> bool:
+  return plan.config.client == CHECKED
 
 
 def _preparing(plan: Plan, party: int) -> tuple[Callable, Callable]:
@@ -338,47 +374,3 @@ def _typed(value: Any, kind: type) -> Any:
   if not isinstance(value, kind):
     raise TypeError(f"expected a {kind.__name__}, not a {type(value).__name__}")
   return value
-
-
-# ---- what a publication is
-
-
-def _tag(plan: Plan, operands: Operands, secret: bytes) -> str:
-  """HMAC of the plan and the encoded weights under a secret of the model owner.
-
-  Without the secret, the tag of a guess of the weights cannot be computed.
-  """
-  if len(secret) < 32:
-    raise ValueError(f"the secret has {len(secret)} bytes; use 32 from os.urandom")
-  found = hmac.new(secret, plan.digest.encode(), hashlib.sha256)
-  for i, operand in sorted(operands.items()):
-    elements = np.ascontiguousarray(getattr(operand, "elements", operand))
-    found.update(f"{i} {plan.circuit.operands[i].scale.hex()} {elements.shape}".encode())
-    found.update(elements.tobytes())
-  return found.hexdigest()
-
-
-def _checked_tag(tag: str) -> str:
-  if not (isinstance(tag, str) and len(tag) == 64 and set(tag) <= set("0123456789abcdef")):
-    raise ValueError(f"tag={tag!r}; take the model owner's `tag`, 64 hexadecimal digits")
-  return tag
-
-
-def _bound(key: Array, publication: str) -> Array:
-  """The key of B: HMAC-SHA256(the dealer's key, the publication), [8] uint32."""
-  found = hmac.digest(np.asarray(key).tobytes(), publication.encode(), "sha256")
-  return jnp.asarray(np.frombuffer(found, "<u4").astype(np.uint32))
-
-
-def _check_plan(publication: str, plan: Plan) -> None:
-  if publication.split("-")[0] != plan.digest:
-    raise ValueError("this message was made for another plan; give all roles the same plan")
-
-
-def _check_publication(correlations: Correlations, plan: Plan, known: set[str]) -> None:
-  _check_plan(correlations.publication, plan)
-  if correlations.publication not in known:
-    raise ValueError(
-      "these correlations belong to another publication; take them from the dealer whose blind it "
-      "used"
-    )

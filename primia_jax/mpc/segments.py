@@ -56,6 +56,21 @@ class _Equation(NamedTuple):
   outputs: tuple[int, ...]
 
 
+def places(traced: core.ClosedJaxpr) -> list[tuple[int, int]]:
+  """Of each exchange, in the program's order: its round, and its place in that round's message."""
+  filled: dict[int, int] = {}
+  found = []
+  for level, _ in _exchanges(traced):
+    found.append((level, filled.get(level, 0)))
+    filled[level] = filled.get(level, 0) + 1
+  return found
+
+
+def exchanged(traced: core.ClosedJaxpr) -> list[jax.ShapeDtypeStruct]:
+  """Shape and dtype of each exchange, in the program's order."""
+  return [jax.ShapeDtypeStruct(v.shape, v.dtype) for _, v in _exchanges(traced)]
+
+
 def sizes(traced: core.ClosedJaxpr) -> list[int]:
   """Bytes that each party sends in each round."""
   found = _exchanges(traced)

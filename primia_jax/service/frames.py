@@ -9,6 +9,11 @@
 | QUESTION | data owner | D = x - B' of the operands that need it, mostly nothing |
 | ROUND | both | shares of masked values |
 | OUTPUT | model owner | its shares of the outputs |
+| SHARE | client, to each of two servers | the plan's SHA-256, and shares of its image |
+| RESULT | each of them | its shares of the outputs |
+
+Where a client only shares its image (`sharing`), the helper is the data owner of a session. Its
+QUESTION is the number of the client's request, and OUTPUT is empty.
 
 A message is decoded for the place at which it is expected. Anything else is `Malformed`: another
 kind, session, round or length.
@@ -21,8 +26,11 @@ from typing import NamedTuple
 
 from primia_jax.service.errors import Malformed
 
-HELLO, WELCOME, PREPARE, READY, QUESTION, ROUND, OUTPUT = range(1, 8)
-NAMES = dict(enumerate(("HELLO", "WELCOME", "PREPARE", "READY", "QUESTION", "ROUND", "OUTPUT"), 1))
+HELLO, WELCOME, PREPARE, READY, QUESTION, ROUND, OUTPUT, SHARE, RESULT = range(1, 10)
+NAMES = {
+  HELLO: "HELLO", WELCOME: "WELCOME", PREPARE: "PREPARE", READY: "READY", QUESTION: "QUESTION",
+  ROUND: "ROUND", OUTPUT: "OUTPUT", SHARE: "SHARE", RESULT: "RESULT",
+}  # fmt: skip
 VERSION = 1
 SESSION_BYTES = INFERENCE_BYTES = 16
 NO_SESSION = bytes(SESSION_BYTES)

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from primia_jax.mpc.apart import Online
+from primia_jax.mpc.checks import Deviated
+from primia_jax.mpc.helping import Helper
 from primia_jax.mpc.messages import Correlations, Prepared, Question
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner, ModelOwner
@@ -80,9 +82,7 @@ def serve(
     SessionEnded: whatever ends it early.
   """
   own = terms(owner.plan, online, publication)
-  hello = frames.decode(
-    _some(receive()), Place(frames.HELLO, frames.NO_SESSION), frames.TERMS_BYTES
-  )
+  hello = frames.decode(some(receive()), Place(frames.HELLO, frames.NO_SESSION), frames.TERMS_BYTES)
   agree(own, frames.decode_terms(hello))
   session = os.urandom(frames.SESSION_BYTES)
   yield frames.encode(Place(frames.WELCOME, session), frames.encode_terms(own))
@@ -91,7 +91,7 @@ def serve(
     correlations = take(number.hex())
     if correlations.inference != number.hex():
       raise Refused("the correlations of this inference are filed under another number")
-    prepared = _prepared(owner, correlations)
+    prepared = prepared_by(owner, correlations)
     yield frames.encode(Place(frames.READY, session))
     if (message := receive(idle=True)) is None:
       return
@@ -103,7 +103,11 @@ def serve(
     for i, size in enumerate(online.sizes[:-1]):
       place = Place(frames.ROUND, session, i)
       yield frames.encode(place, payload)
-      payload = party.send(frames.decode(_some(receive()), place, size))
+      theirs = frames.decode(some(receive()), place, size)
+      try:
+        payload = party.send(theirs)
+      except Deviated as error:
+        raise Refused(str(error)) from error
     yield frames.encode(Place(frames.OUTPUT, session), payload)
 
 
@@ -127,7 +131,7 @@ class Asking:
     self._prepared: Prepared | None = None
     own = terms(owner.plan, online, publication)
     send(frames.encode(Place(frames.HELLO, frames.NO_SESSION), frames.encode_terms(own)))
-    welcome = _some(receive())
+    welcome = some(receive())
     place = Place(frames.WELCOME, frames.NO_SESSION)
     agree(own, frames.decode_terms(frames.decode(welcome, place, frames.TERMS_BYTES)))
     self._session = frames.session_of(welcome)
@@ -136,8 +140,8 @@ class Asking:
     """Both sides' work for one inference that needs no image. The correlations are then used."""
     number = bytes.fromhex(correlations.inference)
     self._send(frames.encode(Place(frames.PREPARE, self._session), number))
-    self._prepared = _prepared(self._owner, correlations)
-    frames.decode(_some(self._receive()), Place(frames.READY, self._session), 0)
+    self._prepared = prepared_by(self._owner, correlations)
+    frames.decode(some(self._receive()), Place(frames.READY, self._session), 0)
 
   def ask(self, *images: PyTree) -> PyTree:
     """fn's outputs for these images, which nobody else learns.
@@ -157,9 +161,9 @@ class Asking:
     for i, size in enumerate(self._online.sizes[:-1]):
       place = Place(frames.ROUND, self._session, i)
       self._send(frames.encode(place, payload))
-      payload = party.send(frames.decode(_some(self._receive()), place, size))
+      payload = party.send(frames.decode(some(self._receive()), place, size))
     place = Place(frames.OUTPUT, self._session)
-    last = frames.decode(_some(self._receive()), place, self._online.sizes[-1])
+    last = frames.decode(some(self._receive()), place, self._online.sizes[-1])
     try:
       party.send(last)
     except StopIteration as end:
@@ -186,7 +190,8 @@ def _arrays(plan: Plan, payload: memoryview) -> dict[int, Any]:
   return found
 
 
-def _prepared(owner: ModelOwner | DataOwner, correlations: Correlations) -> Prepared:
+def prepared_by(owner: ModelOwner | DataOwner | Helper, correlations: Correlations) -> Prepared:
+  """What a party has ready once its work is done; raises Refused if it cannot."""
   try:
     prepared = owner.prepare(correlations)
     prepared.block_until_ready()
@@ -195,7 +200,8 @@ def _prepared(owner: ModelOwner | DataOwner, correlations: Correlations) -> Prep
   return prepared
 
 
-def _some(message: bytes | None) -> bytes:
+def some(message: bytes | None) -> bytes:
+  """A message that must not be missing."""
   if message is None:
     raise PeerLost("the other side ended the session in the middle of an inference")
   return message

@@ -6,6 +6,8 @@ whatever z is. The sign of z follows from a bit of zh, a bit of r and a comparis
 with r. z >> shift is linear in values that the dealer knows: exactly once the borrow of the low
 bits is known (`exact`), else within one unit. Apart from zh the parties open only bits under fresh
 masks. A number beyond K is the one silent failure; `clear.check` finds it.
+
+A clamp alone takes any ring element: it keeps the low bits, with their sign.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from primia_jax.mpc.sharing import Wire, at
 from primia_jax.ring import signed
 from primia_jax.types import Array
 
-RELU, TRUNCATE, SIGN = "relu", "truncate", "sign"
+RELU, TRUNCATE, SIGN, CLAMP = "relu", "truncate", "sign", "clamp"
+_SIGNLESS = (TRUNCATE, CLAMP)
+IMAGE = "image"  # what a clamp opens: its input, which whoever shared it chose freely
 COMPARISONS = {comparison.name: comparison for comparison in (TABLES, FSS)}
 
 
@@ -41,7 +45,9 @@ class Gate(NamedTuple):
   """What a gate computes, element by element.
 
   Attributes:
-    action: "relu": max(z, 0) >> shift; "truncate": z >> shift; "sign": 1 where z >= 0, else 0.
+    action: "relu": max(z, 0) >> shift; "truncate": z >> shift; "sign": 1 where z >= 0, else 0;
+      "clamp": the number in [-2^(shift - 1), 2^(shift - 1)) that equals z modulo 2^shift, so z
+      itself where z is in that range.
     num: elements.
     num_bits: k of the ring.
     range_bits: K; |z| + `slack` must stay below 2^K.
@@ -77,7 +83,7 @@ def masks(gate: Gate) -> Masks:
   """The uniform masks of a gate."""
   out = {"r": Uniform((gate.num,), ring.storage(gate.num_bits), ADDITIVE)}
   packed = Uniform((-(-gate.num // 8),), np.uint8, BOOLEAN)
-  if gate.action != TRUNCATE:
+  if gate.action not in _SIGNLESS:
     out["sign"] = packed  # bit K of r ^ beta
   if _borrow(gate) and not _borrow_in_tree(gate):
     out["borrow"] = packed  # lambda
@@ -95,7 +101,11 @@ def derive(gate: Gate, shares: dict[str, Array]) -> Derived:
     derived, lam = gate.comparison.derive(span, r, shares)
   additive = dict(derived.additive)
   values: dict[str, Array] = {}
-  if gate.shift:
+  if gate.action == CLAMP:
+    low = r & dtype(2**gate.shift - 1)
+    lam = _unpack(open_mask(shares["borrow"], BOOLEAN), gate.num) if lam is None else lam
+    values |= {"low": low, "lambda": lam.astype(dtype)}
+  elif gate.shift:
     # sigma is multiplied by 2^(k - shift), so bits above shift do not count
     narrow = np.dtype(f"uint{max(8, 2 ** (gate.shift - 1).bit_length())}")
     values |= {
@@ -107,7 +117,7 @@ def derive(gate: Gate, shares: dict[str, Array]) -> Derived:
       values["lambda"] = lam.astype(dtype)
   elif gate.action == RELU:
     values["r"] = r
-  if gate.action != TRUNCATE:
+  if gate.action not in _SIGNLESS:
     top = (r >> dtype(gate.range_bits)).astype(jnp.uint8) & np.uint8(1)
     beta = _unpack(open_mask(shares["sign"], BOOLEAN), gate.num) ^ top
     additive["beta"] = beta.astype(dtype)
@@ -131,10 +141,10 @@ def run(gate: Gate, wire: Wire, z: Array, correlation: Correlation) -> Array:
     [N], this party's additive share of the answer. Neither party learns anything.
   """
   dtype, k, c = z.dtype.type, gate.num_bits, correlation
-  offset = 2**gate.range_bits + _half(gate)
-  opened = ring.reduce(
-    wire.open_additive(z + at(0, jnp.full_like(z, offset)) + c["r"], "masked input"), k
-  )
+  clamp = gate.action == CLAMP
+  offset = _half(gate) + (0 if clamp else 2**gate.range_bits)
+  masked = z + at(0, jnp.full_like(z, offset)) + c["r"]
+  opened = ring.reduce(wire.open_additive(masked, IMAGE if clamp else "masked input"), k)
   borrow = sign = None
   if span := _span(gate):
     compared = gate.comparison.evaluate(span, wire, opened, c)
@@ -142,6 +152,11 @@ def run(gate: Gate, wire: Wire, z: Array, correlation: Correlation) -> Array:
   negated = lambda v: dtype(0) - v
   if gate.action == SIGN:
     return jnp.where(sign == 1, at(0, jnp.full_like(z, 1)) - c["beta"], c["beta"])
+  if clamp:  # low bits of zh - r, with the borrow m ^ lambda = m + (1 - 2 m) lambda
+    assert borrow is not None
+    lam = jnp.where(borrow == 1, negated(c["lambda"]), c["lambda"]) << dtype(gate.shift)
+    public = (opened & dtype(2**gate.shift - 1)) + (borrow.astype(z.dtype) << dtype(gate.shift))
+    return at(0, public - dtype(offset)) - c["low"] + lam
   if not gate.shift:
     public = opened - dtype(offset)
     value, product = z, public * c["beta"] - c["r_beta"]
@@ -174,7 +189,11 @@ def clear(gate: Gate, z: Array) -> Array:
   v = signed(z, gate.num_bits)
   if gate.action == SIGN:
     return (v >= 0).astype(z.dtype)
-  out = (v + v.dtype.type(_half(gate))) >> v.dtype.type(gate.shift)
+  raised = v + v.dtype.type(_half(gate))
+  if gate.action == CLAMP:
+    out = (raised & v.dtype.type(2**gate.shift - 1)) - v.dtype.type(_half(gate))
+    return lax.bitcast_convert_type(out, z.dtype)
+  out = raised >> v.dtype.type(gate.shift)
   if gate.action == RELU:
     out = jnp.maximum(out, 0)
   return lax.bitcast_convert_type(out, z.dtype)
@@ -182,6 +201,8 @@ def clear(gate: Gate, z: Array) -> Array:
 
 def slack(gate: Gate) -> int:
   """The room that |z| must leave below 2^K, for rounding and for the bits that the sign ignores."""
+  if gate.action == CLAMP:  # what an honest party shares is in range already
+    return 2**gate.range_bits - _half(gate)
   return _half(gate) + (2**gate.skip if gate.skip else 0)
 
 
@@ -190,7 +211,7 @@ def _half(gate: Gate) -> int:
 
 
 def _borrow(gate: Gate) -> bool:
-  return bool(gate.shift) and gate.exact
+  return bool(gate.shift) and (gate.exact or gate.action == CLAMP)
 
 
 def _borrow_in_tree(gate: Gate) -> bool:
@@ -200,7 +221,7 @@ def _borrow_in_tree(gate: Gate) -> bool:
 
 
 def _span(gate: Gate) -> Span | None:
-  if gate.action == TRUNCATE:
+  if gate.action in _SIGNLESS:
     return Span(0, gate.shift) if _borrow(gate) else None
   return Span(gate.skip, gate.range_bits, gate.shift if _borrow(gate) else None)
 
@@ -208,7 +229,7 @@ def _span(gate: Gate) -> Span | None:
 def _open_bits(gate: Gate, wire: Wire, opened: Array, compared: Compared, c: Correlation):
   """The borrow and the sign, [N] uint8 each or None, public under their masks, in one round."""
   packed = []
-  if gate.action == TRUNCATE:
+  if gate.action in _SIGNLESS:
     packed.append(_pack(compared.lt) ^ c["borrow"])
   else:
     # bit K of zh - r is that of zh, that of r, and the borrow of the K bits below
@@ -217,7 +238,7 @@ def _open_bits(gate: Gate, wire: Wire, opened: Array, compared: Compared, c: Cor
     if compared.borrow is not None:
       packed.append(_pack(compared.borrow) ^ c["borrow"])
   bits = [_unpack(b, gate.num) for b in wire.open_boolean(packed, "bits")]
-  if gate.action == TRUNCATE:
+  if gate.action in _SIGNLESS:
     return bits[0], None
   return (bits[1] if len(bits) > 1 else compared.opened_borrow), bits[0]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from primia_jax.mpc import fusing
+from primia_jax.mpc import clamping, fusing
 from primia_jax.mpc.circuit import Circuit, Config
 from primia_jax.mpc.lowering import (
   rectifiers,
@@ -71,7 +71,8 @@ def lower(
       low.enter(ref, owner, aval)
   for equation in program.equations:
     low.lower(equation, _RULES)
-  return fusing.fuse(low.build.circuit([_output(low, v) for v in program.outputs]))
+  circuit = low.build.circuit([_output(low, v) for v in program.outputs])
+  return fusing.fuse(clamping.clamped(circuit))
 
 
 def _output(low: Lowering, v: Any) -> Any:

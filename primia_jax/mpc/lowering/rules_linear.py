@@ -179,11 +179,14 @@ def public_product(low: Lowering, x: Value, weight: Any, mapping: Map, order: An
     sums = maps.apply(mapping, jnp.ones(x.shape, jnp.float32), magnitudes)
   largest = float(jnp.max(sums, initial=0)) * (1 + 2.0**-10)  # float32 rounds
   unit = 2.0 ** (math.frexp(float(np.abs(weight).max()) or 1.0)[1] - (config.weight_bits - 1))
-  integers = np.rint(weight / unit).astype(np.int64).astype(config.dtype)
+  integers = np.rint(weight / unit).astype(np.int64)
 
   def fn(v: Array) -> Array:
-    operand = products.split(mapping, jnp.asarray(integers), config.weight_bits, config.num_bits)
-    return products.multiply(mapping, v, operand, config.num_bits)
+    bits = 64 if v.dtype == np.uint64 else config.num_bits
+    whole = jnp.asarray(integers.astype(v.dtype))
+    return products.multiply(
+      mapping, v, products.split(mapping, whole, config.weight_bits, bits), bits
+    )
 
   out = low.build.local(fn, x, max_abs=x.max_abs * largest if largest else 0.0)
   out = out._replace(scale=out.scale * unit)

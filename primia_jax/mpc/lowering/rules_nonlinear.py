@@ -185,7 +185,7 @@ def _public_select(
     if is_secret(case):
       mask = jnp.asarray(chosen.astype(low.build.config.dtype))
       x = low.build.broadcast(low.value(case), shape)
-      secret.append(low.build.local(lambda v, mask=mask: v * mask, x))
+      secret.append(low.build.local(lambda v, mask=mask: v * mask.astype(v.dtype), x))
     else:
       public = np.where(chosen, np.asarray(case, np.float64), public)
   total = functools.reduce(low.build.add, secret)
