@@ -120,7 +120,7 @@ def updates(
   at other sites, or its own, clipped and noised.
   """
   run = jax.jit(lambda images, labels: mean_gradient(context, on.model, images, labels))
-  noised = jax.jit(lambda key, g: _noised(key, g, on.l2_clip_norm, protection.noise_multiplier))
+  noised = jax.jit(lambda key, g: noised(key, g, on.l2_clip_norm, protection.noise_multiplier))
   rng = np.random.default_rng(context.effort.audit_seed)
   for victim in victims:
     others = np.delete(np.arange(len(on.images)), victim)
@@ -135,7 +135,7 @@ def updates(
     yield gradient
 
 
-def _noised(key: Key, gradient: Params, l2_clip_norm: float, noise_multiplier: float) -> Params:
+def noised(key: Key, gradient: Params, l2_clip_norm: float, noise_multiplier: float) -> Params:
   """Clipped to the norm, with Gaussian noise; a reader of the noise's seed could take it off, so
   that this is for attacks only.
   """

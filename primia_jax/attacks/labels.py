@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 
 from primia_jax.types import Array
 
@@ -69,6 +70,32 @@ def counts(bias: Array, probabilities: Array, batch_size: int) -> np.ndarray:
     cost = np.where(whole - step < 0, np.inf, np.abs(whole - step - guess) - np.abs(whole - guess))
     whole[cost.argmin()] -= step
   return whole
+
+
+def shares(
+  kernel: np.ndarray, bias: np.ndarray, of_kernel: np.ndarray, of_bias: np.ndarray
+) -> np.ndarray:
+  """The share of each class behind an update of a few small steps of SGD: [L] float64, sums to 1.
+
+  The update is about -rate sum_l share_l G_l, with G_l the mean gradient of class l, which public
+  images of it give (compare Wainakh et al. 2022, "User-level label leakage from gradients in
+  federated learning"). Shares are the least squares that are not negative, so that the rate and the
+  number of steps need not be known. What one class's images do is public knowledge; another
+  optimiser than SGD, or a model that moves far, spoils the sum.
+
+  Args:
+    kernel, bias: [K, L] and [L], the head's change: after less before.
+    of_kernel, of_bias: [L, K, L] and [L, L], the mean gradient of each class, times its weight in
+      the loss.
+
+  Returns:
+    The shares; 1 / L each where the update points away from all classes' descent.
+  """
+  columns = np.concatenate([of_kernel.reshape(len(of_bias), -1), of_bias], axis=1).T
+  change = np.concatenate([np.ravel(kernel), np.ravel(bias)])
+  found = scipy.optimize.nnls(columns.astype(np.float64), -change.astype(np.float64))[0]
+  total = found.sum()
+  return found / total if total > 0 else np.full(len(found), 1 / len(found))
 
 
 def of_counts(whole: np.ndarray) -> np.ndarray:
