@@ -6,12 +6,15 @@ predicted probabilities minus the one-hot labels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import scipy.optimize
 
-from primia_jax.types import Array
+from primia_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, ModelState, Params
 
 
 def single(kernel: Array) -> Array:
@@ -96,6 +99,29 @@ def shares(
   found = scipy.optimize.nnls(columns.astype(np.float64), -change.astype(np.float64))[0]
   total = found.sum()
   return found / total if total > 0 else np.full(len(found), 1 / len(found))
+
+
+def soft_loss(apply_fn: ApplyFn, prepare: Callable[[Array], Array]) -> LossFn:
+  """The mean cross-entropy with labels that are probabilities, as an attacker needs it who searches
+  for labels together with images (Zhu et al. 2019): equal to `local.classification_loss` where they
+  are one-hot.
+
+  Args:
+    apply_fn: (params, model_state, images, train=, key=) -> (logits [B, L], new model_state).
+    prepare: images -> as the model takes them.
+
+  Returns:
+    A loss whose batch has labels [B, L] float32. Its metrics count no right answers.
+  """
+
+  def loss_fn(params: Params, model_state: ModelState, batch: Batch, key: Key):
+    logits, model_state = apply_fn(params, model_state, prepare(batch.images), train=True, key=key)
+    losses = batch.weights * optax.softmax_cross_entropy(logits, batch.labels)
+    total, count = jnp.sum(losses), jnp.sum((batch.weights > 0).astype(jnp.float32))
+    metrics = Metrics(total, jnp.zeros((), jnp.float32), count)
+    return total / jnp.maximum(count, 1.0), (model_state, metrics)
+
+  return loss_fn
 
 
 def of_counts(whole: np.ndarray) -> np.ndarray:

@@ -22,7 +22,8 @@ class Seen(NamedTuple):
   Attributes:
     params, model_state: the model before the update.
     update: what was sent, in the form that the simulated client returns.
-    labels: [B] int32 of the images behind it: known, or recovered by `attacks.labels`.
+    labels: [B] int32 of the images behind it: known, or recovered by `attacks.labels`; or [B, L]
+      probabilities, for a loss that takes them (`labels.soft_loss`).
     key: of augmentation and dropout. None for a loss without; the attacker rarely knows it.
     class_weights: [L] float32, the weight of an example of each class, which sites know; None for
       1.
@@ -98,7 +99,7 @@ def _gradient(
   real: Array | None = None,
 ) -> tuple[Params, ModelState]:
   key = jax.random.key(0) if seen.key is None else seen.key
-  weights = jnp.ones(labels.shape, jnp.float32) if real is None else real.astype(jnp.float32)
+  weights = jnp.ones(len(images), jnp.float32) if real is None else real.astype(jnp.float32)
   if seen.class_weights is not None:
     weights = weights * seen.class_weights[labels]
   grads, (model_state, _) = jax.grad(loss_fn, has_aux=True)(
