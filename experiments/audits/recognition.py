@@ -24,7 +24,7 @@ _MEASURE = "pairs told apart"
 _PUBLIC = 64  # images that the adversary knows besides
 _BATCH = 8  # images in the control's step
 _RIDGES = (0.03, 0.3, 3.0, np.inf)
-_ADDING = ("fedavg", "fedprox", "scaffold")  # whose server adds the mean update
+ADDING = ("fedavg", "fedprox", "scaffold")  # whose server adds the mean update
 _TUNED = 3  # every third pair chooses the ridge and is not reported
 
 
@@ -142,7 +142,7 @@ def seen_by(config: Train, one: views.Round) -> dict[str, views.View]:
   sums = config.aggregation.aggregation in ("secure", "clear") and len(one.ids) > 1
   if sums:
     seen[views.SUM] = views.server_sum(one)
-  if sums and config.federation.algorithm in _ADDING:
+  if sums and config.federation.algorithm in ADDING:
     seen[views.PEER] = views.peer(one, int(one.ids[0]))
   return seen
 
