@@ -8,15 +8,20 @@ from collections.abc import Sequence
 from .. import folders, progress, settings, transcripts
 from . import (
   boundaries,
+  classes,
   epsilons,
+  extraction,
+  first_layers,
   heads,
   inversion,
   membership,
+  numbers,
   pages,
   parts,
   pictures,
   recognition,
   servers,
+  several,
   threats,
 )
 from .context import ARM, Context, Effort
@@ -31,12 +36,21 @@ PARTS = {
   "recognition": Audit(
     recognition.audit, ("audit_seed", "candidates", "attacked_rounds"), takes_transcript=True
   ),
+  "numbers": Audit(numbers.audit, ("audit_seed", "candidates", "attacked_rounds")),
+  "classes": Audit(classes.audit, ("audit_seed", "candidates", "victims", "attacked_rounds")),
   "inversion": Audit(
     inversion.audit, ("audit_seed", "candidates", "victims", "restarts", "iterations")
   ),
+  "several": Audit(
+    several.audit,
+    ("audit_seed", "candidates", "victims", "iterations", "attacked_rounds"),
+    takes_transcript=True,
+  ),
+  "first_layers": Audit(first_layers.audit, ("audit_seed", "candidates", "victims")),
   "heads": Audit(heads.audit, ("audit_seed", "candidates", "victims", "attacked_rounds")),
   "servers": Audit(servers.audit, ("audit_seed", "candidates")),
   "membership": Audit(membership.audit, ("audit_seed", "candidates", "shadows")),
+  "extraction": Audit(extraction.audit, ("audit_seed",)),
   "boundary": Audit(boundaries.audit),
 }
 _WHY = "which needs a transcript: train with --record_transcript and another --run_dir"

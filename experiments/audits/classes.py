@@ -45,7 +45,7 @@ def audit(context: Context) -> Part:
     f"A site takes one step on {_BATCH} images. The gradient of the head's bias is the mean of "
     "what the model predicts less the share of each class; public images say what it predicts. So "
     "the adversary counts the classes in the batch, and says which of two lists of counts was the "
-    f"batch's: {_TRIALS} times, for batches of the sites' images.",
+    f"batch's: {_TRIALS} times, for batches of the sites' images."
   ]
   if context.has_transcript and context.config.federation.algorithm != "fedbn":
     context.note("classes, the run's rounds")
@@ -116,9 +116,7 @@ def _predicted(context: Context, model: views.Model, images: np.ndarray) -> np.n
   return np.asarray(jax.jit(lambda x: jax.lax.map(one, x))(images))
 
 
-def _rounds(
-  context: Context, public: tuple[np.ndarray, np.ndarray]
-) -> tuple[list[Evidence], str]:
+def _rounds(context: Context, public: tuple[np.ndarray, np.ndarray]) -> tuple[list[Evidence], str]:
   """Class shares of each site, read off its updates of the run; whose are they, of two sites?"""
   num_classes, part = len(context.trained.label_names), context.images.train
   of_site = np.stack([
@@ -137,7 +135,8 @@ def _rounds(
       for row, sites in enumerate(view.sites):
         update = head(jax.tree.map(lambda a, row=row: a[row], view.updates))
         assert update is not None  # `audit` asked
-        found = labels.shares(*map(np.asarray, (update["kernel"], update["bias"])), *means)
+        kernel, bias = np.asarray(update["kernel"]), np.asarray(update["bias"])
+        found = labels.shares(kernel, bias, *means)
         true = np.average(of_site[list(sites)], axis=0, weights=np.array(part.sizes)[list(sites)])
         if one is rounds[0] and point == views.EACH:
           shown.append(f"site {sites[0]}: {_percent(found)} (it holds {_percent(true)})")
@@ -161,8 +160,9 @@ def _rounds(
     )  # fmt: skip
   optimizer = context.config.training.optimizer
   adam = (
-    "" if optimizer in ("sgd", "momentum") else f" ({optimizer} scales each number by itself, which "
-    "spoils the sum)"
+    ""
+    if optimizer in ("sgd", "momentum")
+    else f" ({optimizer} scales each number by itself, which spoils the sum)"
   )
   return evidence, (
     "A site's whole update is about a sum over classes: of each class's share times the mean "
@@ -198,8 +198,8 @@ def _of_classes(
       return (kernel, total[1] + is_class[:, None] * mine["bias"][None]), None
 
     mine: Any = head(one.before.params)
-    zeros = tuple(jnp.zeros((num_classes, *mine[name].shape)) for name in ("kernel", "bias"))
-    return jax.lax.scan(add, zeros, (images, targets))[0]
+    zeros = lambda name: jnp.zeros((num_classes, *mine[name].shape), jnp.float32)
+    return jax.lax.scan(add, (zeros("kernel"), zeros("bias")), (images, targets))[0]
 
   kernel, bias = map(np.asarray, run(*public))
   number = np.maximum(np.bincount(public[1], minlength=num_classes), 1) / weights

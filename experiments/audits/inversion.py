@@ -49,8 +49,8 @@ def audit(context: Context) -> Part:
   if num < 1 or min(on.images.shape[1:3]) < 11:
     return Part(title, ("Left out: there are too few images, or they are below 11 pixels.",))
   truth = (on.images / 255).astype(np.float32)
-  rows, evidence = {"original": truth[:num]}, []
-  quality = {}
+  rows, quality = {"original": truth[:num]}, {}
+  evidence: list[Evidence] = []
   shape = (1, *on.images.shape[1:])
   searched = {_PIXELS: inversion.pixels(shape)}
   if context.prior is not None:
@@ -96,9 +96,7 @@ def audit(context: Context) -> Part:
   return Part(title, text, tuple(evidence), (), {_PICTURE: caption})
 
 
-def _solver(
-  context: Context, variables: inversion.Variables
-) -> Callable[..., inversion.Found]:
+def _solver(context: Context, variables: inversion.Variables) -> Callable[..., inversion.Found]:
   """(key, weight of total variation, Seen) -> Found; compiled once."""
   settings = inversion.Settings(steps=context.effort.iterations, rate=0.1, signed=False)
   simulate = clients.gradient(context.loss_fn)

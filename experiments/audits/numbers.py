@@ -174,9 +174,7 @@ def play(context: Context, noise: float) -> dict[tuple[str, str], np.ndarray]:
   }
 
 
-def counter(
-  num_classes: int, most: int, noise: float
-) -> Callable[[Sequence[Held]], np.ndarray]:
+def counter(num_classes: int, most: int, noise: float) -> Callable[[Sequence[Held]], np.ndarray]:
   """The run's own counting, over any sites of at most so many images: what their sum opens."""
   count = evaluation.class_counting(num_classes, summation.clear(), sites.scan(), noise)
 
@@ -306,10 +304,7 @@ def _sizes(context: Context) -> list[str]:
     else " Under masks each site's own are not seen, unless sums can be subtracted."
   )
   true = ", ".join(map(str, units.tolist()))
-  return [
-    f"What the numbers of round {one.number} say (the sites hold {true}).{end}",
-    table,
-  ]
+  return [f"What the numbers of round {one.number} say (the sites hold {true}).{end}", table]
 
 
 def _listed(values: np.ndarray, form: str) -> str:

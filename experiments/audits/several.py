@@ -24,8 +24,8 @@ from .parts import Part
 
 _PIXELS, _CODES = "Dimitrov et al. 2022, total variation", "the same, with a learned prior"
 _TV = 0.1  # weight of total variation
-_MOST = 256  # gradients of images in a step of the search
-_SHARE = 4  # of the steps that a single image gets
+_MOST = 128  # gradients of images in a step of the search
+_SHARE = 6  # of the steps that a single image gets
 _STEPS, _BATCH, _RATE = 2, 1, 0.05  # of the control
 _PICTURE = "whole_updates.png"
 
@@ -206,8 +206,8 @@ def _search(
   if attack == _CODES:
     made = inversion.inversion(simulate, learned.codes(context.prior, shape), settings)
   else:
-    smooth: Callable[[clients.Seen, Array], Array] = (
-      lambda seen, images: _TV * priors.total_variation(images)
+    smooth: Callable[[clients.Seen, Array], Array] = lambda seen, images: (
+      _TV * priors.total_variation(images)
     )
     made = inversion.inversion(simulate, inversion.pixels(shape), settings, smooth)  # type: ignore[arg-type]
   key = jax.random.key(context.effort.audit_seed)

@@ -54,7 +54,9 @@ def distinct(kernel: Array, batch_size: int) -> Array:
   return jnp.sort(jax.lax.top_k(-kernel.min(0), batch_size)[1].astype(jnp.int32))
 
 
-def counts(bias: Array, probabilities: Array, batch_size: int) -> np.ndarray:
+def counts(
+  bias: Array | np.ndarray, probabilities: Array | np.ndarray, batch_size: int
+) -> np.ndarray:
   """How many images of each class are in a batch: [L] int64 that sum to B.
 
   The bias's gradient g is mean(p) - counts / B. Exact if the attacker's guess of mean(p) is within

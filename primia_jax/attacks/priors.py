@@ -64,7 +64,7 @@ def register(images: Array, onto: Array) -> Array:
     transform = lambda x: jnp.fft.rfft2(x - x.mean(), axes=(0, 1))
     product = transform(reference) * jnp.conj(transform(image))
     agreement = jnp.fft.irfft2(product, s=image.shape[:2], axes=(0, 1)).sum(-1)
-    down, across = jnp.unravel_index(jnp.argmax(agreement), agreement.shape)
-    return jnp.roll(image, (down, across), axis=(0, 1))
+    shift = jnp.stack(jnp.unravel_index(jnp.argmax(agreement), agreement.shape))
+    return jnp.roll(image, shift, axis=(0, 1))
 
   return jax.vmap(one)(images, onto)

@@ -26,7 +26,7 @@ from primia_jax.federated import Algorithm, Global, Message
 from primia_jax.privacy import accounting
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.plan import SiteLevel
-from primia_jax.types import Array, Key, Metrics, Site
+from primia_jax.types import Array, Key, Metrics, PyTree, Site
 
 _NUMBER = "update"
 
@@ -219,7 +219,7 @@ def _algorithm() -> Algorithm:
 
   def site(server: Global, state: tuple, site: Site):
     zero = jnp.zeros((), jnp.float32)
-    update = {_NUMBER: site.images.reshape(1)}, {}
+    update: PyTree = {_NUMBER: site.images.reshape(1)}, {}
     return Message(update, jnp.float32(1), Metrics(zero, zero, zero)), state
 
   return Algorithm(
