@@ -75,7 +75,7 @@ def _one_step(
   rng = np.random.default_rng(context.effort.audit_seed)
   count = lambda rows: np.bincount(on.labels[rows], minlength=num_classes)
   key = jax.random.key(context.effort.audit_seed)
-  noised = jax.jit(lambda key, gradient: laboratory.noised(key, gradient, clip, noise))
+  add_noise = jax.jit(lambda key, gradient: laboratory.noised(key, gradient, clip, noise))
   for trial in range(_TRIALS):
     rows = rng.choice(len(on.labels), (num, _BATCH), replace=num * _BATCH > len(on.labels))
     other = rows[0]
@@ -85,7 +85,7 @@ def _one_step(
         break
     sent = [gradient(on.images[mine], on.labels[mine]) for mine in rows]
     if noise:
-      sent = [noised(jax.random.fold_in(key, trial), sent[0])]
+      sent = [add_noise(jax.random.fold_in(key, trial), sent[0])]
     bias = np.mean([np.asarray(head(one)["bias"]) for one in sent], axis=0)  # type: ignore[index]
     found = labels.counts(bias, predicted, _BATCH)
     own, decoy = (np.abs(found - count(r)).sum() for r in (rows[0], other))

@@ -127,7 +127,8 @@ def surrogate(
       return jnp.mean(optax.softmax_cross_entropy(logits, targets[index]))
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam needs it
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return State(optax.apply_updates(state.params, updates), opt_state), loss
 
   return Attack(lambda params: State(params, optimizer.init(params)), step)
