@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from experiments_runs import PRIVATE, TINY
+from experiments_runs import PRIVATE, SITE, TINY
 
 from experiments import running, settings
 from experiments.audits import (
   auditing,
   classes,
   context,
+  epsilons,
   extraction,
   first_layers,
   membership,
@@ -247,3 +248,18 @@ def test_every_part_of_a_private_run(tmp_path):
     assert verdict(rest[-1]) in ("at chance", "inconclusive")  # differential privacy
   for picture in ("reconstructions.png", "malicious_server.png", "membership.png", "evidence.png"):
     assert (out / picture).stat().st_size > 1000
+
+
+def test_whole_sites_are_audited_by_canary_sites(tmp_path):
+  """At the few sites of a run, the report says why they alone cannot refute the claim."""
+  config = settings.replace(SITE, rounds=1, dp_seed=-1)
+  folder = finished(config, tmp_path)
+  part = epsilons.proved(Context(folder, tmp_path, settings.replace(EFFORT, canaries=512)))
+  alone, summed, final = part.evidence
+  claim = float(alone.measure.rpartition("of ")[2].split()[0])
+  assert final.value == summed.value <= alone.value < claim
+  assert alone.control.value > alone.value
+  assert not alone.occurs
+  assert summed.occurs
+  assert "it would prove 0 of" in part.text[1]
+  assert part.failures == ()

@@ -62,7 +62,7 @@ def audit(context: Context) -> Part:
       psnr = np.asarray(scores.psnr(jnp.asarray(tried.taken), jnp.asarray(truth[:num])))
       ssim = np.asarray(scores.ssim(jnp.asarray(tried.taken), jnp.asarray(truth[:num])))
       named = scores.identify(jnp.asarray(tried.taken), jnp.asarray(truth), jnp.arange(num))
-      name = protection.name.replace("none", "no protection") + ", prior" * (attack == _CODES)
+      name = protection.name.replace("none", "no protection") + ", learned prior" * (attack == _CODES)
       rows[name], quality[name] = tried.taken, psnr
       note = (
         f"PSNR {psnr.mean():.1f} dB ({tried.best.mean():.1f} for the best restart), SSIM "

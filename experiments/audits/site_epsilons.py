@@ -74,10 +74,12 @@ def proved(context: Context, title: str, made: SiteLevel, weaker: SiteLevel) -> 
     f"{right.summed_right} times from the sums"
     + (f", {right.alone_right} times from single updates" if right.alone_right is not None else "")
     + f" (Mahloujifar et al. 2025). So many guesses prove {right.limit:.3g} at most. The control "
-    f"has 1/{_WEAKER} of the noise and {caught} the claim. All of this is at delta {right.delta:.3g}, where the ledger claims "
-    f"{right.claim:.3g}; at the run's own delta, {claimed.delta:.3g}, it claims {own:.3g}.",
+    f"has 1/{_WEAKER} of the noise and {caught} the claim. All of this is at delta "
+    f"{right.delta:.3g}, where the ledger claims {right.claim:.3g}; at the run's own delta, "
+    f"{claimed.delta:.3g}, it claims {own:.3g}.",
     f"Rounds are run again for each canary, since one run has as many canaries as sites: of "
-    f"{num_sites}, all guessed right, it would prove {most:.3g} of {own:.3g} at most. Only with {needs} could a run's own sites refute "
-    "its claim. A failure to prove more says nothing of other attacks.",
+    f"{num_sites}, all guessed right, it would prove {most:.3g} of {own:.3g} at most. Only with "
+    f"{needs} could a run's own sites refute its claim. That no more is proved says nothing of "
+    "other attacks.",
   )
   return Part(title, text, tuple(evidence), tuple(failures))
