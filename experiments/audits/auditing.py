@@ -126,11 +126,14 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
 
 def _write(run: Context, title: str, made: dict[str, Part]) -> str:
   evidence = [one for part in made.values() for one in part.evidence]
-  shown = [one for one in evidence if one.chance is not None]
+  shown = [one for one in evidence if one.chance is not None and one.occurs]
   overview = {}
   if shown:
-    pictures.rates(shown, run.output / OVERVIEW, f"All attacks: {run.data_name}")
-    overview = {OVERVIEW: "Each attack beside its control and chance, with 95 % intervals"}
+    pictures.rates(shown, run.output / OVERVIEW, f"Attacks on this run: {run.data_name}")
+    overview = {
+      OVERVIEW: "Attacks on what somebody sees of this run, beside controls and chance, with 95 % "
+      "intervals"
+    }
   absent = {
     name: _WHY for name, one in PARTS.items() if one.takes_transcript and not run.has_transcript
   }

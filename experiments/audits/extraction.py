@@ -39,7 +39,7 @@ def audit(context: Context) -> Part:
   order = np.random.default_rng(context.effort.audit_seed).permutation(len(public))
   asked = public[order[: min(_MOST, len(public) // 2)]]
   unseen = public[order[len(asked) :][:_MOST]]
-  if len(asked) < 2 * _BATCH:
+  if len(asked) < _BATCH:
     return Part(title, ("Left out: there are too few public images to ask about.",))
   answer = jax.jit(
     lambda params, images: jax.lax.map(

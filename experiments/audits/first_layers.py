@@ -74,7 +74,7 @@ def audit(context: Context) -> Part:
     "2024) computes all images of the batch, without any search. A sum over sites is a larger "
     f"batch; noise has no zeros. {num} batches were tried.",
   )
-  caption = "Images of a batch, and what was computed, with PSNR in dB"
+  caption = "Images, and what was computed, with PSNR in dB; grey where nothing was found"
   return Part(title, text, tuple(evidence), (), {_PICTURE: caption})
 
 

@@ -20,7 +20,10 @@ from .laboratory import Bench, Protection
 from .parts import Part
 
 _THREAT = "honest server, one image and one step a site"
-_PIXELS, _CODES = "Geiping et al. 2020, Adam without signs", "the same, with a learned prior"
+_PIXELS, _CODES = (
+  "Geiping et al. 2020, Adam without signs",
+  "Geiping et al. 2020 with a learned prior",
+)
 # of total variation, beside a cosine distance; a learned prior needs none
 _WEIGHTS = {_PIXELS: (0.1, 0.3, 1.0), _CODES: (0.0,)}
 _TUNED = 2  # images on which the weight is chosen, and which are not reported
@@ -62,7 +65,9 @@ def audit(context: Context) -> Part:
       psnr = np.asarray(scores.psnr(jnp.asarray(tried.taken), jnp.asarray(truth[:num])))
       ssim = np.asarray(scores.ssim(jnp.asarray(tried.taken), jnp.asarray(truth[:num])))
       named = scores.identify(jnp.asarray(tried.taken), jnp.asarray(truth), jnp.arange(num))
-      name = protection.name.replace("none", "no protection") + ", learned prior" * (attack == _CODES)
+      name = protection.name.replace("none", "no protection") + ", learned prior" * (
+        attack == _CODES
+      )
       rows[name], quality[name] = tried.taken, psnr
       note = (
         f"PSNR {psnr.mean():.1f} dB ({tried.best.mean():.1f} for the best restart), SSIM "
@@ -83,7 +88,7 @@ def audit(context: Context) -> Part:
   weights = ", ".join(f"{w:g}" for w in _WEIGHTS[_PIXELS])
   text = (
     f"The adversary knows the label and searches for the image whose gradient on {on.which} points "
-    f"as the one seen: {effort.restarts} restarts of {effort.iterations} steps each. The weight of "
+    f"as the one seen, in {effort.iterations} steps (restarts: {effort.restarts}). The weight of "
     f"total variation is chosen for each protection on {_TUNED} images that are not reported, out "
     f"of {weights}. {num} images were tried. The control is the same search without protection.",
     "With a learned prior it searches among what an autoencoder of public images can draw. Such a "
