@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from primia_jax.attacks import labels
+from primia_jax import local
+from primia_jax.attacks import inversion, labels, matching, scores, updates
+from primia_jax.types import Batch
 
 
 def head_gradient(features, head, truth):
@@ -60,3 +62,48 @@ def test_counts_sum_to_the_batch_even_from_a_bad_guess():
     counts = labels.counts(bias, np.full(4, 0.25), 8)
     assert counts.sum() == 8
     assert counts.min() >= 0
+
+
+def test_shares_of_a_step_whatever_its_rate():
+  rng = np.random.default_rng(0)
+  of_kernel, of_bias = rng.normal(size=(3, 8, 3)), rng.normal(size=(3, 3))
+  true = np.array([0.5, 0.0, 0.5])
+  change = [-0.07 * np.tensordot(true, g, 1) for g in (of_kernel, of_bias)]
+  np.testing.assert_allclose(labels.shares(*change, of_kernel, of_bias), true, atol=1e-9)
+  away = [-c for c in change]
+  np.testing.assert_allclose(labels.shares(*away, of_kernel, of_bias).sum(), 1)
+
+
+def dense(params, model_state, images, *, train=True, key=None):
+  """A sigmoid MLP without biases."""
+  del train, key
+  hidden = jax.nn.sigmoid(images.reshape(len(images), -1) @ params[0])
+  return hidden @ params[1], model_state
+
+
+def test_labels_and_images_are_found_together():
+  """DLG, Zhu et al. 2019: the label of a soft search is the true one, and so is the image."""
+  rng = np.random.default_rng(0)
+  params = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((9, 32), (32, 4))]
+  image = jnp.asarray(rng.uniform(size=(1, 3, 3, 1)), jnp.float32)
+  soft = labels.soft_loss(dense, lambda images: images)
+  hard = local.classification_loss(dense, lambda key, images, targets: (images, targets), 4)
+  simulate = updates.gradient(soft)
+  settings = inversion.Settings(matching.l2, steps=500, rate=0.05, signed=False)
+  variables = inversion.with_labels(inversion.pixels(image.shape), 1, 4)
+  attack = inversion.inversion(simulate, variables, settings)
+
+  @jax.jit
+  def run(label):
+    batch = Batch(image, label[None], jnp.ones(1, jnp.float32))
+    update = jax.grad(hard, has_aux=True)(params, {}, batch, jax.random.key(0))[0]
+    one_hot = jax.nn.one_hot(label[None], 4, dtype=jnp.float32)
+    same = simulate(updates.Seen(params, {}, None, one_hot), image)
+    seen = updates.Seen(params, {}, update, jnp.full((1, 4), 0.25))
+    return update, same, inversion.run(attack, jax.random.key(1), seen, 2)
+
+  update, same, found = run(jnp.int32(2))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), update, same)
+  best = int(found.objective.argmin())
+  assert found.labels[best, 0].argmax() == 2
+  assert scores.psnr(inversion.selected(found), image).item() > 25

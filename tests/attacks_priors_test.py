@@ -39,3 +39,16 @@ def test_batch_norm_is_least_at_the_running_statistics():
   np.testing.assert_allclose(priors.batch_norm(apply, None, moved, x), 0.5, rtol=1e-4)
   with pytest.raises(ValueError, match="BatchNorm"):
     priors.batch_norm(apply, None, {}, x)
+
+
+def test_registration_undoes_a_shift_and_restarts_that_are_shifted_agree():
+  rng = np.random.default_rng(0)
+  x = rng.uniform(size=(2, 6, 5, 1)).astype(np.float32)
+  moved = np.stack([np.roll(x[0], (2, -1), (0, 1)), np.roll(x[1], (-1, 2), (0, 1))])
+  np.testing.assert_allclose(jax.jit(priors.register)(moved, x), x, atol=1e-7)
+  restarts = np.stack([x, moved])
+  of = lambda registered: jax.vmap(
+    lambda x: priors.group(x, "restarts", registered=registered), axis_name="restarts"
+  )(restarts)
+  np.testing.assert_allclose(of(True), 0, atol=1e-9)
+  assert of(False).min() > 0.01

@@ -1,9 +1,12 @@
 """Simulated clients: the update is the one that local training makes, and it can be inverted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from primia_jax import local
 from primia_jax.attacks import inversion, matching, scores, updates
@@ -26,16 +29,24 @@ def world():
   return [draw(9, 48), draw(48, 4)], loss_fn, images, jnp.arange(4, dtype=jnp.int32)
 
 
-def test_the_simulated_update_is_that_of_local_training():
+@pytest.mark.parametrize("optimizer", [optax.sgd, functools.partial(optax.sgd, momentum=0.9)])
+def test_the_simulated_update_is_that_of_local_training(optimizer):
+  """With class weights, rates that change, and a batch that is not full."""
   params, loss_fn, images, labels = world()
-  steps = local.Steps(4, 2, 4, lambda site, now: (4, lambda t, state: ORDER[t]))
-  recipe = local.Recipe(steps, local.gradients(loss_fn), None, optax.sgd, lambda _: 0.5)
+  order = ORDER.at[3, 1].set(-1)
+  steps = local.Steps(4, 2, 4, lambda site, now: (4, lambda t, state: order[t]))
+  schedule = lambda time: 0.5 - 0.4 * time
+  recipe = local.Recipe(steps, local.gradients(loss_fn), None, optimizer, schedule)
   site = Site(jnp.int32(0), images, labels, jnp.int32(4))
-  now = local.Round(jnp.int32(0), jax.random.key(0), jax.random.key(1))
-  trained = jax.jit(local.train(recipe))(params, {}, optax.sgd(0.5).init(params), (), site, now)
+  weights = jnp.array([0.5, 1.0, 1.5, 1.0])
+  now = local.Round(jnp.int32(0), jax.random.key(0), jax.random.key(1), weights)
+  start = optimizer(0.5).init(params)
+  trained = jax.jit(local.train(recipe))(params, {}, start, (), site, now)
   expected = jax.tree.map(jnp.subtract, trained.params, params)
-  simulate = updates.local_training(loss_fn, 0.5, ORDER)
-  update = jax.jit(simulate)(updates.Seen(params, {}, None, labels), images)
+  rates = jnp.asarray([schedule(t / 4) for t in range(4)])
+  simulate = updates.local_training(loss_fn, rates, order, optimizer)
+  seen = updates.Seen(params, {}, None, labels, class_weights=weights)
+  update = jax.jit(simulate)(seen, images)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), update, expected)
 
 

@@ -4,10 +4,24 @@ import json
 
 import numpy as np
 import pytest
-from experiments_runs import PRIVATE, TINY
+from experiments_runs import PRIVATE, SITE, TINY
 
 from experiments import running, settings
-from experiments.audits import auditing, context, membership, pages, parts, recognition, threats
+from experiments.audits import (
+  auditing,
+  classes,
+  context,
+  epsilons,
+  extraction,
+  first_layers,
+  membership,
+  numbers,
+  pages,
+  parts,
+  recognition,
+  several,
+  threats,
+)
 from experiments.audits.context import Context, Effort
 from experiments.audits.parts import Part
 from primia_jax.attacks.evidence import Evidence, verdict
@@ -19,6 +33,7 @@ TWO = settings.replace(
 EFFORT = Effort(candidates=24, attacked_rounds=1, victims=2, iterations=2, canaries=64)
 CONTROL = Evidence("control", "attack", "none", "rate", 0.9, (0.7, 0.98), 0.5)
 FAILED = CONTROL._replace(threat="server", value=0.5, interval=(0.3, 0.7), control=CONTROL)
+KNOWN = CONTROL._replace(threat="sum", assumed="all others")
 
 
 def finished(config, folder):
@@ -62,6 +77,66 @@ def test_recognition_is_told_by_threat_point_with_a_control_that_succeeds(recogn
   assert all(one.control.value > 0.8 for one in recognised.evidence)
   assert each.value > 0.5  # SGD on few images
   assert all(one.interval[0] <= one.value <= one.interval[1] for one in recognised.evidence)
+
+
+def test_exact_numbers_tell_of_one_image(run):
+  """Class counts and validation losses, which are summed without noise."""
+  part = numbers.audit(run)
+  by_attack = {}
+  for one in part.evidence:
+    by_attack.setdefault(one.attack, []).append(one)
+  assert [len(rows) for rows in by_attack.values()] == [3, 3, 3]
+  assert all(one.value == 1 and one.assumed == "all other images" for one in part.evidence)
+  assert [one.occurs for one in part.evidence] == [False, True, True] * 3
+  assert len(part.failures) == 2
+  sizes = run.images.train.sizes
+  table = part.text[-1].splitlines()
+  assert f"| {sizes[0]}, {sizes[1]} |" in table[2]
+  assert f"| {sizes[1]} |" in table[4]  # of two sites, the other's
+
+
+def test_noise_on_counts_hides_one_image_and_its_control_does_not(run):
+  exact, noised = numbers.play(run, 0.0), numbers.play(run, 50.0)
+  assert all(right.all() for right in exact.values())
+  for (_, attack), right in noised.items():
+    chance = 1 / 3 if attack == numbers._CLASS else 0.5
+    assert abs(right.mean() - chance) < 4 * np.sqrt(0.25 / len(right))
+
+
+def test_classes_are_read_off_one_step_and_not_under_noise(run):
+  part = classes.audit(run)
+  alone, *sums, private = part.evidence[:4]
+  assert alone.value > 0.95
+  assert alone.control is None
+  assert all(one.control == alone for one in part.evidence[1:])
+  assert sums[1].value < alone.value
+  assert private.value < 0.75
+
+
+def test_a_first_layer_gives_whole_batches(run):
+  part = first_layers.audit(Context(run.run_dir, run.output, settings.replace(EFFORT, victims=3)))
+  alone, _, of_ten, private = part.evidence
+  assert alone.value == 1
+  assert of_ten.value == private.value == 0
+  assert (run.output / "first_layer.png").stat().st_size > 1000
+
+
+def test_whole_updates_are_searched_beside_a_control(run):
+  part = several.audit(run)
+  pixels, prior = part.evidence
+  assert pixels.threat.startswith("peer")  # of two sites
+  assert pixels.occurs
+  assert prior.control.protection == "none"
+  assert "2 steps" in pixels.control.threat
+  assert "simulating its" in part.text[0]  # plain SGD, of few images
+  assert (run.output / "whole_updates.png").stat().st_size > 1000
+
+
+def test_the_more_questions_the_more_alike(run):
+  part = extraction.audit(run)
+  assert [one.occurs for one in part.evidence] == [False] * 3
+  assert "numbers for each question" in part.text[0]
+  assert len(part.text[1].splitlines()) == 5
 
 
 def test_pairs_are_of_one_site_and_class(run):
@@ -141,6 +216,8 @@ def finished_without_transcript(run_dir, folder):
     ([CONTROL._replace(occurs=False)], "**Nothing that somebody sees in this run was attacked**"),
     ([FAILED._replace(chance=None)], "**Nothing that somebody sees"),
     ([], "**Nothing that somebody sees"),
+    ([FAILED, KNOWN], "**Numbers tell of one image to whoever knows enough**: all others known, "),
+    ([CONTROL, KNOWN], "**Identification is not at chance**: control: attack, 0.900"),
   ],
 )
 def test_the_first_line_says_where_identification_is_not_at_chance(evidence, said):
@@ -171,3 +248,18 @@ def test_every_part_of_a_private_run(tmp_path):
     assert verdict(rest[-1]) in ("at chance", "inconclusive")  # differential privacy
   for picture in ("reconstructions.png", "malicious_server.png", "membership.png", "evidence.png"):
     assert (out / picture).stat().st_size > 1000
+
+
+def test_whole_sites_are_audited_by_canary_sites(tmp_path):
+  """At the few sites of a run, the report says why they alone cannot refute the claim."""
+  config = settings.replace(SITE, rounds=1, dp_seed=-1)
+  folder = finished(config, tmp_path)
+  part = epsilons.proved(Context(folder, tmp_path, settings.replace(EFFORT, canaries=512)))
+  alone, summed, final = part.evidence
+  claim = float(alone.measure.rpartition("of ")[2].split()[0])
+  assert final.value == summed.value <= alone.value < claim
+  assert alone.control.value > alone.value
+  assert not alone.occurs
+  assert summed.occurs
+  assert "it would prove 0 of" in part.text[1]
+  assert part.failures == ()

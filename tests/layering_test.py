@@ -52,6 +52,8 @@ LAYERS = {
     "metrics",
     "mpc",
     "summation",
+    "secagg",
+    "site_privacy",
   },
 }
 # Who alone may import a package, however it is imported; an empty set stands for nobody in

@@ -10,15 +10,20 @@ from primia_jax import models
 from .. import folders, progress, settings, transcripts
 from . import (
   boundaries,
+  classes,
   epsilons,
+  extraction,
+  first_layers,
   heads,
   inversion,
   membership,
+  numbers,
   pages,
   parts,
   pictures,
   recognition,
   servers,
+  several,
   threats,
 )
 from .context import ARM, Context, Effort
@@ -33,12 +38,21 @@ PARTS = {
   "recognition": Audit(
     recognition.audit, ("audit_seed", "candidates", "attacked_rounds"), takes_transcript=True
   ),
+  "numbers": Audit(numbers.audit, ("audit_seed", "candidates", "attacked_rounds")),
+  "classes": Audit(classes.audit, ("audit_seed", "candidates", "victims", "attacked_rounds")),
   "inversion": Audit(
     inversion.audit, ("audit_seed", "candidates", "victims", "restarts", "iterations")
   ),
+  "several": Audit(
+    several.audit,
+    ("audit_seed", "candidates", "victims", "iterations", "attacked_rounds"),
+    takes_transcript=True,
+  ),
+  "first_layers": Audit(first_layers.audit, ("audit_seed", "candidates", "victims")),
   "heads": Audit(heads.audit, ("audit_seed", "candidates", "victims", "attacked_rounds")),
   "servers": Audit(servers.audit, ("audit_seed", "candidates")),
   "membership": Audit(membership.audit, ("audit_seed", "candidates", "shadows")),
+  "extraction": Audit(extraction.audit, ("audit_seed",)),
   "boundary": Audit(boundaries.audit),
 }
 _WHY = "which needs a transcript: train with --record_transcript and another --run_dir"
@@ -119,11 +133,14 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
 
 def _write(run: Context, title: str, made: dict[str, Part]) -> str:
   evidence = [one for part in made.values() for one in part.evidence]
-  shown = [one for one in evidence if one.chance is not None]
+  shown = [one for one in evidence if one.chance is not None and one.occurs]
   overview = {}
   if shown:
-    pictures.rates(shown, run.output / OVERVIEW, f"All attacks: {run.data_name}")
-    overview = {OVERVIEW: "Each attack beside its control and chance, with 95 % intervals"}
+    pictures.rates(shown, run.output / OVERVIEW, f"Attacks on this run: {run.data_name}")
+    overview = {
+      OVERVIEW: "Attacks on what somebody sees of this run, beside controls and chance, with 95 % "
+      "intervals"
+    }
   absent = {
     name: _WHY for name, one in PARTS.items() if one.takes_transcript and not run.has_transcript
   }

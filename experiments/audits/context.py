@@ -13,19 +13,20 @@ import jax
 import numpy as np
 
 from primia_jax import local, models
-from primia_jax.attacks import views
+from primia_jax.attacks import learned, views
 from primia_jax.data.dataset import Dataset
 from primia_jax.data.sites import Part
 from primia_jax.privacy import ledger
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
-from primia_jax.types import Array, Key, LossFn, ModelState, Params
+from primia_jax.types import Array, Key, LossFn, ModelState, Params, PyTree
 
 from .. import folders, inputs, ledgers, model_files, settings, transcripts
 from ..configs import Train
 from ..configs.model import normalise
 
 ARM = "federated"  # the folder of the arm that is audited
+_PUBLIC, _FEWEST = 1024, 64  # public images of a learned prior, at most and at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,19 @@ class Context:
       ledgers.folder(self.config.privacy, self.config.data, self.run_dir), read_only=True
     )
     return ledger.of_run(self.run_dir / ARM / ledger.LEDGER, chain)
+
+  @functools.cached_property
+  def prior(self) -> PyTree | None:
+    """The parameters of an autoencoder of public images; None where there are too few of them."""
+    test = self.images.test
+    public = np.asarray(test.images[np.arange(min(_PUBLIC, len(test.labels)))])
+    if len(public) < _FEWEST:
+      return None
+    self.note("learned prior, from public images")
+    training = learned.Training(steps=1000, batch_size=32)
+    key = jax.random.key(self.effort.audit_seed)
+    train = jax.jit(lambda images: learned.train(key, images, training).params)
+    return train(public.astype(np.float32) / 255)
 
   @property
   def data_name(self) -> str:

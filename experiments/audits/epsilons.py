@@ -13,11 +13,13 @@ from primia_jax.attacks import canaries, exact, one_run
 from primia_jax.attacks.canaries import Observed
 from primia_jax.attacks.evidence import Evidence
 from primia_jax.privacy import accounting, reconstruction
-from primia_jax.privacy.plan import StepPlan
+from primia_jax.privacy.accounting import Ledger
+from primia_jax.privacy.plan import SiteLevel, StepPlan
 from primia_jax.types import Key
 
 from .. import inputs, markdown, settings, trainers
 from ..processes import Place
+from . import site_epsilons
 from .context import ARM, Context
 from .parts import Part
 
@@ -60,8 +62,32 @@ def bounds(context: Context) -> Part:
     markdown.table(head, rows),
     "And the most true positives of any test of membership:",
     markdown.table(("false positives", "true positives at most"), of_members),
+    *_sibling(context, worst, key),
   )
   return Part(title, text)
+
+
+def _sibling(context: Context, worst: Ledger, key: Key) -> tuple[str, ...]:
+  """A mechanism of the same epsilon and delta, in which every unit is in every step."""
+  if any(release.curve for release in worst.releases):
+    return ()
+  context.note("bounds, a mechanism of equal epsilon")
+  claim = accounting.epsilon(worst)
+  if not 0 < claim < math.inf or all(r.sampling_rate == 1 for r in worst.releases):
+    return ()
+  noise = accounting.calibrate(claim, worst.delta, 1.0, 1)
+  release = accounting.gaussian("one step with all units", noise)
+  other = accounting.spend(Ledger(worst.unit, worst.delta), release)
+  here, there = (
+    reconstruction.estimate(one, key, _CANDIDATES[0], 50_000) for one in (worst, other)
+  )
+  of = lambda e: f"{_percent(e.value)} [{_percent(e.low)}, {_percent(e.high)}]"
+  return (
+    f"Epsilon and delta do not say all. A single release of all units with noise {noise:.3g} has "
+    f"the same epsilon {claim:.3g} at delta {worst.delta:.3g}. By the same estimate one of "
+    f"{_CANDIDATES[0]} candidates is named with a chance of {of(here)} in this run, and of "
+    f"{of(there)} there.",
+  )
 
 
 def proved(context: Context) -> Part:
@@ -70,9 +96,12 @@ def proved(context: Context) -> Part:
   rounds = context.config.training.rounds
   made = _plan(context)
   if made is None:
-    return Part(title, ("Left out: only steps that are private themselves can be audited so.",))
+    return Part(title, ("Left out: without differential privacy there is no claim to test.",))
   weaker = _plan(context, made.noise_multiplier / _WEAKER)
-  assert weaker is not None  # it differs in its noise alone
+  if isinstance(made, SiteLevel):
+    assert isinstance(weaker, SiteLevel)  # it differs in its noise alone
+    return site_epsilons.proved(context, title, made, weaker)
+  assert isinstance(weaker, StepPlan)
   plan, bare = (canaries.plan_like(one, _IN_A_RUN, rounds) for one in (made, weaker))
   runs = max(1, context.effort.canaries // _IN_A_RUN)
   key = jax.random.key(context.effort.audit_seed)
@@ -146,10 +175,10 @@ def _exact(made: StepPlan, rounds: int, key: Key) -> tuple[str, ...]:
   )
 
 
-def _plan(context: Context, noise_multiplier: float = 0.0) -> StepPlan | None:
-  """The run's plan of private steps, or one with this noise; None where there is none."""
+def _plan(context: Context, noise_multiplier: float = 0.0) -> StepPlan | SiteLevel | None:
+  """The run's plan, or one with this noise; None where there is none."""
   config, images = context.config, context.images
-  if config.privacy.dp not in ("example", "patient"):
+  if config.privacy.dp == "none":
     return None
   if noise_multiplier:
     config = settings.replace(config, noise_multiplier=noise_multiplier, target_epsilon=0.0)
@@ -158,7 +187,6 @@ def _plan(context: Context, noise_multiplier: float = 0.0) -> StepPlan | None:
   cohort = trainers.Cohort(ARM, images.train, images.validation, np.asarray(mine), patients)
   trained, place = context.trained, Place(sites.loop())
   made = trainers.make_trainer(config, trained.model, trained.config, [cohort], place)
-  assert isinstance(made.privacy, StepPlan)
   return made.privacy
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.attacks import inversion, priors, scores
+from primia_jax.attacks import inversion, learned, priors, scores
 from primia_jax.attacks import updates as clients
 from primia_jax.attacks.evidence import Evidence
 from primia_jax.types import Array, Key
@@ -20,8 +20,12 @@ from .laboratory import Bench, Protection
 from .parts import Part
 
 _THREAT = "honest server, one image and one step a site"
-_ATTACK = "Geiping et al. 2020, Adam without signs"
-_WEIGHTS = (0.03, 0.1, 1.0)  # of total variation, beside a cosine distance
+_PIXELS, _CODES = (
+  "Geiping et al. 2020, Adam without signs",
+  "Geiping et al. 2020 with a learned prior",
+)
+# of total variation, beside a cosine distance; a learned prior needs none
+_WEIGHTS = {_PIXELS: (0.1, 0.3, 1.0), _CODES: (0.0,)}
 _TUNED = 2  # images on which the weight is chosen, and which are not reported
 _PICTURE = "reconstructions.png"
 
@@ -48,49 +52,62 @@ def audit(context: Context) -> Part:
   if num < 1 or min(on.images.shape[1:3]) < 11:
     return Part(title, ("Left out: there are too few images, or they are below 11 pixels.",))
   truth = (on.images / 255).astype(np.float32)
-  solve = _solver(context, on)
-  rows, evidence = {"original": truth[:num]}, []
-  quality = {}
-  for protection in laboratory.protections(context):
-    tried = _attack(context, on, protection, solve, num)
-    psnr = np.asarray(scores.psnr(jnp.asarray(tried.taken), jnp.asarray(truth[:num])))
-    ssim = np.asarray(scores.ssim(jnp.asarray(tried.taken), jnp.asarray(truth[:num])))
-    named = scores.identify(jnp.asarray(tried.taken), jnp.asarray(truth), jnp.arange(num))
-    name = protection.name.replace("none", "no protection")
-    rows[name], quality[name] = tried.taken, psnr
-    note = (
-      f"PSNR {psnr.mean():.1f} dB ({tried.best.mean():.1f} for the best restart), SSIM "
-      f"{ssim.mean():.2f}, total variation {tried.weight:g}"
-    )
-    evidence.append(
-      Evidence(
-        _THREAT, _ATTACK, protection.name, f"identification among {len(truth)}", named.rate,
-        named.interval, named.chance, note=note, occurs=False,
+  rows, quality = {"original": truth[:num]}, {}
+  evidence: list[Evidence] = []
+  shape = (1, *on.images.shape[1:])
+  searched = {_PIXELS: inversion.pixels(shape)}
+  if context.prior is not None:
+    searched[_CODES] = learned.codes(context.prior, shape)
+  for attack, variables in searched.items():
+    solve, first = _solver(context, variables), len(evidence)
+    for protection in laboratory.protections(context):
+      tried = _attack(context, on, protection, solve, num, _WEIGHTS[attack])
+      psnr = np.asarray(scores.psnr(jnp.asarray(tried.taken), jnp.asarray(truth[:num])))
+      ssim = np.asarray(scores.ssim(jnp.asarray(tried.taken), jnp.asarray(truth[:num])))
+      named = scores.identify(jnp.asarray(tried.taken), jnp.asarray(truth), jnp.arange(num))
+      name = protection.name.replace("none", "no protection") + ", learned prior" * (
+        attack == _CODES
       )
-    )  # fmt: skip
-  evidence = [evidence[0], *(one._replace(control=evidence[0]) for one in evidence[1:])]
+      rows[name], quality[name] = tried.taken, psnr
+      note = (
+        f"PSNR {psnr.mean():.1f} dB ({tried.best.mean():.1f} for the best restart), SSIM "
+        f"{ssim.mean():.2f}"
+      )
+      if tried.weight:
+        note += f", total variation {tried.weight:g}"
+      control = evidence[first] if len(evidence) > first else None
+      evidence.append(
+        Evidence(
+          _THREAT, attack, protection.name, f"identification among {len(truth)}", named.rate,
+          named.interval, named.chance, control, note=note, occurs=False,
+        )
+      )  # fmt: skip
   path = context.output / _PICTURE
   few = {name: images[:8] for name, images in rows.items()}
   pictures.grid(few, quality, path, f"{title}: {context.data_name}")
+  weights = ", ".join(f"{w:g}" for w in _WEIGHTS[_PIXELS])
   text = (
     f"The adversary knows the label and searches for the image whose gradient on {on.which} points "
-    f"as the one seen: {effort.restarts} restarts of {effort.iterations} steps each. The weight of "
+    f"as the one seen, in {effort.iterations} steps (restarts: {effort.restarts}). The weight of "
     f"total variation is chosen for each protection on {_TUNED} images that are not reported, out "
-    f"of {', '.join(f'{w:g}' for w in _WEIGHTS)}. {num} images were tried. The control is the same "
-    "search without protection.",
+    f"of {weights}. {num} images were tried. The control is the same search without protection.",
+    "With a learned prior it searches among what an autoencoder of public images can draw. Such a "
+    "guess looks like an image of the kind wherever the update says little: judge it by "
+    "identification, and not by looks."
+    if _CODES in searched
+    else "No prior was learned: there are too few public images.",
   )
   caption = "Original and reconstructions; below each its PSNR in dB"
   return Part(title, text, tuple(evidence), (), {_PICTURE: caption})
 
 
-def _solver(context: Context, on: Bench) -> Callable[..., inversion.Found]:
+def _solver(context: Context, variables: inversion.Variables) -> Callable[..., inversion.Found]:
   """(key, weight of total variation, Seen) -> Found; compiled once."""
   settings = inversion.Settings(steps=context.effort.iterations, rate=0.1, signed=False)
   simulate = clients.gradient(context.loss_fn)
 
   def solve(key: Key, weight: Array, seen: clients.Seen) -> inversion.Found:
     penalty = lambda seen, images: weight * priors.total_variation(images)
-    variables = inversion.pixels((1, *on.images.shape[1:]))
     attack = inversion.inversion(simulate, variables, settings, penalty)
     return inversion.run(attack, key, seen, context.effort.restarts)
 
@@ -103,6 +120,7 @@ def _attack(
   protection: Protection,
   solve: Callable[..., inversion.Found],
   num: int,
+  weights: tuple[float, ...],
 ) -> Tried:
   """Tunes on the images after the first `num`, and reconstructs these."""
   key = jax.random.key(context.effort.audit_seed)
@@ -126,6 +144,6 @@ def _attack(
     taken = np.stack([*images.values()])
     return float(jnp.mean(scores.psnr(jnp.asarray(taken), jnp.asarray(original))))
 
-  weight = max(_WEIGHTS, key=on_tuned)
+  weight = max(weights, key=on_tuned) if len(weights) > 1 else weights[0]
   taken, qualities = zip(*(run(row, weight) for row in range(num)), strict=True)
   return Tried(np.stack(taken), np.max(qualities, axis=1), weight)

@@ -120,7 +120,7 @@ def updates(
   at other sites, or its own, clipped and noised.
   """
   run = jax.jit(lambda images, labels: mean_gradient(context, on.model, images, labels))
-  noised = jax.jit(lambda key, g: _noised(key, g, on.l2_clip_norm, protection.noise_multiplier))
+  add_noise = jax.jit(lambda key, g: noised(key, g, on.l2_clip_norm, protection.noise_multiplier))
   rng = np.random.default_rng(context.effort.audit_seed)
   for victim in victims:
     others = np.delete(np.arange(len(on.images)), victim)
@@ -131,11 +131,11 @@ def updates(
     gradient = run(on.images[rows], on.labels[rows])
     if protection.noise_multiplier:
       key = jax.random.fold_in(jax.random.key(context.effort.audit_seed), victim)
-      gradient = noised(key, gradient)
+      gradient = add_noise(key, gradient)
     yield gradient
 
 
-def _noised(key: Key, gradient: Params, l2_clip_norm: float, noise_multiplier: float) -> Params:
+def noised(key: Key, gradient: Params, l2_clip_norm: float, noise_multiplier: float) -> Params:
   """Clipped to the norm, with Gaussian noise; a reader of the noise's seed could take it off, so
   that this is for attacks only.
   """

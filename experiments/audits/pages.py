@@ -22,24 +22,47 @@ _SAID = {
 
 
 def first_line(evidence: Iterable[Evidence]) -> str:
-  """Where identification is not at chance, of what somebody sees in the run."""
+  """Where identification is not at chance, of what somebody sees in the run.
+
+  What is told to an adversary who knows more than its threat point gives is said apart: it leads
+  where nothing else succeeds.
+  """
   open_to = [one for one in evidence if one.occurs and one.chance is not None]
-  above = [one for one in open_to if beats_chance(one)]
-  if above:
-    where = "; ".join(f"{one.threat}: {one.attack}, {_value(one)}" for one in above)
-    return f"**Identification is not at chance**: {where}."
-  unsure = [one for one in open_to if verdict(one) == "inconclusive"]
-  if unsure:
-    where = "; ".join(f"{one.threat}: {one.attack}" for one in unsure)
-    return f"**Inconclusive**, since a control fails or is missing: {where}."
   if not open_to:
     return "**Nothing that somebody sees in this run was attacked**, so that nothing is said of it."
-  tried = "; ".join(dict.fromkeys(f"{one.threat}: {one.attack}" for one in open_to))
-  return (
-    f"**Identification is at chance** within its intervals in all that was tried ({tried}), and "
-    "each attack succeeds in its control. An attack that fails proves nothing about better ones; "
-    "what is proved stands under Ledger."
+  plain = [one for one in open_to if not one.assumed]
+  told = [one for one in open_to if one.assumed and beats_chance(one)]
+  known = "; ".join(
+    f"{one.assumed} known, {_grouped([o for o in told if o.assumed == one.assumed], values=False)}"
+    for one in {one.assumed: one for one in told}.values()
   )
+  if above := [one for one in plain if beats_chance(one)]:
+    more = f" Besides, numbers tell of one image: {known}." if known else ""
+    return f"**Identification is not at chance**: {_grouped(above)}.{more}"
+  lead = f"**Numbers tell of one image to whoever knows enough**: {known}. Else: " if known else ""
+  unsure = [one for one in open_to if verdict(one) == "inconclusive"]
+  if unsure:
+    where = _grouped(unsure, values=False)
+    return f"{lead}**Inconclusive**, since a control fails or is missing: {where}."
+  if not plain:
+    return lead + "nothing else that somebody sees in this run was attacked."
+  tried = _grouped(plain, values=False)
+  return (
+    f"{lead}**Identification is at chance** within its intervals in all that was tried ({tried}), "
+    "and each attack succeeds in its control. An attack that fails proves nothing about better "
+    "ones; what is proved stands under Ledger."
+  )
+
+
+def _grouped(evidence: Iterable[Evidence], values: bool = True) -> str:
+  """Attacks by threat point: "threat: attack, value; attack, value"."""
+  by_threat: dict[str, list[str]] = {}
+  for one in evidence:
+    said = f"{one.attack}, {_value(one)}" if values else one.attack
+    by_threat.setdefault(one.threat, []).append(said)
+  join = "; " if values else ", "
+  return "; ".join(f"{threat}: {join.join(dict.fromkeys(said))}"
+                   for threat, said in by_threat.items())  # fmt: skip
 
 
 def page(
@@ -105,9 +128,10 @@ def _row(one: Evidence) -> tuple[str, ...]:
   chance = "–" if one.chance is None else _number(one.chance)
   note = f"; {one.note}" if one.note else ""
   said = _SAID[verdict(one)]
+  known = f", {one.assumed} known" if one.assumed else ""
   return (
-    one.threat + here, one.attack, one.protection, one.measure, _value(one), chance, control,
-    said + note,
+    one.threat + known + here, one.attack, one.protection, one.measure, _value(one), chance,
+    control, said + note,
   )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ _MEASURE = "pairs told apart"
 _PUBLIC = 64  # images that the adversary knows besides
 _BATCH = 8  # images in the control's step
 _RIDGES = (0.03, 0.3, 3.0, np.inf)
-_ADDING = ("fedavg", "fedprox", "scaffold")  # whose server adds the mean update
+ADDING = ("fedavg", "fedprox", "scaffold")  # whose server adds the mean update
 _TUNED = 3  # every third pair chooses the ridge and is not reported
 
 
@@ -74,7 +74,7 @@ def audit(context: Context) -> Part:
   control = _control(context, game, rounds[0], products)
   hides = context.config.aggregation.is_secure
   evidence = [
-    told_apart(game, mine)._replace(
+    found._replace(
       threat=threats[point],
       protection=shared.protection(context.config, max(map(len, mine))),
       control=control,
@@ -82,6 +82,7 @@ def audit(context: Context) -> Part:
       occurs=point != views.EACH or not hides,
     )
     for point, mine in scores.items()
+    if (found := told_apart(game, mine)) is not None
   ]
   text = (
     f"The adversary holds {len(game.pairs)} pairs of images: one that a site trained on, and one "
@@ -142,15 +143,17 @@ def seen_by(config: Train, one: views.Round) -> dict[str, views.View]:
   sums = config.aggregation.aggregation in ("secure", "clear") and len(one.ids) > 1
   if sums:
     seen[views.SUM] = views.server_sum(one)
-  if sums and config.federation.algorithm in _ADDING:
+  if sums and config.federation.algorithm in ADDING:
     seen[views.PEER] = views.peer(one, int(one.ids[0]))
   return seen
 
 
 def told_apart(
   game: Candidates, scores: dict[tuple[int, ...], dict[float, np.ndarray]]
-) -> Evidence:
-  """The share of pairs in which the member scored more, over all updates of a threat point."""
+) -> Evidence | None:
+  """The share of pairs in which the member scored more, over all updates of a threat point; None
+  where they are too few to choose the ridge on some and report others.
+  """
   is_tuned = np.arange(len(game.pairs)) % _TUNED == 0
   wins: dict[float, list[np.ndarray]] = {ridge: [] for ridge in _RIDGES}
   tuned = []
@@ -162,6 +165,8 @@ def told_apart(
       wins[ridge].append(member > stranger)
   apart = np.concatenate(tuned)
   joined = {ridge: np.concatenate(parts) for ridge, parts in wins.items()}
+  if apart.all() or not apart.any():
+    return None
   best = max(joined, key=lambda ridge: joined[ridge][apart].mean())
   return rate_of(joined[best][~apart])
 

@@ -20,6 +20,7 @@ class Evidence(NamedTuple):
     note: what a reader must know to judge the value; may be empty.
     occurs: whether somebody sees this in the run that is audited; False for what is shown beside
       it, such as single updates of a run whose server sees sums.
+    assumed: what the adversary knows beyond its threat point, e.g. "all other images"; or empty.
   """
 
   threat: str
@@ -32,6 +33,7 @@ class Evidence(NamedTuple):
   control: Evidence | None = None
   note: str = ""
   occurs: bool = True
+  assumed: str = ""
 
 
 def beats_chance(one: Evidence) -> bool | None:

@@ -36,7 +36,7 @@ def output_units(plan: Plan) -> tuple[float, ...]:
   return tuple(v.scale for v in plan.circuit.outputs if hasattr(v, "scale"))
 
 
-def rounded(outputs: Array, unit: float) -> Array:
+def rounded(outputs: Array | np.ndarray, unit: float) -> Array:
   """Outputs as whole multiples of a unit, the next below, as exact truncation gives them."""
   return jnp.floor(outputs / unit) * unit
 
@@ -132,7 +132,8 @@ def surrogate(
       return jnp.mean(optax.softmax_cross_entropy(logits, targets[index]))
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam needs it
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return State(optax.apply_updates(state.params, updates), opt_state), loss
 
   return Attack(lambda params: State(params, optimizer.init(params)), step)
@@ -162,7 +163,7 @@ class Agreement(NamedTuple):
   high: float
 
 
-def agreement(one: Array, other: Array) -> Agreement:
+def agreement(one: Array | np.ndarray, other: Array | np.ndarray) -> Agreement:
   """Of two models' outputs [N, L] on images that were no queries."""
   same = np.argmax(np.asarray(one), axis=-1) == np.argmax(np.asarray(other), axis=-1)
   return Agreement(float(same.mean()), *clopper_pearson(int(same.sum()), same.size))

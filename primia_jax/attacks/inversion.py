@@ -5,7 +5,8 @@ server without secure aggregation, may learn the client's images. Attacks differ
 (`attacks.matching`), in what is known of images (`attacks.priors`, `attacks.learned`) and in the
 client that they simulate (`attacks.updates`):
 
-  DLG (Zhu et al. 2019)        matching.l2, Adam without signs, no penalty
+  DLG (Zhu et al. 2019)        matching.l2, Adam without signs, no penalty; `with_labels` searches
+                               labels as well, under `labels.soft_loss`
   Geiping et al. 2020          matching.cosine, signed Adam, total variation, a box
   Yin et al. 2021              the same with priors.batch_norm and priors.group
 """
@@ -58,11 +59,14 @@ class Variables(NamedTuple):
     draw: key -> variables, a pytree of float arrays.
     images: variables -> [B, H, W, C].
     project: variables -> the nearest ones that are allowed.
+    labels: variables -> [B, L] probabilities of classes, in place of `Seen.labels`; None where
+      labels are known.
   """
 
   draw: Callable[[Key], PyTree]
   images: Callable[[PyTree], Array]
   project: Callable[[PyTree], PyTree] = lambda variables: variables
+  labels: Callable[[PyTree], Array] | None = None
 
 
 class State(NamedTuple):
@@ -96,12 +100,14 @@ class Attack(NamedTuple):
     step: (State, Seen) -> (State, Info).
     images: State -> [B, H, W, C], those with the least objective so far.
     steps: how many steps `run` takes.
+    labels: State -> [B, L], theirs; None where labels are known.
   """
 
   init: Callable[[Key], State]
   step: Callable[[State, Seen], tuple[State, Info]]
   images: Callable[[State], Array]
   steps: int
+  labels: Callable[[State], Array] | None = None
 
 
 class Found(NamedTuple):
@@ -111,11 +117,13 @@ class Found(NamedTuple):
     images: [R, B, H, W, C].
     objective: [R], the least of each; the attacker selects by it.
     trace: of each restart and step, [R, T].
+    labels: [R, B, L] probabilities of classes; None where labels are known.
   """
 
   images: Array
   objective: Array
   trace: Info
+  labels: Array | None = None
 
 
 def pixels(shape: tuple[int, int, int, int], spread: float = 0.25) -> Variables:
@@ -126,6 +134,24 @@ def pixels(shape: tuple[int, int, int, int], spread: float = 0.25) -> Variables:
     lambda key: 0.5 + spread * jax.random.normal(key, shape, jnp.float32),
     lambda variables: variables,
     lambda variables: jnp.clip(variables, 0, 1),
+  )
+
+
+def with_labels(images: Variables, batch_size: int, num_classes: int) -> Variables:
+  """Images and their labels, searched together (Zhu et al. 2019, algorithm 1): labels are the
+  softmax of numbers that begin as noise.
+  """
+
+  def draw(key: Key) -> PyTree:
+    image_key, label_key = jax.random.split(key)
+    logits = jax.random.normal(label_key, (batch_size, num_classes), jnp.float32)
+    return {"images": images.draw(image_key), "labels": logits}
+
+  return Variables(
+    draw,
+    lambda variables: images.images(variables["images"]),
+    lambda variables: {**variables, "images": images.project(variables["images"])},
+    lambda variables: jax.nn.softmax(variables["labels"]),
   )
 
 
@@ -153,6 +179,8 @@ def inversion(
 
   def objective(values: PyTree, seen: Seen) -> tuple[Array, Info]:
     images = variables.images(values)
+    if variables.labels is not None:
+      seen = seen._replace(labels=variables.labels(values))
     distance = settings.distance(simulate(seen, images), seen.update)
     total = distance if penalty is None else distance + penalty(seen, images)
     return total, Info(total, distance)
@@ -172,7 +200,9 @@ def inversion(
     moved = variables.project(optax.apply_updates(state.variables, moves))
     return State(moved, opt_state, best, jnp.where(is_best, info.objective, state.objective)), info
 
-  return Attack(init, step, lambda state: variables.images(state.best), settings.steps)
+  of = lambda take: None if take is None else lambda state: take(state.best)
+  images = lambda state: variables.images(state.best)
+  return Attack(init, step, images, settings.steps, of(variables.labels))
 
 
 def run(attack: Attack, key: Key, seen: Seen, num_restarts: int = 1) -> Found:
@@ -188,7 +218,8 @@ def run(attack: Attack, key: Key, seen: Seen, num_restarts: int = 1) -> Found:
     state, trace = jax.lax.scan(
       lambda state, _: attack.step(state, seen), attack.init(key), None, attack.steps
     )
-    return Found(attack.images(state), state.objective, trace)
+    labels = None if attack.labels is None else attack.labels(state)
+    return Found(attack.images(state), state.objective, trace, labels)
 
   return jax.vmap(one, axis_name=RESTARTS)(jax.random.split(key, num_restarts))
 

@@ -35,13 +35,36 @@ def batch_norm(
   return jax.tree.reduce(jnp.add, jax.tree.map(distance, moved, model_state))
 
 
-def group(images: Array, axis_name: str) -> Array:
+def group(images: Array, axis_name: str, *, registered: bool = False) -> Array:
   """Mean squared distance from the mean of all restarts, which get no gradient (Yin et al. 2021,
-  equations 10 and 11, without their registration).
+  equations 10 and 11).
 
   Args:
     images: [B, H, W, C] of one restart.
     axis_name: of the restarts: `inversion.RESTARTS` under `inversion.run`.
+    registered: first move the others onto this one, since restarts often find an image beside its
+      place. Images are moved whole (`register`); the paper's flow also bends them.
   """
-  consensus = jax.lax.pmean(jax.lax.stop_gradient(images), axis_name)
+  images_of_all = jax.lax.stop_gradient(images)
+  if not registered:
+    consensus = jax.lax.pmean(images_of_all, axis_name)
+  else:
+    here = images_of_all
+    moved = jax.vmap(lambda other: register(other, here))(jax.lax.all_gather(here, axis_name))
+    consensus = moved.mean(0)
   return jnp.square(images - consensus).mean()
+
+
+def register(images: Array, onto: Array) -> Array:
+  """Images [B, H, W, C] shifted by whole pixels, around the edge, to agree best with others: the
+  shift with the largest cross-correlation, which is found by Fourier transforms.
+  """
+
+  def one(image: Array, reference: Array) -> Array:
+    transform = lambda x: jnp.fft.rfft2(x - x.mean(), axes=(0, 1))
+    product = transform(reference) * jnp.conj(transform(image))
+    agreement = jnp.fft.irfft2(product, s=image.shape[:2], axes=(0, 1)).sum(-1)
+    shift = jnp.stack(jnp.unravel_index(jnp.argmax(agreement), agreement.shape))
+    return jnp.roll(image, shift, axis=(0, 1))
+
+  return jax.vmap(one)(images, onto)

@@ -110,7 +110,11 @@ def identify(
 
 
 def identify_any(
-  reconstructions: Array, truth: Array, decoys: Array, *, measure: str = "correlation"
+  reconstructions: Array | np.ndarray,
+  truth: Array | np.ndarray,
+  decoys: Array | np.ndarray,
+  *,
+  measure: str = "correlation",
 ) -> Identification:
   """Asks of each true image whether any of a batch's reconstructions is nearer to it than all of
   them are to every decoy.

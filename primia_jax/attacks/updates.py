@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from primia_jax.types import Array, Batch, Key, LossFn, ModelState, Params, PyTree
 
@@ -21,8 +22,11 @@ class Seen(NamedTuple):
   Attributes:
     params, model_state: the model before the update.
     update: what was sent, in the form that the simulated client returns.
-    labels: [B] int32 of the images behind it: known, or recovered by `attacks.labels`.
+    labels: [B] int32 of the images behind it: known, or recovered by `attacks.labels`; or [B, L]
+      probabilities, for a loss that takes them (`labels.soft_loss`).
     key: of augmentation and dropout. None for a loss without; the attacker rarely knows it.
+    class_weights: [L] float32, the weight of an example of each class, which sites know; None for
+      1.
   """
 
   params: Params
@@ -30,6 +34,7 @@ class Seen(NamedTuple):
   update: PyTree
   labels: Array
   key: Key | None = None
+  class_weights: Array | None = None
 
 
 # (what was seen, float32 images [B, H, W, C] as the loss takes them) -> update
@@ -45,36 +50,59 @@ def gradient(loss_fn: LossFn) -> Simulate:
   return simulate
 
 
-def local_training(loss_fn: LossFn, rate: float, order: Array) -> Simulate:
-  """The change of the parameters in several steps of SGD, which is differentiated through
-  (Geiping et al. 2020, section 6; Dimitrov et al. 2022, "Data leakage in federated averaging").
+def local_training(
+  loss_fn: LossFn,
+  rates: float | Array,
+  order: Array,
+  optimizer: Callable[[Array], optax.GradientTransformation] = optax.sgd,
+) -> Simulate:
+  """The change of the parameters in several local steps, which is differentiated through (Geiping
+  et al. 2020, section 6; Dimitrov et al. 2022, "Data leakage in federated averaging").
 
   In one epoch the order is no secret that matters: another one only renames the images. In several
-  epochs the attacker must know how batches differ from epoch to epoch, or guess it.
+  epochs the attacker must know how batches differ from epoch to epoch, or guess it. Sites of
+  `algorithms` take it from the run's public key.
 
   Args:
     loss_fn: of the client.
-    rate: its learning rate.
-    order: [T, B'] int32, which of the images each step takes.
+    rates: the learning rate, or [T] that of each step.
+    order: [T, B'] int32, which of the images each step takes; -1 is padding.
+    optimizer: learning rate -> the client's optimiser, which begins anew. Adam's first steps hardly
+      depend on the size of gradients, so that their derivative says little.
   """
+  rates = jnp.broadcast_to(jnp.asarray(rates, jnp.float32), order.shape[:1])
 
   def simulate(seen: Seen, images: Array) -> PyTree:
-    def step(carry, index):
-      params, model_state = carry
-      here = seen._replace(model_state=model_state)
-      grads, model_state = _gradient(loss_fn, here, params, images[index], seen.labels[index])
-      return (jax.tree.map(lambda p, g: p - rate * g, params, grads), model_state), None
+    def step(carry, now):
+      params, model_state, opt_state = carry
+      rate, index = now
+      here, real = seen._replace(model_state=model_state), index >= 0
+      safe = jnp.maximum(index, 0)
+      batch = images[safe], seen.labels[safe], real
+      grads, model_state = _gradient(loss_fn, here, params, *batch)
+      moves, opt_state = optimizer(rate).update(grads, opt_state, params)
+      return (optax.apply_updates(params, moves), model_state, opt_state), None
 
-    (params, _), _ = jax.lax.scan(step, (seen.params, seen.model_state), order)
+    start = seen.params, seen.model_state, optimizer(jnp.float32(0)).init(seen.params)
+    (params, *_), _ = jax.lax.scan(step, start, (rates, order))
     return jax.tree.map(jnp.subtract, params, seen.params)
 
   return simulate
 
 
 def _gradient(
-  loss_fn: LossFn, seen: Seen, params: Params, images: Array, labels: Array
+  loss_fn: LossFn,
+  seen: Seen,
+  params: Params,
+  images: Array,
+  labels: Array,
+  real: Array | None = None,
 ) -> tuple[Params, ModelState]:
   key = jax.random.key(0) if seen.key is None else seen.key
-  batch = Batch(images, labels, jnp.ones(labels.shape, jnp.float32))
-  grads, (model_state, _) = jax.grad(loss_fn, has_aux=True)(params, seen.model_state, batch, key)
+  weights = jnp.ones(len(images), jnp.float32) if real is None else real.astype(jnp.float32)
+  if seen.class_weights is not None:
+    weights = weights * seen.class_weights[labels]
+  grads, (model_state, _) = jax.grad(loss_fn, has_aux=True)(
+    params, seen.model_state, Batch(images, labels, weights), key
+  )
   return grads, model_state

@@ -1,0 +1,216 @@
+"""Images reconstructed from a site's whole update of a round: several steps on several batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from primia_jax import local, models
+from primia_jax.attacks import inversion, learned, priors, scores, views
+from primia_jax.attacks import updates as clients
+from primia_jax.attacks.evidence import Evidence
+from primia_jax.federated import ORDER
+from primia_jax.types import Array, LossFn, Site
+
+from ..configs.model import normalise
+from . import context as shared
+from . import pictures, recognition
+from .context import Context
+from .parts import Part
+
+_PIXELS, _CODES = "Dimitrov et al. 2022, total variation", "Dimitrov et al. 2022, learned prior"
+_TV = 0.1  # weight of total variation
+_MOST = 128  # gradients of images in a step of the search
+_SHARE = 6  # of the steps that a single image gets
+_STEPS, _BATCH, _RATE = 2, 1, 0.05  # of the control
+_CONTROLS = 24  # images of the control
+_PICTURE = "whole_updates.png"
+
+
+class Target(NamedTuple):
+  """An update of the run that is attacked.
+
+  Attributes:
+    threat: who has it.
+    site: whose it is.
+    round: its number.
+    seen: what the attacker has.
+    images: [N, H, W, C] float32, those behind it.
+  """
+
+  threat: str
+  site: int
+  round: int
+  seen: clients.Seen
+  images: np.ndarray
+
+
+def audit(context: Context) -> Part:
+  """Attacks the smallest site's update in the first recorded round, beside a small control."""
+  title, config = "Reconstruction from whole updates", context.config
+  if config.federation.algorithm == "fedbn":
+    return Part(title, ("Left out: under FedBN sites have no common model.",))
+  target, game = _target(context), recognition.draw(context)
+  pairs = game.pairs[game.site[game.pairs[:, 0]] == target.site]
+  if len(target.images) > _MOST:
+    return Part(
+      title,
+      (
+        f"Left out: the smallest site holds {len(target.images)} images, all of which are unknown "
+        f"together; the search is made for at most {_MOST}. Whether single images can be "
+        "recognised in its update is tested under Recognising images in updates.",
+      ),
+    )  # fmt: skip
+  if not len(pairs):
+    return Part(title, ("Left out: the smallest site has no images that took no part.",))
+  simulate, how = _client(context, target)
+  stored = (game.images / 255).astype(np.float32)
+  rows: dict[str, np.ndarray] = {"original": stored[pairs[:8, 0]]}
+  quality, evidence = {}, []
+  for attack, name in ((_PIXELS, "pixels"), (_CODES, "learned prior")):
+    if attack == _CODES and context.prior is None:
+      continue
+    context.note(f"whole updates, control: {attack}")
+    control = _control(context, attack, game, stored)
+    context.note(f"whole updates, site {target.site}: {attack}")
+    steps = max(1, context.effort.iterations // _SHARE)
+    found = _search(context, attack, simulate, steps, len(target.images))(target.seen)
+    right = closeness(found, stored[pairs[:, 0]]) > closeness(found, stored[pairs[:, 1]])
+    best = nearest(found, rows["original"])
+    rows[f"nearest guess, {name}"] = best
+    psnr = np.asarray(scores.psnr(jnp.asarray(best), jnp.asarray(rows["original"])))
+    quality[f"nearest guess, {name}"] = psnr
+    one = recognition.rate_of(right)
+    evidence.append(
+      one._replace(
+        threat=target.threat, attack=attack, protection=shared.protection(config), control=control,
+        note=f"round {target.round}, mean PSNR of the nearest guess {psnr.mean():.1f} dB",
+        occurs=not config.aggregation.is_secure or target.threat.startswith("peer"),
+      )
+    )  # fmt: skip
+  pictures.grid(rows, quality, context.output / _PICTURE, f"{title}: {context.data_name}")
+  text = (
+    f"The update of site {target.site} in round {target.round} stands for {len(target.images)} "
+    f"images. The adversary knows their labels, and searches for all of them at once, {how}. Of "
+    "two images of the site and of one class, one of which took part, the one that is nearer to "
+    "any of the guesses is taken for it.",
+    f"The control is the same search on a model that is known to be vulnerable (mlp, untrained), "
+    f"for {_STEPS} steps of {_BATCH} image each. It shows that the search works, and not that it "
+    "would find more images, or images in this model.",
+  )
+  caption = "Images of the site, and the guess nearest to each, with its PSNR in dB"
+  return Part(title, text, tuple(evidence), (), {_PICTURE: caption})
+
+
+def _target(context: Context) -> Target:
+  """The smallest site in the first recorded round; of two sites, as the other one sees it."""
+  one = context.rounds()[0]
+  part, sizes = context.images.train, np.array(context.images.train.sizes)[one.ids]
+  row = int(sizes.argmin())
+  site = int(one.ids[row])
+  view, at = views.server_each(one), row
+  adds = context.config.federation.algorithm in recognition.ADDING
+  if len(one.ids) == 2 and adds and context.config.aggregation.is_secure:
+    view, at = views.peer(one, int(one.ids[1 - row])), 0
+  images, labels = shared.take(part.dataset, part.sites[site])
+  update = jax.tree.map(lambda u: jnp.asarray(u[at]), view.updates)
+  weights = None if one.class_weights is None else jnp.asarray(one.class_weights)
+  seen = clients.Seen(*one.before, update, jnp.asarray(labels), class_weights=weights)
+  threat = view.threat.replace("each site's update", f"site {site}'s update")
+  return Target(threat, site, one.number, seen, (images / 255).astype(np.float32))
+
+
+def _client(context: Context, target: Target) -> tuple[clients.Simulate, str]:
+  """The client that the attacker simulates: the run's own steps, where they are plain."""
+  config, t, taken_by = context.config, context.config.training, ""
+  if config.privacy.dp == "none" and t.optimizer in ("sgd", "momentum"):
+    steps = t.build_steps(context.images.train.sizes)
+    number = np.int32(target.round - 1)
+    fold = jax.random.fold_in
+    key = fold(fold(jax.random.key(config.seed), ORDER), target.site)
+    now = local.Round(jnp.int32(number), key, key)
+    num = jnp.int32(len(target.images))
+    site = Site(jnp.int32(target.site), target.seen.labels, target.seen.labels, num)
+    taken, draw = steps.begin(site, now)
+    order = jax.vmap(lambda i: draw(i, ()))(jnp.arange(int(taken), dtype=jnp.int32))
+    taken_by = f"{order.size} images in {int(taken)} steps are too many to simulate"
+    if order.size <= _MOST:
+      schedule = t.build_schedule()
+      rates = jnp.stack([schedule(jnp.float32(number + i / int(taken))) for i in range(int(taken))])
+      made = clients.local_training(context.loss_fn, rates, order, t.build_optimizer())
+      return made, f"simulating its {int(taken)} steps, whose batches follow from the public key"
+  if config.privacy.dp != "none":
+    taken_by = "noise and batches are secret"
+  elif t.optimizer not in ("sgd", "momentum"):
+    taken_by = f"{t.optimizer} hides how large gradients were"
+  how = f"as if all of them had made one step ({taken_by})"
+  return clients.gradient(context.loss_fn), how
+
+
+def _vulnerable(context: Context) -> tuple[LossFn, views.Model]:
+  """A model whose updates are known to hold images, and its loss."""
+  given = context.trained.config
+  config = models.ModelConfig("mlp", given.num_classes, given.image_shape)
+  model = models.build(config)
+  prepare = lambda key, images, targets: (normalise(images), targets)
+  loss_fn = local.classification_loss(model.apply, prepare, config.num_classes)
+  return loss_fn, views.Model(*model.init(jax.random.key(context.effort.audit_seed)))
+
+
+def _control(
+  context: Context, attack: str, game: recognition.Candidates, stored: np.ndarray
+) -> Evidence:
+  """Small updates of the vulnerable model, of images of the game."""
+  loss_fn, model = _vulnerable(context)
+  size = _STEPS * _BATCH
+  order = jnp.arange(size, dtype=jnp.int32).reshape(_STEPS, _BATCH)
+  simulate = clients.local_training(loss_fn, _RATE, order)
+  send = jax.jit(lambda labels, images: simulate(clients.Seen(*model, None, labels), images))
+  search = _search(context, attack, simulate, context.effort.iterations, size)
+  num = min(_CONTROLS, len(game.pairs)) // size
+  right = []
+  for pairs in game.pairs[: num * size].reshape(num, size, 2):
+    labels = jnp.asarray(game.labels[pairs[:, 0]])
+    found = search(clients.Seen(*model, send(labels, stored[pairs[:, 0]]), labels))
+    right.append(closeness(found, stored[pairs[:, 0]]) > closeness(found, stored[pairs[:, 1]]))
+  one = recognition.rate_of(np.concatenate(right) if right else np.zeros(1, bool))
+  threat = f"honest server, {_STEPS} steps of one image on a vulnerable model"
+  return one._replace(threat=threat, attack=attack, protection="none", occurs=False)
+
+
+def _search(
+  context: Context, attack: str, simulate: clients.Simulate, steps: int, size: int
+) -> Callable[[clients.Seen], np.ndarray]:
+  """Seen -> the images [size, H, W, C] that the attacker takes."""
+  shape = (size, *context.trained.config.image_shape)
+  settings = inversion.Settings(steps=steps, rate=0.1, signed=False)
+  if attack == _CODES:
+    made = inversion.inversion(simulate, learned.codes(context.prior, shape), settings)
+  else:
+    smooth: Callable[[clients.Seen, Array], Array] = lambda seen, images: (
+      _TV * priors.total_variation(images)
+    )
+    made = inversion.inversion(simulate, inversion.pixels(shape), settings, smooth)  # type: ignore[arg-type]
+  key = jax.random.key(context.effort.audit_seed)
+  run = jax.jit(lambda seen: inversion.selected(inversion.run(made, key, seen)))
+  return lambda seen: np.asarray(run(seen))
+
+
+def nearest(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+  """For each true image the guess of the least squared error."""
+  error = np.stack([np.square(found - one).mean((1, 2, 3)) for one in truth])
+  return found[error.argmin(1)]
+
+
+def closeness(found: np.ndarray, images: np.ndarray) -> np.ndarray:
+  """[N]: the largest correlation of each image's pixels with those of any guess."""
+  rows = []
+  for some in (found, images):
+    flat = np.asarray(some, np.float64).reshape(len(some), -1)
+    flat = flat - flat.mean(1, keepdims=True)
+    rows.append(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12))
+  return (rows[1] @ rows[0].T).max(1)
