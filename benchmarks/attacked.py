@@ -18,7 +18,9 @@ MEAN, STD = 0.5, 0.25  # by which clients standardise images in [0, 1]
 
 
 class Ops:
-  """`attacked.apply` on NHWC, with kernels as HWIO and dense ones as [in, out]."""
+  """`attacked.apply` on NHWC, with kernels as HWIO and dense ones as [in, out], in the order of
+  HWC.
+  """
 
   @staticmethod
   def conv(x, w, stride, padding):
@@ -35,7 +37,7 @@ class Ops:
   bias = staticmethod(jnp.add)
   dense = staticmethod(lambda x, w, b: x @ w + b)
   relu, sigmoid, add = map(staticmethod, (jax.nn.relu, jax.nn.sigmoid, jnp.add))
-  flat = staticmethod(lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1))
+  flat = staticmethod(lambda x: x.reshape(len(x), -1))
   mean = staticmethod(lambda x: x.mean((1, 2)))
 
 
@@ -43,10 +45,15 @@ def network(
   case: str, size: int = 32, channels: int = 3, classes: int = attacked.CLASSES
 ) -> tuple[Params, Callable[..., tuple[Array, dict]], LossFn]:
   """Parameters, apply function and loss of an untrained network of `peers.attacked`."""
-  params = [
-    jnp.asarray(w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T)
-    for w in attacked.weights(case, size, channels, classes)
-  ]
+
+  def ours(w):
+    if w.ndim == 4:
+      return w.transpose(2, 3, 1, 0)
+    if w.ndim == 2 and case == "lenet":  # its features are a map of 12 channels
+      return w.reshape(len(w), 12, -1).transpose(2, 1, 0).reshape(-1, len(w))
+    return w.T
+
+  params = [jnp.asarray(ours(w)) for w in attacked.weights(case, size, channels, classes)]
 
   def apply(params, model_state, images, *, train=True, key=None):
     del train, key

@@ -137,9 +137,10 @@ def main(_):
     np.savez(source, images=at, labels=labels[np.array(turns)])
     if _BREACHING.value:
       theirs = weight * attacked.STD if _PEER_TV.value is None else _PEER_TV.value
-      arguments = (case, source, folder, steps, theirs, os.cpu_count())
-      script = "inversion_breaching.py"
-      made = measuring.peer(_BREACHING.value, script, len(turns), *arguments)
+      # as many threads as JAX has cores, also under `taskset`
+      arguments = (case, source, folder, steps, theirs, len(os.sched_getaffinity(0)))
+      script, patience = "inversion_breaching.py", max(150.0, _LIMIT.value)
+      made = measuring.peer(_BREACHING.value, script, len(turns), *arguments, patience=patience)
       peer = stack.enter_context(made)
       contestants["breaching"] = peer.rounds
     else:

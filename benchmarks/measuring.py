@@ -24,7 +24,7 @@ import jax
 
 T = TypeVar("T")
 _PEERS = pathlib.Path(__file__).parent / "peers"
-_PATIENCE = 150.0  # seconds that a peer may take to start, or for one round
+_PATIENCE = 150.0  # seconds
 
 
 class Cost(NamedTuple):
@@ -60,7 +60,9 @@ def timed(run: Callable[[], Any]) -> Contestant:
 
 
 @contextlib.contextmanager
-def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Iterator[Peer]:
+def peer(
+  python: str, script: str, num_rounds: int, *arguments: object, patience: float = _PATIENCE
+) -> Iterator[Peer]:
   """A contestant in another process and environment: `benchmarks/peers/<script>`, which runs a
   round on request.
 
@@ -69,9 +71,10 @@ def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Itera
     script: name of the file.
     num_rounds: how many rounds will be requested, including warm-up.
     *arguments: passed to the script.
+    patience: seconds that it may take to start, or for one round.
 
   Raises:
-    RuntimeError: the peer failed or took longer than `_PATIENCE`. The message holds the end of its
+    RuntimeError: the peer failed or took longer than `patience`. The message holds the end of its
       output.
   """
   command = [python, str(_PEERS / script), str(num_rounds), *map(str, arguments)]
@@ -91,7 +94,7 @@ def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Itera
     to, out = process.stdin, process.stdout
 
     def answer(word: str) -> list[str]:
-      timer = threading.Timer(_PATIENCE, process.kill)
+      timer = threading.Timer(patience, process.kill)
       timer.start()
       for line in out:
         if line.startswith(word):
@@ -100,7 +103,7 @@ def peer(python: str, script: str, num_rounds: int, *arguments: object) -> Itera
       timer.cancel()
       errors.seek(0)
       raise RuntimeError(
-        f"{' '.join(command)} failed or took over {_PATIENCE} s:\n{errors.read()[-2000:]}"
+        f"{' '.join(command)} failed or took over {patience} s:\n{errors.read()[-2000:]}"
       )
 
     def rounds() -> Contestant:

@@ -17,6 +17,7 @@ gradients of each are the other two.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -194,8 +195,11 @@ def _rows_product(x: Array, g: Array, w_shape: tuple[int, ...], geometry: Geomet
   """The kernel gradient of a few images, as patches [B H' W', kh kw C], transposed, times g. As a
   convolution it would have as few input channels as there are images, and XLA would be slow.
   """
-  rows = _patches(x, w_shape, geometry)[0]
-  return (rows.T @ g.reshape(-1, w_shape[3])).reshape(w_shape)
+  rows, g = _patches(x, w_shape, geometry)[0], g.reshape(-1, w_shape[3])
+  if w_shape[3] >= len(rows):
+    return (rows.T @ g).reshape(w_shape)
+  # copies g and the product instead of the rows, which are more
+  return (g.T @ rows).reshape(w_shape[3], *w_shape[:3]).transpose(1, 2, 3, 0)
 
 
 def _rows_product_fwd(
@@ -213,10 +217,40 @@ def _rows_product_bwd(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _rows_sum(g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry) -> Array:
-  """The input gradient of a few images: the sum of the patches g w^T at their places."""
+  """The input gradient of a few images: the sum of the patches g w^T at their places, or without
+  these patches where that is not much more work.
+  """
+  work = math.prod(-(-w.shape[a] // s) * s for a, s in enumerate(geometry.strides))
+  is_plain = geometry.lhs_dilation == geometry.rhs_dilation == (1, 1)
+  if is_plain and work <= 1.5 * w.shape[0] * w.shape[1]:
+    return _by_phases(g, w, x_shape, geometry)
   rows = lambda x: _patches(x, w.shape, geometry)[0]
   place = jax.linear_transpose(rows, jax.ShapeDtypeStruct(x_shape, g.dtype))
   return place(g.reshape(-1, w.shape[3]) @ w.reshape(-1, w.shape[3]).T)[0]
+
+
+def _by_phases(g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry) -> Array:
+  """The input gradient as one convolution without stride: pixel s a + p of the images is the sum
+  over j of g[a - j] w[s j + p], so each phase p has a kernel of its own, side by side in channels.
+  """
+  padding, sizes, starts = [], [], []
+  for axis, s in enumerate(geometry.strides):
+    taps, low = -(-w.shape[2 * axis] // s), geometry.padding[axis][0]
+    w = jnp.pad(
+      w, [(0, taps * s - w.shape[2 * axis] if a == 2 * axis else 0) for a in range(w.ndim)]
+    )
+    w = w.reshape(*w.shape[: 2 * axis], taps, s, *w.shape[2 * axis + 1 :])
+    first, last = low // s, (low + x_shape[1 + axis] - 1) // s
+    padding.append((taps - 1 - first, last + 1 - g.shape[1 + axis]))
+    sizes.append(last + 1 - first)
+    starts.append(low - s * first)
+  th, sh, tw, sw, channels, features = w.shape
+  kernel = w[::-1, :, ::-1].transpose(0, 2, 5, 1, 3, 4).reshape(th, tw, features, -1)
+  y = _conv(g, kernel, Geometry((1, 1), (padding[0], padding[1])))
+  y = y.reshape(-1, *sizes, sh, sw, channels).transpose(0, 1, 3, 2, 4, 5)
+  y = y.reshape(len(y), sizes[0] * sh, sizes[1] * sw, channels)
+  (top, left), (_, height, width, _) = starts, x_shape
+  return y[:, top : top + height, left : left + width]
 
 
 def _rows_sum_fwd(

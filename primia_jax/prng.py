@@ -267,12 +267,14 @@ def varying_zero(*arrays: Array) -> Array:
 
 def double_round(state: tuple[Array, ...]) -> tuple[Array, ...]:
   """Four quarter rounds on the columns and four on the diagonals (RFC 8439, section 2.3.1)."""
+  # `lax` and not operators: JAX traces an operator of arrays three times as long
   s = list(state)
   for shift in (0, 1):
     for i in range(4):
       a, b, c, d = (4 * row + (i + shift * row) % 4 for row in range(4))
       for x, y, z, n in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
-        s[x] = s[x] + s[y]
-        s[z] = s[z] ^ s[x]
-        s[z] = (s[z] << np.uint32(n)) | (s[z] >> np.uint32(32 - n))
+        s[x] = lax.add(s[x], s[y])
+        turned = lax.bitwise_xor(s[z], s[x])
+        left = lax.shift_left(turned, np.uint32(n))
+        s[z] = lax.bitwise_or(left, lax.shift_right_logical(turned, np.uint32(32 - n)))
   return tuple(s)

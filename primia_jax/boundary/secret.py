@@ -20,9 +20,11 @@ not follow the protocol; sizes and times.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +63,7 @@ def audit_secret(private: Any, observer: int | None = None) -> report.Report:
     raise ValueError(
       'the plan has arguments of the owner "shared", which no role holds; name an owner'
     )
-  with plan.config.scope():
+  with plan.config.scope(), _without_collection():
     traced = _trace(plan)
     both = (MODEL_OWNER, DATA_OWNER) if observer is None else (observer,)
     found = [_seen_by(plan, traced, party) for party in both]
@@ -70,6 +72,18 @@ def audit_secret(private: Any, observer: int | None = None) -> report.Report:
     tuple(c for each in found for c in each.crossings),
     tuple(v for each in found for v in each.violations),
   )
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+  """Traces live until the audit ends. Python's collector would walk them again and again."""
+  was_enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    if was_enabled:
+      gc.enable()
 
 
 class _Gate(NamedTuple):

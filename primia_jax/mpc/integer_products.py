@@ -5,10 +5,12 @@ Names of dimensions are those of `layouts`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -44,12 +46,13 @@ def multiply(map: Map, x: Array, w: Array, w_shape: tuple[int, ...]) -> Array:
   rows, kernel = layouts.padded_rows(map, x, axes), layouts.kernel_shape(map, w_shape)
   for i in reversed(range(len(axes) - _num_folded(kernel), len(axes))):
     rows, axes[i] = _patches(rows, i + 1, axes[i]), layouts.Axis(1, 1, 1, (0, 0, 0))
-  out = jnp.moveaxis(_sum_blocks(rows, w, axes), 0, -2)  # [N, *space', G, O/o, o]
+  out = jnp.moveaxis(_sum_blocks(rows, w, tuple(axes)), 0, -2)  # [N, *space', G, O/o, o]
   out = out.reshape(*out.shape[:-2], out.shape[-2] * out.shape[-1])[..., : kernel[-1]]
   return layouts.result(map, out, x.shape, w_shape)
 
 
-def _sum_blocks(rows: Array, blocks: Array, axes: Sequence[layouts.Axis]) -> Array:
+@functools.partial(jax.jit, static_argnames="axes", inline=True)  # equal layers are traced once
+def _sum_blocks(rows: Array, blocks: Array, axes: tuple[layouts.Axis, ...]) -> Array:
   """Rows [N, *space, C, G] times blocks [steps, O/o, U, G, o] of U terms and o columns: [O/o, N,
   *space', G, o].
   """
