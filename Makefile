@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN_DIR ?= runs/phantom
 BIN := $(VENV)/bin
+QUICK_SUITE := $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 .PHONY: train test slow check smoke clean
 
@@ -10,7 +11,8 @@ train: $(VENV)/installed
 	$(BIN)/python -m experiments.train_federated --run_dir=$(RUN_DIR) $(FLAGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
+	$(QUICK_SUITE) --compiled=quickly $(TESTS); first=$$?; \
+	$(QUICK_SUITE) --compiled=as-users-do $(TESTS) && exit $$first
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(TESTS)

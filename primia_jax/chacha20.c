@@ -15,39 +15,38 @@ typedef struct {
   bool wide;
 } Job;
 
+// Adds a mask's LANES blocks to a tile at `out`, or subtracts them. Both are known to the compiler: a sign in the inner
+// loop costs a fifth of the speed, and AVX2 cannot multiply wide numbers by it.
+__attribute__((always_inline)) static inline void add(uint32_t x[16][LANES], const bool wide, const bool minus,
+                                                      void* out) {
+  for (int w = 0; w < (wide ? 8 : 16); w++)
+    for (int l = 0; l < LANES; l++)
+      if (wide) {
+        const uint64_t v = x[w][l] | (uint64_t)x[w + 8][l] << 32;
+        ((uint64_t*)out)[w * TILE + l] += minus ? -v : v;
+      } else {
+        ((uint32_t*)out)[w * TILE + l] += minus ? -x[w][l] : x[w][l];
+      }
+}
+
 // One tile: the sum over peers of sign * keystream, of which the caller keeps the first `bytes`.
 static void tile(const Job* job, const uint32_t* keys, const int32_t* signs, const uint32_t* nonce, int64_t index,
                  int64_t bytes, void* out) {
-  const int64_t columns = bytes / (job->wide ? 8 : 4);  // a short tile has word 0 of its first blocks only
+  const int64_t size = job->wide ? 8 : 4, columns = bytes / size;  // a short tile has word 0 of its first blocks only
   const int num_blocks = columns < TILE ? columns : TILE;
-  bool empty = true;  // the first mask is stored, the others are added
+  memset(out, 0, TILE_BYTES);  // in order, which fetches it faster than the additions would
   for (int64_t p = 0; p < job->peers; p++) {
     if (signs[p] == 0) continue;
-    const uint64_t flip = signs[p] < 0 ? -1 : 0;  // -v is (v ^ -1) + 1; AVX2 cannot multiply wide numbers
     for (int b = 0; b < num_blocks; b += LANES) {
       uint32_t x[16][LANES];
       blocks(keys + 8 * p, nonce, index * TILE + b, x);
-      if (job->wide) {
-        for (int w = 0; w < 8; w++) {
-          uint64_t* sum = (uint64_t*)out + w * TILE + b;
-          for (int l = 0; l < LANES; l++) {
-            const uint64_t v = ((x[w][l] | (uint64_t)x[w + 8][l] << 32) ^ flip) - flip;
-            sum[l] = empty ? v : sum[l] + v;
-          }
-        }
-      } else {
-        for (int w = 0; w < 16; w++) {
-          uint32_t* sum = (uint32_t*)out + w * TILE + b;
-          for (int l = 0; l < LANES; l++) {
-            const uint32_t v = (x[w][l] ^ (uint32_t)flip) - (uint32_t)flip;
-            sum[l] = empty ? v : sum[l] + v;
-          }
-        }
-      }
+      uint8_t* at = (uint8_t*)out + b * size;
+      if (job->wide)
+        signs[p] < 0 ? add(x, true, true, at) : add(x, true, false, at);
+      else
+        signs[p] < 0 ? add(x, false, true, at) : add(x, false, false, at);
     }
-    empty = false;
   }
-  if (empty) memset(out, 0, TILE_BYTES);
 }
 
 static void work(const void* data, int64_t unit) {
