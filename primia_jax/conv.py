@@ -119,10 +119,10 @@ def _reduce_windows(
 def _apply(x: Array, w: Array, geometry: Geometry) -> Array:
   if jax.default_backend() != "cpu":
     return _plain(x, w, geometry)
-  return _conv(*_same_varying_axes(x, w), geometry)
+  return _conv(*same_varying_axes(x, w), geometry)
 
 
-def _same_varying_axes(x: Array, w: Array) -> tuple[Array, Array]:
+def same_varying_axes(x: Array, w: Array) -> tuple[Array, Array]:
   """Inside `shard_map`, casts a replicated operand to vary like the other, so that its gradient is
   summed over devices.
   """

@@ -23,9 +23,9 @@ _UNOPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 # share, roundings, compiled text and memory), compile as users do. The variable above wins where
 # it is set.
 _UNOPTIMISED_FILES = (
-  "conv_", "experiments_", "metrics_", "models_", "mpc_", "privacy_audit_", "privacy_bookkeeping_",
-  "privacy_clipping_", "privacy_plan_", "privacy_training_", "readme_", "report_", "scattering_",
-  "site_privacy_",
+  "conv_", "depthwise_", "experiments_", "metrics_", "models_", "mpc_", "privacy_audit_",
+  "privacy_bookkeeping_", "privacy_clipping_", "privacy_plan_", "privacy_training_", "readme_",
+  "report_", "scattering_", "site_privacy_",
 )  # fmt: skip
 
 

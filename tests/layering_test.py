@@ -20,6 +20,7 @@ LAYERS = {
   "sites": {"types"},
   "tapped": {"types"},
   "conv": {"types", "tapped"},
+  "depthwise": {"types", "native", "conv"},
   "prng": {"types", "native"},
   "local": {"types"},
   "robust": {"types"},
@@ -36,7 +37,7 @@ LAYERS = {
   "metrics": LEAF,
   "pretrained": LEAF,
   "scattering": {"types", "conv"},
-  "models": LEAF | {"conv", "scattering", "tapped"},
+  "models": LEAF | {"conv", "depthwise", "scattering", "tapped"},
   "data": LEAF,
   "attacks": {
     "types",
