@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.models.cnn import CNN, MLP, LeafCNN
-from primia_jax.models.config import ModelConfig, check
+from primia_jax.models.config import LITES, ModelConfig, check
+from primia_jax.models.efficientnet import EfficientNetLite
 from primia_jax.models.resnet import ResNet18
 from primia_jax.models.scatter import ScatterCNN, ScatterLinear, features_shape
 from primia_jax.models.vgg import VGG16
@@ -97,8 +98,8 @@ def is_norm_parameter(path: Sequence[Any]) -> bool:
 
 
 def has_taps(config: ModelConfig) -> Callable[[Params], PyTree] | None:
-  """Tells which parameters may be tapped (`primia_jax.tapped`): all kernels, since the model uses
-  each once and unchanged.
+  """Tells which parameters may be tapped (`primia_jax.tapped`): all kernels but depthwise ones,
+  since the model uses each once and unchanged.
 
   Returns:
     parameters -> bools in their structure; None with weight standardisation, which changes kernels
@@ -107,7 +108,8 @@ def has_taps(config: ModelConfig) -> Callable[[Params], PyTree] | None:
   if config.weight_standardisation:
     return None
   return functools.partial(
-    jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel"
+    jax.tree_util.tree_map_with_path,
+    lambda path, leaf: path[-1].key == "kernel" and path[-2].key != "depthwise",
   )
 
 
@@ -117,7 +119,7 @@ def num_parameters(params: Params) -> int:
 
 
 def _module(config: ModelConfig) -> nn.Module:
-  norm = config.norm or ("group" if config.name in ("cnn", "resnet18") else "none")
+  norm = config.norm or ("group" if config.name in ("cnn", "resnet18", *LITES) else "none")
   match config.name:
     case "cnn":
       return CNN(config, norm)
@@ -131,8 +133,10 @@ def _module(config: ModelConfig) -> nn.Module:
       return ScatterLinear(config)
     case "scatter_cnn":
       return ScatterCNN(config)
-    case _:
+    case "vgg16":
       return VGG16(config, norm)
+    case _:
+      return EfficientNetLite(config, norm)
 
 
 def _draw_kernels(key: Key, params: Params) -> Params:

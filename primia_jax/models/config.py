@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
-NORMS = ("group", "batch", "none")
+NORMS = ("group", "batch", "affine", "none")
 POOLS = ("max", "mean")
 STEMS = ("7x7", "3x3", "3x3/2")
 HEADS = ("dense", "mean")
+# EfficientNet-Lite: factors on its features and on the repeats of its blocks
+LITES = {
+  "efficientnet_lite0": (1.0, 1.0),
+  "efficientnet_lite1": (1.0, 1.1),
+  "efficientnet_lite2": (1.1, 1.2),
+}
+# How images are normalised that a model with published weights is given: (v - MEAN) / STD for
+# values in [0, 1]. Of a typical radiograph; fixed, so that no statistics of any site are needed.
+MEAN, STD = 0.5, 0.25
 
 # The options of each model besides name, num_classes and image_shape. Setting any other is an
 # error.
@@ -19,6 +28,7 @@ OPTIONS = {
   "vgg16": ("norm", "weight_standardisation", "pool", "width", "dropout", "head"),
   "scatter_linear": ("norm", "dropout", "scales"),
   "scatter_cnn": ("norm", "pool", "weight_standardisation", "width", "dropout", "scales"),
+  **dict.fromkeys(LITES, ("norm", "width", "dropout")),
 }
 MIN_SIZE = {
   "cnn": 8,
@@ -28,6 +38,7 @@ MIN_SIZE = {
   "vgg16": 32,
   "scatter_linear": 2,
   "scatter_cnn": 4,
+  **dict.fromkeys(LITES, 32),
 }
 
 
@@ -36,10 +47,12 @@ class ModelConfig:
   """The configuration that `build` turns into a model.
 
   Attributes:
-    name: cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn.
+    name: cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear, scatter_cnn, or efficientnet_lite0,
+      1 or 2.
     num_classes: the number of logits.
     image_shape: (height, width, channels) of one image.
-    norm: "group", "batch" or "none". None takes the model's default: "group" for cnn and resnet18;
+    norm: "group", "batch", "affine" (BatchNorm whose statistics stay fixed, for pretrained weights)
+      or "none". None takes the model's default: "group" for cnn, resnet18 and EfficientNet-Lite;
       "group" for the scattering models, which then standardise their features image by image and
       without parameters; "none" for the others.
     pool: "max" or "mean" pooling between blocks. Mean pooling is free in encrypted inference.
@@ -110,8 +123,8 @@ def check(config: ModelConfig) -> None:
         f"multiples of {multiple} pixels and at least {smallest}, not {config.image_shape[:2]}; "
         "resize them, or use fewer scales"
       )
-    if config.norm == "batch":
+    if config.norm in ("batch", "affine"):
       raise ValueError(
-        f"{name} has no norm='batch': use 'group', which standardises its features image by image, "
-        "or 'none'"
+        f"{name} has no norm={config.norm!r}: use 'group', which standardises its features image "
+        "by image, or 'none'"
       )
