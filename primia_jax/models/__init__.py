@@ -35,6 +35,7 @@ from primia_jax.models.config import (
   STEMS,
   ModelConfig,
 )
+from primia_jax.models.freezing import Frozen, freeze, parts
 from primia_jax.models.layers import Norm
 from primia_jax.models.scatter import features
 
@@ -48,12 +49,15 @@ __all__ = [
   "POOLS",
   "STD",
   "STEMS",
+  "Frozen",
   "Model",
   "ModelConfig",
   "Norm",
   "build",
   "features",
+  "freeze",
   "has_taps",
   "is_norm_parameter",
   "num_parameters",
+  "parts",
 ]

@@ -43,10 +43,23 @@ def build(config: ModelConfig) -> Model:
       small for it.
   """
   check(config)
+  return _pure(config, _module(config), config.image_shape)
+
+
+def of_parts(config: ModelConfig, first: int, last: int | None, shape: Sequence[int]) -> Model:
+  """Some parts of an EfficientNet-Lite, which take [B, *shape]; see `EfficientNetLite`."""
+  check(config)
   module = _module(config)
+  assert isinstance(module, EfficientNetLite)
+  return _pure(config, module.clone(first=first, last=last), tuple(shape))
+
+
+def _pure(config: ModelConfig, module: nn.Module, shape: tuple[int, ...]) -> Model:
+  """A module that takes [B, *shape] as pure functions."""
+  shapes = (shape, features_shape(config)) if shape == config.image_shape else (shape,)
 
   def init(key: Key) -> tuple[Params, ModelState]:
-    variables = jax.jit(module.init)(key, jnp.zeros((1, *config.image_shape), jnp.float32))
+    variables = jax.jit(module.init)(key, jnp.zeros((1, *shape), jnp.float32))
     return jax.jit(_draw_kernels)(key, variables["params"]), variables.get("batch_stats", {})
 
   def apply(
@@ -57,10 +70,10 @@ def build(config: ModelConfig) -> Model:
     train: bool = False,
     key: Key | None = None,
   ) -> tuple[Array, ModelState]:
-    if images.ndim != 4 or images.shape[1:] not in (config.image_shape, features_shape(config)):
+    if images.shape[1:] not in shapes:
       raise ValueError(
-        f"{config.name} was built for images [B, {', '.join(map(str, config.image_shape))}] but "
-        f"got {list(images.shape)}; resize the images or set ModelConfig.image_shape"
+        f"{config.name} was built for images [B, {', '.join(map(str, shape))}] but got "
+        f"{list(images.shape)}; resize the images or set ModelConfig.image_shape"
       )
     if images.dtype != jnp.float32:
       raise ValueError(
