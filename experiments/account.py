@@ -121,7 +121,7 @@ def check(config: Train) -> None:
 
 def plan(config: Train) -> StepPlan | SiteLevel:
   """What would protect a run: the very object by which it would train and be charged."""
-  model = models.build(config.model.config(config.data, FLAGS.num_classes))
+  model = config.model.trained(config.model.config(config.data, FLAGS.num_classes))
   if config.privacy.dp == "site":
     shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
     return build_site_level(config, models.num_parameters(shapes))

@@ -30,12 +30,14 @@ class Arm(NamedTuple):
   JSON lines.
 
   Attributes:
+    sent: what each site sends an update of: one of the models, without frozen parts.
     facts: by name, for the report.
     privacy: what a report says of it; None without.
     ledgers: one for each site; None without privacy.
   """
 
   models: list[tuple[Params, ModelState]]
+  sent: tuple[Params, ModelState]
   rows: list[dict[str, Any]]
   facts: dict[str, Any]
   privacy: dict[str, Any] | None
@@ -77,7 +79,9 @@ def train(
   joined = place.joined
   own_folder = folder if joined is None else joined.own
   is_private = privacy is None or config.privacy.dp_seed < 0
-  state = trainer.rounds.init(*config.model.initial(model_config, key))
+  frozen = trainer.frozen
+  start = config.model.initial(model_config, key) if frozen is None else frozen[1:3]
+  state = trainer.rounds.init(*start)
   keep = lambda a: place.placement.replicate(a)
   best = Best(*state[:-1], *keep((jnp.float32(-2), jnp.int32(0))))
   has_own = bool(jax.tree.leaves(state.site_state))
@@ -197,7 +201,9 @@ def train(
   spent, said = None, None
   if charges is not None and privacy is not None:
     spent, said = charges.ledgers, ledgers.facts(config.privacy, privacy, charges.ledgers)
-  return Arm([jax.tree.map(np.asarray, m) for m in trained], rows, facts, said, spent)
+  whole = trained if frozen is None else [frozen.whole(*m) for m in trained]
+  saved_models, sent = jax.tree.map(np.asarray, (whole, trained[0]))
+  return Arm(saved_models, sent, rows, facts, said, spent)
 
 
 def _row(

@@ -15,7 +15,8 @@ from absl import flags
 # What most runs set; `--help` explains these and only names the others.
 _USUAL = (
   "preset", "run_dir", "seed", "baselines", "data", "site_data", "image_size", "channels",
-  "label_names", "num_sites", "partition", "model", "norm", "pretrained", "augment", "rounds",
+  "label_names", "num_sites", "partition", "model", "norm", "pretrained",
+  "first_trained", "augment", "rounds",
   "sync_epochs", "batch_size", "optimizer", "learning_rate", "class_weights", "algorithm",
   "placement", "aggregation", "secagg_threshold", "dp", "target_epsilon", "delta",
   "noise_multiplier", "l2_clip_norm", "ledger_dir", "output_dir", "unlabelled", "num_units",

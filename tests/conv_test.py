@@ -22,6 +22,7 @@ CASES = [  # x, w, strides, padding
   ((2, 9, 8, 1), (3, 2, 1, 4), (2, 1), "SAME"),
   ((6, 11, 12, 3), (7, 7, 3, 5), (2, 2), ((3, 3), (3, 3))),  # more than a few images
   ((2, 8, 8, 3), (1, 1, 3, 4), (2, 2), "VALID"),
+  ((6, 5, 4, 3), (1, 1, 3, 4), (1, 1), "SAME"),  # images are their own patches
   ((2, 8, 7, 2), (3, 3, 2, 4), (3, 2), ((0, 2), (1, 0))),
   ((3, 2, 2, 4), (3, 3, 4, 5), (1, 1), "SAME"),  # maps smaller than the kernel
   ((3, 1, 1, 4), (3, 3, 4, 5), (1, 1), "SAME"),
@@ -133,7 +134,9 @@ def test_any_geometry(batch, size, kernel, strides, pads):
   assert_close(gradients, loss_by_offsets(x, w, strides, padding))
 
 
-@pytest.mark.parametrize(("x_shape", "w_shape", "strides", "padding"), [CASES[i] for i in (3, 6)])
+@pytest.mark.parametrize(
+  ("x_shape", "w_shape", "strides", "padding"), [CASES[i] for i in (3, 5, 7)]
+)
 @pytest.mark.parametrize("in_axes", [(0, 0), (0, None), (None, 0)])
 def test_under_vmap(x_shape, w_shape, strides, padding, in_axes):
   sites = [(3,) if axis == 0 else () for axis in in_axes]

@@ -104,6 +104,8 @@ extra                                       | extra | is no flag | --name=value
 --pretrained={fifo}                         | pretrained | {fifo} | check
 --pretrained={file} --model=resnet18        | {file} | safetensors | save
 --pretrained={weights}                      | {weights} | state dict | save
+--pretrained=imagenet                       | cnn | no package | efficientnet_lite0
+--first_trained=head                        | first_trained | head | pretrained
 --augment=heavy                             | augment | heavy | strong
 --augment=noise                             | augment | noise | NAME=NUMBER
 --augment=noise=x                           | augment | noise=x | NAME=NUMBER

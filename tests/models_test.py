@@ -27,6 +27,9 @@ SMALL = [
   ),
   ModelConfig("vgg16", 3, (32, 32, 1), norm="group", head="mean", width=0.125, dropout=0.1),
   ModelConfig("vgg16", 3, (32, 40, 3), norm="batch", width=0.02),
+  ModelConfig("efficientnet_lite0", 3, (32, 36, 1), width=0.125, dropout=0.1),
+  ModelConfig("efficientnet_lite1", 3, (32, 32, 1), norm="batch", width=0.125),
+  ModelConfig("efficientnet_lite2", 3, (32, 32, 3), norm="affine", width=0.125),
   ModelConfig("scatter_linear", 3, (8, 12, 2), norm="none"),
   ModelConfig("scatter_cnn", 3, (8, 12, 1), scales=1, width=0.125, dropout=0.2),
 ]
@@ -50,6 +53,9 @@ def images(config, batch=4, seed=0):
     (ModelConfig("resnet18", 1000, (224, 224, 3), norm="batch"), 11_689_512),
     (ModelConfig("vgg16", 1000, (224, 224, 3)), 138_357_544),
     (ModelConfig("vgg16", 1000, (224, 224, 3), norm="batch"), 138_365_992),
+    (ModelConfig("efficientnet_lite0", 1000, (224, 224, 3), norm="batch"), 4_652_008),
+    (ModelConfig("efficientnet_lite1", 1000, (240, 240, 3), norm="batch"), 5_416_680),
+    (ModelConfig("efficientnet_lite2", 1000, (260, 260, 3), norm="affine"), 6_092_072),
     (ModelConfig("scatter_linear", 10, (28, 28, 1)), 39_700),  # arXiv 2011.11660: 39,700
     (ModelConfig("scatter_cnn", 10, (32, 32, 3)), 187_210),  # and 187,000
   ],
@@ -71,7 +77,7 @@ def test_shapes(config):
     assert new_state == state
 
 
-@pytest.mark.parametrize("config", [SMALL[i] for i in (0, 1, 3, 4, 7, 11)], ids=name_of)
+@pytest.mark.parametrize("config", [SMALL[i] for i in (0, 1, 3, 4, 7, 14)], ids=name_of)
 def test_one_batch_can_be_learnt(config):
   config = dataclasses.replace(config, dropout=0.0)
   model = build(config)
@@ -262,7 +268,7 @@ def test_bad_configurations_are_refused(changes, message):
     build(ModelConfig(**changes))
 
 
-@pytest.mark.parametrize("config", SMALL[10:], ids=name_of)
+@pytest.mark.parametrize("config", SMALL[13:], ids=name_of)
 def test_features_computed_once_serve_in_place_of_images(config):
   model = build(config)
   params, state = jax.tree.map(
@@ -292,7 +298,7 @@ def test_scattered_features_are_standardised_path_by_path():
 
 
 def test_a_linear_model_starts_from_nothing():
-  params, _ = build(SMALL[10]).init(jax.random.key(0))
+  params, _ = build(SMALL[13]).init(jax.random.key(0))
   assert not any(p.any() for p in jax.tree.leaves(params))
 
 

@@ -84,6 +84,9 @@ def network(name, size, **options):
       "resnet18", 64, {"norm": "group", "width": 0.125, "stem": "3x3/2"}, marks=pytest.mark.slow
     ),
     pytest.param("vgg16", 32, {"width": 0.125, "head": "mean"}, marks=pytest.mark.slow),
+    pytest.param(
+      "efficientnet_lite0", 32, {"norm": "affine", "width": 0.125}, marks=pytest.mark.slow
+    ),
   ],
 )
 def test_the_library_s_networks(name, size, options):

@@ -1,12 +1,13 @@
-"""Leaky ReLUs as one comparison, in all their spellings."""
+"""Leaky ReLUs as one comparison, in all their spellings; clamps as two at once."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from mpc_reference import OWNERS, normal
 
-from primia_jax.mpc import clear, planning
+from primia_jax.mpc import clear, planning, pricing
 from primia_jax.mpc.circuit import Apply, Config, Linear, Product
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -109,3 +110,26 @@ def test_a_slope_and_an_input_of_one_party_cost_nothing():
   plan = planned(fn, (K[:4], X))
   np.testing.assert_allclose(clear.check(plan, (K[:4], X)), fn(K[:4], X), atol=1e-4)
   assert costs(plan) == ({"truncate": X.size}, 0)
+
+
+def clamped(w, x):
+  return lax.clamp(jnp.float32(0), x @ w, jnp.float32(1.5))
+
+
+@pytest.mark.parametrize("config", [Config(), Config(32, 8, 12)], ids=["64", "32"])
+def test_a_clamp_takes_the_rounds_of_one_comparison(config):
+  plan, one = (planned(fn, (K, X), config) for fn in (clamped, lambda w, x: jax.nn.relu(x @ w)))
+  rounds = [sum(row.rounds for row in pricing.rows(p.circuit)) for p in (plan, one)]
+  assert rounds[0] == rounds[1]
+  assert costs(plan)[0]["relu"] == 2 * X.size
+  got = np.asarray(clear.check(plan, (K, X)))
+  assert (got >= 0).all()
+  assert (got == 1.5).any()
+  np.testing.assert_allclose(got, clamped(K, X), atol=8 * config.unit)
+
+
+def test_a_clamp_between_any_public_numbers():
+  low, high = np.float32(-0.5), np.linspace(0.25, 2, 24, dtype=np.float32).reshape(4, 6)
+  fn = lambda w, x: lax.clamp(jnp.full((4, 6), low), x @ w, jnp.asarray(high))
+  got = clear.check(planned(fn, (K, X)), (K, X))
+  np.testing.assert_allclose(got, fn(K, X), atol=1e-3)

@@ -93,11 +93,13 @@ def test_without_a_compiler_the_wheel_s_library_makes_the_same_bits(tmp_path):
 import pathlib, warnings
 import jax.numpy as jnp
 from primia_jax import compiling, native, prng
+from primia_jax.depthwise import depthwise
 warnings.simplefilter("error")
 compiling.PORTABLE = pathlib.Path({str(library)!r})
 assert native.available()
 key = prng.random_key(lambda n: bytes(range(n)))
 print(*prng.bits(key, jnp.zeros(3, jnp.uint32), (300,)))
+print(*depthwise(jnp.ones((1, 5, 5, 9)), jnp.ones((3, 3, 9))).ravel())
 """
   environment = os.environ | {"CC": "no-such-compiler", "PRIMIA_NATIVE": "1"}
   done = subprocess.run(
@@ -105,7 +107,10 @@ print(*prng.bits(key, jnp.zeros(3, jnp.uint32), (300,)))
   )
   assert done.returncode == 0, done.stderr
   expected = prng.chacha20(KEY, NONCE, 0, prng.TILE).ravel()[:300]
-  np.testing.assert_array_equal(np.array(done.stdout.split(), np.uint32), expected)
+  bits, sums = done.stdout.splitlines()
+  np.testing.assert_array_equal(np.array(bits.split(), np.uint32), expected)
+  taps = np.array([2, 3, 3, 3, 2])[:, None] * np.array([2, 3, 3, 3, 2])  # inside the image
+  np.testing.assert_array_equal(np.array(sums.split(), float), taps.repeat(9))
 
 
 def test_a_library_that_does_not_load_warns_and_leaves_plain_jax(fresh, monkeypatch, tmp_path):

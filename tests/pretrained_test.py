@@ -16,7 +16,8 @@ import pytest
 import safetensors.numpy
 
 from primia_jax.models import ModelConfig, build
-from primia_jax.pretrained import convert, load_pretrained, read_state_dict
+from primia_jax.pretrained import convert, load_pretrained
+from primia_jax.state_dicts import read_state_dict
 
 
 def torchvision_resnet18_shapes(classes=5):
@@ -279,7 +280,7 @@ def test_entries_that_do_not_fit_are_named(edit, changes, message):
 
 
 def test_other_models_are_refused():
-  with pytest.raises(ValueError, match="for resnet18 and vgg16"):
+  with pytest.raises(ValueError, match="for resnet18, vgg16 and EfficientNet-Lite"):
     convert({}, *templates(name="cnn", norm="group"))
 
 

@@ -13,6 +13,7 @@ from benchmarks.conformance.case import Case, normal, owned, spread
 from benchmarks.conformance.layers import flax
 from primia_jax import models
 from primia_jax.models.cnn import CNN, LeafCNN
+from primia_jax.models.efficientnet import EfficientNetLite
 from primia_jax.models.resnet import ResNet18
 
 IMAGE, TOKENS, SEQUENCE = spread(-2, 2, 1, 16, 16, 3), normal(2, 6, 8), normal(2, 5, 8)
@@ -133,6 +134,9 @@ LINEN = owned(
     "primia_jax leaf_cnn": shipped(lambda c: LeafCNN(c.num_classes), "leaf_cnn", 14),
     "primia_jax resnet18, batch norm": shipped(
       lambda c: ResNet18(c, "batch"), "resnet18", 32, norm="batch", width=0.125
+    ),
+    "primia_jax efficientnet_lite0, fixed statistics": shipped(
+      lambda c: EfficientNetLite(c, "affine"), "efficientnet_lite0", 32, norm="affine", width=0.125
     ),
   },
 )

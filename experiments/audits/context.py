@@ -91,8 +91,18 @@ class Context:
 
   @functools.cached_property
   def config(self) -> Train:
-    """The run's settings."""
-    return folders.settings_of(str(self.run_dir))
+    """The run's settings.
+
+    Raises:
+      ValueError: parts of its model were frozen.
+    """
+    config = folders.settings_of(str(self.run_dir))
+    if config.model.first_trained:
+      raise ValueError(
+        f"run_dir={self.run_dir} was trained with first_trained={config.model.first_trained}: "
+        "audits attack whole models; audit a run that trains all parts"
+      )
+    return config
 
   @functools.cached_property
   def images(self) -> inputs.Inputs:

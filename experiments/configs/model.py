@@ -14,6 +14,7 @@ import numpy as np
 from primia_jax import models, pretrained
 from primia_jax.data import augment as augmenting
 from primia_jax.evaluation import batches
+from primia_jax.models import MEAN, STD
 from primia_jax.types import Array, Key, ModelState, Params
 
 from ..settings import require, setting
@@ -38,9 +39,8 @@ AUGMENTATIONS = {
   ),
 }
 _INITIAL = 7  # what the key of the initial parameters is folded with
-# Of a typical radiograph; fixed, so that no statistics of any site's images are needed.
-MEAN, STD = 0.5, 0.25
 _FEATURE_BATCH = 64
+IMAGENET = "imagenet"  # weights from an installed package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +49,14 @@ class Model:
 
   model: str = setting(
     "cnn",
-    "cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn; or unet or monet, which "
-    "learn masks",
+    "cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear, scatter_cnn, or efficientnet_lite0, 1 or "
+    "2; or unet or monet, which learn masks",
   )
-  norm: str = setting("", "normalisation: group, batch or none; empty takes the model's own")
+  norm: str = setting(
+    "",
+    "normalisation: group, batch, affine (BatchNorm with the fixed statistics of pretrained "
+    "weights) or none; empty takes the model's own, and affine for a pretrained efficientnet_lite",
+  )
   pool: str = setting("max", "pooling: max or mean")
   width: float = setting(1.0, "factor on the number of channels")
   stem: str = setting(
@@ -62,15 +66,29 @@ class Model:
   weight_standardisation: bool = setting(False, "standardise convolution kernels")
   dropout: float = setting(0.0, "dropout rate before the last layer")
   pretrained: str = setting(
-    "", "torchvision state dict (.pth or .safetensors) of resnet18 or vgg16 to start from"
+    "",
+    "weights to start from: a state dict (.pth or .safetensors) of torchvision's resnet18 or vgg16 "
+    "or of an efficientnet_lite; or imagenet, from the package of an efficientnet_lite in the "
+    "extra pretrained",
+  )
+  first_trained: str = setting(
+    "",
+    "of pretrained weights of an efficientnet_lite, the first part that is trained: block1, "
+    "block2, ..., head_conv or head; parts before it stay as they are and are computed once where "
+    "images do not change. Empty trains all",
   )
 
   def __post_init__(self):
     require(0 < self.width < math.inf, "width", self.width, "must be positive and finite")
     require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
-    if self.pretrained and not pathlib.Path(self.pretrained).is_file():
+    if self.first_trained and not self.pretrained:
+      raise ValueError(
+        f"first_trained={self.first_trained!r} keeps the parts before it as they were trained; set "
+        "pretrained, too"
+      )
+    if self.pretrained not in ("", IMAGENET) and not pathlib.Path(self.pretrained).is_file():
       raise FileNotFoundError(
-        f"pretrained={self.pretrained}: there is no such file; check the path"
+        f"pretrained={self.pretrained}: there is no such file; check the path, or use {IMAGENET}"
       )
 
   def config(self, data: Data, num_classes: int) -> models.ModelConfig:
@@ -85,7 +103,7 @@ class Model:
       name=self.model,
       num_classes=num_classes,
       image_shape=(size, size, data.channels),
-      norm=self.norm or None,
+      norm=self.norm or ("affine" if self.pretrained and self.model in models.LITES else None),
       pool=self.pool,
       weight_standardisation=self.weight_standardisation,
       width=self.width,
@@ -102,10 +120,44 @@ class Model:
 
   def initial(self, config: models.ModelConfig, key: Key) -> tuple[Params, ModelState]:
     """The parameters that training starts from: pretrained, or drawn."""
-    params, model_state = models.build(config).init(jax.random.fold_in(key, _INITIAL))
-    if self.pretrained:
-      return pretrained.load_pretrained(self.pretrained, params, model_state, new_head=True)
-    return params, model_state
+    drawn = models.build(config).init(jax.random.fold_in(key, _INITIAL))
+    return self.load(config, *drawn) if self.pretrained else drawn
+
+  def load(
+    self, config: models.ModelConfig, params: Params, model_state: ModelState
+  ) -> tuple[Params, ModelState]:
+    """Parameters, or their shapes, filled with the pretrained weights; the last layer stays.
+
+    Raises:
+      ValueError, FileNotFoundError: the weights are not there, or do not fit.
+    """
+    of_package = self.pretrained == IMAGENET
+    path = pretrained.installed_weights(config.name) if of_package else self.pretrained
+    return pretrained.load_pretrained(
+      path, params, model_state, new_head=True, fold_statistics=config.norm == "affine"
+    )
+
+  def frozen(self, config: models.ModelConfig, key: Key) -> models.Frozen | None:
+    """The model as frozen and trained parts, with what they start from; None if all is trained."""
+    if not self.first_trained:
+      return None
+    params, model_state = self.initial(config, key)
+    return models.freeze(config, params, model_state, self.first_trained)
+
+  def trained(self, config: models.ModelConfig) -> models.Model:
+    """What is trained: the model, or its trained parts.
+
+    Raises:
+      ValueError: the model has no such parts.
+    """
+    model = models.build(config)
+    if not self.first_trained:
+      return model
+    params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+    try:
+      return models.freeze(config, params, model_state, self.first_trained).model
+    except ValueError as error:
+      raise ValueError(f"first_trained={self.first_trained}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,14 +239,16 @@ def normalise(images: Array) -> Array:
   return (images - MEAN) / STD
 
 
-def of_stored(config: models.ModelConfig) -> Callable[[np.ndarray], np.ndarray] | None:
-  """The model's computation on stored images before its first parameter; None if there is
-  none.
+def of_stored(
+  config: models.ModelConfig, frozen: models.Frozen | None = None
+) -> Callable[[np.ndarray], np.ndarray] | None:
+  """The model's computation on stored images before the first parameter that is trained; None if
+  there is none.
 
   Returns:
     uint8 images [..., H, W, C] -> features [..., h, w, c].
   """
-  transform = models.features(config)
+  transform = models.features(config) if frozen is None else frozen.lower
   if transform is None:
     return None
   run = jax.jit(lambda images: transform(normalise(images)))

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 
 from primia_jax import federated, local, models, site_privacy, sites, summation
-from primia_jax.pretrained import load_pretrained
 from primia_jax.privacy import plan
 from primia_jax.secagg.exchange import Exchange
 
@@ -71,6 +70,8 @@ class Train:
         "releases them uncharged"
       )
     self._check_task()
+    if self.model.first_trained:
+      self._check_frozen()
     if p.dp != "none":
       self._check_privacy()
 
@@ -99,8 +100,8 @@ class Train:
     if self.model.norm == "batch" and not a.is_secure and f.algorithm != "fedbn":
       raise ValueError(
         f"norm=batch under aggregation={a.aggregation}: each site's BatchNorm statistics would "
-        "leave it in the clear; use aggregation=secure, norm=group, or algorithm=fedbn, which "
-        "keeps them at the site"
+        "leave it in the clear; use aggregation=secure, norm=group, norm=affine with pretrained "
+        "weights, or algorithm=fedbn, which keeps them at the site"
       )
     if p.dp_clip_quantile and a.aggregation not in ("secure", "clear"):
       raise ValueError(
@@ -119,6 +120,13 @@ class Train:
       )
     if self.in_processes:
       self._check_processes()
+
+  def _check_frozen(self) -> None:
+    if self.record_transcript:
+      raise ValueError(
+        f"first_trained={self.model.first_trained} with record_transcript=True: audits attack "
+        "whole models; record a run that trains all parts"
+      )
 
   def _check_sources(self) -> None:
     d, h = self.data, self.hospitals
@@ -178,7 +186,8 @@ class Train:
       )
     if self.model.norm == "batch":
       raise ValueError(
-        "norm=batch mixes the images of a batch, which clipping cannot bound; use norm=group"
+        "norm=batch mixes the images of a batch, which clipping cannot bound; use norm=group, or "
+        "norm=affine with pretrained weights"
       )
     if p.dp != "site":
       if t.sync_batches:
@@ -250,10 +259,10 @@ def rehearse(config: Train, is_federated: bool = True) -> None:
     ValueError, FileNotFoundError: naming the setting and the cure.
   """
   model_config = config.model.config(config.data, _NOMINAL_CLASSES)
-  model, t = models.build(model_config), config.training
+  model, t = config.model.trained(model_config), config.training
   if config.model.pretrained:
-    empty = jax.eval_shape(model.init, jax.random.key(0))
-    load_pretrained(config.model.pretrained, *empty, new_head=True)
+    empty = jax.eval_shape(models.build(model_config).init, jax.random.key(0))
+    config.model.load(model_config, *empty)
   task = tasks.of(config.model.model)
   loss = task.loss(model.apply, task.augment(config.augment), _NOMINAL_CLASSES, t.label_smoothing)
   steps = t.build_steps((2 * t.batch_size,))

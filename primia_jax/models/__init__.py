@@ -10,6 +10,9 @@ statistics, `{}` without BatchNorm); `apply` turns images into logits. `build` m
   mlp       one hidden layer of 32 units
   resnet18  He et al., arXiv 1512.03385, in torchvision's layout
   vgg16     Simonyan and Zisserman, arXiv 1409.1556, in torchvision's layout
+  efficientnet_lite0, 1, 2
+            Tan and Le, arXiv 1905.11946, with ReLU6 and depthwise convolutions, for published
+            weights (`primia_jax.pretrained`)
 
 Two more, from Tramer and Boneh (arXiv 2011.11660), are for training under differential privacy.
 They work on fixed wavelet features, which need no training and no noise (`primia_jax.scattering`;
@@ -27,31 +30,41 @@ And two give each pixel a class (`primia_jax.segmentation`):
 from primia_jax.models.classifier import Model, build, has_taps, is_norm_parameter, num_parameters
 from primia_jax.models.config import (
   HEADS,
+  LITES,
+  MEAN,
   MIN_SIZE,
   NORMS,
   OPTIONS,
   POOLS,
   SEGMENTERS,
+  STD,
   STEMS,
   ModelConfig,
-)  # fmt: skip
+)
+from primia_jax.models.freezing import Frozen, freeze, parts
 from primia_jax.models.layers import Norm
 from primia_jax.models.scatter import features
 
 __all__ = [
   "HEADS",
+  "LITES",
+  "MEAN",
   "MIN_SIZE",
   "NORMS",
   "OPTIONS",
   "POOLS",
   "SEGMENTERS",
+  "STD",
   "STEMS",
+  "Frozen",
   "Model",
   "ModelConfig",
   "Norm",
   "build",
   "features",
+  "freeze",
   "has_taps",
   "is_norm_parameter",
   "num_parameters",
+  "parts",
 ]

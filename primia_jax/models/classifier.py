@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.models.cnn import CNN, MLP, LeafCNN
-from primia_jax.models.config import ModelConfig, check
+from primia_jax.models.config import LITES, ModelConfig, check
+from primia_jax.models.efficientnet import EfficientNetLite
 from primia_jax.models.resnet import ResNet18
 from primia_jax.models.scatter import ScatterCNN, ScatterLinear, features_shape
 from primia_jax.models.segmenters import MoNet, UNet
@@ -43,10 +44,23 @@ def build(config: ModelConfig) -> Model:
       small for it.
   """
   check(config)
+  return _pure(config, _module(config), config.image_shape)
+
+
+def of_parts(config: ModelConfig, first: int, last: int | None, shape: Sequence[int]) -> Model:
+  """Some parts of an EfficientNet-Lite, which take [B, *shape]; see `EfficientNetLite`."""
+  check(config)
   module = _module(config)
+  assert isinstance(module, EfficientNetLite)
+  return _pure(config, module.clone(first=first, last=last), tuple(shape))
+
+
+def _pure(config: ModelConfig, module: nn.Module, shape: tuple[int, ...]) -> Model:
+  """A module that takes [B, *shape] as pure functions."""
+  shapes = (shape, features_shape(config)) if shape == config.image_shape else (shape,)
 
   def init(key: Key) -> tuple[Params, ModelState]:
-    variables = jax.jit(module.init)(key, jnp.zeros((1, *config.image_shape), jnp.float32))
+    variables = jax.jit(module.init)(key, jnp.zeros((1, *shape), jnp.float32))
     return jax.jit(_draw_kernels)(key, variables["params"]), variables.get("batch_stats", {})
 
   def apply(
@@ -57,10 +71,10 @@ def build(config: ModelConfig) -> Model:
     train: bool = False,
     key: Key | None = None,
   ) -> tuple[Array, ModelState]:
-    if images.ndim != 4 or images.shape[1:] not in (config.image_shape, features_shape(config)):
+    if images.shape[1:] not in shapes:
       raise ValueError(
-        f"{config.name} was built for images [B, {', '.join(map(str, config.image_shape))}] but "
-        f"got {list(images.shape)}; resize the images or set ModelConfig.image_shape"
+        f"{config.name} was built for images [B, {', '.join(map(str, shape))}] but got "
+        f"{list(images.shape)}; resize the images or set ModelConfig.image_shape"
       )
     if images.dtype != jnp.float32:
       raise ValueError(
@@ -98,8 +112,8 @@ def is_norm_parameter(path: Sequence[Any]) -> bool:
 
 
 def has_taps(config: ModelConfig) -> Callable[[Params], PyTree] | None:
-  """Tells which parameters may be tapped (`primia_jax.tapped`): all kernels, since the model uses
-  each once and unchanged.
+  """Tells which parameters may be tapped (`primia_jax.tapped`): all kernels but depthwise ones,
+  since the model uses each once and unchanged.
 
   Returns:
     parameters -> bools in their structure; None with weight standardisation, which changes kernels
@@ -108,7 +122,8 @@ def has_taps(config: ModelConfig) -> Callable[[Params], PyTree] | None:
   if config.weight_standardisation:
     return None
   return functools.partial(
-    jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel"
+    jax.tree_util.tree_map_with_path,
+    lambda path, leaf: path[-1].key == "kernel" and path[-2].key != "depthwise",
   )
 
 
@@ -118,7 +133,8 @@ def num_parameters(params: Params) -> int:
 
 
 def _module(config: ModelConfig) -> nn.Module:
-  norm = config.norm or ("group" if config.name in ("cnn", "resnet18", "unet", "monet") else "none")
+  grouped = "cnn", "resnet18", "unet", "monet", *LITES
+  norm = config.norm or ("group" if config.name in grouped else "none")
   match config.name:
     case "cnn":
       return CNN(config, norm)
@@ -136,8 +152,10 @@ def _module(config: ModelConfig) -> nn.Module:
       return UNet(config, norm)
     case "monet":
       return MoNet(config, norm)
-    case _:
+    case "vgg16":
       return VGG16(config, norm)
+    case _:
+      return EfficientNetLite(config, norm)
 
 
 def _draw_kernels(key: Key, params: Params) -> Params:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
-NORMS = ("group", "batch", "none")
+NORMS = ("group", "batch", "affine", "none")
 POOLS = ("max", "mean")
 STEMS = ("7x7", "3x3", "3x3/2")
 HEADS = ("dense", "mean")
+# EfficientNet-Lite: factors on its features and on the repeats of its blocks
+LITES = {
+  "efficientnet_lite0": (1.0, 1.0),
+  "efficientnet_lite1": (1.0, 1.1),
+  "efficientnet_lite2": (1.1, 1.2),
+}
+# How images are normalised that a model with published weights is given: (v - MEAN) / STD for
+# values in [0, 1]. Of a typical radiograph; fixed, so that no statistics of any site are needed.
+MEAN, STD = 0.5, 0.25
 
 # The options of each model besides name, num_classes and image_shape. Setting any other is an
 # error.
@@ -21,6 +30,7 @@ OPTIONS = {
   "scatter_cnn": ("norm", "pool", "weight_standardisation", "width", "dropout", "scales"),
   "unet": ("norm", "pool", "weight_standardisation", "width", "dropout"),
   "monet": ("norm", "pool", "weight_standardisation", "width", "dropout"),
+  **dict.fromkeys(LITES, ("norm", "width", "dropout")),
 }
 # Those that give each pixel a class, and of what the sides of their images are multiples.
 SEGMENTERS = {"unet": 8, "monet": 4}
@@ -34,6 +44,7 @@ MIN_SIZE = {
   "scatter_cnn": 4,
   "unet": 8,
   "monet": 4,
+  **dict.fromkeys(LITES, 32),
 }
 
 
@@ -42,13 +53,14 @@ class ModelConfig:
   """The configuration that `build` turns into a model.
 
   Attributes:
-    name: cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear or scatter_cnn; or unet or monet,
-      which give each pixel a class.
+    name: cnn, leaf_cnn, mlp, resnet18, vgg16, scatter_linear, scatter_cnn, or efficientnet_lite0,
+      1 or 2; or unet or monet, which give each pixel a class.
     num_classes: the number of logits.
     image_shape: (height, width, channels) of one image.
-    norm: "group", "batch" or "none". None takes the model's default: "group" for cnn, resnet18,
-      unet and monet; "group" for the scattering models, which then standardise their features image
-      by image and without parameters; "none" for the others.
+    norm: "group", "batch", "affine" (BatchNorm whose statistics stay fixed, for pretrained weights)
+      or "none". None takes the model's default: "group" for cnn, resnet18, EfficientNet-Lite, unet
+      and monet; "group" for the scattering models, which then standardise their features image by
+      image and without parameters; "none" for the others.
     pool: "max" or "mean" pooling between blocks. Mean pooling is free in encrypted inference.
     weight_standardisation: standardise each convolution kernel (Qiao et al., arXiv 1903.10520).
       Use it with group norm.
@@ -123,8 +135,8 @@ def check(config: ModelConfig) -> None:
         f"multiples of {multiple} pixels and at least {smallest}, not {config.image_shape[:2]}; "
         "resize them, or use fewer scales"
       )
-    if config.norm == "batch":
+    if config.norm in ("batch", "affine"):
       raise ValueError(
-        f"{name} has no norm='batch': use 'group', which standardises its features image by image, "
-        "or 'none'"
+        f"{name} has no norm={config.norm!r}: use 'group', which standardises its features image "
+        "by image, or 'none'"
       )

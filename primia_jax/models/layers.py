@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from primia_jax.conv import conv, max_pool, mean_pool
+from primia_jax.depthwise import depthwise
 from primia_jax.models.config import ModelConfig
 from primia_jax.tapped import dense
 from primia_jax.types import Array
@@ -44,7 +45,7 @@ class Conv(nn.Module):
   features: int
   size: int
   stride: int = 1
-  padding: int = 0
+  padding: int | str = 0
   use_bias: bool = True
   weight_standardisation: bool = False
   dilation: int = 1
@@ -56,10 +57,27 @@ class Conv(nn.Module):
     if self.weight_standardisation:
       mean, var = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
       kernel = (kernel - last(mean, 4)) * last(jax.lax.rsqrt(var * math.prod(shape[:3]) + 1e-5), 4)
-    pads = ((self.padding,) * 2,) * 2
-    x = conv(x, kernel, strides=(self.stride,) * 2, padding=pads, dilation=(self.dilation,) * 2)
+    padding = self.padding if isinstance(self.padding, str) else ((self.padding,) * 2,) * 2
+    x = conv(x, kernel, strides=(self.stride,) * 2, padding=padding, dilation=(self.dilation,) * 2)
     if self.use_bias:
       x = x + last(self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32), 4)
+    return x
+
+
+class Depthwise(nn.Module):
+  """A square convolution of each channel for itself, with "SAME" padding."""
+
+  size: int
+  stride: int = 1
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    shape = (self.size, self.size, x.shape[-1])
+    kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
+    x = depthwise(x, kernel, strides=(self.stride,) * 2)
+    if self.use_bias:
+      x = x + last(self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32), 4)
     return x
 
 
@@ -68,10 +86,12 @@ def last(v: Array, ndim: int) -> Array:
 
 
 class Norm(nn.Module):
-  """BatchNorm (arXiv 1502.03167), GroupNorm (arXiv 1803.08494; at most 32 groups), or the identity
-  for "none".
+  """BatchNorm (arXiv 1502.03167), GroupNorm (arXiv 1803.08494; at most 32 groups), a scale and an
+  offset alone for "affine", or the identity for "none".
 
-  Both need only sums over pixels, and scale and shift once, in one pass over the images.
+  "affine" is BatchNorm whose statistics stay as they are: they are part of scale and offset, so it
+  has no state and never mixes images. The others need only sums over pixels, and scale and shift
+  once, in one pass over the images.
   """
 
   kind: str
@@ -85,6 +105,8 @@ class Norm(nn.Module):
     batch, features = x.shape[0], x.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
+    if self.kind == "affine":
+      return x * last(scale, 4) + last(bias, 4)
     if self.kind == "group":
       groups = math.gcd(32, features)
       mean, square = (

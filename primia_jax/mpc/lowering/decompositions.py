@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from primia_jax.types import Array
@@ -31,6 +33,34 @@ def reduced(operation: _Operation, x: Array, axes: Sequence[int], empty: Any) ->
     x = jnp.concatenate([both, x[2 * half :]]) if n % 2 else both
     n = x.shape[0]
   return x[0]
+
+
+def clamped(eqn: Any, inputs: Sequence[Any]) -> Any:
+  """The jaxpr of a clamp between public numbers as a function of its secret one, or None if it is
+  another.
+
+  It is least + max(x - least, 0) - max(x - most, 0): both comparisons take the rounds of one.
+
+  Args:
+    eqn: of clamp.
+    inputs: least, x and most; None for what is secret.
+  """
+  least, x, most = inputs
+  if x is not None or least is None or most is None:
+    return None
+  low, high = np.asarray(least), np.asarray(most)
+  is_real = np.issubdtype(low.dtype, np.floating)
+  if not (
+    is_real and np.all(np.isfinite(low)) and np.all(np.isfinite(high)) and np.all(low <= high)
+  ):
+    return None
+
+  def fn(x: Array) -> Array:
+    above = lambda bound: lax.max(x - bound, jnp.zeros_like(x))
+    out = above(low) - above(high)
+    return out + low if np.any(low) else out
+
+  return jax.make_jaxpr(fn)(eqn.invars[1].aval)
 
 
 def cumulative(operation: _Operation, x: Array, axis: int, reverse: bool) -> Array:

@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend import core
 
 from primia_jax.mpc.lowering import look_ups
-from primia_jax.mpc.lowering.decompositions import DECOMPOSITIONS
+from primia_jax.mpc.lowering.decompositions import DECOMPOSITIONS, clamped
 from primia_jax.types import Array, PyTree
 
 PUBLIC = "public"
@@ -204,6 +204,8 @@ class _Tracer:
   def _equation(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
     name, source = eqn.primitive.name, self.decomposed or _source(eqn) or source
     layer = "/".join(filter(None, [layer, str(eqn.source_info.name_stack)]))
+    if name == "platform_index":  # the form for any platform: others have foreign calls
+      return [np.int32(len(eqn.params["platforms"]) - 1)]
     if not any(isinstance(v, Ref) for v in values) and not eqn.effects:
       with jax.ensure_compile_time_eval():
         return _bind(eqn, values)
@@ -220,7 +222,8 @@ class _Tracer:
       return self._scan(eqn, values, layer, source)
     if name == "while":
       return self._while(eqn, values, layer, source)
-    parts = look_ups.written_out(eqn, [None if isinstance(v, Ref) else v for v in values])
+    given = [None if isinstance(v, Ref) else v for v in values]
+    parts = clamped(eqn, given) if name == "clamp" else look_ups.written_out(eqn, given)
     if parts is not None:
       return self._parts(parts, [v for v in values if isinstance(v, Ref)], layer, source)
     if name in CALLS:
