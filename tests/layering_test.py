@@ -77,7 +77,9 @@ ALONE = {
   "tqdm": set(),
   "dp_accounting": {"privacy.accounting"},
   "cryptography": {"secagg.keys", "secagg.transport", "service.certificates"},
-  "grpc": {"service.channel"},
+  "grpc": {"service.channel", "service.monitoring"},
+  "grpc_health": {"service.monitoring"},
+  "prometheus_client": {"service.monitoring"},
 }
 
 

@@ -19,6 +19,7 @@ from mpc_reference import OWNERS, normal
 
 from primia_jax import mpc
 from primia_jax.mpc import inference, protocol, roles
+from primia_jax.mpc.dealer import bound
 from primia_jax.mpc.messages import Blind
 from primia_jax.mpc.roles import DataOwner, Dealer, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
@@ -129,7 +130,7 @@ def test_each_role_holds_only_its_own(cast, gated_cast):
       getattr(v, "elements", v) for i, v in o.items() if c.operands[i].owner == party
     ]
     weights, images = [W, *owned(MODEL_OWNER)], [X, *owned(DATA_OWNER)]
-    key = roles._bound(each.key, each.publication.publication)
+    key = bound(each.key, each.publication.publication)
     blind = protocol.blinds(circuit, key, MODEL_OWNER).values()
     for root, own, others in (
       (each.plan, [], [*weights, *images]),
@@ -164,7 +165,7 @@ def test_no_role_can_do_anothers_step(cast):
     role: {name for name in vars(role) if not name.startswith("_")}
     for role in (Dealer, ModelOwner, DataOwner)
   }
-  assert steps[Dealer] == {"blind", "deal"}
+  assert steps[Dealer] == {"blind", "deal", "deal_committed"}
   assert steps[ModelOwner] == {"publish", "resume", "prepare", "answer"}
   assert steps[DataOwner] == {"prepare", "ask", "reveal"}
 
@@ -301,7 +302,7 @@ def test_one_key_for_two_publications_tells_nothing(cast, what):
 
 def test_the_attack_on_one_key_works_where_nothing_binds_it(cast, monkeypatch):
   """The control: with B from the key alone, D - D' is the weights' change to the last bit."""
-  monkeypatch.setattr(roles, "_bound", lambda key, publication: key)
+  monkeypatch.setattr(roles, "bound", lambda key, publication: key)
   tuned = W + np.float32(2.0**-8)
   one, two = stolen(cast.plan, W, cast.key), stolen(cast.plan, tuned, cast.key)
   for i, d in one.items():

@@ -40,11 +40,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from primia_jax import prng
-from primia_jax.mpc import inference, protocol
+from primia_jax.mpc import dealer, inference, protocol
+from primia_jax.mpc.dealer import Dealer, bound, checked
 from primia_jax.mpc.messages import (
   NAMES,
   Blind,
@@ -58,41 +57,6 @@ from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.protocol import Operands, Ready
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import Array, PyTree
-
-
-class Dealer:
-  """Deals for one plan and one publication. It sees neither weights nor images.
-
-  Args:
-    plan: the plan.
-    tag: the model owner's.
-  """
-
-  def __init__(self, plan: Plan, tag: str):
-    key, circuit = prng.random_key(), _checked(plan).circuit
-    self.plan, self._publication = plan, f"{plan.digest}-{_checked_tag(tag)}-{os.urandom(16).hex()}"
-    self._blind = Blind(MODEL_OWNER, self._publication, "", key)
-    with plan.config.scope():
-      blinds = protocol.blinds(circuit, _bound(key, self._publication), MODEL_OWNER)
-      self._blinds = jax.block_until_ready(protocol.full(circuit, blinds))
-    self._deal = plan.compiled("deal", functools.partial(protocol.deal, circuit))
-
-  def blind(self) -> Blind:
-    """The key of B for the model owner, which takes it once; the data owner must not have it."""
-    return self._blind
-
-  def deal(self) -> tuple[Correlations, Correlations]:
-    """Fresh correlations of one inference: for the model owner, and for the data owner."""
-    circuit, key, own = self.plan.circuit, prng.random_key(), prng.random_key()
-    with self.plan.config.scope():
-      fresh = protocol.full(circuit, protocol.blinds(circuit, own, DATA_OWNER))
-      dealt = self._deal(key, self._blinds | fresh)
-    new = functools.partial(Correlations, publication=self._publication)
-    number = os.urandom(16).hex()
-    return (
-      new(MODEL_OWNER, inference=number, secret=protocol.part(dealt, MODEL_OWNER)),
-      new(DATA_OWNER, inference=number, secret=(protocol.part(dealt, DATA_OWNER), own)),
-    )
 
 
 class ModelOwner:
@@ -114,7 +78,7 @@ class ModelOwner:
   """
 
   def __init__(self, plan: Plan, *weights: PyTree, secret: bytes | None = None):
-    circuit = _checked(plan).circuit
+    circuit = checked(plan).circuit
     encode = inference.owner_encoder(plan, MODEL_OWNER)
     self.plan, self._operands = plan, encode(_leaves(plan, MODEL_OWNER, weights))
     self._own = {i: self._operands[i] for i in circuit.linear_operands(MODEL_OWNER)}
@@ -132,7 +96,7 @@ class ModelOwner:
     _check_plan(publication, self.plan)
     if publication.split("-")[1] != self.tag:
       raise ValueError("this Blind is for other weights; the dealer needs this model owner's tag")
-    key = _bound(blind.take(MODEL_OWNER), publication)
+    key = bound(blind.take(MODEL_OWNER), publication)
     with self.plan.config.scope():
       blinds = protocol.blinds(self.plan.circuit, key, MODEL_OWNER)
       arrays = protocol.publish(self._own, blinds)
@@ -149,6 +113,12 @@ class ModelOwner:
     if publication.split("-")[1] != self.tag:
       raise ValueError("this publication is of other weights, or of another secret; publish anew")
     self._publications.add(publication)
+
+  def recomputed(self, publication: Publication, seed: bytes) -> str:
+    """The number of an inference that the dealer opened to it; see `dealer.recomputed`."""
+    _check_publication(publication, self.plan, self._publications)
+    name, published = publication
+    return dealer.recomputed(self.plan, self._own, published, name, seed)
 
   def prepare(self, correlations: Correlations) -> Prepared:
     """Its part of the work that needs no image; it communicates with nobody.
@@ -190,7 +160,7 @@ class DataOwner:
   """
 
   def __init__(self, plan: Plan, publication: Publication):
-    circuit = _checked(plan).circuit
+    circuit = checked(plan).circuit
     self.plan, self._publication = plan, _typed(publication, Publication).publication
     _check_plan(self._publication, plan)
     with plan.config.scope():
@@ -249,9 +219,9 @@ def infer(plan: Plan, *args: PyTree) -> PyTree:
   leaves = jax.tree.leaves(args)
   of = lambda party: [v for by, v in zip(plan.owners, leaves, strict=True) if by == party]
   model_owner = ModelOwner(plan, of(MODEL_OWNER))
-  dealer = Dealer(plan, model_owner.tag)
-  data_owner = DataOwner(plan, model_owner.publish(dealer.blind()))
-  first, second = dealer.deal()
+  of_plan = Dealer(plan, model_owner.tag)
+  data_owner = DataOwner(plan, model_owner.publish(of_plan.blind()))
+  first, second = of_plan.deal()
   asked, question = data_owner.ask(data_owner.prepare(second), of(DATA_OWNER))
   answered = model_owner.answer(model_owner.prepare(first), question)
   return data_owner.reveal(online(plan)(answered, asked))
@@ -298,15 +268,6 @@ def together(answered: Side, asked: Side) -> tuple[Ready, Operands]:
 
 
 # ---- checks
-
-
-def _checked(plan: Plan) -> Plan:
-  if None in plan.owners:
-    raise ValueError(
-      'the plan has arguments of the owner "shared", which no role holds; use `secret`, or '
-      "name an owner"
-    )
-  return plan
 
 
 def _preparing(plan: Plan, party: int) -> tuple[Callable, Callable]:
@@ -358,26 +319,14 @@ def _tag(plan: Plan, operands: Operands, secret: bytes) -> str:
   return found.hexdigest()
 
 
-def _checked_tag(tag: str) -> str:
-  if not (isinstance(tag, str) and len(tag) == 64 and set(tag) <= set("0123456789abcdef")):
-    raise ValueError(f"tag={tag!r}; take the model owner's `tag`, 64 hexadecimal digits")
-  return tag
-
-
-def _bound(key: Array, publication: str) -> Array:
-  """The key of B: HMAC-SHA256(the dealer's key, the publication), [8] uint32."""
-  found = hmac.digest(np.asarray(key).tobytes(), publication.encode(), "sha256")
-  return jnp.asarray(np.frombuffer(found, "<u4").astype(np.uint32))
-
-
 def _check_plan(publication: str, plan: Plan) -> None:
   if publication.split("-")[0] != plan.digest:
     raise ValueError("this message was made for another plan; give all roles the same plan")
 
 
-def _check_publication(correlations: Correlations, plan: Plan, known: set[str]) -> None:
-  _check_plan(correlations.publication, plan)
-  if correlations.publication not in known:
+def _check_publication(message: Correlations | Publication, plan: Plan, known: set[str]) -> None:
+  _check_plan(message.publication, plan)
+  if message.publication not in known:
     raise ValueError(
       "these correlations belong to another publication; take them from the dealer whose blind it "
       "used"

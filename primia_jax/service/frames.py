@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | HELLO | data owner | what this session is about: `Terms` |
 | WELCOME | model owner | its own `Terms` |
-| PREPARE | data owner | the number of an inference, 16 bytes |
+| PREPARE | data owner | the number of an inference, 32 bytes |
 | READY | model owner | nothing |
 | QUESTION | data owner | D = x - B' of the operands that need it, mostly nothing |
 | ROUND | both | shares of masked values |
@@ -23,8 +23,8 @@ from primia_jax.service.errors import Malformed
 
 HELLO, WELCOME, PREPARE, READY, QUESTION, ROUND, OUTPUT = range(1, 8)
 NAMES = dict(enumerate(("HELLO", "WELCOME", "PREPARE", "READY", "QUESTION", "ROUND", "OUTPUT"), 1))
-VERSION = 1
-SESSION_BYTES = INFERENCE_BYTES = 16
+VERSION = 2  # of the frames; 1 had numbers of 16 bytes
+SESSION_BYTES, INFERENCE_BYTES = 16, 32
 NO_SESSION = bytes(SESSION_BYTES)
 _MAGIC = b"PMIS"
 _HEADER = struct.Struct("<4sBB16sIQ")  # magic, version, kind, session, round, bytes of the payload

@@ -21,7 +21,7 @@ from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER
 from primia_jax.service import frames
-from primia_jax.service.errors import PeerLost, Refused
+from primia_jax.service.errors import PeerLost, Refused, SessionEnded
 from primia_jax.service.frames import Place, Terms
 from primia_jax.types import PyTree
 
@@ -56,6 +56,15 @@ def agree(own: Terms, other: Terms) -> None:
   for name, reason in reasons.items():
     if getattr(own, name) != getattr(other, name):
       raise Refused(reason)
+
+
+def asked(hello: bytes | None) -> Terms | None:
+  """What a first message is about, or None if it is none; `serve` says why."""
+  try:
+    place = Place(frames.HELLO, frames.NO_SESSION)
+    return frames.decode_terms(frames.decode(_some(hello), place, frames.TERMS_BYTES))
+  except SessionEnded:
+    return None
 
 
 def largest_message(plan: Plan, online: Online) -> int:
