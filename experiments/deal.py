@@ -72,7 +72,10 @@ def main() -> None:
       )
     else:
       _deal(s, folder)
+  outbox = folder / publications.OUTBOX
   for peer in (supply.MODEL_OWNER, s.clinic):
+    if not any(path.is_file() for path in (outbox / peer).rglob("*")):
+      continue
     print(f"Move {folder}/{publications.OUTBOX}/{peer}/ into the inbox/dealer/ of its receiver.")
 
 
@@ -119,4 +122,4 @@ def _check_disk(s: Deal, folder, needed: int) -> None:
 
 
 if __name__ == "__main__":
-  running.start(main)
+  running.start(main, keeps_small=True)

@@ -130,8 +130,8 @@ def _ask(connect: encrypted.Connect, config: encrypted.Infer) -> None:
   summary = asking.costs(answers, time.perf_counter() - start)
   print(
     f"\nA run took {_time(float(np.median(answers.seconds)))} (median of {len(answers.seconds)}), "
-    f"{summary['rounds']} rounds and {pricing.bytes_text(summary['bytes_each_way'])} each way. "
-    f"{answers.received.about.intended_use}."
+    f"{summary['rounds']} rounds and {pricing.bytes_text(summary['bytes_each_way'])} each way."
+    f"\nIntended use: {answers.received.about.intended_use}."
   )
   if config.output_dir:
     folder = pathlib.Path(config.output_dir).expanduser()
@@ -312,4 +312,4 @@ def _print_check(config: encrypted.Infer, found: phases.Difference, ids: Sequenc
 
 
 if __name__ == "__main__":
-  running.start(main)
+  running.start(main, keeps_small=True)

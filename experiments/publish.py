@@ -99,7 +99,8 @@ def _begin(s: Publish, protocol: encrypted.Planned, folder) -> None:
   outbox = publications.begin(folder, s.model, about, plan, leaves)
   print(
     f"{outbox} holds plan and tag for the dealer.\nCopy {folder}/outbox/dealer/ into the dealer's "
-    f"inbox/model_owner/, its outbox/model_owner/ into\n{folder}/inbox/dealer/, and call this again."
+    f"inbox/model_owner/, its outbox/model_owner/ into\n"
+    f"{folder}/inbox/dealer/, and call this again."
   )
 
 
@@ -128,4 +129,4 @@ def _check(s: Publish, folder) -> None:
 
 
 if __name__ == "__main__":
-  running.start(main)
+  running.start(main, keeps_small=True)

@@ -159,4 +159,4 @@ def _serve(s: Serve, folder, names, known, journal: Journal, limits: Limits) -> 
 
 
 if __name__ == "__main__":
-  running.start(main)
+  running.start(main, keeps_small=True)

@@ -84,6 +84,7 @@ class Journal:
     self._recent: dict[str, collections.deque[tuple[float, int]]] = {}
     self._sessions: collections.Counter[str] = collections.Counter()
     self._recover(path)
+    self._turn(self._today())
 
   def charge(self, clinic: str, model: str, inference: str, images: int) -> None:
     """Counts a query; it is on disk when this returns.
