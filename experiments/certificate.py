@@ -48,7 +48,7 @@ def main() -> None:
   if s.renew and not s.name:
     raise ValueError("renew without name; say whose certificate it is, with --name")
   if s.name:
-    certificates.check_name(s.name)
+    certificates.check_name(s.name, "name")
     folder = role_folder(s.folder, make=True)
     _make(folder, s)
   else:

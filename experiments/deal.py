@@ -50,7 +50,7 @@ def main() -> None:
   s = settings.from_flags(Deal)
   folder = role_folder(s.folder)
   place = publications.model_folder(folder, s.model)
-  certificates.check_name(s.clinic)
+  certificates.check_name(s.clinic, "clinic")
   if s.open and (s.images or s.checked):
     raise ValueError("open with images or checked: do one after the other")
   if not s.open and s.images <= 0:

@@ -61,11 +61,13 @@ def main() -> None:
       "--name=NAME"
     )
   if s.check_dealer:
-    certificates.check_name(s.check_dealer)
+    certificates.check_name(s.check_dealer, "check_dealer")
     if not 0 < s.check_share < 1:
       raise ValueError(f"check_share={s.check_share}; use more than 0 and less than 1")
   if s.rotate and protocol.checkpoint:
     raise ValueError(f"rotate={s.rotate} with checkpoint={protocol.checkpoint}: use one of them")
+  if s.rotate and not publications.model_folder(folder, s.rotate).is_dir():
+    raise FileNotFoundError(f"rotate={s.rotate}: folder={s.folder} holds no such publication")
   is_new = not place.exists()
   if is_new and not s.rotate:
     encrypted.check_planned(protocol)

@@ -72,10 +72,10 @@ def create(folder: pathlib.Path, who: str, days: float = 365.0) -> pathlib.Path:
   return folder / CERTIFICATE
 
 
-def check_name(who: str) -> None:
-  """Raises ValueError unless it can be the name of an institution, and of its folders."""
+def check_name(who: str, what: str = "who") -> None:
+  """Raises ValueError, which names `what`, unless an institution and a folder can have the name."""
   if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", who):
-    raise ValueError(f"who={who!r}; use up to 63 letters a to z, digits and hyphens")
+    raise ValueError(f"{what}={who!r}; use up to 63 letters a to z, digits and hyphens")
 
 
 def end(certificate: bytes) -> datetime.datetime:

@@ -233,7 +233,9 @@ def challenge(folder: pathlib.Path, name: str, clinic: str, share: float) -> int
   numbers = folders.unused(place)
   count = round(share * len(numbers))
   if not 0 < count < len(numbers):
-    raise ValueError(f"share={share} of {len(numbers)} unused inferences is none or all; deal more")
+    raise ValueError(
+      f"share={share} of the {len(numbers)} unused inferences of {clinic} is none or all; deal more"
+    )
   asked = sorted(secrets.SystemRandom().sample(numbers, count))
   text = json.dumps(asked).encode()
   rest = "\n".join(sorted(set(numbers) - set(asked)))
