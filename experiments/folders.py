@@ -75,6 +75,7 @@ def role_folder(value: str, make: bool = False) -> pathlib.Path:
     )
   if path.stat().st_mode & 0o077:
     raise ValueError(f"folder={value} can be read by others; run chmod 700 on it")
+  (path / "inbox").mkdir(0o700, exist_ok=True)
   return path
 
 

@@ -166,7 +166,7 @@ def test_no_role_can_do_anothers_step(cast):
     for role in (Dealer, ModelOwner, DataOwner)
   }
   assert steps[Dealer] == {"blind", "deal", "deal_committed"}
-  assert steps[ModelOwner] == {"publish", "resume", "prepare", "answer"}
+  assert steps[ModelOwner] == {"publish", "resume", "recomputed", "prepare", "answer"}
   assert steps[DataOwner] == {"prepare", "ask", "reveal"}
 
 

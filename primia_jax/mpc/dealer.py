@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc import committing, protocol
@@ -125,7 +126,8 @@ def checked(plan: Plan) -> Plan:
 
 def bound(key: Array, publication: str) -> Array:
   """The key of B: HMAC-SHA256(the dealer's key, the publication), [8] uint32."""
-  return committing.key(np.asarray(key).tobytes(), publication)
+  found = hmac.digest(np.asarray(key).tobytes(), publication.encode(), "sha256")
+  return jnp.asarray(np.frombuffer(found, "<u4").astype(np.uint32))
 
 
 def _checked_tag(tag: str) -> str:

@@ -3,14 +3,16 @@
 | file in the model owner's folder | what |
 | --- | --- |
 | key.pem, certificate.pem | its identity |
-| secret | for the tag of its weights, so that it can resume |
-| clinics/NAME.pem | the certificate of each clinic that may ask |
-| NAME/correlations, NAME/used | for each clinic, from the dealer |
+| clinics/CLINIC.pem | the certificate of each clinic that may ask |
+| audit.jsonl | who asked when; budgets are counted from it (`journal`) |
+| models/NAME | each publication, and what the dealer gave for it (`publications`) |
 
 | file in a clinic's folder | what |
 | --- | --- |
 | key.pem, certificate.pem | its identity |
-| correlations, used | from the dealer |
+| models/NAME | each publication, with correlations and used |
+
+Both have an inbox and an outbox (`inbox`).
 """
 
 from __future__ import annotations
