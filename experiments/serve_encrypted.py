@@ -123,6 +123,7 @@ def _serve(s: Serve, folder, names, known, journal: Journal, limits: Limits) -> 
     start = time.perf_counter()
     kept = publications.kept(folder, name)
     online = apart.online(kept.owner.plan, MODEL_OWNER)
+    kept.owner.warm_up()
     place = publications.model_folder(folder, name)
     models.append(Served(name, place, kept.owner, kept.publication, online, kept.about.images))
     took = round(time.perf_counter() - start, 2)

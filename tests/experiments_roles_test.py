@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PATIENCE = 300.0  # seconds for a step on a busy machine
 MODEL = "chest-1"
 NAMES = ("normal", "bacterial", "viral")
-FLAGS = ("--calibration=phantom", "--ring_bits=32", "--fraction_bits=10", "--margin=8")
+FLAGS = ("--calibration=phantom", "--ring_bits=64", "--fraction_bits=14", "--margin=8")
 
 
 class Programs:

@@ -72,6 +72,23 @@ def gated_cast():
   return Cast(planned(gated))
 
 
+def test_a_model_owner_that_is_warm_compiles_nothing_for_an_inference(caplog):
+  each = Cast(planned(gated))
+  each.dealer.deal()  # the dealer's own work, and the data owner's, are not the model owner's
+  each.data_owner.ask(each.data_owner.prepare(each.dealer.deal()[1]), X)
+
+  def compiled(work):
+    caplog.clear()
+    with jax.log_compiles():
+      work()
+    return [r for r in caplog.records if "Compiling jit(prepare)" in r.getMessage()
+            or "Compiling jit(complete)" in r.getMessage()]  # fmt: skip
+
+  cold = compiled(each.model_owner.warm_up)
+  assert len(cold) == 2
+  assert compiled(each.sides) == []
+
+
 # ---- the answer
 
 
@@ -166,7 +183,9 @@ def test_no_role_can_do_anothers_step(cast):
     for role in (Dealer, ModelOwner, DataOwner)
   }
   assert steps[Dealer] == {"blind", "deal", "deal_committed"}
-  assert steps[ModelOwner] == {"publish", "resume", "recomputed", "prepare", "answer"}
+  assert steps[ModelOwner] == {
+    "publish", "resume", "recomputed", "warm_up", "prepare", "answer",
+  }  # fmt: skip
   assert steps[DataOwner] == {"prepare", "ask", "reveal"}
 
 

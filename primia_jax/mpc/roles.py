@@ -114,6 +114,20 @@ class ModelOwner:
       raise ValueError("this publication is of other weights, or of another secret; publish anew")
     self._publications.add(publication)
 
+  def warm_up(self) -> None:
+    """Compiles what `prepare` and `answer` run, so that the first inference need not wait."""
+    circuit = self.plan.circuit
+    zeros = lambda tree: jax.tree.map(lambda v: np.zeros(v.shape, v.dtype), tree)
+    with self.plan.config.scope():
+      seed, common = np.zeros(8, np.uint32), zeros(protocol.dealt_shapes(circuit).common)
+      ready = self._prepare(protocol.Part(seed, None, common), self._own, {})
+      asked = circuit.linear_operands(DATA_OWNER)
+      if asked:
+        dtype = circuit.config.dtype
+        blank = {i: np.zeros(circuit.operands[i].shape, dtype) for i in asked}
+        ready = self._complete(ready, {}, protocol.full(circuit, blank))
+      jax.block_until_ready(ready)
+
   def recomputed(self, publication: Publication, seed: bytes) -> str:
     """The number of an inference that the dealer opened to it; see `dealer.recomputed`."""
     _check_publication(publication, self.plan, self._publications)

@@ -178,7 +178,7 @@ class Asking:
 
 def question_bytes(plan: Plan) -> int:
   """Bytes of a QUESTION's payload."""
-  return sum(math.prod(shape) for _, shape in _asked(plan)) * plan.config.dtype.itemsize
+  return sum(math.prod(shape) for _, shape in _asked(plan)) * _dtype(plan).itemsize
 
 
 def _asked(plan: Plan) -> list[tuple[int, Sequence[int]]]:
@@ -186,12 +186,18 @@ def _asked(plan: Plan) -> list[tuple[int, Sequence[int]]]:
   return [(i, operands[i].shape) for i in sorted(plan.circuit.linear_operands(DATA_OWNER))]
 
 
+def _dtype(plan: Plan) -> np.dtype:
+  """Of ring elements, in a process that has 64-bit integers only where a plan asks for them."""
+  with plan.config.scope():
+    return np.dtype(plan.config.dtype)
+
+
 def _arrays(plan: Plan, payload: memoryview) -> dict[int, Any]:
-  found, start = {}, 0
+  dtype, found, start = _dtype(plan), {}, 0
   for i, shape in _asked(plan):
     count = math.prod(shape)
-    found[i] = np.frombuffer(payload, plan.config.dtype, count, start).reshape(shape)
-    start += count * plan.config.dtype.itemsize
+    found[i] = np.frombuffer(payload, dtype, count, start).reshape(shape)
+    start += count * dtype.itemsize
   return found
 
 
