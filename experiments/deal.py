@@ -13,7 +13,6 @@ releases the rest to the clinic.
 """
 
 import dataclasses
-import shutil
 import time
 
 from absl import flags
@@ -88,7 +87,10 @@ def _deal(s: Deal, folder) -> None:
     )
   count, ready = s.images // each, supply.ready(folder, s.model, s.clinic)
   needed = max(0, count - ready) * supply.inference_bytes(dealer)
-  _check_disk(s, folder, needed)
+  try:
+    supply.check_disk(folder, needed, 1e9 * s.disk_gb or float("inf"))
+  except ValueError as error:
+    raise ValueError(f"images={s.images}, disk_gb={s.disk_gb}: {error}") from error
   print(f"{ready * each} images are dealt for and have not left; {bytes_text(needed)} to be dealt.")
   start, done = time.perf_counter(), [0]
   with progress.closing(
@@ -104,21 +106,6 @@ def _deal(s: Deal, folder) -> None:
 
     supply.top_up(folder, dealer, s.model, s.clinic, count, s.checked, dealt)
   print(f"{s.images} images are dealt for.")
-
-
-def _check_disk(s: Deal, folder, needed: int) -> None:
-  free = shutil.disk_usage(folder).free
-  if needed > 0.95 * free:
-    raise ValueError(
-      f"images={s.images} takes {bytes_text(needed)}, and the disk of folder={s.folder} has "
-      f"{bytes_text(free)} free; deal fewer, or free space there"
-    )
-  taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-  if s.disk_gb and taken + needed > 1e9 * s.disk_gb:
-    raise ValueError(
-      f"images={s.images} takes {bytes_text(needed)} besides {bytes_text(taken)} that are there, "
-      f"more than disk_gb={s.disk_gb}; move away what is dealt, or deal fewer"
-    )
 
 
 if __name__ == "__main__":

@@ -56,6 +56,17 @@ def test_an_outbox_is_filled_up_by_a_dealer_that_comes_back(roles, plan):
     owner.prepare(folders.take(place(roles.vendor) / CLINIC, number))  # all of one publication
 
 
+def test_a_dealer_keeps_to_its_disk(tmp_path, monkeypatch):
+  (tmp_path / "held").write_bytes(bytes(600))
+  supply.check_disk(tmp_path, 400, 1000.0)
+  with pytest.raises(ValueError, match=r"401 B are needed besides 600 B .* 1.0 kB are allowed"):
+    supply.check_disk(tmp_path, 401, 1000.0)
+  usage = supply.shutil.disk_usage(tmp_path)._replace(free=400)
+  monkeypatch.setattr(supply.shutil, "disk_usage", lambda folder: usage)
+  with pytest.raises(ValueError, match="the disk has 400 B free"):
+    supply.check_disk(tmp_path, 400, float("inf"))
+
+
 @pytest.mark.parametrize("after", range(6))
 def test_a_dealer_killed_at_any_step_leaves_pairs(roles, monkeypatch, after):
   """Each file and each rename is a step; the process is killed before one of them."""

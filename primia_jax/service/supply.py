@@ -28,6 +28,7 @@ import json
 import os
 import pathlib
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
 
 from primia_jax import durable
@@ -68,6 +69,25 @@ def dealer(folder: pathlib.Path, name: str) -> Dealer:
 def inference_bytes(dealer: Dealer) -> int:
   """What one inference takes on the dealer's disk, about."""
   return sum(row.dealt for row in pricing.rows(dealer.plan.circuit)) + 2 * _OVERHEAD
+
+
+def check_disk(folder: pathlib.Path, needed: int, most: float) -> None:
+  """Raises ValueError unless a dealer's folder may grow by a number of bytes.
+
+  Args:
+    folder: the dealer's.
+    needed: bytes that it will take besides what it holds.
+    most: bytes that it may take in all.
+  """
+  text, free = pricing.bytes_text, shutil.disk_usage(folder).free
+  if needed > 0.95 * free:
+    raise ValueError(f"{text(needed)} are needed, and the disk has {text(free)} free; deal fewer")
+  taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+  if taken + needed > most:
+    raise ValueError(
+      f"{text(needed)} are needed besides {text(taken)} that are there, and {text(int(most))} are "
+      "allowed; move away what is dealt, or deal fewer"
+    )
 
 
 def ready(folder: pathlib.Path, name: str, clinic: str) -> int:
