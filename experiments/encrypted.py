@@ -40,27 +40,14 @@ def _(default: Any, text: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Infer:
-  """What is classified, with which model, and by which protocol."""
+class Planned:
+  """Which model, and by which protocol."""
 
   checkpoint: str = _("", "model owner: folder of a finished training run")
-  images: str = _(
-    "", "data owner: an image file (PNG, JPEG, TIFF, BMP, DICOM), a folder or a tar of them"
-  )
-  ignore: str = _("", "files and folders to leave out, as patterns separated by commas")
-  skip_bad_files: bool = _(False, "go on without images that cannot be read, and name them")
-  grey_bits: int = _(0, "bits that 16-bit grey PNG and TIFF use; 0 takes those of the training run")
   output: str = _(
     "probabilities",
     "what the data owner learns: probabilities (from the logits, revealed to it alone), or label "
     "(only the class, found under encryption)",
-  )
-  output_dir: str = _(
-    "",
-    "folder for predictions.csv, plan.txt and costs.json, created if needed; empty writes no files",
-  )
-  check: bool = _(
-    False, "also compute in the clear: compare with float32 and find values beyond their range"
   )
   comparison: str = _(
     "tables",
@@ -81,13 +68,62 @@ class Infer:
   )
   calibration_images: int = _(32, "number of calibration images")
   batch: int = _(1, "images in one run of the protocol")
+  ignore: str = _("", "files and folders to leave out, as patterns separated by commas")
+  grey_bits: int = _(0, "bits that 16-bit grey PNG and TIFF use; 0 takes those of the training run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Infer(Planned):
+  """What is classified, with which model, and by which protocol."""
+
+  images: str = _(
+    "", "data owner: an image file (PNG, JPEG, TIFF, BMP, DICOM), a folder or a tar of them"
+  )
+  skip_bad_files: bool = _(False, "go on without images that cannot be read, and name them")
+  output_dir: str = _(
+    "",
+    "folder for predictions.csv, plan.txt and costs.json, created if needed; empty writes no files",
+  )
+  check: bool = _(
+    False, "also compute in the clear: compare with float32 and find values beyond their range"
+  )
   network: str = _(
     "wan", "link whose communication time is estimated: lan, wan, or RTT_MS,MBIT such as 40,100"
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Connect:
+  """A clinic that asks a model owner's server; empty plays all roles here."""
+
+  connect: str = _("", "HOST:PORT of the model owner's server (primia-serve)")
+  folder: str = _("", "the clinic's own folder, of mode 0700")
+  model: str = _("", "name of the publication, a folder below models")
+  timeout: float = _(60.0, "longest wait, in seconds, for a message of the server")
+
+
 def check(s: Infer) -> None:
   """Refuses wrong flags before any work.
+
+  Raises:
+    ValueError, FileNotFoundError: the message names the flag and the cure.
+  """
+  check_planned(s)
+  check_images(s.images)
+  if s.output_dir:
+    folders.to_write(s.output_dir, ("predictions.csv", "plan.txt", "costs.json"))
+  parse_network(s.network)
+
+
+def check_images(images: str) -> None:
+  """Refuses images that are not there; raises as `check`."""
+  if not images:
+    raise ValueError("images is empty; name an image, a folder or a tar, such as --images=xray.png")
+  _check_there("images", images, images)
+
+
+def check_planned(s: Planned) -> None:
+  """The same for what a model owner decides.
 
   Raises:
     ValueError, FileNotFoundError: the message names the flag and the cure.
@@ -100,9 +136,6 @@ def check(s: Infer) -> None:
     raise FileNotFoundError(
       f"checkpoint={s.checkpoint} holds no model.json; name the folder of a finished training run"
     )
-  if not s.images:
-    raise ValueError("images is empty; name an image, a folder or a tar, such as --images=xray.png")
-  _check_there("images", s.images, s.images)
   choices = {"output": OUTPUTS, "comparison": tuple(COMPARISONS)}
   for name, allowed in choices.items():
     if getattr(s, name) not in allowed:
@@ -127,9 +160,6 @@ def check(s: Infer) -> None:
     )
   if kind in ("folder", "csv", "npz"):
     _check_there("calibration", s.calibration, where)
-  if s.output_dir:
-    folders.to_write(s.output_dir, ("predictions.csv", "plan.txt", "costs.json"))
-  parse_network(s.network)
 
 
 def _check_there(name: str, value: str, path: str) -> None:
@@ -163,7 +193,7 @@ def parse_network(text: str) -> pricing.Network:
 
 
 def calibration_images(
-  s: Infer, config: models.ModelConfig, label_names: tuple[str, ...]
+  s: Planned, config: models.ModelConfig, label_names: tuple[str, ...]
 ) -> tuple[np.ndarray, str]:
   """The calibration images, uint8 [N, H, W, C] spread over the source, and their description.
 
@@ -246,7 +276,7 @@ def functions(model: models.Model) -> dict[str, Callable[[PyTree, Array], Array]
 
 
 def make_plan(
-  s: Infer, model: models.Model, weights: PyTree, calibration: np.ndarray
+  s: Planned, model: models.Model, weights: PyTree, calibration: np.ndarray
 ) -> planning.Plan:
   """Calibrates, chooses ring and fraction bits if they are left open, and plans.
 

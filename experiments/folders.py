@@ -52,6 +52,33 @@ def to_write(output_dir: str, writes: Iterable[str]) -> pathlib.Path:
   return folder
 
 
+def role_folder(value: str, make: bool = False) -> pathlib.Path:
+  """The folder of one role of encrypted inference, which its user alone can read.
+
+  Args:
+    value: as the user wrote it.
+    make: make it, if it is not there.
+
+  Raises:
+    ValueError, FileNotFoundError: it is none, is missing, or others can read it.
+  """
+  if not value:
+    raise ValueError(
+      "folder is empty; name this institution's own folder, such as --folder=hospital"
+    )
+  path = refusals.folder("folder", value)
+  if make:
+    path.mkdir(0o700, parents=True, exist_ok=True)
+  if not path.is_dir():
+    raise FileNotFoundError(
+      f"folder={value}: there is no such folder; make it with primia-certificate, or mkdir -m 700"
+    )
+  if path.stat().st_mode & 0o077:
+    raise ValueError(f"folder={value} can be read by others; run chmod 700 on it")
+  (path / "inbox").mkdir(0o700, exist_ok=True)
+  return path
+
+
 @contextlib.contextmanager
 def alone(path: pathlib.Path) -> Iterator[None]:
   """Keeps a second process out while this one works on a run.

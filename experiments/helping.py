@@ -21,6 +21,8 @@ _USUAL = (
   "placement", "aggregation", "secagg_threshold", "dp", "target_epsilon", "delta",
   "noise_multiplier", "l2_clip_norm", "ledger_dir", "output_dir", "unlabelled", "num_units",
   "checkpoint", "images", "output", "check", "calibration", "record_transcript", "parts",
+  "folder", "name", "clinic", "connect", "rotate", "check_dealer", "checked", "open", "disk_gb",
+  "models", "address", "only_checked", "daily_images", "total_images", "metrics_port",
 )  # fmt: skip
 _COLUMN = 27  # where the texts begin
 _WIDTHS = 72, 100  # the narrowest and the widest page

@@ -5,6 +5,11 @@
 This process simulates both parties and the dealer, so it protects nothing by itself. It prints the
 classes, and the time, bytes and rounds of each phase and layer. With --output_dir it writes
 predictions.csv, plan.txt and costs.json.
+
+  primia-infer --connect=HOST:PORT --folder=hospital --model=chest-1 --images=xray.png
+
+This is a clinic: it asks a model owner's server (primia-serve) over TLS, sends no image and no
+answer to anybody, and ends with exit code 0 if each image was answered.
 """
 
 import csv
@@ -25,12 +30,23 @@ from . import encrypted, inputs, model_files, phases, report, running, settings
 from .configs.data import Data
 
 settings.define_flags(encrypted.Infer)
+settings.define_flags(encrypted.Connect)
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:
   config = settings.from_flags(encrypted.Infer)
+  connect = settings.from_flags(encrypted.Connect)
+  if connect.connect:
+    _ask(connect, config)
+    return
+  for name in ("folder", "model", "timeout"):
+    if FLAGS[name].present:
+      raise ValueError(
+        f"{name}={FLAGS[name].value} without connect: it is a clinic's; name the server with "
+        "--connect"
+      )
   encrypted.check(config)
   model, weights, label_names, model_config = encrypted.load_model(config.checkpoint)
   size, _, channels = model_config.image_shape
@@ -98,6 +114,33 @@ def main() -> None:
     (folder / "plan.txt").write_text(f"{table}\n")
     (folder / "costs.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\npredictions.csv, plan.txt and costs.json are in {folder}")
+
+
+def _ask(connect: encrypted.Connect, config: encrypted.Infer) -> None:
+  """A clinic asks a server."""
+  try:
+    from . import asking  # here, because only a clinic needs gRPC
+  except ImportError as error:
+    raise ValueError(str(error)) from error
+  asking.foreign([name for name in FLAGS if FLAGS[name].present])
+  start = time.perf_counter()
+  answers = asking.infer(connect, config)
+  label_names = answers.received.about.label_names
+  _print_predictions(answers.ids, answers.outputs, label_names)
+  summary = asking.costs(answers, time.perf_counter() - start)
+  print(
+    f"\nA run took {_time(float(np.median(answers.seconds)))} (median of {len(answers.seconds)}), "
+    f"{summary['rounds']} rounds and {pricing.bytes_text(summary['bytes_each_way'])} each way."
+    f"\nIntended use: {answers.received.about.intended_use}."
+  )
+  if config.output_dir:
+    folder = pathlib.Path(config.output_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_predictions(folder / "predictions.csv", answers.ids, answers.outputs, label_names)
+    (folder / "costs.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"predictions.csv and costs.json are in {folder}")
+  if said := asking.ended_early(answers):
+    raise RuntimeError(said)
 
 
 def _who_learns_what(config: encrypted.Infer) -> str:
@@ -269,4 +312,4 @@ def _print_check(config: encrypted.Infer, found: phases.Difference, ids: Sequenc
 
 
 if __name__ == "__main__":
-  running.start(main)
+  running.start(main, keeps_small=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import closing
 from typing import Any
 
 import tqdm
+
+__all__ = ["Lines", "bar", "closing"]
 
 _SECONDS = 10.0  # between two lines
 

@@ -362,9 +362,14 @@ def silence_pydicom() -> None:
   warnings.filterwarnings("ignore", module="pydicom")
 
 
-def start(main: Callable[[], None]) -> None:
+def start(main: Callable[[], None], keeps_small: bool = False) -> None:
   """Runs a binary: `--help` explains it, and bad settings and failed runs end it with their reason,
   not with a traceback.
+
+  Args:
+    main: the binary's work.
+    keeps_small: keep on disk also compiled programs that took less than a second, for work that
+      has many of them.
   """
 
   def parsed(arguments: list[str]) -> list[str]:
@@ -383,6 +388,8 @@ def start(main: Callable[[], None]) -> None:
       # orbax logs a traceback of what it raises, and that is said below
       logging.get_absl_handler().addFilter(_has_no_traceback)
     jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
+    if keeps_small:
+      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
       main()
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from experiments.configs import Train
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = (
   "train_federated", "train_pooled", "evaluate", "infer_encrypted", "account", "audit_privacy",
-  "plot",
+  "plot", "certificate", "publish", "deal", "serve_encrypted", "quickstart",
 )  # fmt: skip
 
 
@@ -73,7 +73,10 @@ def test_the_usual_flags_are_flags():
     (ROOT / "experiments" / f"{name}.py").read_text() for name in (*PROGRAMS, "encrypted")
   )
   known = {*settings.flat(Train()), *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', sources)}
-  known |= {"preset", *re.findall(r"^  (\w+): \w+ = _\(", sources, re.MULTILINE)}
+  known |= {
+    "preset",
+    *re.findall(r"^  (\w+): \w+ = (?:_|settings\.setting)\(", sources, re.MULTILINE),
+  }
   assert set(helping._USUAL) <= known
   assert len(set(helping._USUAL)) == len(helping._USUAL)
 

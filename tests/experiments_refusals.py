@@ -309,6 +309,103 @@ INFER = """
 --noexact=2                                 | --noexact | 2 | --helpfull
 """
 
+CONNECT = """
+--connect=                                  | folder | without connect | --connect
+--connect=vendor                            | connect | vendor | HOST:PORT
+--connect=vendor:0                          | connect | vendor:0 | HOST:PORT
+--connect=vendor:70000                      | connect | 70000 | HOST:PORT
+--folder=                                   | folder | is empty | --folder=
+--folder={missing}                          | folder | {missing} | primia-certificate
+--folder={folder}                           | folder | {folder} | chmod 700
+--folder={bare}                             | folder | {bare} | certificate
+--model=                                    | model | '' | letters
+--model=../run                              | model | ../run | letters
+--model=chest-9                             | model | chest-9 | chest-1
+--timeout=0                                 | timeout | 0 | positive
+--images=                                   | images | is empty | --images=
+--images={missing}                          | images | {missing} | check
+--images={image}                            | {hospital} | plan | outbox/clinics
+--checkpoint={run}                          | checkpoint | connect | leave it out
+--ring_bits=32                              | ring_bits | connect | leave it out
+--check                                     | check | connect | leave it out
+--output_dir={file}                         | output_dir | {file} | folder
+"""
+
+CERTIFICATE = """
+--folder=                                   | folder | is empty | --folder=
+--folder={folder}                           | folder | {folder} | chmod 700
+--folder={file}                             | folder | {file} | folder
+--folder={vendor}                           | folder | key.pem | --renew
+--name=Hospital_A                           | name | Hospital_A | letters
+--days=0                                    | days | 0 | 1 to 3650
+--days=soon                                 | --days | soon | integer
+--name= --renew                             | renew | name | --name
+--clinic={file}                             | clinic | {file} | one after the other
+--name= --folder={missing}                  | folder | {missing} | primia-certificate
+--name= --folder={vendor} --clinic={missing} | clinic | {missing} | certificate
+--name= --folder={vendor} --clinic={file}   | clinic | {file} | .pem
+--name= --folder={vendor} --clinic={expired}/certificate.pem | certificate | only | new one
+"""
+
+PUBLISH = """
+--folder=                                   | folder | is empty | --folder=
+--folder={missing}                          | folder | {missing} | primia-certificate
+--folder={folder}                           | folder | {folder} | chmod 700
+--folder={bare}                             | folder | {bare} | certificate
+--folder={intruded}                         | {intruded} | clinics/evil.pem | remove
+--model=                                    | model | '' | letters
+--model=A                                   | model | A | letters
+--checkpoint=                               | checkpoint | is empty | --checkpoint=
+--checkpoint={missing}                      | checkpoint | {missing} | finished training run
+--output=logits                             | output | logits | label
+--margin=0.5                                | margin | 0.5 | at least 1
+--batch=0                                   | batch | 0 | positive
+--rotate=chest-1                            | rotate | chest-1 | one of them
+--rotate=chest-9 --checkpoint=              | rotate | chest-9 | no such
+--check_dealer=B_ad                         | check_dealer | B_ad | letters
+--check_dealer=hospital-a --check_share=1   | check_share | 1 | less than 1
+--check_dealer=hospital-a                   | share | hospital-a | deal more
+"""
+
+DEAL = """
+--folder=                                   | folder | is empty | --folder=
+--folder={missing}                          | folder | {missing} | mkdir
+--folder={folder}                           | folder | {folder} | chmod 700
+--model=                                    | model | '' | letters
+--model=chest-9                             | chest-9 | plan | outbox/dealer
+--clinic=                                   | clinic | '' | letters
+--clinic=../x                               | clinic | ../x | letters
+--images=0                                  | images | 0 | positive
+--images=some                               | --images | some | integer
+--disk_gb=-1                                | disk_gb | -1 | gigabytes
+--open                                      | open | images | one after the other
+"""
+
+SERVE = """
+--folder=                                   | folder | is empty | --folder=
+--folder={missing}                          | folder | {missing} | primia-certificate
+--folder={folder}                           | folder | {folder} | chmod 700
+--folder={bare}                             | folder | {bare} | primia-publish
+--models=chest-9                            | models | chest-9 | primia-publish
+--address=7443                              | address | 7443 | HOST:PORT
+--address=:x                                | address | :x | HOST:PORT
+--metrics_port=99999                        | metrics_port | 99999 | 65535
+--health_port=-2                            | health_port | -2 | -1
+--daily_images=0                            | daily_images | 0 | positive
+--total_images=-1                           | total_images | -1 | positive
+--minute_images=-1                          | minute_images | -1 | positive
+--sessions=0                                | sessions | 0 | positive
+--timeout=nan                               | timeout | nan | positive
+"""
+
+QUICKSTART = """
+--output_dir=                               | output_dir | is empty | --output_dir=
+--output_dir={full}                         | output_dir | {full} | new folder
+--output_dir={file}                         | output_dir | {file} | folder
+--images=0                                  | images | 0 | 1 to 100
+--checkpoint={missing}                      | checkpoint | {missing} | finished run
+"""
+
 ACCOUNT = """
 --num_units=0                               | num_units | 0 | at least 1
 --num_units=-1                              | --num_units | -1 | integer
@@ -388,6 +485,17 @@ TABLES = (
   ("evaluate", "--run_dir={run} --output_dir={new} --data=phantom", EVALUATE),
   ("evaluate", "", "--seed=3 | --run_dir | --output_dir | --help"),
   ("infer_encrypted", "--checkpoint={run} --images={image} --output_dir={new}", INFER),
+  (
+    "infer_encrypted",
+    "--connect=127.0.0.1:7443 --folder={hospital} --model=chest-1 "
+    "--images={image} --output_dir={new}",
+    CONNECT,
+  ),
+  ("certificate", "--folder={new} --name=hospital-a", CERTIFICATE),
+  ("publish", "--folder={vendor} --model=chest-2 --checkpoint={run}", PUBLISH),
+  ("deal", "--folder={bare} --model=chest-1 --clinic=hospital-a --images=4", DEAL),
+  ("serve_encrypted", "--folder={vendor}", SERVE),
+  ("quickstart", "--output_dir={new}", QUICKSTART),
   ("account", "--num_units=100 --target_epsilon=3 --output_dir={new}", ACCOUNT),
   ("account", "", LEDGERS),
   ("audit_privacy", "--run_dir={run} --output_dir={new}", AUDIT),

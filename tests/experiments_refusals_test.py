@@ -21,6 +21,7 @@ from PIL import Image
 
 from experiments import encrypted, inputs, memory, model_files, phases, processes, running, settings
 from primia_jax import evaluation, models
+from primia_jax.service import certificates
 
 LEFT = ("new",)  # may not exist after a refusal
 
@@ -30,11 +31,21 @@ def at(tmp_path_factory):
   """Files and folders by the names that rows use."""
   root = tmp_path_factory.mktemp("refused")
   names = (
-    "missing file folder fifo full run broken emptied torn cut drawn kept new flags nested loop"
+    "missing file folder fifo full run broken emptied torn cut drawn kept new flags nested loop "
+    "vendor hospital bare expired intruded"
   )
   at = {name: root / name for name in names.split()}
   for name in ("folder", "full", "run", "broken", "emptied", "torn", "cut", "drawn", "kept"):
     at[name].mkdir()
+  for name in ("vendor", "hospital", "bare", "expired", "intruded"):
+    at[name].mkdir(0o700)
+  for name, days in (("vendor", 1), ("hospital", 1), ("expired", -1)):
+    certificates.create(at[name], name, days)
+  for name in ("vendor", "hospital"):
+    (at[name] / "models" / "chest-1").mkdir(parents=True)
+  evil = at["intruded"] / "inbox" / "dealer" / "clinics" / "evil.pem"
+  evil.parent.mkdir(parents=True)
+  evil.touch()
   at["file"].write_text("no image, no weights, no arrays\n")
   at["weights"] = root / "weights.pth"
   at["weights"].write_text("no weights")
@@ -153,7 +164,7 @@ def test_every_bad_invocation_is_refused_by_flag_value_and_cure(at, program, no_
     count[name] += 1
   assert not wrong, "\n".join(wrong)
   assert sum(count.values()) >= 200
-  assert len(count) == 7
+  assert len(count) == 12
 
 
 def failing(error):

@@ -83,7 +83,9 @@ ALONE = {
   "tqdm": set(),
   "dp_accounting": {"privacy.accounting"},
   "cryptography": {"secagg.keys", "secagg.transport", "service.certificates"},
-  "grpc": {"service.channel", "service.sharing"},
+  "grpc": {"service.channel", "service.monitoring", "service.sharing"},
+  "grpc_health": {"service.monitoring"},
+  "prometheus_client": {"service.monitoring"},
 }
 
 

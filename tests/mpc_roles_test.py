@@ -20,6 +20,7 @@ from mpc_reference import OWNERS, normal
 from primia_jax import mpc
 from primia_jax.mpc import inference, protocol, roles
 from primia_jax.mpc.messages import Blind
+from primia_jax.mpc.publications import bound
 from primia_jax.mpc.roles import DataOwner, Dealer, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 
@@ -69,6 +70,23 @@ def cast():
 @pytest.fixture(scope="module")
 def gated_cast():
   return Cast(planned(gated))
+
+
+def test_a_model_owner_that_is_warm_compiles_nothing_for_an_inference(caplog):
+  each = Cast(planned(gated))
+  each.dealer.deal()  # the dealer's own work, and the data owner's, are not the model owner's
+  each.data_owner.ask(each.data_owner.prepare(each.dealer.deal()[1]), X)
+
+  def compiled(work):
+    caplog.clear()
+    with jax.log_compiles():
+      work()
+    return [r for r in caplog.records if "Compiling jit(prepare)" in r.getMessage()
+            or "Compiling jit(complete)" in r.getMessage()]  # fmt: skip
+
+  cold = compiled(each.model_owner.warm_up)
+  assert len(cold) == 2
+  assert compiled(each.sides) == []
 
 
 # ---- the answer
@@ -129,7 +147,7 @@ def test_each_role_holds_only_its_own(cast, gated_cast):
       getattr(v, "elements", v) for i, v in o.items() if c.operands[i].owner == party
     ]
     weights, images = [W, *owned(MODEL_OWNER)], [X, *owned(DATA_OWNER)]
-    key = roles.bound(each.key, each.publication.publication)
+    key = bound(each.key, each.publication.publication)
     blind = protocol.blinds(circuit, key, MODEL_OWNER).values()
     for root, own, others in (
       (each.plan, [], [*weights, *images]),
@@ -164,8 +182,10 @@ def test_no_role_can_do_anothers_step(cast):
     role: {name for name in vars(role) if not name.startswith("_")}
     for role in (Dealer, ModelOwner, DataOwner)
   }
-  assert steps[Dealer] == {"blind", "deal"}
-  assert steps[ModelOwner] == {"publish", "resume", "prepare", "answer"}
+  assert steps[Dealer] == {"blind", "deal", "deal_committed"}
+  assert steps[ModelOwner] == {
+    "publish", "resume", "recomputed", "warm_up", "prepare", "answer",
+  }  # fmt: skip
   assert steps[DataOwner] == {"prepare", "ask", "reveal"}
 
 

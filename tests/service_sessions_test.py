@@ -107,7 +107,7 @@ FAULTS = {
   "other session": lambda message: [message[:6] + bytes(16) + message[22:]],
   "other round": lambda message: [message[:22] + b"\xff" + message[23:]],
   "no magic": lambda message: [b"HTTP" + message[4:]],
-  "other version": lambda message: [message[:4] + b"\x02" + message[5:]],
+  "other version": lambda message: [message[:4] + b"\x63" + message[5:]],
   "ended": lambda message: [None],
 }
 
@@ -219,7 +219,7 @@ def test_the_model_owner_is_dealt_a_seed_alone(world, tmp_path):
   assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {0o600}
 
 
-@pytest.mark.parametrize("number", ["", "../../key.pem", "A" * 32, "0" * 31])
+@pytest.mark.parametrize("number", ["", "../../key.pem", "A" * 64, "0" * 63])
 def test_a_number_that_is_none_is_refused(number, tmp_path):
   with pytest.raises(Refused, match="no number"):
     folders.take(tmp_path, number)

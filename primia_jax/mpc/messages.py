@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from primia_jax.mpc import committing
+from primia_jax.mpc.committing import Committed
 from primia_jax.mpc.protocol import Operands, Ready
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 
@@ -63,7 +65,34 @@ class Blind(Once):
 
 
 class Correlations(Once):
-  """One party's part of the correlated randomness of one inference."""
+  """One party's part of the correlated randomness of one inference.
+
+  Attributes:
+    committed: what stands behind the number of the inference; None where the number is drawn and
+      nothing is committed to, as within one process.
+  """
+
+  def __init__(
+    self, party: int, publication: str, inference: str, secret: Any,
+    committed: Committed | None = None,
+  ):  # fmt: skip
+    super().__init__(party, publication, inference, secret)
+    self.committed = committed
+
+  def check_committed(self) -> None:
+    """Checks, without using it up, that this part is the one that the number commits to.
+
+    Raises:
+      ValueError: it is another, there is no commitment, or it was used.
+    """
+    if self.committed is None or not self._secret:
+      raise ValueError(f"{self} commits to nothing; take it from the dealer's outbox, unused")
+    is_this = committing.digest(self._secret[0]) == self.committed.parts[self.party]
+    if not is_this or committing.number(self.publication, self.committed) != self.inference:
+      raise ValueError(
+        f"the dealer committed to other correlations than these of inference {self.inference}; "
+        "do not use what this dealer deals, and say so to the other party"
+      )
 
 
 class Prepared(Once):

@@ -9,7 +9,7 @@ from collections.abc import Collection
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.mpc.messages import Correlations
+from primia_jax.mpc.messages import Correlations, Publication
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.protocol import Operands
 from primia_jax.types import Array
@@ -49,10 +49,12 @@ def check_plan(publication: str, plan: Plan) -> None:
     raise ValueError("this message was made for another plan; give all roles the same plan")
 
 
-def check_publication(correlations: Correlations, plan: Plan, known: Collection[str]) -> None:
-  """Raises a ValueError if correlations are of none of the known publications."""
-  check_plan(correlations.publication, plan)
-  if correlations.publication not in known:
+def check_publication(
+  message: Correlations | Publication, plan: Plan, known: Collection[str]
+) -> None:
+  """Raises a ValueError if a message is of none of the known publications."""
+  check_plan(message.publication, plan)
+  if message.publication not in known:
     raise ValueError(
       "these correlations belong to another publication; take them from the dealer whose blind it "
       "used"

@@ -40,9 +40,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from primia_jax import prng
-from primia_jax.mpc import inference, protocol, tags
+from primia_jax.mpc import dealer, inference, protocol, tags
 from primia_jax.mpc.circuit import CHECKED
+from primia_jax.mpc.dealer import Dealer, checked
 from primia_jax.mpc.messages import (
   NAMES,
   Blind,
@@ -54,52 +54,9 @@ from primia_jax.mpc.messages import (
 )
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.protocol import Operands, Ready
-from primia_jax.mpc.publications import bound, check_plan, check_publication, checked_tag, tag_of
+from primia_jax.mpc.publications import bound, check_plan, check_publication, tag_of
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import Array, PyTree
-
-
-class Dealer:
-  """Deals for one plan and one publication. It sees neither weights nor images.
-
-  Args:
-    plan: the plan.
-    tag: the model owner's.
-  """
-
-  def __init__(self, plan: Plan, tag: str):
-    key, circuit = prng.random_key(), _checked(plan).circuit
-    self.plan, self._publication = (
-      plan,
-      f"{plan.digest}-{checked_tag(tag)}-{os.urandom(16).hex()}",
-    )
-    self._blind = Blind(MODEL_OWNER, self._publication, "", key)
-    with plan.config.scope():
-      blinds = protocol.blinds(circuit, bound(key, self._publication), MODEL_OWNER)
-      self._blinds = jax.block_until_ready(protocol.full(circuit, blinds))
-    self._deal = plan.compiled("deal", functools.partial(protocol.deal, circuit))
-    self._tag = plan.compiled("tag", functools.partial(tags.deal, circuit))
-
-  def blind(self) -> Blind:
-    """The key of B for the model owner, which takes it once; the data owner must not have it."""
-    return self._blind
-
-  def deal(self) -> tuple[Correlations, Correlations]:
-    """Fresh correlations of one inference: for the model owner, and for the data owner."""
-    circuit, key, own = self.plan.circuit, prng.random_key(), prng.random_key()
-    with self.plan.config.scope():
-      fresh = protocol.full(circuit, protocol.blinds(circuit, own, DATA_OWNER))
-      dealt = self._deal(key, self._blinds | fresh)
-    second = protocol.part(dealt, DATA_OWNER)
-    if _checking(self.plan):
-      with jax.enable_x64(True):
-        second = second._replace(tags=self._tag(dealt))
-    new = functools.partial(Correlations, publication=self._publication)
-    number = os.urandom(16).hex()
-    return (
-      new(MODEL_OWNER, inference=number, secret=protocol.part(dealt, MODEL_OWNER)),
-      new(DATA_OWNER, inference=number, secret=(second, own)),
-    )
 
 
 class ModelOwner:
@@ -121,7 +78,7 @@ class ModelOwner:
   """
 
   def __init__(self, plan: Plan, *weights: PyTree, secret: bytes | None = None):
-    circuit = _checked(plan).circuit
+    circuit = checked(plan).circuit
     encode = inference.owner_encoder(plan, MODEL_OWNER)
     self.plan, self._operands = plan, encode(_leaves(plan, MODEL_OWNER, weights))
     self._own = {i: self._operands[i] for i in circuit.linear_operands(MODEL_OWNER)}
@@ -164,6 +121,27 @@ class ModelOwner:
     if publication.split("-")[1] != self.tag:
       raise ValueError("this publication is of other weights, or of another secret; publish anew")
     self._publications[publication] = arrays if _checking(self.plan) else None
+
+  def warm_up(self) -> None:
+    """Compiles what `prepare` and `answer` run, so that the first inference need not wait."""
+    circuit = self.plan.circuit
+    zeros = lambda tree: jax.tree.map(lambda v: np.zeros(v.shape, v.dtype), tree)
+    with self.plan.config.scope():
+      seed: Any = np.zeros(8, np.uint32)
+      common = zeros(protocol.dealt_shapes(circuit).common)
+      ready = self._prepare(protocol.Part(seed, None, common), self._own, {})
+      asked = circuit.linear_operands(DATA_OWNER)
+      if asked:
+        dtype = circuit.config.dtype
+        blank = {i: np.zeros(circuit.operands[i].shape, dtype) for i in asked}
+        ready = self._complete(ready, {}, protocol.full(circuit, blank))
+      jax.block_until_ready(ready)
+
+  def recomputed(self, publication: Publication, seed: bytes) -> str:
+    """The number of an inference that the dealer opened to it; see `dealer.recomputed`."""
+    check_publication(publication, self.plan, self._publications)
+    name, published = publication
+    return dealer.recomputed(self.plan, self._own, published, name, seed)
 
   def prepare(self, correlations: Correlations) -> Prepared:
     """Its part of the work that needs no image; it communicates with nobody.
@@ -217,7 +195,7 @@ class DataOwner:
   """
 
   def __init__(self, plan: Plan, publication: Publication):
-    circuit = _checked(plan).circuit
+    circuit = checked(plan).circuit
     self.plan, self._publication = plan, _typed(publication, Publication).publication
     check_plan(self._publication, plan)
     with plan.config.scope():
@@ -285,9 +263,9 @@ def infer(plan: Plan, *args: PyTree) -> PyTree:
   leaves = jax.tree.leaves(args)
   of = lambda party: [v for by, v in zip(plan.owners, leaves, strict=True) if by == party]
   model_owner = ModelOwner(plan, of(MODEL_OWNER))
-  dealer = Dealer(plan, model_owner.tag)
-  data_owner = DataOwner(plan, model_owner.publish(dealer.blind()))
-  first, second = dealer.deal()
+  of_plan = Dealer(plan, model_owner.tag)
+  data_owner = DataOwner(plan, model_owner.publish(of_plan.blind()))
+  first, second = of_plan.deal()
   asked, question = data_owner.ask(data_owner.prepare(second), of(DATA_OWNER))
   answered = model_owner.answer(model_owner.prepare(first), question)
   return data_owner.reveal(online(plan)(answered, asked))
@@ -334,11 +312,6 @@ def together(answered: Side, asked: Side) -> tuple[Ready, Operands]:
 
 
 # ---- checks
-
-
-def _checked(plan: Plan) -> Plan:
-  inference.check_owners(plan)
-  return plan
 
 
 def _checking(plan: Plan) -> bool:

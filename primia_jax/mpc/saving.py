@@ -21,6 +21,7 @@ import numpy as np
 from primia_jax import durable
 from primia_jax.mpc import planning
 from primia_jax.mpc.circuit import Config
+from primia_jax.mpc.committing import Committed
 from primia_jax.mpc.lowering import portable
 from primia_jax.mpc.messages import Blind, Correlations, Once, Publication, Question
 from primia_jax.mpc.planning import Plan
@@ -52,6 +53,8 @@ def write(path: str | os.PathLike, value: Any) -> None:
     case Blind() | Correlations():
       names = {k: getattr(value, k) for k in ("party", "publication", "inference")}
       header = names | {"secret": arrays.pack(value.take(value.party))}
+      if isinstance(value, Correlations) and value.committed is not None:
+        header["committed"] = [value.committed.seed, *value.committed.parts]
     case Publication() | Question():
       header = {"fields": [v if isinstance(v, str) else arrays.pack(v) for v in value]}
     case _:
@@ -66,6 +69,11 @@ def write(path: str | os.PathLike, value: Any) -> None:
   whole = _MAGIC + hashlib.sha256(payload.getvalue()).digest() + payload.getvalue()
   durable.create(path, whole, mode)
   durable.sync_folder(path.parent)
+
+
+def check(path: str | os.PathLike) -> None:
+  """Raises ValueError unless a file is whole and of this format; nothing is used up."""
+  _parsed(pathlib.Path(path))
 
 
 def read(path: str | os.PathLike) -> Any:
@@ -88,7 +96,11 @@ def read(path: str | os.PathLike) -> Any:
   path.unlink()  # only one of two readers succeeds
   durable.sync_folder(path.parent)
   names = [header[k] for k in ("party", "publication", "inference")]
-  return _ONCE[kind](*names, _unpack(header["secret"], arrays))
+  value = _ONCE[kind](*names, _unpack(header["secret"], arrays))
+  if "committed" in header:
+    seed, first, second = header["committed"]
+    value.committed = Committed(seed, (first, second))
+  return value
 
 
 def _parsed(path: pathlib.Path) -> tuple[dict[str, Any], list[np.ndarray]]:

@@ -21,6 +21,7 @@ from primia_jax import durable
 from primia_jax.service.errors import Refused
 
 KEY, CERTIFICATE = "key.pem", "certificate.pem"
+CLINICS = "clinics"  # a model owner's folder of those that it lets in, NAME.pem
 
 
 class Identity(NamedTuple):
@@ -45,8 +46,7 @@ def create(folder: pathlib.Path, who: str, days: float = 365.0) -> pathlib.Path:
     FileExistsError: there is one already.
     ValueError: the name is not of that form.
   """
-  if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", who):
-    raise ValueError(f"who={who!r}; use up to 63 letters a to z, digits and hyphens")
+  check_name(who)
   key = ec.generate_private_key(ec.SECP256R1())
   subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, who)])
   end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
@@ -70,6 +70,17 @@ def create(folder: pathlib.Path, who: str, days: float = 365.0) -> pathlib.Path:
   durable.create(folder / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
   durable.sync_folder(folder)
   return folder / CERTIFICATE
+
+
+def check_name(who: str, what: str = "who") -> None:
+  """Raises ValueError, which names `what`, unless an institution and a folder can have the name."""
+  if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", who):
+    raise ValueError(f"{what}={who!r}; use up to 63 letters a to z, digits and hyphens")
+
+
+def end(certificate: bytes) -> datetime.datetime:
+  """When it expires."""
+  return _parsed(certificate).not_valid_after_utc
 
 
 def load(folder: pathlib.Path) -> Identity:

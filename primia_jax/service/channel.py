@@ -12,6 +12,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded 
 
 _SERVICE, _METHOD = "primia_jax.EncryptedInference", "Session"
 _END = b""  # a client's last message: to a server, a connection that breaks can look like an end
+_POLL = 0.2  # seconds between two looks whether a server is stopping
 _AHEAD = 2  # messages that may come before they are read
 _REFUSALS = (
   grpc.StatusCode.UNAUTHENTICATED,
@@ -70,6 +72,7 @@ def listen(
   session: Session,
   limits: Limits,
   ended: Callable[[str, SessionEnded], None] = lambda clinic, error: None,
+  stopping: threading.Event | None = None,
 ) -> Iterator[int]:
   """A server for as long as the context lasts; gives the port.
 
@@ -80,13 +83,14 @@ def listen(
     session: what the server does in each session.
     limits: what they may take.
     ended: is told of each session that ended early.
+    stopping: once it is set, sessions that idle are ended.
   """
   known = {certificates.fingerprint(pem): name for name, pem in clinics.items()}
 
   def handle(messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
     (peer,) = context.auth_context()["x509_pem_cert"]
     clinic = known.get(certificates.fingerprint(peer), "")
-    inbox = _Inbox(messages, context.cancel, limits, _END)
+    inbox = _Inbox(messages, context.cancel, limits, _END, stopping)
     end = threading.Timer(limits.session, context.cancel)
     end.daemon = True
     end.start()
@@ -172,9 +176,11 @@ class _Inbox:
     cancel: Callable[[], Any],
     limits: Limits,
     last: bytes | None = None,
+    stopping: threading.Event | None = None,
   ):
     self._queue: queue.Queue[bytes | SessionEnded | None] = queue.Queue(_AHEAD)
     self._cancel, self._limits, self._last = cancel, limits, last
+    self._stopping = stopping
     self._closed, self._over = threading.Event(), threading.Event()
     threading.Thread(target=self._pump, args=(messages,), daemon=True).start()
 
@@ -188,13 +194,22 @@ class _Inbox:
     """
     seconds = self._limits.idle if idle else self._limits.timeout
     try:
-      found = self._queue.get(timeout=seconds)
+      found = self._next(seconds, self._stopping if idle else None)
     except queue.Empty:
       self._cancel()
       raise PeerLate(f"the other side sent nothing for {seconds} s") from None
     if isinstance(found, SessionEnded):
       raise found
     return found
+
+  def _next(self, seconds: float, stopping: threading.Event | None) -> Any:
+    end = time.monotonic() + seconds
+    while stopping is not None and (left := end - time.monotonic()) > 0:
+      with contextlib.suppress(queue.Empty):
+        return self._queue.get(timeout=min(_POLL, left))
+      if stopping.is_set():
+        raise Refused("the server is stopping; ask again later")
+    return self._queue.get(timeout=seconds if stopping is None else 0.0)
 
   def close(self, seconds: float = 0.0) -> None:
     """Takes no more messages, and waits for the other side to end its stream, too."""

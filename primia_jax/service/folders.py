@@ -7,6 +7,7 @@ put back, too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -18,6 +19,7 @@ from primia_jax.mpc.roles import Dealer
 from primia_jax.service.errors import Refused
 
 CORRELATIONS, USED, SECRET = "correlations", "used", "secret"
+CHECKED = "checked"
 
 
 def make(path: pathlib.Path) -> pathlib.Path:
@@ -53,7 +55,7 @@ def deal(dealer: Dealer, count: int, model_owner: pathlib.Path, data_owner: path
   for folder in (model_owner, data_owner):
     make(folder / CORRELATIONS)
   for _ in range(count):
-    first, second = dealer.deal()
+    first, second = dealer.deal_committed()
     saving.write(model_owner / CORRELATIONS / first.inference, first)
     saving.write(data_owner / CORRELATIONS / second.inference, second)
 
@@ -64,17 +66,31 @@ def unused(folder: pathlib.Path) -> list[str]:
   return sorted(names - {path.name for path in (folder / USED).glob("*")})
 
 
+def destroy(folder: pathlib.Path, inference: str) -> None:
+  """Marks correlations as used, and removes them; none of this name need be there."""
+  with contextlib.suppress(FileExistsError):
+    durable.create(make(folder / USED) / inference, b"")
+  durable.sync_folder(folder / USED)
+  (folder / CORRELATIONS / inference).unlink(missing_ok=True)
+
+
+def checked(folder: pathlib.Path) -> set[str]:
+  """The numbers of inferences of which the model owner had a random share opened and checked."""
+  path = folder / CHECKED
+  return set(path.read_text().split()) if path.exists() else set()
+
+
 def take(folder: pathlib.Path, inference: str) -> Correlations:
   """The correlations of an inference, which are then used up.
 
   Args:
     folder: as given to `deal`.
-    inference: its number, 32 hexadecimal digits.
+    inference: its number, 64 hexadecimal digits.
 
   Raises:
-    Refused: they were used, or were never dealt.
+    Refused: they were used, were never dealt, or are not those that the number commits to.
   """
-  if not re.fullmatch("[0-9a-f]{32}", inference):
+  if not re.fullmatch("[0-9a-f]{64}", inference):
     raise Refused(f"{inference!r} is no number of an inference")
   path = folder / CORRELATIONS / inference
   if not path.is_file() and not (folder / USED / inference).exists():
@@ -82,7 +98,9 @@ def take(folder: pathlib.Path, inference: str) -> Correlations:
   try:
     durable.create(make(folder / USED) / inference, b"")
     durable.sync_folder(folder / USED)
-    return saving.read(path)
+    found: Correlations = saving.read(path)
+    found.check_committed()
+    return found
   except (FileExistsError, FileNotFoundError):
     raise Refused(f"the correlations of inference {inference} were used") from None
   except ValueError as error:

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | HELLO | data owner | what this session is about: `Terms` |
 | WELCOME | model owner | its own `Terms` |
-| PREPARE | data owner | the number of an inference, 16 bytes |
+| PREPARE | data owner | the number of an inference, 32 bytes |
 | READY | model owner | nothing |
 | QUESTION | data owner | D = x - B' of the operands that need it, mostly nothing |
 | ROUND | both | shares of masked values |
@@ -31,8 +31,8 @@ NAMES = {
   HELLO: "HELLO", WELCOME: "WELCOME", PREPARE: "PREPARE", READY: "READY", QUESTION: "QUESTION",
   ROUND: "ROUND", OUTPUT: "OUTPUT", SHARE: "SHARE", RESULT: "RESULT",
 }  # fmt: skip
-VERSION = 1
-SESSION_BYTES = INFERENCE_BYTES = 16
+VERSION = 2  # of the frames; 1 had numbers of 16 bytes
+SESSION_BYTES, INFERENCE_BYTES = 16, 32
 NO_SESSION = bytes(SESSION_BYTES)
 _MAGIC = b"PMIS"
 _HEADER = struct.Struct("<4sBB16sIQ")  # magic, version, kind, session, round, bytes of the payload

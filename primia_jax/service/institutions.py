@@ -3,32 +3,58 @@
 | file in the model owner's folder | what |
 | --- | --- |
 | key.pem, certificate.pem | its identity |
-| secret | for the tag of its weights, so that it can resume |
-| clinics/NAME.pem | the certificate of each clinic that may ask |
-| NAME/correlations, NAME/used | for each clinic, from the dealer |
+| clinics/CLINIC.pem | the certificate of each clinic that may ask |
+| audit.jsonl | who asked when; budgets are counted from it (`journal`) |
+| models/NAME | each publication, and what the dealer gave for it (`publications`) |
 
 | file in a clinic's folder | what |
 | --- | --- |
 | key.pem, certificate.pem | its identity |
-| correlations, used | from the dealer |
+| models/NAME | each publication, with correlations and used |
+
+Both have an inbox and an outbox (`inbox`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from primia_jax.mpc import apart
 from primia_jax.mpc.messages import Correlations
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
-from primia_jax.service import certificates, channel, folders, sessions
+from primia_jax.service import certificates, channel, folders, frames, inbox, sessions
 from primia_jax.service.channel import Limits
-from primia_jax.service.errors import SessionEnded
+from primia_jax.service.errors import Refused, SessionEnded
+from primia_jax.service.journal import Journal
 from primia_jax.types import PyTree
 
-CLINICS = "clinics"
+CLINICS = certificates.CLINICS
+
+
+class Served(NamedTuple):
+  """One publication that a server answers for.
+
+  Attributes:
+    name: of the publication.
+    folder: where its correlations are, a folder for each clinic.
+    owner: the model owner, which has published or resumed it.
+    publication: its full name.
+    online: `apart.online(plan, MODEL_OWNER)`.
+    images: in one inference.
+  """
+
+  name: str
+  folder: pathlib.Path
+  owner: ModelOwner
+  publication: str
+  online: apart.Online
+  images: int = 1
 
 
 @contextlib.contextmanager
@@ -41,7 +67,7 @@ def serve(
   limits: Limits = Limits(),  # noqa: B008
   ended: Callable[[str, SessionEnded], None] = lambda clinic, error: None,
 ) -> Iterator[int]:
-  """Serves clinics for as long as the context lasts; gives the port.
+  """Serves one publication, without budgets, for as long as the context lasts; gives the port.
 
   Args:
     folder: the model owner's.
@@ -53,15 +79,113 @@ def serve(
     ended: is told of each session that ended early: the clinic, and why.
   """
   online = apart.online(owner.plan, MODEL_OWNER) if online is None else online
-  limits = limits._replace(message=sessions.largest_message(owner.plan, online))
-  clinics = {path.stem: path.read_bytes() for path in (folder / CLINICS).glob("*.pem")}
+  one = Served("model", folder, owner, publication, online)
+  with _listening(folder, [one], address, limits, _plain, ended) as port:
+    yield port
 
-  def session(clinic: str, receive: channel.Receive) -> Iterator[bytes]:
-    take = lambda inference: folders.take(folder / clinic, inference)
-    return sessions.serve(owner, online, publication, take, receive)
+
+@contextlib.contextmanager
+def serve_models(
+  folder: pathlib.Path,
+  models: Sequence[Served],
+  journal: Journal,
+  address: str = "127.0.0.1:0",
+  limits: Limits = Limits(),  # noqa: B008
+  stopping: threading.Event | None = None,
+  only_checked: bool = False,
+) -> Iterator[int]:
+  """Serves publications side by side for as long as the context lasts; gives the port.
+
+  A session is about the one that the clinic's first message names. Each query is counted before
+  anything is computed for it, and each session and answer is in the journal.
+
+  Args:
+    folder: the model owner's.
+    models: what is served.
+    journal: the audit log, which keeps the budgets.
+    address: host:port; port 0 takes any free one.
+    limits: what a session may take; the longest message follows from the plans.
+    stopping: once it is set, no inference is begun, and those at work are finished.
+    only_checked: refuse correlations of a dealing from which none were checked (`supply`).
+  """
+  stop, lock = threading.Event() if stopping is None else stopping, threading.Lock()
+
+  def collect() -> None:
+    """Takes what the dealer has sent since; what it may not send is for the operator to see."""
+    with lock:
+      try:
+        inbox.collect(folder, inbox.MODEL_OWNER)
+      except ValueError as error:
+        journal.note("inbox", reason=str(error))
+
+  def session(model: Served, clinic: str, receive: channel.Receive) -> Iterator[bytes]:
+    place, begun = model.folder / clinic, [(0.0, "")]
+
+    def take(inference: str) -> Correlations:
+      if stop.is_set():
+        raise Refused("the server is stopping; ask again later")
+      if only_checked and inference not in folders.checked(place):
+        raise Refused(f"the dealing of inference {inference} was not checked; have it checked")
+      journal.charge(clinic, model.name, inference, model.images)
+      begun[0] = time.monotonic(), inference
+      return folders.take(place, inference)
+
+    sent = 0
+    journal.open_session(clinic)
+    try:
+      collect()
+      journal.note("session", clinic=clinic, model=model.name)
+      for message in sessions.serve(model.owner, model.online, model.publication, take, receive):
+        yield message
+        sent += len(message)
+        if frames.kind_of(message) == frames.OUTPUT:
+          since, inference = begun[0]
+          journal.note(
+            "answer", clinic=clinic, model=model.name, inference=inference, images=model.images,
+            seconds=round(time.monotonic() - since, 4), bytes=sent,
+          )  # fmt: skip
+          sent = 0
+      journal.note("end", clinic=clinic, model=model.name)
+    finally:
+      journal.close_session(clinic)
+
+  def ended(clinic: str, error: SessionEnded) -> None:
+    journal.note("refusal", clinic=clinic, error=type(error).__name__, reason=str(error))
+
+  with _listening(folder, models, address, limits, session, ended, stop) as port:
+    yield port
+
+
+def _plain(model: Served, clinic: str, receive: channel.Receive) -> Iterator[bytes]:
+  take = lambda inference: folders.take(model.folder / clinic, inference)
+  return sessions.serve(model.owner, model.online, model.publication, take, receive)
+
+
+@contextlib.contextmanager
+def _listening(
+  folder: pathlib.Path,
+  models: Sequence[Served],
+  address: str,
+  limits: Limits,
+  session: Callable[[Served, str, channel.Receive], Iterator[bytes]],
+  ended: Callable[[str, SessionEnded], None],
+  stopping: threading.Event | None = None,
+) -> Iterator[int]:
+  largest = [sessions.largest_message(one.owner.plan, one.online) for one in models]
+  limits = limits._replace(message=max(largest))
+  clinics = {path.stem: path.read_bytes() for path in (folder / CLINICS).glob("*.pem")}
+  known = {sessions.terms(one.owner.plan, one.online, one.publication): one for one in models}
+
+  def chosen(clinic: str, receive: channel.Receive) -> Iterator[bytes]:
+    """The session about the model that the first message names; the first is taken if none is."""
+    hello = receive()
+    waiting = [hello]
+    again = lambda idle=False: waiting.pop() if waiting else receive(idle=idle)
+    asked = sessions.asked(hello)
+    yield from session(known.get(asked, models[0]) if asked else models[0], clinic, again)
 
   identity = certificates.load(folder)
-  with channel.listen(address, identity, clinics, session, limits, ended) as port:
+  with channel.listen(address, identity, clinics, chosen, limits, ended, stopping) as port:
     yield port
 
 
@@ -103,6 +227,7 @@ def ask(
   server: bytes,
   online: apart.Online | None = None,
   limits: Limits = Limits(),  # noqa: B008
+  correlations: pathlib.Path | None = None,
 ) -> Iterator[Clinic]:
   """A session with a model owner's server for as long as the context lasts.
 
@@ -114,6 +239,7 @@ def ask(
     server: the server's certificate, PEM.
     online: `apart.online(plan, DATA_OWNER)`, to be compiled once for several sessions.
     limits: what the session may take.
+    correlations: the folder that `folders.take` takes from; None for the clinic's own.
 
   Raises:
     SessionEnded: the sides do not agree, or there is no connection.
@@ -122,4 +248,4 @@ def ask(
   limits = limits._replace(message=sessions.largest_message(owner.plan, online))
   identity = certificates.load(folder)
   with channel.connect(address, identity, server, limits) as (send, receive):
-    yield Clinic(folder, sessions.Asking(owner, online, publication, send, receive))
+    yield Clinic(correlations or folder, sessions.Asking(owner, online, publication, send, receive))

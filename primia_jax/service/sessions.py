@@ -23,7 +23,7 @@ from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER
 from primia_jax.service import frames
-from primia_jax.service.errors import PeerLost, Refused
+from primia_jax.service.errors import PeerLost, Refused, SessionEnded
 from primia_jax.service.frames import Place, Terms
 from primia_jax.types import PyTree
 
@@ -58,6 +58,15 @@ def agree(own: Terms, other: Terms) -> None:
   for name, reason in reasons.items():
     if getattr(own, name) != getattr(other, name):
       raise Refused(reason)
+
+
+def asked(hello: bytes | None) -> Terms | None:
+  """What a first message is about, or None if it is none; `serve` says why."""
+  try:
+    place = Place(frames.HELLO, frames.NO_SESSION)
+    return frames.decode_terms(frames.decode(some(hello), place, frames.TERMS_BYTES))
+  except SessionEnded:
+    return None
 
 
 def largest_message(plan: Plan, online: Online) -> int:
@@ -173,7 +182,7 @@ class Asking:
 
 def question_bytes(plan: Plan) -> int:
   """Bytes of a QUESTION's payload."""
-  return sum(math.prod(shape) for _, shape in _asked(plan)) * plan.config.dtype.itemsize
+  return sum(math.prod(shape) for _, shape in _asked(plan)) * _dtype(plan).itemsize
 
 
 def _asked(plan: Plan) -> list[tuple[int, Sequence[int]]]:
@@ -181,12 +190,18 @@ def _asked(plan: Plan) -> list[tuple[int, Sequence[int]]]:
   return [(i, operands[i].shape) for i in sorted(plan.circuit.linear_operands(DATA_OWNER))]
 
 
+def _dtype(plan: Plan) -> np.dtype:
+  """Of ring elements, in a process that has 64-bit integers only where a plan asks for them."""
+  with plan.config.scope():
+    return np.dtype(plan.config.dtype)
+
+
 def _arrays(plan: Plan, payload: memoryview) -> dict[int, Any]:
-  found, start = {}, 0
+  dtype, found, start = _dtype(plan), {}, 0
   for i, shape in _asked(plan):
     count = math.prod(shape)
-    found[i] = np.frombuffer(payload, plan.config.dtype, count, start).reshape(shape)
-    start += count * plan.config.dtype.itemsize
+    found[i] = np.frombuffer(payload, dtype, count, start).reshape(shape)
+    start += count * dtype.itemsize
   return found
 
 

@@ -1,0 +1,236 @@
+"""The clinic's side of `infer_encrypted --connect`: its own folder, images and session."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from primia_jax.evaluation import batches
+from primia_jax.mpc import apart, pricing
+from primia_jax.mpc.roles import DataOwner
+from primia_jax.mpc.sharing import DATA_OWNER
+from primia_jax.service import certificates, folders, inbox, institutions, publications
+from primia_jax.service.channel import Limits
+from primia_jax.service.errors import SessionEnded
+from primia_jax.service.publications import Received
+
+from . import encrypted, inputs, progress
+from .configs.data import Data
+from .encrypted import Connect
+from .folders import role_folder, to_write
+
+
+class Opened(NamedTuple):
+  """A session that a clinic has with a server.
+
+  Attributes:
+    received: the publication that it is about.
+    sizes: bytes of each message of an inference.
+    ask: [N, H, W, C] uint8, N as planned -> outputs; raises SessionEnded.
+  """
+
+  received: Received
+  sizes: tuple[int, ...]
+  ask: Any
+
+
+def check(s: Connect) -> pathlib.Path:
+  """Refuses wrong flags of a clinic before any work, and returns its folder.
+
+  Raises:
+    ValueError, FileNotFoundError: the message names the flag and the cure.
+  """
+  host, _, port = s.connect.rpartition(":")
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise ValueError(f"connect={s.connect!r}; use HOST:PORT, such as vendor.example:7443")
+  if not 0 < s.timeout < float("inf"):
+    raise ValueError(f"timeout={s.timeout}; use a positive number of seconds")
+  folder = role_folder(s.folder)
+  if not (folder / certificates.CERTIFICATE).is_file():
+    raise FileNotFoundError(
+      f"folder={s.folder} holds no certificate; make one: primia-certificate --folder={s.folder} "
+      "--name=NAME, and give it to the model owner"
+    )
+  inbox.collect(folder, inbox.CLINIC)
+  place = publications.model_folder(folder, s.model)
+  if not place.is_dir():
+    there = ", ".join(publications.names(folder)) or "nothing"
+    raise FileNotFoundError(f"model={s.model}: {folder / publications.MODELS} holds {there}")
+  return folder
+
+
+def unused(folder: pathlib.Path, model: str) -> int:
+  """Inferences that the dealer has dealt for and this clinic has not used."""
+  return len(folders.unused(publications.model_folder(folder, model)))
+
+
+@contextlib.contextmanager
+def opened(s: Connect, folder: pathlib.Path, received: Received) -> Iterator[Opened]:
+  """A session for as long as the context lasts.
+
+  Args:
+    s: the flags.
+    folder: from `check`.
+    received: the publication.
+
+  Raises:
+    SessionEnded: there is no connection, or the server refuses.
+  """
+  owner = DataOwner(received.plan, received.publication)
+  online = apart.online(received.plan, DATA_OWNER)
+  place = publications.model_folder(folder, s.model)
+  with institutions.ask(
+    folder, owner, received.publication.publication, s.connect, received.server, online,
+    Limits(timeout=s.timeout), place,
+  ) as session:  # fmt: skip
+
+    def ask(images: np.ndarray) -> np.ndarray:
+      return np.asarray(session.ask(encrypted.normalised(images)))
+
+    yield Opened(received, online.sizes, ask)
+
+
+class Answers(NamedTuple):
+  """What a clinic has learnt.
+
+  Attributes:
+    ids: of the images that were answered.
+    outputs: [N, L] logits or [N] classes.
+    received: the publication.
+    seconds: of each run of the protocol, from the image to the output.
+    sizes: bytes of each message of a run.
+    error: what ended the session before the last image; None if nothing did.
+    asked: how many images were to be answered.
+  """
+
+  ids: list[str]
+  outputs: np.ndarray
+  received: Received
+  seconds: list[float]
+  sizes: tuple[int, ...]
+  error: SessionEnded | None
+  asked: int
+
+
+def infer(s: Connect, infer: encrypted.Infer) -> Answers:
+  """Asks about all images, in one session.
+
+  Raises:
+    ValueError, FileNotFoundError: a flag is wrong, or the dealer has dealt too little.
+    SessionEnded: the session ended before the first answer.
+  """
+  folder = check(s)
+  encrypted.check_images(infer.images)
+  if infer.output_dir:
+    to_write(infer.output_dir, ("predictions.csv", "costs.json"))
+  received = publications.received(folder, s.model)
+  about = received.about
+  data = Data(
+    data=f"folder:{infer.images}", image_size=about.image_size, channels=about.channels,
+    ignore=infer.ignore, grey_bits=infer.grey_bits or about.grey_bits,
+    skip_bad_files=infer.skip_bad_files, ct_window=about.ct_window,
+  )  # fmt: skip
+  images = inputs.unlabelled_images(data, about.label_names)
+  ids = [str(path) for path in images.columns["path"]]
+  parts = list(batches(images.images, about.images))
+  if (left := unused(folder, s.model)) < len(parts):
+    raise ValueError(
+      f"images={infer.images} holds {len(ids)} images, and the dealer has dealt for "
+      f"{left * about.images} that are unused; have it deal more (primia-deal)"
+    )
+  _say(s, received, len(ids), images.notes)
+  outputs: list[np.ndarray] = []
+  seconds: list[float] = []
+  error: SessionEnded | None = None
+  sizes: tuple[int, ...] = ()
+  with progress.closing(
+    progress.bar(total=len(parts), desc=f"asking {s.connect}", unit="run")
+  ) as bar:
+    try:
+      with opened(s, folder, received) as session:
+        sizes = session.sizes
+        for part in parts:
+          start = time.perf_counter()
+          outputs.append(session.ask(part))
+          seconds.append(time.perf_counter() - start)
+          bar.update()
+    except SessionEnded as ended:
+      if not outputs:
+        raise
+      error = ended
+  found = np.concatenate(outputs)[: len(ids)]
+  return Answers(ids[: len(found)], found, received, seconds, sizes, error, len(ids))
+
+
+def _say(s: Connect, received: Received, count: int, notes: Any) -> None:
+  about = received.about
+  shape = f"{about.image_size} x {about.image_size} x {about.channels}"
+  rows = pricing.rows(received.plan.circuit)
+  sent, rounds = (sum(getattr(row, name) for row in rows) for name in ("sent", "rounds"))
+  learns = "the class, no logits" if about.output == "label" else "the logits of its own images"
+  print(
+    f"Server  {s.connect}, {certificates.name(received.server)}, SHA-256 "
+    f"{certificates.fingerprint(received.server)[:16]}...\n"
+    f"Model   {s.model}, version {about.version}, {shape}, {', '.join(about.label_names)}\n"
+    f"        {about.intended_use}\n"
+    f"Images  {count}, {about.images} in a run of the protocol, at most "
+    f"{pricing.bytes_text(sent)} each way in {rounds} rounds"
+  )
+  for what, text in notes.items():
+    print(f"        {what}: {text}")
+  print(
+    f"Who learns what, if all follow the protocol and the dealer colludes with neither party:\n"
+    f"  this clinic  {learns}, and the plan\n"
+    "  server       which clinic asks, when and how often; nothing about images or answers\n"
+    "  dealer       nothing; it is not online",
+    flush=True,
+  )
+
+
+def costs(answers: Answers, compiling: float) -> dict[str, Any]:
+  """The content of `costs.json` of a clinic."""
+  about = answers.received.about
+  return {
+    "model_version": about.version,
+    "intended_use": about.intended_use,
+    "images": len(answers.ids),
+    "images_in_a_run": about.images,
+    "seconds": answers.seconds,
+    "seconds_in_all": compiling,
+    "rounds": len(answers.sizes),
+    "bytes_each_way": sum(answers.sizes),
+  }
+
+
+def ended_early(answers: Answers) -> str:
+  """What a program says that has some answers, but not all; empty if it has all."""
+  if answers.error is None:
+    return ""
+  name = type(answers.error).__name__
+  return (
+    f"{len(answers.ids)} of {answers.asked} images are answered; then the session ended "
+    f"({name}: {answers.error}). Ask about the others again"
+  )
+
+
+def foreign(present: Sequence[str]) -> None:
+  """Refuses flags that a model owner decides.
+
+  Args:
+    present: names of the flags that were given.
+
+  Raises:
+    ValueError: naming the first.
+  """
+  own = {"ignore", "grey_bits", "images", "skip_bad_files", "output_dir"}
+  of_owner = {field.name for field in dataclasses.fields(encrypted.Infer)} - own
+  for name in sorted(of_owner & set(present)):
+    raise ValueError(
+      f"{name} with connect: the model owner has decided it with primia-publish; leave it out"
+    )

@@ -1,0 +1,289 @@
+"""Publications as folders: what a model owner keeps of each and gives to dealer and clinics.
+
+| in the model owner's `models/NAME` | what |
+| --- | --- |
+| about.json | what a clinic must know of the model: size of images, classes, version |
+| plan | what is computed |
+| weights.npz, secret | the weights; the secret of their tag |
+| blind | from the dealer; it is gone once the publication is made |
+| publication | the masked weights D = W - B |
+| CLINIC/correlations, CLINIC/used | from the dealer, for each clinic |
+
+What goes to others lies in `outbox/dealer` (plan and tag, from which nobody can confirm a guess of
+the weights) and `outbox/clinics` (about.json, plan, publication and the server's certificate). Each
+is copied into the receiver's `inbox/model_owner` as it is (`inbox`). A new publication is a new
+name: its tag, blind and correlations are its own, also where plan and weights are those of an old
+one, so keys and dealers are rotated by publishing anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from primia_jax import durable
+from primia_jax.mpc import saving
+from primia_jax.mpc.messages import Publication
+from primia_jax.mpc.planning import Plan
+from primia_jax.mpc.roles import ModelOwner
+from primia_jax.mpc.sharing import DATA_OWNER
+from primia_jax.service import certificates, folders
+from primia_jax.types import PyTree
+
+MODELS, OUTBOX = "models", "outbox"
+SERVER = "server.pem"
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+  """What a clinic must know of a model, besides the plan; public.
+
+  Attributes:
+    version: of the model, in its owner's words.
+    image_size, channels: of the images that it takes.
+    label_names: the classes, in order.
+    output: "probabilities" (the clinic receives logits) or "label".
+    images: in one run of the protocol.
+    grey_bits, ct_window: how images are read, as in training.
+    intended_use: in its owner's words.
+  """
+
+  version: str
+  image_size: int
+  channels: int
+  label_names: tuple[str, ...]
+  output: str
+  images: int
+  grey_bits: int = 0
+  ct_window: str = ""
+  intended_use: str = "research only; not for diagnosis"
+
+
+class Kept(NamedTuple):
+  """A publication as its model owner keeps it."""
+
+  name: str
+  about: About
+  owner: ModelOwner
+  publication: str
+  published: Publication
+
+  def recomputed(self, seed: bytes) -> str:
+    """The number that an honest dealer gives a seed; see `mpc.dealer.recomputed`."""
+    return self.owner.recomputed(self.published, seed)
+
+
+class Received(NamedTuple):
+  """A publication as a clinic received it."""
+
+  about: About
+  plan: Plan
+  publication: Publication
+  server: bytes
+
+
+def model_folder(folder: pathlib.Path, name: str) -> pathlib.Path:
+  """Where a role keeps what belongs to one publication.
+
+  Raises:
+    ValueError: the name is not of the form that folders have.
+  """
+  if not _NAME.fullmatch(name):
+    raise ValueError(f"model={name!r}; use up to 63 letters a to z, digits and hyphens")
+  return folder / MODELS / name
+
+
+def names(folder: pathlib.Path) -> list[str]:
+  """The publications that a role's folder holds something of."""
+  return sorted(p.name for p in (folder / MODELS).glob("*") if _NAME.fullmatch(p.name))
+
+
+# ---- the model owner
+
+
+def begin(
+  folder: pathlib.Path, name: str, about: About, plan: Plan, weights: Sequence[Any]
+) -> pathlib.Path:
+  """Keeps plan and weights under a new name, and puts plan and tag into the dealer's outbox.
+
+  Args:
+    folder: the model owner's.
+    name: of the publication.
+    about: for the clinics.
+    plan: of (weights, images).
+    weights: the model owner's arrays, as `jax.tree.leaves` orders them.
+
+  Returns:
+    The outbox.
+
+  Raises:
+    FileExistsError: there is a publication of that name.
+  """
+  place = model_folder(folder, name)
+  if place.exists():
+    raise FileExistsError(f"model={name} is published or begun already; choose another name")
+  part = _fresh(folders.make(folder / MODELS) / f".{name}.part")
+  saving.write(part / "plan", plan)
+  arrays = io.BytesIO()
+  np.savez(arrays, *map(np.asarray, weights))
+  durable.create(part / "weights.npz", arrays.getvalue())
+  durable.create(part / "about.json", _json(about), 0o600)
+  owner = ModelOwner(plan, list(weights), secret=folders.secret(part))
+  part.rename(place)
+  durable.sync_folder(place.parent)
+  outbox = _outbox(folder, "dealer", name)
+  shutil.copyfile(place / "plan", outbox / "plan")
+  durable.replace(outbox / "tag", owner.tag.encode())
+  return outbox
+
+
+def copy_of(folder: pathlib.Path, name: str) -> tuple[About, Plan, list[np.ndarray]]:
+  """What `begin` takes to publish the same weights under another name.
+
+  Raises:
+    FileNotFoundError: there is no such publication.
+  """
+  place = _existing(folder, name)
+  return _about(place), saving.read(place / "plan"), _weights(place)
+
+
+def is_published(folder: pathlib.Path, name: str) -> bool:
+  """Whether `finish` has been."""
+  return (model_folder(folder, name) / "publication").exists()
+
+
+def finish(folder: pathlib.Path, name: str) -> pathlib.Path:
+  """Masks the weights with the dealer's blind, and fills the clinics' outbox, which it returns.
+
+  Raises:
+    FileNotFoundError: the dealer's blind or the server's certificate is missing.
+    ValueError: the blind is of another plan or other weights.
+  """
+  place = _existing(folder, name)
+  server = folder / certificates.CERTIFICATE
+  if not server.exists():
+    raise FileNotFoundError(f"{server}: the server has no certificate; run primia-certificate")
+  if not is_published(folder, name):
+    if not (place / "blind").exists():
+      raise FileNotFoundError(
+        f"{place / 'blind'}: the dealer has not answered yet; give it what is in "
+        f"{folder / OUTBOX / 'dealer'}, and copy its outbox/model_owner into {folder}/inbox/dealer"
+      )
+    plan = saving.read(place / "plan")
+    owner = ModelOwner(plan, _weights(place), secret=folders.secret(place))
+    publication = owner.publish(saving.read(place / "blind"))
+    saving.write(place / "publication", publication)
+  outbox = _outbox(folder, "clinics", name)
+  for file in ("plan", "publication", "about.json"):
+    shutil.copyfile(place / file, outbox / file)
+  shutil.copyfile(server, outbox / SERVER)
+  return outbox
+
+
+def kept(folder: pathlib.Path, name: str) -> Kept:
+  """A publication to be served, by the process that has its weights.
+
+  Raises:
+    FileNotFoundError: it is not published.
+  """
+  place = _existing(folder, name)
+  if not is_published(folder, name):
+    raise FileNotFoundError(f"model={name} is not published yet; run primia-publish again")
+  plan = saving.read(place / "plan")
+  owner = ModelOwner(plan, _weights(place), secret=folders.secret(place))
+  published = saving.read(place / "publication")
+  owner.resume(published.publication)
+  return Kept(name, _about(place), owner, published.publication, published)
+
+
+# ---- a clinic
+
+
+def received(folder: pathlib.Path, name: str) -> Received:
+  """A publication that was copied into a clinic's folder.
+
+  Raises:
+    FileNotFoundError: a file of it is missing.
+    ValueError: a file is damaged, or they do not belong together.
+  """
+  place = _existing(folder, name)
+  missing = [f for f in ("about.json", "plan", "publication", SERVER) if not (place / f).is_file()]
+  if missing:
+    raise FileNotFoundError(
+      f"{place} lacks {', '.join(missing)}; copy the model owner's outbox/clinics into "
+      f"{folder}/inbox/model_owner"
+    )
+  about, plan = _about(place), saving.read(place / "plan")
+  if images_shape(plan) != (about.images, about.image_size, about.image_size, about.channels):
+    raise ValueError(f"{place}: about.json and the plan do not belong together; copy both again")
+  publication = saving.read(place / "publication")
+  return Received(about, plan, publication, (place / SERVER).read_bytes())
+
+
+def images_shape(plan: Plan) -> tuple[int, ...]:
+  """Of the images of one run of the protocol: N, H, W, C."""
+  of = [a.shape for by, a in zip(plan.owners, plan.program.avals, strict=True) if by == DATA_OWNER]
+  return of[0] if len(of) == 1 else ()
+
+
+# ---- files
+
+
+def _existing(folder: pathlib.Path, name: str) -> pathlib.Path:
+  place = model_folder(folder, name)
+  if not place.is_dir():
+    there = ", ".join(names(folder)) or "nothing"
+    raise FileNotFoundError(f"model={name}: {folder / MODELS} holds {there}; check the name")
+  return place
+
+
+def _weights(place: pathlib.Path) -> list[np.ndarray]:
+  with np.load(place / "weights.npz", allow_pickle=False) as found:
+    return [found[f"arr_{i}"] for i in range(len(found.files))]
+
+
+def _json(about: About) -> bytes:
+  return (json.dumps({"format": _FORMAT} | dataclasses.asdict(about), indent=2) + "\n").encode()
+
+
+def _about(place: pathlib.Path) -> About:
+  path = place / "about.json"
+  try:
+    found = json.loads(path.read_bytes())
+    if found.pop("format") != _FORMAT:
+      raise ValueError("it is of another format")
+    found["label_names"] = tuple(map(str, found["label_names"]))
+    about = About(**found)
+    for field in dataclasses.fields(About):
+      kind: Any = {"str": str, "int": int}.get(str(field.type), tuple)
+      if not isinstance(getattr(about, field.name), kind):
+        raise ValueError(f"its {field.name} is no {kind.__name__}")
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+  return about
+
+
+def _fresh(path: pathlib.Path) -> pathlib.Path:
+  shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
+  path.mkdir(0o700)
+  return path
+
+
+def _outbox(folder: pathlib.Path, peer: str, name: str) -> pathlib.Path:
+  return folders.make(folder / OUTBOX / peer / MODELS / name)
+
+
+def leaves(weights: PyTree) -> list[Any]:
+  """A model owner's arrays in the order in which `begin` takes them."""
+  return jax.tree.leaves(weights)

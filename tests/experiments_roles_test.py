@@ -1,0 +1,143 @@
+"""The programs of the three roles as real processes on loopback, each with its own folder alone."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+import scipy.special
+from experiments_runs import TINY
+from PIL import Image
+
+from experiments import encrypted, model_files, report
+from primia_jax import models, mpc
+
+ROOT = pathlib.Path(__file__).parents[1]
+PATIENCE = 300.0  # seconds for a step on a busy machine
+MODEL = "chest-1"
+NAMES = ("normal", "bacterial", "viral")
+FLAGS = ("--calibration=phantom", "--ring_bits=64", "--fraction_bits=14", "--margin=8")
+
+
+class Programs:
+  """Starts programs, and knows which files each role has opened."""
+
+  def __init__(self, root):
+    self.root = root
+    self.folders = {role: root / role for role in ("vendor", "dealer", "hospital")}
+
+  def start(self, role, module, *flags, **options):
+    log = self.root / f"{role}.log"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+      [sys.executable, str(ROOT / "tests" / "experiments_hooked.py"), str(log),
+       f"experiments.{module}", f"--folder={self.folders[role]}", *flags],
+      text=True, env=dict(os.environ, PYTHONPATH=path, JAX_PLATFORMS="cpu"), **options,
+    )  # fmt: skip
+
+  def run(self, role, module, *flags, code=0):
+    process = self.start(role, module, *flags, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == code, said
+    return said
+
+  def send(self, sender, to, receiver, of):
+    inbox = self.folders[receiver] / "inbox"
+    inbox.mkdir(exist_ok=True)
+    (self.folders[sender] / "outbox" / to).rename(inbox / of)
+
+  def foreign(self, role, *others):
+    """What a role has opened of this test that is neither its own nor one of `others`."""
+    paths = map(pathlib.Path, (self.root / f"{role}.log").read_text().splitlines())
+    mine = [self.folders[role], *others]
+    return {
+      str(path)
+      for path in paths
+      if path.is_relative_to(self.root) and not any(path.is_relative_to(own) for own in mine)
+    }
+
+
+@pytest.fixture
+def programs(tmp_path):
+  """A run of an untrained model, and certificates that vendor and hospital have exchanged."""
+  found, run = Programs(tmp_path), tmp_path / "run"
+  config = TINY.model.config(TINY.data, 3)
+  trained = models.build(config).init(jax.random.key(0))
+  run.mkdir()
+  model_files.save_model(run / "model", [trained])
+  (run / "model.json").write_text(json.dumps({"label_names": NAMES, "model": vars(config)}))
+  for role in ("vendor", "hospital"):
+    found.run(role, "certificate", f"--name={role}")
+  given = tmp_path / "given.pem"
+  given.write_bytes((found.folders["hospital"] / "certificate.pem").read_bytes())
+  found.run("vendor", "certificate", f"--clinic={given}")
+  found.folders["dealer"].mkdir(0o700)
+  images = found.folders["hospital"] / "images"
+  images.mkdir()
+  for i in range(2):
+    pixels = np.random.default_rng(i).integers(0, 256, (16, 16), np.uint8)
+    Image.fromarray(pixels).save(images / f"{i}.png")
+  return found
+
+
+@pytest.mark.slow
+def test_three_processes_answer_as_one_and_open_their_own_folders_only(programs, tmp_path):
+  run, hospital = tmp_path / "run", programs.folders["hospital"]
+  publish = ("vendor", "publish", f"--model={MODEL}")
+  programs.run(*publish, f"--checkpoint={run}", *FLAGS)
+  programs.send("vendor", "dealer", "dealer", "model_owner")
+  said = programs.run("dealer", "deal", f"--model={MODEL}", "--clinic=hospital", "--images=3")
+  assert "images a minute" in said
+  programs.send("dealer", "model_owner", "vendor", "dealer")
+  programs.send("dealer", "hospital", "hospital", "dealer")
+  programs.run(*publish)
+  programs.send("vendor", "clinics", "hospital", "model_owner")
+
+  server = programs.start(
+    "vendor", "serve_encrypted", "--address=127.0.0.1:0", "--daily_images=2",
+    stderr=subprocess.PIPE,
+  )  # fmt: skip
+  timer = threading.Timer(PATIENCE, server.kill)
+  timer.start()
+  try:
+    events = (json.loads(line) for line in server.stderr)
+    address = next(event["address"] for event in events if event["event"] == "serving")
+    ask = ("hospital", "infer_encrypted", f"--connect={address}", f"--model={MODEL}")
+    images = f"--images={hospital / 'images'}"
+    said = programs.run(*ask, images, f"--output_dir={hospital / 'out'}")
+    assert "not for diagnosis" in said
+    over = programs.run(*ask, f"--images={hospital / 'images' / '0.png'}", code=1)
+    assert "budget of hospital is 2 images a day, and 2 are used" in over
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(PATIENCE) == 0
+  finally:
+    timer.cancel()
+    server.kill()
+    server.wait()
+
+  folder = hospital / "models" / MODEL
+  plan = mpc.read(folder / "plan")
+  weights = encrypted.load_model(str(run))[1]
+  pixels = [
+    np.asarray(Image.open(hospital / "images" / f"{i}.png"))[None, ..., None] for i in (0, 1)
+  ]
+  logits = [np.asarray(mpc.check(plan, (weights, encrypted.normalised(v)))) for v in pixels]
+  wanted = scipy.special.softmax(np.concatenate(logits).astype(np.float64), axis=1)
+  report.predictions_csv(tmp_path / "wanted.csv", ["0.png", "1.png"], None, wanted, NAMES)
+  assert (hospital / "out" / "predictions.csv").read_bytes() == (
+    tmp_path / "wanted.csv"
+  ).read_bytes()
+
+  assert programs.foreign("dealer") == set()
+  assert programs.foreign("hospital") == set()
+  assert programs.foreign("vendor", run, tmp_path / "given.pem") == set()
+  log = (programs.folders["vendor"] / "audit.jsonl").read_text()
+  assert [json.loads(line)["event"] for line in log.splitlines()][-1] == "stopped"
+  for folder in programs.folders.values():
+    assert folder.stat().st_mode & 0o077 == 0

@@ -1,0 +1,155 @@
+"""Budgets of queries: counted on disk before anything is computed, across crashes and restarts."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from primia_jax.service import journal
+from primia_jax.service.errors import Refused
+from primia_jax.service.journal import Contract, Journal
+
+ROOT = pathlib.Path(__file__).parents[1]
+DAY = 86400.0
+
+
+class Clock:
+  def __init__(self, now=1e9):
+    self.now = now
+
+  def __call__(self):
+    return self.now
+
+
+def opened(folder, clock=None, **contract):
+  return Journal(folder, Contract(**contract), now=clock or Clock())
+
+
+def charge(one, count=1, clinic="a", images=1):
+  for i in range(count):
+    one.charge(clinic, "chest-1", f"{i:064x}", images)
+
+
+@pytest.fixture
+def clock():
+  return Clock()
+
+
+def test_a_budget_a_day_and_in_all_for_each_clinic_alone(tmp_path, clock):
+  one = opened(tmp_path, clock, daily=3, total=5)
+  charge(one, 3)
+  with pytest.raises(Refused, match="budget of a is 3 images a day, and 3 are used"):
+    charge(one)
+  charge(one, 3, "b")
+  clock.now += DAY
+  assert one.left("a") == 2
+  charge(one, 2)
+  with pytest.raises(Refused, match="5 images in all"):
+    charge(one)
+  assert one.left("a") == 0
+
+
+def test_images_of_a_run_count_each(tmp_path):
+  one = opened(tmp_path, daily=10)
+  charge(one, 2, images=4)
+  with pytest.raises(Refused, match="8 are used"):
+    charge(one, images=4)
+  charge(one, images=2)
+
+
+def test_a_rate_a_minute(tmp_path, clock):
+  one = opened(tmp_path, clock, per_minute=2)
+  charge(one, 2)
+  clock.now += 59
+  with pytest.raises(Refused, match="a minute"):
+    charge(one)
+  clock.now += 1
+  charge(one, 2)
+
+
+def test_a_budget_survives_a_restart_and_a_clock_that_is_set_back(tmp_path, clock):
+  one = opened(tmp_path, clock, daily=3, total=10)
+  charge(one, 3)
+  one.close()
+  for back in (0.0, -2 * DAY):
+    clock.now += back
+    again = opened(tmp_path, clock, daily=3, total=10)
+    with pytest.raises(Refused, match="a day"):
+      charge(again)
+    again.close()
+  clock.now += 3 * DAY
+  again = opened(tmp_path, clock, daily=3, total=10)
+  charge(again, 3)
+  assert again.left("b") == 3
+
+
+_CHARGING = """
+import pathlib, sys
+from primia_jax.service.journal import Contract, Journal
+one = Journal(pathlib.Path(sys.argv[1]), Contract(10**6, 10**6))
+for i in range(10**6):
+  one.charge("a", "chest-1", f"{i:064x}", 1)
+  print(i + 1, flush=True)
+"""
+
+
+def test_a_killed_server_has_counted_all_that_it_began(tmp_path):
+  """What was charged before the process was killed is charged after it, too."""
+  process = subprocess.Popen(
+    [sys.executable, "-c", _CHARGING, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+    env=dict(os.environ, PYTHONPATH=str(ROOT)),
+  )  # fmt: skip
+  for _ in range(20):
+    process.stdout.readline()
+  process.kill()
+  said = [20, *map(int, process.stdout.read().split())]
+  process.wait()
+  left = opened(tmp_path, daily=10**6, total=10**6).left("a")
+  assert said[-1] <= 10**6 - left <= said[-1] + 1
+
+
+def test_a_line_that_a_crash_cut_is_dropped_and_damage_is_refused(tmp_path):
+  one = opened(tmp_path, total=5)
+  charge(one, 2)
+  one.close()
+  path = tmp_path / journal.AUDIT
+  path.write_bytes(path.read_bytes() + b'{"event": "query", "clin')
+  again = opened(tmp_path, total=5)
+  assert again.left("a") == 3
+  charge(again)
+  again.close()
+  assert all(json.loads(line) for line in path.read_text().splitlines())
+  path.write_bytes(path.read_bytes().replace(b'"images": 1', b'"imxges": 1', 1))
+  with pytest.raises(ValueError, match=r"audit.jsonl, line 1 is damaged.*restore"):
+    opened(tmp_path)
+
+
+def test_two_servers_cannot_count_in_one_folder(tmp_path):
+  one = opened(tmp_path)
+  with pytest.raises(ValueError, match="another server is at work"):
+    opened(tmp_path)
+  one.close()
+  opened(tmp_path).close()
+
+
+def test_sessions_at_once(tmp_path):
+  one = opened(tmp_path, sessions=1)
+  one.open_session("a")
+  with pytest.raises(Refused, match="a has 1 sessions open"):
+    one.open_session("a")
+  one.open_session("b")
+  one.close_session("a")
+  one.open_session("a")
+  assert one.sessions == 2
+
+
+def test_only_known_fields_can_be_logged(tmp_path):
+  one = opened(tmp_path)
+  for fields in ({"seed": "0"}, {"clinic": b"key"}, {"images": [1, 2]}):
+    with pytest.raises((TypeError, KeyError)):
+      one.note("event", **fields)
+  one.note("refusal", clinic="a", reason="x" * 10**5)
+  assert len((tmp_path / journal.AUDIT).read_bytes()) < 1000

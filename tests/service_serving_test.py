@@ -1,0 +1,301 @@
+"""A server of several publications: answers, budgets, its log, its numbers, and how it stops."""
+
+import contextlib
+import io
+import json
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import service_institution as institution
+from service_institution import CLINIC, MODEL, deal, deliver, made, place, wanted
+
+from primia_jax.mpc import apart
+from primia_jax.mpc.roles import DataOwner
+from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
+from primia_jax.service import (
+  certificates,
+  folders,
+  inbox,
+  institutions,
+  journal,
+  monitoring,
+  publications,
+)
+from primia_jax.service.channel import Limits
+from primia_jax.service.errors import Refused, SessionEnded
+from primia_jax.service.institutions import Served
+from primia_jax.service.journal import Contract, Journal
+from primia_jax.service.monitoring import grpc, health_pb2, health_pb2_grpc
+
+LIMITS = Limits(timeout=20.0)
+
+
+class World:
+  """Two publications of one plan, with inferences dealt for each, and both programs compiled."""
+
+  def __init__(self, root):
+    self.plan = institution.planned()
+    self.roles = made(root, self.plan)
+    about, plan, weights = publications.copy_of(self.roles.vendor, MODEL)
+    publications.begin(self.roles.vendor, "chest-2", about, plan, [-w for w in weights])
+    deal(self.roles, 24)
+    institution.send(
+      self.roles.vendor, "dealer", self.roles.dealer, inbox.MODEL_OWNER, inbox.DEALER
+    )
+    deal(self.roles, 2, model="chest-2")
+    deliver(self.roles)
+    self.online = tuple(apart.online(self.plan, party) for party in (MODEL_OWNER, DATA_OWNER))
+    self.models = [self.served(name) for name in (MODEL, "chest-2")]
+
+  def served(self, name):
+    kept = publications.kept(self.roles.vendor, name)
+    folder = place(self.roles.vendor, name)
+    return Served(name, folder, kept.owner, kept.publication, self.online[0], kept.about.images)
+
+  @contextlib.contextmanager
+  def serving(self, echo=None, stopping=None, **options):
+    contract = {k: options.pop(k) for k in Contract._fields if k in options}
+    audit = Journal(self.roles.vendor, Contract(**contract), echo)
+    try:
+      with institutions.serve_models(
+        self.roles.vendor, self.models, audit, limits=LIMITS, stopping=stopping, **options
+      ) as port:
+        yield f"127.0.0.1:{port}", audit
+    finally:
+      audit.close()
+
+  @contextlib.contextmanager
+  def asking(self, address, name=MODEL):
+    received = publications.received(self.roles.clinic, name)
+    owner = DataOwner(received.plan, received.publication)
+    with institutions.ask(
+      self.roles.clinic, owner, received.publication.publication, address, received.server,
+      self.online[1], LIMITS, place(self.roles.clinic, name),
+    ) as session:  # fmt: skip
+      yield session
+
+  def ask(self, address, count=1):
+    """The answers about one image, in one session."""
+    with self.asking(address) as session:
+      return [session.ask(institution.image()) for _ in range(count)]
+
+  def lines(self):
+    return [json.loads(line) for line in (self.roles.vendor / journal.AUDIT).open()]
+
+
+@pytest.fixture(scope="module")
+def module_world(tmp_path_factory):
+  return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(module_world):
+  """With no queries yet."""
+  (module_world.roles.vendor / journal.AUDIT).unlink(missing_ok=True)
+  return module_world
+
+
+def test_two_publications_side_by_side_have_the_bits_of_one_process(world):
+  with world.serving() as (address, _):
+    with world.asking(address) as session:
+      for seed in (2, 3):
+        np.testing.assert_array_equal(
+          session.ask(institution.image(seed)), wanted(world.plan, seed)
+        )
+    with world.asking(address, "chest-2") as session:
+      other = session.ask(institution.image())
+  assert not np.array_equal(other, wanted(world.plan))
+  events = [(line["event"], line.get("model")) for line in world.lines()]
+  of = lambda name, times: [("session", name), *[("query", name), ("answer", name)] * times]
+  assert events == [*of(MODEL, 2), ("end", MODEL), *of("chest-2", 1), ("end", "chest-2")]
+
+
+def test_a_used_up_budget_is_named_at_the_clinic_and_nothing_is_computed(world, monkeypatch):
+  prepared, prepare = [], publications.ModelOwner.prepare
+  monkeypatch.setattr(
+    publications.ModelOwner, "prepare",
+    lambda self, correlations: prepared.append(0) or prepare(self, correlations),
+  )  # fmt: skip
+  left = len(folders.unused(place(world.roles.vendor) / CLINIC))
+  for _ in range(2):  # and after a restart
+    with (
+      world.serving(daily=1) as (address, audit),
+      pytest.raises(Refused, match="budget of hospital-a is 1 images a day, and 1 are used"),
+    ):
+      world.ask(address, 2)
+    assert audit.left(CLINIC) == 0
+  assert len(prepared) == 1
+  assert len(folders.unused(place(world.roles.vendor) / CLINIC)) == left - 1
+  refusal = world.lines()[-1]
+  assert (refusal["event"], refusal["error"], refusal["clinic"]) == ("refusal", "Refused", CLINIC)
+
+
+def test_further_sessions_of_a_clinic_are_refused_by_name(world):
+  with world.serving(sessions=1) as (address, _), world.asking(address) as session:
+    session.prepare()
+    with pytest.raises(Refused, match="has 1 sessions open"):
+      world.ask(address)
+    np.testing.assert_array_equal(session.ask(institution.image()), wanted(world.plan))
+
+
+def test_dealings_that_nobody_checked_can_be_refused(world):
+  with (
+    world.serving(only_checked=True) as (address, _),
+    pytest.raises(Refused, match="was not checked"),
+  ):
+    world.ask(address)
+
+
+def test_an_answer_that_is_being_computed_is_finished_and_the_next_is_refused(world, monkeypatch):
+  """The stop comes after the question."""
+  stopping, answer = threading.Event(), publications.ModelOwner.answer
+
+  def then_stop(self, prepared, question):
+    stopping.set()
+    time.sleep(0.5)
+    return answer(self, prepared, question)
+
+  monkeypatch.setattr(publications.ModelOwner, "answer", then_stop)
+  with world.serving(stopping=stopping) as (address, audit):
+    with contextlib.suppress(SessionEnded), world.asking(address) as session:
+      got = session.ask(institution.image())
+      with pytest.raises(Refused, match="stopping"):
+        session.prepare()
+    np.testing.assert_array_equal(got, wanted(world.plan))
+    with pytest.raises(Refused, match="stopping"):
+      world.ask(address)
+    end = time.monotonic() + 20
+    while audit.sessions and time.monotonic() < end:
+      time.sleep(0.02)
+    assert audit.sessions == 0
+  assert [line["event"] for line in world.lines()].count("answer") == 1
+
+
+def secrets_of(world, image):
+  """Bytes that must be in no log, each also in hexadecimal and Base64's alphabet's own text."""
+  vendor, clinic = world.roles.vendor, world.roles.clinic
+  found = [(vendor / certificates.KEY).read_bytes(), (clinic / certificates.KEY).read_bytes()]
+  found = [line for pem in found for line in pem.splitlines() if b"-----" not in line]
+  for name in (MODEL, "chest-2"):
+    found += [(place(vendor, name) / folders.SECRET).read_bytes()]
+    found += [np.asarray(w).tobytes()[:64] for w in institution.WEIGHTS]
+    kept = publications.kept(vendor, name)
+    found += [np.asarray(v).tobytes()[:32] for v in kept.published.arrays.values()]
+  numbers = [*np.asarray(institution.WEIGHTS[0]).ravel()[:20], *np.asarray(image).ravel()]
+  texts = [str(float(v))[:7].encode() for v in numbers if abs(v) > 1e-3]
+  outputs = [str(float(v))[:7].encode() for v in np.ravel(wanted(world.plan))]
+  raw = [*found, np.asarray(image).tobytes()]
+  return [*raw, *(v.hex().encode() for v in raw), *texts, *outputs]
+
+
+def test_no_log_has_a_key_a_weight_a_pixel_or_an_output(world):
+  echo, image = io.StringIO(), institution.image()
+  with world.serving(echo, daily=2) as (address, audit):
+    world.ask(address)
+    with pytest.raises(SessionEnded):
+      world.ask(address, 2)
+    with monitoring.metrics(0, audit, world.models, [CLINIC]) as port:
+      shown = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read()
+  logs = (world.roles.vendor / journal.AUDIT).read_bytes(), echo.getvalue().encode(), shown
+  for secret in secrets_of(world, image):
+    assert len(secret) >= 4
+    assert not any(secret in log for log in logs), secret
+  assert all(b"hospital-a" in log for log in logs)
+
+
+def test_the_search_finds_a_secret_that_is_logged(world):
+  """The control."""
+  weight = float(np.asarray(institution.WEIGHTS[0]).ravel()[0])
+  with world.serving() as (_, audit):
+    audit.note("refusal", reason=f"a weight is {weight}")
+  log = (world.roles.vendor / journal.AUDIT).read_bytes()
+  assert any(secret in log for secret in secrets_of(world, institution.image()))
+
+
+def test_numbers_on_loopback(world):
+  with (
+    world.serving(daily=5) as (address, audit),
+    monitoring.metrics(0, audit, world.models, [CLINIC]) as port,
+  ):
+    left = len(folders.unused(place(world.roles.vendor) / CLINIC))
+    world.ask(address)
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+  numbers = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+  event = f'primia_events_total{{clinic="{CLINIC}",event="answer",model="{MODEL}"}}'
+  assert float(numbers[event]) == 1
+  assert float(numbers[f'primia_budget_images{{clinic="{CLINIC}"}}']) == 4
+  unused = f'primia_correlations{{clinic="{CLINIC}",model="{MODEL}"}}'
+  assert float(numbers[unused]) == left - 1
+  assert float(numbers[f'primia_answer_seconds_count{{model="{MODEL}"}}']) == 1
+  assert float(numbers[f'primia_sent_bytes_total{{model="{MODEL}"}}']) > sum(world.online[0].sizes)
+
+
+def test_health_by_grpc():
+  status = health_pb2.HealthCheckResponse
+  with monitoring.healthy(0) as (port, stop), grpc.insecure_channel(f"127.0.0.1:{port}") as line:
+    stub = health_pb2_grpc.HealthStub(line)
+    ask = lambda: stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status
+    assert ask() == status.SERVING
+    stop()
+    assert ask() == status.NOT_SERVING
+
+
+# ---- what may lie in an inbox
+
+
+def put(folder, sender, name, data=b"x"):
+  path = folder / "inbox" / sender / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(data)
+  return path
+
+
+@pytest.mark.parametrize(
+  ("role", "sender", "name"),
+  [
+    ("model_owner", "dealer", "clinics/evil.pem"),
+    ("model_owner", "dealer", "key.pem"),
+    ("model_owner", "dealer", f"models/{MODEL}/secret"),
+    ("model_owner", "dealer", f"models/{MODEL}/{CLINIC}/used/{'0' * 64}"),
+    ("model_owner", "dealer", f"models/{MODEL}/{CLINIC}/checked"),
+    ("clinic", "dealer", f"models/{MODEL}/server.pem"),
+    ("clinic", "dealer", f"models/{MODEL}/plan"),
+    ("clinic", "model_owner", f"models/{MODEL}/correlations/{'0' * 64}"),
+    ("dealer", "model_owner", f"models/{MODEL}/secret"),
+    ("dealer", "model_owner", f"models/{MODEL}/blind_given"),
+  ],
+)
+def test_a_sender_gives_nothing_that_is_not_its_to_give(tmp_path, role, sender, name):
+  folder = folders.make(tmp_path / role)
+  path = put(folder, sender, name)
+  with pytest.raises(ValueError, match="may send; remove it"):
+    inbox.collect(folder, role)
+  assert path.exists()
+  assert not (folder / name).exists()
+
+
+def test_what_is_held_is_never_replaced_and_links_are_refused(tmp_path):
+  folder, name = folders.make(tmp_path / "clinic"), f"models/{MODEL}/server.pem"
+  put(folder, "model_owner", name, b"first")
+  assert inbox.collect(folder, "clinic") == 1
+  put(folder, "model_owner", name, b"first")
+  assert inbox.collect(folder, "clinic") == 0  # the same again
+  put(folder, "model_owner", name, b"second")
+  with pytest.raises(ValueError, match="never replaced"):
+    inbox.collect(folder, "clinic")
+  assert (folder / name).read_bytes() == b"first"
+  put(folder, "model_owner", name, b"first")
+  put(folder, "model_owner", f"models/{MODEL}/plan", b"no plan")
+  with pytest.raises(ValueError, match="no file of a plan"):
+    inbox.collect(folder, "clinic")
+  (folder / "inbox" / "model_owner" / "models" / MODEL / "plan").unlink()
+  (folder / "inbox" / "dealer" / "models" / MODEL / "correlations").mkdir(parents=True)
+  link = folder / "inbox" / "dealer" / "models" / MODEL / "correlations" / ("0" * 64)
+  link.symlink_to("/etc/hostname")
+  with pytest.raises(ValueError, match="may send"):
+    inbox.collect(folder, "clinic")
+  link.rename(link.with_name(".part"))  # what rsync still copies
+  assert inbox.collect(folder, "clinic") == 0
