@@ -12,8 +12,8 @@ from experiments.configs import Train
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = (
-  "train_federated", "train_pooled", "evaluate", "infer_encrypted", "account", "audit_privacy",
-  "plot",
+  "train_federated", "train_pooled", "evaluate", "infer_encrypted", "evaluate_encrypted", "account",
+  "audit_privacy", "plot",
 )  # fmt: skip
 
 
@@ -70,10 +70,10 @@ def test_defaults_are_shown(monkeypatch):
 def test_the_usual_flags_are_flags():
   """Of some program; one that was renamed would vanish from `--help`."""
   sources = " ".join(
-    (ROOT / "experiments" / f"{name}.py").read_text() for name in (*PROGRAMS, "encrypted")
+    (ROOT / "experiments" / f"{name}.py").read_text() for name in (*PROGRAMS, "encrypted", "scored")
   )
   known = {*settings.flat(Train()), *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', sources)}
-  known |= {"preset", *re.findall(r"^  (\w+): \w+ = _\(", sources, re.MULTILINE)}
+  known |= {"preset", *re.findall(r"^  (\w+): \w+ = (?:_|setting)\(", sources, re.MULTILINE)}
   assert set(helping._USUAL) <= known
   assert len(set(helping._USUAL)) == len(helping._USUAL)
 
