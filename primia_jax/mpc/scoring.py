@@ -20,8 +20,6 @@ Labels are the hospital's word: counts of wrong labels are wrong counts.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,17 +56,13 @@ def winner(scores: Array) -> Array:
   if num == 1:
     return jnp.ones_like(scores)
   first, second = np.triu_indices(num, 1)
-
-  def points(signs: Array, i: int) -> Array:
-    own = [signs[..., p] for p in np.flatnonzero(first == i)]
-    others = [-signs[..., p] for p in np.flatnonzero(second == i)]
-    return functools.reduce(operator.add, [*own, *others])
-
+  of_class = lambda i: [*np.flatnonzero(first == i), *len(first) + np.flatnonzero(second == i)]
   with jax.named_scope("winner"):
     signs = jnp.where(scores[..., first] >= scores[..., second], 1.0, -1.0).astype(scores.dtype)
+    both = jnp.concatenate([signs, -signs], -1)
+    points = both[..., np.array([of_class(i) for i in range(num)])].sum(-1)
     # num - 1 for the one that wins all its pairs, and less by 2 at least for the others
-    every = jnp.stack([points(signs, i) for i in range(num)], -1)
-    return (every >= num - 2).astype(scores.dtype)
+    return (points >= num - 2).astype(scores.dtype)
 
 
 def confusion(logits: Logits) -> Score:
