@@ -33,6 +33,7 @@ LAYERS = {
   "mpc": {"types", "ring", "prng", "native", "durable"},
   "boundary": {"types", "prng", "sites", "secagg", "summation", "federated", "mpc"},
   "service": {"types", "durable", "mpc"},
+  "clinic": {"data"},
   "metrics": LEAF,
   "pretrained": LEAF,
   "scattering": {"types", "conv"},
@@ -58,7 +59,7 @@ LAYERS = {
 ALONE = {
   "flax": {"models"},
   "tensorflow_datasets": {"data.tfds"},
-  "pydicom": {"data.dicom", "data.dicom_pixels", "data.dicom_frames"},
+  "pydicom": {"data.dicom", "data.dicom_pixels", "data.dicom_frames", "clinic"},
   "imagecodecs": {"data.dicom_frames"},
   "safetensors": {"pretrained"},
   "PIL": {"data"},
@@ -78,6 +79,8 @@ ALONE = {
   "dp_accounting": {"privacy.accounting"},
   "cryptography": {"secagg.keys", "secagg.transport", "service.certificates"},
   "grpc": {"service.channel"},
+  "pynetdicom": {"clinic.node"},
+  "highdicom": {"clinic.reports"},
 }
 
 
