@@ -96,7 +96,7 @@ def check(s: Infer) -> None:
   if not s.images:
     raise ValueError("images is empty; name an image, a folder or a tar, such as --images=xray.png")
   _check_there("images", s.images, s.images)
-  _choose("output", s.output, OUTPUTS)
+  choose("output", s.output, OUTPUTS)
   if s.output_dir:
     folders.to_write(s.output_dir, ("predictions.csv", "plan.txt", "costs.json"))
   parse_network(s.network)
@@ -112,7 +112,7 @@ def check_protocol(s: Any) -> None:
     raise FileNotFoundError(
       f"checkpoint={s.checkpoint} holds no model.json; name the folder of a finished training run"
     )
-  _choose("comparison", s.comparison, tuple(COMPARISONS))
+  choose("comparison", s.comparison, tuple(COMPARISONS))
   if s.ring_bits and not 8 <= s.ring_bits <= 64:
     raise ValueError(f"ring_bits={s.ring_bits}; use 8 to 64, or 0 to choose by target_error")
   most = (s.ring_bits or 64) // 2 - 1
@@ -135,7 +135,7 @@ def check_protocol(s: Any) -> None:
     _check_there("calibration", s.calibration, where)
 
 
-def _choose(name: str, value: str, allowed: Sequence[str]) -> None:
+def choose(name: str, value: str, allowed: Sequence[str]) -> None:
   if value not in allowed:
     raise ValueError(f"{name}={value!r}; use {' or '.join(allowed)}")
 

@@ -21,7 +21,7 @@ _USUAL = (
   "noise_multiplier", "l2_clip_norm", "ledger_dir", "output_dir", "unlabelled", "num_units",
   "checkpoint", "images", "output", "check", "calibration", "record_transcript", "parts",
   "opened", "opened_to", "threshold", "positive", "small_classes", "vendor_dir", "hospital_dir",
-  "query_budget",
+  "query_budget", "allowed", "reports_to", "title", "host", "port",
 )  # fmt: skip
 _COLUMN = 27  # where the texts begin
 _WIDTHS = 72, 100  # the narrowest and the widest page

@@ -13,7 +13,7 @@ from experiments.configs import Train
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = (
   "train_federated", "train_pooled", "evaluate", "infer_encrypted", "evaluate_encrypted", "account",
-  "audit_privacy", "plot",
+  "audit_privacy", "plot", "clinic_page", "dicom_node",
 )  # fmt: skip
 
 

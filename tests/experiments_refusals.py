@@ -395,6 +395,32 @@ SCORE = """
 extra                                       | extra | no flag | --name=value
 """
 
+PAGE = """
+--checkpoint=                               | checkpoint | empty | runs/first
+--checkpoint={missing}                      | checkpoint | {missing} | training run
+--output=logits                             | output | logits | label
+--comparison=garbled                        | comparison | garbled | tables
+--ring_bits=80                              | ring_bits | 80 | 64
+--calibration=train                         | calibration | train | phantom
+--port=99999                                | --port | 99999 | integer
+extra                                       | extra | no flag | --name=value
+"""
+
+NODE = """
+--checkpoint={missing}                      | checkpoint | {missing} | training run
+--output=logits                             | output | logits | label
+--allowed=                                  | allowed | empty | AE titles
+--allowed=PACS,ATITLETHATISTOOLONG          | allowed | ATITLETHATISTOOLONG | 16
+--title=                                    | title | '' | 16
+--reports_to=                               | reports_to | '' | TITLE@HOST:PORT
+--reports_to=PACS                           | reports_to | PACS | TITLE@HOST:PORT
+--reports_to=PACS@host:0                    | reports_to | host:0 | TITLE@HOST:PORT
+--port=99999                                | port | 99999 | 65535
+--max_mb=0                                  | max_mb | 0 | 64
+--margin=0                                  | margin | 0 | at least 1
+extra                                       | extra | no flag | --name=value
+"""
+
 # (Program, the flags that every row begins with, rows.) Later flags win.
 TABLES = (
   ("train_federated", "--run_dir={new}", TRAINING + FEDERATED),
@@ -408,6 +434,8 @@ TABLES = (
     "--checkpoint={run} --data=phantom --vendor_dir={new}/v --hospital_dir={new}/h",
     SCORE,
   ),
+  ("clinic_page", "--checkpoint={run}", PAGE),
+  ("dicom_node", "--checkpoint={run} --allowed=PACS --reports_to=PACS@127.0.0.1:104", NODE),
   ("account", "--num_units=100 --target_epsilon=3 --output_dir={new}", ACCOUNT),
   ("account", "", LEDGERS),
   ("audit_privacy", "--run_dir={run} --output_dir={new}", AUDIT),
