@@ -18,20 +18,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pydicom
+from pydicom import uid
 from pydicom.dataset import Dataset
-from pydicom.uid import UID
-from pynetdicom import AE, evt, sop_class
+from pynetdicom import AE, evt
 
 from primia_jax.clinic import asking, reports
 from primia_jax.clinic.asking import Answer, Ask, Model
 
 IMAGES = (
-  sop_class.ComputedRadiographyImageStorage,
-  sop_class.DigitalXRayImageStorageForPresentation,
-  sop_class.DigitalXRayImageStorageForProcessing,
+  uid.ComputedRadiographyImageStorage,
+  uid.DigitalXRayImageStorageForPresentation,
+  uid.DigitalXRayImageStorageForProcessing,
 )
 SYNTAXES = [
-  UID(name)
+  uid.UID(name)
   for name in (
     "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.50",
     "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70",
@@ -153,7 +153,7 @@ def send(report: Dataset, to: Destination, title: str, seconds: float = 60.0) ->
   """
   client = AE(title)
   client.network_timeout = client.acse_timeout = client.dimse_timeout = seconds
-  client.add_requested_context(sop_class.ComprehensiveSRStorage, SYNTAXES[:2])
+  client.add_requested_context(uid.ComprehensiveSRStorage, SYNTAXES[:2])
   with _association(client, to) as association:
     status = association.send_c_store(report)
   if status.get("Status") != DONE:
@@ -250,15 +250,16 @@ def serve(
   entity.require_called_aet, entity.require_calling_aet = True, list(allowed)
   entity.maximum_associations = limits.associations
   entity.network_timeout = entity.acse_timeout = entity.dimse_timeout = limits.seconds
-  entity.add_supported_context(sop_class.Verification)
+  entity.add_supported_context("1.2.840.10008.1.1")  # C-ECHO
   for image in IMAGES:
     entity.add_supported_context(image, SYNTAXES)
   forget = lambda event: received.pop(id(event.assoc), None)
-  handlers = [
+  handlers: list[Any] = [
     (evt.EVT_C_STORE, store), (evt.EVT_PDU_RECV, count),
     (evt.EVT_CONN_CLOSE, forget),
   ]  # fmt: skip
   server = entity.start_server((host, port), block=False, evt_handlers=handlers)
+  assert server is not None  # since it does not block
   try:
     yield server.server_address[1]
   finally:

@@ -22,8 +22,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from primia_jax.clinic import asking
 from primia_jax.clinic.asking import Ask, Model
 
@@ -94,7 +92,7 @@ def serve(
 
       try:
         image = asking.image(model, data, "the file")
-        tell(seen=base64.b64encode(np.ascontiguousarray(image)).decode())
+        tell(seen=base64.b64encode(image.tobytes()).decode())
         tell(answer=_said(ask(image, lambda phase: tell(phase=phase))))
       except ConnectionError:
         return  # the page was closed; whatever was used up stays so
