@@ -24,7 +24,7 @@ def main() -> None:
   clinics.check(s)
   print(f"{clinics.WARNING}\nCalibrating and compiling ...", flush=True)
   model, ask = clinics.load(s)
-  with page.serve(model, ask, clinics.learned(s), FLAGS.port) as address:
+  with page.serve(model, ask, clinics.learned(s), FLAGS.port, clinics.WARNING) as address:
     print(f"Open {address}\nCtrl-C stops the page.", flush=True)
     clinics.wait()
 

@@ -106,15 +106,15 @@ def one_process(plan: Any, weights: PyTree) -> Ask:
       seconds[name] = time.perf_counter() - start
       return out
 
-    first, second = timed("deal", "The dealer deals fresh masks", dealer.deal)
+    first, second = timed("deal the masks", "The dealer deals fresh masks", dealer.deal)
     prepare = lambda: (model_owner.prepare(first), data_owner.prepare(second))
     left, right = timed("prepare", "Both sides prepare, without the image", prepare)
     asks = lambda: data_owner.ask(right, encrypted.normalised(image[None]))
-    asked, question = timed("mask", "Your image is masked on this machine", asks)
+    asked, question = timed("mask the image", "Your image is masked on this machine", asks)
     run = lambda: online(model_owner.answer(left, question), asked)
     shares = timed("compute", f"Both sides compute on masked values, in {rounds} rounds", run)
     opens = lambda: np.asarray(data_owner.reveal(shares))[0]
-    found = timed("open", "The answer is put together on this machine", opens)
+    found = timed("open the answer", "The answer is put together on this machine", opens)
     num_bytes = {"dealt beforehand": dealt, "sent, each way": sent}
     if found.ndim == 0:
       return Answer(int(np.rint(found)), None, seconds, num_bytes, rounds)

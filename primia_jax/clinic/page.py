@@ -35,7 +35,11 @@ _POLICY = (
 
 @contextlib.contextmanager
 def serve(
-  model: Model, ask: Ask, learned: Sequence[tuple[str, str]], port: int = 0
+  model: Model,
+  ask: Ask,
+  learned: Sequence[tuple[str, str]],
+  port: int = 0,
+  warning: str = asking.WARNING,
 ) -> Iterator[str]:
   """Serves the page for as long as the context lasts; gives its address, with the token.
 
@@ -44,6 +48,7 @@ def serve(
     ask: asks; one image at a time.
     learned: who learns what, as (who, what), to be shown with each answer.
     port: 0 takes any free one.
+    warning: what stands above everything.
 
   Raises:
     OSError: the port is taken.
@@ -57,7 +62,7 @@ def serve(
     def do_GET(self) -> None:
       if self._is_known("/"):
         nonce = secrets.token_urlsafe(16)
-        self._send(200, _html(model, learned, nonce), "text/html; charset=utf-8", nonce)
+        self._send(200, _html(model, learned, warning, nonce), "text/html; charset=utf-8", nonce)
 
     def do_POST(self) -> None:
       if not self._is_known("/ask"):
@@ -149,7 +154,7 @@ def serve(
     thread.join()
 
 
-def _html(model: Model, learned: Sequence[tuple[str, str]], nonce: str) -> bytes:
+def _html(model: Model, learned: Sequence[tuple[str, str]], warning: str, nonce: str) -> bytes:
   facts = {
     "name": model.name,
     "version": model.version,
@@ -157,7 +162,7 @@ def _html(model: Model, learned: Sequence[tuple[str, str]], nonce: str) -> bytes
     "size": model.size,
     "channels": model.channels,
     "learned": learned,
-    "warning": asking.WARNING,
+    "warning": warning,
     "longest": asking.LONGEST,
   }
   # "<" would end the script; in a JSON string it may be written so.
