@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.special
 
 from primia_jax.clinic import asking
 from primia_jax.clinic.asking import Answer, Ask, Model
@@ -113,13 +112,10 @@ def one_process(plan: Any, weights: PyTree) -> Ask:
     asked, question = timed("mask the image", "Your image is masked on this machine", asks)
     run = lambda: online(model_owner.answer(left, question), asked)
     shares = timed("compute", f"Both sides compute on masked values, in {rounds} rounds", run)
-    opens = lambda: np.asarray(data_owner.reveal(shares))[0]
+    opens = lambda: np.asarray(data_owner.reveal(shares))
     found = timed("open the answer", "The answer is put together on this machine", opens)
     num_bytes = {"dealt beforehand": dealt, "sent, each way": sent}
-    if found.ndim == 0:
-      return Answer(int(np.rint(found)), None, seconds, num_bytes, rounds)
-    likely = scipy.special.softmax(found.astype(np.float64))
-    return Answer(int(likely.argmax()), likely, seconds, num_bytes, rounds)
+    return asking.answer_of(found, seconds, num_bytes, rounds)
 
   return ask
 

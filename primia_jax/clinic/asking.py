@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,3 +73,42 @@ def image(model: Model, data: bytes, name: str) -> np.ndarray:
     data, name, size=model.size, channels=model.channels, ct_window=model.ct_window,
     grey_bits=model.grey_bits,
   )  # fmt: skip
+
+
+def answer_of(
+  outputs: Any, seconds: Mapping[str, float], num_bytes: Mapping[str, int], rounds: int
+) -> Answer:
+  """An answer from a model's outputs for one image: logits [1, L], or the class [1]."""
+  found = np.asarray(outputs)[0]
+  if found.ndim == 0:
+    return Answer(int(np.rint(found)), None, seconds, num_bytes, rounds)
+  scores = np.exp(found.astype(np.float64) - float(found.max()))
+  likely = scores / scores.sum()
+  return Answer(int(likely.argmax()), likely, seconds, num_bytes, rounds)
+
+
+def through(
+  prepare: Callable[[], None],
+  ask: Callable[[np.ndarray], Any],
+  num_bytes: Mapping[str, int],
+  rounds: int,
+) -> Ask:
+  """Asks in an open session with a model owner's server, such as `service.institutions.ask` gives.
+
+  Args:
+    prepare: takes the next correlations, and does what needs no image.
+    ask: uint8 images [1, H, W, C] -> the outputs. It may encode them for the plan.
+    num_bytes, rounds: of the plan.
+  """
+
+  def asks(image: np.ndarray, told: Callable[[str], None]) -> Answer:
+    told("Both sides prepare, without the image")
+    start = time.perf_counter()
+    prepare()
+    prepared = time.perf_counter()
+    told(f"Both sides compute on masked values, in {rounds} rounds")
+    outputs = np.asarray(ask(image[None]))
+    seconds = {"prepare": prepared - start, "compute": time.perf_counter() - prepared}
+    return answer_of(outputs, seconds, num_bytes, rounds)
+
+  return asks
