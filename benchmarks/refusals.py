@@ -1,4 +1,4 @@
-"""Measures how long a user waits for a refusal that flags alone can show: ten bad invocations, each
+"""Measures how long users wait for refusals that flags alone can show: eleven bad invocations, each
 in a new process.
 
 python -m benchmarks.refusals --repeats=5
@@ -28,6 +28,7 @@ _INVOCATIONS = (
   "train_pooled --run_dir=new --flagfile=missing.flags",
   "evaluate --run_dir=missing --output_dir=new",
   "infer_encrypted --checkpoint=missing --images=missing.png",
+  "evaluate_encrypted --checkpoint=missing --data=phantom --vendor_dir=v --hospital_dir=h",
   "account --target_epsilon=3 --num_units=0",
   "plot --run_dir=missing",
 )

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -123,7 +123,13 @@ def check_images(images: str) -> None:
 
 
 def check_planned(s: Planned) -> None:
-  """The same for what a model owner decides.
+  """The same for what a model owner decides; raises as `check`."""
+  check_protocol(s)
+  choose("output", s.output, OUTPUTS)
+
+
+def check_protocol(s: Any) -> None:
+  """The same for what all programs of encrypted inference share: the model and the protocol.
 
   Raises:
     ValueError, FileNotFoundError: the message names the flag and the cure.
@@ -136,10 +142,7 @@ def check_planned(s: Planned) -> None:
     raise FileNotFoundError(
       f"checkpoint={s.checkpoint} holds no model.json; name the folder of a finished training run"
     )
-  choices = {"output": OUTPUTS, "comparison": tuple(COMPARISONS)}
-  for name, allowed in choices.items():
-    if getattr(s, name) not in allowed:
-      raise ValueError(f"{name}={getattr(s, name)!r}; use {' or '.join(allowed)}")
+  choose("comparison", s.comparison, tuple(COMPARISONS))
   if s.ring_bits and not 8 <= s.ring_bits <= 64:
     raise ValueError(f"ring_bits={s.ring_bits}; use 8 to 64, or 0 to choose by target_error")
   most = (s.ring_bits or 64) // 2 - 1
@@ -160,6 +163,12 @@ def check_planned(s: Planned) -> None:
     )
   if kind in ("folder", "csv", "npz"):
     _check_there("calibration", s.calibration, where)
+
+
+def choose(name: str, value: str, allowed: Sequence[str]) -> None:
+  """Checks a flag that has a few values."""
+  if value not in allowed:
+    raise ValueError(f"{name}={value!r}; use {' or '.join(allowed)}")
 
 
 def _check_there(name: str, value: str, path: str) -> None:
@@ -193,7 +202,7 @@ def parse_network(text: str) -> pricing.Network:
 
 
 def calibration_images(
-  s: Planned, config: models.ModelConfig, label_names: tuple[str, ...]
+  s: Any, config: models.ModelConfig, label_names: tuple[str, ...]
 ) -> tuple[np.ndarray, str]:
   """The calibration images, uint8 [N, H, W, C] spread over the source, and their description.
 
@@ -289,30 +298,36 @@ def make_plan(
   Raises:
     ValueError: no ring reaches the target, or the chosen ring is too small.
   """
-  examples = [
-    (weights, normalised(part))
-    for part in batches(calibration, min(len(calibration), _CALIBRATION_BATCH))
-  ]
-  fns = functions(model)
+  pairs, fns = examples(weights, calibration), functions(model)
+  config = choose_config(s, fns["probabilities"], pairs)
+  fn = fns[s.output]
+  images = jax.ShapeDtypeStruct((s.batch, *calibration.shape[1:]), jnp.float32)
+  return planning.plan(fn, OWNERS, (weights, images), config, planning.calibrate(fn, OWNERS, pairs))
+
+
+def examples(weights: PyTree, calibration: np.ndarray) -> list[tuple[PyTree, Array]]:
+  """The weights with some calibration images at a time."""
+  size = min(len(calibration), _CALIBRATION_BATCH)
+  return [(weights, normalised(part)) for part in batches(calibration, size)]
+
+
+def choose_config(s: Any, logits: Callable, pairs: Sequence[tuple[PyTree, Array]]) -> Config:
+  """The ring of the flags; what they leave open follows from target_error on these examples.
+
+  Raises:
+    ValueError: no ring reaches the target.
+  """
   config = Config(exact=s.exact, comparison=s.comparison, margin=s.margin)
   if s.ring_bits and s.fraction_bits:
     weight_bits = min(config.weight_bits, s.ring_bits)
-    config = dataclasses.replace(
+    return dataclasses.replace(
       config, num_bits=s.ring_bits, fraction_bits=s.fraction_bits, weight_bits=weight_bits
     )
-  else:
-    rings = [s.ring_bits] if s.ring_bits else [32, 64]
-    fractions = [s.fraction_bits] if s.fraction_bits else _FRACTION_BITS
-    open_choices = [(ring, bits) for ring in rings for bits in fractions if bits < ring // 2]
-    candidates = open_choices if s.ring_bits or s.fraction_bits else fitting.CANDIDATES
-    config = fitting.fit(
-      fns["probabilities"], OWNERS, examples, s.target_error, config, candidates=candidates
-    ).config
-  fn = fns[s.output]
-  images = jax.ShapeDtypeStruct((s.batch, *calibration.shape[1:]), jnp.float32)
-  return planning.plan(
-    fn, OWNERS, (weights, images), config, planning.calibrate(fn, OWNERS, examples)
-  )
+  rings = [s.ring_bits] if s.ring_bits else [32, 64]
+  fractions = [s.fraction_bits] if s.fraction_bits else _FRACTION_BITS
+  open_choices = [(ring, bits) for ring in rings for bits in fractions if bits < ring // 2]
+  candidates = open_choices if s.ring_bits or s.fraction_bits else fitting.CANDIDATES
+  return fitting.fit(logits, OWNERS, pairs, s.target_error, config, candidates=candidates).config
 
 
 def normalised(images: np.ndarray) -> Array:

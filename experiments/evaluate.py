@@ -83,23 +83,10 @@ def main() -> None:
       f"site_data={FLAGS.site_data}: one source is tested at a time; name it with --data"
     )
   model, trained, label_names, model_config = model_files.load_model(FLAGS.run_dir)
-  size, _, channels = model_config.image_shape
   task = tasks.of(model_config.name)
   if FLAGS.overlays and not task.of_pixels:
     raise ValueError(f"overlays={FLAGS.overlays}: {model_config.name} gives no masks; leave it out")
-  form = {
-    "image_size": size,
-    "channels": channels,
-    "ct_window": model_files.ct_window(FLAGS.run_dir),
-  }
-  for name, value in form.items():
-    if FLAGS[name].present and FLAGS[name].value != value:
-      raise ValueError(
-        f"{name}={FLAGS[name].value}: the model takes {value or 'none'}; omit the flag"
-      )
-    FLAGS[name].value = value
-  if not FLAGS["grey_bits"].present:
-    FLAGS["grey_bits"].value = model_files.grey_bits(FLAGS.run_dir)
+  model_files.take_form(FLAGS, FLAGS.run_dir, model_config)
   facts: dict[str, Any] = {}
   if FLAGS["data"].present:
     config = settings.from_flags(Data)
@@ -119,7 +106,7 @@ def main() -> None:
     "run_dir": FLAGS.run_dir,
     "data": config.site_data or config.data,
     "model": model_config.name,
-    "image_size": size,
+    "image_size": model_config.image_shape[0],
     **facts,
   }
   if task.of_pixels:

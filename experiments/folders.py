@@ -79,6 +79,18 @@ def role_folder(value: str, make: bool = False) -> pathlib.Path:
   return path
 
 
+def role(name: str, path: str) -> pathlib.Path:
+  """Checks the folder of a role, which need not exist: nobody else may read it.
+
+  Raises:
+    ValueError: it cannot be written, or other users can read it.
+  """
+  folder = refusals.folder(name, path)
+  if folder.is_dir() and folder.stat().st_mode & 0o077:
+    raise ValueError(f"{name}={path} can be read by other users; chmod 700 it")
+  return folder
+
+
 @contextlib.contextmanager
 def alone(path: pathlib.Path) -> Iterator[None]:
   """Keeps a second process out while this one works on a run.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
+from absl import flags
+
 from primia_jax import models
 from primia_jax.types import ModelState, Params
 
@@ -70,3 +72,21 @@ def grey_bits(run_dir: str) -> int:
     FileNotFoundError: the folder holds no finished run.
   """
   return settings.read_json(pathlib.Path(run_dir) / "model.json").get("grey_bits", 0)
+
+
+def take_form(values: flags.FlagValues, run_dir: str, config: models.ModelConfig) -> None:
+  """Sets the flags of the images' form to what a run's model takes.
+
+  Raises:
+    ValueError: a flag asks for another form.
+  """
+  size, _, channels = config.image_shape
+  form = {"image_size": size, "channels": channels, "ct_window": ct_window(run_dir)}
+  for name, value in form.items():
+    if values[name].present and values[name].value != value:
+      raise ValueError(
+        f"{name}={values[name].value}: the model takes {value or 'none'}; omit the flag"
+      )
+    values[name].value = value
+  if not values["grey_bits"].present:
+    values["grey_bits"].value = grey_bits(run_dir)

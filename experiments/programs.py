@@ -11,6 +11,7 @@ def _program(module: str) -> Callable[[], object]:
 train, pooled = _program("train_federated"), _program("train_pooled")
 evaluate, infer = _program("evaluate"), _program("infer_encrypted")
 account, plot = _program("account"), _program("plot")
-audit = _program("audit_privacy")
+audit, score = _program("audit_privacy"), _program("evaluate_encrypted")
+page, node = _program("clinic_page"), _program("dicom_node")
 certificate, publish, deal = _program("certificate"), _program("publish"), _program("deal")
 serve, quickstart = _program("serve_encrypted"), _program("quickstart")

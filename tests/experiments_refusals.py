@@ -477,6 +477,60 @@ extra                                       | extra | no flag | --name=value
 --flagfile={fifo}                           | flagfile | {fifo} | ordinary file
 """
 
+SCORE = """
+--checkpoint=                               | checkpoint | empty | runs/first
+--checkpoint={missing}                      | checkpoint | {missing} | training run
+--data=                                     | data | '' | folder:PATH
+--site_data=folder:a,folder:b               | site_data | folder:a | --data
+--data=folder:{missing}                     | data | {missing} | check
+--image_size=64                             | image_size | 64 | omit
+--opened=logits                             | opened | logits | confusion
+--opened_to=dealer                          | opened_to | dealer | hospital
+--opened=accuracy                           | threshold | 0 | above 0
+--opened=accuracy --threshold=1.5           | threshold | 1.5 | at most 1
+--threshold=0.5                             | threshold | 0.5 | --opened=accuracy
+--positive=viral                            | positive | viral | --opened=roc
+--opened=roc --bins=0                       | bins | 0 | 1 to 100
+--small_classes=keep                        | small_classes | keep | merge
+--query_budget=0                            | query_budget | 0 | positive
+--vendor_dir=                               | vendor_dir | empty | vendor
+--hospital_dir=                             | hospital_dir | empty | hospital
+--vendor_dir={file}                         | vendor_dir | {file} | folder
+--hospital_dir={new}/v                      | hospital_dir | {new}/v | two folders
+--comparison=garbled                        | comparison | garbled | tables
+--ring_bits=80                              | ring_bits | 80 | 64
+--batch=0                                   | batch | 0 | positive
+--calibration=train                         | calibration | train | phantom
+--output_dir={file}                         | output_dir | {file} | folder
+extra                                       | extra | no flag | --name=value
+"""
+
+PAGE = """
+--checkpoint=                               | checkpoint | empty | runs/first
+--checkpoint={missing}                      | checkpoint | {missing} | training run
+--output=logits                             | output | logits | label
+--comparison=garbled                        | comparison | garbled | tables
+--ring_bits=80                              | ring_bits | 80 | 64
+--calibration=train                         | calibration | train | phantom
+--port=99999                                | --port | 99999 | integer
+extra                                       | extra | no flag | --name=value
+"""
+
+NODE = """
+--checkpoint={missing}                      | checkpoint | {missing} | training run
+--output=logits                             | output | logits | label
+--allowed=                                  | allowed | empty | AE titles
+--allowed=PACS,ATITLETHATISTOOLONG          | allowed | ATITLETHATISTOOLONG | 16
+--title=                                    | title | '' | 16
+--reports_to=                               | reports_to | '' | TITLE@HOST:PORT
+--reports_to=PACS                           | reports_to | PACS | TITLE@HOST:PORT
+--reports_to=PACS@host:0                    | reports_to | host:0 | TITLE@HOST:PORT
+--port=99999                                | port | 99999 | 65535
+--max_mb=0                                  | max_mb | 0 | 64
+--margin=0                                  | margin | 0 | at least 1
+extra                                       | extra | no flag | --name=value
+"""
+
 # (Program, the flags that every row begins with, rows.) Later flags win.
 TABLES = (
   ("train_federated", "--run_dir={new}", TRAINING + FEDERATED),
@@ -496,6 +550,13 @@ TABLES = (
   ("deal", "--folder={bare} --model=chest-1 --clinic=hospital-a --images=4", DEAL),
   ("serve_encrypted", "--folder={vendor}", SERVE),
   ("quickstart", "--output_dir={new}", QUICKSTART),
+  (
+    "evaluate_encrypted",
+    "--checkpoint={run} --data=phantom --vendor_dir={new}/v --hospital_dir={new}/h",
+    SCORE,
+  ),
+  ("clinic_page", "--checkpoint={run}", PAGE),
+  ("dicom_node", "--checkpoint={run} --allowed=PACS --reports_to=PACS@127.0.0.1:104", NODE),
   ("account", "--num_units=100 --target_epsilon=3 --output_dir={new}", ACCOUNT),
   ("account", "", LEDGERS),
   ("audit_privacy", "--run_dir={run} --output_dir={new}", AUDIT),

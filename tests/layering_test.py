@@ -35,6 +35,7 @@ LAYERS = {
   "boundary": {"types", "prng", "sites", "secagg", "summation", "federated", "mpc"},
   "service": {"types", "durable", "mpc"},
   "segmentation": {"types", "evaluation", "metrics"},
+  "clinic": {"data"},
   "metrics": LEAF,
   "state_dicts": set(),
   "pretrained": LEAF | {"state_dicts"},
@@ -64,7 +65,7 @@ ALONE = {
   "flax": {"models"},
   "tensorflow_datasets": {"data.tfds"},
   "nibabel": {"data.volumes"},
-  "pydicom": {"data.dicom", "data.dicom_pixels", "data.dicom_frames"},
+  "pydicom": {"data.dicom", "data.dicom_pixels", "data.dicom_frames", "clinic"},
   "imagecodecs": {"data.dicom_frames"},
   "safetensors": {"state_dicts"},
   "PIL": {"data"},
@@ -86,6 +87,8 @@ ALONE = {
   "grpc": {"service.channel", "service.monitoring", "service.sharing"},
   "grpc_health": {"service.monitoring"},
   "prometheus_client": {"service.monitoring"},
+  "pynetdicom": {"clinic.node"},
+  "highdicom": {"clinic.reports"},
 }
 
 

@@ -153,9 +153,14 @@ def measure(program: Program, leaves: Sequence[Array]) -> np.ndarray:
 
 
 def magnitude(v: Array) -> float:
-  """The largest magnitude of a value's elements, without minus infinity; 0 for keys."""
+  """The largest magnitude of a value's elements, without minus infinity; 0 for keys.
+
+  It is 1 for truth values: that none was true on the examples says nothing about other inputs.
+  """
   if jax.dtypes.issubdtype(v.dtype, jax.dtypes.extended):
     return 0.0
+  if v.dtype == bool:
+    return 1.0
   found = np.abs(np.asarray(v).astype(complex if jnp.iscomplexobj(v) else float))
   return float(np.max(np.where(np.isneginf(np.asarray(v).real), 0, found), initial=0))
 

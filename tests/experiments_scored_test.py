@@ -1,0 +1,158 @@
+"""`evaluate_encrypted` on a tiny model: the same counts as `evaluate`, and no label queries."""
+
+import json
+import stat
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from experiments_runs import TINY
+
+from experiments import encrypted, inputs, model_files, registers, scored, settings
+from experiments.configs.data import Data
+from experiments.configs.model import normalise
+from primia_jax import evaluation, metrics, models
+
+NAMES = ("normal", "bacterial", "viral")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  """An untrained model, as a finished run leaves one."""
+  folder = tmp_path_factory.mktemp("run")
+  config = settings.replace(TINY, model="mlp", norm="").model.config(TINY.data, 3)
+  model_files.save_model(folder / "model", [models.build(config).init(jax.random.key(0))])
+  about = {"label_names": NAMES, "model": vars(config)}
+  (folder / "model.json").write_text(json.dumps(about))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+  """90 labelled images as the hospital has them, 16 x 16."""
+  data = inputs.images_to_test(Data(data="phantom", image_size=16), 5)[0]
+  path = tmp_path_factory.mktemp("images") / "images.npz"
+  images, labels = np.asarray(data.images[:90]), np.asarray(data.labels[:90])
+  np.savez(path, test_images=images[..., 0], test_labels=labels)
+  return path, images, labels
+
+
+def expected(checkpoint, images, labels):
+  model, trained, _, _ = model_files.load_model(str(checkpoint))
+  likely = evaluation.predictor(model.apply, normalise)(trained, images)
+  return np.asarray(metrics.confusion_matrix(labels, likely.argmax(1), 3)).astype(int)
+
+
+def flags_of(checkpoint, archive, folder, **more):
+  given = {
+    "checkpoint": checkpoint, "data": f"npz:{archive[0]}", "label_names": ",".join(NAMES),
+    "vendor_dir": folder / "vendor", "hospital_dir": folder / "hospital", "batch": 25,
+    "calibration": "phantom", "calibration_images": 25, "ring_bits": 32, "fraction_bits": 10,
+    "margin": 4, "output_dir": folder / "out", **more,
+  }  # fmt: skip
+  return [f"--{name}={value}" for name, value in given.items()]
+
+
+def call(*arguments):
+  command = [sys.executable, "-m", "experiments.evaluate_encrypted", *arguments]
+  return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_binary_counts_as_evaluate_does_and_refuses_to_count_again(
+  checkpoint, archive, tmp_path
+):
+  done = call(*flags_of(checkpoint, archive, tmp_path), "--check")
+  assert done.returncode == 0, done.stderr
+  for text in ("simulated", "Who learns what", "90 queries charged", "to the hospital alone",
+               "integer model: yes", "to the last count: yes"):  # fmt: skip
+    assert text in done.stdout
+  found = json.loads((tmp_path / "out" / "score.json").read_text())
+  assert found["rows"] == found["columns"] == list(NAMES)
+  assert found["runs"] == 4
+  np.testing.assert_array_equal(found["counts"], expected(checkpoint, *archive[1:]))
+  for folder in ("vendor", "hospital"):
+    assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o700
+  again = call(*flags_of(checkpoint, archive, tmp_path, output_dir=tmp_path / "again"))
+  assert again.returncode == 1
+  assert "90 of 90 images are in an earlier result of this model" in again.stderr
+  assert not (tmp_path / "again").exists()
+
+
+def test_accuracy_is_one_bit(checkpoint, archive):
+  """The parts of the binary without its process."""
+  _, images, labels = archive
+  s = scored.Score(
+    checkpoint=str(checkpoint), opened="accuracy", batch=30, ring_bits=32, fraction_bits=10,
+    margin=4.0, vendor_dir="v", hospital_dir="h", threshold=0.5,
+  )  # fmt: skip
+  scored.check(s)
+  model, weights, names, _ = encrypted.load_model(s.checkpoint)
+  data = inputs.images_to_test(
+    Data(data=f"npz:{archive[0]}", image_size=16, label_names=",".join(NAMES)), 0, names
+  )[0]
+  work = scored.task(s, model, data, [f"{i}" for i in range(90)])
+  plan = scored.make_plan(s, work, model, weights, images)
+  right = np.trace(expected(checkpoint, images, labels))
+  result = scored.run(plan, s, work, weights, images)
+  assert result.counts is None
+  assert result.bit is bool(right >= 45)
+
+
+@pytest.mark.parametrize(
+  ("threshold", "num", "least"), [(0.7, 10, 7), (0.701, 10, 8), (1, 624, 624)]
+)
+def test_the_threshold_in_images(threshold, num, least):
+  assert scored.least_right(scored.Score(threshold=threshold), num) == least
+
+
+# ---- the register
+
+
+IMAGES = np.arange(12 * 4, dtype=np.uint8).reshape(12, 2, 2, 1)
+
+
+def test_an_image_is_in_one_result_of_a_model_only(tmp_path):
+  marks = registers.marks(tmp_path / "hospital", IMAGES)
+  charge = lambda model, images, budget=100: registers.charge(
+    tmp_path / "vendor", model, "the confusion matrix", images, budget
+  )
+  assert charge("a", marks[:6]) == 94
+  assert charge("a", marks[6:11]) == 89
+  with pytest.raises(ValueError, match="1 of 2 images are in an earlier result"):
+    charge("a", marks[10:])
+  assert charge("b", marks) == 88  # another model
+  with pytest.raises(ValueError, match=r"query_budget=11: 11 of it are spent, and 1 images"):
+    charge("a", marks[11:], 11)
+  assert charge("a", marks[11:]) == 88
+
+
+def test_copies_are_charged_each(tmp_path):
+  assert registers.charge(tmp_path, "a", "", ["x", "x", "y"], 3) == 0
+
+
+def test_marks_are_the_hospitals_alone(tmp_path):
+  """The same image has the same mark under one key, and another one under another key."""
+  first = registers.marks(tmp_path / "one", IMAGES)
+  assert first == registers.marks(tmp_path / "one", IMAGES)
+  assert len(set(first)) == 12
+  assert not set(first) & set(registers.marks(tmp_path / "two", IMAGES))
+  assert stat.S_IMODE((tmp_path / "one" / "key").stat().st_mode) == 0o600
+  (tmp_path / "one" / "key").write_bytes(b"short")
+  with pytest.raises(ValueError, match="key is damaged"):
+    registers.marks(tmp_path / "one", IMAGES)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1}'])
+def test_a_damaged_register_is_no_empty_one(tmp_path, text):
+  (tmp_path / "register.json").write_text(text)
+  with pytest.raises(ValueError, match=r"register\.json is damaged"):
+    registers.charge(tmp_path, "a", "", ["x"], 3)
+
+
+def test_a_model_is_known_by_its_weights():
+  weights = {"a": np.ones(3, np.float32), "b": np.zeros(2)}
+  digest = registers.model_digest(weights)
+  assert digest == registers.model_digest({"b": np.zeros(2), "a": np.ones(3, np.float32)})
+  assert digest != registers.model_digest({**weights, "b": np.array([0.0, 1e-9])})
