@@ -78,6 +78,7 @@ ALONE = {
   "dp_accounting": {"privacy.accounting"},
   "cryptography": {"secagg.keys", "secagg.transport", "service.certificates"},
   "grpc": {"service.channel"},
+  "xxhash": {"service.frames"},
 }
 
 
