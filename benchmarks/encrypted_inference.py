@@ -184,9 +184,8 @@ def make_plan(
 def report_plan(name: str, case: str, plan: planning.Plan) -> None:
   """The plan's bytes, rounds, communication time, and the range of every gate."""
   rows, comparison = pricing.rows(plan.circuit), plan.config.comparison
-  sent, rounds, dealt = (
-    sum(getattr(row, field) for row in rows) for field in ("sent", "rounds", "dealt")
-  )
+  sent, dealt = (sum(getattr(row, field) for row in rows) for field in ("sent", "dealt"))
+  rounds = pricing.rounds(plan.circuit)
   target = lambda targets: targets.get(case, {}).get(comparison) if _BATCH.value == 1 else None
   bits = {"num_bits": plan.config.num_bits, "fraction_bits": plan.config.fraction_bits}
   measuring.say(f"sent by each party: {name}", [sent / 1e6], "MB", target(_SENT), **bits)

@@ -2,13 +2,15 @@
 
   python -m benchmarks.service --case=lenet28 --rounds=30
   python -m benchmarks.service --case=resnet18_224 --rings=32fast,64fast
+  python -m benchmarks.service --case=lenet28 --rings=32 --batch=8
+  python -m benchmarks.service --case=load --rings=32
 
 A model owner and a clinic, each on a core of its own, serve and ask as institutions would; what is
 timed is a request, from the image to the output, with everything prepared that needs no image.
 "One process" is `mpc.online` on all cores. "No carrier" are the same two programs message by
 message in one process. The benchmark plays the dealer and sees everything; each inference has
 correlations of its own, except in "one process" and "no carrier", which use one set again and
-again only for timing.
+again only for timing. The case "load" is LeNet with many sessions (`service_load`).
 """
 
 import os
@@ -24,7 +26,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import encrypted_inference, encrypted_work, measuring
+from benchmarks import encrypted_inference, encrypted_work, measuring, service_load
 from primia_jax import mpc
 from primia_jax.mpc import apart, planning
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
@@ -37,7 +39,7 @@ _ROOT = flags.DEFINE_string("root", None, "Folder of the roles' folders; given b
 # ---- targets
 _SECONDS = {"lenet28": 0.06}
 _OVER_ONE = {"resnet18_224": {32: 3.5, 64: 2.0}}
-_CLINIC = "clinic"
+_CLINIC, _LOAD = "clinic", "load"
 _PATIENT = Limits(idle=3600.0)  # while the benchmark compiles its own contestants
 
 
@@ -47,7 +49,7 @@ _PATIENT = Limits(idle=3600.0)  # while the benchmark compiles its own contestan
 def model_owner(case: str, root: pathlib.Path) -> None:
   """Publishes, then serves until its input ends."""
   _pin(0)
-  work, plan = encrypted_work.network(case), mpc.read(root / "plan")
+  work, plan = _network(case), mpc.read(root / "plan")
   owner = mpc.ModelOwner(plan, work.args[0])
   _put(root / "tag", lambda path: path.write_text(owner.tag))
   publication = owner.publish(mpc.read(_waited(root / "blind")))
@@ -61,7 +63,7 @@ def model_owner(case: str, root: pathlib.Path) -> None:
 def clinic(case: str, root: pathlib.Path) -> None:
   """Prepares and asks, each for a line of its input; prints the seconds of the request."""
   _pin(1)
-  work, plan = encrypted_work.network(case), mpc.read(root / "plan")
+  work, plan = _network(case), mpc.read(root / "plan")
   publication = mpc.read(_waited(root / "publication"))
   owner, server = mpc.DataOwner(plan, publication), root / "model_owner" / certificates.CERTIFICATE
   name, online = publication.publication, apart.online(plan, DATA_OWNER)
@@ -77,6 +79,10 @@ def clinic(case: str, root: pathlib.Path) -> None:
       got = np.asarray(session.ask(work.args[1]))
       print(time.perf_counter() - start, flush=True)
       np.save(root / "answer.npy", got)
+
+
+def _network(case: str) -> encrypted_work.Work:
+  return encrypted_work.network("lenet28" if case == _LOAD else case, flags.FLAGS.batch)
 
 
 def _pin(core: int) -> None:
@@ -103,18 +109,11 @@ def _waited(path: pathlib.Path, processes=()) -> pathlib.Path:
 
 def run(case: str, ring_name: str, root: pathlib.Path) -> None:
   """One network in one ring: both processes, and one."""
-  work = encrypted_work.network(case)
+  work, plan = _planned(case, ring_name, root)
   rounds = flags.FLAGS.rounds
-  plan = encrypted_inference.make_plan(
-    ring_name, work, planning.calibrate(work.fn, work.owners, [work.args])
-  )
-  for name in ("model_owner", _CLINIC):
-    folders.make(root / name)
-  certificates.create(root / "model_owner", "model-owner")
-  (root / "model_owner" / institutions.CLINICS).mkdir()
+  folders.make(root / _CLINIC)
   own = certificates.create(root / _CLINIC, _CLINIC)
   shutil.copy(own, root / "model_owner" / institutions.CLINICS / f"{_CLINIC}.pem")
-  mpc.write(root / "plan", plan)
   processes = [_start(role, case, root) for role in ("model_owner", "clinic")]
   try:
     dealer = mpc.Dealer(plan, _waited(root / "tag", processes).read_text())
@@ -136,14 +135,21 @@ def run(case: str, ring_name: str, root: pathlib.Path) -> None:
     for process in processes:
       process.kill()
       process.wait()
-  what, bits = f"{case}, {ring_name}", 32 if plan.config.num_bits <= 32 else 64
+  batch = flags.FLAGS.batch
+  what, bits = (
+    f"{case}, {ring_name}" + (f", batch {batch}" if batch > 1 else ""),
+    32 if plan.config.num_bits <= 32 else 64,
+  )
   for name, cost in costs.items():
-    target = _SECONDS.get(case) if name == "two processes" else None
+    target = _SECONDS.get(case) if name == "two processes" and batch == 1 else None
     measuring.report(f"a request, {name}: {what}", cost, unit="s", target=target)
   measuring.report_ratio(
     f"two processes over one: {what}", costs["two processes"], costs["one process"],
     target=_OVER_ONE.get(case, {}).get(bits),
   )  # fmt: skip
+  if batch > 1:
+    rates = [batch / cost.seconds for cost in costs["two processes"]]
+    measuring.say(f"images a second, two processes: {what}", rates, "1/s", None)
   sizes = parties[0].sizes
   measuring.say(f"rounds: {what}", [len(sizes)], "rounds", None)
   measuring.say(f"sent by each party: {what}", [sum(sizes) / 1e6], "MB", None)
@@ -151,6 +157,35 @@ def run(case: str, ring_name: str, root: pathlib.Path) -> None:
     measuring.say(f"bit-equal: {what}", [float(np.array_equal(got, want))], "1", 1, at_least=True)
   else:
     measuring.say(f"largest difference: {what}", [float(np.abs(got - want).max())], "1", None)
+
+
+def load(ring_name: str, root: pathlib.Path) -> None:
+  """Many sessions of LeNet, in a row and at once."""
+  work, plan = _planned(_LOAD, ring_name, root)
+  service_load.admit(root)
+  server = _start("model_owner", _LOAD, root)
+  try:
+    dealer = mpc.Dealer(plan, _waited(root / "tag", [server]).read_text())
+    _put(root / "blind", lambda path: mpc.write(path, dealer.blind()))
+    service_load.deal(dealer, root)
+    port = int(_waited(root / "port", [server]).read_text())
+    what = f"lenet28, {ring_name}"
+    service_load.run(what, plan, work.args[0], work.args[1].shape, root, port, server)
+  finally:
+    server.kill()
+    server.wait()
+
+
+def _planned(case: str, ring_name: str, root: pathlib.Path):
+  """The work and its plan, which is written, and the model owner's folder."""
+  work = _network(case)
+  plan = encrypted_inference.make_plan(
+    ring_name, work, planning.calibrate(work.fn, work.owners, [work.args])
+  )
+  mpc.write(root / "plan", plan)
+  certificates.create(folders.make(root / "model_owner"), "model-owner")
+  (root / "model_owner" / institutions.CLINICS).mkdir()
+  return work, plan
 
 
 def _sides(plan: planning.Plan, work: encrypted_work.Work):
@@ -166,7 +201,10 @@ def _sides(plan: planning.Plan, work: encrypted_work.Work):
 def _start(role: str, case: str, root: pathlib.Path) -> subprocess.Popen:
   command = [sys.executable, "-m", "benchmarks.service", f"--role={role}", f"--root={root}"]
   return subprocess.Popen(
-    [*command, f"--case={case}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    [*command, f"--case={case}", f"--batch={flags.FLAGS.batch}"],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
   )
 
 
@@ -204,7 +242,10 @@ def main(_):
       return
     for ring_name in flags.FLAGS.rings:
       with tempfile.TemporaryDirectory() as root:
-        run(case, ring_name, pathlib.Path(root))
+        if case == _LOAD:
+          load(ring_name, pathlib.Path(root))
+        else:
+          run(case, ring_name, pathlib.Path(root))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ ALONE = {
   "prometheus_client": {"service.monitoring"},
   "pynetdicom": {"clinic.node"},
   "highdicom": {"clinic.reports"},
+  "xxhash": {"service.frames"},
 }
 
 

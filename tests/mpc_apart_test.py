@@ -88,6 +88,8 @@ def test_so_they_have_in_every_ring_and_with_every_comparison(config):
 def test_the_messages_are_those_of_the_plan(plan, both):
   assert both[0].sizes == both[1].sizes == apart.sizes(plan)
   assert sum(both[0].sizes) == sum(row.sent for row in pricing.rows(plan.circuit))
+  assert len(both[0].sizes) == pricing.rounds(plan.circuit)
+  assert "share messages" not in str(plan)
   _, answered, asked = sides(plan)
   for online, side, last in zip(both, (answered, asked), (both[0].sizes[-1], 0), strict=True):
     party = online.start(side)
@@ -102,6 +104,8 @@ def test_openings_that_do_not_wait_for_each_other_share_a_message():
   rows = pricing.rows(plan.circuit)
   sizes = apart.sizes(plan)
   assert (len(sizes), sum(row.rounds for row in rows)) == (15, 19)
+  assert pricing.rounds(plan.circuit) == 15
+  assert "share messages: 15 rounds instead of 19" in str(plan)
   assert sum(sizes) == sum(row.sent for row in rows)
 
 

@@ -166,13 +166,47 @@ def test_a_session_may_idle_for_longer_than_an_inference_may_stall(identities):
 
 def test_a_session_beyond_its_time_ends(identities):
   with (
-    listening(identities, limits=Limits(timeout=5, session=0.5)) as (address, _),
+    listening(identities, limits=Limits(timeout=5, session=0.5)) as (address, ends),
     connected(address, identities) as (send, receive),
   ):
     send(b"first")
     assert receive() == b"clinic-a first"
-    with pytest.raises(SessionEnded):
-      receive()
+    for _ in range(2):  # and it stays so, at once
+      with pytest.raises(SessionEnded):
+        receive()
+  assert [str(error) for _, error in ends] == ["the session took longer than 0.5 s"]
+
+
+def test_a_clinic_that_takes_no_message_is_named_in_time(identities):
+  """It is alive and answers pings, but does not read."""
+
+  def flood(clinic, receive):
+    receive()
+    while True:
+      yield bytes(2**20)
+
+  with (
+    listening(identities, flood, Limits(timeout=1)) as (address, ends),
+    connected(address, identities) as (send, _),
+  ):
+    send(b"hello")
+    start = time.monotonic()
+    while not ends and time.monotonic() - start < 20:
+      time.sleep(0.05)
+  assert [str(error) for _, error in ends] == ["the other side took no message for 1 s"]
+
+
+def test_a_clinic_that_goes_while_it_is_sent_a_message_is_named(identities):
+  def flood(clinic, receive):
+    while True:
+      yield bytes(2**20)
+
+  with (
+    listening(identities, flood) as (address, ends),
+    connected(address, identities, 0.5) as (_, receive),
+  ):
+    receive()
+  assert [type(error) for _, error in ends] == [PeerLost]
 
 
 def test_a_fault_of_the_server_tells_the_clinic_nothing(identities):

@@ -37,7 +37,7 @@ def test_an_honest_clinic_is_served(world, tmp_path):
   assert error is None
   for image, answer in zip([X, X / 2], answers, strict=True):
     np.testing.assert_array_equal(answer, mpc.check(world.plan, (W, image)))
-  sizes = [len(m) - frames.HEADER_BYTES for m in pipe.sent[1] if frames.kind_of(m) == frames.ROUND]
+  sizes = [len(m) - frames.HEADER_BYTES for m in pipe.sent[1] if frames.kind_of(m) in frames.SHARES]
   assert sizes[: len(sizes) // 2] == list(world.online[1].sizes[:-1])
 
 

@@ -10,7 +10,7 @@ from mpc_reference import OWNERS, normal
 from primia_jax import mpc
 from primia_jax.mpc import apart
 from primia_jax.service import folders, sessions
-from primia_jax.service.errors import PeerLate, SessionEnded
+from primia_jax.service.errors import PeerLate, PeerLost, SessionEnded
 
 CLINIC = "clinic-a"
 W, X = normal(0, 6, 5), normal(1, 3, 6)
@@ -53,30 +53,37 @@ def dealt(world, root, count):
 
 
 class Pipe:
-  """Two sides of a session in one process; `change` is what the network does to a message."""
+  """Two sides of a session in one process; `change` is what the network does to a message.
+
+  It gives what the receiver finds in its place: messages, or a SessionEnded that is raised.
+  """
 
   def __init__(self, change=lambda sender, number, message: [message], timeout=20.0):
-    self.queues, self.change, self.timeout = (
-      (queue.SimpleQueue(), queue.SimpleQueue()),
-      change,
-      timeout,
-    )
+    self.queues = queue.SimpleQueue(), queue.SimpleQueue()
+    self.change, self.timeout = change, timeout
     self.sent = ([], [])
 
   def send(self, party, message):
     number = len(self.sent[party])
     self.sent[party].append(message)
-    for v in self.change(party, number, message):
-      self.queues[1 - party].put(v)
+    self.put(1 - party, self.change(party, number, message))
+
+  def put(self, party, found):
+    for v in found:
+      self.queues[party].put(v)
 
   def receive(self, party, idle=False):
     try:
-      return self.queues[party].get(timeout=self.timeout)
+      found = self.queues[party].get(timeout=self.timeout)
     except queue.Empty:
       raise PeerLate("nothing came") from None
+    if isinstance(found, SessionEnded):
+      raise found
+    return found
 
-  def end(self, party):
-    self.queues[1 - party].put(None)
+  def end(self, party, error=None):
+    """As the carrier does: a session that a side left early is lost to the other."""
+    self.put(1 - party, [None if error is None else PeerLost("the connection ended")])
 
 
 def inference(world, folder_of, pipe, images=(X,)):
@@ -92,10 +99,11 @@ def inference(world, folder_of, pipe, images=(X,)):
         pipe.send(0, message)
     except SessionEnded as error:
       ends[0] = error
-    pipe.end(0)
+    pipe.end(0, ends[0])
 
   thread = threading.Thread(target=serve, daemon=True)
   thread.start()
+  error = None
   try:
     asking = sessions.Asking(
       world.data_owner, world.online[1], world.publication.publication,
@@ -106,9 +114,9 @@ def inference(world, folder_of, pipe, images=(X,)):
       asking.prepare(folders.take(folder_of[1], folders.unused(folder_of[1])[0]))
       answers.append(asking.ask(image))
     ends[1] = answers
-  except SessionEnded as error:
-    ends[1] = error
-  pipe.end(1)
+  except SessionEnded as e:
+    ends[1] = error = e
+  pipe.end(1, error)
   thread.join(60)
   assert not thread.is_alive()
   return ends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,6 +12,7 @@ import jax
 
 from primia_jax.mpc import protocol, tags
 from primia_jax.mpc.circuit import CHECKED, TRUSTED, Apply, Circuit, Linear, Open, Product, Value
+from primia_jax.mpc.fusing import read
 from primia_jax.mpc.gates.elementwise import COMPARISONS, RELU
 from primia_jax.mpc.sharing import MODEL_OWNER
 
@@ -27,7 +29,7 @@ class Row(NamedTuple):
     shift: bits that a gate truncates.
     dealt: bytes that party 1 receives from the dealer, with its tags where it is checked.
     sent: bytes that each party sends to the other.
-    rounds: of communication.
+    rounds: of communication; `rounds` says how many all steps take together.
   """
 
   operation: int
@@ -101,6 +103,21 @@ def rows(circuit: Circuit) -> list[Row]:
 
 
 @_scoped
+def rounds(circuit: Circuit) -> int:
+  """Rounds of a whole inference: messages that do not wait for each other are sent as one.
+
+  It is the longest chain of messages that do, the output's among them, and so the number of
+  `apart.sizes` and at most the sum of the rows' rounds.
+  """
+  own = Counter(message.operation for message in protocol.messages(circuit))
+  depth: dict[int, int] = {}  # by number of a value, the rounds until it is there
+  for number, op in enumerate(circuit.operations):
+    depth[op.out] = own[number] + max((depth[i] for i in read(op)), default=0)
+  secrets = [v.number for v in circuit.outputs if isinstance(v, Value)]
+  return max((depth[i] + 1 for i in secrets), default=0)
+
+
+@_scoped
 def ready_shapes(circuit: Circuit) -> protocol.Ready:
   """Shapes and dtypes of what a party holds of the correlations during the online phase."""
   dealt = protocol.dealt_shapes(circuit)
@@ -135,7 +152,10 @@ def published_bytes(circuit: Circuit) -> int:
 
 
 def table(circuit: Circuit, steps: Sequence[Row] | None = None) -> str:
-  """The plan as text: a line for every step (default `rows(circuit)`), and the totals."""
+  """The plan as text: a line for every step (default `rows(circuit)`), and the totals.
+
+  The total of rounds is `rounds(circuit)`.
+  """
   steps = rows(circuit) if steps is None else steps
   config = circuit.config
   lines = [
@@ -150,12 +170,17 @@ def table(circuit: Circuit, steps: Sequence[Row] | None = None) -> str:
       f"{i:>4} {_shorten(row.layer, 28):<28} {row.what:<9} {shape:<20} {bits:>6} {cut:>4} "
       f"{bytes_text(row.dealt):>10} {bytes_text(row.sent):>10} {row.rounds:>6}"
     )
-  dealt, sent, rounds = (
+  dealt, sent, apart = (
     sum(getattr(row, name) for row in steps) for name in ("dealt", "sent", "rounds")
   )
+  together = rounds(circuit)
   lines.append(
-    f"{'':>4} {'total':<71} {'':>4} {bytes_text(dealt):>10} {bytes_text(sent):>10} {rounds:>6}"
+    f"{'':>4} {'total':<71} {'':>4} {bytes_text(dealt):>10} {bytes_text(sent):>10} {together:>6}"
   )
+  if together < apart:
+    lines.append(
+      f"steps that do not wait for each other share messages: {together} rounds instead of {apart}"
+    )
   exact = "exact" if config.exact else "within one unit"
   also = "" if COMPARISONS[config.comparison].seed_only else " and the correction words"
   lines.append(
@@ -171,7 +196,7 @@ def table(circuit: Circuit, steps: Sequence[Row] | None = None) -> str:
       f"({LAN.seconds(0, tagged):.2f} s at 1 Gb/s), {online} B and 2 rounds online"
     )
   for name, network in (("LAN 1 Gb/s, 0.5 ms", LAN), ("WAN 100 Mb/s, 40 ms", WAN)):
-    lines.append(f"{name}: {network.seconds(rounds, sent):.2f} s of communication")
+    lines.append(f"{name}: {network.seconds(together, sent):.2f} s of communication")
   return "\n".join(lines)
 
 

@@ -50,7 +50,8 @@ class Limits(NamedTuple):
   """What a connection may take.
 
   Attributes:
-    timeout: seconds to wait for the other side's next message within an inference.
+    timeout: seconds to wait for the other side's next message within an inference, and for it to
+      take one.
     idle: seconds to wait for the next inference.
     sessions: at once; a server turns further ones away.
     session: seconds that one session may last.
@@ -91,22 +92,26 @@ def listen(
     (peer,) = context.auth_context()["x509_pem_cert"]
     clinic = known.get(certificates.fingerprint(peer), "")
     inbox = _Inbox(messages, context.cancel, limits, _END, stopping)
-    end = threading.Timer(limits.session, context.cancel)
-    end.daemon = True
-    end.start()
+    watch = _Watch(context.cancel, limits)
     try:
       if not clinic:
         raise Refused("this certificate is not known here")
       certificates.check_valid(peer)
-      yield from session(clinic, inbox.receive)
+      for message in session(clinic, inbox.receive):
+        watch.sending_since = time.monotonic()
+        yield message
+        watch.sending_since = None
+    except GeneratorExit:  # gRPC could not send the message
+      ended(clinic, watch.late or PeerLost("the connection ended"))
+      raise
     except SessionEnded as error:
-      ended(clinic, error)
+      ended(clinic, watch.late or error)
       context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{type(error).__name__}: {error}")
     except Exception:  # its text might tell a secret
       ended(clinic, SessionEnded("a fault of this side"))
       context.abort(grpc.StatusCode.INTERNAL, "a fault of the other side")
     finally:
-      end.cancel()
+      watch.close()
       inbox.close()
 
   credentials = grpc.ssl_server_credentials(
@@ -167,6 +172,37 @@ def connect(
       call.cancel()
 
 
+class _Watch:
+  """Cancels a server's session that lasts too long, or whose client does not take a message.
+
+  Attributes:
+    sending_since: when the message began that is being sent; None if none is.
+    late: why it cancelled the session.
+  """
+
+  def __init__(self, cancel: Callable[[], Any], limits: Limits):
+    self.sending_since: float | None = None
+    self.late: PeerLate | None = None
+    self._cancel, self._limits, self._over = cancel, limits, threading.Event()
+    threading.Thread(target=self._run, daemon=True).start()
+
+  def close(self) -> None:
+    """Watches no longer."""
+    self._over.set()
+
+  def _run(self) -> None:
+    limits, start = self._limits, time.monotonic()
+    while not self._over.wait(min(limits.timeout, limits.session) / 8):
+      now, since = time.monotonic(), self.sending_since
+      if now - start > limits.session:
+        self.late = PeerLate(f"the session took longer than {limits.session} s")
+      elif since is not None and now - since > limits.timeout:
+        self.late = PeerLate(f"the other side took no message for {limits.timeout} s")
+      if self.late:
+        self._cancel()
+        return
+
+
 class _Inbox:
   """Waits for messages of a stream, but not for ever."""
 
@@ -182,10 +218,11 @@ class _Inbox:
     self._cancel, self._limits, self._last = cancel, limits, last
     self._stopping = stopping
     self._closed, self._over = threading.Event(), threading.Event()
+    self._end: list[SessionEnded | None] = []  # once it has come
     threading.Thread(target=self._pump, args=(messages,), daemon=True).start()
 
   def receive(self, idle: bool = False) -> bytes | None:
-    """The next message, or None at the end of the stream.
+    """The next message, or None at the end of the stream; after the end, the same again.
 
     Raises:
       PeerLate: nothing came in time.
@@ -193,14 +230,18 @@ class _Inbox:
       Refused: the other side says why it ended the session.
     """
     seconds = self._limits.idle if idle else self._limits.timeout
-    try:
-      found = self._next(seconds, self._stopping if idle else None)
-    except queue.Empty:
-      self._cancel()
-      raise PeerLate(f"the other side sent nothing for {seconds} s") from None
-    if isinstance(found, SessionEnded):
-      raise found
-    return found
+    if not self._end:
+      try:
+        found = self._next(seconds, self._stopping if idle else None)
+      except queue.Empty:
+        self._cancel()
+        found = PeerLate(f"the other side sent nothing for {seconds} s")
+      if isinstance(found, bytes):
+        return found
+      self._end.append(found)
+    if self._end[0] is not None:
+      raise self._end[0]
+    return None
 
   def _next(self, seconds: float, stopping: threading.Event | None) -> Any:
     end = time.monotonic() + seconds

@@ -7,16 +7,21 @@
 | PREPARE | data owner | the number of an inference, 32 bytes |
 | READY | model owner | nothing |
 | QUESTION | data owner | D = x - B' of the operands that need it, mostly nothing |
-| ROUND | both | shares of masked values |
+| SHARES_0 | model owner | its shares of masked values, in each round |
+| SHARES_1 | data owner | the same |
 | OUTPUT | model owner | its shares of the outputs |
-| SHARE | client, to each of two servers | the plan's SHA-256, and shares of its image |
+| REQUEST | client, to each of two servers | the plan's SHA-256, and shares of its image |
 | RESULT | each of them | its shares of the outputs |
 
 Where a client only shares its image (`sharing`), the helper is the data owner of a session. Its
 QUESTION is the number of the client's request, and OUTPUT is empty.
 
 A message is decoded for the place at which it is expected. Anything else is `Malformed`: another
-kind, session, round or length.
+kind, session, number or length, or a message that is not as it was encoded. Each side numbers what
+it sends through the whole session, so no message stands for another, not for one of an earlier
+inference and not for the other side's of the same round. The checksum is no protection against a
+peer that means harm, which TLS keeps out or which is the other party. It finds what went wrong
+between a party and TLS: any flipped bit, and other damage but for a chance of 2^-64.
 """
 
 from __future__ import annotations
@@ -24,28 +29,36 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+try:
+  import xxhash
+except ImportError as e:
+  raise ImportError("the service needs xxhash: pip install 'primia-jax[service]'") from e
+
 from primia_jax.service.errors import Malformed
 
-HELLO, WELCOME, PREPARE, READY, QUESTION, ROUND, OUTPUT, SHARE, RESULT = range(1, 10)
+HELLO, WELCOME, PREPARE, READY, QUESTION, SHARES_0, SHARES_1, OUTPUT, REQUEST, RESULT = range(1, 11)
 NAMES = {
   HELLO: "HELLO", WELCOME: "WELCOME", PREPARE: "PREPARE", READY: "READY", QUESTION: "QUESTION",
-  ROUND: "ROUND", OUTPUT: "OUTPUT", SHARE: "SHARE", RESULT: "RESULT",
+  SHARES_0: "SHARES_0", SHARES_1: "SHARES_1", OUTPUT: "OUTPUT", REQUEST: "REQUEST",
+  RESULT: "RESULT",
 }  # fmt: skip
-VERSION = 2  # of the frames; 1 had numbers of 16 bytes
+SHARES = (SHARES_0, SHARES_1)  # by party
+VERSION = 2
 SESSION_BYTES, INFERENCE_BYTES = 16, 32
 NO_SESSION = bytes(SESSION_BYTES)
 _MAGIC = b"PMIS"
-_HEADER = struct.Struct("<4sBB16sIQ")  # magic, version, kind, session, round, bytes of the payload
-HEADER_BYTES = _HEADER.size
+_HEADER = struct.Struct("<4sBB16sIQ")  # magic, version, kind, session, number, bytes of the payload
+_CHECKSUM = struct.Struct("<Q")  # of header and payload, which it stands between
+HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _TERMS = struct.Struct("<B32s32s32s16s")
 
 
 class Place(NamedTuple):
-  """Where in a session a message stands."""
+  """Where in a session a message stands: what it is, and the how manyeth from its sender."""
 
   kind: int
   session: bytes
-  round: int = 0
+  number: int = 0
 
 
 class Terms(NamedTuple):
@@ -68,8 +81,8 @@ class Terms(NamedTuple):
 
 def encode(place: Place, payload: bytes = b"") -> bytes:
   """A message."""
-  header = _HEADER.pack(_MAGIC, VERSION, place.kind, place.session, place.round, len(payload))
-  return b"".join([header, payload])
+  header = _HEADER.pack(_MAGIC, VERSION, place.kind, place.session, place.number, len(payload))
+  return b"".join([header, checksum(header, payload), payload])
 
 
 def decode(message: bytes, place: Place, num_bytes: int) -> memoryview:
@@ -83,7 +96,8 @@ def decode(message: bytes, place: Place, num_bytes: int) -> memoryview:
   view, name = memoryview(message), NAMES[place.kind]
   if len(view) < HEADER_BYTES:
     raise Malformed(f"a message of {len(view)} bytes is shorter than a header; expected {name}")
-  magic, version, kind, session, number, count = _HEADER.unpack_from(view)
+  header, payload = view[: _HEADER.size], view[HEADER_BYTES:]
+  magic, version, kind, session, number, count = _HEADER.unpack(header)
   if magic != _MAGIC:
     raise Malformed(f"no message of this protocol where {name} was expected")
   if version != VERSION:
@@ -92,14 +106,43 @@ def decode(message: bytes, place: Place, num_bytes: int) -> memoryview:
     raise Malformed(f"{NAMES.get(kind, f'kind {kind}')} where {name} was expected")
   if session != place.session and kind != WELCOME:
     raise Malformed(f"{name} of another session")
-  if number != place.round:
-    raise Malformed(f"{name} of round {number} where round {place.round} was expected")
-  if not count == num_bytes == len(view) - HEADER_BYTES:
+  if number != place.number:
+    raise Malformed(f"message {number} where message {place.number}, {name}, was expected")
+  if not count == num_bytes == len(payload):
     raise Malformed(
-      f"{name} names {count} bytes and has {len(view) - HEADER_BYTES}, where {num_bytes} were "
-      "expected"
+      f"{name} names {count} bytes and has {len(payload)}, where {num_bytes} were expected"
     )
-  return view[HEADER_BYTES:]
+  if view[_HEADER.size : HEADER_BYTES] != checksum(header, payload):
+    raise Malformed(f"{name} is not as it was sent: its checksum is wrong")
+  return payload
+
+
+def checksum(header: bytes | memoryview, payload: bytes | memoryview) -> bytes:
+  """XXH3 of a message without its checksum, 8 bytes."""
+  found = xxhash.xxh3_64(header)
+  found.update(payload)
+  return _CHECKSUM.pack(found.intdigest())
+
+
+class Numbered:
+  """Encodes what one side sends, and decodes what it receives, in the order of a session.
+
+  Args:
+    session: which one; a side sets it once it knows it.
+  """
+
+  def __init__(self, session: bytes = NO_SESSION):
+    self.session, self._sent, self._received = session, 0, 0
+
+  def encode(self, kind: int, payload: bytes = b"") -> bytes:
+    """The next message that this side sends."""
+    self._sent += 1
+    return encode(Place(kind, self.session, self._sent - 1), payload)
+
+  def decode(self, message: bytes, kind: int, num_bytes: int) -> memoryview:
+    """The payload of the next message that the other side sends; raises as `decode` does."""
+    self._received += 1
+    return decode(message, Place(kind, self.session, self._received - 1), num_bytes)
 
 
 def kind_of(message: bytes) -> int:

@@ -40,7 +40,7 @@ from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.service import certificates, channel, folders, frames, sessions, sharing
 from primia_jax.service.channel import Limits, Receive
 from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded
-from primia_jax.service.frames import Place
+from primia_jax.service.frames import Numbered, Place
 from primia_jax.service.institutions import CLINICS
 
 HELPER = "helper"
@@ -121,7 +121,7 @@ def serve_client(
   message = sessions.some(receive())
   request = frames.session_of(message) if len(message) >= frames.HEADER_BYTES else b""
   size = sharing.PLAN_BYTES + helping.share_bytes(plan)
-  payload = frames.decode(message, Place(frames.SHARE, request), size)
+  payload = frames.decode(message, Place(frames.REQUEST, request), size)
   if payload[: sharing.PLAN_BYTES] != bytes.fromhex(plan.digest):
     raise Refused("the client's card is of another plan; take the model owner's present one")
   shares = helping.parsed(plan, payload[sharing.PLAN_BYTES :])
@@ -141,31 +141,27 @@ def serve_helper(
   Raises:
     SessionEnded: whatever ends it early.
   """
-  own = sessions.terms(owner.plan, online, publication)
-  hello = Place(frames.HELLO, frames.NO_SESSION)
-  theirs = frames.decode(sessions.some(receive()), hello, frames.TERMS_BYTES)
-  sessions.agree(own, frames.decode_terms(theirs))
-  session = os.urandom(frames.SESSION_BYTES)
-  yield frames.encode(Place(frames.WELCOME, session), frames.encode_terms(own))
-  message, place = sessions.some(receive()), Place(frames.PREPARE, session)
-  correlations = take(frames.decode(message, place, frames.INFERENCE_BYTES).hex())
+  own, frame = sessions.terms(owner.plan, online, publication), Numbered()
+  next_of = lambda kind, size: frame.decode(sessions.some(receive()), kind, size)
+  sessions.agree(own, frames.decode_terms(next_of(frames.HELLO, frames.TERMS_BYTES)))
+  frame.session = os.urandom(frames.SESSION_BYTES)
+  yield frame.encode(frames.WELCOME, frames.encode_terms(own))
+  correlations = take(next_of(frames.PREPARE, frames.INFERENCE_BYTES).hex())
   prepared = sessions.prepared_by(owner, correlations)
-  yield frames.encode(Place(frames.READY, session))
-  message, place = sessions.some(receive()), Place(frames.QUESTION, session)
-  request = bytes(frames.decode(message, place, REQUEST_BYTES))
+  yield frame.encode(frames.READY)
+  request = bytes(next_of(frames.QUESTION, REQUEST_BYTES))
   with desk.taken(request) as (shares, answer):
     question = Question(correlations.inference, {})
     party = online.start(owner.answer(prepared, question, shares))
     payload = next(party)
-    for i, size in enumerate(online.sizes):
-      place = Place(frames.ROUND, session, i)
-      yield frames.encode(place, payload)
-      theirs = frames.decode(sessions.some(receive()), place, size)
+    for size in online.sizes:
+      yield frame.encode(frames.SHARES_0, payload)
+      theirs = next_of(frames.SHARES_1, size)
       try:
         payload = party.send(theirs)
       except StopIteration as end:
         answer(helping.packed(end.value))
-  yield frames.encode(Place(frames.OUTPUT, session))
+  yield frame.encode(frames.OUTPUT)
 
 
 def assist(
@@ -183,28 +179,27 @@ def assist(
   Raises:
     SessionEnded: there is no answer.
   """
-  own = sessions.terms(helper.plan, online, publication)
-  send(frames.encode(Place(frames.HELLO, frames.NO_SESSION), frames.encode_terms(own)))
-  welcome, place = sessions.some(receive()), Place(frames.WELCOME, frames.NO_SESSION)
-  theirs = frames.decode_terms(frames.decode(welcome, place, frames.TERMS_BYTES))
-  sessions.agree(own, theirs)
-  session = frames.session_of(welcome)
-  number = bytes.fromhex(correlations.inference)
-  send(frames.encode(Place(frames.PREPARE, session), number))
+  own, frame = sessions.terms(helper.plan, online, publication), Numbered()
+  send(frame.encode(frames.HELLO, frames.encode_terms(own)))
+  welcome = sessions.some(receive())
+  theirs = frame.decode(welcome, frames.WELCOME, frames.TERMS_BYTES)
+  sessions.agree(own, frames.decode_terms(theirs))
+  frame.session = frames.session_of(welcome)
+  next_of = lambda kind, size: frame.decode(sessions.some(receive()), kind, size)
+  send(frame.encode(frames.PREPARE, bytes.fromhex(correlations.inference)))
   prepared = sessions.prepared_by(helper, correlations)
-  frames.decode(sessions.some(receive()), Place(frames.READY, session), 0)
-  send(frames.encode(Place(frames.QUESTION, session), request))
+  next_of(frames.READY, 0)
+  send(frame.encode(frames.QUESTION, request))
   party, found = online.start(helper.assist(prepared, shares)), None
   payload = next(party)
-  for i, size in enumerate(online.sizes):
-    place = Place(frames.ROUND, session, i)
-    send(frames.encode(place, payload))
-    message = frames.decode(sessions.some(receive()), place, size)
+  for size in online.sizes:
+    send(frame.encode(frames.SHARES_1, payload))
+    message = next_of(frames.SHARES_0, size)
     try:
       payload = party.send(message)
     except StopIteration as end:
       found = helping.packed(end.value)
-  frames.decode(sessions.some(receive()), Place(frames.OUTPUT, session), 0)
+  next_of(frames.OUTPUT, 0)
   assert found is not None, "the protocol has more messages than its plan"
   return found
 

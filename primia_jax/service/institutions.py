@@ -193,7 +193,7 @@ class Clinic:
   """A data owner's open session with a model owner's server: `ask`, any number of times."""
 
   def __init__(self, folder: pathlib.Path, session: sessions.Asking):
-    self._folder, self._session, self._ready = folder, session, False
+    self._folder, self._session = folder, session
 
   def prepare(self) -> None:
     """Takes the next correlations, and does the work for one inference that needs no image.
@@ -202,19 +202,17 @@ class Clinic:
       SessionEnded: as `ask`.
       LookupError: there are no unused correlations; the dealer must deal more.
     """
-    if self._ready:
+    if self._session.is_prepared:
       return
     found = folders.unused(self._folder)
     if not found:
       raise LookupError(f"{self._folder} has no unused correlations; have the dealer deal more")
     correlations: Correlations = folders.take(self._folder, found[0])
     self._session.prepare(correlations)
-    self._ready = True
 
   def ask(self, *images: PyTree) -> PyTree:
     """fn's outputs for these images, which nobody else learns; raises as `Asking.ask` does."""
     self.prepare()
-    self._ready = False
     return self._session.ask(*images)
 
 

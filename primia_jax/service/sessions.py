@@ -7,6 +7,7 @@ prepare, the data owner asks, and the parties exchange the rounds of `mpc.apart`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -18,14 +19,14 @@ import numpy as np
 from primia_jax.mpc.apart import Online
 from primia_jax.mpc.checks import Deviated
 from primia_jax.mpc.helping import Helper
-from primia_jax.mpc.messages import Correlations, Prepared, Question
+from primia_jax.mpc.messages import Correlations, Prepared, Question, Side
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER
 from primia_jax.service import frames
 from primia_jax.service.errors import PeerLost, Refused, SessionEnded
-from primia_jax.service.frames import Place, Terms
-from primia_jax.types import PyTree
+from primia_jax.service.frames import Numbered, Place, Terms
+from primia_jax.types import Array, PyTree
 
 Send = Callable[[bytes], None]
 Receive = Callable[..., bytes | None]  # (idle) -> None: the other side has ended the session
@@ -90,34 +91,32 @@ def serve(
   Raises:
     SessionEnded: whatever ends it early.
   """
-  own = terms(owner.plan, online, publication)
-  hello = frames.decode(some(receive()), Place(frames.HELLO, frames.NO_SESSION), frames.TERMS_BYTES)
+  own, frame = terms(owner.plan, online, publication), Numbered()
+  hello = frame.decode(some(receive()), frames.HELLO, frames.TERMS_BYTES)
   agree(own, frames.decode_terms(hello))
-  session = os.urandom(frames.SESSION_BYTES)
-  yield frames.encode(Place(frames.WELCOME, session), frames.encode_terms(own))
+  frame.session = os.urandom(frames.SESSION_BYTES)
+  yield frame.encode(frames.WELCOME, frames.encode_terms(own))
   while (message := receive(idle=True)) is not None:
-    number = frames.decode(message, Place(frames.PREPARE, session), frames.INFERENCE_BYTES)
+    number = frame.decode(message, frames.PREPARE, frames.INFERENCE_BYTES)
     correlations = take(number.hex())
     if correlations.inference != number.hex():
       raise Refused("the correlations of this inference are filed under another number")
     prepared = prepared_by(owner, correlations)
-    yield frames.encode(Place(frames.READY, session))
+    yield frame.encode(frames.READY)
     if (message := receive(idle=True)) is None:
       return
-    place = Place(frames.QUESTION, session)
-    asked = frames.decode(message, place, question_bytes(owner.plan))
+    asked = frame.decode(message, frames.QUESTION, question_bytes(owner.plan))
     question = Question(correlations.inference, _arrays(owner.plan, asked))
     party = online.start(owner.answer(prepared, question))
     payload = next(party)
-    for i, size in enumerate(online.sizes[:-1]):
-      place = Place(frames.ROUND, session, i)
-      yield frames.encode(place, payload)
-      theirs = frames.decode(some(receive()), place, size)
+    for size in online.sizes[:-1]:
+      yield frame.encode(frames.SHARES_0, payload)
+      theirs = frame.decode(some(receive()), frames.SHARES_1, size)
       try:
         payload = party.send(theirs)
       except Deviated as error:
         raise Refused(str(error)) from error
-    yield frames.encode(Place(frames.OUTPUT, session), payload)
+    yield frame.encode(frames.OUTPUT, payload)
 
 
 class Asking:
@@ -130,7 +129,8 @@ class Asking:
     send, receive: the carrier.
 
   Raises:
-    SessionEnded: the sides do not agree, or the other side has gone.
+    SessionEnded: the sides do not agree, or the other side has gone. What ended a session once is
+      raised again whenever it is used, before anything more is used up.
   """
 
   def __init__(
@@ -138,46 +138,70 @@ class Asking:
   ):
     self._owner, self._online, self._send, self._receive = owner, online, send, receive
     self._prepared: Prepared | None = None
-    own = terms(owner.plan, online, publication)
-    send(frames.encode(Place(frames.HELLO, frames.NO_SESSION), frames.encode_terms(own)))
+    self._end: SessionEnded | None = None
+    own, self._frame = terms(owner.plan, online, publication), Numbered()
+    send(self._frame.encode(frames.HELLO, frames.encode_terms(own)))
     welcome = some(receive())
-    place = Place(frames.WELCOME, frames.NO_SESSION)
-    agree(own, frames.decode_terms(frames.decode(welcome, place, frames.TERMS_BYTES)))
-    self._session = frames.session_of(welcome)
+    other = self._frame.decode(welcome, frames.WELCOME, frames.TERMS_BYTES)
+    agree(own, frames.decode_terms(other))
+    self._frame.session = frames.session_of(welcome)
+
+  @property
+  def is_prepared(self) -> bool:
+    """Whether it can ask now; raises SessionEnded if the session is over."""
+    if self._end is not None:
+      raise type(self._end)(f"this session is over: {self._end}")
+    return self._prepared is not None
 
   def prepare(self, correlations: Correlations) -> None:
     """Both sides' work for one inference that needs no image. The correlations are then used."""
-    number = bytes.fromhex(correlations.inference)
-    self._send(frames.encode(Place(frames.PREPARE, self._session), number))
-    self._prepared = prepared_by(self._owner, correlations)
-    frames.decode(some(self._receive()), Place(frames.READY, self._session), 0)
+    if self.is_prepared:
+      raise ValueError("an inference is prepared already; ask first")
+    with self._remembered():
+      number = bytes.fromhex(correlations.inference)
+      self._send(self._frame.encode(frames.PREPARE, number))
+      prepared = prepared_by(self._owner, correlations)
+      self._frame.decode(some(self._receive()), frames.READY, 0)
+      self._prepared = prepared
 
   def ask(self, *images: PyTree) -> PyTree:
     """fn's outputs for these images, which nobody else learns.
 
     Raises:
-      ValueError: an image does not fit the plan, or `prepare` was not called before.
+      ValueError: an image does not fit the plan, and what is prepared still serves; or `prepare`
+        was not called before.
       SessionEnded: there is no answer; ask again in a new session, with new correlations.
     """
-    if self._prepared is None:
+    if not self.is_prepared or self._prepared is None:
       raise ValueError("nothing is prepared; call prepare with unused correlations first")
-    prepared, self._prepared = self._prepared, None
-    side, question = self._owner.ask(prepared, *images)
+    side, question = self._owner.ask(self._prepared, *images)
+    self._prepared = None
+    with self._remembered():
+      return self._owner.reveal(self._shares(side, question))
+
+  def _shares(self, side: Side, question: Question) -> list[Array]:
+    frame, sizes = self._frame, self._online.sizes
     payload = b"".join(np.asarray(v).tobytes() for _, v in sorted(question.arrays.items()))
-    self._send(frames.encode(Place(frames.QUESTION, self._session), payload))
+    self._send(frame.encode(frames.QUESTION, payload))
     party = self._online.start(side)
     payload = next(party)
-    for i, size in enumerate(self._online.sizes[:-1]):
-      place = Place(frames.ROUND, self._session, i)
-      self._send(frames.encode(place, payload))
-      payload = party.send(frames.decode(some(self._receive()), place, size))
-    place = Place(frames.OUTPUT, self._session)
-    last = frames.decode(some(self._receive()), place, self._online.sizes[-1])
+    for size in sizes[:-1]:
+      self._send(frame.encode(frames.SHARES_1, payload))
+      payload = party.send(frame.decode(some(self._receive()), frames.SHARES_0, size))
+    last = frame.decode(some(self._receive()), frames.OUTPUT, sizes[-1])
     try:
       party.send(last)
     except StopIteration as end:
-      return self._owner.reveal(end.value)
+      return end.value
     raise AssertionError("the protocol has more messages than its plan")
+
+  @contextlib.contextmanager
+  def _remembered(self) -> Iterator[None]:
+    try:
+      yield
+    except SessionEnded as error:
+      self._end = error
+      raise
 
 
 def question_bytes(plan: Plan) -> int:

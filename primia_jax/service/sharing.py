@@ -152,7 +152,7 @@ def exchange(
   with contextlib.ExitStack() as stack:
     calls = [stack.enter_context(_call(s, key, certificate, timeout)) for s in servers]
     for (outbox, _), share in zip(calls, both, strict=True):
-      outbox.put(frames.encode(Place(frames.SHARE, request), plan + share))
+      outbox.put(frames.encode(Place(frames.REQUEST, request), plan + share))
     found = []
     for outbox, answers in calls:
       message = _received(answers)
