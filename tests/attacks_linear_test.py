@@ -122,6 +122,7 @@ def test_class_contrasts_come_out_of_a_step_from_zero():
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.optimised  # 150 steps take longer than to compile one
 @jax.numpy_dtype_promotion("standard")  # optax's Adam raises a float to an int32 power
 def test_an_image_comes_back_from_its_scattering_features():
   config = models.ModelConfig("scatter_linear", CLASSES, (16, 16, 1))

@@ -27,9 +27,11 @@ _QUICK = "--xla_cpu_use_fusion_emitters=false"
 # share, roundings, compiled text and memory), compile as users do. The variable above wins where
 # it is set.
 _UNOPTIMISED_FILES = (
-  "attacks_", "boundary_", "conv_", "depthwise_", "experiments_", "metrics_", "models_", "mpc_",
-  "privacy_bookkeeping_", "privacy_clipping_", "privacy_plan_", "privacy_training_", "readme_",
-  "report_", "scattering_", "site_privacy_",
+  "attacks_", "boundary_", "clinic_", "conv_", "depthwise_", "evaluation_", "experiments_",
+  "metrics_", "models_", "mpc_", "privacy_adaptive_", "privacy_bookkeeping_", "privacy_clipping_",
+  "privacy_distributed_", "privacy_noise_", "privacy_plan_", "privacy_sampling_",
+  "privacy_strategies_", "privacy_training_", "readme_", "report_", "scattering_",
+  "segmentation_", "service_", "site_privacy_",
 )  # fmt: skip
 
 
@@ -46,9 +48,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
   """Shares compiled programs between the tests and processes of one run, and with no other run."""
   config.chooses = _UNOPTIMISED not in os.environ
-  flags = os.environ.get("XLA_FLAGS", "")
-  if config.chooses and config.option.compiled == "quickly" and _QUICK not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} {_QUICK}".strip()
+  if config.chooses and config.option.compiled == "quickly":
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags.replace(_QUICK, '')} {_QUICK}".strip()
+    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # lowers a quarter faster
+    jax.config.update("jax_traceback_in_locations_limit", 0)
   if not os.environ.get(_CACHE):
     config.own_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix="primia_jax_xla_")
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

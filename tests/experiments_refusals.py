@@ -407,22 +407,23 @@ QUICKSTART = """
 """
 
 ACCOUNT = """
---num_units=0                               | num_units | 0 | at least 1
+--num_units=0                               | num_units | 0 | largest site's examples | at least 1
 --num_units=-1                              | --num_units | -1 | integer
 --num_units=many                            | --num_units | many | integer
 --smallest_units=200                        | smallest_units | 200 | num_units=100
 --num_classes=1                             | --num_classes | 1 | integer
 --dp=none                                   | dp | none | dp=example
+--dp=none --target_epsilon=0                | dp=none | protects nobody | dp=example
 --dp=all                                    | dp | all | patient
---target_epsilon=0                          | dp=example | target_epsilon | noise_multiplier
+--target_epsilon=0                          | dp=example | noise_multiplier | nothing is private
 --target_epsilon=-1                         | target_epsilon | -1 | negative
---delta=0.5                                 | delta | 0.5 | between
+--delta=0.5                                 | delta | 0.5 | between | publish somebody whole
 --delta=-1                                  | delta | -1 | negative
 --noise_multiplier=inf                      | noise_multiplier | inf | finite
 --noise_multiplier=0.01 --target_epsilon=0.001 | target_epsilon | 0.001 | raise
 --rounds=0                                  | rounds | 0 | positive
 --batch_size=0                              | batch_size | 0 | positive
---dp=site --noclass_weights --weighting=uniform | num_units | 100 | num_sites
+--dp=site --noclass_weights --weighting=uniform | num_units | 100 | counts sites | num_sites
 --dp=site                                   | class_weights | dp=site | --noclass_weights
 --norm=batch                                | norm | batch | group
 --model=transformer                         | model | transformer | cnn
@@ -441,6 +442,7 @@ LEDGERS = """
 --ledger_dir={missing}                      | ledger_dir | {missing} | check
 --ledger_dir={folder}                       | ledger_dir | {folder} | check
 --ledger_dir={folder} --rounds=3            | ledger_dir | rounds | leave out
+--ledger_dir={folder} --num_units=9 --dp=patient | leave out dp, num_units, or leave out ledger_dir
 --ledger_dir={folder} --delta=1             | delta | 1 | (0, 1)
 --ledger_dir={torn}                         | {torn} | ledger | backup
 """
