@@ -220,7 +220,7 @@ def test_another_plan_is_refused(world, network):
 
 def test_shares_of_another_length_are_refused(world, network):
   both = tuple(v[4:] for v in sharing.shares(world.card, [IMAGES[0]]))
-  with pytest.raises(Refused, match="SHARE names"):
+  with pytest.raises(Refused, match="REQUEST names"):
     sharing.exchange(world.card, both, servers_of(network), *identity(network, "clinic"))
 
 

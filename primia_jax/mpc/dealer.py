@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from primia_jax.mpc import committing, protocol, tags
+from primia_jax.mpc import committing, inference, protocol, tags
 from primia_jax.mpc.circuit import CHECKED
 from primia_jax.mpc.committing import Committed
 from primia_jax.mpc.messages import Blind, Correlations
@@ -120,9 +120,5 @@ def _committed(name: str, seed: bytes, parts: tuple[Any, Any]) -> tuple[str, Com
 
 def checked(plan: Plan) -> Plan:
   """The plan, if roles can hold all that it needs; else raises ValueError."""
-  if None in plan.owners:
-    raise ValueError(
-      'the plan has arguments of the owner "shared", which no role holds; use `secret`, or '
-      "name an owner"
-    )
+  inference.check_owners(plan)
   return plan
