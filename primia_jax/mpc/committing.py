@@ -45,11 +45,19 @@ def commitment(publication: str, seed: bytes) -> str:
 def digest(part: Any) -> str:
   """Of one party's part: a tree of arrays."""
   found = hashlib.sha256(b"primia_jax part\n")
-  for number, leaf in enumerate(jax.tree.leaves(part)):  # a file forgets names of fields
+  for path, leaf in jax.tree_util.tree_flatten_with_path(_plain(part))[0]:
     array = np.ascontiguousarray(leaf)
-    found.update(f"{number} {array.dtype.str} {array.shape}\n".encode())
+    name = f"{jax.tree_util.keystr(path)} {array.dtype.str} {array.shape}\n"
+    found.update(name.encode())
     found.update(array.data if array.size else b"")
   return found.hexdigest()
+
+
+def _plain(v: Any) -> Any:
+  """The same tree without names of fields, which a file forgets."""
+  if isinstance(v, dict):
+    return {key: _plain(x) for key, x in v.items()}
+  return tuple(map(_plain, v)) if isinstance(v, tuple) else v
 
 
 def number(publication: str, committed: Committed) -> str:
