@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from experiments_runs import TINY
 
-from experiments import encrypted, inputs, model_files, registers, scored, settings
+from experiments import encrypted, inputs, model_files, registers, running, scored, settings
+from experiments.configs import Train
 from experiments.configs.data import Data
 from experiments.configs.model import normalise
 from primia_jax import evaluation, metrics, models
@@ -156,3 +157,26 @@ def test_a_model_is_known_by_its_weights():
   digest = registers.model_digest(weights)
   assert digest == registers.model_digest({"b": np.zeros(2), "a": np.ones(3, np.float32)})
   assert digest != registers.model_digest({**weights, "b": np.array([0.0, 1e-9])})
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_all_624_xrays_are_counted_as_evaluate_counts_them(real_data, tmp_path):
+  """After a short training; the ring is chosen by the logits' error, as by default."""
+  data = f"folder:{real_data / 'chest_xray_224.tar'}"
+  train = settings.replace(
+    Train(), data=data, image_size=32, norm="batch", augment="light", rounds=2, sync_epochs=1,
+    batch_size=32, optimizer="sgd", learning_rate=0.05, allow_overlap=True,
+  )  # fmt: skip
+  folder = running.open_run(train, str(tmp_path / "run"))
+  running.run(train, folder, federated=False)
+  done = call(
+    f"--checkpoint={folder}", f"--data={data}", f"--vendor_dir={tmp_path / 'vendor'}", "--check",
+    f"--hospital_dir={tmp_path / 'hospital'}", f"--output_dir={tmp_path / 'out'}",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert "integer model: yes" in done.stdout
+  found = json.loads((tmp_path / "out" / "score.json").read_text())
+  arm = json.loads((folder / "metrics.json").read_text())["arms"]["pooled"]
+  assert found["images"] == 624
+  assert found["counts"] == arm["confusion_matrix"]
