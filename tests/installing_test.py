@@ -39,7 +39,7 @@ def test_each_program_is_a_command_and_runs_as_a_main_module(monkeypatch):
     for path in (ROOT / "experiments").glob("*.py")
     if '__name__ == "__main__"' in path.read_text()
   }
-  assert len(ran) == len(COMMANDS) == 10
+  assert len(ran) == len(COMMANDS) == len(with_main)
   assert {name for name, _ in ran} == with_main
   assert all(how == {"run_name": "__main__", "alter_sys": True} for _, how in ran)
 

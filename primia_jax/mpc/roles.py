@@ -38,6 +38,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from primia_jax.mpc import dealer, inference, protocol, tags
@@ -127,8 +128,7 @@ class ModelOwner:
     circuit = self.plan.circuit
     zeros = lambda tree: jax.tree.map(lambda v: np.zeros(v.shape, v.dtype), tree)
     with self.plan.config.scope():
-      seed: Any = np.zeros(8, np.uint32)
-      common = zeros(protocol.dealt_shapes(circuit).common)
+      seed, common = jnp.zeros(8, jnp.uint32), zeros(protocol.dealt_shapes(circuit).common)
       ready = self._prepare(protocol.Part(seed, None, common), self._own, {})
       asked = circuit.linear_operands(DATA_OWNER)
       if asked:

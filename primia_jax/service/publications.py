@@ -203,7 +203,7 @@ def kept(folder: pathlib.Path, name: str) -> Kept:
   plan = saving.read(place / "plan")
   owner = ModelOwner(plan, _weights(place), secret=folders.secret(place))
   published = saving.read(place / "publication")
-  owner.resume(published.publication)
+  owner.resume(published)
   return Kept(name, _about(place), owner, published.publication, published)
 
 
