@@ -17,10 +17,6 @@ jax.config.update("jax_debug_key_reuse", False)
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _UNOPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
-# XLA's former emitter of fused loops, which takes half as long as today's. XLA reads its flags once
-# in a process, so only a process that runs nothing but the files below has it.
-_QUICK = "--xla_cpu_use_fusion_emitters=false"
-
 # Tests of these files claim what is exact in Z_2^k, what holds within a tolerance, or that one
 # program gives the same bits twice: none of it hangs on how XLA optimises, and to compile is most
 # of their work. Tests marked `slow` or `optimised`, and all other files (bits that two programs
@@ -35,27 +31,14 @@ _UNOPTIMISED_FILES = (
 )  # fmt: skip
 
 
-def pytest_addoption(parser):
-  parser.addoption(
-    "--compiled",
-    choices=("both", "quickly", "as-users-do"),
-    default="both",
-    help="only the tests that compile without optimisations, which are quicker in a process of "
-    "their own, or only the others",
-  )
-
-
 def pytest_configure(config):
   """Shares compiled programs between the tests and processes of one run, and with no other run."""
   config.chooses = _UNOPTIMISED not in os.environ
-  if config.chooses and config.option.compiled == "quickly":
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags.replace(_QUICK, '')} {_QUICK}".strip()
-    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # lowers a quarter faster
-    jax.config.update("jax_traceback_in_locations_limit", 0)
   if not os.environ.get(_CACHE):
     config.own_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix="primia_jax_xla_")
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+  os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # programs are lowered a quarter faster
+  jax.config.update("jax_traceback_in_locations_limit", 0)
   jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
   jax.config.update(
     "jax_persistent_cache_min_compile_time_secs",
@@ -73,22 +56,9 @@ def _unoptimised(item) -> bool:
   return not marked and item.path.name.startswith(_UNOPTIMISED_FILES)
 
 
-def pytest_collection_modifyitems(config, items):
-  """Tests that compile alike come together, or alone if so asked."""
+def pytest_collection_modifyitems(items):
+  """Tests that compile alike come together."""
   items.sort(key=_unoptimised, reverse=True)
-  if config.option.compiled != "both":
-    quick = [item for item in items if _unoptimised(item)]
-    rest = items[len(quick) :]
-    kept, left = (quick, rest) if config.option.compiled == "quickly" else (rest, quick)
-    config.hook.pytest_deselected(items=left)
-    items[:] = kept
-
-
-def pytest_sessionfinish(session, exitstatus):
-  """A file may have tests of one kind only."""
-  nothing = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
-  if nothing and session.config.option.compiled != "both":
-    session.exitstatus = pytest.ExitCode.OK
 
 
 @pytest.hookimpl(tryfirst=True)
