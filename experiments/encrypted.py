@@ -20,7 +20,7 @@ from primia_jax.data.folder import read_images
 from primia_jax.data.load import KINDS
 from primia_jax.evaluation import batches
 from primia_jax.mpc import fitting, planning, pricing
-from primia_jax.mpc.circuit import Config
+from primia_jax.mpc.circuit import CHECKED, TRUSTED, Config
 from primia_jax.mpc.gates.elementwise import COMPARISONS
 from primia_jax.types import Array, PyTree
 
@@ -285,7 +285,11 @@ def functions(model: models.Model) -> dict[str, Callable[[PyTree, Array], Array]
 
 
 def make_plan(
-  s: Planned, model: models.Model, weights: PyTree, calibration: np.ndarray
+  s: Planned,
+  model: models.Model,
+  weights: PyTree,
+  calibration: np.ndarray,
+  client: str = TRUSTED,
 ) -> planning.Plan:
   """Calibrates, chooses ring and fraction bits if they are left open, and plans.
 
@@ -294,12 +298,15 @@ def make_plan(
     model: the model.
     weights: (parameters, state) of the model owner.
     calibration: uint8 [N, H, W, C].
+    client: see `mpc.Config`.
 
   Raises:
     ValueError: no ring reaches the target, or the chosen ring is too small.
   """
   pairs, fns = examples(weights, calibration), functions(model)
-  config = choose_config(s, fns["probabilities"], pairs)
+  given = dataclasses.replace(s, ring_bits=32) if client == CHECKED and not s.ring_bits else s
+  config = choose_config(given, fns["probabilities"], pairs)
+  config = dataclasses.replace(config, client=client)
   fn = fns[s.output]
   images = jax.ShapeDtypeStruct((s.batch, *calibration.shape[1:]), jnp.float32)
   return planning.plan(fn, OWNERS, (weights, images), config, planning.calibrate(fn, OWNERS, pairs))

@@ -17,6 +17,7 @@ import datetime
 
 from absl import flags
 
+from primia_jax.mpc.circuit import CHECKED, TRUSTED
 from primia_jax.service import certificates, inbox, publications, supply
 from primia_jax.service.publications import About
 
@@ -33,6 +34,11 @@ class Publish:
   version: str = settings.setting("", "of the model, for its users; empty takes today's date")
   intended_use: str = settings.setting(
     About.intended_use, "what the model is for, as clinics are told with each answer"
+  )
+  client: str = settings.setting(
+    TRUSTED,
+    "what clinics may be: trusted (each follows the protocol), or checked (one that deviates is "
+    "refused before it learns anything; tables in a ring of up to 32 bits, and more is dealt)",
   )
   rotate: str = settings.setting(
     "", "publish the weights and plan of this publication under a new name, with new keys"
@@ -68,6 +74,12 @@ def main() -> None:
     raise ValueError(f"rotate={s.rotate} with checkpoint={protocol.checkpoint}: use one of them")
   if s.rotate and not publications.model_folder(folder, s.rotate).is_dir():
     raise FileNotFoundError(f"rotate={s.rotate}: folder={s.folder} holds no such publication")
+  settings.choose("client", s.client, (TRUSTED, CHECKED))
+  if s.client == CHECKED and (protocol.ring_bits > 32 or protocol.comparison != "tables"):
+    raise ValueError(
+      f"client={CHECKED} with ring_bits={protocol.ring_bits} and comparison={protocol.comparison}: "
+      "tags need a ring of at most 32 bits and comparison=tables"
+    )
   is_new = not place.exists()
   if is_new and not s.rotate:
     encrypted.check_planned(protocol)
@@ -89,7 +101,7 @@ def _begin(s: Publish, protocol: encrypted.Planned, folder) -> None:
     model, weights, label_names, config = encrypted.load_model(protocol.checkpoint)
     calibration, source = encrypted.calibration_images(protocol, config, label_names)
     print(f"Calibrating on {source} and choosing the ring ...", flush=True)
-    plan = encrypted.make_plan(protocol, model, weights, calibration)
+    plan = encrypted.make_plan(protocol, model, weights, calibration, s.client)
     leaves = publications.leaves(weights)
     size, _, channels = config.image_shape
     about = About(

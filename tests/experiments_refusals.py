@@ -358,6 +358,9 @@ PUBLISH = """
 --checkpoint=                               | checkpoint | is empty | --checkpoint=
 --checkpoint={missing}                      | checkpoint | {missing} | finished training run
 --output=logits                             | output | logits | label
+--client=hostile                            | client | hostile | checked
+--client=checked --ring_bits=64             | client | ring_bits=64 | 32 bits
+--client=checked --comparison=fss           | client | fss | comparison=tables
 --margin=0.5                                | margin | 0.5 | at least 1
 --batch=0                                   | batch | 0 | positive
 --rotate=chest-1                            | rotate | chest-1 | one of them

@@ -25,10 +25,10 @@ def image(seed=2):
   return normal(seed, 1, 4, 4, 1)
 
 
-def planned():
+def planned(client="trusted"):
   args = WEIGHTS, image()
   ranges = mpc.calibrate(fn, OWNERS, [args])
-  return mpc.plan(fn, OWNERS, args, mpc.Config(32, 10, 14, margin=8.0), ranges)
+  return mpc.plan(fn, OWNERS, args, mpc.Config(32, 10, 14, margin=8.0, client=client), ranges)
 
 
 class Roles(NamedTuple):

@@ -36,8 +36,8 @@ LIMITS = Limits(timeout=20.0)
 class World:
   """Two publications of one plan, with inferences dealt for each, and both programs compiled."""
 
-  def __init__(self, root):
-    self.plan = institution.planned()
+  def __init__(self, root, client="trusted"):
+    self.plan = institution.planned(client)
     self.roles = made(root, self.plan)
     about, plan, weights = publications.copy_of(self.roles.vendor, MODEL)
     publications.begin(self.roles.vendor, "chest-2", about, plan, [-w for w in weights])
@@ -111,6 +111,13 @@ def test_two_publications_side_by_side_have_the_bits_of_one_process(world):
   events = [(line["event"], line.get("model")) for line in world.lines()]
   of = lambda name, times: [("session", name), *[("query", name), ("answer", name)] * times]
   assert events == [*of(MODEL, 2), ("end", MODEL), *of("chest-2", 1), ("end", "chest-2")]
+
+
+@pytest.mark.slow
+def test_clinics_that_are_checked_are_served_from_the_same_folders(tmp_path):
+  world = World(tmp_path, "checked")
+  with world.serving() as (address, _), world.asking(address) as session:
+    np.testing.assert_array_equal(session.ask(institution.image()), wanted(world.plan))
 
 
 def test_a_used_up_budget_is_named_at_the_clinic_and_nothing_is_computed(world, monkeypatch):
