@@ -216,7 +216,10 @@ def finished_without_transcript(run_dir, folder):
     ([CONTROL._replace(occurs=False)], "**Nothing that somebody sees in this run was attacked**"),
     ([FAILED._replace(chance=None)], "**Nothing that somebody sees"),
     ([], "**Nothing that somebody sees"),
-    ([FAILED, KNOWN], "**Numbers tell of one image to whoever knows enough**: all others known, "),
+    (
+      [FAILED, KNOWN],
+      "**Numbers tell of one image to whoever knows all others**: attack (sum). Else: **Ident",
+    ),
     ([CONTROL, KNOWN], "**Identification is not at chance**: control: attack, 0.900"),
   ],
 )
