@@ -14,6 +14,7 @@ from experiments.audits import (
   epsilons,
   extraction,
   first_layers,
+  inversion,
   membership,
   numbers,
   pages,
@@ -130,6 +131,19 @@ def test_whole_updates_are_searched_beside_a_control(run):
   assert "2 steps" in pixels.control.threat
   assert "simulating its" in part.text[0]  # plain SGD, of few images
   assert (run.output / "whole_updates.png").stat().st_size > 1000
+
+
+def test_a_search_that_fails_has_a_control_on_a_vulnerable_model(run):
+  """Two steps find nothing: what fails for lack of effort is called inconclusive."""
+  part = inversion.audit(run)
+  first = part.evidence[0]
+  assert first.protection == "none"
+  assert first.value <= first.chance or first.control is None
+  assert all(one.control is not None for one in part.evidence[1:4])
+  if first.control is not None:
+    assert "vulnerable" in first.control.threat
+    assert "known to be vulnerable" in part.text[0]
+    assert all(one.control == first.control for one in part.evidence[:4])
 
 
 def test_the_more_questions_the_more_alike(run):
