@@ -259,10 +259,14 @@ def test_every_part_of_a_private_run(tmp_path):
   assert any("malicious architecture" in text for text in part["servers"]["failures"])
   epsilon = parts._evidence(part["epsilon"]["evidence"][0])
   assert epsilon.note == "below the claim"
-  for name in ("inversion", "heads"):
-    first, *rest = map(parts._evidence, part[name]["evidence"])
-    assert all(one.control == first and not one.occurs for one in rest)
-    assert verdict(rest[-1]) in ("at chance", "inconclusive")  # differential privacy
+  for name in ("inversion", "first_layers", "heads"):
+    of_attack = {}
+    for one in map(parts._evidence, part[name]["evidence"]):
+      of_attack.setdefault(one.attack, []).append(one)
+    for first, *rest in of_attack.values():
+      assert all(one.control == (first.control or first) for one in rest)
+      assert not any(one.occurs for one in (first, *rest))
+      assert verdict(rest[-1]) in ("at chance", "inconclusive")  # differential privacy
   for picture in ("reconstructions.png", "malicious_server.png", "membership.png", "evidence.png"):
     assert (out / picture).stat().st_size > 1000
 
