@@ -14,6 +14,7 @@ from experiments.audits import (
   epsilons,
   extraction,
   first_layers,
+  inversion,
   membership,
   numbers,
   pages,
@@ -132,6 +133,19 @@ def test_whole_updates_are_searched_beside_a_control(run):
   assert (run.output / "whole_updates.png").stat().st_size > 1000
 
 
+def test_a_search_that_fails_has_a_control_on_a_vulnerable_model(run):
+  """Two steps find nothing: what fails for lack of effort is called inconclusive."""
+  part = inversion.audit(run)
+  first = part.evidence[0]
+  assert first.protection == "none"
+  assert first.value <= first.chance or first.control is None
+  assert all(one.control is not None for one in part.evidence[1:4])
+  if first.control is not None:
+    assert "vulnerable" in first.control.threat
+    assert "known to be vulnerable" in part.text[0]
+    assert all(one.control == first.control for one in part.evidence[:4])
+
+
 def test_the_more_questions_the_more_alike(run):
   part = extraction.audit(run)
   assert [one.occurs for one in part.evidence] == [False] * 3
@@ -216,7 +230,10 @@ def finished_without_transcript(run_dir, folder):
     ([CONTROL._replace(occurs=False)], "**Nothing that somebody sees in this run was attacked**"),
     ([FAILED._replace(chance=None)], "**Nothing that somebody sees"),
     ([], "**Nothing that somebody sees"),
-    ([FAILED, KNOWN], "**Numbers tell of one image to whoever knows enough**: all others known, "),
+    (
+      [FAILED, KNOWN],
+      "**Numbers tell of one image to whoever knows all others**: attack (sum). Else: **Ident",
+    ),
     ([CONTROL, KNOWN], "**Identification is not at chance**: control: attack, 0.900"),
   ],
 )
@@ -242,10 +259,14 @@ def test_every_part_of_a_private_run(tmp_path):
   assert any("malicious architecture" in text for text in part["servers"]["failures"])
   epsilon = parts._evidence(part["epsilon"]["evidence"][0])
   assert epsilon.note == "below the claim"
-  for name in ("inversion", "heads"):
-    first, *rest = map(parts._evidence, part[name]["evidence"])
-    assert all(one.control == first and not one.occurs for one in rest)
-    assert verdict(rest[-1]) in ("at chance", "inconclusive")  # differential privacy
+  for name in ("inversion", "first_layers", "heads"):
+    of_attack = {}
+    for one in map(parts._evidence, part[name]["evidence"]):
+      of_attack.setdefault(one.attack, []).append(one)
+    for first, *rest in of_attack.values():
+      assert all(one.control == (first.control or first) for one in rest)
+      assert not any(one.occurs for one in (first, *rest))
+      assert verdict(rest[-1]) in ("at chance", "inconclusive")  # differential privacy
   for picture in ("reconstructions.png", "malicious_server.png", "membership.png", "evidence.png"):
     assert (out / picture).stat().st_size > 1000
 

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from primia_jax import local, models
 from primia_jax.attacks import views
 from primia_jax.privacy import accounting
-from primia_jax.types import Array, Batch, Key, Params
+from primia_jax.types import Array, Batch, Key, LossFn, Params
 
 from .. import transcripts
+from ..configs.model import normalise
 from . import context as shared
 from .context import ARM, Context
 
@@ -97,6 +99,16 @@ def _alone(context: Context, on: Bench, rows: Any) -> Iterator[Params]:
   )
   for row in rows:
     yield gradient(on.images[row], on.labels[row])
+
+
+def vulnerable(context: Context) -> tuple[LossFn, views.Model]:
+  """A model whose updates are known to hold images, and its loss."""
+  given = context.trained.config
+  config = models.ModelConfig("mlp", given.num_classes, given.image_shape)
+  model = models.build(config)
+  prepare = lambda key, images, targets: (normalise(images), targets)
+  loss_fn = local.classification_loss(model.apply, prepare, config.num_classes)
+  return loss_fn, views.Model(*model.init(jax.random.key(context.effort.audit_seed)))
 
 
 def mean_gradient(context: Context, model: views.Model, images: Array, labels: Array) -> Params:

@@ -67,7 +67,7 @@ def audit(context: Context) -> Part:
     text = ["Nothing leaves a site besides its update and what is public."]
   open_to = [one for one in evidence if one.occurs and beats_chance(one)]
   failures = [
-    f"exact numbers: {one.attack}, by {one.threat}, for whoever knows all other images"
+    f"exact numbers: {one.attack}, for whoever knows all other images ({one.threat})"
     for one in open_to
     if one.attack in (_PRESENCE, _LOSS) and one.threat.startswith("honest server")
   ]

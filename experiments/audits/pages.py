@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from primia_jax.attacks.evidence import Evidence, beats_chance, verdict
 
@@ -33,13 +33,14 @@ def first_line(evidence: Iterable[Evidence]) -> str:
   plain = [one for one in open_to if not one.assumed]
   told = [one for one in open_to if one.assumed and beats_chance(one)]
   known = "; ".join(
-    f"{one.assumed} known, {_grouped([o for o in told if o.assumed == one.assumed], values=False)}"
-    for one in {one.assumed: one for one in told}.values()
+    f"**Numbers tell of one image to whoever knows {assumed}**: "
+    + _told([one for one in told if one.assumed == assumed])
+    for assumed in dict.fromkeys(one.assumed for one in told)
   )
   if above := [one for one in plain if beats_chance(one)]:
-    more = f" Besides, numbers tell of one image: {known}." if known else ""
+    more = f" {known}." if known else ""
     return f"**Identification is not at chance**: {_grouped(above)}.{more}"
-  lead = f"**Numbers tell of one image to whoever knows enough**: {known}. Else: " if known else ""
+  lead = f"{known}. Else: " if known else ""
   unsure = [one for one in open_to if verdict(one) == "inconclusive"]
   if unsure:
     where = _grouped(unsure, values=False)
@@ -52,6 +53,12 @@ def first_line(evidence: Iterable[Evidence]) -> str:
     "and each attack succeeds in its control. An attack that fails proves nothing about better "
     "ones; what is proved stands under Ledger."
   )
+
+
+def _told(evidence: Sequence[Evidence]) -> str:
+  """All attacks, and all threat points of any of them."""
+  attacks = ", ".join(dict.fromkeys(one.attack for one in evidence))
+  return f"{attacks} ({'; '.join(dict.fromkeys(one.threat for one in evidence))})"
 
 
 def _grouped(evidence: Iterable[Evidence], values: bool = True) -> str:

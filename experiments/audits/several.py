@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax import local, models
+from primia_jax import local
 from primia_jax.attacks import inversion, learned, priors, scores, views
 from primia_jax.attacks import updates as clients
 from primia_jax.attacks.evidence import Evidence
 from primia_jax.federated import ORDER
-from primia_jax.types import Array, LossFn, Site
+from primia_jax.types import Array, Site
 
-from ..configs.model import normalise
 from . import context as shared
-from . import pictures, recognition
+from . import laboratory, pictures, recognition
 from .context import Context
 from .parts import Part
 
@@ -151,21 +150,11 @@ def _client(context: Context, target: Target) -> tuple[clients.Simulate, str]:
   return clients.gradient(context.loss_fn), how
 
 
-def _vulnerable(context: Context) -> tuple[LossFn, views.Model]:
-  """A model whose updates are known to hold images, and its loss."""
-  given = context.trained.config
-  config = models.ModelConfig("mlp", given.num_classes, given.image_shape)
-  model = models.build(config)
-  prepare = lambda key, images, targets: (normalise(images), targets)
-  loss_fn = local.classification_loss(model.apply, prepare, config.num_classes)
-  return loss_fn, views.Model(*model.init(jax.random.key(context.effort.audit_seed)))
-
-
 def _control(
   context: Context, attack: str, game: recognition.Candidates, stored: np.ndarray
 ) -> Evidence:
   """Small updates of the vulnerable model, of images of the game."""
-  loss_fn, model = _vulnerable(context)
+  loss_fn, model = laboratory.vulnerable(context)
   size = _STEPS * _BATCH
   order = jnp.arange(size, dtype=jnp.int32).reshape(_STEPS, _BATCH)
   simulate = clients.local_training(loss_fn, _RATE, order)
