@@ -5,8 +5,9 @@ parties and is never online. The model owner serves (`serving`), a clinic asks (
 mutual TLS 1.3 with pinned certificates (`certificates`, `channel`). `frames` is what crosses, and
 `sessions` the order in which it does. The protocol itself is `mpc.apart`.
 
-Both parties are semi-honest and the dealer colludes with neither. A data owner that deviates from
-the protocol can learn weights of the model from the outputs (Lehmkuhl et al., USENIX Security 2021;
-Chen et al., CCS 2022): nothing here stops it yet, so serve only clinics that are trusted to follow
-the protocol.
+Model owner and dealer are semi-honest, and the dealer colludes with nobody. A data owner that
+deviates from the protocol can learn weights of the model from the outputs (Lehmkuhl et al., USENIX
+Security 2021; Chen et al., CCS 2022). Serve one that need not be trusted by a plan whose `client`
+is "checked" (its openings carry the dealer's tags) or "sharing" (it shares its image between two
+servers: `helping`, `sharing`).
 """
