@@ -213,3 +213,27 @@ def test_who_knows_the_secret_passes():
   forged = tags.respond(challenge, 32, [sent], [np.uint64(alpha) * sent + keys])
   assert tags.check(challenge, forged, 32, alpha, [sent.astype(np.uint32)], [keys])
   assert not tags.check(challenge, forged, 32, alpha + 1, [sent.astype(np.uint32)], [keys])
+
+
+def many(w, x):
+  """Convolution, pooling, public factors, a product of shared values, and a choice."""
+  y = jax.lax.conv(x, w["conv"], (1, 1), "SAME")
+  y = jax.nn.relu(y).reshape(2, 2, 2, 2, 2).max((2, 4))
+  y = y.reshape(-1) * np.linspace(-1, 1, 8, dtype=np.float32)
+  y = y @ np.cos(np.arange(24, dtype=np.float32)).reshape(8, 3)
+  return jax.nn.relu(y) * y, np.float32(0.5) - y
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_bits", [32, 29])
+def test_every_kind_of_step_keeps_its_tags(num_bits):
+  args = {"conv": normal(0, 2, 1, 3, 3)}, normal(1, 1, 1, 4, 4)
+  world = World(planned(mpc.Config(num_bits, 7, 9, client="checked"), many, args), args)
+  parties = world.online[0].start(world.answered), world.online[1].start(world.asked)
+  got = world.data_owner.reveal(apart.simulate(*parties))
+  for a, b in zip(got, mpc.check(world.plan, args), strict=True):
+    np.testing.assert_array_equal(a, b)
+  for level in range(1, len(world.online[0].sizes) - 1):
+    party = extraction.shifted(world.online[1].start(world.asked), {level: np.ones(1, np.uint8)})
+    with pytest.raises(checks.Deviated):
+      apart.simulate(world.online[0].start(world.answered), party)
