@@ -285,11 +285,7 @@ def functions(model: models.Model) -> dict[str, Callable[[PyTree, Array], Array]
 
 
 def make_plan(
-  s: Planned,
-  model: models.Model,
-  weights: PyTree,
-  calibration: np.ndarray,
-  client: str = TRUSTED,
+  s: Planned, model: models.Model, weights: PyTree, calibration: np.ndarray, client: str = TRUSTED
 ) -> planning.Plan:
   """Calibrates, chooses ring and fraction bits if they are left open, and plans.
 

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 from mpc_reference import OWNERS, normal
 
 from primia_jax import mpc
@@ -167,6 +168,39 @@ def test_a_deviation_passes_as_often_as_is_stated(monkeypatch, num_subsets):
   assert abs(passed / num - want) < 5 * np.sqrt(want * (1 - want) / num)
 
 
+def test_what_the_check_shows_is_uniform(world):
+  """The sums of upper bits over 24 inferences of one image, by chi-square at a level of 1e-6."""
+  payloads = []
+
+  def recorded(party):
+    message = next(party)
+    while True:
+      if len(message) == tags.RESPONSE_BYTES:
+        payloads.append(message)
+      try:
+        message = party.send((yield message))
+      except StopIteration as end:
+        return end.value
+
+  for _ in range(24):
+    answered, asked = world.sides(X)
+    apart.simulate(world.online[0].start(answered), recorded(world.online[1].start(asked)))
+  sums = np.stack([np.frombuffer(v, "<u8", 4) for v in payloads])
+  assert sums.shape == (24, 4)
+  assert not np.any(sums >> np.uint64(32))
+  assert _p_value(sums) > 1e-6
+  # without the masks' upper bits, what is left are carries
+  rng = np.random.default_rng(0)
+  carries = rng.integers(0, 2**32, (24, 4, 20), np.uint64).sum(-1) >> np.uint64(32)
+  assert _p_value(carries) < 1e-6
+
+
+def _p_value(sums):
+  low = np.ascontiguousarray(sums.astype("<u4")).view(np.uint8)
+  counts = np.bincount(np.concatenate([low & 15, low >> 4], axis=None), minlength=16)
+  return scipy.stats.chisquare(counts).pvalue
+
+
 def test_who_knows_the_secret_passes():
   """So it is the secret that stops others."""
   rng = np.random.default_rng(1)
@@ -179,3 +213,27 @@ def test_who_knows_the_secret_passes():
   forged = tags.respond(challenge, 32, [sent], [np.uint64(alpha) * sent + keys])
   assert tags.check(challenge, forged, 32, alpha, [sent.astype(np.uint32)], [keys])
   assert not tags.check(challenge, forged, 32, alpha + 1, [sent.astype(np.uint32)], [keys])
+
+
+def many(w, x):
+  """Convolution, pooling, public factors, a product of shared values, and a choice."""
+  y = jax.lax.conv(x, w["conv"], (1, 1), "SAME")
+  y = jax.nn.relu(y).reshape(2, 2, 2, 2, 2).max((2, 4))
+  y = y.reshape(-1) * np.linspace(-1, 1, 8, dtype=np.float32)
+  y = y @ np.cos(np.arange(24, dtype=np.float32)).reshape(8, 3)
+  return jax.nn.relu(y) * y, np.float32(0.5) - y
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_bits", [32, 29])
+def test_every_kind_of_step_keeps_its_tags(num_bits):
+  args = {"conv": normal(0, 2, 1, 3, 3)}, normal(1, 1, 1, 4, 4)
+  world = World(planned(mpc.Config(num_bits, 7, 9, client="checked"), many, args), args)
+  parties = world.online[0].start(world.answered), world.online[1].start(world.asked)
+  got = world.data_owner.reveal(apart.simulate(*parties))
+  for a, b in zip(got, mpc.check(world.plan, args), strict=True):
+    np.testing.assert_array_equal(a, b)
+  for level in range(1, len(world.online[0].sizes) - 1):
+    party = extraction.shifted(world.online[1].start(world.asked), {level: np.ones(1, np.uint8)})
+    with pytest.raises(checks.Deviated):
+      apart.simulate(world.online[0].start(world.answered), party)

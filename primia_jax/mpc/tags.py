@@ -229,7 +229,7 @@ def respond(
 ) -> bytes:
   """Party 1's answer: sums of the upper bits, and a hash of the sums of tags."""
   chosen = _subsets(challenge, sum(v.size for v in shares))
-  above = chosen @ (_flat(shares) >> np.uint64(num_bits))
+  above = chosen @ (_flat(shares) >> np.uint64(num_bits)) & np.uint64(2 ** (64 - num_bits) - 1)
   return above.astype("<u8").tobytes() + _digest([chosen @ _flat(tags)])
 
 

@@ -7,9 +7,9 @@ model owner serves and a clinic asks (`institutions`), over mutual TLS 1.3 with 
 `journal` keeps budgets and the audit log, `monitoring` shows numbers. The protocol itself is
 `mpc.apart`.
 
-Both parties are semi-honest and the dealer colludes with neither. A data owner that deviates from
-the protocol can learn weights of the model from the outputs (Lehmkuhl et al., USENIX Security 2021;
-Chen et al., CCS 2022). Two ways stop it: plans with client="checked", whose openings carry the
-dealer's tags, and `helping` with `sharing`, where the clinic is no party but shares its image
-between two servers. Without either, serve only clinics that are trusted to follow the protocol.
+Model owner and dealer are semi-honest, and the dealer colludes with nobody. A data owner that
+deviates from the protocol can learn weights of the model from the outputs (Lehmkuhl et al., USENIX
+Security 2021; Chen et al., CCS 2022). Serve one that need not be trusted by a plan whose `client`
+is "checked" (its openings carry the dealer's tags) or "sharing" (it shares its image between two
+servers: `helping`, `sharing`).
 """
