@@ -1,7 +1,7 @@
 """What encrypted inference of the networks of the literature costs, at full size and at 64 px.
 
-  python -m benchmarks.encrypted_networks
-  python -m benchmarks.encrypted_networks --networks=ResNet-18 --time_at=224 --rounds=5
+  python -m benchmarks.encrypted_networks --rings=32
+  python -m benchmarks.encrypted_networks --networks=ResNet-18 --rings=32,64 --time_at=224
 
 Bytes and rounds are those of the messages that the parties send each other (`mpc.apart.sizes`), at
 224 x 224 x 3 with 1,000 classes; nothing is dealt or sent for them. Times are of an image of
@@ -74,9 +74,7 @@ def _drawn(shapes: PyTree) -> PyTree:
 def planned(made: Work, ring_name: str) -> planning.Plan:
   """A plan, calibrated on the image itself."""
   ranges = planning.calibrate(made.fn, made.owners, [made.args])
-  return planning.plan(
-    made.fn, made.owners, made.args, encrypted_inference.CONFIGS[ring_name], ranges
-  )
+  return encrypted_inference.make_plan(ring_name, made, ranges)
 
 
 def costs(name: str, ring_name: str) -> None:
