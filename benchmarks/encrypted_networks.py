@@ -1,7 +1,7 @@
 """What encrypted inference of the networks of the literature costs, at full size and at 64 px.
 
-  python -m benchmarks.encrypted_networks
-  python -m benchmarks.encrypted_networks --networks=ResNet-18 --time_at=224 --rounds=5
+  python -m benchmarks.encrypted_networks --rings=32
+  python -m benchmarks.encrypted_networks --networks=ResNet-18 --rings=32,64 --time_at=224
 
 Bytes and rounds are those of the messages that the parties send each other (`mpc.apart.sizes`), at
 224 x 224 x 3 with 1,000 classes; nothing is dealt or sent for them. Times are of an image of
@@ -11,6 +11,7 @@ set of correlations serves again and again, only for timing.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from absl import app, flags, logging
 from benchmarks import encrypted_inference, encrypted_work, measuring, networks
 from benchmarks.encrypted_work import OWNERS, Work
 from primia_jax.mpc import apart, planning, pricing
+from primia_jax.types import PyTree
 
 _RESNET18 = "ResNet-18"
 _NETWORKS = flags.DEFINE_list(
@@ -43,7 +45,7 @@ def work(name: str, size: int) -> Work:
     return made._replace(args=(made.args[0], jnp.asarray(x)))
   network = networks.NETWORKS[name]
   module, measure = network.module(), network.module(measure=True)
-  drawn = jax.jit(module.init)(jax.random.key(0), x)
+  drawn = _drawn(jax.eval_shape(module.init, jax.random.key(0), x))
   if "batch_stats" in drawn:
     several = np.random.default_rng(1).standard_normal((2, *x.shape[1:])).astype(np.float32)
     run = jax.jit(functools.partial(measure.apply, mutable=["batch_stats"]))
@@ -51,12 +53,28 @@ def work(name: str, size: int) -> Work:
   return Work(module.apply, module.apply, OWNERS, (drawn, jnp.asarray(x)))
 
 
+def _drawn(shapes: PyTree) -> PyTree:
+  """Random variables, much as the module's own, which take XLA minutes to compile."""
+  rng = np.random.default_rng(3)
+
+  def draw(path, leaf) -> np.ndarray:
+    normal = rng.standard_normal(leaf.shape, np.float32)
+    match path[-1].key:
+      case "kernel":
+        return normal * np.float32(np.sqrt(2 / math.prod(leaf.shape[:-1])))
+      case "scale":
+        return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+      case "bias":
+        return np.float32(0.3) * normal
+    return np.ones(leaf.shape, np.float32)  # statistics, which are measured
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def planned(made: Work, ring_name: str) -> planning.Plan:
   """A plan, calibrated on the image itself."""
   ranges = planning.calibrate(made.fn, made.owners, [made.args])
-  return planning.plan(
-    made.fn, made.owners, made.args, encrypted_inference.CONFIGS[ring_name], ranges
-  )
+  return encrypted_inference.make_plan(ring_name, made, ranges)
 
 
 def costs(name: str, ring_name: str) -> None:

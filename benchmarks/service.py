@@ -3,6 +3,7 @@
   python -m benchmarks.service --case=lenet28 --rounds=30
   python -m benchmarks.service --case=resnet18_224 --rings=32fast,64fast
   python -m benchmarks.service --case=lenet28 --rings=32 --batch=8
+  python -m benchmarks.service --case=resnet18_224 --rings=32 --link_mbits=100 --link_ms=20
   python -m benchmarks.service --case=load --rings=32
 
 A model owner and a clinic, each on a core of its own, serve and ask as institutions would; what is
@@ -10,7 +11,9 @@ timed is a request, from the image to the output, with everything prepared that 
 "One process" is `mpc.online` on all cores. "No carrier" are the same two programs message by
 message in one process. The benchmark plays the dealer and sees everything; each inference has
 correlations of its own, except in "one process" and "no carrier", which use one set again and
-again only for timing. The case "load" is LeNet with many sessions (`service_load`).
+again only for timing. With --link_mbits the two processes meet over a link of this bandwidth, each
+way, and --link_ms of delay, one way (`link`). The case "load" is LeNet with many sessions
+(`service_load`).
 """
 
 import os
@@ -26,7 +29,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import encrypted_inference, encrypted_work, measuring, service_load
+from benchmarks import encrypted_inference, encrypted_work, link, measuring, service_load
 from primia_jax import mpc
 from primia_jax.mpc import apart, planning
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
@@ -35,6 +38,14 @@ from primia_jax.service.channel import Limits
 
 _ROLE = flags.DEFINE_enum("role", None, ["model_owner", "clinic"], "Started by the benchmark.")
 _ROOT = flags.DEFINE_string("root", None, "Folder of the roles' folders; given by the benchmark.")
+
+_MBITS = flags.DEFINE_float(
+  "link_mbits", 0.0, "Megabits a second between the processes, each way; 0 for plain loopback.",
+  lower_bound=0.0,
+)  # fmt: skip
+_DELAY = flags.DEFINE_float(
+  "link_ms", 0.0, "Milliseconds of this link's delay, one way.", lower_bound=0.0
+)
 
 # ---- targets
 _SECONDS = {"lenet28": 0.06}
@@ -67,7 +78,7 @@ def clinic(case: str, root: pathlib.Path) -> None:
   publication = mpc.read(_waited(root / "publication"))
   owner, server = mpc.DataOwner(plan, publication), root / "model_owner" / certificates.CERTIFICATE
   name, online = publication.publication, apart.online(plan, DATA_OWNER)
-  address = f"127.0.0.1:{_waited(root / 'port').read_text()}"
+  address = f"127.0.0.1:{_waited(root / 'link').read_text()}"
   with institutions.ask(
     root / _CLINIC, owner, name, address, server.read_bytes(), online, _PATIENT
   ) as session:
@@ -119,6 +130,10 @@ def run(case: str, ring_name: str, root: pathlib.Path) -> None:
     dealer = mpc.Dealer(plan, _waited(root / "tag", processes).read_text())
     _put(root / "blind", lambda path: mpc.write(path, dealer.blind()))
     folders.deal(dealer, rounds + 1, root / "model_owner" / _CLINIC, root / _CLINIC)
+    port = int(_waited(root / "port", processes).read_text())
+    if _MBITS.value:
+      port = link.Link(port, _DELAY.value / 1e3, _MBITS.value * 1e6).port
+    _put(root / "link", lambda path: path.write_text(str(port)))
     sides, reveal = _sides(plan, work)
     one, parties = mpc.online(plan), [apart.online(plan, p) for p in (MODEL_OWNER, DATA_OWNER)]
     alone = lambda: apart.simulate(
@@ -136,16 +151,16 @@ def run(case: str, ring_name: str, root: pathlib.Path) -> None:
       process.kill()
       process.wait()
   batch = flags.FLAGS.batch
-  what, bits = (
-    f"{case}, {ring_name}" + (f", batch {batch}" if batch > 1 else ""),
-    32 if plan.config.num_bits <= 32 else 64,
-  )
+  shaped = f", {_MBITS.value:g} Mb/s, {_DELAY.value:g} ms" if _MBITS.value else ""
+  what = f"{case}, {ring_name}" + (f", batch {batch}" if batch > 1 else "") + shaped
+  bits = 32 if plan.config.num_bits <= 32 else 64
   for name, cost in costs.items():
-    target = _SECONDS.get(case) if name == "two processes" and batch == 1 else None
+    loopback = name == "two processes" and batch == 1 and not shaped
+    target = _SECONDS.get(case) if loopback else None
     measuring.report(f"a request, {name}: {what}", cost, unit="s", target=target)
   measuring.report_ratio(
     f"two processes over one: {what}", costs["two processes"], costs["one process"],
-    target=_OVER_ONE.get(case, {}).get(bits),
+    target=None if shaped or batch > 1 else _OVER_ONE.get(case, {}).get(bits),
   )  # fmt: skip
   if batch > 1:
     rates = [batch / cost.seconds for cost in costs["two processes"]]
@@ -153,6 +168,13 @@ def run(case: str, ring_name: str, root: pathlib.Path) -> None:
   sizes = parties[0].sizes
   measuring.say(f"rounds: {what}", [len(sizes)], "rounds", None)
   measuring.say(f"sent by each party: {what}", [sum(sizes) / 1e6], "MB", None)
+  if _MBITS.value:
+    # both sides' openings travel at once
+    seconds = len(sizes) * _DELAY.value / 1e3 + 8 * sum(sizes) / (_MBITS.value * 1e6)
+    measuring.say(
+      f"communication alone, reckoned: {what}", [seconds], "s", None,
+      formula="rounds x delay + 8 x bytes each way / bandwidth",
+    )  # fmt: skip
   if plan.config.exact:
     measuring.say(f"bit-equal: {what}", [float(np.array_equal(got, want))], "1", 1, at_least=True)
   else:
