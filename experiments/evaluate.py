@@ -118,7 +118,7 @@ def main() -> None:
         output, "Evaluation", dataset, {"trained": predictions}, "trained", FLAGS.seed, said,
         FLAGS.overlays,
       )  # fmt: skip
-      running.print_summary(result, output)
+      report.print_summary(result, output)
     return
   ids = [
     str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])
@@ -143,7 +143,7 @@ def main() -> None:
     main_arm="trained",
     seed=FLAGS.seed,
   )
-  running.print_summary(result, output)
+  report.print_summary(result, output)
 
 
 if __name__ == "__main__":

@@ -62,21 +62,18 @@ def source(settings: Data) -> pathlib.Path | None:
     return tfds.find(where, settings.data_dir or None).resolve()
   path = pathlib.Path(where).expanduser()
   if kind not in ("folder", "csv", "npz", "msd") or not where:
-    raise ValueError(
-      f"data={settings.data!r}; use phantom, folder:PATH, csv:PATH, npz:PATH, msd:PATH or tfds:NAME"
-    )
+    known = "phantom, folder:PATH, csv:PATH, npz:PATH, msd:PATH or tfds:NAME"
+    raise ValueError(f"data={settings.data!r}; use {known}")
   if not path.exists():
     raise FileNotFoundError(f"data={settings.data}: there is no {path}; check the path")
-  fits = path.is_dir() if kind in ("folder", "msd") else path.is_file()
+  forms = {"folder": "a folder or a tar", "msd": "a folder"}
+  fits = path.is_dir() if kind in forms else path.is_file()
   if not fits and not (kind == "folder" and path.is_file()):
-    forms = {"folder": "a folder or a tar", "msd": "a folder"}
     form = forms.get(kind, "an ordinary file")
     raise ValueError(f"data={settings.data}: {path} is not {form}; name one")
   if kind == "msd" and not (path / volumes.INDEX).is_file():
-    raise FileNotFoundError(
-      f"data={settings.data}: there is no {volumes.INDEX} in it; name the folder of a task, such "
-      "as Task06_Lung"
-    )
+    cure = "name the folder of a task, such as Task06_Lung"
+    raise FileNotFoundError(f"data={settings.data}: there is no {volumes.INDEX} in it; {cure}")
   return path.resolve()
 
 

@@ -25,6 +25,7 @@ from .hospitals import Hospitals
 from .markdown import PER_CLASS, SCALARS
 
 NUM_RESAMPLES = 2000
+_SHOWN = {"accuracy": "accuracy", "mcc": "MCC"}  # scores of the summary
 FILES = (
   "report.md", "metrics.json", "confusion_matrix.png", "roc.png", "curves.png", "comparison.png",
 )  # fmt: skip
@@ -189,6 +190,20 @@ def write_report(
   text = markdown.markdown(result, pictures, lettering.numbered(label_names))
   (run_dir / "report.md").write_text(text, encoding="utf-8")
   return result
+
+
+def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
+  """Prints the arms' scores and where the report is."""
+  print(f"\n{result['title']} on {result['data']}: {result['num_examples']} test images")
+  for what, why in markdown.warnings(result):
+    print(f"  {what}: {why}")
+  shown = {"dice": f"mean Dice ({result['case']}s)"} if "case" in result else _SHOWN
+  for name, scores in result["arms"].items():
+    cells = ["{} {value:.3f} [{low:.3f}, {high:.3f}]".format(shown[k], **scores[k]) for k in shown]
+    print(f"  {name:16} {'   '.join(cells)}")
+  if said := "" if "case" in result else markdown.learnt(result):
+    print(said)
+  print(f"Report: {folder / 'report.md'}")
 
 
 def csv_cell(text: str) -> str:

@@ -47,7 +47,6 @@ from .configs import Train, tasks
 
 FLAGS = flags.FLAGS
 _POOLED, _LOCAL = "pooled", "local"
-_SHOWN = {"accuracy": "accuracy", "mcc": "MCC"}  # scores of the summary
 _SAVE_EVERY = 5.0  # seconds; a checkpoint may take longer than a short round
 
 
@@ -329,20 +328,6 @@ def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:
     writers[arm].flush()
 
   return log
-
-
-def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
-  """Prints the arms' scores and where the report is."""
-  print(f"\n{result['title']} on {result['data']}: {result['num_examples']} test images")
-  for what, why in markdown.warnings(result):
-    print(f"  {what}: {why}")
-  shown = {"dice": f"mean Dice ({result['case']}s)"} if "case" in result else _SHOWN
-  for name, scores in result["arms"].items():
-    cells = ["{} {value:.3f} [{low:.3f}, {high:.3f}]".format(shown[k], **scores[k]) for k in shown]
-    print(f"  {name:16} {'   '.join(cells)}")
-  if said := "" if "case" in result else markdown.learnt(result):
-    print(said)
-  print(f"Report: {folder / 'report.md'}")
 
 
 def _cache_dir() -> pathlib.Path:

@@ -23,7 +23,7 @@ import sys
 import jax
 from absl import flags
 
-from . import inputs, presets, processes, refusals, running, settings
+from . import inputs, presets, processes, refusals, report, running, settings
 from .configs import Train, rehearse
 
 settings.define_flags(Train)
@@ -128,7 +128,7 @@ def main() -> None:
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
   result = running.run(config, folder, federated=True, baselines=baselines, log=log, seat=seat)
   if result:
-    running.print_summary(result, folder)
+    report.print_summary(result, folder)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ images are held out for validation; flags about algorithms and aggregation have 
 
 from absl import flags
 
-from . import inputs, presets, running, settings
+from . import inputs, presets, report, running, settings
 from .configs import Train, rehearse
 
 settings.define_flags(Train)
@@ -32,7 +32,7 @@ def main() -> None:
   folder = running.open_run(config, FLAGS.run_dir, "train_pooled")
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
   result = running.run(config, folder, federated=False, log=log)
-  running.print_summary(result, folder)
+  report.print_summary(result, folder)
 
 
 if __name__ == "__main__":

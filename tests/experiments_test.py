@@ -23,6 +23,7 @@ from experiments import (
   markdown,
   model_files,
   processes,
+  report,
   running,
   settings,
 )
@@ -248,7 +249,7 @@ def test_a_run_says_where_it_is_and_what_was_learnt(finished, capsys):
   arms = "federated", "pooled", *(f"local: site {i}" for i in range(3))
   for number, name in enumerate(arms, start=1):
     assert f"arm {number} of 5: {name}: " in bars
-  running.print_summary(result, folder)
+  report.print_summary(result, folder)
   *_, learnt, where = capsys.readouterr().out.splitlines()
   assert learnt == markdown.learnt(result)
   assert f"reached {100 * result['arms']['federated']['accuracy']['value']:.1f} %" in learnt

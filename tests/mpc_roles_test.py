@@ -395,8 +395,9 @@ if child:
 
 
 def test_a_forked_process_does_not_use_what_its_parent_holds():
-  run = [sys.executable, "-W", "ignore", "-c", FORKING]
-  out = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-  told = dict(line.split("|") for line in out.stdout.splitlines())
+  out = subprocess.check_output(
+    [sys.executable, "-W", "ignore", "-c", FORKING], cwd=ROOT, text=True
+  )
+  told = dict(line.split("|") for line in out.splitlines())
   assert told["parent"] == "mask"
   assert "before this process was forked" in told["child"]

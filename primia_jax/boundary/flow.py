@@ -203,8 +203,7 @@ def _rule(state: Walk, name: str, eqn: Any, values: list[Value]) -> Value:
     case "slice" | "pvary" | "pcast" | "sharding_constraint" | "copy_p":
       return beside(values, at)
     case "concatenate" | "stack":  # beside public elements a mask does not cover the whole array
-      whole = all(v.parts for v in values)
-      return beside(values, at) if whole else mixed(values, at)
+      return beside(values, at) if all(v.parts for v in values) else mixed(values, at)
     case "broadcast_in_dim" if math.prod(eqn.invars[0].aval.shape) == math.prod(aval.shape):
       return beside(values, at)
     case "dynamic_slice" if not depends(values[1:]):
