@@ -381,23 +381,20 @@ def test_roles_of_another_type_are_refused(cast):
 FORKING = """
 import os
 from primia_jax.mpc import messages
-
 secret = messages.Correlations(1, "publication", "inference", b"mask")
 child = os.fork()
 try:
   told = secret.take(1).decode()
 except ValueError as error:
   told = str(error)
-os.write(1, (("child" if child == 0 else "parent") + "|" + told + chr(10)).encode())
-if child:
-  os.waitpid(child, 0)
+os.write(1, (("parent" if child else "child") + "|" + told + chr(10)).encode())
+os.waitpid(child, 0) if child else None
 """
 
 
 def test_a_forked_process_does_not_use_what_its_parent_holds():
-  out = subprocess.check_output(
-    [sys.executable, "-W", "ignore", "-c", FORKING], cwd=ROOT, text=True
-  )
+  run = [sys.executable, "-W", "ignore", "-c", FORKING]
+  out = subprocess.check_output(run, cwd=ROOT, text=True, timeout=120)
   told = dict(line.split("|") for line in out.splitlines())
   assert told["parent"] == "mask"
   assert "before this process was forked" in told["child"]
