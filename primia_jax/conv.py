@@ -196,7 +196,8 @@ def _rows_product(x: Array, g: Array, w_shape: tuple[int, ...], geometry: Geomet
   """The kernel gradient of a few images, as patches [B H' W', kh kw C], transposed, times g. As a
   convolution it would have as few input channels as there are images, and XLA would be slow.
   """
-  rows, g = _patches(x, w_shape, geometry)[0], g.reshape(-1, w_shape[3])
+  rows = _windows(x, w_shape, geometry)
+  rows, g = rows.reshape(-1, rows.shape[3]), g.reshape(-1, w_shape[3])
   if w_shape[3] >= len(rows):
     return (rows.T @ g).reshape(w_shape)
   # copies g and the product instead of the rows, which are more
@@ -362,9 +363,27 @@ def _plain(x: Array, w: Array, geometry: Geometry) -> Array:
 
 def _matrix_product(x: Array, w: Array, geometry: Geometry) -> Array:
   """The same convolution, as patches [B H' W', kh kw C] times the kernel [kh kw C, O]."""
-  patches, (height, width) = _patches(x, w.shape, geometry)
-  y = patches @ w.reshape(-1, w.shape[3])
-  return y.reshape(x.shape[0], height, width, w.shape[3])
+  windows = _windows(x, w.shape, geometry)
+  y = windows.reshape(-1, windows.shape[3]) @ w.reshape(-1, w.shape[3])
+  return y.reshape(*windows.shape[:3], w.shape[3])
+
+
+def _windows(x: Array, w_shape: Sequence[int], geometry: Geometry) -> Array:
+  """`_patches` as [B, H', W', kh kw C]. Under `vmap` it takes all sites as one batch, as a
+  convolution with a shared kernel does, so XLA sees that both need the same ones.
+  """
+
+  @jax.custom_batching.custom_vmap
+  def run(x: Array) -> Array:
+    rows, size = _patches(x, w_shape, geometry)
+    return rows.reshape(x.shape[0], *size, -1)
+
+  @run.def_vmap
+  def rule(axis_size: int, in_batched: Sequence[bool], x: Array) -> tuple[Array, bool]:
+    y = run(x.reshape(-1, *x.shape[2:]))
+    return y.reshape(axis_size, -1, *y.shape[1:]), True
+
+  return run(x)
 
 
 def _patches(x: Array, w_shape: Sequence[int], geometry: Geometry) -> tuple[Array, Pair]:
