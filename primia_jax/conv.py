@@ -143,12 +143,8 @@ def same_varying_axes(x: Array, w: Array) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: Array, w: Array, geometry: Geometry) -> Array:
-  return _site_by_site(
-    functools.partial(_fastest, geometry=geometry),
-    functools.partial(_matrix_product, geometry=geometry),
-    x,
-    w,
-  )
+  of_few = functools.partial(_matrix_product, geometry=geometry)
+  return _site_by_site(functools.partial(_fastest, geometry=geometry), of_few, x, w)
 
 
 def _conv_fwd(x: Array, w: Array, geometry: Geometry) -> tuple[Array, tuple[Array, Array]]:
@@ -238,9 +234,8 @@ def _by_phases(g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry)
   padding, sizes, starts = [], [], []
   for axis, s in enumerate(geometry.strides):
     taps, low = -(-w.shape[2 * axis] // s), geometry.padding[axis][0]
-    w = jnp.pad(
-      w, [(0, taps * s - w.shape[2 * axis] if a == 2 * axis else 0) for a in range(w.ndim)]
-    )
+    more = taps * s - w.shape[2 * axis]
+    w = jnp.pad(w, [(0, more if a == 2 * axis else 0) for a in range(w.ndim)])
     w = w.reshape(*w.shape[: 2 * axis], taps, s, *w.shape[2 * axis + 1 :])
     first, last = low // s, (low + x_shape[1 + axis] - 1) // s
     padding.append((taps - 1 - first, last + 1 - g.shape[1 + axis]))
