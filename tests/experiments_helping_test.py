@@ -76,7 +76,7 @@ def test_the_usual_flags_are_flags():
   known = {*settings.flat(Train()), *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', sources)}
   known |= {
     "preset",
-    *re.findall(r"^  (\w+): \w+ = (?:_|settings\.setting)\(", sources, re.MULTILINE),
+    *re.findall(r"^  (\w+): \w+ = (?:_|(?:settings\.)?setting)\(", sources, re.MULTILINE),
   }
   assert set(helping._USUAL) <= known
   assert len(set(helping._USUAL)) == len(helping._USUAL)
