@@ -22,8 +22,7 @@ from absl import app, flags
 from primia_jax.service import frames
 from primia_jax.service.errors import Malformed
 
-_MINUTES = flags.DEFINE_float("minutes", 10.0, "How long.", lower_bound=0.0)
-_SEED = flags.DEFINE_integer("seed", None, "Of the random numbers; a new one by default.")
+FLAGS = flags.FLAGS
 
 _EXTREME = (0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
 _HEADER = frames.HEADER_BYTES - 8  # without the checksum
@@ -110,13 +109,15 @@ def execute(rng: random.Random) -> str:
 
 
 def main(_):
-  seed = _SEED.value if _SEED.value is not None else int.from_bytes(os.urandom(4))
+  seed = FLAGS.seed if FLAGS.seed is not None else int.from_bytes(os.urandom(4))
   rng, counts, start = random.Random(seed), Counter(), time.monotonic()
-  while time.monotonic() - start < 60 * _MINUTES.value:
+  while time.monotonic() - start < 60 * FLAGS.minutes:
     counts.update(execute(rng) for _ in range(1000))
   row = {"name": "messages decoded without a crash", "value": counts.total(), **counts}
-  print(json.dumps(row | {"minutes": _MINUTES.value, "seed": seed}))
+  print(json.dumps(row | {"minutes": FLAGS.minutes, "seed": seed}))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # not for the test that imports this file
+  flags.DEFINE_float("minutes", 10.0, "How long.", lower_bound=0.0)
+  flags.DEFINE_integer("seed", None, "Of the random numbers; a new one by default.")
   app.run(main)

@@ -250,7 +250,9 @@ def test_what_is_not_there_or_no_source_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no image folder or tar at .*nowhere; check"):
     load(f"folder:{tmp_path}/nowhere", size=8, channels=1)
   for spec in ("nonsense", "folder:", "zip:x"):
-    with pytest.raises(ValueError, match=r"must be folder:PATH, csv:PATH, npz:PATH or tfds:NAME"):
+    with pytest.raises(
+      ValueError, match=r"must be folder:PATH, csv:PATH, npz:PATH, msd:PATH or tfds"
+    ):
       load(spec, size=8, channels=1)
   (tmp_path / "data.zip").write_bytes(b"PK")
   with pytest.raises(ValueError, match=r"data\.zip is not an image"):

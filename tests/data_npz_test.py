@@ -84,7 +84,7 @@ def test_resizing_and_channels(tmp_path):
       {"test_images": GREY},
       r"x\.npz holds \['images'\] for the test split, but no labels; add test_labels",
     ),
-    ({"test_masks": GREY, "test_images": GREY}, r"but no labels"),
+    ({"test_mask": GREY, "test_images": GREY}, r"but no labels"),
     ({"images": GREY}, r"an array 'images'; rename it like train_images"),
     ({"holdout_images": GREY}, r"an array 'holdout_images'"),
     (
@@ -160,5 +160,9 @@ def test_real_files(real_data):
   data = load(f"npz:{real_data}/mnist.npz", size=28, channels=1)
   assert {split: len(one) for split, one in data.items()} == {"train": 60000, "test": 10000}
   assert data["test"].label_names == tuple("0123456789")
-  with pytest.raises(ValueError, match=r"msd_lung_48\.npz .* no labels"):
-    load(f"npz:{real_data}/msd_lung_48.npz", size=28, channels=1)
+  data = load(f"npz:{real_data}/msd_lung_48.npz", size=48, channels=1)
+  assert {split: one.masks.shape for split, one in data.items()} == {
+    "train": (130, 48, 48),
+    "test": (130, 48, 48),
+  }
+  assert data["test"].label_names == ("background", "foreground")

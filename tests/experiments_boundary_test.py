@@ -8,13 +8,19 @@ import pytest
 from absl import flags
 
 from experiments import inputs, settings
-from experiments.configs import Train
+from experiments.configs import Train, tasks
 from experiments.configs.model import normalise
 from experiments.configs.run import build_federation
 from primia_jax import boundary, local, models
 from primia_jax.types import Site
 
-PRESETS = ("chest_xray", "chest_xray_private", "mnist_100_sites")
+PRESETS = (
+  "chest_xray",
+  "chest_xray_pretrained",
+  "chest_xray_private",
+  "lung_tumours",
+  "mnist_100_sites",
+)
 CLASSES, FOLDER = 3, pathlib.Path(inputs.__file__).parent / "flags"
 
 
@@ -40,9 +46,9 @@ def test_only_masked_values_cross_in_a_preset(preset):
   model, t = models.build(model_config), config.training
   features = models.features(model_config) if config.augment.is_none else None
   as_they_are = lambda key, images, targets: (images, targets)
-  loss = local.classification_loss(
-    model.apply, as_they_are if features else config.augment.build(), CLASSES, t.label_smoothing
-  )
+  task = tasks.of(config.model.model)
+  prepare = as_they_are if features else task.augment(config.augment)
+  loss = task.loss(model.apply, prepare, CLASSES, t.label_smoothing)
   num_examples = 2 * t.batch_size
   optimizer, schedule = t.build_optimizer(), t.build_schedule()
   if config.privacy.dp == "none":
@@ -55,7 +61,8 @@ def test_only_masked_values_cross_in_a_preset(preset):
   stored = shape((num_examples, *model_config.image_shape), np.uint8)
   if features is not None:
     stored = jax.eval_shape(lambda images: features(normalise(images)), stored)
-  site = Site(shape((), np.int32), stored, shape((num_examples,), np.int32), shape((), np.int32))
+  of_labels = stored.shape[:3] if task.of_pixels else stored.shape[:1]
+  site = Site(shape((), np.int32), stored, shape(of_labels, np.int32), shape((), np.int32))
   built = build_federation(config, recipe, model)
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
   with jax.numpy_dtype_promotion("standard"):  # optax's Adam needs it

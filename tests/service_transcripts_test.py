@@ -57,14 +57,14 @@ def test_every_message_of_fresh_sessions_of_one_image_is_uniform(world, tmp_path
 
 
 def test_the_same_test_rejects_every_message_without_masks(world, tmp_path, monkeypatch):
-  prepared = sessions._prepared
+  prepared = sessions.prepared_by
 
   def unmasked(owner, correlations):
     party = correlations.party
     secret = jax.tree.map(np.zeros_like, prepared(owner, correlations).take(party))
     return Prepared(party, correlations.publication, correlations.inference, secret)
 
-  monkeypatch.setattr(sessions, "_prepared", unmasked)
+  monkeypatch.setattr(sessions, "prepared_by", unmasked)
   for place, payloads in transcript(world, tmp_path).items():
     assert nibbles(payloads) < LEVEL, place
     assert positions(payloads) < LEVEL, place
