@@ -64,6 +64,7 @@ def test_half_the_noise_is_caught(monkeypatch):
   assert found.alone > found.claim
 
 
+@pytest.mark.optimised  # discrete noise takes ten times as long without
 def test_noise_that_sites_make_together_is_seen_in_sums_only():
   together = DistributedNoise(1, SITES, SITES, 0.5, 1.0, num_bits=32)
   claimed = made(together=together)

@@ -31,7 +31,7 @@ def test_a_grid_is_fine_fits_32_bits_and_has_the_noise_that_is_charged(
   assert units * on.steps + noise.largest(on.level) / fraction < 2**31
   assert math.sqrt(dim) / on.steps <= 0.1
   if units * dim * multiplier < 1e7:
-    assert math.sqrt(dim) / on.steps <= 0.005
+    assert math.sqrt(dim) / on.steps <= 0.005 * (1 + 1e-12)  # a float at the limit
 
 
 def loss_fn(params, model_state, batch, key):
