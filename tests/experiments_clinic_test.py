@@ -1,24 +1,22 @@
 """The clinic's programs on a tiny model: the class of `evaluate`, in a report and on the page."""
 
 import io
-import json
 import re
 import signal
 import subprocess
 import sys
 import urllib.parse
 
-import jax
 import numpy as np
 import pydicom
 import pytest
 from clinic_node_test import xray
 from clinic_page_test import lines_of, png, question
-from experiments_runs import TINY
+from experiments_runs import write_untrained
 
-from experiments import clinics, model_files, settings
+from experiments import clinics, model_files
 from experiments.configs.model import normalise
-from primia_jax import evaluation, models
+from primia_jax import evaluation
 from primia_jax.clinic import asking, node
 from primia_jax.data import decode
 
@@ -28,12 +26,7 @@ PROTOCOL = {"calibration": "phantom", "calibration_images": 8, "ring_bits": 32, 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("run")
-  config = settings.replace(TINY, model="mlp", norm="").model.config(TINY.data, 3)
-  model_files.save_model(folder / "model", [models.build(config).init(jax.random.key(0))])
-  about = {"label_names": NAMES, "model": vars(config)}
-  (folder / "model.json").write_text(json.dumps(about))
-  return folder
+  return write_untrained(tmp_path_factory.mktemp("run"), NAMES)
 
 
 def expected(checkpoint, image):

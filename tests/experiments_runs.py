@@ -1,6 +1,7 @@
 """Tiny runs of the binaries' own code, for several test files."""
 
 import functools
+import json
 import pathlib
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from PIL import Image
 
-from experiments import arms, inputs, settings, trainers
+from experiments import arms, inputs, model_files, settings, trainers
 from experiments.configs import Train, privacy
 from experiments.processes import Place
 from primia_jax import models, sites, summation
@@ -106,6 +107,15 @@ def flags_of(config) -> list[str]:
     (f"--{'' if value else 'no'}{name}" if isinstance(value, bool) else f"--{name}={value}")
     for name, (_, value) in changed.items()
   ]
+
+
+def write_untrained(folder, names):
+  """An untrained model of phantom images, as a finished run leaves one."""
+  config = settings.replace(TINY, norm="").model.config(TINY.data, len(names))
+  model_files.save_model(folder / "model", [models.build(config).init(jax.random.key(0))])
+  about = {"label_names": names, "model": vars(config)}
+  (folder / "model.json").write_text(json.dumps(about))
+  return folder
 
 
 def write_folder(root, splits=("",), each=6):

@@ -5,29 +5,22 @@ import stat
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-from experiments_runs import TINY
+from experiments_runs import write_untrained
 
 from experiments import encrypted, inputs, model_files, registers, running, scored, settings
 from experiments.configs import Train
 from experiments.configs.data import Data
 from experiments.configs.model import normalise
-from primia_jax import evaluation, metrics, models
+from primia_jax import evaluation, metrics
 
 NAMES = ("normal", "bacterial", "viral")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-  """An untrained model, as a finished run leaves one."""
-  folder = tmp_path_factory.mktemp("run")
-  config = settings.replace(TINY, model="mlp", norm="").model.config(TINY.data, 3)
-  model_files.save_model(folder / "model", [models.build(config).init(jax.random.key(0))])
-  about = {"label_names": NAMES, "model": vars(config)}
-  (folder / "model.json").write_text(json.dumps(about))
-  return folder
+  return write_untrained(tmp_path_factory.mktemp("run"), NAMES)
 
 
 @pytest.fixture(scope="module")
