@@ -2,7 +2,8 @@
 
 import threading
 
-from primia_jax.secagg import exchange, keys, transport
+from primia_jax.secagg import carrier, coordinator, exchange, keys
+from primia_jax.secagg import messages as msg
 
 
 class Killed(Exception):
@@ -10,42 +11,54 @@ class Killed(Exception):
 
 
 class Apart:
-  """Exchanges of some sites, and what each of them did in a thread."""
+  """Exchanges of some sites, what each of them did in a thread, and what the coordinator did.
+
+  Attributes:
+    wire: every message, in both directions.
+  """
 
   def __init__(self, num_sites, timeout=300.0):  # a timeout that is spent fails `run`
-    server, own = keys.identity(), [keys.identity() for _ in range(num_sites)]
-    listener = transport.listen()
-    host = transport.Host(listener, num_sites, timeout, server)
+    self.server, own = keys.identity(), [keys.identity() for _ in range(num_sites)]
+    self.timeout, self.wire = timeout, []
+    self.ask, self.carriers = carrier.in_process(range(num_sites), max(2 * timeout, 4.0))
     pinned = {i: one.public for i, one in enumerate(own)}
-    make = lambda i: exchange.Exchange(
-      listener.getsockname(),
-      i,
-      exchange.Pinned(own[i], pinned, server.public),
-      b"test",
-      timeout,
-      None if i else host,
-    )
-    self.exchanges = [make(i) for i in range(num_sites)]
-    self.results, self.errors = {}, {}
+    self.pinned = [exchange.Pinned(one, pinned, self.server.public) for one in own]
+    self.exchanges = [self.make(i, self.pinned[i]) for i in range(num_sites)]
+    self.results, self.errors, self.reports, self.failure = {}, {}, [], None
+
+  def make(self, site, pinned, run=b"test"):
+    return exchange.Exchange(self.carriers[site], site, pinned, run)
+
+  def recorded(self, requests, timeout):
+    answers = self.ask(requests, timeout)
+    self.wire += [msg.decode(data) for data in [*requests.values(), *answers.values()] if data]
+    return answers
 
   def run(self, call):
     """call(site, its exchange) for each site in a thread, to the end of all."""
 
     def one(i):
+      self.carriers[i].hear(2**20)  # the invitation
       try:
         self.results[i] = call(i, self.exchanges[i])
+        self.exchanges[i].close()
       except Exception as e:
         self.errors[i] = e
-        self.exchanges[i].close()  # as the end of a process does
+        self.carriers[i].close()  # as the end of a process does
 
-    threads = [
-      threading.Thread(target=one, args=(i,), daemon=True) for i in range(len(self.exchanges))
-    ]
+    def coordinate():
+      sites = range(len(self.exchanges))
+      try:
+        coordinator.coordinate(self.recorded, sites, self.server, self.timeout, self.reports.append)
+      except Exception as e:
+        self.failure = e
+
+    sites = range(len(self.exchanges))
+    calls = [*[(one, i) for i in sites], (coordinate,)]
+    threads = [threading.Thread(target=f, args=args, daemon=True) for f, *args in calls]
     for thread in threads:
       thread.start()
     for thread in threads:
       thread.join(60)
       assert not thread.is_alive()
-    for e in self.exchanges:
-      e.close()
     return self

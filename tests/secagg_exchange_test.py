@@ -1,4 +1,4 @@
-"""Sums over the protocol: every site a thread with its own exchange; sockets only join them."""
+"""Sums over the protocol: every site a thread with its own exchange; a carrier only joins them."""
 
 import dataclasses
 import threading
@@ -9,7 +9,7 @@ import pytest
 from secagg_apart import Apart, Killed
 
 from primia_jax import ring, secagg
-from primia_jax.secagg import exchange, keys, protocol, rounds, transport
+from primia_jax.secagg import exchange, keys, protocol, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 
@@ -35,14 +35,6 @@ def one_sum(own, i, config=THREE, round_index=4):
   return own.finish(own.begin(elements(i), round_index, 1, config), elements(i))
 
 
-@pytest.fixture
-def wire(monkeypatch):
-  """All messages of this process, both ways."""
-  sent, frame = [], transport.frame
-  monkeypatch.setattr(transport, "frame", lambda message: (sent.append(message), frame(message))[1])
-  return sent
-
-
 def looks_uniform(words):
   """Whether each bit is 1 half of the time, to six standard deviations."""
   ones = np.unpackbits(words.view(np.uint8).reshape(-1, 4), axis=1).sum(axis=0)
@@ -50,7 +42,7 @@ def looks_uniform(words):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_what_leaves_a_site_is_masked(wire, monkeypatch, masked):
+def test_what_leaves_a_site_is_masked(monkeypatch, masked):
   """Each leaf is a vector of its own; and where no masks are made, this test sees it."""
   zeros = {"a": np.zeros((4, 100), np.uint32), "b": np.zeros(300, np.uint32)}
   if not masked:
@@ -59,12 +51,12 @@ def test_what_leaves_a_site_is_masked(wire, monkeypatch, masked):
     )
   apart = Apart(3).run(lambda i, own: own.finish(own.begin(zeros, 4, 1, THREE), zeros))
   assert apart.errors == {}
-  inputs = [message.vectors for message in wire if isinstance(message, msg.MaskedInput)]
+  inputs = [message.vectors for message in apart.wire if isinstance(message, msg.MaskedInput)]
   assert [[v.size for v in vectors] for vectors in inputs] == [[400, 300]] * 3
   assert all(looks_uniform(v) == masked for vectors in inputs for v in vectors)
   for result in apart.results.values():
     jax.tree.map(np.testing.assert_array_equal, result, zeros)
-  others = [m for m in wire if not isinstance(m, msg.MaskedInput | msg.Total)]
+  others = [m for m in apart.wire if not isinstance(m, msg.MaskedInput | msg.Total)]
   assert not any(hasattr(m, "vectors") for m in others)  # and elements are in no other message
 
 
@@ -91,13 +83,12 @@ def test_sums_go_on_over_the_survivors_until_too_few_are_left():
 
   apart = Apart(5).run(call)
   assert apart.results == {}
-  assert isinstance(apart.errors[0], secagg.RoundFailed)
-  assert "stage masked_input: 3 sites of 4 sent their message in time, and 4 are needed" in str(
-    apart.errors[0]
-  )
-  for i in (1, 2):
+  assert isinstance(apart.failure, secagg.RoundFailed)
+  why = "stage masked_input: 3 sites of 4 sent their message in time, and 4 are needed"
+  assert why in str(apart.failure)
+  for i in (0, 1, 2):
     assert isinstance(apart.errors[i], secagg.Lost)
-    assert f"site {i} was declared lost in round 6, or the round failed" in str(apart.errors[i])
+    assert f"site {i} is out of the run in round 6: the round fails in {why}" in str(apart.errors[i])
 
 
 def test_a_site_that_is_late_is_told_that_it_was_lost_and_the_others_wait_once():
@@ -113,7 +104,9 @@ def test_a_site_that_is_late_is_told_that_it_was_lost_and_the_others_wait_once()
 
   apart = Apart(3, timeout=2.0).run(call)
   assert apart.results == {0: (0, 2), 2: (0, 2)}
-  assert "site 1 was declared lost in round 4" in str(apart.errors[1])
+  assert "site 1 is out of the run in round 4: this site was lost in stage masked_input" in str(
+    apart.errors[1]
+  )
 
 
 @pytest.mark.parametrize("lies", [True, False])
@@ -134,8 +127,8 @@ def test_sites_that_were_told_different_sums_do_not_go_on_together(monkeypatch, 
     assert sorted(apart.results) == [0, 1, 2]
     return
   assert apart.results == {}
-  assert isinstance(apart.errors[0], secagg.RoundFailed)
-  assert "message of site 1 in stage advertise is rejected: forged" in apart.errors[0].__notes__[0]
+  assert isinstance(apart.failure, secagg.RoundFailed)
+  assert "message of site 1 in stage advertise is rejected: forged" in apart.failure.__notes__[0]
 
 
 @pytest.mark.parametrize("started", ["alike", "apart"])
@@ -151,7 +144,7 @@ def test_sites_that_start_from_different_states_open_no_sum(started):
     assert sorted(apart.results) == [0, 1, 2]
     return
   assert apart.results == {}
-  assert "message of site 1 in stage advertise is rejected: forged" in apart.errors[0].__notes__[0]
+  assert "message of site 1 in stage advertise is rejected: forged" in apart.failure.__notes__[0]
 
 
 def test_a_survivor_that_is_late_to_sign_the_lists_is_told_so_and_not_waited_for_again(monkeypatch):
@@ -173,17 +166,15 @@ def test_a_survivor_that_is_late_to_sign_the_lists_is_told_so_and_not_waited_for
 
   apart = Apart(3, timeout=2.0).run(call)
   assert apart.results == {0: (0, 2), 2: (0, 2)}
-  assert "site 1 was declared lost in round 4" in str(apart.errors[1])
+  assert "this site was lost in stage consistency" in str(apart.errors[1])
 
 
 def test_sites_of_another_run_or_with_another_server_are_shown_out_and_not_summed():
   """Site 3 has another configuration, and site 4 has pinned another server."""
   apart, stranger = Apart(5, timeout=2.0), keys.identity().public
   for i, run, server in ((3, b"other", None), (4, b"test", stranger)):
-    old = apart.exchanges[i]
-    pinned = old._pinned._replace(server=server or old._pinned.server)
-    apart.exchanges[i] = exchange.Exchange(old._connection.getpeername(), i, pinned, run, 300.0)
-    old.close()
+    pinned = apart.pinned[i]
+    apart.exchanges[i] = apart.make(i, pinned._replace(server=server or pinned.server), run)
 
   def call(i, own):
     assert_total(one_sum(own, i, secagg.secure_sum(5, threshold=3)), (0, 1, 2))
@@ -208,15 +199,14 @@ def test_no_sum_is_over_fewer_than_the_quorum_of_those_that_have_begun():
         assert ended[left].wait(60)
       assert_total(one_sum(own, i, SPARSE, 9 - left), range(left))
       if i == left - 1:
-        own.close()
         ended[i].set()
         return left
     return "two"
 
   apart = Apart(5).run(call)
   assert apart.results == {4: 5, 3: 4, 2: 3}
-  assert isinstance(apart.errors[0], secagg.RoundFailed)
-  assert "2 sites of 3 sent their message in time, and 3 are needed" in str(apart.errors[0])
+  assert isinstance(apart.failure, secagg.RoundFailed)
+  assert "2 sites of 3 sent their message in time, and 3 are needed" in str(apart.failure)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from primia_jax import secagg
-from primia_jax.secagg import exchange, keys, meeting
+from primia_jax.secagg import carrier, exchange, keys, meeting
 from primia_jax.secagg import messages as msg
 
 SERVER = keys.identity()
@@ -15,9 +15,11 @@ PINNED = exchange.Pinned(OWN[3], {i: k.public for i, k in enumerate(OWN)}, SERVE
 LABEL, STATE, EVERYBODY = b"l" * 32, b"s" * 32, (0, 1, 2, 3, 4)
 
 
-def hellos(own=OWN, server=SERVER):
-  hosted = lambda i: b"" if i else server.public
-  return {i: meeting.hello(k, i, b"told", hosted(i)) for i, k in enumerate(own)}
+INVITATION = msg.Invitation(SERVER.public, b"f" * 32)
+
+
+def hellos(own=OWN, invitation=INVITATION):
+  return {i: meeting.hello(k, i, invitation, b"told") for i, k in enumerate(own)}
 
 
 def say(site, sites=EVERYBODY, state=STATE, round_index=7, label=LABEL, own=OWN):
@@ -44,41 +46,80 @@ def test_an_identity_is_kept_where_its_owner_alone_reads_it(tmp_path):
     meeting.own_identity(path)
 
 
-def test_messages_are_gathered_when_all_are_there(tmp_path):
+def told_by(*messages):
+  """A carrier whose coordinator says these; what the site answers."""
+  ask, ends = carrier.in_process([0], timeout=0.1)
+  for message in messages:
+    ask({0: message if isinstance(message, bytes) else msg.encode(message)}, 0.0)
+  return ends[0]
+
+
+def test_an_invitation_is_awaited_and_what_an_earlier_run_asks_is_left_unanswered():
+  stale = msg.Total(3, (), bytes(64))
+  assert meeting.invited(told_by(stale, b"\xff", INVITATION)) == INVITATION
+  with pytest.raises(secagg.Lost, match="no invitation of a coordinator"):
+    meeting.invited(told_by(stale))
+
+
+def test_what_all_sites_say_is_taken_whole_or_not_at_all():
   said = hellos(OWN[:2])
-  meeting.publish(tmp_path, said[0])
-  with pytest.raises(secagg.Lost, match=r"no hello of sites \[1\]"):
-    meeting.gather(tmp_path, msg.Hello, 2, timeout=0)
-  meeting.publish(tmp_path, said[1])
-  assert meeting.gather(tmp_path, msg.Hello, 2, timeout=0) == said
-  assert all(OWN[0].private not in path.read_bytes() for path in tmp_path.iterdir())
-  for wrong in (b"short", msg.encode(said[0]), msg.encode(say(1))):
-    (tmp_path / "site_1.hello").write_bytes(wrong)
-    with pytest.raises(ValueError, match=r"site_1\.hello"):
-      meeting.gather(tmp_path, msg.Hello, 2, timeout=0)
+  relayed = lambda: msg.Relayed({i: msg.encode(one) for i, one in said.items()})
+  all_of = lambda message: meeting.tell_all(told_by(message), said[0], 2)
+  assert all_of(relayed()) == said
+  wrong = msg.Relayed({0: msg.encode(said[0])})
+  swapped = msg.Relayed({0: msg.encode(said[0]), 1: msg.encode(said[0])})
+  other = msg.Relayed({0: msg.encode(said[1]), 1: msg.encode(said[1])})
+  changed = said[0]._replace(told=b"x")
+  own = msg.Relayed({0: msg.encode(changed), 1: msg.encode(said[1])})
+  torn = msg.Relayed({0: b"\xff", 1: b""})
+  for message, reason in (
+    (wrong, "too few"),
+    (swapped, "malformed"),
+    (other, "malformed"),
+    (own, "forged"),
+    (torn, "malformed"),
+    (INVITATION, "malformed"),
+    (b"\xff", "malformed"),
+  ):
+    with pytest.raises(secagg.Refused, match=f"site 0 refuses in stage hello: {reason}"):
+      all_of(message)
+  with pytest.raises(secagg.Lost, match="met no others: site 1 is gone"):
+    all_of(msg.Dismissed(b"site 1 is gone"))
+  with pytest.raises(secagg.Lost, match="has sent nothing"):
+    meeting.tell_all(told_by(), said[0], 2)
 
 
 def test_an_identity_that_changes_between_two_starts_is_refused_by_name(tmp_path):
-  """Else whoever can write to the run folder takes a site's or the server's place at a restart."""
+  """Else the coordinator could take a site's place at a restart, or another its own."""
   known = tmp_path / "identities.json"
-  first = meeting.pin(hellos(), OWN[3], 3, known)
+  first = meeting.pin(hellos(), INVITATION, OWN[3], 3, known)
   assert first == PINNED
-  assert meeting.pin(hellos(), OWN[3], 3, known) == first
+  assert meeting.pin(hellos(), INVITATION, OWN[3], 3, known) == first
   own, stranger = [*OWN], keys.identity()
   own[1] = stranger
-  for said, who in ((hellos(own), "site 1"), (hellos(server=stranger), "the server")):
+  another = INVITATION._replace(identity=stranger.public)
+  for said, invitation, who in (
+    (hellos(own), INVITATION, "site 1"),
+    (hellos(invitation=another), another, "the coordinator"),
+  ):
     with pytest.raises(secagg.Refused, match=f"changed key: {who} shows another identity"):
-      meeting.pin(said, OWN[3], 3, known)
+      meeting.pin(said, invitation, OWN[3], 3, known)
+  mixed = hellos() | {1: hellos(invitation=another)[1]}
+  with pytest.raises(secagg.Refused, match="site 1 was invited by another coordinator"):
+    meeting.pin(mixed, INVITATION, OWN[3], 3, known)
+  old = hellos(invitation=INVITATION._replace(fresh=b"o" * 32))
+  with pytest.raises(secagg.Refused, match="forged: site 0's is not signed"):
+    meeting.pin(old, INVITATION, OWN[3], 3, known)
   said = hellos()
   said[1] = said[1]._replace(told=b"another")
   with pytest.raises(secagg.Refused, match="forged: site 1's is not signed"):
-    meeting.pin(said, OWN[3], 3, known)
+    meeting.pin(said, INVITATION, OWN[3], 3, known)
   with pytest.raises(secagg.Refused, match="another identity stands in its own place"):
-    meeting.pin(hellos(), stranger, 3, known)
+    meeting.pin(hellos(), INVITATION, stranger, 3, known)
   for damaged in ("", "7"):
     known.write_text(damaged)
     with pytest.raises(ValueError, match=r"identities\.json is damaged"):
-      meeting.pin(hellos(), OWN[3], 3, known)
+      meeting.pin(hellos(), INVITATION, OWN[3], 3, known)
 
 
 def test_a_site_starts_only_from_the_state_that_all_others_start_from():

@@ -1,5 +1,5 @@
 """Training over the protocol: every site a thread with its own exchange, joined to the others by
-sockets only.
+messages only.
 """
 
 import jax

@@ -1,9 +1,9 @@
-"""One sum after another over sites that each run in their own process: `protocol` over `transport`.
+"""One sum after another over sites that each run in their own process: `protocol` over a carrier.
 
-Only `messages` cross between processes. One process hosts the server and is a site like all others;
-all sites learn each sum and who is in it. The sites of a sum are the survivors of the one before,
-whose list all have signed, so a lost site costs the others one timeout. It stays out until all
-processes start again.
+Only `messages` cross between processes; a coordinator, which is no site, opens the sums
+(`coordinator`). All sites learn each sum and who is in it. The sites of a sum are the survivors of
+the one before, whose list all have signed, so a lost site costs the others one timeout. It stays
+out until all start again.
 
 Who learns what: see `protocol`. Its bounds hold for the K sites that have begun: however many are
 lost, no sum is over fewer than the quorum of K. That is more than two thirds of them, or more than
@@ -11,7 +11,7 @@ half with a threshold between half and two thirds, which assumes a server that f
 The bounds cannot hide the difference of two sums of the same inputs, one with a site and one
 without it: everyone learns that site's input.
 
-The server announces the sums, so it could tell each site another one and make them train different
+The coordinator announces the sums, so it could tell each site another one and make them train different
 models, until only one site's update is left in a sum (Pasquini et al. 2022, "Eluding secure
 aggregation in federated learning via model inconsistency"). Here every message of a sum is bound to
 the state that its sender started from (`bind`) and to all sums that it was told since. Sites with
@@ -20,19 +20,20 @@ different ones refuse each other in the next sum, which then does not open.
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import hashlib
-import socket
-import time
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import ring
-from primia_jax.secagg import graph, keys, protocol, rounds, transport
+from primia_jax.secagg import carrier as carrying
+from primia_jax.secagg import graph, keys, protocol, rounds
+from primia_jax.secagg import messages as msg
+from primia_jax.secagg.carrier import Carrier
 from primia_jax.secagg.errors import Lost
 from primia_jax.secagg.masking import Row, SecureSum
 from primia_jax.types import PyTree
@@ -44,7 +45,7 @@ class Pinned(NamedTuple):
   Attributes:
     own: this site's signing pair.
     sites: number to public key, of all sites.
-    server: the server's public key.
+    server: the coordinator's public key.
   """
 
   own: keys.Identity
@@ -58,12 +59,10 @@ class Begun(NamedTuple):
   Attributes:
     rows: [1, ...], this site's number and the key of its noise, and no peers: the exchange masks.
     site: its state in the protocol, which holds its other keys.
-    pending: the server's part, in the host's process.
   """
 
   rows: Row
   site: protocol.Site
-  pending: transport.Pending | None
 
 
 class Exchange:
@@ -74,39 +73,23 @@ class Exchange:
     sites: the survivors of the last sum, which are the sites of the next.
   """
 
-  def __init__(
-    self,
-    address: tuple[str, int],
-    number: int,
-    pinned: Pinned,
-    run: bytes,
-    timeout: float = 600.0,
-    host: transport.Host | None = None,
-  ):
-    """Connects to the server.
+  def __init__(self, carrier: Carrier, number: int, pinned: Pinned, run: bytes):
+    """Makes a site's end, over a carrier whose last request is not yet answered.
 
     Args:
-      address: the server's host and port.
+      carrier: to the coordinator.
       number: of this site.
       pinned: all identities.
       run: names the run and its configuration; sites with different ones refuse each other's
         messages.
-      timeout: seconds that a stage may take; a site's work between `begin` and `finish` is part of
-        one stage.
-      host: the server, in the one process that hosts it.
-
-    Raises:
-      Lost: no server listens there.
     """
     self.sites = tuple(sorted(pinned.sites))
-    self._number, self._pinned, self._host = number, pinned, host
+    self._number, self._pinned, self._carrier = number, pinned, carrier
     everybody = [*(pinned.sites[i] for i in self.sites), pinned.server]
     self.label = self._run = hashlib.sha256(b"".join(everybody) + run).digest()
     # One for all sums, made of all identities: only the site that publishes the last identity can
     # choose among circles of neighbours.
     self._graph_key = np.frombuffer(self._run, "<u4").astype(np.uint32)
-    self._connection = connect(address, 2 * timeout, patience=0)  # the server's patience ends first
-    self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
   def bind(self, public: bytes) -> None:
     """Binds all later sums to what this site continues from: only sites that bind the same bytes,
@@ -128,8 +111,8 @@ class Exchange:
 
     Raises:
       ValueError: for a config without masks, as `agree`, or as `rounds.setup`.
-      Lost: the server has closed the connection, or too few sites are left for this sum.
-      RoundFailed: in the host's process, where too few sites are left.
+      Lost: the coordinator has dismissed this site or sends nothing, or too few sites are left.
+      Refused: the coordinator's message would make it unsafe to continue.
     """
     setup = agree(
       {i: self._pinned.sites[i] for i in self.sites},
@@ -141,13 +124,16 @@ class Exchange:
       self._run,
       self._graph_key,
     )
-    pending = self._host.serve(setup, round) if self._host else None
-    begin = lambda: transport.begin(self._connection, setup, round, self._number, self._pinned.own)
-    site = self._saying(begin, round, pending)
+    site, advert = protocol.advertise(setup, round, self._number, self._pinned.own)
+    terms = msg.encode(rounds.terms(setup))
+    with self._explained(round):
+      self._say(msg.Proposal(self._number, round, terms, msg.encode(advert)))
+      site, shares = protocol.share_keys(site, self._hear(setup))
+      self._say(shares)
     noise = jnp.asarray(keys.words(site.secrets.noise))[None]
     nobody = jnp.zeros((1, 0), jnp.int32), jnp.zeros((1, 0, 8), jnp.uint32)
     rows = Row(jnp.full(1, self._number, jnp.int32), *nobody, None, noise)
-    return Begun(rows, site, pending)
+    return Begun(rows, site)
 
   def finish(self, begun: Begun, elements: PyTree) -> PyTree:
     """Masks this site's ring elements, sends them, and returns the sum over the survivors.
@@ -160,43 +146,48 @@ class Exchange:
       The sum in Z_2^k, as jax arrays; `sites` are then the survivors.
 
     Raises:
-      Lost, RoundFailed: as `begin`.
-      Refused: the server's message would make it unsafe to continue.
+      Lost, Refused: as `begin`.
     """
-    (_, site, pending), (leaves, structure) = begun, jax.tree.flatten(elements)
+    (_, site), (leaves, structure) = begun, jax.tree.flatten(elements)
     vectors = [rounds.reduce(np.asarray(a).reshape(-1), site.setup) for a in leaves]
-    finish = lambda: transport.finish(self._connection, site, vectors, self._pinned.server)
-    joined = self._saying(finish, site.round, pending)
-    if pending:
-      pending.result()  # until all survivors have been told the sum
-    self.sites = joined.lists.survivors
-    told = [v.astype(v.dtype.newbyteorder("<"), copy=False).tobytes() for v in joined.total]
+    with self._explained(site.round):
+      site, masked = protocol.masked_input(site, self._hear(site.setup), vectors)
+      self._say(masked)
+      site, consent = protocol.consistency(site, self._hear(site.setup))
+      self._say(consent)
+      site, answer = protocol.unmask(site, self._hear(site.setup))
+      self._say(answer)
+      total = protocol.take_total(site, self._hear(site.setup), self._pinned.server)
+    assert site.lists is not None
+    self.sites = site.lists.survivors
+    told = [v.astype(v.dtype.newbyteorder("<"), copy=False).tobytes() for v in total]
     self._run = hashlib.sha256(b"".join([self._run, *told])).digest()
-    totals = zip(joined.total, leaves, strict=True)
+    totals = zip(total, leaves, strict=True)
     return jax.tree.unflatten(structure, [jnp.asarray(v.reshape(a.shape)) for v, a in totals])
 
-  def close(self) -> None:
-    """Leaves the run; the other sites continue without this one, unless it is the host."""
-    self._connection.close()
-    if self._host:
-      self._host.close()
+  def close(self, reason: str = "") -> None:
+    """Leaves the run, and tells the coordinator why; the other sites continue without this one."""
+    with contextlib.suppress(OSError):
+      self._say(msg.Ended(self._number, reason.encode()))
+    self._carrier.close()
 
-  def _saying(self, step, round: int, pending: transport.Pending | None):
-    """Runs a step; explains a broken connection, in the host's process by the server's error."""
+  def _say(self, message: msg.Message) -> None:
+    self._carrier.say(msg.encode(message))
+
+  def _hear(self, setup: rounds.Setup) -> Any:
+    """The coordinator's next message; the stages of `protocol` check its type."""
+    return carrying.hear(self._carrier, rounds.message_bytes(setup))
+
+  @contextlib.contextmanager
+  def _explained(self, round: int) -> Iterator[None]:
+    """Says what it means that the coordinator sends nothing more."""
     try:
-      return step()
-    except OSError as e:
-      if (
-        pending
-        and concurrent.futures.wait([pending], timeout=10).done
-        and (error := pending.exception())
-      ):
-        raise error from e
+      yield
+    except OSError as error:
       raise Lost(
-        f"site {self._number} was declared lost in round {round}, or the round failed ({e}); the "
-        f"server's process tells which. Start again to take part from the last round that was saved"
-      ) from e
-
+        f"site {self._number} is out of the run in round {round}: {error}. Start again to take part "
+        "from the last round that was saved"
+      ) from error
 
 def agree(
   identities: Mapping[int, bytes],
@@ -244,26 +235,3 @@ def agree(
     malicious_server=malicious,
     purpose=purpose,
   )
-
-
-def connect(address: tuple[str, int], timeout: float, patience: float) -> socket.socket:
-  """Connects to the server.
-
-  Args:
-    address: its host and port.
-    timeout: of the connection, in seconds.
-    patience: seconds for which to retry.
-
-  Raises:
-    Lost: no server listens there.
-  """
-  end = time.monotonic() + patience
-  while True:
-    try:
-      return socket.create_connection(address, timeout)
-    except OSError as e:
-      if time.monotonic() >= end or isinstance(e, socket.gaierror):
-        raise Lost(
-          f"no server at {address[0]}:{address[1]} ({e}); start the first process, which hosts it"
-        ) from e
-    time.sleep(0.1)

@@ -1,9 +1,9 @@
 """How the sites of a run meet before its first sum: who they are, and from which state they start.
 
-Each site writes two signed messages to a folder that all can read, `Hello` and `Start`. Whoever can
-write to the folder can keep sites apart. At the first meeting this person can also take the place
-of a site that has not come yet, because identities are pinned on first use. Every site keeps the
-identities, and from then on refuses another one by name.
+Each site says two signed messages to all others, `Hello` and `Start`, which the coordinator relays.
+It can keep sites apart. At the first meeting it can also take the place of a site, because
+identities are pinned on first use. Every site keeps the identities, and from then on refuses
+another one by name. All sites must have been invited by one coordinator.
 
 A run that continues starts from a global state that somebody saved. Who saves it could give each
 site another one, or one of their own making, and learn a single site's update from the next sum
@@ -15,17 +15,20 @@ that may collude.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import pathlib
-import time
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from primia_jax import durable
+from primia_jax.secagg import carrier as carrying
 from primia_jax.secagg import keys
 from primia_jax.secagg import messages as msg
+from primia_jax.secagg.carrier import MEETING_BYTES, Carrier
 from primia_jax.secagg.errors import Lost, Refused
 from primia_jax.secagg.exchange import Pinned
 
@@ -46,10 +49,29 @@ def own_identity(path: pathlib.Path) -> keys.Identity:
   return keys.identity(lambda _: private)
 
 
-def hello(own: keys.Identity, site: int, told: bytes = b"", server: bytes = b"") -> msg.Hello:
-  """A site's first message; `server` is the public key of the server that it hosts."""
-  made = msg.Hello(site, own.public, server, os.urandom(keys.KEY_BYTES), told, b"")
-  return made._replace(signature=keys.sign(own.private, _text(b"", made)))
+def invited(carrier: Carrier) -> msg.Invitation:
+  """Waits for the coordinator's invitation, and leaves unanswered what an earlier run asks for.
+
+  Raises:
+    Lost: none comes in time.
+  """
+  try:
+    while True:
+      with contextlib.suppress(ValueError):
+        message = msg.decode(carrier.hear(MEETING_BYTES))
+        if isinstance(message, msg.Invitation) and len(message.identity) == keys.KEY_BYTES:
+          return message
+      carrier.say(b"")
+  except OSError as error:
+    raise Lost(f"no invitation of a coordinator has come ({error}); start it, too") from error
+
+
+def hello(
+  own: keys.Identity, site: int, invitation: msg.Invitation, told: bytes = b""
+) -> msg.Hello:
+  """A site's first message, which answers an invitation."""
+  made = msg.Hello(site, own.public, invitation.identity, os.urandom(keys.KEY_BYTES), told, b"")
+  return made._replace(signature=keys.sign(own.private, _text(invitation.fresh, made)))
 
 
 def start(
@@ -68,55 +90,46 @@ def start(
   return made._replace(signature=keys.sign(own.private, _text(label, made)))
 
 
-def publish(folder: pathlib.Path, message: msg.Hello | msg.Start) -> None:
-  """Writes a message to where the others look for it."""
-  path = folder / file_name(type(message), message.site)
-  part = path.with_suffix(".part")
-  part.write_bytes(msg.encode(message))
-  part.replace(path)
-
-
-def file_name(kind: type, site: int) -> str:
-  """The name of the file with a site's message of this kind."""
-  return f"site_{site}.{kind.__name__.lower()}"
-
-
-def gather(
-  folder: pathlib.Path, kind: type[_Said], num_sites: int, timeout: float
-) -> dict[int, _Said]:
-  """Waits for the messages of this kind from all sites, by site.
+def tell_all(carrier: Carrier, own: _Said, num_sites: int) -> dict[int, _Said]:
+  """Says a message to all other sites, and returns those of all, by site.
 
   Raises:
-    Lost: some are missing when the timeout has passed.
-    ValueError: a file holds something else.
+    Lost: the coordinator ends the run, or sends nothing in time.
+    Refused: it does not relay one message of each site, or changes this site's own.
   """
-  end, paths = time.monotonic() + timeout, [folder / file_name(kind, i) for i in range(num_sites)]
-  while missing := [i for i, path in enumerate(paths) if not path.is_file()]:
-    if time.monotonic() > end:
-      raise Lost(
-        f"no {kind.__name__.lower()} of sites {missing} in {folder} after {timeout:g} seconds; "
-        "start their processes within that time"
-      )
-    time.sleep(0.02)
-  said: dict[int, Any] = {}
-  for i, path in enumerate(paths):
-    try:
-      message = msg.decode(path.read_bytes())
-    except ValueError as error:
-      raise ValueError(f"{path}: {error}") from error
-    if type(message) is not kind or message.site != i:
-      raise ValueError(f"{path} is no {kind.__name__.lower()} of site {i}")
-    said[i] = message
+  carrier.say(msg.encode(own))
+  kind, refuse = type(own), functools.partial(Refused, own.site, type(own).__name__.lower())
+  try:
+    relayed = carrying.hear(carrier, MEETING_BYTES)
+    if not isinstance(relayed, msg.Relayed):
+      raise refuse("malformed", f"{type(relayed).__name__} instead of what the sites say")
+    said: dict[int, Any] = {i: msg.decode(data) for i, data in relayed.said.items()}
+  except OSError as error:
+    raise Lost(f"site {own.site} has met no others: {error}") from error
+  except ValueError as error:
+    raise refuse("malformed", str(error)) from error
+  if sorted(said) != list(range(num_sites)):
+    raise refuse("too few", f"sites {sorted(said)} of {num_sites} are said to be there")
+  for i, one in said.items():
+    if type(one) is not kind or one.site != i:
+      raise refuse("malformed", f"what is relayed is no {kind.__name__.lower()} of site {i}")
+  if said[own.site] != own:
+    raise refuse("forged", "its own message was changed")
   return said
 
 
 def pin(
-  hellos: Mapping[int, msg.Hello], own: keys.Identity, number: int, known: pathlib.Path
+  hellos: Mapping[int, msg.Hello],
+  invitation: msg.Invitation,
+  own: keys.Identity,
+  number: int,
+  known: pathlib.Path,
 ) -> Pinned:
-  """Pins the identities of all sites, and that of the server which site 0 hosts.
+  """Pins the identities of all sites, and that of the coordinator.
 
   Args:
     hellos: by site.
+    invitation: the coordinator's.
     own: this site's identity.
     number: this site.
     known: its file of the identities that it pinned at the first meeting; made there.
@@ -126,14 +139,14 @@ def pin(
     ValueError: the file of known identities is damaged.
   """
   for i, message in hellos.items():
-    if not keys.verify(message.identity, _text(b"", message), message.signature):
+    if not keys.verify(message.identity, _text(invitation.fresh, message), message.signature):
       raise Refused(number, "hello", "forged", f"site {i}'s is not signed by the identity in it")
+    if message.server != invitation.identity:
+      raise Refused(number, "hello", "inconsistent", f"site {i} was invited by another coordinator")
   found = {f"site {i}": message.identity.hex() for i, message in hellos.items()}
-  found["the server"] = hellos[0].server.hex()
+  found["the coordinator"] = invitation.identity.hex()
   if hellos[number].identity != own.public:
     raise Refused(number, "hello", "changed key", "another identity stands in its own place")
-  if len(hellos[0].server) != keys.KEY_BYTES:
-    raise Refused(number, "hello", "malformed", "site 0 names no server")
   if not known.is_file():
     durable.replace(known, json.dumps(found, indent=2).encode())
   try:
@@ -149,7 +162,7 @@ def pin(
       "takes its place, or its own folder was lost. Ask there for the key, and correct the file "
       "only if it is right",
     )
-  return Pinned(own, {i: message.identity for i, message in hellos.items()}, hellos[0].server)
+  return Pinned(own, {i: message.identity for i, message in hellos.items()}, invitation.identity)
 
 
 def check(

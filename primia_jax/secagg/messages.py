@@ -13,7 +13,10 @@ Stages, and who speaks (Bonawitz et al., CCS 2017, figure 4):
   consistency   Consent      site to server     Consents   server to every site
   unmask        Answer       site to server     Total      server to survivors, if they get the sum
 
-Before the first round each site says `Hello` and `Start` to all others (`meeting`).
+The coordinator, whose part the server plays, speaks first, with an `Invitation`. Each site answers
+with what it wants next: `Hello` and then `Start`, which the coordinator shows to all as `Relayed`
+(`meeting`); a `Proposal` for each sum; `Ended` when it leaves. A site that is lost is told so by
+`Dismissed`.
 """
 
 from __future__ import annotations
@@ -124,7 +127,7 @@ class Hello(NamedTuple):
   Attributes:
     site: the sender.
     identity: its public key.
-    server: that of the server which its process hosts; empty elsewhere.
+    server: that of the coordinator which has invited it.
     fresh: 32 bytes drawn for this start.
     told: what it tells all others.
     signature: of all other fields.
@@ -158,6 +161,56 @@ class Start(NamedTuple):
   signature: bytes
 
 
+class Invitation(NamedTuple):
+  """The coordinator's first message: its public key, and 32 bytes drawn for this run."""
+
+  identity: bytes
+  fresh: bytes
+
+
+class Relayed(NamedTuple):
+  """What each site has said to all others: said[site], an encoded message that the site signed."""
+
+  said: dict[int, bytes]
+
+
+class Terms(NamedTuple):
+  """What a `rounds.Setup` is made of; see there."""
+
+  identities: dict[int, bytes]
+  sizes: tuple[int, ...]
+  session: bytes
+  num_bits: int
+  graph_key: bytes
+  degree: int
+  threshold: int
+  quorum: int
+  malicious_server: int
+  purpose: int
+
+
+class Proposal(NamedTuple):
+  """A site's wish for a sum: its encoded `Terms`, and its encoded `Advert`, which signs them."""
+
+  site: int
+  round: int
+  terms: bytes
+  advert: bytes
+
+
+class Ended(NamedTuple):
+  """A site leaves: it has finished, or cannot go on."""
+
+  site: int
+  reason: bytes
+
+
+class Dismissed(NamedTuple):
+  """The coordinator's last message to a site, with the reason in words."""
+
+  reason: bytes
+
+
 Message = (
   Advert
   | Roster
@@ -171,6 +224,12 @@ Message = (
   | Total
   | Hello
   | Start
+  | Invitation
+  | Relayed
+  | Terms
+  | Proposal
+  | Ended
+  | Dismissed
 )
 STAGES = ("advertise", "share_keys", "masked_input", "consistency", "unmask")
 FROM_SITES = (Advert, Shares, MaskedInput, Consent, Answer)  # in the order of the stages

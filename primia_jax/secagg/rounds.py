@@ -31,7 +31,8 @@ class Setup:
     quorum: the number of sites that must survive and sign the list of survivors.
     malicious_server: True if t and the quorum must be above two thirds, False for above half.
     purpose: tells several sums of one round apart.
-    label: a digest of all this and of the session; every signature covers it.
+    session: names the training run.
+    label: a digest of all this; every signature covers it.
   """
 
   identities: Mapping[int, bytes]
@@ -43,6 +44,7 @@ class Setup:
   quorum: int
   malicious_server: bool
   purpose: int
+  session: bytes
   label: bytes
 
   @property
@@ -136,8 +138,36 @@ def setup(
   label = hashlib.sha256(
     repr((ordered, sizes, numbers, keys.raw(graph_key), session)).encode()
   ).digest()
-  return Setup(
-    ordered, sizes, num_bits, graph_key, degree, threshold, quorum, malicious_server, purpose, label
+  bounds = degree, threshold, quorum, malicious_server
+  return Setup(ordered, sizes, num_bits, graph_key, *bounds, purpose, session, label)
+
+
+def terms(setup: Setup) -> msg.Terms:
+  """A setup as a message."""
+  bounds = setup.degree, setup.threshold, setup.quorum, int(setup.malicious_server)
+  words, graph_key = (setup.num_bits, setup.purpose), keys.raw(setup.graph_key)
+  return msg.Terms(
+    dict(setup.identities), setup.sizes, setup.session, words[0], graph_key, *bounds, words[1]
+  )
+
+
+def of_terms(told: msg.Terms) -> Setup:
+  """The setup of a message.
+
+  Raises:
+    ValueError: as `setup`.
+  """
+  return setup(
+    told.identities,
+    told.sizes,
+    told.session,
+    num_bits=told.num_bits,
+    graph_key=keys.words(told.graph_key),
+    degree=told.degree,
+    threshold=told.threshold,
+    quorum=told.quorum,
+    malicious_server=bool(told.malicious_server),
+    purpose=told.purpose,
   )
 
 

@@ -1,0 +1,223 @@
+"""The coordinator of a run: it asks the sites what they want next, and opens one sum after another.
+
+It holds no data, no model and no secret but its identity. Each site answers with its wish: to tell
+all others something, to form a sum, or to leave. `coordinate` knows nothing of training. Every
+stage is a round trip over a carrier; a site that does not answer in time has dropped out.
+
+Who learns what: see `protocol`. The terms of a sum come from the sites: the coordinator takes those
+on which most of them agree, and sites with other terms are not in the sum.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from primia_jax.secagg import keys, rounds
+from primia_jax.secagg import messages as msg
+from primia_jax.secagg import server as serving
+from primia_jax.secagg.carrier import Ask
+from primia_jax.secagg.errors import Aborted, Lost, Rejected, RoundFailed
+
+_LARGEST = 2**31  # bytes of a message that a sum may need
+
+
+class Report(NamedTuple):
+  """The coordinator's account of a sum.
+
+  Attributes:
+    round, purpose: of the sum.
+    opened: the sum and the sites in it.
+    rejected: every message that it did not take: site, stage and reason.
+    seconds: for each stage, from the first request to the last answer.
+  """
+
+  round: int
+  purpose: int
+  opened: serving.Opened
+  rejected: tuple[Rejected, ...]
+  seconds: tuple[float, ...]
+
+
+def coordinate(
+  ask: Ask,
+  sites: Sequence[int],
+  identity: keys.Identity,
+  timeout: float,
+  tell: Callable[[Report], None] = lambda report: None,
+) -> dict[int, str]:
+  """Serves a run from the first message to the last.
+
+  Args:
+    ask: the carrier.
+    sites: numbers of all that must come to the meeting.
+    identity: the coordinator's signing pair.
+    timeout: seconds that a stage may take; a site's work between two messages is part of one.
+    tell: called with each sum.
+
+  Returns:
+    What each site that left in order has said of its reason.
+
+  Raises:
+    Lost: a site is missing at the meeting.
+    RoundFailed: too few messages came to open a sum. Both tell all sites why.
+  """
+  present = set(sites)
+  invitation = msg.encode(msg.Invitation(identity.public, os.urandom(keys.KEY_BYTES)))
+  try:
+    said = _round_trip(ask, dict.fromkeys(sites, invitation), timeout)
+    left: dict[int, str] = {}
+    met: set[type] = set()
+    while True:
+      for i in [i for i, one in said.items() if isinstance(one, msg.Ended)]:
+        left[i] = said.pop(i).reason.decode(errors="replace")
+        present.discard(i)
+      if not said:
+        if not left:
+          raise Lost("no site answers any more")
+        return left | dict.fromkeys(sorted(present), "without a word")
+      kinds = collections.Counter(type(one) for one in said.values())
+      if set(kinds) <= {msg.Proposal}:
+        dismiss(ask, present - set(said), "this site did not answer in time")
+        report, said = _sum(ask, said, identity, timeout)
+        tell(report)
+        present = set(said) | set(report.opened.survivors)
+        continue
+      if len(kinds) > 1 or set(said) != set(sites) or not set(kinds) <= {msg.Hello, msg.Start}:
+        raise Lost(_missing(sites, said, left, met))
+      met |= set(kinds)
+      relayed = msg.encode(msg.Relayed({i: msg.encode(one) for i, one in said.items()}))
+      said = _round_trip(ask, dict.fromkeys(said, relayed), timeout)
+  except Aborted as error:
+    dismiss(ask, present, str(error))
+    raise
+
+
+def dismiss(ask: Ask, sites: Sequence[int] | set[int], reason: str) -> None:
+  """Tells sites that the run goes on without them, or has ended; waits for no answer."""
+  if sites:
+    ask(dict.fromkeys(sorted(sites), msg.encode(msg.Dismissed(reason.encode()))), 0.0)
+
+
+def _missing(
+  sites: Sequence[int], said: Mapping[int, Any], left: Mapping[int, str], met: set[type]
+) -> str:
+  gone = "; ".join(f"site {i} left: {reason}" for i, reason in left.items())
+  absent = sorted(set(sites) - set(said) - set(left))
+  what = "start" if msg.Hello in met else "hello"
+  told = f"no {what} of sites {absent}; start their programs, too" if absent else ""
+  kinds = {i: type(one).__name__ for i, one in said.items()}
+  return "; ".join(filter(None, [told, gone])) or f"the sites do not say the same: {kinds}"
+
+
+def _round_trip(ask: Ask, requests: Mapping[int, bytes], timeout: float) -> dict[int, Any]:
+  """The answers as messages, by site; what is none, or names another site, counts as silence."""
+  said = {}
+  for i, data in ask(requests, timeout).items():
+    try:
+      message: Any = msg.decode(data)
+    except ValueError:
+      continue
+    if getattr(message, "site", None) == i:
+      said[i] = message
+  return said
+
+
+def _sum(
+  ask: Ask, proposals: Mapping[int, Any], identity: keys.Identity, timeout: float
+) -> tuple[Report, dict[int, Any]]:
+  """One sum: its report, and what its survivors want next."""
+  rejected: list[Rejected] = []
+  setup, round = _agreed(proposals, rejected)
+  state, seconds, limit = serving.start(setup, round), list[float](), rounds.message_bytes(setup)
+  try:
+    for i, one in sorted(proposals.items()):
+      state = _take(state, i, one.advert, rejected)
+    spoke = set(proposals)
+    for close in serving.CLOSE:
+      state, out = close(state)
+      sites = set(state.received[state.stage - 1])
+      dismiss(ask, spoke - sites, f"this site was lost in stage {msg.STAGES[state.stage - 1]}")
+      spoke, begun = sites, time.monotonic()
+      to = lambda u, out=out: msg.encode(out[u] if isinstance(out, dict) else out)
+      for i, data in sorted(ask({u: to(u) for u in sites}, timeout).items()):
+        if len(data) > limit:
+          rejected.append(_malformed(i, state, f"{len(data)} bytes; no message has over {limit}"))
+          continue
+        state = _take(state, i, data, rejected)
+      seconds.append(time.monotonic() - begun)
+    state, opened = serving.open_total(state)
+  except RoundFailed as error:
+    error.add_note(f"rejected messages: {[str(r) for r in rejected]}")
+    raise
+  told = set(state.received[3])
+  dismiss(ask, spoke - told, "this site was lost in stage consistency")
+  total = msg.encode(serving.sign_total(state, opened, identity))
+  begun = time.monotonic()
+  said = _round_trip(ask, dict.fromkeys(told, total), timeout)
+  seconds.append(time.monotonic() - begun)
+  report = Report(round, setup.purpose, opened, tuple(rejected), tuple(seconds))
+  return report, said
+
+
+def _agreed(
+  proposals: Mapping[int, Any], rejected: list[Rejected]
+) -> tuple[rounds.Setup, int]:
+  """The terms and the round that most sites propose."""
+  wishes = collections.Counter((one.round, one.terms) for one in proposals.values())
+  (round, terms), _ = wishes.most_common(1)[0]
+  for i, one in proposals.items():
+    if (one.round, one.terms) != (round, terms):
+      why = "it proposes other terms than most sites"
+      rejected.append(Rejected(i, msg.STAGES[0], "another round", why))
+  try:
+    told = msg.decode(terms)
+    if not isinstance(told, msg.Terms):
+      raise ValueError(f"{type(told).__name__} instead of terms")
+    setup = rounds.of_terms(told)
+    if rounds.message_bytes(setup) > _LARGEST:
+      raise ValueError(f"a message of {rounds.message_bytes(setup)} bytes")
+  except ValueError as error:
+    raise RoundFailed(msg.STAGES[0], 0, len(proposals), f"sites propose a sum ({error})") from error
+  return setup, round
+
+
+def _take(
+  state: serving.Server, site: int, data: bytes, rejected: list[Rejected]
+) -> serving.Server:
+  try:
+    message = msg.decode(data)
+    if getattr(message, "site", None) != site:
+      raise ValueError(f"{type(message).__name__} is no message of this site")
+  except ValueError as error:
+    rejected.append(_malformed(site, state, str(error)))
+    return state
+  try:
+    return serving.receive(state, message)
+  except Rejected as error:
+    rejected.append(error.with_traceback(None))  # which would keep the message in memory
+    return state
+
+
+def _malformed(site: int, state: serving.Server, detail: str) -> Rejected:
+  return Rejected(site, msg.STAGES[state.stage], "malformed", detail)
+
+
+def numbers(report: Report) -> dict[str, Any]:
+  """A sum as a line of JSON: what happened, and nothing of what was summed."""
+  opened = report.opened
+  return {
+    "round": report.round,
+    "purpose": report.purpose,
+    "survivors": list(opened.survivors),
+    "dropouts": list(opened.dropouts),
+    "liars": list(opened.liars),
+    "rejected": [str(one) for one in report.rejected],
+    "numbers": int(np.sum([v.size for v in opened.total])),
+    "seconds": [float(f"{s:.3f}") for s in report.seconds],
+  }
