@@ -4,16 +4,19 @@ VENV ?= .venv
 RUN_DIR ?= runs/phantom
 BIN := $(VENV)/bin
 
-.PHONY: train test slow check smoke clean
+.PHONY: train test slow flower check smoke clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m experiments.train_federated --run_dir=$(RUN_DIR) $(FLAGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not flower" $(TESTS)
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(TESTS)
+
+flower: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m flower tests/flower_trial_test.py
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .

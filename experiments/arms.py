@@ -85,10 +85,14 @@ def train(
   keep = lambda a: place.placement.replicate(a)
   best = Best(*state[:-1], *keep((jnp.float32(-2), jnp.int32(0))))
   has_own = bool(jax.tree.leaves(state.site_state))
-  keeps = has_own or privacy is not None
-  checkpoints = Checkpoints(folder, joined and joined.own, place.number, keeps)
+  # Two between processes, in case that some were stopped before they saved the last.
+  checkpoints = Checkpoints(folder, 1 if joined is None else 2)
   initial = state
-  state, best, last_entry = checkpoints.restore(state, best)
+  if joined is None:
+    state, best, last_entry = checkpoints.restore(state, best)
+  else:
+    untrained = starts.Kept(state, best, "")
+    state, best, last_entry = starts.catch_up(joined, place.number, untrained, checkpoints)
   # Orbax ties what it restores to one device, which a mesh refuses where it cannot deal the rows
   # evenly: they are placed anew, as at the first start.
   rows_of = lambda tree: place.placement.put(jax.tree.map(np.asarray, tree))
@@ -114,14 +118,13 @@ def train(
   if joined is not None and everybody.class_weights is not None:
     joined.exchange.bind(np.asarray(everybody.class_weights).tobytes())
   path = folder / "rounds.jsonl"
-  rows = lines.read(path, int(state.round)) if place.is_first else []
+  rows = lines.read(path, int(state.round))
 
   bar = progress.bar(
     desc=cohort.order + cohort.name + " (NOT PRIVATE)" * bool(_not_private(config, trainer)),
     unit="round",
     initial=int(state.round),
     total=config.training.rounds,
-    disable=not place.is_first,
     bar_format="{desc}: {bar:20} round {n_fmt} of {total_fmt}{postfix}  [{elapsed} gone, "
     "{remaining} left]",
   )
@@ -162,10 +165,9 @@ def train(
         now = keep((jnp.float32(mcc), jnp.int32(done.number)))
         best = Best(*state[:-1], *now)
       rows.append(row)
-      if place.is_first:
-        with path.open("a") as file:
-          file.write(json.dumps(row) + "\n")
-        log(row)
+      with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+      log(row)
       is_due = time.monotonic() - saved >= save_every or done.number == most
       if is_due or charges is not None or joined is not None:
         checkpoints.save(done.number, state, best, "" if charges is None else charges.chain.last)

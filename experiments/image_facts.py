@@ -86,7 +86,7 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
     if said:
       out[f"site {i}"] = f"{len(one)} image{'s' * (len(one) > 1)}; {'; '.join(said)}"
   if config.in_processes and config.data.sources:
-    out["other sites"] = "not read by this process, so that these rows are of site 0 alone"
+    out["other sites"] = "not read by this process, so that these rows are of its own site alone"
   if config.privacy.dp != "none":
     out["not protected"] = "these rows are exact, and no ledger was charged for them"
   return out

@@ -48,7 +48,8 @@ def facts(
   out["rounds trained"] = len(rows)
   if aborted := int(state.round) - len(rows):
     charged = ", charged all the same" if is_charged else ""
-    out[ABORTED] = f"{aborted} of {int(state.round)}{charged}"
+    what = ABORTED if place.exchange is None else "rounds without this site"
+    out[what] = f"{aborted} of {int(state.round)}{charged}"
   if place.exchange is not None:
     lost = {i for row in rows for i in row.get("lost", ())}
     lost |= set(range(num_sites)) - set(place.exchange.sites)

@@ -42,6 +42,7 @@ from . import (
   sums,
   trainers,
   transcripts,
+  trial,
 )
 from .configs import Train, tasks
 
@@ -102,7 +103,7 @@ def open_run(config: Train, run_dir: str, program: str = "train_federated") -> p
 
 def _has_begun(folder: pathlib.Path) -> bool:
   """Whether an arm has written a file; a run with refused settings has not."""
-  others = processes.MEETING, ledgers.OF_PHANTOM
+  others = trial.COORDINATOR, trial.FLOWER, ledgers.OF_PHANTOM
   arms = [path for path in folder.iterdir() if path.is_dir() and path.name not in others]
   return any(path.is_file() for arm in arms for path in arm.rglob("*"))
 
@@ -121,7 +122,7 @@ def baselines(names: Sequence[str], config: Train) -> list[str]:
     raise ValueError(f"baselines={sorted(unknown)}; there are pooled and local, or auto alone")
   if chosen and config.in_processes:
     raise ValueError(
-      f"baselines={chosen} with placement=processes: baselines need all sites' images in one "
+      f"baselines={chosen} with placement=flower: baselines need all sites' images in one "
       "place; leave baselines out"
     )
   return chosen
@@ -147,13 +148,13 @@ def run(
     seat: this process's place among the processes, where each site has one.
 
   Returns:
-    What `metrics.json` holds; empty in all processes but the first.
+    What `metrics.json` holds.
 
   Raises:
     ValueError: another process is at work on this run, or on this site of it.
   """
   with contextlib.ExitStack() as locks:
-    locks.enter_context(folders.alone(folder / f"process_{seat.number if seat else 0}.lock"))
+    locks.enter_context(folders.alone(folder / "process.lock"))
     if seat is not None:
       locks.enter_context(folders.alone(seat.own / "lock"))
     return _run(config, folder, federated, baselines, log, seat)
@@ -185,7 +186,7 @@ def _run(
     place = processes.Place(sites.parse_placement(config.federation.placement))
   else:
     said = inputs.told(images, seat.number) if config.data.site_data else b""
-    place, told = processes.connect(config, folder, seat, said)
+    place, told = processes.connect(config, seat, said)
     if config.data.site_data:
       images = inputs.with_others(images, seat.number, told, config.privacy.validates)
 
@@ -224,15 +225,13 @@ def _run(
     trainer = shared[kind(cohort)]
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
     arm_folder.mkdir(exist_ok=True)
-    trained[name] = arms.train(
-      config, cohort, trainer, model_config, arm_folder, ledger_dir, log, _SAVE_EVERY
-    )
-    if not process:
-      predictions[name] = predict(trained[name].models, images.test.images)
-  if place.exchange is not None:
-    place.exchange.close()
-  if process:
-    return {}
+    with _leaving(place):
+      trained[name] = arms.train(
+        config, cohort, trainer, model_config, arm_folder, ledger_dir, log, _SAVE_EVERY
+      )
+    if place.exchange is not None:
+      place.exchange.close()  # before work that nobody need wait for
+    predictions[name] = predict(trained[name].models, images.test.images)
   main_arm = plan[0][0]
   main = trained[main_arm]
   facts = {
@@ -262,7 +261,7 @@ def _run(
   order, privacy = _report_order(trained), main.privacy
   if privacy is not None and ledger_dir is not None:
     is_alone = seat is not None and (bool(config.data.sources) or ledger_dir.is_relative_to(own))
-    only = "; this is the ledger of site 0 alone, and each other site has its own" * is_alone
+    only = f"; this is the ledger of site {process} alone; each other site has its own" * is_alone
     all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"], only)
     privacy = ledgers.of_arms(spent) | privacy | all_runs
   if task.of_pixels:
@@ -290,6 +289,13 @@ def _run(
     main_arm=main_arm,
     seed=config.seed,
   )
+
+
+def _leaving(place: processes.Place) -> contextlib.AbstractContextManager[None]:
+  """Tells the coordinator at once when this process cannot go on, if there is one."""
+  if place.joined is None:
+    return contextlib.nullcontext()
+  return processes.leaving(place.joined.carrier, place.number)
 
 
 def _by_site(charged: Sequence[Ledger] | None, sites: Sequence[int]) -> dict[int, Ledger] | None:

@@ -1,9 +1,9 @@
 """What each site's process records of the global state, and how all agree on the one to start from.
 
-The process of site 0 saves the global state, and all start from what it has saved. It could give
-each site another state, or one of its own making. So each process records a digest of the state
-after each round in its own folder, all sign what they have recorded, and every later sum is bound
-to it; see `secagg.meeting` for what that gives.
+Each site keeps its own copy of the global state, and a digest of it after each round. All sign what
+they have recorded, and every later sum is bound to it; see `secagg.meeting` for what that gives. A
+site that was lost takes the newest state from another one, and trusts it only if enough sites have
+signed its digest.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -21,9 +21,12 @@ from primia_jax import durable, federated
 from primia_jax.secagg import meeting
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.errors import Refused
-from primia_jax.types import Key
+from primia_jax.types import Key, PyTree
 
 from .processes import Joined
+
+if TYPE_CHECKING:
+  from .checkpoints import Best, Checkpoints
 
 _RECORDS = "states.json"
 
@@ -33,6 +36,14 @@ class Record(NamedTuple):
 
   state: str
   sites: tuple[int, ...]
+
+
+class Kept(NamedTuple):
+  """What a site continues from: the state, its best model, and the hash of its ledger then."""
+
+  state: federated.State
+  best: Best
+  ledger: str
 
 
 Step = Callable[[Key, federated.State, federated.Sites], tuple[federated.State, federated.Info]]
@@ -49,6 +60,89 @@ def digest(state: federated.State, settings: bytes) -> bytes:
     out.update(repr((jax.tree_util.keystr(path), a.dtype.str, a.shape)).encode())
     out.update(a.tobytes())
   return out.digest()
+
+
+def catch_up(joined: Joined, number: int, initial: Kept, checkpoints: Checkpoints) -> Kept:
+  """What this site continues from: the newest round on which the sites can agree.
+
+  Sites that lack that round, because they were lost in it, get its state from another one. It is
+  checked later, by `agree`.
+
+  Args:
+    joined: this process's.
+    number: of its site.
+    initial: what it has before the first round.
+    checkpoints: its own.
+
+  Raises:
+    Refused, Lost: as `meeting.tell_all`; or what a site tells is no such state.
+  """
+  num_sites, known = len(joined.pinned.sites), _read(joined.own / _RECORDS)
+  mine = {n: known[n].sites for n in checkpoints.rounds if n in known}
+  mine[0] = tuple(range(num_sites))
+  told = json.dumps(mine).encode()
+  said = meeting.tell_all(joined.carrier, msg.Word(number, told), num_sites)
+  held = {i: _rounds(number, i, word.told) for i, word in said.items()}
+  now = _newest(held, max(2, joined.num_colluding + 1))
+  lacking = [i for i in held if now not in held[i]]
+  restore = lambda step: Kept(*checkpoints.restore(initial.state, initial.best, step))
+  earlier = [n for n in checkpoints.rounds if n <= now]
+  own = restore(max(earlier)) if earlier else initial
+  if not lacking:
+    return own
+  giver = min(i for i in held if i not in lacking)
+  given = _bytes(own) if giver == number else b""
+  said = meeting.tell_all(joined.carrier, msg.Word(number, given), num_sites)
+  if number not in lacking:
+    return own
+  print(f"site {number}: takes the state of round {now} from site {giver}")
+  try:
+    return _of_bytes(said[giver].told, own)
+  except ValueError as error:
+    raise Refused(number, "start", "malformed", f"the state that site {giver} gives") from error
+
+
+def _newest(held: Mapping[int, Mapping[int, tuple[int, ...]]], least: int) -> int:
+  """The newest round that all sites hold, or that `meeting.check` lets the others take."""
+  for n in sorted({n for rounds in held.values() for n in rounds}, reverse=True):
+    lists = {rounds[n] for rounds in held.values() if n in rounds}
+    holders = {i for i, rounds in held.items() if n in rounds}
+    needed = [set(next(iter(lists))) - {i} for i in held if i not in holders]
+    if len(lists) == 1 and all(len(some) >= least and some <= holders for some in needed):
+      return n
+  return 0
+
+
+def _rounds(number: int, site: int, told: bytes) -> dict[int, tuple[int, ...]]:
+  try:
+    return {int(n): tuple(map(int, sites)) for n, sites in dict(json.loads(told)).items()}
+  except (TypeError, ValueError) as error:
+    what = f"site {site} does not say which rounds it has ({error})"
+    raise Refused(number, "start", "malformed", what) from error
+
+
+def _bytes(kept: Kept) -> bytes:
+  return b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(_shared(kept)))
+
+
+def _shared(kept: Kept) -> PyTree:
+  return [part._replace(site_state=()) for part in (kept.state, kept.best)]
+
+
+def _of_bytes(data: bytes, like: Kept) -> Kept:
+  """The state in these bytes, with what the site itself keeps."""
+  leaves, structure = jax.tree.flatten(_shared(like))
+  sizes = [np.asarray(a).nbytes for a in leaves]
+  if len(data) != sum(sizes):
+    raise ValueError(f"{len(data)} bytes of a state that has {sum(sizes)}")
+  ends = np.cumsum(sizes)
+  found = [
+    np.frombuffer(data[end - size : end], np.asarray(a).dtype).reshape(np.shape(a))
+    for a, size, end in zip(leaves, sizes, ends, strict=True)
+  ]
+  state, best = jax.tree.unflatten(structure, [jax.numpy.asarray(a) for a in found])
+  own = like.state.site_state, like.best.site_state
+  return Kept(state._replace(site_state=own[0]), best._replace(site_state=own[1]), like.ledger)
 
 
 def agree(
@@ -70,7 +164,7 @@ def agree(
 
   Raises:
     Refused: this site has recorded another state of that round, or as `meeting.check`.
-    Lost: the others do not come in time.
+    Lost: the coordinator ends the run.
   """
   path, now, found = joined.own / _RECORDS, int(state.round), digest(state, joined.settings)
   known_rounds = _read(path)
@@ -91,9 +185,7 @@ def agree(
   made = meeting.start(
     joined.pinned.own, joined.exchange.label, number, now, found, known.sites if known else (), told
   )
-  meeting.publish(joined.meeting, made)
-  starts = meeting.gather(joined.meeting, msg.Start, len(joined.pinned.sites), joined.timeout)
-  starts[number] = made
+  starts = meeting.tell_all(joined.carrier, made, len(joined.pinned.sites))
   label, colluding = joined.exchange.label, joined.num_colluding
   sites = meeting.check(starts, joined.pinned, label, number, colluding)
   joined.exchange.bind(found)

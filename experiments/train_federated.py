@@ -5,10 +5,11 @@ Images stay at their hospital, and the server sees only sums of updates, by defa
   primia-train --run_dir=runs/first
   primia-train --preset=chest_xray --data=folder:PATH --run_dir=runs/chest
 
-This process simulates the server and all hospitals. With --placement=processes each hospital has a
-process of its own: a trial on one machine, since models and sums are not encrypted on their way.
-With --site_data each process opens the images of its own hospital only; without it, each opens all
-of --data and takes its share. --aggregation=clear and the robust rules show every update to the
+This process simulates the server and all hospitals. With --placement=flower each hospital has a
+process and a folder of its own, and Flower carries their messages over TLS: a trial on this
+machine, or with --site=N this hospital alone, as docs/flower.md says for hospitals apart. With
+--site_data each process opens the images of its own hospital only; without it, each opens all of
+--data and takes its share. --aggregation=clear and the robust rules show every update to the
 server.
 
 The defaults are made for the phantom; for images of your own start from a --preset.
@@ -23,7 +24,7 @@ import sys
 import jax
 from absl import flags
 
-from . import inputs, presets, processes, refusals, report, running, settings
+from . import folders, inputs, presets, processes, refusals, report, running, settings, trial
 from .configs import Train, rehearse
 
 settings.define_flags(Train)
@@ -36,37 +37,29 @@ flags.DEFINE_list(
   ["auto"],
   "what to train for comparison: pooled (all images in one place), local (each site alone); empty "
   "for neither; auto takes both, but none with dp, whose budget they would spend on the same "
-  "images, or with placement=processes",
+  "images, or with placement=flower",
 )
 flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
-flags.DEFINE_string(
-  "coordinator",
-  "",
-  "placement=processes: HOST:PORT where process 0, which hosts the server, listens. Give it with "
-  "process_id to start one process; empty starts all of them on this machine",
-)
 flags.DEFINE_integer(
-  "process_id", -1, "placement=processes: number of this process's site, with coordinator"
+  "site",
+  -1,
+  "placement=flower: number of this hospital's site, from 0: runs it alone, and --run_dir is its "
+  "own folder, which its SuperNode names, too; -1 starts a trial of all on this machine",
 )
 flags.DEFINE_float(
   "stage_timeout",
   600.0,
-  "placement=processes: seconds that the others wait for a site before it counts as lost; its "
+  "placement=flower: seconds that the coordinator waits for a site before it counts as lost; its "
   "training must fit in",
 )
 flags.DEFINE_string(
   "sites_dir",
   "",
-  "placement=processes: where each site has a folder of its own, site_N, which no other user can "
-  "read, with its identity, state, ledger and log; empty is RUN_DIR.sites",
-)
-flags.DEFINE_boolean(
-  "network_is_protected",
-  False,
-  "placement=processes: allow a coordinator that is no loopback address. Models and sums travel in "
-  "the clear, so say this only of a network that is encrypted by other means, such as a VPN",
+  "placement=flower: where in a trial each site has a folder of its own, site_N, which no other "
+  "user can read; empty is RUN_DIR.sites",
 )
 FLAGS = flags.FLAGS
+_PATIENCE = 2.0  # a site waits for longer than the coordinator waits for the others
 flags.adopt_module_key_flags(settings)
 
 
@@ -77,58 +70,45 @@ def main() -> None:
     raise ValueError(f"num_sites={num_sites}: one site is not a federation; use primia-pooled")
   baselines = running.baselines(FLAGS.baselines, config)
   in_processes = config.in_processes
-  for name in (
-    "coordinator", "process_id", "stage_timeout", "sites_dir", "network_is_protected"
-  ):  # fmt: skip
+  for name in ("site", "stage_timeout", "sites_dir"):
     if FLAGS[name].present and not in_processes:
       raise ValueError(
-        f"{name}={FLAGS[name].value} belongs to placement=processes, not "
-        f"{config.federation.placement}"
+        f"{name}={FLAGS[name].value} belongs to placement=flower, not {config.federation.placement}"
       )
-  if FLAGS["process_id"].present and not FLAGS.coordinator:
+  if FLAGS["site"].present and not 0 <= FLAGS.site < num_sites:
     raise ValueError(
-      f"process_id={FLAGS.process_id} starts a single process: give --coordinator=HOST:PORT, too"
-    )
-  if FLAGS.coordinator and not 0 <= FLAGS.process_id < num_sites:
-    raise ValueError(
-      f"process_id={FLAGS.process_id}; use 0 to {num_sites - 1}, the number of this process's site"
-    )
-  if FLAGS.coordinator:
-    processes.check_address(
-      FLAGS.coordinator, FLAGS.process_id, num_sites, FLAGS.network_is_protected
-    )
-  elif FLAGS.network_is_protected:
-    raise ValueError(
-      "network_is_protected=True concerns a coordinator on another machine: give --coordinator, too"
+      f"site={FLAGS.site}; use 0 to {num_sites - 1}, the number of this hospital's site"
     )
   if not 0 < FLAGS.stage_timeout < float("inf"):
     raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
   if FLAGS.sites_dir:
     refusals.folder("sites_dir", FLAGS.sites_dir)
-  if in_processes and not FLAGS.coordinator:
+  if in_processes and FLAGS.site < 0:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)
     inputs.check_sources(config)
+    trial.check_installed()
     folder = running.open_run(config, FLAGS.run_dir)
     own = processes.sites_folder(folder, FLAGS.sites_dir)
-    processes.launch(f"{__package__}.train_federated", sys.argv[1:], num_sites, folder, own)
+    module, arguments = f"{__package__}.train_federated", sys.argv[1:]
+    trial.launch(module, arguments, num_sites, folder, own, FLAGS.stage_timeout)
+    print(f"each site's report: {own / 'site_N' / processes.RUN / 'report.md'}")
     return
-  seat = None
+  seat, run_dir = None, FLAGS.run_dir
   if not in_processes:
     running.prepare_devices(config.federation.placement)
   rehearse(config)
-  inputs.check_sources(config, FLAGS.process_id if in_processes else None)
-  folder = running.open_run(config, FLAGS.run_dir)
+  inputs.check_sources(config, FLAGS.site if in_processes else None)
   if in_processes:
-    place = processes.sites_folder(folder, FLAGS.sites_dir)
-    own = processes.own_folder(place, FLAGS.process_id)
-    seat = processes.Seat(
-      FLAGS.process_id, FLAGS.coordinator, FLAGS.stage_timeout, own, FLAGS.network_is_protected
-    )
+    own = folders.role("run_dir", FLAGS.run_dir)
+    own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    processes.check_own(own)
+    run_dir = str(own / processes.RUN)
+    seat = processes.Seat(FLAGS.site, _PATIENCE * FLAGS.stage_timeout, own)
+  folder = running.open_run(config, run_dir)
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
   result = running.run(config, folder, federated=True, baselines=baselines, log=log, seat=seat)
-  if result:
-    report.print_summary(result, folder)
+  report.print_summary(result, folder)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_baselines_are_off_beside_a_private_run():
   with pytest.raises(ValueError, match=r"baselines=\['all'\]"):
     asked(["all"], PRIVATE)
   with pytest.raises(ValueError, match="all sites' images in one place"):
-    asked(["pooled"], settings.replace(PRIVATE, placement="processes"))
+    asked(["pooled"], settings.replace(PRIVATE, placement="flower"))
 
 
 def test_arms_on_the_same_images_are_composed():

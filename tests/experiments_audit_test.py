@@ -207,7 +207,7 @@ def test_an_audit_continues_and_refuses_other_settings(run, recognised, monkeypa
   with pytest.raises(FileNotFoundError, match="train with --record_transcript"):
     auditing.audit(bare, tmp_path / "third", EFFORT, ["b"])
   assert not (tmp_path / "third").exists()
-  apart = settings.replace(TWO, record_transcript=False, placement="processes")
+  apart = settings.replace(TWO, record_transcript=False, placement="flower")
   settings.save(apart, bare / "config.json", "train_federated")
   with pytest.raises(ValueError, match="each site keeps its own ledger"):
     auditing.audit(bare, tmp_path / "third", EFFORT, ["a"])

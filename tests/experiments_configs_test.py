@@ -70,7 +70,7 @@ def test_presets_parse_and_are_sound(no_images):
     ({"secagg_threshold": 2}, "secagg_threshold=2, could open another"),
     ({"num_sites": 10, "secagg_threshold": -1, "secagg_colluding": 7}, "secagg_colluding=7"),
     (
-      {"placement": "processes", "num_sites": 10, "secagg_colluding": 4},
+      {"placement": "flower", "num_sites": 10, "secagg_colluding": 4},
       "secagg_colluding=4 of 10 sites, each with 9 peers and secagg_threshold=7",
     ),
     ({"aggregation": "median"}, "uniform weighting"),
@@ -91,12 +91,12 @@ def test_presets_parse_and_are_sound(no_images):
     ({"site_data": "npz:a,npz:b,phantom"}, "use data=phantom"),
     ({"site_data": "npz:a,npz:b,npz:c", "partition": "iid"}, "site_data deals no images"),
     ({"site_data": "npz:a,npz:b,npz:c", "data": "npz:d"}, "give one of them"),
-    ({"placement": "processes", "secagg_bits": 8}, "leave 0 fraction bits"),
-    ({"placement": "processes", "secagg_peers": 5}, "secagg_peers=5"),
-    ({"placement": "processes", "aggregation": "clear"}, "nothing but masked sums"),
-    ({"placement": "processes", "algorithm": "fedbn", "model": "cnn"}, "without fedbn"),
-    ({"placement": "processes", "dropout_rate": 0.1}, "end a process"),
-    ({"placement": "processes", "sites_in_memory": 1}, "sites_in_memory=1"),
+    ({"placement": "flower", "secagg_bits": 8}, "leave 0 fraction bits"),
+    ({"placement": "flower", "secagg_peers": 5}, "secagg_peers=5"),
+    ({"placement": "flower", "aggregation": "clear"}, "nothing but masked sums"),
+    ({"placement": "flower", "algorithm": "fedbn", "model": "cnn"}, "without fedbn"),
+    ({"placement": "flower", "dropout_rate": 0.1}, "end a process"),
+    ({"placement": "flower", "sites_in_memory": 1}, "sites_in_memory=1"),
     ({"data": "npz:x", "patient_pattern": "(p)"}, "no file names; use patient_column"),
     ({"data": "folder:x", "patient_pattern": "p"}, "has 0 groups"),
     ({"data": "folder:x", "patient_pattern": "(p)", "patient_column": "c"}, "use one of them"),
@@ -147,8 +147,8 @@ def test_wrong_settings_are_refused_before_images_are_read(change, message, no_i
     (PRIVATE, {"secagg": "mesh"}, "secagg='mesh'"),
     (PRIVATE, {"dp_average": 0.9, "algorithm": "fedbn", "model": "cnn"}, "fedbn keeps some"),
     (SITE, {"delta": 0.5}, "delta=0.5"),
-    (SITE, {"delta": 0.5, "placement": "processes"}, "delta=0.5"),
-    (PRIVATE, {"placement": "processes", "dp": "patient"}, "one image a patient"),
+    (SITE, {"delta": 0.5, "placement": "flower"}, "delta=0.5"),
+    (PRIVATE, {"placement": "flower", "dp": "patient"}, "one image a patient"),
     (PRIVATE, {"patience": 3}, "patience=3 needs scores of validation images"),
     (PRIVATE, {"validation": "noised"}, "validation='noised'"),
   ],
@@ -168,7 +168,7 @@ def test_a_site_alone_has_no_site_level_privacy():
 def test_what_is_right_is_rehearsed_without_images(no_images):
   for config in (TINY, PRIVATE, SITE, MOVING, FIXED, DISTRIBUTED):
     rehearse(config)
-    rehearse(settings.replace(config, placement="processes"))
+    rehearse(settings.replace(config, placement="flower"))
   rehearse(settings.replace(PRIVATE, patience=3, validation="exact"))
 
 

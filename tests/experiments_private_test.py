@@ -147,7 +147,7 @@ def test_no_secret_and_no_key_of_masks_is_in_a_run_folder(kind, stopped, tmp_pat
   best = checkpoints.Best(*state[:-1], np.float32(0), np.int32(0))
   tmp_path = tmp_path / "saved"
   tmp_path.mkdir()
-  saved = checkpoints.Checkpoints(tmp_path, None, 0, False)
+  saved = checkpoints.Checkpoints(tmp_path)
   saved.save(1, state._replace(site_state={"secret": np.stack(everything[:3])}), best)
   saved.close()
   (tmp_path / "log.json").write_text(json.dumps([key.tolist() for key in everything[3:5]]))

@@ -1,73 +1,32 @@
-"""`train_federated --placement=processes`: real processes, one of them killed, and the run started
-again.
-"""
+"""Each hospital of a run as a site of its own: what it opens, tells, keeps and refuses."""
 
-import contextlib
-import functools
 import json
 import os
 import pathlib
-import signal
-import socket
 import stat
 import subprocess
 import sys
-import time
+import threading
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
-from experiments_apart import APART, free_port, in_threads, seat_of
+from experiments_apart import APART, in_threads, meeting_of
 from experiments_runs import FIXED, flags_of, train, trainer_of
 
-from experiments import inputs, model_files, processes, running, settings
+from experiments import inputs, model_files, processes, settings
 from primia_jax.data import sites as data_sites
+from primia_jax.flower import channel
 from primia_jax.privacy import accounting, ledger
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
-from primia_jax.secagg import exchange, keys
+from primia_jax.secagg import coordinator, keys
 
 pytestmark = pytest.mark.optimised  # the bits of one process and of many are compared
 
-
-@pytest.fixture
-def path(monkeypatch):
-  root = str(pathlib.Path(__file__).parents[1])
-  monkeypatch.setenv(
-    "PYTHONPATH", os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-  )
-  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-
-
-def arguments(config, folder):
-  return [*flags_of(config), f"--run_dir={folder}"]
-
-
+ROOT = pathlib.Path(__file__).parents[1]
 MODULE = "experiments.train_federated"
-
-
-def start(config, folder):
-  running.open_run(config, str(folder))
-  num_sites, own = config.hospitals.num_sites, processes.sites_folder(folder, "")
-  return processes.start(MODULE, arguments(config, folder), num_sites, folder, own), own
-
-
-def rows(folder):
-  lines = folder / "federated" / "rounds.jsonl"
-  return [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
-
-
-AUDIT = """
-import os, sys
-if "--process_id" in " ".join(sys.orig_argv):
-  number = next(a for a in sys.orig_argv if a.startswith("--process_id")).partition("=")[2]
-  log = os.open(os.path.dirname(__file__) + f"/opened_{number}", os.O_CREAT | os.O_WRONLY)
-  def audit(event, args):
-    if event in ("open", "os.listdir", "os.scandir"):
-      os.write(log, f"{args[0]}\\n".encode())
-  sys.addaudithook(audit)
-"""
 
 
 def write_sources(folder):
@@ -94,34 +53,75 @@ def write_sources(folder):
   return ",".join(sources), ",".join(label_names)
 
 
-def test_a_process_a_site_trains_what_one_process_trains_and_opens_no_other_site_s_file(
-  tmp_path, path, monkeypatch
-):
+def over_channels(folders):
+  """The coordinator's end where each hospital's process has a channel, without Flower between."""
+
+  def ask(requests, timeout):
+    answers = {}
+
+    def one(i, request):
+      answer = channel.relay(folders[i], request, max(timeout, 1.0))
+      if answer:
+        answers[i] = answer
+
+    calls = [threading.Thread(target=one, args=item, daemon=True) for item in requests.items()]
+    for call in calls:
+      call.start()
+    for call in calls:
+      call.join(max(timeout, 1.0))
+    return dict(answers)
+
+  return ask
+
+
+def test_a_process_a_site_trains_what_one_process_trains_and_opens_no_other_site_s_file(tmp_path):
   """Each process has a source and a folder of its own; an audit hook sees every file it opens."""
   site_data, label_names = write_sources(tmp_path / "data")
   config = settings.replace(APART, site_data=site_data, label_names=label_names)
-  (hook := tmp_path / "hook").mkdir()
-  (hook / "sitecustomize.py").write_text(AUDIT)
-  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hook), os.environ["PYTHONPATH"]]))
-  folder = tmp_path / "run"
-  children, own = start(config, folder)
+  own = [processes.own_folder(tmp_path / "own", i) for i in range(3)]
+  logs = [tmp_path / f"opened_{i}" for i in range(3)]
+  hooked = str(ROOT / "tests" / "experiments_hooked.py")
+  path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+  environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, hooked]
+  children = [
+    subprocess.Popen(
+      [*command, str(logs[i]), MODULE, *flags_of(config), f"--run_dir={own[i]}", f"--site={i}"],
+      env=environment,
+    )
+    for i in range(3)
+  ]
+  try:
+    ask, reports = over_channels(dict(enumerate(own))), []
+    left = coordinator.coordinate(ask, range(3), keys.identity(), 300.0, reports.append)
+    assert left == {0: "", 1: "", 2: ""}
+    assert [child.wait(300) for child in children] == [0, 0, 0]
+  finally:
+    for child in children:
+      child.kill()
+      child.wait()
   simulated = settings.replace(config, placement="scan", secagg_threshold=3)
   expected = train(simulated, tmp_path / "simulated")
-  assert processes.watch(children, folder, own) == []
-  _, (trained,), _, _ = model_files.load_model(str(folder))
-  for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(expected.models[0]), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5)
-  got = rows(folder)
-  assert [row["survivors"] for row in got] == [3, 3]
-  for row, wanted in zip(got, expected.rows, strict=True):
-    assert row["val_mcc"] == pytest.approx(wanted["val_mcc"])
-    assert row["val_loss"] == pytest.approx(wanted["val_loss"], abs=1e-4)
-  assert "no other process knows them" in (folder / "report.md").read_text()
+  trained = [model_files.load_model(str(one / processes.RUN))[1][0] for one in own]
+  for a, b, c, d in zip(
+    *map(jax.tree.leaves, (*trained, expected.models[0])), strict=True
+  ):  # the sums agree bit for bit, and so do all models
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a, c)
+    np.testing.assert_allclose(a, d, atol=1e-5)
+  for one in own:
+    lines = (one / processes.RUN / "federated" / "rounds.jsonl").read_text().splitlines()
+    got = [json.loads(line) for line in lines]
+    assert [row["survivors"] for row in got] == [3, 3]
+    for row, wanted in zip(got, expected.rows, strict=True):
+      assert row["val_mcc"] == pytest.approx(wanted["val_mcc"])
+      assert row["val_loss"] == pytest.approx(wanted["val_loss"], abs=1e-4)
+    assert "no other process knows them" in (one / processes.RUN / "report.md").read_text()
   for i in range(3):
-    opened = {pathlib.Path(line) for line in (hook / f"opened_{i}").read_text().splitlines()}
-    for root in (tmp_path / "data", own):
-      within = {one.relative_to(root).parts[0] for one in opened if one.is_relative_to(root)}
-      assert within == {f"site_{i}"}
+    opened = {pathlib.Path(line) for line in logs[i].read_text().splitlines()}
+    for root in (tmp_path / "data", tmp_path / "own"):
+      within = {one.relative_to(root).parts[:1] for one in opened if one.is_relative_to(root)}
+      assert within - {()} == {(f"site_{i}",)}
 
 
 def test_a_process_is_given_the_sizes_of_the_others_and_none_of_their_images(tmp_path):
@@ -150,149 +150,64 @@ def test_a_process_is_given_the_sizes_of_the_others_and_none_of_their_images(tmp
       inputs.with_others(own[0], 0, said | {1: wrong})
 
 
-def test_processes_that_are_started_one_by_one_read_no_older_message(tmp_path):
-  """Site 1 is there first, in a folder with all that an earlier start has left."""
-  config = settings.replace(APART, num_sites=2)
+def test_sites_that_meet_know_the_same_of_each_other(tmp_path):
+  """At a second start, too, over what the first has left; its label is another one."""
+  config, labels = settings.replace(APART, num_sites=2), []
   for _ in range(2):
-    address = f"localhost:{free_port()}"
-    connect = lambda i, address=address: processes.connect(
-      config, tmp_path, seat_of(tmp_path, i, address), b"%d" % i
-    )
-    results, errors = in_threads({i: functools.partial(connect, i) for i in (1, 0)})
+
+    def call(i, carriers):
+      place, told = meeting_of(config, tmp_path, i, carriers, b"%d" % i)
+      place.exchange.close()
+      return place, told
+
+    results, errors = in_threads(call, range(2), tmp_path)
     assert errors == {}
     (first, told), (second, same) = results[0], results[1]
     assert told == same == {0: b"0", 1: b"1"}
     assert first.joined.pinned[1:] == second.joined.pinned[1:]
     assert first.exchange.label == second.exchange.label
-    for place in (first, second):
-      place.exchange.close()
+    labels.append(first.exchange.label)
+  assert labels[0] != labels[1]
+
+
+def test_a_site_that_cannot_go_on_tells_no_more_than_the_protocol(tmp_path):
+  def call(i, carriers):
+    place, _ = meeting_of(settings.replace(APART, num_sites=2), tmp_path, i, carriers)
+    with processes.leaving(place.joined.carrier, i):
+      raise ValueError("patient 7 has no image")
+
+  _, errors = in_threads(call, range(2), tmp_path)
+  assert errors.pop("coordinator", None) is None
+  assert sorted(errors) == [0, 1]
 
 
 def test_a_site_s_own_folder_is_closed_to_others(tmp_path):
   folder = tmp_path / "run"
   assert processes.sites_folder(folder, "") == tmp_path / "run.sites"
-  with pytest.raises(ValueError, match="within the run folder, which all sites read"):
+  with pytest.raises(ValueError, match="within the run folder, which is the coordinator's"):
     processes.sites_folder(folder, str(folder / "sites"))
   own = processes.own_folder(tmp_path / "run.sites", 1)
   assert stat.S_IMODE(own.stat().st_mode) == 0o700
   own.chmod(0o750)
-  with pytest.raises(ValueError, match=r"site_1 holds the secrets of site 1, and other users"):
+  with pytest.raises(ValueError, match=r"site_1 holds the secrets of a site, and other users"):
     processes.own_folder(tmp_path / "run.sites", 1)
 
 
-def test_an_address_beyond_this_machine_is_refused_unless_its_network_is_protected(tmp_path):
-  for address in ("192.0.2.1:4567", "0.0.0.0:4567"):
-    with pytest.raises(ValueError, match=f"'{address}' is no loopback .* --network_is_protected"):
-      processes.connect(APART, tmp_path, seat_of(tmp_path, 0, address))
-  with pytest.raises(ValueError, match=r"the first process cannot listen there"):
-    processes.connect(APART, tmp_path, seat_of(tmp_path, 0, "192.0.2.1:4567", is_protected=True))
-
-
-def test_an_address_that_is_none_or_nobodys_is_refused_by_name(tmp_path):
+def test_another_coordinator_is_refused_by_name(tmp_path):
+  """Of a second one that takes the first one's place at a restart."""
   config = settings.replace(APART, num_sites=2)
-  for number, address in (
-    (0, "127.0.0.1:99999"),
-    (0, "127.0.0.1:0"),
-    (0, "4567"),
-    (2, "127.0.0.1:4567"),
-  ):
-    with pytest.raises(
-      ValueError, match=f"coordinator='{address}' with process_id={number}: write HOST:PORT"
-    ):
-      processes.connect(config, tmp_path, seat_of(tmp_path, number, address, 1.0))
-  with socket.create_server(("127.0.0.1", 0)) as taken:
-    address = "{}:{}".format(*taken.getsockname())
-    with pytest.raises(ValueError, match="the first process cannot listen there"):
-      processes.connect(config, tmp_path, seat_of(tmp_path, 0, address, 1.0))
-  with pytest.raises(exchange.Lost, match=f"no server at {address}"):
-    processes.connect(config, tmp_path, seat_of(tmp_path, 1, address, 0.2))
-  pinned = exchange.Pinned(keys.identity(), {}, b"")
-  with pytest.raises(exchange.Lost, match=f"no server at {address}"):
-    exchange.Exchange(("127.0.0.1", int(address.split(":")[1])), 1, pinned, b"run", 1.0)
 
+  def call(i, carriers):
+    place, _ = meeting_of(config, tmp_path, i, carriers)
+    place.exchange.close()
+    return place.joined.pinned.server
 
-@pytest.mark.parametrize(
-  ("flags", "told"),
-  [
-    (["--process_id=1"], "process_id=1 starts a single process: give --coordinator"),
-    (["--network_is_protected"], "network_is_protected=True concerns a coordinator"),
-    (["--stage_timeout=0"], "stage_timeout=0.0 must be a positive number"),
-    (
-      ["--placement=scan", "--coordinator=127.0.0.1:1"],
-      "coordinator=127.0.0.1:1 belongs to placement=processes",
-    ),
-  ],
-)
-@pytest.mark.slow
-def test_flags_that_would_be_ignored_are_refused(tmp_path, path, flags, told):
-  command = [sys.executable, "-m", MODULE, *arguments(APART, tmp_path / "run"), *flags]
-  run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-  assert run.returncode == 1
-  assert told in run.stderr
-  assert "Traceback" not in run.stderr
-
-
-@pytest.mark.slow
-def test_processes_end_with_who_has_launched_them(tmp_path, path):
-  folder = tmp_path / "run"
-  command = [sys.executable, "-m", MODULE, *arguments(settings.replace(APART, rounds=1000), folder)]
-  launcher = subprocess.Popen(command, start_new_session=True)
-  try:
-    wait_for(lambda: rows(folder))
-    launcher.terminate()
-    assert launcher.wait(60) == 128 + signal.SIGTERM
-    lines = len(rows(folder))
-    time.sleep(2)
-    assert len(rows(folder)) == lines
-  finally:
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(launcher.pid, signal.SIGKILL)  # whoever is left
-
-
-def wait_for(condition, seconds=120):
-  end = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < end
-    time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_a_killed_process_is_a_lost_site_and_takes_part_again_when_all_start_anew(
-  tmp_path, path, capfd
-):
-  folder = tmp_path / "run"
-  config = settings.replace(
-    APART,
-    rounds=15,
-    num_sites=4,
-    dp="example",
-    noise_multiplier=1.0,
-    dp_count_noise=5.0,
-    secagg_threshold=3,
-  )
-  children, own = start(config, folder)
-  try:
-    wait_for(lambda: len(rows(folder)) >= 2)
-    children[3].send_signal(signal.SIGKILL)
-    before = len(rows(folder))
-    wait_for(lambda: rows(folder)[-1]["survivors"] == 3)
-    children[0].send_signal(signal.SIGKILL)  # the host: the run ends, and can be started again
-    with pytest.raises(RuntimeError, match="site 0, which hosts the server, failed"):
-      processes.watch(children, folder, own)
-  finally:
-    for child in children:
-      child.kill()
-      child.wait()
-  assert "site 3's process has ended, code -9" in capfd.readouterr().err
-  got = rows(folder)
-  assert {row["survivors"] for row in got[: before - 1]} == {4}
-  assert 3 <= len(got) < 15
-  processes.launch(MODULE, arguments(config, folder), 4, folder, own)
-  after = rows(folder)
-  assert after[: len(got) - 1] == got[:-1]  # the last may not have been saved yet
-  assert [row["round"] for row in after] == list(range(1, 16))
-  assert {row["survivors"] for row in after[len(got) :]} == {4}
-  assert "sites lost" in (folder / "report.md").read_text()
+  first, errors = in_threads(call, range(2), tmp_path)
+  assert errors == {}
+  (tmp_path / "own" / "coordinator").unlink()  # another coordinator comes with its own identity
+  _, errors = in_threads(call, range(2), tmp_path)
+  assert all("the coordinator shows another identity" in str(errors[i]) for i in range(2))
+  assert first[0] == first[1]
 
 
 def test_ledgers_of_several_processes_are_made_alike_with_the_most_that_any_has_charged(tmp_path):
@@ -317,7 +232,3 @@ def test_ledgers_of_several_processes_are_made_alike_with_the_most_that_any_has_
   for wrong in (b"x", b"[]", b"{}", b'{"ledgers": [{}], "counts": null}'):
     with pytest.raises(ValueError, match=r"no ledger|Expecting value"):
       ledger.reconcile([said[0], wrong], paths[0])
-
-
-# A run whose sites are threads of this process, with all arrays of each sum in hand.
-# Momentum stays at the site.

@@ -211,26 +211,21 @@ SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --baselines=polled                          | baselines | polled | pooled
 --baselines=auto,pooled                     | baselines | auto | alone
 --baselines=pooled --placement=processes    | baselines | pooled | leave
---coordinator=127.0.0.1:1                   | coordinator | 127.0.0.1:1 | placement=processes
---process_id=0                              | process_id | 0 | placement=processes
---stage_timeout=5                           | stage_timeout | 5 | placement=processes
---sites_dir={folder}                        | sites_dir | {folder} | placement=processes
---network_is_protected                      | network_is_protected | True | placement=processes
---placement=processes --process_id=0        | process_id | 0 | --coordinator
---placement=processes --process_id=7 --coordinator=127.0.0.1:1 | process_id | 7 | 0 to 2
---placement=processes --coordinator=here --process_id=0 | coordinator | here | HOST:PORT
---placement=processes --coordinator=h:99999 --process_id=0 | coordinator | h:99999 | HOST:PORT
---placement=processes --network_is_protected | network_is_protected | True | --coordinator
---placement=processes --stage_timeout=0     | stage_timeout | 0 | positive
---placement=processes --stage_timeout=nan   | stage_timeout | nan | positive
---placement=processes --aggregation=median  | aggregation | median | secure
---placement=processes --secagg=none         | secagg | none | pairwise
---placement=processes --algorithm=fedbn     | algorithm | fedbn | placement
---placement=processes --sites_per_round=2   | sites_per_round | 2 | 0
---placement=processes --dropout_rate=0.1    | dropout_rate | 0.1 | end a process
---placement=processes --sites_in_memory=1   | sites_in_memory | 1 | use 0
---placement=processes --sites_dir={file}    | sites_dir | {file} | folder
---placement=processes --record_transcript   | record_transcript | True | another placement
+--site=0                                    | site | 0 | placement=flower
+--stage_timeout=5                           | stage_timeout | 5 | placement=flower
+--sites_dir={folder}                        | sites_dir | {folder} | placement=flower
+--placement=flower --site=7                 | site | 7 | 0 to 2
+--placement=flower --site=-1                | site | -1 | 0 to 2
+--placement=flower    --stage_timeout=0     | stage_timeout | 0 | positive
+--placement=flower    --stage_timeout=nan   | stage_timeout | nan | positive
+--placement=flower    --aggregation=median  | aggregation | median | secure
+--placement=flower    --secagg=none         | secagg | none | pairwise
+--placement=flower    --algorithm=fedbn     | algorithm | fedbn | placement
+--placement=flower    --sites_per_round=2   | sites_per_round | 2 | 0
+--placement=flower    --dropout_rate=0.1    | dropout_rate | 0.1 | end a process
+--placement=flower    --sites_in_memory=1   | sites_in_memory | 1 | use 0
+--placement=flower    --sites_dir={file}    | sites_dir | {file} | folder
+--placement=flower    --record_transcript   | record_transcript | True | another placement
 SITE --dp_noise=distributed --record_transcript | record_transcript | True | dp_noise=site
 --run_dir=                                  | run_dir | is empty | --run_dir=
 --run_dir={file}                            | run_dir | {file} | folder

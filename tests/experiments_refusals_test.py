@@ -19,7 +19,17 @@ from experiments_refusals import SHORT, TABLES
 from experiments_runs import TINY
 from PIL import Image
 
-from experiments import encrypted, inputs, memory, model_files, phases, processes, running, settings
+from experiments import (
+  encrypted,
+  inputs,
+  memory,
+  model_files,
+  phases,
+  processes,
+  running,
+  settings,
+  trial,
+)
 from primia_jax import evaluation, models
 from primia_jax.service import certificates
 
@@ -121,7 +131,7 @@ def no_work(monkeypatch):
 
   monkeypatch.setattr(jax.config, "update", lambda *args: None)
   for module, name in (
-    (running, "run"), (processes, "launch"), (processes, "connect"), (evaluation, "predictor"),
+    (running, "run"), (trial, "launch"), (processes, "connect"), (evaluation, "predictor"),
     (phases, "infer"), (encrypted, "make_plan"), (inputs, "site_images"),
   ):  # fmt: skip
     monkeypatch.setattr(module, name, begun)

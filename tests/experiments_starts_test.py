@@ -1,6 +1,5 @@
 """Where the sites of a run start from, and what each keeps; they are threads, with momentum."""
 
-import functools
 import json
 import re
 import shutil
@@ -11,38 +10,48 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from experiments_apart import APART, free_port, in_threads, seat_of
+from experiments_apart import APART, in_threads, meeting_of
 from experiments_runs import TINY, contents, found, trainer_of
 
 from experiments import arms, inputs, processes, settings, starts, trainers
 from experiments.checkpoints import Best, Checkpoints
 from primia_jax import federated, models, secagg
-from primia_jax.secagg import exchange, keys, meeting, subkeys, transport
+from primia_jax.secagg import exchange, keys, meeting, protocol, subkeys
 
 
-def train_apart(root, rounds=2, arm_folders=None, timeout=20.0):
-  """One start of all sites: (arms, errors), by site; each may read a checkpoint of its own."""
+def train_apart(root, rounds=2, timeout=300.0):
+  """One start of all sites: (arms, errors), by site; each has a folder and a run of its own."""
   config = APART
-  folder, address = root / "run", f"127.0.0.1:{free_port()}"
-  folder.mkdir(exist_ok=True)
   model_config = config.model.config(config.data, 3)
   model = models.build(model_config)
 
-  def one(i):
-    place, _ = processes.connect(config, folder, seat_of(root, i, address, timeout))
-    try:
-      images = inputs.site_images(config, i)
-      cohort = trainers.Cohort("federated", images.train, images.validation, np.array([i]))
-      trainer = trainers.make_trainer(config, model, model_config, [cohort], place)
-      arm_folder = (arm_folders or {}).get(i, folder / "federated")
-      arm_folder.mkdir(exist_ok=True)
-      return arms.train(
-        settings.replace(config, rounds=rounds), cohort, trainer, model_config, arm_folder, None
+  def one(i, carriers):
+    place, _ = meeting_of(config, root, i, carriers)
+    images = inputs.site_images(config, i)
+    cohort = trainers.Cohort("federated", images.train, images.validation, np.array([i]))
+    trainer = trainers.make_trainer(config, model, model_config, [cohort], place)
+    with processes.leaving(place.joined.carrier, i):
+      arm = arms.train(
+        settings.replace(config, rounds=rounds),
+        cohort,
+        trainer,
+        model_config,
+        arm_of(root, i),
+        None,
       )
-    finally:
-      place.exchange.close()
+    place.exchange.close()
+    return arm
 
-  return in_threads({i: functools.partial(one, i) for i in range(config.hospitals.num_sites)})
+  results, errors = in_threads(one, range(config.hospitals.num_sites), root, timeout)
+  reports = results.pop("coordinator", None)
+  return results, errors, reports
+
+
+def arm_of(root, site):
+  """A site's own folder of its arm."""
+  folder = root / "own" / f"site_{site}" / "run" / "federated"
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +66,27 @@ def begun(tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(subkeys, "draw", drawing)
-    _, errors = train_apart(root, rounds=1)
+    _, errors, _ = train_apart(root, rounds=1)
   assert errors == {}
   return root, drawn
 
 
-def test_what_a_site_keeps_lies_in_its_own_folder_and_nothing_of_it_in_the_run_folder(begun):
+def test_what_a_site_keeps_lies_in_its_own_folder_and_in_no_other(begun):
   root, _ = begun
-  shared = list(contents(root / "run"))
-  for i in range(3):
-    own = root / "own" / f"site_{i}"
+  folders = [root / "own" / f"site_{i}" for i in range(3)]
+  assert {path.name for path in (root / "own").iterdir()} == {
+    "coordinator", *(folder.name for folder in folders)
+  }  # fmt: skip
+  for own in folders:
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
-    kept = ocp.StandardCheckpointer().restore((own / "checkpoints" / "1" / "default").absolute())
-    momentum = [np.asarray(a) for a in jax.tree.leaves(kept["state"])]
-    assert sum(a.size > 100 and np.any(a) for a in momentum)
+    step = own / "run" / "federated" / "checkpoints" / "1" / "default"
+    kept = ocp.StandardCheckpointer().restore(step.absolute())
+    momentum = [np.asarray(a) for a in jax.tree.leaves(kept["state"]["site_state"])]
     secrets = [a.tobytes() for a in momentum if a.size > 100 and np.any(a)]
+    assert secrets
+    others = [data for other in folders if other != own for data in contents(other)]
     for secret in (*secrets, (own / "identity").read_bytes()):
-      assert not any(secret in data for data in shared)
-  assert not list((root / "run").rglob("*site_*/**/*"))
+      assert not any(secret in data for data in others)
 
 
 def test_no_secret_of_noise_or_of_a_mask_is_in_any_folder(begun):
@@ -86,36 +98,40 @@ def test_no_secret_of_noise_or_of_a_mask_is_in_any_folder(begun):
 def again(begun, root):
   """The run as it is to be continued, in folders of its own."""
   shutil.copytree(begun[0], root, dirs_exist_ok=True)
-  return root / "run" / "federated"
+  for own in (root / "own").glob("site_*"):
+    own.chmod(0o700)
 
 
-def plant(source, folder, change, round_index=1):
-  """Copies the global checkpoint and changes its parameters, and the round that it names."""
-  trainer, nobody = trainer_of(TINY), folder / "nobody"
+def plant(root, site, change, round_index=1):
+  """Changes the parameters in a site's checkpoint, and the round that it names."""
+  folder, trainer = arm_of(root, site), trainer_of(TINY)
   start = TINY.model.initial(TINY.model.config(TINY.data, 3), jax.random.key(TINY.seed))
-  state = trainer.rounds.init(*start)._replace(site_state=())
-  before = Checkpoints(source, nobody, 0, False)
-  state, best, _ = before.restore(state, Best(*state[:-1], jnp.float32(-2), jnp.int32(0)))
-  before.close()
+  state = trainer.rounds.init(*start)
+  row = lambda tree: jax.tree.map(lambda a: a[:1], tree)
+  state = state._replace(site_state=row(state.site_state))
+  checkpoints = Checkpoints(folder, 2)
+  state, best, _ = checkpoints.restore(state, Best(*state[:-1], jnp.float32(-2), jnp.int32(0)))
   state = state._replace(params=jax.tree.map(change, state.params), round=jnp.int32(round_index))
-  after = Checkpoints(folder, nobody, 0, False)
-  after.save(1, state, best)
-  after.close()
+  checkpoints.save(1, state, best)
+  checkpoints.close()
   return state
 
 
 @pytest.fixture
 def inputs_of_sums(monkeypatch):
   """What each site gives into each sum, and the sum, by site."""
-  seen, finish = {}, transport.finish
+  seen, masked, told = {}, protocol.masked_input, protocol.take_total
 
-  def finished(connection, site, vectors, server):
+  def masking(site, delivery, vectors):
     seen.setdefault(site.number, []).append([vectors, None])
-    joined = finish(connection, site, vectors, server)
-    seen[site.number][-1][1] = joined.total
-    return joined
+    return masked(site, delivery, vectors)
 
-  monkeypatch.setattr(transport, "finish", finished)
+  def taking(site, total, server):
+    seen[site.number][-1][1] = told(site, total, server)
+    return seen[site.number][-1][1]
+
+  monkeypatch.setattr(protocol, "masked_input", masking)
+  monkeypatch.setattr(protocol, "take_total", taking)
   return seen
 
 
@@ -134,18 +150,16 @@ def test_two_planted_checkpoints_do_not_single_out_a_site_s_update(
   the sum is site 1's update, bit for bit. With records that agree with it, as if both colluded,
   site 1 sees that they start from another state, and without a look is in another sum than they.
   """
-  folder = again(begun, tmp_path)
-  planted = plant(folder, tmp_path / "planted", lambda a: np.full_like(a, np.nan))
+  again(begun, tmp_path)
   for i in (0, 2):
+    planted = plant(tmp_path, i, lambda a: np.full_like(a, np.nan))
     if protection != "records":
       record_as_read(tmp_path, i, planted)
   if protection in ("transcript", "none"):
     monkeypatch.setattr(meeting, "check", lambda *_: (0, 1, 2))
   if protection == "none":
     monkeypatch.setattr(exchange.Exchange, "bind", lambda self, public: None)
-  timeout = 20.0 if protection == "none" else 2.0
-  bad = tmp_path / "planted"
-  results, errors = train_apart(tmp_path, 2, {0: bad, 2: bad}, timeout)
+  results, errors, _ = train_apart(tmp_path, 2)
   assert results == {}
   if protection == "none":
     (_, _), (given, total) = inputs_of_sums[1]  # of class counts and of training
@@ -156,8 +170,9 @@ def test_two_planted_checkpoints_do_not_single_out_a_site_s_update(
     return
   assert inputs_of_sums == {}
   if protection == "transcript":
-    assert isinstance(errors[0], secagg.RoundFailed)
-    assert "message of site 1 in stage advertise is rejected" in errors[0].__notes__[0]
+    assert isinstance(errors["coordinator"], secagg.RoundFailed)
+    notes = errors["coordinator"].__notes__[0]
+    assert "message of site 1 in stage advertise is rejected" in notes
     return
   wrong = {0: "is not the one in its record", 2: "is not the one in its record"}
   told = {1: r"sites \[0, 2\] start from another state"}
@@ -166,55 +181,75 @@ def test_two_planted_checkpoints_do_not_single_out_a_site_s_update(
     assert re.search(text, str(errors[i]))
 
 
-@pytest.mark.parametrize(
-  ("round_index", "told"), [(0, "not the one in its record"), (1, "no record")]
-)
-def test_at_the_first_start_no_site_takes_a_checkpoint(begun, tmp_path, round_index, told):
-  """One that the host has put there: of a later round, or as if no round had been."""
-  bad = tmp_path / "planted"
-  plant(begun[0] / "run" / "federated", bad, lambda a: a + 1, round_index)
-  _, errors = train_apart(tmp_path, 2, {0: bad, 1: bad, 2: bad}, 2.0)
-  assert all(told in str(errors[i]) for i in range(3))
-
-
-def test_a_site_that_was_lost_rejoins_on_what_all_others_have_recorded(begun, tmp_path):
-  """And with it the run goes on; where another one lacks the record, too, it stops."""
+def test_no_site_takes_a_checkpoint_that_it_has_no_record_of(begun, tmp_path):
+  """One that somebody has put into the folders of all sites, where their records are lost."""
   again(begun, tmp_path)
-  known = {i: tmp_path / "own" / f"site_{i}" / "states.json" for i in range(3)}
-  forget = lambda path: path.write_text(json.dumps({"0": json.loads(path.read_text())["0"]}))
-  forget(known[1])
-  forget(known[2])
-  _, errors = train_apart(tmp_path, timeout=2.0)
-  assert all("it has no record of round 1, and sites [0" in str(errors[i]) for i in (1, 2))
-  shutil.copy(begun[0] / "own" / "site_1" / "states.json", known[1])
-  results, errors = train_apart(tmp_path)
+  for i in range(3):
+    plant(tmp_path, i, lambda a: a + 1)
+    (tmp_path / "own" / f"site_{i}" / "states.json").unlink()
+  arms_found, errors, _ = train_apart(tmp_path, 1)
   assert errors == {}
-  assert [row["survivors"] for row in results[0].rows] == [3, 3]
-  of_sites = [json.loads(path.read_text()) for path in known.values()]
-  assert of_sites[0] == of_sites[1] == of_sites[2]
-  assert sorted(of_sites[0]) == ["0", "1", "2"]
+  for arm in arms_found.values():  # they began anew
+    assert [row["round"] for row in arm.rows] == [1]
 
 
-def test_a_site_keeps_its_state_of_later_rounds_until_they_are_repeated(tmp_path):
-  """A start that is then refused must not cost a site its state."""
-  shared, round_0 = tmp_path / "run", jnp.int32(0)
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_site_that_was_lost_takes_the_state_that_the_others_have_signed(
+  begun, tmp_path, monkeypatch, honest
+):
+  """It was lost before the round, and has neither state nor record; a giver that lies is seen."""
+  again(begun, tmp_path)
+  shutil.rmtree(arm_of(tmp_path, 1) / "checkpoints")
+  (tmp_path / "own" / "site_1" / "states.json").unlink()
+  if not honest:
+    given = starts._bytes
+    monkeypatch.setattr(starts, "_bytes", lambda kept: bytes(len(given(kept)) - 4) + b"\0\0\0\1")
+  results, errors, _ = train_apart(tmp_path)
+  if not honest:
+    assert "sites [0, 2] start from another state" in str(errors[1])
+    return
+  assert errors == {}
+  for i in range(3):
+    assert [row["survivors"] for row in results[i].rows] == ([3] if i == 1 else [3, 3])
+  known = [json.loads((tmp_path / f"own/site_{i}/states.json").read_text()) for i in range(3)]
+  assert known[0]["2"] == known[1]["2"] == known[2]["2"]
+  for a, b in zip(*[jax.tree.leaves(results[i].models) for i in (0, 1)], strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_where_too_few_have_a_round_all_go_back_to_the_one_before(begun, tmp_path):
+  """Two of three were stopped before they recorded round 1: one site's word is not enough."""
+  again(begun, tmp_path)
+  for i in (1, 2):
+    (tmp_path / "own" / f"site_{i}" / "states.json").unlink()
+  results, errors, _ = train_apart(tmp_path, 1)
+  assert errors == {}
+  assert [arm.rows[0]["round"] for arm in results.values()] == [1, 1, 1]
+
+
+def test_the_newest_round_is_taken_that_enough_sites_hold():
+  everybody, three = (0, 1, 2, 3), (0, 1, 2)
+  newest = lambda *held: starts._newest({i: {0: everybody} | one for i, one in enumerate(held)}, 2)
+  new, old = {8: everybody}, {7: everybody}
+  assert newest(new, new, new, new) == 8
+  assert newest(new | old, new | old, new | old, old) == 8
+  assert newest(new | old, new | old, old, old) == 7  # neither of two lacking sites has its word
+  assert newest({9: three}, {9: three}, {9: three}, {3: everybody}) == 9
+  assert newest({9: three}, {9: three}, {3: everybody}, {3: everybody}) == 0
+  assert newest({9: three}, {9: (0, 1)}, {9: three}, {}) == 0  # they tell of different rounds
+  assert newest({}, {}, {}, {}) == 0
+
+
+def test_a_round_that_is_repeated_replaces_what_was_saved_of_it(tmp_path):
+  round_0 = jnp.int32(0)
   keeps = lambda value: {"m": jnp.full((1, 2), float(value))}
   start = federated.State({"w": jnp.zeros(2)}, {}, (), keeps(0), round_0)
   best = Best(*start[:-1], jnp.float32(-2), round_0)
-  after = lambda n, value: (n, start._replace(site_state=keeps(value), round=jnp.int32(n)), best)
-
-  def saved(number, *rounds):
-    """A process's checkpoints after it has saved some rounds; what it then restores."""
-    checkpoints = Checkpoints(shared, tmp_path / f"own_{number}", number, keeps=True)
-    for one in rounds:
-      checkpoints.save(*one)
-    state, _, _ = checkpoints.restore(start, best)
-    checkpoints.close()
-    return int(state.round), float(state.site_state["m"][0, 0])
-
-  assert saved(0, after(1, 10)) == (1, 10)
-  assert saved(1, after(1, 11), after(2, 12)) == (1, 11)  # site 0 was killed in the second round
-  assert saved(1) == (1, 11)
-  assert saved(0, after(2, 20)) == (2, 20)
-  assert saved(1) == (2, 12)
-  assert saved(1, after(2, 21)) == (2, 21)
+  checkpoints = Checkpoints(tmp_path, 2)
+  assert int(checkpoints.restore(start, best)[0].round) == 0
+  for n, value in ((1, 10), (2, 20), (3, 30), (2, 21)):
+    checkpoints.save(n, start._replace(site_state=keeps(value), round=jnp.int32(n)), best)
+  assert checkpoints.rounds == [2]
+  checkpoints.close()
+  state, _, _ = Checkpoints(tmp_path, 2).restore(start, best)
+  assert (int(state.round), float(state.site_state["m"][0, 0])) == (2, 21)

@@ -1,4 +1,4 @@
-"""The coordinator over a carrier within the process: sites that fall silent, lie, flood or leave."""
+"""The coordinator over a carrier within the process: sites that fall silent, lie or flood."""
 
 import re
 import threading

@@ -88,7 +88,9 @@ def test_sums_go_on_over_the_survivors_until_too_few_are_left():
   assert why in str(apart.failure)
   for i in (0, 1, 2):
     assert isinstance(apart.errors[i], secagg.Lost)
-    assert f"site {i} is out of the run in round 6: the round fails in {why}" in str(apart.errors[i])
+    assert f"site {i} is out of the run in round 6: the round fails in {why}" in str(
+      apart.errors[i]
+    )
 
 
 def test_a_site_that_is_late_is_told_that_it_was_lost_and_the_others_wait_once():

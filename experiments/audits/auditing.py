@@ -101,7 +101,7 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
     )
   if config.in_processes:
     raise ValueError(
-      f"run_dir={run_dir} was trained with placement=processes, where each site keeps its own "
+      f"run_dir={run_dir} was trained with placement=flower, where each site keeps its own "
       "ledger and nobody has a transcript; audit a simulation with the same settings"
     )
   if config.model.model in models.SEGMENTERS:

@@ -50,7 +50,7 @@ class Aggregation:
   secagg_threshold: int = setting(
     0,
     "secure: how many of a site and its peers must answer to unmask a round. 0 tolerates no loss, "
-    "-1 takes just over two thirds. With placement=processes 0 is -1, and a smaller number is safe "
+    "-1 takes just over two thirds. With placement=flower 0 is -1, and a smaller number is safe "
     "only if the server follows the protocol",
   )
   secagg_colluding: int = setting(

@@ -26,7 +26,7 @@ class Data:
   site_data: str = setting(
     "",
     "a source for each site in place of data, in the same form and separated by commas; with "
-    "placement=processes each process then opens its own source only, and patients of two sources "
+    "placement=flower each process then opens its own source only, and patients of two sources "
     "count as different. Empty deals the images of data to the sites, and each process opens all",
   )
   image_size: int = setting(32, "height and width in pixels to which images are resized")

@@ -56,7 +56,7 @@ class Train:
         f"sites_per_round={f.sites_per_round} needs every site's state in memory; use "
         "sites_in_memory=0 or --nokeep_optimizer"
       )
-    if f.placement not in ("auto", "mesh", "processes"):  # these would start JAX
+    if f.placement not in ("auto", "mesh", "flower"):  # these would start JAX
       sites.parse_placement(f.placement)
     if p.dp_average and f.algorithm == "fedbn":
       raise ValueError(
@@ -83,7 +83,7 @@ class Train:
   @property
   def in_processes(self) -> bool:
     """Whether each site has a process of its own."""
-    return self.federation.placement == "processes"
+    return self.federation.placement == "flower"
 
   def check_federation(self) -> None:
     """Refuses what cannot be federated; not called where all images train in one place.
@@ -220,33 +220,32 @@ class Train:
     a, f, h = self.aggregation, self.federation, self.hospitals
     if self.record_transcript:
       raise ValueError(
-        "record_transcript=True with placement=processes: a site's update never leaves its process "
+        "record_transcript=True with placement=flower: a site's update never leaves its process "
         "unmasked, so only a simulation can record it; use another placement"
       )
     if not a.is_secure:
       raise ValueError(
-        f"placement=processes sends nothing but masked sums, and not aggregation={a.aggregation} "
+        f"placement=flower sends nothing but masked sums, and not aggregation={a.aggregation} "
         f"with secagg={a.secagg}; use aggregation=secure and secagg=pairwise or bell"
       )
     if f.algorithm == "fedbn" or 0 < f.sites_per_round < h.num_sites:
       raise ValueError(
-        f"placement=processes with algorithm={f.algorithm} and "
+        f"placement=flower with algorithm={f.algorithm} and "
         f"sites_per_round={f.sites_per_round}: it works with all sites in every round, "
         "and without fedbn; use another algorithm and sites_per_round=0"
       )
     if a.dropout_rate:
       raise ValueError(
-        f"dropout_rate={a.dropout_rate} simulates losses; with placement=processes sites are "
+        f"dropout_rate={a.dropout_rate} simulates losses; with placement=flower sites are "
         "really lost: end a process"
       )
     if h.sites_in_memory:
       raise ValueError(
-        f"sites_in_memory={h.sites_in_memory}: with placement=processes each holds its own site; "
-        "use 0"
+        f"sites_in_memory={h.sites_in_memory}: with placement=flower each holds its own site; use 0"
       )
     if self.privacy.by_patient and self.data.data == "phantom" and not self.data.site_data:
       raise ValueError(
-        "dp=patient with placement=processes: the phantom has one image a patient; use dp=example"
+        "dp=patient with placement=flower: the phantom has one image a patient; use dp=example"
       )
 
 

@@ -131,8 +131,8 @@ class Federation:
   sites_per_round: int = setting(0, "sites drawn at random for each round; 0 takes all")
   placement: str = setting(
     "auto",
-    "where sites run: loop, scan, vmap, chunk=C, mesh, auto (the fastest), or processes: one for "
-    "each site, a trial on one machine",
+    "where sites run: loop, scan, vmap, chunk=C, mesh, auto (the fastest), or flower: a process "
+    "for each site, whose messages Flower carries",
   )
   refuse_suspicious_models: bool = setting(
     False,

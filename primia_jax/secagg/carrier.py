@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from primia_jax.secagg import messages as msg
 
-MEETING_BYTES = 2**24  # the most of a message before the first sum, when its size is not known
+MEETING_BYTES = 2**30  # the most of a message before the first sum, which may hold a model
 
 
 class Carrier(NamedTuple):

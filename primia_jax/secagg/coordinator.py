@@ -25,6 +25,8 @@ from primia_jax.secagg.carrier import Ask
 from primia_jax.secagg.errors import Aborted, Lost, Rejected, RoundFailed
 
 _LARGEST = 2**31  # bytes of a message that a sum may need
+_TO_ALL = {msg.Hello, msg.Word, msg.Start}  # what sites say to all others
+_FAREWELL = 20.0  # seconds for the sites to take the news that a run has failed
 
 
 class Report(NamedTuple):
@@ -88,20 +90,20 @@ def coordinate(
         tell(report)
         present = set(said) | set(report.opened.survivors)
         continue
-      if len(kinds) > 1 or set(said) != set(sites) or not set(kinds) <= {msg.Hello, msg.Start}:
+      if len(kinds) > 1 or set(said) != set(sites) or not set(kinds) <= _TO_ALL:
         raise Lost(_missing(sites, said, left, met))
       met |= set(kinds)
       relayed = msg.encode(msg.Relayed({i: msg.encode(one) for i, one in said.items()}))
       said = _round_trip(ask, dict.fromkeys(said, relayed), timeout)
   except Aborted as error:
-    dismiss(ask, present, str(error))
+    dismiss(ask, present, str(error), min(timeout, _FAREWELL))  # else a carrier may end too soon
     raise
 
 
-def dismiss(ask: Ask, sites: Sequence[int] | set[int], reason: str) -> None:
-  """Tells sites that the run goes on without them, or has ended; waits for no answer."""
+def dismiss(ask: Ask, sites: Sequence[int] | set[int], reason: str, timeout: float = 0.0) -> None:
+  """Tells sites that the run goes on without them, or has ended; they do not answer."""
   if sites:
-    ask(dict.fromkeys(sorted(sites), msg.encode(msg.Dismissed(reason.encode()))), 0.0)
+    ask(dict.fromkeys(sorted(sites), msg.encode(msg.Dismissed(reason.encode()))), timeout)
 
 
 def _missing(
@@ -165,9 +167,7 @@ def _sum(
   return report, said
 
 
-def _agreed(
-  proposals: Mapping[int, Any], rejected: list[Rejected]
-) -> tuple[rounds.Setup, int]:
+def _agreed(proposals: Mapping[int, Any], rejected: list[Rejected]) -> tuple[rounds.Setup, int]:
   """The terms and the round that most sites propose."""
   wishes = collections.Counter((one.round, one.terms) for one in proposals.values())
   (round, terms), _ = wishes.most_common(1)[0]

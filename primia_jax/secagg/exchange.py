@@ -11,11 +11,11 @@ half with a threshold between half and two thirds, which assumes a server that f
 The bounds cannot hide the difference of two sums of the same inputs, one with a site and one
 without it: everyone learns that site's input.
 
-The coordinator announces the sums, so it could tell each site another one and make them train different
-models, until only one site's update is left in a sum (Pasquini et al. 2022, "Eluding secure
-aggregation in federated learning via model inconsistency"). Here every message of a sum is bound to
-the state that its sender started from (`bind`) and to all sums that it was told since. Sites with
-different ones refuse each other in the next sum, which then does not open.
+The coordinator announces the sums, so it could tell each site another one and make them train
+different models, until only one site's update is left in a sum (Pasquini et al. 2022, "Eluding
+secure aggregation in federated learning via model inconsistency"). Here every message of a sum is
+bound to the state that its sender started from (`bind`) and to all sums that it was told since.
+Sites with different ones refuse each other in the next sum, which then does not open.
 """
 
 from __future__ import annotations
@@ -185,9 +185,10 @@ class Exchange:
       yield
     except OSError as error:
       raise Lost(
-        f"site {self._number} is out of the run in round {round}: {error}. Start again to take part "
-        "from the last round that was saved"
+        f"site {self._number} is out of the run in round {round}: {error}. Start again to take "
+        "part from the last round that was saved"
       ) from error
+
 
 def agree(
   identities: Mapping[int, bytes],

@@ -32,7 +32,7 @@ from primia_jax.secagg.carrier import MEETING_BYTES, Carrier
 from primia_jax.secagg.errors import Lost, Refused
 from primia_jax.secagg.exchange import Pinned
 
-_Said = TypeVar("_Said", msg.Hello, msg.Start)
+_Said = TypeVar("_Said", msg.Hello, msg.Word, msg.Start)
 
 
 def own_identity(path: pathlib.Path) -> keys.Identity:

@@ -161,6 +161,13 @@ class Start(NamedTuple):
   signature: bytes
 
 
+class Word(NamedTuple):
+  """What a site tells all others without a signature: nothing that they could not check later."""
+
+  site: int
+  told: bytes
+
+
 class Invitation(NamedTuple):
   """The coordinator's first message: its public key, and 32 bytes drawn for this run."""
 
@@ -224,6 +231,7 @@ Message = (
   | Total
   | Hello
   | Start
+  | Word
   | Invitation
   | Relayed
   | Terms

@@ -1,0 +1,355 @@
+"""Flower on one machine, for a trial: SuperLink, a SuperNode for each site, and their certificates.
+
+Everything runs on loopback, with TLS and node authentication as between machines; docs/flower.md
+has the commands for hospitals apart. All processes end with the run, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+import primia_jax
+from primia_jax import durable
+
+from .processes import own_folder
+
+APP = pathlib.Path(primia_jax.__file__).parent / "flower" / "app"
+COORDINATOR, FLOWER, LOG = "coordinator", "flower", "log"  # folders, and a site's output
+_START = 60.0  # seconds for a server to listen
+_ENDING = "ending.json"  # of the coordinator, as primia_jax.flower.coordinating writes it
+_PATIENCE = 600.0  # seconds for the sites to score their models when the coordinator has ended
+
+
+class Deployment(NamedTuple):
+  """What a trial consists of.
+
+  Attributes:
+    folder: of the run; the coordinator's and Flower's lie in it.
+    sites: the sites' own folders.
+    processes: name to process, of SuperLink, SuperNodes and sites.
+    port: of the SuperLink.
+  """
+
+  folder: pathlib.Path
+  sites: list[pathlib.Path]
+  processes: dict[str, subprocess.Popen]
+  port: int
+
+  @property
+  def flower(self) -> pathlib.Path:
+    return self.folder / FLOWER
+
+  def log(self, name: str) -> pathlib.Path:
+    """Where a process's output goes."""
+    if name.startswith("site "):
+      return self.sites[int(name.split()[1])] / LOG
+    return self.flower / f"{name.replace(' ', '_')}.log"
+
+
+def check_installed() -> None:
+  """Refuses to start without Flower.
+
+  Raises:
+    ValueError: it is not installed.
+  """
+  if shutil.which("flower-superlink", path=_path()) is None:
+    raise ValueError(
+      "placement=flower needs Flower (flower-superlink): pip install 'primia-jax[flower]'"
+    )
+
+
+def launch(
+  module: str,
+  arguments: Sequence[str],
+  num_sites: int,
+  folder: pathlib.Path,
+  own: pathlib.Path,
+  timeout: float,
+) -> None:
+  """Runs a trial to its end; shows the output of site 0.
+
+  A site whose process ends is lost to the run, which goes on while enough sites are left.
+
+  Args:
+    module: of the binary.
+    arguments: of each site's process.
+    num_sites: how many.
+    folder: of the run.
+    own: where the sites' own folders lie.
+    timeout: seconds that a stage may take.
+
+  Raises:
+    RuntimeError: the run failed; the message says why and names the logs.
+  """
+  with deployed(num_sites, folder, own) as trial:
+    start_sites(trial, module, arguments)
+    start_run(trial, timeout)
+    lost = watch(trial)
+  if lost:
+    print(
+      f"warning: sites {lost} were lost and took no part in later rounds; see "
+      f"{', '.join(str(trial.sites[i] / LOG) for i in lost)}. They take part again when the run is "
+      "started again",
+      file=sys.stderr,
+    )
+
+
+@contextlib.contextmanager
+def deployed(num_sites: int, folder: pathlib.Path, own: pathlib.Path) -> Iterator[Deployment]:
+  """A SuperLink and SuperNodes whose keys it knows; at the end every process is stopped."""
+  sites = [own_folder(own, i).resolve() for i in range(num_sites)]
+  trial = Deployment(folder.resolve(), sites, {}, free_port())
+  trial.flower.mkdir(mode=0o700, exist_ok=True)
+  # so that nothing is left behind
+  before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+  try:
+    _start_superlink(trial)
+    for i in range(num_sites):
+      register(trial, i)
+      start_supernode(trial, i)
+    yield trial
+  finally:
+    signal.signal(signal.SIGTERM, before)
+    _stop(trial)
+
+
+def _start_superlink(trial: Deployment) -> None:
+  make_certificates(trial.flower)
+  at = {name: str(trial.flower / f"{name}.pem") for name in ("certificate", "key", "authority")}
+  home = trial.flower / "home"
+  home.mkdir(exist_ok=True)
+  (home / "config.toml").write_text(
+    f'[superlink]\ndefault = "trial"\n\n[superlink.trial]\naddress = "127.0.0.1:{trial.port}"\n'
+    f"root-certificates = {json.dumps(at['authority'])}\n"
+  )
+  start(
+    trial,
+    "superlink",
+    [
+      *("flower-superlink", "--host", "127.0.0.1", "--port", str(trial.port)),
+      *("--ssl-certfile", at["certificate"], "--ssl-keyfile", at["key"]),
+      *("--ssl-ca-certfile", at["authority"], "--enable-supernode-auth"),
+      "--disable-runtime-dependency-installation",
+    ],
+    home,
+  )
+  wait_for(trial, "superlink", trial.port)
+
+
+def register(trial: Deployment, site: int) -> None:
+  """Makes a site's node key, and registers its public half, as the coordinator's operator does."""
+  (trial.sites[site] / FLOWER).mkdir(mode=0o700, exist_ok=True)
+  public = make_node_key(trial.sites[site] / FLOWER / "node_key")
+  command = ["flwr", "supernode", "register", str(public), "trial"]
+  flwr(trial, command)
+
+
+def start_supernode(trial: Deployment, site: int) -> None:
+  """Starts a site's SuperNode, which knows nothing but its key, the authority and its folder."""
+  own, name = trial.sites[site], f"supernode {site}"
+  command = [
+    *("flower-supernode", "--superlink", f"127.0.0.1:{trial.port}"),
+    *("--root-certificates", str(trial.flower / "authority.pem")),
+    *("--auth-supernode-private-key", str(own / FLOWER / "node_key")),
+    *("--host", "127.0.0.1", "--port", str(free_port())),
+    *("--node-config", f"site-folder={json.dumps(str(own))}"),
+  ]
+  start(trial, name, command, own / FLOWER)
+
+
+def start_sites(trial: Deployment, module: str, arguments: Sequence[str]) -> None:
+  """Starts each hospital's own process; arguments as `launch`."""
+  for i, own in enumerate(trial.sites):
+    command = [sys.executable, "-m", module, *arguments, f"--run_dir={own}", f"--site={i}"]
+    with contextlib.ExitStack() as files:
+      output = files.enter_context((own / LOG).open("w")) if i else None
+      errors = output and subprocess.STDOUT
+      trial.processes[f"site {i}"] = subprocess.Popen(
+        command, stdout=output, stderr=errors, start_new_session=True
+      )
+
+
+def start_run(trial: Deployment, timeout: float) -> None:
+  """Starts the coordinator's app, which begins when all SuperNodes are connected."""
+  folder = trial.folder / COORDINATOR
+  (folder / _ENDING).unlink(missing_ok=True)
+  settings = f"folder={json.dumps(str(folder))} num-sites={len(trial.sites)} timeout={timeout!r}"
+  flwr(trial, ["flwr", "run", str(APP), "trial", "--run-config", settings])
+
+
+def watch(trial: Deployment) -> list[int]:
+  """Waits for the end of a run; returns the sites that were lost; raises as `launch`."""
+  ending = trial.folder / COORDINATOR / _ENDING
+  lost: list[int] = []
+  while not ending.is_file():
+    for name, process in trial.processes.items():
+      site = int(name.split()[-1]) if name != "superlink" else -1
+      if (
+        site in lost or process.poll() is None or (name.startswith("site ") and not process.poll())
+      ):
+        continue
+      print(
+        f"\n{name} has ended, code {process.returncode}; see {trial.log(name)}", file=sys.stderr
+      )
+      if name == "superlink":
+        raise RuntimeError(f"the coordinator's SuperLink has ended; see {trial.log(name)}")
+      lost.append(site)
+    if len(lost) == len(trial.sites):
+      break
+    time.sleep(0.1)
+  sites = [trial.processes[f"site {i}"] for i in range(len(trial.sites))]
+  end = time.monotonic() + _PATIENCE
+  while any(one.poll() is None for one in sites) and time.monotonic() < end and not _failed(ending):
+    time.sleep(0.1)
+  logs = ", ".join(str(trial.log(f"site {i}")) for i in range(1, len(trial.sites)))
+  seen = f"see above, {logs} and {trial.log('superlink')}"
+  again = "Start again with the same --run_dir to continue from the last saved round"
+  if why := _failed(ending):
+    raise RuntimeError(f"the run has failed: {why}. For more {seen}. {again}")
+  codes = [one.poll() for one in sites]
+  if all(codes):
+    raise RuntimeError(f"all sites have ended with an error; {seen}. {again}")
+  return [i for i, code in enumerate(codes) if code != 0]
+
+
+def _failed(ending: pathlib.Path) -> str:
+  return str(json.loads(ending.read_text())["failed"]) if ending.is_file() else ""
+
+
+def start(trial: Deployment, name: str, command: Sequence[str], home: pathlib.Path) -> None:
+  """Starts one of Flower's processes, in a session of its own."""
+  with trial.log(name).open("w") as output:
+    trial.processes[name] = subprocess.Popen(
+      command, stdout=output, stderr=subprocess.STDOUT, env=_environment(home),
+      start_new_session=True,
+    )  # fmt: skip
+
+
+def flwr(trial: Deployment, command: Sequence[str]) -> None:
+  """One of the operator's commands to the SuperLink.
+
+  Raises:
+    RuntimeError: it failed.
+  """
+  home = trial.flower / "home"
+  done = subprocess.run(
+    command, env=_environment(home), capture_output=True, text=True, check=False
+  )
+  if done.returncode:
+    said = " ".join((done.stdout + done.stderr).split())
+    raise RuntimeError(f"{' '.join(command[:3])} failed: {said}; see {trial.log('superlink')}")
+
+
+def wait_for(trial: Deployment, name: str, port: int) -> None:
+  """Waits until a server listens.
+
+  Raises:
+    RuntimeError: it has ended, or does not listen in time.
+  """
+  end = time.monotonic() + _START
+  while trial.processes[name].poll() is None and time.monotonic() < end:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+      return
+    time.sleep(0.1)
+  raise RuntimeError(f"the {name} does not listen at 127.0.0.1:{port}; see {trial.log(name)}")
+
+
+def free_port() -> int:
+  """A port on loopback that nobody uses now."""
+  with socket.create_server(("127.0.0.1", 0)) as probe:
+    return probe.getsockname()[1]
+
+
+def _stop(trial: Deployment) -> None:
+  """Ends all processes with their children."""
+  link = trial.processes.get("superlink")
+  if link:
+    link.terminate()  # it ends its own helper, which runs in another session
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      link.wait(5.0)
+  for process in trial.processes.values():
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+      os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _path() -> str:
+  """Where programs are looked for: first beside this Python."""
+  return os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def _environment(home: pathlib.Path) -> dict[str, str]:
+  """Of Flower's processes: a home of their own, no telemetry, and this copy of the library."""
+  root = str(pathlib.Path(primia_jax.__file__).parents[1])
+  path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+  return os.environ | {
+    "FLWR_HOME": str(home),
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+    "JAX_PLATFORMS": "cpu",
+    "PATH": _path(),
+    "PYTHONPATH": path,
+  }
+
+
+def make_certificates(folder: pathlib.Path, days: float = 30.0) -> None:
+  """Writes an authority's certificate, and the SuperLink's key and certificate for loopback."""
+  now = datetime.datetime.now(datetime.UTC)
+  until = now + datetime.timedelta(days=days)
+  named = lambda who: x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, who)])
+  authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+
+  def certificate(who: str, of: ec.EllipticCurvePrivateKey, is_authority: bool) -> bytes:
+    builder = (
+      x509.CertificateBuilder()
+      .subject_name(named(who))
+      .issuer_name(named("trial authority"))
+      .public_key(of.public_key())
+      .serial_number(x509.random_serial_number())
+      .not_valid_before(min(now, until) - datetime.timedelta(hours=1))
+      .not_valid_after(until)
+      .add_extension(x509.BasicConstraints(is_authority, None), critical=True)
+    )
+    if not is_authority:
+      local = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+      builder = builder.add_extension(x509.SubjectAlternativeName(local), critical=False)
+    signed = builder.sign(authority, hashes.SHA256())
+    return signed.public_bytes(serialization.Encoding.PEM)
+
+  private = key.private_bytes(
+    serialization.Encoding.PEM,
+    serialization.PrivateFormat.TraditionalOpenSSL,
+    serialization.NoEncryption(),
+  )
+  durable.replace(folder / "authority.pem", certificate("trial authority", authority, True))
+  durable.replace(folder / "certificate.pem", certificate("trial superlink", key, False))
+  durable.replace(folder / "key.pem", private)
+
+
+def make_node_key(path: pathlib.Path) -> pathlib.Path:
+  """Writes a SuperNode's key, as `ssh-keygen -t ecdsa -b 384` does; returns its public half."""
+  key = ec.generate_private_key(ec.SECP384R1())
+  form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
+  durable.replace(path, key.private_bytes(*form, serialization.NoEncryption()))
+  of = key.public_key().public_bytes
+  public = path.with_name(f"{path.name}.pub")
+  public.write_bytes(of(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH))
+  return public

@@ -1,0 +1,1 @@
+"""The two apps that Flower sends to its nodes, by name."""

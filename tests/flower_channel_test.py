@@ -1,0 +1,110 @@
+"""The local channel between a SuperNode and its hospital's own process, without Flower."""
+
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from primia_jax.flower import channel
+
+
+def asking(folder, request, timeout=20.0, waits=True):
+  """A thread that relays; its answer or error is in a list."""
+  found = []
+
+  def ask():
+    try:
+      found.append(channel.relay(folder, request, timeout, waits))
+    except Exception as error:
+      found.append(error)
+
+  thread = threading.Thread(target=ask, daemon=True)
+  thread.start()
+  return thread, found
+
+
+def own(tmp_path, *names):
+  folder = tmp_path.joinpath(*names)
+  folder.mkdir(parents=True, exist_ok=True)
+  folder.chmod(0o700)
+  return folder
+
+
+@pytest.mark.parametrize("names", [("site",), ("x" * 90, "y" * 90)])
+def test_requests_are_answered_in_turn_however_long_the_folder_s_path(tmp_path, names):
+  folder = own(tmp_path, *names)
+  first, answer = asking(folder, b"first")  # before the hospital's process is there
+  end = channel.serve(folder, 20.0)
+  assert end.hear(100) == b"first"
+  end.say(b"\x80\x04.")  # the beginning of a pickle, which nobody reads as one
+  first.join(20)
+  assert answer == [b"\x80\x04."]
+  second, answer = asking(folder, bytes(2**20))
+  assert end.hear(2**21) == bytes(2**20)
+  end.say(b"2")
+  second.join(20)
+  assert answer == [b"2"]
+  end.close()
+  assert not (folder / channel.NAME).exists()
+
+
+def test_a_request_that_is_too_long_is_refused_and_silence_ends(tmp_path):
+  folder = own(tmp_path)
+  end = channel.serve(folder, 0.3)
+  thread, answer = asking(folder, bytes(1000))
+  with pytest.raises(ValueError, match="more than 10 bytes"):
+    end.hear(10)
+  thread.join(20)
+  assert answer == [b""]
+  with pytest.raises(TimeoutError, match=r"sent nothing for 0\.3 seconds"):
+    end.hear(10)
+  end.close()
+
+
+def test_whoever_asks_learns_that_the_process_has_ended_or_is_not_there(tmp_path):
+  folder = own(tmp_path)
+  assert channel.relay(folder, b"x", 9.0, waits=False) == b""
+  with pytest.raises(TimeoutError, match="no hospital's process waits at"):
+    channel.relay(folder, b"x", 0.1)
+  end = channel.serve(folder, 20.0)
+  thread, answer = asking(folder, b"x")
+  assert end.hear(9) == b"x"
+  end.close()  # as the end of the process does
+  thread.join(20)
+  assert answer == [b""]
+  end = channel.serve(folder, 20.0)
+  thread, answer = asking(folder, b"x", timeout=0.2)
+  assert end.hear(9) == b"x"
+  thread.join(20)
+  assert "has not answered in 0.2 seconds" in str(answer[0])
+  end.say(b"late")  # is dropped
+  thread, answer = asking(folder, b"y")
+  assert end.hear(9) == b"y"
+  end.say(b"z")
+  thread.join(20)
+  assert answer == [b"z"]
+  end.close()
+
+
+def test_the_channel_lies_where_its_owner_alone_may_enter(tmp_path):
+  folder = own(tmp_path)
+  end = channel.serve(folder, 1.0)
+  assert stat.S_ISSOCK((folder / channel.NAME).stat().st_mode)
+  end.close()
+  folder.chmod(0o750)
+  with pytest.raises(ValueError, match=r"mode 750, so that others can enter; chmod it 700"):
+    channel.serve(folder, 1.0)
+
+
+def test_what_flower_starts_for_each_message_needs_the_standard_library_alone():
+  code = """
+import sys
+before = set(sys.modules)
+import primia_jax.flower.channel
+known = sys.stdlib_module_names
+loaded = {name.split(".")[0] for name in set(sys.modules) - before} - known
+assert {name for name in loaded if not name.startswith("__")} == {"primia_jax"}, loaded
+"""
+  subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
