@@ -251,11 +251,14 @@ def test_every_field_of_every_message_is_listed():
     messages.check(messages.FIELDS | {secagg.messages.MaskedInput: bare})
 
 
-def test_sockets_take_frames_of_messages_only():
-  """`frame` encodes a `messages.Message`; nothing else is written to a socket."""
-  root, found = pathlib.Path(secagg.__file__).parents[1], []
+def test_carriers_take_encoded_messages_only():
+  """All that is said to a carrier is the encoding of a message, or nothing."""
+  root, found, senders = pathlib.Path(secagg.__file__).parents[1], set(), set()
   for path in root.rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "say":
+        found.add(ast.unparse(node.args[0]).split("(")[0])
       if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("sendall", "send_bytes"):
-        found.append((path.name, ast.unparse(node.args[0]).split("(")[0].split(".")[-1]))
-  assert {name for _, name in found} == {"frame"}, found
+        senders.add(path.name)
+  assert found == {"msg.encode", "b''"}
+  assert senders == {"channel.py"}

@@ -210,7 +210,7 @@ SITE --delta=0.9                            | delta | 0.9 | 3
 SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --baselines=polled                          | baselines | polled | pooled
 --baselines=auto,pooled                     | baselines | auto | alone
---baselines=pooled --placement=processes    | baselines | pooled | leave
+--baselines=pooled --placement=flower       | baselines | pooled | leave
 --site=0                                    | site | 0 | placement=flower
 --stage_timeout=5                           | stage_timeout | 5 | placement=flower
 --sites_dir={folder}                        | sites_dir | {folder} | placement=flower

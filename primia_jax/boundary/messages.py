@@ -44,6 +44,14 @@ FIELDS: dict[type, dict[str, str]] = {
   secagg.Total: {"round": PUBLIC, "vectors": TOTAL, "signature": PUBLIC},
   secagg.Hello: dict.fromkeys(("site", "identity", "server", "fresh", "told", "signature"), PUBLIC),
   secagg.Start: dict.fromkeys(("site", "round", "state", "sites", "told", "signature"), PUBLIC),
+  # what a site tells may be the state of a round, which follows from the sums that all were told
+  secagg.Word: {"site": PUBLIC, "told": TOTAL},
+  secagg.Invitation: dict.fromkeys(("identity", "fresh"), PUBLIC),
+  secagg.Relayed: {"said": TOTAL},
+  secagg.Terms: dict.fromkeys(get_type_hints(secagg.Terms), PUBLIC),
+  secagg.Proposal: dict.fromkeys(("site", "round", "terms", "advert"), PUBLIC),
+  secagg.Ended: dict.fromkeys(("site", "reason"), PUBLIC),
+  secagg.Dismissed: {"reason": PUBLIC},
   mpc.Publication: {"publication": PUBLIC, "arrays": MASKED},
   mpc.Question: {"inference": PUBLIC, "arrays": MASKED},
 }
