@@ -37,6 +37,8 @@ LAYERS = {
   "segmentation": {"types", "evaluation", "metrics"},
   "clinic": {"data"},
   "metrics": LEAF,
+  "disclosure": set(),
+  "approval": {"attacks"},
   "state_dicts": set(),
   "pretrained": LEAF | {"state_dicts"},
   "scattering": {"types", "conv"},
