@@ -156,7 +156,7 @@ def markdown(
       for one in crossings
     ),
   ]
-  floors = [
+  floors: list[list[Any]] = [
     ["what may leave a site", ", ".join(policy.leaves) or "nothing"],
     ["fewest patients in a count", policy.fewest_patients],
     ["fewest sites in a sum", policy.fewest_sites],

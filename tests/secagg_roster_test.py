@@ -56,7 +56,7 @@ def test_a_roster_is_written_and_read_in_one_form():
 
 
 def test_nobody_is_trusted_because_he_came_first(tmp_path):
-  with refused("not confirmed: there is none to compare it with. Compare the digest"):
+  with refused("not confirmed: no roster was held here before. Compare the digest"):
     take(tmp_path, made())
   with pytest.raises(FileNotFoundError, match="no roster was accepted"):
     pinning.held(tmp_path)

@@ -116,7 +116,7 @@ def accept(
     durable.replace(folder / FILE, data)
     return new, []
   before = held(folder) if seen and (folder / FILE).is_file() else None
-  rotated, other = changes(before, new) if before else ([], ["there is none to compare it with"])
+  rotated, other = changes(before, new) if before else ([], ["no roster was held here before"])
   if other and not confirmed:
     raise refuse(
       "not confirmed",
