@@ -20,7 +20,6 @@ or at --delta:
 import json
 import math
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ from primia_jax.privacy.chain import Chain
 from primia_jax.privacy.plan import Plan, SiteLevel, StepPlan
 from primia_jax.privacy.reconstruction import NUM_CANDIDATES, reconstruction_bound
 
-from . import folders, ledgers, presets, running, settings
+from . import folders, ledger_table, ledgers, presets, running, settings
 from .configs import Train, rehearse
 from .configs.run import build_site_level
 
@@ -62,26 +61,6 @@ flags.DEFINE_string(
 FLAGS = flags.FLAGS
 FLAGS.set_default("dp", "example")
 flags.adopt_module_key_flags(settings)
-
-
-def summed(folder: pathlib.Path, delta: float) -> dict[str, Any]:
-  """Prints what all runs in a ledger were charged, and returns it."""
-  summary = ledgers.summary(Chain(folder, read_only=True), delta or None)
-  _print_facts(summary["statement"])
-  for name in ("runs", "units"):
-    for i, row in enumerate(summary[name]):
-      cells = {k: _cell(value) for k, value in row.items()}
-      widths = [28 if key == "begun" else 14 for key in cells]
-      if not i:
-        print("\n" + "".join(f"{key:<{w}}" for key, w in zip(cells, widths, strict=True)))
-      print("".join(f"{value:<{w}}" for value, w in zip(cells.values(), widths, strict=True)))
-  return summary
-
-
-def _cell(value: Any) -> str:
-  if isinstance(value, list):
-    return " ".join(value)
-  return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def check_summed() -> None:
@@ -148,12 +127,6 @@ def table(privacy: Plan, rounds: int) -> list[dict[str, Any]]:
   ]
 
 
-def _print_facts(facts: Mapping[str, Any]) -> None:
-  width = max(map(len, facts))
-  for key, value in facts.items():
-    print(f"{key:{width}}  {value}")
-
-
 def _shown(value: float) -> str:
   return f"{value:.4g}" if math.isfinite(value) else "infinite"
 
@@ -163,7 +136,9 @@ def main() -> None:
   output = folders.to_write(FLAGS.output_dir, files) if FLAGS.output_dir else None
   if FLAGS.ledger_dir:
     check_summed()
-    summary = summed(pathlib.Path(FLAGS.ledger_dir).expanduser(), FLAGS.delta)
+    chain = Chain(pathlib.Path(FLAGS.ledger_dir).expanduser(), read_only=True)
+    summary = ledgers.summary(chain, FLAGS.delta or None)
+    ledger_table.show(summary)
     if output is not None:
       output.mkdir(parents=True, exist_ok=True)
       (output / "account.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -192,7 +167,7 @@ def main() -> None:
     + (f"; the budget ends training before round {rounds + 1} of {most}" if rounds < most else ""),
     **ledgers.facts(config.privacy, privacy, [spent]),
   }
-  _print_facts(facts)
+  ledger_table.show_facts(facts)
   known = [name for name in accounting.ACCOUNTANTS if name in rows[0]]
   print(
     f"\n{'round':>8} {'steps':>9}"

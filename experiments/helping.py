@@ -24,7 +24,9 @@ _USUAL = (
   "folder", "name", "clinic", "connect", "rotate", "check_dealer", "checked", "open", "disk_gb",
   "models", "address", "only_checked", "daily_images", "total_images", "metrics_port",
   "opened", "opened_to", "threshold", "positive", "small_classes", "vendor_dir", "hospital_dir",
-  "query_budget", "allowed", "reports_to", "title", "host", "port",
+  "query_budget", "site_dir", "number", "role", "federation", "join", "leave", "revoke", "accept",
+  "digest", "config", "fewest_patients", "fewest_sites", "max_epsilon", "allowed", "reports_to",
+  "title", "host", "port",
 )  # fmt: skip
 _COLUMN = 27  # where the texts begin
 _WIDTHS = 72, 100  # the narrowest and the widest page

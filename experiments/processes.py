@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from primia_jax import sites
 from primia_jax.flower import channel
-from primia_jax.secagg import Aborted, exchange, meeting
+from primia_jax.secagg import Aborted, exchange, meeting, pinning, roster
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import Carrier
 
@@ -132,7 +132,10 @@ def connect(config: Train, seat: Seat, told: bytes = b"") -> tuple[Place, dict[i
 def meet(
   config: Train, carrier: Carrier, seat: Seat, told: bytes = b""
 ) -> tuple[Place, dict[int, bytes]]:
-  """Says hello to the others with this site's own identity, and pins theirs.
+  """Says hello to the others with this site's own identity, and checks theirs.
+
+  They are those of the roster that this site has accepted (`secagg.pinning`), whose digest is then
+  in every signature. Without a roster the first meeting pins them.
 
   Args:
     config: of the run.
@@ -145,16 +148,22 @@ def meet(
 
   Raises:
     Lost: the coordinator or the others do not come in time.
-    Refused: a site shows another identity than at an earlier start.
+    Refused: a site shows another identity than the roster's, or than at an earlier start.
   """
   num_sites, settings = config.hospitals.num_sites, settings_of(config)
-  own = meeting.own_identity(seat.own / "identity")
+  has_roster = (seat.own / pinning.FILE).is_file()
+  known = pinning.held(seat.own) if has_roster else None
+  identity = pinning.own_identity if has_roster else meeting.own_identity
+  own = identity(seat.own / "identity")
   with leaving(carrier, seat.number):
     invitation = meeting.invited(carrier)
     made = meeting.hello(own, seat.number, invitation, told)
     hellos = meeting.tell_all(carrier, made, num_sites)
-    pinned = meeting.pin(hellos, invitation, own, seat.number, seat.own / "identities.json")
+    first = None if known is None else pinning.pinned(known, own)
+    known_file = seat.own / "identities.json"
+    pinned = meeting.pin(hellos, invitation, own, seat.number, first or known_file)
     run = settings + b"".join(msg.encode(hellos[i]) for i in range(num_sites))
+    run += b"" if known is None else roster.digest(known)
   sums = exchange.Exchange(carrier, seat.number, pinned, run)
   colluding = config.aggregation.num_colluding(num_sites)
   joined = Joined(sums, pinned, settings, seat.own, carrier, colluding)

@@ -59,6 +59,19 @@ def parse(arguments: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> l
   return rest
 
 
+def command(arguments: Sequence[str], commands: Sequence[str]) -> str:
+  """The word that a command line begins with, of those that a program knows.
+
+  Raises:
+    ValueError: there is none, or another one.
+  """
+  given = arguments[1] if len(arguments) > 1 else ""
+  if given not in commands:
+    said = f"{given!r} is no command" if given and given[0] != "-" else "no command comes first"
+    raise ValueError(f"{said}; use one of {', '.join(commands)}, and then flags; see --help")
+  return given
+
+
 def _illegal(message: str, values: flags.FlagValues) -> str:
   """absl's message of a value that a flag does not take, in the form of all others."""
   name, _, value = message.removeprefix("flag --").partition(": ")[0].partition("=")

@@ -353,7 +353,9 @@ def silence_pydicom() -> None:
   warnings.filterwarnings("ignore", module="pydicom")
 
 
-def start(main: Callable[[], None], keeps_small: bool = False) -> None:
+def start(
+  main: Callable[..., None], keeps_small: bool = False, commands: Sequence[str] = ()
+) -> None:
   """Runs a binary: `--help` explains it, and bad settings and failed runs end it with their reason,
   not with a traceback.
 
@@ -361,6 +363,7 @@ def start(main: Callable[[], None], keeps_small: bool = False) -> None:
     main: the binary's work.
     keeps_small: keep on disk also compiled programs that took less than a second, for work that
       has many of them.
+    commands: the first argument is one of these words, which `main` is given.
   """
 
   def parsed(arguments: list[str]) -> list[str]:
@@ -368,11 +371,15 @@ def start(main: Callable[[], None], keeps_small: bool = False) -> None:
       print(helping.text(main.__module__, is_full=asked == "helpfull"))
       sys.exit(0)
     try:
-      return refusals.parse(presets.expanded(arguments))
+      chosen = [refusals.command(arguments, commands)] if commands else []
+      return [
+        *refusals.parse(presets.expanded(arguments[:1] + arguments[1 + len(chosen) :])),
+        *chosen,
+      ]
     except ValueError as error:
       sys.exit(f"error: {error}")
 
-  def guarded(_: list[str]) -> None:
+  def guarded(arguments: list[str]) -> None:
     if not FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)
       silence_pydicom()
@@ -382,7 +389,7 @@ def start(main: Callable[[], None], keeps_small: bool = False) -> None:
     if keeps_small:
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
-      main()
+      main(*arguments[1:])
     except KeyboardInterrupt:
       sys.exit("\nstopped; start again with the same flags to continue from what was saved last")
     except refusals.REFUSALS as error:

@@ -351,6 +351,37 @@ extra                                       | extra | no flag | --name=value
 """
 
 # (Program, the flags that every row begins with, rows.) Later flags win.
+SITE = """
+                                            | no command | init, roster | --help
+begin                                       | 'begin' | no command | init, roster
+--number=0                                  | no command | init, roster | --help
+init --number=x                             | --number | x | integer
+init                                        | site_dir | is empty | --site_dir=
+status                                      | site_dir | is empty | --site_dir=
+status --site_dir={missing}                 | site_dir | {missing} | primia-site init
+status --site_dir={file}                    | site_dir | {file} | folder
+status --site_dir={folder} --number=3       | number | init | leave it out
+approve --site_dir={folder}                 | site_dir | {folder} | primia-site init
+init --site_dir={new} extra                 | extra | is no flag | --name=value
+"""
+
+SITE_INIT = """
+--number=-1                                 | number | -1 | from 0
+--name=Hospital_A                           | name | Hospital_A | letters
+--data=                                     | data | is empty | --data=none
+--data=folder:{missing}                     | data | {missing} | check
+--data=zip:{file}                           | data | zip: | folder:PATH
+--data=none --layout=class                  | layout | class | leave it out
+--data=npz:{file} --layout=class            | layout | class | leave it out
+--role=server                               | role | server | coordinator
+--role=coordinator                          | number | 0 | coordinator has no
+--site_dir={full}                           | site_dir | {full} | another
+--site_dir={file}                           | site_dir | {file} | folder
+--fewest_patients=-1                        | fewest_patients | -1 | no floor
+--max_epsilon=-1                            | max_epsilon | -1 | positive
+--config={file}                             | config | approve | leave it out
+"""
+
 TABLES = (
   ("train_federated", "--run_dir={new}", TRAINING + FEDERATED),
   ("train_pooled", "--run_dir={new}", TRAINING + POOLED),
@@ -381,4 +412,6 @@ TABLES = (
   ("audit_privacy", "--run_dir={run} --output_dir={new}", AUDIT),
   ("audit_privacy", "", "--candidates=3 | --run_dir | --output_dir | --help"),
   ("plot", "--run_dir={run}", PLOT),
+  ("site", "", SITE),
+  ("site", "init --site_dir={new} --number=0 --name=hospital-a --data=none", SITE_INIT),
 )

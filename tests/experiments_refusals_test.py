@@ -113,8 +113,9 @@ def refusal(main, arguments, patch):
   flags.FLAGS.unparse_flags()
   for name in flags.FLAGS:
     flags.FLAGS[name].unparse()
+  commands = getattr(sys.modules[main.__module__], "COMMANDS", ())
   try:
-    running.start(main)
+    running.start(main, commands=commands)
   except SystemExit as ended:
     return ended.code
   except Exception as error:
@@ -174,7 +175,7 @@ def test_every_bad_invocation_is_refused_by_flag_value_and_cure(at, program, no_
     count[name] += 1
   assert not wrong, "\n".join(wrong)
   assert sum(count.values()) >= 200
-  assert len(count) == 15
+  assert len(count) == 16
 
 
 def failing(error):

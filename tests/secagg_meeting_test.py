@@ -116,6 +116,9 @@ def test_an_identity_that_changes_between_two_starts_is_refused_by_name(tmp_path
     meeting.pin(said, INVITATION, OWN[3], 3, known)
   with pytest.raises(secagg.Refused, match="another identity stands in its own place"):
     meeting.pin(hellos(), INVITATION, stranger, 3, known)
+  assert meeting.pin(hellos(), INVITATION, OWN[3], 3, PINNED) == PINNED  # of a roster
+  with pytest.raises(secagg.Refused, match="site 1 shows another identity than in the roster"):
+    meeting.pin(hellos(own), INVITATION, OWN[3], 3, PINNED)
   for damaged in ("", "7"):
     known.write_text(damaged)
     with pytest.raises(ValueError, match=r"identities\.json is damaged"):

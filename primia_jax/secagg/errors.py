@@ -32,14 +32,16 @@ class Refused(Aborted):
   """Site: the server's message would make it unsafe to continue, so this site leaves the round.
 
   Attributes:
-    site: the site that refuses.
-    stage: the stage in which it refuses, or "hello" or "start" before the first round.
+    site: the site that refuses; -1 for the coordinator, or a key that is no member's.
+    stage: the stage in which it refuses, or "roster", "hello" or "start" before the first round.
     reason: one of "out of turn", "another round", "unknown", "changed key", "forged", "too few",
-      "malformed", "overlapping", "declared dead", "inconsistent", "falls apart".
+      "malformed", "overlapping", "declared dead", "inconsistent", "falls apart", "older",
+      "not confirmed".
   """
 
   def __init__(self, site: int, stage: str, reason: str, detail: str):
-    super().__init__(f"site {site} refuses in stage {stage}: {reason}: {detail}")
+    who = f"site {site}" if site >= 0 else "this member"
+    super().__init__(f"{who} refuses in stage {stage}: {reason}: {detail}")
     self.site, self.stage, self.reason = site, stage, reason
 
 

@@ -1,9 +1,10 @@
 """How the sites of a run meet before its first sum: who they are, and from which state they start.
 
 Each site says two signed messages to all others, `Hello` and `Start`, which the coordinator relays.
-It can keep sites apart. At the first meeting it can also take the place of a site, because
-identities are pinned on first use. Every site keeps the identities, and from then on refuses
-another one by name. All sites must have been invited by one coordinator.
+It can keep sites apart. A site that has accepted a roster (`pinning`) takes the identities in it
+and no others. Without one they are pinned at the first meeting, at which the coordinator could take
+the place of a site; from then on every site refuses another identity by name. All sites must have
+been invited by one coordinator.
 
 A run that continues starts from a global state that somebody saved. Who saves it could give each
 site another one, or one of their own making, and learn a single site's update from the next sum
@@ -123,7 +124,7 @@ def pin(
   invitation: msg.Invitation,
   own: keys.Identity,
   number: int,
-  known: pathlib.Path,
+  known: pathlib.Path | Pinned,
 ) -> Pinned:
   """Pins the identities of all sites, and that of the coordinator.
 
@@ -132,7 +133,8 @@ def pin(
     invitation: the coordinator's.
     own: this site's identity.
     number: this site.
-    known: its file of the identities that it pinned at the first meeting; made there.
+    known: the identities of a roster that it has accepted; or its file of those that it pinned at
+      the first meeting, made there.
 
   Raises:
     Refused: a message is not signed by its identity, or an identity is not the one known.
@@ -143,26 +145,34 @@ def pin(
       raise Refused(number, "hello", "forged", f"site {i}'s is not signed by the identity in it")
     if message.server != invitation.identity:
       raise Refused(number, "hello", "inconsistent", f"site {i} was invited by another coordinator")
-  found = {f"site {i}": message.identity.hex() for i, message in hellos.items()}
-  found["the coordinator"] = invitation.identity.hex()
+  said = Pinned(own, {i: message.identity for i, message in hellos.items()}, invitation.identity)
   if hellos[number].identity != own.public:
     raise Refused(number, "hello", "changed key", "another identity stands in its own place")
-  if not known.is_file():
-    durable.replace(known, json.dumps(found, indent=2).encode())
-  try:
-    before = dict(json.loads(known.read_text()))
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{known} is damaged ({error}); restore it") from error
+  found, where = _named(said), "in the roster"
+  if isinstance(known, Pinned):
+    before = _named(known)
+  else:
+    where = f"at the first meeting ({known})"
+    if not known.is_file():
+      durable.replace(known, json.dumps(found, indent=2).encode())
+    try:
+      before = dict(json.loads(known.read_text()))
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"{known} is damaged ({error}); restore it") from error
   if changed := [who for who in {**before, **found} if before.get(who) != found.get(who)]:
     raise Refused(
       number,
       "hello",
       "changed key",
-      f"{', '.join(changed)} shows another identity than at the first meeting ({known}): somebody "
-      "takes its place, or its own folder was lost. Ask there for the key, and correct the file "
-      "only if it is right",
+      f"{', '.join(changed)} shows another identity than {where}: somebody takes its place, or its "
+      "own folder was lost. Ask there for the key, and correct what is known only if it is right",
     )
-  return Pinned(own, {i: message.identity for i, message in hellos.items()}, invitation.identity)
+  return said
+
+
+def _named(pinned: Pinned) -> dict[str, str]:
+  of_sites = {f"site {i}": public.hex() for i, public in pinned.sites.items()}
+  return of_sites | {"the coordinator": pinned.server.hex()}
 
 
 def check(

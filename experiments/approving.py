@@ -1,0 +1,168 @@
+"""What a site offers and approves: settings that all share, code, model and start; and its own
+images, counted under these settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from primia_jax import approval, models
+from primia_jax.data.load import load
+
+from . import inputs, settings
+from .configs import Train, rehearse
+from .settings import names
+from .site_folders import NO_IMAGES, Limits, Member, Own
+
+_CODE = ("*.py", "*.c", "*.h")
+_SITES_OWN = (*(field.name for field in dataclasses.fields(Own)), "site_data", "ledger_dir")
+
+
+class Held(NamedTuple):
+  """A site's images.
+
+  Attributes:
+    of_class: the number of images by class, in the agreed order.
+    patients: how many; 0 where they are unknown.
+  """
+
+  of_class: Mapping[str, int]
+  patients: int
+
+  @property
+  def images(self) -> int:
+    return sum(self.of_class.values())
+
+  def __str__(self) -> str:
+    if not self.images:
+      return "no images, so that it trains nothing and only receives"
+    listed = ", ".join(f"{name} {n}" for name, n in self.of_class.items() if n)
+    missing = [name for name, n in self.of_class.items() if not n]
+    lone = len(missing) == len(self.of_class) - 1
+    said = f"{self.images} images of {f'{self.patients} patients' * bool(self.patients)}"
+    said = said.removesuffix(" of ") + f": {listed}"
+    if lone:
+      return f"{said}; one class only, which is allowed: its model learns the others from the sums"
+    return f"{said}; none of {', '.join(missing)}, which is allowed" if missing else said
+
+
+def code() -> str:
+  """The version, and a hash of all source files of the library and the programs."""
+  out = hashlib.sha256()
+  for package in (pathlib.Path(models.__file__).parents[1], pathlib.Path(__file__).parent):
+    for path in sorted(one for pattern in _CODE for one in package.rglob(pattern)):
+      out.update(f"{path.relative_to(package).as_posix()}\0".encode())
+      out.update(hashlib.sha256(path.read_bytes()).digest())
+  try:
+    version = importlib.metadata.version("primia-jax")
+  except importlib.metadata.PackageNotFoundError:
+    version = "unknown"
+  return f"{version} {out.hexdigest()}"
+
+
+def shared(config: Train) -> str:
+  """The settings that all sites share, as JSON in one form: label names and their order, image
+  shape and preprocessing among them; where each site's images are is its own affair.
+  """
+  known = settings.flat(config)
+  return approval.shared({name: known[name] for name in known if name not in _SITES_OWN})
+
+
+def label_names(config: Train) -> tuple[str, ...]:
+  """The agreed classes.
+
+  Raises:
+    ValueError: the configuration names none.
+  """
+  if not (agreed := names(config.data.label_names)):
+    raise ValueError(
+      "label_names is empty in the configuration: sites apart must agree on classes and their "
+      "order before they read an image; have the coordinator set --label_names"
+    )
+  return agreed
+
+
+def with_own(config: Train, own: Own) -> Train:
+  """The configuration with the images of one site."""
+  return settings.replace(config, site_data="", ledger_dir="", **dataclasses.asdict(own))
+
+
+def offered(config: Train) -> approval.Approval:
+  """What a configuration has a site train, by the site's own code; raises as `rehearse`."""
+  model_config = config.model.config(config.data, len(label_names(config)))
+  start = config.model.initial(model_config, jax.random.key(config.seed))
+  return approval.of(shared(config), code(), model_config.name, start)
+
+
+def check(config: Train, limits: Limits) -> None:
+  """Refuses a configuration beyond a site's limits.
+
+  Raises:
+    ValueError: naming the limit and the setting.
+  """
+  rehearse(config)
+  limits.policy().check_sum(config.sites_in_round)
+  rounds, p = config.training.rounds, config.privacy
+  if 0 < limits.max_rounds < rounds:
+    raise ValueError(f"rounds={rounds} of the configuration, and max_rounds={limits.max_rounds}")
+  if limits.max_epsilon and (p.dp == "none" or p.dp_seed >= 0):
+    raise ValueError(
+      f"max_epsilon={limits.max_epsilon:g} of this site, and dp={p.dp}, dp_seed={p.dp_seed} of the "
+      "configuration protect nobody, so that epsilon is infinite"
+    )
+  if 0 < limits.max_epsilon < p.target_epsilon:
+    raise ValueError(
+      f"target_epsilon={p.target_epsilon:g} of the configuration, and "
+      f"max_epsilon={limits.max_epsilon:g} of this site"
+    )
+
+
+def held(config: Train, member: Member) -> Held:
+  """Counts a site's images, for its own eyes, without decoding them.
+
+  Raises:
+    ValueError, FileNotFoundError: the source is missing or wrong, or has other classes.
+  """
+  agreed = label_names(config)
+  data = with_own(config, member.own).data if member.has_images else None
+  if data is None or _is_empty(data.data):
+    return Held(dict.fromkeys(agreed, 0), 0)
+  inputs.source(data)
+  splits = load(
+    data.data,
+    size=data.image_size,
+    channels=data.channels,
+    label_names=agreed,
+    lazy=True,
+    ignore=names(data.ignore),
+    layout=data.layout,
+    csv_columns=data.columns,
+    grey_bits=data.grey_bits,
+    ct_window=data.hounsfield,
+    data_dir=data.data_dir or None,
+    manual_dir=data.manual_dir or None,
+    patient_column=data.patient_column,
+    patient_pattern=data.patient_pattern,
+    slices=data.slices or "all",
+  ).values()
+  labels = np.concatenate([one.labels for one in splits])
+  counts = np.bincount(labels, minlength=len(agreed)).tolist()
+  knows = all(one.has_patient is not None and np.all(one.has_patient) for one in splits)
+  patients = {str(group) for one in splits for group in one.groups} if knows else ()
+  return Held(dict(zip(agreed, counts, strict=True)), len(patients))
+
+
+def _is_empty(data: str) -> bool:
+  kind, _, where = data.partition(":")
+  path = pathlib.Path(where).expanduser()
+  if data == NO_IMAGES:
+    return True
+  return kind == "folder" and path.is_dir() and not any(p.is_file() for p in path.rglob("*"))

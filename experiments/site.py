@@ -1,0 +1,54 @@
+"""A hospital's own folder in a federation of institutions: who it is, whom it knows, what it may
+train.
+
+  primia-site init --site_dir=hospital_a --number=0 --name=hospital-a --data=folder:PATH
+  primia-site init --site_dir=coordinator --role=coordinator --name=coordinator
+  primia-site roster --site_dir=coordinator --federation=lungs --join=a.json,b.json,c.json
+  primia-site roster --site_dir=hospital_a --accept=roster.json --digest="1f2e ..."
+  primia-site approve --site_dir=hospital_a --config=config.json
+  primia-site status --site_dir=hospital_a
+  primia-site ledger --site_dir=hospital_a
+
+init makes the folder, which its user alone can read, with a private key that never leaves it;
+public.json in it goes to the coordinator. The coordinator joins the public parts into a roster and
+sends it to all. The operators compare its digest by telephone, and accept it with the digest.
+approve records what may be trained: settings, code, architecture and starting parameters. status
+and ledger are for the operator's own eyes. roster without a file lists the fingerprints.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from absl import flags
+
+from . import joining, running, settings
+from .site_folders import Limits, Own
+
+FLAGS = flags.FLAGS
+_OF_INIT, _OF_ROSTER, _OF_APPROVE = (joining.Init, Own, Limits), (joining.Join,), (joining.Approve,)
+_WORK: dict[str, tuple[Callable[..., None], tuple[type, ...]]] = {
+  "init": (joining.init, _OF_INIT),
+  "roster": (joining.rosters, _OF_ROSTER),
+  "approve": (joining.approve, _OF_APPROVE),
+  "status": (joining.status, ()),
+  "ledger": (joining.ledger, ()),
+}
+COMMANDS = tuple(_WORK)
+
+flags.DEFINE_string("site_dir", "", "this member's own folder")
+for _kind in (*_OF_INIT, *_OF_ROSTER, *_OF_APPROVE):
+  settings.define_flags(_kind)
+flags.adopt_module_key_flags(settings)
+
+
+def main(command: str) -> None:
+  for other, (_, kinds) in _WORK.items():
+    names = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+    if other != command and (given := [name for name in names if FLAGS[name].present]):
+      raise ValueError(f"{given[0]} belongs to primia-site {other}, not to {command}; leave it out")
+  work, own = _WORK[command]
+  work(FLAGS.site_dir, *map(settings.from_flags, own))
+
+
+if __name__ == "__main__":
+  running.start(main, commands=COMMANDS)
