@@ -23,7 +23,7 @@ from primia_jax.service.publications import Received
 from . import encrypted, inputs, progress
 from .configs.data import Data
 from .encrypted import Connect
-from .folders import role_folder, to_write
+from .folders import check_images, role_folder, to_write
 
 
 class Opened(NamedTuple):
@@ -126,7 +126,7 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
     SessionEnded: the session ended before the first answer.
   """
   folder = check(s)
-  encrypted.check_images(infer.images)
+  check_images(infer.images)
   if infer.output_dir:
     to_write(infer.output_dir, ("predictions.csv", "costs.json"))
   received = publications.received(folder, s.model)

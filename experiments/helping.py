@@ -24,7 +24,8 @@ _USUAL = (
   "folder", "name", "clinic", "connect", "rotate", "check_dealer", "checked", "open", "disk_gb",
   "models", "address", "only_checked", "daily_images", "total_images", "metrics_port",
   "opened", "opened_to", "threshold", "positive", "small_classes", "vendor_dir", "hospital_dir",
-  "query_budget", "allowed", "reports_to", "title", "host", "port",
+  "query_budget", "allowed", "reports_to", "title", "host", "port", "card", "model_owner", "helper",
+  "client", "helper_address",
 )  # fmt: skip
 _COLUMN = 27  # where the texts begin
 _WIDTHS = 72, 100  # the narrowest and the widest page

@@ -53,6 +53,10 @@ class Helper:
     """Its part of the work that needs no image; raises as `DataOwner.prepare` does."""
     return self._party.prepare(correlations)
 
+  def warm_up(self) -> None:
+    """Compiles what `prepare` runs, so that the first request need not wait."""
+    self._party.warm_up()
+
   def assist(self, prepared: Prepared, shares: Operands) -> Side:
     """Its side of the online phase.
 

@@ -1,8 +1,8 @@
 """What a model owner gives to clinics that only share their images: a JSON file without a secret.
 
 A card says how both servers are reached and known, what images the model takes, and what its
-answers mean. Whoever could change one could put himself in the place of both servers, so clinics compare
-the fingerprints with the institutions, as for any certificate. Reading it needs no JAX.
+answers mean. Who could change one could stand in for both servers, so clinics compare the
+fingerprints with the institutions, as for any certificate. Reading it needs no JAX.
 """
 
 from __future__ import annotations

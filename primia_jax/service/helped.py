@@ -61,7 +61,7 @@ class Helped(NamedTuple):
 
 
 def helped(folder: pathlib.Path, name: str) -> Helped:
-  """A publication that a helper has received, and compiled.
+  """A publication that a helper has received, compiled.
 
   Raises:
     FileNotFoundError: a file of it is missing.
@@ -80,6 +80,7 @@ def helped(folder: pathlib.Path, name: str) -> Helped:
       "reads every image, so the helper must be another institution"
     )
   online = apart.online(found.plan, DATA_OWNER)
+  owner.warm_up()
   place = publications.model_folder(folder, name)
   full = found.publication.publication
   return Helped(name, place, owner, full, online, found.about.images, found.server)
@@ -136,7 +137,9 @@ def serve(
       model.owner, model.online, model.publication, take, desks[model.publication], again
     )
 
-  submit = lambda model, asked: desks[model.publication].submit(asked.number, asked.shares)
+  def submit(model: Served, asked: Asked, left: threading.Event) -> bytes:
+    return desks[model.publication].submit(asked.number, asked.shares, left)
+
   of_clinic = _of_clinic(models, journal, submit, collect, stopping)
   session = lambda who, receive: assisted(receive) if who == helper else of_clinic(who, receive)
   peers = _clinics(folder) | {helper: pem}
@@ -150,10 +153,10 @@ def assisting(
   folder: pathlib.Path,
   models: Sequence[Helped],
   journal: Journal,
+  address: str,
+  limits: Limits,
+  stopping: threading.Event | None,
   model_owner: str,
-  address: str = "127.0.0.1:0",
-  limits: Limits = Limits(),  # noqa: B008
-  stopping: threading.Event | None = None,
 ) -> Iterator[int]:
   """The helper's server for as long as the context lasts; gives the port.
 
@@ -165,7 +168,7 @@ def assisting(
   """
   identity, one = certificates.load(folder), threading.Lock()
 
-  def answer(model: Helped, asked: Asked) -> bytes:
+  def answer(model: Helped, asked: Asked, left: threading.Event) -> bytes:
     def take() -> Correlations:
       with one:
         if not (found := folders.unused(model.folder)):
@@ -191,7 +194,7 @@ def assisting(
 def _of_clinic(
   models: Sequence[Any],
   journal: Journal,
-  answer: Callable[[Any, Asked], bytes],
+  answer: Callable[[Any, Asked, threading.Event], bytes],
   collect: Callable[[], None],
   stopping: threading.Event | None,
 ) -> channel.Session:
@@ -208,7 +211,7 @@ def _of_clinic(
       at_work.append((model, asked.number.hex(), time.monotonic()))
 
     at_work: list[tuple[Any, str, float]] = []
-    sent, give = 0, lambda asked: answer(by_digest[asked.publication], asked)
+    sent, give = 0, lambda asked, left: answer(by_digest[asked.publication], asked, left)
     journal.open_session(clinic)
     try:
       collect()

@@ -21,6 +21,7 @@ import contextlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded
 from primia_jax.service.frames import Numbered, Place
 
 REQUEST_BYTES = frames.SESSION_BYTES
+_POLL = 0.05  # seconds between two looks whether a client has gone
 
 
 class _Waiting(NamedTuple):
@@ -59,8 +61,13 @@ class Desk:
     self._waiting, self._count = dict[bytes, _Waiting](), 0
     self._changed = threading.Condition()
 
-  def submit(self, request: bytes, shares: Operands) -> bytes:
+  def submit(self, request: bytes, shares: Operands, left: threading.Event | None = None) -> bytes:
     """Waits until the request is answered; the model owner's shares of the outputs.
+
+    Args:
+      request: its number.
+      shares: of the images.
+      left: is set once the client has gone.
 
     Raises:
       SessionEnded: it is not answered.
@@ -74,9 +81,14 @@ class Desk:
       self._waiting[request], self._count = waiting, self._count + 1
       self._changed.notify_all()
     try:
-      waiting.begun.wait(self._timeout)
+      end = time.monotonic() + self._timeout
+      while not waiting.begun.wait(_POLL) and time.monotonic() < end:
+        if left is not None and left.is_set():
+          break
       with self._changed:
         if self._waiting.pop(request, None) is not None:
+          if left is not None and left.is_set():
+            raise PeerLost("the client has gone before the helper asked for its request")
           raise PeerLate("the helper did not ask for this request in time")
       answer = waiting.answer.get(timeout=self._session)
     except queue.Empty:
@@ -156,7 +168,7 @@ def asked(plans: Mapping[bytes, Plan], message: bytes) -> Asked:
 def serve_client(
   plans: Mapping[bytes, Plan],
   accept: Callable[[Asked], None],
-  answer: Callable[[Asked], bytes],
+  answer: Callable[[Asked, threading.Event], bytes],
   receive: Receive,
 ) -> Iterator[bytes]:
   """A server's session with a client; yields what it sends.
@@ -164,13 +176,22 @@ def serve_client(
   Args:
     plans: as in `asked`.
     accept: counts a request; raises Refused to turn it away.
-    answer: this server's shares of the outputs.
+    answer: this server's shares of the outputs; is also told when the client has gone.
     receive: waits for the next message.
   """
-  request = asked(plans, sessions.some(receive()))
+  request, left = asked(plans, sessions.some(receive())), threading.Event()
   accept(request)
   yield frames.encode(Place(frames.READY, request.number))
-  yield frames.encode(Place(frames.RESULT, request.number, 1), answer(request))
+
+  def watch() -> None:
+    with contextlib.suppress(Refused):  # this side is stopping, and finishes what it has accepted
+      try:
+        receive(idle=True)
+      except (PeerLost, PeerLate):
+        left.set()
+
+  threading.Thread(target=watch, daemon=True).start()
+  yield frames.encode(Place(frames.RESULT, request.number, 1), answer(request, left))
 
 
 # ---- between helper and model owner

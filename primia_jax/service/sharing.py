@@ -15,6 +15,7 @@ import queue
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -192,7 +193,7 @@ def _exchange(
     while min(map(len, found)) < len(places):
       number, message = got.get()
       if isinstance(message, SessionEnded):
-        raise message
+        raise _reason(message, got)
       found[number].append(message)
       if all(found) and not is_told:
         told()
@@ -207,6 +208,20 @@ def _exchange(
       outbox.put(None)
     for call in calls:
       call.cancel()
+
+
+def _reason(error: SessionEnded, got: queue.SimpleQueue) -> SessionEnded:
+  """What one server says, or where it only lost the other, what that says soon after."""
+  words = "PeerLost", "PeerLate", "connection to"
+  end = time.monotonic() + _PARTING
+  while any(word in f"{type(error).__name__} {error}" for word in words):
+    try:
+      _, other = got.get(timeout=max(0.0, end - time.monotonic()))
+    except queue.Empty:
+      break
+    if isinstance(other, SessionEnded):
+      return other if isinstance(other, Refused) else error
+  return error
 
 
 def _received(answers: Any, who: str, begun: bool) -> bytes:
