@@ -68,8 +68,8 @@ def main() -> None:
   predictions.show(answered, outputs, about.label_names)
   sent, got = sharing.num_bytes(holder)
   print(
-    f"\nA request took {float(np.median(seconds)):.2g} s (median of {len(seconds)}), {sent:,} bytes "
-    f"to each server and {got:,} from each.\nIntended use: {about.intended_use}."
+    f"\nA request took {float(np.median(seconds)):.2g} s (median of {len(seconds)}), "
+    f"{sent:,} bytes to each server and {got:,} from each.\nIntended use: {about.intended_use}."
   )
   if output is not None:
     output.mkdir(parents=True, exist_ok=True)

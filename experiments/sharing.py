@@ -98,7 +98,7 @@ def learned(holder: Holder) -> tuple[tuple[str, str], ...]:
   return (
     ("this clinic", f"{answer}, and the shape of images and answers; nothing else of the model"),
     (owner, when),
-    (helper, f"{when}, and nothing of the model but its plan"),
+    (helper, "the same, and the plan of the model"),
     ("dealer", "nothing; it is not online"),
   )
 

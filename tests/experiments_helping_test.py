@@ -70,10 +70,8 @@ def test_defaults_are_shown(monkeypatch):
 
 def test_the_usual_flags_are_flags():
   """Of some program; one that was renamed would vanish from `--help`."""
-  sources = " ".join(
-    (ROOT / "experiments" / f"{name}.py").read_text()
-    for name in (*PROGRAMS, "encrypted", "scored", "sharing")
-  )
+  modules = *PROGRAMS, "encrypted", "scored", "sharing"
+  sources = " ".join((ROOT / "experiments" / f"{name}.py").read_text() for name in modules)
   known = {*settings.flat(Train()), *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', sources)}
   known |= {
     "preset",
