@@ -90,6 +90,23 @@ def describe(holder: Holder) -> str:
   return "\n".join(lines)
 
 
+def ready(s: Shared) -> tuple[Model, Ask, tuple[tuple[str, str], ...], str]:
+  """What the page and the node ask: the model, what asks, who learns what, and a warning.
+
+  Raises:
+    ValueError, FileNotFoundError: as `check`, or the model takes several images at a time.
+    SessionEnded: nobody listens where a server should be, or a certificate has expired.
+  """
+  holder = check(s)
+  warning = f"{asking.WARNING}. Its owner says: {holder.issued.about.intended_use}"
+  print(f"{warning}\n{describe(holder)}", flush=True)
+  ask = asks(holder)
+  with connected(holder):
+    pass  # both are there
+  who = (*learned(holder), ("Assumed", "no two of model owner, helper and dealer collude"))
+  return model(holder), ask, who, warning
+
+
 def learned(holder: Holder) -> tuple[tuple[str, str], ...]:
   """Who learns what from one question, for people."""
   owner, helper = (server.name for server in holder.issued.servers)
