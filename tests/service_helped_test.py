@@ -14,6 +14,7 @@ import service_institution as institution
 from service_institution import MODEL, WEIGHTS, every_file, place, send
 
 from primia_jax import mpc
+from primia_jax.attacks import extraction
 from primia_jax.mpc import apart
 from primia_jax.mpc.sharing import MODEL_OWNER
 from primia_jax.service import (
@@ -96,7 +97,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-  return World(tmp_path_factory.mktemp("world"), 20)
+  return World(tmp_path_factory.mktemp("world"), 64)
 
 
 @pytest.fixture
@@ -283,19 +284,28 @@ def test_the_helper_holds_no_weight_and_the_model_owner_no_masked_weights_of_it(
 
 
 def test_the_extraction_attack_fails_end_to_end(world):
-  """Over TLS, with all that a hostile client has in its hand: any shares of any ring elements."""
-  with world.serving(limits=LIMITS) as issued:
-    unit, card = issued.card.images[0]["unit"], issued.card
-    with sharing.connected(issued.servers, *identity(world.clinic)) as exchange:
+  """Over TLS, with all that a hostile client has in its hand: any shares of any ring elements.
+  Where it could shift what a ReLU takes, as a party can, the same queries give every weight.
+  """
+  inputs, hidden = WEIGHTS[0].shape
 
-      def raised(image, beyond):
-        first, second = (np.frombuffer(v, np.uint32) for v in sharing.shares(card, [image]))
-        return exchange(card, (first.tobytes(), (second + np.uint32(beyond)).tobytes()))
+  def as_party(x, shifts):
+    return np.maximum(x @ WEIGHTS[0] + shifts, 0) @ WEIGHTS[1]
 
-      half = 2 ** (card.images[0]["bits"] - 1)
-      for beyond in (2 * half, 2**31):
-        whole = np.rint(institution.image().astype(np.float64) / unit).astype(np.int64) + beyond
-        clamped = (((whole + half) % (2 * half)) - half) * unit
-        got = sharing.revealed(card, raised(institution.image(), beyond))[0]
-        same = sharing.revealed(card, exchange(card, sharing.shares(card, [clamped])))[0]
-        np.testing.assert_array_equal(got, same)
+  with (
+    world.serving(daily=1000, at_helper=Contract(daily=1000)) as issued,
+    sharing.connected(issued.servers, *identity(world.clinic)) as exchange,
+  ):
+    card, unit = issued.card, issued.card.images[0]["unit"]
+
+    def as_client(x, shifts):
+      first, second = sharing.shares(card, [x.reshape(1, 4, 4, 1)])
+      words = np.rint(np.resize(shifts, inputs) / unit).astype(np.int64).astype(np.uint32)
+      falsified = (np.frombuffer(second, np.uint32) + words).tobytes()
+      return sharing.revealed(card, exchange(card, (first, falsified)))[0][0]
+
+    found = extraction.by_shifts(as_client, inputs, hidden, 16.0)
+  control = extraction.by_shifts(as_party, inputs, hidden, 16.0)
+  errors = lambda of: [np.abs(of.hidden - WEIGHTS[0]).max(), np.abs(of.kernel - WEIGHTS[1]).max()]
+  assert max(errors(control)) < 0.01
+  assert min(errors(found)) > 0.3
