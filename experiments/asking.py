@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib.metadata
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from primia_jax.clinic import asking
+from primia_jax.clinic.asking import Answer, Ask, Model
+from primia_jax.data import dicom
 from primia_jax.evaluation import batches
 from primia_jax.mpc import apart, pricing
 from primia_jax.mpc.roles import DataOwner
@@ -23,7 +28,7 @@ from primia_jax.service.publications import Received
 from . import encrypted, inputs, progress
 from .configs.data import Data
 from .encrypted import Connect
-from .folders import role_folder, to_write
+from .folders import check_images, role_folder, to_write
 
 
 class Opened(NamedTuple):
@@ -96,6 +101,62 @@ def opened(s: Connect, folder: pathlib.Path, received: Received) -> Iterator[Ope
     yield Opened(received, online.sizes, ask)
 
 
+def ready(s: Connect) -> tuple[Model, Ask, tuple[tuple[str, str], ...], str]:
+  """What the page and the node ask: the model, what asks, who learns what, and a warning.
+
+  Each question is a session of its own, since hours may lie between two.
+
+  Raises:
+    ValueError, FileNotFoundError: as `check`, or the model takes several images at a time.
+    SessionEnded: the server is not there, turns this clinic away, or has another publication.
+  """
+  folder = check(s)
+  received = publications.received(folder, s.model)
+  about, owner = received.about, DataOwner(received.plan, received.publication)
+  if about.images != 1:
+    raise ValueError(
+      f"model={s.model} takes {about.images} images at a time; ask for a publication of one "
+      "(primia-publish --batch=1), or use primia-infer"
+    )
+  warning = f"{asking.WARNING}. Its owner says: {about.intended_use}"
+  server = certificates.name(received.server)
+  print(
+    f"{warning}\n{describe(s, received)}\n"
+    f"Dealt    for {unused(folder, s.model)} images that are unused\nCompiling ...",
+    flush=True,
+  )
+  online = apart.online(received.plan, DATA_OWNER)
+  owner.warm_up()
+  session = functools.partial(
+    institutions.ask, folder, owner, received.publication.publication, s.connect, received.server,
+    online, Limits(timeout=s.timeout), publications.model_folder(folder, s.model),
+  )  # fmt: skip
+  with session():
+    pass  # both agree on what is asked
+  dealt = sum(row.dealt for row in pricing.rows(received.plan.circuit))
+  num_bytes = {"dealt beforehand": dealt, "sent, each way": sum(online.sizes)}
+
+  def ask(image: np.ndarray, told: Callable[[str], None]) -> Answer:
+    told(f"A session begins with {server}, at {s.connect}")
+    start = time.perf_counter()
+    with session() as clinic:
+      seconds = {"connect": time.perf_counter() - start}
+      run = lambda images: clinic.ask(encrypted.normalised(images))
+      answer = asking.through(clinic.prepare, run, num_bytes, len(online.sizes))(image, told)
+    return answer._replace(seconds=seconds | dict(answer.seconds))
+
+  return _model(s, received), ask, (*learned(received), ASSUMED), warning
+
+
+def _model(s: Connect, received: Received) -> Model:
+  about = received.about
+  return Model(
+    name=s.model, version=about.version, label_names=about.label_names, size=about.image_size,
+    channels=about.channels, ct_window=dicom.window(about.ct_window), grey_bits=about.grey_bits,
+    software=f"primia_jax {importlib.metadata.version('primia-jax')}",
+  )  # fmt: skip
+
+
 class Answers(NamedTuple):
   """What a clinic has learnt.
 
@@ -126,7 +187,7 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
     SessionEnded: the session ended before the first answer.
   """
   folder = check(s)
-  encrypted.check_images(infer.images)
+  check_images(infer.images)
   if infer.output_dir:
     to_write(infer.output_dir, ("predictions.csv", "costs.json"))
   received = publications.received(folder, s.model)
@@ -169,27 +230,45 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
 
 
 def _say(s: Connect, received: Received, count: int, notes: Any) -> None:
+  print(f"{describe(s, received)}\nImages   {count}")
+  for what, text in notes.items():
+    print(f"         {what}: {text}")
+  print(
+    "Who learns what, if all follow the protocol and the dealer colludes with neither party:",
+    *(f"  {who:<12} {what}" for who, what in learned(received)),
+    sep="\n",
+    flush=True,
+  )
+
+
+ASSUMED = ("Assumed", "all follow the protocol, and the dealer colludes with neither side")
+
+
+def learned(received: Received) -> tuple[tuple[str, str], ...]:
+  """Who learns what from one question, for people."""
+  is_label = received.about.output == "label"
+  learns = "the class, no logits" if is_label else "the logits of its own images"
+  server = certificates.name(received.server)
+  return (
+    ("this clinic", f"{learns}, and the plan"),
+    (server, "which clinic asks, when and how often; nothing about images or answers"),
+    ("dealer", "nothing; it is not online"),
+  )
+
+
+def describe(s: Connect, received: Received) -> str:
+  """The server and the model."""
   about = received.about
   shape = f"{about.image_size} x {about.image_size} x {about.channels}"
   rows = pricing.rows(received.plan.circuit)
   sent, rounds = (sum(getattr(row, name) for row in rows) for name in ("sent", "rounds"))
-  learns = "the class, no logits" if about.output == "label" else "the logits of its own images"
-  print(
-    f"Server  {s.connect}, {certificates.name(received.server)}, SHA-256 "
+  return (
+    f"Server   {s.connect}, {certificates.name(received.server)}, SHA-256 "
     f"{certificates.fingerprint(received.server)[:16]}...\n"
-    f"Model   {s.model}, version {about.version}, {shape}, {', '.join(about.label_names)}\n"
-    f"        {about.intended_use}\n"
-    f"Images  {count}, {about.images} in a run of the protocol, at most "
-    f"{pricing.bytes_text(sent)} each way in {rounds} rounds"
-  )
-  for what, text in notes.items():
-    print(f"        {what}: {text}")
-  print(
-    f"Who learns what, if all follow the protocol and the dealer colludes with neither party:\n"
-    f"  this clinic  {learns}, and the plan\n"
-    "  server       which clinic asks, when and how often; nothing about images or answers\n"
-    "  dealer       nothing; it is not online",
-    flush=True,
+    f"Model    {s.model}, version {about.version}, {shape}, {', '.join(about.label_names)}\n"
+    f"         {about.intended_use}\n"
+    f"A run    {about.images} at a time, at most {pricing.bytes_text(sent)} each way in "
+    f"{rounds} rounds"
   )
 
 

@@ -2,11 +2,14 @@
 
   primia-certificate --folder=hospital --name=hospital-a
   primia-certificate --folder=vendor --clinic=hospital-a.pem
+  primia-certificate --folder=vendor --helper=helper-d.pem
 
 The first makes a folder that only its user can read, with a private key, which never leaves it, and
-a certificate, which goes to the other side. The second lets a clinic in: the model owner pins the
-clinic's certificate. A clinic pins the server's with the publication, which holds it. Without a
-name or a clinic it lists what the folder holds: compare the fingerprints by telephone.
+a certificate, which goes to the other side. The second lets a clinic in: the model owner, or its
+helper, pins the clinic's certificate. A clinic pins the server's with the publication or card,
+which holds it. The third makes an institution the model owner's helper (primia-publish
+--client=sharing). Without any of these it lists what the folder holds: compare the fingerprints by
+telephone.
 """
 
 import dataclasses
@@ -32,7 +35,12 @@ class Certificate:
   renew: bool = settings.setting(
     False, "replace key and certificate by new ones; the other side must pin the new certificate"
   )
-  clinic: str = settings.setting("", "model owner: file with the certificate of a clinic to let in")
+  clinic: str = settings.setting(
+    "", "model owner or helper: file with the certificate of a clinic to let in"
+  )
+  helper: str = settings.setting(
+    "", "model owner: file with the certificate of its helper, in place of any before"
+  )
 
 
 settings.define_flags(Certificate)
@@ -43,8 +51,9 @@ def main() -> None:
   s = settings.from_flags(Certificate)
   if not 0 < s.days <= 3650:
     raise ValueError(f"days={s.days}; use 1 to 3650")
-  if s.name and s.clinic:
-    raise ValueError(f"name={s.name} with clinic={s.clinic}: do one after the other")
+  given = [f"{k}={getattr(s, k)}" for k in ("name", "clinic", "helper") if getattr(s, k)]
+  if len(given) > 1:
+    raise ValueError(f"{' with '.join(given)}: do one after the other")
   if s.renew and not s.name:
     raise ValueError("renew without name; say whose certificate it is, with --name")
   if s.name:
@@ -54,7 +63,19 @@ def main() -> None:
   else:
     folder = role_folder(s.folder)
   if s.clinic:
-    _admit(folder, s.clinic)
+    name, pem = _read("clinic", s.clinic)
+    helper = folder / f"{publications.HELPER}.pem"
+    if helper.is_file() and certificates.name(helper.read_bytes()) == name:
+      raise ValueError(
+        f"clinic={s.clinic}: {name} is the helper here, and a helper may not be a clinic, too"
+      )
+    durable.replace(folders.make(folder / certificates.CLINICS) / f"{name}.pem", pem)
+    print(f"{name} may ask from the next start of the server on.\n")
+  if s.helper:
+    name, pem = _read("helper", s.helper)
+    publications.check_helper(folder, pem)
+    durable.replace(folder / f"{publications.HELPER}.pem", pem)
+    print(f"{name} is the helper from the next start of the server on.\n")
   _list(folder)
 
 
@@ -72,28 +93,30 @@ def _make(folder: pathlib.Path, s: Certificate) -> None:
   print(f"Give {path} to the other side; the key beside it stays here.\n")
 
 
-def _admit(folder: pathlib.Path, clinic: str) -> None:
-  path = pathlib.Path(clinic).expanduser()
+def _read(flag: str, value: str) -> tuple[str, bytes]:
+  """The name in a certificate, and the certificate, from the file that a flag names."""
+  path = pathlib.Path(value).expanduser()
   if not path.is_file():
-    raise FileNotFoundError(f"clinic={clinic}: there is no such file; name a certificate")
+    raise FileNotFoundError(f"{flag}={value}: there is no such file; name a certificate")
   pem = path.read_bytes()
   try:
     name = certificates.name(pem)
     certificates.check_name(name)
   except (ValueError, IndexError) as error:
     raise ValueError(
-      f"clinic={clinic} is no certificate of primia-certificate; name its .pem file"
+      f"{flag}={value} is no certificate of primia-certificate; name its .pem file"
     ) from error
   certificates.check_valid(pem)
-  durable.replace(folders.make(folder / certificates.CLINICS) / f"{name}.pem", pem)
-  print(f"{name} may ask from the next start of the server on.\n")
+  return name, pem
 
 
 def _list(folder: pathlib.Path) -> None:
   own = folder / certificates.CERTIFICATE
   clinics = sorted((folder / certificates.CLINICS).glob("*.pem"))
   servers = sorted((folder / publications.MODELS).glob(f"*/{publications.SERVER}"))
-  for what, paths in (("own", [own]), ("clinic", clinics), ("server", servers)):
+  helper = folder / f"{publications.HELPER}.pem"
+  listed = ("own", [own]), ("clinic", clinics), ("helper", [helper]), ("server", servers)
+  for what, paths in listed:
     for path in filter(pathlib.Path.is_file, paths):
       pem = path.read_bytes()
       try:

@@ -1,13 +1,16 @@
-"""What the clinic's programs ask: a run's model under encryption, all roles in one process."""
+"""What the clinic's programs ask under encryption: a run's model, with all roles in one process, or
+a model owner's service.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,13 +20,13 @@ from primia_jax.clinic.asking import Answer, Ask, Model
 from primia_jax.mpc import pricing, roles
 from primia_jax.types import PyTree
 
-from . import encrypted, model_files, registers, report
+from . import encrypted, model_files, registers, report, settings
 from .configs.data import Data
 
 
-def _same(name: str) -> Any:
+def _same(name: str, kind: type = encrypted.Infer) -> Any:
   """A flag that `infer_encrypted` has, too."""
-  field = encrypted.Infer.__dataclass_fields__[name]
+  field = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
   return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
@@ -44,12 +47,88 @@ class Clinic:
   grey_bits: int = _same("grey_bits")
 
 
-def check(s: Clinic) -> None:
+@dataclasses.dataclass(frozen=True)
+class Remote:
+  """A model owner's service, in place of --checkpoint."""
+
+  connect: str = settings.setting(
+    "", "HOST:PORT of a model owner's server (primia-serve); with --folder and --model"
+  )
+  card: str = settings.setting(
+    "", "file of a model owner's card, to share images between two servers; with --folder"
+  )
+  folder: str = _same("folder", encrypted.Connect)
+  model: str = settings.setting("", "with --connect: name of the publication")
+  timeout: float = settings.setting(60.0, "longest wait, in seconds, for a server")
+
+
+class Ready(NamedTuple):
+  """A model that can be asked.
+
+  Attributes:
+    model, ask: as the page and the node take them.
+    learned: who learns what from a question, for people.
+    warning: for people.
+  """
+
+  model: Model
+  ask: Ask
+  learned: Sequence[tuple[str, str]]
+  warning: str
+
+
+def check(s: Clinic, r: Remote, present: Sequence[str]) -> None:
   """Refuses wrong flags before any work.
 
+  Args:
+    s, r: the flags.
+    present: names of the flags that were given.
+
   Raises:
-    ValueError, FileNotFoundError: the message names the flag and the cure.
+    ValueError, FileNotFoundError, Refused: the message names the flag and the cure.
   """
+  if r.connect and r.card:
+    raise ValueError(f"connect={r.connect} with card={r.card}: a card names its servers; use one")
+  remote = f"connect={r.connect}" if r.connect else f"card={r.card}" * bool(r.card)
+  needed = ("folder", "timeout") + ("model",) * bool(r.connect)
+  for name in ("folder", "model", "timeout"):
+    if name in present and (not remote or name not in needed):
+      cure = (
+        "a card names its model; leave it out" if remote else "it goes with --connect or --card"
+      )
+      raise ValueError(f"{name}={getattr(r, name)} with {remote or 'neither'}: {cure}")
+  if not remote:
+    _check_local(s)
+    return
+  for field in dataclasses.fields(s):
+    if field.name in present:
+      raise ValueError(
+        f"{field.name} with {remote}: the model owner has decided it with primia-publish; leave it "
+        "out"
+      )
+  if r.connect:
+    _service("asking").check(_connect(r))
+  else:
+    _service("sharing").check(_shared(r))
+
+
+def _connect(r: Remote) -> encrypted.Connect:
+  return encrypted.Connect(r.connect, r.folder, r.model, r.timeout)
+
+
+def _shared(r: Remote) -> Any:
+  return _service("sharing").Shared(r.card, r.folder, r.timeout)
+
+
+def _service(name: str) -> Any:
+  """A module that needs gRPC, which only a clinic of a service has."""
+  try:
+    return importlib.import_module(f"{__package__}.{name}")
+  except ImportError as error:
+    raise ValueError(str(error)) from error
+
+
+def _check_local(s: Clinic) -> None:
   encrypted.check_protocol(_with_batch(s))
   encrypted.choose("output", s.output, encrypted.OUTPUTS)
 
@@ -58,8 +137,24 @@ def _with_batch(s: Clinic) -> encrypted.Infer:
   return encrypted.Infer(**vars(s), batch=1)
 
 
-def load(s: Clinic) -> tuple[Model, Ask]:
-  """The model and what asks it; calibrates, compiles, and asks once to be ready.
+def load(s: Clinic, r: Remote) -> Ready:
+  """The model and what asks it, after `check`; says what it does.
+
+  Raises:
+    ValueError, FileNotFoundError: the run, its calibration images or the ring is wrong; or what the
+      model owner or the dealer gave.
+    SessionEnded: a server is not there, or turns this clinic away.
+  """
+  if not (r.connect or r.card):
+    print(f"{WARNING}\nCalibrating and compiling ...", flush=True)
+    model, ask = local(s)
+    return Ready(model, ask, learned(s), WARNING)
+  module = _service("asking" if r.connect else "sharing")
+  return Ready(*module.ready(_connect(r) if r.connect else _shared(r)))
+
+
+def local(s: Clinic) -> tuple[Model, Ask]:
+  """A run's model, with all roles in this process; calibrates, compiles, and asks once.
 
   Raises:
     ValueError, FileNotFoundError: the run, its calibration images or the ring is wrong.

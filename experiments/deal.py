@@ -30,7 +30,9 @@ class Deal:
 
   folder: str = settings.setting("", "the dealer's own folder, of mode 0700")
   model: str = settings.setting("", "name of the publication")
-  clinic: str = settings.setting("", "name of the clinic, as in its certificate")
+  clinic: str = settings.setting(
+    "", "name of the clinic, as in its certificate; of the helper, where clinics share their images"
+  )
   images: int = settings.setting(0, "images for which the outbox shall hold correlations")
   disk_gb: float = settings.setting(
     0.0, "most that the dealer's folder may take, in 10^9 bytes; 0 takes what the disk has free"
@@ -56,6 +58,17 @@ def main() -> None:
     raise ValueError(f"images={s.images}; use a positive number")
   if not 0 <= s.disk_gb < float("inf"):
     raise ValueError(f"disk_gb={s.disk_gb}; use a number of gigabytes, or 0")
+  own = folder / certificates.CERTIFICATE
+  if own.is_file() and certificates.name(own.read_bytes()) == s.clinic:
+    raise ValueError(
+      f"clinic={s.clinic} is this dealer itself, which would see both sides' numbers; the dealer "
+      "must be another institution than model owner, clinics and helper"
+    )
+  if (place / "publication").exists():
+    raise ValueError(
+      f"folder={s.folder} holds the publication of {s.model}, so it is a party's; the dealer needs "
+      "a folder, and an institution, of its own"
+    )
   inbox.collect(folder, inbox.DEALER)
   if missing := [name for name in ("plan", "tag") if not (place / name).is_file()]:
     raise FileNotFoundError(

@@ -1,11 +1,14 @@
 """A DICOM node: a PACS stores a chest X-ray here, and gets back a structured report of the answer.
 
   primia-node --checkpoint=runs/first --allowed=PACS --reports_to=PACS@127.0.0.1:4242
+  primia-node --connect=HOST:PORT --folder=hospital --model=chest-1 --allowed=... --reports_to=...
+  primia-node --card=chest-1.json --folder=hospital --allowed=... --reports_to=...
 
 C-STORE succeeds once the report has been stored at the PACS. What is no frontal chest X-ray is
 refused with a reason. The node is for a clinic's own network: AE titles are no proof of who sends.
-All three roles of the protocol run in this one process, so it protects nothing by itself. It needs
-pip install 'primia_jax[clinic]'.
+With --checkpoint all three roles of the protocol run in this one process, which protects nothing by
+itself. With --connect this is a clinic of a model owner's server, as in primia-infer; with --card
+it shares images between two servers, as in primia-ask. It needs pip install 'primia_jax[clinic]'.
 """
 
 import dataclasses
@@ -32,6 +35,7 @@ class Node:
 
 
 settings.define_flags(Node)
+settings.define_flags(clinics.Remote)
 settings.define_flags(clinics.Clinic)
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
@@ -39,8 +43,8 @@ flags.adopt_module_key_flags(settings)
 
 def main() -> None:
   n, s = settings.from_flags(Node), settings.from_flags(clinics.Clinic)
-  node = _library()
-  clinics.check(s)
+  node, remote = _library(), settings.from_flags(clinics.Remote)
+  clinics.check(s, remote, [name for name in FLAGS if FLAGS[name].present])
   title, at, where = n.reports_to.partition("@")
   host, _, port = where.rpartition(":")
   if not (at and title and host and port.isdigit() and 0 < int(port) < 65536):
@@ -57,8 +61,7 @@ def main() -> None:
       raise ValueError(f"{name}={value!r} is no AE title; use 1 to 16 ASCII characters")
   settings.require(0 <= n.port < 65536, "port", n.port, "must lie between 0 and 65535")
   settings.require(1 <= n.max_mb <= 64, "max_mb", n.max_mb, "must lie between 1 and 64")
-  print(f"{clinics.WARNING}\nCalibrating and compiling ...", flush=True)
-  model, ask = clinics.load(s)
+  model, ask, *_ = clinics.load(s, remote)
   to, limits = node.Destination(host, int(port), title), node.Limits(file=n.max_mb << 20)
   with node.serve(model, ask, to, allowed, n.title, n.host, n.port, limits, _log) as number:
     print(f"{n.title} listens at {n.host}:{number} for {n.allowed}. Ctrl-C stops it.", flush=True)

@@ -20,7 +20,7 @@ from primia_jax.data.folder import read_images
 from primia_jax.data.load import KINDS
 from primia_jax.evaluation import batches
 from primia_jax.mpc import fitting, planning, pricing
-from primia_jax.mpc.circuit import CHECKED, TRUSTED, Config
+from primia_jax.mpc.circuit import CHECKED, SHARING, TRUSTED, Config
 from primia_jax.mpc.gates.elementwise import COMPARISONS
 from primia_jax.types import Array, PyTree
 
@@ -109,17 +109,10 @@ def check(s: Infer) -> None:
     ValueError, FileNotFoundError: the message names the flag and the cure.
   """
   check_planned(s)
-  check_images(s.images)
+  folders.check_images(s.images)
   if s.output_dir:
     folders.to_write(s.output_dir, ("predictions.csv", "plan.txt", "costs.json"))
   parse_network(s.network)
-
-
-def check_images(images: str) -> None:
-  """Refuses images that are not there; raises as `check`."""
-  if not images:
-    raise ValueError("images is empty; name an image, a folder or a tar, such as --images=xray.png")
-  _check_there("images", images, images)
 
 
 def check_planned(s: Planned) -> None:
@@ -162,21 +155,13 @@ def check_protocol(s: Any) -> None:
       "tfds:NAME"
     )
   if kind in ("folder", "csv", "npz"):
-    _check_there("calibration", s.calibration, where)
+    folders.check_there("calibration", s.calibration, where)
 
 
 def choose(name: str, value: str, allowed: Sequence[str]) -> None:
   """Checks a flag that has a few values."""
   if value not in allowed:
     raise ValueError(f"{name}={value!r}; use {' or '.join(allowed)}")
-
-
-def _check_there(name: str, value: str, path: str) -> None:
-  found = pathlib.Path(path).expanduser()
-  if not found.exists():
-    raise FileNotFoundError(f"{name}={value}: there is no such file or folder; check the path")
-  if not (found.is_dir() or found.is_file()):  # opening a pipe would wait for ever
-    raise ValueError(f"{name}={value}: {found} is a pipe or device; name a file or folder")
 
 
 def parse_network(text: str) -> pricing.Network:
@@ -303,9 +288,9 @@ def make_plan(
   given = dataclasses.replace(s, ring_bits=32) if client == CHECKED and not s.ring_bits else s
   config = choose_config(given, fns["probabilities"], pairs)
   config = dataclasses.replace(config, client=client)
-  fn = fns[s.output]
+  fn, owners = fns[s.output], ("model_owner", "shared") if client == SHARING else OWNERS
   images = jax.ShapeDtypeStruct((s.batch, *calibration.shape[1:]), jnp.float32)
-  return planning.plan(fn, OWNERS, (weights, images), config, planning.calibrate(fn, OWNERS, pairs))
+  return planning.plan(fn, owners, (weights, images), config, planning.calibrate(fn, owners, pairs))
 
 
 def examples(weights: PyTree, calibration: np.ndarray) -> list[tuple[PyTree, Array]]:

@@ -6,9 +6,12 @@ import contextlib
 import fcntl
 import pathlib
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from . import refusals, settings
-from .configs import Train
+
+if TYPE_CHECKING:
+  from .configs import Train
 
 RUN = "config.json"  # what makes a folder that of a training run
 
@@ -20,6 +23,8 @@ def settings_of(run_dir: str) -> Train:
     FileNotFoundError: the folder holds no run.
     ValueError: another version of primia_jax began it.
   """
+  from .configs import Train  # here, since programs without JAX have folders, too
+
   path = pathlib.Path(run_dir) / RUN
   saved = settings.load(path)
   if unknown := set(saved) - set(settings.flat(Train())):
@@ -79,6 +84,13 @@ def role_folder(value: str, make: bool = False) -> pathlib.Path:
   return path
 
 
+def host_and_port(name: str, value: str, least: int = 1) -> None:
+  """Raises ValueError unless a flag's value is HOST:PORT."""
+  host, _, port = value.rpartition(":")
+  if not host or not port.isdecimal() or not least <= int(port) < 2**16:
+    raise ValueError(f"{name}={value!r}; use HOST:PORT, such as 127.0.0.1:7443")
+
+
 def role(name: str, path: str) -> pathlib.Path:
   """Checks the folder of a role, which need not exist: nobody else may read it.
 
@@ -89,6 +101,26 @@ def role(name: str, path: str) -> pathlib.Path:
   if folder.is_dir() and folder.stat().st_mode & 0o077:
     raise ValueError(f"{name}={path} can be read by other users; chmod 700 it")
   return folder
+
+
+def check_images(images: str) -> None:
+  """Refuses images that are not there; raises as `check_there`."""
+  if not images:
+    raise ValueError("images is empty; name an image, a folder or a tar, such as --images=xray.png")
+  check_there("images", images, images)
+
+
+def check_there(name: str, value: str, path: str) -> None:
+  """Refuses a file or folder that a flag names and that cannot be read.
+
+  Raises:
+    ValueError, FileNotFoundError: naming the flag, its value and the cure.
+  """
+  found = pathlib.Path(path).expanduser()
+  if not found.exists():
+    raise FileNotFoundError(f"{name}={value}: there is no such file or folder; check the path")
+  if not (found.is_dir() or found.is_file()):  # opening a pipe would wait for ever
+    raise ValueError(f"{name}={value}: {found} is a pipe or device; name a file or folder")
 
 
 @contextlib.contextmanager

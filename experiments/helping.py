@@ -26,7 +26,7 @@ _USUAL = (
   "opened", "opened_to", "threshold", "positive", "small_classes", "vendor_dir", "hospital_dir",
   "query_budget", "site_dir", "number", "role", "federation", "join", "leave", "revoke", "accept",
   "digest", "config", "fewest_patients", "fewest_sites", "max_epsilon", "allowed", "reports_to",
-  "title", "host", "port",
+  "title", "host", "port", "card", "model_owner", "helper", "client", "helper_address",
 )  # fmt: skip
 _COLUMN = 27  # where the texts begin
 _WIDTHS = 72, 100  # the narrowest and the widest page

@@ -12,7 +12,6 @@ This is a clinic: it asks a model owner's server (primia-serve) over TLS, sends 
 answer to anybody, and ends with exit code 0 if each image was answered.
 """
 
-import csv
 import dataclasses
 import json
 import pathlib
@@ -21,12 +20,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.special
 from absl import flags
 
 from primia_jax.mpc import planning, pricing
 
-from . import encrypted, inputs, model_files, phases, report, running, settings
+from . import encrypted, inputs, model_files, phases, predictions, report, running, settings
 from .configs.data import Data
 
 settings.define_flags(encrypted.Infer)
@@ -96,7 +94,7 @@ def main() -> None:
   result.seconds["calibrate"] = calibrating
 
   ids = [str(path) for path in images.columns["path"]]
-  _print_predictions(ids, result.outputs, label_names)
+  predictions.show(ids, result.outputs, label_names)
   summary = _costs(plan, rows, result, config, len(images))
   _print_costs(summary)
   if config.check:
@@ -110,7 +108,7 @@ def main() -> None:
     )
   if config.output_dir:
     folder = pathlib.Path(config.output_dir).expanduser()
-    _write_predictions(folder / "predictions.csv", ids, result.outputs, label_names)
+    predictions.write(folder / "predictions.csv", ids, result.outputs, label_names)
     (folder / "plan.txt").write_text(f"{table}\n")
     (folder / "costs.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\npredictions.csv, plan.txt and costs.json are in {folder}")
@@ -126,7 +124,7 @@ def _ask(connect: encrypted.Connect, config: encrypted.Infer) -> None:
   start = time.perf_counter()
   answers = asking.infer(connect, config)
   label_names = answers.received.about.label_names
-  _print_predictions(answers.ids, answers.outputs, label_names)
+  predictions.show(answers.ids, answers.outputs, label_names)
   summary = asking.costs(answers, time.perf_counter() - start)
   print(
     f"\nA run took {_time(float(np.median(answers.seconds)))} (median of {len(answers.seconds)}), "
@@ -136,7 +134,7 @@ def _ask(connect: encrypted.Connect, config: encrypted.Infer) -> None:
   if config.output_dir:
     folder = pathlib.Path(config.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    _write_predictions(folder / "predictions.csv", answers.ids, answers.outputs, label_names)
+    predictions.write(folder / "predictions.csv", answers.ids, answers.outputs, label_names)
     (folder / "costs.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"predictions.csv and costs.json are in {folder}")
   if said := asking.ended_early(answers):
@@ -154,43 +152,6 @@ def _who_learns_what(config: encrypted.Infer) -> str:
     f"  data owner   the plan, {answer}\n"
     "  dealer       the plan; neither weights nor images nor answers"
   )
-
-
-def _print_predictions(ids: Sequence[str], outputs: np.ndarray, label_names: Sequence[str]) -> None:
-  labels = np.rint(outputs).astype(int) if outputs.ndim == 1 else outputs.argmax(1)
-  width = max(len("image"), *map(len, ids))
-  wide = max(len("class"), *map(len, label_names))
-  with_probabilities = outputs.ndim == 2
-  head = (
-    "".join(f"  {name:>{max(len(name), 7)}}" for name in label_names) if with_probabilities else ""
-  )
-  print(f"\n{'image':<{width}}  {'class':<{wide}}{head}")
-  for i, (image, label) in enumerate(zip(ids, labels, strict=True)):
-    cells = ""
-    if with_probabilities:
-      probabilities = scipy.special.softmax(outputs[i].astype(np.float64))
-      cells = "".join(
-        f"  {f'{100 * p:.1f} %':>{max(len(name), 7)}}"
-        for name, p in zip(label_names, probabilities, strict=True)
-      )
-    print(f"{image:<{width}}  {label_names[label]:<{wide}}{cells}")
-
-
-def _write_predictions(
-  path: pathlib.Path, ids: Sequence[str], outputs: np.ndarray, label_names: Sequence[str]
-) -> None:
-  if outputs.ndim == 2:
-    report.predictions_csv(
-      path, ids, None, scipy.special.softmax(outputs.astype(np.float64), axis=1), label_names
-    )
-    return
-  with open(path, "w", newline="", encoding="utf-8") as file:
-    writer = csv.writer(file)
-    writer.writerow(["image", "true", "predicted"])
-    writer.writerows(
-      [report.csv_cell(image), "", report.csv_cell(label_names[round(label)])]
-      for image, label in zip(ids, outputs.tolist(), strict=True)
-    )
 
 
 def _costs(

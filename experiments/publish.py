@@ -10,6 +10,10 @@ into the inbox/model_owner of every clinic.
 A new name is a new publication with new keys: --rotate=OLD publishes the weights of an old one
 again, for new keys or another dealer. --check_dealer=CLINIC draws inferences that the dealer must
 open, and checks its answer when called again.
+
+With --client=sharing clinics only share their images between this model owner and a helper. The
+publication then goes to the helper (vendor/outbox/helper), and the dealer deals for it. Clinics get
+vendor/outbox/cards/NAME.json, which tells them both servers' addresses and certificates.
 """
 
 import dataclasses
@@ -17,12 +21,13 @@ import datetime
 
 from absl import flags
 
-from primia_jax.mpc.circuit import CHECKED, TRUSTED
+from primia_jax.models import MEAN, STD
+from primia_jax.mpc.circuit import CHECKED, CLIENTS, SHARING, TRUSTED
 from primia_jax.service import certificates, inbox, publications, supply
 from primia_jax.service.publications import About
 
 from . import encrypted, model_files, running, settings
-from .folders import alone, role_folder
+from .folders import alone, host_and_port, role_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +42,15 @@ class Publish:
   )
   client: str = settings.setting(
     TRUSTED,
-    "what clinics may be: trusted (each follows the protocol), or checked (one that deviates is "
-    "refused before it learns anything; tables in a ring of up to 32 bits, and more is dealt)",
+    "what clinics may be: trusted (each follows the protocol), checked (one that deviates is "
+    "refused before it learns anything; tables in a ring of up to 32 bits, and more is dealt), or "
+    "sharing (each only shares its images between this model owner and a helper)",
+  )
+  address: str = settings.setting(
+    "", "sharing: HOST:PORT at which clinics reach this model owner's server"
+  )
+  helper_address: str = settings.setting(
+    "", "sharing: HOST:PORT at which clinics reach the helper's server"
   )
   rotate: str = settings.setting(
     "", "publish the weights and plan of this publication under a new name, with new keys"
@@ -74,13 +86,27 @@ def main() -> None:
     raise ValueError(f"rotate={s.rotate} with checkpoint={protocol.checkpoint}: use one of them")
   if s.rotate and not publications.model_folder(folder, s.rotate).is_dir():
     raise FileNotFoundError(f"rotate={s.rotate}: folder={s.folder} holds no such publication")
-  settings.choose("client", s.client, (TRUSTED, CHECKED))
+  settings.choose("client", s.client, CLIENTS)
   if s.client == CHECKED and (protocol.ring_bits > 32 or protocol.comparison != "tables"):
     raise ValueError(
       f"client={CHECKED} with ring_bits={protocol.ring_bits} and comparison={protocol.comparison}: "
       "tags need a ring of at most 32 bits and comparison=tables"
     )
+  given = [f"{k}={getattr(s, k)}" for k in ("address", "helper_address") if getattr(s, k)]
+  if given and s.client != SHARING:
+    raise ValueError(f"{given[0]} with client={s.client}: it is for --client={SHARING} only")
   is_new = not place.exists()
+  if s.client == SHARING and (given or not (is_new or s.check_dealer)):
+    for name in ("address", "helper_address"):
+      host_and_port(name, getattr(s, name))
+    if s.address == s.helper_address:
+      raise ValueError(f"helper_address={s.address} is the model owner's own; name the helper's")
+  if (
+    not is_new
+    and not s.check_dealer
+    and publications.is_shared(folder, s.model) != (s.client == SHARING)
+  ):
+    raise ValueError(f"client={s.client}: {s.model} was begun with another one; give it the same")
   if is_new and not s.rotate:
     encrypted.check_planned(protocol)
   with alone(folder / "lock"):
@@ -120,7 +146,19 @@ def _begin(s: Publish, protocol: encrypted.Planned, folder) -> None:
 
 def _finish(s: Publish, folder) -> None:
   was = publications.is_published(folder, s.model)
+  if s.client == SHARING:
+    publications.helper_of(folder)
   publications.finish(folder, s.model)
+  if s.client == SHARING:
+    addresses = s.address, s.helper_address
+    card = publications.issue(folder, s.model, addresses, MEAN, STD)
+    print(
+      f"{s.model} {'was published before' if was else 'is published'}.\n"
+      f"Copy {folder}/outbox/helper/ into the helper's inbox/model_owner/.\nGive clinics {card}.\n"
+      f"Serve: primia-serve --folder={folder}\n"
+      f"The helper serves: primia-serve --folder=HELPER --model_owner={s.address}"
+    )
+    return
   print(
     f"{s.model} {'was published before' if was else 'is published'}. Copy {folder}/outbox/clinics/ "
     f"into\nthe inbox/model_owner/ of every clinic, and serve: primia-serve --folder={s.folder}"

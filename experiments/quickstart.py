@@ -1,11 +1,14 @@
 """Shows encrypted inference between institutions: three roles, three processes, three folders.
 
   primia-quickstart --output_dir=quickstart
+  primia-quickstart --output_dir=quickstart --client=sharing
 
 It trains a small model on synthetic images, and then plays what operators do: a vendor publishes
 it, a dealer deals, the vendor serves on loopback, and a hospital asks about images over TLS. Each
 command is printed before it runs in a process of its own; what it copies between the folders is
-what institutions would send each other. docs/service.md has the same for three terminals.
+what institutions would send each other. With --client=sharing a fourth institution, the helper,
+serves beside the vendor, and the hospital only shares its images between both. docs/service.md has
+both for terminals.
 """
 
 import contextlib
@@ -14,6 +17,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,10 +28,11 @@ from absl import flags
 from PIL import Image
 
 from primia_jax.data import phantom
+from primia_jax.mpc.circuit import CLIENTS, SHARING, TRUSTED
 
 from . import refusals, running, settings
 
-_VENDOR, _DEALER, _HOSPITAL = "vendor-b", "dealer-c", "hospital-a"
+_VENDOR, _DEALER, _HOSPITAL, _HELPER = "vendor-b", "dealer-c", "hospital-a", "helper-d"
 _MODEL = "demo-1"
 _PATIENCE = 600.0  # seconds for the server to begin
 _TRAINING = (
@@ -39,7 +44,7 @@ _PLAN = "--ring_bits=32", "--fraction_bits=10", "--calibration_images=16", "--ma
 _COMMANDS = {
   "train_pooled": "primia-pooled", "certificate": "primia-certificate",
   "publish": "primia-publish", "deal": "primia-deal", "serve_encrypted": "primia-serve",
-  "infer_encrypted": "primia-infer",
+  "infer_encrypted": "primia-infer", "ask_servers": "primia-ask",
 }  # fmt: skip
 
 
@@ -52,6 +57,7 @@ class Quickstart:
   )
   checkpoint: str = settings.setting("", "folder of a training run; empty trains a small model")
   images: int = settings.setting(3, "synthetic images that the hospital asks about")
+  client: str = settings.setting(TRUSTED, "as in primia-publish: trusted, checked or sharing")
   only_checked: bool = settings.setting(
     False, "have the dealer account for half of what it deals, before anything is used"
   )
@@ -72,48 +78,75 @@ def main() -> None:
     raise ValueError(f"images={s.images}; use 1 to 100")
   if s.checkpoint and not (pathlib.Path(s.checkpoint).expanduser() / "model.json").is_file():
     raise FileNotFoundError(f"checkpoint={s.checkpoint} holds no model.json; name a finished run")
+  settings.choose("client", s.client, CLIENTS)
   root.mkdir(parents=True, exist_ok=True)
   vendor, dealer, hospital = (root / name for name in (_VENDOR, _DEALER, _HOSPITAL))
+  is_shared, helper = s.client == SHARING, root / _HELPER
+  other = helper if is_shared else hospital  # who computes with the vendor
 
   checkpoint = s.checkpoint or str(root / "run")
   if not s.checkpoint:
     _say("A model, trained on synthetic images")
     _run("train_pooled", f"--run_dir={checkpoint}", *_TRAINING)
-  _say("Certificates, which vendor and hospital exchange once")
-  for folder in (vendor, hospital):
+  _say("Certificates, which the institutions exchange once")
+  servers = [vendor, helper] if is_shared else [vendor]
+  for folder in (*servers, hospital):
     _run("certificate", f"--folder={folder}", f"--name={folder.name}")
-  _run("certificate", f"--folder={vendor}", f"--clinic={hospital / 'certificate.pem'}")
+  for folder in servers:
+    _run("certificate", f"--folder={folder}", f"--clinic={hospital / 'certificate.pem'}")
+  if is_shared:
+    _run("certificate", f"--folder={vendor}", f"--helper={helper / 'certificate.pem'}")
   dealer.mkdir(0o700)
 
   _say("The vendor plans; the dealer, who sees plan and tag only, deals; the vendor publishes")
-  publish = f"--folder={vendor}", f"--model={_MODEL}"
-  of_dealer = f"--folder={dealer}", f"--model={_MODEL}", f"--clinic={_HOSPITAL}"
+  publish = [f"--folder={vendor}", f"--model={_MODEL}"]
+  of_dealer = f"--folder={dealer}", f"--model={_MODEL}", f"--clinic={other.name}"
+  addresses = [f"127.0.0.1:{port}" for port in _free_ports(2)]
+  if s.client != TRUSTED:
+    publish.append(f"--client={s.client}")
   plan = () if s.checkpoint else _PLAN
   _run("publish", *publish, f"--checkpoint={checkpoint}", *plan)
   _send(vendor, "dealer", dealer, "model_owner")
   count = s.images * (2 if s.only_checked else 1)
   _run("deal", *of_dealer, f"--images={count}", *["--checked"] * s.only_checked)
   _send(dealer, "model_owner", vendor, "dealer")
-  _run("publish", *publish)
+  reached = [f"--address={addresses[0]}", f"--helper_address={addresses[1]}"] * is_shared
+  _run("publish", *publish, *reached)
   if s.only_checked:
     _say("The vendor has the dealer account for half of what it dealt")
-    _run("publish", *publish, f"--check_dealer={_HOSPITAL}")
+    _run("publish", *publish, f"--check_dealer={other.name}")
     _send(vendor, "dealer", dealer, "model_owner")
     _run("deal", *of_dealer, "--open")
     _send(dealer, "model_owner", vendor, "dealer")
-    _run("publish", *publish, f"--check_dealer={_HOSPITAL}")
-  _send(dealer, _HOSPITAL, hospital, "dealer")
-  _send(vendor, "clinics", hospital, "model_owner")
-
-  _say("The vendor serves, and the hospital asks")
+    _run("publish", *publish, f"--check_dealer={other.name}")
+  _send(dealer, other.name, other, "dealer")
+  _send(vendor, "helper" if is_shared else "clinics", other, "model_owner")
   _images(hospital / "images", s.images, checkpoint)
-  served = [f"--folder={vendor}", "--address=127.0.0.1:0", *["--only_checked"] * s.only_checked]
-  with _serving(served) as address:
-    _run(
-      "infer_encrypted", f"--connect={address}", f"--folder={hospital}", f"--model={_MODEL}",
-      f"--images={hospital / 'images'}", f"--output_dir={hospital / 'answers'}",
-    )  # fmt: skip
+  served = [f"--folder={vendor}", f"--address={addresses[0]}", *["--only_checked"] * s.only_checked]
+  asked = [
+    f"--folder={hospital}", f"--images={hospital / 'images'}",
+    f"--output_dir={hospital / 'answers'}",
+  ]  # fmt: skip
+  if is_shared:
+    _say("Vendor and helper serve, and the hospital asks: this needs no JAX")
+    card = hospital / f"{_MODEL}.json"
+    print(f"$ cp {vendor / 'outbox' / 'cards' / card.name} {card}", flush=True)
+    shutil.copyfile(vendor / "outbox" / "cards" / card.name, card)
+    helps = [f"--folder={helper}", f"--address={addresses[1]}", f"--model_owner={addresses[0]}"]
+    with _serving(served), _serving(helps):
+      _run("ask_servers", f"--card={card}", *asked)
+  else:
+    _say("The vendor serves, and the hospital asks")
+    with _serving(served) as address:
+      _run("infer_encrypted", f"--connect={address}", f"--model={_MODEL}", *asked)
   print(f"\nEach role's folder is in {root}; {vendor / 'audit.jsonl'} is the vendor's log.")
+
+
+def _free_ports(count: int) -> list[int]:
+  """Ports that nobody listens at now."""
+  with contextlib.ExitStack() as stack:
+    found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+    return [one.getsockname()[1] for one in found]
 
 
 def _say(text: str) -> None:
@@ -168,9 +201,10 @@ def _serving(arguments: Sequence[str]) -> Iterator[str]:
   timer = threading.Timer(_PATIENCE, process.kill)
   timer.start()
   try:
-    assert process.stderr is not None
-    address = ""
-    for line in process.stderr:
+    said = process.stderr
+    assert said is not None
+    address, rest = "", list[str]()
+    for line in said:
       print(f"  {line}", end="", flush=True)
       if '"serving"' in line:
         address = line.rpartition('"address": "')[2].partition('"')[0]
@@ -178,11 +212,14 @@ def _serving(arguments: Sequence[str]) -> Iterator[str]:
     timer.cancel()
     if not address:
       raise RuntimeError("primia-serve ended before it served; see above")
+    reader = threading.Thread(target=lambda: rest.extend(said), daemon=True)
+    reader.start()  # a pipe that nobody reads would stop the server
     yield address
     process.send_signal(signal.SIGTERM)
-    for line in process.stderr:
-      print(f"  {line}", end="", flush=True)
     process.wait(_PATIENCE)
+    reader.join(_PATIENCE)
+    print(f"\nThe log of {address}:")
+    print("".join(f"  {line}" for line in rest), end="", flush=True)
   finally:
     timer.cancel()
     process.kill()

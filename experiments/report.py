@@ -6,7 +6,6 @@ resamples.
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 import json
 import pathlib
@@ -20,7 +19,7 @@ import numpy as np
 
 from primia_jax import metrics
 
-from . import markdown
+from . import markdown, predictions
 from .hospitals import Hospitals
 from .markdown import PER_CLASS, SCALARS
 
@@ -206,13 +205,6 @@ def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
   print(f"Report: {folder / 'report.md'}")
 
 
-def csv_cell(text: str) -> str:
-  """A name for a table: one that a spreadsheet would take for a formula begins with an
-  apostrophe, which marks text there.
-  """
-  return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
 def predictions_csv(
   path: str | pathlib.Path,
   ids: Sequence[str],
@@ -221,7 +213,7 @@ def predictions_csv(
   label_names: Sequence[str],
 ) -> None:
   """Writes one line for each image: its name, true class, predicted class, and the probability of
-  each class. Names are as `csv_cell` gives them.
+  each class. Names are as `predictions.csv_cell` gives them.
 
   Args:
     path: the file to write.
@@ -240,16 +232,8 @@ def predictions_csv(
       f"and probabilities {(len(ids), len(label_names))}, not {np.shape(probabilities)}"
     )
   metrics.check_probabilities(np.where(labels == -1, 0, labels), probabilities)
-  with open(path, "w", newline="", encoding="utf-8") as file:
-    writer = csv.writer(file)
-    writer.writerow(
-      ["image", "true", "predicted", *(f"probability {name}" for name in label_names)]
-    )
-    for image, label, p in zip(ids, labels, np.asarray(probabilities), strict=True):
-      true = "" if label == -1 else label_names[label]
-      said = (csv_cell(name) for name in (image, true, label_names[p.argmax()]))
-      # Nine digits restore a float32 exactly, so the table gives the same ROC-AUC.
-      writer.writerow([*said, *(f"{x:.9g}" for x in p)])
+  true = ["" if label == -1 else label_names[label] for label in labels]
+  predictions.write_probabilities(path, ids, true, probabilities, label_names)
 
 
 def versions() -> dict[str, str]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging as python_logging
 import os
 import pathlib
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 from primia_jax import models, sites
 from primia_jax.data import scan
@@ -26,19 +23,18 @@ from primia_jax.privacy.chain import Chain
 from . import (
   arms,
   folders,
-  helping,
   hospitals,
   image_facts,
   inputs,
   ledgers,
   markdown,
   model_files,
-  presets,
   processes,
   refusals,
   report,
   segmentation_report,
   settings,
+  starting,
   sums,
   trainers,
   transcripts,
@@ -341,23 +337,10 @@ def _cache_dir() -> pathlib.Path:
   return pathlib.Path(home) / "primia_jax" / "xla"
 
 
-def _has_no_traceback(record: Any) -> bool:
-  return not record.exc_info
-
-
-def silence_pydicom() -> None:
-  """Keeps from the terminal what pydicom notes without a file's name: oddities of files that it
-  reads, and tracebacks of those that it cannot, which `dicom` refuses by name.
-  """
-  python_logging.getLogger("pydicom").propagate = False
-  warnings.filterwarnings("ignore", module="pydicom")
-
-
 def start(
   main: Callable[..., None], keeps_small: bool = False, commands: Sequence[str] = ()
 ) -> None:
-  """Runs a binary: `--help` explains it, and bad settings and failed runs end it with their reason,
-  not with a traceback.
+  """Runs a binary, as `starting.start` does, with compiled programs kept on disk.
 
   Args:
     main: the binary's work.
@@ -366,35 +349,9 @@ def start(
     commands: the first argument is one of these words, which `main` is given.
   """
 
-  def parsed(arguments: list[str]) -> list[str]:
-    if asked := helping.asked(arguments):
-      print(helping.text(main.__module__, is_full=asked == "helpfull"))
-      sys.exit(0)
-    try:
-      chosen = [refusals.command(arguments, commands)] if commands else []
-      return [
-        *refusals.parse(presets.expanded(arguments[:1] + arguments[1 + len(chosen) :])),
-        *chosen,
-      ]
-    except ValueError as error:
-      sys.exit(f"error: {error}")
-
-  def guarded(arguments: list[str]) -> None:
-    if not FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)
-      silence_pydicom()
-      # orbax logs a traceback of what it raises, and that is said below
-      logging.get_absl_handler().addFilter(_has_no_traceback)
+  def prepared() -> None:
     jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
     if keeps_small:
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    try:
-      main(*arguments[1:])
-    except KeyboardInterrupt:
-      sys.exit("\nstopped; start again with the same flags to continue from what was saved last")
-    except refusals.REFUSALS as error:
-      logging.debug("traceback:", exc_info=True)  # shown with --verbosity=1
-      sys.unraisablehook = lambda _: None  # threads that were still writing may fail as well
-      sys.exit(f"error: {refusals.said(error)}")
 
-  app.run(guarded, flags_parser=parsed)
+  starting.start(main, prepared, commands)

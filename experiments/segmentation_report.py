@@ -17,7 +17,7 @@ from primia_jax import segmentation
 from primia_jax.data.dataset import Dataset
 from primia_jax.data.patient_ids import image_names
 
-from . import markdown, report
+from . import markdown, predictions, report
 
 PICTURES = ("dice.png", "curves.png", "overlays.png")
 FILES = ("report.md", "metrics.json", "dice.csv", *PICTURES)
@@ -103,7 +103,7 @@ def write(
     file.write(",".join(["case", *(f"{arm}: {k}" for arm in dice for k in names)]) + "\n")
     for i, case in enumerate(case_names):
       cells = (f"{v:.6f}" for values in dice.values() for v in values[i])
-      file.write(",".join([report.csv_cell(str(case)), *cells]) + "\n")
+      file.write(",".join([predictions.csv_cell(str(case)), *cells]) + "\n")
 
   for old in PICTURES:
     (folder / old).unlink(missing_ok=True)

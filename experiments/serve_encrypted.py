@@ -1,4 +1,4 @@
-"""Model owner: answers clinics that ask about encrypted images.
+"""Model owner, or its helper: answers clinics that ask about encrypted images.
 
   primia-serve --folder=vendor --address=0.0.0.0:7443
 
@@ -6,6 +6,11 @@ It serves every publication in the folder to the clinics whose certificates were
 (primia-certificate --clinic). Each image costs its clinic a query of a budget that is kept on disk,
 in audit.jsonl, with who asked when and how it ended. SIGTERM or Ctrl-C finishes the inferences at
 work and begins no other.
+
+  primia-serve --folder=helper --address=0.0.0.0:7443 --model_owner=vendor.example:7443
+
+This is the helper of publications whose clinics only share their images (primia-publish
+--client=sharing): the same server, with its own folder, clinics, budgets and log. Start both.
 """
 
 import contextlib
@@ -14,25 +19,31 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 from absl import flags
 
 from primia_jax.mpc import apart
 from primia_jax.mpc.sharing import MODEL_OWNER
-from primia_jax.service import certificates, folders, inbox, institutions, publications
+from primia_jax.service import certificates, folders, helped, inbox, institutions, publications
 from primia_jax.service.channel import Limits
 from primia_jax.service.institutions import Served
 from primia_jax.service.journal import Contract, Journal
 
 from . import running, settings
-from .folders import role_folder
+from .folders import host_and_port, role_folder
+
+_OTHERS = "weights.npz", "tag"  # files of a model owner, and of a dealer, beside a publication
 
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
   """What is served, and where."""
 
-  folder: str = settings.setting("", "the model owner's own folder, of mode 0700")
+  folder: str = settings.setting("", "the model owner's or helper's own folder, of mode 0700")
+  model_owner: str = settings.setting(
+    "", "serve as the helper of the model owner whose server is at this HOST:PORT"
+  )
   models: str = settings.setting("", "publications to serve, separated by commas; empty serves all")
   address: str = settings.setting("127.0.0.1:7443", "HOST:PORT to listen at; port 0 takes any")
   only_checked: bool = settings.setting(
@@ -73,35 +84,39 @@ def _checked(s: Serve, clinics: Clinics) -> None:
   for name in ("metrics_port", "health_port"):
     if not -1 <= getattr(s, name) < 2**16:
       raise ValueError(f"{name}={getattr(s, name)}; use 0 to 65535, or -1 for none")
-  check_address("address", s.address, 0)
-
-
-def check_address(name: str, value: str, least: int = 1) -> None:
-  """Raises ValueError unless a flag's value is HOST:PORT."""
-  host, _, port = value.rpartition(":")
-  if not host or not port.isdecimal() or not least <= int(port) < 2**16:
-    raise ValueError(f"{name}={value!r}; use HOST:PORT, such as 127.0.0.1:7443")
+  host_and_port("address", s.address, 0)
+  if s.model_owner:
+    host_and_port("model_owner", s.model_owner)
+    if s.only_checked:
+      raise ValueError(
+        "only_checked with model_owner: the model owner has dealings checked; leave it out here"
+      )
 
 
 def main() -> None:
   s, clinics = settings.from_flags(Serve), settings.from_flags(Clinics)
   folder = role_folder(s.folder)
   _checked(s, clinics)
-  inbox.collect(folder, inbox.MODEL_OWNER)
+  inbox.collect(folder, inbox.HELPER if s.model_owner else inbox.MODEL_OWNER)
   names = settings.names(s.models) or tuple(publications.names(folder))
   known = [path.stem for path in sorted((folder / institutions.CLINICS).glob("*.pem"))]
+  cure = "copy the model owner's outbox/helper into inbox/model_owner" if s.model_owner else ""
+  cure = cure or "run primia-publish"
   if not names:
-    raise FileNotFoundError(f"folder={s.folder} holds no publication; run primia-publish")
+    raise FileNotFoundError(f"folder={s.folder} holds no publication; {cure}")
   if missing := [name for name in names if not publications.is_published(folder, name)]:
     raise FileNotFoundError(
-      f"models: {', '.join(missing)} of folder={s.folder} are not published; run primia-publish, "
-      "or name others with --models"
+      f"models: {', '.join(missing)} of folder={s.folder} are not published; {cure}, or name "
+      "others with --models"
     )
+  is_shared = _is_shared(s, folder, names)
   if not known:
     raise FileNotFoundError(
       f"folder={s.folder} lets no clinic in; run primia-certificate --folder={s.folder} "
       "--clinic=CERTIFICATE"
     )
+  if is_shared and not s.model_owner:
+    publications.helper_of(folder)
   certificates.load(folder)
   contract = Contract(
     clinics.daily_images, clinics.total_images, clinics.minute_images, clinics.clinic_sessions
@@ -109,41 +124,71 @@ def main() -> None:
   limits = Limits(clinics.timeout, clinics.idle_seconds, clinics.sessions, clinics.session_seconds)
   journal = Journal(folder, contract, sys.stderr)
   try:
-    _serve(s, folder, names, known, journal, limits)
+    _serve(s, folder, names, known, is_shared, journal, limits)
   finally:
     journal.close()
 
 
-def _serve(s: Serve, folder, names, known, journal: Journal, limits: Limits) -> None:
+def _is_shared(s: Serve, folder, names) -> bool:
+  """Whether clinics only share their images, between this server and another."""
+  kinds = {name: publications.is_shared(folder, name) for name in names}
+  of = lambda kind: ", ".join(name for name in names if kinds[name] == kind)
+  if s.model_owner:
+    if of(False):
+      raise ValueError(
+        f"models: {of(False)} of folder={s.folder} need no helper; name others with --models"
+      )
+    for name in names:
+      if any((publications.model_folder(folder, name) / secret).exists() for secret in _OTHERS):
+        raise ValueError(
+          f"folder={s.folder} holds secrets of the model owner or the dealer of {name}; the helper "
+          "must be another institution, with a folder of its own"
+        )
+  elif of(True) and of(False):
+    raise ValueError(
+      f"models: clinics only share their images with {of(True)}, and not with {of(False)}; serve "
+      "each kind from a folder of its own, or name one kind with --models"
+    )
+  return bool(of(True))
+
+
+def _serve(
+  s: Serve, folder, names, known, is_shared: bool, journal: Journal, limits: Limits
+) -> None:
   stopping = threading.Event()
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: stopping.set())
-  models = []
+  models: list[Any] = []
+  own = certificates.name((folder / certificates.CERTIFICATE).read_bytes())
+  of = known  # for whom the dealer dealt
+  if is_shared:
+    of = [own if s.model_owner else certificates.name(publications.helper_of(folder))]
+  stocks = []
   for name in names:
     start = time.perf_counter()
-    kept = publications.kept(folder, name)
-    online = apart.online(kept.owner.plan, MODEL_OWNER)
-    kept.owner.warm_up()
-    place = publications.model_folder(folder, name)
-    models.append(Served(name, place, kept.owner, kept.publication, online, kept.about.images))
+    models.append(helped.helped(folder, name) if s.model_owner else _served(folder, name))
     took = round(time.perf_counter() - start, 2)
     journal.note("ready", model=name, seconds=took)
-    for clinic in known:
-      left = len(folders.unused(place / clinic)) * kept.about.images
-      journal.note("stock", model=name, clinic=clinic, images=left)
+    place = publications.model_folder(folder, name)
+    for who in of:
+      stocks.append((who, name, place if s.model_owner else place / who))
+      left = len(folders.unused(stocks[-1][2])) * models[-1].images
+      journal.note("stock", model=name, clinic=who, images=left)
   with contextlib.ExitStack() as stack:
     unwell = []
     if s.metrics_port >= 0 or s.health_port >= 0:
       from primia_jax.service import monitoring
 
       if s.metrics_port >= 0:
-        port = stack.enter_context(monitoring.metrics(s.metrics_port, journal, models, known))
+        port = stack.enter_context(monitoring.metrics(s.metrics_port, journal, known, stocks))
         journal.note("metrics", address=f"{monitoring.LOOPBACK}:{port}")
-    port = stack.enter_context(
-      institutions.serve_models(
-        folder, models, journal, s.address, limits, stopping, s.only_checked
-      )
-    )
+    serving = folder, models, journal, s.address, limits, stopping
+    if s.model_owner:
+      server = helped.assisting(*serving, s.model_owner)
+    else:
+      serve = helped.serve if is_shared else institutions.serve_models
+      server = serve(*serving, s.only_checked)
+    port = stack.enter_context(server)
     if s.health_port >= 0:
       at, say = stack.enter_context(monitoring.healthy(s.health_port))
       unwell.append(say)
@@ -157,6 +202,14 @@ def _serve(s: Serve, folder, names, known, journal: Journal, limits: Limits) -> 
     while journal.sessions and time.monotonic() < end:
       time.sleep(0.05)
   journal.note("stopped")
+
+
+def _served(folder, name: str) -> Served:
+  kept = publications.kept(folder, name)
+  online = apart.online(kept.owner.plan, MODEL_OWNER)
+  kept.owner.warm_up()
+  place = publications.model_folder(folder, name)
+  return Served(name, place, kept.owner, kept.publication, online, kept.about.images)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def expected(checkpoint, image):
 
 def test_a_report_has_the_probabilities_of_evaluate(checkpoint):
   s = clinics.Clinic(checkpoint=str(checkpoint), **PROTOCOL)
-  clinics.check(s)
-  model, ask = clinics.load(s)
+  clinics.check(s, clinics.Remote(), [])
+  model, ask, *_ = clinics.load(s, clinics.Remote())
   assert (model.name, model.label_names, model.size) == ("mlp", NAMES, 16)
   assert re.fullmatch(r"[0-9a-f]{12}", model.version)
   answers, said = [], []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dicom_maker import RAMP, make
 
-from experiments import inputs, model_files, running
+from experiments import inputs, model_files, starting
 from experiments.configs.data import Data
 from primia_jax.data import dicom, folder
 from primia_jax.data.load import load
@@ -68,7 +68,7 @@ def test_the_log_of_pydicom_stays_off_the_terminal(monkeypatch, hospital):
   monkeypatch.setattr(logging.getLogger("pydicom"), "propagate", True)
   longer = make(**CT, PixelData=RAMP.tobytes() + bytes(64))
   with warnings.catch_warnings(record=True) as seen:
-    running.silence_pydicom()
+    starting.silence_pydicom()
     dicom.read(longer, "x")
   assert not seen
   assert not records

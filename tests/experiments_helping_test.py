@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = (
   "train_federated", "train_pooled", "evaluate", "infer_encrypted", "evaluate_encrypted", "account",
   "audit_privacy", "plot", "clinic_page", "dicom_node", "certificate", "publish", "deal",
-  "serve_encrypted", "quickstart", "site",
+  "serve_encrypted", "quickstart", "site", "ask_servers",
 )  # fmt: skip
 
 
@@ -70,10 +70,8 @@ def test_defaults_are_shown(monkeypatch):
 
 def test_the_usual_flags_are_flags():
   """Of some program; one that was renamed would vanish from `--help`."""
-  sources = " ".join(
-    (ROOT / "experiments" / f"{name}.py").read_text()
-    for name in (*PROGRAMS, "encrypted", "scored", "joining", "site_folders")
-  )
+  modules = *PROGRAMS, "encrypted", "scored", "sharing", "joining", "site_folders"
+  sources = " ".join((ROOT / "experiments" / f"{name}.py").read_text() for name in modules)
   known = {*settings.flat(Train()), *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', sources)}
   known |= {
     "preset",

@@ -3,6 +3,7 @@ the name of a flag or file, its value, and a word of the cure. `{file}` and such
 """
 
 from experiments_refusals_encrypted import (
+  ASK,
   CERTIFICATE,
   CONNECT,
   DEAL,
@@ -11,6 +12,7 @@ from experiments_refusals_encrypted import (
   PAGE,
   PUBLISH,
   QUICKSTART,
+  REMOTE,
   SCORE,
   SERVE,
 )
@@ -395,6 +397,7 @@ TABLES = (
     "--images={image} --output_dir={new}",
     CONNECT,
   ),
+  ("ask_servers", "--card={card} --folder={hospital} --images={image} --output_dir={new}", ASK),
   ("certificate", "--folder={new} --name=hospital-a", CERTIFICATE),
   ("publish", "--folder={vendor} --model=chest-2 --checkpoint={run}", PUBLISH),
   ("deal", "--folder={bare} --model=chest-1 --clinic=hospital-a --images=4", DEAL),
@@ -406,6 +409,8 @@ TABLES = (
     SCORE,
   ),
   ("clinic_page", "--checkpoint={run}", PAGE),
+  ("clinic_page", "", REMOTE),
+  ("dicom_node", "--allowed=PACS --reports_to=PACS@127.0.0.1:104", REMOTE),
   ("dicom_node", "--checkpoint={run} --allowed=PACS --reports_to=PACS@127.0.0.1:104", NODE),
   ("account", "--num_units=100 --target_epsilon=3 --output_dir={new}", ACCOUNT),
   ("account", "", LEDGERS),

@@ -62,6 +62,24 @@ CONNECT = """
 --output_dir={file}                         | output_dir | {file} | folder
 """
 
+ASK = """
+--card=                                     | card | is empty | --card=
+--card={missing}                            | card | {missing} | ask the model owner
+--card={file}                               | card | {file} | ask the model owner
+--card={selfish}                            | card | both servers | another institution
+--card={outdated}                           | expired | only | new one
+--folder=                                   | folder | is empty | --folder=
+--folder={folder}                           | folder | {folder} | chmod 700
+--folder={bare}                             | folder | {bare} | certificate
+--folder={expired}                          | certificate | only | new one
+--timeout=0                                 | timeout | 0 | positive
+--images=                                   | images | is empty | --images=
+--images={missing}                          | images | {missing} | check
+--images={file}                             | {file} | cannot be read | copy it again
+--output_dir={file}                         | output_dir | {file} | folder
+--checkpoint={run}                          | checkpoint | no flag | --helpfull
+"""
+
 CERTIFICATE = """
 --folder=                                   | folder | is empty | --folder=
 --folder={folder}                           | folder | {folder} | chmod 700
@@ -76,6 +94,9 @@ CERTIFICATE = """
 --name= --folder={vendor} --clinic={missing} | clinic | {missing} | certificate
 --name= --folder={vendor} --clinic={file}   | clinic | {file} | .pem
 --name= --folder={vendor} --clinic={expired}/certificate.pem | certificate | only | new one
+--helper={file}                             | helper | {file} | one after the other
+--name= --folder={vendor} --helper={missing} | helper | {missing} | certificate
+--name= --folder={vendor} --helper={vendor}/certificate.pem | helper | vendor | another institution
 """
 
 PUBLISH = """
@@ -92,6 +113,9 @@ PUBLISH = """
 --client=hostile                            | client | hostile | checked
 --client=checked --ring_bits=64             | client | ring_bits=64 | 32 bits
 --client=checked --comparison=fss           | client | fss | comparison=tables
+--address=vendor:7443                       | address | vendor:7443 | --client=sharing
+--client=sharing --address=vendor:7443      | helper_address | '' | HOST:PORT
+--client=sharing --address=v:1 --helper_address=v:1 | helper_address | v:1 | helper's
 --margin=0.5                                | margin | 0.5 | at least 1
 --batch=0                                   | batch | 0 | positive
 --rotate=chest-1                            | rotate | chest-1 | one of them
@@ -113,6 +137,7 @@ DEAL = """
 --images=some                               | --images | some | integer
 --disk_gb=-1                                | disk_gb | -1 | gigabytes
 --open                                      | open | images | one after the other
+--folder={vendor} --clinic=vendor           | clinic | vendor | another institution
 """
 
 SERVE = """
@@ -130,6 +155,9 @@ SERVE = """
 --minute_images=-1                          | minute_images | -1 | positive
 --sessions=0                                | sessions | 0 | positive
 --timeout=nan                               | timeout | nan | positive
+--model_owner=7443                          | model_owner | 7443 | HOST:PORT
+--model_owner=v:1 --only_checked            | only_checked | model_owner | leave it out
+--model_owner=v:1 --folder={bare}           | folder | {bare} | outbox/helper
 """
 
 QUICKSTART = """
@@ -138,6 +166,7 @@ QUICKSTART = """
 --output_dir={file}                         | output_dir | {file} | folder
 --images=0                                  | images | 0 | 1 to 100
 --checkpoint={missing}                      | checkpoint | {missing} | finished run
+--client=hostile                            | client | hostile | sharing
 """
 
 SCORE = """
@@ -177,6 +206,18 @@ PAGE = """
 --calibration=train                         | calibration | train | phantom
 --port=99999                                | --port | 99999 | integer
 extra                                       | extra | no flag | --name=value
+"""
+
+REMOTE = """
+--connect=v:1 --card={card}                 | connect | {card} | use one
+--folder={hospital}                         | folder | {hospital} | --connect
+--card={card} --model=chest-1               | model | {card} | leave it out
+--card={card} --folder={bare}               | folder | {bare} | certificate
+--card={selfish} --folder={hospital}        | card | both servers | another institution
+--card={card} --checkpoint={run}            | checkpoint | {card} | leave it out
+--connect=v --folder={hospital} --model=chest-1 | connect | v | HOST:PORT
+--connect=v:1 --folder={hospital} --model=chest-9 | model | chest-9 | chest-1
+--connect=v:1 --folder={hospital} --model=chest-1 --ring_bits=32 | ring_bits | v:1 | leave it out
 """
 
 NODE = """

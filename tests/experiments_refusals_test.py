@@ -31,9 +31,19 @@ from experiments import (
   trial,
 )
 from primia_jax import evaluation, models
-from primia_jax.service import certificates
+from primia_jax.service import cards, certificates
+from primia_jax.service.cards import About, Card, Issued, Server
 
 LEFT = ("new",)  # may not exist after a refusal
+
+
+def card_of(*pems):
+  """A card of two servers that are not there."""
+  servers = tuple(Server(f"127.0.0.1:{i}", p, certificates.name(p)) for i, p in enumerate(pems, 1))
+  image, output = {"shape": [1, 16, 16, 1]}, {"shape": [1, 3], "unit": 0.01, "dtype": "float32"}
+  card = Card("0" * 64, 32, [image | {"unit": 0.01, "bits": 12}], [output])
+  about = About("1", 16, 1, ("normal", "bacterial", "viral"), "probabilities", 1)
+  return cards.text(Issued("chest-1", about, 0.5, 0.25, servers, card))
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +63,10 @@ def at(tmp_path_factory):
     certificates.create(at[name], name, days)
   for name in ("vendor", "hospital"):
     (at[name] / "models" / "chest-1").mkdir(parents=True)
+  pem = {n: (at[n] / "certificate.pem").read_bytes() for n in ("vendor", "hospital", "expired")}
+  for name, second in (("card", "hospital"), ("selfish", "vendor"), ("outdated", "expired")):
+    at[name] = root / f"{name}.json"
+    at[name].write_text(card_of(pem["vendor"], pem[second]))
   evil = at["intruded"] / "inbox" / "dealer" / "clinics" / "evil.pem"
   evil.parent.mkdir(parents=True)
   evil.touch()

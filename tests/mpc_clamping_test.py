@@ -83,6 +83,6 @@ def test_what_does_not_go_together_is_refused():
   with pytest.raises(ValueError, match='name it in the place of "data_owner"'):
     mpc.ModelOwner(planned(layer, config=sharing), W)
   with pytest.raises(ValueError, match="is a party and needs the plan itself"):
-    helping.card(planned(layer))
+    helping.card(planned(layer), "name")
   with pytest.raises(ValueError, match="needs no helper"):
     helping.Helper(planned(layer), None)

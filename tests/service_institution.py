@@ -26,9 +26,9 @@ def image(seed=2):
 
 
 def planned(client="trusted"):
-  args = WEIGHTS, image()
-  ranges = mpc.calibrate(fn, OWNERS, [args])
-  return mpc.plan(fn, OWNERS, args, mpc.Config(32, 10, 14, margin=8.0, client=client), ranges)
+  args, owners = (WEIGHTS, image()), ("model_owner", "shared") if client == "sharing" else OWNERS
+  ranges = mpc.calibrate(fn, owners, [args])
+  return mpc.plan(fn, owners, args, mpc.Config(32, 10, 14, margin=8.0, client=client), ranges)
 
 
 class Roles(NamedTuple):

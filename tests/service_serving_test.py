@@ -82,6 +82,9 @@ class World:
     with self.asking(address) as session:
       return [session.ask(institution.image()) for _ in range(count)]
 
+  def stocks(self):
+    return [(CLINIC, one.name, one.folder / CLINIC) for one in self.models]
+
   def lines(self):
     return [json.loads(line) for line in (self.roles.vendor / journal.AUDIT).open()]
 
@@ -204,7 +207,7 @@ def test_no_log_has_a_key_a_weight_a_pixel_or_an_output(world):
     world.ask(address)
     with pytest.raises(SessionEnded):
       world.ask(address, 2)
-    with monitoring.metrics(0, audit, world.models, [CLINIC]) as port:
+    with monitoring.metrics(0, audit, [CLINIC], world.stocks()) as port:
       shown = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read()
   logs = (world.roles.vendor / journal.AUDIT).read_bytes(), echo.getvalue().encode(), shown
   for secret in secrets_of(world, image):
@@ -225,7 +228,7 @@ def test_the_search_finds_a_secret_that_is_logged(world):
 def test_numbers_on_loopback(world):
   with (
     world.serving(daily=5) as (address, audit),
-    monitoring.metrics(0, audit, world.models, [CLINIC]) as port,
+    monitoring.metrics(0, audit, [CLINIC], world.stocks()) as port,
   ):
     left = len(folders.unused(place(world.roles.vendor) / CLINIC))
     world.ask(address)

@@ -1,10 +1,7 @@
 """A client that is no party: two servers, a client without JAX, and what a hostile one can do."""
 
 import json
-import pathlib
-import shutil
-import subprocess
-import sys
+import threading
 
 import jax
 import numpy as np
@@ -15,9 +12,8 @@ from primia_jax import mpc
 from primia_jax.attacks import extraction
 from primia_jax.mpc import apart, helping
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
-from primia_jax.service import certificates, folders, sharing
+from primia_jax.service import cards, sharing
 from primia_jax.service import helping as servers
-from primia_jax.service.channel import Limits
 from primia_jax.service.errors import Malformed, PeerLate, Refused, SessionEnded
 
 D, H, L = 6, 5, 3
@@ -30,7 +26,6 @@ W = {
 IMAGES = normal(4, 40, D)
 OWNERS = ("model_owner", "shared")
 CONFIG = mpc.Config(32, 10, 14, margin=4.0, client="sharing")
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def fn(w, x):
@@ -48,7 +43,8 @@ class World:
     self.publication = self.model_owner.publish(self.dealer.blind())
     self.helper = helping.Helper(self.plan, self.publication)
     self.online = [apart.online(self.plan, party) for party in (MODEL_OWNER, DATA_OWNER)]
-    self.card = sharing.Card(**json.loads(json.dumps(helping.card(self.plan))))
+    card = helping.card(self.plan, self.publication.publication)
+    self.card = cards.Card(**json.loads(json.dumps(card)))
 
   def answer(self, both):
     """Both servers' answers to a client's two payloads, in this process."""
@@ -129,99 +125,7 @@ def _prepared(world):
   return prepared, mpc.messages.Question(prepared.inference, {})
 
 
-# ---- over TLS
-
-
-CLIENT = """
-import json, pathlib, sys
-for name in ("jax", "jaxlib", "flax", "cryptography", "scipy"):
-  sys.modules[name] = None  # cannot be imported
-import numpy as np
-from primia_jax.service import sharing
-root = pathlib.Path(sys.argv[1])
-servers = [
-  sharing.Server(address, (root / f"{name}.pem").read_bytes(), name)
-  for address, name in zip(sys.argv[2:], ("model-owner", "helper"))
-]
-own = [(root / "clinic" / name).read_bytes() for name in ("key.pem", "certificate.pem")]
-for image in np.load(root / "images.npy"):
-  (found,) = sharing.ask(sharing.read_card(root / "card.json"), [image], servers, *own)
-  print(json.dumps(found.tolist()))
-"""
-
-
-@pytest.fixture(scope="module")
-def network(world, tmp_path_factory):
-  """Both servers on loopback: their root folder and addresses, and who ended how."""
-  root, ended = tmp_path_factory.mktemp("network"), []
-  for name in ("model-owner", "helper", "clinic", "stranger"):
-    folders.make(root / name)
-    shutil.copy(certificates.create(root / name, name), root / f"{name}.pem")
-  for name in ("model-owner", "helper"):
-    (root / name / servers.CLINICS).mkdir()
-    shutil.copy(root / "clinic.pem", root / name / servers.CLINICS / "clinic.pem")
-  shutil.copy(root / "helper.pem", root / "model-owner" / "helper.pem")
-  folders.deal(world.dealer, 4, root / "model-owner" / servers.HELPER, root / "helper")
-  (root / "card.json").write_text(json.dumps(helping.card(world.plan)))
-  name, note = world.publication.publication, lambda who, error: ended.append((who, error))
-  limits = Limits(timeout=20)
-  with (
-    servers.serve(
-      root / "model-owner", world.model_owner, name,
-      online=world.online[0], limits=limits, ended=note,
-    ) as one,
-    servers.help(
-      root / "helper", world.helper, name,
-      (f"127.0.0.1:{one}", (root / "model-owner.pem").read_bytes()),
-      online=world.online[1], limits=limits, ended=note,
-    ) as two,
-  ):  # fmt: skip
-    yield root, (f"127.0.0.1:{one}", f"127.0.0.1:{two}"), ended
-
-
-def servers_of(network):
-  root, addresses, _ = network
-  names = ("model-owner", "helper")
-  return tuple(
-    sharing.Server(address, (root / f"{name}.pem").read_bytes(), name)
-    for address, name in zip(addresses, names, strict=True)
-  )
-
-
-def identity(network, name):
-  return [(network[0] / name / part).read_bytes() for part in ("key.pem", "certificate.pem")]
-
-
-def test_a_client_without_jax_asks_over_tls(world, network):
-  root, addresses, _ = network
-  np.save(root / "images.npy", IMAGES[:2])
-  (root / "client.py").write_text(CLIENT)
-  done = subprocess.run(
-    [sys.executable, str(root / "client.py"), str(root), *addresses],
-    capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT), "PATH": ""},
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  for line, image in zip(done.stdout.splitlines(), IMAGES[:2], strict=True):
-    np.testing.assert_array_equal(json.loads(line), mpc.check(world.plan, (W, image)))
-
-
-def test_a_stranger_gets_nothing(world, network):
-  with pytest.raises(SessionEnded):
-    sharing.ask(
-      world.card, [IMAGES[0]], servers_of(network), *identity(network, "stranger"), timeout=20
-    )
-
-
-def test_another_plan_is_refused(world, network):
-  other = world.card._replace(plan="0" * 64)
-  with pytest.raises(Refused, match="card is of another plan"):
-    sharing.ask(other, [IMAGES[0]], servers_of(network), *identity(network, "clinic"))
-
-
-def test_shares_of_another_length_are_refused(world, network):
-  both = tuple(v[4:] for v in sharing.shares(world.card, [IMAGES[0]]))
-  with pytest.raises(Refused, match="REQUEST names"):
-    sharing.exchange(world.card, both, servers_of(network), *identity(network, "clinic"))
+# ---- the model owner's desk
 
 
 def test_a_request_that_came_to_one_server_only_is_refused():
@@ -233,8 +137,6 @@ def test_a_request_that_came_to_one_server_only_is_refused():
 
 
 def test_a_request_waits_for_the_helper_and_ends_with_its_session():
-  import threading
-
   desk, found = servers.Desk(5.0), []
 
   def submit():
@@ -256,4 +158,15 @@ def test_a_request_waits_for_the_helper_and_ends_with_its_session():
       pass
     thread.join(5)
   assert found[0] == b"done"
-  assert isinstance(found[1], SessionEnded)
+  assert isinstance(found[1], Malformed)
+
+
+def test_a_desk_holds_so_many_requests_and_no_more():
+  desk = servers.Desk(5.0, most=1)
+  thread = threading.Thread(target=desk.submit, args=(b"1", {0: 1}))
+  thread.start()
+  with desk.taken(b"1") as (_, answer):
+    with pytest.raises(Refused, match="1 requests are at work"):
+      desk.submit(b"2", {})
+    answer(b"done")
+  thread.join(5)

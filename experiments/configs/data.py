@@ -189,20 +189,7 @@ class Data:
   @property
   def hounsfield(self) -> tuple[float, float] | None:
     """Centre and width of the CT window; None without one."""
-    if not self.ct_window:
-      return None
-    if self.ct_window in dicom.CT_WINDOWS:
-      return dicom.CT_WINDOWS[self.ct_window]
-    try:
-      centre, width = map(float, self.ct_window.split(","))
-    except ValueError:
-      centre, width = math.nan, math.nan
-    cure = (
-      "is no window; use CENTRE,WIDTH in Hounsfield units with a positive width, such as 40,400, "
-      f"or one of {', '.join(dicom.CT_WINDOWS)}"
-    )
-    require(math.isfinite(centre) and 0 < width < math.inf, "ct_window", self.ct_window, cure)
-    return centre, width
+    return dicom.window(self.ct_window)
 
 
 def _slices(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,29 @@ _BROKEN = (
   RuntimeError,
   struct.error,
 )
+
+
+def window(text: str) -> tuple[float, float] | None:
+  """Centre and width of a CT window in Hounsfield units, from its name or "CENTRE,WIDTH"; None from
+  the empty text.
+
+  Raises:
+    ValueError: it is none.
+  """
+  if not text:
+    return None
+  if text in CT_WINDOWS:
+    return CT_WINDOWS[text]
+  try:
+    centre, width = map(float, text.split(","))
+  except ValueError:
+    centre, width = math.nan, math.nan
+  if not (math.isfinite(centre) and 0 < width < math.inf):
+    raise ValueError(
+      f"ct_window={text} is no window; use CENTRE,WIDTH in Hounsfield units with a positive width, "
+      f"such as 40,400, or one of {', '.join(CT_WINDOWS)}"
+    )
+  return centre, width
 
 
 def is_dicom(data: bytes) -> bool:

@@ -18,6 +18,7 @@ images of its choice, and do no more.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import jax
@@ -52,6 +53,10 @@ class Helper:
     """Its part of the work that needs no image; raises as `DataOwner.prepare` does."""
     return self._party.prepare(correlations)
 
+  def warm_up(self) -> None:
+    """Compiles what `prepare` runs, so that the first request need not wait."""
+    self._party.warm_up()
+
   def assist(self, prepared: Prepared, shares: Operands) -> Side:
     """Its side of the online phase.
 
@@ -67,12 +72,22 @@ class Helper:
     return Side(DATA_OWNER, prepared.inference, ready, shares)
 
 
-def card(plan: Plan) -> dict[str, Any]:
+def digest(publication: str) -> bytes:
+  """SHA-256 of a publication's name, by which a client says what it asks about."""
+  return hashlib.sha256(publication.encode()).digest()
+
+
+def card(plan: Plan, publication: str) -> dict[str, Any]:
   """What a client must know of a plan, as JSON has it.
 
+  Args:
+    plan: the plan.
+    publication: the name of the model owner's publication of it.
+
   Returns:
-    plan: its SHA-256; num_bits of the ring; images: for each, its shape, the real number that one
-    unit stands for, and its bits with the sign; outputs: for each, its shape, unit and dtype.
+    publication: `digest` of its name, hexadecimal; num_bits of the ring; images: for each, its
+    shape, the real number that one unit stands for, and its bits with the sign; outputs: for each,
+    its shape, unit and dtype.
 
   Raises:
     ValueError: the client is not "sharing", or an output is public.
@@ -84,7 +99,7 @@ def card(plan: Plan) -> dict[str, Any]:
   images = [o for o in plan.circuit.operands if o.owner is None]
   outputs = zip(plan.circuit.outputs, plan.program.out_dtypes, strict=True)
   return {
-    "plan": plan.digest,
+    "publication": digest(publication).hex(),
     "num_bits": plan.config.num_bits,
     "images": [{"shape": list(o.shape), "unit": o.scale, "bits": o.bits} for o in images],
     "outputs": [

@@ -1,54 +1,49 @@
-"""Both servers of clients that share their images: the model owner's, and the helper's.
+"""Sessions of clients that share their images, with both servers: the model owner's, the helper's.
 
-A client sends each server its shares, under one random number of its request. The helper then opens
-a session with the model owner, names the request in it, and both run the protocol; each sends the
-client its own shares of the outputs.
+A client sends each server its share, under one random number of its request, and each says that it
+has it (READY). The helper then opens a session with the model owner and names the request in it. If
+the same request is there, both use up correlations and run the protocol, and each sends the client
+its own shares of the outputs. `helped` has the servers.
 
-| file in the model owner's folder | what |
-| --- | --- |
-| as in `institutions` | its identity, its secret, and clients' certificates |
-| helper.pem | the helper's certificate |
-| helper/correlations, helper/used | from the dealer |
-
-| file in the helper's folder | what |
-| --- | --- |
-| key.pem, certificate.pem, clinics/NAME.pem | its identity, and clients' certificates |
-| correlations, used | from the dealer |
-
-Both servers count a client's requests by its own certificate; a request is served once, and only
-where the same number came to both.
+  client -> each     REQUEST: which publication, shares of the image
+  each -> client     READY
+  helper -> owner    HELLO: terms; QUESTION: the number of the request
+  owner -> helper    WELCOME: terms, once the request is there
+  helper -> owner    PREPARE: the number of an inference, which is then used up on both sides
+  owner -> helper    READY
+  both               SHARES_0 and SHARES_1, in each round; then OUTPUT, empty
+  each -> client     RESULT: shares of the outputs
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from primia_jax.mpc import apart, helping
+from primia_jax.mpc import helping
 from primia_jax.mpc.apart import Online
 from primia_jax.mpc.helping import Helper
 from primia_jax.mpc.messages import Correlations, Question
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.protocol import Operands
 from primia_jax.mpc.roles import ModelOwner
-from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
-from primia_jax.service import certificates, channel, folders, frames, sessions, sharing
-from primia_jax.service.channel import Limits, Receive
+from primia_jax.service import frames, sessions, sharing
+from primia_jax.service.channel import Receive
 from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded
 from primia_jax.service.frames import Numbered, Place
-from primia_jax.service.institutions import CLINICS
 
-HELPER = "helper"
 REQUEST_BYTES = frames.SESSION_BYTES
+_POLL = 0.05  # seconds between two looks whether a client has gone
 
 
 class _Waiting(NamedTuple):
   shares: Operands
+  begun: threading.Event
   answer: queue.SimpleQueue[bytes | SessionEnded]
 
 
@@ -57,31 +52,50 @@ class Desk:
 
   Args:
     timeout: seconds that one side waits for the other.
+    session: seconds that the protocol may then take.
+    most: requests that may be here at once.
   """
 
-  def __init__(self, timeout: float):
-    self._timeout, self._waiting = timeout, dict[bytes, _Waiting]()
+  def __init__(self, timeout: float, session: float = 3600.0, most: int = 8):
+    self._timeout, self._session, self._most = timeout, session, most
+    self._waiting, self._count = dict[bytes, _Waiting](), 0
     self._changed = threading.Condition()
 
-  def submit(self, request: bytes, shares: Operands) -> bytes:
+  def submit(self, request: bytes, shares: Operands, left: threading.Event | None = None) -> bytes:
     """Waits until the request is answered; the model owner's shares of the outputs.
+
+    Args:
+      request: its number.
+      shares: of the images.
+      left: is set once the client has gone.
 
     Raises:
       SessionEnded: it is not answered.
     """
-    waiting = _Waiting(shares, queue.SimpleQueue())
+    waiting = _Waiting(shares, threading.Event(), queue.SimpleQueue())
     with self._changed:
       if request in self._waiting:
         raise Refused("a request of this number waits already; draw another")
-      self._waiting[request] = waiting
+      if self._count >= self._most:
+        raise Refused(f"{self._count} requests are at work, as many as may be; ask again later")
+      self._waiting[request], self._count = waiting, self._count + 1
       self._changed.notify_all()
     try:
-      answer = waiting.answer.get(timeout=self._timeout)
+      end = time.monotonic() + self._timeout
+      while not waiting.begun.wait(_POLL) and time.monotonic() < end:
+        if left is not None and left.is_set():
+          break
+      with self._changed:
+        if self._waiting.pop(request, None) is not None:
+          if left is not None and left.is_set():
+            raise PeerLost("the client has gone before the helper asked for its request")
+          raise PeerLate("the helper did not ask for this request in time")
+      answer = waiting.answer.get(timeout=self._session)
     except queue.Empty:
-      raise PeerLate("the helper did not ask for this request in time") from None
+      raise PeerLate("the protocol took longer than a session may") from None
     finally:
       with self._changed:
-        self._waiting.pop(request, None)
+        self._count -= 1
     if isinstance(answer, SessionEnded):
       raise answer
     return answer
@@ -96,36 +110,91 @@ class Desk:
     with self._changed:
       there = lambda: request in self._waiting
       if not self._changed.wait_for(there, self._timeout):
-        raise Refused("no client has sent this request here")
+        raise Refused("no client has sent this request to the model owner")
       waiting = self._waiting.pop(request)
+    waiting.begun.set()
     try:
       yield waiting.shares, waiting.answer.put
+    except SessionEnded as error:
+      waiting.answer.put(type(error)(f"between helper and model owner: {error}"))
+      raise
     except BaseException:
       waiting.answer.put(PeerLost("the protocol ended without an answer; ask again"))
       raise
 
 
-# ---- the sessions
+# ---- with a client
+
+
+class Asked(NamedTuple):
+  """A client's request at one server.
+
+  Attributes:
+    publication: `mpc.helping.digest` of its name.
+    number: drawn by the client, the same at both servers.
+    shares: of the images, this server's.
+  """
+
+  publication: bytes
+  number: bytes
+  shares: Operands
+
+
+def asked(plans: Mapping[bytes, Plan], message: bytes) -> Asked:
+  """What a client's first message asks.
+
+  Args:
+    plans: of what is served, by the digest of the publication's name.
+    message: as received.
+
+  Raises:
+    Refused: it is about another publication.
+    Malformed: it is none.
+  """
+  number = frames.session_of(message) if len(message) >= frames.HEADER_BYTES else b""
+  end = frames.HEADER_BYTES + sharing.PUBLICATION_BYTES
+  publication = bytes(message[frames.HEADER_BYTES : end])
+  plan = plans.get(publication)
+  if plan is None:
+    is_request = frames.kind_of(message) == frames.REQUEST
+    size = max(0, len(message) - frames.HEADER_BYTES)
+    frames.decode(message, Place(frames.REQUEST, number), size if is_request else 0)
+    raise Refused("the card is of another publication; take the model owner's present one")
+  size = sharing.PUBLICATION_BYTES + helping.share_bytes(plan)
+  payload = frames.decode(message, Place(frames.REQUEST, number), size)
+  return Asked(publication, number, helping.parsed(plan, payload[sharing.PUBLICATION_BYTES :]))
 
 
 def serve_client(
-  plan: Plan, answer: Callable[[bytes, Operands], bytes], receive: Receive
+  plans: Mapping[bytes, Plan],
+  accept: Callable[[Asked], None],
+  answer: Callable[[Asked, threading.Event], bytes],
+  receive: Receive,
 ) -> Iterator[bytes]:
   """A server's session with a client; yields what it sends.
 
   Args:
-    plan: the plan.
-    answer: (number of the request, this server's shares of the images) -> of the outputs.
+    plans: as in `asked`.
+    accept: counts a request; raises Refused to turn it away.
+    answer: this server's shares of the outputs; is also told when the client has gone.
     receive: waits for the next message.
   """
-  message = sessions.some(receive())
-  request = frames.session_of(message) if len(message) >= frames.HEADER_BYTES else b""
-  size = sharing.PLAN_BYTES + helping.share_bytes(plan)
-  payload = frames.decode(message, Place(frames.REQUEST, request), size)
-  if payload[: sharing.PLAN_BYTES] != bytes.fromhex(plan.digest):
-    raise Refused("the client's card is of another plan; take the model owner's present one")
-  shares = helping.parsed(plan, payload[sharing.PLAN_BYTES :])
-  yield frames.encode(Place(frames.RESULT, request), answer(request, shares))
+  request, left = asked(plans, sessions.some(receive())), threading.Event()
+  accept(request)
+  yield frames.encode(Place(frames.READY, request.number))
+
+  def watch() -> None:
+    with contextlib.suppress(Refused):  # this side is stopping, and finishes what it has accepted
+      try:
+        receive(idle=True)
+      except (PeerLost, PeerLate):
+        left.set()
+
+  threading.Thread(target=watch, daemon=True).start()
+  yield frames.encode(Place(frames.RESULT, request.number, 1), answer(request, left))
+
+
+# ---- between helper and model owner
 
 
 def serve_helper(
@@ -144,15 +213,16 @@ def serve_helper(
   own, frame = sessions.terms(owner.plan, online, publication), Numbered()
   next_of = lambda kind, size: frame.decode(sessions.some(receive()), kind, size)
   sessions.agree(own, frames.decode_terms(next_of(frames.HELLO, frames.TERMS_BYTES)))
-  frame.session = os.urandom(frames.SESSION_BYTES)
-  yield frame.encode(frames.WELCOME, frames.encode_terms(own))
-  correlations = take(next_of(frames.PREPARE, frames.INFERENCE_BYTES).hex())
-  prepared = sessions.prepared_by(owner, correlations)
-  yield frame.encode(frames.READY)
-  request = bytes(next_of(frames.QUESTION, REQUEST_BYTES))
-  with desk.taken(request) as (shares, answer):
-    question = Question(correlations.inference, {})
-    party = online.start(owner.answer(prepared, question, shares))
+  with desk.taken(bytes(next_of(frames.QUESTION, REQUEST_BYTES))) as (shares, answer):
+    frame.session = os.urandom(frames.SESSION_BYTES)
+    yield frame.encode(frames.WELCOME, frames.encode_terms(own))
+    number = next_of(frames.PREPARE, frames.INFERENCE_BYTES).hex()
+    correlations = take(number)
+    if correlations.inference != number:
+      raise Refused("the correlations of this inference are filed under another number")
+    prepared = sessions.prepared_by(owner, correlations)
+    yield frame.encode(frames.READY)
+    party = online.start(owner.answer(prepared, Question(number, {}), shares))
     payload = next(party)
     for size in online.sizes:
       yield frame.encode(frames.SHARES_0, payload)
@@ -168,29 +238,35 @@ def assist(
   helper: Helper,
   online: Online,
   publication: str,
-  correlations: Correlations,
-  request: bytes,
-  shares: Operands,
+  take: Callable[[], Correlations],
+  asked: Asked,
   send: sessions.Send,
-  receive: Receive,
+  receive: sessions.Receive,
 ) -> bytes:
   """The helper's session with the model owner, for one request: its shares of the outputs.
+
+  Args:
+    helper, online, publication: as in `sessions.serve`.
+    take: gives unused correlations, once the model owner has the request, too.
+    asked: the request.
+    send, receive: the carrier.
 
   Raises:
     SessionEnded: there is no answer.
   """
   own, frame = sessions.terms(helper.plan, online, publication), Numbered()
   send(frame.encode(frames.HELLO, frames.encode_terms(own)))
+  send(frame.encode(frames.QUESTION, asked.number))
   welcome = sessions.some(receive())
   theirs = frame.decode(welcome, frames.WELCOME, frames.TERMS_BYTES)
   sessions.agree(own, frames.decode_terms(theirs))
   frame.session = frames.session_of(welcome)
   next_of = lambda kind, size: frame.decode(sessions.some(receive()), kind, size)
+  correlations = take()
   send(frame.encode(frames.PREPARE, bytes.fromhex(correlations.inference)))
   prepared = sessions.prepared_by(helper, correlations)
   next_of(frames.READY, 0)
-  send(frame.encode(frames.QUESTION, request))
-  party, found = online.start(helper.assist(prepared, shares)), None
+  party, found = online.start(helper.assist(prepared, asked.shares)), None
   payload = next(party)
   for size in online.sizes:
     send(frame.encode(frames.SHARES_1, payload))
@@ -204,81 +280,7 @@ def assist(
   return found
 
 
-# ---- the servers
-
-
-@contextlib.contextmanager
-def serve(
-  folder: pathlib.Path,
-  owner: ModelOwner,
-  publication: str,
-  address: str = "127.0.0.1:0",
-  online: Online | None = None,
-  limits: Limits = Limits(),  # noqa: B008
-  ended: Callable[[str, SessionEnded], None] = lambda client, error: None,
-) -> Iterator[int]:
-  """The model owner's server, for clients and the helper; arguments as `institutions.serve`'s."""
-  online = apart.online(owner.plan, MODEL_OWNER) if online is None else online
-  desk = Desk(limits.timeout)
-  certificates_of = _clients(folder) | {HELPER: (folder / f"{HELPER}.pem").read_bytes()}
-
-  def session(client: str, receive: Receive) -> Iterator[bytes]:
-    if client != HELPER:
-      return serve_client(owner.plan, desk.submit, receive)
-    take = lambda inference: folders.take(folder / HELPER, inference)
-    return serve_helper(owner, online, publication, take, desk, receive)
-
-  limits = limits._replace(message=_largest(owner.plan, online))
-  identity = certificates.load(folder)
-  with channel.listen(address, identity, certificates_of, session, limits, ended) as port:
-    yield port
-
-
-@contextlib.contextmanager
-def help(
-  folder: pathlib.Path,
-  helper: Helper,
-  publication: str,
-  model_owner: tuple[str, bytes],
-  address: str = "127.0.0.1:0",
-  online: Online | None = None,
-  limits: Limits = Limits(),  # noqa: B008
-  ended: Callable[[str, SessionEnded], None] = lambda client, error: None,
-) -> Iterator[int]:
-  """The helper's server for as long as the context lasts; gives the port.
-
-  Args:
-    folder: the helper's.
-    helper: the helper.
-    publication: the name of the model owner's publication.
-    model_owner: host:port of its server, and its certificate in PEM.
-    address, online, limits, ended: as `institutions.serve`'s.
-  """
-  online = apart.online(helper.plan, DATA_OWNER) if online is None else online
-  limits = limits._replace(message=_largest(helper.plan, online))
-  identity, lock = certificates.load(folder), threading.Lock()
-
-  def answer(request: bytes, shares: Operands) -> bytes:
-    with lock:
-      found = folders.unused(folder)
-      if not found:
-        raise Refused("the helper has no unused correlations; have the dealer deal more")
-      correlations = folders.take(folder, found[0])
-    with channel.connect(model_owner[0], identity, model_owner[1], limits) as (send, receive):
-      return assist(helper, online, publication, correlations, request, shares, send, receive)
-
-  session = lambda client, receive: serve_client(helper.plan, answer, receive)
-  with channel.listen(address, identity, _clients(folder), session, limits, ended) as port:
-    yield port
-
-
-def _clients(folder: pathlib.Path) -> dict[str, bytes]:
-  found = {path.stem: path.read_bytes() for path in (folder / CLINICS).glob("*.pem")}
-  if HELPER in found:
-    raise ValueError(f"{folder / CLINICS} has a client named {HELPER!r}; give it another name")
-  return found
-
-
-def _largest(plan: Plan, online: Online) -> int:
-  shared = sharing.PLAN_BYTES + helping.share_bytes(plan)
+def largest_message(plan: Plan, online: Online) -> int:
+  """Bytes of the longest message of either session."""
+  shared = sharing.PUBLICATION_BYTES + helping.share_bytes(plan)
   return frames.HEADER_BYTES + max(frames.TERMS_BYTES, shared, *online.sizes)

@@ -15,7 +15,7 @@ from primia_jax import durable
 from primia_jax.mpc import saving
 
 INBOX = "inbox"
-MODEL_OWNER, DEALER, CLINIC = "model_owner", "dealer", "clinic"
+MODEL_OWNER, DEALER, CLINIC, HELPER = "model_owner", "dealer", "clinic", "helper"
 _NAME = r"[a-z0-9][a-z0-9-]{0,62}"
 _INFERENCE = "correlations/[0-9a-f]{64}"
 # (role, sender) -> what it takes: a path, and whether a later one replaces it
@@ -32,6 +32,7 @@ _TAKES = {
   (CLINIC, MODEL_OWNER): ((rf"models/{_NAME}/(about\.json|plan|publication|server\.pem)", False),),
   (CLINIC, DEALER): ((f"models/{_NAME}/{_INFERENCE}", False),),
 }
+_TAKES |= {(HELPER, sender): _TAKES[CLINIC, sender] for sender in (MODEL_OWNER, DEALER)}
 _CHECKED = ("plan", "publication", "blind")
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 
 from primia_jax.service import channel, folders  # before grpc, which it sets up
-from primia_jax.service.institutions import Served
 from primia_jax.service.journal import Journal
 
 try:
@@ -30,15 +29,18 @@ assert channel  # imported for what it does
 
 @contextlib.contextmanager
 def metrics(
-  port: int, journal: Journal, models: Sequence[Served], clinics: Sequence[str]
+  port: int,
+  journal: Journal,
+  clinics: Sequence[str],
+  stocks: Sequence[tuple[str, str, pathlib.Path]],
 ) -> Iterator[int]:
   """Serves a server's numbers on loopback for as long as the context lasts; gives the port.
 
   Args:
     port: 0 takes any free one.
     journal: where events are counted.
-    models: what is served.
     clinics: by name.
+    stocks: for whom the dealer dealt, for which model, and the folder of these correlations.
 
   Raises:
     OSError: the port is taken.
@@ -64,8 +66,8 @@ def metrics(
   unused = gauge("primia_correlations", "Unused inferences.", ["clinic", "model"])
   for clinic in clinics:
     left.labels(clinic).set_function(functools.partial(journal.left, clinic))
-    for model in models:
-      unused.labels(clinic, model.name).set_function(_unused(model.folder / clinic))
+  for who, model, folder in stocks:
+    unused.labels(who, model).set_function(_unused(folder))
 
   def count(event: str, fields: dict) -> None:
     events.labels(event, fields.get("clinic", ""), fields.get("model", "")).inc()

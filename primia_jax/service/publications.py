@@ -7,13 +7,15 @@
 | weights.npz, secret | the weights; the secret of their tag |
 | blind | from the dealer; it is gone once the publication is made |
 | publication | the masked weights D = W - B |
-| CLINIC/correlations, CLINIC/used | from the dealer, for each clinic |
+| CLINIC/correlations, CLINIC/used | from the dealer, for each clinic, or the helper |
 
 What goes to others lies in `outbox/dealer` (plan and tag, from which nobody can confirm a guess of
 the weights) and `outbox/clinics` (about.json, plan, publication and the server's certificate). Each
-is copied into the receiver's `inbox/model_owner` as it is (`inbox`). A new publication is a new
-name: its tag, blind and correlations are its own, also where plan and weights are those of an old
-one, so keys and dealers are rotated by publishing anew.
+is copied into the receiver's `inbox/model_owner` as it is (`inbox`). Where clinics only share their
+images, `outbox/helper` holds these four, and clinics get `outbox/cards/NAME.json` (`cards`).
+
+A new publication is a new name: its tag, blind and correlations are its own, also where plan and
+weights are those of an old one, so keys and dealers are rotated by publishing anew.
 """
 
 from __future__ import annotations
@@ -31,43 +33,20 @@ import jax
 import numpy as np
 
 from primia_jax import durable
-from primia_jax.mpc import saving
+from primia_jax.mpc import helping, saving
+from primia_jax.mpc.circuit import SHARING
 from primia_jax.mpc.messages import Publication
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER
-from primia_jax.service import certificates, folders
+from primia_jax.service import cards, certificates, folders
+from primia_jax.service.cards import About, Card, Issued, Server
 from primia_jax.types import PyTree
 
-MODELS, OUTBOX = "models", "outbox"
+MODELS, OUTBOX, HELPER = "models", "outbox", "helper"
 SERVER = "server.pem"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _FORMAT = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class About:
-  """What a clinic must know of a model, besides the plan; public.
-
-  Attributes:
-    version: of the model, in its owner's words.
-    image_size, channels: of the images that it takes.
-    label_names: the classes, in order.
-    output: "probabilities" (the clinic receives logits) or "label".
-    images: in one run of the protocol.
-    grey_bits, ct_window: how images are read, as in training.
-    intended_use: in its owner's words.
-  """
-
-  version: str
-  image_size: int
-  channels: int
-  label_names: tuple[str, ...]
-  output: str
-  images: int
-  grey_bits: int = 0
-  ct_window: str = ""
-  intended_use: str = "research only; not for diagnosis"
 
 
 class Kept(NamedTuple):
@@ -85,7 +64,7 @@ class Kept(NamedTuple):
 
 
 class Received(NamedTuple):
-  """A publication as a clinic received it."""
+  """A publication as a clinic or helper received it."""
 
   about: About
   plan: Plan
@@ -164,7 +143,8 @@ def is_published(folder: pathlib.Path, name: str) -> bool:
 
 
 def finish(folder: pathlib.Path, name: str) -> pathlib.Path:
-  """Masks the weights with the dealer's blind, and fills the clinics' outbox, which it returns.
+  """Masks the weights with the dealer's blind, and fills the clinics' outbox, or the helper's where
+  clinics only share their images; returns it.
 
   Raises:
     FileNotFoundError: the dealer's blind or the server's certificate is missing.
@@ -174,21 +154,84 @@ def finish(folder: pathlib.Path, name: str) -> pathlib.Path:
   server = folder / certificates.CERTIFICATE
   if not server.exists():
     raise FileNotFoundError(f"{server}: the server has no certificate; run primia-certificate")
+  plan = saving.read(place / "plan")
   if not is_published(folder, name):
     if not (place / "blind").exists():
       raise FileNotFoundError(
         f"{place / 'blind'}: the dealer has not answered yet; give it what is in "
         f"{folder / OUTBOX / 'dealer'}, and copy its outbox/model_owner into {folder}/inbox/dealer"
       )
-    plan = saving.read(place / "plan")
     owner = ModelOwner(plan, _weights(place), secret=folders.secret(place))
     publication = owner.publish(saving.read(place / "blind"))
     saving.write(place / "publication", publication)
-  outbox = _outbox(folder, "clinics", name)
+  outbox = _outbox(folder, HELPER if plan.config.client == SHARING else "clinics", name)
   for file in ("plan", "publication", "about.json"):
     shutil.copyfile(place / file, outbox / file)
   shutil.copyfile(server, outbox / SERVER)
   return outbox
+
+
+def is_shared(folder: pathlib.Path, name: str) -> bool:
+  """Whether its clinics only share their images, between its model owner and a helper."""
+  return saving.read(model_folder(folder, name) / "plan").config.client == SHARING
+
+
+def helper_of(folder: pathlib.Path) -> bytes:
+  """The certificate of a model owner's helper.
+
+  Raises:
+    FileNotFoundError: it has none.
+    ValueError: it is the model owner's own, or a clinic's.
+  """
+  path = folder / f"{HELPER}.pem"
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"{path}: there is no helper; let one in: primia-certificate --folder={folder} "
+      "--helper=CERTIFICATE"
+    )
+  pem = path.read_bytes()
+  check_helper(folder, pem)
+  return pem
+
+
+def check_helper(folder: pathlib.Path, pem: bytes) -> None:
+  """Raises ValueError if a model owner's helper is the model owner itself, or a clinic."""
+  own, others = folder / certificates.CERTIFICATE, (folder / certificates.CLINICS).glob("*.pem")
+  facts = lambda of: {certificates.name(of), certificates.fingerprint(of)}
+  for what, path in (("the model owner", own), *(("a clinic", path) for path in others)):
+    if path.is_file() and facts(path.read_bytes()) & facts(pem):
+      raise ValueError(
+        f"the helper, {certificates.name(pem)}, has the name or certificate of {what} ({path}); "
+        "together they see what each alone must not, so take another institution as helper"
+      )
+
+
+def issue(
+  folder: pathlib.Path, name: str, addresses: tuple[str, str], mean: float, std: float
+) -> pathlib.Path:
+  """Writes the card of a publication whose clinics only share their images; returns its path.
+
+  Args:
+    folder: the model owner's.
+    name: of the publication.
+    addresses: host:port of the model owner's server and of the helper's.
+    mean, std: as in `cards.Issued`.
+
+  Raises:
+    FileNotFoundError: it is not published, or there is no helper.
+  """
+  place, helper = _existing(folder, name), helper_of(folder)
+  pems = (folder / certificates.CERTIFICATE).read_bytes(), helper
+  servers = [
+    Server(address, pem, certificates.name(pem))
+    for address, pem in zip(addresses, pems, strict=True)
+  ]
+  plan, publication = saving.read(place / "plan"), saving.read(place / "publication").publication
+  card = Card(**helping.card(plan, publication))
+  issued = Issued(name, _about(place), mean, std, (servers[0], servers[1]), card)
+  path = folders.make(folder / OUTBOX / "cards") / f"{name}.json"
+  durable.replace(path, cards.text(issued).encode())
+  return path
 
 
 def kept(folder: pathlib.Path, name: str) -> Kept:
@@ -207,11 +250,11 @@ def kept(folder: pathlib.Path, name: str) -> Kept:
   return Kept(name, _about(place), owner, published.publication, published)
 
 
-# ---- a clinic
+# ---- a clinic, or a helper
 
 
 def received(folder: pathlib.Path, name: str) -> Received:
-  """A publication that was copied into a clinic's folder.
+  """A publication that was copied into a clinic's or helper's folder.
 
   Raises:
     FileNotFoundError: a file of it is missing.
@@ -233,7 +276,8 @@ def received(folder: pathlib.Path, name: str) -> Received:
 
 def images_shape(plan: Plan) -> tuple[int, ...]:
   """Of the images of one run of the protocol: N, H, W, C."""
-  of = [a.shape for by, a in zip(plan.owners, plan.program.avals, strict=True) if by == DATA_OWNER]
+  secret = DATA_OWNER, None  # None: given as shares
+  of = [a.shape for by, a in zip(plan.owners, plan.program.avals, strict=True) if by in secret]
   return of[0] if len(of) == 1 else ()
 
 
@@ -263,12 +307,7 @@ def _about(place: pathlib.Path) -> About:
     found = json.loads(path.read_bytes())
     if found.pop("format") != _FORMAT:
       raise ValueError("it is of another format")
-    found["label_names"] = tuple(map(str, found["label_names"]))
-    about = About(**found)
-    for field in dataclasses.fields(About):
-      kind: Any = {"str": str, "int": int}.get(str(field.type), tuple)
-      if not isinstance(getattr(about, field.name), kind):
-        raise ValueError(f"its {field.name} is no {kind.__name__}")
+    about = cards.about_of(found)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{path} is damaged ({error}); copy it again") from error
   return about

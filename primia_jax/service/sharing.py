@@ -1,7 +1,7 @@
 """A client that is no party: it shares its image between two servers and adds up what they answer.
 
 It needs numpy and gRPC only: neither JAX, nor the model, nor the plan. A `Card` says what image and
-outputs are like; the model owner gives it away as a small JSON file.
+outputs are like; `cards` reads it from the file that the model owner gives away.
 
 Each server alone sees uniform numbers. Both together, or one that has the other's, see the image:
 model owner and helper must not collude (`mpc.helping` says who learns what).
@@ -10,13 +10,14 @@ model owner and helper must not collude (`mpc.helping` says who learns what).
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import pathlib
 import queue
 import secrets
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,47 +30,22 @@ except ImportError as e:
   raise ImportError("the client needs gRPC: pip install 'primia-jax[service]'") from e
 
 from primia_jax.service import frames
-from primia_jax.service.errors import PeerLate, PeerLost, Refused
+from primia_jax.service.cards import Card, Server
+from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded
 from primia_jax.service.frames import Place
 
-METHOD, PLAN_BYTES = "/primia_jax.EncryptedInference/Session", 32
+METHOD, PUBLICATION_BYTES = "/primia_jax.EncryptedInference/Session", 32
 _END = b""
+_PARTING = 2.0  # seconds for a server that has answered to end the call
+_REFUSALS = (
+  grpc.StatusCode.UNAUTHENTICATED,
+  grpc.StatusCode.FAILED_PRECONDITION,
+  grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
 
 
-class Card(NamedTuple):
-  """What a client must know (`mpc.helping.card`).
-
-  Attributes:
-    plan: SHA-256 of the plan, hexadecimal.
-    num_bits: k of the ring.
-    images: for each its shape, its unit, and its bits with the sign.
-    outputs: for each its shape, its unit, and its dtype.
-  """
-
-  plan: str
-  num_bits: int
-  images: list[dict[str, Any]]
-  outputs: list[dict[str, Any]]
-
-
-class Server(NamedTuple):
-  """One of both servers: host:port, its certificate in PEM, and the name in that."""
-
-  address: str
-  certificate: bytes
-  name: str
-
-
-def read_card(path: pathlib.Path) -> Card:
-  """The card in a JSON file.
-
-  Raises:
-    ValueError: it is none.
-  """
-  try:
-    return Card(**json.loads(path.read_text()))
-  except (TypeError, json.JSONDecodeError) as error:
-    raise ValueError(f"{path} is no card of a plan: {error}") from error
+# Sends each server its share, and returns both answers; `told` when both are at work.
+Exchange = Callable[..., list[bytes]]
 
 
 def shares(card: Card, images: Sequence[np.ndarray]) -> tuple[bytes, bytes]:
@@ -134,61 +110,137 @@ def ask(
     ValueError: an image does not fit the card.
     SessionEnded: there is no answer.
   """
-  return revealed(card, exchange(card, shares(card, images), servers, key, certificate, timeout))
-
-
-def exchange(
-  card: Card,
-  both: tuple[bytes, bytes],
-  servers: tuple[Server, Server],
-  key: bytes,
-  certificate: bytes,
-  timeout: float = 60.0,
-) -> list[bytes]:
-  """Sends each server its shares of the images and returns both shares of the outputs."""
-  request = os.urandom(frames.SESSION_BYTES)
-  size = sum(int(np.prod(v["shape"], dtype=np.int64)) for v in card.outputs)
-  plan, num_bytes = bytes.fromhex(card.plan), size * _dtype(card).itemsize
-  with contextlib.ExitStack() as stack:
-    calls = [stack.enter_context(_call(s, key, certificate, timeout)) for s in servers]
-    for (outbox, _), share in zip(calls, both, strict=True):
-      outbox.put(frames.encode(Place(frames.REQUEST, request), plan + share))
-    found = []
-    for outbox, answers in calls:
-      message = _received(answers)
-      found.append(bytes(frames.decode(message, Place(frames.RESULT, request), num_bytes)))
-      outbox.put(_END)
-    return found
+  with connected(servers, key, certificate, timeout) as exchange:
+    return revealed(card, exchange(card, shares(card, images)))
 
 
 @contextlib.contextmanager
-def _call(
-  server: Server, key: bytes, certificate: bytes, timeout: float
-) -> Iterator[tuple[queue.SimpleQueue, Any]]:
-  credentials = grpc.ssl_channel_credentials(server.certificate, key, certificate)
-  options = [("grpc.ssl_target_name_override", server.name), ("grpc.enable_retries", 0)]
-  outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-  with grpc.secure_channel(server.address, credentials, options) as channel:
-    call = channel.stream_stream(METHOD, None, None)(iter(outbox.get, None), timeout=timeout)
-    try:
-      yield outbox, call
-    finally:
+def connected(
+  servers: Sequence[Server], key: bytes, certificate: bytes, timeout: float = 60.0
+) -> Iterator[Exchange]:
+  """Connections to both servers for as long as the context lasts.
+
+  Gives exchange(card, both shares of the images, told=...) -> both shares of the outputs. `told` is
+  called once both servers have taken their share. It raises SessionEnded as soon as either server
+  gives no answer.
+
+  Args:
+    servers: the model owner and the helper.
+    key, certificate: the client's, PEM.
+    timeout: seconds for each exchange.
+
+  Raises:
+    PeerLost: nobody listens at one of the addresses.
+  """
+  with contextlib.ExitStack() as stack:
+    channels = []
+    for server in servers:
+      host, _, port = server.address.rpartition(":")
+      try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
+      except OSError as error:
+        raise PeerLost(f"{server.name}: nobody listens at {server.address}: {error}") from error
+      credentials = grpc.ssl_channel_credentials(server.certificate, key, certificate)
+      options = [("grpc.ssl_target_name_override", server.name), ("grpc.enable_retries", 0)]
+      channels.append(
+        stack.enter_context(grpc.secure_channel(server.address, credentials, options))
+      )
+
+    def exchange(
+      card: Card, both: Sequence[bytes], told: Callable[[], None] = lambda: None
+    ) -> list[bytes]:
+      return _exchange(card, both, servers, channels, timeout, told)
+
+    yield exchange
+
+
+def _exchange(
+  card: Card,
+  both: Sequence[bytes],
+  servers: Sequence[Server],
+  channels: Sequence[Any],
+  timeout: float,
+  told: Callable[[], None],
+) -> list[bytes]:
+  request = os.urandom(frames.SESSION_BYTES)
+  size = sum(int(np.prod(v["shape"], dtype=np.int64)) for v in card.outputs)
+  publication, num_bytes = bytes.fromhex(card.publication), size * _dtype(card).itemsize
+  places = (Place(frames.READY, request), 0), (Place(frames.RESULT, request, 1), num_bytes)
+  got: queue.SimpleQueue[tuple[int, bytes | SessionEnded]] = queue.SimpleQueue()
+  calls, outboxes, listeners, is_told = [], [], [], False
+
+  def listen(number: int, call: Any) -> None:
+    for place, length in places:
+      try:
+        message = _received(call, servers[number].name, place.kind == frames.RESULT)
+        got.put((number, bytes(frames.decode(message, place, length))))
+      except SessionEnded as error:
+        got.put((number, error))
+        return
+    with contextlib.suppress(grpc.RpcError, StopIteration):  # so that it can end the call itself
+      next(call)
+
+  try:
+    for number, (channel, share) in enumerate(zip(channels, both, strict=True)):
+      outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+      call = channel.stream_stream(METHOD, None, None)(iter(outbox.get, None), timeout=timeout)
+      outbox.put(frames.encode(Place(frames.REQUEST, request), publication + share))
+      calls.append(call)
+      outboxes.append(outbox)
+      listeners.append(threading.Thread(target=listen, args=(number, call), daemon=True))
+      listeners[-1].start()
+    found: list[list[bytes]] = [[], []]
+    while min(map(len, found)) < len(places):
+      number, message = got.get()
+      if isinstance(message, SessionEnded):
+        raise _reason(message, got)
+      found[number].append(message)
+      if all(found) and not is_told:
+        told()
+        is_told = True
+    for outbox in outboxes:
+      outbox.put(_END)
+    for listener in listeners:
+      listener.join(_PARTING)
+    return [messages[-1] for messages in found]
+  finally:
+    for outbox in outboxes:
       outbox.put(None)
+    for call in calls:
       call.cancel()
 
 
-def _received(answers: Any) -> bytes:
+def _reason(error: SessionEnded, got: queue.SimpleQueue) -> SessionEnded:
+  """What one server says, or where it only lost the other, what that says soon after."""
+  words = "PeerLost", "PeerLate", "connection to"
+  end = time.monotonic() + _PARTING
+  while any(word in f"{type(error).__name__} {error}" for word in words):
+    try:
+      _, other = got.get(timeout=max(0.0, end - time.monotonic()))
+    except queue.Empty:
+      break
+    if isinstance(other, SessionEnded):
+      return other if isinstance(other, Refused) else error
+  return error
+
+
+def _received(answers: Any, who: str, begun: bool) -> bytes:
   try:
     return next(answers)
   except StopIteration:
-    raise PeerLost("a server ended the request without an answer") from None
+    raise PeerLost(f"{who} ended the request without an answer") from None
   except grpc.RpcError as error:
     code, details = error.code(), error.details()
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-      raise PeerLate("a server took longer than the request may") from error
-    if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED):
-      raise Refused(details) from error
-    raise PeerLost(f"a connection ended or could not be made ({code.name}: {details})") from error
+      raise PeerLate(f"{who} took longer than a request may") from error
+    if code in _REFUSALS:
+      raise Refused(f"{who}: {details}") from error
+    if code == grpc.StatusCode.UNAVAILABLE and not begun:  # somebody listens, but TLS failed
+      raise Refused(
+        f"{who} has another certificate than the card says, or turned this side's away as unknown "
+        f"or expired ({details})"
+      ) from error
+    raise PeerLost(f"the connection to {who} ended ({code.name}: {details})") from error
 
 
 def _dtype(card: Card) -> np.dtype:

@@ -1,0 +1,311 @@
+"""Two servers and a client that shares its image, over TLS: budgets, logs, and what is refused."""
+
+import contextlib
+import io
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import service_institution as institution
+from service_institution import MODEL, WEIGHTS, every_file, place, send
+
+from primia_jax import mpc
+from primia_jax.attacks import extraction
+from primia_jax.mpc import apart
+from primia_jax.mpc.sharing import MODEL_OWNER
+from primia_jax.service import (
+  cards,
+  certificates,
+  folders,
+  helped,
+  inbox,
+  journal,
+  publications,
+  sharing,
+  supply,
+)
+from primia_jax.service.channel import Limits
+from primia_jax.service.errors import Refused, SessionEnded
+from primia_jax.service.institutions import Served
+from primia_jax.service.journal import Contract, Journal
+
+ROOT = pathlib.Path(__file__).parents[1]
+CLINIC, HELPER = "hospital-a", "helper-h"
+LIMITS = Limits(timeout=20.0)
+
+
+class World:
+  """Folders of all institutions of a publication whose clinics share their images."""
+
+  def __init__(self, root, count):
+    names = ("vendor", "helper", "dealer", "clinic", "stranger")
+    self.root, self.plan = root, institution.planned("sharing")
+    self.vendor, self.helper, self.dealer, self.clinic, self.stranger = (
+      folders.make(root / name) for name in names
+    )
+    for folder, name in (
+      (self.vendor, "vendor-b"), (self.helper, HELPER), (self.clinic, CLINIC),
+      (self.stranger, "stranger"),
+    ):  # fmt: skip
+      certificates.create(folder, name)
+    for folder in (self.vendor, self.helper):
+      clinics = folders.make(folder / certificates.CLINICS)
+      shutil.copy(self.clinic / certificates.CERTIFICATE, clinics / f"{CLINIC}.pem")
+    shutil.copy(self.helper / certificates.CERTIFICATE, self.vendor / "helper.pem")
+    publications.begin(self.vendor, MODEL, institution.ABOUT, self.plan, WEIGHTS)
+    send(self.vendor, "dealer", self.dealer, inbox.MODEL_OWNER, inbox.DEALER)
+    dealer = supply.dealer(self.dealer, MODEL)
+    supply.top_up(self.dealer, dealer, MODEL, HELPER, count)
+    send(self.dealer, "model_owner", self.vendor, inbox.DEALER, inbox.MODEL_OWNER)
+    publications.finish(self.vendor, MODEL)
+    send(self.dealer, HELPER, self.helper, inbox.DEALER, inbox.HELPER)
+    send(self.vendor, "helper", self.helper, inbox.MODEL_OWNER, inbox.HELPER)
+    kept = publications.kept(self.vendor, MODEL)
+    online = apart.online(self.plan, MODEL_OWNER)
+    where = place(self.vendor)
+    self.served = Served(MODEL, where, kept.owner, kept.publication, online)
+    self.assisted = helped.helped(self.helper, MODEL)
+
+  def left(self):
+    """Inferences that are unused, at the model owner and at the helper."""
+    of = place(self.vendor) / HELPER, place(self.helper)
+    return tuple(len(folders.unused(folder)) for folder in of)
+
+  @contextlib.contextmanager
+  def serving(self, echo=None, at_helper=Contract(), limits=LIMITS, **contract):  # noqa: B008
+    """Both servers; gives the card that the model owner issues."""
+    with contextlib.ExitStack() as stack:
+      logs = []
+      for folder, kept in ((self.vendor, Contract(**contract)), (self.helper, at_helper)):
+        logs.append(stack.enter_context(contextlib.closing(Journal(folder, kept, echo))))
+      one = stack.enter_context(helped.serve(self.vendor, [self.served], logs[0], limits=limits))
+      first = f"127.0.0.1:{one}"
+      two = stack.enter_context(
+        helped.assisting(self.helper, [self.assisted], logs[1], "127.0.0.1:0", limits, None, first)
+      )
+      path = publications.issue(self.vendor, MODEL, (first, f"127.0.0.1:{two}"), 0.5, 0.25)
+      yield cards.read(path)
+
+  def lines(self):
+    of = self.vendor, self.helper
+    return [[json.loads(line) for line in (folder / journal.AUDIT).open()] for folder in of]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  return World(tmp_path_factory.mktemp("world"), 64)
+
+
+@pytest.fixture
+def world(made):
+  """With no queries yet."""
+  for folder in (made.vendor, made.helper):
+    (folder / journal.AUDIT).unlink(missing_ok=True)
+  return made
+
+
+def identity(folder):
+  return [(folder / name).read_bytes() for name in (certificates.KEY, certificates.CERTIFICATE)]
+
+
+def ask(world, issued, image=None, folder=None, **options):
+  image = institution.image() if image is None else image
+  who = identity(folder or world.clinic)
+  (found,) = sharing.ask(issued.card, [image], issued.servers, *who, **{"timeout": 20} | options)
+  return found
+
+
+CLIENT = """
+import json, pathlib, sys
+for name in ("jax", "jaxlib", "flax", "cryptography", "scipy"):
+  sys.modules[name] = None  # cannot be imported
+import numpy as np
+from primia_jax.service import cards, sharing
+root, card = map(pathlib.Path, sys.argv[1:])
+issued = cards.read(card)
+own = [(root / name).read_bytes() for name in ("key.pem", "certificate.pem")]
+with sharing.connected(issued.servers, *own) as exchange:
+  for image in np.load(root / "images.npy"):
+    both = exchange(issued.card, sharing.shares(issued.card, [image]), lambda: print("told"))
+    print(json.dumps(sharing.revealed(issued.card, both)[0].tolist()))
+"""
+
+
+def test_a_client_without_jax_has_the_bits_of_one_process(world):
+  images = np.stack([institution.image(seed) for seed in (2, 3)])
+  np.save(world.clinic / "images.npy", images)
+  before = world.left()
+  with world.serving():
+    done = subprocess.run(
+      [sys.executable, "-c", CLIENT, world.clinic, world.vendor / "outbox/cards/chest-1.json"],
+      capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  first, one, second, two = done.stdout.splitlines()
+  assert first == second == "told"
+  for line, image in zip((one, two), images, strict=True):
+    np.testing.assert_array_equal(json.loads(line), mpc.check(world.plan, (WEIGHTS, image)))
+  assert world.left() == (before[0] - 2, before[1] - 2)
+  of_owner, of_helper = world.lines()
+  kinds = [line["event"] for line in of_helper]
+  assert kinds == ["session", "query", "inference", "answer"] * 2
+  queries = [[line["inference"] for line in of if line["event"] == "query"]
+             for of in (of_owner, of_helper)]  # fmt: skip
+  used = [[line["inference"] for line in of if line["event"] == "inference"]
+          for of in (of_owner, of_helper)]  # fmt: skip
+  assert queries[0] == queries[1]
+  assert used[0] == used[1]
+
+
+def test_the_card_is_public_and_a_changed_one_is_refused(world, tmp_path):
+  with world.serving() as issued:
+    text = (world.vendor / "outbox/cards/chest-1.json").read_text()
+  assert issued.about == institution.ABOUT
+  for folder in (world.vendor, world.helper):
+    secret = (folder / certificates.KEY).read_text().splitlines()[1]
+    assert secret not in text
+  weights = [str(float(v))[:8] for v in np.ravel(WEIGHTS[0])]
+  assert not any(weight in text for weight in weights)
+  found, path = json.loads(text), tmp_path / "card.json"
+
+  def refused(match, **change):
+    path.write_text(json.dumps(found | change))
+    with pytest.raises(ValueError, match=match):
+      cards.read(path)
+
+  first, second = found["servers"]
+  refused("names vendor-b for both servers", servers=[first, first | {"role": "helper"}])
+  refused("not have the fingerprint", servers=[first | {"fingerprint": "0" * 64}, second])
+  refused("is not HOST:PORT", servers=[first | {"address": "x"}, second])
+  refused("of format 2", format=2)
+  refused("takes other images", about=found["about"] | {"image_size": 8})
+  refused("ValueError", servers=[first])
+  refused("KeyError", about={})
+  path.write_text("no card")
+  with pytest.raises(ValueError, match="is no card of a model"):
+    cards.read(path)
+  with pytest.raises(FileNotFoundError, match="ask the model owner for its card"):
+    cards.read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("at", ["vendor", "helper"])
+def test_a_used_up_budget_at_either_server_is_named_and_burns_nothing(world, at):
+  limits = {"daily": 1} if at == "vendor" else {"at_helper": Contract(daily=1)}
+  with world.serving(**limits) as issued:
+    ask(world, issued)
+    before = world.left()
+    with pytest.raises(Refused, match=f"{at}.*budget of hospital-a is 1 images a day, and 1 are"):
+      ask(world, issued)
+  assert world.left() == before
+
+
+def test_a_card_of_another_publication_is_refused_before_anything_is_counted(world):
+  with world.serving() as issued:
+    other = issued._replace(card=issued.card._replace(publication="0" * 64))
+    with pytest.raises(Refused, match="card is of another publication"):
+      ask(world, other)
+  assert all(line["event"] != "query" for of in world.lines() for line in of)
+
+
+def test_strangers_expired_and_other_institutions_get_nothing(world, tmp_path):
+  expired = folders.make(tmp_path / "expired")
+  certificates.create(expired, CLINIC, days=-1)
+  before = world.left()
+  with world.serving() as issued:
+    for folder in (world.stranger, expired):
+      with pytest.raises(Refused, match=r"turned this side's away|not known"):
+        ask(world, issued, folder=folder)
+    first, second = issued.servers
+    swapped = issued._replace(servers=(first, second._replace(certificate=first.certificate)))
+    with pytest.raises(Refused, match="another certificate than the card says"):
+      ask(world, swapped)
+  assert world.left() == before
+
+
+def test_shares_of_another_length_are_refused(world):
+  with world.serving() as issued:
+    both = [v[4:] for v in sharing.shares(issued.card, [institution.image()])]
+    with (
+      pytest.raises(Refused, match="REQUEST names"),
+      sharing.connected(issued.servers, *identity(world.clinic), 20) as exchange,
+    ):
+      exchange(issued.card, both)
+
+
+def test_a_server_that_is_not_there_is_named(world):
+  before = world.left()
+  with world.serving() as issued:
+    for number, name in ((0, "vendor-b"), (1, HELPER)):
+      gone = [*issued.servers]
+      gone[number] = gone[number]._replace(address="127.0.0.1:1")
+      with pytest.raises(SessionEnded, match=f"{name}: nobody listens at 127.0.0.1:1"):
+        ask(world, issued._replace(servers=tuple(gone)))
+  assert world.left() == before
+
+
+def test_a_helper_without_correlations_says_so(world, monkeypatch):
+  monkeypatch.setattr(folders, "unused", lambda folder: [])
+  with world.serving() as issued, pytest.raises(Refused, match="have the dealer deal more"):
+    ask(world, issued)
+
+
+def test_no_log_has_a_share_a_pixel_or_an_output(world):
+  echo = io.StringIO()
+  with world.serving(echo) as issued:
+    both = sharing.shares(issued.card, [institution.image()])
+    with sharing.connected(issued.servers, *identity(world.clinic)) as exchange:
+      answers = exchange(issued.card, both)
+  log = echo.getvalue().encode()
+  for secret in (*both, *answers):
+    assert secret[:8].hex().encode() not in log
+  for number in (*np.ravel(institution.image()), *np.ravel(institution.wanted(world.plan))):
+    assert str(float(number))[:7].encode() not in log
+
+
+def test_a_helper_that_is_somebody_else_is_refused(world, tmp_path):
+  for folder, what in ((world.vendor, "the model owner"), (world.clinic, "a clinic")):
+    with pytest.raises(ValueError, match=f"name or certificate of {what}"):
+      publications.check_helper(world.vendor, identity(folder)[1])
+  same = shutil.copytree(world.helper, tmp_path / "same")
+  for name in (certificates.KEY, certificates.CERTIFICATE):
+    shutil.copy(world.vendor / name, same / name)
+  with pytest.raises(ValueError, match="must be another institution"):
+    helped.helped(same, MODEL)
+
+
+def test_the_helper_holds_no_weight_and_the_model_owner_no_masked_weights_of_it(world):
+  held = every_file(world.helper)
+  assert not {name for name in held if name.endswith(("weights.npz", "secret", "blind", "tag"))}
+  assert f"models/{MODEL}/publication" in held
+
+
+def test_the_extraction_attack_fails_end_to_end(world):
+  """Over TLS, with all that a hostile client has in its hand: any shares of any ring elements.
+  Where it could shift what a ReLU takes, as a party can, the same queries give every weight.
+  """
+  inputs, hidden = WEIGHTS[0].shape
+
+  def as_party(x, shifts):
+    return np.maximum(x @ WEIGHTS[0] + shifts, 0) @ WEIGHTS[1]
+
+  with (
+    world.serving(daily=1000, at_helper=Contract(daily=1000)) as issued,
+    sharing.connected(issued.servers, *identity(world.clinic)) as exchange,
+  ):
+    card, unit = issued.card, issued.card.images[0]["unit"]
+
+    def as_client(x, shifts):
+      first, second = sharing.shares(card, [x.reshape(1, 4, 4, 1)])
+      words = np.rint(np.resize(shifts, inputs) / unit).astype(np.int64).astype(np.uint32)
+      falsified = (np.frombuffer(second, np.uint32) + words).tobytes()
+      return sharing.revealed(card, exchange(card, (first, falsified)))[0][0]
+
+    found = extraction.by_shifts(as_client, inputs, hidden, 16.0)
+  control = extraction.by_shifts(as_party, inputs, hidden, 16.0)
+  errors = lambda of: [np.abs(of.hidden - WEIGHTS[0]).max(), np.abs(of.kernel - WEIGHTS[1]).max()]
+  assert max(errors(control)) < 0.01
+  assert min(errors(found)) > 0.3
