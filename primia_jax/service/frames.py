@@ -5,6 +5,7 @@
 | HELLO | data owner | what this session is about: `Terms` |
 | WELCOME | model owner | its own `Terms` |
 | PREPARE | data owner | the number of an inference, 32 bytes |
+| ACCEPTED | model owner | nothing: it serves this inference, and the other side may draw, too |
 | READY | model owner | nothing |
 | QUESTION | data owner | D = x - B' of the operands that need it, mostly nothing |
 | SHARES_0 | model owner | its shares of masked values, in each round |
@@ -37,13 +38,14 @@ except ImportError as e:
 from primia_jax.service.errors import Malformed
 
 HELLO, WELCOME, PREPARE, READY, QUESTION, SHARES_0, SHARES_1, OUTPUT, REQUEST, RESULT = range(1, 11)
+ACCEPTED = 11
 NAMES = {
   HELLO: "HELLO", WELCOME: "WELCOME", PREPARE: "PREPARE", READY: "READY", QUESTION: "QUESTION",
   SHARES_0: "SHARES_0", SHARES_1: "SHARES_1", OUTPUT: "OUTPUT", REQUEST: "REQUEST",
-  RESULT: "RESULT",
+  RESULT: "RESULT", ACCEPTED: "ACCEPTED",
 }  # fmt: skip
 SHARES = (SHARES_0, SHARES_1)  # by party
-VERSION = 2
+VERSION = 3
 SESSION_BYTES, INFERENCE_BYTES = 16, 32
 NO_SESSION = bytes(SESSION_BYTES)
 _MAGIC = b"PMIS"

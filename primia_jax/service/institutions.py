@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,7 @@ def serve_models(
     def take(inference: str) -> Correlations:
       if stop.is_set():
         raise Refused("the server is stopping; ask again later")
+      folders.check_unused(place, inference)
       if only_checked and inference not in folders.checked(place):
         raise Refused(f"the dealing of inference {inference} was not checked; have it checked")
       journal.charge(clinic, model.name, inference, model.images)
@@ -196,7 +198,7 @@ class Clinic:
     self._folder, self._session = folder, session
 
   def prepare(self) -> None:
-    """Takes the next correlations, and does the work for one inference that needs no image.
+    """Takes some unused correlations, and does the work for one inference that needs no image.
 
     Raises:
       SessionEnded: as `ask`.
@@ -207,11 +209,12 @@ class Clinic:
     found = folders.unused(self._folder)
     if not found:
       raise LookupError(f"{self._folder} has no unused correlations; have the dealer deal more")
-    correlations: Correlations = folders.take(self._folder, found[0])
-    self._session.prepare(correlations)
+    # any, so that none that the server does not take stands in the others' way
+    self._session.prepare(folders.Reserved(self._folder, secrets.choice(found)))
 
   def ask(self, *images: PyTree) -> PyTree:
     """fn's outputs for these images, which nobody else learns; raises as `Asking.ask` does."""
+    self._session.check(*images)
     self.prepare()
     return self._session.ask(*images)
 

@@ -1,8 +1,9 @@
 """A session, from either side, over any carrier of messages.
 
 The parties compare what they are about to compute before they compute anything. Then follow
-inferences, one after the other: the correlations are taken, and thereby used up, both sides
-prepare, the data owner asks, and the parties exchange the rounds of `mpc.apart`.
+inferences, one after the other: the model owner accepts or refuses; both sides take their
+correlations, which are thereby used up, and prepare; the data owner asks, and the parties exchange
+the rounds of `mpc.apart`. What is refused costs neither side any correlations.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER
 from primia_jax.service import frames
-from primia_jax.service.errors import PeerLost, Refused, SessionEnded
+from primia_jax.service.errors import PeerLost, Refused, SessionEnded, UsedUp
+from primia_jax.service.folders import Reserved
 from primia_jax.service.frames import Numbered, Place, Terms
 from primia_jax.types import Array, PyTree
 
 Send = Callable[[bytes], None]
 Receive = Callable[..., bytes | None]  # (idle) -> None: the other side has ended the session
-Take = Callable[[str], Correlations]  # by number of the inference; raises Refused
+# By number of the inference. It raises Refused before anything is drawn, or UsedUp.
+Take = Callable[[str], Correlations]
 
 
 def terms(plan: Plan, online: Online, publication: str) -> Terms:
@@ -101,6 +104,7 @@ def serve(
     correlations = take(number.hex())
     if correlations.inference != number.hex():
       raise Refused("the correlations of this inference are filed under another number")
+    yield frame.encode(frames.ACCEPTED)
     prepared = prepared_by(owner, correlations)
     yield frame.encode(frames.READY)
     if (message := receive(idle=True)) is None:
@@ -153,16 +157,30 @@ class Asking:
       raise type(self._end)(f"this session is over: {self._end}")
     return self._prepared is not None
 
-  def prepare(self, correlations: Correlations) -> None:
-    """Both sides' work for one inference that needs no image. The correlations are then used."""
+  def prepare(self, reserved: Reserved) -> None:
+    """Both sides' work for one inference that needs no image.
+
+    The correlations are then used. If the model owner refuses before it has drawn any, they are
+    released and serve another time; UsedUp says that its own were used before.
+    """
     if self.is_prepared:
       raise ValueError("an inference is prepared already; ask first")
     with self._remembered():
-      number = bytes.fromhex(correlations.inference)
-      self._send(self._frame.encode(frames.PREPARE, number))
-      prepared = prepared_by(self._owner, correlations)
+      self._send(self._frame.encode(frames.PREPARE, bytes.fromhex(reserved.inference)))
+      try:
+        answer = some(self._receive())
+      except Refused as error:
+        if not isinstance(error, UsedUp):
+          reserved.release()
+        raise
+      self._frame.decode(answer, frames.ACCEPTED, 0)
+      prepared = prepared_by(self._owner, reserved.take())
       self._frame.decode(some(self._receive()), frames.READY, 0)
       self._prepared = prepared
+
+  def check(self, *images: PyTree) -> None:
+    """Raises ValueError, as `ask` does, for images that do not fit the plan."""
+    self._owner.encoded(*images)
 
   def ask(self, *images: PyTree) -> PyTree:
     """fn's outputs for these images, which nobody else learns.
