@@ -11,6 +11,8 @@
 | SHARES_0 | model owner | its shares of masked values, in each round |
 | SHARES_1 | data owner | the same |
 | OUTPUT | model owner | its shares of the outputs |
+| SCORE | data owner | of how many images a sum is opened (`scores`), and to whom |
+| TOTAL | each side to whose other one the sum is opened | its shares of that sum |
 | REQUEST | client, to each of two servers | the plan's SHA-256, and shares of its image |
 | RESULT | each of them | its shares of the outputs |
 
@@ -38,11 +40,11 @@ except ImportError as e:
 from primia_jax.service.errors import Malformed
 
 HELLO, WELCOME, PREPARE, READY, QUESTION, SHARES_0, SHARES_1, OUTPUT, REQUEST, RESULT = range(1, 11)
-ACCEPTED = 11
+ACCEPTED, SCORE, TOTAL = 11, 12, 13
 NAMES = {
   HELLO: "HELLO", WELCOME: "WELCOME", PREPARE: "PREPARE", READY: "READY", QUESTION: "QUESTION",
   SHARES_0: "SHARES_0", SHARES_1: "SHARES_1", OUTPUT: "OUTPUT", REQUEST: "REQUEST",
-  RESULT: "RESULT", ACCEPTED: "ACCEPTED",
+  RESULT: "RESULT", ACCEPTED: "ACCEPTED", SCORE: "SCORE", TOTAL: "TOTAL",
 }  # fmt: skip
 SHARES = (SHARES_0, SHARES_1)  # by party
 VERSION = 3

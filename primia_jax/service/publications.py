@@ -53,10 +53,13 @@ class About:
     version: of the model, in its owner's words.
     image_size, channels: of the images that it takes.
     label_names: the classes, in order.
-    output: "probabilities" (the clinic receives logits) or "label".
+    output: "probabilities" (the clinic receives logits) or "label"; of a score, what is opened of
+      many labelled images: "confusion" or "roc".
     images: in one run of the protocol.
     grey_bits, ct_window: how images are read, as in training.
     intended_use: in its owner's words.
+    opened_to: of a score, whom it is opened to (`scores`); else empty.
+    positive, bins: of a ROC, the class and the number of thresholds.
   """
 
   version: str
@@ -68,6 +71,9 @@ class About:
   grey_bits: int = 0
   ct_window: str = ""
   intended_use: str = "research only; not for diagnosis"
+  opened_to: str = ""
+  positive: str = ""
+  bins: int = 0
 
 
 class Kept(NamedTuple):
@@ -232,9 +238,9 @@ def received(folder: pathlib.Path, name: str) -> Received:
 
 
 def images_shape(plan: Plan) -> tuple[int, ...]:
-  """Of the images of one run of the protocol: N, H, W, C."""
+  """Of the images of one run of the protocol: N, H, W, C; labels come after them."""
   of = [a.shape for by, a in zip(plan.owners, plan.program.avals, strict=True) if by == DATA_OWNER]
-  return of[0] if len(of) == 1 else ()
+  return of[0] if of else ()
 
 
 # ---- files
