@@ -41,12 +41,7 @@ def main() -> None:
   if connect.connect:
     _ask(connect, config)
     return
-  for name in ("folder", "model", "timeout"):
-    if FLAGS[name].present:
-      raise ValueError(
-        f"{name}={FLAGS[name].value} without connect: it is a clinic's; name the server with "
-        "--connect"
-      )
+  encrypted.check_connect(FLAGS)
   encrypted.check(config)
   model, weights, label_names, model_config = encrypted.load_model(config.checkpoint)
   size, _, channels = model_config.image_shape

@@ -10,13 +10,19 @@ work and begins no other.
 
 import contextlib
 import dataclasses
+import datetime
+import functools
+import json
+import pathlib
 import signal
 import sys
 import threading
 import time
 
+import numpy as np
 from absl import flags
 
+from primia_jax import durable
 from primia_jax.mpc import apart
 from primia_jax.mpc.sharing import MODEL_OWNER
 from primia_jax.service import certificates, folders, inbox, institutions, publications
@@ -122,10 +128,16 @@ def _serve(s: Serve, folder, names, known, journal: Journal, limits: Limits) -> 
   for name in names:
     start = time.perf_counter()
     kept = publications.kept(folder, name)
-    online = apart.online(kept.owner.plan, MODEL_OWNER)
+    opened_to = kept.about.opened_to
+    online = apart.online(kept.owner.plan, MODEL_OWNER, opens=not opened_to)
     kept.owner.warm_up()
     place = publications.model_folder(folder, name)
-    models.append(Served(name, place, kept.owner, kept.publication, online, kept.about.images))
+    models.append(
+      Served(
+        name, place, kept.owner, kept.publication, online, kept.about.images, opened_to,
+        functools.partial(_keep_score, place),
+      )
+    )  # fmt: skip
     took = round(time.perf_counter() - start, 2)
     journal.note("ready", model=name, seconds=took)
     for clinic in known:
@@ -157,6 +169,15 @@ def _serve(s: Serve, folder, names, known, journal: Journal, limits: Limits) -> 
     while journal.sessions and time.monotonic() < end:
       time.sleep(0.05)
   journal.note("stopped")
+
+
+def _keep_score(place: pathlib.Path, clinic: str, counts: np.ndarray) -> None:
+  """Keeps a score that is opened to the model owner, in a file of its own."""
+  moment = datetime.datetime.now(datetime.UTC)
+  content = {"clinic": clinic, "time": moment.isoformat(), "counts": counts.tolist()}
+  path = folders.make(place / clinic / "scores") / f"{moment:%Y%m%dT%H%M%S%f}.json"
+  durable.create(path, (json.dumps(content) + "\n").encode())
+  durable.sync_folder(path.parent)
 
 
 if __name__ == "__main__":

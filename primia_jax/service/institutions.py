@@ -254,7 +254,11 @@ class Clinic:
     return self._session.ask(*images)
 
   def score(
-    self, parts: Iterable[Sequence[PyTree]], count: int, opened_to: str
+    self,
+    parts: Iterable[Sequence[PyTree]],
+    count: int,
+    opened_to: str,
+    enter: Callable[[], object] = lambda: None,
   ) -> np.ndarray | None:
     """A sum over many images, opened once; arguments and result as in `scores.ask`.
 
@@ -262,7 +266,7 @@ class Clinic:
       SessionEnded, LookupError: as `ask`; nothing is opened.
     """
     scores.check_count(self._plan, count)
-    return scores.ask(self._session, self._plan, self._reserve, parts, count, opened_to)
+    return scores.ask(self._session, self._plan, self._reserve, parts, count, opened_to, enter)
 
 
 @contextlib.contextmanager

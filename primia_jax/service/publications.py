@@ -216,12 +216,17 @@ def kept(folder: pathlib.Path, name: str) -> Kept:
 # ---- a clinic
 
 
-def received(folder: pathlib.Path, name: str) -> Received:
+def received(folder: pathlib.Path, name: str, is_score: bool = False) -> Received:
   """A publication that was copied into a clinic's folder.
+
+  Args:
+    folder: the clinic's.
+    name: of the publication.
+    is_score: whether it shall open a score of many images, or answer about each.
 
   Raises:
     FileNotFoundError: a file of it is missing.
-    ValueError: a file is damaged, or they do not belong together.
+    ValueError: a file is damaged, they do not belong together, or it does the other thing.
   """
   place = _existing(folder, name)
   missing = [f for f in ("about.json", "plan", "publication", SERVER) if not (place / f).is_file()]
@@ -233,6 +238,13 @@ def received(folder: pathlib.Path, name: str) -> Received:
   about, plan = _about(place), saving.read(place / "plan")
   if images_shape(plan) != (about.images, about.image_size, about.image_size, about.channels):
     raise ValueError(f"{place}: about.json and the plan do not belong together; copy both again")
+  if bool(about.opened_to) != is_score:
+    does = (
+      "opens a score of labelled images: primia-score"
+      if about.opened_to
+      else ("answers about single images: primia-infer")
+    )
+    raise ValueError(f"model={name} {does} --connect asks it")
   publication = saving.read(place / "publication")
   return Received(about, plan, publication, (place / SERVER).read_bytes())
 

@@ -94,6 +94,7 @@ def ask(
   parts: Iterable[Sequence[Any]],
   count: int,
   opened_to: str,
+  enter: Callable[[], object] = lambda: None,
 ) -> np.ndarray | None:
   """The hospital's side, in an open session: the result, or None if only the vendor gets it.
 
@@ -104,12 +105,14 @@ def ask(
     parts: (images, labels) of each run, as planned.
     count: of images, without what fills the last run.
     opened_to: one of RECEIVERS.
+    enter: keeps the hospital's register; it is called once the vendor has accepted.
 
   Raises:
     SessionEnded: nothing is opened, and what was charged stays charged.
   """
   asking.tell(frames.SCORE, _SCORE.pack(count, RECEIVERS.index(opened_to)))
   asking.hear(frames.ACCEPTED, 0)
+  enter()
   total = scoring.Total(plan, DATA_OWNER)
   for part in parts:
     asking.prepare(reserve())
