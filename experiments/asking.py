@@ -171,8 +171,7 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
 def _say(s: Connect, received: Received, count: int, notes: Any) -> None:
   about = received.about
   shape = f"{about.image_size} x {about.image_size} x {about.channels}"
-  rows = pricing.rows(received.plan.circuit)
-  sent, rounds = (sum(getattr(row, name) for row in rows) for name in ("sent", "rounds"))
+  _, sent, rounds = pricing.total(received.plan.circuit)
   learns = "the class, no logits" if about.output == "label" else "the logits of its own images"
   print(
     f"Server  {s.connect}, {certificates.name(received.server)}, SHA-256 "

@@ -227,8 +227,6 @@ def _checked(plan, s, work, weights, images, result) -> str:
 
 
 def _summary(s, work, result, plan, num: int) -> dict[str, Any]:
-  rows = pricing.rows(plan.circuit)
-  per_run = {name: sum(getattr(row, name) for row in rows) for name in ("dealt", "sent", "rounds")}
   return {
     "opened": s.opened,
     "opened_to": s.opened_to,
@@ -240,7 +238,7 @@ def _summary(s, work, result, plan, num: int) -> dict[str, Any]:
     "images": num,
     "images_in_a_run": s.batch,
     "runs": result.runs,
-    "bytes_and_rounds_of_a_run": per_run,
+    "bytes_and_rounds_of_a_run": pricing.total(plan.circuit)._asdict(),
     "seconds": result.seconds,
     "config": dataclasses.asdict(plan.config),
     "versions": report.versions(),

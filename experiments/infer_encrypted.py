@@ -197,9 +197,7 @@ def _costs(
 ) -> dict[str, Any]:
   """The content of `costs.json`: seconds as measured, bytes and rounds of one run as planned."""
   network = encrypted.parse_network(config.network)
-  dealt, sent, rounds = (
-    sum(getattr(row, name) for row in rows) for name in ("dealt", "sent", "rounds")
-  )
+  dealt, sent, rounds = pricing.total(plan.circuit, rows)
   seconds = result.seconds
 
   def phase(
