@@ -260,8 +260,7 @@ def describe(s: Connect, received: Received) -> str:
   """The server and the model."""
   about = received.about
   shape = f"{about.image_size} x {about.image_size} x {about.channels}"
-  rows = pricing.rows(received.plan.circuit)
-  sent, rounds = (sum(getattr(row, name) for row in rows) for name in ("sent", "rounds"))
+  _, sent, rounds = pricing.total(received.plan.circuit)
   return (
     f"Server   {s.connect}, {certificates.name(received.server)}, SHA-256 "
     f"{certificates.fingerprint(received.server)[:16]}...\n"

@@ -185,10 +185,8 @@ def one_process(plan: Any, weights: PyTree) -> Ask:
   model_owner = roles.ModelOwner(plan, weights)
   dealer = roles.Dealer(plan, model_owner.tag)
   data_owner = roles.DataOwner(plan, model_owner.publish(dealer.blind()))
-  online, rows = roles.online(plan), pricing.rows(plan.circuit)
-  dealt, sent, rounds = (
-    sum(getattr(row, name) for row in rows) for name in ("dealt", "sent", "rounds")
-  )
+  online = roles.online(plan)
+  dealt, sent, rounds = pricing.total(plan.circuit)
 
   def ask(image: np.ndarray, told: Callable[[str], None]) -> Answer:
     seconds: dict[str, float] = {}

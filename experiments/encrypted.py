@@ -102,6 +102,16 @@ class Connect:
   timeout: float = _(60.0, "longest wait, in seconds, for a message of the server")
 
 
+def check_connect(values: Any) -> None:
+  """Raises ValueError for flags of `Connect` where no server is named; values are absl's."""
+  for name in ("folder", "model", "timeout"):
+    if values[name].present and not values["connect"].value:
+      raise ValueError(
+        f"{name}={values[name].value} without connect: it is a clinic's; name the server with "
+        "--connect"
+      )
+
+
 def check(s: Infer) -> None:
   """Refuses wrong flags before any work.
 

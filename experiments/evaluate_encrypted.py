@@ -5,6 +5,10 @@
 What is opened is the confusion matrix, whether accuracy reaches a threshold (one bit), or a ROC in
 bins; to the hospital, the vendor or both. Nobody sees an image, a label, a prediction or the counts
 of one batch. This process simulates both parties and the dealer, so it protects nothing by itself.
+
+  primia-score --connect=HOST:PORT --folder=hospital --model=chest-score --data=folder:PATH
+
+This is a hospital: it scores a model at its owner's server (primia-publish --score, primia-serve).
 """
 
 import dataclasses
@@ -24,19 +28,25 @@ from .configs.data import Data
 
 settings.define_flags(scored.Score)
 settings.define_flags(Data)
+settings.define_flags(encrypted.Connect)
 FLAGS = flags.FLAGS
 FLAGS.set_default("data", "")
 flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:
-  s = settings.from_flags(scored.Score)
-  scored.check(s)
+  s, connect = settings.from_flags(scored.Score), settings.from_flags(encrypted.Connect)
+  encrypted.check_connect(FLAGS)
+  if not connect.connect:
+    scored.check(s)
   if not FLAGS.data or FLAGS.site_data:
     raise ValueError(
       f"data={FLAGS.data!r}, site_data={FLAGS.site_data!r}: name the hospital's labelled images "
       "with --data, such as --data=folder:PATH"
     )
+  if connect.connect:
+    _ask(connect, s)
+    return
   model, weights, names, model_config = encrypted.load_model(s.checkpoint)
   model_files.take_form(FLAGS, s.checkpoint, model_config)
   config = settings.from_flags(Data)
@@ -83,12 +93,55 @@ def main() -> None:
   if s.check:
     print(f"\n{_checked(plan, s, work, weights, images, result)}")
   if s.output_dir:
-    folder = pathlib.Path(s.output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.txt").write_text(f"{plan}\n")
-    summary = _summary(s, work, result, plan, len(images))
-    (folder / "score.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\nscore.json and plan.txt are in {folder}")
+    _write(s, work, result, plan, len(images))
+
+
+def _ask(connect: encrypted.Connect, given: scored.Score) -> None:
+  """A hospital asks a vendor's server."""
+  try:
+    from . import scored_apart  # here, because only this needs gRPC
+  except ImportError as error:
+    raise ValueError(str(error)) from error
+  of_vendor = {field.name for field in dataclasses.fields(scored.Score)} - set(scored_apart.OWN)
+  for name in sorted(of_vendor):
+    if FLAGS[name].present:
+      raise ValueError(
+        f"{name} with connect: the vendor has decided it with primia-publish --score; leave it out"
+      )
+  folder, received, s = scored_apart.received(connect, given)
+  about = received.about
+  model_files.set_form(FLAGS, about.image_size, about.channels, about.ct_window, about.grey_bits)
+  config = settings.from_flags(Data)
+  inputs.source(config)
+  what = scored_apart.asked(connect, folder, received, s, config)
+  print(
+    f"Server    {connect.connect}, model {connect.model}, version {about.version}\n"
+    f"          {about.intended_use}\n"
+    f"Hospital  {len(what.marks)} labelled images of {what.data.name}, {s.batch} in a run"
+  )
+  for name, text in what.data.notes.items():
+    print(f"          {name}: {text}")
+  print(f"Opened    {_opened(s)}, to {_receivers(s)}\n\n{_who_learns_what(s)}\n", flush=True)
+  answer = scored_apart.run(connect, what)
+  result = scored.Result(answer.counts, None, answer.seconds, answer.runs)
+  if answer.counts is None:
+    print(f"\nOpened to the vendor alone, of {len(what.marks)} images.\n\n{_times(result)}")
+  else:
+    print(f"\n{_shown(s, what.work, result)}\n\n{_times(result)}")
+  print(
+    f"\nA run took {len(answer.sizes)} rounds and {pricing.bytes_text(sum(answer.sizes))} each way."
+  )
+  if s.output_dir:
+    _write(s, what.work, result, what.plan, len(what.marks))
+
+
+def _write(s, work, result, plan, num: int) -> None:
+  folder = pathlib.Path(s.output_dir).expanduser()
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "plan.txt").write_text(f"{plan}\n")
+  summary = _summary(s, work, result, plan, num)
+  (folder / "score.json").write_text(json.dumps(summary, indent=2) + "\n")
+  print(f"\nscore.json and plan.txt are in {folder}")
 
 
 def _opened(s: scored.Score) -> str:
@@ -174,8 +227,6 @@ def _checked(plan, s, work, weights, images, result) -> str:
 
 
 def _summary(s, work, result, plan, num: int) -> dict[str, Any]:
-  rows = pricing.rows(plan.circuit)
-  per_run = {name: sum(getattr(row, name) for row in rows) for name in ("dealt", "sent", "rounds")}
   return {
     "opened": s.opened,
     "opened_to": s.opened_to,
@@ -187,7 +238,7 @@ def _summary(s, work, result, plan, num: int) -> dict[str, Any]:
     "images": num,
     "images_in_a_run": s.batch,
     "runs": result.runs,
-    "bytes_and_rounds_of_a_run": per_run,
+    "bytes_and_rounds_of_a_run": pricing.total(plan.circuit)._asdict(),
     "seconds": result.seconds,
     "config": dataclasses.asdict(plan.config),
     "versions": report.versions(),

@@ -39,12 +39,7 @@ def main() -> None:
   if connect.connect:
     _ask(connect, config)
     return
-  for name in ("folder", "model", "timeout"):
-    if FLAGS[name].present:
-      raise ValueError(
-        f"{name}={FLAGS[name].value} without connect: it is a clinic's; name the server with "
-        "--connect"
-      )
+  encrypted.check_connect(FLAGS)
   encrypted.check(config)
   model, weights, label_names, model_config = encrypted.load_model(config.checkpoint)
   size, _, channels = model_config.image_shape
@@ -163,9 +158,7 @@ def _costs(
 ) -> dict[str, Any]:
   """The content of `costs.json`: seconds as measured, bytes and rounds of one run as planned."""
   network = encrypted.parse_network(config.network)
-  dealt, sent, rounds = (
-    sum(getattr(row, name) for row in rows) for name in ("dealt", "sent", "rounds")
-  )
+  dealt, sent, rounds = pricing.total(plan.circuit, rows)
   seconds = result.seconds
 
   def phase(

@@ -81,7 +81,14 @@ def take_form(values: flags.FlagValues, run_dir: str, config: models.ModelConfig
     ValueError: a flag asks for another form.
   """
   size, _, channels = config.image_shape
-  form = {"image_size": size, "channels": channels, "ct_window": ct_window(run_dir)}
+  set_form(values, size, channels, ct_window(run_dir), grey_bits(run_dir))
+
+
+def set_form(
+  values: flags.FlagValues, size: int, channels: int, window: str, grey_bits: int
+) -> None:
+  """Sets the flags of the images' form; raises ValueError if one asks for another form."""
+  form = {"image_size": size, "channels": channels, "ct_window": window}
   for name, value in form.items():
     if values[name].present and values[name].value != value:
       raise ValueError(
@@ -89,4 +96,4 @@ def take_form(values: flags.FlagValues, run_dir: str, config: models.ModelConfig
       )
     values[name].value = value
   if not values["grey_bits"].present:
-    values["grey_bits"].value = grey_bits(run_dir)
+    values["grey_bits"].value = grey_bits

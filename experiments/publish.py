@@ -14,19 +14,23 @@ open, and checks its answer when called again.
 With --client=sharing clinics only share their images between this model owner and a helper. The
 publication then goes to the helper (vendor/outbox/helper), and the dealer deals for it. Clinics get
 vendor/outbox/cards/NAME.json, which tells them both servers' addresses and certificates.
+
+--score=confusion publishes a score on a hospital's labelled images, of which only the sum is opened
+(primia-score --connect).
 """
 
 import dataclasses
 import datetime
 
+import numpy as np
 from absl import flags
 
 from primia_jax.models import MEAN, STD
 from primia_jax.mpc.circuit import CHECKED, CLIENTS, SHARING, TRUSTED
-from primia_jax.service import certificates, inbox, publications, supply
+from primia_jax.service import certificates, inbox, publications, scores, supply
 from primia_jax.service.publications import About
 
-from . import encrypted, model_files, running, settings
+from . import encrypted, model_files, running, scored, settings
 from .folders import alone, host_and_port, role_folder
 
 
@@ -52,6 +56,17 @@ class Publish:
   helper_address: str = settings.setting(
     "", "sharing: HOST:PORT at which clinics reach the helper's server"
   )
+  score: str = settings.setting(
+    "",
+    "publish a score on a hospital's labelled images instead of answers: confusion (the matrix of "
+    "counts) or roc (counts at --bins thresholds of the probability of --positive)",
+  )
+  opened_to: str = settings.setting(
+    scores.HOSPITAL,
+    "score: who learns it, to which the hospital must agree: hospital, vendor, both",
+  )
+  positive: str = settings.setting("", "score=roc: the class whose probability is compared")
+  bins: int = settings.setting(20, "score=roc: thresholds between 0 and 1, 1 to 100")
   rotate: str = settings.setting(
     "", "publish the weights and plan of this publication under a new name, with new keys"
   )
@@ -95,6 +110,10 @@ def main() -> None:
   given = [f"{k}={getattr(s, k)}" for k in ("address", "helper_address") if getattr(s, k)]
   if given and s.client != SHARING:
     raise ValueError(f"{given[0]} with client={s.client}: it is for --client={SHARING} only")
+  if s.score:
+    _check_score(s)
+    if not flags.FLAGS["batch"].present:
+      protocol = dataclasses.replace(protocol, batch=scored.Score.batch)
   is_new = not place.exists()
   if s.client == SHARING and (given or not (is_new or s.check_dealer)):
     for name in ("address", "helper_address"):
@@ -118,6 +137,23 @@ def main() -> None:
       _finish(s, folder)
 
 
+def _check_score(s: Publish) -> None:
+  settings.choose("score", s.score, ("confusion", "roc"))
+  settings.choose("opened_to", s.opened_to, scores.RECEIVERS)
+  settings.require(1 <= s.bins <= 100, "bins", s.bins, "must be 1 to 100")
+  if bool(s.positive) != (s.score == "roc"):
+    raise ValueError(
+      f"positive={s.positive!r} with score={s.score}: name a class with score=roc, and only there"
+    )
+  if s.rotate:
+    raise ValueError(f"score={s.score} with rotate={s.rotate}: the old publication says what it is")
+  if s.client != TRUSTED:
+    raise ValueError(
+      f"score={s.score} with client={s.client}: a hospital's labels are its word, so nothing would "
+      "hold what the other kinds of clients promise; leave client out"
+    )
+
+
 def _begin(s: Publish, protocol: encrypted.Planned, folder) -> None:
   version = s.version or datetime.date.today().isoformat()
   if s.rotate:
@@ -127,13 +163,20 @@ def _begin(s: Publish, protocol: encrypted.Planned, folder) -> None:
     model, weights, label_names, config = encrypted.load_model(protocol.checkpoint)
     calibration, source = encrypted.calibration_images(protocol, config, label_names)
     print(f"Calibrating on {source} and choosing the ring ...", flush=True)
-    plan = encrypted.make_plan(protocol, model, weights, calibration, s.client)
+    if s.score:
+      opened = scored.Score(opened=s.score, positive=s.positive, bins=s.bins)
+      score, rows, columns = scored.function(opened, model, label_names)
+      task = scored.Task(score, np.zeros(0, int), rows, columns)
+      plan = scored.make_plan(protocol, task, model, weights, calibration)
+    else:
+      plan = encrypted.make_plan(protocol, model, weights, calibration, s.client)
     leaves = publications.leaves(weights)
     size, _, channels = config.image_shape
     about = About(
-      version, size, channels, label_names, protocol.output, protocol.batch,
+      version, size, channels, label_names, s.score or protocol.output, protocol.batch,
       protocol.grey_bits or model_files.grey_bits(protocol.checkpoint),
       model_files.ct_window(protocol.checkpoint), s.intended_use,
+      s.opened_to if s.score else "", s.positive, s.bins if s.positive else 0,
     )  # fmt: skip
     print(f"\nThe plan, which clinics and the dealer see:\n\n{plan}\n")
   outbox = publications.begin(folder, s.model, about, plan, leaves)

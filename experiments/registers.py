@@ -50,6 +50,18 @@ def model_digest(weights: PyTree) -> str:
   return found.hexdigest()
 
 
+def check_new(folder: pathlib.Path, model: str, images: Sequence[str]) -> None:
+  """Raises ValueError, as `charge` does, if an image is in an earlier result of the model."""
+  path = folder / "register.json"
+  known = {mark for e in _entries(path) if e["model"] == model for mark in e["images"]}
+  if again := known & set(images):
+    raise ValueError(
+      f"{len(again)} of {len(images)} images are in an earlier result of this model "
+      f"({path}): the difference of two results tells the classes of single images; leave "
+      "these images out"
+    )
+
+
 def charge(
   folder: pathlib.Path, model: str, opened: str, images: Sequence[str], budget: int
 ) -> int:
@@ -80,13 +92,7 @@ def charge(
         f"query_budget={budget}: {spent} of it are spent, and {len(images)} images cost one each; "
         "the vendor may raise it with --query_budget, or give fewer images"
       )
-    known = {mark for entry in before for mark in entry["images"]}
-    if again := known & set(images):
-      raise ValueError(
-        f"{len(again)} of {len(images)} images are in an earlier result of this model "
-        f"({path}): the difference of two results tells the classes of single images; leave "
-        "these images out"
-      )
+    check_new(folder, model, images)
     entries.append(
       {
         "model": model,

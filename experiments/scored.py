@@ -84,6 +84,14 @@ class Score:
   batch: int = setting(48, "images in one run of the protocol")
 
 
+def check_own(s: Score) -> None:
+  """Refuses wrong flags of the hospital before any work; raises as `check` does."""
+  choose("opened_to", s.opened_to, RECEIVERS)
+  choose("small_classes", s.small_classes, ("refuse", "merge"))
+  if s.output_dir:
+    folders.to_write(s.output_dir, FILES)
+
+
 def check(s: Score) -> None:
   """Refuses wrong flags before any work.
 
@@ -91,9 +99,8 @@ def check(s: Score) -> None:
     ValueError, FileNotFoundError: the message names the flag and the cure.
   """
   encrypted.check_protocol(s)
+  check_own(s)
   choose("opened", s.opened, OPENED)
-  choose("opened_to", s.opened_to, RECEIVERS)
-  choose("small_classes", s.small_classes, ("refuse", "merge"))
   if s.opened == "accuracy":
     require(0 < s.threshold <= 1, "threshold", s.threshold, "must lie above 0 and be at most 1")
   elif s.threshold:
@@ -117,8 +124,6 @@ def check(s: Score) -> None:
       f"vendor_dir={s.vendor_dir} is also hospital_dir; the vendor must not have the key of the "
       "images' marks: name two folders"
     )
-  if s.output_dir:
-    folders.to_write(s.output_dir, FILES)
 
 
 class Task(NamedTuple):
@@ -137,35 +142,64 @@ class Task(NamedTuple):
 
 
 def task(s: Score, model: models.Model, data: Dataset, marks: list[str]) -> Task:
-  """The function and the labels, once the images are known.
+  """The function and the labels, once the images are known; raises as `labelled` and `function`."""
+  score, _, columns = function(s, model, tuple(data.label_names))
+  labels, rows = labelled(s, data, marks)
+  return Task(score, labels, rows, columns)
+
+
+def function(
+  s: Any, model: models.Model | None, names: tuple[str, ...]
+) -> tuple[scoring.Score, tuple[str, ...], tuple[str, ...]]:
+  """What is computed, and the names of rows and columns if no classes are merged.
+
+  Args:
+    s: has opened, positive and bins.
+    model: the model; None where only the names matter.
+    names: of the classes.
 
   Raises:
-    ValueError: there are too few images, of a class or in all, or no such class.
+    ValueError: there is no such class.
+  """
+  logits = encrypted.functions(model)["probabilities"] if model else lambda weights, images: images
+  if s.opened == "confusion":
+    return scoring.confusion(logits), names, names
+  if s.opened == "accuracy":
+    return scoring.right(logits), names, ("right",)
+  if s.positive not in names:
+    raise ValueError(f"positive={s.positive!r}; the model's classes are {', '.join(names)}")
+  levels = [(i + 1) / (s.bins + 1) for i in range(s.bins)]
+  columns = (*(f"{level:.3f}" for level in levels), "all")
+  score = scoring.roc(logits, names.index(s.positive), levels)
+  return score, ("other classes", s.positive), columns
+
+
+def labelled(s: Score, data: Dataset, marks: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+  """The labels as numbers of rows, and the rows' names.
+
+  Raises:
+    ValueError: there are too few images, of a class or in all.
   """
   names, labels = tuple(data.label_names), np.asarray(data.labels)
-  logits = encrypted.functions(model)["probabilities"]
   merge, keys = s.small_classes == "merge", [mark.encode() for mark in marks]
   if s.opened == "confusion":
     rows = scoring.rows(labels, keys, names, merge)
-    return Task(scoring.confusion(logits), rows.of_class[labels], rows.names, names)
+    return rows.of_class[labels], rows.names
   if s.opened == "accuracy":
     scoring.rows(np.zeros(len(labels), int), keys, ("all",))
-    return Task(scoring.right(logits), labels, names, ("right",))
-  if s.positive not in names:
-    raise ValueError(f"positive={s.positive!r}; the model's classes are {', '.join(names)}")
-  positive = names.index(s.positive)
-  two = ("other classes", s.positive)
-  scoring.rows((labels == positive).astype(int), keys, two)
-  levels = [(i + 1) / (s.bins + 1) for i in range(s.bins)]
-  columns = (*(f"{level:.3f}" for level in levels), "all")
-  score = scoring.roc(logits, positive, levels)
-  return Task(score, (labels == positive).astype(int), two, columns)
+    return labels, names
+  two, found = ("other classes", s.positive), (labels == names.index(s.positive)).astype(int)
+  scoring.rows(found, keys, two)
+  return found, two
 
 
 def make_plan(
-  s: Score, work: Task, model: models.Model, weights: PyTree, calibration: np.ndarray
+  s: Any, work: Task, model: models.Model, weights: PyTree, calibration: np.ndarray
 ) -> planning.Plan:
-  """Chooses the ring by the logits, as `infer_encrypted` does, and plans; raises as that does."""
+  """Chooses the ring by the logits, as `infer_encrypted` does, and plans; raises as that does.
+
+  s is a `Score`, or an `encrypted.Planned`.
+  """
   logits = encrypted.functions(model)["probabilities"]
   config = encrypted.choose_config(s, logits, encrypted.examples(weights, calibration))
   images = encrypted.normalised(calibration)
@@ -216,7 +250,7 @@ def run(plan: planning.Plan, s: Score, work: Task, weights: PyTree, images: Any)
   data_owner = roles.DataOwner(plan, publication)
   online = roles.online(plan)
   vendor, hospital = scoring.Total(plan, MODEL_OWNER), scoring.Total(plan, DATA_OWNER)
-  for number, (part, labels) in enumerate(parts(s, work, images)):
+  for number, (part, labels) in enumerate(parts(s.batch, work.labels, len(work.rows), images)):
     first = "first batch: " if number == 0 else ""
     ours, theirs = timed(f"{first}deal", dealer.deal)
     prepare = functools.partial(_prepared, model_owner, data_owner, ours, theirs)
@@ -255,11 +289,11 @@ def least_right(s: Score, num: int) -> int:
   return math.ceil(round(s.threshold * num, 6))
 
 
-def parts(s: Score, work: Task, images: Any) -> Any:
+def parts(batch: int, of_rows: np.ndarray, num_rows: int, images: Any) -> Any:
   """(images, labels) of each batch; what fills the last batch has labels of 0."""
-  for number, part in enumerate(batches(images, s.batch)):
-    own = work.labels[number * s.batch : (number + 1) * s.batch]
-    labels = np.zeros((s.batch, len(work.rows)), np.float32)
+  for number, part in enumerate(batches(images, batch)):
+    own = of_rows[number * batch : (number + 1) * batch]
+    labels = np.zeros((batch, num_rows), np.float32)
     labels[np.arange(len(own)), own] = 1
     yield part, jnp.asarray(labels)
 
@@ -275,7 +309,7 @@ def in_the_clear(
   integers, plain = clear.checker(plan), jax.jit(work.score)
   found: Any = 0.0
   wanted: Any = 0.0
-  for number, (part, labels) in enumerate(parts(s, work, images)):
+  for number, (part, labels) in enumerate(parts(s.batch, work.labels, len(work.rows), images)):
     given = weights, encrypted.normalised(part), labels
     try:
       found = found + np.asarray(integers(given), np.float64)

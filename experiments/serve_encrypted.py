@@ -15,14 +15,20 @@ This is the helper of publications whose clinics only share their images (primia
 
 import contextlib
 import dataclasses
+import datetime
+import functools
+import json
+import pathlib
 import signal
 import sys
 import threading
 import time
 from typing import Any
 
+import numpy as np
 from absl import flags
 
+from primia_jax import durable
 from primia_jax.mpc import apart
 from primia_jax.mpc.sharing import MODEL_OWNER
 from primia_jax.service import certificates, folders, helped, inbox, institutions, publications
@@ -204,12 +210,25 @@ def _serve(
   journal.note("stopped")
 
 
-def _served(folder, name: str) -> Served:
+def _served(folder: pathlib.Path, name: str) -> Served:
   kept = publications.kept(folder, name)
-  online = apart.online(kept.owner.plan, MODEL_OWNER)
+  opened_to = kept.about.opened_to
+  online = apart.online(kept.owner.plan, MODEL_OWNER, opens=not opened_to)
   kept.owner.warm_up()
   place = publications.model_folder(folder, name)
-  return Served(name, place, kept.owner, kept.publication, online, kept.about.images)
+  return Served(
+    name, place, kept.owner, kept.publication, online, kept.about.images, opened_to,
+    functools.partial(_keep_score, place),
+  )  # fmt: skip
+
+
+def _keep_score(place: pathlib.Path, clinic: str, counts: np.ndarray) -> None:
+  """Keeps a score that is opened to the model owner, in a file of its own."""
+  moment = datetime.datetime.now(datetime.UTC)
+  content = {"clinic": clinic, "time": moment.isoformat(), "counts": counts.tolist()}
+  path = folders.make(place / clinic / "scores") / f"{moment:%Y%m%dT%H%M%S%f}.json"
+  durable.create(path, (json.dumps(content) + "\n").encode())
+  durable.sync_folder(path.parent)
 
 
 if __name__ == "__main__":

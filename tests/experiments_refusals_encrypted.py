@@ -123,6 +123,12 @@ PUBLISH = """
 --check_dealer=B_ad                         | check_dealer | B_ad | letters
 --check_dealer=hospital-a --check_share=1   | check_share | 1 | less than 1
 --check_dealer=hospital-a                   | share | hospital-a | deal more
+--score=accuracy                            | score | accuracy | confusion
+--score=confusion --opened_to=all           | opened_to | all | both
+--score=roc --positive=viral --bins=0       | bins | 0 | 1 to 100
+--score=roc                                 | positive | '' | class
+--score=confusion --positive=viral          | positive | viral | score=roc
+--score=confusion --client=checked          | score | checked | leave client out
 """
 
 DEAL = """
@@ -184,6 +190,8 @@ SCORE = """
 --positive=viral                            | positive | viral | --opened=roc
 --opened=roc --bins=0                       | bins | 0 | 1 to 100
 --small_classes=keep                        | small_classes | keep | merge
+--folder={vendor}                           | folder | without connect | --connect
+--connect=127.0.0.1:7443                    | checkpoint | vendor has decided | leave it out
 --query_budget=0                            | query_budget | 0 | positive
 --vendor_dir=                               | vendor_dir | empty | vendor
 --hospital_dir=                             | hospital_dir | empty | hospital

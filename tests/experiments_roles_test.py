@@ -1,5 +1,6 @@
 """The programs of the three roles as real processes on loopback, each with its own folder alone."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -15,8 +16,11 @@ import scipy.special
 from experiments_runs import TINY
 from PIL import Image
 
-from experiments import encrypted, model_files, report
-from primia_jax import models, mpc
+from experiments import encrypted, inputs, model_files, report, scored
+from experiments.configs.data import Data
+from experiments.configs.model import normalise
+from primia_jax import evaluation, metrics, models, mpc
+from primia_jax.service import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATIENCE = 300.0  # seconds for a step on a busy machine
@@ -51,6 +55,24 @@ class Programs:
     inbox = self.folders[receiver] / "inbox"
     inbox.mkdir(exist_ok=True)
     (self.folders[sender] / "outbox" / to).rename(inbox / of)
+
+  @contextlib.contextmanager
+  def serving(self, *flags):
+    """A server that ends well; gives its address."""
+    server = self.start(
+      "vendor", "serve_encrypted", "--address=127.0.0.1:0", *flags, stderr=subprocess.PIPE
+    )
+    timer = threading.Timer(PATIENCE, server.kill)
+    timer.start()
+    try:
+      events = (json.loads(line) for line in server.stderr)
+      yield next(event["address"] for event in events if event["event"] == "serving")
+      server.send_signal(signal.SIGTERM)
+      assert server.wait(PATIENCE) == 0
+    finally:
+      timer.cancel()
+      server.kill()
+      server.wait()
 
   def foreign(self, role, *others):
     """What a role has opened of this test that is neither its own nor one of `others`."""
@@ -99,27 +121,13 @@ def test_three_processes_answer_as_one_and_open_their_own_folders_only(programs,
   programs.run(*publish)
   programs.send("vendor", "clinics", "hospital", "model_owner")
 
-  server = programs.start(
-    "vendor", "serve_encrypted", "--address=127.0.0.1:0", "--daily_images=2",
-    stderr=subprocess.PIPE,
-  )  # fmt: skip
-  timer = threading.Timer(PATIENCE, server.kill)
-  timer.start()
-  try:
-    events = (json.loads(line) for line in server.stderr)
-    address = next(event["address"] for event in events if event["event"] == "serving")
+  with programs.serving("--daily_images=2") as address:
     ask = ("hospital", "infer_encrypted", f"--connect={address}", f"--model={MODEL}")
     images = f"--images={hospital / 'images'}"
     said = programs.run(*ask, images, f"--output_dir={hospital / 'out'}")
     assert "not for diagnosis" in said
     over = programs.run(*ask, f"--images={hospital / 'images' / '0.png'}", code=1)
     assert "budget of hospital is 2 images a day, and 2 are used" in over
-    server.send_signal(signal.SIGTERM)
-    assert server.wait(PATIENCE) == 0
-  finally:
-    timer.cancel()
-    server.kill()
-    server.wait()
 
   folder = hospital / "models" / MODEL
   plan = mpc.read(folder / "plan")
@@ -141,3 +149,58 @@ def test_three_processes_answer_as_one_and_open_their_own_folders_only(programs,
   assert [json.loads(line)["event"] for line in log.splitlines()][-1] == "stopped"
   for folder in programs.folders.values():
     assert folder.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slow
+def test_a_hospital_scores_a_vendors_model_as_one_process_and_evaluate_do(programs, tmp_path):
+  run, hospital = tmp_path / "run", programs.folders["hospital"]
+  data = inputs.images_to_test(Data(data="phantom", image_size=16), 5)[0]
+  images, labels = np.asarray(data.images[:60]), np.asarray(data.labels[:60])
+  archive = hospital / "labelled.npz"
+  np.savez(archive, test_images=images[..., 0], test_labels=labels)
+  publish = ("vendor", "publish", f"--model={MODEL}")
+  programs.run(
+    *publish, f"--checkpoint={run}", "--score=confusion", "--opened_to=both", "--batch=20",
+    "--calibration=phantom", "--ring_bits=32", "--fraction_bits=10", "--margin=4",
+  )  # fmt: skip
+  programs.send("vendor", "dealer", "dealer", "model_owner")
+  programs.run("dealer", "deal", f"--model={MODEL}", "--clinic=hospital", "--images=80")
+  programs.send("dealer", "model_owner", "vendor", "dealer")
+  programs.send("dealer", "hospital", "hospital", "dealer")
+  programs.run(*publish)
+  programs.send("vendor", "clinics", "hospital", "model_owner")
+  unused = lambda: len(folders.unused(hospital / "models" / MODEL))
+  with programs.serving("--daily_images=60") as address:
+    ask = (
+      "hospital", "evaluate_encrypted", f"--connect={address}", f"--model={MODEL}",
+      f"--data=npz:{archive}", f"--label_names={','.join(NAMES)}",
+    )  # fmt: skip
+    refused = programs.run(*ask, code=1)
+    assert "opens the result to both" in refused
+    assert unused() == 4
+    said = programs.run(*ask, "--opened_to=both", f"--output_dir={hospital / 'out'}")
+    assert "to hospital and vendor" in said
+    again = programs.run(*ask, "--opened_to=both", code=1)
+    assert "60 of 60 images are in an earlier result" in again
+    assert unused() == 1
+    mixed = programs.run(
+      "hospital", "infer_encrypted", f"--connect={address}", f"--model={MODEL}",
+      f"--images={hospital / 'images'}", code=1,
+    )  # fmt: skip
+    assert "opens a score of labelled images" in mixed
+
+  plan = mpc.read(hospital / "models" / MODEL / "plan")
+  model, weights, _, _ = encrypted.load_model(str(run))
+  one = scored.Score(opened="confusion", batch=20)
+  score, rows, columns = scored.function(one, model, NAMES)
+  task = scored.Task(score, labels, rows, columns)
+  integers, plain = scored.in_the_clear(plan, one, task, weights, images)
+  together = scored.run(plan, one, task, weights, images).counts
+  likely = evaluation.predictor(model.apply, normalise)(weights, images)
+  found = json.loads((hospital / "out" / "score.json").read_text())["counts"]
+  (kept,) = (programs.folders["vendor"] / "models" / MODEL / "hospital" / "scores").iterdir()
+  evaluated = np.asarray(metrics.confusion_matrix(labels, likely.argmax(1), 3)).astype(int)
+  for counts in (integers, plain, together, evaluated, json.loads(kept.read_text())["counts"]):
+    np.testing.assert_array_equal(found, counts)
+  assert programs.foreign("hospital") == programs.foreign("dealer") == set()
+  assert programs.foreign("vendor", run, tmp_path / "given.pem") == set()

@@ -1,5 +1,7 @@
 """A data owner that opens anything else than the protocol says gets no output."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from mpc_reference import OWNERS, normal
 
 from primia_jax import mpc
 from primia_jax.attacks import extraction
-from primia_jax.mpc import apart, checks, protocol, replay, segments, tags
+from primia_jax.mpc import apart, checks, pricing, protocol, replay, segments, tags
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 
 W = {"in": np.abs(normal(0, 4, 3)), "out": normal(1, 3, 2)}
@@ -50,6 +52,22 @@ class World:
 @pytest.fixture(scope="module")
 def world():
   return World(planned(CONFIG))
+
+
+def test_as_many_messages_and_bytes_cross_as_the_plan_says(world):
+  sides = world.sides(X)
+  parties = [online.start(side) for online, side in zip(world.online, sides, strict=True)]
+  sent, crossed = [next(party) for party in parties], []
+  while sent[0]:
+    crossed.append(sent)
+    arrived, sent = sent[::-1], [b"", b""]
+    for i, party in enumerate(parties):
+      with contextlib.suppress(StopIteration):
+        sent[i] = party.send(arrived[i])
+  total = pricing.total(world.plan.circuit)
+  assert [len(first) for first, _ in crossed] == list(world.online[0].sizes)
+  assert (len(crossed), sum(len(first) for first, _ in crossed)) == (total.rounds, total.sent)
+  assert f"{total.rounds:>6}" in next(v for v in str(world.plan).splitlines() if "total" in v)
 
 
 def openings():

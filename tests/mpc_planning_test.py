@@ -76,6 +76,26 @@ def test_calibration_wants_sound_examples(examples, reason):
     planning.calibrate(fn, OWNERS, examples)
 
 
+@pytest.mark.parametrize(
+  "fn",
+  [
+    lambda w, x: (x > 5).astype(np.float32),
+    lambda w, x: jax.numpy.where(x > 5, np.float32(3), 0) * w[0, 0, 0],
+    lambda w, x: jax.numpy.sum(x > 5, axis=1).astype(np.float32),
+    lambda w, x: jax.numpy.mean((x > 5) & (x < 50), axis=1, dtype=np.float32) - 0.0,
+    lambda w, x: (x[:, :4] > 5).astype(np.float32) * 2 + (x[:, 4:] > 5).astype(np.float32),
+    lambda w, x: jax.numpy.where(x + 6 > 7, x + 6, 0),
+  ],
+)
+def test_what_follows_from_comparisons_that_no_example_made_true_has_room(fn):
+  """Its range on the examples is 0."""
+  examples, others = np.zeros_like(X), 10 + np.abs(X)
+  ranges = planning.calibrate(fn, OWNERS, [(W, examples)])
+  plan = planning.plan(fn, OWNERS, (W, X), Config(32, 10, 14), ranges)
+  for x in (examples, others):
+    np.testing.assert_allclose(clear.check(plan, (W, x)), fn(W, x), atol=1e-2)
+
+
 def test_calibration_takes_the_largest_over_examples():
   one, two = (planning.calibrate(fn, OWNERS, [(W, s * X)]) for s in (np.float32(1), np.float32(3)))
   both = planning.calibrate(fn, OWNERS, [(W, np.float32(3) * X), (W, X)])

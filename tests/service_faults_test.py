@@ -20,8 +20,8 @@ from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded
 DOCS = pathlib.Path(__file__).parents[1] / "docs" / "service_faults.md"
 RNG = np.random.default_rng(0)
 KINDS = [  # in the order of a session
-  frames.HELLO, frames.WELCOME, frames.PREPARE, frames.READY, frames.QUESTION, frames.SHARES_1,
-  frames.SHARES_0, frames.OUTPUT,
+  frames.HELLO, frames.WELCOME, frames.PREPARE, frames.ACCEPTED, frames.READY, frames.QUESTION,
+  frames.SHARES_1, frames.SHARES_0, frames.OUTPUT,
 ]  # fmt: skip
 
 
@@ -67,7 +67,13 @@ def slow(seen, other, before):
   return [seen[-1]]
 
 
-AN_INFERENCE = 2 + 9  # messages of a side
+AN_INFERENCE = (3 + 9, 2 + 9)  # messages of each side
+
+
+def party_of(seen):
+  """Who sent these messages."""
+  return int(frames.kind_of(seen[0]) == frames.HELLO)
+
 
 FAULTS = {
   "the sender is killed": lambda seen, other, before: [PeerLost("the connection ended")],
@@ -84,7 +90,9 @@ FAULTS = {
   "it comes twice": lambda seen, other, before: [seen[-1]] * 2,
   "it comes after the sender's next": None,  # see `Faulty`
   "the sender's message before": lambda seen, other, before: seen[-2:-1],
-  "that of the inference before": lambda seen, other, before: [seen[-1 - AN_INFERENCE]],
+  "that of the inference before": lambda seen, other, before: [
+    seen[-1 - AN_INFERENCE[party_of(seen)]]
+  ],
   "that of an earlier session": lambda seen, other, before: [before[len(seen) - 1]],
   "the receiver's own message": lambda seen, other, before: other[-1:],
   "of another kind": encoded(kind=lambda kind: kind % 8 + 1),
@@ -93,8 +101,8 @@ FAULTS = {
   "of another plan": of_another_plan,
 }
 ONLY = {  # faults that not every message can have
-  "a bit of the payload flips": set(KINDS) - {frames.READY},
-  "only its header comes": set(KINDS) - {frames.READY},
+  "a bit of the payload flips": set(KINDS) - {frames.ACCEPTED, frames.READY},
+  "only its header comes": set(KINDS) - {frames.ACCEPTED, frames.READY},
   "the sender's message before": set(KINDS) - {frames.HELLO, frames.WELCOME},
   "that of the inference before": set(KINDS) - {frames.HELLO, frames.WELCOME},
   "the receiver's own message": set(KINDS) - {frames.HELLO},
@@ -134,7 +142,7 @@ def outcome(world, both, name, place, before):
   left = [set(folders.unused(folder)) for folder in of]
   pipe, images = Faulty(name, place, before), [X]
   if name == "that of the inference before":
-    pipe.place, images = (place[0], place[1] + AN_INFERENCE), [X, -X]
+    pipe.place, images = (place[0], place[1] + AN_INFERENCE[place[0]]), [X, -X]
   ends = inference(world, both, pipe, images)
   if not isinstance(ends[1], SessionEnded):  # then it is right
     (ends[1],) = ends[1]
@@ -231,8 +239,9 @@ A session ends with the right answer or with a named error on both sides (`servi
 with a wrong answer. An error comes at once, but for a side that hears nothing: it waits for
 `Limits.timeout` (60 s by default), between inferences for `Limits.idle` (600 s), and a session
 lasts for `Limits.session` (an hour) at most. The clinic marks its correlations as used before it
-sends PREPARE, the model owner when PREPARE comes. A half without the other is of no use, so none
-serves twice, after any fault.
+sends PREPARE, and takes the mark back only if the model owner refuses. The model owner marks its
+own before it sends ACCEPTED. A half without the other is of no use, so none serves twice, after any
+fault.
 
 ## A message that is not as it should be
 

@@ -39,14 +39,14 @@ class Roles(NamedTuple):
   clinic: pathlib.Path
 
 
-def made(root, plan, model=MODEL):
+def made(root, plan, model=MODEL, about=ABOUT):
   """Certificates are exchanged, and the vendor has begun a publication."""
   roles = Roles(*(folders.make(root / name) for name in Roles._fields))
   certificates.create(roles.vendor, "vendor-b")
   own = certificates.create(roles.clinic, CLINIC)
   clinics = folders.make(roles.vendor / certificates.CLINICS)
   shutil.copy(own, clinics / f"{CLINIC}.pem")
-  publications.begin(roles.vendor, model, ABOUT, plan, WEIGHTS)
+  publications.begin(roles.vendor, model, about, plan, WEIGHTS)
   send(roles.vendor, "dealer", roles.dealer, inbox.MODEL_OWNER, inbox.DEALER)
   return roles
 

@@ -25,7 +25,7 @@ from primia_jax.service import (
   publications,
 )
 from primia_jax.service.channel import Limits
-from primia_jax.service.errors import Refused, SessionEnded
+from primia_jax.service.errors import Refused, SessionEnded, UsedUp
 from primia_jax.service.institutions import Served
 from primia_jax.service.journal import Contract, Journal
 from primia_jax.service.monitoring import grpc, health_pb2, health_pb2_grpc
@@ -143,6 +143,106 @@ def test_a_used_up_budget_is_named_at_the_clinic_and_nothing_is_computed(world, 
   assert (refusal["event"], refusal["error"], refusal["clinic"]) == ("refusal", "Refused", CLINIC)
 
 
+def left(world):
+  """The unused correlations of both sides."""
+  sides = place(world.roles.vendor) / CLINIC, place(world.roles.clinic)
+  return [set(folders.unused(side)) for side in sides]
+
+
+def stopped():
+  event = threading.Event()
+  event.set()
+  return event
+
+
+@pytest.mark.parametrize(
+  ("reason", "options"),
+  [
+    ("is 0 images a day", {"daily": 0}),
+    ("is 0 images in all", {"total": 0}),
+    ("sessions open, as many as it may", {"sessions": 0}),
+    ("was not checked", {"only_checked": True}),
+    ("the server is stopping", {"stopping": stopped()}),
+  ],
+)
+def test_a_refusal_costs_neither_side_correlations(world, reason, options):
+  before = left(world)
+  with world.serving(**options) as (address, audit):
+    for _ in range(2):
+      with pytest.raises(Refused, match=reason):
+        world.ask(address)
+    assert audit.left(CLINIC) == min(options.get("daily", 100), options.get("total", 100))
+  assert left(world) == before
+
+
+def test_a_rate_that_is_reached_costs_no_correlations(world):
+  before = left(world)
+  with world.serving(per_minute=1) as (address, _), pytest.raises(Refused, match="images a minute"):
+    world.ask(address, 2)
+  assert [len(old - new) for old, new in zip(before, left(world), strict=True)] == [1, 1]
+
+
+def test_what_the_server_was_not_dealt_costs_no_query_and_serves_later(world):
+  held = place(world.roles.vendor) / CLINIC / "correlations"
+  before, away = left(world), held.with_name("away")
+  held.rename(away)
+  with world.serving() as (address, audit):
+    with pytest.raises(Refused, match="nothing was dealt"):
+      world.ask(address)
+    away.rename(held)
+    assert (left(world), audit.left(CLINIC)) == (before, 100)
+    (got,) = world.ask(address)
+  np.testing.assert_array_equal(got, wanted(world.plan))
+
+
+def test_what_the_server_has_used_before_is_given_up(world, monkeypatch):
+  """So that it does not stand in the way of the others."""
+  before = left(world)
+  lost = folders.take(place(world.roles.vendor) / CLINIC, min(before[1])).inference
+  monkeypatch.setattr(institutions.secrets, "choice", min)
+  with world.serving() as (address, audit):
+    with pytest.raises(UsedUp, match="were used"):
+      world.ask(address)
+    assert audit.left(CLINIC) == 100
+  assert left(world) == [old - {lost} for old in before]
+
+
+def test_another_plan_or_certificate_costs_no_correlations(world, tmp_path):
+  received = publications.received(world.roles.clinic, MODEL)
+  owner, name = DataOwner(received.plan, received.publication), received.publication.publication
+  stranger, before = folders.make(tmp_path / "stranger"), left(world)
+  certificates.create(stranger, CLINIC)
+  other = world.online[1]._replace(sizes=world.online[1].sizes[1:])
+  number = name[:-32] + 32 * "0"
+  with world.serving() as (address, audit):
+    for reason, folder, publication, online in (
+      ("turned this side's away", stranger, name, world.online[1]),
+      ("another dealing", world.roles.clinic, number, world.online[1]),
+      ("sizes differ", world.roles.clinic, name, other),
+    ):
+      with (
+        pytest.raises(Refused, match=reason),
+        institutions.ask(
+          folder, owner, publication, address, received.server, online, LIMITS,
+          place(world.roles.clinic),
+        ) as session,
+      ):  # fmt: skip
+        session.ask(institution.image())
+    assert audit.left(CLINIC) == 100
+  assert left(world) == before
+
+
+def test_an_image_that_does_not_fit_costs_no_correlations(world):
+  before = left(world)
+  with (
+    world.serving() as (address, _),
+    world.asking(address) as session,
+    pytest.raises(ValueError, match="shapes"),
+  ):
+    session.ask(institution.image()[:, :3])
+  assert left(world) == before
+
+
 def test_further_sessions_of_a_clinic_are_refused_by_name(world):
   with world.serving(sessions=1) as (address, _), world.asking(address) as session:
     session.prepare()
@@ -251,61 +351,3 @@ def test_health_by_grpc():
     assert ask() == status.SERVING
     stop()
     assert ask() == status.NOT_SERVING
-
-
-# ---- what may lie in an inbox
-
-
-def put(folder, sender, name, data=b"x"):
-  path = folder / "inbox" / sender / name
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(data)
-  return path
-
-
-@pytest.mark.parametrize(
-  ("role", "sender", "name"),
-  [
-    ("model_owner", "dealer", "clinics/evil.pem"),
-    ("model_owner", "dealer", "key.pem"),
-    ("model_owner", "dealer", f"models/{MODEL}/secret"),
-    ("model_owner", "dealer", f"models/{MODEL}/{CLINIC}/used/{'0' * 64}"),
-    ("model_owner", "dealer", f"models/{MODEL}/{CLINIC}/checked"),
-    ("clinic", "dealer", f"models/{MODEL}/server.pem"),
-    ("clinic", "dealer", f"models/{MODEL}/plan"),
-    ("clinic", "model_owner", f"models/{MODEL}/correlations/{'0' * 64}"),
-    ("dealer", "model_owner", f"models/{MODEL}/secret"),
-    ("dealer", "model_owner", f"models/{MODEL}/blind_given"),
-  ],
-)
-def test_a_sender_gives_nothing_that_is_not_its_to_give(tmp_path, role, sender, name):
-  folder = folders.make(tmp_path / role)
-  path = put(folder, sender, name)
-  with pytest.raises(ValueError, match="may send; remove it"):
-    inbox.collect(folder, role)
-  assert path.exists()
-  assert not (folder / name).exists()
-
-
-def test_what_is_held_is_never_replaced_and_links_are_refused(tmp_path):
-  folder, name = folders.make(tmp_path / "clinic"), f"models/{MODEL}/server.pem"
-  put(folder, "model_owner", name, b"first")
-  assert inbox.collect(folder, "clinic") == 1
-  put(folder, "model_owner", name, b"first")
-  assert inbox.collect(folder, "clinic") == 0  # the same again
-  put(folder, "model_owner", name, b"second")
-  with pytest.raises(ValueError, match="never replaced"):
-    inbox.collect(folder, "clinic")
-  assert (folder / name).read_bytes() == b"first"
-  put(folder, "model_owner", name, b"first")
-  put(folder, "model_owner", f"models/{MODEL}/plan", b"no plan")
-  with pytest.raises(ValueError, match="no file of a plan"):
-    inbox.collect(folder, "clinic")
-  (folder / "inbox" / "model_owner" / "models" / MODEL / "plan").unlink()
-  (folder / "inbox" / "dealer" / "models" / MODEL / "correlations").mkdir(parents=True)
-  link = folder / "inbox" / "dealer" / "models" / MODEL / "correlations" / ("0" * 64)
-  link.symlink_to("/etc/hostname")
-  with pytest.raises(ValueError, match="may send"):
-    inbox.collect(folder, "clinic")
-  link.rename(link.with_name(".part"))  # what rsync still copies
-  assert inbox.collect(folder, "clinic") == 0

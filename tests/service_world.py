@@ -111,7 +111,7 @@ def inference(world, folder_of, pipe, images=(X,)):
     )  # fmt: skip
     answers = []
     for image in images:
-      asking.prepare(folders.take(folder_of[1], folders.unused(folder_of[1])[0]))
+      asking.prepare(folders.Reserved(folder_of[1], folders.unused(folder_of[1])[0]))
       answers.append(asking.ask(image))
     ends[1] = answers
   except SessionEnded as e:

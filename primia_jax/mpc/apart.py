@@ -28,7 +28,8 @@ from primia_jax.types import Array
 
 # Yields what this party sends (b"" where it only receives), and is sent what the other party sent
 # (b"" where that one only receives). It returns the outputs' shares, [2, ...] each, at the data
-# owner, and None at the model owner. Where the client is "sharing", both parties return their own.
+# owner, and None at the model owner. Where nothing is opened to the data owner, both parties return
+# their own.
 Party = Generator[bytes, bytes | memoryview, list[Array] | None]
 
 
@@ -37,12 +38,14 @@ class Online(NamedTuple):
 
   Attributes:
     sizes: bytes of each message, the same in both directions, but for the last one, which goes from
-      the model owner to the data owner only; where the client is "sharing" there is none.
+      the model owner to the data owner only; where nothing is opened there is none.
     start: this party's side -> its part of one inference.
+    opens: whether the data owner gets the outputs; else both parties keep their shares.
   """
 
   sizes: tuple[int, ...]
   start: Callable[[Side], Party]
+  opens: bool = True
 
 
 def sizes(plan: Plan) -> tuple[int, ...]:
@@ -51,10 +54,10 @@ def sizes(plan: Plan) -> tuple[int, ...]:
   Their number is that of the rounds. It can be lower than in the plan's own table, whose openings
   follow each other: here those that do not wait for each other share a message.
   """
-  return _sizes(plan, _traced(plan)[0])
+  return _sizes(plan, _traced(plan)[0], plan.config.client != SHARING)
 
 
-def online(plan: Plan, party: int) -> Online:
+def online(plan: Plan, party: int, opens: bool = True) -> Online:
   """Traces, cuts and compiles one party's online phase, for many inferences.
 
   Where the client is "checked", the model owner's part raises `checks.Deviated` before it sends
@@ -63,11 +66,13 @@ def online(plan: Plan, party: int) -> Online:
   Args:
     plan: the plan.
     party: MODEL_OWNER or DATA_OWNER; where the client is "sharing", the helper is the latter.
+    opens: whether the data owner gets the outputs; never where the client is "sharing".
 
   Raises:
     ValueError: the plan has arguments given as shares, and its client is not "sharing".
   """
   circuit, config = plan.circuit, plan.config
+  opens = opens and config.client != SHARING
   traced, kinds = _traced(plan)
   with config.scope():
     parts, outputs = segments.cut(traced, party)
@@ -89,12 +94,13 @@ def online(plan: Plan, party: int) -> Online:
       raise ValueError("this side was prepared for another plan; give all roles the same plan")
     env = dict(zip(mine, leaves, strict=True))
     if checking is None:
-      return _ending(plan, party, _rounds(plan, parts, outputs, env))
+      return _ending(plan, party, opens, _rounds(plan, parts, outputs, env))
     if side.tags is None:
       raise ValueError("this side has no tags; prepare it for a plan whose client is checked")
-    return _ending(plan, party, checking(party, side.tags, _rounds(plan, parts, outputs, env)))
+    rounds = checking(party, side.tags, _rounds(plan, parts, outputs, env))
+    return _ending(plan, party, opens, rounds)
 
-  return Online(_sizes(plan, traced), start)
+  return Online(_sizes(plan, traced, opens), start, opens)
 
 
 def inputs(plan: Plan) -> tuple[protocol.Ready, protocol.Operands]:
@@ -115,9 +121,9 @@ def _traced(plan: Plan) -> tuple[core.ClosedJaxpr, Sequence[str]]:
   return traced, noting.kinds if noting else ()
 
 
-def _sizes(plan: Plan, traced: core.ClosedJaxpr) -> tuple[int, ...]:
+def _sizes(plan: Plan, traced: core.ClosedJaxpr, opens: bool) -> tuple[int, ...]:
   check = checks.SIZES if plan.config.client == CHECKED else ()
-  last = () if plan.config.client == SHARING else (segments.num_bytes(traced.out_avals),)
+  last = (segments.num_bytes(traced.out_avals),) if opens else ()
   return (*segments.sizes(traced), *check, *last)
 
 
@@ -142,10 +148,10 @@ def _rounds(
   return [env[i] for i in outputs], crossed
 
 
-def _ending(plan: Plan, party: int, rounds: Rounds) -> Party:
-  """The openings; then the model owner's shares of the outputs to the data owner, if it is one."""
+def _ending(plan: Plan, party: int, opens: bool, rounds: Rounds) -> Party:
+  """The openings; then the model owner's shares of the outputs to the data owner, if it opens."""
   shares, _ = yield from rounds
-  if plan.config.client == SHARING:
+  if not opens:
     return shares
   if party == MODEL_OWNER:
     yield _packed(shares)

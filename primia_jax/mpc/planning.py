@@ -15,7 +15,7 @@ import numpy as np
 
 from primia_jax.mpc import pricing
 from primia_jax.mpc.circuit import Apply, Circuit, Config
-from primia_jax.mpc.lowering import portable, variances
+from primia_jax.mpc.lowering import portable, truths, variances
 from primia_jax.mpc.lowering.holders import Owned, outwards
 from primia_jax.mpc.lowering.lower import lower
 from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, measure, trace
@@ -173,6 +173,8 @@ def calibrate(
 ) -> np.ndarray:
   """The largest magnitude that each value inside fn takes over examples, which the model owner has.
 
+  What follows from comparisons, of which no example made one true, counts as if they were true.
+
   Args:
     fn, owners: as given to `plan`.
     examples: argument lists, all of the shapes to be planned for.
@@ -187,13 +189,13 @@ def calibrate(
       program = _program(fn, owners, args)
     new = measure(program, leaves)
     largest = new if largest is None else np.maximum(largest, new)
-  if largest is None:
+  if program is None or largest is None:
     raise ValueError("examples is empty; calibrate with at least one list of arguments")
   if not np.all(np.isfinite(largest)):
     raise ValueError(
       "a value inside the function is infinite or NaN on the examples; calibrate with finite ones"
     )
-  return largest
+  return truths.with_room(program, largest)
 
 
 def _program(fn: Callable, owners: Sequence[Any], args: Sequence[PyTree]) -> Program:

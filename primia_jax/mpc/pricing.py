@@ -43,6 +43,20 @@ class Row(NamedTuple):
   rounds: int
 
 
+class Total(NamedTuple):
+  """What a whole inference costs.
+
+  Attributes:
+    dealt: bytes that party 1 receives from the dealer.
+    sent: bytes that each party sends to the other.
+    rounds: of communication; the number of messages that the model owner sends (`apart.sizes`).
+  """
+
+  dealt: int
+  sent: int
+  rounds: int
+
+
 class Network(NamedTuple):
   """A link between the parties; every round costs a whole round trip."""
 
@@ -68,6 +82,7 @@ def _scoped(fn: Callable[..., _Result]) -> Callable[..., _Result]:
   return scoped
 
 
+_CHECK_BYTES, _CHECK_ROUNDS = tags.CHALLENGE_BYTES + tags.RESPONSE_BYTES, 2
 LAN, WAN = Network(0.0005, 1e9), Network(0.040, 100e6)
 
 
@@ -95,7 +110,7 @@ def rows(circuit: Circuit) -> list[Row]:
       Row(number, op.layer, what, op.shape, bits, shift, num_dealt, num_sent, len(messages))
     )
   if checked:
-    out.append(Row(-1, "", "check", (), 0, 0, 0, tags.CHALLENGE_BYTES + tags.RESPONSE_BYTES, 2))
+    out.append(Row(-1, "", "check", (), 0, 0, 0, _CHECK_BYTES, _CHECK_ROUNDS))
   secrets = [v for v in circuit.outputs if isinstance(v, Value)]
   num_bytes = sum(math.prod(v.shape) for v in secrets) * circuit.config.dtype.itemsize
   shape = secrets[0].shape if secrets else ()
@@ -106,15 +121,22 @@ def rows(circuit: Circuit) -> list[Row]:
 def rounds(circuit: Circuit) -> int:
   """Rounds of a whole inference: messages that do not wait for each other are sent as one.
 
-  It is the longest chain of messages that do, the output's among them, and so the number of
-  `apart.sizes` and at most the sum of the rows' rounds.
+  It is the longest chain of messages that do, the output's among them, and the two of a check, and
+  so the number of `apart.sizes` and at most the sum of the rows' rounds.
   """
   own = Counter(message.operation for message in protocol.messages(circuit))
   depth: dict[int, int] = {}  # by number of a value, the rounds until it is there
   for number, op in enumerate(circuit.operations):
     depth[op.out] = own[number] + max((depth[i] for i in read(op)), default=0)
   secrets = [v.number for v in circuit.outputs if isinstance(v, Value)]
-  return max((depth[i] + 1 for i in secrets), default=0)
+  checks = _CHECK_ROUNDS if circuit.config.client == CHECKED else 0
+  return max((depth[i] + 1 for i in secrets), default=0) + checks
+
+
+def total(circuit: Circuit, steps: Sequence[Row] | None = None) -> Total:
+  """The bytes of all steps (default `rows(circuit)`), and the rounds that they take together."""
+  steps = rows(circuit) if steps is None else steps
+  return Total(sum(row.dealt for row in steps), sum(row.sent for row in steps), rounds(circuit))
 
 
 @_scoped
@@ -170,10 +192,8 @@ def table(circuit: Circuit, steps: Sequence[Row] | None = None) -> str:
       f"{i:>4} {_shorten(row.layer, 28):<28} {row.what:<9} {shape:<20} {bits:>6} {cut:>4} "
       f"{bytes_text(row.dealt):>10} {bytes_text(row.sent):>10} {row.rounds:>6}"
     )
-  dealt, sent, apart = (
-    sum(getattr(row, name) for row in steps) for name in ("dealt", "sent", "rounds")
-  )
-  together = rounds(circuit)
+  dealt, sent, together = total(circuit, steps)
+  apart = sum(row.rounds for row in steps)
   lines.append(
     f"{'':>4} {'total':<71} {'':>4} {bytes_text(dealt):>10} {bytes_text(sent):>10} {together:>6}"
   )
@@ -190,10 +210,10 @@ def table(circuit: Circuit, steps: Sequence[Row] | None = None) -> str:
   )
   if config.client in (TRUSTED, CHECKED) and (tagged := tag_bytes(circuit)) is not None:
     lead = "client checked" if config.client == CHECKED else "with client='checked' it would be"
-    online = tags.CHALLENGE_BYTES + tags.RESPONSE_BYTES
     lines.append(
       f"{lead}: {bytes_text(tagged)} of tags dealt to the data owner "
-      f"({LAN.seconds(0, tagged):.2f} s at 1 Gb/s), {online} B and 2 rounds online"
+      f"({LAN.seconds(0, tagged):.2f} s at 1 Gb/s), {_CHECK_BYTES} B and {_CHECK_ROUNDS} rounds "
+      "online"
     )
   for name, network in (("LAN 1 Gb/s, 0.5 ms", LAN), ("WAN 100 Mb/s, 40 ms", WAN)):
     lines.append(f"{name}: {network.seconds(together, sent):.2f} s of communication")

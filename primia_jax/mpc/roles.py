@@ -228,6 +228,10 @@ class DataOwner:
     secret = ready, key, holding
     return Prepared(DATA_OWNER, correlations.publication, correlations.inference, secret)
 
+  def encoded(self, *images: PyTree) -> Operands:
+    """The arguments of fn whose owner is "data_owner" as ring elements; raises as `ask` does."""
+    return self._encode(_leaves(self.plan, DATA_OWNER, images))
+
   def ask(self, prepared: Prepared, *images: PyTree) -> tuple[Side, Question]:
     """Its side of the online phase, which it keeps, and what it sends to the model owner.
 
@@ -239,7 +243,7 @@ class DataOwner:
       ValueError: the arguments do not have the planned shapes, a number does not fit, or `prepared`
         is the model owner's or was used.
     """
-    operands = self._encode(_leaves(self.plan, DATA_OWNER, images))
+    operands = self.encoded(*images)
     ready, key, holding = _typed(prepared, Prepared).take(DATA_OWNER)
     circuit, sent = self.plan.circuit, Operands()
     own = {i: operands[i] for i in circuit.linear_operands(DATA_OWNER)}

@@ -265,7 +265,18 @@ def opened(vendor: Total, hospital: Total) -> np.ndarray:
   Raises:
     ValueError: the totals do not belong together, or one was opened.
   """
-  shares, plan = _both(vendor, hospital), vendor.plan
+  return _counts(vendor.plan, _both(vendor, hospital))
+
+
+def opened_apart(plan: Plan, vendor: Sequence[Array], hospital: Sequence[Array]) -> np.ndarray:
+  """The counts, from what each party's `Total.take` gave, for the party that got the other's."""
+  with plan.config.scope():
+    pairs = zip(vendor, hospital, strict=True)
+    shares = [jnp.stack([jnp.asarray(a), jnp.asarray(b)]) for a, b in pairs]
+  return _counts(plan, shares)
+
+
+def _counts(plan: Plan, shares: Sequence[Array]) -> np.ndarray:
   return np.rint(np.asarray(inference.reveal(plan, shares), np.float64)).astype(np.int64)
 
 

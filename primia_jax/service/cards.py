@@ -29,10 +29,13 @@ class About:
     version: of the model, in its owner's words.
     image_size, channels: of the images that it takes.
     label_names: the classes, in order.
-    output: "probabilities" (the clinic receives logits) or "label".
+    output: "probabilities" (the clinic receives logits) or "label"; of a score, what is opened of
+      many labelled images: "confusion" or "roc".
     images: in one run of the protocol.
     grey_bits, ct_window: how images are read, as in training.
     intended_use: in its owner's words.
+    opened_to: of a score, whom it is opened to (`scores`); else empty.
+    positive, bins: of a ROC, the class and the number of thresholds.
   """
 
   version: str
@@ -44,6 +47,9 @@ class About:
   grey_bits: int = 0
   ct_window: str = ""
   intended_use: str = "research only; not for diagnosis"
+  opened_to: str = ""
+  positive: str = ""
+  bins: int = 0
 
 
 class Card(NamedTuple):

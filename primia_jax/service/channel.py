@@ -29,7 +29,7 @@ except ImportError as e:
 
 from primia_jax.service import certificates  # noqa: E402
 from primia_jax.service.certificates import Identity  # noqa: E402
-from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded  # noqa: E402
+from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded, UsedUp  # noqa: E402
 
 _SERVICE, _METHOD = "primia_jax.EncryptedInference", "Session"
 _END = b""  # a client's last message: to a server, a connection that breaks can look like an end
@@ -282,7 +282,7 @@ class _Inbox:
 def _named(error: Any, begun: bool) -> SessionEnded:
   code, details = error.code(), error.details()
   if code in _REFUSALS:
-    return Refused(details)
+    return (UsedUp if details.startswith(f"{UsedUp.__name__}:") else Refused)(details)
   if code == grpc.StatusCode.DEADLINE_EXCEEDED:
     return PeerLate("the session took longer than it may")
   if code == grpc.StatusCode.UNAVAILABLE and not begun:  # somebody listens, but TLS failed

@@ -1,6 +1,7 @@
 """How a session of encrypted inference ends early; a wrong argument is a ValueError, as everywhere.
 
-Whatever ends a session, its correlations are used up.
+Whatever ends a session, the correlations that are at work in it are used up. A refusal that comes
+before any are drawn costs none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ class SessionEnded(RuntimeError):
 
 class Refused(SessionEnded):
   """One side does not agree to a session or an inference; the message says why."""
+
+
+class UsedUp(Refused):
+  """The correlations of this inference were used on the other side, and serve no more."""
 
 
 class Malformed(SessionEnded):

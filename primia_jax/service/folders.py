@@ -2,7 +2,7 @@
 
 A party marks an inference as used, on disk, before it reads the correlations, and reading removes
 them (`mpc.saving`). So what was used once is refused for ever, after a crash and when a backup is
-put back, too.
+put back, too. A mark is taken back only if the other party refused and nothing was read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from primia_jax import durable
 from primia_jax.mpc import saving
 from primia_jax.mpc.messages import Correlations
 from primia_jax.mpc.roles import Dealer
-from primia_jax.service.errors import Refused
+from primia_jax.service.errors import Refused, UsedUp
 
 CORRELATIONS, USED, SECRET = "correlations", "used", "secret"
 CHECKED = "checked"
@@ -80,6 +80,20 @@ def checked(folder: pathlib.Path) -> set[str]:
   return set(path.read_text().split()) if path.exists() else set()
 
 
+def check_unused(folder: pathlib.Path, inference: str) -> None:
+  """Raises Refused, as `take` does, if these correlations cannot serve; nothing is drawn.
+
+  Args:
+    folder, inference: as given to `take`.
+  """
+  if not re.fullmatch("[0-9a-f]{64}", inference):
+    raise Refused(f"{inference!r} is no number of an inference")
+  if (folder / USED / inference).exists():
+    raise _used(inference)
+  if not (folder / CORRELATIONS / inference).is_file():
+    raise Refused(f"nothing was dealt for inference {inference}")
+
+
 def take(folder: pathlib.Path, inference: str) -> Correlations:
   """The correlations of an inference, which are then used up.
 
@@ -88,20 +102,58 @@ def take(folder: pathlib.Path, inference: str) -> Correlations:
     inference: its number, 64 hexadecimal digits.
 
   Raises:
-    Refused: they were used, were never dealt, or are not those that the number commits to.
+    UsedUp: they were used.
+    Refused: they were never dealt, or are not those that the number commits to.
   """
-  if not re.fullmatch("[0-9a-f]{64}", inference):
-    raise Refused(f"{inference!r} is no number of an inference")
-  path = folder / CORRELATIONS / inference
-  if not path.is_file() and not (folder / USED / inference).exists():
-    raise Refused(f"nothing was dealt for inference {inference}")
-  try:
-    durable.create(make(folder / USED) / inference, b"")
+  return Reserved(folder, inference).take()
+
+
+class Reserved:
+  """Correlations that are marked as used, on disk, and not read yet.
+
+  Args:
+    folder, inference: as given to `take`.
+
+  Raises:
+    Refused: as `take`.
+  """
+
+  def __init__(self, folder: pathlib.Path, inference: str):
+    check_unused(folder, inference)
+    self.inference, self._folder, self._is_open = inference, folder, True
+    try:
+      durable.create(make(folder / USED) / inference, b"")
+    except FileExistsError:
+      raise _used(inference) from None
     durable.sync_folder(folder / USED)
-    found: Correlations = saving.read(path)
-    found.check_committed()
-    return found
-  except (FileExistsError, FileNotFoundError):
-    raise Refused(f"the correlations of inference {inference} were used") from None
-  except ValueError as error:
-    raise Refused(str(error)) from error
+
+  def take(self) -> Correlations:
+    """The correlations; raises as `folders.take` does."""
+    self._close()
+    try:
+      found: Correlations = saving.read(self._folder / CORRELATIONS / self.inference)
+      found.check_committed()
+      return found
+    except FileNotFoundError:
+      raise _used(self.inference) from None
+    except ValueError as error:
+      raise Refused(str(error)) from error
+
+  def release(self) -> None:
+    """Takes the mark back: the other party has refused, so neither party has drawn any.
+
+    Raises:
+      ValueError: they were taken.
+    """
+    self._close()
+    (self._folder / USED / self.inference).unlink()
+    durable.sync_folder(self._folder / USED)
+
+  def _close(self) -> None:
+    if not self._is_open:
+      raise ValueError(f"the correlations of inference {self.inference} were taken or released")
+    self._is_open = False
+
+
+def _used(inference: str) -> UsedUp:
+  return UsedUp(f"the correlations of inference {inference} were used")

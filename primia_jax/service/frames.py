@@ -5,11 +5,14 @@
 | HELLO | data owner | what this session is about: `Terms` |
 | WELCOME | model owner | its own `Terms` |
 | PREPARE | data owner | the number of an inference, 32 bytes |
+| ACCEPTED | model owner | nothing: it serves this inference, and the other side may draw, too |
 | READY | model owner | nothing |
 | QUESTION | data owner | D = x - B' of the operands that need it, mostly nothing |
 | SHARES_0 | model owner | its shares of masked values, in each round |
 | SHARES_1 | data owner | the same |
 | OUTPUT | model owner | its shares of the outputs |
+| SCORE | data owner | of how many images a sum is opened (`scores`), and to whom |
+| TOTAL | each side to whose other one the sum is opened | its shares of that sum |
 | REQUEST | client, to each of two servers | the plan's SHA-256, and shares of its image |
 | RESULT | each of them | its shares of the outputs |
 
@@ -37,13 +40,14 @@ except ImportError as e:
 from primia_jax.service.errors import Malformed
 
 HELLO, WELCOME, PREPARE, READY, QUESTION, SHARES_0, SHARES_1, OUTPUT, REQUEST, RESULT = range(1, 11)
+ACCEPTED, SCORE, TOTAL = 11, 12, 13
 NAMES = {
   HELLO: "HELLO", WELCOME: "WELCOME", PREPARE: "PREPARE", READY: "READY", QUESTION: "QUESTION",
   SHARES_0: "SHARES_0", SHARES_1: "SHARES_1", OUTPUT: "OUTPUT", REQUEST: "REQUEST",
-  RESULT: "RESULT",
+  RESULT: "RESULT", ACCEPTED: "ACCEPTED", SCORE: "SCORE", TOTAL: "TOTAL",
 }  # fmt: skip
 SHARES = (SHARES_0, SHARES_1)  # by party
-VERSION = 2
+VERSION = 3
 SESSION_BYTES, INFERENCE_BYTES = 16, 32
 NO_SESSION = bytes(SESSION_BYTES)
 _MAGIC = b"PMIS"

@@ -19,16 +19,20 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from primia_jax.mpc import apart
 from primia_jax.mpc.messages import Correlations
+from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
-from primia_jax.service import certificates, channel, folders, frames, inbox, sessions
+from primia_jax.service import certificates, channel, folders, frames, inbox, scores, sessions
 from primia_jax.service.channel import Limits
 from primia_jax.service.errors import Refused, SessionEnded
 from primia_jax.service.journal import Journal
@@ -47,6 +51,8 @@ class Served(NamedTuple):
     publication: its full name.
     online: `apart.online(plan, MODEL_OWNER)`.
     images: in one inference.
+    opened_to: whom a score is opened to (`scores`); empty where clinics get answers.
+    learn: (clinic, a score) -> None, where it is opened to the model owner.
   """
 
   name: str
@@ -55,6 +61,8 @@ class Served(NamedTuple):
   publication: str
   online: apart.Online
   images: int = 1
+  opened_to: str = ""
+  learn: Callable[[str, np.ndarray], None] = lambda clinic, counts: None
 
 
 @contextlib.contextmanager
@@ -121,21 +129,48 @@ def serve_models(
   def session(model: Served, clinic: str, receive: channel.Receive) -> Iterator[bytes]:
     place, begun = model.folder / clinic, [(0.0, "")]
 
-    def take(inference: str) -> Correlations:
+    def check(inference: str) -> None:
       if stop.is_set():
         raise Refused("the server is stopping; ask again later")
+      folders.check_unused(place, inference)
       if only_checked and inference not in folders.checked(place):
         raise Refused(f"the dealing of inference {inference} was not checked; have it checked")
+
+    def take(inference: str) -> Correlations:
+      check(inference)
       journal.charge(clinic, model.name, inference, model.images)
       begun[0] = time.monotonic(), inference
       return folders.take(place, inference)
+
+    def take_charged(inference: str) -> Correlations:
+      check(inference)
+      return folders.take(place, inference)
+
+    def begin(count: int, runs: int) -> None:
+      found = set(folders.unused(place))
+      if only_checked:
+        found &= folders.checked(place)
+      if len(found) < runs:
+        raise Refused(
+          f"{count} images need {runs} inferences, and {len(found)} may be used; have the dealer "
+          "deal more"
+        )
+      journal.charge(clinic, model.name, "", count)
+
+    def messages() -> Iterator[bytes]:
+      if not model.opened_to:
+        return sessions.serve(model.owner, model.online, model.publication, take, receive)
+      return scores.serve(
+        model.owner, model.online, model.publication, model.opened_to, begin, take_charged,
+        lambda counts: model.learn(clinic, counts), receive,
+      )  # fmt: skip
 
     sent = 0
     journal.open_session(clinic)
     try:
       collect()
       journal.note("session", clinic=clinic, model=model.name)
-      for message in sessions.serve(model.owner, model.online, model.publication, take, receive):
+      for message in messages():
         yield message
         sent += len(message)
         if frames.kind_of(message) == frames.OUTPUT:
@@ -190,30 +225,48 @@ def _listening(
 
 
 class Clinic:
-  """A data owner's open session with a model owner's server: `ask`, any number of times."""
+  """A data owner's open session with a model owner's server: `ask`, again and again, or `score`."""
 
-  def __init__(self, folder: pathlib.Path, session: sessions.Asking):
-    self._folder, self._session = folder, session
+  def __init__(self, folder: pathlib.Path, session: sessions.Asking, plan: Plan):
+    self._folder, self._session, self._plan = folder, session, plan
 
   def prepare(self) -> None:
-    """Takes the next correlations, and does the work for one inference that needs no image.
+    """Takes some unused correlations, and does the work for one inference that needs no image.
 
     Raises:
       SessionEnded: as `ask`.
       LookupError: there are no unused correlations; the dealer must deal more.
     """
-    if self._session.is_prepared:
-      return
+    if not self._session.is_prepared:
+      self._session.prepare(self._reserve())
+
+  def _reserve(self) -> folders.Reserved:
     found = folders.unused(self._folder)
     if not found:
       raise LookupError(f"{self._folder} has no unused correlations; have the dealer deal more")
-    correlations: Correlations = folders.take(self._folder, found[0])
-    self._session.prepare(correlations)
+    # any, so that none that the server does not take stands in the others' way
+    return folders.Reserved(self._folder, secrets.choice(found))
 
   def ask(self, *images: PyTree) -> PyTree:
     """fn's outputs for these images, which nobody else learns; raises as `Asking.ask` does."""
+    self._session.check(*images)
     self.prepare()
     return self._session.ask(*images)
+
+  def score(
+    self,
+    parts: Iterable[Sequence[PyTree]],
+    count: int,
+    opened_to: str,
+    enter: Callable[[], object] = lambda: None,
+  ) -> np.ndarray | None:
+    """A sum over many images, opened once; arguments and result as in `scores.ask`.
+
+    Raises:
+      SessionEnded, LookupError: as `ask`; nothing is opened.
+    """
+    scores.check_count(self._plan, count)
+    return scores.ask(self._session, self._plan, self._reserve, parts, count, opened_to, enter)
 
 
 @contextlib.contextmanager
@@ -246,4 +299,5 @@ def ask(
   limits = limits._replace(message=sessions.largest_message(owner.plan, online))
   identity = certificates.load(folder)
   with channel.connect(address, identity, server, limits) as (send, receive):
-    yield Clinic(correlations or folder, sessions.Asking(owner, online, publication, send, receive))
+    session = sessions.Asking(owner, online, publication, send, receive)
+    yield Clinic(correlations or folder, session, owner.plan)

@@ -253,12 +253,17 @@ def kept(folder: pathlib.Path, name: str) -> Kept:
 # ---- a clinic, or a helper
 
 
-def received(folder: pathlib.Path, name: str) -> Received:
+def received(folder: pathlib.Path, name: str, is_score: bool = False) -> Received:
   """A publication that was copied into a clinic's or helper's folder.
+
+  Args:
+    folder: the clinic's or helper's.
+    name: of the publication.
+    is_score: whether it shall open a score of many images, or answer about each.
 
   Raises:
     FileNotFoundError: a file of it is missing.
-    ValueError: a file is damaged, or they do not belong together.
+    ValueError: a file is damaged, they do not belong together, or it does the other thing.
   """
   place = _existing(folder, name)
   missing = [f for f in ("about.json", "plan", "publication", SERVER) if not (place / f).is_file()]
@@ -270,15 +275,22 @@ def received(folder: pathlib.Path, name: str) -> Received:
   about, plan = _about(place), saving.read(place / "plan")
   if images_shape(plan) != (about.images, about.image_size, about.image_size, about.channels):
     raise ValueError(f"{place}: about.json and the plan do not belong together; copy both again")
+  if bool(about.opened_to) != is_score:
+    does = (
+      "opens a score of labelled images: primia-score"
+      if about.opened_to
+      else ("answers about single images: primia-infer")
+    )
+    raise ValueError(f"model={name} {does} --connect asks it")
   publication = saving.read(place / "publication")
   return Received(about, plan, publication, (place / SERVER).read_bytes())
 
 
 def images_shape(plan: Plan) -> tuple[int, ...]:
-  """Of the images of one run of the protocol: N, H, W, C."""
+  """Of the images of one run of the protocol: N, H, W, C; labels come after them."""
   secret = DATA_OWNER, None  # None: given as shares
   of = [a.shape for by, a in zip(plan.owners, plan.program.avals, strict=True) if by in secret]
-  return of[0] if len(of) == 1 else ()
+  return of[0] if of else ()
 
 
 # ---- files

@@ -1,8 +1,9 @@
 """A session, from either side, over any carrier of messages.
 
 The parties compare what they are about to compute before they compute anything. Then follow
-inferences, one after the other: the correlations are taken, and thereby used up, both sides
-prepare, the data owner asks, and the parties exchange the rounds of `mpc.apart`.
+inferences, one after the other: the model owner accepts or refuses; both sides take their
+correlations, which are thereby used up, and prepare; the data owner asks, and the parties exchange
+the rounds of `mpc.apart`. What is refused costs neither side any correlations.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,15 @@ from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER
 from primia_jax.service import frames
-from primia_jax.service.errors import PeerLost, Refused, SessionEnded
+from primia_jax.service.errors import PeerLost, Refused, SessionEnded, UsedUp
+from primia_jax.service.folders import Reserved
 from primia_jax.service.frames import Numbered, Place, Terms
 from primia_jax.types import Array, PyTree
 
 Send = Callable[[bytes], None]
 Receive = Callable[..., bytes | None]  # (idle) -> None: the other side has ended the session
-Take = Callable[[str], Correlations]  # by number of the inference; raises Refused
+# By number of the inference. It raises Refused before anything is drawn, or UsedUp.
+Take = Callable[[str], Correlations]
 
 
 def terms(plan: Plan, online: Online, publication: str) -> Terms:
@@ -91,32 +94,66 @@ def serve(
   Raises:
     SessionEnded: whatever ends it early.
   """
-  own, frame = terms(owner.plan, online, publication), Numbered()
+  frame = yield from welcomed(terms(owner.plan, online, publication), receive)
+  while (message := receive(idle=True)) is not None:
+    prepared = yield from accepted(owner, take, frame, message)
+    if (message := receive(idle=True)) is None:
+      return
+    yield from answered(owner, online, frame, receive, prepared, message)
+
+
+def welcomed(own: Terms, receive: Receive) -> Generator[bytes, None, Numbered]:
+  """The beginning of the model owner's side: both want the same."""
+  frame = Numbered()
   hello = frame.decode(some(receive()), frames.HELLO, frames.TERMS_BYTES)
   agree(own, frames.decode_terms(hello))
   frame.session = os.urandom(frames.SESSION_BYTES)
   yield frame.encode(frames.WELCOME, frames.encode_terms(own))
-  while (message := receive(idle=True)) is not None:
-    number = frame.decode(message, frames.PREPARE, frames.INFERENCE_BYTES)
-    correlations = take(number.hex())
-    if correlations.inference != number.hex():
-      raise Refused("the correlations of this inference are filed under another number")
-    prepared = prepared_by(owner, correlations)
-    yield frame.encode(frames.READY)
-    if (message := receive(idle=True)) is None:
-      return
-    asked = frame.decode(message, frames.QUESTION, question_bytes(owner.plan))
-    question = Question(correlations.inference, _arrays(owner.plan, asked))
-    party = online.start(owner.answer(prepared, question))
-    payload = next(party)
-    for size in online.sizes[:-1]:
-      yield frame.encode(frames.SHARES_0, payload)
-      theirs = frame.decode(some(receive()), frames.SHARES_1, size)
-      try:
-        payload = party.send(theirs)
-      except Deviated as error:
-        raise Refused(str(error)) from error
-    yield frame.encode(frames.OUTPUT, payload)
+  return frame
+
+
+def accepted(
+  owner: ModelOwner, take: Take, frame: Numbered, message: bytes
+) -> Generator[bytes, None, Prepared]:
+  """The model owner's side from a PREPARE to READY."""
+  number = frame.decode(message, frames.PREPARE, frames.INFERENCE_BYTES)
+  correlations = take(number.hex())
+  if correlations.inference != number.hex():
+    raise Refused("the correlations of this inference are filed under another number")
+  yield frame.encode(frames.ACCEPTED)
+  prepared = prepared_by(owner, correlations)
+  yield frame.encode(frames.READY)
+  return prepared
+
+
+def answered(
+  owner: ModelOwner,
+  online: Online,
+  frame: Numbered,
+  receive: Receive,
+  prepared: Prepared,
+  message: bytes,
+) -> Generator[bytes, None, list[Array]]:
+  """The model owner's side from a QUESTION on; its shares of the outputs, if it does not send them.
+
+  Raises:
+    Refused: the data owner deviated.
+  """
+  asked = frame.decode(message, frames.QUESTION, question_bytes(owner.plan))
+  question = Question(prepared.inference, _arrays(owner.plan, asked))
+  party = online.start(owner.answer(prepared, question))
+  payload = next(party)
+  for size in online.sizes[:-1] if online.opens else online.sizes:
+    yield frame.encode(frames.SHARES_0, payload)
+    theirs = frame.decode(some(receive()), frames.SHARES_1, size)
+    try:
+      payload = party.send(theirs)
+    except Deviated as error:
+      raise Refused(str(error)) from error
+    except StopIteration as end:
+      return end.value
+  yield frame.encode(frames.OUTPUT, payload)
+  return []
 
 
 class Asking:
@@ -153,16 +190,30 @@ class Asking:
       raise type(self._end)(f"this session is over: {self._end}")
     return self._prepared is not None
 
-  def prepare(self, correlations: Correlations) -> None:
-    """Both sides' work for one inference that needs no image. The correlations are then used."""
+  def prepare(self, reserved: Reserved) -> None:
+    """Both sides' work for one inference that needs no image.
+
+    The correlations are then used. If the model owner refuses before it has drawn any, they are
+    released and serve another time; UsedUp says that its own were used before.
+    """
     if self.is_prepared:
       raise ValueError("an inference is prepared already; ask first")
     with self._remembered():
-      number = bytes.fromhex(correlations.inference)
-      self._send(self._frame.encode(frames.PREPARE, number))
-      prepared = prepared_by(self._owner, correlations)
+      self._send(self._frame.encode(frames.PREPARE, bytes.fromhex(reserved.inference)))
+      try:
+        answer = some(self._receive())
+      except Refused as error:
+        if not isinstance(error, UsedUp):
+          reserved.release()
+        raise
+      self._frame.decode(answer, frames.ACCEPTED, 0)
+      prepared = prepared_by(self._owner, reserved.take())
       self._frame.decode(some(self._receive()), frames.READY, 0)
       self._prepared = prepared
+
+  def check(self, *images: PyTree) -> None:
+    """Raises ValueError, as `ask` does, for images that do not fit the plan."""
+    self._owner.encoded(*images)
 
   def ask(self, *images: PyTree) -> PyTree:
     """fn's outputs for these images, which nobody else learns.
@@ -172,12 +223,29 @@ class Asking:
         was not called before.
       SessionEnded: there is no answer; ask again in a new session, with new correlations.
     """
+    return self._owner.reveal(self.shares(*images))
+
+  def shares(self, *images: PyTree) -> list[Array]:
+    """The shares of fn's outputs: both parties' [2, ...], or its own where nothing is opened to it.
+
+    Raises:
+      ValueError, SessionEnded: as `ask`.
+    """
     if not self.is_prepared or self._prepared is None:
       raise ValueError("nothing is prepared; call prepare with unused correlations first")
     side, question = self._owner.ask(self._prepared, *images)
     self._prepared = None
     with self._remembered():
-      return self._owner.reveal(self._shares(side, question))
+      return self._shares(side, question)
+
+  def tell(self, kind: int, payload: bytes = b"") -> None:
+    """Sends a message of another kind than an inference has."""
+    self._send(self._frame.encode(kind, payload))
+
+  def hear(self, kind: int, num_bytes: int) -> memoryview:
+    """The payload of such a message, which must come next; raises SessionEnded."""
+    with self._remembered():
+      return self._frame.decode(some(self._receive()), kind, num_bytes)
 
   def _shares(self, side: Side, question: Question) -> list[Array]:
     frame, sizes = self._frame, self._online.sizes
@@ -185,9 +253,13 @@ class Asking:
     self._send(frame.encode(frames.QUESTION, payload))
     party = self._online.start(side)
     payload = next(party)
-    for size in sizes[:-1]:
+    for size in sizes[:-1] if self._online.opens else sizes:
       self._send(frame.encode(frames.SHARES_1, payload))
-      payload = party.send(frame.decode(some(self._receive()), frames.SHARES_0, size))
+      theirs = frame.decode(some(self._receive()), frames.SHARES_0, size)
+      try:
+        payload = party.send(theirs)
+      except StopIteration as end:
+        return end.value
     last = frame.decode(some(self._receive()), frames.OUTPUT, sizes[-1])
     try:
       party.send(last)
