@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from experiments_runs import TINY, cohort_of, train, trainer_of
+from experiments_runs import TINY, train, trainer_of
 
 from experiments import arms, inputs, search_report, search_space, searching, settings, trainers
 
@@ -47,8 +47,7 @@ def searched(folder, num_trials, text="learning_rate=1e-4:0.085:log", pruner="no
   folder.mkdir(exist_ok=True)
   space = search_space.parse(text, config)
   study = searching.open_study(folder, space, pruner, 2)
-  write = lambda study: search_report.write(folder, study, config, space)
-  searching.search(config, space, study, folder, num_trials, write)
+  searching.search(config, space, study, folder, num_trials)
   return study
 
 
@@ -95,6 +94,7 @@ def test_wrong_spaces_are_refused(text, said):
 
 def test_the_best_trial_is_a_flag_file_and_the_report_ranks_trials(faked, tmp_path):
   study = searched(tmp_path, 6)
+  search_report.write(tmp_path, study, CONFIG, search_space.parse("", CONFIG))
   best = max(rate for _, _, rate in faked)
   assert study.best_value == pytest.approx(10 * best)
   assert faked[0] == ("0", 0, 0.01)  # the settings that were given come first
@@ -128,7 +128,7 @@ def test_a_killed_trial_is_continued_and_others_are_drawn_as_without_the_stop(fa
   assert again.user_attrs["folder"] == 2
   assert set(again.intermediate_values) == set(range(1, 11))
   assert len(searching.ended(study)) == 4
-  with pytest.raises(ValueError, match="varies learning_rate=0.0001:0.085:log; give the same"):
+  with pytest.raises(ValueError, match=r"varies learning_rate=0\.0001:0\.085:log; give the same"):
     searched(tmp_path / "parts", 4, "learning_rate=1e-3:1")
 
 
@@ -149,11 +149,11 @@ def test_trials_below_the_median_end_early_and_diverged_ones_are_told(faked, tmp
 
 
 def test_a_trial_is_the_federated_run_of_its_settings(tmp_path, monkeypatch):
-  monkeypatch.setattr(trainers, "make_trainer", lambda *args: trainer_of(TINY))
+  trainer = trainer_of(TINY)
+  monkeypatch.setattr(trainers, "make_trainer", lambda *args: trainer)
   study = searched(tmp_path / "search", 1, "learning_rate=0.001:0.1", config=TINY)
   arm = train(TINY, tmp_path / "run")
   assert study.best_value == pytest.approx(arm.facts["validation MCC"], abs=1e-9)
   told = study.best_trial.intermediate_values
   assert told == {10 * row["round"] // 4: row["val_mcc"] for row in arm.rows}
   assert not (tmp_path / "search" / "trials" / "0" / "checkpoints").exists()
-  assert cohort_of(TINY).name == "federated"
