@@ -35,6 +35,7 @@ class Clinic:
   """Which model is asked, and by which protocol."""
 
   checkpoint: str = _same("checkpoint")
+  classes: str = _same("classes")
   output: str = _same("output")
   comparison: str = _same("comparison")
   ring_bits: int = _same("ring_bits")
@@ -159,7 +160,7 @@ def local(s: Clinic) -> tuple[Model, Ask]:
   Raises:
     ValueError, FileNotFoundError: the run, its calibration images or the ring is wrong.
   """
-  model, weights, names, config = encrypted.load_model(s.checkpoint)
+  model, weights, names, config = encrypted.load_model(s.checkpoint, s.classes)
   size, _, channels = config.image_shape
   given = _with_batch(s)
   calibration, _ = encrypted.calibration_images(given, config, names)

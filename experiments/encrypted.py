@@ -43,7 +43,14 @@ def _(default: Any, text: str) -> Any:
 class Planned:
   """Which model, and by which protocol."""
 
-  checkpoint: str = _("", "model owner: folder of a finished training run")
+  checkpoint: str = _(
+    "", "model owner: folder of a finished training run, or a checkpoint of PriMIA (.pt)"
+  )
+  classes: str = _(
+    "",
+    "of a checkpoint of PriMIA: its classes in the order of its outputs; empty takes normal, "
+    "bacterial, viral for three",
+  )
   output: str = _(
     "probabilities",
     "what the data owner learns: probabilities (from the logits, revealed to it alone), or label "
@@ -141,9 +148,11 @@ def check_protocol(s: Any) -> None:
     raise ValueError(
       "checkpoint is empty; name the folder of a training run, such as --checkpoint=runs/first"
     )
-  if not (pathlib.Path(s.checkpoint) / "model.json").is_file():
+  path = pathlib.Path(s.checkpoint).expanduser()
+  if not path.is_file() and not (path / "model.json").is_file():
     raise FileNotFoundError(
-      f"checkpoint={s.checkpoint} holds no model.json; name the folder of a finished training run"
+      f"checkpoint={s.checkpoint} holds no model.json; name the folder of a finished training run, "
+      "or the file of a checkpoint"
     )
   choose("comparison", s.comparison, tuple(COMPARISONS))
   if s.ring_bits and not 8 <= s.ring_bits <= 64:
@@ -163,6 +172,11 @@ def check_protocol(s: Any) -> None:
     raise ValueError(
       f"calibration={s.calibration!r}; use run, phantom, folder:PATH, csv:PATH, npz:PATH or "
       "tfds:NAME"
+    )
+  if s.calibration == "run" and path.is_file():
+    raise ValueError(
+      f"calibration=run: {s.checkpoint} is a checkpoint without images; name some, such as "
+      "--calibration=folder:PATH"
     )
   if kind in ("folder", "csv", "npz"):
     folders.check_there("calibration", s.calibration, where)
@@ -250,13 +264,15 @@ def calibration_images(
   return np.asarray(images[chosen]), f"{len(chosen)} {source}"
 
 
-def load_model(checkpoint: str) -> tuple[models.Model, PyTree, tuple[str, ...], models.ModelConfig]:
-  """The model, its (parameters, state), label names and configuration.
+def load_model(
+  checkpoint: str, classes: str = ""
+) -> tuple[models.Model, PyTree, tuple[str, ...], models.ModelConfig]:
+  """The model, its (parameters, state), label names and configuration; see `model_files`.
 
   Raises:
     ValueError: the run holds several personal models.
   """
-  model, trained, label_names, config = model_files.load_model(checkpoint)
+  model, trained, label_names, config = model_files.load_model(checkpoint, classes)
   model_files.require_classes(config, "primia-infer")
   if len(trained) > 1:
     raise ValueError(

@@ -7,8 +7,8 @@ report.md, a confusion matrix and ROC curves: of the test split, or of all image
 none. Without --data it takes the test images of the run's own report. With --unlabelled it takes a
 folder of any images and writes predictions.csv only. The model sets the image size, the classes and
 the CT window; --label_names names the source's labels in their order, and classes are matched by
-name. Of a model that learns masks it writes masks.npz, and Dice of each case for images with masks;
---overlays draws some.
+name. --run_dir takes a checkpoint of PriMIA, too. Of a model that learns masks it writes
+masks.npz, and Dice of each case for images with masks; --overlays draws some.
 """
 
 from typing import Any
@@ -23,7 +23,15 @@ from .configs import tasks
 from .configs.data import Data
 
 settings.define_flags(Data)
-flags.DEFINE_string("run_dir", None, "folder of the training run", required=True)
+flags.DEFINE_string(
+  "run_dir", None, "folder of the training run, or a checkpoint of PriMIA (.pt)", required=True
+)
+flags.DEFINE_string(
+  "classes",
+  "",
+  "of a checkpoint of PriMIA: its classes in the order of its outputs; empty takes normal, "
+  "bacterial, viral for three",
+)
 flags.DEFINE_string("output_dir", None, "folder for the results; created", required=True)
 flags.DEFINE_integer("seed", 0, "seed of the phantom's images and of the bootstrap", 0, 2**32 - 1)
 flags.DEFINE_integer(
@@ -82,7 +90,7 @@ def main() -> None:
     raise ValueError(
       f"site_data={FLAGS.site_data}: one source is tested at a time; name it with --data"
     )
-  model, trained, label_names, model_config = model_files.load_model(FLAGS.run_dir)
+  model, trained, label_names, model_config = model_files.load_model(FLAGS.run_dir, FLAGS.classes)
   task = tasks.of(model_config.name)
   if FLAGS.overlays and not task.of_pixels:
     raise ValueError(f"overlays={FLAGS.overlays}: {model_config.name} gives no masks; leave it out")

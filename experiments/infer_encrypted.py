@@ -41,7 +41,9 @@ def main() -> None:
     return
   encrypted.check_connect(FLAGS)
   encrypted.check(config)
-  model, weights, label_names, model_config = encrypted.load_model(config.checkpoint)
+  model, weights, label_names, model_config = encrypted.load_model(
+    config.checkpoint, config.classes
+  )
   size, _, channels = model_config.image_shape
   data = Data(
     data=f"folder:{config.images}",

@@ -9,6 +9,7 @@ def _program(module: str) -> Callable[[], object]:
 
 
 train, pooled = _program("train_federated"), _program("train_pooled")
+search = _program("search")
 evaluate, infer = _program("evaluate"), _program("infer_encrypted")
 account, plot = _program("account"), _program("plot")
 audit, score = _program("audit_privacy"), _program("evaluate_encrypted")

@@ -160,7 +160,9 @@ def _begin(s: Publish, protocol: encrypted.Planned, folder) -> None:
     about, plan, leaves = publications.copy_of(folder, s.rotate)
     about = dataclasses.replace(about, version=s.version or about.version)
   else:
-    model, weights, label_names, config = encrypted.load_model(protocol.checkpoint)
+    model, weights, label_names, config = encrypted.load_model(
+      protocol.checkpoint, protocol.classes
+    )
     calibration, source = encrypted.calibration_images(protocol, config, label_names)
     print(f"Calibrating on {source} and choosing the ring ...", flush=True)
     if s.score:

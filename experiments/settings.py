@@ -154,6 +154,16 @@ def differences(old: Mapping[str, Any], new: Any) -> dict[str, tuple[Any, Any]]:
   return {name: (old.get(name), value) for name, value in now.items() if old.get(name) != value}
 
 
+def flagfile(settings: Any, comment: str) -> str:
+  """The settings that differ from the defaults, as a file for `--flagfile`."""
+  changed = differences(flat(type(settings)()), settings)
+  lines = [f"# {line}" for line in comment.splitlines()]
+  for name, (_, value) in changed.items():
+    is_bool = isinstance(value, bool)
+    lines.append(f"--{'' if value else 'no'}{name}" if is_bool else f"--{name}={value}")
+  return "\n".join(lines) + "\n"
+
+
 def names(text: str) -> tuple[str, ...]:
   """Splits "a,b" and drops blanks."""
   return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.state_dicts import read_state_dict
+from primia_jax.primia_files import read_checkpoint
 from primia_jax.types import ModelState, Params
 
 # How many of VGG-16's 13 convolutions each block has; gives their positions in torchvision's
@@ -48,7 +48,7 @@ def load_pretrained(
   answers as the original does to its own normalisation.
 
   Args:
-    path: a `.pth`, `.pt` or `.safetensors` file with the state dict.
+    path: a `.pth`, `.pt` or `.safetensors` file with the state dict, or a checkpoint of PriMIA.
     params: the model's, from `Model.init`; they define the wanted entries and shapes.
     model_state: the model's. With BatchNorm it is filled with the running statistics.
     new_head: keep the model's own last layer, e.g. for another number of classes.
@@ -63,7 +63,7 @@ def load_pretrained(
       up to ten entries and the cure.
   """
   return convert(
-    read_state_dict(path),
+    read_checkpoint(path).state_dict,
     params,
     model_state,
     new_head=new_head,
@@ -146,7 +146,7 @@ def convert(
       np.asarray(state_dict[name], np.float32),
       kind,
       leaf.shape,
-      after_flatten=name == "classifier.0.weight",
+      after_flatten=name == "classifier.0.weight" and leaf.shape[0] % 49 == 0,
     )
     if value.shape != leaf.shape:
       problems.append(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import collections
 import pathlib
 import pickle
+import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import IO, Any
 
 import jax.numpy as jnp
@@ -34,6 +35,32 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     FileNotFoundError: there is no such file.
     ValueError: it is not such a dictionary, is damaged, or contains anything but tensors.
   """
+  return flat(read_saved(path), path)
+
+
+def flat(content: Any, path: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """The content of a file as a dictionary of tensors; raises ValueError if it is something else."""
+  if not isinstance(content, dict) or not all(
+    isinstance(value, np.ndarray) for value in content.values()
+  ):
+    raise ValueError(
+      f"{path} holds more than a flat dictionary of tensors; save model.state_dict() alone"
+    )
+  return dict(content)
+
+
+def read_saved(path: str | pathlib.Path, records: Collection[str] = ()) -> Any:
+  """Reads what `torch.save` wrote: tensors as arrays, in dictionaries, lists and tuples.
+
+  Args:
+    path: a `.pth`, `.pt` or `.safetensors` file.
+    records: names of classes, as MODULE.NAME, whose objects are read as records of their values
+      (`types.SimpleNamespace`); no code of these classes is run.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged, or holds anything else.
+  """
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(
@@ -44,7 +71,8 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   if path.suffix not in (".pth", ".pt"):
     raise ValueError(f"{path} is neither .pth, .pt nor .safetensors; save it as one of these")
   try:
-    content = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+    read = _read_zip if zipfile.is_zipfile(path) else _read_legacy
+    return read(path, records)
   except (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -57,13 +85,6 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     raise ValueError(
       f"{path} is not a PyTorch state dict, or is damaged ({e}); save it with model.state_dict()"
     ) from e
-  if not isinstance(content, dict) or not all(
-    isinstance(value, np.ndarray) for value in content.values()
-  ):
-    raise ValueError(
-      f"{path} holds more than a flat dictionary of tensors; save model.state_dict() alone"
-    )
-  return dict(content)
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -80,7 +101,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise ValueError(f"{path} is not a safetensors file, or is damaged: {e}; save it again") from e
 
 
-def _read_zip(path: pathlib.Path) -> Any:
+def _read_zip(path: pathlib.Path, records: Collection[str]) -> Any:
   """PyTorch's format since 1.6: ROOT/data.pkl, and a file ROOT/data/KEY for each storage."""
   with zipfile.ZipFile(path) as archive:
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -106,10 +127,10 @@ def _read_zip(path: pathlib.Path) -> Any:
       return values
 
     with archive.open(pickles[0]) as file:
-      return _Unpickler(file, storage).load()
+      return _Unpickler(file, storage, records).load()
 
 
-def _read_legacy(path: pathlib.Path) -> Any:
+def _read_legacy(path: pathlib.Path, records: Collection[str]) -> Any:
   """PyTorch's format before 1.6: five pickles (magic number, version, system, tensors, storage
   keys), then the storages.
   """
@@ -119,7 +140,7 @@ def _read_legacy(path: pathlib.Path) -> Any:
     return storages.setdefault(key, np.zeros(size, dtype))  # tensors are views of it; filled below
 
   with open(path, "rb") as file:
-    magic, _, system, content, keys = (_Unpickler(file, storage).load() for _ in range(5))
+    magic, _, system, content, keys = (_Unpickler(file, storage, records).load() for _ in range(5))
     if magic != _LEGACY_MAGIC or not system["little_endian"]:
       raise ValueError(
         f"{path} is not a little-endian PyTorch file; save it with "
@@ -136,11 +157,16 @@ def _read_legacy(path: pathlib.Path) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-  """Unpickles dictionaries of tensors and rejects every other name."""
+  """Unpickles dictionaries of tensors, and the records asked for, and rejects every other name."""
 
-  def __init__(self, file: IO[bytes], storage: Callable[[np.dtype, str, int], np.ndarray]):
+  def __init__(
+    self,
+    file: IO[bytes],
+    storage: Callable[[np.dtype, str, int], np.ndarray],
+    records: Collection[str],
+  ):
     super().__init__(file)
-    self._storage = storage
+    self._storage, self._records = storage, records
 
   def find_class(self, module: str, name: str) -> Any:
     if (module, name) == ("collections", "OrderedDict"):
@@ -151,6 +177,8 @@ class _Unpickler(pickle.Unpickler):
       return lambda data, requires_grad, hooks: data
     if module == "torch" and name in _STORAGES:
       return _STORAGES[name]
+    if f"{module}.{name}" in self._records:
+      return types.SimpleNamespace
     raise pickle.UnpicklingError(f"{module}.{name} is not part of a dictionary of tensors")
 
   def persistent_load(self, pid: Any) -> np.ndarray:

@@ -352,6 +352,23 @@ extra                                       | extra | no flag | --name=value
 --flagfile={fifo}                           | flagfile | {fifo} | ordinary file
 """
 
+SEARCH = """
+EXAMPLE                                     | dp | example | dp=none
+SITE                                        | dp | site | dp=none
+--validation=none                           | validation | none | validation=exact
+--num_sites=1                               | num_sites | 1 | 2 or more
+--placement=processes                       | placement | processes | placement=auto
+--record_transcript                         | record_transcript | True | leave
+--trials=0                                  | --trials | 0 | >= 1
+--pruner=hyperband                          | pruner | hyperband | median
+--space=lr=1:2                              | space | lr | --helpfull
+--space=learning_rate=2:1                   | space | 2:1 | NAME=LOW:HIGH
+--space=momentum=0.1:0.9                    | space | momentum | optimizer=momentum
+--adam_beta1=1                              | adam_beta1 | 1 | [0, 1)
+--data=npz:{missing}                        | data | {missing} | check
+--run_dir={run}                             | run_dir | {run} | another
+"""
+
 # (Program, the flags that every row begins with, rows.) Later flags win.
 SITE = """
                                             | no command | init, roster | --help
@@ -388,6 +405,7 @@ TABLES = (
   ("train_federated", "--run_dir={new}", TRAINING + FEDERATED),
   ("train_pooled", "--run_dir={new}", TRAINING + POOLED),
   ("train_federated", "", "--rounds=3 | --run_dir | must be given | --help"),
+  ("search", "--run_dir={new}", SEARCH),
   ("evaluate", "--run_dir={run} --output_dir={new} --data=phantom", EVALUATE),
   ("evaluate", "", "--seed=3 | --run_dir | --output_dir | --help"),
   ("infer_encrypted", "--checkpoint={run} --images={image} --output_dir={new}", INFER),

@@ -4,6 +4,8 @@ INFER = """
 --checkpoint=                               | checkpoint | is empty | --checkpoint=
 --checkpoint={missing}                      | checkpoint | {missing} | finished training run
 --checkpoint={folder}                       | checkpoint | {folder} | finished training run
+--checkpoint={image}                        | calibration | run | folder:PATH
+--checkpoint={run} --classes=a,b            | classes | a,b | leave it out
 --checkpoint={broken}                       | model.json | {broken} | --run_dir
 --images=                                   | images | is empty | --images=
 --images={missing}                          | images | {missing} | check

@@ -31,11 +31,25 @@ def drawn(config=CONFIG):
   return model, params, state
 
 
-@pytest.mark.parametrize("first_trained", ["block2", "head"])
-def test_the_parts_answer_as_the_whole(first_trained):
-  model, params, state = drawn()
-  frozen = models.freeze(CONFIG, params, state, first_trained)
-  x = jnp.asarray(np.random.default_rng(1).normal(size=(3, *CONFIG.image_shape)), jnp.float32)
+RESNET = ModelConfig(
+  "resnet18", 3, (32, 32, 1), norm="batch", width=0.125, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)
+)
+VGG = ModelConfig("vgg16", 3, (32, 32, 1), width=0.125, head="dense512")
+
+
+@pytest.mark.parametrize(
+  ("config", "first_trained", "passed"),
+  [
+    (CONFIG, "block2", (3, 8, 8, 8)),
+    (CONFIG, "head", (3, 160)),
+    (RESNET, "layer3_0", (3, 4, 4, 16)),
+    (VGG, "hidden", (3, 1, 1, 64)),
+  ],
+)
+def test_the_parts_answer_as_the_whole(config, first_trained, passed):
+  model, params, state = drawn(config)
+  frozen = models.freeze(config, params, state, first_trained)
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(3, *config.image_shape)), jnp.float32)
 
   def run(x):
     passed = frozen.lower(x)
@@ -45,7 +59,7 @@ def test_the_parts_answer_as_the_whole(first_trained):
   answer, expected, shape = jax.jit(run)(x)
   assert float(jnp.abs(expected).max()) > 0.1
   np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5)
-  assert tuple(map(int, shape)) == {"block2": (3, 8, 8, 8), "head": (3, 160)}[first_trained]
+  assert tuple(map(int, shape)) == passed
 
 
 def test_only_what_is_above_is_a_parameter():
@@ -71,7 +85,8 @@ def test_only_what_is_above_is_a_parameter():
   [
     (CONFIG, "stem", "first_trained='stem' is not a part of efficientnet_lite0 with parts before"),
     (CONFIG, "block16", "use one of block0, block1, .*, block15, head_conv, head"),
-    (ModelConfig("resnet18"), "head", "resnet18 cannot be frozen in parts"),
+    (ModelConfig("resnet18"), "stem", "not a part of resnet18.*use one of layer1_0, .*, head"),
+    (ModelConfig("cnn"), "head", "cnn cannot be frozen in parts"),
   ],
 )
 def test_other_cuts_are_refused(config, first_trained, said):

@@ -6,17 +6,19 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax import models, pretrained
+from primia_jax import models, pretrained, primia_files
 from primia_jax.data import augment as augmenting
 from primia_jax.evaluation import batches
 from primia_jax.models import MEAN, STD
 from primia_jax.types import Array, Key, ModelState, Params
 
+from .. import model_files, settings
 from ..settings import require, setting
 from .data import Data
 
@@ -55,27 +57,32 @@ class Model:
   norm: str = setting(
     "",
     "normalisation: group, batch, affine (BatchNorm with the fixed statistics of pretrained "
-    "weights) or none; empty takes the model's own, and affine for a pretrained efficientnet_lite",
+    "weights) or none; empty takes the model's own, that of a run given as pretrained, and affine "
+    "for another pretrained efficientnet_lite or resnet18",
   )
   pool: str = setting("max", "pooling: max or mean")
   width: float = setting(1.0, "factor on the number of channels")
   stem: str = setting(
     "", "resnet18: 7x7 (large images), 3x3/2 or 3x3 (small ones); empty chooses by image size"
   )
-  head: str = setting("", "vgg16: dense (torchvision's) or mean; empty takes dense")
+  head: str = setting(
+    "", "vgg16: dense (torchvision's), dense512 (PriMIA's) or mean; empty takes dense"
+  )
   weight_standardisation: bool = setting(False, "standardise convolution kernels")
   dropout: float = setting(0.0, "dropout rate before the last layer")
   pretrained: str = setting(
     "",
     "weights to start from: a state dict (.pth or .safetensors) of torchvision's resnet18 or vgg16 "
-    "or of an efficientnet_lite; or imagenet, from the package of an efficientnet_lite in the "
-    "extra pretrained",
+    "or of an efficientnet_lite; a checkpoint of PriMIA (.pt); the folder of a finished run; or "
+    "imagenet, from the package of an efficientnet_lite in the extra pretrained. Images are "
+    "normalised as the weights expect",
   )
   first_trained: str = setting(
     "",
-    "of pretrained weights of an efficientnet_lite, the first part that is trained: block1, "
-    "block2, ..., head_conv or head; parts before it stay as they are and are computed once where "
-    "images do not change. Empty trains all",
+    "of pretrained weights, the first part that is trained; parts before it stay as they are and "
+    "are computed once where images do not change. efficientnet_lite: block1, block2, ..., "
+    "head_conv or head; resnet18: layer1_0, layer1_1, layer2_0, ..., head; vgg16: block2, ..., "
+    "hidden or head. Empty trains all",
   )
 
   def __post_init__(self):
@@ -86,10 +93,13 @@ class Model:
         f"first_trained={self.first_trained!r} keeps the parts before it as they were trained; set "
         "pretrained, too"
       )
-    if self.pretrained not in ("", IMAGENET) and not pathlib.Path(self.pretrained).is_file():
-      raise FileNotFoundError(
-        f"pretrained={self.pretrained}: there is no such file; check the path, or use {IMAGENET}"
-      )
+    if self.pretrained not in ("", IMAGENET):
+      path = pathlib.Path(self.pretrained).expanduser()
+      if not path.is_file() and not (path / "model.json").is_file():
+        raise FileNotFoundError(
+          f"pretrained={self.pretrained}: there is no such file, nor a finished run; check the "
+          f"path, or use {IMAGENET}"
+        )
 
   def config(self, data: Data, num_classes: int) -> models.ModelConfig:
     """The library's own record of the model.
@@ -99,17 +109,20 @@ class Model:
     """
     size = data.image_size
     stem = self.stem or ("7x7" if size >= 160 else "3x3/2" if size >= 48 else "3x3")
+    norm, mean, std = self._of_weights()
     config = models.ModelConfig(
       name=self.model,
       num_classes=num_classes,
       image_shape=(size, size, data.channels),
-      norm=self.norm or ("affine" if self.pretrained and self.model in models.LITES else None),
+      norm=self.norm or norm,
       pool=self.pool,
       weight_standardisation=self.weight_standardisation,
       width=self.width,
       dropout=self.dropout,
       stem=stem if self.model == "resnet18" else self.stem or "7x7",
       head=self.head or "dense",
+      mean=mean,
+      std=std,
     )
     try:
       models.build(config)
@@ -123,6 +136,23 @@ class Model:
     drawn = models.build(config).init(jax.random.fold_in(key, _INITIAL))
     return self.load(config, *drawn) if self.pretrained else drawn
 
+  def _of_weights(self) -> tuple[str | None, tuple[float, ...], tuple[float, ...]]:
+    """The norm of the pretrained weights, and how they expect images: (norm, mean, std)."""
+    if not self.pretrained:
+      return None, (), ()
+    if self.pretrained != IMAGENET and (path := _path(self.pretrained)).is_dir():
+      record = model_files.config_of(settings.read_json(path / "model.json")["model"])
+      return record.norm, record.mean, record.std
+    if self.model in models.LITES:
+      return "affine", (), ()
+    norm = "affine" if self.model == "resnet18" else None
+    if self.model not in ("resnet18", "vgg16") or self.pretrained == IMAGENET:
+      return norm, (), ()  # refused when the weights are loaded
+    found = primia_files.read_checkpoint(_path(self.pretrained))
+    if found.mean:
+      return norm, found.mean, found.std
+    return norm, models.IMAGENET_MEAN, models.IMAGENET_STD
+
   def load(
     self, config: models.ModelConfig, params: Params, model_state: ModelState
   ) -> tuple[Params, ModelState]:
@@ -132,10 +162,45 @@ class Model:
       ValueError, FileNotFoundError: the weights are not there, or do not fit.
     """
     of_package = self.pretrained == IMAGENET
-    path = pretrained.installed_weights(config.name) if of_package else self.pretrained
+    path = pretrained.installed_weights(config.name) if of_package else _path(self.pretrained)
+    if path.is_dir():
+      return self._load_run(config, params, model_state)
     return pretrained.load_pretrained(
       path, params, model_state, new_head=True, fold_statistics=config.norm == "affine"
     )
+
+  def _load_run(
+    self, config: models.ModelConfig, params: Params, model_state: ModelState
+  ) -> tuple[Params, ModelState]:
+    _, trained, _, of_run = model_files.load_model(self.pretrained)
+    if len(trained) > 1:
+      raise ValueError(
+        f"pretrained={self.pretrained} holds {len(trained)} personal models, one for each site "
+        "(FedBN); use a run of another algorithm"
+      )
+    alike: dict[str, Any] = {"num_classes": of_run.num_classes, "dropout": of_run.dropout}
+    size, channels = config.image_shape[:2], of_run.image_shape[2]
+    alike["image_shape"] = (*size, channels if of_run.mean == () else config.image_shape[2])
+    if dataclasses.replace(config, **alike) != dataclasses.replace(of_run, **alike):
+      raise ValueError(
+        f"pretrained={self.pretrained} holds a model of other settings; set the same: "
+        + ", ".join(
+          f"{field.name}={getattr(of_run, field.name)!r}, not {getattr(config, field.name)!r}"
+          for field in dataclasses.fields(config)
+          if field.name not in alike and getattr(config, field.name) != getattr(of_run, field.name)
+        )
+      )
+    known, known_state = jax.tree.map(jnp.asarray, trained[0])
+    head = [name for name in params if name in ("head", "linear")]
+    keep = lambda old, new: {k: old[k] if k in head else new[k] for k in old}
+    filled = keep(params, known), {k: known_state[k] for k in model_state}
+    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+    if shapes(filled) != shapes((params, model_state)):
+      raise ValueError(
+        f"pretrained={self.pretrained} was trained on images of {of_run.image_shape}, and its "
+        f"weights do not fit {config.image_shape}; set the same image_size and channels"
+      )
+    return filled
 
   def frozen(self, config: models.ModelConfig, key: Key) -> models.Frozen | None:
     """The model as frozen and trained parts, with what they start from; None if all is trained."""
@@ -230,6 +295,10 @@ class Augment:
   def is_none(self) -> bool:
     """Whether images stay as they are."""
     return self.augment == "none" and not self.mixup
+
+
+def _path(text: str) -> pathlib.Path:
+  return pathlib.Path(text).expanduser()
 
 
 def normalise(images: Array) -> Array:

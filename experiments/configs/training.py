@@ -38,9 +38,15 @@ class Training:
     0, f"batches that a site trains between synchronisations; 0 is {_SYNC_BATCHES}"
   )
   batch_size: int = setting(8, "images in a training step")
-  optimizer: str = setting("adam", "the sites' optimiser: sgd, momentum, adam or adamw")
+  optimizer: str = setting(
+    "adam",
+    "the sites' optimiser: sgd, momentum, adam, adamw, or adam_l2 (PyTorch's Adam, as PriMIA's: "
+    "weight decay is a part of the gradient)",
+  )
   momentum: float = setting(0.9, "optimizer=momentum: the decay")
-  weight_decay: float = setting(0.01, "optimizer=adamw: the strength of weight decay")
+  adam_beta1: float = setting(0.9, "adam, adamw, adam_l2: the decay of the mean of gradients")
+  adam_beta2: float = setting(0.999, "adam, adamw, adam_l2: the decay of the mean of their squares")
+  weight_decay: float = setting(0.01, "adamw, adam_l2: the strength of weight decay")
   learning_rate: float = setting(0.002, "highest learning rate of the sites")
   schedule: str = setting("cosine", "constant, or cosine: down to 0 over all rounds")
   warmup_rounds: float = setting(1.0, "rounds of linear warm-up")
@@ -66,7 +72,7 @@ class Training:
     for name in ("sync_batches", "sync_epochs", "patience", "warmup_rounds", "weight_decay"):
       value = getattr(self, name)
       require(0 <= value < math.inf, name, value, "must be finite and not negative")
-    for name in ("momentum", "label_smoothing"):
+    for name in ("momentum", "adam_beta1", "adam_beta2", "label_smoothing"):
       value = getattr(self, name)
       require(0 <= value < 1, name, value, "must lie in [0, 1)")
     if self.sync_epochs and self.sync_batches:
@@ -77,12 +83,22 @@ class Training:
 
   @property
   def _optimizers(self) -> dict[str, local.Optimizer]:
+    betas = {"b1": self.adam_beta1, "b2": self.adam_beta2}
+    decay = self.weight_decay
     return {
       "sgd": optax.sgd,
       "momentum": functools.partial(optax.sgd, momentum=self.momentum),
-      "adam": optax.adam,
-      "adamw": functools.partial(optax.adamw, weight_decay=self.weight_decay),
+      "adam": functools.partial(optax.adam, **betas),
+      "adamw": functools.partial(optax.adamw, weight_decay=decay, **betas),
+      "adam_l2": lambda rate: optax.chain(
+        optax.add_decayed_weights(decay), optax.adam(rate, **betas)
+      ),
     }
+
+  @property
+  def batches(self) -> int:
+    """Batches between synchronisations, where these are not counted in epochs."""
+    return self.sync_batches or _SYNC_BATCHES
 
   def build_steps(self, sizes: Sequence[int]) -> local.Steps:
     """The steps of a round; the smallest and largest site's sizes become public."""
@@ -91,7 +107,7 @@ class Training:
       max(sizes),
       min_examples=min(sizes),
       num_epochs=self.sync_epochs or None,
-      num_steps=None if self.sync_epochs else self.sync_batches or _SYNC_BATCHES,
+      num_steps=None if self.sync_epochs else self.batches,
     )
 
   def build_optimizer(self) -> local.Optimizer:

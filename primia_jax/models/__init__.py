@@ -30,6 +30,8 @@ And two give each pixel a class (`primia_jax.segmentation`):
 from primia_jax.models.classifier import Model, build, has_taps, is_norm_parameter, num_parameters
 from primia_jax.models.config import (
   HEADS,
+  IMAGENET_MEAN,
+  IMAGENET_STD,
   LITES,
   MEAN,
   MIN_SIZE,
@@ -47,6 +49,8 @@ from primia_jax.models.scatter import features
 
 __all__ = [
   "HEADS",
+  "IMAGENET_MEAN",
+  "IMAGENET_STD",
   "LITES",
   "MEAN",
   "MIN_SIZE",

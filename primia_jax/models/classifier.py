@@ -48,10 +48,10 @@ def build(config: ModelConfig) -> Model:
 
 
 def of_parts(config: ModelConfig, first: int, last: int | None, shape: Sequence[int]) -> Model:
-  """Some parts of an EfficientNet-Lite, which take [B, *shape]; see `EfficientNetLite`."""
+  """Some parts of a model that has parts, which take [B, *shape]; see `EfficientNetLite`."""
   check(config)
   module = _module(config)
-  assert isinstance(module, EfficientNetLite)
+  assert isinstance(module, EfficientNetLite | ResNet18 | VGG16)
   return _pure(config, module.clone(first=first, last=last), tuple(shape))
 
 

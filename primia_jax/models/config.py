@@ -7,7 +7,7 @@ import dataclasses
 NORMS = ("group", "batch", "affine", "none")
 POOLS = ("max", "mean")
 STEMS = ("7x7", "3x3", "3x3/2")
-HEADS = ("dense", "mean")
+HEADS = ("dense", "dense512", "mean")
 # EfficientNet-Lite: factors on its features and on the repeats of its blocks
 LITES = {
   "efficientnet_lite0": (1.0, 1.0),
@@ -17,6 +17,8 @@ LITES = {
 # How images are normalised that a model with published weights is given: (v - MEAN) / STD for
 # values in [0, 1]. Of a typical radiograph; fixed, so that no statistics of any site are needed.
 MEAN, STD = 0.5, 0.25
+# By channel, as torchvision's weights expect them (`ModelConfig.mean`).
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # The options of each model besides name, num_classes and image_shape. Setting any other is an
 # error.
@@ -24,8 +26,12 @@ OPTIONS = {
   "cnn": ("norm", "pool", "weight_standardisation", "width", "dropout"),
   "leaf_cnn": (),
   "mlp": (),
-  "resnet18": ("norm", "pool", "weight_standardisation", "width", "dropout", "stem"),
-  "vgg16": ("norm", "weight_standardisation", "pool", "width", "dropout", "head"),
+  "resnet18": (
+    *("norm", "pool", "weight_standardisation", "width", "dropout", "stem", "mean", "std"),
+  ),
+  "vgg16": (
+    *("norm", "weight_standardisation", "pool", "width", "dropout", "head", "mean", "std"),
+  ),
   "scatter_linear": ("norm", "dropout", "scales"),
   "scatter_cnn": ("norm", "pool", "weight_standardisation", "width", "dropout", "scales"),
   "unet": ("norm", "pool", "weight_standardisation", "width", "dropout"),
@@ -69,9 +75,13 @@ class ModelConfig:
     stem: resnet18's first layers. "7x7" is torchvision's, for 224 px: stride 2, then a 3x3/2 pool.
       For small images: "3x3/2" (stride 2, no pool) or "3x3" (stride 1, no pool).
     head: vgg16's classifier. "dense" is torchvision's: 7x7 mean pool, two dense layers of 4096.
-      "mean" is a global mean pool, for small images.
+      "dense512" is PriMIA's: a global mean pool, two dense layers of 512. "mean" is a global mean
+      pool alone, for small images.
     scales: octaves J of the scattering models' wavelets. The features have 1 / 2^J of the image's
       height and width.
+    mean, std: of each channel, for weights that expect images normalised by them; the model takes
+      images normalised by MEAN and STD as all do, and begins with the difference. Images of one
+      channel serve as several equal ones where several are named. Empty changes nothing.
   """
 
   name: str = "cnn"
@@ -85,6 +95,8 @@ class ModelConfig:
   stem: str = "7x7"
   head: str = "dense"
   scales: int = 2
+  mean: tuple[float, ...] = ()
+  std: tuple[float, ...] = ()
 
 
 def check(config: ModelConfig) -> None:
@@ -115,6 +127,14 @@ def check(config: ModelConfig) -> None:
     raise ValueError(f"width={config.width} must be positive")
   if len(config.image_shape) != 3 or config.image_shape[2] < 1:
     raise ValueError(f"image_shape={config.image_shape} must be (height, width, channels)")
+  channels = config.image_shape[2]
+  if config.mean or config.std:
+    fits = len(config.mean) == len(config.std) and (channels == 1 or len(config.mean) == channels)
+    if not fits or not all(s > 0 for s in config.std):
+      raise ValueError(
+        f"mean={config.mean} and std={config.std} must have a number for each of {channels} "
+        "channels, std positive ones"
+      )
   if min(config.image_shape[:2]) < MIN_SIZE[name]:
     raise ValueError(
       f"{name} needs images of at least {MIN_SIZE[name]} x {MIN_SIZE[name]} pixels, not "

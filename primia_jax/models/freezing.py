@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from primia_jax.models import classifier
+from primia_jax.models import classifier, resnet, vgg
 from primia_jax.models.classifier import Model
 from primia_jax.models.config import LITES, ModelConfig
 from primia_jax.models.efficientnet import parts as parts_of_lite
@@ -38,7 +38,9 @@ class Frozen(NamedTuple):
 
 def parts(config: ModelConfig) -> list[str]:
   """The parts that a model can be cut between, in order; empty where it cannot be cut."""
-  return parts_of_lite(config) if config.name in LITES else []
+  if config.name in LITES:
+    return parts_of_lite(config)
+  return list({"resnet18": resnet.PARTS, "vgg16": vgg.PARTS}.get(config.name, ()))
 
 
 def freeze(
@@ -58,7 +60,8 @@ def freeze(
   known = parts(config)
   if not known:
     raise ValueError(
-      f"{config.name} cannot be frozen in parts; models that can: {', '.join(LITES)}"
+      f"{config.name} cannot be frozen in parts; models that can: resnet18, vgg16, "
+      f"{', '.join(LITES)}"
     )
   if first_trained not in known[1:]:
     raise ValueError(

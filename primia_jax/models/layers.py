@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from primia_jax.conv import conv, max_pool, mean_pool
 from primia_jax.depthwise import depthwise
-from primia_jax.models.config import ModelConfig
+from primia_jax.models.config import MEAN, STD, ModelConfig
 from primia_jax.tapped import dense
 from primia_jax.types import Array
 
@@ -22,6 +24,19 @@ def pool(x: Array, kind: str, window: int, stride: int, padding: int = 0) -> Arr
 def widths(config: ModelConfig, *features: int) -> list[int]:
   """Numbers of channels times the width, rounded to multiples of 8 for groups and vector units."""
   return [max(8, 8 * round(n * config.width / 8)) for n in features]
+
+
+def renormalised(config: ModelConfig, x: Array) -> Array:
+  """Images normalised by MEAN and STD, as the weights expect them: by `config.mean` and `std`, one
+  channel as several equal ones where these are several.
+
+  It comes before the zero padding of the first convolution, so it cannot be a part of the kernel.
+  """
+  if not config.mean:
+    return x
+  mean, std = (np.asarray(v, np.float64) for v in (config.mean, config.std))
+  scale, offset = (STD / std).astype(np.float32), ((MEAN - mean) / std).astype(np.float32)
+  return x * last(scale, 4) + last(offset, 4)
 
 
 # Layers create kernels of zeros; `classifier` fills them, all from one draw.
@@ -81,7 +96,7 @@ class Depthwise(nn.Module):
     return x
 
 
-def last(v: Array, ndim: int) -> Array:
+def last(v: Any, ndim: int) -> Any:
   return v.reshape((1,) * (ndim - 1) + (-1,))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 
 from primia_jax.models.config import ModelConfig
-from primia_jax.models.layers import Conv, Dense, Norm, pool, widths
+from primia_jax.models.layers import Conv, Dense, Norm, pool, renormalised, widths
 from primia_jax.types import Array
 
 
@@ -33,10 +36,17 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-  """Four stages of two basic blocks. Parameters have torchvision's names."""
+  """Four stages of two basic blocks. Parameters have torchvision's names.
+
+  Attributes:
+    config, norm: as for all models.
+    first, last: as in `EfficientNetLite`, of `PARTS`.
+  """
 
   config: ModelConfig
   norm: str
+  first: int = 0
+  last: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -44,15 +54,27 @@ class ResNet18(nn.Module):
     size, stride = {"7x7": (7, 2), "3x3": (3, 1), "3x3/2": (3, 2)}[config.stem]
     channels = widths(config, 64, 128, 256, 512)
     bias, standardise = self.norm == "none", config.weight_standardisation
-    x = Conv(channels[0], size, stride, size // 2, bias, standardise, name="conv1")(x)
-    x = nn.relu(Norm(self.norm, name="norm1")(x, train))
-    if config.stem == "7x7":
-      x = pool(x, config.pool, 3, 2, padding=1)
-    for stage, features in enumerate(channels, start=1):
-      for i in range(2):
-        block_stride = 2 if stage > 1 and i == 0 else 1
-        x = BasicBlock(features, block_stride, self.norm, standardise, name=f"layer{stage}_{i}")(
-          x, train
-        )
-    x = nn.Dropout(config.dropout, deterministic=not train)(x.mean((1, 2)))
-    return Dense(config.num_classes, name="head")(x)
+
+    def stem(x: Array) -> Array:
+      x = renormalised(config, x)
+      x = Conv(channels[0], size, stride, size // 2, bias, standardise, name="conv1")(x)
+      x = nn.relu(Norm(self.norm, name="norm1")(x, train))
+      return pool(x, config.pool, 3, 2, padding=1) if config.stem == "7x7" else x
+
+    def block(stage: int, i: int, x: Array) -> Array:
+      block_stride = 2 if stage > 1 and i == 0 else 1
+      shape = channels[stage - 1], block_stride, self.norm, standardise
+      return BasicBlock(*shape, name=f"layer{stage}_{i}")(x, train)
+
+    def head(x: Array) -> Array:
+      x = nn.Dropout(config.dropout, deterministic=not train)(x.mean((1, 2)))
+      return Dense(config.num_classes, name="head")(x)
+
+    blocks = [functools.partial(block, stage, i) for stage in range(1, 5) for i in range(2)]
+    made: list[Callable[[Array], Array]] = [stem, *blocks, head]
+    for part in made[self.first : self.last]:
+      x = part(x)
+    return x
+
+
+PARTS = ("stem", *(f"layer{stage}_{i}" for stage in range(1, 5) for i in range(2)), "head")
