@@ -160,7 +160,7 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
 def _input_gradient(g: Array, w: Array, x_shape: Sequence[int], geometry: Geometry) -> Array:
-  if x_shape[0] <= _FEW and max(geometry.strides) > 1:
+  if x_shape[0] <= _FEW and (max(geometry.strides) > 1 or _is_large(w.shape, g.shape)):
     return _rows_sum(g, w, tuple(x_shape), geometry)
   padding = []
   for axis in range(2):
@@ -220,11 +220,13 @@ def _rows_sum(g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry) 
   """
   work = math.prod(-(-w.shape[a] // s) * s for a, s in enumerate(geometry.strides))
   is_plain = geometry.lhs_dilation == geometry.rhs_dilation == (1, 1)
-  if is_plain and work <= 1.5 * w.shape[0] * w.shape[1]:
+  is_cheap = work <= 1.5 * w.shape[0] * w.shape[1] and not _is_large(w.shape, g.shape)
+  if is_plain and is_cheap:
     return _by_phases(g, w, x_shape, geometry)
   rows = lambda x: _patches(x, w.shape, geometry)[0]
   place = jax.linear_transpose(rows, jax.ShapeDtypeStruct(x_shape, g.dtype))
-  return place(g.reshape(-1, w.shape[3]) @ w.reshape(-1, w.shape[3]).T)[0]
+  w, g = w.reshape(-1, w.shape[3]), g.reshape(-1, w.shape[3])
+  return place(lax.dot_general(w, g, (((1,), (1,)), ((), ()))).T)[0]
 
 
 def _by_phases(g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry) -> Array:
@@ -265,6 +267,13 @@ def _rows_sum_bwd(
 
 _rows_sum.defvjp(_rows_sum_fwd, _rows_sum_bwd)
 _rows_product.defvjp(_rows_product_fwd, _rows_product_bwd)
+
+
+def _is_large(w_shape: Sequence[int], g_shape: Sequence[int]) -> bool:
+  """Whether a kernel is larger than the patches that it sees, so that these are copied and added
+  instead of transposing it.
+  """
+  return w_shape[3] >= math.prod(g_shape[:3])
 
 
 def _is_pointwise(w_shape: Sequence[int], geometry: Geometry) -> bool:
