@@ -44,6 +44,7 @@ LAYERS = {
   "data": LEAF,
   "attacks": {
     "types",
+    "durable",
     "prng",
     "ring",
     "local",
