@@ -1,19 +1,15 @@
 """Gradient inversion of chest X-rays, with and without protection.
 
-  python -m benchmarks.chest_inversion --case=protection
-  python -m benchmarks.chest_inversion --case=protection --search=codes --images=10
-  python -m benchmarks.chest_inversion --case=grid --site_images=1,8,32
-  python -m benchmarks.chest_inversion --case=protection --tune
+  python -m benchmarks.chest_inversion
+  python -m benchmarks.chest_inversion --search=codes --images=10
+  python -m benchmarks.chest_inversion --tune
 
-protection: the gradient of one image, 64 px, of an untrained sigmoid LeNet (Zhu et al. 2019), which
+The gradient of one image, 64 px, of an untrained sigmoid LeNet (Zhu et al. 2019), which
 is the positive control; the mean of such gradients of 3 and of 10 sites, as secure aggregation
 shows it; and one image's step of DP-SGD, with the noise of a run of epsilon 6 like
 `chest_xray_private.flags`. The attacker knows all labels and how many images there are, and
 searches all images of a sum together; in pixels, and in the codes of an autoencoder of the other
 X-rays.
-
-grid: the update of an epoch of SGD (Hatamizadeh et al. 2023), 32 px, by images at a site and batch
-size, for one site and for the sum of three. The attacker knows the order of images too.
 
 Identification: is a true image nearer to some reconstruction than all of them are to each of 499
 decoys? Chance is 1 in 500. --tune tries weights on images that are not reported.
@@ -28,16 +24,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 from absl import app, flags, logging
 
 from benchmarks import attacked, measuring
 from primia_jax import prng
-from primia_jax.attacks import inversion, learned, priors, scores, updates
+from primia_jax.attacks import grid, inversion, learned, priors, scores, updates
 from primia_jax.privacy import plan
 from primia_jax.types import Batch, LossFn, Params, PyTree
 
-_CASE = flags.DEFINE_enum("case", "protection", ["protection", "grid"], "What is measured.")
 _DATA = flags.DEFINE_string("data", "../shared/data/chest_xray_224.tar", "Folder or tar of X-rays.")
 _IMAGES = flags.DEFINE_integer(
   "images", 30, "Images attacked for each protection, at least.", lower_bound=1
@@ -48,16 +42,16 @@ _SEARCH = flags.DEFINE_list("search", "pixels", "What to search: pixels, codes, 
 _PROTECTIONS = flags.DEFINE_list(
   "protections", "none,sum of 3,sum of 10,DP", "Which to attack, in this order."
 )
-_SITE_IMAGES = flags.DEFINE_list("site_images", "1,8,32,128,512", "Images at a site of the grid.")
-_BATCHES = flags.DEFINE_list("batches", "1,4,8", "Batch sizes of the grid.")
 _TUNE = flags.DEFINE_bool("tune", False, "Only try weights, on images that are not reported.")
+_WEIGHTS = flags.DEFINE_list(
+  "weights", "0.001,0.01,0.1,1,10,100", "Of total variation, which --tune tries."
+)
 _LIMIT = flags.DEFINE_float("limit", 500.0, "Seconds after which no further attack begins.")
 
-DECOYS, CLASSES, RATE = 499, 3, 0.1
+DECOYS, CLASSES = 499, 3
 # by --tune, on three images for "none" and six for "sum of 3" and "DP"; "sum of 10" has that of
 # "sum of 3"
 TUNED = {"none": 1e-2, "sum of 3": 1e-1, "sum of 10": 1e-1, "DP": 1.0}
-WEIGHTS = (1e-3, 1e-2, 1e-1, 1.0)
 
 
 class Images(NamedTuple):
@@ -139,12 +133,8 @@ class Outcome(NamedTuple):
 
 
 def judge(found: inversion.Found, truth: np.ndarray, decoys: np.ndarray) -> Outcome:
-  def paired(images):
-    mse = np.square(np.asarray(images)[:, None] - truth[None]).mean((2, 3, 4))
-    guess = scipy.optimize.linear_sum_assignment(mse.T)[1]
-    return np.asarray(images)[guess]
-
-  chosen = inversion.selected(found)
+  chosen = np.asarray(inversion.selected(found))
+  paired = lambda images: grid.paired(np.asarray(images), truth)
   best = max(float(scores.ssim(paired(x), truth).mean()) for x in found.images)
   return Outcome(
     np.asarray(scores.psnr(paired(chosen), truth)),
@@ -206,7 +196,7 @@ def protection(end: float) -> None:
         learned.codes(learnt.params, shape) if search == "codes" else inversion.pixels(shape)
       )
       run = attack(simulate, variables, _STEPS.value, 0.1 * attacked.STD)
-      for weight in WEIGHTS if _TUNE.value else (TUNED[name],):
+      for weight in map(float, _WEIGHTS.value) if _TUNE.value else (TUNED[name],):
         outcomes = []
         for i in range(num_attacks):
           if outcomes and time.monotonic() > end:
@@ -219,52 +209,8 @@ def protection(end: float) -> None:
         tell(what, outcomes, name == "none" and search == "pixels" and not _TUNE.value)
 
 
-def epoch(loss_fn: LossFn, num_sites: int, num_images: int, batch: int) -> updates.Simulate:
-  """The mean over sites of the change in one epoch; images and labels are [S N, ...]."""
-  order = jnp.arange(num_images, dtype=jnp.int32).reshape(-1, batch)
-  site = updates.local_training(loss_fn, RATE, order)
-
-  def simulate(seen, images):
-    split = lambda a: a.reshape(num_sites, num_images, *a.shape[1:])
-    one = lambda images, labels: site(seen._replace(labels=labels), images)
-    sent = jax.vmap(one)(split(images), split(seen.labels))
-    return jax.tree.map(lambda a: a.mean(0), sent)
-
-  return simulate
-
-
-def grid(end: float) -> None:
-  images = read(32)
-  params, _, loss_fn = attacked.network("lenet", 32, 1, CLASSES)
-  pool, labels = images.tuning if _TUNE.value else images.attacked
-  for num_images in map(int, _SITE_IMAGES.value):
-    for batch in map(int, _BATCHES.value):
-      for num_sites in (1, 3):
-        total = num_images * num_sites
-        name = f"grid: {num_images} images at a site, batch {batch}, " + (
-          "one site's update" if num_sites == 1 else f"sum of {num_sites} sites"
-        )
-        if batch > num_images:
-          continue
-        if time.monotonic() > end:
-          measuring.skip(name, f"no time left of --limit={_LIMIT.value}")
-          continue
-        steps = min(_STEPS.value, max(60, 12_000 // total))
-        simulate = jax.jit(epoch(loss_fn, num_sites, num_images, batch))
-        run = attack(simulate, inversion.pixels((total, 32, 32, 1)), steps, 0.1 * attacked.STD)
-        outcomes = []
-        for i in range(max(1, 12 // total)):
-          each = slice(i * total, (i + 1) * total)
-          seen = updates.Seen(params, {}, None, labels[each])
-          seen = seen._replace(update=simulate(seen, pool[each]))
-          found = run(jax.random.key(i), seen, jnp.float32(TUNED["none"]))
-          outcomes.append(judge(found, pool[each], images.decoys))
-        tell(name, outcomes, False, steps=steps)
-
-
 def main(_):
-  end = time.monotonic() + _LIMIT.value
-  (protection if _CASE.value == "protection" else grid)(end)
+  protection(time.monotonic() + _LIMIT.value)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,13 @@ flags.DEFINE_string("output_dir", None, "folder for the report; created", requir
 flags.DEFINE_list(
   "parts",
   ["auto"],
-  f"which parts: {', '.join(auditing.PARTS)}; auto takes all, but without a transcript only those "
-  "that need none",
+  f"which parts: {', '.join(auditing.PARTS)}; auto takes all but {auditing.GRID}, and without a "
+  "transcript only those that need none",
+)
+flags.DEFINE_bool(
+  "grid",
+  False,
+  "also reconstruct by images at a site, batch size and secure aggregation, cell after cell",
 )
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
@@ -36,8 +41,9 @@ flags.adopt_module_key_flags(settings)
 def main() -> None:
   effort = settings.from_flags(Effort)
   output = folders.to_write(FLAGS.output_dir, ())
+  parts = [*FLAGS.parts, *([auditing.GRID] if FLAGS.grid else [])]
   running.prepare_devices("auto")  # shadow models are trained one on each core
-  said = auditing.audit(pathlib.Path(FLAGS.run_dir).expanduser(), output, effort, FLAGS.parts)
+  said = auditing.audit(pathlib.Path(FLAGS.run_dir).expanduser(), output, effort, parts)
   print(said.replace("**", ""))
   print(f"Report: {output / auditing.REPORT}")
 

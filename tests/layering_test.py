@@ -50,6 +50,7 @@ LAYERS = {
   "data": LEAF,
   "attacks": {
     "types",
+    "durable",
     "prng",
     "ring",
     "local",

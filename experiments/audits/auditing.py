@@ -14,6 +14,7 @@ from . import (
   epsilons,
   extraction,
   first_layers,
+  grids,
   heads,
   inversion,
   membership,
@@ -29,6 +30,7 @@ from . import (
 from .context import ARM, Context, Effort
 from .parts import Audit, Part
 
+GRID = "grid"
 REPORT, OVERVIEW = "privacy_report.md", "evidence.png"
 PARTS = {
   "threats": Audit(threats.points, ("attacked_rounds",)),
@@ -48,6 +50,9 @@ PARTS = {
     ("audit_seed", "candidates", "victims", "iterations", "attacked_rounds"),
     takes_transcript=True,
   ),
+  GRID: Audit(
+    grids.audit, ("audit_seed", "candidates", "iterations", "grid_images"), in_auto=False
+  ),
   "first_layers": Audit(first_layers.audit, ("audit_seed", "candidates", "victims")),
   "heads": Audit(heads.audit, ("audit_seed", "candidates", "victims", "attacked_rounds")),
   "servers": Audit(servers.audit, ("audit_seed", "candidates")),
@@ -55,6 +60,7 @@ PARTS = {
   "extraction": Audit(extraction.audit, ("audit_seed",)),
   "boundary": Audit(boundaries.audit),
 }
+_AUTO = "auto"
 _WHY = "which needs a transcript: train with --record_transcript and another --run_dir"
 
 
@@ -65,14 +71,19 @@ def chosen(names: Sequence[str], run: Context) -> list[str]:
     ValueError: an unknown name.
     FileNotFoundError: a part that was asked for needs a transcript, and there is none.
   """
-  if [*names] == ["auto"]:
-    return [name for name, one in PARTS.items() if run.has_transcript or not one.takes_transcript]
-  unknown = sorted(set(names) - set(PARTS))
+  named = set(names) - {_AUTO}
+  unknown = sorted(named - set(PARTS))
   if unknown or not names:
-    raise ValueError(f"parts={unknown}; there are {', '.join(PARTS)}, or auto alone")
-  if any(PARTS[name].takes_transcript for name in names):
+    raise ValueError(f"parts={unknown}; there are {', '.join(PARTS)}, and {_AUTO}")
+  if any(PARTS[name].takes_transcript for name in named):
     transcripts.paths(run.run_dir / ARM)
-  return [name for name in PARTS if name in names]
+  if _AUTO in names:
+    named |= {
+      name
+      for name, one in PARTS.items()
+      if one.in_auto and (run.has_transcript or not one.takes_transcript)
+    }
+  return [name for name in PARTS if name in named]
 
 
 def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Sequence[str]) -> str:
@@ -82,7 +93,7 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
     run_dir: of a finished run of `train_federated`.
     output: folder of the audit; created.
     effort: how hard to attack.
-    names: of parts; ["auto"] for all that the run allows.
+    names: of parts; "auto" stands for all that the run allows, without those that take long.
 
   Returns:
     The verdict, as the report's first line has it.

@@ -46,6 +46,9 @@ class Effort:
   shadows: int = settings.setting(
     8, "shadow models of the membership attack, an even number; the literature takes 64 and more"
   )
+  grid_images: int = settings.setting(
+    96, "--grid: images of all sites together in its largest cell; the literature takes 512 a site"
+  )
   attacked_rounds: int = settings.setting(3, "recorded rounds that are attacked, spread evenly")
 
   def __post_init__(self):

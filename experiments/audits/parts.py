@@ -43,11 +43,13 @@ class Audit:
     run: the part, of a run.
     effort: the fields of `context.Effort` that decide its result.
     takes_transcript: whether it needs the run's transcript.
+    in_auto: whether `auto` stands for it too; False for what takes long.
   """
 
   run: Callable[[Context], Part]
   effort: tuple[str, ...] = ()
   takes_transcript: bool = False
+  in_auto: bool = True
 
 
 def digest(name: str, audit: Audit, context: Context) -> str:
