@@ -63,6 +63,11 @@ class Model:
     "", "resnet18: 7x7 (large images), 3x3/2 or 3x3 (small ones); empty chooses by image size"
   )
   head: str = setting("", "vgg16: dense (torchvision's) or mean; empty takes dense")
+  features: str = setting(
+    "",
+    "efficientnet_lite: what the last layer takes: mean (of each map), or unit (scaled to norm one "
+    "image by image, for private training of that layer); empty takes mean",
+  )
   weight_standardisation: bool = setting(False, "standardise convolution kernels")
   dropout: float = setting(0.0, "dropout rate before the last layer")
   pretrained: str = setting(
@@ -110,6 +115,7 @@ class Model:
       dropout=self.dropout,
       stem=stem if self.model == "resnet18" else self.stem or "7x7",
       head=self.head or "dense",
+      features=self.features or "mean",
     )
     try:
       models.build(config)

@@ -131,7 +131,7 @@ def delong(labels: ArrayLike, first: ArrayLike, second: ArrayLike, level: float 
   deviation = float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)))
   half = float(scipy.stats.norm.ppf((1 + level) / 2)) * deviation
   p = float(2 * scipy.stats.norm.sf(abs(gap) / deviation)) if deviation > 0 else float(gap == 0)
-  return DeLong(*areas, gap, gap - half, gap + half, p)
+  return DeLong(areas[0], areas[1], gap, gap - half, gap + half, p)
 
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:

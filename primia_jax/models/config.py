@@ -8,6 +8,7 @@ NORMS = ("group", "batch", "affine", "none")
 POOLS = ("max", "mean")
 STEMS = ("7x7", "3x3", "3x3/2")
 HEADS = ("dense", "mean")
+FEATURES = ("mean", "unit")
 # EfficientNet-Lite: factors on its features and on the repeats of its blocks
 LITES = {
   "efficientnet_lite0": (1.0, 1.0),
@@ -30,7 +31,7 @@ OPTIONS = {
   "scatter_cnn": ("norm", "pool", "weight_standardisation", "width", "dropout", "scales"),
   "unet": ("norm", "pool", "weight_standardisation", "width", "dropout"),
   "monet": ("norm", "pool", "weight_standardisation", "width", "dropout"),
-  **dict.fromkeys(LITES, ("norm", "width", "dropout")),
+  **dict.fromkeys(LITES, ("norm", "width", "dropout", "features")),
 }
 # Those that give each pixel a class, and of what the sides of their images are multiples.
 SEGMENTERS = {"unet": 8, "monet": 4}
@@ -72,6 +73,9 @@ class ModelConfig:
       "mean" is a global mean pool, for small images.
     scales: octaves J of the scattering models' wavelets. The features have 1 / 2^J of the image's
       height and width.
+    features: what EfficientNet-Lite's last layer takes: "mean", the mean of each map, or "unit",
+      these scaled to norm one image by image. An image's effect on a linear layer's gradient is
+      then bounded by a public rule, as private training of that layer wants it.
   """
 
   name: str = "cnn"
@@ -85,6 +89,7 @@ class ModelConfig:
   stem: str = "7x7"
   head: str = "dense"
   scales: int = 2
+  features: str = "mean"
 
 
 def check(config: ModelConfig) -> None:
@@ -96,6 +101,7 @@ def check(config: ModelConfig) -> None:
     ("pool", POOLS),
     ("stem", STEMS),
     ("head", HEADS),
+    ("features", FEATURES),
     ("weight_standardisation", (False, True)),
   ):
     if getattr(config, option) not in allowed:
