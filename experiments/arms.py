@@ -197,7 +197,8 @@ def train(
   if has_own and algorithm.name == "fedbn":
     kept = [jax.tree.map(lambda a, i=i: a[i], best.site_state) for i in range(num_sites)]
   # The average needs no site's state.
-  shared = serve(None) if config.privacy.dp_average else (best.params, best.model_state)
+  is_average = config.privacy.dp_average or config.training.average_last
+  shared = serve(None) if is_average else (best.params, best.model_state)
   trained = [serve(k) for k in kept] or [shared]
   facts = lines.facts(rows, best, state, place, num_sites, charges is not None)
   spent, said = None, None
@@ -264,7 +265,7 @@ def _sites(
   def load(ids: np.ndarray) -> federated.Site:
     site = data_sites.stack(part, ids, max_examples, by_patient=by_patient)
     if trainer.features is not None:
-      site = site._replace(images=trainer.features(site.images))  # type: ignore[arg-type]
+      site = site._replace(images=_features(trainer.features, site))  # type: ignore[arg-type]
     return site
 
   ids, at_once = np.arange(len(part.sites), dtype=np.int32), config.hospitals.sites_in_memory
@@ -281,3 +282,13 @@ def _sites(
     return jax.tree.map(lambda a: a[np.searchsorted(mine, wanted)], stacked)
 
   return federated.Sites(ids, in_memory, secrets=secrets)
+
+
+def _features(compute: Callable[[np.ndarray], np.ndarray], site: federated.Site) -> np.ndarray:
+  """[K, N, h, w, c] of stacked images; padding is not computed and stays blank."""
+  images, counts = np.asarray(site.images), np.asarray(site.num_examples).tolist()
+  real = compute(np.concatenate([of[:n] for of, n in zip(images, counts, strict=True)]))
+  made = np.zeros((*images.shape[:2], *real.shape[1:]), real.dtype)
+  for of_site, own in zip(made, np.split(real, np.cumsum(counts)[:-1]), strict=True):
+    of_site[: len(own)] = own
+  return made

@@ -340,7 +340,9 @@ def _loaded(config: Train, lazy: bool) -> Inputs:
 def _hold_out(
   train: Dataset, dealt: partition.Partition, fraction: float, seed: int
 ) -> tuple[Part, Part]:
-  """`sites.hold_out` that parts no copies either."""
+  """`sites.hold_out` that parts no copies either; a fraction of 0 holds nothing out."""
+  if not fraction:
+    return Part(train, tuple(dealt)), Part(train, tuple(index[:0] for index in dealt))
   parts = sites.hold_out(Part(overlaps.tied(train), dealt), fraction, seed)
   return Part(train, parts[0].sites), Part(train, parts[1].sites)
 

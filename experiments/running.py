@@ -43,6 +43,7 @@ from . import (
 from .configs import Train, tasks
 
 FLAGS = flags.FLAGS
+PREDICTIONS = "predictions.npz"  # of test images: their labels, and [N, L] by each arm
 _POOLED, _LOCAL = "pooled", "local"
 _SAVE_EVERY = 5.0  # seconds; a checkpoint may take longer than a short round
 
@@ -268,11 +269,13 @@ def _run(
     return segmentation_report.write(
       folder, title, images.test, arms_found, main_arm, config.seed, about_run
     )
+  found = {name: predictions[name] for name in order}
+  np.savez_compressed(folder / PREDICTIONS, labels=images.test.labels, **found)
   return report.write_report(
     folder,
     title=title,
     data_name=images.test.name,
-    arms={name: report.Arm(images.test.labels, predictions[name]) for name in order},
+    arms={name: report.Arm(images.test.labels, of_arm) for name, of_arm in found.items()},
     label_names=label_names,
     config=settings.flat(config) | facts,
     versions=report.versions(),

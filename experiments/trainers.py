@@ -123,6 +123,7 @@ def make_trainer(
     counting = lambda most: summation.alone()
   if config.privacy.dp_average:
     algorithm = algorithms.averaged(algorithm, config.privacy.dp_average)
+  algorithm = t.averaged(algorithm)
   count_noise = config.privacy.dp_count_noise if config.privacy.dp != "none" else 0.0
   most, validate = recipe.steps.max_examples, None
   if config.privacy.validates:

@@ -143,6 +143,34 @@ def averaged(algorithm: Algorithm, decay: float) -> Algorithm:
   """
   if not 0 <= decay < 1:
     raise ValueError(f"decay={decay} of the parameter average must lie in [0, 1)")
+  return _averaged(algorithm, lambda t: jnp.minimum(decay, (1 + t) / (10 + t)))
+
+
+def averaged_from(algorithm: Algorithm, first_round: int) -> Algorithm:
+  """The same algorithm, evaluated with the plain mean of the global parameters after each round
+  from one on (Polyak and Juditsky 1992); before it, with those of the round itself.
+
+  The server computes the mean from sums that it has opened already, so it costs no privacy.
+
+  Args:
+    algorithm: one that keeps all parameters global.
+    first_round: the first whose parameters count, from 0.
+
+  Raises:
+    ValueError: for a negative round.
+  """
+  if first_round < 0:
+    raise ValueError(f"first_round={first_round} of the parameter average must not be negative")
+
+  def keep(t: Array) -> Array:
+    counted = jnp.maximum(t - first_round, 0)
+    return counted / (counted + 1)
+
+  return _averaged(algorithm, keep)
+
+
+def _averaged(algorithm: Algorithm, keep_in: Callable[[Array], Array]) -> Algorithm:
+  """The algorithm, evaluated with an average of which each round keeps a share."""
   inner = lambda server: server._replace(server_state=server.server_state["inner"])
 
   def init_server(params: Params) -> PyTree:
@@ -150,8 +178,7 @@ def averaged(algorithm: Algorithm, decay: float) -> Algorithm:
 
   def server(server: Global, total: Message) -> tuple[Params, ModelState, PyTree, Metrics]:
     params, model_state, state, metrics = algorithm.server(inner(server), total)
-    t = server.round.astype(jnp.float32)
-    keep = jnp.minimum(decay, (1 + t) / (10 + t))
+    keep = keep_in(server.round.astype(jnp.float32))
     average = jax.tree.map(
       lambda a, p: keep * a + (1 - keep) * p, server.server_state["average"], params
     )

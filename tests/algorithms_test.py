@@ -300,6 +300,22 @@ def test_the_average_over_rounds_is_what_is_evaluated_and_changes_no_training():
     algorithms.averaged(plain, 1.0)
 
 
+def test_the_mean_of_the_last_rounds_is_what_is_evaluated():
+  plain = algorithms.fedavg(recipe())
+  algorithm = algorithms.averaged_from(plain, 1)
+  ends = [vector(run(plain, (IDS,) * r).params) for r in range(1, ROUNDS + 1)]
+  for r in range(1, ROUNDS + 1):
+    state = run(algorithm, (IDS,) * r)
+    server = fed.Global(state.params, {}, state.server_state, state.round, KEY)
+    want = np.mean(ends[min(1, r - 1) : r], axis=0)
+    np.testing.assert_allclose(
+      vector(algorithm.personal(server, ())[0]), want, rtol=1e-6, atol=1e-7
+    )
+    np.testing.assert_array_equal(vector(state.params), ends[r - 1])
+  with pytest.raises(ValueError, match="first_round=-1"):
+    algorithms.averaged_from(plain, -1)
+
+
 def test_sites_count_by_patients_where_these_are_the_unit():
   """How many images one patient has is not public, and the opened weight would tell it."""
   site = jax.tree.map(lambda a: jnp.asarray(a[1]), load(IDS))

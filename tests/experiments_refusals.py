@@ -95,7 +95,8 @@ extra                                       | extra | is no flag | --name=value
 --site_fractions=0.5,0.3,0.9                | site_fractions | 0.9 | add up
 --site_fractions=-1,1,1                     | site_fractions | -1 | between
 --dirichlet_alpha=0                         | dirichlet_alpha | 0 | positive
---validation_fraction=1                     | validation_fraction | 1 | between
+--validation_fraction=1                     | validation_fraction | 1 | [0, 1)
+--validation_fraction=0                     | validation_fraction | 0 | validation=none
 --test_fraction=0                           | test_fraction | 0 | between
 --sites_in_memory=-1                        | sites_in_memory | -1 | negative
 --site_data=folder:a,folder:b               | site_data | folder:a | num_sites=3
@@ -176,6 +177,9 @@ FEDERATED = """
 --algorithm=scaffold                        | algorithm | scaffold | optimizer=sgd
 --algorithm=fednova --optimizer=momentum    | algorithm | fednova | --nokeep_optimizer
 --algorithm=fedbn --dp_average=0.5          | dp_average | 0.5 | dp_average=0
+--algorithm=fedbn --average_last=0.5        | average_last | 0.5 | average_last=0
+--average_last=0.5 --dp_average=0.9         | average_last | 0.5 | one average
+--average_last=1                            | average_last | 1 | [0, 1)
 --weighting=votes                           | weighting | votes | uniform
 --proximal=-1                               | proximal | -1 | negative
 --server_learning_rate=0                    | server_learning_rate | 0 | positive

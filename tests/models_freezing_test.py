@@ -2,6 +2,7 @@
 model that a run saves.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -60,6 +61,26 @@ def test_the_parts_answer_as_the_whole(config, first_trained, passed):
   assert float(jnp.abs(expected).max()) > 0.1
   np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5)
   assert tuple(map(int, shape)) == passed
+
+
+def test_features_of_norm_one_reach_the_last_layer():
+  config = dataclasses.replace(CONFIG, features="unit")
+  model, params, state = drawn(config)
+  frozen = models.freeze(config, params, state, "head")
+  plain = models.freeze(CONFIG, params, state, "head")
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(3, *CONFIG.image_shape)), jnp.float32)
+
+  def run(x):
+    answer, _ = frozen.model.apply(frozen.params, frozen.model_state, frozen.lower(x))
+    return frozen.lower(x), plain.lower(x), answer, model.apply(params, state, x)[0]
+
+  passed, raw, answer, expected = jax.jit(run)(x)
+  raw = np.asarray(raw, np.float64)
+  scaled = raw / np.linalg.norm(raw, axis=1, keepdims=True)
+  np.testing.assert_allclose(passed, scaled, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5)
+  with pytest.raises(ValueError, match="features='median' is not one of mean, unit"):
+    models.build(dataclasses.replace(CONFIG, features="median"))
 
 
 def test_only_what_is_above_is_a_parameter():

@@ -232,8 +232,8 @@ class Hospitals:
   )
   validation_fraction: float = setting(
     0.15,
-    "share of each site's patients held out to choose the best round; unused with validation=none. "
-    "The phantom draws others, as large a share of phantom_test_images",
+    "share of each site's patients held out to choose the best round; unused with validation=none, "
+    "which also takes 0. The phantom draws others, as large a share of phantom_test_images",
   )
   test_fraction: float = setting(
     0.2, "share of patients held out for testing where the data have no test split"
@@ -255,9 +255,10 @@ class Hospitals:
       raise ValueError(
         f"partition={self.partition!r}; use auto, iid, unequal, dirichlet or column:NAME"
       )
-    for name in ("validation_fraction", "test_fraction"):
-      value = getattr(self, name)
-      require(0 < value < 1, name, value, "must lie between 0 and 1")
+    value = self.validation_fraction
+    require(0 <= value < 1, "validation_fraction", value, "must lie in [0, 1)")
+    value = self.test_fraction
+    require(0 < value < 1, "test_fraction", value, "must lie between 0 and 1")
     for share in fractions(self.site_fractions) or ():
       cure = "must hold numbers between 0 and 1, such as 0.5,0.3,0.2"
       require(0 < share <= 1, "site_fractions", self.site_fractions, cure)

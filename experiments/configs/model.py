@@ -68,6 +68,11 @@ class Model:
   head: str = setting(
     "", "vgg16: dense (torchvision's), dense512 (PriMIA's) or mean; empty takes dense"
   )
+  features: str = setting(
+    "",
+    "efficientnet_lite: what the last layer takes: mean (of each map), or unit (scaled to norm one "
+    "image by image, for private training of that layer); empty takes mean",
+  )
   weight_standardisation: bool = setting(False, "standardise convolution kernels")
   dropout: float = setting(0.0, "dropout rate before the last layer")
   pretrained: str = setting(
@@ -123,6 +128,7 @@ class Model:
       head=self.head or "dense",
       mean=mean,
       std=std,
+      features=self.features or "mean",
     )
     try:
       models.build(config)

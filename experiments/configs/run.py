@@ -63,11 +63,23 @@ class Train:
         f"dp_average={p.dp_average} averages global parameters, and fedbn keeps some at each site; "
         "use dp_average=0"
       )
+    if self.training.average_last and (p.dp_average or f.algorithm == "fedbn"):
+      raise ValueError(
+        f"average_last={self.training.average_last} with dp_average={p.dp_average} and "
+        f"algorithm={f.algorithm}: take one average, and none with fedbn, which keeps parameters "
+        "at each site; use average_last=0"
+      )
     if self.training.patience and not p.validates:
       raise ValueError(
         f"patience={self.training.patience} needs scores of validation images, which are unused "
         f"with dp={p.dp} and validation={p.validation}; use patience=0, or validation=exact, which "
         "releases them uncharged"
+      )
+    if not h.validation_fraction and p.validates:
+      raise ValueError(
+        f"validation_fraction={h.validation_fraction} holds no images out, and validation="
+        f"{p.validation} with dp={p.dp} chooses the best round by them; use validation=none, or a "
+        "fraction such as 0.15"
       )
     self._check_task()
     if self.model.first_trained:

@@ -57,6 +57,11 @@ class Training:
   label_smoothing: float = setting(
     0.0, "share of a label that is spread evenly over all classes, in [0, 1)"
   )
+  average_last: float = setting(
+    0.0,
+    "share of the rounds, the last ones, whose mean parameters are evaluated and kept; 0 takes one "
+    "round's",
+  )
   patience: int = setting(
     0,
     "stop after this many rounds without a better MCC on validation images; 0 never stops, which "
@@ -72,7 +77,7 @@ class Training:
     for name in ("sync_batches", "sync_epochs", "patience", "warmup_rounds", "weight_decay"):
       value = getattr(self, name)
       require(0 <= value < math.inf, name, value, "must be finite and not negative")
-    for name in ("momentum", "adam_beta1", "adam_beta2", "label_smoothing"):
+    for name in ("momentum", "adam_beta1", "adam_beta2", "label_smoothing", "average_last"):
       value = getattr(self, name)
       require(0 <= value < 1, name, value, "must lie in [0, 1)")
     if self.sync_epochs and self.sync_batches:
@@ -80,6 +85,13 @@ class Training:
         f"sync_epochs={self.sync_epochs} and sync_batches={self.sync_batches} both say how long a "
         "round is; give one of them"
       )
+
+  def averaged(self, algorithm: federated.Algorithm) -> federated.Algorithm:
+    """The algorithm, evaluated with the mean of the last rounds if the settings say so."""
+    if not self.average_last:
+      return algorithm
+    last = max(1, round(self.average_last * self.rounds))
+    return algorithms.averaged_from(algorithm, self.rounds - last)
 
   @property
   def _optimizers(self) -> dict[str, local.Optimizer]:

@@ -4,7 +4,7 @@
 sites. A federation's metrics therefore need only the matrix from a site, and it leaves the site
 only through secure aggregation. Functions of a matrix take [..., L, L] and return JAX arrays
 (float32, jittable) for JAX matrices and NumPy arrays (float64) for NumPy ones. Functions of
-probabilities (`curves`, `intervals`) sort, so they run in NumPy on the host.
+probabilities (`curves`, `intervals`, `paired`) sort, so they run in NumPy on the host.
 
 A ratio with denominator 0, such as the sensitivity to a class without examples, is NaN
 ("undefined"). The exception is `mcc`, which is 0 then, by convention.
@@ -39,18 +39,34 @@ from primia_jax.metrics.intervals import (
   clopper_pearson,
   scores,
 )
+from primia_jax.metrics.paired import (
+  DeLong,
+  McNemar,
+  Spread,
+  bootstrap_mean_difference,
+  delong,
+  mcnemar,
+  over_seeds,
+  predicted,
+  worst_mcnemar,
+)
 
 __all__ = [
+  "DeLong",
   "Intervals",
+  "McNemar",
   "RocCurve",
   "Scores",
+  "Spread",
   "accuracy",
   "bootstrap_difference",
   "bootstrap_intervals",
+  "bootstrap_mean_difference",
   "brier_score",
   "check_probabilities",
   "clopper_pearson",
   "confusion_matrix",
+  "delong",
   "dice",
   "expected_calibration_error",
   "f1",
@@ -58,10 +74,14 @@ __all__ = [
   "log_loss",
   "macro_roc_auc",
   "mcc",
+  "mcnemar",
+  "over_seeds",
   "precision",
+  "predicted",
   "roc_auc",
   "roc_curve",
   "scores",
   "sensitivity",
   "specificity",
+  "worst_mcnemar",
 ]

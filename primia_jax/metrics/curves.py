@@ -30,7 +30,7 @@ def roc_curve(labels: ArrayLike, scores: ArrayLike) -> RocCurve:
   Returns:
     The curve. A rate is NaN if its class has no examples.
   """
-  labels, scores = _check_scores(labels, scores)
+  labels, scores = check_scores(labels, scores)
   order = np.argsort(-scores, kind="stable")
   last = np.flatnonzero(np.diff(scores[order], append=-np.inf))
   hits = np.concatenate([[0], np.cumsum(labels[order])[last]])
@@ -51,7 +51,7 @@ def roc_auc(labels: ArrayLike, scores: ArrayLike) -> float:
   Returns:
     The area, exact also with ties; NaN if either class has no example.
   """
-  labels, scores = _check_scores(labels, scores)
+  labels, scores = check_scores(labels, scores)
   once = np.ones((1, len(labels)), np.int64)
   return float(_pair_auc(scores[labels], scores[~labels], once[:, labels], once[:, ~labels])[0])
 
@@ -129,7 +129,7 @@ def check_probabilities(
   return labels.astype(np.int64), p
 
 
-def _check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
   labels, scores = np.asarray(labels), np.asarray(scores).astype(np.float64)
   if labels.ndim != 1 or labels.shape != scores.shape or not len(labels):
     raise ValueError(
@@ -139,6 +139,13 @@ def _check_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.
     raise ValueError(f"score {int((~np.isfinite(scores)).argmax())} is not finite")
   check_classes("labels", labels.astype(np.int64) if labels.dtype == bool else labels, 2)
   return labels.astype(bool), scores
+
+
+def pair_wins(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+  """[P] the share of `others` [Q] that each score [P] is above, where equal ones count half."""
+  ordered = np.sort(others)
+  less, at_most = (np.searchsorted(ordered, scores, side) for side in ("left", "right"))
+  return (less + at_most) / (2 * len(ordered))
 
 
 def _pair_auc(

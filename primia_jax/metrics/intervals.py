@@ -74,8 +74,8 @@ def bootstrap_intervals(
     The metrics and their intervals.
   """
   labels, probabilities = check_probabilities(labels, probabilities)
-  samples = _bootstrap(labels, (probabilities,), key, groups, num_resamples)[0]
-  return _summarise(scores(labels, probabilities), samples, level)
+  samples = resampled(labels, (probabilities,), key, groups, num_resamples)[0]
+  return summarised(scores(labels, probabilities), samples, level)
 
 
 def bootstrap_difference(
@@ -101,8 +101,8 @@ def bootstrap_difference(
       f"probabilities {probabilities.shape} and baseline {baseline.shape} differ in shape"
     )
   minus = lambda a, b: Scores(*(x - y for x, y in zip(a, b, strict=True)))
-  samples = minus(*_bootstrap(labels, (probabilities, baseline), key, groups, num_resamples))
-  return _summarise(minus(scores(labels, probabilities), scores(labels, baseline)), samples, level)
+  samples = minus(*resampled(labels, (probabilities, baseline), key, groups, num_resamples))
+  return summarised(minus(scores(labels, probabilities), scores(labels, baseline)), samples, level)
 
 
 def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
@@ -137,7 +137,7 @@ def _scores(labels: np.ndarray, probabilities: np.ndarray, times: np.ndarray) ->
   )
 
 
-def _bootstrap(
+def resampled(
   labels: np.ndarray, models: tuple, key: Key, groups: Any, num_resamples: int
 ) -> list[Scores]:
   """[R] scores of each model's probabilities on the same resamples; chunks bound the memory."""
@@ -161,7 +161,8 @@ def _bootstrap(
   return [Scores(*(np.concatenate(x) for x in zip(*part, strict=True))) for part in parts]
 
 
-def _summarise(value: Scores, samples: Scores, level: float) -> Intervals:
+def summarised(value: Scores, samples: Scores, level: float) -> Intervals:
+  """The percentile intervals of metrics, from the same metrics of [R] resamples."""
   if not 0 < level < 1:
     raise ValueError(f"level must lie between 0 and 1, got {level}")
 

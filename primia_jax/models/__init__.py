@@ -29,6 +29,7 @@ And two give each pixel a class (`primia_jax.segmentation`):
 
 from primia_jax.models.classifier import Model, build, has_taps, is_norm_parameter, num_parameters
 from primia_jax.models.config import (
+  FEATURES,
   HEADS,
   IMAGENET_MEAN,
   IMAGENET_STD,
@@ -48,6 +49,7 @@ from primia_jax.models.layers import Norm
 from primia_jax.models.scatter import features
 
 __all__ = [
+  "FEATURES",
   "HEADS",
   "IMAGENET_MEAN",
   "IMAGENET_STD",

@@ -8,6 +8,7 @@ NORMS = ("group", "batch", "affine", "none")
 POOLS = ("max", "mean")
 STEMS = ("7x7", "3x3", "3x3/2")
 HEADS = ("dense", "dense512", "mean")
+FEATURES = ("mean", "unit")
 # EfficientNet-Lite: factors on its features and on the repeats of its blocks
 LITES = {
   "efficientnet_lite0": (1.0, 1.0),
@@ -36,7 +37,7 @@ OPTIONS = {
   "scatter_cnn": ("norm", "pool", "weight_standardisation", "width", "dropout", "scales"),
   "unet": ("norm", "pool", "weight_standardisation", "width", "dropout"),
   "monet": ("norm", "pool", "weight_standardisation", "width", "dropout"),
-  **dict.fromkeys(LITES, ("norm", "width", "dropout")),
+  **dict.fromkeys(LITES, ("norm", "width", "dropout", "features")),
 }
 # Those that give each pixel a class, and of what the sides of their images are multiples.
 SEGMENTERS = {"unet": 8, "monet": 4}
@@ -82,6 +83,9 @@ class ModelConfig:
     mean, std: of each channel, for weights that expect images normalised by them; the model takes
       images normalised by MEAN and STD as all do, and begins with the difference. Images of one
       channel serve as several equal ones where several are named. Empty changes nothing.
+    features: what EfficientNet-Lite's last layer takes: "mean", the mean of each map, or "unit",
+      these scaled to norm one image by image. An image's effect on a linear layer's gradient is
+      then bounded by a public rule, as private training of that layer wants it.
   """
 
   name: str = "cnn"
@@ -97,6 +101,7 @@ class ModelConfig:
   scales: int = 2
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
+  features: str = "mean"
 
 
 def check(config: ModelConfig) -> None:
@@ -108,6 +113,7 @@ def check(config: ModelConfig) -> None:
     ("pool", POOLS),
     ("stem", STEMS),
     ("head", HEADS),
+    ("features", FEATURES),
     ("weight_standardisation", (False, True)),
   ):
     if getattr(config, option) not in allowed:

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import lax
 
 from primia_jax.models.config import LITES, MEAN, STD, ModelConfig
@@ -32,6 +33,7 @@ _STAGES = (
 # The published weights take (255 v - 127) / 128 for a value v in [0, 1].
 _SCALE, _OFFSET = 255 / 128 * STD, (255 * MEAN - 127) / 128
 _EPSILON = 1e-3  # of all norms
+_TINY = 1e-12  # least squared norm of features
 
 
 class Block(nn.Module):
@@ -83,7 +85,8 @@ class EfficientNetLite(nn.Module):
 
     def pooled(x: Array) -> Array:
       x = Conv(last, 1, use_bias=bias, name="head_conv")(x)
-      return relu6(Norm(self.norm, _EPSILON, name="head_norm")(x, train)).mean((1, 2))
+      x = relu6(Norm(self.norm, _EPSILON, name="head_norm")(x, train)).mean((1, 2))
+      return x if config.features == "mean" else unit(x)
 
     def head(x: Array) -> Array:
       x = nn.Dropout(config.dropout, deterministic=not train)(x)
@@ -113,6 +116,11 @@ def blocks(config: ModelConfig) -> list[tuple[int, int, int, int]]:
 def parts(config: ModelConfig) -> list[str]:
   """The names of the parts in order, as `EfficientNetLite` has them."""
   return ["stem", *(f"block{i}" for i in range(len(blocks(config)))), "head_conv", "head"]
+
+
+def unit(x: Array) -> Array:
+  """Rows of norm one; a row of zeros stays."""
+  return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), _TINY))
 
 
 def relu6(x: Array) -> Array:

@@ -1,0 +1,126 @@
+"""Pictures of a case study: its arms over seeds, its private arms by epsilon, and a reader's
+operating points in the ROC of a model. Each function writes one file, as those of `plots` do.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from primia_jax import metrics
+
+from . import lettering
+from .plots import BLUE, DASHES, GREEN, INK, ORANGE, PALETTE, save, tidy
+
+_FIELDS = {"accuracy": "accuracy", "mcc": "MCC", "macro_roc_auc": "macro ROC-AUC (one-vs-one)"}
+
+
+def arms(
+  scores: Mapping[str, Sequence[metrics.Scores]],
+  path: str | pathlib.Path,
+  title: str,
+  reader: tuple[str, np.ndarray] | None = None,
+) -> None:
+  """Draws each arm's scores, a point for each seed, with their mean and its interval over seeds.
+
+  Args:
+    scores: arm -> the scores of each seed.
+    path: the file to write.
+    title: what the picture shows, including the data set.
+    reader: name and [L, L] confusion matrix of a human reader, drawn as a line.
+  """
+  height = 0.42 * len(scores) + (2.1 if reader else 1.7)
+  figure = Figure(figsize=(10.5, height), layout="constrained")
+  panels = figure.subplots(1, 3, sharey=True)
+  for axes, (field, name) in zip(panels, _FIELDS.items(), strict=True):
+    for y, of_seeds in enumerate(scores.values()):
+      values = [float(getattr(one, field)) for one in of_seeds]
+      mean, low, high = metrics.over_seeds(values)
+      if len(values) > 1:
+        axes.plot([low, high], [y, y], color=INK, linewidth=1.4)
+      axes.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.45, markersize=5)
+      axes.plot([mean], [y], "D", color=BLUE, markersize=6)
+    if reader and field != "macro_roc_auc":
+      x = float(getattr(metrics, field)(reader[1]))
+      axes.axvline(x, color=ORANGE, linewidth=1.6, linestyle=DASHES[1], label=reader[0])
+    axes.set_title(name, fontsize=10.5)
+    tidy(axes)
+    axes.tick_params(axis="y", length=0)
+  panels[0].set_yticks(range(len(scores)), [textwrap.fill(arm, 34) for arm in scores])
+  panels[0].set_ylim(len(scores) - 0.5, -0.5)
+  if reader:
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", frameon=False, fontsize=9)
+  save(figure, path, title)
+
+
+def epsilons(
+  scores: Mapping[str, Mapping[float, Sequence[float]]], path: str | pathlib.Path, title: str
+) -> None:
+  """Draws MCC against epsilon, with intervals over seeds.
+
+  Args:
+    scores: arm -> epsilon -> the MCC of each seed.
+    path: the file to write.
+    title: what the picture shows, including the data set.
+  """
+  figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+  axes = figure.add_subplot()
+  for i, (arm, by_epsilon) in enumerate(scores.items()):
+    at = sorted(by_epsilon)
+    spreads = [metrics.over_seeds(by_epsilon[e]) for e in at]
+    colour, dashes = (BLUE, GREEN)[i % 2], DASHES[i % len(DASHES)]
+    axes.plot(at, [s.mean for s in spreads], "o", linestyle=dashes, color=colour, label=arm)
+    axes.vlines(at, [s.low for s in spreads], [s.high for s in spreads], color=colour)
+  axes.set_xscale("log")
+  ticks = sorted({e for by_epsilon in scores.values() for e in by_epsilon})
+  axes.set_xticks(ticks, [f"{e:g}" for e in ticks])
+  axes.minorticks_off()
+  axes.set_xlabel("epsilon")
+  axes.set_ylabel("MCC")
+  axes.legend(frameon=False, fontsize=9)
+  tidy(axes)
+  save(figure, path, title)
+
+
+def reader(
+  labels: Any,
+  probabilities: Any,
+  label_names: Sequence[str],
+  said: tuple[str, np.ndarray],
+  path: str | pathlib.Path,
+  title: str,
+) -> None:
+  """Draws a model's ROC curve of each class against the rest, with a reader's operating points.
+
+  Args:
+    labels: [N] integers in 0..L-1.
+    probabilities: [N, L].
+    label_names: the L classes.
+    said: name and [L, L] confusion matrix of the reader.
+    path: the file to write.
+    title: what the picture shows, including the data set.
+  """
+  labels, probabilities = metrics.check_probabilities(labels, probabilities)
+  figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+  axes = figure.add_subplot()
+  axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=(0, (2, 3)))
+  found, left = metrics.sensitivity(said[1]), metrics.specificity(said[1])
+  for k, name in enumerate(map(lettering.in_legend, lettering.shown(label_names))):
+    curve = metrics.roc_curve(labels == k, probabilities[:, k])
+    area = metrics.roc_auc(labels == k, probabilities[:, k])
+    colour = PALETTE[k % len(PALETTE)]
+    style: dict[str, Any] = {"color": colour, "linestyle": DASHES[k % len(DASHES)]}
+    axes.plot(*curve[:2], label=f"{name}: AUC {area:.3f}", **style)
+    point = {"markersize": 12, "markeredgecolor": INK, "label": f"{name}: {said[0]}"}
+    axes.plot([1 - left[k]], [found[k]], "*", color=colour, **point)
+  axes.set_xlabel("1 - specificity (one class against the rest)")
+  axes.set_ylabel("sensitivity")
+  axes.legend(loc="lower right", frameon=False, fontsize=9)
+  tidy(axes)
+  save(figure, path, title)

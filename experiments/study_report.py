@@ -1,0 +1,334 @@
+"""The report of a case study, from the folders of its runs: `case_study.md` and pictures."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from primia_jax import metrics
+
+from . import markdown, running
+from .study import Step
+
+REPORT = "case_study.md"
+PICTURES = ("arms.png", "epsilon.png", "reader.png")
+_RESAMPLES = 2000
+_PRIVATE = re.compile(r"private_(pooled_)?([\d.e+-]+)$")
+_SECURE, _POOLED, _CLEAR = "federated, secure aggregation", "pooled", "federated, in the clear"
+
+
+class Run(NamedTuple):
+  """What one seed of an arm says of the test images.
+
+  Attributes:
+    labels, probabilities: [N] and [N, L].
+    scores: of these.
+    epsilon: that the run was charged; None without privacy.
+  """
+
+  labels: np.ndarray
+  probabilities: np.ndarray
+  scores: metrics.Scores
+  epsilon: str | None
+
+
+class Found(NamedTuple):
+  """A study's runs.
+
+  Attributes:
+    arms: name -> seed -> its run, in the order of tables.
+    label_names, data: of the test images.
+    reader: name and confusion matrix of a human reader of the same images; None without.
+  """
+
+  arms: dict[str, dict[int, Run]]
+  label_names: tuple[str, ...]
+  data: str
+  reader: tuple[str, np.ndarray] | None
+
+
+def read(folder: pathlib.Path, steps: Sequence[Step]) -> Found:
+  """Reads what training runs have left in their folders."""
+  arms: dict[str, dict[int, Run]] = {}
+  names: tuple[str, ...] = ()
+  data, reader = "", None
+  for step in steps:
+    if not step.module.startswith("train_"):
+      continue
+    seed = int(step.folder.partition("/")[0].removeprefix("seed_"))
+    result = json.loads((folder / step.folder / "metrics.json").read_text())
+    names, data = tuple(result["label_names"]), result["data"]
+    for name, of_reader in result["references"].items():
+      reader = (name, np.asarray(of_reader["confusion_matrix"]))
+    epsilon = (result["privacy"] or {}).get("epsilon")
+    with np.load(folder / step.folder / running.PREDICTIONS) as saved:
+      labels = saved["labels"]
+      for key in saved.files:
+        if key != "labels":
+          scored = metrics.scores(labels, saved[key])
+          run = Run(labels, saved[key], scored, None if epsilon is None else str(epsilon))
+          arms.setdefault(_row(step.folder.partition("/")[2], key), {})[seed] = run
+  order = sorted(arms, key=lambda name: (not name.startswith("site"), "private" in name))
+  return Found({name: arms[name] for name in order}, names, data, reader)
+
+
+def write(
+  folder: pathlib.Path, steps: Sequence[Step], commands: Mapping[str, str], about: str
+) -> pathlib.Path:
+  """Writes the report and its pictures.
+
+  Args:
+    folder: of the study, all of whose steps are finished.
+    steps: of the study.
+    commands: by a step's folder, as a user would type them.
+    about: the study, in a line.
+
+  Returns:
+    The report's path.
+  """
+  from . import study_plots  # here, because the import takes a second
+
+  found = read(folder, steps)
+  title = f"Case study: {found.data}"
+  scores = {name: [run.scores for run in runs.values()] for name, runs in found.arms.items()}
+  for picture in PICTURES:
+    (folder / picture).unlink(missing_ok=True)  # of an earlier report
+  study_plots.arms(scores, folder / "arms.png", title, found.reader)
+  text = [f"# {title}", "", about, "", *_arms(found), "", "![All arms](arms.png)", ""]
+  if by_epsilon := _by_epsilon(found):
+    study_plots.epsilons(by_epsilon, folder / "epsilon.png", f"{title}: differential privacy")
+    text += ["![MCC against epsilon](epsilon.png)", ""]
+  text += _compared(found) + _areas(found)
+  main = _main(found)
+  if found.reader is not None:
+    text += _reader(found)
+    run = next(iter(found.arms[main].values()))
+    where = folder / "reader.png"
+    study_plots.reader(
+      run.labels, run.probabilities, found.label_names, found.reader, where, f"{title}\n{main}"
+    )
+    text += ["![ROC curves and the reader](reader.png)", ""]
+  text += _others(folder, steps)
+  text += ["## Runs", "", "Each is a command of its own, and has a report of its own.", ""]
+  rows = [(f"[{s.folder}]({s.folder}/{_page(s)})", f"`{commands[s.folder]}`") for s in steps]
+  text += [markdown.table(("run", "command"), rows), ""]
+  path = folder / REPORT
+  path.write_text("\n".join(text), encoding="utf-8")
+  return path
+
+
+def _row(folder: str, key: str) -> str:
+  if matched := _PRIVATE.match(folder):
+    return f"private, epsilon {matched[2]}, {'pooled' if matched[1] else 'federated'}"
+  if key.startswith(markdown.LOCAL):
+    return f"{key.removeprefix(markdown.LOCAL)} alone"
+  return {"secure": _SECURE, "federated": _CLEAR}.get(folder, key)
+
+
+def _page(step: Step) -> str:
+  return {"score.json": "score.json", "privacy_report.md": "privacy_report.md"}.get(
+    step.made, "report.md"
+  )
+
+
+def _main(found: Found) -> str:
+  return _SECURE if _SECURE in found.arms else next(reversed(found.arms))
+
+
+def _spread(values: Sequence[float], percent: bool) -> str:
+  mean, low, high = (100 * v if percent else v for v in metrics.over_seeds(values))
+  digits = 1 if percent else 3
+  around = "" if len(values) == 1 else f" [{low:.{digits}f}, {high:.{digits}f}]"
+  return f"{mean:.{digits}f}{around}"
+
+
+def _arms(found: Found) -> list[str]:
+  rows = []
+  for name, runs in found.arms.items():
+    of = lambda field, runs=runs: [float(getattr(r.scores, field)) for r in runs.values()]
+    spent = {run.epsilon for run in runs.values()} - {None}
+    cells = _spread(of("accuracy"), True), _spread(of("mcc"), False)
+    epsilon = ", ".join(sorted(map(str, spent))) or "none"
+    rows.append((name, len(runs), *cells, _spread(of("macro_roc_auc"), False), epsilon))
+  if found.reader is not None:
+    name, cm = found.reader
+    scored = f"{100 * float(metrics.accuracy(cm)):.1f}", f"{float(metrics.mcc(cm)):.3f}"
+    rows.append((name, "one reader", *scored, "", ""))
+  head = "arm", "seeds", "accuracy (%)", "MCC", "macro ROC-AUC", "epsilon"
+  num = len(next(iter(next(iter(found.arms.values())).values())).labels)
+  return [
+    "## Every arm",
+    "",
+    f"On {num:,} test images, which each run scores once. Figures are means over seeds with "
+    "Student's 95 % intervals of the mean; one seed has none (its own report has an interval over "
+    "images).",
+    "",
+    markdown.table(head, rows),
+  ]
+
+
+def _pairs(found: Found) -> list[tuple[str, str]]:
+  pairs = [(_SECURE, _POOLED), (_SECURE, _CLEAR)]
+  private = [name for name in found.arms if name.startswith("private")]
+  pairs += [(name, _SECURE) for name in private if name.endswith("federated")]
+  pairs += [
+    (name, name.replace("federated", "pooled")) for name in private if name.endswith("federated")
+  ]
+  known = found.arms.keys()
+  return [(a, b) for a, b in pairs if a in known and b in known]
+
+
+def _compared(found: Found) -> list[str]:
+  rows = []
+  for first, second in _pairs(found):
+    seeds = [s for s in found.arms[first] if s in found.arms[second]]
+    one, other = ([found.arms[name][s] for s in seeds] for name in (first, second))
+    cells = _differences(one, other)
+    tests = [
+      metrics.mcnemar(a.labels, a.probabilities.argmax(1), b.probabilities.argmax(1))
+      for a, b in zip(one, other, strict=True)
+    ]
+    said = "; ".join(f"{t.only_first} : {t.only_second}, p = {t.p:.2g}" for t in tests)
+    rows.append((f"{first} minus {second}", *cells, said))
+  if not rows:
+    return []
+  head = "pair", "accuracy (points)", "MCC", "McNemar's exact test, by seed"
+  return [
+    "## Arms compared",
+    "",
+    "Mean differences over seeds on the same images, with 95 % intervals of a paired bootstrap of "
+    "images that scores all seeds on each resample; where seeds have test images of their own, "
+    "Student's over seeds. McNemar's test gives how many images one arm alone gets right. No p is "
+    "corrected for how many there are.",
+    "",
+    markdown.table(head, rows),
+    "",
+  ]
+
+
+def _differences(one: Sequence[Run], other: Sequence[Run]) -> tuple[str, str]:
+  """Of accuracy in points, and of MCC."""
+  labels = one[0].labels
+  if all(np.array_equal(run.labels, labels) for run in (*one, *other)):
+    said = ([run.probabilities for run in runs] for runs in (one, other))
+    found = metrics.bootstrap_mean_difference(
+      labels, *said, jax.random.key(0), num_resamples=_RESAMPLES
+    )
+    ends = lambda field: tuple(float(getattr(x, field)) for x in found[:3])
+  else:
+
+    def ends(field: str) -> tuple[float, ...]:
+      gaps = [
+        float(getattr(a.scores, field)) - float(getattr(b.scores, field))
+        for a, b in zip(one, other, strict=True)
+      ]
+      return metrics.over_seeds(gaps)
+
+  points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in ends("accuracy")))
+  return points, "{:+.3f} [{:+.3f}, {:+.3f}]".format(*ends("mcc"))
+
+
+def _areas(found: Found) -> list[str]:
+  rows = []
+  for first, second in _pairs(found):
+    seed = next((s for s in found.arms[first] if s in found.arms[second]), None)
+    if seed is None:
+      continue
+    a, b = found.arms[first][seed], found.arms[second][seed]
+    for k, name in enumerate(found.label_names):
+      truth = a.labels == k
+      if min(truth.sum(), (~truth).sum()) < 2:
+        continue
+      test = metrics.delong(truth, a.probabilities[:, k], b.probabilities[:, k])
+      gap = f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}]"
+      rows.append(
+        (f"{first} minus {second}", markdown.plain(name), f"{test.first:.3f}",
+         f"{test.second:.3f}", gap, f"{test.p:.2g}")
+      )  # fmt: skip
+  if not rows:
+    return []
+  return [
+    "## One class against the rest",
+    "",
+    "Areas under the ROC curves in the first seed, compared by DeLong's test.",
+    "",
+    markdown.table(("pair", "class", "first", "second", "difference", "p"), rows),
+    "",
+  ]
+
+
+def _reader(found: Found) -> list[str]:
+  assert found.reader is not None
+  name, cm = found.reader
+  rows = []
+  for arm, runs in found.arms.items():
+    tests = []
+    for run in runs.values():
+      said = run.probabilities.argmax(1)
+      own = np.asarray(metrics.confusion_matrix(run.labels, said, len(found.label_names)))
+      tests.append(metrics.worst_mcnemar(own, cm))
+    worst = max(tests, key=lambda test: test.p)
+    better = "better" if worst.only_first > worst.only_second else "worse"
+    rows.append((arm, f"{better} on {abs(worst.only_first - worst.only_second)}", f"{worst.p:.2g}"))
+  return [
+    f"## Beside one human reader: {name}",
+    "",
+    "Only the reader's confusion matrix is known, and not which image he called what. So McNemar's "
+    "exact test is reckoned for every pairing that the two matrices allow, and the largest p is "
+    "given, of the worst seed.",
+    "",
+    markdown.table(("arm", "images", "largest p"), rows),
+    "",
+  ]
+
+
+def _by_epsilon(found: Found) -> dict[str, dict[float, list[float]]]:
+  """Kind of arm -> epsilon -> MCC of each seed; empty for fewer than two budgets."""
+  out: dict[str, dict[float, list[float]]] = {}
+  for name, runs in found.arms.items():
+    if name.startswith("private, epsilon "):
+      epsilon, _, kind = name.removeprefix("private, epsilon ").partition(", ")
+      out.setdefault(kind, {})[float(epsilon)] = [float(r.scores.mcc) for r in runs.values()]
+  return out if any(len(by_epsilon) > 1 for by_epsilon in out.values()) else {}
+
+
+def _others(folder: pathlib.Path, steps: Sequence[Step]) -> list[str]:
+  """What the encrypted score and the attacks found."""
+  text: list[str] = []
+  for step in steps:
+    if step.made == "score.json":
+      result = json.loads((folder / step.folder / step.made).read_text())
+      text += ["## Under encryption", "", *_encrypted(result), ""]
+    elif step.made == "privacy_report.md":
+      report = (folder / step.folder / step.made).read_text()
+      text += ["## Attacked", "", *_verdict(report, f"{step.folder}/{step.made}"), ""]
+  return text
+
+
+def _encrypted(result: Mapping[str, Any]) -> list[str]:
+  cost = result["bytes_and_rounds_of_a_run"]
+  seconds = sum(v for v in result["seconds"].values() if isinstance(v, (int, float)))
+  counts = np.asarray(result["counts"])
+  right = float(metrics.accuracy(counts)) if counts.shape[0] == counts.shape[1] else float("nan")
+  head = [str(c) for c in result["columns"]]
+  rows = [(name, *row) for name, row in zip(result["rows"], counts.tolist(), strict=True)]
+  return [
+    f"The secure arm's model of the first seed on {result['images']:,} secret images, "
+    f"{result['images_in_a_run']} at a time: accuracy {100 * right:.1f} %. A run deals "
+    f"{cost['dealt'] / 1e6:.1f} MB, sends {cost['sent'] / 1e6:.1f} MB and takes {cost['rounds']} "
+    f"rounds; all together took {seconds:.0f} s.",
+    "",
+    markdown.table(("true", *head), rows),
+  ]
+
+
+def _verdict(report: str, path: str) -> list[str]:
+  """The first paragraphs of an audit, up to its first section."""
+  body = report.partition("\n## ")[0].partition("\n")[2].strip()
+  return [body, "", f"The whole is in [{path}]({path})."]

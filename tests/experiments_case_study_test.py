@@ -1,0 +1,161 @@
+"""A case study: which runs it is, what its report says of them, and a tiny one from end to end."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from experiments import study, study_report
+from primia_jax import metrics
+
+READER = [[8, 1, 1], [4, 4, 2], [1, 1, 8]]
+PHANTOM = study.STUDIES["phantom"]
+
+
+def test_a_study_is_runs_of_other_programs():
+  made = study.steps(PHANTOM, (0, 1), (1.0, 6.0), study.ARMS, more=("--rounds=2",))
+  folders = [step.folder for step in made]
+  private = [f"private_{kind}{e}" for e in (1, 6) for kind in ("", "pooled_")]
+  of_a_seed = ["pooled", "secure", "federated", *private]
+  seeds = [f"seed_{seed}/{name}" for seed in (0, 1) for name in of_a_seed]
+  assert folders == [*seeds, "encrypted", "attacked"]
+  flags = {step.folder: step.flags for step in made}
+  assert "--baselines=local" in flags["seed_0/secure"]
+  assert "--baselines=" in flags["seed_1/secure"]
+  assert {"--aggregation=clear", "--record_transcript"} <= set(flags["seed_0/federated"])
+  assert "--record_transcript" not in flags["seed_1/federated"]
+  assert "--target_epsilon=6" in flags["seed_1/private_pooled_6"]
+  assert "--rounds=2" in flags["seed_0/pooled"]
+  assert "--rounds=2" not in flags["seed_0/private_1"]
+  assert "--checkpoint={study}/seed_0/secure" in flags["encrypted"]
+
+
+@pytest.mark.parametrize("arm", ["local", "encrypted", "attacked"])
+def test_an_arm_that_needs_another_is_refused_without_it(arm):
+  with pytest.raises(ValueError, match=f"{arm} is about the model of"):
+    study.steps(PHANTOM, (0,), (6.0,), (arm,))
+
+
+def random_run(rng, labels, gain):
+  logits = rng.normal(size=(len(labels), 3)) + gain * np.eye(3)[labels]
+  p = np.exp(logits)
+  return p / p.sum(1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A study whose runs are made up."""
+  folder, rng = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
+  labels = np.repeat(np.arange(3), 10)
+  steps = study.steps(PHANTOM, (0, 1), (1.0, 6.0), study.ARMS)
+  said = {}
+  for step in steps:
+    own = folder / step.folder
+    own.mkdir(parents=True)
+    if step.made == "score.json":
+      cost = {"dealt": 2e6, "sent": 1e6, "rounds": 7}
+      score = {
+        "bytes_and_rounds_of_a_run": cost, "seconds": {"online": 3.0}, "counts": READER,
+        "rows": ["a", "b", "c"], "columns": ["a", "b", "c"], "images": 30, "images_in_a_run": 10,
+      }  # fmt: skip
+      (own / step.made).write_text(json.dumps(score))
+    elif step.made == "privacy_report.md":
+      (own / step.made).write_text("# Audit\n\nIdentification is at chance.\n\n## Parts\n\nmore\n")
+    else:
+      is_private, is_secure = "private" in step.folder, step.folder.endswith("secure")
+      arms = ["pooled" if "pooled" in step.folder else "federated"]
+      arms += ["local: site 0"] if is_secure and "seed_0" in step.folder else []
+      found = {arm: random_run(rng, labels, 1.0 if is_private else 3.0) for arm in arms}
+      said[step.folder] = found[arms[0]]
+      np.savez(own / "predictions.npz", labels=labels, **found)
+      result = {
+        "label_names": ["a", "b", "c"], "data": "made up",
+        "privacy": {"epsilon": "5.99"} if is_private else None,
+        "references": {"a reader": {"confusion_matrix": READER}},
+      }  # fmt: skip
+      (own / "metrics.json").write_text(json.dumps(result))
+  commands = {step.folder: "command" for step in steps}
+  text = study_report.write(folder, steps, commands, "About.").read_text()
+  return folder, text, labels, said
+
+
+def row_of(text, *cells):
+  (row,) = [line for line in text.splitlines() if line.startswith("| " + " | ".join(cells) + " |")]
+  return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_the_report_gives_means_and_intervals_over_seeds(finished):
+  _, text, labels, said = finished
+  scored = [metrics.scores(labels, said[f"seed_{seed}/secure"]).mcc for seed in (0, 1)]
+  row = row_of(text, "federated, secure aggregation", "2")
+  low, high = scipy.stats.t.interval(0.95, 1, np.mean(scored), scipy.stats.sem(scored))
+  assert row[3] == f"{np.mean(scored):.3f} [{low:.3f}, {high:.3f}]"
+  assert row_of(text, "site 0 alone", "1")[5] == "none"
+  assert row_of(text, "private, epsilon 6, federated", "2")[5] == "5.99"
+  assert row_of(text, "a reader", "one reader")[2] == "66.7"
+
+
+def test_the_report_compares_arms_on_the_same_images(finished):
+  _, text, labels, said = finished
+  rows = text.partition("## Arms compared")[2]
+  first, second = ("seed_{}/private_6", "seed_{}/secure")
+  row = row_of(rows, "private, epsilon 6, federated minus federated, secure aggregation")
+  right = [
+    np.mean([(said[name.format(s)].argmax(1) == labels).mean() for s in (0, 1)])
+    for name in (first, second)
+  ]
+  assert row[1].startswith(f"{100 * (right[0] - right[1]):+.1f} [")
+  for seed in (0, 1):
+    test = metrics.mcnemar(
+      labels, said[first.format(seed)].argmax(1), said[second.format(seed)].argmax(1)
+    )
+    assert f"{test.only_first} : {test.only_second}, p = {test.p:.2g}" in row[3]
+
+
+def test_the_report_reckons_with_the_worst_pairing_of_the_reader(finished):
+  folder, text, labels, said = finished
+  row = row_of(text.partition("## Beside one human reader")[2], "federated, secure aggregation")
+  tests = [
+    metrics.worst_mcnemar(
+      np.asarray(metrics.confusion_matrix(labels, said[f"seed_{seed}/secure"].argmax(1), 3)),
+      np.array(READER),
+    )
+    for seed in (0, 1)
+  ]
+  assert row[2] == f"{max(test.p for test in tests):.2g}"
+  assert "accuracy 66.7 %" in text
+  assert "Identification is at chance." in text
+  assert "more" not in text.partition("## Attacked")[2].partition("## Runs")[0]
+  for picture in study_report.PICTURES:
+    assert (folder / picture).stat().st_size > 5000
+    assert f"({picture})" in text
+
+
+TINY = (
+  "--phantom_images=48 --phantom_test_images=24 --image_size=16 --rounds=2 --batch_size=8 "
+  "--augment=none"
+)
+
+
+@pytest.mark.slow
+def test_a_tiny_study_runs_whole_and_is_not_repeated(tmp_path):
+  command = [
+    sys.executable, "-m", "experiments.case_study", f"--run_dir={tmp_path / 'study'}",
+    "--seeds=0,1", "--arms=pooled,local,federated,secure,private,attacked",
+    f"--train_flags={TINY} --model=mlp", f"--private_flags={TINY}", "--attack_flags=--candidates=8",
+  ]  # fmt: skip
+  run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True)
+  first = run()
+  assert first.returncode == 0, first.stderr
+  text = (tmp_path / "study" / study_report.REPORT).read_text()
+  assert "| federated, secure aggregation | 2 |" in text
+  assert "## Attacked" in text
+  again = run()
+  assert again.returncode == 0
+  assert again.stdout.count("finished before") == again.stdout.count("[")
+  other = run("--train_flags=--model=mlp")
+  assert other.returncode == 1
+  assert "had other flags" in other.stderr
