@@ -35,6 +35,7 @@ NUM_LAYERS = {"U-Net, 2-D": 23, "U-Net, 3-D": 23, "ViT-B/16": 74, "LSTM, two lay
 def _as_users_have_it():
   with measure.as_users_have_it():
     yield
+  jax.clear_caches()  # the programs of all networks together take 15 GiB
 
 
 class Seen(NamedTuple):
