@@ -15,6 +15,7 @@ from ..settings import require, setting
 from . import tasks
 from .aggregation import Aggregation, min_survivors
 from .data import Data, Hospitals
+from .disclosure import Disclosure
 from .model import Augment, Model
 from .privacy import Privacy
 from .training import SERVER_OPTIMIZERS, Federation, Training, build_alone
@@ -40,6 +41,7 @@ class Train:
   federation: Federation = dataclasses.field(default_factory=Federation)
   aggregation: Aggregation = dataclasses.field(default_factory=Aggregation)
   privacy: Privacy = dataclasses.field(default_factory=Privacy)
+  disclosure: Disclosure = dataclasses.field(default_factory=Disclosure)
 
   def __post_init__(self):
     h, f, p = self.hospitals, self.federation, self.privacy
@@ -120,6 +122,23 @@ class Train:
       )
     if self.in_processes:
       self._check_processes()
+    self._check_floors()
+
+  def _check_floors(self) -> None:
+    n = self.sites_in_round
+    masked = self.aggregation.is_secure and self.disclosure.fewest_sites
+    secure = self.aggregation.secure_sum(n, n, self.in_processes) if masked else None
+    least = (min_survivors(secure) if secure else None) or n
+    if least < (floor := self.disclosure.fewest_sites):
+      raise ValueError(
+        f"fewest_sites={floor}, and a sum of this run may be of {least} sites; take more sites in "
+        "a round, or a higher secagg_threshold"
+      )
+    if self.disclosure.fewest_patients and tasks.of(self.model.model).of_pixels:
+      raise ValueError(
+        f"fewest_patients={self.disclosure.fewest_patients} with model={self.model.model}: the "
+        "report gives Dice of single patients; use 0"
+      )
 
   def _check_frozen(self) -> None:
     if self.record_transcript:
