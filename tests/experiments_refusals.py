@@ -254,7 +254,7 @@ SITE                                        | dp | site | dp=example
 """
 
 EVALUATE = """
---fewest_patients=-1                        | --fewest_patients | -1 | 0
+--fewest_patients=-1                        | --fewest_patients | -1 | non-negative
 --unlabelled --data=folder:{folder} --fewest_patients=5 | fewest_patients | 5 | leave it out
 --run_dir={missing}                         | run_dir | {missing} | finished training run
 --run_dir={folder}                          | run_dir | {folder} | finished training run
