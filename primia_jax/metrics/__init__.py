@@ -10,6 +10,13 @@ A ratio with denominator 0, such as the sensitivity to a class without examples,
 ("undefined"). The exception is `mcc`, which is 0 then, by convention.
 """
 
+from primia_jax.metrics.binned import (
+  Bounded,
+  binned_calibration_error,
+  binned_macro_roc_auc,
+  binned_roc_auc,
+  binned_roc_curve,
+)
 from primia_jax.metrics.counts import (
   accuracy,
   confusion_matrix,
@@ -41,10 +48,15 @@ from primia_jax.metrics.intervals import (
 )
 
 __all__ = [
+  "Bounded",
   "Intervals",
   "RocCurve",
   "Scores",
   "accuracy",
+  "binned_calibration_error",
+  "binned_macro_roc_auc",
+  "binned_roc_auc",
+  "binned_roc_curve",
   "bootstrap_difference",
   "bootstrap_intervals",
   "brier_score",
