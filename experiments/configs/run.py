@@ -124,12 +124,17 @@ class Train:
       self._check_processes()
     self._check_floors()
 
-  def _check_floors(self) -> None:
+  @property
+  def fewest_in_sum(self) -> int:
+    """The fewest sites over which a sum of this run may open."""
     n = self.sites_in_round
-    masked = self.aggregation.is_secure and self.disclosure.fewest_sites
-    secure = self.aggregation.secure_sum(n, n, self.in_processes) if masked else None
-    least = (min_survivors(secure) if secure else None) or n
-    if least < (floor := self.disclosure.fewest_sites):
+    if not self.aggregation.is_secure:
+      return n
+    return min_survivors(self.aggregation.secure_sum(n, n, self.in_processes)) or n
+
+  def _check_floors(self) -> None:
+    floor = self.disclosure.fewest_sites
+    if floor and (least := self.fewest_in_sum) < floor:
       raise ValueError(
         f"fewest_sites={floor}, and a sum of this run may be of {least} sites; take more sites in "
         "a round, or a higher secagg_threshold"
