@@ -109,7 +109,7 @@ def check(config: Train, limits: Limits) -> None:
     ValueError: naming the limit and the setting.
   """
   rehearse(config)
-  limits.policy().check_sum(config.sites_in_round)
+  limits.policy().check_sum(config.fewest_in_sum)
   rounds, p = config.training.rounds, config.privacy
   if 0 < limits.max_rounds < rounds:
     raise ValueError(f"rounds={rounds} of the configuration, and max_rounds={limits.max_rounds}")

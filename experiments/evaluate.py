@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from primia_jax.data.dataset import Dataset
+from primia_jax.disclosure import Policy
 
 from . import folders, inputs, markdown, model_files, report, running, segmentation_report, settings
 from .configs import tasks
@@ -41,6 +42,14 @@ flags.DEFINE_integer(
   "mask; they are IMAGES OF PATIENTS",
   0,
   100,
+)
+flags.DEFINE_integer(
+  "fewest_patients",
+  0,
+  "patients in a count of the report (images where patients are unknown); smaller counts, and "
+  "scores and pictures that would tell them, are suppressed, and no predictions.csv is written; 0 "
+  "shows all",
+  0,
 )
 flags.DEFINE_boolean("unlabelled", False, "only predict, for a folder of images without classes")
 FLAGS = flags.FLAGS
@@ -92,6 +101,11 @@ def main() -> None:
     )
   model, trained, label_names, model_config = model_files.load_model(FLAGS.run_dir, FLAGS.classes)
   task = tasks.of(model_config.name)
+  if FLAGS.fewest_patients and (task.of_pixels or FLAGS.unlabelled):
+    raise ValueError(
+      f"fewest_patients={FLAGS.fewest_patients}: masks and predictions are of single patients; "
+      "leave it out"
+    )
   if FLAGS.overlays and not task.of_pixels:
     raise ValueError(f"overlays={FLAGS.overlays}: {model_config.name} gives no masks; leave it out")
   model_files.take_form(FLAGS, FLAGS.run_dir, model_config)
@@ -132,7 +146,8 @@ def main() -> None:
     str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])
   ]
   labels = None if FLAGS.unlabelled else dataset.labels
-  report.predictions_csv(output / "predictions.csv", ids, labels, predictions, label_names)
+  if not FLAGS.fewest_patients:
+    report.predictions_csv(output / "predictions.csv", ids, labels, predictions, label_names)
   if labels is None:
     print(f"{len(dataset)} predictions are in {output / 'predictions.csv'}")
     for what, text in dataset.notes.items():
@@ -146,6 +161,7 @@ def main() -> None:
     label_names=label_names,
     config=about,
     versions=report.versions(),
+    policy=Policy(fewest_patients=FLAGS.fewest_patients),
     groups=dataset.groups if config.patient_column or config.patient_pattern else None,
     images=dataset.notes,
     main_arm="trained",

@@ -38,6 +38,20 @@ def check_overlap(where: str, train: Dataset, test: Dataset) -> None:
     )
 
 
+def check_sizes(config: Train, train: Part) -> None:
+  """Refuses a site of fewer images than the floor; where a process knows its own site only, that.
+
+  Raises:
+    ValueError: naming the sites, and not how many images they have.
+  """
+  floor = config.disclosure.fewest_images
+  if few := [i for i, n in enumerate(train.sizes) if 0 < n < floor]:
+    raise ValueError(
+      f"fewest_images={floor}: sites {few} have fewer training images, so that a sum tells too "
+      "much of each; leave these sites out, or lower the floor"
+    )
+
+
 def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[str, str]:
   """The rows of a report on its images; where a process reads its own site only, of that site's."""
   dataset, h = train.dataset, config.hospitals
@@ -84,7 +98,8 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
     if config.privacy.validates and len(one) and not validation.sizes[i]:
       said.append("none is held out for validation, since all are of one patient")
     if said:
-      out[f"site {i}"] = f"{len(one)} image{'s' * (len(one) > 1)}; {'; '.join(said)}"
+      number = config.disclosure.policy().count(len(one))
+      out[f"site {i}"] = f"{number} image{'s' * (len(one) > 1)}; {'; '.join(said)}"
   if config.in_processes and config.data.sources:
     out["other sites"] = "not read by this process, so that these rows are of its own site alone"
   if config.privacy.dp != "none":

@@ -26,8 +26,12 @@ def _number(x: float | None, percent: bool, signed: bool = False) -> str:
   return f"{100 * x if percent else x:{'+' if signed else ''}.{1 if percent else 3}f}"
 
 
-def _cell(entry: Mapping[str, Any] | float | None, percent: bool, signed: bool = False) -> str:
-  """A value and its interval, as tables show them."""
+def _cell(
+  entry: Mapping[str, Any] | float | str | None, percent: bool, signed: bool = False
+) -> str:
+  """A value and its interval, as tables show them; a text, such as that it is suppressed, as is."""
+  if isinstance(entry, str):
+    return entry
   if not isinstance(entry, Mapping):
     return _number(entry, percent, signed)
   value, low, high = (_number(entry[k], percent, signed) for k in ("value", "low", "high"))
@@ -56,13 +60,16 @@ def _facts(facts: Mapping[str, Any], head: tuple[str, str]) -> list[str]:
 
 def _summary(result: Mapping[str, Any]) -> str:
   main, difference = result["arms"][result["main_arm"]], result["difference"]
-  low, value, high = (_number(main["accuracy"][k], True) for k in ("low", "value", "high"))
-  text = (
-    f"On the {result['num_examples']:,} test images of **{plain(result['data'])}**, the "
-    f"{result['main_arm']} model is correct on {value} % (95 % interval {low} to {high}). Its "
-    f"Matthews correlation (MCC) is {_number(main['mcc']['value'], False)}"
-  )
-  if difference:
+  text = f"On the {_count(result)} test images of **{plain(result['data'])}**, the "
+  if isinstance(main["accuracy"], str):
+    text += f"accuracy of the {result['main_arm']} model is {main['accuracy']}"
+  else:
+    low, value, high = (_number(main["accuracy"][k], True) for k in ("low", "value", "high"))
+    text += (
+      f"{result['main_arm']} model is correct on {value} % (95 % interval {low} to {high}). Its "
+      f"Matthews correlation (MCC) is {_cell(_value(main['mcc']), False)}"
+    )
+  if difference and not isinstance(difference["accuracy"], str):
     low, value, high = (
       _number(difference["accuracy"][k], True, signed=True) for k in ("low", "value", "high")
     )
@@ -71,6 +78,15 @@ def _summary(result: Mapping[str, Any]) -> str:
       f"(95 % interval {low} to {high})"
     )
   return text + "."
+
+
+def _count(result: Mapping[str, Any]) -> str:
+  found = result["num_examples"]
+  return found if isinstance(found, str) else f"{found:,}"
+
+
+def _value(entry: Mapping[str, Any] | str) -> Any:
+  return entry if isinstance(entry, str) else entry["value"]
 
 
 def warnings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -85,7 +101,10 @@ def warnings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def learnt(result: Mapping[str, Any]) -> str:
   """What a federated run beside others has shown, in a sentence; empty without the others."""
-  of = {name: 100 * scores["accuracy"]["value"] for name, scores in result["arms"].items()}
+  found = {name: _value(scores["accuracy"]) for name, scores in result["arms"].items()}
+  if any(isinstance(value, str) for value in found.values()):
+    return ""
+  of = {name: 100 * value for name, value in found.items()}
   alone = {name.removeprefix(LOCAL): x for name, x in of.items() if name.startswith(LOCAL)}
   if "federated" not in of or not alone:
     return ""
@@ -193,7 +212,7 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
       "staying at its site.",
     ]
   exact = arms[result["main_arm"]]["accuracy_clopper_pearson"]
-  if exact:
+  if exact and not isinstance(exact, str):
     low, high = (_number(x, True) for x in exact)
     lines += [
       "",
@@ -205,7 +224,7 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
       name
       for scores in arms.values()
       for name, path, _ in rows
-      if pick(scores, path)["undefined_resamples"]
+      if isinstance(entry := pick(scores, path), Mapping) and entry["undefined_resamples"]
     }
   )
   if undefined:
@@ -232,10 +251,10 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
     "log_loss": "log loss (nats)",
   }
   for field, name in calibration.items():
-    values = ("infinite" if s[field] is None else _number(s[field], False) for s in arms.values())
+    values = ("infinite" if s[field] is None else _cell(s[field], False) for s in arms.values())
     lines.append(row(name, *values))
   lines += ["", "Lower is better in all three."]
-  lines += ["", *sections(result), "## Pictures", ""]
+  lines += ["", *_suppressed(result), *sections(result), "## Pictures", ""]
   if numbered:
     lines += [
       f"No font of this machine has the letters of some names. In the pictures {plain(numbered)}.",
@@ -244,6 +263,20 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
   for file, caption in pictures.items():
     lines += [f"![{caption}: {data}]({file})", ""]
   return "\n".join([*lines, *ending(result)]) + "\n"
+
+
+def _suppressed(result: Mapping[str, Any]) -> list[str]:
+  """The confusion matrix as a table, where its picture is left out."""
+  left_out, names = result["pictures left out"], [plain(name) for name in result["label_names"]]
+  if not left_out:
+    return []
+  lines = ["## Suppressed", ""]
+  if "confusion_matrix.png" in left_out:
+    found = result["arms"][result["main_arm"]]["confusion_matrix"]
+    rows = ([name, *cells] for name, cells in zip(names, found, strict=True))
+    lines += [table(["true (rows), predicted (columns)", *names], rows), ""]
+  lines += ["A suppressed number is not zero. Pictures left out:", ""]
+  return [*lines, *(f"- {name}: {why}." for name, why in left_out.items()), ""]
 
 
 def sections(result: Mapping[str, Any]) -> list[str]:

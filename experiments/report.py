@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from primia_jax import metrics
+from primia_jax.disclosure import Crossing, Policy
 
-from . import markdown, predictions
+from . import crossings, markdown, predictions, suppression
 from .hospitals import Hospitals
 from .markdown import PER_CLASS, SCALARS
 
@@ -27,6 +28,7 @@ NUM_RESAMPLES = 2000
 _SHOWN = {"accuracy": "accuracy", "mcc": "MCC"}  # scores of the summary
 FILES = (
   "report.md", "metrics.json", "confusion_matrix.png", "roc.png", "curves.png", "comparison.png",
+  crossings.FILE,
 )  # fmt: skip
 
 
@@ -58,6 +60,8 @@ def write_report(
   groups: Any = None,
   images: Mapping[str, str] | None = None,
   hospitals: Hospitals | None = None,
+  policy: Policy | None = None,
+  crossed: Sequence[Crossing] = (),
   main_arm: str = "federated",
   baseline: str = "pooled",
   seed: int = 0,
@@ -84,6 +88,8 @@ def write_report(
       images.
     images: what a reader must know of the images, such as which were left out.
     hospitals: what the phantom's differ in, with images of each; None for real ones.
+    policy: what may be told; None tells all.
+    crossed: what left the sites, for `disclosure.md`; nothing writes none.
     main_arm: the arm that the summary, the confusion matrix and the ROC curves show.
     baseline: the arm that the main arm is compared with, if it is among `arms`.
     seed: of the resamples.
@@ -149,6 +155,7 @@ def write_report(
     "images": dict(images or {}),
     "secure_aggregation": None if secure_aggregation is None else dict(secure_aggregation),
     "privacy": None if privacy is None else dict(privacy),
+    "crossed": [one._asdict() for one in crossed],
     "config": dict(config),
     "versions": dict(versions),
   }  # fmt: skip
@@ -158,21 +165,25 @@ def write_report(
     result["difference"] = {"of": main_arm, "minus": baseline} | _intervals_json(
       difference, label_names
     )
-  result = jsonable(result)
+  policy = policy or Policy(fewest_patients=0)
+  probabilities = {name: arm.probabilities for name, arm in arms.items()}
+  left_out = suppression.suppress(result, policy, truth, probabilities, groups)
+  result = jsonable(result | {"pictures left out": left_out})
   (run_dir / "metrics.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
-  cm = np.array(result["arms"][main_arm]["confusion_matrix"])
   about = f"{title} ({main_arm} model):\n{data_name}"
-  plots.confusion_matrix(cm, label_names, run_dir / "confusion_matrix.png", about)
-  plots.roc(*arms[main_arm], label_names, run_dir / "roc.png", about)
-  pictures = {
-    "confusion_matrix.png": f"Confusion matrix, {main_arm}",
-    "roc.png": f"ROC curves, {main_arm}",
-  }
+  pictures: dict[str, str] = {}
+  if "confusion_matrix.png" not in left_out:
+    cm = np.array(result["arms"][main_arm]["confusion_matrix"])
+    plots.confusion_matrix(cm, label_names, run_dir / "confusion_matrix.png", about)
+    pictures["confusion_matrix.png"] = f"Confusion matrix, {main_arm}"
+  if "roc.png" not in left_out:
+    plots.roc(*arms[main_arm], label_names, run_dir / "roc.png", about)
+    pictures["roc.png"] = f"ROC curves, {main_arm}"
   if rounds:
     plots.curves(rounds, run_dir / "curves.png", f"{title}: {data_name}")
     pictures["curves.png"] = "Training curves"
-  if len(arms) > 1:
+  if len(arms) > 1 and "comparison.png" not in left_out:
     path = run_dir / "comparison.png"
     plots.comparison(
       intervals, path, f"{title}: {data_name}", highlight=main_arm, references=references
@@ -184,8 +195,11 @@ def write_report(
     plots.hospitals(hospitals, label_names, of_hospitals, about)
   else:
     of_hospitals.unlink(missing_ok=True)  # left by an earlier report
-  for absent in {"curves.png", "comparison.png"} - set(pictures):
+  for absent in {name for name in FILES if name.endswith(".png")} - set(pictures):
     (run_dir / absent).unlink(missing_ok=True)  # left by an earlier report
+  (run_dir / crossings.FILE).unlink(missing_ok=True)
+  if crossed:
+    crossings.write(run_dir, title, policy, crossed)
   text = markdown.markdown(result, pictures, lettering.numbered(label_names))
   (run_dir / "report.md").write_text(text, encoding="utf-8")
   return result
@@ -198,7 +212,12 @@ def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
     print(f"  {what}: {why}")
   shown = {"dice": f"mean Dice ({result['case']}s)"} if "case" in result else _SHOWN
   for name, scores in result["arms"].items():
-    cells = ["{} {value:.3f} [{low:.3f}, {high:.3f}]".format(shown[k], **scores[k]) for k in shown]
+    cells = [
+      "{} {value:.3f} [{low:.3f}, {high:.3f}]".format(shown[k], **scores[k])
+      if isinstance(scores[k], Mapping)
+      else f"{shown[k]} {scores[k]}"
+      for k in shown
+    ]
     print(f"  {name:16} {'   '.join(cells)}")
   if said := "" if "case" in result else markdown.learnt(result):
     print(said)

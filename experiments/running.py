@@ -22,6 +22,7 @@ from primia_jax.privacy.chain import Chain
 
 from . import (
   arms,
+  crossings,
   folders,
   hospitals,
   image_facts,
@@ -173,6 +174,7 @@ def _run(
     ledger_dir = ledgers.folder(config.privacy, config.data, own, process)
     Chain(ledger_dir)  # refused before any work, if it cannot be written or is broken
   images = inputs.site_images(config, process)
+  image_facts.check_sizes(config, images.train)
   label_names = images.train.dataset.label_names
   tasks.check(config.model.model, images.train.dataset)
   task = tasks.of(config.model.model)
@@ -255,6 +257,8 @@ def _run(
   title = f"Federated training, {len(everyone)} sites" if federated else "Pooled training"
   spent = {name: _by_site(trained[name].ledgers, members) for name, members, _ in plan}
   secure = sums.facts(config, images, main.sent) if federated else None
+  about_run = main.rows, main.sent, len(label_names), len(images.test)
+  crossed = crossings.of_run(config, *about_run) if federated else []
   order, privacy = _report_order(trained), main.privacy
   if privacy is not None and ledger_dir is not None:
     is_alone = seat is not None and (bool(config.data.sources) or ledger_dir.is_relative_to(own))
@@ -262,13 +266,12 @@ def _run(
     all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"], only)
     privacy = ledgers.of_arms(spent) | privacy | all_runs
   if task.of_pixels:
-    about_run = segmentation_report.Facts(
-      settings.flat(config) | facts, of_images, main.rows, secure, privacy
-    )
+    said_of = settings.flat(config) | facts, of_images, main.rows, secure, privacy
     arms_found = {name: predictions[name] for name in order}
     return segmentation_report.write(
-      folder, title, images.test, arms_found, main_arm, config.seed, about_run
-    )
+      folder, title, images.test, arms_found, main_arm, config.seed,
+      segmentation_report.Facts(*said_of, config.disclosure.policy(), crossed),
+    )  # fmt: skip
   found = {name: predictions[name] for name in order}
   np.savez_compressed(folder / PREDICTIONS, labels=images.test.labels, **found)
   return report.write_report(
@@ -285,6 +288,8 @@ def _run(
     references=radiologist,
     images=of_images,
     hospitals=hospitals.of_phantom(config, images.train.sizes, images.test),
+    policy=config.disclosure.policy(),
+    crossed=crossed,
     main_arm=main_arm,
     seed=config.seed,
   )

@@ -16,11 +16,12 @@ import numpy as np
 from primia_jax import segmentation
 from primia_jax.data.dataset import Dataset
 from primia_jax.data.patient_ids import image_names
+from primia_jax.disclosure import Crossing, Policy
 
-from . import markdown, predictions, report
+from . import crossings, markdown, predictions, report
 
 PICTURES = ("dice.png", "curves.png", "overlays.png")
-FILES = ("report.md", "metrics.json", "dice.csv", *PICTURES)
+FILES = ("report.md", "metrics.json", "dice.csv", *PICTURES, crossings.FILE)
 
 
 class Facts(NamedTuple):
@@ -31,6 +32,8 @@ class Facts(NamedTuple):
   rounds: Sequence[Mapping[str, Any]] = ()
   secure_aggregation: Mapping[str, Any] | None = None
   privacy: Mapping[str, Any] | None = None
+  policy: Policy | None = None
+  crossed: Sequence[Crossing] = ()
 
 
 def write(
@@ -90,12 +93,15 @@ def write(
     "images": dict(facts.images),
     "secure_aggregation": facts.secure_aggregation,
     "privacy": facts.privacy,
+    "crossed": [one._asdict() for one in facts.crossed],
     "config": dict(facts.config),
     "versions": report.versions(),
   }
   if main_arm != "pooled" and "pooled" in dice:
     paired = dice[main_arm].mean(1) - dice["pooled"].mean(1)
     result["difference"] = {"of": main_arm, "minus": "pooled", "dice": interval(paired)}
+  if facts.policy and facts.crossed:
+    crossings.write(folder, title, facts.policy, facts.crossed)
   (folder / "metrics.json").write_text(
     json.dumps(report.jsonable(result), indent=2, allow_nan=False) + "\n"
   )

@@ -95,14 +95,15 @@ class Policy:
     hidden = any(isinstance(self.count(part), Suppressed) for part in parts)
     return Suppressed(self.fewest_patients) if hidden else value
 
-  def table(self, counts: Any) -> list[list[int | Suppressed]]:
+  def table(self, counts: Any, patients: Any = None) -> list[list[int | Suppressed]]:
     """A table of counts [R, C], such as a confusion matrix, whose totals may be known.
 
-    Where one cell of a row or column is suppressed, the smallest other one is suppressed as well,
+    `patients` says how many each cell is of, where several images may be of one patient. Where one
+    cell of a row or column is suppressed, the smallest other one is suppressed as well,
     until no row or column has exactly one; a row or column of one cell is as it is.
     """
-    counts = np.asarray(counts)
-    hidden = counts < self.fewest_patients
+    counts = np.asarray(counts, np.int64)
+    hidden = np.asarray(counts if patients is None else patients) < self.fewest_patients
     while (alone := _alone(hidden)) is not None:
       line, of_line = alone(hidden), alone(counts)  # views
       line[np.argmin(np.where(line, np.iinfo(np.int64).max, of_line))] = True

@@ -73,6 +73,7 @@ def test_only_as_much_of_a_table_is_hidden_as_must_be():
   assert TEN.table([[50, 2], [30, 40]]) == [[hidden, hidden], [hidden, hidden]]
   assert TEN.table([[50, 20], [30, 40]]) == [[50, 20], [30, 40]]
   three = TEN.table([[3, 15, 50], [15, 60, 70], [50, 30, 40]])
+  assert TEN.table(np.array([[50, 2], [30, 40]], np.int32)) == [[hidden] * 2] * 2  # as jax counts
   assert three == [[hidden, hidden, 50], [hidden, hidden, 70], [50, 30, 40]]
 
 

@@ -8,7 +8,7 @@ from federated_sites import IDS, IMAGES, KEY, LABELS, NUM, D, L, S, apply_fn, lo
 from scipy.special import softmax
 from sklearn import metrics as sk
 
-from primia_jax import evaluation, sites, summation
+from primia_jax import evaluation, metrics, sites, summation
 from primia_jax import federated as fed
 
 AS_THEY_ARE = lambda images: images
@@ -94,6 +94,36 @@ def test_counts_that_do_not_fit_are_told():
   count = evaluation.class_counting(L, secure(max_abs=1.0), sites.scan())
   with pytest.raises(RuntimeError, match="larger max_abs"):
     count(fed.Sites(IDS, load))
+
+
+def test_scores_in_bins_are_those_of_all_images_and_give_the_areas():
+  """As secure sums, no site's own counts being opened; the areas and the calibration are those of
+  the pooled scores, within the bound.
+  """
+  count = evaluation.score_counting(
+    apply_fn, AS_THEY_ARE, L, secure(max_abs=200.0), sites.scan(), batch_size=8
+  )
+  found = count(PARAMS, {}, fed.Sites(IDS, load))
+  p, labels = probabilities(IMAGES[REAL]), LABELS[REAL]
+  want = sk.confusion_matrix(labels, p.argmax(1), labels=range(L))
+  np.testing.assert_array_equal(found.confusion, want)
+  np.testing.assert_array_equal(found.table.sum(2), np.bincount(labels)[:, None].repeat(L, 1))
+  value, error = metrics.binned_macro_roc_auc(found.table)
+  assert 0 < error < 0.05
+  assert abs(value - metrics.macro_roc_auc(labels, p)) <= error
+  ece = metrics.expected_calibration_error(labels, p)
+  assert metrics.binned_calibration_error(found.calibration) == pytest.approx(ece, abs=1e-5)
+  np.testing.assert_array_equal(found.calibration[:2].sum(1), [len(labels), np.trace(want)])
+
+
+def test_score_counts_that_do_not_fit_are_told():
+  small = evaluation.score_counting(
+    apply_fn, AS_THEY_ARE, L, secure(max_abs=1.0), sites.scan(), batch_size=8
+  )
+  with pytest.raises(RuntimeError, match="larger max_abs"):
+    small(PARAMS, {}, fed.Sites(IDS, load))
+  with pytest.raises(ValueError, match="at least 2 of each"):
+    evaluation.score_counting(apply_fn, AS_THEY_ARE, L, secure(), sites.scan(), num_bins=1)
 
 
 def test_batches_have_one_size():

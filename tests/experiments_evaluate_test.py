@@ -106,6 +106,19 @@ def test_images_that_the_model_was_trained_on_are_named_before_the_scores(run, t
   assert "TRAINED ON: the source" in done.stdout
 
 
+@pytest.mark.slow
+def test_a_floor_of_patients_leaves_no_small_count_and_no_line_of_an_image(run, tmp_path):
+  done = program("evaluate", f"run_dir={run[0]}", "fewest_patients=1000", f"output_dir={tmp_path}")
+  assert done.returncode == 0, done.stderr
+  hidden = "suppressed (<1000)"
+  assert f"on data: {hidden} test images" in done.stdout
+  result = json.loads((tmp_path / "metrics.json").read_text())
+  scores = result["arms"]["trained"]
+  assert result["num_examples"] == scores["accuracy"] == scores["log_loss"] == hidden
+  assert scores["confusion_matrix"] == [[hidden] * 3] * 3
+  assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "report.md"}
+
+
 @pytest.mark.parametrize(
   ("flags", "told"),
   [

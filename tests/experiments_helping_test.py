@@ -56,7 +56,7 @@ def test_sections_are_the_records(monkeypatch):
   titles = re.findall(r"^(\w[\w ]*)(?:: .*)?\n  ", page(monkeypatch, 100), re.MULTILINE)
   assert titles == [
     "This program", "Train", "Data", "Hospitals", "Model", "Augment", "Training", "Federation",
-    "Aggregation", "Privacy",
+    "Aggregation", "Privacy", "Disclosure",
   ]  # fmt: skip
 
 

@@ -57,6 +57,7 @@ extra                                       | extra | is no flag | --name=value
 --image_size=8192 --batch_size=10000        | image_size | 8192 | smaller
 --image_size=8192 --phantom_images=90000000 --model=mlp | image_size | 90,000,000 | smaller
 --image_size=x                              | --image_size | x | integer
+--fewest_patients=-1                        | fewest_patients | -1 | no floor
 --channels=2                                | channels | 2 | 3
 --channels=3                                | channels | 3 | channels=1
 --data=                                     | data | '' | folder:PATH
@@ -167,6 +168,7 @@ EXAMPLE --ledger_dir={file}                 | ledger_dir | {file} | folder
 """
 
 FEDERATED = """
+--fewest_sites=4                            | fewest_sites | 3 sites | secagg_threshold
 --num_sites=0                               | num_sites | 0 | positive
 --num_sites=1                               | num_sites | 1 | primia-pooled
 --num_sites=2                               | secagg_colluding | 2 | trusts
@@ -253,6 +255,8 @@ SITE                                        | dp | site | dp=example
 """
 
 EVALUATE = """
+--fewest_patients=-1                        | --fewest_patients | -1 | non-negative
+--unlabelled --data=folder:{folder} --fewest_patients=5 | fewest_patients | 5 | leave it out
 --run_dir={missing}                         | run_dir | {missing} | finished training run
 --run_dir={folder}                          | run_dir | {folder} | finished training run
 --run_dir={broken}                          | model.json | {broken} | --run_dir

@@ -15,6 +15,7 @@ from ..settings import require, setting
 from . import tasks
 from .aggregation import Aggregation, min_survivors
 from .data import Data, Hospitals
+from .disclosure import Disclosure
 from .model import Augment, Model
 from .privacy import Privacy
 from .training import SERVER_OPTIMIZERS, Federation, Training, build_alone
@@ -40,6 +41,7 @@ class Train:
   federation: Federation = dataclasses.field(default_factory=Federation)
   aggregation: Aggregation = dataclasses.field(default_factory=Aggregation)
   privacy: Privacy = dataclasses.field(default_factory=Privacy)
+  disclosure: Disclosure = dataclasses.field(default_factory=Disclosure)
 
   def __post_init__(self):
     h, f, p = self.hospitals, self.federation, self.privacy
@@ -132,6 +134,28 @@ class Train:
       )
     if self.in_processes:
       self._check_processes()
+    self._check_floors()
+
+  @property
+  def fewest_in_sum(self) -> int:
+    """The fewest sites over which a sum of this run may open."""
+    n = self.sites_in_round
+    if not self.aggregation.is_secure:
+      return n
+    return min_survivors(self.aggregation.secure_sum(n, n, self.in_processes)) or n
+
+  def _check_floors(self) -> None:
+    floor = self.disclosure.fewest_sites
+    if floor and (least := self.fewest_in_sum) < floor:
+      raise ValueError(
+        f"fewest_sites={floor}, and a sum of this run may be of {least} sites; take more sites in "
+        "a round, or a higher secagg_threshold"
+      )
+    if self.disclosure.fewest_patients and tasks.of(self.model.model).of_pixels:
+      raise ValueError(
+        f"fewest_patients={self.disclosure.fewest_patients} with model={self.model.model}: the "
+        "report gives Dice of single patients; use 0"
+      )
 
   def _check_frozen(self) -> None:
     if self.record_transcript:

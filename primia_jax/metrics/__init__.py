@@ -10,6 +10,13 @@ A ratio with denominator 0, such as the sensitivity to a class without examples,
 ("undefined"). The exception is `mcc`, which is 0 then, by convention.
 """
 
+from primia_jax.metrics.binned import (
+  Bounded,
+  binned_calibration_error,
+  binned_macro_roc_auc,
+  binned_roc_auc,
+  binned_roc_curve,
+)
 from primia_jax.metrics.counts import (
   accuracy,
   confusion_matrix,
@@ -52,6 +59,7 @@ from primia_jax.metrics.paired import (
 )
 
 __all__ = [
+  "Bounded",
   "DeLong",
   "Intervals",
   "McNemar",
@@ -59,6 +67,10 @@ __all__ = [
   "Scores",
   "Spread",
   "accuracy",
+  "binned_calibration_error",
+  "binned_macro_roc_auc",
+  "binned_roc_auc",
+  "binned_roc_curve",
   "bootstrap_difference",
   "bootstrap_intervals",
   "bootstrap_mean_difference",

@@ -1,0 +1,112 @@
+"""Takes out of a report what would tell a count of few patients: counts, and the scores and
+pictures that are made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from primia_jax.disclosure import Policy, Suppressed
+
+_WHY = "it would tell counts of fewer than {} patients"
+
+
+def suppress(
+  result: dict[str, Any], policy: Policy, labels: Any, probabilities: Mapping[str, Any], groups: Any
+) -> dict[str, str]:
+  """Suppresses in what `metrics.json` holds, in place.
+
+  A score is suppressed with each count that it tells beside the sizes of the classes: accuracy with
+  those of right and wrong answers, sensitivity and specificity with theirs, MCC with any cell of
+  the confusion matrix, ROC-AUC with the size of any class. Differences of two arms are suppressed
+  with the scores of either.
+
+  Args:
+    result: arms with their scores.
+    policy: its floor of patients.
+    labels: [N] the truth.
+    probabilities: arm -> [N, L].
+    groups: [N] the patient of each image; None counts images.
+
+  Returns:
+    Pictures not to be drawn, and why.
+  """
+  floor = policy.fewest_patients
+  if not floor:
+    return {}
+  labels = np.asarray(labels)
+  names = result["label_names"]
+  who = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
+  patients = lambda chosen: len(np.unique(who[chosen]))
+  everyone = np.ones(len(labels), bool)
+  classes = [patients(labels == k) for k in range(len(names))]
+  if isinstance(policy.count(patients(everyone)), Suppressed):
+    result["num_examples"] = policy.count(0)
+  for row in result["hospitals"] or ():
+    row["training images"] = policy.count(row["training images"])
+  for arm, scores in result["arms"].items():
+    said = np.asarray(probabilities[arm]).argmax(1)
+    _of_arm(scores, policy, labels, said, names, patients, classes)
+  if difference := result["difference"]:
+    for name in ("of", "minus"):
+      _copy(result["arms"][difference[name]], difference)
+  why, hidden = _WHY.format(floor), list(_hidden(result["arms"]))
+  pictures = {"roc.png": f"its steps are single patients; {why}"}
+  return pictures | (
+    dict.fromkeys(("confusion_matrix.png", "comparison.png"), why) if hidden else {}
+  )
+
+
+def _of_arm(
+  scores: dict[str, Any],
+  policy: Policy,
+  labels: np.ndarray,
+  said: np.ndarray,
+  names: Sequence[str],
+  patients: Any,
+  classes: Sequence[int],
+) -> None:
+  size = range(len(names))
+  of_cells = np.array([[patients((labels == i) & (said == j)) for j in size] for i in size])
+  table = policy.table(scores["confusion_matrix"], of_cells)
+  whole = all(not isinstance(cell, Suppressed) for row in table for cell in row)
+  scores["confusion_matrix"] = table
+  right = labels == said
+  for name in ("accuracy", "accuracy_clopper_pearson"):
+    scores[name] = policy.ratio(scores[name], patients(right), patients(~right))
+  if not whole:
+    scores["mcc"] = policy.count(0)
+  scores["macro_roc_auc"] = policy.ratio(scores["macro_roc_auc"], *classes)
+  for k, name in enumerate(names):
+    of_class, called = labels == k, said == k
+    for field, among, hit in (
+      ("sensitivity", of_class, called),
+      ("specificity", ~of_class, ~called),
+    ):
+      parts = patients(among & hit), patients(among & ~hit)
+      scores[field][name] = policy.ratio(scores[field][name], *parts)
+  for name in ("log_loss", "brier_score", "expected_calibration_error"):
+    scores[name] = policy.ratio(scores[name], patients(np.ones(len(labels), bool)))
+
+
+def _copy(hidden: Mapping[str, Any], shown: dict[str, Any]) -> None:
+  for name, value in shown.items():
+    if isinstance(value, dict) and isinstance(hidden.get(name), dict) and "value" not in value:
+      _copy(hidden[name], value)
+    elif isinstance(hidden.get(name), Suppressed):
+      shown[name] = hidden[name]
+
+
+def _hidden(value: Any) -> Any:
+  """Every suppressed number in a tree."""
+  if isinstance(value, Suppressed):
+    yield value
+  elif isinstance(value, Mapping):
+    for one in value.values():
+      yield from _hidden(one)
+  elif isinstance(value, (list, tuple)):
+    for one in value:
+      yield from _hidden(one)
