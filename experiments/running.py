@@ -33,6 +33,7 @@ from . import (
   ledgers,
   markdown,
   model_files,
+  multilabel_report,
   presets,
   processes,
   refusals,
@@ -176,8 +177,8 @@ def _run(
     Chain(ledger_dir)  # refused before any work, if it cannot be written or is broken
   images = inputs.site_images(config, process)
   label_names = images.train.dataset.label_names
-  tasks.check(config.model.model, images.train.dataset)
-  task = tasks.of(config.model.model)
+  tasks.check(config.model.model, images.train.dataset, config.data.is_multi)
+  task = tasks.of(config.model.model, config.data.is_multi)
   model_config = config.model.config(config.data, len(label_names))
   model = models.build(model_config)
   everyone = tuple(range(config.hospitals.num_sites))
@@ -250,6 +251,7 @@ def _run(
     "model": dataclasses.asdict(model_config),
     "ct_window": config.data.ct_window,
     "grey_bits": config.data.grey_bits or scan.bits(images.train.dataset),
+    "multi_label": config.data.is_multi,
   }
   (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
   radiologist = {}
@@ -265,14 +267,13 @@ def _run(
     only = "; this is the ledger of site 0 alone, and each other site has its own" * is_alone
     all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"], only)
     privacy = ledgers.of_arms(spent) | privacy | all_runs
-  if task.of_pixels:
+  if task.of_pixels or task.is_multi:
     about_run = segmentation_report.Facts(
       settings.flat(config) | facts, of_images, main.rows, secure, privacy
     )
     arms_found = {name: predictions[name] for name in order}
-    return segmentation_report.write(
-      folder, title, images.test, arms_found, main_arm, config.seed, about_run
-    )
+    writer = segmentation_report if task.of_pixels else multilabel_report
+    return writer.write(folder, title, images.test, arms_found, main_arm, config.seed, about_run)
   return report.write_report(
     folder,
     title=title,

@@ -79,6 +79,10 @@ extra                                       | extra | is no flag | --name=value
 --model=unet --noclass_weights              | model | unet | npz:PATH
 --data=tfds:no_such_set                     | no_such_set | data_dir | prepare
 --data=npz:{file} --patient_pattern=(a)     | patient_pattern | (a) | patient_column
+--multi_label --noclass_weights             | multi_label | phantom | csv:PATH
+--label_columns=a,b --noclass_weights       | label_columns | a,b | leave
+--data=csv:{file} --multi_label             | class_weights | True | --noclass_weights
+--data=csv:{file} --label_columns=a,b --record_transcript | class_weights | True | --noclass_weights
 --patient_column=a                          | patient_column | a | leave
 --patient_pattern=(a)_                      | patient_pattern | (a)_ | leave
 --data=folder:{folder} --patient_pattern=(  | patient_pattern | ( | expression

@@ -154,6 +154,8 @@ class Train:
   def _check_task(self) -> None:
     t, name = self.training, self.model.model
     kinds = {source.partition(":")[0] for source in self.data.sources or (self.data.data,)}
+    if self.data.is_multi:
+      self._check_multi()
     if name not in models.SEGMENTERS:
       if "msd" in kinds:
         raise ValueError(
@@ -175,6 +177,21 @@ class Train:
       raise ValueError(
         f"mixup={self.augment.mixup} and label_smoothing={t.label_smoothing} are for classes of "
         f"images, and {name} learns masks; leave them out"
+      )
+
+  def _check_multi(self) -> None:
+    if self.model.model in models.SEGMENTERS:
+      raise ValueError(
+        f"model={self.model.model} learns masks, and multi_label is for images with several classes"
+      )
+    if self.training.class_weights:
+      raise ValueError(
+        "class_weights=True weighs images by their class, and with multi_label an image has "
+        "several; use --noclass_weights"
+      )
+    if self.record_transcript:
+      raise ValueError(
+        "record_transcript=True: audits attack images of one class; leave it out with multi_label"
       )
 
   def _check_privacy(self) -> None:
@@ -263,7 +280,7 @@ def rehearse(config: Train, is_federated: bool = True) -> None:
   if config.model.pretrained:
     empty = jax.eval_shape(models.build(model_config).init, jax.random.key(0))
     config.model.load(model_config, *empty)
-  task = tasks.of(config.model.model)
+  task = tasks.of(config.model.model, config.data.is_multi)
   loss = task.loss(model.apply, task.augment(config.augment), _NOMINAL_CLASSES, t.label_smoothing)
   steps = t.build_steps((2 * t.batch_size,))
   recipe = local.Recipe(steps, local.gradients(loss), None, t.build_optimizer(), t.build_schedule())

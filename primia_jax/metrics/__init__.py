@@ -23,6 +23,8 @@ from primia_jax.metrics.counts import (
 )
 from primia_jax.metrics.curves import (
   RocCurve,
+  average_precision,
+  binary_calibration_error,
   brier_score,
   check_probabilities,
   expected_calibration_error,
@@ -45,6 +47,8 @@ __all__ = [
   "RocCurve",
   "Scores",
   "accuracy",
+  "average_precision",
+  "binary_calibration_error",
   "bootstrap_difference",
   "bootstrap_intervals",
   "brier_score",
