@@ -90,7 +90,13 @@ def trained_on(data: Data) -> dict[str, str]:
 def main() -> None:
   output = folders.to_write(
     FLAGS.output_dir,
-    ("masks.npz", *report.FILES, *segmentation_report.FILES, *multilabel_report.FILES),
+    (
+      "predictions.csv",
+      "masks.npz",
+      *report.FILES,
+      *segmentation_report.FILES,
+      *multilabel_report.PICTURES,
+    ),
   )
   if FLAGS.unlabelled and not FLAGS["data"].present:
     raise ValueError("unlabelled without data; name the images, such as --data=folder:PATH")

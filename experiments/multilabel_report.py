@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ from . import markdown, report
 from .segmentation_report import Facts
 
 PICTURES = ("findings.png", "calibration.png", "curves.png")
-FILES = ("report.md", "metrics.json", "predictions.csv", *PICTURES)
 NUM_RESAMPLES = 500
+_WITHOUT_INTERVAL = ("calibration_error",)  # images drawn twice make it larger than it is
 _BINS = 10  # of probabilities, in the picture of calibration
 
 
@@ -127,7 +127,7 @@ def write(
 
 def probabilities_csv(
   path: pathlib.Path,
-  ids: Sequence[str],
+  ids: Iterable[str],
   probabilities: np.ndarray,
   names: Sequence[str],
   there: np.ndarray | None = None,
@@ -152,6 +152,8 @@ def _with_intervals(
   out: dict[str, dict[str, Any]] = {}
   for score, value in values.items():
     each = np.stack([sample[score] for sample in samples])  # [R, L]
+    if score in _WITHOUT_INTERVAL:
+      each = np.full_like(each, np.nan)
     known = ~np.isnan(value)
     mean = np.array([_mean(row[known]) for row in each])
     out[score] = {
@@ -175,6 +177,8 @@ def _interval(value: float, samples: np.ndarray) -> dict[str, float]:
 def _cell(entry: Mapping[str, float]) -> str:
   if np.isnan(entry["value"]):
     return "undefined"
+  if np.isnan(entry["low"]):
+    return f"{entry['value']:.3f}"
   return f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
 
 
@@ -187,8 +191,8 @@ def _text(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
   lines = [
     f"# {result['title']}: {data}",
     "",
-    f"On {result['num_examples']:,} test images of **{data}**, of which "
-    f"{result['images without any']:,} have no finding, the {main} model's mean ROC-AUC over "
+    f"On {result['num_examples']:,} test images of **{data}** "
+    f"({result['images without any']:,} without any finding), the {main} model's mean ROC-AUC over "
     f"{len(result['label_names'])} findings is {_cell(arms[main]['mean']['auroc'])}.",
     "",
   ]
@@ -206,7 +210,7 @@ def _text(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     f"Brackets hold 95 % percentile bootstrap intervals over {result['resampled']} "
     f"({NUM_RESAMPLES} resamples). A score is undefined where all test images or none have the "
     "finding, and means leave it out. The calibration error is the mean gap between probability "
-    "and frequency, over 15 bins of equal width. `predictions.csv` has every image.", "",
+    "and frequency, over 15 bins of equal width; it has no interval, since resampling makes it larger. `predictions.csv` has every image.", "",
   ]  # fmt: skip
   lines += markdown.sections(result)
   lines += ["## Pictures", ""]
