@@ -210,7 +210,8 @@ def _text(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     f"Brackets hold 95 % percentile bootstrap intervals over {result['resampled']} "
     f"({NUM_RESAMPLES} resamples). A score is undefined where all test images or none have the "
     "finding, and means leave it out. The calibration error is the mean gap between probability "
-    "and frequency, over 15 bins of equal width; it has no interval, since resampling makes it larger. `predictions.csv` has every image.", "",
+    "and frequency, over 15 bins of equal width; it has no interval, since resampling makes it "
+    "larger. `predictions.csv` has every image.", "",
   ]  # fmt: skip
   lines += markdown.sections(result)
   lines += ["## Pictures", ""]
