@@ -366,7 +366,7 @@ SITE                                        | dp | site | dp=none
 --num_sites=1                               | num_sites | 1 | 2 or more
 --placement=processes                       | placement | processes | placement=auto
 --record_transcript                         | record_transcript | True | leave
---trials=0                                  | --trials | 0 | >= 1
+--trials=0                                  | --trials | 0 | positive
 --pruner=hyperband                          | pruner | hyperband | median
 --space=lr=1:2                              | space | lr | --helpfull
 --space=learning_rate=2:1                   | space | 2:1 | NAME=LOW:HIGH
