@@ -274,6 +274,11 @@ def load_model(
   """
   model, trained, label_names, config = model_files.load_model(checkpoint, classes)
   model_files.require_classes(config, "primia-infer")
+  if model_files.is_multi(checkpoint):
+    raise ValueError(
+      f"checkpoint={checkpoint} gives images any number of labels, and encrypted programs take "
+      "models of one class an image; from Python, `primia_jax.mpc.secret` takes any model's apply"
+    )
   if len(trained) > 1:
     raise ValueError(
       f"checkpoint={checkpoint} holds {len(trained)} personal models, one for each site (FedBN). "

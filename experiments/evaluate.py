@@ -19,7 +19,17 @@ from absl import flags
 from primia_jax.data.dataset import Dataset
 from primia_jax.disclosure import Policy
 
-from . import folders, inputs, markdown, model_files, report, running, segmentation_report, settings
+from . import (
+  folders,
+  inputs,
+  markdown,
+  model_files,
+  multilabel_report,
+  report,
+  running,
+  segmentation_report,
+  settings,
+)
 from .configs import tasks
 from .configs.data import Data
 
@@ -88,7 +98,14 @@ def trained_on(data: Data) -> dict[str, str]:
 
 def main() -> None:
   output = folders.to_write(
-    FLAGS.output_dir, ("predictions.csv", "masks.npz", *report.FILES, *segmentation_report.FILES)
+    FLAGS.output_dir,
+    (
+      "predictions.csv",
+      "masks.npz",
+      *report.FILES,
+      *segmentation_report.FILES,
+      *multilabel_report.PICTURES,
+    ),
   )
   if FLAGS.unlabelled and not FLAGS["data"].present:
     raise ValueError("unlabelled without data; name the images, such as --data=folder:PATH")
@@ -100,16 +117,19 @@ def main() -> None:
       f"site_data={FLAGS.site_data}: one source is tested at a time; name it with --data"
     )
   model, trained, label_names, model_config = model_files.load_model(FLAGS.run_dir, FLAGS.classes)
-  task = tasks.of(model_config.name)
-  if FLAGS.fewest_patients and (task.of_pixels or FLAGS.unlabelled):
+  is_multi = model_files.is_multi(FLAGS.run_dir)
+  task = tasks.of(model_config.name, is_multi)
+  if FLAGS.fewest_patients and (task.of_pixels or is_multi or FLAGS.unlabelled):
     raise ValueError(
-      f"fewest_patients={FLAGS.fewest_patients}: masks and predictions are of single patients; "
-      "leave it out"
+      f"fewest_patients={FLAGS.fewest_patients}: masks, findings and predictions are of single "
+      "patients; leave it out"
     )
   if FLAGS.overlays and not task.of_pixels:
     raise ValueError(f"overlays={FLAGS.overlays}: {model_config.name} gives no masks; leave it out")
   model_files.take_form(FLAGS, FLAGS.run_dir, model_config)
   facts: dict[str, Any] = {}
+  if is_multi and not FLAGS.unlabelled and not FLAGS.label_columns:
+    FLAGS["multi_label"].value = True
   if FLAGS["data"].present:
     config = settings.from_flags(Data)
     inputs.source(config)
@@ -121,7 +141,7 @@ def main() -> None:
   else:
     dataset, config = own_images()
   if not FLAGS.unlabelled:
-    tasks.check(model_config.name, dataset)
+    tasks.check(model_config.name, dataset, is_multi)
   output.mkdir(parents=True, exist_ok=True)
   predictions = task.predictor(model.apply)(trained, dataset.images)
   about = {
@@ -145,6 +165,17 @@ def main() -> None:
   ids = [
     str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])
   ]
+  if is_multi:
+    if not FLAGS.unlabelled:
+      said = segmentation_report.Facts(about, dataset.notes)
+      result = multilabel_report.write(
+        output, "Evaluation", dataset, {"trained": predictions}, "trained", FLAGS.seed, said
+      )
+      report.print_summary(result, output)
+      return
+    multilabel_report.probabilities_csv(output / "predictions.csv", ids, predictions, label_names)
+    print(f"{len(dataset)} predictions are in {output / 'predictions.csv'}")
+    return
   labels = None if FLAGS.unlabelled else dataset.labels
   if not FLAGS.fewest_patients:
     report.predictions_csv(output / "predictions.csv", ids, labels, predictions, label_names)

@@ -93,7 +93,7 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
   for i, one in enumerate(rows):
     said = []
     kinds = np.unique(dataset.labels[one])
-    if len(kinds) == 1 and dataset.masks is None:
+    if len(kinds) == 1 and dataset.masks is None and not dataset.is_multi:
       said.append(f"images of one class only, {dataset.label_names[kinds[0]]}")
     if config.privacy.validates and len(one) and not validation.sizes[i]:
       said.append("none is held out for validation, since all are of one patient")

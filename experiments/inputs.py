@@ -247,9 +247,9 @@ def _check_sizes(inputs: Inputs, validates: bool) -> None:
 def _check_kinds(train: Dataset, where: str) -> None:
   kinds = np.unique(train.labels)
   if len(kinds) < 2 and train.masks is None:
+    one = [*kinds] if train.is_multi else [train.label_names[i] for i in kinds]
     raise ValueError(
-      f"all training images of {where} are of one class, {[train.label_names[i] for i in kinds]}; "
-      "give images of at least two"
+      f"all training images of {where} are of one class, {one}; give images of at least two"
     )
 
 
@@ -290,12 +290,13 @@ def _load(settings: Data, label_names: tuple[str, ...] | None) -> dict[str, Data
     patient_column=settings.patient_column,
     patient_pattern=settings.patient_pattern,
     slices=settings.slices or "all",
+    is_multi=settings.multi_label,
+    label_columns=names(settings.label_columns),
   )
 
 
 def _check_phantom(config: Train) -> None:
-  h = config.hospitals
-  if h.partition not in ("auto", "column:site"):
+  if (h := config.hospitals).partition not in ("auto", "column:site"):
     raise ValueError(
       f"partition={h.partition!r}: the phantom comes with its sites; use auto, and num_sites"
     )

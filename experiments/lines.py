@@ -6,6 +6,8 @@ import json
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from primia_jax import federated, metrics
 
 from . import loop
@@ -21,7 +23,8 @@ def scores(done: loop.Round) -> dict[str, float]:
   if done.scores is None:
     return {}
   confusion = done.scores.confusion
-  accuracy, mcc = float(metrics.accuracy(confusion)), float(metrics.mcc(confusion))
+  # of several labels an image, the mean over labels
+  accuracy, mcc = (float(np.mean(f(confusion))) for f in (metrics.accuracy, metrics.mcc))
   return {"val_loss": done.scores.loss, "val_accuracy": accuracy, "val_mcc": mcc}
 
 

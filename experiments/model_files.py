@@ -103,6 +103,11 @@ def ct_window(run_dir: str) -> str:
   return _about(run_dir).get("ct_window", "")
 
 
+def is_multi(run_dir: str) -> bool:
+  """Whether a run's model gives images any number of labels."""
+  return _about(run_dir).get("multi_label", False)
+
+
 def grey_bits(run_dir: str) -> int:
   """The bits of 16-bit grey images that a run was trained on; 0 where there were none, or several.
 

@@ -211,7 +211,10 @@ def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
   for what, why in markdown.warnings(result):
     print(f"  {what}: {why}")
   shown = {"dice": f"mean Dice ({result['case']}s)"} if "case" in result else _SHOWN
-  for name, scores in result["arms"].items():
+  if is_multi := "images with" in result:
+    shown = {"auroc": "mean ROC-AUC", "average_precision": "mean average precision"}
+  for name, of in result["arms"].items():
+    scores = of["mean"] if is_multi else of
     cells = [
       "{} {value:.3f} [{low:.3f}, {high:.3f}]".format(shown[k], **scores[k])
       if isinstance(scores[k], Mapping)
@@ -219,7 +222,7 @@ def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
       for k in shown
     ]
     print(f"  {name:16} {'   '.join(cells)}")
-  if said := "" if "case" in result else markdown.learnt(result):
+  if said := "" if is_multi or "case" in result else markdown.learnt(result):
     print(said)
   print(f"Report: {folder / 'report.md'}")
 

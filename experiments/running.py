@@ -30,6 +30,7 @@ from . import (
   ledgers,
   markdown,
   model_files,
+  multilabel_report,
   processes,
   refusals,
   report,
@@ -176,8 +177,8 @@ def _run(
   images = inputs.site_images(config, process)
   image_facts.check_sizes(config, images.train)
   label_names = images.train.dataset.label_names
-  tasks.check(config.model.model, images.train.dataset)
-  task = tasks.of(config.model.model)
+  tasks.check(config.model.model, images.train.dataset, config.data.is_multi)
+  task = tasks.of(config.model.model, config.data.is_multi)
   model_config = config.model.config(config.data, len(label_names))
   model = models.build(model_config)
   everyone = tuple(range(config.hospitals.num_sites))
@@ -248,6 +249,7 @@ def _run(
     "model": dataclasses.asdict(model_config),
     "ct_window": config.data.ct_window,
     "grey_bits": config.data.grey_bits or scan.bits(images.train.dataset),
+    "multi_label": config.data.is_multi,
   }
   (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n")
   radiologist = {}
@@ -265,13 +267,12 @@ def _run(
     only = f"; this is the ledger of site {process} alone; each other site has its own" * is_alone
     all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"], only)
     privacy = ledgers.of_arms(spent) | privacy | all_runs
-  if task.of_pixels:
+  if task.of_pixels or task.is_multi:
     said_of = settings.flat(config) | facts, of_images, main.rows, secure, privacy
+    about_run = segmentation_report.Facts(*said_of, config.disclosure.policy(), crossed)
     arms_found = {name: predictions[name] for name in order}
-    return segmentation_report.write(
-      folder, title, images.test, arms_found, main_arm, config.seed,
-      segmentation_report.Facts(*said_of, config.disclosure.policy(), crossed),
-    )  # fmt: skip
+    writer = segmentation_report if task.of_pixels else multilabel_report
+    return writer.write(folder, title, images.test, arms_found, main_arm, config.seed, about_run)
   found = {name: predictions[name] for name in order}
   np.savez_compressed(folder / PREDICTIONS, labels=images.test.labels, **found)
   return report.write_report(

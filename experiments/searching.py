@@ -93,7 +93,7 @@ def search(
     after(study)
     return
   images = inputs.site_images(config)
-  tasks.check(config.model.model, images.train.dataset)
+  tasks.check(config.model.model, images.train.dataset, config.data.is_multi)
   first = search_space.given(space, config)
   if first is not None and not study.get_trials(deepcopy=False):
     study.enqueue_trial(first)

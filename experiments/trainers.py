@@ -91,7 +91,7 @@ def make_trainer(
   frozen = config.model.frozen(model_config, jax.random.key(config.seed))
   model = model if frozen is None else frozen.model
   features = of_stored(model_config, frozen) if config.augment.is_none else None
-  task = tasks.of(model_config.name)
+  task = tasks.of(model_config.name, config.data.is_multi)
   of_images, prepare = normalise, task.augment(config.augment)
   if features is not None:
     of_images, prepare = (lambda images: images), (lambda key, images, targets: (images, targets))
@@ -130,7 +130,7 @@ def make_trainer(
     summed_scores = counting(evaluation.MAX_LOSS * max_validated)
     validate = evaluation.validation(
       algorithm, model.apply, of_images, num_classes, summed_scores, place.placement,
-      of_pixels=task.of_pixels,
+      of_pixels=task.of_pixels, errors=task.errors,
     )  # fmt: skip
   return Trainer(
     algorithm,

@@ -25,7 +25,7 @@ class Scores(NamedTuple):
 
   Attributes:
     confusion: [L, L] float64 counts, rows true and columns predicted. In segmentation, each pixel
-      counts as its share of an image.
+      counts as its share of an image. With several labels an image, [L, 2, 2], one for each.
     loss: mean cross-entropy of an example, nats.
   """
 
@@ -147,6 +147,7 @@ def validation(
   placement: Placement,
   batch_size: int = 64,
   of_pixels: bool = False,
+  errors: Callable[..., Callable[..., dict[str, Array]]] | None = None,
 ) -> Callable[[Key, State, Sites], Scores]:
   """Makes the function that scores the model of a run on the sites' own images.
 
@@ -160,12 +161,13 @@ def validation(
     summation, placement: how and where the sum is formed.
     batch_size: images scored at once.
     of_pixels: labels are masks, so that counts are sums of shares of images, and no whole numbers.
+    errors: `count_errors`, or `multilabel.count_errors` for several labels an image.
 
   Returns:
     (key, State, Sites) -> Scores. It raises a RuntimeError where a site's loss is not finite or
     does not fit the summation.
   """
-  errors_of = count_errors(apply_fn, prepare, num_classes, batch_size)
+  errors_of = (errors or count_errors)(apply_fn, prepare, num_classes, batch_size)
 
   def site_fn(shared: Global, site_state: PyTree, site: Site) -> tuple[dict[str, Array], tuple]:
     model = algorithm.personal(shared, site_state)
@@ -186,7 +188,8 @@ def validation(
       )
     confusion = np.asarray(sums["confusion"], np.float64)
     confusion = confusion if of_pixels else np.round(confusion)
-    return Scores(confusion, float(sums["loss"]) / max(float(confusion.sum()), 1.0))
+    examples = confusion[0].sum() if confusion.ndim == 3 else confusion.sum()
+    return Scores(confusion, float(sums["loss"]) / max(float(examples), 1.0))
 
   return validate
 

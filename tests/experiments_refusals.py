@@ -82,6 +82,10 @@ extra                                       | extra | is no flag | --name=value
 --model=unet --noclass_weights              | model | unet | npz:PATH
 --data=tfds:no_such_set                     | no_such_set | data_dir | prepare
 --data=npz:{file} --patient_pattern=(a)     | patient_pattern | (a) | patient_column
+--multi_label --noclass_weights             | multi_label | phantom | csv:PATH
+--label_columns=a,b --noclass_weights       | label_columns | a,b | leave
+--data=csv:{file} --multi_label             | class_weights | True | --noclass_weights
+--data=csv:{file} --label_columns=a,b --record_transcript | class_weights | True | --noclass_weights
 --patient_column=a                          | patient_column | a | leave
 --patient_pattern=(a)_                      | patient_pattern | (a)_ | leave
 --data=folder:{folder} --patient_pattern=(  | patient_pattern | ( | expression
@@ -367,7 +371,7 @@ SITE                                        | dp | site | dp=none
 --num_sites=1                               | num_sites | 1 | 2 or more
 --placement=processes                       | placement | processes | placement=auto
 --record_transcript                         | record_transcript | True | leave
---trials=0                                  | --trials | 0 | >= 1
+--trials=0                                  | --trials | 0 | positive
 --pruner=hyperband                          | pruner | hyperband | median
 --space=lr=1:2                              | space | lr | --helpfull
 --space=learning_rate=2:1                   | space | 2:1 | NAME=LOW:HIGH

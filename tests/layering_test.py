@@ -32,6 +32,7 @@ LAYERS = {
   "algorithms": {"types", "local", "federated"},
   "site_privacy": {"types", "ring", "secagg", "privacy", "summation", "federated"},
   "evaluation": {"types", "local", "privacy", "sites", "summation", "federated"},
+  "multilabel": {"types", "local", "evaluation"},
   "mpc": {"types", "ring", "prng", "native", "durable"},
   "boundary": {"types", "prng", "sites", "secagg", "summation", "federated", "mpc"},
   "service": {"types", "durable", "mpc"},

@@ -55,6 +55,14 @@ class Data:
     "csv: names of the columns that are not called file, label, split or site, such as "
     "file=Image Index,label=Finding; see patient_column for patients",
   )
+  multi_label: bool = setting(
+    False,
+    "csv: an image has any number of labels, such as A|B in one column (NIH ChestX-ray14); nothing "
+    "or No Finding is none",
+  )
+  label_columns: str = setting(
+    "", "csv: labels with a column each of 0 and 1, separated by commas; implies multi_label"
+  )
   grey_bits: int = setting(
     0,
     "bits that 16-bit grey PNG and TIFF use, such as 12; 0 takes the fewest of 8, 10, 12, 14 and "
@@ -94,6 +102,11 @@ class Data:
     choose("channels", self.channels, (1, 3))
     choose("grey_bits", self.grey_bits, (0, *range(8, 17)))
     kinds = {source.partition(":")[0] for source in self.sources or (self.data,)}
+    if self.multi_label and kinds != {"csv"} and self.data:
+      raise ValueError(
+        f"multi_label=True with data={self.site_data or self.data}: several labels an image come "
+        "with csv:PATH only"
+      )
     for name, (kind, read) in self._of_kinds().items():
       value = getattr(self, name)
       if value and kind not in kinds:
@@ -155,6 +168,7 @@ class Data:
       "layout": ("folder", layouts.levels),
       "ignore": ("folder", names),
       "csv_columns": ("csv", _columns),
+      "label_columns": ("csv", names),
       "slices": ("msd", _slices),
     }
 
@@ -163,6 +177,11 @@ class Data:
     kind = source.partition(":")[0]
     others: dict[str, Any] = {name: "" for name, (of, _) in self._of_kinds().items() if of != kind}
     return dataclasses.replace(self, data=source, site_data="", **others)
+
+  @property
+  def is_multi(self) -> bool:
+    """Whether an image has any number of labels."""
+    return self.multi_label or bool(self.label_columns)
 
   @property
   def columns(self) -> dict[str, str]:

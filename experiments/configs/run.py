@@ -151,10 +151,12 @@ class Train:
         f"fewest_sites={floor}, and a sum of this run may be of {least} sites; take more sites in "
         "a round, or a higher secagg_threshold"
       )
-    if self.disclosure.fewest_patients and tasks.of(self.model.model).of_pixels:
+    of_pixels = tasks.of(self.model.model).of_pixels
+    if self.disclosure.fewest_patients and (of_pixels or self.data.is_multi):
+      what = f"model={self.model.model}" if of_pixels else "several labels an image"
       raise ValueError(
-        f"fewest_patients={self.disclosure.fewest_patients} with model={self.model.model}: the "
-        "report gives Dice of single patients; use 0"
+        f"fewest_patients={self.disclosure.fewest_patients} with {what}: the report has no floors "
+        "for these scores; use 0"
       )
 
   def _check_frozen(self) -> None:
@@ -190,6 +192,8 @@ class Train:
   def _check_task(self) -> None:
     t, name = self.training, self.model.model
     kinds = {source.partition(":")[0] for source in self.data.sources or (self.data.data,)}
+    if self.data.is_multi:
+      self._check_multi()
     if name not in models.SEGMENTERS:
       if "msd" in kinds:
         raise ValueError(
@@ -211,6 +215,21 @@ class Train:
       raise ValueError(
         f"mixup={self.augment.mixup} and label_smoothing={t.label_smoothing} are for classes of "
         f"images, and {name} learns masks; leave them out"
+      )
+
+  def _check_multi(self) -> None:
+    if self.model.model in models.SEGMENTERS:
+      raise ValueError(
+        f"model={self.model.model} learns masks, and multi_label is for images with several classes"
+      )
+    if self.training.class_weights:
+      raise ValueError(
+        "class_weights=True weighs images by their class, and with multi_label an image has "
+        "several; use --noclass_weights"
+      )
+    if self.record_transcript:
+      raise ValueError(
+        "record_transcript=True: audits attack images of one class; leave it out with multi_label"
       )
 
   def _check_privacy(self) -> None:
@@ -298,7 +317,7 @@ def rehearse(config: Train, is_federated: bool = True) -> None:
   if config.model.pretrained:
     empty = jax.eval_shape(models.build(model_config).init, jax.random.key(0))
     config.model.load(model_config, *empty)
-  task = tasks.of(config.model.model)
+  task = tasks.of(config.model.model, config.data.is_multi)
   loss = task.loss(model.apply, task.augment(config.augment), _NOMINAL_CLASSES, t.label_smoothing)
   steps = t.build_steps((2 * t.batch_size,))
   recipe = local.Recipe(steps, local.gradients(loss), None, t.build_optimizer(), t.build_schedule())

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+MOST_FINDINGS = 30  # of a label, which is an int32
+
 
 class Images(Protocol):
   """Random access to N images of one shape, e.g. a uint8 array [N, H, W, C].
@@ -40,6 +42,8 @@ class Dataset:
     is_numbered: patients are numbers that may start anew in another split (Kermany's), so that one
       number in two splits need not be one patient.
     notes: what a report's reader must know of how the images were read, e.g. which were left out.
+    is_multi: an image has any number of the classes: its label is the sum of 2^k over those that it
+      has, and 0 for none.
     masks: uint8 [N, H, W], the class of each pixel, an index into `label_names`; None where images
       are classified as a whole. An image's label then is its largest class but the background, 0,
       and 0 where there is nothing else.
@@ -55,6 +59,7 @@ class Dataset:
   is_numbered: bool = False
   notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
   masks: np.ndarray | None = None
+  is_multi: bool = False
 
   def __post_init__(self):
     num = self.images.shape[0]
@@ -67,7 +72,12 @@ class Dataset:
         f"{self.name!r} holds {num} images, but labels {self.labels.shape} and groups "
         f"{self.groups.shape}; give one label and one group for each image"
       )
-    if num and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.label_names):
+    if self.is_multi and len(self.label_names) > MOST_FINDINGS:
+      raise ValueError(
+        f"{self.name!r} has {len(self.label_names)} findings; {MOST_FINDINGS} fit in a label"
+      )
+    most = 2 ** len(self.label_names) if self.is_multi else len(self.label_names)
+    if num and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < most:
       raise ValueError(
         f"labels of {self.name!r} run from {self.labels.min()} to {self.labels.max()}, but there "
         f"are {len(self.label_names)} label names {self.label_names}"
@@ -157,6 +167,8 @@ def join(datasets: Sequence[Dataset]) -> Dataset:
     raise ValueError(f"the sources have different classes, {sorted(classes)}; give --label_names")
   if len({one.masks is None for one in datasets}) > 1:
     raise ValueError("some of the sources have masks and some have none; give sources of one kind")
+  if len({one.is_multi for one in datasets}) > 1:
+    raise ValueError("some of the sources have several labels an image and some have one")
   names = set.intersection(*(set(one.columns) for one in datasets))
   together = lambda values: np.concatenate([np.asarray(value) for value in values])
   named = [
@@ -180,4 +192,5 @@ def join(datasets: Sequence[Dataset]) -> Dataset:
     is_numbered=any(one.is_numbered for one in datasets),
     notes=notes,
     masks=None if datasets[0].masks is None else together(one.masks for one in datasets),
+    is_multi=datasets[0].is_multi,
   )

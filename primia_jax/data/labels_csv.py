@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from primia_jax.data import decode, folder, layouts, patient_ids, scan
-from primia_jax.data.dataset import Dataset
+from primia_jax.data.dataset import MOST_FINDINGS, Dataset
 from primia_jax.data.files import Files, is_image, read_file
 
 MEANINGS = ("file", "label", "split", "site")  # columns whose names can be given
 PATIENT = "patient"  # see `patient_ids.from_column` for another name
+
+NO_FINDING = "No Finding"  # of several labels: none
 
 _SHOWN = 10  # lines in a message
 
@@ -44,6 +46,8 @@ def read_csv(
   columns: Mapping[str, str] | None = None,
   grey_bits: int = 0,
   skip_bad_files: bool = False,
+  is_multi: bool = False,
+  label_columns: Sequence[str] = (),
 ) -> dict[str, Dataset]:
   """Reads the images of a table: UTF-8, a header, values separated by commas, semicolons or tabs.
 
@@ -56,6 +60,9 @@ def read_csv(
     size, channels, label_names, lazy, ct_window, percentiles, grey_bits, skip_bad_files: see
       `folder.read_folder`. By default labels are sorted.
     columns: names of the columns for "file", "label", "split" and "site", where they are others.
+    is_multi: an image has any number of labels, separated by | ("No Finding", or nothing, for none,
+      as in NIH ChestX-ray14's Data_Entry_2017.csv).
+    label_columns: or a column of 0 and 1 for each label, in place of the column "label".
 
   Returns:
     A `Dataset` for each split, or {"all": ...} without splits. Columns: "path", "site", and all of
@@ -68,12 +75,16 @@ def read_csv(
   decode.check_form(size, channels)
   path = pathlib.Path(path)
   table = _read_table(path)
-  of = _meanings(path, table, columns or {})
-  if problems := _problems(path, table, of, label_names):
+  of = _meanings(path, table, columns or {}, label_columns)
+  is_multi = is_multi or bool(label_columns)
+  if problems := _problems(path, table, of, label_names, is_multi):
     raise ValueError(f"{path} has wrong lines; mend or remove them:{problems}")
   files = [posixpath.normpath(name) for name in of["file"]]
-  names = tuple(label_names) if label_names else folder.default_names(str(path), of["label"])
-  labels = folder.label_indices(of["label"], names, [str(path)] * len(files))
+  if is_multi:
+    names, labels = _sets(path, of["label"], label_names, label_columns)
+  else:
+    names = tuple(label_names) if label_names else folder.default_names(str(path), of["label"])
+    labels = folder.label_indices(of["label"], names, [str(path)] * len(files))
   listing = Files(str(path.parent), tuple(files), partial(read_file, path.parent))
   ids = of.get(PATIENT) or folder.dicom_patients(listing)
   groups, has_patient = patient_ids.groups(ids, files)
@@ -96,8 +107,51 @@ def read_csv(
         has_patient=has_patient[index],
         columns={name: column[index] for name, column in own.items()},
         name=path.name,
+        is_multi=is_multi,
       )
   return datasets if lazy else scan.read(datasets, skip_bad_files=skip_bad_files)
+
+
+def _split(text: str) -> list[str]:
+  """The labels of one image."""
+  return list(dict.fromkeys(part.strip() for part in text.split("|") if part.strip()))
+
+
+def _sets(
+  path: pathlib.Path,
+  texts: Sequence[str],
+  label_names: Sequence[str] | None,
+  label_columns: Sequence[str],
+) -> tuple[tuple[str, ...], np.ndarray]:
+  """The names of the labels, and each image's as one number."""
+  every = [[one for one in _split(text) if one != NO_FINDING] for text in texts]
+  found = folder.default_names(str(path), [one for labels in every for one in labels])
+  names = tuple(label_names or label_columns or found)
+  if len(names) > MOST_FINDINGS:
+    raise ValueError(
+      f"{path} has {len(names)} labels, more than {MOST_FINDINGS}; choose some by label_columns"
+    )
+  flat = [one for labels in every for one in labels]
+  index = iter(folder.label_indices(flat, names, [str(path)] * len(flat)))
+  return names, np.array([sum(1 << int(next(index)) for _ in s) for s in every], np.int32)
+
+
+def _joined(path: pathlib.Path, table: _Table, label_columns: Sequence[str]) -> list[str]:
+  """A text of labels for each row, from a column of 0 and 1 for each."""
+  by_name = _columns(table)
+  if missing := [name for name in label_columns if name not in by_name]:
+    raise ValueError(f"{path} has no columns {missing}, but {table.header}; mend label_columns")
+  number = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
+  texts = [[] for _ in table.rows]  # type: list[list[str]]
+  for name in label_columns:
+    for i, value in enumerate(by_name[name]):
+      if value not in number:
+        raise ValueError(
+          f"line {table.lines[i]} of {path} has {name}={value!r}; write 1 where the image has it "
+          "and 0 where not"
+        )
+      texts[i] += [name] * number[value]
+  return ["|".join(labels) or NO_FINDING for labels in texts]
 
 
 def _read_table(path: pathlib.Path) -> _Table:
@@ -130,18 +184,19 @@ def _columns(table: _Table) -> dict[str, list[str]]:
 
 
 def _meanings(
-  path: pathlib.Path, table: _Table, columns: Mapping[str, str]
+  path: pathlib.Path, table: _Table, columns: Mapping[str, str], label_columns: Sequence[str]
 ) -> dict[str, list[str]]:
   """Returns the columns by what they mean; those with other names must be there."""
   named = {one: columns.get(one, one) for one in (*MEANINGS, PATIENT)}
-  wanted = {"file", "label", *columns}
+  wanted = {"file", *columns} | ({"label"} if not label_columns else set())
   if missing := [one for one in named if one in wanted and named[one] not in table.header]:
     raise ValueError(
       f"{path} has no column {', '.join(repr(named[one]) for one in missing)}, but {table.header}; "
       f"name its column with --csv_columns={missing[0]}=NAME"
     )
   by_name = _columns(table)
-  return {one: by_name[name] for one, name in named.items() if name in by_name}
+  out = {one: by_name[name] for one, name in named.items() if name in by_name}
+  return out | ({"label": _joined(path, table, label_columns)} if label_columns else {})
 
 
 def _problems(
@@ -149,6 +204,7 @@ def _problems(
   table: _Table,
   of: Mapping[str, Sequence[str]],
   label_names: Sequence[str] | None,
+  is_multi: bool,
 ) -> str:
   """What is wrong, line by line; empty if nothing is."""
   known = {name.lower() for name in label_names or ()}
@@ -161,10 +217,12 @@ def _problems(
     if row["file"] and first.setdefault(place, line) != line:
       wrong = f"repeats the file {row['file']!r} of line {first[place]}"
     wrongs = [wrong] if wrong else []
-    if not row["label"]:
+    given = _split(row["label"]) if is_multi else [row["label"]]
+    if not row["label"] and not is_multi:
       wrongs.append("has no label")
-    elif known and row["label"].lower() not in known:
-      wrongs.append(f"has the label {row['label']!r}, none of {', '.join(label_names or ())}")
+    for one in given if known else ():
+      if one.lower() not in known and not (is_multi and one == NO_FINDING):
+        wrongs.append(f"has the label {one!r}, none of {', '.join(label_names or ())}")
     if "split" in row and row["split"].lower() not in layouts.SPLITS:
       wrongs.append(f"has the split {row['split']!r}, none of {', '.join(layouts.SPLITS)}")
     if "site" in row and not row["site"]:

@@ -31,6 +31,8 @@ def load(
   grey_bits: int = 0,
   skip_bad_files: bool = False,
   slices: str = "all",
+  is_multi: bool = False,
+  label_columns: Sequence[str] = (),
 ) -> dict[str, Dataset]:
   """Loads labelled images.
 
@@ -55,6 +57,7 @@ def load(
     csv_columns: for a CSV: names of its columns; see `labels_csv.read_csv`.
     grey_bits, skip_bad_files: for folders and a CSV; see `scan.read`.
     slices: of volumes; see `volumes.read_msd`.
+    is_multi, label_columns: for a CSV: images with several labels; see `labels_csv.read_csv`.
 
   Returns:
     A `Dataset` for each split in the source: "train", "validation", "test". A folder without split
@@ -87,7 +90,9 @@ def load(
   if kind == "folder":
     splits = folder.read_folder(path, ignore=ignore, layout=layout, **of_files, **form)
   elif kind == "csv":
-    splits = labels_csv.read_csv(path, columns=csv_columns, **of_files, **form)
+    splits = labels_csv.read_csv(
+      path, columns=csv_columns, is_multi=is_multi, label_columns=label_columns, **of_files, **form
+    )
   elif kind == "npz":
     splits = npz.read_npz(path, **form)
   elif kind == "msd":

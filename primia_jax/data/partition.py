@@ -224,8 +224,12 @@ def _groups(dataset: Dataset, num_sites: int) -> tuple[list[np.ndarray], np.ndar
       f"{dataset.name!r} has {num_groups} groups, too few for {num_sites} parts, because a group "
       "is never split; use fewer parts"
     )
-  counts = np.zeros((num_groups, len(dataset.label_names)), np.int64)
-  np.add.at(counts, (groups, dataset.labels), 1)
+  labels, num_labels = dataset.labels, len(dataset.label_names)
+  if dataset.is_multi:  # sets of findings are dealt like classes
+    kinds, labels = np.unique(labels, return_inverse=True)
+    num_labels = len(kinds)
+  counts = np.zeros((num_groups, num_labels), np.int64)
+  np.add.at(counts, (groups, labels), 1)
   order = np.argsort(groups, kind="stable")
   return np.split(order, np.cumsum(counts.sum(1))[:-1]), counts
 

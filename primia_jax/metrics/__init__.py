@@ -30,6 +30,8 @@ from primia_jax.metrics.counts import (
 )
 from primia_jax.metrics.curves import (
   RocCurve,
+  average_precision,
+  binary_calibration_error,
   brier_score,
   check_probabilities,
   expected_calibration_error,
@@ -67,6 +69,8 @@ __all__ = [
   "Scores",
   "Spread",
   "accuracy",
+  "average_precision",
+  "binary_calibration_error",
   "binned_calibration_error",
   "binned_macro_roc_auc",
   "binned_roc_auc",

@@ -56,6 +56,43 @@ def roc_auc(labels: ArrayLike, scores: ArrayLike) -> float:
   return float(_pair_auc(scores[labels], scores[~labels], once[:, labels], once[:, ~labels])[0])
 
 
+def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
+  """The area under the steps of the precision-recall curve of a binary score: the mean precision at
+  each positive example, equal scores together.
+
+  Args:
+    labels: [N] bool or 0/1 integers.
+    scores: [N] finite numbers.
+
+  Returns:
+    The area; NaN without a positive example.
+  """
+  labels, scores = _check_scores(labels, scores)
+  if not labels.any():
+    return float("nan")
+  order = np.argsort(-scores, kind="stable")
+  ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+  hits = np.cumsum(labels[order])[ends]
+  precision, recall = hits / (ends + 1), hits / hits[-1]
+  return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+
+
+def binary_calibration_error(
+  labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15
+) -> float:
+  """The mean gap between the probability of a finding and how often it is there, over bins of equal
+  width, weighted by their examples.
+
+  Args:
+    labels: [N] bool or 0/1 integers.
+    probabilities: [N], in [0, 1].
+    num_bins: of probabilities.
+  """
+  labels, p = _check_scores(labels, probabilities)
+  bins = np.minimum((p * num_bins).astype(np.int64), num_bins - 1)
+  return float(np.abs(np.bincount(bins, p - labels, num_bins)).sum() / len(p))
+
+
 def macro_roc_auc(labels: ArrayLike, probabilities: ArrayLike) -> float:
   """The macro one-vs-one ROC-AUC: the mean area over all pairs of classes (Hand and Till 2001,
   equation 7).

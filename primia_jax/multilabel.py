@@ -1,0 +1,117 @@
+"""Images with several findings each: the sigmoid loss, and errors of each finding.
+
+The findings of an image are one int32, the sum of 2^k over its findings k (`Dataset.is_multi`), so
+sites, batches, rounds, sums and privacy are those of classification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from primia_jax import local
+from primia_jax.evaluation import batches
+from primia_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, ModelState, Params
+
+
+def findings(labels: Any, num_classes: int) -> Any:
+  """int32 [...] -> bool [..., L], whether each finding is there; NumPy or JAX as given."""
+  xp = jnp if isinstance(labels, jax.Array) else np
+  shifts = xp.arange(num_classes, dtype=xp.int32).reshape((1,) * labels.ndim + (-1,))
+  return (labels[..., None] >> shifts) & 1 > 0
+
+
+def multilabel_loss(
+  apply_fn: ApplyFn,
+  prepare: Callable[[Key, Array, Array], tuple[Array, Array]],
+  num_classes: int,
+  label_smoothing: float = 0.0,
+) -> LossFn:
+  """The sigmoid cross-entropy, averaged over findings and over the batch's examples of weight.
+
+  Args:
+    apply_fn, prepare: as for `local.classification_loss`; targets are 0 or 1 for each finding.
+    num_classes: L, the number of findings.
+    label_smoothing: in [0, 1); moves each target by half of it towards 1/2.
+
+  Returns:
+    A loss whose `Metrics.correct` is the share of right findings, summed over images.
+
+  Raises:
+    ValueError: for a label smoothing outside [0, 1).
+  """
+  if not 0 <= label_smoothing < 1:
+    raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
+
+  def loss_fn(params: Params, model_state: ModelState, batch: Batch, key: Key):
+    prepare_key, model_key = jax.random.split(key)
+    there = findings(batch.labels, num_classes)
+    targets = there.astype(jnp.float32) * (1 - label_smoothing) + label_smoothing / 2
+    images, targets = prepare(prepare_key, batch.images, targets)
+    logits, model_state = apply_fn(params, model_state, images, train=True, key=model_key)
+    entropy = optax.sigmoid_binary_cross_entropy(logits, targets).mean(-1)
+    loss = jnp.sum(batch.weights * entropy)
+    counts = (batch.weights > 0).astype(jnp.float32)
+    right = jnp.sum(counts * ((logits > 0) == there).astype(jnp.float32).mean(-1))
+    found = Metrics(loss, right, jnp.sum(counts))
+    return loss / jnp.maximum(found.num_examples, 1.0), (model_state, found)
+
+  return loss_fn
+
+
+def count_errors(
+  apply_fn: ApplyFn, prepare: Callable[[Array], Array], num_classes: int, batch_size: int
+) -> Callable[..., dict[str, Array]]:
+  """`evaluation.count_errors` for findings.
+
+  Returns:
+    (params, model_state, images [N, H, W, C], labels [N], num_examples) -> {"confusion":
+    [L, 2, 2] float32 for each finding, rows true (absent, there) and columns predicted (probability
+    below, above 1/2); "loss": the sum of the examples' losses}.
+  """
+
+  def run(params, model_state, images, labels, num_examples):
+    size = images.shape[0]
+
+    def body(i: Array, total):
+      index = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+      index = jnp.where(index < jnp.minimum(num_examples, size), index, -1)
+      batch = local.gather(images, labels, index)
+      logits, _ = apply_fn(params, model_state, prepare(batch.images), train=False)
+      there = findings(batch.labels, num_classes)
+      one_hot = lambda yes: jnp.stack([~yes, yes], -1).astype(jnp.float32)  # [B, L, 2]
+      true = one_hot(there) * batch.weights[:, None, None]
+      confusion = jnp.einsum("blt,blp->ltp", true, one_hot(logits > 0))
+      entropy = optax.sigmoid_binary_cross_entropy(logits, there.astype(jnp.float32)).mean(-1)
+      loss = jnp.sum(jnp.where(batch.weights > 0, entropy * batch.weights, 0.0))
+      return {"confusion": total["confusion"] + confusion, "loss": total["loss"] + loss}
+
+    confusion = jnp.zeros((num_classes, 2, 2), jnp.float32)
+    zero = {"confusion": confusion, "loss": jnp.zeros((), jnp.float32)}
+    return jax.lax.fori_loop(0, -(-num_examples // batch_size), body, zero)
+
+  return run
+
+
+def predictor(
+  apply_fn: ApplyFn, prepare: Callable[[Array], Array], batch_size: int = 64
+) -> Callable[[Sequence[tuple[Params, ModelState]], Any], np.ndarray]:
+  """Makes (models, images [N, ...]) -> probabilities of each finding [N, L]; of several models,
+  their mean.
+  """
+
+  @jax.jit
+  def probabilities(params: Params, model_state: ModelState, images: Array) -> Array:
+    logits, _ = apply_fn(params, model_state, prepare(images), train=False)
+    return jax.nn.sigmoid(logits)
+
+  def predict(trained: Sequence[tuple[Params, ModelState]], images: Any) -> np.ndarray:
+    mean = lambda batch: np.mean([probabilities(*m, batch) for m in trained], axis=0)
+    return np.concatenate(list(map(mean, batches(images, batch_size))))[: images.shape[0]]
+
+  return predict
