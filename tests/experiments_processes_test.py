@@ -15,7 +15,7 @@ import pytest
 from experiments_apart import APART, in_threads, meeting_of
 from experiments_runs import FIXED, flags_of, train, trainer_of
 
-from experiments import inputs, model_files, processes, settings
+from experiments import image_facts, inputs, model_files, processes, settings
 from primia_jax.data import sites as data_sites
 from primia_jax.flower import channel
 from primia_jax.privacy import accounting, ledger
@@ -148,6 +148,13 @@ def test_a_process_is_given_the_sizes_of_the_others_and_none_of_their_images(tmp
   ):
     with pytest.raises(ValueError, match=text):
       inputs.with_others(own[0], 0, said | {1: wrong})
+
+
+def test_facts_of_images_are_of_the_own_site_alone_wherever_it_stands_among_all():
+  for i in range(3):
+    found = inputs.site_images(APART, i)
+    facts = image_facts.facts(APART, found.train, found.validation, found.test)
+    assert "images at several sites" not in facts
 
 
 def test_sites_that_meet_know_the_same_of_each_other(tmp_path):
