@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.flower, pytest.mark.optimised]
 MODULE, TIMEOUT = "experiments.train_federated", 300.0
 APART = settings.replace(
   TINY, placement="flower", model="cnn", rounds=2, class_weights=False, sync_epochs=1,
-  validation="none", secagg_threshold=2,
+  validation="none", secagg_threshold=2, secagg_colluding=0,
 )  # fmt: skip
 
 
