@@ -67,14 +67,15 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
     out["IMAGES IN TRAINING AND TESTING"] = _pairs(both.images)
   if copies := overlaps.repeated(dataset):
     out["training images that copy another"] = f"{copies} of {len(dataset)}"
-  rows = [one[one < len(dataset)] for one in train.sites]  # others are not in this process
+  here = lambda one: one[(one >= 0) & (one < len(dataset))]  # others are not in this process
+  rows = [here(one) for one in train.sites]
   kind, _, argument = h.partition.partition(":")
   column = argument if kind == "column" else "site" if kind == "auto" else ""
   if column in dataset.columns and config.data.data != "phantom":
     names = [f"{i}: {dataset.columns[column][r[0]]}" for i, r in enumerate(rows) if len(r)]
     out["sites"] = ", ".join(names)
   if validation.dataset is dataset:  # the phantom's are no part of the training images
-    held = [one[one < len(dataset)] for one in validation.sites]
+    held = [here(one) for one in validation.sites]
     rows = [np.concatenate(pair) for pair in zip(rows, held, strict=True)]
   no_images = np.zeros((len(dataset), 1, 1, 1), np.uint8)
   bare = dataclasses.replace(dataset, images=no_images, masks=None)

@@ -126,8 +126,9 @@ def deployed(num_sites: int, folder: pathlib.Path, own: pathlib.Path) -> Iterato
       start_supernode(trial, i)
     yield trial
   finally:
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not leave anything behind
     _stop(trial)
+    signal.signal(signal.SIGTERM, before)
 
 
 def _start_superlink(trial: Deployment) -> None:
@@ -278,16 +279,27 @@ def free_port() -> int:
 
 
 def _stop(trial: Deployment) -> None:
-  """Ends all processes with their children."""
-  link = trial.processes.get("superlink")
-  if link:
-    link.terminate()  # it ends its own helper, which runs in another session
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      link.wait(5.0)
+  """Ends all processes with all that they have started, also in sessions of their own."""
+  started = _below({process.pid for process in trial.processes.values()})
   for process in trial.processes.values():
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-      os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+  for pid in started:
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, signal.SIGKILL)
+  for process in trial.processes.values():
     process.wait()
+
+
+def _below(roots: set[int]) -> set[int]:
+  """All processes that these have started, and those that they have."""
+  listed = subprocess.run(
+    ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+  )
+  pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
+  found: set[int] = set()
+  while more := {pid for pid, parent in pairs if parent in roots | found} - found:
+    found |= more
+  return found
 
 
 def _path() -> str:

@@ -15,13 +15,13 @@ import pytest
 from experiments_apart import APART, in_threads, meeting_of
 from experiments_runs import FIXED, flags_of, train, trainer_of
 
-from experiments import inputs, model_files, processes, settings
+from experiments import image_facts, inputs, model_files, processes, settings
 from primia_jax.data import sites as data_sites
 from primia_jax.flower import channel
 from primia_jax.privacy import accounting, ledger
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
-from primia_jax.secagg import coordinator, keys
+from primia_jax.secagg import coordinator, keys, meeting, pinning, roster
 
 pytestmark = pytest.mark.optimised  # the bits of one process and of many are compared
 
@@ -150,6 +150,13 @@ def test_a_process_is_given_the_sizes_of_the_others_and_none_of_their_images(tmp
       inputs.with_others(own[0], 0, said | {1: wrong})
 
 
+def test_facts_of_images_are_of_the_own_site_alone_wherever_it_stands_among_all():
+  for i in range(3):
+    found = inputs.site_images(APART, i)
+    facts = image_facts.facts(APART, found.train, found.validation, found.test)
+    assert "images at several sites" not in facts
+
+
 def test_sites_that_meet_know_the_same_of_each_other(tmp_path):
   """At a second start, too, over what the first has left; its label is another one."""
   config, labels = settings.replace(APART, num_sites=2), []
@@ -168,6 +175,40 @@ def test_sites_that_meet_know_the_same_of_each_other(tmp_path):
     assert first.exchange.label == second.exchange.label
     labels.append(first.exchange.label)
   assert labels[0] != labels[1]
+
+
+def test_a_site_with_a_roster_meets_its_members_and_nobody_else(tmp_path):
+  """Nothing is pinned at the first meeting; site 1 has another key than in the second roster."""
+  config, root = settings.replace(APART, num_sites=2), tmp_path / "own"
+  own = [processes.own_folder(root, i) for i in range(2)]
+  known = [meeting.own_identity(folder / "identity") for folder in own]
+  server = meeting.own_identity(root / "coordinator")
+
+  def call(i, carriers):
+    place, _ = meeting_of(config, tmp_path, i, carriers)
+    place.exchange.close()
+    return place.exchange.label
+
+  def members(second):
+    number = lambda i, public: roster.Member(i, f"hospital-{i}", public)
+    coordinating = roster.Member(None, "coordinator", server.public)
+    return [coordinating, number(0, known[0].public), number(1, second)]
+
+  labels = set()
+  for serial, second in ((1, known[1].public), (2, known[1].public), (3, keys.identity().public)):
+    made = roster.make("trial", serial, members(second))
+    for folder, identity in zip(own, known, strict=True):
+      if serial < 3 or identity is known[0]:
+        digest = roster.digest(made).hex()
+        pinning.accept(folder, roster.encode(made), identity, digest)
+    results, errors = in_threads(call, range(2), tmp_path)
+    if serial < 3:
+      assert errors == {}
+      assert results[0] == results[1]
+      labels.add(results[0])
+  assert "site 1 shows another identity than in the roster" in str(errors[0])
+  assert len(labels) == 2
+  assert not list(root.rglob("identities.json"))
 
 
 def test_a_site_that_cannot_go_on_tells_no_more_than_the_protocol(tmp_path):
