@@ -1,5 +1,7 @@
 """The programs of the three roles as real processes on loopback, each with its own folder alone."""
 
+import contextlib
+import csv
 import json
 import os
 import pathlib
@@ -12,11 +14,13 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
+from experiments_apart import free_port
 from experiments_runs import TINY
 from PIL import Image
 
 from experiments import encrypted, model_files, report
 from primia_jax import models, mpc
+from primia_jax.service import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATIENCE = 300.0  # seconds for a step on a busy machine
@@ -30,7 +34,8 @@ class Programs:
 
   def __init__(self, root):
     self.root = root
-    self.folders = {role: root / role for role in ("vendor", "dealer", "hospital")}
+    roles = "vendor", "dealer", "hospital", "helper"
+    self.folders = {role: root / role for role in roles}
 
   def start(self, role, module, *flags, **options):
     log = self.root / f"{role}.log"
@@ -46,6 +51,20 @@ class Programs:
     said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == code, said
     return said
+
+  @contextlib.contextmanager
+  def serving(self, role, *flags):
+    """A server, until the context ends: the process, and where it listens."""
+    server = self.start(role, "serve_encrypted", *flags, stderr=subprocess.PIPE)
+    timer = threading.Timer(PATIENCE, server.kill)
+    timer.start()
+    try:
+      events = (json.loads(line) for line in server.stderr)
+      yield server, next(event["address"] for event in events if event["event"] == "serving")
+    finally:
+      timer.cancel()
+      server.kill()
+      server.wait()
 
   def send(self, sender, to, receiver, of):
     inbox = self.folders[receiver] / "inbox"
@@ -99,15 +118,7 @@ def test_three_processes_answer_as_one_and_open_their_own_folders_only(programs,
   programs.run(*publish)
   programs.send("vendor", "clinics", "hospital", "model_owner")
 
-  server = programs.start(
-    "vendor", "serve_encrypted", "--address=127.0.0.1:0", "--daily_images=2",
-    stderr=subprocess.PIPE,
-  )  # fmt: skip
-  timer = threading.Timer(PATIENCE, server.kill)
-  timer.start()
-  try:
-    events = (json.loads(line) for line in server.stderr)
-    address = next(event["address"] for event in events if event["event"] == "serving")
+  with programs.serving("vendor", "--address=127.0.0.1:0", "--daily_images=2") as (server, address):
     ask = ("hospital", "infer_encrypted", f"--connect={address}", f"--model={MODEL}")
     images = f"--images={hospital / 'images'}"
     said = programs.run(*ask, images, f"--output_dir={hospital / 'out'}")
@@ -116,10 +127,6 @@ def test_three_processes_answer_as_one_and_open_their_own_folders_only(programs,
     assert "budget of hospital is 2 images a day, and 2 are used" in over
     server.send_signal(signal.SIGTERM)
     assert server.wait(PATIENCE) == 0
-  finally:
-    timer.cancel()
-    server.kill()
-    server.wait()
 
   folder = hospital / "models" / MODEL
   plan = mpc.read(folder / "plan")
@@ -139,5 +146,68 @@ def test_three_processes_answer_as_one_and_open_their_own_folders_only(programs,
   assert programs.foreign("vendor", run, tmp_path / "given.pem") == set()
   log = (programs.folders["vendor"] / "audit.jsonl").read_text()
   assert [json.loads(line)["event"] for line in log.splitlines()][-1] == "stopped"
-  for folder in programs.folders.values():
-    assert folder.stat().st_mode & 0o077 == 0
+  for role in ("vendor", "dealer", "hospital"):
+    assert programs.folders[role].stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slow
+def test_a_helper_serves_beside_the_vendor_and_the_hospital_needs_no_jax(programs, tmp_path):
+  """Four roles as processes; then either server is killed, and the hospital is told which."""
+  run, hospital = tmp_path / "run", programs.folders["hospital"]
+  given, helped = tmp_path / "given.pem", tmp_path / "helper.pem"
+  programs.run("helper", "certificate", "--name=helper")
+  programs.run("helper", "certificate", f"--clinic={given}")
+  helped.write_bytes((programs.folders["helper"] / "certificate.pem").read_bytes())
+  programs.run("vendor", "certificate", f"--helper={helped}")
+  publish = ("vendor", "publish", f"--model={MODEL}", "--client=sharing")
+  programs.run(*publish, f"--checkpoint={run}", *FLAGS)
+  programs.send("vendor", "dealer", "dealer", "model_owner")
+  programs.run("dealer", "deal", f"--model={MODEL}", "--clinic=helper", "--images=6")
+  programs.send("dealer", "model_owner", "vendor", "dealer")
+  programs.send("dealer", "helper", "helper", "dealer")
+  at = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+  programs.run(*publish, f"--address={at[0]}", f"--helper_address={at[1]}")
+  programs.send("vendor", "helper", "helper", "model_owner")
+  card = hospital / "card.json"
+  card.write_bytes((programs.folders["vendor"] / "outbox/cards" / f"{MODEL}.json").read_bytes())
+
+  one = hospital / "images" / "0.png"
+  ask = ("hospital", "ask_servers", f"--card={card}", "--timeout=30")
+  with programs.serving("vendor", f"--address={at[0]}", "--timeout=20") as (vendor, _):
+    with programs.serving("helper", f"--address={at[1]}", f"--model_owner={at[0]}") as (helper, _):
+      said = programs.run(
+        *ask, f"--images={hospital / 'images'}", f"--output_dir={hospital / 'out'}"
+      )
+      assert "not for diagnosis" in said
+      helper.kill()
+      helper.wait()
+      lost = programs.run(*ask, f"--images={one}", code=1)
+      assert f"helper: nobody listens at {at[1]}" in lost
+    with programs.serving("helper", f"--address={at[1]}", f"--model_owner={at[0]}") as (helper, _):
+      programs.run(*ask, f"--images={one}")
+      vendor.kill()
+      vendor.wait()
+      lost = programs.run(*ask, f"--images={one}", code=1)
+      assert f"vendor: nobody listens at {at[0]}" in lost
+      helper.send_signal(signal.SIGTERM)
+      assert helper.wait(PATIENCE) == 0
+
+  plan = mpc.read(programs.folders["vendor"] / "models" / MODEL / "plan")
+  weights = encrypted.load_model(str(run))[1]
+  pixels = np.asarray(Image.open(one))[None, ..., None]
+  logits = np.asarray(mpc.check(plan, (weights, encrypted.normalised(pixels))), np.float64)[0]
+  row = next(csv.DictReader((hospital / "out" / "predictions.csv").open()))
+  found = [float(row[f"probability {name}"]) for name in NAMES]
+  np.testing.assert_allclose(found, scipy.special.softmax(logits), rtol=1e-6)
+
+  assert programs.foreign("hospital") == set()
+  assert programs.foreign("helper", given) == set()
+  assert programs.foreign("vendor", run, given, helped) == set()
+  asked = (tmp_path / "hospital.log").read_text()
+  assert "primia_jax/service/sharing" in asked
+  assert not [line for line in asked.splitlines() if "/site-packages/jax" in line]
+  left = [
+    len(folders.unused(programs.folders[role] / "models" / MODEL / below))
+    for role, below in (("vendor", "helper"), ("helper", ""))
+  ]
+  assert left == [3, 3]
