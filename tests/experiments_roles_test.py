@@ -171,6 +171,7 @@ def test_a_helper_serves_beside_the_vendor_and_the_hospital_needs_no_jax(program
   card = hospital / "card.json"
   card.write_bytes((programs.folders["vendor"] / "outbox/cards" / f"{MODEL}.json").read_bytes())
 
+  (tmp_path / "hospital.log").unlink()  # what follows needs no JAX
   one = hospital / "images" / "0.png"
   ask = ("hospital", "ask_servers", f"--card={card}", "--timeout=30")
   with programs.serving("vendor", f"--address={at[0]}", "--timeout=20") as (vendor, _):
