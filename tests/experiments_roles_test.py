@@ -1,6 +1,7 @@
 """The programs of the three roles as real processes on loopback, each with its own folder alone."""
 
 import contextlib
+import csv
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
+from experiments_apart import free_port
 from experiments_runs import TINY
 from PIL import Image
 
@@ -34,7 +36,8 @@ class Programs:
 
   def __init__(self, root):
     self.root = root
-    self.folders = {role: root / role for role in ("vendor", "dealer", "hospital")}
+    roles = "vendor", "dealer", "hospital", "helper"
+    self.folders = {role: root / role for role in roles}
 
   def start(self, role, module, *flags, **options):
     log = self.root / f"{role}.log"
@@ -51,28 +54,27 @@ class Programs:
     assert process.returncode == code, said
     return said
 
-  def send(self, sender, to, receiver, of):
-    inbox = self.folders[receiver] / "inbox"
-    inbox.mkdir(exist_ok=True)
-    (self.folders[sender] / "outbox" / to).rename(inbox / of)
-
   @contextlib.contextmanager
-  def serving(self, *flags):
-    """A server that ends well; gives its address."""
-    server = self.start(
-      "vendor", "serve_encrypted", "--address=127.0.0.1:0", *flags, stderr=subprocess.PIPE
-    )
+  def serving(self, role, *flags):
+    """A server, until the context ends: the process, and where it listens."""
+    server = self.start(role, "serve_encrypted", *flags, stderr=subprocess.PIPE)
     timer = threading.Timer(PATIENCE, server.kill)
     timer.start()
     try:
       events = (json.loads(line) for line in server.stderr)
-      yield next(event["address"] for event in events if event["event"] == "serving")
-      server.send_signal(signal.SIGTERM)
-      assert server.wait(PATIENCE) == 0
+      yield server, next(event["address"] for event in events if event["event"] == "serving")
+      if server.poll() is None:  # the test has not killed it
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(PATIENCE) == 0
     finally:
       timer.cancel()
       server.kill()
       server.wait()
+
+  def send(self, sender, to, receiver, of):
+    inbox = self.folders[receiver] / "inbox"
+    inbox.mkdir(exist_ok=True)
+    (self.folders[sender] / "outbox" / to).rename(inbox / of)
 
   def foreign(self, role, *others):
     """What a role has opened of this test that is neither its own nor one of `others`."""
@@ -121,7 +123,7 @@ def test_three_processes_answer_as_one_and_open_their_own_folders_only(programs,
   programs.run(*publish)
   programs.send("vendor", "clinics", "hospital", "model_owner")
 
-  with programs.serving("--daily_images=2") as address:
+  with programs.serving("vendor", "--address=127.0.0.1:0", "--daily_images=2") as (_, address):
     ask = ("hospital", "infer_encrypted", f"--connect={address}", f"--model={MODEL}")
     images = f"--images={hospital / 'images'}"
     said = programs.run(*ask, images, f"--output_dir={hospital / 'out'}")
@@ -147,8 +149,8 @@ def test_three_processes_answer_as_one_and_open_their_own_folders_only(programs,
   assert programs.foreign("vendor", run, tmp_path / "given.pem") == set()
   log = (programs.folders["vendor"] / "audit.jsonl").read_text()
   assert [json.loads(line)["event"] for line in log.splitlines()][-1] == "stopped"
-  for folder in programs.folders.values():
-    assert folder.stat().st_mode & 0o077 == 0
+  for role in ("vendor", "dealer", "hospital"):
+    assert programs.folders[role].stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.slow
@@ -170,7 +172,7 @@ def test_a_hospital_scores_a_vendors_model_as_one_process_and_evaluate_do(progra
   programs.run(*publish)
   programs.send("vendor", "clinics", "hospital", "model_owner")
   unused = lambda: len(folders.unused(hospital / "models" / MODEL))
-  with programs.serving("--daily_images=60") as address:
+  with programs.serving("vendor", "--address=127.0.0.1:0", "--daily_images=60") as (_, address):
     ask = (
       "hospital", "evaluate_encrypted", f"--connect={address}", f"--model={MODEL}",
       f"--data=npz:{archive}", f"--label_names={','.join(NAMES)}",
@@ -204,3 +206,66 @@ def test_a_hospital_scores_a_vendors_model_as_one_process_and_evaluate_do(progra
     np.testing.assert_array_equal(found, counts)
   assert programs.foreign("hospital") == programs.foreign("dealer") == set()
   assert programs.foreign("vendor", run, tmp_path / "given.pem") == set()
+
+
+@pytest.mark.slow
+def test_a_helper_serves_beside_the_vendor_and_the_hospital_needs_no_jax(programs, tmp_path):
+  """Four roles as processes; then either server is killed, and the hospital is told which."""
+  run, hospital = tmp_path / "run", programs.folders["hospital"]
+  given, helped = tmp_path / "given.pem", tmp_path / "helper.pem"
+  programs.run("helper", "certificate", "--name=helper")
+  programs.run("helper", "certificate", f"--clinic={given}")
+  helped.write_bytes((programs.folders["helper"] / "certificate.pem").read_bytes())
+  programs.run("vendor", "certificate", f"--helper={helped}")
+  publish = ("vendor", "publish", f"--model={MODEL}", "--client=sharing")
+  programs.run(*publish, f"--checkpoint={run}", *FLAGS)
+  programs.send("vendor", "dealer", "dealer", "model_owner")
+  programs.run("dealer", "deal", f"--model={MODEL}", "--clinic=helper", "--images=6")
+  programs.send("dealer", "model_owner", "vendor", "dealer")
+  programs.send("dealer", "helper", "helper", "dealer")
+  at = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+  programs.run(*publish, f"--address={at[0]}", f"--helper_address={at[1]}")
+  programs.send("vendor", "helper", "helper", "model_owner")
+  card = hospital / "card.json"
+  card.write_bytes((programs.folders["vendor"] / "outbox/cards" / f"{MODEL}.json").read_bytes())
+
+  (tmp_path / "hospital.log").unlink()  # what follows needs no JAX
+  one = hospital / "images" / "0.png"
+  ask = ("hospital", "ask_servers", f"--card={card}", "--timeout=30")
+  with programs.serving("vendor", f"--address={at[0]}", "--timeout=20") as (vendor, _):
+    with programs.serving("helper", f"--address={at[1]}", f"--model_owner={at[0]}") as (helper, _):
+      said = programs.run(
+        *ask, f"--images={hospital / 'images'}", f"--output_dir={hospital / 'out'}"
+      )
+      assert "not for diagnosis" in said
+      helper.kill()
+      helper.wait()
+      lost = programs.run(*ask, f"--images={one}", code=1)
+      assert f"helper: nobody listens at {at[1]}" in lost
+    with programs.serving("helper", f"--address={at[1]}", f"--model_owner={at[0]}") as (helper, _):
+      programs.run(*ask, f"--images={one}")
+      vendor.kill()
+      vendor.wait()
+      lost = programs.run(*ask, f"--images={one}", code=1)
+      assert f"vendor: nobody listens at {at[0]}" in lost
+
+  plan = mpc.read(programs.folders["vendor"] / "models" / MODEL / "plan")
+  weights = encrypted.load_model(str(run))[1]
+  pixels = np.asarray(Image.open(one))[None, ..., None]
+  logits = np.asarray(mpc.check(plan, (weights, encrypted.normalised(pixels))), np.float64)[0]
+  row = next(csv.DictReader((hospital / "out" / "predictions.csv").open()))
+  found = [float(row[f"probability {name}"]) for name in NAMES]
+  # The client encodes pixels from float64, where the check takes float32: some differ by one unit.
+  np.testing.assert_allclose(found, scipy.special.softmax(logits), atol=2e-4)
+
+  assert programs.foreign("hospital") == set()
+  assert programs.foreign("helper", given) == set()
+  assert programs.foreign("vendor", run, given, helped) == set()
+  asked = (tmp_path / "hospital.log").read_text()
+  assert "primia_jax/service/sharing" in asked
+  assert not [line for line in asked.splitlines() if "/site-packages/jax" in line]
+  left = [
+    len(folders.unused(programs.folders[role] / "models" / MODEL / below))
+    for role, below in (("vendor", "helper"), ("helper", ""))
+  ]
+  assert left == [3, 3]

@@ -35,9 +35,9 @@ def fn(w, x):
 class World:
   """All roles of a plan whose client shares its image."""
 
-  def __init__(self):
+  def __init__(self, config=CONFIG):
     ranges = mpc.calibrate(fn, OWNERS, [(W, x) for x in IMAGES])
-    self.plan = mpc.plan(fn, OWNERS, (W, IMAGES[0]), CONFIG, ranges)
+    self.plan = mpc.plan(fn, OWNERS, (W, IMAGES[0]), config, ranges)
     self.model_owner = mpc.ModelOwner(self.plan, W)
     self.dealer = mpc.Dealer(self.plan, self.model_owner.tag)
     self.publication = self.model_owner.publish(self.dealer.blind())
@@ -69,6 +69,13 @@ def world():
 def test_answers_have_the_integer_models_bits(world):
   for image in IMAGES[:3]:
     np.testing.assert_array_equal(world.ask(image), mpc.check(world.plan, (W, image)))
+
+
+def test_a_ring_of_64_bits_in_a_process_of_32_bit_integers():
+  world = World(mpc.Config(64, 14, 18, margin=4.0, client="sharing"))
+  with jax.enable_x64(False):
+    np.testing.assert_array_equal(world.ask(IMAGES[0]), mpc.check(world.plan, (W, IMAGES[0])))
+    assert helping.share_bytes(world.plan) == 8 * D
 
 
 def test_each_server_alone_sees_uniform_numbers(world):

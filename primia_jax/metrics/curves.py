@@ -67,7 +67,7 @@ def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
   Returns:
     The area; NaN without a positive example.
   """
-  labels, scores = _check_scores(labels, scores)
+  labels, scores = check_scores(labels, scores)
   if not labels.any():
     return float("nan")
   order = np.argsort(-scores, kind="stable")
@@ -88,7 +88,7 @@ def binary_calibration_error(
     probabilities: [N], in [0, 1].
     num_bins: of probabilities.
   """
-  labels, p = _check_scores(labels, probabilities)
+  labels, p = check_scores(labels, probabilities)
   bins = np.minimum((p * num_bins).astype(np.int64), num_bins - 1)
   return float(np.abs(np.bincount(bins, p - labels, num_bins)).sum() / len(p))
 

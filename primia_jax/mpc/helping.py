@@ -116,7 +116,7 @@ def numbers(plan: Plan) -> list[int]:
 
 def parsed(plan: Plan, payload: bytes | memoryview) -> Operands:
   """A server's shares of the images, from the bytes that a client sends."""
-  found, start, dtype = {}, 0, plan.config.dtype
+  found, start, dtype = {}, 0, _dtype(plan)
   for i in numbers(plan):
     shape = plan.circuit.operands[i].shape
     count = int(np.prod(shape, dtype=np.int64))
@@ -128,7 +128,13 @@ def parsed(plan: Plan, payload: bytes | memoryview) -> Operands:
 def share_bytes(plan: Plan) -> int:
   """Bytes of a server's shares of the images."""
   shapes = [plan.circuit.operands[i].shape for i in numbers(plan)]
-  return sum(int(np.prod(s, dtype=np.int64)) for s in shapes) * plan.config.dtype.itemsize
+  return sum(int(np.prod(s, dtype=np.int64)) for s in shapes) * _dtype(plan).itemsize
+
+
+def _dtype(plan: Plan) -> np.dtype:
+  """Of ring elements, in a process that has 64-bit integers only where a plan asks for them."""
+  with plan.config.scope():
+    return np.dtype(plan.config.dtype)
 
 
 def packed(shares: list[jax.Array]) -> bytes:

@@ -218,15 +218,16 @@ def checked_shares(plan: Plan, shares: Operands | None) -> Operands:
   Raises:
     ValueError: they are not of the plan's shapes and ring.
   """
-  want = {
-    i: (operand.shape, plan.config.dtype)
-    for i, operand in enumerate(plan.circuit.operands)
-    if operand.owner is None
-  }
-  got = {i: (np.shape(v), v.dtype) for i, v in (shares or {}).items()}
-  if got != want:
-    raise ValueError(f"the plan takes shares {want}, not {got}")
-  return {i: jnp.asarray(v) for i, v in (shares or {}).items()}
+  with plan.config.scope():
+    want = {
+      i: (operand.shape, plan.config.dtype)
+      for i, operand in enumerate(plan.circuit.operands)
+      if operand.owner is None
+    }
+    got = {i: (np.shape(v), v.dtype) for i, v in (shares or {}).items()}
+    if got != want:
+      raise ValueError(f"the plan takes shares {want}, not {got}")
+    return {i: jnp.asarray(v) for i, v in (shares or {}).items()}
 
 
 def reveal(plan: Plan, shares: Sequence[Array]) -> PyTree:

@@ -11,5 +11,5 @@ Model owner and dealer are semi-honest, and the dealer colludes with nobody. A d
 deviates from the protocol can learn weights of the model from the outputs (Lehmkuhl et al., USENIX
 Security 2021; Chen et al., CCS 2022). Serve one that need not be trusted by a plan whose `client`
 is "checked" (its openings carry the dealer's tags) or "sharing" (it shares its image between two
-servers: `helping`, `sharing`).
+servers: `helping`, `helped`, `sharing`, `cards`).
 """

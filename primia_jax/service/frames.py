@@ -17,7 +17,8 @@
 | RESULT | each of them | its shares of the outputs |
 
 Where a client only shares its image (`sharing`), the helper is the data owner of a session. Its
-QUESTION is the number of the client's request, and OUTPUT is empty.
+QUESTION is the number of the client's request and follows HELLO at once, and OUTPUT is empty. Each
+server tells the client with READY that it has its share (`helping`).
 
 A message is decoded for the place at which it is expected. Anything else is `Malformed`: another
 kind, session, number or length, or a message that is not as it was encoded. Each side numbers what
