@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -262,7 +263,7 @@ def test_a_helper_serves_beside_the_vendor_and_the_hospital_needs_no_jax(program
   assert programs.foreign("helper", given) == set()
   assert programs.foreign("vendor", run, given, helped) == set()
   asked = (tmp_path / "hospital.log").read_text()
-  assert "primia_jax/service/sharing" in asked
+  assert re.search("primia_jax/service/.*sharing", asked)
   assert not [line for line in asked.splitlines() if "/site-packages/jax" in line]
   left = [
     len(folders.unused(programs.folders[role] / "models" / MODEL / below))
