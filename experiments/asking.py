@@ -71,19 +71,22 @@ def unused(folder: pathlib.Path, model: str) -> int:
 
 
 @contextlib.contextmanager
-def opened(s: Connect, folder: pathlib.Path, received: Received) -> Iterator[Opened]:
+def opened(
+  s: Connect, folder: pathlib.Path, received: Received, online: apart.Online | None = None
+) -> Iterator[Opened]:
   """A session for as long as the context lasts.
 
   Args:
     s: the flags.
     folder: from `check`.
     received: the publication.
+    online: `apart.online(received.plan, DATA_OWNER)`, if it is compiled already.
 
   Raises:
     SessionEnded: there is no connection, or the server refuses.
   """
   owner = DataOwner(received.plan, received.publication)
-  online = apart.online(received.plan, DATA_OWNER)
+  online = apart.online(received.plan, DATA_OWNER) if online is None else online
   place = publications.model_folder(folder, s.model)
   with institutions.ask(
     folder, owner, received.publication.publication, s.connect, received.server, online,
@@ -144,7 +147,8 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
       f"images={infer.images} holds {len(ids)} images, and the dealer has dealt for "
       f"{left * about.images} that are unused; have it deal more (primia-deal)"
     )
-  _say(s, received, len(ids), images.notes)
+  online = apart.online(received.plan, DATA_OWNER)
+  _say(s, received, online.sizes, len(ids), images.notes)
   outputs: list[np.ndarray] = []
   seconds: list[float] = []
   error: SessionEnded | None = None
@@ -153,7 +157,7 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
     progress.bar(total=len(parts), desc=f"asking {s.connect}", unit="run")
   ) as bar:
     try:
-      with opened(s, folder, received) as session:
+      with opened(s, folder, received, online) as session:
         sizes = session.sizes
         for part in parts:
           start = time.perf_counter()
@@ -168,10 +172,9 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
   return Answers(ids[: len(found)], found, received, seconds, sizes, error, len(ids))
 
 
-def _say(s: Connect, received: Received, count: int, notes: Any) -> None:
+def _say(s: Connect, received: Received, sizes: Sequence[int], count: int, notes: Any) -> None:
   about = received.about
   shape = f"{about.image_size} x {about.image_size} x {about.channels}"
-  _, sent, rounds = pricing.total(received.plan.circuit)
   learns = "the class, no logits" if about.output == "label" else "the logits of its own images"
   print(
     f"Server  {s.connect}, {certificates.name(received.server)}, SHA-256 "
@@ -179,7 +182,7 @@ def _say(s: Connect, received: Received, count: int, notes: Any) -> None:
     f"Model   {s.model}, version {about.version}, {shape}, {', '.join(about.label_names)}\n"
     f"        {about.intended_use}\n"
     f"Images  {count}, {about.images} in a run of the protocol, at most "
-    f"{pricing.bytes_text(sent)} each way in {rounds} rounds"
+    f"{pricing.bytes_text(sum(sizes))} each way in {len(sizes)} rounds"
   )
   for what, text in notes.items():
     print(f"        {what}: {text}")
