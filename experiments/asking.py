@@ -76,19 +76,22 @@ def unused(folder: pathlib.Path, model: str) -> int:
 
 
 @contextlib.contextmanager
-def opened(s: Connect, folder: pathlib.Path, received: Received) -> Iterator[Opened]:
+def opened(
+  s: Connect, folder: pathlib.Path, received: Received, online: apart.Online | None = None
+) -> Iterator[Opened]:
   """A session for as long as the context lasts.
 
   Args:
     s: the flags.
     folder: from `check`.
     received: the publication.
+    online: `apart.online(received.plan, DATA_OWNER)`, if it is compiled already.
 
   Raises:
     SessionEnded: there is no connection, or the server refuses.
   """
   owner = DataOwner(received.plan, received.publication)
-  online = apart.online(received.plan, DATA_OWNER)
+  online = apart.online(received.plan, DATA_OWNER) if online is None else online
   place = publications.model_folder(folder, s.model)
   with institutions.ask(
     folder, owner, received.publication.publication, s.connect, received.server, online,
@@ -127,6 +130,7 @@ def ready(s: Connect) -> tuple[Model, Ask, tuple[tuple[str, str], ...], str]:
   )
   online = apart.online(received.plan, DATA_OWNER)
   owner.warm_up()
+  print(_run(received, online.sizes), flush=True)
   session = functools.partial(
     institutions.ask, folder, owner, received.publication.publication, s.connect, received.server,
     online, Limits(timeout=s.timeout), publications.model_folder(folder, s.model),
@@ -205,7 +209,8 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
       f"images={infer.images} holds {len(ids)} images, and the dealer has dealt for "
       f"{left * about.images} that are unused; have it deal more (primia-deal)"
     )
-  _say(s, received, len(ids), images.notes)
+  online = apart.online(received.plan, DATA_OWNER)
+  _say(s, received, online.sizes, len(ids), images.notes)
   outputs: list[np.ndarray] = []
   seconds: list[float] = []
   error: SessionEnded | None = None
@@ -214,7 +219,7 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
     progress.bar(total=len(parts), desc=f"asking {s.connect}", unit="run")
   ) as bar:
     try:
-      with opened(s, folder, received) as session:
+      with opened(s, folder, received, online) as session:
         sizes = session.sizes
         for part in parts:
           start = time.perf_counter()
@@ -229,8 +234,8 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
   return Answers(ids[: len(found)], found, received, seconds, sizes, error, len(ids))
 
 
-def _say(s: Connect, received: Received, count: int, notes: Any) -> None:
-  print(f"{describe(s, received)}\nImages   {count}")
+def _say(s: Connect, received: Received, sizes: Sequence[int], count: int, notes: Any) -> None:
+  print(f"{describe(s, received)}\nImages   {count}\n{_run(received, sizes)}")
   for what, text in notes.items():
     print(f"         {what}: {text}")
   print(
@@ -256,18 +261,21 @@ def learned(received: Received) -> tuple[tuple[str, str], ...]:
   )
 
 
+def _run(received: Received, sizes: Sequence[int]) -> str:
+  """What a run of the protocol takes; sizes are those of its messages."""
+  images, sent = received.about.images, pricing.bytes_text(sum(sizes))
+  return f"A run    {images} at a time, at most {sent} each way in {len(sizes)} rounds"
+
+
 def describe(s: Connect, received: Received) -> str:
   """The server and the model."""
   about = received.about
   shape = f"{about.image_size} x {about.image_size} x {about.channels}"
-  _, sent, rounds = pricing.total(received.plan.circuit)
   return (
     f"Server   {s.connect}, {certificates.name(received.server)}, SHA-256 "
     f"{certificates.fingerprint(received.server)[:16]}...\n"
     f"Model    {s.model}, version {about.version}, {shape}, {', '.join(about.label_names)}\n"
-    f"         {about.intended_use}\n"
-    f"A run    {about.images} at a time, at most {pricing.bytes_text(sent)} each way in "
-    f"{rounds} rounds"
+    f"         {about.intended_use}"
   )
 
 

@@ -158,22 +158,22 @@ def test_three_processes_answer_as_one_and_open_their_own_folders_only(programs,
 def test_a_hospital_scores_a_vendors_model_as_one_process_and_evaluate_do(programs, tmp_path):
   run, hospital = tmp_path / "run", programs.folders["hospital"]
   data = inputs.images_to_test(Data(data="phantom", image_size=16), 5)[0]
-  images, labels = np.asarray(data.images[:60]), np.asarray(data.labels[:60])
+  images, labels = np.asarray(data.images[:90]), np.asarray(data.labels[:90])
   archive = hospital / "labelled.npz"
   np.savez(archive, test_images=images[..., 0], test_labels=labels)
   publish = ("vendor", "publish", f"--model={MODEL}")
   programs.run(
-    *publish, f"--checkpoint={run}", "--score=confusion", "--opened_to=both", "--batch=20",
+    *publish, f"--checkpoint={run}", "--score=confusion", "--opened_to=both", "--batch=30",
     "--calibration=phantom", "--ring_bits=32", "--fraction_bits=10", "--margin=4",
   )  # fmt: skip
   programs.send("vendor", "dealer", "dealer", "model_owner")
-  programs.run("dealer", "deal", f"--model={MODEL}", "--clinic=hospital", "--images=80")
+  programs.run("dealer", "deal", f"--model={MODEL}", "--clinic=hospital", "--images=120")
   programs.send("dealer", "model_owner", "vendor", "dealer")
   programs.send("dealer", "hospital", "hospital", "dealer")
   programs.run(*publish)
   programs.send("vendor", "clinics", "hospital", "model_owner")
   unused = lambda: len(folders.unused(hospital / "models" / MODEL))
-  with programs.serving("vendor", "--address=127.0.0.1:0", "--daily_images=60") as (_, address):
+  with programs.serving("vendor", "--address=127.0.0.1:0", "--daily_images=90") as (_, address):
     ask = (
       "hospital", "evaluate_encrypted", f"--connect={address}", f"--model={MODEL}",
       f"--data=npz:{archive}", f"--label_names={','.join(NAMES)}",
@@ -184,7 +184,7 @@ def test_a_hospital_scores_a_vendors_model_as_one_process_and_evaluate_do(progra
     said = programs.run(*ask, "--opened_to=both", f"--output_dir={hospital / 'out'}")
     assert "to hospital and vendor" in said
     again = programs.run(*ask, "--opened_to=both", code=1)
-    assert "60 of 60 images are in an earlier result" in again
+    assert "90 of 90 images are in an earlier result" in again
     assert unused() == 1
     mixed = programs.run(
       "hospital", "infer_encrypted", f"--connect={address}", f"--model={MODEL}",
@@ -194,12 +194,12 @@ def test_a_hospital_scores_a_vendors_model_as_one_process_and_evaluate_do(progra
 
   plan = mpc.read(hospital / "models" / MODEL / "plan")
   model, weights, _, _ = encrypted.load_model(str(run))
-  one = scored.Score(opened="confusion", batch=20)
+  one = scored.Score(opened="confusion", batch=30)
   score, rows, columns = scored.function(one, model, NAMES)
   task = scored.Task(score, labels, rows, columns)
   integers, plain = scored.in_the_clear(plan, one, task, weights, images)
   together = scored.run(plan, one, task, weights, images).counts
-  likely = evaluation.predictor(model.apply, normalise)(weights, images)
+  likely = evaluation.predictor(model.apply, normalise)([weights], images)
   found = json.loads((hospital / "out" / "score.json").read_text())["counts"]
   (kept,) = (programs.folders["vendor"] / "models" / MODEL / "hospital" / "scores").iterdir()
   evaluated = np.asarray(metrics.confusion_matrix(labels, likely.argmax(1), 3)).astype(int)

@@ -52,7 +52,7 @@ class World:
     each = (apart.online(self.plan, party, opens=False) for party in (MODEL_OWNER, DATA_OWNER))
     self.online = tuple(each)
     self.learnt = []
-    self.received = publications.received(self.roles.clinic, MODEL)
+    self.received = publications.received(self.roles.clinic, MODEL, is_score=True)
     self.kept = publications.kept(self.roles.vendor, MODEL)
 
   def left(self):

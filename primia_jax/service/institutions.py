@@ -29,7 +29,6 @@ import numpy as np
 
 from primia_jax.mpc import apart
 from primia_jax.mpc.messages import Correlations
-from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.service import certificates, channel, folders, frames, inbox, scores, sessions
@@ -227,8 +226,8 @@ def _listening(
 class Clinic:
   """A data owner's open session with a model owner's server: `ask`, again and again, or `score`."""
 
-  def __init__(self, folder: pathlib.Path, session: sessions.Asking, plan: Plan):
-    self._folder, self._session, self._plan = folder, session, plan
+  def __init__(self, folder: pathlib.Path, session: sessions.Asking):
+    self._folder, self._session = folder, session
 
   def prepare(self) -> None:
     """Takes some unused correlations, and does the work for one inference that needs no image.
@@ -265,8 +264,8 @@ class Clinic:
     Raises:
       SessionEnded, LookupError: as `ask`; nothing is opened.
     """
-    scores.check_count(self._plan, count)
-    return scores.ask(self._session, self._plan, self._reserve, parts, count, opened_to, enter)
+    scores.check_count(self._session.plan, count)
+    return scores.ask(self._session, self._reserve, parts, count, opened_to, enter)
 
 
 @contextlib.contextmanager
@@ -300,4 +299,4 @@ def ask(
   identity = certificates.load(folder)
   with channel.connect(address, identity, server, limits) as (send, receive):
     session = sessions.Asking(owner, online, publication, send, receive)
-    yield Clinic(correlations or folder, session, owner.plan)
+    yield Clinic(correlations or folder, session)

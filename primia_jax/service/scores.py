@@ -89,7 +89,6 @@ def serve(
 
 def ask(
   asking: sessions.Asking,
-  plan: Plan,
   reserve: Callable[[], Reserved],
   parts: Iterable[Sequence[Any]],
   count: int,
@@ -100,7 +99,6 @@ def ask(
 
   Args:
     asking: the session, whose program opens nothing.
-    plan: the plan.
     reserve: gives correlations for one run.
     parts: (images, labels) of each run, as planned.
     count: of images, without what fills the last run.
@@ -113,7 +111,7 @@ def ask(
   asking.tell(frames.SCORE, _SCORE.pack(count, RECEIVERS.index(opened_to)))
   asking.hear(frames.ACCEPTED, 0)
   enter()
-  total = scoring.Total(plan, DATA_OWNER)
+  total = scoring.Total(asking.plan, DATA_OWNER)
   for part in parts:
     asking.prepare(reserve())
     total.add(asking.shares(*part))
@@ -122,7 +120,9 @@ def ask(
     asking.tell(frames.TOTAL, _packed(own))
   if opened_to == VENDOR:
     return None
-  return scoring.opened_apart(plan, _like(own, asking.hear(frames.TOTAL, _num_bytes(own))), own)
+  return scoring.opened_apart(
+    asking.plan, _like(own, asking.hear(frames.TOTAL, _num_bytes(own))), own
+  )
 
 
 def check_count(plan: Plan, count: int) -> None:

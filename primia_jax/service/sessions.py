@@ -184,6 +184,11 @@ class Asking:
     self._frame.session = frames.session_of(welcome)
 
   @property
+  def plan(self) -> Plan:
+    """What is asked."""
+    return self._owner.plan
+
+  @property
   def is_prepared(self) -> bool:
     """Whether it can ask now; raises SessionEnded if the session is over."""
     if self._end is not None:
