@@ -10,9 +10,9 @@ differentiation of any order; on CPU none supports forward mode.
 
 Kernel gradients of 1x1 convolutions are matrix products too, up to twenty times faster. So are
 gradients of a few images, as in attacks that differentiate a client's gradient again: as plain
-convolutions they would have one input channel per image, or dilated images. Convolution, input
-gradient and kernel gradient are linear in both operands, and the gradients of each are the other
-two.
+convolutions they would have one input channel per image, or dilated images, and kernels larger than
+the maps would be transposed. Convolution, input gradient and kernel gradient are linear in both
+operands, and the gradients of each are the other two, whatever its form.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _rows_sum(g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry) 
   rows = lambda x: patches.patches(x, w.shape, geometry)[0]
   place = jax.linear_transpose(rows, jax.ShapeDtypeStruct(x_shape, g.dtype))
   w, g = w.reshape(-1, w.shape[3]), g.reshape(-1, w.shape[3])
-  # w.T in either order would be copied
+  # not g @ w.T: XLA would copy the transposed kernel, at the pace of memory
   return place(lax.dot_general(w, g, (((1,), (1,)), ((), ()))).T)[0]
 
 
