@@ -26,7 +26,7 @@ from experiments.audits import (
 )
 from experiments.audits.context import Context, Effort
 from experiments.audits.parts import Part
-from primia_jax.attacks.evidence import Evidence, verdict
+from primia_jax.attacks.evidence import Evidence, beats_chance, verdict
 
 TWO = settings.replace(
   TINY, rounds=2, record_transcript=True, num_sites=2, secagg_colluding=0,
@@ -168,6 +168,7 @@ def test_the_more_questions_the_more_alike(run):
   assert [one.occurs for one in part.evidence] == [False] * 3
   assert "numbers for each question" in part.text[0]
   assert len(part.text[1].splitlines()) == 5
+  assert len(part.failures) == beats_chance(part.evidence[-1])
 
 
 def test_pairs_are_of_one_site_and_class(run):
