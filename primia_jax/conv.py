@@ -10,9 +10,9 @@ differentiation of any order; on CPU none supports forward mode.
 
 Kernel gradients of 1x1 convolutions are matrix products too, up to twenty times faster. So are
 gradients of a few images, as in attacks that differentiate a client's gradient again: as plain
-convolutions they would have one input channel per image, or dilated images. Convolution, input
-gradient and kernel gradient are linear in both operands, and the gradients of each are the other
-two.
+convolutions they would have one input channel per image, or dilated images, and kernels larger than
+the maps would be transposed. Convolution, input gradient and kernel gradient are linear in both
+operands, and the gradients of each are the other two, whatever its form.
 """
 
 from __future__ import annotations
@@ -20,30 +20,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from primia_jax import tapped
+from primia_jax import patches, tapped
+from primia_jax.patches import Geometry
 from primia_jax.tapped import Tapped
 from primia_jax.types import Array
 
-Pair = tuple[int, int]
 _FEW = 4  # images, up to which gradients are faster as matrix products
 _SMALL_KERNEL = 2**13  # elements, up to which restarts that share a kernel are, too
-
-
-class Geometry(NamedTuple):
-  """The static part of a convolution: one value per spatial axis, as for
-  `lax.conv_general_dilated`.
-  """
-
-  strides: Pair
-  padding: tuple[Pair, Pair]
-  lhs_dilation: Pair = (1, 1)
-  rhs_dilation: Pair = (1, 1)
 
 
 def conv(
@@ -84,7 +72,7 @@ def conv(
     rhs_dilation=(int(dilation[0]), int(dilation[1])),
   )
   if isinstance(w, Tapped):
-    rows = functools.partial(_patches, w_shape=w.shape, geometry=geometry)
+    rows = functools.partial(patches.patches, w_shape=w.shape, geometry=geometry)
     return tapped.linear(x, w, functools.partial(_apply, geometry=geometry), lambda x: rows(x)[0])
   return _apply(x, w, geometry)
 
@@ -159,9 +147,10 @@ def _conv_bwd(geometry: Geometry, residuals: tuple[Array, Array], g: Array) -> t
 _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
-def _input_gradient(g: Array, w: Array, x_shape: Sequence[int], geometry: Geometry) -> Array:
-  if x_shape[0] <= _FEW and max(geometry.strides) > 1:
-    return _rows_sum(g, w, tuple(x_shape), geometry)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _input_gradient(g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry) -> Array:
+  if x_shape[0] <= _FEW and (max(geometry.strides) > 1 or _is_large(w.shape, g.shape)):
+    return _rows_sum(g, w, x_shape, geometry)
   padding = []
   for axis in range(2):
     x_size, w_size, g_size = _dilated_sizes(x_shape, w.shape, g.shape, geometry, axis)
@@ -173,9 +162,23 @@ def _input_gradient(g: Array, w: Array, x_shape: Sequence[int], geometry: Geomet
   return _conv(g, w[::-1, ::-1].transpose(0, 1, 3, 2), transposed)
 
 
-def _kernel_gradient(x: Array, g: Array, w_shape: Sequence[int], geometry: Geometry) -> Array:
+def _input_gradient_fwd(
+  g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry
+) -> tuple[Array, tuple[Array, Array]]:
+  return _input_gradient(g, w, x_shape, geometry), (g, w)
+
+
+def _input_gradient_bwd(
+  x_shape: tuple[int, ...], geometry: Geometry, residuals: tuple[Array, Array], x: Array
+) -> tuple[Array, Array]:
+  g, w = residuals
+  return _conv(x, w, geometry), _kernel_gradient(x, g, w.shape, geometry)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _kernel_gradient(x: Array, g: Array, w_shape: tuple[int, ...], geometry: Geometry) -> Array:
   if x.shape[0] <= _FEW or _is_pointwise(w_shape, geometry):
-    return _rows_product(x, g, tuple(w_shape), geometry)
+    return _rows_product(x, g, w_shape, geometry)
   padding = []
   for axis in range(2):
     x_size, w_size, g_size = _dilated_sizes(x.shape, w_shape, g.shape, geometry, axis)
@@ -187,12 +190,28 @@ def _kernel_gradient(x: Array, g: Array, w_shape: Sequence[int], geometry: Geome
   return _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), transposed).transpose(1, 2, 0, 3)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _kernel_gradient_fwd(
+  x: Array, g: Array, w_shape: tuple[int, ...], geometry: Geometry
+) -> tuple[Array, tuple[Array, Array]]:
+  return _kernel_gradient(x, g, w_shape, geometry), (x, g)
+
+
+def _kernel_gradient_bwd(
+  w_shape: tuple[int, ...], geometry: Geometry, residuals: tuple[Array, Array], w: Array
+) -> tuple[Array, Array]:
+  x, g = residuals
+  return _input_gradient(g, w, x.shape, geometry), _conv(x, w, geometry)
+
+
+_input_gradient.defvjp(_input_gradient_fwd, _input_gradient_bwd)
+_kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
+
+
 def _rows_product(x: Array, g: Array, w_shape: tuple[int, ...], geometry: Geometry) -> Array:
   """The kernel gradient of a few images, as patches [B H' W', kh kw C], transposed, times g. As a
   convolution it would have as few input channels as there are images, and XLA would be slow.
   """
-  rows = _windows(x, w_shape, geometry)
+  rows = patches.windows(x, w_shape, geometry)
   rows, g = rows.reshape(-1, rows.shape[3]), g.reshape(-1, w_shape[3])
   if w_shape[3] >= len(rows):
     return (rows.T @ g).reshape(w_shape)
@@ -200,31 +219,20 @@ def _rows_product(x: Array, g: Array, w_shape: tuple[int, ...], geometry: Geomet
   return (g.T @ rows).reshape(w_shape[3], *w_shape[:3]).transpose(1, 2, 3, 0)
 
 
-def _rows_product_fwd(
-  x: Array, g: Array, w_shape: tuple[int, ...], geometry: Geometry
-) -> tuple[Array, tuple[Array, Array]]:
-  return _rows_product(x, g, w_shape, geometry), (x, g)
-
-
-def _rows_product_bwd(
-  w_shape: tuple[int, ...], geometry: Geometry, residuals: tuple[Array, Array], w: Array
-) -> tuple[Array, Array]:
-  x, g = residuals
-  return _input_gradient(g, w, x.shape, geometry), _conv(x, w, geometry)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _rows_sum(g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry) -> Array:
   """The input gradient of a few images: the sum of the patches g w^T at their places, or without
   these patches where that is not much more work.
   """
   work = math.prod(-(-w.shape[a] // s) * s for a, s in enumerate(geometry.strides))
   is_plain = geometry.lhs_dilation == geometry.rhs_dilation == (1, 1)
-  if is_plain and work <= 1.5 * w.shape[0] * w.shape[1]:
+  is_cheap = work <= 1.5 * w.shape[0] * w.shape[1] and not _is_large(w.shape, g.shape)
+  if is_plain and is_cheap:
     return _by_phases(g, w, x_shape, geometry)
-  rows = lambda x: _patches(x, w.shape, geometry)[0]
+  rows = lambda x: patches.patches(x, w.shape, geometry)[0]
   place = jax.linear_transpose(rows, jax.ShapeDtypeStruct(x_shape, g.dtype))
-  return place(g.reshape(-1, w.shape[3]) @ w.reshape(-1, w.shape[3]).T)[0]
+  w, g = w.reshape(-1, w.shape[3]), g.reshape(-1, w.shape[3])
+  # not g @ w.T: XLA would copy the transposed kernel, at the pace of memory
+  return place(lax.dot_general(w, g, (((1,), (1,)), ((), ()))).T)[0]
 
 
 def _by_phases(g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry) -> Array:
@@ -250,21 +258,11 @@ def _by_phases(g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry)
   return y[:, top : top + height, left : left + width]
 
 
-def _rows_sum_fwd(
-  g: Array, w: Array, x_shape: tuple[int, ...], geometry: Geometry
-) -> tuple[Array, tuple[Array, Array]]:
-  return _rows_sum(g, w, x_shape, geometry), (g, w)
-
-
-def _rows_sum_bwd(
-  x_shape: tuple[int, ...], geometry: Geometry, residuals: tuple[Array, Array], x: Array
-) -> tuple[Array, Array]:
-  g, w = residuals
-  return _conv(x, w, geometry), _kernel_gradient(x, g, w.shape, geometry)
-
-
-_rows_sum.defvjp(_rows_sum_fwd, _rows_sum_bwd)
-_rows_product.defvjp(_rows_product_fwd, _rows_product_bwd)
+def _is_large(w_shape: Sequence[int], g_shape: Sequence[int]) -> bool:
+  """Whether a kernel is larger than the patches that it sees, so that these are copied and added
+  instead of transposing it.
+  """
+  return w_shape[3] >= math.prod(g_shape[:3])
 
 
 def _is_pointwise(w_shape: Sequence[int], geometry: Geometry) -> bool:
@@ -315,7 +313,7 @@ def _site_by_site(
 
 
 def _fastest(x: Array, w: Array, geometry: Geometry) -> Array:
-  seen, cropped = _crop(x, geometry)
+  seen, cropped = patches.crop(x, geometry)
   fits = all(
     (w.shape[a] - 1) * cropped.rhs_dilation[a] < seen.shape[1 + a] * cropped.lhs_dilation[a]
     for a in range(2)
@@ -324,24 +322,6 @@ def _fastest(x: Array, w: Array, geometry: Geometry) -> Array:
   # or aborts if only one of the two axes is affected.
   smaller = any(seen.shape[1 + a] < w.shape[a] for a in range(2))
   return _plain(seen, w, cropped) if fits and not smaller else _matrix_product(x, w, geometry)
-
-
-def _crop(x: Array, geometry: Geometry) -> tuple[Array, Geometry]:
-  """Crops the images instead of padding them negatively; returns the same convolution without
-  negative padding.
-
-  The gradient of padding wider than the kernel has negative padding. There XLA:CPU may read memory
-  beyond the images instead of zeros (jax 0.10; openxla/xla#48713).
-  """
-  padding = list(geometry.padding)
-  for axis, dilation in enumerate(geometry.lhs_dilation):
-    # Whole elements, before dilation.
-    low, high = (max(0, -(p // dilation)) for p in padding[axis])
-    # Not `lax.slice`: that adds an operation even if it keeps all of x, and two encrypted
-    # convolutions of x would then open it twice.
-    x = x[(slice(None),) * (1 + axis) + (slice(low, max(low, x.shape[1 + axis] - high)),)]
-    padding[axis] = (padding[axis][0] + low * dilation, padding[axis][1] + high * dilation)
-  return x, geometry._replace(padding=(padding[0], padding[1]))
 
 
 def _plain(x: Array, w: Array, geometry: Geometry) -> Array:
@@ -358,43 +338,6 @@ def _plain(x: Array, w: Array, geometry: Geometry) -> Array:
 
 def _matrix_product(x: Array, w: Array, geometry: Geometry) -> Array:
   """The same convolution, as patches [B H' W', kh kw C] times the kernel [kh kw C, O]."""
-  windows = _windows(x, w.shape, geometry)
+  windows = patches.windows(x, w.shape, geometry)
   y = windows.reshape(-1, windows.shape[3]) @ w.reshape(-1, w.shape[3])
   return y.reshape(*windows.shape[:3], w.shape[3])
-
-
-def _windows(x: Array, w_shape: Sequence[int], geometry: Geometry) -> Array:
-  """`_patches` as [B, H', W', kh kw C]. Under `vmap` it takes all sites as one batch, as a
-  convolution with a shared kernel does, so XLA sees that both need the same ones.
-  """
-
-  @jax.custom_batching.custom_vmap
-  def run(x: Array) -> Array:
-    rows, size = _patches(x, w_shape, geometry)
-    return rows.reshape(x.shape[0], *size, -1)
-
-  @run.def_vmap
-  def rule(axis_size: int, in_batched: Sequence[bool], x: Array) -> tuple[Array, bool]:
-    y = run(x.reshape(-1, *x.shape[2:]))
-    return y.reshape(axis_size, -1, *y.shape[1:]), True
-
-  return run(x)
-
-
-def _patches(x: Array, w_shape: Sequence[int], geometry: Geometry) -> tuple[Array, Pair]:
-  """The patches that a kernel of shape w_shape sees, [B H' W', kh kw C], and (H', W')."""
-  spatial = [
-    (low, high, d - 1)
-    for (low, high), d in zip(geometry.padding, geometry.lhs_dilation, strict=True)
-  ]
-  x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *spatial, (0, 0, 0)])
-  kh, kw = w_shape[:2]
-  (sh, sw), (dh, dw) = geometry.strides, geometry.rhs_dilation
-  height = (x.shape[1] - (kh - 1) * dh - 1) // sh + 1
-  width = (x.shape[2] - (kw - 1) * dw - 1) // sw + 1
-  columns = [x[:, :, j * dw : j * dw + (width - 1) * sw + 1 : sw] for j in range(kw)]
-  x = jnp.stack(columns, axis=3)  # columns first, so that the second stack copies longer pieces
-  rows = [x[:, i * dh : i * dh + (height - 1) * sh + 1 : sh] for i in range(kh)]
-  # Not `concatenate`: XLA:CPU would recompute the columns for each of its pieces.
-  patches = jnp.stack(rows, axis=3)
-  return patches.reshape(-1, kh * kw * x.shape[-1]), (height, width)

@@ -21,7 +21,8 @@ import numpy as np
 from jax import lax
 
 from primia_jax import native
-from primia_jax.conv import Geometry, Pair, same_varying_axes
+from primia_jax.conv import same_varying_axes
+from primia_jax.patches import Geometry, Pair
 from primia_jax.types import Array
 
 
