@@ -50,8 +50,8 @@ _LIMIT = flags.DEFINE_float("limit", 500.0, "Seconds after which no further atta
 
 DECOYS, CLASSES = 499, 3
 # by --tune, on three images for "none" and six for "sum of 3" and "DP"; "sum of 10" has that of
-# "sum of 3"
-TUNED = {"none": 1e-2, "sum of 3": 1e-1, "sum of 10": 1e-1, "DP": 1.0}
+# "sum of 3". Under "DP" a weight of 100 is better by 0.06 dB only, and neither finds an image.
+TUNED = {"none": 1e-2, "sum of 3": 1e-1, "sum of 10": 1e-1, "DP": 10.0}
 
 
 class Images(NamedTuple):

@@ -14,6 +14,7 @@ from experiments.audits import (
   epsilons,
   extraction,
   first_layers,
+  grids,
   inversion,
   membership,
   numbers,
@@ -25,7 +26,7 @@ from experiments.audits import (
 )
 from experiments.audits.context import Context, Effort
 from experiments.audits.parts import Part
-from primia_jax.attacks.evidence import Evidence, verdict
+from primia_jax.attacks.evidence import Evidence, beats_chance, verdict
 
 TWO = settings.replace(
   TINY, rounds=2, record_transcript=True, num_sites=2, secagg_colluding=0,
@@ -133,6 +134,22 @@ def test_whole_updates_are_searched_beside_a_control(run):
   assert (run.output / "whole_updates.png").stat().st_size > 1000
 
 
+def test_a_grid_is_of_the_run_s_images_and_keeps_its_cells(run):
+  few = Context(run.run_dir, run.output, settings.replace(EFFORT, grid_images=2))
+  assert auditing.chosen(["auto", "grid"], few) == list(auditing.PARTS)
+  assert "grid" not in auditing.chosen(["auto"], few)
+  part = grids.audit(few)
+  single, summed = part.evidence
+  assert (single.control, single.protection) == (None, "none")
+  assert summed.protection == "secure aggregation of 2 sites"
+  assert summed.control.value == single.value
+  assert not single.occurs
+  assert len(part.text[2].splitlines()) == 4
+  kept = run.output / parts.FOLDER / "grid"
+  assert sorted(path.name for path in kept.iterdir()) == ["1_1_2.npz", "single.npz"]
+  assert all((run.output / name).stat().st_size > 1000 for name in part.pictures)
+
+
 def test_a_search_that_fails_has_a_control_on_a_vulnerable_model(run):
   """Two steps find nothing: what fails for lack of effort is called inconclusive."""
   part = inversion.audit(run)
@@ -151,6 +168,7 @@ def test_the_more_questions_the_more_alike(run):
   assert [one.occurs for one in part.evidence] == [False] * 3
   assert "numbers for each question" in part.text[0]
   assert len(part.text[1].splitlines()) == 5
+  assert len(part.failures) == beats_chance(part.evidence[-1])
 
 
 def test_pairs_are_of_one_site_and_class(run):

@@ -11,7 +11,7 @@ import optax
 
 from primia_jax import models
 from primia_jax.attacks import extraction
-from primia_jax.attacks.evidence import Evidence
+from primia_jax.attacks.evidence import Evidence, beats_chance
 from primia_jax.types import Array, Params
 
 from .. import markdown
@@ -20,7 +20,8 @@ from . import context as shared
 from .context import Context
 from .parts import Part
 
-_UNIT = 2.0**-10  # to which answers are rounded, about as a service's
+_BITS = 10  # after the binary point, to which answers are rounded, about as a service's
+_UNIT = 2.0**-_BITS
 _STEPS, _BATCH, _RATE = 200, 32, 2e-3  # of the surrogate
 _MOST = 2048  # queries
 _SHARES = (1 / 16, 1 / 4, 1.0)  # of the public images that are asked
@@ -63,7 +64,7 @@ def audit(context: Context) -> Part:
     mine, _ = learn(key, start, jnp.asarray(asked), soft, jnp.int32(num))
     same = extraction.agreement(np.asarray(answer(mine, unseen)), truth)
     percent = "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * v for v in same))
-    rows.append((f"{num:,}", f"{num * num_classes:,}", f"{num / number:.2g}", percent))
+    rows.append((f"{num:,}", f"{num * num_classes:,}", f"{number / num:,.0f}", percent))
     evidence.append(
       Evidence(
         _THREAT, f"surrogate, {num:,} queries", "encrypted inference",
@@ -73,16 +74,20 @@ def audit(context: Context) -> Part:
     )  # fmt: skip
   text = (
     f"The model has {number:,} parameters. An encrypted service hides them, and not what its "
-    f"answers say: {num_classes} numbers for each question, rounded to {_UNIT:g} here. A clinic "
-    "that follows the protocol asks about public images and trains a model of the same "
-    "architecture on the answers; agreement is with the run's model on images that it did not ask "
-    "about.",
-    markdown.table(("queries", "numbers seen", "queries per parameter", "agreement"), rows),
+    f"answers say: {num_classes} numbers for each question, rounded to multiples of "
+    f"2^-{_BITS} here. A clinic that follows the protocol asks about public images and trains a "
+    "model of the same architecture on the answers; agreement is with the run's model on images "
+    "that it did not ask about.",
+    markdown.table(("queries", "numbers seen", "parameters per query", "agreement"), rows),
     f"To fix all parameters takes as many numbers at least: {-(-number // num_classes):,} queries, "
     f"1/{num_classes} per parameter. {_linear(context)} Nothing but a limit on questions, or "
     "answers of the class alone (--output=label), bounds this.",
   )
-  return Part(title, text, tuple(evidence))
+  failures = (
+    f"a clinic that may put {num:,} questions to the model under encryption imitates it: the same "
+    f"class on {percent} of other images, where the most frequent class is {frequent:.0%}",
+  )
+  return Part(title, text, tuple(evidence), failures if beats_chance(evidence[-1]) else ())
 
 
 def _logits(context: Context, params: Params, images: Array) -> Array:

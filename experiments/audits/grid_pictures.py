@@ -94,7 +94,7 @@ def images(found: Explored, originals: np.ndarray, path: pathlib.Path, title: st
         if one is not None:
           axes.set_xlabel(f"{one.ssim[i]:.2f}", fontsize=7, labelpad=1)
         if i == 0 and part == 0:
-          name = "original" if row is None else f"{_images(row[0])}, batch {row[1]}"
+          name = "original" if row is None else f"{count(row[0])}, batch {row[1]}"
           axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         if r == 0 and i == 0:
           axes.set_title(view(num_sites), fontsize=9, loc="left")
@@ -112,5 +112,6 @@ def view(num_sites: int) -> str:
   return "one site's update" if num_sites == 1 else f"sum of {num_sites} sites"
 
 
-def _images(num: int) -> str:
+def count(num: int) -> str:
+  """A number of images, in words."""
   return "1 image" if num == 1 else f"{num} images"

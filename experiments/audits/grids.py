@@ -105,7 +105,7 @@ def _evidence(cell: grid.Cell, one: grid.Outcome, control: grid.Outcome, chance:
   )  # fmt: skip
   alone = cell == (1, 1, 1)
   return Evidence(
-    f"honest server, an epoch of {cell.num_images} images in batches of {cell.batch_size}",
+    f"honest server, an epoch of {grid_pictures.count(cell.num_images)}, batch {cell.batch_size}",
     _ATTACK,
     "none" if cell.num_sites == 1 else f"secure aggregation of {cell.num_sites} sites",
     measure, *rate(one.named), chance, None if alone else beside, occurs=False,
