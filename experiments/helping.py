@@ -25,6 +25,7 @@ _USUAL = (
   "models", "address", "only_checked", "daily_images", "total_images", "metrics_port",
   "opened", "opened_to", "threshold", "positive", "small_classes", "vendor_dir", "hospital_dir",
   "query_budget", "allowed", "reports_to", "title", "host", "port",
+  "study", "seeds", "epsilons", "arms",
 )  # fmt: skip
 _COLUMN = 27  # where the texts begin
 _WIDTHS = 72, 100  # the narrowest and the widest page
