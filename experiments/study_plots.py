@@ -125,7 +125,11 @@ def reader(
     colour = PALETTE[k % len(PALETTE)]
     style: dict[str, Any] = {"color": colour, "linestyle": DASHES[k % len(DASHES)]}
     axes.plot(*curve[:2], label=f"{name}: AUC {area:.3f}", **style)
-    point = {"markersize": 12, "markeredgecolor": INK, "label": f"{name}: {said[0]}"}
+    point: dict[str, Any] = {
+      "markersize": 12,
+      "markeredgecolor": INK,
+      "label": f"{name}: {said[0]}",
+    }
     axes.plot([1 - left[k]], [found[k]], "*", color=colour, **point)
   axes.set_xlabel("1 - specificity (one class against the rest)")
   axes.set_ylabel("sensitivity")

@@ -149,7 +149,7 @@ def _spread(values: Sequence[float], percent: bool) -> str:
 
 
 def _arms(found: Found) -> list[str]:
-  rows = []
+  rows: list[tuple[Any, ...]] = []
   for name, runs in found.arms.items():
     of = lambda field, runs=runs: [float(getattr(r.scores, field)) for r in runs.values()]
     spent = {run.epsilon for run in runs.values()} - {None}
@@ -216,9 +216,9 @@ def _differences(one: Sequence[Run], other: Sequence[Run]) -> tuple[str, str]:
   """Of accuracy in points, and of MCC."""
   labels = one[0].labels
   if all(np.array_equal(run.labels, labels) for run in (*one, *other)):
-    said = ([run.probabilities for run in runs] for runs in (one, other))
+    first, second = ([run.probabilities for run in runs] for runs in (one, other))
     found = metrics.bootstrap_mean_difference(
-      labels, *said, jax.random.key(0), num_resamples=_RESAMPLES
+      labels, first, second, jax.random.key(0), num_resamples=_RESAMPLES
     )
     ends = lambda field: tuple(float(getattr(x, field)) for x in found[:3])
   else:
