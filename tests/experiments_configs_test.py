@@ -377,7 +377,8 @@ def test_every_sum_draws_other_secrets_unless_a_seed_is_given():
   assert not seen & {s for of_sum in sums for s in rows(other, *of_sum)}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
+@jax.numpy_dtype_promotion("standard")  # optax's Adam needs it
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 def test_the_last_layer_may_learn_faster(optimizer):
   params = {"conv1": {"kernel": jnp.ones(3)}, "head": {"kernel": jnp.full(2, 2.0)}}
   grads = jax.tree.map(lambda p: p / 4, params)
