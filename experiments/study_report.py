@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from primia_jax import metrics
+from primia_jax.privacy import ledger
 
 from . import markdown, running
 from .study import Step
@@ -29,7 +30,7 @@ class Run(NamedTuple):
   Attributes:
     labels, probabilities: [N] and [N, L].
     scores: of these.
-    epsilon: that the run was charged; None without privacy.
+    epsilon: that the run was charged, as its report says; None without privacy.
   """
 
   labels: np.ndarray
@@ -66,13 +67,16 @@ def read(folder: pathlib.Path, steps: Sequence[Step]) -> Found:
     names, data = tuple(result["label_names"]), result["data"]
     for name, of_reader in result["references"].items():
       reader = (name, np.asarray(of_reader["confusion_matrix"]))
-    epsilon = (result["privacy"] or {}).get("epsilon")
+    epsilon = None
+    if privacy := result["privacy"]:
+      is_bare = markdown.NOT_PRIVATE in privacy
+      epsilon = markdown.NOT_PRIVATE if is_bare else str(privacy[ledger.EPSILON])
     with np.load(folder / step.folder / running.PREDICTIONS) as saved:
       labels = saved["labels"]
       for key in saved.files:
         if key != "labels":
           scored = metrics.scores(labels, saved[key])
-          run = Run(labels, saved[key], scored, None if epsilon is None else str(epsilon))
+          run = Run(labels, saved[key], scored, epsilon)
           arms.setdefault(_row(step.folder.partition("/")[2], key), {})[seed] = run
   order = sorted(arms, key=lambda name: (not name.startswith("site"), "private" in name))
   return Found({name: arms[name] for name in order}, names, data, reader)

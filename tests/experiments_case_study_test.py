@@ -10,6 +10,7 @@ import scipy.stats
 
 from experiments import study, study_report
 from primia_jax import metrics
+from primia_jax.privacy import ledger
 
 READER = [[8, 1, 1], [4, 4, 2], [1, 1, 8]]
 PHANTOM = study.STUDIES["phantom"]
@@ -73,7 +74,7 @@ def finished(tmp_path_factory):
       np.savez(own / "predictions.npz", labels=labels, **found)
       result = {
         "label_names": ["a", "b", "c"], "data": "made up",
-        "privacy": {"epsilon": "5.99"} if is_private else None,
+        "privacy": {ledger.EPSILON: 5.99} if is_private else None,
         "references": {"a reader": {"confusion_matrix": READER}},
       }  # fmt: skip
       (own / "metrics.json").write_text(json.dumps(result))
@@ -152,6 +153,7 @@ def test_a_tiny_study_runs_whole_and_is_not_repeated(tmp_path):
   assert first.returncode == 0, first.stderr
   text = (tmp_path / "study" / study_report.REPORT).read_text()
   assert "| federated, secure aggregation | 2 |" in text
+  assert float(row_of(text, "private, epsilon 8, federated", "2")[5].split(", ")[0]) <= 8
   assert "## Attacked" in text
   again = run()
   assert again.returncode == 0
