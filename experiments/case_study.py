@@ -1,14 +1,14 @@
 """Runs a whole case study: pooled, local, federated, secure, private, encrypted and attacked arms.
 
   primia-case-study --run_dir=study
-  primia-case-study --preset=chest_xray --data=folder:PATH --run_dir=study_chest
+  primia-case-study --study=chest_xray --data=folder:PATH --run_dir=study_chest
 
 Each arm is a run of another program in a folder of its own, with a report of its own. When all are
 finished, case_study.md compares them: scores with intervals over seeds, paired tests, and a human
 reader where one is known. An interrupted study continues when it is started again with the same
 --run_dir: finished runs are not repeated. More seeds may be added to a finished study.
 
-Without --preset the study is of the synthetic phantom.
+Without --study the study is of the synthetic phantom.
 """
 
 import json
@@ -23,7 +23,7 @@ from absl import flags
 from . import folders, refusals, running, settings, study, study_report
 
 _about = "; ".join(f"{name}: {one.about}" for name, one in study.STUDIES.items())
-flags.DEFINE_string("preset", "phantom", f"which study: {_about}")
+flags.DEFINE_string("study", "phantom", f"which study: {_about}")
 flags.DEFINE_string(
   "run_dir", None, "folder of the study: a new one, or that of an interrupted one", required=True
 )
@@ -51,18 +51,20 @@ _RECORD = "study.json"
 
 
 def main() -> None:
-  if FLAGS.preset not in study.STUDIES:
-    raise ValueError(f"preset={FLAGS.preset!r}; use one of {', '.join(study.STUDIES)}")
-  one = study.STUDIES[FLAGS.preset]
+  if FLAGS.study not in study.STUDIES:
+    raise ValueError(f"study={FLAGS.study!r}; use one of {', '.join(study.STUDIES)}")
+  one = study.STUDIES[FLAGS.study]
   seeds = _numbers("seeds", FLAGS.seeds, int) or one.seeds
   epsilons = _numbers("epsilons", FLAGS.epsilons, float) or one.epsilons
   arms = [arm for arm in FLAGS.arms if arm] or one.arms
   if unknown := set(arms) - set(study.ARMS):
     raise ValueError(f"arms={sorted(unknown)}; use some of {', '.join(study.ARMS)}")
-  private = shlex.split(FLAGS.private_flags)
+  private = _words("private_flags")
   private += [f"--ledger_dir={FLAGS.ledger_dir}"] if FLAGS.ledger_dir else []
-  more = shlex.split(FLAGS.train_flags), private, shlex.split(FLAGS.attack_flags)
+  more = _words("train_flags"), private, _words("attack_flags")
   steps = study.steps(one, seeds, epsilons, arms, FLAGS.data, *more)
+  if not FLAGS.run_dir:
+    raise ValueError("run_dir is empty; name a folder for the study, such as --run_dir=study")
   folder = refusals.folder("run_dir", FLAGS.run_dir)
   commands = {step.folder: _command(step, folder) for step in steps}
   _begin(folder, {step.folder: list(step.flags) for step in steps})
@@ -82,8 +84,7 @@ def main() -> None:
           f"{step.folder} ended with exit code {code}; its reason is above. Start the study again "
           "with the same flags to continue"
         )
-    shown = {where: shlex.join(command.split()) for where, command in commands.items()}
-    path = study_report.write(folder, steps, shown, f"The study `{FLAGS.preset}`: {one.about}.")
+    path = study_report.write(folder, steps, commands, f"The study `{FLAGS.study}`: {one.about}.")
   print(f"Report: {path}")
 
 
@@ -95,6 +96,15 @@ def _numbers(name: str, texts: list[str], kind: type) -> tuple:
   if len(set(values)) != len(values) or any(value < 0 for value in values):
     raise ValueError(f"{name}={','.join(texts)}: each must be positive and given once")
   return values
+
+
+def _words(name: str) -> list[str]:
+  try:
+    return shlex.split(FLAGS[name].value)
+  except ValueError:
+    raise ValueError(
+      f"{name}={FLAGS[name].value} has a quotation mark without its pair; close it"
+    ) from None
 
 
 def _arguments(step: study.Step, folder: pathlib.Path) -> list[str]:

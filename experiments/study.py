@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
 STUDIES = {
   "phantom": Study(
-    "synthetic images, half an hour",
+    "synthetic images",
     (),
     (
       "--model=scatter_linear", "--augment=none", "--noclass_weights", "--optimizer=momentum",
@@ -73,7 +73,7 @@ STUDIES = {
     encrypted=("--batch=16",),
   ),
   "chest_xray_pretrained": Study(
-    "paediatric chest X-rays, an ImageNet network, half an hour for each arm and seed on two cores",
+    "paediatric chest X-rays, an ImageNet network trained whole, on two cores",
     ("--preset=chest_xray_pretrained",),
     ("--preset=chest_xray_private_pretrained",),
     (1.0, 3.0, 6.0, 8.0),

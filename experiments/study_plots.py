@@ -38,6 +38,7 @@ def arms(
   figure = Figure(figsize=(10.5, height), layout="constrained")
   panels = figure.subplots(1, 3, sharey=True)
   for axes, (field, name) in zip(panels, _FIELDS.items(), strict=True):
+    shown: list[float] = []
     for y, of_seeds in enumerate(scores.values()):
       values = [float(getattr(one, field)) for one in of_seeds]
       mean, low, high = metrics.over_seeds(values)
@@ -45,10 +46,13 @@ def arms(
         axes.plot([low, high], [y, y], color=INK, linewidth=1.4)
       axes.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.45, markersize=5)
       axes.plot([mean], [y], "D", color=BLUE, markersize=6)
+      shown += values
     if reader and field != "macro_roc_auc":
       x = float(getattr(metrics, field)(reader[1]))
       axes.axvline(x, color=ORANGE, linewidth=1.6, linestyle=DASHES[1], label=reader[0])
+      shown.append(x)
     axes.set_title(name, fontsize=10.5)
+    axes.set_xlim(*_around(shown))
     tidy(axes)
     axes.tick_params(axis="y", length=0)
   panels[0].set_yticks(range(len(scores)), [textwrap.fill(arm, 34) for arm in scores])
@@ -77,6 +81,10 @@ def epsilons(
     colour, dashes = (BLUE, GREEN)[i % 2], DASHES[i % len(DASHES)]
     axes.plot(at, [s.mean for s in spreads], "o", linestyle=dashes, color=colour, label=arm)
     axes.vlines(at, [s.low for s in spreads], [s.high for s in spreads], color=colour)
+  of_all = [
+    v for by_epsilon in scores.values() for of_seeds in by_epsilon.values() for v in of_seeds
+  ]
+  axes.set_ylim(*_around(of_all))
   axes.set_xscale("log")
   ticks = sorted({e for by_epsilon in scores.values() for e in by_epsilon})
   axes.set_xticks(ticks, [f"{e:g}" for e in ticks])
@@ -117,10 +125,20 @@ def reader(
     colour = PALETTE[k % len(PALETTE)]
     style: dict[str, Any] = {"color": colour, "linestyle": DASHES[k % len(DASHES)]}
     axes.plot(*curve[:2], label=f"{name}: AUC {area:.3f}", **style)
-    point = {"markersize": 12, "markeredgecolor": INK, "label": f"{name}: {said[0]}"}
+    point: dict[str, Any] = {
+      "markersize": 12,
+      "markeredgecolor": INK,
+      "label": f"{name}: {said[0]}",
+    }
     axes.plot([1 - left[k]], [found[k]], "*", color=colour, **point)
   axes.set_xlabel("1 - specificity (one class against the rest)")
   axes.set_ylabel("sensitivity")
   axes.legend(loc="lower right", frameon=False, fontsize=9)
   tidy(axes)
   save(figure, path, title)
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+  """The ends of an axis around values; wider intervals, as of two seeds, end at its edge."""
+  margin = 0.04 + 0.25 * (max(values) - min(values))
+  return min(values) - margin, min(max(values) + margin, 1.02)

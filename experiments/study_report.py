@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from primia_jax import metrics
+from primia_jax.privacy import ledger
 
 from . import markdown, running
 from .study import Step
@@ -29,7 +30,7 @@ class Run(NamedTuple):
   Attributes:
     labels, probabilities: [N] and [N, L].
     scores: of these.
-    epsilon: that the run was charged; None without privacy.
+    epsilon: that the run was charged, as its report says; None without privacy.
   """
 
   labels: np.ndarray
@@ -66,13 +67,16 @@ def read(folder: pathlib.Path, steps: Sequence[Step]) -> Found:
     names, data = tuple(result["label_names"]), result["data"]
     for name, of_reader in result["references"].items():
       reader = (name, np.asarray(of_reader["confusion_matrix"]))
-    epsilon = (result["privacy"] or {}).get("epsilon")
+    epsilon = None
+    if privacy := result["privacy"]:
+      is_bare = markdown.NOT_PRIVATE in privacy
+      epsilon = markdown.NOT_PRIVATE if is_bare else str(privacy[ledger.EPSILON])
     with np.load(folder / step.folder / running.PREDICTIONS) as saved:
       labels = saved["labels"]
       for key in saved.files:
         if key != "labels":
           scored = metrics.scores(labels, saved[key])
-          run = Run(labels, saved[key], scored, None if epsilon is None else str(epsilon))
+          run = Run(labels, saved[key], scored, epsilon)
           arms.setdefault(_row(step.folder.partition("/")[2], key), {})[seed] = run
   order = sorted(arms, key=lambda name: (not name.startswith("site"), "private" in name))
   return Found({name: arms[name] for name in order}, names, data, reader)
@@ -149,7 +153,7 @@ def _spread(values: Sequence[float], percent: bool) -> str:
 
 
 def _arms(found: Found) -> list[str]:
-  rows = []
+  rows: list[tuple[Any, ...]] = []
   for name, runs in found.arms.items():
     of = lambda field, runs=runs: [float(getattr(r.scores, field)) for r in runs.values()]
     spent = {run.epsilon for run in runs.values()} - {None}
@@ -216,9 +220,9 @@ def _differences(one: Sequence[Run], other: Sequence[Run]) -> tuple[str, str]:
   """Of accuracy in points, and of MCC."""
   labels = one[0].labels
   if all(np.array_equal(run.labels, labels) for run in (*one, *other)):
-    said = ([run.probabilities for run in runs] for runs in (one, other))
+    first, second = ([run.probabilities for run in runs] for runs in (one, other))
     found = metrics.bootstrap_mean_difference(
-      labels, *said, jax.random.key(0), num_resamples=_RESAMPLES
+      labels, first, second, jax.random.key(0), num_resamples=_RESAMPLES
     )
     ends = lambda field: tuple(float(getattr(x, field)) for x in found[:3])
   else:

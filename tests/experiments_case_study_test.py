@@ -10,6 +10,7 @@ import scipy.stats
 
 from experiments import study, study_report
 from primia_jax import metrics
+from primia_jax.privacy import ledger
 
 READER = [[8, 1, 1], [4, 4, 2], [1, 1, 8]]
 PHANTOM = study.STUDIES["phantom"]
@@ -68,12 +69,12 @@ def finished(tmp_path_factory):
       is_private, is_secure = "private" in step.folder, step.folder.endswith("secure")
       arms = ["pooled" if "pooled" in step.folder else "federated"]
       arms += ["local: site 0"] if is_secure and "seed_0" in step.folder else []
-      found = {arm: random_run(rng, labels, 1.0 if is_private else 3.0) for arm in arms}
+      found = {arm: random_run(rng, labels, 0.7 if is_private else 1.5) for arm in arms}
       said[step.folder] = found[arms[0]]
       np.savez(own / "predictions.npz", labels=labels, **found)
       result = {
         "label_names": ["a", "b", "c"], "data": "made up",
-        "privacy": {"epsilon": "5.99"} if is_private else None,
+        "privacy": {ledger.EPSILON: 5.99} if is_private else None,
         "references": {"a reader": {"confusion_matrix": READER}},
       }  # fmt: skip
       (own / "metrics.json").write_text(json.dumps(result))
@@ -100,7 +101,7 @@ def test_the_report_gives_means_and_intervals_over_seeds(finished):
 
 def test_the_report_compares_arms_on_the_same_images(finished):
   _, text, labels, said = finished
-  rows = text.partition("## Arms compared")[2]
+  rows = text.partition("## Arms compared")[2].partition("## One class")[0]
   first, second = ("seed_{}/private_6", "seed_{}/secure")
   row = row_of(rows, "private, epsilon 6, federated minus federated, secure aggregation")
   right = [
@@ -152,6 +153,7 @@ def test_a_tiny_study_runs_whole_and_is_not_repeated(tmp_path):
   assert first.returncode == 0, first.stderr
   text = (tmp_path / "study" / study_report.REPORT).read_text()
   assert "| federated, secure aggregation | 2 |" in text
+  assert float(row_of(text, "private, epsilon 8, federated", "2")[5].split(", ")[0]) <= 8
   assert "## Attacked" in text
   again = run()
   assert again.returncode == 0

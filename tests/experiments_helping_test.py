@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = (
   "train_federated", "train_pooled", "evaluate", "infer_encrypted", "evaluate_encrypted", "account",
   "audit_privacy", "plot", "clinic_page", "dicom_node", "certificate", "publish", "deal",
-  "serve_encrypted", "quickstart", "site", "ask_servers",
+  "serve_encrypted", "quickstart", "site", "ask_servers", "search", "case_study",
 )  # fmt: skip
 
 

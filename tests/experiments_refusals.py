@@ -39,6 +39,7 @@ extra                                       | extra | is no flag | --name=value
 --learning_rate=-0.1                        | learning_rate | -0.1 | positive
 --optimizer=lion                            | optimizer | lion | adam
 --optimizer=                                | optimizer | '' | adam
+--head_rate=0                               | head_rate | 0 | positive
 --schedule=linear                           | schedule | linear | cosine
 --momentum=2                                | momentum | 2 | [0, 1)
 --momentum=nan                              | momentum | nan | [0, 1)
@@ -182,6 +183,7 @@ FEDERATED = """
 --algorithm=fednova                         | algorithm | fednova | optimizer
 --algorithm=scaffold                        | algorithm | scaffold | optimizer=sgd
 --algorithm=fednova --optimizer=momentum    | algorithm | fednova | --nokeep_optimizer
+--algorithm=scaffold --optimizer=sgd --head_rate=5 | head_rate | 5 | head_rate=1
 --algorithm=fedbn --dp_average=0.5          | dp_average | 0.5 | dp_average=0
 --algorithm=fedbn --average_last=0.5        | average_last | 0.5 | average_last=0
 --average_last=0.5 --dp_average=0.9         | average_last | 0.5 | one average
@@ -256,6 +258,20 @@ SITE                                        | dp | site | dp=example
 --run_dir={full}                            | run_dir | {full} | another --run_dir
 --record_transcript                         | record_transcript | True | primia-train
 --coordinator=127.0.0.1:1                   | --coordinator | no flag | --helpfull
+"""
+
+CASE_STUDY = """
+--study=xrays                               | study | xrays | chest_xray
+--seeds=0,x                                 | seeds | 0,x | commas
+--seeds=1,1                                 | seeds | 1,1 | once
+--epsilons=-1                               | epsilons | -1 | positive
+--arms=federated,polled                     | arms | polled | pooled
+--arms=local                                | arms | local | add secure
+--train_flags='--rounds                     | train_flags | --rounds | quotation
+--run_dir=                                  | run_dir | is empty | --run_dir=
+--run_dir={file}                            | run_dir | {file} | folder
+--run_dir={full}                            | run_dir | {full} | another --run_dir
+--run_dir={run}                             | run_dir | {run} | another --run_dir
 """
 
 EVALUATE = """
@@ -418,6 +434,7 @@ TABLES = (
   ("train_pooled", "--run_dir={new}", TRAINING + POOLED),
   ("train_federated", "", "--rounds=3 | --run_dir | must be given | --help"),
   ("search", "--run_dir={new}", SEARCH),
+  ("case_study", "--run_dir={new}", CASE_STUDY),
   ("evaluate", "--run_dir={run} --output_dir={new} --data=phantom", EVALUATE),
   ("evaluate", "", "--seed=3 | --run_dir | --output_dir | --help"),
   ("infer_encrypted", "--checkpoint={run} --images={image} --output_dir={new}", INFER),

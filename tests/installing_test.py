@@ -109,6 +109,6 @@ def test_commands_and_presets_that_texts_name_exist():
   texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").glob("*.py")]
   for path in texts:
     text = path.read_text()
-    named = re.findall(r"\bprimia-(?!jax\b)\w+", text)
+    named = re.findall(r"\bprimia-(?!jax\b)\w+(?:-\w+)*", text)
     assert set(named) <= {*COMMANDS}, path
     assert set(re.findall(r"--preset=(\w+)", text)) <= {*presets.names(), "NAME"}, path

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -20,6 +21,7 @@ from ..settings import choose, require, setting
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 _SYNC_BATCHES = 20
+_HEAD = "head"  # the last layer, in the parameters of models
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
 
 
@@ -48,6 +50,9 @@ class Training:
   adam_beta2: float = setting(0.999, "adam, adamw, adam_l2: the decay of the mean of their squares")
   weight_decay: float = setting(0.01, "adamw, adam_l2: the strength of weight decay")
   learning_rate: float = setting(0.002, "highest learning rate of the sites")
+  head_rate: float = setting(
+    1.0, "factor on the learning rate of the last layer, which is new on pretrained weights"
+  )
   schedule: str = setting("cosine", "constant, or cosine: down to 0 over all rounds")
   warmup_rounds: float = setting(1.0, "rounds of linear warm-up")
   keep_optimizer: bool = setting(True, "sites keep their optimiser's state from round to round")
@@ -71,7 +76,7 @@ class Training:
   def __post_init__(self):
     choose("schedule", self.schedule, ("constant", "cosine"))
     choose("optimizer", self.optimizer, self._optimizers)
-    for name in ("rounds", "batch_size", "learning_rate"):
+    for name in ("rounds", "batch_size", "learning_rate", "head_rate"):
       value = getattr(self, name)
       require(0 < value < math.inf, name, value, "must be positive and finite")
     for name in ("sync_batches", "sync_epochs", "patience", "warmup_rounds", "weight_decay"):
@@ -124,7 +129,16 @@ class Training:
 
   def build_optimizer(self) -> local.Optimizer:
     """The sites' optimiser."""
-    return self._optimizers[self.optimizer]
+    optimizer, factor = self._optimizers[self.optimizer], self.head_rate
+    if factor == 1:
+      return optimizer
+
+    def scaled(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+      of_head = lambda path: getattr(path[0], "key", "") == _HEAD
+      scale = lambda path, u: u * jnp.float32(factor) if of_head(path) else u
+      return jax.tree_util.tree_map_with_path(scale, updates)
+
+    return lambda rate: optax.chain(optimizer(rate), optax.stateless(scaled))
 
   def build_schedule(self) -> Callable[[Array], Array]:
     """Learning rate by time in rounds: linear warm-up, then constant or cosine."""
@@ -199,6 +213,11 @@ class Federation:
       raise ValueError(
         f"algorithm=scaffold is sound with optimizer=sgd only, not {training.optimizer} "
         "(Karimireddy et al. 2020)"
+      )
+    if name in ("fednova", "scaffold") and training.head_rate != 1:
+      raise ValueError(
+        f"head_rate={training.head_rate} with algorithm={name}, which reckons with one learning "
+        "rate for all parameters; use head_rate=1"
       )
     options = {"weighting": self.weighting, "keep_optimizer": keep}
     if name == "fedprox":

@@ -23,6 +23,7 @@ from primia_jax.privacy.chain import Chain, Entry, packed
 from primia_jax.privacy.plan import Plan
 
 LEDGER = "ledger.json"  # of a run: which entry of which file begins it
+EPSILON = "epsilon (of a unit of any one site, the worst)"  # the row of a statement
 _AGREED = "agreed.json"  # what `reconcile` leaves for a process
 _RUN_FACTS = ("unit", "delta", "groups", "private")
 
@@ -242,7 +243,7 @@ def statement(ledgers: Sequence[Ledger]) -> dict[str, Any]:
     "unit of privacy": f"one {worst.unit}: adjacent data have it, or zeros in its place; numbers "
     f"of units are public",
     "delta": worst.delta,
-    "epsilon (of a unit of any one site, the worst)": claim(accounting.epsilon(worst)),
+    EPSILON: claim(accounting.epsilon(worst)),
     "epsilon by Renyi divergences": claim(accounting.epsilon(worst, "rdp")),
     **_against_reconstruction(worst),
     "composition": "sequential over rounds and statistics of a site, parallel over sites",
