@@ -69,8 +69,7 @@ def source(settings: Data) -> pathlib.Path | None:
   forms = {"folder": "a folder or a tar", "msd": "a folder"}
   fits = path.is_dir() if kind in forms else path.is_file()
   if not fits and not (kind == "folder" and path.is_file()):
-    form = forms.get(kind, "an ordinary file")
-    raise ValueError(f"data={settings.data}: {path} is not {form}; name one")
+    raise ValueError(f"data={path} is not {forms.get(kind, 'an ordinary file')}; name one")
   if kind == "msd" and not (path / volumes.INDEX).is_file():
     cure = "name the folder of a task, such as Task06_Lung"
     raise FileNotFoundError(f"data={settings.data}: there is no {volumes.INDEX} in it; {cure}")
@@ -393,8 +392,7 @@ def _partition(h: Hospitals, dataset: Dataset, seed: int) -> partition.Partition
   if kind == "iid":
     return partition.iid(dataset, h.num_sites, seed)
   if kind == "unequal":
-    equal = (1 / h.num_sites,) * h.num_sites
-    return partition.unequal(dataset, shares or equal, seed)
+    return partition.unequal(dataset, shares or (1 / h.num_sites,) * h.num_sites, seed)
   if kind in ("auto", "dirichlet"):
     return partition.dirichlet(
       dataset, h.num_sites, h.dirichlet_alpha, seed, fractions=shares, min_examples=2

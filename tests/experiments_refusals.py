@@ -2,20 +2,8 @@
 the name of a flag or file, its value, and a word of the cure. `{file}` and such are in the test.
 """
 
-from experiments_refusals_encrypted import (
-  ASK,
-  CERTIFICATE,
-  CONNECT,
-  DEAL,
-  INFER,
-  NODE,
-  PAGE,
-  PUBLISH,
-  QUICKSTART,
-  REMOTE,
-  SCORE,
-  SERVE,
-)
+import experiments_refusals_encrypted as encrypted
+import experiments_refusals_runs as runs
 
 SHORT = {
   "EXAMPLE": "--dp=example --target_epsilon=3",
@@ -260,20 +248,6 @@ SITE                                        | dp | site | dp=example
 --coordinator=127.0.0.1:1                   | --coordinator | no flag | --helpfull
 """
 
-CASE_STUDY = """
---study=xrays                               | study | xrays | chest_xray
---seeds=0,x                                 | seeds | 0,x | commas
---seeds=1,1                                 | seeds | 1,1 | once
---epsilons=-1                               | epsilons | -1 | positive
---arms=federated,polled                     | arms | polled | pooled
---arms=local                                | arms | local | add secure
---train_flags='--rounds                     | train_flags | --rounds | quotation
---run_dir=                                  | run_dir | is empty | --run_dir=
---run_dir={file}                            | run_dir | {file} | folder
---run_dir={full}                            | run_dir | {full} | another --run_dir
---run_dir={run}                             | run_dir | {run} | another --run_dir
-"""
-
 EVALUATE = """
 --fewest_patients=-1                        | --fewest_patients | -1 | non-negative
 --unlabelled --data=folder:{folder} --fewest_patients=5 | fewest_patients | 5 | leave it out
@@ -367,103 +341,50 @@ AUDIT = """
 extra                                       | extra | no flag | --name=value
 """
 
-PLOT = """
---run_dir={missing}                         | run_dir | {missing} | training run
---run_dir={folder}                          | run_dir | {folder} | training run
---run_dir={broken}                          | config.json | {broken} | --run_dir
---run_dir={run}                             | {run} | rounds.jsonl | wait
---run_dir={cut}                             | {cut} | rounds.jsonl | line 2
---output_dir={file} --run_dir={drawn}       | output_dir | {file} | folder
---output_dir={fifo} --run_dir={drawn}       | output_dir | {fifo} | folder
---rounds=3                                  | --rounds | no flag | --helpfull
-extra                                       | extra | no flag | --name=value
---flagfile={fifo}                           | flagfile | {fifo} | ordinary file
-"""
-
-SEARCH = """
-EXAMPLE                                     | dp | example | dp=none
-SITE                                        | dp | site | dp=none
---validation=none                           | validation | none | validation=exact
---num_sites=1                               | num_sites | 1 | 2 or more
---placement=processes                       | placement | processes | placement=auto
---record_transcript                         | record_transcript | True | leave
---trials=0                                  | --trials | 0 | positive
---pruner=hyperband                          | pruner | hyperband | median
---space=lr=1:2                              | space | lr | --helpfull
---space=learning_rate=2:1                   | space | 2:1 | NAME=LOW:HIGH
---space=momentum=0.1:0.9                    | space | momentum | optimizer=momentum
---adam_beta1=1                              | adam_beta1 | 1 | [0, 1)
---data=npz:{missing}                        | data | {missing} | check
---run_dir={run}                             | run_dir | {run} | another
-"""
-
 # (Program, the flags that every row begins with, rows.) Later flags win.
-SITE = """
-                                            | no command | init, roster | --help
-begin                                       | 'begin' | no command | init, roster
---number=0                                  | no command | init, roster | --help
-init --number=x                             | --number | x | integer
-init                                        | site_dir | is empty | --site_dir=
-status                                      | site_dir | is empty | --site_dir=
-status --site_dir={missing}                 | site_dir | {missing} | primia-site init
-status --site_dir={file}                    | site_dir | {file} | folder
-status --site_dir={folder} --number=3       | number | init | leave it out
-approve --site_dir={folder}                 | site_dir | {folder} | primia-site init
-init --site_dir={new} extra                 | extra | is no flag | --name=value
-"""
-
-SITE_INIT = """
---number=-1                                 | number | -1 | from 0
---name=Hospital_A                           | name | Hospital_A | letters
---data=                                     | data | is empty | --data=none
---data=folder:{missing}                     | data | {missing} | check
---data=zip:{file}                           | data | zip: | folder:PATH
---data=none --layout=class                  | layout | class | leave it out
---data=npz:{file} --layout=class            | layout | class | leave it out
---role=server                               | role | server | coordinator
---role=coordinator                          | number | 0 | coordinator has no
---site_dir={full}                           | site_dir | {full} | another
---site_dir={file}                           | site_dir | {file} | folder
---fewest_patients=-1                        | fewest_patients | -1 | no floor
---max_epsilon=-1                            | max_epsilon | -1 | positive
---config={file}                             | config | approve | leave it out
-"""
-
 TABLES = (
   ("train_federated", "--run_dir={new}", TRAINING + FEDERATED),
   ("train_pooled", "--run_dir={new}", TRAINING + POOLED),
   ("train_federated", "", "--rounds=3 | --run_dir | must be given | --help"),
-  ("search", "--run_dir={new}", SEARCH),
-  ("case_study", "--run_dir={new}", CASE_STUDY),
+  ("search", "--run_dir={new}", runs.SEARCH),
+  ("case_study", "--run_dir={new}", runs.CASE_STUDY),
   ("evaluate", "--run_dir={run} --output_dir={new} --data=phantom", EVALUATE),
   ("evaluate", "", "--seed=3 | --run_dir | --output_dir | --help"),
-  ("infer_encrypted", "--checkpoint={run} --images={image} --output_dir={new}", INFER),
+  ("infer_encrypted", "--checkpoint={run} --images={image} --output_dir={new}", encrypted.INFER),
   (
     "infer_encrypted",
     "--connect=127.0.0.1:7443 --folder={hospital} --model=chest-1 "
     "--images={image} --output_dir={new}",
-    CONNECT,
+    encrypted.CONNECT,
   ),
-  ("ask_servers", "--card={card} --folder={hospital} --images={image} --output_dir={new}", ASK),
-  ("certificate", "--folder={new} --name=hospital-a", CERTIFICATE),
-  ("publish", "--folder={vendor} --model=chest-2 --checkpoint={run}", PUBLISH),
-  ("deal", "--folder={bare} --model=chest-1 --clinic=hospital-a --images=4", DEAL),
-  ("serve_encrypted", "--folder={vendor}", SERVE),
-  ("quickstart", "--output_dir={new}", QUICKSTART),
+  (
+    "ask_servers",
+    "--card={card} --folder={hospital} --images={image} --output_dir={new}",
+    encrypted.ASK,
+  ),
+  ("certificate", "--folder={new} --name=hospital-a", encrypted.CERTIFICATE),
+  ("publish", "--folder={vendor} --model=chest-2 --checkpoint={run}", encrypted.PUBLISH),
+  ("deal", "--folder={bare} --model=chest-1 --clinic=hospital-a --images=4", encrypted.DEAL),
+  ("serve_encrypted", "--folder={vendor}", encrypted.SERVE),
+  ("quickstart", "--output_dir={new}", encrypted.QUICKSTART),
   (
     "evaluate_encrypted",
     "--checkpoint={run} --data=phantom --vendor_dir={new}/v --hospital_dir={new}/h",
-    SCORE,
+    encrypted.SCORE,
   ),
-  ("clinic_page", "--checkpoint={run}", PAGE),
-  ("clinic_page", "", REMOTE),
-  ("dicom_node", "--allowed=PACS --reports_to=PACS@127.0.0.1:104", REMOTE),
-  ("dicom_node", "--checkpoint={run} --allowed=PACS --reports_to=PACS@127.0.0.1:104", NODE),
+  ("clinic_page", "--checkpoint={run}", encrypted.PAGE),
+  ("clinic_page", "", encrypted.REMOTE),
+  ("dicom_node", "--allowed=PACS --reports_to=PACS@127.0.0.1:104", encrypted.REMOTE),
+  (
+    "dicom_node",
+    "--checkpoint={run} --allowed=PACS --reports_to=PACS@127.0.0.1:104",
+    encrypted.NODE,
+  ),
   ("account", "--num_units=100 --target_epsilon=3 --output_dir={new}", ACCOUNT),
   ("account", "", LEDGERS),
   ("audit_privacy", "--run_dir={run} --output_dir={new}", AUDIT),
   ("audit_privacy", "", "--candidates=3 | --run_dir | --output_dir | --help"),
-  ("plot", "--run_dir={run}", PLOT),
-  ("site", "", SITE),
-  ("site", "init --site_dir={new} --number=0 --name=hospital-a --data=none", SITE_INIT),
+  ("plot", "--run_dir={run}", runs.PLOT),
+  ("site", "", runs.SITE),
+  ("site", "init --site_dir={new} --number=0 --name=hospital-a --data=none", runs.SITE_INIT),
 )

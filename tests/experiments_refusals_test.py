@@ -189,7 +189,7 @@ def test_every_bad_invocation_is_refused_by_flag_value_and_cure(at, program, no_
     count[name] += 1
   assert not wrong, "\n".join(wrong)
   assert sum(count.values()) >= 200
-  assert len(count) == 16
+  assert len(count) == 19
 
 
 def failing(error):

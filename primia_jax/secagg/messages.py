@@ -341,10 +341,8 @@ def _put_vectors(put: Put, vectors: tuple[np.ndarray, ...]) -> None:
     _put_number(put, v.dtype.itemsize)
     _put_number(put, width)
     words = v.astype(v.dtype.newbyteorder("<"), copy=False)
-    _put_bytes(
-      put,
-      np.ascontiguousarray(words).view(np.uint8).reshape(-1, v.dtype.itemsize)[:, :width].tobytes(),
-    )
+    data = np.ascontiguousarray(words).view(np.uint8).reshape(-1, v.dtype.itemsize)
+    _put_bytes(put, data[:, :width].tobytes())
 
 
 def _take_vectors(source: _Source) -> tuple[np.ndarray, ...]:
@@ -353,8 +351,7 @@ def _take_vectors(source: _Source) -> tuple[np.ndarray, ...]:
     itemsize, width, size = source.number(), source.number(), source.number()
     if itemsize not in (4, 8) or not 1 <= width <= itemsize or size % width:
       raise ValueError(
-        f"malformed message: {size} bytes are no vector of {itemsize}-byte words in {width} bytes "
-        f"each"
+        f"malformed message: {size} bytes are no {itemsize}-byte words in {width} bytes each"
       )
     data = source.take(size)  # before memory is allocated for a size that is only announced
     words = np.zeros((size // width, itemsize), np.uint8)

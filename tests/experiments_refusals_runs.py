@@ -1,0 +1,78 @@
+"""Bad invocations of the programs of many runs and of a federation's members, as in
+`experiments_refusals`.
+"""
+
+CASE_STUDY = """
+--study=xrays                               | study | xrays | chest_xray
+--seeds=0,x                                 | seeds | 0,x | commas
+--seeds=1,1                                 | seeds | 1,1 | once
+--epsilons=-1                               | epsilons | -1 | positive
+--arms=federated,polled                     | arms | polled | pooled
+--arms=local                                | arms | local | add secure
+--train_flags='--rounds                     | train_flags | --rounds | quotation
+--run_dir=                                  | run_dir | is empty | --run_dir=
+--run_dir={file}                            | run_dir | {file} | folder
+--run_dir={full}                            | run_dir | {full} | another --run_dir
+--run_dir={run}                             | run_dir | {run} | another --run_dir
+"""
+
+SEARCH = """
+EXAMPLE                                     | dp | example | dp=none
+SITE                                        | dp | site | dp=none
+--validation=none                           | validation | none | validation=exact
+--num_sites=1                               | num_sites | 1 | 2 or more
+--placement=processes                       | placement | processes | placement=auto
+--record_transcript                         | record_transcript | True | leave
+--trials=0                                  | --trials | 0 | positive
+--pruner=hyperband                          | pruner | hyperband | median
+--space=lr=1:2                              | space | lr | --helpfull
+--space=learning_rate=2:1                   | space | 2:1 | NAME=LOW:HIGH
+--space=momentum=0.1:0.9                    | space | momentum | optimizer=momentum
+--adam_beta1=1                              | adam_beta1 | 1 | [0, 1)
+--data=npz:{missing}                        | data | {missing} | check
+--run_dir={run}                             | run_dir | {run} | another
+"""
+
+SITE = """
+                                            | no command | init, roster | --help
+begin                                       | 'begin' | no command | init, roster
+--number=0                                  | no command | init, roster | --help
+init --number=x                             | --number | x | integer
+init                                        | site_dir | is empty | --site_dir=
+status                                      | site_dir | is empty | --site_dir=
+status --site_dir={missing}                 | site_dir | {missing} | primia-site init
+status --site_dir={file}                    | site_dir | {file} | folder
+status --site_dir={folder} --number=3       | number | init | leave it out
+approve --site_dir={folder}                 | site_dir | {folder} | primia-site init
+init --site_dir={new} extra                 | extra | is no flag | --name=value
+"""
+
+SITE_INIT = """
+--number=-1                                 | number | -1 | from 0
+--name=Hospital_A                           | name | Hospital_A | letters
+--data=                                     | data | is empty | --data=none
+--data=folder:{missing}                     | data | {missing} | check
+--data=zip:{file}                           | data | zip: | folder:PATH
+--data=none --layout=class                  | layout | class | leave it out
+--data=npz:{file} --layout=class            | layout | class | leave it out
+--role=server                               | role | server | coordinator
+--role=coordinator                          | number | 0 | coordinator has no
+--site_dir={full}                           | site_dir | {full} | another
+--site_dir={file}                           | site_dir | {file} | folder
+--fewest_patients=-1                        | fewest_patients | -1 | no floor
+--max_epsilon=-1                            | max_epsilon | -1 | positive
+--config={file}                             | config | approve | leave it out
+"""
+
+PLOT = """
+--run_dir={missing}                         | run_dir | {missing} | training run
+--run_dir={folder}                          | run_dir | {folder} | training run
+--run_dir={broken}                          | config.json | {broken} | --run_dir
+--run_dir={run}                             | {run} | rounds.jsonl | wait
+--run_dir={cut}                             | {cut} | rounds.jsonl | line 2
+--output_dir={file} --run_dir={drawn}       | output_dir | {file} | folder
+--output_dir={fifo} --run_dir={drawn}       | output_dir | {fifo} | folder
+--rounds=3                                  | --rounds | no flag | --helpfull
+extra                                       | extra | no flag | --name=value
+--flagfile={fifo}                           | flagfile | {fifo} | ordinary file
+"""
