@@ -269,10 +269,10 @@ def _run(
     privacy = ledgers.of_arms(spent) | privacy | all_runs
   if task.of_pixels or task.is_multi:
     said_of = settings.flat(config) | facts, of_images, main.rows, secure, privacy
-    about = segmentation_report.Facts(*said_of, config.disclosure.policy(), crossed)
+    of_run = segmentation_report.Facts(*said_of, config.disclosure.policy(), crossed)
     arms_found = {name: predictions[name] for name in order}
     writer = segmentation_report if task.of_pixels else multilabel_report
-    return writer.write(folder, title, images.test, arms_found, main_arm, config.seed, about)
+    return writer.write(folder, title, images.test, arms_found, main_arm, config.seed, of_run)
   found = {name: predictions[name] for name in order}
   np.savez_compressed(folder / PREDICTIONS, labels=images.test.labels, **found)
   return report.write_report(
