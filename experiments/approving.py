@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from primia_jax import approval, models
+from primia_jax import approval, models, multilabel
 from primia_jax.data.load import load
 
 from . import inputs, settings
@@ -152,9 +152,14 @@ def held(config: Train, member: Member) -> Held:
     patient_column=data.patient_column,
     patient_pattern=data.patient_pattern,
     slices=data.slices or "all",
+    is_multi=data.multi_label,
+    label_columns=names(data.label_columns),
   ).values()
   labels = np.concatenate([one.labels for one in splits])
-  counts = np.bincount(labels, minlength=len(agreed)).tolist()
+  if data.is_multi:
+    counts = multilabel.findings(labels, len(agreed)).sum(0).tolist()
+  else:
+    counts = np.bincount(labels, minlength=len(agreed)).tolist()
   knows = all(one.has_patient is not None and np.all(one.has_patient) for one in splits)
   patients = {str(group) for one in splits for group in one.groups} if knows else ()
   return Held(dict(zip(agreed, counts, strict=True)), len(patients))

@@ -101,6 +101,7 @@ def train(
   path, step = own_folder / ledger.LEDGER, trainer.rounds.step
   if joined is not None:
     told = starts.agree(joined, place.number, initial, state, ledger.public(path))
+    joined.exchange.bind(starts.digest(best, joined.settings))  # another site may have given it
     if privacy is not None:
       ledger.reconcile(told, path)
     step = starts.recorded(joined, step)

@@ -41,6 +41,7 @@ def of_run(
   updates = sum(row.get("survivors", len(row["sites"])) for row in rows)
   asked = sum(len(row["sites"]) for row in rows)
   everyone = config.hospitals.num_sites
+  cells = 4 * num_classes if config.data.is_multi else num_classes**2  # of confusion matrices
   protection, width, count_width = _OPEN, 4, _SCORE_BYTES
   if a.is_secure:
     n = config.sites_in_round
@@ -67,12 +68,12 @@ def of_run(
                "in the same ledger" if noised else "nothing: exact counts")
     )  # fmt: skip
   if p.validates:
-    size = count_width * (num_classes**2 + 1)
+    size = count_width * (cells + 1)
     crossed.append(
       Crossing("validation counts and loss", "each site", "server", asked, size * asked,
                protection, "nothing: exact counts")
     )  # fmt: skip
-  size, tested = _SCORE_BYTES * num_classes**2, config.disclosure.policy().count(num_tested)
+  size, tested = _SCORE_BYTES * cells, config.disclosure.policy().count(num_tested)
   crossed.append(
     Crossing(f"test scores of {tested} images", "whoever has the test images", "readers of the "
              "report", 1, size, "floors of the policy", "nothing: test images are in no ledger")

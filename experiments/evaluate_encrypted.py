@@ -83,7 +83,7 @@ def main() -> None:
     )
   left = registers.charge(
     vendor, registers.model_digest(weights), f"{_opened(s)}, to {_receivers(s)}", marks,
-    s.query_budget,
+    s.query_budget, "" if s.opened_to == "hospital" else "vendor",
   )  # fmt: skip
   print(f"\nThe plan, which all see, for {s.batch} images:\n\n{plan}\n\n{_who_learns_what(s)}\n")
   print(f"Budget    {len(images)} queries charged, one for each image; {left} are left", flush=True)
@@ -121,7 +121,7 @@ def _ask(connect: encrypted.Connect, given: scored.Score) -> None:
   )
   for name, text in what.data.notes.items():
     print(f"          {name}: {text}")
-  print(f"Opened    {_opened(s)}, to {_receivers(s)}\n\n{_who_learns_what(s)}\n", flush=True)
+  print(f"Opened    {_opened(s)}, to {_receivers(s)}\n\n{_who_learns_what(s, True)}\n", flush=True)
   answer = scored_apart.run(connect, what)
   result = scored.Result(answer.counts, None, answer.seconds, answer.runs)
   if answer.counts is None:
@@ -156,16 +156,25 @@ def _receivers(s: scored.Score) -> str:
   return {"both": "hospital and vendor"}.get(s.opened_to, f"the {s.opened_to} alone")
 
 
-def _who_learns_what(s: scored.Score) -> str:
+def _who_learns_what(s: scored.Score, is_apart: bool = False) -> str:
   what = "that bit" if s.opened == "accuracy" else "these counts"
   learns = lambda who: f"{what}; " if s.opened_to in (who, "both") else ""
+  marks, word = (
+    ", marks that tell whether an image comes again",
+    ("Labels, and that each mark is of its image, are the hospital's word."),
+  )
+  if is_apart:
+    marks, word = (
+      "",
+      ("Labels are the hospital's word; that the plan counts what it says is the vendor's."),
+    )
   return (
     "Who learns what, if all follow the protocol and the dealer colludes with neither party:\n"
     f"  hospital  {learns('hospital')}the plan; nothing else about the weights\n"
-    f"  vendor    {learns('vendor')}the number of images, marks that tell whether an image comes "
-    "again;\n            nothing else about images or labels\n"
+    f"  vendor    {learns('vendor')}the number of images{marks};\n"
+    "            nothing else about images or labels\n"
     "  dealer    the plan; neither weights nor images nor labels nor the result\n"
-    "Labels, and that each mark is of its image, are the hospital's word."
+    f"{word}"
   )
 
 

@@ -15,6 +15,7 @@ from primia_jax.data.dataset import Dataset, in_memory, join, take
 from primia_jax.data.folder import label_indices, read_images, unlabelled
 from primia_jax.data.load import load
 from primia_jax.data.sites import Part
+from primia_jax.multilabel import renumbered
 
 from . import image_facts, memory
 from .configs import Train
@@ -71,8 +72,9 @@ def source(settings: Data) -> pathlib.Path | None:
   if not fits and not (kind == "folder" and path.is_file()):
     raise ValueError(f"data={path} is not {forms.get(kind, 'an ordinary file')}; name one")
   if kind == "msd" and not (path / volumes.INDEX).is_file():
-    cure = "name the folder of a task, such as Task06_Lung"
-    raise FileNotFoundError(f"data={settings.data}: there is no {volumes.INDEX} in it; {cure}")
+    raise FileNotFoundError(
+      f"data={settings.data} has no {volumes.INDEX}; name Task06_Lung or the like"
+    )
   return path.resolve()
 
 
@@ -116,7 +118,7 @@ def images_to_test(
   own = dataset.label_names
   indices = label_indices(own, label_names, [settings.data] * len(own))
   masks = None if dataset.masks is None else indices[dataset.masks].astype(np.uint8)
-  labels = indices[dataset.labels]
+  labels = renumbered(dataset.labels, indices) if dataset.is_multi else indices[dataset.labels]
   return dataclasses.replace(dataset, labels=labels, label_names=label_names, masks=masks), has_test
 
 

@@ -151,7 +151,9 @@ def meet(
     Refused: a site shows another identity than the roster's, or than at an earlier start.
   """
   num_sites, settings = config.hospitals.num_sites, settings_of(config)
-  has_roster = (seat.own / pinning.FILE).is_file()
+  # Also where it is lost, or was never accepted: then nobody is trusted for having come first.
+  marks = pinning.FILE, pinning.SEEN, "site.toml"
+  has_roster = any((seat.own / name).exists() for name in marks)
   known = pinning.held(seat.own) if has_roster else None
   identity = pinning.own_identity if has_roster else meeting.own_identity
   own = identity(seat.own / "identity")

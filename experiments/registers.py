@@ -50,20 +50,29 @@ def model_digest(weights: PyTree) -> str:
   return found.hexdigest()
 
 
-def check_new(folder: pathlib.Path, model: str, images: Sequence[str]) -> None:
-  """Raises ValueError, as `charge` does, if an image is in an earlier result of the model."""
+def check_new(folder: pathlib.Path, model: str, images: Sequence[str], learner: str = "") -> None:
+  """Raises ValueError, as `charge` does, if an image is in an earlier result of the model, or of
+  another model that the same learner has.
+  """
   path = folder / "register.json"
-  known = {mark for e in _entries(path) if e["model"] == model for mark in e["images"]}
+  same = lambda e: e["model"] == model or (learner and e.get("learner", "") == learner)
+  known = {mark for e in _entries(path) if same(e) for mark in e["images"]}
   if again := known & set(images):
     raise ValueError(
-      f"{len(again)} of {len(images)} images are in an earlier result of this model "
+      f"{len(again)} of {len(images)} images are in an earlier result of this "
+      f"{'vendor' if learner else 'model'} "
       f"({path}): the difference of two results tells the classes of single images; leave "
       "these images out"
     )
 
 
 def charge(
-  folder: pathlib.Path, model: str, opened: str, images: Sequence[str], budget: int
+  folder: pathlib.Path,
+  model: str,
+  opened: str,
+  images: Sequence[str],
+  budget: int,
+  learner: str = "",
 ) -> int:
   """Enters a result before the protocol begins, so that a crash can overcharge, never undercharge.
 
@@ -73,6 +82,8 @@ def charge(
     opened: what is opened, and to whom.
     images: the marks.
     budget: images that all results of this model may count together.
+    learner: the vendor, if it learns the result. The sums of a matrix's rows do not depend on the
+      model, so that two results, also of two models, tell it the classes of images in one of them.
 
   Returns:
     How many queries of the budget are left.
@@ -92,11 +103,12 @@ def charge(
         f"query_budget={budget}: {spent} of it are spent, and {len(images)} images cost one each; "
         "the vendor may raise it with --query_budget, or give fewer images"
       )
-    check_new(folder, model, images)
+    check_new(folder, model, images, learner)
     entries.append(
       {
         "model": model,
         "opened": opened,
+        "learner": learner,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "queries": len(images),
         "images": sorted(set(images)),

@@ -274,7 +274,9 @@ def _run(
     writer = segmentation_report if task.of_pixels else multilabel_report
     return writer.write(folder, title, images.test, arms_found, main_arm, config.seed, of_run)
   found = {name: predictions[name] for name in order}
-  np.savez_compressed(folder / PREDICTIONS, labels=images.test.labels, **found)
+  (folder / PREDICTIONS).unlink(missing_ok=True)
+  if not config.disclosure.fewest_patients:  # it is of single patients
+    np.savez_compressed(folder / PREDICTIONS, labels=images.test.labels, **found)
   return report.write_report(
     folder,
     title=title,

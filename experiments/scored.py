@@ -178,8 +178,12 @@ def labelled(s: Score, data: Dataset, marks: list[str]) -> tuple[np.ndarray, tup
   """The labels as numbers of rows, and the rows' names.
 
   Raises:
-    ValueError: there are too few images, of a class or in all.
+    ValueError: there are too few images, of a class or in all, or they have several labels each.
   """
+  if data.is_multi:
+    raise ValueError(
+      "multi_label or label_columns: a score is of images of one class; leave it out"
+    )
   names, labels = tuple(data.label_names), np.asarray(data.labels)
   merge, keys = s.small_classes == "merge", [mark.encode() for mark in marks]
   if s.opened == "confusion":

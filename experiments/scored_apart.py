@@ -86,8 +86,14 @@ def asked(s: Connect, folder: pathlib.Path, found: Received, given: Score, confi
   images = np.asarray(data.images)
   marks = registers.marks(folder / _REGISTER, images)
   labels, rows = scored.labelled(given, data, marks)
-  registers.check_new(folder / _REGISTER, _model(found), marks)
+  model, learner = _of(found, s.model)
+  registers.check_new(folder / _REGISTER, model, marks, learner)
   score, _, columns = scored.function(given, None, names)
+  wanted = 2 if given.opened == "roc" else len(names), len(columns)
+  if [tuple(out.shape) for out in found.plan.circuit.outputs] != [wanted]:
+    raise ValueError(
+      f"model={s.model}: its plan does not open {wanted} counts; ask the vendor again"
+    )
   runs = scores.runs_of(found.plan, len(images))
   scores.check_count(found.plan, len(images))
   if (left := asking.unused(folder, s.model)) < runs:
@@ -99,9 +105,11 @@ def asked(s: Connect, folder: pathlib.Path, found: Received, given: Score, confi
   return Asked(folder, found, given, data, work, marks)
 
 
-def _model(found: Received) -> str:
-  """A model as the hospital's register knows it: whose it is, and which version."""
-  return f"{certificates.name(found.server)}: {found.about.version}"
+def _of(found: Received, name: str) -> tuple[str, str]:
+  """A model as the hospital's register knows it, and the vendor if it learns the result."""
+  vendor = certificates.name(found.server)
+  learner = "" if found.about.opened_to == scores.HOSPITAL else vendor
+  return f"{vendor}: {name}, {found.about.version}", learner
 
 
 class Answer(NamedTuple):
@@ -151,8 +159,9 @@ def run(s: Connect, what: Asked) -> Answer:
       Limits(timeout=s.timeout), publications.model_folder(what.folder, s.model),
     ) as session,
   ):  # fmt: skip
+    model, learner = _of(what.received, s.model)
     enter = lambda: registers.charge(
-      what.folder / _REGISTER, _model(what.received), opened, what.marks, _NO_LIMIT
+      what.folder / _REGISTER, model, opened, what.marks, _NO_LIMIT, learner
     )
     counts = session.score(parts(), len(images), what.given.opened_to, enter)
   seconds["score"] = time.perf_counter() - start

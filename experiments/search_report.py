@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+import shlex
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +43,8 @@ def write(folder: pathlib.Path, study: optuna.Study, config: Train, space: Space
     "validation images looks better than it is, so train and test it once.",
   ]
   if finished:
-    best = max(finished, key=lambda trial: trial.value or -math.inf)
+    best = max(finished, key=_rank)
+    flags = shlex.quote(f"--flagfile={folder}/best.flags")
     chosen = search_space.trial_settings(config, best.params)
     said = f"Trial {best.number} of a search of {len(trials)}: validation MCC {best.value:.4f}."
     durable.replace(folder / "best.flags", settings.flagfile(chosen, said).encode())
@@ -51,7 +53,7 @@ def write(folder: pathlib.Path, study: optuna.Study, config: Train, space: Space
       "## Best",
       f"Validation MCC {best.value:.4f}, trial {best.number}:",
       markdown.table(("setting", "value"), [(n, _value(v)) for n, v in best.params.items()]),
-      "```\nprimia-train --flagfile=" + f"{folder}/best.flags --run_dir=runs/best\n```",
+      f"```\nprimia-train {flags} --run_dir=runs/best\n```",
       "![Validation MCC of each trial](history.png)",
     ]
     weights = importance(study, finished)
@@ -68,7 +70,7 @@ def write(folder: pathlib.Path, study: optuna.Study, config: Train, space: Space
         "## Importance",
         f"It needs {_FEW} finished trials of different scores; there are {len(finished)}.",
       ]
-  rank = lambda trial: (trial.state != TrialState.COMPLETE, -(_score(trial) or -2.0))
+  rank = lambda trial: (trial.state != TrialState.COMPLETE, -_rank(trial))
   shown = sorted(trials, key=rank)[:_SHOWN]
   rows = [
     (trial.number, _STATES[trial.state], _value(_score(trial)),
@@ -153,6 +155,10 @@ def bars(weights: dict[str, float], path: pathlib.Path, data: str) -> None:
   axes.set_xlabel("share of the variation that the setting explains")
   plots.tidy(axes)
   plots.save(figure, path, f"Importance of each setting ({data})")
+
+
+def _rank(trial: FrozenTrial) -> float:
+  return -math.inf if (score := _score(trial)) is None else score
 
 
 def _score(trial: FrozenTrial) -> float | None:

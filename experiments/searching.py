@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from primia_jax import models, sites
 
-from . import arms, inputs, lines, search_space, trainers
+from . import arms, image_facts, inputs, lines, search_space, trainers
 from .configs import Train, tasks
 from .processes import Place
 from .search_space import Space
@@ -61,7 +61,7 @@ def open_study(folder: pathlib.Path, space: Space, pruner: str, startup: int) ->
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
-  """The trials that ended by themselves: finished, pruned or diverged."""
+  """The trials that ended by themselves: finished, pruned, diverged or refused."""
   return [
     trial
     for trial in study.get_trials(deepcopy=False)
@@ -93,6 +93,7 @@ def search(
     after(study)
     return
   images = inputs.site_images(config)
+  image_facts.check_sizes(config, images.train)
   tasks.check(config.model.model, images.train.dataset, config.data.is_multi)
   first = search_space.given(space, config)
   if first is not None and not study.get_trials(deepcopy=False):
@@ -105,7 +106,13 @@ def search(
     place = folder / TRIALS / str(trial.user_attrs.setdefault(_FOLDER, trial.number))
     trial.set_user_attr(_FOLDER, int(place.name))
     label = f"trial {len(done) + 1} of {num_trials}: "
-    of_trial = search_space.trial_settings(config, values)
+    try:
+      of_trial = search_space.trial_settings(config, values)
+    except ValueError as error:  # settings that do not go together
+      trial.set_user_attr(_WHY, str(error))
+      study.tell(trial, state=TrialState.FAIL)
+      after(study)
+      continue
     try:
       score = _run(of_trial, images, place, trial, label)
     except Pruned:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,10 +49,10 @@ class Kept(NamedTuple):
 Step = Callable[[Key, federated.State, federated.Sites], tuple[federated.State, federated.Info]]
 
 
-def digest(state: federated.State, settings: bytes) -> bytes:
+def digest(state: Any, settings: bytes) -> bytes:
   """SHA-256 of all that the sites share of a state, and of the settings of their run.
 
-  The best model so far is not part of it: it is reported, and no site trains from it.
+  The best model so far is not part of it, and is bound apart: no site trains from it.
   """
   out = hashlib.sha256(hashlib.sha256(settings).digest())
   for path, leaf in jax.tree_util.tree_leaves_with_path(state._replace(site_state=())):
@@ -116,7 +116,7 @@ def _newest(held: Mapping[int, Mapping[int, tuple[int, ...]]], least: int) -> in
 def _rounds(number: int, site: int, told: bytes) -> dict[int, tuple[int, ...]]:
   try:
     return {int(n): tuple(map(int, sites)) for n, sites in dict(json.loads(told)).items()}
-  except (TypeError, ValueError) as error:
+  except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
     what = f"site {site} does not say which rounds it has ({error})"
     raise Refused(number, "start", "malformed", what) from error
 

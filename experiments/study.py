@@ -104,11 +104,16 @@ def steps(
     effort: further flags of the attacks.
 
   Raises:
-    ValueError: an arm needs another one that is left out.
+    ValueError: an arm needs another one that is left out, or a flag is the study's own.
   """
   for arm, needs in (("local", "secure"), ("encrypted", "secure"), ("attacked", "federated")):
     if arm in arms and needs not in arms:
       raise ValueError(f"arms={','.join(arms)}: {arm} is about the model of {needs}; add {needs}")
+  for flag in (*more, *more_private):
+    if (name := flag.lstrip("-").partition("=")[0]) in _OWN:
+      raise ValueError(
+        f"{flag} in train_flags or private_flags: a study decides {name} itself; leave it out"
+      )
   source = (f"--data={data}",) if data else ()
   made: list[Step] = []
 
@@ -124,7 +129,7 @@ def steps(
       train("pooled", seed, plain, is_pooled=True)
     if "secure" in arms:
       beside = ("--baselines=local",) if is_first and "local" in arms else _ALONE
-      train("secure", seed, (*plain, *beside))
+      train("secure", seed, (*plain, "--aggregation=secure", *beside))
     if "federated" in arms:
       recorded = ("--record_transcript",) if is_first and "attacked" in arms else ()
       train("federated", seed, (*plain, "--aggregation=clear", *recorded))
@@ -148,6 +153,10 @@ def steps(
 
 
 _ALONE = ("--baselines=",)
+_OWN = (  # settings that make an arm what it is called, or that the study's report cannot show
+  "data", "site_data", "seed", "run_dir", "baselines", "aggregation", "multi_label",
+  "label_columns", "fewest_patients", "record_transcript",
+)  # fmt: skip
 
 
 def _own_data(study: Study) -> str:

@@ -19,10 +19,10 @@ def suppress(
 ) -> dict[str, str]:
   """Suppresses in what `metrics.json` holds, in place.
 
-  A score is suppressed with each count that it tells beside the sizes of the classes: accuracy with
-  those of right and wrong answers, sensitivity and specificity with theirs, MCC with any cell of
-  the confusion matrix, ROC-AUC with the size of any class. Differences of two arms are suppressed
-  with the scores of either.
+  Scores that tell counts beside the sizes of the classes are suppressed with them: accuracy with
+  the right and wrong answers, and ROC-AUC with the size of any class. Where any cell of the
+  confusion matrix is suppressed, so are accuracy, MCC, and all sensitivities and specificities,
+  from which it follows. Differences of two arms are suppressed with the scores of either.
 
   Args:
     result: arms with their scores.
@@ -77,8 +77,6 @@ def _of_arm(
   right = labels == said
   for name in ("accuracy", "accuracy_clopper_pearson"):
     scores[name] = policy.ratio(scores[name], patients(right), patients(~right))
-  if not whole:
-    scores["mcc"] = policy.count(0)
   scores["macro_roc_auc"] = policy.ratio(scores["macro_roc_auc"], *classes)
   for k, name in enumerate(names):
     of_class, called = labels == k, said == k
@@ -88,6 +86,11 @@ def _of_arm(
     ):
       parts = patients(among & hit), patients(among & ~hit)
       scores[field][name] = policy.ratio(scores[field][name], *parts)
+  if not whole:  # the sizes of classes and any of these ratios tell what the table hides
+    for name in ("accuracy", "accuracy_clopper_pearson", "mcc"):
+      scores[name] = policy.count(0)
+    for field in ("sensitivity", "specificity"):
+      scores[field] = dict.fromkeys(names, policy.count(0))
   for name in ("log_loss", "brier_score", "expected_calibration_error"):
     scores[name] = policy.ratio(scores[name], patients(np.ones(len(labels), bool)))
 

@@ -26,6 +26,12 @@ def findings(labels: Any, num_classes: int) -> Any:
   return (labels[..., None] >> shifts) & 1 > 0
 
 
+def renumbered(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+  """int32 [N] findings whose k-th is now the one of numbers[k]; numbers: [L], all different."""
+  there = findings(np.asarray(labels), len(numbers))
+  return (there * (1 << numbers.astype(np.int64))).sum(-1).astype(np.int32)
+
+
 def multilabel_loss(
   apply_fn: ApplyFn,
   prepare: Callable[[Key, Array, Array], tuple[Array, Array]],

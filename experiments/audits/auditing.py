@@ -120,6 +120,11 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
       f"run_dir={run_dir} trained {config.model.model}, which learns masks; the attacks here are "
       "on models that classify images"
     )
+  if config.data.is_multi:
+    raise ValueError(
+      f"run_dir={run_dir} gives images any number of labels; the attacks here are on models of one "
+      "class an image"
+    )
   wanted = chosen(names, run)
   path = lambda name: output / parts.FOLDER / f"{name}.json"
   keys = {name: parts.digest(name, one, run) for name, one in PARTS.items()}

@@ -21,7 +21,7 @@ from ..settings import choose, require, setting
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 _SYNC_BATCHES = 20
-_HEAD = "head"  # the last layer, in the parameters of models
+_HEADS = ("head", "linear")  # of scatter_linear  # the last layer, in the parameters of models
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
 
 
@@ -134,7 +134,7 @@ class Training:
       return optimizer
 
     def scaled(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-      of_head = lambda path: getattr(path[0], "key", "") == _HEAD
+      of_head = lambda path: getattr(path[0], "key", "") in _HEADS
       scale = lambda path, u: u * jnp.float32(factor) if of_head(path) else u
       return jax.tree_util.tree_map_with_path(scale, updates)
 

@@ -125,19 +125,24 @@ def _sets(
 ) -> tuple[tuple[str, ...], np.ndarray]:
   """The names of the labels, and each image's as one number."""
   every = [[one for one in _split(text) if one != NO_FINDING] for text in texts]
-  found = folder.default_names(str(path), [one for labels in every for one in labels])
-  names = tuple(label_names or label_columns or found)
+  flat = [one for labels in every for one in labels]
+  names = tuple(label_names or label_columns or folder.default_names(str(path), flat))
   if len(names) > MOST_FINDINGS:
     raise ValueError(
       f"{path} has {len(names)} labels, more than {MOST_FINDINGS}; choose some by label_columns"
     )
-  flat = [one for labels in every for one in labels]
   index = iter(folder.label_indices(flat, names, [str(path)] * len(flat)))
-  return names, np.array([sum(1 << int(next(index)) for _ in s) for s in every], np.int32)
+  numbers = [{int(next(index)) for _ in labels} for labels in every]  # "Mass|mass" is one
+  return names, np.array([sum(1 << k for k in these) for these in numbers], np.int32)
 
 
 def _joined(path: pathlib.Path, table: _Table, label_columns: Sequence[str]) -> list[str]:
   """A text of labels for each row, from a column of 0 and 1 for each."""
+  if wrong := [name for name in label_columns if name == NO_FINDING or "|" in name]:
+    raise ValueError(
+      f"label_columns names {wrong}: {NO_FINDING} is an image with none of the others, so leave it "
+      "out, and rename columns that hold a |"
+    )
   by_name = _columns(table)
   if missing := [name for name in label_columns if name not in by_name]:
     raise ValueError(f"{path} has no columns {missing}, but {table.header}; mend label_columns")

@@ -117,6 +117,8 @@ def accept(
     return new, []
   before = held(folder) if seen and (folder / FILE).is_file() else None
   rotated, other = changes(before, new) if before else ([], ["no roster was held here before"])
+  if seen and new.serial != seen[0] + 1:  # a high one would keep every later roster out
+    other.append(f"serial {new.serial} does not follow {seen[0]}")
   if other and not confirmed:
     raise refuse(
       "not confirmed",

@@ -154,7 +154,7 @@ def serve_models(
           f"{count} images need {runs} inferences, and {len(found)} may be used; have the dealer "
           "deal more"
         )
-      journal.charge(clinic, model.name, "", count)
+      journal.charge(clinic, model.name, "", runs * model.images)  # what fills the last one, too
 
     def messages() -> Iterator[bytes]:
       if not model.opened_to:

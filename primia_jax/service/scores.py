@@ -62,7 +62,8 @@ def serve(
     receive: waits for the next message.
 
   Raises:
-    SessionEnded: whatever ends it early; then nothing is opened.
+    SessionEnded: whatever ends it early; then nothing is opened, but to the vendor if the
+      hospital's share of the sum has come.
   """
   frame = yield from sessions.welcomed(sessions.terms(owner.plan, online, publication), receive)
   asked = frame.decode(sessions.some(receive(idle=True)), frames.SCORE, _SCORE.size)
@@ -106,7 +107,8 @@ def ask(
     enter: keeps the hospital's register; it is called once the vendor has accepted.
 
   Raises:
-    SessionEnded: nothing is opened, and what was charged stays charged.
+    SessionEnded: what was charged stays charged, and nothing is opened to the hospital; the vendor
+      may have the result if the hospital's share of it was sent.
   """
   asking.tell(frames.SCORE, _SCORE.pack(count, RECEIVERS.index(opened_to)))
   asking.hear(frames.ACCEPTED, 0)
