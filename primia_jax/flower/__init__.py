@@ -5,6 +5,8 @@ the hospital's own long-lived process through `channel`, and returns the answer.
 SuperLink starts `coordinating.app`, once a run. Only these two import Flower. The folder `app` is
 what `flwr run` sends to them: the names of both, and no code of ours.
 
-Who learns what: Flower's TLS hides everything from the network, and its node authentication keeps
-strangers out. Whoever runs the SuperLink sees what the coordinator sees (`secagg.protocol`).
+Who learns what: Flower's TLS hides everything from the network. Its node authentication guards the
+hospitals' interface of a SuperLink and no other, and a SuperNode runs any app that its SuperLink
+sends: `docs/flower.md` says what must be closed. Under that assumption, whoever runs the SuperLink
+sees what the coordinator sees (`secagg.protocol`).
 """
