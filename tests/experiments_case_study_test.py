@@ -34,6 +34,12 @@ def test_a_study_is_runs_of_other_programs():
   assert "--checkpoint={study}/seed_0/secure" in flags["encrypted"]
 
 
+@pytest.mark.parametrize("flag", ["--aggregation=clear", "--baselines=pooled", "--multi_label"])
+def test_a_flag_that_makes_an_arm_another_is_refused(flag):
+  with pytest.raises(ValueError, match=f"{flag} in train_flags"):
+    study.steps(PHANTOM, (0,), (6.0,), ("pooled",), more=(flag,))
+
+
 @pytest.mark.parametrize("arm", ["local", "encrypted", "attacked"])
 def test_an_arm_that_needs_another_is_refused_without_it(arm):
   with pytest.raises(ValueError, match=f"{arm} is about the model of"):

@@ -112,6 +112,31 @@ def test_patients_are_counted_and_not_their_images(tmp_path):
     assert result["arms"]["trained"][name] == hidden
 
 
+def test_ratios_of_large_counts_do_not_tell_a_small_one():
+  """Of 103 and 100 images accuracy tells 180 right ones, and a sensitivity 80 of the second class:
+  100 of the first are right and 3 are wrong.
+  """
+  one = arm([[100, 3], [20, 80]])
+  scores = {
+    "confusion_matrix": [[100, 3], [20, 80]], "accuracy": 180 / 203, "mcc": 0.7,
+    "accuracy_clopper_pearson": {}, "macro_roc_auc": 0.9, "log_loss": 0.4, "brier_score": 0.2,
+    "expected_calibration_error": 0.1, "sensitivity": {"normal": 100 / 103, "viral": 0.8},
+    "specificity": {"normal": 0.8, "viral": 100 / 103},
+  }  # fmt: skip
+  result = {
+    "num_examples": 203, "label_names": NAMES, "hospitals": None, "difference": None,
+    "arms": {"trained": scores},
+  }  # fmt: skip
+  suppression.suppress(
+    result, Policy(fewest_patients=FLOOR), one.labels, {"trained": one.probabilities}, None
+  )
+  hidden = Suppressed(FLOOR)
+  assert scores["confusion_matrix"] == [[hidden] * 2] * 2
+  assert scores["accuracy"] == scores["mcc"] == hidden
+  for field in ("sensitivity", "specificity"):
+    assert scores[field] == dict.fromkeys(NAMES, hidden)
+
+
 def test_large_counts_stay(tmp_path):
   result = write(tmp_path, FLOOR, {"trained": arm([[57, 13], [11, 30]])})
   assert result["arms"]["trained"]["confusion_matrix"] == [[57, 13], [11, 30]]

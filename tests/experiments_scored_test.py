@@ -122,6 +122,18 @@ def test_an_image_is_in_one_result_of_a_model_only(tmp_path):
   assert charge("a", marks[11:]) == 88
 
 
+def test_whoever_learns_the_results_of_two_models_gets_no_label_from_them(tmp_path):
+  """The sums of a matrix's rows do not depend on the model: those of two sets of images that differ
+  by one tell its class.
+  """
+  charge = lambda model, images, learner: registers.charge(tmp_path, model, "", images, 9, learner)
+  charge("a", ["x", "y"], "vendor")
+  with pytest.raises(ValueError, match="1 of 1 images are in an earlier result of this vendor"):
+    charge("b", ["x"], "vendor")
+  assert charge("b", ["x"], "") == 8  # nobody but the hospital learns it
+  assert charge("b", ["z"], "vendor") == 7
+
+
 def test_copies_are_charged_each(tmp_path):
   assert registers.charge(tmp_path, "a", "", ["x", "x", "y"], 3) == 0
 

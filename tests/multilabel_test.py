@@ -73,6 +73,18 @@ def test_both_forms_of_tables_give_the_same_labels(tmp_path):
   assert sorted(np.concatenate(parts).tolist()) == list(range(12))
 
 
+def test_findings_are_renumbered_by_name_and_one_written_twice_counts_once(tmp_path):
+  labels = np.array([0, 1, 2, 3, 4], np.int32)
+  moved = multilabel.renumbered(labels, np.array([2, 0, 1]))
+  np.testing.assert_array_equal(
+    multilabel.findings(moved, 3), multilabel.findings(labels, 3)[:, [1, 2, 0]]
+  )
+  Image.new("L", (16, 16)).save(tmp_path / "a.png")
+  (tmp_path / "t.csv").write_text("file,label\na.png,Mass|mass\n")
+  options = {"size": 16, "channels": 1, "is_multi": True, "label_names": ("Mass", "Nodule")}
+  assert labels_csv.read_csv(tmp_path / "t.csv", **options)["all"].labels.tolist() == [1]
+
+
 @pytest.mark.parametrize(
   ("row", "options", "said"),
   [
@@ -80,6 +92,7 @@ def test_both_forms_of_tables_give_the_same_labels(tmp_path):
     ("a.png,2", {"label_columns": ("label",)}, "line 2 of .* has label='2'; write 1"),
     ("a.png,1", {"label_columns": ("A",)}, r"has no columns \['A'\].*mend label_columns"),
     ("a.png,A|B", {"is_multi": True, "label_names": ["x"] * 31}, "31 labels|none of x"),
+    ("a.png,1", {"label_columns": ("label", "No Finding")}, "No Finding is an image with none"),
   ],
 )
 def test_wrong_labels_are_refused(tmp_path, row, options, said):

@@ -115,6 +115,13 @@ def test_an_older_roster_is_refused(folder):
   assert pinning.held(folder) == later
 
 
+def test_whoever_carries_a_roster_cannot_keep_later_ones_out(folder):
+  """The roster that is held, with the highest serial, would make all others older."""
+  with refused("not confirmed: serial 4294967295 does not follow 1"):
+    take(folder, made(2**32 - 1))
+  assert take(folder, made(2)) == (made(2), [])
+
+
 def test_two_members_with_one_key_number_or_name_are_refused():
   """With two places in one hand, a sum over three is a sum over two."""
   a, b, c, server = members()
