@@ -84,7 +84,7 @@ def test_no_small_count_is_told_anywhere(tmp_path, floor):
   assert (
     scores["sensitivity"]["normal"] == scores["specificity"]["viral"] == scores["mcc"] == hidden
   )
-  assert scores["accuracy"]["value"] == pytest.approx(87 / 101)  # 14 wrong answers are enough
+  assert scores["accuracy"] == hidden  # with a sensitivity it would tell the cells
   assert "| true (rows), predicted (columns) | normal | viral |" in text
   assert f"| normal | {hidden} | {hidden} |" in text
   assert "A suppressed number is not zero" in text
