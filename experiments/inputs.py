@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -186,56 +185,14 @@ def site_images(config: Train, only_site: int | None = None) -> Inputs:
     sites.check_patients(inputs.train)
   # Where a process reads its own source, the others' sizes are told later.
   if only_site is None or not config.data.site_data:
-    _check_sizes(inputs, config.privacy.validates)
+    check_sizes(inputs, config.privacy.validates)
   elif not inputs.train.sizes[only_site]:
     raise ValueError(f"site {only_site} has no images to train on")
   return inputs
 
 
-def told(inputs: Inputs, site: int) -> bytes:
-  """What a site's process tells all others of its images."""
-  ((patients, most),) = count_patients(Part(inputs.train.dataset, (inputs.train.sites[site],)))
-  sizes = inputs.train.sizes[site], inputs.validation.sizes[site]
-  return json.dumps([*sizes, patients, most, *inputs.train.dataset.label_names]).encode()
-
-
-def with_others(
-  inputs: Inputs, site: int, said: Mapping[int, bytes], validates: bool = True
-) -> Inputs:
-  """The inputs of a process that has read its own site only, with the sizes that the others have
-  told; their images stay out of reach. Sites need validation images if the run `validates`.
-
-  Raises:
-    ValueError: a site has other classes, or no images, or has told something else.
-  """
-  names_here, told_sizes, patients = list(inputs.train.dataset.label_names), [], []
-  for i in sorted(said):
-    try:
-      train, validation, units, most = map(int, json.loads(said[i])[:4])
-      label_names = json.loads(said[i])[4:]
-    except (TypeError, ValueError) as error:
-      raise ValueError(f"site {i} has not told how many images it has ({error})") from error
-    if label_names != names_here:
-      raise ValueError(
-        f"site {i} has the classes {label_names}, and site {site} {names_here}; give all of them "
-        "in --label_names"
-      )
-    told_sizes.append((train, validation))
-    patients.append((units, most))
-
-  def known(part: Part, sizes: Sequence[int]) -> Part:
-    beyond = lambda n: len(part.dataset) + np.arange(n)
-    rows = [part.sites[site] if i == site else beyond(n) for i, n in enumerate(sizes)]
-    return Part(part.dataset, tuple(rows))
-
-  of_training, of_validation = zip(*told_sizes, strict=True)
-  parts = known(inputs.train, of_training), known(inputs.validation, of_validation)
-  out = Inputs(*parts, inputs.test, tuple(patients))
-  _check_sizes(out, validates)
-  return out
-
-
-def _check_sizes(inputs: Inputs, validates: bool) -> None:
+def check_sizes(inputs: Inputs, validates: bool) -> None:
+  """Raises a ValueError for sites without images to train on, or to validate with if a run does."""
   if empty := [i for i, n in enumerate(inputs.train.sizes) if not n]:
     raise ValueError(f"sites {empty} have no images to train on; give them some, or leave them out")
   if validates and not any(inputs.validation.sizes):
@@ -382,10 +339,8 @@ def _partition(h: Hospitals, dataset: Dataset, seed: int) -> partition.Partition
   shares = fractions(h.site_fractions)
   has_sites = kind == "auto" and "site" in dataset.columns
   if has_sites and shares:
-    raise ValueError(
-      f"site_fractions={h.site_fractions!r}: the source names its sites; leave it out, or deal the "
-      "images to other sites with --partition=dirichlet"
-    )
+    cure = "leave it out, or deal the images to others with --partition=dirichlet"
+    raise ValueError(f"site_fractions={h.site_fractions!r}: the source names its sites; {cure}")
   if (kind == "column" and argument) or has_sites:
     # A patient may have been at several sites; `facts` tells of it.
     alone = dataclasses.replace(dataset, groups=np.arange(len(dataset)))

@@ -31,6 +31,7 @@ from . import (
   markdown,
   model_files,
   multilabel_report,
+  others,
   processes,
   refusals,
   report,
@@ -185,10 +186,10 @@ def _run(
   if seat is None:
     place = processes.Place(sites.parse_placement(config.federation.placement))
   else:
-    said = inputs.told(images, seat.number) if config.data.site_data else b""
+    said = others.told(images, seat.number) if config.data.site_data else b""
     place, told = processes.connect(config, seat, said)
     if config.data.site_data:
-      images = inputs.with_others(images, seat.number, told, config.privacy.validates)
+      images = others.with_others(images, seat.number, told, config.privacy.validates)
 
   plan: list[tuple[str, tuple[int, ...], bool]] = (
     [("federated", everyone, True)] if federated else []

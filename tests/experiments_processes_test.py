@@ -15,7 +15,7 @@ import pytest
 from experiments_apart import APART, in_threads, meeting_of
 from experiments_runs import FIXED, flags_of, train, trainer_of
 
-from experiments import image_facts, inputs, model_files, processes, settings
+from experiments import image_facts, inputs, model_files, others, processes, settings
 from primia_jax.data import sites as data_sites
 from primia_jax.flower import channel
 from primia_jax.privacy import accounting, ledger
@@ -129,9 +129,9 @@ def test_a_process_is_given_the_sizes_of_the_others_and_none_of_their_images(tmp
   config = settings.replace(APART, site_data=site_data, label_names=label_names)
   everything = inputs.site_images(config)
   own = [inputs.site_images(config, i) for i in range(3)]
-  said = {i: inputs.told(one, i) for i, one in enumerate(own)}
+  said = {i: others.told(one, i) for i, one in enumerate(own)}
   for i, one in enumerate(own):
-    known = inputs.with_others(one, i, said)
+    known = others.with_others(one, i, said)
     assert known.train.sizes == everything.train.sizes
     assert known.validation.sizes == everything.validation.sizes
     assert known.patients == inputs.count_patients(everything.train)
@@ -143,11 +143,13 @@ def test_a_process_is_given_the_sizes_of_the_others_and_none_of_their_images(tmp
         data_sites.stack(part, [(i + 1) % 3])
   for wrong, text in (
     (b"[]", "site 1 has not told how many images it has"),
+    (b"[1e400, 1, 1, 1]", "site 1 has not told how many images it has"),
+    (b"[10000000000, 1, 1, 1]", r"site 1 has not told .* it says \[10000000000"),
     (b'[4, 2, 6, 1, "a", "b"]', r"site 1 has the classes \['a', 'b'\], and site 0"),
     (b"[0," + said[1].partition(b",")[2], r"sites \[1\] have no images to train on"),
   ):
     with pytest.raises(ValueError, match=text):
-      inputs.with_others(own[0], 0, said | {1: wrong})
+      others.with_others(own[0], 0, said | {1: wrong})
 
 
 def test_facts_of_images_are_of_the_own_site_alone_wherever_it_stands_among_all():
