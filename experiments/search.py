@@ -66,7 +66,7 @@ def check(config: Train) -> None:
       "validation=exact or auto"
     )
   if config.in_processes:
-    raise ValueError("placement=processes: a search runs in one process; use placement=auto")
+    raise ValueError("placement=flower: a search runs in one process; use placement=auto")
   if config.record_transcript:
     raise ValueError("record_transcript=True: a search keeps no transcripts; leave it out")
   rehearse(config)

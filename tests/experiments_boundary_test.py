@@ -18,8 +18,11 @@ PRESETS = (
   "chest_xray",
   "chest_xray_pretrained",
   "chest_xray_private",
+  "chest_xray_private_pretrained",
   "lung_tumours",
+  "mednist",
   "mnist_100_sites",
+  "pneumoniamnist",
 )
 CLASSES, FOLDER = 3, pathlib.Path(inputs.__file__).parent / "flags"
 

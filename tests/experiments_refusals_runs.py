@@ -21,7 +21,7 @@ EXAMPLE                                     | dp | example | dp=none
 SITE                                        | dp | site | dp=none
 --validation=none                           | validation | none | validation=exact
 --num_sites=1                               | num_sites | 1 | 2 or more
---placement=processes                       | placement | processes | placement=auto
+--placement=flower                          | placement | flower | placement=auto
 --record_transcript                         | record_transcript | True | leave
 --trials=0                                  | --trials | 0 | positive
 --pruner=hyperband                          | pruner | hyperband | median

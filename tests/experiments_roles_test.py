@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,6 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
-from experiments_apart import free_port
 from experiments_runs import TINY
 from PIL import Image
 
@@ -30,6 +30,11 @@ PATIENCE = 300.0  # seconds for a step on a busy machine
 MODEL = "chest-1"
 NAMES = ("normal", "bacterial", "viral")
 FLAGS = ("--calibration=phantom", "--ring_bits=64", "--fraction_bits=14", "--margin=8")
+
+
+def free_port():
+  with socket.create_server(("127.0.0.1", 0)) as probe:
+    return probe.getsockname()[1]
 
 
 class Programs:

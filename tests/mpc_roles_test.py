@@ -186,7 +186,7 @@ def test_no_role_can_do_anothers_step(cast):
   assert steps[ModelOwner] == {
     "publish", "resume", "recomputed", "warm_up", "prepare", "answer",
   }  # fmt: skip
-  assert steps[DataOwner] == {"prepare", "ask", "reveal"}
+  assert steps[DataOwner] == {"encoded", "warm_up", "prepare", "ask", "reveal"}
 
 
 # ---- single use
