@@ -151,7 +151,7 @@ def parse_placement(text: str) -> Placement:
   if argument or how not in made:
     raise ValueError(
       f"unknown placement={text!r}; use auto, loop, scan, vmap, chunk=C or mesh; binaries also "
-      "take processes"
+      "take flower"
     )
   return made[how]()
 

@@ -144,7 +144,7 @@ def test_a_process_is_given_the_sizes_of_the_others_and_none_of_their_images(tmp
   for wrong, text in (
     (b"[]", "site 1 has not told how many images it has"),
     (b"[1e400, 1, 1, 1]", "site 1 has not told how many images it has"),
-    (b"[10000000000, 1, 1, 1]", r"site 1 has not told .* it says \[10000000000"),
+    (b"[10000000000, 1, 1, 1]", r"site 1 has not told .*it says \[10000000000"),
     (b'[4, 2, 6, 1, "a", "b"]', r"site 1 has the classes \['a', 'b'\], and site 0"),
     (b"[0," + said[1].partition(b",")[2], r"sites \[1\] have no images to train on"),
   ):
