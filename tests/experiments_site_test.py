@@ -17,7 +17,7 @@ from primia_jax.secagg.errors import Refused
 
 CONFIG = settings.replace(
   Train(), data="folder:elsewhere", label_names="normal,bacterial,viral", image_size=8, model="mlp",
-  rounds=4,
+  rounds=4, placement="flower",
 )  # fmt: skip
 
 
