@@ -43,7 +43,7 @@ class Held(NamedTuple):
 
   def __str__(self) -> str:
     if not self.images:
-      return "no images, so that it trains nothing and only receives"
+      return "no images, so that primia-train has nothing to train on here"
     listed = ", ".join(f"{name} {n}" for name, n in self.of_class.items() if n)
     missing = [name for name, n in self.of_class.items() if not n]
     lone = len(missing) == len(self.of_class) - 1
