@@ -9,11 +9,12 @@ after it was lost, and what the run will cost.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from primia_jax import approval, disclosure
@@ -134,14 +135,21 @@ def admit(site: Site, config: Train) -> None:
     ValueError, FileNotFoundError: beyond a limit of `site.toml`, no roster was accepted, or it has
       other members.
   """
-  try:
+  with _noted(site):
     approval.check(site.approved, approving.offered(config))
     approving.check(config, site.member.limits)
     _check_roster(site, config.hospitals.num_sites)
     most, spent = site.member.limits.max_epsilon, ledgers.spent(Chain(site.ledger))
     if most and spent >= most and not site.run.exists():
       raise ValueError(_beyond(site, spent, "have cost"))
-  except ValueError as error:
+
+
+@contextlib.contextmanager
+def _noted(site: Site) -> Iterator[None]:
+  """Notes a refusal in the journal."""
+  try:
+    yield
+  except (ValueError, FileNotFoundError) as error:
     site_folders.note(site.folder, "refused", why=str(error))
     raise
 
@@ -170,21 +178,23 @@ def check_images(site: Site, images: inputs.Inputs) -> None:
   """
   i, policy = site.member.number, site.member.limits.policy()
   train = images.train
-  policy.check_site(train.sizes[i] + images.validation.sizes[i] + len(images.test))
   ((patients, _),) = inputs.count_patients(Part(train.dataset, (train.sites[i],)))
-  if isinstance(policy.count(patients), disclosure.Suppressed):
-    raise ValueError(
-      f"fewest_patients={policy.fewest_patients} of this site: it would tell the others a smaller "
-      "count, of its patients to train on, and takes no part; lower the floor in "
-      f"{site.folder / site_folders.SETTINGS} if that count may be told"
-    )
+  with _noted(site):
+    policy.check_site(train.sizes[i] + images.validation.sizes[i] + len(images.test))
+    if isinstance(policy.count(patients), disclosure.Suppressed):
+      raise ValueError(
+        f"fewest_patients={policy.fewest_patients} of this site: it would tell the others a "
+        "smaller count, of its patients to train on, and takes no part; lower the floor in "
+        f"{site.folder / site_folders.SETTINGS} if that count may be told"
+      )
 
 
 def check_start(site: Site, model: tuple[Params, ModelState]) -> None:
   """Refuses to go on from a model of another form than approved, or that is not finite; raises
   NotApproved.
   """
-  approval.check_parameters(site.approved, model)
+  with _noted(site):
+    approval.check_parameters(site.approved, model)
 
 
 def check_budget(
@@ -216,7 +226,8 @@ def check_budget(
   bare = any(not one.is_private for one in known)
   total = math.inf if bare else max(map(accounting.epsilon, after))
   if total > most:
-    raise ValueError(_beyond(site, total, "would cost with this one"))
+    with _noted(site):
+      raise ValueError(_beyond(site, total, "would cost with this one"))
 
 
 def _beyond(site: Site, total: float, what: str) -> str:
