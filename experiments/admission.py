@@ -115,8 +115,8 @@ def configured(site: Site, given: Mapping[str, Any]) -> Train:
   """
   if own := [name for name in given if name in approving.SITES_OWN]:
     raise ValueError(
-      f"{own[0]}={given[own[0]]!r}: {site.folder / site_folders.SETTINGS} says where this site's "
-      "images are; change it there"
+      f"{own[0]}={given[own[0]]!r}: this site's images are named in "
+      f"{site.folder / site_folders.SETTINGS}, and its ledger is beside it; leave {own[0]} out"
     )
   settled = json.loads(site.approved.configuration)
   if changed := set(settled) ^ set(approving.names_of_shared()):

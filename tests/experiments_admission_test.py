@@ -162,7 +162,7 @@ def test_what_its_operator_has_not_approved_is_refused_before_work(copied, monke
   with refused("rounds=9 where 2 was approved"):
     admitted(copied, 0, {"rounds": 9})
   with pytest.raises(
-    ValueError, match=r"data='phantom': .*site.toml says where this site's images"
+    ValueError, match=r"data='phantom': this site's images are named in .*site\.toml"
   ):
     admitted(copied, 0, {"data": "phantom"})
   at = copied / "site_0"
@@ -231,12 +231,14 @@ def test_a_run_beyond_a_site_s_limits_is_refused_before_it_trains(
 ):
   change(copied / "site_1", limits=limits)
   results, errors = run_apart(copied, monkeypatch)
-  assert results == {}
+  assert results.keys() <= {"coordinator"}
   with pytest.raises(ValueError, match=words):
     raise errors[1]
-  for i in SITES:
-    assert "round" not in did(copied, i)
-    assert not [e for e in Chain(copied / f"site_{i}" / "ledger").entries if e["kind"] == "charge"]
+  assert not any("round" in did(copied, i) for i in SITES)
+  assert did(copied, 1)[-1] == "refused"
+  assert "start" not in did(copied, 1)
+  chain = Chain(copied / "site_1" / "ledger", read_only=True)
+  assert not [entry for entry in chain.entries if entry["kind"] == "charge"]
 
 
 def test_what_is_spent_counts_together_with_what_a_run_will_cost(trained, tmp_path):
@@ -246,7 +248,7 @@ def test_what_is_spent_counts_together_with_what_a_run_will_cost(trained, tmp_pa
   of_rounds = lambda n: accounting.epsilon(plan.spent(n))
   site, _ = admitted(root, 0)
   for limit, done, left in ((2, 2, 0), (5, 0, 3), (4, 0, 3), (2, 0, 1)):
-    bound = of_rounds(limit) + 1e-9
+    bound = 1.001 * of_rounds(limit)
     member = dataclasses.replace(site.member, limits=Limits(max_epsilon=bound))
     check = lambda site, done=done, left=left: admission.check_budget(
       site, plan, Chain(at / "ledger"), done + left, done, counted=False
@@ -256,7 +258,7 @@ def test_what_is_spent_counts_together_with_what_a_run_will_cost(trained, tmp_pa
       continue
     with pytest.raises(ValueError, match=rf"epsilon {of_rounds(2 + left):.4g}, of which"):
       check(site._replace(member=member))
-  change(at, limits=Limits(fewest_patients=4, max_epsilon=of_rounds(2)))
+  change(at, limits=Limits(fewest_patients=4, max_epsilon=0.999 * of_rounds(2)))
   admitted(root, 0)  # the run that has spent it can still be started, e.g. to write its report
   approve(root, 0, settings.replace(RUN, rounds=1))
   with pytest.raises(ValueError, match=r"have cost epsilon .*; it trains nothing"):
@@ -295,7 +297,7 @@ def test_a_state_that_is_not_finite_is_not_taken_up(copied, monkeypatch):
 
   monkeypatch.setattr(starts, "catch_up", planted)
   results, errors = run_apart(copied, monkeypatch)
-  assert results == {}
+  assert results.keys() <= {"coordinator"}
   assert isinstance(errors[1], NotApproved)
   assert "not finite" in str(errors[1])
   assert all("start" not in did(copied, i) for i in SITES)
