@@ -22,7 +22,7 @@ from primia_jax.approval import Approval, NotApproved
 from primia_jax.data.sites import Part
 from primia_jax.privacy import accounting, histories
 from primia_jax.privacy.accounting import Ledger
-from primia_jax.privacy.chain import Chain
+from primia_jax.privacy.chain import FILE, Chain
 from primia_jax.privacy.plan import Plan
 from primia_jax.secagg import pinning, roster
 from primia_jax.types import ModelState, Params
@@ -32,6 +32,7 @@ from .configs import Train
 from .site_folders import COORDINATOR, Member
 
 _RUNS, _DIGITS = "runs", 12  # folder of a site's runs, each named by so many digits
+_ENTRY = "ledger"  # in the journal: the hash of the ledger's last entry
 
 
 class Site(NamedTuple):
@@ -139,9 +140,29 @@ def admit(site: Site, config: Train) -> None:
     approval.check(site.approved, approving.offered(config))
     approving.check(config, site.member.limits)
     _check_roster(site, config.hospitals.num_sites)
-    most, spent = site.member.limits.max_epsilon, ledgers.spent(Chain(site.ledger))
+    most, spent = site.member.limits.max_epsilon, ledgers.spent(_ledger(site))
     if most and spent >= most and not site.run.exists():
       raise ValueError(_beyond(site, spent, "have cost"))
+
+
+def _ledger(site: Site) -> Chain:
+  """The site's ledger, which must hold what the journal says that it held: a new one would forget
+  what was spent.
+  """
+  if not (path := site.ledger / FILE).is_file():
+    raise FileNotFoundError(
+      f"{path}: this site's ledger is missing; restore it from a backup. Without it nobody knows "
+      "what was spent"
+    )
+  chain = Chain(site.ledger, read_only=True)
+  seen = [one[_ENTRY] for one in site_folders.notes(site.folder) if one.get(_ENTRY)]
+  if seen and chain.place(seen[-1]) is None:
+    raise ValueError(
+      f"{chain.path} has lost entries: the journal of {site.folder} names the entry "
+      f"{seen[-1][:16]}, which it does not hold; restore the file from a backup. Without it nobody "
+      "knows what was spent"
+    )
+  return chain
 
 
 @contextlib.contextmanager
@@ -247,7 +268,7 @@ def note_start(site: Site, config: Train, done: int) -> None:
   site_folders.note(site.folder, "start", **facts)
 
 
-def note_round(site: Site, row: Mapping[str, Any]) -> None:
-  """Notes a round in the journal, from its line."""
+def note_round(site: Site, row: Mapping[str, Any], last_entry: str) -> None:
+  """Notes a round in the journal: what its line says, and the ledger's last entry, if there is one."""
   told = {name: row[name] for name in ("round", "survivors", "lost", "epsilon") if name in row}
-  site_folders.note(site.folder, "round", run=site.run.name, **told)
+  site_folders.note(site.folder, "round", run=site.run.name, **told, **{_ENTRY: last_entry})

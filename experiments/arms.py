@@ -177,12 +177,13 @@ def train(
       with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
       log(row)
+      last_entry = "" if charges is None else charges.chain.last
       is_due = time.monotonic() - saved >= save_every or done.number == most
       if is_due or charges is not None or joined is not None:
-        checkpoints.save(done.number, state, best, "" if charges is None else charges.chain.last)
+        checkpoints.save(done.number, state, best, last_entry)
         saved = time.monotonic()
       if site is not None:
-        admission.note_round(site, row)
+        admission.note_round(site, row, last_entry)
       epsilon = None if charges is None else f"epsilon {charges.epsilon:.2f}"
       shown = epsilon or f"loss {row['train_loss']:.3f}"
       shown += f"  MCC {row['val_mcc']:.3f}" if "val_mcc" in row else ""

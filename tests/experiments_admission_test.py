@@ -265,6 +265,17 @@ def test_what_is_spent_counts_together_with_what_a_run_will_cost(trained, tmp_pa
     admitted(root, 0)
 
 
+def test_a_ledger_that_was_deleted_or_put_back_is_missed(trained, tmp_path):
+  path = again(trained[0], tmp_path) / "site_0" / "ledger" / "ledger.jsonl"
+  first, *_ = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(first)
+  with pytest.raises(ValueError, match=r"ledger\.jsonl has lost entries: the journal"):
+    admitted(tmp_path, 0)
+  path.unlink()
+  with pytest.raises(FileNotFoundError, match="this site's ledger is missing; restore it"):
+    admitted(tmp_path, 0)
+
+
 def test_sites_that_approved_different_things_are_in_no_sum(copied, monkeypatch):
   approve(copied, 1, settings.replace(RUN, rounds=3))
 
