@@ -269,6 +269,6 @@ def note_start(site: Site, config: Train, done: int) -> None:
 
 
 def note_round(site: Site, row: Mapping[str, Any], last_entry: str) -> None:
-  """Notes a round in the journal: what its line says, and the ledger's last entry, if there is one."""
+  """Notes a round in the journal: what its line says, and the ledger's last entry, if any."""
   told = {name: row[name] for name in ("round", "survivors", "lost", "epsilon") if name in row}
   site_folders.note(site.folder, "round", run=site.run.name, **told, **{_ENTRY: last_entry})
