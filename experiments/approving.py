@@ -9,12 +9,12 @@ import hashlib
 import importlib.metadata
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from primia_jax import approval, models, multilabel
+from primia_jax import approval, disclosure, models, multilabel
 from primia_jax.data.load import load
 
 from . import inputs, settings
@@ -23,7 +23,7 @@ from .settings import names
 from .site_folders import NO_IMAGES, Limits, Member, Own
 
 _CODE = ("*.py", "*.c", "*.h")
-_SITES_OWN = (*(field.name for field in dataclasses.fields(Own)), "site_data", "ledger_dir")
+SITES_OWN = (*(field.name for field in dataclasses.fields(Own)), "site_data", "ledger_dir")
 
 
 class Held(NamedTuple):
@@ -43,7 +43,7 @@ class Held(NamedTuple):
 
   def __str__(self) -> str:
     if not self.images:
-      return "no images, so that it trains nothing and only receives"
+      return "no images, so that primia-train has nothing to train on here"
     listed = ", ".join(f"{name} {n}" for name, n in self.of_class.items() if n)
     missing = [name for name, n in self.of_class.items() if not n]
     lone = len(missing) == len(self.of_class) - 1
@@ -73,7 +73,40 @@ def shared(config: Train) -> str:
   shape and preprocessing among them; where each site's images are is its own affair.
   """
   known = settings.flat(config)
-  return approval.shared({name: known[name] for name in known if name not in _SITES_OWN})
+  return approval.shared({name: known[name] for name in names_of_shared()})
+
+
+def names_of_shared() -> list[str]:
+  """The names of the settings that all sites share."""
+  return [name for name in settings.flat(Train()) if name not in SITES_OWN]
+
+
+def apart(given: Mapping[str, Any], own: Own) -> Train:
+  """The configuration as one site among others runs it: it opens no source but its own, so that
+  this one stands for all.
+
+  Args:
+    given: settings that sites share, by name; others are at their defaults.
+    own: where its images are.
+
+  Raises:
+    ValueError: the settings do not go together.
+  """
+  if "," in own.data:
+    raise ValueError(f"data={own.data!r}: a comma ends the name of a source; use a path without")
+  fields = dataclasses.asdict(own)
+  num_sites = given.get("num_sites", Train().hospitals.num_sites)
+  source = ",".join([fields.pop("data")] * num_sites)
+  return settings.replace(Train(), **given, **fields, site_data=source)
+
+
+def leaving(config: Train) -> list[str]:
+  """The kinds of numbers that leave each site in a run, of `disclosure.KINDS`."""
+  p, is_counted = config.privacy, config.training.class_weights
+  kinds = [disclosure.UPDATES, disclosure.EXACT_COUNTS]  # sites tell how many images they have
+  if is_counted and p.dp != "none" and p.dp_count_noise:
+    kinds.append(disclosure.NOISED_COUNTS)
+  return [*kinds, disclosure.METRICS] if p.validates else kinds
 
 
 def label_names(config: Train) -> tuple[str, ...]:
@@ -109,7 +142,15 @@ def check(config: Train, limits: Limits) -> None:
     ValueError: naming the limit and the setting.
   """
   rehearse(config)
-  limits.policy().check_sum(config.fewest_in_sum)
+  if not config.in_processes:
+    raise ValueError(
+      f"placement={config.federation.placement} of the configuration: hospitals apart train with "
+      "placement=flower; have the coordinator set it"
+    )
+  policy = limits.policy()
+  policy.check_sum(config.fewest_in_sum)
+  for kind in leaving(config):
+    policy.check(kind)
   rounds, p = config.training.rounds, config.privacy
   if 0 < limits.max_rounds < rounds:
     raise ValueError(f"rounds={rounds} of the configuration, and max_rounds={limits.max_rounds}")

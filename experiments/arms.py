@@ -20,7 +20,7 @@ from primia_jax.privacy import ledger
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.types import Array, ModelState, Params
 
-from . import ledgers, lines, loop, markdown, progress, starts, transcripts
+from . import admission, ledgers, lines, loop, markdown, progress, starts, transcripts
 from .configs import Train
 from .trainers import Cohort, Trainer
 
@@ -98,6 +98,10 @@ def train(
   rows_of = lambda tree: place.placement.put(jax.tree.map(np.asarray, tree))
   state = state._replace(site_state=rows_of(state.site_state))
   best = best._replace(site_state=rows_of(best.site_state))
+  site = None if joined is None else joined.site
+  if site is not None:
+    model = state.params, state.model_state
+    admission.check_start(site, model if frozen is None else frozen.whole(*model))
   path, step = own_folder / ledger.LEDGER, trainer.rounds.step
   if joined is not None:
     told = starts.agree(joined, place.number, initial, state, ledger.public(path))
@@ -112,6 +116,11 @@ def train(
     assert ledger_dir is not None
     mine = cohort.mine.tolist()
     charges = ledgers.begin(privacy, cohort.train, mine, path, ledger_dir, is_private, last_entry)
+  if site is not None:
+    if privacy is not None and charges is not None:
+      of_run = config.training.rounds, int(state.round), charges.counts is not None
+      admission.check_budget(site, privacy, charges.chain, *of_run)
+    admission.note_start(site, config, int(state.round))
 
   everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
   if config.training.class_weights:
@@ -169,10 +178,13 @@ def train(
       with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
       log(row)
+      last_entry = "" if charges is None else charges.chain.last
       is_due = time.monotonic() - saved >= save_every or done.number == most
       if is_due or charges is not None or joined is not None:
-        checkpoints.save(done.number, state, best, "" if charges is None else charges.chain.last)
+        checkpoints.save(done.number, state, best, last_entry)
         saved = time.monotonic()
+      if site is not None:
+        admission.note_round(site, row, last_entry)
       epsilon = None if charges is None else f"epsilon {charges.epsilon:.2f}"
       shown = epsilon or f"loss {row['train_loss']:.3f}"
       shown += f"  MCC {row['val_mcc']:.3f}" if "val_mcc" in row else ""

@@ -263,9 +263,7 @@ def ledger(site_dir: str) -> None:
 
 
 def _budget(folder: pathlib.Path, limits: Limits) -> str:
-  chain = Chain(folder / site_folders.LEDGER, read_only=True)
-  known = histories.histories(chain)
-  spent = histories.worst(known).epsilon if known else 0.0
+  spent = ledgers.spent(Chain(folder / site_folders.LEDGER, read_only=True))
   if not limits.max_epsilon:
     return f"epsilon {spent:.4g} spent, no limit set"
   left = max(0.0, limits.max_epsilon - spent)

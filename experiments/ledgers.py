@@ -119,6 +119,14 @@ def units(chain: Chain, part: Part, site: int) -> set[bytes]:
   return found
 
 
+def spent(chain: Chain) -> float:
+  """The epsilon that all runs have cost a unit together, the worst one; infinite where the noise of
+  one can be repeated.
+  """
+  known = histories.histories(chain)
+  return histories.worst(known).epsilon if known else 0.0
+
+
 def together(chain: Chain, delta: float | None = None, only: str = "") -> dict[str, Any]:
   """Rows on all runs that the ledger holds, and on its last entry; `only` says whose it is."""
   known = histories.histories(chain, delta)

@@ -14,15 +14,17 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from primia_jax import sites
+from primia_jax import approval, sites
 from primia_jax.flower import channel
 from primia_jax.secagg import Aborted, exchange, meeting, pinning, roster
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import Carrier
+from primia_jax.secagg.errors import Refused
 
+from . import admission
 from .configs import Train
 
 RUN = "run"  # of a site's run, in its folder
@@ -34,10 +36,11 @@ class Joined(NamedTuple):
   Attributes:
     exchange: its end of all sums.
     pinned: the identities of all.
-    settings: of the run, as bytes.
-    own: the folder of its own.
+    settings: of the run, as bytes; the digest of what its operator approved, if there is one.
+    own: the folder of what it keeps of the run.
     carrier: to the coordinator.
     num_colluding: sites that may collude with the coordinator.
+    site: whose own folder says what it may train; None without.
   """
 
   exchange: exchange.Exchange
@@ -46,6 +49,7 @@ class Joined(NamedTuple):
   own: pathlib.Path
   carrier: Carrier
   num_colluding: int
+  site: admission.Site | None = None
 
 
 class Place(NamedTuple):
@@ -75,11 +79,13 @@ class Seat(NamedTuple):
     timeout: seconds for which it waits for the coordinator's next message: longer than a stage may
       take.
     own: the folder of its own, from `own_folder`.
+    site: if `primia-site` has made that folder; the run was admitted.
   """
 
   number: int
   timeout: float
   own: pathlib.Path
+  site: admission.Site | None = None
 
 
 def sites_folder(folder: pathlib.Path, named: str) -> pathlib.Path:
@@ -135,7 +141,8 @@ def meet(
   """Says hello to the others with this site's own identity, and checks theirs.
 
   They are those of the roster that this site has accepted (`secagg.pinning`), whose digest is then
-  in every signature. Without a roster the first meeting pins them.
+  in every signature. Without a roster the first meeting pins them. What its operator approved is
+  in every signature, too, and all must have approved the same.
 
   Args:
     config: of the run.
@@ -148,9 +155,12 @@ def meet(
 
   Raises:
     Lost: the coordinator or the others do not come in time.
-    Refused: a site shows another identity than the roster's, or than at an earlier start.
+    Refused: a site shows another identity than the roster's, or than at an earlier start, or its
+      operator approved something else.
   """
-  num_sites, settings = config.hospitals.num_sites, settings_of(config)
+  num_sites, site = config.hospitals.num_sites, seat.site
+  approved = b"" if site is None else approval.digest(site.approved)
+  settings = approved or settings_of(config)
   # Also where it is lost, or was never accepted: then nobody is trusted for having come first.
   marks = pinning.FILE, pinning.SEEN, "site.toml"
   has_roster = any((seat.own / name).exists() for name in marks)
@@ -159,18 +169,35 @@ def meet(
   own = identity(seat.own / "identity")
   with leaving(carrier, seat.number):
     invitation = meeting.invited(carrier)
-    made = meeting.hello(own, seat.number, invitation, told)
+    made = meeting.hello(own, seat.number, invitation, approved + told)
     hellos = meeting.tell_all(carrier, made, num_sites)
     first = None if known is None else pinning.pinned(known, own)
     known_file = seat.own / "identities.json"
     pinned = meeting.pin(hellos, invitation, own, seat.number, first or known_file)
+    _check_approved(seat.number, approved, {i: one.told for i, one in hellos.items()})
     run = settings + b"".join(msg.encode(hellos[i]) for i in range(num_sites))
     run += b"" if known is None else roster.digest(known)
   sums = exchange.Exchange(carrier, seat.number, pinned, run)
   colluding = config.aggregation.num_colluding(num_sites)
-  joined = Joined(sums, pinned, settings, seat.own, carrier, colluding)
+  kept = seat.own if site is None else site.run
+  joined = Joined(sums, pinned, settings, kept, carrier, colluding, site)
   place = Place(sites.own_process(seat.number), joined, seat.number)
-  return place, {i: message.told for i, message in hellos.items()}
+  return place, {i: message.told[len(approved) :] for i, message in hellos.items()}
+
+
+def _check_approved(number: int, approved: bytes, told: Mapping[int, bytes]) -> None:
+  """Refuses sites whose operator approved something else; all signatures would differ, and not say
+  why.
+  """
+  if others := [i for i, said in told.items() if not said.startswith(approved)]:
+    theirs = roster.spoken(told[others[0]][: len(approved)])
+    raise Refused(
+      number,
+      "hello",
+      "inconsistent",
+      f"site {others[0]} has approved {theirs}, and this site {roster.spoken(approved)}; compare "
+      "the digests that primia-site approve printed, and the configurations",
+    )
 
 
 @contextlib.contextmanager

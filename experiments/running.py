@@ -21,6 +21,7 @@ from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
 
 from . import (
+  admission,
   arms,
   crossings,
   folders,
@@ -174,9 +175,13 @@ def _run(
   ledger_dir, own = None, folder if seat is None else seat.own
   if is_private:
     ledger_dir = ledgers.folder(config.privacy, config.data, own, process)
+    if seat is not None and seat.site is not None:
+      ledger_dir = seat.site.ledger
     Chain(ledger_dir)  # refused before any work, if it cannot be written or is broken
   images = inputs.site_images(config, process)
   image_facts.check_sizes(config, images.train)
+  if seat is not None and seat.site is not None:
+    admission.check_images(seat.site, images)
   label_names = images.train.dataset.label_names
   tasks.check(config.model.model, images.train.dataset, config.data.is_multi)
   task = tasks.of(config.model.model, config.data.is_multi)
@@ -259,6 +264,9 @@ def _run(
     radiologist = {"radiologist (PriMIA)": [[189, 3, 42], [67, 85, 90], [13, 11, 124]]}
   title = f"Federated training, {len(everyone)} sites" if federated else "Pooled training"
   spent = {name: _by_site(trained[name].ledgers, members) for name, members, _ in plan}
+  shown = settings.flat(config) | facts
+  if seat is not None and seat.site is not None:
+    shown["site_data"] = seat.site.member.own.data  # which stands there for all sites
   secure = sums.facts(config, images, main.sent) if federated else None
   about_run = main.rows, main.sent, len(label_names), len(images.test)
   crossed = crossings.of_run(config, *about_run) if federated else []
@@ -269,7 +277,7 @@ def _run(
     all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"], only)
     privacy = ledgers.of_arms(spent) | privacy | all_runs
   if task.of_pixels or task.is_multi:
-    said_of = settings.flat(config) | facts, of_images, main.rows, secure, privacy
+    said_of = shown, of_images, main.rows, secure, privacy
     of_run = segmentation_report.Facts(*said_of, config.disclosure.policy(), crossed)
     arms_found = {name: predictions[name] for name in order}
     writer = segmentation_report if task.of_pixels else multilabel_report
@@ -284,7 +292,7 @@ def _run(
     data_name=images.test.name,
     arms={name: report.Arm(images.test.labels, of_arm) for name, of_arm in found.items()},
     label_names=label_names,
-    config=settings.flat(config) | facts,
+    config=shown,
     versions=report.versions(),
     rounds=main.rows,
     secure_aggregation=secure,

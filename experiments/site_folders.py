@@ -25,7 +25,7 @@ from primia_jax.secagg import keys, pinning
 
 from . import refusals
 from .configs.data import Data
-from .settings import require, setting
+from .settings import names, require, setting
 
 SETTINGS, IDENTITY, NEXT, PUBLIC = "site.toml", "identity", "identity_next", "public.json"
 APPROVAL, LEDGER, JOURNAL = "approval.json", "ledger", "journal.jsonl"
@@ -80,6 +80,9 @@ class Limits:
   max_epsilon: float = setting(
     0.0, "epsilon that all runs on these images may cost together; 0 sets no limit"
   )
+  leaves: str = setting(
+    ",".join(disclosure.KINDS), "kinds of numbers that may leave this site, separated by commas"
+  )
 
   def __post_init__(self):
     self.policy()
@@ -89,7 +92,7 @@ class Limits:
   def policy(self) -> disclosure.Policy:
     """The floors as the library takes them."""
     floors = self.fewest_patients, self.fewest_sites, self.fewest_images
-    return disclosure.Policy(disclosure.KINDS, *floors)
+    return disclosure.Policy(names(self.leaves), *floors)
 
 
 @dataclasses.dataclass(frozen=True)

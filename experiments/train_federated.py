@@ -12,6 +12,11 @@ machine, or with --site=N this hospital alone, as docs/flower.md says for hospit
 --data and takes its share. --aggregation=clear and the robust rules show every update to the
 server.
 
+A hospital whose folder primia-site has made needs no other flag: it trains what its operator has
+approved, on its own images and within its own limits, and refuses anything else.
+
+  primia-train --run_dir=/srv/primia/a
+
 The defaults are made for the phantom; for images of your own start from a --preset.
 
 The run folder holds report.md (federated beside pooled and local training, where these are
@@ -20,11 +25,23 @@ when it is started again with the same --run_dir.
 """
 
 import sys
+from typing import Any
 
 import jax
 from absl import flags
 
-from . import folders, inputs, presets, processes, refusals, report, running, settings, trial
+from . import (
+  admission,
+  folders,
+  inputs,
+  presets,
+  processes,
+  refusals,
+  report,
+  running,
+  settings,
+  trial,
+)
 from .configs import Train, rehearse
 
 settings.define_flags(Train)
@@ -44,7 +61,8 @@ flags.DEFINE_integer(
   "site",
   -1,
   "placement=flower: number of this hospital's site, from 0: runs it alone, and --run_dir is its "
-  "own folder, which its SuperNode names, too; -1 starts a trial of all on this machine",
+  "own folder, which its SuperNode names, too; -1 starts a trial of all on this machine, or takes "
+  "the number in a folder that primia-site has made",
 )
 flags.DEFINE_float(
   "stage_timeout",
@@ -64,7 +82,12 @@ flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:
-  config = settings.from_flags(Train)
+  site = admission.of(FLAGS.run_dir)
+  if site is None:
+    config, number = settings.from_flags(Train), FLAGS.site
+  else:
+    config = admission.configured(site, _given())
+    number = admission.number(site, FLAGS.site if FLAGS["site"].present else None)
   num_sites = config.hospitals.num_sites
   if num_sites < 2:
     raise ValueError(f"num_sites={num_sites}: one site is not a federation; use primia-pooled")
@@ -75,15 +98,13 @@ def main() -> None:
       raise ValueError(
         f"{name}={FLAGS[name].value} belongs to placement=flower, not {config.federation.placement}"
       )
-  if FLAGS["site"].present and not 0 <= FLAGS.site < num_sites:
-    raise ValueError(
-      f"site={FLAGS.site}; use 0 to {num_sites - 1}, the number of this hospital's site"
-    )
+  if (site or FLAGS["site"].present) and not 0 <= number < num_sites:
+    raise ValueError(f"site={number}; use 0 to {num_sites - 1}, the number of this hospital's site")
   if not 0 < FLAGS.stage_timeout < float("inf"):
     raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
   if FLAGS.sites_dir:
     refusals.folder("sites_dir", FLAGS.sites_dir)
-  if in_processes and FLAGS.site < 0:
+  if in_processes and number < 0:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)
     inputs.check_sources(config)
@@ -97,18 +118,26 @@ def main() -> None:
   seat, run_dir = None, FLAGS.run_dir
   if not in_processes:
     running.prepare_devices(config.federation.placement)
-  rehearse(config)
-  inputs.check_sources(config, FLAGS.site if in_processes else None)
+  if site is None:
+    rehearse(config)
+  else:
+    admission.admit(site, config)
+  inputs.check_sources(config, number if in_processes else None)
   if in_processes:
     own = folders.role("run_dir", FLAGS.run_dir)
     own.mkdir(mode=0o700, parents=True, exist_ok=True)
     processes.check_own(own)
-    run_dir = str(own / processes.RUN)
-    seat = processes.Seat(FLAGS.site, _PATIENCE * FLAGS.stage_timeout, own)
+    run_dir = str(own / processes.RUN if site is None else site.run)
+    seat = processes.Seat(number, _PATIENCE * FLAGS.stage_timeout, own, site)
   folder = running.open_run(config, run_dir)
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
   result = running.run(config, folder, federated=True, baselines=baselines, log=log, seat=seat)
   report.print_summary(result, folder)
+
+
+def _given() -> dict[str, Any]:
+  """The settings on the command line, by name."""
+  return {name: FLAGS[name].value for name in settings.flat(Train()) if FLAGS[name].present}
 
 
 if __name__ == "__main__":

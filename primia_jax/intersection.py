@@ -21,6 +21,7 @@ sign them with the sites' identities (`secagg.roster`).
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import secrets
 import unicodedata
@@ -30,6 +31,7 @@ from nacl import bindings, exceptions
 
 POINT_BYTES = 32
 MAX_IDS = 1_000_000
+_VERSION = 1
 _DOMAIN = b"primia_jax intersection v1"
 
 
@@ -62,6 +64,50 @@ class Site:
 
   def __repr__(self) -> str:
     return f"Site({len(self._ids)} ids)"
+
+  def is_of(self, context: bytes) -> bool:
+    """Whether this end was made for a context."""
+    return self._context == context
+
+  def encode(self) -> bytes:
+    """This end as a file, for steps that are days apart. It holds ids and secret: keep it where the
+    site's user alone can read it, write it anew after each step before a message goes out, and
+    never go back to an older one.
+    """
+    listed = lambda points: [point.hex() for point in points]
+    fields = {
+      "version": _VERSION,
+      "ids": self._ids,
+      "context": self._context.hex(),
+      "max_ids": self._max_ids,
+      "secret": self._secret and self._secret.hex(),
+      "theirs": None if self._theirs is None else listed(sorted(self._theirs)),
+      "blinded": listed(self.blinded),
+    }
+    return json.dumps(fields).encode()
+
+  @classmethod
+  def decode(cls, data: bytes, where: str = "the intersection") -> Site:
+    """The end in a file of `encode`.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+      found = json.loads(data)
+      if found["version"] != _VERSION:
+        raise ValueError(f"version {found['version']!r}; this code reads {_VERSION}")
+      points = lambda listed: [bytes.fromhex(point) for point in listed]
+      made = cls.__new__(cls)
+      made._ids, made._max_ids = list(map(str, found["ids"])), int(found["max_ids"])
+      made._context = bytes.fromhex(found["context"])
+      made._secret = found["secret"] and bytes.fromhex(found["secret"])
+      theirs = found["theirs"]
+      made._theirs = None if theirs is None else frozenset(points(theirs))
+      made.blinded = points(found["blinded"])
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(f"{where} is damaged ({error!r}); begin another intersection") from error
+    return made
 
   def answer(self, theirs: Sequence[bytes]) -> list[bytes]:
     """The second message: the other's first one, raised to this site's secret, in its order.

@@ -44,6 +44,9 @@ status --site_dir={missing}                 | site_dir | {missing} | primia-site
 status --site_dir={file}                    | site_dir | {file} | folder
 status --site_dir={folder} --number=3       | number | init | leave it out
 approve --site_dir={folder}                 | site_dir | {folder} | primia-site init
+intersect --site_dir={folder}               | site_dir | {folder} | primia-site init
+offer --site_dir={folder}                   | site_dir | {folder} | primia-site init
+status --site_dir={folder} --settings=x     | settings | offer | leave it out
 init --site_dir={new} extra                 | extra | is no flag | --name=value
 """
 

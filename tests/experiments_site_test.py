@@ -17,7 +17,7 @@ from primia_jax.secagg.errors import Refused
 
 CONFIG = settings.replace(
   Train(), data="folder:elsewhere", label_names="normal,bacterial,viral", image_size=8, model="mlp",
-  rounds=4,
+  rounds=4, placement="flower",
 )  # fmt: skip
 
 
@@ -156,6 +156,7 @@ def test_limits_of_a_site_refuse_a_configuration(world):
     (Limits(max_epsilon=2), "max_epsilon=2 of this site, and dp=none"),
     (Limits(fewest_sites=4), "a sum over 3 sites; this site's policy needs at least 4"),
     (Limits(fewest_images=7), "fewer than fewest_images=7 images"),
+    (Limits(leaves="sums of updates,exact counts"), "metrics may not leave this site"),
   ):
     member = site_folders.Member(0, "hospital-a", site_folders.read(world.root / "a").own, limits)
     site_folders.write(world.root / "a", member)
@@ -233,6 +234,7 @@ def test_a_journal_keeps_whole_lines(tmp_path):
     ('number = 0\nname = "a"\n[data]\ndata = 3', "data=3 must be of type str"),
     ('number = 0\nname = "a"\n[limits]\nfewest_sites = true', "fewest_sites=True must be of type"),
     ('number = 0\nname = "a"\n[limits]\nmax_rounds = -1', "max_rounds=-1"),
+    ('number = 0\nname = "a"\n[limits]\nleaves = "images"', "leaves=.*images"),
   ],
 )
 def test_a_wrong_site_toml_is_refused(tmp_path, text, said):

@@ -85,6 +85,27 @@ def test_a_step_can_be_taken_once():
   assert repr(a) == "Site(2 ids)"
 
 
+def test_steps_may_be_days_apart():
+  """Each end is read back from its file before each step, and knows which steps it has taken."""
+  a, b = Site(["1", "2"], CONTEXT, max_ids=2), Site(["2", "3"], CONTEXT)
+  a, again = Site.decode(a.encode()), a.blinded
+  assert a.blinded == again
+  to_b = a.answer(b.blinded)
+  to_a = b.answer(a.blinded)
+  a = Site.decode(a.encode())
+  with pytest.raises(ValueError, match="this site has answered already"):
+    a.answer(b.blinded)
+  assert a.finish(to_a) == b.finish(to_b) == {"2"}
+  with pytest.raises(ValueError, match="answer the other"):
+    Site.decode(a.encode()).finish(to_a)
+  few = Site.decode(Site(["1"], CONTEXT, max_ids=1).encode())
+  with pytest.raises(ValueError, match="sends 2 ids, more than 1"):
+    few.answer(b.blinded)
+  for wrong in (b"{", b"{}", b"[]", a.encode().replace(b'"version": 1', b'"version": 2')):
+    with pytest.raises(ValueError, match="the intersection is damaged"):
+      Site.decode(wrong)
+
+
 SMALL_ORDER = bytes([1] + [0] * 31)  # the identity; a secret times it tells the secret's residue
 
 
