@@ -21,7 +21,7 @@ SAID = (  # what a site says in a run of one round
 TOLD = (  # and what it is told
   "Invitation", "hellos", "words", "starts", "Roster", "Delivery", "Survivors", "Consents", "Total",
 )  # fmt: skip
-FAULTY = 1  # the site at which it happens; see also `test_...every_site`
+FAULTY = 1  # the site at which it happens
 
 
 # ---- faults of a message: (the clean messages of the same place in an earlier run, by site; its

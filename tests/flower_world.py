@@ -71,7 +71,8 @@ def site(root, number, end, rounds, config=CONFIG):
   seat = processes.Seat(number, DEADLINE, processes.own_folder(root / "own", number))
   place, _ = processes.meet(config, end, seat)
   joined, path, files = place.joined, seat.own / ledger.LEDGER, Files(seat.own)
-  secure = secagg.secure_sum(num_sites, threshold=config.aggregation.secagg_threshold)
+  threshold = config.aggregation.secagg_threshold
+  secure = secagg.secure_sum(num_sites, threshold=threshold if threshold > 0 else None)
   with processes.leaving(end, number):
     zero = jnp.zeros(SIZE, jnp.uint32)
     initial = federated.State(zero, (), (), (), jnp.int32(0))
@@ -142,7 +143,11 @@ class World:
 
   def is_late(self, site):
     """Whether the site will not answer before all is over."""
-    return self.silent is not None and self.silent <= (site, len(self.said[site])) < (site + 1,)
+    return (
+      self.silent is not None
+      and self.silent[0] == site
+      and (len(self.said[site]) >= self.silent[1])
+    )
 
   def end_of(self, site):
     """The site's end of the carrier."""

@@ -52,8 +52,11 @@ def run(grid: Any, folder: pathlib.Path, num_sites: int, timeout: float) -> None
   identity = meeting.own_identity(folder / IDENTITY)
 
   def tell(report: coordinator.Report) -> None:
-    with (folder / SUMS).open("a") as file:
-      file.write(json.dumps(coordinator.numbers(report)) + "\n")
+    try:
+      with (folder / SUMS).open("a") as file:
+        file.write(json.dumps(coordinator.numbers(report)) + "\n")
+    except OSError as error:  # a full disk does not say which file
+      raise OSError(error.errno, error.strerror, str(folder / SUMS)) from error
 
   ending: dict[str, Any] = {"failed": "", "left": {}}
   try:
