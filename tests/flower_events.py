@@ -116,8 +116,8 @@ def swapped_key(root):
   return coordinators(world), sites(world), again(root, first, world)
 
 
-def other_sums(root):
-  """Site 1 is told another sum than the others, signed by the coordinator."""
+def told_other_sums(root, rounds):
+  """Site 1 is told other sums than the others, signed by the coordinator."""
   take = protocol.take_total
 
   def told(one, total, server):
@@ -125,19 +125,24 @@ def other_sums(root):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(protocol, "take_total", told)
-    world = World().run(root, rounds=2)
+    return World().run(root, rounds=rounds)
+
+
+def other_sums(root):
+  world = told_other_sums(root, 2)
   assert [report.opened.survivors for report in world.reports] == [(0, 1, 2), (0, 2)]
-  wrong = World().run(root, rounds=3)
-  assert released(wrong, 1) == 0
-  for path in (root / "own" / "site_1").glob("*.npy"):  # as the refusal says
-    path.unlink()
-  (root / "own" / "site_1" / "states.json").unlink()
-  again(root, world, wrong, rounds=3)
-  return (
-    coordinators(world),
-    sites(world),
-    f"{sites(wrong)}; {RIGHT} when site 1's state is taken away",
-  )
+  return coordinators(world), sites(world), again(root, world, rounds=3)
+
+
+def other_last_sum(root):
+  world = told_other_sums(root, 1)
+  refused = World().run(root, rounds=2)
+  assert all("start from another state" in str(refused.errors[i]) for i in range(3))
+  for name in ("1.npy", "states.json"):
+    (root / "own" / "site_1" / name).unlink()
+  again(root, world, refused)
+  ends = f"{sites(refused)}; {RIGHT} once what site 1 keeps is taken away"
+  return coordinators(world), sites(world), ends
 
 
 def other_settings(root):
@@ -223,9 +228,9 @@ def coordinator_disk_is_full(root):
   def tell(report):
     raise OSError(errno.ENOSPC, "No space left on device", "sums.jsonl")
 
-  world = World().run(root, tell=tell)
-  assert "the coordinator has failed" in str(world.errors[0]) or not world.errors.get(0)
-  return coordinators(world), sites(world), again(root, world)
+  world = World().run(root, rounds=2, tell=tell)
+  assert all("the coordinator has failed" in str(world.errors[i]) for i in range(3))
+  return coordinators(world), sites(world), again(root, world, rounds=3)
 
 
 def two_are_killed(root):
@@ -246,6 +251,7 @@ EVENTS = {
   "another coordinator, or its folder was lost": other_coordinator,
   "the folder of site 1 was lost, or another has its place": swapped_key,
   "the coordinator tells site 1 another sum": other_sums,
+  "the coordinator tells site 1 another last sum": other_last_sum,
   "site 1 has other settings": other_settings,
   "site 1 has another roster": other_roster,
   "all clocks jump by two days": clocks_off,
