@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 
@@ -36,7 +37,13 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def _write(path: pathlib.Path, data: bytes, mode: int, flag: int) -> None:
-  with open(os.open(path, os.O_WRONLY | os.O_CREAT | flag, mode), "wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
+  descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flag, mode)
+  try:
+    with open(descriptor, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+  except OSError as error:  # a full disk, for one
+    with contextlib.suppress(OSError):
+      path.unlink()  # no part of a file stays behind
+    raise OSError(error.errno, error.strerror or str(error), str(path)) from error

@@ -160,6 +160,22 @@ def test_too_few_nodes_or_too_many_start_no_run_and_the_folder_says_why(tmp_path
     assert grid.count == 0
 
 
+def test_a_coordinator_that_cannot_write_ends_the_run_for_all_and_says_so(tmp_path):
+  (tmp_path / "coordinator" / "sums.jsonl").mkdir(parents=True)
+
+  def two(i, sums):
+    one_sum(i, sums)
+    return one_sum(i, sums)
+
+  results, errors, folder, _ = play(tmp_path, two)
+  assert results == {}
+  assert isinstance(errors["coordinator"], IsADirectoryError)
+  assert "sums.jsonl" in str(errors["coordinator"])
+  assert "sums.jsonl" in json.loads((folder / "ending.json").read_text())["failed"]
+  for i in range(3):
+    assert "the coordinator has failed; its own log says why" in str(errors[i])
+
+
 def test_a_site_that_takes_another_s_number_ends_the_meeting_for_all(tmp_path):
   stranger = keys.identity()
 

@@ -1,9 +1,12 @@
 """The local channel between a SuperNode and its hospital's own process, without Flower."""
 
+import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -54,7 +57,7 @@ def test_a_request_that_is_too_long_is_refused_and_silence_ends(tmp_path):
   folder = own(tmp_path)
   end = channel.serve(folder, 0.3)
   thread, answer = asking(folder, bytes(1000))
-  with pytest.raises(ValueError, match="more than 10 bytes"):
+  with pytest.raises(ValueError, match="1000 bytes; the limit is 10"):
     end.hear(10)
   thread.join(20)
   assert answer == [b""]
@@ -86,6 +89,57 @@ def test_whoever_asks_learns_that_the_process_has_ended_or_is_not_there(tmp_path
   thread.join(20)
   assert answer == [b"z"]
   end.close()
+
+
+def test_strangers_that_flood_or_drip_hold_nobody_up_and_are_forgotten(tmp_path):
+  """Three hundred that connect and say nothing, one that drips, and one that says too much."""
+  folder, timeout = own(tmp_path), 20.0
+  end = channel.serve(folder, timeout)
+  begun, stop = time.monotonic(), threading.Event()
+
+  def connected(data=b""):
+    one = socket.socket(socket.AF_UNIX)
+    one.connect(str(folder / channel.NAME))
+    one.sendall(data)
+    return one
+
+  def flood():
+    idle = [connected() for _ in range(300)]
+    idle += [connected(struct.pack("<Q", 3) + b"four"), connected(b"dri")]
+    while not stop.wait(0.01):
+      try:
+        idle[-1].sendall(b"p")
+      except OSError:
+        idle[-1] = connected(b"dri")
+    for one in idle:
+      one.close()
+
+  flooding = threading.Thread(target=flood, daemon=True)
+  flooding.start()
+  for number in range(5):
+    thread, answer = asking(folder, b"request %d" % number)
+    assert end.hear(100) == b"request %d" % number
+    end.say(b"answer")
+    thread.join(20)
+    assert answer == [b"answer"]
+  stop.set()
+  flooding.join(20)
+  assert time.monotonic() - begun < timeout
+  end.close()
+
+
+def test_a_process_that_stops_in_the_middle_of_its_answer_is_late(tmp_path):
+  folder = own(tmp_path)
+  listener = socket.socket(socket.AF_UNIX)
+  listener.bind(str(folder / channel.NAME))
+  listener.listen(1)
+  thread, answer = asking(folder, b"x", timeout=0.3)
+  accepted, _ = listener.accept()
+  accepted.sendall(struct.pack("<Q", 9) + b"four")
+  thread.join(20)
+  assert "has not answered in 0.3 seconds" in str(answer[0])
+  accepted.close()
+  listener.close()
 
 
 def test_the_channel_lies_where_its_owner_alone_may_enter(tmp_path):

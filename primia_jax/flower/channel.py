@@ -1,7 +1,8 @@
 """The local channel between a hospital's SuperNode and its own process: bytes over a Unix socket.
 
 The socket lies in the site's folder, which its owner alone may enter, so no other user of the
-machine can speak through it. Nothing but bytes is read from it: no pickles. This module needs the
+machine can speak through it. A message is its length and its bytes; nothing else is read from it:
+no pickles. Whoever connects and says nothing, or drips, holds nobody up. This module needs the
 standard library only, because Flower starts its process for every message.
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import os
 import pathlib
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import connection
@@ -18,7 +20,9 @@ from typing import NamedTuple
 
 NAME = "channel"  # of the socket, in a site's folder
 _LONGEST = 100  # bytes of a socket's address, which the operating system limits
-_LARGEST = 2**31 - 1
+_MOST = 64  # connections that may be in the middle of a request; one more ends the oldest
+_PIECE = 2**20  # bytes read at a time
+_HEADER = struct.Struct("<Q")  # the length of what follows
 
 
 class Channel(NamedTuple):
@@ -34,7 +38,7 @@ def serve(folder: pathlib.Path, timeout: float) -> Channel:
 
   Args:
     folder: of the site.
-    timeout: seconds for which to wait for a request.
+    timeout: seconds for which to wait for a request, and for an answer to be taken.
 
   Raises:
     ValueError: other users can enter the folder.
@@ -45,40 +49,32 @@ def serve(folder: pathlib.Path, timeout: float) -> Channel:
   listener = socket.socket(socket.AF_UNIX)
   with _address(folder) as address:
     listener.bind(address)
-  listener.listen(16)
-  asked: list[connection.Connection] = []
+  listener.listen(_MOST)
+  listener.setblocking(False)
+  begun: dict[socket.socket, bytearray] = {}  # requests that have not come whole
+  asked: list[socket.socket] = []
 
   def hear(limit: int) -> bytes:
     _hang_up(asked)
     end = time.monotonic() + timeout
-    while True:
-      listener.settimeout(max(1e-3, end - time.monotonic()))
-      try:
-        accepted, _ = listener.accept()
-      except TimeoutError:
-        raise TimeoutError(f"the coordinator has sent nothing for {timeout:g} seconds") from None
-      one = connection.Connection(accepted.detach())
-      try:
-        if not one.poll(max(0.0, end - time.monotonic())):
-          raise EOFError
-        request = one.recv_bytes(min(limit, _LARGEST))
-      except (EOFError, ConnectionError):  # whoever asked has gone
-        one.close()
-        continue
-      except OSError as error:
-        one.close()
-        raise ValueError(f"malformed message: it has more than {limit} bytes ({error})") from error
-      asked.append(one)
-      return request
+    while (left := end - time.monotonic()) > 0:
+      for one in connection.wait([listener, *begun], left):
+        if one is listener:
+          _accept(listener, begun)
+        elif one in begun and (request := _take(one, begun, limit)) is not None:
+          asked.append(one)
+          return request
+    raise TimeoutError(f"the coordinator has sent nothing for {timeout:g} seconds")
 
   def say(answer: bytes) -> None:
     if asked:
       with contextlib.suppress(OSError):  # nobody waits any more: the coordinator will say so
-        asked[0].send_bytes(answer)
+        _send(asked[0], answer, timeout)
     _hang_up(asked)
 
   def close() -> None:
     _hang_up(asked)
+    _hang_up(begun)
     listener.close()
     (folder / NAME).unlink(missing_ok=True)
 
@@ -103,24 +99,92 @@ def relay(folder: pathlib.Path, request: bytes, timeout: float, waits: bool = Tr
   end = time.monotonic() + timeout
   while True:
     try:
-      with _address(folder) as address, connection.Client(address, "AF_UNIX") as one:
-        one.send_bytes(request)
-        if not one.poll(max(0.0, end - time.monotonic())):
-          raise TimeoutError(f"the hospital's process has not answered in {timeout:g} seconds")
-        return one.recv_bytes(_LARGEST)
+      with _address(folder) as address, socket.socket(socket.AF_UNIX) as one:
+        one.settimeout(max(1e-3, end - time.monotonic()))
+        one.connect(address)
+        _send(one, request, max(1e-3, end - time.monotonic()))
+        return _answer(one, end)
     except (FileNotFoundError, ConnectionRefusedError):
       if not waits:
         return b""
       if time.monotonic() > end:
         raise TimeoutError(f"no hospital's process waits at {folder / NAME}") from None
       time.sleep(0.2)
-    except (EOFError, ConnectionError):
+    except BlockingIOError:  # too many wait before it
+      time.sleep(0.02)
+      if time.monotonic() > end:
+        raise TimeoutError(f"the hospital's process takes nothing in {timeout:g} seconds") from None
+    except TimeoutError:
+      raise TimeoutError(
+        f"the hospital's process has not answered in {timeout:g} seconds"
+      ) from None
+    except ConnectionError:  # it has ended
       return b""
 
 
-def _hang_up(asked: list[connection.Connection]) -> None:
-  while asked:
-    asked.pop().close()
+def _accept(listener: socket.socket, begun: dict[socket.socket, bytearray]) -> None:
+  with contextlib.suppress(OSError):  # whoever connected has gone
+    one, _ = listener.accept()
+    one.setblocking(False)
+    begun[one] = bytearray()
+  if len(begun) > _MOST:
+    oldest = next(iter(begun))
+    del begun[oldest]
+    oldest.close()
+
+
+def _take(one: socket.socket, begun: dict[socket.socket, bytearray], limit: int) -> bytes | None:
+  """Reads what has come on a connection; the request, once it is there whole.
+
+  Raises:
+    ValueError: it is longer than the limit.
+  """
+  try:
+    piece = one.recv(_PIECE)
+  except BlockingIOError:
+    return None
+  except OSError:
+    piece = b""
+  data = begun[one]
+  data += piece
+  size = _HEADER.unpack_from(data)[0] if len(data) >= _HEADER.size else None
+  if piece and (size is None or len(data) - _HEADER.size < size <= limit):
+    return None
+  del begun[one]
+  if size is not None and size > limit:
+    one.close()
+    raise ValueError(f"malformed message: {size} bytes; the limit is {limit}")
+  if size is None or len(data) - _HEADER.size != size:  # whoever asked has gone, or says too much
+    one.close()
+    return None
+  return bytes(memoryview(data)[_HEADER.size :])
+
+
+def _send(one: socket.socket, data: bytes, timeout: float) -> None:
+  one.settimeout(timeout)  # of the whole, not of a piece
+  one.sendall(_HEADER.pack(len(data)))
+  one.sendall(data)
+
+
+def _answer(one: socket.socket, end: float) -> bytes:
+  data, size = bytearray(), _HEADER.size
+  while len(data) < size:
+    one.settimeout(max(1e-3, end - time.monotonic()))
+    piece = one.recv(_PIECE)
+    if not piece:
+      raise ConnectionResetError("it has ended")
+    data += piece
+    if size == _HEADER.size and len(data) >= size:
+      size += _HEADER.unpack_from(data)[0]
+    if time.monotonic() > end:
+      raise TimeoutError
+  return bytes(memoryview(data)[_HEADER.size : size])
+
+
+def _hang_up(asked: list[socket.socket] | dict[socket.socket, bytearray]) -> None:
+  for one in asked:
+    one.close()
+  asked.clear()
 
 
 @contextlib.contextmanager

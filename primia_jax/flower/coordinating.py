@@ -44,23 +44,27 @@ def run(grid: Any, folder: pathlib.Path, num_sites: int, timeout: float) -> None
     timeout: seconds that a stage may take.
 
   Raises:
-    Aborted: as `coordinator.coordinate`; the folder says why, too.
+    Aborted: as `coordinator.coordinate`.
+    OSError: the folder cannot be written. Of every error the folder says why, if it still can.
   """
   folder.mkdir(mode=0o700, parents=True, exist_ok=True)
   (folder / ENDING).unlink(missing_ok=True)
   identity = meeting.own_identity(folder / IDENTITY)
 
   def tell(report: coordinator.Report) -> None:
-    with (folder / SUMS).open("a") as file:
-      file.write(json.dumps(coordinator.numbers(report)) + "\n")
+    try:
+      with (folder / SUMS).open("a") as file:
+        file.write(json.dumps(coordinator.numbers(report)) + "\n")
+    except OSError as error:  # a full disk does not say which file
+      raise OSError(error.errno, error.strerror, str(folder / SUMS)) from error
 
   ending: dict[str, Any] = {"failed": "", "left": {}}
   try:
     nodes = _nodes(grid, num_sites, timeout)
     ask, sites = over(grid, nodes), range(num_sites)
     ending["left"] = coordinator.coordinate(ask, sites, identity, timeout, tell)
-  except Aborted as error:
-    ending["failed"] = str(error)
+  except BaseException as error:
+    ending["failed"] = str(error) if isinstance(error, Aborted) else f"an error: {error!r}"
     raise
   finally:
     durable.replace(folder / ENDING, json.dumps(ending, indent=2).encode())

@@ -40,12 +40,16 @@ def hear(carrier: Carrier, limit: int) -> msg.Message:
   """The coordinator's next message, of any type.
 
   Raises:
-    ConnectionError: the coordinator has dismissed this site, or as `Carrier`.
+    ConnectionError: the coordinator has dismissed this site, or a run begins anew, or as `Carrier`.
     TimeoutError, ValueError: as `Carrier`; or what came is no message.
   """
   message = msg.decode(carrier.hear(limit))
   if isinstance(message, msg.Dismissed):
     raise ConnectionError(message.reason.decode(errors="replace") or "the coordinator has left")
+  if isinstance(message, msg.Invitation):
+    raise ConnectionError(
+      "a coordinator invites to another run: it was started again, or there are two"
+    )
   return message
 
 

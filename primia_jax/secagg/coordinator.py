@@ -67,7 +67,8 @@ def coordinate(
 
   Raises:
     Lost: a site is missing at the meeting.
-    RoundFailed: too few messages came to open a sum. Both tell all sites why.
+    RoundFailed: too few messages came to open a sum. Both tell all sites why; and of what else is
+      raised, such as by `tell`, they learn that the run has ended.
   """
   present = set(sites)
   invitation = msg.encode(msg.Invitation(identity.public, os.urandom(keys.KEY_BYTES)))
@@ -95,8 +96,10 @@ def coordinate(
       met |= set(kinds)
       relayed = msg.encode(msg.Relayed({i: msg.encode(one) for i, one in said.items()}))
       said = _round_trip(ask, dict.fromkeys(said, relayed), timeout)
-  except Aborted as error:
-    dismiss(ask, present, str(error), min(timeout, _FAREWELL))  # else a carrier may end too soon
+  except Exception as error:
+    known = isinstance(error, Aborted)
+    why = str(error) if known else "the coordinator has failed; its own log says why"
+    dismiss(ask, present, why, min(timeout, _FAREWELL))  # else a carrier may end too soon
     raise
 
 

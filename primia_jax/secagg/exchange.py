@@ -34,7 +34,7 @@ from primia_jax.secagg import carrier as carrying
 from primia_jax.secagg import graph, keys, protocol, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import Carrier
-from primia_jax.secagg.errors import Lost
+from primia_jax.secagg.errors import Lost, Refused
 from primia_jax.secagg.masking import Row, SecureSum
 from primia_jax.types import PyTree
 
@@ -128,7 +128,7 @@ class Exchange:
     terms = msg.encode(rounds.terms(setup))
     with self._explained(round):
       self._say(msg.Proposal(self._number, round, terms, msg.encode(advert)))
-      site, shares = protocol.share_keys(site, self._hear(setup))
+      site, shares = protocol.share_keys(site, self._hear(site))
       self._say(shares)
     noise = jnp.asarray(keys.words(site.secrets.noise))[None]
     nobody = jnp.zeros((1, 0), jnp.int32), jnp.zeros((1, 0, 8), jnp.uint32)
@@ -151,13 +151,13 @@ class Exchange:
     (_, site), (leaves, structure) = begun, jax.tree.flatten(elements)
     vectors = [rounds.reduce(np.asarray(a).reshape(-1), site.setup) for a in leaves]
     with self._explained(site.round):
-      site, masked = protocol.masked_input(site, self._hear(site.setup), vectors)
+      site, masked = protocol.masked_input(site, self._hear(site), vectors)
       self._say(masked)
-      site, consent = protocol.consistency(site, self._hear(site.setup))
+      site, consent = protocol.consistency(site, self._hear(site))
       self._say(consent)
-      site, answer = protocol.unmask(site, self._hear(site.setup))
+      site, answer = protocol.unmask(site, self._hear(site))
       self._say(answer)
-      total = protocol.take_total(site, self._hear(site.setup), self._pinned.server)
+      total = protocol.take_total(site, self._hear(site), self._pinned.server)
     assert site.lists is not None
     self.sites = site.lists.survivors
     told = [v.astype(v.dtype.newbyteorder("<"), copy=False).tobytes() for v in total]
@@ -174,9 +174,13 @@ class Exchange:
   def _say(self, message: msg.Message) -> None:
     self._carrier.say(msg.encode(message))
 
-  def _hear(self, setup: rounds.Setup) -> Any:
+  def _hear(self, site: protocol.Site) -> Any:
     """The coordinator's next message; the stages of `protocol` check its type."""
-    return carrying.hear(self._carrier, rounds.message_bytes(setup))
+    try:
+      return carrying.hear(self._carrier, rounds.message_bytes(site.setup))
+    except ValueError as error:
+      stage = (*msg.STAGES, "total")[site.num_sent]
+      raise Refused(self._number, stage, "malformed", str(error)) from error
 
   @contextlib.contextmanager
   def _explained(self, round: int) -> Iterator[None]:

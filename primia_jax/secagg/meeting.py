@@ -199,7 +199,13 @@ def check(
   own = starts[number]
   for i, one in starts.items():
     if not keys.verify(pinned.sites[i], _text(label, one), one.signature):
-      raise Refused(number, "start", "forged", f"site {i}'s message is not signed for this start")
+      raise Refused(
+        number,
+        "start",
+        "forged",
+        f"site {i}'s message is not signed for this start; it may have other settings, another "
+        "roster or another version",
+      )
   same = [i for i, one in starts.items() if (one.round, one.state) == (own.round, own.state)]
   if others := sorted(set(starts) - set(same)):
     raise Refused(

@@ -1,0 +1,272 @@
+"""Every fault at every message of a round between hospitals, and the table of what comes of it.
+
+`PYTHONPATH=.:tests python tests/flower_faults_test.py` prints docs/flower_faults.md.
+"""
+
+import pathlib
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+from flower_events import EVENTS
+from flower_world import Killed, World, charged, expected, records, released
+
+from primia_jax.secagg import Aborted
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs" / "flower_faults.md"
+SAID = (  # what a site says in a run of one round
+  "Hello", "Word", "Start", "Proposal", "Shares", "MaskedInput", "Consent", "Answer", "Ended",
+)  # fmt: skip
+TOLD = (  # and what it is told
+  "Invitation", "hellos", "words", "starts", "Roster", "Delivery", "Survivors", "Consents", "Total",
+)  # fmt: skip
+FAULTY = 1  # the site at which it happens
+
+
+# ---- faults of a message: (the clean messages of the same place in an earlier run, by site; its
+# number, its bytes, the one before) -> what arrives
+
+
+def flipped(before, number, data, last):
+  spoiled = bytearray(data)
+  spoiled[len(data) // 2] ^= 128
+  return bytes(spoiled)
+
+
+SPOILED = {
+  "a bit flips": flipped,
+  "its last byte is missing": lambda before, number, data, last: data[:-1],
+  "a million bytes too many": lambda before, number, data, last: data + bytes(10**6),
+  "nothing is in it": lambda before, number, data, last: b"",
+  "random bytes, as a stranger's": lambda before, number, data, last: b"\xff" + data[::-1],
+  "the message before": lambda before, number, data, last: last,
+  "that of an earlier start": lambda before, number, data, last: before[FAULTY][number],
+  "another site's of an earlier start": lambda before, number, data, last: before[0][number],
+}
+
+
+def killed(world, number, says):
+  """Kills the site before it says a message, or when it has said it."""
+
+  def now(site, n, at=number + (not says)):
+    if (site, n) == (FAULTY, at):
+      world.kill(site)
+
+  if says:
+    world.on_say = now
+  else:
+    world.on_hear = now
+
+
+def spoiled(world, number, name, before, said):
+  def spoil(site, n, data):
+    if (site, n) != (FAULTY, number):
+      return data
+    sent = world.said[site] if said else world.told[site]
+    last = sent[n - 1] if n else data[:1]
+    clean = before.said if said else before.told
+    return SPOILED[name](clean, number, data, last)
+
+  if said:
+    world.spoil_said = spoil
+  else:
+    world.spoil_told = spoil
+
+
+def silent(world, number):
+  world.silent = (FAULTY, number)
+
+
+def unheard(world, number):
+  def spoil(site, n, data):
+    return None if site == FAULTY and n >= number else data
+
+  world.spoil_told = spoil
+
+
+# name -> (world, number of the message, clean world) -> None
+FROM_SITE = {
+  "the site is killed before it": lambda world, number, before: killed(world, number, True),
+  "the site is killed after it": lambda world, number, before: killed(world, number, False),
+  "the site stalls": lambda world, number, before: silent(world, number),
+  **{
+    name: lambda world, number, before, name=name: spoiled(world, number, name, before, True)
+    for name in SPOILED
+  },
+}
+TO_SITE = {
+  "nothing comes any more": lambda world, number, before: unheard(world, number),
+  **{
+    name: lambda world, number, before, name=name: spoiled(world, number, name, before, False)
+    for name in SPOILED
+  },
+}
+
+
+def outcome(world):
+  """What comes of a run: over whom its sum was, and how the site ends."""
+  failed = world.errors.get("coordinator")
+  others = [i for i in range(world.num_sites) if i != FAULTY]
+  ends = {type(world.errors[i]).__name__ if i in world.errors else "right" for i in others}
+  assert failed is None or isinstance(failed, Aborted), failed
+  assert all(isinstance(world.errors[i], Aborted) for i in others if i in world.errors)
+  assert len(ends) == 1, world.errors
+  (end,) = ends
+  own = world.errors.get(FAULTY)
+  assert own is None or isinstance(own, (Aborted, Killed)), repr(own)
+  who = {(): "none", (0, 2): "others", (0, 1, 2): "all"}
+  over = who[world.reports[0].opened.survivors if world.reports else ()]
+  assert (end == "right") == bool(world.reports) == (failed is None)
+  words = [over if end == "right" else f"none ({end})"]
+  if not isinstance(own, Killed):
+    words.append("right" if own is None else type(own).__name__)
+  return "; ".join(words)
+
+
+def check_kept(root, worlds):
+  """All agree again, nothing that was summed is lost, and no ledger lacks what was released."""
+  last = worlds[-1]
+  assert last.errors == {}, last.errors
+  for i in range(last.num_sites):
+    np.testing.assert_array_equal(last.results[i], expected(records(root, i)))
+    np.testing.assert_array_equal(last.results[i], last.results[0])
+    assert charged(root, i) >= sum(released(world, i) for world in worlds)
+
+
+def begun(clean, root):
+  """Folders of members that know each other, and have trained nothing."""
+  for own in (clean / "own").iterdir():
+    made = root / "own" / own.name
+    if own.is_file():
+      made.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy(own, made)
+      continue
+    made.mkdir(parents=True, mode=0o700)
+    for name in ("identity", "identities.json"):
+      shutil.copy(own / name, made / name)
+  return root
+
+
+def cells(table, name, columns, clean, before, root):
+  """A line of a table; after each fault all start again, and train another round."""
+  found = []
+  for number, _ in enumerate(columns):
+    if name == "the site is killed after it" and number == len(columns) - 1:
+      found.append("")  # it has left
+      continue
+    place, world = begun(clean, root / str(number)), World()
+    table[name](world, number, before)
+    world.run(place)
+    found.append(outcome(world))
+    for i in world.results:
+      assert charged(place, i) == released(world, i) == 1
+    check_kept(place, [world, World().run(place, rounds=2)])
+  return f"| {name} | {' | '.join(found)} |"
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+  """A run without a fault: its folder, and its messages."""
+  root = tmp_path_factory.mktemp("clean")
+  return root, World().run(root)
+
+
+def test_without_a_fault_all_end_and_each_message_is_in_the_table(clean):
+  root, world = clean
+  assert world.errors == {}
+  check_kept(root, [world])
+  for i in range(3):
+    assert (len(world.said[i]), len(world.told[i])) == (len(SAID), len(TOLD))
+    assert charged(root, i) == 1
+
+
+@pytest.mark.parametrize("name", FROM_SITE)
+def test_a_fault_at_any_message_of_a_site_ends_as_the_table_says(clean, tmp_path, name):
+  assert cells(FROM_SITE, name, SAID, *clean, tmp_path) in DOCS.read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", TO_SITE)
+def test_a_fault_at_any_message_to_a_site_ends_as_the_table_says(clean, tmp_path, name):
+  assert cells(TO_SITE, name, TOLD, *clean, tmp_path) in DOCS.read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_what_else_may_happen_ends_as_the_table_says(tmp_path, name):
+  assert event(name, tmp_path) in DOCS.read_text().splitlines()
+
+
+def event(name, root):
+  return f"| {name} | {' | '.join(EVENTS[name](root))} |"
+
+
+def test_the_tables_have_no_line_that_nothing_tests():
+  lines = [text.split(" | ")[0][2:] for text in DOCS.read_text().splitlines() if text[:2] == "| "]
+  tables = [FROM_SITE, TO_SITE, EVENTS]
+  assert lines == [name for table in tables for name in ("", "---", *table)]
+
+
+# ---- the document
+
+
+def rows(head, lines):
+  return "\n".join([f"| | {' | '.join(head)} |", f"|{' --- |' * (1 + len(head))}", *lines])
+
+
+TEXT = """# What faults do to a run between hospitals
+
+Made by `PYTHONPATH=.:tests python tests/flower_faults_test.py > docs/flower_faults.md`. The tests
+do each fault at every message of a run of one round, between three sites of which one may be lost
+(`--secagg_threshold=2`), and compare with these tables. The carrier is one within the process, and
+the updates are vectors; all else is as in a run: the meeting, the agreement on the state to start
+from, ledgers, records, and the sum.
+
+A cell says over whom the sum was ("all", the "others" without the site, or "none" with what these
+others end with) and then how the site itself ends: "right", that is with the sum, or with an error
+of `secagg.errors`. Lost: the site is out of the run. Refused: it would have been unsafe to go on.
+Nobody waits longer than its timeout. After each fault all are started again; the tests check that
+all then agree on one state, which is that of the sums recorded, that another round is summed over
+all, and that no ledger was charged for fewer rounds than updates have left its site.
+
+## A message of a site
+
+{said}
+
+## A message to a site
+
+{told}
+
+Before the sum, in the first three columns, all must be there: a fault ends the start for all.
+
+## Everything else
+
+{events}
+
+Strangers that flood the channel between a SuperNode and its hospital's program, or let bytes drip,
+hold nobody up: `tests/flower_channel_test.py`. That Flower's ClientApp does not wait for longer
+than its message may live, whatever its clock: `tests/flower_apps_test.py`.
+"""
+
+
+def main():
+  with tempfile.TemporaryDirectory() as folder:
+    root = pathlib.Path(folder)
+    clean = root / "clean", World().run(root / "clean")
+    line = lambda table, columns: [
+      cells(table, name, columns, *clean, pathlib.Path(tempfile.mkdtemp(dir=root)))
+      for name in table
+    ]
+    events = [event(name, pathlib.Path(tempfile.mkdtemp(dir=root))) for name in EVENTS]
+    head = ("the coordinator", "the sites", "at the next start")
+    print(
+      TEXT.format(
+        said=rows(SAID, line(FROM_SITE, SAID)),
+        told=rows(TOLD, line(TO_SITE, TOLD)),
+        events=rows(head, events),
+      ),
+      end="",
+    )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,60 @@
+"""Ten hospitals and twenty rounds: two are lost, and come back at the next start."""
+
+import functools
+import gc
+import tracemalloc
+
+import flower_world
+import numpy as np
+from flower_world import CONFIG, Killed, World, charged, expected, records, site
+
+from experiments import settings
+
+SITES, SIZE = 10, 2000
+TEN = settings.replace(CONFIG, num_sites=SITES, secagg_threshold=-1, phantom_images=120)
+LOST = {3: 4, 7: 6}  # site to the round in which it is killed
+MEETING, A_SUM = 3, 5  # messages of a site
+
+
+def of_secagg():
+  """Bytes that the code of `secagg` has allocated and that are still there."""
+  gc.collect()
+  own = tracemalloc.Filter(True, "*/primia_jax/secagg/*")
+  return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([own]).traces)
+
+
+def test_twenty_rounds_of_ten_end_with_two_that_come_back_and_memory_is_flat(tmp_path, monkeypatch):
+  """The memory of ten rounds grows where each sum is kept, which shows that this is seen."""
+  monkeypatch.setattr(flower_world, "SIZE", SIZE)
+  program, kept, sizes = functools.partial(site, config=TEN), [], {}
+
+  def seen(report):
+    kept.append(report if report.round < 10 else None)
+    if report.round in (2, 9, 12, 19):
+      sizes[report.round] = of_secagg()
+    who.append(report.opened.survivors)
+
+  who, first = [], World(SITES, keeps=False)
+
+  def kill(i, at):
+    if i in LOST and at == MEETING + A_SUM * LOST[i] + 1:
+      first.kill(i)
+
+  first.on_say = kill
+  tracemalloc.start()
+  try:
+    first.run(tmp_path, 10, program, tell=seen)
+    assert "coordinator" not in first.errors
+    assert {i: type(error) for i, error in first.errors.items()} == dict.fromkeys(LOST, Killed)
+    kept.clear()
+    second = World(SITES, keeps=False).run(tmp_path, 20, program, tell=seen)
+  finally:
+    tracemalloc.stop()
+  assert second.errors == {}
+  assert [len(sites) for sites in who] == [10] * 4 + [9] * 2 + [8] * 4 + [10] * 10
+  for i in range(SITES):
+    np.testing.assert_array_equal(second.results[i], second.results[0])
+    assert charged(tmp_path, i) >= 20 - (10 - LOST.get(i, 10)) - 1
+  np.testing.assert_array_equal(second.results[0], expected(records(tmp_path, 0)))
+  assert sizes[9] - sizes[2] > 4 * SIZE * 6  # seven sums
+  assert sizes[19] - sizes[12] < 4 * SIZE
