@@ -31,6 +31,7 @@ from .configs.model import normalise
 OWNERS = ("model_owner", "data_owner")
 OUTPUTS = ("probabilities", "label")
 _NETWORKS = {"lan": pricing.LAN, "wan": pricing.WAN}
+ENCODER = models.MEAN, models.STD  # of `normalised`, whatever a model's own normalisation is
 _CALIBRATION_BATCH = 32  # images at a time; the ranges do not depend on it
 _FRACTION_BITS = (*range(10, 25, 2), 8, 6)  # in the order tried if only the ring is given
 

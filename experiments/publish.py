@@ -25,7 +25,6 @@ import datetime
 import numpy as np
 from absl import flags
 
-from primia_jax.models import MEAN, STD
 from primia_jax.mpc.circuit import CHECKED, CLIENTS, SHARING, TRUSTED
 from primia_jax.service import certificates, inbox, publications, scores, supply
 from primia_jax.service.publications import About
@@ -196,7 +195,7 @@ def _finish(s: Publish, folder) -> None:
   publications.finish(folder, s.model)
   if s.client == SHARING:
     addresses = s.address, s.helper_address
-    card = publications.issue(folder, s.model, addresses, MEAN, STD)
+    card = publications.issue(folder, s.model, addresses, *encrypted.ENCODER)
     print(
       f"{s.model} {'was published before' if was else 'is published'}.\n"
       f"Copy {folder}/outbox/helper/ into the helper's inbox/model_owner/.\nGive clinics {card}.\n"

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -169,18 +170,20 @@ def assisting(
   identity, one = certificates.load(folder), threading.Lock()
 
   def answer(model: Helped, asked: Asked, left: threading.Event) -> bytes:
-    def take() -> Correlations:
+    def reserve() -> folders.Reserved:
       with one:
         if not (found := folders.unused(model.folder)):
           raise Refused("the helper has no unused correlations; have the dealer deal more")
-        correlations = folders.take(model.folder, found[0])
-      journal.note("inference", model=model.name, inference=correlations.inference)
-      return correlations
+        # any, so that none that the model owner does not take stands in the others' way
+        return folders.Reserved(model.folder, secrets.choice(found))
 
+    used = lambda inference: journal.note("inference", model=model.name, inference=inference)
     inner = limits._replace(message=largest_message(model.owner.plan, model.online))
     try:
       with channel.connect(model_owner, identity, model.server, inner) as (send, receive):
-        return assist(model.owner, model.online, model.publication, take, asked, send, receive)
+        return assist(
+          model.owner, model.online, model.publication, reserve, used, asked, send, receive
+        )
     except SessionEnded as error:
       raise type(error)(f"between helper and model owner: {error}") from error
 
