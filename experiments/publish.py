@@ -31,6 +31,7 @@ from primia_jax.service.publications import About
 
 from . import encrypted, model_files, running, scored, settings
 from .folders import alone, host_and_port, role_folder
+from .planned import Planned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +79,12 @@ class Publish:
 
 
 settings.define_flags(Publish)
-settings.define_flags(encrypted.Planned)
+settings.define_flags(Planned)
 flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:
-  s, protocol = settings.from_flags(Publish), settings.from_flags(encrypted.Planned)
+  s, protocol = settings.from_flags(Publish), settings.from_flags(Planned)
   folder = role_folder(s.folder)
   place = publications.model_folder(folder, s.model)
   inbox.collect(folder, inbox.MODEL_OWNER)
@@ -153,7 +154,7 @@ def _check_score(s: Publish) -> None:
     )
 
 
-def _begin(s: Publish, protocol: encrypted.Planned, folder) -> None:
+def _begin(s: Publish, protocol: Planned, folder) -> None:
   version = s.version or datetime.date.today().isoformat()
   if s.rotate:
     about, plan, leaves = publications.copy_of(folder, s.rotate)

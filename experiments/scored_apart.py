@@ -20,7 +20,7 @@ from primia_jax.service.publications import Received
 
 from . import asking, encrypted, inputs, progress, registers, scored
 from .configs.data import Data
-from .encrypted import Connect
+from .planned import Connect
 from .scored import Score, Task
 
 OWN = ("opened_to", "small_classes", "output_dir")  # the hospital's; the vendor decides the others

@@ -18,6 +18,7 @@ from PIL import Image
 from service_institution import CLINIC, MODEL, WEIGHTS
 
 from experiments import asking, encrypted, sharing
+from experiments.planned import Connect
 from primia_jax import mpc
 from primia_jax.clinic import node, page
 from primia_jax.clinic.asking import WARNING
@@ -118,7 +119,7 @@ def test_the_page_asks_in_sessions_with_a_server(tmp_path, capsys):
   folder = str(world.roles.clinic)
   with world.serving(daily=2) as (address, audit):
     before = of_session.left(world)
-    model, ask, learned, warning = asking.ready(encrypted.Connect(address, folder, MODEL, 20.0))
+    model, ask, learned, warning = asking.ready(Connect(address, folder, MODEL, 20.0))
     assert "that are unused" in capsys.readouterr().out
     assert (of_session.left(world), audit.left(CLINIC)) == (before, 2)  # it only looks
     assert [line["event"] for line in world.lines()] == ["session", "end"]
@@ -134,6 +135,6 @@ def test_the_page_asks_in_sessions_with_a_server(tmp_path, capsys):
   assert last["answer"]["bytes"]["sent, each way"] == sum(world.online[1].sizes)
   assert "2 images a day, and 2 are used" in lines_of(bodies[2])[-1]["error"]
   assert {"vendor-b", "dealer", "Assumed"} < set(dict(learned))
-  gone = encrypted.Connect("127.0.0.1:1", folder, MODEL, 5.0)
+  gone = Connect("127.0.0.1:1", folder, MODEL, 5.0)
   with pytest.raises(SessionEnded, match="nobody listens"):
     asking.ready(gone)
