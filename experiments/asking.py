@@ -26,7 +26,7 @@ from primia_jax.service.channel import Limits
 from primia_jax.service.errors import SessionEnded
 from primia_jax.service.publications import Received
 
-from . import asked_images, progress
+from . import asked_images, caching, progress
 from .folders import check_images, role_folder, to_write
 from .planned import Connect, Infer
 
@@ -91,7 +91,8 @@ def opened(
     SessionEnded: there is no connection, or the server refuses.
   """
   owner = DataOwner(received.plan, received.publication)
-  online = apart.online(received.plan, DATA_OWNER) if online is None else online
+  if online is None:
+    online = apart.online(received.plan, DATA_OWNER, kept=caching.programs())
   place = publications.model_folder(folder, s.model)
   with institutions.ask(
     folder, owner, received.publication.publication, s.connect, received.server, online,
@@ -128,7 +129,7 @@ def ready(s: Connect) -> tuple[Model, Ask, tuple[tuple[str, str], ...], str]:
     f"Dealt    for {unused(folder, s.model)} images that are unused\nCompiling ...",
     flush=True,
   )
-  online = apart.online(received.plan, DATA_OWNER)
+  online = apart.online(received.plan, DATA_OWNER, kept=caching.programs())
   owner.warm_up()
   print(_run(received, online.sizes), flush=True)
   session = functools.partial(
@@ -204,7 +205,7 @@ def infer(s: Connect, infer: Infer) -> Answers:
       f"images={infer.images} holds {len(ids)} images, and the dealer has dealt for "
       f"{left * about.images} that are unused; have it deal more (primia-deal)"
     )
-  online = apart.online(received.plan, DATA_OWNER)
+  online = apart.online(received.plan, DATA_OWNER, kept=caching.programs())
   _say(s, received, online.sizes, len(ids), images.notes)
   outputs: list[np.ndarray] = []
   seconds: list[float] = []

@@ -61,8 +61,13 @@ class Helped(NamedTuple):
   server: bytes
 
 
-def helped(folder: pathlib.Path, name: str) -> Helped:
+def helped(folder: pathlib.Path, name: str, kept: pathlib.Path | None = None) -> Helped:
   """A publication that a helper has received, compiled.
+
+  Args:
+    folder: the helper's.
+    name: of the publication.
+    kept: as in `apart.online`.
 
   Raises:
     FileNotFoundError: a file of it is missing.
@@ -80,7 +85,7 @@ def helped(folder: pathlib.Path, name: str) -> Helped:
       f"folder={folder} has the name or certificate of the model owner of {name}; who is both "
       "reads every image, so the helper must be another institution"
     )
-  online = apart.online(found.plan, DATA_OWNER)
+  online = apart.online(found.plan, DATA_OWNER, kept=kept)
   owner.warm_up()
   place = publications.model_folder(folder, name)
   full = found.publication.publication
