@@ -16,11 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from primia_jax.data import dicom, scan
-from primia_jax.data.folder import read_images, unlabelled
 from primia_jax.service.errors import SessionEnded
 
-from . import predictions, progress, settings, sharing, starting
+from . import asked_images, predictions, progress, settings, sharing, starting
 from .folders import check_images, to_write
 from .settings import setting
 
@@ -51,13 +49,7 @@ def main() -> None:
   check_images(s.images)
   output = to_write(s.output_dir, ("predictions.csv", "costs.json")) if s.output_dir else None
   about = holder.issued.about
-  paths, lazy = read_images(
-    s.images, size=about.image_size, channels=about.channels, lazy=True,
-    ignore=settings.names(s.ignore), grey_bits=s.grey_bits or about.grey_bits,
-    ct_window=dicom.window(about.ct_window),
-  )  # fmt: skip
-  found = {"all": unlabelled(paths, lazy, about.label_names)}
-  images = scan.read(found, skip_bad_files=s.skip_bad_files)["all"]
+  images = asked_images.read(s, about)
   ids = [str(path) for path in images.columns["path"]]
   print(f"{sharing.describe(holder)}\nImages       {len(ids)}, {about.images} in a request")
   for what, text in images.notes.items():
@@ -100,9 +92,8 @@ def _ask(
   with progress.closing(bar):
     try:
       with sharing.connected(holder) as ask:
-        for start in range(0, count, each):
+        for part in asked_images.runs(count, each):
           begun = time.perf_counter()
-          part = np.resize(np.arange(start, min(start + each, count)), each)  # the last is filled
           outputs.append(ask(images[part]))
           seconds.append(time.perf_counter() - begun)
           bar.update()

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
+from primia_jax import models
 from primia_jax.clinic import asking
 from primia_jax.clinic.asking import Answer, Ask, Model
 from primia_jax.data import dicom
-from primia_jax.evaluation import batches
 from primia_jax.mpc import apart, pricing
 from primia_jax.mpc.roles import DataOwner
 from primia_jax.mpc.sharing import DATA_OWNER
@@ -25,10 +26,9 @@ from primia_jax.service.channel import Limits
 from primia_jax.service.errors import SessionEnded
 from primia_jax.service.publications import Received
 
-from . import encrypted, inputs, progress
-from .configs.data import Data
-from .encrypted import Connect
+from . import asked_images, caching, progress
 from .folders import check_images, role_folder, to_write
+from .planned import Connect, Infer
 
 
 class Opened(NamedTuple):
@@ -91,7 +91,8 @@ def opened(
     SessionEnded: there is no connection, or the server refuses.
   """
   owner = DataOwner(received.plan, received.publication)
-  online = apart.online(received.plan, DATA_OWNER) if online is None else online
+  if online is None:
+    online = apart.online(received.plan, DATA_OWNER, kept=caching.programs())
   place = publications.model_folder(folder, s.model)
   with institutions.ask(
     folder, owner, received.publication.publication, s.connect, received.server, online,
@@ -99,7 +100,7 @@ def opened(
   ) as session:  # fmt: skip
 
     def ask(images: np.ndarray) -> np.ndarray:
-      return np.asarray(session.ask(encrypted.normalised(images)))
+      return np.asarray(session.ask(models.normalise(jnp.asarray(images))))
 
     yield Opened(received, online.sizes, ask)
 
@@ -128,7 +129,7 @@ def ready(s: Connect) -> tuple[Model, Ask, tuple[tuple[str, str], ...], str]:
     f"Dealt    for {unused(folder, s.model)} images that are unused\nCompiling ...",
     flush=True,
   )
-  online = apart.online(received.plan, DATA_OWNER)
+  online = apart.online(received.plan, DATA_OWNER, kept=caching.programs())
   owner.warm_up()
   print(_run(received, online.sizes), flush=True)
   session = functools.partial(
@@ -145,7 +146,7 @@ def ready(s: Connect) -> tuple[Model, Ask, tuple[tuple[str, str], ...], str]:
     start = time.perf_counter()
     with session() as clinic:
       seconds = {"connect": time.perf_counter() - start}
-      run = lambda images: clinic.ask(encrypted.normalised(images))
+      run = lambda images: clinic.ask(models.normalise(jnp.asarray(images)))
       answer = asking.through(clinic.prepare, run, num_bytes, len(online.sizes))(image, told)
     return answer._replace(seconds=seconds | dict(answer.seconds))
 
@@ -183,7 +184,7 @@ class Answers(NamedTuple):
   asked: int
 
 
-def infer(s: Connect, infer: encrypted.Infer) -> Answers:
+def infer(s: Connect, infer: Infer) -> Answers:
   """Asks about all images, in one session.
 
   Raises:
@@ -196,20 +197,15 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
     to_write(infer.output_dir, ("predictions.csv", "costs.json"))
   received = publications.received(folder, s.model)
   about = received.about
-  data = Data(
-    data=f"folder:{infer.images}", image_size=about.image_size, channels=about.channels,
-    ignore=infer.ignore, grey_bits=infer.grey_bits or about.grey_bits,
-    skip_bad_files=infer.skip_bad_files, ct_window=about.ct_window,
-  )  # fmt: skip
-  images = inputs.unlabelled_images(data, about.label_names)
+  images = asked_images.read(infer, about)
   ids = [str(path) for path in images.columns["path"]]
-  parts = list(batches(images.images, about.images))
+  parts = list(asked_images.runs(len(ids), about.images))
   if (left := unused(folder, s.model)) < len(parts):
     raise ValueError(
       f"images={infer.images} holds {len(ids)} images, and the dealer has dealt for "
       f"{left * about.images} that are unused; have it deal more (primia-deal)"
     )
-  online = apart.online(received.plan, DATA_OWNER)
+  online = apart.online(received.plan, DATA_OWNER, kept=caching.programs())
   _say(s, received, online.sizes, len(ids), images.notes)
   outputs: list[np.ndarray] = []
   seconds: list[float] = []
@@ -223,7 +219,7 @@ def infer(s: Connect, infer: encrypted.Infer) -> Answers:
         sizes = session.sizes
         for part in parts:
           start = time.perf_counter()
-          outputs.append(session.ask(part))
+          outputs.append(session.ask(images.images[part]))
           seconds.append(time.perf_counter() - start)
           bar.update()
     except SessionEnded as ended:
@@ -279,6 +275,16 @@ def describe(s: Connect, received: Received) -> str:
   )
 
 
+def took(answers: Answers) -> str:
+  """What a run took, for people."""
+  seconds, sent = float(np.median(answers.seconds)), pricing.bytes_text(sum(answers.sizes))
+  each = f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+  return (
+    f"A run took {each} (median of {len(answers.seconds)}), {len(answers.sizes)} rounds and {sent} "
+    "each way."
+  )
+
+
 def costs(answers: Answers, compiling: float) -> dict[str, Any]:
   """The content of `costs.json` of a clinic."""
   about = answers.received.about
@@ -315,7 +321,7 @@ def foreign(present: Sequence[str]) -> None:
     ValueError: naming the first.
   """
   own = {"ignore", "grey_bits", "images", "skip_bad_files", "output_dir"}
-  of_owner = {field.name for field in dataclasses.fields(encrypted.Infer)} - own
+  of_owner = {field.name for field in dataclasses.fields(Infer)} - own
   for name in sorted(of_owner & set(present)):
     raise ValueError(
       f"{name} with connect: the model owner has decided it with primia-publish; leave it out"

@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  running.start(main)
+  running.start(main, keeps_small=True)

@@ -22,9 +22,10 @@ from primia_jax.types import PyTree
 
 from . import encrypted, model_files, registers, report, settings
 from .configs.data import Data
+from .planned import OUTPUTS, Connect, Infer
 
 
-def _same(name: str, kind: type = encrypted.Infer) -> Any:
+def _same(name: str, kind: type = Infer) -> Any:
   """A flag that `infer_encrypted` has, too."""
   field = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
   return dataclasses.field(default=field.default, metadata=field.metadata)
@@ -58,7 +59,7 @@ class Remote:
   card: str = settings.setting(
     "", "file of a model owner's card, to share images between two servers; with --folder"
   )
-  folder: str = _same("folder", encrypted.Connect)
+  folder: str = _same("folder", Connect)
   model: str = settings.setting("", "with --connect: name of the publication")
   timeout: float = settings.setting(60.0, "longest wait, in seconds, for a server")
 
@@ -113,8 +114,8 @@ def check(s: Clinic, r: Remote, present: Sequence[str]) -> None:
     _service("sharing").check(_shared(r))
 
 
-def _connect(r: Remote) -> encrypted.Connect:
-  return encrypted.Connect(r.connect, r.folder, r.model, r.timeout)
+def _connect(r: Remote) -> Connect:
+  return Connect(r.connect, r.folder, r.model, r.timeout)
 
 
 def _shared(r: Remote) -> Any:
@@ -131,11 +132,11 @@ def _service(name: str) -> Any:
 
 def _check_local(s: Clinic) -> None:
   encrypted.check_protocol(_with_batch(s))
-  encrypted.choose("output", s.output, encrypted.OUTPUTS)
+  encrypted.choose("output", s.output, OUTPUTS)
 
 
-def _with_batch(s: Clinic) -> encrypted.Infer:
-  return encrypted.Infer(**vars(s), batch=1)
+def _with_batch(s: Clinic) -> Infer:
+  return Infer(**vars(s), batch=1)
 
 
 def load(s: Clinic, r: Remote) -> Ready:

@@ -84,4 +84,4 @@ def _log(caller: str, status: int, reason: str) -> None:
 
 
 if __name__ == "__main__":
-  running.start(main)
+  running.start(main, keeps_small=True)

@@ -1,5 +1,5 @@
-"""The work of `infer_encrypted` before anything is dealt: flags, model, calibration, choice of the
-ring.
+"""The work of `infer_encrypted` before anything is dealt: checks of flags, model, calibration,
+choice of the ring.
 """
 
 from __future__ import annotations
@@ -26,97 +26,13 @@ from primia_jax.types import Array, PyTree
 
 from . import folders, inputs, model_files, settings
 from .configs.data import Data
-from .configs.model import normalise
+from .planned import OUTPUTS, Infer, Planned
 
 OWNERS = ("model_owner", "data_owner")
-OUTPUTS = ("probabilities", "label")
 _NETWORKS = {"lan": pricing.LAN, "wan": pricing.WAN}
+ENCODER = models.MEAN, models.STD  # of `normalised`, whatever a model's own normalisation is
 _CALIBRATION_BATCH = 32  # images at a time; the ranges do not depend on it
 _FRACTION_BITS = (*range(10, 25, 2), 8, 6)  # in the order tried if only the ring is given
-
-
-def _(default: Any, text: str) -> Any:
-  return dataclasses.field(default=default, metadata={"help": text})
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-  """Which model, and by which protocol."""
-
-  checkpoint: str = _(
-    "", "model owner: folder of a finished training run, or a checkpoint of PriMIA (.pt)"
-  )
-  classes: str = _(
-    "",
-    "of a checkpoint of PriMIA: its classes in the order of its outputs; empty takes normal, "
-    "bacterial, viral for three",
-  )
-  output: str = _(
-    "probabilities",
-    "what the data owner learns: probabilities (from the logits, revealed to it alone), or label "
-    "(only the class, found under encryption)",
-  )
-  comparison: str = _(
-    "tables",
-    "protocol for signs: tables (less dealt, more rounds) or fss (more dealt, fewer rounds)",
-  )
-  ring_bits: int = _(0, "bits of a shared number, 8 to 64; 0 chooses by target_error")
-  fraction_bits: int = _(0, "bits after the binary point; 0 chooses by target_error")
-  target_error: float = _(1e-3, "largest error allowed in a logit, on the calibration images")
-  exact: bool = _(
-    True,
-    "exact truncation and comparison; --noexact is cheaper, each value off by at most one unit",
-  )
-  margin: float = _(2.0, "factor by which values may exceed the largest of calibration")
-  calibration: str = _(
-    "run",
-    "model owner: images to calibrate on: run (the training run's validation images, which a "
-    "private run leaves unused), phantom, folder:PATH, csv:PATH, npz:PATH or tfds:NAME",
-  )
-  calibration_images: int = _(32, "number of calibration images")
-  batch: int = _(1, "images in one run of the protocol")
-  ignore: str = _("", "files and folders to leave out, as patterns separated by commas")
-  grey_bits: int = _(0, "bits that 16-bit grey PNG and TIFF use; 0 takes those of the training run")
-
-
-@dataclasses.dataclass(frozen=True)
-class Infer(Planned):
-  """What is classified, with which model, and by which protocol."""
-
-  images: str = _(
-    "", "data owner: an image file (PNG, JPEG, TIFF, BMP, DICOM), a folder or a tar of them"
-  )
-  skip_bad_files: bool = _(False, "go on without images that cannot be read, and name them")
-  output_dir: str = _(
-    "",
-    "folder for predictions.csv, plan.txt and costs.json, created if needed; empty writes no files",
-  )
-  check: bool = _(
-    False, "also compute in the clear: compare with float32 and find values beyond their range"
-  )
-  network: str = _(
-    "wan", "link whose communication time is estimated: lan, wan, or RTT_MS,MBIT such as 40,100"
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class Connect:
-  """A clinic that asks a model owner's server; empty plays all roles here."""
-
-  connect: str = _("", "HOST:PORT of the model owner's server (primia-serve)")
-  folder: str = _("", "the clinic's own folder, of mode 0700")
-  model: str = _("", "name of the publication, a folder below models")
-  timeout: float = _(60.0, "longest wait, in seconds, for a message of the server")
-
-
-def check_connect(values: Any) -> None:
-  """Raises ValueError for flags of `Connect` where no server is named; values are absl's."""
-  for name in ("folder", "model", "timeout"):
-    if values[name].present and not values["connect"].value:
-      raise ValueError(
-        f"{name}={values[name].value} without connect: it is a clinic's; name the server with "
-        "--connect"
-      )
 
 
 def check(s: Infer) -> None:
@@ -351,4 +267,4 @@ def choose_config(s: Any, logits: Callable, pairs: Sequence[tuple[PyTree, Array]
 
 def normalised(images: np.ndarray) -> Array:
   """uint8 images as the model takes them; their owner does this in the clear."""
-  return normalise(jnp.asarray(images))
+  return models.normalise(jnp.asarray(images))

@@ -25,18 +25,19 @@ from primia_jax.mpc import pricing, scoring
 
 from . import encrypted, inputs, model_files, registers, report, running, scored, settings
 from .configs.data import Data
+from .planned import Connect, Infer, check_connect
 
 settings.define_flags(scored.Score)
 settings.define_flags(Data)
-settings.define_flags(encrypted.Connect)
+settings.define_flags(Connect)
 FLAGS = flags.FLAGS
 FLAGS.set_default("data", "")
 flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:
-  s, connect = settings.from_flags(scored.Score), settings.from_flags(encrypted.Connect)
-  encrypted.check_connect(FLAGS)
+  s, connect = settings.from_flags(scored.Score), settings.from_flags(Connect)
+  check_connect(FLAGS)
   if not connect.connect:
     scored.check(s)
   if not FLAGS.data or FLAGS.site_data:
@@ -53,7 +54,7 @@ def main() -> None:
   inputs.source(config)
   data, _ = inputs.images_to_test(config, 0, names)
   images = np.asarray(data.images)
-  given = encrypted.Infer(
+  given = Infer(
     checkpoint=s.checkpoint, calibration=s.calibration, calibration_images=s.calibration_images,
     grey_bits=config.grey_bits, ignore=config.ignore,
   )  # fmt: skip
@@ -96,7 +97,7 @@ def main() -> None:
     _write(s, work, result, plan, len(images))
 
 
-def _ask(connect: encrypted.Connect, given: scored.Score) -> None:
+def _ask(connect: Connect, given: scored.Score) -> None:
   """A hospital asks a vendor's server."""
   try:
     from . import scored_apart  # here, because only this needs gRPC
@@ -255,4 +256,4 @@ def _summary(s, work, result, plan, num: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  running.start(main)
+  running.start(main, keeps_small=True)

@@ -12,106 +12,33 @@ This is a clinic: it asks a model owner's server (primia-serve) over TLS, sends 
 answer to anybody, and ends with exit code 0 if each image was answered.
 """
 
-import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from absl import flags
 
-from primia_jax.mpc import planning, pricing
+from . import caching, predictions, settings, starting
+from .planned import Connect, Infer, check_connect
 
-from . import encrypted, inputs, model_files, phases, predictions, report, running, settings
-from .configs.data import Data
-
-settings.define_flags(encrypted.Infer)
-settings.define_flags(encrypted.Connect)
+settings.define_flags(Infer)
+settings.define_flags(Connect)
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:
-  config = settings.from_flags(encrypted.Infer)
-  connect = settings.from_flags(encrypted.Connect)
+  config, connect = settings.from_flags(Infer), settings.from_flags(Connect)
   if connect.connect:
     _ask(connect, config)
     return
-  encrypted.check_connect(FLAGS)
-  encrypted.check(config)
-  model, weights, label_names, model_config = encrypted.load_model(
-    config.checkpoint, config.classes
-  )
-  size, _, channels = model_config.image_shape
-  data = Data(
-    data=f"folder:{config.images}",
-    image_size=size,
-    channels=channels,
-    ignore=config.ignore,
-    grey_bits=config.grey_bits or model_files.grey_bits(config.checkpoint),
-    skip_bad_files=config.skip_bad_files,
-    ct_window=model_files.ct_window(config.checkpoint),
-  )
-  images = inputs.unlabelled_images(data, label_names)
-  calibration, source = encrypted.calibration_images(config, model_config, label_names)
-  if config.output_dir:
-    pathlib.Path(config.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
+  check_connect(FLAGS)
+  from . import simulated  # here, because a clinic needs neither models nor what trains them
 
-  print(
-    "Encrypted inference, simulated: model owner, data owner and dealer run in this one process, "
-    "which sees\n"
-    "everything. In the code they are separate, and each is given only what its role holds.\n"
-  )
-  print(
-    f"Model   {model_config.name} from {config.checkpoint}, {size} x {size} x {channels}, "
-    f"{', '.join(label_names)}"
-  )
-  print(f"Images  {len(images)} from {config.images}, {config.batch} in a run of the protocol")
-  for what, text in images.notes.items():
-    print(f"        {what}: {text}")
-  print(f"Calibrating on {source} and choosing the ring ...", flush=True)
-  start = time.perf_counter()
-  plan = encrypted.make_plan(config, model, weights, calibration)
-  calibrating = time.perf_counter() - start
-  rows, table = pricing.rows(plan.circuit), str(plan)
-  print(
-    f"\nThe plan, which both parties and the dealer see, for {_images(config.batch)}:\n\n{table}\n"
-  )
-  print(_who_learns_what(config))
-  if any(row.what == "product" and row.layer != "argmax" for row in rows):
-    print(
-      "\nSome steps multiply secrets with each other, as GroupNorm does with the statistics of an "
-      "image. A model\n"
-      "trained with --norm=batch avoids them: its owner folds the statistics into the weights."
-    )
-  print(flush=True)
-  result = phases.infer(plan, weights, images.images, config.batch)
-  result.seconds["calibrate"] = calibrating
-
-  ids = [str(path) for path in images.columns["path"]]
-  predictions.show(ids, result.outputs, label_names)
-  summary = _costs(plan, rows, result, config, len(images))
-  _print_costs(summary)
-  if config.check:
-    _print_check(
-      config, phases.compare(plan, model, weights, images.images, config.batch, result.outputs), ids
-    )
-  else:
-    print(
-      "\nA value beyond its planned range gives a wrong answer that nobody notices; --check finds "
-      "such values."
-    )
-  if config.output_dir:
-    folder = pathlib.Path(config.output_dir).expanduser()
-    predictions.write(folder / "predictions.csv", ids, result.outputs, label_names)
-    (folder / "plan.txt").write_text(f"{table}\n")
-    (folder / "costs.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\npredictions.csv, plan.txt and costs.json are in {folder}")
+  simulated.infer(config)
 
 
-def _ask(connect: encrypted.Connect, config: encrypted.Infer) -> None:
+def _ask(connect: Connect, config: Infer) -> None:
   """A clinic asks a server."""
   try:
     from . import asking  # here, because only a clinic needs gRPC
@@ -123,11 +50,7 @@ def _ask(connect: encrypted.Connect, config: encrypted.Infer) -> None:
   label_names = answers.received.about.label_names
   predictions.show(answers.ids, answers.outputs, label_names)
   summary = asking.costs(answers, time.perf_counter() - start)
-  print(
-    f"\nA run took {_time(float(np.median(answers.seconds)))} (median of {len(answers.seconds)}), "
-    f"{summary['rounds']} rounds and {pricing.bytes_text(summary['bytes_each_way'])} each way."
-    f"\nIntended use: {answers.received.about.intended_use}."
-  )
+  print(f"\n{asking.took(answers)}\nIntended use: {answers.received.about.intended_use}.")
   if config.output_dir:
     folder = pathlib.Path(config.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,134 +61,5 @@ def _ask(connect: encrypted.Connect, config: encrypted.Infer) -> None:
     raise RuntimeError(said)
 
 
-def _who_learns_what(config: encrypted.Infer) -> str:
-  answer = {
-    "probabilities": "the logits of its own images, and computes probabilities from them",
-    "label": "the class of its own images, but no probabilities or logits",
-  }[config.output]
-  return (
-    "Who learns what, if all follow the protocol and the dealer colludes with neither party:\n"
-    "  model owner  the number of images, and nothing else about them or the answers\n"
-    f"  data owner   the plan, {answer}\n"
-    "  dealer       the plan; neither weights nor images nor answers"
-  )
-
-
-def _costs(
-  plan: planning.Plan,
-  rows: Sequence[pricing.Row],
-  result: phases.Result,
-  config: encrypted.Infer,
-  num_images: int,
-) -> dict[str, Any]:
-  """The content of `costs.json`: seconds as measured, bytes and rounds of one run as planned."""
-  network = encrypted.parse_network(config.network)
-  dealt, sent, rounds = pricing.total(plan.circuit, rows)
-  seconds = result.seconds
-
-  def phase(
-    name: str, who: str, per: str, num_bytes: int = 0, num_rounds: int = 0
-  ) -> dict[str, Any]:
-    runs = result.runs if per == "run" else 1
-    measured = seconds.get(name, 0.0) / runs
-    return {
-      "phase": name,
-      "who": who,
-      "once_per": per,
-      "seconds": measured,
-      "bytes": num_bytes,
-      "rounds": num_rounds,
-    }
-
-  return {
-    "images": num_images,
-    "images_in_a_run": config.batch,
-    "runs": result.runs,
-    "config": dataclasses.asdict(plan.config),
-    "phases": [
-      phase("calibrate", "model owner", "model"),
-      phase("compile", "everybody", "model"),
-      phase("encode weights", "model owner", "model"),
-      phase("blind", "dealer", "model"),
-      phase("publish", "model owner to data owner", "model", pricing.published_bytes(plan.circuit)),
-      phase("deal", "dealer to data owner", "run", dealt),
-      phase("prepare", "both parties", "run"),
-      phase("encode images", "data owner", "run"),
-      phase("online", "both parties, each way", "run", sent, rounds),
-    ],
-    "layers": [layer._asdict() for layer in phases.layers(plan, rows, result)],
-    "steps": [row._asdict() for row in rows],
-    "network": {
-      "round_trip_seconds": network.round_trip,
-      "bits_per_second": network.bandwidth,
-      "online_seconds": network.seconds(rounds, sent),
-      "deal_seconds": network.seconds(0, dealt),
-      "publish_seconds": network.seconds(0, pricing.published_bytes(plan.circuit)),
-    },
-    "versions": report.versions(),
-  }
-
-
-def _print_costs(summary: dict[str, Any]) -> None:
-  text = pricing.bytes_text
-  each = _images(summary["images_in_a_run"])
-  print(f"\n{'phase':<14} {'who':<26} {'once per':<10} {'time':>10} {'bytes':>10} {'rounds':>7}")
-  for p in summary["phases"]:
-    per = each if p["once_per"] == "run" else "model"
-    size, rounds = (text(p["bytes"]) if p["bytes"] else "", p["rounds"] or "")
-    print(
-      f"{p['phase']:<14} {p['who']:<26} {per:<10} {_time(p['seconds']):>10} {size:>10} {rounds:>7}"
-    )
-  print(f"\n{'layer':<28} {'steps':<44} {'online':>10} {'dealt':>10} {'sent':>10} {'rounds':>7}")
-  for layer in summary["layers"]:
-    steps = _shorten(", ".join(_counted(layer["steps"])), 44)
-    print(
-      f"{_shorten(layer['name'], 28):<28} {steps:<44} {_time(layer['seconds']):>10} "
-      f"{text(layer['dealt']):>10} "
-      f"{text(layer['sent']):>10} {layer['rounds']:>7}"
-    )
-  network = summary["network"]
-  link = (
-    f"{1e3 * network['round_trip_seconds']:g} ms and {network['bits_per_second'] / 1e6:g} Mbit/s"
-  )
-  print(f"\nCommunication over a link of {link} would take")
-  print(f"  online            {_time(network['online_seconds']):>10} for {each}, besides computing")
-  print(f"  deal, beforehand  {_time(network['deal_seconds']):>10} for {each}")
-  print(f"  publish           {_time(network['publish_seconds']):>10} once per model")
-
-
-def _images(number: int) -> str:
-  return "1 image" if number == 1 else f"{number} images"
-
-
-def _counted(steps: Sequence[str]) -> list[str]:
-  """max, max, relu -> 2 max, relu, in order of first appearance."""
-  return [
-    f"{n} {step}" if (n := list(steps).count(step)) > 1 else step for step in dict.fromkeys(steps)
-  ]
-
-
-def _shorten(text: str, width: int) -> str:
-  return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _time(seconds: float) -> str:
-  return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def _print_check(config: encrypted.Infer, found: phases.Difference, ids: Sequence[str]) -> None:
-  print("\nChecked in the clear: every value stays within its planned range.")
-  if found.largest is not None:
-    is_chosen = config.ring_bits and config.fraction_bits  # then target_error chose nothing
-    target = "" if is_chosen else f" (target {config.target_error:g})"
-    print(f"  largest difference of a logit from float32: {found.largest:.2g}{target}")
-  print(f"  the same class as float32: {found.same} of {len(ids)} images")
-  if found.bitwise is not None:
-    print(
-      f"  bit for bit what the integer model gives: "
-      f"{'yes' if found.bitwise else 'NO, which is an error in the code'}"
-    )
-
-
 if __name__ == "__main__":
-  running.start(main, keeps_small=True)
+  starting.start(main, caching.keep_all)

@@ -25,13 +25,13 @@ import datetime
 import numpy as np
 from absl import flags
 
-from primia_jax.models import MEAN, STD
 from primia_jax.mpc.circuit import CHECKED, CLIENTS, SHARING, TRUSTED
 from primia_jax.service import certificates, inbox, publications, scores, supply
 from primia_jax.service.publications import About
 
 from . import encrypted, model_files, running, scored, settings
 from .folders import alone, host_and_port, role_folder
+from .planned import Planned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,12 @@ class Publish:
 
 
 settings.define_flags(Publish)
-settings.define_flags(encrypted.Planned)
+settings.define_flags(Planned)
 flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:
-  s, protocol = settings.from_flags(Publish), settings.from_flags(encrypted.Planned)
+  s, protocol = settings.from_flags(Publish), settings.from_flags(Planned)
   folder = role_folder(s.folder)
   place = publications.model_folder(folder, s.model)
   inbox.collect(folder, inbox.MODEL_OWNER)
@@ -154,7 +154,7 @@ def _check_score(s: Publish) -> None:
     )
 
 
-def _begin(s: Publish, protocol: encrypted.Planned, folder) -> None:
+def _begin(s: Publish, protocol: Planned, folder) -> None:
   version = s.version or datetime.date.today().isoformat()
   if s.rotate:
     about, plan, leaves = publications.copy_of(folder, s.rotate)
@@ -196,7 +196,7 @@ def _finish(s: Publish, folder) -> None:
   publications.finish(folder, s.model)
   if s.client == SHARING:
     addresses = s.address, s.helper_address
-    card = publications.issue(folder, s.model, addresses, MEAN, STD)
+    card = publications.issue(folder, s.model, addresses, *encrypted.ENCODER)
     print(
       f"{s.model} {'was published before' if was else 'is published'}.\n"
       f"Copy {folder}/outbox/helper/ into the helper's inbox/model_owner/.\nGive clinics {card}.\n"

@@ -23,6 +23,7 @@ from primia_jax.privacy.chain import Chain
 from . import (
   admission,
   arms,
+  caching,
   crossings,
   folders,
   hospitals,
@@ -352,11 +353,6 @@ def tensorboard(folder: pathlib.Path) -> Callable[[dict[str, Any]], None]:
   return log
 
 
-def _cache_dir() -> pathlib.Path:
-  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(home) / "primia_jax" / "xla"
-
-
 def start(
   main: Callable[..., None], keeps_small: bool = False, commands: Sequence[str] = ()
 ) -> None:
@@ -368,10 +364,4 @@ def start(
       has many of them.
     commands: the first argument is one of these words, which `main` is given.
   """
-
-  def prepared() -> None:
-    jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
-    if keeps_small:
-      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-  starting.start(main, prepared, commands)
+  starting.start(main, caching.keep_all if keeps_small else caching.keep, commands)

@@ -23,6 +23,7 @@ from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import Array, PyTree
 
 from . import encrypted, folders, progress
+from .planned import Infer
 from .settings import choose, require, setting
 
 OPENED = ("confusion", "accuracy", "roc")
@@ -32,7 +33,7 @@ FILES = ("score.json", "plan.txt")
 
 def _same(name: str) -> Any:
   """A flag that `infer_encrypted` has, too."""
-  field = encrypted.Infer.__dataclass_fields__[name]
+  field = Infer.__dataclass_fields__[name]
   return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
@@ -202,7 +203,7 @@ def make_plan(
 ) -> planning.Plan:
   """Chooses the ring by the logits, as `infer_encrypted` does, and plans; raises as that does.
 
-  s is a `Score`, or an `encrypted.Planned`.
+  s is a `Score`, or a `planned.Planned`.
   """
   logits = encrypted.functions(model)["probabilities"]
   config = encrypted.choose_config(s, logits, encrypted.examples(weights, calibration))

@@ -18,9 +18,9 @@ from primia_jax.service import certificates, institutions, publications, scores
 from primia_jax.service.channel import Limits
 from primia_jax.service.publications import Received
 
-from . import asking, encrypted, inputs, progress, registers, scored
+from . import asking, caching, encrypted, inputs, progress, registers, scored
 from .configs.data import Data
-from .encrypted import Connect
+from .planned import Connect
 from .scored import Score, Task
 
 OWN = ("opened_to", "small_classes", "output_dir")  # the hospital's; the vendor decides the others
@@ -137,7 +137,7 @@ def run(s: Connect, what: Asked) -> Answer:
   start, images = time.perf_counter(), np.asarray(what.data.images)
   publication, server = what.received.publication, what.received.server
   owner = DataOwner(what.plan, publication)
-  online = apart.online(what.plan, DATA_OWNER, opens=False)
+  online = apart.online(what.plan, DATA_OWNER, opens=False, kept=caching.programs())
   seconds = {"compile": time.perf_counter() - start}
   opened = f"{what.given.opened}, to {what.given.opened_to}"
   runs, (*_, labels) = scores.runs_of(what.plan, len(images)), what.plan.program.avals

@@ -36,7 +36,7 @@ from primia_jax.service.channel import Limits
 from primia_jax.service.institutions import Served
 from primia_jax.service.journal import Contract, Journal
 
-from . import running, settings
+from . import caching, running, settings
 from .folders import host_and_port, role_folder
 
 _OTHERS = "weights.npz", "tag"  # files of a model owner, and of a dealer, beside a publication
@@ -170,9 +170,10 @@ def _serve(
   if is_shared:
     of = [own if s.model_owner else certificates.name(publications.helper_of(folder))]
   stocks = []
+  load = _served if not s.model_owner else helped.helped
   for name in names:
     start = time.perf_counter()
-    models.append(helped.helped(folder, name) if s.model_owner else _served(folder, name))
+    models.append(load(folder, name, caching.programs()))
     took = round(time.perf_counter() - start, 2)
     journal.note("ready", model=name, seconds=took)
     place = publications.model_folder(folder, name)
@@ -210,10 +211,10 @@ def _serve(
   journal.note("stopped")
 
 
-def _served(folder: pathlib.Path, name: str) -> Served:
+def _served(folder: pathlib.Path, name: str, programs: pathlib.Path) -> Served:
   kept = publications.kept(folder, name)
   opened_to = kept.about.opened_to
-  online = apart.online(kept.owner.plan, MODEL_OWNER, opens=not opened_to)
+  online = apart.online(kept.owner.plan, MODEL_OWNER, opens=not opened_to, kept=programs)
   kept.owner.warm_up()
   place = publications.model_folder(folder, name)
   return Served(

@@ -37,7 +37,7 @@ _MASK_SUM, _BARRIER = "primia_mask_sum", "primia_barrier"
 _DISCRETE, _PRODUCTS = "primia_discrete", "primia_products"
 _WIDE_PRODUCTS, _HAS_WIDE_PRODUCTS = "primia_wide_products", "primia_has_wide_products"
 _DEPTHWISE, _DEPTHWISE_KERNEL = "primia_depthwise", "primia_depthwise_kernel"
-_TARGETS = (
+TARGETS = (
   _MASK_SUM, _DISCRETE, _PRODUCTS, _WIDE_PRODUCTS, _DEPTHWISE, _DEPTHWISE_KERNEL, _BARRIER,
 )  # fmt: skip
 _FLAGS = ("-march=native",)
@@ -161,7 +161,7 @@ def _load() -> ctypes.CDLL | None:
       return None
   try:
     loaded = ctypes.cdll.LoadLibrary(str(library))
-    for target in _TARGETS:
+    for target in TARGETS:
       jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(loaded[target]), platform="cpu")
   except (OSError, RuntimeError) as error:
     _warn(f"{library} cannot be loaded: {error}")

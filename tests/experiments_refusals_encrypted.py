@@ -131,6 +131,7 @@ PUBLISH = """
 --score=roc                                 | positive | '' | class
 --score=confusion --positive=viral          | positive | viral | score=roc
 --score=confusion --client=checked          | score | checked | leave client out
+--score=confusion --client=sharing          | score | sharing | leave client out
 """
 
 DEAL = """

@@ -15,9 +15,10 @@ import service_serving_test as of_session
 from clinic_node_test import xray
 from clinic_page_test import lines_of, png, question
 from PIL import Image
-from service_institution import MODEL, WEIGHTS
+from service_institution import CLINIC, MODEL, WEIGHTS
 
 from experiments import asking, encrypted, sharing
+from experiments.planned import Connect
 from primia_jax import mpc
 from primia_jax.clinic import node, page
 from primia_jax.clinic.asking import WARNING
@@ -52,8 +53,10 @@ def test_every_pixel_is_encoded_as_jax_encodes_it(card):
 
 def test_the_page_shares_an_image_and_shows_what_happens(card, capsys):
   world, flags = card
+  before = world.left(), world.lines()
   model, ask, learned, warning = sharing.ready(flags)
   assert "SHA-256" in capsys.readouterr().out
+  assert (world.left(), world.lines()) == before  # it only looks
   with page.serve(model, ask, learned, 0, warning) as address:
     _, body = question(urllib.parse.urlsplit(address), png())
   _, *phases, last = lines_of(body)
@@ -114,9 +117,12 @@ runpy.run_module("experiments.ask_servers", run_name="__main__", alter_sys=True)
 def test_the_page_asks_in_sessions_with_a_server(tmp_path, capsys):
   world = of_session.World(tmp_path)
   folder = str(world.roles.clinic)
-  with world.serving(daily=2) as (address, _):
-    model, ask, learned, warning = asking.ready(encrypted.Connect(address, folder, MODEL, 20.0))
+  with world.serving(daily=2) as (address, audit):
+    before = of_session.left(world)
+    model, ask, learned, warning = asking.ready(Connect(address, folder, MODEL, 20.0))
     assert "that are unused" in capsys.readouterr().out
+    assert (of_session.left(world), audit.left(CLINIC)) == (before, 2)  # it only looks
+    assert [line["event"] for line in world.lines()] == ["session", "end"]
     with page.serve(model, ask, learned, 0, warning) as at:
       bodies = [question(urllib.parse.urlsplit(at), png())[1] for _ in range(3)]
     with pytest.raises(SessionEnded, match="budget"):
@@ -129,6 +135,6 @@ def test_the_page_asks_in_sessions_with_a_server(tmp_path, capsys):
   assert last["answer"]["bytes"]["sent, each way"] == sum(world.online[1].sizes)
   assert "2 images a day, and 2 are used" in lines_of(bodies[2])[-1]["error"]
   assert {"vendor-b", "dealer", "Assumed"} < set(dict(learned))
-  gone = encrypted.Connect("127.0.0.1:1", folder, MODEL, 5.0)
+  gone = Connect("127.0.0.1:1", folder, MODEL, 5.0)
   with pytest.raises(SessionEnded, match="nobody listens"):
     asking.ready(gone)

@@ -8,7 +8,7 @@ import pytest
 from mpc_reference import OWNERS, normal
 
 from primia_jax import mpc
-from primia_jax.mpc import apart, pricing, segments
+from primia_jax.mpc import apart, keeping, pricing, segments
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 
 W, X = normal(0, 6, 5), normal(1, 3, 6)
@@ -119,6 +119,44 @@ def test_a_wrong_message_or_side_is_refused(plan, both):
     party.send(bytes(both[1].sizes[0] + 1))
   with pytest.raises(ValueError, match="another plan"):
     both[1].start(asked._replace(ready={}))
+
+
+def test_a_program_that_was_kept_is_not_traced_again_and_has_the_same_bits(
+  plan, both, tmp_path, monkeypatch
+):
+  ask = lambda: apart.online(plan, DATA_OWNER, kept=tmp_path)
+  _, answered, asked = sides(plan)
+  want = apart.simulate(both[0].start(answered), both[1].start(asked))
+
+  def agrees(online):
+    got = apart.simulate(both[0].start(answered), online.start(asked))
+    return online.sizes == both[1].sizes and all(map(np.array_equal, got, want))
+
+  assert agrees(ask())
+  (file,) = tmp_path.iterdir()
+  assert file.stat().st_mode & 0o777 == 0o600
+  with monkeypatch.context() as patch:
+    patch.setattr(apart, "_traced", None)
+    assert agrees(ask())
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(TypeError):  # a damaged file counts as none
+      ask()
+  file.unlink()
+  file.mkdir()
+  with pytest.warns(UserWarning, match="cannot be kept"):
+    again = ask()
+  assert agrees(again)
+
+
+def test_a_kept_program_is_of_one_plan_party_and_version(plan, tmp_path, monkeypatch):
+  other = planned(mpc.Config(32, 9, 14))
+  path = lambda *of: keeping.path(tmp_path, *of)
+  paths = [path(plan, 1, True), path(plan, 0, True), path(plan, 1, False), path(other, 1, True)]
+  with monkeypatch.context() as patch:
+    patch.setattr(keeping, "_code", lambda: "changed")
+    paths.append(path(plan, 1, True))
+  assert len(set(paths)) == 5
+  assert path(plan, 1, True) == paths[0]
 
 
 def test_a_value_given_as_shares_has_no_party():

@@ -12,11 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import encrypted, model_files, settings
 from experiments.configs.run import rehearse
-from primia_jax import models, primia_files
+from primia_jax import models, mpc, primia_files
 from primia_jax.models import ModelConfig, layers
+from primia_jax.mpc.circuit import SHARING
+from primia_jax.service import cards, certificates, folders, publications, sharing
+from primia_jax.service.cards import About
 from tests.experiments_runs import TINY, write_untrained
 from tests.torch_files import saving
 
@@ -120,6 +124,42 @@ def test_answers_as_its_network_does_to_its_own_normalisation(primia):
   np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-4)
   assert encrypted.load_model(path, "a,b,c")[2] == ("a", "b", "c")
   assert (model_files.grey_bits(path), model_files.ct_window(path)) == (0, "")
+
+
+def test_it_is_published_and_a_card_encodes_images_as_its_own_normalisation_wants(primia, tmp_path):
+  """The normalisation is the model's first layer, so every card has the same encoder."""
+  path, (vendor, helper) = str(primia()), (folders.make(tmp_path / name) for name in "vh")
+  images = np.random.default_rng(2).integers(0, 256, (4, 32, 32, 3), np.uint8)
+  (tmp_path / "images").mkdir()
+  for i, image in enumerate(images):
+    Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+  planned = encrypted.Planned(
+    checkpoint=path, calibration=f"folder:{tmp_path / 'images'}", ring_bits=64, fraction_bits=16
+  )
+  encrypted.check_planned(planned)
+  model, weights, names, config = encrypted.load_model(path)
+  calibration, _ = encrypted.calibration_images(planned, config, names)
+  plan = encrypted.make_plan(planned, model, weights, calibration, SHARING)
+  about = About("1", 32, 3, names, "probabilities", 1)
+  certificates.create(vendor, "vendor")
+  (vendor / "helper.pem").write_bytes(certificates.create(helper, "helper").read_bytes())
+  outbox = publications.begin(vendor, "chest", about, plan, publications.leaves(weights))
+  dealer = mpc.Dealer(plan, (outbox / "tag").read_text())
+  mpc.saving.write(publications.model_folder(vendor, "chest") / "blind", dealer.blind())
+  publications.finish(vendor, "chest")
+  addresses = "vendor.example:1", "helper.example:1"
+  issued = cards.read(publications.issue(vendor, "chest", addresses, *encrypted.ENCODER))
+  image = issued.encoded(images[:1])
+  first, second = (np.frombuffer(v, np.int64) for v in sharing.shares(issued.card, [image]))
+  shared = ((first + second) * issued.card.images[0]["unit"]).reshape(image.shape)
+  kept = jax.tree.unflatten(jax.tree.structure(weights), publications.copy_of(vendor, "chest")[2])
+  found = mpc.check(plan, (kept, shared.astype(np.float32)))
+  plain = models.build(dataclasses.replace(config, mean=(), std=()))
+  theirs = ((images[:1] / 255 - np.array(MEAN)) / np.array(STD)).astype(np.float32)
+  expected = plain.apply(*weights, theirs)[0]
+  assert float(np.ptp(expected)) > 0.1
+  np.testing.assert_allclose(found, expected, atol=0.01)
+  assert found.argmax() == expected.argmax()
 
 
 def test_a_grey_image_serves_as_three_equal_channels():

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -76,17 +77,23 @@ class World:
     return tuple(len(folders.unused(folder)) for folder in of)
 
   @contextlib.contextmanager
-  def serving(self, echo=None, at_helper=Contract(), limits=LIMITS, **contract):  # noqa: B008
+  def serving(
+    self, echo=None, at_helper=Contract(), limits=LIMITS, stopping=(None, None),  # noqa: B008
+    only_checked=False, **contract,
+  ):  # fmt: skip
     """Both servers; gives the card that the model owner issues."""
     with contextlib.ExitStack() as stack:
       logs = []
       for folder, kept in ((self.vendor, Contract(**contract)), (self.helper, at_helper)):
         logs.append(stack.enter_context(contextlib.closing(Journal(folder, kept, echo))))
-      one = stack.enter_context(helped.serve(self.vendor, [self.served], logs[0], limits=limits))
-      first = f"127.0.0.1:{one}"
-      two = stack.enter_context(
-        helped.assisting(self.helper, [self.assisted], logs[1], "127.0.0.1:0", limits, None, first)
+      owner = helped.serve(
+        self.vendor, [self.served], logs[0], "127.0.0.1:0", limits, stopping[0], only_checked
       )
+      first = f"127.0.0.1:{stack.enter_context(owner)}"
+      helper = helped.assisting(
+        self.helper, [self.assisted], logs[1], "127.0.0.1:0", limits, stopping[1], first
+      )
+      two = stack.enter_context(helper)
       path = publications.issue(self.vendor, MODEL, (first, f"127.0.0.1:{two}"), 0.5, 0.25)
       yield cards.read(path)
 
@@ -201,6 +208,60 @@ def test_a_used_up_budget_at_either_server_is_named_and_burns_nothing(world, at)
     with pytest.raises(Refused, match=f"{at}.*budget of hospital-a is 1 images a day, and 1 are"):
       ask(world, issued)
   assert world.left() == before
+
+
+def stopped():
+  event = threading.Event()
+  event.set()
+  return event
+
+
+@pytest.mark.parametrize(
+  ("reason", "options"),
+  [
+    ("vendor.*server is stopping", {"stopping": (stopped(), None)}),
+    ("helper.*server is stopping", {"stopping": (None, stopped())}),
+    ("between helper and model owner.*was not checked", {"only_checked": True}),
+    ("vendor.*is 0 images in all", {"total": 0}),
+    ("helper.*is 0 images in all", {"at_helper": Contract(total=0)}),
+    ("sessions open, as many as it may", {"at_helper": Contract(sessions=0)}),
+  ],
+)
+def test_a_refusal_costs_neither_server_correlations(world, reason, options):
+  before = world.left()
+  with world.serving(limits=Limits(timeout=4.0), **options) as issued:
+    for _ in range(2):
+      with pytest.raises(Refused, match=reason):
+        ask(world, issued)
+  assert world.left() == before
+  assert all(line["event"] != "inference" for of in world.lines() for line in of)
+
+
+def test_what_the_model_owner_was_not_dealt_serves_later(world):
+  held = place(world.vendor) / HELPER / folders.CORRELATIONS
+  before, away = world.left(), held.with_name("away")
+  with world.serving() as issued:
+    held.rename(away)
+    with pytest.raises(Refused, match="nothing was dealt"):
+      ask(world, issued)
+    away.rename(held)
+    assert world.left() == before
+    found = ask(world, issued)
+  np.testing.assert_array_equal(found, institution.wanted(world.plan))
+  assert world.left() == (before[0] - 1, before[1] - 1)
+
+
+def test_what_the_model_owner_has_used_before_is_given_up(world, monkeypatch):
+  """So that it does not stand in the way of the others."""
+  lost = folders.take(place(world.vendor) / HELPER, folders.unused(place(world.helper))[0])
+  before = world.left()
+  monkeypatch.setattr(helped.secrets, "choice", min)
+  with world.serving() as issued:
+    with pytest.raises(Refused, match=f"{lost.inference} were used"):
+      ask(world, issued)
+    assert world.left() == (before[0], before[1] - 1)
+    ask(world, issued)
+  assert world.left() == (before[0] - 1, before[1] - 2)
 
 
 def test_a_card_of_another_publication_is_refused_before_anything_is_counted(world):

@@ -27,12 +27,12 @@ from primia_jax.service.helping import Asked, Desk
 DOCS = pathlib.Path(__file__).parents[1] / "docs" / "helper_faults.md"
 W, X, OWNERS = normal(0, 6, 5), normal(1, 6), ("model_owner", "shared")
 KINDS = [  # in the order of a session
-  frames.HELLO, frames.QUESTION, frames.WELCOME, frames.PREPARE, frames.READY, frames.SHARES_1,
-  frames.SHARES_0, frames.OUTPUT,
+  frames.HELLO, frames.QUESTION, frames.WELCOME, frames.PREPARE, frames.ACCEPTED, frames.READY,
+  frames.SHARES_1, frames.SHARES_0, frames.OUTPUT,
 ]  # fmt: skip
 FAULTS = [name for name in OF_SESSIONS if name != "that of the inference before"]
 FIRST = {frames.HELLO, frames.QUESTION}  # what the helper sends before the session has a number
-EMPTY = {frames.READY, frames.OUTPUT}
+EMPTY = {frames.ACCEPTED, frames.READY, frames.OUTPUT}
 ONLY = {  # faults that not every message can have
   "a bit of the payload flips": set(KINDS) - EMPTY,
   "only its header comes": set(KINDS) - EMPTY,
@@ -101,7 +101,8 @@ def assistance(world, both, pipe):
   try:
     ends[1] = sessions.assist(
       world.helper, world.online[1], world.publication,
-      lambda: folders.take(both[1], folders.unused(both[1])[0]), Asked(digest, number, shares[1]),
+      lambda: folders.Reserved(both[1], folders.unused(both[1])[0]), lambda inference: None,
+      Asked(digest, number, shares[1]),
       lambda message: pipe.send(1, message), lambda idle=False: pipe.receive(1, idle),
     )  # fmt: skip
   except SessionEnded as e:
@@ -184,9 +185,11 @@ tests do each fault at every message of a session, in every round, and compare w
 
 The helper opens a session with the model owner for each request of a client. HELLO and QUESTION say
 what it is about and which request; WELCOME comes once the client's share is there, too. Only then
-do both use up correlations, with PREPARE. Any fault ends the session with a named error on both
-sides, or with the right answer. An error comes at once, but for a side that hears nothing: it waits
-for `Limits.timeout` (60 s by default), and for a request that only one server has, half as long.
+do both use up correlations: the model owner before it sends ACCEPTED, the helper after it. What the
+model owner refuses is used up on neither side. Where the session ends otherwise after PREPARE, the
+helper's stay marked as used. Any fault ends the session with a named error on both sides, or with
+the right answer. An error comes at once, but for a side that hears nothing: it waits for
+`Limits.timeout` (60 s by default), and for a request that only one server has, half as long.
 
 Each cell is what the message's receiver ends with. The sender then finds that its peer is lost
 (PeerLost), unless the cell says another thing. Two outcomes in a cell are those of different

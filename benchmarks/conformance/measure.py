@@ -29,7 +29,7 @@ class Result(NamedTuple):
       a package.
     said: the error's text; empty if accepted.
     error: the largest |y - exact y| / max(1, |exact y|) over all outputs.
-    rounds: of communication.
+    rounds: of communication; messages that do not wait for each other share one.
     sent: bytes that each party sends.
     dealt: bytes that the data owner receives from the dealer.
   """
@@ -59,10 +59,9 @@ def measure(case: Case) -> Result:
       if is_refusal(error):
         return Result(case, REFUSED, str(error))
       return Result(case, BROKEN, f"{type(error).__name__}: {error}")
-    rows = pricing.rows(plan.circuit)
-  total = lambda name: sum(getattr(row, name) for row in rows)
+    total = pricing.total(plan.circuit)
   error = largest_error(outputs, exact)
-  return Result(case, ACCEPTED, "", error, total("rounds"), total("sent"), total("dealt"))
+  return Result(case, ACCEPTED, "", error, total.rounds, total.sent, total.dealt)
 
 
 def is_refusal(error: Exception) -> bool:

@@ -33,7 +33,8 @@ Networks named after a paper have an eighth of its width. All stand in `benchmar
 
 - **error**: the largest |y - y64| / max(1, |y64|), where y64 is the same function in float64 and y
   what `mpc.check` gives, which an encrypted inference equals bit for bit
-- **rounds** of communication, the output's among them
+- **rounds** of communication, the output's among them; messages that do not wait for each other
+  share a round
 - **sent**: bytes that each party sends to the other
 - **dealt**: bytes that the data owner receives from the dealer
 """

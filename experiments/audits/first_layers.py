@@ -10,9 +10,9 @@ import numpy as np
 
 from primia_jax.attacks import scores, spear
 from primia_jax.attacks.evidence import Evidence
+from primia_jax.models import MEAN, STD
 from primia_jax.types import Array, Batch, Params
 
-from ..configs.model import MEAN, STD
 from . import laboratory, pictures
 from .context import Context
 from .laboratory import Bench, Protection

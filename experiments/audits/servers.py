@@ -11,9 +11,9 @@ from primia_jax import algorithms, federated, local, secagg, sites, summation
 from primia_jax.attacks import active, detection
 from primia_jax.attacks.evidence import Evidence, beats_chance
 from primia_jax.metrics import clopper_pearson
+from primia_jax.models import MEAN, STD, normalise
 from primia_jax.types import ApplyFn, Array, Params
 
-from ..configs.model import MEAN, STD, normalise
 from . import context as shared
 from . import laboratory, pictures
 from .context import Context

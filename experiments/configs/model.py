@@ -15,7 +15,7 @@ import numpy as np
 from primia_jax import models, pretrained, primia_files
 from primia_jax.data import augment as augmenting
 from primia_jax.evaluation import batches
-from primia_jax.models import MEAN, STD
+from primia_jax.models import normalise
 from primia_jax.types import Array, Key, ModelState, Params
 
 from .. import model_files, settings
@@ -305,13 +305,6 @@ class Augment:
 
 def _path(text: str) -> pathlib.Path:
   return pathlib.Path(text).expanduser()
-
-
-def normalise(images: Array) -> Array:
-  """uint8 images, or float32 ones in [0, 1], as models take them."""
-  if images.dtype == jnp.uint8:
-    images = images.astype(jnp.float32) / 255
-  return (images - MEAN) / STD
 
 
 def of_stored(

@@ -45,7 +45,7 @@ from primia_jax.models.config import (
   ModelConfig,
 )
 from primia_jax.models.freezing import Frozen, freeze, parts
-from primia_jax.models.layers import Norm
+from primia_jax.models.layers import Norm, normalise
 from primia_jax.models.scatter import features
 
 __all__ = [
@@ -71,6 +71,7 @@ __all__ = [
   "freeze",
   "has_taps",
   "is_norm_parameter",
+  "normalise",
   "num_parameters",
   "parts",
 ]

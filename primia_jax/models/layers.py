@@ -26,6 +26,13 @@ def widths(config: ModelConfig, *features: int) -> list[int]:
   return [max(8, 8 * round(n * config.width / 8)) for n in features]
 
 
+def normalise(images: Array) -> Array:
+  """uint8 images, or float32 ones in [0, 1], as every model takes them."""
+  if images.dtype == jnp.uint8:
+    images = images.astype(jnp.float32) / 255
+  return (images - MEAN) / STD
+
+
 def renormalised(config: ModelConfig, x: Array) -> Array:
   """Images normalised by MEAN and STD, as the weights expect them: by `config.mean` and `std`, one
   channel as several equal ones where these are several.

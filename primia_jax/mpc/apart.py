@@ -9,6 +9,7 @@ need no threads, and opened values have the same bits as in one process.
 from __future__ import annotations
 
 import math
+import pathlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from primia_jax.mpc import checks, encoding, inference, pricing, protocol, replay, segments
+from primia_jax.mpc import checks, encoding, inference, keeping, pricing, protocol, replay, segments
 from primia_jax.mpc.checks import Crossed, Rounds
 from primia_jax.mpc.circuit import CHECKED, SHARING
 from primia_jax.mpc.messages import NAMES, Side
 from primia_jax.mpc.planning import Plan
-from primia_jax.mpc.segments import Segment
+from primia_jax.mpc.segments import Program
 from primia_jax.mpc.sharing import MODEL_OWNER, PARTY, Wire
 from primia_jax.types import Array
 
@@ -57,7 +58,7 @@ def sizes(plan: Plan) -> tuple[int, ...]:
   return _sizes(plan, _traced(plan)[0], plan.config.client != SHARING)
 
 
-def online(plan: Plan, party: int, opens: bool = True) -> Online:
+def online(plan: Plan, party: int, opens: bool = True, kept: pathlib.Path | None = None) -> Online:
   """Traces, cuts and compiles one party's online phase, for many inferences.
 
   Where the client is "checked", the model owner's part raises `checks.Deviated` before it sends
@@ -67,40 +68,68 @@ def online(plan: Plan, party: int, opens: bool = True) -> Online:
     plan: the plan.
     party: MODEL_OWNER or DATA_OWNER; where the client is "sharing", the helper is the latter.
     opens: whether the data owner gets the outputs; never where the client is "sharing".
+    kept: a folder in which programs are kept for the next process, unless the client is "checked".
 
   Raises:
     ValueError: the plan has arguments given as shares, and its client is not "sharing".
   """
-  circuit, config = plan.circuit, plan.config
-  opens = opens and config.client != SHARING
-  traced, kinds = _traced(plan)
-  with config.scope():
-    parts, outputs = segments.cut(traced, party)
-  checking = checks.compiled(plan, traced, kinds) if config.client == CHECKED else None
-  numbers = iter(range(len(traced.in_avals)))
-  given = inputs(plan)
-  numbered = jax.tree.map(lambda _: next(numbers), given)
+  inference.check_owners(plan)
+  opens = opens and plan.config.client != SHARING
+  checking = None
+  if plan.config.client == CHECKED:
+    traced, kinds = _traced(plan)
+    program = _program(plan, party, opens, traced, exports=False)
+    checking = checks.compiled(plan, traced, kinds)
+  elif kept is None:
+    program = _program(plan, party, opens, _traced(plan)[0], exports=False)
+  else:
+    program = _kept(plan, party, opens, kept)
+  circuit = plan.circuit
   own = [i for i, o in enumerate(circuit.operands) if o.owner in (party, None)]
-  of_own = lambda tree: jax.tree.leaves((tree[0], {i: tree[1][i] for i in own}))
-  mine, shapes = of_own(numbered), [(a.shape, a.dtype) for a in of_own(given)]
-  foreign = set(jax.tree.leaves(numbered)) - set(mine)
-  assert not any(foreign & set(part.reads) for part in parts), "it reads the other party's values"
+  shapes = [(v.shape, v.dtype) for v in program.shapes]
 
   def start(side: Side) -> Party:
     if side.party != party:
       raise ValueError(f"this is the {NAMES[side.party]}'s side, not the {NAMES[party]}'s")
-    leaves = of_own((side.ready, side.operands))
+    leaves = jax.tree.leaves((side.ready, {i: side.operands[i] for i in own}))
     if [(v.shape, v.dtype) for v in leaves] != shapes:
       raise ValueError("this side was prepared for another plan; give all roles the same plan")
-    env = dict(zip(mine, leaves, strict=True))
+    env = dict(zip(program.reads, leaves, strict=True))
     if checking is None:
-      return _ending(plan, party, opens, _rounds(plan, parts, outputs, env))
+      return _ending(plan, party, opens, _rounds(plan, program, env))
     if side.tags is None:
       raise ValueError("this side has no tags; prepare it for a plan whose client is checked")
-    rounds = checking(party, side.tags, _rounds(plan, parts, outputs, env))
+    rounds = checking(party, side.tags, _rounds(plan, program, env))
     return _ending(plan, party, opens, rounds)
 
-  return Online(_sizes(plan, traced, opens), start, opens)
+  return Online(program.sizes, start, opens)
+
+
+def _program(
+  plan: Plan, party: int, opens: bool, traced: core.ClosedJaxpr, exports: bool
+) -> Program:
+  with plan.config.scope():
+    parts, outputs, exported = segments.cut(traced, party, exports)
+  numbers = iter(range(len(traced.in_avals)))
+  given = inputs(plan)
+  numbered = jax.tree.map(lambda _: next(numbers), given)
+  own = [i for i, o in enumerate(plan.circuit.operands) if o.owner in (party, None)]
+  of_own = lambda tree: jax.tree.leaves((tree[0], {i: tree[1][i] for i in own}))
+  mine, shapes = of_own(numbered), of_own(given)
+  foreign = set(jax.tree.leaves(numbered)) - set(mine)
+  assert not any(foreign & set(part.reads) for part in parts), "it reads the other party's values"
+  return Program(parts, outputs, mine, shapes, _sizes(plan, traced, opens), exported)
+
+
+def _kept(plan: Plan, party: int, opens: bool, folder: pathlib.Path) -> Program:
+  """The program that an earlier process kept, or a new one, which is then kept."""
+  file = keeping.path(folder, plan, party, opens)
+  with plan.config.scope():
+    found = keeping.read(file)
+  if found is None:
+    found = _program(plan, party, opens, _traced(plan)[0], exports=True)
+    keeping.write(file, found)
+  return found
 
 
 def inputs(plan: Plan) -> tuple[protocol.Ready, protocol.Operands]:
@@ -127,13 +156,11 @@ def _sizes(plan: Plan, traced: core.ClosedJaxpr, opens: bool) -> tuple[int, ...]
   return (*segments.sizes(traced), *check, *last)
 
 
-def _rounds(
-  plan: Plan, parts: Sequence[Segment], outputs: Sequence[int], env: dict[int, Any]
-) -> Rounds:
+def _rounds(plan: Plan, program: Program, env: dict[int, Any]) -> Rounds:
   """The openings, and then this party's shares of the outputs and, to be checked, what crossed."""
   keeps = plan.config.client == CHECKED
   crossed: Crossed = []
-  for part in parts:
+  for part in program.parts:
     with plan.config.scope():
       made = part.run(*(env[i] for i in part.reads))
     env |= zip(part.makes, made, strict=True)
@@ -145,7 +172,7 @@ def _rounds(
         crossed.append((own, theirs))
     for i in part.drops:
       del env[i]
-  return [env[i] for i in outputs], crossed
+  return [env[i] for i in program.outputs], crossed
 
 
 def _ending(plan: Plan, party: int, opens: bool, rounds: Rounds) -> Party:

@@ -120,7 +120,7 @@ def _aval(v: Any, dtype: Any) -> jax.ShapeDtypeStruct:
 def _program(fn: Callable, inputs: tuple[Any, ...], read: tuple[int, int]) -> Callable:
   """fn as party 1 runs it, of two of its inputs; it must read no other."""
   traced = jax.make_jaxpr(fn, axis_env=[(PARTY, 2)])(*inputs)
-  (part,), outputs = segments.cut(traced, DATA_OWNER)
+  (part,), outputs, _ = segments.cut(traced, DATA_OWNER)
   leaves, structure = jax.tree.flatten(inputs)
   numbered = jax.tree.unflatten(structure, range(len(leaves)))
   mine = jax.tree.leaves([numbered[i] for i in read])

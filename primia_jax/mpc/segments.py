@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import export
 from jax.extend import core
 
+from primia_jax import native
 from primia_jax.mpc.lowering.program import CALLS, Ref
 from primia_jax.types import Array
 
 _EXCHANGE = "ppermute"
+_OURS = [export.DisabledSafetyCheck.custom_call(name) for name in native.TARGETS]
 _SMALL = 64  # elements of a constant that is computed while a program is cut
 
 
@@ -43,6 +46,27 @@ class Segment(NamedTuple):
   receives: tuple[int, ...]
   avals: tuple[jax.ShapeDtypeStruct, ...]
   drops: tuple[int, ...]
+
+
+class Program(NamedTuple):
+  """All that a party computes.
+
+  Attributes:
+    parts: its segments.
+    outputs: the numbers of its shares of the outputs.
+    reads: the numbers of this party's own inputs.
+    shapes: shape and dtype of each of these.
+    sizes: bytes of each message.
+    exported: by segment, the program in `jax.export`'s form, equal ones as one object; empty unless
+      asked for.
+  """
+
+  parts: Sequence[Segment]
+  outputs: Sequence[int]
+  reads: Sequence[int]
+  shapes: Sequence[jax.ShapeDtypeStruct]
+  sizes: tuple[int, ...]
+  exported: Sequence[bytes] = ()
 
 
 def num_bytes(values: Sequence[Any]) -> int:
@@ -98,12 +122,15 @@ def _exchanges(traced: core.ClosedJaxpr) -> list[tuple[int, Any]]:
   return found
 
 
-def cut(traced: core.ClosedJaxpr, party: int) -> tuple[list[Segment], list[int]]:
-  """A party's segments, and the numbers of the outputs; inputs are numbered from 0.
+def cut(
+  traced: core.ClosedJaxpr, party: int, exports: bool = False
+) -> tuple[list[Segment], list[int], list[bytes]]:
+  """A party's segments, the numbers of the outputs, and `Program.exported`; inputs count from 0.
 
   Args:
     traced: the protocol of one party, with the axis "party" bound.
     party: the party.
+    exports: whether the programs shall be kept on disk.
   """
   taken = _Taken(party)
   inputs = [taken.new(v.aval) for v in traced.jaxpr.invars]
@@ -125,7 +152,8 @@ def cut(traced: core.ClosedJaxpr, party: int) -> tuple[list[Segment], list[int]]
   exchanges: list[list[tuple[int, int]]] = [[] for _ in range(last + 1)]
   for level, exchange in zip(levels, taken.exchanges, strict=True):
     exchanges[level].append(exchange)
-  return _segments(placed, exchanges, outputs, taken.avals), outputs
+  found, exported = _segments(placed, exchanges, outputs, taken.avals, exports)
+  return found, outputs, exported
 
 
 class _Taken:
@@ -198,9 +226,11 @@ def _segments(
   exchanges: Sequence[Sequence[tuple[int, int]]],
   outputs: Sequence[int],
   avals: Sequence[jax.ShapeDtypeStruct],
-) -> list[Segment]:
-  programs: dict[str, Callable] = {}
+  exports: bool,
+) -> tuple[list[Segment], list[bytes]]:
+  programs: dict[str, tuple[Callable, bytes]] = {}
   found: list[Segment] = []
+  exported: list[bytes] = []
   later = set(outputs)
   for equations, exchanged in reversed(list(zip(placed, exchanges, strict=True))):
     made = {i for equation in equations for i in equation.outputs}
@@ -209,10 +239,11 @@ def _segments(
     reads = tuple(sorted(read - made))
     makes = tuple(sorted(made & (later | set(sends))))
     drops = tuple(sorted(({*reads, *makes, *sends, *receives}) - later))
-    run = _compiled(equations[::-1], reads, makes, avals, programs)
+    run, kept = _compiled(equations[::-1], reads, makes, avals, programs, exports)
+    exported.append(kept)
     found.append(Segment(run, reads, makes, sends, receives, tuple(avals[i] for i in sends), drops))
     later = (later - made - set(receives)) | set(reads) | (set(sends) - made)
-  return found[::-1]
+  return found[::-1], exported[::-1] if exports else []
 
 
 def _compiled(
@@ -220,8 +251,9 @@ def _compiled(
   reads: Sequence[int],
   makes: Sequence[int],
   avals: Sequence[jax.ShapeDtypeStruct],
-  programs: dict[str, Callable],
-) -> Callable[..., Sequence[Array]]:
+  programs: dict[str, tuple[Callable, bytes]],
+  exports: bool,
+) -> tuple[Callable[..., Sequence[Array]], bytes]:
   def run(*arrays: Array) -> list[Array]:
     env: dict[int, Any] = dict(zip(reads, arrays, strict=True))
     for equation in equations:
@@ -229,8 +261,21 @@ def _compiled(
       env |= dict(zip(equation.outputs, equation.run(*inputs), strict=True))
     return [env[i] for i in makes]
 
-  lowered = jax.jit(run, keep_unused=True).lower(*(avals[i] for i in reads))
-  text = lowered.as_text()
-  if text not in programs:
-    programs[text] = lowered.compile()
+  jitted, given = jax.jit(run, keep_unused=True), [avals[i] for i in reads]
+  if not exports:
+    lowered = jitted.lower(*given)
+    if (text := lowered.as_text()) not in programs:
+      programs[text] = lowered.compile(), b""
+    return programs[text]
+  exported = export.export(jitted, disabled_checks=_OURS)(*given)
+  if (text := exported.mlir_module()) not in programs:
+    kept = bytes(exported.serialize())
+    programs[text] = compiled(kept), kept
   return programs[text]
+
+
+def compiled(exported: bytes) -> Callable[..., Sequence[Array]]:
+  """A program as `Program.exported` holds it, compiled."""
+  found = export.deserialize(bytearray(exported))
+  avals = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in found.in_avals]
+  return jax.jit(found.call, keep_unused=True).lower(*avals).compile()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,8 +61,13 @@ class Helped(NamedTuple):
   server: bytes
 
 
-def helped(folder: pathlib.Path, name: str) -> Helped:
+def helped(folder: pathlib.Path, name: str, kept: pathlib.Path | None = None) -> Helped:
   """A publication that a helper has received, compiled.
+
+  Args:
+    folder: the helper's.
+    name: of the publication.
+    kept: as in `apart.online`.
 
   Raises:
     FileNotFoundError: a file of it is missing.
@@ -79,7 +85,7 @@ def helped(folder: pathlib.Path, name: str) -> Helped:
       f"folder={folder} has the name or certificate of the model owner of {name}; who is both "
       "reads every image, so the helper must be another institution"
     )
-  online = apart.online(found.plan, DATA_OWNER)
+  online = apart.online(found.plan, DATA_OWNER, kept=kept)
   owner.warm_up()
   place = publications.model_folder(folder, name)
   full = found.publication.publication
@@ -169,18 +175,20 @@ def assisting(
   identity, one = certificates.load(folder), threading.Lock()
 
   def answer(model: Helped, asked: Asked, left: threading.Event) -> bytes:
-    def take() -> Correlations:
+    def reserve() -> folders.Reserved:
       with one:
         if not (found := folders.unused(model.folder)):
           raise Refused("the helper has no unused correlations; have the dealer deal more")
-        correlations = folders.take(model.folder, found[0])
-      journal.note("inference", model=model.name, inference=correlations.inference)
-      return correlations
+        # any, so that none that the model owner does not take stands in the others' way
+        return folders.Reserved(model.folder, secrets.choice(found))
 
+    used = lambda inference: journal.note("inference", model=model.name, inference=inference)
     inner = limits._replace(message=largest_message(model.owner.plan, model.online))
     try:
       with channel.connect(model_owner, identity, model.server, inner) as (send, receive):
-        return assist(model.owner, model.online, model.publication, take, asked, send, receive)
+        return assist(
+          model.owner, model.online, model.publication, reserve, used, asked, send, receive
+        )
     except SessionEnded as error:
       raise type(error)(f"between helper and model owner: {error}") from error
 

@@ -9,8 +9,8 @@ its own shares of the outputs. `helped` has the servers.
   each -> client     READY
   helper -> owner    HELLO: terms; QUESTION: the number of the request
   owner -> helper    WELCOME: terms, once the request is there
-  helper -> owner    PREPARE: the number of an inference, which is then used up on both sides
-  owner -> helper    READY
+  helper -> owner    PREPARE: the number of an inference
+  owner -> helper    ACCEPTED: it is now used up on both sides; then READY
   both               SHARES_0 and SHARES_1, in each round; then OUTPUT, empty
   each -> client     RESULT: shares of the outputs
 """
@@ -28,13 +28,14 @@ from typing import NamedTuple
 from primia_jax.mpc import helping
 from primia_jax.mpc.apart import Online
 from primia_jax.mpc.helping import Helper
-from primia_jax.mpc.messages import Correlations, Question
+from primia_jax.mpc.messages import Question
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.protocol import Operands
 from primia_jax.mpc.roles import ModelOwner
 from primia_jax.service import frames, sessions, sharing
 from primia_jax.service.channel import Receive
 from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded
+from primia_jax.service.folders import Reserved
 from primia_jax.service.frames import Numbered, Place
 
 REQUEST_BYTES = frames.SESSION_BYTES
@@ -216,12 +217,8 @@ def serve_helper(
   with desk.taken(bytes(next_of(frames.QUESTION, REQUEST_BYTES))) as (shares, answer):
     frame.session = os.urandom(frames.SESSION_BYTES)
     yield frame.encode(frames.WELCOME, frames.encode_terms(own))
-    number = next_of(frames.PREPARE, frames.INFERENCE_BYTES).hex()
-    correlations = take(number)
-    if correlations.inference != number:
-      raise Refused("the correlations of this inference are filed under another number")
-    prepared = sessions.prepared_by(owner, correlations)
-    yield frame.encode(frames.READY)
+    prepared = yield from sessions.accepted(owner, take, frame, sessions.some(receive()))
+    number = prepared.inference
     party = online.start(owner.answer(prepared, Question(number, {}), shares))
     payload = next(party)
     for size in online.sizes:
@@ -238,7 +235,8 @@ def assist(
   helper: Helper,
   online: Online,
   publication: str,
-  take: Callable[[], Correlations],
+  reserve: Callable[[], Reserved],
+  used: Callable[[str], None],
   asked: Asked,
   send: sessions.Send,
   receive: sessions.Receive,
@@ -247,7 +245,9 @@ def assist(
 
   Args:
     helper, online, publication: as in `sessions.serve`.
-    take: gives unused correlations, once the model owner has the request, too.
+    reserve: gives unused correlations, once the model owner has the request, too; they are released
+      if it refuses them.
+    used: is told which inference is used up.
     asked: the request.
     send, receive: the carrier.
 
@@ -262,8 +262,8 @@ def assist(
   sessions.agree(own, frames.decode_terms(theirs))
   frame.session = frames.session_of(welcome)
   next_of = lambda kind, size: frame.decode(sessions.some(receive()), kind, size)
-  correlations = take()
-  send(frame.encode(frames.PREPARE, bytes.fromhex(correlations.inference)))
+  correlations = sessions.drawn(reserve(), frame, send, receive)
+  used(correlations.inference)
   prepared = sessions.prepared_by(helper, correlations)
   next_of(frames.READY, 0)
   party, found = online.start(helper.assist(prepared, asked.shares)), None

@@ -156,6 +156,31 @@ def answered(
   return []
 
 
+def drawn(reserved: Reserved, frame: Numbered, send: Send, receive: Receive) -> Correlations:
+  """The other side of `accepted`: the correlations, once the model owner has drawn its own.
+
+  If the model owner refuses before it has drawn any, they are released and serve another time;
+  UsedUp says that its own were used before.
+
+  Args:
+    reserved: this side's.
+    frame: of this session.
+    send, receive: the carrier.
+
+  Raises:
+    SessionEnded: whatever ends the session.
+  """
+  send(frame.encode(frames.PREPARE, bytes.fromhex(reserved.inference)))
+  try:
+    answer = some(receive())
+  except Refused as error:
+    if not isinstance(error, UsedUp):
+      reserved.release()
+    raise
+  frame.decode(answer, frames.ACCEPTED, 0)
+  return reserved.take()
+
+
 class Asking:
   """The data owner's side of a session: `prepare`, then `ask`, any number of times.
 
@@ -198,21 +223,13 @@ class Asking:
   def prepare(self, reserved: Reserved) -> None:
     """Both sides' work for one inference that needs no image.
 
-    The correlations are then used. If the model owner refuses before it has drawn any, they are
-    released and serve another time; UsedUp says that its own were used before.
+    The correlations are then used, unless the model owner refuses them (`drawn`).
     """
     if self.is_prepared:
       raise ValueError("an inference is prepared already; ask first")
     with self._remembered():
-      self._send(self._frame.encode(frames.PREPARE, bytes.fromhex(reserved.inference)))
-      try:
-        answer = some(self._receive())
-      except Refused as error:
-        if not isinstance(error, UsedUp):
-          reserved.release()
-        raise
-      self._frame.decode(answer, frames.ACCEPTED, 0)
-      prepared = prepared_by(self._owner, reserved.take())
+      correlations = drawn(reserved, self._frame, self._send, self._receive)
+      prepared = prepared_by(self._owner, correlations)
       self._frame.decode(some(self._receive()), frames.READY, 0)
       self._prepared = prepared
 
