@@ -50,6 +50,7 @@ class Joined(NamedTuple):
   carrier: Carrier
   num_colluding: int
   site: admission.Site | None = None
+  channel: pathlib.Path | None = None
 
 
 class Place(NamedTuple):
@@ -80,6 +81,7 @@ class Seat(NamedTuple):
       take.
     own: the folder of its own, from `own_folder`.
     site: if `primia-site` has made that folder; the run was admitted.
+    channel: the folder of the channel to the SuperNode, if it is another one.
   """
 
   number: int
@@ -132,7 +134,7 @@ def check_own(own: pathlib.Path) -> None:
 
 def connect(config: Train, seat: Seat, told: bytes = b"") -> tuple[Place, dict[int, bytes]]:
   """Opens the channel for the site's SuperNode, and meets the others; see `meet`."""
-  return meet(config, Carrier(*channel.serve(seat.own, seat.timeout)), seat, told)
+  return meet(config, Carrier(*channel.serve(seat.channel or seat.own, seat.timeout)), seat, told)
 
 
 def meet(

@@ -24,6 +24,7 @@ trained), metrics.json, pictures, the model, and one JSON line a round. An inter
 when it is started again with the same --run_dir.
 """
 
+import pathlib
 import sys
 from typing import Any
 
@@ -76,6 +77,13 @@ flags.DEFINE_string(
   "placement=flower: where in a trial each site has a folder of its own, site_N, which no other "
   "user can read; empty is RUN_DIR.sites",
 )
+flags.DEFINE_string(
+  "channel_dir",
+  "",
+  "placement=flower with site: an existing folder for the socket by which the SuperNode reaches "
+  "this program, where the SuperNode is another user's: of mode 0750, for a group that only that "
+  "user is in. Name it as the SuperNode's site-folder; empty is the run_dir",
+)
 FLAGS = flags.FLAGS
 _PATIENCE = 2.0  # a site waits for longer than the coordinator waits for the others
 flags.adopt_module_key_flags(settings)
@@ -93,7 +101,7 @@ def main() -> None:
     raise ValueError(f"num_sites={num_sites}: one site is not a federation; use primia-pooled")
   baselines = running.baselines(FLAGS.baselines, config)
   in_processes = config.in_processes
-  for name in ("site", "stage_timeout", "sites_dir"):
+  for name in ("site", "stage_timeout", "sites_dir", "channel_dir"):
     if FLAGS[name].present and not in_processes:
       raise ValueError(
         f"{name}={FLAGS[name].value} belongs to placement=flower, not {config.federation.placement}"
@@ -104,6 +112,13 @@ def main() -> None:
     raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
   if FLAGS.sites_dir:
     refusals.folder("sites_dir", FLAGS.sites_dir)
+  if FLAGS.channel_dir and not pathlib.Path(FLAGS.channel_dir).expanduser().is_dir():
+    raise ValueError(f"channel_dir={FLAGS.channel_dir}: there is no such folder; make it first")
+  if FLAGS.channel_dir and number < 0:
+    raise ValueError(
+      f"channel_dir={FLAGS.channel_dir}: a trial has a channel in each site's folder; leave it out, "
+      "or give --site"
+    )
   if in_processes and number < 0:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)
@@ -128,7 +143,8 @@ def main() -> None:
     own.mkdir(mode=0o700, parents=True, exist_ok=True)
     processes.check_own(own)
     run_dir = str(own / processes.RUN if site is None else site.run)
-    seat = processes.Seat(number, _PATIENCE * FLAGS.stage_timeout, own, site)
+    through = pathlib.Path(FLAGS.channel_dir).expanduser() if FLAGS.channel_dir else None
+    seat = processes.Seat(number, _PATIENCE * FLAGS.stage_timeout, own, site, through)
   folder = running.open_run(config, run_dir)
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
   result = running.run(config, folder, federated=True, baselines=baselines, log=log, seat=seat)

@@ -216,6 +216,9 @@ SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --site=0                                    | site | 0 | placement=flower
 --stage_timeout=5                           | stage_timeout | 5 | placement=flower
 --sites_dir={folder}                        | sites_dir | {folder} | placement=flower
+--channel_dir={folder}                      | channel_dir | {folder} | placement=flower
+--placement=flower --channel_dir={folder}   | channel_dir | {folder} | --site
+--placement=flower --site=0 --channel_dir={missing} | channel_dir | {missing} | make it
 --placement=flower --site=7                 | site | 7 | 0 to 2
 --placement=flower --site=-1                | site | -1 | 0 to 2
 --placement=flower    --stage_timeout=0     | stage_timeout | 0 | positive

@@ -145,11 +145,18 @@ def test_a_process_that_stops_in_the_middle_of_its_answer_is_late(tmp_path):
 def test_the_channel_lies_where_its_owner_alone_may_enter(tmp_path):
   folder = own(tmp_path)
   end = channel.serve(folder, 1.0)
-  assert stat.S_ISSOCK((folder / channel.NAME).stat().st_mode)
+  mode = (folder / channel.NAME).stat().st_mode
+  assert stat.S_ISSOCK(mode)
+  assert mode & 0o777 == 0o600
   end.close()
-  folder.chmod(0o750)
-  with pytest.raises(ValueError, match=r"mode 750, so that others can enter; chmod it 700"):
-    channel.serve(folder, 1.0)
+  folder.chmod(0o750)  # for the group of a SuperNode's user
+  end = channel.serve(folder, 1.0)
+  assert (folder / channel.NAME).stat().st_mode & 0o777 == 0o660
+  end.close()
+  for mode in (0o701, 0o705, 0o770):
+    folder.chmod(mode)
+    with pytest.raises(ValueError, match=rf"mode {mode:o} .* so that others can enter; chmod it"):
+      channel.serve(folder, 1.0)
 
 
 def test_what_flower_starts_for_each_message_needs_the_standard_library_alone():

@@ -37,18 +37,24 @@ def serve(folder: pathlib.Path, timeout: float) -> Channel:
   """Opens the hospital's end.
 
   Args:
-    folder: of the site.
+    folder: of the site; or, where the SuperNode is another user's, one of mode 0750 whose group is
+      that user's, and which holds nothing else.
     timeout: seconds for which to wait for a request, and for an answer to be taken.
 
   Raises:
-    ValueError: other users can enter the folder.
+    ValueError: other users can enter the folder or change it.
   """
-  if (mode := folder.stat().st_mode) & 0o077:
-    raise ValueError(f"{folder} has mode {mode & 0o777:o}, so that others can enter; chmod it 700")
+  found = folder.stat()
+  if found.st_mode & 0o027 or found.st_uid != os.getuid():
+    raise ValueError(
+      f"{folder} has mode {found.st_mode & 0o777:o} and belongs to user {found.st_uid}, so that "
+      "others can enter; chmod it 700, or 750 for a group that only the SuperNode's user is in"
+    )
   (folder / NAME).unlink(missing_ok=True)  # of a process that was killed
   listener = socket.socket(socket.AF_UNIX)
   with _address(folder) as address:
     listener.bind(address)
+    os.chmod(address, 0o660 if found.st_mode & 0o010 else 0o600)
   listener.listen(_MOST)
   listener.setblocking(False)
   begun: dict[socket.socket, bytearray] = {}  # requests that have not come whole

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from primia_jax.secagg import errors
 from primia_jax.secagg import messages as msg
 
 MEETING_BYTES = 2**30  # the most of a message before the first sum, which may hold a model
@@ -45,7 +46,7 @@ def hear(carrier: Carrier, limit: int) -> msg.Message:
   """
   message = msg.decode(carrier.hear(limit))
   if isinstance(message, msg.Dismissed):
-    raise ConnectionError(message.reason.decode(errors="replace") or "the coordinator has left")
+    raise ConnectionError(errors.readable(message.reason) or "the coordinator has left")
   if isinstance(message, msg.Invitation):
     raise ConnectionError(
       "a coordinator invites to another run: it was started again, or there are two"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from primia_jax.secagg import keys, rounds
+from primia_jax.secagg import errors, keys, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 from primia_jax.secagg.carrier import Ask
@@ -78,12 +78,14 @@ def coordinate(
     met: set[type] = set()
     while True:
       for i in [i for i, one in said.items() if isinstance(one, msg.Ended)]:
-        left[i] = said.pop(i).reason.decode(errors="replace")
+        left[i] = errors.readable(said.pop(i).reason)
         present.discard(i)
       if not said:
         if not left:
           raise Lost("no site answers any more")
         return left | dict.fromkeys(sorted(present), "without a word")
+      if msg.Start in met:  # sums only: a site that says something else is lost, not the run
+        said = {i: one for i, one in said.items() if isinstance(one, msg.Proposal)} or said
       kinds = collections.Counter(type(one) for one in said.values())
       if set(kinds) <= {msg.Proposal}:
         dismiss(ask, present - set(said), "this site did not answer in time")

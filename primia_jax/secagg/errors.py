@@ -61,3 +61,8 @@ class Rejected(ValueError):
   def __init__(self, site: int | None, stage: str, reason: str, detail: str):
     super().__init__(f"message of site {site} in stage {stage} is rejected: {reason}: {detail}")
     self.site, self.stage, self.reason = site, stage, reason
+
+
+def readable(words: bytes) -> str:
+  """What another machine says, as a terminal may show it: at most 500 printable characters."""
+  return "".join(c for c in words[:2000].decode(errors="replace") if c.isprintable())[:500]
