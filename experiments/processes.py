@@ -51,6 +51,7 @@ class Joined(NamedTuple):
   num_colluding: int
   site: admission.Site | None = None
   channel: pathlib.Path | None = None
+  channel: pathlib.Path | None = None
 
 
 class Place(NamedTuple):

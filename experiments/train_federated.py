@@ -116,8 +116,8 @@ def main() -> None:
     raise ValueError(f"channel_dir={FLAGS.channel_dir}: there is no such folder; make it first")
   if FLAGS.channel_dir and number < 0:
     raise ValueError(
-      f"channel_dir={FLAGS.channel_dir}: a trial has a channel in each site's folder; leave it out, "
-      "or give --site"
+      f"channel_dir={FLAGS.channel_dir}: a trial has a channel in each site's folder; leave it "
+      "out, or give --site"
     )
   if in_processes and number < 0:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
