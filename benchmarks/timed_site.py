@@ -9,7 +9,6 @@ import json
 import pathlib
 import time
 
-from experiments import running, train_federated
 from primia_jax.flower import channel
 
 FILE = "times.jsonl"
@@ -44,5 +43,7 @@ def timed(folder: pathlib.Path, timeout: float) -> channel.Channel:
 
 
 if __name__ == "__main__":
+  from experiments import running, train_federated  # here, because it defines flags
+
   channel.serve = timed
   running.start(train_federated.main)

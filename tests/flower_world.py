@@ -6,12 +6,14 @@ and records. Its update in a round is a vector that depends on site and round on
 
 import contextlib
 import json
+import os
 import threading
 import time
 import types
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from experiments_runs import TINY
 
 from experiments import processes, settings, starts
@@ -58,6 +60,13 @@ class Files:
     durable.replace(self.folder / f"{number}.npy", np.asarray(state.params).tobytes())
     for early in self.rounds[:-2]:
       (self.folder / f"{early}.npy").unlink()
+
+
+def quick():
+  """A context in which nothing waits for the disk: these tests cut no power."""
+  patch = pytest.MonkeyPatch()
+  patch.setattr(os, "fsync", lambda descriptor: None)
+  return contextlib.closing(types.SimpleNamespace(close=patch.undo))
 
 
 def update(site, number):

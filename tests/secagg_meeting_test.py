@@ -78,13 +78,15 @@ def test_what_all_sites_say_is_taken_whole_or_not_at_all():
     (other, "malformed"),
     (own, "forged"),
     (torn, "malformed"),
-    (INVITATION, "malformed"),
+    (msg.Word(1, b""), "malformed"),
     (b"\xff", "malformed"),
   ):
     with pytest.raises(secagg.Refused, match=f"site 0 refuses in stage hello: {reason}"):
       all_of(message)
   with pytest.raises(secagg.Lost, match="met no others: site 1 is gone"):
     all_of(msg.Dismissed(b"site 1 is gone"))
+  with pytest.raises(secagg.Lost, match="met no others: a coordinator invites to another run"):
+    all_of(INVITATION)
   with pytest.raises(secagg.Lost, match="has sent nothing"):
     meeting.tell_all(told_by(), said[0], 2)
 

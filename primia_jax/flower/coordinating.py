@@ -64,7 +64,9 @@ def run(grid: Any, folder: pathlib.Path, num_sites: int, timeout: float) -> None
     ask, sites = over(grid, nodes), range(num_sites)
     ending["left"] = coordinator.coordinate(ask, sites, identity, timeout, tell)
   except BaseException as error:
-    ending["failed"] = str(error) if isinstance(error, Aborted) else f"an error: {error!r}"
+    ending["failed"] = (
+      str(error) if isinstance(error, Aborted) else f"{type(error).__name__}: {error}"
+    )
     raise
   finally:
     durable.replace(folder / ENDING, json.dumps(ending, indent=2).encode())

@@ -66,7 +66,7 @@ def coordinate(
     What each site that left in order has said of its reason.
 
   Raises:
-    Lost: a site is missing at the meeting.
+    Lost: a site is missing at the meeting, or every site has left for a reason or in silence.
     RoundFailed: too few messages came to open a sum. Both tell all sites why; and of what else is
       raised, such as by `tell`, they learn that the run has ended.
   """
@@ -76,13 +76,16 @@ def coordinate(
     said = _round_trip(ask, dict.fromkeys(sites, invitation), timeout)
     left: dict[int, str] = {}
     met: set[type] = set()
+    has_begun = False  # the first sum, after which sites say nothing more to all others
     while True:
       for i in [i for i, one in said.items() if isinstance(one, msg.Ended)]:
         left[i] = errors.readable(said.pop(i).reason)
         present.discard(i)
+      if has_begun := has_begun or any(isinstance(one, msg.Proposal) for one in said.values()):
+        said = {i: one for i, one in said.items() if isinstance(one, msg.Proposal)}  # or silence
       if not said:
-        if not left:
-          raise Lost("no site answers any more")
+        if all(left.values()):
+          raise Lost(_said_on_leaving(left) or "no site answers any more")
         return left | dict.fromkeys(sorted(present), "without a word")
       if msg.Start in met:  # sums only: a site that says something else is lost, not the run
         said = {i: one for i, one in said.items() if isinstance(one, msg.Proposal)} or said
@@ -114,12 +117,16 @@ def dismiss(ask: Ask, sites: Sequence[int] | set[int], reason: str, timeout: flo
 def _missing(
   sites: Sequence[int], said: Mapping[int, Any], left: Mapping[int, str], met: set[type]
 ) -> str:
-  gone = "; ".join(f"site {i} left: {reason}" for i, reason in left.items())
+  gone = _said_on_leaving(left)
   absent = sorted(set(sites) - set(said) - set(left))
   what = "start" if msg.Hello in met else "hello"
   told = f"no {what} of sites {absent}; start their programs, too" if absent else ""
   kinds = {i: type(one).__name__ for i, one in said.items()}
   return "; ".join(filter(None, [told, gone])) or f"the sites do not say the same: {kinds}"
+
+
+def _said_on_leaving(left: Mapping[int, str]) -> str:
+  return "; ".join(f"site {i} left: {reason}" for i, reason in left.items())
 
 
 def _round_trip(ask: Ask, requests: Mapping[int, bytes], timeout: float) -> dict[int, Any]:
