@@ -50,8 +50,6 @@ class Joined(NamedTuple):
   carrier: Carrier
   num_colluding: int
   site: admission.Site | None = None
-  channel: pathlib.Path | None = None
-  channel: pathlib.Path | None = None
 
 
 class Place(NamedTuple):
@@ -89,6 +87,7 @@ class Seat(NamedTuple):
   timeout: float
   own: pathlib.Path
   site: admission.Site | None = None
+  channel: pathlib.Path | None = None
 
 
 def sites_folder(folder: pathlib.Path, named: str) -> pathlib.Path:
