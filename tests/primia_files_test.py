@@ -126,6 +126,7 @@ def test_answers_as_its_network_does_to_its_own_normalisation(primia):
   assert (model_files.grey_bits(path), model_files.ct_window(path)) == (0, "")
 
 
+@pytest.mark.slow
 def test_it_is_published_and_a_card_encodes_images_as_its_own_normalisation_wants(primia, tmp_path):
   """The normalisation is the model's first layer, so every card has the same encoder."""
   path, (vendor, helper) = str(primia()), (folders.make(tmp_path / name) for name in "vh")
