@@ -27,7 +27,8 @@ _USUAL = (
   "query_budget", "site_dir", "number", "role", "federation", "join", "leave", "revoke", "accept",
   "digest", "config", "fewest_patients", "fewest_sites", "max_epsilon", "allowed", "reports_to",
   "title", "host", "port", "card", "model_owner", "helper", "client", "helper_address",
-  "study", "seeds", "epsilons", "arms", "trials", "space",
+  "study", "seeds", "epsilons", "arms", "trials", "space", "settings", "other", "ids", "blinded",
+  "returned",
 )  # fmt: skip
 _COLUMN = 27  # where the texts begin
 _WIDTHS = 72, 100  # the narrowest and the widest page

@@ -36,9 +36,7 @@ _TEXT = b"primia_jax intersection message v1"
 
 @dataclasses.dataclass(frozen=True)
 class Intersect:
-  """Which patients are also at another site; with intersect, of --ids, --blinded and --returned one
-  a step.
-  """
+  """Which patients are also at another site; with intersect, a step at a time."""
 
   other: int = setting(-1, "number of the other site")
   ids: str = setting(
