@@ -53,16 +53,16 @@ def preset() -> Train:
 
 
 class Features:
-  """What the frozen layers make of images, each computed once; kept in a file."""
+  """What the frozen layers make of images, each computed once; kept in a file, under the recipe."""
 
-  def __init__(self, compute, path: pathlib.Path):
-    self._compute, self._path, self._known = compute, path, {}
+  def __init__(self, compute, path: pathlib.Path, recipe: str):
+    self._compute, self._path, self._recipe, self._known = compute, path, recipe.encode(), {}
     if path.is_file():
       saved = np.load(path)
       self._known = {d.tobytes(): f for d, f in zip(saved["digests"], saved["rows"], strict=True)}
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
-    digests = [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images]
+    digests = [hashlib.sha256(self._recipe + image.tobytes()).digest() for image in images]
     new = {d: i for i, d in enumerate(digests) if d not in self._known}
     if new:
       rows = self._compute(images[list(new.values())])
@@ -70,6 +70,12 @@ class Features:
       kept = np.array([np.frombuffer(d, np.uint8) for d in self._known])
       np.savez(self._path, digests=kept, rows=np.stack([*self._known.values()]))
     return np.stack([self._known[d] for d in digests])
+
+
+def recipe_of(record) -> str:
+  """A name for settings, whatever folder the images are in; others have another name."""
+  known = settings.flat(record) | {"data": ""}
+  return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def score(config: Train, arm: str, images: inputs.Inputs, features, folder: pathlib.Path):
@@ -105,7 +111,9 @@ def main(_):
     out.mkdir(parents=True, exist_ok=True)
     model_config = base.model.config(base.data, 3)
     frozen = base.model.frozen(model_config, jax.random.key(0))
-    features = Features(of_stored(model_config, frozen), out / "features.npz")
+    recipe = recipe_of(base)
+    compute = of_stored(model_config, frozen)
+    features = Features(compute, out / "features.npz", recipe_of(base.model))
     done = out / "scores.jsonl"
     rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
     for seed in map(int, _SEEDS.value):
@@ -113,7 +121,7 @@ def main(_):
       for epsilon in map(float, _EPSILONS.value):
         less = 0.5 if epsilon <= _STRICT else 1.0
         for arm in _ARMS.value:
-          key = {"arm": arm, "seed": seed, "target": epsilon}
+          key = {"arm": arm, "seed": seed, "target": epsilon, "recipe": recipe}
           if any(key.items() <= row.items() for row in rows):
             continue
           share = base.training.batch_size / max(images.train.sizes)
@@ -122,13 +130,14 @@ def main(_):
             base, seed=seed, target_epsilon=epsilon, batch_size=math.ceil(share * most),
             learning_rate=less * base.training.learning_rate,
           )  # fmt: skip
-          where = out / f"{arm}_{seed}_{epsilon:g}"
+          where = out / recipe / f"{arm}_{seed}_{epsilon:g}"
           rows.append(key | score(config, arm, images, features, where))
           with done.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     for arm in _ARMS.value:
       for epsilon in map(float, _EPSILONS.value):
-        mine = [row for row in rows if (row["arm"], row["target"]) == (arm, epsilon)]
+        key = {"arm": arm, "target": epsilon, "recipe": recipe}
+        mine = [row for row in rows if key.items() <= row.items()]
         for what in ("accuracy", "mcc", "macro_roc_auc"):
           values = [row[what] for row in mine]
           mean, low, high = metrics.over_seeds(values)
