@@ -7,7 +7,8 @@ Each run goes through the programs' own path (`experiments.arms`), with noise of
 the frozen layers make of an image is computed once for all runs, and kept in --out, where an
 interrupted benchmark continues. Each hospital adds its own noise, so its epsilon holds against the
 server and any number of other hospitals together. The pooled model takes as large a share of its
-images in a step, and as many steps. Up to epsilon 1 the learning rate is half the preset's.
+images in a step, and as many steps. Up to epsilon 1 rounds and learning rate are
+half the preset's.
 The recipe was chosen on held-out training images; every run scores the test images once.
 """
 
@@ -39,7 +40,7 @@ _OUT = flags.DEFINE_string(
 _ARMS = flags.DEFINE_list("arms", ["federated", "pooled"], "Which arms.")
 
 PRESET = "chest_xray_private_pretrained"
-_STRICT = 1.0  # for epsilons up to this one the learning rate is half the preset's
+_STRICT = 1.0  # for epsilons up to this one rounds and learning rate are half the preset's
 
 
 def preset() -> Train:
@@ -129,6 +130,7 @@ def main(_):
           config = settings.replace(
             base, seed=seed, target_epsilon=epsilon, batch_size=math.ceil(share * most),
             learning_rate=less * base.training.learning_rate,
+            rounds=round(less * base.training.rounds),
           )  # fmt: skip
           where = out / recipe / f"{arm}_{seed}_{epsilon:g}"
           rows.append(key | score(config, arm, images, features, where))

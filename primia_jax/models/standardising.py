@@ -15,7 +15,7 @@ import numpy as np
 from primia_jax.models.config import FEATURE_NORM
 from primia_jax.types import Params
 
-FLOOR = 0.5
+FLOOR = 0.25
 
 
 class FeatureStatistics(NamedTuple):
