@@ -7,7 +7,8 @@ Each run goes through the programs' own path (`experiments.arms`), with noise of
 the frozen layers make of an image is computed once for all runs, and kept in --out, where an
 interrupted benchmark continues. Each hospital adds its own noise, so its epsilon holds against the
 server and any number of other hospitals together. The pooled model takes as large a share of its
-images in a step, and as many steps. Up to epsilon 1 the learning rate is half the preset's.
+images in a step, and as many steps. Up to epsilon 1 rounds and learning rate are
+half the preset's.
 The recipe was chosen on held-out training images; every run scores the test images once.
 """
 
@@ -39,7 +40,7 @@ _OUT = flags.DEFINE_string(
 _ARMS = flags.DEFINE_list("arms", ["federated", "pooled"], "Which arms.")
 
 PRESET = "chest_xray_private_pretrained"
-_STRICT = 1.0  # for epsilons up to this one the learning rate is half the preset's
+_STRICT = 1.0  # for epsilons up to this one rounds and learning rate are half the preset's
 
 
 def preset() -> Train:
@@ -53,16 +54,16 @@ def preset() -> Train:
 
 
 class Features:
-  """What the frozen layers make of images, each computed once; kept in a file."""
+  """What the frozen layers make of images, each computed once; kept in a file, under the recipe."""
 
-  def __init__(self, compute, path: pathlib.Path):
-    self._compute, self._path, self._known = compute, path, {}
+  def __init__(self, compute, path: pathlib.Path, recipe: str):
+    self._compute, self._path, self._recipe, self._known = compute, path, recipe.encode(), {}
     if path.is_file():
       saved = np.load(path)
       self._known = {d.tobytes(): f for d, f in zip(saved["digests"], saved["rows"], strict=True)}
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
-    digests = [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images]
+    digests = [hashlib.sha256(self._recipe + image.tobytes()).digest() for image in images]
     new = {d: i for i, d in enumerate(digests) if d not in self._known}
     if new:
       rows = self._compute(images[list(new.values())])
@@ -70,6 +71,12 @@ class Features:
       kept = np.array([np.frombuffer(d, np.uint8) for d in self._known])
       np.savez(self._path, digests=kept, rows=np.stack([*self._known.values()]))
     return np.stack([self._known[d] for d in digests])
+
+
+def recipe_of(record) -> str:
+  """A name for settings, whatever folder the images are in; others have another name."""
+  known = settings.flat(record) | {"data": ""}
+  return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def score(config: Train, arm: str, images: inputs.Inputs, features, folder: pathlib.Path):
@@ -105,7 +112,9 @@ def main(_):
     out.mkdir(parents=True, exist_ok=True)
     model_config = base.model.config(base.data, 3)
     frozen = base.model.frozen(model_config, jax.random.key(0))
-    features = Features(of_stored(model_config, frozen), out / "features.npz")
+    recipe = recipe_of(base)
+    compute = of_stored(model_config, frozen)
+    features = Features(compute, out / "features.npz", recipe_of(base.model))
     done = out / "scores.jsonl"
     rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
     for seed in map(int, _SEEDS.value):
@@ -113,7 +122,7 @@ def main(_):
       for epsilon in map(float, _EPSILONS.value):
         less = 0.5 if epsilon <= _STRICT else 1.0
         for arm in _ARMS.value:
-          key = {"arm": arm, "seed": seed, "target": epsilon}
+          key = {"arm": arm, "seed": seed, "target": epsilon, "recipe": recipe}
           if any(key.items() <= row.items() for row in rows):
             continue
           share = base.training.batch_size / max(images.train.sizes)
@@ -121,14 +130,16 @@ def main(_):
           config = settings.replace(
             base, seed=seed, target_epsilon=epsilon, batch_size=math.ceil(share * most),
             learning_rate=less * base.training.learning_rate,
+            rounds=round(less * base.training.rounds),
           )  # fmt: skip
-          where = out / f"{arm}_{seed}_{epsilon:g}"
+          where = out / recipe / f"{arm}_{seed}_{epsilon:g}"
           rows.append(key | score(config, arm, images, features, where))
           with done.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     for arm in _ARMS.value:
       for epsilon in map(float, _EPSILONS.value):
-        mine = [row for row in rows if (row["arm"], row["target"]) == (arm, epsilon)]
+        key = {"arm": arm, "target": epsilon, "recipe": recipe}
+        mine = [row for row in rows if key.items() <= row.items()]
         for what in ("accuracy", "mcc", "macro_roc_auc"):
           values = [row[what] for row in mine]
           mean, low, high = metrics.over_seeds(values)

@@ -21,7 +21,7 @@ from primia_jax.privacy.accounting import Ledger
 from primia_jax.types import Array, ModelState, Params
 
 from . import admission, ledgers, lines, loop, markdown, progress, starts, transcripts
-from .configs import Train
+from .configs import Train, feature_statistics
 from .trainers import Cohort, Trainer
 
 
@@ -217,6 +217,11 @@ def train(
   spent, said = None, None
   if charges is not None and privacy is not None:
     spent, said = charges.ledgers, ledgers.facts(config.privacy, privacy, charges.ledgers)
+    if name := config.model.feature_statistics:
+      said["features"] = (
+        "standardised by mean and deviation of public images, for which nothing is charged: "
+        + feature_statistics.source(name)
+      )
   whole = trained if frozen is None else [frozen.whole(*m) for m in trained]
   saved_models, sent = jax.tree.map(np.asarray, (whole, trained[0]))
   return Arm(saved_models, sent, rows, facts, said, spent)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax.models import FEATURE_NORM
 from primia_jax.primia_files import read_checkpoint
 from primia_jax.types import ModelState, Params
 
@@ -135,6 +136,8 @@ def convert(
 
   def fill(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
     *layers, kind = (entry.key for entry in path[1:])  # path[0]: params or model_state
+    if layers == [FEATURE_NORM]:
+      return leaf  # no published network has it; see `models.with_statistics`
     name = f"{rename(layers)}.{_LEAVES[kind]}"
     used.add(name)
     if new_head and name.startswith(f"{head}."):

@@ -116,6 +116,8 @@ extra                                       | extra | is no flag | --name=value
 --pretrained={weights}                      | {weights} | state dict | save
 --pretrained=imagenet                       | cnn | no package | efficientnet_lite0
 --first_trained=head                        | first_trained | head | pretrained
+--features=standardised                     | features | standardised | feature_statistics
+--feature_statistics=chest_xray             | feature_statistics | chest_xray | leave it out
 --augment=heavy                             | augment | heavy | strong
 --augment=noise                             | augment | noise | NAME=NUMBER
 --augment=noise=x                           | augment | noise=x | NAME=NUMBER

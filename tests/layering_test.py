@@ -45,7 +45,7 @@ LAYERS = {
   "intersection": set(),
   "state_dicts": set(),
   "primia_files": {"state_dicts", "models"},
-  "pretrained": LEAF | {"primia_files"},
+  "pretrained": LEAF | {"models", "primia_files"},
   "scattering": {"types", "conv"},
   "models": LEAF | {"conv", "depthwise", "scattering", "tapped"},
   "data": LEAF,

@@ -12,9 +12,11 @@ import pytest
 import safetensors.numpy
 
 from experiments import settings
+from experiments.configs import feature_statistics
 from experiments.configs.run import rehearse
 from primia_jax import models
 from primia_jax.models import ModelConfig
+from primia_jax.models.standardising import FLOOR
 from tests.experiments_runs import PRIVATE, SITE, TINY, cohort_of, make_trainer, train
 
 CONFIG = ModelConfig("efficientnet_lite0", 3, (32, 32, 1), norm="batch", width=0.125)
@@ -63,11 +65,20 @@ def test_the_parts_answer_as_the_whole(config, first_trained, passed):
   assert tuple(map(int, shape)) == passed
 
 
-def test_features_of_norm_one_reach_the_last_layer():
-  config = dataclasses.replace(CONFIG, features="unit")
-  model, params, state = drawn(config)
+@pytest.mark.parametrize("kind", ["unit", "standardised"])
+def test_features_of_norm_one_reach_the_last_layer(kind):
+  config = dataclasses.replace(CONFIG, features=kind)
+  model, _, state = drawn(config)
+  params = drawn()[1]
+  mean, std = np.zeros(160), np.zeros(160)
+  if kind == "standardised":
+    mean, std = np.random.default_rng(2).uniform(0, 1, (2, 160))
+    std[3] = 0  # a feature that is the same in all public images
+    shapes = jax.eval_shape(model.init, jax.random.key(0))[0]
+    assert shapes["feature_norm"]["scale"].shape == (160,)
+    params = models.with_statistics({**shapes, **params}, models.FeatureStatistics(mean, std))
   frozen = models.freeze(config, params, state, "head")
-  plain = models.freeze(CONFIG, params, state, "head")
+  plain = models.freeze(CONFIG, drawn()[1], state, "head")
   x = jnp.asarray(np.random.default_rng(1).normal(size=(3, *CONFIG.image_shape)), jnp.float32)
 
   def run(x):
@@ -76,10 +87,15 @@ def test_features_of_norm_one_reach_the_last_layer():
 
   passed, raw, answer, expected = jax.jit(run)(x)
   raw = np.asarray(raw, np.float64)
+  if kind == "standardised":
+    raw = (raw - mean) / (std + FLOOR * std.mean())
   scaled = raw / np.linalg.norm(raw, axis=1, keepdims=True)
   np.testing.assert_allclose(passed, scaled, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5)
-  with pytest.raises(ValueError, match="features='median' is not one of mean, unit"):
+
+
+def test_unknown_features_are_refused():
+  with pytest.raises(ValueError, match="features='median' is not one of mean, unit, standardised"):
     models.build(dataclasses.replace(CONFIG, features="median"))
 
 
@@ -156,6 +172,11 @@ def config_of(weights, base=TINY, **changes):
 )
 def test_a_federation_trains_the_head_on_features_computed_once(weights, base, tmp_path):
   config = config_of(weights, base)
+  if base is PRIVATE:
+    file = tmp_path / "public.json"
+    public = models.statistics_of(np.random.default_rng(3).uniform(0, 1, (9, 160)))
+    feature_statistics.write(file, public, "drawn images", "efficientnet_lite0", 32)
+    config = settings.replace(config, features="standardised", feature_statistics=str(file))
   model_config = config.model.config(config.data, 3)
   assert model_config.norm == "affine"
   trainer = make_trainer(config, cohort_of(config))
@@ -165,6 +186,13 @@ def test_a_federation_trains_the_head_on_features_computed_once(weights, base, t
   (params, state), start = arm.models[0], config.model.initial(model_config, jax.random.key(0))[0]
   assert state == {}
   assert set(arm.sent[0]) == {"head"}
+  if base is PRIVATE:
+    features = trainer.features(images)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+    wanted = 1 / (public.std + FLOOR * public.std.mean())
+    np.testing.assert_allclose(params["feature_norm"]["scale"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(params["feature_norm"]["bias"], -public.mean * wanted, rtol=1e-5)
+    assert arm.privacy["features"].endswith("nothing is charged: drawn images")
   assert bool((params["head"]["kernel"] != start["head"]["kernel"]).any())
   assert jax.tree.structure(params) == jax.tree.structure(start)
   for name in start:

@@ -20,6 +20,7 @@ from primia_jax.types import Array, Key, ModelState, Params
 
 from .. import model_files, settings
 from ..settings import require, setting
+from . import feature_statistics as statistics
 from .data import Data
 
 AUGMENTATIONS = {
@@ -70,8 +71,16 @@ class Model:
   )
   features: str = setting(
     "",
-    "efficientnet_lite: what the last layer takes: mean (of each map), or unit (scaled to norm one "
-    "image by image, for private training of that layer); empty takes mean",
+    "efficientnet_lite: what the last layer takes: mean (of each map), unit (scaled to norm one "
+    "image by image, for private training of that layer), or standardised (by feature_statistics, "
+    "then scaled as unit); empty takes mean",
+  )
+  feature_statistics: str = setting(
+    "",
+    "features=standardised: the mean and deviation of each feature over public images: a file of "
+    "`python -m benchmarks.feature_statistics`, or the name of one that comes with the programs: "
+    f"{', '.join(statistics.known())}. They must not be of the images that are trained on, for "
+    "which nothing is charged",
   )
   weight_standardisation: bool = setting(False, "standardise convolution kernels")
   dropout: float = setting(0.0, "dropout rate before the last layer")
@@ -105,6 +114,23 @@ class Model:
           f"pretrained={self.pretrained}: there is no such file, nor a finished run; check the "
           f"path, or use {IMAGENET}"
         )
+    self._check_statistics()
+
+  def _check_statistics(self) -> None:
+    name, standardised = self.feature_statistics, self.features == "standardised"
+    of_run = self.pretrained not in ("", IMAGENET) and _path(self.pretrained).is_dir()
+    if name and (of_run or not (standardised and self.pretrained)):
+      raise ValueError(
+        f"feature_statistics={name} belongs to features=standardised on published weights; a run "
+        "given as pretrained has its own; leave it out"
+      )
+    if standardised and not name and not of_run:
+      raise ValueError(
+        "features=standardised needs feature_statistics, and pretrained weights whose features "
+        f"they are of; there are statistics {', '.join(statistics.known())}"
+      )
+    if name:
+      statistics.path_of(name)
 
   def config(self, data: Data, num_classes: int) -> models.ModelConfig:
     """The library's own record of the model.
@@ -171,9 +197,13 @@ class Model:
     path = pretrained.installed_weights(config.name) if of_package else _path(self.pretrained)
     if path.is_dir():
       return self._load_run(config, params, model_state)
-    return pretrained.load_pretrained(
+    filled, state = pretrained.load_pretrained(
       path, params, model_state, new_head=True, fold_statistics=config.norm == "affine"
     )
+    if self.feature_statistics:
+      found = statistics.read(self.feature_statistics, config.name, config.image_shape[0])
+      filled = models.with_statistics(filled, found)
+    return filled, state
 
   def _load_run(
     self, config: models.ModelConfig, params: Params, model_state: ModelState

@@ -29,6 +29,7 @@ And two give each pixel a class (`primia_jax.segmentation`):
 
 from primia_jax.models.classifier import Model, build, has_taps, is_norm_parameter, num_parameters
 from primia_jax.models.config import (
+  FEATURE_NORM,
   FEATURES,
   HEADS,
   IMAGENET_MEAN,
@@ -47,9 +48,11 @@ from primia_jax.models.config import (
 from primia_jax.models.freezing import Frozen, freeze, parts
 from primia_jax.models.layers import Norm, normalise
 from primia_jax.models.scatter import features
+from primia_jax.models.standardising import FeatureStatistics, statistics_of, with_statistics
 
 __all__ = [
   "FEATURES",
+  "FEATURE_NORM",
   "HEADS",
   "IMAGENET_MEAN",
   "IMAGENET_STD",
@@ -62,6 +65,7 @@ __all__ = [
   "SEGMENTERS",
   "STD",
   "STEMS",
+  "FeatureStatistics",
   "Frozen",
   "Model",
   "ModelConfig",
@@ -74,4 +78,6 @@ __all__ = [
   "normalise",
   "num_parameters",
   "parts",
+  "statistics_of",
+  "with_statistics",
 ]

@@ -8,7 +8,8 @@ NORMS = ("group", "batch", "affine", "none")
 POOLS = ("max", "mean")
 STEMS = ("7x7", "3x3", "3x3/2")
 HEADS = ("dense", "dense512", "mean")
-FEATURES = ("mean", "unit")
+FEATURES = ("mean", "unit", "standardised")
+FEATURE_NORM = "feature_norm"  # the layer that standardises features
 # EfficientNet-Lite: factors on its features and on the repeats of its blocks
 LITES = {
   "efficientnet_lite0": (1.0, 1.0),
@@ -85,7 +86,8 @@ class ModelConfig:
       channel serve as several equal ones where several are named. Empty changes nothing.
     features: what EfficientNet-Lite's last layer takes: "mean", the mean of each map, or "unit",
       these scaled to norm one image by image. An image's effect on a linear layer's gradient is
-      then bounded by a public rule, as private training of that layer wants it.
+      then bounded by a public rule, as private training of that layer wants it. "standardised"
+      first subtracts a mean and divides by a deviation of each map (`with_statistics`).
   """
 
   name: str = "cnn"

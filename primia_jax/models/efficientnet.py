@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from primia_jax.models.config import LITES, MEAN, STD, ModelConfig
+from primia_jax.models.config import FEATURE_NORM, LITES, MEAN, STD, ModelConfig
 from primia_jax.models.layers import Conv, Dense, Depthwise, Norm, widths
 from primia_jax.types import Array
 
@@ -86,6 +86,8 @@ class EfficientNetLite(nn.Module):
     def pooled(x: Array) -> Array:
       x = Conv(last, 1, use_bias=bias, name="head_conv")(x)
       x = relu6(Norm(self.norm, _EPSILON, name="head_norm")(x, train)).mean((1, 2))
+      if config.features == "standardised":
+        x = Norm("affine", name=FEATURE_NORM)(x, train)
       return x if config.features == "mean" else unit(x)
 
     def head(x: Array) -> Array:

@@ -128,7 +128,7 @@ class Norm(nn.Module):
     scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
     if self.kind == "affine":
-      return x * last(scale, 4) + last(bias, 4)
+      return x * last(scale, x.ndim) + last(bias, x.ndim)
     if self.kind == "group":
       groups = math.gcd(32, features)
       mean, square = (
