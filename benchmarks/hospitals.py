@@ -93,7 +93,7 @@ def main(_):
     ours = [max(row["answered"] for row in each) for each in rows]
     worked = [max(row["worked"] for row in each) for each in rows]
     seconds = [one["seconds"][at] for one in later]
-    more = {"site_work": max(worked), "megabytes": rows[0][0]["bytes"] / 1e6}
+    more = {"site_work": round(max(worked), 4), "megabytes": rows[0][0]["bytes"] / 1e6}
     measuring.say(f"message: {stage}", seconds, "s", None, **more)
     flower = [whole - answered for whole, answered in zip(seconds, ours, strict=True)]
     measuring.say(f"of it Flower, and waiting for others: {stage}", flower, "s", None)

@@ -70,9 +70,8 @@ def test_defaults_are_shown(monkeypatch):
 
 def test_the_usual_flags_are_flags():
   """Of some program; one that was renamed would vanish from `--help`."""
-  modules = (
-    *PROGRAMS, "planned", "scored", "sharing", "joining", "site_folders", "offering", "intersecting", "encrypted",
-  )  # fmt: skip
+  ours = "joining", "site_folders", "offering", "intersecting"
+  modules = *PROGRAMS, "planned", "scored", "sharing", *ours
   sources = " ".join((ROOT / "experiments" / f"{name}.py").read_text() for name in modules)
   known = {*settings.flat(Train()), *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', sources)}
   known |= {
