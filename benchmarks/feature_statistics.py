@@ -1,7 +1,7 @@
 """Mean and deviation of a frozen network's features over public images, as a file for
 --feature_statistics. The one that comes with the programs, of the X-rays of adults in MedNIST:
 
-  python -m benchmarks.feature_statistics --data=folder:MEDNIST --classes=CXR \\
+  python -m benchmarks.feature_statistics --data=folder:MEDNIST --classes=CXR --num_images=300 \\
     --output=experiments/statistics/chest_xray.json --about="MedNIST's class CXR, ..."
 
 The images must not be of the data set that is trained on under differential privacy.
