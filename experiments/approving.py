@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from primia_jax import approval, disclosure, models, multilabel
-from primia_jax.data.load import load
 
 from . import inputs, settings
 from .configs import Train, rehearse
@@ -177,25 +176,7 @@ def held(config: Train, member: Member) -> Held:
   if data is None or _is_empty(data.data):
     return Held(dict.fromkeys(agreed, 0), 0)
   inputs.source(data)
-  splits = load(
-    data.data,
-    size=data.image_size,
-    channels=data.channels,
-    label_names=agreed,
-    lazy=True,
-    ignore=names(data.ignore),
-    layout=data.layout,
-    csv_columns=data.columns,
-    grey_bits=data.grey_bits,
-    ct_window=data.hounsfield,
-    data_dir=data.data_dir or None,
-    manual_dir=data.manual_dir or None,
-    patient_column=data.patient_column,
-    patient_pattern=data.patient_pattern,
-    slices=data.slices or "all",
-    is_multi=data.multi_label,
-    label_columns=names(data.label_columns),
-  ).values()
+  splits = inputs.listed(data, agreed).values()
   labels = np.concatenate([one.labels for one in splits])
   if data.is_multi:
     counts = multilabel.findings(labels, len(agreed)).sum(0).tolist()

@@ -108,7 +108,7 @@ def images_to_test(
   if settings.data == "phantom":
     dataset, has_test = _phantom_test(settings, Hospitals().phantom_test_images, 3, seed), True
   else:
-    splits = _load(settings, label_names)
+    splits = listed(settings, label_names)
     has_test = "test" in splits
     tested = {"test": splits["test"]} if has_test else splits
     dataset = _whole(list(scan.read(tested, skip_bad_files=settings.skip_bad_files).values()))
@@ -230,7 +230,7 @@ def _of_sources(config: Train, only_site: int | None) -> Inputs:
   return Inputs(part(kept), part(held), join(tests))
 
 
-def _load(settings: Data, label_names: tuple[str, ...] | None) -> dict[str, Dataset]:
+def listed(settings: Data, label_names: tuple[str, ...] | None) -> dict[str, Dataset]:
   """The splits of a source, whose images `scan.read` reads."""
   return load(
     settings.data,
@@ -308,7 +308,7 @@ def _hold_out(
 
 def _with_test(config: Train, data: Data, lazy: bool = False) -> tuple[Dataset, Dataset]:
   """The images of a source to train with and to test on, which are held out where it has none."""
-  splits = _load(data, None)
+  splits = listed(data, None)
   whole = splits.get("train", splits.get("all"))
   if whole is None:
     raise ValueError(
