@@ -30,7 +30,7 @@ def no_images(monkeypatch):
   def read(*args, **options):
     raise AssertionError("images were read")
 
-  for name in ("site_images", "images_to_test", "unlabelled_images", "_load", "_phantom"):
+  for name in ("site_images", "images_to_test", "unlabelled_images", "listed", "_phantom"):
     monkeypatch.setattr(inputs, name, read)
 
 
