@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from primia_jax.models import ModelConfig, efficientnet
 from primia_jax.types import Array, PyTree
 
 HE = nn.initializers.he_normal()
@@ -204,6 +205,28 @@ class LSTM(nn.Module):
     return nn.Dense(10)(x[:, -1])
 
 
+class EfficientNetLite0(nn.Module):
+  """EfficientNet (arXiv 1905.11946) with ReLU6 and without squeeze-and-excitation."""
+
+  divisor: int = 1
+  measure: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    norm = lambda y: BatchNorm(self.measure)(y)
+    x = nn.relu6(norm(Conv(32 // self.divisor, (3, 3), 2)(x)))
+    config = ModelConfig("efficientnet_lite0", width=1 / self.divisor)
+    for features, size, stride, expansion in efficientnet.blocks(config):
+      wide, y = x.shape[-1] * expansion, x
+      if expansion > 1:
+        y = nn.relu6(norm(Conv(wide, (1, 1))(y)))
+      y = nn.relu6(norm(Conv(wide, (size, size), stride, feature_group_count=wide)(y)))
+      y = norm(Conv(features, (1, 1))(y))
+      x = x + y if x.shape == y.shape else y
+    x = nn.relu6(norm(Conv(1280 // self.divisor, (1, 1))(x))).mean((1, 2))
+    return nn.Dense(1000 // self.divisor)(x)
+
+
 class Network(NamedTuple):
   """A network at full size, and as the slow tests run it.
 
@@ -223,6 +246,7 @@ NETWORKS = {
   "ResNet-50": Network(ResNet50, (1, 224, 224, 3), (1, 64, 64, 3)),
   "VGG-16": Network(VGG16, (1, 224, 224, 3), (1, 32, 32, 3)),
   "DenseNet-121": Network(DenseNet121, (1, 224, 224, 3), (1, 64, 64, 3)),
+  "EfficientNet-Lite0": Network(EfficientNetLite0, (1, 224, 224, 3), (1, 64, 64, 3)),
   "U-Net, 2-D": Network(UNet2D, (1, 256, 256, 1), (1, 32, 32, 1)),
   "U-Net, 3-D": Network(UNet3D, (1, 128, 128, 128, 1), (1, 32, 32, 32, 1)),
   "ViT-B/16": Network(ViT, (1, 224, 224, 3), (1, 32, 32, 3)),
