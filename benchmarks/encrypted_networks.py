@@ -25,9 +25,7 @@ from primia_jax.types import PyTree
 
 _RESNET18 = "ResNet-18"
 _NETWORKS = flags.DEFINE_list(
-  "networks",
-  [_RESNET18, "ResNet-50", "VGG-16", "DenseNet-121", "EfficientNet-Lite0"],
-  "Which.",
+  "networks", [_RESNET18, "ResNet-50", "VGG-16", "DenseNet-121", "EfficientNet-Lite0"], "Which."
 )
 _TIME_AT = flags.DEFINE_integer(
   "time_at", 64, "Pixels of the image that is timed; 0 times none.", lower_bound=0
