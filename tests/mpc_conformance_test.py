@@ -1,6 +1,7 @@
 """The table of what encrypted inference accepts: a case's outcome and error, and the kept copy."""
 
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.conformance import case, cases, measure, table
+from primia_jax.mpc.lowering import lower, rules_linear
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs" / "conformance.md"
 CHOSEN = [
@@ -47,6 +49,25 @@ def test_other_outcomes():
     raise ImportError("No module named 'haiku'")
 
   assert one(missing).outcome == measure.SKIPPED
+
+
+@pytest.mark.parametrize(
+  "crash",
+  [
+    lambda v: dict(zip(v, v[:1], strict=True)),
+    lambda v: np.zeros(3).reshape(2),
+    lambda v: next(iter([int("one")])),
+  ],
+)
+def test_a_crash_inside_is_no_refusal(crash, monkeypatch):
+  """A ValueError that a line of a rule did not raise itself; only a `raise` is a refusal."""
+  # compiled as if it stood in the library
+  inside = types.FunctionType(
+    crash.__code__.replace(co_filename=rules_linear.__file__), crash.__globals__
+  )
+  monkeypatch.setitem(lower._RULES, "neg", lambda low, equation, inputs: inside([1, 2]))
+  result = one(lambda: (lambda w, x: -(x * w), np.float32(1), case.spread(-1, 1, 3)))
+  assert (result.outcome, result.said[:10]) == (measure.BROKEN, "ValueError")
 
 
 def test_an_error_is_relative_where_numbers_are_large_and_absolute_elsewhere():

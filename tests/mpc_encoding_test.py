@@ -31,6 +31,21 @@ def test_what_fits(operand, limit, reason):
   encoding.check_fits(operand, below, CONFIG)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
+def test_the_least_whole_number_has_a_magnitude(dtype):
+  """Its own absolute value is negative in its dtype."""
+  least = np.iinfo(dtype).min
+  values = jnp.array([least, 1], dtype)
+  assert encoding.largest(values) == -float(least)
+
+
+def test_a_plan_holds_the_least_whole_number():
+  w, x = np.array([-128, 1], np.int8), np.ones(2, np.float32)
+  fn, owners = lambda w, x: w * (x > 0).astype(w.dtype), ("model_owner", "data_owner")
+  plan = planning.plan(fn, owners, (w, x), Config(32, 8, 16))
+  assert max(plan.magnitudes) >= 128
+
+
 def test_what_does_not_fit_spoils_the_outputs():
   """In each element of a vmap for itself."""
   outputs = {"x": np.float32([1, 2]), "i": np.int32([3]), "b": np.array([True])}

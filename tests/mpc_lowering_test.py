@@ -283,6 +283,16 @@ def test_a_gather_out_of_bounds_fills_with_zeros_only():
   checked(functools.partial(take, mode="clip"), (np.float32(1), X))
 
 
+def test_a_barrier_has_as_many_results_as_arguments():
+  """Shared values, a party's own, and public ones."""
+
+  def fn(w, x):
+    y, z, own, public = lax.optimization_barrier((x * w, x + w, x, jnp.ones((1, 3)) * 2))
+    return y * z + own, jnp.where(public > 1, y, z), lax.optimization_barrier(y)
+
+  checked(fn, (np.float32(0.5), normal(7, 2, 3)))
+
+
 # ---- refusals
 
 

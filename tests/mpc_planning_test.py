@@ -3,10 +3,13 @@ import math
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mpc_reference import OWNERS
 
 from primia_jax.mpc import clear, planning, pricing, protocol
 from primia_jax.mpc.circuit import Config
+from primia_jax.mpc.lowering.holders import outwards
 from primia_jax.mpc.pricing import Network
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -59,6 +62,36 @@ def test_without_calibration_the_whole_ring_is_assumed():
   plan = planning.plan(fn, OWNERS, (jax.ShapeDtypeStruct(W.shape, W.dtype), X), Config(64, 16, 18))
   assert {r.range_bits for r in pricing.rows(plan.circuit) if r.what == "relu"} == {62}
   np.testing.assert_allclose(clear.check(plan, (W, X)), fn(W, X), atol=1e-3)
+
+
+def test_a_plan_tells_powers_of_two_and_nothing_finer():
+  """The attack: the plan of slightly different weights and calibration images would differ."""
+  w, x = (np.abs(v) / np.abs(v).max() for v in (W, X))  # largest magnitudes of 1
+  w, x = (np.concatenate([v, -v]) for v in (w, x))
+
+  def of(weight, image):
+    args = (np.float32(weight) * w, np.float32(image) * x)
+    config = Config(64, 16, 18, margin=1.0)
+    return planning.plan(fn, OWNERS, args, config, planning.calibrate(fn, OWNERS, [args]))
+
+  one, other = of(0.8, 0.6), of(0.81, 0.61)
+  known = [v for v in one.magnitudes if math.isfinite(v)]
+  for told in (one.bounds, np.array(known)):
+    assert told.size
+    mantissa, _ = np.frexp(told)
+    np.testing.assert_array_equal(mantissa, 1 - 2.0**-6)
+  assert one.digest == other.digest
+  scales = [operand.scale for operand in one.circuit.operands]
+  scales += [v.scale for v in one.circuit.outputs]
+  assert all(np.frexp(scale)[0] == 0.5 for scale in scales)
+
+
+@given(st.floats(1e-30, 1e30))
+def test_outwards(magnitude):
+  found = outwards(magnitude)
+  assert magnitude <= found < 2 * magnitude / (1 - 2.0**-6)
+  assert np.frexp(found)[0] == 1 - 2.0**-6
+  assert outwards(found) == found
 
 
 def test_a_plan_of_one_function_refuses_the_ranges_of_another():

@@ -1,6 +1,5 @@
 """Three lines make a function private; what is secret, public or shared follows from its owner."""
 
-import functools
 import warnings
 
 import flax.linen as nn
@@ -16,7 +15,6 @@ from primia_jax.mpc import inference
 
 W, X = normal(0, 6, 5), normal(1, 4, 6)
 COARSE = mpc.Config(32, 10, 14)
-TABLE = normal(3, 5)
 
 
 def fn(w, x):
@@ -115,17 +113,6 @@ def test_examples_are_needed():
     mpc.secret(fn, W, examples=[])
 
 
-def test_what_a_function_closes_over_is_named():
-  """Before any work; that nothing is said of other functions is tested with another ring."""
-  helper = lambda x: x * TABLE[:5]
-  inner = lambda w, x: helper(fn(w, x))
-  empty = pytest.raises(ValueError, match="examples is empty")
-  with empty, pytest.warns(UserWarning, match=r"closes over TABLE \(float32\[5\]\).*are public"):
-    mpc.secret(inner, W, examples=[])
-  with empty, pytest.warns(UserWarning, match=r"argument 0 of partial \(float32\[6, 5\]\)"):
-    mpc.secret(functools.partial(fn, W), examples=[])
-
-
 # ---- modules
 
 
@@ -157,7 +144,7 @@ class Tree:
 
 
 def test_modules_are_taken_as_they_are():
-  """NNX with dropout's PRNG keys, a callable pytree, Linen: their float arrays are secret."""
+  """NNX with dropout's PRNG keys, a callable pytree, Linen: their arrays are secret."""
   graph = Network(nnx.Rngs(0))
   graph.eval()
   linen = nn.Dense(3)

@@ -121,6 +121,10 @@ def test_an_image_beyond_its_range_is_the_clamped_one(world, beyond):
 def test_an_image_that_does_not_fit_is_refused(world):
   with pytest.raises(ValueError, match="is beyond"):
     sharing.shares(world.card, [IMAGES[0] * 1e4])
+  most = world.card.images[0]["most"]
+  sharing.shares(world.card, [np.full(D, most)])
+  with pytest.raises(ValueError, match=f"is beyond {most:.4g}, for which the model was planned"):
+    sharing.shares(world.card, [np.full(D, 1.02 * most)])  # the clamp would let it through
   with pytest.raises(ValueError, match="an image of shape"):
     sharing.shares(world.card, [IMAGES])
   with pytest.raises(ValueError, match="the plan takes shares"):

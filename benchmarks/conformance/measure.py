@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
+import dis
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -65,11 +65,21 @@ def measure(case: Case) -> Result:
 
 
 def is_refusal(error: Exception) -> bool:
-  """Whether the library refused, or JAX because a traced value decides on a shape."""
+  """Whether the library refused, or JAX because a traced value decides on a shape.
+
+  The library refuses by a `raise` of its own. A call or an operator of its code that fails, such as
+  a strict zip or a reshape inside, is a fault.
+  """
   if isinstance(error, jax.errors.JAXTypeError | jax.errors.JAXIndexError):
     return True
-  last = traceback.extract_tb(error.__traceback__)[-1]
-  return type(error) in (NotImplementedError, ValueError) and "primia_jax" in last.filename
+  if type(error) not in (NotImplementedError, ValueError) or error.__traceback__ is None:
+    return False
+  last = error.__traceback__
+  while last.tb_next is not None:
+    last = last.tb_next
+  code = last.tb_frame.f_code
+  raised = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+  return raised and "/primia_jax/mpc/" in code.co_filename
 
 
 @contextlib.contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import ring
-from primia_jax.mpc import inference, protocol
+from primia_jax.mpc import inference, protocol, ranges
 from primia_jax.mpc.circuit import (
   Apply,
   Circuit,
@@ -68,7 +68,7 @@ def comparer(plan: Plan) -> Callable[[Sequence[PyTree]], Checked]:
     leaves its planned range or the ring, which the protocol itself cannot notice.
   """
   encode_all, check_encoded = inference.encoder(plan), operands_checker(plan)
-  watched = _shared(plan) if plan.bounds is not None else {}
+  watched = ranges.shared(plan) if plan.bounds is not None else {}
 
   def run(args: Sequence[PyTree]) -> Checked:
     env = evaluate(plan.program, jax.tree.leaves(tuple(args)))
@@ -95,26 +95,6 @@ def comparer(plan: Plan) -> Callable[[Sequence[PyTree]], Checked]:
     return Checked(outputs, jax.tree.unflatten(plan.program.out_tree, plain), float(error))
 
   return run
-
-
-def _shared(plan: Plan) -> dict[int, str]:
-  """The values that enter the protocol or arise in it, and where: their ranges must hold."""
-  program = plan.program
-  found: dict[int, str] = {}
-  holders: dict[int, frozenset[Any]] = {
-    ref.number: frozenset([owner if owner is not None else "shared"])
-    for ref, owner in zip(program.inputs, plan.owners, strict=True)
-    if isinstance(ref, Ref)
-  }
-  for e in program.equations:
-    inputs = [v.number for v in e.inputs if isinstance(v, Ref)]
-    held = frozenset().union(*(holders[i] for i in inputs))
-    holders |= {ref.number: held for ref in e.outputs}
-    if len(held) > 1 or held == {"shared"}:
-      where = f"{e.layer}, {e.name} at {e.source}"
-      found |= {i: found.get(i, where) for i in inputs}
-      found |= {ref.number: where for ref in e.outputs}
-  return found
 
 
 def operands_checker(plan: Plan) -> Callable[[Operands], PyTree]:

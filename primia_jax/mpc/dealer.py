@@ -77,8 +77,12 @@ def recomputed(plan: Plan, weights: Operands, published: Operands, name: str, se
   """The number that an honest dealer gives an inference of this seed.
 
   The model owner calls it for a seed that the dealer opened to it. With B = W - D it has everything
-  that the dealer had. It must not show the seed to the data owner: party 0's share of a product
-  with B, which follows from the seed, gives the data owner B and so the weights.
+  that the dealer had.
+
+  The dealer must never open the seed of an inference that was used, or will be: the masks follow
+  from it, and with what the parties opened so does the image. The model owner must not show a seed
+  to the data owner: party 0's share of a product with B, which follows from the seed, gives the
+  data owner B and so the weights.
 
   Args:
     plan: the plan.

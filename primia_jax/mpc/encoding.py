@@ -58,7 +58,8 @@ def decode(elements: Array, scale: float, config: Config, dtype: Any = jnp.float
 
 def largest(value: Array) -> Array:
   """The largest magnitude in float32, for `check_fits`."""
-  return jnp.max(jnp.abs(value), initial=0).astype(jnp.float32)
+  # The least whole number of a dtype has no magnitude there.
+  return jnp.max(jnp.abs(value.astype(jnp.float32)), initial=0)
 
 
 def fits(operand: Operand, most: Array, config: Config) -> Array:

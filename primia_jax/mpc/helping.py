@@ -86,8 +86,8 @@ def card(plan: Plan, publication: str) -> dict[str, Any]:
 
   Returns:
     publication: `digest` of its name, hexadecimal; num_bits of the ring; images: for each, its
-    shape, the real number that one unit stands for, and its bits with the sign; outputs: for each,
-    its shape, unit and dtype.
+    shape, the real number that one unit stands for, its bits with the sign, and the largest
+    magnitude that was planned for; outputs: for each, its shape, unit and dtype.
 
   Raises:
     ValueError: the client is not "sharing", or an output is public.
@@ -97,11 +97,16 @@ def card(plan: Plan, publication: str) -> dict[str, Any]:
   if not all(isinstance(v, Value) for v in plan.circuit.outputs):
     raise ValueError("an output is public; return only what depends on the image")
   images = [o for o in plan.circuit.operands if o.owner is None]
+  given = zip(plan.program.inputs, plan.owners, strict=True)
+  bounds = [float(plan.bounds[v.number]) for v, owner in given if owner is None]  # type: ignore
   outputs = zip(plan.circuit.outputs, plan.program.out_dtypes, strict=True)
   return {
     "publication": digest(publication).hex(),
     "num_bits": plan.config.num_bits,
-    "images": [{"shape": list(o.shape), "unit": o.scale, "bits": o.bits} for o in images],
+    "images": [
+      {"shape": list(o.shape), "unit": o.scale, "bits": o.bits, "most": most}
+      for o, most in zip(images, bounds, strict=True)
+    ],
     "outputs": [
       {"shape": list(v.shape), "unit": v.scale, "dtype": np.dtype(dtype).name}
       for v, dtype in outputs

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import prng, ring
-from primia_jax.mpc import dealing, encoding, protocol
+from primia_jax.mpc import dealing, encoding, protocol, ranges
 from primia_jax.mpc.circuit import SHARING, Apply, Local, Open, Value
 from primia_jax.mpc.lowering.program import evaluate
 from primia_jax.mpc.planning import Plan
@@ -41,7 +41,7 @@ def transform(plan: Plan) -> Callable:
   Returns:
     f(key, *args) -> fn's outputs in float32. key is [8] uint32, never used twice. Public arguments
     are those of the plan; arguments of the owner "shared" are given in the clear here. An argument
-    that is NaN, infinite or does not fit the ring makes the outputs NaN.
+    that is NaN or infinite, or beyond the ring or its planned range, makes the outputs NaN.
   """
   encode_all = _tracing_encoder(plan)
 
@@ -125,31 +125,36 @@ def owner_encoder(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], 
 
   Returns:
     leaves -> operands, where leaves are the arrays of this owner's arguments, in order. It raises a
-    ValueError if a number does not fit the ring, or a weight the bits that were planned for it.
+    ValueError if a number does not fit the ring, a weight the bits that were planned for it, or
+    anything that enters the protocol its planned range.
   """
-  measured = _measured(plan, owner)
+  measured, entries = _measured(plan, owner), ranges.entries(plan, owner)
 
   def run_encoder(leaves: Sequence[Array]) -> Operands:
-    largest, encoded = measured(leaves)
-    for i, most in largest.items():
+    found = measured(leaves)
+    for i, most in found.largest.items():
       encoding.check_fits(plan.circuit.operands[i], most, plan.config)
-    return encoded
+    ranges.check(entries, found.entering, owner)
+    return found.operands
 
   return run_encoder
 
 
 def _tracing_encoder(plan: Plan) -> Callable[[Sequence[Array]], tuple[Operands, Array]]:
   """leaves -> everybody's operands, and whether all numbers fit: a transform cannot raise."""
-  each = {owner: _measured(plan, owner) for owner in (None, MODEL_OWNER, DATA_OWNER)}
+  owners = (None, MODEL_OWNER, DATA_OWNER)
+  each = {owner: (_measured(plan, owner), ranges.entries(plan, owner)) for owner in owners}
 
   def run_encoders(leaves: Sequence[Array]) -> tuple[Operands, Array]:
     out: Operands = {}
     good = jnp.bool_(True)
-    for owner, measured in each.items():
-      largest, encoded = measured(_of(plan, owner, leaves))
-      out |= encoded
-      for i, most in largest.items():
+    for owner, (measured, entries) in each.items():
+      found = measured(_of(plan, owner, leaves))
+      out |= found.operands
+      for i, most in found.largest.items():
         good &= encoding.fits(plan.circuit.operands[i], most, plan.config)
+      for i, most in found.entering.items():
+        good &= ranges.keeps(entries[i], most)
     return out, good
 
   return run_encoders
@@ -159,8 +164,18 @@ def _of(plan: Plan, owner: int | None, leaves: Sequence[Array]) -> list[Array]:
   return [v for by, v in zip(plan.owners, leaves, strict=True) if by == owner]
 
 
-def _measured(plan: Plan, owner: int | None) -> Callable:
-  """leaves -> (the largest magnitude of each of one owner's operands, the operands).
+class _Measured(NamedTuple):
+  """One owner's operands, the largest magnitude of each, and that of each of its values that enters
+  the protocol (`ranges.entries`).
+  """
+
+  operands: Operands
+  largest: dict[int, Array]
+  entering: dict[int, Array]
+
+
+def _measured(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], _Measured]:
+  """leaves -> what an owner puts in, measured.
 
   Each owner has its own program: in another program, a folded weight might round to the
   neighbouring integer.
@@ -168,19 +183,24 @@ def _measured(plan: Plan, owner: int | None) -> Callable:
   mine = [i for i, operand in enumerate(plan.circuit.operands) if operand.owner == owner]
   operands = [plan.circuit.operands[i] for i in mine]
   if not mine:
-    return lambda leaves: ({}, {})
+    return lambda leaves: _Measured({}, {}, {})
+  entries = ranges.entries(plan, owner)
 
-  def integers(leaves: Sequence[Array]) -> tuple[dict[int, Array], Operands]:
+  def integers(leaves: Sequence[Array]) -> _Measured:
     own = iter(leaves)
     env: Any = evaluate(plan.program, [next(own) if by == owner else None for by in plan.owners])
     values = [operand.value(env) for operand in operands]
     encoded = [encoding.encode(o, v, plan.config) for o, v in zip(operands, values, strict=True)]
     largest = [encoding.largest(v) for v in values]
-    return dict(zip(mine, largest, strict=True)), dict(zip(mine, encoded, strict=True))
+    return _Measured(
+      dict(zip(mine, encoded, strict=True)),
+      dict(zip(mine, largest, strict=True)),
+      {i: ranges.largest(env[i]) for i in entries},
+    )
 
   compiled = plan.compiled(("encode", owner), integers)
 
-  def run(leaves: Sequence[Array]) -> tuple[dict[int, Array], Operands]:
+  def run(leaves: Sequence[Array]) -> _Measured:
     leaves = [jnp.asarray(v) for v in leaves]  # in the caller's types
     with plan.config.scope():
       return compiled(leaves)

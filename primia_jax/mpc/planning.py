@@ -145,7 +145,9 @@ def plan(
   def magnitude(owned: Owned) -> float:
     found = math.inf
     if owned.owner in known:
-      found = outwards(float(np.max(np.abs(owned.read(known[owned.owner])), initial=0)))
+      v = np.asarray(owned.read(known[owned.owner]))
+      wide = v.astype(np.result_type(v.dtype, np.float64))  # abs(int8(-128)) is -128
+      found = outwards(float(np.max(np.abs(wide), initial=0)))
     asked.append(found)
     return found
 

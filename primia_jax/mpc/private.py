@@ -6,15 +6,14 @@ import functools
 import inspect
 import sys
 import types
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.mpc import clear, fitting, inference, planning, roles
+from primia_jax.mpc import clear, constants, fitting, inference, planning, roles
 from primia_jax.mpc.circuit import Config
 from primia_jax.mpc.clear import Checked
 from primia_jax.mpc.planning import PUBLIC, Plan
@@ -50,7 +49,7 @@ class Private:
     """fn's outputs in float32 for the data owner's arguments, computed under encryption.
 
     Raises:
-      ValueError: an argument has not the planned shape, or a number does not fit.
+      ValueError: an argument has not the planned shape, or a number leaves its planned range.
       TypeError: it is a tracer: masks serve once; `transform` goes through jit and vmap.
     """
     dealer, model_owner, data_owner = self._cast
@@ -92,11 +91,14 @@ def secret(
   The first example then runs under encryption and is compared with the clear.
 
   Args:
-    fn: a JAX function, an NNX module, an Equinox module or any other callable pytree. Float arrays
-      of a module are the model owner's secret; float arrays that a function closes over are public,
-      and a warning names them.
-    args: the model owner's arguments (and public ones, see `owners`), in fn's order. Their float
-      arrays are secret; what else they hold (PRNG keys, counters, functions) is public.
+    fn: a JAX function, an NNX module, an Equinox module or any other callable pytree, or a method
+      of one. The arrays of such a module are the model owner's secret, as those of `args` are. All
+      that fn holds besides is public, and a warning names its arrays: what it closes over, and what
+      an object holds that is no pytree, such as a bound Linen module.
+    args: the model owner's arguments (and public ones, see `owners`), in fn's order. Their arrays
+      are secret, whatever their dtype. PRNG keys, single whole numbers and truth values (counters,
+      switches) and what is no array (functions) are public. An array by which a secret value is
+      indexed or shaped must be public: give it as an argument with the owner "public".
     examples: for calibration, from the model owner's own data: what the data owner will give, each
       of the shape that a call takes. A tuple is several arguments; an array is iterated over.
     target_error: largest error of an output, met on the examples with a factor of 1.5 to spare;
@@ -107,8 +109,8 @@ def secret(
 
   Raises:
     NotImplementedError: a primitive has no protocol; the message names it, its line and a cure.
-    ValueError: no ring reaches the target, a range does not fit the ring, an owner is unknown, or
-      there are no examples.
+    ValueError: no ring reaches the target, a range does not fit the ring, an owner is unknown,
+      there are no examples, or nothing is the model owner's.
 
   >>> import jax, jax.numpy as jnp
   >>> weights, images = jnp.eye(3) / 2, jnp.array([[1.0, -2.0, 3.0], [0.5, 4.0, -1.0]])
@@ -118,13 +120,18 @@ def secret(
   >>> private.check(images[1]).error < 1e-2
   True
   """
-  _warn_of_constants(fn)
+  written = fn
   fn, args, owners = _with_module(fn, args, owners)
   inputs = [jax.tree.map(jnp.asarray, v if isinstance(v, tuple) else (v,)) for v in examples]
   if not inputs:
     raise ValueError("examples is empty; give inputs like those to come, from your own data")
   order = _order(fn, owners, len(args), len(inputs[0]))
   weights, call = _parted(fn, args, order)
+  public = [v for v, owner in zip(args, _givers(order), strict=True) if owner == PUBLIC]
+  held = constants.held(call, (weights, *inputs[0]), written, public)
+  if not weights:
+    raise ValueError(_nothing_secret(held))
+  constants.warn(held, stacklevel=2)
   owned = ("model_owner", *["data_owner"] * len(inputs[0]))
   each = [(weights, *given) for given in inputs]
   if config is None:
@@ -179,11 +186,11 @@ def _order(fn: Callable, owners: Any, num_args: int, num_inputs: int) -> list[st
 def _parted(
   fn: Callable, args: Sequence[PyTree], order: Sequence[str]
 ) -> tuple[list[Array], Callable]:
-  """The model owner's float arrays, and fn of (them, *the data owner's arguments)."""
+  """The model owner's secret arrays, and fn of (them, *the data owner's arguments)."""
   leaves, tree = jax.tree.flatten(tuple(args))
-  owners = iter([owner for owner in order if owner != "data_owner"])
-  whose = [owner for arg, owner in zip(args, owners, strict=True) for _ in jax.tree.leaves(arg)]
-  is_secret = [by == "model_owner" and _is_float(v) for v, by in zip(leaves, whose, strict=True)]
+  pairs = zip(args, _givers(order), strict=True)
+  whose = [owner for arg, owner in pairs for _ in jax.tree.leaves(arg)]
+  is_secret = [by == "model_owner" and _is_secret(v) for v, by in zip(leaves, whose, strict=True)]
   weights = [jnp.asarray(v) for v, mine in zip(leaves, is_secret, strict=True) if mine]
 
   def call(weights: list[Array], *inputs: PyTree) -> PyTree:
@@ -195,17 +202,47 @@ def _parted(
   return weights, call
 
 
-def _is_float(v: Any) -> bool:
-  return isinstance(v, jax.Array | np.ndarray | np.generic | float) and jnp.issubdtype(
-    jnp.result_type(v), jnp.floating
+def _givers(order: Sequence[str]) -> list[str]:
+  """The owners of `args`."""
+  return [owner for owner in order if owner != "data_owner"]
+
+
+def _is_secret(v: Any) -> bool:
+  """Whether the model owner keeps a leaf to itself: not if it is static (`secret` says what is)."""
+  if not isinstance(v, jax.Array | np.ndarray | np.generic | float | complex):
+    return False
+  dtype = jnp.result_type(v)
+  if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):  # a PRNG key
+    return False
+  return jnp.issubdtype(dtype, jnp.inexact) or np.ndim(v) > 0
+
+
+def _nothing_secret(held: Sequence[str]) -> str:
+  """Why there is nothing to do for the model owner."""
+  if not held:
+    return (
+      "nothing is the model owner's: the data owner could compute this function alone; give the "
+      "weights as an argument, as in secret(module.apply, variables, examples=...)"
+    )
+  return (
+    f"nothing is the model owner's: the function itself holds {', '.join(held)}, which would be "
+    "public, part of the plan; give them as an argument, as in secret(module.apply, variables, "
+    "examples=...)"
   )
 
 
-def _with_module(fn: Callable, args: tuple, owners: Any) -> tuple[Callable, tuple, Any]:
+def _with_module(fn: Any, args: tuple, owners: Any) -> tuple[Callable, tuple, Any]:
   """Modules as functions of their arrays: NNX graphs are split, callable pytrees taken apart."""
   nnx: Any = sys.modules.get("flax.nnx")
   is_graph = lambda v: nnx is not None and isinstance(v, nnx.Module)
-  if is_graph(fn) or jax.tree.leaves(fn) != [fn]:
+  is_tree = lambda v: is_graph(v) or jax.tree.leaves(v) != [v]
+  if isinstance(fn, types.MethodType) and is_tree(fn.__self__):
+    fn, args = fn.__func__, (fn.__self__, *args)
+    if owners is not None:
+      named = isinstance(owners, Mapping)
+      module = next(iter(inspect.signature(fn).parameters))
+      owners = {module: "model_owner", **owners} if named else ("model_owner", *owners)
+  elif is_tree(fn):
     fn, args = (lambda module, *rest: module(*rest)), (fn, *args)
     if owners is not None:
       named = isinstance(owners, Mapping)
@@ -222,42 +259,3 @@ def _with_module(fn: Callable, args: tuple, owners: Any) -> tuple[Callable, tupl
     return fn(*whole, *given[len(graphs) :])
 
   return merged, tuple(state for _, state in split), owners
-
-
-# ---- constants
-
-
-def _warn_of_constants(fn: Any) -> None:
-  found = {
-    f"{name} ({v.dtype}{list(v.shape)})"
-    for name, value in _closed_over(fn, set())
-    for v in jax.tree.leaves(value)
-    if isinstance(v, jax.Array | np.ndarray) and _is_float(v) and v.size > 1
-  }
-  if found:
-    warnings.warn(
-      f"the function closes over {', '.join(sorted(found))}: such arrays are public, part of the "
-      "plan. Pass them as arguments to keep them secret",
-      stacklevel=3,
-    )
-
-
-def _closed_over(fn: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-  """What a function holds besides its arguments, and what functions of its module hold, by name."""
-  if id(fn) in seen:
-    return
-  seen.add(id(fn))
-  if isinstance(fn, functools.partial):
-    yield from ((f"argument {i} of partial", v) for i, v in enumerate(fn.args))
-    yield from fn.keywords.items()
-    yield from _closed_over(fn.func, seen)
-  elif isinstance(fn, types.MethodType):
-    yield from _closed_over(fn.__func__, seen)
-  elif isinstance(fn := inspect.unwrap(fn) if callable(fn) else fn, types.FunctionType):
-    held = inspect.getclosurevars(fn)
-    for name, value in {**held.globals, **held.nonlocals}.items():
-      if isinstance(value, types.FunctionType | functools.partial):
-        if getattr(value, "__module__", fn.__module__) == fn.__module__:
-          yield from _closed_over(value, seen)
-      elif not isinstance(value, types.ModuleType | type):
-        yield name, value

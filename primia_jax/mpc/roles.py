@@ -74,8 +74,8 @@ class ModelOwner:
     tag: for the dealer: HMAC-SHA256(the secret, the plan and the encoded weights), hexadecimal.
 
   Raises:
-    ValueError: the arguments do not have the planned shapes, a number does not fit, or the secret
-      is too short.
+    ValueError: the arguments do not have the planned shapes, a number leaves its planned range, or
+      the secret is too short.
   """
 
   def __init__(self, plan: Plan, *weights: PyTree, secret: bytes | None = None):
@@ -138,7 +138,11 @@ class ModelOwner:
       jax.block_until_ready(ready)
 
   def recomputed(self, publication: Publication, seed: bytes) -> str:
-    """The number of an inference that the dealer opened to it; see `dealer.recomputed`."""
+    """The number of an inference that the dealer opened to it; see `dealer.recomputed`.
+
+    It must never be given the seed of an inference that was used, or will be: with what the parties
+    opened, the image follows from it.
+    """
     check_publication(publication, self.plan, self._publications)
     name, published = publication
     return dealer.recomputed(self.plan, self._own, published, name, seed)
@@ -240,8 +244,8 @@ class DataOwner:
       images: the arguments of fn whose owner is "data_owner", in order.
 
     Raises:
-      ValueError: the arguments do not have the planned shapes, a number does not fit, or `prepared`
-        is the model owner's or was used.
+      ValueError: the arguments do not have the planned shapes, a number leaves its planned range,
+        or `prepared` is the model owner's or was used.
     """
     operands = self.encoded(*images)
     ready, key, holding = _typed(prepared, Prepared).take(DATA_OWNER)

@@ -58,7 +58,8 @@ class Card(NamedTuple):
   Attributes:
     publication: SHA-256 of the publication's name, hexadecimal.
     num_bits: k of the ring.
-    images: for each its shape, its unit, and its bits with the sign.
+    images: for each its shape, its unit, its bits with the sign, and the largest magnitude that was
+      planned for.
     outputs: for each its shape, its unit, and its dtype.
   """
 
@@ -198,6 +199,8 @@ def _card(found: Mapping[str, Any]) -> Card:
   for image in card.images:
     if not 1 < image["bits"] <= card.num_bits:
       raise ValueError("an image's bits are beyond the ring")
+    if not image.get("most", 0.0) >= 0:
+      raise ValueError("an image's largest magnitude is none")
   for output in card.outputs:
     np.dtype(output["dtype"].replace("bfloat16", "float32"))
   return card

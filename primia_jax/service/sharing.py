@@ -10,6 +10,7 @@ model owner and helper must not collude (`mpc.helping` says who learns what).
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import secrets
@@ -61,11 +62,12 @@ def shares(card: Card, images: Sequence[np.ndarray]) -> tuple[bytes, bytes]:
     image = np.asarray(image, np.float64)
     if list(image.shape) != want["shape"]:
       raise ValueError(f"an image of shape {list(image.shape)}; the plan takes {want['shape']}")
-    whole, most = np.rint(image / want["unit"]), 2 ** (want["bits"] - 1)
-    if not np.all(np.abs(whole) < most):
+    whole, limit = np.rint(image / want["unit"]), 2 ** (want["bits"] - 1)
+    most = min(want.get("most", math.inf), limit * want["unit"])  # cards of old tell no most
+    if not (np.all(np.abs(whole) < limit) and np.all(np.abs(image) <= most)):
       raise ValueError(
-        f"a number of magnitude {np.abs(image).max():.4g} is beyond {most * want['unit']:.4g}, for "
-        "which the model was planned; scale images as the model owner says"
+        f"a number of magnitude {np.abs(image).max():.4g} is beyond {most:.4g}, for which the "
+        "model was planned; scale images as the model owner says"
       )
     elements = whole.astype(np.int64).astype(_dtype(card))
     first = np.frombuffer(secrets.token_bytes(elements.nbytes), _dtype(card))

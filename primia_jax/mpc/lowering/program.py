@@ -207,7 +207,7 @@ class _Tracer:
     return [read(v) for v in jaxpr.outvars]
 
   def _equation(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
-    name, source = eqn.primitive.name, self.decomposed or _source(eqn) or source
+    name, source = eqn.primitive.name, self.decomposed or source_of(eqn) or source
     layer = "/".join(filter(None, [layer, str(eqn.source_info.name_stack)]))
     if name == "platform_index":  # the form for any platform: others have foreign calls
       return [np.int32(len(eqn.params["platforms"]) - 1)]
@@ -318,7 +318,7 @@ def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
   return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
-def _source(eqn: Any) -> str:
+def source_of(eqn: Any) -> str:
   """file:line of the innermost call outside JAX and Flax; empty if there is none."""
   traceback = eqn.source_info.traceback
   for frame in traceback.frames if traceback else ():

@@ -285,6 +285,11 @@ def same(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   return inputs[0] if isinstance(inputs[0], Lazy | Pending | Value) else low.value(inputs[0])
 
 
+def _barrier(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
+  """Each value itself: parties compute step by step anyway."""
+  return list(inputs)
+
+
 def _concatenate(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
   values = [low.value(v) if is_secret(v) else v for v in inputs]
   finest = min((v for v in values if isinstance(v, Value)), key=lambda v: v.scale)
@@ -344,6 +349,7 @@ RULES: dict[str, Rule] = {
   "concatenate": _concatenate,
   "stack": _stack,
   "pad": padded,
+  "optimization_barrier": _barrier,
 }
 RULES |= {name: _structural for name in (*RESHAPES, *SUMS, *MOVES)}
-RULES |= {name: same for name in ("copy", "copy_p", "stop_gradient", "optimization_barrier")}
+RULES |= {name: same for name in ("copy", "copy_p", "stop_gradient")}
