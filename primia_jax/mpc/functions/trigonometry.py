@@ -84,16 +84,17 @@ def _turns(build: Builder, x: Value) -> Value:
   x = build.narrow(x)
   if math.isinf(x.max_abs):
     raise ValueError(
-      f"{build.layer}: a sine or cosine of values whose range is not known; calibrate"
+      f"{build.layer}: {build.place}: a sine or cosine of values whose range is not known; "
+      f"calibrate"
     )
   units = math.log2(max(x.max_abs, x.scale) / x.scale)
   most = config.num_bits - 3 - math.ceil(units + math.log2(x.scale / (2 * math.pi)) + 0.01)
   least = config.fraction_bits + math.ceil(units)
   if most < least:
     raise ValueError(
-      f"{build.layer}: a sine or cosine of values up to {x.max_abs:.4g} needs a ring of "
-      f"{config.num_bits + least - most} bits, but num_bits={config.num_bits}; use a wider ring, "
-      f"fewer fraction_bits, or subtract whole periods first"
+      f"{build.layer}: {build.place}: a sine or cosine of values up to {x.max_abs:.4g} needs a "
+      f"ring of {config.num_bits + least - most} bits, but num_bits={config.num_bits}; use a wider "
+      f"ring, fewer fraction_bits, or subtract whole periods first"
     )
   bits = min(most, least + 3)
   factor = round(x.scale / (2 * math.pi) * 2.0**bits)
