@@ -82,9 +82,10 @@ def spline(
   function of a module: its pieces are found once and kept.
   """
   f = build.config.fraction_bits
-  x = build.narrow(x)
-  bounded = x.max_abs + x.scale <= end
-  end = min(end, x.max_abs + x.scale)
+  x = build.finer(build.narrow(x))
+  largest = x.max_abs + 4 * x.scale  # numbers are rounded
+  bounded = largest <= end
+  end = min(end, largest)
   ratio = x.scale * 2.0**f  # x counts in units of 2^-f; the coefficients compensate
   knots, centres, coefficients = _pieces(
     fn, end, 0.4 * build.config.unit, x.scale, build.config.unit / ratio

@@ -60,7 +60,7 @@ def tan(build: Builder, x: Value, bound: float = math.inf) -> Value:
 
 def atan(build: Builder, x: Value) -> Value:
   """|error| <= 4 u. 3 C + 10 P + 6 T rounds, or C + 3 P + T where |x| <= 8; not truncated."""
-  x = build.narrow(x)
+  x = build.finer(build.narrow(x))
   if x.max_abs <= 8:
     return piecewise.spline(build, x, np.arctan, 9.0, 0.0, 0.0)
   inside = piecewise.steps(build, x, np.rint(np.array([-1.0, 1.0]) / x.scale))

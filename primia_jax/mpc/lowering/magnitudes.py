@@ -91,7 +91,7 @@ def bound(
     case "mul":
       return sizes[0] * sizes[1]
     case "div" if operands[1].array is not None:
-      least = float(np.min(np.abs(np.asarray(operands[1].array)), initial=math.inf))
+      least = float(np.min(np.abs(np.asarray(operands[1].array, np.float64)), initial=math.inf))
       return size / least if least else math.inf
     case "select_n":
       return max(sizes[1:])

@@ -59,15 +59,16 @@ def watch(taken: dict[int, int], equation: Equation, inputs: list[Any], outputs:
   if len(equation.outputs) != 1:
     return
   found, name = 0, equation.name
-  either = lambda a, b: int(bool(jnp.any(a))) + 2 * int(bool(jnp.any(b)))
+  either = lambda a, b: int(np.any(a)) + 2 * int(np.any(b))
   if name in ("max", "min"):
-    a, b = inputs if name == "max" else inputs[::-1]
+    a, b = map(np.asarray, inputs if name == "max" else inputs[::-1])
     found = either(a > b, a < b)
   elif name == "select_n":
     which = np.asarray(inputs[0]).astype(np.int64)
     found = sum(1 << i for i in range(len(inputs) - 1) if np.any(which == i))
   elif _is_truth(equation) or _rounds(equation, inputs):
-    found = either(outputs[0] == 0, outputs[0] != 0)
+    nothing = np.asarray(outputs[0]) == 0
+    found = either(nothing, ~nothing)
   if found:
     number = equation.outputs[0].number
     taken[number] = taken.get(number, 0) | found
