@@ -40,7 +40,7 @@ def decided(fn, seen, x, w=W):
     lambda w, x: jnp.where(x > 5, x * w[0, 0], 0.0) * 4 + 0.25,
     lambda w, x: jnp.clip(x * w[0, 0] / W[0, 0] - 5, 0, 3).sum(-1) + 0.1,
     lambda w, x: lax.max(x * w[0, 0], x * w[0, 0] * 3 - 40 * jnp.sign(w[0, 0])) + 0.1 > 1,
-    lambda w, x: jnp.argmax(x * w[:, :1].T, -1).astype(jnp.float32) * 2 + 0.1,
+    lambda w, x: jnp.argmin(x * w[0, 0], -1).astype(jnp.float32) * 2 + 0.1,
     lambda w, x: jnp.floor(x * w[0, 0] / W[0, 0] / 4.5) + 1.1,
     lambda w, x: jnp.asarray(TABLE)[jnp.sum(x * w[0, 0] / W[0, 0] > 5, -1) // 2] + 0.1 > 1,
     lambda w, x: jax.nn.sigmoid(jnp.where(x * w[0, 0] / W[0, 0] > 5, 20.0, -20.0)) * 10 > 3,
@@ -48,7 +48,7 @@ def decided(fn, seen, x, w=W):
   ],
 )
 def test_what_no_example_decided_so(fn):
-  for x in (np.full_like(SEEN, 7), SEEN * np.float32(1.8)):
+  for x in (np.full_like(SEEN, 7), np.float32(-1.8) * SEEN):
     decided(fn, SEEN, x)
 
 
