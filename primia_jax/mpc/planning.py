@@ -116,8 +116,9 @@ def plan(
     ranges: from `calibrate`. Without it every gate assumes that values fill the ring, which costs
       more, and nothing notices values or outputs that leave the ring and so are wrong.
 
-  Warns of lines where comparisons decide, as `truths` says, and the ring has no room for all that
-  they may decide: ranges are those of the examples there.
+  A warning names the lines where comparisons decide, as `lowering.truths` says, and the ring has no
+  room for all that they may decide, or no bound of it is known: ranges are those of the examples
+  there.
 
   Raises:
     NotImplementedError: a primitive has no protocol; the message names it and its source line.
@@ -180,9 +181,9 @@ def _warn_of_no_room(program: Program, lacks: np.ndarray) -> None:
   lines = dict.fromkeys(f"{e.name} at {e.source}" for e, number in outputs if lacks[number])
   if lines:
     warnings.warn(
-      f"the ring has no room for all that comparisons may decide at {', '.join(lines)}: an input "
-      f"that decides otherwise than the examples may get a wrong answer; calibrate with examples "
-      f"that take each side, or use a wider ring",
+      f"the ring has no room, or no bound is known, for all that comparisons may decide at "
+      f"{', '.join(lines)}: an input that decides otherwise than the examples may get a wrong "
+      f"answer; calibrate with examples that take each side, or use a wider ring",
       stacklevel=3,
     )
 

@@ -121,6 +121,8 @@ def bound(
       return _finite(lambda: size ** params["y"])
     case "exp" | "expm1":
       return 1.0 if _is_below_its_maximum(equation, made) else _finite(lambda: math.exp(size))
+    case "log" | "log1p":  # no number that is shared is nearer to 0 than 2^-64
+      return 64 * math.log(2) + math.log1p(size)
     case "exp2":
       return _finite(lambda: 2.0**size)
     case "dot_general" | "conv_general_dilated":

@@ -6,7 +6,8 @@ an input within the margin only makes values longer. It is not where data decide
 - A number that comparisons alone make (a truth value, a position, a choice between public numbers,
   and the sums and layers of such numbers) jumps. It gets the largest magnitude that sums, products
   and weights allow, whatever the examples gave. After a choice whose pieces the examples all took
-  (such as a ReLU), or a product with other data, the next layer is calibrated again.
+  (such as a ReLU), or a product with other data, the next layer is calibrated again; so is what a
+  function makes of it whose bound is not known, such as a quotient by it.
 - A maximum, minimum or choice with a piece that no example took, and that could be larger than what
   the examples gave, gets the largest magnitude of its pieces, and so does what follows from it, as
   far as that says more than the examples. So do roundings that gave 0 only.
@@ -121,9 +122,8 @@ def _follows(
   e: Equation, of: list[_Follows], sizes: list[float], pieces: int, largest: float
 ) -> _Follows:
   """What an output follows from, before its bound is known."""
-  same = e.name in _COMPARISONS and e.inputs[0] is e.inputs[1]  # as JAX asks for NaN
   joined = _joined(of)
-  if same or not joined.data:
+  if _is_known(e) or not joined.data:
     return _Follows()
   if _is_truth(e):
     return _Follows(True, jumps=True, unseen=pieces != 3)
@@ -145,8 +145,8 @@ def _follows(
   joined = joined._replace(unseen=joined.unseen or pieces == 1)
   if joined.unseen or not joined.jumps:
     return joined
-  product = e.name in _LAYERS or (isinstance(e.inputs[0], Ref) and e.inputs[0] == e.inputs[-1])
-  of_data = product and sum(v.data for v in of) > 1
+  factors = [v for v, f in zip(e.inputs, of, strict=True) if f.data]
+  of_data = len(factors) > 1 and (e.name in _LAYERS or factors[0] == factors[1])
   if of_data or (e.name in _LAYERS and joined.mixed) or e.name in _POWERS:
     return _Follows(True)
   return joined
@@ -157,6 +157,14 @@ def _joined(of: list[_Follows]) -> _Follows:
   jumps = any(v.jumps for v in data)
   mixed = jumps and any(v.mixed or not v.jumps for v in data)
   return _Follows(bool(data), jumps, mixed, any(v.unseen for v in data))
+
+
+def _is_known(e: Equation) -> bool:
+  """Whether an equation asks for NaN or infinity, which no shared number is."""
+  if e.name == "is_finite" or (e.name in _COMPARISONS and e.inputs[0] is e.inputs[1]):
+    return True
+  public = [v for v in e.inputs if not isinstance(v, Ref)]
+  return e.name in _COMPARISONS and len(public) == 1 and bool(np.all(np.isinf(public[0])))
 
 
 def _is_truth(e: Equation) -> bool:
