@@ -83,9 +83,8 @@ def spline(
   """
   f = build.config.fraction_bits
   x = build.finer(build.narrow(x))
-  largest = x.max_abs + 4 * x.scale  # numbers are rounded
-  bounded = largest <= end
-  end = min(end, largest)
+  bounded = x.max_abs + x.scale <= end
+  end = min(end, x.max_abs + x.scale)
   ratio = x.scale * 2.0**f  # x counts in units of 2^-f; the coefficients compensate
   knots, centres, coefficients = _pieces(
     fn, end, 0.4 * build.config.unit, x.scale, build.config.unit / ratio
@@ -93,7 +92,10 @@ def spline(
   c = np.zeros((len(centres) + 2, 4))
   c[1:-1] = coefficients * ratio ** np.arange(4)
   c[0, 0], c[-1, 0] = (left, right) if not bounded else fn(np.array([-end, end]))
-  reached = steps(build, x, np.rint(knots / x.scale))
+  thresholds = np.rint(knots / x.scale)
+  if bounded:  # x is rounded, and may lie a few units beyond
+    thresholds[[0, -1]] += [-4, 4]
+  reached = steps(build, x, thresholds)
   pick = lambda values, scale: table(build, reached, values, scale)
   v, largest = x, float(np.diff(knots).max())
   if not bounded and 2 * math.log2(x.max_abs / x.scale) < build.config.num_bits - 3:
