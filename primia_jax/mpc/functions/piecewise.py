@@ -16,7 +16,7 @@ import numpy as np
 
 from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Value
-from primia_jax.mpc.functions.polynomials import estrin, opened, product
+from primia_jax.mpc.functions.polynomials import estrin, in_units, opened, product
 from primia_jax.types import Array
 
 
@@ -82,7 +82,7 @@ def spline(
   function of a module: its pieces are found once and kept.
   """
   f = build.config.fraction_bits
-  x = build.finer(build.narrow(x))
+  x = in_units(build, x)
   bounded = x.max_abs + x.scale <= end
   end = min(end, x.max_abs + x.scale)
   ratio = x.scale * 2.0**f  # x counts in units of 2^-f; the coefficients compensate

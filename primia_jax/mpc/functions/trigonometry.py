@@ -17,6 +17,7 @@ from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import piecewise
 from primia_jax.mpc.functions.polynomials import (
   cut,
+  in_units,
   interpolate,
   opened,
   polynomial,
@@ -60,7 +61,7 @@ def tan(build: Builder, x: Value, bound: float = math.inf) -> Value:
 
 def atan(build: Builder, x: Value) -> Value:
   """|error| <= 4 u. 3 C + 10 P + 6 T rounds, or C + 3 P + T where |x| <= 8; not truncated."""
-  x = build.finer(build.narrow(x))
+  x = in_units(build, x)
   if x.max_abs <= 8:
     return piecewise.spline(build, x, np.arctan, 9.0, 0.0, 0.0)
   inside = piecewise.steps(build, x, np.rint(np.array([-1.0, 1.0]) / x.scale))

@@ -56,7 +56,7 @@ def operand(
 
 def _of_public(v: Any) -> float:
   """The largest magnitude of a public array, without what masks (minus infinity, -1e9) and NaN."""
-  if jax.dtypes.issubdtype(v.dtype, jax.dtypes.extended):
+  if jax.dtypes.issubdtype(getattr(v, "dtype", bool), jax.dtypes.extended):
     return 0.0
   v = np.asarray(v)
   v = v if np.iscomplexobj(v) else v.astype(np.float64)

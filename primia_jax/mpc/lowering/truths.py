@@ -173,5 +173,7 @@ def _is_truth(e: Equation) -> bool:
 
 def _rounds(e: Equation, inputs: list[Any]) -> bool:
   whole = jnp.issubdtype(e.avals[0].dtype, jnp.integer)
-  converted = e.name == "convert_element_type" and jnp.issubdtype(inputs[0].dtype, jnp.floating)
+  converted = e.name == "convert_element_type" and jnp.issubdtype(
+    np.asarray(inputs[0]).dtype, jnp.floating
+  )
   return e.name in magnitudes.ROUNDINGS or (whole and (e.name == "div" or converted))
