@@ -68,7 +68,7 @@ def test_the_rows_say_what_is_dealt_sent_and_assumed():
 )
 def test_what_is_not_finite_on_finite_examples_is_named_with_a_cure(fn, reason):
   name, cure = reason.split(".*")
-  where = rf"^{name} at mpc_planning_test.py:\d+, .*infinite or NaN on the examples; .*{cure}"
+  where = rf": {name} at mpc_planning_test.py:\d+: infinite or NaN on the examples; .*{cure}"
   with pytest.raises(ValueError, match=where):
     planning.calibrate(fn, OWNERS, [(W, X)])
 

@@ -241,7 +241,7 @@ def _refuse_infinite(program: Program, largest: np.ndarray) -> None:
   for e in program.equations:
     if not np.all(np.isfinite(largest[[ref.number for ref in e.outputs]])):
       raise ValueError(
-        f"{e.name} at {e.source}, in {e.layer}: infinite or NaN on the examples; {finite(e.name)}"
+        f"{e.layer}: {e.name} at {e.source}: infinite or NaN on the examples; {finite(e.name)}"
       )
 
 
