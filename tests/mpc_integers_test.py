@@ -85,6 +85,26 @@ def test_products_are_exact():
   )
 
 
+def test_whole_numbers_that_a_secret_bit_chooses():
+  """They are not rounded as real numbers are, to 2^-f of the largest."""
+  first, second = (
+    np.arange(14, dtype=np.int32)[None] * 16001 + 100001,
+    np.full((1, 14), 7, np.int32),
+  )
+
+  def fn(w, x):
+    bit = x * w > 0
+    chosen = jnp.where(bit, first, 0), jnp.where(bit, second, first), jnp.where(bit, first, -first)
+    which = bit.astype(i32) + (x * w > 1).astype(i32)
+    cases = lax.select_n(which, *(jnp.broadcast_to(v, x.shape) for v in (second, first, -first)))
+    return *chosen, cases, jnp.where(bit, first.astype(np.uint32), 5)
+
+  check_plan(fn, (ONE, X), config=mpc.Config(64, 8))
+  large = lambda w, x: jnp.where(x * w > 0, np.arange(14, dtype=np.int32)[None] + 2**30, 0)
+  with pytest.raises(ValueError, match=r"select_n at mpc_integers_test.py:\d+.*wider ring"):
+    mpc.plan(large, OWNERS, (ONE, X), mpc.Config(31, 8), mpc.calibrate(large, OWNERS, [(ONE, X)]))
+
+
 def test_an_owners_integers():
   """They enter as whole numbers, however large."""
   x = np.array([[2**23 - 1, -5], [7, 0]], np.int32)

@@ -1,6 +1,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -56,6 +57,23 @@ def test_the_rows_say_what_is_dealt_sent_and_assumed():
   assert "gets a seed)" in text
   fss = planning.plan(fn, OWNERS, (W, X), Config(32, 10, 12, comparison="fss"))
   assert "gets a seed and the correction words)" in str(fss)
+
+
+@pytest.mark.parametrize(
+  ("fn", "reason"),
+  [
+    (lambda w, x: jnp.take(x, np.array([1, 9]), 0), "gather.*mode='clip'"),
+    (lambda w, x: jnp.min(x, 1, where=np.eye(4, 8) > 0, initial=np.inf), "select_n.*-jnp.max"),
+    (lambda w, x: jax.nn.softmax(x, where=np.zeros((4, 8), bool)), "sub.*-1e9"),
+    (lambda w, x: x / (x - x), "div.*divisor"),
+    (lambda w, x: jnp.log(x), "log.*above 0"),
+  ],
+)
+def test_what_is_not_finite_on_finite_examples_is_named_with_a_cure(fn, reason):
+  name, cure = reason.split(".*")
+  where = rf": {name} at mpc_planning_test.py:\d+: infinite or NaN on the examples; .*{cure}"
+  with pytest.raises(ValueError, match=where):
+    planning.calibrate(fn, OWNERS, [(W, X)])
 
 
 def test_without_calibration_the_whole_ring_is_assumed():

@@ -136,7 +136,7 @@ class Builder:
     a = self.broadcast(a, shape)
     units = array / a.scale
     if float(np.abs(units - np.rint(units)).max(initial=0)) * a.scale > self.config.unit / 2:
-      a = self._finer(a)
+      a = self.finer(a)
     largest = float(np.abs(array).max(initial=0))
     a = a if largest < self.room(a.scale) else self.narrow(a)
     if largest >= self.room(a.scale):
@@ -156,7 +156,7 @@ class Builder:
     max_abs: float,
   ) -> Value:
     """a + an array of one party that broadcasts against it, rounded as in `add_public`."""
-    a = self._finer(a)
+    a = self.finer(a)
     operand = self._operand(owner, value, a.scale, shape, None, None)
     return self._add(
       Offset, a.shape, a.scale, a.max_abs + max_abs, input=a.number, owner=owner, operand=operand
@@ -201,7 +201,7 @@ class Builder:
     """The magnitude that values of a scale must stay below."""
     return 2.0 ** (self.config.num_bits - 2) * scale
 
-  def _finer(self, a: Value) -> Value:
+  def finer(self, a: Value) -> Value:
     """a at the scale of activations if it is coarser, such as a whole number."""
     bits = max(0, math.ceil(math.log2(a.scale / self.config.unit)))
     return self._multiplied(a, 2**bits)._replace(scale=a.scale / 2**bits)

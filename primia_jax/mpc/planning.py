@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from primia_jax.mpc.circuit import Apply, Circuit, Config
 from primia_jax.mpc.lowering import portable, truths, variances
 from primia_jax.mpc.lowering.holders import Owned, outwards
 from primia_jax.mpc.lowering.lower import lower
-from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, measure, trace
+from primia_jax.mpc.lowering.program import PUBLIC, Program, Ref, evaluate, measure, trace
+from primia_jax.mpc.lowering.refusals import finite
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import PyTree
 
@@ -112,7 +114,11 @@ def plan(
       weights at hand, their scales follow from their largest magnitudes.
     config: the ring, and how exact.
     ranges: from `calibrate`. Without it every gate assumes that values fill the ring, which costs
-      more.
+      more, and nothing notices values or outputs that leave the ring and so are wrong.
+
+  A warning names the lines where comparisons decide, as `lowering.truths` says, and the ring has no
+  room for all that they may decide, or no bound of it is known: ranges are those of the examples
+  there.
 
   Raises:
     NotImplementedError: a primitive has no protocol; the message names it and its source line.
@@ -120,10 +126,10 @@ def plan(
   """
   program = _program(fn, owners, args)
   flat = _flat_owners(owners, args)
-  if ranges is not None and len(ranges) != program.num_values:
+  if ranges is not None and ranges.shape != (2, program.num_values):
     raise ValueError(
-      f"{len(ranges)} ranges for {program.num_values} values; calibrate the same function with the "
-      f"same shapes"
+      f"ranges of shape {ranges.shape} for {program.num_values} values; calibrate the same "
+      f"function with the same shapes"
     )
   known = {}
   for party in (MODEL_OWNER, DATA_OWNER):
@@ -138,8 +144,6 @@ def plan(
     )
     if party == MODEL_OWNER and concrete:
       known[party] = jax.jit(lambda leaves: evaluate(program, leaves))(leaves)
-  bounds = None if ranges is None else np.array([outwards(r * config.margin) for r in ranges])
-
   asked: list[float] = []
 
   def magnitude(owned: Owned) -> float:
@@ -151,9 +155,39 @@ def plan(
     asked.append(found)
     return found
 
-  with config.scope():
-    circuit = lower(program, flat, config, bounds, magnitude)
+  choices = [None] if ranges is None else _bounds(ranges, config)
+  for bounds in choices:
+    asked.clear()
+    try:
+      with config.scope():
+        circuit = lower(program, flat, config, bounds, magnitude)
+      break
+    except ValueError:  # no room for all that comparisons may decide
+      if bounds is choices[-1]:
+        raise
+  if ranges is not None:
+    _warn_of_no_room(program, ranges[1] * config.margin > bounds)
   return Plan(program, circuit, flat, bounds, tuple(asked))
+
+
+def _bounds(ranges: np.ndarray, config: Config) -> list[np.ndarray]:
+  """What to plan for: all that comparisons may decide where the ring has room, or the examples."""
+  examples, decided = (np.array([outwards(r * config.margin) for r in row]) for row in ranges)
+  room = 2.0 ** (config.num_bits - 3) * config.unit
+  roomy = np.where(decided <= room, decided, examples)
+  return [examples] if np.array_equal(roomy, examples) else [roomy, examples]
+
+
+def _warn_of_no_room(program: Program, lacks: np.ndarray) -> None:
+  outputs = ((e, ref.number) for e in program.equations for ref in e.outputs)
+  lines = dict.fromkeys(f"{e.name} at {e.source}" for e, number in outputs if lacks[number])
+  if lines:
+    warnings.warn(
+      f"the ring has no room, or no bound is known, for all that comparisons may decide at "
+      f"{', '.join(lines)}: an input that decides otherwise than the examples may get a wrong "
+      f"answer; calibrate with examples that take each side, or use a wider ring",
+      stacklevel=3,
+    )
 
 
 def lowered(
@@ -175,29 +209,42 @@ def calibrate(
 ) -> np.ndarray:
   """The largest magnitude that each value inside fn takes over examples, which the model owner has.
 
-  What follows from comparisons, of which no example made one true, counts as if they were true.
-
   Args:
     fn, owners: as given to `plan`.
     examples: argument lists, all of the shapes to be planned for.
 
   Returns:
-    [number of values] float64; `Config.margin` is applied later.
+    [2, number of values] float64: on the examples, and with room for what comparisons decide, as
+    `lowering.truths` says; `Config.margin` is applied later.
+
+  Raises:
+    ValueError: there are no examples, or a value is infinite or NaN on them; the message names the
+      operation and its line.
   """
-  program, largest = None, None
+  program, largest, taken = None, None, dict[int, int]()
   for args in examples:
     leaves = jax.tree.leaves(tuple(args))
     if program is None:
       program = _program(fn, owners, args)
-    new = measure(program, leaves)
+    new = measure(program, leaves, functools.partial(truths.watch, taken))
+    _refuse_infinite(program, new)
     largest = new if largest is None else np.maximum(largest, new)
   if program is None or largest is None:
     raise ValueError("examples is empty; calibrate with at least one list of arguments")
-  if not np.all(np.isfinite(largest)):
-    raise ValueError(
-      "a value inside the function is infinite or NaN on the examples; calibrate with finite ones"
-    )
-  return truths.with_room(program, largest)
+  flat = _flat_owners(owners, args)
+  own = [v if owner == MODEL_OWNER else None for owner, v in zip(flat, leaves, strict=True)]
+  return np.stack([largest, truths.with_room(program, largest, taken, evaluate(program, own))])
+
+
+def _refuse_infinite(program: Program, largest: np.ndarray) -> None:
+  inputs = [v.number for v in program.inputs if isinstance(v, Ref)]
+  if not np.all(np.isfinite(largest[inputs])):
+    raise ValueError("an argument is infinite or NaN on the examples; calibrate with finite ones")
+  for e in program.equations:
+    if not np.all(np.isfinite(largest[[ref.number for ref in e.outputs]])):
+      raise ValueError(
+        f"{e.layer}: {e.name} at {e.source}: infinite or NaN on the examples; {finite(e.name)}"
+      )
 
 
 def _program(fn: Callable, owners: Sequence[Any], args: Sequence[PyTree]) -> Program:

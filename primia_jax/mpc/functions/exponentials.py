@@ -16,6 +16,7 @@ from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import piecewise
 from primia_jax.mpc.functions.polynomials import (
   Parts,
+  in_units,
   interpolate,
   opened,
   polynomial,
@@ -30,7 +31,7 @@ def exp2(build: Builder, x: Value, bound: float = math.inf) -> Value:
   Without a bound of x or of the result, 2^(k - 2 f - 6) is the largest result.
   """
   most = build.config.num_bits - 2.0 * build.config.fraction_bits - 6
-  x = build.narrow(x)
+  x = in_units(build, x)
   highest = math.log2(bound) + 2 * x.scale if 0 < bound < math.inf else most
   return _exp2(build, x, min(highest, x.max_abs + 4 * x.scale), bound)
 
@@ -54,7 +55,7 @@ def power_of(build: Builder, base: Any, x: Value, bound: float = math.inf) -> Va
   if np.all(logs == logs.flat[0]):
     return exp2(build, build.scaled(x, float(logs.flat[0])), bound)
   integers = jnp.asarray(np.rint(logs * 2.0**bits).astype(np.int64).astype(build.config.dtype))
-  x = build.narrow(x)
+  x = in_units(build, x)
   out = build.local(lambda v: v * integers, x, max_abs=x.max_abs * float(np.abs(logs).max()))
   return exp2(build, out._replace(scale=x.scale * 2.0**-bits), bound)
 

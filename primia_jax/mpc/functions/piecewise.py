@@ -16,7 +16,7 @@ import numpy as np
 
 from primia_jax.mpc.builder import Builder
 from primia_jax.mpc.circuit import Value
-from primia_jax.mpc.functions.polynomials import estrin, opened, product
+from primia_jax.mpc.functions.polynomials import estrin, in_units, opened, product
 from primia_jax.types import Array
 
 
@@ -82,7 +82,7 @@ def spline(
   function of a module: its pieces are found once and kept.
   """
   f = build.config.fraction_bits
-  x = build.narrow(x)
+  x = in_units(build, x)
   bounded = x.max_abs + x.scale <= end
   end = min(end, x.max_abs + x.scale)
   ratio = x.scale * 2.0**f  # x counts in units of 2^-f; the coefficients compensate
@@ -92,7 +92,10 @@ def spline(
   c = np.zeros((len(centres) + 2, 4))
   c[1:-1] = coefficients * ratio ** np.arange(4)
   c[0, 0], c[-1, 0] = (left, right) if not bounded else fn(np.array([-end, end]))
-  reached = steps(build, x, np.rint(knots / x.scale))
+  thresholds = np.rint(knots / x.scale)
+  if bounded:  # x is rounded, and may lie a few units beyond
+    thresholds[[0, -1]] += [-4, 4]
+  reached = steps(build, x, thresholds)
   pick = lambda values, scale: table(build, reached, values, scale)
   v, largest = x, float(np.diff(knots).max())
   if not bounded and 2 * math.log2(x.max_abs / x.scale) < build.config.num_bits - 3:

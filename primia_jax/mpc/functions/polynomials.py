@@ -43,6 +43,12 @@ def product(build: Builder, a: Value, b: Value) -> Value:
   return out._replace(scale=a.scale * b.scale, max_abs=bound)
 
 
+def in_units(build: Builder, x: Value) -> Value:
+  """x in about the unit of activations, also where it is coarser, such as a choice of numbers."""
+  x = build.narrow(x)
+  return build.finer(x) if x.scale >= 2 * build.config.unit else x
+
+
 def cut(build: Builder, values: Sequence[Value], bits: int) -> list[Value]:
   """Values of one scale, truncated to 2^-bits by one gate, or multiplied if 2^-bits is finer."""
   finer = round(-math.log2(values[0].scale)) - bits

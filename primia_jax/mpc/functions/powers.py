@@ -86,9 +86,10 @@ def divide(
   needed = _num_bits(build, b, min(b.max_abs, top))
   if needed > room(b) and math.isfinite(b.max_abs):
     raise ValueError(
-      f"{build.layer}: a quotient up to {bound:.4g} by values up to {b.max_abs:.4g} needs a ring "
-      f"of {config.num_bits + needed - room(b)} bits, but num_bits={config.num_bits}; use a wider "
-      f"ring, fewer fraction_bits, or divide by smaller numbers"
+      f"{build.layer}: {build.place}: a quotient up to {bound:.4g} by values up to "
+      f"{b.max_abs:.4g} needs a ring of {config.num_bits + needed - room(b)} bits, but "
+      f"num_bits={config.num_bits}; use a wider ring, fewer fraction_bits, or divide by smaller "
+      f"numbers"
     )
   normal = _Normal.make(build, b, not positive, room(b), 0.0, top)
   x, factor, a = opened(build, [normal.x, normal.factor, a])

@@ -96,8 +96,8 @@ def _quotient(build: Builder, x: Value, step: Any) -> tuple[Value, int]:
       return _quotient(build, narrow, step)
     if not finite:
       raise ValueError(
-        f"{build.layer}: a number without bound is rounded to steps that are no powers of two; "
-        f"calibrate"
+        f"{build.layer}: {build.place}: a number without bound is rounded to steps that are no "
+        f"powers of two; calibrate"
       )
   shift = bits + 2 - least
   factors = [round(r * 2 ** (shift - 1)) for r in ratios]

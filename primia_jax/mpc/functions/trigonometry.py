@@ -17,6 +17,7 @@ from primia_jax.mpc.circuit import Value
 from primia_jax.mpc.functions import piecewise
 from primia_jax.mpc.functions.polynomials import (
   cut,
+  in_units,
   interpolate,
   opened,
   polynomial,
@@ -60,7 +61,7 @@ def tan(build: Builder, x: Value, bound: float = math.inf) -> Value:
 
 def atan(build: Builder, x: Value) -> Value:
   """|error| <= 4 u. 3 C + 10 P + 6 T rounds, or C + 3 P + T where |x| <= 8; not truncated."""
-  x = build.narrow(x)
+  x = in_units(build, x)
   if x.max_abs <= 8:
     return piecewise.spline(build, x, np.arctan, 9.0, 0.0, 0.0)
   inside = piecewise.steps(build, x, np.rint(np.array([-1.0, 1.0]) / x.scale))
@@ -84,16 +85,17 @@ def _turns(build: Builder, x: Value) -> Value:
   x = build.narrow(x)
   if math.isinf(x.max_abs):
     raise ValueError(
-      f"{build.layer}: a sine or cosine of values whose range is not known; calibrate"
+      f"{build.layer}: {build.place}: a sine or cosine of values whose range is not known; "
+      f"calibrate"
     )
   units = math.log2(max(x.max_abs, x.scale) / x.scale)
   most = config.num_bits - 3 - math.ceil(units + math.log2(x.scale / (2 * math.pi)) + 0.01)
   least = config.fraction_bits + math.ceil(units)
   if most < least:
     raise ValueError(
-      f"{build.layer}: a sine or cosine of values up to {x.max_abs:.4g} needs a ring of "
-      f"{config.num_bits + least - most} bits, but num_bits={config.num_bits}; use a wider ring, "
-      f"fewer fraction_bits, or subtract whole periods first"
+      f"{build.layer}: {build.place}: a sine or cosine of values up to {x.max_abs:.4g} needs a "
+      f"ring of {config.num_bits + least - most} bits, but num_bits={config.num_bits}; use a wider "
+      f"ring, fewer fraction_bits, or subtract whole periods first"
     )
   bits = min(most, least + 3)
   factor = round(x.scale / (2 * math.pi) * 2.0**bits)

@@ -131,12 +131,17 @@ def evaluate(program: Program, leaves: Sequence[Array | None]) -> dict[int, Arra
   return env
 
 
-def measure(program: Program, leaves: Sequence[Array]) -> np.ndarray:
+def measure(
+  program: Program,
+  leaves: Sequence[Array],
+  watch: Callable[[Equation, list[Any], list[Any]], None] = lambda equation, inputs, outputs: None,
+) -> np.ndarray:
   """[number of values] float64: the largest magnitude of each value, without minus infinity.
 
   Minus infinity pads maxima and masks; it stands for no number. Values without magnitude (keys of
   random generators), and those that no output needs, count as 0. Each equation runs by itself: to
-  compile a long unrolled program takes far longer than to run it once.
+  compile a long unrolled program takes far longer than to run it once. `watch` sees each equation
+  with its inputs and outputs.
   """
   out = np.zeros(program.num_values)
   env = _given(program, leaves)
@@ -144,7 +149,9 @@ def measure(program: Program, leaves: Sequence[Array]) -> np.ndarray:
   out[list(env)] = [magnitude(v) for v in env.values()]
   for equation in program.equations:
     inputs = [env[v.number] if isinstance(v, Ref) else v for v in equation.inputs]
-    for ref, v in zip(equation.outputs, equation.bind(*inputs), strict=True):
+    outputs = equation.bind(*inputs)
+    watch(equation, inputs, outputs)
+    for ref, v in zip(equation.outputs, outputs, strict=True):
       env[ref.number], out[ref.number] = v, magnitude(v)
     for v in equation.inputs:
       if isinstance(v, Ref) and last[v.number] is equation:

@@ -46,6 +46,28 @@ _NEAREST = {
 }
 
 
+_LEAST = "for the least of some entries use -jnp.max(jnp.where(mask, -x, -jnp.inf))"
+_ABOVE = "keep its argument above 0, as by jnp.maximum(x, 1e-6)"
+_FINITE = {
+  "div": "keep the divisor away from 0",
+  "exp": "subtract the largest first",
+  "gather": "positions beyond the end fill in NaN: use mode='clip' or fill_value=0",
+  "log": _ABOVE,
+  "min": _LEAST,
+  "reduce_min": _LEAST,
+  "rsqrt": _ABOVE,
+  "select_n": "choose between finite numbers; " + _LEAST,
+  "sqrt": _ABOVE,
+  "sub": "a row that is masked wholly by minus infinity has no softmax: mask it by a finite number "
+  "such as -1e9",
+}
+
+
+def finite(name: str) -> str:
+  """What keeps a primitive's result finite."""
+  return _FINITE.get(name, "calibrate with examples on which it is finite")
+
+
 def nearest(name: str) -> str:
   """The nearest thing that works in place of a primitive."""
   return _NEAREST.get(

@@ -100,8 +100,13 @@ def _div(parts: _Parts, a: Any, b: Any) -> Complex:
 
 def _abs(parts: _Parts, a: Any) -> Value:
   """|error| as that of `powers.sqrt`, and of its argument."""
-  real, imag = (parts.do("mul", v, v) for v in parts.of(a))
-  return powers.sqrt(parts.low.build, parts.do("add", real, imag))
+  bound = parts.low.bound(parts.equation.outputs[0])
+  squares = [parts.do("mul", v, v) for v in parts.of(a)]
+  real, imag = (
+    v._replace(max_abs=min(v.max_abs, bound * bound)) if isinstance(v, Value) else v
+    for v in squares
+  )
+  return powers.sqrt(parts.low.build, parts.do("add", real, imag), bound)
 
 
 def _conj(parts: _Parts, a: Any) -> Complex:

@@ -95,6 +95,21 @@ def _times(build: Builder, x: Value, factors: np.ndarray) -> Value:
   return build.local(lambda v: v * integers, x, max_abs=x.max_abs * float(np.abs(factors).max()))
 
 
+def chosen(build: Builder, bit: Value, off: Any, on: Any) -> Value:
+  """off + bit (on - off) for public whole numbers; no round.
+
+  Raises:
+    ValueError: the numbers do not fit the ring.
+  """
+  off, on = (np.asarray(v).astype(np.int64) for v in (off, on))
+  most = lambda v: float(np.abs(v.astype(np.float64)).max(initial=0))
+  step = (on - off).astype(build.config.dtype)
+  moved = build.local(lambda v: v * step, whole(build, bit), max_abs=most(on - off))
+  out = build.add_public(moved, off)._replace(max_abs=max(most(off), most(on)))
+  build.range_bits(out)
+  return out
+
+
 def _signed(build: Builder, x: Value, by: np.ndarray) -> Value:
   """x times the sign of a public array."""
   if np.all(by > 0):

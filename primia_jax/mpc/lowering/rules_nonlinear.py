@@ -149,18 +149,21 @@ def _select(low: Lowering, equation: Equation, inputs: list[Any]) -> Any:
     return _public_select(low, number, cases, shape)
   which = low.build.broadcast(low.value(which), shape)
   if len(cases) == 2:
-    return _two_cases(low, which, cases[0], cases[1], shape)
+    return _two_cases(low, which, cases[0], cases[1], equation)
   reached = piecewise.steps(low.build, which, np.arange(1, len(cases)) / which.scale)
   out = cases[0]
   for i, case in enumerate(cases[1:]):
     bit = low.build.local(lambda v, i=i: v[i], reached)
-    out = _two_cases(low, bit, out, case, shape)
+    out = _two_cases(low, bit, out, case, equation)
   return out
 
 
-def _two_cases(low: Lowering, bit: Value, off: Any, on: Any, shape: tuple[int, ...]) -> Value:
-  """off + bit (on - off)."""
+def _two_cases(low: Lowering, bit: Value, off: Any, on: Any, equation: Equation) -> Value:
+  """off + bit (on - off); exact for whole numbers."""
+  shape = equation.avals[0].shape
   if not is_secret(off) and not is_secret(on):
+    if rules_integer.is_integer(equation.avals[0].dtype):
+      return rules_integer.chosen(low.build, bit, off, on)
     step = np.asarray(on, np.float64) - np.asarray(off, np.float64)
     return low.build.add_public(low.build.multiply_public(bit, np.broadcast_to(step, shape)), off)
   if not is_secret(on):
