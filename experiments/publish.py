@@ -74,7 +74,7 @@ class Publish:
     "", "name of a clinic: have the dealer account for a share of what it dealt to it"
   )
   check_share: float = settings.setting(
-    0.5, "share of the clinic's unused inferences that the dealer must open"
+    0.5, "share of the inferences held back for the clinic that the dealer must open"
   )
 
 
@@ -211,8 +211,7 @@ def _finish(s: Publish, folder) -> None:
 
 
 def _check(s: Publish, folder) -> None:
-  place = publications.model_folder(folder, s.model) / s.check_dealer
-  if not (place / supply.OPENINGS).exists():
+  if not supply.is_answered(folder, s.model, s.check_dealer):
     count = supply.challenge(folder, s.model, s.check_dealer, s.check_share)
     print(
       f"{count} inferences of {s.check_dealer} are to be opened; this side's part of them is "

@@ -23,7 +23,7 @@ _TAKES = {
   (MODEL_OWNER, DEALER): (
     (f"models/{_NAME}/blind", False),
     (f"models/{_NAME}/{_NAME}/{_INFERENCE}", False),
-    (f"models/{_NAME}/{_NAME}/openings.json", True),
+    (f"models/{_NAME}/{_NAME}/(openings|held).json", True),
   ),
   (DEALER, MODEL_OWNER): (
     (f"models/{_NAME}/(plan|tag)", False),
