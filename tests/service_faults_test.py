@@ -101,8 +101,8 @@ FAULTS = {
   "of another plan": of_another_plan,
 }
 ONLY = {  # faults that not every message can have
-  "a bit of the payload flips": set(KINDS) - {frames.ACCEPTED, frames.READY},
-  "only its header comes": set(KINDS) - {frames.ACCEPTED, frames.READY},
+  "a bit of the payload flips": set(KINDS) - {frames.READY},
+  "only its header comes": set(KINDS) - {frames.READY},
   "the sender's message before": set(KINDS) - {frames.HELLO, frames.WELCOME},
   "that of the inference before": set(KINDS) - {frames.HELLO, frames.WELCOME},
   "the receiver's own message": set(KINDS) - {frames.HELLO},

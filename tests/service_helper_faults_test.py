@@ -15,11 +15,11 @@ import pytest
 from mpc_reference import normal
 from service_faults_test import FAULTS as OF_SESSIONS
 from service_faults_test import Faulty, cell
-from service_world import Pipe, dealt
+from service_world import CLINIC, KEY, Pipe, dealt
 
 from primia_jax import mpc
 from primia_jax.mpc import apart, helping
-from primia_jax.service import cards, folders, frames, sharing
+from primia_jax.service import cards, folders, frames, receipts, sharing
 from primia_jax.service import helping as sessions
 from primia_jax.service.errors import Refused, SessionEnded
 from primia_jax.service.helping import Asked, Desk
@@ -32,7 +32,7 @@ KINDS = [  # in the order of a session
 ]  # fmt: skip
 FAULTS = [name for name in OF_SESSIONS if name != "that of the inference before"]
 FIRST = {frames.HELLO, frames.QUESTION}  # what the helper sends before the session has a number
-EMPTY = {frames.ACCEPTED, frames.READY, frames.OUTPUT}
+EMPTY = {frames.READY, frames.OUTPUT}
 ONLY = {  # faults that not every message can have
   "a bit of the payload flips": set(KINDS) - EMPTY,
   "only its header comes": set(KINDS) - EMPTY,
@@ -83,7 +83,7 @@ def assistance(world, both, pipe):
       ends[2] = error
 
   def serve():
-    take = lambda inference: folders.take(both[0] / "clinic-a", inference)
+    take = receipts.taking(KEY, CLINIC, both[0] / CLINIC)
     receive = lambda idle=False: pipe.receive(0, idle)
     try:
       for message in sessions.serve_helper(
@@ -116,7 +116,7 @@ def assistance(world, both, pipe):
 
 def outcome(world, both, name, place, before):
   """What both sides end with, model owner first."""
-  of = both[0] / "clinic-a", both[1]
+  of = both[0] / CLINIC, both[1]
   left = [set(folders.unused(folder)) for folder in of]
   pipe = Faulty(name, place, before)
   ends = assistance(world, both, pipe)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import service_world
-from service_world import CLINIC, Pipe, dealt, inference
+from service_world import CLINIC, KEY, Pipe, dealt, inference
 
 from primia_jax.mpc.messages import Prepared
-from primia_jax.service import folders, frames, sessions
+from primia_jax.service import folders, frames, receipts, sessions
 from primia_jax.service.errors import Malformed
 
 SESSIONS = 64
@@ -74,7 +74,7 @@ def test_a_session_that_is_played_again_gets_a_welcome_and_nothing_else(world, t
   both, pipe = dealt(world, tmp_path, 2), Pipe()
   assert inference(world, both, pipe)[0] is None
   recorded, left = iter(pipe.sent[1]), folders.unused(both[0] / CLINIC)
-  take = lambda number: folders.take(both[0] / CLINIC, number)
+  take = receipts.taking(KEY, CLINIC, both[0] / CLINIC)
   server = sessions.serve(
     world.model_owner, world.online[0], world.publication.publication, take,
     lambda idle=False: next(recorded),

@@ -29,7 +29,7 @@ except ImportError as e:
 
 from primia_jax.service import certificates  # noqa: E402
 from primia_jax.service.certificates import Identity  # noqa: E402
-from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded, UsedUp  # noqa: E402
+from primia_jax.service.errors import PeerLate, PeerLost, PutBack, Refused, SessionEnded, UsedUp  # noqa: E402
 
 _SERVICE, _METHOD = "primia_jax.EncryptedInference", "Session"
 _END = b""  # a client's last message: to a server, a connection that breaks can look like an end
@@ -44,6 +44,8 @@ _REFUSALS = (
 # (the clinic's name, (idle) -> the next message or None at the end) -> what the server sends
 Receive = Callable[..., bytes | None]
 Session = Callable[[str, Receive], Iterator[bytes]]
+# (the clinic's name) -> entered for as long as its session lasts; raises Refused to turn it away
+Admit = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
 class Limits(NamedTuple):
@@ -74,6 +76,7 @@ def listen(
   limits: Limits,
   ended: Callable[[str, SessionEnded], None] = lambda clinic, error: None,
   stopping: threading.Event | None = None,
+  admit: Admit = contextlib.nullcontext,
 ) -> Iterator[int]:
   """A server for as long as the context lasts; gives the port.
 
@@ -85,6 +88,7 @@ def listen(
     limits: what they may take.
     ended: is told of each session that ended early.
     stopping: once it is set, sessions that idle are ended.
+    admit: counts a session from the moment on at which its clinic is known, before any message.
   """
   known = {certificates.fingerprint(pem): name for name, pem in clinics.items()}
 
@@ -97,10 +101,11 @@ def listen(
       if not clinic:
         raise Refused("this certificate is not known here")
       certificates.check_valid(peer)
-      for message in session(clinic, inbox.receive):
-        watch.sending_since = time.monotonic()
-        yield message
-        watch.sending_since = None
+      with admit(clinic):
+        for message in session(clinic, inbox.receive):
+          watch.sending_since = time.monotonic()
+          yield message
+          watch.sending_since = None
     except GeneratorExit:  # gRPC could not send the message
       ended(clinic, watch.late or PeerLost("the connection ended"))
       raise
@@ -282,7 +287,8 @@ class _Inbox:
 def _named(error: Any, begun: bool) -> SessionEnded:
   code, details = error.code(), error.details()
   if code in _REFUSALS:
-    return (UsedUp if details.startswith(f"{UsedUp.__name__}:") else Refused)(details)
+    kinds = {kind.__name__: kind for kind in (UsedUp, PutBack)}
+    return kinds.get(details.partition(":")[0], Refused)(details)
   if code == grpc.StatusCode.DEADLINE_EXCEEDED:
     return PeerLate("the session took longer than it may")
   if code == grpc.StatusCode.UNAVAILABLE and not begun:  # somebody listens, but TLS failed
