@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_a_class_alone_has_no_probabilities():
     ({"BodyPartExamined": ""}, "A900", "BodyPartExamined=missing: no chest X-ray"),
     ({"ViewPosition": "LL"}, "A900", "ViewPosition=LL: must be frontal, PA or AP"),
     ({"NumberOfFrames": 3}, "A900", "NumberOfFrames=3: send single images"),
-    ({"PixelData": b"\0" * 8}, "C000", "image"),
+    ({"PixelData": b"\0" * 8}, "C000", ""),
     ({"StudyInstanceUID": None}, "C000", "StudyInstanceUID=missing: a report must"),
   ],
 )
@@ -166,6 +167,7 @@ def test_what_is_no_chest_xray_is_named(pacs, port, said, tmp_path, tags, status
   answer = stored(xray(**tags), port, tmp_path)
   assert answer.startswith(f"{status} {reason}"[:69])
   assert said[0][:2] == ("PACS", int(status, 16))
+  assert not any(str(value) in said[0][2] for value in tags.values() if value)  # only the sender
   assert not pacs[1]
 
 
@@ -207,6 +209,84 @@ def test_no_answer_and_no_destination_are_a_status_to_come_again(pacs, said, tmp
     assert stored(xray(), port, tmp_path).startswith("A700 no association with PACS")
   assert "Doe" not in str(said)  # a patient's name is in no log
   assert "77" not in [word for _, _, reason in said for word in reason.split()]
+
+
+@pytest.mark.parametrize(
+  "tags", [{"PatientBirthDate": "Doe 1970"}, {"PatientAge": "Doe is 7"}, {"StudyDate": "Doe^1970"}]
+)
+def test_no_value_of_a_malformed_header_is_said_or_warned_of(pacs, said, capfd, tags):
+  """Libraries quote it in exceptions and warnings. Sent from here, so that all is captured."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    with pydicom.config.disable_value_validation():
+      image = pydicom.dcmread(io.BytesIO(xray(**tags)))
+      with node.serve(MODEL, ask, pacs[0], ["PACS"], done=lambda *v: said.append(v)) as port:
+        warnings.simplefilter("always")  # what would be printed if the node let it
+        with node._silent():
+          entity = AE("PACS")
+          entity.add_requested_context(DX, image.file_meta.TransferSyntaxUID)
+          association = entity.associate("127.0.0.1", port, ae_title="PRIMIA")
+          status = association.send_c_store(image)
+          association.release()
+  assert len(said) == 1
+  assert "Doe" not in f"{said} {capfd.readouterr()}"
+  assert status.Status == said[0][1]
+
+
+def test_the_text_of_a_library_is_not_said(monkeypatch):
+  def quoting(*args):
+    raise ValueError("birth date 'Doe^Jane' is none")
+
+  monkeypatch.setattr(node.reports, "make", quoting)
+  with pytest.raises(node.Refused, match=r"no report can be made .* \(ValueError\)") as found:
+    node.read(xray(), MODEL)
+  assert "Doe" not in f"{found.value} {found.value.comment}"
+
+
+class Destination:
+  """A store that refuses the first reports; counts queries and keeps what came."""
+
+  def __init__(self, refusals):
+    self.queries, self.came, self.refusals = 0, [], refusals
+
+  def ask(self, image, told):
+    self.queries += 1
+    return ask(image, told)
+
+  def send(self, report, to, title, seconds):
+    self.came.append(report)
+    if len(self.came) <= self.refusals:
+      raise node.Refused(node.NO_RESOURCES, "full")
+
+
+@pytest.mark.parametrize("waiting", [64, 1])
+def test_an_image_that_comes_again_gets_the_same_report_without_a_query(
+  pacs, tmp_path, monkeypatch, waiting
+):
+  one, limits = Destination(2), node.Limits(waiting=waiting)
+  monkeypatch.setattr(node, "send", one.send)
+  data, other = xray(), xray(PatientID="78")
+  with node.serve(MODEL, one.ask, pacs[0], ["PACS"], limits=limits) as port:
+    assert stored(data, port, tmp_path).startswith("A700 full")
+    assert stored(other, port, tmp_path).startswith("A700 full")
+    assert stored(data, port, tmp_path) == "0000"
+    assert stored(other, port, tmp_path) == "0000"
+    uids = [report.SOPInstanceUID for report in one.came]
+    if waiting == 1:  # the older report was given up
+      assert one.queries == 4
+      return
+    assert (one.queries, uids[:2]) == (2, uids[2:])
+    assert len(set(uids)) == 2
+    assert stored(data, port, tmp_path) == "0000"  # what was stored is a new question
+    assert one.queries == 3
+
+
+def test_no_query_is_spent_where_the_report_has_no_place(said, tmp_path):
+  one, nowhere = Destination(0), node.Destination("127.0.0.1", 1, "PACS")
+  with node.serve(MODEL, one.ask, nowhere, ["PACS"]) as port:
+    for _ in range(2):
+      assert stored(xray(), port, tmp_path).startswith("A700 no association with PACS")
+  assert one.queries == 0
 
 
 @pytest.mark.parametrize(

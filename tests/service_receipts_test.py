@@ -1,13 +1,11 @@
-"""A server that was put back to an earlier state: what it would give away, and how it is found."""
+"""How a server that was put back is found; `service_sessions_test` carries out the attack."""
 
 import shutil
 
-import numpy as np
 import pytest
-import service_world
-from service_world import CLINIC, KEY, Pipe, X, dealt, inference
+from service_world import CLINIC, KEY
 
-from primia_jax.service import folders, frames, receipts
+from primia_jax.service import folders, receipts
 from primia_jax.service.errors import PutBack, Refused, UsedUp
 
 NUMBERS = [f"{i:064x}" for i in range(4)]
@@ -63,44 +61,3 @@ def test_a_damaged_receipt_is_named(both):
   (both[1] / receipts.RECEIPT).write_bytes(b"x")
   with pytest.raises(ValueError, match="receipt is damaged"):
     receipts.shown(both[1])
-
-
-# ---- with the protocol
-
-
-@pytest.fixture(scope="module")
-def world():
-  return service_world.world()
-
-
-class Copying(dict):
-  """A clinic that kept copies: the folder comes back before each use."""
-
-
-def put_back(both, root):
-  return shutil.copytree(both[0], root / "put_back"), shutil.copytree(both[1], root / "kept")
-
-
-def test_a_clinic_that_kept_copies_sees_one_mask_twice_where_a_server_was_put_back(world, tmp_path):
-  """The attack: the difference of what the server opens is that of masked values."""
-  both = dealt(world, tmp_path, 1)
-  again = put_back(both, tmp_path)  # marks are missing on both sides, as is the receipt
-  other = X + 1
-  pipes = Pipe(), Pipe()
-  assert inference(world, both, pipes[0])[0] is None
-  assert inference(world, again, pipes[1], [other])[0] is None
-  first, second = (
-    next(m for m in pipe.sent[0] if frames.kind_of(m) == frames.SHARES_0) for pipe in pipes
-  )
-  opened = [np.frombuffer(m, np.uint32, offset=frames.HEADER_BYTES) for m in (first, second)]
-  assert len(opened[0]) > 0
-
-
-def test_an_honest_clinic_ends_that_with_its_next_request(world, tmp_path):
-  both = dealt(world, tmp_path, 3)
-  again, _ = put_back(both, tmp_path)
-  for images in ([X], [X]):
-    assert inference(world, both, Pipe(), images)[0] is None
-  ends = inference(world, (again.parent / again.name, both[1]), Pipe())
-  assert isinstance(ends[0], PutBack)
-  assert len(folders.unused(both[1])) == 0  # it keeps nothing that could serve there

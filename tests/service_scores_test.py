@@ -47,7 +47,7 @@ class World:
       scoring.confusion(logits), WEIGHTS, IMAGES, 3, BATCH, mpc.Config(32, 10, 14, margin=4.0)
     )
     self.roles = made(root, self.plan, about=ABOUT)
-    deal(self.roles, 12)
+    deal(self.roles, 18)
     deliver(self.roles)
     each = (apart.online(self.plan, party, opens=False) for party in (MODEL_OWNER, DATA_OWNER))
     self.online = tuple(each)
@@ -127,7 +127,6 @@ def test_the_counts_are_opened_to_whom_both_agreed(world, opened_to):
   [
     ("opens the result to: hospital", COUNT, "both", {}),
     ("is 20 images a day", COUNT, "hospital", {"daily": 20}),
-    ("need 20 inferences", 160, "hospital", {"daily": 1000}),
     ("10 to .* images, not 9", 9, "hospital", {}),
   ],
 )
@@ -145,13 +144,62 @@ def test_what_is_refused_costs_neither_queries_nor_correlations(
   assert world.left() == before
 
 
+def test_a_hospital_without_enough_correlations_asks_for_nothing(world):
+  before = world.left()
+  with world.session() as (session, audit):
+    with pytest.raises(LookupError, match="20 are needed"):
+      session.score(parts(), 160, "hospital")
+    assert audit.left(CLINIC) == 100
+  assert world.left() == before
+
+
+def test_a_score_takes_only_what_both_sides_hold(world):
+  """The two halves of a delivery need not have arrived together."""
+  held = place(world.roles.vendor) / CLINIC / folders.CORRELATIONS
+  numbers, before = folders.unused(held.parent), world.left()
+  away = folders.make(held.with_name("away"))
+  move = lambda names, a, b: [(a / n).rename(b / n) for n in names]
+  move(numbers[:-2], held, away)
+  entered = []
+  try:
+    with world.session() as (session, audit):
+      with pytest.raises(Refused, match=r"need 3 inferences; of \d+ that .* 2 may be used here"):
+        session.score(parts(), COUNT, "hospital", lambda: entered.append(0))
+      assert audit.left(CLINIC) == 100
+      assert entered == []
+    assert world.left() == [2, before[1]]
+    move(numbers[-3:-2], away, held)
+    with world.session() as (session, _):
+      assert session.score(parts(), COUNT, "hospital") is not None
+    assert world.left() == [0, before[1] - 3]
+  finally:
+    for path in away.iterdir():
+      path.rename(held / path.name)
+    away.rmdir()
+
+
+def test_an_inference_that_was_not_agreed_on_is_refused(world, monkeypatch):
+  """The hospital offers three, and proposes others."""
+  drawn = institutions.scores.sessions.drawn
+  other = lambda reserved, *args: drawn(
+    folders.Reserved(reserved.folder, folders.unused(reserved.folder)[0]), *args
+  )
+  monkeypatch.setattr(institutions.scores.sessions, "drawn", other)
+  before = world.left()
+  with world.session() as (session, _), pytest.raises(Refused, match="agreed on for this score"):
+    session.score(parts(), COUNT, "hospital")
+  assert world.left()[0] == before[0]
+
+
 def test_a_session_that_breaks_opens_nothing(world, monkeypatch):
   """The hospital stops after one of three runs, and asks for the sum."""
+  before = world.left()
   with world.session("both") as (session, audit):
     with pytest.raises((Malformed, PeerLost, Refused)):
       session.score(list(parts())[:1], COUNT, "both")
     assert audit.left(CLINIC) == 100 - 24  # three runs of eight
   assert world.learnt == []
+  assert world.left() == [n - 1 for n in before]  # what was not reached serves another time
 
 
 def test_a_program_that_asks_for_answers_is_refused(world):
