@@ -2,9 +2,12 @@
 
 import contextlib
 import datetime
+import pathlib
 import socket
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 import time
 
@@ -319,6 +322,32 @@ def test_eight_clinics_at_once_are_not_mixed_up(identities):
     for thread in threads:
       thread.join(60)
   assert answers == {(i, j): f"clinic-a {i} {j}".encode() for i in range(8) for j in range(20)}
+
+
+@pytest.mark.parametrize("module", ["channel", "sharing"])
+@pytest.mark.parametrize(
+  ("before", "good"),
+  [
+    ("", True),
+    ("import grpc; ", False),
+    ("os.environ[name] = 'ECDHE-ECDSA-AES128-GCM-SHA256'; ", True),
+  ],
+)
+def test_no_older_tls_is_permitted_by_either_side(module, before, good):
+  """Whether gRPC is loaded first, or the user's own setting stands in the environment."""
+  code = (
+    f"import os; name = 'GRPC_SSL_CIPHER_SUITES'; {before}"
+    f"import primia_jax.service.{module}; print(os.environ[name])"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+    env={"PYTHONPATH": str(pathlib.Path(__file__).parents[1]), "PATH": ""},
+  )  # fmt: skip
+  assert (done.returncode == 0) == good, done.stderr
+  if good:
+    assert done.stdout.strip() == "ECDHE-RSA-AES128-GCM-SHA256"
+  else:
+    assert "before grpc" in done.stderr
 
 
 def test_certificates_are_private_named_and_not_overwritten(tmp_path):

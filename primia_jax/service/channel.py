@@ -1,26 +1,23 @@
-"""gRPC over mutual TLS 1.3: one method, a stream of messages each way, and nothing else.
+"""gRPC over mutual TLS 1.3 (`ciphers`): one method, a stream of messages each way, nothing else.
 
-gRPC offers no least version of TLS. But no cipher that is permitted here for TLS 1.2 goes with the
-certificates' ECDSA keys, so that only TLS 1.3, whose ciphers are not chosen, can succeed.
+Who fails in TLS, with an unknown or expired certificate, reaches no code here, so that no log has a
+line of it. A certificate that a pinned one has signed passes TLS; it is refused by its fingerprint.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any, NamedTuple
 
-_CIPHERS = "GRPC_SSL_CIPHER_SUITES"
-if "grpc" in sys.modules and os.environ.get(_CIPHERS) != "ECDHE-RSA-AES128-GCM-SHA256":
-  raise ImportError("import primia_jax.service before grpc, or it could not permit TLS 1.3 only")
-os.environ[_CIPHERS] = "ECDHE-RSA-AES128-GCM-SHA256"  # read when gRPC is loaded
+from primia_jax.service import ciphers
+
+ciphers.permit_tls_1_3_only()
 
 try:
   import grpc
