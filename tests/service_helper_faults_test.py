@@ -12,6 +12,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+import service_transcripts_test as transcripts
 from mpc_reference import normal
 from service_faults_test import FAULTS as OF_SESSIONS
 from service_faults_test import Faulty, cell
@@ -112,6 +113,33 @@ def assistance(world, both, pipe):
     thread.join(60)
     assert not thread.is_alive()
   return ends
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_every_message_of_fresh_requests_of_one_image_is_uniform(
+  world, tmp_path, monkeypatch, is_masked
+):
+  """Between the servers, and what each has from and gives to the client; and not without masks."""
+  if not is_masked:
+    monkeypatch.setattr(
+      sessions.sessions, "prepared_by", transcripts.unmasked(sessions.sessions.prepared_by)
+    )
+  count = transcripts.SESSIONS if is_masked else 8
+  both, pipes, alone = dealt(world, tmp_path, count), [Pipe() for _ in range(count)], {}
+  for pipe in pipes:
+    for number, payload in enumerate(assistance(world, both, pipe)[1:]):
+      alone.setdefault(("answer", number), []).append(np.frombuffer(payload, np.uint8))
+    for number, payload in enumerate(sharing.shares(world.card, [X])):
+      alone.setdefault(("share", number), []).append(np.frombuffer(payload, np.uint8))
+  found = transcripts.gathered(pipes)
+  assert len(found) == 2 * len(world.online[0].sizes) + 1  # QUESTION, the request's number
+  alone = {place: np.stack(payloads) for place, payloads in alone.items()}
+  if is_masked:
+    transcripts.check_uniform(found | alone)
+    return
+  for place, payloads in found.items():
+    if place != (1, 1):
+      assert transcripts.positions(payloads) < transcripts.LEVEL, place
 
 
 def outcome(world, both, name, place, before):
