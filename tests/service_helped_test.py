@@ -22,6 +22,7 @@ from primia_jax.mpc.sharing import MODEL_OWNER
 from primia_jax.service import (
   cards,
   certificates,
+  channel,
   folders,
   helped,
   inbox,
@@ -294,6 +295,29 @@ def test_strangers_expired_and_other_institutions_get_nothing(world, tmp_path):
     with pytest.raises(Refused, match="another certificate than the card says"):
       ask(world, swapped)
   assert world.left() == before
+
+
+def test_silent_clinics_leave_the_helper_its_room(world):
+  """Of all models together, clinics take so many streams; the helper's are besides."""
+  limits = Limits(timeout=20.0, sessions=1)
+
+  def tried(wanted):
+    """Asks until it ends as wanted, since a stream begins and ends a moment later."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+      try:
+        found = ask(world, issued)
+      except SessionEnded as error:
+        found = error
+      if isinstance(found, wanted):
+        return found
+    raise AssertionError(found)
+
+  with world.serving(limits=limits) as issued:
+    owner = issued.servers[0]
+    with channel.connect(owner.address, certificates.load(world.clinic), owner.certificate, limits):
+      assert "vendor-b: Refused: 1 requests are at work" in str(tried(Refused))
+    tried(np.ndarray)
 
 
 def test_shares_of_another_length_are_refused(world):
