@@ -271,7 +271,7 @@ serves another time, on both sides (`tests/service_scores_test.py`).
 
 {scores}
 
-With the hospital's TOTAL the vendor has the result, where it is opened to both.
+TOTAL_1 is the hospital's, and with it the vendor has the result, where it is opened to both.
 
 ## The network between them
 

@@ -284,12 +284,7 @@ def dealt(world, root, sessions):
 
 
 # column of the table -> who sends this message, and which of its messages it is
-PLACES = {
-  "SCORE": (1, 1),
-  "ACCEPTED": (0, 1),
-  "the hospital's TOTAL": (1, -1),
-  "the vendor's TOTAL": (0, -1),
-}
+PLACES = {"SCORE": (1, 1), "ACCEPTED": (0, 1), "TOTAL_1": (1, -1), "TOTAL_0": (0, -1)}
 FAULTS = [
   name for name in faults.FAULTS if name not in ("that of the inference before", "of another plan")
 ]

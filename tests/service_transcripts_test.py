@@ -13,7 +13,7 @@ from primia_jax.service.errors import Malformed
 
 SESSIONS = 64
 LEVEL = 1e-6  # of each test; there are some 50
-MASKED = (frames.QUESTION, *frames.SHARES, frames.OUTPUT, frames.TOTAL)
+MASKED = (frames.QUESTION, *frames.SHARES, frames.OUTPUT, *frames.TOTALS)
 
 
 @pytest.fixture(scope="module")

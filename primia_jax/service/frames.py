@@ -12,7 +12,7 @@
 | SHARES_1 | data owner | the same |
 | OUTPUT | model owner | its shares of the outputs |
 | SCORE | data owner | what sum is opened, its last receipt, and numbers of inferences (`scores`) |
-| TOTAL | each side to whose other one the sum is opened | its shares of that sum |
+| TOTAL_0, TOTAL_1 | model owner, data owner, where it is opened to the other | shares of that sum |
 | REQUEST | client, to each of two servers | the plan's SHA-256, and shares of its image |
 | RESULT | each of them | its shares of the outputs |
 
@@ -42,13 +42,13 @@ except ImportError as e:
 from primia_jax.service.errors import Malformed
 
 HELLO, WELCOME, PREPARE, READY, QUESTION, SHARES_0, SHARES_1, OUTPUT, REQUEST, RESULT = range(1, 11)
-ACCEPTED, SCORE, TOTAL = 11, 12, 13
+ACCEPTED, SCORE, TOTAL_0, TOTAL_1 = 11, 12, 13, 14
 NAMES = {
   HELLO: "HELLO", WELCOME: "WELCOME", PREPARE: "PREPARE", READY: "READY", QUESTION: "QUESTION",
   SHARES_0: "SHARES_0", SHARES_1: "SHARES_1", OUTPUT: "OUTPUT", REQUEST: "REQUEST",
-  RESULT: "RESULT", ACCEPTED: "ACCEPTED", SCORE: "SCORE", TOTAL: "TOTAL",
+  RESULT: "RESULT", ACCEPTED: "ACCEPTED", SCORE: "SCORE", TOTAL_0: "TOTAL_0", TOTAL_1: "TOTAL_1",
 }  # fmt: skip
-SHARES = (SHARES_0, SHARES_1)  # by party
+SHARES, TOTALS = (SHARES_0, SHARES_1), (TOTAL_0, TOTAL_1)  # by party
 VERSION = 4
 SESSION_BYTES, INFERENCE_BYTES = 16, 32
 MOST_OFFERED = 4096  # inferences that one SCORE can name

@@ -89,10 +89,10 @@ def serve(
     total.add((yield from sessions.answered(owner, online, frame, receive, prepared, message)))
   own = total.take()
   if opened_to != HOSPITAL:
-    payload = frame.decode(sessions.some(receive()), frames.TOTAL, _num_bytes(own))
+    payload = frame.decode(sessions.some(receive()), frames.TOTAL_1, _num_bytes(own))
     learn(scoring.opened_apart(owner.plan, own, _like(own, payload)))
   if opened_to != VENDOR:
-    yield frame.encode(frames.TOTAL, _packed(own))
+    yield frame.encode(frames.TOTAL_0, _packed(own))
 
 
 def ask(
@@ -142,11 +142,11 @@ def ask(
       one.release()
   own = total.take()
   if opened_to != HOSPITAL:
-    asking.tell(frames.TOTAL, _packed(own))
+    asking.tell(frames.TOTAL_1, _packed(own))
   if opened_to == VENDOR:
     return None
   return scoring.opened_apart(
-    asking.plan, _like(own, asking.hear(frames.TOTAL, _num_bytes(own))), own
+    asking.plan, _like(own, asking.hear(frames.TOTAL_0, _num_bytes(own))), own
   )
 
 
