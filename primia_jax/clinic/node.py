@@ -190,8 +190,10 @@ def report_of(data: bytes, model: Model, ask: Ask) -> Dataset:
 def _report(header: Dataset, pixels: np.ndarray, model: Model, ask: Ask) -> Dataset:
   try:
     answer = ask(pixels, lambda phase: None)
-  except (LookupError, RuntimeError, ValueError, OSError) as error:
+  except (LookupError, RuntimeError) as error:  # such as the service's own, in its words
     raise Refused(NO_RESOURCES, f"no answer: {error}") from error
+  except (ValueError, OSError) as error:  # whose text might quote pixels
+    raise Refused(NO_RESOURCES, f"no answer ({type(error).__name__})") from None
   return reports.make(header, model, answer)
 
 

@@ -133,16 +133,20 @@ def serve_models(
   """
   stop = threading.Event() if stopping is None else stopping
   collect = collecting(folder, inbox.MODEL_OWNER, journal)
+  verify = verifying(folder, journal, collect)
   keys = {one.publication: receipts.key(one.folder) for one in models}
 
   def session(model: Served, clinic: str, receive: channel.Receive) -> Iterator[bytes]:
     place, begun, charged = model.folder / clinic, [(0.0, "")], set[str]()
     key = keys[model.publication]
 
-    def check(inference: str, shown: bytes) -> None:
+    def check_open(shown: bytes) -> None:
       verify(model, key, clinic, shown)
       if stop.is_set():
         raise Refused("the server is stopping; ask again later")
+
+    def check(inference: str, shown: bytes) -> None:
+      check_open(shown)
       folders.check_unused(place, inference)
       if only_checked and inference not in folders.checked(place):
         raise Refused(f"the dealing of inference {inference} was not checked; have it checked")
@@ -160,7 +164,7 @@ def serve_models(
       return folders.take(place, inference), receipts.issued(key, clinic, inference)
 
     def begin(count: int, runs: int, offered: Sequence[str], shown: bytes) -> list[str]:
-      verify(model, key, clinic, shown)
+      check_open(shown)
       found = set(folders.unused(place))
       if only_checked:
         found &= folders.checked(place)
@@ -198,7 +202,6 @@ def serve_models(
         sent = 0
     journal.note("end", clinic=clinic, model=model.name)
 
-  verify = verifying(folder, journal, collect)
   with _listening(
     folder, models, address, limits, session, journal.refused, stop, journal.session
   ) as port:
