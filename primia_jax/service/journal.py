@@ -195,6 +195,7 @@ class Journal:
       with contextlib.suppress(OSError):
         os.fsync(self._file)
       os.close(self._file)
+      self._file = -1  # or a late line would go to whatever file has its number next
 
   def _today(self) -> str:
     return datetime.datetime.fromtimestamp(self._now(), datetime.UTC).date().isoformat()
