@@ -48,7 +48,11 @@ def test_every_message_of_fresh_sessions_is_uniform(world, tmp_path):
   both, pipes = dealt(world, tmp_path, count), [Pipe() for _ in range(count)]
   for pipe in pipes:
     assert inference(world, both, pipe)[0] is None
-  transcripts.check_uniform(transcripts.gathered(pipes))
+  found = transcripts.gathered(pipes)
+  (nothing,) = [place for place, payloads in found.items() if not payloads.any()]
+  assert nothing[0] == 0
+  assert found.pop(nothing).shape[1] == checks.SIZES[1]  # what the response is answered with
+  transcripts.check_uniform(found)
 
 
 def test_one_that_deviates_is_refused_by_name_and_gets_no_output(world, tmp_path):
