@@ -19,7 +19,7 @@ from absl import flags
 from primia_jax.service.errors import SessionEnded
 
 from . import asked_images, predictions, progress, settings, sharing, starting
-from .folders import check_images, to_write
+from .folders import check_images, private, to_write, write_private
 from .settings import setting
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     f"{sent:,} bytes to each server and {got:,} from each.\nIntended use: {about.intended_use}."
   )
   if output is not None:
-    output.mkdir(parents=True, exist_ok=True)
+    private(output)
     predictions.write(output / "predictions.csv", answered, outputs, about.label_names)
     costs = {
       "model_version": about.version, "intended_use": about.intended_use, "images": len(answered),
@@ -72,7 +72,7 @@ def main() -> None:
       "seconds_in_all": time.perf_counter() - start, "bytes_to_each_server": sent,
       "bytes_from_each_server": got,
     }  # fmt: skip
-    (output / "costs.json").write_text(json.dumps(costs, indent=2) + "\n")
+    write_private(output / "costs.json", json.dumps(costs, indent=2) + "\n")
     print(f"predictions.csv and costs.json are in {output}")
   if error is not None:
     raise RuntimeError(

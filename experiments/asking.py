@@ -54,8 +54,9 @@ def check(s: Connect) -> pathlib.Path:
   host, _, port = s.connect.rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise ValueError(f"connect={s.connect!r}; use HOST:PORT, such as vendor.example:7443")
-  if not 0 < s.timeout < float("inf"):
-    raise ValueError(f"timeout={s.timeout}; use a positive number of seconds")
+  for name in ("timeout", "session_seconds"):
+    if not 0 < getattr(s, name) < float("inf"):
+      raise ValueError(f"{name}={getattr(s, name)}; use a positive number of seconds")
   folder = role_folder(s.folder)
   if not (folder / certificates.CERTIFICATE).is_file():
     raise FileNotFoundError(
@@ -96,7 +97,7 @@ def opened(
   place = publications.model_folder(folder, s.model)
   with institutions.ask(
     folder, owner, received.publication.publication, s.connect, received.server, online,
-    Limits(timeout=s.timeout), place,
+    Limits(timeout=s.timeout, session=s.session_seconds), place,
   ) as session:  # fmt: skip
 
     def ask(images: np.ndarray) -> np.ndarray:

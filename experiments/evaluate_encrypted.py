@@ -25,6 +25,7 @@ from primia_jax.mpc import pricing, scoring
 
 from . import encrypted, inputs, model_files, registers, report, running, scored, settings
 from .configs.data import Data
+from .folders import private, write_private
 from .planned import Connect, Infer, check_connect
 
 settings.define_flags(scored.Score)
@@ -137,11 +138,10 @@ def _ask(connect: Connect, given: scored.Score) -> None:
 
 
 def _write(s, work, result, plan, num: int) -> None:
-  folder = pathlib.Path(s.output_dir).expanduser()
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "plan.txt").write_text(f"{plan}\n")
+  folder = private(pathlib.Path(s.output_dir).expanduser())
+  write_private(folder / "plan.txt", f"{plan}\n")
   summary = _summary(s, work, result, plan, num)
-  (folder / "score.json").write_text(json.dumps(summary, indent=2) + "\n")
+  write_private(folder / "score.json", json.dumps(summary, indent=2) + "\n")
   print(f"\nscore.json and plan.txt are in {folder}")
 
 

@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from primia_jax import durable
+
 from . import refusals, settings
 
 if TYPE_CHECKING:
@@ -55,6 +57,19 @@ def to_write(output_dir: str, writes: Iterable[str]) -> pathlib.Path:
       f"never overwritten; name another, such as --output_dir={folder}_2, or remove the files"
     )
   return folder
+
+
+def private(folder: pathlib.Path) -> pathlib.Path:
+  """Makes a folder for results about patients' images, which its user alone can read (0700); one
+  that is there stays as it is.
+  """
+  folder.mkdir(0o700, parents=True, exist_ok=True)
+  return folder
+
+
+def write_private(path: pathlib.Path, text: str) -> None:
+  """Writes such a result, mode 0600, whole or not at all."""
+  durable.replace(path, text.encode())
 
 
 def role_folder(value: str, make: bool = False) -> pathlib.Path:

@@ -22,7 +22,7 @@ _USUAL = (
   "noise_multiplier", "l2_clip_norm", "ledger_dir", "output_dir", "unlabelled", "num_units",
   "checkpoint", "images", "output", "check", "calibration", "record_transcript", "parts",
   "folder", "name", "clinic", "connect", "rotate", "check_dealer", "checked", "open", "disk_gb",
-  "models", "address", "only_checked", "daily_images", "total_images", "metrics_port",
+  "models", "discard", "address", "only_checked", "daily_images", "total_images", "metrics_port",
   "opened", "opened_to", "threshold", "positive", "small_classes", "vendor_dir", "hospital_dir",
   "query_budget", "site_dir", "number", "role", "federation", "join", "leave", "revoke", "accept",
   "digest", "config", "fewest_patients", "fewest_sites", "max_epsilon", "allowed", "reports_to",

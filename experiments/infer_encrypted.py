@@ -19,6 +19,7 @@ import time
 from absl import flags
 
 from . import caching, predictions, settings, starting
+from .folders import private, write_private
 from .planned import Connect, Infer, check_connect
 
 settings.define_flags(Infer)
@@ -52,10 +53,9 @@ def _ask(connect: Connect, config: Infer) -> None:
   summary = asking.costs(answers, time.perf_counter() - start)
   print(f"\n{asking.took(answers)}\nIntended use: {answers.received.about.intended_use}.")
   if config.output_dir:
-    folder = pathlib.Path(config.output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = private(pathlib.Path(config.output_dir).expanduser())
     predictions.write(folder / "predictions.csv", answers.ids, answers.outputs, label_names)
-    (folder / "costs.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_private(folder / "costs.json", json.dumps(summary, indent=2) + "\n")
     print(f"predictions.csv and costs.json are in {folder}")
   if said := asking.ended_early(answers):
     raise RuntimeError(said)

@@ -80,11 +80,14 @@ class Connect:
   folder: str = _("", "the clinic's own folder, of mode 0700")
   model: str = _("", "name of the publication, a folder below models")
   timeout: float = _(60.0, "longest wait, in seconds, for a message of the server")
+  session_seconds: float = _(
+    3600.0, "longest session, in seconds; the server has a limit of its own"
+  )
 
 
 def check_connect(values: Any) -> None:
   """Raises ValueError for flags of `Connect` where no server is named; values are absl's."""
-  for name in ("folder", "model", "timeout"):
+  for name in ("folder", "model", "timeout", "session_seconds"):
     if values[name].present and not values["connect"].value:
       raise ValueError(
         f"{name}={values[name].value} without connect: it is a clinic's; name the server with "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import scipy.special
@@ -35,7 +36,7 @@ def write_probabilities(
     probabilities: [N, L], rows that sum to 1.
     label_names: the L classes.
   """
-  with open(path, "w", newline="", encoding="utf-8") as file:
+  with _private(path) as file:
     writer = csv.writer(file)
     names = (f"probability {name}" for name in label_names)
     writer.writerow(["image", "true", "predicted", *names])
@@ -55,13 +56,20 @@ def write(
     probabilities = scipy.special.softmax(outputs.astype(np.float64), axis=1)
     write_probabilities(path, ids, [""] * len(ids), probabilities, label_names)
     return
-  with open(path, "w", newline="", encoding="utf-8") as file:
+  with _private(path) as file:
     writer = csv.writer(file)
     writer.writerow(["image", "true", "predicted"])
     writer.writerows(
       [csv_cell(image), "", csv_cell(label_names[round(label)])]
       for image, label in zip(ids, outputs.tolist(), strict=True)
     )
+
+
+def _private(path: str | pathlib.Path) -> TextIO:
+  """A file that its user alone can read: it says what images of patients show."""
+  made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+  os.fchmod(made, 0o600)  # one that was there, too
+  return open(made, "w", newline="", encoding="utf-8")
 
 
 def show(ids: Sequence[str], outputs: np.ndarray, label_names: Sequence[str]) -> None:

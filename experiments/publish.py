@@ -15,6 +15,9 @@ With --client=sharing clinics only share their images between this model owner a
 publication then goes to the helper (vendor/outbox/helper), and the dealer deals for it. Clinics get
 vendor/outbox/cards/NAME.json, which tells them both servers' addresses and certificates.
 
+--discard is for a folder that was put back from a snapshot or backup: it destroys all correlations
+in it, since some of them were used. Publish anew afterwards.
+
 --score=confusion publishes a score on a hospital's labelled images, of which only the sum is opened
 (primia-score --connect).
 """
@@ -26,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from primia_jax.mpc.circuit import CHECKED, CLIENTS, SHARING, TRUSTED
-from primia_jax.service import certificates, inbox, publications, scores, supply
+from primia_jax.service import certificates, folders, inbox, publications, scores, supply
 from primia_jax.service.publications import About
 
 from . import encrypted, model_files, running, scored, settings
@@ -70,11 +73,15 @@ class Publish:
   rotate: str = settings.setting(
     "", "publish the weights and plan of this publication under a new name, with new keys"
   )
+  discard: bool = settings.setting(
+    False,
+    "the folder was put back to an earlier state: destroy all correlations in it, of every model",
+  )
   check_dealer: str = settings.setting(
     "", "name of a clinic: have the dealer account for a share of what it dealt to it"
   )
   check_share: float = settings.setting(
-    0.5, "share of the clinic's unused inferences that the dealer must open"
+    0.5, "share of the inferences held back for the clinic that the dealer must open"
   )
 
 
@@ -86,6 +93,9 @@ flags.adopt_module_key_flags(settings)
 def main() -> None:
   s, protocol = settings.from_flags(Publish), settings.from_flags(Planned)
   folder = role_folder(s.folder)
+  if s.discard:
+    _discard(s, folder)
+    return
   place = publications.model_folder(folder, s.model)
   inbox.collect(folder, inbox.MODEL_OWNER)
   if not (folder / certificates.CERTIFICATE).is_file():
@@ -135,6 +145,18 @@ def main() -> None:
       _begin(s, protocol, folder)
     else:
       _finish(s, folder)
+
+
+def _discard(s: Publish, folder) -> None:
+  if s.model:
+    raise ValueError(f"discard with model={s.model}: it is about every model; leave model out")
+  inbox.collect(folder, inbox.MODEL_OWNER)
+  count = folders.discard(folder)
+  print(
+    f"{count} unused inferences are destroyed. Publish each model anew: primia-publish --folder="
+    f"{s.folder}\n--model=NEW --rotate=OLD. Queries since this state are forgotten, too: lower "
+    "--total_images by them."
+  )
 
 
 def _check_score(s: Publish) -> None:
@@ -211,8 +233,7 @@ def _finish(s: Publish, folder) -> None:
 
 
 def _check(s: Publish, folder) -> None:
-  place = publications.model_folder(folder, s.model) / s.check_dealer
-  if not (place / supply.OPENINGS).exists():
+  if not supply.is_answered(folder, s.model, s.check_dealer):
     count = supply.challenge(folder, s.model, s.check_dealer, s.check_share)
     print(
       f"{count} inferences of {s.check_dealer} are to be opened; this side's part of them is "

@@ -156,7 +156,8 @@ def run(s: Connect, what: Asked) -> Answer:
     progress.closing(bar),
     institutions.ask(
       what.folder, owner, publication.publication, s.connect, server, online,
-      Limits(timeout=s.timeout), publications.model_folder(what.folder, s.model),
+      Limits(timeout=s.timeout, session=s.session_seconds),
+      publications.model_folder(what.folder, s.model),
     ) as session,
   ):  # fmt: skip
     model, learner = _of(what.received, s.model)

@@ -33,6 +33,7 @@ from primia_jax.mpc import apart
 from primia_jax.mpc.sharing import MODEL_OWNER
 from primia_jax.service import certificates, folders, helped, inbox, institutions, publications
 from primia_jax.service.channel import Limits
+from primia_jax.service.errors import Refused
 from primia_jax.service.institutions import Served
 from primia_jax.service.journal import Contract, Journal
 
@@ -71,6 +72,9 @@ class Clinics:
   total_images: int = settings.setting(10_000, "images that a clinic may ask about in all")
   minute_images: int = settings.setting(0, "images in any minute; 0 sets no limit")
   clinic_sessions: int = settings.setting(2, "sessions of a clinic at once")
+  clinic_attempts: int = settings.setting(
+    600, "attempts of a clinic to open a session in any minute, refused ones too; 0 sets no limit"
+  )
   sessions: int = settings.setting(8, "sessions of all clinics at once")
   session_seconds: float = settings.setting(3600.0, "longest session")
   idle_seconds: float = settings.setting(600.0, "longest pause between two inferences")
@@ -84,7 +88,7 @@ flags.adopt_module_key_flags(settings)
 
 def _checked(s: Serve, clinics: Clinics) -> None:
   for name, value in settings.flat(clinics).items():
-    least = 0 if name == "minute_images" else 1e-3
+    least = 0 if name in ("minute_images", "clinic_attempts") else 1e-3
     if not least <= value < float("inf"):
       raise ValueError(f"{name}={value}; use a positive number")
   for name in ("metrics_port", "health_port"):
@@ -103,9 +107,14 @@ def main() -> None:
   s, clinics = settings.from_flags(Serve), settings.from_flags(Clinics)
   folder = role_folder(s.folder)
   _checked(s, clinics)
-  inbox.collect(folder, inbox.HELPER if s.model_owner else inbox.MODEL_OWNER)
+  wrong = ""
+  try:
+    inbox.collect(folder, inbox.HELPER if s.model_owner else inbox.MODEL_OWNER)
+  except ValueError as error:  # one wrong delivery stops no server
+    wrong = str(error)
   names = settings.names(s.models) or tuple(publications.names(folder))
-  known = [path.stem for path in sorted((folder / institutions.CLINICS).glob("*.pem"))]
+  pinned = certificates.clinics(folder)
+  known = list(pinned)
   cure = "copy the model owner's outbox/helper into inbox/model_owner" if s.model_owner else ""
   cure = cure or "run primia-publish"
   if not names:
@@ -125,11 +134,19 @@ def main() -> None:
     publications.helper_of(folder)
   certificates.load(folder)
   contract = Contract(
-    clinics.daily_images, clinics.total_images, clinics.minute_images, clinics.clinic_sessions
-  )
+    clinics.daily_images, clinics.total_images, clinics.minute_images, clinics.clinic_sessions,
+    clinics.clinic_attempts,
+  )  # fmt: skip
   limits = Limits(clinics.timeout, clinics.idle_seconds, clinics.sessions, clinics.session_seconds)
   journal = Journal(folder, contract, sys.stderr)
   try:
+    if wrong:
+      journal.note("inbox", reason=wrong)
+    for name, pem in pinned.items():
+      try:
+        certificates.check_valid(pem)
+      except Refused as error:
+        journal.note("expired", clinic=name, reason=str(error))
     _serve(s, folder, names, known, is_shared, journal, limits)
   finally:
     journal.close()

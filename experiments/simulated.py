@@ -13,6 +13,7 @@ from primia_jax.mpc import planning, pricing
 
 from . import encrypted, inputs, model_files, phases, predictions, report
 from .configs.data import Data
+from .folders import private, write_private
 from .planned import Infer
 
 
@@ -39,7 +40,7 @@ def infer(config: Infer) -> None:
   images = inputs.unlabelled_images(data, label_names)
   calibration, source = encrypted.calibration_images(config, model_config, label_names)
   if config.output_dir:
-    pathlib.Path(config.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
+    private(pathlib.Path(config.output_dir).expanduser())
 
   print(
     "Encrypted inference, simulated: model owner, data owner and dealer run in this one process, "
@@ -88,8 +89,8 @@ def infer(config: Infer) -> None:
   if config.output_dir:
     folder = pathlib.Path(config.output_dir).expanduser()
     predictions.write(folder / "predictions.csv", ids, result.outputs, label_names)
-    (folder / "plan.txt").write_text(f"{table}\n")
-    (folder / "costs.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_private(folder / "plan.txt", f"{table}\n")
+    write_private(folder / "costs.json", json.dumps(summary, indent=2) + "\n")
     print(f"\npredictions.csv, plan.txt and costs.json are in {folder}")
 
 

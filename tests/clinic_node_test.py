@@ -1,10 +1,13 @@
 """The DICOM node, as a PACS sees it: reports come back, and what is no chest X-ray is named."""
 
+import contextlib
 import io
+import logging
 import pathlib
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -158,7 +161,7 @@ def test_a_class_alone_has_no_probabilities():
     ({"BodyPartExamined": ""}, "A900", "BodyPartExamined=missing: no chest X-ray"),
     ({"ViewPosition": "LL"}, "A900", "ViewPosition=LL: must be frontal, PA or AP"),
     ({"NumberOfFrames": 3}, "A900", "NumberOfFrames=3: send single images"),
-    ({"PixelData": b"\0" * 8}, "C000", "image"),
+    ({"PixelData": b"\0" * 8}, "C000", ""),
     ({"StudyInstanceUID": None}, "C000", "StudyInstanceUID=missing: a report must"),
   ],
 )
@@ -166,6 +169,7 @@ def test_what_is_no_chest_xray_is_named(pacs, port, said, tmp_path, tags, status
   answer = stored(xray(**tags), port, tmp_path)
   assert answer.startswith(f"{status} {reason}"[:69])
   assert said[0][:2] == ("PACS", int(status, 16))
+  assert not any(str(value) in said[0][2] for value in tags.values() if value)  # only the sender
   assert not pacs[1]
 
 
@@ -207,6 +211,92 @@ def test_no_answer_and_no_destination_are_a_status_to_come_again(pacs, said, tmp
     assert stored(xray(), port, tmp_path).startswith("A700 no association with PACS")
   assert "Doe" not in str(said)  # a patient's name is in no log
   assert "77" not in [word for _, _, reason in said for word in reason.split()]
+
+
+def sent(data, port):
+  """The status and comment that a sender in this process gets."""
+  image = pydicom.dcmread(io.BytesIO(data))
+  entity = AE("PACS")
+  entity.add_requested_context(image.SOPClassUID, image.file_meta.TransferSyntaxUID)
+  association = entity.associate("127.0.0.1", port, ae_title="PRIMIA")
+  status = association.send_c_store(image)
+  association.release()
+  return f"{status.Status:04X} {status.get('ErrorComment', '')}".strip()
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_no_value_of_a_malformed_header_is_said_or_warned_of(
+  pacs, said, capfd, caplog, monkeypatch, is_silent
+):
+  """Libraries quote it in exceptions, warnings and logs; without the silence it is heard."""
+
+  def make(header, *rest):
+    warnings.warn(f"birth date {header.PatientBirthDate}", stacklevel=1)
+    logging.getLogger("pydicom").warning(header.PatientBirthDate)
+    raise ValueError(f"birth date {header.PatientBirthDate}")
+
+  monkeypatch.setattr(node.reports, "make", make)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    data = xray(PatientBirthDate="Doe^1970", StudyDate="Doe^1970", PatientAge="Doe is 7")
+  caplog.clear()
+  if not is_silent:
+    monkeypatch.setattr(node, "_silent", contextlib.nullcontext)
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    done = lambda *what: said.append(what)
+    with node.serve(MODEL, ask, pacs[0], ["PACS"], done=done) as port:
+      sent(data, port)
+  assert len(said) == 1
+  assert "no report can be made of the header of image" in said[0][2]
+  assert "(ValueError)" in said[0][2]
+  assert "Doe" not in str(said)
+  heard = [str(warning.message) for warning in caught], capfd.readouterr(), caplog.text
+  assert ("Doe" in str(heard)) != is_silent
+
+
+class Destination:
+  """A store that refuses the first reports; counts queries and keeps what came."""
+
+  def __init__(self, refusals):
+    self.queries, self.came, self.refusals = 0, [], refusals
+
+  def ask(self, image, told):
+    self.queries += 1
+    return ask(image, told)
+
+  def send(self, report, to, title, seconds):
+    self.came.append(report)
+    if len(self.came) <= self.refusals:
+      raise node.Refused(node.NO_RESOURCES, "full")
+
+
+@pytest.mark.parametrize("waiting", [64, 1])
+def test_an_image_that_comes_again_gets_the_same_report_without_a_query(pacs, monkeypatch, waiting):
+  one, limits = Destination(2), node.Limits(waiting=waiting)
+  monkeypatch.setattr(node, "send", one.send)
+  data, other = xray(), xray(PatientID="78")
+  with node.serve(MODEL, one.ask, pacs[0], ["PACS"], limits=limits) as port:
+    assert sent(data, port).startswith("A700 full")
+    assert sent(other, port).startswith("A700 full")
+    assert sent(data, port) == "0000"
+    assert sent(other, port) == "0000"
+    uids = [report.SOPInstanceUID for report in one.came]
+    if waiting == 1:  # the older report was given up
+      assert one.queries == 4
+      return
+    assert (one.queries, uids[:2]) == (2, uids[2:])
+    assert len(set(uids)) == 2
+    assert sent(data, port) == "0000"  # what was stored is a new question
+    assert one.queries == 3
+
+
+def test_no_query_is_spent_where_the_report_has_no_place():
+  one, nowhere = Destination(0), node.Destination("127.0.0.1", 1, "PACS")
+  with node.serve(MODEL, one.ask, nowhere, ["PACS"]) as port:
+    for _ in range(2):
+      assert sent(xray(), port).startswith("A700 no association with PACS")
+  assert one.queries == 0
 
 
 @pytest.mark.parametrize(

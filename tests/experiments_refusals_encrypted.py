@@ -93,6 +93,7 @@ CERTIFICATE = """
 --name= --renew                             | renew | name | --name
 --clinic={file}                             | clinic | {file} | one after the other
 --name= --folder={missing}                  | folder | {missing} | primia-certificate
+--name=secret                               | name | secret | use another
 --name= --folder={vendor} --clinic={missing} | clinic | {missing} | certificate
 --name= --folder={vendor} --clinic={file}   | clinic | {file} | .pem
 --name= --folder={vendor} --clinic={expired}/certificate.pem | certificate | only | new one
@@ -122,6 +123,7 @@ PUBLISH = """
 --batch=0                                   | batch | 0 | positive
 --rotate=chest-1                            | rotate | chest-1 | one of them
 --rotate=chest-9 --checkpoint=              | rotate | chest-9 | no such
+--discard                                   | discard | chest-2 | leave model out
 --check_dealer=B_ad                         | check_dealer | B_ad | letters
 --check_dealer=hospital-a --check_share=1   | check_share | 1 | less than 1
 --check_dealer=hospital-a                   | share | hospital-a | deal more
@@ -142,6 +144,7 @@ DEAL = """
 --model=chest-9                             | chest-9 | plan | outbox/dealer
 --clinic=                                   | clinic | '' | letters
 --clinic=../x                               | clinic | ../x | letters
+--clinic=secret                             | clinic | secret | use another
 --images=0                                  | images | 0 | positive
 --images=some                               | --images | some | integer
 --disk_gb=-1                                | disk_gb | -1 | gigabytes
@@ -163,6 +166,7 @@ SERVE = """
 --total_images=-1                           | total_images | -1 | positive
 --minute_images=-1                          | minute_images | -1 | positive
 --sessions=0                                | sessions | 0 | positive
+--clinic_attempts=-1                        | clinic_attempts | -1 | positive
 --timeout=nan                               | timeout | nan | positive
 --model_owner=7443                          | model_owner | 7443 | HOST:PORT
 --model_owner=v:1 --only_checked            | only_checked | model_owner | leave it out
@@ -194,6 +198,7 @@ SCORE = """
 --opened=roc --bins=0                       | bins | 0 | 1 to 100
 --small_classes=keep                        | small_classes | keep | merge
 --folder={vendor}                           | folder | without connect | --connect
+--session_seconds=9                         | session_seconds | without connect | --connect
 --connect=127.0.0.1:7443                    | checkpoint | vendor has decided | leave it out
 --query_budget=0                            | query_budget | 0 | positive
 --vendor_dir=                               | vendor_dir | empty | vendor

@@ -66,8 +66,10 @@ def test_the_binary_counts_as_evaluate_does_and_refuses_to_count_again(
   assert found["rows"] == found["columns"] == list(NAMES)
   assert found["runs"] == 4
   np.testing.assert_array_equal(found["counts"], expected(checkpoint, *archive[1:]))
-  for folder in ("vendor", "hospital"):
+  for folder in ("vendor", "hospital", "out"):
     assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o700
+  for path in (tmp_path / "out").iterdir():
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
   again = call(*flags_of(checkpoint, archive, tmp_path, output_dir=tmp_path / "again"))
   assert again.returncode == 1
   assert "90 of 90 images are in an earlier result of this model" in again.stderr

@@ -3,6 +3,7 @@
 import csv
 import os
 import pathlib
+import stat
 import subprocess
 import sys
 import urllib.parse
@@ -100,6 +101,8 @@ runpy.run_module("experiments.ask_servers", run_name="__main__", alter_sys=True)
   out = tmp_path / "out"
   done = run(tmp_path / "images", f"--output_dir={out}")
   assert done.returncode == 0, done.stderr
+  modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (out, *out.iterdir())}
+  assert modes == {"out": 0o700, "predictions.csv": 0o600, "costs.json": 0o600}
   rows = list(csv.DictReader((out / "predictions.csv").open()))
   for row, image in zip(rows, (PIXELS, PIXELS[::-1]), strict=True):
     found = [float(row[f"probability {name}"]) for name in institution.ABOUT.label_names]

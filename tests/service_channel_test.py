@@ -1,13 +1,20 @@
 """The carrier lets in whom it knows over TLS 1.3, keeps its limits, and names every end."""
 
 import contextlib
+import datetime
+import pathlib
 import socket
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from primia_jax.service import certificates, channel, folders
 from primia_jax.service.channel import Limits
@@ -73,6 +80,84 @@ def test_a_stranger_an_expired_certificate_and_a_false_server_get_nothing(identi
         ask(address, identities, who, server)
     assert ask(address, identities) == b"clinic-a hello"
   assert ends == []  # none of them reached a session
+
+
+def signed_by(issuer, name):
+  """An identity whose certificate another one has signed, and its issuer's that may do so."""
+  builder, key = x509.CertificateBuilder(), ec.generate_private_key(ec.SECP256R1())
+  now = datetime.datetime.now(datetime.UTC)
+  own = issuer or (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]), key)
+  certificate = (
+    builder.subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]))
+    .issuer_name(own[0])
+    .public_key(key.public_key())
+    .serial_number(x509.random_serial_number())
+    .not_valid_before(now - datetime.timedelta(hours=1))
+    .not_valid_after(now + datetime.timedelta(days=1))
+    .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+    .sign(own[1], hashes.SHA256())
+  )
+  pem = serialization.Encoding.PEM
+  private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+  return certificates.Identity(private, certificate.public_bytes(pem)), (certificate.subject, key)
+
+
+def test_a_certificate_that_a_pinned_one_has_signed_is_not_known(identities, monkeypatch):
+  """A clinic that brought an authority's certificate could let others in; TLS does not mind."""
+  authority, issuer = signed_by(None, "clinic-c")
+  made, _ = signed_by(issuer, "clinic-a")
+  known = {"clinic-c": authority.certificate, "clinic-a": identities["clinic"].certificate}
+  ends, names = [], []
+
+  def session(clinic, receive):
+    names.append(clinic)
+    yield from echo(clinic, receive)
+
+  told = lambda clinic, error: ends.append((clinic, str(error)))
+  with channel.listen(
+    "127.0.0.1:0", identities["server"], known, session, Limits(timeout=5), told
+  ) as port:
+    address = f"127.0.0.1:{port}"
+    with pytest.raises(Refused, match="not known here"):
+      ask(address, {**identities, "made": made}, "made")
+    assert ask(address, {**identities, "own": authority}, "own") == b"clinic-c hello"
+  assert ends == [("", "this certificate is not known here")]
+  assert names == ["clinic-c"]
+
+
+def test_streams_of_a_clinic_count_before_it_says_anything(identities):
+  """One that opens many and is silent leaves the others their slots."""
+  open_now, most = [0], 2
+
+  @contextlib.contextmanager
+  def admit(clinic):
+    if open_now[0] >= most:
+      raise Refused("too many")
+    open_now[0] += 1
+    try:
+      yield
+    finally:
+      open_now[0] -= 1
+
+  limits = Limits(timeout=20, sessions=4)
+  certificate, known = identities["server"].certificate, {"clinic-a": identities["clinic"][1]}
+  with channel.listen(
+    "127.0.0.1:0", identities["server"], known, echo, limits, admit=admit
+  ) as port, contextlib.ExitStack() as stack:  # fmt: skip
+    connect = lambda: channel.connect(
+      f"127.0.0.1:{port}", identities["clinic"], certificate, limits
+    )
+    silent = [stack.enter_context(connect()) for _ in range(most)]
+    end = time.monotonic() + 20
+    while open_now[0] < most and time.monotonic() < end:
+      time.sleep(0.02)
+    for _ in range(2 * limits.sessions):
+      _, receive = stack.enter_context(connect())
+      with pytest.raises(Refused, match="too many"):
+        receive()
+    for send, receive in silent:
+      send(b"still there")
+      assert receive() == b"clinic-a still there"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +322,32 @@ def test_eight_clinics_at_once_are_not_mixed_up(identities):
     for thread in threads:
       thread.join(60)
   assert answers == {(i, j): f"clinic-a {i} {j}".encode() for i in range(8) for j in range(20)}
+
+
+@pytest.mark.parametrize("module", ["channel", "sharing"])
+@pytest.mark.parametrize(
+  ("before", "good"),
+  [
+    ("", True),
+    ("import grpc; ", False),
+    ("os.environ[name] = 'ECDHE-ECDSA-AES128-GCM-SHA256'; ", True),
+  ],
+)
+def test_no_older_tls_is_permitted_by_either_side(module, before, good):
+  """Whether gRPC is loaded first, or the user's own setting stands in the environment."""
+  code = (
+    f"import os; name = 'GRPC_SSL_CIPHER_SUITES'; {before}"
+    f"import primia_jax.service.{module}; print(os.environ[name])"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+    env={"PYTHONPATH": str(pathlib.Path(__file__).parents[1]), "PATH": ""},
+  )  # fmt: skip
+  assert (done.returncode == 0) == good, done.stderr
+  if good:
+    assert done.stdout.strip() == "ECDHE-RSA-AES128-GCM-SHA256"
+  else:
+    assert "before grpc" in done.stderr
 
 
 def test_certificates_are_private_named_and_not_overwritten(tmp_path):

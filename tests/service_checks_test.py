@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import service_transcripts_test as transcripts
 from mpc_reference import OWNERS, normal
 from service_world import Pipe, World, dealt, inference
 
@@ -39,6 +40,19 @@ def test_an_honest_clinic_is_served(world, tmp_path):
     np.testing.assert_array_equal(answer, mpc.check(world.plan, (W, image)))
   sizes = [len(m) - frames.HEADER_BYTES for m in pipe.sent[1] if frames.kind_of(m) in frames.SHARES]
   assert sizes[: len(sizes) // 2] == list(world.online[1].sizes[:-1])
+
+
+def test_every_message_of_fresh_sessions_is_uniform(world, tmp_path):
+  """Those of the checks, too; `service_transcripts_test` has the control."""
+  count = transcripts.SESSIONS
+  both, pipes = dealt(world, tmp_path, count), [Pipe() for _ in range(count)]
+  for pipe in pipes:
+    assert inference(world, both, pipe)[0] is None
+  found = transcripts.gathered(pipes)
+  (nothing,) = [place for place, payloads in found.items() if not payloads.any()]
+  assert nothing[0] == 0
+  assert found.pop(nothing).shape[1] == checks.SIZES[1]  # what the response is answered with
+  transcripts.check_uniform(found)
 
 
 def test_one_that_deviates_is_refused_by_name_and_gets_no_output(world, tmp_path):

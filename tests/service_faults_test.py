@@ -1,9 +1,10 @@
 """Every fault at every message of a session, and the table of what comes of it.
 
-`PYTHONPATH=. python tests/service_faults_test.py` prints docs/service_faults.md.
+`PYTHONPATH=.:tests python tests/service_faults_test.py` prints docs/service_faults.md.
 """
 
 import pathlib
+import sys
 import tempfile
 import time
 
@@ -101,14 +102,17 @@ FAULTS = {
   "of another plan": of_another_plan,
 }
 ONLY = {  # faults that not every message can have
-  "a bit of the payload flips": set(KINDS) - {frames.ACCEPTED, frames.READY},
-  "only its header comes": set(KINDS) - {frames.ACCEPTED, frames.READY},
+  "a bit of the payload flips": set(KINDS) - {frames.READY},
+  "only its header comes": set(KINDS) - {frames.READY},
   "the sender's message before": set(KINDS) - {frames.HELLO, frames.WELCOME},
   "that of the inference before": set(KINDS) - {frames.HELLO, frames.WELCOME},
   "the receiver's own message": set(KINDS) - {frames.HELLO},
   "of another session": set(KINDS) - {frames.HELLO},
   "of another plan": {frames.HELLO, frames.WELCOME},
 }
+
+
+NOT_OF_SCORES = "that of the inference before", "of another plan"  # see `service_scores_test`
 
 
 class Faulty(Pipe):
@@ -206,7 +210,9 @@ def test_a_fault_at_any_message_ends_as_the_table_says(world, tmp_path, name):
 
 def test_the_table_has_no_line_that_nothing_tests():
   lines = [text.split(" | ")[0][2:] for text in DOCS.read_text().splitlines() if text[:2] == "| "]
-  assert lines == ["", "---", *FAULTS, "", "---", *service_proxy.EXPECTED]
+  of_scores = [name for name in FAULTS if name not in NOT_OF_SCORES]
+  others = ["", "---", *of_scores, "", "---", *service_proxy.EXPECTED]
+  assert lines == ["", "---", *FAULTS, *others]
 
 
 def test_without_its_checksum_a_flipped_bit_is_a_wrong_answer(world, tmp_path, monkeypatch):
@@ -221,19 +227,21 @@ def test_without_its_checksum_a_flipped_bit_is_a_wrong_answer(world, tmp_path, m
 # ---- the document
 
 
-def document(rows):
-  """docs/service_faults.md, from the lines of its table."""
+def document(rows, of_scores):
+  """docs/service_faults.md, from the lines of its tables."""
   names, rule = " | ".join(frames.NAMES[kind] for kind in KINDS), " --- |" * (1 + len(KINDS))
   messages = [f"| | {names} |", f"|{rule}", *rows]
   wire = [f"| {name} | {what} |" for name, what in service_proxy.EXPECTED.items()]
   wire = ["| | |", "| --- | --- |", *wire]
-  return TEXT.format(messages="\n".join(messages), wire="\n".join(wire))
+  return TEXT.format(
+    messages="\n".join(messages), scores="\n".join(of_scores), wire="\n".join(wire)
+  )
 
 
 TEXT = """# What faults do to a session of encrypted inference
 
-Made by `PYTHONPATH=. python tests/service_faults_test.py > docs/service_faults.md`. The tests do
-each fault at every message of a session, in every round, and compare with these tables.
+Made by `PYTHONPATH=.:tests python tests/service_faults_test.py > docs/service_faults.md`. The tests
+do each fault at every message of a session, in every round, and compare with these tables.
 
 A session ends with the right answer or with a named error on both sides (`service.errors`), never
 with a wrong answer. An error comes at once, but for a side that hears nothing: it waits for
@@ -241,7 +249,7 @@ with a wrong answer. An error comes at once, but for a side that hears nothing: 
 lasts for `Limits.session` (an hour) at most. The clinic marks its correlations as used before it
 sends PREPARE, and takes the mark back only if the model owner refuses. The model owner marks its
 own before it sends ACCEPTED. A half without the other is of no use, so none serves twice, after any
-fault.
+of these faults. A folder that is put back to an earlier state is another thing: `docs/service.md`.
 
 ## A message that is not as it should be
 
@@ -255,6 +263,16 @@ Two outcomes in a cell are those of different rounds. A message of an earlier se
 new one, which then ends at the next message. A checksum finds accidents only: a *party* that sends
 other shares on purpose is not found here, and nobody else can send any, because of TLS.
 
+## A score
+
+The messages of a session of `primia-score` that no other session has; its inferences are as above.
+The vendor charges all images before it sends ACCEPTED. What a session has not reached when it ends
+serves another time, on both sides (`tests/service_scores_test.py`).
+
+{scores}
+
+TOTAL_1 is the hospital's, and with it the vendor has the result, where it is opened to both.
+
 ## The network between them
 
 What either side ends with when the bytes of the TLS connection suffer this, at several places of
@@ -265,11 +283,19 @@ the handshake and the session, in either direction (`tests/service_network_test.
 
 
 def main():
-  world, rows = service_world.world(), []
-  for name in FAULTS:
-    with tempfile.TemporaryDirectory() as root:
-      rows.append(line(name, row(world, pathlib.Path(root), name)))
-  print(document(rows), end="")
+  import service_scores_test as of_scores  # here, since it imports this module
+
+  def lines(module, world, names):
+    for name in names:
+      with tempfile.TemporaryDirectory() as root:
+        yield module.line(name, module.row(world, pathlib.Path(root), name))
+
+  names = list(of_scores.PLACES)
+  head = [f"| | {' | '.join(names)} |", f"|{' --- |' * (1 + len(names))}"]
+  rows = list(lines(sys.modules[__name__], service_world.world(), FAULTS))
+  with tempfile.TemporaryDirectory() as root:
+    score = of_scores.World(pathlib.Path(root))
+    print(document(rows, head + list(lines(of_scores, score, of_scores.FAULTS))), end="")
 
 
 if __name__ == "__main__":

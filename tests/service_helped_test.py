@@ -13,15 +13,16 @@ import time
 import numpy as np
 import pytest
 import service_institution as institution
+import service_sharing_test as of_sharing
 from service_institution import MODEL, WEIGHTS, every_file, place, send
 
 from primia_jax import mpc
-from primia_jax.attacks import extraction
 from primia_jax.mpc import apart
 from primia_jax.mpc.sharing import MODEL_OWNER
 from primia_jax.service import (
   cards,
   certificates,
+  channel,
   folders,
   helped,
   inbox,
@@ -296,6 +297,29 @@ def test_strangers_expired_and_other_institutions_get_nothing(world, tmp_path):
   assert world.left() == before
 
 
+def test_silent_clinics_leave_the_helper_its_room(world):
+  """Of all models together, clinics take so many streams; the helper's are besides."""
+  limits = Limits(timeout=20.0, sessions=1)
+
+  def tried(wanted):
+    """Asks until it ends as wanted, since a stream begins and ends a moment later."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+      try:
+        found = ask(world, issued)
+      except SessionEnded as error:
+        found = error
+      if isinstance(found, wanted):
+        return found
+    raise AssertionError(found)
+
+  with world.serving(limits=limits) as issued:
+    owner = issued.servers[0]
+    with channel.connect(owner.address, certificates.load(world.clinic), owner.certificate, limits):
+      assert "vendor-b: Refused: 1 requests are at work" in str(tried(Refused))
+    tried(np.ndarray)
+
+
 def test_shares_of_another_length_are_refused(world):
   with world.serving() as issued:
     both = [v[4:] for v in sharing.shares(issued.card, [institution.image()])]
@@ -323,17 +347,30 @@ def test_a_helper_without_correlations_says_so(world, monkeypatch):
     ask(world, issued)
 
 
+def secrets_of(world, both, answers):
+  """Bytes that must be in no log, and texts of numbers."""
+  numbers = (*np.ravel(institution.image()), *np.ravel(institution.wanted(world.plan)))
+  words = [secret[:8].hex() for secret in (*both, *answers)]
+  return [v.encode() for v in (*words, *(str(float(v))[:7] for v in numbers))]
+
+
 def test_no_log_has_a_share_a_pixel_or_an_output(world):
   echo = io.StringIO()
   with world.serving(echo) as issued:
     both = sharing.shares(issued.card, [institution.image()])
     with sharing.connected(issued.servers, *identity(world.clinic)) as exchange:
       answers = exchange(issued.card, both)
-  log = echo.getvalue().encode()
-  for secret in (*both, *answers):
-    assert secret[:8].hex().encode() not in log
-  for number in (*np.ravel(institution.image()), *np.ravel(institution.wanted(world.plan))):
-    assert str(float(number))[:7].encode() not in log
+  logs = [echo.getvalue().encode()]
+  logs += [(folder / journal.AUDIT).read_bytes() for folder in (world.vendor, world.helper)]
+  secrets = secrets_of(world, both, answers)
+  assert all(CLINIC.encode() in log for log in logs)
+  assert not [secret for secret in secrets for log in logs if secret in log]
+  # the control: each of them is found where it is logged
+  with contextlib.closing(Journal(world.helper)) as log:
+    for secret in secrets:
+      log.note("refusal", reason=f"it is {secret.decode()}")
+  written = (world.helper / journal.AUDIT).read_bytes()
+  assert all(secret in written for secret in secrets)
 
 
 def test_a_helper_that_is_somebody_else_is_refused(world, tmp_path):
@@ -353,29 +390,22 @@ def test_the_helper_holds_no_weight_and_the_model_owner_no_masked_weights_of_it(
   assert f"models/{MODEL}/publication" in held
 
 
-def test_the_extraction_attack_fails_end_to_end(world):
-  """Over TLS, with all that a hostile client has in its hand: any shares of any ring elements.
-  Where it could shift what a ReLU takes, as a party can, the same queries give every weight.
+def test_images_beyond_their_range_tell_no_weights_end_to_end(world):
+  """Over TLS, with all that a hostile client has in its hand. `service_sharing_test` has the
+  control: without the clamp these answers tell which sums of weights are even.
   """
-  inputs, hidden = WEIGHTS[0].shape
-
-  def as_party(x, shifts):
-    return np.maximum(x @ WEIGHTS[0] + shifts, 0) @ WEIGHTS[1]
-
+  few = np.random.default_rng(0).integers(0, 2, (8, 16))
+  subsets = np.concatenate([np.eye(16, dtype=int), few])
+  hidden = next(iter(world.served.owner._own.values())).elements
+  assert sum(of_sharing.even(subsets, hidden)) < 2
   with (
     world.serving(daily=1000, at_helper=Contract(daily=1000)) as issued,
     sharing.connected(issued.servers, *identity(world.clinic)) as exchange,
   ):
-    card, unit = issued.card, issued.card.images[0]["unit"]
+    card, image = issued.card, institution.image()
 
-    def as_client(x, shifts):
-      first, second = sharing.shares(card, [x.reshape(1, 4, 4, 1)])
-      words = np.rint(np.resize(shifts, inputs) / unit).astype(np.int64).astype(np.uint32)
-      falsified = (np.frombuffer(second, np.uint32) + words).tobytes()
-      return sharing.revealed(card, exchange(card, (first, falsified)))[0][0]
+    def answer(shifts):
+      return sharing.revealed(card, exchange(card, of_sharing.shifted(card, image, shifts)))[0]
 
-    found = extraction.by_shifts(as_client, inputs, hidden, 16.0)
-  control = extraction.by_shifts(as_party, inputs, hidden, 16.0)
-  errors = lambda of: [np.abs(of.hidden - WEIGHTS[0]).max(), np.abs(of.kernel - WEIGHTS[1]).max()]
-  assert max(errors(control)) < 0.01
-  assert min(errors(found)) > 0.3
+    found = of_sharing.unmoved(answer, of_sharing.gate_of(world.plan), subsets)
+  assert all(found)

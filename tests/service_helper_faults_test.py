@@ -12,14 +12,15 @@ import threading
 import jax
 import numpy as np
 import pytest
+import service_transcripts_test as transcripts
 from mpc_reference import normal
 from service_faults_test import FAULTS as OF_SESSIONS
 from service_faults_test import Faulty, cell
-from service_world import Pipe, dealt
+from service_world import CLINIC, KEY, Pipe, dealt
 
 from primia_jax import mpc
 from primia_jax.mpc import apart, helping
-from primia_jax.service import cards, folders, frames, sharing
+from primia_jax.service import cards, folders, frames, receipts, sharing
 from primia_jax.service import helping as sessions
 from primia_jax.service.errors import Refused, SessionEnded
 from primia_jax.service.helping import Asked, Desk
@@ -32,7 +33,7 @@ KINDS = [  # in the order of a session
 ]  # fmt: skip
 FAULTS = [name for name in OF_SESSIONS if name != "that of the inference before"]
 FIRST = {frames.HELLO, frames.QUESTION}  # what the helper sends before the session has a number
-EMPTY = {frames.ACCEPTED, frames.READY, frames.OUTPUT}
+EMPTY = {frames.READY, frames.OUTPUT}
 ONLY = {  # faults that not every message can have
   "a bit of the payload flips": set(KINDS) - EMPTY,
   "only its header comes": set(KINDS) - EMPTY,
@@ -83,7 +84,7 @@ def assistance(world, both, pipe):
       ends[2] = error
 
   def serve():
-    take = lambda inference: folders.take(both[0] / "clinic-a", inference)
+    take = receipts.taking(KEY, CLINIC, both[0] / CLINIC)
     receive = lambda idle=False: pipe.receive(0, idle)
     try:
       for message in sessions.serve_helper(
@@ -114,9 +115,36 @@ def assistance(world, both, pipe):
   return ends
 
 
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_every_message_of_fresh_requests_of_one_image_is_uniform(
+  world, tmp_path, monkeypatch, is_masked
+):
+  """Between the servers, and what each has from and gives to the client; and not without masks."""
+  if not is_masked:
+    monkeypatch.setattr(
+      sessions.sessions, "prepared_by", transcripts.unmasked(sessions.sessions.prepared_by)
+    )
+  count = transcripts.SESSIONS if is_masked else 8
+  both, pipes, alone = dealt(world, tmp_path, count), [Pipe() for _ in range(count)], {}
+  for pipe in pipes:
+    for number, payload in enumerate(assistance(world, both, pipe)[1:]):
+      alone.setdefault(("answer", number), []).append(np.frombuffer(payload, np.uint8))
+    for number, payload in enumerate(sharing.shares(world.card, [X])):
+      alone.setdefault(("share", number), []).append(np.frombuffer(payload, np.uint8))
+  found = transcripts.gathered(pipes)
+  assert len(found) == 2 * len(world.online[0].sizes) + 1  # QUESTION, the request's number
+  alone = {place: np.stack(payloads) for place, payloads in alone.items()}
+  if is_masked:
+    transcripts.check_uniform(found | alone)
+    return
+  uniform = {p for p, v in found.items() if transcripts.positions(v) > transcripts.LEVEL}
+  # the request's number, and the first opening, which the client's shares mask as well
+  assert uniform == {(1, 1), (1, 3), (0, 3)}
+
+
 def outcome(world, both, name, place, before):
   """What both sides end with, model owner first."""
-  of = both[0] / "clinic-a", both[1]
+  of = both[0] / CLINIC, both[1]
   left = [set(folders.unused(folder)) for folder in of]
   pipe = Faulty(name, place, before)
   ends = assistance(world, both, pipe)

@@ -1,5 +1,7 @@
 """Budgets of queries: counted on disk before anything is computed, across crashes and restarts."""
 
+import errno
+import io
 import json
 import os
 import pathlib
@@ -123,7 +125,7 @@ def test_a_line_that_a_crash_cut_is_dropped_and_damage_is_refused(tmp_path):
   again.close()
   assert all(json.loads(line) for line in path.read_text().splitlines())
   path.write_bytes(path.read_bytes().replace(b'"images": 1', b'"imxges": 1', 1))
-  with pytest.raises(ValueError, match=r"audit.jsonl, line 1 is damaged.*restore"):
+  with pytest.raises(ValueError, match=r"audit.jsonl, line 1 is damaged.*mend"):
     opened(tmp_path)
 
 
@@ -137,13 +139,73 @@ def test_two_servers_cannot_count_in_one_folder(tmp_path):
 
 def test_sessions_at_once(tmp_path):
   one = opened(tmp_path, sessions=1)
-  one.open_session("a")
-  with pytest.raises(Refused, match="a has 1 sessions open"):
-    one.open_session("a")
-  one.open_session("b")
-  one.close_session("a")
-  one.open_session("a")
-  assert one.sessions == 2
+  with one.session("b"):
+    with one.session("a"):
+      assert one.sessions == 2
+      with pytest.raises(Refused, match="a has 1 sessions open"), one.session("a"):
+        pass
+    with one.session("a"):
+      pass
+  assert one.sessions == 0
+
+
+def test_attempts_to_open_a_session_have_a_rate_of_each_clinic(tmp_path, clock):
+  one = opened(tmp_path, clock, sessions=1, attempts=3)
+
+  def attempt(clinic="a"):
+    with one.session(clinic):
+      pass
+
+  with one.session("a"):
+    for _ in range(2):  # those that are refused count, too
+      with pytest.raises(Refused, match="sessions open"):
+        attempt()
+  with pytest.raises(Refused, match="tried to open 3 sessions within a minute"):
+    attempt()
+  attempt("b")
+  clock.now += 60
+  attempt()
+
+
+def test_refusals_cost_the_log_a_bounded_number_of_lines(tmp_path, clock):
+  one, told = opened(tmp_path, clock), []
+  one.listeners.append(lambda event, fields: told.append(event))
+  for _ in range(1000):
+    one.refused("a", Refused("no"))
+  one.refused("b", Refused("no"))
+  clock.now += 60
+  one.refused("a", Refused("no"))
+  one.close()
+  lines = [json.loads(line) for line in (tmp_path / journal.AUDIT).open()]
+  of = lambda event, clinic: [v for v in lines if (v["event"], v["clinic"]) == (event, clinic)]
+  assert len(of("refusal", "a")) == journal._REFUSALS + 1
+  assert len(of("refusal", "b")) == 1
+  assert [v["sessions"] for v in of("refusals", "a")] == [1000 - journal._REFUSALS]
+  assert told.count("refusal") == 1002  # and each is in the numbers on loopback
+
+
+def test_a_full_disk_answers_no_query_and_damages_no_line(tmp_path, monkeypatch):
+  echo = io.StringIO()
+  one = Journal(tmp_path, Contract(), echo, Clock())
+  charge(one)
+  pwrite = os.pwrite
+
+  def full(descriptor, data, offset):
+    if len(data) > 40:
+      return pwrite(descriptor, data[:40], offset)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(journal.os, "pwrite", full)
+    with pytest.raises(Refused, match="disk takes no more queries"):
+      charge(one)
+    one.note("session", clinic="a")  # what nothing hangs on is said elsewhere
+  assert "audit.jsonl lacks a line (session): No space left" in echo.getvalue()
+  assert one.left("a") == 99
+  charge(one)
+  one.close()
+  lines = [json.loads(line) for line in (tmp_path / journal.AUDIT).open()]
+  assert [line["event"] for line in lines] == ["query", "query"]
 
 
 def test_only_known_fields_can_be_logged(tmp_path):

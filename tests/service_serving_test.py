@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import threading
 import time
 import urllib.request
@@ -17,6 +18,7 @@ from primia_jax.mpc.roles import DataOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.service import (
   certificates,
+  channel,
   folders,
   inbox,
   institutions,
@@ -25,7 +27,7 @@ from primia_jax.service import (
   publications,
 )
 from primia_jax.service.channel import Limits
-from primia_jax.service.errors import Refused, SessionEnded, UsedUp
+from primia_jax.service.errors import PutBack, Refused, SessionEnded, UsedUp
 from primia_jax.service.institutions import Served
 from primia_jax.service.journal import Contract, Journal
 from primia_jax.service.monitoring import grpc, health_pb2, health_pb2_grpc
@@ -56,12 +58,13 @@ class World:
     return Served(name, folder, kept.owner, kept.publication, self.online[0], kept.about.images)
 
   @contextlib.contextmanager
-  def serving(self, echo=None, stopping=None, **options):
+  def serving(self, echo=None, stopping=None, vendor=None, models=None, **options):
+    vendor = vendor or self.roles.vendor
     contract = {k: options.pop(k) for k in Contract._fields if k in options}
-    audit = Journal(self.roles.vendor, Contract(**contract), echo)
+    audit = Journal(vendor, Contract(**contract), echo)
     try:
       with institutions.serve_models(
-        self.roles.vendor, self.models, audit, limits=LIMITS, stopping=stopping, **options
+        vendor, models or self.models, audit, limits=LIMITS, stopping=stopping, **options
       ) as port:
         yield f"127.0.0.1:{port}", audit
     finally:
@@ -251,6 +254,20 @@ def test_further_sessions_of_a_clinic_are_refused_by_name(world):
     np.testing.assert_array_equal(session.ask(institution.image()), wanted(world.plan))
 
 
+def test_sessions_count_before_they_say_anything(world):
+  """One clinic that opens many and is silent takes no more than its part."""
+  identity, server = certificates.load(world.roles.clinic), world.roles.vendor / "certificate.pem"
+  with (
+    world.serving(sessions=1) as (address, audit),
+    channel.connect(address, identity, server.read_bytes(), LIMITS),
+  ):
+    end = time.monotonic() + 20
+    while not audit.sessions and time.monotonic() < end:
+      time.sleep(0.02)
+    with pytest.raises(Refused, match="has 1 sessions open"):
+      world.ask(address)
+
+
 def test_dealings_that_nobody_checked_can_be_refused(world):
   with (
     world.serving(only_checked=True) as (address, _),
@@ -282,6 +299,26 @@ def test_an_answer_that_is_being_computed_is_finished_and_the_next_is_refused(wo
       time.sleep(0.02)
     assert audit.sessions == 0
   assert [line["event"] for line in world.lines()].count("answer") == 1
+
+
+def test_a_server_that_was_put_back_destroys_all_and_says_so(world, tmp_path):
+  """With what lies in its inbox; and the clinic keeps what it proposed as used."""
+  put_back = shutil.copytree(world.roles.vendor, tmp_path / "put_back")
+  models = [one._replace(folder=put_back / "models" / one.name) for one in world.models]
+  with world.serving() as (address, _):
+    world.ask(address)
+  before = left(world)
+  late = put_back / "inbox" / "dealer" / "models" / "chest-2" / CLINIC / "correlations" / ("0" * 64)
+  late.parent.mkdir(parents=True, exist_ok=True)
+  late.write_bytes(b"x")
+  with world.serving(vendor=put_back, models=models) as (address, audit):
+    with pytest.raises(PutBack, match="put back to an earlier state"):
+      world.ask(address)
+    assert audit.left(CLINIC) == 100
+  assert not [*put_back.rglob("correlations/*")]
+  lines = map(json.loads, (put_back / journal.AUDIT).open())
+  assert any("inferences are destroyed" in line.get("reason", "") for line in lines)
+  assert [len(old - new) for old, new in zip(before, left(world), strict=True)] == [0, 1]
 
 
 def secrets_of(world, image):

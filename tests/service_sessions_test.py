@@ -15,7 +15,7 @@ from service_world import CLINIC, Pipe, W, X, dealt, inference
 from primia_jax import mpc
 from primia_jax.mpc import saving
 from primia_jax.service import certificates, folders, frames, institutions, sessions
-from primia_jax.service.errors import PeerLost, Refused
+from primia_jax.service.errors import PeerLost, PutBack, Refused
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +181,38 @@ def test_after_an_image_that_does_not_fit_the_session_goes_on(world, tmp_path):
     with pytest.raises(ValueError, match="shapes"):
       session.ask(X[:2])
     np.testing.assert_array_equal(session.ask(X), mpc.check(world.plan, (W, X)))
+
+
+# ---- a server that was put back to an earlier state
+
+
+def put_back(both, root):
+  """Copies of both folders, as they are before anything is used."""
+  return tuple(shutil.copytree(folder, root / f"copy_of_{folder.name}") for folder in both)
+
+
+def opened(pipe):
+  """The sum of both sides' shares in the second round: a ReLU's masked input."""
+  of = lambda party: [m for m in pipe.sent[party] if frames.kind_of(m) == frames.SHARES[party]][1]
+  return sum(np.frombuffer(of(i), np.uint32, offset=frames.HEADER_BYTES) for i in (0, 1))
+
+
+def test_a_clinic_that_kept_copies_learns_weights_from_a_server_that_was_put_back(world, tmp_path):
+  """The attack that `receipts` is about: under one mask twice, the difference is that of x @ w."""
+  both = dealt(world, tmp_path, 1)
+  copies, pipes = put_back(both, tmp_path), (Pipe(), Pipe())
+  assert inference(world, both, pipes[0])[0] is None
+  ends = inference(world, copies, pipes[1], [X + np.eye(3, 6, dtype=np.float32)])
+  assert ends[0] is None
+  found = (opened(pipes[1]) - opened(pipes[0])).view(np.int32) / 2**21
+  np.testing.assert_allclose(found.reshape(3, 5), W[:3], atol=2e-3)
+
+
+def test_an_honest_clinic_ends_that_with_its_next_request(world, tmp_path):
+  both = dealt(world, tmp_path, 3)
+  server, _ = put_back(both, tmp_path)
+  for _ in range(2):
+    assert inference(world, both, Pipe())[0] is None
+  ends = inference(world, (server, both[1]), Pipe())
+  assert isinstance(ends[0], PutBack)
+  assert len(folders.unused(server / CLINIC)) == 3  # `institutions` then discards them

@@ -11,6 +11,8 @@ from mpc_reference import normal
 from primia_jax import mpc
 from primia_jax.attacks import extraction
 from primia_jax.mpc import apart, helping
+from primia_jax.mpc.circuit import Apply
+from primia_jax.mpc.lowering import lower
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.service import cards, sharing
 from primia_jax.service import helping as servers
@@ -88,17 +90,63 @@ def test_each_server_alone_sees_uniform_numbers(world):
   assert np.all(((counts - expected) ** 2 / expected).sum(1) < 60)  # 15 degrees: beyond 1e-6
 
 
-def test_the_extraction_attack_fails(world):
-  """A client can shift its image and nothing else, and a shift beyond its range wraps around."""
+def shifted(card, image, shifts):
+  """A hostile client's payloads: shares of an image, with ring elements added to it."""
+  first, second = sharing.shares(card, [image])
+  words = np.asarray(shifts).astype(np.uint32)
+  return first, (np.frombuffer(second, np.uint32) + words).tobytes()
+
+
+def gate_of(plan):
+  """The bits of what a plan's first ReLU takes: a number beyond them wraps around."""
+  of = (op.gate for op in plan.circuit.operations if isinstance(op, Apply))
+  return next(gate.range_bits for gate in of if gate.action == "relu")
+
+
+def unmoved(answer, bits, subsets):
+  """The attack: sets of pixels to which 2^bits can be added without changing an answer.
+
+  Where nothing clamps them, each unit for which the sum of these pixels' weights is odd wraps
+  around, so that the sets tell the weights' lowest bits, up to a change of units.
+
+  Args:
+    answer: shifts [D] of an image -> what the client gets.
+    bits: of the gate.
+    subsets: [S, D] of 0 and 1.
+  """
+  usual = answer(np.zeros_like(subsets[0]))
+  return [np.array_equal(answer(row * 2**bits), usual) for row in subsets]
+
+
+def even(subsets, hidden):
+  """What the attack finds where it works: for which sets all units' sums of weights are even."""
+  return list((subsets @ (np.asarray(hidden).astype(np.int64) & 1) % 2 == 0).all(1))
+
+
+@pytest.mark.parametrize("is_clamped", [True, False])
+def test_an_image_beyond_its_range_tells_weights_only_without_the_clamp(
+  world, monkeypatch, is_clamped
+):
+  """The control takes the clamp out, and has the lowest bits of all weights of the first layer."""
+  bits, subsets = gate_of(world.plan), np.array([*np.ndindex(*[2] * D)][1:])
+  wanted = even(subsets, next(iter(world.model_owner._own.values())).elements)
+  assert sum(wanted) < len(wanted) / 4
+  if not is_clamped:
+    monkeypatch.setattr(lower.clamping, "clamped", lambda circuit: circuit)
+    world = World()
+  ask = lambda shifts: sharing.revealed(
+    world.card, world.answer(shifted(world.card, IMAGES[0], shifts))
+  )[0]
+  assert unmoved(ask, bits, subsets) == ([True] * len(wanted) if is_clamped else wanted)
+
+
+def test_shifts_of_its_shares_shift_its_image_alone(world):
+  """The attack of a party fails, since nobody but a party opens what a ReLU takes."""
   unit = world.card.images[0]["unit"]
 
   def ask(x, shifts):
-    """What a hostile client has in its hand: any shares of any ring elements."""
-    both = sharing.shares(world.card, [x])
-    words = np.rint(shifts / unit).astype(np.int64).astype(np.uint32)
-    falsified = np.frombuffer(both[1], np.uint32) + np.resize(words, D)
-    answers = world.answer((both[0], falsified.tobytes()))
-    return sharing.revealed(world.card, answers)[0]
+    words = np.resize(np.rint(shifts / unit).astype(np.int64), D)
+    return sharing.revealed(world.card, world.answer(shifted(world.card, x, words)))[0]
 
   found = extraction.by_shifts(ask, D, H, 8.0)
   for name in ("hidden", "kernel"):

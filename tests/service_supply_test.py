@@ -231,8 +231,103 @@ def test_nothing_is_dealt_while_inferences_wait_to_be_checked(roles):
   dealer = supply.dealer(roles.dealer, MODEL)
   with pytest.raises(ValueError, match="wait to be checked"):
     supply.top_up(roles.dealer, dealer, MODEL, CLINIC, 6)
-  with pytest.raises(ValueError, match="has no answer yet"):
+
+
+def asked_for(roles):
+  return json.loads((place(roles.vendor) / CLINIC / supply.CHALLENGE).read_bytes())
+
+
+def test_a_second_dealing_is_checked_beside_what_the_clinic_holds(roles):
+  """Some of it checked, some delivered without: none of these is asked for again."""
+  challenged(roles)
+  answered(roles)
+  check(roles)
+  deliver(roles)
+  deal(roles, 2)
+  deliver(roles)
+  before = set(both(roles)[1])
+  assert len(before) == 5
+  assert challenged(roles) == 3
+  assert not before & set(asked_for(roles))
+  assert answered(roles) == (3, 3)
+  assert check(roles) == 3
+  deliver(roles)
+  first, second = both(roles)
+  assert first == second
+  assert len(first) == 8
+  assert len(folders.checked(place(roles.vendor) / CLINIC)) == 6
+  with pytest.raises(ValueError, match="of the 0 inferences that the dealer holds back"):
     supply.challenge(roles.vendor, MODEL, CLINIC, 0.5)
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_model_owner_killed_while_it_asks_asks_for_the_same(roles, monkeypatch, after):
+  deal(roles, 6, audited=True)
+  steps = [0]
+
+  def counted(step):
+    def run(*args, **kwargs):
+      steps[0] += 1
+      if steps[0] > after:
+        raise KeyboardInterrupt
+      return step(*args, **kwargs)
+
+    return run
+
+  with monkeypatch.context() as patch:
+    patch.setattr(supply.durable, "replace", counted(supply.durable.replace))
+    patch.setattr(supply.folders, "destroy", counted(supply.folders.destroy))
+    with pytest.raises(KeyboardInterrupt):
+      supply.challenge(roles.vendor, MODEL, CLINIC, 0.5)
+  first = asked_for(roles) if after >= 2 else None
+  assert supply.challenge(roles.vendor, MODEL, CLINIC, 0.5) == 3
+  assert first in (None, asked_for(roles))
+  send(roles.vendor, "dealer", roles.dealer, inbox.MODEL_OWNER, inbox.DEALER)
+  assert answered(roles) == (3, 3)
+  assert check(roles) == 3
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_model_owner_killed_while_it_checks_goes_on(roles, monkeypatch, after):
+  challenged(roles)
+  answered(roles)
+  steps, real = [0], {name: getattr(supply.pathlib.Path, name) for name in ("unlink", "replace")}
+
+  def counted(name):
+    def run(*args, **kwargs):
+      steps[0] += 1
+      if steps[0] > after:
+        raise KeyboardInterrupt
+      return real[name](*args, **kwargs)
+
+    return run
+
+  with monkeypatch.context() as patch:
+    for name in real:
+      patch.setattr(supply.pathlib.Path, name, counted(name))
+    with pytest.raises(KeyboardInterrupt):
+      check(roles)
+  if supply.is_answered(roles.vendor, MODEL, CLINIC):  # as primia-publish decides
+    assert check(roles) == 3
+  assert len(folders.checked(place(roles.vendor) / CLINIC)) == 3
+  deliver(roles)
+  challenged(roles)
+  answered(roles)
+  assert check(roles) == 3
+
+
+def test_an_early_or_old_answer_costs_the_dealer_nothing(roles):
+  place(roles.vendor).joinpath(CLINIC).mkdir(mode=0o700)
+  early = place(roles.vendor) / CLINIC / supply.OPENINGS
+  early.write_text(json.dumps({"0" * 64: "00" * 32}))
+  assert not supply.is_answered(roles.vendor, MODEL, CLINIC)
+  assert challenged(roles) == 3
+  assert not early.exists()
+  early.write_text(json.dumps({"0" * 64: "00" * 32}))
+  with pytest.raises(ValueError, match="answers another challenge"):
+    check(roles)
+  assert answered(roles) == (3, 3)
+  assert check(roles) == 3
 
 
 # ---- why only the model owner may see an opening

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 import scipy.stats
 import service_world
-from service_world import CLINIC, Pipe, dealt, inference
+from service_world import CLINIC, KEY, Pipe, dealt, inference
 
 from primia_jax.mpc.messages import Prepared
-from primia_jax.service import folders, frames, sessions
+from primia_jax.service import folders, frames, receipts, sessions
 from primia_jax.service.errors import Malformed
 
 SESSIONS = 64
 LEVEL = 1e-6  # of each test; there are some 50
-MASKED = (frames.QUESTION, *frames.SHARES, frames.OUTPUT)
+MASKED = (frames.QUESTION, *frames.SHARES, frames.OUTPUT, *frames.TOTALS)
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +21,37 @@ def world():
   return service_world.world()
 
 
-def transcript(world, root):
-  """By sender and number of the message, its payload in fresh sessions of one image."""
-  both, found = dealt(world, root, SESSIONS), {}
-  for _ in range(SESSIONS):
-    pipe = Pipe()
-    assert inference(world, both, pipe) is not None
+def gathered(sessions):
+  """By sender and number of the message, its masked payload in each session; from their pipes."""
+  found = {}
+  for pipe in sessions:
     for sender, sent in enumerate(pipe.sent):
       for number, message in enumerate(sent):
-        if frames.kind_of(message) in MASKED:
-          payload = np.frombuffer(message, np.uint8, offset=frames.HEADER_BYTES)
+        payload = np.frombuffer(message, np.uint8, offset=frames.HEADER_BYTES)
+        if frames.kind_of(message) in MASKED and payload.size:
           found.setdefault((sender, number), []).append(payload)
-  assert len(found) == 2 * len(world.online[0].sizes)  # a QUESTION, and no OUTPUT, of party 1
   return {place: np.stack(payloads) for place, payloads in found.items()}
+
+
+def transcript(world, root):
+  """Of fresh sessions of one image."""
+  both, pipes = dealt(world, root, SESSIONS), [Pipe() for _ in range(SESSIONS)]
+  for pipe in pipes:
+    assert inference(world, both, pipe) is not None
+  found = gathered(pipes)
+  assert len(found) == 2 * len(world.online[0].sizes)  # a QUESTION, and no OUTPUT, of party 1
+  return found
+
+
+def unmasked(prepared):
+  """What a party prepares, without its masks: the control."""
+
+  def without(owner, correlations):
+    party = correlations.party
+    secret = jax.tree.map(np.zeros_like, prepared(owner, correlations).take(party))
+    return Prepared(party, correlations.publication, correlations.inference, secret)
+
+  return without
 
 
 def nibbles(payloads):
@@ -49,22 +67,19 @@ def positions(payloads):
   return scipy.stats.chi2.sf(np.sum((ones - num / 2) ** 2 / (num / 4)), bits.shape[1])
 
 
-def test_every_message_of_fresh_sessions_of_one_image_is_uniform(world, tmp_path):
-  for place, payloads in transcript(world, tmp_path).items():
-    assert payloads.shape[1] > 0, place
+def check_uniform(found):
+  """Raises AssertionError unless all messages look uniform, and alike in no two sessions."""
+  for place, payloads in found.items():
     assert nibbles(payloads) > LEVEL, place
     assert positions(payloads) > LEVEL, place
 
 
+def test_every_message_of_fresh_sessions_of_one_image_is_uniform(world, tmp_path):
+  check_uniform(transcript(world, tmp_path))
+
+
 def test_the_same_test_rejects_every_message_without_masks(world, tmp_path, monkeypatch):
-  prepared = sessions.prepared_by
-
-  def unmasked(owner, correlations):
-    party = correlations.party
-    secret = jax.tree.map(np.zeros_like, prepared(owner, correlations).take(party))
-    return Prepared(party, correlations.publication, correlations.inference, secret)
-
-  monkeypatch.setattr(sessions, "prepared_by", unmasked)
+  monkeypatch.setattr(sessions, "prepared_by", unmasked(sessions.prepared_by))
   for place, payloads in transcript(world, tmp_path).items():
     assert nibbles(payloads) < LEVEL, place
     assert positions(payloads) < LEVEL, place
@@ -74,7 +89,7 @@ def test_a_session_that_is_played_again_gets_a_welcome_and_nothing_else(world, t
   both, pipe = dealt(world, tmp_path, 2), Pipe()
   assert inference(world, both, pipe)[0] is None
   recorded, left = iter(pipe.sent[1]), folders.unused(both[0] / CLINIC)
-  take = lambda number: folders.take(both[0] / CLINIC, number)
+  take = receipts.taking(KEY, CLINIC, both[0] / CLINIC)
   server = sessions.serve(
     world.model_owner, world.online[0], world.publication.publication, take,
     lambda idle=False: next(recorded),

@@ -9,10 +9,10 @@ from mpc_reference import OWNERS, normal
 
 from primia_jax import mpc
 from primia_jax.mpc import apart
-from primia_jax.service import folders, sessions
+from primia_jax.service import folders, receipts, sessions
 from primia_jax.service.errors import PeerLate, PeerLost, SessionEnded
 
-CLINIC = "clinic-a"
+CLINIC, KEY = "clinic-a", bytes(range(32))
 W, X = normal(0, 6, 5), normal(1, 3, 6)
 
 
@@ -91,7 +91,7 @@ def inference(world, folder_of, pipe, images=(X,)):
   ends = [None, None]
 
   def serve():
-    take = lambda number: folders.take(folder_of[0] / CLINIC, number)
+    take = receipts.taking(KEY, CLINIC, folder_of[0] / CLINIC)
     receive = lambda idle=False: pipe.receive(0, idle)
     try:
       name = world.publication.publication

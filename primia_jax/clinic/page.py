@@ -103,8 +103,9 @@ def serve(
         return  # the page was closed; whatever was used up stays so
       except (ValueError, LookupError, RuntimeError, OSError) as error:
         tell(error=str(error))
-      except Exception:  # an error in the code: its traceback is for the terminal, not for the page
-        traceback.print_exc(file=sys.stderr)
+      except Exception as error:  # an error in the code: where it is, is for the terminal
+        where = "".join(traceback.format_tb(error.__traceback__))  # its text might quote the image
+        print(f"{where}{type(error).__name__}", file=sys.stderr)
         tell(error="an error in the program; the terminal says which")
 
     def _is_known(self, end: str) -> bool:

@@ -22,6 +22,10 @@ from primia_jax.service.errors import Refused
 
 KEY, CERTIFICATE = "key.pem", "certificate.pem"
 CLINICS = "clinics"  # a model owner's folder of those that it lets in, NAME.pem
+RESERVED = (  # what roles keep of a publication, beside a folder for each clinic
+  "blind", "checked", "correlations", "dealing", "held", "plan", "publication", "receipt", "scores",
+  "secret", "seeds", "tag", "used",
+)  # fmt: skip
 
 
 class Identity(NamedTuple):
@@ -76,6 +80,21 @@ def check_name(who: str, what: str = "who") -> None:
   """Raises ValueError, which names `what`, unless an institution and a folder can have the name."""
   if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", who):
     raise ValueError(f"{what}={who!r}; use up to 63 letters a to z, digits and hyphens")
+  if who in RESERVED:
+    raise ValueError(f"{what}={who!r} is the name of a file of a publication; use another")
+
+
+def clinics(folder: pathlib.Path) -> dict[str, bytes]:
+  """The certificates that a server lets in, PEM, by the clinic's name.
+
+  Raises:
+    ValueError: a file's name is none that a clinic can have.
+  """
+  found = {}
+  for path in sorted((folder / CLINICS).glob("*.pem")):
+    check_name(path.stem, str(path))
+    found[path.stem] = path.read_bytes()
+  return found
 
 
 def end(certificate: bytes) -> datetime.datetime:

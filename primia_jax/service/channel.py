@@ -1,26 +1,23 @@
-"""gRPC over mutual TLS 1.3: one method, a stream of messages each way, and nothing else.
+"""gRPC over mutual TLS 1.3 (`ciphers`): one method, a stream of messages each way, nothing else.
 
-gRPC offers no least version of TLS. But no cipher that is permitted here for TLS 1.2 goes with the
-certificates' ECDSA keys, so that only TLS 1.3, whose ciphers are not chosen, can succeed.
+Who fails in TLS, with an unknown or expired certificate, reaches no code here, so that no log has a
+line of it. A certificate that a pinned one has signed passes TLS; it is refused by its fingerprint.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any, NamedTuple
 
-_CIPHERS = "GRPC_SSL_CIPHER_SUITES"
-if "grpc" in sys.modules and os.environ.get(_CIPHERS) != "ECDHE-RSA-AES128-GCM-SHA256":
-  raise ImportError("import primia_jax.service before grpc, or it could not permit TLS 1.3 only")
-os.environ[_CIPHERS] = "ECDHE-RSA-AES128-GCM-SHA256"  # read when gRPC is loaded
+from primia_jax.service import ciphers
+
+ciphers.permit_tls_1_3_only()
 
 try:
   import grpc
@@ -29,7 +26,7 @@ except ImportError as e:
 
 from primia_jax.service import certificates  # noqa: E402
 from primia_jax.service.certificates import Identity  # noqa: E402
-from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded, UsedUp  # noqa: E402
+from primia_jax.service.errors import PeerLate, PeerLost, PutBack, Refused, SessionEnded, UsedUp  # noqa: E402
 
 _SERVICE, _METHOD = "primia_jax.EncryptedInference", "Session"
 _END = b""  # a client's last message: to a server, a connection that breaks can look like an end
@@ -44,6 +41,8 @@ _REFUSALS = (
 # (the clinic's name, (idle) -> the next message or None at the end) -> what the server sends
 Receive = Callable[..., bytes | None]
 Session = Callable[[str, Receive], Iterator[bytes]]
+# (the clinic's name) -> entered for as long as its session lasts; raises Refused to turn it away
+Admit = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
 class Limits(NamedTuple):
@@ -74,6 +73,7 @@ def listen(
   limits: Limits,
   ended: Callable[[str, SessionEnded], None] = lambda clinic, error: None,
   stopping: threading.Event | None = None,
+  admit: Admit = contextlib.nullcontext,
 ) -> Iterator[int]:
   """A server for as long as the context lasts; gives the port.
 
@@ -85,6 +85,7 @@ def listen(
     limits: what they may take.
     ended: is told of each session that ended early.
     stopping: once it is set, sessions that idle are ended.
+    admit: counts a session from the moment on at which its clinic is known, before any message.
   """
   known = {certificates.fingerprint(pem): name for name, pem in clinics.items()}
 
@@ -97,10 +98,11 @@ def listen(
       if not clinic:
         raise Refused("this certificate is not known here")
       certificates.check_valid(peer)
-      for message in session(clinic, inbox.receive):
-        watch.sending_since = time.monotonic()
-        yield message
-        watch.sending_since = None
+      with admit(clinic):
+        for message in session(clinic, inbox.receive):
+          watch.sending_since = time.monotonic()
+          yield message
+          watch.sending_since = None
     except GeneratorExit:  # gRPC could not send the message
       ended(clinic, watch.late or PeerLost("the connection ended"))
       raise
@@ -282,7 +284,8 @@ class _Inbox:
 def _named(error: Any, begun: bool) -> SessionEnded:
   code, details = error.code(), error.details()
   if code in _REFUSALS:
-    return (UsedUp if details.startswith(f"{UsedUp.__name__}:") else Refused)(details)
+    kinds = {kind.__name__: kind for kind in (UsedUp, PutBack)}
+    return kinds.get(details.partition(":")[0], Refused)(details)
   if code == grpc.StatusCode.DEADLINE_EXCEEDED:
     return PeerLate("the session took longer than it may")
   if code == grpc.StatusCode.UNAVAILABLE and not begun:  # somebody listens, but TLS failed

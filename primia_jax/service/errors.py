@@ -19,6 +19,10 @@ class UsedUp(Refused):
   """The correlations of this inference were used on the other side, and serve no more."""
 
 
+class PutBack(UsedUp):
+  """The other side was put back to an earlier state, and has destroyed its correlations."""
+
+
 class Malformed(SessionEnded):
   """The other side sent what the protocol does not allow at this place."""
 

@@ -1,8 +1,11 @@
 """A role's folder, which its user alone can read, and the correlations in it, which serve once.
 
 A party marks an inference as used, on disk, before it reads the correlations, and reading removes
-them (`mpc.saving`). So what was used once is refused for ever, after a crash and when a backup is
-put back, too. A mark is taken back only if the other party refused and nothing was read.
+them (`mpc.saving`). So what was used once is refused for as long as the marks are there: after a
+crash, and where files of correlations are copied back. Marks go where a whole folder is put back to
+an earlier state. Then all correlations in it must be destroyed before anything is served
+(`discard`); `receipts` find it where that was not done. A mark is taken back only if the other
+party refused and nothing was read.
 """
 
 from __future__ import annotations
@@ -20,15 +23,18 @@ from primia_jax.service.errors import Refused, UsedUp
 
 CORRELATIONS, USED, SECRET = "correlations", "used", "secret"
 CHECKED = "checked"
+_CARRIED = "inbox", "outbox"
 
 
 def make(path: pathlib.Path) -> pathlib.Path:
-  """A folder of mode 0700, with its parents; one that is there must have no other readers.
+  """A folder of mode 0700, as are parents that are missing; one that is there must have no other
+  readers.
 
   Raises:
     PermissionError: others can read it.
   """
-  path.mkdir(0o700, parents=True, exist_ok=True)
+  for parent in [*reversed(path.parents), path]:
+    parent.mkdir(0o700, exist_ok=True)
   if path.stat().st_mode & 0o077:
     raise PermissionError(f"{path} can be read by others; run chmod 700 on it")
   return path
@@ -66,6 +72,26 @@ def unused(folder: pathlib.Path) -> list[str]:
   return sorted(names - {path.name for path in (folder / USED).glob("*")})
 
 
+def is_used(folder: pathlib.Path, inference: str) -> bool:
+  """Whether an inference is marked as used."""
+  return (folder / USED / inference).exists()
+
+
+def discard(folder: pathlib.Path) -> int:
+  """Destroys all correlations in a role's folder, of every publication; returns how many.
+
+  What is still in the inbox stays; take it first (`inbox.collect`).
+  """
+  count = 0
+  for place in sorted(folder.rglob(CORRELATIONS)):
+    if place.relative_to(folder).parts[0] in _CARRIED:
+      continue
+    for path in place.glob("*"):
+      destroy(place.parent, path.name)
+      count += 1
+  return count
+
+
 def destroy(folder: pathlib.Path, inference: str) -> None:
   """Marks correlations as used, and removes them; none of this name need be there."""
   with contextlib.suppress(FileExistsError):
@@ -88,7 +114,7 @@ def check_unused(folder: pathlib.Path, inference: str) -> None:
   """
   if not re.fullmatch("[0-9a-f]{64}", inference):
     raise Refused(f"{inference!r} is no number of an inference")
-  if (folder / USED / inference).exists():
+  if is_used(folder, inference):
     raise _used(inference)
   if not (folder / CORRELATIONS / inference).is_file():
     raise Refused(f"nothing was dealt for inference {inference}")
@@ -115,23 +141,30 @@ class Reserved:
     folder, inference: as given to `take`.
 
   Raises:
-    Refused: as `take`.
+    Refused: as `take`; or the disk takes no mark.
+
+  Attributes:
+    inference, folder: as given.
   """
 
   def __init__(self, folder: pathlib.Path, inference: str):
     check_unused(folder, inference)
-    self.inference, self._folder, self._is_open = inference, folder, True
+    self.inference, self.folder, self._is_open = inference, folder, True
     try:
       durable.create(make(folder / USED) / inference, b"")
+      durable.sync_folder(folder / USED)
     except FileExistsError:
       raise _used(inference) from None
-    durable.sync_folder(folder / USED)
+    except OSError as error:  # a full disk, for one
+      raise Refused(
+        f"inference {inference} could not be marked as used: {error.strerror}"
+      ) from error
 
   def take(self) -> Correlations:
     """The correlations; raises as `folders.take` does."""
     self._close()
     try:
-      found: Correlations = saving.read(self._folder / CORRELATIONS / self.inference)
+      found: Correlations = saving.read(self.folder / CORRELATIONS / self.inference)
       found.check_committed()
       return found
     except FileNotFoundError:
@@ -146,8 +179,8 @@ class Reserved:
       ValueError: they were taken.
     """
     self._close()
-    (self._folder / USED / self.inference).unlink()
-    durable.sync_folder(self._folder / USED)
+    (self.folder / USED / self.inference).unlink()
+    durable.sync_folder(self.folder / USED)
 
   def _close(self) -> None:
     if not self._is_open:

@@ -4,21 +4,22 @@
 | --- | --- | --- |
 | HELLO | data owner | what this session is about: `Terms` |
 | WELCOME | model owner | its own `Terms` |
-| PREPARE | data owner | the number of an inference, 32 bytes |
-| ACCEPTED | model owner | nothing: it serves this inference, and the other side may draw, too |
+| PREPARE | data owner | the number of an inference, and the last `receipts` that it has |
+| ACCEPTED | model owner | a receipt: it serves this inference, and the other side may draw, too |
 | READY | model owner | nothing |
 | QUESTION | data owner | D = x - B' of the operands that need it, mostly nothing |
 | SHARES_0 | model owner | its shares of masked values, in each round |
 | SHARES_1 | data owner | the same |
 | OUTPUT | model owner | its shares of the outputs |
-| SCORE | data owner | of how many images a sum is opened (`scores`), and to whom |
-| TOTAL | each side to whose other one the sum is opened | its shares of that sum |
+| SCORE | data owner | what sum is opened, its last receipt, and numbers of inferences (`scores`) |
+| TOTAL_0, TOTAL_1 | model owner, data owner, where it is opened to the other | shares of that sum |
 | REQUEST | client, to each of two servers | the plan's SHA-256, and shares of its image |
 | RESULT | each of them | its shares of the outputs |
 
 Where a client only shares its image (`sharing`), the helper is the data owner of a session. Its
 QUESTION is the number of the client's request and follows HELLO at once, and OUTPUT is empty. Each
-server tells the client with READY that it has its share (`helping`).
+server tells the client with READY that it has its share (`helping`). The ACCEPTED that answers a
+SCORE names the inferences that serve it.
 
 A message is decoded for the place at which it is expected. Anything else is `Malformed`: another
 kind, session, number or length, or a message that is not as it was encoded. Each side numbers what
@@ -41,15 +42,17 @@ except ImportError as e:
 from primia_jax.service.errors import Malformed
 
 HELLO, WELCOME, PREPARE, READY, QUESTION, SHARES_0, SHARES_1, OUTPUT, REQUEST, RESULT = range(1, 11)
-ACCEPTED, SCORE, TOTAL = 11, 12, 13
+ACCEPTED, SCORE, TOTAL_0, TOTAL_1 = 11, 12, 13, 14
 NAMES = {
   HELLO: "HELLO", WELCOME: "WELCOME", PREPARE: "PREPARE", READY: "READY", QUESTION: "QUESTION",
   SHARES_0: "SHARES_0", SHARES_1: "SHARES_1", OUTPUT: "OUTPUT", REQUEST: "REQUEST",
-  RESULT: "RESULT", ACCEPTED: "ACCEPTED", SCORE: "SCORE", TOTAL: "TOTAL",
+  RESULT: "RESULT", ACCEPTED: "ACCEPTED", SCORE: "SCORE", TOTAL_0: "TOTAL_0", TOTAL_1: "TOTAL_1",
 }  # fmt: skip
-SHARES = (SHARES_0, SHARES_1)  # by party
-VERSION = 3
+SHARES, TOTALS = (SHARES_0, SHARES_1), (TOTAL_0, TOTAL_1)  # by party
+VERSION = 4
 SESSION_BYTES, INFERENCE_BYTES = 16, 32
+MOST_OFFERED = 4096  # inferences that one SCORE can name
+MOST_SCORE_BYTES = 128 + MOST_OFFERED * INFERENCE_BYTES
 NO_SESSION = bytes(SESSION_BYTES)
 _MAGIC = b"PMIS"
 _HEADER = struct.Struct("<4sBB16sIQ")  # magic, version, kind, session, number, bytes of the payload

@@ -13,7 +13,8 @@
 | models/NAME | each publication as the model owner gave it, with correlations and used |
 
 Both servers know a clinic by its certificate, and count its requests: a query costs the budget at
-each. A request is served once, and only where the same number came to both.
+each. A request is answered only where the same number is at both at the same time; numbers are not
+remembered, since an answer to the same shares tells nothing new and costs a query.
 """
 
 from __future__ import annotations
@@ -30,13 +31,23 @@ from primia_jax.mpc import apart, helping
 from primia_jax.mpc.helping import Helper
 from primia_jax.mpc.messages import Correlations
 from primia_jax.mpc.sharing import DATA_OWNER
-from primia_jax.service import certificates, channel, folders, inbox, publications, sessions
+from primia_jax.service import (
+  certificates,
+  channel,
+  folders,
+  inbox,
+  publications,
+  receipts,
+  sessions,
+)
 from primia_jax.service.channel import Limits, Receive
 from primia_jax.service.errors import Refused, SessionEnded
 from primia_jax.service.helping import Asked, Desk, assist, largest_message, serve_client
 from primia_jax.service.helping import serve_helper as answer_helper
-from primia_jax.service.institutions import Served
+from primia_jax.service.institutions import Served, collecting, verifying
 from primia_jax.service.journal import Journal
+
+_DOOR = 4  # streams besides, so that a clinic can be told that it is turned away
 
 
 class Helped(NamedTuple):
@@ -121,22 +132,25 @@ def serve(
   desks = {
     one.publication: Desk(limits.timeout / 2, limits.session, limits.sessions) for one in models
   }
+  keys = {one.publication: receipts.key(one.folder) for one in models}
   known = {sessions.terms(one.owner.plan, one.online, one.publication): one for one in models}
-  collect = _collecting(folder, inbox.MODEL_OWNER, journal)
+  collect = collecting(folder, inbox.MODEL_OWNER, journal)
+  verify = verifying(folder, journal, collect)
 
   def assisted(receive: Receive) -> Iterator[bytes]:
     hello = receive()
     waiting, asked = [hello], sessions.asked(hello)
     again = lambda idle=False: waiting.pop() if waiting else receive(idle=idle)
     model = known.get(asked, models[0]) if asked else models[0]
-    place = model.folder / helper
+    place, key = model.folder / helper, keys[model.publication]
 
-    def take(inference: str) -> Correlations:
+    def take(inference: str, shown: bytes) -> tuple[Correlations, bytes]:
+      verify(model, key, helper, shown)
       if only_checked and inference not in folders.checked(place):
         raise Refused(f"the dealing of inference {inference} was not checked; have it checked")
       found = folders.take(place, inference)
       journal.note("inference", clinic=helper, model=model.name, inference=inference)
-      return found
+      return found, receipts.issued(key, helper, inference)
 
     collect()
     yield from answer_helper(
@@ -148,9 +162,28 @@ def serve(
 
   of_clinic = _of_clinic(models, journal, submit, collect, stopping)
   session = lambda who, receive: assisted(receive) if who == helper else of_clinic(who, receive)
-  peers = _clinics(folder) | {helper: pem}
-  limits = limits._replace(sessions=2 * limits.sessions)  # a clinic's and the helper's, for each
-  with _listening(folder, models, address, peers, session, limits, journal, stopping) as port:
+  peers = certificates.clinics(folder) | {helper: pem}
+  room = threading.BoundedSemaphore(limits.sessions)
+
+  @contextlib.contextmanager
+  def admit(who: str) -> Iterator[None]:
+    """Clinics, of whatever model, take no more than their part, so that the helper has room."""
+    if who == helper:
+      yield
+      return
+    with journal.session(who):
+      if not room.acquire(blocking=False):
+        raise Refused(f"{limits.sessions} requests are at work, as many as may be; ask again later")
+      try:
+        yield
+      finally:
+        room.release()
+
+  # a clinic's and the helper's for each, and for those that are turned away
+  doubled = limits._replace(sessions=2 * limits.sessions + _DOOR)
+  with _listening(
+    folder, models, address, peers, session, doubled, journal, stopping, admit
+  ) as port:
     yield port
 
 
@@ -192,10 +225,12 @@ def assisting(
     except SessionEnded as error:
       raise type(error)(f"between helper and model owner: {error}") from error
 
-  collect = _collecting(folder, inbox.HELPER, journal)
+  collect = collecting(folder, inbox.HELPER, journal)
   session = _of_clinic(models, journal, answer, collect, stopping)
-  peers = _clinics(folder)
-  with _listening(folder, models, address, peers, session, limits, journal, stopping) as port:
+  peers, admit = certificates.clinics(folder), journal.session
+  with _listening(
+    folder, models, address, peers, session, limits, journal, stopping, admit
+  ) as port:
     yield port
 
 
@@ -220,40 +255,18 @@ def _of_clinic(
 
     at_work: list[tuple[Any, str, float]] = []
     sent, give = 0, lambda asked, left: answer(by_digest[asked.publication], asked, left)
-    journal.open_session(clinic)
-    try:
-      collect()
-      journal.note("session", clinic=clinic)
-      for message in serve_client(plans, accept, give, receive):
-        yield message
-        sent += len(message)
-      ((model, number, since),) = at_work
-      journal.note(
-        "answer", clinic=clinic, model=model.name, inference=number, images=model.images,
-        seconds=round(time.monotonic() - since, 4), bytes=sent,
-      )  # fmt: skip
-    finally:
-      journal.close_session(clinic)
+    collect()
+    journal.note("session", clinic=clinic)
+    for message in serve_client(plans, accept, give, receive):
+      yield message
+      sent += len(message)
+    ((model, number, since),) = at_work
+    journal.note(
+      "answer", clinic=clinic, model=model.name, inference=number, images=model.images,
+      seconds=round(time.monotonic() - since, 4), bytes=sent,
+    )  # fmt: skip
 
   return session
-
-
-def _collecting(folder: pathlib.Path, role: str, journal: Journal) -> Callable[[], None]:
-  lock = threading.Lock()
-
-  def collect() -> None:
-    """Takes what others have sent since; what they may not send is for the operator to see."""
-    with lock:
-      try:
-        inbox.collect(folder, role)
-      except ValueError as error:
-        journal.note("inbox", reason=str(error))
-
-  return collect
-
-
-def _clinics(folder: pathlib.Path) -> dict[str, bytes]:
-  return {path.stem: path.read_bytes() for path in (folder / certificates.CLINICS).glob("*.pem")}
 
 
 @contextlib.contextmanager
@@ -266,11 +279,11 @@ def _listening(
   limits: Limits,
   journal: Journal,
   stopping: threading.Event | None,
+  admit: channel.Admit,
 ) -> Iterator[int]:
-  def ended(who: str, error: SessionEnded) -> None:
-    journal.note("refusal", clinic=who, error=type(error).__name__, reason=str(error))
-
   largest = max(largest_message(one.owner.plan, one.online) for one in models)
   identity, limits = certificates.load(folder), limits._replace(message=largest)
-  with channel.listen(address, identity, peers, session, limits, ended, stopping) as port:
+  with channel.listen(
+    address, identity, peers, session, limits, journal.refused, stopping, admit
+  ) as port:
     yield port

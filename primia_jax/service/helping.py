@@ -9,8 +9,8 @@ its own shares of the outputs. `helped` has the servers.
   each -> client     READY
   helper -> owner    HELLO: terms; QUESTION: the number of the request
   owner -> helper    WELCOME: terms, once the request is there
-  helper -> owner    PREPARE: the number of an inference
-  owner -> helper    ACCEPTED: it is now used up on both sides; then READY
+  helper -> owner    PREPARE: the number of an inference, and the last receipt (`receipts`)
+  owner -> helper    ACCEPTED: its receipt, it is now used up on both sides; then READY
   both               SHARES_0 and SHARES_1, in each round; then OUTPUT, empty
   each -> client     RESULT: shares of the outputs
 """

@@ -2,7 +2,8 @@
 
 A role takes only what this sender may give it, under the names that it may have, and never replaces
 what it holds. So a dealer cannot let itself in as a clinic, and a delivery cannot change a pinned
-certificate.
+certificate. A model owner also refuses correlations that it has, or had, for another clinic: with
+one seed for two clinics, each would know the other's masks.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ import re
 
 from primia_jax import durable
 from primia_jax.mpc import saving
+from primia_jax.service import certificates, folders
 
 INBOX = "inbox"
 MODEL_OWNER, DEALER, CLINIC, HELPER = "model_owner", "dealer", "clinic", "helper"
 _NAME = r"[a-z0-9][a-z0-9-]{0,62}"
+_WHO = rf"(?!(?:{'|'.join(certificates.RESERVED)})/){_NAME}"  # a clinic or helper
 _INFERENCE = "correlations/[0-9a-f]{64}"
 # (role, sender) -> what it takes: a path, and whether a later one replaces it
 _TAKES = {
   (MODEL_OWNER, DEALER): (
     (f"models/{_NAME}/blind", False),
-    (f"models/{_NAME}/{_NAME}/{_INFERENCE}", False),
-    (f"models/{_NAME}/{_NAME}/openings.json", True),
+    (f"models/{_NAME}/{_WHO}/{_INFERENCE}", False),
+    (f"models/{_NAME}/{_WHO}/(openings|held).json", True),
   ),
   (DEALER, MODEL_OWNER): (
     (f"models/{_NAME}/(plan|tag)", False),
-    (f"models/{_NAME}/{_NAME}/challenge.json", True),
+    (f"models/{_NAME}/{_WHO}/challenge.json", True),
   ),
   (CLINIC, MODEL_OWNER): ((rf"models/{_NAME}/(about\.json|plan|publication|server\.pem)", False),),
   (CLINIC, DEALER): ((f"models/{_NAME}/{_INFERENCE}", False),),
@@ -40,12 +43,14 @@ def collect(folder: pathlib.Path, role: str) -> int:
   """Takes what other institutions have sent into the role's folder, and returns how many files.
 
   Names that begin with a dot are left alone, since rsync calls so what it is still copying. A file
-  that the role holds already is removed if it is the same.
+  that the role holds already is removed if it is the same. What is refused stays where it is, and
+  keeps nothing else from being taken.
 
   Raises:
-    ValueError: a sender gives what it may not, a file is damaged, or it differs from what is held.
+    ValueError: a sender gives what it may not, a file is damaged, or it differs from what is held;
+      or the file system refuses. The message says so of the first file, and how many others.
   """
-  count = 0
+  count, reasons = 0, list[str]()
   for (receiver, sender), takes in _TAKES.items():
     place = folder / INBOX / sender
     if receiver != role or not place.is_dir():
@@ -55,7 +60,15 @@ def collect(folder: pathlib.Path, role: str) -> int:
       if path.is_dir() and not path.is_symlink():
         continue
       if not any(part.startswith(".") for part in path.relative_to(place).parts):
-        count += _take(folder, path, name, takes)
+        try:
+          count += _take(folder, path, name, takes)
+        except ValueError as error:
+          reasons.append(str(error))
+        except OSError as error:
+          reasons.append(f"{path} cannot be taken ({error.strerror}); make room for it")
+  if reasons:
+    others = f" (and {len(reasons) - 1} other files)" * (len(reasons) > 1)
+    raise ValueError(reasons[0] + others)
   return count
 
 
@@ -68,6 +81,8 @@ def _take(
   if path.name in _CHECKED:
     saving.check(path)
   target = folder / name
+  if re.fullmatch(f"models/{_NAME}/{_WHO}/{_INFERENCE}", name):
+    _check_alone(path, target)
   if target.exists() and not replaces[0]:
     if target.read_bytes() != path.read_bytes():
       raise ValueError(
@@ -79,6 +94,18 @@ def _take(
   os.replace(path, target)
   durable.sync_folder(target.parent)
   return 1
+
+
+def _check_alone(path: pathlib.Path, target: pathlib.Path) -> None:
+  """Refuses an inference that another clinic of the same publication has, or had."""
+  who, number = target.parents[1], target.name
+  others = (p for p in who.parent.glob("*") if p != who)
+  for other in others:
+    if any((other / kept / number).exists() for kept in (folders.CORRELATIONS, folders.USED)):
+      raise ValueError(
+        f"{path} was dealt to {other.name}, too: one seed for two clinics gives each the other's "
+        "masks; remove it, and publish anew with another dealer"
+      )
 
 
 def _folders(folder: pathlib.Path, path: pathlib.Path) -> None:

@@ -10,7 +10,7 @@
 | file in a clinic's folder | what |
 | --- | --- |
 | key.pem, certificate.pem | its identity |
-| models/NAME | each publication, with correlations and used |
+| models/NAME | each publication, with correlations, used, and the last receipt (`receipts`) |
 
 Both have an inbox and an outbox (`inbox`).
 """
@@ -31,13 +31,23 @@ from primia_jax.mpc import apart
 from primia_jax.mpc.messages import Correlations
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
-from primia_jax.service import certificates, channel, folders, frames, inbox, scores, sessions
+from primia_jax.service import (
+  certificates,
+  channel,
+  folders,
+  frames,
+  inbox,
+  receipts,
+  scores,
+  sessions,
+)
 from primia_jax.service.channel import Limits
-from primia_jax.service.errors import Refused, SessionEnded
+from primia_jax.service.errors import PutBack, Refused, SessionEnded, UsedUp
 from primia_jax.service.journal import Journal
 from primia_jax.types import PyTree
 
 CLINICS = certificates.CLINICS
+_SPARE = 8  # correlations that a score offers besides twice what it needs
 
 
 class Served(NamedTuple):
@@ -87,7 +97,13 @@ def serve(
   """
   online = apart.online(owner.plan, MODEL_OWNER) if online is None else online
   one = Served("model", folder, owner, publication, online)
-  with _listening(folder, [one], address, limits, _plain, ended) as port:
+  key = receipts.key(folder)
+
+  def plain(model: Served, clinic: str, receive: channel.Receive) -> Iterator[bytes]:
+    take = receipts.taking(key, clinic, model.folder / clinic)
+    return sessions.serve(model.owner, model.online, model.publication, take, receive)
+
+  with _listening(folder, [one], address, limits, plain, ended) as port:
     yield port
 
 
@@ -115,46 +131,53 @@ def serve_models(
     stopping: once it is set, no inference is begun, and those at work are finished.
     only_checked: refuse correlations of a dealing from which none were checked (`supply`).
   """
-  stop, lock = threading.Event() if stopping is None else stopping, threading.Lock()
-
-  def collect() -> None:
-    """Takes what the dealer has sent since; what it may not send is for the operator to see."""
-    with lock:
-      try:
-        inbox.collect(folder, inbox.MODEL_OWNER)
-      except ValueError as error:
-        journal.note("inbox", reason=str(error))
+  stop = threading.Event() if stopping is None else stopping
+  collect = collecting(folder, inbox.MODEL_OWNER, journal)
+  verify = verifying(folder, journal, collect)
+  keys = {one.publication: receipts.key(one.folder) for one in models}
 
   def session(model: Served, clinic: str, receive: channel.Receive) -> Iterator[bytes]:
-    place, begun = model.folder / clinic, [(0.0, "")]
+    place, begun, charged = model.folder / clinic, [(0.0, "")], set[str]()
+    key = keys[model.publication]
 
-    def check(inference: str) -> None:
+    def check_open(shown: bytes) -> None:
+      verify(model, key, clinic, shown)
       if stop.is_set():
         raise Refused("the server is stopping; ask again later")
+
+    def check(inference: str, shown: bytes) -> None:
+      check_open(shown)
       folders.check_unused(place, inference)
       if only_checked and inference not in folders.checked(place):
         raise Refused(f"the dealing of inference {inference} was not checked; have it checked")
 
-    def take(inference: str) -> Correlations:
-      check(inference)
+    def take(inference: str, shown: bytes) -> tuple[Correlations, bytes]:
+      check(inference, shown)
       journal.charge(clinic, model.name, inference, model.images)
       begun[0] = time.monotonic(), inference
-      return folders.take(place, inference)
+      return folders.take(place, inference), receipts.issued(key, clinic, inference)
 
-    def take_charged(inference: str) -> Correlations:
-      check(inference)
-      return folders.take(place, inference)
+    def take_charged(inference: str, shown: bytes) -> tuple[Correlations, bytes]:
+      check(inference, shown)
+      if inference not in charged:
+        raise Refused(f"inference {inference} is none of those that were agreed on for this score")
+      return folders.take(place, inference), receipts.issued(key, clinic, inference)
 
-    def begin(count: int, runs: int) -> None:
+    def begin(count: int, runs: int, offered: Sequence[str], shown: bytes) -> list[str]:
+      check_open(shown)
       found = set(folders.unused(place))
       if only_checked:
         found &= folders.checked(place)
-      if len(found) < runs:
+      chosen = [number for number in dict.fromkeys(offered) if number in found][:runs]
+      if len(chosen) < runs:
         raise Refused(
-          f"{count} images need {runs} inferences, and {len(found)} may be used; have the dealer "
-          "deal more"
+          f"{count} images need {runs} inferences; of {len(offered)} that the hospital offers, "
+          f"{len(chosen)} may be used here. Have both halves of the dealer's delivery arrived, and "
+          "was it checked where it must be? Else have it deal more"
         )
       journal.charge(clinic, model.name, "", runs * model.images)  # what fills the last one, too
+      charged.update(chosen)
+      return chosen
 
     def messages() -> Iterator[bytes]:
       if not model.opened_to:
@@ -165,34 +188,71 @@ def serve_models(
       )  # fmt: skip
 
     sent = 0
-    journal.open_session(clinic)
-    try:
-      collect()
-      journal.note("session", clinic=clinic, model=model.name)
-      for message in messages():
-        yield message
-        sent += len(message)
-        if frames.kind_of(message) == frames.OUTPUT:
-          since, inference = begun[0]
-          journal.note(
-            "answer", clinic=clinic, model=model.name, inference=inference, images=model.images,
-            seconds=round(time.monotonic() - since, 4), bytes=sent,
-          )  # fmt: skip
-          sent = 0
-      journal.note("end", clinic=clinic, model=model.name)
-    finally:
-      journal.close_session(clinic)
+    collect()
+    journal.note("session", clinic=clinic, model=model.name)
+    for message in messages():
+      yield message
+      sent += len(message)
+      if frames.kind_of(message) == frames.OUTPUT:
+        since, inference = begun[0]
+        journal.note(
+          "answer", clinic=clinic, model=model.name, inference=inference, images=model.images,
+          seconds=round(time.monotonic() - since, 4), bytes=sent,
+        )  # fmt: skip
+        sent = 0
+    journal.note("end", clinic=clinic, model=model.name)
 
-  def ended(clinic: str, error: SessionEnded) -> None:
-    journal.note("refusal", clinic=clinic, error=type(error).__name__, reason=str(error))
-
-  with _listening(folder, models, address, limits, session, ended, stop) as port:
+  with _listening(
+    folder, models, address, limits, session, journal.refused, stop, journal.session
+  ) as port:
     yield port
 
 
-def _plain(model: Served, clinic: str, receive: channel.Receive) -> Iterator[bytes]:
-  take = lambda inference: folders.take(model.folder / clinic, inference)
-  return sessions.serve(model.owner, model.online, model.publication, take, receive)
+def collecting(folder: pathlib.Path, role: str, journal: Journal) -> Callable[[], None]:
+  """What a server does before each session: it takes what others have sent since. What they may not
+  send is for the operator to see, and is said once.
+  """
+  lock, said = threading.Lock(), [""]
+
+  def collect() -> None:
+    with lock:
+      reason = ""
+      try:
+        inbox.collect(folder, role)
+      except ValueError as error:
+        reason = str(error)
+      if reason and reason != said[0]:
+        journal.note("inbox", reason=reason)
+      said[0] = reason
+
+  return collect
+
+
+def verifying(
+  folder: pathlib.Path, journal: Journal, collect: Callable[[], None]
+) -> Callable[[Served, bytes, str, bytes], None]:
+  """Checks the receipt that a clinic or helper shows; a server that was put back discards all.
+
+  Args:
+    folder: the model owner's.
+    journal: says so.
+    collect: takes what lies in the inbox.
+
+  Returns:
+    (model, the server's key, who shows it, the receipt) -> None; raises as `receipts.check`.
+  """
+
+  def verify(model: Served, key: bytes, who: str, shown: bytes) -> None:
+    try:
+      receipts.check(key, who, model.folder / who, shown)
+    except PutBack as error:
+      collect()  # or what was used since would come back from there
+      count = folders.discard(folder)
+      reason = f"{error} ({count} inferences are destroyed)"
+      journal.note("put back", clinic=who, model=model.name, reason=reason)
+      raise
+
+  return verify
 
 
 @contextlib.contextmanager
@@ -204,10 +264,11 @@ def _listening(
   session: Callable[[Served, str, channel.Receive], Iterator[bytes]],
   ended: Callable[[str, SessionEnded], None],
   stopping: threading.Event | None = None,
+  admit: channel.Admit = contextlib.nullcontext,
 ) -> Iterator[int]:
   largest = [sessions.largest_message(one.owner.plan, one.online) for one in models]
   limits = limits._replace(message=max(largest))
-  clinics = {path.stem: path.read_bytes() for path in (folder / CLINICS).glob("*.pem")}
+  clinics = certificates.clinics(folder)
   known = {sessions.terms(one.owner.plan, one.online, one.publication): one for one in models}
 
   def chosen(clinic: str, receive: channel.Receive) -> Iterator[bytes]:
@@ -219,7 +280,7 @@ def _listening(
     yield from session(known.get(asked, models[0]) if asked else models[0], clinic, again)
 
   identity = certificates.load(folder)
-  with channel.listen(address, identity, clinics, chosen, limits, ended, stopping) as port:
+  with channel.listen(address, identity, clinics, chosen, limits, ended, stopping, admit) as port:
     yield port
 
 
@@ -238,6 +299,27 @@ class Clinic:
     """
     if not self._session.is_prepared:
       self._session.prepare(self._reserve())
+
+  def _reserve_many(self, runs: int) -> list[folders.Reserved]:
+    """Correlations for so many runs, and as many again, where there are, for the server to choose
+    from: the two halves of a delivery need not have arrived together.
+    """
+    found = folders.unused(self._folder)
+    most, reserved = min(2 * runs + _SPARE, frames.MOST_OFFERED), list[folders.Reserved]()
+    try:
+      for number in secrets.SystemRandom().sample(found, min(most, len(found))):
+        with contextlib.suppress(UsedUp):  # another process of this clinic has just taken it
+          reserved.append(folders.Reserved(self._folder, number))
+      if len(reserved) < runs:
+        raise LookupError(
+          f"{self._folder} has {len(reserved)} unused correlations, and {runs} are needed; have "
+          "the dealer deal more"
+        )
+    except BaseException:
+      for one in reserved:
+        one.release()
+      raise
+    return reserved
 
   def _reserve(self) -> folders.Reserved:
     found = folders.unused(self._folder)
@@ -265,7 +347,8 @@ class Clinic:
       SessionEnded, LookupError: as `ask`; nothing is opened.
     """
     scores.check_count(self._session.plan, count)
-    return scores.ask(self._session, self._reserve, parts, count, opened_to, enter)
+    reserved = self._reserve_many(scores.runs_of(self._session.plan, count))
+    return scores.ask(self._session, reserved, parts, count, opened_to, enter)
 
 
 @contextlib.contextmanager

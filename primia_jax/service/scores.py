@@ -1,8 +1,10 @@
 """A session in which a hospital scores a vendor's model: only a sum over many images is opened.
 
-It is `mpc.scoring` between two institutions. The hospital says of how many images the sum shall be
-and to whom it is opened, and the vendor accepts or refuses, before either draws correlations. Then
-come as many inferences as the images need, in which neither side sends its shares of the outputs.
+It is `mpc.scoring` between two institutions. The hospital says of how many images the sum shall be,
+to whom it is opened, and which inferences it offers. The vendor refuses, or charges all images and
+names the inferences that serve, before either draws correlations. Then come these inferences, in
+which neither side sends its shares of the outputs. What a session that ends early has not reached,
+neither side has drawn, and it serves another time.
 Each adds its own up. At last the sums' shares are sent to whom the result is opened: first the
 hospital's, then the vendor's.
 
@@ -29,14 +31,17 @@ from primia_jax.mpc.apart import Online
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
-from primia_jax.service import frames, sessions
-from primia_jax.service.errors import Refused
+from primia_jax.service import frames, receipts, sessions
+from primia_jax.service.errors import Malformed, Refused
 from primia_jax.service.folders import Reserved
 from primia_jax.types import Array
 
 HOSPITAL, VENDOR, BOTH = "hospital", "vendor", "both"
 RECEIVERS = (HOSPITAL, VENDOR, BOTH)
-_SCORE = struct.Struct("<QB")  # images, and the number of the receiver in RECEIVERS
+_SCORE = struct.Struct(f"<QB{receipts.SHOWN_BYTES}s")  # images, receiver in RECEIVERS, a receipt
+
+# (images, runs, numbers that are offered, receipt that is shown) -> those that serve, charged
+Begin = Callable[[int, int, Sequence[str], bytes], Sequence[str]]
 
 
 def serve(
@@ -44,7 +49,7 @@ def serve(
   online: Online,
   publication: str,
   opened_to: str,
-  begin: Callable[[int, int], None],
+  begin: Begin,
   take: sessions.Take,
   learn: Callable[[np.ndarray], None],
   receive: sessions.Receive,
@@ -56,7 +61,7 @@ def serve(
     online: its program, which opens nothing.
     publication: which publication it serves.
     opened_to: one of RECEIVERS.
-    begin: (images, runs) -> None once they are charged; raises Refused before anything is drawn.
+    begin: chooses inferences and charges the images; raises Refused before anything is drawn.
     take: gives the correlations of an inference, once.
     learn: is given the result if it is opened to the vendor.
     receive: waits for the next message.
@@ -66,14 +71,16 @@ def serve(
       hospital's share of the sum has come.
   """
   frame = yield from sessions.welcomed(sessions.terms(owner.plan, online, publication), receive)
-  asked = frame.decode(sessions.some(receive(idle=True)), frames.SCORE, _SCORE.size)
-  count, to = _SCORE.unpack(asked)
+  message = sessions.some(receive(idle=True))
+  asked = frame.decode(message, frames.SCORE, _score_bytes(message))
+  count, to, shown = _SCORE.unpack(asked[: _SCORE.size])
   if to >= len(RECEIVERS) or RECEIVERS[to] != opened_to:
     raise Refused(f"the model owner opens the result to: {opened_to}; agree on the same")
   check_count(owner.plan, count)
   runs = runs_of(owner.plan, count)
-  begin(count, runs)
-  yield frame.encode(frames.ACCEPTED)
+  offered = [number.hex() for number in _numbers(asked[_SCORE.size :])]
+  chosen = begin(count, runs, offered, shown)
+  yield frame.encode(frames.ACCEPTED, bytes.fromhex("".join(chosen)))
   total = scoring.Total(owner.plan, MODEL_OWNER)
   for _ in range(runs):
     message = sessions.some(receive(idle=True))
@@ -82,15 +89,15 @@ def serve(
     total.add((yield from sessions.answered(owner, online, frame, receive, prepared, message)))
   own = total.take()
   if opened_to != HOSPITAL:
-    payload = frame.decode(sessions.some(receive()), frames.TOTAL, _num_bytes(own))
+    payload = frame.decode(sessions.some(receive()), frames.TOTAL_1, _num_bytes(own))
     learn(scoring.opened_apart(owner.plan, own, _like(own, payload)))
   if opened_to != VENDOR:
-    yield frame.encode(frames.TOTAL, _packed(own))
+    yield frame.encode(frames.TOTAL_0, _packed(own))
 
 
 def ask(
   asking: sessions.Asking,
-  reserve: Callable[[], Reserved],
+  reserved: Sequence[Reserved],
   parts: Iterable[Sequence[Any]],
   count: int,
   opened_to: str,
@@ -100,7 +107,8 @@ def ask(
 
   Args:
     asking: the session, whose program opens nothing.
-    reserve: gives correlations for one run.
+    reserved: correlations for the runs, and some more from which the vendor can choose; those that
+      are not drawn are released.
     parts: (images, labels) of each run, as planned.
     count: of images, without what fills the last run.
     opened_to: one of RECEIVERS.
@@ -109,36 +117,67 @@ def ask(
   Raises:
     SessionEnded: what was charged stays charged, and nothing is opened to the hospital; the vendor
       may have the result if the hospital's share of it was sent.
+    ValueError: there are more parts than the images need.
   """
-  asking.tell(frames.SCORE, _SCORE.pack(count, RECEIVERS.index(opened_to)))
-  asking.hear(frames.ACCEPTED, 0)
-  enter()
+  left = {bytes.fromhex(one.inference): one for one in reserved}
   total = scoring.Total(asking.plan, DATA_OWNER)
-  for part in parts:
-    asking.prepare(reserve())
-    total.add(asking.shares(*part))
+  try:
+    shown = receipts.shown(reserved[0].folder)
+    terms = _SCORE.pack(count, RECEIVERS.index(opened_to), shown)
+    asking.tell(frames.SCORE, terms + b"".join(left))
+    runs = runs_of(asking.plan, count)
+    chosen = _numbers(asking.hear(frames.ACCEPTED, runs * frames.INFERENCE_BYTES))
+    if len(set(chosen) & left.keys()) < runs:
+      raise Malformed("the vendor chose other inferences than were offered")
+    for number in left.keys() - set(chosen):
+      left.pop(number).release()
+    enter()
+    for part in parts:
+      if not chosen:
+        raise ValueError(f"there are more than {runs} parts of {count} images")
+      asking.prepare(left.pop(chosen.pop(0)))
+      total.add(asking.shares(*part))
+  finally:
+    for one in left.values():
+      one.release()
   own = total.take()
   if opened_to != HOSPITAL:
-    asking.tell(frames.TOTAL, _packed(own))
+    asking.tell(frames.TOTAL_1, _packed(own))
   if opened_to == VENDOR:
     return None
   return scoring.opened_apart(
-    asking.plan, _like(own, asking.hear(frames.TOTAL, _num_bytes(own))), own
+    asking.plan, _like(own, asking.hear(frames.TOTAL_0, _num_bytes(own))), own
   )
 
 
 def check_count(plan: Plan, count: int) -> None:
   """Raises Refused for a number of images that tells single ones, or does not fit the ring."""
-  most = scoring.most_images(plan)
+  most = min(scoring.most_images(plan), frames.MOST_OFFERED * _batch(plan))
   if not scoring.FEWEST <= count <= most:
     raise Refused(f"a result may be of {scoring.FEWEST} to {most} images, not {count}")
 
 
 def runs_of(plan: Plan, count: int) -> int:
   """Runs of the protocol for so many images."""
+  return -(-count // _batch(plan))
+
+
+def _batch(plan: Plan) -> int:
   owned = zip(plan.owners, plan.program.avals, strict=True)
-  batch = next(aval.shape[0] for owner, aval in owned if owner == DATA_OWNER)
-  return -(-count // batch)
+  return next(aval.shape[0] for owner, aval in owned if owner == DATA_OWNER)
+
+
+def _score_bytes(message: bytes) -> int:
+  """What the payload of such a SCORE must have: it names 1 to MOST_OFFERED inferences."""
+  rest = len(message) - frames.HEADER_BYTES - _SCORE.size
+  return _SCORE.size + frames.INFERENCE_BYTES * min(
+    max(1, rest // frames.INFERENCE_BYTES), frames.MOST_OFFERED
+  )
+
+
+def _numbers(payload: memoryview) -> list[bytes]:
+  size = frames.INFERENCE_BYTES
+  return [bytes(payload[i : i + size]) for i in range(0, len(payload), size)]
 
 
 def _packed(shares: Sequence[Array]) -> bytes:

@@ -24,7 +24,7 @@ from primia_jax.mpc.messages import Correlations, Prepared, Question, Side
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER
-from primia_jax.service import frames
+from primia_jax.service import frames, receipts
 from primia_jax.service.errors import PeerLost, Refused, SessionEnded, UsedUp
 from primia_jax.service.folders import Reserved
 from primia_jax.service.frames import Numbered, Place, Terms
@@ -32,8 +32,10 @@ from primia_jax.types import Array, PyTree
 
 Send = Callable[[bytes], None]
 Receive = Callable[..., bytes | None]  # (idle) -> None: the other side has ended the session
-# By number of the inference. It raises Refused before anything is drawn, or UsedUp.
-Take = Callable[[str], Correlations]
+# (number of the inference, the receipt that is shown) -> correlations and their receipt. It raises
+# Refused before anything is drawn, or UsedUp.
+Take = Callable[[str, bytes], tuple[Correlations, bytes]]
+_PREPARE_BYTES = frames.INFERENCE_BYTES + receipts.SHOWN_BYTES
 
 
 def terms(plan: Plan, online: Online, publication: str) -> Terms:
@@ -75,7 +77,8 @@ def asked(hello: bytes | None) -> Terms | None:
 
 def largest_message(plan: Plan, online: Online) -> int:
   """Bytes of the longest message of a session."""
-  payloads = (frames.TERMS_BYTES, question_bytes(plan), *online.sizes)
+  scores = 0 if online.opens else frames.MOST_SCORE_BYTES
+  payloads = (frames.TERMS_BYTES, _PREPARE_BYTES, scores, question_bytes(plan), *online.sizes)
   return frames.HEADER_BYTES + max(payloads)
 
 
@@ -88,7 +91,7 @@ def serve(
     owner: the model owner, with its publication.
     online: its program.
     publication: which publication it serves.
-    take: gives the correlations of an inference, once.
+    take: gives the correlations of an inference, once (`receipts.take`).
     receive: waits for the next message.
 
   Raises:
@@ -116,11 +119,12 @@ def accepted(
   owner: ModelOwner, take: Take, frame: Numbered, message: bytes
 ) -> Generator[bytes, None, Prepared]:
   """The model owner's side from a PREPARE to READY."""
-  number = frame.decode(message, frames.PREPARE, frames.INFERENCE_BYTES)
-  correlations = take(number.hex())
+  payload = frame.decode(message, frames.PREPARE, _PREPARE_BYTES)
+  number, shown = payload[: frames.INFERENCE_BYTES], payload[frames.INFERENCE_BYTES :]
+  correlations, receipt = take(number.hex(), bytes(shown))
   if correlations.inference != number.hex():
     raise Refused("the correlations of this inference are filed under another number")
-  yield frame.encode(frames.ACCEPTED)
+  yield frame.encode(frames.ACCEPTED, receipt)
   prepared = prepared_by(owner, correlations)
   yield frame.encode(frames.READY)
   return prepared
@@ -170,14 +174,16 @@ def drawn(reserved: Reserved, frame: Numbered, send: Send, receive: Receive) -> 
   Raises:
     SessionEnded: whatever ends the session.
   """
-  send(frame.encode(frames.PREPARE, bytes.fromhex(reserved.inference)))
+  number, shown = bytes.fromhex(reserved.inference), receipts.shown(reserved.folder)
+  send(frame.encode(frames.PREPARE, number + shown))
   try:
     answer = some(receive())
   except Refused as error:
     if not isinstance(error, UsedUp):
       reserved.release()
     raise
-  frame.decode(answer, frames.ACCEPTED, 0)
+  receipt = frame.decode(answer, frames.ACCEPTED, receipts.BYTES)
+  receipts.keep(reserved.folder, reserved.inference, bytes(receipt))
   return reserved.take()
 
 

@@ -22,18 +22,19 @@ from typing import Any
 
 import numpy as np
 
-# For TLS 1.3 only, as `channel` explains; gRPC reads it when it is loaded.
-os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")
+from primia_jax.service import ciphers
+
+ciphers.permit_tls_1_3_only()
 
 try:
   import grpc
 except ImportError as e:
   raise ImportError("the client needs gRPC: pip install 'primia-jax[service]'") from e
 
-from primia_jax.service import frames
-from primia_jax.service.cards import Card, Server
-from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded
-from primia_jax.service.frames import Place
+from primia_jax.service import frames  # noqa: E402
+from primia_jax.service.cards import Card, Server  # noqa: E402
+from primia_jax.service.errors import PeerLate, PeerLost, Refused, SessionEnded  # noqa: E402
+from primia_jax.service.frames import Place  # noqa: E402
 
 METHOD, PUBLICATION_BYTES = "/primia_jax.EncryptedInference/Session", 32
 _END = b""

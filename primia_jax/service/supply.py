@@ -12,13 +12,18 @@ travel to its receiver alone, encrypted. The dealer keeps no copy, and without c
 either.
 
 **Checks** (`audited`): the dealer gives the model owner its part of all inferences, and holds back
-the clinic's. The model owner draws some at random (`challenge`), the dealer opens their seeds to it
-alone (`release`), destroys these inferences and all seeds, and only then gives the clinic its part
-of the others. So no seed of an inference that can be used was ever opened, or still exists. The
+the clinic's. It says which these are (HELD), since others may be with the clinic already. The model
+owner draws some of them at random (`challenge`), the dealer opens their seeds to it alone
+(`release`), destroys these inferences and all seeds, and only then gives the clinic its part of the
+others. So no seed of an inference that can be used was ever opened, or still exists. The
 model owner computes each opened one anew (`check`). If b of N are bad and m are opened, all checks
 pass with probability C(N - b, m) / C(N, m) <= (1 - m/N)^b: with half of them opened, 20 bad ones
 stay unseen with probability 1e-6 at most. A clinic's part that differs from what the model owner
-checked has another number, which the clinic sees when it takes it.
+checked has another number, which the clinic sees when it takes it. N counts what the dealer says
+that it holds; what it leaves out is not checked, and `institutions` can refuse to use it.
+
+Each step may be repeated after a kill. A dealer's folder must not be put back to an earlier state:
+it would hold seeds of inferences that a clinic has.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ from primia_jax.service import folders, inbox, publications
 from primia_jax.service.folders import CORRELATIONS
 
 MODEL_OWNER = inbox.MODEL_OWNER
-CHALLENGE, OPENINGS = "challenge.json", "openings.json"
+CHALLENGE, OPENINGS, HELD = "challenge.json", "openings.json", "held.json"
 _REST, _DECIDED = "rest", ".decided"
 _OVERHEAD = 2**16  # bytes of a file besides what is dealt
 
@@ -155,6 +160,14 @@ def top_up(
     if before is not None:
       before.result()
       dealt()
+  _say_held(folder, name, clinic)
+
+
+def _say_held(folder: pathlib.Path, name: str, clinic: str) -> None:
+  """Tells the model owner which of a clinic's inferences have not left the dealer's folder."""
+  held = sorted(path.name for path in _held(folder, name, clinic).glob("*"))
+  outbox = folders.make(_outbox(folder, MODEL_OWNER, name) / clinic)
+  durable.replace(outbox / HELD, json.dumps(held).encode())
 
 
 def _finish(stage: pathlib.Path, first: pathlib.Path, second: pathlib.Path) -> None:
@@ -208,7 +221,8 @@ def release(folder: pathlib.Path, name: str, clinic: str) -> tuple[int, int]:
     if not numbers or not numbers < there:
       raise ValueError(
         f"{asked} names {len(numbers - there)} inferences that are not held, of {len(numbers)}; "
-        "only some of those that no clinic has are opened"
+        "only some of those that no clinic has are opened, and each once. If this challenge was "
+        f"answered before, copy {folder}/outbox/model_owner again; else publish anew"
       )
     durable.replace(decided, json.dumps(sorted(numbers)).encode())
     asked.unlink()
@@ -227,6 +241,7 @@ def release(folder: pathlib.Path, name: str, clinic: str) -> tuple[int, int]:
   for path in left:
     path.rename(released / path.name)
   durable.sync_folder(released)
+  _say_held(folder, name, clinic)
   decided.unlink()
   return len(opened), len(left)
 
@@ -234,42 +249,58 @@ def release(folder: pathlib.Path, name: str, clinic: str) -> tuple[int, int]:
 # ---- the model owner
 
 
+def is_answered(folder: pathlib.Path, name: str, clinic: str) -> bool:
+  """Whether a challenge is open and the dealer's answer to it has come."""
+  place = publications.model_folder(folder, name) / clinic
+  return (place / CHALLENGE).exists() and (place / OPENINGS).exists()
+
+
 def challenge(folder: pathlib.Path, name: str, clinic: str, share: float) -> int:
-  """Draws a share of a clinic's unused inferences to be opened, and destroys its own part of them.
+  """Draws a share of what the dealer holds back to be opened, and destroys its own part of that.
+
+  While a challenge is open, the same one is sent again.
+
+  Args:
+    folder: the model owner's.
+    name: of the publication.
+    clinic: the clinic's name.
+    share: of the unused inferences that were not checked and that no clinic has.
 
   Returns:
     How many are asked for; the list is in the dealer's outbox.
 
   Raises:
-    ValueError: the share is not in (0, 1), or there are too few inferences.
+    ValueError: the share is not in (0, 1), or the dealer holds too few.
   """
   if not 0 < share < 1:
     raise ValueError(f"share={share}; use more than 0 and less than 1")
   place = publications.model_folder(folder, name) / clinic
-  if (place / CHALLENGE).exists():
-    raise ValueError(
-      f"{place / CHALLENGE} has no answer yet; copy the dealer's answer into inbox/dealer"
-    )
-  numbers = folders.unused(place)
-  count = round(share * len(numbers))
-  if not 0 < count < len(numbers):
-    raise ValueError(
-      f"share={share} of the {len(numbers)} unused inferences of {clinic} is none or all; deal more"
-    )
-  asked = sorted(secrets.SystemRandom().sample(numbers, count))
-  text = json.dumps(asked).encode()
-  rest = "\n".join(sorted(set(numbers) - set(asked)))
-  durable.replace(place / _REST, rest.encode())
-  durable.replace(place / CHALLENGE, text)
+  if not (place / CHALLENGE).exists():
+    (place / OPENINGS).unlink(missing_ok=True)  # of no challenge: nothing was asked yet
+    held = set(_listed(place / HELD)) if (place / HELD).is_file() else set()
+    numbers = sorted(held & set(folders.unused(place)) - folders.checked(place))
+    count = round(share * len(numbers))
+    if not 0 < count < len(numbers):
+      raise ValueError(
+        f"share={share} of the {len(numbers)} inferences that the dealer holds back for {clinic} "
+        "is none or all; have it deal more with primia-deal --checked"
+      )
+    asked = sorted(secrets.SystemRandom().sample(numbers, count))
+    rest = "\n".join(sorted(set(numbers) - set(asked)))
+    durable.replace(place / _REST, rest.encode())
+    durable.replace(place / CHALLENGE, json.dumps(asked).encode())
+  asked = _listed(place / CHALLENGE)
   for number in asked:
     folders.destroy(place, number)
   outbox = folder / publications.OUTBOX / "dealer" / publications.MODELS / name / clinic
-  durable.replace(folders.make(outbox) / CHALLENGE, text)
-  return count
+  durable.replace(folders.make(outbox) / CHALLENGE, json.dumps(asked).encode())
+  return len(asked)
 
 
 def check(folder: pathlib.Path, name: str, clinic: str, recomputed: Callable[[bytes], str]) -> int:
   """Checks what the dealer opened; bad ones cost it all of this clinic's correlations.
+
+  The challenge is closed at last, so that a process that was killed checks the same again.
 
   Args:
     folder: the model owner's.
@@ -281,7 +312,8 @@ def check(folder: pathlib.Path, name: str, clinic: str, recomputed: Callable[[by
     How many were opened, all of them good.
 
   Raises:
-    ValueError: the dealer opened others than were asked for, or some are bad.
+    ValueError: the dealer opened others than were asked for, or some are bad. An answer to another
+      challenge costs it nothing.
   """
   place = publications.model_folder(folder, name) / clinic
   asked = _listed(place / CHALLENGE)
@@ -290,6 +322,12 @@ def check(folder: pathlib.Path, name: str, clinic: str, recomputed: Callable[[by
     seeds = {number: bytes.fromhex(seed) for number, seed in openings.items()}
   except (ValueError, AttributeError, TypeError) as error:
     raise ValueError(f"{place / OPENINGS} is damaged ({error}); copy it again") from error
+  if not seeds.keys() & set(asked):
+    (place / OPENINGS).unlink()
+    raise ValueError(
+      f"{place / OPENINGS} answers another challenge than the one that is open, and was removed; "
+      "copy the dealer's answer to this one into inbox/dealer"
+    )
   bad = [n for n in asked if n not in seeds or recomputed(seeds[n]) != n]
   if bad:
     for number in folders.unused(place):
