@@ -195,7 +195,11 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
     raise ValueError(
       f"rows hold none of {[key for lines in CURVES.values() for key in lines]}; give at least one"
     )
-  heights = [1.2 if panel in SINGLE else 2.6 for panel in panels]
+  is_empty = {
+    panel: not any(_is_shown(row.get(key)) for row in rows for key in lines)
+    for panel, lines in panels.items()
+  }
+  heights = [1.2 if panel in SINGLE or is_empty[panel] else 2.6 for panel in panels]
   figure = Figure(figsize=(7.2, sum(heights) + 1.3), layout="constrained")
   all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[
     :, 0
@@ -224,7 +228,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
         axes.plot(x[best], y[best], "*", color=INK, markersize=11, linestyle="none", label=label)
     axes.set_ylabel(panel)
     tidy(axes)
-    if not any(_is_shown(row.get(key)) for row in rows for key in lines):
+    if is_empty[panel]:
       axes.set_yticks([])  # nothing here is a number
     if panel in SINGLE:
       axes.set_ylim(bottom=0)

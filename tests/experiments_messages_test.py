@@ -59,7 +59,7 @@ def test_what_is_relayed_is_named_and_all_is_in_the_page(run, tmp_path):
   whats = [row.what for row in rows]
   for name in ("Hello", "Word", "Start"):
     assert any(what.startswith(f"message {name}: ") for what in whats)
-    assert any(what.endswith(f"({name} of all sites)") for what in whats)
+    assert f"message Relayed: the {name} of all sites" in whats
   hello = next(row for row in rows if row.what.startswith("message Hello"))
   assert "how many images" in hello.what
   assert hello.receiver == "coordinator and all sites"

@@ -24,7 +24,7 @@ from flower_world import (
   site,
 )
 
-from experiments import settings
+from experiments import messages_crossed, settings
 from primia_jax import durable
 from primia_jax.privacy import chain, ledger
 from primia_jax.secagg import Aborted, keys, meeting, pinning, protocol, roster
@@ -227,6 +227,27 @@ def site_disk_is_full(root):
     number += 1
 
 
+def site_cannot_note_messages(root):
+  """From a message on, which is then not sent: its hello, its proposal, or its masked input."""
+  ends, opening = [], pathlib.Path.open
+  for number in (1, 7, 11):
+    world, place, noted = World(), root / str(number), []
+
+    def full(path, *given, at=number, noted=noted, **named):
+      if path.name == messages_crossed.FILE and path.parent.name == "site_1":
+        noted.append(path)
+        if len(noted) > at:
+          raise OSError(errno.ENOSPC, "No space left on device")  # it does not say where
+      return opening(path, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(pathlib.Path, "open", full)
+      world.run(place)
+    assert f"site_1/{messages_crossed.FILE}" in str(world.errors[1])
+    ends.append((coordinators(world), sites(world), again(place, world)))
+  return tuple(map(of_all, zip(*ends, strict=True)))
+
+
 def coordinator_disk_is_full(root):
   def tell(report):
     raise OSError(errno.ENOSPC, "No space left on device", "sums.jsonl")
@@ -281,6 +302,7 @@ EVENTS = {
   "site 1 says that the others were charged 1000 rounds": other_charges,
   "all clocks jump by two days": clocks_off,
   "the disk of site 1 is full, at any write": site_disk_is_full,
+  "site 1 cannot note a message that it would send": site_cannot_note_messages,
   "the coordinator's disk is full": coordinator_disk_is_full,
   "two of three sites are killed": two_are_killed,
 }

@@ -68,6 +68,8 @@ def run():
     children[SITES[i]] = start(command("site", SITES[i], root, i, channels[i]))
     node = command("supernode", SUPERNODES[i], channels[i], theirs[i])
     children[SUPERNODES[i]] = start(node, theirs[i])
+  for end in (end for pipe in pipes for end in pipe):
+    end.close()  # so that each child sees when the other ends
   try:
     said = {user: child.communicate(timeout=180)[0] for user, child in children.items()}
     assert {user: child.returncode for user, child in children.items()} == dict.fromkeys(
