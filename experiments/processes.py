@@ -168,6 +168,7 @@ def meet(
     roster.check_numbers(known)
   identity = meeting.own_identity if known is None else pinning.own_identity
   own, kept = identity(seat.own / "identity"), seat.own if site is None else site.run
+  kept.mkdir(mode=0o700, parents=True, exist_ok=True)
   carrier = messages_crossed.written_down(carrier, kept / messages_crossed.FILE)
   with leaving(carrier, seat.number):
     invitation = meeting.invited(carrier)
