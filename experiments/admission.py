@@ -182,6 +182,7 @@ def _check_roster(site: Site, num_sites: int) -> None:
       f"num_sites={num_sites} of the approved configuration, and roster {known.serial} has "
       f"{len(known.sites)} sites; ask the coordinator which is right"
     )
+  roster.check_numbers(known)
   mine = known.sites.get(site.member.number)
   if mine is None or mine.public != own.public:
     raise ValueError(

@@ -16,11 +16,22 @@ from primia_jax import federated, models
 from primia_jax.data import sites as data_sites
 from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
-from primia_jax.privacy import ledger
+from primia_jax.privacy import agreeing, ledger
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.types import Array, ModelState, Params
 
-from . import admission, ledgers, lines, loop, markdown, progress, starts, transcripts
+from . import (
+  admission,
+  inputs,
+  ledgers,
+  lines,
+  loop,
+  markdown,
+  progress,
+  starts,
+  suppression,
+  transcripts,
+)
 from .configs import Train, feature_statistics
 from .trainers import Cohort, Trainer
 
@@ -107,7 +118,7 @@ def train(
     told = starts.agree(joined, place.number, initial, state, ledger.public(path))
     joined.exchange.bind(starts.digest(best, joined.settings))  # another site may have given it
     if privacy is not None:
-      ledger.reconcile(told, path)
+      agreeing.reconcile(told, path, privacy, max(2, joined.num_colluding + 1))
     step = starts.recorded(joined, step)
   if trainer.seen is not None:
     step = transcripts.recorded(folder, trainer.seen, step)
@@ -127,7 +138,8 @@ def train(
     everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, charges))
   if joined is not None and everybody.class_weights is not None:
     joined.exchange.bind(np.asarray(everybody.class_weights).tobytes())
-  path = folder / "rounds.jsonl"
+  path, policy = folder / "rounds.jsonl", config.disclosure.policy()
+  of_one = _of_one(cohort) if policy.fewest_patients else 1
   rows = lines.read(path, int(state.round))
 
   bar = progress.bar(
@@ -174,6 +186,7 @@ def train(
       if validate is None or mcc > float(best.mcc):
         now = keep((jnp.float32(mcc), jnp.int32(done.number)))
         best = Best(*state[:-1], *now)
+      row = suppression.of_round(row, policy, _confusion(done), _trained(cohort, done), of_one)
       rows.append(row)
       with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -186,8 +199,8 @@ def train(
       if site is not None:
         admission.note_round(site, row, last_entry)
       epsilon = None if charges is None else f"epsilon {charges.epsilon:.2f}"
-      shown = epsilon or f"loss {row['train_loss']:.3f}"
-      shown += f"  MCC {row['val_mcc']:.3f}" if "val_mcc" in row else ""
+      shown = epsilon or f"loss {lines.text(row['train_loss'])}"
+      shown += f"  MCC {lines.text(row['val_mcc'])}" if "val_mcc" in row else ""
       bar.set_postfix_str(shown, refresh=False)
       bar.update()
   finally:
@@ -251,6 +264,25 @@ def _row(
     **lines.scores(done),
     "seconds": done.seconds,
   }
+
+
+def _of_one(cohort: Cohort) -> int:
+  """The most images of one patient, of those that this process or the sites have counted."""
+  known = [most for _, most in cohort.patients]
+  for part in (cohort.train, cohort.validation):
+    here = [rows[(rows >= 0) & (rows < len(part.dataset))] for rows in part.sites]  # not others'
+    known += [most for _, most in inputs.count_patients(Part(part.dataset, tuple(here)))]
+  return max(known)
+
+
+def _confusion(done: loop.Round) -> Any:
+  """[L, L] of a round's validation; None where there is none, or a task has other counts."""
+  found = None if done.scores is None else np.asarray(done.scores.confusion)
+  return found if found is not None and found.ndim == 2 else None
+
+
+def _trained(cohort: Cohort, done: loop.Round) -> int:
+  return sum(cohort.train.sizes[i] for i in done.ids.tolist())
 
 
 def _not_private(config: Train, trainer: Trainer) -> str:

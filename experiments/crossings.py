@@ -1,7 +1,7 @@
 """What crossed the boundary of the sites in a federated run, for its `disclosure.md`.
 
-Bytes are those of the numbers themselves; keys, shares of keys and what carries messages come on
-top.
+Bytes are those of the numbers themselves. Where each site has a process, every message is listed,
+too (`messages_crossed`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ from primia_jax import disclosure, secagg
 from primia_jax.disclosure import Crossing, Policy
 from primia_jax.types import PyTree
 
+from . import messages_crossed
 from .configs import Train
 
 FILE = "disclosure.md"
 _OPEN = "nothing: the server sees what each site sends"
 _SCORE_BYTES = 4  # of a count, and of a loss
+_OF_MESSAGES = (
+  "A message holds numbers of the rows without that word. Messages are those of this site, from "
+  "all of its starts. Flower adds its node's number and times to each, and TLS hides them from the "
+  "network. What operators send by hand is public: `public.json`, the roster, the configuration."
+)
 
 
 def of_run(
@@ -83,5 +89,7 @@ def of_run(
 
 def write(folder: pathlib.Path, title: str, policy: Policy, crossed: Sequence[Crossing]) -> None:
   """Writes `disclosure.md`."""
-  text = disclosure.markdown(title, policy, crossed)
+  has_messages = any(one.what.startswith(messages_crossed.PREFIX) for one in crossed)
+  note = _OF_MESSAGES if has_messages else ""
+  text = disclosure.markdown(title, policy, crossed, note=note)
   (folder / FILE).write_text(text, encoding="utf-8")

@@ -193,6 +193,7 @@ def main() -> None:
     config=about,
     versions=report.versions(),
     policy=Policy(fewest_patients=FLAGS.fewest_patients),
+    patients=dataset.groups,
     groups=dataset.groups if config.patient_column or config.patient_pattern else None,
     images=dataset.notes,
     main_arm="trained",

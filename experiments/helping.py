@@ -25,6 +25,7 @@ _USUAL = (
   "models", "discard", "address", "only_checked", "daily_images", "total_images", "metrics_port",
   "opened", "opened_to", "threshold", "positive", "small_classes", "vendor_dir", "hospital_dir",
   "query_budget", "site_dir", "number", "role", "federation", "join", "leave", "revoke", "accept",
+  "renumber",
   "digest", "config", "fewest_patients", "fewest_sites", "max_epsilon", "allowed", "reports_to",
   "title", "host", "port", "card", "model_owner", "helper", "client", "helper_address",
   "study", "seeds", "epsilons", "arms", "trials", "space", "settings", "other", "ids", "blinded",

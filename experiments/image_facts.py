@@ -33,7 +33,8 @@ def check_overlap(where: str, train: Dataset, test: Dataset) -> None:
     )
   if found.images:
     raise ValueError(
-      f"{where}: images are in both training and testing: {_pairs(found.images)}; remove one of "
+      f"{where}: images are in both training and testing: "
+      f"{patient_ids.listed(_pairs(found.images))}; remove one of "
       f"each, {cure}"
     )
 
@@ -54,19 +55,25 @@ def check_sizes(config: Train, train: Part) -> None:
 
 def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[str, str]:
   """The rows of a report on its images; where a process reads its own site only, of that site's."""
-  dataset, h = train.dataset, config.hospitals
-  out = {"patients of training images": patient_ids.described(dataset), **dataset.notes}
+  dataset, h, policy = train.dataset, config.hospitals, config.disclosure.policy()
+  listed = lambda names: (
+    policy.count(len(names)) if policy.fewest_patients else patient_ids.listed(names)
+  )
+  pairs = lambda images: listed(_pairs(images))
+  written = policy.count if policy.fewest_patients else "{:,}".format
+  said_of_patients = patient_ids.described(dataset, written)
+  out = {"patients of training images": said_of_patients, **dataset.notes}
   both = overlaps.between((dataset, test))
   if both.patients and dataset.is_numbered:
     out["numbers of patients in training and testing"] = (
-      f"{patient_ids.listed(both.patients)}: the same patients, or others if numbers start anew"
+      f"{listed(both.patients)}: the same patients, or others if numbers start anew"
     )
   elif both.patients:
-    out["PATIENTS IN TRAINING AND TESTING"] = patient_ids.listed(both.patients)
+    out["PATIENTS IN TRAINING AND TESTING"] = str(listed(both.patients))
   if both.images:
-    out["IMAGES IN TRAINING AND TESTING"] = _pairs(both.images)
+    out["IMAGES IN TRAINING AND TESTING"] = str(pairs(both.images))
   if copies := overlaps.repeated(dataset):
-    out["training images that copy another"] = f"{copies} of {len(dataset)}"
+    out["training images that copy another"] = f"{policy.count(copies)} of {len(dataset)}"
   here = lambda one: one[(one >= 0) & (one < len(dataset))]  # others are not in this process
   rows = [here(one) for one in train.sites]
   kind, _, argument = h.partition.partition(":")
@@ -83,23 +90,25 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
     bare = dataclasses.replace(bare, groups=np.strings.partition(bare.groups, "/")[2])
   shared = overlaps.between([take(bare, one) for one in rows])
   if shared.patients:
-    listed = patient_ids.listed(shared.patients)
     if config.data.sources:
-      out["names of patients in several sources"] = f"{listed}, counted as different patients"
+      out["names of patients in several sources"] = (
+        f"{listed(shared.patients)}, counted as different patients"
+      )
     else:
       out["patients of training images"] = "known"
-      out["patients at several sites"] = listed
+      out["patients at several sites"] = str(listed(shared.patients))
   if shared.images:
-    out["images at several sites"] = _pairs(shared.images)
+    out["images at several sites"] = str(pairs(shared.images))
+  is_told = not policy.fewest_patients
   for i, one in enumerate(rows):
     said = []
     kinds = np.unique(dataset.labels[one])
     if len(kinds) == 1 and dataset.masks is None and not dataset.is_multi:
       said.append(f"images of one class only, {dataset.label_names[kinds[0]]}")
     if config.privacy.validates and len(one) and not validation.sizes[i]:
-      said.append("none is held out for validation, since all are of one patient")
+      said.append("none is held out for validation" + ", since all are of one patient" * is_told)
     if said:
-      number = config.disclosure.policy().count(len(one))
+      number = policy.count(len(one))
       out[f"site {i}"] = f"{number} image{'s' * (len(one) > 1)}; {'; '.join(said)}"
   if config.in_processes and config.data.sources:
     out["other sites"] = "not read by this process, so that these rows are of its own site alone"
@@ -108,5 +117,5 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
   return out
 
 
-def _pairs(images: Sequence[tuple[str, str]]) -> str:
-  return patient_ids.listed([f"{one} = {other}" for one, other in images])
+def _pairs(images: Sequence[tuple[str, str]]) -> list[str]:
+  return [f"{one} = {other}" for one, other in images]

@@ -49,6 +49,9 @@ class Join:
   rotate: bool = settings.setting(
     False, "make a new key, which the old one signs; it counts from the next roster on"
   )
+  renumber: bool = settings.setting(
+    False, "offer the number that stands in site.toml now, after another site has left"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +110,16 @@ def rosters(site_dir: str, s: Join) -> None:
   folder = site_folders.find(site_dir)
   member = site_folders.read(folder)
   makes = bool(s.join or s.leave or s.revoke)
-  if makes + bool(s.accept) + s.rotate > 1:
-    raise ValueError("join, leave and revoke, or accept, or rotate: do one after the other")
+  if makes + bool(s.accept) + s.rotate + s.renumber > 1:
+    raise ValueError("join, leave and revoke, or accept, rotate or renumber: do one after another")
   if s.digest and not s.accept:
     raise ValueError(f"digest={s.digest!r} without accept; name the roster's file")
   if s.federation and not makes:
     raise ValueError(f"federation={s.federation!r} without join; name the members' public parts")
   if s.rotate:
     _rotate(folder)
+  elif s.renumber:
+    _renumber(folder, member)
   elif makes:
     _make(folder, member, s)
   elif s.accept:
@@ -124,17 +129,31 @@ def rosters(site_dir: str, s: Join) -> None:
 
 
 def _rotate(folder: pathlib.Path) -> None:
-  path = folder / site_folders.PUBLIC
+  path, place = folder / site_folders.PUBLIC, folder / pinning.NEXT
   known, old = roster.offered(path.read_bytes(), str(path)), site_folders.identity(folder)
-  if (folder / site_folders.NEXT).exists():
+  if not place.exists():
+    durable.replace(place, keys.identity().private)
+  new = pinning.own_identity(place)  # perhaps of an earlier start, which has not offered it yet
+  if known.public == new.public:
     raise ValueError(f"{path} already offers a new key; accept a roster that has it first")
-  new = keys.identity()
   made = roster.rotate(known, old, new)
-  durable.create(folder / site_folders.NEXT, new.private)
   durable.replace(path, roster.offer(new, made))
   site_folders.note(folder, "rotate", fingerprint=roster.fingerprint(new.public))
   print(f"made a new key, signed by the old one; fingerprint {roster.fingerprint(new.public)}")
   print(f"give {path} to the coordinator; the old key is used until a roster has the new one")
+
+
+def _renumber(folder: pathlib.Path, member: Member) -> None:
+  path, own = folder / site_folders.PUBLIC, site_folders.identity(folder)
+  if member.role == COORDINATOR:
+    raise ValueError(f"{folder} is the coordinator's, which has no number")
+  if (folder / pinning.NEXT).exists():
+    raise ValueError(f"{path} offers a new key; accept a roster that has it first")
+  offered = roster.Member(member.number, member.name, own.public)
+  durable.replace(path, roster.offer(own, offered))
+  site_folders.note(folder, "renumber", number=member.number)
+  print(f"{member.name} offers to be site {member.number}, with the key that it has")
+  print(f"give {path} to the coordinator, who joins it as the other site leaves")
 
 
 def _make(folder: pathlib.Path, member: Member, s: Join) -> None:
@@ -165,13 +184,11 @@ def _make(folder: pathlib.Path, member: Member, s: Join) -> None:
 
 
 def _accept(folder: pathlib.Path, data: bytes, digest: str, is_maker: bool = False) -> None:
-  new = folder / site_folders.NEXT
+  new = folder / pinning.NEXT
   offered, own = roster.decode(data), site_folders.identity(folder)
   rotates = new.exists() and pinning.own_identity(new).public in {m.public for m in offered.members}
   made, said = pinning.accept(folder, data, pinning.own_identity(new) if rotates else own, digest)
-  if rotates:
-    new.replace(folder / site_folders.IDENTITY)
-    durable.sync_folder(folder)
+  site_folders.identity(folder)  # the new key takes its place
   spoken = roster.spoken(roster.digest(made))
   site_folders.note(folder, "roster", serial=made.serial, digest=roster.digest(made).hex())
   what = "made" if is_maker else "accepted"
@@ -191,6 +208,10 @@ def _list(known: roster.Roster, head: bool = True) -> None:
   for member in known.members:
     number = "" if member.number is None else f" {member.number}"
     print(f"  {member.role + number:12} {member.name:16} {roster.fingerprint(member.public)}")
+  try:
+    roster.check_numbers(known)
+  except ValueError as error:
+    print(f"  nothing is trained yet: {error}")
 
 
 def approve(site_dir: str, s: Approve) -> None:
@@ -209,6 +230,7 @@ def approve(site_dir: str, s: Approve) -> None:
       f"num_sites={config.hospitals.num_sites} of {s.config}, and roster {known.serial} has "
       f"{len(known.sites)} sites; ask the coordinator which is right"
     )
+  roster.check_numbers(known)
   offered = approving.offered(config)
   durable.replace(folder / site_folders.APPROVAL, approval.encode(offered))
   digest = approval.digest(offered)

@@ -28,6 +28,11 @@ def scores(done: loop.Round) -> dict[str, float]:
   return {"val_loss": done.scores.loss, "val_accuracy": accuracy, "val_mcc": mcc}
 
 
+def text(value: float | str) -> str:
+  """A score as the terminal shows it, or that it is suppressed."""
+  return value if isinstance(value, str) else f"{value:.3f}"
+
+
 def facts(
   rows: list[dict[str, Any]],
   best: Best,
@@ -45,7 +50,9 @@ def facts(
     num_sites: of the arm.
     is_charged: whether the arm is private.
   """
-  out: dict[str, Any] = {"best round": int(best.round), "validation MCC": float(best.mcc)}
+  shown = {row["round"]: row["val_mcc"] for row in rows if isinstance(row.get("val_mcc"), str)}
+  mcc = shown.get(int(best.round), float(best.mcc))  # suppressed, as its line is
+  out: dict[str, Any] = {"best round": int(best.round), "validation MCC": mcc}
   if not any("val_mcc" in row for row in rows):
     out = {"round kept": f"{int(best.round)}, the last; validation images were not used"}
   out["rounds trained"] = len(rows)

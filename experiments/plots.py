@@ -22,7 +22,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from primia_jax import metrics
 
 from . import lettering
-from .hospitals import Hospitals
 
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK = (
   "#0072B2",
@@ -178,8 +177,9 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
 
   Args:
     rows: a run's JSON lines. Each has `round` and any of `train_loss`, `val_loss`, `val_accuracy`,
-      `val_mcc`, `learning_rate` and `epsilon`. A value that is absent or None has no point. A panel
-      without values is left out.
+      `val_mcc`, `learning_rate` and `epsilon`. A value that is absent or None has no point. A
+      suppressed one is a text; it has no point either, and the legend says in how many rounds. A
+      panel without values is left out.
     path: the file to write.
     title: what the picture shows, including the data set.
 
@@ -195,15 +195,21 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
     raise ValueError(
       f"rows hold none of {[key for lines in CURVES.values() for key in lines]}; give at least one"
     )
-  heights = [1.2 if panel in SINGLE else 2.6 for panel in panels]
+  is_empty = {
+    panel: not any(_is_shown(row.get(key)) for row in rows for key in lines)
+    for panel, lines in panels.items()
+  }
+  heights = [1.2 if panel in SINGLE or is_empty[panel] else 2.6 for panel in panels]
   figure = Figure(figsize=(7.2, sum(heights) + 1.3), layout="constrained")
   all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[
     :, 0
   ]
   for axes, (panel, lines) in zip(all_axes, panels.items(), strict=True):
     for i, (key, name) in enumerate(lines.items()):
-      points = [(row["round"], row[key]) for row in rows if row.get(key) is not None]
-      x, y = (np.array(v, np.float64) for v in zip(*points, strict=True))
+      points = [(row["round"], row[key]) for row in rows if _is_shown(row.get(key))]
+      x, y = np.array(points, np.float64).reshape(-1, 2).T
+      hidden = [row[key] for row in rows if isinstance(row.get(key), str)]
+      name += f": {hidden[0]} in {len(hidden)} of {len(rows)} rounds" if hidden else ""
       marker = "o" if len(points) <= 30 else ""
       colour = "#666666" if panel in SINGLE else PALETTE[i]
       axes.plot(
@@ -222,6 +228,8 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
         axes.plot(x[best], y[best], "*", color=INK, markersize=11, linestyle="none", label=label)
     axes.set_ylabel(panel)
     tidy(axes)
+    if is_empty[panel]:
+      axes.set_yticks([])  # nothing here is a number
     if panel in SINGLE:
       axes.set_ylim(bottom=0)
       axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -306,31 +314,6 @@ def comparison(
   save(figure, path, title)
 
 
-def hospitals(
-  shown: Hospitals, label_names: Sequence[str], path: str | pathlib.Path, title: str
-) -> None:
-  """Draws a row of images for each hospital, sorted by class.
-
-  Args:
-    shown: the hospitals.
-    label_names: the classes.
-    path: the file to write.
-    title: what the picture shows, including the data set.
-  """
-  num, columns = shown.images.shape[:2]
-  figure = Figure(figsize=(1.4 * columns + 0.6, 1.4 * num + 0.9), layout="constrained")
-  all_axes = figure.subplots(num, columns, squeeze=False)
-  for (row, column), axes in np.ndenumerate(all_axes):
-    axes.imshow(shown.images[row, column], cmap="gray", vmin=0, vmax=255)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    if not row:
-      axes.set_title(label_names[int(shown.labels[column])], fontsize=10)
-    if not column:
-      axes.set_ylabel(shown.rows[row]["hospital"], fontsize=10)
-  save(figure, path, title)
-
-
 def epsilon(
   rows: Sequence[Mapping[str, Any]], target: float, path: str | pathlib.Path, title: str
 ) -> None:
@@ -369,6 +352,11 @@ def epsilon(
   if not any(math.isfinite(row[key]) for row in rows for key in known):
     axes.text(0.5, 0.5, "epsilon is infinite", transform=axes.transAxes, ha="center", color=INK)
   save(figure, path, title)
+
+
+def _is_shown(value: Any) -> bool:
+  """Whether a line holds a number, and neither nothing nor that it is suppressed."""
+  return value is not None and not isinstance(value, str)
 
 
 def _number(value: Any, percent: bool = False) -> str:

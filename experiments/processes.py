@@ -24,7 +24,7 @@ from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import Carrier
 from primia_jax.secagg.errors import Refused
 
-from . import admission
+from . import admission, messages_crossed
 from .configs import Train
 
 RUN = "run"  # of a site's run, in its folder
@@ -163,12 +163,13 @@ def meet(
   num_sites, site = config.hospitals.num_sites, seat.site
   approved = b"" if site is None else approval.digest(site.approved)
   settings = approved or settings_of(config)
-  # Also where it is lost, or was never accepted: then nobody is trusted for having come first.
-  marks = pinning.FILE, pinning.SEEN, "site.toml"
-  has_roster = any((seat.own / name).exists() for name in marks)
-  known = pinning.held(seat.own) if has_roster else None
-  identity = pinning.own_identity if has_roster else meeting.own_identity
-  own = identity(seat.own / "identity")
+  known = pinning.needed(seat.own)
+  if known is not None:
+    roster.check_numbers(known)
+  identity = meeting.own_identity if known is None else pinning.own_identity
+  own, kept = identity(seat.own / "identity"), seat.own if site is None else site.run
+  kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+  carrier = messages_crossed.written_down(carrier, kept / messages_crossed.FILE)
   with leaving(carrier, seat.number):
     invitation = meeting.invited(carrier)
     made = meeting.hello(own, seat.number, invitation, approved + told)
@@ -181,7 +182,6 @@ def meet(
     run += b"" if known is None else roster.digest(known)
   sums = exchange.Exchange(carrier, seat.number, pinned, run)
   colluding = config.aggregation.num_colluding(num_sites)
-  kept = seat.own if site is None else site.run
   joined = Joined(sums, pinned, settings, kept, carrier, colluding, site)
   place = Place(sites.own_process(seat.number), joined, seat.number)
   return place, {i: message.told[len(approved) :] for i, message in hellos.items()}

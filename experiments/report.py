@@ -58,6 +58,7 @@ def write_report(
   privacy: Mapping[str, Any] | None = None,
   references: Mapping[str, Any] | None = None,
   groups: Any = None,
+  patients: Any = None,
   images: Mapping[str, str] | None = None,
   hospitals: Hospitals | None = None,
   policy: Policy | None = None,
@@ -86,6 +87,8 @@ def write_report(
     references: name -> [L, L] confusion matrix to compare with, such as a human reader's.
     groups: [N] the patient of each test image. If given, intervals resample patients instead of
       images.
+    patients: [N] the patient of each test image, or a name of its own where he is unknown, for the
+      floors of the policy; None takes the groups.
     images: what a reader must know of the images, such as which were left out.
     hospitals: what the phantom's differ in, with images of each; None for real ones.
     policy: what may be told; None tells all.
@@ -102,7 +105,7 @@ def write_report(
     ValueError: the main arm is absent, arms have different labels, label names repeat, or a shape
       is wrong.
   """
-  from . import lettering, plots  # here, because the import takes a second
+  from . import hospitals_drawn, lettering, plots  # here, because the import takes a second
 
   run_dir = pathlib.Path(run_dir)
   if not run_dir.is_dir():
@@ -167,7 +170,9 @@ def write_report(
     )
   policy = policy or Policy(fewest_patients=0)
   probabilities = {name: arm.probabilities for name, arm in arms.items()}
-  left_out = suppression.suppress(result, policy, truth, probabilities, groups)
+  left_out = suppression.suppress(
+    result, policy, truth, probabilities, groups if patients is None else patients
+  )
   result = jsonable(result | {"pictures left out": left_out})
   (run_dir / "metrics.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
@@ -192,7 +197,7 @@ def write_report(
   of_hospitals = run_dir / "hospitals.png"
   if hospitals is not None:
     about = f"Test images of each hospital: {data_name}"
-    plots.hospitals(hospitals, label_names, of_hospitals, about)
+    hospitals_drawn.draw(hospitals, label_names, of_hospitals, about)
   else:
     of_hospitals.unlink(missing_ok=True)  # left by an earlier report
   for absent in {name for name in FILES if name.endswith(".png")} - set(pictures):

@@ -31,6 +31,7 @@ from . import (
   inputs,
   ledgers,
   markdown,
+  messages_crossed,
   model_files,
   multilabel_report,
   others,
@@ -271,6 +272,8 @@ def _run(
   secure = sums.facts(config, images, main.sent) if federated else None
   about_run = main.rows, main.sent, len(label_names), len(images.test)
   crossed = crossings.of_run(config, *about_run) if federated else []
+  if place.joined is not None:
+    crossed += messages_crossed.listed(place.joined.own / messages_crossed.FILE)
   order, privacy = _report_order(trained), main.privacy
   if privacy is not None and ledger_dir is not None:
     is_alone = seat is not None and (bool(config.data.sources) or ledger_dir.is_relative_to(own))
@@ -302,6 +305,7 @@ def _run(
     images=of_images,
     hospitals=hospitals.of_phantom(config, images.train.sizes, images.test),
     policy=config.disclosure.policy(),
+    patients=images.test.groups,
     crossed=crossed,
     main_arm=main_arm,
     seed=config.seed,

@@ -67,6 +67,11 @@ def check(config: Train) -> None:
     )
   if config.in_processes:
     raise ValueError("placement=flower: a search runs in one process; use placement=auto")
+  if floor := config.disclosure.fewest_patients:
+    raise ValueError(
+      f"fewest_patients={floor}: a search compares trials by their validation scores and lists "
+      "them, which a floor may suppress; use 0"
+    )
   if config.record_transcript:
     raise ValueError("record_transcript=True: a search keeps no transcripts; leave it out")
   rehearse(config)

@@ -2,6 +2,7 @@
 
   site.toml        number, name, data and limits; the operator may edit it
   identity         its private key, which never leaves; public.json goes to the coordinator
+  identity_next    the key that was made last, until a roster has it
   roster.json      the roster that it accepted (`secagg.pinning`)
   approval.json    what its operator approved (`primia_jax.approval`)
   ledger           of its images (`privacy.chain`)
@@ -27,7 +28,7 @@ from . import refusals
 from .configs.data import Data
 from .settings import names, require, setting
 
-SETTINGS, IDENTITY, NEXT, PUBLIC = "site.toml", "identity", "identity_next", "public.json"
+SETTINGS, IDENTITY, PUBLIC = "site.toml", "identity", "public.json"
 APPROVAL, LEDGER, JOURNAL = "approval.json", "ledger", "journal.jsonl"
 SITE, COORDINATOR = "site", "coordinator"
 NO_IMAGES = "none"  # as data

@@ -147,7 +147,7 @@ def _of_bytes(data: bytes, like: Kept) -> Kept:
 
 def agree(
   joined: Joined, number: int, initial: federated.State, state: federated.State, told: bytes
-) -> list[bytes]:
+) -> dict[int, bytes]:
   """Agrees with all other sites on the state to start from, before anything is trained.
 
   Records of later rounds are dropped: these rounds are repeated.
@@ -160,7 +160,7 @@ def agree(
     told: what this site tells all others.
 
   Returns:
-    What the sites have told, this one first.
+    What each site has told.
 
   Raises:
     Refused: this site has recorded another state of that round, or as `meeting.check`.
@@ -190,7 +190,7 @@ def agree(
   sites = meeting.check(starts, joined.pinned, label, number, colluding)
   joined.exchange.bind(found)
   _write(path, records | {now: Record(found.hex(), sites)})
-  return [told, *(starts[i].told for i in sorted(starts) if i != number)]
+  return {i: one.told for i, one in starts.items()}
 
 
 def recorded(joined: Joined, step: Step) -> Step:

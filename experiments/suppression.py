@@ -60,6 +60,40 @@ def suppress(
   )
 
 
+def of_round(
+  row: Mapping[str, Any], policy: Policy, confusion: Any, trained: int, of_one: int
+) -> dict[str, Any]:
+  """The line of a round without the scores that would tell a count of few patients.
+
+  Args:
+    row: the line.
+    policy: its floor of patients.
+    confusion: [L, L] of the validation images of all sites; None without.
+    trained: how many images were trained on.
+    of_one: the most images of one patient: n images are of at least n / of_one patients.
+  """
+  if not policy.fewest_patients:
+    return dict(row)
+  patients = lambda n: -(-np.asarray(n, np.int64) // max(1, of_one))
+  right = round((row.get("train_accuracy") or 0.0) * trained)
+  counts: dict[str, tuple[int, ...]] = {
+    "train_accuracy": (right, trained - right),
+    "train_loss": (trained,),
+  }
+  if confusion is not None:
+    confusion = np.asarray(confusion, np.int64)
+    total, right = int(confusion.sum()), int(np.trace(confusion))
+    table = policy.table(confusion, patients(confusion))
+    is_whole = all(not isinstance(cell, Suppressed) for cells in table for cell in cells)
+    cells = () if is_whole else (0,)  # scores would tell them, as in `suppress`
+    counts["val_accuracy"] = right, total - right, *cells
+    counts["val_mcc"] = total, *cells
+    counts["val_loss"] = (total,)
+  small = lambda of: isinstance(policy.ratio(0.0, *patients(of).tolist()), Suppressed)
+  hidden = [name for name, of in counts.items() if row.get(name) is not None and small(of)]
+  return {**row, **dict.fromkeys(hidden, str(policy.count(0)))}
+
+
 def _of_arm(
   scores: dict[str, Any],
   policy: Policy,

@@ -280,7 +280,8 @@ def _stop(trial: Deployment) -> None:
   """Ends all processes with all that they have started, also in sessions of their own."""
   started = _below({process.pid for process in trial.processes.values()})
   for process in trial.processes.values():
-    process.kill()
+    if process.poll() is None:  # it leads a group, of what has stayed in its session
+      os.killpg(process.pid, signal.SIGKILL)
   for pid in started:
     with contextlib.suppress(ProcessLookupError):
       os.kill(pid, signal.SIGKILL)
@@ -290,14 +291,30 @@ def _stop(trial: Deployment) -> None:
 
 def _below(roots: set[int]) -> set[int]:
   """All processes that these have started, and those that they have."""
-  listed = subprocess.run(
-    ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
-  )
-  pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
-  found: set[int] = set()
-  while more := {pid for pid, parent in pairs if parent in roots | found} - found:
+  parents, found = _parents(), set[int]()
+  while more := {pid for pid, parent in parents.items() if parent in roots | found} - found:
     found |= more
   return found
+
+
+def _parents() -> dict[int, int]:
+  """The parent of each process: from /proc, or from `ps` where there is none, as on macOS; empty
+  without both.
+  """
+  out = {}
+  for status in pathlib.Path("/proc").glob("[0-9]*/stat"):
+    with contextlib.suppress(OSError):  # it has ended
+      fields = status.read_bytes().rpartition(b")")[2]  # behind the name, which holds anything
+      out[int(status.parent.name)] = int(fields.split()[1])
+  if out:
+    return out
+  try:
+    command = ["ps", "-A", "-o", "pid=,ppid="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+  except (OSError, subprocess.SubprocessError):
+    return {}
+  pairs = (line.split() for line in listed.splitlines())
+  return {int(pid): int(parent) for pid, parent in pairs}
 
 
 def _path() -> str:
@@ -320,10 +337,13 @@ def _environment(home: pathlib.Path) -> dict[str, str]:
   }
 
 
-def make_certificates(folder: pathlib.Path, days: float = 30.0) -> None:
-  """Writes an authority's certificate, and the SuperLink's key and certificate for loopback."""
+def make_certificates(folder: pathlib.Path, days: float = 30.0, begin: float = 0.0) -> None:
+  """Writes an authority's certificate, and the SuperLink's key and certificate for loopback, which
+  hold from so many days from now and until so many.
+  """
   now = datetime.datetime.now(datetime.UTC)
   until = now + datetime.timedelta(days=days)
+  since = min(now + datetime.timedelta(days=begin), until) - datetime.timedelta(hours=1)
   named = lambda who: x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, who)])
   authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
 
@@ -334,7 +354,7 @@ def make_certificates(folder: pathlib.Path, days: float = 30.0) -> None:
       .issuer_name(named("trial authority"))
       .public_key(of.public_key())
       .serial_number(x509.random_serial_number())
-      .not_valid_before(min(now, until) - datetime.timedelta(hours=1))
+      .not_valid_before(since)
       .not_valid_after(until)
       .add_extension(x509.BasicConstraints(is_authority, None), critical=True)
     )

@@ -140,8 +140,11 @@ def markdown(
   policy: Policy,
   crossings: Iterable[Crossing],
   numbers: Mapping[str, Any] | None = None,
+  note: str = "",
 ) -> str:
-  """The page `disclosure.md`: the policy, all that crossed, and numbers that were let out."""
+  """The page `disclosure.md`: the policy, all that crossed with a note on it, and numbers that were
+  let out.
+  """
   rows = [
     ["what", "from", "to", "messages", "bytes", "protected by", "charged"],
     *(
@@ -167,6 +170,7 @@ def markdown(
   lines += ["", "Below a floor a number is suppressed, which does not mean that it is zero."]
   lines += ["", "## Everything that left a site or reached one", ""]
   lines += _table(rows) if len(rows) > 1 else ["Nothing crossed."]
+  lines += ["", note] if note else []
   if numbers:
     lines += ["", "## Numbers that were let out", ""]
     lines += _table([["", ""], *([name, value] for name, value in numbers.items())])

@@ -1,13 +1,17 @@
 """Floors of a report: no small count is told, by a number or by a score; and what crossed."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from experiments_runs import TINY, train, trainer_of
 
-from experiments import crossings, image_facts, report, settings, suppression
+from experiments import crossings, image_facts, plots, report, settings, suppression
 from experiments.configs import Train
 from experiments.report import Arm
+from primia_jax.data import overlaps
+from primia_jax.data.dataset import Dataset
 from primia_jax.data.sites import Part
 from primia_jax.disclosure import Policy, Suppressed
 
@@ -189,3 +193,96 @@ def test_everything_that_crossed_is_listed_with_its_bytes(tmp_path):
   crossings.write(tmp_path, "A run", Policy(), list(found.values()))
   text = (tmp_path / "disclosure.md").read_text()
   assert "| update of the model | each site | server | 3 | 384 |" in text
+
+
+ROW = {
+  "round": 1, "train_accuracy": 0.98, "train_loss": 0.2, "val_accuracy": 98 / 101, "val_mcc": 0.9,
+  "val_loss": 0.3, "learning_rate": 0.1,
+}  # fmt: skip
+HIDDEN = "suppressed (<10)"
+
+
+def hidden_of(confusion, trained=200, of_one=1, floor=FLOOR):
+  row = suppression.of_round(ROW, Policy(fewest_patients=floor), confusion, trained, of_one)
+  assert json.loads(json.dumps(row)) == row
+  return {name for name, value in row.items() if value != ROW[name]}, row
+
+
+def test_the_line_of_a_round_does_not_tell_few_errors():
+  """Of 101 validation images three are wrong; without a floor the line tells it."""
+  assert round((1 - hidden_of(CONFUSION, floor=0)[1]["val_accuracy"]) * 101) == 3
+  hidden, row = hidden_of(np.array(CONFUSION, float))
+  assert hidden == {"train_accuracy", "val_accuracy", "val_mcc"}  # 4 of 200 wrong in training
+  assert row["val_mcc"] == HIDDEN
+  assert row["learning_rate"] == 0.1
+  assert hidden_of([[57, 13], [11, 30]], 1000)[0] == set()
+  assert hidden_of([[57, 13], [11, 30]], 9)[0] == {"train_accuracy", "train_loss"}
+  few = {"train_accuracy", "val_accuracy", "val_mcc", "val_loss"}
+  assert hidden_of([[3, 2], [1, 2]])[0] == few
+  assert hidden_of(None, 1000)[0] == set()
+
+
+def test_lines_count_patients_where_one_may_have_many_images():
+  """13 wrong images may be of one patient, who has up to ten of them, and of another."""
+  assert hidden_of([[57, 13], [11, 30]], 2000, of_one=10)[0] == {
+    "train_accuracy", "val_accuracy", "val_mcc",
+  }  # fmt: skip
+
+
+def test_a_run_with_a_floor_writes_and_draws_no_small_count(tmp_path):
+  """The best round is still chosen by the score that nobody is told."""
+  config = settings.replace(TINY, fewest_patients=1000)
+  arm = train(config, tmp_path, trainer=trainer_of(TINY))
+  told = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+  assert told == arm.rows
+  hidden = "suppressed (<1000)"
+  for row in told:
+    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_mcc"):
+      assert row[name] == hidden
+  assert arm.facts["validation MCC"] == hidden
+  assert 1 <= arm.facts["best round"] <= len(told)
+  figures = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plots, "save", lambda figure, path, title: figures.append(figure))
+    plots.curves(told, tmp_path / "curves.png", "a run")
+  lines = [line for axes in figures[0].axes for line in axes.get_lines()]
+  by_name = {line.get_label(): line for line in lines}
+  mcc = by_name[f"MCC: {hidden} in {len(told)} of {len(told)} rounds"]
+  assert len(mcc.get_xdata()) == 0
+  assert len(by_name["learning rate"].get_xdata()) == len(told)
+  assert not any(axes.get_yticks().size for axes in figures[0].axes[:2])
+
+
+def test_a_picture_shows_the_rounds_whose_scores_may_be_told(tmp_path):
+  rows = [{"round": n, "val_mcc": 0.1 * n if n % 2 else HIDDEN} for n in (1, 2, 3)]
+  figures = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plots, "save", lambda figure, path, title: figures.append(figure))
+    plots.curves(rows, tmp_path / "curves.png", "a run")
+  line = figures[0].axes[0].get_lines()[0]
+  assert line.get_xdata().tolist() == [1, 3]
+  assert line.get_label() == "MCC: suppressed (<10) in 1 of 3 rounds"
+
+
+def test_patients_are_counted_for_floors_where_intervals_are_of_images(tmp_path):
+  """As in a training report: 101 images, all of nine patients."""
+  who = np.array([f"p{i % 9}" for i in range(101)])
+  result = write(tmp_path, FLOOR, patients=who)
+  assert result["num_examples"] == HIDDEN
+  assert result["intervals"]["unit"] == "example"
+
+
+def test_facts_of_images_tell_no_few_patients():
+  groups = np.array(["a", "a", "b", "image 3"])
+  images, copies = np.zeros((4, 8, 8, 1), np.uint8), {overlaps.PIXELS: np.array([0, 1, 2, 2])}
+  knows = groups != "image 3"
+  of = Dataset(images, np.zeros(4, np.int32), ("one",), groups, copies, "x", knows)
+  part, other = Part(of, (np.arange(2), np.arange(2, 4))), dataclasses.replace(of, name="test")
+  for floor, words in ((0, "unknown for 1 of 4"), (FLOOR, "unknown for suppressed (<10) of 4")):
+    config = settings.replace(Train(), fewest_patients=floor, num_sites=2)
+    facts = image_facts.facts(config, part, Part(of, (np.arange(0),) * 2), other)
+    assert facts["patients of training images"].startswith(words)
+    said = json.dumps(facts)
+    assert ("1 of 4" in facts["training images that copy another"]) == (not floor)
+    assert ("image 3" in said) == (not floor)
+    assert ("all are of one patient" in said) == (not floor)

@@ -13,14 +13,11 @@ import numpy as np
 import PIL.Image
 import pytest
 from experiments_apart import APART, in_threads, meeting_of
-from experiments_runs import FIXED, flags_of, train, trainer_of
+from experiments_runs import flags_of, train
 
 from experiments import image_facts, inputs, model_files, others, processes, settings
 from primia_jax.data import sites as data_sites
 from primia_jax.flower import channel
-from primia_jax.privacy import accounting, ledger
-from primia_jax.privacy.accounting import Ledger
-from primia_jax.privacy.chain import Chain
 from primia_jax.secagg import coordinator, keys, meeting, pinning, roster
 
 pytestmark = pytest.mark.optimised  # the bits of one process and of many are compared
@@ -253,27 +250,3 @@ def test_another_coordinator_is_refused_by_name(tmp_path):
   _, errors = in_threads(call, range(2), tmp_path)
   assert all("the coordinator shows another identity" in str(errors[i]) for i in range(2))
   assert first[0] == first[1]
-
-
-def test_ledgers_of_several_processes_are_made_alike_with_the_most_that_any_has_charged(tmp_path):
-  plan = trainer_of(FIXED).privacy
-  (release,) = plan.releases
-  paths = [tmp_path / f"{i}" / ledger.LEDGER for i in range(3)]
-  begin = lambda path: ledger.Ledgers(plan, path, Chain(tmp_path / "ledger"), [None, None])
-  for times, path in zip(((3, 1), (2, 2)), paths, strict=False):
-    path.parent.mkdir()
-    for site, count in enumerate(times):
-      begin(path).spend(release._replace(times=count), [site])
-  begin(paths[1]).keep_counts([1.0, 2.0, 3.0])
-  said = [ledger.public(path) for path in paths]
-  assert said[2] == b""
-  for path in paths:
-    ledger.reconcile(said, path)
-  expected = [accounting.spend(Ledger("example", plan.delta), release, n) for n in (3, 2)]
-  for _ in range(2):  # a second start finds nothing to add
-    alike = [begin(path) for path in paths]
-    assert [one.ledgers for one in alike] == [expected] * 3
-    assert [one.counts for one in alike] == [[1.0, 2.0, 3.0]] * 3
-  for wrong in (b"x", b"[]", b"{}", b'{"ledgers": [{}], "counts": null}'):
-    with pytest.raises(ValueError, match=r"no ledger|Expecting value"):
-      ledger.reconcile([said[0], wrong], paths[0])

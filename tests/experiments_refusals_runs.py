@@ -23,6 +23,7 @@ SITE                                        | dp | site | dp=none
 --num_sites=1                               | num_sites | 1 | 2 or more
 --placement=flower                          | placement | flower | placement=auto
 --record_transcript                         | record_transcript | True | leave
+--fewest_patients=5                         | fewest_patients | 5 | use 0
 --trials=0                                  | --trials | 0 | positive
 --pruner=hyperband                          | pruner | hyperband | median
 --space=lr=1:2                              | space | lr | --helpfull
@@ -43,6 +44,7 @@ status                                      | site_dir | is empty | --site_dir=
 status --site_dir={missing}                 | site_dir | {missing} | primia-site init
 status --site_dir={file}                    | site_dir | {file} | folder
 status --site_dir={folder} --number=3       | number | init | leave it out
+status --site_dir={folder} --renumber        | renumber | roster | leave it out
 approve --site_dir={folder}                 | site_dir | {folder} | primia-site init
 intersect --site_dir={folder}               | site_dir | {folder} | primia-site init
 offer --site_dir={folder}                   | site_dir | {folder} | primia-site init

@@ -1,5 +1,7 @@
 """What `primia-site` does: folders, rosters, approvals and what a site knows of itself."""
 
+import contextlib
+import dataclasses
 import pathlib
 import stat
 
@@ -11,8 +13,8 @@ from experiments import approving, joining, settings, site_folders
 from experiments.configs import Train
 from experiments.joining import Approve, Init, Join
 from experiments.site_folders import Limits, Own
-from primia_jax import approval
-from primia_jax.secagg import pinning, roster
+from primia_jax import approval, durable
+from primia_jax.secagg import keys, pinning, roster
 from primia_jax.secagg.errors import Refused
 
 CONFIG = settings.replace(
@@ -248,3 +250,125 @@ def test_site_toml_keeps_any_text(tmp_path):
   member = site_folders.Member(3, "x", own, Limits(max_epsilon=2.5))
   site_folders.write(tmp_path, member)
   assert site_folders.read(tmp_path) == member
+
+
+class Crash(BaseException):
+  """The end of a process, which nothing in it outlives."""
+
+
+def crashing(monkeypatch, at):
+  """Ends the process before its write of this number: of a file, of a line, or of a new name."""
+  done, durably = [], (durable._write, pathlib.Path.replace, site_folders.note)
+
+  def counted(call):
+    def run(*given, **named):
+      done.append(call)
+      if len(done) == at:
+        raise Crash
+      return call(*given, **named)
+
+    return run
+
+  write, rename, note = map(counted, durably)
+  monkeypatch.setattr(durable, "_write", write)
+  monkeypatch.setattr(pathlib.Path, "replace", rename)
+  monkeypatch.setattr(site_folders, "note", note)
+  return done
+
+
+def step(call, at):
+  """Whether a command was cut short at that write; it is then given once more."""
+  with pytest.MonkeyPatch.context() as patch:
+    writes = crashing(patch, at)
+    try:
+      call()
+    except Crash:
+      return True
+  assert len(writes) < at
+  return False
+
+
+def test_a_crash_at_any_write_of_a_rotation_locks_nobody_out(world):
+  """Each step is cut short at each of its writes, and done again; at the end the roster has the
+  site's new key, and the site has that key.
+  """
+  for name in "ab":
+    world.accept(name, world.digest())
+  rotate = lambda: joining.rosters(world.at("b"), Join(rotate=True))
+  number, cut = 1, [0, 0]
+  while True:
+    before = site_folders.identity(world.root / "b")
+    if offered := step(rotate, number):
+      cut[0] += 1
+      with contextlib.suppress(ValueError):  # it was offered already
+        rotate()
+    joining.rosters(world.at("s"), Join(join=world.at("b") + "/public.json"))
+    world.accept("a")  # without the telephone: the old key has signed the new one
+    if taken := step(lambda: world.accept("b"), number):
+      cut[1] += 1
+      own = site_folders.identity(world.root / "b")
+      with contextlib.suppress(ValueError):  # the roster in between is not the one that is held
+        assert own.public in {m.public for m in pinning.held(world.root / "b").members}
+      world.accept("b")
+    own = site_folders.identity(world.root / "b")
+    assert own != before
+    assert pinning.held(world.root / "a").sites[1].public == own.public
+    assert pinning.held(world.root / "b").sites[1].public == own.public
+    assert not (world.root / "b" / pinning.NEXT).exists()
+    if not offered and not taken:
+      break
+    number += 1
+  assert min(cut) >= 4
+
+
+def test_a_key_file_that_a_crash_tore_is_never_there(world, monkeypatch):
+  """A torn one could neither be used nor replaced."""
+  world.accept("b", world.digest())
+  real = pathlib.Path.replace
+
+  def torn(self, target):
+    if self.name.startswith(pinning.NEXT):
+      self.write_bytes(self.read_bytes()[:7])
+      raise Crash
+    return real(self, target)
+
+  monkeypatch.setattr(pathlib.Path, "replace", torn)
+  with pytest.raises(Crash):
+    joining.rosters(world.at("b"), Join(rotate=True))
+  monkeypatch.undo()
+  assert not (world.root / "b" / pinning.NEXT).exists()
+  joining.rosters(world.at("b"), Join(rotate=True))
+  assert (world.root / "b" / pinning.NEXT).stat().st_size == keys.KEY_BYTES
+
+
+def test_after_a_site_has_left_the_last_one_takes_its_number(world, capsys):
+  """Until then nothing is trained, and it is said why."""
+  for name in "ac":
+    world.accept(name, world.digest())
+  joining.rosters(world.at("s"), Join(leave="hospital-b"))
+  assert "nothing is trained yet: the sites of roster 2 have the numbers [0, 2]" in (
+    capsys.readouterr().out
+  )
+  world.accept("a", world.digest())
+  settings.save(
+    settings.replace(CONFIG, num_sites=2, secagg_colluding=0), pathlib.Path(world.config)
+  )
+  with pytest.raises(ValueError, match=r"numbers \[0, 2\], .* must be 0 to 1. Let the site with"):
+    joining.approve(world.at("a"), Approve(world.config))
+  c = world.root / "c"
+  site_folders.write(c, dataclasses.replace(site_folders.read(c), number=1))
+  joining.rosters(world.at("c"), Join(renumber=True))
+  assert "hospital-c offers to be site 1" in capsys.readouterr().out
+  joining.rosters(world.at("s"), Join(join=str(c / "public.json")))
+  world.accept("c", world.digest())
+  world.accept("a", world.digest())
+  joining.approve(world.at("a"), Approve(world.config))
+  own = site_folders.identity(c)
+  assert pinning.held(world.root / "a").sites[1].public == own.public
+  with pytest.raises(ValueError, match="is the coordinator's, which has no number"):
+    joining.rosters(world.at("s"), Join(renumber=True))
+  with pytest.raises(ValueError, match="rotate or renumber: do one after another"):
+    joining.rosters(world.at("c"), Join(renumber=True, rotate=True))
+  joining.rosters(world.at("c"), Join(rotate=True))
+  with pytest.raises(ValueError, match="offers a new key; accept a roster that has it first"):
+    joining.rosters(world.at("c"), Join(renumber=True))

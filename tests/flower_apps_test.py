@@ -119,7 +119,7 @@ def test_sums_go_through_both_apps_and_the_coordinator_keeps_what_it_may_know(tm
   assert [line["survivors"] for line in lines] == [[0, 1, 2]] * 2
   assert grid.count == 3 * (1 + 1 + 5 + 5)  # invitation, hello, and five of each sum
   ending = json.loads((folder / "ending.json").read_text())
-  assert ending == {"failed": "", "left": {"0": "", "1": "", "2": ""}}
+  assert ending == {"failed": "", "left": {"0": "", "1": "", "2": ""}, "turned away": []}
   assert sorted(path.name for path in folder.iterdir()) == ["ending.json", "identity", "sums.jsonl"]
   secrets = [(tmp_path / f"site_{i}" / "identity").read_bytes() for i in range(3)]
   kept = b"".join(path.read_bytes() for path in folder.iterdir())
@@ -176,7 +176,8 @@ def test_a_coordinator_that_cannot_write_ends_the_run_for_all_and_says_so(tmp_pa
     assert "the coordinator has failed; its own log says why" in str(errors[i])
 
 
-def test_a_site_that_takes_another_s_number_ends_the_meeting_for_all(tmp_path):
+def test_without_a_roster_a_site_that_does_not_come_itself_ends_the_meeting_for_all(tmp_path):
+  """It takes another's number, and is turned away."""
   stranger = keys.identity()
 
   def claims(data):
@@ -185,10 +186,11 @@ def test_a_site_that_takes_another_s_number_ends_the_meeting_for_all(tmp_path):
     return msg.encode(msg.decode(data)._replace(site=0, identity=stranger.public))
 
   change = lambda grid: grid.spoil.update({1: claims})
-  results, errors, _, _ = play(tmp_path, one_sum, timeout=2.0, change=change)
+  results, errors, folder, _ = play(tmp_path, one_sum, timeout=2.0, change=change)
   assert results == {}
   assert set(errors) >= {"coordinator", 0, 2}
-  assert "no hello of sites" in str(errors["coordinator"])
+  assert "no hello of sites [1]" in str(errors["coordinator"])
+  assert "node 101 is turned away" in json.loads((folder / "ending.json").read_text())["failed"]
 
 
 def test_a_message_lives_no_longer_than_its_sender_says_whatever_the_clock(tmp_path):

@@ -151,7 +151,7 @@ def test_the_channel_lies_where_its_owner_alone_may_enter(tmp_path):
   end.close()
   folder.chmod(0o750)  # for the group of a SuperNode's user
   end = channel.serve(folder, 1.0)
-  assert (folder / channel.NAME).stat().st_mode & 0o777 == 0o660
+  assert (folder / channel.NAME).stat().st_mode & 0o777 == 0o666  # its folder keeps all others out
   end.close()
   for mode in (0o701, 0o705, 0o770):
     folder.chmod(mode)

@@ -6,6 +6,8 @@ coordinator ends, how the sites end, and what comes of the next start of all.
 
 import errno
 import functools
+import json
+import pathlib
 import time
 
 import numpy as np
@@ -22,12 +24,13 @@ from flower_world import (
   site,
 )
 
-from experiments import settings
+from experiments import messages_crossed, settings
 from primia_jax import durable
-from primia_jax.privacy import chain
+from primia_jax.privacy import chain, ledger
 from primia_jax.secagg import Aborted, keys, meeting, pinning, protocol, roster
 from primia_jax.secagg import messages as msg
 
+DOCS = pathlib.Path(__file__).parents[1] / "docs" / "flower_faults.md"
 RIGHT = "right"
 
 
@@ -224,6 +227,27 @@ def site_disk_is_full(root):
     number += 1
 
 
+def site_cannot_note_messages(root):
+  """From a message on, which is then not sent: its hello, its proposal, or its masked input."""
+  ends, opening = [], pathlib.Path.open
+  for number in (1, 7, 11):
+    world, place, noted = World(), root / str(number), []
+
+    def full(path, *given, at=number, noted=noted, **named):
+      if path.name == messages_crossed.FILE and path.parent.name == "site_1":
+        noted.append(path)
+        if len(noted) > at:
+          raise OSError(errno.ENOSPC, "No space left on device")  # it does not say where
+      return opening(path, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(pathlib.Path, "open", full)
+      world.run(place)
+    assert f"site_1/{messages_crossed.FILE}" in str(world.errors[1])
+    ends.append((coordinators(world), sites(world), again(place, world)))
+  return tuple(map(of_all, zip(*ends, strict=True)))
+
+
 def coordinator_disk_is_full(root):
   def tell(report):
     raise OSError(errno.ENOSPC, "No space left on device", "sums.jsonl")
@@ -245,6 +269,27 @@ def two_are_killed(root):
   return coordinators(world), sites(world), again(root, world)
 
 
+def other_charges(root):
+  """Site 1 says that the others were charged a thousand rounds."""
+  first = World().run(root)
+  told = ledger.public
+
+  def lies(path):
+    said = told(path)
+    if path.parent.name != "site_1":
+      return said
+    found = json.loads(said)
+    for i in (0, 2):
+      found["ledgers"][i]["releases"][0]["times"] = 1000
+    return json.dumps(found).encode()
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ledger, "public", lies)
+    world = World().run(root, rounds=2)
+  assert [charged(root, i) for i in range(3)] == [2, 2, 2]
+  return coordinators(world), sites(world), again(root, first, world, rounds=3)
+
+
 EVENTS = {
   "the coordinator is killed, at any message": coordinator_is_killed,
   "a second coordinator invites, at any message": second_coordinator,
@@ -254,8 +299,24 @@ EVENTS = {
   "the coordinator tells site 1 another last sum": other_last_sum,
   "site 1 has other settings": other_settings,
   "site 1 has another roster": other_roster,
+  "site 1 says that the others were charged 1000 rounds": other_charges,
   "all clocks jump by two days": clocks_off,
   "the disk of site 1 is full, at any write": site_disk_is_full,
+  "site 1 cannot note a message that it would send": site_cannot_note_messages,
   "the coordinator's disk is full": coordinator_disk_is_full,
   "two of three sites are killed": two_are_killed,
 }
+
+# What Flower itself has a part in: the coordinator, the sites, the next start. The tests that the
+# document names compare.
+OVER_FLOWER = {
+  "a stranger's node says that it is site 0": (RIGHT, RIGHT, RIGHT),
+  "a certificate that has expired, or is not valid yet": (
+    "SuperNode ends, exit code 1", "Lost", RIGHT
+  ),
+}  # fmt: skip
+
+
+def row(name):
+  """The line of the table of what Flower has a part in."""
+  return f"| {name} | {' | '.join(OVER_FLOWER[name])} |"

@@ -11,12 +11,11 @@ import tempfile
 
 import numpy as np
 import pytest
-from flower_events import EVENTS
+from flower_events import DOCS, EVENTS, OVER_FLOWER, row
 from flower_world import Killed, World, charged, expected, quick, records, released
 
 from primia_jax.secagg import Aborted
 
-DOCS = pathlib.Path(__file__).parents[1] / "docs" / "flower_faults.md"
 SAID = (  # what a site says in a run of one round
   "Hello", "Word", "Start", "Proposal", "Shares", "MaskedInput", "Consent", "Answer", "Ended",
 )  # fmt: skip
@@ -218,7 +217,7 @@ def event(name, root):
 
 def test_the_tables_have_no_line_that_nothing_tests():
   lines = [text.split(" | ")[0][2:] for text in DOCS.read_text().splitlines() if text[:2] == "| "]
-  tables = [FROM_SITE, TO_SITE, EVENTS]
+  tables = [FROM_SITE, TO_SITE, EVENTS, OVER_FLOWER]
   assert lines == [name for table in tables for name in ("", "---", *table)]
 
 
@@ -259,6 +258,14 @@ Before the first Proposal all must be there: a fault ends the start for all.
 
 {events}
 
+## With Flower itself
+
+{over_flower}
+
+The stranger, whose node the SuperLink knows, is told why it is turned away, and the coordinator
+notes it: `tests/flower_meeting_test.py`. The SuperNode says that the certificate has expired or is
+not yet valid, and its hospital's program ends after its patience:
+`tests/flower_certificates_test.py`.
 Strangers that flood the channel between a SuperNode and its hospital's program, or let bytes drip,
 hold nobody up: `tests/flower_channel_test.py`. That Flower's ClientApp does not wait for longer
 than its message may live, whatever its clock: `tests/flower_apps_test.py`.
@@ -277,7 +284,9 @@ def main():
       ]
       head = ("the coordinator", "the sites", "at the next start")
       events = rows(head, [event(name, new()) for name in EVENTS])
-    print(TEXT.format(said=tables[0], told=tables[1], events=events), end="")
+      over_flower = rows(head, [row(name) for name in OVER_FLOWER])
+    text = TEXT.format(said=tables[0], told=tables[1], events=events, over_flower=over_flower)
+    print(text, end="")
 
 
 if __name__ == "__main__":

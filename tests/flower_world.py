@@ -19,7 +19,7 @@ from experiments_runs import TINY
 from experiments import processes, settings, starts
 from experiments.checkpoints import Best
 from primia_jax import durable, federated, secagg
-from primia_jax.privacy import accounting, ledger
+from primia_jax.privacy import accounting, agreeing, ledger
 from primia_jax.privacy.chain import Chain
 from primia_jax.privacy.plan import Plan
 from primia_jax.secagg import carrier, coordinator, meeting
@@ -88,7 +88,7 @@ def site(root, number, end, rounds, config=CONFIG):
     best = Best((), (), (), (), jnp.float32(0), jnp.int32(0))
     kept = starts.catch_up(joined, number, starts.Kept(initial, best, ""), files)
     told = starts.agree(joined, number, initial, kept.state, ledger.public(path))
-    ledger.reconcile(told, path)
+    agreeing.reconcile(told, path, PLAN, 2)
     charges = ledger.Ledgers(PLAN, path, Chain(seat.own / "ledger"), [None] * num_sites)
 
     def step(key, state, sites):

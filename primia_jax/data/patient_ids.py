@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -149,12 +149,12 @@ def require(dataset: Dataset, index: np.ndarray | None = None) -> None:
     )
 
 
-def described(dataset: Dataset) -> str:
-  """What a report says of patients."""
+def described(dataset: Dataset, count: Callable[[int], object] = "{:,}".format) -> str:
+  """What a report says of patients; `count` writes a number of images, or that it is suppressed."""
   if unknown := int(np.sum(~known(dataset))):
     return (
-      f"unknown for {unknown:,} of {len(dataset):,} images: each of these counts as a patient, so "
-      "images of one person may be at several sites, or in training and testing"
+      f"unknown for {count(unknown)} of {len(dataset):,} images: each of these counts as a "
+      "patient, so images of one person may be at several sites, or in training and testing"
     )
   return "known: no patient's images are split between sites, or training and validation"
 

@@ -54,7 +54,9 @@ def serve(folder: pathlib.Path, timeout: float) -> Channel:
   listener = socket.socket(socket.AF_UNIX)
   with _address(folder) as address:
     listener.bind(address)
-    os.chmod(address, 0o660 if found.st_mode & 0o010 else 0o600)
+    # A socket belongs to the group of this process, which need not be the folder's: so whoever may
+    # enter the folder may connect.
+    os.chmod(address, 0o666 if found.st_mode & 0o010 else 0o600)
   listener.listen(_MOST)
   listener.setblocking(False)
   begun: dict[socket.socket, bytearray] = {}  # requests that have not come whole

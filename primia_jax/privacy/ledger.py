@@ -24,7 +24,7 @@ from primia_jax.privacy.plan import Plan
 
 LEDGER = "ledger.json"  # of a run: which entry of which file begins it
 EPSILON = "epsilon (of a unit of any one site, the worst)"  # the row of a statement
-_AGREED = "agreed.json"  # what `reconcile` leaves for a process
+_AGREED = "agreed.json"  # what `agreeing` leaves for a process
 _RUN_FACTS = ("unit", "delta", "groups", "private")
 
 
@@ -149,11 +149,13 @@ class Ledgers:
     _write(self._path, {"ledger": str(self.chain.folder.resolve()), "run": run})
 
   def _top_up(self, agreed: Mapping[str, Any]) -> None:
-    for i, saved in enumerate(agreed["ledgers"]):
-      most = from_json(json.dumps(saved))
-      self._charge(_missing(self.ledgers[i], most), [i])
+    all_agreed = [from_json(json.dumps(saved)) for saved in agreed["ledgers"]]
+    for i, one in enumerate(all_agreed):
+      self._charge(_missing(self.ledgers[i], one), [i])
+    self.ledgers = all_agreed  # alike in all processes, so that all end at the same round
     if self.counts is None and agreed["counts"] is not None:
       self.keep_counts(agreed["counts"])
+    self.counts = agreed["counts"]
 
 
 def record(chain: Chain, group: str, image: Any) -> bytes:
@@ -182,32 +184,15 @@ def public(path: pathlib.Path) -> bytes:
   return json.dumps({"ledgers": [_plain(one) for one in ledgers], "counts": counts}).encode()
 
 
-def reconcile(others: Sequence[bytes], path: pathlib.Path) -> None:
-  """Notes with what all processes continue: of each site and release, the most times that any has
-  charged.
+def note_agreed(path: pathlib.Path, ledgers: Sequence[Ledger], counts: list[float] | None) -> None:
+  """Notes what all processes of a run agreed on, for the `Ledgers` that this one begins next."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _write(path.with_name(_AGREED), {"ledgers": [_plain(x) for x in ledgers], "counts": counts})
 
-  A process that was killed may have charged a round that no other has begun. `Ledgers` then charges
-  what it lacks itself.
 
-  Args:
-    others: what is `public` of each process.
-    path: of this process's run.
-
-  Raises:
-    ValueError: one has told no ledgers, or those of another number of sites.
-  """
-  agreed = path.with_name(_AGREED)
-  agreed.unlink(missing_ok=True)
-  try:
-    known = [json.loads(said) for said in others if said]
-    every = [[from_json(json.dumps(one)) for one in said["ledgers"]] for said in known]
-    ledgers = [functools.reduce(_most, rows) for rows in zip(*every, strict=True)]
-    counts = next((said["counts"] for said in known if said["counts"] is not None), None)
-  except (KeyError, TypeError) as error:
-    raise ValueError(f"a process has told no ledgers ({error})") from error
-  if known:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(agreed, {"ledgers": [_plain(one) for one in ledgers], "counts": counts})
+def forget_agreed(path: pathlib.Path) -> None:
+  """Takes away what an earlier start has noted."""
+  path.with_name(_AGREED).unlink(missing_ok=True)
 
 
 def of_run(path: pathlib.Path, chain: Chain) -> list[Ledger]:
@@ -319,15 +304,16 @@ def _plain(ledger: Ledger) -> dict[str, Any]:
   return ledger._asdict() | {"releases": [r._asdict() for r in ledger.releases]}
 
 
+def times_of(ledger: Ledger) -> dict[Release, int]:
+  """How often each release was given, each with `times` 1."""
+  return {r._replace(times=1): r.times for r in ledger.releases}
+
+
 def _missing(have: Ledger, want: Ledger) -> list[Release]:
   """The releases that `want` has more often."""
-  times = {r._replace(times=1): r.times for r in have.releases}
+  times = times_of(have)
   more = [(r, r.times - times.get(r._replace(times=1), 0)) for r in want.releases]
   return [r._replace(times=n) for r, n in more if n > 0]
-
-
-def _most(one: Ledger, other: Ledger) -> Ledger:
-  return functools.reduce(accounting.spend, _missing(one, other), one)
 
 
 def _read(path: pathlib.Path) -> dict[str, str]:

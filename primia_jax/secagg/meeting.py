@@ -27,10 +27,10 @@ from typing import Any, TypeVar
 
 from primia_jax import durable
 from primia_jax.secagg import carrier as carrying
-from primia_jax.secagg import keys
+from primia_jax.secagg import errors, keys
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import MEETING_BYTES, Carrier
-from primia_jax.secagg.errors import Lost, Refused
+from primia_jax.secagg.errors import Lost, Refused, Rejected
 from primia_jax.secagg.exchange import Pinned
 
 _Said = TypeVar("_Said", msg.Hello, msg.Word, msg.Start)
@@ -73,6 +73,42 @@ def hello(
   """A site's first message, which answers an invitation."""
   made = msg.Hello(site, own.public, invitation.identity, os.urandom(keys.KEY_BYTES), told, b"")
   return made._replace(signature=keys.sign(own.private, _text(invitation.fresh, made)))
+
+
+def answered(
+  data: bytes, invitation: msg.Invitation, members: Mapping[int, bytes] | None = None
+) -> msg.Hello:
+  """The hello with which a site has answered an invitation; the coordinator then knows who it is.
+
+  It is signed for this invitation, whose 32 bytes are fresh, so that nobody can say it again.
+
+  Args:
+    data: from whoever answered.
+    invitation: that was sent there.
+    members: number to public key, of a roster; without one any key is taken.
+
+  Raises:
+    Rejected: it is no hello, no member has its number, or that member has not signed it.
+  """
+  reject = lambda site, reason, detail: Rejected(site, "hello", reason, detail)
+  try:
+    message = msg.decode(data)
+  except ValueError as error:
+    raise reject(None, "malformed", str(error)) from error
+  site = getattr(message, "site", None)
+  if not isinstance(message, msg.Hello):
+    said = errors.readable(message.reason) if isinstance(message, msg.Ended) else ""
+    what = f"it is no hello but {type(message).__name__} {said}".strip()
+    raise reject(site, "malformed", what)
+  if members is not None and message.site not in members:
+    raise reject(site, "unknown", f"the roster has the sites {sorted(members)}")
+  if members is not None and message.identity != members[message.site]:
+    raise reject(site, "unknown", "the roster has another key at that number")
+  if not keys.verify(message.identity, _text(invitation.fresh, message), message.signature):
+    raise reject(site, "forged", "the key in it has not signed it for this invitation")
+  if message.server != invitation.identity:
+    raise reject(site, "unknown", "it was invited by another coordinator")
+  return message
 
 
 def start(

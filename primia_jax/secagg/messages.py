@@ -242,7 +242,7 @@ Message = (
 STAGES = ("advertise", "share_keys", "masked_input", "consistency", "unmask")
 FROM_SITES = (Advert, Shares, MaskedInput, Consent, Answer)  # in the order of the stages
 FROM_SERVER = (Roster, Delivery, Survivors, Consents, Total)  # what ends each stage
-_KINDS: tuple[Any, ...] = get_args(Message)
+KINDS: tuple[Any, ...] = get_args(Message)
 
 
 def encode(message: Message) -> bytes:
@@ -251,7 +251,7 @@ def encode(message: Message) -> bytes:
   Raises:
     ValueError: for a number outside uint32, or an array that is not a vector of uint32 or uint64.
   """
-  parts = [bytes([_KINDS.index(type(message))])]
+  parts = [bytes([KINDS.index(type(message))])]
   _put_fields(parts.append, message)
   return b"".join(parts)
 
@@ -264,9 +264,9 @@ def decode(data: bytes) -> Message:
   """
   source = _Source(memoryview(data))
   (kind,) = source.take(1)
-  if kind >= len(_KINDS):
+  if kind >= len(KINDS):
     raise ValueError(f"malformed message: there is no kind {kind}")
-  message = _take_fields(source, _KINDS[kind])
+  message = _take_fields(source, KINDS[kind])
   if source.left():
     raise ValueError(f"malformed message: {source.left()} bytes too many")
   return message
@@ -388,7 +388,7 @@ _CODECS: dict[Any, tuple[Callable[[Put, Any], None], Callable[[_Source], Any]]] 
     lambda s: tuple(_take_fields(s, Advert) for _ in range(s.number())),
   ),
 }
-_FIELDS = {kind: tuple(_CODECS[hint] for hint in get_type_hints(kind).values()) for kind in _KINDS}
+_FIELDS = {kind: tuple(_CODECS[hint] for hint in get_type_hints(kind).values()) for kind in KINDS}
 
 
 def _put_fields(put: Put, message: Any) -> None:

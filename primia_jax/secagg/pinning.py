@@ -26,10 +26,15 @@ from primia_jax.secagg.exchange import Pinned
 from primia_jax.secagg.roster import Roster
 
 FILE, SEEN = "roster.json", "roster_seen.json"  # in a member's folder
+NEXT = "identity_next"  # there: the key that was made last, until a roster has it
+_MARKS = FILE, SEEN, "site.toml"  # that one was accepted, or must be
 
 
 def own_identity(path: pathlib.Path) -> keys.Identity:
   """The identity in a file, which must be there: a fresh one would be a stranger to all others.
+
+  A key that was rotated takes its place here, if a crash has kept it from that when the roster was
+  accepted.
 
   Raises:
     FileNotFoundError, ValueError: the file is missing, or holds no private key.
@@ -39,6 +44,18 @@ def own_identity(path: pathlib.Path) -> keys.Identity:
       f"{path}: the identity is missing; restore it. A new one is a stranger to the others, who "
       "must revoke the old one and compare fingerprints again"
     )
+  own, new = _private(path), path.with_name(NEXT)
+  if path.name == NEXT or not new.is_file() or not (path.parent / FILE).is_file():
+    return own
+  known = {member.public for member in roster.decode((path.parent / FILE).read_bytes()).members}
+  if own.public in known or _private(new).public not in known:
+    return own
+  new.replace(path)
+  durable.sync_folder(path.parent)
+  return _private(path)
+
+
+def _private(path: pathlib.Path) -> keys.Identity:
   private = path.read_bytes()
   if len(private) != keys.KEY_BYTES:
     raise ValueError(f"{path} has {len(private)} bytes and is no private key; restore it")
@@ -131,6 +148,14 @@ def accept(
   return new, [*rotated, *other]
 
 
+def needed(folder: pathlib.Path) -> Roster | None:
+  """The roster that a member must have; None where nothing says that one was ever accepted.
+
+  A member that has lost its roster trusts nobody for having come first; raises as `held`.
+  """
+  return held(folder) if any((folder / name).exists() for name in _MARKS) else None
+
+
 def held(folder: pathlib.Path) -> Roster:
   """The roster that a member accepted.
 
@@ -144,8 +169,8 @@ def held(folder: pathlib.Path) -> Roster:
   found = roster.decode(path.read_bytes(), str(path))
   if (found.serial, roster.digest(found)) != seen:
     raise ValueError(
-      f"{path} is not the roster of serial {seen[0]} that was accepted; restore it, or remove it "
-      "and accept one with its digest"
+      f"{path} is not the roster of serial {seen[0]} that was accepted, or a crash came between; "
+      "restore it, or accept that roster once more"
     )
   return found
 

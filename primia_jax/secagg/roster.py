@@ -167,6 +167,22 @@ def spoken(digest: bytes) -> str:
   return _spaced(digest.hex())
 
 
+def check_numbers(roster: Roster) -> None:
+  """Refuses to train with sites whose numbers have gaps, as where one has left: all others would
+  wait for sites that are not there.
+
+  Raises:
+    ValueError: naming the numbers, and the cure.
+  """
+  numbers, last = sorted(roster.sites), len(roster.sites) - 1
+  if numbers != list(range(last + 1)):
+    raise ValueError(
+      f"the sites of roster {roster.serial} have the numbers {numbers}, and to train together they "
+      f"must be 0 to {last}. Let the site with the highest number take a free one: it writes that "
+      "into site.toml, and offers it with primia-site roster --renumber"
+    )
+
+
 def offer(own: keys.Identity, member: Member) -> bytes:
   """The public part of a member, as a file: it shows that the member has the private key.
 

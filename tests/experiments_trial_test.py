@@ -1,0 +1,76 @@
+"""The processes of a trial of Flower on one machine; Flower itself is not started here."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import trial
+
+# A process whose child leads a session of its own, as Flower's do.
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"],
+                         start_new_session=bool(int(sys.argv[1])))
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def started(tmp_path, apart):
+  """A deployment of one such process, and its child."""
+  process = subprocess.Popen(
+    [sys.executable, "-c", PARENT, str(int(apart))], stdout=subprocess.PIPE, text=True,
+    start_new_session=True,
+  )  # fmt: skip
+  child = int(process.stdout.readline())
+  return trial.Deployment(tmp_path, [], {"superlink": process}, 0), child
+
+
+def is_gone(pid):
+  end = time.monotonic() + 10
+  while time.monotonic() < end:
+    try:
+      os.kill(pid, 0)
+    except ProcessLookupError:
+      return True
+    with open(f"/proc/{pid}/stat") as status:
+      if status.read().rpartition(")")[2].split()[0] == "Z":
+        return True
+    time.sleep(0.02)
+  return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="this machine has no /proc")
+def test_all_are_stopped_on_a_machine_without_ps(tmp_path, monkeypatch):
+  """Also a child in a session of its own, which no process group holds."""
+
+  def absent(*given, **named):
+    raise FileNotFoundError("ps")
+
+  deployment, child = started(tmp_path, True)
+  monkeypatch.setattr(trial.subprocess, "run", absent)
+  trial._stop(deployment)
+  assert deployment.processes["superlink"].poll() is not None
+  assert is_gone(child)
+
+
+def test_without_proc_and_ps_all_of_a_process_s_own_group_are_stopped(tmp_path, monkeypatch):
+  deployment, child = started(tmp_path, False)
+  monkeypatch.setattr(trial, "_parents", dict)
+  trial._stop(deployment)
+  assert deployment.processes["superlink"].poll() is not None
+  assert is_gone(child)
+
+
+def test_ps_says_the_same_as_proc(monkeypatch):
+  """On macOS there is no /proc."""
+  mine = trial._parents()
+  assert mine[os.getpid()] == os.getppid()
+  monkeypatch.setattr(trial.pathlib.Path, "glob", lambda self, pattern: iter(()))
+  if trial.shutil.which("ps"):
+    assert trial._parents()[os.getpid()] == os.getppid()
+  monkeypatch.setenv("PATH", "")
+  assert trial._parents() == {}
