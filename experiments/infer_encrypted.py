@@ -64,8 +64,8 @@ def _ask(connect: Connect, config: Infer) -> None:
       predictions.write(folder / "predictions.csv", answers.ids, answers.outputs, label_names)
       print(f"predictions.csv and costs.json are in {folder}")
     else:
-      said = found_masks.write(folder, config, answers.images, masks, config.overlays)
-      print("\n".join([*said, f"costs.json is in {folder}"]))
+      made = found_masks.write(folder, config, answers.images, masks, config.overlays)
+      print("\n".join([*made, f"costs.json is in {folder}"]))
   if said := asking.ended_early(answers):
     raise RuntimeError(said)
 

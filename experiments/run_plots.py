@@ -98,13 +98,11 @@ def roc(run: pathlib.Path) -> list[Picture]:
     labels, found = saved["labels"], {k: saved[k] for k in saved.files if k != "labels"}
   for arm, probabilities in found.items():
     title = f"{result['title']} ({arm} model):\n{result['data']}"
-    given = labels, probabilities, names
+    drawer: Callable[..., None] = plots.roc
+    given: tuple[Any, ...] = labels, probabilities, names
     if readers:
-      draw = lambda path, given=given, title=title: study_plots.reader(
-        *given, readers[0], path, title
-      )
-    else:
-      draw = lambda path, given=given, title=title: plots.roc(*given, path, title)
+      drawer, given = study_plots.reader, (*given, readers[0])
+    draw = lambda path, drawer=drawer, given=given, title=title: drawer(*given, path, title)
     made.append(Picture(f"roc_{_slug(arm)}.png", draw))
   return made
 

@@ -183,7 +183,8 @@ def write_masks(
   found = decode.nearest(masks, part.shape[1], part.shape[0])
   made = nibabel.Nifti1Image(np.ascontiguousarray(_stored(found)), part.affine)
   axes = nibabel.orientations.io_orientation
-  back = nibabel.orientations.ornt_transform(axes(part.affine), axes(nibabel.load(source).affine))
+  own: Any = nibabel.load(source)
+  back = nibabel.orientations.ornt_transform(axes(part.affine), axes(own.affine))
   nibabel.save(made.as_reoriented(back), path)
   voxel = abs(np.linalg.det(part.affine[:3, :3])) / 1000
   return np.bincount(found.ravel(), minlength=num_classes) * voxel
