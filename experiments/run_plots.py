@@ -149,7 +149,12 @@ def epsilon(runs: Sequence[pathlib.Path]) -> list[Picture]:
     )
   title = f"MCC against epsilon: {next(iter(data))[0]}"
   others = [one for one in scores if not one.epsilon]
-  return [Picture("epsilon.png", lambda path: study_plots.budgets(private, others, path, title))]
+  readers = {
+    k: float(_number(runs[0], one["mcc"]))
+    for k, one in next(iter(results.values()))["references"].items()
+  }
+  draw = lambda path: study_plots.budgets(private, others, readers, path, title)
+  return [Picture("epsilon.png", draw)]
 
 
 def latency(runs: Sequence[pathlib.Path]) -> list[Picture]:

@@ -150,14 +150,19 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
 
 
 def budgets(
-  private: Sequence[Score], others: Sequence[Score], path: str | pathlib.Path, title: str
+  private: Sequence[Score],
+  others: Sequence[Score],
+  readers: Mapping[str, float],
+  path: str | pathlib.Path,
+  title: str,
 ) -> None:
   """Draws the MCC of private runs against epsilon, each with its interval, beside runs without
-  privacy as bands.
+  privacy as bands, and human readers.
 
   Args:
     private: of runs with privacy; a line joins the means of one arm.
     others: of runs without.
+    readers: name -> MCC.
     path: the file to write.
     title: what the picture shows, including the data set.
   """
@@ -170,14 +175,17 @@ def budgets(
     means = [np.mean([one.value for one in mine if one.epsilon == e]) for e in at]
     axes.plot(at, means, linestyle=DASHES[i % len(DASHES)], color=colour, label=arm)
     axes.plot([one.epsilon for one in mine], [one.value for one in mine], "o", color=colour)
-    ends = [one.low for one in mine], [one.high for one in mine]
-    axes.vlines([one.epsilon for one in mine], *ends, color=colour, linewidth=1.2)
+    lows, highs = [one.low for one in mine], [one.high for one in mine]
+    axes.vlines([one.epsilon for one in mine], lows, highs, color=colour, linewidth=1.2)
   for i, one in enumerate(others):
     style: dict[str, Any] = {"color": INK if i == 0 else "#888888"}
     label = f"no privacy: {one.arm}"
     axes.axhline(one.value, linestyle=DASHES[(1 + i) % len(DASHES)], label=label, **style)
     axes.axhspan(one.low, one.high, alpha=0.08, linewidth=0, **style)
-  axes.set_ylim(*_around([v for one in (*private, *others) for v in one[2:]]))
+  for name, value in readers.items():
+    axes.axhline(value, color=ORANGE, linewidth=1.6, linestyle=":", label=name)
+  ends = [v for one in (*private, *others) for v in one[2:]]
+  axes.set_ylim(*_around([*ends, *readers.values()]))
   axes.set_xscale("log")
   ticks = sorted({one.epsilon for one in private})
   axes.set_xticks(ticks, [f"{e:g}" for e in ticks])

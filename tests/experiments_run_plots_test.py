@@ -33,7 +33,7 @@ def run_folder(root, name, mcc=0.7, epsilon=0.0, reader=True, **changes):
     "label_names": NAMES, "main_arm": "federated",
     "arms": {"federated": {"mcc": {"value": mcc, "low": mcc - 0.1, "high": mcc + 0.1},
                            "confusion_matrix": counts.tolist()}},
-    "references": {"radiologist": {"confusion_matrix": READER}} if reader else {},
+    "references": {"radiologist": {"confusion_matrix": READER, "mcc": 0.6}} if reader else {},
     "privacy": {"epsilon": "at most"} if epsilon else None,
     "config": {"model": "cnn", "target_epsilon": 0.0},
   } | changes  # fmt: skip
