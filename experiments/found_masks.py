@@ -139,7 +139,7 @@ def write(
     said = [f"{path} lies on the volume's own voxels: {', '.join(found)}"]
   else:
     _write_pngs(folder / FOLDER, s, ids, masks, label_names)
-    numbers = ", ".join(f"{k} {name}" for k, name in enumerate(label_names))
+    numbers = ", ".join(f"{k} is {name}" for k, name in enumerate(label_names))
     said = [f"{folder / FOLDER} holds a PNG for each image, whose values are classes: {numbers}"]
   if num_shown:
     from . import masks_drawn  # here, because the import takes a second

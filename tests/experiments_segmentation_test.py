@@ -199,7 +199,7 @@ def test_masks_of_images_are_pictures_of_their_own_size(tmp_path, capsys):
   found_masks.show(["0.png", "1.png"], masks, names)
   assert f"{100 * (masks[0] == 2).mean():.2f} %" in capsys.readouterr().out
   said = found_masks.write(out, s, images, masks, 1)
-  assert "0 none, 1 bright, 2 dark" in said[0]
+  assert "0 is none, 1 is bright, 2 is dark" in said[0]
   assert "IMAGES OF PATIENTS" in said[1]
   for i in range(2):
     found = np.asarray(Image.open(out / "masks" / f"{i}.png.mask.png"))
