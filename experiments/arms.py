@@ -18,7 +18,7 @@ from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
 from primia_jax.privacy import agreeing, ledger
 from primia_jax.privacy.accounting import Ledger
-from primia_jax.types import Array, ModelState, Params
+from primia_jax.types import Array, ModelState, Params, PyTree
 
 from . import (
   admission,
@@ -41,14 +41,15 @@ class Arm(NamedTuple):
   JSON lines.
 
   Attributes:
-    sent: what each site sends an update of: one of the models, without frozen parts.
+    sent: what each site sends a change of: one of the models, without frozen parts, and its
+      parameters again where control variates or averages are sent, too.
     facts: by name, for the report.
     privacy: what a report says of it; None without.
     ledgers: one for each site; None without privacy.
   """
 
   models: list[tuple[Params, ModelState]]
-  sent: tuple[Params, ModelState]
+  sent: PyTree
   rows: list[dict[str, Any]]
   facts: dict[str, Any]
   privacy: dict[str, Any] | None
@@ -223,7 +224,8 @@ def train(
   if has_own and algorithm.name == "fedbn":
     kept = [jax.tree.map(lambda a, i=i: a[i], best.site_state) for i in range(num_sites)]
   # The average needs no site's state.
-  is_average = config.privacy.dp_average or config.training.average_last
+  t = config.training
+  is_average = config.privacy.dp_average or t.average_last or t.average_decay
   shared = serve(None) if is_average else (best.params, best.model_state)
   trained = [serve(k) for k in kept] or [shared]
   facts = lines.facts(rows, best, state, place, num_sites, charges is not None)
@@ -236,7 +238,9 @@ def train(
         + feature_statistics.source(name)
       )
   whole = trained if frozen is None else [frozen.whole(*m) for m in trained]
-  saved_models, sent = jax.tree.map(np.asarray, (whole, trained[0]))
+  twice = t.average_decay or config.federation.algorithm == "scaffold"
+  tree = (trained[0], trained[0][0]) if twice else trained[0]
+  saved_models, sent = jax.tree.map(np.asarray, (whole, tree))
   return Arm(saved_models, sent, rows, facts, said, spent)
 
 

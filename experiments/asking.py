@@ -18,6 +18,7 @@ from primia_jax import models
 from primia_jax.clinic import asking
 from primia_jax.clinic.asking import Answer, Ask, Model
 from primia_jax.data import dicom
+from primia_jax.data.dataset import Dataset, take
 from primia_jax.mpc import apart, pricing
 from primia_jax.mpc.roles import DataOwner
 from primia_jax.mpc.sharing import DATA_OWNER
@@ -26,7 +27,7 @@ from primia_jax.service.channel import Limits
 from primia_jax.service.errors import SessionEnded
 from primia_jax.service.publications import Received
 
-from . import asked_images, caching, progress
+from . import asked_images, caching, found_masks, progress
 from .folders import check_images, role_folder, to_write
 from .planned import Connect, Infer
 
@@ -118,6 +119,10 @@ def ready(s: Connect) -> tuple[Model, Ask, tuple[tuple[str, str], ...], str]:
   folder = check(s)
   received = publications.received(folder, s.model)
   about, owner = received.about, DataOwner(received.plan, received.publication)
+  if _of_pixels(received):
+    raise ValueError(
+      f"model={s.model} gives masks, and this program shows classes; use primia-infer --connect"
+    )
   if about.images != 1:
     raise ValueError(
       f"model={s.model} takes {about.images} images at a time; ask for a publication of one "
@@ -168,12 +173,13 @@ class Answers(NamedTuple):
 
   Attributes:
     ids: of the images that were answered.
-    outputs: [N, L] logits or [N] classes.
+    outputs: [N, L] logits or [N] classes; of masks [N, H, W, L] or [N, H, W].
     received: the publication.
     seconds: of each run of the protocol, from the image to the output.
     sizes: bytes of each message of a run.
     error: what ended the session before the last image; None if nothing did.
     asked: how many images were to be answered.
+    images: those that were.
   """
 
   ids: list[str]
@@ -183,6 +189,7 @@ class Answers(NamedTuple):
   sizes: tuple[int, ...]
   error: SessionEnded | None
   asked: int
+  images: Dataset
 
 
 def infer(s: Connect, infer: Infer) -> Answers:
@@ -194,11 +201,15 @@ def infer(s: Connect, infer: Infer) -> Answers:
   """
   folder = check(s)
   check_images(infer.images)
+  found_masks.check(infer)
   if infer.output_dir:
-    to_write(infer.output_dir, ("predictions.csv", "costs.json"))
+    to_write(infer.output_dir, ("predictions.csv", "costs.json", *found_masks.FILES))
   received = publications.received(folder, s.model)
   about = received.about
-  images = asked_images.read(infer, about)
+  form = about.image_size, about.channels, dicom.window(about.ct_window)
+  images = found_masks.volume(infer, _of_pixels(received), about.label_names, *form)
+  if images is None:
+    images = asked_images.read(infer, about)
   ids = [str(path) for path in images.columns["path"]]
   parts = list(asked_images.runs(len(ids), about.images))
   if (left := unused(folder, s.model)) < len(parts):
@@ -228,7 +239,8 @@ def infer(s: Connect, infer: Infer) -> Answers:
         raise
       error = ended
   found = np.concatenate(outputs)[: len(ids)]
-  return Answers(ids[: len(found)], found, received, seconds, sizes, error, len(ids))
+  answered = take(images, np.arange(len(found)))
+  return Answers(ids[: len(found)], found, received, seconds, sizes, error, len(ids), answered)
 
 
 def _say(s: Connect, received: Received, sizes: Sequence[int], count: int, notes: Any) -> None:
@@ -249,13 +261,19 @@ ASSUMED = ("Assumed", "all follow the protocol, and the dealer colludes with nei
 def learned(received: Received) -> tuple[tuple[str, str], ...]:
   """Who learns what from one question, for people."""
   is_label = received.about.output == "label"
-  learns = "the class, no logits" if is_label else "the logits of its own images"
+  what = "of each pixel of its own images" if _of_pixels(received) else "of its own images"
+  learns = f"the class {what}, no logits" if is_label else f"the logits {what}"
   server = certificates.name(received.server)
   return (
     ("this clinic", f"{learns}, and the plan"),
     (server, "which clinic asks, when and how often; nothing about images or answers"),
     ("dealer", "nothing; it is not online"),
   )
+
+
+def _of_pixels(received: Received) -> bool:
+  """Whether a publication gives a class for each pixel."""
+  return len(received.plan.circuit.outputs[0].shape) > 2
 
 
 def _run(received: Received, sizes: Sequence[int]) -> str:
@@ -321,7 +339,7 @@ def foreign(present: Sequence[str]) -> None:
   Raises:
     ValueError: naming the first.
   """
-  own = {"ignore", "grey_bits", "images", "skip_bad_files", "output_dir"}
+  own = {"ignore", "grey_bits", "images", "skip_bad_files", "output_dir", "slices", "overlays"}
   of_owner = {field.name for field in dataclasses.fields(Infer)} - own
   for name in sorted(of_owner & set(present)):
     raise ValueError(

@@ -24,7 +24,7 @@ from primia_jax.mpc.circuit import CHECKED, SHARING, TRUSTED, Config
 from primia_jax.mpc.gates.elementwise import COMPARISONS
 from primia_jax.types import Array, PyTree
 
-from . import folders, inputs, model_files, settings
+from . import folders, found_masks, inputs, model_files, settings
 from .configs.data import Data
 from .planned import OUTPUTS, Infer, Planned
 
@@ -43,8 +43,10 @@ def check(s: Infer) -> None:
   """
   check_planned(s)
   folders.check_images(s.images)
+  found_masks.check(s)
   if s.output_dir:
-    folders.to_write(s.output_dir, ("predictions.csv", "plan.txt", "costs.json"))
+    writes = ("predictions.csv", "plan.txt", "costs.json", *found_masks.FILES)
+    folders.to_write(s.output_dir, writes)
   parse_network(s.network)
 
 
@@ -186,10 +188,22 @@ def load_model(
   """The model, its (parameters, state), label names and configuration; see `model_files`.
 
   Raises:
-    ValueError: the run holds several personal models.
+    ValueError: as `load_any`, or the model gives masks.
+  """
+  loaded = load_any(checkpoint, classes)
+  model_files.require_classes(loaded[-1], "this program")
+  return loaded
+
+
+def load_any(
+  checkpoint: str, classes: str = ""
+) -> tuple[models.Model, PyTree, tuple[str, ...], models.ModelConfig]:
+  """The same, also of a model that gives masks.
+
+  Raises:
+    ValueError: the run holds several personal models, or gives images any number of labels.
   """
   model, trained, label_names, config = model_files.load_model(checkpoint, classes)
-  model_files.require_classes(config, "primia-infer")
   if model_files.is_multi(checkpoint):
     raise ValueError(
       f"checkpoint={checkpoint} gives images any number of labels, and encrypted programs take "

@@ -1,10 +1,11 @@
-"""Classifies one party's images with another party's model. Neither party shows the other its data.
+"""Classifies one party's images with another party's model, or finds masks in them. Neither party
+shows the other its data.
 
   primia-infer --checkpoint=runs/first --images=xray.png
 
 This process simulates both parties and the dealer, so it protects nothing by itself. It prints the
 classes, and the time, bytes and rounds of each phase and layer. With --output_dir it writes
-predictions.csv, plan.txt and costs.json.
+predictions.csv, plan.txt and costs.json; of a model of masks these as NIfTI or PNG, and a picture.
 
   primia-infer --connect=HOST:PORT --folder=hospital --model=chest-1 --images=xray.png
 
@@ -18,7 +19,7 @@ import time
 
 from absl import flags
 
-from . import caching, predictions, settings, starting
+from . import caching, found_masks, predictions, settings, starting
 from .folders import private, write_private
 from .planned import Connect, Infer, check_connect
 
@@ -49,14 +50,22 @@ def _ask(connect: Connect, config: Infer) -> None:
   start = time.perf_counter()
   answers = asking.infer(connect, config)
   label_names = answers.received.about.label_names
-  predictions.show(answers.ids, answers.outputs, label_names)
+  masks = found_masks.of(answers.outputs) if answers.outputs.ndim > 2 else None
+  if masks is None:
+    predictions.show(answers.ids, answers.outputs, label_names)
+  else:
+    found_masks.show(answers.ids, masks, label_names)
   summary = asking.costs(answers, time.perf_counter() - start)
   print(f"\n{asking.took(answers)}\nIntended use: {answers.received.about.intended_use}.")
   if config.output_dir:
     folder = private(pathlib.Path(config.output_dir).expanduser())
-    predictions.write(folder / "predictions.csv", answers.ids, answers.outputs, label_names)
     write_private(folder / "costs.json", json.dumps(summary, indent=2) + "\n")
-    print(f"predictions.csv and costs.json are in {folder}")
+    if masks is None:
+      predictions.write(folder / "predictions.csv", answers.ids, answers.outputs, label_names)
+      print(f"predictions.csv and costs.json are in {folder}")
+    else:
+      made = found_masks.write(folder, config, answers.images, masks, config.overlays)
+      print("\n".join([*made, f"costs.json is in {folder}"]))
   if said := asking.ended_early(answers):
     raise RuntimeError(said)
 

@@ -9,7 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from primia_jax.data import overlaps, partition, patient_ids, phantom, scan, sites, volumes
+from primia_jax.data import (
+  medimeta,
+  overlaps,
+  partition,
+  patient_ids,
+  phantom,
+  scan,
+  sites,
+  volumes,
+)
 from primia_jax.data.dataset import Dataset, in_memory, join, take
 from primia_jax.data.folder import label_indices, read_images, unlabelled
 from primia_jax.data.load import load
@@ -20,6 +29,9 @@ from . import image_facts, memory
 from .configs import Train
 from .configs.data import Data, Hospitals
 from .settings import fractions, names
+
+# What a folder must hold, and an example of one.
+_INDEXES = {"msd": (volumes.INDEX, "Task06_Lung"), "medimeta": (medimeta.INDEX, "pneumonia")}
 
 
 class Inputs(NamedTuple):
@@ -61,19 +73,18 @@ def source(settings: Data) -> pathlib.Path | None:
       tfds.prepare(where, manual_dir=settings.manual_dir, data_dir=settings.data_dir or None)
     return tfds.find(where, settings.data_dir or None).resolve()
   path = pathlib.Path(where).expanduser()
-  if kind not in ("folder", "csv", "npz", "msd") or not where:
-    known = "phantom, folder:PATH, csv:PATH, npz:PATH, msd:PATH or tfds:NAME"
+  if kind not in ("folder", "csv", "npz", *_INDEXES) or not where:
+    known = "phantom, folder:PATH, csv:PATH, npz:PATH, msd:PATH, medimeta:PATH or tfds:NAME"
     raise ValueError(f"data={settings.data!r}; use {known}")
   if not path.exists():
     raise FileNotFoundError(f"data={settings.data}: there is no {path}; check the path")
-  forms = {"folder": "a folder or a tar", "msd": "a folder"}
+  forms = {"folder": "a folder or a tar", "msd": "a folder", "medimeta": "a folder"}
   fits = path.is_dir() if kind in forms else path.is_file()
   if not fits and not (kind == "folder" and path.is_file()):
     raise ValueError(f"data={path} is not {forms.get(kind, 'an ordinary file')}; name one")
-  if kind == "msd" and not (path / volumes.INDEX).is_file():
-    raise FileNotFoundError(
-      f"data={settings.data} has no {volumes.INDEX}; name Task06_Lung or the like"
-    )
+  if kind in _INDEXES and not (path / _INDEXES[kind][0]).is_file():
+    index, example = _INDEXES[kind]
+    raise FileNotFoundError(f"data={settings.data} has no {index}; name {example} or the like")
   return path.resolve()
 
 
@@ -250,6 +261,8 @@ def listed(settings: Data, label_names: tuple[str, ...] | None) -> dict[str, Dat
     slices=settings.slices or "all",
     is_multi=settings.multi_label,
     label_columns=names(settings.label_columns),
+    task=settings.task,
+    splits=settings.splits,
   )
 
 

@@ -94,7 +94,7 @@ def require_classes(config: models.ModelConfig, program: str) -> None:
   if config.name in models.SEGMENTERS:
     raise ValueError(
       f"the run's model is {config.name}, which learns masks, and {program} takes models that "
-      "classify images; from Python, `primia_jax.mpc.secret` takes any model's apply"
+      "classify images; primia-infer finds masks under encryption"
     )
 
 

@@ -64,7 +64,8 @@ class Result(NamedTuple):
   """The outputs and what they took.
 
   Attributes:
-    outputs: [N, L] logits or [N] classes, as the data owner learns them.
+    outputs: [N, L] logits or [N] classes, as the data owner learns them; of masks [N, H, W, L] or
+      [N, H, W].
     seconds: by phase, for all runs of the protocol together; compilation counts to "compile".
     online: seconds by the number of the operation that ends each step, for all runs together; -1
       for the output.
@@ -126,14 +127,17 @@ class Difference(NamedTuple):
 
   Attributes:
     largest: the largest difference of a logit from float32; None if only the class is known.
-    same: the number of images with the same class.
+    same: the number of images, or of the pixels of masks, with the same class.
     bitwise: whether the outputs equal the integer model's bit for bit; None if the plan is not
       exact.
+    margin: how far apart the two best float32 logits are where the class differs, at most; 0 where
+      none does. An error of e changes no class whose margin exceeds 2 e.
   """
 
   largest: float | None
   same: int
   bitwise: bool | None
+  margin: float = 0.0
 
 
 def compare(
@@ -161,13 +165,13 @@ def compare(
     logits.append(np.asarray(logits_fn(weights, normalised(part))))
   wanted, exact = (np.concatenate(parts)[: len(images)] for parts in (logits, integers))
   bitwise = bool(np.array_equal(exact, outputs)) if plan.config.exact else None
-  if outputs.ndim == 1:
-    return Difference(None, int(np.sum(outputs == wanted.argmax(1))), bitwise)
-  return Difference(
-    float(np.abs(outputs - wanted).max()),
-    int(np.sum(outputs.argmax(1) == wanted.argmax(1))),
-    bitwise,
-  )
+  has_logits = outputs.ndim == wanted.ndim
+  said = outputs.argmax(-1) if has_logits else outputs
+  differs = said != wanted.argmax(-1)
+  two = np.sort(wanted[differs], axis=-1)[:, -2:]
+  margin = float((two[:, 1] - two[:, 0]).max(initial=0.0))
+  largest = float(np.abs(outputs - wanted).max()) if has_logits else None
+  return Difference(largest, int(np.sum(~differs)), bitwise, margin)
 
 
 # ---- costs

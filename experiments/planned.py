@@ -57,15 +57,28 @@ class Infer(Planned):
   """What is classified, with which model, and by which protocol."""
 
   images: str = _(
-    "", "data owner: an image file (PNG, JPEG, TIFF, BMP, DICOM), a folder or a tar of them"
+    "",
+    "data owner: an image file (PNG, JPEG, TIFF, BMP, DICOM), a folder or a tar of them; for masks "
+    "also a NIfTI volume, whose axial slices are taken",
   )
   skip_bad_files: bool = _(False, "go on without images that cannot be read, and name them")
   output_dir: str = _(
     "",
-    "folder for predictions.csv, plan.txt and costs.json, created if needed; empty writes no files",
+    "folder for predictions.csv (or masks), plan.txt and costs.json, created if needed; empty "
+    "writes no files",
   )
   check: bool = _(
     False, "also compute in the clear: compare with float32 and find values beyond their range"
+  )
+  slices: str = _(
+    "",
+    "of a NIfTI volume: which axial slices, counted from the feet, from 0, as 40 or 40-60; empty "
+    "takes all",
+  )
+  overlays: int = _(
+    8,
+    "with output_dir and a model of masks: draw this many images with the outlines that were "
+    "found; they are IMAGES OF PATIENTS",
   )
   network: str = _(
     "wan", "link whose communication time is estimated: lan, wan, or RTT_MS,MBIT such as 40,100"

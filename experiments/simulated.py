@@ -9,24 +9,24 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from primia_jax import models
 from primia_jax.mpc import planning, pricing
 
-from . import encrypted, inputs, model_files, phases, predictions, report
+from . import encrypted, found_masks, inputs, model_files, phases, predictions, report
 from .configs.data import Data
 from .folders import private, write_private
 from .planned import Infer
 
 
 def infer(config: Infer) -> None:
-  """Classifies the images, and prints and writes what it took.
+  """Classifies the images or finds their masks, and prints and writes what it took.
 
   Raises:
     ValueError, FileNotFoundError: a flag is wrong.
   """
   encrypted.check(config)
-  model, weights, label_names, model_config = encrypted.load_model(
-    config.checkpoint, config.classes
-  )
+  model, weights, label_names, model_config = encrypted.load_any(config.checkpoint, config.classes)
+  of_pixels = model_config.name in models.SEGMENTERS
   size, _, channels = model_config.image_shape
   data = Data(
     data=f"folder:{config.images}",
@@ -37,7 +37,10 @@ def infer(config: Infer) -> None:
     skip_bad_files=config.skip_bad_files,
     ct_window=model_files.ct_window(config.checkpoint),
   )
-  images = inputs.unlabelled_images(data, label_names)
+  form = size, channels, data.hounsfield
+  images = found_masks.volume(config, of_pixels, label_names, *form)
+  if images is None:
+    images = inputs.unlabelled_images(data, label_names)
   calibration, source = encrypted.calibration_images(config, model_config, label_names)
   if config.output_dir:
     private(pathlib.Path(config.output_dir).expanduser())
@@ -62,7 +65,7 @@ def infer(config: Infer) -> None:
   print(
     f"\nThe plan, which both parties and the dealer see, for {_images(config.batch)}:\n\n{table}\n"
   )
-  print(_who_learns_what(config))
+  print(_who_learns_what(config, of_pixels))
   if any(row.what == "product" and row.layer != "argmax" for row in rows):
     print(
       "\nSome steps multiply secrets with each other, as GroupNorm does with the statistics of an "
@@ -74,12 +77,20 @@ def infer(config: Infer) -> None:
   result.seconds["calibrate"] = calibrating
 
   ids = [str(path) for path in images.columns["path"]]
-  predictions.show(ids, result.outputs, label_names)
-  summary = _costs(plan, rows, result, config, len(images))
+  masks = found_masks.of(result.outputs) if of_pixels else None
+  if masks is not None:
+    found_masks.show(ids, masks, label_names)
+  else:
+    predictions.show(ids, result.outputs, label_names)
+  about = f"{model_config.name}, {size} px"
+  summary = _costs(plan, rows, result, config, about, len(images))
   _print_costs(summary)
   if config.check:
     _print_check(
-      config, phases.compare(plan, model, weights, images.images, config.batch, result.outputs), ids
+      config,
+      phases.compare(plan, model, weights, images.images, config.batch, result.outputs),
+      len(images) if masks is None else masks.size,
+      "images" if masks is None else "pixels",
     )
   else:
     print(
@@ -88,16 +99,23 @@ def infer(config: Infer) -> None:
     )
   if config.output_dir:
     folder = pathlib.Path(config.output_dir).expanduser()
-    predictions.write(folder / "predictions.csv", ids, result.outputs, label_names)
+    made = "plan.txt and costs.json"
+    if masks is not None:
+      said = found_masks.write(folder, config, images, masks, config.overlays)
+      print("\n" + "\n".join(said))
+    else:
+      predictions.write(folder / "predictions.csv", ids, result.outputs, label_names)
+      made = f"predictions.csv, {made}"
     write_private(folder / "plan.txt", f"{table}\n")
     write_private(folder / "costs.json", json.dumps(summary, indent=2) + "\n")
-    print(f"\npredictions.csv, plan.txt and costs.json are in {folder}")
+    print(f"\n{made} are in {folder}")
 
 
-def _who_learns_what(config: Infer) -> str:
+def _who_learns_what(config: Infer, of_pixels: bool) -> str:
+  what = "of each pixel of its own images" if of_pixels else "of its own images"
   answer = {
-    "probabilities": "the logits of its own images, and computes probabilities from them",
-    "label": "the class of its own images, but no probabilities or logits",
+    "probabilities": f"the logits {what}, and computes probabilities from them",
+    "label": f"the class {what}, but no probabilities or logits",
   }[config.output]
   return (
     "Who learns what, if all follow the protocol and the dealer colludes with neither party:\n"
@@ -112,6 +130,7 @@ def _costs(
   rows: Sequence[pricing.Row],
   result: phases.Result,
   config: Infer,
+  model: str,
   num_images: int,
 ) -> dict[str, Any]:
   """The content of `costs.json`: seconds as measured, bytes and rounds of one run as planned."""
@@ -134,6 +153,7 @@ def _costs(
     }
 
   return {
+    "model": model,
     "images": num_images,
     "images_in_a_run": config.batch,
     "runs": result.runs,
@@ -209,13 +229,18 @@ def _time(seconds: float) -> str:
   return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _print_check(config: Infer, found: phases.Difference, ids: Sequence[str]) -> None:
+def _print_check(config: Infer, found: phases.Difference, total: int, what: str) -> None:
   print("\nChecked in the clear: every value stays within its planned range.")
   if found.largest is not None:
     is_chosen = config.ring_bits and config.fraction_bits  # then target_error chose nothing
     target = "" if is_chosen else f" (target {config.target_error:g})"
     print(f"  largest difference of a logit from float32: {found.largest:.2g}{target}")
-  print(f"  the same class as float32: {found.same} of {len(ids)} images")
+  print(f"  the same class as float32: {found.same:,} of {total:,} {what}")
+  if found.same < total:
+    print(
+      f"  elsewhere float32's two best logits are {found.margin:.2g} apart at most; an error of "
+      f"{config.target_error:g} may turn {2 * config.target_error:g}"
+    )
   if found.bitwise is not None:
     print(
       f"  bit for bit what the integer model gives: "

@@ -80,6 +80,14 @@ STUDIES = {
     arms=("pooled", "local", "secure", "private"),
     attacks="threats",
   ),
+  "chest_xray_pretrained_224": Study(
+    "the same at 224 pixels, two hours an arm on two cores, or on an accelerator",
+    ("--preset=chest_xray_pretrained_224",),
+    ("--preset=chest_xray_private_pretrained",),
+    (1.0, 3.0, 6.0, 8.0),
+    arms=("pooled", "secure", "private"),
+    attacks="threats",
+  ),
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,6 +16,11 @@ from primia_jax import metrics
 
 from . import lettering
 from .plots import BLUE, DASHES, GREEN, INK, ORANGE, PALETTE, save, tidy
+
+if TYPE_CHECKING:
+  from primia_jax.mpc import pricing
+
+  from .run_plots import Score, Timed
 
 _FIELDS = {"accuracy": "accuracy", "mcc": "MCC", "macro_roc_auc": "macro ROC-AUC (one-vs-one)"}
 
@@ -142,3 +147,93 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
   """The ends of an axis around values; wider intervals, as of two seeds, end at its edge."""
   margin = 0.04 + 0.25 * (max(values) - min(values))
   return min(values) - margin, min(max(values) + margin, 1.02)
+
+
+def budgets(
+  private: Sequence[Score],
+  others: Sequence[Score],
+  readers: Mapping[str, float],
+  path: str | pathlib.Path,
+  title: str,
+) -> None:
+  """Draws the MCC of private runs against epsilon, each with its interval, beside runs without
+  privacy as bands, and human readers.
+
+  Args:
+    private: of runs with privacy; a line joins the means of one arm.
+    others: of runs without.
+    readers: name -> MCC.
+    path: the file to write.
+    title: what the picture shows, including the data set.
+  """
+  figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+  axes = figure.add_subplot()
+  arms = list(dict.fromkeys(one.arm for one in private))
+  for i, arm in enumerate(arms):
+    mine = [one for one in private if one.arm == arm]
+    colour, at = PALETTE[i % len(PALETTE)], sorted({one.epsilon for one in mine})
+    means = [np.mean([one.value for one in mine if one.epsilon == e]) for e in at]
+    axes.plot(at, means, linestyle=DASHES[i % len(DASHES)], color=colour, label=arm)
+    axes.plot([one.epsilon for one in mine], [one.value for one in mine], "o", color=colour)
+    lows, highs = [one.low for one in mine], [one.high for one in mine]
+    axes.vlines([one.epsilon for one in mine], lows, highs, color=colour, linewidth=1.2)
+  for i, one in enumerate(others):
+    style: dict[str, Any] = {"color": INK if i == 0 else "#888888"}
+    label = f"no privacy: {one.arm}"
+    axes.axhline(one.value, linestyle=DASHES[(1 + i) % len(DASHES)], label=label, **style)
+    axes.axhspan(one.low, one.high, alpha=0.08, linewidth=0, **style)
+  for name, value in readers.items():
+    axes.axhline(value, color=ORANGE, linewidth=1.6, linestyle=":", label=name)
+  ends = [v for one in (*private, *others) for v in one[2:]]
+  axes.set_ylim(*_around([*ends, *readers.values()]))
+  axes.set_xscale("log")
+  ticks = sorted({one.epsilon for one in private})
+  axes.set_xticks(ticks, [f"{e:g}" for e in ticks])
+  axes.minorticks_off()
+  axes.set_xlabel("epsilon")
+  axes.set_ylabel("MCC, with 95 % intervals over test images")
+  axes.legend(frameon=False, fontsize=9, loc="lower right")
+  tidy(axes)
+  save(figure, path, title)
+
+
+def latency(
+  times: Sequence[Timed], links: Mapping[str, pricing.Network], path: str | pathlib.Path, title: str
+) -> None:
+  """Draws the time of encrypted inferences over links, as the sum of computing, bytes and rounds.
+
+  Args:
+    times: of each.
+    links: name -> round trip and bandwidth.
+    path: the file to write.
+    title: what the picture shows.
+  """
+  rows = [(one, name, link) for one in times for name, link in links.items()]
+  figure = Figure(figsize=(9.2, 0.42 * len(rows) + 2.0), layout="constrained")
+  axes = figure.add_subplot()
+  place = [i + 0.6 * (i // len(links)) for i in range(len(rows))]
+  left = np.zeros(len(rows))
+  parts = {
+    "computing, both parties on one machine (measured)": [one.seconds for one, *_ in rows],
+    "bytes (reckoned)": [link.seconds(0, one.num_bytes) for one, _, link in rows],
+    "rounds (reckoned)": [link.seconds(one.rounds, 0) for one, _, link in rows],
+  }
+  for (name, values), colour in zip(parts.items(), (BLUE, ORANGE, "#C4C4C4"), strict=True):
+    axes.barh(place, values, left=left, height=0.72, color=colour, label=name)
+    left = left + np.asarray(values)
+  for y, total in zip(place, left.tolist(), strict=True):
+    axes.annotate(
+      f"{total:.2g} s", (total, y), (4, 0), textcoords="offset points", va="center", fontsize=9
+    )
+  for k, one in enumerate(times):
+    named = (0.0, place[k * len(links)] - 0.72)
+    axes.annotate(one.name, named, fontsize=10, fontweight="bold", color=INK, va="center")
+  axes.set_yticks(place, [name for _, name, _ in rows])
+  axes.set_ylim(place[-1] + 0.6, -1.15)
+  axes.set_xlim(0, 1.1 * left.max())
+  axes.set_xlabel("seconds")
+  tidy(axes)
+  axes.grid(axis="y", visible=False)
+  axes.tick_params(axis="y", length=0)
+  figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+  save(figure, path, title)

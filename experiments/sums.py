@@ -10,22 +10,22 @@ import numpy as np
 
 from primia_jax import secagg
 from primia_jax.secagg import graph
-from primia_jax.types import ModelState, Params
+from primia_jax.types import PyTree
 
 from . import inputs
 from .configs import Train
 from .configs.aggregation import may_lie, min_survivors
 
 
-def facts(
-  config: Train, images: inputs.Inputs, model: tuple[Params, ModelState]
-) -> dict[str, Any] | None:
-  """What the report says of the protection of updates; None where they went in the clear."""
+def facts(config: Train, images: inputs.Inputs, sent: PyTree) -> dict[str, Any] | None:
+  """What the report says of the protection of updates, given what a site sends; None where they
+  went in the clear.
+  """
   if not config.aggregation.is_secure:
     return None
   n = config.sites_in_round
   secure = config.aggregation.secure_sum(n, n, config.in_processes)
-  numbers, count = sum(np.size(a) for a in jax.tree.leaves(model)), config.disclosure.policy().count
+  numbers, count = sum(np.size(a) for a in jax.tree.leaves(sent)), config.disclosure.policy().count
   encoding = {
     "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction "
     f"bits",

@@ -119,7 +119,7 @@ def make_trainer(
       seen = []
       summed = recording.recorded(summed, seen.append)
   else:
-    algorithm, summed = build_alone(recipe), summation.alone()
+    algorithm, summed = build_alone(recipe, t.average_decay), summation.alone()
     counting = lambda most: summation.alone()
   if config.privacy.dp_average:
     algorithm = algorithms.averaged(algorithm, config.privacy.dp_average)

@@ -251,7 +251,7 @@ def test_what_is_not_there_or_no_source_is_named(tmp_path):
     load(f"folder:{tmp_path}/nowhere", size=8, channels=1)
   for spec in ("nonsense", "folder:", "zip:x"):
     with pytest.raises(
-      ValueError, match=r"must be folder:PATH, csv:PATH, npz:PATH, msd:PATH or tfds"
+      ValueError, match=r"must be folder:PATH, csv:PATH, npz:PATH, msd:PATH, medimeta:PATH or tfds"
     ):
       load(spec, size=8, channels=1)
   (tmp_path / "data.zip").write_bytes(b"PK")

@@ -17,6 +17,7 @@ from primia_jax.types import Site
 PRESETS = (
   "chest_xray",
   "chest_xray_pretrained",
+  "chest_xray_pretrained_224",
   "chest_xray_private",
   "chest_xray_private_pretrained",
   "lung_tumours",

@@ -178,6 +178,10 @@ FEDERATED = """
 --algorithm=fedbn --average_last=0.5        | average_last | 0.5 | average_last=0
 --average_last=0.5 --dp_average=0.9         | average_last | 0.5 | one average
 --average_last=1                            | average_last | 1 | [0, 1)
+--average_decay=1                           | average_decay | 1 | [0, 1)
+--average_decay=0.9 --average_last=0.5      | average_decay | 0.9 | one average
+--average_decay=0.9 --algorithm=fedadam     | average_decay | 0.9 | average_last
+--average_decay=0.9 --algorithm=fedbn       | average_decay | 0.9 | average_decay=0
 --weighting=votes                           | weighting | votes | uniform
 --proximal=-1                               | proximal | -1 | negative
 --server_learning_rate=0                    | server_learning_rate | 0 | positive

@@ -70,6 +70,10 @@ SITE_INIT = """
 """
 
 PLOT = """
+--kind=pie                                  | kind | pie | latency
+--kind=epsilon                              | output_dir | epsilon | --output_dir=pictures
+--kind=roc --run_dir={folder}               | run_dir | {folder} | finished training run
+--kind=latency --run_dir={folder} --output_dir={missing} | costs.json | {folder} | primia-infer
 --run_dir={missing}                         | run_dir | {missing} | training run
 --run_dir={folder}                          | run_dir | {folder} | training run
 --run_dir={broken}                          | config.json | {broken} | --run_dir

@@ -24,7 +24,7 @@ KINDS = {
   "scaffold": settings.replace(PLAIN, algorithm="scaffold"),
   "fednova": settings.replace(PLAIN, algorithm="fednova", optimizer="momentum"),
   "fedbn": settings.replace(SHORT, algorithm="fedbn", model="cnn", norm="batch", width=0.25),
-  "some of the sites": settings.replace(SHORT, num_sites=5, sites_per_round=3),
+  "some of the sites": settings.replace(SHORT, num_sites=5, sites_per_round=3, average_decay=0.9),
   "private": settings.replace(PRIVATE, optimizer="momentum", keep_optimizer=True),
   "private sites": settings.replace(MOVING, optimizer="momentum", keep_optimizer=True),
 }

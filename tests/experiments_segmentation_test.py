@@ -5,14 +5,19 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from experiments_runs import TINY
 from PIL import Image
 from segmentation_test import scenes
 
-from experiments import model_files, running, settings
+from experiments import encrypted, found_masks, model_files, running, settings, simulated
 from experiments.audits import auditing
+from experiments.configs.model import normalise
+from experiments.planned import Infer
+from primia_jax.data import decode
+from primia_jax.data.dataset import Dataset
 from primia_jax.data.load import load
 
 SMALL = settings.replace(
@@ -80,8 +85,10 @@ def test_other_programs_refuse_a_model_of_masks(run, tmp_path):
   with pytest.raises(ValueError, match=r"unet, which learns masks; the attacks"):
     auditing.audit(folder, tmp_path / "audit", auditing.Effort(), ["auto"])
   config = model_files.load_model(str(folder))[3]
-  with pytest.raises(ValueError, match=r"primia-infer takes models that classify"):
-    model_files.require_classes(config, "primia-infer")
+  with pytest.raises(ValueError, match=r"primia-publish takes models that classify"):
+    model_files.require_classes(config, "primia-publish")
+  with pytest.raises(ValueError, match="this program takes models that classify"):
+    encrypted.load_model(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -134,3 +141,153 @@ def test_npz_masks_are_resized_to_the_nearest_class_and_checked(tmp_path):
   np.savez(tmp_path / "d.npz", **wrong)
   with pytest.raises(ValueError, match="one integer for each pixel"):
     load(f"npz:{tmp_path / 'd.npz'}", size=8, channels=1)
+
+
+def write_images(folder, num=2):
+  """PNGs of 24 x 16 pixels, and the images [num, 8, 8, 1] that a model makes of them."""
+  folder.mkdir()
+  images, _ = scenes(num, seed=2)
+  for i, image in enumerate(images):
+    whole = np.kron(image[..., 0], np.ones((3, 2), np.uint8))
+    Image.fromarray(whole).save(folder / f"{i}.png")
+  return np.stack([decode.decode((folder / f"{i}.png").read_bytes(), "a", size=8, channels=1)
+                   for i in range(num)])  # fmt: skip
+
+
+@pytest.mark.slow
+def test_masks_found_under_encryption_are_the_plain_ones(run, tmp_path, capsys):
+  folder, _ = run
+  images = write_images(tmp_path / "images")
+  s = Infer(
+    checkpoint=str(folder), images=str(tmp_path / "images"), output_dir=str(tmp_path / "out"),
+    calibration_images=2, batch=2, ring_bits=64, fraction_bits=16, check=True,
+  )  # fmt: skip
+  with jax.enable_x64(True):
+    simulated.infer(s)
+  said = capsys.readouterr().out
+  assert "model gives: yes" in said
+  assert "the class of each pixel" not in said  # it is probabilities that are opened
+  assert "IMAGES OF PATIENTS" in said
+  model, trained, names, _ = model_files.load_model(str(folder))
+  logits = np.asarray(model.apply(*trained[0], normalise(images), train=False)[0])
+  plain, best = logits.argmax(-1), np.sort(logits, axis=-1)
+  sure = best[..., -1] - best[..., -2] > 2e-3
+  assert sure.mean() > 0.9
+  for i in range(2):
+    found = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{i}.png.mask.png"))
+    assert found.shape == (24, 16)
+    np.testing.assert_array_equal(found[1::3, 1::2][sure[i]], plain[i][sure[i]])
+  with (tmp_path / "out" / "areas.csv").open() as file:
+    rows = list(csv.DictReader(file))
+  assert [row["image"] for row in rows] == ["0.png", "1.png"]
+  shares = [float(row[f"share of {names[1]}"]) for row in rows]
+  np.testing.assert_allclose(shares, (plain == 1).mean((1, 2)), atol=0.05)
+  assert Image.open(tmp_path / "out" / "overlays.png").size[0] > 300
+  assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+def test_masks_of_images_are_pictures_of_their_own_size(tmp_path, capsys):
+  pixels = write_images(tmp_path / "images")
+  names = ("none", "bright", "dark")
+  columns = {"path": np.array(["0.png", "1.png"])}
+  images = Dataset(pixels, np.zeros(2, np.int32), names, np.arange(2), columns)
+  s, out = Infer(images=str(tmp_path / "images")), tmp_path / "out"
+  out.mkdir()
+  logits = np.random.default_rng(0).normal(size=(2, 8, 8, 3))
+  masks = found_masks.of(logits)
+  np.testing.assert_array_equal(found_masks.of(masks.astype(float)), logits.argmax(-1))
+  found_masks.show(["0.png", "1.png"], masks, names)
+  assert f"{100 * (masks[0] == 2).mean():.2f} %" in capsys.readouterr().out
+  said = found_masks.write(out, s, images, masks, 1)
+  assert "0 is none, 1 is bright, 2 is dark" in said[0]
+  assert "IMAGES OF PATIENTS" in said[1]
+  for i in range(2):
+    found = np.asarray(Image.open(out / "masks" / f"{i}.png.mask.png"))
+    np.testing.assert_array_equal(found, masks[i].repeat(3, 0).repeat(2, 1))
+  with (out / "areas.csv").open() as file:
+    shares = [float(row["share of dark"]) for row in csv.DictReader(file)]
+  np.testing.assert_allclose(shares, (masks == 2).mean((1, 2)), atol=1e-6)
+  assert Image.open(out / "overlays.png").size[0] > 300
+
+
+def test_a_wrong_pixel_shows_in_the_comparison(run, monkeypatch):
+  """Of a class that differs where the float32 logits are far apart."""
+  folder, _ = run
+  model, weights, _, _ = encrypted.load_any(str(folder))
+  images, _ = scenes(2, seed=3)
+  from experiments import phases
+
+  logits = np.asarray(model.apply(*weights, normalise(images), train=False)[0])
+  monkeypatch.setattr(phases.clear, "checker", lambda plan: lambda args: logits)
+
+  class Plan:
+    class config:
+      exact = True
+
+  wrong = logits.copy()
+  at = np.unravel_index((np.sort(logits, -1)[..., -1] - np.sort(logits, -1)[..., -2]).argmax(),
+                        logits.shape[:-1])  # fmt: skip
+  wrong[at] = -wrong[at]
+  margin = np.sort(logits[at])[-1] - np.sort(logits[at])[-2]
+  same = phases.compare(Plan, model, weights, images, 2, logits)
+  assert (same.same, same.margin) == (128, 0.0)
+  told = phases.compare(Plan, model, weights, images, 2, wrong)
+  assert told.same == 127
+  assert told.margin == pytest.approx(margin, rel=1e-4)
+  classes = phases.compare(Plan, model, weights, images, 2, wrong.argmax(-1))
+  assert classes == phases.Difference(None, 127, False, told.margin)
+
+
+def test_masks_of_a_volume_are_one_file_on_its_voxels(tmp_path):
+  nibabel = pytest.importorskip("nibabel")
+  values = np.random.default_rng(0).normal(size=(10, 6, 5)).astype(np.float32)
+  affine = np.diag([-2.0, 1.0, 5.0, 1.0])  # its first axis points to the left
+  nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / "ct.nii.gz")
+  s = Infer(images=str(tmp_path / "ct.nii.gz"), slices="1-3", overlays=2)
+  form = ("none", "bright", "dark"), 8, 1, None
+  found_masks.check(s)
+  images = found_masks.volume(s, True, *form)
+  assert isinstance(images, Dataset)
+  assert images.columns["path"].tolist() == [f"ct.nii.gz, slice {k}" for k in (1, 2, 3)]
+  masks = np.zeros((3, 8, 8), np.uint8)
+  masks[1, :4, :4] = 2  # slice 2: in front, and to the patient's right
+  said = found_masks.write(tmp_path, s, images, masks, 2)
+  made = nibabel.load(tmp_path / "masks.nii.gz")
+  assert nibabel.aff2axcodes(made.affine) == nibabel.aff2axcodes(affine)
+  np.testing.assert_allclose(made.affine[2, 3], 5.0)  # of slice 1
+  voxels = np.asarray(made.dataobj)
+  assert voxels.shape == (10, 6, 3)
+  expected = np.zeros((10, 6, 3))
+  expected[:5, 3:, 1] = 2
+  np.testing.assert_array_equal(voxels, expected)
+  assert "bright 0.00 ml, dark 0.15 ml" in said[0]  # 15 voxels of 10 cubic millimetres
+  assert (tmp_path / "overlays.png").is_file()
+  with pytest.raises(ValueError, match="has the slices 0 to 4"):
+    found_masks.volume(Infer(images=s.images, slices="9"), True, *form)
+  with pytest.raises(ValueError, match="the model classifies images"):
+    found_masks.volume(s, False, *form)
+
+
+@pytest.mark.parametrize("text", ["x", "3-1", "1-2-3", "-4"])
+def test_wrong_slices(text):
+  with pytest.raises(ValueError, match=f"slices='{text}'; use the number of a slice"):
+    found_masks.slices(text)
+
+
+@pytest.mark.slow
+def test_masks_are_learned_privately_and_charged(tmp_path):
+  """Each image's gradient is clipped, noise is added, and the budget ends the run."""
+  config = settings.replace(
+    SMALL, data=f"npz:{write(tmp_path / 'a.npz')}", rounds=3, dp="example", target_epsilon=8.0,
+    model="monet", width=0.1, augment="none", keep_optimizer=False, optimizer="sgd",
+  )  # fmt: skip
+  folder = running.open_run(config, str(tmp_path / "run"))
+  result = running.run(config, folder, federated=True)
+  assert "not the site itself" in result["privacy"]["protected from"]
+  rows = [json.loads(line) for line in (folder / "federated" / "rounds.jsonl").open()]
+  spent = [row["epsilon"] for row in rows]
+  assert spent == sorted(spent)
+  assert 0 < spent[0] <= spent[-1] <= 8
+  assert rows[0]["train_loss"] is None  # it is not private
+  assert "## Differential privacy" in (folder / "report.md").read_text()
+  assert (tmp_path / "a.npz.ledger").is_dir()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from primia_jax.data import dicom, labels_csv, layouts, patient_ids, volumes
+from primia_jax.data import dicom, labels_csv, layouts, medimeta, patient_ids, volumes
 
 from ..settings import choose, fractions, names, require, setting
 
@@ -21,7 +21,8 @@ class Data:
   data: str = setting(
     "phantom",
     "images: phantom (synthetic), folder:PATH (a folder or tar), csv:PATH (a table of files and "
-    "labels), npz:PATH, msd:PATH (volumes with masks, as the Decathlon's), or tfds:NAME",
+    "labels), npz:PATH, msd:PATH (volumes with masks, as the Decathlon's), medimeta:PATH (a data "
+    "set of MedIMeta), or tfds:NAME",
   )
   site_data: str = setting(
     "",
@@ -72,6 +73,11 @@ class Data:
     "",
     "msd: labelled takes only slices that hold a class besides the background, whose scores say "
     "nothing of false alarms elsewhere; empty takes all",
+  )
+  task: str = setting("", "medimeta: the task, such as disease; empty takes the only one")
+  splits: str = setting(
+    "",
+    "medimeta: original takes the splits of the data set that it was made of; empty MedIMeta's own",
   )
   skip_bad_files: bool = setting(
     False, "go on without images that cannot be read; the report lists them"
@@ -170,6 +176,8 @@ class Data:
       "csv_columns": ("csv", _columns),
       "label_columns": ("csv", names),
       "slices": ("msd", _slices),
+      "task": ("medimeta", str),
+      "splits": ("medimeta", _splits),
     }
 
   def of(self, source: str) -> Data:
@@ -209,6 +217,10 @@ class Data:
   def hounsfield(self) -> tuple[float, float] | None:
     """Centre and width of the CT window; None without one."""
     return dicom.window(self.ct_window)
+
+
+def _splits(text: str) -> None:
+  choose("splits", text, [name for name in medimeta.SPLITS if name])
 
 
 def _slices(text: str) -> None:

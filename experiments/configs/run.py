@@ -60,17 +60,7 @@ class Train:
       )
     if f.placement not in ("auto", "mesh", "flower"):  # these would start JAX
       sites.parse_placement(f.placement)
-    if p.dp_average and f.algorithm == "fedbn":
-      raise ValueError(
-        f"dp_average={p.dp_average} averages global parameters, and fedbn keeps some at each site; "
-        "use dp_average=0"
-      )
-    if self.training.average_last and (p.dp_average or f.algorithm == "fedbn"):
-      raise ValueError(
-        f"average_last={self.training.average_last} with dp_average={p.dp_average} and "
-        f"algorithm={f.algorithm}: take one average, and none with fedbn, which keeps parameters "
-        "at each site; use average_last=0"
-      )
+    self.training.check_averages(p.dp_average, f.algorithm, p.dp)
     if self.training.patience and not p.validates:
       raise ValueError(
         f"patience={self.training.patience} needs scores of validation images, which are unused "
@@ -330,7 +320,7 @@ def rehearse(config: Train, is_federated: bool = True) -> None:
       raise ValueError(
         "record_transcript=True: a site that trains alone sends nothing; use primia-train"
       )
-    build_alone(recipe)
+    build_alone(recipe, t.average_decay)
     return
   config.check_federation()
   built = build_federation(config, recipe, model)

@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from primia_jax import algorithms, federated, local, models
+from primia_jax import algorithms, federated, local, models, step_average
 from primia_jax.attacks import detection
 from primia_jax.sites import Placement
 from primia_jax.summation import Summation
@@ -21,6 +22,7 @@ from ..settings import choose, require, setting
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 _SYNC_BATCHES = 20
+_AVERAGES = ("average_last", "average_decay")
 _HEADS = ("head", "linear")  # of scatter_linear  # the last layer, in the parameters of models
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
 
@@ -67,6 +69,12 @@ class Training:
     "share of the rounds, the last ones, whose mean parameters are evaluated and kept; 0 takes one "
     "round's",
   )
+  average_decay: float = setting(
+    0.0,
+    "decay, such as 0.995, of an exponential average of the parameters over steps, which is "
+    "evaluated and kept. Sites send their averages' changes in the same sum as their updates, so "
+    "messages are twice as large; 0 takes no such average",
+  )
   patience: int = setting(
     0,
     "stop after this many rounds without a better MCC on validation images; 0 never stops, which "
@@ -82,13 +90,39 @@ class Training:
     for name in ("sync_batches", "sync_epochs", "patience", "warmup_rounds", "weight_decay"):
       value = getattr(self, name)
       require(0 <= value < math.inf, name, value, "must be finite and not negative")
-    for name in ("momentum", "adam_beta1", "adam_beta2", "label_smoothing", "average_last"):
+    for name in ("momentum", "adam_beta1", "adam_beta2", "label_smoothing", *_AVERAGES):
       value = getattr(self, name)
       require(0 <= value < 1, name, value, "must lie in [0, 1)")
     if self.sync_epochs and self.sync_batches:
       raise ValueError(
         f"sync_epochs={self.sync_epochs} and sync_batches={self.sync_batches} both say how long a "
         "round is; give one of them"
+      )
+
+  def check_averages(self, dp_average: float, algorithm: str, dp: str) -> None:
+    """Refuses averages of parameters that do not go together, or with what is trained.
+
+    Args:
+      dp_average, dp: of `Privacy`.
+      algorithm: of `Federation`.
+
+    Raises:
+      ValueError: naming the setting and the cure.
+    """
+    given = {name: getattr(self, name) for name in _AVERAGES} | {"dp_average": dp_average}
+    given = {name: value for name, value in given.items() if value}
+    said = " and ".join(f"{name}={value}" for name, value in given.items())
+    if len(given) > 1:
+      raise ValueError(f"{said}: take one average of parameters, and 0 for the others")
+    for name in given:
+      if algorithm == "fedbn":
+        raise ValueError(
+          f"{said} averages global parameters, and fedbn keeps some at each site; use {name}=0"
+        )
+    if self.average_decay and dp == "site":
+      raise ValueError(
+        f"{said} with dp=site: a bound on one update of a site does not cover its average; use "
+        "average_last, or average_decay=0"
       )
 
   def averaged(self, algorithm: federated.Algorithm) -> federated.Algorithm:
@@ -219,7 +253,15 @@ class Federation:
         f"head_rate={training.head_rate} with algorithm={name}, which reckons with one learning "
         "rate for all parameters; use head_rate=1"
       )
-    options = {"weighting": self.weighting, "keep_optimizer": keep}
+    options: dict[str, Any] = {"weighting": self.weighting, "keep_optimizer": keep}
+    if training.average_decay:
+      if name not in ("fedavg", "fedprox"):
+        raise ValueError(
+          f"average_decay={training.average_decay} with algorithm={name}: only fedavg and fedprox "
+          "average over steps; use one of them, average_last, or average_decay=0"
+        )
+      proximal = self.proximal if name == "fedprox" else 0.0
+      return step_average.averaged(recipe, training.average_decay, proximal=proximal, **options)
     if name == "fedprox":
       return algorithms.fedprox(recipe, self.proximal, **options)
     if name == "scaffold":
@@ -261,6 +303,9 @@ class Federation:
     return rounds._replace(step=detection.guarded(rounds.step, loss, placement.rows))
 
 
-def build_alone(recipe: local.Recipe) -> federated.Algorithm:
+def build_alone(recipe: local.Recipe, average_decay: float = 0.0) -> federated.Algorithm:
   """Ordinary training as a federation of one site, whose optimiser keeps its state."""
+  if average_decay:
+    alone = step_average.averaged(recipe, average_decay, weighting="uniform", keep_optimizer=True)
+    return alone._replace(name="one site")
   return algorithms.fedavg(recipe, weighting="uniform", keep_optimizer=True, name="one site")

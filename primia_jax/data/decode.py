@@ -34,6 +34,7 @@ _BROKEN = (
   zlib.error,
 )
 _CHUNK = 16  # images that a thread decodes per task
+_ORIENTATION = 0x0112  # tag of EXIF; 5 to 8 swap height and width
 
 
 def decode(
@@ -130,6 +131,19 @@ def largest_16_bit(data: bytes) -> int:
     return 0  # `decode` names it
 
 
+def own_shape(data: bytes, name: str) -> tuple[int, int]:
+  """Height and width of an image as `decode` sees it before it resizes it; raises as `decode`."""
+  if dicom.is_dicom(data):
+    return dicom.shape(data, name)
+  try:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    width, height = image.size
+    is_turned = image.getexif().get(_ORIENTATION, 1) in range(5, 9)
+  except (*_BROKEN, Image.DecompressionBombError) as error:
+    raise ValueError(f"{name} cannot be read ({error}); copy it again or remove it") from error
+  return (width, height) if is_turned else (height, width)
+
+
 def to_uint8(image: np.ndarray, size: int, channels: int) -> np.ndarray:
   """Converts an image (uint8 [H, W] or [H, W, 3], or float32 [H, W] in 0..255) to uint8 [size,
   size, channels].
@@ -143,9 +157,15 @@ def to_uint8(image: np.ndarray, size: int, channels: int) -> np.ndarray:
   return np.repeat(grey[..., None], channels, axis=-1)
 
 
-def nearest(masks: np.ndarray, size: int) -> np.ndarray:
-  """Masks [N, H, W] at a new height and width: each pixel takes the class at its centre."""
-  rows, columns = (((np.arange(size) + 0.5) * n / size).astype(int) for n in masks.shape[1:])
+def nearest(masks: np.ndarray, height: int, width: int | None = None) -> np.ndarray:
+  """Masks [N, H, W] at a new height and width, which is the height unless given: each pixel takes
+  the class at its centre.
+  """
+  sides = (height, height if width is None else width)
+  rows, columns = (
+    ((np.arange(new) + 0.5) * old / new).astype(int)
+    for new, old in zip(sides, masks.shape[1:], strict=True)
+  )
   return masks[:, rows[:, None], columns]
 
 

@@ -135,6 +135,13 @@ def patient_id(data: bytes, name: str) -> str:
     return str(header.get("PatientID") or "").strip()
 
 
+def shape(data: bytes, name: str) -> tuple[int, int]:
+  """Returns the height and width in a DICOM file's header. Raises as `read`."""
+  with _pixels(name) as pixels:
+    header = pixels.parse(data, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+    return int(header.Rows), int(header.Columns)
+
+
 @contextlib.contextmanager
 def _pixels(name: str) -> Iterator[Any]:
   """Yields the module `dicom_pixels`, and adds the file's name to errors."""

@@ -194,10 +194,7 @@ def list_folder(
   if any(places.patients):
     ids = places.patients
   elif is_kermany:
-    ids = [
-      f"{kind}/{int(match['person'] or match['number3'] or match['number'])}" if match else ""
-      for kind, match in zip(classes, matches, strict=True)
-    ]
+    ids = kermany_patients(files.names, classes)
   else:
     ids = dicom_patients(files)
   return Listing(
@@ -212,6 +209,26 @@ def list_folder(
     places.layout,
     is_kermany and not any(places.patients),
   )
+
+
+def kermany_patients(names: Sequence[str], classes: Sequence[str] | None = None) -> list[str]:
+  """The patients that Kermany's file names tell, as class and number; "" where a name tells none.
+
+  Numbers of different classes may be of different patients.
+
+  Args:
+    names: files, with or without folders.
+    classes: of each; by default what the names tell.
+  """
+  ids = []
+  for i, name in enumerate(names):
+    if match := _KERMANY.match(posixpath.basename(name)):
+      told = _KINDS.get((match["kind"] or match["kind3"] or "").lower(), "normal")
+      number = int(match["person"] or match["number3"] or match["number"])
+      ids.append(f"{told if classes is None else classes[i]}/{number}")
+    else:
+      ids.append("")
+  return ids
 
 
 def label_indices(

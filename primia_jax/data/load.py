@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from primia_jax.data import decode, folder, labels_csv, npz, patient_ids, volumes
+from primia_jax.data import decode, folder, labels_csv, medimeta, npz, patient_ids, volumes
 from primia_jax.data.dataset import Dataset
 
-KINDS = ("folder", "csv", "npz", "msd", "tfds")
+KINDS = ("folder", "csv", "npz", "msd", "medimeta", "tfds")
 
 
 def load(
@@ -33,12 +33,15 @@ def load(
   slices: str = "all",
   is_multi: bool = False,
   label_columns: Sequence[str] = (),
+  task: str = "",
+  splits: str = "",
 ) -> dict[str, Dataset]:
   """Loads labelled images.
 
   Args:
     spec: `folder:PATH` (a folder or a tar), `csv:PATH` (a table of files and labels), `npz:PATH`,
-      `msd:PATH` (volumes with masks, see `volumes`), or `tfds:NAME`.
+      `msd:PATH` (volumes with masks, see `volumes`), `medimeta:PATH` (see `medimeta`), or
+      `tfds:NAME`.
     size: height and width, in pixels; see `decode.decode`.
     channels: 1 (grey) or 3 (RGB).
     label_names: the classes in order, e.g. a checkpoint's; by default the source's own. Images of
@@ -58,6 +61,7 @@ def load(
     grey_bits, skip_bad_files: for folders and a CSV; see `scan.read`.
     slices: of volumes; see `volumes.read_msd`.
     is_multi, label_columns: for a CSV: images with several labels; see `labels_csv.read_csv`.
+    task, splits: of MedIMeta; see `medimeta.read_medimeta`.
 
   Returns:
     A `Dataset` for each split in the source: "train", "validation", "test". A folder without split
@@ -71,7 +75,8 @@ def load(
   kind, _, where = spec.partition(":")
   if kind not in KINDS or not where:
     raise ValueError(
-      f"data={spec!r}; it must be folder:PATH, csv:PATH, npz:PATH, msd:PATH or tfds:NAME"
+      f"data={spec!r}; it must be folder:PATH, csv:PATH, npz:PATH, msd:PATH, medimeta:PATH or "
+      "tfds:NAME"
     )
   if patient_column and patient_pattern:
     raise ValueError(
@@ -88,23 +93,27 @@ def load(
   }  # fmt: skip
   path = os.path.expanduser(where)
   if kind == "folder":
-    splits = folder.read_folder(path, ignore=ignore, layout=layout, **of_files, **form)
+    found = folder.read_folder(path, ignore=ignore, layout=layout, **of_files, **form)
   elif kind == "csv":
-    splits = labels_csv.read_csv(
+    found = labels_csv.read_csv(
       path, columns=csv_columns, is_multi=is_multi, label_columns=label_columns, **of_files, **form
     )
   elif kind == "npz":
-    splits = npz.read_npz(path, **form)
+    found = npz.read_npz(path, **form)
   elif kind == "msd":
-    splits = volumes.read_msd(path, ct_window=ct_window, slices=slices, **form)
+    found = volumes.read_msd(path, ct_window=ct_window, slices=slices, **form)
+  elif kind == "medimeta":
+    found = medimeta.read_medimeta(
+      path, task=task, splits=splits, lazy=lazy, skip_bad_files=skip_bad_files, **form
+    )
   else:
     from primia_jax.data import tfds  # here, because the import takes a second
 
-    splits = tfds.read_tfds(where, lazy=lazy, data_dir=data_dir, manual_dir=manual_dir, **form)
-  _check_classes(spec, next(iter(splits.values())).label_names)
+    found = tfds.read_tfds(where, lazy=lazy, data_dir=data_dir, manual_dir=manual_dir, **form)
+  _check_classes(spec, next(iter(found.values())).label_names)
   if patient_column:
-    return patient_ids.from_column(splits, patient_column)
-  return patient_ids.from_names(splits, patient_pattern) if patient_pattern else splits
+    return patient_ids.from_column(found, patient_column)
+  return patient_ids.from_names(found, patient_pattern) if patient_pattern else found
 
 
 def _check_classes(spec: str, label_names: Sequence[str]) -> None:

@@ -102,6 +102,94 @@ def read_msd(
   }
 
 
+def is_volume(path: str | os.PathLike[str]) -> bool:
+  """Whether a file's name is one of a NIfTI volume."""
+  return pathlib.Path(path).name.lower().endswith((".nii", ".nii.gz"))
+
+
+def read_volume(
+  path: str | os.PathLike[str],
+  *,
+  size: int,
+  channels: int,
+  label_names: Sequence[str] = ("",),
+  ct_window: tuple[float, float] | None = None,
+  slices: tuple[int, int] | None = None,
+) -> Dataset:
+  """Reads the axial slices of one volume without masks, as `read_msd` shows them.
+
+  Args:
+    path: the file.
+    size, channels, ct_window: see `read_msd`.
+    label_names: the classes of a model, for the data set.
+    slices: (first, last), counted from the feet, from 0; None takes all.
+
+  Returns:
+    A data set whose labels are 0. Columns: `path` (file and number of the slice), `slice` and
+    `position_mm`.
+
+  Raises:
+    FileNotFoundError, ImportError: as `read_msd`.
+    ValueError: the file is damaged, is no volume, or has no such slices.
+  """
+  decode.check_form(size, channels)
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"there is no {path}; check the path")
+  image = _read(path)
+  grey = _shown(_grey(_values(image, path), ct_window))
+  first, last = slices or (0, len(grey) - 1)
+  if not 0 <= first <= last < len(grey):
+    raise ValueError(f"slices={first}-{last}: {path} has the slices 0 to {len(grey) - 1}")
+  numbers = np.arange(first, last + 1)
+  return Dataset(
+    images=np.stack([decode.to_uint8(grey[k], size, channels) for k in numbers]),
+    labels=np.zeros(len(numbers), np.int32),
+    label_names=tuple(label_names),
+    groups=np.full(len(numbers), _stem(path)),
+    columns={
+      "path": np.array([f"{path.name}, slice {k}" for k in numbers]),
+      "slice": numbers,
+      "position_mm": _heights(image)[numbers].astype(np.float32),
+    },
+    name=path.name,
+    has_patient=np.ones(len(numbers), bool),
+  )
+
+
+def write_masks(
+  path: str | os.PathLike[str],
+  source: str | os.PathLike[str],
+  masks: np.ndarray,
+  num_classes: int,
+  first: int = 0,
+) -> np.ndarray:
+  """Writes masks of a volume's slices as NIfTI, on the volume's own voxels and axes.
+
+  Args:
+    path: the file to write.
+    source: the volume that `read_volume` read.
+    masks: uint8 [Z, size, size], of consecutive slices.
+    num_classes: L.
+    first: the number of the first slice. A part of a volume is written as that part, which viewers
+      lay in its place.
+
+  Returns:
+    The millilitres of each class, float64 [L].
+  """
+  part = _read(pathlib.Path(source)).slicer[:, :, first : first + len(masks)]
+  import nibabel  # here, since `_read` says what to do where it is missing
+
+  found = decode.nearest(masks, part.shape[1], part.shape[0])
+  made = nibabel.Nifti1Image(np.ascontiguousarray(_stored(found)), part.affine)
+  axes = nibabel.orientations.io_orientation
+  own: Any = nibabel.load(source)
+  back = nibabel.orientations.ornt_transform(axes(part.affine), axes(own.affine))
+  nibabel.save(made.as_reoriented(back), path)
+  voxel = abs(np.linalg.det(part.affine[:3, :3])) / 1000
+  return np.bincount(found.ravel(), minlength=num_classes) * voxel
+
+
 def _index(folder: pathlib.Path) -> tuple[list[str], list[tuple[pathlib.Path, pathlib.Path]]]:
   """Names of the classes and pairs of files, as dataset.json has them."""
   path = folder / INDEX
@@ -137,24 +225,48 @@ def _volume(
       f"{image_path} {image.shape} and {mask_path} {mask.shape} differ in shape or place; resample "
       "one onto the other"
     )
+  values = _values(image, image_path)
   try:
-    values = np.asarray(image.dataobj, np.float32)
     classes = np.asarray(mask.dataobj)
   except _BROKEN as error:
-    raise ValueError(f"{image_path} or {mask_path} is damaged ({error}); copy it again") from error
-  if not np.isfinite(values).all():
-    raise ValueError(f"{image_path} holds values that are not finite; mend it")
+    raise ValueError(f"{mask_path} is damaged ({error}); copy it again") from error
   if (classes != np.rint(classes)).any() or classes.min() < 0 or classes.max() > 255:
     raise ValueError(f"{mask_path} holds other values than classes 0 to 255")
+  return _shown(_grey(values, ct_window)), _shown(classes.astype(np.uint8)), _heights(image)
+
+
+def _values(image: Any, path: pathlib.Path) -> np.ndarray:
+  try:
+    values = np.asarray(image.dataobj, np.float32)
+  except _BROKEN as error:
+    raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+  if not np.isfinite(values).all():
+    raise ValueError(f"{path} holds values that are not finite; mend it")
+  return values
+
+
+def _grey(values: np.ndarray, ct_window: tuple[float, float] | None) -> np.ndarray:
+  """Values in 0..255."""
   if ct_window is None:
     low, high = np.percentile(values, decode.PERCENTILES)
   else:
     low, high = ct_window[0] - ct_window[1] / 2, ct_window[0] + ct_window[1] / 2
-  grey = 255 * np.clip((values - low) / max(high - low, 1e-6), 0, 1)
-  shown = lambda a: a[::-1, ::-1].transpose(2, 1, 0)  # from axes right, front, up
-  steps = np.arange(values.shape[2])
-  heights = image.affine[2, 3] + image.affine[2, 2] * steps
-  return shown(grey), shown(classes.astype(np.uint8)), heights
+  return 255 * np.clip((values - low) / max(high - low, 1e-6), 0, 1)
+
+
+def _shown(a: np.ndarray) -> np.ndarray:
+  """Axes right, front, up as slices [Z, H, W]."""
+  return a[::-1, ::-1].transpose(2, 1, 0)
+
+
+def _stored(a: np.ndarray) -> np.ndarray:
+  """The inverse of `_shown`."""
+  return a.transpose(2, 1, 0)[::-1, ::-1]
+
+
+def _heights(image: Any) -> np.ndarray:
+  """Of each slice, in mm."""
+  return image.affine[2, 3] + image.affine[2, 2] * np.arange(image.shape[2])
 
 
 def _read(path: pathlib.Path) -> Any:
