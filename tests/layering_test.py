@@ -31,7 +31,7 @@ LAYERS = {
   "federated": {"types", "prng", "sites", "summation"},
   "algorithms": {"types", "local", "federated"},
   "site_privacy": {"types", "ring", "secagg", "privacy", "summation", "federated"},
-  "evaluation": {"types", "local", "privacy", "sites", "summation", "federated"},
+  "evaluation": {"types", "local", "privacy", "sites", "summation", "federated", "metrics"},
   "multilabel": {"types", "local", "evaluation"},
   "mpc": {"types", "ring", "prng", "native", "durable"},
   "boundary": {"types", "prng", "sites", "secagg", "summation", "federated", "mpc"},
