@@ -16,7 +16,7 @@ slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(TESTS)
 
 flower: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m flower tests/flower_trial_test.py
+	$(BIN)/python -m pytest -m flower tests/flower_trial_test.py tests/flower_evaluation_test.py
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .

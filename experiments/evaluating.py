@@ -16,7 +16,7 @@ from primia_jax.data.dataset import Dataset
 from primia_jax.metrics import ScoreCounts
 from primia_jax.secagg.errors import Refused
 
-from . import admission, pooled_report, processes, report
+from . import admission, evaluations, pooled_report, processes, report
 from .configs import tasks
 from .configs.scoring import Evaluate
 from .evaluations import Model
@@ -67,7 +67,6 @@ def run(
   dataset: Dataset,
   seat: processes.Seat,
   folder: pathlib.Path,
-  about: Mapping[str, Any],
   floor: int = 0,
   has_patients: bool = False,
 ) -> dict[str, Any]:
@@ -82,7 +81,6 @@ def run(
     dataset: this site's images, which `check` has passed.
     seat: of this process.
     folder: for the results; made where it is missing.
-    about: what the reports say of the settings.
     floor: fewest patients in a count that this site lets be told.
     has_patients: the site has named whose its images are, so that its own intervals resample
       patients.
@@ -107,8 +105,11 @@ def run(
     durable.replace(path, _bytes(summed))
     if seat.site is not None:
       admission.note_scored(seat.site, summed.sites)
+  about = evaluations.about(config, model)
   _own_report(folder / OWN, config, dataset, probabilities, seat.number, about, has_patients)
-  return pooled_report.write(folder, config, model.label_names, *summed, about)
+  is_shared = seat.site is None and not config.data.sources
+  where = dataset.name if is_shared else "each site's own images"
+  return pooled_report.write(folder, config, model.label_names, where, *summed, about)
 
 
 def _sum(
@@ -174,6 +175,7 @@ def _own_report(
   has_patients: bool,
 ) -> None:
   """What this site alone may see: the report and the predictions of its own images."""
+  data = config.data.data or "this site's part of the images"
   folder.mkdir(mode=0o700, exist_ok=True)
   names = dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])
   ids = [str(name) for name in names]
@@ -185,7 +187,7 @@ def _own_report(
     data_name=dataset.name,
     arms={"trained": Arm(dataset.labels, probabilities)},
     label_names=dataset.label_names,
-    config=about,
+    config={"data": data} | dict(about),
     versions=report.versions(),
     groups=dataset.groups if has_patients else None,
     images=dataset.notes,

@@ -313,12 +313,9 @@ def held_here(config: Evaluate, member: Member) -> Held:
   return approving.counted([splits["test"]] if "test" in splits else splits.values(), classes)
 
 
-def about(config: Evaluate, model: Model, path: str) -> dict[str, Any]:
-  """What reports say of the settings."""
-  data = config.data.site_data or config.data.data or "the test images of the run's own report"
+def about(config: Evaluate, model: Model) -> dict[str, Any]:
+  """What reports say of the settings, which are the same at all sites."""
   return {
-    "run_dir": path,
-    "data": data,
     "model": model.config.name,
     "image_size": model.config.image_shape[0],
     "seed": config.seed,

@@ -31,6 +31,7 @@ def write(
   folder: pathlib.Path,
   config: Evaluate,
   label_names: Sequence[str],
+  data_name: str,
   counts: ScoreCounts,
   sites: Sequence[int],
   floor: int,
@@ -42,6 +43,7 @@ def write(
     folder: an existing one; files of an earlier report in it are replaced.
     config: of the evaluation.
     label_names: the L classes.
+    data_name: shown in every title; "synthetic phantom" for the phantom.
     counts: of all sites' images.
     sites: numbers of the sites in the sum.
     floor: fewest patients in a count that is told; 0 tells all.
@@ -53,18 +55,18 @@ def write(
   policy = Policy(fewest_patients=floor, fewest_sites=config.fewest_in_sum)
   found = result(config, label_names, counts, sites, policy)
   crossed = crossed_by(config, len(label_names), len(sites))
-  found |= {"crossed": [one._asdict() for one in crossed], "config": dict(about)}
+  found |= {"data": data_name, "crossed": [one._asdict() for one in crossed], "config": dict(about)}
   found = report.jsonable(found | {"versions": report.versions()})
   (folder / "metrics.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
   crossings.write(folder, found["title"], policy, crossed)
   left_out = found["pictures left out"]
-  about_pictures = f"{found['title']}: all sites together"
+  title = f"{found['title']}: {data_name}"
   if "confusion_matrix.png" not in left_out:
     cm = np.array(found["confusion_matrix"])
-    plots.confusion_matrix(cm, label_names, folder / "confusion_matrix.png", about_pictures)
+    plots.confusion_matrix(cm, label_names, folder / "confusion_matrix.png", title)
   if not left_out:
-    binned_plots.roc(counts.table, label_names, folder / "roc.png", about_pictures)
-    binned_plots.reliability(counts.calibration, folder / "reliability.png", about_pictures)
+    binned_plots.roc(counts.table, label_names, folder / "roc.png", title)
+    binned_plots.reliability(counts.calibration, folder / "reliability.png", title)
   for name in left_out:
     (folder / name).unlink(missing_ok=True)  # of an earlier report
   (folder / "report.md").write_text(page(found), encoding="utf-8")
@@ -204,7 +206,10 @@ def crossed_by(config: Evaluate, num_classes: int, num_in_sum: int) -> list[Cros
 def page(found: Mapping[str, Any]) -> str:
   """The text of `report.md`, of what `metrics.json` holds."""
   names, scores = found["label_names"], found["scores"]
-  lines = [f"# {found['title']}", "", _summary(found), ""]
+  data = markdown.plain(found["data"])
+  lines = [f"# {found['title']}: {data}", "", _summary(found), ""]
+  if "synthetic phantom" in found["data"]:
+    lines += [markdown.SYNTHETIC, ""]
   if missing := found["missing classes"]:
     listed = ", ".join(map(markdown.plain, missing))
     lines += [f"**No site has an image of {listed}**: scores of it are undefined.", ""]
@@ -239,7 +244,7 @@ def page(found: Mapping[str, Any]) -> str:
       lines += [f"In the pictures {markdown.plain(numbered)}.", ""]
   for file, caption in PICTURES.items():
     if file not in found["pictures left out"]:
-      lines += [f"![{caption}]({file})", ""]
+      lines += [f"![{caption}: {data}]({file})", ""]
   return "\n".join([*lines, *markdown.ending(found)]) + "\n"
 
 
@@ -265,7 +270,7 @@ def _summary(found: Mapping[str, Any]) -> str:
   return (
     f"The sites {', '.join(map(str, found['sites']))} have scored {said} images{of_people}, each "
     f"its own. Accuracy is {accuracy}{unit}, and MCC {cell(found['scores']['mcc'], False)}. These "
-    "scores are made of sums over the sites alone: no image and no site's own count has left it."
+    "scores are made of sums over the sites: no image, and no site's own count, has left a site."
   )
 
 
@@ -304,7 +309,7 @@ def _hidden(found: Mapping[str, Any]) -> list[str]:
 def print_summary(found: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Prints the scores and where the reports are."""
   num = found["num_examples"]
-  print(f"\n{found['title']}: {num} images")
+  print(f"\n{found['title']} on {found['data']}: {num} images")
   for name in ("accuracy", "mcc", "macro_roc_auc"):
     value = found["scores"][name]
     text = value if isinstance(value, str) else cell(value, percent=False)

@@ -81,20 +81,19 @@ def _score_one(
     own = folders.role("output_dir", _output(values))
     own.mkdir(mode=0o700, parents=True, exist_ok=True)
     processes.check_own(own)
-    folder, floor, source = own / processes.RUN, values.fewest_patients, values.run_dir
-    dataset = scored_images.of_trial(config, model.label_names, source, number)
+    folder, floor = own / processes.RUN, values.fewest_patients
+    dataset = scored_images.of_trial(config, model.label_names, values.run_dir, number)
   else:
     admission.admit_scoring(site, config, model)
-    own, folder, source = site.folder, site.run, str(site.run)
+    own, folder = site.folder, site.run
     floor = site.member.limits.fewest_patients
     dataset = scored_images.of_source(config, model.label_names)
     admission.check_scored(site, dataset)
   evaluating.check(config, model, dataset)
   seat = processes.Seat(number, seating.patience, own, site, seating.channel)
-  about = evaluations.about(config, model, source)
   has_patients = bool(config.data.patient_column or config.data.patient_pattern)
   with folders.alone(own / "lock"):
-    result = evaluating.run(config, model, dataset, seat, folder, about, floor, has_patients)
+    result = evaluating.run(config, model, dataset, seat, folder, floor, has_patients)
   pooled_report.print_summary(result, folder)
 
 

@@ -8,9 +8,22 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import scoring_world
 from absl import flags
 from experiments_apart import in_threads
 from experiments_runs import NAMES, TINY, write_untrained
+from scoring_world import (
+  BINS,
+  FLOORLESS,
+  IMAGES,
+  SITES,
+  again,
+  approve,
+  images_of,
+  offer,
+  pooled,
+  write_images,
+)
 
 from experiments import (
   admission,
@@ -20,7 +33,6 @@ from experiments import (
   inputs,
   joining,
   model_files,
-  offering,
   plots,
   pooled_report,
   processes,
@@ -32,36 +44,14 @@ from experiments import (
 )
 from experiments.configs.data import Data
 from experiments.configs.scoring import Evaluate, Scoring
-from experiments.evaluations import Finished
-from experiments.joining import Approve, Init, Join
-from experiments.offering import Offer
+from experiments.joining import Approve
 from experiments.seating import Seating
 from experiments.site_folders import Limits, Own
-from primia_jax import approval, evaluation, metrics, models
+from primia_jax import approval, metrics, models
 from primia_jax.approval import NotApproved
 from primia_jax.data import phantom
-from primia_jax.models import normalise
 from primia_jax.secagg import roster
 from primia_jax.secagg.errors import Aborted, Refused
-
-SITES = range(3)
-KINDS = ((0, 1, 2), (0, 1), (0, 1, 2))  # site 1 has no image of the third class
-IMAGES = (24, 18, 30)
-FLOORLESS = Limits(fewest_patients=0)
-
-
-def images_of(site, num=None):
-  """(images, labels, patients) of a site's test split: two images of each patient."""
-  rng, num = np.random.default_rng(site), num or IMAGES[site]
-  images = rng.integers(0, 256, (num, 16, 16)).astype(np.uint8)
-  return images, rng.choice(KINDS[site], num), np.array([f"{site}-{i // 2}" for i in range(num)])
-
-
-def write_images(path, site, num=None):
-  images, labels, patients = images_of(site, num)
-  arrays = {"test_images": images, "test_labels": labels, "test_groups": patients}
-  np.savez(path, **arrays)
-  return Own(f"npz:{path}")
 
 
 def values_of(**given):
@@ -79,46 +69,13 @@ def values_of(**given):
   return values
 
 
-def offer(root, text="", model="model"):
-  at = root / "coordinating"
-  offering.offer(str(at), Offer(text), Finished(str(root / model)))
-  return at / "config.json"
-
-
-def approve(root, site, config=None, model="model"):
-  config = config or root / "coordinating" / "config.json"
-  joining.approve(str(root / f"site_{site}"), Approve(str(config)), Finished(str(root / model)))
-
-
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
   """Three hospitals and a coordinator that have approved one evaluation; tests copy it."""
-  root = tmp_path_factory.mktemp("federation")
-  (root / "model").mkdir()
-  write_untrained(root / "model", NAMES)
-  for i in SITES:
-    own = write_images(root / f"images_{i}.npz", i)
-    joining.init(str(root / f"site_{i}"), Init(i, f"hospital-{i}"), own, FLOORLESS)
-  at = root / "coordinating"
-  joining.init(str(at), Init(-1, "coordinator", "coordinator"), Own(), Limits())
-  parts = ",".join(str(root / f"site_{i}" / "public.json") for i in SITES)
-  joining.rosters(str(at), Join("lungs", parts))
-  digest = roster.spoken(roster.digest(roster.decode((at / "roster.json").read_bytes())))
-  offer(root, "--score_bins=16")
-  for i in SITES:
-    joining.rosters(str(root / f"site_{i}"), Join(accept=str(at / "roster.json"), digest=digest))
-    approve(root, i)
+  root = scoring_world.make(tmp_path_factory.mktemp("federation"))
   (root / "own").mkdir()
-  shutil.copyfile(at / "identity", root / "own" / "coordinator")
+  shutil.copyfile(root / "coordinator" / "identity", root / "own" / "coordinator")
   return root
-
-
-def again(root, new):
-  shutil.copytree(root, new, dirs_exist_ok=True)
-  for i in SITES:
-    (new / f"site_{i}").chmod(0o700)
-  (new / "coordinating").chmod(0o700)
-  return new
 
 
 @pytest.fixture
@@ -160,16 +117,6 @@ def run_all(root, patch, one=start):
     return in_threads(call, SITES, root)
 
 
-def pooled(root):
-  """What one process finds on the test images of all: labels, probabilities, patients."""
-  model, trained, *_ = model_files.load_model(str(root / "model"))
-  predict = evaluation.predictor(model.apply, normalise)
-  images, labels, patients = (
-    np.concatenate(part) for part in zip(*map(images_of, SITES), strict=True)
-  )
-  return labels, predict(trained, images[..., None]), patients
-
-
 def test_sums_of_hospitals_are_the_scores_of_all_images_in_one_place(
   copied, monkeypatch, no_pictures
 ):
@@ -177,7 +124,7 @@ def test_sums_of_hospitals_are_the_scores_of_all_images_in_one_place(
   results, errors = run_all(copied, monkeypatch)
   assert errors == {}
   labels, probabilities, patients = pooled(copied)
-  want = metrics.score_counts(labels, probabilities, patients, 16, 15)
+  want = metrics.score_counts(labels, probabilities, patients, BINS, 15)
   texts = set()
   for i in SITES:
     found = json.loads((results[i] / "metrics.json").read_text())
@@ -194,7 +141,7 @@ def test_sums_of_hospitals_are_the_scores_of_all_images_in_one_place(
     exact = metrics.expected_calibration_error(labels, probabilities)
     assert abs(ece["value"] - exact) <= ece["error"]
     assert found["sites"] == [0, 1, 2]
-    texts.add((results[i] / "report.md").read_text().partition("## Configuration")[0])
+    texts.add((results[i] / "report.md").read_text().partition("## Versions")[0])
     own = json.loads((results[i] / "own" / "metrics.json").read_text())
     assert own["num_examples"] == IMAGES[i]
     assert len((results[i] / "own" / "predictions.csv").read_text().splitlines()) == IMAGES[i] + 1
@@ -250,7 +197,7 @@ def test_the_largest_floor_of_all_sites_holds_in_every_report(copied, monkeypatc
   results, errors = run_all(copied, monkeypatch)
   assert errors == {}
   labels, probabilities, patients = pooled(copied)
-  counts = metrics.score_counts(labels, probabilities, patients, 16).patients
+  counts = metrics.score_counts(labels, probabilities, patients, BINS).patients
   small = counts < 9
   assert small.any()
   for i in SITES:
@@ -303,7 +250,7 @@ def test_a_class_of_which_no_site_has_an_image_is_named(monkeypatch):
   found, _ = result_of([[7, 3], [0, 0]], 0)
   assert found["missing classes"] == ["b"]
   assert found["scores"]["macro_roc_auc"]["value"] is None
-  text = pooled_report.page(found | {"config": {}, "versions": {}})
+  text = pooled_report.page(found | {"data": "x", "config": {}, "versions": {}})
   assert "**No site has an image of b**" in text
   assert "| macro ROC-AUC | undefined |" in text
 
@@ -312,7 +259,7 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
   monkeypatch.setattr(report, "NUM_RESAMPLES", 20)
   _, counts = result_of([[57, 3], [11, 30]], 0)
   config = Evaluate()
-  pooled_report.write(tmp_path, config, ("a", "b"), counts, (0, 1, 2), 0, {"seed": 0})
+  pooled_report.write(tmp_path, config, ("a", "b"), "own", counts, (0, 1, 2), 0, {"seed": 0})
   assert {path.name for path in tmp_path.glob("*.png")} == set(pooled_report.PICTURES)
   assert all((tmp_path / name).stat().st_size > 5000 for name in pooled_report.PICTURES)
 
@@ -333,7 +280,7 @@ def test_what_a_site_approves_is_one_model_with_its_classes_in_one_order(copied,
   with pytest.raises(ValueError, match=r"another order of them: label_names=dog,cat,owl, and the"):
     approve(copied, 0, model="turned")
   with pytest.raises(ValueError, match="model is empty"):
-    joining.approve(str(copied / "site_0"), Approve(str(copied / "coordinating/config.json")))
+    joining.approve(str(copied / "site_0"), Approve(str(copied / "coordinator/config.json")))
   capsys.readouterr()
   approve(copied, 1)
   first, second = capsys.readouterr().out.splitlines()
@@ -394,7 +341,7 @@ def test_what_was_not_approved_is_refused_before_the_others_are_met(copied, monk
   with refused(r"this site has approved a run of primia-evaluate; start that"):
     admission.of(str(copied / "site_0"))
   with pytest.raises(ValueError, match="is the coordinator's folder, which scores nothing"):
-    admission.of(str(copied / "coordinating"), approving.EVALUATION)
+    admission.of(str(copied / "coordinator"), approving.EVALUATION)
 
 
 def test_sites_that_score_different_things_refuse_each_other():
@@ -416,7 +363,7 @@ def test_sites_that_score_different_things_refuse_each_other():
 
 def test_another_approval_ends_the_evaluation_for_all(copied, monkeypatch, no_pictures):
   """Site 1 has approved other bins: nobody sends a count."""
-  config = copied / "coordinating" / "config.json"
+  config = copied / "coordinator" / "config.json"
   shutil.copyfile(config, copied / "first.json")
   offer(copied, "--score_bins=8")
   approve(copied, 1)
@@ -448,22 +395,19 @@ def test_what_the_coordinator_offers(copied, capsys):
   capsys.readouterr()
   offer(copied)
   assert "mlp, model " in capsys.readouterr().out
-  saved = settings.load(copied / "coordinating" / "config.json")
+  saved = settings.load(copied / "coordinator" / "config.json")
   assert (saved["seed"], saved["held_out"]) == (7, 0.3)  # of the training
-  assert os.stat(copied / "coordinating" / "config.json").st_mode & 0o077 == 0
+  assert os.stat(copied / "coordinator" / "config.json").st_mode & 0o077 == 0
 
 
 def test_the_images_that_training_held_out_are_scored(tmp_path):
   """Of a source without a test split: those on which the training's own report tests."""
-  images, labels, patients = images_of(0, 40)
-  np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, train_groups=patients)
+  source = write_images(tmp_path / "a.npz", 0, "train", 40)
   run = approving.apart(
     {"label_names": ",".join(NAMES), "image_size": 16, "seed": 5, "test_fraction": 0.25},
-    Own(f"npz:{tmp_path / 'a.npz'}"),
+    Own(source),
   )
-  config = settings.replace(
-    Evaluate(), data=f"npz:{tmp_path / 'a.npz'}", image_size=16, held_out=0.25, seed=5
-  )
+  config = settings.replace(Evaluate(), data=source, image_size=16, held_out=0.25, seed=5)
   found = scored_images.of_source(config, NAMES)
   want = inputs.site_images(run, 0).test
   np.testing.assert_array_equal(found.images, want.images)
@@ -472,9 +416,9 @@ def test_the_images_that_training_held_out_are_scored(tmp_path):
 
 
 def test_a_trial_deals_images_of_one_source_and_none_is_lost_or_counted_twice(tmp_path):
-  images, labels, patients = images_of(0, 40)
-  np.savez(tmp_path / "a.npz", test_images=images, test_labels=labels, test_groups=patients)
-  config = settings.replace(Evaluate(), data=f"npz:{tmp_path / 'a.npz'}", image_size=16)
+  images, *_ = images_of(0, 40)
+  source = write_images(tmp_path / "a.npz", 0, num=40)
+  config = settings.replace(Evaluate(), data=source, image_size=16)
   parts = [scored_images.of_trial(config, NAMES, "", i) for i in SITES]
   found = sorted(image.tobytes() for part in parts for image in np.asarray(part.images))
   assert found == sorted(image.tobytes() for image in images)
