@@ -31,11 +31,11 @@ from . import (
   approving,
   folders,
   inputs,
-  markdown,
   model_files,
   multilabel_report,
   report,
   running,
+  scored_images,
   segmentation_report,
   settings,
   together,
@@ -104,18 +104,6 @@ def own_images() -> tuple[Dataset, Data]:
     ) from error
 
 
-def trained_on(data: Data) -> dict[str, str]:
-  """A warning, if the images of a source include those that the run was trained on."""
-  try:
-    run = folders.settings_of(FLAGS.run_dir)
-    sources = [run.data.of(one) for one in run.data.sources]
-    same = inputs.source(data) in map(inputs.source, sources or [run.data])
-  except (FileNotFoundError, ValueError):  # the run's own images may be elsewhere by now
-    return {}
-  why = "the source has no test split, and the run was trained on images of it; leave --data out"
-  return {markdown.TRAINED_ON: f"{why} to test on those that it held out"} if same else {}
-
-
 def main() -> None:
   site = admission.of(FLAGS.run_dir, approving.EVALUATION)
   settings.choose("placement", FLAGS.placement, ("", together.FLOWER))
@@ -178,7 +166,7 @@ def score_here() -> None:
       dataset = inputs.unlabelled_images(config, label_names)
     else:
       dataset, has_test = inputs.images_to_test(config, FLAGS.seed, label_names)
-      facts = {} if has_test else trained_on(config)
+      facts = {} if has_test else scored_images.trained_on(FLAGS.run_dir, config)
   else:
     dataset, config = own_images()
   if not FLAGS.unlabelled:

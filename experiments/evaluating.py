@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ def run(
   folder: pathlib.Path,
   floor: int = 0,
   has_patients: bool = False,
+  warnings: Mapping[str, str] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
   """Scores this site's images, sums with the others, and writes both reports.
 
@@ -84,6 +86,7 @@ def run(
     floor: fewest patients in a count that this site lets be told.
     has_patients: the site has named whose its images are, so that its own intervals resample
       patients.
+    warnings: what a reader must know of these images before the scores.
 
   Returns:
     What `metrics.json` of all sites together holds.
@@ -105,9 +108,10 @@ def run(
     durable.replace(path, _bytes(summed))
     if seat.site is not None:
       admission.note_scored(seat.site, summed.sites)
-  about = evaluations.about(config, model)
-  _own_report(folder / OWN, config, dataset, probabilities, seat.number, about, has_patients)
-  is_shared = seat.site is None and not config.data.sources
+  about, is_shared = evaluations.about(config, model), seat.site is None and not config.data.sources
+  own = about | dict(warnings)
+  _own_report(folder / OWN, config, dataset, probabilities, seat.number, own, has_patients)
+  about |= warnings if is_shared else {}
   where = dataset.name if is_shared else "each site's own images"
   return pooled_report.write(folder, config, model.label_names, where, *summed, about)
 
@@ -119,6 +123,11 @@ def _sum(
   n, scoring = config.scoring.num_sites, config.scoring
   bins = scoring.score_bins, scoring.confidence_bins
   counts = metrics.score_counts(dataset.labels, probabilities, dataset.groups, *bins)
+  if max(counts.squares) / evaluation.SQUARES > scoring.most_images:
+    raise ValueError(
+      f"most_images={scoring.most_images}: patients of this site have so many images that the sums "
+      "have no room for them; raise it at all sites"
+    )
   own = {"model": model.sha256, "classes": list(model.label_names), "fewest_patients": floor}
   place, said = processes.connect(config, seat, json.dumps(own).encode())
   assert place.joined is not None

@@ -99,20 +99,22 @@ def result(
   scores["macro_roc_auc"]["error"] = area.error
   scores |= {field: {name: entry(field, k) for k, name in enumerate(names)} for field in PER_CLASS}
   right = int(np.trace(cm))
-  exact: Any = metrics.clopper_pearson(right, num)
+  everyone = int(counts.everyone)
+  is_single = everyone == num  # one image a patient
+  exact: Any = metrics.clopper_pearson(right, num) if is_single else None
   of_class = np.asarray(counts.patients, np.int64).max(axis=1)
   table = policy.table(cm, counts.patients)
   hidden, is_whole = policy.count(0), not _has_hidden(table)
+  alike: Any = None if is_single else _alike(counts)
   if not is_whole:  # the sizes of classes and any of these ratios tell what the table hides
     scores |= dict.fromkeys(("accuracy", "mcc"), hidden)
     scores |= {field: dict.fromkeys(names, hidden) for field in PER_CLASS}
-    exact = hidden
+    exact = alike = hidden
   scores["macro_roc_auc"] = policy.ratio(scores["macro_roc_auc"], *of_class)
   areas = {}
   for k, name in enumerate(names):
     others = [of_class[j] for j in size if j != k]
     areas[name] = policy.ratio(_area(counts.table, k), int(of_class[k]), int(max(others)))
-  everyone = int(counts.everyone)
   error = calibration_error(config, num)
   of_calibration = {"value": metrics.binned_calibration_error(counts.calibration), "error": error}
   shows_all = not policy.fewest_patients
@@ -128,6 +130,7 @@ def result(
     "missing classes": [names[k] for k in size if not cm[k].sum()] if shows_all else [],
     "scores": scores,
     "accuracy_clopper_pearson": exact,
+    "variance of accuracy by patients over that by images": alike,
     "roc_auc": areas,
     "expected_calibration_error": policy.ratio(of_calibration, everyone),
     "confusion_matrix": table,
@@ -143,11 +146,19 @@ def result(
   }  # fmt: skip
 
 
+def _alike(counts: ScoreCounts) -> float | None:
+  """How much larger the variance of accuracy is than that of as many independent images."""
+  cm = np.asarray(counts.confusion)
+  share, num = np.trace(cm) / cm.sum(), cm.sum()
+  by_images = share * (1 - share) / num
+  return metrics.clustered_deviation(counts) ** 2 / by_images if by_images else None
+
+
 def _area(table: Any, k: int) -> dict[str, float]:
   """The area of class k against all others, its bound, and its interval."""
   positive, negative = table[k, k], np.delete(table, k, axis=0)[:, k].sum(0)
   area = metrics.binned_roc_auc(positive, negative)
-  low, high = metrics.area_interval(area, metrics.binned_deviation(positive, negative))
+  low, high = metrics.normal_interval(area, metrics.binned_deviation(positive, negative))
   return {"value": area.value, "low": low, "high": high, "error": area.error}
 
 
@@ -189,7 +200,7 @@ def crossed_by(config: Evaluate, num_classes: int, num_in_sum: int) -> list[Cros
   """What crossed the boundary of the sites."""
   scoring = config.scoring
   secure = scoring.sums()
-  numbers = num_classes**2 * (2 + scoring.score_bins) + 1 + 3 * scoring.confidence_bins
+  numbers = num_classes**2 * (2 + scoring.score_bins) + 4 + 3 * scoring.confidence_bins
   masked, n = secagg.bytes_per_number(secure) * numbers, scoring.num_sites
   needs = config.fewest_in_sum
   charge = "nothing: exact counts of test images, which are in no ledger"
@@ -210,6 +221,8 @@ def page(found: Mapping[str, Any]) -> str:
   lines = [f"# {found['title']}: {data}", "", _summary(found), ""]
   if "synthetic phantom" in found["data"]:
     lines += [markdown.SYNTHETIC, ""]
+  for what, why in markdown.warnings(found):
+    lines += [f"**{what}**: {why}.", ""]
   if missing := found["missing classes"]:
     listed = ", ".join(map(markdown.plain, missing))
     lines += [f"**No site has an image of {listed}**: scores of it are undefined.", ""]
@@ -226,10 +239,19 @@ def page(found: Mapping[str, Any]) -> str:
     f"{found['intervals']['num_resamples']:,} resamples of the images by the cells of their "
     "confusion matrix; of ROC-AUC DeLong's, wider by the error of the bins on either side, and for "
     "more than two classes by the mean deviation of the pairs, which is at least that of their "
-    "mean. All take images as independent: with several images of a patient they are too narrow.",
+    "mean. They take images as independent.",
   ]
+  alike = found["variance of accuracy by patients over that by images"]
+  if found["num_examples"] != found["num_patients"] and not isinstance(alike, str):
+    ratio = "" if alike is None else f", which is {alike:.2f} times that of independent images"
+    lines += [
+      "",
+      "Patients have several images. So the interval of accuracy is by the variance over patients"
+      f"{ratio}. The other intervals do not know whose an image is, and are too narrow by about "
+      "the square root of such a ratio. A patient of two sites counts as two.",
+    ]
   exact = found["accuracy_clopper_pearson"]
-  if not isinstance(exact, str):
+  if exact and not isinstance(exact, str):
     low, high = (f"{100 * x:.1f}" for x in exact)
     lines += ["", f"The exact (Clopper-Pearson) 95 % interval of accuracy is {low} to {high} %."]
   lines += ["", "## ROC-AUC of each class against the others", ""]
@@ -310,6 +332,8 @@ def print_summary(found: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Prints the scores and where the reports are."""
   num = found["num_examples"]
   print(f"\n{found['title']} on {found['data']}: {num} images")
+  for what, why in markdown.warnings(found):
+    print(f"  {what}: {why}")
   for name in ("accuracy", "mcc", "macro_roc_auc"):
     value = found["scores"][name]
     text = value if isinstance(value, str) else cell(value, percent=False)

@@ -11,7 +11,8 @@ import numpy as np
 from primia_jax.data import overlaps, partition, scan
 from primia_jax.data.dataset import Dataset, take
 
-from . import folders, inputs
+from . import folders, inputs, markdown
+from .configs.data import Data
 from .configs.scoring import Evaluate
 
 
@@ -118,3 +119,26 @@ def check_sources(config: Evaluate, run_dir: str) -> None:
       f"{run.hospitals.num_sites} sites; leave num_sites out"
     )
   inputs.check_sources(run)
+
+
+def trained_on(run_dir: str, data: Data) -> dict[str, str]:
+  """A warning for a report, if the images of a source include those that the run was trained on."""
+  try:
+    run = folders.settings_of(run_dir)
+    sources = [run.data.of(one) for one in run.data.sources]
+    same = inputs.source(data) in map(inputs.source, sources or [run.data])
+  except (FileNotFoundError, ValueError):  # the run's own images may be elsewhere by now
+    return {}
+  why = "the source has no test split, and the run was trained on images of it; leave --data out"
+  return {markdown.TRAINED_ON: f"{why} to test on those that it held out"} if same else {}
+
+
+def warnings(
+  config: Evaluate, classes: tuple[str, ...], run_dir: str, number: int
+) -> dict[str, str]:
+  """The same of the images of `of_trial`, whose arguments it takes."""
+  sources = config.data.sources
+  data = config.data.of(sources[number]) if sources else config.data
+  if data.data in ("", "phantom") or config.scoring.held_out:
+    return {}
+  return {} if "test" in inputs.listed(data, classes) else trained_on(run_dir, data)

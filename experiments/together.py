@@ -82,18 +82,19 @@ def _score_one(
     own.mkdir(mode=0o700, parents=True, exist_ok=True)
     processes.check_own(own)
     folder, floor = own / processes.RUN, values.fewest_patients
-    dataset = scored_images.of_trial(config, model.label_names, values.run_dir, number)
+    of = config, model.label_names, values.run_dir, number
+    dataset, warnings = scored_images.of_trial(*of), scored_images.warnings(*of)
   else:
     admission.admit_scoring(site, config, model)
     own, folder = site.folder, site.run
     floor = site.member.limits.fewest_patients
-    dataset = scored_images.of_source(config, model.label_names)
+    dataset, warnings = scored_images.of_source(config, model.label_names), {}
     admission.check_scored(site, dataset)
   evaluating.check(config, model, dataset)
   seat = processes.Seat(number, seating.patience, own, site, seating.channel)
   has_patients = bool(config.data.patient_column or config.data.patient_pattern)
   with folders.alone(own / "lock"):
-    result = evaluating.run(config, model, dataset, seat, folder, floor, has_patients)
+    result = evaluating.run(config, model, dataset, seat, folder, floor, has_patients, warnings)
   pooled_report.print_summary(result, folder)
 
 

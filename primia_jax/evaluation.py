@@ -19,6 +19,7 @@ from primia_jax.summation import Purpose, Summation
 from primia_jax.types import ApplyFn, Array, Key, ModelState, Params, PyTree
 
 MAX_LOSS = 100.0  # nats per image, on average; a run above it has diverged
+SQUARES = 64.0  # sums of squares over patients may be so much larger than counts of images
 
 
 class Scores(NamedTuple):
@@ -195,9 +196,9 @@ def score_summing(
 
   Returns:
     (numbers of all K sites, `metrics.score_counts` [k, ...] of those that run here) -> (their sum,
-    float64; the numbers of the sites in it). Counts are exact up to 2^24 in a sum; those of
-    confidences as near as `summation` has them. It raises a RuntimeError for counts that do not fit
-    the summation.
+    float64; the numbers of the sites in it). Counts are exact up to 2^24 in a sum; sums of
+    confidences and of squares are as near as `summation` has them, the latter divided by `SQUARES`.
+    It raises a RuntimeError for counts that do not fit the summation.
   """
 
   def site_fn(shared: tuple, counts: ScoreCounts, site: Site) -> tuple[ScoreCounts, tuple]:
@@ -212,7 +213,8 @@ def score_summing(
   total = over_sites(site_fn, summation, placement, Purpose.EVALUATION)
 
   def add(ids: Sequence[int], counts: ScoreCounts) -> tuple[ScoreCounts, np.ndarray]:
-    sent = ScoreCounts(*(np.asarray(a, np.float32) for a in counts))
+    sent = counts._replace(squares=np.asarray(counts.squares) / SQUARES)
+    sent = ScoreCounts(*(np.asarray(a, np.float32) for a in sent))
     sums, _, outcome = total((), 0, Sites(np.asarray(ids, np.int32), no_images), sent)
     if int(outcome.out_of_range):
       raise RuntimeError(
@@ -223,7 +225,8 @@ def score_summing(
     whole = ScoreCounts(*map(np.round, found))
     sums_of_confidences = found.calibration[2:]
     calibration = np.concatenate([whole.calibration[:2], sums_of_confidences])
-    return whole._replace(calibration=calibration), outcome.survivors
+    squares = found.squares * SQUARES
+    return whole._replace(calibration=calibration, squares=squares), outcome.survivors
 
   return add
 

@@ -117,6 +117,7 @@ def test_sums_of_score_counts_are_those_of_all_images_to_the_last_one(summed):
     np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
   np.testing.assert_array_equal(found.calibration[:2], want.calibration[:2])
   np.testing.assert_allclose(found.calibration[2], want.calibration[2], atol=1e-4)
+  np.testing.assert_allclose(found.squares, want.squares, atol=0.01)
   np.testing.assert_array_equal(found.confusion, sk.confusion_matrix(labels, p.argmax(1)))
   assert survivors.tolist() == IDS.tolist()
   value, error = metrics.binned_macro_roc_auc(found.table)

@@ -140,6 +140,8 @@ def test_sums_of_hospitals_are_the_scores_of_all_images_in_one_place(
     ece = found["expected_calibration_error"]
     exact = metrics.expected_calibration_error(labels, probabilities)
     assert abs(ece["value"] - exact) <= ece["error"]
+    alike = found["variance of accuracy by patients over that by images"]
+    assert alike == pytest.approx(72 * metrics.clustered_deviation(want) ** 2 / (said * (1 - said)))
     assert found["sites"] == [0, 1, 2]
     texts.add((results[i] / "report.md").read_text().partition("## Versions")[0])
     own = json.loads((results[i] / "own" / "metrics.json").read_text())
@@ -412,7 +414,13 @@ def test_the_images_that_training_held_out_are_scored(tmp_path):
   want = inputs.site_images(run, 0).test
   np.testing.assert_array_equal(found.images, want.images)
   assert 0 < len(found) < 40
-  assert len(scored_images.of_source(settings.replace(config, held_out=0.0), NAMES)) == 40
+  (tmp_path / "run").mkdir()
+  settings.save(run, tmp_path / "run" / "config.json")
+  bare = settings.replace(config, held_out=0.0)
+  at = NAMES, str(tmp_path / "run"), 0
+  assert "was trained on images of it" in scored_images.warnings(bare, *at)["TRAINED ON"]
+  assert scored_images.warnings(config, *at) == {}
+  assert len(scored_images.of_source(bare, NAMES)) == 40
 
 
 def test_a_trial_deals_images_of_one_source_and_none_is_lost_or_counted_twice(tmp_path):
@@ -432,5 +440,9 @@ def test_a_trial_deals_images_of_one_source_and_none_is_lost_or_counted_twice(tm
   assert sites == [{0}, {1}, {2}]
   with pytest.raises(ValueError, match=r"num_sites=4, and .* is of 3 sites; set --num_sites=3"):
     scored_images.of_trial(settings.replace(synthetic, num_sites=4), phantom.LABEL_NAMES, "", 0)
+  crowded = dataclasses.replace(parts[0], groups=np.zeros(len(parts[0]), int))
+  few = settings.replace(config, most_images=2)
+  with pytest.raises(ValueError, match="most_images=2: this site has more images to score"):
+    evaluating.check(few, None, crowded)
   with pytest.raises(ValueError, match="this site has no test images to score"):
     evaluating.check(config, None, scored_images.take(parts[0], np.zeros(0, int)))

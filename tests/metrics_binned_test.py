@@ -143,9 +143,38 @@ def test_an_interval_covers_as_often_as_it_says():
     area, deviation = (
       metrics.binned_roc_auc(positive, negative), metrics.binned_deviation(positive, negative)
     )  # fmt: skip
-    low, high = metrics.area_interval(area, deviation)
+    low, high = metrics.normal_interval(area, deviation)
     hits += low <= true <= high
-    low, high = metrics.area_interval(area._replace(error=0.0), deviation / 2)
+    low, high = metrics.normal_interval(area._replace(error=0.0), deviation / 2)
     narrow += low <= true <= high
   assert hits / 400 > 0.95 - 4 * (0.95 * 0.05 / 400) ** 0.5
   assert narrow / 400 < 0.8
+
+
+def test_accuracy_by_patients_is_that_of_patients_one_by_one():
+  """Patients whose images are all right or all wrong count once, and a bootstrap of patients finds
+  the same interval; taken as independent, images give one that is too narrow.
+  """
+  rng = np.random.default_rng(4)
+  groups = np.repeat(np.arange(120), rng.integers(1, 6, 120))
+  labels = rng.integers(0, 2, len(groups))
+  is_right = (rng.uniform(size=120) < 0.8)[groups]
+  p = np.where((np.arange(2) == labels[:, None]) == is_right[:, None], 0.75, 0.25)
+  counts = metrics.score_counts(labels, p, groups)
+  n, r = np.bincount(groups), np.bincount(groups, is_right)
+  np.testing.assert_array_equal(counts.squares, [(n * n).sum(), (n * r).sum(), (r * r).sum()])
+  share = r.sum() / n.sum()
+  want = np.sqrt(((r - share * n) ** 2).sum() * 120 / 119) / n.sum()
+  assert metrics.clustered_deviation(counts) == pytest.approx(want)
+  key = jax.random.key(0)
+  found = metrics.binned_intervals(counts, key)
+  drawn = metrics.bootstrap_intervals(labels, p, key, groups=groups)
+  alone = metrics.bootstrap_intervals(labels, p, key)
+  for end in ("low", "high"):
+    assert getattr(found, end).accuracy == pytest.approx(getattr(drawn, end).accuracy, abs=0.015)
+  width = lambda one: float(one.high.accuracy - one.low.accuracy)
+  assert width(found) > 1.4 * width(alone)
+  single = metrics.score_counts(labels, p)
+  want = share * (1 - share) / len(labels) * len(labels) / (len(labels) - 1)
+  assert metrics.clustered_deviation(single) ** 2 == pytest.approx(want)
+  assert np.isnan(metrics.clustered_deviation(single._replace(everyone=1)))

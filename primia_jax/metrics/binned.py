@@ -28,6 +28,8 @@ class ScoreCounts(NamedTuple):
     confusion: [L, L] images, rows true and columns predicted.
     patients: [L, L] patients who have an image in that cell.
     everyone: [] patients in all.
+    squares: [3] over patients, with n images of which r are answered rightly, the sums of n^2, n r
+      and r^2.
     table: [L, L, B] images by true class, class whose probability it is, and its bin.
     calibration: [3, C] images, right answers and the sum of confidences, by bin of confidence.
   """
@@ -35,6 +37,7 @@ class ScoreCounts(NamedTuple):
   confusion: Any
   patients: Any
   everyone: Any
+  squares: Any
   table: Any
   calibration: Any
 
@@ -78,11 +81,14 @@ def score_counts(
   who = np.arange(num) if groups is None else np.unique(groups, return_inverse=True)[1]
   cells = labels * size + said
   of_patients = np.unique(np.stack([cells, who], 1), axis=0)[:, 0]
+  of_each = np.bincount(who), np.bincount(who, columns[1])  # n and r
+  pairs = ((0, 0), (0, 1), (1, 1))
   square = lambda found: np.bincount(found, minlength=size**2).reshape(size, size)
   return ScoreCounts(
     square(cells).astype(np.float64),
     square(of_patients).astype(np.float64),
-    np.float64(len(np.unique(who))),
+    np.float64(len(of_each[0])),
+    np.array([(of_each[i] * of_each[j]).sum() for i, j in pairs], np.float64),
     table,
     np.stack([np.bincount(place, column, num_confidences) for column in columns]),
   )
@@ -164,10 +170,28 @@ def binned_calibration_error(calibration: Any) -> float:
   return float(ratio(np.abs(right - confidence).sum(), images.sum()))
 
 
-def area_interval(area: Bounded, deviation: float, level: float = 0.95) -> tuple[float, float]:
-  """The normal interval of an area, wider by the error of its bins, and cut to [0, 1]."""
-  reach = area.error + float(scipy.special.ndtri((1 + level) / 2)) * deviation
-  return float(np.clip(area.value - reach, 0, 1)), float(np.clip(area.value + reach, 0, 1))
+def normal_interval(value: Bounded, deviation: float, level: float = 0.95) -> tuple[float, float]:
+  """The normal interval of a score, wider by its error, and cut to [0, 1]."""
+  reach = value.error + float(scipy.special.ndtri((1 + level) / 2)) * deviation
+  return float(np.clip(value.value - reach, 0, 1)), float(np.clip(value.value + reach, 0, 1))
+
+
+def clustered_deviation(counts: ScoreCounts) -> float:
+  """The standard deviation of the accuracy over draws of independent patients, who may have several
+  images: that of a ratio of sums, linearised (Cochran 1977, section 6.3).
+
+  With one image a patient it is that of a proportion, times sqrt(P / (P - 1)) for P patients.
+
+  Returns:
+    The deviation; NaN for fewer than two patients.
+  """
+  cm, people = np.asarray(counts.confusion), float(counts.everyone)
+  if people < 2:
+    return math.nan
+  share = np.trace(cm) / cm.sum()
+  images, both, right = np.asarray(counts.squares, np.float64)
+  scatter = right - 2 * share * both + share**2 * images  # of r - share n, whose sum is 0
+  return math.sqrt(max(float(scatter), 0.0) * people / (people - 1)) / float(cm.sum())
 
 
 def binned_intervals(
@@ -176,9 +200,10 @@ def binned_intervals(
   """The metrics of a report with their intervals, from counts alone.
 
   Those of ratios of counts are percentile bootstrap intervals: to draw images anew is to draw the
-  cells of their confusion matrix. That of the area is `area_interval`; where it is a mean over
+  cells of their confusion matrix. That of the area is `normal_interval`; where it is a mean over
   pairs of classes, the deviation of the mean is at most the mean of the deviations, which is taken.
-  All count images as independent: with several images of a patient they are too narrow.
+  They count images as independent. Where patients have several, that of accuracy is the normal one
+  of `clustered_deviation`, cut to [0, 1]; all others are then too narrow.
 
   Args:
     counts: of all images.
@@ -198,10 +223,12 @@ def binned_intervals(
   deviation = float(np.mean([binned_deviation(*pair) for pair in _pairs(counts.table)]))
   of = lambda m, areas: Scores(accuracy(m), mcc(m), areas, sensitivity(m), specificity(m))
   found = summarised(of(cm, area.value), of(drawn, np.zeros(num_resamples)), level)
-  low, high = area_interval(area, deviation, level)
-  return found._replace(
-    low=found.low._replace(macro_roc_auc=low), high=found.high._replace(macro_roc_auc=high)
-  )
+  ends = {"macro_roc_auc": normal_interval(area, deviation, level)}
+  if float(counts.everyone) < cm.sum():
+    exact = Bounded(float(found.value.accuracy), 0.0)
+    ends["accuracy"] = normal_interval(exact, clustered_deviation(counts), level)
+  low, high = ({name: pair[end] for name, pair in ends.items()} for end in (0, 1))
+  return found._replace(low=found.low._replace(**low), high=found.high._replace(**high))
 
 
 def _pairs(table: Any) -> list[tuple[np.ndarray, np.ndarray]]:
