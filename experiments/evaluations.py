@@ -175,7 +175,7 @@ def configuration(text: str, model: Model, run: str, num_sites: int) -> Evaluate
       )
   given = {name: values[name].value for name in names_of_shared() if present(name)}
   kind = str(values["data"].value).partition(":")[0] if present("data") else "folder"
-  held = _of_training(run)
+  held = {} if present("held_out") and present("seed") else _of_training(run)
   return apart(held | given | decided, Own(f"{kind}:{PLACEHOLDER}"))
 
 

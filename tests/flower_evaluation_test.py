@@ -1,6 +1,8 @@
 """An evaluation over Flower itself: SuperLink and SuperNodes on loopback."""
 
 import json
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -19,6 +21,7 @@ from primia_jax import metrics
 pytestmark = [pytest.mark.flower, pytest.mark.optimised]
 
 TIMEOUT = 300.0
+ROOT = str(pathlib.Path(__file__).parents[1])
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +43,28 @@ def check(root, folders):
 
 
 def test_hospitals_apart_score_what_they_approved_as_one_process_does(root):
-  """With their rosters, approvals and identities, and the coordinator's."""
+  """With rosters, approvals and identities; and no program opens a file of another hospital, or of
+  the coordinator.
+  """
+  hooked = str(pathlib.Path(__file__).with_name("experiments_hooked.py"))
   with trial.deployed(3, root, root) as deployment:
-    trial.start_sites(deployment, "experiments.evaluate", [])
+    for i in SITES:
+      command = [sys.executable, hooked, str(root / f"opened_{i}"), "experiments.evaluate"]
+      deployment.processes[f"site {i}"] = subprocess.Popen(
+        [*command, f"--run_dir={root}/site_{i}"],
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": ROOT},
+      )
     trial.start_run(deployment, TIMEOUT)
     assert trial.watch(deployment) == []
   check(root, [path.parent for path in root.glob("site_*/runs/*/report.md")])
   assert len(list(root.glob("site_*/runs/*/report.md"))) == 3
+  for i in SITES:
+    lines = (root / f"opened_{i}").read_text().splitlines()
+    opened = {path for path in lines if str(root) in path}
+    own = str(root / f"site_{i}"), str(root / f"images_{i}.npz")
+    assert opened
+    assert [path for path in opened if not path.startswith(own)] == []
   ending = json.loads((root / "coordinator" / "ending.json").read_text())
   assert ending["failed"] == ""
 
