@@ -134,7 +134,7 @@ def _of_flags(values: flags.FlagValues, model: evaluations.Model) -> Evaluate:
 
 def check_unnamed(values: flags.FlagValues) -> None:
   """Raises a ValueError for flags of images, where none are named."""
-  names = set(settings.flat(Data())) - {"image_size", "channels"}
+  names = set(settings.flat(Data())) - {"image_size", "channels", "data"}
   if given := sorted(name for name in names if values[name].present):
     raise ValueError(
       f"{given[0]}={values[given[0]].value} without data: the run's own test images are taken as "

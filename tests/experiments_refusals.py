@@ -272,6 +272,7 @@ EVALUATE = """
 --placement=flower --channel_dir={folder}   | channel_dir | {folder} | --site
 --placement=flower --overlays=2             | overlays | 2 | leave it out
 --placement=flower --unlabelled             | unlabelled | True | leave it out
+--placement=flower --data= --label_names=a,b | label_names | a,b | --data
 --placement=flower --image_size=32          | image_size | 32 | omit
 --placement=flower --data=folder:{missing}  | data | {missing} | check
 --placement=flower --data=csv:{file} --multi_label | multi_label | placement=flower | leave

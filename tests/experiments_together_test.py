@@ -12,44 +12,29 @@ import scoring_world
 from absl import flags
 from experiments_apart import in_threads
 from experiments_runs import NAMES, TINY, write_untrained
-from scoring_world import (
-  BINS,
-  FLOORLESS,
-  IMAGES,
-  SITES,
-  again,
-  approve,
-  images_of,
-  offer,
-  pooled,
-  write_images,
-)
+from scoring_world import BINS, FLOORLESS, IMAGES, SITES, again, approve, offer, pooled
 
 from experiments import (
   admission,
   approving,
   binned_plots,
   evaluating,
-  inputs,
   joining,
   model_files,
   plots,
-  pooled_report,
   processes,
   report,
-  scored_images,
   settings,
   site_folders,
   together,
 )
 from experiments.configs.data import Data
-from experiments.configs.scoring import Evaluate, Scoring
+from experiments.configs.scoring import Scoring
 from experiments.joining import Approve
 from experiments.seating import Seating
 from experiments.site_folders import Limits, Own
 from primia_jax import approval, metrics, models
 from primia_jax.approval import NotApproved
-from primia_jax.data import phantom
 from primia_jax.secagg import roster
 from primia_jax.secagg.errors import Aborted, Refused
 
@@ -213,59 +198,6 @@ def test_the_largest_floor_of_all_sites_holds_in_every_report(copied, monkeypatc
     assert not list(results[i].glob("*.png"))
 
 
-def result_of(confusion, floor, names=("a", "b")):
-  """A pooled result of images with this confusion matrix, each of one patient."""
-  labels, said = (
-    np.concatenate([np.full(n, place[axis]) for place, n in np.ndenumerate(np.array(confusion))])
-    for axis in (0, 1)
-  )
-  p = np.random.default_rng(0).uniform(0.6, 0.9, len(labels))
-  probabilities = np.where(np.eye(len(names))[said] > 0, p[:, None], (1 - p)[:, None])
-  counts = metrics.score_counts(labels, probabilities)
-  config = Evaluate(scoring=Scoring())
-  policy = pooled_report.Policy(fewest_patients=floor)
-  return report.jsonable(pooled_report.result(config, names, counts, (0, 1, 2), policy)), counts
-
-
-def test_small_counts_are_in_no_score(monkeypatch):
-  monkeypatch.setattr(report, "NUM_RESAMPLES", 20)
-  found, _ = result_of([[57, 3], [11, 30]], 10)
-  hidden = "suppressed (<10)"
-  assert found["confusion_matrix"] == [[hidden] * 2] * 2
-  scores = found["scores"]
-  assert scores["accuracy"] == scores["mcc"] == found["accuracy_clopper_pearson"] == hidden
-  assert set(scores["specificity"].values()) == {hidden}
-  assert scores["macro_roc_auc"]["value"] > 0.5  # 57 and 30 patients at least
-  assert found["scores in bins"] is None
-  found, _ = result_of([[57, 13], [11, 30]], 10)
-  assert found["confusion_matrix"] == [[57, 13], [11, 30]]
-  assert found["scores"]["accuracy"]["value"] == pytest.approx(87 / 111)
-  found, _ = result_of([[57, 3], [6, 5]], 10)
-  assert found["scores"]["macro_roc_auc"] == hidden
-  assert found["roc_auc"] == {"a": hidden, "b": hidden}
-  found, _ = result_of([[3, 1], [2, 3]], 10)
-  assert found["num_examples"] == found["expected_calibration_error"] == hidden
-
-
-def test_a_class_of_which_no_site_has_an_image_is_named(monkeypatch):
-  monkeypatch.setattr(report, "NUM_RESAMPLES", 20)
-  found, _ = result_of([[7, 3], [0, 0]], 0)
-  assert found["missing classes"] == ["b"]
-  assert found["scores"]["macro_roc_auc"]["value"] is None
-  text = pooled_report.page(found | {"data": "x", "config": {}, "versions": {}})
-  assert "**No site has an image of b**" in text
-  assert "| macro ROC-AUC | undefined |" in text
-
-
-def test_pictures_are_drawn(tmp_path, monkeypatch):
-  monkeypatch.setattr(report, "NUM_RESAMPLES", 20)
-  _, counts = result_of([[57, 3], [11, 30]], 0)
-  config = Evaluate()
-  pooled_report.write(tmp_path, config, ("a", "b"), "own", counts, (0, 1, 2), 0, {"seed": 0})
-  assert {path.name for path in tmp_path.glob("*.png")} == set(pooled_report.PICTURES)
-  assert all((tmp_path / name).stat().st_size > 5000 for name in pooled_report.PICTURES)
-
-
 def test_what_a_site_approves_is_one_model_with_its_classes_in_one_order(copied, capsys):
   (copied / "other").mkdir()
   write_untrained(copied / "other", NAMES)
@@ -400,49 +332,3 @@ def test_what_the_coordinator_offers(copied, capsys):
   saved = settings.load(copied / "coordinator" / "config.json")
   assert (saved["seed"], saved["held_out"]) == (7, 0.3)  # of the training
   assert os.stat(copied / "coordinator" / "config.json").st_mode & 0o077 == 0
-
-
-def test_the_images_that_training_held_out_are_scored(tmp_path):
-  """Of a source without a test split: those on which the training's own report tests."""
-  source = write_images(tmp_path / "a.npz", 0, "train", 40)
-  run = approving.apart(
-    {"label_names": ",".join(NAMES), "image_size": 16, "seed": 5, "test_fraction": 0.25},
-    Own(source),
-  )
-  config = settings.replace(Evaluate(), data=source, image_size=16, held_out=0.25, seed=5)
-  found = scored_images.of_source(config, NAMES)
-  want = inputs.site_images(run, 0).test
-  np.testing.assert_array_equal(found.images, want.images)
-  assert 0 < len(found) < 40
-  (tmp_path / "run").mkdir()
-  settings.save(run, tmp_path / "run" / "config.json")
-  bare = settings.replace(config, held_out=0.0)
-  at = NAMES, str(tmp_path / "run"), 0
-  assert "was trained on images of it" in scored_images.warnings(bare, *at)["TRAINED ON"]
-  assert scored_images.warnings(config, *at) == {}
-  assert len(scored_images.of_source(bare, NAMES)) == 40
-
-
-def test_a_trial_deals_images_of_one_source_and_none_is_lost_or_counted_twice(tmp_path):
-  images, *_ = images_of(0, 40)
-  source = write_images(tmp_path / "a.npz", 0, num=40)
-  config = settings.replace(Evaluate(), data=source, image_size=16)
-  parts = [scored_images.of_trial(config, NAMES, "", i) for i in SITES]
-  found = sorted(image.tobytes() for part in parts for image in np.asarray(part.images))
-  assert found == sorted(image.tobytes() for image in images)
-  of = [set(part.groups) for part in parts]
-  assert len(set.union(*of)) == sum(map(len, of))
-  synthetic = settings.replace(Evaluate(), data="phantom", image_size=16, held_out=0.2)
-  sites = [
-    set(scored_images.of_trial(synthetic, phantom.LABEL_NAMES, "", i).columns["site"])
-    for i in SITES
-  ]
-  assert sites == [{0}, {1}, {2}]
-  with pytest.raises(ValueError, match=r"num_sites=4, and .* is of 3 sites; set --num_sites=3"):
-    scored_images.of_trial(settings.replace(synthetic, num_sites=4), phantom.LABEL_NAMES, "", 0)
-  crowded = dataclasses.replace(parts[0], groups=np.zeros(len(parts[0]), int))
-  few = settings.replace(config, most_images=2)
-  with pytest.raises(ValueError, match="most_images=2: this site has more images to score"):
-    evaluating.check(few, None, crowded)
-  with pytest.raises(ValueError, match="this site has no test images to score"):
-    evaluating.check(config, None, scored_images.take(parts[0], np.zeros(0, int)))
