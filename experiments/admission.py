@@ -14,11 +14,14 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from primia_jax import approval, disclosure
 from primia_jax.approval import Approval, NotApproved
+from primia_jax.data.dataset import Dataset
 from primia_jax.data.sites import Part
 from primia_jax.privacy import accounting, histories
 from primia_jax.privacy.accounting import Ledger
@@ -27,12 +30,13 @@ from primia_jax.privacy.plan import Plan
 from primia_jax.secagg import pinning, roster
 from primia_jax.types import ModelState, Params
 
-from . import approving, folders, inputs, ledgers, site_folders
+from . import approving, evaluations, folders, inputs, ledgers, site_folders
 from .configs import Train
+from .configs.scoring import Evaluate
 from .site_folders import COORDINATOR, Member
 
-_RUNS, _DIGITS = "runs", 12  # folder of a site's runs, each named by so many digits
 _ENTRY = "ledger"  # in the journal: the hash of the ledger's last entry
+_DOES = {approving.TRAINING: ("trains", "train on"), approving.EVALUATION: ("scores", "score")}
 
 
 class Site(NamedTuple):
@@ -54,36 +58,47 @@ class Site(NamedTuple):
 
   @property
   def run(self) -> pathlib.Path:
-    """Where the approved run is kept; another approval is another run."""
-    return self.folder / _RUNS / approval.digest(self.approved).hex()[:_DIGITS]
+    """Where the approved run is kept."""
+    return site_folders.run_of(self.folder, self.approved)
 
 
-def of(run_dir: str) -> Site | None:
+def of(run_dir: str, purpose: str = approving.TRAINING) -> Site | None:
   """The site whose folder this is; None if `primia-site` has not made it.
+
+  Args:
+    run_dir: the folder.
+    purpose: what is to be done there, `approving.TRAINING` or `EVALUATION`.
 
   Raises:
     ValueError, FileNotFoundError: others can read it, it is no hospital's, or `site.toml` is wrong.
-    NotApproved: its operator has approved nothing.
+    NotApproved: its operator has approved nothing, or another purpose.
   """
   if not run_dir or not (pathlib.Path(run_dir).expanduser() / site_folders.SETTINGS).is_file():
     return None
+  does, to = _DOES[purpose]
   folder = folders.role("run_dir", run_dir)
   member, approved = site_folders.read(folder), site_folders.approved(folder)
   if member.role == COORDINATOR:
     raise ValueError(
-      f"run_dir={run_dir} is the coordinator's folder, which trains nothing; its part is started "
+      f"run_dir={run_dir} is the coordinator's folder, which {does} nothing; its part is started "
       "with flwr run, as docs/flower.md says"
     )
   if not member.has_images:
     raise ValueError(
       f"data={site_folders.NO_IMAGES} in {folder / site_folders.SETTINGS}: a site without images "
-      "has nothing to train on; name its images there, or take part once there are some"
+      f"has nothing to {to}; name its images there, or take part once there are some"
     )
   if approved is None:
     raise NotApproved(
-      f"run_dir={run_dir}: nothing is approved at this site, so that it trains nothing; approve "
+      f"run_dir={run_dir}: nothing is approved at this site, so that it {does} nothing; approve "
       f"the configuration that the coordinator sent: primia-site approve --site_dir={run_dir} "
       "--config=config.json"
+    )
+  if (found := approving.purpose(approved)) != purpose:
+    program = "primia-train" if found == approving.TRAINING else "primia-evaluate"
+    raise NotApproved(
+      f"run_dir={run_dir}: this site has approved a run of {program}; start that, or approve "
+      "another configuration with primia-site approve"
     )
   return Site(folder, member, approved)
 
@@ -273,3 +288,42 @@ def note_round(site: Site, row: Mapping[str, Any], last_entry: str) -> None:
   """Notes a round in the journal: what its line says, and the ledger's last entry, if any."""
   told = {name: row[name] for name in ("round", "survivors", "lost", "epsilon") if name in row}
   site_folders.note(site.folder, "round", run=site.run.name, **told, **{_ENTRY: last_entry})
+
+
+def admit_scoring(site: Site, config: Evaluate, model: evaluations.Model) -> None:
+  """Refuses an evaluation that this site's operator has not approved, or that is beyond its limits.
+
+  Args:
+    site: the site.
+    config: what it is offered.
+    model: its own copy.
+
+  Raises:
+    NotApproved: configuration, code or model are others.
+    ValueError, FileNotFoundError: beyond a limit of `site.toml`, no roster was accepted, or it has
+      other members.
+  """
+  with _noted(site):
+    approval.check(site.approved, evaluations.offered(config, model))
+    evaluations.check(config, site.member.limits)
+    _check_roster(site, config.scoring.num_sites)
+
+
+def check_scored(site: Site, images: Dataset) -> None:
+  """Refuses to take part with fewer images, or patients, than the site's floors; raises a
+  ValueError that does not say how many.
+  """
+  policy = site.member.limits.policy()
+  with _noted(site):
+    policy.check_site(len(images))
+    if isinstance(policy.count(len(np.unique(images.groups))), disclosure.Suppressed):
+      raise ValueError(
+        f"fewest_patients={policy.fewest_patients} of this site: it has fewer patients to score, "
+        f"and takes no part; lower the floor in {site.folder / site_folders.SETTINGS} if counts of "
+        "so few may be summed"
+      )
+
+
+def note_scored(site: Site, survivors: Sequence[int]) -> None:
+  """Notes in the journal that the sum was opened, and over which sites."""
+  site_folders.note(site.folder, "scored", run=site.run.name, sites=list(survivors))

@@ -7,14 +7,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from primia_jax import approval, disclosure, models, multilabel
+from primia_jax.approval import Approval
+from primia_jax.data.dataset import Dataset
 
 from . import inputs, settings
 from .configs import Train, rehearse
@@ -23,6 +26,7 @@ from .site_folders import NO_IMAGES, Limits, Member, Own
 
 _CODE = ("*.py", "*.c", "*.h")
 SITES_OWN = (*(field.name for field in dataclasses.fields(Own)), "site_data", "ledger_dir")
+PURPOSE, TRAINING, EVALUATION = "purpose", "training", "evaluation"
 
 
 class Held(NamedTuple):
@@ -73,6 +77,11 @@ def shared(config: Train) -> str:
   """
   known = settings.flat(config)
   return approval.shared({name: known[name] for name in names_of_shared()})
+
+
+def purpose(approved: Approval) -> str:
+  """What is approved: a training or an evaluation."""
+  return str(json.loads(approved.configuration).get(PURPOSE, TRAINING))
 
 
 def names_of_shared() -> list[str]:
@@ -173,12 +182,17 @@ def held(config: Train, member: Member) -> Held:
   """
   agreed = label_names(config)
   data = with_own(config, member.own).data if member.has_images else None
-  if data is None or _is_empty(data.data):
+  if data is None or is_empty(data.data):
     return Held(dict.fromkeys(agreed, 0), 0)
   inputs.source(data)
-  splits = inputs.listed(data, agreed).values()
+  return counted(inputs.listed(data, agreed).values(), agreed, data.is_multi)
+
+
+def counted(splits: Iterable[Dataset], agreed: Sequence[str], is_multi: bool = False) -> Held:
+  """Counts the images of splits whose labels are of the agreed classes."""
+  splits = list(splits)
   labels = np.concatenate([one.labels for one in splits])
-  if data.is_multi:
+  if is_multi:
     counts = multilabel.findings(labels, len(agreed)).sum(0).tolist()
   else:
     counts = np.bincount(labels, minlength=len(agreed)).tolist()
@@ -187,7 +201,8 @@ def held(config: Train, member: Member) -> Held:
   return Held(dict(zip(agreed, counts, strict=True)), len(patients))
 
 
-def _is_empty(data: str) -> bool:
+def is_empty(data: str) -> bool:
+  """Whether a source is none, or a folder without files."""
   kind, _, where = data.partition(":")
   path = pathlib.Path(where).expanduser()
   if data == NO_IMAGES:

@@ -9,6 +9,13 @@ folder of any images and writes predictions.csv only. The model sets the image s
 the CT window; --label_names names the source's labels in their order, and classes are matched by
 name. --run_dir takes a checkpoint of PriMIA, too. Of a model that learns masks it writes
 masks.npz, and Dice of each case for images with masks; --overlays draws some.
+
+With --placement=flower hospitals score the model together, and no image moves: each scores its own
+in a process and a folder of its own, and only sums over all of them are opened. Without --site that
+is a trial on this machine. A hospital whose folder primia-site has made scores the model that its
+operator has approved, and needs no other flag:
+
+  primia-evaluate --run_dir=/srv/primia/a
 """
 
 from typing import Any
@@ -20,22 +27,32 @@ from primia_jax.data.dataset import Dataset
 from primia_jax.disclosure import Policy
 
 from . import (
+  admission,
+  approving,
   folders,
   inputs,
-  markdown,
   model_files,
   multilabel_report,
   report,
   running,
+  scored_images,
   segmentation_report,
   settings,
+  together,
 )
 from .configs import tasks
 from .configs.data import Data
+from .configs.scoring import Scoring
+from .seating import NAMES, Seating
 
 settings.define_flags(Data)
+settings.define_flags(Scoring)
+settings.define_flags(Seating)
 flags.DEFINE_string(
-  "run_dir", None, "folder of the training run, or a checkpoint of PriMIA (.pt)", required=True
+  "run_dir",
+  None,
+  "folder of the training run, or a checkpoint of PriMIA (.pt); or a hospital's own folder",
+  required=True,
 )
 flags.DEFINE_string(
   "classes",
@@ -43,7 +60,15 @@ flags.DEFINE_string(
   "of a checkpoint of PriMIA: its classes in the order of its outputs; empty takes normal, "
   "bacterial, viral for three",
 )
-flags.DEFINE_string("output_dir", None, "folder for the results; created", required=True)
+flags.DEFINE_string(
+  "output_dir", "", "folder for the results; created. A hospital's own folder has a place for them"
+)
+flags.DEFINE_string(
+  "placement",
+  "",
+  "flower: hospitals score the model together, each its own images; empty scores all images in "
+  "this process",
+)
 flags.DEFINE_integer("seed", 0, "seed of the phantom's images and of the bootstrap", 0, 2**32 - 1)
 flags.DEFINE_integer(
   "overlays",
@@ -69,12 +94,7 @@ flags.adopt_module_key_flags(settings)
 
 def own_images() -> tuple[Dataset, Data]:
   """The test images of the run's own report, and its settings of data."""
-  names = set(settings.flat(Data())) - {"image_size", "channels"}
-  if given := sorted(name for name in names if FLAGS[name].present):
-    raise ValueError(
-      f"{given[0]}={FLAGS[given[0]].value} without data: the run's own test images are taken as "
-      "the run took them; name the images with --data"
-    )
+  together.check_unnamed(FLAGS)
   try:
     run = folders.settings_of(FLAGS.run_dir)
     return inputs.tested_images(run), run.data
@@ -84,19 +104,27 @@ def own_images() -> tuple[Dataset, Data]:
     ) from error
 
 
-def trained_on(data: Data) -> dict[str, str]:
-  """A warning, if the images of a source include those that the run was trained on."""
-  try:
-    run = folders.settings_of(FLAGS.run_dir)
-    sources = [run.data.of(one) for one in run.data.sources]
-    same = inputs.source(data) in map(inputs.source, sources or [run.data])
-  except (FileNotFoundError, ValueError):  # the run's own images may be elsewhere by now
-    return {}
-  why = "the source has no test split, and the run was trained on images of it; leave --data out"
-  return {markdown.TRAINED_ON: f"{why} to test on those that it held out"} if same else {}
-
-
 def main() -> None:
+  site = admission.of(FLAGS.run_dir, approving.EVALUATION)
+  settings.choose("placement", FLAGS.placement, ("", together.FLOWER))
+  if site is not None or FLAGS.placement:
+    together.score(FLAGS, site, f"{__package__}.evaluate")
+    return
+  given = [name for name in NAMES if FLAGS[name].present]
+  settings.from_flags(Seating).check(given, FLAGS.placement, -1, 1, is_site=False)
+  if given := [name for name in settings.flat(Scoring()) if FLAGS[name].present]:
+    raise ValueError(
+      f"{given[0]}={FLAGS[given[0]].value} belongs to placement=flower; set that, or leave it out"
+    )
+  score_here()
+
+
+def score_here() -> None:
+  """Scores all images in this process."""
+  if not FLAGS.output_dir:
+    raise ValueError(
+      "output_dir is empty; name a folder for the results, such as --output_dir=results"
+    )
   output = folders.to_write(
     FLAGS.output_dir,
     (
@@ -114,7 +142,8 @@ def main() -> None:
       raise ValueError(f"{name}={FLAGS[name].value} says what unlabelled images lack; leave it out")
   if FLAGS.site_data:
     raise ValueError(
-      f"site_data={FLAGS.site_data}: one source is tested at a time; name it with --data"
+      f"site_data={FLAGS.site_data}: one source is tested at a time; name it with --data, or use "
+      "--placement=flower"
     )
   model, trained, label_names, model_config = model_files.load_model(FLAGS.run_dir, FLAGS.classes)
   is_multi = model_files.is_multi(FLAGS.run_dir)
@@ -137,7 +166,7 @@ def main() -> None:
       dataset = inputs.unlabelled_images(config, label_names)
     else:
       dataset, has_test = inputs.images_to_test(config, FLAGS.seed, label_names)
-      facts = {} if has_test else trained_on(config)
+      facts = {} if has_test else scored_images.trained_on(FLAGS.run_dir, config)
   else:
     dataset, config = own_images()
   if not FLAGS.unlabelled:

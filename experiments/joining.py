@@ -14,9 +14,10 @@ from primia_jax.privacy import histories
 from primia_jax.privacy.chain import Chain
 from primia_jax.secagg import keys, pinning, roster
 
-from . import approving, inputs, ledger_table, ledgers, settings, site_folders
+from . import approving, evaluations, inputs, ledger_table, ledgers, settings, site_folders
 from .configs import Train
 from .configs.data import Data
+from .evaluations import NO_MODEL, Finished
 from .site_folders import COORDINATOR, SITE, Limits, Member, Own
 
 _ROLES = (SITE, COORDINATOR)
@@ -56,7 +57,7 @@ class Join:
 
 @dataclasses.dataclass(frozen=True)
 class Approve:
-  """What may be trained; with approve."""
+  """What may be trained or scored; with approve."""
 
   config: str = settings.setting("", "the configuration that the coordinator sent, config.json")
 
@@ -214,10 +215,18 @@ def _list(known: roster.Roster, head: bool = True) -> None:
     print(f"  nothing is trained yet: {error}")
 
 
-def approve(site_dir: str, s: Approve) -> None:
-  """Records what may be trained."""
+def approve(site_dir: str, s: Approve, finished: Finished = NO_MODEL) -> None:
+  """Records what may be trained, or which model may be scored."""
   folder = site_folders.find(site_dir)
   member = site_folders.read(folder)
+  if evaluations.is_one(s.config):
+    evaluations.approve(folder, member, s.config, finished.model)
+    return
+  if finished.model:
+    raise ValueError(
+      f"model={finished.model}: {s.config or 'config'} is not the configuration of an evaluation; "
+      "leave model out"
+    )
   config = _config(s.config)
   approving.label_names(config)
   approving.check(config, member.limits)
@@ -232,9 +241,7 @@ def approve(site_dir: str, s: Approve) -> None:
     )
   roster.check_numbers(known)
   offered = approving.offered(config)
-  durable.replace(folder / site_folders.APPROVAL, approval.encode(offered))
-  digest = approval.digest(offered)
-  site_folders.note(folder, "approve", digest=digest.hex())
+  site_folders.record(folder, offered)
   size = sum(math.prod(shape) for _, _, shape in offered.parameters)
   d = config.data
   print(
@@ -242,7 +249,7 @@ def approve(site_dir: str, s: Approve) -> None:
     f"dp={config.privacy.dp}, classes {', '.join(approving.label_names(config))}, images "
     f"{d.image_size} x {d.image_size} x {d.channels}; here {held}"
   )
-  print(f"digest, which all sites must have: {roster.spoken(digest)}")
+  print(f"digest, which all sites must have: {roster.spoken(approval.digest(offered))}")
 
 
 def status(site_dir: str) -> None:
@@ -255,14 +262,15 @@ def status(site_dir: str) -> None:
   if not member.has_images:
     images = "no images"
   elif approved:
-    images = str(approving.held(_agreed(approved, member.own), member))
+    images = str(_held(approved, member))
   print(f"{member.name}, {who}, fingerprint {roster.fingerprint(identity.public)}: {images}")
   said = ["no roster accepted"]
   if (folder / pinning.FILE).is_file():
     known = pinning.held(folder)
     said = [f"roster {known.serial} of {known.federation} with {len(known.sites)} sites"]
   digest = approved and roster.spoken(approval.digest(approved))[:19]
-  said.append(f"approved {approved.model} ({digest} ...)" if approved else "nothing approved")
+  what = "evaluation of " * _is_evaluation(approved)
+  said.append(f"approved {what}{approved.model} ({digest} ...)" if approved else "nothing approved")
   said.append(f"{sum(one['did'] == 'round' for one in did)} rounds")
   if member.role == SITE:
     said.append(_budget(folder, member.limits))
@@ -290,6 +298,16 @@ def _budget(folder: pathlib.Path, limits: Limits) -> str:
     return f"epsilon {spent:.4g} spent, no limit set"
   left = max(0.0, limits.max_epsilon - spent)
   return f"epsilon {spent:.4g} of {limits.max_epsilon:g} spent, {left:.4g} left"
+
+
+def _is_evaluation(approved: approval.Approval | None) -> bool:
+  return approved is not None and approving.purpose(approved) == approving.EVALUATION
+
+
+def _held(approved: approval.Approval, member: Member) -> approving.Held:
+  if _is_evaluation(approved):
+    return evaluations.held_here(evaluations.agreed(approved, member.own), member)
+  return approving.held(_agreed(approved, member.own), member)
 
 
 def _agreed(approved: approval.Approval, own: Own) -> Train:

@@ -18,6 +18,9 @@ LOCAL = "local: "  # begins the names of arms of one site alone
 ABORTED = "rounds aborted, too few sites being left"  # fact of an arm
 TRAINED_ON = "TRAINED ON"  # fact of images
 NOT_PRIVATE = "NOT PRIVATE"  # fact of a run, or of its privacy
+SYNTHETIC = (
+  "The synthetic phantom is computed, not recorded. These figures say nothing about patients."
+)
 
 
 def _number(x: float | None, percent: bool, signed: bool = False) -> str:
@@ -187,10 +190,7 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
   for what, why in warnings(result):
     lines += [f"**{what}**: {why}.", ""]
   if "synthetic phantom" in result["data"]:
-    lines += [
-      "The synthetic phantom is computed, not recorded. These figures say nothing about patients.",
-      "",
-    ]
+    lines += [SYNTHETIC, ""]
   lines += [*_hospitals(result), "## Results", ""]
   lines += [row(*head), row("---", *["---:"] * (len(head) - 1))]
   for name, path, percent in rows:

@@ -26,6 +26,7 @@ from primia_jax.secagg.errors import Refused
 
 from . import admission, messages_crossed
 from .configs import Train
+from .configs.scoring import Evaluate
 
 RUN = "run"  # of a site's run, in its folder
 
@@ -132,13 +133,15 @@ def check_own(own: pathlib.Path) -> None:
     )
 
 
-def connect(config: Train, seat: Seat, told: bytes = b"") -> tuple[Place, dict[int, bytes]]:
+def connect(
+  config: Train | Evaluate, seat: Seat, told: bytes = b""
+) -> tuple[Place, dict[int, bytes]]:
   """Opens the channel for the site's SuperNode, and meets the others; see `meet`."""
   return meet(config, Carrier(*channel.serve(seat.channel or seat.own, seat.timeout)), seat, told)
 
 
 def meet(
-  config: Train, carrier: Carrier, seat: Seat, told: bytes = b""
+  config: Train | Evaluate, carrier: Carrier, seat: Seat, told: bytes = b""
 ) -> tuple[Place, dict[int, bytes]]:
   """Says hello to the others with this site's own identity, and checks theirs.
 
@@ -218,6 +221,6 @@ def leaving(carrier: Carrier, number: int) -> Iterator[None]:
     raise
 
 
-def settings_of(config: Train) -> bytes:
+def settings_of(config: Train | Evaluate) -> bytes:
   """The settings of a run, as all sites agree on them."""
   return json.dumps(dataclasses.asdict(config), sort_keys=True).encode()

@@ -11,6 +11,7 @@ import difflib
 import errno
 import os
 import pathlib
+import shlex
 from collections.abc import Iterator, Sequence
 
 from absl import flags
@@ -114,6 +115,18 @@ def _flagfiles(arguments: Sequence[str]) -> Iterator[str]:
     if not path:
       raise ValueError("--flagfile names no file; give --flagfile=FILE")
     yield os.path.expanduser(path.strip())
+
+
+def words(name: str, text: str) -> list[str]:
+  """The words of a flag that holds flags.
+
+  Raises:
+    ValueError: a quote is not closed.
+  """
+  try:
+    return shlex.split(text)
+  except ValueError as error:
+    raise ValueError(f"{name}={text!r}: {error}; close the quotes") from error
 
 
 def folder(name: str, value: str) -> pathlib.Path:

@@ -30,6 +30,7 @@ from .settings import names, require, setting
 
 SETTINGS, IDENTITY, PUBLIC = "site.toml", "identity", "public.json"
 APPROVAL, LEDGER, JOURNAL = "approval.json", "ledger", "journal.jsonl"
+_RUNS, _DIGITS = "runs", 12  # folder of a site's runs, each named by so many digits
 SITE, COORDINATOR = "site", "coordinator"
 NO_IMAGES = "none"  # as data
 
@@ -196,6 +197,17 @@ def approved(folder: pathlib.Path) -> approval.Approval | None:
   """
   path = folder / APPROVAL
   return approval.decode(path.read_bytes(), str(path)) if path.is_file() else None
+
+
+def record(folder: pathlib.Path, approved: approval.Approval) -> None:
+  """Records what the operator approves."""
+  durable.replace(folder / APPROVAL, approval.encode(approved))
+  note(folder, "approve", digest=approval.digest(approved).hex())
+
+
+def run_of(folder: pathlib.Path, approved: approval.Approval) -> pathlib.Path:
+  """Where an approved run is kept; another approval is another run."""
+  return folder / _RUNS / approval.digest(approved).hex()[:_DIGITS]
 
 
 def note(folder: pathlib.Path, did: str, **facts: Any) -> None:

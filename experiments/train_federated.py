@@ -24,26 +24,15 @@ trained), metrics.json, pictures, the model, and one JSON line a round. An inter
 when it is started again with the same --run_dir.
 """
 
-import pathlib
 import sys
 from typing import Any
 
 import jax
 from absl import flags
 
-from . import (
-  admission,
-  folders,
-  inputs,
-  presets,
-  processes,
-  refusals,
-  report,
-  running,
-  settings,
-  trial,
-)
+from . import admission, folders, inputs, presets, processes, report, running, settings, trial
 from .configs import Train, rehearse
+from .seating import NAMES, Seating
 
 settings.define_flags(Train)
 presets.define_flag()
@@ -58,34 +47,8 @@ flags.DEFINE_list(
   "images, or with placement=flower",
 )
 flags.DEFINE_boolean("tensorboard", False, "also write TensorBoard event files to the run folder")
-flags.DEFINE_integer(
-  "site",
-  -1,
-  "placement=flower: number of this hospital's site, from 0: runs it alone, and --run_dir is its "
-  "own folder, which its SuperNode names, too; -1 starts a trial of all on this machine, or takes "
-  "the number in a folder that primia-site has made",
-)
-flags.DEFINE_float(
-  "stage_timeout",
-  600.0,
-  "placement=flower: seconds that the coordinator waits for a site before it counts as lost; its "
-  "training must fit in",
-)
-flags.DEFINE_string(
-  "sites_dir",
-  "",
-  "placement=flower: where in a trial each site has a folder of its own, site_N, which no other "
-  "user can read; empty is RUN_DIR.sites",
-)
-flags.DEFINE_string(
-  "channel_dir",
-  "",
-  "placement=flower with site: an existing folder for the socket by which the SuperNode reaches "
-  "this program, where the SuperNode is another user's: of mode 0750, for a group that only that "
-  "user is in. Name it as the SuperNode's site-folder; empty is the run_dir",
-)
+settings.define_flags(Seating)
 FLAGS = flags.FLAGS
-_PATIENCE = 2.0  # a site waits for longer than the coordinator waits for the others
 flags.adopt_module_key_flags(settings)
 
 
@@ -101,33 +64,19 @@ def main() -> None:
     raise ValueError(f"num_sites={num_sites}: one site is not a federation; use primia-pooled")
   baselines = running.baselines(FLAGS.baselines, config)
   in_processes = config.in_processes
-  for name in ("site", "stage_timeout", "sites_dir", "channel_dir"):
-    if FLAGS[name].present and not in_processes:
-      raise ValueError(
-        f"{name}={FLAGS[name].value} belongs to placement=flower, not {config.federation.placement}"
-      )
-  if (site or FLAGS["site"].present) and not 0 <= number < num_sites:
-    raise ValueError(f"site={number}; use 0 to {num_sites - 1}, the number of this hospital's site")
-  if not 0 < FLAGS.stage_timeout < float("inf"):
-    raise ValueError(f"stage_timeout={FLAGS.stage_timeout} must be a positive number of seconds")
-  if FLAGS.sites_dir:
-    refusals.folder("sites_dir", FLAGS.sites_dir)
-  if FLAGS.channel_dir and not pathlib.Path(FLAGS.channel_dir).expanduser().is_dir():
-    raise ValueError(f"channel_dir={FLAGS.channel_dir}: there is no such folder; make it first")
-  if FLAGS.channel_dir and number < 0:
-    raise ValueError(
-      f"channel_dir={FLAGS.channel_dir}: a trial has a channel in each site's folder; leave it "
-      "out, or give --site"
-    )
+  seating = settings.from_flags(Seating)
+  given = [name for name in NAMES if FLAGS[name].present]
+  is_site = site is not None or "site" in given
+  seating.check(given, config.federation.placement, number, num_sites, is_site)
   if in_processes and number < 0:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)
     inputs.check_sources(config)
     trial.check_installed()
     folder = running.open_run(config, FLAGS.run_dir)
-    own = processes.sites_folder(folder, FLAGS.sites_dir)
+    own = processes.sites_folder(folder, seating.sites_dir)
     module, arguments = f"{__package__}.train_federated", sys.argv[1:]
-    trial.launch(module, arguments, num_sites, folder, own, FLAGS.stage_timeout)
+    trial.launch(module, arguments, num_sites, folder, own, seating.stage_timeout)
     print(f"each site's report: {own / 'site_N' / processes.RUN / 'report.md'}")
     return
   seat, run_dir = None, FLAGS.run_dir
@@ -143,8 +92,7 @@ def main() -> None:
     own.mkdir(mode=0o700, parents=True, exist_ok=True)
     processes.check_own(own)
     run_dir = str(own / processes.RUN if site is None else site.run)
-    through = pathlib.Path(FLAGS.channel_dir).expanduser() if FLAGS.channel_dir else None
-    seat = processes.Seat(number, _PATIENCE * FLAGS.stage_timeout, own, site, through)
+    seat = processes.Seat(number, seating.patience, own, site, seating.channel)
   folder = running.open_run(config, run_dir)
   log = running.tensorboard(folder) if FLAGS.tensorboard else lambda row: None
   result = running.run(config, folder, federated=True, baselines=baselines, log=log, seat=seat)

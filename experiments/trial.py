@@ -81,6 +81,7 @@ def launch(
   folder: pathlib.Path,
   own: pathlib.Path,
   timeout: float,
+  named: str = "run_dir",
 ) -> None:
   """Runs a trial to its end; shows the output of site 0.
 
@@ -93,12 +94,13 @@ def launch(
     folder: of the run.
     own: where the sites' own folders lie.
     timeout: seconds that a stage may take.
+    named: the flag by which a site's process is told its own folder.
 
   Raises:
     RuntimeError: the run failed; the message says why and names the logs.
   """
   with deployed(num_sites, folder, own) as trial:
-    start_sites(trial, module, arguments)
+    start_sites(trial, module, arguments, named)
     start_run(trial, timeout)
     lost = watch(trial)
   if lost:
@@ -174,10 +176,12 @@ def start_supernode(trial: Deployment, site: int) -> None:
   start(trial, name, command, own / FLOWER)
 
 
-def start_sites(trial: Deployment, module: str, arguments: Sequence[str]) -> None:
+def start_sites(
+  trial: Deployment, module: str, arguments: Sequence[str], named: str = "run_dir"
+) -> None:
   """Starts each hospital's own process; arguments as `launch`."""
   for i, own in enumerate(trial.sites):
-    command = [sys.executable, "-m", module, *arguments, f"--run_dir={own}", f"--site={i}"]
+    command = [sys.executable, "-m", module, *arguments, f"--{named}={own}", f"--site={i}"]
     with contextlib.ExitStack() as files:
       output = files.enter_context((own / LOG).open("w")) if i else None
       errors = output and subprocess.STDOUT

@@ -148,6 +148,6 @@ def _check_forms(approved: Approval, sent: tuple[tuple[str, str, tuple[int, ...]
 
 def _refused(what: str) -> NotApproved:
   return NotApproved(
-    f"the coordinator offers {what}; this site does not train it. Ask the coordinator, and approve "
+    f"the coordinator offers {what}; this site takes no part. Ask the coordinator, and approve "
     "it with primia-site approve if it is right"
   )

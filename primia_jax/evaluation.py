@@ -12,12 +12,14 @@ import numpy as np
 
 from primia_jax import local
 from primia_jax.federated import Algorithm, Global, Site, Sites, State, over_sites
+from primia_jax.metrics import ScoreCounts
 from primia_jax.privacy import grid, subkeys
 from primia_jax.sites import Placement
 from primia_jax.summation import Purpose, Summation
 from primia_jax.types import ApplyFn, Array, Key, ModelState, Params, PyTree
 
 MAX_LOSS = 100.0  # nats per image, on average; a run above it has diverged
+SQUARES = 64.0  # sums of squares over patients may be so much larger than counts of images
 
 
 class Scores(NamedTuple):
@@ -31,21 +33,6 @@ class Scores(NamedTuple):
 
   confusion: np.ndarray
   loss: float
-
-
-class ScoreCounts(NamedTuple):
-  """What all sites' images score, summed; for `metrics.binned_roc_auc` and its kin.
-
-  Attributes:
-    confusion: [L, L] float64 counts, rows true and columns predicted.
-    table: [L, L, B] float64 counts by true class, class whose probability it is, and its bin.
-    calibration: [3, C] float64: images, right answers and the sum of confidences, by bin of
-      confidence.
-  """
-
-  confusion: np.ndarray
-  table: np.ndarray
-  calibration: np.ndarray
 
 
 def class_counting(
@@ -194,85 +181,54 @@ def validation(
   return validate
 
 
-def score_counting(
-  apply_fn: ApplyFn,
-  prepare: Callable[[Array], Array],
-  num_classes: int,
-  summation: Summation,
-  placement: Placement,
-  num_bins: int = 64,
-  num_confidences: int = 15,
-  batch_size: int = 64,
-) -> Callable[[Params, ModelState, Sites], ScoreCounts]:
-  """Makes the function that counts a finished model's scores on the sites' own images.
+def score_summing(
+  summation: Summation, placement: Placement
+) -> Callable[[Sequence[int], ScoreCounts], tuple[ScoreCounts, np.ndarray]]:
+  """Makes the function that sums what sites have counted of a finished model's scores.
 
-  Who learns what: the summation's server learns the sums over sites. They are exact, and no ledger
-  is charged for them. With many bins a count may be of one image: take as few as the error bound of
-  `metrics.binned_roc_auc` allows, and show them with floors (`disclosure.Policy`).
+  Who learns what: the summation's server, and between processes every site, learn the sums. They
+  are exact, and no ledger is charged for them. With many bins a count may be of one image: take as
+  few as the error bound of `metrics.binned_roc_auc` allows, and show them with floors
+  (`disclosure.Policy`).
 
   Args:
-    apply_fn, prepare: of the model; images as stored -> as it takes them.
-    num_classes: L.
     summation, placement: how and where the sum is formed.
-    num_bins: B, of probabilities, equal in width; the last holds 1. All sites agree on it.
-    num_confidences: C, of the largest probability; bin c holds (c / C, (c + 1) / C].
-    batch_size: images scored at once.
 
   Returns:
-    (params, model_state, Sites) -> ScoreCounts. It raises a RuntimeError for counts that do not fit
-    the summation, or a model whose probabilities are not finite.
+    (numbers of all K sites, `metrics.score_counts` [k, ...] of those that run here) -> (their sum,
+    float64; the numbers of the sites in it). Counts are exact up to 2^24 in a sum; sums of
+    confidences and of squares are as near as `summation` has them, the latter divided by `SQUARES`.
+    It raises a RuntimeError for counts that do not fit the summation.
   """
-  kinds = num_classes, num_bins, num_confidences
-  hot = lambda index, size: jax.nn.one_hot(index, size, dtype=jnp.float32)
 
-  def of_batch(probabilities: Array, labels: Array, weights: Array) -> dict[str, Array]:
-    true = hot(labels, num_classes) * weights[:, None]
-    bins = jnp.minimum((probabilities * num_bins).astype(jnp.int32), num_bins - 1)
-    most, said = jnp.max(probabilities, axis=1), jnp.argmax(probabilities, axis=1)
-    place = jnp.ceil(most * num_confidences).astype(jnp.int32) - 1
-    right = (said == labels).astype(jnp.float32)
-    rows = jnp.stack([weights, weights * right, jnp.where(weights > 0, most, 0.0)])
-    return {
-      "confusion": true.T @ hot(said, num_classes),
-      "table": jnp.einsum("nt,ncb->tcb", true, hot(bins, num_bins)),
-      "calibration": rows @ hot(jnp.clip(place, 0, num_confidences - 1), num_confidences),
-    }
+  def site_fn(shared: tuple, counts: ScoreCounts, site: Site) -> tuple[ScoreCounts, tuple]:
+    return counts, ()
 
-  def site_fn(shared: tuple, site_state: PyTree, site: Site) -> tuple[dict[str, Array], tuple]:
-    size = site.images.shape[0]
+  def no_images(ids: np.ndarray) -> Site:
+    empty: Any = np.zeros((len(ids), 0), np.int32)
+    numbers: Any = np.asarray(ids, np.int32)
+    return Site(numbers, empty, empty, 0 * numbers)
 
-    def body(i: Array, total):
-      index = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-      real = jnp.where(index < jnp.minimum(site.num_examples, size), index, -1)
-      batch = local.gather(site.images, site.labels, real)
-      logits, _ = apply_fn(*shared, prepare(batch.images), train=False)
-      found = of_batch(jax.nn.softmax(logits), batch.labels, batch.weights)
-      return jax.tree.map(jnp.add, total, found)
-
-    zeros = {
-      "confusion": jnp.zeros((num_classes, num_classes), jnp.float32),
-      "table": jnp.zeros((num_classes, num_classes, num_bins), jnp.float32),
-      "calibration": jnp.zeros((3, num_confidences), jnp.float32),
-    }
-    return jax.lax.fori_loop(0, -(-site.num_examples // batch_size), body, zeros), ()
-
-  if min(kinds) < 2:
-    raise ValueError(f"classes, bins and confidences {kinds}; at least 2 of each are needed")
   _check_sums(summation)
   total = over_sites(site_fn, summation, placement, Purpose.EVALUATION)
 
-  def count(params: Params, model_state: ModelState, sites: Sites) -> ScoreCounts:
-    sums, _, outcome = total((params, model_state), 0, sites)
+  def add(ids: Sequence[int], counts: ScoreCounts) -> tuple[ScoreCounts, np.ndarray]:
+    sent = counts._replace(squares=np.asarray(counts.squares) / SQUARES)
+    sent = ScoreCounts(*(np.asarray(a, np.float32) for a in sent))
+    sums, _, outcome = total((), 0, Sites(np.asarray(ids, np.int32), no_images), sent)
     if int(outcome.out_of_range):
       raise RuntimeError(
-        f"the score counts of {int(outcome.out_of_range)} sites do not fit {summation.name}, or "
-        "the model's probabilities are not finite; give its secure_sum a larger max_abs"
+        f"the score counts of {int(outcome.out_of_range)} sites do not fit {summation.name}; give "
+        "its secure_sum a larger max_abs"
       )
-    confusion, table, calibration = (np.asarray(sums[k], np.float64) for k in ScoreCounts._fields)
-    counted = [np.round(calibration[:2]), calibration[2:]]
-    return ScoreCounts(np.round(confusion), np.round(table), np.concatenate(counted))
+    found = ScoreCounts(*(np.asarray(a, np.float64) for a in sums))
+    whole = ScoreCounts(*map(np.round, found))
+    sums_of_confidences = found.calibration[2:]
+    calibration = np.concatenate([whole.calibration[:2], sums_of_confidences])
+    squares = found.squares * SQUARES
+    return whole._replace(calibration=calibration, squares=squares), outcome.survivors
 
-  return count
+  return add
 
 
 def _check_sums(summation: Summation) -> None:

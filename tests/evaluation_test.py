@@ -96,34 +96,41 @@ def test_counts_that_do_not_fit_are_told():
     count(fed.Sites(IDS, load))
 
 
-def test_scores_in_bins_are_those_of_all_images_and_give_the_areas():
-  """As secure sums, no site's own counts being opened; the areas and the calibration are those of
-  the pooled scores, within the bound.
+def of_each_site():
+  """What each site counts of its own images: [S, ...]."""
+  real = [(LABELS[i, :n], probabilities(IMAGES[i, :n])) for i, n in enumerate(NUM)]
+  counts = [metrics.score_counts(*one) for one in real]
+  return metrics.ScoreCounts(*(np.stack(column) for column in zip(*counts, strict=True)))
+
+
+@pytest.mark.parametrize(
+  "summed", [secure(max_abs=200.0), summation.clear()], ids=["masked", "clear"]
+)
+def test_sums_of_score_counts_are_those_of_all_images_to_the_last_one(summed):
+  """No site's own counts being opened; the areas and the calibration are those of the pooled
+  scores, within the bound.
   """
-  count = evaluation.score_counting(
-    apply_fn, AS_THEY_ARE, L, secure(max_abs=200.0), sites.scan(), batch_size=8
-  )
-  found = count(PARAMS, {}, fed.Sites(IDS, load))
+  found, survivors = evaluation.score_summing(summed, sites.scan())(IDS, of_each_site())
   p, labels = probabilities(IMAGES[REAL]), LABELS[REAL]
-  want = sk.confusion_matrix(labels, p.argmax(1), labels=range(L))
-  np.testing.assert_array_equal(found.confusion, want)
-  np.testing.assert_array_equal(found.table.sum(2), np.bincount(labels)[:, None].repeat(L, 1))
+  want = metrics.score_counts(labels, p)
+  for name in ("confusion", "patients", "everyone", "table"):
+    np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
+  np.testing.assert_array_equal(found.calibration[:2], want.calibration[:2])
+  np.testing.assert_allclose(found.calibration[2], want.calibration[2], atol=1e-4)
+  np.testing.assert_allclose(found.squares, want.squares, atol=0.01)
+  np.testing.assert_array_equal(found.confusion, sk.confusion_matrix(labels, p.argmax(1)))
+  assert survivors.tolist() == IDS.tolist()
   value, error = metrics.binned_macro_roc_auc(found.table)
   assert 0 < error < 0.05
   assert abs(value - metrics.macro_roc_auc(labels, p)) <= error
   ece = metrics.expected_calibration_error(labels, p)
   assert metrics.binned_calibration_error(found.calibration) == pytest.approx(ece, abs=1e-5)
-  np.testing.assert_array_equal(found.calibration[:2].sum(1), [len(labels), np.trace(want)])
 
 
 def test_score_counts_that_do_not_fit_are_told():
-  small = evaluation.score_counting(
-    apply_fn, AS_THEY_ARE, L, secure(max_abs=1.0), sites.scan(), batch_size=8
-  )
+  small = evaluation.score_summing(secure(max_abs=1.0), sites.scan())
   with pytest.raises(RuntimeError, match="larger max_abs"):
-    small(PARAMS, {}, fed.Sites(IDS, load))
-  with pytest.raises(ValueError, match="at least 2 of each"):
-    evaluation.score_counting(apply_fn, AS_THEY_ARE, L, secure(), sites.scan(), num_bins=1)
+    small(IDS, of_each_site())
 
 
 def test_batches_have_one_size():
@@ -146,3 +153,5 @@ def test_a_robust_rule_makes_no_counts():
     evaluation.class_counting(L, rule, sites.scan())
   with pytest.raises(ValueError, match="makes no sum of counts"):
     evaluation.validation(IDENTITY, apply_fn, AS_THEY_ARE, L, rule, sites.scan())
+  with pytest.raises(ValueError, match="makes no sum of counts"):
+    evaluation.score_summing(rule, sites.scan())

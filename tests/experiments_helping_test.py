@@ -9,6 +9,7 @@ from absl import flags
 
 from experiments import helping, settings
 from experiments.configs import Train
+from experiments.configs.scoring import Scoring
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = (
@@ -73,7 +74,11 @@ def test_the_usual_flags_are_flags():
   ours = "joining", "site_folders", "offering", "intersecting"
   modules = *PROGRAMS, "planned", "scored", "sharing", *ours
   sources = " ".join((ROOT / "experiments" / f"{name}.py").read_text() for name in modules)
-  known = {*settings.flat(Train()), *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', sources)}
+  known = {
+    *settings.flat(Train()),
+    *settings.flat(Scoring()),
+    *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', sources),
+  }
   known |= {
     "preset",
     *re.findall(r"^  (\w+): \w+ = (?:_|(?:settings\.)?setting)\(", sources, re.MULTILINE),

@@ -32,7 +32,7 @@ LAYERS = {
   "algorithms": {"types", "local", "federated"},
   "step_average": {"types", "local", "federated", "algorithms"},
   "site_privacy": {"types", "ring", "secagg", "privacy", "summation", "federated"},
-  "evaluation": {"types", "local", "privacy", "sites", "summation", "federated"},
+  "evaluation": {"types", "local", "privacy", "sites", "summation", "federated", "metrics"},
   "multilabel": {"types", "local", "evaluation"},
   "mpc": {"types", "ring", "prng", "native", "durable"},
   "boundary": {"types", "prng", "sites", "secagg", "summation", "federated", "mpc"},

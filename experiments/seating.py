@@ -1,0 +1,90 @@
+"""The flags of a hospital's own process, where Flower carries the messages of a federation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterable
+
+from . import refusals, settings
+
+PATIENCE = 2.0  # a site waits for longer than the coordinator waits for the others
+
+
+@dataclasses.dataclass(frozen=True)
+class Seating:
+  """A hospital's own process, with placement=flower."""
+
+  site: int = settings.setting(
+    -1,
+    "placement=flower: number of this hospital's site, from 0: runs it alone, in its own folder, "
+    "which its SuperNode names, too; -1 starts a trial of all on this machine, or takes the number "
+    "in a folder that primia-site has made",
+  )
+  stage_timeout: float = settings.setting(
+    600.0,
+    "placement=flower: seconds that the coordinator waits for a site before it counts as lost; its "
+    "work must fit in",
+  )
+  sites_dir: str = settings.setting(
+    "",
+    "placement=flower: where in a trial each site has a folder of its own, site_N, which no other "
+    "user can read; empty takes the trial's folder with .sites after its name",
+  )
+  channel_dir: str = settings.setting(
+    "",
+    "placement=flower with site: an existing folder for the socket by which the SuperNode reaches "
+    "this program, where the SuperNode is another user's: of mode 0750, for a group that only that "
+    "user is in. Name it as the SuperNode's site-folder; empty is the site's own folder",
+  )
+
+  def check(
+    self, given: Iterable[str], placement: str, number: int, num_sites: int, is_site: bool
+  ) -> None:
+    """Refuses flags that do not go together.
+
+    Args:
+      given: names of the flags on the command line.
+      placement: of the run.
+      number: of this process's site; negative for a trial.
+      num_sites: of the run.
+      is_site: whether this process is one site's.
+
+    Raises:
+      ValueError: naming the flag, its value and the cure.
+    """
+    for name in given:
+      if placement != "flower":
+        raise ValueError(
+          f"{name}={getattr(self, name)} belongs to placement=flower, not to "
+          f"placement={placement!r}; leave it out"
+        )
+    if is_site and not 0 <= number < num_sites:
+      raise ValueError(
+        f"site={number}; use 0 to {num_sites - 1}, the number of this hospital's site"
+      )
+    if not 0 < self.stage_timeout < math.inf:
+      raise ValueError(f"stage_timeout={self.stage_timeout} must be a positive number of seconds")
+    if self.sites_dir:
+      refusals.folder("sites_dir", self.sites_dir)
+    if self.channel_dir and not pathlib.Path(self.channel_dir).expanduser().is_dir():
+      raise ValueError(f"channel_dir={self.channel_dir}: there is no such folder; make it first")
+    if self.channel_dir and number < 0:
+      raise ValueError(
+        f"channel_dir={self.channel_dir}: a trial has a channel in each site's folder; leave it "
+        "out, or give --site"
+      )
+
+  @property
+  def channel(self) -> pathlib.Path | None:
+    """The folder of the channel, if it is another than the site's own."""
+    return pathlib.Path(self.channel_dir).expanduser() if self.channel_dir else None
+
+  @property
+  def patience(self) -> float:
+    """Seconds for which a site waits for the coordinator."""
+    return PATIENCE * self.stage_timeout
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Seating))
