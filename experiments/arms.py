@@ -203,17 +203,21 @@ def train(
       "--dropout_rate or --secagg_threshold, or raise --target_epsilon, with another --run_dir"
     )
 
+  facts = lines.facts(rows, best, state, place, num_sites, charges is not None)
   serve = lambda kept: algorithm.personal(
     federated.Global(best.params, best.model_state, best.server_state, state.round, key), kept
   )
   kept = []
   if has_own and algorithm.name == "fedbn":
-    kept = [jax.tree.map(lambda a, i=i: a[i], best.site_state) for i in range(num_sites)]
+    here = range(len(jax.tree.leaves(best.site_state)[0]))  # its own alone, where each has a process
+    kept = [jax.tree.map(lambda a, i=i: a[i], best.site_state) for i in here]
+  if kept:
+    whose = "this site's own" if len(kept) < num_sites else "the mean of all sites' models"
+    facts["normalisation"] = f"each site's own (FedBN); test scores are of {whose}"
   # The average needs no site's state.
   is_average = config.privacy.dp_average or config.training.average_last
   shared = serve(None) if is_average else (best.params, best.model_state)
   trained = [serve(k) for k in kept] or [shared]
-  facts = lines.facts(rows, best, state, place, num_sites, charges is not None)
   spent, said = None, None
   if charges is not None and privacy is not None:
     spent, said = charges.ledgers, ledgers.facts(config.privacy, privacy, charges.ledgers)

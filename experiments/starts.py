@@ -108,7 +108,8 @@ def _newest(held: Mapping[int, Mapping[int, tuple[int, ...]]], least: int) -> in
     lists = {rounds[n] for rounds in held.values() if n in rounds}
     holders = {i for i, rounds in held.items() if n in rounds}
     needed = [set(next(iter(lists))) - {i} for i in held if i not in holders]
-    if len(lists) == 1 and all(len(some) >= least and some <= holders for some in needed):
+    enough = not needed or len(holders) >= least
+    if len(lists) == 1 and enough and all(some <= holders for some in needed):
       return n
   return 0
 

@@ -25,6 +25,9 @@ EXAMPLES = [
   msg.Consents(7, {1: b"s", 2: b"t"}),
   msg.Answer(3, 7, {0: b"x" * 32}, {}, b"s"),
   msg.Total(7, (np.arange(3, dtype=np.uint32), np.array([2**63], np.uint64)), b"s" * 64),
+  msg.Followed(
+    7, b"t" * 32, (0, 1), (2,), {0: b"s", 1: b"t"}, (np.arange(3, dtype=np.uint32),), b"s" * 64
+  ),
   msg.Hello(3, b"i" * 32, b"", b"f" * 32, b"told", b"s" * 64),
   msg.Start(3, 7, b"d" * 32, (0, 2), b"", b"s" * 64),
 ]
@@ -60,7 +63,8 @@ def test_vectors_take_the_bytes_of_their_ring(num_bits, size, seed):
 
 
 def test_every_kind_of_message_is_tried():
-  assert {type(m) for m in EXAMPLES} == {*msg.FROM_SITES, *msg.FROM_SERVER, msg.Hello, msg.Start}
+  others = {msg.Followed, msg.Hello, msg.Start}
+  assert {type(m) for m in EXAMPLES} == {*msg.FROM_SITES, *msg.FROM_SERVER, *others}
   assert len({msg.encode(m) for m in EXAMPLES}) == len(EXAMPLES)
 
 

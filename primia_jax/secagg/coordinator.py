@@ -1,8 +1,9 @@
 """The coordinator of a run: it asks the sites what they want next, and opens one sum after another.
 
 It holds no data, no model and no secret but its identity. Each site answers with its wish: to tell
-all others something, to form a sum, or to leave. `coordinate` knows nothing of training. Every
-stage is a round trip over a carrier; a site that does not answer in time has dropped out.
+all others something, to form a sum or to be told it, or to leave. `coordinate` knows nothing of
+training. Every stage is a round trip over a carrier; a site that does not answer in time has
+dropped out.
 
 Who learns what: see `protocol`. The terms of a sum come from the sites: the coordinator takes those
 on which most of them agree, and sites with other terms are not in the sum.
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from primia_jax.secagg import errors, keys, rounds
+from primia_jax.secagg import errors, following, keys, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 from primia_jax.secagg.carrier import Ask
@@ -92,9 +93,10 @@ def coordinate(
       kinds = collections.Counter(type(one) for one in said.values())
       if set(kinds) <= {msg.Proposal}:
         dismiss(ask, present - set(said), "this site did not answer in time")
+        follow = {i for i, one in said.items() if not one.advert}
         report, said = _sum(ask, said, identity, timeout)
         tell(report)
-        present = set(said) | set(report.opened.survivors)
+        present = set(said) | set(report.opened.survivors) | follow
         continue
       if len(kinds) > 1 or set(said) != set(sites) or not set(kinds) <= _TO_ALL:
         raise Lost(_missing(sites, said, left, met))
@@ -145,14 +147,15 @@ def _round_trip(ask: Ask, requests: Mapping[int, bytes], timeout: float) -> dict
 def _sum(
   ask: Ask, proposals: Mapping[int, Any], identity: keys.Identity, timeout: float
 ) -> tuple[Report, dict[int, Any]]:
-  """One sum: its report, and what its survivors want next."""
+  """One sum: its report, and what its survivors, and the sites that follow it, want next."""
   rejected: list[Rejected] = []
-  setup, round = _agreed(proposals, rejected)
+  setup, round, follow = _agreed(proposals, rejected)
+  dismiss(ask, _others(proposals, follow), "this site follows another sum than most sites form")
   state, seconds, limit = serving.start(setup, round), list[float](), rounds.message_bytes(setup)
   try:
-    for i, one in sorted(proposals.items()):
-      state = _take(state, i, one.advert, rejected)
-    spoke = set(proposals)
+    spoke = {i for i, one in proposals.items() if one.advert}
+    for i in sorted(spoke):
+      state = _take(state, i, proposals[i].advert, rejected)
     for close in serving.CLOSE:
       state, out = close(state)
       sites = set(state.received[state.stage - 1])
@@ -171,18 +174,29 @@ def _sum(
     raise
   told = set(state.received[3])
   dismiss(ask, spoke - told, "this site was lost in stage consistency")
-  total = msg.encode(serving.sign_total(state, opened, identity))
+  total = serving.sign_total(state, opened, identity)
+  requests = dict.fromkeys(told, msg.encode(total))
+  requests |= dict.fromkeys(follow, msg.encode(following.tell(state, total)))
   begun = time.monotonic()
-  said = _round_trip(ask, dict.fromkeys(told, total), timeout)
+  said = _round_trip(ask, requests, timeout)
   seconds.append(time.monotonic() - begun)
   report = Report(round, setup.purpose, opened, tuple(rejected), tuple(seconds))
   return report, said
 
 
-def _agreed(proposals: Mapping[int, Any], rejected: list[Rejected]) -> tuple[rounds.Setup, int]:
-  """The terms and the round that most sites propose."""
-  wishes = collections.Counter((one.round, one.terms) for one in proposals.values())
+def _agreed(
+  proposals: Mapping[int, Any], rejected: list[Rejected]
+) -> tuple[rounds.Setup, int, set[int]]:
+  """The terms and the round that most sites of a sum propose, and the sites that follow it."""
+  wishes = collections.Counter((one.round, one.terms) for one in proposals.values() if one.advert)
+  if not wishes:
+    raise RoundFailed(msg.STAGES[0], 0, len(proposals), "sites want to be in the sum")
   (round, terms), _ = wishes.most_common(1)[0]
+  follow = {
+    i
+    for i, one in proposals.items()
+    if not one.advert and (one.round, one.terms) == (round, terms)
+  }
   for i, one in proposals.items():
     if (one.round, one.terms) != (round, terms):
       why = "it proposes other terms than most sites"
@@ -196,7 +210,12 @@ def _agreed(proposals: Mapping[int, Any], rejected: list[Rejected]) -> tuple[rou
       raise ValueError(f"a message of {rounds.message_bytes(setup)} bytes")
   except ValueError as error:
     raise RoundFailed(msg.STAGES[0], 0, len(proposals), f"sites propose a sum ({error})") from error
-  return setup, round
+  return setup, round, follow
+
+
+def _others(proposals: Mapping[int, Any], follow: set[int]) -> set[int]:
+  """The sites that want to follow another sum."""
+  return {i for i, one in proposals.items() if not one.advert} - follow
 
 
 def _take(

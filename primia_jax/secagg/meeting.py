@@ -10,8 +10,8 @@ A run that continues starts from a global state that somebody saved. Who saves i
 site another one, or one of their own making, and learn a single site's update from the next sum
 (see `exchange`). So each site records a digest of the state after each round, in a place of its
 own, and `check` compares. A site without that record, because it was lost in that round, takes the
-digest that all other sites of the round have signed, provided that they are more than the sites
-that may collude.
+digest that all other sites of the round have signed, provided that those which have signed it are
+more than the sites that may collude.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ def check(
   """Checks that all sites start from one state, and that this site has a reason to trust it.
 
   A site that has recorded the state needs nobody's word. Any other needs that of every other site
-  of that round, and of at least max(2, colluding + 1): one of them is honest and has recorded it.
+  of that round, and of at least max(2, colluding + 1) sites, in the round or following it: one of
+  them is honest and has recorded it.
 
   Args:
     starts: by site, of all.
@@ -220,7 +221,7 @@ def check(
   lists, least = set(recorded.values()), max(2, colluding + 1)
   sites = lists.pop() if lists else ()
   needed = set(sites) - {number}
-  if lists or len(needed) < least or not needed <= set(recorded):
+  if lists or len(set(recorded) - {number}) < least or not needed <= set(recorded):
     raise Refused(
       number,
       "start",
