@@ -209,7 +209,9 @@ def train(
   )
   kept = []
   if has_own and algorithm.name == "fedbn":
-    here = range(len(jax.tree.leaves(best.site_state)[0]))  # its own alone, where each has a process
+    here = range(
+      len(jax.tree.leaves(best.site_state)[0])
+    )  # its own alone, where each has a process
     kept = [jax.tree.map(lambda a, i=i: a[i], best.site_state) for i in here]
   if kept:
     whose = "this site's own" if len(kept) < num_sites else "the mean of all sites' models"

@@ -36,7 +36,7 @@ class Sites(NamedTuple):
   Attributes:
     ids: [K] int32, their numbers.
     load: site numbers -> Site, stacked, as host or device arrays. On several processes it is asked
-      for the sites of its own process only; for none, of a round without them, as arrays of no rows.
+      for the sites of its own process only; for none, in a round without them: arrays of no rows.
     class_weights: [L] float32, the weight of an example of each class; None for 1.
     sites_per_load: the most sites that are loaded at a time; None for all at once.
     secrets: (round, purpose, site numbers) -> [K, 8] uint32, the secrets of the sites' noise and

@@ -36,8 +36,8 @@ class Placement(NamedTuple):
       placement.
     put: places host arrays [K, ...] where their sites run. A process passes its own rows only.
     replicate: places arrays that every site knows, such as the global model.
-    rows: numbers [K] of a round's sites -> the positions, among them, of the sites that this process
-      runs.
+    rows: numbers [K] of a round's sites -> the positions, among these, of the sites that this
+      process runs.
   """
 
   name: str

@@ -1,4 +1,4 @@
-"""Sites that each have a process, of which a round takes some, or which keep their normalisation."""
+"""Sites that each have a process: rounds of some of them, and normalisation that stays at them."""
 
 import json
 

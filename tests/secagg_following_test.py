@@ -135,7 +135,10 @@ def test_what_a_site_is_told_of_a_sum_is_refused_by_name_where_it_is_not_signed_
     (told._replace(consents=signed | {3: b""}), "unknown"),
     (told._replace(consents={0: signed[0]}), "too few"),
     (told._replace(survivors=(0,), consents={0: signed[0]}), "too few"),
-    (told._replace(survivors=(0, 1), dropouts=(2,), consents={0: signed[0], 1: signed[1]}), "forged"),
+    (
+      told._replace(survivors=(0, 1), dropouts=(2,), consents={0: signed[0], 1: signed[1]}),
+      "forged",
+    ),
     (told._replace(consents=other), "forged"),
     (told._replace(transcript=bytes(32)), "forged"),
     (told._replace(signature=keys.sign(stranger.private, b"x")), "forged"),

@@ -32,6 +32,11 @@ EXAMPLES = [
   msg.Start(3, 7, b"d" * 32, (0, 2), b"", b"s" * 64),
 ]
 
+ROSTER, DELIVERY, MASKED = (
+  msg.encode(m)[:1]
+  for m in (msg.Roster(0, ()), msg.Delivery(0, {}), msg.MaskedInput(0, 0, (), b""))
+)
+
 
 def plain(value):
   """Arrays as what can be compared."""
@@ -103,19 +108,19 @@ def test_no_bytes_do_harm(data, kind):
     b"",
     b"\x0a",
     b"\xff",
-    b"\1" + struct.pack("<II", 7, 2**32 - 1),  # a roster of 2^32 - 1 adverts
-    b"\3" + struct.pack("<II", 7, 2**32 - 1),
+    ROSTER + struct.pack("<II", 7, 2**32 - 1),  # a roster of 2^32 - 1 adverts
+    DELIVERY + struct.pack("<II", 7, 2**32 - 1),
     b"\5" + struct.pack("<II", 7, 2**32 - 1),
-    b"\3" + struct.pack("<IIIIII", 7, 2, 5, 0, 5, 0),  # site 5 twice
-    b"\3" + struct.pack("<IIIIII", 7, 2, 5, 0, 4, 0),  # out of order
-    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 8, 8, 12) + b"\1" * 12 + bytes(4),  # half a word
-    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 2, 2, 4) + b"\1" * 4 + bytes(4),  # words of two bytes
-    b"\4"
+    DELIVERY + struct.pack("<IIIIII", 7, 2, 5, 0, 5, 0),  # site 5 twice
+    DELIVERY + struct.pack("<IIIIII", 7, 2, 5, 0, 4, 0),  # out of order
+    MASKED + struct.pack("<IIIIII", 3, 7, 1, 8, 8, 12) + b"\1" * 12 + bytes(4),  # half a word
+    MASKED + struct.pack("<IIIIII", 3, 7, 1, 2, 2, 4) + b"\1" * 4 + bytes(4),  # words of two bytes
+    MASKED
     + struct.pack("<IIIIII", 3, 7, 1, 4, 5, 5)
     + b"\1" * 5
     + bytes(4),  # five bytes of words of four
-    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 4, 0, 0) + bytes(4),
-    b"\4"
+    MASKED + struct.pack("<IIIIII", 3, 7, 1, 4, 0, 0) + bytes(4),
+    MASKED
     + struct.pack("<IIIIII", 3, 7, 1, 4, 2, 4)
     + b"\1\0\1\0"
     + bytes(4),  # two bytes where one does

@@ -193,9 +193,7 @@ def _agreed(
     raise RoundFailed(msg.STAGES[0], 0, len(proposals), "sites want to be in the sum")
   (round, terms), _ = wishes.most_common(1)[0]
   follow = {
-    i
-    for i, one in proposals.items()
-    if not one.advert and (one.round, one.terms) == (round, terms)
+    i for i, one in proposals.items() if not one.advert and (one.round, one.terms) == (round, terms)
   }
   for i, one in proposals.items():
     if (one.round, one.terms) != (round, terms):

@@ -136,7 +136,9 @@ def _codec(hint: Any) -> tuple[Callable[[Put, Any], None], Callable[[Source], An
     for record in records:
       put_fields(put, record)
 
-  return put_records, lambda source: tuple(take_fields(source, kind) for _ in range(source.number()))
+  return put_records, lambda source: tuple(
+    take_fields(source, kind) for _ in range(source.number())
+  )
 
 
 def put_fields(put: Put, record: Any) -> None:
@@ -145,7 +147,8 @@ def put_fields(put: Put, record: Any) -> None:
   Raises:
     ValueError: for a number outside uint32, or an array that is not a vector of uint32 or uint64.
   """
-  for (put_field, _), value in zip(_codecs(type(record)), record, strict=True):
+  kind: Any = type(record)
+  for (put_field, _), value in zip(_codecs(kind), record, strict=True):
     put_field(put, value)
 
 

@@ -1,10 +1,10 @@
 """One sum after another over sites that each run in their own process: `protocol` over a carrier.
 
 Only `messages` cross between processes; a coordinator, which is no site, opens the sums
-(`coordinator`). All sites learn each sum and who is in it. A sum is over all sites that are left, or
-over some of them, and is told to the others (`following`). A site that is lost in a sum is out of
-all later ones: its list of survivors is signed, so a lost site costs the others one timeout. It
-stays out until all start again.
+(`coordinator`). All sites learn each sum and who is in it. A sum is over all sites that are left,
+or over some of them, and is told to the others (`following`). The sites that it has lost are in no
+later one: all know them from the list of survivors, which is signed. So a lost site costs the
+others one timeout. It stays out until all start again.
 
 Who learns what: see `protocol`. Its bounds hold for the K sites that have begun: however many are
 lost, no sum is over fewer than the quorum of K. That is more than two thirds of them, or more than

@@ -280,4 +280,3 @@ def decode(data: bytes) -> Message:
   if source.left():
     raise ValueError(f"malformed message: {source.left()} bytes too many")
   return message
-
