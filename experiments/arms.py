@@ -20,7 +20,7 @@ from primia_jax.privacy import ledger
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.types import Array, ModelState, Params
 
-from . import admission, ledgers, lines, loop, markdown, progress, starts, transcripts
+from . import admission, ledgers, lines, loop, markdown, progress, rejoining, starts, transcripts
 from .configs import Train, feature_statistics
 from .trainers import Cohort, Trainer
 
@@ -77,7 +77,7 @@ def train(
   num_sites, key = len(cohort.train.sites), jax.random.key(config.seed)
   place, privacy, algorithm = trainer.place, trainer.privacy, trainer.algorithm
   joined = place.joined
-  own_folder = folder if joined is None else joined.own
+  path = (folder if joined is None else joined.own) / ledger.LEDGER
   is_private = privacy is None or config.privacy.dp_seed < 0
   frozen = trainer.frozen
   start = config.model.initial(model_config, key) if frozen is None else frozen[1:3]
@@ -87,12 +87,16 @@ def train(
   has_own = bool(jax.tree.leaves(state.site_state))
   # Two between processes, in case that some were stopped before they saved the last.
   checkpoints = Checkpoints(folder, 1 if joined is None else 2)
-  initial = state
+  initial, back = state, None
   if joined is None:
     state, best, last_entry = checkpoints.restore(state, best)
   else:
     untrained = starts.Kept(state, best, "")
-    state, best, last_entry = starts.catch_up(joined, place.number, untrained, checkpoints)
+    if joined.is_back:
+      back = rejoining.come_back(joined, place.number, untrained, checkpoints, path)
+      state, best, last_entry = back.kept
+    else:
+      state, best, last_entry = starts.catch_up(joined, place.number, untrained, checkpoints)
   # Orbax ties what it restores to one device, which a mesh refuses where it cannot deal the rows
   # evenly: they are placed anew, as at the first start.
   rows_of = lambda tree: place.placement.put(jax.tree.map(np.asarray, tree))
@@ -102,10 +106,13 @@ def train(
   if site is not None:
     model = state.params, state.model_state
     admission.check_start(site, model if frozen is None else frozen.whole(*model))
-  path, step = own_folder / ledger.LEDGER, trainer.rounds.step
+  step = trainer.rounds.step
   if joined is not None:
-    told = starts.agree(joined, place.number, initial, state, ledger.public(path))
-    joined.exchange.bind(starts.digest(best, joined.settings))  # another site may have given it
+    if back is None:
+      told = starts.agree(joined, place.number, initial, state, ledger.public(path))
+      joined.exchange.bind(starts.digest(best, joined.settings))  # another site may have given it
+    else:
+      told = back.ledgers
     if privacy is not None:
       ledger.reconcile(told, path)
     step = starts.recorded(joined, step)
@@ -123,12 +130,14 @@ def train(
     admission.note_start(site, config, int(state.round))
 
   everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
-  if config.training.class_weights:
+  if back is not None:
+    everybody = everybody._replace(class_weights=back.class_weights)
+  elif config.training.class_weights:
     everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, charges))
-  if joined is not None and everybody.class_weights is not None:
+  if joined is not None and back is None and everybody.class_weights is not None:
     joined.exchange.bind(np.asarray(everybody.class_weights).tobytes())
-  path = folder / "rounds.jsonl"
-  rows = lines.read(path, int(state.round))
+  lines_path, begun = folder / "rounds.jsonl", int(state.round)
+  rows = lines.read(lines_path, begun)
 
   bar = progress.bar(
     desc=cohort.order + cohort.name + " (NOT PRIVATE)" * bool(_not_private(config, trainer)),
@@ -140,10 +149,15 @@ def train(
   )
 
   def before(ids: list[int]) -> bool:
-    """Charges a round before anything of it is released; False ends the run."""
+    """Looks for lost sites, and charges a round before anything of it is released; False ends the
+    run.
+    """
     patience = config.training.patience
     if patience and int(state.round) - int(best.round) >= patience:  # alike in all processes
       return False
+    if joined is not None and (back is None or int(state.round) > begun):  # else it has just been
+      weights = everybody.class_weights
+      rejoining.roll_call(joined, place.number, state, best, weights, path)
     if charges is None or privacy is None:
       return True
     if not charges.within_budget(ids):
@@ -175,7 +189,7 @@ def train(
         now = keep((jnp.float32(mcc), jnp.int32(done.number)))
         best = Best(*state[:-1], *now)
       rows.append(row)
-      with path.open("a") as file:
+      with lines_path.open("a") as file:
         file.write(json.dumps(row) + "\n")
       log(row)
       last_entry = "" if charges is None else charges.chain.last

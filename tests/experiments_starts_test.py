@@ -167,8 +167,8 @@ def test_a_site_that_was_lost_takes_the_state_that_the_others_have_signed(
   shutil.rmtree(arm_of(tmp_path, 1))
   (tmp_path / "own" / "site_1" / "states.json").unlink()
   if not honest:
-    given = starts._bytes
-    monkeypatch.setattr(starts, "_bytes", lambda kept: bytes(4) + given(kept)[4:])
+    given = starts.to_bytes
+    monkeypatch.setattr(starts, "to_bytes", lambda kept: bytes(4) + given(kept)[4:])
   results, errors, _ = train_apart(tmp_path)
   if not honest:
     assert "sites [0, 2] start from another state" in str(errors[1])

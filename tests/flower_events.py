@@ -17,6 +17,7 @@ from flower_world import (
   World,
   charged,
   expected,
+  killed_once,
   records,
   released,
   site,
@@ -245,6 +246,17 @@ def two_are_killed(root):
   return coordinators(world), sites(world), again(root, world)
 
 
+def comes_back(root):
+  """Before each message of the second sum; it is in later ones of the same run."""
+  ends = []
+  for stage in range(5):
+    place = root / str(stage)
+    world = killed_once(1, 3 + 5 + stage).run(place, rounds=4)
+    assert world.reports[-1].opened.survivors == (0, 1, 2)
+    ends.append((coordinators(world), sites(world), again(place, world, rounds=5)))
+  return tuple(map(of_all, zip(*ends, strict=True)))
+
+
 EVENTS = {
   "the coordinator is killed, at any message": coordinator_is_killed,
   "a second coordinator invites, at any message": second_coordinator,
@@ -258,4 +270,5 @@ EVENTS = {
   "the disk of site 1 is full, at any write": site_disk_is_full,
   "the coordinator's disk is full": coordinator_disk_is_full,
   "two of three sites are killed": two_are_killed,
+  "site 1 is killed at any message of a sum, and started again while the others go on": comes_back,
 }

@@ -25,6 +25,8 @@ from primia_jax.secagg import server as serving
 from primia_jax.secagg.carrier import Ask
 from primia_jax.secagg.errors import Aborted, Lost, Rejected, RoundFailed
 
+_IN_RUN = (msg.Proposal, msg.Start)  # the latter where a round begins without a site
+_KNOCK = 20.0  # seconds for a site that was lost to say that it is back
 _LARGEST = 2**31  # bytes of a message that a sum may need
 _TO_ALL = {msg.Hello, msg.Word, msg.Start}  # what sites say to all others
 _FAREWELL = 20.0  # seconds for the sites to take the news that a run has failed
@@ -72,18 +74,20 @@ def coordinate(
       raised, such as by `tell`, they learn that the run has ended.
   """
   present = set(sites)
-  invitation = msg.encode(msg.Invitation(identity.public, os.urandom(keys.KEY_BYTES)))
+  fresh = os.urandom(keys.KEY_BYTES)
+  invitation = msg.encode(msg.Invitation(identity.public, fresh))
   try:
     said = _round_trip(ask, dict.fromkeys(sites, invitation), timeout)
     left: dict[int, str] = {}
     met: set[type] = set()
-    has_begun = False  # the first sum, after which sites say nothing more to all others
+    recalled = b""  # for sites that come back
+    has_begun = False  # the first sum, after which sites say nothing else to all others
     while True:
       for i in [i for i, one in said.items() if isinstance(one, msg.Ended)]:
         left[i] = errors.readable(said.pop(i).reason)
         present.discard(i)
       if has_begun := has_begun or any(isinstance(one, msg.Proposal) for one in said.values()):
-        said = {i: one for i, one in said.items() if isinstance(one, msg.Proposal)}  # or silence
+        said = _alike(said)
       if not said:
         if all(left.values()):
           raise Lost(_said_on_leaving(left) or "no site answers any more")
@@ -98,10 +102,18 @@ def coordinate(
         tell(report)
         present = set(said) | set(report.opened.survivors) | follow
         continue
+      if has_begun:
+        back, said = _roll_call(ask, said, set(sites) - present, recalled, timeout)
+        present |= back
+        left = {i: reason for i, reason in left.items() if i not in back}
+        continue
       if len(kinds) > 1 or set(said) != set(sites) or not set(kinds) <= _TO_ALL:
         raise Lost(_missing(sites, said, left, met))
       met |= set(kinds)
-      relayed = msg.encode(msg.Relayed({i: msg.encode(one) for i, one in said.items()}))
+      spoken = {i: msg.encode(one) for i, one in said.items()}
+      if set(kinds) == {msg.Hello}:
+        recalled = msg.encode(msg.Recalled(identity.public, fresh, spoken))
+      relayed = msg.encode(msg.Relayed(spoken))
       said = _round_trip(ask, dict.fromkeys(said, relayed), timeout)
   except Exception as error:
     known = isinstance(error, Aborted)
@@ -114,6 +126,39 @@ def dismiss(ask: Ask, sites: Sequence[int] | set[int], reason: str, timeout: flo
   """Tells sites that the run goes on without them, or has ended; they do not answer."""
   if sites:
     ask(dict.fromkeys(sorted(sites), msg.encode(msg.Dismissed(reason.encode()))), timeout)
+
+
+def _alike(said: dict[int, Any]) -> dict[int, Any]:
+  """What most sites say, of the two that they may say in a run; the others count as silent."""
+  proposals, starts = ({i: m for i, m in said.items() if isinstance(m, k)} for k in _IN_RUN)
+  return starts if len(starts) > len(proposals) else proposals
+
+
+def _roll_call(
+  ask: Ask, starts: Mapping[int, Any], lost: set[int], recalled: bytes, timeout: float
+) -> tuple[set[int], dict[int, Any]]:
+  """Takes back the sites that were lost and are there again; see `returning`.
+
+  Returns:
+    (the sites that are back, what all want next).
+  """
+  here = _round_trip(ask, dict.fromkeys(lost, recalled), min(timeout, _KNOCK))
+  waiting = sorted(i for i, one in here.items() if isinstance(one, msg.Word))
+  giver = min(starts)
+  returning = msg.encode(msg.Returning(tuple(waiting), giver))
+  said = _round_trip(ask, dict.fromkeys(starts, returning), timeout)
+  if not waiting:
+    return set(), said
+  given = said[giver].told if isinstance(said.get(giver), msg.Word) else b""
+  resumed = msg.Resumed({i: msg.encode(one) for i, one in starts.items()}, given)
+  back = {}
+  if given:
+    back = _round_trip(ask, dict.fromkeys(waiting, msg.encode(resumed)), timeout)
+    back = {i: one for i, one in back.items() if isinstance(one, msg.Start)}
+  relayed = msg.encode(msg.Relayed({i: msg.encode(one) for i, one in back.items()}))
+  staying = {i for i, one in said.items() if isinstance(one, msg.Word)}
+  ended = {i: one for i, one in said.items() if isinstance(one, msg.Ended)}
+  return set(back), ended | _round_trip(ask, dict.fromkeys(staying | set(back), relayed), timeout)
 
 
 def _missing(

@@ -4,7 +4,7 @@ Only `messages` cross between processes; a coordinator, which is no site, opens 
 (`coordinator`). All sites learn each sum and who is in it. A sum is over all sites that are left,
 or over some of them, and is told to the others (`following`). The sites that it has lost are in no
 later one: all know them from the list of survivors, which is signed. So a lost site costs the
-others one timeout. It stays out until all start again.
+others one timeout. It stays out until it comes back (`returning`), or all start again.
 
 Who learns what: see `protocol`. Its bounds hold for the K sites that have begun: however many are
 lost, no sum is over fewer than the quorum of K. That is more than two thirds of them, or more than
@@ -104,6 +104,25 @@ class Exchange:
     in the same order, can take part in one sum.
     """
     self._run = hashlib.sha256(self._run + hashlib.sha256(public).digest()).digest()
+
+  @property
+  def chain(self) -> bytes:
+    """What the next sum is bound to: 32 bytes."""
+    return self._run
+
+  def resume(self, chain: bytes, sites: Sequence[int]) -> None:
+    """Goes on where the others are, after `returning` has checked what they have signed.
+
+    Args:
+      chain: theirs.
+      sites: those that are left.
+    """
+    self._run, self.sites = chain, tuple(sorted(sites))
+
+  def admit(self, start: msg.Start) -> None:
+    """Takes a site back that was lost, and binds all later sums to what it has signed."""
+    self.sites = tuple(sorted({*self.sites, start.site}))
+    self.bind(msg.encode(start))
 
   def begin(
     self,

@@ -50,8 +50,9 @@ def own_identity(path: pathlib.Path) -> keys.Identity:
   return keys.identity(lambda _: private)
 
 
-def invited(carrier: Carrier) -> msg.Invitation:
-  """Waits for the coordinator's invitation, and leaves unanswered what an earlier run asks for.
+def invited(carrier: Carrier) -> msg.Invitation | msg.Recalled:
+  """Waits for the coordinator's invitation, or to be recalled to a run that goes on, and leaves
+  unanswered what an earlier run asks for.
 
   Raises:
     Lost: none comes in time.
@@ -60,7 +61,10 @@ def invited(carrier: Carrier) -> msg.Invitation:
     while True:
       with contextlib.suppress(ValueError):
         message = msg.decode(carrier.hear(MEETING_BYTES))
-        if isinstance(message, msg.Invitation) and len(message.identity) == keys.KEY_BYTES:
+        if (
+          isinstance(message, msg.Invitation | msg.Recalled)
+          and len(message.identity) == keys.KEY_BYTES
+        ):
           return message
       carrier.say(b"")
   except OSError as error:
@@ -199,7 +203,7 @@ def check(
   """
   own = starts[number]
   for i, one in starts.items():
-    if not keys.verify(pinned.sites[i], _text(label, one), one.signature):
+    if not is_signed(one, pinned.sites[i], label):
       raise Refused(
         number,
         "start",
@@ -231,6 +235,11 @@ def check(
       "before it, take the last checkpoint away; or begin a new run",
     )
   return sites
+
+
+def is_signed(message: msg.Start, public: bytes, label: bytes) -> bool:
+  """Whether `start` made a message, with this label, by the owner of this key."""
+  return keys.verify(public, _text(label, message), message.signature)
 
 
 def _text(label: bytes, message: msg.Hello | msg.Start) -> bytes:

@@ -18,7 +18,7 @@ A site that is not in a sum may be told it, as `Followed`.
 The coordinator, whose part the server plays, speaks first, with an `Invitation`. Each site answers
 with what it wants next: `Hello` and then `Start`, which the coordinator shows to all as `Relayed`
 (`meeting`); a `Proposal` for each sum; `Ended` when it leaves. A site that is lost is told so by
-`Dismissed`.
+`Dismissed`, and may come back when it is `Recalled` (`returning`).
 """
 
 from __future__ import annotations
@@ -231,6 +231,33 @@ class Followed(NamedTuple):
   signature: bytes
 
 
+class Recalled(NamedTuple):
+  """To a site that was lost: the run goes on, and it may come back.
+
+  Attributes:
+    identity, fresh: of the run's `Invitation`.
+    hellos: what each site has said at the meeting, encoded.
+  """
+
+  identity: bytes
+  fresh: bytes
+  hellos: dict[int, bytes]
+
+
+class Returning(NamedTuple):
+  """To the sites that are left: those that are back, and which site is to give them the state."""
+
+  sites: tuple[int, ...]
+  giver: int
+
+
+class Resumed(NamedTuple):
+  """To a site that is back: the `Start` of each that is left, encoded, and the global state."""
+
+  starts: dict[int, bytes]
+  state: bytes
+
+
 class Ended(NamedTuple):
   """A site leaves: it has finished, or cannot go on."""
 
@@ -248,7 +275,8 @@ OfSites = Advert | Shares | MaskedInput | Consent | Answer
 OfServer = Roster | Delivery | Survivors | Consents | Total | Followed
 OfMeeting = Invitation | Hello | Word | Start | Relayed
 OfRun = Terms | Proposal | Ended | Dismissed
-Message = OfSites | OfServer | OfMeeting | OfRun
+OfReturn = Recalled | Returning | Resumed
+Message = OfSites | OfServer | OfMeeting | OfRun | OfReturn
 STAGES = ("advertise", "share_keys", "masked_input", "consistency", "unmask")
 FROM_SITES: tuple[Any, ...] = get_args(OfSites)  # in the order of the stages
 FROM_SERVER = (Roster, Delivery, Survivors, Consents, Total)  # what ends each stage
