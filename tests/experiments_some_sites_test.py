@@ -4,12 +4,15 @@ import json
 
 import jax
 import numpy as np
+import pytest
 from experiments_apart import APART, arm_of, train_apart
 from experiments_runs import PRIVATE, ledgers, train
 
 from experiments import settings
 from primia_jax.privacy import ledger
 from primia_jax.privacy.chain import Chain
+
+pytestmark = pytest.mark.slow
 
 SOME = {"placement": "flower", "sites_per_round": 2, "secagg_colluding": 0, "class_weights": False}
 SIMULATED = {"placement": "scan", "secagg_threshold": -1}
