@@ -10,12 +10,14 @@ from __future__ import annotations
 import pathlib
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import federated
 from primia_jax.privacy import ledger
 from primia_jax.secagg import returning
 from primia_jax.secagg.errors import Refused
+from primia_jax.types import Array
 
 from . import starts
 from .processes import Joined
@@ -37,7 +39,7 @@ class Returned(NamedTuple):
 
   kept: starts.Kept
   ledgers: list[bytes]
-  class_weights: np.ndarray | None
+  class_weights: Array | None
 
 
 def roll_call(
@@ -45,7 +47,7 @@ def roll_call(
   number: int,
   state: federated.State,
   best: Best,
-  class_weights: object,
+  class_weights: Array | None,
   path: pathlib.Path,
 ) -> None:
   """Before a round: takes back the sites that were lost and are there again, if any is missing.
@@ -111,4 +113,4 @@ def come_back(
   back, kept = returning.come_back(*links, number, joined.num_colluding, take, told)
   print(f"site {number}: is back from round {back.round + 1} on")
   weights = np.frombuffer(back.common[_DIGEST:], np.float32)
-  return Returned(kept, [told, *back.own], weights if weights.size else None)
+  return Returned(kept, [told, *back.own], jnp.asarray(weights) if weights.size else None)
