@@ -1,4 +1,5 @@
 import struct
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -28,6 +29,9 @@ EXAMPLES = [
   msg.Followed(
     7, b"t" * 32, (0, 1), (2,), {0: b"s", 1: b"t"}, (np.arange(3, dtype=np.uint32),), b"s" * 64
   ),
+  msg.Recalled(b"i" * 32, b"f" * 32, {0: b"h", 1: b"g"}),
+  msg.Returning((1, 3), 0),
+  msg.Resumed({0: b"s"}, b"state"),
   msg.Hello(3, b"i" * 32, b"", b"f" * 32, b"told", b"s" * 64),
   msg.Start(3, 7, b"d" * 32, (0, 2), b"", b"s" * 64),
 ]
@@ -68,7 +72,7 @@ def test_vectors_take_the_bytes_of_their_ring(num_bits, size, seed):
 
 
 def test_every_kind_of_message_is_tried():
-  others = {msg.Followed, msg.Hello, msg.Start}
+  others = {msg.Followed, msg.Hello, msg.Start, *get_args(msg.OfReturn)}
   assert {type(m) for m in EXAMPLES} == {*msg.FROM_SITES, *msg.FROM_SERVER, *others}
   assert len({msg.encode(m) for m in EXAMPLES}) == len(EXAMPLES)
 
