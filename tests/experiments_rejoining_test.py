@@ -29,7 +29,7 @@ def test_a_site_that_was_killed_trains_on_with_the_others(tmp_path, monkeypatch)
     [1, 3, 4],
     [1, 2, 3, 4],
   ]
-  assert trained[1].facts["rounds without this site"] == "1 of 4"
+  assert trained[1].facts["rounds without this site, or aborted"] == "1 of 4"
   for arm in trained[1:]:
     for a, b in zip(*map(jax.tree.leaves, (arm.models, trained[0].models)), strict=True):
       np.testing.assert_array_equal(a, b)

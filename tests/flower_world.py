@@ -128,7 +128,7 @@ class World:
     reports: of the sums.
     silent: (site, number of the first message that it says too late); or None.
     spoil_said, spoil_told: (site, number of its message, bytes) -> bytes; None: it never comes.
-    restarts: the site whose program is started again once the others have lost it, if any.
+    restarts: sites whose program is started again once the others have lost them.
     on_ask: called with each number of the coordinator's questions before they are sent.
     on_hear, on_say: called with (site, number) before it hears, or says, that message.
   """
@@ -141,7 +141,7 @@ class World:
     self.results, self.errors, self.reports, self.asked = {}, {}, [], 0
     self.is_over = threading.Event()  # the coordinator's end
     self.killed, self.silent = set(), None
-    self.restarts, self.reopened = set(), threading.Event()
+    self.restarts, self.reopened = set(), {i: threading.Event() for i in range(num_sites)}
     self.spoil_said = self.spoil_told = lambda site, number, data: data
     self.on_ask = lambda number: None
     self.on_hear = self.on_say = lambda site, number: None
@@ -212,7 +212,7 @@ class World:
         waiting.get_nowait()
     end.is_closed = False
     self.killed.discard(site)
-    self.reopened.set()
+    self.reopened[site].set()
 
   def run(self, root, rounds=1, program=site, programs=None, tell=lambda report: None):
     """Runs to the end of all; programs are those of sites that run another."""
@@ -223,7 +223,7 @@ class World:
         self.results[i] = (programs or {}).get(i, program)(root, i, self.end_of(i), rounds)
       except BaseException as error:
         if i in self.restarts:
-          assert self.reopened.wait(DEADLINE), f"{i} is not missed"
+          assert self.reopened[i].wait(DEADLINE), f"{i} is not missed"
           self.restarts.discard(i)
           return one(i)
         self.ends[i].close()
