@@ -21,7 +21,7 @@ from primia_jax.flower import channel
 from primia_jax.privacy import accounting, ledger
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
-from primia_jax.secagg import coordinator, keys, meeting, pinning, roster
+from primia_jax.secagg import Refused, coordinator, keys, meeting, pinning, roster
 
 pytestmark = pytest.mark.optimised  # the bits of one process and of many are compared
 
@@ -157,6 +157,15 @@ def test_facts_of_images_are_of_the_own_site_alone_wherever_it_stands_among_all(
     found = inputs.site_images(APART, i)
     facts = image_facts.facts(APART, found.train, found.validation, found.test)
     assert "images at several sites" not in facts
+
+
+def test_a_site_does_not_come_back_to_a_run_that_cannot_go_on_with_it():
+  check = processes._check_return
+  check(APART, 1, True)
+  with pytest.raises(Refused, match="dp_noise=banded each start is charged a whole run"):
+    check(settings.replace(FIXED, placement="flower"), 1, True)
+  with pytest.raises(Refused, match="images or its approval have changed"):
+    check(APART, 1, False)
 
 
 def test_sites_that_meet_know_the_same_of_each_other(tmp_path):
