@@ -28,6 +28,7 @@ from . import (
   loop,
   markdown,
   progress,
+  rejoining,
   starts,
   suppression,
   transcripts,
@@ -89,7 +90,7 @@ def train(
   num_sites, key = len(cohort.train.sites), jax.random.key(config.seed)
   place, privacy, algorithm = trainer.place, trainer.privacy, trainer.algorithm
   joined = place.joined
-  own_folder = folder if joined is None else joined.own
+  path = (folder if joined is None else joined.own) / ledger.LEDGER
   is_private = privacy is None or config.privacy.dp_seed < 0
   frozen = trainer.frozen
   start = config.model.initial(model_config, key) if frozen is None else frozen[1:3]
@@ -99,12 +100,16 @@ def train(
   has_own = bool(jax.tree.leaves(state.site_state))
   # Two between processes, in case that some were stopped before they saved the last.
   checkpoints = Checkpoints(folder, 1 if joined is None else 2)
-  initial = state
+  initial, back = state, None
   if joined is None:
     state, best, last_entry = checkpoints.restore(state, best)
   else:
     untrained = starts.Kept(state, best, "")
-    state, best, last_entry = starts.catch_up(joined, place.number, untrained, checkpoints)
+    if joined.is_back:
+      back = rejoining.come_back(joined, place.number, untrained, checkpoints, path)
+      state, best, last_entry = back.kept
+    else:
+      state, best, last_entry = starts.catch_up(joined, place.number, untrained, checkpoints)
   # Orbax ties what it restores to one device, which a mesh refuses where it cannot deal the rows
   # evenly: they are placed anew, as at the first start.
   rows_of = lambda tree: place.placement.put(jax.tree.map(np.asarray, tree))
@@ -114,10 +119,13 @@ def train(
   if site is not None:
     model = state.params, state.model_state
     admission.check_start(site, model if frozen is None else frozen.whole(*model))
-  path, step = own_folder / ledger.LEDGER, trainer.rounds.step
+  step = trainer.rounds.step
   if joined is not None:
-    told = starts.agree(joined, place.number, initial, state, ledger.public(path))
-    joined.exchange.bind(starts.digest(best, joined.settings))  # another site may have given it
+    if back is None:
+      told = starts.agree(joined, place.number, initial, state, ledger.public(path))
+      joined.exchange.bind(starts.digest(best, joined.settings))  # another site may have given it
+    else:
+      told = back.ledgers
     if privacy is not None:
       agreeing.reconcile(told, path, privacy, max(2, joined.num_colluding + 1))
     step = starts.recorded(joined, step)
@@ -135,13 +143,16 @@ def train(
     admission.note_start(site, config, int(state.round))
 
   everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
-  if config.training.class_weights:
+  if back is not None:
+    everybody = everybody._replace(class_weights=back.class_weights)
+  elif config.training.class_weights:
     everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, charges))
-  if joined is not None and everybody.class_weights is not None:
+  if joined is not None and back is None and everybody.class_weights is not None:
     joined.exchange.bind(np.asarray(everybody.class_weights).tobytes())
-  path, policy = folder / "rounds.jsonl", config.disclosure.policy()
+  lines_path, begun = folder / "rounds.jsonl", int(state.round)
+  policy = config.disclosure.policy()
   of_one = _of_one(cohort) if policy.fewest_patients else 1
-  rows = lines.read(path, int(state.round))
+  rows = lines.read(lines_path, begun)
 
   bar = progress.bar(
     desc=cohort.order + cohort.name + " (NOT PRIVATE)" * bool(_not_private(config, trainer)),
@@ -153,10 +164,15 @@ def train(
   )
 
   def before(ids: list[int]) -> bool:
-    """Charges a round before anything of it is released; False ends the run."""
+    """Looks for lost sites, and charges a round before anything of it is released; False ends the
+    run.
+    """
     patience = config.training.patience
     if patience and int(state.round) - int(best.round) >= patience:  # alike in all processes
       return False
+    if joined is not None and (back is None or int(state.round) > begun):  # else it has just been
+      weights = everybody.class_weights
+      rejoining.roll_call(joined, place.number, state, best, weights, path)
     if charges is None or privacy is None:
       return True
     if not charges.within_budget(ids):
@@ -189,7 +205,7 @@ def train(
         best = Best(*state[:-1], *now)
       row = suppression.of_round(row, policy, _confusion(done), _trained(cohort, done), of_one)
       rows.append(row)
-      with path.open("a") as file:
+      with lines_path.open("a") as file:
         file.write(json.dumps(row) + "\n")
       log(row)
       last_entry = "" if charges is None else charges.chain.last
@@ -217,18 +233,24 @@ def train(
       "--dropout_rate or --secagg_threshold, or raise --target_epsilon, with another --run_dir"
     )
 
+  facts = lines.facts(rows, best, state, place, num_sites, charges is not None)
   serve = lambda kept: algorithm.personal(
     federated.Global(best.params, best.model_state, best.server_state, state.round, key), kept
   )
   kept = []
   if has_own and algorithm.name == "fedbn":
-    kept = [jax.tree.map(lambda a, i=i: a[i], best.site_state) for i in range(num_sites)]
+    here = range(
+      len(jax.tree.leaves(best.site_state)[0])
+    )  # its own alone, where each has a process
+    kept = [jax.tree.map(lambda a, i=i: a[i], best.site_state) for i in here]
+  if kept:
+    whose = "this site's own" if len(kept) < num_sites else "the mean of all sites' models"
+    facts["normalisation"] = f"each site's own (FedBN); test scores are of {whose}"
   # The average needs no site's state.
   t = config.training
   is_average = config.privacy.dp_average or t.average_last or t.average_decay
   shared = serve(None) if is_average else (best.params, best.model_state)
   trained = [serve(k) for k in kept] or [shared]
-  facts = lines.facts(rows, best, state, place, num_sites, charges is not None)
   spent, said = None, None
   if charges is not None and privacy is not None:
     spent, said = charges.ledgers, ledgers.facts(config.privacy, privacy, charges.ledgers)

@@ -76,8 +76,8 @@ def of_run(
   if p.validates:
     size = count_width * (cells + 1)
     crossed.append(
-      Crossing("validation counts and loss", "each site", "server", asked, size * asked,
-               protection, "nothing: exact counts")
+      Crossing("validation counts and loss", "each site", "server", rounds * everyone,
+               size * rounds * everyone, protection, "nothing: exact counts")
     )  # fmt: skip
   size, tested = _SCORE_BYTES * cells, config.disclosure.policy().count(num_tested)
   crossed.append(

@@ -58,7 +58,7 @@ def facts(
   out["rounds trained"] = len(rows)
   if aborted := int(state.round) - len(rows):
     charged = ", charged all the same" if is_charged else ""
-    what = ABORTED if place.exchange is None else "rounds without this site"
+    what = ABORTED if place.exchange is None else "rounds without this site, or aborted"
     out[what] = f"{aborted} of {int(state.round)}{charged}"
   if place.exchange is not None:
     lost = {i for row in rows for i in row.get("lost", ())}

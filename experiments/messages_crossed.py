@@ -63,6 +63,10 @@ KINDS: dict[type, Kind] = {
   msg.Total: Kind(
     "the sum over the survivors", _ALL, "none: it is what training needs", "as the rows above"
   ),
+  msg.Followed: Kind(
+    "the sum and who is in it, for a site that this round does not take", "this site",
+    "none: it is what training needs; signed by the sites of the sum", "as the rows above",
+  ),
   msg.Hello: Kind(
     "a site's public key, the digest of what its operator approved, and how many images to train "
     "and to validate on, how many patients and most images of one it has, with its classes", _ALL,
@@ -81,6 +85,15 @@ KINDS: dict[type, Kind] = {
   msg.Relayed: Kind("what all sites have said", _ALL, "as said"),
   msg.Terms: Kind("what a sum is of: identities, sizes, ring, quorum", _ALL),
   msg.Proposal: Kind("the terms of a sum that a site wants, and its keys", _ALL, _SIGNED),
+  msg.Recalled: Kind(
+    "what all sites have said at the meeting, for one that was lost and is back", "this site",
+    "as said",
+  ),
+  msg.Returning: Kind("which sites are back, and which site is to give the state", _ALL),
+  msg.Resumed: Kind(
+    "the state that the others go on from, signed, for a site that is back", "this site",
+    "none: the model is made of the sums", "as the global model",
+  ),
   msg.Ended: Kind("that a site leaves, and why", _COORDINATOR, "errors of the protocol alone"),
   msg.Dismissed: Kind("that a site is out of the run, and why", "this site"),
 }  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 from primia_jax import approval, sites
 from primia_jax.flower import channel
-from primia_jax.secagg import Aborted, exchange, meeting, pinning, roster
+from primia_jax.secagg import Aborted, exchange, meeting, pinning, returning, roster
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import Carrier
 from primia_jax.secagg.errors import Refused
@@ -41,6 +42,7 @@ class Joined(NamedTuple):
     own: the folder of what it keeps of the run.
     carrier: to the coordinator.
     num_colluding: sites that may collude with the coordinator.
+    is_back: it was lost, and comes back to a run that goes on.
     site: whose own folder says what it may train; None without.
   """
 
@@ -50,6 +52,7 @@ class Joined(NamedTuple):
   own: pathlib.Path
   carrier: Carrier
   num_colluding: int
+  is_back: bool = False
   site: admission.Site | None = None
 
 
@@ -147,7 +150,8 @@ def meet(
 
   They are those of the roster that this site has accepted (`secagg.pinning`), whose digest is then
   in every signature. Without a roster the first meeting pins them. What its operator approved is
-  in every signature, too, and all must have approved the same.
+  in every signature, too, and all must have approved the same. A site that was lost in a run which
+  goes on is shown what all have said at its meeting, instead (`secagg.returning`).
 
   Args:
     config: of the run.
@@ -161,7 +165,7 @@ def meet(
   Raises:
     Lost: the coordinator or the others do not come in time.
     Refused: a site shows another identity than the roster's, or than at an earlier start, or its
-      operator approved something else.
+      operator approved something else; or a run that goes on cannot take this site back.
   """
   num_sites, site = config.hospitals.num_sites, seat.site
   approved = b"" if site is None else approval.digest(site.approved)
@@ -174,9 +178,15 @@ def meet(
   kept.mkdir(mode=0o700, parents=True, exist_ok=True)
   carrier = messages_crossed.written_down(carrier, kept / messages_crossed.FILE)
   with leaving(carrier, seat.number):
-    invitation = meeting.invited(carrier)
-    made = meeting.hello(own, seat.number, invitation, approved + told)
-    hellos = meeting.tell_all(carrier, made, num_sites)
+    called = meeting.invited(carrier)
+    is_back = isinstance(called, msg.Recalled)
+    if isinstance(called, msg.Recalled):
+      invitation, hellos = returning.met(called, seat.number, num_sites)
+      _check_return(config, seat.number, hellos[seat.number].told == approved + told)
+    else:
+      invitation = called
+      made = meeting.hello(own, seat.number, invitation, approved + told)
+      hellos = meeting.tell_all(carrier, made, num_sites)
     first = None if known is None else pinning.pinned(known, own)
     known_file = seat.own / "identities.json"
     pinned = meeting.pin(hellos, invitation, own, seat.number, first or known_file)
@@ -185,9 +195,26 @@ def meet(
     run += b"" if known is None else roster.digest(known)
   sums = exchange.Exchange(carrier, seat.number, pinned, run)
   colluding = config.aggregation.num_colluding(num_sites)
-  joined = Joined(sums, pinned, settings, kept, carrier, colluding, site)
+  joined = Joined(sums, pinned, settings, kept, carrier, colluding, is_back, site)
   place = Place(sites.own_process(seat.number), joined, seat.number)
   return place, {i: message.told[len(approved) :] for i, message in hellos.items()}
+
+
+def _check_return(config: Train | Evaluate, number: int, is_same: bool) -> None:
+  """Refuses to come back to an evaluation, a run whose ledger cannot go on, or with other images."""
+  refuse = functools.partial(Refused, number, "start", "inconsistent")
+  if not isinstance(config, Train):
+    raise refuse("an evaluation goes on without this site; it takes part in the next one")
+  if (p := config.privacy).is_charged_whole:
+    raise refuse(
+      f"with dp_noise={p.dp_noise} each start is charged a whole run, and must be a start of all: "
+      "this site takes part again when all start again"
+    )
+  if not is_same:
+    raise refuse(
+      "its images or its approval have changed since the run began; it takes part again when all "
+      "start again"
+    )
 
 
 def _check_approved(number: int, approved: bytes, told: Mapping[int, bytes]) -> None:

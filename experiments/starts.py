@@ -91,13 +91,13 @@ def catch_up(joined: Joined, number: int, initial: Kept, checkpoints: Checkpoint
   if not lacking:
     return own
   giver = min(i for i in held if i not in lacking)
-  given = _bytes(own) if giver == number else b""
+  given = to_bytes(own) if giver == number else b""
   said = meeting.tell_all(joined.carrier, msg.Word(number, given), num_sites)
   if number not in lacking:
     return own
   print(f"site {number}: takes the state of round {now} from site {giver}")
   try:
-    return _of_bytes(said[giver].told, own)
+    return of_bytes(said[giver].told, own)
   except ValueError as error:
     raise Refused(number, "start", "malformed", f"the state that site {giver} gives") from error
 
@@ -108,7 +108,8 @@ def _newest(held: Mapping[int, Mapping[int, tuple[int, ...]]], least: int) -> in
     lists = {rounds[n] for rounds in held.values() if n in rounds}
     holders = {i for i, rounds in held.items() if n in rounds}
     needed = [set(next(iter(lists))) - {i} for i in held if i not in holders]
-    if len(lists) == 1 and all(len(some) >= least and some <= holders for some in needed):
+    enough = not needed or len(holders) >= least
+    if len(lists) == 1 and enough and all(some <= holders for some in needed):
       return n
   return 0
 
@@ -121,7 +122,8 @@ def _rounds(number: int, site: int, told: bytes) -> dict[int, tuple[int, ...]]:
     raise Refused(number, "start", "malformed", what) from error
 
 
-def _bytes(kept: Kept) -> bytes:
+def to_bytes(kept: Kept) -> bytes:
+  """All that the sites share of it."""
   return b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(_shared(kept)))
 
 
@@ -129,8 +131,12 @@ def _shared(kept: Kept) -> PyTree:
   return [part._replace(site_state=()) for part in (kept.state, kept.best)]
 
 
-def _of_bytes(data: bytes, like: Kept) -> Kept:
-  """The state in these bytes, with what the site itself keeps."""
+def of_bytes(data: bytes, like: Kept) -> Kept:
+  """The state in these bytes, with what the site itself keeps.
+
+  Raises:
+    ValueError: they are no such state.
+  """
   leaves, structure = jax.tree.flatten(_shared(like))
   sizes = [np.asarray(a).nbytes for a in leaves]
   if len(data) != sum(sizes):

@@ -180,14 +180,22 @@ def start_sites(
   trial: Deployment, module: str, arguments: Sequence[str], named: str = "run_dir"
 ) -> None:
   """Starts each hospital's own process; arguments as `launch`."""
-  for i, own in enumerate(trial.sites):
-    command = [sys.executable, "-m", module, *arguments, f"--{named}={own}", f"--site={i}"]
-    with contextlib.ExitStack() as files:
-      output = files.enter_context((own / LOG).open("w")) if i else None
-      errors = output and subprocess.STDOUT
-      trial.processes[f"site {i}"] = subprocess.Popen(
-        command, stdout=output, stderr=errors, start_new_session=True
-      )
+  for i in range(len(trial.sites)):
+    start_site(trial, i, module, arguments, named)
+
+
+def start_site(
+  trial: Deployment, i: int, module: str, arguments: Sequence[str], named: str = "run_dir"
+) -> None:
+  """Starts one hospital's own process, also while a run goes on, if it has ended."""
+  own = trial.sites[i]
+  command = [sys.executable, "-m", module, *arguments, f"--{named}={own}", f"--site={i}"]
+  with contextlib.ExitStack() as files:
+    output = files.enter_context((own / LOG).open("a")) if i else None
+    errors = output and subprocess.STDOUT
+    trial.processes[f"site {i}"] = subprocess.Popen(
+      command, stdout=output, stderr=errors, start_new_session=True
+    )
 
 
 def start_run(trial: Deployment, timeout: float) -> None:

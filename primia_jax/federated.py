@@ -36,7 +36,7 @@ class Sites(NamedTuple):
   Attributes:
     ids: [K] int32, their numbers.
     load: site numbers -> Site, stacked, as host or device arrays. On several processes it is asked
-      for the sites of its own process only.
+      for the sites of its own process only; for none, in a round without them: arrays of no rows.
     class_weights: [L] float32, the weight of an example of each class; None for 1.
     sites_per_load: the most sites that are loaded at a time; None for all at once.
     secrets: (round, purpose, site numbers) -> [K, 8] uint32, the secrets of the sites' noise and
@@ -63,7 +63,7 @@ def in_memory(stacked: Site, class_weights: Array | None = None) -> Sites:
   def load(ids: np.ndarray) -> Site:
     if np.array_equal(ids, stacked.id):
       return stacked
-    chosen = np.array([rows[int(i)] for i in ids])
+    chosen = np.array([rows[int(i)] for i in ids], np.int32)
     return jax.tree.map(lambda a: a[chosen], stacked)
 
   return Sites(np.asarray(stacked.id, np.int32), load, class_weights)
@@ -193,9 +193,10 @@ def over_sites(
 
   Returns:
     (shared, round, Sites, site_state [K, ...] = ()) -> (sum of messages, site_state [K, ...] of the
-    sites that run here, Outcome). It raises a ValueError under jit, vmap or grad, where keys would
-    serve twice, and for sites that the summation, the placement or the loader cannot serve; and the
-    summation's own errors.
+    sites that run here, Outcome). Where each site has a process, one whose site is not among them
+    is told the sum. It raises a ValueError under jit, vmap or grad, where keys would serve twice,
+    and for sites that the summation, the placement or the loader cannot serve; and the summation's
+    own errors.
   """
 
   def one(shared: Any, inputs: PyTree) -> tuple[PyTree, PyTree]:
@@ -204,8 +205,10 @@ def over_sites(
     sent = summation.send(message, row)
     return ((), (sent, site_state)) if summation.stacks else (sent, site_state)
 
-  def message_of(shared: Any, inputs: PyTree) -> PyTree:
-    return site_fn(shared, *jax.tree.map(lambda a: a[0], inputs))[0]
+  def shapes_of(shared: Any, site_state: PyTree, site: Site) -> PyTree:
+    of_one = lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+    inputs = jax.tree.map(of_one, (site_state, site))
+    return jax.eval_shape(site_fn, shared, *inputs)[0]
 
   run = placement.sum_over_sites(one)
   add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
@@ -213,18 +216,22 @@ def over_sites(
   def apply(shared: Any, round: Array | int, sites: Sites, site_state: PyTree = ()):
     _refuse_traced((shared, site_state, jnp.zeros(())))
     ids = np.asarray(sites.ids, np.int32)
-    here = placement.rows(len(ids))
+    here = placement.rows(ids)
     if (placement.name == "processes") != summation.between_processes:
       raise ValueError(
         f"{summation.name!r} does not sum over the placement {placement.name!r}: summation.over "
         "and sites.own_process go together"
       )
+    if summation.between_processes and not len(here):  # it is a sum of other processes
+      like = _load(sites, ids[here], np.zeros((0, 8), np.uint32))
+      form = lambda: shapes_of(shared, site_state, like)
+      total, outcome = summation.end(summation.begin(int(round), purpose, ids, form), None)
+      return total, site_state, outcome
     per_load = len(here) if sites.sites_per_load is None else sites.sites_per_load
     if per_load < 1:
       raise ValueError(f"sites_per_load={per_load}; give at least 1, or None for all at once")
-    if len(here) < len(ids) and (
-      per_load < len(here) or not np.array_equal(ids, np.arange(len(ids)))
-    ):
+    some = per_load < len(here) or not np.array_equal(ids, np.arange(len(ids)))
+    if some and len(here) < len(ids) and not summation.between_processes:
       raise ValueError(
         f"with several processes each runs its own sites, and all take part at once, not "
         f"{ids.tolist()}"
@@ -238,7 +245,7 @@ def over_sites(
       site = placement.put(_load(sites, ids[here][part], secrets[part]))
       had = cut(site_state, part)
       if session is None:  # once the first sites are loaded, since messages are shaped by them
-        shapes = lambda site=site, had=had: jax.eval_shape(message_of, shared, (had, site))
+        shapes = lambda site=site, had=had: shapes_of(shared, had, site)
         session = summation.begin(int(round), purpose, ids, shapes)
         rows = session.rows(here)
       summed, out = run(shared, (site, placement.put(cut(rows, part)), had))
@@ -310,23 +317,18 @@ def federate(
   def init(params: Params, model_state: ModelState | None = None) -> State:
     model_state = {} if model_state is None else model_state
     check_statistics(model_state)
-    one, here = algorithm.init_site(params, model_state), len(placement.rows(num_sites))
+    one, here = algorithm.init_site(params, model_state), len(placement.rows(everyone))
     site_state = jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (here, *np.shape(a))), one)
     start = (params, model_state, algorithm.init_server(params), jnp.zeros((), jnp.int32))
     params, model_state, server_state, zero = placement.replicate(start)
     return State(params, model_state, server_state, placement.put(site_state), zero)
 
   @jax.jit
-  def finish(key, state: State, message, had, site_state, rows, counted, out_of_range):
+  def serve(key, state: State, message, out_of_range):
+    """The server's part. Nothing of a site is in it, so that it is one program at all sites."""
     before = Global(state.params, state.model_state, state.server_state, state.round, key)
     params, model_state, server_state, metrics = algorithm.server(before, message)
-    stays = lambda new, old: jnp.where(counted.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-    site_state = jax.tree.map(stays, site_state, had)
-    if rows is not None:
-      site_state = jax.tree.map(
-        lambda old, new: old.at[rows].set(new), state.site_state, site_state
-      )
-    after = State(params, model_state, server_state, site_state, state.round + 1)
+    after = State(params, model_state, server_state, (), state.round + 1)
     usable = out_of_range == 0
     after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, state)
     after = after._replace(round=state.round + 1)
@@ -335,22 +337,41 @@ def federate(
     told = algorithm.tells(state.server_state)
     return after, (metrics.loss / count, metrics.correct / count, optax.tree.norm(change), told)
 
+  @jax.jit
+  def keep(held, had, site_state, rows, counted, out_of_range):
+    """What the sites keep of a round; `held` is that of all sites here, and `rows` say which."""
+    counts = counted & (out_of_range == 0)
+    stays = lambda new, old: jnp.where(counts.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+    site_state = jax.tree.map(stays, site_state, had)
+    if rows is None:
+      return site_state
+    return jax.tree.map(lambda old, new: old.at[rows].set(new), held, site_state)
+
+  def rows_of(ids: np.ndarray) -> np.ndarray | None:
+    """The rows of these sites among those that are kept here; None for all of them."""
+    if placement.name == "processes":
+      return None if len(placement.rows(ids)) else np.zeros(0, np.int32)
+    return None if np.array_equal(ids, everyone) else ids
+
   def step(key: Key, state: State, sites: Sites) -> tuple[State, Info]:
     check_statistics(state.model_state)
     ids = np.asarray(sites.ids, np.int32)
     if len(ids) and (np.max(ids) >= num_sites or np.min(ids) < 0):
       raise ValueError(f"site numbers {ids.tolist()}; the run has sites 0 to {num_sites - 1}")
-    rows = None if np.array_equal(ids, everyone) else ids
-    had = state.site_state
+    rows, had = rows_of(ids), state.site_state
     if rows is not None:
       had = jax.tree.map(lambda a: a[rows], had)
     key = placement.replicate(key)
     weights = None if sites.class_weights is None else placement.replicate(sites.class_weights)
     shared = Global(state.params, state.model_state, state.server_state, state.round, key, weights)
     message, site_state, outcome = train(shared, int(state.round), sites._replace(ids=ids), had)
-    counted = placement.put(np.isin(ids[placement.rows(len(ids))], outcome.survivors))
-    inputs = message, had, site_state, rows, counted, outcome.out_of_range
-    state, (loss, accuracy, norm, told) = finish(key, state, *inputs)
+    counted = placement.put(np.isin(ids[placement.rows(ids)], outcome.survivors))
+    kept = state.site_state
+    if rows is None or len(rows):
+      kept = keep(kept, had, site_state, rows, counted, outcome.out_of_range)
+    bare = state._replace(site_state=())
+    bare, (loss, accuracy, norm, told) = serve(key, bare, message, outcome.out_of_range)
+    state = bare._replace(site_state=kept)
     return state, Info(loss, accuracy, norm, outcome.out_of_range, outcome.survivors, told)
 
   return FederatedAlgorithm(init, step)

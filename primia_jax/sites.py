@@ -36,14 +36,15 @@ class Placement(NamedTuple):
       placement.
     put: places host arrays [K, ...] where their sites run. A process passes its own rows only.
     replicate: places arrays that every site knows, such as the global model.
-    rows: K -> the positions, among the K sites of a round, of the sites that this process runs.
+    rows: numbers [K] of a round's sites -> the positions, among these, of the sites that this
+      process runs.
   """
 
   name: str
   sum_over_sites: Callable[[SiteFn], Run]
   put: Callable[[PyTree], PyTree]
   replicate: Callable[[PyTree], PyTree]
-  rows: Callable[[int], np.ndarray]
+  rows: Callable[[np.ndarray], np.ndarray]
 
 
 def loop() -> Placement:
@@ -104,14 +105,14 @@ def on_mesh(mesh: Mesh | None = None, inner: Literal["scan", "vmap"] | None = No
   )
 
 
-def own_process(index: int) -> Placement:
+def own_process(number: int) -> Placement:
   """The placement of a process that runs one site of several, and holds nothing of the others.
 
   The sum over sites is then this site's own value. Only a summation that talks to the other
-  processes (`summation.over`) forms the sum.
+  processes (`summation.over`) forms the sum. In a round without this site the process runs nothing.
 
   Args:
-    index: the position of this process's site.
+    number: of this process's site.
   """
 
   def lift(site_fn: SiteFn) -> Run:
@@ -123,7 +124,7 @@ def own_process(index: int) -> Placement:
 
     return jax.jit(run)
 
-  rows = lambda num_sites: np.arange(num_sites)[index : index + 1]
+  rows = lambda ids: np.flatnonzero(np.asarray(ids) == number)
   return _on_one_device("processes", lift)._replace(rows=rows)
 
 
@@ -158,7 +159,7 @@ def parse_placement(text: str) -> Placement:
 
 def _on_one_device(name: str, lift: Callable[[SiteFn], Run]) -> Placement:
   arrays = lambda tree: jax.tree.map(jnp.asarray, tree)
-  return Placement(name, lift, arrays, arrays, np.arange)
+  return Placement(name, lift, arrays, arrays, lambda ids: np.arange(len(ids)))
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:
@@ -285,7 +286,8 @@ def _replicate_on(mesh: Mesh, tree: PyTree) -> PyTree:
   return jax.tree.map(place, tree)
 
 
-def _rows_of(mesh: Mesh, num_sites: int) -> np.ndarray:
+def _rows_of(mesh: Mesh, ids: np.ndarray) -> np.ndarray:
+  num_sites = len(ids)
   if jax.process_count() == 1:
     return np.arange(num_sites)
   if num_sites % mesh.size:

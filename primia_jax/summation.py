@@ -250,7 +250,8 @@ def over(
   """Secure aggregation between processes that share nothing but messages; see `secagg.exchange`.
 
   Who learns what: see `secagg.protocol`. The site function returns ring elements without masks,
-  which stay in this process; the exchange masks them.
+  which stay in this process; the exchange masks them. A process whose site is not in the sum runs
+  no site function, and is told the sum.
 
   Args:
     messages: this process's end of all sums.
@@ -268,7 +269,10 @@ def over(
       raise ValueError("dropouts simulate losses; sites in processes of their own are really lost")
     words = np.array([round, purpose], np.uint32)
     elements = jax.eval_shape(coding.encode, shapes(), like, words)
-    begun = messages.begin(elements, int(round), int(purpose), config, coding.min_survivors)
+    least, sites = coding.min_survivors, ids.tolist()
+    begun = messages.begin(elements, int(round), int(purpose), config, least, sites)
+    if begun.site is None:  # this site follows the sum, and sends nothing
+      return Session(int(round), Purpose(purpose), ids, None, begun)
     stretched = lambda a: np.broadcast_to(np.asarray(a), (len(ids), *a.shape[1:]))
     rows = jax.tree.map(stretched, begun.rows), np.tile(words, (len(ids), 1))
     return Session(int(round), Purpose(purpose), ids, rows, begun)
@@ -284,7 +288,7 @@ def over(
     total = messages.finish(session.close(), elements)
     words = np.array([session.round, session.purpose], np.uint32)
     message, out_of_range = decode(total, words)
-    return message, Outcome(np.asarray(messages.sites, np.int32), out_of_range)
+    return message, Outcome(np.asarray(messages.survivors, np.int32), out_of_range)
 
   name = f"{coding.name} between processes"
   return Summation(name, begin, send, end, hides=True, between_processes=True)

@@ -135,7 +135,7 @@ def test_a_guarded_step_trains_honest_models_only():
   hospitals = federated.in_memory(
     federated.Site(np.arange(3, dtype=np.int32), images, labels, counts)
   )
-  here = lambda num_sites: np.arange(1, num_sites)  # as in a process that plays the last two
+  here = lambda ids: np.arange(1, len(ids))  # as in a process that plays the last two
   guarded = detection.guarded(step, loss_of(MODEL.apply), here, limits(), BATCH)
   state = federated.State(fresh(11), {}, (), (), jnp.int32(0))
   assert guarded(KEY, state, hospitals)[0] is state

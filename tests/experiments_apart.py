@@ -2,9 +2,11 @@
 
 import threading
 
+import numpy as np
 from experiments_runs import TINY
 
-from experiments import processes, settings
+from experiments import arms, inputs, processes, settings, trainers
+from primia_jax import models
 from primia_jax.secagg import carrier, coordinator, meeting
 
 APART = settings.replace(TINY, rounds=2, placement="flower", validation_fraction=0.3)
@@ -53,3 +55,38 @@ def in_threads(call, numbers, root, timeout=300.0):
     thread.join(600)
     assert not thread.is_alive()
   return results, errors
+
+
+def train_site(root, i, end, rounds, config=APART):
+  """One start of a site: its arm. It has a folder and a run of its own."""
+  model_config = config.model.config(config.data, 3)
+  place, _ = processes.meet(config, end, seat_of(root, i))
+  images = inputs.site_images(config, i)
+  cohort = trainers.Cohort("federated", images.train, images.validation, np.array([i]))
+  trainer = trainers.make_trainer(config, models.build(model_config), model_config, [cohort], place)
+  with processes.leaving(place.joined.carrier, i):
+    arm = arms.train(
+      settings.replace(config, rounds=rounds),
+      cohort,
+      trainer,
+      model_config,
+      arm_of(root, i),
+      root / "own" / f"site_{i}" / "ledger",
+    )
+  place.exchange.close()
+  return arm
+
+
+def train_apart(root, rounds=2, timeout=300.0, config=APART):
+  """One start of all sites: (arms, errors, the coordinator's reports), the first two by site."""
+  one = lambda i, carriers: train_site(root, i, carriers[i], rounds, config)
+  results, errors = in_threads(one, range(config.hospitals.num_sites), root, timeout)
+  reports = results.pop("coordinator", None)
+  return results, errors, reports
+
+
+def arm_of(root, site):
+  """A site's own folder of its arm."""
+  folder = root / "own" / f"site_{site}" / "run" / "federated"
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder

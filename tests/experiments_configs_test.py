@@ -96,7 +96,7 @@ def test_presets_parse_and_are_sound(no_images):
     ({"placement": "flower", "secagg_bits": 8}, "leave 0 fraction bits"),
     ({"placement": "flower", "secagg_peers": 5}, "secagg_peers=5"),
     ({"placement": "flower", "aggregation": "clear"}, "nothing but masked sums"),
-    ({"placement": "flower", "algorithm": "fedbn", "model": "cnn"}, "without fedbn"),
+    ({"placement": "flower", "sites_per_round": 2}, "secagg_colluding=1 of 2 sites"),
     ({"placement": "flower", "dropout_rate": 0.1}, "end a process"),
     ({"placement": "flower", "sites_in_memory": 1}, "sites_in_memory=1"),
     ({"data": "npz:x", "patient_pattern": "(p)"}, "no file names; use patient_column"),

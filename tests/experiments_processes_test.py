@@ -13,12 +13,12 @@ import numpy as np
 import PIL.Image
 import pytest
 from experiments_apart import APART, in_threads, meeting_of
-from experiments_runs import flags_of, train
+from experiments_runs import FIXED, flags_of, train
 
 from experiments import image_facts, inputs, model_files, others, processes, settings
 from primia_jax.data import sites as data_sites
 from primia_jax.flower import channel
-from primia_jax.secagg import coordinator, keys, meeting, pinning, roster
+from primia_jax.secagg import Refused, coordinator, keys, meeting, pinning, roster
 
 pytestmark = pytest.mark.optimised  # the bits of one process and of many are compared
 
@@ -154,6 +154,15 @@ def test_facts_of_images_are_of_the_own_site_alone_wherever_it_stands_among_all(
     found = inputs.site_images(APART, i)
     facts = image_facts.facts(APART, found.train, found.validation, found.test)
     assert "images at several sites" not in facts
+
+
+def test_a_site_does_not_come_back_to_a_run_that_cannot_go_on_with_it():
+  check = processes._check_return
+  check(APART, 1, True)
+  with pytest.raises(Refused, match="dp_noise=banded each start is charged a whole run"):
+    check(settings.replace(FIXED, placement="flower"), 1, True)
+  with pytest.raises(Refused, match="images or its approval have changed"):
+    check(APART, 1, False)
 
 
 def test_sites_that_meet_know_the_same_of_each_other(tmp_path):

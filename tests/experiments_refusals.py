@@ -231,8 +231,6 @@ SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --placement=flower    --stage_timeout=nan   | stage_timeout | nan | positive
 --placement=flower    --aggregation=median  | aggregation | median | secure
 --placement=flower    --secagg=none         | secagg | none | pairwise
---placement=flower    --algorithm=fedbn     | algorithm | fedbn | placement
---placement=flower    --sites_per_round=2   | sites_per_round | 2 | 0
 --placement=flower    --dropout_rate=0.1    | dropout_rate | 0.1 | end a process
 --placement=flower    --sites_in_memory=1   | sites_in_memory | 1 | use 0
 --placement=flower    --sites_dir={file}    | sites_dir | {file} | folder

@@ -10,48 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from experiments_apart import APART, in_threads, meeting_of
+from experiments_apart import APART, arm_of, train_apart
 from experiments_runs import TINY, contents, found, trainer_of
 
-from experiments import arms, inputs, processes, settings, starts, trainers
+from experiments import processes, starts
 from experiments.checkpoints import Best, Checkpoints
-from primia_jax import federated, models, secagg
+from primia_jax import federated, secagg
 from primia_jax.secagg import exchange, keys, meeting, protocol, subkeys
-
-
-def train_apart(root, rounds=2, timeout=300.0):
-  """One start of all sites: (arms, errors), by site; each has a folder and a run of its own."""
-  config = APART
-  model_config = config.model.config(config.data, 3)
-  model = models.build(model_config)
-
-  def one(i, carriers):
-    place, _ = meeting_of(config, root, i, carriers)
-    images = inputs.site_images(config, i)
-    cohort = trainers.Cohort("federated", images.train, images.validation, np.array([i]))
-    trainer = trainers.make_trainer(config, model, model_config, [cohort], place)
-    with processes.leaving(place.joined.carrier, i):
-      arm = arms.train(
-        settings.replace(config, rounds=rounds),
-        cohort,
-        trainer,
-        model_config,
-        arm_of(root, i),
-        None,
-      )
-    place.exchange.close()
-    return arm
-
-  results, errors = in_threads(one, range(config.hospitals.num_sites), root, timeout)
-  reports = results.pop("coordinator", None)
-  return results, errors, reports
-
-
-def arm_of(root, site):
-  """A site's own folder of its arm."""
-  folder = root / "own" / f"site_{site}" / "run" / "federated"
-  folder.mkdir(parents=True, exist_ok=True)
-  return folder
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +167,8 @@ def test_a_site_that_was_lost_takes_the_state_that_the_others_have_signed(
   shutil.rmtree(arm_of(tmp_path, 1))
   (tmp_path / "own" / "site_1" / "states.json").unlink()
   if not honest:
-    given = starts._bytes
-    monkeypatch.setattr(starts, "_bytes", lambda kept: bytes(4) + given(kept)[4:])
+    given = starts.to_bytes
+    monkeypatch.setattr(starts, "to_bytes", lambda kept: bytes(4) + given(kept)[4:])
   results, errors, _ = train_apart(tmp_path)
   if not honest:
     assert "sites [0, 2] start from another state" in str(errors[1])

@@ -12,7 +12,7 @@ from flwr.supercore import task_identity  # noqa: E402
 from secagg_exchange_test import TOLERANT, assert_total, elements  # noqa: E402
 
 from primia_jax.flower import bridging, channel, coordinating  # noqa: E402
-from primia_jax.secagg import Lost, carrier, exchange, keys, meeting  # noqa: E402
+from primia_jax.secagg import Lost, carrier, exchange, keys, meeting, returning  # noqa: E402
 from primia_jax.secagg import messages as msg  # noqa: E402
 
 
@@ -124,6 +124,49 @@ def test_sums_go_through_both_apps_and_the_coordinator_keeps_what_it_may_know(tm
   secrets = [(tmp_path / f"site_{i}" / "identity").read_bytes() for i in range(3)]
   kept = b"".join(path.read_bytes() for path in folder.iterdir())
   assert not any(secret in kept or secret.hex().encode() in kept for secret in secrets)
+
+
+def test_a_program_that_is_started_again_comes_back_through_both_apps(tmp_path):
+  """Its channel is closed in the second sum, and open again before the third."""
+  lost, reopened = threading.Event(), threading.Event()
+
+  def back(i, sums):
+    """The second start of site 1."""
+    folder = tmp_path / "site_1"
+    end = carrier.Carrier(*channel.serve(folder, 120.0))
+    reopened.set()
+    invitation, hellos = returning.met(meeting.invited(end), i, 3)
+    own = meeting.own_identity(folder / "identity")
+    pinned = meeting.pin(hellos, invitation, own, i, folder / "known.json")
+    again = exchange.Exchange(end, i, pinned, b"run")
+    assert again.label == sums.label
+    take = lambda back, state: state
+    assert returning.come_back(end, again, pinned, i, 1, take)[1] == b"state"
+    total = one_sum(i, again)
+    again.close()
+    return total
+
+  def call(i, sums):
+    one_sum(i, sums)
+    if i == 1:
+      sums._carrier.close()  # as the end of its process does
+      lost.set()
+      return back(i, sums)
+    assert lost.wait(60)
+    assert_total(one_sum(i, sums), (0, 2))
+    assert reopened.wait(60)
+    now = returning.Back(2, b"digest", b"", {})
+    own = returning.start(sums, sums._pinned, i, now, b"", sums.sites)
+    give = lambda: b"state"
+    assert returning.roll_call(sums._carrier, sums, sums._pinned, own, give) == (1,)
+    return one_sum(i, sums)
+
+  results, errors, folder, _ = play(tmp_path, call)
+  assert errors == {}
+  for i in range(3):
+    assert_total(results[i], range(3))
+  lines = [json.loads(line) for line in (folder / "sums.jsonl").read_text().splitlines()]
+  assert [line["survivors"] for line in lines] == [[0, 1, 2], [0, 2], [0, 1, 2]]
 
 
 def test_a_node_that_falls_silent_or_lies_costs_its_site_only(tmp_path):

@@ -19,6 +19,7 @@ from flower_world import (
   World,
   charged,
   expected,
+  killed_once,
   records,
   released,
   site,
@@ -51,13 +52,16 @@ def sites(world):
   return ends[0] if len(set(ends)) == 1 else ", ".join(f"{i}: {end}" for i, end in enumerate(ends))
 
 
-def again(root, *worlds, rounds=2):
-  """The next start, which must continue: in all folders is one state, that of the sums recorded."""
+def again(root, *worlds, rounds=2, gaps=()):
+  """The next start, which must continue: in all folders is one state, that of the sums recorded.
+  Sites that were away have gaps in their records.
+  """
   world = World().run(root, rounds=rounds)
   worlds = [*worlds, world]
   assert world.errors == {}, world.errors
   for i in range(3):
-    np.testing.assert_array_equal(world.results[i], expected(records(root, i)))
+    known = records(root, 0 if i in gaps else i)
+    np.testing.assert_array_equal(world.results[i], expected(known))
     np.testing.assert_array_equal(world.results[i], world.results[0])
     assert charged(root, i) >= sum(released(one, i) for one in worlds)
   return RIGHT
@@ -290,6 +294,17 @@ def other_charges(root):
   return coordinators(world), sites(world), again(root, first, world, rounds=3)
 
 
+def comes_back(root):
+  """Before each message of the second sum; it is in later ones of the same run."""
+  ends = []
+  for stage in range(5):
+    place = root / str(stage)
+    world = killed_once(1, 3 + 5 + stage).run(place, rounds=4)
+    assert world.reports[-1].opened.survivors == (0, 1, 2)
+    ends.append((coordinators(world), sites(world), again(place, world, rounds=5, gaps=(1,))))
+  return tuple(map(of_all, zip(*ends, strict=True)))
+
+
 EVENTS = {
   "the coordinator is killed, at any message": coordinator_is_killed,
   "a second coordinator invites, at any message": second_coordinator,
@@ -305,6 +320,7 @@ EVENTS = {
   "site 1 cannot note a message that it would send": site_cannot_note_messages,
   "the coordinator's disk is full": coordinator_disk_is_full,
   "two of three sites are killed": two_are_killed,
+  "site 1 is killed at any message of a sum, and started again while the others go on": comes_back,
 }
 
 # What Flower itself has a part in: the coordinator, the sites, the next start. The tests that the

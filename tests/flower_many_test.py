@@ -1,4 +1,4 @@
-"""Ten hospitals and twenty rounds: two are lost, and come back at the next start."""
+"""Ten hospitals and twenty rounds: two are killed, and come back in the next round."""
 
 import functools
 import gc
@@ -7,14 +7,15 @@ import tracemalloc
 import flower_world
 import numpy as np
 import pytest
-from flower_world import CONFIG, Killed, World, charged, expected, quick, records, site
+from flower_world import CONFIG, World, charged, expected, quick, records, site
 
 from experiments import settings
 
 SITES, SIZE = 10, 2000
 TEN = settings.replace(CONFIG, num_sites=SITES, secagg_threshold=-1, phantom_images=120)
 LOST = {3: 4, 7: 6}  # site to the round in which it is killed
-MEETING, A_SUM = 3, 5  # messages of a site
+MEETING, A_SUM, A_RETURN = 3, 5, 2  # messages of a site
+AT = {i: MEETING + A_SUM * LOST[i] + A_RETURN * (i == 7) + 1 for i in LOST}
 WINDOWS = (1, 2, 3, 7, 8, 9, 11, 12, 13, 17, 18, 19)  # the least of three is what stays
 
 
@@ -37,29 +38,25 @@ def test_twenty_rounds_of_ten_end_with_two_that_come_back_and_memory_is_flat(tmp
       sizes[report.round] = of_secagg()
     who.append(report.opened.survivors)
 
-  who, first = [], World(SITES, keeps=False)
+  who, world = [], World(SITES, keeps=False)
 
   def kill(i, at):
-    if i in LOST and at == MEETING + A_SUM * LOST[i] + 1:
-      first.kill(i)
+    if i in world.restarts and at == AT[i]:
+      world.kill(i)
 
-  first.on_say = kill
+  world.on_say, world.restarts = kill, set(LOST)
   tracemalloc.start()
   try:
     with quick():
-      first.run(tmp_path, 10, program, tell=seen)
-      assert "coordinator" not in first.errors
-      assert {i: type(error) for i, error in first.errors.items()} == dict.fromkeys(LOST, Killed)
-      kept.clear()
-      second = World(SITES, keeps=False).run(tmp_path, 20, program, tell=seen)
+      world.run(tmp_path, 20, program, tell=seen)
   finally:
     tracemalloc.stop()
-  assert second.errors == {}
-  assert [len(sites) for sites in who] == [10] * 4 + [9] * 2 + [8] * 4 + [10] * 10
+  assert world.errors == {}
+  assert [len(sites) for sites in who] == [10] * 4 + [9, 10, 9] + [10] * 13
   for i in range(SITES):
-    np.testing.assert_array_equal(second.results[i], second.results[0])
-    assert charged(tmp_path, i) >= 20 - (10 - LOST.get(i, 10)) - 1
-  np.testing.assert_array_equal(second.results[0], expected(records(tmp_path, 0)))
+    np.testing.assert_array_equal(world.results[i], world.results[0])
+    assert charged(tmp_path, i) == 20
+  np.testing.assert_array_equal(world.results[0], expected(records(tmp_path, 0)))
   early, before, after, late = (min(map(sizes.get, WINDOWS[i : i + 3])) for i in (0, 3, 6, 9))
   assert before - early > 4 * 4 * SIZE  # six sums
   assert late - after < 4 * SIZE, sizes

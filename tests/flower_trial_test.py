@@ -23,20 +23,27 @@ pytestmark = [pytest.mark.flower, pytest.mark.optimised]
 
 MODULE, TIMEOUT = "experiments.train_federated", 300.0
 APART = settings.replace(
-  TINY, placement="flower", model="cnn", rounds=2, class_weights=False, sync_epochs=1,
+  TINY, placement="flower", model="cnn", rounds=4, class_weights=False, sync_epochs=1,
   validation="none", secagg_threshold=2, secagg_colluding=0,
 )  # fmt: skip
+
+
+def params(folder):
+  """Of a checkpoint."""
+  saved = ocp.StandardCheckpointer().restore((folder / "default").absolute())
+  return jax.tree.leaves(saved["state"]["params"])
 
 
 def lines(path):
   return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def test_three_sites_train_over_flower_as_in_one_process_and_go_on_without_one_that_is_killed(
-  tmp_path, capfd
+def test_three_sites_train_over_flower_as_in_one_process_and_one_that_is_killed_comes_back(
+  tmp_path,
 ):
-  """The parameters are bit for bit those of one process as long as all are there. A SuperNode whose
-  key is not registered gets nothing, and nothing is left running.
+  """The parameters are bit for bit those of one process as long as all are there. The others go on
+  without the one that is killed, and it takes part again when its program is started. A SuperNode
+  whose key is not registered gets nothing, and nothing is left running.
   """
   folder, own = tmp_path / "run", tmp_path / "run.sites"
   running.open_run(APART, str(folder))
@@ -55,12 +62,17 @@ def test_three_sites_train_over_flower_as_in_one_process_and_go_on_without_one_t
       assert time.monotonic() < end
       assert not (folder / trial.COORDINATOR / "ending.json").exists()
       time.sleep(0.1)
+    found = [params(path) for path in first]
     os.killpg(deployment.processes["site 2"].pid, signal.SIGKILL)
+    deployment.processes["site 2"].wait()
+    trial.start_site(deployment, 2, MODULE, flags_of(APART))
     unregistered = deployment.processes.pop("supernode 3")
     os.killpg(unregistered.pid, signal.SIGKILL)
-    assert trial.watch(deployment) == [2]
-  assert "site 2 has ended, code -9" in capfd.readouterr().err
-  assert [line["survivors"] for line in lines(sums)] == [[0, 1, 2], [0, 1]]
+    assert trial.watch(deployment) == []
+  who = [line["survivors"] for line in lines(sums)]
+  assert who[0] == who[-1] == [0, 1, 2]
+  assert [0, 1] in who
+  assert "site 2: is back from round" in (own / "site_2" / trial.LOG).read_text()
   assert all(process.poll() is not None for process in deployment.processes.values())
   text = (deployment.flower / "supernode_3.log").read_text()
   assert "Receiving" not in text
@@ -69,13 +81,11 @@ def test_three_sites_train_over_flower_as_in_one_process_and_go_on_without_one_t
   simulated = settings.replace(APART, placement="scan", rounds=1)
   (tmp_path / "one").mkdir()
   train(simulated, tmp_path / "one")
-  params = lambda folder: jax.tree.leaves(
-    ocp.StandardCheckpointer().restore((folder / "default").absolute())["state"]["params"]
-  )
   wanted = params(tmp_path / "one" / "checkpoints" / "1")
-  models = [model_files.load_model(str(path.parents[2]))[1][0] for path in first[:2]]
-  for found in map(params, first):
-    for a, b in zip(found, wanted, strict=True):
+  models = [model_files.load_model(str(path.parents[2]))[1][0] for path in first]
+  for one in found:
+    for a, b in zip(one, wanted, strict=True):
       np.testing.assert_array_equal(a, b)
-  for a, b in zip(*map(jax.tree.leaves, models), strict=True):
+  for a, b, c in zip(*map(jax.tree.leaves, models), strict=True):
     np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a, c)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from experiments_runs import TINY
 
-from experiments import processes, settings, starts
+from experiments import processes, rejoining, settings, starts
 from experiments.checkpoints import Best
 from primia_jax import durable, federated, secagg
 from primia_jax.privacy import accounting, agreeing, ledger
@@ -86,8 +86,13 @@ def site(root, number, end, rounds, config=CONFIG):
     zero = jnp.zeros(SIZE, jnp.uint32)
     initial = federated.State(zero, (), (), (), jnp.int32(0))
     best = Best((), (), (), (), jnp.float32(0), jnp.int32(0))
-    kept = starts.catch_up(joined, number, starts.Kept(initial, best, ""), files)
-    told = starts.agree(joined, number, initial, kept.state, ledger.public(path))
+    untrained, back = starts.Kept(initial, best, ""), None
+    if joined.is_back:
+      back = rejoining.come_back(joined, number, untrained, files, path)
+      kept, told = back.kept, back.ledgers
+    else:
+      kept = starts.catch_up(joined, number, untrained, files)
+      told = starts.agree(joined, number, initial, kept.state, ledger.public(path))
     agreeing.reconcile(told, path, PLAN, 2)
     charges = ledger.Ledgers(PLAN, path, Chain(seat.own / "ledger"), [None] * num_sites)
 
@@ -100,7 +105,10 @@ def site(root, number, end, rounds, config=CONFIG):
       return state, types.SimpleNamespace(survivors=np.array(joined.exchange.sites))
 
     step, state = starts.recorded(joined, step), kept.state
-    for _ in range(int(state.round), rounds):
+    begun = int(state.round)
+    for n in range(begun, rounds):
+      if back is None or n > begun:
+        rejoining.roll_call(joined, number, state, best, None, path)
       charges.spend_round([*range(num_sites)])
       state, _ = step(None, state, None)
       files.save(int(state.round), state)
@@ -120,6 +128,7 @@ class World:
     reports: of the sums.
     silent: (site, number of the first message that it says too late); or None.
     spoil_said, spoil_told: (site, number of its message, bytes) -> bytes; None: it never comes.
+    restarts: sites whose program is started again once the others have lost them.
     on_ask: called with each number of the coordinator's questions before they are sent.
     on_hear, on_say: called with (site, number) before it hears, or says, that message.
   """
@@ -132,6 +141,7 @@ class World:
     self.results, self.errors, self.reports, self.asked = {}, {}, [], 0
     self.is_over = threading.Event()  # the coordinator's end
     self.killed, self.silent = set(), None
+    self.restarts, self.reopened = set(), {i: threading.Event() for i in range(num_sites)}
     self.spoil_said = self.spoil_told = lambda site, number, data: data
     self.on_ask = lambda number: None
     self.on_hear = self.on_say = lambda site, number: None
@@ -194,6 +204,16 @@ class World:
     self.ends[site].close()
     raise Killed
 
+  def restart(self, site):
+    """Opens its end again, when a sum has been without it."""
+    end = self.ends[site].hear.__self__
+    for waiting in (end.requests, end.answers):
+      while not waiting.empty():
+        waiting.get_nowait()
+    end.is_closed = False
+    self.killed.discard(site)
+    self.reopened[site].set()
+
   def run(self, root, rounds=1, program=site, programs=None, tell=lambda report: None):
     """Runs to the end of all; programs are those of sites that run another."""
     (root / "own").mkdir(parents=True, exist_ok=True)
@@ -202,12 +222,18 @@ class World:
       try:
         self.results[i] = (programs or {}).get(i, program)(root, i, self.end_of(i), rounds)
       except BaseException as error:
-        self.errors[i] = error
+        if i in self.restarts:
+          assert self.reopened[i].wait(DEADLINE), f"{i} is not missed"
+          self.restarts.discard(i)
+          return one(i)
         self.ends[i].close()
+        self.errors[i] = error
 
     def coordinate():
       def told(report):
         tell(report)
+        for i in self.restarts - set(report.opened.survivors):
+          self.restart(i)
         if self.keeps:
           self.reports.append(report)
 
@@ -227,6 +253,18 @@ class World:
       thread.join(max(0.0, end - time.monotonic()))
       assert not thread.is_alive(), "a hang"
     return self
+
+
+def killed_once(site, at):
+  """A world in which a site is killed before it says a message, and started again."""
+  world = World()
+
+  def kill(number, n):
+    if (number, n) == (site, at) and world.restarts:
+      world.kill(number)
+
+  world.on_say, world.restarts = kill, {site}
+  return world
 
 
 def released(world, site):

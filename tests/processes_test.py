@@ -84,7 +84,7 @@ def worker(process: int, address: str, folder: pathlib.Path) -> None:
   with pytest.raises(ValueError, match="sites_per_load=0"):
     f.step(jax.random.key(SEED), state, everybody._replace(sites_per_load=0))
   with pytest.raises(ValueError, match="equally many"):
-    placement.rows(S + 1)
+    placement.rows(np.arange(S + 1))
   np.savez(folder / f"{process}.npz", **jax.tree.map(np.asarray, result))
 
 

@@ -1,4 +1,5 @@
 import struct
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -25,9 +26,20 @@ EXAMPLES = [
   msg.Consents(7, {1: b"s", 2: b"t"}),
   msg.Answer(3, 7, {0: b"x" * 32}, {}, b"s"),
   msg.Total(7, (np.arange(3, dtype=np.uint32), np.array([2**63], np.uint64)), b"s" * 64),
+  msg.Followed(
+    7, b"t" * 32, (0, 1), (2,), {0: b"s", 1: b"t"}, (np.arange(3, dtype=np.uint32),), b"s" * 64
+  ),
+  msg.Recalled(b"i" * 32, b"f" * 32, {0: b"h", 1: b"g"}),
+  msg.Returning((1, 3), 0),
+  msg.Resumed({0: b"s"}, b"state"),
   msg.Hello(3, b"i" * 32, b"", b"f" * 32, b"told", b"s" * 64),
   msg.Start(3, 7, b"d" * 32, (0, 2), b"", b"s" * 64),
 ]
+
+ROSTER, DELIVERY, MASKED = (
+  msg.encode(m)[:1]
+  for m in (msg.Roster(0, ()), msg.Delivery(0, {}), msg.MaskedInput(0, 0, (), b""))
+)
 
 
 def plain(value):
@@ -60,7 +72,8 @@ def test_vectors_take_the_bytes_of_their_ring(num_bits, size, seed):
 
 
 def test_every_kind_of_message_is_tried():
-  assert {type(m) for m in EXAMPLES} == {*msg.FROM_SITES, *msg.FROM_SERVER, msg.Hello, msg.Start}
+  others = {msg.Followed, msg.Hello, msg.Start, *get_args(msg.OfReturn)}
+  assert {type(m) for m in EXAMPLES} == {*msg.FROM_SITES, *msg.FROM_SERVER, *others}
   assert len({msg.encode(m) for m in EXAMPLES}) == len(EXAMPLES)
 
 
@@ -99,19 +112,19 @@ def test_no_bytes_do_harm(data, kind):
     b"",
     b"\x0a",
     b"\xff",
-    b"\1" + struct.pack("<II", 7, 2**32 - 1),  # a roster of 2^32 - 1 adverts
-    b"\3" + struct.pack("<II", 7, 2**32 - 1),
+    ROSTER + struct.pack("<II", 7, 2**32 - 1),  # a roster of 2^32 - 1 adverts
+    DELIVERY + struct.pack("<II", 7, 2**32 - 1),
     b"\5" + struct.pack("<II", 7, 2**32 - 1),
-    b"\3" + struct.pack("<IIIIII", 7, 2, 5, 0, 5, 0),  # site 5 twice
-    b"\3" + struct.pack("<IIIIII", 7, 2, 5, 0, 4, 0),  # out of order
-    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 8, 8, 12) + b"\1" * 12 + bytes(4),  # half a word
-    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 2, 2, 4) + b"\1" * 4 + bytes(4),  # words of two bytes
-    b"\4"
+    DELIVERY + struct.pack("<IIIIII", 7, 2, 5, 0, 5, 0),  # site 5 twice
+    DELIVERY + struct.pack("<IIIIII", 7, 2, 5, 0, 4, 0),  # out of order
+    MASKED + struct.pack("<IIIIII", 3, 7, 1, 8, 8, 12) + b"\1" * 12 + bytes(4),  # half a word
+    MASKED + struct.pack("<IIIIII", 3, 7, 1, 2, 2, 4) + b"\1" * 4 + bytes(4),  # words of two bytes
+    MASKED
     + struct.pack("<IIIIII", 3, 7, 1, 4, 5, 5)
     + b"\1" * 5
     + bytes(4),  # five bytes of words of four
-    b"\4" + struct.pack("<IIIIII", 3, 7, 1, 4, 0, 0) + bytes(4),
-    b"\4"
+    MASKED + struct.pack("<IIIIII", 3, 7, 1, 4, 0, 0) + bytes(4),
+    MASKED
     + struct.pack("<IIIIII", 3, 7, 1, 4, 2, 4)
     + b"\1\0\1\0"
     + bytes(4),  # two bytes where one does

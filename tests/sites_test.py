@@ -127,14 +127,16 @@ def test_rows_lie_on_their_own_devices():
   for i, shard in enumerate(sorted(placed["x"].addressable_shards, key=lambda s: s.index[0].start)):
     assert np.array_equal(shard.data, rows["x"][2 * i : 2 * i + 2])
     assert shard.device == jax.devices()[i]
-  assert placement.rows(8).tolist() == list(range(8))  # one process runs all sites
+  assert placement.rows(np.arange(8)).tolist() == list(range(8))  # one process runs all sites
   assert placement.replicate({"w": np.ones(3)})["w"].sharding.is_fully_replicated
 
 
 def test_a_process_of_its_own_runs_one_row_and_sums_nothing():
   shared, rows = inputs(1)
   placement = sites.own_process(2)
-  assert placement.rows(4).tolist() == [2]
+  assert placement.rows(np.arange(4)).tolist() == [2]
+  assert placement.rows(np.array([0, 2, 3])).tolist() == [1]
+  assert placement.rows(np.array([0, 1, 3])).tolist() == []  # it runs nothing
   lifted = placement.sum_over_sites(site_fn)
   got = lifted(placement.replicate(shared), placement.put(rows))
   want = run("scan", shared, rows)

@@ -172,6 +172,11 @@ class Privacy:
       )
 
   @property
+  def is_charged_whole(self) -> bool:
+    """Whether the noise of a run belongs together, so that each start is charged a whole run."""
+    return self.dp_noise in _CORRELATED
+
+  @property
   def by_patient(self) -> bool:
     return self.dp == "patient"
 

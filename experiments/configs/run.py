@@ -262,7 +262,7 @@ class Train:
       )
 
   def _check_processes(self) -> None:
-    a, f, h = self.aggregation, self.federation, self.hospitals
+    a, h = self.aggregation, self.hospitals
     if self.record_transcript:
       raise ValueError(
         "record_transcript=True with placement=flower: a site's update never leaves its process "
@@ -272,12 +272,6 @@ class Train:
       raise ValueError(
         f"placement=flower sends nothing but masked sums, and not aggregation={a.aggregation} "
         f"with secagg={a.secagg}; use aggregation=secure and secagg=pairwise or bell"
-      )
-    if f.algorithm == "fedbn" or 0 < f.sites_per_round < h.num_sites:
-      raise ValueError(
-        f"placement=flower with algorithm={f.algorithm} and "
-        f"sites_per_round={f.sites_per_round}: it works with all sites in every round, "
-        "and without fedbn; use another algorithm and sites_per_round=0"
       )
     if a.dropout_rate:
       raise ValueError(

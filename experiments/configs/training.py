@@ -204,7 +204,11 @@ class Federation:
     0.01, "fedadam, fedyogi, fedadagrad, fedavgm: the server's learning rate"
   )
   server_momentum: float = setting(0.9, "fedavgm: the server's momentum")
-  sites_per_round: int = setting(0, "sites drawn at random for each round; 0 takes all")
+  sites_per_round: int = setting(
+    0,
+    "sites drawn at random for each round, from the seed, which all know, so that no privacy is "
+    "claimed for the draw; 0 takes all",
+  )
   placement: str = setting(
     "auto",
     "where sites run: loop, scan, vmap, chunk=C, mesh, auto (the fastest), or flower: a process "

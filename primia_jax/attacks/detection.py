@@ -193,7 +193,7 @@ def refuse(scores: Scores, limits: Scores, site: int) -> None:
 def guarded(
   step: Step,
   loss_fn: LossFn,
-  here: Callable[[int], np.ndarray],
+  here: Callable[[np.ndarray], np.ndarray],
   limits: Scores = LIMITS,
   num_images: int = 16,
 ) -> Step:
@@ -202,7 +202,7 @@ def guarded(
   Args:
     step: of `federated.federate`.
     loss_fn: as the sites train.
-    here: number of sites in the round -> positions of those that run here (`Placement.rows`).
+    here: numbers of the sites in the round -> positions of those that run here (`Placement.rows`).
     limits: see `refuse`, which the step raises as.
     num_images: of each site that look at the model, the first ones. A site of a single image
       cannot compare and lets all pass.
@@ -210,7 +210,8 @@ def guarded(
   run = jax.jit(functools.partial(measure, loss_fn))
 
   def checked(key: Key, state: State, sites: Sites) -> tuple[State, Info]:
-    mine = np.asarray(sites.ids, np.int32)[here(len(sites.ids))]
+    ids = np.asarray(sites.ids, np.int32)
+    mine = ids[here(ids)]
     loaded = sites.load(mine)
     for row, site in enumerate(mine.tolist()):
       count = min(num_images, int(loaded.num_examples[row]))

@@ -43,13 +43,19 @@ FIELDS: dict[type, dict[str, str]] = {
   secagg.Answer: _FROM_SITE | {"self_shares": SHARES, "mask_shares": SHARES},
   secagg.Total: {"round": PUBLIC, "vectors": TOTAL, "signature": PUBLIC},
   secagg.Hello: dict.fromkeys(("site", "identity", "server", "fresh", "told", "signature"), PUBLIC),
-  secagg.Start: dict.fromkeys(("site", "round", "state", "sites", "told", "signature"), PUBLIC),
-  # what a site tells may be the state of a round, which follows from the sums that all were told
+  # what a site tells may be the state of a round, or the weights of classes, which follow from the
+  # sums that all were told
+  secagg.Start: dict.fromkeys(("site", "round", "state", "sites", "signature"), PUBLIC)
+  | {"told": TOTAL},
   secagg.Word: {"site": PUBLIC, "told": TOTAL},
   secagg.Invitation: dict.fromkeys(("identity", "fresh"), PUBLIC),
   secagg.Relayed: {"said": TOTAL},
   secagg.Terms: dict.fromkeys(get_type_hints(secagg.Terms), PUBLIC),
   secagg.Proposal: dict.fromkeys(("site", "round", "terms", "advert"), PUBLIC),
+  secagg.Followed: dict.fromkeys(get_type_hints(secagg.Followed), PUBLIC) | {"vectors": TOTAL},
+  secagg.Recalled: dict.fromkeys(("identity", "fresh", "hellos"), PUBLIC),
+  secagg.Returning: dict.fromkeys(("sites", "giver"), PUBLIC),
+  secagg.Resumed: {"starts": TOTAL, "state": TOTAL},
   secagg.Ended: dict.fromkeys(("site", "reason"), PUBLIC),
   secagg.Dismissed: {"reason": PUBLIC},
   mpc.Publication: {"publication": PUBLIC, "arrays": MASKED},

@@ -61,7 +61,7 @@ def audit(run: Callable[[Placement], Any], name: str = "", position: int = 0) ->
 
   same = lambda tree: tree
   try:
-    run(Placement("audit", lift, same, same, np.arange))
+    run(Placement("audit", lift, same, same, lambda ids: np.arange(len(ids))))
   except _Traced:
     return found[0]
   raise ValueError("run formed no sum over sites; let it call `step` or what `over_sites` returns")

@@ -44,9 +44,15 @@ def hear(carrier: Carrier, limit: int) -> msg.Message:
     ConnectionError: the coordinator has dismissed this site, or a run begins anew, or as `Carrier`.
     TimeoutError, ValueError: as `Carrier`; or what came is no message.
   """
-  message = msg.decode(carrier.hear(limit))
+  return known(msg.decode(carrier.hear(limit)))
+
+
+def known(message: msg.Message) -> msg.Message:
+  """The message, unless it ends the run for this site; raises a ConnectionError then."""
   if isinstance(message, msg.Dismissed):
     raise ConnectionError(errors.readable(message.reason) or "the coordinator has left")
+  if isinstance(message, msg.Recalled):
+    raise ConnectionError("the run goes on without this site; start again to come back")
   if isinstance(message, msg.Invitation):
     raise ConnectionError(
       "a coordinator invites to another run: it was started again, or there are two"

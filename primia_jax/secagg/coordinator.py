@@ -1,8 +1,9 @@
 """The coordinator of a run: it asks the sites what they want next, and opens one sum after another.
 
 It holds no data, no model and no secret but its identity. Each site answers with its wish: to tell
-all others something, to form a sum, or to leave. `coordinate` knows nothing of training. Every
-stage is a round trip over a carrier; a site that does not answer in time has dropped out.
+all others something, to form a sum or to be told it, or to leave. `coordinate` knows nothing of
+training. Every stage is a round trip over a carrier; a site that does not answer in time has
+dropped out.
 
 Who learns what: see `protocol`. The terms of a sum come from the sites: the coordinator takes those
 on which most of them agree, and sites with other terms are not in the sum.
@@ -18,12 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from primia_jax.secagg import errors, keys, rounds
+from primia_jax.secagg import errors, following, keys, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 from primia_jax.secagg.carrier import Ask
 from primia_jax.secagg.errors import Aborted, Lost, Rejected, RoundFailed
 
+_IN_RUN = (msg.Proposal, msg.Start)  # the latter where a round begins without a site
+_KNOCK = 20.0  # seconds for a site that was lost to say that it is back
 _LARGEST = 2**31  # bytes of a message that a sum may need
 _TO_ALL = {msg.Hello, msg.Word, msg.Start}  # what sites say to all others
 _FAREWELL = 20.0  # seconds for the sites to take the news that a run has failed
@@ -71,18 +74,20 @@ def coordinate(
       raised, such as by `tell`, they learn that the run has ended.
   """
   present = set(sites)
-  invitation = msg.encode(msg.Invitation(identity.public, os.urandom(keys.KEY_BYTES)))
+  fresh = os.urandom(keys.KEY_BYTES)
+  invitation = msg.encode(msg.Invitation(identity.public, fresh))
   try:
     said = _round_trip(ask, dict.fromkeys(sites, invitation), timeout)
     left: dict[int, str] = {}
     met: set[type] = set()
-    has_begun = False  # the first sum, after which sites say nothing more to all others
+    recalled = b""  # for sites that come back
+    has_begun = False  # the first sum, after which sites say nothing else to all others
     while True:
       for i in [i for i, one in said.items() if isinstance(one, msg.Ended)]:
         left[i] = errors.readable(said.pop(i).reason)
         present.discard(i)
       if has_begun := has_begun or any(isinstance(one, msg.Proposal) for one in said.values()):
-        said = {i: one for i, one in said.items() if isinstance(one, msg.Proposal)}  # or silence
+        said = _alike(said)
       if not said:
         if all(left.values()):
           raise Lost(_said_on_leaving(left) or "no site answers any more")
@@ -92,14 +97,23 @@ def coordinate(
       kinds = collections.Counter(type(one) for one in said.values())
       if set(kinds) <= {msg.Proposal}:
         dismiss(ask, present - set(said), "this site did not answer in time")
+        follow = {i for i, one in said.items() if not one.advert}
         report, said = _sum(ask, said, identity, timeout)
         tell(report)
-        present = set(said) | set(report.opened.survivors)
+        present = set(said) | set(report.opened.survivors) | follow
+        continue
+      if has_begun:
+        back, said = _roll_call(ask, said, set(sites) - present, recalled, timeout)
+        present |= back
+        left = {i: reason for i, reason in left.items() if i not in back}
         continue
       if len(kinds) > 1 or set(said) != set(sites) or not set(kinds) <= _TO_ALL:
         raise Lost(_missing(sites, said, left, met))
       met |= set(kinds)
-      relayed = msg.encode(msg.Relayed({i: msg.encode(one) for i, one in said.items()}))
+      spoken = {i: msg.encode(one) for i, one in said.items()}
+      if set(kinds) == {msg.Hello}:
+        recalled = msg.encode(msg.Recalled(identity.public, fresh, spoken))
+      relayed = msg.encode(msg.Relayed(spoken))
       said = _round_trip(ask, dict.fromkeys(said, relayed), timeout)
   except Exception as error:
     known = isinstance(error, Aborted)
@@ -112,6 +126,39 @@ def dismiss(ask: Ask, sites: Sequence[int] | set[int], reason: str, timeout: flo
   """Tells sites that the run goes on without them, or has ended; they do not answer."""
   if sites:
     ask(dict.fromkeys(sorted(sites), msg.encode(msg.Dismissed(reason.encode()))), timeout)
+
+
+def _alike(said: dict[int, Any]) -> dict[int, Any]:
+  """What most sites say, of the two that they may say in a run; the others count as silent."""
+  proposals, starts = ({i: m for i, m in said.items() if isinstance(m, k)} for k in _IN_RUN)
+  return starts if len(starts) > len(proposals) else proposals
+
+
+def _roll_call(
+  ask: Ask, starts: Mapping[int, Any], lost: set[int], recalled: bytes, timeout: float
+) -> tuple[set[int], dict[int, Any]]:
+  """Takes back the sites that were lost and are there again; see `returning`.
+
+  Returns:
+    (the sites that are back, what all want next).
+  """
+  here = _round_trip(ask, dict.fromkeys(lost, recalled), min(timeout, _KNOCK))
+  waiting = sorted(i for i, one in here.items() if isinstance(one, msg.Word))
+  giver = min(starts)
+  returning = msg.encode(msg.Returning(tuple(waiting), giver))
+  said = _round_trip(ask, dict.fromkeys(starts, returning), timeout)
+  if not waiting:
+    return set(), said
+  given = said[giver].told if isinstance(said.get(giver), msg.Word) else b""
+  resumed = msg.Resumed({i: msg.encode(one) for i, one in starts.items()}, given)
+  back = {}
+  if given:
+    back = _round_trip(ask, dict.fromkeys(waiting, msg.encode(resumed)), timeout)
+    back = {i: one for i, one in back.items() if isinstance(one, msg.Start)}
+  relayed = msg.encode(msg.Relayed({i: msg.encode(one) for i, one in back.items()}))
+  staying = {i for i, one in said.items() if isinstance(one, msg.Word)}
+  ended = {i: one for i, one in said.items() if isinstance(one, msg.Ended)}
+  return set(back), ended | _round_trip(ask, dict.fromkeys(staying | set(back), relayed), timeout)
 
 
 def _missing(
@@ -145,14 +192,15 @@ def _round_trip(ask: Ask, requests: Mapping[int, bytes], timeout: float) -> dict
 def _sum(
   ask: Ask, proposals: Mapping[int, Any], identity: keys.Identity, timeout: float
 ) -> tuple[Report, dict[int, Any]]:
-  """One sum: its report, and what its survivors want next."""
+  """One sum: its report, and what its survivors, and the sites that follow it, want next."""
   rejected: list[Rejected] = []
-  setup, round = _agreed(proposals, rejected)
+  setup, round, follow = _agreed(proposals, rejected)
+  dismiss(ask, _others(proposals, follow), "this site follows another sum than most sites form")
   state, seconds, limit = serving.start(setup, round), list[float](), rounds.message_bytes(setup)
   try:
-    for i, one in sorted(proposals.items()):
-      state = _take(state, i, one.advert, rejected)
-    spoke = set(proposals)
+    spoke = {i for i, one in proposals.items() if one.advert}
+    for i in sorted(spoke):
+      state = _take(state, i, proposals[i].advert, rejected)
     for close in serving.CLOSE:
       state, out = close(state)
       sites = set(state.received[state.stage - 1])
@@ -171,18 +219,27 @@ def _sum(
     raise
   told = set(state.received[3])
   dismiss(ask, spoke - told, "this site was lost in stage consistency")
-  total = msg.encode(serving.sign_total(state, opened, identity))
+  total = serving.sign_total(state, opened, identity)
+  requests = dict.fromkeys(told, msg.encode(total))
+  requests |= dict.fromkeys(follow, msg.encode(following.tell(state, total)))
   begun = time.monotonic()
-  said = _round_trip(ask, dict.fromkeys(told, total), timeout)
+  said = _round_trip(ask, requests, timeout)
   seconds.append(time.monotonic() - begun)
   report = Report(round, setup.purpose, opened, tuple(rejected), tuple(seconds))
   return report, said
 
 
-def _agreed(proposals: Mapping[int, Any], rejected: list[Rejected]) -> tuple[rounds.Setup, int]:
-  """The terms and the round that most sites propose."""
-  wishes = collections.Counter((one.round, one.terms) for one in proposals.values())
+def _agreed(
+  proposals: Mapping[int, Any], rejected: list[Rejected]
+) -> tuple[rounds.Setup, int, set[int]]:
+  """The terms and the round that most sites of a sum propose, and the sites that follow it."""
+  wishes = collections.Counter((one.round, one.terms) for one in proposals.values() if one.advert)
+  if not wishes:
+    raise RoundFailed(msg.STAGES[0], 0, len(proposals), "sites want to be in the sum")
   (round, terms), _ = wishes.most_common(1)[0]
+  follow = {
+    i for i, one in proposals.items() if not one.advert and (one.round, one.terms) == (round, terms)
+  }
   for i, one in proposals.items():
     if (one.round, one.terms) != (round, terms):
       why = "it proposes other terms than most sites"
@@ -196,7 +253,12 @@ def _agreed(proposals: Mapping[int, Any], rejected: list[Rejected]) -> tuple[rou
       raise ValueError(f"a message of {rounds.message_bytes(setup)} bytes")
   except ValueError as error:
     raise RoundFailed(msg.STAGES[0], 0, len(proposals), f"sites propose a sum ({error})") from error
-  return setup, round
+  return setup, round, follow
+
+
+def _others(proposals: Mapping[int, Any], follow: set[int]) -> set[int]:
+  """The sites that want to follow another sum."""
+  return {i for i, one in proposals.items() if not one.advert} - follow
 
 
 def _take(

@@ -8,9 +8,9 @@ class Aborted(RuntimeError):
 
 
 class RoundAborted(Aborted):
-  """Simulation: too many sites are lost to open this sum, or to open it only as a whole.
+  """Too many of a round's sites are lost to open its sum, or to open it only as a whole.
 
-  The caller may continue with the next round.
+  It is known before anything is sent. The caller may continue with the next round.
   """
 
 

@@ -1,9 +1,10 @@
 """One sum after another over sites that each run in their own process: `protocol` over a carrier.
 
 Only `messages` cross between processes; a coordinator, which is no site, opens the sums
-(`coordinator`). All sites learn each sum and who is in it. The sites of a sum are the survivors of
-the one before, whose list all have signed, so a lost site costs the others one timeout. It stays
-out until all start again.
+(`coordinator`). All sites learn each sum and who is in it. A sum is over all sites that are left,
+or over some of them, and is told to the others (`following`). The sites that it has lost are in no
+later one: all know them from the list of survivors, which is signed. So a lost site costs the
+others one timeout. It stays out until it comes back (`returning`), or all start again.
 
 Who learns what: see `protocol`. Its bounds hold for the K sites that have begun: however many are
 lost, no sum is over fewer than the quorum of K. That is more than two thirds of them, or more than
@@ -31,10 +32,10 @@ import numpy as np
 
 from primia_jax import ring
 from primia_jax.secagg import carrier as carrying
-from primia_jax.secagg import graph, keys, protocol, rounds
+from primia_jax.secagg import following, graph, keys, protocol, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import Carrier
-from primia_jax.secagg.errors import Lost, Refused
+from primia_jax.secagg.errors import Lost, Refused, RoundAborted
 from primia_jax.secagg.masking import Row, SecureSum
 from primia_jax.types import PyTree
 
@@ -58,11 +59,17 @@ class Begun(NamedTuple):
 
   Attributes:
     rows: [1, ...], this site's number and the key of its noise, and no peers: the exchange masks.
-    site: its state in the protocol, which holds its other keys.
+    site: its state in the protocol, which holds its other keys. Both are None where the site is not
+      in the sum, and follows it.
+    setup, round: of the sum.
+    shapes: of its ring elements.
   """
 
-  rows: Row
-  site: protocol.Site
+  rows: Row | None
+  site: protocol.Site | None
+  setup: rounds.Setup
+  round: int
+  shapes: PyTree
 
 
 class Exchange:
@@ -70,7 +77,8 @@ class Exchange:
 
   Attributes:
     label: names this start of the run; the same at all sites.
-    sites: the survivors of the last sum, which are the sites of the next.
+    sites: those that were lost in no sum.
+    survivors: the sites in the last sum.
   """
 
   def __init__(self, carrier: Carrier, number: int, pinned: Pinned, run: bytes):
@@ -83,7 +91,7 @@ class Exchange:
       run: names the run and its configuration; sites with different ones refuse each other's
         messages.
     """
-    self.sites = tuple(sorted(pinned.sites))
+    self.sites = self.survivors = tuple(sorted(pinned.sites))
     self._number, self._pinned, self._carrier = number, pinned, carrier
     everybody = [*(pinned.sites[i] for i in self.sites), pinned.server]
     self.label = self._run = hashlib.sha256(b"".join(everybody) + run).digest()
@@ -97,8 +105,33 @@ class Exchange:
     """
     self._run = hashlib.sha256(self._run + hashlib.sha256(public).digest()).digest()
 
+  @property
+  def chain(self) -> bytes:
+    """What the next sum is bound to: 32 bytes."""
+    return self._run
+
+  def resume(self, chain: bytes, sites: Sequence[int]) -> None:
+    """Goes on where the others are, after `returning` has checked what they have signed.
+
+    Args:
+      chain: theirs.
+      sites: those that are left.
+    """
+    self._run, self.sites = chain, tuple(sorted(sites))
+
+  def admit(self, start: msg.Start) -> None:
+    """Takes a site back that was lost, and binds all later sums to what it has signed."""
+    self.sites = tuple(sorted({*self.sites, start.site}))
+    self.bind(msg.encode(start))
+
   def begin(
-    self, shapes: PyTree, round: int, purpose: int, config: SecureSum, min_survivors: int = 1
+    self,
+    shapes: PyTree,
+    round: int,
+    purpose: int,
+    config: SecureSum,
+    min_survivors: int = 1,
+    sites: Sequence[int] | None = None,
   ) -> Begun:
     """Agrees on this sum's keys, before the site works, so that the others see if it is lost.
 
@@ -108,24 +141,40 @@ class Exchange:
       config: of the sum. Without a threshold, the least above two thirds of a site and its peers is
         taken.
       min_survivors: the fewest sites over which the sum may be opened.
+      sites: of this sum, the same at all sites; None for all of the run. A site that is not among
+        them follows the sum.
 
     Raises:
+      RoundAborted: too few of these sites are left, and they are not all of the run. Every site
+        raises it alike, and may go on with the next sum.
       ValueError: for a config without masks, as `agree`, or as `rounds.setup`.
       Lost: the coordinator has dismissed this site or sends nothing, or too few sites are left.
       Refused: the coordinator's message would make it unsafe to continue.
     """
-    setup = agree(
-      {i: self._pinned.sites[i] for i in self.sites},
-      len(self._pinned.sites),
-      [leaf.size for leaf in jax.tree.leaves(shapes)],
-      purpose,
-      config,
-      min_survivors,
-      self._run,
-      self._graph_key,
-    )
-    site, advert = protocol.advertise(setup, round, self._number, self._pinned.own)
+    everyone = tuple(sorted(self._pinned.sites))
+    sites = everyone if sites is None else tuple(sorted(sites))
+    try:
+      setup = agree(
+        {i: self._pinned.sites[i] for i in sites if i in self.sites},
+        len(sites),
+        [leaf.size for leaf in jax.tree.leaves(shapes)],
+        purpose,
+        config,
+        min_survivors,
+        self._run,
+        self._graph_key,
+      )
+    except Lost as error:
+      if sites == everyone:
+        raise
+      lost = sorted(set(sites) - set(self.sites))
+      raise RoundAborted(f"round aborted: of its sites {[*sites]}, {lost} are lost") from error
     terms = msg.encode(rounds.terms(setup))
+    if self._number not in sites:
+      with self._explained(round):
+        self._say(msg.Proposal(self._number, round, terms, b""))
+      return Begun(None, None, setup, round, shapes)
+    site, advert = protocol.advertise(setup, round, self._number, self._pinned.own)
     with self._explained(round):
       self._say(msg.Proposal(self._number, round, terms, msg.encode(advert)))
       site, shares = protocol.share_keys(site, self._hear(site))
@@ -133,23 +182,32 @@ class Exchange:
     noise = jnp.asarray(keys.words(site.secrets.noise))[None]
     nobody = jnp.zeros((1, 0), jnp.int32), jnp.zeros((1, 0, 8), jnp.uint32)
     rows = Row(jnp.full(1, self._number, jnp.int32), *nobody, None, noise)
-    return Begun(rows, site)
+    return Begun(rows, site, setup, round, shapes)
 
   def finish(self, begun: Begun, elements: PyTree) -> PyTree:
     """Masks this site's ring elements, sends them, and returns the sum over the survivors.
 
     Args:
       begun: from `begin`.
-      elements: ring elements of the shapes given there, reduced or not, without masks.
+      elements: ring elements of the shapes given there, reduced or not, without masks; not looked
+        at where this site follows the sum.
 
     Returns:
-      The sum in Z_2^k, as jax arrays; `sites` are then the survivors.
+      The sum in Z_2^k, as jax arrays; `survivors` are then the sites in it.
 
     Raises:
       Lost, Refused: as `begin`.
     """
-    (_, site), (leaves, structure) = begun, jax.tree.flatten(elements)
-    vectors = [rounds.reduce(np.asarray(a).reshape(-1), site.setup) for a in leaves]
+    if begun.site is None:
+      with self._explained(begun.round):
+        told = self._hear_later(begun.setup)
+        key = self._pinned.server
+        followed = following.take(begun.setup, begun.round, self._number, told, key)
+      return self._learn(begun, *followed)
+    site = begun.site
+    vectors = [
+      rounds.reduce(np.asarray(a).reshape(-1), site.setup) for a in jax.tree.leaves(elements)
+    ]
     with self._explained(site.round):
       site, masked = protocol.masked_input(site, self._hear(site), vectors)
       self._say(masked)
@@ -159,9 +217,18 @@ class Exchange:
       self._say(answer)
       total = protocol.take_total(site, self._hear(site), self._pinned.server)
     assert site.lists is not None
-    self.sites = site.lists.survivors
+    return self._learn(begun, total, site.lists.survivors)
+
+  def _learn(
+    self, begun: Begun, total: tuple[np.ndarray, ...], survivors: tuple[int, ...]
+  ) -> PyTree:
+    """Takes over a sum: who is left, and what all later sums are bound to."""
+    lost = set(begun.setup.identities) - set(survivors)
+    self.sites = tuple(i for i in self.sites if i not in lost)
+    self.survivors = survivors
     told = [v.astype(v.dtype.newbyteorder("<"), copy=False).tobytes() for v in total]
     self._run = hashlib.sha256(b"".join([self._run, *told])).digest()
+    leaves, structure = jax.tree.flatten(begun.shapes)
     totals = zip(total, leaves, strict=True)
     return jax.tree.unflatten(structure, [jnp.asarray(v.reshape(a.shape)) for v, a in totals])
 
@@ -181,6 +248,22 @@ class Exchange:
     except ValueError as error:
       stage = (*msg.STAGES, "total")[site.num_sent]
       raise Refused(self._number, stage, "malformed", str(error)) from error
+
+  def _hear_later(self, setup: rounds.Setup) -> msg.Message:
+    """What the coordinator says after a sum of others: it waits as long as all their stages may
+    take.
+    """
+    limit, patience = following.message_bytes(setup), len(msg.STAGES)
+    try:
+      while True:
+        patience -= 1
+        try:
+          return carrying.hear(self._carrier, limit)
+        except TimeoutError:
+          if not patience:
+            raise
+    except ValueError as error:
+      raise Refused(self._number, "total", "malformed", str(error)) from error
 
   @contextlib.contextmanager
   def _explained(self, round: int) -> Iterator[None]:

@@ -10,8 +10,8 @@ A run that continues starts from a global state that somebody saved. Who saves i
 site another one, or one of their own making, and learn a single site's update from the next sum
 (see `exchange`). So each site records a digest of the state after each round, in a place of its
 own, and `check` compares. A site without that record, because it was lost in that round, takes the
-digest that all other sites of the round have signed, provided that they are more than the sites
-that may collude.
+digest that all other sites of the round have signed, provided that those which have signed it are
+more than the sites that may collude.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def own_identity(path: pathlib.Path) -> keys.Identity:
   return keys.identity(lambda _: private)
 
 
-def invited(carrier: Carrier) -> msg.Invitation:
-  """Waits for the coordinator's invitation, and leaves unanswered what an earlier run asks for.
+def invited(carrier: Carrier) -> msg.Invitation | msg.Recalled:
+  """Waits for the coordinator's invitation, or to be recalled to a run that goes on, and leaves
+  unanswered what an earlier run asks for.
 
   Raises:
     Lost: none comes in time.
@@ -60,7 +61,10 @@ def invited(carrier: Carrier) -> msg.Invitation:
     while True:
       with contextlib.suppress(ValueError):
         message = msg.decode(carrier.hear(MEETING_BYTES))
-        if isinstance(message, msg.Invitation) and len(message.identity) == keys.KEY_BYTES:
+        if (
+          isinstance(message, msg.Invitation | msg.Recalled)
+          and len(message.identity) == keys.KEY_BYTES
+        ):
           return message
       carrier.say(b"")
   except OSError as error:
@@ -217,7 +221,8 @@ def check(
   """Checks that all sites start from one state, and that this site has a reason to trust it.
 
   A site that has recorded the state needs nobody's word. Any other needs that of every other site
-  of that round, and of at least max(2, colluding + 1): one of them is honest and has recorded it.
+  of that round, and of at least max(2, colluding + 1) sites, in the round or following it: one of
+  them is honest and has recorded it.
 
   Args:
     starts: by site, of all.
@@ -234,7 +239,7 @@ def check(
   """
   own = starts[number]
   for i, one in starts.items():
-    if not keys.verify(pinned.sites[i], _text(label, one), one.signature):
+    if not is_signed(one, pinned.sites[i], label):
       raise Refused(
         number,
         "start",
@@ -256,7 +261,7 @@ def check(
   lists, least = set(recorded.values()), max(2, colluding + 1)
   sites = lists.pop() if lists else ()
   needed = set(sites) - {number}
-  if lists or len(needed) < least or not needed <= set(recorded):
+  if lists or len(set(recorded) - {number}) < least or not needed <= set(recorded):
     raise Refused(
       number,
       "start",
@@ -266,6 +271,11 @@ def check(
       "before it, take the last checkpoint away; or begin a new run",
     )
   return sites
+
+
+def is_signed(message: msg.Start, public: bytes, label: bytes) -> bool:
+  """Whether `start` made a message, with this label, by the owner of this key."""
+  return keys.verify(public, _text(label, message), message.signature)
 
 
 def _text(label: bytes, message: msg.Hello | msg.Start) -> bytes:

@@ -13,19 +13,21 @@ Stages, and who speaks (Bonawitz et al., CCS 2017, figure 4):
   consistency   Consent      site to server     Consents   server to every site
   unmask        Answer       site to server     Total      server to survivors, if they get the sum
 
+A site that is not in a sum may be told it, as `Followed`.
+
 The coordinator, whose part the server plays, speaks first, with an `Invitation`. Each site answers
 with what it wants next: `Hello` and then `Start`, which the coordinator shows to all as `Relayed`
 (`meeting`); a `Proposal` for each sum; `Ended` when it leaves. A site that is lost is told so by
-`Dismissed`.
+`Dismissed`, and may come back when it is `Recalled` (`returning`).
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
+
+from primia_jax.secagg import encoding
 
 
 class Advert(NamedTuple):
@@ -197,12 +199,63 @@ class Terms(NamedTuple):
 
 
 class Proposal(NamedTuple):
-  """A site's wish for a sum: its encoded `Terms`, and its encoded `Advert`, which signs them."""
+  """A site's wish for a sum: its encoded `Terms`, and its encoded `Advert`, which signs them.
+
+  The advert is empty where others form the sum, and the site wants to be told it.
+  """
 
   site: int
   round: int
   terms: bytes
   advert: bytes
+
+
+class Followed(NamedTuple):
+  """The opened sum for a site that is not in it; see `following`.
+
+  Attributes:
+    round: of the sum.
+    transcript: the digest of its roster.
+    survivors, dropouts: as in `Survivors`.
+    consents: as in `Consents`.
+    vectors: the sum.
+    signature: that of its `Total`.
+  """
+
+  round: int
+  transcript: bytes
+  survivors: tuple[int, ...]
+  dropouts: tuple[int, ...]
+  consents: dict[int, bytes]
+  vectors: tuple[np.ndarray, ...]
+  signature: bytes
+
+
+class Recalled(NamedTuple):
+  """To a site that was lost: the run goes on, and it may come back.
+
+  Attributes:
+    identity, fresh: of the run's `Invitation`.
+    hellos: what each site has said at the meeting, encoded.
+  """
+
+  identity: bytes
+  fresh: bytes
+  hellos: dict[int, bytes]
+
+
+class Returning(NamedTuple):
+  """To the sites that are left: those that are back, and which site is to give them the state."""
+
+  sites: tuple[int, ...]
+  giver: int
+
+
+class Resumed(NamedTuple):
+  """To a site that is back: the `Start` of each that is left, encoded, and the global state."""
+
+  starts: dict[int, bytes]
+  state: bytes
 
 
 class Ended(NamedTuple):
@@ -218,29 +271,14 @@ class Dismissed(NamedTuple):
   reason: bytes
 
 
-Message = (
-  Advert
-  | Roster
-  | Shares
-  | Delivery
-  | MaskedInput
-  | Survivors
-  | Consent
-  | Consents
-  | Answer
-  | Total
-  | Hello
-  | Start
-  | Word
-  | Invitation
-  | Relayed
-  | Terms
-  | Proposal
-  | Ended
-  | Dismissed
-)
+OfSites = Advert | Shares | MaskedInput | Consent | Answer
+OfServer = Roster | Delivery | Survivors | Consents | Total | Followed
+OfMeeting = Invitation | Hello | Word | Start | Relayed
+OfRun = Terms | Proposal | Ended | Dismissed
+OfReturn = Recalled | Returning | Resumed
+Message = OfSites | OfServer | OfMeeting | OfRun | OfReturn
 STAGES = ("advertise", "share_keys", "masked_input", "consistency", "unmask")
-FROM_SITES = (Advert, Shares, MaskedInput, Consent, Answer)  # in the order of the stages
+FROM_SITES: tuple[Any, ...] = get_args(OfSites)  # in the order of the stages
 FROM_SERVER = (Roster, Delivery, Survivors, Consents, Total)  # what ends each stage
 KINDS: tuple[Any, ...] = get_args(Message)
 
@@ -252,7 +290,7 @@ def encode(message: Message) -> bytes:
     ValueError: for a number outside uint32, or an array that is not a vector of uint32 or uint64.
   """
   parts = [bytes([KINDS.index(type(message))])]
-  _put_fields(parts.append, message)
+  encoding.put_fields(parts.append, message)
   return b"".join(parts)
 
 
@@ -262,139 +300,11 @@ def decode(data: bytes) -> Message:
   Raises:
     ValueError: if no message has it.
   """
-  source = _Source(memoryview(data))
+  source = encoding.Source(memoryview(data))
   (kind,) = source.take(1)
   if kind >= len(KINDS):
     raise ValueError(f"malformed message: there is no kind {kind}")
-  message = _take_fields(source, KINDS[kind])
+  message = encoding.take_fields(source, KINDS[kind])
   if source.left():
     raise ValueError(f"malformed message: {source.left()} bytes too many")
   return message
-
-
-class _Source:
-  """Bytes read from the front; an announced length is checked against the bytes that are left."""
-
-  def __init__(self, data: memoryview):
-    self._data, self._at = data, 0
-
-  def left(self) -> int:
-    return len(self._data) - self._at
-
-  def take(self, size: int) -> memoryview:
-    if size > self.left():
-      raise ValueError(f"malformed message: {size} bytes announced, {self.left()} there")
-    self._at += size
-    return self._data[self._at - size : self._at]
-
-  def number(self) -> int:
-    return struct.unpack("<I", self.take(4))[0]
-
-
-Put = Callable[[bytes], None]
-
-
-def _put_number(put: Put, n: int) -> None:
-  if not 0 <= n < 2**32:
-    raise ValueError(f"{n} in a message; numbers must be in [0, 2^32)")
-  put(struct.pack("<I", n))
-
-
-def _put_bytes(put: Put, data: bytes) -> None:
-  _put_number(put, len(data))
-  put(data)
-
-
-def _put_numbers(put: Put, numbers: tuple[int, ...]) -> None:
-  _put_number(put, len(numbers))
-  for n in numbers:
-    _put_number(put, n)
-
-
-def _put_boxes(put: Put, boxes: dict[int, bytes]) -> None:
-  _put_number(put, len(boxes))
-  for site in sorted(boxes):
-    _put_number(put, site)
-    _put_bytes(put, boxes[site])
-
-
-def _take_boxes(source: _Source) -> dict[int, bytes]:
-  boxes: dict[int, bytes] = {}
-  last = -1
-  for _ in range(source.number()):
-    site = source.number()
-    if site <= last:
-      raise ValueError(f"malformed message: site {site} is out of order or repeated")
-    boxes[site], last = bytes(source.take(source.number())), site
-  return boxes
-
-
-def _put_vectors(put: Put, vectors: tuple[np.ndarray, ...]) -> None:
-  """Each number in as many whole bytes as the largest of its vector needs: k bits if masked."""
-  _put_number(put, len(vectors))
-  for v in vectors:
-    if v.ndim != 1 or v.dtype not in (np.uint32, np.uint64):
-      raise ValueError(
-        f"{v.dtype}{list(v.shape)} in a message; arrays must be vectors of uint32 or uint64"
-      )
-    width = _bytes_of(v)
-    _put_number(put, v.dtype.itemsize)
-    _put_number(put, width)
-    words = v.astype(v.dtype.newbyteorder("<"), copy=False)
-    data = np.ascontiguousarray(words).view(np.uint8).reshape(-1, v.dtype.itemsize)
-    _put_bytes(put, data[:, :width].tobytes())
-
-
-def _take_vectors(source: _Source) -> tuple[np.ndarray, ...]:
-  vectors = []
-  for _ in range(source.number()):
-    itemsize, width, size = source.number(), source.number(), source.number()
-    if itemsize not in (4, 8) or not 1 <= width <= itemsize or size % width:
-      raise ValueError(
-        f"malformed message: {size} bytes are no {itemsize}-byte words in {width} bytes each"
-      )
-    data = source.take(size)  # before memory is allocated for a size that is only announced
-    words = np.zeros((size // width, itemsize), np.uint8)
-    words[:, :width] = np.frombuffer(data, np.uint8).reshape(-1, width)
-    v = words.reshape(-1).view(f"<u{itemsize}").astype(f"u{itemsize}", copy=False)
-    if width != _bytes_of(v):
-      raise ValueError(f"malformed message: numbers of {_bytes_of(v)} bytes in {width} each")
-    vectors.append(v)
-  return tuple(vectors)
-
-
-def _bytes_of(v: np.ndarray) -> int:
-  """The number of bytes that holds any number of a vector; at least one."""
-  return max(1, -(-int(v.max(initial=0)).bit_length() // 8))
-
-
-def _put_adverts(put: Put, adverts: tuple[Advert, ...]) -> None:
-  _put_number(put, len(adverts))
-  for advert in adverts:
-    _put_fields(put, advert)
-
-
-_CODECS: dict[Any, tuple[Callable[[Put, Any], None], Callable[[_Source], Any]]] = {
-  int: (_put_number, _Source.number),
-  bytes: (_put_bytes, lambda source: bytes(source.take(source.number()))),
-  tuple[int, ...]: (
-    _put_numbers,
-    lambda source: tuple(source.number() for _ in range(source.number())),
-  ),
-  dict[int, bytes]: (_put_boxes, _take_boxes),
-  tuple[np.ndarray, ...]: (_put_vectors, _take_vectors),
-  tuple[Advert, ...]: (
-    _put_adverts,
-    lambda s: tuple(_take_fields(s, Advert) for _ in range(s.number())),
-  ),
-}
-_FIELDS = {kind: tuple(_CODECS[hint] for hint in get_type_hints(kind).values()) for kind in KINDS}
-
-
-def _put_fields(put: Put, message: Any) -> None:
-  for (put_field, _), value in zip(_FIELDS[type(message)], message, strict=True):
-    put_field(put, value)
-
-
-def _take_fields(source: _Source, kind: Any) -> Any:
-  return kind(*[take_field(source) for _, take_field in _FIELDS[kind]])
