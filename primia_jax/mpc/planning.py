@@ -18,7 +18,7 @@ from primia_jax.mpc.circuit import Apply, Circuit, Config
 from primia_jax.mpc.lowering import portable, truths, variances
 from primia_jax.mpc.lowering.holders import Owned, outwards
 from primia_jax.mpc.lowering.lower import lower
-from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, measure, trace
+from primia_jax.mpc.lowering.program import PUBLIC, Program, evaluate, evaluator, measurer, trace
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import PyTree
 
@@ -63,6 +63,11 @@ class Plan:
     if name not in self._compiled:
       self._compiled[name] = jax.jit(fn)
     return self._compiled[name]
+
+  @functools.cached_property
+  def plain(self) -> Callable:
+    """The function itself: inputs -> its values by number, in plain JAX."""
+    return evaluator(self.program)
 
   @functools.cached_property
   def digest(self) -> str:
@@ -187,7 +192,8 @@ def calibrate(
     leaves = jax.tree.leaves(tuple(args))
     if program is None:
       program = _program(fn, owners, args)
-    new = measure(program, leaves)
+      measure = measurer(program)
+    new = measure(leaves)
     largest = new if largest is None else np.maximum(largest, new)
   if program is None or largest is None:
     raise ValueError("examples is empty; calibrate with at least one list of arguments")
