@@ -41,11 +41,14 @@ from primia_jax.metrics.curves import (
   roc_curve,
 )
 from primia_jax.metrics.intervals import (
+  Interval,
   Intervals,
   Scores,
   bootstrap_difference,
   bootstrap_intervals,
   clopper_pearson,
+  percentile_interval,
+  resamples,
   scores,
 )
 from primia_jax.metrics.paired import (
@@ -63,6 +66,7 @@ from primia_jax.metrics.paired import (
 __all__ = [
   "Bounded",
   "DeLong",
+  "Interval",
   "Intervals",
   "McNemar",
   "RocCurve",
@@ -92,8 +96,10 @@ __all__ = [
   "mcc",
   "mcnemar",
   "over_seeds",
+  "percentile_interval",
   "precision",
   "predicted",
+  "resamples",
   "roc_auc",
   "roc_curve",
   "scores",
