@@ -28,7 +28,7 @@ from primia_jax.service.errors import SessionEnded
 from primia_jax.service.publications import Received
 
 from . import asked_images, caching, found_masks, progress
-from .folders import check_images, role_folder, to_write
+from .folders import certified, check_images, host_and_port, positive_seconds, to_write
 from .planned import Connect, Infer
 
 
@@ -52,18 +52,10 @@ def check(s: Connect) -> pathlib.Path:
   Raises:
     ValueError, FileNotFoundError: the message names the flag and the cure.
   """
-  host, _, port = s.connect.rpartition(":")
-  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise ValueError(f"connect={s.connect!r}; use HOST:PORT, such as vendor.example:7443")
+  host_and_port("connect", s.connect)
   for name in ("timeout", "session_seconds"):
-    if not 0 < getattr(s, name) < float("inf"):
-      raise ValueError(f"{name}={getattr(s, name)}; use a positive number of seconds")
-  folder = role_folder(s.folder)
-  if not (folder / certificates.CERTIFICATE).is_file():
-    raise FileNotFoundError(
-      f"folder={s.folder} holds no certificate; make one: primia-certificate --folder={s.folder} "
-      "--name=NAME, and give it to the model owner"
-    )
+    positive_seconds(name, getattr(s, name))
+  folder = certified(s.folder, "the model owner")
   inbox.collect(folder, inbox.CLINIC)
   place = publications.model_folder(folder, s.model)
   if not place.is_dir():

@@ -22,35 +22,16 @@ from primia_jax.types import PyTree
 
 from . import encrypted, model_files, registers, report, settings
 from .configs.data import Data
-from .planned import OUTPUTS, Connect, Infer
-
-
-def _same(name: str, kind: type = Infer) -> Any:
-  """A flag that `infer_encrypted` has, too."""
-  field = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
-  return dataclasses.field(default=field.default, metadata=field.metadata)
+from .planned import OUTPUTS, Chosen, Connect, Infer
 
 
 @dataclasses.dataclass(frozen=True)
-class Clinic:
+class Clinic(Chosen):
   """Which model is asked, and by which protocol."""
 
-  checkpoint: str = _same("checkpoint")
-  classes: str = _same("classes")
-  output: str = _same("output")
-  comparison: str = _same("comparison")
-  ring_bits: int = _same("ring_bits")
-  fraction_bits: int = _same("fraction_bits")
-  target_error: float = _same("target_error")
-  exact: bool = _same("exact")
-  margin: float = _same("margin")
-  calibration: str = _same("calibration")
-  calibration_images: int = _same("calibration_images")
-  grey_bits: int = _same("grey_bits")
-
 
 @dataclasses.dataclass(frozen=True)
-class Remote:
+class Remote(Connect):
   """A model owner's service, in place of --checkpoint."""
 
   connect: str = settings.setting(
@@ -59,7 +40,6 @@ class Remote:
   card: str = settings.setting(
     "", "file of a model owner's card, to share images between two servers; with --folder"
   )
-  folder: str = _same("folder", Connect)
   model: str = settings.setting("", "with --connect: name of the publication")
   timeout: float = settings.setting(60.0, "longest wait, in seconds, for a server")
 

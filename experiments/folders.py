@@ -99,6 +99,29 @@ def role_folder(value: str, make: bool = False) -> pathlib.Path:
   return path
 
 
+def certified(value: str, whom: str = "") -> pathlib.Path:
+  """The folder of a role that has a certificate, which it gives to whom.
+
+  Raises:
+    ValueError, FileNotFoundError: as `role_folder`, or it holds no certificate.
+  """
+  from primia_jax.service.certificates import CERTIFICATE  # here, since few programs need it
+
+  folder = role_folder(value)
+  if not (folder / CERTIFICATE).is_file():
+    raise FileNotFoundError(
+      f"folder={value} holds no certificate; make one: primia-certificate --folder={value} "
+      f"--name=NAME{whom and f', and give it to {whom}'}"
+    )
+  return folder
+
+
+def positive_seconds(name: str, seconds: float) -> None:
+  """Raises ValueError unless a flag is a positive number of seconds."""
+  if not 0 < seconds < float("inf"):
+    raise ValueError(f"{name}={seconds}; use a positive number of seconds")
+
+
 def host_and_port(name: str, value: str, least: int = 1) -> None:
   """Raises ValueError unless a flag's value is HOST:PORT."""
   host, _, port = value.rpartition(":")

@@ -73,12 +73,11 @@ def write(
   names = test.label_names
   there = findings(test.labels, len(names))
   by_patient = test.has_patient is not None and bool(test.has_patient.all())
-  rng = np.random.default_rng(seed)
   units = np.unique(test.groups, return_inverse=True)[1] if by_patient else np.arange(len(test))
   members = np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
   drawn = [
-    np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
-    for _ in range(NUM_RESAMPLES)
+    np.concatenate([members[i] for i in row])
+    for row in metrics.resamples(len(members), seed, NUM_RESAMPLES)
   ]
   found = {name: _with_intervals(there, p, drawn) for name, p in arms.items()}
   result: dict[str, Any] = {
@@ -152,6 +151,7 @@ def _with_intervals(
   """score -> {"each": of each finding, "mean": over findings}, as value, low and high."""
   values = scores(there, probabilities)
   samples = [scores(there[rows], probabilities[rows]) for rows in drawn]
+  interval = lambda value, drawn: metrics.percentile_interval(value, drawn)._asdict()
   out: dict[str, dict[str, Any]] = {}
   for score, value in values.items():
     each = np.stack([sample[score] for sample in samples])  # [R, L]
@@ -160,8 +160,8 @@ def _with_intervals(
     known = ~np.isnan(value)
     mean = np.array([_mean(row[known]) for row in each])
     out[score] = {
-      "each": [_interval(v, each[:, k]) for k, v in enumerate(value)],
-      "mean": _interval(_mean(value[known]), mean),
+      "each": [interval(v, each[:, k]) for k, v in enumerate(value)],
+      "mean": interval(_mean(value[known]), mean),
     }
   return out
 
@@ -169,12 +169,6 @@ def _with_intervals(
 def _mean(values: np.ndarray) -> float:
   values = values[~np.isnan(values)]
   return float(values.mean()) if len(values) else float("nan")
-
-
-def _interval(value: float, samples: np.ndarray) -> dict[str, float]:
-  samples = samples[~np.isnan(samples)]
-  low, high = np.percentile(samples, [2.5, 97.5]) if len(samples) else (np.nan, np.nan)
-  return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def _cell(entry: Mapping[str, float]) -> str:

@@ -13,8 +13,8 @@ def _(default: Any, text: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
-  """Which model, and by which protocol."""
+class Which:
+  """Which model."""
 
   checkpoint: str = _(
     "", "model owner: folder of a finished training run, or a checkpoint of PriMIA (.pt)"
@@ -29,6 +29,12 @@ class Planned:
     "what the data owner learns: probabilities (from the logits, revealed to it alone), or label "
     "(only the class, found under encryption)",
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """By which protocol, and on which images its ranges are calibrated."""
+
   comparison: str = _(
     "tables",
     "protocol for signs: tables (less dealt, more rounds) or fss (more dealt, fewer rounds)",
@@ -47,9 +53,21 @@ class Planned:
     "private run leaves unused), phantom, folder:PATH, csv:PATH, npz:PATH or tfds:NAME",
   )
   calibration_images: int = _(32, "number of calibration images")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen(Protocol, Which):  # flags in the order of Which, Protocol
+  """Which model is asked, and by which protocol."""
+
+  grey_bits: int = _(0, "bits that 16-bit grey PNG and TIFF use; 0 takes those of the training run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned(Chosen):
+  """Which model, and by which protocol."""
+
   batch: int = _(1, "images in one run of the protocol")
   ignore: str = _("", "files and folders to leave out, as patterns separated by commas")
-  grey_bits: int = _(0, "bits that 16-bit grey PNG and TIFF use; 0 takes those of the training run")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -201,7 +201,7 @@ def meet(
 
 
 def _check_return(config: Train | Evaluate, number: int, is_same: bool) -> None:
-  """Refuses to come back to an evaluation, a run whose ledger cannot go on, or with other images."""
+  """Refuses to come back to an evaluation, a run whose ledger cannot go on, or with new images."""
   refuse = functools.partial(Refused, number, "start", "inconsistent")
   if not isinstance(config, Train):
     raise refuse("an evaluation goes on without this site; it takes part in the next one")

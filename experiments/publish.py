@@ -33,7 +33,7 @@ from primia_jax.service import certificates, folders, inbox, publications, score
 from primia_jax.service.publications import About
 
 from . import encrypted, model_files, running, scored, settings
-from .folders import alone, host_and_port, role_folder
+from .folders import alone, certified, host_and_port, role_folder
 from .planned import Planned
 
 
@@ -98,11 +98,7 @@ def main() -> None:
     return
   place = publications.model_folder(folder, s.model)
   inbox.collect(folder, inbox.MODEL_OWNER)
-  if not (folder / certificates.CERTIFICATE).is_file():
-    raise FileNotFoundError(
-      f"folder={s.folder} holds no certificate; make one: primia-certificate --folder={s.folder} "
-      "--name=NAME"
-    )
+  certified(s.folder)
   if s.check_dealer:
     certificates.check_name(s.check_dealer, "check_dealer")
     if not 0 < s.check_share < 1:

@@ -23,7 +23,7 @@ from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import Array, PyTree
 
 from . import encrypted, folders, progress
-from .planned import Infer
+from .planned import Protocol
 from .settings import choose, require, setting
 
 OPENED = ("confusion", "accuracy", "roc")
@@ -31,15 +31,9 @@ RECEIVERS = ("hospital", "vendor", "both")
 FILES = ("score.json", "plan.txt")
 
 
-def _same(name: str) -> Any:
-  """A flag that `infer_encrypted` has, too."""
-  field = Infer.__dataclass_fields__[name]
-  return dataclasses.field(default=field.default, metadata=field.metadata)
-
-
 @dataclasses.dataclass(frozen=True)
-class Score:
-  """What is opened, to whom, and by which protocol."""
+class Opened:
+  """What is opened, and to whom."""
 
   checkpoint: str = setting("", "vendor: folder of a finished training run")
   opened: str = setting(
@@ -74,14 +68,12 @@ class Score:
   check: bool = setting(
     False, "also compute in the clear: compare with float32 and find values beyond their range"
   )
-  comparison: str = _same("comparison")
-  ring_bits: int = _same("ring_bits")
-  fraction_bits: int = _same("fraction_bits")
-  target_error: float = _same("target_error")
-  exact: bool = _same("exact")
-  margin: float = _same("margin")
-  calibration: str = _same("calibration")
-  calibration_images: int = _same("calibration_images")
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(Protocol, Opened):  # flags in the order of Opened, Protocol
+  """What is opened, to whom, and by which protocol."""
+
   batch: int = setting(48, "images in one run of the protocol")
 
 

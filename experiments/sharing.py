@@ -20,7 +20,7 @@ from primia_jax.service.cards import Issued
 from primia_jax.service.certificates import Identity
 
 from . import settings
-from .folders import role_folder
+from .folders import certified, positive_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +54,8 @@ def check(s: Shared) -> Holder:
   """
   if not s.card:
     raise ValueError("card is empty; name the model owner's card, such as --card=chest-1.json")
-  if not 0 < s.timeout < float("inf"):
-    raise ValueError(f"timeout={s.timeout}; use a positive number of seconds")
-  folder = role_folder(s.folder)
-  if not (folder / certificates.CERTIFICATE).is_file():
-    raise FileNotFoundError(
-      f"folder={s.folder} holds no certificate; make one: primia-certificate --folder={s.folder} "
-      "--name=NAME, and give it to the model owner and the helper"
-    )
+  positive_seconds("timeout", s.timeout)
+  folder = certified(s.folder, "the model owner and the helper")
   try:
     issued = cards.read(pathlib.Path(s.card).expanduser())
   except (ValueError, FileNotFoundError) as error:

@@ -16,7 +16,7 @@ from primia_jax.metrics import ScoreCounts
 from primia_jax.privacy import grid, subkeys
 from primia_jax.sites import Placement
 from primia_jax.summation import Purpose, Summation
-from primia_jax.types import ApplyFn, Array, Key, ModelState, Params, PyTree
+from primia_jax.types import ApplyFn, Array, Batch, Key, ModelState, Params, PyTree
 
 MAX_LOSS = 100.0  # nats per image, on average; a run above it has diverged
 SQUARES = 64.0  # sums of squares over patients may be so much larger than counts of images
@@ -87,6 +87,32 @@ def class_counting(
   return count
 
 
+def over_batches(
+  of_batch: Callable[[Batch], PyTree],
+  zeros: PyTree,
+  images: Array,
+  labels: Array,
+  num_examples: Any,
+  batch_size: int,
+) -> PyTree:
+  """The sum of of_batch over a site's examples in batches of one size, from zeros on.
+
+  Args:
+    of_batch: a batch, whose padding weighs 0 -> what is summed, a pytree.
+    zeros: the sum over nothing.
+    images, labels: [N, ...], of which the first num_examples are real.
+    batch_size: images at once.
+  """
+  size = images.shape[0]
+
+  def body(i: Array, total: PyTree) -> PyTree:
+    index = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+    real = jnp.where(index < jnp.minimum(num_examples, size), index, -1)
+    return jax.tree.map(jnp.add, total, of_batch(local.gather(images, labels, real)))
+
+  return jax.lax.fori_loop(0, -(-num_examples // batch_size), body, zeros)
+
+
 def count_errors(
   apply_fn: ApplyFn, prepare: Callable[[Array], Array], num_classes: int, batch_size: int
 ) -> Callable[..., dict[str, Array]]:
@@ -101,13 +127,9 @@ def count_errors(
   one_hot = lambda labels: jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
 
   def run(params, model_state, images, labels, num_examples):
-    size, pixels = images.shape[0], math.prod(labels.shape[1:])
+    pixels = math.prod(labels.shape[1:])
 
-    def body(i: Array, total):
-      index = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-      batch = local.gather(
-        images, labels, jnp.where(index < jnp.minimum(num_examples, size), index, -1)
-      )
+    def of_batch(batch: Batch) -> dict[str, Array]:
       logits, _ = apply_fn(params, model_state, prepare(batch.images), train=False)
       weights = jnp.broadcast_to(
         batch.weights.reshape(-1, *(1,) * (batch.labels.ndim - 1)), batch.labels.shape
@@ -116,11 +138,11 @@ def count_errors(
       true = one_hot(batch.labels.reshape(-1)) * weights
       confusion = true.T @ one_hot(jnp.argmax(logits, axis=-1)) / pixels
       loss = jnp.sum(jnp.where(weights > 0, true * -jax.nn.log_softmax(logits), 0.0))
-      return {"confusion": total["confusion"] + confusion, "loss": total["loss"] + loss / pixels}
+      return {"confusion": confusion, "loss": loss / pixels}
 
     confusion = jnp.zeros((num_classes, num_classes), jnp.float32)
-    zero = {"confusion": confusion, "loss": jnp.zeros((), jnp.float32)}
-    return jax.lax.fori_loop(0, -(-num_examples // batch_size), body, zero)
+    zeros = {"confusion": confusion, "loss": jnp.zeros((), jnp.float32)}
+    return over_batches(of_batch, zeros, images, labels, num_examples, batch_size)
 
   return run
 
@@ -250,14 +272,20 @@ def batches(images: Any, size: int) -> Iterator[np.ndarray]:
 
 
 def predictor(
-  apply_fn: ApplyFn, prepare: Callable[[Array], Array], batch_size: int = 64
+  apply_fn: ApplyFn,
+  prepare: Callable[[Array], Array],
+  batch_size: int = 64,
+  likely: Callable[[Array], Array] = jax.nn.softmax,
 ) -> Callable[[Sequence[tuple[Params, ModelState]], Any], np.ndarray]:
-  """Makes (models, images [N, ...]) -> probabilities [N, L]; of several models, their mean."""
+  """Makes (models, images [N, ...]) -> probabilities [N, L]; of several models, their mean.
+
+  likely makes probabilities of logits.
+  """
 
   @jax.jit
   def probabilities(params: Params, model_state: ModelState, images: Array) -> Array:
     logits, _ = apply_fn(params, model_state, prepare(images), train=False)
-    return jax.nn.softmax(logits)
+    return likely(logits)
 
   def predict(trained: Sequence[tuple[Params, ModelState]], images: Any) -> np.ndarray:
     mean = lambda batch: np.mean([probabilities(*m, batch) for m in trained], axis=0)

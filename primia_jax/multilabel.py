@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from primia_jax import local
-from primia_jax.evaluation import batches
+from primia_jax import evaluation
 from primia_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, ModelState, Params
 
 
@@ -82,12 +81,7 @@ def count_errors(
   """
 
   def run(params, model_state, images, labels, num_examples):
-    size = images.shape[0]
-
-    def body(i: Array, total):
-      index = i * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-      index = jnp.where(index < jnp.minimum(num_examples, size), index, -1)
-      batch = local.gather(images, labels, index)
+    def of_batch(batch: Batch) -> dict[str, Array]:
       logits, _ = apply_fn(params, model_state, prepare(batch.images), train=False)
       there = findings(batch.labels, num_classes)
       one_hot = lambda yes: jnp.stack([~yes, yes], -1).astype(jnp.float32)  # [B, L, 2]
@@ -95,11 +89,11 @@ def count_errors(
       confusion = jnp.einsum("blt,blp->ltp", true, one_hot(logits > 0))
       entropy = optax.sigmoid_binary_cross_entropy(logits, there.astype(jnp.float32)).mean(-1)
       loss = jnp.sum(jnp.where(batch.weights > 0, entropy * batch.weights, 0.0))
-      return {"confusion": total["confusion"] + confusion, "loss": total["loss"] + loss}
+      return {"confusion": confusion, "loss": loss}
 
     confusion = jnp.zeros((num_classes, 2, 2), jnp.float32)
-    zero = {"confusion": confusion, "loss": jnp.zeros((), jnp.float32)}
-    return jax.lax.fori_loop(0, -(-num_examples // batch_size), body, zero)
+    zeros = {"confusion": confusion, "loss": jnp.zeros((), jnp.float32)}
+    return evaluation.over_batches(of_batch, zeros, images, labels, num_examples, batch_size)
 
   return run
 
@@ -110,14 +104,4 @@ def predictor(
   """Makes (models, images [N, ...]) -> probabilities of each finding [N, L]; of several models,
   their mean.
   """
-
-  @jax.jit
-  def probabilities(params: Params, model_state: ModelState, images: Array) -> Array:
-    logits, _ = apply_fn(params, model_state, prepare(images), train=False)
-    return jax.nn.sigmoid(logits)
-
-  def predict(trained: Sequence[tuple[Params, ModelState]], images: Any) -> np.ndarray:
-    mean = lambda batch: np.mean([probabilities(*m, batch) for m in trained], axis=0)
-    return np.concatenate(list(map(mean, batches(images, batch_size))))[: images.shape[0]]
-
-  return predict
+  return evaluation.predictor(apply_fn, prepare, batch_size, jax.nn.sigmoid)

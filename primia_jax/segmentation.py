@@ -7,7 +7,7 @@ Images are [B, H, W, C] as for classification, and labels [B, H, W] int32: `Batc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,14 +98,6 @@ def predictor(
   return predict
 
 
-class Interval(NamedTuple):
-  """A mean over cases, and the percentile bootstrap interval of it."""
-
-  value: float
-  low: float
-  high: float
-
-
 def case_dice(
   masks: np.ndarray, predictions: np.ndarray, num_classes: int, cases: Any = None
 ) -> np.ndarray:
@@ -139,17 +131,14 @@ def case_dice(
 
 def bootstrap_mean(
   values: np.ndarray, seed: int, num_resamples: int = 2000, level: float = 0.95
-) -> Interval:
+) -> metrics.Interval:
   """The mean of cases' values [M] with its percentile bootstrap interval over cases.
 
   The same seed resamples the same cases, so that the difference of two arms' values gives a paired
   interval.
   """
-  rng = np.random.default_rng(seed)
-  drawn = values[rng.integers(0, len(values), (num_resamples, len(values)))].mean(1)
-  tail = 100 * (1 - level) / 2
-  low, high = np.percentile(drawn, [tail, 100 - tail])
-  return Interval(float(values.mean()), float(low), float(high))
+  drawn = values[metrics.resamples(len(values), seed, num_resamples)].mean(1)
+  return metrics.percentile_interval(values.mean(), drawn, level)
 
 
 def best_threshold(images: np.ndarray, masks: np.ndarray) -> tuple[int, bool]:

@@ -57,12 +57,17 @@ def index_of(steps, number, n, seed=3):
   return index, num_steps
 
 
+@functools.cache
+def drawing(steps):
+  """`index_of` of these steps, compiled once: (round, n, seed) -> index, number of steps."""
+  return jax.jit(functools.partial(index_of, steps))
+
+
 def order_of(rounds, n, steps, seed=3):
   """The examples of every step that a site takes, round after round."""
-  draw = jax.jit(lambda number, n: index_of(steps, number, n, seed))
   taken = []
   for r in range(rounds):
-    index, num_steps = draw(jnp.int32(r), jnp.int32(n))
+    index, num_steps = drawing(steps)(jnp.int32(r), jnp.int32(n), jnp.int32(seed))
     assert index.shape == (steps.max_steps, steps.batch_size)
     assert index.dtype == jnp.int32
     assert np.all(np.asarray(index)[int(num_steps) :] == -1)  # nothing after the last step
@@ -109,7 +114,8 @@ def test_rounds_may_be_cut_anywhere():
   """
   cut = lambda steps: local.epochs(4, 20, min_examples=4, num_epochs=None, num_steps=steps)
   assert order_of(2, 13, cut(6)) == order_of(6, 13, cut(2))
-  assert order_of(1, 13, cut(8), seed=4) != order_of(1, 13, cut(8), seed=5)
+  eight = cut(8)
+  assert order_of(1, 13, eight, seed=4) != order_of(1, 13, eight, seed=5)
 
 
 def test_late_rounds_do_not_overflow():
@@ -138,7 +144,12 @@ def test_impossible_steps_are_refused(wrong):
 
 def test_same_steps_and_max_steps():
   """Where all sites are bound to take equally many, the number is known before data are."""
-  taken = lambda steps: steps.begin(site(18), now(0))[0]
+
+  def taken(steps):
+    found = []
+    jax.eval_shape(lambda: found.append(steps.begin(site(18), now(0))[0]))
+    return found[0]
+
   by_steps = local.epochs(4, 20, num_epochs=None, num_steps=7)
   assert local.epochs(4, 20, num_epochs=2).max_steps == 10
   assert by_steps.max_steps == 7
@@ -150,16 +161,17 @@ def test_same_steps_and_max_steps():
 def test_padding_is_blank_and_units_keep_their_numbers():
   """The site's first image once stood for padding, and could spoil the sums of others."""
   images, labels = (jnp.asarray(a) + 1 for a in data(5))
-  padding = lambda batch, real: jnp.any(batch.images[~real]) | jnp.any(batch.labels[~real])
+  padding = lambda batch, real: any(np.any(np.asarray(a)[~np.asarray(real)]) for a in batch[:2])
   index = jnp.asarray([3, -1, 0], jnp.int32)
-  batch = local.gather(images, labels, index)
+  gather = jax.jit(local.gather, static_argnames="is_blank")
+  batch = gather(images, labels, index)
   assert batch.images.dtype == images.dtype
   assert not padding(batch, index >= 0)
   np.testing.assert_array_equal(batch.numbers, index)
-  repeated = local.gather(images, labels, index, is_blank=False)
+  repeated = gather(images, labels, index, is_blank=False)
   np.testing.assert_array_equal(repeated.images[1], images[0])
   rows = jnp.asarray([[2, 4], [0, -1], [-1, -1]], jnp.int32)
-  of_patients = local.gather(images, labels, rows, units=jnp.asarray([7, 8, 9, 7, 9], jnp.int32))
+  of_patients = gather(images, labels, rows, units=jnp.asarray([7, 8, 9, 7, 9], jnp.int32))
   assert not padding(of_patients, rows >= 0)
   np.testing.assert_array_equal(of_patients.numbers, [9, 7, -1])
 
@@ -171,7 +183,7 @@ def test_gather_gives_padding_no_weight():
     (None, [1, 1, 0]),
     (jnp.asarray(classes), [*classes[labels[[3, 0]]], 0]),
   ):
-    batch = local.gather(jnp.asarray(images), jnp.asarray(labels), index, class_weights)
+    batch = jax.jit(local.gather)(images, labels, index, class_weights)
     assert np.array_equal(batch.weights, want)
     assert np.array_equal(batch.images[:2], images[[3, 0]])
     assert np.array_equal(batch.labels[:2], labels[[3, 0]])
@@ -212,7 +224,7 @@ def test_training_equals_the_loop_written_by_hand(n, classes, momentum):
   weights = None if classes is None else jnp.asarray(classes)
   data_of = site(n, jnp.asarray(images), jnp.asarray(labels))
   trained = jax.jit(local.train(made))(start(), {}, opt_state, (), data_of, now(2, (3, 4), weights))
-  index, num_steps = index_of(work, jnp.int32(2), jnp.int32(n))
+  index, num_steps = drawing(work)(jnp.int32(2), jnp.int32(n), jnp.int32(3))
   batches = [row[row >= 0] for row in np.asarray(index)[: int(num_steps)]]
   rates = [schedule(2 + t / int(num_steps)) for t in range(int(num_steps))]
   want, sums = by_hand(
@@ -275,7 +287,7 @@ def test_classification_loss_and_its_gradient(smoothing):
   weights = np.array([1, 0.5, 0, 1, 0, 2], np.float32)
   loss_fn = local.classification_loss(apply_fn, as_stored, L, label_smoothing=smoothing)
   batch = Batch(*map(jnp.asarray, (images, labels, weights)))
-  (loss, (state, sums)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+  (loss, (state, sums)), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
     start(), {"untouched": jnp.ones(2)}, batch, jax.random.key(0)
   )
   x, p0 = (
@@ -299,7 +311,7 @@ def test_an_empty_batch_has_no_loss_and_no_gradient():
   images, labels = data(4)
   loss_fn = local.classification_loss(apply_fn, as_stored, L)
   batch = Batch(jnp.asarray(images), jnp.asarray(labels), jnp.zeros(4))
-  (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+  (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
     start(), {}, batch, jax.random.key(0)
   )
   assert loss == 0

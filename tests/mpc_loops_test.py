@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 def checked(fn, args, atol):
   plan = planning.plan(fn, OWNERS, args, Config(), planning.calibrate(fn, OWNERS, [args]))
-  np.testing.assert_allclose(clear.check(plan, args), fn(*args), atol=atol)
+  np.testing.assert_allclose(clear.check(plan, args), jax.jit(fn)(*args), atol=atol)
 
 
 def test_a_recurrence_with_a_skip_and_outputs_of_every_step():

@@ -20,7 +20,7 @@ CONFIG = Config(64, 16, 20)
 def checked(fn, args, owners=OWNERS, atol=2e-3, config=CONFIG):
   plan = planning.plan(fn, owners, args, config, planning.calibrate(fn, owners, [args]))
   for got, want in zip(
-    jax.tree.leaves(clear.check(plan, args)), jax.tree.leaves(fn(*args)), strict=True
+    jax.tree.leaves(clear.check(plan, args)), jax.tree.leaves(jax.jit(fn)(*args)), strict=True
   ):
     assert got.dtype.kind == want.dtype.kind
     np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), atol=atol)

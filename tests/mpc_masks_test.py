@@ -32,7 +32,7 @@ def checked(fn, args, owners=OWNERS, atol=2e-4, config=Config()):  # noqa: B008
   plan = planning.plan(fn, owners, args, config, planning.calibrate(fn, owners, [args]))
   got = clear.check(plan, args)
   wide = lambda v: np.asarray(v, np.float64) if jnp.issubdtype(v.dtype, jnp.floating) else v
-  want = fn(*jax.tree.map(wide, args))
+  want = jax.jit(fn)(*jax.tree.map(wide, args))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), atol=atol)
   return got

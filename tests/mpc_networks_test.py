@@ -67,7 +67,7 @@ def watched(plan, args):
     Seen(gate.action, *(share(gate, z) for z in each))
     for gate, each in zip(gates, ends, strict=True)
   ]
-  return inference.decode_outputs(plan, elements), seen
+  return inference.outputs(plan, inference.decoded(plan, elements)), seen
 
 
 @pytest.mark.parametrize("name", networks.NETWORKS)

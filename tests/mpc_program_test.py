@@ -2,6 +2,7 @@
 equation stands.
 """
 
+import functools
 import inspect
 
 import jax
@@ -127,7 +128,7 @@ def test_keys_and_counters_are_values_like_others():
     return x * (bits % np.uint32(8)).astype(np.float32)
 
   traced = flat(fn, (state, X))
-  assert np.all(np.isfinite(program.measure(traced, jax.tree.leaves((state, X)))))
+  assert np.all(np.isfinite(program.measurer(traced)(jax.tree.leaves((state, X)))))
 
 
 def test_magnitudes():
@@ -138,7 +139,7 @@ def test_magnitudes():
     lax.complex(x, x),
   )
   traced = program.trace(fn, (X, W[None]), ["secret"] * 2)
-  largest = program.measure(traced, [X, W[None]])
+  largest = program.measurer(traced)([X, W[None]])
   assert len(largest) == traced.num_values
   of = lambda v: np.abs(v).max()
   np.testing.assert_allclose(largest[traced.outputs[1].number], of(X * W), rtol=1e-6)
@@ -146,7 +147,18 @@ def test_magnitudes():
   assert largest[traced.outputs[2].number] == 0
   assert largest[0] == of(X)
   assert largest.max() < 10
-  assert np.isnan(program.measure(traced, [X * np.nan, W[None]])[0])
+  assert np.isnan(program.measurer(traced)([X * np.nan, W[None]])[0])
+
+
+def test_a_long_unrolled_program_is_measured_equation_by_equation():
+  fn = lambda x, w: lax.fori_loop(0, 9, lambda i, v: jnp.tanh(v * w + x), x)
+  traced = program.trace(fn, (X, W[None]), ["secret"] * 2)
+  assert not program.runs_as_one(traced)
+  whole = jax.jit(functools.partial(program.evaluate, traced))([X, W[None]])
+  largest = program.measurer(traced)([X, W[None]])
+  assert {*np.flatnonzero(largest)} == {*whole}
+  of = [program.magnitude(whole[i]) for i in sorted(whole)]
+  np.testing.assert_allclose(largest[sorted(whole)], of, rtol=1e-6)
 
 
 def test_what_is_public_is_computed_on_the_spot():

@@ -23,7 +23,7 @@ TABLE = np.array([0, 1, 5, 100], np.float32)
 def decided(fn, seen, x, w=W):
   """Asserts that what fn makes of x is planned for, where `seen` is the example."""
   plan = mpc.plan(fn, OWNERS, (w, seen), mpc.Config(), mpc.calibrate(fn, OWNERS, [(w, seen)]))
-  largest = program.measure(plan.program, [w, x])
+  largest = program.measurer(plan.program)([w, x])
   for e in plan.program.equations:
     for ref in e.outputs:
       assert largest[ref.number] <= plan.bounds[ref.number], (e.name, largest[ref.number])

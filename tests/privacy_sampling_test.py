@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -14,13 +15,18 @@ from primia_jax.privacy import sampling
 SECRET = jnp.arange(8, dtype=jnp.uint32)
 
 
+@functools.cache
+def drawing(num_units, rate, max_units):
+  """(secret, steps [T]) -> Poisson draws; compiled once for all tests that draw alike."""
+  one = lambda secret, t: sampling.poisson(
+    secret, t, jnp.int32(num_units), num_units, rate, max_units
+  )
+  return jax.jit(jax.vmap(one, (None, 0)))
+
+
 def draws(num_steps, num_units, rate, max_units, secret=SECRET, first=0):
   """[T, num_units] whether each unit was drawn in each step, and overflow [T]."""
-  draw = jax.jit(
-    jax.vmap(
-      lambda t: sampling.poisson(secret, t, jnp.int32(num_units), num_units, rate, max_units)
-    )
-  )
+  draw = functools.partial(drawing(num_units, rate, max_units), secret)
   index, overflow = draw(first + jnp.arange(num_steps, dtype=jnp.int32))
   drawn = np.zeros((num_steps, num_units + 1), bool)
   np.put_along_axis(drawn, np.asarray(index), True, axis=1)  # -1 lands in the last column

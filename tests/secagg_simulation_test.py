@@ -292,24 +292,35 @@ def mask_keys(begun):
 RESTART = """
 import numpy as np
 from primia_jax import secagg
-config = secagg.secure_sum(5, threshold={threshold})
-rows = secagg.begin(config, (4, 1), np.arange(5, dtype=np.int32)).rows
-for a in (rows.keys.reshape(-1, 8), rows.noise, *[rows.self_mask][: rows.self_mask is not None]):
-  print(*[np.asarray(k).astype("<u4").tobytes().hex() for k in a])
+for threshold in (None, 3):
+  config = secagg.secure_sum(5, threshold=threshold)
+  rows = secagg.begin(config, (4, 1), np.arange(5, dtype=np.int32)).rows
+  found = rows.keys.reshape(-1, 8), rows.noise, *[rows.self_mask][: rows.self_mask is not None]
+  print(*[np.asarray(k).astype("<u4").tobytes().hex() for a in found for k in a])
 """
 
 
+@pytest.fixture(scope="module")
+def restarted():
+  """Of two restarts, and each threshold: the keys that one sum has drawn."""
+  out = []
+  for _ in range(2):
+    told = subprocess.run(
+      [sys.executable, "-c", RESTART], capture_output=True, text=True, check=True
+    ).stdout
+    lines = [{bytes.fromhex(key) for key in line.split()} for line in told.splitlines()]
+    out.append(dict(zip((None, 3), lines, strict=True)))
+  return out
+
+
 @pytest.mark.parametrize("threshold", [None, 3])
-def test_no_two_sums_share_a_key_whatever_a_caller_repeats(threshold):
+def test_no_two_sums_share_a_key_whatever_a_caller_repeats(restarted, threshold):
   """The same arguments again, pickled and copied configurations, and restarts of the process."""
   config = secagg.secure_sum(5, threshold=threshold)
   ids, each = np.arange(5, dtype=np.int32), 10 + 5 + (0 if threshold is None else 5)
   again = [config, pickle.loads(pickle.dumps(config)), copy.deepcopy(config)]
   found = [mask_keys(secagg.begin(c, WORDS, ids)) for c in again * 2]
-  restart = [sys.executable, "-c", RESTART.format(threshold=threshold)]
-  for _ in range(2):
-    told = subprocess.run(restart, capture_output=True, text=True, check=True).stdout
-    found.append({bytes.fromhex(key) for key in told.split()})
+  found += [of[threshold] for of in restarted]
   assert [len(keys) for keys in found] == [each] * len(found)
   assert len(set.union(*found)) == each * len(found)
   fixed = [mask_keys(begin(config, ids)) for _ in range(2)]

@@ -1,5 +1,6 @@
 """A vendor, a dealer and a clinic as folders, for tests of the roles."""
 
+import functools
 import pathlib
 import shutil
 from typing import NamedTuple
@@ -25,6 +26,7 @@ def image(seed=2):
   return normal(seed, 1, 4, 4, 1)
 
 
+@functools.cache
 def planned(client="trusted"):
   args, owners = (WEIGHTS, image()), ("model_owner", "shared") if client == "sharing" else OWNERS
   ranges = mpc.calibrate(fn, owners, [args])

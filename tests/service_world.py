@@ -1,5 +1,6 @@
 """A model owner, a clinic and a dealer with folders of their own, for tests of the service."""
 
+import functools
 import queue
 import threading
 from typing import Any, NamedTuple
@@ -36,7 +37,9 @@ class World(NamedTuple):
   online: tuple  # by party
 
 
+@functools.cache
 def world():
+  """One for all test files: it compiles, and what it holds of an inference serves once anyhow."""
   plan = planned()
   model_owner = mpc.ModelOwner(plan, W)
   dealer = mpc.Dealer(plan, model_owner.tag)

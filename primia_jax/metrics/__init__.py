@@ -47,11 +47,14 @@ from primia_jax.metrics.curves import (
   roc_curve,
 )
 from primia_jax.metrics.intervals import (
+  Interval,
   Intervals,
   Scores,
   bootstrap_difference,
   bootstrap_intervals,
   clopper_pearson,
+  percentile_interval,
+  resamples,
   scores,
 )
 from primia_jax.metrics.paired import (
@@ -69,6 +72,7 @@ from primia_jax.metrics.paired import (
 __all__ = [
   "Bounded",
   "DeLong",
+  "Interval",
   "Intervals",
   "McNemar",
   "RocCurve",
@@ -103,8 +107,10 @@ __all__ = [
   "mcnemar",
   "normal_interval",
   "over_seeds",
+  "percentile_interval",
   "precision",
   "predicted",
+  "resamples",
   "roc_auc",
   "roc_curve",
   "score_counts",

@@ -25,6 +25,14 @@ class Scores(NamedTuple):
   specificity: Any  # [..., L]
 
 
+class Interval(NamedTuple):
+  """A figure and its percentile bootstrap interval, whose ends are NaN where it has none."""
+
+  value: float
+  low: float
+  high: float
+
+
 class Intervals(NamedTuple):
   """Metrics with their percentile bootstrap intervals.
 
@@ -103,6 +111,18 @@ def bootstrap_difference(
   minus = lambda a, b: Scores(*(x - y for x, y in zip(a, b, strict=True)))
   samples = minus(*resampled(labels, (probabilities, baseline), key, groups, num_resamples))
   return summarised(minus(scores(labels, probabilities), scores(labels, baseline)), samples, level)
+
+
+def resamples(num_units: int, seed: int, num_resamples: int) -> np.ndarray:
+  """[R, U] units drawn with replacement; the same seed draws the same, which pairs models."""
+  return np.random.default_rng(seed).integers(0, num_units, (num_resamples, num_units))
+
+
+def percentile_interval(value: float, drawn: np.ndarray, level: float = 0.95) -> Interval:
+  """A figure with its interval from the same figure of [R] resamples; NaN there is left out."""
+  known, tail = drawn[~np.isnan(drawn)], 100 * (1 - level) / 2
+  low, high = np.percentile(known, [tail, 100 - tail]) if len(known) else (np.nan, np.nan)
+  return Interval(float(value), float(low), float(high))
 
 
 def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:

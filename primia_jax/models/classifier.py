@@ -59,9 +59,10 @@ def _pure(config: ModelConfig, module: nn.Module, shape: tuple[int, ...]) -> Mod
   """A module that takes [B, *shape] as pure functions."""
   shapes = (shape, features_shape(config)) if shape == config.image_shape else (shape,)
 
+  @jax.jit
   def init(key: Key) -> tuple[Params, ModelState]:
-    variables = jax.jit(module.init)(key, jnp.zeros((1, *shape), jnp.float32))
-    return jax.jit(_draw_kernels)(key, variables["params"]), variables.get("batch_stats", {})
+    variables = module.init(key, jnp.zeros((1, *shape), jnp.float32))
+    return _draw_kernels(key, variables["params"]), variables.get("batch_stats", {})
 
   def apply(
     params: Params,

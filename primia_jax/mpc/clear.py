@@ -23,7 +23,7 @@ from primia_jax.mpc.circuit import (
   Value,
 )
 from primia_jax.mpc.gates import elementwise
-from primia_jax.mpc.lowering.program import Ref, evaluate, magnitude
+from primia_jax.mpc.lowering.program import Ref, magnitude
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.products import multiply, product
 from primia_jax.mpc.protocol import Operands
@@ -71,7 +71,7 @@ def comparer(plan: Plan) -> Callable[[Sequence[PyTree]], Checked]:
   watched = ranges.shared(plan) if plan.bounds is not None else {}
 
   def run(args: Sequence[PyTree]) -> Checked:
-    env = evaluate(plan.program, jax.tree.leaves(tuple(args)))
+    env = plan.plain(jax.tree.leaves(tuple(args)))
     plain = [env[v.number] if isinstance(v, Ref) else v for v in plan.program.outputs]
     bounds = [] if plan.bounds is None else [float(plan.bounds[i]) for i in watched]
     for (number, where), bound in zip(watched.items(), bounds, strict=True):
@@ -105,21 +105,20 @@ def operands_checker(plan: Plan) -> Callable[[Operands], PyTree]:
   def integers(operands: Operands) -> tuple[list[Array], list[Array]]:
     largest: list[Array] = []
     watch = lambda op, z: largest.append(jnp.max(jnp.abs(z.astype(wide)), initial=0))
-    return compute(plan.circuit, operands, watch), largest
+    return inference.decoded(plan, compute(plan.circuit, operands, watch)), largest
 
   compiled = plan.compiled("clear", integers)
 
   def run_clear(operands: Operands) -> PyTree:
     with plan.config.scope():
-      elements, largest = compiled(operands)
+      secrets, largest = compiled(operands)
     for op, most in zip(gate_operations, largest, strict=True):
       if int(most) + elementwise.slack(op.gate) >= 2**op.gate.range_bits:
         raise ValueError(
           f"{op.layer}: the input of a {op.gate.action} takes {int(most).bit_length()} bits but "
           f"was planned for {op.gate.range_bits}; calibrate with more examples or a larger margin"
         )
-    with plan.config.scope():
-      return inference.decode_outputs(plan, elements)
+    return inference.outputs(plan, secrets)
 
   return run_clear
 

@@ -201,7 +201,8 @@ def _measured(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], _Mea
   compiled = plan.compiled(("encode", owner), integers)
 
   def run(leaves: Sequence[Array]) -> _Measured:
-    leaves = [jnp.asarray(v) for v in leaves]  # in the caller's types
+    # in the caller's types; `jnp.asarray` would compile a program for each shape
+    leaves = [v if isinstance(v, jax.Array) else jax.device_put(v) for v in leaves]
     with plan.config.scope():
       return compiled(leaves)
 
@@ -252,18 +253,26 @@ def checked_shares(plan: Plan, shares: Operands | None) -> Operands:
 
 def reveal(plan: Plan, shares: Sequence[Array]) -> PyTree:
   """The outputs in float32 from both parties' shares, [2, ...] each, in fn's own structure."""
+  add = lambda v: ring.reduce(v[0] + v[1], plan.config.num_bits)
+  decode = plan.compiled("reveal", lambda shares: decoded(plan, list(map(add, shares))))
   with plan.config.scope():
-    elements = [ring.reduce(v[0] + v[1], plan.config.num_bits) for v in shares]
-    return decode_outputs(plan, elements)
+    return outputs(plan, decode(list(shares)))
 
 
-def decode_outputs(plan: Plan, elements: Sequence[Array]) -> PyTree:
-  """The outputs from their ring elements; positions and comparisons as integers and booleans."""
-  found = iter(elements)
-  leaves = [
-    encoding.decode(next(found), v.scale, plan.config, dtype) if isinstance(v, Value) else v
-    for v, dtype in zip(plan.circuit.outputs, plan.program.out_dtypes, strict=True)
+def decoded(plan: Plan, elements: Sequence[Array]) -> list[Array]:
+  """The secret outputs from their ring elements: float32, or integers and truth values."""
+  pairs = zip(plan.circuit.outputs, plan.program.out_dtypes, strict=True)
+  of = [(v.scale, dtype) for v, dtype in pairs if isinstance(v, Value)]
+  return [
+    encoding.decode(e, scale, plan.config, dtype)
+    for e, (scale, dtype) in zip(elements, of, strict=True)
   ]
+
+
+def outputs(plan: Plan, secrets: Sequence[Array]) -> PyTree:
+  """fn's outputs in its own structure: the secret ones, from `decoded`, among the public ones."""
+  found = iter(secrets)
+  leaves = [next(found) if isinstance(v, Value) else v for v in plan.circuit.outputs]
   return jax.tree.unflatten(plan.program.out_tree, leaves)
 
 

@@ -19,7 +19,15 @@ from primia_jax.mpc.circuit import Apply, Circuit, Config
 from primia_jax.mpc.lowering import portable, truths, variances
 from primia_jax.mpc.lowering.holders import Owned, outwards
 from primia_jax.mpc.lowering.lower import lower
-from primia_jax.mpc.lowering.program import PUBLIC, Program, Ref, evaluate, measure, trace
+from primia_jax.mpc.lowering.program import (
+  PUBLIC,
+  Program,
+  Ref,
+  evaluate,
+  evaluator,
+  measurer,
+  trace,
+)
 from primia_jax.mpc.lowering.refusals import finite
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import PyTree
@@ -65,6 +73,11 @@ class Plan:
     if name not in self._compiled:
       self._compiled[name] = jax.jit(fn)
     return self._compiled[name]
+
+  @functools.cached_property
+  def plain(self) -> Callable:
+    """The function itself: inputs -> its values by number, in plain JAX."""
+    return evaluator(self.program)
 
   @functools.cached_property
   def digest(self) -> str:
@@ -226,14 +239,15 @@ def calibrate(
     leaves = jax.tree.leaves(tuple(args))
     if program is None:
       program = _program(fn, owners, args)
-    new = measure(program, leaves, functools.partial(truths.watch, taken))
+      measure = measurer(program, functools.partial(truths.watch, taken))
+    new = measure(leaves)
     _refuse_infinite(program, new)
     largest = new if largest is None else np.maximum(largest, new)
   if program is None or largest is None:
     raise ValueError("examples is empty; calibrate with at least one list of arguments")
   flat = _flat_owners(owners, args)
   own = [v if owner == MODEL_OWNER else None for owner, v in zip(flat, leaves, strict=True)]
-  return np.stack([largest, truths.with_room(program, largest, taken, evaluate(program, own))])
+  return np.stack([largest, truths.with_room(program, largest, taken, evaluator(program)(own))])
 
 
 def _refuse_infinite(program: Program, largest: np.ndarray) -> None:

@@ -131,18 +131,52 @@ def evaluate(program: Program, leaves: Sequence[Array | None]) -> dict[int, Arra
   return env
 
 
-def measure(
-  program: Program,
-  leaves: Sequence[Array],
-  watch: Callable[[Equation, list[Any], list[Any]], None] = lambda equation, inputs, outputs: None,
-) -> np.ndarray:
-  """[number of values] float64: the largest magnitude of each value, without minus infinity.
+_REPEATED = 2  # equations of a kind, on average, above which each kind is compiled by itself
+Watch = Callable[[Equation, list[Any], list[Any]], None]
+
+
+def runs_as_one(program: Program) -> bool:
+  """Whether the whole program compiles faster than its equations do one by one.
+
+  A long unrolled one repeats a few kinds of equations, which are compiled once each.
+  """
+  of = lambda e: (e.name, *((v.shape, str(v.dtype)) for v in e.avals))
+  return len(program.equations) <= _REPEATED * len({of(e) for e in program.equations})
+
+
+def evaluator(program: Program) -> Callable[[Sequence[Array | None]], dict[int, Array]]:
+  """`evaluate` for concrete inputs, compiled where that is faster."""
+  run = functools.partial(evaluate, program)
+  return jax.jit(run) if runs_as_one(program) else run
+
+
+def measurer(
+  program: Program, watch: Watch = lambda equation, inputs, outputs: None
+) -> Callable[[Sequence[Array]], np.ndarray]:
+  """Inputs -> [number of values] float64: the largest magnitude of each value.
 
   Minus infinity pads maxima and masks; it stands for no number. Values without magnitude (keys of
-  random generators), and those that no output needs, count as 0. Each equation runs by itself: to
-  compile a long unrolled program takes far longer than to run it once. `watch` sees each equation
-  with its inputs and outputs.
+  random generators), and those that no output needs, count as 0. `watch` sees each equation with
+  its inputs and outputs.
   """
+  if not runs_as_one(program):
+    return functools.partial(_measure_each, program, watch)
+  run = evaluator(program)
+
+  def measure(leaves: Sequence[Array]) -> np.ndarray:
+    out, env = np.zeros(program.num_values), run(leaves)
+    for number, v in env.items():
+      out[number] = magnitude(v)
+    for e in program.equations:
+      inputs = [env[v.number] if isinstance(v, Ref) else v for v in e.inputs]
+      watch(e, inputs, [env[ref.number] for ref in e.outputs])
+    return out
+
+  return measure
+
+
+def _measure_each(program: Program, watch: Watch, leaves: Sequence[Array]) -> np.ndarray:
+  """Keeps no value for longer than it is needed."""
   out = np.zeros(program.num_values)
   env = _given(program, leaves)
   last = {v.number: e for e in program.equations for v in e.inputs if isinstance(v, Ref)}
@@ -219,6 +253,8 @@ class _Tracer:
     if name == "platform_index":  # the form for any platform: others have foreign calls
       return [np.int32(len(eqn.params["platforms"]) - 1)]
     if not any(isinstance(v, Ref) for v in values) and not eqn.effects:
+      if (found := _by_numpy(eqn, values)) is not None:
+        return [found]
       with jax.ensure_compile_time_eval():
         return _bind(eqn, values)
     if name == "cond":
@@ -323,6 +359,23 @@ CALLS = dict.fromkeys(
 def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
   outputs = eqn.primitive.bind(*values, **eqn.params)
   return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def _by_numpy(eqn: Any, values: Sequence[Any]) -> np.ndarray | None:
+  """The output of a public equation that NumPy computes alike, without compiling it; else None."""
+  name, params = eqn.primitive.name, eqn.params
+  if len(values) != 1 or isinstance(values[0], jax.Array):
+    return None
+  x, out = np.asarray(values[0], eqn.invars[0].aval.dtype), eqn.outvars[0].aval
+  if name == "stage":
+    return x
+  if name == "broadcast_in_dim":
+    kept = dict(zip(params["broadcast_dimensions"], x.shape, strict=True))
+    return np.broadcast_to(x.reshape([kept.get(i, 1) for i in range(len(out.shape))]), out.shape)
+  is_cut = x.dtype.kind == "f" and out.dtype.kind != "f"
+  if name == "convert_element_type" and not is_cut and {x.dtype.kind, out.dtype.kind} <= {*"biuf"}:
+    return x.astype(out.dtype)
+  return None
 
 
 def source_of(eqn: Any) -> str:
