@@ -49,7 +49,7 @@ def to_write(output_dir: str, writes: Iterable[str]) -> pathlib.Path:
       f"output_dir={output_dir} is the folder of a training run, whose own report must stay; name "
       f"another, such as --output_dir={folder}_results"
     )
-  if held := [name for name in writes if (folder / name).exists()]:
+  if held := [name for name in dict.fromkeys(writes) if (folder / name).exists()]:
     raise ValueError(
       f"output_dir={output_dir} already holds {', '.join(held)} of an earlier result, which is "
       f"never overwritten; name another, such as --output_dir={folder}_2, or remove the files"
