@@ -9,7 +9,7 @@ from service_world import Pipe, World, dealt, inference
 
 from primia_jax import mpc
 from primia_jax.attacks import extraction
-from primia_jax.mpc import apart, checks
+from primia_jax.mpc import apart, checks, tags
 from primia_jax.service import frames
 from primia_jax.service.errors import PeerLost, Refused, SessionEnded
 
@@ -52,6 +52,11 @@ def test_every_message_of_fresh_sessions_is_uniform(world, tmp_path):
   (nothing,) = [place for place, payloads in found.items() if not payloads.any()]
   assert nothing[0] == 0
   assert found.pop(nothing).shape[1] == checks.SIZES[1]  # what the response is answered with
+  response = 1, nothing[1]
+  sums, digest = np.split(found.pop(response), [8 * tags.SUBSETS], axis=1)
+  above = sums.reshape(count, tags.SUBSETS, 8)  # of 32 bits, in 64
+  assert not above[..., 4:].any()
+  found |= {"sums": above[..., :4].reshape(count, -1), "digest": digest}
   transcripts.check_uniform(found)
 
 
