@@ -43,7 +43,7 @@ def work(name: str, size: int) -> Work:
   if name == _RESNET18:
     made = encrypted_work.network("resnet18_224")
     return made._replace(args=(made.args[0], jnp.asarray(x)))
-  network = networks.NETWORKS[name]
+  network = (networks.NETWORKS | networks.OTHERS)[name]
   module, measure = network.module(), network.module(measure=True)
   drawn = _drawn(jax.eval_shape(module.init, jax.random.key(0), x))
   if "batch_stats" in drawn:

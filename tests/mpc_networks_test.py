@@ -22,7 +22,6 @@ TARGET_ERROR = {
   "ResNet-50": 1e-2,
   "VGG-16": 1e-3,
   "DenseNet-121": 1e-2,
-  "EfficientNet-Lite0": 1e-2,
   "U-Net, 2-D": 1e-3,
   "U-Net, 3-D": 1e-3,
   "ViT-B/16": 1e-3,
