@@ -86,3 +86,61 @@ PLOT = """
 extra                                       | extra | no flag | --name=value
 --flagfile={fifo}                           | flagfile | {fifo} | ordinary file
 """
+
+EVALUATE = """
+--output_dir=                               | output_dir | is empty | --output_dir=
+--placement=cloud                           | placement | cloud | flower
+--site=0                                    | site | 0 | placement=flower
+--score_bins=8                              | score_bins | 8 | placement=flower
+--placement=flower --output_dir=            | output_dir | is empty | --output_dir=
+--placement=flower --output_dir={run}       | output_dir | {run} | training run
+--placement=flower --run_dir={folder}       | run_dir | {folder} | finished training run
+--placement=flower --score_bins=1           | score_bins | 1 | at least 2
+--placement=flower --most_images=9000000    | most_images | 9000000 | lower
+--placement=flower --num_sites=2            | secagg_colluding | 2 | trusts
+--placement=flower --secagg_threshold=9     | secagg_threshold | 9 | 3
+--placement=flower --held_out=2             | held_out | 2 | [0, 1)
+--placement=flower --model_sha256=ab        | model_sha256 | ab | right one
+--placement=flower --site=7                 | site | 7 | 0 to 2
+--placement=flower --stage_timeout=0        | stage_timeout | 0 | positive
+--placement=flower --channel_dir={folder}   | channel_dir | {folder} | --site
+--placement=flower --overlays=2             | overlays | 2 | leave it out
+--placement=flower --unlabelled             | unlabelled | True | leave it out
+--placement=flower --data= --label_names=a,b | label_names | a,b | --data
+--placement=flower --image_size=32          | image_size | 32 | omit
+--placement=flower --data=folder:{missing}  | data | {missing} | check
+--placement=flower --data=csv:{file} --multi_label | multi_label | placement=flower | leave
+--placement=flower --site_data=npz:a,npz:b,npz:c | site_data | npz:b | one of them
+--placement=flower --data= --site_data=npz:a,npz:b,npz:c --num_sites=4 | num_sites=4 | 3 | each
+--placement=flower --data= --site_data=npz:{missing},npz:b,npz:c | {missing} | npz | check
+--fewest_patients=-1                        | --fewest_patients | -1 | non-negative
+--unlabelled --data=folder:{folder} --fewest_patients=5 | fewest_patients | 5 | leave it out
+--run_dir={missing}                         | run_dir | {missing} | finished training run
+--run_dir={folder}                          | run_dir | {folder} | finished training run
+--run_dir={broken}                          | model.json | {broken} | --run_dir
+--run_dir={emptied}                         | {emptied} | model | --run_dir
+--output_dir={file}                         | output_dir | {file} | folder
+--output_dir={file}/below                   | output_dir | {file} | folder
+--output_dir={fifo}                         | output_dir | {fifo} | folder
+--image_size=32                             | image_size | 32 | omit
+--channels=3                                | channels | 3 | omit
+--channels=7                                | channels | 7 | omit
+--seed=-1                                   | --seed | -1 | integer
+--unlabelled=perhaps                        | --unlabelled | perhaps | true
+--unlabelled --data=npz:{file}              | unlabelled | {file} | folder:PATH
+--unlabelled --data=folder:{missing}        | data | {missing} | check
+--unlabelled --data=folder:{fifo}           | data | {fifo} | name
+--unlabelled --data=folder:{folder}         | {folder} | no image | check
+--data=xrays                                | data | xrays | folder:PATH
+--data=folder:{missing}                     | data | {missing} | check
+--data=folder:{folder}                      | {folder} | no image | check
+--data=folder:{fifo}                        | data | {fifo} | name
+--data=npz:{missing}                        | data | {missing} | check
+--data=npz:{fifo}                           | data | {fifo} | name
+--data=npz:{file}                           | {file} | no zip | np.savez
+--site_data=npz:a,npz:b                     | site_data | npz:a | data
+--data=folder:{folder} --patient_pattern=(  | patient_pattern | ( | expression
+--rounds=3                                  | --rounds | no flag | --
+{file}                                      | {file} | no flag | --name=value
+--flagfile={fifo}                           | flagfile | {fifo} | ordinary file
+"""

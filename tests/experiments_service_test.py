@@ -10,7 +10,7 @@ import urllib.parse
 
 import numpy as np
 import pytest
-import service_helped_test as of_card
+import service_helped_world as of_card
 import service_institution as institution
 import service_serving_test as of_session
 from clinic_node_test import xray

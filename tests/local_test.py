@@ -27,10 +27,8 @@ def data(num_rows, seed=0):
 
 
 def start(seed=1):
-  return {
-    "w": jnp.asarray(np.random.default_rng(seed).normal(size=(D, L)), jnp.float32),
-    "b": jnp.zeros(L),
-  }
+  kernel = np.random.default_rng(seed).normal(size=(D, L))
+  return {"w": jnp.asarray(kernel, jnp.float32), "b": jnp.zeros(L)}
 
 
 def softmax(z):
@@ -281,19 +279,21 @@ def test_correct_changes_the_gradient_before_the_optimiser():
   jax.tree.map(np.testing.assert_array_equal, trained.params, start())
 
 
+def graded(loss_fn, state, batch):
+  """The loss with what comes beside it, and its gradient, at `start`."""
+  run = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+  return run(start(), state, batch, jax.random.key(0))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_classification_loss_and_its_gradient(smoothing):
   images, labels = data(6)
   weights = np.array([1, 0.5, 0, 1, 0, 2], np.float32)
   loss_fn = local.classification_loss(apply_fn, as_stored, L, label_smoothing=smoothing)
   batch = Batch(*map(jnp.asarray, (images, labels, weights)))
-  (loss, (state, sums)), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
-    start(), {"untouched": jnp.ones(2)}, batch, jax.random.key(0)
-  )
-  x, p0 = (
-    images.reshape(6, D).astype(np.float64),
-    jax.tree.map(lambda a: np.asarray(a, np.float64), start()),
-  )
+  (loss, (state, sums)), grads = graded(loss_fn, {"untouched": jnp.ones(2)}, batch)
+  x = images.reshape(6, D).astype(np.float64)
+  p0 = jax.tree.map(lambda a: np.asarray(a, np.float64), start())
   targets = (1 - smoothing) * np.eye(L)[labels] + smoothing / L
   p = softmax(x @ p0["w"] + p0["b"])
   total = np.sum(-weights * np.sum(targets * np.log(p), axis=1))
@@ -311,9 +311,7 @@ def test_an_empty_batch_has_no_loss_and_no_gradient():
   images, labels = data(4)
   loss_fn = local.classification_loss(apply_fn, as_stored, L)
   batch = Batch(jnp.asarray(images), jnp.asarray(labels), jnp.zeros(4))
-  (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
-    start(), {}, batch, jax.random.key(0)
-  )
+  (loss, _), grads = graded(loss_fn, {}, batch)
   assert loss == 0
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
 
@@ -331,12 +329,9 @@ def test_prepare_and_model_get_different_keys_and_prepare_may_mix_targets():
     return images[::-1], targets[::-1]
 
   images, labels = data(4)
-  loss, _ = local.classification_loss(model, mix, L)(
-    start(), {}, Batch(jnp.asarray(images), jnp.asarray(labels), jnp.ones(4)), jax.random.key(0)
-  )
-  plain, _ = local.classification_loss(apply_fn, as_stored, L)(
-    start(), {}, Batch(jnp.asarray(images), jnp.asarray(labels), jnp.ones(4)), jax.random.key(0)
-  )
+  given = Batch(jnp.asarray(images), jnp.asarray(labels), jnp.ones(4)), jax.random.key(0)
+  loss, _ = local.classification_loss(model, mix, L)(start(), {}, *given)
+  plain, _ = local.classification_loss(apply_fn, as_stored, L)(start(), {}, *given)
   np.testing.assert_allclose(loss, plain, rtol=1e-6)
   assert not np.array_equal(*map(jax.random.key_data, seen))
 
@@ -347,24 +342,18 @@ def test_impossible_smoothing_is_refused(smoothing):
     local.classification_loss(apply_fn, as_stored, L, label_smoothing=smoothing)
 
 
-@pytest.mark.parametrize(
-  "size", [8, 2**19]
-)  # side by side, and too large for the cache: site after site
+# Side by side, and too large for the cache: site after site.
+@pytest.mark.parametrize("size", [8, 2**19])
 def test_vmapped_gradients_are_those_of_each_site(size):
-  loss = lambda params, state, batch, key: (
-    jnp.sum(params**2 * batch.images.mean()),
-    (state, batch.labels),
-  )
-  grad_fn = local.gradients(loss)
+  total = lambda params, batch: jnp.sum(params**2 * batch.images.mean())
+  grad_fn = local.gradients(lambda p, state, batch, key: (total(p, batch), (state, batch.labels)))
   params = jnp.arange(3 * size, dtype=jnp.float32).reshape(3, size) / size
-  batch = Batch(
-    jnp.arange(3, dtype=jnp.float32)[:, None], jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1))
-  )
+  images = jnp.arange(3, dtype=jnp.float32)[:, None]
+  batch = Batch(images, jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1)))
   keys = jax.random.split(jax.random.key(0), 3)
   together, _ = jax.jit(jax.vmap(grad_fn, in_axes=(0, None, 0, 0)))(params, {}, batch, keys)
-  alone = [
-    grad_fn(params[i], {}, jax.tree.map(lambda a, i=i: a[i], batch), keys[i])[0] for i in range(3)
-  ]
+  of = lambda i: jax.tree.map(lambda a: a[i], batch)
+  alone = [grad_fn(params[i], {}, of(i), keys[i])[0] for i in range(3)]
   np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-6)
 
 

@@ -88,3 +88,8 @@ def every_file(folder):
 def wanted(plan, seed=2):
   """What one process computes."""
   return np.asarray(mpc.check(plan, (WEIGHTS, image(seed))))
+
+
+def both(roles):
+  """The numbers that each party holds unused."""
+  return (folders.unused(place(roles.vendor) / CLINIC), folders.unused(place(roles.clinic)))
