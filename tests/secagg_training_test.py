@@ -138,7 +138,7 @@ def test_an_exchange_is_told_what_the_sum_is_for_and_how_it_is_protected():
   with pytest.raises(Asked) as asked:
     count((), 7, fed.Sites(np.arange(3), load))
   shapes, *terms = asked.value.args
-  assert terms == [7, Purpose.COUNTING, config, 3]
+  assert terms == [7, Purpose.COUNTING, config, 3, [0, 1, 2]]
   assert shapes.message == {"max": ((D, 1, 1), np.uint32), "n": ((), np.uint32)}
 
 
