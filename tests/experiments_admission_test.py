@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -117,7 +118,14 @@ def run_apart(root, patch):
   connect = lambda config, seat, told: processes.meet(
     config, held["carriers"][seat.number], seat, told
   )
+  alone, save = threading.Lock(), model_files.save_model
+
+  def save_in_turn(*args):  # orbax's saves share state within a process
+    with alone:
+      save(*args)
+
   with patch.context() as patched:
+    patched.setattr(model_files, "save_model", save_in_turn)
     patched.setattr(report, "write_report", lambda *args, **facts: facts["privacy"])
     patched.setattr(processes, "connect", connect)
     return in_threads(one, SITES, root)
