@@ -6,7 +6,18 @@ import jax
 import numpy as np
 import pytest
 import service_institution as institution
-from service_institution import CLINIC, MODEL, both, deal, deliver, every_file, made, place, send
+from service_institution import (
+  CLINIC,
+  MODEL,
+  both,
+  deal,
+  deliver,
+  every_file,
+  killed_after,
+  made,
+  place,
+  send,
+)
 
 from primia_jax import prng
 from primia_jax.mpc import committing, protocol, saving
@@ -171,17 +182,7 @@ def test_a_second_dealing_is_checked_beside_what_the_clinic_holds(roles):
 @pytest.mark.parametrize("after", range(6))
 def test_a_model_owner_killed_while_it_asks_asks_for_the_same(roles, monkeypatch, after):
   deal(roles, 6, audited=True)
-  steps = [0]
-
-  def counted(step):
-    def run(*args, **kwargs):
-      steps[0] += 1
-      if steps[0] > after:
-        raise KeyboardInterrupt
-      return step(*args, **kwargs)
-
-    return run
-
+  counted = killed_after(after)
   with monkeypatch.context() as patch:
     patch.setattr(supply.durable, "replace", counted(supply.durable.replace))
     patch.setattr(supply.folders, "destroy", counted(supply.folders.destroy))
@@ -199,20 +200,10 @@ def test_a_model_owner_killed_while_it_asks_asks_for_the_same(roles, monkeypatch
 def test_a_model_owner_killed_while_it_checks_goes_on(roles, monkeypatch, after):
   challenged(roles)
   answered(roles)
-  steps, real = [0], {name: getattr(supply.pathlib.Path, name) for name in ("unlink", "replace")}
-
-  def counted(name):
-    def run(*args, **kwargs):
-      steps[0] += 1
-      if steps[0] > after:
-        raise KeyboardInterrupt
-      return real[name](*args, **kwargs)
-
-    return run
-
+  path, counted = supply.pathlib.Path, killed_after(after)
   with monkeypatch.context() as patch:
-    for name in real:
-      patch.setattr(supply.pathlib.Path, name, counted(name))
+    for name in ("unlink", "replace"):
+      patch.setattr(path, name, counted(getattr(path, name)))
     with pytest.raises(KeyboardInterrupt):
       check(roles)
   if supply.is_answered(roles.vendor, MODEL, CLINIC):  # as primia-publish decides

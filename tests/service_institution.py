@@ -93,3 +93,19 @@ def wanted(plan, seed=2):
 def both(roles):
   """The numbers that each party holds unused."""
   return (folders.unused(place(roles.vendor) / CLINIC), folders.unused(place(roles.clinic)))
+
+
+def killed_after(count):
+  """step -> the same step, which a kill comes before once so many of all these have run."""
+  steps = [0]
+
+  def counted(step):
+    def run(*args, **kwargs):
+      steps[0] += 1
+      if steps[0] > count:
+        raise KeyboardInterrupt
+      return step(*args, **kwargs)
+
+    return run
+
+  return counted

@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 import service_institution as institution
-from service_institution import CLINIC, MODEL, both, deal, deliver, every_file, made, place, send
+from service_institution import (
+  CLINIC,
+  MODEL,
+  both,
+  deal,
+  deliver,
+  every_file,
+  killed_after,
+  made,
+  place,
+  send,
+)
 
 from primia_jax import mpc
 from primia_jax.mpc import saving
@@ -61,16 +72,7 @@ def test_a_dealer_keeps_to_its_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("after", range(6))
 def test_a_dealer_killed_at_any_step_leaves_pairs(roles, monkeypatch, after):
   """Each file and each rename is a step; the process is killed before one of them."""
-  dealer, steps = supply.dealer(roles.dealer, MODEL), [0]
-
-  def counted(step):
-    def run(*args, **kwargs):
-      steps[0] += 1
-      if steps[0] > after:
-        raise KeyboardInterrupt
-      return step(*args, **kwargs)
-
-    return run
+  dealer, counted = supply.dealer(roles.dealer, MODEL), killed_after(after)
 
   with monkeypatch.context() as patch:
     patch.setattr(saving, "write", counted(saving.write))
