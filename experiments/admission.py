@@ -92,7 +92,7 @@ def of(run_dir: str, purpose: str = approving.TRAINING) -> Site | None:
     raise NotApproved(
       f"run_dir={run_dir}: nothing is approved at this site, so that it {does} nothing; approve "
       f"the configuration that the coordinator sent: primia-site approve --site_dir={run_dir} "
-      "--config=config.json"
+      "--config=config.json" + " --model=COPY" * (purpose == approving.EVALUATION)
     )
   if (found := approving.purpose(approved)) != purpose:
     program = "primia-train" if found == approving.TRAINING else "primia-evaluate"

@@ -203,7 +203,9 @@ def train(
       if validate is None or mcc > float(best.mcc):
         now = keep((jnp.float32(mcc), jnp.int32(done.number)))
         best = Best(*state[:-1], *now)
-      row = suppression.of_round(row, policy, _confusion(done), _trained(cohort, done), of_one)
+      row = suppression.of_round(
+        row, policy, _confusion(done), _trained(config, cohort, done.info.survivors), of_one
+      )
       rows.append(row)
       with lines_path.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -307,8 +309,10 @@ def _confusion(done: loop.Round) -> Any:
   return found if found is not None and found.ndim == 2 else None
 
 
-def _trained(cohort: Cohort, done: loop.Round) -> int:
-  return sum(cohort.train.sizes[i] for i in done.ids.tolist())
+def _trained(config: Train, cohort: Cohort, survivors: Any) -> int:
+  t = config.training
+  most = None if t.sync_epochs else t.batches * t.batch_size
+  return suppression.trained([cohort.train.sizes[i] for i in np.asarray(survivors).tolist()], most)
 
 
 def _not_private(config: Train, trainer: Trainer) -> str:

@@ -72,11 +72,13 @@ def check(s: Clinic, r: Remote, present: Sequence[str]) -> None:
   if r.connect and r.card:
     raise ValueError(f"connect={r.connect} with card={r.card}: a card names its servers; use one")
   remote = f"connect={r.connect}" if r.connect else f"card={r.card}" * bool(r.card)
-  needed = ("folder", "timeout") + ("model",) * bool(r.connect)
-  for name in ("folder", "model", "timeout"):
+  needed = ("folder", "timeout") + ("model", "session_seconds") * bool(r.connect)
+  for name in ("folder", "model", "timeout", "session_seconds"):
     if name in present and (not remote or name not in needed):
       cure = (
-        "a card names its model; leave it out" if remote else "it goes with --connect or --card"
+        "it goes with --connect, and a card has its own; leave it out"
+        if remote
+        else "it goes with --connect or --card"
       )
       raise ValueError(f"{name}={getattr(r, name)} with {remote or 'neither'}: {cure}")
   if not remote:
@@ -89,13 +91,9 @@ def check(s: Clinic, r: Remote, present: Sequence[str]) -> None:
         "out"
       )
   if r.connect:
-    _service("asking").check(_connect(r))
+    _service("asking").check(r)
   else:
     _service("sharing").check(_shared(r))
-
-
-def _connect(r: Remote) -> Connect:
-  return Connect(r.connect, r.folder, r.model, r.timeout)
 
 
 def _shared(r: Remote) -> Any:
@@ -132,7 +130,7 @@ def load(s: Clinic, r: Remote) -> Ready:
     model, ask = local(s)
     return Ready(model, ask, learned(s), WARNING)
   module = _service("asking" if r.connect else "sharing")
-  return Ready(*module.ready(_connect(r) if r.connect else _shared(r)))
+  return Ready(*module.ready(r if r.connect else _shared(r)))
 
 
 def local(s: Clinic) -> tuple[Model, Ask]:

@@ -171,7 +171,7 @@ def score_here() -> None:
     dataset, config = own_images()
   if not FLAGS.unlabelled:
     tasks.check(model_config.name, dataset, is_multi)
-  output.mkdir(parents=True, exist_ok=True)
+  folders.private(output)
   predictions = task.predictor(model.apply)(trained, dataset.images)
   about = {
     "run_dir": FLAGS.run_dir,

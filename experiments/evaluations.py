@@ -248,6 +248,7 @@ def approve(folder: pathlib.Path, member: Member, path: str, copy: str) -> None:
       f"num_sites={config.scoring.num_sites} of {path}, and roster {known.serial} has "
       f"{len(known.sites)} sites; ask the coordinator which is right"
     )
+  roster.check_numbers(known)
   shared = {name: settings.flat(config)[name] for name in names_of_shared()}
   held = held_here(apart(shared, member.own), member)
   if member.role == site_folders.SITE:

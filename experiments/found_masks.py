@@ -179,6 +179,7 @@ def _palette(num_classes: int) -> list[int]:
     (0, 158, 115),
     (204, 121, 167),
     (0, 114, 178),
+    (213, 94, 0),
   ]
-  chosen = [colours[k if k < len(colours) else 1 + k % 5] for k in range(num_classes)]
+  chosen = [colours[k and 1 + (k - 1) % 6] for k in range(num_classes)]
   return [value for colour in chosen for value in colour]

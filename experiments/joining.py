@@ -222,7 +222,7 @@ def approve(site_dir: str, s: Approve, finished: Finished = NO_MODEL) -> None:
   if evaluations.is_one(s.config):
     evaluations.approve(folder, member, s.config, finished.model)
     return
-  if finished.model:
+  if finished.model and s.config and pathlib.Path(s.config).expanduser().is_file():
     raise ValueError(
       f"model={finished.model}: {s.config or 'config'} is not the configuration of an evaluation; "
       "leave model out"

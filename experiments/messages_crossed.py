@@ -11,6 +11,7 @@ import json
 import pathlib
 from typing import NamedTuple
 
+from primia_jax import durable
 from primia_jax.disclosure import Crossing
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import Carrier
@@ -100,11 +101,15 @@ KINDS: dict[type, Kind] = {
 
 
 def written_down(carrier: Carrier, path: pathlib.Path) -> Carrier:
-  """A carrier that notes each message in a file.
+  """A carrier that notes each message in a file, in which a crash may have left half a line: its
+  message did not leave.
 
   Raises (of `hear` and `say`):
     OSError: naming the file, which cannot be written; the message then does not leave.
   """
+
+  if path.is_file() and not (whole := path.read_bytes()).endswith(b"\n"):
+    durable.replace(path, whole[: whole.rfind(b"\n") + 1])
 
   def note(way: str, data: bytes) -> None:
     if not data:  # no message

@@ -18,7 +18,6 @@ from .evaluations import NO_MODEL, Finished
 from .site_folders import COORDINATOR, Limits, Own
 
 CONFIG = "config.json"  # in the coordinator's folder
-_PLACEHOLDER = "of-each-site"  # for the path of its images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,5 +105,5 @@ def configuration(text: str, num_sites: int) -> Train:
   of_sites = approving.names_of_shared()
   given = {name: values[name].value for name in of_sites if values[name].present}
   data = str(values["data"].value) if values["data"].present else "folder:"
-  own = Own(f"{data.partition(':')[0]}:{_PLACEHOLDER}")
+  own = Own(f"{data.partition(':')[0]}:{evaluations.PLACEHOLDER}")
   return approving.apart({"placement": "flower", "num_sites": num_sites} | given, own)

@@ -186,9 +186,11 @@ def _number(run: pathlib.Path, value: Any) -> np.ndarray:
   """A score or matrix of a report.
 
   Raises:
-    ValueError: the report suppresses it.
+    ValueError: the report suppresses it, or it is undefined.
   """
   array = np.asarray(value)
+  if value is None:
+    raise ValueError(f"run_dir={run}: a score is undefined on its test images; leave the run out")
   if array.dtype.kind not in "iuf":
     raise ValueError(
       f"run_dir={run}: its report suppresses counts of few patients (--fewest_patients), and with "

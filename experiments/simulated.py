@@ -237,10 +237,14 @@ def _print_check(config: Infer, found: phases.Difference, total: int, what: str)
     print(f"  largest difference of a logit from float32: {found.largest:.2g}{target}")
   print(f"  the same class as float32: {found.same:,} of {total:,} {what}")
   if found.same < total:
-    print(
-      f"  elsewhere float32's two best logits are {found.margin:.2g} apart at most; an error of "
-      f"{config.target_error:g} may turn {2 * config.target_error:g}"
+    known = (
+      ""
+      if found.largest is None
+      else (
+        f"; such errors change a class only where they are less than {2 * found.largest:.2g} apart"
+      )
     )
+    print(f"  elsewhere float32's two best logits are {found.margin:.2g} apart at most{known}")
   if found.bitwise is not None:
     print(
       f"  bit for bit what the integer model gives: "

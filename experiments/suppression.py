@@ -60,6 +60,16 @@ def suppress(
   )
 
 
+def trained(sizes: Sequence[int], most: int | None) -> int:
+  """How many different images a round's training scores are of, at most.
+
+  Args:
+    sizes: the images of each site in the round.
+    most: that a site trains on in a round; None for all of them.
+  """
+  return sum(size if most is None else min(size, most) for size in sizes)
+
+
 def of_round(
   row: Mapping[str, Any], policy: Policy, confusion: Any, trained: int, of_one: int
 ) -> dict[str, Any]:
@@ -69,7 +79,7 @@ def of_round(
     row: the line.
     policy: its floor of patients.
     confusion: [L, L] of the validation images of all sites; None without.
-    trained: how many images were trained on.
+    trained: how many images the training scores are of; see `trained`.
     of_one: the most images of one patient: n images are of at least n / of_one patients.
   """
   if not policy.fewest_patients:

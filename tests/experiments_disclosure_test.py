@@ -222,6 +222,14 @@ def test_the_line_of_a_round_does_not_tell_few_errors():
   assert hidden_of(None, 1000)[0] == set()
 
 
+def test_the_line_of_a_short_round_counts_the_images_of_that_round():
+  """Four of 200 are wrong, of sites with 1,500 images each: of these it would be 90."""
+  assert suppression.trained([1500] * 3, None) == 4500
+  assert suppression.trained([1500, 1500, 40], 80) == 200
+  assert "train_accuracy" not in hidden_of(None, suppression.trained([1500] * 3, None))[0]
+  assert "train_accuracy" in hidden_of(None, suppression.trained([1500, 1500, 40], 80))[0]
+
+
 def test_lines_count_patients_where_one_may_have_many_images():
   """13 wrong images may be of one patient, who has up to ten of them, and of another."""
   assert hidden_of([[57, 13], [11, 30]], 2000, of_one=10)[0] == {

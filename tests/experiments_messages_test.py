@@ -96,3 +96,14 @@ def test_a_message_that_is_not_in_the_list_does_not_leave(tmp_path):
   with pytest.raises(ValueError, match="torn is damaged"):
     messages_crossed.listed(tmp_path / "torn")
   assert messages_crossed.listed(tmp_path / "none") == []
+
+
+def test_a_line_that_a_crash_left_unfinished_is_written_over(tmp_path):
+  path = tmp_path / FILE
+  whole = json.dumps({"message": "Word", "way": "sent", "bytes": 3}) + "\n"
+  path.write_text(whole + whole[:9])
+  sent = []
+  nobody = carrier.Carrier(lambda limit: b"", sent.append, lambda: None)
+  messages_crossed.written_down(nobody, path).say(msg.encode(msg.Word(1, b"")))
+  (row,) = messages_crossed.listed(path)
+  assert (row.messages, row.num_bytes) == (2, 3 + len(sent[0]))
