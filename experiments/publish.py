@@ -149,9 +149,9 @@ def _discard(s: Publish, folder) -> None:
   inbox.collect(folder, inbox.MODEL_OWNER)
   count = folders.discard(folder)
   print(
-    f"{count} unused inferences are destroyed. Publish each model anew: primia-publish --folder="
-    f"{s.folder}\n--model=NEW --rotate=OLD. Queries since this state are forgotten, too: lower "
-    "--total_images by them."
+    f"{count} unused inferences are destroyed. Publish each model anew (primia-publish --folder="
+    f"{s.folder} --model=NEW --rotate=OLD), and remove models/OLD. Queries since this state are "
+    "forgotten, too: lower --total_images by them."
   )
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import types
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("flwr")
 
 from flower_apps_test import TOLERANT, Grid, _task, assert_total, elements  # noqa: F401
 from flower_events import DOCS, row
+from flwr.app import ConfigRecord, RecordDict
 
 from primia_jax.flower import channel, coordinating
 from primia_jax.secagg import carrier, exchange, keys, meeting, pinning, roster
@@ -209,3 +211,44 @@ def test_numbers_with_a_gap_are_refused_before_anybody_waits(tmp_path):
     ValueError, match=r"have the numbers \[0, 1, 5\], .* must be 0 to 2.*renumber"
   ):
     coordinating.run(Grid({}), tmp_path / "coordinator", 3, 0.1)
+
+
+class Nodes:
+  """A grid whose nodes answer each message by what comes next in their list of contents."""
+
+  def __init__(self, answers):
+    self.answers, self.sent = answers, []
+
+  def get_node_ids(self):
+    return [*self.answers]
+
+  def push_messages(self, messages):
+    self.sent += [(str(len(self.sent) + i), one) for i, one in enumerate(messages)]
+    return [name for name, _ in self.sent[-len(messages) :]]
+
+  def pull_messages(self, names):
+    for name, one in self.sent:
+      node = one.metadata.dst_node_id
+      if name in names and self.answers[node]:
+        content = self.answers[node].pop(0)(one)
+        yield types.SimpleNamespace(
+          metadata=types.SimpleNamespace(reply_to_message_id=name, src_node_id=node),
+          has_content=lambda content=content: content is not None,
+          content=content,
+        )
+
+
+def test_a_node_that_was_away_is_invited_again_and_another_form_is_no_answer():
+  """Its program had ended before its hello, or Flower had lost it."""
+  own, server = keys.identity(), keys.identity()
+  invitation = msg.Invitation(server.public, bytes(32))
+  wrap = lambda data: RecordDict({"primia": ConfigRecord({"message": data})})
+  hello = lambda one: wrap(msg.encode(meeting.hello(own, 0, invitation)))
+  odd = lambda one: RecordDict({"other": ConfigRecord({"message": b"x"})})
+  grid = Nodes({5: [lambda one: wrap(b""), lambda one: None, odd, hello, odd]})
+  ask = coordinating.over(grid, [5], {0: own.public})
+  (said,) = ask({0: msg.encode(invitation)}, TIMEOUT).items()
+  assert said[0] == 0
+  assert isinstance(msg.decode(said[1]), msg.Hello)
+  assert len(grid.sent) == 4
+  assert ask({0: msg.encode(msg.Dismissed(b"over"))}, 1.0) == {}

@@ -1,5 +1,7 @@
 """The first ring that is accurate enough on every example, or a refusal with the best error."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,3 +63,15 @@ def test_a_refusal_says_why_the_last_ring_was_too_small():
     ValueError, match=r"best error is \d.*; 16 bits with 7 of fraction are refused"
   ):
     fitting.fit(fn, OWNERS, [(W, X)], 1e-7, candidates=((32, 10), (16, 7)))
+
+
+def test_a_ring_with_room_for_what_comparisons_decide_comes_first():
+  """No example takes the score: in the narrow ring it would wrap, in the wide one it is right."""
+  score = lambda w, x: jnp.where(x @ w[0] > 100, 3e5, 0.0) + 0.25
+  of = lambda *rings: fitting.fit(score, OWNERS, [(W, X)], 0.1, candidates=rings)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    plan = of((24, 6), (32, 8))
+  assert plan.config.num_bits == 32
+  with pytest.warns(UserWarning, match="has no room"):
+    assert of((24, 6)).config.num_bits == 24

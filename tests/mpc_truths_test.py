@@ -104,3 +104,16 @@ def test_where_the_ring_has_no_room_a_warning_names_the_line():
   np.testing.assert_allclose(mpc.check(plan, (W, SEEN)), SEEN, atol=1e-3)
   with warnings.catch_warnings(action="error"):
     mpc.plan(fn, OWNERS, (W, SEEN), mpc.Config(64, 16), ranges)
+
+
+def test_only_what_is_below_its_own_maximum_has_an_exponential_below_one():
+  """As in a softmax, and neither below a public value's nor below less than its own."""
+  far = np.float32([[3.0, -1.0, 0.5, 2.0, -4.0, 1.0]])
+  truth = lambda w, x: (x * w[0, 0] / W[0, 0] > 5).astype(jnp.float32)
+  decided(lambda w, x: jnp.exp(far - truth(w, x).max()) + 0.1, SEEN, SEEN * 2)
+
+  def least(w, x):
+    v = truth(w, x) * 3
+    return jnp.exp(v - jnp.minimum(v.max(), 0.0)) + 0.1
+
+  decided(least, SEEN, SEEN * 2)

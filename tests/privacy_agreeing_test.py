@@ -116,7 +116,7 @@ def plain(**changes):
     (b'{"ledgers": [], "counts": null}', "ledgers of 0 sites, and there are 3"),
     (plain(what="a wish"), "a charge of 'a wish' that is not of the run"),
     (plain(noise_multiplier=0.01), "a charge of 'update' that is not of the run"),
-    (plain(times=1.5), "a charge of 'update'"),
+    (plain(times=1.5), "a charge of 'update'"), (plain(times=10**400), "a charge of 'update'"),
     (plain().replace(b"1e-05", b"0.1"), "delta=0.1, not those of the run"),
     (plain().replace(b"null", b"[1e999]"), "class counts"),
   ],

@@ -1,5 +1,6 @@
 """Budgets of queries: counted on disk before anything is computed, across crashes and restarts."""
 
+import contextlib
 import errno
 import io
 import json
@@ -206,6 +207,19 @@ def test_a_full_disk_answers_no_query_and_damages_no_line(tmp_path, monkeypatch)
   one.close()
   lines = [json.loads(line) for line in (tmp_path / journal.AUDIT).open()]
   assert [line["event"] for line in lines] == ["query", "query"]
+
+
+def test_a_reader_of_the_log_that_has_gone_costs_no_query(tmp_path):
+  reader, writer = os.pipe()
+  os.close(reader)
+  with open(writer, "w") as echo:
+    one = Journal(tmp_path, Contract(daily=3), echo, Clock())
+    charge(one, 2)
+    assert one.left("a") == 1
+    one.close()
+    with contextlib.suppress(OSError):
+      echo.close()
+  assert opened(tmp_path, daily=3).left("a") == 1
 
 
 def test_only_known_fields_can_be_logged(tmp_path):

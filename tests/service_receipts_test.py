@@ -1,11 +1,12 @@
 """How a server that was put back is found; `service_sessions_test` carries out the attack."""
 
 import shutil
+import types
 
 import pytest
 from service_world import CLINIC, KEY
 
-from primia_jax.service import folders, receipts
+from primia_jax.service import folders, institutions, receipts
 from primia_jax.service.errors import PutBack, Refused, UsedUp
 
 NUMBERS = [f"{i:064x}" for i in range(4)]
@@ -42,6 +43,25 @@ def test_a_clinic_cannot_say_so_without_cause(both):
     with pytest.raises(Refused, match="not of this server") as found:
       receipts.check(KEY, CLINIC, both[0], shown)
     assert not isinstance(found.value, UsedUp)
+
+
+def test_a_receipt_finds_only_once_that_a_server_was_put_back(both, tmp_path):
+  """Of an inference that it never held in that state: what is dealt afterwards stays."""
+  used(both, NUMBERS[0])
+  put_back = folders.make(tmp_path / "put_back")
+  place = folders.make(put_back / "models" / "m-1" / CLINIC)
+  served = types.SimpleNamespace(name="m-1", folder=place.parent)
+  said = []
+  journal = types.SimpleNamespace(note=lambda event, **fields: said.append(event))
+  verify = institutions.verifying(put_back, journal, lambda: None)
+  shown = receipts.shown(both[1])
+  with pytest.raises(PutBack):
+    verify(served, KEY, CLINIC, shown)
+  later = folders.make(place / folders.CORRELATIONS) / NUMBERS[1]
+  later.write_bytes(b"x")
+  verify(served, KEY, CLINIC, shown)
+  assert later.exists()
+  assert said == ["put back"]
 
 
 def test_discarding_leaves_nothing_of_any_clinic_or_model_and_marks_all(tmp_path):

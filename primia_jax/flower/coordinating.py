@@ -107,7 +107,8 @@ def over(
 
   Which site a node belongs to is known from its first answer: a hello, signed for this run by the
   member that has the site's number (`meeting.answered`). Flower's node authentication keeps that
-  node in its place. Any other node is told why it is turned away, and costs the sites nothing.
+  node in its place. Any other node is told why it is turned away, for the whole run, and costs the
+  sites nothing.
 
   Args:
     grid: Flower's.
@@ -123,12 +124,16 @@ def over(
     sent, end = msg.decode(invitation), time.monotonic() + timeout
     assert isinstance(sent, msg.Invitation)
     said: dict[int, bytes] = {}
-    refused, pending = set[int](), set[str]()
+    refused, away, pending = set[int](), set[int](), set[str]()
     while len(said) < len(sites) and time.monotonic() < end:
-      new = set(nodes if members is None else grid.get_node_ids()) - invited
+      new = {*nodes, *(() if members is None else grid.get_node_ids())} - invited | away
       pending |= _push(grid, dict.fromkeys(sorted(new), invitation), timeout, True)
       invited.update(new)
+      away.clear()
       for node, data in _pulled(grid, pending):
+        if not data:  # its program has ended, or it was away: it is invited again
+          away.update(() if members is None else (node,))
+          continue
         try:
           site = meeting.answered(data, sent, members).site
           if site in said or site not in sites:
@@ -152,7 +157,7 @@ def over(
     if not invited:
       return invite(requests, timeout)
     to = {of_site[i]: request for i, request in requests.items() if i in of_site}
-    answers = dict(_answers(grid, _push(grid, to, timeout), timeout))
+    answers = {i: data for i, data in _answers(grid, _push(grid, to, timeout), timeout) if data}
     return {i: answers[of_site[i]] for i in requests if of_site.get(i) in answers}
 
   return ask
@@ -187,13 +192,13 @@ def _push(
 
 
 def _pulled(grid: Any, pending: set[str]) -> list[tuple[int, bytes]]:
-  """(node, answer) of what has come; takes it out of `pending`."""
+  """(node, answer) of what has come, empty where it is an error; takes it out of `pending`."""
   out = []
   for answer in grid.pull_messages(pending) if pending else ():
     pending.discard(answer.metadata.reply_to_message_id)
-    data = answer.content["primia"]["message"] if answer.has_content() else b""
-    if isinstance(data, bytes) and data:
-      out.append((answer.metadata.src_node_id, data))
+    record = answer.content.get("primia") if answer.has_content() else None
+    data = record.get("message") if isinstance(record, ConfigRecord) else b""
+    out.append((answer.metadata.src_node_id, data if isinstance(data, bytes) else b""))
   return out
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from primia_jax.mpc import clear, inference
 from primia_jax.mpc.circuit import Config
-from primia_jax.mpc.planning import Plan, calibrate, plan
+from primia_jax.mpc.planning import Plan, calibrate, planned, warn_of_no_room
 from primia_jax.types import PyTree
 
 # Rings by their cost: 32 bits take half the storage, and within one width fewer fraction bits
@@ -33,7 +33,9 @@ def fit(
 
   The error is the largest difference between an output of the integer model, which the exact
   protocol equals bit for bit, and of fn itself. The examples are the model owner's. Other inputs
-  are assumed to behave alike; `spare` allows for the difference.
+  are assumed to behave alike; `spare` allows for the difference. A ring without room for all that
+  comparisons may decide (`lowering.truths`) is taken, with a warning, only if no other reaches the
+  target.
 
   Args:
     fn: as for `plan`.
@@ -52,7 +54,7 @@ def fit(
     raise ValueError(f"target_error={target_error}; use a positive number")
   ranges = calibrate(fn, owners, examples)
   wanted = [jax.tree.leaves(jax.jit(fn)(*args)) for args in examples]
-  best, why = np.inf, ""
+  best, why, narrow = np.inf, "", None
   for num_bits, fraction_bits in candidates:
     trial = dataclasses.replace(
       config,
@@ -61,7 +63,7 @@ def fit(
       weight_bits=min(config.weight_bits, num_bits),
     )
     try:
-      candidate = plan(fn, owners, examples[0], trial, ranges)
+      candidate, lacks = planned(fn, owners, examples[0], trial, ranges)
     except ValueError as error:  # the ring is too small for so many fraction bits
       why = f"; {num_bits} bits with {fraction_bits} of fraction are refused: {error}"
       continue
@@ -72,8 +74,14 @@ def fit(
       for a, b in zip(jax.tree.leaves(run_clear(encode_all(args))), want, strict=True)
     )
     if largest * spare <= target_error:
-      return candidate
+      narrow = narrow or (candidate, lacks)
+      if not np.any(lacks & np.isfinite(ranges[1])):  # a wider ring would not know more bounds
+        narrow = candidate, lacks
+        break
     best = min(best, largest)
+  if narrow is not None:
+    warn_of_no_room(narrow[0].program, narrow[1], stacklevel=2)
+    return narrow[0]
   raise ValueError(
     f"no ring reaches target_error={target_error}; the best error is {best:.3g}{why}"
   )

@@ -137,6 +137,16 @@ def plan(
     NotImplementedError: a primitive has no protocol; the message names it and its source line.
     ValueError: an owner is unknown, or a calibrated range does not fit the ring.
   """
+  made, lacks = planned(fn, owners, args, config, ranges)
+  warn_of_no_room(made.program, lacks, stacklevel=2)
+  return made
+
+
+def planned(
+  fn: Callable, owners: Sequence[Any], args: Sequence[PyTree], config: Config,
+  ranges: np.ndarray | None,
+) -> tuple[Plan, np.ndarray]:  # fmt: skip
+  """A plan, as `plan`, and which values [number of values] it lacks room for."""
   program = _program(fn, owners, args)
   flat = _flat_owners(owners, args)
   if ranges is not None and ranges.shape != (2, program.num_values):
@@ -178,9 +188,10 @@ def plan(
     except ValueError:  # no room for all that comparisons may decide
       if bounds is choices[-1]:
         raise
-  if ranges is not None:
-    _warn_of_no_room(program, ranges[1] * config.margin > bounds)
-  return Plan(program, circuit, flat, bounds, tuple(asked))
+  made = Plan(program, circuit, flat, bounds, tuple(asked))
+  if ranges is None or bounds is None:
+    return made, np.zeros(program.num_values, bool)
+  return made, ranges[1] * config.margin > bounds
 
 
 def _bounds(ranges: np.ndarray, config: Config) -> list[np.ndarray]:
@@ -191,7 +202,8 @@ def _bounds(ranges: np.ndarray, config: Config) -> list[np.ndarray]:
   return [examples] if np.array_equal(roomy, examples) else [roomy, examples]
 
 
-def _warn_of_no_room(program: Program, lacks: np.ndarray) -> None:
+def warn_of_no_room(program: Program, lacks: np.ndarray, stacklevel: int) -> None:
+  """Warns of the lines where a plan lacks room, as `planned` says."""
   outputs = ((e, ref.number) for e in program.equations for ref in e.outputs)
   lines = dict.fromkeys(f"{e.name} at {e.source}" for e, number in outputs if lacks[number])
   if lines:
@@ -199,7 +211,7 @@ def _warn_of_no_room(program: Program, lacks: np.ndarray) -> None:
       f"the ring has no room, or no bound is known, for all that comparisons may decide at "
       f"{', '.join(lines)}: an input that decides otherwise than the examples may get a wrong "
       f"answer; calibrate with examples that take each side, or use a wider ring",
-      stacklevel=3,
+      stacklevel=stacklevel + 1,
     )
 
 

@@ -1,4 +1,5 @@
-"""What the processes of a run, one for each site, take as its charges when they start again.
+"""What the processes of a run, one for each site, take as its charges when they start again, or
+when one comes back (`secagg.returning`).
 
 A process that was killed may have charged a round that no other has begun, or lack one that all
 others have charged to it. So each tells all others its ledgers (`ledger.public`), and all take the
@@ -7,7 +8,8 @@ same of what was told.
 Who learns what: charges are public. A site that lies can raise its own charge only: those of
 another site's images come from that site's own word, which it has signed, or from the word of so
 many others that one of them is honest. So nobody can use up another site's budget, and a site whose
-own record was lost is still charged what the others know.
+own record was lost is still charged what the others know. A site can end the run by what it says of
+itself: all stop where any budget is spent.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from primia_jax.privacy.accounting import Ledger, Release
 from primia_jax.privacy.plan import Plan
 
 _WRONG = ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+_MOST = 2**31  # times that a release may be charged
 _LAST_BITS = 1e-9  # relative: two machines may compute one noise with other last bits
 
 
@@ -41,7 +44,8 @@ def reconcile(told: Mapping[int, bytes], path: pathlib.Path, plan: Plan, least: 
   once more.
 
   Args:
-    told: what is `ledger.public` of each site's process, by site, in messages that it has signed.
+    told: what is `ledger.public` of each site's process, by site, in messages that it has signed;
+      empty for one that is missing, of which only the others' word counts.
     path: of this process's run.
     plan: of the run.
     least: more than the sites that may lie.
@@ -90,7 +94,7 @@ def _of_plan(told: Ledger, plan: Plan) -> Ledger:
   out = Ledger(plan.unit, plan.delta)
   for release in told.releases:
     own = next((r for r in (*plan.before, *plan.releases) if _is_alike(r, release)), None)
-    if own is None or type(release.times) is not int:
+    if own is None or type(release.times) is not int or release.times >= _MOST:
       raise ValueError(f"a charge of {release.what!r} that is not of the run")
     out = accounting.spend(out, own._replace(times=1), release.times)
   return out

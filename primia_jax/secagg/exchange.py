@@ -6,9 +6,10 @@ or over some of them, and is told to the others (`following`). The sites that it
 later one: all know them from the list of survivors, which is signed. So a lost site costs the
 others one timeout. It stays out until it comes back (`returning`), or all start again.
 
-Who learns what: see `protocol`. Its bounds hold for the K sites that have begun: however many are
-lost, no sum is over fewer than the quorum of K. That is more than two thirds of them, or more than
-half with a threshold between half and two thirds, which assumes a server that follows the protocol.
+Who learns what: see `protocol`. Its bounds hold for the K sites of the run, or of the round where
+it takes some: however many are lost, no sum is over fewer than the quorum of these K. That is
+more than two thirds of them, or more than half with a threshold between half and two thirds, which
+assumes a server that follows the protocol.
 The bounds cannot hide the difference of two sums of the same inputs, one with a site and one
 without it: everyone learns that site's input.
 
@@ -77,7 +78,7 @@ class Exchange:
 
   Attributes:
     label: names this start of the run; the same at all sites.
-    sites: those that were lost in no sum.
+    sites: those that are left: all but those that were lost and are not back.
     survivors: the sites in the last sum.
   """
 

@@ -157,7 +157,7 @@ class Reserved:
       raise _used(inference) from None
     except OSError as error:  # a full disk, for one
       raise Refused(
-        f"inference {inference} could not be marked as used: {error.strerror}"
+        f"inference {inference} could not be marked as used: {error.strerror or error}"
       ) from error
 
   def take(self) -> Correlations:

@@ -248,6 +248,7 @@ def verifying(
     except PutBack as error:
       collect()  # or what was used since would come back from there
       count = folders.discard(folder)
+      folders.destroy(model.folder / who, shown[: -receipts.BYTES].hex())  # it is found once
       reason = f"{error} ({count} inferences are destroyed)"
       journal.note("put back", clinic=who, model=model.name, reason=reason)
       raise

@@ -213,8 +213,7 @@ class Journal:
     try:
       self._write(event, False, **fields)
     except OSError as error:  # nothing hangs on this line, so the session goes on
-      if self._echo is not None:
-        print(f"{AUDIT} lacks a line ({event}): {error.strerror}", file=self._echo, flush=True)
+      self._print(f"{AUDIT} lacks a line ({event}): {error.strerror}")
 
   def _write(self, event: str, is_durable: bool, **fields: Any) -> None:
     for name, value in fields.items():
@@ -225,8 +224,13 @@ class Journal:
     line = json.dumps({"time": moment, "day": self._day, "event": event} | plain)
     self._append(line.encode() + b"\n", is_durable)
     self._tell(event, plain)
+    self._print(line)
+
+  def _print(self, line: str) -> None:
+    """The file is the record: no query hangs on who reads along."""
     if self._echo is not None:
-      print(line, file=self._echo, flush=True)
+      with contextlib.suppress(OSError, ValueError):  # a pipe whose reader has gone
+        print(line, file=self._echo, flush=True)
 
   def _tell(self, event: str, fields: dict[str, Any]) -> None:
     for listener in self.listeners:

@@ -174,7 +174,12 @@ def drawn(reserved: Reserved, frame: Numbered, send: Send, receive: Receive) -> 
   Raises:
     SessionEnded: whatever ends the session.
   """
-  number, shown = bytes.fromhex(reserved.inference), receipts.shown(reserved.folder)
+  number = bytes.fromhex(reserved.inference)
+  try:
+    shown = receipts.shown(reserved.folder)
+  except ValueError:  # nothing was sent
+    reserved.release()
+    raise
   send(frame.encode(frames.PREPARE, number + shown))
   try:
     answer = some(receive())
@@ -183,7 +188,8 @@ def drawn(reserved: Reserved, frame: Numbered, send: Send, receive: Receive) -> 
       reserved.release()
     raise
   receipt = frame.decode(answer, frames.ACCEPTED, receipts.BYTES)
-  receipts.keep(reserved.folder, reserved.inference, bytes(receipt))
+  with contextlib.suppress(OSError):  # a full disk: the receipt before serves, too
+    receipts.keep(reserved.folder, reserved.inference, bytes(receipt))
   return reserved.take()
 
 

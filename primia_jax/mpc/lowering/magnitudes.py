@@ -18,6 +18,10 @@ _MOVES = frozenset({
   "reduce_min", "reduce_window_max", "reshape", "rev", "squeeze", "stack", "stop_gradient", "tile",
   "transpose",
 })  # fmt: skip
+_KEEPS_MAXIMUM = frozenset({  # or what is above it
+  "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "expand_dims", "max", "reshape",
+  "squeeze", "stop_gradient",
+})  # fmt: skip
 _READS = frozenset({"dynamic_slice", "gather", "shift_right_arithmetic", "slice", "split"})
 _SUMS = frozenset({"add", "add_any", "and", "or", "sub", "xor"})
 _ENDS = {
@@ -163,9 +167,9 @@ def _is_below_its_maximum(equation: Equation, made: Mapping[int, Equation]) -> b
   first, second = difference.inputs
   while isinstance(second, Ref) and (step := made.get(second.number)):
     if step.name == "reduce_max":
-      return step.inputs[0] == first
+      return isinstance(first, Ref) and step.inputs[0] == first
     refs = [v for v in step.inputs if isinstance(v, Ref)]
-    if step.name not in _MOVES - {"neg", "abs"} or len(refs) != 1:
+    if step.name not in _KEEPS_MAXIMUM or len(refs) != 1:
       return False
     (second,) = refs
   return False
