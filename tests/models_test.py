@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from primia_jax.models import ModelConfig, Norm, build, features, is_norm_parameter, num_parameters
+from primia_jax.models import (
+  ModelConfig,
+  Norm,
+  build,
+  efficientnet,
+  features,
+  is_norm_parameter,
+  num_parameters,
+)  # fmt: skip
 
 SMALL = [
   ModelConfig("cnn", 3, (16, 20, 1)),
@@ -221,8 +229,39 @@ def test_dropout_draws_from_the_key_only_while_training():
   np.testing.assert_array_equal(trained[0], trained[1])
   assert (trained[0] != trained[2]).any()
   np.testing.assert_array_equal(evaluated, without_key)
-  with pytest.raises(ValueError, match=r"dropout=0\.5 needs a key"):
+  with pytest.raises(ValueError, match=r"dropout=0\.5 and stochastic_depth=0\.0 need a key"):
     apply(None, True)
+
+
+def test_an_image_leaves_out_what_a_block_adds_or_takes_it_twice_at_a_half():
+  block = efficientnet.Block(8, 3, 1, 1, "none", left_out=0.5)
+  x = jax.random.normal(jax.random.key(0), (64, 4, 4, 8))
+  params = block.init(jax.random.key(1), x, False)
+  apply = jax.jit(block.apply, static_argnums=2)
+  added = apply(params, x, False) - x
+  trained = apply(params, x, True, rngs={"dropout": jax.random.key(2)}) - x
+  taken = np.abs(trained).max((1, 2, 3)) > 0
+  assert 16 < taken.sum() < 48  # a binomial count leaves these bounds with a chance of 3e-5
+  np.testing.assert_allclose(trained, 2 * added * taken[:, None, None, None], atol=1e-5)
+
+
+def test_stochastic_depth_grows_by_block_and_needs_a_key():
+  config = ModelConfig("efficientnet_lite0", 3, (32, 32, 1), width=0.125, stochastic_depth=0.2)
+  model = build(config)
+  params, state = jax.eval_shape(model.init, jax.random.key(0))
+  rates = []
+
+  def record(call, args, kwargs, context):
+    if isinstance(context.module, efficientnet.Block):
+      rates.append(context.module.left_out)
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(record):
+    train = functools.partial(model.apply, train=True)
+    jax.eval_shape(train, params, state, images(config), key=jax.random.key(1))
+  np.testing.assert_allclose(rates, [0.2 * i / 16 for i in range(16)])
+  with pytest.raises(ValueError, match=r"stochastic_depth=0\.2 need a key"):
+    model.apply(params, state, images(config), train=True)
 
 
 def test_norm_parameters_are_told_apart():
@@ -249,6 +288,8 @@ def test_norm_parameters_are_told_apart():
     ({"image_shape": (64, 64)}, r"must be \(height, width, channels\)"),
     ({"num_classes": 0}, "num_classes=0"),
     ({"dropout": 1.0}, "dropout=1.0"),
+    ({"stochastic_depth": 0.2}, "cnn has no option 'stochastic_depth'"),
+    ({"name": "efficientnet_lite0", "stochastic_depth": 1.0}, "stochastic_depth=1.0"),
     ({"width": 0.0}, "width=0.0"),
     ({"name": "cnn", "scales": 3}, "cnn has no option 'scales'"),
     ({"name": "scatter_linear", "scales": 0}, "scales=0 must be at least 1"),

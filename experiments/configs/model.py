@@ -84,6 +84,11 @@ class Model:
   )
   weight_standardisation: bool = setting(False, "standardise convolution kernels")
   dropout: float = setting(0.0, "dropout rate before the last layer")
+  stochastic_depth: float = setting(
+    0.0,
+    "efficientnet_lite: while training, the rate at which an image leaves out the last block that "
+    "adds to its input; it grows by block from 0",
+  )
   pretrained: str = setting(
     "",
     "weights to start from: a state dict (.pth or .safetensors) of torchvision's resnet18 or vgg16 "
@@ -101,7 +106,8 @@ class Model:
 
   def __post_init__(self):
     require(0 < self.width < math.inf, "width", self.width, "must be positive and finite")
-    require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in [0, 1)")
+    for name in ("dropout", "stochastic_depth"):
+      require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
     if self.first_trained and not self.pretrained:
       raise ValueError(
         f"first_trained={self.first_trained!r} keeps the parts before it as they were trained; set "
@@ -150,6 +156,7 @@ class Model:
       weight_standardisation=self.weight_standardisation,
       width=self.width,
       dropout=self.dropout,
+      stochastic_depth=self.stochastic_depth,
       stem=stem if self.model == "resnet18" else self.stem or "7x7",
       head=self.head or "dense",
       mean=mean,
@@ -214,7 +221,8 @@ class Model:
         f"pretrained={self.pretrained} holds {len(trained)} personal models, one for each site "
         "(FedBN); use a run of another algorithm"
       )
-    alike: dict[str, Any] = {"num_classes": of_run.num_classes, "dropout": of_run.dropout}
+    free = ("num_classes", "dropout", "stochastic_depth")
+    alike: dict[str, Any] = {name: getattr(of_run, name) for name in free}
     size, channels = config.image_shape[:2], of_run.image_shape[2]
     alike["image_shape"] = (*size, channels if of_run.mean == () else config.image_shape[2])
     if dataclasses.replace(config, **alike) != dataclasses.replace(of_run, **alike):

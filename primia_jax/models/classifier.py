@@ -82,9 +82,10 @@ def _pure(config: ModelConfig, module: nn.Module, shape: tuple[int, ...]) -> Mod
         f"images must be float32, not {images.dtype}; convert uint8 with images.astype(float32) / "
         f"255"
       )
-    if train and config.dropout > 0 and key is None:
+    if train and key is None and max(config.dropout, config.stochastic_depth) > 0:
       raise ValueError(
-        f"dropout={config.dropout} needs a key while training; pass apply(..., train=True, key=key)"
+        f"dropout={config.dropout} and stochastic_depth={config.stochastic_depth} need a key while "
+        "training; pass apply(..., train=True, key=key)"
       )
     variables = (
       {"params": params, "batch_stats": model_state} if model_state else {"params": params}

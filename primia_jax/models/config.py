@@ -38,7 +38,7 @@ OPTIONS = {
   "scatter_cnn": ("norm", "pool", "weight_standardisation", "width", "dropout", "scales"),
   "unet": ("norm", "pool", "weight_standardisation", "width", "dropout"),
   "monet": ("norm", "pool", "weight_standardisation", "width", "dropout"),
-  **dict.fromkeys(LITES, ("norm", "width", "dropout", "features")),
+  **dict.fromkeys(LITES, ("norm", "width", "dropout", "stochastic_depth", "features")),
 }
 # Those that give each pixel a class, and of what the sides of their images are multiples.
 SEGMENTERS = {"unet": 8, "monet": 4}
@@ -88,6 +88,8 @@ class ModelConfig:
       these scaled to norm one image by image. An image's effect on a linear layer's gradient is
       then bounded by a public rule, as private training of that layer wants it. "standardised"
       first subtracts a mean and divides by a deviation of each map (`with_statistics`).
+    stochastic_depth: EfficientNet-Lite: while training, the rate at which an image leaves out what
+      a block adds to its input (Huang et al., arXiv 1603.09382). It grows by block from 0.
   """
 
   name: str = "cnn"
@@ -104,6 +106,7 @@ class ModelConfig:
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
   features: str = "mean"
+  stochastic_depth: float = 0.0
 
 
 def check(config: ModelConfig) -> None:
@@ -129,8 +132,9 @@ def check(config: ModelConfig) -> None:
       )
   if config.num_classes < 1:
     raise ValueError(f"num_classes={config.num_classes} must be at least 1")
-  if not 0 <= config.dropout < 1:
-    raise ValueError(f"dropout={config.dropout} must lie in [0, 1)")
+  for option in ("dropout", "stochastic_depth"):
+    if not 0 <= getattr(config, option) < 1:
+      raise ValueError(f"{option}={getattr(config, option)} must lie in [0, 1)")
   if not config.width > 0:
     raise ValueError(f"width={config.width} must be positive")
   if len(config.image_shape) != 3 or config.image_shape[2] < 1:

@@ -38,7 +38,7 @@ _TINY = 1e-12  # least squared norm of features
 
 class Block(nn.Module):
   """A 1x1 convolution to more features, a depthwise one, and a 1x1 one to fewer; plus the input
-  where the shape stays.
+  where the shape stays. While training, an image leaves out what is added at the rate `left_out`.
   """
 
   features: int
@@ -46,6 +46,7 @@ class Block(nn.Module):
   stride: int
   expansion: int
   norm: str
+  left_out: float = 0.0
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
@@ -57,7 +58,10 @@ class Block(nn.Module):
     y = relu6(Norm(self.norm, _EPSILON, name="depthwise_norm")(y, train))
     y = Conv(self.features, 1, use_bias=bias, name="project")(y)
     y = Norm(self.norm, _EPSILON, name="project_norm")(y, train)
-    return x + y if x.shape == y.shape else y
+    if x.shape != y.shape:
+      return y
+    drop = nn.Dropout(self.left_out, broadcast_dims=(1, 2, 3), deterministic=not train)
+    return x + drop(y)
 
 
 class EfficientNetLite(nn.Module):
@@ -94,9 +98,11 @@ class EfficientNetLite(nn.Module):
       x = nn.Dropout(config.dropout, deterministic=not train)(x)
       return Dense(config.num_classes, name="head")(x)
 
+    shapes = blocks(config)
+    rate = config.stochastic_depth / len(shapes)
     made: list[Callable[[Array], Array]] = [
-      functools.partial(Block(*shape, norm=self.norm, name=f"block{i}"), train=train)
-      for i, shape in enumerate(blocks(config))
+      functools.partial(Block(*shape, self.norm, rate * i, name=f"block{i}"), train=train)
+      for i, shape in enumerate(shapes)
     ]
     for part in [begin, *made, pooled, head][self.first : self.last]:
       x = part(x)
