@@ -236,7 +236,7 @@ def test_dropout_draws_from_the_key_only_while_training():
 def test_an_image_leaves_out_what_a_block_adds_or_takes_it_twice_at_a_half():
   block = efficientnet.Block(8, 3, 1, 1, "none", left_out=0.5)
   x = jax.random.normal(jax.random.key(0), (64, 4, 4, 8))
-  params = block.init(jax.random.key(1), x, False)
+  params = jax.tree.map(lambda p: jnp.full_like(p, 0.1), block.init(jax.random.key(1), x, False))
   apply = jax.jit(block.apply, static_argnums=2)
   added = apply(params, x, False) - x
   trained = apply(params, x, True, rngs={"dropout": jax.random.key(2)}) - x
