@@ -151,7 +151,7 @@ def test_a_coordinator_cannot_give_a_site_that_comes_back_another_state(
 @pytest.mark.parametrize("shown", ["alike", "apart"])
 def test_sites_that_are_shown_other_returns_are_in_no_sum_together(tmp_path, shown):
   """Site 2 is not shown that site 1 is back, as if it were to be in a smaller sum."""
-  world = killed_once(1, MEETING + A_SUM + 1)
+  world = killed_once(1, MEETING + A_SUM)
 
   def spoil(site, n, data):
     message = decoded(data)
