@@ -295,9 +295,11 @@ def other_charges(root):
 
 
 def comes_back(root):
-  """Before each message of the second sum; it is in later ones of the same run."""
+  """Before each message of the second sum, whose keys it has agreed on; it is in later ones of the
+  same run.
+  """
   ends = []
-  for stage in range(5):
+  for stage in range(3):
     place = root / str(stage)
     world = killed_once(1, 3 + 5 + stage).run(place, rounds=4)
     assert world.reports[-1].opened.survivors == (0, 1, 2)

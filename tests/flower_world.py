@@ -269,7 +269,7 @@ def killed_once(site, at):
 
 def released(world, site):
   """How many masked updates left a site."""
-  kinds = [type(decoded(data)) for data in world.said[site]]
+  kinds = [type(decoded(part)) for data in world.said[site] for part in parts(data)]
   return kinds.count(msg.MaskedInput)
 
 
@@ -293,6 +293,16 @@ def expected(rounds):
     for i in sites if number else ():
       total += update(i, number - 1)
   return total
+
+
+def parts(data):
+  """The messages that travel as one; of a proposal with the first of a sum, that one besides."""
+  message = decoded(data)
+  if isinstance(message, msg.Together):
+    return [one.data for one in message.parts]
+  if isinstance(message, msg.Proposal) and message.masked:
+    return [data, *parts(message.masked)]
+  return [data]
 
 
 def decoded(data):
