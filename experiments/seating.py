@@ -32,6 +32,11 @@ class Seating:
     "placement=flower: where in a trial each site has a folder of its own, site_N, which no other "
     "user can read; empty takes the trial's folder with .sites after its name",
   )
+  flower_simulation: bool = settings.setting(
+    False,
+    "placement=flower, a trial: Flower's simulation engine runs the same apps, in place of a "
+    "SuperNode for each site; the sites' programs run beside it. Needs the extra flower-simulation",
+  )
   channel_dir: str = settings.setting(
     "",
     "placement=flower with site: an existing folder for the socket by which the SuperNode reaches "

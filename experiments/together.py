@@ -164,7 +164,10 @@ def _start_trial(values: flags.FlagValues, config: Evaluate, seating: Seating, m
         "overwritten; name another folder"
       )
   scored_images.check_sources(config, values.run_dir)
-  trial.check_installed()
+  trial.check_installed(seating.flower_simulation)
   folder.mkdir(parents=True, exist_ok=True)
-  trial.launch(module, sys.argv[1:], n, folder, sites, seating.stage_timeout, "output_dir")
+  trial.launch(
+    module, sys.argv[1:], n, folder, sites, seating.stage_timeout, "output_dir",
+    seating.flower_simulation,
+  )  # fmt: skip
   print(f"each site's reports: {sites / 'site_N' / processes.RUN}")

@@ -72,11 +72,11 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)
     inputs.check_sources(config)
-    trial.check_installed()
+    trial.check_installed(seating.flower_simulation)
     folder = running.open_run(config, FLAGS.run_dir)
     own = processes.sites_folder(folder, seating.sites_dir)
-    module, arguments = f"{__package__}.train_federated", sys.argv[1:]
-    trial.launch(module, arguments, num_sites, folder, own, seating.stage_timeout)
+    of_run = f"{__package__}.train_federated", sys.argv[1:], num_sites, folder, own
+    trial.launch(*of_run, seating.stage_timeout, is_simulated=seating.flower_simulation)
     print(f"each site's report: {own / 'site_N' / processes.RUN / 'report.md'}")
     return
   seat, run_dir = None, FLAGS.run_dir

@@ -222,6 +222,7 @@ SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --site=0                                    | site | 0 | placement=flower
 --stage_timeout=5                           | stage_timeout | 5 | placement=flower
 --sites_dir={folder}                        | sites_dir | {folder} | placement=flower
+--flower_simulation                         | flower_simulation | True | placement=flower
 --channel_dir={folder}                      | channel_dir | {folder} | placement=flower
 --placement=flower --channel_dir={folder}   | channel_dir | {folder} | --site
 --placement=flower --site=0 --channel_dir={missing} | channel_dir | {missing} | make it

@@ -236,6 +236,18 @@ def test_without_a_roster_a_site_that_does_not_come_itself_ends_the_meeting_for_
   assert "node 101 is turned away" in json.loads((folder / "ending.json").read_text())["failed"]
 
 
+def test_a_coordinator_names_no_folder_for_a_supernode():
+  """The run's configuration, which is the coordinator's, counts in the simulation engine alone."""
+  run, simulated = {"sites": "/a"}, {"partition-id": 2, "num-partitions": 3}
+  folder = lambda node, run: str(bridging.site_folder(node, run))
+  assert folder({"site-folder": "/own"}, run) == "/own"
+  assert folder({"site-folder": "/own", **simulated}, run) == "/own"
+  assert folder(simulated, run) == "/a/site_2"
+  for node, config in (({}, run), ({"partition-id": 2}, run), (simulated, {"sites": ""})):
+    with pytest.raises(ValueError, match="names no folder of a site"):
+      bridging.site_folder(node, config)
+
+
 def test_a_message_lives_no_longer_than_its_sender_says_whatever_the_clock(tmp_path):
   """A clock that is a day behind makes it look as if the message had a day left."""
   folder = tmp_path / "site"
