@@ -307,6 +307,8 @@ def admit_scoring(site: Site, config: Evaluate, model: evaluations.Model) -> Non
     approval.check(site.approved, evaluations.offered(config, model))
     evaluations.check(config, site.member.limits)
     _check_roster(site, config.scoring.num_sites)
+    if config.scoring.dp_count_noise:
+      _ledger(site)
 
 
 def check_scored(site: Site, images: Dataset) -> None:
@@ -322,6 +324,11 @@ def check_scored(site: Site, images: Dataset) -> None:
         f"and takes no part; lower the floor in {site.folder / site_folders.SETTINGS} if counts of "
         "so few may be summed"
       )
+
+
+def note_charged(site: Site, last_entry: str) -> None:
+  """Notes in the journal that the ledger was charged for counts, and its last entry."""
+  site_folders.note(site.folder, "charged", run=site.run.name, **{_ENTRY: last_entry})
 
 
 def note_scored(site: Site, survivors: Sequence[int]) -> None:

@@ -193,10 +193,11 @@ def _run(
   if seat is None:
     place = processes.Place(sites.parse_placement(config.federation.placement))
   else:
-    said = others.told(images, seat.number) if config.data.site_data else b""
+    most = config.hospitals.most_images
+    said = others.told(images, seat.number, most) if config.data.site_data else b""
     place, told = processes.connect(config, seat, said)
     if config.data.site_data:
-      images = others.with_others(images, seat.number, told, config.privacy.validates)
+      images = others.with_others(images, seat.number, told, most, config.privacy.validates)
 
   plan: list[tuple[str, tuple[int, ...], bool]] = (
     [("federated", everyone, True)] if federated else []

@@ -18,6 +18,7 @@ from . import (
   evaluations,
   folders,
   model_files,
+  noised_counts,
   pooled_report,
   processes,
   scored_images,
@@ -91,10 +92,15 @@ def _score_one(
     dataset, warnings = scored_images.of_source(config, model.label_names), {}
     admission.check_scored(site, dataset)
   evaluating.check(config, model, dataset)
+  ledger_dir = None
+  if config.scoring.dp_count_noise:
+    of_trial = config, values.run_dir, own, number
+    ledger_dir = noised_counts.ledger_folder(*of_trial) if site is None else site.ledger
   seat = processes.Seat(number, seating.patience, own, site, seating.channel)
   has_patients = bool(config.data.patient_column or config.data.patient_pattern)
   with folders.alone(own / "lock"):
-    result = evaluating.run(config, model, dataset, seat, folder, floor, has_patients, warnings)
+    about_images = floor, has_patients, warnings, ledger_dir
+    result = evaluating.run(config, model, dataset, seat, folder, *about_images)
   pooled_report.print_summary(result, folder)
 
 

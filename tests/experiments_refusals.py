@@ -222,6 +222,7 @@ SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --site=0                                    | site | 0 | placement=flower
 --stage_timeout=5                           | stage_timeout | 5 | placement=flower
 --sites_dir={folder}                        | sites_dir | {folder} | placement=flower
+--most_images=0                             | most_images | 0 | positive
 --flower_simulation                         | flower_simulation | True | placement=flower
 --channel_dir={folder}                      | channel_dir | {folder} | placement=flower
 --placement=flower --channel_dir={folder}   | channel_dir | {folder} | --site
