@@ -46,7 +46,7 @@ def with_others(
     try:
       told_here = json.loads(said[i])
       train, validation, units, most = counts = [int(n) for n in told_here[:4]]
-      if not all(0 <= n for n in counts) or not bool(train) == bool(units) == bool(most):
+      if min(counts) < 0 or not bool(train) == bool(units) == bool(most):
         raise ValueError(f"it says {counts}")
       if train and not max(units, most) + min(units, most) - 1 <= train <= units * most:
         raise ValueError(f"it says {train} images, of {units} patients with {most} at most")

@@ -153,7 +153,7 @@ def test_a_process_is_given_the_sizes_of_the_others_and_none_of_their_images(tmp
   ):  # fmt: skip
     with pytest.raises(ValueError, match=text):
       others.with_others(own[0], 0, said | {1: wrong}, 100)
-  with pytest.raises(ValueError, match="most_images=2: this site has .* images to train on"):
+  with pytest.raises(ValueError, match=r"most_images=2: this site has .* images to train on"):
     others.told(own[0], 0, 2)
 
 

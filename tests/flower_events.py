@@ -52,14 +52,14 @@ def sites(world):
   return ends[0] if len(set(ends)) == 1 else ", ".join(f"{i}: {end}" for i, end in enumerate(ends))
 
 
-def again(root, *worlds, rounds=2, gaps=()):
+def again(root, *worlds, rounds=2, gaps=(), num_sites=3, program=site):
   """The next start, which must continue: in all folders is one state, that of the sums recorded.
   Sites that were away have gaps in their records.
   """
-  world = World().run(root, rounds=rounds)
+  world = World(num_sites).run(root, rounds=rounds, program=program)
   worlds = [*worlds, world]
   assert world.errors == {}, world.errors
-  for i in range(3):
+  for i in range(num_sites):
     known = records(root, 0 if i in gaps else i)
     np.testing.assert_array_equal(world.results[i], expected(known))
     np.testing.assert_array_equal(world.results[i], world.results[0])

@@ -9,9 +9,11 @@ import shutil
 import sys
 import tempfile
 
+import flower_events
+import flower_sampled
 import numpy as np
 import pytest
-from flower_events import DOCS, EVENTS, OVER_FLOWER, row
+from flower_events import DOCS, OVER_FLOWER, row
 from flower_world import Killed, World, charged, expected, quick, records, released
 
 from primia_jax.secagg import Aborted
@@ -23,6 +25,7 @@ TOLD = (  # and what it is told
   "Invitation", "hellos", "words", "starts", "Roster", "Delivery", "Survivors", "Consents", "Total",
 )  # fmt: skip
 FAULTY = 1  # the site at which it happens
+EVENTS = flower_events.EVENTS | flower_sampled.EVENTS
 
 
 # ---- faults of a message: (the clean messages of the same place in an earlier run, by site; its
