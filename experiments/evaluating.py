@@ -4,6 +4,7 @@ what it counted, and writes two reports: of all sites together, and of its own i
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import types
@@ -17,9 +18,19 @@ from primia_jax import durable, evaluation, metrics
 from primia_jax.data.dataset import Dataset
 from primia_jax.metrics import ScoreCounts
 from primia_jax.privacy.ledger import Ledgers
+from primia_jax.secagg import pinning
 from primia_jax.secagg.errors import Refused
 
-from . import admission, evaluations, noised_counts, noised_report, pooled_report, processes, report
+from . import (
+  admission,
+  evaluations,
+  noised_counts,
+  noised_report,
+  opened,
+  pooled_report,
+  processes,
+  report,
+)
 from .configs import tasks
 from .configs.scoring import Evaluate
 from .evaluations import Model
@@ -155,7 +166,10 @@ def _sum(
   """Meets the other sites, and sums with them; with a ledger, counts that carry noise."""
   n, size = config.scoring.num_sites, len(model.label_names)
   counts: Any = None
+  kept = opened.keeper(seat.own, seat.number, pinning.needed(seat.own))
+  marked = opened.marks(kept, dataset.images)
   if charges is None:
+    opened.check_images(kept, model.sha256, marked)
     counts = _exact(config, dataset, probabilities)
   else:
     noised_counts.check_budget(config, size, seat, charges.chain)
@@ -163,6 +177,8 @@ def _sum(
   place, said = processes.connect(config, seat, json.dumps(own).encode())
   assert place.joined is not None
   exchange = place.joined.exchange
+  if charges is None:
+    exchange.opens = functools.partial(opened.note_images, kept, model.sha256, marked)
   with processes.leaving(place.joined.carrier, seat.number):
     largest = agreed(seat.number, own, said, config.scoring.most_images)
     summation = config.aggregation.build_counts(n, n, config.scoring.largest, exchange)

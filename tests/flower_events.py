@@ -202,7 +202,7 @@ def site_disk_is_full(root):
   while True:
     world, place, written = World(), root / str(number), [0]
     World().run(place, rounds=0)  # the first meeting has been
-    write, append = durable.replace, chain.Chain.append
+    write, append, adding = durable.replace, chain.Chain.append, durable.append
 
     def full(path, at=number, written=written):
       if path.name != "coordinator" and "site_1" in str(path):
@@ -214,6 +214,10 @@ def site_disk_is_full(root):
       full(path)
       write(path, data)
 
+    def add(path, line, full=full, adding=adding):
+      full(path)
+      adding(path, line)
+
     def appending(self, *entries, full=full, append=append):
       with chain._named(self.folder):
         full(self.path)
@@ -221,6 +225,7 @@ def site_disk_is_full(root):
 
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(durable, "replace", replace)
+      patch.setattr(durable, "append", add)
       patch.setattr(chain.Chain, "append", appending)
       world.run(place)
     if written[0] <= number:

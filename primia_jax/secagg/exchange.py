@@ -11,7 +11,8 @@ it takes some: however many are lost, no sum is over fewer than the quorum of th
 more than two thirds of them, or more than half with a threshold between half and two thirds, which
 assumes a server that follows the protocol.
 The bounds cannot hide the difference of two sums of the same inputs, one with a site and one
-without it: everyone learns that site's input.
+without it: everyone learns that site's input. So a site is asked before it sends the message that
+opens a sum (`Exchange.opens`), and can refuse the second one.
 
 The coordinator announces the sums, so it could tell each site another one and make them train
 different models, until only one site's update is left in a sum (Pasquini et al. 2022, "Eluding
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +74,21 @@ class Begun(NamedTuple):
   shapes: PyTree
 
 
+class Opening(NamedTuple):
+  """A sum that a site's next message opens.
+
+  Attributes:
+    round, purpose: of the sum.
+    sites: number to public key, of all sites in it.
+    digest: SHA-256 of this site's own ring elements, without masks.
+  """
+
+  round: int
+  purpose: int
+  sites: Mapping[int, bytes]
+  digest: bytes
+
+
 class Exchange:
   """One site's end of all sums of a run. It changes as sites are lost.
 
@@ -80,6 +96,7 @@ class Exchange:
     label: names this start of the run; the same at all sites.
     sites: those that are left: all but those that were lost and are not back.
     survivors: the sites in the last sum.
+    opens: called before this site sends the message that opens a sum; raises to refuse it.
   """
 
   def __init__(self, carrier: Carrier, number: int, pinned: Pinned, run: bytes):
@@ -93,6 +110,7 @@ class Exchange:
         messages.
     """
     self.sites = self.survivors = tuple(sorted(pinned.sites))
+    self.opens: Callable[[Opening], None] = lambda opening: None
     self._number, self._pinned, self._carrier = number, pinned, carrier
     everybody = [*(pinned.sites[i] for i in self.sites), pinned.server]
     self.label = self._run = hashlib.sha256(b"".join(everybody) + run).digest()
@@ -215,6 +233,8 @@ class Exchange:
       site, consent = protocol.consistency(site, self._hear(site))
       self._say(consent)
       site, answer = protocol.unmask(site, self._hear(site))
+    self.opens(_opening(site, vectors))  # what it cannot write down is not a lost coordinator
+    with self._explained(site.round):
       self._say(answer)
       total = protocol.take_total(site, self._hear(site), self._pinned.server)
     assert site.lists is not None
@@ -276,6 +296,15 @@ class Exchange:
         f"site {self._number} is out of the run in round {round}: {error}. Start again to take "
         "part from the last round that was saved"
       ) from error
+
+
+def _opening(site: protocol.Site, vectors: Sequence[np.ndarray]) -> Opening:
+  assert site.lists is not None
+  own = hashlib.sha256()
+  for vector in vectors:
+    own.update(vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes())
+  among = {i: site.setup.identities[i] for i in site.lists.survivors}
+  return Opening(site.round, site.setup.purpose, among, own.digest())
 
 
 def agree(
