@@ -194,6 +194,8 @@ def check(config: Evaluate, limits: Limits) -> None:
   """
   policy = limits.policy()
   policy.check_sum(config.fewest_in_sum)
+  n = config.scoring.num_sites
+  approving.check_colluding(config.aggregation, n, n, limits)
   if config.scoring.dp_count_noise:
     policy.check(disclosure.NOISED_COUNTS)
     return
@@ -270,7 +272,8 @@ def approve(folder: pathlib.Path, member: Member, path: str, copy: str) -> None:
   print(
     f"approved the evaluation of {model.config.name}, model {model.sha256[:12]}, classes "
     f"{', '.join(model.label_names)}, in {config.scoring.score_bins} bins, by "
-    f"{config.scoring.num_sites} sites, {counts_leave(config)}; here {held.images} images{missing}"
+    f"{config.scoring.num_sites} sites, {counts_leave(config)}; "
+    f"{config.aggregation.said(config.scoring.num_sites)}; here {held.images} images{missing}"
   )
   print(f"digest, which all sites must have: {roster.spoken(approval.digest(made))}")
 
@@ -278,7 +281,7 @@ def approve(folder: pathlib.Path, member: Member, path: str, copy: str) -> None:
 def counts_leave(config: Evaluate) -> str:
   """How counts leave the sites, in words."""
   if not config.scoring.dp_count_noise:
-    return "exact counts"
+    return "exact counts, no privacy"
   cost = config.scoring.cost(len(names(config.data.label_names)))
   return (
     f"counts with noise of deviation {config.scoring.dp_count_noise:g}, which costs epsilon "

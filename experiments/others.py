@@ -12,8 +12,8 @@ from primia_jax.data.sites import Part
 from .inputs import Inputs, check_sizes, count_patients
 
 
-def told(inputs: Inputs, site: int, most_images: int) -> bytes:
-  """What a site's process tells all others of its images.
+def told(inputs: Inputs, site: int, most_images: int, fewest_patients: int = 0) -> bytes:
+  """What a site's process tells all others of its images, and of its floor of patients in a count.
 
   Raises:
     ValueError: they are more than agreed, so that the others would refuse this site.
@@ -25,7 +25,13 @@ def told(inputs: Inputs, site: int, most_images: int) -> bytes:
       f"most_images={most_images}: this site has {sizes[0]} images to train on and {sizes[1]} to "
       "validate on; raise it at all sites, or give this one fewer"
     )
-  return json.dumps([*sizes, patients, most, *inputs.train.dataset.label_names]).encode()
+  floor = min(fewest_patients, most_images)  # above it every count is hidden, too
+  return json.dumps([*sizes, patients, most, floor, *inputs.train.dataset.label_names]).encode()
+
+
+def largest_floor(said: Mapping[int, bytes]) -> int:
+  """The largest floor of patients of all sites, of what `with_others` has taken."""
+  return max(int(json.loads(one)[4]) for one in said.values())
 
 
 def with_others(
@@ -45,7 +51,7 @@ def with_others(
   for i in sorted(said):
     try:
       told_here = json.loads(said[i])
-      train, validation, units, most = counts = [int(n) for n in told_here[:4]]
+      train, validation, units, most, floor = counts = [int(n) for n in told_here[:5]]
       if min(counts) < 0 or not bool(train) == bool(units) == bool(most):
         raise ValueError(f"it says {counts}")
       if train and not max(units, most) + min(units, most) - 1 <= train <= units * most:
@@ -57,9 +63,14 @@ def with_others(
         f"site {i} says that it has {largest} images, and most_images={most_images}; raise it at "
         "all sites if that is true, or have the coordinator make a roster without that site"
       )
-    if told_here[4:] != names_here:
+    if floor > most_images:
       raise ValueError(
-        f"site {i} has the classes {told_here[4:]}, and site {site} {names_here}; give all of them "
+        f"site {i} says that it hides counts of fewer than {floor} patients, and "
+        f"most_images={most_images}; that would hide every count"
+      )
+    if told_here[5:] != names_here:
+      raise ValueError(
+        f"site {i} has the classes {told_here[5:]}, and site {site} {names_here}; give all of them "
         "in --label_names"
       )
     told_sizes.append((train, validation))

@@ -44,6 +44,13 @@ class Seating:
     "user is in. Name it as the SuperNode's site-folder; empty is the site's own folder",
   )
 
+  same_user: bool = settings.setting(
+    False,
+    "placement=flower, a folder that primia-site has made: accept that the SuperNode runs as this "
+    "program's user, so that whoever runs the SuperLink can run code that opens the folder and the "
+    "images",
+  )
+
   def check(
     self, given: Iterable[str], placement: str, number: int, num_sites: int, is_site: bool
   ) -> None:
@@ -80,6 +87,23 @@ class Seating:
         f"channel_dir={self.channel_dir}: a trial has a channel in each site's folder; leave it "
         "out, or give --site"
       )
+
+  def check_channel(self, own: pathlib.Path) -> None:
+    """Refuses a channel in the folder of a hospital: a SuperNode that reaches it runs as the user
+    who owns all in the folder.
+
+    Raises:
+      ValueError: unless `same_user` says that this is meant.
+    """
+    place = own if self.channel is None else self.channel
+    if self.same_user or not place.resolve().is_relative_to(own.resolve()):
+      return
+    raise ValueError(
+      f"channel_dir={self.channel_dir!r}: the channel would lie in {own}, and a SuperNode that "
+      "reaches it there runs as this user, with whatever code its SuperLink sends; give the "
+      "SuperNode a user of its own, and name a folder for the channel that both may enter, as "
+      "docs/flower.md says, or accept that with --same_user"
+    )
 
   @property
   def channel(self) -> pathlib.Path | None:

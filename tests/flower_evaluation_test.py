@@ -51,7 +51,7 @@ def test_hospitals_apart_score_what_they_approved_as_one_process_does(root):
     for i in SITES:
       command = [sys.executable, hooked, str(root / f"opened_{i}"), "experiments.evaluate"]
       deployment.processes[f"site {i}"] = subprocess.Popen(
-        [*command, f"--run_dir={root}/site_{i}"],
+        [*command, f"--run_dir={root}/site_{i}", "--same_user"],
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": ROOT},
       )

@@ -269,6 +269,9 @@ The stranger, whose node the SuperLink knows, is told why it is turned away, and
 notes it: `tests/flower_meeting_test.py`. The SuperNode says that the certificate has expired or is
 not yet valid, and its hospital's program ends after its patience:
 `tests/flower_certificates_test.py`.
+The jump of clocks above is without Flower. Its SuperLink refuses a node whose clock is 5 s or more
+ahead of its own, or 305 s or more behind (`flwr/superlink/routers/fleet/node_auth.py`): a test in
+`tests/flower_apps_test.py` asks Flower's own code. So keep clocks by NTP.
 Strangers that flood the channel between a SuperNode and its hospital's program, or let bytes drip,
 hold nobody up: `tests/flower_channel_test.py`. That Flower's ClientApp does not wait for longer
 than its message may live, whatever its clock: `tests/flower_apps_test.py`.
