@@ -172,7 +172,7 @@ def test_limits_of_a_site_refuse_a_configuration(world):
   for change, words in (
     ({"secagg_threshold": 2, "secagg_colluding": 0}, "fewest_colluding=1 .*secagg_threshold=2 and"),
     ({"secagg_colluding": 0}, "fewest_colluding=1 of this site, .* secagg_colluding=0 hold"),
-    ({"secagg_threshold": 2, "secagg_colluding": 1, "num_sites": 5}, "secagg_threshold=2 and"),
+    ({"secagg_threshold": 3, "secagg_colluding": 1, "num_sites": 5}, "secagg_threshold=3 and"),
     ({"data": "csv:x", "multi_label": True, "class_weights": False}, "scores of several labels an"),
   ):
     with pytest.raises(ValueError, match=words):
@@ -192,8 +192,9 @@ def test_limits_of_a_site_refuse_a_configuration(world):
 
 def test_what_protects_a_run_is_told_to_who_approves_it():
   here = approving.Held({"normal": 30, "bacterial": 20, "viral": 10}, 0)
-  private = settings.replace(CONFIG, dp="example", batch_size=4, sync_epochs=1, sync_batches=0)
-  said = lambda held=here, **change: approving.protection(settings.replace(private, **change), held)
+  private = {"dp": "example", "batch_size": 4, "sync_epochs": 1, "sync_batches": 0}
+  of = lambda change: settings.replace(CONFIG, **private | change)
+  said = lambda held=here, **change: approving.protection(of(change), held)
   assert said(target_epsilon=3.0).startswith("epsilon at most 3 of each example; a sum")
   assert said(target_epsilon=3.0).endswith("; no validation")
   once, twice = (said(noise_multiplier=n) for n in (1.0, 2.0))
