@@ -124,8 +124,8 @@ def _refuse(kept: Keeper, opening: Opening, line: Mapping[str, Any], what: str) 
     "inconsistent",
     f"{what}, in a sum with {of(before - now) or 'nobody'} besides and without "
     f"{of(now - before) or 'nobody'} of this one: the difference would tell their part. Go on when "
-    "the same sites take part as then, or have the coordinator offer something else, such as "
-    "another seed or counts with noise",
+    "the same sites take part as then, or have the coordinator offer a run with another seed, or "
+    "counts with noise",
   )
 
 

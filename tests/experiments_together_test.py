@@ -196,7 +196,7 @@ def test_the_same_images_are_not_scored_again_without_a_site(copied, monkeypatch
   monkeypatch.setattr(evaluating, "agreed", agreed)
   _, errors = run_all(copied, monkeypatch)
   for i in (0, 2):
-    with pytest.raises(Refused, match=r"counted with this model before.*\['hospital-b'\] besides"):
+    with pytest.raises(Refused, match=r"counted with this model before.*\['hospital-1'\] besides"):
       raise errors[i]
   monkeypatch.setattr(evaluating, "agreed", held)
   assert run_all(copied, monkeypatch)[1] == {}  # with it, they are
