@@ -15,7 +15,7 @@ in a process and a folder of its own, and only sums over all of them are opened.
 is a trial on this machine. A hospital whose folder primia-site has made scores the model that its
 operator has approved, and needs no other flag:
 
-  primia-evaluate --run_dir=/srv/primia/a
+  primia-evaluate --run_dir=/srv/primia/a --channel_dir=/srv/primia/a-channel
 """
 
 from typing import Any

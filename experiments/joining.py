@@ -246,8 +246,8 @@ def approve(site_dir: str, s: Approve, finished: Finished = NO_MODEL) -> None:
   d = config.data
   print(
     f"approved {offered.model} of {size:,} parameters, {config.training.rounds} rounds, "
-    f"dp={config.privacy.dp}, classes {', '.join(approving.label_names(config))}, images "
-    f"{d.image_size} x {d.image_size} x {d.channels}; here {held}"
+    f"classes {', '.join(approving.label_names(config))}, images {d.image_size} x {d.image_size} x "
+    f"{d.channels}; {approving.protection(config, held)}; here {held}"
   )
   print(f"digest, which all sites must have: {roster.spoken(approval.digest(offered))}")
 

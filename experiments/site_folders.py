@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 import pathlib
 import tomllib
 from typing import Any
@@ -82,13 +81,23 @@ class Limits:
   max_epsilon: float = setting(
     0.0, "epsilon that all runs on these images may cost together; 0 sets no limit"
   )
+  fewest_colluding: int = setting(
+    1,
+    "sites that may collude with a coordinator that lies before a sum of three sites and more "
+    "tells this one's part; 0 trusts all",
+  )
+  looks_at_models: bool = setting(
+    True,
+    "whether this site looks at each model before it trains it, on 16 of its own images, and ends "
+    "the run if it looks made to reveal single images, whatever the configuration says",
+  )
   leaves: str = setting(
     ",".join(disclosure.KINDS), "kinds of numbers that may leave this site, separated by commas"
   )
 
   def __post_init__(self):
     self.policy()
-    for name in ("max_rounds", "max_epsilon"):
+    for name in ("max_rounds", "max_epsilon", "fewest_colluding"):
       require(0 <= getattr(self, name) < 2**31, name, getattr(self, name), "must be 0 or positive")
 
   def policy(self) -> disclosure.Policy:
@@ -213,15 +222,8 @@ def run_of(folder: pathlib.Path, approved: approval.Approval) -> pathlib.Path:
 def note(folder: pathlib.Path, did: str, **facts: Any) -> None:
   """Adds a line to the journal; it is on disk when this returns."""
   at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  line = json.dumps({"at": at, "did": did} | facts) + "\n"
-  path = folder / JOURNAL
-  with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-    whole = file.read()
-    file.seek(whole.rfind(b"\n") + 1)  # over a line that a crash left unfinished
-    file.write(line.encode())
-    file.truncate()
-    file.flush()
-    os.fsync(file.fileno())
+  line = json.dumps({"at": at, "did": did} | facts)
+  durable.append(folder / JOURNAL, line.encode())
 
 
 def notes(folder: pathlib.Path) -> list[dict[str, Any]]:

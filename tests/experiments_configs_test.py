@@ -149,8 +149,9 @@ def test_wrong_settings_are_refused_before_images_are_read(change, message, no_i
     (PRIVATE, {"secagg": "mesh"}, "secagg='mesh'"),
     (PRIVATE, {"dp_average": 0.9, "algorithm": "fedbn", "model": "cnn"}, "fedbn keeps some"),
     (SITE, {"delta": 0.5}, "delta=0.5"),
-    (SITE, {"delta": 0.5, "placement": "flower"}, "delta=0.5"),
-    (PRIVATE, {"placement": "flower", "dp": "patient"}, "one image a patient"),
+    (SITE, {"delta": 0.5, "placement": "flower", "dp_seed": -1}, "delta=0.5"),
+    (SITE, {"placement": "flower"}, "dp_seed=1 with placement=flower"),
+    (PRIVATE, {"placement": "flower", "dp": "patient", "dp_seed": -1}, "one image a patient"),
     (PRIVATE, {"patience": 3}, "patience=3 needs scores of validation images"),
     (PRIVATE, {"validation": "noised"}, "validation='noised'"),
   ],
@@ -170,7 +171,7 @@ def test_a_site_alone_has_no_site_level_privacy():
 def test_what_is_right_is_rehearsed_without_images(no_images):
   for config in (TINY, PRIVATE, SITE, MOVING, FIXED, DISTRIBUTED):
     rehearse(config)
-    rehearse(settings.replace(config, placement="flower"))
+    rehearse(settings.replace(config, placement="flower", dp_seed=-1))
   rehearse(settings.replace(PRIVATE, patience=3, validation="exact"))
 
 

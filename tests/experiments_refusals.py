@@ -222,7 +222,10 @@ SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --site=0                                    | site | 0 | placement=flower
 --stage_timeout=5                           | stage_timeout | 5 | placement=flower
 --sites_dir={folder}                        | sites_dir | {folder} | placement=flower
+--most_images=0                             | most_images | 0 | positive
+--flower_simulation                         | flower_simulation | True | placement=flower
 --channel_dir={folder}                      | channel_dir | {folder} | placement=flower
+--same_user                                 | same_user | True | placement=flower
 --placement=flower --channel_dir={folder}   | channel_dir | {folder} | --site
 --placement=flower --site=0 --channel_dir={missing} | channel_dir | {missing} | make it
 --placement=flower --site=7                 | site | 7 | 0 to 2
@@ -235,6 +238,7 @@ SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --placement=flower    --sites_in_memory=1   | sites_in_memory | 1 | use 0
 --placement=flower    --sites_dir={file}    | sites_dir | {file} | folder
 --placement=flower    --record_transcript   | record_transcript | True | another placement
+--placement=flower EXAMPLE --dp_seed=3      | dp_seed | 3 | leave dp_seed out
 SITE --dp_noise=distributed --record_transcript | record_transcript | True | dp_noise=site
 --run_dir=                                  | run_dir | is empty | --run_dir=
 --run_dir={file}                            | run_dir | {file} | folder

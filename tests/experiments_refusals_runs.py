@@ -97,6 +97,7 @@ EVALUATE = """
 --placement=flower --run_dir={folder}       | run_dir | {folder} | finished training run
 --placement=flower --score_bins=1           | score_bins | 1 | at least 2
 --placement=flower --most_images=9000000    | most_images | 9000000 | lower
+--placement=flower --dp_count_noise=-1      | dp_count_noise | -1 | negative
 --placement=flower --num_sites=2            | secagg_colluding | 2 | trusts
 --placement=flower --secagg_threshold=9     | secagg_threshold | 9 | 3
 --placement=flower --held_out=2             | held_out | 2 | [0, 1)

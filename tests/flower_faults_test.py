@@ -9,9 +9,11 @@ import shutil
 import sys
 import tempfile
 
+import flower_events
+import flower_sampled
 import numpy as np
 import pytest
-from flower_events import DOCS, EVENTS, OVER_FLOWER, row
+from flower_events import DOCS, OVER_FLOWER, row
 from flower_world import Killed, World, charged, expected, quick, records, released
 
 from primia_jax.secagg import Aborted
@@ -26,6 +28,7 @@ TOLD = (  # and what it is told
 )  # fmt: skip
 ROUNDS = 2
 FAULTY = 1  # the site at which it happens
+EVENTS = flower_events.EVENTS | flower_sampled.EVENTS
 
 
 # ---- faults of a message: (the clean messages of the same place in an earlier run, by site; its
@@ -276,6 +279,9 @@ The stranger, whose node the SuperLink knows, is told why it is turned away, and
 notes it: `tests/flower_meeting_test.py`. The SuperNode says that the certificate has expired or is
 not yet valid, and its hospital's program ends after its patience:
 `tests/flower_certificates_test.py`.
+The jump of clocks above is without Flower. Its SuperLink refuses a node whose clock is 5 s or more
+ahead of its own, or 305 s or more behind (`flwr/superlink/routers/fleet/node_auth.py`): a test in
+`tests/flower_apps_test.py` asks Flower's own code. So keep clocks by NTP.
 Strangers that flood the channel between a SuperNode and its hospital's program, or let bytes drip,
 hold nobody up: `tests/flower_channel_test.py`. That Flower's ClientApp does not wait for longer
 than its message may live, whatever its clock: `tests/flower_apps_test.py`.

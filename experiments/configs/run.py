@@ -268,6 +268,11 @@ class Train:
         "record_transcript=True with placement=flower: a site's update never leaves its process "
         "unmasked, so only a simulation can record it; use another placement"
       )
+    if self.privacy.dp != "none" and (seed := self.privacy.dp_seed) >= 0:
+      raise ValueError(
+        f"dp_seed={seed} with placement=flower: whoever knows it knows noise and batches of all "
+        "sites, so that nobody is protected; leave dp_seed out, or use another placement"
+      )
     if not a.is_secure:
       raise ValueError(
         f"placement=flower sends nothing but masked sums, and not aggregation={a.aggregation} "

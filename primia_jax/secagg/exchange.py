@@ -14,7 +14,8 @@ it takes some: however many are lost, no sum is over fewer than the quorum of th
 more than two thirds of them, or more than half with a threshold between half and two thirds, which
 assumes a server that follows the protocol.
 The bounds cannot hide the difference of two sums of the same inputs, one with a site and one
-without it: everyone learns that site's input.
+without it: everyone learns that site's input. So a site is asked before it sends the message that
+opens a sum (`Exchange.opens`), and can refuse the second one.
 
 The coordinator announces the sums, so it could tell each site another one and make them train
 different models, until only one site's update is left in a sum (Pasquini et al. 2022, "Eluding
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import ring
-from primia_jax.secagg import ahead, following, graph, keys, protocol, rounds
+from primia_jax.secagg import ahead, following, graph, keys, opening, protocol, rounds
 from primia_jax.secagg import carrier as carrying
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import Carrier
@@ -85,6 +86,7 @@ class Exchange:
     label: names this start of the run; the same at all sites.
     sites: those that are left: all but those that were lost and are not back.
     survivors: the sites in the last sum.
+    opens: called before this site sends the message that opens a sum; raises to refuse it.
   """
 
   def __init__(self, carrier: Carrier, number: int, pinned: Pinned, run: bytes):
@@ -98,6 +100,7 @@ class Exchange:
         messages.
     """
     self.sites = self.survivors = tuple(sorted(pinned.sites))
+    self.opens: Callable[[opening.Opening], None] = lambda _: None
     self._number, self._pinned, self._carrier = number, pinned, carrier
     self._agreed: protocol.Site | None = None  # the keys of the next sum; taken once
     everybody = [*(pinned.sites[i] for i in self.sites), pinned.server]
@@ -237,6 +240,8 @@ class Exchange:
       consents, *rest = self._hear(site, False, coming is not None)
       site, answer = protocol.unmask(site, consents)
       coming = ahead.take(coming, rest[0]) if rest and coming else None
+    self.opens(opening.of(site, vectors))  # what it cannot write down is not a lost coordinator
+    with self._explained(site.round):
       self._say(answer)
       (told,) = self._hear(site)
       total = protocol.take_total(site, told, self._pinned.server)
