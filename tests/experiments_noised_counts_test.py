@@ -9,7 +9,8 @@ import pytest
 from experiments_together_test import copied, federation, run_all, start  # noqa: F401
 from scoring_world import BINS, SITES, approve, offer, pooled
 
-from experiments import evaluating, ledgers, noised_report, processes, site_folders
+from experiments import evaluating, ledgers, noised_counts, noised_report, processes, site_folders
+from experiments.configs.data import Data
 from experiments.configs.scoring import Evaluate, Scoring
 from experiments.site_folders import Limits
 from primia_jax import metrics, score_noise
@@ -151,3 +152,16 @@ def test_the_report_of_more_images_than_noise_is_narrow():
   assert found["roc_auc"]["b"]["value"] == pytest.approx(
     metrics.binned_roc_auc(table[1, 1], table[0, 1]).value, abs=5e-3
   )
+
+
+def test_a_trial_charges_the_ledger_that_a_training_on_the_same_images_has(tmp_path):
+  sources = [tmp_path / f"images_{i}.npz" for i in range(3)]
+  for source in sources:
+    np.savez(source, test_images=np.zeros((1, 4, 4), np.uint8), test_labels=np.zeros(1, int))
+  named = ",".join(f"npz:{source}" for source in sources)
+  apart = Evaluate(data=Data(data="", site_data=named))
+  folder = lambda config, i: noised_counts.ledger_folder(config, "", tmp_path / "own", i)
+  assert folder(apart, 2) == tmp_path / "images_2.npz.ledger"
+  shared = Evaluate(data=Data(data=f"npz:{sources[0]}"))
+  assert folder(shared, 1) == tmp_path / "images_0.npz.ledger"
+  assert folder(Evaluate(data=Data(data="phantom")), 1) == tmp_path / "own" / "ledger"
