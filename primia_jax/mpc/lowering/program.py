@@ -159,38 +159,26 @@ def measurer(
   random generators), and those that no output needs, count as 0. `watch` sees each equation with
   its inputs and outputs.
   """
-  if not runs_as_one(program):
-    return functools.partial(_measure_each, program, watch)
-  run = evaluator(program)
+  run = evaluator(program) if runs_as_one(program) else None
+  last = {v.number: e for e in program.equations for v in e.inputs if isinstance(v, Ref)}
 
   def measure(leaves: Sequence[Array]) -> np.ndarray:
-    out, env = np.zeros(program.num_values), run(leaves)
-    for number, v in env.items():
-      out[number] = magnitude(v)
+    """Keeps no value for longer than it is needed."""
+    out, env = np.zeros(program.num_values), _given(program, leaves)
+    known = run(leaves) if run else {}
+    out[list(env)] = [magnitude(v) for v in env.values()]
     for e in program.equations:
       inputs = [env[v.number] if isinstance(v, Ref) else v for v in e.inputs]
-      watch(e, inputs, [env[ref.number] for ref in e.outputs])
+      outputs = [known.pop(ref.number) for ref in e.outputs] if run else e.bind(*inputs)
+      watch(e, inputs, outputs)
+      for ref, v in zip(e.outputs, outputs, strict=True):
+        env[ref.number], out[ref.number] = v, magnitude(v)
+      for v in e.inputs:
+        if isinstance(v, Ref) and last[v.number] is e:
+          env.pop(v.number, None)
     return out
 
   return measure
-
-
-def _measure_each(program: Program, watch: Watch, leaves: Sequence[Array]) -> np.ndarray:
-  """Keeps no value for longer than it is needed."""
-  out = np.zeros(program.num_values)
-  env = _given(program, leaves)
-  last = {v.number: e for e in program.equations for v in e.inputs if isinstance(v, Ref)}
-  out[list(env)] = [magnitude(v) for v in env.values()]
-  for equation in program.equations:
-    inputs = [env[v.number] if isinstance(v, Ref) else v for v in equation.inputs]
-    outputs = equation.bind(*inputs)
-    watch(equation, inputs, outputs)
-    for ref, v in zip(equation.outputs, outputs, strict=True):
-      env[ref.number], out[ref.number] = v, magnitude(v)
-    for v in equation.inputs:
-      if isinstance(v, Ref) and last[v.number] is equation:
-        env.pop(v.number, None)
-  return out
 
 
 def magnitude(v: Array) -> float:
