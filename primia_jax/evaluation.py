@@ -19,7 +19,7 @@ from primia_jax.summation import Purpose, Summation
 from primia_jax.types import ApplyFn, Array, Batch, Key, ModelState, Params, PyTree
 
 MAX_LOSS = 100.0  # nats per image, on average; a run above it has diverged
-SQUARES = 64.0  # sums of squares over patients may be so much larger than counts of images
+SQUARES = 64.0  # divides sums of squares over patients, to fit an encoding made for image counts
 
 
 class Scores(NamedTuple):
