@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from primia_jax.data import phantom
 from primia_jax.mpc import pricing
 
 from . import folders, lines, markdown, running, settings
-
-PHANTOM = "synthetic phantom"
 
 
 class Picture(NamedTuple):
@@ -67,7 +66,7 @@ def curves(run: pathlib.Path) -> list[Picture]:
     )
   sources = (config.get("site_data") or config["data"]).split(",")
   named = (pathlib.PurePath(one.partition(":")[2]).name for one in sources)
-  data = PHANTOM if sources == ["phantom"] else ", ".join(named)
+  data = phantom.NAME if sources == ["phantom"] else ", ".join(named)
 
   def draw(file: pathlib.Path) -> Callable[[pathlib.Path], None]:
     rows = lines.rows(file)

@@ -276,10 +276,11 @@ def predictor(
   prepare: Callable[[Array], Array],
   batch_size: int = 64,
   likely: Callable[[Array], Array] = jax.nn.softmax,
+  told: Callable[[np.ndarray], np.ndarray] = lambda probabilities: probabilities,
 ) -> Callable[[Sequence[tuple[Params, ModelState]], Any], np.ndarray]:
   """Makes (models, images [N, ...]) -> probabilities [N, L]; of several models, their mean.
 
-  likely makes probabilities of logits.
+  likely makes probabilities of logits; told makes what is returned of those of each batch.
   """
 
   @jax.jit
@@ -288,7 +289,7 @@ def predictor(
     return likely(logits)
 
   def predict(trained: Sequence[tuple[Params, ModelState]], images: Any) -> np.ndarray:
-    mean = lambda batch: np.mean([probabilities(*m, batch) for m in trained], axis=0)
+    mean = lambda batch: told(np.mean([probabilities(*m, batch) for m in trained], axis=0))
     return np.concatenate(list(map(mean, batches(images, batch_size))))[: images.shape[0]]
 
   return predict

@@ -42,8 +42,8 @@ def arm(confusion=CONFUSION, names=NAMES):
 def write(folder, floor, arms=None, names=NAMES, **options):
   return report.write_report(
     folder, title="A run", data_name="hospital a", arms=arms or {"trained": arm()},
-    label_names=names, config={}, versions={}, main_arm="trained",
-    policy=Policy(fewest_patients=floor), **options,
+    label_names=names, facts=report.Facts({}, policy=Policy(fewest_patients=floor)),
+    main_arm="trained", **options,
   )  # fmt: skip
 
 

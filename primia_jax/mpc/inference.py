@@ -35,9 +35,6 @@ def transform(plan: Plan) -> Callable:
   calls with one key use every mask twice. Under `vmap` a key that is not mapped is folded with the
   index, so that no two elements share a mask; a `scan` over images must be given a key for each.
 
-  Args:
-    plan: the plan.
-
   Returns:
     f(key, *args) -> fn's outputs in float32. key is [8] uint32, never used twice. Public arguments
     are those of the plan; arguments of the owner "shared" are given in the clear here. An argument
@@ -82,7 +79,6 @@ def offline(plan: Plan, key: Array, operands: Operands) -> Ready:
   """What both parties hold before the online phase, stacked; pure, with all roles in one call.
 
   Args:
-    plan: the plan.
     key: [8] uint32, never used twice.
     operands: everybody's, from `encode`.
   """
@@ -290,7 +286,6 @@ def simulate(plan: Plan, ready: Ready, operands: Operands) -> list[Array]:
   """The online phase in one process; work of one party alone is done once.
 
   Args:
-    plan: the plan.
     ready: both parties', stacked.
     operands: everybody's, as their owners have them; arguments given as shares stacked, [2, ...].
 
@@ -370,7 +365,6 @@ def on_mesh(plan: Plan, mesh: jax.sharding.Mesh, ready: Ready, operands: Operand
   Opened values have the same bits as in `simulate`.
 
   Args:
-    plan: the plan.
     mesh: with an axis "party" of two devices.
     ready: both parties', stacked.
     operands: both parties', stacked: each as its owner has it, and `filled` at the other party.

@@ -88,7 +88,6 @@ def serve(
 
   Args:
     folder: the model owner's.
-    owner: the model owner.
     publication: which publication the clinics have.
     address: host:port; port 0 takes any free one.
     online: `apart.online(plan, MODEL_OWNER)`, if it is compiled already.
@@ -377,7 +376,6 @@ def ask(
 
   Args:
     folder: the clinic's.
-    owner: the data owner.
     publication: the name of the model owner's publication.
     address: host:port.
     server: the server's certificate, PEM.
