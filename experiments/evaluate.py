@@ -184,7 +184,7 @@ def score_here() -> None:
     np.savez_compressed(output / "masks.npz", masks=predictions)
     print(f"{len(dataset)} masks are in {output / 'masks.npz'}")
     if not FLAGS.unlabelled:
-      said = segmentation_report.Facts(about, dataset.notes)
+      said = report.Facts(about, dataset.notes)
       result = segmentation_report.write(
         output, "Evaluation", dataset, {"trained": predictions}, "trained", FLAGS.seed, said,
         FLAGS.overlays,
@@ -196,7 +196,7 @@ def score_here() -> None:
   ]
   if is_multi:
     if not FLAGS.unlabelled:
-      said = segmentation_report.Facts(about, dataset.notes)
+      said = report.Facts(about, dataset.notes)
       result = multilabel_report.write(
         output, "Evaluation", dataset, {"trained": predictions}, "trained", FLAGS.seed, said
       )
@@ -219,12 +219,9 @@ def score_here() -> None:
     data_name=dataset.name,
     arms={"trained": report.Arm(labels, predictions)},
     label_names=label_names,
-    config=about,
-    versions=report.versions(),
-    policy=Policy(fewest_patients=FLAGS.fewest_patients),
+    facts=report.Facts(about, dataset.notes, policy=Policy(fewest_patients=FLAGS.fewest_patients)),
     patients=dataset.groups,
     groups=dataset.groups if config.patient_column or config.patient_pattern else None,
-    images=dataset.notes,
     main_arm="trained",
     seed=FLAGS.seed,
   )

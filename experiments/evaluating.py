@@ -248,10 +248,8 @@ def _own_report(
     data_name=dataset.name,
     arms={"trained": Arm(dataset.labels, probabilities)},
     label_names=dataset.label_names,
-    config={"data": data} | dict(about),
-    versions=report.versions(),
+    facts=report.Facts({"data": data} | dict(about), dataset.notes),
     groups=dataset.groups if has_patients else None,
-    images=dataset.notes,
     main_arm="trained",
     seed=config.seed,
   )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 from primia_jax import durable
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.errors import Refused
-from primia_jax.secagg.exchange import Opening
+from primia_jax.secagg.opening import Opening
 from primia_jax.secagg.roster import Roster
 
 from . import registers

@@ -36,7 +36,7 @@ def write_probabilities(
     probabilities: [N, L], rows that sum to 1.
     label_names: the L classes.
   """
-  with _private(path) as file:
+  with private_file(path) as file:
     writer = csv.writer(file)
     names = (f"probability {name}" for name in label_names)
     writer.writerow(["image", "true", "predicted", *names])
@@ -56,7 +56,7 @@ def write(
     probabilities = scipy.special.softmax(outputs.astype(np.float64), axis=1)
     write_probabilities(path, ids, [""] * len(ids), probabilities, label_names)
     return
-  with _private(path) as file:
+  with private_file(path) as file:
     writer = csv.writer(file)
     writer.writerow(["image", "true", "predicted"])
     writer.writerows(
@@ -65,7 +65,7 @@ def write(
     )
 
 
-def _private(path: str | pathlib.Path) -> TextIO:
+def private_file(path: str | pathlib.Path) -> TextIO:
   """A file that its user alone can read: it says what images of patients show."""
   made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
   os.fchmod(made, 0o600)  # one that was there, too

@@ -288,9 +288,8 @@ def _run(
     only = f"; this is the ledger of site {process} alone; each other site has its own" * is_alone
     all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"], only)
     privacy = ledgers.of_arms(spent) | privacy | all_runs
+  of_run = report.Facts(shown, of_images, main.rows, secure, privacy, policy, crossed)
   if task.of_pixels or task.is_multi:
-    said_of = shown, of_images, main.rows, secure, privacy
-    of_run = segmentation_report.Facts(*said_of, policy, crossed)
     arms_found = {name: predictions[name] for name in order}
     writer = segmentation_report if task.of_pixels else multilabel_report
     return writer.write(folder, title, images.test, arms_found, main_arm, config.seed, of_run)
@@ -304,17 +303,10 @@ def _run(
     data_name=images.test.name,
     arms={name: report.Arm(images.test.labels, of_arm) for name, of_arm in found.items()},
     label_names=label_names,
-    config=shown,
-    versions=report.versions(),
-    rounds=main.rows,
-    secure_aggregation=secure,
-    privacy=privacy,
+    facts=of_run,
     references=radiologist,
-    images=of_images,
     hospitals=hospitals.of_phantom(config, images.train.sizes, images.test),
-    policy=policy,
     patients=images.test.groups,
-    crossed=crossed,
     main_arm=main_arm,
     seed=config.seed,
   )

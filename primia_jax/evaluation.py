@@ -19,7 +19,7 @@ from primia_jax.summation import Purpose, Summation
 from primia_jax.types import ApplyFn, Array, Batch, Key, ModelState, Params, PyTree
 
 MAX_LOSS = 100.0  # nats per image, on average; a run above it has diverged
-SQUARES = 64.0  # sums of squares over patients may be so much larger than counts of images
+SQUARES = 64.0  # divides sums of squares over patients, to fit an encoding made for image counts
 
 
 class Scores(NamedTuple):
@@ -298,10 +298,11 @@ def predictor(
   prepare: Callable[[Array], Array],
   batch_size: int = 64,
   likely: Callable[[Array], Array] = jax.nn.softmax,
+  told: Callable[[np.ndarray], np.ndarray] = lambda probabilities: probabilities,
 ) -> Callable[[Sequence[tuple[Params, ModelState]], Any], np.ndarray]:
   """Makes (models, images [N, ...]) -> probabilities [N, L]; of several models, their mean.
 
-  likely makes probabilities of logits.
+  likely makes probabilities of logits; told makes what is returned of those of each batch.
   """
 
   @jax.jit
@@ -310,7 +311,7 @@ def predictor(
     return likely(logits)
 
   def predict(trained: Sequence[tuple[Params, ModelState]], images: Any) -> np.ndarray:
-    mean = lambda batch: np.mean([probabilities(*m, batch) for m in trained], axis=0)
+    mean = lambda batch: told(np.mean([probabilities(*m, batch) for m in trained], axis=0))
     return np.concatenate(list(map(mean, batches(images, batch_size))))[: images.shape[0]]
 
   return predict

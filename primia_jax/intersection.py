@@ -29,7 +29,6 @@ from collections.abc import Iterable, Sequence
 
 from nacl import bindings, exceptions
 
-POINT_BYTES = 32
 MAX_IDS = 1_000_000
 _VERSION = 1
 _DOMAIN = b"primia_jax intersection v1"

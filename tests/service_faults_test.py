@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import service_proxy
 import service_world
-from service_world import CLINIC, Pipe, W, X, dealt, inference
+from service_world import CLINIC, Pipe, W, X, dealt, faults, inference, places
 
 from primia_jax import mpc
 from primia_jax.service import folders, frames
@@ -167,20 +167,11 @@ def outcome(world, both, name, place, before):
 
 
 def row(world, root, name):
-  """By kind of message: what its receiver and its sender end with."""
-  pipe, found = Pipe(), {}
+  """`faults` of one kind, in sessions of one inference."""
+  pipe, kinds = Pipe(), ONLY.get(name, KINDS)
   assert inference(world, dealt(world, root / "before", 1), pipe)[0] is None
-  places = [
-    (sender, number, frames.kind_of(message))
-    for sender, sent in enumerate(pipe.sent)
-    for number, message in enumerate(sent)
-  ]
-  places = [place for place in places if place[2] in ONLY.get(name, KINDS)]
-  both = dealt(world, root / "now", 2 * len(places))
-  for sender, number, kind in places:
-    words = outcome(world, both, name, (sender, number), pipe.sent)
-    found.setdefault(kind, set()).add((words[1 - sender], words[sender]))
-  return found
+  both = dealt(world, root / "now", 2 * len(places(pipe.sent, kinds)))
+  return faults(pipe.sent, kinds, lambda place: outcome(world, both, name, place, pipe.sent))
 
 
 def cell(found):

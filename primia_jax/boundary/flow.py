@@ -34,6 +34,7 @@ from primia_jax.boundary.values import (
   mixed,
   secret,
 )
+from primia_jax.mpc.lowering.program import CALLS
 
 # Stands for a jaxpr that was traced once and for other shapes, `inner`; its results have the shapes
 # `avals` here, and `resized` tells that of what crosses inside.
@@ -149,8 +150,8 @@ def _run(
 
 
 def _apply(state: Walk, name: str, eqn: Any, values: list[Value]) -> list[Value]:
-  if name in _CALLS:
-    inner = next(eqn.params[p] for p in _CALLS[name] if p in eqn.params)
+  if name in CALLS:
+    inner = next(eqn.params[p] for p in CALLS[name] if p in eqn.params)
     source = _function(inner)
     if source == _STREAMS:
       return [_streams(state, eqn, *values)]
@@ -371,13 +372,6 @@ def _is_barrier(name: str, eqn: Any) -> bool:
 
 # What `prng` compiles by itself; every stream and every subkey is made in one of these.
 _STREAMS, _BLOCKS = (f"{name} at {prng.__file__}" for name in ("_mask_sum", "_blocks"))
-_CALLS = dict.fromkeys(
-  (
-    "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
-    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite",
-  ),
-  ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"),
-)  # fmt: skip
 _WORDWISE = ("add", "sub", "add_any", "xor", "and")
 _FOREIGN = ("jax", "flax", "jaxlib", "optax")
 _MEETING = frozenset(

@@ -53,7 +53,6 @@ def deal(dealer: Dealer, count: int, model_owner: pathlib.Path, data_owner: path
   """Deals for a number of inferences, into a folder for each party.
 
   Args:
-    dealer: the dealer.
     count: of inferences.
     model_owner, data_owner: where the parties' correlations go. A model owner has one for each of
       its clinics, so that no clinic can use up another's.

@@ -38,7 +38,7 @@ _NAMED = {
   )
 }
 # These say where XLA puts a value or how it accumulates it; a program has neither.
-_UNUSED = {"sharding", "out_sharding", "accuracy", "precision", "mesh"}
+UNUSED = {"sharding", "out_sharding", "accuracy", "precision", "mesh"}
 
 
 class Writer:
@@ -87,7 +87,7 @@ class Writer:
     return [e.name, params, inputs, [v.number for v in e.outputs], avals, e.layer, where]
 
   def _params(self, params: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if k in _UNUSED else self.value(v) for k, v in sorted(params.items())}
+    return {k: None if k in UNUSED else self.value(v) for k, v in sorted(params.items())}
 
   def value(self, v: Any) -> Any:
     """A parameter or an input of an equation."""
