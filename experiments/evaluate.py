@@ -57,7 +57,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "classes",
   "",
-  "of a checkpoint of PriMIA: its classes in the order of its outputs; empty takes normal, "
+  "classes of a checkpoint of PriMIA, in the order of its outputs; empty takes normal, "
   "bacterial, viral for three",
 )
 flags.DEFINE_string(

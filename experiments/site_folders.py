@@ -74,10 +74,10 @@ class Limits:
   """What this site agrees to."""
 
   fewest_patients: int = setting(
-    10, "in a count that leaves this site; smaller ones are suppressed"
+    10, "fewest patients in a count that leaves this site; smaller counts are suppressed"
   )
-  fewest_sites: int = setting(2, "in a sum that this site takes part in")
-  fewest_images: int = setting(1, "at this site, for it to take part")
+  fewest_sites: int = setting(2, "fewest sites in a sum that this site takes part in")
+  fewest_images: int = setting(1, "fewest images with which this site takes part")
   max_rounds: int = setting(0, "rounds of a run that may be approved; 0 sets no limit")
   max_epsilon: float = setting(
     0.0, "epsilon that all runs on these images may cost together; 0 sets no limit"

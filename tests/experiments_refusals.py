@@ -266,7 +266,7 @@ ACCOUNT = """
 --dp=all                                    | dp | all | patient
 --target_epsilon=0                          | dp=example | noise_multiplier | nothing is private
 --target_epsilon=-1                         | target_epsilon | -1 | negative
---delta=0.5                                 | delta | 0.5 | between | publish somebody whole
+--delta=0.5                                 | delta | 0.5 | between | publish one unit completely
 --delta=-1                                  | delta | -1 | negative
 --noise_multiplier=inf                      | noise_multiplier | inf | finite
 --noise_multiplier=0.01 --target_epsilon=0.001 | target_epsilon | 0.001 | raise

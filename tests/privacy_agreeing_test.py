@@ -68,7 +68,7 @@ def test_a_site_cannot_charge_another_however_much_it_says(tmp_path):
   assert [charged_to(path, 0) for path in paths] == [2, 999, 2]  # its own page only
 
 
-def test_two_that_collude_can_where_one_was_reckoned_with(tmp_path):
+def test_two_that_collude_can_where_one_was_allowed_for(tmp_path):
   """So it is the number of sites that counts: with least=2 the word of two is taken."""
   ledgers, _, paths = agreed(tmp_path, ((2, 2, 2), (999, 2, 2), (999, 2, 2)))
   assert ledgers[0] == rounds(999)[0]

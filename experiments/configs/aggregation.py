@@ -55,7 +55,7 @@ class Aggregation:
   )
   secagg_colluding: int = setting(
     -1,
-    "secure: sites of a sum that may tell the server all they know; a run in which they could open "
+    "secure: number of sites of a sum that may tell the server all they know; a run in which they could open "
     "another site's message is refused, and shares of distributed noise do not count on them. -1 "
     "takes a tenth of the sites, at least 1; 0 trusts every site, as two sites must",
   )
