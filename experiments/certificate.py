@@ -104,7 +104,7 @@ def _read(flag: str, value: str) -> tuple[str, bytes]:
     certificates.check_name(name)
   except (ValueError, IndexError) as error:
     raise ValueError(
-      f"{flag}={value} is no certificate of primia-certificate; name its .pem file"
+      f"{flag}={value} is not a certificate of primia-certificate; name its .pem file"
     ) from error
   certificates.check_valid(pem)
   return name, pem

@@ -4,8 +4,8 @@
 
 It reads the model owner's plan and tag, and nothing else. It writes for two parties:
 dealer/outbox/model_owner and dealer/outbox/hospital-a. Move each into its receiver's
-inbox/dealer, encrypted and never both by the same hands: anyone with both learns images and weights.
-The outbox is filled up to --images, so the same call goes on after a stop.
+inbox/dealer, encrypted and never both by the same hands: anyone with both learns images and
+weights. The outbox is filled up to --images, so the same call goes on after a stop.
 
 With --checked the clinic's part is held back. The model owner then draws a share at random
 (primia-publish --check_dealer), and --open opens these to it, destroys them and every seed, and

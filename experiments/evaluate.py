@@ -81,8 +81,8 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
   "fewest_patients",
   0,
-  "patients in a count of the report (images where patients are unknown); smaller counts, and "
-  "scores and pictures that would tell them, are suppressed, and no predictions.csv is written; 0 "
+  "fewest patients in a count of the report (images where patients are unknown); smaller counts, "
+  "and scores and pictures that would tell them, are suppressed, and no predictions.csv is written; 0 "
   "shows all",
   0,
 )

@@ -45,8 +45,9 @@ class Join:
   )  # fmt: skip
   accept: str = settings.setting("", "file of a roster to accept")
   digest: str = settings.setting(
-    "", "the roster's digest, as compared with the other operators; needed unless keys were only "
-    "rotated"
+    "",
+    "the roster's digest, as compared with the other operators; needed unless keys were only "
+    "rotated",
   )
   rotate: bool = settings.setting(
     False, "make a new key, which the old one signs; it counts from the next roster on"
@@ -168,7 +169,7 @@ def _make(folder: pathlib.Path, member: Member, s: Join) -> None:
   revoked = set(before.revoked) if before else set()
   for what, given in (("leave", s.leave), ("revoke", s.revoke)):
     if unknown := [name for name in settings.names(given) if name not in known]:
-      raise ValueError(f"{what}={unknown[0]!r} is no member; there are {', '.join(known)}")
+      raise ValueError(f"{what}={unknown[0]!r} is not a member; there are {', '.join(known)}")
   revoked |= {known[name].public for name in settings.names(s.revoke)}
   for name in settings.names(s.leave):
     del known[name]

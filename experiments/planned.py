@@ -21,8 +21,8 @@ class Which:
   )
   classes: str = _(
     "",
-    "classes of a checkpoint of PriMIA, in the order of its outputs; empty takes normal, bacterial, "
-    "viral for three",
+    "classes of a checkpoint of PriMIA, in the order of its outputs; empty takes normal, "
+    "bacterial, viral for three",
   )
   output: str = _(
     "probabilities",
@@ -90,8 +90,8 @@ class Infer(Planned):
   )
   slices: str = _(
     "",
-    "which axial slices of a NIfTI volume, counted from the feet, from 0, such as 40 or 40-60; empty "
-    "takes all",
+    "which axial slices of a NIfTI volume, counted from the feet, from 0, such as 40 or 40-60; "
+    "empty takes all",
   )
   overlays: int = _(
     8,

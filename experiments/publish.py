@@ -43,7 +43,9 @@ class Publish:
 
   folder: str = settings.setting("", "the model owner's own folder, of mode 0700")
   model: str = settings.setting("", "name of the publication: letters a to z, digits and hyphens")
-  version: str = settings.setting("", "the model's version, for its users; empty takes today's date")
+  version: str = settings.setting(
+    "", "the model's version, for its users; empty takes today's date"
+  )
   intended_use: str = settings.setting(
     About.intended_use, "what the model is for, as clinics are told with each answer"
   )

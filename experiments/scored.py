@@ -39,8 +39,8 @@ class Opened:
   opened: str = setting(
     "confusion",
     "what is opened, and nothing else: confusion (the matrix of counts), accuracy (one bit: "
-    "whether accuracy reaches --threshold), or roc (counts at --bins thresholds of the probability of "
-    "--positive)",
+    "whether accuracy reaches --threshold), or roc (counts at --bins thresholds of the probability "
+    "of --positive)",
   )
   opened_to: str = setting(
     "hospital", "who learns the result: hospital, vendor or both; both sides must name the same"

@@ -168,7 +168,7 @@ def read(folder: pathlib.Path) -> Member:
   try:
     found = tomllib.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
-    raise ValueError(f"{path} is no TOML ({error}); mend that line") from error
+    raise ValueError(f"{path} is not TOML ({error}); mend that line") from error
   parts = {"data": Own, "limits": Limits}
   if unknown := set(found) - {"number", "name", *parts}:
     raise ValueError(f"{path} has {sorted(unknown)}, which no site has; remove them")
@@ -244,7 +244,9 @@ def _record(kind: type, values: dict[str, Any]) -> Any:
   fields = {field.name: type(field.default) for field in dataclasses.fields(kind)}
   for name, value in values.items():
     if name not in fields:
-      raise ValueError(f"{name}={value!r} is no setting of a site; there are {', '.join(fields)}")
+      raise ValueError(
+        f"{name}={value!r} is not a setting of a site; there are {', '.join(fields)}"
+      )
     wanted = fields[name]
     is_whole = wanted is float and type(value) is int
     if type(value) is not wanted and not is_whole:

@@ -17,7 +17,7 @@ TRAINING = """
 --rounds                                    | --rounds | value | --helpfull
 --learning_rate=fast                        | --learning_rate | fast | number
 --keep_optimizer=maybe                      | --keep_optimizer | maybe | true
-extra                                       | extra | is no flag | --name=value
+extra                                       | extra | is not a flag | --name=value
 --rounds=0                                  | rounds | 0 | positive
 --rounds=-3                                 | rounds | -3 | positive
 --batch_size=0                              | batch_size | 0 | positive

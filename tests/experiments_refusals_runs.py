@@ -50,7 +50,7 @@ intersect --site_dir={folder}               | site_dir | {folder} | primia-site 
 offer --site_dir={folder}                   | site_dir | {folder} | primia-site init
 status --site_dir={folder} --settings=x     | settings | offer | leave it out
 status --site_dir={folder} --model=x        | model | offer | leave it out
-init --site_dir={new} extra                 | extra | is no flag | --name=value
+init --site_dir={new} extra                 | extra | is not a flag | --name=value
 """
 
 SITE_INIT = """

@@ -75,11 +75,11 @@ def test_trials_take_equally_many_steps():
 @pytest.mark.parametrize(
   ("text", "said"),
   [
-    ("lr=1:2", "lr is no setting"),
+    ("lr=1:2", "lr is not a setting"),
     ("momentum=0.1:0.9", "momentum has no effect with optimizer=adamw"),
     ("seed=1:5", "seed decides the images"),
     ("dp=none|example", "dp decides the images, their protection"),
-    ("learning_rate=1", "learning_rate='1' is no range|could not convert"),
+    ("learning_rate=1", "learning_rate='1' is not a range|could not convert"),
     ("learning_rate=0:1:log", "no range from a smaller to a larger"),
     ("learning_rate=2:1", "no range from a smaller to a larger"),
     ("sync_batches=1.5:3", "no range"),

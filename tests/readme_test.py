@@ -18,7 +18,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCS = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 SERVICE = (ROOT / "docs" / "service.md").read_text()
-TRAINING, PRIVATE, ENCRYPTED, APART = re.findall(r"```python\n(.*?)```", README + SERVICE, re.DOTALL)
+TRAINING, PRIVATE, ENCRYPTED, APART = re.findall(
+  r"```python\n(.*?)```", README + SERVICE, re.DOTALL
+)
 
 
 def privately():

@@ -146,9 +146,9 @@ def unpacked(text: str, size: int) -> list[bytes]:
   try:
     data = base64.b64decode(text, validate=True)
   except binascii.Error as error:
-    raise ValueError(f"these are no names of units ({error}): {text[:80]!r}") from error
+    raise ValueError(f"these are not names of units ({error}): {text[:80]!r}") from error
   if len(data) % size:
-    raise ValueError(f"these are no names of units, but {len(data)} bytes")
+    raise ValueError(f"these are not names of units, but {len(data)} bytes")
   return [data[i : i + size] for i in range(0, len(data), size)]
 
 

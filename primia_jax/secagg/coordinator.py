@@ -267,7 +267,7 @@ def _take(
   try:
     message = msg.decode(data)
     if getattr(message, "site", None) != site:
-      raise ValueError(f"{type(message).__name__} is no message of this site")
+      raise ValueError(f"{type(message).__name__} is not a message of this site")
   except ValueError as error:
     rejected.append(_malformed(site, state, str(error)))
     return state

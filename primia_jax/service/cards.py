@@ -152,7 +152,8 @@ def read(path: pathlib.Path) -> Issued:
       raise ValueError("its plan takes other images than it says")
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
-      f"{path} is no card of a model ({type(error).__name__}: {error}); ask the model owner again"
+      f"{path} is not a card of a model ({type(error).__name__}: {error}); ask the model "
+      "owner again"
     ) from error
   first, second = servers
   if first.name == second.name or first.certificate == second.certificate:

@@ -349,7 +349,7 @@ def _listed(path: pathlib.Path) -> list[str]:
   try:
     found = json.loads(path.read_bytes())
     if not (isinstance(found, list) and all(isinstance(v, str) for v in found)):
-      raise ValueError("it is no list of numbers")
+      raise ValueError("it is not a list of numbers")
   except ValueError as error:
     raise ValueError(f"{path} is damaged ({error}); copy it again") from error
   return found
