@@ -82,8 +82,8 @@ flags.DEFINE_integer(
   "fewest_patients",
   0,
   "fewest patients in a count of the report (images where patients are unknown); smaller counts, "
-  "and scores and pictures that would tell them, are suppressed, and no predictions.csv is written; 0 "
-  "shows all",
+  "and scores and pictures that would tell them, are suppressed, and no predictions.csv is "
+  "written; 0 shows all",
   0,
 )
 flags.DEFINE_boolean("unlabelled", False, "only predict, for a folder of images without classes")

@@ -228,7 +228,7 @@ def test_a_journal_keeps_whole_lines(tmp_path):
 @pytest.mark.parametrize(
   ("text", "said"),
   [
-    ("number = ", "is no TOML"),
+    ("number = ", "is not TOML"),
     ("number = 0", "lacks 'name'"),
     ('number = "0"\nname = "a"', "give an integer and a text"),
     ('number = 0\nname = "a"\nnote = 3', "has .*note"),

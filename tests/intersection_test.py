@@ -118,7 +118,7 @@ def test_what_is_no_point_of_the_group_is_refused(wrong):
     a.answer(Site(["1"], CONTEXT).blinded)
   b = Site(["1"], CONTEXT)
   b.answer(Site(["2"], CONTEXT).blinded)
-  with pytest.raises(ValueError, match="no point of the group"):
+  with pytest.raises(ValueError, match="not a point of the group"):
     b.finish([wrong])
 
 

@@ -211,7 +211,7 @@ def test_a_ledger_survives_being_written():
     text.replace('"curve": []', '"curve": [0.0]'),
   ):
     assert bad != text
-    with pytest.raises(ValueError, match="no ledger"):
+    with pytest.raises(ValueError, match="not a ledger"):
       ledgers.from_json(bad)
 
 

@@ -112,7 +112,7 @@ def plain(**changes):
   ("wrong", "words"),
   [
     (b"x", "Expecting value"), (b"[]", "list indices"), (b"{}", "'ledgers'"),
-    (b"[" * 100000, ""), (b'{"ledgers": [{}], "counts": null}', "no ledger"),
+    (b"[" * 100000, ""), (b'{"ledgers": [{}], "counts": null}', "not a ledger"),
     (b'{"ledgers": [], "counts": null}', "ledgers of 0 sites, and there are 3"),
     (plain(what="a wish"), "a charge of 'a wish' that is not of the run"),
     (plain(noise_multiplier=0.01), "a charge of 'update' that is not of the run"),
