@@ -57,7 +57,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "classes",
   "",
-  "of a checkpoint of PriMIA: its classes in the order of its outputs; empty takes normal, "
+  "classes of a checkpoint of PriMIA, in the order of its outputs; empty takes normal, "
   "bacterial, viral for three",
 )
 flags.DEFINE_string(
@@ -81,9 +81,9 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
   "fewest_patients",
   0,
-  "patients in a count of the report (images where patients are unknown); smaller counts, and "
-  "scores and pictures that would tell them, are suppressed, and no predictions.csv is written; 0 "
-  "shows all",
+  "fewest patients in a count of the report (images where patients are unknown); smaller counts, "
+  "and scores and pictures that would tell them, are suppressed, and no predictions.csv is "
+  "written; 0 shows all",
   0,
 )
 flags.DEFINE_boolean("unlabelled", False, "only predict, for a folder of images without classes")

@@ -47,8 +47,8 @@ class Finished:
 
   model: str = setting(
     "",
-    "of an evaluation: the folder of the finished run, or a checkpoint of PriMIA, whose model is "
-    "scored; with approve, this site's copy. Empty where sites are to train",
+    "the model to evaluate: the folder of a finished run, or a checkpoint of PriMIA; with approve, "
+    "this site's copy. Empty where sites are to train",
   )
 
 

@@ -52,7 +52,7 @@ def check(s: Infer) -> None:
     raise ValueError(f"overlays={s.overlays} is negative; use 0 to draw none")
   if slices(s.slices) and not volumes.is_volume(s.images):
     raise ValueError(
-      f"slices={s.slices}: images={s.images} is no NIfTI volume (.nii, .nii.gz); leave it out"
+      f"slices={s.slices}: images={s.images} is not a NIfTI volume (.nii, .nii.gz); leave it out"
     )
 
 

@@ -156,7 +156,7 @@ def listed(path: pathlib.Path) -> list[Crossing]:
 
 def _row(name: str, way: str, messages: int, num_bytes: int) -> Crossing:
   outer, _, inner = name.partition(" ")
-  kind = _BY_NAME.get(inner or outer, Kind("what is no message of this version", "this site"))
+  kind = _BY_NAME.get(inner or outer, Kind("what is not a message of this version", "this site"))
   here, there = "this site", _COORDINATOR
   what = f"{PREFIX}{outer}: {f'the {inner} of all sites' if inner else kind.what}"
   ends = (here, kind.readers) if way == _SENT else (there, here)

@@ -21,7 +21,7 @@ class Which:
   )
   classes: str = _(
     "",
-    "of a checkpoint of PriMIA: its classes in the order of its outputs; empty takes normal, "
+    "classes of a checkpoint of PriMIA, in the order of its outputs; empty takes normal, "
     "bacterial, viral for three",
   )
   output: str = _(
@@ -90,8 +90,8 @@ class Infer(Planned):
   )
   slices: str = _(
     "",
-    "of a NIfTI volume: which axial slices, counted from the feet, from 0, as 40 or 40-60; empty "
-    "takes all",
+    "which axial slices of a NIfTI volume, counted from the feet, from 0, such as 40 or 40-60; "
+    "empty takes all",
   )
   overlays: int = _(
     8,

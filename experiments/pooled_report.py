@@ -187,7 +187,7 @@ def facts(config: Evaluate, num_in_sum: int) -> dict[str, Any]:
     "sites in the sum": f"{num_in_sum} of {n}",
     "fewest sites over which it opens": config.fewest_in_sum,
     "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
-    "of a site and its peers, who must answer": secure.threshold,
+    "how many of a site and its peers must answer": secure.threshold,
     "sites that may collude with the coordinator": config.aggregation.num_colluding(n),
     "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction "
     "bits; counts are exact",

@@ -179,7 +179,9 @@ def _report(run: pathlib.Path) -> dict[str, Any]:
     )
   result = settings.read_json(path)
   if "references" not in result:
-    raise ValueError(f"run_dir={run} is no run that gives images one class; only curves are drawn")
+    raise ValueError(
+      f"run_dir={run} is not a run that gives images one class; only curves are drawn"
+    )
   return result
 
 

@@ -73,10 +73,10 @@ class Limits:
   """What this site agrees to."""
 
   fewest_patients: int = setting(
-    10, "in a count that leaves this site; smaller ones are suppressed"
+    10, "fewest patients in a count that leaves this site; smaller counts are suppressed"
   )
-  fewest_sites: int = setting(2, "in a sum that this site takes part in")
-  fewest_images: int = setting(1, "at this site, for it to take part")
+  fewest_sites: int = setting(2, "fewest sites in a sum that this site takes part in")
+  fewest_images: int = setting(1, "fewest images with which this site takes part")
   max_rounds: int = setting(0, "rounds of a run that may be approved; 0 sets no limit")
   max_epsilon: float = setting(
     0.0, "epsilon that all runs on these images may cost together; 0 sets no limit"
@@ -177,7 +177,7 @@ def read(folder: pathlib.Path) -> Member:
   try:
     found = tomllib.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
-    raise ValueError(f"{path} is no TOML ({error}); mend that line") from error
+    raise ValueError(f"{path} is not TOML ({error}); mend that line") from error
   parts = {"data": Own, "limits": Limits}
   if unknown := set(found) - {"number", "name", *parts}:
     raise ValueError(f"{path} has {sorted(unknown)}, which no site has; remove them")
@@ -246,7 +246,9 @@ def _record(kind: type, values: dict[str, Any]) -> Any:
   fields = {field.name: type(field.default) for field in dataclasses.fields(kind)}
   for name, value in values.items():
     if name not in fields:
-      raise ValueError(f"{name}={value!r} is no setting of a site; there are {', '.join(fields)}")
+      raise ValueError(
+        f"{name}={value!r} is not a setting of a site; there are {', '.join(fields)}"
+      )
     wanted = fields[name]
     is_whole = wanted is float and type(value) is int
     if type(value) is not wanted and not is_whole:

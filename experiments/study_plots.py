@@ -205,8 +205,8 @@ def latency(
   left = np.zeros(len(rows))
   parts = {
     "computing, both parties on one machine (measured)": [one.seconds for one, *_ in rows],
-    "bytes (reckoned)": [link.seconds(0, one.num_bytes) for one, _, link in rows],
-    "rounds (reckoned)": [link.seconds(one.rounds, 0) for one, _, link in rows],
+    "bytes (estimated)": [link.seconds(0, one.num_bytes) for one, _, link in rows],
+    "rounds (estimated)": [link.seconds(one.rounds, 0) for one, _, link in rows],
   }
   for (name, values), colour in zip(parts.items(), (BLUE, ORANGE, "#C4C4C4"), strict=True):
     axes.barh(place, values, left=left, height=0.72, color=colour, label=name)

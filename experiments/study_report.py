@@ -284,7 +284,7 @@ def _reader(found: Found) -> list[str]:
     f"## Beside one human reader: {name}",
     "",
     "Only the reader's confusion matrix is known, and not which image he called what. So McNemar's "
-    "exact test is reckoned for every pairing that the two matrices allow, and the largest p is "
+    "exact test is computed for every pairing that the two matrices allow, and the largest p is "
     "given, of the worst seed.",
     "",
     markdown.table(("arm", "images", "largest p"), rows),

@@ -380,7 +380,7 @@ def test_the_coordinator_offers_what_sites_approve(copied, capsys):
     ("--rounds=3", "label_names is empty in the configuration"),
     ("--label_names=a,b --placement=scan", "placement=scan of the configuration"),
     ("--label_names=a,b --num_sites=4", "num_sites=4 in settings, and the roster has 3"),
-    ("--label_names=a,b --round=4", "--round is no flag"),
+    ("--label_names=a,b --round=4", "--round is not a flag"),
     ("--label_names='a", "close the quotes"),
     ("--label_names=a,b --preset=chest_xray", "partition=dirichlet"),
   ):

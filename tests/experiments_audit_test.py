@@ -245,9 +245,9 @@ def finished_without_transcript(run_dir, folder):
     ([FAILED, CONTROL], "**Identification is not at chance**: control: attack, 0.900"),
     ([FAILED, CONTROL._replace(occurs=False)], "**Identification is at chance**"),
     ([FAILED._replace(control=None)], "**Inconclusive**"),
-    ([CONTROL._replace(occurs=False)], "**Nothing that somebody sees in this run was attacked**"),
-    ([FAILED._replace(chance=None)], "**Nothing that somebody sees"),
-    ([], "**Nothing that somebody sees"),
+    ([CONTROL._replace(occurs=False)], "**No view of this run was attacked**"),
+    ([FAILED._replace(chance=None)], "**No view of this run"),
+    ([], "**No view of this run"),
     (
       [FAILED, KNOWN],
       "**Numbers tell of one image to whoever knows all others**: attack (sum). Else: **Ident",

@@ -122,7 +122,7 @@ def test_the_report_compares_arms_on_the_same_images(finished):
     assert f"{test.only_first} : {test.only_second}, p = {test.p:.2g}" in row[3]
 
 
-def test_the_report_reckons_with_the_worst_pairing_of_the_reader(finished):
+def test_the_report_allows_for_the_worst_pairing_of_the_reader(finished):
   folder, text, labels, said = finished
   row = row_of(text.partition("## Beside one human reader")[2], "federated, secure aggregation")
   tests = [

@@ -267,7 +267,7 @@ def test_the_noise_that_is_chosen_meets_the_target_and_the_sampler_that_runs_is_
   assert made.delta == 0.1 / 18
   assert made.before == (accounting.gaussian("class counts", 20.0, 1.0, SAMPLER),)
   assert 3.95 < made.epsilon(config.training.rounds) <= 4.0
-  with pytest.raises(ValueError, match="publish somebody whole"):
+  with pytest.raises(ValueError, match="publish one unit completely"):
     of_steps(settings.replace(config, delta=0.1))
 
 

@@ -86,7 +86,7 @@ def test_a_message_that_is_not_in_the_list_does_not_leave(tmp_path):
     {"message": "Word", "way": "sent", "bytes": len(hello)},
     {"message": "unknown", "way": "heard", "bytes": 2},
   ]
-  assert "what is no message" in messages_crossed.listed(path)[1].what
+  assert "what is not a message" in messages_crossed.listed(path)[1].what
   path.unlink()
   path.mkdir()
   with pytest.raises(OSError, match=FILE):

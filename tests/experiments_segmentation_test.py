@@ -100,7 +100,7 @@ def test_other_programs_refuse_a_model_of_masks(run, tmp_path):
     ({"data": "npz:a.npz", "slices": "labelled"}, "slices='labelled' belongs to msd"),
     ({"data": "msd:a", "slices": "some"}, "slices='some'"),
     ({"data": "msd:a", "patient_column": "x"}, "one patient"),
-    ({"data": "phantom"}, "model=unet learns masks, which data=phantom has not"),
+    ({"data": "phantom"}, "model=unet learns masks, and data=phantom has none"),
     ({"data": "msd:a", "model": "cnn", "norm": ""}, "model=cnn classifies images"),
   ],
 )

@@ -122,7 +122,7 @@ def test_a_key_is_rotated_without_and_revoked_with_the_telephone(world):
   with pytest.raises(Refused, match="not confirmed: site hospital-b is gone; 1 more keys are rev"):
     world.accept("a")
   world.accept("a", world.digest())
-  with pytest.raises(ValueError, match=r"leave='hospital-b' is no member"):
+  with pytest.raises(ValueError, match=r"leave='hospital-b' is not a member"):
     joining.rosters(world.at("s"), Join(leave="hospital-b"))
   with pytest.raises(ValueError, match="is revoked"):
     joining.rosters(world.at("s"), Join(join=world.at("b") + "/public.json"))
@@ -262,11 +262,11 @@ def test_a_journal_keeps_whole_lines(tmp_path):
 @pytest.mark.parametrize(
   ("text", "said"),
   [
-    ("number = ", "is no TOML"),
+    ("number = ", "is not TOML"),
     ("number = 0", "lacks 'name'"),
     ('number = "0"\nname = "a"', "give an integer and a text"),
     ('number = 0\nname = "a"\nnote = 3', "has .*note"),
-    ('number = 0\nname = "a"\n[data]\nfolder = "x"', "folder='x' is no setting of a site"),
+    ('number = 0\nname = "a"\n[data]\nfolder = "x"', "folder='x' is not a setting of a site"),
     ('number = 0\nname = "a"\n[data]\ndata = 3', "data=3 must be of type str"),
     ('number = 0\nname = "a"\n[limits]\nfewest_sites = true', "fewest_sites=True must be of type"),
     ('number = 0\nname = "a"\n[limits]\nmax_rounds = -1', "max_rounds=-1"),

@@ -354,7 +354,7 @@ def test_what_the_coordinator_offers(copied, capsys):
     ("--score_bins=1", "score_bins=1 must be at least 2"),
     ("--most_images=9000000", "most_images=9000000 at each of num_sites=3"),
     ("--held_out=1", "held_out=1.0 must lie in"),
-    ("--rounds=3", "--rounds is no flag"),
+    ("--rounds=3", "--rounds is not a flag"),
     ("--multi_label --data=csv:x", "multi_label with placement=flower"),
     ("--secagg_colluding=2", "secagg_colluding=2 of 3 sites"),
     ("--score_bins='8", "close the quotes"),

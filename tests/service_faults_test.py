@@ -235,7 +235,7 @@ Made by `PYTHONPATH=.:tests python tests/service_faults_test.py > docs/service_f
 do each fault at every message of a session, in every round, and compare with these tables.
 
 A session ends with the right answer or with a named error on both sides (`service.errors`), never
-with a wrong answer. An error comes at once, but for a side that hears nothing: it waits for
+with a wrong answer. Errors come at once. A side that hears nothing waits for
 `Limits.timeout` (60 s by default), between inferences for `Limits.idle` (600 s), and a session
 lasts for `Limits.session` (an hour) at most. The clinic marks its correlations as used before it
 sends PREPARE, and takes the mark back only if the model owner refuses. The model owner marks its

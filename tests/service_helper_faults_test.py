@@ -201,7 +201,7 @@ what it is about and which request; WELCOME comes once the client's share is the
 do both use up correlations: the model owner before it sends ACCEPTED, the helper after it. What the
 model owner refuses is used up on neither side. Where the session ends otherwise after PREPARE, the
 helper's stay marked as used. Any fault ends the session with a named error on both sides, or with
-the right answer. An error comes at once, but for a side that hears nothing: it waits for
+the right answer. Errors come at once. A side that hears nothing waits for
 `Limits.timeout` (60 s by default), and for a request that only one server has, half as long.
 
 Each cell is what the message's receiver ends with. The sender then finds that its peer is lost

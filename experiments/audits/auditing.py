@@ -107,8 +107,8 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
   settings.read_json(run_dir / "metrics.json")  # the run has ended
   if not (run_dir / ARM).is_dir():
     raise ValueError(
-      f"run_dir={run_dir} holds no federated arm, and whoever trains alone shows nothing; audit a "
-      "run of primia-train"
+      f"run_dir={run_dir} holds no federated arm, and a site that trains alone sends nothing; "
+      "audit a run of primia-train"
     )
   if config.in_processes:
     raise ValueError(

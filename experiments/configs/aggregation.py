@@ -55,9 +55,9 @@ class Aggregation:
   )
   secagg_colluding: int = setting(
     -1,
-    "secure: sites of a sum that may tell the server all they know; a run in which they could open "
-    "another site's message is refused, and shares of distributed noise do not count on them. -1 "
-    "takes a tenth of the sites, at least 1; 0 trusts every site, as two sites must",
+    "secure: number of sites of a sum that may tell the server all they know; a run in which they "
+    "could open another site's message is refused, and shares of distributed noise do not count on "
+    "them. -1 takes a tenth of the sites, at least 1; 0 trusts every site, as two sites must",
   )
   dropout_rate: float = setting(
     0.0, "simulated chance that a site is lost in a round, before or after it masks, equally often"

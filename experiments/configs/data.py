@@ -58,8 +58,8 @@ class Data:
   )
   multi_label: bool = setting(
     False,
-    "csv: an image has any number of labels, such as A|B in one column (NIH ChestX-ray14); nothing "
-    "or No Finding is none",
+    "csv: an image has any number of labels, such as A|B in one column (NIH ChestX-ray14); an "
+    "empty cell or No Finding means no label",
   )
   label_columns: str = setting(
     "", "csv: labels with a column each of 0 and 1, separated by commas; implies multi_label"

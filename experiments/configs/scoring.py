@@ -33,7 +33,7 @@ class Scoring:
   )
   confidence_bins: int = setting(15, "bins of the largest probability, for calibration")
   most_images: int = setting(
-    100_000, "that a hospital may score; the encoding of the sums has room for as many"
+    100_000, "most images that a hospital may score; the sums have room for this many"
   )
   held_out: float = setting(
     0.0,
@@ -47,7 +47,7 @@ class Scoring:
     "0 sums exact counts",
   )
   model_sha256: str = setting(
-    "", "of the model's parameters, in hexadecimal: another model is refused; empty takes any"
+    "", "hash of the model's parameters, in hexadecimal: another model is refused; empty takes any"
   )
   secagg_threshold: int = _of_sums("secagg_threshold")
   secagg_colluding: int = _of_sums("secagg_colluding")

@@ -133,7 +133,7 @@ def _like(
   leaves, structure = jax.tree.flatten(tree)
   sizes = [math.prod(leaf.shape) for leaf in leaves]
   if sum(sizes) > NUMBERS:
-    raise ValueError(f"{sum(sizes)} numbers; the accountant reckons with {NUMBERS} in a release")
+    raise ValueError(f"{sum(sizes)} numbers; the accountant allows for {NUMBERS} in a release")
   if sum(sizes) <= _TOGETHER:
     pieces = jnp.split(draw(key, sum(sizes)), np.cumsum(sizes)[:-1])
   else:

@@ -319,7 +319,7 @@ def _take(
         raise ValueError(f"{len(data)} bytes; no message has over {limit}")
       message, *more = msg.apart(msg.decode(data))
       if getattr(message, "site", None) != i:
-        raise ValueError(f"{type(message).__name__} is no message of this site")
+        raise ValueError(f"{type(message).__name__} is not a message of this site")
       state = serving.receive(state, message)
       beside.update(zip([i], more, strict=False))
     except Rejected as error:

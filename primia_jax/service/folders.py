@@ -112,7 +112,7 @@ def check_unused(folder: pathlib.Path, inference: str) -> None:
     folder, inference: as given to `take`.
   """
   if not re.fullmatch("[0-9a-f]{64}", inference):
-    raise Refused(f"{inference!r} is no number of an inference")
+    raise Refused(f"{inference!r} is not a number of an inference")
   if is_used(folder, inference):
     raise _used(inference)
   if not (folder / CORRELATIONS / inference).is_file():

@@ -85,8 +85,8 @@ def helped(folder: pathlib.Path, name: str, kept: pathlib.Path | None = None) ->
   facts = lambda pem: {certificates.name(pem), certificates.fingerprint(pem)}
   if facts(own) & facts(found.server):
     raise ValueError(
-      f"folder={folder} has the name or certificate of the model owner of {name}; who is both "
-      "reads every image, so the helper must be another institution"
+      f"folder={folder} has the name or certificate of the model owner of {name}; an institution "
+      "that is both can read every image, so the helper must be another institution"
     )
   online = apart.online(found.plan, DATA_OWNER, kept=kept)
   owner.warm_up()

@@ -2,7 +2,7 @@
 configuration.
 
 They are those of the number that is shared. One that lies within its error of a jump may land on
-the other side. For C, T and P see `polynomials`; a quotient by steps that are no powers of two
+the other side. For C, T and P see `polynomials`; a quotient by steps that are not powers of two
 takes twice the bits of the number, and is exact too if the number is a whole multiple of a fraction
 of each step.
 """

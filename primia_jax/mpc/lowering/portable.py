@@ -80,7 +80,7 @@ class Writer:
         f"{e.name} at {e.source} cannot be written to a file: {error}; plan again where it is used"
       ) from None
     if self.strict and e.name not in _PRIMITIVES:
-      raise ValueError(f"{e.name} at {e.source} is no primitive of JAX and cannot be written")
+      raise ValueError(f"{e.name} at {e.source} is not a primitive of JAX and cannot be written")
     avals = [self._aval(v) for v in e.avals]
     where = e.source if sources else ""
     inputs = [self.value(v) for v in e.inputs]
