@@ -5,12 +5,11 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from experiments_programs import call
 from experiments_runs import TINY, images_of
 from PIL import Image
 
@@ -230,8 +229,7 @@ def test_personal_models_are_refused(flags_of, tmp_path):
 
 
 def _binary(*arguments):
-  command = [sys.executable, "-m", "experiments.infer_encrypted", *arguments]
-  return subprocess.run(command, capture_output=True, text=True, check=False)
+  return call("infer_encrypted", *arguments)
 
 
 def test_the_binary_as_a_clinic_calls_it(flags_of, in_the_clear, tmp_path):

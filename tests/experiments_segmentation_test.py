@@ -2,12 +2,11 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from experiments_programs import call
 from experiments_runs import TINY
 from PIL import Image
 from segmentation_test import scenes
@@ -68,8 +67,7 @@ def test_a_run_learns_masks_and_reports_dice_of_each_case(run):
 def test_evaluate_saves_masks_and_draws_patients_only_when_asked(run, tmp_path):
   folder, result = run
   given = (f"--run_dir={folder}", f"--output_dir={tmp_path / 'out'}", "--overlays=3")
-  command = [sys.executable, "-m", "experiments.evaluate", *given]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  done = call("evaluate", *given)
   assert done.returncode == 0, done.stderr
   assert "mean Dice (images)" in done.stdout
   found = np.load(tmp_path / "out" / "masks.npz")["masks"]

@@ -150,6 +150,15 @@ def evaluator(program: Program) -> Callable[[Sequence[Array | None]], dict[int, 
   return jax.jit(run) if runs_as_one(program) else run
 
 
+def follow(program: Program, leaves: Sequence[Array | None]) -> dict[int, Array]:
+  """`evaluate` for concrete inputs; nothing is compiled where no equation follows from them."""
+  given = _given(program, leaves)
+  known = lambda v: not isinstance(v, Ref) or v.number in given
+  if any(all(map(known, e.inputs)) for e in program.equations):
+    return evaluator(program)(leaves)
+  return {number: jax.device_put(v) for number, v in given.items()}
+
+
 def measurer(
   program: Program, watch: Watch = lambda equation, inputs, outputs: None
 ) -> Callable[[Sequence[Array]], np.ndarray]:
