@@ -131,14 +131,15 @@ def infer(
       dealer, model_owner, data_owner = cast(clock)
       run(clock.warm_up, parts[0])
     before = dict(clock.seconds)
-    total = collections.Counter(before)
+    total = collections.defaultdict(float, before)
     for part in remaining:
       outputs = run(clock, part)
       took = {k: v - before.get(k, 0.0) for k, v in clock.seconds.items() if v != before.get(k)}
       before = dict(clock.seconds)
       kept.add(Run(outputs, took))
   for one in kept.runs:
-    total.update(one.seconds)
+    for key, value in one.seconds.items():
+      total[key] += value
   seconds = {phase: value for (phase, step), value in total.items() if step == WHOLE}
   online = {step: value for (_, step), value in total.items() if step != WHOLE}
   outputs = np.concatenate([one.outputs for one in kept.runs])

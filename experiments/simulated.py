@@ -83,8 +83,8 @@ def infer(config: Infer) -> None:
   print(flush=True)
   images = in_memory(images)
   shown = np.asarray(images.images)
-  what = plan.digest, registers.model_digest(weights), config.batch
-  with unfinished.of(folder, what, shown) as kept:
+  named = plan.digest, registers.model_digest(weights), config.batch
+  with unfinished.of(folder, named, shown) as kept:
     if kept.runs:
       print(f"{len(kept.runs)} runs of the protocol were done before this was stopped\n")
     result = phases.infer(plan, weights, shown, config.batch, kept)
