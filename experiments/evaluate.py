@@ -191,9 +191,7 @@ def score_here() -> None:
       )  # fmt: skip
       report.print_summary(result, output)
     return
-  ids = [
-    str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])
-  ]
+  ids = inputs.names_of(dataset)
   if is_multi:
     if not FLAGS.unlabelled:
       said = report.Facts(about, dataset.notes)

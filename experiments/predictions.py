@@ -47,21 +47,26 @@ def write_probabilities(
 
 
 def write(
-  path: pathlib.Path, ids: Sequence[str], outputs: np.ndarray, label_names: Sequence[str]
+  path: pathlib.Path,
+  ids: Sequence[str],
+  outputs: np.ndarray,
+  label_names: Sequence[str],
+  true: Sequence[str] = (),
 ) -> None:
   """The same for outputs of a model: logits [N, L], or classes [N], whose table has no
-  probabilities.
+  probabilities; true is empty where no class is known.
   """
+  true = true or [""] * len(ids)
   if outputs.ndim == 2:
     probabilities = scipy.special.softmax(outputs.astype(np.float64), axis=1)
-    write_probabilities(path, ids, [""] * len(ids), probabilities, label_names)
+    write_probabilities(path, ids, true, probabilities, label_names)
     return
   with private_file(path) as file:
     writer = csv.writer(file)
     writer.writerow(["image", "true", "predicted"])
     writer.writerows(
-      [csv_cell(image), "", csv_cell(label_names[round(label)])]
-      for image, label in zip(ids, outputs.tolist(), strict=True)
+      [csv_cell(image), csv_cell(label), csv_cell(label_names[round(said)])]
+      for image, label, said in zip(ids, true, outputs.tolist(), strict=True)
     )
 
 

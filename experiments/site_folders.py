@@ -46,13 +46,16 @@ class Own:
   data: str = setting(
     "",
     "images of this site: folder:PATH (a folder or tar, also of DICOM files), csv:PATH (a table "
-    "with file, label, patient), npz:PATH, msd:PATH or tfds:NAME; none for a site without images",
+    "with file, label, patient), npz:PATH, msd:PATH, medimeta:PATH or tfds:NAME; none for a site "
+    "without images",
   )
   layout: str = _of_data("layout")
   ignore: str = _of_data("ignore")
   csv_columns: str = _of_data("csv_columns")
   patient_column: str = _of_data("patient_column")
   patient_pattern: str = _of_data("patient_pattern")
+  task: str = _of_data("task")
+  splits: str = _of_data("splits")
   data_dir: str = _of_data("data_dir")
   manual_dir: str = _of_data("manual_dir")
   skip_bad_files: bool = _of_data("skip_bad_files")
