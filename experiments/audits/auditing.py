@@ -5,8 +5,6 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from primia_jax import models
-
 from .. import folders, progress, settings, transcripts
 from . import (
   boundaries,
@@ -41,7 +39,12 @@ PARTS = {
     recognition.audit, ("audit_seed", "candidates", "attacked_rounds"), takes_transcript=True
   ),
   "numbers": Audit(numbers.audit, ("audit_seed", "candidates", "attacked_rounds")),
-  "classes": Audit(classes.audit, ("audit_seed", "candidates", "victims", "attacked_rounds")),
+  "classes": Audit(
+    classes.audit,
+    ("audit_seed", "candidates", "victims", "attacked_rounds"),
+    not_of_masks="it reads off an update how many images of each class were behind it, and these "
+    "have a mask in place of a class",
+  ),
   "inversion": Audit(
     inversion.audit, ("audit_seed", "candidates", "victims", "restarts", "iterations")
   ),
@@ -57,7 +60,12 @@ PARTS = {
   "heads": Audit(heads.audit, ("audit_seed", "candidates", "victims", "attacked_rounds")),
   "servers": Audit(servers.audit, ("audit_seed", "candidates")),
   "membership": Audit(membership.audit, ("audit_seed", "candidates", "shadows")),
-  "extraction": Audit(extraction.audit, ("audit_seed",)),
+  "extraction": Audit(
+    extraction.audit,
+    ("audit_seed",),
+    not_of_masks="it imitates a model from answers that are scores of classes, and these answers "
+    "are masks",
+  ),
   "boundary": Audit(boundaries.audit),
 }
 _AUTO = "auto"
@@ -68,22 +76,29 @@ def chosen(names: Sequence[str], run: Context) -> list[str]:
   """The parts to make, in order.
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: an unknown name, or a part that does not apply to models that learn masks.
     FileNotFoundError: a part that was asked for needs a transcript, and there is none.
   """
   named = set(names) - {_AUTO}
   unknown = sorted(named - set(PARTS))
   if unknown or not names:
     raise ValueError(f"parts={unknown}; there are {', '.join(PARTS)}, and {_AUTO}")
+  if run.of_pixels and (unfit := [name for name in PARTS if name in named and _unfit(run, name)]):
+    raise ValueError(f"parts={unfit} do not apply to this run: {_unfit(run, unfit[0])}")
   if any(PARTS[name].takes_transcript for name in named):
     transcripts.paths(run.run_dir / ARM)
   if _AUTO in names:
     named |= {
       name
       for name, one in PARTS.items()
-      if one.in_auto and (run.has_transcript or not one.takes_transcript)
+      if one.in_auto and (run.has_transcript or not one.takes_transcript) and not _unfit(run, name)
     }
   return [name for name in PARTS if name in named]
+
+
+def _unfit(run: Context, name: str) -> str:
+  """Why a part does not apply to the run's kind of model; empty where it does."""
+  return PARTS[name].not_of_masks if run.of_pixels else ""
 
 
 def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Sequence[str]) -> str:
@@ -114,11 +129,6 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
     raise ValueError(
       f"run_dir={run_dir} was trained with placement=flower, where each site keeps its own "
       "ledger and nobody has a transcript; audit a simulation with the same settings"
-    )
-  if config.model.model in models.SEGMENTERS:
-    raise ValueError(
-      f"run_dir={run_dir} trained {config.model.model}, which learns masks; the attacks here are "
-      "on models that classify images"
     )
   if config.data.is_multi:
     raise ValueError(
@@ -160,6 +170,7 @@ def _write(run: Context, title: str, made: dict[str, Part]) -> str:
   absent = {
     name: _WHY for name, one in PARTS.items() if one.takes_transcript and not run.has_transcript
   }
+  absent |= {name: f"which does not apply: {why}" for name in PARTS if (why := _unfit(run, name))}
   text = pages.page(title, made, absent, overview)
   (run.output / REPORT).write_text(text, encoding="utf-8")
   return pages.first_line(evidence)

@@ -12,17 +12,17 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from primia_jax import local, models
+from primia_jax import models
 from primia_jax.attacks import learned, views
 from primia_jax.data.dataset import Dataset
 from primia_jax.data.sites import Part
 from primia_jax.privacy import ledger
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
-from primia_jax.types import Array, Key, LossFn, ModelState, Params, PyTree
+from primia_jax.types import ApplyFn, Array, Key, LossFn, ModelState, Params, PyTree
 
 from .. import folders, inputs, ledgers, model_files, settings, transcripts
-from ..configs import Train
+from ..configs import Train, tasks
 from ..configs.model import normalise
 
 ARM = "federated"  # the folder of the arm that is audited
@@ -128,13 +128,21 @@ class Context:
   @functools.cached_property
   def loss_fn(self) -> LossFn:
     """The sites' loss of images as stored, or float32 in [0, 1]; without augmentation."""
-    smoothing = self.config.training.label_smoothing
+    return self.loss_of(self.trained.model.apply, self.config.training.label_smoothing)
+
+  def loss_of(self, apply_fn: ApplyFn, label_smoothing: float = 0.0) -> LossFn:
+    """The loss of the run's task with another model; without augmentation."""
 
     def prepare(key: Key, images: Array, targets: Array) -> tuple[Array, Array]:
       return normalise(images), targets
 
     num_classes = len(self.trained.label_names)
-    return local.classification_loss(self.trained.model.apply, prepare, num_classes, smoothing)
+    return tasks.of(self.config.model.model).loss(apply_fn, prepare, num_classes, label_smoothing)
+
+  @property
+  def of_pixels(self) -> bool:
+    """Whether the model gives each pixel a class, so that labels are masks [N, H, W]."""
+    return tasks.of(self.config.model.model).of_pixels
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -204,8 +212,9 @@ def protection(config: Train, num_sites: int = 1) -> str:
 
 
 def take(dataset: Dataset, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(images as stored, labels int32) of some images."""
-  return np.asarray(dataset.images[index]), np.asarray(dataset.labels)[index].astype(np.int32)
+  """(images as stored, labels int32) of some images; masks in place of labels where it has any."""
+  labels = dataset.labels if dataset.masks is None else dataset.masks
+  return np.asarray(dataset.images[index]), np.asarray(labels)[index].astype(np.int32)
 
 
 def sites_of(part: Part, sites: list[int]) -> tuple[np.ndarray, np.ndarray]:
