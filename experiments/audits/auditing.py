@@ -31,22 +31,22 @@ from .parts import Audit, Part
 GRID = "grid"
 REPORT, OVERVIEW = "privacy_report.md", "evidence.png"
 PARTS = {
-  "threats": Audit(threats.points, ("attacked_rounds",)),
-  "ledger": Audit(threats.budget),
-  "bounds": Audit(epsilons.bounds, ("audit_seed",)),
+  "threats": Audit(threats.points, ("attacked_rounds",), of_masks=True),
+  "ledger": Audit(threats.budget, of_masks=True),
+  "bounds": Audit(epsilons.bounds, ("audit_seed",), of_masks=True),
   "epsilon": Audit(epsilons.proved, ("audit_seed", "canaries")),
   "recognition": Audit(
-    recognition.audit, ("audit_seed", "candidates", "attacked_rounds"), takes_transcript=True
+    recognition.audit,
+    ("audit_seed", "candidates", "attacked_rounds"),
+    takes_transcript=True,
+    of_masks=True,
   ),
-  "numbers": Audit(numbers.audit, ("audit_seed", "candidates", "attacked_rounds")),
-  "classes": Audit(
-    classes.audit,
-    ("audit_seed", "candidates", "victims", "attacked_rounds"),
-    not_of_masks="it reads off an update how many images of each class were behind it, and these "
-    "have a mask in place of a class",
-  ),
+  "numbers": Audit(numbers.audit, ("audit_seed", "candidates", "attacked_rounds"), of_masks=True),
+  "classes": Audit(classes.audit, ("audit_seed", "candidates", "victims", "attacked_rounds")),
   "inversion": Audit(
-    inversion.audit, ("audit_seed", "candidates", "victims", "restarts", "iterations")
+    inversion.audit,
+    ("audit_seed", "candidates", "victims", "restarts", "iterations"),
+    of_masks=True,
   ),
   "several": Audit(
     several.audit,
@@ -60,15 +60,11 @@ PARTS = {
   "heads": Audit(heads.audit, ("audit_seed", "candidates", "victims", "attacked_rounds")),
   "servers": Audit(servers.audit, ("audit_seed", "candidates")),
   "membership": Audit(membership.audit, ("audit_seed", "candidates", "shadows")),
-  "extraction": Audit(
-    extraction.audit,
-    ("audit_seed",),
-    not_of_masks="it imitates a model from answers that are scores of classes, and these answers "
-    "are masks",
-  ),
+  "extraction": Audit(extraction.audit, ("audit_seed",)),
   "boundary": Audit(boundaries.audit),
 }
 _AUTO = "auto"
+_NO_MASKS = "this attack is on models that classify images, and the run's model learns masks"
 _WHY = "which needs a transcript: train with --record_transcript and another --run_dir"
 
 
@@ -98,7 +94,7 @@ def chosen(names: Sequence[str], run: Context) -> list[str]:
 
 def _unfit(run: Context, name: str) -> str:
   """Why a part does not apply to the run's kind of model; empty where it does."""
-  return PARTS[name].not_of_masks if run.of_pixels else ""
+  return _NO_MASKS if run.of_pixels and not PARTS[name].of_masks else ""
 
 
 def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Sequence[str]) -> str:

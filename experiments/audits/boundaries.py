@@ -74,8 +74,7 @@ def _reports(context: Context) -> dict[str, Report | None]:
       units = shape(np.int32, most) if by_patient else None
       counts = shape(np.int32)
       stored = shape(one.dtype, most, *one.shape[2:])
-      labels = shape(np.int32, most, *(one.shape[2:4] if context.of_pixels else ()))
-      return Site(shape(np.int32), stored, labels, counts, None, units)  # type: ignore[arg-type]
+      return Site(shape(np.int32), stored, shape(np.int32, most), counts, None, units)  # type: ignore[arg-type]
 
     return federated.Sites(who.astype(np.int32), load)
 

@@ -19,7 +19,7 @@ from primia_jax.data.sites import Part
 from primia_jax.privacy import ledger
 from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
-from primia_jax.types import ApplyFn, Array, Key, LossFn, ModelState, Params, PyTree
+from primia_jax.types import Array, Key, LossFn, ModelState, Params, PyTree
 
 from .. import folders, inputs, ledgers, model_files, settings, transcripts
 from ..configs import Train, tasks
@@ -128,16 +128,14 @@ class Context:
   @functools.cached_property
   def loss_fn(self) -> LossFn:
     """The sites' loss of images as stored, or float32 in [0, 1]; without augmentation."""
-    return self.loss_of(self.trained.model.apply, self.config.training.label_smoothing)
-
-  def loss_of(self, apply_fn: ApplyFn, label_smoothing: float = 0.0) -> LossFn:
-    """The loss of the run's task with another model; without augmentation."""
+    smoothing = self.config.training.label_smoothing
 
     def prepare(key: Key, images: Array, targets: Array) -> tuple[Array, Array]:
       return normalise(images), targets
 
     num_classes = len(self.trained.label_names)
-    return tasks.of(self.config.model.model).loss(apply_fn, prepare, num_classes, label_smoothing)
+    loss = tasks.of(self.config.model.model).loss
+    return loss(self.trained.model.apply, prepare, num_classes, smoothing)
 
   @property
   def of_pixels(self) -> bool:

@@ -61,12 +61,12 @@ def audit(context: Context) -> Part:
           "total variation")  # fmt: skip
   text = (
     f"Each site makes one epoch of plain SGD from {on.which}, with a learning rate of {_RATE:g} "
-    "and without augmentation, on so many of the run's images. The adversary knows all labels (or "
-    "masks) and the order of images, has one site's update or the mean of several, and searches "
-    "for all images together. A true image is named where a guess is nearer to it than all guesses "
-    f"are to {len(pools.decoys)} public images. A search for many images has fewer steps; its "
-    "control is a single image alone in as many. Intervals take the images of an update as "
-    "independent, which they are not.",
+    "and without augmentation, on so many of the run's images. The adversary knows all labels and "
+    "the order of images, has one site's update or the mean of several, and searches for all "
+    f"images together. A true image is named where a guess is nearer to it than all guesses are to "
+    f"{len(pools.decoys)} public images. A search for many images has fewer steps; its control is "
+    "a single image alone in as many. Intervals take the images of an update as independent, which "
+    "they are not.",
     f"Cells of more than {min(left, effort.grid_images)} images together are left out "
     "(--grid_images, and images that the run has).",
     markdown.table(head, rows),

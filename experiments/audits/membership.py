@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from primia_jax import local, models, prng, sites
 from primia_jax.attacks import alignment, rates, shadows
@@ -77,9 +76,7 @@ def audit(context: Context) -> Part:
     f"place, as often over the images as the run, each on a random half of {len(game.images)} "
     "images, half of which the run was trained on. In the "
     "table it tells a member from a stranger of the same site and class. The control attacks each "
-    "shadow, trained without privacy, with the others."
-    + " Of an image it takes the mean cross-entropy of its pixels."
-    * context.of_pixels,
+    "shadow, trained without privacy, with the others.",
   )
   caption = (
     "True against false positives with 95 % intervals; thresholds of the control come from other "
@@ -101,36 +98,20 @@ def _attacks(num_shadows: int) -> dict[str, attacks.Attack]:
 def _target(context: Context, game: Candidates) -> Signals:
   """What the run's model says."""
   trained = context.trained
-  answer = lambda one: _answer(trained.model, trained.params, trained.model_state, one)
-  run = jax.jit(lambda asked: jax.lax.map(answer, asked, batch_size=128))
-  return _split(run(_asked(game)), game)
+  answer = lambda image: _predict(trained.model, trained.params, trained.model_state, image[None])[
+    0
+  ]
+  asked = np.concatenate([game.images, game.public[0]])
+  logits = jax.jit(lambda x: jax.lax.map(answer, x, batch_size=128))(asked)
+  return _split(logits, game)
 
 
-def _asked(game: Candidates) -> tuple[np.ndarray, np.ndarray]:
-  """(images, labels) of the pool and of others."""
-  of_pool = game.images, game.labels
-  return tuple(map(np.concatenate, zip(of_pool, game.public, strict=True)))  # type: ignore[return-value]
-
-
-def _answer(
-  model: models.Model, params: Params, model_state: ModelState, one: tuple[Array, Array]
-) -> Array:
-  """A model's logits of one image; of an image with a mask the two that have the mean loss of its
-  pixels, as if the geometric mean of their probabilities were the chance to be right.
-  """
-  image, label = one
-  logits = model.apply(params, model_state, normalise(image[None]))[0][0]
-  if not label.ndim:
-    return logits
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-  loss = jnp.maximum(losses.mean(), jnp.finfo(jnp.float32).tiny)  # of which a logarithm is taken
-  return jnp.stack([-jnp.log(jnp.expm1(loss)), jnp.zeros((), jnp.float32)])
+def _predict(model: models.Model, params: Params, model_state: ModelState, images: Array) -> Array:
+  return model.apply(params, model_state, normalise(images))[0]
 
 
 def _split(logits: Any, game: Candidates) -> Signals:
-  labels = _asked(game)[1]
-  if labels.ndim > 1:
-    labels = np.zeros(len(labels), np.int32)  # of the two logits of `_answer`, the first is right
+  labels = np.concatenate([game.labels, game.public[1]])
   odds, num = attacks.log_odds(logits, labels), len(game.images)
   return Signals(odds[..., :num], odds[..., num:])
 
@@ -141,8 +122,8 @@ def _signals(context: Context, game: Candidates, included: np.ndarray, is_privat
   recipe, divisor = _recipe(context, game, is_private)
   init_fn = lambda key: config.model.initial(trained.config, key)
   train_fn = shadows.trainer(recipe, init_fn, divisor)
-  predict_fn = functools.partial(_answer, trained.model)
-  run = shadows.shadow_answers(train_fn, predict_fn, sites.fastest())
+  predict_fn = functools.partial(_predict, trained.model)
+  run = shadows.shadow_logits(train_fn, predict_fn, sites.fastest())
   parts, block, secrets = [], 2 * max(1, jax.device_count() // 2), prng.random_keys(len(included))
   for first in range(0, len(included), block):
     now = slice(first, first + block)
@@ -150,7 +131,7 @@ def _signals(context: Context, game: Candidates, included: np.ndarray, is_privat
     context.note(f"membership, shadow model {first + 1} of {len(included)}{of_kind}")
     key, data = jax.random.key(context.effort.audit_seed), (game.images, game.labels)
     numbers = np.arange(len(included), dtype=np.int32)[now]
-    parts.append(run(key, included[now], *data, _asked(game), numbers, secrets[now]))
+    parts.append(run(key, included[now], *data, game.public[0], numbers, secrets[now]))
   return _split(np.concatenate(parts), game)
 
 
@@ -188,7 +169,7 @@ def _among(
   found = rates.attack_each(attack, signals, included, _AIMED)
   curve = rates.curve(found.scores, found.included, found.thresholds, _AIMED)
   right = [
-    _told_apart(scores, alignment.pairs(row, game.group, 0))
+    _told_apart(scores, alignment.pairs(row, _groups(game), 0))
     for scores, row in zip(found.scores, found.included, strict=True)
   ]
   return Played(curve, np.concatenate(right))
@@ -218,6 +199,10 @@ def _on(
 
 def _told_apart(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
   return scores[pairs[:, 0]] > scores[pairs[:, 1]]
+
+
+def _groups(game: Candidates) -> np.ndarray:
+  return game.site * (1 + game.labels.max()) + game.labels
 
 
 def _evidence(name: str, threat: str, protection: str, played: Played) -> Evidence:

@@ -34,8 +34,6 @@ class Candidates(NamedTuple):
   Attributes:
     images, labels: [N, ...] of members and strangers, with masks where the model learns them.
     site: [N] of each.
-    group: [N], equal for images of one site and class; a mask's class is its largest besides the
-      background.
     pairs: [Q, 2], a member and a stranger of one site and class.
     public: images and labels that the adversary knows besides.
   """
@@ -43,7 +41,6 @@ class Candidates(NamedTuple):
   images: np.ndarray
   labels: np.ndarray
   site: np.ndarray
-  group: np.ndarray
   pairs: np.ndarray
   public: tuple[np.ndarray, np.ndarray]
 
@@ -135,7 +132,6 @@ def draw(context: Context) -> Candidates:
     np.concatenate([images for images, _ in chosen]),
     np.concatenate([labels for _, labels in chosen]),
     np.concatenate([site[pairs[:, 0]], site[pairs[:, 1]]]),
-    np.concatenate([groups[pairs[:, 0]], groups[pairs[:, 1]]]),
     np.stack([np.arange(num), num + np.arange(num)], axis=1),
     shared.take(test, known),
   )

@@ -97,14 +97,16 @@ def _round(
   each: int,
 ) -> Params:
   """The update of one round of honest sites under secure aggregation."""
-  loss_fn = context.loss_of(apply_fn)
+  prepare = lambda key, images, targets: (normalise(images), targets)
+  num_classes = len(context.trained.label_names)
+  loss_fn = local.classification_loss(apply_fn, prepare, num_classes)
   steps = local.epochs(each, each)
   recipe = local.Recipe(steps, local.gradients(loss_fn), None, optax.sgd, lambda t: 1.0)
   algorithm = algorithms.fedavg(recipe)
   summed = summation.masked(secagg.secure_sum(_SITES, num_peers=2, max_abs=_LARGEST))
   run = active.round(algorithm, summed, sites.loop())
   ids = np.arange(_SITES, dtype=np.int32)
-  labels = on.labels[: _SITES * each].reshape(_SITES, each, *on.labels.shape[1:])
+  labels = on.labels[: _SITES * each].reshape(_SITES, each)
   data = federated.in_memory(
     federated.Site(ids, stored, labels, np.full(_SITES, each, np.int32))  # type: ignore[arg-type]
   )

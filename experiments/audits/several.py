@@ -94,8 +94,7 @@ def audit(context: Context) -> Part:
   pictures.grid(rows, quality, context.output / _PICTURE, f"{title}: {context.data_name}")
   text = (
     f"The update of site {target.site} in round {target.round} stands for {len(target.images)} "
-    f"images. The adversary knows their {'masks' if context.of_pixels else 'labels'}, and searches "
-    f"for all of them at once, {how}. Of "
+    f"images. The adversary knows their labels, and searches for all of them at once, {how}. Of "
     "two images of the site and of one class, one of which took part, the one that is nearer to "
     "any of the guesses is taken for it.",
     f"The control is the same search on a model that is known to be vulnerable (mlp, untrained), "

@@ -88,26 +88,6 @@ def shadow_logits(
   placement: Placement,
   batch_size: int = 128,
 ) -> Callable[..., np.ndarray]:
-  """Makes (key, included [S, N], images [N, H, W, C], labels [N], others [Z, H, W, C], numbers
-  [S]=None, secrets [S, 8]=None) -> logits [S, N + Z, L] of the pool and of others, by
-  `shadow_answers`; predict_fn takes (params, model_state, images as stored).
-  """
-  answer = lambda params, model_state, image: predict_fn(params, model_state, image[None])[0]
-  ask = shadow_answers(train_fn, answer, placement, batch_size)
-
-  def run(key, included, images, labels, others, numbers=None, secrets=None) -> np.ndarray:
-    asked = np.concatenate([images, others])
-    return ask(key, included, images, labels, asked, numbers, secrets)
-
-  return run
-
-
-def shadow_answers(
-  train_fn: TrainFn,
-  answer_fn: Callable[[Params, ModelState, Any], Array],
-  placement: Placement,
-  batch_size: int = 128,
-) -> Callable[..., np.ndarray]:
   """Makes the function that trains models, one after another on each device, and asks them.
 
   On CPU `sites.fastest()` is a scan of models on each of several forced host devices, which is
@@ -116,15 +96,15 @@ def shadow_answers(
 
   Args:
     train_fn: see `TrainFn`; traced once.
-    answer_fn: (params, model_state, one question) -> answer, an array.
+    predict_fn: (params, model_state, images as stored) -> logits.
     placement: where models are trained.
-    batch_size: of the questions.
+    batch_size: of the images asked.
 
   Returns:
-    (key, included [S, N], images [N, H, W, C], labels [N] or masks [N, H, W], questions [Q, ...],
-    numbers [S]=None, secrets [S, 8]=None) -> answers [S, Q, ...]. Questions are a pytree, such as
-    images. `numbers` are folded into the key, for models trained in several calls; secrets are for
-    private recipes. It raises a ValueError for a half larger than `most_images`.
+    (key, included [S, N], images [N, H, W, C], labels [N], others [Z, H, W, C], numbers [S]=None,
+    secrets [S, 8]=None) -> logits [S, N + Z, L] of the pool and of others. `numbers` are folded
+    into the key, for models trained in several calls; secrets are for private recipes. It raises a
+    ValueError for a half larger than `most_images`.
   """
 
   def site_fn(shared: Any, model: Any) -> tuple[Any, Array]:
@@ -132,20 +112,21 @@ def shadow_answers(
     number, rows, count, secret = model
     site = Site(number, images[rows], labels[rows], count, secret)
     params, model_state = train_fn(jax.random.fold_in(key, number), site)
-    answer = lambda question: answer_fn(params, model_state, question)
+    answer = lambda image: predict_fn(params, model_state, image[None])[0]
     return (), jax.lax.map(answer, asked, batch_size=batch_size)
 
   lifted = placement.sum_over_sites(site_fn)
 
-  def run(key, included, images, labels, questions, numbers=None, secrets=None) -> np.ndarray:
+  def run(key, included, images, labels, others, numbers=None, secrets=None) -> np.ndarray:
     included = np.asarray(included)
     most, counts = most_images(included.shape[1]), included.sum(axis=1).astype(np.int32)
     if counts.max() > most:
       raise ValueError(f"a model has {counts.max()} of {included.shape[1]} images, over {most}")
     rows = np.argsort(~included, axis=1, kind="stable")[:, :most].astype(np.int32)
     numbers = np.arange(len(included), dtype=np.int32) if numbers is None else numbers
-    shared = placement.replicate((key, images, np.asarray(labels, np.int32), questions))
-    _, answers = lifted(shared, placement.put((numbers, rows, counts, secrets)))
-    return np.asarray(answers)
+    asked = np.concatenate([images, others])
+    shared = placement.replicate((key, images, np.asarray(labels, np.int32), asked))
+    _, logits = lifted(shared, placement.put((numbers, rows, counts, secrets)))
+    return np.asarray(logits)
 
   return run
