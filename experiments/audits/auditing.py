@@ -64,7 +64,7 @@ PARTS = {
   "boundary": Audit(boundaries.audit),
 }
 _AUTO = "auto"
-_NO_MASKS = "this attack is on models that classify images, and the run's model learns masks"
+_NO_MASKS = "this part is for models that classify images, and the run's model learns masks"
 _WHY = "which needs a transcript: train with --record_transcript and another --run_dir"
 
 
