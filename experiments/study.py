@@ -76,7 +76,13 @@ STUDIES = {
     ("--preset=chest_xray_private_pretrained",),
     (1.0, 3.0, 6.0, 8.0),
     arms=("pooled", "local", "secure", "private", "encrypted"),
-    encrypted=("--batch=4", "--RING"),
+    encrypted=(
+      "--batch=1",
+      "--ring_bits=64",
+      "--fraction_bits=18",
+      "--calibration_images=64",
+      "--margin=4",
+    ),
     attacks="threats",
   ),
   "chest_xray_pretrained_224": Study(
