@@ -61,12 +61,9 @@ KINDS: dict[type, Kind] = {
     "shares that open the sum, of each peer", _COORDINATOR,
     "they open the masks of the sum, and of no site alone",
   ),
-  msg.Total: Kind(
-    "the sum over the survivors", _ALL, "none: it is what training needs", "as the rows above"
-  ),
-  msg.Followed: Kind(
-    "the sum and who is in it, for a site that this round does not take", "this site",
-    "none: it is what training needs; signed by the sites of the sum", "as the rows above",
+  msg.Evidence: Kind(
+    "what opens the sum over the survivors: masked inputs and the shares of their masks", _ALL,
+    "none of the sum, which training needs; masks: nothing else opens", "as the rows above",
   ),
   msg.Hello: Kind(
     "a site's public key, the digest of what its operator approved, and how many images to train "

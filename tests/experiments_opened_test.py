@@ -90,8 +90,8 @@ def attacked(root):
 
 def total_of(world):
   """The sum that the coordinator opened."""
-  (found,) = [m for m in map(decoded, world.told[0]) if isinstance(m, msg.Total)]
-  return found.vectors[0]
+  (report,) = world.reports
+  return report.opened.total[0]
 
 
 def test_a_sum_that_was_withheld_is_not_opened_again_without_a_site(tmp_path):
@@ -100,7 +100,7 @@ def test_a_sum_that_was_withheld_is_not_opened_again_without_a_site(tmp_path):
   for i in range(2):
     with pytest.raises(Refused, match=r"with \['site 2'\] besides|the key \w+"):
       raise second.errors[i]
-  assert not [m for m in map(decoded, second.told[0]) if isinstance(m, msg.Total)]
+  assert not [m for m in map(decoded, second.told[0]) if isinstance(m, msg.Evidence)]
   with quick():
     again = World().run(tmp_path)  # all are there, as in the sum before
   assert again.errors == {}

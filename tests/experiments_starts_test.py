@@ -16,7 +16,7 @@ from experiments_runs import TINY, contents, found, trainer_of
 from experiments import processes, starts
 from experiments.checkpoints import Best, Checkpoints
 from primia_jax import federated, secagg
-from primia_jax.secagg import exchange, keys, meeting, protocol, subkeys
+from primia_jax.secagg import exchange, keys, meeting, opening, protocol, subkeys
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_what_a_site_keeps_lies_in_its_own_folder_and_in_no_other(begun):
 
 def test_no_secret_of_noise_or_of_a_mask_is_in_any_folder(begun):
   root, drawn = begun
-  assert len(drawn) == 3 * 3 * 3  # sites, sums, secrets
+  assert len(drawn) == 3 * (3 + 1) * 3  # sites, sums and one whose keys are ready, secrets
   assert found([keys.words(secret) for secret in drawn], root) == 0
 
 
@@ -85,18 +85,18 @@ def plant(root, site, change, round_index=1):
 @pytest.fixture
 def inputs_of_sums(monkeypatch):
   """What each site gives into each sum, and the sum, by site."""
-  seen, masked, told = {}, protocol.masked_input, protocol.take_total
+  seen, masked, told = {}, protocol.mask_input, opening.total
 
-  def masking(site, delivery, vectors):
+  def masking(site, vectors):
     seen.setdefault(site.number, []).append([vectors, None])
-    return masked(site, delivery, vectors)
+    return masked(site, vectors)
 
-  def taking(site, total, server):
-    seen[site.number][-1][1] = told(site, total, server)
+  def taking(site, evidence):
+    seen[site.number][-1][1] = told(site, evidence)
     return seen[site.number][-1][1]
 
-  monkeypatch.setattr(protocol, "masked_input", masking)
-  monkeypatch.setattr(protocol, "take_total", taking)
+  monkeypatch.setattr(protocol, "mask_input", masking)
+  monkeypatch.setattr(opening, "total", taking)
   return seen
 
 

@@ -4,6 +4,7 @@ Each function plays an event in a folder, checks that nothing is lost by it, and
 coordinator ends, how the sites end, and what comes of the next start of all.
 """
 
+import contextlib
 import errno
 import functools
 import json
@@ -28,7 +29,7 @@ from flower_world import (
 from experiments import messages_crossed, settings
 from primia_jax import durable
 from primia_jax.privacy import chain, ledger
-from primia_jax.secagg import Aborted, keys, meeting, pinning, protocol, roster
+from primia_jax.secagg import Aborted, keys, meeting, opening, pinning, roster
 from primia_jax.secagg import messages as msg
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs" / "flower_faults.md"
@@ -123,15 +124,39 @@ def swapped_key(root):
   return coordinators(world), sites(world), again(root, first, world)
 
 
-def told_other_sums(root, rounds):
-  """Site 1 is told other sums than the others, signed by the coordinator."""
-  take = protocol.take_total
+def passed_on_changed(told):
+  """What opens a sum, with another input of site 0 than it has signed."""
+  message = msg.decode(told.masked[0])
+  other = message._replace(vectors=tuple(v ^ np.uint32(1) for v in message.vectors))
+  return told._replace(masked=told.masked | {0: msg.encode(other)})
 
-  def told(one, total, server):
-    return tuple(v + np.uint32(one.number == 1) for v in take(one, total, server))
+
+def planted(root, at=range(3)):
+  """The coordinator passes on an input that makes the sum another one; nobody goes on from it."""
+  world = World()
+
+  def spoil(i, n, data):
+    with contextlib.suppress(ValueError):
+      told = msg.decode(data)
+      if i in at and isinstance(told, msg.Evidence):
+        return msg.encode(passed_on_changed(told))
+    return data
+
+  world.spoil_told = spoil
+  world.run(root)
+  assert all("not signed by" in str(world.errors[i]) for i in at)
+  return coordinators(world), sites(world), again(root, world)
+
+
+def told_other_sums(root, rounds):
+  """Site 1 takes other sums than the others, as a site that does not check them may."""
+  take = opening.total
+
+  def told(one, evidence):
+    return tuple(v + np.uint32(one.number == 1) for v in take(one, evidence))
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(protocol, "take_total", told)
+    patch.setattr(opening, "total", told)
     return World().run(root, rounds=rounds)
 
 
@@ -317,8 +342,10 @@ EVENTS = {
   "a second coordinator invites, at any message": second_coordinator,
   "another coordinator, or its folder was lost": other_coordinator,
   "the folder of site 1 was lost, or another has its place": swapped_key,
-  "the coordinator tells site 1 another sum": other_sums,
-  "the coordinator tells site 1 another last sum": other_last_sum,
+  "the coordinator plants one false sum at all sites": planted,
+  "the coordinator plants a false sum at site 1": functools.partial(planted, at=(1,)),
+  "site 1 goes on from another sum than it opens": other_sums,
+  "site 1 ends with another sum than it opens": other_last_sum,
   "site 1 has other settings": other_settings,
   "site 1 has another roster": other_roster,
   "site 1 says that the others were charged 1000 rounds": other_charges,

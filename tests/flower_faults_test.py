@@ -23,8 +23,8 @@ SAID = (  # what a site says in a run of two rounds
   "2: Proposal", "2: Consent", "2: Answer", "Ended",
 )  # fmt: skip
 TOLD = (  # and what it is told
-  "Invitation", "hellos", "words", "starts", "Roster", "Delivery", "Survivors", "Consents", "Total",
-  "2: Survivors", "2: Consents", "2: Total",
+  "Invitation", "hellos", "words", "starts", "Roster", "Delivery", "Survivors", "Consents",
+  "Evidence", "2: Survivors", "2: Consents", "2: Evidence",
 )  # fmt: skip
 ROUNDS = 2
 FAULTY = 1  # the site at which it happens

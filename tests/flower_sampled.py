@@ -4,7 +4,7 @@ import contextlib
 import functools
 
 import numpy as np
-from flower_events import again, coordinators, of_all, sites
+from flower_events import again, coordinators, of_all, passed_on_changed, sites
 from flower_world import CONFIG, World, charged, expected, records, released, site
 
 from experiments import settings
@@ -60,14 +60,14 @@ def follower_is_told_another_sum(root):
 
   def spoil(i, n, data):
     with contextlib.suppress(ValueError):
-      told = msg.decode(data)
-      if i == 3 and isinstance(told, msg.Followed):
-        return msg.encode(told._replace(vectors=tuple(v + np.uint32(1) for v in told.vectors)))
+      told = msg.apart(msg.decode(data))
+      if i == 3 and isinstance(told[-1], msg.Evidence):
+        return msg.encode(msg.together(*told[:-1], passed_on_changed(told[-1])))
     return data
 
   world.spoil_told = spoil
   world.run(root, program=SAMPLED)
-  assert "is not signed by the server's pinned identity" in str(world.errors[3])
+  assert "forged" in str(world.errors[3])
   start = again(root, world, num_sites=4, program=SAMPLED)
   return coordinators(world), sites(world), start
 
@@ -78,5 +78,5 @@ EVENTS = {
   "such a round, and site 3, which it does not take, is killed before it is told the sum": (
     follower_is_killed
   ),
-  "such a round, and the coordinator tells site 3 another sum": follower_is_told_another_sum,
+  "such a round, and the coordinator plants a false sum at site 3": follower_is_told_another_sum,
 }

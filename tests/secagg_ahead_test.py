@@ -148,7 +148,7 @@ def agreed(w):
   """The states of sites and server with keys for the sum after one of w."""
   sites, server, _ = play(w, 2)
   made = {i: ahead.advertise(site) for i, site in sites.items()}
-  coming = serving.start(ahead.setup(w.setup, server.transcript), ROUND)
+  coming = serving.start(ahead.setup(w.setup, serving.transcript(server)), ROUND)
   gather = lambda coming, made: ahead.gather(coming, {i: m for i, (_, m) in made.items()}, [])
   coming, roster = serving.close_advertise(gather(coming, made))
   made = {i: ahead.share(site, roster) for i, (site, _) in made.items()}
@@ -216,7 +216,7 @@ def test_a_site_that_was_told_another_total_is_in_no_sum_that_opens(checked, mon
         ahead.check_bonds(said[i][0], without, lists)
       with pytest.raises(secagg.Refused, match="malformed"):
         ahead.check_bonds(said[i][0], lists, lists)
-      ahead.check_bonds(said[i][0], without, msg.Survivors(ROUND + 1, (0, 2, 3, 4), (1,)))
+      ahead.check_bonds(said[i][0], without, msg.Survivors(ROUND + 1, (0, 2, 3, 4), (1,), b""))
     return
   agree = {i: protocol.consistency(said[i][0], lists) for i in (0, 2, 3, 4)}
   server = functools.reduce(serving.receive, [m for _, m in agree.values()], server)
@@ -231,7 +231,7 @@ def test_keys_of_the_next_sum_are_refused_where_a_site_is_missing():
   sites, server, _ = play(w, 2)
   made = {i: ahead.advertise(site) for i, site in sites.items()}
   adverts = {i: advert for i, (_, advert) in made.items()}
-  start = serving.start(ahead.setup(w.setup, server.transcript), ROUND)
+  start = serving.start(ahead.setup(w.setup, serving.transcript(server)), ROUND)
   four = {i: one for i, one in adverts.items() if i}
   assert ahead.gather(start, four, []) is None
   rejected = []
@@ -242,7 +242,7 @@ def test_keys_of_the_next_sum_are_refused_where_a_site_is_missing():
   with pytest.raises(secagg.Refused, match=r"too few: keys for the next sum without sites \[0\]"):
     ahead.share(made[1][0], roster)
   with pytest.raises(secagg.Refused, match="Survivors instead of Roster"):
-    ahead.share(made[1][0], msg.Survivors(ROUND, (), ()))
+    ahead.share(made[1][0], msg.Survivors(ROUND, (), (), b""))
   other = world(sizes=(7,))
   stale, *_ = play(other, 2)
   theirs = {i: ahead.advertise(site)[1] for i, site in stale.items()}

@@ -9,9 +9,8 @@ import pytest
 from secagg_apart import Apart, Killed
 
 from primia_jax import ring, secagg
-from primia_jax.secagg import exchange, keys, protocol, rounds
+from primia_jax.secagg import exchange, keys, opening, protocol, rounds
 from primia_jax.secagg import messages as msg
-from primia_jax.secagg import server as serving
 
 THREE, FIVE = secagg.secure_sum(3), secagg.secure_sum(5)
 TOLERANT = secagg.secure_sum(3, threshold=2)
@@ -56,7 +55,7 @@ def test_what_leaves_a_site_is_masked(monkeypatch, masked):
   assert all(looks_uniform(v) == masked for vectors in inputs for v in vectors)
   for result in apart.results.values():
     jax.tree.map(np.testing.assert_array_equal, result, zeros)
-  others = [m for m in apart.wire if not isinstance(m, msg.MaskedInput | msg.Total)]
+  others = [m for m in apart.wire if not isinstance(m, msg.MaskedInput)]
   assert not any(hasattr(m, "vectors") for m in others)  # and elements are in no other message
 
 
@@ -114,16 +113,16 @@ def test_a_site_that_is_late_is_told_that_it_was_lost_and_the_others_wait_once()
 @pytest.mark.parametrize("lies", [True, False])
 def test_sites_that_were_told_different_sums_do_not_go_on_together(monkeypatch, lies):
   """Else a server could have them train different models, and single out one site's update."""
-  take_total = protocol.take_total
+  total = opening.total
 
-  def told(site, total, server):
-    return tuple(v + np.uint32(lies and site.number == 1) for v in take_total(site, total, server))
+  def told(site, evidence):
+    return tuple(v + np.uint32(lies and site.number == 1) for v in total(site, evidence))
 
   def call(i, own):
     one_sum(own, i)
     return one_sum(own, i, round_index=5)
 
-  monkeypatch.setattr(protocol, "take_total", told)
+  monkeypatch.setattr(opening, "total", told)
   apart = Apart(3, timeout=2.0 if lies else 60.0).run(call)
   if not lies:
     assert sorted(apart.results) == [0, 1, 2]
@@ -272,52 +271,3 @@ def test_a_site_has_a_fresh_noise_key_for_each_sum_and_no_key_of_a_mask():
 
   apart = Apart(3).run(call)
   assert len({key for pair in apart.results.values() for key in pair}) == 6
-
-
-def test_a_total_that_is_stale_or_forged_is_refused_by_name():
-  server, stranger, own = keys.identity(), keys.identity(), {i: keys.identity() for i in range(2)}
-  setup = rounds.setup({i: k.public for i, k in own.items()}, (3,), b"run")
-  inputs = {i: [np.full(3, 2**31 + i, np.uint32)] for i in own}
-
-  def play(round_index):
-    """All five stages: the sites, who wait for the sum, and what the server tells them."""
-    state = serving.start(setup, round_index)
-    said = {i: protocol.advertise(setup, round_index, i, k) for i, k in own.items()}
-    for step, close in zip(
-      (protocol.share_keys, protocol.masked_input, protocol.consistency, protocol.unmask),
-      serving.CLOSE,
-      strict=True,
-    ):
-      for _, message in said.values():
-        state = serving.receive(state, message)
-      state, out = close(state)
-      to = lambda i, out=out: out[i] if isinstance(out, dict) else out
-      vectors = lambda i, step=step: [inputs[i]] if step is protocol.masked_input else []
-      said = {i: step(site, to(i), *vectors(i)) for i, (site, _) in said.items()}
-    for _, message in said.values():
-      state = serving.receive(state, message)
-    state, opened = serving.open_total(state)
-    return said[0][0], state, opened
-
-  _, old_state, old = play(4)
-  stale = serving.sign_total(old_state, old, server)
-  site, state, opened = play(4)
-  signed = serving.sign_total(state, opened, server)
-  assert protocol.take_total(site, signed, server.public)[0].tolist() == [1, 1, 1]
-  one_more = (opened.total[0] + np.uint32(1),)
-  for total, reason in (
-    (stale, "forged"),  # of another attempt at this round
-    (serving.sign_total(state, opened, stranger), "forged"),
-    (signed._replace(vectors=one_more), "forged"),
-    (signed._replace(round=3), "another round"),
-    (
-      serving.sign_total(state, opened._replace(total=(np.zeros(2, np.uint32),)), server),
-      "malformed",
-    ),
-    (msg.Consents(4, {}), "malformed"),
-  ):
-    with pytest.raises(secagg.Refused, match=f"site 0 refuses in stage total: {reason}"):
-      protocol.take_total(site, total, server.public)
-  unfinished, _ = protocol.advertise(setup, 4, 0, own[0])
-  with pytest.raises(secagg.Refused, match="malformed"):
-    protocol.share_keys(unfinished, signed)

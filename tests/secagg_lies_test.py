@@ -159,7 +159,7 @@ def old_advert(w, m, site):
 
 
 def lists(alive, dead, round_index=ROUND):
-  return lambda w, m: msg.Survivors(round_index, alive, dead)
+  return lambda w, m: msg.Survivors(round_index, alive, dead, bytes(32))
 
 
 LIES = [
@@ -250,10 +250,10 @@ def test_a_neighbour_who_shares_nothing_with_one_site_is_missed_by_that_site_onl
   held_back = {**out, 1: out[1]._replace(boxes={v: b for v, b in out[1].boxes.items() if v != 4})}
   said = {i: answer(w, 2, s, held_back[i]) for i, s in sites.items()}
   with pytest.raises(secagg.Refused, match="inconsistent"):
-    protocol.consistency(said[1][0], msg.Survivors(ROUND, (0, 1, 2, 3, 4), ()))
+    protocol.consistency(said[1][0], msg.Survivors(ROUND, (0, 1, 2, 3, 4), (), bytes(32)))
   for i in (0, 2, 3):
     with pytest.raises(secagg.Refused, match="inconsistent"):
-      protocol.consistency(said[i][0], msg.Survivors(ROUND, (0, 1, 2, 3), ()))
+      protocol.consistency(said[i][0], msg.Survivors(ROUND, (0, 1, 2, 3), (), bytes(32)))
 
 
 def test_two_rosters_for_two_sites_are_noticed_before_anything_is_masked():

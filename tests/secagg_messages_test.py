@@ -21,14 +21,11 @@ EXAMPLES = [
     (np.arange(5, dtype=np.uint32), np.zeros(0, np.uint64), np.array([2**63], np.uint64)),
     b"s",
   ),
-  msg.Survivors(7, (0, 1, 5), (2,)),
+  msg.Survivors(7, (0, 1, 5), (2,), b"d" * 32),
   msg.Consent(3, 7, b"s" * 64),
   msg.Consents(7, {1: b"s", 2: b"t"}),
   msg.Answer(3, 7, {0: b"x" * 32}, {}, b"s"),
-  msg.Total(7, (np.arange(3, dtype=np.uint32), np.array([2**63], np.uint64)), b"s" * 64),
-  msg.Followed(
-    7, b"t" * 32, (0, 1), (2,), {0: b"s", 1: b"t"}, (np.arange(3, dtype=np.uint32),), b"s" * 64
-  ),
+  msg.Evidence(7, b"roster", {0: b"m", 1: b"n"}, {1: b"a"}),
   msg.Proposal(3, 7, b"terms", b"bond", b"masked"),
   msg.Bond(3, 7, b"s" * 64),
   msg.Bonds(7, {0: b"s", 3: b"t"}),
@@ -76,7 +73,7 @@ def test_vectors_take_the_bytes_of_their_ring(num_bits, size, seed):
 
 
 def test_every_kind_of_message_is_tried():
-  others = {msg.Followed, msg.Hello, msg.Start, msg.Proposal}
+  others = {msg.Hello, msg.Start, msg.Proposal}
   others |= {*get_args(msg.OfReturn), *get_args(msg.OfAhead)}
   assert {type(m) for m in EXAMPLES} == {*msg.FROM_SITES, *msg.FROM_SERVER, *others}
   assert len({msg.encode(m) for m in EXAMPLES}) == len(EXAMPLES)
@@ -155,7 +152,7 @@ def test_what_has_no_encoding_is_named(message, told):
 
 
 def test_messages_that_travel_as_one_are_two_or_more_and_no_deeper():
-  other = msg.Survivors(7, (0, 1), ())
+  other = msg.Survivors(7, (0, 1), (), b"")
   assert msg.apart(ADVERT) == [ADVERT]
   assert msg.together(ADVERT, None) == ADVERT
   both = msg.together(other, None, ADVERT)

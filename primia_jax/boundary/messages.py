@@ -39,11 +39,11 @@ FIELDS: dict[type, dict[str, str]] = {
   secagg.Shares: _FROM_SITE | {"boxes": SEALED},
   secagg.Delivery: {"round": PUBLIC, "boxes": SEALED},
   secagg.MaskedInput: _FROM_SITE | {"vectors": MASKED},
-  secagg.Survivors: dict.fromkeys(("round", "survivors", "dropouts"), PUBLIC),
+  secagg.Survivors: dict.fromkeys(("round", "survivors", "dropouts", "inputs"), PUBLIC),
   secagg.Consent: _FROM_SITE,
   secagg.Consents: {"round": PUBLIC, "signatures": PUBLIC},
   secagg.Answer: _FROM_SITE | {"self_shares": SHARES, "mask_shares": SHARES},
-  secagg.Total: {"round": PUBLIC, "vectors": TOTAL, "signature": PUBLIC},
+  secagg.Evidence: {"round": PUBLIC} | dict.fromkeys(("roster", "masked", "answers"), MESSAGES),
   secagg.Hello: dict.fromkeys(("site", "identity", "server", "fresh", "told", "signature"), PUBLIC),
   # what a site tells may be the state of a round, or the weights of classes, which follow from the
   # sums that all were told
@@ -58,7 +58,6 @@ FIELDS: dict[type, dict[str, str]] = {
   secagg.Bond: _FROM_SITE,
   secagg.Bonds: {"round": PUBLIC, "signatures": PUBLIC},
   secagg.Together: {"parts": MESSAGES},
-  secagg.Followed: dict.fromkeys(get_type_hints(secagg.Followed), PUBLIC) | {"vectors": TOTAL},
   secagg.Recalled: dict.fromkeys(("identity", "fresh", "hellos"), PUBLIC),
   secagg.Returning: dict.fromkeys(("sites", "giver"), PUBLIC),
   secagg.Resumed: {"starts": TOTAL, "state": TOTAL},

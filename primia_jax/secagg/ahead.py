@@ -148,7 +148,7 @@ def serve(agreed: Server, now: Setup, round: int) -> Server:
   """The state of a server that waits for masked inputs under keys that were agreed on before."""
   state = server.start(now, round)
   received = (*agreed.received[:2], *state.received[2:])
-  return state._replace(stage=2, received=received, transcript=agreed.transcript)
+  return state._replace(stage=2, received=received, roster=agreed.roster)
 
 
 def check_bond(state: Server, site: int, data: bytes) -> bytes:
@@ -164,7 +164,8 @@ def check_bond(state: Server, site: int, data: bytes) -> bytes:
     raise reject("malformed", str(error)) from error
   if not isinstance(bond, msg.Bond) or bond.site != site or site not in state.setup.identities:
     raise reject("malformed", "it is bound to no sum")
-  text = rounds.signed_text(state.setup, msg.Bond(site, state.round, b""), state.transcript)
+  transcript = server.transcript(state)
+  text = rounds.signed_text(state.setup, msg.Bond(site, state.round, b""), transcript)
   if not keys.verify(state.setup.identities[site], text, bond.signature):
     raise reject("forged", "its bond is not of this sum, or not signed by its pinned identity")
   return bond.signature

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from primia_jax.secagg import ahead, errors, following, keys, rounds
+from primia_jax.secagg import ahead, errors, following, keys, opening, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 from primia_jax.secagg.carrier import Ask
@@ -100,7 +100,7 @@ def coordinate(
       if set(kinds) <= {msg.Proposal}:
         dismiss(ask, present - set(said), "this site did not answer in time")
         follow = {i for i, one in said.items() if not one.advert}
-        report, said, agreed = _sum(ask, said, agreed, identity, timeout)
+        report, said, agreed = _sum(ask, said, agreed, timeout)
         tell(report)
         present = set(said) | set(report.opened.survivors) | follow
         continue
@@ -192,11 +192,7 @@ def _round_trip(ask: Ask, requests: Mapping[int, bytes], timeout: float) -> dict
 
 
 def _sum(
-  ask: Ask,
-  proposals: Mapping[int, Any],
-  agreed: serving.Server | None,
-  identity: keys.Identity,
-  timeout: float,
+  ask: Ask, proposals: Mapping[int, Any], agreed: serving.Server | None, timeout: float
 ) -> tuple[Report, dict[int, Any], serving.Server | None]:
   """One sum over proposals, perhaps under keys that were agreed on before.
 
@@ -219,7 +215,7 @@ def _sum(
       spoke, begun = sites, time.monotonic()
       more: Any = None  # for the keys of the next sum
       if isinstance(out, msg.Survivors):
-        start = serving.start(ahead.setup(setup, state.transcript), round)
+        start = serving.start(ahead.setup(setup, serving.transcript(state)), round)
         if coming := ahead.gather(start, beside, rejected):
           coming, more = serving.close_advertise(coming)
       elif isinstance(out, msg.Consents) and (coming := ahead.gather(coming, beside, rejected)):
@@ -236,9 +232,9 @@ def _sum(
     raise
   told = set(state.received[3])
   dismiss(ask, spoke - told, "this site was lost in stage consistency")
-  total = serving.sign_total(state, opened, identity)
-  requests = dict.fromkeys(told, msg.encode(total))
-  requests |= dict.fromkeys(follow, msg.encode(following.tell(state, total)))
+  evidence = opening.evidence(state)
+  requests = dict.fromkeys(told, msg.encode(evidence))
+  requests |= dict.fromkeys(follow, msg.encode(following.tell(state, evidence)))
   begun = time.monotonic()
   said = _round_trip(ask, requests, timeout)
   seconds.append(time.monotonic() - begun)
@@ -296,8 +292,8 @@ def _agreed(
     if not isinstance(told, msg.Terms):
       raise ValueError(f"{type(told).__name__} instead of terms")
     setup = rounds.of_terms(told)
-    if rounds.message_bytes(setup) > _LARGEST:
-      raise ValueError(f"a message of {rounds.message_bytes(setup)} bytes")
+    if opening.message_bytes(setup) > _LARGEST:
+      raise ValueError(f"a message of {opening.message_bytes(setup)} bytes")
   except ValueError as error:
     raise RoundFailed(msg.STAGES[0], 0, len(proposals), f"sites propose a sum ({error})") from error
   return setup, round, follow

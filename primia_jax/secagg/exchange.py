@@ -215,8 +215,7 @@ class Exchange:
     if begun.site is None:
       with self._explained(begun.round):
         told = self._hear_later(begun.setup)
-        key = self._pinned.server
-        followed = following.take(begun.setup, begun.round, self._number, told, key)
+        followed = following.take(begun.setup, begun.round, self._number, told)
       return self._learn(begun, *followed)
     site = begun.site
     vectors = [
@@ -244,7 +243,7 @@ class Exchange:
     with self._explained(site.round):
       self._say(answer)
       (told,) = self._hear(site)
-      total = protocol.take_total(site, told, self._pinned.server)
+      total = opening.total(site, told)
     assert site.lists is not None
     self._agreed = coming
     return self._learn(begun, total, site.lists.survivors)
@@ -282,7 +281,9 @@ class Exchange:
     `protocol` and `ahead` check their types.
     """
     try:
-      heard = carrying.hear(self._carrier, rounds.message_bytes(site.setup))
+      is_last = site.num_sent == len(msg.STAGES)
+      limit = (opening if is_last else rounds).message_bytes(site.setup)
+      heard = carrying.hear(self._carrier, limit)
       parts = [*map(carrying.known, msg.apart(heard))]
       if not 1 + bonds <= len(parts) <= 1 + bonds + keys:
         raise ValueError(f"malformed message: {len(parts)} travel together")
@@ -291,7 +292,7 @@ class Exchange:
       stage = (*msg.STAGES, "total")[site.num_sent]
       raise Refused(self._number, stage, "malformed", str(error)) from error
 
-  def _hear_later(self, setup: rounds.Setup) -> msg.Message:
+  def _hear_later(self, setup: rounds.Setup) -> list[msg.Message]:
     """What the coordinator says after a sum of others: it waits as long as all their stages may
     take.
     """
@@ -300,7 +301,7 @@ class Exchange:
       while True:
         patience -= 1
         try:
-          return carrying.hear(self._carrier, limit)
+          return msg.apart(carrying.hear(self._carrier, limit))
         except TimeoutError:
           if not patience:
             raise

@@ -2,35 +2,31 @@
 
 Who learns what: such a site learns what those in the sum learn, which is the sum and who is in it.
 It has the same grounds to believe it: a quorum of the sum's sites have signed the lists of
-survivors for these keys, and the coordinator has signed the sum for both. A coordinator that signs
-another sum for it than for the others is found out as `exchange` says: sites with different sums
-cannot take part in one sum later.
+survivors and the digest of their inputs for these keys, and it opens the sum itself (`opening`).
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
-from primia_jax.secagg import keys, rounds, server
+from primia_jax.secagg import keys, opening, rounds, server
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.errors import Refused
 from primia_jax.secagg.rounds import Setup
 
 
-def tell(state: server.Server, total: msg.Total) -> msg.Followed:
-  """The sum of a server that has signed it (`server.sign_total`), for a site that is not in it."""
-  assert state.lists is not None
-  consents = {i: one.signature for i, one in sorted(state.received[3].items())}
-  lists = state.lists.survivors, state.lists.dropouts
-  return msg.Followed(
-    state.round, state.transcript, *lists, consents, total.vectors, total.signature
-  )
+def tell(state: server.Server, evidence: msg.Evidence) -> msg.Message:
+  """The sum of a server that has opened it, for a site that is not in it."""
+  signatures = {i: one.signature for i, one in sorted(state.received[3].items())}
+  return msg.together(state.lists, msg.Consents(state.round, signatures), evidence)
 
 
 def take(
-  setup: Setup, round: int, number: int, told: msg.Message, public: bytes
+  setup: Setup, round: int, number: int, told: Sequence[msg.Message]
 ) -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:
   """Checks what a site is told of a sum that it is not in.
 
@@ -39,52 +35,46 @@ def take(
     round: of the sum.
     number: of this site.
     told: what came.
-    public: the server's pinned public key.
 
   Returns:
     (the sum, a vector for each of the setup's sizes; the sites in it).
 
   Raises:
-    Refused: it is not the sum of this round, too few sites have signed who is in it, or the server
-      has not signed it for them.
+    Refused: it is not the sum of this round, too few sites have signed who is in it, or as
+      `opening.recompute`.
   """
   refuse = functools.partial(Refused, number, "total")
-  if not isinstance(told, msg.Followed):
-    raise refuse("malformed", f"{type(told).__name__} instead of Followed")
-  if told.round != round:
-    raise refuse("another round", f"round {told.round} instead of {round}")
-  alive, dead = set(told.survivors), set(told.dropouts)
+  if list(map(type, told)) != [msg.Survivors, msg.Consents, msg.Evidence]:
+    raise refuse("malformed", f"{[type(one).__name__ for one in told]} of a sum of others")
+  lists, consents, evidence = told
+  assert isinstance(lists, msg.Survivors)
+  assert isinstance(consents, msg.Consents)
+  assert isinstance(evidence, msg.Evidence)
+  if lists.round != round:
+    raise refuse("another round", f"round {lists.round} instead of {round}")
+  alive, dead = set(lists.survivors), set(lists.dropouts)
   if alive & dead:
     raise refuse("overlapping", f"sites {sorted(alive & dead)} are survivors and dropouts")
-  if [*told.survivors] != sorted(alive) or [*told.dropouts] != sorted(dead):
+  if [*lists.survivors] != sorted(alive) or [*lists.dropouts] != sorted(dead):
     raise refuse("malformed", "a list is not in increasing order, or names a site twice")
   if unknown := (alive | dead) - set(setup.identities):
     raise refuse("unknown", f"sites {sorted(unknown)} do not belong to the sum")
-  if unknown := set(told.consents) - alive:
+  if unknown := set(consents.signatures) - alive:
     raise refuse("unknown", f"signatures of sites {sorted(unknown)}, which are no survivors")
-  if min(len(alive), len(told.consents)) < setup.quorum:
+  if min(len(alive), len(consents.signatures)) < setup.quorum:
     raise refuse(
-      "too few", f"{len(told.consents)} sites signed the lists; the quorum is {setup.quorum}"
+      "too few", f"{len(consents.signatures)} sites signed the lists; the quorum is {setup.quorum}"
     )
-  lists = msg.Survivors(round, told.survivors, told.dropouts)
-  context = rounds.context_of(told.transcript, lists)
-  for i, signature in told.consents.items():
+  transcript = hashlib.sha256(evidence.roster).digest()
+  context = rounds.context_of(transcript, lists)
+  for i, signature in consents.signatures.items():
     text = rounds.signed_text(setup, msg.Consent(i, round, b""), context)
     if not keys.verify(setup.identities[i], text, signature):
       raise refuse("forged", f"site {i} did not sign the lists that this site was shown")
-  total = msg.Total(round, told.vectors, b"")
-  if not keys.verify(public, rounds.signed_text(setup, total, context), told.signature):
-    raise refuse(
-      "forged",
-      "the sum is not signed by the server's pinned identity for this round's keys and survivors",
-    )
-  if not rounds.legal_vectors(told.vectors, setup):
-    raise refuse(
-      "malformed", f"a sum must be vectors of {setup.sizes} elements of Z_2^{setup.num_bits}"
-    )
-  return told.vectors, told.survivors
+  vectors = opening.recompute(setup, round, number, transcript, lists, evidence)
+  return vectors, lists.survivors
 
 
 def message_bytes(setup: Setup) -> int:
   """An upper bound on the bytes of what such a site is told."""
-  return 2 * rounds.message_bytes(setup)  # a sum, and less of each site than a roster has
+  return opening.message_bytes(setup) + rounds.message_bytes(setup)  # and lists with consents

@@ -11,9 +11,9 @@ Stages, and who speaks (Bonawitz et al., CCS 2017, figure 4):
   share_keys    Shares       site to server     Delivery   server to each site
   masked_input  MaskedInput  site to server     Survivors  server to every site
   consistency   Consent      site to server     Consents   server to every site
-  unmask        Answer       site to server     Total      server to survivors, if they get the sum
+  unmask        Answer       site to server     Evidence   server to survivors, if they get the sum
 
-A site that is not in a sum may be told it, as `Followed`. The keys of the next sum can be agreed on
+A site that is not in a sum may be told it (`following`). The keys of the next sum can be agreed on
 with the last messages of this one (`ahead`), which then are `Together`.
 
 The coordinator, whose part the server plays, speaks first, with an `Invitation`. Each site answers
@@ -84,11 +84,15 @@ class MaskedInput(NamedTuple):
 
 
 class Survivors(NamedTuple):
-  """The sites whose masked input has arrived, and those that only shared keys, both in order."""
+  """The sites whose masked input has arrived, and those that only shared keys, both in order.
+
+  `inputs` is SHA-256 of the SHA-256 digests of the survivors' encoded `MaskedInput`, in order.
+  """
 
   round: int
   survivors: tuple[int, ...]
   dropouts: tuple[int, ...]
+  inputs: bytes
 
 
 class Consent(NamedTuple):
@@ -116,12 +120,13 @@ class Answer(NamedTuple):
   signature: bytes
 
 
-class Total(NamedTuple):
-  """The opened sum over the survivors, signed by the server's pinned identity."""
+class Evidence(NamedTuple):
+  """What opens a sum: the encoded `Roster`, and each site's encoded `MaskedInput` and `Answer`."""
 
   round: int
-  vectors: tuple[np.ndarray, ...]
-  signature: bytes
+  roster: bytes
+  masked: dict[int, bytes]
+  answers: dict[int, bytes]
 
 
 class Hello(NamedTuple):
@@ -245,27 +250,6 @@ class Together(NamedTuple):
   parts: tuple[Part, ...]
 
 
-class Followed(NamedTuple):
-  """The opened sum for a site that is not in it; see `following`.
-
-  Attributes:
-    round: of the sum.
-    transcript: the digest of its roster.
-    survivors, dropouts: as in `Survivors`.
-    consents: as in `Consents`.
-    vectors: the sum.
-    signature: that of its `Total`.
-  """
-
-  round: int
-  transcript: bytes
-  survivors: tuple[int, ...]
-  dropouts: tuple[int, ...]
-  consents: dict[int, bytes]
-  vectors: tuple[np.ndarray, ...]
-  signature: bytes
-
-
 class Recalled(NamedTuple):
   """To a site that was lost: the run goes on, and it may come back.
 
@@ -307,7 +291,7 @@ class Dismissed(NamedTuple):
 
 
 OfSites = Advert | Shares | MaskedInput | Consent | Answer
-OfServer = Roster | Delivery | Survivors | Consents | Total | Followed
+OfServer = Roster | Delivery | Survivors | Consents | Evidence
 OfMeeting = Invitation | Hello | Word | Start | Relayed
 OfRun = Terms | Proposal | Ended | Dismissed
 OfReturn = Recalled | Returning | Resumed
@@ -315,7 +299,7 @@ OfAhead = Bond | Bonds | Together
 Message = OfSites | OfServer | OfMeeting | OfRun | OfReturn | OfAhead
 STAGES = ("advertise", "share_keys", "masked_input", "consistency", "unmask")
 FROM_SITES: tuple[Any, ...] = get_args(OfSites)  # in the order of the stages
-FROM_SERVER = (Roster, Delivery, Survivors, Consents, Total)  # what ends each stage
+FROM_SERVER = (Roster, Delivery, Survivors, Consents, Evidence)  # what ends each stage
 KINDS: tuple[Any, ...] = get_args(Message)
 
 

@@ -1,14 +1,30 @@
-"""What a site writes down of a sum before it sends the message that opens it."""
+"""How a site opens a sum itself, from what the sites of the sum have signed, and what it writes
+down before it sends the message that opens one.
+
+The coordinator is not asked for a total. It passes on the keys, the masked inputs and the answers,
+and each site computes the sum from them as the server does (`server.open_total`). The masked inputs
+are those that the sites fixed, by a digest in the list of survivors that they signed, before any
+share was told. So a coordinator cannot make sites go on from a sum that is not theirs, alike at all
+sites or not, and neither can one that plays together with sites of the sum: these must choose their
+inputs before they learn anything of the others'.
+
+Who learns what: each site learns what the server learns, which is the sum and no input. So a bound
+for the server and t colluding sites holds for t + 1 colluding sites without the server.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from primia_jax.secagg import protocol
+from primia_jax.secagg import keys, protocol, rounds, server
+from primia_jax.secagg import messages as msg
+from primia_jax.secagg.errors import Refused, Rejected, RoundFailed
+from primia_jax.secagg.rounds import Setup
 
 
 class Opening(NamedTuple):
@@ -34,3 +50,92 @@ def of(site: protocol.Site, vectors: Sequence[np.ndarray]) -> Opening:
     own.update(vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes())
   among = {i: site.setup.identities[i] for i in site.lists.survivors}
   return Opening(site.round, site.setup.purpose, among, own.digest())
+
+
+def evidence(state: server.Server) -> msg.Evidence:
+  """What opens a sum, for the sites: from the state after `server.open_total`."""
+  assert state.roster is not None
+  masked, answers = (
+    {i: msg.encode(state.received[stage][i]) for i in sorted(state.received[stage])}
+    for stage in (2, 4)
+  )
+  return msg.Evidence(state.round, msg.encode(state.roster), masked, answers)
+
+
+def total(site: protocol.Site, told: msg.Message) -> tuple[np.ndarray, ...]:
+  """The sum that a site has taken part in.
+
+  Args:
+    site: the state after `protocol.unmask`.
+    told: what the coordinator passes on.
+
+  Raises:
+    Refused: it does not open the sum of the inputs that the survivors of this site's lists fixed.
+  """
+  if site.num_sent != len(msg.STAGES) or site.lists is None:
+    detail = f"this site has sent {site.num_sent} messages of {len(msg.STAGES)}"
+    raise Refused(site.number, "total", "out of turn", detail)
+  return recompute(site.setup, site.round, site.number, site.transcript, site.lists, told)
+
+
+def recompute(
+  setup: Setup, round: int, number: int, transcript: bytes, lists: msg.Survivors, told: msg.Message
+) -> tuple[np.ndarray, ...]:
+  """The sum over the survivors of lists that a quorum has signed, from what they have sent.
+
+  Args:
+    setup: of the sum, as this site has made it.
+    round: of the sum.
+    number: of this site, for its errors.
+    transcript: the digest of the roster under which the lists were signed.
+    lists: the survivors, the dropouts and the digest of the masked inputs.
+    told: what the coordinator passes on.
+
+  Returns:
+    A vector for each of the setup's sizes.
+
+  Raises:
+    Refused: for other keys or inputs than those signed, a message that its alleged sender did not
+      sign, or too few shares.
+  """
+  refuse = functools.partial(Refused, number, "total")
+  if not isinstance(told, msg.Evidence):
+    raise refuse("malformed", f"{type(told).__name__} instead of Evidence")
+  if told.round != round:
+    raise refuse("another round", f"round {told.round} instead of {round}")
+  try:
+    roster: Any = msg.decode(told.roster)
+    if not isinstance(roster, msg.Roster):
+      raise ValueError(f"{type(roster).__name__} instead of Roster")
+    if rounds.transcript_of(roster) != transcript:
+      raise refuse("forged", "the keys are not those of this sum")
+    shared = dict.fromkeys(sorted({*lists.survivors, *lists.dropouts}))
+    received: tuple[Any, ...] = {a.site: a for a in roster.adverts}, shared, {}, {}, {}
+    state = server.start(setup, round)._replace(stage=2, roster=roster, received=received)
+    state = _taken(state, told.masked)
+    state, found = server.close_masked_input(state)
+    if found != lists:
+      raise refuse("forged", "the masked inputs are not those that the sites of the sum have fixed")
+    consented = *state.received[:3], dict.fromkeys(lists.survivors), {}
+    state = _taken(state._replace(stage=4, received=consented), told.answers)
+    return server.open_total(state)[1].total
+  except RoundFailed as error:
+    raise refuse("too few", str(error)) from error
+  except ValueError as error:
+    forged = isinstance(error, Rejected) and error.reason == "forged"
+    raise refuse("forged" if forged else "malformed", str(error)) from error
+
+
+def message_bytes(setup: Setup) -> int:
+  """An upper bound on the bytes of what each site is told of a sum: an input of every site."""
+  of_site = 2 * setup.degree * (2 * 4 + keys.KEY_BYTES)  # shares of its answer
+  return (1 + len(setup.identities)) * (rounds.message_bytes(setup) + of_site)
+
+
+def _taken(state: server.Server, said: Mapping[int, bytes]) -> server.Server:
+  for site, data in said.items():
+    message: Any = msg.decode(data)
+    if getattr(message, "site", None) != site:
+      raise ValueError(f"a message of site {site} names another sender")
+    state = server.receive(state, message)
+  return state

@@ -8,13 +8,13 @@ of its own mask if it survives, the key behind its pair masks if it drops out. `
 agree on beforehand, `subkeys` all secrets and keys.
 
 Who learns what: the server learns the sum over the survivors, or nothing. Sites learn who takes
-part, who survives, and the sum if the server tells it (`take_total`). This holds against a server
-and corrupt sites that lie, leave and collude, under these assumptions. Fewer than K/3 of the K
-sites are corrupt (with `malicious_server` False: server and sites follow the protocol and are at
-most curious). Fewer than t of any honest site's neighbours are corrupt, and the graph of honest
-survivors is connected (see `graph`). X25519 with HKDF-SHA256, Ed25519, ChaCha20 and Poly1305 are
-secure. Identities are pinned. A corrupt site can spoil the sum by a false input or end the round;
-it cannot make the server open a partly masked sum.
+part, who survives, and the sum if the server passes on what opens it (`opening`). This holds
+against a server and corrupt sites that lie, leave and collude, under these assumptions. Fewer than
+K/3 of the K sites are corrupt (with `malicious_server` False: server and sites follow the protocol
+and are at most curious). Fewer than t of any honest site's neighbours are corrupt, and the graph of
+honest survivors is connected (see `graph`). X25519 with HKDF-SHA256, Ed25519, ChaCha20 and Poly1305
+are secure. Identities are pinned. A corrupt site can spoil the sum by a false input or end the
+round; it cannot make the server open a partly masked sum.
 
 A state is a value: the caller must keep the newest and forget all others. A site that answers from
 an old state answers twice, which the protocol cannot see.
@@ -309,43 +309,11 @@ def unmask(site: Site, consents: msg.Consents) -> tuple[Site, msg.Answer]:
   return site._replace(num_sent=5, box=gone.mask, secrets=gone, shares={}), answer
 
 
-def take_total(site: Site, total: msg.Total, server: bytes) -> tuple[np.ndarray, ...]:
-  """After stage 4: the opened sum that the server tells.
-
-  The signature proves that the server told it in this attempt at the round. The server itself could
-  tell a wrong sum, and each site another one. `exchange` therefore puts each sum into the `session`
-  of the next: sites that were told different sums cannot take part in the next sum together.
-
-  Args:
-    site: the state after `unmask`.
-    total: the message.
-    server: the server's pinned public key.
-
-  Raises:
-    Refused: for a sum of another round, of another form than agreed, or not signed for these keys
-      and survivors.
-  """
-  refuse = _expect(site, 5, total)
-  assert site.lists is not None
-  context = rounds.context_of(site.transcript, site.lists)
-  if not keys.verify(server, rounds.signed_text(site.setup, total, context), total.signature):
-    raise refuse(
-      "forged",
-      "the sum is not signed by the server's pinned identity for this round's keys and survivors",
-    )
-  if not rounds.legal_vectors(total.vectors, site.setup):
-    raise refuse(
-      "malformed",
-      f"a sum must be vectors of {site.setup.sizes} elements of Z_2^{site.setup.num_bits}",
-    )
-  return total.vectors
-
-
 def _expect(site: Site, num_sent: int, message: msg.Message):
   """Checks that the message is the next of this round; returns the exception for other reasons."""
-  refuse = functools.partial(Refused, site.number, (*msg.STAGES, "total")[num_sent])
+  refuse = functools.partial(Refused, site.number, msg.STAGES[num_sent])
   if site.num_sent != num_sent:
-    raise _out_of_turn(site, (*msg.STAGES, "total")[num_sent])
+    raise _out_of_turn(site, msg.STAGES[num_sent])
   if type(message) is not msg.FROM_SERVER[num_sent - 1]:
     raise refuse(
       "malformed", f"{type(message).__name__} instead of {msg.FROM_SERVER[num_sent - 1].__name__}"

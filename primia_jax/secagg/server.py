@@ -7,6 +7,8 @@ messages to send next. A site that is late has dropped out.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,9 +28,8 @@ class Server(NamedTuple):
     round: the round.
     stage: index in `messages.STAGES`; their number when the round is over.
     around: site to its neighbourhood, itself included.
-    received: for each stage, sender to message; of a masked input only the signature is kept.
-    total: the sum of the masked inputs so far.
-    transcript: a digest of the roster.
+    received: for each stage, sender to message.
+    roster: the keys that all sites are shown.
     lists: the survivors and dropouts that all sites are shown.
   """
 
@@ -37,8 +38,7 @@ class Server(NamedTuple):
   stage: int
   around: Mapping[int, tuple[int, ...]]
   received: tuple[Mapping[int, Any], ...]
-  total: tuple[np.ndarray, ...]
-  transcript: bytes
+  roster: msg.Roster | None
   lists: msg.Survivors | None
 
 
@@ -61,10 +61,14 @@ class Opened(NamedTuple):
 
 def start(setup: Setup, round: int) -> Server:
   """The state of a server that waits for adverts."""
-  zero = tuple(np.zeros(size, setup.dtype) for size in setup.sizes)
-  return Server(
-    setup, round, 0, rounds.neighbourhoods(setup, round), ({},) * len(msg.STAGES), zero, b"", None
-  )
+  around = rounds.neighbourhoods(setup, round)
+  return Server(setup, round, 0, around, ({},) * len(msg.STAGES), None, None)
+
+
+def transcript(server: Server) -> bytes:
+  """The digest of the roster, after `close_advertise`."""
+  assert server.roster is not None
+  return rounds.transcript_of(server.roster)
 
 
 def expected(server: Server) -> frozenset[int]:
@@ -93,10 +97,10 @@ def receive(server: Server, message: Any) -> Server:
     raise reject("unknown", "no such site has a pinned identity")
   if message.round != server.round:
     raise reject("another round", f"round {message.round} instead of {server.round}")
-  context = (
-    rounds.context_of(server.transcript, server.lists) if stage == 3 and server.lists else b""
-  )
   try:
+    context = b""
+    if stage == 3 and server.lists:
+      context = rounds.context_of(transcript(server), server.lists)
     text = rounds.signed_text(server.setup, message, context)
   except (ValueError, TypeError, AttributeError) as e:
     raise reject("malformed", str(e)) from e
@@ -113,11 +117,6 @@ def receive(server: Server, message: Any) -> Server:
     raise reject("late", f"it has missed stage {msg.STAGES[stage - 1]}, and dropped out")
   if wrong := _CHECKS[stage](server, message):
     raise reject("malformed", wrong)
-  if isinstance(message, msg.MaskedInput):
-    total = tuple(
-      rounds.reduce(a + b, server.setup) for a, b in zip(server.total, message.vectors, strict=True)
-    )
-    server, message = server._replace(total=total), message._replace(vectors=())
   received = [*server.received]
   received[stage] = {**received[stage], site: message}
   return server._replace(received=tuple(received))
@@ -131,7 +130,7 @@ def close_advertise(server: Server) -> tuple[Server, msg.Roster]:
   """
   server, adverts = _close(server, 0, server.setup.quorum)
   roster = msg.Roster(server.round, tuple(adverts[site] for site in sorted(adverts)))
-  return server._replace(transcript=rounds.transcript_of(roster)), roster
+  return server._replace(roster=roster), roster
 
 
 def close_share_keys(server: Server) -> tuple[Server, dict[int, msg.Delivery]]:
@@ -147,9 +146,10 @@ def close_masked_input(server: Server) -> tuple[Server, msg.Survivors]:
   """Ends stage 2; the lists are for every survivor."""
   shared = server.received[1]
   server, masked = _close(server, 2, server.setup.quorum)
-  lists = msg.Survivors(
-    server.round, tuple(sorted(masked)), tuple(sorted(set(shared) - set(masked)))
-  )
+  alive, dead = sorted(masked), sorted(set(shared) - set(masked))
+  digests = [hashlib.sha256(msg.encode(masked[v])).digest() for v in alive]
+  inputs = hashlib.sha256(b"".join(digests)).digest()
+  lists = msg.Survivors(server.round, tuple(alive), tuple(dead), inputs)
   return server._replace(lists=lists), lists
 
 
@@ -159,14 +159,6 @@ def close_consistency(server: Server) -> tuple[Server, msg.Consents]:
   return server, msg.Consents(
     server.round, {site: consents[site].signature for site in sorted(consents)}
   )
-
-
-def sign_total(server: Server, opened: Opened, identity: keys.Identity) -> msg.Total:
-  """The sum for every survivor, signed for this round's keys and survivors: see `take_total`."""
-  assert server.lists is not None
-  total = msg.Total(server.round, opened.total, b"")
-  text = rounds.signed_text(server.setup, total, rounds.context_of(server.transcript, server.lists))
-  return total._replace(signature=keys.sign(identity.private, text))
 
 
 def open_total(server: Server) -> tuple[Server, Opened]:
@@ -181,7 +173,7 @@ def open_total(server: Server) -> tuple[Server, Opened]:
   """
   server, answers = _close(server, 4, server.setup.threshold)
   assert server.lists is not None
-  setup, adverts, (_, alive, dead) = server.setup, server.received[0], server.lists
+  setup, adverts, (_, alive, dead, _) = server.setup, server.received[0], server.lists
   exposed = [v for v in dead if set(server.around[v]) & set(alive)]
   opens = lambda v, seed: keys.commit(seed) == adverts[v].commitment
   fits = lambda v, private: keys.public_key(private) == adverts[v].mask_key
@@ -192,7 +184,11 @@ def open_total(server: Server) -> tuple[Server, Opened]:
   public = {v: adverts[v].mask_key for v in alive}
   mask_keys, signs = rounds.masks_left(server.round, seeds, privates, public, server.around)
   masks = rounds.mask_total(mask_keys, signs, server.round, setup)
-  total = tuple(rounds.reduce(v - mask, setup) for v, mask in zip(server.total, masks, strict=True))
+  inputs = zip(*[server.received[2][v].vectors for v in alive], strict=True)
+  total = tuple(
+    rounds.reduce(functools.reduce(np.add, column) - mask, setup)
+    for column, mask in zip(inputs, masks, strict=True)
+  )
   return server, Opened(total, alive, dead, tuple(sorted(seed_liars | key_liars)))
 
 
