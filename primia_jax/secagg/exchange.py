@@ -1,10 +1,10 @@
 """One sum after another over sites that each run in their own process: `protocol` over a carrier.
 
-Only `messages` cross between processes; a coordinator, which is no site, opens the sums
-(`coordinator`). All sites learn each sum and who is in it. A sum is over all sites that are left,
-or over some of them, and is told to the others (`following`). The sites that it has lost are in no
-later one: all know them from the list of survivors, which is signed. So a lost site costs the
-others one timeout. It stays out until it comes back (`returning`), or all start again.
+Only `messages` cross between processes; a coordinator, which is no site, passes them on
+(`coordinator`). All sites open each sum, and learn it and who is in it. A sum is over all sites
+that are left, or over some of them, and is told to the others (`following`). The sites that it has
+lost are in no later one: all know them from the list of survivors, which is signed. So a lost site
+costs the others one timeout. It stays out until it comes back (`returning`), or all start again.
 
 A sum takes five messages to each site, and three where the sites of the one before it have agreed
 on its keys (`ahead`).
@@ -17,11 +17,12 @@ The bounds cannot hide the difference of two sums of the same inputs, one with a
 without it: everyone learns that site's input. So a site is asked before it sends the message that
 opens a sum (`Exchange.opens`), and can refuse the second one.
 
-The coordinator announces the sums, so it could tell each site another one and make them train
-different models, until only one site's update is left in a sum (Pasquini et al. 2022, "Eluding
-secure aggregation in federated learning via model inconsistency"). Here every message of a sum is
-bound to the state that its sender started from (`bind`) and to all sums that it was told since.
-Sites with different ones refuse each other in the next sum, which then does not open.
+A coordinator that announced the sums could plant a model by a false one, or tell each site another
+one and make them train different models, until only one site's update is left in a sum (Pasquini et
+al. 2022, "Eluding secure aggregation in federated learning via model inconsistency"). So each site
+opens a sum itself (`opening`). And every message of a sum is bound to the state that its sender
+started from (`bind`) and to all sums since. Sites with different ones refuse each other in the next
+sum, which then does not open.
 """
 
 from __future__ import annotations
