@@ -144,7 +144,7 @@ def planted(root, at=range(3)):
 
   world.spoil_told = spoil
   world.run(root)
-  assert all("not signed by" in str(world.errors[i]) for i in at)
+  assert all("forged" in str(world.errors[i]) for i in at)
   return coordinators(world), sites(world), again(root, world)
 
 
