@@ -113,7 +113,7 @@ STUDIES = {
     "(--train_flags=--pretrained=FILE), and hours or an accelerator",
     ("--preset=primia",),
     epsilons=(6.0,),
-    arms=("pooled", "local", "secure", "encrypted"),
+    arms=("pooled", "local", "secure"),
     encrypted=("--batch=4",),
     attacks="threats",
     **_LAST_LAYER,

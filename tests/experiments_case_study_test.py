@@ -120,7 +120,7 @@ def finished(tmp_path_factory):
   """A study whose runs are made up."""
   folder, rng = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
   labels = np.repeat(np.arange(3), 10)
-  steps = study.steps(PHANTOM, (0, 1), (1.0, 6.0), study.ARMS)
+  steps = study.steps(PHANTOM, (0, 1), (1.0, 6.0), study.ARMS, private_seeds=(0, 1, 2))
   said = {}
   for step in steps:
     own = folder / step.folder
@@ -160,7 +160,7 @@ def test_the_report_gives_means_and_intervals_over_seeds(finished):
   low, high = scipy.stats.t.interval(0.95, 1, np.mean(scored), scipy.stats.sem(scored))
   assert row[3] == f"{np.mean(scored):.3f} [{low:.3f}, {high:.3f}]"
   assert row_of(text, "site 0 alone", "1")[5] == "none"
-  assert row_of(text, "private, epsilon 6, federated", "2")[5] == "5.99"
+  assert row_of(text, "private, epsilon 6, federated", "3")[5] == "5.99"
   assert row_of(text, "a reader", "one reader")[2] == "66.7"
 
 
