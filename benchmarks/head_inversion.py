@@ -24,7 +24,6 @@ contrast, which the features do not hold: PSNR after the best fit of these two.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ import scipy.stats
 from absl import app, flags, logging
 
 from benchmarks import measuring
-from experiments import inputs, presets, settings
+from experiments import inputs, settings, study
 from experiments.configs import Train
 from experiments.configs.model import normalise, of_stored
 from primia_jax import algorithms, federated, local, models, secagg, sites, summation
@@ -92,18 +91,6 @@ class Protection(NamedTuple):
   ids: tuple[int, ...]
   summed: summation.Summation
   is_private: bool
-
-
-def preset(data: str) -> Train:
-  """The settings of the preset, of images from `data`."""
-  file = pathlib.Path(presets.__file__).with_name("flags") / f"{PRESET}.flags"
-  given = [line for line in file.read_text().splitlines() if line.startswith("--")]
-  values = flags.FlagValues()
-  settings.define_flags(Train, values)
-  values(
-    [PRESET, *(line for line in given if not line.startswith("--baselines")), f"--data={data}"]
-  )
-  return settings.from_flags(Train, values)
 
 
 def deal(config: Train, dataset: Dataset, num_test: int, seed: int) -> Split:
@@ -257,7 +244,7 @@ def to_pixels(
 
 
 def main(_):
-  config = preset(_DATA.value)
+  config = study.configured((f"--preset={PRESET}", f"--data={_DATA.value}"))
   loaded = inputs.site_images(config)
   train, test = loaded.train.dataset, loaded.test
   model_config = config.model.config(config.data, len(train.label_names))

@@ -7,14 +7,13 @@ Each run goes through the programs' own path (`experiments.arms`), with noise of
 the frozen layers make of an image is computed once for all runs, and kept in --out, where an
 interrupted benchmark continues. Each hospital adds its own noise, so its epsilon holds against the
 server and any number of other hospitals together. The pooled model takes as large a share of its
-images in a step, and as many steps. Up to epsilon 1 rounds and learning rate are
-half the preset's.
+images in a step, and as many steps. Up to epsilon 1 rounds and learning rate are half the preset's.
+The flags of each run are those of `primia-case-study --study=chest_xray_pretrained`.
 The recipe was chosen on held-out training images; every run scores the test images once.
 """
 
 import hashlib
 import json
-import math
 import pathlib
 import tempfile
 
@@ -23,7 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import measuring
-from experiments import arms, inputs, presets, settings, trainers
+from experiments import arms, inputs, settings, study, trainers
 from experiments.configs import Train
 from experiments.configs.model import of_stored
 from experiments.processes import Place
@@ -39,18 +38,7 @@ _OUT = flags.DEFINE_string(
 )
 _ARMS = flags.DEFINE_list("arms", ["federated", "pooled"], "Which arms.")
 
-PRESET = "chest_xray_private_pretrained"
-_STRICT = 1.0  # for epsilons up to this one rounds and learning rate are half the preset's
-
-
-def preset() -> Train:
-  """The preset's settings."""
-  values = flags.FlagValues()
-  settings.define_flags(Train, values)
-  presets.define_flag(values)
-  flags.DEFINE_list("baselines", [], "", flag_values=values)
-  values(presets.expanded(["program", f"--preset={PRESET}"], values))
-  return settings.from_flags(Train, values)
+STUDY = study.STUDIES["chest_xray_pretrained"]
 
 
 class Features:
@@ -104,9 +92,8 @@ def score(config: Train, arm: str, images: inputs.Inputs, features, folder: path
 def main(_):
   jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache/primia_jax/xla"))
   logging.set_verbosity(logging.WARNING)
-  base = preset()
-  if _DATA.value:
-    base = settings.replace(base, data=_DATA.value)
+  source = (f"--data={_DATA.value}",) if _DATA.value else ()
+  base = study.configured((*STUDY.private, *source))
   with tempfile.TemporaryDirectory() as scratch:
     out = pathlib.Path(_OUT.value or scratch)
     out.mkdir(parents=True, exist_ok=True)
@@ -120,18 +107,12 @@ def main(_):
     for seed in map(int, _SEEDS.value):
       images = inputs.site_images(settings.replace(base, seed=seed))
       for epsilon in map(float, _EPSILONS.value):
-        less = 0.5 if epsilon <= _STRICT else 1.0
         for arm in _ARMS.value:
           key = {"arm": arm, "seed": seed, "target": epsilon, "recipe": recipe}
           if any(key.items() <= row.items() for row in rows):
             continue
-          share = base.training.batch_size / max(images.train.sizes)
-          most = max(images.train.sizes) if arm == "federated" else sum(images.train.sizes)
-          config = settings.replace(
-            base, seed=seed, target_epsilon=epsilon, batch_size=math.ceil(share * most),
-            learning_rate=less * base.training.learning_rate,
-            rounds=round(less * base.training.rounds),
-          )  # fmt: skip
+          words = study.private_flags(STUDY, epsilon, arm == "pooled", source)
+          config = settings.replace(study.configured(words), seed=seed)
           where = out / recipe / f"{arm}_{seed}_{epsilon:g}"
           rows.append(key | score(config, arm, images, features, where))
           with done.open("a") as file:

@@ -53,7 +53,8 @@ def main() -> None:
   if FLAGS.study not in study.STUDIES:
     raise ValueError(f"study={FLAGS.study!r}; use one of {', '.join(study.STUDIES)}")
   one = study.STUDIES[FLAGS.study]
-  seeds = _numbers("seeds", FLAGS.seeds, int) or one.seeds
+  given = _numbers("seeds", FLAGS.seeds, int)
+  seeds, private_seeds = given or one.seeds, given or one.private_seeds
   epsilons = _numbers("epsilons", FLAGS.epsilons, float) or one.epsilons
   arms = [arm for arm in FLAGS.arms if arm] or one.arms
   if unknown := set(arms) - set(study.ARMS):
@@ -61,7 +62,7 @@ def main() -> None:
   private = _words("private_flags")
   private += [f"--ledger_dir={FLAGS.ledger_dir}"] if FLAGS.ledger_dir else []
   more = _words("train_flags"), private, _words("attack_flags")
-  steps = study.steps(one, seeds, epsilons, arms, FLAGS.data, *more)
+  steps = study.steps(one, seeds, epsilons, arms, FLAGS.data, *more, private_seeds)
   if not FLAGS.run_dir:
     raise ValueError("run_dir is empty; name a folder for the study, such as --run_dir=study")
   folder = refusals.folder("run_dir", FLAGS.run_dir)

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from absl import flags as absl_flags
+
+from primia_jax.data.sites import site_sizes
+
+from . import presets, refusals, settings
+from .configs import Train
 
 ARMS = ("pooled", "local", "federated", "secure", "private", "encrypted", "attacked")
 
@@ -16,7 +24,9 @@ class Study(NamedTuple):
     plain: flags of the arms without differential privacy.
     private: flags of the private arms.
     epsilons: budgets of the private arms.
+    strict: further flags of the private arms up to epsilon 1.
     seeds: of the runs.
+    private_seeds: of the private arms; empty for the same.
     arms: of `ARMS`, those that it takes by default.
     encrypted: flags of the encrypted answers.
     attacks: parts of the audit of the federation whose updates are in the clear.
@@ -26,7 +36,9 @@ class Study(NamedTuple):
   plain: tuple[str, ...]
   private: tuple[str, ...]
   epsilons: tuple[float, ...]
+  strict: tuple[str, ...] = ()
   seeds: tuple[int, ...] = (0, 1, 2)
+  private_seeds: tuple[int, ...] = ()
   arms: tuple[str, ...] = ARMS
   encrypted: tuple[str, ...] = ()
   attacks: str = "threats,recognition,numbers"
@@ -50,6 +62,20 @@ class Step(NamedTuple):
   made: str
 
 
+# The private last layer of an ImageNet network, as docs/results.md gives it.
+_LAST_LAYER: dict[str, Any] = {
+  "private": ("--preset=chest_xray_private_pretrained",),
+  "strict": ("--rounds=30", "--learning_rate=1"),
+  "private_seeds": (0, 1, 2, 3, 4),
+}
+_LITE: dict[str, Any] = {
+  **_LAST_LAYER,
+  "epsilons": (1.0, 3.0, 6.0, 8.0),
+  "encrypted": (
+    "--batch=1", "--ring_bits=64", "--fraction_bits=18", "--calibration_images=64", "--margin=4",
+  ),
+  "attacks": "threats",
+}  # fmt: skip
 STUDIES = {
   "phantom": Study(
     "synthetic images",
@@ -66,34 +92,80 @@ STUDIES = {
   "chest_xray": Study(
     "paediatric chest X-rays, a small network of 96 pixels, on two cores",
     ("--preset=chest_xray",),
-    ("--preset=chest_xray_private_pretrained",),
-    (6.0,),
+    epsilons=(6.0,),
     encrypted=("--batch=16",),
+    **_LAST_LAYER,
   ),
   "chest_xray_pretrained": Study(
     "paediatric chest X-rays, an ImageNet network trained whole, on two cores",
     ("--preset=chest_xray_pretrained",),
-    ("--preset=chest_xray_private_pretrained",),
-    (1.0, 3.0, 6.0, 8.0),
     arms=("pooled", "local", "secure", "private", "encrypted"),
-    encrypted=(
-      "--batch=1",
-      "--ring_bits=64",
-      "--fraction_bits=18",
-      "--calibration_images=64",
-      "--margin=4",
-    ),
-    attacks="threats",
+    **_LITE,
   ),
   "chest_xray_pretrained_224": Study(
-    "the same at 224 pixels, two hours an arm on two cores, or on an accelerator",
+    "the same at 224 pixels, an hour an arm on two cores, or on an accelerator",
     ("--preset=chest_xray_pretrained_224",),
-    ("--preset=chest_xray_private_pretrained",),
-    (1.0, 3.0, 6.0, 8.0),
     arms=("pooled", "secure", "private"),
+    **_LITE,
+  ),
+  "primia": Study(
+    "PriMIA's own training of ResNet-18 at 224 pixels, for whoever has ImageNet weights "
+    "(--train_flags=--pretrained=FILE), and hours or an accelerator",
+    ("--preset=primia",),
+    epsilons=(6.0,),
+    arms=("pooled", "local", "secure"),
+    encrypted=("--batch=4",),
     attacks="threats",
+    **_LAST_LAYER,
   ),
 }  # fmt: skip
+
+
+def configured(arguments: Sequence[str]) -> Train:
+  """The settings of a run by flags of `train_federated` or `train_pooled`, with presets.
+
+  Raises:
+    ValueError: naming the flag, its value and the cure.
+  """
+  values = absl_flags.FlagValues()
+  settings.define_flags(Train, values)
+  presets.define_flag(values)
+  absl_flags.DEFINE_list("baselines", [], "", flag_values=values)
+  absl_flags.DEFINE_boolean("tensorboard", False, "", flag_values=values)
+  refusals.parse(presets.expanded(["flags", *arguments], values), values)
+  return settings.from_flags(Train, values)
+
+
+def private_flags(
+  study: Study, epsilon: float, pooled: bool, more: Sequence[str] = ()
+) -> tuple[str, ...]:
+  """Flags of a private arm. Pooled training takes as large a share of all images in a step as the
+  largest site takes of its own, and so as many steps.
+
+  Args:
+    study: whose arm it is.
+    epsilon: the budget of a run.
+    pooled: all images are in one place.
+    more: further flags, which win.
+
+  Raises:
+    ValueError: a flag is wrong, or nothing says how large the sites are.
+  """
+  strict = study.strict if epsilon <= _STRICT else ()
+  all_flags = (*study.private, *strict, *more, f"--target_epsilon={epsilon:g}")
+  config = configured(all_flags)
+  if not pooled:
+    return all_flags
+  h, source = config.hospitals, config.data.data
+  shares = settings.fractions(h.site_fractions)
+  if source != "phantom" and shares is None:
+    raise ValueError(
+      f"site_fractions is empty, with data={source}: the pooled private arm's batch follows from "
+      "the sites' sizes; give site_fractions"
+    )
+  sizes = site_sizes(_MANY, h.num_sites, shares)
+  batch = math.ceil(config.training.batch_size * sum(sizes) / max(sizes))
+  return (*all_flags, f"--batch_size={batch}")
 
 
 def steps(
@@ -105,6 +177,7 @@ def steps(
   more: Sequence[str] = (),
   more_private: Sequence[str] = (),
   effort: Sequence[str] = (),
+  private_seeds: Sequence[int] = (),
 ) -> list[Step]:
   """The runs of a study, in order. Sites alone, encrypted answers and attacks have the first seed
   only.
@@ -115,9 +188,11 @@ def steps(
     data: the images, as `train_federated` takes them; empty takes the study's own.
     more, more_private: further flags of training without and with differential privacy.
     effort: further flags of the attacks.
+    private_seeds: seeds of the private arms; empty takes `seeds`.
 
   Raises:
-    ValueError: an arm needs another one that is left out, or a flag is the study's own.
+    ValueError: an arm needs another one that is left out, a private flag is wrong, or a flag is the
+      study's own.
   """
   for arm, needs in (("local", "secure"), ("encrypted", "secure"), ("attacked", "federated")):
     if arm in arms and needs not in arms:
@@ -133,24 +208,30 @@ def steps(
   def train(name: str, seed: int, flags: Sequence[str], is_pooled: bool = False) -> None:
     module = "train_pooled" if is_pooled else "train_federated"
     alone = () if is_pooled or any(f.startswith("--baselines=") for f in flags) else _ALONE
-    all_flags = (*flags, *source, f"--seed={seed}", *alone)
+    all_flags = (*flags, f"--seed={seed}", *alone)
     made.append(Step(f"seed_{seed}/{name}", module, all_flags, "run_dir", "metrics.json"))
 
-  for seed in seeds:
-    plain, is_first = (*study.plain, *more), seed == seeds[0]
-    if "pooled" in arms:
+  plain = (*study.plain, *more, *source)
+  private = [
+    (f"private_{'pooled_' * is_pooled}{epsilon:g}", is_pooled,
+     private_flags(study, epsilon, is_pooled, (*more_private, *source)))
+    for epsilon in (epsilons if "private" in arms else ())
+    for is_pooled in (False, True)
+  ]  # fmt: skip
+  seeds_of_private = (private_seeds or seeds) if private else ()
+  for seed in dict.fromkeys((*seeds, *seeds_of_private)):
+    is_first = seed == seeds[0]
+    of_plain = arms if seed in seeds else ()
+    if "pooled" in of_plain:
       train("pooled", seed, plain, is_pooled=True)
-    if "secure" in arms:
+    if "secure" in of_plain:
       beside = ("--baselines=local",) if is_first and "local" in arms else _ALONE
       train("secure", seed, (*plain, "--aggregation=secure", *beside))
-    if "federated" in arms:
+    if "federated" in of_plain:
       recorded = ("--record_transcript",) if is_first and "attacked" in arms else ()
       train("federated", seed, (*plain, "--aggregation=clear", *recorded))
-    if "private" in arms:
-      for epsilon in epsilons:
-        flags = (*study.private, *more_private, f"--target_epsilon={epsilon:g}")
-        train(f"private_{epsilon:g}", seed, flags)
-        train(f"private_pooled_{epsilon:g}", seed, flags, is_pooled=True)
+    for name, is_pooled, flags in private if seed in seeds_of_private else ():
+      train(name, seed, flags, is_pooled)
   first = f"seed_{seeds[0]}"
   if "encrypted" in arms:
     asked = f"--checkpoint={{study}}/{first}/secure", "--images=run"
@@ -162,6 +243,8 @@ def steps(
   return made
 
 
+_STRICT = 1.0  # budgets up to this take `Study.strict`
+_MANY = 10**6  # images, so that sites' shares of them are whole numbers
 _ALONE = ("--baselines=",)
 _OWN = (  # settings that make an arm what it is called, or that the study's report cannot show
   "data", "site_data", "seed", "run_dir", "baselines", "aggregation", "multi_label",

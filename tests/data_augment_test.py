@@ -236,6 +236,16 @@ def test_mixup_shares_are_beta_distributed(alpha):
   assert lam.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
 
 
+def test_mixup_leaves_some_images_as_they_are():
+  images, labels = jnp.arange(4000.0).reshape(4000, 1, 1, 1), jnp.zeros(4000, jnp.int32)
+  mixed = jitted(aug.mixup, alpha=5.0, share=0.9)(KEY, images, labels)
+  stays = np.asarray(mixed.lam) == 1
+  assert 0.88 < 1 - stays.mean() < 0.92
+  np.testing.assert_array_equal(mixed.images[stays], images[stays])
+  assert (mixed.images[~stays] != images[~stays]).mean() > 0.99
+  assert mixed.lam[~stays].mean() == pytest.approx(0.5, abs=0.03)
+
+
 @hypothesis.settings(deadline=None, max_examples=15)
 @hypothesis.given(st.lists(st.booleans(), min_size=8, max_size=8), st.integers(0, 2**31))
 def test_mixup_never_mixes_padding_with_real_images(real, seed):
@@ -293,6 +303,7 @@ def test_bad_arguments_are_refused():
     (lambda: equalize_adapthist(images, num_bins=1), "num_bins is 1"),
     (lambda: aug.mixup(KEY, images, labels, -1.0), "alpha is -1.0"),
     (lambda: aug.mixup(KEY, images, labels[:3], 1.0), "give one for each image"),
+    (lambda: aug.mixup(KEY, images, labels, 1.0, share=1.5), "share is 1.5"),
     (
       lambda: aug.mixed_labels(aug.mixup(KEY, images, jnp.eye(4, dtype=jnp.float32), 0.0), 3),
       "expected 3",

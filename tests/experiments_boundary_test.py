@@ -24,6 +24,7 @@ PRESETS = (
   "mednist",
   "mnist_100_sites",
   "pneumoniamnist",
+  "primia",
 )
 CLASSES, FOLDER = 3, pathlib.Path(inputs.__file__).parent / "flags"
 

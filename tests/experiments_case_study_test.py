@@ -48,6 +48,55 @@ def test_a_study_is_runs_of_other_programs():
   assert "--checkpoint={study}/seed_0/secure" in flags["encrypted"]
 
 
+def by_folder(name, **options):
+  one = study.STUDIES[name]
+  seeds = one.seeds, one.epsilons, ("secure", "private")
+  made = study.steps(one, *seeds, private_seeds=one.private_seeds, **options)
+  return {step.folder: step.flags for step in made}
+
+
+def test_private_arms_are_the_documented_recipe():
+  """Each budget has its own rounds and learning rate, five seeds, and a pooled batch that is as
+  large a share of all images as a batch is of the largest hospital's.
+  """
+  flags = by_folder("chest_xray_pretrained")
+  assert {f.partition("/")[0] for f in flags if f.endswith("private_6")} == {
+    f"seed_{seed}" for seed in range(5)
+  }
+  assert {f for f in flags if f.endswith("secure")} == {f"seed_{seed}/secure" for seed in range(3)}
+  told = {}
+  for epsilon in (1, 3, 6, 8):
+    for kind in ("", "pooled_"):
+      words = [f for f in flags[f"seed_4/private_{kind}{epsilon}"] if f != "--baselines="]
+      config = study.configured(words)
+      t = config.training
+      told[epsilon, kind] = t.rounds, t.learning_rate, t.batch_size
+      assert (config.seed, config.privacy.target_epsilon) == (4, epsilon)
+  strict, usual = (30, 1.0), (60, 2.0)
+  for kind, batch in (("", 600), ("pooled_", 1200)):  # the largest hospital has half the images
+    found = {epsilon: told[epsilon, kind] for epsilon in (1, 3, 6, 8)}
+    assert found == {1: (*strict, batch)} | dict.fromkeys((3, 6, 8), (*usual, batch))
+
+
+def test_flags_that_are_given_win_over_those_of_a_budget():
+  more = "--rounds=2", "--batch_size=30", "--site_fractions=0.2,0.2,0.6"
+  flags = by_folder("chest_xray_pretrained", more_private=more)["seed_0/private_pooled_1"]
+  t = study.configured([f for f in flags if f != "--baselines="]).training
+  assert (t.rounds, t.learning_rate, t.batch_size) == (2, 1.0, 50)
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--roundz=2", "--roundz is not a flag"),
+    ("--site_fractions=", "site_fractions is empty, with data=folder:"),
+  ],
+)
+def test_a_wrong_private_flag_is_refused_before_any_run(flag, message):
+  with pytest.raises(ValueError, match=message):
+    by_folder("chest_xray", more_private=(flag,))
+
+
 @pytest.mark.parametrize("flag", ["--aggregation=clear", "--baselines=pooled", "--multi_label"])
 def test_a_flag_that_makes_an_arm_another_is_refused(flag):
   with pytest.raises(ValueError, match=f"{flag} in train_flags"):
@@ -71,7 +120,7 @@ def finished(tmp_path_factory):
   """A study whose runs are made up."""
   folder, rng = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
   labels = np.repeat(np.arange(3), 10)
-  steps = study.steps(PHANTOM, (0, 1), (1.0, 6.0), study.ARMS)
+  steps = study.steps(PHANTOM, (0, 1), (1.0, 6.0), study.ARMS, private_seeds=(0, 1, 2))
   said = {}
   for step in steps:
     own = folder / step.folder
@@ -111,7 +160,7 @@ def test_the_report_gives_means_and_intervals_over_seeds(finished):
   low, high = scipy.stats.t.interval(0.95, 1, np.mean(scored), scipy.stats.sem(scored))
   assert row[3] == f"{np.mean(scored):.3f} [{low:.3f}, {high:.3f}]"
   assert row_of(text, "site 0 alone", "1")[5] == "none"
-  assert row_of(text, "private, epsilon 6, federated", "2")[5] == "5.99"
+  assert row_of(text, "private, epsilon 6, federated", "3")[5] == "5.99"
   assert row_of(text, "a reader", "one reader")[2] == "66.7"
 
 

@@ -29,6 +29,11 @@ extra                                       | extra | is not a flag | --name=val
 --optimizer=                                | optimizer | '' | adam
 --head_rate=0                               | head_rate | 0 | positive
 --schedule=linear                           | schedule | linear | cosine
+--final_rate=-1                             | final_rate | -1 | between 0
+--final_rate=0.1                            | final_rate | 0.1 | learning_rate=0.002
+--final_rate=nan                            | final_rate | nan | learning_rate
+--final_rate=0.001 --schedule=constant      | final_rate | 0.001 | schedule=cosine
+--schedule=exponential                      | final_rate | 0.0 | positive
 --momentum=2                                | momentum | 2 | [0, 1)
 --momentum=nan                              | momentum | nan | [0, 1)
 --weight_decay=-1                           | weight_decay | -1 | negative
@@ -125,6 +130,9 @@ extra                                       | extra | is not a flag | --name=val
 --augment=noise=nan                         | augment | noise | finite
 --augment=sparkle=1                         | augment | sparkle | noise
 --mixup=-1                                  | mixup | -1 | negative
+--mixup_share=0                             | mixup_share | 0 | mixup=0
+--mixup_share=1.5 --mixup=1                 | mixup_share | 1.5 | (0, 1]
+--mixup_share=0.5                           | mixup_share | 0.5 | set mixup
 --mixup=nan                                 | mixup | nan | finite
 --dp=all                                    | dp | all | example
 --dp=example                                | dp | example | noise_multiplier

@@ -10,6 +10,7 @@ CASE_STUDY = """
 --arms=federated,polled                     | arms | polled | pooled
 --arms=local                                | arms | local | add secure
 --train_flags='--rounds                     | train_flags | --rounds | quotation
+--private_flags=--roundz=2                  | roundz | not a flag | --rounds
 --run_dir=                                  | run_dir | is empty | --run_dir=
 --run_dir={file}                            | run_dir | {file} | folder
 --run_dir={full}                            | run_dir | {full} | another --run_dir

@@ -2,9 +2,10 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
-from experiments import inputs, settings
+from experiments import inputs, settings, study
 from experiments.configs import Train, rehearse
 
 
@@ -29,3 +30,40 @@ def test_sites_without_a_state_need_not_say_that_they_keep_none():
     rehearse(settings.replace(Train(), algorithm=algorithm, optimizer="sgd"))
   with pytest.raises(ValueError, match=r"fednova starts the sites' momentum anew.*--nokeep"):
     rehearse(settings.replace(Train(), algorithm="fednova", optimizer="momentum"))
+
+
+TIMES = (0.0, 1.0, 2.0, 3.7, 11.0, 20.0, 25.0)  # the last is after the end
+
+
+def rates(**changes):
+  config = settings.replace(Train(), rounds=20, warmup_rounds=2.0, learning_rate=1e-4, **changes)
+  return np.array([config.training.build_schedule()(np.float32(time)) for time in TIMES])
+
+
+def test_the_learning_rate_falls_to_its_final_one():
+  warm = np.minimum((np.array(TIMES) + 0.05) / 2, 1)
+  done = np.clip((np.array(TIMES) - 2) / 18, 0, 1)
+  cosine = 0.5 * (1 + np.cos(np.pi * done))
+  expected = {
+    ("constant", 0.0): 1e-4 * np.ones(len(TIMES)),
+    ("cosine", 0.0): 1e-4 * cosine,
+    ("cosine", 1e-5): 1e-5 + (1e-4 - 1e-5) * cosine,
+    ("cosine", 1e-4): 1e-4 * np.ones(len(TIMES)),
+    ("exponential", 1e-5): 10.0 ** (-4 - done),
+  }
+  for (schedule, final), falling in expected.items():
+    found = rates(schedule=schedule, final_rate=final)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, warm * falling, rtol=2e-6, atol=1e-11)
+
+
+def test_one_pretrained_recipe_at_two_sizes():
+  name = "--preset=chest_xray_pretrained"
+  small, large = (study.configured((name + size,)) for size in ("", "_224"))
+  assert settings.differences(settings.flat(small), large) == {"image_size": (160, 224)}
+
+
+def test_primia_s_learning_rate_falls_to_a_tenth():
+  t = study.configured(("--preset=primia",)).training
+  final = float(t.build_schedule()(np.float32(t.rounds)))
+  assert (t.learning_rate, final) == (1e-4, pytest.approx(1e-5, rel=1e-6))

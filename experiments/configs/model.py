@@ -278,10 +278,17 @@ class Augment:
     "none, light, strong, or fields of primia_jax.data.augment.Augmentation as NAME=VALUE,..., "
     "such as noise=0.02",
   )
-  mixup: float = setting(0.0, "MixUp's alpha; 0 mixes nothing")
+  mixup: float = setting(
+    0.0, "MixUp's alpha: an image's part is drawn from Beta(alpha, alpha); 0 mixes nothing"
+  )
+  mixup_share: float = setting(1.0, "mixup: share of the images that are mixed, in (0, 1]")
 
   def __post_init__(self):
     require(0 <= self.mixup < math.inf, "mixup", self.mixup, "must be finite and not negative")
+    value = self.mixup_share
+    require(0 < value <= 1, "mixup_share", value, "must lie in (0, 1]; mixup=0 mixes nothing")
+    if value != 1 and not self.mixup:
+      raise ValueError(f"mixup_share={value} with mixup=0, which mixes nothing; set mixup, too")
 
   def build(self) -> Callable[[Key, Array, Array], tuple[Array, Array]]:
     """(key, uint8 images, targets [B, L]) -> augmented, mixed and normalised images, and targets.
@@ -295,7 +302,7 @@ class Augment:
       augment_key, mixup_key = jax.random.split(key)
       images = augmenting.augment(augment_key, images.astype(jnp.float32) / 255, config)
       if self.mixup:
-        mixed = augmenting.mixup(mixup_key, images, targets, self.mixup)
+        mixed = augmenting.mixup(mixup_key, images, targets, self.mixup, share=self.mixup_share)
         images, targets = mixed.images, augmenting.mixed_labels(mixed, targets.shape[-1])
       return normalise(images), targets
 

@@ -22,8 +22,9 @@ from ..settings import choose, require, setting
 
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 _SYNC_BATCHES = 20
+_SCHEDULES = ("constant", "cosine", "exponential")
 _AVERAGES = ("average_last", "average_decay")
-_HEADS = ("head", "linear")  # of scatter_linear  # the last layer, in the parameters of models
+_HEADS = ("head", "linear")  # the last layer in the parameters of models; linear: scatter_linear
 ALGORITHMS = ("fedavg", "fedprox", *SERVER_OPTIMIZERS, "scaffold", "fednova", "fedbn")
 
 
@@ -55,7 +56,14 @@ class Training:
   head_rate: float = setting(
     1.0, "factor on the learning rate of the last layer, which is new on pretrained weights"
   )
-  schedule: str = setting("cosine", "constant, or cosine: down to 0 over all rounds")
+  schedule: str = setting(
+    "cosine",
+    "constant, cosine or exponential; the last two fall from learning_rate to final_rate over all "
+    "rounds",
+  )
+  final_rate: float = setting(
+    0.0, "cosine, exponential: the learning rate at the end of the last round"
+  )
   warmup_rounds: float = setting(1.0, "rounds of linear warm-up")
   keep_optimizer: bool = setting(True, "sites keep their optimiser's state from round to round")
   class_weights: bool = setting(
@@ -82,7 +90,7 @@ class Training:
   )
 
   def __post_init__(self):
-    choose("schedule", self.schedule, ("constant", "cosine"))
+    choose("schedule", self.schedule, _SCHEDULES)
     choose("optimizer", self.optimizer, self._optimizers)
     for name in ("rounds", "batch_size", "learning_rate", "head_rate"):
       value = getattr(self, name)
@@ -93,6 +101,18 @@ class Training:
     for name in ("momentum", "adam_beta1", "adam_beta2", "label_smoothing", *_AVERAGES):
       value = getattr(self, name)
       require(0 <= value < 1, name, value, "must lie in [0, 1)")
+    value, most = self.final_rate, self.learning_rate
+    require(0 <= value <= most, "final_rate", value, f"must lie between 0 and learning_rate={most}")
+    if self.schedule == "constant" and value:
+      raise ValueError(
+        f"final_rate={value} with schedule=constant, which stays at learning_rate; use "
+        "schedule=cosine or exponential, or final_rate=0"
+      )
+    if self.schedule == "exponential" and not value:
+      raise ValueError(
+        "final_rate=0.0 with schedule=exponential, which never reaches 0; give a positive "
+        "final_rate, or use schedule=cosine"
+      )
     if self.sync_epochs and self.sync_batches:
       raise ValueError(
         f"sync_epochs={self.sync_epochs} and sync_batches={self.sync_batches} both say how long a "
@@ -175,14 +195,17 @@ class Training:
     return lambda rate: optax.chain(optimizer(rate), optax.stateless(scaled))
 
   def build_schedule(self) -> Callable[[Array], Array]:
-    """Learning rate by time in rounds: linear warm-up, then constant or cosine."""
+    """Learning rate by time in rounds: linear warm-up, then constant or down to `final_rate`."""
     peak, warmup, rounds = self.learning_rate, self.warmup_rounds, float(self.rounds)
+    last = self.final_rate / peak
 
     def rate(time: Array) -> Array:
+      done = jnp.clip((time - warmup) / max(rounds - warmup, 1e-6), 0, 1)
       decay = jnp.float32(1)
       if self.schedule == "cosine":
-        done = jnp.clip((time - warmup) / max(rounds - warmup, 1e-6), 0, 1)
-        decay = 0.5 * (1 + jnp.cos(jnp.pi * done))
+        decay = last + (1 - last) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+      elif self.schedule == "exponential":
+        decay = jnp.exp(math.log(last) * done)
       return peak * jnp.minimum((time + 0.05) / max(warmup, 0.05), 1.0) * decay
 
     return rate

@@ -259,7 +259,12 @@ class MixedBatch(NamedTuple):
 
 
 def mixup(
-  key: Key, images: Array, labels: Array, alpha: float, weights: Array | None = None
+  key: Key,
+  images: Array,
+  labels: Array,
+  alpha: float,
+  weights: Array | None = None,
+  share: float = 1.0,
 ) -> MixedBatch:
   """Mixes each image with another of its batch (Zhang et al. 2018, mixup, section 2).
 
@@ -275,17 +280,21 @@ def mixup(
     labels: [B] integers or [B, L] one-hot floats.
     alpha: of the Beta distribution; 0 leaves the images as they are.
     weights: [B] float32, 0 for padding, which is mixed only with padding; None if there is none.
+    share: of the images that are mixed, each drawn on its own; the others stay as they are.
 
   Returns:
     The mixed images, both labels of each, and lam.
 
   Raises:
-    ValueError: `alpha` is negative or not finite, or images and labels differ in number.
+    ValueError: `alpha` is negative or not finite, `share` lies outside [0, 1], or images and labels
+      differ in number.
   """
   check_images(images)
   num = images.shape[0]
   if not 0 <= alpha < math.inf:
     raise ValueError(f"alpha is {alpha}; expected a finite number, at least 0")
+  if not 0 <= share <= 1:
+    raise ValueError(f"share is {share}; expected a number in [0, 1]")
   if labels.shape[:1] != (num,):
     raise ValueError(f"labels have shape {labels.shape} for {num} images; give one for each image")
   order_key, lam_key = jax.random.split(key)
@@ -301,8 +310,11 @@ def mixup(
     if alpha
     else jnp.ones(num, jnp.float32)
   )
-  share = lam[:, None, None, None]
-  return MixedBatch(share * images + (1 - share) * images[partner], labels, labels[partner], lam)
+  if share < 1:
+    is_mixed = jax.random.uniform(jax.random.fold_in(lam_key, 1), (num,), jnp.float32) < share
+    lam = jnp.where(is_mixed, lam, 1)
+  part = lam[:, None, None, None]
+  return MixedBatch(part * images + (1 - part) * images[partner], labels, labels[partner], lam)
 
 
 def mixed_labels(mixed: MixedBatch, num_classes: int) -> Array:
