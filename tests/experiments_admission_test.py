@@ -129,7 +129,8 @@ def run_apart(root, patch):
     return of_round(row, policy, *rest)
 
   def write_report(*args, **facts):
-    return facts["privacy"] | {"policy": facts["policy"], "floors of lines": set(floors)}
+    of_run = facts["facts"]
+    return of_run.privacy | {"policy": of_run.policy, "floors of lines": set(floors)}
 
   def save_in_turn(*args):  # orbax's saves share state within a process
     with alone:
