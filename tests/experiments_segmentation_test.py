@@ -95,7 +95,9 @@ def test_a_run_of_masks_is_audited_by_what_applies_to_it(run, tmp_path):
   assert of["inversion"][0].protection == "none"
   assert all(one.control is not None for one in of["inversion"][1:])
   report = (out / auditing.REPORT).read_text()
-  assert "Left out: membership, which does not apply: this part is for models" in report
+  assert (
+    "Left out: membership, which does not apply: this part needs a class for each image" in report
+  )
   with pytest.raises(ValueError, match=r"parts=\['classes'\] do not apply to this run"):
     auditing.chosen(["classes"], Context(folder, out, effort))
 

@@ -46,7 +46,8 @@ def audit(context: Context) -> Part:
     named = scores.identify(jnp.nan_to_num(found), jnp.asarray(candidates), jnp.asarray(truth))
     evidence.append(
       Evidence(
-        _THREAT, "head inversion", protection.name, f"identification among {len(candidates)}",
+        _THREAT, "head inversion", protection.name,
+        f"identification among {len(candidates)}, {len(truth)} images",
         named.rate, named.interval, named.chance, occurs=False,
       )
     )  # fmt: skip
