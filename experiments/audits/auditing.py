@@ -114,7 +114,7 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
       output is of another audit.
   """
   run = Context(run_dir, output, effort)
-  config = run.config
+  config, code = run.config, run.code
   settings.read_json(run_dir / "metrics.json")  # the run has ended
   if not (run_dir / ARM).is_dir():
     raise ValueError(
@@ -150,10 +150,11 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
       bar.update()
     bar.close()
     made = {name: part for name, part in done.items() if part is not None}
-    return _write(run, f"Privacy audit: {config.hospitals.num_sites} sites, {run.data_name}", made)
+    title = f"Privacy audit: {config.hospitals.num_sites} sites, {run.data_name}"
+    return _write(run, title, made, code)
 
 
-def _write(run: Context, title: str, made: dict[str, Part]) -> str:
+def _write(run: Context, title: str, made: dict[str, Part], code: str) -> str:
   evidence = [one for part in made.values() for one in part.evidence]
   shown = [one for one in evidence if one.chance is not None and one.occurs]
   overview = {}
@@ -167,6 +168,6 @@ def _write(run: Context, title: str, made: dict[str, Part]) -> str:
     name: _WHY for name, one in PARTS.items() if one.takes_transcript and not run.has_transcript
   }
   absent |= {name: f"which does not apply: {why}" for name in PARTS if (why := _unfit(run, name))}
-  text = pages.page(title, made, absent, overview, run.code)
+  text = pages.page(title, made, absent, overview, code)
   (run.output / REPORT).write_text(text, encoding="utf-8")
   return pages.first_line(evidence)

@@ -95,6 +95,7 @@ def audit(context: Context) -> Part:
   path = context.output / _PICTURE
   few = {name: images[:8] for name, images in rows.items()}
   pictures.grid(few, quality, path, f"{title}: {context.data_name}")
+  beside = _SIBLING * any(one.sibling is not None for one in evidence)
   weights = ", ".join(f"{w:g}" for w in _WEIGHTS[_PIXELS])
   text = (
     f"The adversary knows the {'mask' if context.of_pixels else 'label'} and searches for the "
@@ -102,9 +103,7 @@ def audit(context: Context) -> Part:
     f"(restarts: {effort.restarts}). The weight of total variation is chosen for each protection "
     f"on {_TUNED} images that are not reported, out of {weights}, and of larger or smaller ones "
     "while the best is the last; the step size was not tuned. "
-    f"{num} images were tried. The control is the same search without protection."
-    + _SIBLING
-    * any(one.sibling is not None for one in evidence),
+    f"{num} images were tried. The control is the same search without protection.{beside}",
     "With a learned prior it searches among what an autoencoder of public images can draw. Such a "
     "guess looks like an image of the kind wherever the update says little: judge it by "
     "identification, and not by looks."

@@ -99,7 +99,7 @@ def _grouped(evidence: Iterable[Evidence], say: Callable[[Evidence], str]) -> st
 
 
 def _joined(by_name: Mapping[str, Iterable[str]]) -> str:
-  """ "name: what is said; what is said; other name: ...", each once."""
+  """What is said of each name, once: "name: this; that; other name: ..."."""
   return "; ".join(f"{name}: {'; '.join(dict.fromkeys(said))}" for name, said in by_name.items())
 
 
@@ -185,7 +185,7 @@ def _row(one: Evidence) -> tuple[str, ...]:
   here = "" if one.occurs else " (not in this run)"
   control = "–" if one.control is None else f"{_value(one.control)}, {one.control.threat}"
   if one.sibling is not None:
-    control += f"; no control: {_value(one.sibling)}, {one.sibling.threat}"
+    control += f"; beside it, no control: {_value(one.sibling)}, {one.sibling.threat}"
   chance = "–" if one.chance is None else _number(one.chance)
   note = f"; {one.note}" if one.note else ""
   known = f", {one.assumed} known" if one.assumed else ""
