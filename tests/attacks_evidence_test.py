@@ -6,7 +6,7 @@ from primia_jax.attacks.evidence import EFFECT, Evidence, beats_chance, breaches
 from primia_jax.metrics import clopper_pearson
 
 SUCCESS = Evidence("server", "attack", "none", "rate", 0.9, (0.7, 0.98), 0.1)
-FAILURE = SUCCESS._replace(value=0.08, interval=(0.02, 0.19), protection="sum of 3 sites")
+FAILURE = SUCCESS._replace(value=0.09, interval=(0.02, 0.18), protection="sum of 3 sites")
 WEAK = SUCCESS._replace(value=0.25, interval=(0.15, 0.4))
 FAILS_ALONE = "it fails without protection, too"
 
@@ -24,6 +24,7 @@ FAILS_ALONE = "it fails without protection, too"
     (FAILURE._replace(control=FAILURE, sibling=SUCCESS), "inconclusive", FAILS_ALONE),
     # few tries exclude little
     (FAILURE._replace(interval=(0.0, 0.2), control=SUCCESS), "inconclusive", "too few tries"),
+    (FAILURE._replace(value=0.01, control=SUCCESS), "inconclusive", "too few tries"),  # luck
     (SUCCESS._replace(interval=(0.1, 0.98), control=SUCCESS), "inconclusive", "too few tries"),
     (FAILURE._replace(control=WEAK), "inconclusive", "its control is not surely 0.1 above"),
     (SUCCESS._replace(chance=None), "no chance level", None),

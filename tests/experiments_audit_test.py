@@ -258,13 +258,12 @@ def finished_without_transcript(run_dir, folder):
     ([FAILED, CONTROL], "**Identification is not at chance**: control: attack, 0.900"),
     ([FAILED, CONTROL._replace(occurs=False)], "**Identification is at chance**"),
     ([FAILED._replace(control=None)], "**Inconclusive**"),
-    ([WIDE], "**Inconclusive**: server: attack, at most 0.700, but too few tries to exclude 0.1"),
-    ([WIDE, FAILED], "**Inconclusive**: server: attack, at most 0.700"),
+    ([WIDE, FAILED], "**Inconclusive** (too few tries to exclude 0.1 above guessing): server: att"),
     ([FAILED._replace(control=WIDE)], "**Inconclusive**"),
     (
       [FAILED, SUMMED],
-      "**Protection fails beside this run**, on updates unseen in it: sum of 3 sites: attack, "
-      "0.900 [0.700, 0.980]. Else: **Identification is at chance**",
+      "**In trials beside this run, protection fails**: sum of 3 sites (attack, 0.900 [0.700, "
+      "0.980]). Else: **Identification is at chance**",
     ),
     ([CONTROL._replace(occurs=False)], "**No view of this run was attacked**"),
     ([FAILED._replace(chance=None)], "**No view of this run"),
@@ -281,7 +280,7 @@ def test_the_first_line_says_where_identification_is_not_at_chance(evidence, sai
   page = pages.page("Title", {"x": Part("Part", (), tuple(evidence))}, {}, {}, "1.0 abc")
   assert page.splitlines()[2] == pages.first_line(evidence)
   assert "1.0, sources abc." in page
-  named = "sum of 3 sites does not hide what single updates hold" in page
+  named = "- sum of 3 sites does not hide what single updates hold: attack, 0.900" in page
   assert named == ("## Where protection fails" in page) == (SUMMED in evidence)
   assert ("not in this run" in page) == any(not one.occurs for one in evidence)
 

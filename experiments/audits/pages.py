@@ -38,8 +38,11 @@ def first_line(evidence: Sequence[Evidence]) -> str:
     for assumed in dict.fromkeys(one.assumed for one in told)
   ]
   if beside := _by_protection(evidence):
-    failed = _joined({under: map(_scored, mine) for under, mine in beside.items()})
-    said.append(f"**Protection fails beside this run**, on updates unseen in it: {failed}.")
+    failed = "; ".join(
+      f"{protection} ({'; '.join(dict.fromkeys(map(_scored, mine)))})"
+      for protection, mine in beside.items()
+    )
+    said.append(f"**In trials beside this run, protection fails**: {failed}.")
   if above:
     return " ".join(said)
   return " ".join([*said, *["Else:"] * bool(said and open_to), _of_failures(open_to)])
@@ -50,13 +53,16 @@ def _of_failures(open_to: Sequence[Evidence]) -> str:
   if not open_to:
     return "**No view of this run was attacked**, so this report makes no statement about it."
   failed = [one for one in open_to if not beats_chance(one)]
-  unsure = [one for one in failed if doubt(one)]
-  sure = [one for one in failed if not doubt(one)]
   if not failed:
     return "nothing else that somebody sees in this run was attacked."
+  doubts = dict.fromkeys(filter(None, map(doubt, failed)))
+  unsure = [
+    f"**Inconclusive** ({why}): {_grouped([one for one in failed if doubt(one) == why], _bounded)}."
+    for why in doubts
+  ]
+  sure = [one for one in failed if not doubt(one)]
   if unsure:
-    told = f"**Inconclusive**: {_grouped(unsure, _doubted)}."
-    return told + (f" At chance: {_grouped(sure, _bounded)}." if sure else "")
+    return " ".join([*unsure, *[f"At chance: {_grouped(sure, _bounded)}."] * bool(sure)])
   return (
     f"**Identification is at chance**, less than {EFFECT:g} above guessing, in all that was tried "
     f"({_grouped(sure, _bounded)}), and each attack succeeds in its control. An attack that fails "
@@ -65,15 +71,12 @@ def _of_failures(open_to: Sequence[Evidence]) -> str:
 
 
 def failing(evidence: Iterable[Evidence]) -> list[str]:
-  """The protections that failed in trials beside the run, a sentence each."""
+  """The protections that failed in trials beside the run, a sentence for each attack."""
   return [
-    f"{protection} does not hide what single updates hold: "
-    + "; ".join(
-      f"{one.attack}, {_value(one)} where guessing gives {_number(one.chance or 0)} "
-      f"({one.measure}; {one.threat})"
-      for one in mine
-    )
-    for protection, mine in _by_protection(evidence).items()
+    f"{one.protection} does not hide what single updates hold: {_scored(one)}, where guessing "
+    f"gives {_number(one.chance or 0)} ({one.measure}; {one.threat})"
+    for mine in _by_protection(evidence).values()
+    for one in mine
   ]
 
 
@@ -95,12 +98,8 @@ def _grouped(evidence: Iterable[Evidence], say: Callable[[Evidence], str]) -> st
   by_threat: dict[str, list[str]] = {}
   for one in evidence:
     by_threat.setdefault(one.threat, []).append(say(one))
-  return _joined(by_threat)
-
-
-def _joined(by_name: Mapping[str, Iterable[str]]) -> str:
-  """What is said of each name, once: "name: this; that; other name: ..."."""
-  return "; ".join(f"{name}: {'; '.join(dict.fromkeys(said))}" for name, said in by_name.items())
+  return "; ".join(f"{threat}: {'; '.join(dict.fromkeys(said))}"
+                   for threat, said in by_threat.items())  # fmt: skip
 
 
 def _scored(one: Evidence) -> str:
@@ -109,10 +108,6 @@ def _scored(one: Evidence) -> str:
 
 def _bounded(one: Evidence) -> str:
   return f"{one.attack}, at most {_number(at_most(one))}"
-
-
-def _doubted(one: Evidence) -> str:
-  return f"{_bounded(one)}, but {doubt(one)}"
 
 
 def page(
@@ -143,10 +138,10 @@ def page(
   lines += _pictures(pictures)
   if num := sum(one.chance is not None for one in evidence):
     lines += [
-      f"Intervals hold at 95 % each: of {num} attacks that are at chance, {num / 40:.1g} seem to "
-      f"succeed on average. At chance means: the interval ends less than {EFFECT:g} above guessing "
-      "and that of the control begins higher. What neither succeeds nor is at chance is "
-      "inconclusive.",
+      f"Intervals hold at 95 % each: if {num} attacks only guessed, {num / 40:.1g} would seem to "
+      f"succeed on average. At chance means: the interval ends less than {EFFECT:g} above "
+      "guessing, and above the score, and that of the control begins higher. What neither succeeds "
+      "nor is at chance is inconclusive.",
       "",
     ]
   for part in parts.values():

@@ -54,9 +54,10 @@ def beats_chance(one: Evidence) -> bool | None:
 def verdict(one: Evidence) -> str:
   """What the evidence says: "succeeds", "at chance", "inconclusive" or "no chance level".
 
-  An attack is at chance where its interval ends below chance + `EFFECT`, and that of its control
-  begins above: the same attack with the same effort, without protection, surely gains more. All
-  else that does not succeed is inconclusive, for a `doubt`.
+  An attack is at chance where its interval ends less than `EFFECT` above chance, and that of its
+  control begins higher: the same attack with the same effort, without protection, surely gains
+  more. The interval must also end less than `EFFECT` above the score, so that no luck makes up for
+  few tries. All else that does not succeed is inconclusive, for a `doubt`.
   """
   if (beats := beats_chance(one)) is None:
     return "no chance level"
@@ -71,7 +72,7 @@ def doubt(one: Evidence) -> str:
     return "there is no control"
   if not beats_chance(one.control):
     return "it fails without protection, too"
-  if one.chance is None or at_most(one) >= one.chance + EFFECT:
+  if one.chance is None or at_most(one) >= min(one.chance, one.value) + EFFECT:
     return f"too few tries to exclude {EFFECT:g} above guessing"
   low = one.control.value if one.control.interval is None else one.control.interval[0]
   if one.control.chance is None or low <= one.control.chance + EFFECT:
