@@ -18,7 +18,12 @@ FAILS_ALONE = "it fails without protection, too"
     (FAILURE, "inconclusive", "there is no control"),
     (FAILURE._replace(control=SUCCESS), "at chance", ""),
     (FAILURE._replace(control=FAILURE), "inconclusive", FAILS_ALONE),
-    (FAILURE._replace(control=SUCCESS._replace(chance=None)), "inconclusive", FAILS_ALONE),
+    (
+      FAILURE._replace(control=SUCCESS._replace(interval=(0.1, 1))),
+      "inconclusive",
+      "too few tries",
+    ),
+    (FAILURE._replace(control=SUCCESS._replace(chance=None)), "inconclusive", "too few tries"),
     # on another model the same attack succeeds: that says nothing of the protection
     (FAILURE._replace(sibling=SUCCESS), "inconclusive", "there is no control"),
     (FAILURE._replace(control=FAILURE, sibling=SUCCESS), "inconclusive", FAILS_ALONE),

@@ -26,6 +26,7 @@ from experiments.audits import (
 )
 from experiments.audits.context import Context, Effort
 from experiments.audits.parts import Part
+from primia_jax.attacks import updates
 from primia_jax.attacks.evidence import Evidence, beats_chance, verdict
 
 TWO = settings.replace(
@@ -139,6 +140,27 @@ def test_whole_updates_are_searched_beside_a_control(run):
   assert "was chosen on the update of site" in part.text[0]
   assert "simulating its" in part.text[0]  # plain SGD, of few images
   assert (run.output / "whole_updates.png").stat().st_size > 1000
+
+
+def test_a_weight_is_chosen_on_images_that_are_not_reported(run):
+  """Where other sites hold too many images, on an update of some of them."""
+  draw = np.random.default_rng(0).random
+  of = lambda num, site: several.Target(
+    "", site, 1, updates.Seen({}, {}, None, np.arange(num)), draw((num, 4, 4, 1)).astype("f4")
+  )
+  target, other = of(3, 0), of(several._MOST + 1, 1)
+  wrong, asked = draw((3, 4, 4, 1)), []
+
+  def search(seen, weight):
+    asked.append(float(seen.update))
+    return other.images[:3] + abs(np.log(weight / 3)) * wrong
+
+  given = run, target, [other], lambda seen, images: images.sum(), search
+  value, said = several._weight(*given)
+  assert value == 3  # beyond the weights that are tried first
+  assert "3, was chosen on a simulated update of 3 images of site 1;" in said
+  np.testing.assert_allclose(asked, other.images[:3].sum(), rtol=1e-5)
+  assert "untuned" in several._weight(run, target, [], *given[3:])[1]
 
 
 def test_a_grid_is_of_the_run_s_images_and_keeps_its_cells(run):

@@ -27,6 +27,8 @@ _MOST = 128  # gradients of images in a step of the search
 _SHARE = 6  # of the steps that `inversion` takes
 _PICTURE = "whole_updates.png"
 
+Search = Callable[[clients.Seen, float], np.ndarray]
+
 
 class Target(NamedTuple):
   """An update of the run that is attacked.
@@ -68,9 +70,13 @@ def audit(context: Context) -> Part:
   if not len(pairs):
     return Part(title, ("Left out: the smallest site has no images that took no part.",))
   simulate, how = _client(context, target)
-  weight, chosen = _weight(context, [_target(context, one, row) for row in others])
-  rows: dict[str, np.ndarray] = {"original": stored(game, pairs[:8, 0])}
   steps = max(1, context.effort.iterations // _SHARE)
+  size = len(target.images)
+  search = _search(context, _PIXELS, simulate, steps, size)
+  weight, chosen = _weight(
+    context, target, [_target(context, one, row) for row in others], simulate, search
+  )
+  rows: dict[str, np.ndarray] = {"original": stored(game, pairs[:8, 0])}
   quality, evidence = {}, []
   for attack, name in ((_PIXELS, "pixels"), (_CODES, "learned prior")):
     if attack == _CODES and context.prior is None:
@@ -79,13 +85,15 @@ def audit(context: Context) -> Part:
     gradient = clients.gradient(context.loss_fn)
     update = jax.jit(gradient)(target.seen, target.images)
     given = target.seen._replace(update=update)
-    found = _search(context, attack, gradient, steps, len(target.images))(given, weight)
+    found = _search(context, attack, gradient, steps, size)(given, weight)
     control = _told_apart(found, game, pairs)._replace(
       threat="honest server, one step on the same images", attack=attack, protection="none",
       occurs=False,
     )  # fmt: skip
     context.note(f"whole updates, site {target.site}: {attack}")
-    found = _search(context, attack, simulate, steps, len(target.images))(target.seen, weight)
+    if attack == _CODES:
+      search = _search(context, attack, simulate, steps, size)
+    found = search(target.seen, weight)
     best = nearest(found, rows["original"])
     rows[f"nearest guess, {name}"] = best
     psnr = np.asarray(scores.psnr(jnp.asarray(best), jnp.asarray(rows["original"])))
@@ -125,28 +133,35 @@ def _target(context: Context, one: views.Round, row: int) -> Target:
   return Target(threat, site, one.number, seen, (images / 255).astype(np.float32))
 
 
-def _weight(context: Context, others: list[Target]) -> tuple[float, str]:
-  """The weight of total variation that finds most in another site's update of the same round, which
-  is not reported; and how it was chosen, for the reader.
+def _weight(
+  context: Context, target: Target, others: list[Target], simulate: clients.Simulate, search: Search
+) -> tuple[float, str]:
+  """The weight of total variation that finds most behind another update, which is not reported: of
+  another site in the same round, or, where all these hold too many images, as the target's client
+  makes one of another site's first images. And how it was chosen, for the reader.
   """
-  small = [one for one in others if len(one.images) <= _MOST]
-  if not small:
-    return _WEIGHTS[1], (
-      f"The weight of total variation is {_WEIGHTS[1]:g}, untuned: all other sites hold more than "
-      f"{_MOST} images."
-    )
-  simulate, _ = _client(context, small[0])
-  steps = max(1, context.effort.iterations // _SHARE)
-  search = _search(context, _PIXELS, simulate, steps, len(small[0].images))
+  if not others:
+    return _WEIGHTS[1], f"The weight of total variation is {_WEIGHTS[1]:g}, untuned."
+  other = others[0]  # the smallest
+  whose = f"the update of site {other.site}"
+  if len(other.images) <= _MOST:
+    steps = max(1, context.effort.iterations // _SHARE)
+    search = _search(context, _PIXELS, _client(context, other)[0], steps, len(other.images))
+  else:
+    images = other.images[: len(target.images)]
+    seen = target.seen._replace(labels=other.seen.labels[: len(images)])
+    seen = seen._replace(update=jax.jit(simulate)(seen, jnp.asarray(images)))
+    other = other._replace(images=images, seen=seen)
+    noise = ", without noise" * (context.config.privacy.dp != "none")
+    whose = f"a simulated update of {len(images)} images of site {other.site}{noise}"
 
   def score(weight: float) -> float:
-    context.note(f"whole updates, weight {weight:g} tried on site {small[0].site}")
-    return float(closeness(search(small[0].seen, weight), small[0].images).mean())
+    context.note(f"whole updates, weight {weight:g} tried on site {other.site}")
+    return float(closeness(search(other.seen, weight), other.images).mean())
 
   chosen = tuning.tune(_WEIGHTS, score)
   return chosen.value, (
-    f"The weight of total variation, {chosen}, was chosen on the update of site {small[0].site}; "
-    "the step size was not tuned."
+    f"The weight of total variation, {chosen}, was chosen on {whose}; the step size was not tuned."
   )
 
 
@@ -185,7 +200,7 @@ def _told_apart(found: np.ndarray, game: recognition.Candidates, pairs: np.ndarr
 
 def _search(
   context: Context, attack: str, simulate: clients.Simulate, steps: int, size: int
-) -> Callable[[clients.Seen, float], np.ndarray]:
+) -> Search:
   """(Seen, weight of total variation) -> the images [size, H, W, C] that the attacker takes."""
   shape = (size, *context.trained.config.image_shape)
   settings = inversion.Settings(steps=steps, rate=0.1, signed=False)

@@ -71,6 +71,8 @@ def doubt(one: Evidence) -> str:
   if one.control is None:
     return "there is no control"
   if not beats_chance(one.control):
+    if one.control.value > (one.control.chance or 0) + EFFECT:
+      return "too few tries of its control"
     return "it fails without protection, too"
   if one.chance is None or at_most(one) >= min(one.chance, one.value) + EFFECT:
     return f"too few tries to exclude {EFFECT:g} above guessing"
