@@ -59,6 +59,7 @@ def main(_):
     control = found.controls[cell]
     name = f"{cell.num_images} images at each of {cell.num_sites} sites, batch {cell.batch_size}"
     more = {"steps": one.steps, "weight": one.weight, "attacks": one.num_attacks}
+    more |= {"weight_at_end": one.is_at_end}
     measuring.say(f"{name}: PSNR", one.psnr.tolist(), "dB", None, **more)
     measuring.say(f"{name}: SSIM", one.ssim.tolist(), "SSIM", None, **more)
     measuring.say(

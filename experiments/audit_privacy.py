@@ -4,7 +4,7 @@
   primia-audit --run_dir=runs/first --output_dir=runs/first_audit
 
 It writes privacy_report.md with pictures: what the ledger says, each attack at each threat point
-beside a positive control in which the same attack succeeds, and a verdict. Images are loaded by the
+beside a control, the same attack without protection, and a verdict. Images are loaded by the
 run's own settings. What an adversary saw is in the transcript, which a simulation keeps with
 --record_transcript; without one, the parts that need it are left out.
 

@@ -51,14 +51,14 @@ KINDS: dict[type, Kind] = {
     "sealed to this site; fewer shares than the threshold tell nothing",
   ),
   msg.MaskedInput: Kind(
-    "a site's update, counts or scores under masks", _COORDINATOR,
+    "a site's update, counts or scores under masks", _ALL,
     "masks: only the sum over enough sites opens", "as the rows above",
   ),
   msg.Survivors: Kind("which sites are in a sum", _ALL, "none: training needs it"),
   msg.Consent: Kind("a site's signature of that list", _ALL, _SIGNED),
   msg.Consents: Kind("the signatures of all sites", _ALL, _SIGNED),
   msg.Answer: Kind(
-    "shares that open the sum, of each peer", _COORDINATOR,
+    "shares that open the sum, of each peer", _ALL,
     "they open the masks of the sum, and of no site alone",
   ),
   msg.Evidence: Kind(

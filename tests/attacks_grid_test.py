@@ -10,7 +10,7 @@ from primia_jax.attacks import grid, updates
 
 CELL = grid.Cell(4, 2, 3)
 SINGLE = grid.Cell(1, 1, 1)
-SEARCH = grid.Search(steps=120, least=4, weights=(0.0, 10.0), rate=0.5)
+SEARCH = grid.Search(steps=120, least=4, weights=(1.0, 10.0), ladder=(0.0, 0.1), rate=0.5)
 
 
 def apply(params, model_state, images, *, train=True, key=None):
@@ -65,7 +65,9 @@ def test_the_update_is_the_mean_of_each_site_s_epoch(world):
 def test_a_single_image_is_found_with_the_weight_that_suits_others(world):
   loss_fn, params, images = world
   found = grid.attack(jax.random.key(0), SINGLE, loss_fn, (params, {}), images, SEARCH)
-  assert (found.weight, found.steps, found.num_attacks) == (0.0, 120, 4)  # 10 smooths all away
+  assert found.weight < 1  # smooths all away, and was the least of the first ones
+  assert not found.is_at_end
+  assert (found.steps, found.num_attacks) == (120, 4)
   assert found.named.all()
   assert found.ssim.mean() > 0.6
   assert found.guesses.shape == (4, 11, 11, 1)
@@ -91,7 +93,7 @@ def test_a_grid_continues_and_refuses_another(world, monkeypatch, tmp_path):
     shape = (cell.total, 11, 11, 1)
     one = np.ones(cell.total)
     return grid.Outcome(
-      0.5 if weight is None else weight, steps, 1, one, one, one > 0, np.ones(shape)
+      0.5 if weight is None else weight, weight is None, steps, 1, one, one, one > 0, np.ones(shape)
     )
 
   monkeypatch.setattr(grid, "attack", fake)

@@ -26,6 +26,7 @@ from experiments.audits import (
 )
 from experiments.audits.context import Context, Effort
 from experiments.audits.parts import Part
+from primia_jax.attacks import updates
 from primia_jax.attacks.evidence import Evidence, beats_chance, verdict
 
 TWO = settings.replace(
@@ -34,8 +35,10 @@ TWO = settings.replace(
 )  # fmt: skip
 EFFORT = Effort(candidates=24, attacked_rounds=1, victims=2, iterations=2, canaries=64)
 CONTROL = Evidence("control", "attack", "none", "rate", 0.9, (0.7, 0.98), 0.5)
-FAILED = CONTROL._replace(threat="server", value=0.5, interval=(0.3, 0.7), control=CONTROL)
+FAILED = CONTROL._replace(threat="server", value=0.5, interval=(0.42, 0.58), control=CONTROL)
+WIDE = FAILED._replace(interval=(0.3, 0.7))
 KNOWN = CONTROL._replace(threat="sum", assumed="all others")
+SUMMED = CONTROL._replace(protection="sum of 3 sites", occurs=False, control=CONTROL)
 
 
 def finished(config, folder):
@@ -110,7 +113,9 @@ def test_classes_are_read_off_one_step_and_not_under_noise(run):
   alone, *sums, private = part.evidence[:4]
   assert alone.value > 0.95
   assert alone.control is None
-  assert all(one.control == alone for one in part.evidence[1:])
+  assert all(one.control == alone for one in part.evidence[1:4])
+  each, peer = part.evidence[4:]  # another attack, with a control of its own
+  assert (each.control, peer.control) == (None, each)
   assert sums[1].value < alone.value
   assert private.value < 0.75
 
@@ -129,9 +134,33 @@ def test_whole_updates_are_searched_beside_a_control(run):
   assert pixels.threat.startswith("peer")  # of two sites
   assert pixels.occurs
   assert prior.control.protection == "none"
-  assert "2 steps" in pixels.control.threat
+  assert pixels.control.threat == "honest server, one step on the same images"
+  assert pixels.control.measure == pixels.measure  # the same pairs, and as many images
+  assert "in as many steps (1)" in part.text[1]
+  assert "was chosen on the update of site" in part.text[0]
   assert "simulating its" in part.text[0]  # plain SGD, of few images
   assert (run.output / "whole_updates.png").stat().st_size > 1000
+
+
+def test_a_weight_is_chosen_on_images_that_are_not_reported(run):
+  """Where other sites hold too many images, on an update of some of them."""
+  draw = np.random.default_rng(0).random
+  of = lambda num, site: several.Target(
+    "", site, 1, updates.Seen({}, {}, None, np.arange(num)), draw((num, 4, 4, 1)).astype("f4")
+  )
+  target, other = of(3, 0), of(several._MOST + 1, 1)
+  wrong, asked = draw((3, 4, 4, 1)), []
+
+  def search(seen, weight):
+    asked.append(float(seen.update))
+    return other.images[:3] + abs(np.log(weight / 3)) * wrong
+
+  given = run, target, [other], lambda seen, images: images.sum(), search
+  value, said = several._weight(*given)
+  assert value == 3  # beyond the weights that are tried first
+  assert "3, was chosen on a simulated update of 3 images of site 1;" in said
+  np.testing.assert_allclose(asked, other.images[:3].sum(), rtol=1e-5)
+  assert "untuned" in several._weight(run, target, [], *given[3:])[1]
 
 
 def test_a_grid_is_of_the_run_s_images_and_keeps_its_cells(run):
@@ -150,17 +179,19 @@ def test_a_grid_is_of_the_run_s_images_and_keeps_its_cells(run):
   assert all((run.output / name).stat().st_size > 1000 for name in part.pictures)
 
 
-def test_a_search_that_fails_has_a_control_on_a_vulnerable_model(run):
-  """Two steps find nothing: what fails for lack of effort is called inconclusive."""
+def test_what_fails_without_protection_shows_nothing_of_protection(run, monkeypatch):
+  """Two steps find nothing in the run's model, and the search succeeds in a vulnerable one."""
+  sibling = CONTROL._replace(threat="vulnerable model", chance=1 / 24)
+  monkeypatch.setattr(inversion, "_vulnerable", lambda *given: sibling)
   part = inversion.audit(run)
-  first = part.evidence[0]
-  assert first.protection == "none"
-  assert first.value <= first.chance or first.control is None
-  assert all(one.control is not None for one in part.evidence[1:4])
-  if first.control is not None:
-    assert "vulnerable" in first.control.threat
-    assert "known to be vulnerable" in part.text[0]
-    assert all(one.control == first.control for one in part.evidence[:4])
+  first, *protected = part.evidence[:4]
+  assert (first.protection, first.control) == ("none", None)
+  assert not beats_chance(first)
+  assert all(one.control == first for one in protected)
+  assert all(one.sibling == sibling for one in part.evidence[:4])
+  assert {verdict(one) for one in part.evidence} == {"inconclusive"}
+  assert "known to be vulnerable" in part.text[0]
+  assert "it fails without protection, too" in pages.table(part.evidence)
 
 
 def test_the_more_questions_the_more_alike(run):
@@ -216,8 +247,12 @@ def test_an_audit_continues_and_refuses_other_settings(run, recognised, monkeypa
   assert "- it fails" in text
   assert out.stat().st_mode & 0o777 == 0o700
   assert (out / auditing.OVERVIEW).stat().st_size > 1000
-  with pytest.raises(ValueError, match="holds the part 'a' of another run, or with other settings"):
+  with pytest.raises(ValueError, match="holds the part 'a' of another run, with other settings"):
     auditing.audit(run.run_dir, out, Effort(candidates=25), ["a"])
+  with monkeypatch.context() as other:
+    other.setattr(context.approving, "code", lambda: "another version")
+    with pytest.raises(ValueError, match="or made by other code"):
+      auditing.audit(run.run_dir, out, EFFORT, ["a"])
   bare = finished_without_transcript(run.run_dir, tmp_path / "bare")
   auditing.audit(bare, tmp_path / "second", EFFORT, ["auto"])
   assert made == ["a", "b", "a"]
@@ -245,6 +280,13 @@ def finished_without_transcript(run_dir, folder):
     ([FAILED, CONTROL], "**Identification is not at chance**: control: attack, 0.900"),
     ([FAILED, CONTROL._replace(occurs=False)], "**Identification is at chance**"),
     ([FAILED._replace(control=None)], "**Inconclusive**"),
+    ([WIDE, FAILED], "**Inconclusive** (too few tries to exclude 0.1 above guessing): server: att"),
+    ([FAILED._replace(control=WIDE)], "**Inconclusive**"),
+    (
+      [FAILED, SUMMED],
+      "**In trials beside this run, protection fails**: sum of 3 sites (attack, 0.900 [0.700, "
+      "0.980]). Else: **Identification is at chance**",
+    ),
     ([CONTROL._replace(occurs=False)], "**No view of this run was attacked**"),
     ([FAILED._replace(chance=None)], "**No view of this run"),
     ([], "**No view of this run"),
@@ -257,8 +299,11 @@ def finished_without_transcript(run_dir, folder):
 )
 def test_the_first_line_says_where_identification_is_not_at_chance(evidence, said):
   assert pages.first_line(evidence).startswith(said)
-  page = pages.page("Title", {"x": Part("Part", (), tuple(evidence))}, {}, {})
+  page = pages.page("Title", {"x": Part("Part", (), tuple(evidence))}, {}, {}, "1.0 abc")
   assert page.splitlines()[2] == pages.first_line(evidence)
+  assert "1.0, sources abc." in page
+  named = "- sum of 3 sites does not hide what single updates hold: attack, 0.900" in page
+  assert named == ("## Where protection fails" in page) == (SUMMED in evidence)
   assert ("not in this run" in page) == any(not one.occurs for one in evidence)
 
 
@@ -283,7 +328,7 @@ def test_every_part_of_a_private_run(tmp_path):
     for one in map(parts._evidence, part[name]["evidence"]):
       of_attack.setdefault(one.attack, []).append(one)
     for first, *rest in of_attack.values():
-      assert all(one.control == (first.control or first) for one in rest)
+      assert all(one.control == first for one in rest)
       assert not any(one.occurs for one in (first, *rest))
       assert verdict(rest[-1]) in ("at chance", "inconclusive")  # differential privacy
   for picture in ("reconstructions.png", "malicious_server.png", "membership.png", "evidence.png"):
@@ -301,5 +346,6 @@ def test_whole_sites_are_audited_by_canary_sites(tmp_path):
   assert alone.control.value > alone.value
   assert not alone.occurs
   assert summed.occurs
-  assert "it would prove 0 of" in part.text[1]
+  assert "run anew by this audit's code" in part.text[0]
+  assert "it would prove 0 of" in part.text[2]
   assert part.failures == ()

@@ -95,7 +95,9 @@ def test_a_run_of_masks_is_audited_by_what_applies_to_it(run, tmp_path):
   assert of["inversion"][0].protection == "none"
   assert all(one.control is not None for one in of["inversion"][1:])
   report = (out / auditing.REPORT).read_text()
-  assert "Left out: membership, which does not apply: this part is for models" in report
+  assert (
+    "Left out: membership, which does not apply: this part needs a class for each image" in report
+  )
   with pytest.raises(ValueError, match=r"parts=\['classes'\] do not apply to this run"):
     auditing.chosen(["classes"], Context(folder, out, effort))
 
@@ -232,7 +234,7 @@ def test_a_wrong_pixel_shows_in_the_comparison(run, monkeypatch):
   """Of a class that differs where the float32 logits are far apart."""
   folder, _ = run
   model, weights, _, _ = encrypted.load_any(str(folder))
-  images, _ = scenes(2, seed=3)
+  images, _ = scenes(2, seed=3, size=16)
   from experiments import phases
 
   logits = np.asarray(model.apply(*weights, normalise(images), train=False)[0])
@@ -248,12 +250,12 @@ def test_a_wrong_pixel_shows_in_the_comparison(run, monkeypatch):
   wrong[at] = -wrong[at]
   margin = np.sort(logits[at])[-1] - np.sort(logits[at])[-2]
   same = phases.compare(Plan, model, weights, images, 2, logits)
-  assert (same.same, same.margin) == (128, 0.0)
+  assert (same.same, same.margin) == (512, 0.0)
   told = phases.compare(Plan, model, weights, images, 2, wrong)
-  assert told.same == 127
+  assert told.same == 511
   assert told.margin == pytest.approx(margin, rel=1e-4)
   classes = phases.compare(Plan, model, weights, images, 2, wrong.argmax(-1))
-  assert classes == phases.Difference(None, 127, False, told.margin)
+  assert classes == phases.Difference(None, 511, False, told.margin)
 
 
 def test_masks_of_a_volume_are_one_file_on_its_voxels(tmp_path):

@@ -64,7 +64,7 @@ PARTS = {
   "boundary": Audit(boundaries.audit),
 }
 _AUTO = "auto"
-_NO_MASKS = "this part is for models that classify images, and the run's model learns masks"
+_NO_MASKS = "this part needs a class for each image, and the run's model gives each pixel one"
 _WHY = "which needs a transcript: train with --record_transcript and another --run_dir"
 
 
@@ -114,7 +114,7 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
       output is of another audit.
   """
   run = Context(run_dir, output, effort)
-  config = run.config
+  config, code = run.config, run.code
   settings.read_json(run_dir / "metrics.json")  # the run has ended
   if not (run_dir / ARM).is_dir():
     raise ValueError(
@@ -128,8 +128,8 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
     )
   if config.data.is_multi:
     raise ValueError(
-      f"run_dir={run_dir} gives images any number of labels; the attacks here are on models of one "
-      "class an image"
+      f"run_dir={run_dir} gives images any number of labels; the attacks here need one class "
+      "for each image, or for each pixel"
     )
   wanted = chosen(names, run)
   path = lambda name: output / parts.FOLDER / f"{name}.json"
@@ -150,10 +150,11 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
       bar.update()
     bar.close()
     made = {name: part for name, part in done.items() if part is not None}
-    return _write(run, f"Privacy audit: {config.hospitals.num_sites} sites, {run.data_name}", made)
+    title = f"Privacy audit: {config.hospitals.num_sites} sites, {run.data_name}"
+    return _write(run, title, made, code)
 
 
-def _write(run: Context, title: str, made: dict[str, Part]) -> str:
+def _write(run: Context, title: str, made: dict[str, Part], code: str) -> str:
   evidence = [one for part in made.values() for one in part.evidence]
   shown = [one for one in evidence if one.chance is not None and one.occurs]
   overview = {}
@@ -167,6 +168,6 @@ def _write(run: Context, title: str, made: dict[str, Part]) -> str:
     name: _WHY for name, one in PARTS.items() if one.takes_transcript and not run.has_transcript
   }
   absent |= {name: f"which does not apply: {why}" for name in PARTS if (why := _unfit(run, name))}
-  text = pages.page(title, made, absent, overview)
+  text = pages.page(title, made, absent, overview, code)
   (run.output / REPORT).write_text(text, encoding="utf-8")
   return pages.first_line(evidence)

@@ -50,7 +50,7 @@ def audit(context: Context) -> Part:
   if context.has_transcript and context.config.federation.algorithm != "fedbn":
     context.note("classes, the run's rounds")
     of_rounds, said = _rounds(context, public)
-    evidence += [one._replace(control=evidence[0]) for one in of_rounds]
+    evidence += of_rounds
     text.append(said)
   return Part(title, tuple(text), tuple(evidence))
 
@@ -147,17 +147,20 @@ def _rounds(context: Context, public: tuple[np.ndarray, np.ndarray]) -> tuple[li
   if not right:
     return [], "The sites hold each class in equal shares, so that their updates tell none apart."
   hides = context.config.aggregation.is_secure
-  evidence = []
+  by_point: dict[str, Evidence] = {}
   for point, answers in right.items():
     hits, num = int(np.sum(answers)), len(answers)
-    evidence.append(
-      Evidence(
-        threats[point], _RUN, shared.protection(context.config, _most(context, point)),
-        f"sites told apart, of {num}", hits / num, clopper_pearson(hits, num), 0.5,
-        note=f"rounds {', '.join(str(one.number) for one in rounds)}",
-        occurs=point != views.EACH or not hides,
-      )
+    by_point[point] = Evidence(
+      threats[point], _RUN, shared.protection(context.config, _most(context, point)),
+      f"sites told apart, of {num}", hits / num, clopper_pearson(hits, num), 0.5,
+      note=f"rounds {', '.join(str(one.number) for one in rounds)}",
+      occurs=point != views.EACH or not hides,
     )  # fmt: skip
+  # of the same attack, each site's own update is what should tell it
+  evidence = [
+    one if point == views.EACH else one._replace(control=by_point.get(views.EACH))
+    for point, one in by_point.items()
+  ]
   optimizer = context.config.training.optimizer
   adam = (
     ""

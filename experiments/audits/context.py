@@ -21,7 +21,7 @@ from primia_jax.privacy.accounting import Ledger
 from primia_jax.privacy.chain import Chain
 from primia_jax.types import Array, Key, LossFn, ModelState, Params, PyTree
 
-from .. import folders, inputs, ledgers, model_files, settings, transcripts
+from .. import approving, folders, inputs, ledgers, model_files, settings, transcripts
 from ..configs import Train, tasks
 from ..configs.model import normalise
 
@@ -38,7 +38,9 @@ class Effort:
     300, "images of the sites, and as many others, that an attacker tries to tell apart"
   )
   victims: int = settings.setting(
-    8, "images of which an attacker tries to reconstruct or recognise the update"
+    36,
+    "images of which an attacker tries to reconstruct or recognise the update; with fewer, "
+    "intervals are too wide for a verdict",
   )
   restarts: int = settings.setting(1, "restarts of a reconstruction")
   iterations: int = settings.setting(600, "steps of a reconstruction; the literature takes 4,800")
@@ -144,14 +146,21 @@ class Context:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """A hash of the run: its settings, its report and what was recorded."""
-    out = hashlib.sha256()
+    """A hash of the run: its settings, its report and what was recorded; and of the code that
+    audits it, so that no part of another version is taken for this one's.
+    """
+    out = hashlib.sha256(self.code.encode())
     for name in (folders.RUN, "metrics.json", "model.json"):
       out.update((self.run_dir / name).read_bytes())
     if self.has_transcript:
       for path in transcripts.paths(self.run_dir / ARM).values():
         out.update(f"{path.name} {path.stat().st_size}".encode())
     return out.hexdigest()
+
+  @functools.cached_property
+  def code(self) -> str:
+    """The version of this program, and a hash of its sources."""
+    return approving.code()
 
   @property
   def has_transcript(self) -> bool:

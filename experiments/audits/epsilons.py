@@ -22,6 +22,7 @@ from ..processes import Place
 from . import site_epsilons
 from .context import ARM, Context
 from .parts import Part
+from .site_epsilons import REMADE
 
 _CANDIDATES = (10, 100, 10_000)
 _RATES = (0.001, 0.01, 0.1)
@@ -129,9 +130,10 @@ def proved(context: Context) -> Part:
     )
   caught = "exceeds" if wrong > right.claim else "does not exceed"
   text = (
+    REMADE,
     f"{right.num_canaries:,} canaries, {_IN_A_RUN} in each of {runs} runs, with gradients of ten "
-    "times the clip norm, take part by coins of their own in the plan of the run: its batches, "
-    f"clipping and noise. An attacker guessed {right.num_guesses} coins and was right "
+    "times the clip norm, take part by coins of their own in this plan: its batches, clipping and "
+    f"noise. An attacker guessed {right.num_guesses} coins and was right "
     f"{right.num_right} times (Mahloujifar et al. 2025). Without assumptions on the mechanism "
     f"(Steinke et al. 2023) that proves epsilon {right.any_epsilon:.3g}. So many guesses "
     f"prove {right.limit:.3g} at most. The control has 1/{_WEAKER} of the noise, as its attacker "
@@ -168,7 +170,7 @@ def _exact(made: StepPlan, rounds: int, key: Key) -> tuple[str, ...]:
   chance = exact.sampling_p_value(taken, made.sampling_rate)
   change = exact.largest_change(few, steps, key)
   return (
-    f"Two exact checks. The run's sampler drew batches for {steps} steps: draws as odd as these "
+    f"Two exact checks. The plan's sampler drew batches for {steps} steps: draws as odd as these "
     f"have a chance of {chance:.2g} if every unit is drawn independently (below 0.001, it is not). "
     f"A unit moves a step's gradient by at most {change:.3f} of what the noise was computed for "
     "(above 1, the noise is too small).",

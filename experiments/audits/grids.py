@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from primia_jax.attacks import grid
+from primia_jax.attacks import grid, tuning
 from primia_jax.attacks.evidence import Evidence
 from primia_jax.metrics import clopper_pearson
 
@@ -53,7 +53,8 @@ def audit(context: Context) -> Part:
     (
       f"{cell.num_images:,}", str(cell.batch_size), grid_pictures.view(cell.num_sites),
       f"{one.psnr.mean():.1f}", f"{one.ssim.mean():.2f}", f"{one.named.mean():.0%}",
-      f"{found.controls[cell].named.mean():.0%}", str(one.steps), f"{one.weight:g}",
+      f"{found.controls[cell].named.mean():.0%}", str(one.steps),
+      str(tuning.Tuned(one.weight, one.is_at_end)),
     )
     for cell, one in found.outcomes.items()
   ]  # fmt: skip
@@ -75,7 +76,7 @@ def audit(context: Context) -> Part:
     _RATES: "Images named, by images at a site",
     _IMAGES: "Originals and guesses; below each its SSIM",
   }
-  return Part(title, text, evidence, _failures(evidence), pictures)
+  return Part(title, text, evidence, (), pictures)
 
 
 def _images(context: Context, on: laboratory.Bench) -> grid.Images:
@@ -110,14 +111,3 @@ def _evidence(cell: grid.Cell, one: grid.Outcome, control: grid.Outcome, chance:
     "none" if cell.num_sites == 1 else f"secure aggregation of {cell.num_sites} sites",
     measure, *rate(one.named), chance, None if alone else beside, occurs=False,
   )  # fmt: skip
-
-
-def _failures(evidence: tuple[Evidence, ...]) -> tuple[str, ...]:
-  """The sums in which images were named more often than by chance."""
-  sums = [one for one in evidence if one.protection != "none" and one.interval is not None
-          and one.chance is not None and one.interval[0] > one.chance]  # fmt: skip
-  if not sums:
-    return ()
-  said = "; ".join(f"{one.protection}, {one.threat.partition(', ')[2]}: {one.value:.0%}"
-                   for one in sums)  # fmt: skip
-  return (f"a sum does not hide images of small epochs, for this model: {said} were named",)

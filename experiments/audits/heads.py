@@ -46,7 +46,8 @@ def audit(context: Context) -> Part:
     named = scores.identify(jnp.nan_to_num(found), jnp.asarray(candidates), jnp.asarray(truth))
     evidence.append(
       Evidence(
-        _THREAT, "head inversion", protection.name, f"identification among {len(candidates)}",
+        _THREAT, "head inversion", protection.name,
+        f"identification among {len(candidates)}, {len(truth)} images",
         named.rate, named.interval, named.chance, occurs=False,
       )
     )  # fmt: skip
@@ -84,7 +85,7 @@ def _rank(context: Context) -> list[str]:
     kernel, _ = _of_head(jax.tree.map(lambda a: a[0], view.updates))
     values = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)
     shares = values**2 / np.sum(values**2)
-    told = ", ".join(f"{100 * share:.2g} %" for share in shares[:4])
+    told = ", ".join(f"{100 * share:.3g} %" for share in shares[:4])
     lines.append(f"{view.threat}: rank {int(linear.rank(kernel))} (shares {told})")
   return [
     f"The head's own update in round {one.number} holds no more directions of inputs than its "

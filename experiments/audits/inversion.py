@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.attacks import inversion, learned, priors, scores
+from primia_jax.attacks import inversion, learned, priors, scores, tuning
 from primia_jax.attacks import updates as clients
-from primia_jax.attacks.evidence import Evidence
+from primia_jax.attacks.evidence import Evidence, beats_chance
 from primia_jax.types import Array, Key, LossFn
 
 from . import laboratory, pictures
@@ -24,14 +24,15 @@ _PIXELS, _CODES = (
   "Geiping et al. 2020, Adam without signs",
   "Geiping et al. 2020 with a learned prior",
 )
-# of total variation, beside a cosine distance; a learned prior needs none
+# of total variation, beside a cosine distance, that are tried first; a learned prior needs none
 _WEIGHTS = {_PIXELS: (0.1, 0.3, 1.0), _CODES: (0.0,)}
 _TUNED = 2  # images on which the weight is chosen, and which are not reported
 _PICTURE = "reconstructions.png"
 _SIBLING = (
-  " On the run's own model a search without protection did not succeed; its control is then the "
-  "same search, on the same images, in a model that is known to be vulnerable (mlp, untrained), "
-  "which shows that the search works, and not that it works on the run's model."
+  " Without protection a search did not succeed on the run's own model, so that its failures show "
+  "nothing of protection. The same search, on the same images, in a model that is known to be "
+  "vulnerable (mlp, untrained) stands beside it. It shows whether the search works at all, and not "
+  "that it works here."
 )
 
 
@@ -46,7 +47,7 @@ class Tried(NamedTuple):
 
   taken: np.ndarray
   best: np.ndarray
-  weight: float
+  weight: tuning.Tuned
 
 
 def audit(context: Context) -> Part:
@@ -59,7 +60,6 @@ def audit(context: Context) -> Part:
   truth = (on.images / 255).astype(np.float32)
   rows, quality = {"original": truth[:num]}, {}
   evidence: list[Evidence] = []
-  used_sibling = False
   shape = (1, *on.images.shape[1:])
   searched = {_PIXELS: inversion.pixels(shape)}
   if context.prior is not None:
@@ -79,30 +79,31 @@ def audit(context: Context) -> Part:
         f"PSNR {psnr.mean():.1f} dB ({tried.best.mean():.1f} for the best restart), SSIM "
         f"{ssim.mean():.2f}"
       )
-      if tried.weight:
-        note += f", total variation {tried.weight:g}"
-      control = None
-      if len(evidence) > first:
-        control = evidence[first].control or evidence[first]
-      elif named.interval[0] <= named.chance:  # it fails on the run's own model
-        control = _vulnerable(context, on, attack, variables, tried.weight, num)
-        used_sibling = True
-      evidence.append(
-        Evidence(
-          _THREAT, attack, protection.name, f"identification among {len(truth)}", named.rate,
-          named.interval, named.chance, control, note=note, occurs=False,
-        )
+      if tried.weight.value:
+        note += f", total variation {tried.weight}"
+      one = Evidence(
+        _THREAT, attack, protection.name, f"identification among {len(truth)}, {num} images",
+        named.rate, named.interval, named.chance, note=note, occurs=False,
       )  # fmt: skip
+      if len(evidence) > first:
+        alone = evidence[first]
+        one = one._replace(control=alone, sibling=alone.sibling)
+      elif not beats_chance(one):
+        weight = tried.weight.value
+        one = one._replace(sibling=_vulnerable(context, on, attack, variables, weight, num))
+      evidence.append(one)
   path = context.output / _PICTURE
   few = {name: images[:8] for name, images in rows.items()}
   pictures.grid(few, quality, path, f"{title}: {context.data_name}")
+  beside = _SIBLING * any(one.sibling is not None for one in evidence)
   weights = ", ".join(f"{w:g}" for w in _WEIGHTS[_PIXELS])
   text = (
     f"The adversary knows the {'mask' if context.of_pixels else 'label'} and searches for the "
     f"image whose gradient on {on.which} points as the one seen, in {effort.iterations} steps "
     f"(restarts: {effort.restarts}). The weight of total variation is chosen for each protection "
-    f"on {_TUNED} images that are not reported, out of {weights}. {num} images were tried. The "
-    "control is the same search without protection." + _SIBLING * used_sibling,
+    f"on {_TUNED} images that are not reported, out of {weights}, and of larger or smaller ones "
+    "while the best is the last; the step size was not tuned. "
+    f"{num} images were tried. The control is the same search without protection.{beside}",
     "With a learned prior it searches among what an autoencoder of public images can draw. Such a "
     "guess looks like an image of the kind wherever the update says little: judge it by "
     "identification, and not by looks."
@@ -131,7 +132,7 @@ def _solver(
 def _vulnerable(
   context: Context, on: Bench, attack: str, variables: inversion.Variables, weight: float, num: int
 ) -> Evidence:
-  """The same search with the same effort, on a model whose updates are known to hold images."""
+  """The same search, on a model whose updates are known to hold images."""
   context.note("reconstruction, control on a vulnerable model")
   loss_fn, model = laboratory.vulnerable(context)
   solve, simulate = _solver(context, variables, loss_fn), jax.jit(clients.gradient(loss_fn))
@@ -145,7 +146,8 @@ def _vulnerable(
   named = scores.identify(jnp.asarray(np.stack(taken)), jnp.asarray(truth), jnp.arange(num))
   return Evidence(
     "honest server, one image and one step on a vulnerable model", attack, "none",
-    f"identification among {len(truth)}", named.rate, named.interval, named.chance, occurs=False,
+    f"identification among {len(truth)}, {num} images", named.rate, named.interval, named.chance,
+    occurs=False,
   )  # fmt: skip
 
 
@@ -179,6 +181,9 @@ def _attack(
     taken = np.stack([*images.values()])
     return float(jnp.mean(scores.psnr(jnp.asarray(taken), jnp.asarray(original))))
 
-  weight = max(weights, key=on_tuned) if len(weights) > 1 else weights[0]
-  taken, qualities = zip(*(run(row, weight) for row in range(num)), strict=True)
+  if len(weights) > 1:
+    weight = tuning.tune(weights, on_tuned)
+  else:
+    weight = tuning.Tuned(weights[0], False)
+  taken, qualities = zip(*(run(row, weight.value) for row in range(num)), strict=True)
   return Tried(np.stack(taken), np.max(qualities, axis=1), weight)

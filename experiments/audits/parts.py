@@ -55,7 +55,7 @@ class Audit:
 
 
 def digest(name: str, audit: Audit, context: Context) -> str:
-  """SHA-256 of what decides a part: its name, the run and the effort."""
+  """SHA-256 of what decides a part: its name, the run, the program's code and the effort."""
   effort = {field: getattr(context.effort, field) for field in audit.effort}
   return hashlib.sha256(json.dumps([name, context.fingerprint, effort]).encode()).hexdigest()
 
@@ -72,15 +72,15 @@ def kept(path: pathlib.Path, key: str) -> Part | None:
   """The part that was made before; None where it was not.
 
   Raises:
-    ValueError: the file is damaged, or of another run or effort.
+    ValueError: the file is damaged, or of another run, effort or version of this program.
   """
   if not path.is_file():
     return None
   record = settings.read_json(path)
   if record.get("digest") != key:
     raise ValueError(
-      f"output_dir={path.parents[1]} holds the part {path.stem!r} of another run, or with other "
-      "settings; name another folder"
+      f"output_dir={path.parents[1]} holds the part {path.stem!r} of another run, with other "
+      "settings or made by other code; name another folder"
     )
   held = record["part"]
   return Part(
@@ -92,7 +92,9 @@ def kept(path: pathlib.Path, key: str) -> Part | None:
 def _evidence(held: list[Any]) -> Evidence:
   """Evidence from JSON, where tuples are lists."""
   one = Evidence(*held)
+  nested = lambda given: None if given is None else _evidence(given)
   return one._replace(
     interval=None if one.interval is None else (one.interval[0], one.interval[1]),
-    control=None if one.control is None else _evidence(one.control),  # type: ignore[arg-type]
+    control=nested(one.control),
+    sibling=nested(one.sibling),
   )

@@ -14,6 +14,10 @@ from .parts import Part
 
 _WEAKER = 16  # by which the control's noise is divided
 _ATTACK = "one-run f-DP audit, canary sites"
+REMADE = (
+  "The plan was made again from the run's settings, and run anew by this audit's code. So the "
+  "mechanism is tested, and not what the run itself drew and sent, nor the code that made it."
+)
 
 
 def proved(context: Context, title: str, made: SiteLevel, weaker: SiteLevel) -> Part:
@@ -68,6 +72,7 @@ def proved(context: Context, title: str, made: SiteLevel, weaker: SiteLevel) -> 
     "Sites make their noise together, so that only sums are private. " if made.noise else ""
   )
   text = (
+    REMADE,
     f"{total:,} canary sites, each among {num_sites} sites that send zero, send an update of ten "
     f"times the clip in all of {rounds} rounds, by coins of their own; the run's own clip and "
     f"noise treat it. {together}An attacker guessed {guesses} coins and was right "

@@ -57,7 +57,8 @@ class Aggregation:
     -1,
     "secure: number of sites of a sum that may tell the server all they know; a run in which they "
     "could open another site's message is refused, and shares of distributed noise do not count on "
-    "them. -1 takes a tenth of the sites, at least 1; 0 trusts every site, as two sites must",
+    "them. -1 takes a tenth of the sites, at least 1; 0 trusts every site, as two sites must. With "
+    "placement=flower one site alone sees what the server sees, and is counted in any case",
   )
   dropout_rate: float = setting(
     0.0, "simulated chance that a site is lost in a round, before or after it masks, equally often"
@@ -189,11 +190,11 @@ class Aggregation:
 
   def _check_collusion(self, secure: protocol.SecureSum, processes: bool) -> None:
     n, peers, threshold = secure.num_sites, secure.num_peers, secure.threshold
-    colluding = self.num_colluding(n)
-    lost = math.floor(n * (_LOST_FRACTION if processes else self.dropout_rate))
-    chance = graph.chance_of_opening(
-      n, peers, threshold, colluding, lost, may_lie(secure, processes)
-    )
+    colluding, lost = self.num_colluding(n), _lost(n, processes, self.dropout_rate)
+    lies = may_lie(secure, processes)
+    chance = graph.chance_of_opening(n, peers, threshold, colluding, lost, lies)
+    if processes and n > 2:  # each site sees what the server sees
+      chance = max(chance, graph.chance_of_opening(n, peers, threshold, 1, lost))
     if chance > _CHANCE:
       raise ValueError(
         f"secagg_colluding={colluding} of {n} sites, each with {peers} peers"
@@ -213,7 +214,7 @@ class Aggregation:
     """
     for n in {num_sites, sites_in_round}:
       secure = self.secure_sum(n, sites_in_round, True)
-      lost = math.floor(n * _LOST_FRACTION)
+      lost = _lost(n, True, 0.0)
       opened = graph.chance_of_opening(
         n, secure.num_peers, secure.threshold, fewest, lost, malicious_server=True
       )
@@ -275,3 +276,10 @@ def min_survivors(secure: protocol.SecureSum) -> int | None:
   if secure.threshold is None:
     return None
   return max(2, -(-secure.num_sites * secure.threshold // (secure.num_peers + 1)))
+
+
+def _lost(num_sites: int, processes: bool, rate: float) -> int:
+  """How many sites of a sum may be lost. Between processes no setting says it; one always may."""
+  if processes:
+    return max(1, math.floor(num_sites * _LOST_FRACTION))
+  return math.floor(num_sites * rate)

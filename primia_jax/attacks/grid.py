@@ -21,7 +21,7 @@ import numpy as np
 import scipy.optimize
 
 from primia_jax import durable
-from primia_jax.attacks import inversion, priors, scores, updates
+from primia_jax.attacks import inversion, priors, scores, tuning, updates
 from primia_jax.types import Array, Key, LossFn, ModelState, Params, PyTree
 
 # (images sought together at most, share of the steps): a larger search is made with fewer
@@ -56,7 +56,8 @@ class Search:
     steps: for up to 32 images; a third for up to 128, and 0.15 of them for more.
     travel: how far a pixel may go, in units of pixels in [0, 1]: signed Adam's step size is this
       over the number of steps, and 0.1 at most.
-    weights: of total variation, among which tuning chooses.
+    weights: of total variation, among which tuning chooses first.
+    ladder: further weights, tried while the best is the last.
     least: images that are attacked in each cell, at least.
     rate: the sites' learning rate.
   """
@@ -64,6 +65,7 @@ class Search:
   steps: int = 400
   travel: float = 10.0
   weights: tuple[float, ...] = (0.03, 0.1, 0.3)
+  ladder: tuple[float, ...] = tuning.LADDER
   least: int = 12
   rate: float = 0.1
 
@@ -91,7 +93,8 @@ class Outcome(NamedTuple):
   """What was found in a cell.
 
   Attributes:
-    weight: of total variation.
+    weight: of total variation; where it was not chosen in this cell, as given.
+    is_at_end: whether it is the last of all weights that there are.
     steps: of the search.
     num_attacks: updates that were attacked.
     psnr: [M] in dB, of the guess for each true image, guesses in the order that suits the attacker.
@@ -101,6 +104,7 @@ class Outcome(NamedTuple):
   """
 
   weight: float
+  is_at_end: bool
   steps: int
   num_attacks: int
   psnr: np.ndarray
@@ -188,11 +192,13 @@ def attack(
   if fewest < cell.total:
     raise ValueError(f"{cell} needs {cell.total} images to attack or to tune on; {fewest} are left")
   solve = _solver(cell, loss_fn, model, images.attacked[0].shape[1:], search, steps)
-  if weight is None:
+  chosen = tuning.Tuned(weight, False) if weight is not None else None
+  if chosen is None:
     on_tuned = lambda w: _all(key, cell, solve, images.tuning, images.decoys, w, 1).ssim.mean()
-    weight = max(search.weights, key=on_tuned)
+    chosen = tuning.tune(search.weights, on_tuned, search.ladder)
   num = min(-(-search.least // cell.total), len(images.attacked[1]) // cell.total)
-  return _all(key, cell, solve, images.attacked, images.decoys, weight, num)._replace(steps=steps)
+  found = _all(key, cell, solve, images.attacked, images.decoys, chosen.value, num)
+  return found._replace(steps=steps, is_at_end=chosen.is_at_end)
 
 
 def explore(
@@ -269,12 +275,13 @@ def load(path: pathlib.Path, about: str) -> Outcome | None:
     return None
   try:
     with np.load(path, allow_pickle=False) as data:
-      held = {name: data[name] for name in (*Outcome._fields, "about")}
+      if (said := str(data["about"])) == about:
+        held = {name: data[name] for name in Outcome._fields}
   except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
     raise ValueError(f"{path} is damaged ({error}); remove it") from error
-  if (said := str(held.pop("about"))) != about:
+  if said != about:
     raise ValueError(f"{path} is of another search: {said}; name another folder, not for {about}")
-  for name, kind in (("weight", float), ("steps", int), ("num_attacks", int)):
+  for name, kind in (("weight", float), ("is_at_end", bool), ("steps", int), ("num_attacks", int)):
     held[name] = kind(held[name])
   return Outcome(**held)
 
@@ -328,7 +335,7 @@ def _all(
     ssim.append(np.asarray(scores.ssim(jnp.asarray(guess), jnp.asarray(images))))
     named.append(scores.identify_any(found, images, decoys).found)
   joined = [np.concatenate(parts) for parts in (psnr, ssim, named, guesses)]
-  return Outcome(weight, 0, num_attacks, *joined)
+  return Outcome(weight, False, 0, num_attacks, *joined)
 
 
 def _split(

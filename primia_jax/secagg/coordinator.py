@@ -27,7 +27,6 @@ from primia_jax.secagg.errors import Aborted, Lost, Rejected, RoundFailed
 
 _IN_RUN = (msg.Proposal, msg.Start)  # the latter where a round begins without a site
 _KNOCK = 20.0  # seconds for a site that was lost to say that it is back
-_LARGEST = 2**31  # bytes of a message that a sum may need
 _TO_ALL = {msg.Hello, msg.Word, msg.Start}  # what sites say to all others
 _FAREWELL = 20.0  # seconds for the sites to take the news that a run has failed
 
@@ -292,8 +291,7 @@ def _agreed(
     if not isinstance(told, msg.Terms):
       raise ValueError(f"{type(told).__name__} instead of terms")
     setup = rounds.of_terms(told)
-    if opening.message_bytes(setup) > _LARGEST:
-      raise ValueError(f"a message of {opening.message_bytes(setup)} bytes")
+    following.check_size(setup)
   except ValueError as error:
     raise RoundFailed(msg.STAGES[0], 0, len(proposals), f"sites propose a sum ({error})") from error
   return setup, round, follow

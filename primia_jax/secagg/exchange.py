@@ -347,7 +347,7 @@ def agree(
 
   Raises:
     ValueError: for a config without masks or for fewer sites, a ring that jax arrays cannot hold,
-      or as `rounds.setup`.
+      a sum that needs too long messages, or as `rounds.setup`.
     Lost: too few sites are left.
   """
   if not config.masked:
@@ -367,7 +367,7 @@ def agree(
       f"{len(identities)} of {num_sites} sites are left, and the next sum needs at least {quorum}. "
       f"Start all processes again to take every site back from the last round that was saved"
     )
-  return rounds.setup(
+  setup = rounds.setup(
     identities,
     sizes,
     run,
@@ -379,3 +379,5 @@ def agree(
     malicious_server=malicious,
     purpose=purpose,
   )
+  following.check_size(setup)  # before a site trains
+  return setup

@@ -18,6 +18,8 @@ from primia_jax.secagg import messages as msg
 from primia_jax.secagg.errors import Refused
 from primia_jax.secagg.rounds import Setup
 
+_LARGEST = 2**31 - 2**20  # bytes of a message: gRPC's most, less its frame
+
 
 def tell(state: server.Server, evidence: msg.Evidence) -> msg.Message:
   """The sum of a server that has opened it, for a site that is not in it."""
@@ -73,6 +75,15 @@ def take(
       raise refuse("forged", f"site {i} did not sign the lists that this site was shown")
   vectors = opening.recompute(setup, round, number, transcript, lists, evidence)
   return vectors, lists.survivors
+
+
+def check_size(setup: Setup) -> None:
+  """Raises a ValueError where a sum needs a longer message than carriers take."""
+  if (size := message_bytes(setup)) > _LARGEST:
+    raise ValueError(
+      f"a sum of {sum(setup.sizes)} numbers over {len(setup.identities)} sites needs messages of "
+      f"{size} bytes, and {_LARGEST} are the most; take a smaller model, or fewer sites in a round"
+    )
 
 
 def message_bytes(setup: Setup) -> int:

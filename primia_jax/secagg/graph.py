@@ -181,7 +181,8 @@ def chance_of_opening(
   if degree == num_sites - 1:
     return float(num_colluding >= enough)
   apart = _apart(num_sites, degree, num_colluding + num_lost)
-  captured = num_sites * _tails(num_sites - 1, num_colluding, degree)[enough]
+  tails = _tails(num_sites - 1, num_colluding, degree)
+  captured = num_sites * tails[enough] if enough <= degree else 0.0  # more than all neighbours
   return min(1.0, float(captured) + apart)
 
 

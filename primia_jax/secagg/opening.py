@@ -5,11 +5,11 @@ The coordinator is not asked for a total. It passes on the keys, the masked inpu
 and each site computes the sum from them as the server does (`server.open_total`). The masked inputs
 are those that the sites fixed, by a digest in the list of survivors that they signed, before any
 share was told. So a coordinator cannot make sites go on from a sum that is not theirs, alike at all
-sites or not, and neither can one that plays together with sites of the sum: these must choose their
-inputs before they learn anything of the others'.
+sites or not. With a threshold above two thirds, sites that play together with it must choose their
+inputs of a sum before it opens. They know more where a round is repeated: they know its sum.
 
-Who learns what: each site learns what the server learns, which is the sum and no input. So a bound
-for the server and t colluding sites holds for t + 1 colluding sites without the server.
+Who learns what: each site learns what the server learns, which is the sum and no input. So what
+holds against the server and t colluding sites holds against t colluding sites without it.
 """
 
 from __future__ import annotations
@@ -103,13 +103,20 @@ def recompute(
     raise refuse("malformed", f"{type(told).__name__} instead of Evidence")
   if told.round != round:
     raise refuse("another round", f"round {told.round} instead of {round}")
+  if hashlib.sha256(told.roster).digest() != transcript:  # as `rounds.transcript_of`
+    raise refuse("forged", "the keys are not those of this sum")
+  alive, longest = set(lists.survivors), rounds.message_bytes(setup)
+  if set(told.masked) != alive or not set(told.answers) <= alive:
+    raise refuse("unknown", "the masked inputs or answers are not those of the survivors")
+  if any(len(data) > longest for data in (*told.masked.values(), *told.answers.values())):
+    raise refuse("malformed", f"a message in it is longer than {longest} bytes")
   try:
     roster: Any = msg.decode(told.roster)
     if not isinstance(roster, msg.Roster):
       raise ValueError(f"{type(roster).__name__} instead of Roster")
-    if rounds.transcript_of(roster) != transcript:
-      raise refuse("forged", "the keys are not those of this sum")
-    shared = dict.fromkeys(sorted({*lists.survivors, *lists.dropouts}))
+    shared = dict.fromkeys(sorted(alive | set(lists.dropouts)))
+    if unknown := set(shared) - {a.site for a in roster.adverts}:
+      raise ValueError(f"sites {sorted(unknown)} have no keys")
     received: tuple[Any, ...] = {a.site: a for a in roster.adverts}, shared, {}, {}, {}
     state = server.start(setup, round)._replace(stage=2, roster=roster, received=received)
     state = _taken(state, told.masked)
