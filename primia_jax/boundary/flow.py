@@ -1,8 +1,10 @@
 """Data flow through a jaxpr: from the labels of its inputs to what crosses, and its outputs.
 
 Every primitive without a rule of its own gives a function of its inputs, which tells no more than
-they do and no longer masks a secret. So a primitive that is not understood can make the audit fail,
-never pass. Loops are such primitives, because their bodies would use a stream again and again.
+they do and no longer masks a secret. Every equation with an effect, on a named axis, or in native
+code that is not ours makes its inputs cross. So a primitive that is not understood can make the
+audit fail, never pass. Loops are such primitives, because their bodies would use a stream again and
+again. Nothing may choose by the round's number: a branch that one round takes would stand for all.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import jax.extend
 import numpy as np
 
 from primia_jax import prng
-from primia_jax.boundary import known
+from primia_jax.boundary import known, meetings
 from primia_jax.boundary.values import (
   PUBLIC,
   KeyName,
@@ -71,6 +73,7 @@ class Walk(NamedTuple):
     disclosed: keys that the observer holds; streams of theirs are public.
     call: inside a function of JAX itself, the equation that calls it: what JAX has traced once
       serves many callers, so its own lines are those of the first.
+    closed_is_secret: an array that the function closes over is no argument, and may be anybody's.
   """
 
   met: list[Met]
@@ -79,11 +82,16 @@ class Walk(NamedTuple):
   position: int | None
   disclosed: frozenset[KeyName]
   call: Any = None
+  closed_is_secret: bool = False
 
 
-def start(position: int | None = None, disclosed: Iterable[KeyName] = ()) -> Walk:
+def start(
+  position: int | None = None,
+  disclosed: Iterable[KeyName] = (),
+  closed_is_secret: bool = False,
+) -> Walk:
   """A walk that has met nothing; it may go through several jaxprs, one after another."""
-  return Walk([], itertools.count(), {}, position, frozenset(disclosed))
+  return Walk([], itertools.count(), {}, position, frozenset(disclosed), None, closed_is_secret)
 
 
 def follow(state: Walk, closed: Any, inputs: Sequence[Value]) -> list[Value]:
@@ -116,7 +124,7 @@ def keys(words: np.ndarray) -> Value:
 
 
 def _enter(state: Walk, body: Any, inputs: Sequence[Value]) -> list[Value]:
-  jaxpr = _jaxpr(body)
+  jaxpr = meetings.jaxpr_of(body)
   return _run(state, jaxpr, getattr(body, "consts", ()), inputs, jaxpr.outvars)
 
 
@@ -125,18 +133,18 @@ def _run(
 ) -> list[Value]:
   env: dict[Any, Value] = {}
   for var, const in zip(jaxpr.constvars, consts, strict=True):
-    env[var] = Value((), known.constant(const))
+    env[var] = _constant(state, const)
   env.update(zip(jaxpr.invars, inputs, strict=True))
 
   def read(atom: Any) -> Value:
     if isinstance(atom, jax.extend.core.Literal):
-      return Value((), known.constant(atom.val))
+      return _constant(state, atom.val)
     return env[atom]
 
   for eqn in jaxpr.eqns:
     values = [read(v) for v in eqn.invars]
     name = eqn.primitive.name
-    if name in _MEETING:
+    if meetings.crosses(eqn):
       for atom, value in zip(eqn.invars, values, strict=True):
         state.met.append(Met(value, atom.aval, name, eqn, False))
         if not isinstance(atom, jax.extend.core.Literal):
@@ -148,9 +156,17 @@ def _run(
   return [read(v) for v in outvars]
 
 
+def _constant(state: Walk, value: Any) -> Value:
+  """A literal, or an array that the function closes over: public if it is small."""
+  is_large = np.size(value) > (1 if np.issubdtype(np.result_type(value), np.inexact) else _SMALL)
+  if state.closed_is_secret and is_large:
+    return secret([f"an array {list(np.shape(value))} that the function closes over"])
+  return Value((), known.constant(value))
+
+
 def _apply(state: Walk, name: str, eqn: Any, values: list[Value]) -> list[Value]:
-  if name in _CALLS:
-    inner = next(eqn.params[p] for p in _CALLS[name] if p in eqn.params)
+  if name in meetings.CALLS:
+    inner = next(eqn.params[p] for p in meetings.CALLS[name] if p in eqn.params)
     source = _function(inner)
     if source == _STREAMS:
       return [_streams(state, eqn, *values)]
@@ -165,11 +181,17 @@ def _apply(state: Walk, name: str, eqn: Any, values: list[Value]) -> list[Value]
     return _cond(state, eqn, values)
   if name == "axis_index":
     return [Value((), None if state.position is None else np.asarray(state.position, np.int32))]
-  if name in ("scan", "while", "shard_map") or _bodies(eqn):
+  if name in ("scan", "while", "shard_map") or meetings.bodies(eqn):
     _meet_inside(state, eqn, values)
   if name == "optimization_barrier" or _is_barrier(name, eqn):
     return values
-  found = known.apply(eqn, [v.known for v in values]) if len(eqn.outvars) == 1 else None
+  outputs = _plain(state, name, eqn, values)
+  return [v._replace(varies=True) for v in outputs] if any(v.varies for v in values) else outputs
+
+
+def _plain(state: Walk, name: str, eqn: Any, values: list[Value]) -> list[Value]:
+  is_followed = len(eqn.outvars) == 1 and not (name == "select_n" and values[0].varies)
+  found = known.apply(eqn, [v.known for v in values]) if is_followed else None
   if not any(v.parts for v in values):
     return [Value((), found)] if len(eqn.outvars) == 1 else [PUBLIC] * len(eqn.outvars)
   if found is not None and found.dtype == object:
@@ -182,7 +204,7 @@ def _rule(state: Walk, name: str, eqn: Any, values: list[Value]) -> Value:
   """What an equation with one or more results makes of secret things."""
   aval, at = eqn.outvars[0].aval, state.call or eqn
   if name == "select_n" and not values[0].parts:
-    which = known.single(values[0].known)
+    which = _choice(values[0])
     return values[1 + which] if which is not None else mixed(values[1:], at)
   is_word = isinstance(aval.dtype, np.dtype) and aval.dtype.kind in "iub"
   width = 8 * aval.dtype.itemsize if is_word else 0
@@ -222,10 +244,15 @@ def _rule(state: Walk, name: str, eqn: Any, values: list[Value]) -> Value:
         return lowest(values[0], width, at)
     case "and":
       for one, other in (values, values[::-1]):
-        number = known.single(other.known)
+        number = _choice(other)
         if number is not None and number >= 0 and number & (number + 1) == 0:
           return lowest(one, number.bit_length(), at)
   return mixed(values, at)
+
+
+def _choice(value: Value) -> int | None:
+  """The number that it is in every round, if that is known."""
+  return None if value.varies else known.single(value.known)
 
 
 def _unfold(state: Walk, eqn: Any, values: list[Value]) -> list[Value]:
@@ -242,7 +269,7 @@ def _unfold(state: Walk, eqn: Any, values: list[Value]) -> list[Value]:
 
 def _cond(state: Walk, eqn: Any, values: list[Value]) -> list[Value]:
   which, *operands = values
-  branches, chosen = eqn.params["branches"], known.single(which.known)
+  branches, chosen = eqn.params["branches"], _choice(which)
   if chosen is not None:
     return _enter(state, branches[min(max(chosen, 0), len(branches) - 1)], operands)
   each = [_enter(state, branch, operands) for branch in branches]
@@ -254,32 +281,11 @@ def _cond(state: Walk, eqn: Any, values: list[Value]) -> list[Value]:
 
 def _meet_inside(state: Walk, eqn: Any, values: list[Value]) -> None:
   """Notes what crosses inside a body that is not followed, whatever it is made of."""
-  for body in _bodies(eqn):
-    for inner in _meetings(body):
+  for body in meetings.bodies(eqn):
+    for inner in meetings.meetings(body):
       all_of = mixed(values, eqn)
       for atom in inner.invars:
         state.met.append(Met(all_of, atom.aval, inner.primitive.name, inner, True))
-
-
-def _bodies(eqn: Any) -> list[Any]:
-  found = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else (p,))]
-  return [v for v in found if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-
-
-def sizes_met(closed: Any) -> list[int]:
-  """Bytes of everything that crosses in a jaxpr, in order."""
-  avals = [v.aval for eqn in _meetings(closed) for v in eqn.invars]
-  return [math.prod(a.shape) * a.dtype.itemsize for a in avals]
-
-
-def _meetings(body: Any) -> list[Any]:
-  out = []
-  for eqn in _jaxpr(body).eqns:
-    if eqn.primitive.name in _MEETING:
-      out.append(eqn)
-    for inner in _bodies(eqn):
-      out += _meetings(inner)
-  return out
 
 
 # ---- keystreams
@@ -291,7 +297,8 @@ def _streams(state: Walk, eqn: Any, key_words: Value, signs: Value, nonce: Value
   if not key_words.parts and (key_words.known is None or key_words.known.dtype != object):
     return PUBLIC if not nonce.parts else mixed([nonce], eqn)
   words, factors, numbers = key_words.known, signs.known, nonce.known
-  if words is None or factors is None or numbers is None or numbers.dtype == object:
+  is_known = not any(v is None for v in (words, factors, numbers))
+  if not is_known or numbers.dtype == object or key_words.varies or signs.varies:
     return mixed([key_words, signs, nonce], eqn)
   total: dict[Stream, int] = {}
   rest: set[Any] = set()
@@ -351,13 +358,9 @@ def _without_disclosed(state: Walk, value: Value) -> Value:
 # ---- jaxprs
 
 
-def _jaxpr(body: Any) -> Any:
-  return body.jaxpr if hasattr(body, "jaxpr") else body
-
-
 def _function(body: Any) -> str:
   """The Python function that a jaxpr was traced from: "name at file"."""
-  info = getattr(_jaxpr(body), "debug_info", None)
+  info = getattr(meetings.jaxpr_of(body), "debug_info", None)
   return str(getattr(info, "func_src_info", "")).rsplit(":", 1)[0]
 
 
@@ -371,25 +374,9 @@ def _is_barrier(name: str, eqn: Any) -> bool:
 
 # What `prng` compiles by itself; every stream and every subkey is made in one of these.
 _STREAMS, _BLOCKS = (f"{name} at {prng.__file__}" for name in ("_mask_sum", "_blocks"))
-_CALLS = dict.fromkeys(
-  (
-    "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
-    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite",
-  ),
-  ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"),
-)  # fmt: skip
+_SMALL = 64  # elements of an array of integers that is a table of the program, and no data
 _WORDWISE = ("add", "sub", "add_any", "xor", "and")
 _FOREIGN = ("jax", "flax", "jaxlib", "optax")
-_MEETING = frozenset(
-  (
-    "psum", "psum2", "psum_invariant", "pmax", "pmin", "ppermute", "pshuffle", "all_gather",
-    "all_gather_invariant", "all_to_all", "reduce_scatter", "psum_scatter", "ragged_all_to_all",
-    "pgather", "pbroadcast", "debug_callback", "debug_print", "io_callback", "pure_callback",
-    "outside_call", "outfeed",
-  )
-)  # fmt: skip
-
-
 def line(eqn: Any) -> str:
   """file:line of the innermost call outside JAX and Flax; empty if there is none."""
   traceback = eqn.source_info.traceback if eqn is not None else None

@@ -11,8 +11,10 @@ of the row hides it alone: with P peers, P of them and the server must collude t
 Not seen: what `begin` and `end` do on the host (their messages are in `boundary.messages`); the
 algorithm's `server`, which gets the opened sum only; noise, since noise is no mask; how much a sum
 tells; sizes, times and who takes part; the data that a loader gives, such as a padding row that is
-a real image. Only the site at `position` is followed: all run one function, and differ in the keys
-of their rows, of which no two may be equal. Sums between processes (`summation.over`) are masked on
+a real image; and small arrays that a site's function closes over (`flow`), which count as the
+program's own. All sites run one function. It is followed for each of them, since what it sends may
+depend on the site's number; where it depends on the round's, both branches count. No two keys of
+their rows may be equal. Sums between processes (`summation.over`) are masked on
 the host and cannot be traced: audit the same coding under `summation.masked`, whose masks are equal
 bit for bit.
 """
@@ -38,14 +40,13 @@ class _Traced(Exception):
   """Ends a step once its site function is traced."""
 
 
-def audit(run: Callable[[Placement], Any], name: str = "", position: int = 0) -> report.Report:
+def audit(run: Callable[[Placement], Any], name: str = "") -> report.Report:
   """Audits the first sum over sites that `run` forms with the placement it is given.
 
   Args:
     run: placement -> anything; e.g. `lambda placement: federate(..., placement, 3).step(...)`.
       Arrays of sites, model and states may be ShapeDtypeStructs; a `State.round` must be a number.
-    name: for the report.
-    position: of the site that is followed, among those of the round.
+    name: for the report, whose crossings are those of the first site.
 
   Raises:
     ValueError: `run` formed no sum; or whatever `run` raises.
@@ -54,7 +55,7 @@ def audit(run: Callable[[Placement], Any], name: str = "", position: int = 0) ->
 
   def lift(site_fn: Callable) -> Callable:
     def traced(shared: PyTree, inputs: PyTree) -> Any:
-      found.append(_follow(site_fn, shared, inputs, name, position))
+      found.append(_follow(site_fn, shared, inputs, name))
       raise _Traced
 
     return traced
@@ -77,7 +78,6 @@ def audit_round(
   *,
   class_weights: Any = None,
   round: int = 0,
-  position: int = 0,
 ) -> report.Report:
   """Audits a training round of `federate(algorithm, summation, ..., num_sites)`.
 
@@ -87,7 +87,6 @@ def audit_round(
     site: one site's data; shapes suffice. `secret` is None, as from a loader.
     class_weights: see `federated.Sites`.
     round: the round's number.
-    position: of the site that is followed.
   """
   shapes = lambda tree: jax.tree.map(
     lambda a: jax.ShapeDtypeStruct((num_sites, *a.shape), a.dtype), tree
@@ -101,29 +100,44 @@ def audit_round(
   run = lambda placement: federated.federate(algorithm, summation, placement, num_sites).step(
     key, state, sites
   )
-  return audit(run, f"{algorithm.name}, {summation.name}", position)
+  return audit(run, f"{algorithm.name}, {summation.name}")
 
 
-def _follow(
-  site_fn: Callable, shared: PyTree, inputs: PyTree, name: str, position: int
+def _follow(site_fn: Callable, shared: PyTree, inputs: PyTree, name: str) -> report.Report:
+  own = jax.tree.map(lambda a: _row(a, 0), inputs)
+  traced = jax.make_jaxpr(site_fn, return_shape=True)(shared, own)
+  first, *others = (
+    _at(traced, shared, inputs, name, position) for position in range(len(inputs[0].id))
+  )
+  said = list(first.violations)
+  for position, other in enumerate(others, start=1):
+    for found in other.violations:
+      if (found.where, found.line) not in [(v.where, v.line) for v in said]:
+        said.append(found._replace(what=f"{found.what} (at site {position} of the sum)"))
+  return first._replace(violations=(*said, *_equal_keys(inputs[1])))
+
+
+def _at(
+  traced: tuple[Any, Any], shared: PyTree, inputs: PyTree, name: str, position: int
 ) -> report.Report:
-  own = jax.tree.map(lambda a: _row(a, position), inputs)
-  (site, row, state), rows = own, inputs[1]
+  """What the site at this position sends."""
+  (closed, shapes), rows = traced, inputs[1]
+  site, row, state = jax.tree.map(lambda a: _row(a, position), inputs)
   names = _key_names(rows, position)
+  number = getattr(shared, "round", 0)
   labels = [
-    *[_public(v) for v in jax.tree.leaves(shared)],
+    *[_public(v)._replace(varies=v is number) for v in jax.tree.leaves(shared)],
     *_site_labels(site),
     *_row_labels(row, names),
     *_secrets("state", state),
   ]
-  closed, shapes = jax.make_jaxpr(site_fn, return_shape=True)(shared, own)
-  walk = flow.start()
+  walk = flow.start(closed_is_secret=True)
   outputs = flow.follow(walk, closed, labels)
   summed, stacked = shapes
   # a robust rule takes every site's message as it is, stacked beside the states that stay
   crosses = summed if jax.tree.leaves(summed) else stacked[0]
   paths = [p for p, _ in jax.tree_util.tree_flatten_with_path(crosses)[0]]
-  number = int(getattr(shared, "round", 0))
+  number = int(number)
   sent = [
     report.Sent(f"sent{jax.tree_util.keystr(path)}", value, aval, number)
     for path, value, aval in zip(paths, outputs, closed.out_avals, strict=False)
@@ -141,7 +155,7 @@ def _follow(
   more = [
     report.Violation(f"{m.how} in the site function", flow.line(m.eqn), "in a loop") for m in twice
   ]
-  return found._replace(violations=(*found.violations, *_equal_keys(rows), *more))
+  return found._replace(violations=(*found.violations, *more))
 
 
 # ---- labels of the inputs
@@ -171,8 +185,8 @@ def _site_labels(site: Site) -> list[Value]:
 def _row_labels(row: PyTree, names: dict[bytes, str]) -> list[Value]:
   labels: list[Value] = []
   for leaf in jax.tree.leaves(row, is_leaf=_is_row):
-    if not _is_row(leaf):
-      labels.append(_public(leaf))
+    if not _is_row(leaf):  # the round's and the purpose's numbers, or whether the site counts
+      labels.append(_public(leaf)._replace(varies=np.ndim(leaf) > 0))
       continue
     labels += [_public(leaf.site), _public(leaf.peers)]
     labels += [_keys(v, names) for v in (leaf.keys, leaf.self_mask, leaf.noise) if v is not None]

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.boundary import flow, report
+from primia_jax.boundary import flow, meetings, report
 from primia_jax.boundary.values import PUBLIC, KeyName, Value, Word, secret
 from primia_jax.mpc import circuit as circuits
 from primia_jax.mpc import encoding, protocol
@@ -192,7 +192,7 @@ def _trace_gate(gate: Gate) -> _Gate:
   run = jax.make_jaxpr(
     lambda z, c: elementwise.run(gate, Wire(swap=True, log=log), z, c), axis_env=[(PARTY, 2)]
   )(masks["r"], correlation)
-  sizes = iter(flow.sizes_met(run))
+  sizes = iter(meetings.sizes_met(run))
   rounds = []
   for sent in log:
     total, count = 0, 0

@@ -66,10 +66,12 @@ class Value(NamedTuple):
     parts: it is a function of these and of public things; none if it is public.
     known: its elements, of a small array: numbers, or `Word`s in an object array; a scalar where
       all elements are equal; None if not known while tracing.
+    varies: `known` is of this round, and of another round it is not.
   """
 
   parts: tuple[Part, ...] = ()
   known: np.ndarray | None = None
+  varies: bool = False
 
 
 PUBLIC = Value()
