@@ -28,8 +28,11 @@ _FLAGS = flags.DEFINE_list("train_flags", [], "Further flags of primia-train, su
 _MORE = 30.0  # seconds that a round apart may cost more than in one process
 _TIMEOUT = 600.0
 _MODULE = "experiments.train_federated"
-_LAST_STAGE = "total, and the wish for the next sum"
-_STAGES = ("share_keys", "masked_input, with training", "consistency", "unmask", _LAST_STAGE)
+_NEXT = "total, and the next masked input, with training"
+_STAGES = {  # by the messages of a sum: where its keys were agreed on in the one before, or not
+  3: ("consistency", "unmask", _NEXT),
+  5: ("share_keys", "masked_input, with training", "consistency", "unmask", _NEXT),
+}
 
 
 def of_rounds(run: pathlib.Path) -> list[float]:
@@ -82,17 +85,22 @@ def main(_):
     times = [lines(site / timed_site.FILE) for site in own]
   per_round = len(sums) // (_ROUNDS.value + 1)
   measuring.say("a round in one process", one, "s", None)
-  measuring.say("a round apart", rounds, "s", None, sums=per_round)
+  first = len(sums) - _ROUNDS.value * per_round
+  lengths = [len(one["seconds"]) for one in sums]
+  per_sum = sum(lengths[first:]) / len(lengths[first:])
+  measuring.say("a round apart", rounds, "s", None, sums=per_round, messages_a_sum=per_sum)
   pairs = [a - b for a, b in zip(rounds, one, strict=True)]
   measuring.say("a round apart less one in one process", pairs, "s", _MORE)
-  first = len(sums) - _ROUNDS.value * per_round
-  later, before = sums[first:], len(times[0]) - len(_STAGES) * len(sums)
-  for at, stage in enumerate(_STAGES):
-    place = lambda n, at=at: before + len(_STAGES) * n + at
-    rows = [[site[place(n)] for site in times] for n in range(first, len(sums))]
+  before = len(times[0]) - sum(lengths)  # answers before the first sum
+  found: dict[str, list[tuple[float, list[dict[str, Any]]]]] = {}
+  for n in range(first, len(sums)):
+    for at, stage in enumerate(_STAGES[lengths[n]]):
+      row = [site[before + sum(lengths[:n]) + at] for site in times]
+      found.setdefault(stage, []).append((sums[n]["seconds"][at], row))
+  for stage, messages in found.items():
+    seconds, rows = [one for one, _ in messages], [row for _, row in messages]
     ours = [max(row["answered"] for row in each) for each in rows]
     worked = [max(row["worked"] for row in each) for each in rows]
-    seconds = [one["seconds"][at] for one in later]
     more = {"site_work": round(max(worked), 4), "megabytes": rows[0][0]["bytes"] / 1e6}
     measuring.say(f"message: {stage}", seconds, "s", None, **more)
     flower = [whole - answered for whole, answered in zip(seconds, ours, strict=True)]

@@ -172,7 +172,7 @@ def run(case: str, ring_name: str, root: pathlib.Path) -> None:
     # both sides' openings travel at once
     seconds = len(sizes) * _DELAY.value / 1e3 + 8 * sum(sizes) / (_MBITS.value * 1e6)
     measuring.say(
-      f"communication alone, reckoned: {what}", [seconds], "s", None,
+      f"communication alone, estimated: {what}", [seconds], "s", None,
       formula="rounds x delay + 8 x bytes each way / bandwidth",
     )  # fmt: skip
   if plan.config.exact:

@@ -70,7 +70,7 @@ def check_summed() -> None:
   if given:
     raise ValueError(
       f"ledger_dir={FLAGS.ledger_dir} sums what was charged, and takes delta and output_dir only; "
-      f"leave out {', '.join(given)}, or leave out ledger_dir to foretell a run"
+      f"leave out {', '.join(given)}, or leave out ledger_dir to forecast a run"
     )
   if not 0 <= FLAGS.delta < 1:
     raise ValueError(f"delta={FLAGS.delta} must lie in (0, 1); 0 takes the least of all runs")

@@ -10,6 +10,7 @@ after it was lost, and what the run will cost.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -30,7 +31,7 @@ from primia_jax.privacy.plan import Plan
 from primia_jax.secagg import pinning, roster
 from primia_jax.types import ModelState, Params
 
-from . import approving, evaluations, folders, inputs, ledgers, site_folders
+from . import approving, evaluations, folders, inputs, ledgers, settings, site_folders
 from .configs import Train
 from .configs.scoring import Evaluate
 from .site_folders import COORDINATOR, Member
@@ -234,6 +235,23 @@ def check_start(site: Site, model: tuple[Params, ModelState]) -> None:
     approval.check_parameters(site.approved, model)
 
 
+def own_policy(site: Site, config: Train) -> disclosure.Policy:
+  """What this site lets out: of its own floors and those of the configuration the larger ones."""
+  mine, agreed = site.member.limits.policy(), config.disclosure.policy()
+  floors = "fewest_patients", "fewest_sites", "fewest_images"
+  larger = {name: max(getattr(mine, name), getattr(agreed, name)) for name in floors}
+  return dataclasses.replace(mine, **larger)
+
+
+def looking(site: Site, config: Train) -> Train:
+  """The configuration by which this site trains: it looks at each model first if its operator
+  wants that, whatever the coordinator has set.
+  """
+  if not site.member.limits.looks_at_models:
+    return config
+  return settings.replace(config, refuse_suspicious_models=True)
+
+
 def check_budget(
   site: Site, plan: Plan, chain: Chain, rounds: int, done: int, counted: bool
 ) -> None:
@@ -276,12 +294,14 @@ def _beyond(site: Site, total: float, what: str) -> str:
   )
 
 
-def note_start(site: Site, config: Train, done: int) -> None:
-  """Notes in the journal that training begins, after so many rounds."""
+def note_start(site: Site, config: Train, done: int, last_entry: str) -> None:
+  """Notes in the journal that training begins, after so many rounds, and the ledger's last entry,
+  if any: a start may be charged.
+  """
   digest = approval.digest(site.approved).hex()
   held = roster.digest(pinning.held(site.folder)).hex()
   facts = {"approval": digest, "roster": held, "after": done, "rounds": config.training.rounds}
-  site_folders.note(site.folder, "start", **facts)
+  site_folders.note(site.folder, "start", **facts, **{_ENTRY: last_entry})
 
 
 def note_round(site: Site, row: Mapping[str, Any], last_entry: str) -> None:
@@ -307,6 +327,8 @@ def admit_scoring(site: Site, config: Evaluate, model: evaluations.Model) -> Non
     approval.check(site.approved, evaluations.offered(config, model))
     evaluations.check(config, site.member.limits)
     _check_roster(site, config.scoring.num_sites)
+    if config.scoring.dp_count_noise:
+      _ledger(site)
 
 
 def check_scored(site: Site, images: Dataset) -> None:
@@ -322,6 +344,13 @@ def check_scored(site: Site, images: Dataset) -> None:
         f"and takes no part; lower the floor in {site.folder / site_folders.SETTINGS} if counts of "
         "so few may be summed"
       )
+
+
+def note_charged(site: Site, last_entry: str) -> None:
+  """Notes in the journal that the ledger was charged, and its last entry, before anything of what
+  was charged leaves: an older copy of the ledger is then missed.
+  """
+  site_folders.note(site.folder, "charged", run=site.run.name, **{_ENTRY: last_entry})
 
 
 def note_scored(site: Site, survivors: Sequence[int]) -> None:

@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from primia_jax import approval, disclosure, models, multilabel
+from primia_jax import approval, disclosure, local, models, multilabel
 from primia_jax.approval import Approval
 from primia_jax.data.dataset import Dataset
+from primia_jax.privacy import ledger
 
 from . import inputs, settings
-from .configs import Train, rehearse
+from .configs import Train, rehearse, tasks
+from .configs.aggregation import Aggregation
+from .configs.run import build_site_level
 from .settings import names
 from .site_folders import NO_IMAGES, Limits, Member, Own
 
@@ -159,19 +162,69 @@ def check(config: Train, limits: Limits) -> None:
   policy.check_sum(config.fewest_in_sum)
   for kind in leaving(config):
     policy.check(kind)
+  check_colluding(config.aggregation, config.hospitals.num_sites, config.sites_in_round, limits)
+  of_pixels = tasks.of(config.model.model).of_pixels
+  if limits.fewest_patients and (of_pixels or config.data.is_multi):
+    raise ValueError(
+      f"fewest_patients={limits.fewest_patients} of this site, and the report has no floors for "
+      f"scores of {'masks' if of_pixels else 'several labels an image'}; set it to 0 if exact ones "
+      "may be told"
+    )
   rounds, p = config.training.rounds, config.privacy
   if 0 < limits.max_rounds < rounds:
     raise ValueError(f"rounds={rounds} of the configuration, and max_rounds={limits.max_rounds}")
-  if limits.max_epsilon and (p.dp == "none" or p.dp_seed >= 0):
+  if limits.max_epsilon and p.dp == "none":
     raise ValueError(
-      f"max_epsilon={limits.max_epsilon:g} of this site, and dp={p.dp}, dp_seed={p.dp_seed} of the "
-      "configuration protect nobody, so that epsilon is infinite"
+      f"max_epsilon={limits.max_epsilon:g} of this site, and dp=none of the configuration protects "
+      "nobody, so that epsilon is infinite"
     )
   if 0 < limits.max_epsilon < p.target_epsilon:
     raise ValueError(
       f"target_epsilon={p.target_epsilon:g} of the configuration, and "
       f"max_epsilon={limits.max_epsilon:g} of this site"
     )
+
+
+def check_colluding(
+  aggregation: Aggregation, num_sites: int, sites_in_round: int, limits: Limits
+) -> None:
+  """Refuses sums that fewer colluding sites open than the limit says; two sites alone learn each
+  other's part in any case. Raises as `Aggregation.check_survives`.
+  """
+  if num_sites > 2 and limits.fewest_colluding:
+    aggregation.check_survives(num_sites, sites_in_round, limits.fewest_colluding)
+
+
+def protection(config: Train, held: Held) -> str:
+  """What protects a run, in words, for the operator who approves it.
+
+  Args:
+    config: of the run.
+    held: this site's images. Where no budget is set, epsilon is that of sites of as many.
+  """
+  p = config.privacy
+  said = [_cost(config, held), config.aggregation.said(config.sites_in_round)]
+  said.append("exact validation counts leave" if p.validates else "no validation")
+  return "; ".join(said)
+
+
+def _cost(config: Train, held: Held) -> str:
+  p, rounds = config.privacy, config.training.rounds
+  if p.dp == "none":
+    return "no privacy (dp=none)"
+  if p.target_epsilon:
+    return f"epsilon at most {p.target_epsilon:g} of each {p.dp}"
+  model = config.model.trained(config.model.config(config.data, len(label_names(config))))
+  if p.dp == "site":
+    shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
+    epsilon, units = build_site_level(config, models.num_parameters(shapes)).epsilon(rounds), 0
+  elif units := held.patients if p.by_patient else held.images:
+    loss = local.classification_loss(model.apply, config.augment.build(), len(held.of_class))
+    epsilon = p.build_steps(config.training, loss, [units]).epsilon(rounds)
+  else:
+    return f"epsilon of each {p.dp} as the sizes of sites decide"
+  alike = f", for sites of {units} {p.dp}s" * bool(units)
+  return f"epsilon {ledger.claim(epsilon)} of each {p.dp}{alike}"
 
 
 def held(config: Train, member: Member) -> Held:

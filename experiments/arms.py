@@ -128,7 +128,7 @@ def train(
       told = back.ledgers
     if privacy is not None:
       agreeing.reconcile(told, path, privacy, max(2, joined.num_colluding + 1))
-    step = starts.recorded(joined, step)
+    step = starts.recorded(joined, step, is_fresh=privacy is not None)
   if trainer.seen is not None:
     step = transcripts.recorded(folder, trainer.seen, step)
   charges: ledger.Ledgers | None = None
@@ -140,13 +140,14 @@ def train(
     if privacy is not None and charges is not None:
       of_run = config.training.rounds, int(state.round), charges.counts is not None
       admission.check_budget(site, privacy, charges.chain, *of_run)
-    admission.note_start(site, config, int(state.round))
+    last = "" if charges is None else charges.chain.last
+    admission.note_start(site, config, int(state.round), last)
 
   everybody = _sites(config, cohort, cohort.train, trainer, trainer.max_examples)
   if back is not None:
     everybody = everybody._replace(class_weights=back.class_weights)
   elif config.training.class_weights:
-    everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, charges))
+    everybody = everybody._replace(class_weights=_class_weights(trainer, everybody, charges, site))
   if joined is not None and back is None and everybody.class_weights is not None:
     joined.exchange.bind(np.asarray(everybody.class_weights).tobytes())
   lines_path, begun = folder / "rounds.jsonl", int(state.round)
@@ -181,6 +182,8 @@ def train(
       bar.set_postfix_str(f"stopped: another round would exceed {target}")
       return False
     charges.spend_round(ids)
+    if site is not None:
+      admission.note_charged(site, charges.chain.last)
     return True
 
   validate = None
@@ -322,7 +325,10 @@ def _not_private(config: Train, trainer: Trainer) -> str:
 
 
 def _class_weights(
-  trainer: Trainer, everybody: federated.Sites, charges: ledger.Ledgers | None
+  trainer: Trainer,
+  everybody: federated.Sites,
+  charges: ledger.Ledgers | None,
+  site: admission.Site | None,
 ) -> Array:
   """Inverse frequencies of the classes; a private run releases the noised counts once."""
   counts: Any = None if charges is None else charges.counts
@@ -330,6 +336,8 @@ def _class_weights(
     if charges is not None and trainer.privacy is not None:
       for release in trainer.privacy.before:
         charges.spend(release, everybody.ids.tolist())
+        if site is not None:
+          admission.note_charged(site, charges.chain.last)
     counts = trainer.count_classes(everybody).tolist()
     if charges is not None:
       charges.keep_counts(counts)

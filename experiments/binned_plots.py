@@ -23,8 +23,6 @@ def roc(table: Any, label_names: Sequence[str], path: str | pathlib.Path, title:
   Args:
     table: [L, L, B] images by true class, class whose probability it is, and bin.
     label_names: the L classes.
-    path: the file to write.
-    title: what the picture shows.
   """
   table = np.asarray(table)
   figure = Figure(figsize=(6.4, 6.4), layout="constrained")
@@ -62,8 +60,6 @@ def reliability(calibration: Any, path: str | pathlib.Path, title: str) -> None:
 
   Args:
     calibration: [3, C] images, right answers and the sum of confidences, by bin of confidence.
-    path: the file to write.
-    title: what the picture shows.
   """
   images, right, confidence = np.asarray(calibration, np.float64)
   bins = len(images)

@@ -20,8 +20,11 @@ def programs() -> pathlib.Path:
 
 
 def keep() -> None:
-  """Keeps programs that took a second or more to compile."""
-  jax.config.update("jax_compilation_cache_dir", str(folder("xla")))
+  """Keeps programs that took a second or more to compile, unless JAX_COMPILATION_CACHE_DIR or
+  another setting says where and which.
+  """
+  if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_dir", str(folder("xla")))
 
 
 def keep_all() -> None:

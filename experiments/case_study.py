@@ -14,7 +14,6 @@ Without --study the study is of the synthetic phantom.
 import json
 import pathlib
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -33,8 +32,8 @@ flags.DEFINE_list(
   "arms",
   [],
   f"which arms: {', '.join(study.ARMS)}; empty takes the study's own. local is trained in the run "
-  "of secure, encrypted scores its model, and attacked attacks federated, whose updates are in the "
-  "clear",
+  "of secure, encrypted asks its model about all test images, and attacked attacks federated, "
+  "whose updates are in the clear",
 )
 flags.DEFINE_string("data", "", "the images, as primia-train takes them; empty: the study's own")
 flags.DEFINE_string(
@@ -74,9 +73,6 @@ def main() -> None:
       if (own / step.made).is_file():
         print(f"[{number} of {len(steps)}] {step.folder}: finished before", flush=True)
         continue
-      if not step.resumes:
-        for leftover in (own, folder / "roles"):
-          shutil.rmtree(leftover, ignore_errors=True)
       print(f"[{number} of {len(steps)}] {commands[step.folder]}", flush=True)
       code = subprocess.run([sys.executable, "-m", *_arguments(step, folder)]).returncode
       if code:

@@ -30,8 +30,8 @@ class Certificate:
   """Whose, and whom to trust."""
 
   folder: str = settings.setting("", "this institution's own folder, made with mode 0700 if needed")
-  name: str = settings.setting("", "of the institution: letters a to z, digits and hyphens")
-  days: int = settings.setting(365, "for which the certificate is valid")
+  name: str = settings.setting("", "the institution's name: letters a to z, digits and hyphens")
+  days: int = settings.setting(365, "days for which the certificate is valid")
   renew: bool = settings.setting(
     False, "replace key and certificate by new ones; the other side must pin the new certificate"
   )
@@ -104,7 +104,7 @@ def _read(flag: str, value: str) -> tuple[str, bytes]:
     certificates.check_name(name)
   except (ValueError, IndexError) as error:
     raise ValueError(
-      f"{flag}={value} is no certificate of primia-certificate; name its .pem file"
+      f"{flag}={value} is not a certificate of primia-certificate; name its .pem file"
     ) from error
   certificates.check_valid(pem)
   return name, pem

@@ -4,8 +4,8 @@
 
 It reads the model owner's plan and tag, and nothing else. It writes for two parties:
 dealer/outbox/model_owner and dealer/outbox/hospital-a. Move each into its receiver's
-inbox/dealer, encrypted and never both by the same hands: who reads both learns images and weights.
-The outbox is filled up to --images, so the same call goes on after a stop.
+inbox/dealer, encrypted and never both by the same hands: anyone with both learns images and
+weights. The outbox is filled up to --images, so the same call goes on after a stop.
 
 With --checked the clinic's part is held back. The model owner then draws a share at random
 (primia-publish --check_dealer), and --open opens these to it, destroys them and every seed, and
@@ -33,7 +33,7 @@ class Deal:
   clinic: str = settings.setting(
     "", "name of the clinic, as in its certificate; of the helper, where clinics share their images"
   )
-  images: int = settings.setting(0, "images for which the outbox shall hold correlations")
+  images: int = settings.setting(0, "number of images for which the outbox will hold correlations")
   disk_gb: float = settings.setting(
     0.0, "most that the dealer's folder may take, in 10^9 bytes; 0 takes what the disk has free"
   )

@@ -58,7 +58,7 @@ def main() -> None:
     *(("allowed", a) for a in allowed),
   ):
     if not 0 < len(value.strip()) <= 16 or not value.isascii():
-      raise ValueError(f"{name}={value!r} is no AE title; use 1 to 16 ASCII characters")
+      raise ValueError(f"{name}={value!r} is not an AE title; use 1 to 16 ASCII characters")
   settings.require(0 <= n.port < 65536, "port", n.port, "must lie between 0 and 65535")
   settings.require(1 <= n.max_mb <= 64, "max_mb", n.max_mb, "must lie between 1 and 64")
   model, ask, *_ = clinics.load(s, remote)

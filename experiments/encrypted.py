@@ -24,7 +24,7 @@ from primia_jax.mpc.circuit import CHECKED, SHARING, TRUSTED, Config
 from primia_jax.mpc.gates.elementwise import COMPARISONS
 from primia_jax.types import Array, PyTree
 
-from . import folders, found_masks, inputs, model_files, settings
+from . import folders, found_masks, inputs, model_files, settings, unfinished
 from .configs.data import Data
 from .planned import OUTPUTS, Infer, Planned
 
@@ -32,6 +32,8 @@ OWNERS = ("model_owner", "data_owner")
 _NETWORKS = {"lan": pricing.LAN, "wan": pricing.WAN}
 ENCODER = models.MEAN, models.STD  # of `normalised`, whatever a model's own normalisation is
 _CALIBRATION_BATCH = 32  # images at a time; the ranges do not depend on it
+OWN_TEST = "run"  # as images: those on which the training run's own report tests
+WRITES = ("predictions.csv", "plan.txt", "costs.json", "check.json", *found_masks.FILES)
 _FRACTION_BITS = (*range(10, 25, 2), 8, 6)  # in the order tried if only the ring is given
 
 
@@ -42,12 +44,27 @@ def check(s: Infer) -> None:
     ValueError, FileNotFoundError: the message names the flag and the cure.
   """
   check_planned(s)
-  folders.check_images(s.images)
+  if s.images == OWN_TEST:
+    _check_own_test(s)
+  else:
+    folders.check_images(s.images)
   found_masks.check(s)
   if s.output_dir:
-    writes = ("predictions.csv", "plan.txt", "costs.json", *found_masks.FILES)
-    folders.to_write(s.output_dir, writes)
+    is_stopped = unfinished.is_there(pathlib.Path(s.output_dir).expanduser())
+    folders.to_write(s.output_dir, () if is_stopped else WRITES)
   parse_network(s.network)
+
+
+def _check_own_test(s: Infer) -> None:
+  if pathlib.Path(OWN_TEST).exists():
+    raise ValueError(
+      f"images={OWN_TEST} means the test images of the training run, but there is a file or folder "
+      f"of that name here; write --images=./{OWN_TEST} for it, or start the program elsewhere"
+    )
+  if pathlib.Path(s.checkpoint).expanduser().is_file():
+    raise ValueError(
+      f"images={OWN_TEST}: {s.checkpoint} is a checkpoint without images; name a file or a folder"
+    )
 
 
 def check_planned(s: Planned) -> None:
@@ -143,19 +160,22 @@ def calibration_images(
       run = folders.settings_of(s.checkpoint)
       if not run.data.site_data:  # sites of a round do not matter here, and may forbid this
         run = settings.replace(run, sites_in_memory=1, sites_per_round=0)
-      if not run.privacy.validates:
+      if run.privacy.dp != "none" and not run.privacy.validates:
         raise ValueError(
           f"calibration=run: with dp={run.privacy.dp} and validation={run.privacy.validation} the "
           "run's validation images are unused, and a plan would tell every layer's range on them"
         )
-      part = inputs.site_images(run).validation
+      found = inputs.site_images(run)
+      used, part = "validation", found.validation
+      if not run.privacy.validates:
+        used, part = "training", found.train
     except (FileNotFoundError, ValueError) as error:
       raise ValueError(
         f"{error} (the data of the training run; name other images with --calibration)"
       ) from error
     images: Any = part.dataset.images
     index = np.concatenate(part.sites)
-    source = f"validation images of the run ({run.data.site_data or run.data.data})"
+    source = f"{used} images of the run ({run.data.site_data or run.data.data})"
   else:
     if s.calibration == "phantom" and channels != 1:
       raise ValueError(

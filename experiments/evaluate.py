@@ -15,7 +15,7 @@ in a process and a folder of its own, and only sums over all of them are opened.
 is a trial on this machine. A hospital whose folder primia-site has made scores the model that its
 operator has approved, and needs no other flag:
 
-  primia-evaluate --run_dir=/srv/primia/a
+  primia-evaluate --run_dir=/srv/primia/a --channel_dir=/srv/primia/a-channel
 """
 
 from typing import Any
@@ -57,7 +57,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "classes",
   "",
-  "of a checkpoint of PriMIA: its classes in the order of its outputs; empty takes normal, "
+  "classes of a checkpoint of PriMIA, in the order of its outputs; empty takes normal, "
   "bacterial, viral for three",
 )
 flags.DEFINE_string(
@@ -81,9 +81,9 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
   "fewest_patients",
   0,
-  "patients in a count of the report (images where patients are unknown); smaller counts, and "
-  "scores and pictures that would tell them, are suppressed, and no predictions.csv is written; 0 "
-  "shows all",
+  "fewest patients in a count of the report (images where patients are unknown); smaller counts, "
+  "and scores and pictures that would tell them, are suppressed, and no predictions.csv is "
+  "written; 0 shows all",
   0,
 )
 flags.DEFINE_boolean("unlabelled", False, "only predict, for a folder of images without classes")
@@ -184,19 +184,17 @@ def score_here() -> None:
     np.savez_compressed(output / "masks.npz", masks=predictions)
     print(f"{len(dataset)} masks are in {output / 'masks.npz'}")
     if not FLAGS.unlabelled:
-      said = segmentation_report.Facts(about, dataset.notes)
+      said = report.Facts(about, dataset.notes)
       result = segmentation_report.write(
         output, "Evaluation", dataset, {"trained": predictions}, "trained", FLAGS.seed, said,
         FLAGS.overlays,
       )  # fmt: skip
       report.print_summary(result, output)
     return
-  ids = [
-    str(path) for path in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])
-  ]
+  ids = inputs.names_of(dataset)
   if is_multi:
     if not FLAGS.unlabelled:
-      said = segmentation_report.Facts(about, dataset.notes)
+      said = report.Facts(about, dataset.notes)
       result = multilabel_report.write(
         output, "Evaluation", dataset, {"trained": predictions}, "trained", FLAGS.seed, said
       )
@@ -219,12 +217,9 @@ def score_here() -> None:
     data_name=dataset.name,
     arms={"trained": report.Arm(labels, predictions)},
     label_names=label_names,
-    config=about,
-    versions=report.versions(),
-    policy=Policy(fewest_patients=FLAGS.fewest_patients),
+    facts=report.Facts(about, dataset.notes, policy=Policy(fewest_patients=FLAGS.fewest_patients)),
     patients=dataset.groups,
     groups=dataset.groups if config.patient_column or config.patient_pattern else None,
-    images=dataset.notes,
     main_arm="trained",
     seed=FLAGS.seed,
   )

@@ -4,39 +4,52 @@ what it counted, and writes two reports: of all sites together, and of its own i
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from primia_jax import durable, evaluation, metrics
 from primia_jax.data.dataset import Dataset
 from primia_jax.metrics import ScoreCounts
+from primia_jax.privacy.ledger import Ledgers
+from primia_jax.secagg import pinning
 from primia_jax.secagg.errors import Refused
 
-from . import admission, evaluations, pooled_report, processes, report
+from . import (
+  admission,
+  evaluations,
+  noised_counts,
+  noised_report,
+  opened,
+  pooled_report,
+  processes,
+  report,
+)
 from .configs import tasks
 from .configs.scoring import Evaluate
 from .evaluations import Model
 from .report import Arm
 
 OWN, SUMS = "own", "sums.json"  # in the folder of results
-_LARGEST_FLOOR = 1_000_000  # of patients, that another site may ask for
+_NOISED = {"confusion", "table"}  # of counts with noise
 
 
 class Summed(NamedTuple):
   """What all sites have counted together.
 
   Attributes:
-    counts: of all images.
+    counts: of all images; with noise "confusion" and "table", as `metrics.NoisedCounts` has them.
     sites: numbers of the sites in the sum.
     fewest_patients: the largest floor of all sites.
   """
 
-  counts: ScoreCounts
+  counts: ScoreCounts | dict[str, np.ndarray]
   sites: tuple[int, ...]
   fewest_patients: int
 
@@ -71,6 +84,7 @@ def run(
   floor: int = 0,
   has_patients: bool = False,
   warnings: Mapping[str, str] = types.MappingProxyType({}),
+  ledger_dir: pathlib.Path | None = None,
 ) -> dict[str, Any]:
   """Scores this site's images, sums with the others, and writes both reports.
 
@@ -87,12 +101,14 @@ def run(
     has_patients: the site has named whose its images are, so that its own intervals resample
       patients.
     warnings: what a reader must know of these images before the scores.
+    ledger_dir: of these images' ledger, with noise.
 
   Returns:
     What `metrics.json` of all sites together holds.
 
   Raises:
     Refused, Lost: as `processes.meet`; or a site scores another model, or other classes.
+    ValueError, FileNotFoundError: as `noised_counts.begin` and `check_budget`.
   """
   predict = tasks.of(model.config.name).predictor(model.apply)
   probabilities = predict(model.trained, dataset.images)
@@ -100,27 +116,34 @@ def run(
     print(f"this site has no image of {name}, and adds nothing to its counts")
   folder.mkdir(mode=0o700, parents=True, exist_ok=True)
   path = folder / SUMS
+  charges: Ledgers | None = None
+  if config.scoring.dp_count_noise:
+    assert ledger_dir is not None
+    of_ledger = folder, ledger_dir, has_patients
+    charges = noised_counts.begin(config, len(model.label_names), dataset, seat, *of_ledger)
   if seat.site is not None and path.is_file():
     print(f"the sum was opened before and is in {path}; the reports are written from it")
     summed = _read(path)
   else:
-    summed = _sum(config, model, dataset, probabilities, seat, floor)
+    summed = _sum(config, model, dataset, probabilities, seat, floor, charges)
     durable.replace(path, _bytes(summed))
     if seat.site is not None:
       admission.note_scored(seat.site, summed.sites)
   about, is_shared = evaluations.about(config, model), seat.site is None and not config.data.sources
   own = about | dict(warnings)
+  if charges is not None:
+    own |= noised_counts.statement(charges, seat.number)
   _own_report(folder / OWN, config, dataset, probabilities, seat.number, own, has_patients)
   about |= warnings if is_shared else {}
   where = dataset.name if is_shared else "each site's own images"
-  return pooled_report.write(folder, config, model.label_names, where, *summed, about)
+  of_report, counts = (folder, config, model.label_names, where), summed.counts
+  if isinstance(counts, dict):
+    return noised_report.write(*of_report, counts, summed.sites, about)
+  return pooled_report.write(*of_report, counts, summed.sites, summed.fewest_patients, about)
 
 
-def _sum(
-  config: Evaluate, model: Model, dataset: Dataset, probabilities: Any, seat: Any, floor: int
-) -> Summed:
-  """Meets the other sites, and sums with them."""
-  n, scoring = config.scoring.num_sites, config.scoring
+def _exact(config: Evaluate, dataset: Dataset, probabilities: Any) -> ScoreCounts:
+  scoring = config.scoring
   bins = scoring.score_bins, scoring.confidence_bins
   counts = metrics.score_counts(dataset.labels, probabilities, dataset.groups, *bins)
   if max(counts.squares) / evaluation.SQUARES > scoring.most_images:
@@ -128,26 +151,55 @@ def _sum(
       f"most_images={scoring.most_images}: patients of this site have so many images that the sums "
       "have no room for them; raise it at all sites"
     )
+  return counts
+
+
+def _sum(
+  config: Evaluate,
+  model: Model,
+  dataset: Dataset,
+  probabilities: Any,
+  seat: processes.Seat,
+  floor: int,
+  charges: Ledgers | None,
+) -> Summed:
+  """Meets the other sites, and sums with them; with a ledger, counts that carry noise."""
+  n, size = config.scoring.num_sites, len(model.label_names)
+  counts: Any = None
+  kept = opened.keeper(seat.own, seat.number, pinning.needed(seat.own))
+  marked = opened.marks(kept, dataset.images)
+  if charges is None:
+    opened.check_images(kept, model.sha256, marked)
+    counts = _exact(config, dataset, probabilities)
+  else:
+    noised_counts.check_budget(config, size, seat, charges.chain)
   own = {"model": model.sha256, "classes": list(model.label_names), "fewest_patients": floor}
   place, said = processes.connect(config, seat, json.dumps(own).encode())
   assert place.joined is not None
   exchange = place.joined.exchange
+  if charges is None:
+    exchange.opens = functools.partial(opened.note_images, kept, model.sha256, marked)
   with processes.leaving(place.joined.carrier, seat.number):
-    largest = agreed(seat.number, own, said)
-    summation = config.aggregation.build_counts(n, n, float(scoring.most_images), exchange)
-    rows = ScoreCounts(*(np.asarray(a)[None] for a in counts))
-    total, sites = evaluation.score_summing(summation, place.placement)(range(n), rows)
+    largest = agreed(seat.number, own, said, config.scoring.most_images)
+    summation = config.aggregation.build_counts(n, n, config.scoring.largest, exchange)
+    add: Any = evaluation.score_summing(summation, place.placement)
+    if charges is not None:
+      noised_counts.charge(charges, config, size, seat)
+      counts = noised_counts.counted(config, dataset, probabilities)
+      add = evaluation.count_summing(summation, place.placement)
+    total, sites = add(range(n), jax.tree.map(lambda a: np.asarray(a)[None], counts))
   exchange.close()
   return Summed(total, tuple(sites.tolist()), largest)
 
 
-def agreed(number: int, own: Mapping[str, Any], said: Mapping[int, bytes]) -> int:
+def agreed(number: int, own: Mapping[str, Any], said: Mapping[int, bytes], most: int) -> int:
   """Compares what all sites score; returns the largest floor of patients.
 
   Args:
     number: of this site.
     own: what it has told.
     said: what all have told, as JSON, by site.
+    most: images that all have agreed a site may score; a floor above it would hide every count.
 
   Raises:
     Refused: a site scores another model, has other classes or another order of them, or tells
@@ -159,8 +211,8 @@ def agreed(number: int, own: Mapping[str, Any], said: Mapping[int, bytes]) -> in
       theirs = dict(json.loads(told))
       model, classes = str(theirs["model"]), list(map(str, theirs["classes"]))
       floor = int(theirs["fewest_patients"])
-      if not 0 <= floor <= _LARGEST_FLOOR:
-        raise ValueError(f"fewest_patients={floor}")
+      if not 0 <= floor <= most:
+        raise ValueError(f"fewest_patients={floor}, and most_images={most}")
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
       what = f"site {i} has not told what it scores ({error!r})"
       raise Refused(number, "hello", "malformed", what) from error
@@ -196,10 +248,8 @@ def _own_report(
     data_name=dataset.name,
     arms={"trained": Arm(dataset.labels, probabilities)},
     label_names=dataset.label_names,
-    config={"data": data} | dict(about),
-    versions=report.versions(),
+    facts=report.Facts({"data": data} | dict(about), dataset.notes),
     groups=dataset.groups if has_patients else None,
-    images=dataset.notes,
     main_arm="trained",
     seed=config.seed,
   )
@@ -211,14 +261,16 @@ def _missing(dataset: Dataset) -> Sequence[str]:
 
 
 def _bytes(summed: Summed) -> bytes:
-  counts = {name: np.asarray(a).tolist() for name, a in summed.counts._asdict().items()}
+  known = summed.counts if isinstance(summed.counts, dict) else summed.counts._asdict()
+  counts = {name: np.asarray(a).tolist() for name, a in known.items()}
   return json.dumps(summed._asdict() | {"counts": counts}).encode()
 
 
 def _read(path: pathlib.Path) -> Summed:
   try:
     found = json.loads(path.read_text())
-    counts = ScoreCounts(**{name: np.asarray(a, np.float64) for name, a in found["counts"].items()})
+    counts: Any = {name: np.asarray(a, np.float64) for name, a in found["counts"].items()}
+    counts = counts if set(counts) == _NOISED else ScoreCounts(**counts)
     return Summed(counts, tuple(found["sites"]), int(found["fewest_patients"]))
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{path} is damaged ({error!r}); restore it") from error

@@ -18,6 +18,7 @@ from absl import flags
 from primia_jax import approval, disclosure, models
 from primia_jax.approval import Approval, NotApproved
 from primia_jax.attacks import detection
+from primia_jax.privacy import ledger
 from primia_jax.secagg import pinning, roster
 from primia_jax.types import ModelState, Params
 
@@ -38,7 +39,6 @@ from .site_folders import Limits, Member, Own
 
 PROGRAM = "evaluate"  # as config.json names it
 PLACEHOLDER = "of-each-site"  # for the path of images
-LEAVING = (disclosure.EXACT_COUNTS, disclosure.METRICS)  # kinds of numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Finished:
 
   model: str = setting(
     "",
-    "of an evaluation: the folder of the finished run, or a checkpoint of PriMIA, whose model is "
-    "scored; with approve, this site's copy. Empty where sites are to train",
+    "the model to evaluate: the folder of a finished run, or a checkpoint of PriMIA; with approve, "
+    "this site's copy. Empty where sites are to train",
   )
 
 
@@ -194,12 +194,18 @@ def check(config: Evaluate, limits: Limits) -> None:
   """
   policy = limits.policy()
   policy.check_sum(config.fewest_in_sum)
-  for kind in LEAVING:
+  n = config.scoring.num_sites
+  approving.check_colluding(config.aggregation, n, n, limits)
+  if config.scoring.dp_count_noise:
+    policy.check(disclosure.NOISED_COUNTS)
+    return
+  for kind in (disclosure.EXACT_COUNTS, disclosure.METRICS):
     try:
       policy.check(kind)
     except ValueError as error:
       raise ValueError(
-        f"{error}; an evaluation sums exact counts of scores, and has no form with noise"
+        f"{error}; an evaluation with dp_count_noise=0 sums exact counts of scores. Have the "
+        "coordinator offer one with --dp_count_noise"
       ) from error
 
 
@@ -266,9 +272,21 @@ def approve(folder: pathlib.Path, member: Member, path: str, copy: str) -> None:
   print(
     f"approved the evaluation of {model.config.name}, model {model.sha256[:12]}, classes "
     f"{', '.join(model.label_names)}, in {config.scoring.score_bins} bins, by "
-    f"{config.scoring.num_sites} sites; here {held.images} images{missing}"
+    f"{config.scoring.num_sites} sites, {counts_leave(config)}; "
+    f"{config.aggregation.said(config.scoring.num_sites)}; here {held.images} images{missing}"
   )
   print(f"digest, which all sites must have: {roster.spoken(approval.digest(made))}")
+
+
+def counts_leave(config: Evaluate) -> str:
+  """How counts leave the sites, in words."""
+  if not config.scoring.dp_count_noise:
+    return "exact counts, no privacy"
+  cost = config.scoring.cost(len(names(config.data.label_names)))
+  return (
+    f"counts with noise of deviation {config.scoring.dp_count_noise:g}, which costs epsilon "
+    f"{ledger.claim(cost.epsilon(1))}"
+  )
 
 
 def keep(folder: pathlib.Path, model: Model) -> None:

@@ -52,7 +52,7 @@ def check(s: Infer) -> None:
     raise ValueError(f"overlays={s.overlays} is negative; use 0 to draw none")
   if slices(s.slices) and not volumes.is_volume(s.images):
     raise ValueError(
-      f"slices={s.slices}: images={s.images} is no NIfTI volume (.nii, .nii.gz); leave it out"
+      f"slices={s.slices}: images={s.images} is not a NIfTI volume (.nii, .nii.gz); leave it out"
     )
 
 
@@ -112,7 +112,7 @@ def write(
   folder: pathlib.Path, s: Infer, images: Dataset, masks: np.ndarray, num_shown: int
 ) -> list[str]:
   """Writes areas.csv, the masks (one NIfTI file of a volume, a PNG of each other image) and a
-  picture of some outlines, all of mode 0600.
+  picture of some outlines, all of mode 0600 from the start.
 
   Args:
     folder: an existing folder.
@@ -126,17 +126,16 @@ def write(
   """
   label_names = images.label_names
   ids = [str(path) for path in images.columns["path"]]
-  with (folder / AREAS).open("w", newline="", encoding="utf-8") as file:
+  with predictions.private_file(folder / AREAS) as file:
     writer = csv.writer(file)
     writer.writerow(["image", *(f"share of {name}" for name in label_names[1:])])
     for image, shares in zip(ids, areas(masks, len(label_names)), strict=True):
       writer.writerow([predictions.csv_cell(image), *(f"{x:.6f}" for x in shares)])
-  (folder / AREAS).chmod(0o600)
   if volumes.is_volume(s.images):
     first = int(images.columns["slice"][0])
     path, source = folder / VOLUME, os.path.expanduser(s.images)
+    path.touch(0o600)
     litres = volumes.write_masks(path, source, masks, len(label_names), first)
-    path.chmod(0o600)
     found = (f"{n} {ml:.2f} ml" for n, ml in zip(label_names[1:], litres[1:], strict=True))
     said = [f"{path} lies on the volume's own voxels: {', '.join(found)}"]
   else:
@@ -147,8 +146,8 @@ def write(
     from . import masks_drawn  # here, because the import takes a second
 
     title = f"Masks found under encryption:\n{images.name or pathlib.PurePath(s.images).name}"
+    (folder / OVERLAYS).touch(0o600)
     masks_drawn.found(images, masks, folder / OVERLAYS, title, num_shown)
-    (folder / OVERLAYS).chmod(0o600)
     said.append(f"{folder / OVERLAYS} shows IMAGES OF PATIENTS, with outlines of their masks")
   return said
 
@@ -164,8 +163,8 @@ def _write_pngs(
     png.putpalette(_palette(len(label_names)))
     path = folder / f"{name}.mask.png"
     folders.private(path.parent)
+    path.touch(0o600)
     png.save(path)
-    path.chmod(0o600)
 
 
 def _palette(num_classes: int) -> list[int]:

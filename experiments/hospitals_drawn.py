@@ -20,8 +20,6 @@ def draw(
   Args:
     shown: the hospitals.
     label_names: the classes.
-    path: the file to write.
-    title: what the picture shows, including the data set.
   """
   num, columns = shown.images.shape[:2]
   figure = Figure(figsize=(1.4 * columns + 0.6, 1.4 * num + 0.9), layout="constrained")

@@ -151,6 +151,11 @@ def tested_images(config: Train) -> Dataset:
   return in_memory(_with_test(config, config.data, lazy=True)[1])
 
 
+def names_of(dataset: Dataset) -> list[str]:
+  """A name of each image: its path, where it has one."""
+  return [str(p) for p in dataset.columns.get("path", [f"image {i}" for i in range(len(dataset))])]
+
+
 def unlabelled_images(settings: Data, label_names: tuple[str, ...]) -> Dataset:
   """All images of a folder, with 0 for a label.
 

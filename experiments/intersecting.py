@@ -97,8 +97,8 @@ def intersect(site_dir: str, s: Intersect) -> None:
   known = pinning.held(folder)
   if s.other not in known.sites or s.other == member.number:
     raise ValueError(
-      f"other={s.other} is no other site; the roster has {', '.join(map(str, known.sites))}, and "
-      f"this one is {member.number}"
+      f"other={s.other} is not another site; the roster has {', '.join(map(str, known.sites))}, "
+      f"and this one is {member.number}"
     )
   ((name, value),) = given.items()
   path = pathlib.Path(value).expanduser()
@@ -120,7 +120,7 @@ def _begin(ends: Ends, path: pathlib.Path) -> None:
   try:
     ids = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
   except UnicodeDecodeError as error:
-    raise ValueError(f"ids={path} is no UTF-8 text ({error}); write one id a line") from error
+    raise ValueError(f"ids={path} is not UTF-8 text ({error}); write one id a line") from error
   made = _library().Site(ids, ends.context)
   count = len(made.blinded)
   if isinstance(policy.count(count), disclosure.Suppressed):
@@ -205,7 +205,7 @@ def _read(ends: Ends, path: pathlib.Path, what: str) -> dict[str, Any]:
     of, made_with = str(body["of"]), body["roster"]
     way = body["version"], body["what"], body["sender"], body["receiver"]
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"{path} is no file of an intersection ({error!r}); ask {who}") from error
+    raise ValueError(f"{path} is not a file of an intersection ({error!r}); ask {who}") from error
   if way != (_VERSION, what, ends.other, ends.member.number):
     raise ValueError(f"{path} is not the file '{what}' that {who} made for this one; ask for it")
   if made_with != roster.digest(ends.known).hex():

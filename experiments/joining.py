@@ -27,8 +27,8 @@ _ROLES = (SITE, COORDINATOR)
 class Init:
   """Who this member is; with init."""
 
-  number: int = settings.setting(-1, "of this site, from 0; the coordinator has none")
-  name: str = settings.setting("", "of the institution: letters a to z, digits and hyphens")
+  number: int = settings.setting(-1, "this site's number, from 0; the coordinator has none")
+  name: str = settings.setting("", "the institution's name: letters a to z, digits and hyphens")
   role: str = settings.setting(SITE, f"{SITE} or {COORDINATOR}, which has no images")
 
 
@@ -45,7 +45,9 @@ class Join:
   )  # fmt: skip
   accept: str = settings.setting("", "file of a roster to accept")
   digest: str = settings.setting(
-    "", "of that roster, as compared with the other operators; needed unless keys were only rotated"
+    "",
+    "the roster's digest, as compared with the other operators; needed unless keys were only "
+    "rotated",
   )
   rotate: bool = settings.setting(
     False, "make a new key, which the old one signs; it counts from the next roster on"
@@ -167,7 +169,7 @@ def _make(folder: pathlib.Path, member: Member, s: Join) -> None:
   revoked = set(before.revoked) if before else set()
   for what, given in (("leave", s.leave), ("revoke", s.revoke)):
     if unknown := [name for name in settings.names(given) if name not in known]:
-      raise ValueError(f"{what}={unknown[0]!r} is no member; there are {', '.join(known)}")
+      raise ValueError(f"{what}={unknown[0]!r} is not a member; there are {', '.join(known)}")
   revoked |= {known[name].public for name in settings.names(s.revoke)}
   for name in settings.names(s.leave):
     del known[name]
@@ -246,8 +248,8 @@ def approve(site_dir: str, s: Approve, finished: Finished = NO_MODEL) -> None:
   d = config.data
   print(
     f"approved {offered.model} of {size:,} parameters, {config.training.rounds} rounds, "
-    f"dp={config.privacy.dp}, classes {', '.join(approving.label_names(config))}, images "
-    f"{d.image_size} x {d.image_size} x {d.channels}; here {held}"
+    f"classes {', '.join(approving.label_names(config))}, images {d.image_size} x {d.image_size} x "
+    f"{d.channels}; {approving.protection(config, held)}; here {held}"
   )
   print(f"digest, which all sites must have: {roster.spoken(approval.digest(offered))}")
 

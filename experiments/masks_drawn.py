@@ -24,8 +24,6 @@ def cases(dice: Mapping[str, np.ndarray], path: pathlib.Path, title: str) -> Non
 
   Args:
     dice: arm -> [M].
-    path: the file to write.
-    title: what the picture shows, including the data set.
   """
   figure = Figure(figsize=(6.4, 1.2 + 0.62 * len(dice)), layout="constrained")
   axes, rng = figure.add_subplot(), np.random.default_rng(0)
@@ -56,8 +54,6 @@ def overlays(test: Dataset, found: np.ndarray, path: pathlib.Path, title: str, c
   Args:
     test: images with masks.
     found: [N, H, W].
-    path: the file to write.
-    title: what the picture shows, including the data set.
     count: how many images.
   """
   assert test.masks is not None
@@ -87,7 +83,6 @@ def found(images: Dataset, masks: np.ndarray, path: pathlib.Path, title: str, co
   Args:
     images: N.
     masks: [N, H, W].
-    path: the file to write.
     title: what the picture shows, including where the images are from.
     count: how many images.
   """

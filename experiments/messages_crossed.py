@@ -84,6 +84,9 @@ KINDS: dict[type, Kind] = {
   ),
   msg.Invitation: Kind("the coordinator's public key", "this site"),
   msg.Relayed: Kind("what all sites have said", _ALL, "as said"),
+  msg.Bond: Kind("a site's signature of the sum that its keys are for", _ALL, _SIGNED),
+  msg.Bonds: Kind("the same signatures of all sites", _ALL, _SIGNED),
+  msg.Together: Kind("a damaged message", "this site"),
   msg.Terms: Kind("what a sum is of: identities, sizes, ring, quorum", _ALL),
   msg.Proposal: Kind("the terms of a sum that a site wants, and its keys", _ALL, _SIGNED),
   msg.Recalled: Kind(
@@ -114,10 +117,10 @@ def written_down(carrier: Carrier, path: pathlib.Path) -> Carrier:
   def note(way: str, data: bytes) -> None:
     if not data:  # no message
       return
-    line = json.dumps({"message": _name(data), "way": way, "bytes": len(data)}) + "\n"
+    lines = [{"message": _name(one), "way": way, "bytes": size} for one, size in _parts(data)]
     try:
       with path.open("a", encoding="utf-8") as file:
-        file.write(line)
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:  # a full disk does not say which file
       raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -153,7 +156,7 @@ def listed(path: pathlib.Path) -> list[Crossing]:
 
 def _row(name: str, way: str, messages: int, num_bytes: int) -> Crossing:
   outer, _, inner = name.partition(" ")
-  kind = _BY_NAME.get(inner or outer, Kind("what is no message of this version", "this site"))
+  kind = _BY_NAME.get(inner or outer, Kind("what is not a message of this version", "this site"))
   here, there = "this site", _COORDINATOR
   what = f"{PREFIX}{outer}: {f'the {inner} of all sites' if inner else kind.what}"
   ends = (here, kind.readers) if way == _SENT else (there, here)
@@ -172,6 +175,25 @@ def _name(data: bytes) -> str:
     inner = {_kind(said) for said in relayed.said.values()} - {None}
     return " ".join([kind.__name__, *sorted(one.__name__ for one in inner if one)][:2])
   return "unknown" if kind is None else kind.__name__
+
+
+def _parts(data: bytes) -> list[tuple[bytes, int]]:
+  """The messages that travel as one, with their sizes."""
+  whole = [(data, len(data))]
+  if _kind(data) not in (msg.Together, msg.Proposal):
+    return whole
+  try:
+    message = msg.decode(data)
+    if isinstance(message, msg.Together):
+      return [(one.data, len(one.data)) for one in message.parts]
+    assert isinstance(message, msg.Proposal)
+    if not (masked := message.masked):
+      return whole
+    inner = msg.decode(masked)
+    parts = [one.data for one in inner.parts] if isinstance(inner, msg.Together) else [masked]
+  except ValueError:
+    return whole
+  return [(data, len(data) - len(masked)), *[(one, len(one)) for one in parts]]
 
 
 def _kind(data: bytes) -> type | None:

@@ -8,7 +8,6 @@ images; all arms are scored on the same resamples.
 from __future__ import annotations
 
 import csv
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,8 +19,8 @@ from primia_jax.data.dataset import Dataset
 from primia_jax.data.patient_ids import image_names
 from primia_jax.multilabel import findings
 
-from . import crossings, markdown, predictions, report
-from .segmentation_report import Facts
+from . import markdown, predictions
+from .report import Facts
 
 PICTURES = ("findings.png", "calibration.png", "curves.png")
 NUM_RESAMPLES = 500
@@ -98,18 +97,9 @@ def write(
       for name, by_score in found.items()
     },
     "resampled": "patients" if by_patient else "images",
-    "images": dict(facts.images),
-    "secure_aggregation": facts.secure_aggregation,
-    "privacy": facts.privacy,
-    "crossed": [one._asdict() for one in facts.crossed],
-    "config": dict(facts.config),
-    "versions": report.versions(),
+    **facts.told(),
   }
-  if facts.policy and facts.crossed:
-    crossings.write(folder, title, facts.policy, facts.crossed)
-  (folder / "metrics.json").write_text(
-    json.dumps(report.jsonable(result), indent=2, allow_nan=False) + "\n"
-  )
+  facts.write(folder, title, result)
   probabilities_csv(folder / "predictions.csv", image_names(test), arms[main_arm], names, there)
   for old in PICTURES:
     (folder / old).unlink(missing_ok=True)
@@ -210,8 +200,6 @@ def _text(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     "and frequency, over 15 bins of equal width; it has no interval, since resampling makes it "
     "larger. `predictions.csv` has every image.", "",
   ]  # fmt: skip
-  lines += markdown.sections(result)
-  lines += ["## Pictures", ""]
-  for file, caption in pictures.items():
-    lines += [f"![{caption}: {data}]({file})", "", f"*{caption}.*", ""]
+  shown = [f"![{k}: {data}]({file})\n\n*{k}.*\n" for file, k in pictures.items()]
+  lines += [*markdown.sections(result), "## Pictures", "", *shown]
   return "\n".join([*lines, *markdown.ending(result)]) + "\n"

@@ -18,6 +18,7 @@ from .evaluations import NO_MODEL, Finished
 from .site_folders import COORDINATOR, Limits, Own
 
 CONFIG = "config.json"  # in the coordinator's folder
+_NOBODYS = Limits(fewest_patients=0, fewest_colluding=0)  # each site has limits of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def offer(site_dir: str, s: Offer, finished: Finished = NO_MODEL) -> None:
       "leave it out"
     )
   approving.label_names(config)
-  approving.check(config, Limits())
+  approving.check(config, _NOBODYS)
   offered = approving.offered(config)
   digest = _write(folder, config, "train_federated", offered)
   print(
@@ -68,7 +69,7 @@ def offer(site_dir: str, s: Offer, finished: Finished = NO_MODEL) -> None:
 def _offer_evaluation(folder: pathlib.Path, text: str, path: str, num_sites: int) -> None:
   model = evaluations.load(path)
   config = evaluations.configuration(text, model, path, num_sites)
-  evaluations.check(config, Limits())
+  evaluations.check(config, _NOBODYS)
   digest = _write(folder, config, evaluations.PROGRAM, evaluations.offered(config, model))
   print(
     f"wrote {folder / CONFIG}: {model.config.name}, model {model.sha256[:12]}, scored by "

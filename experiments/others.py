@@ -11,37 +11,66 @@ from primia_jax.data.sites import Part
 
 from .inputs import Inputs, check_sizes, count_patients
 
-_MOST_IMAGES = 10_000_000  # that a site may say it has
 
+def told(inputs: Inputs, site: int, most_images: int, fewest_patients: int = 0) -> bytes:
+  """What a site's process tells all others of its images, and of its floor of patients in a count.
 
-def told(inputs: Inputs, site: int) -> bytes:
-  """What a site's process tells all others of its images."""
+  Raises:
+    ValueError: they are more than agreed, so that the others would refuse this site.
+  """
   ((patients, most),) = count_patients(Part(inputs.train.dataset, (inputs.train.sites[site],)))
   sizes = inputs.train.sizes[site], inputs.validation.sizes[site]
-  return json.dumps([*sizes, patients, most, *inputs.train.dataset.label_names]).encode()
+  if max(sizes) > most_images:
+    raise ValueError(
+      f"most_images={most_images}: this site has {sizes[0]} images to train on and {sizes[1]} to "
+      "validate on; raise it at all sites, or give this one fewer"
+    )
+  floor = min(fewest_patients, most_images)  # above it every count is hidden, too
+  return json.dumps([*sizes, patients, most, floor, *inputs.train.dataset.label_names]).encode()
+
+
+def largest_floor(said: Mapping[int, bytes]) -> int:
+  """The largest floor of patients of all sites, of what `with_others` has taken."""
+  return max(int(json.loads(one)[4]) for one in said.values())
 
 
 def with_others(
-  inputs: Inputs, site: int, said: Mapping[int, bytes], validates: bool = True
+  inputs: Inputs, site: int, said: Mapping[int, bytes], most_images: int, validates: bool = True
 ) -> Inputs:
   """The inputs of a process that has read its own site only, with the sizes that the others have
   told; their images stay out of reach. Sites need validation images if the run `validates`.
 
+  What a site tells decides how much room and work each step is at all sites, and what its update
+  weighs. So no number may be beyond what all have agreed, and they must go together.
+
   Raises:
-    ValueError: a site has other classes, or no images, or has told something else.
+    ValueError: a site has other classes, no images, or more than `most_images`, or tells numbers
+      that cannot be.
   """
   names_here, told_sizes, patients = list(inputs.train.dataset.label_names), [], []
   for i in sorted(said):
     try:
       told_here = json.loads(said[i])
-      train, validation, units, most = counts = [int(n) for n in told_here[:4]]
-      if not 0 <= min(counts) <= max(counts) <= _MOST_IMAGES:  # others make room for as many
+      train, validation, units, most, floor = counts = [int(n) for n in told_here[:5]]
+      if min(counts) < 0 or not bool(train) == bool(units) == bool(most):
         raise ValueError(f"it says {counts}")
+      if train and not max(units, most) + min(units, most) - 1 <= train <= units * most:
+        raise ValueError(f"it says {train} images, of {units} patients with {most} at most")
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
       raise ValueError(f"site {i} has not told how many images it has ({error})") from error
-    if told_here[4:] != names_here:
+    if (largest := max(train, validation)) > most_images:
       raise ValueError(
-        f"site {i} has the classes {told_here[4:]}, and site {site} {names_here}; give all of them "
+        f"site {i} says that it has {largest} images, and most_images={most_images}; raise it at "
+        "all sites if that is true, or have the coordinator make a roster without that site"
+      )
+    if floor > most_images:
+      raise ValueError(
+        f"site {i} says that it hides counts of fewer than {floor} patients, and "
+        f"most_images={most_images}; that would hide every count"
+      )
+    if told_here[5:] != names_here:
+      raise ValueError(
+        f"site {i} has the classes {told_here[5:]}, and site {site} {names_here}; give all of them "
         "in --label_names"
       )
     told_sizes.append((train, validation))

@@ -20,36 +20,43 @@ from primia_jax.types import PyTree
 
 from . import progress
 from .encrypted import functions, normalised
+from .unfinished import Kept, Run
+
+WHOLE = -2  # in place of an operation: the seconds of a whole phase
 
 
 class Clock:
   """Times calls by phase and shows a progress bar.
 
   Attributes:
-    seconds: by phase, and by (phase, detail).
+    seconds: by (phase, operation); of a whole phase under `WHOLE`.
   """
 
   def __init__(self, total: int):
-    self.seconds: dict[Any, float] = collections.defaultdict(float)
+    self.seconds: dict[tuple[str, int], float] = collections.defaultdict(float)
     self._bar = progress.bar(
       total=total, bar_format="{desc:<44} {bar:20} {n_fmt}/{total_fmt}  [{elapsed} gone]"
     )
 
-  def __call__(self, phase: str, fn: Callable[[], Any], layer: str = "", detail: Any = None) -> Any:
+  def __call__(
+    self, phase: str, fn: Callable[[], Any], layer: str = "", operation: int = WHOLE
+  ) -> Any:
     """Returns fn(), and adds its time to the phase."""
     self._bar.set_description_str(f"{phase:<14} {layer[-29:]}")
     start = time.perf_counter()
     out = jax.block_until_ready(fn())
     took = time.perf_counter() - start
-    self.seconds[phase] += took
-    if detail is not None:
-      self.seconds[phase, detail] += took
+    self.seconds[phase, WHOLE] += took
+    if operation != WHOLE:
+      self.seconds[phase, operation] += took
     self._bar.update()
     return out
 
-  def warm_up(self, phase: str, fn: Callable[[], Any], layer: str = "", detail: Any = None) -> Any:
+  def warm_up(
+    self, phase: str, fn: Callable[[], Any], layer: str = "", operation: int = WHOLE
+  ) -> Any:
     """The same for a first call, whose time is that of compiling."""
-    del detail
+    del operation
     return self("compile", fn, f"{phase}, {layer}" if layer else phase)
 
   def __enter__(self) -> Clock:
@@ -78,18 +85,24 @@ class Result(NamedTuple):
   runs: int
 
 
-def infer(plan: planning.Plan, weights: PyTree, images: Any, batch: int) -> Result:
+def infer(
+  plan: planning.Plan, weights: PyTree, images: Any, batch: int, kept: Kept | None = None
+) -> Result:
   """Plays all roles, each with nothing but its own, and times every phase.
 
-  Roles and a run of their own go before, to compile everything.
+  Roles and a run of their own go before, to compile everything. Their time is that of this process;
+  of runs of the protocol it is that of all processes.
 
   Args:
     plan: of (weights, [batch, H, W, C] normalised images).
     weights: (parameters, state).
     images: [N, H, W, C] uint8.
     batch: images in one run of the protocol.
+    kept: runs that are done, in an earlier process, and keeps the others; None keeps nothing.
   """
+  kept = Kept(None) if kept is None else kept
   steps, parts = inference.simulate_steps(plan), list(batches(images, batch))
+  remaining = parts[len(kept.runs) :]
 
   def cast(timed: Callable) -> tuple[roles.Dealer, roles.ModelOwner, roles.DataOwner]:
     model_owner = timed("encode weights", lambda: roles.ModelOwner(plan, weights))
@@ -112,14 +125,40 @@ def infer(plan: planning.Plan, weights: PyTree, images: Any, batch: int) -> Resu
     shares = protocol.outputs(plan.circuit, env)
     return np.asarray(timed("online", lambda: data_owner.reveal(shares), "output", -1))
 
-  with Clock(6 + (len(parts) + 1) * (len(steps) + 4)) as clock:
-    cast(clock.warm_up)
-    dealer, model_owner, data_owner = cast(clock)
-    run(clock.warm_up, parts[0])
-    outputs = [run(clock, part) for part in parts]
-  seconds = {phase: value for phase, value in clock.seconds.items() if isinstance(phase, str)}
-  online = {phase[1]: value for phase, value in clock.seconds.items() if isinstance(phase, tuple)}
-  return Result(np.concatenate(outputs)[: len(images)], seconds, online, len(parts))
+  with Clock((6 + (len(remaining) + 1) * (len(steps) + 4)) if remaining else 0) as clock:
+    if remaining:
+      cast(clock.warm_up)
+      dealer, model_owner, data_owner = cast(clock)
+      run(clock.warm_up, parts[0])
+    before = dict(clock.seconds)
+    total = collections.defaultdict(float, before)
+    for part in remaining:
+      outputs = run(clock, part)
+      took = {k: v - before.get(k, 0.0) for k, v in clock.seconds.items() if v != before.get(k)}
+      before = dict(clock.seconds)
+      kept.add(Run(outputs, took))
+  for one in kept.runs:
+    for key, value in one.seconds.items():
+      total[key] += value
+  seconds = {phase: value for (phase, step), value in total.items() if step == WHOLE}
+  online = {step: value for (_, step), value in total.items() if step != WHOLE}
+  outputs = np.concatenate([one.outputs for one in kept.runs])
+  return Result(outputs[: len(images)], seconds, online, len(parts))
+
+
+class Close(NamedTuple):
+  """An image whose class encryption might change, or has changed.
+
+  Attributes:
+    image: its number.
+    gap: how far apart its two best float32 logits are.
+    encrypted, plain: its class.
+  """
+
+  image: int
+  gap: float
+  encrypted: int
+  plain: int
 
 
 class Difference(NamedTuple):
@@ -132,12 +171,15 @@ class Difference(NamedTuple):
       exact.
     margin: how far apart the two best float32 logits are where the class differs, at most; 0 where
       none does. An error of e changes no class whose margin exceeds 2 e.
+    close: images, not of masks, whose class differs, or whose margin is at most 2 e for the largest
+      difference e; closest first.
   """
 
   largest: float | None
   same: int
   bitwise: bool | None
   margin: float = 0.0
+  close: tuple[Close, ...] = ()
 
 
 def compare(
@@ -155,7 +197,9 @@ def compare(
   """
   logits_fn, run_clear = jax.jit(functions(model)["probabilities"]), clear.checker(plan)
   logits, integers = [], []
-  for start, part in zip(range(0, len(images), batch), batches(images, batch), strict=True):
+  starts = range(0, len(images), batch)
+  bar = progress.bar(total=len(starts), desc="check in the clear", unit="batch")
+  for start, part in zip(starts, batches(images, batch), strict=True):
     try:
       integers.append(np.asarray(run_clear((weights, normalised(part)))))
     except ValueError as error:
@@ -163,15 +207,21 @@ def compare(
         f"images {start} to {min(start + batch, len(images)) - 1}: {error}"
       ) from error
     logits.append(np.asarray(logits_fn(weights, normalised(part))))
+    bar.update()
+  bar.close()
   wanted, exact = (np.concatenate(parts)[: len(images)] for parts in (logits, integers))
   bitwise = bool(np.array_equal(exact, outputs)) if plan.config.exact else None
   has_logits = outputs.ndim == wanted.ndim
   said = outputs.argmax(-1) if has_logits else outputs
-  differs = said != wanted.argmax(-1)
-  two = np.sort(wanted[differs], axis=-1)[:, -2:]
-  margin = float((two[:, 1] - two[:, 0]).max(initial=0.0))
+  plain, two = wanted.argmax(-1), np.sort(wanted, axis=-1)[..., -2:]
+  differs, gaps = said != plain, two[..., 1] - two[..., 0]
   largest = float(np.abs(outputs - wanted).max()) if has_logits else None
-  return Difference(largest, int(np.sum(~differs)), bitwise, margin)
+  margin, close = float(gaps[differs].max(initial=0.0)), []
+  if plain.ndim == 1:
+    near = np.flatnonzero(differs | (gaps <= 2 * (largest or 0.0)))
+    close = [Close(int(i), float(gaps[i]), int(said[i]), int(plain[i])) for i in near]
+  close.sort(key=lambda one: one.gap)
+  return Difference(largest, int(np.sum(~differs)), bitwise, margin, tuple(close))
 
 
 # ---- costs

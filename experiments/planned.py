@@ -21,7 +21,7 @@ class Which:
   )
   classes: str = _(
     "",
-    "of a checkpoint of PriMIA: its classes in the order of its outputs; empty takes normal, "
+    "classes of a checkpoint of PriMIA, in the order of its outputs; empty takes normal, "
     "bacterial, viral for three",
   )
   output: str = _(
@@ -49,8 +49,9 @@ class Protocol:
   margin: float = _(2.0, "factor by which values may exceed the largest of calibration")
   calibration: str = _(
     "run",
-    "model owner: images to calibrate on: run (the training run's validation images, which a "
-    "private run leaves unused), phantom, folder:PATH, csv:PATH, npz:PATH or tfds:NAME",
+    "model owner: images to calibrate on: run (the training run's validation images, or those that "
+    "it trained on where it used none; a private run's are left alone), phantom, folder:PATH, "
+    "csv:PATH, npz:PATH or tfds:NAME",
   )
   calibration_images: int = _(32, "number of calibration images")
 
@@ -77,21 +78,24 @@ class Infer(Planned):
   images: str = _(
     "",
     "data owner: an image file (PNG, JPEG, TIFF, BMP, DICOM), a folder or a tar of them; for masks "
-    "also a NIfTI volume, whose axial slices are taken",
+    "also a NIfTI volume, whose axial slices are taken; run: the test images of the training run, "
+    "whose classes are known",
   )
   skip_bad_files: bool = _(False, "go on without images that cannot be read, and name them")
   output_dir: str = _(
     "",
-    "folder for predictions.csv (or masks), plan.txt and costs.json, created if needed; empty "
-    "writes no files",
+    "folder for predictions.csv (or masks), plan.txt and costs.json, created if needed, where an "
+    "inference that was stopped goes on; empty writes no files",
   )
   check: bool = _(
-    False, "also compute in the clear: compare with float32 and find values beyond their range"
+    False,
+    "also compute in the clear: compare with float32, name images whose class may differ, and find "
+    "values beyond their range; with output_dir in check.json, too",
   )
   slices: str = _(
     "",
-    "of a NIfTI volume: which axial slices, counted from the feet, from 0, as 40 or 40-60; empty "
-    "takes all",
+    "which axial slices of a NIfTI volume, counted from the feet, from 0, such as 40 or 40-60; "
+    "empty takes all",
   )
   overlays: int = _(
     8,

@@ -14,9 +14,7 @@ import pathlib
 
 from absl import flags
 
-from . import folders, refusals, running, settings
-
-KINDS = ("curves", "roc", "confusion", "epsilon", "latency")
+from . import folders, refusals, run_plots, running, settings
 
 flags.DEFINE_string(
   "run_dir",
@@ -24,15 +22,13 @@ flags.DEFINE_string(
   "folder of the training run; for epsilon and latency several, separated by commas",
   required=True,
 )
-flags.DEFINE_string("kind", "curves", f"what to draw: {', '.join(KINDS)}")
+flags.DEFINE_string("kind", "curves", f"what to draw: {', '.join(run_plots.KINDS)}")
 flags.DEFINE_string("output_dir", "", "folder for the pictures; by default the run folder")
 FLAGS = flags.FLAGS
 
 
 def main() -> None:
-  settings.choose("kind", FLAGS.kind, KINDS)
-  from . import run_plots  # here, because a wrong flag should be told at once
-
+  settings.choose("kind", FLAGS.kind, tuple(run_plots.KINDS))
   several = FLAGS.kind in run_plots.OF_SEVERAL
   given = [part.strip() for part in FLAGS.run_dir.split(",")] if several else [FLAGS.run_dir]
   runs = [pathlib.Path(part).expanduser() for part in given if part]

@@ -1,5 +1,5 @@
-"""Pictures of a run. Each function writes one file in the format of its suffix, and changes no
-global state.
+"""Pictures of a run. Each function writes one file, `path`, in the format of its suffix, and
+changes no global state.
 
 The colours are Okabe and Ito's, which colour-blind readers can distinguish; lines also differ in
 their dashes. The caller passes each title, which must name the data set, so that nobody mistakes a
@@ -57,8 +57,6 @@ def confusion_matrix(
   Args:
     cm: [L, L] integers, rows true, columns predicted.
     label_names: the L classes.
-    path: the file to write.
-    title: what the picture shows, including the data set.
 
   Raises:
     ValueError: the matrix is not [L, L].
@@ -120,8 +118,6 @@ def roc(
     labels: [N] integers in 0..L-1.
     probabilities: [N, L].
     label_names: the L classes.
-    path: the file to write.
-    title: what the picture shows, including the data set.
   """
   labels, probabilities = metrics.check_probabilities(labels, probabilities)
   crowded = len(label_names) > len(PALETTE)
@@ -180,8 +176,6 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | pathlib.Path, title: s
       `val_mcc`, `learning_rate` and `epsilon`. A value that is absent or None has no point. A
       suppressed one is a text; it has no point either, and the legend says in how many rounds. A
       panel without values is left out.
-    path: the file to write.
-    title: what the picture shows, including the data set.
 
   Raises:
     ValueError: there are no rows, a row has no `round`, or there is nothing to draw.
@@ -255,8 +249,6 @@ def comparison(
 
   Args:
     results: arm -> what `metrics.bootstrap_intervals` returned.
-    path: the file to write.
-    title: what the picture shows, including the data set.
     highlight: the arm to draw darker, if it is among them.
     references: name -> [L, L] confusion matrix, e.g. of a human reader; drawn as lines in the
       panels of accuracy and MCC.
@@ -322,8 +314,6 @@ def epsilon(
   Args:
     rows: each has `round` and epsilon by the accountants' names, that of the claim first.
     target: the budget; 0 for none.
-    path: the file to write.
-    title: what the picture shows.
   """
   figure = Figure(figsize=(7.2, 4.6), layout="constrained")
   axes = figure.add_subplot()

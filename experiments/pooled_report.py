@@ -187,7 +187,7 @@ def facts(config: Evaluate, num_in_sum: int) -> dict[str, Any]:
     "sites in the sum": f"{num_in_sum} of {n}",
     "fewest sites over which it opens": config.fewest_in_sum,
     "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
-    "of a site and its peers, who must answer": secure.threshold,
+    "how many of a site and its peers must answer": secure.threshold,
     "sites that may collude with the coordinator": config.aggregation.num_colluding(n),
     "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction "
     "bits; counts are exact",
@@ -209,14 +209,20 @@ def crossed_by(config: Evaluate, num_classes: int, num_in_sum: int) -> list[Cros
              f"masks: only the sum over at least {needs} sites opens", charge),
     Crossing("sum of the counts", "coordinator", "coordinator and sites", 1, 4 * numbers,
              "none: it is what is wanted; floors hold for what is written", charge),
-    Crossing("hash of the model, classes, floor of patients", "each site", "coordinator and sites",
-             n, n * (64 + 8 * num_classes), "signed; nothing in it is of images", "nothing"),
+    crossing_of_hellos(n, num_classes),
   ]  # fmt: skip
+
+
+def crossing_of_hellos(n: int, num_classes: int) -> Crossing:
+  """What the sites tell each other before they count."""
+  what, size = "hash of the model, classes, floor of patients", n * (64 + 8 * num_classes)
+  signed = "signed; nothing in it is of images"
+  return Crossing(what, "each site", "coordinator and sites", n, size, signed, "nothing")
 
 
 def page(found: Mapping[str, Any]) -> str:
   """The text of `report.md`, of what `metrics.json` holds."""
-  names, scores = found["label_names"], found["scores"]
+  names = found["label_names"]
   data = markdown.plain(found["data"])
   lines = [f"# {found['title']}: {data}", "", _summary(found), ""]
   if "synthetic phantom" in found["data"]:
@@ -226,14 +232,8 @@ def page(found: Mapping[str, Any]) -> str:
   if missing := found["missing classes"]:
     listed = ", ".join(map(markdown.plain, missing))
     lines += [f"**No site has an image of {listed}**: scores of it are undefined.", ""]
-  lines += ["## Results", "", row("", "all sites together"), row("---", "---:")]
-  for field, (name, percent) in SCALARS.items():
-    lines.append(row(f"{name} (%)" if percent else name, cell(scores[field], percent)))
-  for field in PER_CLASS:
-    for name in names:
-      value = cell(scores[field][name], percent=True)
-      lines.append(row(f"{field}: {markdown.plain(name)} (%)", value))
   lines += [
+    *results(found),
     "",
     "Brackets hold 95 % intervals: percentile bootstrap intervals of ratios, from "
     f"{found['intervals']['num_resamples']:,} resamples of the images by the cells of their "
@@ -254,12 +254,7 @@ def page(found: Mapping[str, Any]) -> str:
   if exact and not isinstance(exact, str):
     low, high = (f"{100 * x:.1f}" for x in exact)
     lines += ["", f"The exact (Clopper-Pearson) 95 % interval of accuracy is {low} to {high} %."]
-  lines += ["", "## ROC-AUC of each class against the others", ""]
-  lines += [row("", "area", "error of the bins, at most"), row("---", "---:", "---:")]
-  for name, of in found["roc_auc"].items():
-    bound = "" if isinstance(of, str) or of["error"] is None else f"{of['error']:.4f}"
-    lines.append(row(markdown.plain(name), cell(of, percent=False), bound))
-  lines += ["", *_calibration(found), *_hidden(found), *markdown.sections(found)]
+  lines += ["", *areas(found), "", *_calibration(found), *_hidden(found), *markdown.sections(found)]
   if len(found["pictures left out"]) < len(PICTURES):
     lines += ["## Pictures", ""]
     if numbered := lettering.numbered(names):
@@ -268,6 +263,29 @@ def page(found: Mapping[str, Any]) -> str:
     if file not in found["pictures left out"]:
       lines += [f"![{caption}: {data}]({file})", ""]
   return "\n".join([*lines, *markdown.ending(found)]) + "\n"
+
+
+def results(found: Mapping[str, Any]) -> list[str]:
+  """The table of scores."""
+  scores = found["scores"]
+  lines = ["## Results", "", row("", "all sites together"), row("---", "---:")]
+  for field, (name, percent) in SCALARS.items():
+    lines.append(row(f"{name} (%)" if percent else name, cell(scores[field], percent)))
+  for field in PER_CLASS:
+    for name in found["label_names"]:
+      value = cell(scores[field][name], percent=True)
+      lines.append(row(f"{field}: {markdown.plain(name)} (%)", value))
+  return lines
+
+
+def areas(found: Mapping[str, Any]) -> list[str]:
+  """The table of ROC-AUC by class."""
+  lines = ["## ROC-AUC of each class against the others", ""]
+  lines += [row("", "area", "error of the bins, at most"), row("---", "---:", "---:")]
+  for name, of in found["roc_auc"].items():
+    bound = "" if isinstance(of, str) or of["error"] is None else f"{of['error']:.4f}"
+    lines.append(row(markdown.plain(name), cell(of, percent=False), bound))
+  return lines
 
 
 def cell(entry: Any, percent: bool) -> str:
@@ -331,7 +349,8 @@ def _hidden(found: Mapping[str, Any]) -> list[str]:
 def print_summary(found: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Prints the scores and where the reports are."""
   num = found["num_examples"]
-  print(f"\n{found['title']} on {found['data']}: {num} images")
+  counted = f"about {num:.0f} patients" if found["privacy"] else f"{num} images"
+  print(f"\n{found['title']} on {found['data']}: {counted}")
   for what, why in markdown.warnings(found):
     print(f"  {what}: {why}")
   for name in ("accuracy", "mcc", "macro_roc_auc"):

@@ -36,7 +36,7 @@ def write_probabilities(
     probabilities: [N, L], rows that sum to 1.
     label_names: the L classes.
   """
-  with _private(path) as file:
+  with private_file(path) as file:
     writer = csv.writer(file)
     names = (f"probability {name}" for name in label_names)
     writer.writerow(["image", "true", "predicted", *names])
@@ -47,25 +47,30 @@ def write_probabilities(
 
 
 def write(
-  path: pathlib.Path, ids: Sequence[str], outputs: np.ndarray, label_names: Sequence[str]
+  path: pathlib.Path,
+  ids: Sequence[str],
+  outputs: np.ndarray,
+  label_names: Sequence[str],
+  true: Sequence[str] = (),
 ) -> None:
   """The same for outputs of a model: logits [N, L], or classes [N], whose table has no
-  probabilities.
+  probabilities; true is empty where no class is known.
   """
+  true = true or [""] * len(ids)
   if outputs.ndim == 2:
     probabilities = scipy.special.softmax(outputs.astype(np.float64), axis=1)
-    write_probabilities(path, ids, [""] * len(ids), probabilities, label_names)
+    write_probabilities(path, ids, true, probabilities, label_names)
     return
-  with _private(path) as file:
+  with private_file(path) as file:
     writer = csv.writer(file)
     writer.writerow(["image", "true", "predicted"])
     writer.writerows(
-      [csv_cell(image), "", csv_cell(label_names[round(label)])]
-      for image, label in zip(ids, outputs.tolist(), strict=True)
+      [csv_cell(image), csv_cell(label), csv_cell(label_names[round(said)])]
+      for image, label, said in zip(ids, true, outputs.tolist(), strict=True)
     )
 
 
-def _private(path: str | pathlib.Path) -> TextIO:
+def private_file(path: str | pathlib.Path) -> TextIO:
   """A file that its user alone can read: it says what images of patients show."""
   made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
   os.fchmod(made, 0o600)  # one that was there, too

@@ -16,7 +16,7 @@ def names() -> list[str]:
 
 def define_flag(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines --preset as a flag of the program; `expanded` takes it out before flags are parsed."""
-  text = f"settings of a whole run, by name: {', '.join(names())}. Flags that you give besides win"
+  text = f"settings of a whole run, by name: {', '.join(names())}. Other flags override it"
   flags.DEFINE_string(_NAME, "", text, flag_values=values, module_name=sys.argv[0])
   flags.register_validator(
     _NAME,

@@ -25,7 +25,7 @@ from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import Carrier
 from primia_jax.secagg.errors import Refused
 
-from . import admission, messages_crossed
+from . import admission, messages_crossed, opened
 from .configs import Train
 from .configs.scoring import Evaluate
 
@@ -44,6 +44,7 @@ class Joined(NamedTuple):
     num_colluding: sites that may collude with the coordinator.
     is_back: it was lost, and comes back to a run that goes on.
     site: whose own folder says what it may train; None without.
+    openings: where it writes down the sums that it opens.
   """
 
   exchange: exchange.Exchange
@@ -54,6 +55,7 @@ class Joined(NamedTuple):
   num_colluding: int
   is_back: bool = False
   site: admission.Site | None = None
+  openings: opened.Keeper | None = None
 
 
 class Place(NamedTuple):
@@ -194,8 +196,10 @@ def meet(
     run = settings + b"".join(msg.encode(hellos[i]) for i in range(num_sites))
     run += b"" if known is None else roster.digest(known)
   sums = exchange.Exchange(carrier, seat.number, pinned, run)
+  openings = opened.keeper(seat.own, seat.number, known)
+  sums.opens = functools.partial(opened.note, openings)
   colluding = config.aggregation.num_colluding(num_sites)
-  joined = Joined(sums, pinned, settings, kept, carrier, colluding, is_back, site)
+  joined = Joined(sums, pinned, settings, kept, carrier, colluding, is_back, site, openings)
   place = Place(sites.own_process(seat.number), joined, seat.number)
   return place, {i: message.told[len(approved) :] for i, message in hellos.items()}
 

@@ -43,7 +43,9 @@ class Publish:
 
   folder: str = settings.setting("", "the model owner's own folder, of mode 0700")
   model: str = settings.setting("", "name of the publication: letters a to z, digits and hyphens")
-  version: str = settings.setting("", "of the model, for its users; empty takes today's date")
+  version: str = settings.setting(
+    "", "the model's version, for its users; empty takes today's date"
+  )
   intended_use: str = settings.setting(
     About.intended_use, "what the model is for, as clinics are told with each answer"
   )
@@ -66,7 +68,7 @@ class Publish:
   )
   opened_to: str = settings.setting(
     scores.HOSPITAL,
-    "score: who learns it, to which the hospital must agree: hospital, vendor, both",
+    "score: who learns the result: hospital, vendor or both; the hospital must name the same",
   )
   positive: str = settings.setting("", "score=roc: the class whose probability is compared")
   bins: int = settings.setting(20, "score=roc: thresholds between 0 and 1, 1 to 100")

@@ -37,7 +37,7 @@ _OF_SIZE = ("image_size", "batch_size", "phantom_images", "batch", "calibration_
 
 
 def parse(arguments: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-  """Reads the flags of a command line and of its flag files; returns what is no flag.
+  """Reads the flags of a command line and of its flag files; returns what is not a flag.
 
   Raises:
     ValueError: naming the flag or the file.
@@ -50,13 +50,13 @@ def parse(arguments: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> l
     own = [name for name in values if not of_absl(name)]
     alike = difflib.get_close_matches(error.flagname, own, 1, 0.7)
     hint = f"did you mean --{alike[0]}?" if alike else "--helpfull lists all flags"
-    raise ValueError(f"--{error.flagname} is no flag of this program; {hint}") from error
+    raise ValueError(f"--{error.flagname} is not a flag of this program; {hint}") from error
   except flags.IllegalFlagValueError as error:
     raise ValueError(_illegal(str(error), values)) from error
   except (flags.Error, ValueError) as error:
     raise ValueError(f"{error}; --helpfull lists all flags") from error
   if len(rest) > 1:
-    raise ValueError(f"{rest[1]!r} is no flag; flags are written --name=value")
+    raise ValueError(f"{rest[1]!r} is not a flag; flags are written --name=value")
   return rest
 
 
@@ -68,7 +68,7 @@ def command(arguments: Sequence[str], commands: Sequence[str]) -> str:
   """
   given = arguments[1] if len(arguments) > 1 else ""
   if given not in commands:
-    said = f"{given!r} is no command" if given and given[0] != "-" else "no command comes first"
+    said = f"{given!r} is not a command" if given and given[0] != "-" else "no command comes first"
     raise ValueError(f"{said}; use one of {', '.join(commands)}, and then flags; see --help")
   return given
 
@@ -98,7 +98,7 @@ def _check_flagfiles(arguments: Sequence[str], seen: tuple[str, ...] = ()) -> No
     try:
       lines = pathlib.Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-      reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+      reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
       raise ValueError(
         f"flagfile={path} cannot be read ({reason}); name a text file with a flag on each line"
       ) from error

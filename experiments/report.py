@@ -25,6 +25,7 @@ from .hospitals import Hospitals
 from .markdown import PER_CLASS, SCALARS
 
 NUM_RESAMPLES = 2000
+_ALL = Policy(fewest_patients=0)
 _SHOWN = {"accuracy": "accuracy", "mcc": "MCC"}  # scores of the summary
 FILES = (
   "report.md", "metrics.json", "confusion_matrix.png", "roc.png", "curves.png", "comparison.png",
@@ -44,6 +45,48 @@ class Arm(NamedTuple):
   probabilities: Any
 
 
+class Facts(NamedTuple):
+  """What a report says besides scores.
+
+  Attributes:
+    config: the run's settings.
+    images: what a reader must know of the images, such as which were left out.
+    rounds: the run's JSON lines, as `plots.curves` takes them. Without any, no curves are drawn.
+    secure_aggregation: its facts (bits, bound, error bound, peers, ...), written as they are; None
+      if not used.
+    privacy: the facts of differential privacy (mechanism, unit, epsilon, ...), written as they
+      are; None if not used.
+    policy: what may be told; None tells all.
+    crossed: what left the sites, for `disclosure.md`; nothing writes none.
+  """
+
+  config: Mapping[str, Any]
+  images: Mapping[str, str] | None = None
+  rounds: Sequence[Mapping[str, Any]] = ()
+  secure_aggregation: Mapping[str, Any] | None = None
+  privacy: Mapping[str, Any] | None = None
+  policy: Policy | None = None
+  crossed: Sequence[Crossing] = ()
+
+  def told(self) -> dict[str, Any]:
+    """What `metrics.json` says of them, and of the versions."""
+    return {
+      "images": dict(self.images or {}),
+      "secure_aggregation": self.secure_aggregation,
+      "privacy": self.privacy,
+      "crossed": [one._asdict() for one in self.crossed],
+      "config": dict(self.config),
+      "versions": versions(),
+    }
+
+  def write(self, folder: pathlib.Path, title: str, result: Mapping[str, Any]) -> None:
+    """Writes `metrics.json`, and beside it what left the sites, where something did."""
+    text = json.dumps(jsonable(result), indent=2, allow_nan=False)
+    (folder / "metrics.json").write_text(text + "\n")
+    if self.crossed:
+      crossings.write(folder, title, self.policy or _ALL, self.crossed)
+
+
 def write_report(
   run_dir: str | pathlib.Path,
   *,
@@ -51,18 +94,11 @@ def write_report(
   data_name: str,
   arms: Mapping[str, Arm],
   label_names: Sequence[str],
-  config: Mapping[str, Any],
-  versions: Mapping[str, Any],
-  rounds: Sequence[Mapping[str, Any]] = (),
-  secure_aggregation: Mapping[str, Any] | None = None,
-  privacy: Mapping[str, Any] | None = None,
+  facts: Facts,
   references: Mapping[str, Any] | None = None,
   groups: Any = None,
   patients: Any = None,
-  images: Mapping[str, str] | None = None,
   hospitals: Hospitals | None = None,
-  policy: Policy | None = None,
-  crossed: Sequence[Crossing] = (),
   main_arm: str = "federated",
   baseline: str = "pooled",
   seed: int = 0,
@@ -76,23 +112,13 @@ def write_report(
     arms: predictions by arm, in the order of the columns: "local: site 0", ..., "pooled",
       "federated".
     label_names: the L classes.
-    config: the run's settings.
-    versions: what `versions()` returns.
-    rounds: the run's JSON lines, as `plots.curves` takes them. Without any, `curves.png` is not
-      drawn.
-    secure_aggregation: its facts (bits, bound, error bound, peers, ...), written as they are; None
-      if not used.
-    privacy: the facts of differential privacy (mechanism, unit, epsilon, ...), written as they
-      are; None if not used.
+    facts: what else it says.
     references: name -> [L, L] confusion matrix to compare with, such as a human reader's.
     groups: [N] the patient of each test image. If given, intervals resample patients instead of
       images.
     patients: [N] the patient of each test image, or a name of its own where he is unknown, for the
       floors of the policy; None takes the groups.
-    images: what a reader must know of the images, such as which were left out.
     hospitals: what the phantom's differ in, with images of each; None for real ones.
-    policy: what may be told; None tells all.
-    crossed: what left the sites, for `disclosure.md`; nothing writes none.
     main_arm: the arm that the summary, the confusion matrix and the ROC curves show.
     baseline: the arm that the main arm is compared with, if it is among `arms`.
     seed: of the resamples.
@@ -155,12 +181,7 @@ def write_report(
     "difference": None,
     "hospitals": None if hospitals is None else hospitals.rows,
     "references": {name: _reference_json(cm, label_names) for name, cm in references.items()},
-    "images": dict(images or {}),
-    "secure_aggregation": None if secure_aggregation is None else dict(secure_aggregation),
-    "privacy": None if privacy is None else dict(privacy),
-    "crossed": [one._asdict() for one in crossed],
-    "config": dict(config),
-    "versions": dict(versions),
+    **facts.told(),
   }  # fmt: skip
   if baseline in arms and baseline != main_arm:
     pair = arms[main_arm].probabilities, arms[baseline].probabilities
@@ -168,13 +189,13 @@ def write_report(
     result["difference"] = {"of": main_arm, "minus": baseline} | _intervals_json(
       difference, label_names
     )
-  policy = policy or Policy(fewest_patients=0)
   probabilities = {name: arm.probabilities for name, arm in arms.items()}
   left_out = suppression.suppress(
-    result, policy, truth, probabilities, groups if patients is None else patients
+    result, facts.policy or _ALL, truth, probabilities, groups if patients is None else patients
   )
   result = jsonable(result | {"pictures left out": left_out})
-  (run_dir / "metrics.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+  (run_dir / crossings.FILE).unlink(missing_ok=True)  # left by an earlier report
+  facts.write(run_dir, title, result)
 
   about = f"{title} ({main_arm} model):\n{data_name}"
   pictures: dict[str, str] = {}
@@ -185,8 +206,8 @@ def write_report(
   if "roc.png" not in left_out:
     plots.roc(*arms[main_arm], label_names, run_dir / "roc.png", about)
     pictures["roc.png"] = f"ROC curves, {main_arm}"
-  if rounds:
-    plots.curves(rounds, run_dir / "curves.png", f"{title}: {data_name}")
+  if facts.rounds:
+    plots.curves(facts.rounds, run_dir / "curves.png", f"{title}: {data_name}")
     pictures["curves.png"] = "Training curves"
   if len(arms) > 1 and "comparison.png" not in left_out:
     path = run_dir / "comparison.png"
@@ -202,9 +223,6 @@ def write_report(
     of_hospitals.unlink(missing_ok=True)  # left by an earlier report
   for absent in {name for name in FILES if name.endswith(".png")} - set(pictures):
     (run_dir / absent).unlink(missing_ok=True)  # left by an earlier report
-  (run_dir / crossings.FILE).unlink(missing_ok=True)
-  if crossed:
-    crossings.write(run_dir, title, policy, crossed)
   text = markdown.markdown(result, pictures, lettering.numbered(label_names))
   (run_dir / "report.md").write_text(text, encoding="utf-8")
   return result

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from primia_jax.data import phantom
 from primia_jax.mpc import pricing
 
 from . import folders, lines, markdown, running, settings
-
-PHANTOM = "synthetic phantom"
 
 
 class Picture(NamedTuple):
@@ -24,7 +23,9 @@ class Picture(NamedTuple):
 
 
 class Score(NamedTuple):
-  """The MCC of a run's main arm, with its bootstrap interval over test images."""
+  """The MCC of a run's main arm, with its bootstrap interval over test images, and the epsilon that
+  was spent, to two digits (0 without privacy).
+  """
 
   arm: str
   epsilon: float
@@ -65,7 +66,7 @@ def curves(run: pathlib.Path) -> list[Picture]:
     )
   sources = (config.get("site_data") or config["data"]).split(",")
   named = (pathlib.PurePath(one.partition(":")[2]).name for one in sources)
-  data = PHANTOM if sources == ["phantom"] else ", ".join(named)
+  data = phantom.NAME if sources == ["phantom"] else ", ".join(named)
 
   def draw(file: pathlib.Path) -> Callable[[pathlib.Path], None]:
     rows = lines.rows(file)
@@ -133,7 +134,7 @@ def epsilon(runs: Sequence[pathlib.Path]) -> list[Picture]:
 
   Raises:
     FileNotFoundError, ValueError: a run has no report, its scores are suppressed, it is NOT PRIVATE
-      for its seed, none is private, or they were tested on different images.
+      for its seed or no training, none is private, or they were tested on different images.
   """
   from . import study_plots  # here, because the import takes a second
 
@@ -178,7 +179,9 @@ def _report(run: pathlib.Path) -> dict[str, Any]:
     )
   result = settings.read_json(path)
   if "references" not in result:
-    raise ValueError(f"run_dir={run} is no run that gives images one class; only curves are drawn")
+    raise ValueError(
+      f"run_dir={run} is not a run that gives images one class; only curves are drawn"
+    )
   return result
 
 
@@ -203,13 +206,17 @@ def _score(run: pathlib.Path, result: Mapping[str, Any]) -> Score:
   arm, config, privacy = result["main_arm"], result["config"], result["privacy"]
   if privacy and markdown.NOT_PRIVATE in privacy:
     raise ValueError(f"run_dir={run} is {markdown.NOT_PRIVATE}; leave it out")
+  if not (run / folders.RUN).is_file():
+    raise ValueError(
+      f"run_dir={run} is an evaluation, which does not say whether its model is private; name the "
+      "training run"
+    )
   found = result["arms"][arm]["mcc"]
   value, low, high = (float(_number(run, found[k])) for k in ("value", "low", "high"))
-  at = 0.0
+  spent = [0.0]
   if privacy:
-    last = [row["epsilon"] for row in lines.rows(run / arm / "rounds.jsonl") if "epsilon" in row]
-    at = float(config["target_epsilon"]) or last[-1]
-  return Score(f"{arm}, {config['model']}", at, value, low, high)
+    spent = [row["epsilon"] for row in lines.rows(run / arm / "rounds.jsonl") if "epsilon" in row]
+  return Score(f"{arm}, {config['model']}", float(f"{spent[-1]:.2g}"), value, low, high)
 
 
 def _timed(run: pathlib.Path) -> Timed:

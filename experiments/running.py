@@ -189,14 +189,22 @@ def _run(
   task = tasks.of(config.model.model, config.data.is_multi)
   model_config = config.model.config(config.data, len(label_names))
   model = models.build(model_config)
-  everyone = tuple(range(config.hospitals.num_sites))
+  everyone, policy = tuple(range(config.hospitals.num_sites)), config.disclosure.policy()
+  if seat is not None and seat.site is not None:
+    policy = admission.own_policy(seat.site, config)
   if seat is None:
     place = processes.Place(sites.parse_placement(config.federation.placement))
   else:
-    said = others.told(images, seat.number) if config.data.site_data else b""
+    most, floor = config.hospitals.most_images, policy.fewest_patients
+    said = others.told(images, seat.number, most, floor) if config.data.site_data else b""
     place, told = processes.connect(config, seat, said)
     if config.data.site_data:
-      images = others.with_others(images, seat.number, told, config.privacy.validates)
+      images = others.with_others(images, seat.number, told, most, config.privacy.validates)
+      floor = others.largest_floor(told)
+    config = settings.replace(config, fewest_patients=floor)
+    policy = dataclasses.replace(policy, fewest_patients=floor)
+    if seat.site is not None:
+      config = admission.looking(seat.site, config)
 
   plan: list[tuple[str, tuple[int, ...], bool]] = (
     [("federated", everyone, True)] if federated else []
@@ -280,9 +288,8 @@ def _run(
     only = f"; this is the ledger of site {process} alone; each other site has its own" * is_alone
     all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"], only)
     privacy = ledgers.of_arms(spent) | privacy | all_runs
+  of_run = report.Facts(shown, of_images, main.rows, secure, privacy, policy, crossed)
   if task.of_pixels or task.is_multi:
-    said_of = shown, of_images, main.rows, secure, privacy
-    of_run = segmentation_report.Facts(*said_of, config.disclosure.policy(), crossed)
     arms_found = {name: predictions[name] for name in order}
     writer = segmentation_report if task.of_pixels else multilabel_report
     return writer.write(folder, title, images.test, arms_found, main_arm, config.seed, of_run)
@@ -296,17 +303,10 @@ def _run(
     data_name=images.test.name,
     arms={name: report.Arm(images.test.labels, of_arm) for name, of_arm in found.items()},
     label_names=label_names,
-    config=shown,
-    versions=report.versions(),
-    rounds=main.rows,
-    secure_aggregation=secure,
-    privacy=privacy,
+    facts=of_run,
     references=radiologist,
-    images=of_images,
     hospitals=hospitals.of_phantom(config, images.train.sizes, images.test),
-    policy=config.disclosure.policy(),
     patients=images.test.groups,
-    crossed=crossed,
     main_arm=main_arm,
     seed=config.seed,
   )

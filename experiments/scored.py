@@ -39,11 +39,11 @@ class Opened:
   opened: str = setting(
     "confusion",
     "what is opened, and nothing else: confusion (the matrix of counts), accuracy (one bit: "
-    "whether it reaches --threshold), or roc (counts at --bins thresholds of the probability of "
-    "--positive)",
+    "whether accuracy reaches --threshold), or roc (counts at --bins thresholds of the probability "
+    "of --positive)",
   )
   opened_to: str = setting(
-    "hospital", "who learns it, to which both sides agree: hospital, vendor or both"
+    "hospital", "who learns the result: hospital, vendor or both; both sides must name the same"
   )
   threshold: float = setting(0.0, "accuracy: the share of right answers to be reached, 0 to 1")
   positive: str = setting("", "roc: the class whose probability is compared")

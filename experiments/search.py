@@ -52,7 +52,7 @@ def check(config: Train) -> None:
   """
   if config.hospitals.num_sites < 2:
     raise ValueError(
-      f"num_sites={config.hospitals.num_sites}: one site is no federation; use 2 or more"
+      f"num_sites={config.hospitals.num_sites}: one site is not a federation; use 2 or more"
     )
   if config.privacy.dp != "none":
     raise ValueError(

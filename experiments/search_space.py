@@ -77,7 +77,7 @@ def parse(text: str, config: Train) -> dict[str, Range]:
   for part in settings.names(text):
     name, _, values = part.partition("=")
     if name not in known:
-      raise ValueError(f"space: {name} is no setting; name those of --helpfull, as {_FORM}")
+      raise ValueError(f"space: {name} is not a setting; name those of --helpfull, as {_FORM}")
     if why := _unused(name, config):
       raise ValueError(f"space: {name} {why}")
     out[name] = _range(name, values, known[name])
@@ -130,7 +130,7 @@ def _range(name: str, text: str, default: Any) -> Range:
     fits = fits and made.low.is_integer() and made.high.is_integer()
   if not fits or not math.isfinite(made.low + made.high):
     raise ValueError(
-      f"space: {name}={text!r} is no range from a smaller to a larger number; write {_FORM}"
+      f"space: {name}={text!r} is not a range from a smaller to a larger number; write {_FORM}"
     )
   return made
 

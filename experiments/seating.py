@@ -32,11 +32,23 @@ class Seating:
     "placement=flower: where in a trial each site has a folder of its own, site_N, which no other "
     "user can read; empty takes the trial's folder with .sites after its name",
   )
+  flower_simulation: bool = settings.setting(
+    False,
+    "placement=flower, a trial: Flower's simulation engine runs the same apps, in place of a "
+    "SuperNode for each site; the sites' programs run beside it. Needs the extra flower-simulation",
+  )
   channel_dir: str = settings.setting(
     "",
     "placement=flower with site: an existing folder for the socket by which the SuperNode reaches "
     "this program, where the SuperNode is another user's: of mode 0750, for a group that only that "
     "user is in. Name it as the SuperNode's site-folder; empty is the site's own folder",
+  )
+
+  same_user: bool = settings.setting(
+    False,
+    "placement=flower, a folder that primia-site has made: accept that the SuperNode runs as this "
+    "program's user, so that whoever runs the SuperLink can run code that opens the folder and the "
+    "images",
   )
 
   def check(
@@ -75,6 +87,23 @@ class Seating:
         f"channel_dir={self.channel_dir}: a trial has a channel in each site's folder; leave it "
         "out, or give --site"
       )
+
+  def check_channel(self, own: pathlib.Path) -> None:
+    """Refuses a channel in the folder of a hospital: a SuperNode that reaches it runs as the user
+    who owns all in the folder.
+
+    Raises:
+      ValueError: unless `same_user` says that this is meant.
+    """
+    place = own if self.channel is None else self.channel
+    if self.same_user or not place.resolve().is_relative_to(own.resolve()):
+      return
+    raise ValueError(
+      f"channel_dir={self.channel_dir!r}: the channel would lie in {own}, and a SuperNode that "
+      "reaches it there runs as this user, with whatever code its SuperLink sends; give the "
+      "SuperNode a user of its own, and name a folder for the channel that both may enter, as "
+      "docs/flower.md says, or accept that with --same_user"
+    )
 
   @property
   def channel(self) -> pathlib.Path | None:

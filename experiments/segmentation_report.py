@@ -6,34 +6,21 @@ are percentile bootstrap intervals over cases, all arms on the same resamples.
 
 from __future__ import annotations
 
-import json
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from primia_jax import segmentation
 from primia_jax.data.dataset import Dataset
 from primia_jax.data.patient_ids import image_names
-from primia_jax.disclosure import Crossing, Policy
 
-from . import crossings, markdown, predictions, report
+from . import crossings, markdown, predictions
+from .report import Facts
 
 PICTURES = ("dice.png", "curves.png", "overlays.png")
 FILES = ("report.md", "metrics.json", "dice.csv", *PICTURES, crossings.FILE)
-
-
-class Facts(NamedTuple):
-  """What a report says besides scores; see `report.write_report`."""
-
-  config: Mapping[str, Any]
-  images: Mapping[str, str]
-  rounds: Sequence[Mapping[str, Any]] = ()
-  secure_aggregation: Mapping[str, Any] | None = None
-  privacy: Mapping[str, Any] | None = None
-  policy: Policy | None = None
-  crossed: Sequence[Crossing] = ()
 
 
 def write(
@@ -90,21 +77,12 @@ def write(
       for name, values in dice.items()
     },
     "difference": None,
-    "images": dict(facts.images),
-    "secure_aggregation": facts.secure_aggregation,
-    "privacy": facts.privacy,
-    "crossed": [one._asdict() for one in facts.crossed],
-    "config": dict(facts.config),
-    "versions": report.versions(),
+    **facts.told(),
   }
   if main_arm != "pooled" and "pooled" in dice:
     paired = dice[main_arm].mean(1) - dice["pooled"].mean(1)
     result["difference"] = {"of": main_arm, "minus": "pooled", "dice": interval(paired)}
-  if facts.policy and facts.crossed:
-    crossings.write(folder, title, facts.policy, facts.crossed)
-  (folder / "metrics.json").write_text(
-    json.dumps(report.jsonable(result), indent=2, allow_nan=False) + "\n"
-  )
+  facts.write(folder, title, result)
   with (folder / "dice.csv").open("w", encoding="utf-8") as file:
     file.write(",".join(["case", *(f"{arm}: {k}" for arm in dice for k in names)]) + "\n")
     for i, case in enumerate(case_names):
@@ -166,8 +144,6 @@ def _text(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     "`dice.csv` has every case.",
     "",
   ]
-  lines += markdown.sections(result)
-  lines += ["## Pictures", ""]
-  for file, caption in pictures.items():
-    lines += [f"![{caption}: {data}]({file})", "", f"*{caption}.*", ""]
+  shown = [f"![{k}: {data}]({file})\n\n*{k}.*\n" for file, k in pictures.items()]
+  lines += [*markdown.sections(result), "## Pictures", "", *shown]
   return "\n".join([*lines, *markdown.ending(result)]) + "\n"

@@ -87,10 +87,10 @@ def replace(settings: Any, **changes: Any) -> Any:
   """The settings with some changed by name, in any nested record; for tests and tools.
 
   Raises:
-    TypeError: for a name that is no setting.
+    TypeError: for a name that is not a setting.
   """
   if unknown := set(changes) - set(flat(settings)):
-    raise TypeError(f"{sorted(unknown)} are no settings")
+    raise TypeError(f"{sorted(unknown)} are not settings")
   new = {}
   for field, of_type in _fields(type(settings)):
     value = getattr(settings, field.name)

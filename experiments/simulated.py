@@ -7,12 +7,27 @@ import json
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from primia_jax import models
+import numpy as np
+
+from primia_jax import metrics, models
+from primia_jax.data.dataset import Dataset, in_memory
 from primia_jax.mpc import planning, pricing
 
-from . import encrypted, found_masks, inputs, model_files, phases, predictions, report
+from . import (
+  compared,
+  encrypted,
+  folders,
+  found_masks,
+  inputs,
+  model_files,
+  phases,
+  predictions,
+  registers,
+  report,
+  unfinished,
+)
 from .configs.data import Data
 from .folders import private, write_private
 from .planned import Infer
@@ -28,22 +43,14 @@ def infer(config: Infer) -> None:
   model, weights, label_names, model_config = encrypted.load_any(config.checkpoint, config.classes)
   of_pixels = model_config.name in models.SEGMENTERS
   size, _, channels = model_config.image_shape
-  data = Data(
-    data=f"folder:{config.images}",
-    image_size=size,
-    channels=channels,
-    ignore=config.ignore,
-    grey_bits=config.grey_bits or model_files.grey_bits(config.checkpoint),
-    skip_bad_files=config.skip_bad_files,
-    ct_window=model_files.ct_window(config.checkpoint),
+  is_own_test = config.images == encrypted.OWN_TEST
+  images = (
+    _own_test(config, of_pixels) if is_own_test else _named(config, model_config, label_names)
   )
-  form = size, channels, data.hounsfield
-  images = found_masks.volume(config, of_pixels, label_names, *form)
-  if images is None:
-    images = inputs.unlabelled_images(data, label_names)
   calibration, source = encrypted.calibration_images(config, model_config, label_names)
+  folder = None
   if config.output_dir:
-    private(pathlib.Path(config.output_dir).expanduser())
+    folder = private(pathlib.Path(config.output_dir).expanduser())
 
   print(
     "Encrypted inference, simulated: model owner, data owner and dealer run in this one process, "
@@ -54,7 +61,8 @@ def infer(config: Infer) -> None:
     f"Model   {model_config.name} from {config.checkpoint}, {size} x {size} x {channels}, "
     f"{', '.join(label_names)}"
   )
-  print(f"Images  {len(images)} from {config.images}, {config.batch} in a run of the protocol")
+  where = "the test images of that run" if is_own_test else config.images
+  print(f"Images  {len(images)} from {where}, {config.batch} in a run of the protocol")
   for what, text in images.notes.items():
     print(f"        {what}: {text}")
   print(f"Calibrating on {source} and choosing the ring ...", flush=True)
@@ -73,42 +81,131 @@ def infer(config: Infer) -> None:
       "trained with --norm=batch avoids them: its owner folds the statistics into the weights."
     )
   print(flush=True)
-  result = phases.infer(plan, weights, images.images, config.batch)
-  result.seconds["calibrate"] = calibrating
+  images = in_memory(images)
+  shown = np.asarray(images.images)
+  named = plan.digest, registers.model_digest(weights), config.batch
+  with unfinished.of(folder, named, shown) as kept:
+    if kept.runs:
+      print(f"{len(kept.runs)} runs of the protocol were done before this was stopped\n")
+    result = phases.infer(plan, weights, shown, config.batch, kept)
+    result.seconds["calibrate"] = calibrating
+    about = f"{model_config.name}, {size} px"
+    asked = _Asked(plan, model, weights, images, is_own_test, about)
+    _tell(config, asked, result, rows, table, folder)
 
-  ids = [str(path) for path in images.columns["path"]]
-  masks = found_masks.of(result.outputs) if of_pixels else None
+
+class _Asked(NamedTuple):
+  """What was asked of which model.
+
+  Attributes:
+    plan, model, weights: of the model.
+    images: that were asked about.
+    has_labels: their classes are known.
+    about: the model, for people.
+  """
+
+  plan: planning.Plan
+  model: models.Model
+  weights: Any
+  images: Dataset
+  has_labels: bool
+  about: str
+
+
+def _tell(
+  config: Infer,
+  asked: _Asked,
+  result: phases.Result,
+  rows: Sequence[pricing.Row],
+  table: str,
+  folder: pathlib.Path | None,
+) -> None:
+  """Prints answers, costs and the comparison, and writes them."""
+  images, label_names = asked.images, asked.images.label_names
+  ids = inputs.names_of(images)
+  masks = found_masks.of(result.outputs) if result.outputs.ndim > 2 else None
+  scores = _scores(images.labels, result.outputs, len(label_names)) if asked.has_labels else None
   if masks is not None:
     found_masks.show(ids, masks, label_names)
-  else:
+  elif scores is None or folder is None:
     predictions.show(ids, result.outputs, label_names)
-  about = f"{model_config.name}, {size} px"
-  summary = _costs(plan, rows, result, config, about, len(images))
-  _print_costs(summary)
-  if config.check:
-    _print_check(
-      config,
-      phases.compare(plan, model, weights, images.images, config.batch, result.outputs),
-      len(images) if masks is None else masks.size,
-      "images" if masks is None else "pixels",
+  if scores is not None:
+    print(
+      f"\nUnder encryption, of {len(images)} images: accuracy {100 * scores['accuracy']:.1f} %, "
+      f"MCC {scores['mcc']:.3f}"
     )
+  summary = _costs(config, asked, rows, result)
+  _print_costs(summary)
+  checked: dict[str, Any] = {}
+  if config.check:
+    found = phases.compare(
+      asked.plan, asked.model, asked.weights, images.images, config.batch, result.outputs
+    )
+    what = compared.Asked(config, ids, label_names, None if masks is None else masks.size)
+    print(f"\n{compared.text(what, found)}")
+    checked = compared.record(what, found) | {"encrypted_scores": scores}
   else:
     print(
       "\nA value beyond its planned range gives a wrong answer that nobody notices; --check finds "
       "such values."
     )
-  if config.output_dir:
-    folder = pathlib.Path(config.output_dir).expanduser()
-    made = "plan.txt and costs.json"
-    if masks is not None:
-      said = found_masks.write(folder, config, images, masks, config.overlays)
-      print("\n" + "\n".join(said))
-    else:
-      predictions.write(folder / "predictions.csv", ids, result.outputs, label_names)
-      made = f"predictions.csv, {made}"
-    write_private(folder / "plan.txt", f"{table}\n")
-    write_private(folder / "costs.json", json.dumps(summary, indent=2) + "\n")
-    print(f"\n{made} are in {folder}")
+  if folder is None:
+    return
+  made = ["plan.txt", "costs.json"]
+  if masks is not None:
+    print("\n" + "\n".join(found_masks.write(folder, config, images, masks, config.overlays)))
+  else:
+    true = [label_names[label] for label in images.labels] if asked.has_labels else ()
+    predictions.write(folder / "predictions.csv", ids, result.outputs, label_names, true)
+    made.insert(0, "predictions.csv")
+  write_private(folder / "plan.txt", f"{table}\n")
+  if checked:
+    write_private(folder / "check.json", json.dumps(checked, indent=2) + "\n")
+    made.insert(-1, "check.json")
+  write_private(folder / "costs.json", json.dumps(summary, indent=2) + "\n")
+  print(f"\n{', '.join(made[:-1])} and {made[-1]} are in {folder}")
+
+
+def _named(config: Infer, of: models.ModelConfig, label_names: tuple[str, ...]) -> Dataset:
+  """The images that are named, in the form that the model takes."""
+  size, _, channels = of.image_shape
+  data = Data(
+    data=f"folder:{config.images}",
+    image_size=size,
+    channels=channels,
+    ignore=config.ignore,
+    grey_bits=config.grey_bits or model_files.grey_bits(config.checkpoint),
+    skip_bad_files=config.skip_bad_files,
+    ct_window=model_files.ct_window(config.checkpoint),
+  )
+  form = size, channels, data.hounsfield
+  images = found_masks.volume(config, of.name in models.SEGMENTERS, label_names, *form)
+  return inputs.unlabelled_images(data, label_names) if images is None else images
+
+
+def _own_test(config: Infer, of_pixels: bool) -> Dataset:
+  """The images on which the run's own report tests, with their classes."""
+  if of_pixels:
+    raise ValueError(
+      f"images={config.images}: the run's model learns masks, which are found in images that you "
+      "name; name a folder or a volume"
+    )
+  try:
+    return inputs.tested_images(folders.settings_of(config.checkpoint))
+  except (FileNotFoundError, ValueError) as error:
+    raise ValueError(
+      f"{error} (the data of the run in {config.checkpoint}; name other images with --images)"
+    ) from error
+
+
+def _scores(labels: np.ndarray, outputs: np.ndarray, num_classes: int) -> dict[str, Any]:
+  said = outputs.argmax(1) if outputs.ndim == 2 else np.rint(outputs).astype(int)
+  counts = np.asarray(metrics.confusion_matrix(labels, said, num_classes))
+  return {
+    "accuracy": float(metrics.accuracy(counts)),
+    "mcc": float(metrics.mcc(counts)),
+    "confusion_matrix": counts.tolist(),
+  }
 
 
 def _who_learns_what(config: Infer, of_pixels: bool) -> str:
@@ -126,14 +223,10 @@ def _who_learns_what(config: Infer, of_pixels: bool) -> str:
 
 
 def _costs(
-  plan: planning.Plan,
-  rows: Sequence[pricing.Row],
-  result: phases.Result,
-  config: Infer,
-  model: str,
-  num_images: int,
+  config: Infer, asked: _Asked, rows: Sequence[pricing.Row], result: phases.Result
 ) -> dict[str, Any]:
   """The content of `costs.json`: seconds as measured, bytes and rounds of one run as planned."""
+  plan = asked.plan
   network = encrypted.parse_network(config.network)
   dealt, sent, rounds = pricing.total(plan.circuit, rows)
   seconds = result.seconds
@@ -153,8 +246,8 @@ def _costs(
     }
 
   return {
-    "model": model,
-    "images": num_images,
+    "model": asked.about,
+    "images": len(asked.images),
     "images_in_a_run": config.batch,
     "runs": result.runs,
     "config": dataclasses.asdict(plan.config),
@@ -227,26 +320,3 @@ def _shorten(text: str, width: int) -> str:
 
 def _time(seconds: float) -> str:
   return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def _print_check(config: Infer, found: phases.Difference, total: int, what: str) -> None:
-  print("\nChecked in the clear: every value stays within its planned range.")
-  if found.largest is not None:
-    is_chosen = config.ring_bits and config.fraction_bits  # then target_error chose nothing
-    target = "" if is_chosen else f" (target {config.target_error:g})"
-    print(f"  largest difference of a logit from float32: {found.largest:.2g}{target}")
-  print(f"  the same class as float32: {found.same:,} of {total:,} {what}")
-  if found.same < total:
-    known = (
-      ""
-      if found.largest is None
-      else (
-        f"; such errors change a class only where they are less than {2 * found.largest:.2g} apart"
-      )
-    )
-    print(f"  elsewhere float32's two best logits are {found.margin:.2g} apart at most{known}")
-  if found.bitwise is not None:
-    print(
-      f"  bit for bit what the integer model gives: "
-      f"{'yes' if found.bitwise else 'NO, which is an error in the code'}"
-    )

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 import pathlib
 import tomllib
 from typing import Any
@@ -47,13 +46,16 @@ class Own:
   data: str = setting(
     "",
     "images of this site: folder:PATH (a folder or tar, also of DICOM files), csv:PATH (a table "
-    "with file, label, patient), npz:PATH, msd:PATH or tfds:NAME; none for a site without images",
+    "with file, label, patient), npz:PATH, msd:PATH, medimeta:PATH or tfds:NAME; none for a site "
+    "without images",
   )
   layout: str = _of_data("layout")
   ignore: str = _of_data("ignore")
   csv_columns: str = _of_data("csv_columns")
   patient_column: str = _of_data("patient_column")
   patient_pattern: str = _of_data("patient_pattern")
+  task: str = _of_data("task")
+  splits: str = _of_data("splits")
   data_dir: str = _of_data("data_dir")
   manual_dir: str = _of_data("manual_dir")
   skip_bad_files: bool = _of_data("skip_bad_files")
@@ -74,13 +76,23 @@ class Limits:
   """What this site agrees to."""
 
   fewest_patients: int = setting(
-    10, "in a count that leaves this site; smaller ones are suppressed"
+    10, "fewest patients in a count that leaves this site; smaller counts are suppressed"
   )
-  fewest_sites: int = setting(2, "in a sum that this site takes part in")
-  fewest_images: int = setting(1, "at this site, for it to take part")
+  fewest_sites: int = setting(2, "fewest sites in a sum that this site takes part in")
+  fewest_images: int = setting(1, "fewest images with which this site takes part")
   max_rounds: int = setting(0, "rounds of a run that may be approved; 0 sets no limit")
   max_epsilon: float = setting(
     0.0, "epsilon that all runs on these images may cost together; 0 sets no limit"
+  )
+  fewest_colluding: int = setting(
+    1,
+    "sites that may collude with a coordinator that lies before a sum of three sites and more "
+    "tells this one's part; 0 trusts all",
+  )
+  looks_at_models: bool = setting(
+    True,
+    "whether this site looks at each model before it trains it, on 16 of its own images, and ends "
+    "the run if it looks made to reveal single images, whatever the configuration says",
   )
   leaves: str = setting(
     ",".join(disclosure.KINDS), "kinds of numbers that may leave this site, separated by commas"
@@ -88,7 +100,7 @@ class Limits:
 
   def __post_init__(self):
     self.policy()
-    for name in ("max_rounds", "max_epsilon"):
+    for name in ("max_rounds", "max_epsilon", "fewest_colluding"):
       require(0 <= getattr(self, name) < 2**31, name, getattr(self, name), "must be 0 or positive")
 
   def policy(self) -> disclosure.Policy:
@@ -168,7 +180,7 @@ def read(folder: pathlib.Path) -> Member:
   try:
     found = tomllib.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
-    raise ValueError(f"{path} is no TOML ({error}); mend that line") from error
+    raise ValueError(f"{path} is not TOML ({error}); mend that line") from error
   parts = {"data": Own, "limits": Limits}
   if unknown := set(found) - {"number", "name", *parts}:
     raise ValueError(f"{path} has {sorted(unknown)}, which no site has; remove them")
@@ -213,15 +225,8 @@ def run_of(folder: pathlib.Path, approved: approval.Approval) -> pathlib.Path:
 def note(folder: pathlib.Path, did: str, **facts: Any) -> None:
   """Adds a line to the journal; it is on disk when this returns."""
   at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  line = json.dumps({"at": at, "did": did} | facts) + "\n"
-  path = folder / JOURNAL
-  with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-    whole = file.read()
-    file.seek(whole.rfind(b"\n") + 1)  # over a line that a crash left unfinished
-    file.write(line.encode())
-    file.truncate()
-    file.flush()
-    os.fsync(file.fileno())
+  line = json.dumps({"at": at, "did": did} | facts)
+  durable.append(folder / JOURNAL, line.encode())
 
 
 def notes(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -244,7 +249,9 @@ def _record(kind: type, values: dict[str, Any]) -> Any:
   fields = {field.name: type(field.default) for field in dataclasses.fields(kind)}
   for name, value in values.items():
     if name not in fields:
-      raise ValueError(f"{name}={value!r} is no setting of a site; there are {', '.join(fields)}")
+      raise ValueError(
+        f"{name}={value!r} is not a setting of a site; there are {', '.join(fields)}"
+      )
     wanted = fields[name]
     is_whole = wanted is float and type(value) is int
     if type(value) is not wanted and not is_whole:

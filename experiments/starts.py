@@ -8,6 +8,7 @@ signed its digest.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -23,6 +24,7 @@ from primia_jax.secagg import messages as msg
 from primia_jax.secagg.errors import Refused
 from primia_jax.types import Key, PyTree
 
+from . import opened
 from .processes import Joined
 
 if TYPE_CHECKING:
@@ -199,10 +201,17 @@ def agree(
   return {i: one.told for i, one in starts.items()}
 
 
-def recorded(joined: Joined, step: Step) -> Step:
-  """The step of a round, which then records its state: before the next sum, or a save."""
+def recorded(joined: Joined, step: Step, is_fresh: bool = False) -> Step:
+  """The step of a round, which then records its state: before the next sum, or a save.
+
+  Where what this site sends carries no fresh noise, the sums of a round from one state are only
+  ever opened over the same sites (`opened`).
+  """
 
   def recorded_step(key: Key, state: federated.State, sites: federated.Sites):
+    if not is_fresh and joined.openings is not None:
+      note = functools.partial(opened.note, joined.openings, since=digest(state, b""))
+      joined.exchange.opens = note
     state, info = step(key, state, sites)
     path = joined.own / _RECORDS
     made = Record(digest(state, joined.settings).hex(), tuple(info.survivors.tolist()))

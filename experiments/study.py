@@ -18,7 +18,7 @@ class Study(NamedTuple):
     epsilons: budgets of the private arms.
     seeds: of the runs.
     arms: of `ARMS`, those that it takes by default.
-    encrypted: flags of the encrypted score.
+    encrypted: flags of the encrypted answers.
     attacks: parts of the audit of the federation whose updates are in the clear.
   """
 
@@ -41,7 +41,6 @@ class Step(NamedTuple):
     flags: of the program, without its folder.
     to: the flag that names the folder.
     made: the file in the folder that is written last.
-    resumes: an interrupted run continues in its folder; others begin anew.
   """
 
   folder: str
@@ -49,7 +48,6 @@ class Step(NamedTuple):
   flags: tuple[str, ...]
   to: str
   made: str
-  resumes: bool = True
 
 
 STUDIES = {
@@ -77,7 +75,14 @@ STUDIES = {
     ("--preset=chest_xray_pretrained",),
     ("--preset=chest_xray_private_pretrained",),
     (1.0, 3.0, 6.0, 8.0),
-    arms=("pooled", "local", "secure", "private"),
+    arms=("pooled", "local", "secure", "private", "encrypted"),
+    encrypted=(
+      "--batch=1",
+      "--ring_bits=64",
+      "--fraction_bits=18",
+      "--calibration_images=64",
+      "--margin=4",
+    ),
     attacks="threats",
   ),
   "chest_xray_pretrained_224": Study(
@@ -101,8 +106,8 @@ def steps(
   more_private: Sequence[str] = (),
   effort: Sequence[str] = (),
 ) -> list[Step]:
-  """The runs of a study, in order. Sites alone, the encrypted score and the attacks have the first
-  seed only.
+  """The runs of a study, in order. Sites alone, encrypted answers and attacks have the first seed
+  only.
 
   Args:
     study: the study.
@@ -148,12 +153,9 @@ def steps(
         train(f"private_pooled_{epsilon:g}", seed, flags, is_pooled=True)
   first = f"seed_{seeds[0]}"
   if "encrypted" in arms:
-    roles = ("--vendor_dir={study}/roles/vendor", "--hospital_dir={study}/roles/hospital")
-    asked = (f"--checkpoint={{study}}/{first}/secure", f"--data={data or _own_data(study)}")
-    flags = (*asked, *roles, *study.encrypted, "--check")
-    made.append(
-      Step("encrypted", "evaluate_encrypted", flags, "output_dir", "score.json", resumes=False)
-    )
+    asked = f"--checkpoint={{study}}/{first}/secure", "--images=run"
+    flags = (*asked, *study.encrypted, "--check")
+    made.append(Step("encrypted", "infer_encrypted", flags, "output_dir", "costs.json"))
   if "attacked" in arms:
     flags = (f"--run_dir={{study}}/{first}/federated", f"--parts={study.attacks}", *effort)
     made.append(Step("attacked", "audit_privacy", flags, "output_dir", "privacy_report.md"))
@@ -165,7 +167,3 @@ _OWN = (  # settings that make an arm what it is called, or that the study's rep
   "data", "site_data", "seed", "run_dir", "baselines", "aggregation", "multi_label",
   "label_columns", "fewest_patients", "record_transcript",
 )  # fmt: skip
-
-
-def _own_data(study: Study) -> str:
-  return "folder:../shared/data/chest_xray_224.tar" if study.plain else "phantom"

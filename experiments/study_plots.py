@@ -35,8 +35,6 @@ def arms(
 
   Args:
     scores: arm -> the scores of each seed.
-    path: the file to write.
-    title: what the picture shows, including the data set.
     reader: name and [L, L] confusion matrix of a human reader, drawn as a line.
   """
   height = 0.42 * len(scores) + (2.1 if reader else 1.7)
@@ -75,8 +73,6 @@ def epsilons(
 
   Args:
     scores: arm -> epsilon -> the MCC of each seed.
-    path: the file to write.
-    title: what the picture shows, including the data set.
   """
   figure = Figure(figsize=(6.4, 4.4), layout="constrained")
   axes = figure.add_subplot()
@@ -116,8 +112,6 @@ def reader(
     probabilities: [N, L].
     label_names: the L classes.
     said: name and [L, L] confusion matrix of the reader.
-    path: the file to write.
-    title: what the picture shows, including the data set.
   """
   labels, probabilities = metrics.check_probabilities(labels, probabilities)
   figure = Figure(figsize=(6.4, 6.4), layout="constrained")
@@ -163,8 +157,6 @@ def budgets(
     private: of runs with privacy; a line joins the means of one arm.
     others: of runs without.
     readers: name -> MCC.
-    path: the file to write.
-    title: what the picture shows, including the data set.
   """
   figure = Figure(figsize=(6.4, 4.4), layout="constrained")
   axes = figure.add_subplot()
@@ -205,8 +197,6 @@ def latency(
   Args:
     times: of each.
     links: name -> round trip and bandwidth.
-    path: the file to write.
-    title: what the picture shows.
   """
   rows = [(one, name, link) for one in times for name, link in links.items()]
   figure = Figure(figsize=(9.2, 0.42 * len(rows) + 2.0), layout="constrained")
@@ -215,8 +205,8 @@ def latency(
   left = np.zeros(len(rows))
   parts = {
     "computing, both parties on one machine (measured)": [one.seconds for one, *_ in rows],
-    "bytes (reckoned)": [link.seconds(0, one.num_bytes) for one, _, link in rows],
-    "rounds (reckoned)": [link.seconds(one.rounds, 0) for one, _, link in rows],
+    "bytes (estimated)": [link.seconds(0, one.num_bytes) for one, _, link in rows],
+    "rounds (estimated)": [link.seconds(one.rounds, 0) for one, _, link in rows],
   }
   for (name, values), colour in zip(parts.items(), (BLUE, ORANGE, "#C4C4C4"), strict=True):
     axes.barh(place, values, left=left, height=0.72, color=colour, label=name)

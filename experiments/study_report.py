@@ -118,7 +118,7 @@ def write(
       run.labels, run.probabilities, found.label_names, found.reader, where, f"{title}\n{main}"
     )
     text += ["![ROC curves and the reader](reader.png)", ""]
-  text += _others(folder, steps)
+  text += _others(folder, steps, found.label_names)
   text += ["## Runs", "", "Each is a command of its own, and has a report of its own.", ""]
   rows = [(f"[{s.folder}]({s.folder}/{_page(s)})", f"`{commands[s.folder]}`") for s in steps]
   text += [markdown.table(("run", "command"), rows), ""]
@@ -136,9 +136,7 @@ def _row(folder: str, key: str) -> str:
 
 
 def _page(step: Step) -> str:
-  return {"score.json": "score.json", "privacy_report.md": "privacy_report.md"}.get(
-    step.made, "report.md"
-  )
+  return "report.md" if step.made == "metrics.json" else step.made
 
 
 def _main(found: Found) -> str:
@@ -284,7 +282,7 @@ def _reader(found: Found) -> list[str]:
     f"## Beside one human reader: {name}",
     "",
     "Only the reader's confusion matrix is known, and not which image he called what. So McNemar's "
-    "exact test is reckoned for every pairing that the two matrices allow, and the largest p is "
+    "exact test is computed for every pairing that the two matrices allow, and the largest p is "
     "given, of the worst seed.",
     "",
     markdown.table(("arm", "images", "largest p"), rows),
@@ -302,34 +300,64 @@ def _by_epsilon(found: Found) -> dict[str, dict[float, list[float]]]:
   return out if any(len(by_epsilon) > 1 for by_epsilon in out.values()) else {}
 
 
-def _others(folder: pathlib.Path, steps: Sequence[Step]) -> list[str]:
-  """What the encrypted score and the attacks found."""
+def _others(folder: pathlib.Path, steps: Sequence[Step], label_names: Sequence[str]) -> list[str]:
+  """What the encrypted answers were, and what the attacks found."""
   text: list[str] = []
   for step in steps:
-    if step.made == "score.json":
-      result = json.loads((folder / step.folder / step.made).read_text())
-      text += ["## Under encryption", "", *_encrypted(result), ""]
+    own = folder / step.folder
+    if step.module == "infer_encrypted":
+      costs, checked = (json.loads((own / n).read_text()) for n in ("costs.json", "check.json"))
+      text += ["## Under encryption", "", *_encrypted(costs, checked, label_names), ""]
     elif step.made == "privacy_report.md":
-      report = (folder / step.folder / step.made).read_text()
+      report = (own / step.made).read_text()
       text += ["## Attacked", "", *_verdict(report, f"{step.folder}/{step.made}"), ""]
   return text
 
 
-def _encrypted(result: Mapping[str, Any]) -> list[str]:
-  cost = result["bytes_and_rounds_of_a_run"]
-  seconds = sum(v for v in result["seconds"].values() if isinstance(v, (int, float)))
-  counts = np.asarray(result["counts"])
-  right = float(metrics.accuracy(counts)) if counts.shape[0] == counts.shape[1] else float("nan")
-  head = [str(c) for c in result["columns"]]
-  rows = [(name, *row) for name, row in zip(result["rows"], counts.tolist(), strict=True)]
-  return [
-    f"The secure arm's model of the first seed on {result['images']:,} secret images, "
-    f"{result['images_in_a_run']} at a time: accuracy {100 * right:.1f} %. A run deals "
-    f"{cost['dealt'] / 1e6:.1f} MB, sends {cost['sent'] / 1e6:.1f} MB and takes {cost['rounds']} "
-    f"rounds; all together took {seconds:.0f} s.",
+def _encrypted(
+  costs: Mapping[str, Any], checked: Mapping[str, Any], label_names: Sequence[str]
+) -> list[str]:
+  phases = {phase["phase"]: phase for phase in costs["phases"]}
+  online, dealt = phases["online"], phases["deal"]["bytes"]
+  sent, rounds = online["bytes"], online["rounds"]
+  each = [phases[name]["seconds"] for name in ("deal", "prepare", "online")]
+  scores, close = checked["encrypted_scores"], checked["close"]
+  error = checked["largest_logit_difference"]
+  exact = "are" if checked["same_bits_as_the_integer_model"] else "ARE NOT"
+  text = [
+    f"The secure arm's model of the first seed answers {costs['images']:,} test images under "
+    f"encryption, {costs['images_in_a_run']} in a run of the protocol: accuracy "
+    f"{100 * scores['accuracy']:.1f} %, MCC {scores['mcc']:.3f}. "
+    f"{checked['same_class_as_float32']:,} of {checked['total']:,} have the class of float32, and "
+    f"{_close_text(close, error)}. No logit differs from float32's by more than {error:.2g}, and "
+    f"all bits {exact} those of the integer model. A run deals {dealt / 1e6:.1f} MB, sends "
+    f"{sent / 1e6:.1f} MB each way and takes {rounds} rounds. It took {sum(each):.2f} s on this "
+    f"machine: {each[0]:.2f} s to deal, {each[1]:.2f} s to prepare, {each[2]:.2f} s online.",
     "",
-    markdown.table(("true", *head), rows),
+    markdown.table(
+      ("true", *map(markdown.plain, label_names)),
+      [
+        (markdown.plain(n), *row)
+        for n, row in zip(label_names, scores["confusion_matrix"], strict=True)
+      ],
+    ),
   ]
+  if not close:
+    return text
+  rows = [
+    (markdown.plain(one["image"]), f"{one['float32_logits_apart']:.2g}",
+     markdown.plain(one["encrypted"]), markdown.plain(one["float32"]))
+    for one in close
+  ]  # fmt: skip
+  head = "image", "two best logits apart", "encrypted", "float32"
+  return [*text, "", markdown.table(head, rows)]
+
+
+def _close_text(close: Sequence[Any], error: float) -> str:
+  if not close:
+    return f"no image's two best logits are within {2 * error:.2g}, where a class might change"
+  what = "image's two best logits are" if len(close) == 1 else "images' two best logits are"
+  return f"{len(close)} {what} within {2 * error:.2g}, where a class may change (below)"
 
 
 def _verdict(report: str, path: str) -> list[str]:

@@ -42,7 +42,7 @@ def facts(config: Train, images: inputs.Inputs, sent: PyTree) -> dict[str, Any] 
   return {
     "sites in a sum": secure.num_sites,
     "peers of each site (pairwise masks by ChaCha20)": secure.num_peers,
-    "of a site and its peers, who must answer": secure.threshold or "all: no site may drop out",
+    "how many of a site and its peers must answer": secure.threshold or "all: no site may drop out",
     "sites that may collude with the server": _collusion(config, secure),
     **encoding,
     "who learns what": "the server sees sums only; " + _whose_keys(config, secure) + _of_two(n),
@@ -56,7 +56,7 @@ def facts(config: Train, images: inputs.Inputs, sent: PyTree) -> dict[str, Any] 
 
 
 def _collusion(config: Train, secure: secagg.SecureSum) -> str:
-  """How many sites are reckoned with, and how many would be too many."""
+  """How many colluding sites are allowed for, and how many would be too many."""
   n, peers, threshold = secure.num_sites, secure.num_peers, secure.threshold
   lies = may_lie(secure, config.in_processes)
   enough = min(peers, graph.num_to_open(peers, threshold, lies))  # all: they subtract their own

@@ -18,6 +18,7 @@ from . import (
   evaluations,
   folders,
   model_files,
+  noised_counts,
   pooled_report,
   processes,
   scored_images,
@@ -62,6 +63,8 @@ def score(values: flags.FlagValues, site: admission.Site | None, module: str) ->
     config = _of_flags(values, model)
   is_site = site is not None or "site" in given
   seating.check(given, FLOWER, number, config.scoring.num_sites, is_site)
+  if site is not None:
+    seating.check_channel(site.folder)
   if number < 0:
     _start_trial(values, config, seating, module)
   else:
@@ -91,10 +94,15 @@ def _score_one(
     dataset, warnings = scored_images.of_source(config, model.label_names), {}
     admission.check_scored(site, dataset)
   evaluating.check(config, model, dataset)
+  ledger_dir = None
+  if config.scoring.dp_count_noise:
+    of_trial = config, values.run_dir, own, number
+    ledger_dir = noised_counts.ledger_folder(*of_trial) if site is None else site.ledger
   seat = processes.Seat(number, seating.patience, own, site, seating.channel)
   has_patients = bool(config.data.patient_column or config.data.patient_pattern)
   with folders.alone(own / "lock"):
-    result = evaluating.run(config, model, dataset, seat, folder, floor, has_patients, warnings)
+    about_images = floor, has_patients, warnings, ledger_dir
+    result = evaluating.run(config, model, dataset, seat, folder, *about_images)
   pooled_report.print_summary(result, folder)
 
 
@@ -164,7 +172,10 @@ def _start_trial(values: flags.FlagValues, config: Evaluate, seating: Seating, m
         "overwritten; name another folder"
       )
   scored_images.check_sources(config, values.run_dir)
-  trial.check_installed()
+  trial.check_installed(seating.flower_simulation)
   folder.mkdir(parents=True, exist_ok=True)
-  trial.launch(module, sys.argv[1:], n, folder, sites, seating.stage_timeout, "output_dir")
+  trial.launch(
+    module, sys.argv[1:], n, folder, sites, seating.stage_timeout, "output_dir",
+    seating.flower_simulation,
+  )  # fmt: skip
   print(f"each site's reports: {sites / 'site_N' / processes.RUN}")

@@ -12,10 +12,11 @@ machine, or with --site=N this hospital alone, as docs/flower.md says for hospit
 --data and takes its share. --aggregation=clear and the robust rules show every update to the
 server.
 
-A hospital whose folder primia-site has made needs no other flag: it trains what its operator has
-approved, on its own images and within its own limits, and refuses anything else.
+A hospital whose folder primia-site has made needs one other flag, the folder in which its SuperNode
+reaches it: it trains what its operator has approved, on its own images and within its own limits,
+and refuses anything else.
 
-  primia-train --run_dir=/srv/primia/a
+  primia-train --run_dir=/srv/primia/a --channel_dir=/srv/primia/a-channel
 
 The defaults are made for the phantom; for images of your own start from a --preset.
 
@@ -68,15 +69,17 @@ def main() -> None:
   given = [name for name in NAMES if FLAGS[name].present]
   is_site = site is not None or "site" in given
   seating.check(given, config.federation.placement, number, num_sites, is_site)
+  if site is not None:
+    seating.check_channel(site.folder)
   if in_processes and number < 0:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)
     inputs.check_sources(config)
-    trial.check_installed()
+    trial.check_installed(seating.flower_simulation)
     folder = running.open_run(config, FLAGS.run_dir)
     own = processes.sites_folder(folder, seating.sites_dir)
-    module, arguments = f"{__package__}.train_federated", sys.argv[1:]
-    trial.launch(module, arguments, num_sites, folder, own, seating.stage_timeout)
+    of_run = f"{__package__}.train_federated", sys.argv[1:], num_sites, folder, own
+    trial.launch(*of_run, seating.stage_timeout, is_simulated=seating.flower_simulation)
     print(f"each site's report: {own / 'site_N' / processes.RUN / 'report.md'}")
     return
   seat, run_dir = None, FLAGS.run_dir

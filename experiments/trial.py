@@ -1,17 +1,19 @@
-"""Flower on one machine, for a trial: SuperLink, a SuperNode for each site, and their certificates.
+"""Flower on one machine, for a trial: SuperLink, and a SuperNode for each site.
 
 Everything runs on loopback, with TLS and node authentication as between machines; docs/flower.md
-has the commands for hospitals apart. All processes end with the run, however it ends.
+has the commands for hospitals apart. In a simulation Flower's own engine takes the SuperNodes'
+place: the same apps run in it, and the sites' programs beside it. All processes end with the run,
+however it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
+import importlib.util
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import signal
 import socket
@@ -21,18 +23,15 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-
 import primia_jax
-from primia_jax import durable
 
+from . import trial_keys
 from .processes import own_folder
 
 APP = pathlib.Path(primia_jax.__file__).parent / "flower" / "app"
 COORDINATOR, FLOWER, LOG = "coordinator", "flower", "log"  # folders, and a site's output
 _START = 60.0  # seconds for a server to listen
+_LOOK, _LONGEST = 15.0, 240.0  # seconds until Flower is asked for its run, and between later looks
 _ENDING = "ending.json"  # of the coordinator, as primia_jax.flower.coordinating writes it
 
 
@@ -44,12 +43,14 @@ class Deployment(NamedTuple):
     sites: the sites' own folders.
     processes: name to process, of SuperLink, SuperNodes and sites.
     port: of the SuperLink.
+    is_simulated: Flower's simulation engine runs the sites' app; there are no SuperNodes.
   """
 
   folder: pathlib.Path
   sites: list[pathlib.Path]
   processes: dict[str, subprocess.Popen]
   port: int
+  is_simulated: bool = False
 
   @property
   def flower(self) -> pathlib.Path:
@@ -62,8 +63,8 @@ class Deployment(NamedTuple):
     return self.flower / f"{name.replace(' ', '_')}.log"
 
 
-def check_installed() -> None:
-  """Refuses to start without Flower.
+def check_installed(is_simulated: bool = False) -> None:
+  """Refuses to start without Flower, or a simulation without the engine's Ray.
 
   Raises:
     ValueError: it is not installed.
@@ -71,6 +72,11 @@ def check_installed() -> None:
   if shutil.which("flower-superlink", path=_path()) is None:
     raise ValueError(
       "placement=flower needs Flower (flower-superlink): pip install 'primia-jax[flower]'"
+    )
+  if is_simulated and importlib.util.find_spec("ray") is None:
+    raise ValueError(
+      "flower_simulation=True needs Ray, on which Flower's simulation engine runs: "
+      "pip install 'primia-jax[flower-simulation]'"
     )
 
 
@@ -82,6 +88,7 @@ def launch(
   own: pathlib.Path,
   timeout: float,
   named: str = "run_dir",
+  is_simulated: bool = False,
 ) -> None:
   """Runs a trial to its end; shows the output of site 0.
 
@@ -95,11 +102,14 @@ def launch(
     own: where the sites' own folders lie.
     timeout: seconds that a stage may take.
     named: the flag by which a site's process is told its own folder.
+    is_simulated: Flower's simulation engine takes the SuperNodes' place.
 
   Raises:
     RuntimeError: the run failed; the message says why and names the logs.
+    ValueError, FileNotFoundError: as `trial_keys.introduce`.
   """
-  with deployed(num_sites, folder, own) as trial:
+  with deployed(num_sites, folder, own, is_simulated) as trial:
+    trial_keys.introduce(trial.folder / COORDINATOR, trial.sites)
     start_sites(trial, module, arguments, named)
     start_run(trial, timeout)
     lost = watch(trial)
@@ -113,16 +123,20 @@ def launch(
 
 
 @contextlib.contextmanager
-def deployed(num_sites: int, folder: pathlib.Path, own: pathlib.Path) -> Iterator[Deployment]:
-  """A SuperLink and SuperNodes whose keys it knows; at the end every process is stopped."""
+def deployed(
+  num_sites: int, folder: pathlib.Path, own: pathlib.Path, is_simulated: bool = False
+) -> Iterator[Deployment]:
+  """A SuperLink, and SuperNodes whose keys it knows, or the simulation engine in their place; at
+  the end every process is stopped.
+  """
   sites = [own_folder(own, i).resolve() for i in range(num_sites)]
-  trial = Deployment(folder.resolve(), sites, {}, free_port())
+  trial = Deployment(folder.resolve(), sites, {}, free_port(), is_simulated)
   trial.flower.mkdir(mode=0o700, exist_ok=True)
   # so that nothing is left behind
   before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
   try:
     _start_superlink(trial)
-    for i in range(num_sites):
+    for i in range(0 if is_simulated else num_sites):
       register(trial, i)
       start_supernode(trial, i)
     yield trial
@@ -133,7 +147,7 @@ def deployed(num_sites: int, folder: pathlib.Path, own: pathlib.Path) -> Iterato
 
 
 def _start_superlink(trial: Deployment) -> None:
-  make_certificates(trial.flower)
+  trial_keys.make_certificates(trial.flower)
   at = {name: str(trial.flower / f"{name}.pem") for name in ("certificate", "key", "authority")}
   home = trial.flower / "home"
   home.mkdir(exist_ok=True)
@@ -147,7 +161,8 @@ def _start_superlink(trial: Deployment) -> None:
     [
       *("flower-superlink", "--host", "127.0.0.1", "--port", str(trial.port)),
       *("--ssl-certfile", at["certificate"], "--ssl-keyfile", at["key"]),
-      *("--ssl-ca-certfile", at["authority"], "--enable-supernode-auth"),
+      *("--ssl-ca-certfile", at["authority"]),
+      "--simulation" if trial.is_simulated else "--enable-supernode-auth",
       "--disable-runtime-dependency-installation",
     ],
     home,
@@ -158,7 +173,7 @@ def _start_superlink(trial: Deployment) -> None:
 def register(trial: Deployment, site: int) -> None:
   """Makes a site's node key, and registers its public half, as the coordinator's operator does."""
   (trial.sites[site] / FLOWER).mkdir(mode=0o700, exist_ok=True)
-  public = make_node_key(trial.sites[site] / FLOWER / "node_key")
+  public = trial_keys.make_node_key(trial.sites[site] / FLOWER / "node_key")
   command = ["flwr", "supernode", "register", str(public), "trial"]
   flwr(trial, command)
 
@@ -203,14 +218,29 @@ def start_run(trial: Deployment, timeout: float) -> None:
   folder = trial.folder / COORDINATOR
   (folder / _ENDING).unlink(missing_ok=True)
   settings = f"folder={json.dumps(str(folder))} num-sites={len(trial.sites)} timeout={timeout!r}"
-  flwr(trial, ["flwr", "run", str(APP), "trial", "--run-config", settings])
+  command = ["flwr", "run", str(APP), "trial", "--run-config"]
+  if not trial.is_simulated:
+    flwr(trial, [*command, settings])
+    return
+  settings += f" sites={json.dumps(str(trial.sites[0].parent))}"
+  num = len(trial.sites)  # a worker for each: all wait for their site's program most of the time
+  engine = f"num-supernodes={num} init-args-num-cpus={num} client-resources-num-cpus=1"
+  flwr(trial, [*command, settings, "--federation-config", engine])
 
 
 def watch(trial: Deployment) -> list[int]:
   """Waits for the end of a run; returns the sites that were lost; raises as `launch`."""
   ending = trial.folder / COORDINATOR / _ENDING
   lost: list[int] = []
+  pause, look = _LOOK, time.monotonic() + _LOOK
   while not ending.is_file():
+    if time.monotonic() > look:
+      if (run := _ended_run(trial)) and not ending.is_file():
+        log = trial.log("run")
+        log.write_text(flwr(trial, ["flwr", "log", run, "trial", "--show"]))
+        raise RuntimeError(f"Flower's run has ended, and the coordinator said nothing; see {log}")
+      pause = min(2 * pause, _LONGEST)
+      look = time.monotonic() + pause
     for name, process in trial.processes.items():
       site = int(name.split()[-1]) if name != "superlink" else -1
       if (
@@ -240,6 +270,17 @@ def watch(trial: Deployment) -> list[int]:
   return [i for i, code in enumerate(codes) if code != 0]
 
 
+def _ended_run(trial: Deployment) -> str:
+  """The run, if Flower says that it has ended, such as for a failure before the coordinator began;
+  empty if it has not, or does not answer.
+  """
+  with contextlib.suppress(RuntimeError):
+    listed = json.loads(flwr(trial, ["flwr", "list", "trial", "--format", "json"]))["runs"]
+    if all(str(one["status"]).startswith("finished") for one in listed):
+      return str(listed[-1]["run-id"]) if listed else ""
+  return ""
+
+
 def _failed(ending: pathlib.Path) -> str:
   return str(json.loads(ending.read_text())["failed"]) if ending.is_file() else ""
 
@@ -253,8 +294,8 @@ def start(trial: Deployment, name: str, command: Sequence[str], home: pathlib.Pa
     )  # fmt: skip
 
 
-def flwr(trial: Deployment, command: Sequence[str]) -> None:
-  """One of the operator's commands to the SuperLink.
+def flwr(trial: Deployment, command: Sequence[str]) -> str:
+  """One of the operator's commands to the SuperLink; returns what it prints.
 
   Raises:
     RuntimeError: it failed.
@@ -266,6 +307,7 @@ def flwr(trial: Deployment, command: Sequence[str]) -> None:
   if done.returncode:
     said = " ".join((done.stdout + done.stderr).split())
     raise RuntimeError(f"{' '.join(command[:3])} failed: {said}; see {trial.log('superlink')}")
+  return done.stdout
 
 
 def wait_for(trial: Deployment, name: str, port: int) -> None:
@@ -344,54 +386,9 @@ def _environment(home: pathlib.Path) -> dict[str, str]:
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
     "JAX_PLATFORMS": "cpu",
+    "RAY_AUTH_MODE": "token",  # else whoever reaches Ray's ports can run code
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_USAGE_STATS_ENABLED": "0",
     "PATH": _path(),
     "PYTHONPATH": path,
   }
-
-
-def make_certificates(folder: pathlib.Path, days: float = 30.0, begin: float = 0.0) -> None:
-  """Writes an authority's certificate, and the SuperLink's key and certificate for loopback, which
-  hold from so many days from now and until so many.
-  """
-  now = datetime.datetime.now(datetime.UTC)
-  until = now + datetime.timedelta(days=days)
-  since = min(now + datetime.timedelta(days=begin), until) - datetime.timedelta(hours=1)
-  named = lambda who: x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, who)])
-  authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-
-  def certificate(who: str, of: ec.EllipticCurvePrivateKey, is_authority: bool) -> bytes:
-    builder = (
-      x509.CertificateBuilder()
-      .subject_name(named(who))
-      .issuer_name(named("trial authority"))
-      .public_key(of.public_key())
-      .serial_number(x509.random_serial_number())
-      .not_valid_before(since)
-      .not_valid_after(until)
-      .add_extension(x509.BasicConstraints(is_authority, None), critical=True)
-    )
-    if not is_authority:
-      local = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-      builder = builder.add_extension(x509.SubjectAlternativeName(local), critical=False)
-    signed = builder.sign(authority, hashes.SHA256())
-    return signed.public_bytes(serialization.Encoding.PEM)
-
-  private = key.private_bytes(
-    serialization.Encoding.PEM,
-    serialization.PrivateFormat.TraditionalOpenSSL,
-    serialization.NoEncryption(),
-  )
-  durable.replace(folder / "authority.pem", certificate("trial authority", authority, True))
-  durable.replace(folder / "certificate.pem", certificate("trial superlink", key, False))
-  durable.replace(folder / "key.pem", private)
-
-
-def make_node_key(path: pathlib.Path) -> pathlib.Path:
-  """Writes a SuperNode's key, as `ssh-keygen -t ecdsa -b 384` does; returns its public half."""
-  key = ec.generate_private_key(ec.SECP384R1())
-  form = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
-  durable.replace(path, key.private_bytes(*form, serialization.NoEncryption()))
-  of = key.public_key().public_bytes
-  public = path.with_name(f"{path.name}.pub")
-  public.write_bytes(of(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH))
-  return public

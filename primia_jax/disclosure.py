@@ -39,7 +39,7 @@ class Suppressed:
     return f"suppressed (<{self.floor})"
 
   def __bool__(self) -> bool:
-    raise TypeError(f"{self} is no number and not zero either; test with isinstance")
+    raise TypeError(f"{self} is not a number, and not zero; test with isinstance")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,22 @@ def replace(path: pathlib.Path, data: bytes) -> None:
   sync_folder(path.parent)
 
 
+def append(path: pathlib.Path, line: bytes) -> None:
+  """Adds a line to a file that only its owner can read, which is made where it is missing; over a
+  line that a crash left unfinished.
+  """
+  is_new = not path.exists()
+  with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+    whole = file.read()
+    file.seek(whole.rfind(b"\n") + 1)
+    file.write(line + b"\n")
+    file.truncate()
+    file.flush()
+    os.fsync(file.fileno())
+  if is_new:
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: pathlib.Path) -> None:
   """Makes the names of a folder's files last: those made, renamed and removed."""
   descriptor = os.open(folder, os.O_RDONLY)

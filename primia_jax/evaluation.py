@@ -19,7 +19,7 @@ from primia_jax.summation import Purpose, Summation
 from primia_jax.types import ApplyFn, Array, Batch, Key, ModelState, Params, PyTree
 
 MAX_LOSS = 100.0  # nats per image, on average; a run above it has diverged
-SQUARES = 64.0  # sums of squares over patients may be so much larger than counts of images
+SQUARES = 64.0  # divides sums of squares over patients, to fit an encoding made for image counts
 
 
 class Scores(NamedTuple):
@@ -203,27 +203,24 @@ def validation(
   return validate
 
 
-def score_summing(
+def count_summing(
   summation: Summation, placement: Placement
-) -> Callable[[Sequence[int], ScoreCounts], tuple[ScoreCounts, np.ndarray]]:
-  """Makes the function that sums what sites have counted of a finished model's scores.
+) -> Callable[[Sequence[int], PyTree], tuple[PyTree, np.ndarray]]:
+  """Makes the function that sums what sites have counted.
 
-  Who learns what: the summation's server, and between processes every site, learn the sums. They
-  are exact, and no ledger is charged for them. With many bins a count may be of one image: take as
-  few as the error bound of `metrics.binned_roc_auc` allows, and show them with floors
-  (`disclosure.Policy`).
+  Who learns what: the summation's server, and between processes every site, learn the sums, as near
+  as `summation` has them.
 
   Args:
     summation, placement: how and where the sum is formed.
 
   Returns:
-    (numbers of all K sites, `metrics.score_counts` [k, ...] of those that run here) -> (their sum,
-    float64; the numbers of the sites in it). Counts are exact up to 2^24 in a sum; sums of
-    confidences and of squares are as near as `summation` has them, the latter divided by `SQUARES`.
-    It raises a RuntimeError for counts that do not fit the summation.
+    (numbers of all K sites, float32 counts [k, ...] of those that run here) -> (their sum, float64;
+    the numbers of the sites in it). It raises a RuntimeError for counts that do not fit the
+    summation.
   """
 
-  def site_fn(shared: tuple, counts: ScoreCounts, site: Site) -> tuple[ScoreCounts, tuple]:
+  def site_fn(shared: tuple, counts: PyTree, site: Site) -> tuple[PyTree, tuple]:
     return counts, ()
 
   def no_images(ids: np.ndarray) -> Site:
@@ -234,21 +231,46 @@ def score_summing(
   _check_sums(summation)
   total = over_sites(site_fn, summation, placement, Purpose.EVALUATION)
 
-  def add(ids: Sequence[int], counts: ScoreCounts) -> tuple[ScoreCounts, np.ndarray]:
-    sent = counts._replace(squares=np.asarray(counts.squares) / SQUARES)
-    sent = ScoreCounts(*(np.asarray(a, np.float32) for a in sent))
-    sums, _, outcome = total((), 0, Sites(np.asarray(ids, np.int32), no_images), sent)
+  def add(ids: Sequence[int], counts: PyTree) -> tuple[PyTree, np.ndarray]:
+    sums, _, outcome = total((), 0, Sites(np.asarray(ids, np.int32), no_images), counts)
     if int(outcome.out_of_range):
       raise RuntimeError(
         f"the score counts of {int(outcome.out_of_range)} sites do not fit {summation.name}; give "
         "its secure_sum a larger max_abs"
       )
-    found = ScoreCounts(*(np.asarray(a, np.float64) for a in sums))
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), sums), outcome.survivors
+
+  return add
+
+
+def score_summing(
+  summation: Summation, placement: Placement
+) -> Callable[[Sequence[int], ScoreCounts], tuple[ScoreCounts, np.ndarray]]:
+  """Makes the function that sums what sites have counted of a finished model's scores.
+
+  Who learns what: as `count_summing`. The sums are exact, and no ledger is charged for them. With
+  many bins a count may be of one image: take as few as the error bound of `metrics.binned_roc_auc`
+  allows, and show them with floors (`disclosure.Policy`); or add noise to them (`score_noise`).
+
+  Args:
+    summation, placement: how and where the sum is formed.
+
+  Returns:
+    (numbers of all K sites, `metrics.score_counts` [k, ...] of those that run here) -> (their sum,
+    float64; the numbers of the sites in it). Counts are exact up to 2^24 in a sum; sums of
+    confidences and of squares are as near as `summation` has them, the latter divided by `SQUARES`.
+    It raises a RuntimeError for counts that do not fit the summation.
+  """
+  total = count_summing(summation, placement)
+
+  def add(ids: Sequence[int], counts: ScoreCounts) -> tuple[ScoreCounts, np.ndarray]:
+    sent = counts._replace(squares=np.asarray(counts.squares) / SQUARES)
+    found, survivors = total(ids, ScoreCounts(*(np.asarray(a, np.float32) for a in sent)))
     whole = ScoreCounts(*map(np.round, found))
     sums_of_confidences = found.calibration[2:]
     calibration = np.concatenate([whole.calibration[:2], sums_of_confidences])
     squares = found.squares * SQUARES
-    return whole._replace(calibration=calibration, squares=squares), outcome.survivors
+    return whole._replace(calibration=calibration, squares=squares), survivors
 
   return add
 
@@ -276,10 +298,11 @@ def predictor(
   prepare: Callable[[Array], Array],
   batch_size: int = 64,
   likely: Callable[[Array], Array] = jax.nn.softmax,
+  told: Callable[[np.ndarray], np.ndarray] = lambda probabilities: probabilities,
 ) -> Callable[[Sequence[tuple[Params, ModelState]], Any], np.ndarray]:
   """Makes (models, images [N, ...]) -> probabilities [N, L]; of several models, their mean.
 
-  likely makes probabilities of logits.
+  likely makes probabilities of logits; told makes what is returned of those of each batch.
   """
 
   @jax.jit
@@ -288,7 +311,7 @@ def predictor(
     return likely(logits)
 
   def predict(trained: Sequence[tuple[Params, ModelState]], images: Any) -> np.ndarray:
-    mean = lambda batch: np.mean([probabilities(*m, batch) for m in trained], axis=0)
+    mean = lambda batch: told(np.mean([probabilities(*m, batch) for m in trained], axis=0))
     return np.concatenate(list(map(mean, batches(images, batch_size))))[: images.shape[0]]
 
   return predict

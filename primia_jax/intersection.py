@@ -29,7 +29,6 @@ from collections.abc import Iterable, Sequence
 
 from nacl import bindings, exceptions
 
-POINT_BYTES = 32
 MAX_IDS = 1_000_000
 _VERSION = 1
 _DOMAIN = b"primia_jax intersection v1"
@@ -113,7 +112,7 @@ class Site:
     """The second message: the other's first one, raised to this site's secret, in its order.
 
     Raises:
-      ValueError: too many points, one that repeats or is no point of the group, or a message was
+      ValueError: too many points, one that repeats or is not a point of the group, or a message was
         answered before: a second one would let the other test more ids. The secret is gone then.
     """
     if (secret := self._secret) is None:
@@ -188,4 +187,4 @@ def _check(points: Sequence[bytes]) -> None:
     except (TypeError, exceptions.CryptoError):
       is_point = False
     if not is_point:
-      raise ValueError(f"what the other site sends for id {number} is no point of the group")
+      raise ValueError(f"what the other site sends for id {number} is not a point of the group")

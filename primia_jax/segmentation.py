@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from primia_jax import metrics
-from primia_jax.evaluation import batches
+from primia_jax import evaluation, metrics
 from primia_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, ModelState, Params
 
 
@@ -82,20 +81,8 @@ def predictor(
 
   Of several models, probabilities are averaged.
   """
-
-  @jax.jit
-  def probabilities(params: Params, model_state: ModelState, images: Array) -> Array:
-    logits, _ = apply_fn(params, model_state, prepare(images), train=False)
-    return jax.nn.softmax(logits)
-
-  def predict(trained: Sequence[tuple[Params, ModelState]], images: Any) -> np.ndarray:
-    def masks(batch: np.ndarray) -> np.ndarray:
-      mean = np.mean([probabilities(*m, batch) for m in trained], axis=0)
-      return mean.argmax(-1).astype(np.uint8)
-
-    return np.concatenate(list(map(masks, batches(images, batch_size))))[: images.shape[0]]
-
-  return predict
+  masks = lambda probabilities: probabilities.argmax(-1).astype(np.uint8)
+  return evaluation.predictor(apply_fn, prepare, batch_size, told=masks)
 
 
 def case_dice(

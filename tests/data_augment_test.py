@@ -3,7 +3,6 @@ vmap agree.
 """
 
 import dataclasses
-import functools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,17 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+from data_textures import jitted, some_images
 
 from primia_jax.data import augment as aug
 from primia_jax.data import warp
 from primia_jax.data.clahe import equalize_adapthist
 
 KEY = jax.random.key(7)
-
-
-def jitted(function, **strengths):
-  """Compiles `function` with fixed strengths: much faster than compiling each operation."""
-  return jax.jit(functools.partial(function, **strengths))
 
 
 # name -> (key, images) -> images, at a strength at which every image changes
@@ -71,15 +66,6 @@ EVERYTHING = aug.Augmentation(
 
 EVERYTHING_STEP = jitted(aug.augment, config=EVERYTHING)
 MIXUP = jax.jit(aug.mixup, static_argnums=3)
-
-
-def some_images(num=4, height=24, width=20, channels=1, seed=0) -> jax.Array:
-  """Smooth images with some texture, in [0, 1]."""
-  rng = np.random.default_rng(seed)
-  noise = rng.random((num, height, width, channels))
-  smooth = scipy.ndimage.gaussian_filter(noise, (0, 2, 2, 0))
-  smooth = (smooth - smooth.min()) / np.ptp(smooth)
-  return jnp.asarray(0.9 * smooth + 0.1 * noise, jnp.float32)
 
 
 @pytest.mark.parametrize("name", OFF)

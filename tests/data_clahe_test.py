@@ -6,20 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.ndimage
+from data_textures import some_images
 
 from primia_jax.data.clahe import equalize_adapthist, limit_counts
 
 CLAHE = jax.jit(equalize_adapthist, static_argnums=(1, 2, 3))
-
-
-def some_images(num=4, height=24, width=20, channels=1, seed=0) -> jax.Array:
-  """Smooth images with some texture, in [0, 1]."""
-  rng = np.random.default_rng(seed)
-  noise = rng.random((num, height, width, channels))
-  smooth = scipy.ndimage.gaussian_filter(noise, (0, 2, 2, 0))
-  smooth = (smooth - smooth.min()) / np.ptp(smooth)
-  return jnp.asarray(0.9 * smooth + 0.1 * noise, jnp.float32)
 
 
 def clip_histogram(hist, limit):

@@ -68,7 +68,7 @@ REFUSED = {
   "empty_charset_LEI no_meta_group_length priv_SQ reportsi reportsi_with_empty_number_tags rtplan "
   "rtplan_truncated rtstruct test-SR waveform_ecg",
   "lacks PhotometricInterpretation, SamplesPerPixel": "meta_missing_tsyntax nested_priv_SQ",
-  "holds a segmentation, which is no picture": "liver_1frame liver_expb_1frame",
+  "holds a segmentation, which is not a picture": "liver_1frame liver_expb_1frame",
   "holds a radiation dose": "badVR rtdose rtdose_1frame rtdose_expb rtdose_expb_1frame rtdose_rle "
   "rtdose_rle_1frame",
   "holds 2 frames": "SC_rgb_rle_2frame SC_rgb_rle_16bit_2frame SC_rgb_rle_32bit_2frame",

@@ -272,7 +272,7 @@ def test_transfer_syntaxes_without_any_decoder_are_named():
 @pytest.mark.parametrize(
   ("tags", "reason"),
   [
-    ({"Modality": "SEG"}, "holds a segmentation, which is no picture; remove it"),
+    ({"Modality": "SEG"}, "holds a segmentation, which is not a picture; remove it"),
     ({"Modality": "RTDOSE"}, "holds a radiation dose"),
     ({"PixelData": b""}, r"is a DICOM file without pixels \(Secondary Capture Image Storage\)"),
     ({"PhotometricInterpretation": "HSV"}, "has the photometric interpretation 'HSV'; save it as"),
@@ -331,5 +331,7 @@ def test_a_ct_window_refuses_colour_other_formats_and_itself():
   for width in (0, -1, float("nan")):
     with pytest.raises(ValueError, match=r"the CT window \(centre, width\) is .* must be positive"):
       read(make(**CT), ct_window=(40, width))
-  with pytest.raises(ValueError, match=r"x\.png is no DICOM file, and ct_window needs CT images"):
+  with pytest.raises(
+    ValueError, match=r"x\.png is not a DICOM file, and ct_window needs CT images"
+  ):
     decode.decode(b"\x89PNG", "x.png", size=8, channels=1, ct_window=(40, 400))

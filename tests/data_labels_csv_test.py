@@ -69,7 +69,7 @@ def test_all_wrong_lines_are_named_at_once(tmp_path):
   assert all("outside of the table's folder" in line for line in said[2:5])
   assert said[5].startswith("  line 8 names 'img/9.png', which is no file in")
   assert said[6].startswith("  line 9 names 'pipe.png', which is no file in")
-  assert said[7].startswith("  line 10 names 'labels.csv', which is no image")
+  assert said[7].startswith("  line 10 names 'labels.csv', which is not an image")
   assert said[8].startswith("  line 10 has the split 'dev', none of train, training")
   assert said[9:] == ["  line 11 names no file", "  and 1 more"]
   with pytest.raises(ValueError, match="line 3 has the label 'b', none of a"):
@@ -86,7 +86,7 @@ def test_all_wrong_lines_are_named_at_once(tmp_path):
     ("file,label\nimg/0.png,a,b\nimg/1.png,a\nimg/2.png", {}, r"lines \[2, 4\] .* another number"),
     ("file,label", {}, "lists no image"),
     ("", {}, "lists no image"),
-    ('file,label\nimg/0.png,"a', {}, "is no CSV in UTF-8"),
+    ('file,label\nimg/0.png,"a', {}, "is not a CSV in UTF-8"),
     ("file,label\nimg/0.png,a\nimg/1.png,A", {}, "differ only in letter case"),
   ],
 )

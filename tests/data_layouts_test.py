@@ -102,7 +102,7 @@ def test_a_layout_is_taken_at_its_word():
       "site/class/patient",
       r"3 folders .* 12 files of root \(h1/benign/0\.png, .* \(12 in all\)\) are",
     ),
-    ("split/class", r"h1, h2, h3 of root are no splits"),
+    ("split/class", r"h1, h2, h3 of root are not splits"),
   ],
 )
 def test_layouts_that_do_not_fit_are_refused(layout, message):

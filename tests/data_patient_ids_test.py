@@ -49,7 +49,7 @@ def test_a_column_tells_patients():
     (lambda: patient_ids.from_names(SPLITS, r"(x)?/"), r"in 1 \(y/person10_1\.png\)"),
     (lambda: patient_ids.from_names(SPLITS, "person"), "has 0 groups; put the patient"),
     (lambda: patient_ids.from_names(SPLITS, "(a)(b)"), "has 2 groups"),
-    (lambda: patient_ids.from_names(SPLITS, "(a"), "is no regular expression"),
+    (lambda: patient_ids.from_names(SPLITS, "(a"), "is not a regular expression"),
     (
       lambda: patient_ids.from_names({"all": dataset_of(["a"], has_path=False, id=["1"])}, "(a)"),
       r"no file names; use patient_column, of \['id'\]",

@@ -24,6 +24,7 @@ from experiments import (
   settings,
   site_folders,
   starts,
+  suppression,
 )
 from experiments.configs.model import Model
 from experiments.configs.run import build_site_level
@@ -32,6 +33,7 @@ from experiments.offering import Offer
 from experiments.site_folders import Limits, Own
 from primia_jax import approval, models
 from primia_jax.approval import NotApproved
+from primia_jax.attacks import detection
 from primia_jax.privacy import accounting
 from primia_jax.privacy.chain import Chain
 from primia_jax.secagg import roster
@@ -41,7 +43,8 @@ RUN = settings.replace(
   SITE, rounds=2, dp_seed=-1, placement="flower", validation_fraction=0.3,
   label_names=",".join(NAMES), data="folder:x", noise_multiplier=2.0,
 )  # fmt: skip
-ORDINARY = Limits(fewest_patients=4, max_epsilon=50.0)
+ORDINARY = Limits(fewest_patients=3, max_epsilon=50.0)
+HIDING = dataclasses.replace(ORDINARY, fewest_patients=4, fewest_sites=3)  # site 2's
 
 
 def flags_for(config):
@@ -69,7 +72,7 @@ def federation(tmp_path_factory):
     images = np.random.default_rng(i).integers(0, 256, (12, 16, 16)).astype(np.uint8)
     np.savez(root / f"images_{i}.npz", train_images=images, train_labels=kinds)
     at, own = str(root / f"site_{i}"), Own(f"npz:{root / f'images_{i}.npz'}")
-    joining.init(at, Init(i, f"hospital-{i}"), own, ORDINARY)
+    joining.init(at, Init(i, f"hospital-{i}"), own, HIDING if i == 2 else ORDINARY)
   at = root / "coordinating"
   joining.init(str(at), Init(-1, "coordinator", "coordinator"), Own(), Limits())
   parts = ",".join(str(root / f"site_{i}" / "public.json") for i in SITES)
@@ -119,6 +122,14 @@ def run_apart(root, patch):
     config, held["carriers"][seat.number], seat, told
   )
   alone, save = threading.Lock(), model_files.save_model
+  of_round, floors = suppression.of_round, set()
+
+  def of_lines(row, policy, *rest):
+    floors.add(policy.fewest_patients)
+    return of_round(row, policy, *rest)
+
+  def write_report(*args, **facts):
+    return facts["privacy"] | {"policy": facts["policy"], "floors of lines": set(floors)}
 
   def save_in_turn(*args):  # orbax's saves share state within a process
     with alone:
@@ -126,7 +137,8 @@ def run_apart(root, patch):
 
   with patch.context() as patched:
     patched.setattr(model_files, "save_model", save_in_turn)
-    patched.setattr(report, "write_report", lambda *args, **facts: facts["privacy"])
+    patched.setattr(report, "write_report", write_report)
+    patched.setattr(suppression, "of_round", of_lines)
     patched.setattr(processes, "connect", connect)
     return in_threads(one, SITES, root)
 
@@ -149,8 +161,9 @@ def test_an_approved_run_trains_in_the_site_s_own_folder(trained, capsys):
   digests = set()
   for i in SITES:
     site, _ = admitted(root, i)
-    assert did(root, i) == ["init", "roster", "approve", "start", "round", "round"]
-    *_, start, first, last = site_folders.notes(site.folder)
+    rounds = ["charged", "round"] * 2
+    assert did(root, i) == ["init", "roster", "approve", "start", *rounds]
+    *_, start, _, first, _, last = site_folders.notes(site.folder)
     assert start["approval"] == approval.digest(site.approved).hex()
     assert [(one["round"], one["survivors"]) for one in (first, last)] == [(1, 3), (2, 3)]
     chain = Chain(site.ledger, read_only=True)
@@ -163,6 +176,30 @@ def test_an_approved_run_trains_in_the_site_s_own_folder(trained, capsys):
     assert "2 rounds" in said
     assert f"epsilon {last['epsilon']:.4g} of 50 spent" in said
   assert len(digests) == 1
+
+
+def test_the_largest_floor_of_all_sites_holds_in_what_each_writes(trained):
+  root, results = trained
+  for i in SITES:
+    assert results[i]["policy"].fewest_patients == 4
+    assert results[i]["floors of lines"] == {4}
+    assert results[i]["policy"].fewest_sites == (3 if i == 2 else 2)  # its own
+    assert not list((root / f"site_{i}").rglob(running.PREDICTIONS))
+
+
+def test_a_site_looks_at_models_whatever_the_configuration_says(copied, monkeypatch):
+  site, config = admitted(copied, 0)
+  assert not config.federation.refuse_suspicious_models
+  blind = dataclasses.replace(site.member, limits=Limits(looks_at_models=False))
+  assert admission.looking(site._replace(member=blind), config) is config
+
+  def refuse(scores, limits, number):
+    raise ValueError(f"site {number} has looked")
+
+  monkeypatch.setattr(detection, "refuse", refuse)
+  _, errors = run_apart(copied, monkeypatch)
+  assert any(f"site {i} has looked" in str(errors[i]) for i in SITES)
+  assert not any("round" in did(copied, i) for i in SITES)
 
 
 def test_what_its_operator_has_not_approved_is_refused_before_work(copied, monkeypatch):
@@ -276,6 +313,13 @@ def test_what_is_spent_counts_together_with_what_a_run_will_cost(trained, tmp_pa
 def test_a_ledger_that_was_deleted_or_put_back_is_missed(trained, tmp_path):
   path = again(trained[0], tmp_path) / "site_0" / "ledger" / "ledger.jsonl"
   first, *_ = path.read_bytes().splitlines(keepends=True)
+  journal, whole = tmp_path / "site_0" / "journal.jsonl", path.read_bytes()
+  *noted, _ = journal.read_bytes().splitlines(keepends=True)  # killed before its round is noted
+  assert json.loads(noted[-1])["did"] == "charged"
+  journal.write_bytes(b"".join(noted))
+  path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+  with pytest.raises(ValueError, match=r"ledger\.jsonl has lost entries: the journal"):
+    admitted(tmp_path, 0)
   path.write_bytes(first)
   with pytest.raises(ValueError, match=r"ledger\.jsonl has lost entries: the journal"):
     admitted(tmp_path, 0)
@@ -336,7 +380,7 @@ def test_the_coordinator_offers_what_sites_approve(copied, capsys):
     ("--rounds=3", "label_names is empty in the configuration"),
     ("--label_names=a,b --placement=scan", "placement=scan of the configuration"),
     ("--label_names=a,b --num_sites=4", "num_sites=4 in settings, and the roster has 3"),
-    ("--label_names=a,b --round=4", "--round is no flag"),
+    ("--label_names=a,b --round=4", "--round is not a flag"),
     ("--label_names='a", "close the quotes"),
     ("--label_names=a,b --preset=chest_xray", "partition=dirichlet"),
   ):

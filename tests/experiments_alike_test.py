@@ -1,11 +1,11 @@
 """What is taken or refused is so in every program and every source, before work."""
 
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from absl import flags
+from experiments_programs import loader
 from experiments_runs import NAMES, TINY, write_folder, write_npz
 
 from experiments import encrypted, folders, inputs, settings
@@ -68,12 +68,14 @@ def test_a_name_of_two_classes_is_refused_by_every_source(tmp_path):
 
 def test_presets_of_train_federated_are_known_to_train_pooled():
   presets = sorted((pathlib.Path(inputs.__file__).parent / "flags").glob("*.flags"))
-  code = "import sys; from absl import flags; import experiments.train_pooled; "
-  code += "[flags.FLAGS(['program', '--run_dir=x', file]) for file in sys.argv[1:]]"
-  files = [f"--flagfile={path}" for path in presets]
-  command = [sys.executable, "-c", code, *files, "--baselines=pooled,local"]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr
+  assert presets
+  with loader() as program:
+    program("train_pooled")
+    for path in presets:
+      flags.FLAGS(["program", "--run_dir=x", f"--flagfile={path}"])
+    flags.FLAGS(["program", "--run_dir=x", "--baselines=pooled,local"])
+    with pytest.raises(flags.UnrecognizedFlagError):
+      flags.FLAGS(["program", "--run_dir=x", "--no_such_flag=1"])
 
 
 def test_a_run_whose_sites_keep_state_gives_its_validation_images_to_encrypted_inference(tmp_path):

@@ -245,9 +245,9 @@ def finished_without_transcript(run_dir, folder):
     ([FAILED, CONTROL], "**Identification is not at chance**: control: attack, 0.900"),
     ([FAILED, CONTROL._replace(occurs=False)], "**Identification is at chance**"),
     ([FAILED._replace(control=None)], "**Inconclusive**"),
-    ([CONTROL._replace(occurs=False)], "**Nothing that somebody sees in this run was attacked**"),
-    ([FAILED._replace(chance=None)], "**Nothing that somebody sees"),
-    ([], "**Nothing that somebody sees"),
+    ([CONTROL._replace(occurs=False)], "**No view of this run was attacked**"),
+    ([FAILED._replace(chance=None)], "**No view of this run"),
+    ([], "**No view of this run"),
     (
       [FAILED, KNOWN],
       "**Numbers tell of one image to whoever knows all others**: attack (sum). Else: **Ident",
@@ -270,7 +270,8 @@ def test_every_part_of_a_private_run(tmp_path):
   )
   folder, out = finished(config, tmp_path), tmp_path / "audit"
   auditing.audit(folder, out, EFFORT, ["auto"])
-  made = {name: json.loads((out / "parts" / f"{name}.json").read_text()) for name in auditing.PARTS}
+  names = [name for name in auditing.PARTS if name != auditing.GRID]  # which only a request takes
+  made = {name: json.loads((out / "parts" / f"{name}.json").read_text()) for name in names}
   part = {name: record["part"] for name, record in made.items()}
   assert all(part[name]["text"] for name in part)
   assert not any("unmasked" in text for text in part["boundary"]["failures"])

@@ -13,6 +13,20 @@ from primia_jax import metrics
 from primia_jax.privacy import ledger
 
 READER = [[8, 1, 1], [4, 4, 2], [1, 1, 8]]
+COSTS = {
+  "images": 30, "images_in_a_run": 10,
+  "phases": [
+    {"phase": "deal", "seconds": 1.5, "bytes": 2e6, "rounds": 0},
+    {"phase": "prepare", "seconds": 0.25, "bytes": 0, "rounds": 0},
+    {"phase": "online", "seconds": 3.0, "bytes": 1e6, "rounds": 7},
+  ],
+}  # fmt: skip
+CHECKED = {
+  "total": 30, "same_class_as_float32": 29, "largest_logit_difference": 0.002,
+  "same_bits_as_the_integer_model": True,
+  "close": [{"image": "x_1.png", "float32_logits_apart": 0.003, "encrypted": "a", "float32": "b"}],
+  "encrypted_scores": {"accuracy": 2 / 3, "mcc": 0.5, "confusion_matrix": READER},
+}  # fmt: skip
 PHANTOM = study.STUDIES["phantom"]
 
 
@@ -62,13 +76,9 @@ def finished(tmp_path_factory):
   for step in steps:
     own = folder / step.folder
     own.mkdir(parents=True)
-    if step.made == "score.json":
-      cost = {"dealt": 2e6, "sent": 1e6, "rounds": 7}
-      score = {
-        "bytes_and_rounds_of_a_run": cost, "seconds": {"online": 3.0}, "counts": READER,
-        "rows": ["a", "b", "c"], "columns": ["a", "b", "c"], "images": 30, "images_in_a_run": 10,
-      }  # fmt: skip
-      (own / step.made).write_text(json.dumps(score))
+    if step.module == "infer_encrypted":
+      (own / step.made).write_text(json.dumps(COSTS))
+      (own / "check.json").write_text(json.dumps(CHECKED))
     elif step.made == "privacy_report.md":
       (own / step.made).write_text("# Audit\n\nIdentification is at chance.\n\n## Parts\n\nmore\n")
     else:
@@ -122,7 +132,7 @@ def test_the_report_compares_arms_on_the_same_images(finished):
     assert f"{test.only_first} : {test.only_second}, p = {test.p:.2g}" in row[3]
 
 
-def test_the_report_reckons_with_the_worst_pairing_of_the_reader(finished):
+def test_the_report_allows_for_the_worst_pairing_of_the_reader(finished):
   folder, text, labels, said = finished
   row = row_of(text.partition("## Beside one human reader")[2], "federated, secure aggregation")
   tests = [
@@ -133,7 +143,9 @@ def test_the_report_reckons_with_the_worst_pairing_of_the_reader(finished):
     for seed in (0, 1)
   ]
   assert row[2] == f"{max(test.p for test in tests):.2g}"
+  assert "29 of 30 have the class of float32" in text
   assert "accuracy 66.7 %" in text
+  assert "| x_1.png | 0.003 | a | b |" in text
   assert "Identification is at chance." in text
   assert "more" not in text.partition("## Attacked")[2].partition("## Runs")[0]
   for picture in study_report.PICTURES:
@@ -151,7 +163,7 @@ TINY = (
 def test_a_tiny_study_runs_whole_and_is_not_repeated(tmp_path):
   command = [
     sys.executable, "-m", "experiments.case_study", f"--run_dir={tmp_path / 'study'}",
-    "--seeds=0,1", "--arms=pooled,local,federated,secure,private,attacked",
+    "--seeds=0,1", "--arms=pooled,local,federated,secure,private,encrypted,attacked",
     f"--train_flags={TINY} --model=mlp", f"--private_flags={TINY}", "--attack_flags=--candidates=8",
   ]  # fmt: skip
   run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True)
@@ -161,6 +173,7 @@ def test_a_tiny_study_runs_whole_and_is_not_repeated(tmp_path):
   assert "| federated, secure aggregation | 2 |" in text
   assert float(row_of(text, "private, epsilon 8, federated", "2")[5].split(", ")[0]) <= 8
   assert "## Attacked" in text
+  assert "all bits are those of the integer model" in text
   again = run()
   assert again.returncode == 0
   assert again.stdout.count("finished before") == again.stdout.count("[")

@@ -149,8 +149,9 @@ def test_wrong_settings_are_refused_before_images_are_read(change, message, no_i
     (PRIVATE, {"secagg": "mesh"}, "secagg='mesh'"),
     (PRIVATE, {"dp_average": 0.9, "algorithm": "fedbn", "model": "cnn"}, "fedbn keeps some"),
     (SITE, {"delta": 0.5}, "delta=0.5"),
-    (SITE, {"delta": 0.5, "placement": "flower"}, "delta=0.5"),
-    (PRIVATE, {"placement": "flower", "dp": "patient"}, "one image a patient"),
+    (SITE, {"delta": 0.5, "placement": "flower", "dp_seed": -1}, "delta=0.5"),
+    (SITE, {"placement": "flower"}, "dp_seed=1 with placement=flower"),
+    (PRIVATE, {"placement": "flower", "dp": "patient", "dp_seed": -1}, "one image a patient"),
     (PRIVATE, {"patience": 3}, "patience=3 needs scores of validation images"),
     (PRIVATE, {"validation": "noised"}, "validation='noised'"),
   ],
@@ -170,7 +171,7 @@ def test_a_site_alone_has_no_site_level_privacy():
 def test_what_is_right_is_rehearsed_without_images(no_images):
   for config in (TINY, PRIVATE, SITE, MOVING, FIXED, DISTRIBUTED):
     rehearse(config)
-    rehearse(settings.replace(config, placement="flower"))
+    rehearse(settings.replace(config, placement="flower", dp_seed=-1))
   rehearse(settings.replace(PRIVATE, patience=3, validation="exact"))
 
 
@@ -266,7 +267,7 @@ def test_the_noise_that_is_chosen_meets_the_target_and_the_sampler_that_runs_is_
   assert made.delta == 0.1 / 18
   assert made.before == (accounting.gaussian("class counts", 20.0, 1.0, SAMPLER),)
   assert 3.95 < made.epsilon(config.training.rounds) <= 4.0
-  with pytest.raises(ValueError, match="publish somebody whole"):
+  with pytest.raises(ValueError, match="publish one unit completely"):
     of_steps(settings.replace(config, delta=0.1))
 
 

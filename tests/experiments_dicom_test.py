@@ -39,7 +39,9 @@ def test_a_window_reaches_every_way_of_reading_a_folder(window, low, high, hospi
 @pytest.mark.parametrize("window", ["40", "40,0", "40,-1", "nan,400", "40,inf", "liver", "1,2,3"])
 def test_a_wrong_window_is_refused_with_those_that_are_known(window):
   known = ", ".join(dicom.CT_WINDOWS)
-  with pytest.raises(ValueError, match=f"ct_window={window} is no window; use .* one of {known}"):
+  with pytest.raises(
+    ValueError, match=f"ct_window={window} is not a window; use .* one of {known}"
+  ):
     Data(data="folder:x", ct_window=window)
 
 

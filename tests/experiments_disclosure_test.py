@@ -39,11 +39,11 @@ def arm(confusion=CONFUSION, names=NAMES):
   return Arm(labels, np.where(probabilities, probabilities, rest[:, None]))
 
 
-def write(folder, floor, arms=None, names=NAMES, **options):
+def write(folder, floor, arms=None, names=NAMES, rounds=(), **options):
+  facts = report.Facts({}, rounds=rounds, policy=Policy(fewest_patients=floor))
   return report.write_report(
     folder, title="A run", data_name="hospital a", arms=arms or {"trained": arm()},
-    label_names=names, config={}, versions={}, main_arm="trained",
-    policy=Policy(fewest_patients=floor), **options,
+    label_names=names, facts=facts, main_arm="trained", **options,
   )  # fmt: skip
 
 

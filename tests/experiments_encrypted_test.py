@@ -5,16 +5,15 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from experiments_programs import call
 from experiments_runs import TINY, images_of
 from PIL import Image
 
-from experiments import encrypted, inputs, model_files, phases, running, settings
+from experiments import encrypted, inputs, model_files, phases, running, settings, unfinished
 from experiments.configs import Train
 from experiments.configs.data import Data
 from experiments.configs.model import normalise
@@ -102,6 +101,14 @@ def test_probabilities_are_those_of_evaluate_within_the_target(flags_of, in_the_
   assert sum(layer.seconds for layer in layers) == pytest.approx(result.seconds["online"] / 2)
   assert [step for layer in layers for step in layer.steps] == [row.what for row in rows]
 
+  kept, took = unfinished.Kept(None), {("online", phases.WHOLE): 100.0, ("online", -1): 100.0}
+  kept.add(unfinished.Run(np.full((2, 3), 7.0, np.float32), took))  # of an earlier process
+  with jax.enable_x64(True):
+    again = phases.infer(plan, encrypted.load_model(s.checkpoint)[1], images, s.batch, kept)
+  np.testing.assert_array_equal(again.outputs, [*np.full((2, 3), 7.0), result.outputs[2]])
+  assert again.runs == 2
+  assert again.seconds["online"] > 100 > result.seconds["online"]
+
 
 def test_unused_validation_images_of_a_private_run_do_not_make_a_plan(flags_of, tmp_path):
   """A plan tells the data owner the range of every layer on them."""
@@ -115,6 +122,19 @@ def test_unused_validation_images_of_a_private_run_do_not_make_a_plan(flags_of, 
         encrypted.calibration_images(s, config, names)
     else:
       assert len(encrypted.calibration_images(s, config, names)[0]) == 4
+
+
+def test_a_run_that_held_nothing_out_makes_a_plan_of_what_it_trained_on(flags_of, tmp_path):
+  run = settings.replace(TRAIN, validation="none", validation_fraction=0.0)
+  settings.save(run, tmp_path / "config.json")
+  _, _, names, config = encrypted.load_model(flags_of.checkpoint)
+  s = dataclasses.replace(flags_of, checkpoint=str(tmp_path))
+  images, source = encrypted.calibration_images(s, config, names)
+  assert source == "4 training images of the run (phantom)"
+  trained_on = {
+    image.tobytes() for image in np.asarray(inputs.site_images(run).train.dataset.images)
+  }
+  assert {image.tobytes() for image in images} <= trained_on
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -175,6 +195,7 @@ def test_networks(text, expected):
     ({"checkpoint": ""}, "checkpoint is empty"),
     ({"checkpoint": "nowhere"}, r"checkpoint=nowhere holds no model\.json"),
     ({"images": ""}, "images is empty"),
+    ({"images": "run", "checkpoint": __file__}, "is a checkpoint without images"),
     ({"images": "nowhere.png"}, r"images=nowhere\.png: there is no such file"),
     ({"output": "logits"}, "output='logits'; use probabilities or label"),
     ({"comparison": "garbled"}, "comparison='garbled'; use tables or fss"),
@@ -197,6 +218,17 @@ def test_networks(text, expected):
 def test_wrong_flags_are_refused_before_work(flags_of, change, message):
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     encrypted.check(dataclasses.replace(flags_of, **change))
+
+
+def test_a_folder_of_the_name_that_means_the_test_images_is_refused(
+  flags_of, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  s = dataclasses.replace(flags_of, images="run")
+  encrypted.check(s)
+  (tmp_path / "run").mkdir()
+  with pytest.raises(ValueError, match=r"write --images=\./run"):
+    encrypted.check(s)
 
 
 def test_the_data_of_a_run_may_be_gone(flags_of, tmp_path):
@@ -230,8 +262,7 @@ def test_personal_models_are_refused(flags_of, tmp_path):
 
 
 def _binary(*arguments):
-  command = [sys.executable, "-m", "experiments.infer_encrypted", *arguments]
-  return subprocess.run(command, capture_output=True, text=True, check=False)
+  return call("infer_encrypted", *arguments)
 
 
 def test_the_binary_as_a_clinic_calls_it(flags_of, in_the_clear, tmp_path):

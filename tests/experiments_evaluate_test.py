@@ -5,11 +5,10 @@ another's.
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from experiments_programs import call
 from experiments_runs import NAMES, TINY, write_folder, write_npz
 
 from experiments import folders, inputs, running, settings
@@ -63,8 +62,7 @@ def run(tmp_path_factory):
 
 
 def program(name, *flags):
-  command = [sys.executable, "-m", f"experiments.{name}", *(f"--{flag}" for flag in flags)]
-  return subprocess.run(command, capture_output=True, text=True, check=False)
+  return call(name, *(f"--{flag}" for flag in flags))
 
 
 def test_without_data_a_model_is_tested_on_the_images_that_its_run_held_out(run, tmp_path):

@@ -97,13 +97,13 @@ def test_files_of_others_and_changed_files_are_refused(two):
     ({"signature": forged}, "is not signed by site 1's key"),
     ({"roster": "00"}, "holds another roster"),
     ({"receiver": 2}, "is not the file 'blinded'"),
-    ({"points": 3}, "is no file of an intersection"),
+    ({"points": 3}, "is not a file of an intersection"),
   ):
     path.write_text(json.dumps(good | change))
     with pytest.raises(ValueError, match=words):
       two.step("a", blinded=path)
   path.write_text("[]")
-  with pytest.raises(ValueError, match="is no file of an intersection"):
+  with pytest.raises(ValueError, match="is not a file of an intersection"):
     two.step("a", blinded=path)
   path.write_text(json.dumps(good))
   two.step("a", blinded=path)  # none of these has used the secret up
@@ -120,7 +120,7 @@ def test_what_cannot_begin_is_refused(two):
     step(other=1)
   with pytest.raises(ValueError, match=r"ids=.* and blinded=x: give one of"):
     step(other=1, ids=ids, blinded="x")
-  with pytest.raises(ValueError, match=r"other=0 is no other site; the roster has 0, 1"):
+  with pytest.raises(ValueError, match=r"other=0 is not another site; the roster has 0, 1"):
     step(other=0, ids=ids)
   with pytest.raises(FileNotFoundError, match="ids=none: there is no such file"):
     step(other=1, ids="none")
@@ -129,7 +129,7 @@ def test_what_cannot_begin_is_refused(two):
   with pytest.raises(ValueError, match="fewer than fewest_patients=10 patients"):
     step(other=1, ids=str(few))
   few.write_bytes(b"\xff\xfe1")
-  with pytest.raises(ValueError, match="is no UTF-8 text"):
+  with pytest.raises(ValueError, match="is not UTF-8 text"):
     step(other=1, ids=str(few))
   with pytest.raises(ValueError, match="the coordinator's, which has no patients"):
     intersecting.intersect(str(two.root / "s"), Intersect(1, ids))

@@ -3,11 +3,10 @@
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from experiments_programs import call
 from experiments_runs import PRIVATE, cohort_of, ledgers, train, trainer_of
 
 from experiments import inputs, running, settings
@@ -233,9 +232,7 @@ def test_runs_on_the_same_images_add_up_whatever_folder_seed_and_sites_they_have
 
 
 def assert_account_sums(folder, output, one, singly):
-  command = [sys.executable, "-m", "experiments.account"]
-  command += [f"--ledger_dir={folder}", f"--output_dir={output}"]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  done = call("account", f"--ledger_dir={folder}", f"--output_dir={output}")
   assert done.returncode == 0, done.stderr
   summary = json.loads((output / "account.json").read_text())
   assert [row["epsilon"] for row in summary["runs"]] == singly

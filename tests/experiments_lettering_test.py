@@ -89,8 +89,8 @@ def test_a_font_of_the_machine_is_taken_where_one_has_the_letters(drawn):
 def test_the_report_shows_names_as_they_are(tmp_path, drawn):
   arms = {"federated": report.Arm(LABELS, PROBABILITIES)}
   report.write_report(
-    tmp_path, title="Test", data_name="folder <b> of $x$", arms=arms, label_names=NAMES, config={},
-    versions={},
+    tmp_path, title="Test", data_name="folder <b> of $x$", arms=arms, label_names=NAMES,
+    facts=report.Facts({}),
   )  # fmt: skip
   text = (tmp_path / "report.md").read_text(encoding="utf-8")
   assert text.startswith("# Test: folder \\<b\\> of \\$x\\$\n")

@@ -126,9 +126,9 @@ def test_a_process_is_given_the_sizes_of_the_others_and_none_of_their_images(tmp
   config = settings.replace(APART, site_data=site_data, label_names=label_names)
   everything = inputs.site_images(config)
   own = [inputs.site_images(config, i) for i in range(3)]
-  said = {i: others.told(one, i) for i, one in enumerate(own)}
+  said = {i: others.told(one, i, 100) for i, one in enumerate(own)}
   for i, one in enumerate(own):
-    known = others.with_others(one, i, said)
+    known = others.with_others(one, i, said, 100)
     assert known.train.sizes == everything.train.sizes
     assert known.validation.sizes == everything.validation.sizes
     assert known.patients == inputs.count_patients(everything.train)
@@ -140,13 +140,24 @@ def test_a_process_is_given_the_sizes_of_the_others_and_none_of_their_images(tmp
         data_sites.stack(part, [(i + 1) % 3])
   for wrong, text in (
     (b"[]", "site 1 has not told how many images it has"),
-    (b"[1e400, 1, 1, 1]", "site 1 has not told how many images it has"),
-    (b"[10000000000, 1, 1, 1]", r"site 1 has not told .*it says \[10000000000"),
-    (b'[4, 2, 6, 1, "a", "b"]', r"site 1 has the classes \['a', 'b'\], and site 0"),
-    (b"[0," + said[1].partition(b",")[2], r"sites \[1\] have no images to train on"),
-  ):
+    (b"[1e400, 1, 1, 1, 0]", "site 1 has not told how many images it has"),
+    (b"[101, 1, 101, 1, 0]", "site 1 says that it has 101 images, and most_images=100; raise it"),
+    (b"[1, 101, 1, 1, 0]", "site 1 says that it has 101 images, and most_images=100; raise it"),
+    (b"[4, 1, 99, 1, 0]", "site 1 has not told .*it says 4 images, of 99 patients with 1 at most"),
+    (b"[4, 1, 1, 99, 0]", "site 1 has not told .*it says 4 images, of 1 patients with 99 at most"),
+    (b"[9, 1, 2, 4, 0]", "site 1 has not told .*it says 9 images, of 2 patients with 4 at most"),
+    (b"[4, 1, 0, 0, 0]", r"site 1 has not told .*it says \[4, 1, 0, 0, 0\]"),
+    (b"[4, 1, 4, 1, 101]", "site 1 says that it hides counts of fewer than 101 "),
+    (b'[4, 2, 4, 1, 0, "a", "b"]', r"site 1 has the classes \['a', 'b'\], and site 0"),
+    (json.dumps([0, 0, 0, 0, 0, *label_names.split(",")]).encode(),
+     r"sites \[1\] have no images to train on"),
+  ):  # fmt: skip
     with pytest.raises(ValueError, match=text):
-      others.with_others(own[0], 0, said | {1: wrong})
+      others.with_others(own[0], 0, said | {1: wrong}, 100)
+  with pytest.raises(ValueError, match=r"most_images=2: this site has .* images to train on"):
+    others.told(own[0], 0, 2)
+  assert others.largest_floor(said) == 0
+  assert others.largest_floor(said | {1: others.told(own[1], 1, 100, 7)}) == 7
 
 
 def test_facts_of_images_are_of_the_own_site_alone_wherever_it_stands_among_all():

@@ -1,11 +1,6 @@
 """Where nobody sees a bar move, progress is a few plain lines."""
 
-import subprocess
-import sys
-
-from experiments_runs import TINY, flags_of
-
-from experiments import progress, settings
+from experiments import progress
 
 
 def lines_of(capsys, at, monkeypatch):
@@ -46,16 +41,3 @@ def test_a_silent_process_prints_nothing(capsys):
   bar.update()
   bar.close()
   assert capsys.readouterr().err == ""
-
-
-def test_a_piped_run_prints_lines_and_no_bars(tmp_path):
-  config = settings.replace(TINY, rounds=6)
-  command = [sys.executable, "-m", "experiments.train_pooled", f"--run_dir={tmp_path / 'run'}"]
-  done = subprocess.run([*command, *flags_of(config)], capture_output=True, text=True, check=True)
-  lines = done.stderr.splitlines()
-  assert [line.split("  ")[0] for line in (lines[0], lines[-1])] == [
-    "pooled: round 1 of 6",
-    "pooled: round 6 of 6",
-  ]
-  assert "\r" not in done.stderr
-  assert len(lines) <= 6

@@ -11,13 +11,13 @@ SHORT = {
 }
 
 TRAINING = """
---roundz=3                                  | --roundz | no flag | --rounds
+--roundz=3                                  | --roundz | not a flag | --rounds
 --rounds=abc                                | --rounds | abc | integer
 --rounds=1.5                                | --rounds | 1.5 | integer
 --rounds                                    | --rounds | value | --helpfull
 --learning_rate=fast                        | --learning_rate | fast | number
 --keep_optimizer=maybe                      | --keep_optimizer | maybe | true
-extra                                       | extra | is no flag | --name=value
+extra                                       | extra | is not a flag | --name=value
 --rounds=0                                  | rounds | 0 | positive
 --rounds=-3                                 | rounds | -3 | positive
 --batch_size=0                              | batch_size | 0 | positive
@@ -159,7 +159,7 @@ EXAMPLE --ledger_dir={file}                 | ledger_dir | {file} | folder
 --flagfile=                                 | flagfile | no file | --flagfile=FILE
 --flagfile={loop}                           | flagfile | {loop} | remove
 --flagfile={nested}                         | flagfile | {fifo} | ordinary file
---flagfile={flags}                          | --roundz | no flag | --rounds
+--flagfile={flags}                          | --roundz | not a flag | --rounds
 """
 
 FEDERATED = """
@@ -222,7 +222,10 @@ SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --site=0                                    | site | 0 | placement=flower
 --stage_timeout=5                           | stage_timeout | 5 | placement=flower
 --sites_dir={folder}                        | sites_dir | {folder} | placement=flower
+--most_images=0                             | most_images | 0 | positive
+--flower_simulation                         | flower_simulation | True | placement=flower
 --channel_dir={folder}                      | channel_dir | {folder} | placement=flower
+--same_user                                 | same_user | True | placement=flower
 --placement=flower --channel_dir={folder}   | channel_dir | {folder} | --site
 --placement=flower --site=0 --channel_dir={missing} | channel_dir | {missing} | make it
 --placement=flower --site=7                 | site | 7 | 0 to 2
@@ -235,6 +238,7 @@ SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --placement=flower    --sites_in_memory=1   | sites_in_memory | 1 | use 0
 --placement=flower    --sites_dir={file}    | sites_dir | {file} | folder
 --placement=flower    --record_transcript   | record_transcript | True | another placement
+--placement=flower EXAMPLE --dp_seed=3      | dp_seed | 3 | leave dp_seed out
 SITE --dp_noise=distributed --record_transcript | record_transcript | True | dp_noise=site
 --run_dir=                                  | run_dir | is empty | --run_dir=
 --run_dir={file}                            | run_dir | {file} | folder
@@ -252,7 +256,7 @@ SITE                                        | dp | site | dp=example
 --run_dir={file}                            | run_dir | {file} | folder
 --run_dir={full}                            | run_dir | {full} | another --run_dir
 --record_transcript                         | record_transcript | True | primia-train
---coordinator=127.0.0.1:1                   | --coordinator | no flag | --helpfull
+--coordinator=127.0.0.1:1                   | --coordinator | not a flag | --helpfull
 """
 
 ACCOUNT = """
@@ -266,7 +270,7 @@ ACCOUNT = """
 --dp=all                                    | dp | all | patient
 --target_epsilon=0                          | dp=example | noise_multiplier | nothing is private
 --target_epsilon=-1                         | target_epsilon | -1 | negative
---delta=0.5                                 | delta | 0.5 | between | publish somebody whole
+--delta=0.5                                 | delta | 0.5 | between | publish one unit completely
 --delta=-1                                  | delta | -1 | negative
 --noise_multiplier=inf                      | noise_multiplier | inf | finite
 --noise_multiplier=0.01 --target_epsilon=0.001 | target_epsilon | 0.001 | raise
@@ -283,8 +287,8 @@ ACCOUNT = """
 --output_dir={fifo}                         | output_dir | {fifo} | folder
 --output_dir={file}/below                   | output_dir | {file} | folder
 --ledger_dir={missing} --num_units=0        | ledger_dir | {missing} | num_units
---run_dir={run}                             | --run_dir | no flag | --helpfull
-extra                                       | extra | no flag | --name=value
+--run_dir={run}                             | --run_dir | not a flag | --helpfull
+extra                                       | extra | not a flag | --name=value
 """
 
 LEDGERS = """
@@ -311,8 +315,8 @@ AUDIT = """
 --candidates=0                              | candidates | 0 | at least 1
 --attacked_rounds=0                         | attacked_rounds | 0 | at least 1
 --audit_seed=-1                             | audit_seed | -1 | at least 0
---rounds=3                                  | --rounds | no flag | --
-extra                                       | extra | no flag | --name=value
+--rounds=3                                  | --rounds | not a flag | --
+extra                                       | extra | not a flag | --name=value
 """
 
 # (Program, the flags that every row begins with, rows.) Later flags win.

@@ -82,7 +82,7 @@ ASK = """
 --images={missing}                          | images | {missing} | check
 --images={file}                             | {file} | cannot be read | copy it again
 --output_dir={file}                         | output_dir | {file} | folder
---checkpoint={run}                          | checkpoint | no flag | --helpfull
+--checkpoint={run}                          | checkpoint | not a flag | --helpfull
 """
 
 CERTIFICATE = """
@@ -213,7 +213,7 @@ SCORE = """
 --batch=0                                   | batch | 0 | positive
 --calibration=train                         | calibration | train | phantom
 --output_dir={file}                         | output_dir | {file} | folder
-extra                                       | extra | no flag | --name=value
+extra                                       | extra | not a flag | --name=value
 """
 
 PAGE = """
@@ -224,7 +224,7 @@ PAGE = """
 --ring_bits=80                              | ring_bits | 80 | 64
 --calibration=train                         | calibration | train | phantom
 --port=99999                                | --port | 99999 | integer
-extra                                       | extra | no flag | --name=value
+extra                                       | extra | not a flag | --name=value
 """
 
 REMOTE = """
@@ -251,5 +251,5 @@ NODE = """
 --port=99999                                | port | 99999 | 65535
 --max_mb=0                                  | max_mb | 0 | 64
 --margin=0                                  | margin | 0 | at least 1
-extra                                       | extra | no flag | --name=value
+extra                                       | extra | not a flag | --name=value
 """

@@ -36,7 +36,7 @@ SITE                                        | dp | site | dp=none
 
 SITE = """
                                             | no command | init, roster | --help
-begin                                       | 'begin' | no command | init, roster
+begin                                       | 'begin' | not a command | init, roster
 --number=0                                  | no command | init, roster | --help
 init --number=x                             | --number | x | integer
 init                                        | site_dir | is empty | --site_dir=
@@ -50,7 +50,7 @@ intersect --site_dir={folder}               | site_dir | {folder} | primia-site 
 offer --site_dir={folder}                   | site_dir | {folder} | primia-site init
 status --site_dir={folder} --settings=x     | settings | offer | leave it out
 status --site_dir={folder} --model=x        | model | offer | leave it out
-init --site_dir={new} extra                 | extra | is no flag | --name=value
+init --site_dir={new} extra                 | extra | is not a flag | --name=value
 """
 
 SITE_INIT = """
@@ -82,8 +82,8 @@ PLOT = """
 --run_dir={cut}                             | {cut} | rounds.jsonl | line 2
 --output_dir={file} --run_dir={drawn}       | output_dir | {file} | folder
 --output_dir={fifo} --run_dir={drawn}       | output_dir | {fifo} | folder
---rounds=3                                  | --rounds | no flag | --helpfull
-extra                                       | extra | no flag | --name=value
+--rounds=3                                  | --rounds | not a flag | --helpfull
+extra                                       | extra | not a flag | --name=value
 --flagfile={fifo}                           | flagfile | {fifo} | ordinary file
 """
 
@@ -97,6 +97,7 @@ EVALUATE = """
 --placement=flower --run_dir={folder}       | run_dir | {folder} | finished training run
 --placement=flower --score_bins=1           | score_bins | 1 | at least 2
 --placement=flower --most_images=9000000    | most_images | 9000000 | lower
+--placement=flower --dp_count_noise=-1      | dp_count_noise | -1 | negative
 --placement=flower --num_sites=2            | secagg_colluding | 2 | trusts
 --placement=flower --secagg_threshold=9     | secagg_threshold | 9 | 3
 --placement=flower --held_out=2             | held_out | 2 | [0, 1)
@@ -137,10 +138,10 @@ EVALUATE = """
 --data=folder:{fifo}                        | data | {fifo} | name
 --data=npz:{missing}                        | data | {missing} | check
 --data=npz:{fifo}                           | data | {fifo} | name
---data=npz:{file}                           | {file} | no zip | np.savez
+--data=npz:{file}                           | {file} | not a zip | np.savez
 --site_data=npz:a,npz:b                     | site_data | npz:a | data
 --data=folder:{folder} --patient_pattern=(  | patient_pattern | ( | expression
---rounds=3                                  | --rounds | no flag | --
-{file}                                      | {file} | no flag | --name=value
+--rounds=3                                  | --rounds | not a flag | --
+{file}                                      | {file} | not a flag | --name=value
 --flagfile={fifo}                           | flagfile | {fifo} | ordinary file
 """

@@ -4,17 +4,15 @@ flag or the file, its value and the cure, no traceback, and nothing begun and no
 
 import collections
 import errno
-import importlib
 import json
 import os
 import re
 import shutil
-import sys
 
 import jax
 import numpy as np
 import pytest
-from absl import app, flags
+from experiments_programs import ended, loader
 from experiments_refusals import SHORT, TABLES
 from experiments_runs import TINY
 from PIL import Image
@@ -104,37 +102,8 @@ def at(tmp_path_factory):
 @pytest.fixture(scope="module")
 def program():
   """Imports a program with its flags as if it were alone in the process."""
-
-  def of_programs():
-    return [name for name in flags.FLAGS if name not in before]
-
-  def load(name):
-    for flag in of_programs():
-      delattr(flags.FLAGS, flag)
-    sys.modules.pop(f"experiments.{name}", None)
-    return importlib.import_module(f"experiments.{name}").main
-
-  before = set(flags.FLAGS)
-  yield load
-  for flag in of_programs():
-    delattr(flags.FLAGS, flag)
-
-
-def refusal(main, arguments, patch):
-  """What the program says in the end."""
-  patch.setattr(sys, "argv", ["program", *arguments])
-  patch.setattr(app._register_and_parse_flags_with_usage, "done", False)
-  flags.FLAGS.unparse_flags()
-  for name in flags.FLAGS:
-    flags.FLAGS[name].unparse()
-  commands = getattr(sys.modules[main.__module__], "COMMANDS", ())
-  try:
-    running.start(main, commands=commands)
-  except SystemExit as ended:
-    return ended.code
-  except Exception as error:
-    return error  # the user would see a traceback
-  return None
+  with loader() as load:
+    yield load
 
 
 @pytest.fixture
@@ -180,7 +149,7 @@ def test_every_bad_invocation_is_refused_by_flag_value_and_cure(at, program, no_
     if name != loaded:
       main, loaded = program(name), name
     arguments, words = ([text.format(**at) for text in texts] for texts in (given, words))
-    fault = wrong_with(refusal(main, arguments, no_work), words)
+    fault = wrong_with(ended(main, arguments, no_work), words)
     if at["new"].exists():
       fault = fault or "left a folder behind"
       shutil.rmtree(at["new"])
@@ -232,7 +201,7 @@ def test_a_full_or_closed_disk_and_little_memory_end_a_run_with_the_cure(
       raise
 
   no_work.setattr(running, "run", begun)
-  said = refusal(main, [f"--run_dir={at['new']}"], no_work)
+  said = ended(main, [f"--run_dir={at['new']}"], no_work)
   shutil.rmtree(at["new"])
   assert not wrong_with(said, [word.format(**at) for word in words])
 
@@ -241,13 +210,13 @@ def test_a_folder_without_rights_is_refused_before_work(at, program, no_work):
   no_work.setattr(os, "access", lambda path, mode: path != at["folder"])
   words = [f"run_dir={at['folder']}/below", "cannot be written", "rights"]
   for name in ("train_pooled", "train_federated"):
-    said = refusal(program(name), [f"--run_dir={at['folder']}/below"], no_work)
+    said = ended(program(name), [f"--run_dir={at['folder']}/below"], no_work)
     assert not wrong_with(said, words)
 
 
 def test_an_error_in_the_code_keeps_its_traceback(at, program, no_work):
   no_work.setattr(running, "run", failing(TypeError("a bug")))
-  said = refusal(program("train_pooled"), [f"--run_dir={at['new']}"], no_work)
+  said = ended(program("train_pooled"), [f"--run_dir={at['new']}"], no_work)
   shutil.rmtree(at["new"])
   assert isinstance(said, TypeError)
 

@@ -73,7 +73,7 @@ def test_pictures_of_one_run(tmp_path):
   assert len(run_plots.confusion(alone)) == 1
 
 
-def test_epsilon_is_the_target_or_what_was_spent(tmp_path):
+def test_epsilon_is_what_was_spent(tmp_path):
   runs = [
     run_folder(tmp_path, "one", 0.5, 1.0), run_folder(tmp_path, "six", 0.6, 6.0),
     run_folder(tmp_path, "plain", 0.7),
@@ -83,7 +83,7 @@ def test_epsilon_is_the_target_or_what_was_spent(tmp_path):
   assert scores[0] == run_plots.Score("federated, cnn", 1.0, 0.5, 0.4, 0.6)
   target = {"config": {"model": "cnn", "target_epsilon": 3.0}}
   aimed = run_folder(tmp_path, "three", 0.5, 2.9, **target)
-  assert run_plots._score(aimed, json.loads((aimed / "metrics.json").read_text())).epsilon == 3.0
+  assert run_plots._score(aimed, json.loads((aimed / "metrics.json").read_text())).epsilon == 2.9
   assert drawn("epsilon", [*runs, aimed], tmp_path) == ["epsilon.png"]
 
 
@@ -122,6 +122,9 @@ def test_runs_of_other_images_and_other_folders_are_refused(tmp_path):
   runs = [run_folder(tmp_path, "a", epsilon=1.0), run_folder(tmp_path, "b", data="others")]
   with pytest.raises(ValueError, match=r"different test images \(20 of made images, 20 of others"):
     run_plots.of("epsilon", runs)
+  (runs[0] / "config.json").unlink()
+  with pytest.raises(ValueError, match="is an evaluation, which does not say whether its model"):
+    run_plots.of("epsilon", [runs[0]])
   with pytest.raises(FileNotFoundError, match=r"no costs\.json"):
     run_plots.of("latency", [runs[0]])
   old = costs(tmp_path, "old")

@@ -2,9 +2,8 @@
 
 import json
 import stat
-import subprocess
-import sys
 
+import experiments_programs as programs
 import numpy as np
 import pytest
 from experiments_runs import write_untrained
@@ -50,8 +49,7 @@ def flags_of(checkpoint, archive, folder, **more):
 
 
 def call(*arguments):
-  command = [sys.executable, "-m", "experiments.evaluate_encrypted", *arguments]
-  return subprocess.run(command, capture_output=True, text=True, check=False)
+  return programs.call("evaluate_encrypted", *arguments)
 
 
 def test_the_binary_counts_as_evaluate_does_and_refuses_to_count_again(

@@ -2,18 +2,18 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from experiments_programs import call
 from experiments_runs import TINY
 from PIL import Image
 from segmentation_test import scenes
 
 from experiments import encrypted, found_masks, model_files, running, settings, simulated
-from experiments.audits import auditing
+from experiments.audits import auditing, parts
+from experiments.audits.context import Context, Effort
 from experiments.configs.model import normalise
 from experiments.planned import Infer
 from primia_jax.data import decode
@@ -39,7 +39,9 @@ def write(path, num=16, size=8, kind="masks"):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   root = tmp_path_factory.mktemp("masks")
-  config = settings.replace(SMALL, data=f"npz:{write(root / 'a.npz')}")
+  config = settings.replace(
+    SMALL, data=f"npz:{write(root / 'a.npz', size=16)}", image_size=16, record_transcript=True
+  )
   folder = running.open_run(config, str(root / "run"))
   result = running.run(config, folder, federated=True, baselines=("pooled",))
   return folder, result
@@ -68,22 +70,38 @@ def test_a_run_learns_masks_and_reports_dice_of_each_case(run):
 def test_evaluate_saves_masks_and_draws_patients_only_when_asked(run, tmp_path):
   folder, result = run
   given = (f"--run_dir={folder}", f"--output_dir={tmp_path / 'out'}", "--overlays=3")
-  command = [sys.executable, "-m", "experiments.evaluate", *given]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  done = call("evaluate", *given)
   assert done.returncode == 0, done.stderr
   assert "mean Dice (images)" in done.stdout
   found = np.load(tmp_path / "out" / "masks.npz")["masks"]
-  assert found.shape == (16, 8, 8)
+  assert found.shape == (16, 16, 16)
   scored = json.loads((tmp_path / "out" / "metrics.json").read_text())
   assert scored["arms"]["trained"]["dice"] == result["arms"]["federated"]["dice"]
   assert "IMAGES OF PATIENTS" in (tmp_path / "out" / "report.md").read_text()
   assert (tmp_path / "out" / "overlays.png").is_file()
 
 
-def test_other_programs_refuse_a_model_of_masks(run, tmp_path):
+def test_a_run_of_masks_is_audited_by_what_applies_to_it(run, tmp_path):
+  folder, out = run[0], tmp_path / "audit"
+  effort = Effort(candidates=8, attacked_rounds=1, victims=3, iterations=2)
+  auditing.audit(folder, out, effort, ["auto"])
+  made = {path.stem: json.loads(path.read_text())["part"] for path in (out / "parts").iterdir()}
+  assert set(made) == {"threats", "ledger", "bounds", "recognition", "numbers", "inversion"}
+  of = {name: [parts._evidence(one) for one in part["evidence"]] for name, part in made.items()}
+  assert all(one.control.value > 0.5 for one in of["recognition"])
+  assert of["numbers"]
+  assert all(one.value == 1 for one in of["numbers"])  # exact losses, to whoever knows all others
+  assert "knows the mask" in made["inversion"]["text"][0]
+  assert of["inversion"][0].protection == "none"
+  assert all(one.control is not None for one in of["inversion"][1:])
+  report = (out / auditing.REPORT).read_text()
+  assert "Left out: membership, which does not apply: this part is for models" in report
+  with pytest.raises(ValueError, match=r"parts=\['classes'\] do not apply to this run"):
+    auditing.chosen(["classes"], Context(folder, out, effort))
+
+
+def test_other_programs_refuse_a_model_of_masks(run):
   folder, _ = run
-  with pytest.raises(ValueError, match=r"unet, which learns masks; the attacks"):
-    auditing.audit(folder, tmp_path / "audit", auditing.Effort(), ["auto"])
   config = model_files.load_model(str(folder))[3]
   with pytest.raises(ValueError, match=r"primia-publish takes models that classify"):
     model_files.require_classes(config, "primia-publish")
@@ -100,7 +118,7 @@ def test_other_programs_refuse_a_model_of_masks(run, tmp_path):
     ({"data": "npz:a.npz", "slices": "labelled"}, "slices='labelled' belongs to msd"),
     ({"data": "msd:a", "slices": "some"}, "slices='some'"),
     ({"data": "msd:a", "patient_column": "x"}, "one patient"),
-    ({"data": "phantom"}, "model=unet learns masks, which data=phantom has not"),
+    ({"data": "phantom"}, "model=unet learns masks, and data=phantom has none"),
     ({"data": "msd:a", "model": "cnn", "norm": ""}, "model=cnn classifies images"),
   ],
 )

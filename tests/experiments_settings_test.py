@@ -93,7 +93,7 @@ def test_replace_finds_a_setting_in_any_record_and_checks_it_again():
   got = settings.replace(Train(), rounds=2, data="npz:x", seed=3)
   assert (got.training.rounds, got.data.data, got.seed) == (2, "npz:x", 3)
   assert got.hospitals == Train().hospitals
-  with pytest.raises(TypeError, match=r"\['round'\] are no settings"):
+  with pytest.raises(TypeError, match=r"\['round'\] are not settings"):
     settings.replace(Train(), round=2)
   with pytest.raises(ValueError, match="rounds=0"):
     settings.replace(Train(), rounds=0)

@@ -122,7 +122,7 @@ def test_a_key_is_rotated_without_and_revoked_with_the_telephone(world):
   with pytest.raises(Refused, match="not confirmed: site hospital-b is gone; 1 more keys are rev"):
     world.accept("a")
   world.accept("a", world.digest())
-  with pytest.raises(ValueError, match=r"leave='hospital-b' is no member"):
+  with pytest.raises(ValueError, match=r"leave='hospital-b' is not a member"):
     joining.rosters(world.at("s"), Join(leave="hospital-b"))
   with pytest.raises(ValueError, match="is revoked"):
     joining.rosters(world.at("s"), Join(join=world.at("b") + "/public.json"))
@@ -137,6 +137,10 @@ def test_what_is_approved_is_the_same_at_all_sites_and_another_is_refused(world,
   said = lines(capsys)[-2:]
   assert "approved mlp of" in said[0]
   assert "6 images: normal 3, bacterial 2, viral 1" in said[0]
+  assert (
+    "; no privacy (dp=none); a sum opens once 3 of 3 sites answer, at most 1 site may collude; "
+    "exact validation counts leave; here"
+  ) in said[0]
   assert roster.spoken(approval.digest(a)) in said[1]
   theirs = settings.replace(CONFIG, data="npz:of_site_b", patient_column="p", layout="")
   approval.check(a, approving.offered(theirs))  # where images are is a site's own affair
@@ -159,11 +163,24 @@ def test_limits_of_a_site_refuse_a_configuration(world):
     (Limits(fewest_sites=4), "a sum over 3 sites; this site's policy needs at least 4"),
     (Limits(fewest_images=7), "fewer than fewest_images=7 images"),
     (Limits(leaves="sums of updates,exact counts"), "metrics may not leave this site"),
+    (Limits(fewest_colluding=2), "fewest_colluding=2 of this site, and sums of 3 sites with"),
   ):
     member = site_folders.Member(0, "hospital-a", site_folders.read(world.root / "a").own, limits)
     site_folders.write(world.root / "a", member)
     with pytest.raises(ValueError, match=words):
       joining.approve(world.at("a"), Approve(world.config))
+  for change, words in (
+    ({"secagg_threshold": 2, "secagg_colluding": 0}, "fewest_colluding=1 .*secagg_threshold=2 and"),
+    ({"secagg_colluding": 0}, "fewest_colluding=1 of this site, .* secagg_colluding=0 hold"),
+    ({"secagg_threshold": 3, "secagg_colluding": 1, "num_sites": 5}, "secagg_threshold=3 and"),
+    ({"data": "csv:x", "multi_label": True, "class_weights": False}, "scores of several labels an"),
+  ):
+    with pytest.raises(ValueError, match=words):
+      approving.check(settings.replace(CONFIG, **change), Limits())
+  trusting = Limits(fewest_patients=0, fewest_colluding=0)
+  weak = settings.replace(CONFIG, secagg_threshold=2, secagg_colluding=0)
+  approving.check(weak, trusting)
+  approving.check(settings.replace(weak, num_sites=2, secagg_threshold=0), Limits())  # two trust
   assert not (world.root / "a" / "approval.json").exists()
   settings.save(settings.replace(CONFIG, label_names=""), pathlib.Path(world.config))
   with pytest.raises(ValueError, match="label_names is empty in the configuration"):
@@ -171,6 +188,23 @@ def test_limits_of_a_site_refuse_a_configuration(world):
   settings.save(settings.replace(CONFIG, num_sites=4), pathlib.Path(world.config))
   with pytest.raises(ValueError, match=r"num_sites=4 of .* has 3 sites"):
     joining.approve(world.at("b"), Approve(world.config))
+
+
+def test_what_protects_a_run_is_told_to_who_approves_it():
+  here = approving.Held({"normal": 30, "bacterial": 20, "viral": 10}, 0)
+  private = {"dp": "example", "batch_size": 4, "sync_epochs": 1, "sync_batches": 0}
+  of = lambda change: settings.replace(CONFIG, **private | change)
+  said = lambda held=here, **change: approving.protection(of(change), held)
+  assert said(target_epsilon=3.0).startswith("epsilon at most 3 of each example; a sum")
+  assert said(target_epsilon=3.0).endswith("; no validation")
+  once, twice = (said(noise_multiplier=n) for n in (1.0, 2.0))
+  assert once.startswith("epsilon ")
+  assert ", for sites of 60 examples; a sum opens" in once
+  assert float(once.split()[1]) > float(twice.split()[1]) > 0
+  nobody = approving.Held({"normal": 0}, 0)
+  assert said(nobody, noise_multiplier=1.0).startswith("epsilon of each example as the sizes of")
+  of_sites = {"dp": "site", "weighting": "uniform", "class_weights": False, "delta": 0.1}
+  assert " of each site; a sum opens" in said(noise_multiplier=2.0, **of_sites)
 
 
 def test_few_images_of_few_classes_are_an_ordinary_case(tmp_path):
@@ -212,44 +246,6 @@ def test_status_and_ledger_say_where_a_site_stands(world, capsys):
   assert "0 runs charged" in lines(capsys)[0]
   with pytest.raises(ValueError, match="the coordinator's, which has no ledger"):
     joining.ledger(world.at("s"))
-
-
-def test_a_journal_keeps_whole_lines(tmp_path):
-  site_folders.note(tmp_path, "init")
-  with (tmp_path / "journal.jsonl").open("a") as file:
-    file.write('{"did": "half')
-  site_folders.note(tmp_path, "round", round=3)
-  assert [one["did"] for one in site_folders.notes(tmp_path)] == ["init", "round"]
-  (tmp_path / "journal.jsonl").write_text("7\n")
-  with pytest.raises(ValueError, match=r"journal\.jsonl is damaged"):
-    site_folders.notes(tmp_path)
-
-
-@pytest.mark.parametrize(
-  ("text", "said"),
-  [
-    ("number = ", "is no TOML"),
-    ("number = 0", "lacks 'name'"),
-    ('number = "0"\nname = "a"', "give an integer and a text"),
-    ('number = 0\nname = "a"\nnote = 3', "has .*note"),
-    ('number = 0\nname = "a"\n[data]\nfolder = "x"', "folder='x' is no setting of a site"),
-    ('number = 0\nname = "a"\n[data]\ndata = 3', "data=3 must be of type str"),
-    ('number = 0\nname = "a"\n[limits]\nfewest_sites = true', "fewest_sites=True must be of type"),
-    ('number = 0\nname = "a"\n[limits]\nmax_rounds = -1', "max_rounds=-1"),
-    ('number = 0\nname = "a"\n[limits]\nleaves = "images"', "leaves=.*images"),
-  ],
-)
-def test_a_wrong_site_toml_is_refused(tmp_path, text, said):
-  (tmp_path / "site.toml").write_text(text)
-  with pytest.raises(ValueError, match=said):
-    site_folders.read(tmp_path)
-
-
-def test_site_toml_keeps_any_text(tmp_path):
-  own = Own('folder:/a "b"\\c/ü\x7f\n', patient_pattern=r"(person\d+)_", skip_bad_files=True)
-  member = site_folders.Member(3, "x", own, Limits(max_epsilon=2.5))
-  site_folders.write(tmp_path, member)
-  assert site_folders.read(tmp_path) == member
 
 
 class Crash(BaseException):

@@ -82,7 +82,7 @@ def start(root, i, **given):
   """A site's process, up to its reports; its folder of results."""
   at = str(root / f"site_{i}")
   site = admission.of(at, approving.EVALUATION)
-  together.score(values_of(run_dir=at, **given), site, "no module")
+  together.score(values_of(**{"run_dir": at, "same_user": True} | given), site, "no module")
   return site.run
 
 
@@ -163,10 +163,10 @@ def test_a_site_that_is_lost_is_in_no_count(copied, monkeypatch, no_pictures):
     approve(copied, i)
   held = evaluating.agreed
 
-  def agreed(number, own, said):
+  def agreed(number, *given):
     if number == 1:
       raise OSError("its machine is gone")
-    return held(number, own, said)
+    return held(number, *given)
 
   monkeypatch.setattr(evaluating, "agreed", agreed)
   results, errors = run_all(copied, monkeypatch)
@@ -174,6 +174,32 @@ def test_a_site_that_is_lost_is_in_no_count(copied, monkeypatch, no_pictures):
   found = json.loads((results[0] / "metrics.json").read_text())
   assert found["sites"] == [0, 2]
   assert found["num_examples"] == IMAGES[0] + IMAGES[2]
+
+
+def test_the_same_images_are_not_scored_again_without_a_site(copied, monkeypatch, no_pictures):
+  """Another approval, of other bins, and site 1 is lost: its counts would be the difference."""
+  weak = "--secagg_threshold=2 --secagg_colluding=0"
+  offer(copied, f"--score_bins=16 {weak}")
+  for i in SITES:
+    approve(copied, i)
+  assert run_all(copied, monkeypatch)[1] == {}
+  offer(copied, f"--score_bins=8 {weak}")
+  for i in SITES:
+    approve(copied, i)
+  held = evaluating.agreed
+
+  def agreed(number, *given):
+    if number == 1:
+      raise OSError("its machine is gone")
+    return held(number, *given)
+
+  monkeypatch.setattr(evaluating, "agreed", agreed)
+  _, errors = run_all(copied, monkeypatch)
+  for i in (0, 2):
+    with pytest.raises(Refused, match=r"counted with this model before.*\['hospital-1'\] besides"):
+      raise errors[i]
+  monkeypatch.setattr(evaluating, "agreed", held)
+  assert run_all(copied, monkeypatch)[1] == {}  # with it, they are
 
 
 def test_the_largest_floor_of_all_sites_holds_in_every_report(copied, monkeypatch, no_pictures):
@@ -219,7 +245,10 @@ def test_what_a_site_approves_is_one_model_with_its_classes_in_one_order(copied,
   approve(copied, 1)
   first, second = capsys.readouterr().out.splitlines()
   assert "approved the evaluation of mlp, model " in first
-  assert "in 16 bins, by 3 sites; here 18 images; none of owl, which is allowed" in first
+  assert (
+    "in 16 bins, by 3 sites, exact counts, no privacy; a sum opens once 3 of 3 sites answer, at "
+    "most 1 site may collude; here 18 images; none of owl, which is allowed" in first
+  )
   digest = approval.digest(site_folders.approved(copied / "site_2"))
   assert roster.spoken(digest) in second
   joining.status(str(copied / "site_1"))
@@ -240,9 +269,10 @@ def test_a_site_without_images_or_beyond_its_limits_approves_nothing(copied):
     (empty, FLOORLESS, "holds no images to score"),
     (Own("none"), FLOORLESS, "holds no images to score"),
     (member.own, Limits(fewest_images=99), "fewer than fewest_images=99 images"),
+    (member.own, Limits(fewest_colluding=2), "fewest_colluding=2 of this site, and sums of"),
     (member.own, Limits(fewest_sites=4), "a sum over 3 sites; this site's policy needs at least 4"),
     (member.own, Limits(leaves="noised counts,metrics"),
-     "exact counts may not leave this site.* has no form with noise"),
+     "exact counts may not leave this site.* offer one with --dp_count_noise"),
   ):  # fmt: skip
     change(own, limits)
     with pytest.raises(ValueError, match=words):
@@ -263,6 +293,12 @@ def test_what_was_not_approved_is_refused_before_the_others_are_met(copied, monk
   refused = lambda words, **given: pytest.raises(NotApproved, match=words)
   with refused("score_bins=32 where 16 was approved"):
     start(copied, 0, score_bins=32)
+  with pytest.raises(ValueError, match=r"channel_dir='': the channel would lie in .*--same_user"):
+    start(copied, 0, same_user=False)
+  own = copied / "site_0"
+  Seating(channel_dir=str(copied)).check_channel(own)
+  with pytest.raises(ValueError, match=r"channel_dir=.*would lie in"):
+    Seating(channel_dir=str(own / "runs")).check_channel(own)
   with pytest.raises(ValueError, match=r"data=phantom: images and floors of this site are in"):
     start(copied, 0, data="phantom")
   with pytest.raises(ValueError, match="overlays=3 with placement=flower"):
@@ -281,13 +317,13 @@ def test_what_was_not_approved_is_refused_before_the_others_are_met(copied, monk
 def test_sites_that_score_different_things_refuse_each_other():
   own = {"model": "aa", "classes": ["x", "y"], "fewest_patients": 3}
   told = lambda **change: json.dumps(own | change).encode()
-  both = lambda theirs: evaluating.agreed(0, own, {0: told(), 1: theirs})
+  both = lambda theirs: evaluating.agreed(0, own, {0: told(), 1: theirs}, 100)
   assert both(told(fewest_patients=7)) == 7
   for theirs, words in (
     (told(model="bb"), "site 1 scores the model bb, and this site aa"),
     (told(classes=["y", "x"]), r"site 1 has the classes \['y', 'x'\], and this site \['x', 'y'\]"),
     (told(fewest_patients=-1), "site 1 has not told what it scores"),
-    (told(fewest_patients=10**9), "site 1 has not told what it scores"),
+    (told(fewest_patients=101), "site 1 has not told what it scores .*most_images=100"),
     (b"[" * 9999, "site 1 has not told what it scores"),
     (b"3", "site 1 has not told what it scores"),
   ):
@@ -318,7 +354,7 @@ def test_what_the_coordinator_offers(copied, capsys):
     ("--score_bins=1", "score_bins=1 must be at least 2"),
     ("--most_images=9000000", "most_images=9000000 at each of num_sites=3"),
     ("--held_out=1", "held_out=1.0 must lie in"),
-    ("--rounds=3", "--rounds is no flag"),
+    ("--rounds=3", "--rounds is not a flag"),
     ("--multi_label --data=csv:x", "multi_label with placement=flower"),
     ("--secagg_colluding=2", "secagg_colluding=2 of 3 sites"),
     ("--score_bins='8", "close the quotes"),

@@ -1,5 +1,6 @@
 """The processes of a trial of Flower on one machine; Flower itself is not started here."""
 
+import json
 import os
 import subprocess
 import sys
@@ -74,3 +75,26 @@ def test_ps_says_the_same_as_proc(monkeypatch):
     assert trial._parents()[os.getpid()] == os.getppid()
   monkeypatch.setenv("PATH", "")
   assert trial._parents() == {}
+
+
+def test_a_run_that_flower_ends_before_the_coordinator_begins_is_no_wait(tmp_path, monkeypatch):
+  """As where the simulation engine does not start."""
+  waiting = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+  made = trial.Deployment(tmp_path, [tmp_path / "site_0"], {"site 0": waiting}, 0)
+  made.flower.mkdir()
+  status = iter(["running", "finished:failed"])
+
+  def flwr(deployment, command):
+    if command[1] == "log":
+      return f"what run {command[2]} said"
+    return json.dumps({"success": True, "runs": [{"run-id": "7", "status": next(status)}]})
+
+  monkeypatch.setattr(trial, "flwr", flwr)
+  monkeypatch.setattr(trial, "_LOOK", 0.0)
+  try:
+    with pytest.raises(RuntimeError, match=r"Flower's run has ended.*run\.log"):
+      trial.watch(made)
+  finally:
+    waiting.kill()
+    waiting.wait()
+  assert made.log("run").read_text() == "what run 7 said"

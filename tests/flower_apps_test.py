@@ -1,7 +1,10 @@
 """Both of Flower's apps in one process: a grid that hands each message to the ClientApp."""
 
+import base64
+import datetime
 import json
 import threading
+import types
 
 import pytest
 
@@ -117,7 +120,7 @@ def test_sums_go_through_both_apps_and_the_coordinator_keeps_what_it_may_know(tm
     assert_total(results[i], range(3))
   lines = [json.loads(line) for line in (folder / "sums.jsonl").read_text().splitlines()]
   assert [line["survivors"] for line in lines] == [[0, 1, 2]] * 2
-  assert grid.count == 3 * (1 + 1 + 5 + 5)  # invitation, hello, and five of each sum
+  assert grid.count == 3 * (1 + 1 + 5 + 3)  # invitation, hello, and those of two sums
   ending = json.loads((folder / "ending.json").read_text())
   assert ending == {"failed": "", "left": {"0": "", "1": "", "2": ""}, "turned away": []}
   assert sorted(path.name for path in folder.iterdir()) == ["ending.json", "identity", "sums.jsonl"]
@@ -180,7 +183,8 @@ def test_a_node_that_falls_silent_or_lies_costs_its_site_only(tmp_path):
       if i == 1 and name == "silent":
         holder[0].dead.add(1)
       if i == 1 and name == "lies":
-        holder[0].spoil[1] = lambda data: data[:-1] + bytes(255 - b for b in data[-1:])
+        flip = lambda b: bytes([255 - b])  # in its boxes, or its masked numbers
+        holder[0].spoil[1] = lambda data: data[:100] + flip(data[100]) + data[101:]
       return sums.finish(begun, elements(i))
 
     results, errors, folder, _ = play(root, call, timeout=2.0, change=holder.append)
@@ -236,6 +240,18 @@ def test_without_a_roster_a_site_that_does_not_come_itself_ends_the_meeting_for_
   assert "node 101 is turned away" in json.loads((folder / "ending.json").read_text())["failed"]
 
 
+def test_a_coordinator_names_no_folder_for_a_supernode():
+  """The run's configuration, which is the coordinator's, counts in the simulation engine alone."""
+  run, simulated = {"sites": "/a"}, {"partition-id": 2, "num-partitions": 3}
+  folder = lambda node, run: str(bridging.site_folder(node, run))
+  assert folder({"site-folder": "/own"}, run) == "/own"
+  assert folder({"site-folder": "/own", **simulated}, run) == "/own"
+  assert folder(simulated, run) == "/a/site_2"
+  for node, config in (({}, run), ({"partition-id": 2}, run), (simulated, {"sites": ""})):
+    with pytest.raises(ValueError, match="names no folder of a site"):
+      bridging.site_folder(node, config)
+
+
 def test_a_message_lives_no_longer_than_its_sender_says_whatever_the_clock(tmp_path):
   """A clock that is a day behind makes it look as if the message had a day left."""
   folder = tmp_path / "site"
@@ -247,3 +263,31 @@ def test_a_message_lives_no_longer_than_its_sender_says_whatever_the_clock(tmp_p
   context = Context(1, 100, {"site-folder": str(folder)}, RecordDict(), {})
   with pytest.raises(TimeoutError, match="no hospital's process waits"):
     bridging.app(message, context)
+
+
+@pytest.mark.parametrize(
+  ("ahead", "is_taken"), [(0, True), (4, True), (6, False), (-300, True), (-306, False)]
+)
+def test_flower_refuses_a_node_whose_clock_is_off(monkeypatch, ahead, is_taken):
+  """As docs/flower.md says; the signature itself is right."""
+  fastapi = pytest.importorskip("fastapi")
+  primitives = pytest.importorskip("flwr.supercore.primitives.asymmetric")
+  node_auth = pytest.importorskip("flwr.superlink.routers.fleet.node_auth")
+  private, public = primitives.generate_key_pairs()
+  public = primitives.public_key_to_bytes(public)
+  at = (node_auth.now() + datetime.timedelta(seconds=ahead)).isoformat()
+  signed = primitives.sign_message(private, at.encode("ascii"))
+  headers = {
+    node_auth.FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public),
+    node_auth.FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(signed),
+    node_auth.TIMESTAMP_HEADER: at,
+  }
+  of_node = types.SimpleNamespace(get_node_id_by_public_key=lambda key: 7)
+  monkeypatch.setattr(node_auth, "get_linkstate", lambda request: of_node)
+  state = types.SimpleNamespace(protobuf_request=types.SimpleNamespace(node_id=7))
+  request = types.SimpleNamespace(headers=headers, state=state)
+  if is_taken:
+    node_auth.authenticate_node(request)
+    return
+  with pytest.raises(fastapi.HTTPException, match="401"):
+    node_auth.authenticate_node(request)

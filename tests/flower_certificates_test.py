@@ -12,7 +12,7 @@ pytest.importorskip("flwr")
 
 from flower_events import DOCS, OVER_FLOWER, row
 
-from experiments import processes, trial
+from experiments import processes, trial, trial_keys
 from primia_jax.flower import channel
 from primia_jax.secagg import Lost, carrier, meeting
 
@@ -39,11 +39,11 @@ def test_a_certificate_out_of_time_ends_the_supernode_and_its_hospital_by_name(
   own = processes.own_folder(tmp_path / "own", 0).resolve()
   spoiled = deployment(tmp_path / "run", own)
   with monkeypatch.context() as patch:
-    made = functools.partial(trial.make_certificates, **OUT_OF_TIME[name])
-    patch.setattr(trial, "make_certificates", made)
+    made = functools.partial(trial_keys.make_certificates, **OUT_OF_TIME[name])
+    patch.setattr(trial_keys, "make_certificates", made)
     trial._start_superlink(spoiled)
   try:
-    trial.make_node_key(own / trial.FLOWER / "node_key")
+    trial_keys.make_node_key(own / trial.FLOWER / "node_key")
     trial.start_supernode(spoiled, 0)
     end = carrier.Carrier(*channel.serve(own, 20.0))
     with pytest.raises(Lost, match="no invitation of a coordinator has come") as lost:

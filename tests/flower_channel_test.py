@@ -128,6 +128,34 @@ def test_strangers_that_flood_or_drip_hold_nobody_up_and_are_forgotten(tmp_path)
   end.close()
 
 
+def test_requests_that_do_not_end_take_no_more_memory_than_one(tmp_path, monkeypatch):
+  """Each says that it is as long as one may be, and is not sent whole; the longest are ended."""
+  monkeypatch.setattr(channel, "_PIECE", 64)  # bytes above the limit that may be held
+  folder, limit = own(tmp_path), 1000
+  end, begun = channel.serve(folder, 20.0), []
+  for _ in range(6):
+    begun.append(socket.socket(socket.AF_UNIX))
+    begun[-1].connect(str(folder / channel.NAME))
+    begun[-1].sendall(struct.pack("<Q", limit) + bytes(500))
+  thread, answer = asking(folder, bytes(limit))
+  assert end.hear(limit) == bytes(limit)
+  end.say(b"answer")
+  thread.join(20)
+  assert answer == [b"answer"]
+
+  def is_ended(one):
+    one.settimeout(0.05)
+    try:
+      return one.recv(1) == b""
+    except TimeoutError:
+      return False
+    except ConnectionResetError:
+      return True
+
+  assert sum(map(is_ended, begun)) >= 5  # two of 508 bytes are more than 1064 with a third
+  end.close()
+
+
 def test_a_process_that_stops_in_the_middle_of_its_answer_is_late(tmp_path):
   folder = own(tmp_path)
   listener = socket.socket(socket.AF_UNIX)

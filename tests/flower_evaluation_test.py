@@ -51,7 +51,7 @@ def test_hospitals_apart_score_what_they_approved_as_one_process_does(root):
     for i in SITES:
       command = [sys.executable, hooked, str(root / f"opened_{i}"), "experiments.evaluate"]
       deployment.processes[f"site {i}"] = subprocess.Popen(
-        [*command, f"--run_dir={root}/site_{i}"],
+        [*command, f"--run_dir={root}/site_{i}", "--same_user"],
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": ROOT},
       )
@@ -69,7 +69,11 @@ def test_hospitals_apart_score_what_they_approved_as_one_process_does(root):
   assert ending["failed"] == ""
 
 
-def test_a_trial_scores_as_one_process_does(root, tmp_path):
+@pytest.mark.parametrize("engine", ["SuperNodes", "simulation"])
+def test_a_trial_scores_as_one_process_does(root, tmp_path, engine):
+  """With Flower's simulation engine, too, which runs the same apps."""
+  if engine == "simulation":
+    pytest.importorskip("ray")
   sources = ",".join(f"npz:{root / f'images_{i}.npz'}" for i in SITES)
   done = subprocess.run(
     [
@@ -80,6 +84,7 @@ def test_a_trial_scores_as_one_process_does(root, tmp_path):
         f"--output_dir={tmp_path / 'out'}",
       ),
       *(f"--score_bins={BINS}", f"--label_names={','.join(NAMES)}"),
+      f"--flower_simulation={engine == 'simulation'}",
     ],
     capture_output=True,
     text=True,
@@ -88,3 +93,5 @@ def test_a_trial_scores_as_one_process_does(root, tmp_path):
   assert done.returncode == 0, done.stderr
   assert "Evaluation by 3 sites" in done.stdout
   check(root, [tmp_path / "out.sites" / f"site_{i}" / "run" for i in SITES])
+  log = (tmp_path / "out" / "flower" / "superlink.log").read_text()
+  assert ("/v1/fleet/" in log) == (engine == "SuperNodes")

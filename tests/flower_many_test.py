@@ -14,8 +14,10 @@ from experiments import settings
 SITES, SIZE = 10, 2000
 TEN = settings.replace(CONFIG, num_sites=SITES, secagg_threshold=-1, phantom_images=120)
 LOST = {3: 4, 7: 6}  # site to the round in which it is killed
-MEETING, A_SUM, A_RETURN = 3, 5, 2  # messages of a site
-AT = {i: MEETING + A_SUM * LOST[i] + A_RETURN * (i == 7) + 1 for i in LOST}
+# messages of a site; a sum is later where its keys were agreed on in the one before
+MEETING, A_SUM, A_LATER, A_RETURN = 3, 5, 3, 2
+BEGUN = MEETING + A_SUM + 3 * A_LATER  # before the sum of round 4
+AT = {3: BEGUN, 7: BEGUN + A_LATER + A_RETURN + A_SUM}  # with site 3, keys are agreed on anew
 WINDOWS = (1, 2, 3, 7, 8, 9, 11, 12, 13, 17, 18, 19)  # the least of three is what stays
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("flwr")
 
 from experiments_runs import TINY, flags_of, train
 
-from experiments import model_files, processes, running, settings, trial
+from experiments import model_files, processes, running, settings, trial, trial_keys
 
 pytestmark = [pytest.mark.flower, pytest.mark.optimised]
 
@@ -51,9 +51,10 @@ def test_three_sites_train_over_flower_as_in_one_process_and_one_that_is_killed_
   with trial.deployed(3, folder, own) as deployment:
     stranger = processes.own_folder(tmp_path / "stranger", 0)
     (stranger / trial.FLOWER).mkdir()
-    trial.make_node_key(stranger / trial.FLOWER / "node_key")
+    trial_keys.make_node_key(stranger / trial.FLOWER / "node_key")
     outside = deployment._replace(sites=[*deployment.sites, stranger])
     trial.start_supernode(outside, 3)
+    trial_keys.introduce(folder / trial.COORDINATOR, deployment.sites)
     trial.start_sites(deployment, MODULE, flags_of(APART))
     trial.start_run(deployment, TIMEOUT)
     end = time.monotonic() + 1500
@@ -72,6 +73,7 @@ def test_three_sites_train_over_flower_as_in_one_process_and_one_that_is_killed_
   who = [line["survivors"] for line in lines(sums)]
   assert who[0] == who[-1] == [0, 1, 2]
   assert [0, 1] in who
+  assert not list(tmp_path.rglob("identities.json"))  # no key was pinned because it came first
   assert "site 2: is back from round" in (own / "site_2" / trial.LOG).read_text()
   assert all(process.poll() is not None for process in deployment.processes.values())
   text = (deployment.flower / "supernode_3.log").read_text()

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tempfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+DOCS = (ROOT / "docs" / "flower.md").read_text()
 ROLE = str(ROOT / "tests" / "flower_user_role.py")
 SITES, SUPERNODES, COORDINATOR = (65001, 65002), (65011, 65012), 65021
 STRANGER = 65099
@@ -29,6 +31,12 @@ def command(role, user, *given, groups=()):
 def environment():
   paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
   return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "JAX_PLATFORMS": "cpu"}
+
+
+def documented():
+  """The folders that step 4 of docs/flower.md makes: name to (mode, owner, group)."""
+  made = re.findall(r"install -d -m (\d+) -o (\S+) -g (\S+) (\S+)", DOCS)
+  return {pathlib.Path(path).name: (int(mode, 8), *owners) for mode, *owners, path in made}
 
 
 def place(path, user, group, mode):
@@ -56,7 +64,9 @@ def run():
     (folders[node] / "node_key").write_bytes(b"the SuperNode's")
     os.chown(folders[node] / "node_key", node, node)
     (folders[node] / "node_key").chmod(0o600)
-    channels.append(place(root / f"channel_{i}", site, node, 0o750))
+    mode, *of = documented()["a-channel"]
+    owners = [{"hospital": site, "supernode": node}[name] for name in of]
+    channels.append(place(root / f"channel_{i}", *owners, mode))
   pipes = [multiprocessing.Pipe() for _ in SITES]
   start = lambda call, *fds: subprocess.Popen(
     call, env=environment(), pass_fds=fds, stdout=subprocess.PIPE, text=True
@@ -115,6 +125,19 @@ def test_no_role_can_open_a_file_of_another(run):
     mine = [c for i, c in enumerate(channels) if user in (SITES[i], SUPERNODES[i])]
     assert opened(user, channels)[0] == set(mine)
   assert opened(STRANGER, [*folders.values(), *channels])[0] == set()
+
+
+def test_the_documented_commands_give_a_supernode_nothing_but_the_channel():
+  """Each path that its commands name is its own, or the channel of the hospital's programs."""
+  assert documented()["supernode"] == (0o700, "supernode", "supernode")
+  commands = "\n".join(re.findall(r"^n\$ (?:.*\\\n)*.*", DOCS, re.MULTILINE))
+  assert "flower-supernode" in commands
+  assert set(re.findall(r"/srv/([\w/-]+)", commands)) == {
+    "supernode/node_key", "supernode/flower", "primia/a-channel"
+  }  # fmt: skip
+  programs = re.findall(r"^a\$ (primia-(?:train|evaluate) .*)", DOCS, re.MULTILINE)
+  assert len(programs) == 2
+  assert all("--channel_dir=/srv/primia/a-channel" in one for one in programs)
 
 
 def test_with_open_folders_they_could(run):

@@ -74,14 +74,18 @@ def update(site, number):
   return np.random.default_rng((site, number)).integers(0, 2**32, SIZE, dtype=np.uint32)
 
 
-def site(root, number, end, rounds, config=CONFIG):
-  """One start of a site's process: the state that it ends with."""
+def site(root, number, end, rounds, config=CONFIG, take=None):
+  """One start of a site's process: the state that it ends with.
+
+  `take` says which sites a round takes; None takes all.
+  """
   num_sites = config.hospitals.num_sites
   seat = processes.Seat(number, DEADLINE, processes.own_folder(root / "own", number))
   place, _ = processes.meet(config, end, seat)
   joined, path, files = place.joined, seat.own / ledger.LEDGER, Files(seat.own)
   threshold = config.aggregation.secagg_threshold
-  secure = secagg.secure_sum(num_sites, threshold=threshold if threshold > 0 else None)
+  take = take or (lambda round: tuple(range(num_sites)))
+  secure = secagg.secure_sum(len(take(0)), threshold=threshold if threshold > 0 else None)
   with processes.leaving(end, number):
     zero = jnp.zeros(SIZE, jnp.uint32)
     initial = federated.State(zero, (), (), (), jnp.int32(0))
@@ -98,18 +102,19 @@ def site(root, number, end, rounds, config=CONFIG):
 
     def step(key, state, sites):
       shape = {"w": np.empty(SIZE, np.uint32)}
-      begun = joined.exchange.begin(shape, int(state.round), 1, secure)
+      taken = take(int(state.round))
+      begun = joined.exchange.begin(shape, int(state.round), 1, secure, sites=taken)
       made = {"w": update(number, int(state.round))}
       total = joined.exchange.finish(begun, made)
       state = state._replace(params=state.params + total["w"], round=state.round + 1)
-      return state, types.SimpleNamespace(survivors=np.array(joined.exchange.sites))
+      return state, types.SimpleNamespace(survivors=np.array(joined.exchange.survivors))
 
     step, state = starts.recorded(joined, step), kept.state
     begun = int(state.round)
     for n in range(begun, rounds):
       if back is None or n > begun:
         rejoining.roll_call(joined, number, state, best, None, path)
-      charges.spend_round([*range(num_sites)])
+      charges.spend_round([*take(n)])
       state, _ = step(None, state, None)
       files.save(int(state.round), state)
   joined.exchange.close()
@@ -269,7 +274,7 @@ def killed_once(site, at):
 
 def released(world, site):
   """How many masked updates left a site."""
-  kinds = [type(decoded(data)) for data in world.said[site]]
+  kinds = [type(decoded(part)) for data in world.said[site] for part in parts(data)]
   return kinds.count(msg.MaskedInput)
 
 
@@ -293,6 +298,16 @@ def expected(rounds):
     for i in sites if number else ():
       total += update(i, number - 1)
   return total
+
+
+def parts(data):
+  """The messages that travel as one; of a proposal with the first of a sum, that one besides."""
+  message = decoded(data)
+  if isinstance(message, msg.Together):
+    return [one.data for one in message.parts]
+  if isinstance(message, msg.Proposal) and message.masked:
+    return [data, *parts(message.masked)]
+  return [data]
 
 
 def decoded(data):

@@ -112,20 +112,20 @@ SMALL_ORDER = bytes([1] + [0] * 31)  # the identity; a secret times it tells the
 @pytest.mark.parametrize("wrong", [b"", b"short", SMALL_ORDER, bytes(32), b"\xff" * 32, "text"])
 def test_what_is_no_point_of_the_group_is_refused(wrong):
   a = Site(["1"], CONTEXT)
-  with pytest.raises(ValueError, match="for id 0 is no point of the group"):
+  with pytest.raises(ValueError, match="for id 0 is not a point of the group"):
     a.answer([wrong])
   with pytest.raises(ValueError, match="answered already"):  # the secret is gone
     a.answer(Site(["1"], CONTEXT).blinded)
   b = Site(["1"], CONTEXT)
   b.answer(Site(["2"], CONTEXT).blinded)
-  with pytest.raises(ValueError, match="no point of the group"):
+  with pytest.raises(ValueError, match="not a point of the group"):
     b.finish([wrong])
 
 
 def test_a_point_outside_the_prime_order_subgroup_is_refused():
   order_8 = bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05")
   mixed = bindings.crypto_core_ed25519_add(point_of("1", CONTEXT), order_8)
-  with pytest.raises(ValueError, match="is no point of the group"):
+  with pytest.raises(ValueError, match="is not a point of the group"):
     Site(["1"], CONTEXT).answer([mixed])
 
 

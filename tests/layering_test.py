@@ -33,6 +33,7 @@ LAYERS = {
   "step_average": {"types", "local", "federated", "algorithms"},
   "site_privacy": {"types", "ring", "secagg", "privacy", "summation", "federated"},
   "evaluation": {"types", "local", "privacy", "sites", "summation", "federated", "metrics"},
+  "score_noise": {"types", "privacy", "metrics"},
   "multilabel": {"types", "local", "evaluation"},
   "mpc": {"types", "ring", "prng", "native", "durable"},
   "boundary": {"types", "prng", "sites", "secagg", "summation", "federated", "mpc"},

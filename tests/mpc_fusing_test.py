@@ -10,10 +10,10 @@ import pytest
 from mpc_reference import OWNERS, both_parties, build, encoded, normal
 
 from primia_jax import mpc, prng
-from primia_jax.mpc import clear, dealing, fusing, planning, protocol, sharing
+from primia_jax.mpc import clear, dealing, fusing, protocol, sharing
 from primia_jax.mpc.circuit import Apply, Config, Local, Open, Product
 from primia_jax.mpc.lowering import lower
-from primia_jax.mpc.lowering.program import trace
+from primia_jax.mpc.lowering.program import evaluate, trace
 from primia_jax.mpc.lowering.repeats import without_repeats
 
 CONFIG = Config(48, 12)
@@ -267,7 +267,7 @@ def test_repeats_are_found_by_content_not_by_identity():
 
 def outputs(program, leaves):
   """The program's outputs in plain JAX."""
-  env = planning.evaluate(program, leaves)
+  env = evaluate(program, leaves)
   return [env[v.number] for v in program.outputs]
 
 

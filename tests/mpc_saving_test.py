@@ -111,8 +111,8 @@ def test_a_reader_that_loses_the_race_gets_nothing(plan, tmp_path, monkeypatch):
   [
     (lambda b: b[:-40] + bytes([b[-40] ^ 1]) + b[-39:], "damaged"),
     (lambda b: b[:200], "damaged"),
-    (lambda b: b"", "no file of a plan"),
-    (lambda b: b"PK" + b, "no file of a plan"),
+    (lambda b: b"", "not a file of a plan"),
+    (lambda b: b"PK" + b, "not a file of a plan"),
   ],
 )
 def test_damaged_files_are_refused(plan, tmp_path, spoil, reason):

@@ -16,7 +16,7 @@ from PIL import Image
 from experiments import encrypted, inputs, model_files, multilabel_report, running, settings
 from experiments.configs import tasks
 from experiments.configs.run import rehearse
-from experiments.segmentation_report import Facts
+from experiments.report import Facts
 from primia_jax import metrics, multilabel
 from primia_jax.data import labels_csv
 from primia_jax.data.dataset import Dataset

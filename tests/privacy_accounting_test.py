@@ -211,7 +211,7 @@ def test_a_ledger_survives_being_written():
     text.replace('"curve": []', '"curve": [0.0]'),
   ):
     assert bad != text
-    with pytest.raises(ValueError, match="no ledger"):
+    with pytest.raises(ValueError, match="not a ledger"):
       ledgers.from_json(bad)
 
 
@@ -231,7 +231,7 @@ def test_a_statement_names_unit_delta_and_mechanism():
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: accounting.ledger("example", 1e-2, 1000), "publish somebody whole"),
+    (lambda: accounting.ledger("example", 1e-2, 1000), "publish one unit completely"),
     (lambda: accounting.ledger("example", 0.0, 1000), "delta=0"),
     (lambda: accounting.ledger("example", 1e-6, 0), "num_units=0"),
     (lambda: accounting.ledger("image", 1e-6, 1000), "unit='image'"),

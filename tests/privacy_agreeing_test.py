@@ -68,7 +68,7 @@ def test_a_site_cannot_charge_another_however_much_it_says(tmp_path):
   assert [charged_to(path, 0) for path in paths] == [2, 999, 2]  # its own page only
 
 
-def test_two_that_collude_can_where_one_was_reckoned_with(tmp_path):
+def test_two_that_collude_can_where_one_was_allowed_for(tmp_path):
   """So it is the number of sites that counts: with least=2 the word of two is taken."""
   ledgers, _, paths = agreed(tmp_path, ((2, 2, 2), (999, 2, 2), (999, 2, 2)))
   assert ledgers[0] == rounds(999)[0]
@@ -112,7 +112,7 @@ def plain(**changes):
   ("wrong", "words"),
   [
     (b"x", "Expecting value"), (b"[]", "list indices"), (b"{}", "'ledgers'"),
-    (b"[" * 100000, ""), (b'{"ledgers": [{}], "counts": null}', "no ledger"),
+    (b"[" * 100000, ""), (b'{"ledgers": [{}], "counts": null}', "not a ledger"),
     (b'{"ledgers": [], "counts": null}', "ledgers of 0 sites, and there are 3"),
     (plain(what="a wish"), "a charge of 'a wish' that is not of the run"),
     (plain(noise_multiplier=0.01), "a charge of 'update' that is not of the run"),

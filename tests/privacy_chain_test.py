@@ -82,7 +82,7 @@ def test_names_need_the_key_and_tell_parts_apart(tmp_path):
   packed = chain.packed([*reversed(names), names[0]])
   assert chain.unpacked(packed, chain.NAME_BYTES) == names
   for text in ("%", base64.b64encode(b"short").decode()):
-    with pytest.raises(ValueError, match="no names of units"):
+    with pytest.raises(ValueError, match="not names of units"):
       chain.unpacked(text, chain.NAME_BYTES)
 
 

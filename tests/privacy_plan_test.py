@@ -77,7 +77,7 @@ def test_what_makes_no_plan_of_steps_is_refused_by_name(make, field, value):
     (lambda: ftrl(target_epsilon=1.0, noise_multiplier=0.3), "costs epsilon .* target_epsilon=1"),
     (lambda: sites(noise_multiplier=None), "without noise nothing is private"),
     (lambda: sites(noise_multiplier=-1.0), "noise_multiplier=-1.0"),
-    (lambda: sites(delta=0.2), "publish somebody whole"),
+    (lambda: sites(delta=0.2), "publish one unit completely"),
     (lambda: sites(target_quantile=1.5), "target_quantile=1.5"),
   ],
 )

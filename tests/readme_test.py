@@ -1,4 +1,4 @@
-"""README and docs: their examples run and reuse no key; the commands and files it names exist."""
+"""README and docs: their examples run and reuse no key; the commands and files they name exist."""
 
 import contextlib
 import copy
@@ -17,7 +17,10 @@ from primia_jax.secagg import simulation
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCS = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-TRAINING, PRIVATE, ENCRYPTED, APART = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SERVICE = (ROOT / "docs" / "service.md").read_text()
+TRAINING, PRIVATE, ENCRYPTED, APART = re.findall(
+  r"```python\n(.*?)```", README + SERVICE, re.DOTALL
+)
 
 
 def privately():

@@ -39,12 +39,9 @@ def three_arms(labels):
 
 
 def write(run_dir, arms, **options):
-  options = {
-    "label_names": NAMES,
-    "config": {"rate": 0.1},
-    "versions": report.versions(),
-    **options,
-  }
+  named = {name: options.pop(name) for name in report.Facts._fields if name in options}
+  facts = report.Facts(**({"config": {"rate": 0.1}} | named))
+  options = {"label_names": NAMES, "facts": facts} | options
   return report.write_report(
     run_dir, title="Three sites", data_name="synthetic phantom", arms=arms, **options
   )

@@ -18,7 +18,7 @@ SITES = range(3)
 KINDS = ((0, 1, 2), (0, 1), (0, 1, 2))  # site 1 has no image of the third class
 IMAGES = (24, 18, 30)
 BINS = 16
-FLOORLESS = Limits(fewest_patients=0)
+FLOORLESS = Limits(fewest_patients=0, fewest_colluding=0)
 
 
 def images_of(site, num=None):

@@ -10,6 +10,13 @@ class Killed(Exception):
   """The end of a site's process."""
 
 
+def messages_of(data):
+  """The messages that travel as one, also those in a proposal."""
+  found = msg.apart(msg.decode(data))
+  inner = [one.masked for one in found if isinstance(one, msg.Proposal) and one.masked]
+  return found + [message for one in inner for message in messages_of(one)]
+
+
 class Apart:
   """Exchanges of some sites, what each of them did in a thread, and what the coordinator did.
 
@@ -31,7 +38,8 @@ class Apart:
 
   def recorded(self, requests, timeout):
     answers = self.ask(requests, timeout)
-    self.wire += [msg.decode(data) for data in [*requests.values(), *answers.values()] if data]
+    for data in [*requests.values(), *answers.values()]:
+      self.wire += messages_of(data) if data else []
     return answers
 
   def run(self, call):

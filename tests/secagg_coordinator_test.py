@@ -5,13 +5,13 @@ import threading
 
 import pytest
 from secagg_apart import Apart, Killed
-from secagg_exchange_test import TOLERANT, assert_total, elements, one_sum
+from secagg_exchange_test import TOLERANT, assert_total, one_sum
 
 from primia_jax import secagg
 from primia_jax.secagg import carrier, coordinator, keys, meeting, protocol, rounds
 from primia_jax.secagg import messages as msg
 
-STAGES = (protocol.share_keys, protocol.masked_input, protocol.consistency, protocol.unmask)
+STAGES = (protocol.share_keys, protocol.mask_input, protocol.consistency, protocol.unmask)
 
 
 def test_a_sum_gives_every_site_the_same_and_the_report_tells_no_number_of_it():
@@ -104,7 +104,7 @@ def proposals(change):
   for i in range(3):
     _, advert = protocol.advertise(setup, 4, i, own[i])
     terms = msg.encode(rounds.terms(setup))
-    made[i] = msg.Proposal(i, 4, terms, msg.encode(advert))
+    made[i] = msg.Proposal(i, 4, terms, msg.encode(advert), b"")
   made[1] = change(made[1])
   return {i: msg.encode(one) for i, one in made.items()}
 
@@ -137,7 +137,7 @@ def test_terms_that_no_machine_could_hold_are_refused_before_memory_is_taken():
   own = [keys.identity() for _ in range(3)]
   setup = rounds.setup({i: k.public for i, k in enumerate(own)}, (2**31,), b"run")
   _, advert = protocol.advertise(setup, 4, 0, own[0])
-  made = msg.Proposal(0, 4, msg.encode(rounds.terms(setup)), msg.encode(advert))
+  made = msg.Proposal(0, 4, msg.encode(rounds.terms(setup)), msg.encode(advert), b"")
   error, _ = coordinate(lambda i, request: msg.encode(made._replace(site=i)))
   assert isinstance(error, secagg.RoundFailed)
   assert "a message of" in str(error)
@@ -186,14 +186,31 @@ def test_a_carrier_drops_late_answers_and_tells_of_an_end_at_once():
 
 
 def test_the_size_limit_is_above_every_message_of_a_sum():
-  """And an honest site refuses what is longer."""
-  apart = Apart(4).run(lambda i, own: own.finish(own.begin(elements(i), 4, 1, four()), elements(i)))
+  """And an honest site refuses what is longer. The second sum's keys are agreed on in the first."""
+  apart = Apart(4)
+  whole = record_whole(apart)
+  apart.run(lambda i, own: [one_sum(own, i, four(), n) for n in (4, 5)])
   setup = rounds.setup({i: keys.identity().public for i in range(4)}, (120, 1), b"run")
   sent = [m for m in apart.wire if type(m) in (*msg.FROM_SITES, *msg.FROM_SERVER)]
-  assert {type(m) for m in sent} == {*msg.FROM_SITES, *msg.FROM_SERVER} - {msg.Advert}
-  assert max(len(msg.encode(m)) for m in sent) <= rounds.message_bytes(setup)
-  masked = [len(msg.encode(m)) for m in sent if isinstance(m, msg.MaskedInput)]
-  assert rounds.message_bytes(setup) < 2 * max(masked)
+  assert {type(m) for m in sent} == {*msg.FROM_SITES, *msg.FROM_SERVER}
+  assert len([m for m in sent if isinstance(m, msg.MaskedInput)]) == 8
+  assert max(whole) <= rounds.message_bytes(setup) < 2 * max(whole)
+
+
+def record_whole(apart):
+  """The sizes of all messages of sums, also of several that travel together."""
+  ask, sizes = apart.ask, []
+
+  def recorded(requests, timeout):
+    answers = ask(requests, timeout)
+    for data in [*requests.values(), *answers.values()]:
+      message = msg.decode(data)
+      data = message.masked if isinstance(message, msg.Proposal) else data
+      sizes.append(len(data))
+    return answers
+
+  apart.ask = recorded
+  return sizes
 
 
 def four():

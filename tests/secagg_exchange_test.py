@@ -130,7 +130,7 @@ def test_sites_that_were_told_different_sums_do_not_go_on_together(monkeypatch, 
     return
   assert apart.results == {}
   assert isinstance(apart.failure, secagg.RoundFailed)
-  assert "message of site 1 in stage advertise is rejected: forged" in apart.failure.__notes__[0]
+  assert "message of site 1 in stage masked_input is rejected: forged" in apart.failure.__notes__[0]
 
 
 @pytest.mark.parametrize("started", ["alike", "apart"])

@@ -42,7 +42,7 @@ def test_an_identity_is_kept_where_its_owner_alone_reads_it(tmp_path):
   assert os.listdir(tmp_path) == ["identity"]
   assert keys.verify(made.public, b"x", keys.sign(made.private, b"x"))
   path.write_bytes(b"short")
-  with pytest.raises(ValueError, match=r"identity has 5 bytes and is no private key"):
+  with pytest.raises(ValueError, match=r"identity has 5 bytes and is not a private key"):
     meeting.own_identity(path)
 
 

@@ -29,6 +29,10 @@ EXAMPLES = [
   msg.Followed(
     7, b"t" * 32, (0, 1), (2,), {0: b"s", 1: b"t"}, (np.arange(3, dtype=np.uint32),), b"s" * 64
   ),
+  msg.Proposal(3, 7, b"terms", b"bond", b"masked"),
+  msg.Bond(3, 7, b"s" * 64),
+  msg.Bonds(7, {0: b"s", 3: b"t"}),
+  msg.Together((msg.Part(msg.encode(ADVERT)), msg.Part(b""))),
   msg.Recalled(b"i" * 32, b"f" * 32, {0: b"h", 1: b"g"}),
   msg.Returning((1, 3), 0),
   msg.Resumed({0: b"s"}, b"state"),
@@ -72,7 +76,8 @@ def test_vectors_take_the_bytes_of_their_ring(num_bits, size, seed):
 
 
 def test_every_kind_of_message_is_tried():
-  others = {msg.Followed, msg.Hello, msg.Start, *get_args(msg.OfReturn)}
+  others = {msg.Followed, msg.Hello, msg.Start, msg.Proposal}
+  others |= {*get_args(msg.OfReturn), *get_args(msg.OfAhead)}
   assert {type(m) for m in EXAMPLES} == {*msg.FROM_SITES, *msg.FROM_SERVER, *others}
   assert len({msg.encode(m) for m in EXAMPLES}) == len(EXAMPLES)
 
@@ -147,3 +152,15 @@ def test_lengths_and_orders_that_cannot_be_are_malformed(data):
 def test_what_has_no_encoding_is_named(message, told):
   with pytest.raises(ValueError, match=told):
     msg.encode(message)
+
+
+def test_messages_that_travel_as_one_are_two_or_more_and_no_deeper():
+  other = msg.Survivors(7, (0, 1), ())
+  assert msg.apart(ADVERT) == [ADVERT]
+  assert msg.together(ADVERT, None) == ADVERT
+  both = msg.together(other, None, ADVERT)
+  assert msg.apart(msg.decode(msg.encode(both))) == [other, ADVERT]
+  parts = [msg.Part(msg.encode(one)) for one in (other, both)]
+  for wrong in ((), parts[:1], parts, [parts[0], msg.Part(b"\xff")]):
+    with pytest.raises(ValueError, match="malformed message"):
+      msg.apart(msg.Together(tuple(wrong)))

@@ -245,7 +245,7 @@ def test_an_identity_is_never_made_anew_by_chance(tmp_path):
   path.write_bytes(OWN[0].private)
   assert pinning.own_identity(path) == OWN[0]
   path.write_bytes(b"short")
-  with pytest.raises(ValueError, match="is no private key"):
+  with pytest.raises(ValueError, match="is not a private key"):
     pinning.own_identity(path)
   with pytest.raises(secagg.Refused, match="no member has the key"):
     pinning.pinned(made(), STRANGER)

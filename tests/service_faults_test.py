@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import service_proxy
 import service_world
-from service_world import CLINIC, Pipe, W, X, dealt, inference
+from service_world import CLINIC, Pipe, W, X, dealt, faults, inference, places
 
 from primia_jax import mpc
 from primia_jax.service import folders, frames
@@ -167,20 +167,11 @@ def outcome(world, both, name, place, before):
 
 
 def row(world, root, name):
-  """By kind of message: what its receiver and its sender end with."""
-  pipe, found = Pipe(), {}
+  """`faults` of one kind, in sessions of one inference."""
+  pipe, kinds = Pipe(), ONLY.get(name, KINDS)
   assert inference(world, dealt(world, root / "before", 1), pipe)[0] is None
-  places = [
-    (sender, number, frames.kind_of(message))
-    for sender, sent in enumerate(pipe.sent)
-    for number, message in enumerate(sent)
-  ]
-  places = [place for place in places if place[2] in ONLY.get(name, KINDS)]
-  both = dealt(world, root / "now", 2 * len(places))
-  for sender, number, kind in places:
-    words = outcome(world, both, name, (sender, number), pipe.sent)
-    found.setdefault(kind, set()).add((words[1 - sender], words[sender]))
-  return found
+  both = dealt(world, root / "now", 2 * len(places(pipe.sent, kinds)))
+  return faults(pipe.sent, kinds, lambda place: outcome(world, both, name, place, pipe.sent))
 
 
 def cell(found):
@@ -244,7 +235,7 @@ Made by `PYTHONPATH=.:tests python tests/service_faults_test.py > docs/service_f
 do each fault at every message of a session, in every round, and compare with these tables.
 
 A session ends with the right answer or with a named error on both sides (`service.errors`), never
-with a wrong answer. An error comes at once, but for a side that hears nothing: it waits for
+with a wrong answer. Errors come at once. A side that hears nothing waits for
 `Limits.timeout` (60 s by default), between inferences for `Limits.idle` (600 s), and a session
 lasts for `Limits.session` (an hour) at most. The clinic marks its correlations as used before it
 sends PREPARE, and takes the mark back only if the model owner refuses. The model owner marks its

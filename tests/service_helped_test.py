@@ -122,7 +122,7 @@ def test_the_card_is_public_and_a_changed_one_is_refused(world, tmp_path):
   refused("ValueError", servers=[first])
   refused("KeyError", about={})
   path.write_text("no card")
-  with pytest.raises(ValueError, match="is no card of a model"):
+  with pytest.raises(ValueError, match="is not a card of a model"):
     cards.read(path)
   with pytest.raises(FileNotFoundError, match="ask the model owner for its card"):
     cards.read(tmp_path / "none.json")

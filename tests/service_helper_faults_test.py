@@ -3,6 +3,7 @@
 `PYTHONPATH=.:tests python tests/service_helper_faults_test.py` prints docs/helper_faults.md.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import service_transcripts_test as transcripts
 from mpc_reference import normal
 from service_faults_test import FAULTS as OF_SESSIONS
 from service_faults_test import Faulty, cell
-from service_world import CLINIC, KEY, Pipe, dealt
+from service_world import CLINIC, KEY, Pipe, dealt, faults, places
 
 from primia_jax import mpc
 from primia_jax.mpc import apart, helping
@@ -85,15 +86,8 @@ def assistance(world, both, pipe):
 
   def serve():
     take = receipts.taking(KEY, CLINIC, both[0] / CLINIC)
-    receive = lambda idle=False: pipe.receive(0, idle)
-    try:
-      for message in sessions.serve_helper(
-        world.model_owner, world.online[0], world.publication, take, desk, receive
-      ):
-        pipe.send(0, message)
-    except SessionEnded as error:
-      ends[0] = error
-    pipe.end(0, ends[0])
+    of = world.model_owner, world.online[0], world.publication, take, desk
+    ends[0] = pipe.serve(functools.partial(sessions.serve_helper, *of))
 
   threads = [threading.Thread(target=target, daemon=True) for target in (submit, serve)]
   for thread in threads:
@@ -165,22 +159,13 @@ def outcome(world, both, name, place, before):
 
 
 def row(world, root, name):
-  """By kind of message: what its receiver and its sender end with."""
-  pipe, found = Pipe(), {}
+  """`faults` of one kind, in sessions of one request."""
+  pipe, kinds = Pipe(), ONLY.get(name, KINDS)
   ends = assistance(world, dealt(world, root / "before", 1), pipe)
   assert ends[0] is None
   assert all(isinstance(end, bytes) for end in ends[1:])
-  places = [
-    (sender, number, frames.kind_of(message))
-    for sender, sent in enumerate(pipe.sent)
-    for number, message in enumerate(sent)
-  ]
-  places = [place for place in places if place[2] in ONLY.get(name, KINDS)]
-  both = dealt(world, root / "now", len(places))
-  for sender, number, kind in places:
-    words = outcome(world, both, name, (sender, number), pipe.sent)
-    found.setdefault(kind, set()).add((words[1 - sender], words[sender]))
-  return found
+  both = dealt(world, root / "now", len(places(pipe.sent, kinds)))
+  return faults(pipe.sent, kinds, lambda place: outcome(world, both, name, place, pipe.sent))
 
 
 def line(name, found):
@@ -216,7 +201,7 @@ what it is about and which request; WELCOME comes once the client's share is the
 do both use up correlations: the model owner before it sends ACCEPTED, the helper after it. What the
 model owner refuses is used up on neither side. Where the session ends otherwise after PREPARE, the
 helper's stay marked as used. Any fault ends the session with a named error on both sides, or with
-the right answer. An error comes at once, but for a side that hears nothing: it waits for
+the right answer. Errors come at once. A side that hears nothing waits for
 `Limits.timeout` (60 s by default), and for a request that only one server has, half as long.
 
 Each cell is what the message's receiver ends with. The sender then finds that its peer is lost

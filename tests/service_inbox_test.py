@@ -100,7 +100,7 @@ def test_what_is_held_is_never_replaced_and_links_are_refused(tmp_path):
   assert (folder / name).read_bytes() == b"first"
   put(folder, "model_owner", name, b"first")
   put(folder, "model_owner", f"models/{MODEL}/plan", b"no plan")
-  with pytest.raises(ValueError, match="no file of a plan"):
+  with pytest.raises(ValueError, match="not a file of a plan"):
     inbox.collect(folder, "clinic")
   (folder / "inbox" / "model_owner" / "models" / MODEL / "plan").unlink()
   (folder / "inbox" / "dealer" / "models" / MODEL / "correlations").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import threading
 
@@ -248,15 +249,9 @@ def scored(world, both, pipe):
 
   def serve():
     take, learn = receipts.taking(KEY, CLINIC, both[0] / CLINIC), lambda v: ends.__setitem__(0, v)
-    receive, error = (lambda idle=False: pipe.receive(0, idle)), None
-    try:
-      for message in scores.serve(
-        world.kept.owner, world.online[0], name, "both", begin, take, learn, receive
-      ):
-        pipe.send(0, message)
-    except SessionEnded as e:
-      ends[0] = error = e
-    pipe.end(0, error)
+    of = world.kept.owner, world.online[0], name, "both", begin, take, learn
+    if error := pipe.serve(functools.partial(scores.serve, *of)):
+      ends[0] = error
 
   thread = threading.Thread(target=serve, daemon=True)
   thread.start()

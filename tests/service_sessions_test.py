@@ -152,7 +152,7 @@ def test_the_model_owner_is_dealt_a_seed_alone(world, tmp_path):
 
 @pytest.mark.parametrize("number", ["", "../../key.pem", "A" * 64, "0" * 63])
 def test_a_number_that_is_none_is_refused(number, tmp_path):
-  with pytest.raises(Refused, match="no number"):
+  with pytest.raises(Refused, match="not a number"):
     folders.take(tmp_path, number)
 
 

@@ -10,7 +10,7 @@ from mpc_reference import OWNERS, normal
 
 from primia_jax import mpc
 from primia_jax.mpc import apart
-from primia_jax.service import folders, receipts, sessions
+from primia_jax.service import folders, frames, receipts, sessions
 from primia_jax.service.errors import PeerLate, PeerLost, SessionEnded
 
 CLINIC, KEY = "clinic-a", bytes(range(32))
@@ -84,9 +84,41 @@ class Pipe:
       raise found
     return found
 
+  def serve(self, session):
+    """Sends what `session`(receive), the first side's, yields; returns what ended it early."""
+    error = None
+    try:
+      for message in session(lambda idle=False: self.receive(0, idle)):
+        self.send(0, message)
+    except SessionEnded as e:
+      error = e
+    self.end(0, error)
+    return error
+
   def end(self, party, error=None):
     """As the carrier does: a session that a side left early is lost to the other."""
     self.put(1 - party, [None if error is None else PeerLost("the connection ended")])
+
+
+def faults(sent, kinds, outcome):
+  """By kind of message: what its receiver and its sender end with.
+
+  Args:
+    sent: the messages of each side in a session without faults.
+    kinds: of messages, which are to be changed.
+    outcome: (sender, number of its message) -> words for both sides' ends.
+  """
+  found = {}
+  for sender, number, kind in places(sent, kinds):
+    words = outcome((sender, number))
+    found.setdefault(kind, set()).add((words[1 - sender], words[sender]))
+  return found
+
+
+def places(sent, kinds):
+  """(sender, number, kind) of each message of one of these kinds."""
+  each = ((s, n, frames.kind_of(m)) for s, of in enumerate(sent) for n, m in enumerate(of))
+  return [place for place in each if place[2] in kinds]
 
 
 def inference(world, folder_of, pipe, images=(X,)):
@@ -95,14 +127,8 @@ def inference(world, folder_of, pipe, images=(X,)):
 
   def serve():
     take = receipts.taking(KEY, CLINIC, folder_of[0] / CLINIC)
-    receive = lambda idle=False: pipe.receive(0, idle)
-    try:
-      name = world.publication.publication
-      for message in sessions.serve(world.model_owner, world.online[0], name, take, receive):
-        pipe.send(0, message)
-    except SessionEnded as error:
-      ends[0] = error
-    pipe.end(0, ends[0])
+    of = world.model_owner, world.online[0], world.publication.publication, take
+    ends[0] = pipe.serve(functools.partial(sessions.serve, *of))
 
   thread = threading.Thread(target=serve, daemon=True)
   thread.start()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from primia_jax import models
-
 from .. import folders, progress, settings, transcripts
 from . import (
   boundaries,
@@ -33,17 +31,22 @@ from .parts import Audit, Part
 GRID = "grid"
 REPORT, OVERVIEW = "privacy_report.md", "evidence.png"
 PARTS = {
-  "threats": Audit(threats.points, ("attacked_rounds",)),
-  "ledger": Audit(threats.budget),
-  "bounds": Audit(epsilons.bounds, ("audit_seed",)),
+  "threats": Audit(threats.points, ("attacked_rounds",), of_masks=True),
+  "ledger": Audit(threats.budget, of_masks=True),
+  "bounds": Audit(epsilons.bounds, ("audit_seed",), of_masks=True),
   "epsilon": Audit(epsilons.proved, ("audit_seed", "canaries")),
   "recognition": Audit(
-    recognition.audit, ("audit_seed", "candidates", "attacked_rounds"), takes_transcript=True
+    recognition.audit,
+    ("audit_seed", "candidates", "attacked_rounds"),
+    takes_transcript=True,
+    of_masks=True,
   ),
-  "numbers": Audit(numbers.audit, ("audit_seed", "candidates", "attacked_rounds")),
+  "numbers": Audit(numbers.audit, ("audit_seed", "candidates", "attacked_rounds"), of_masks=True),
   "classes": Audit(classes.audit, ("audit_seed", "candidates", "victims", "attacked_rounds")),
   "inversion": Audit(
-    inversion.audit, ("audit_seed", "candidates", "victims", "restarts", "iterations")
+    inversion.audit,
+    ("audit_seed", "candidates", "victims", "restarts", "iterations"),
+    of_masks=True,
   ),
   "several": Audit(
     several.audit,
@@ -61,6 +64,7 @@ PARTS = {
   "boundary": Audit(boundaries.audit),
 }
 _AUTO = "auto"
+_NO_MASKS = "this part is for models that classify images, and the run's model learns masks"
 _WHY = "which needs a transcript: train with --record_transcript and another --run_dir"
 
 
@@ -68,22 +72,29 @@ def chosen(names: Sequence[str], run: Context) -> list[str]:
   """The parts to make, in order.
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: an unknown name, or a part that does not apply to models that learn masks.
     FileNotFoundError: a part that was asked for needs a transcript, and there is none.
   """
   named = set(names) - {_AUTO}
   unknown = sorted(named - set(PARTS))
   if unknown or not names:
     raise ValueError(f"parts={unknown}; there are {', '.join(PARTS)}, and {_AUTO}")
+  if run.of_pixels and (unfit := [name for name in PARTS if name in named and _unfit(run, name)]):
+    raise ValueError(f"parts={unfit} do not apply to this run: {_unfit(run, unfit[0])}")
   if any(PARTS[name].takes_transcript for name in named):
     transcripts.paths(run.run_dir / ARM)
   if _AUTO in names:
     named |= {
       name
       for name, one in PARTS.items()
-      if one.in_auto and (run.has_transcript or not one.takes_transcript)
+      if one.in_auto and (run.has_transcript or not one.takes_transcript) and not _unfit(run, name)
     }
   return [name for name in PARTS if name in named]
+
+
+def _unfit(run: Context, name: str) -> str:
+  """Why a part does not apply to the run's kind of model; empty where it does."""
+  return _NO_MASKS if run.of_pixels and not PARTS[name].of_masks else ""
 
 
 def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Sequence[str]) -> str:
@@ -107,18 +118,13 @@ def audit(run_dir: pathlib.Path, output: pathlib.Path, effort: Effort, names: Se
   settings.read_json(run_dir / "metrics.json")  # the run has ended
   if not (run_dir / ARM).is_dir():
     raise ValueError(
-      f"run_dir={run_dir} holds no federated arm, and whoever trains alone shows nothing; audit a "
-      "run of primia-train"
+      f"run_dir={run_dir} holds no federated arm, and a site that trains alone sends nothing; "
+      "audit a run of primia-train"
     )
   if config.in_processes:
     raise ValueError(
       f"run_dir={run_dir} was trained with placement=flower, where each site keeps its own "
       "ledger and nobody has a transcript; audit a simulation with the same settings"
-    )
-  if config.model.model in models.SEGMENTERS:
-    raise ValueError(
-      f"run_dir={run_dir} trained {config.model.model}, which learns masks; the attacks here are "
-      "on models that classify images"
     )
   if config.data.is_multi:
     raise ValueError(
@@ -160,6 +166,7 @@ def _write(run: Context, title: str, made: dict[str, Part]) -> str:
   absent = {
     name: _WHY for name, one in PARTS.items() if one.takes_transcript and not run.has_transcript
   }
+  absent |= {name: f"which does not apply: {why}" for name in PARTS if (why := _unfit(run, name))}
   text = pages.page(title, made, absent, overview)
   (run.output / REPORT).write_text(text, encoding="utf-8")
   return pages.first_line(evidence)

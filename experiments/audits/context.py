@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from primia_jax import local, models
+from primia_jax import models
 from primia_jax.attacks import learned, views
 from primia_jax.data.dataset import Dataset
 from primia_jax.data.sites import Part
@@ -22,7 +22,7 @@ from primia_jax.privacy.chain import Chain
 from primia_jax.types import Array, Key, LossFn, ModelState, Params, PyTree
 
 from .. import folders, inputs, ledgers, model_files, settings, transcripts
-from ..configs import Train
+from ..configs import Train, tasks
 from ..configs.model import normalise
 
 ARM = "federated"  # the folder of the arm that is audited
@@ -134,7 +134,13 @@ class Context:
       return normalise(images), targets
 
     num_classes = len(self.trained.label_names)
-    return local.classification_loss(self.trained.model.apply, prepare, num_classes, smoothing)
+    loss = tasks.of(self.config.model.model).loss
+    return loss(self.trained.model.apply, prepare, num_classes, smoothing)
+
+  @property
+  def of_pixels(self) -> bool:
+    """Whether the model gives each pixel a class, so that labels are masks [N, H, W]."""
+    return tasks.of(self.config.model.model).of_pixels
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -204,8 +210,9 @@ def protection(config: Train, num_sites: int = 1) -> str:
 
 
 def take(dataset: Dataset, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(images as stored, labels int32) of some images."""
-  return np.asarray(dataset.images[index]), np.asarray(dataset.labels)[index].astype(np.int32)
+  """(images as stored, labels int32) of some images; masks in place of labels where it has any."""
+  labels = dataset.labels if dataset.masks is None else dataset.masks
+  return np.asarray(dataset.images[index]), np.asarray(labels)[index].astype(np.int32)
 
 
 def sites_of(part: Part, sites: list[int]) -> tuple[np.ndarray, np.ndarray]:

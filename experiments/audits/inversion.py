@@ -98,12 +98,11 @@ def audit(context: Context) -> Part:
   pictures.grid(few, quality, path, f"{title}: {context.data_name}")
   weights = ", ".join(f"{w:g}" for w in _WEIGHTS[_PIXELS])
   text = (
-    f"The adversary knows the label and searches for the image whose gradient on {on.which} points "
-    f"as the one seen, in {effort.iterations} steps (restarts: {effort.restarts}). The weight of "
-    f"total variation is chosen for each protection on {_TUNED} images that are not reported, out "
-    f"of {weights}. {num} images were tried. The control is the same search without protection."
-    + _SIBLING
-    * used_sibling,
+    f"The adversary knows the {'mask' if context.of_pixels else 'label'} and searches for the "
+    f"image whose gradient on {on.which} points as the one seen, in {effort.iterations} steps "
+    f"(restarts: {effort.restarts}). The weight of total variation is chosen for each protection "
+    f"on {_TUNED} images that are not reported, out of {weights}. {num} images were tried. The "
+    "control is the same search without protection." + _SIBLING * used_sibling,
     "With a learned prior it searches among what an autoencoder of public images can draw. Such a "
     "guess looks like an image of the kind wherever the update says little: judge it by "
     "identification, and not by looks."

@@ -17,7 +17,7 @@ import optax
 from primia_jax import local, models
 from primia_jax.attacks import views
 from primia_jax.privacy import accounting
-from primia_jax.types import Array, Batch, Key, LossFn, Params
+from primia_jax.types import Array, Batch, Key, LossFn, ModelState, Params
 
 from .. import transcripts
 from ..configs.model import normalise
@@ -41,7 +41,8 @@ class Bench(NamedTuple):
   Attributes:
     model: the model at which gradients are taken.
     which: of the run, in words.
-    images, labels: [N, ...] different images of the sites; the first of them are the victims.
+    images, labels: [N, ...] different images of the sites, with masks where the model learns them;
+      the first of them are the victims.
     num_victims: V.
     l2_clip_norm: of the private update.
   """
@@ -102,12 +103,19 @@ def _alone(context: Context, on: Bench, rows: Any) -> Iterator[Params]:
 
 
 def vulnerable(context: Context) -> tuple[LossFn, views.Model]:
-  """A model whose updates are known to hold images, and its loss."""
+  """A model whose updates are known to hold images, and its loss. It classifies images; one with a
+  mask is of its largest number there.
+  """
   given = context.trained.config
   config = models.ModelConfig("mlp", given.num_classes, given.image_shape)
   model = models.build(config)
   prepare = lambda key, images, targets: (normalise(images), targets)
-  loss_fn = local.classification_loss(model.apply, prepare, config.num_classes)
+  of_images = local.classification_loss(model.apply, prepare, config.num_classes)
+
+  def loss_fn(params: Params, model_state: ModelState, batch: Batch, key: Key):
+    labels = batch.labels.max(tuple(range(1, batch.labels.ndim)))
+    return of_images(params, model_state, batch._replace(labels=labels), key)
+
   return loss_fn, views.Model(*model.init(jax.random.key(context.effort.audit_seed)))
 
 

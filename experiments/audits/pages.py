@@ -29,7 +29,7 @@ def first_line(evidence: Iterable[Evidence]) -> str:
   """
   open_to = [one for one in evidence if one.occurs and one.chance is not None]
   if not open_to:
-    return "**Nothing that somebody sees in this run was attacked**, so that nothing is said of it."
+    return "**No view of this run was attacked**, so this report makes no statement about it."
   plain = [one for one in open_to if not one.assumed]
   told = [one for one in open_to if one.assumed and beats_chance(one)]
   known = "; ".join(

@@ -44,12 +44,14 @@ class Audit:
     effort: the fields of `context.Effort` that decide its result.
     takes_transcript: whether it needs the run's transcript.
     in_auto: whether `auto` stands for it too; False for what takes long.
+    of_masks: whether it can be made of a model that learns masks.
   """
 
   run: Callable[[Context], Part]
   effort: tuple[str, ...] = ()
   takes_transcript: bool = False
   in_auto: bool = True
+  of_masks: bool = False
 
 
 def digest(name: str, audit: Audit, context: Context) -> str:

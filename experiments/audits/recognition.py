@@ -32,7 +32,7 @@ class Candidates(NamedTuple):
   """The images of the game.
 
   Attributes:
-    images, labels: [N, ...] of members and strangers.
+    images, labels: [N, ...] of members and strangers, with masks where the model learns them.
     site: [N] of each.
     pairs: [Q, 2], a member and a stranger of one site and class.
     public: images and labels that the adversary knows besides.

@@ -55,9 +55,9 @@ class Aggregation:
   )
   secagg_colluding: int = setting(
     -1,
-    "secure: sites of a sum that may tell the server all they know; a run in which they could open "
-    "another site's message is refused, and shares of distributed noise do not count on them. -1 "
-    "takes a tenth of the sites, at least 1; 0 trusts every site, as two sites must",
+    "secure: number of sites of a sum that may tell the server all they know; a run in which they "
+    "could open another site's message is refused, and shares of distributed noise do not count on "
+    "them. -1 takes a tenth of the sites, at least 1; 0 trusts every site, as two sites must",
   )
   dropout_rate: float = setting(
     0.0, "simulated chance that a site is lost in a round, before or after it masks, equally often"
@@ -203,6 +203,40 @@ class Aggregation:
         + "; take more sites or peers, a higher secagg_threshold, or assume fewer colluding sites "
         "(0 trusts them all)"
       )
+
+  def check_survives(self, num_sites: int, sites_in_round: int, fewest: int) -> None:
+    """Refuses sums between processes that so many sites could open with a server that lies,
+    whatever `secagg_colluding` assumes.
+
+    Raises:
+      ValueError: naming `fewest_colluding`, the limit of a site.
+    """
+    for n in {num_sites, sites_in_round}:
+      secure = self.secure_sum(n, sites_in_round, True)
+      lost = math.floor(n * _LOST_FRACTION)
+      opened = graph.chance_of_opening(
+        n, secure.num_peers, secure.threshold, fewest, lost, malicious_server=True
+      )
+      if opened > _CHANCE or self.num_colluding(n) < fewest:
+        raise ValueError(
+          f"fewest_colluding={fewest} of this site, and sums of {n} sites with "
+          f"secagg_threshold={secure.threshold} and secagg_colluding={self.num_colluding(n)} hold "
+          "against fewer sites that collude with a coordinator that lies; have the coordinator "
+          "raise both, or leave them out"
+        )
+
+  def said(self, num_sites: int) -> str:
+    """Who can open a sum between processes, in words."""
+    secure = self.secure_sum(num_sites, num_sites, True)
+    holders = secure.num_peers + 1
+    of = f"{num_sites} sites" if holders == num_sites else f"{holders} neighbours"
+    colluding = self.num_colluding(num_sites)
+    against = (
+      f"at most {colluding} site{'s' * (colluding != 1)} may collude"
+      if colluding
+      else ("no site may collude")
+    )
+    return f"a sum opens once {secure.threshold} of {of} answer, {against}"
 
   def losing(self, summed: summation.Summation, seed: int) -> summation.Summation:
     """The summation with sites lost at `dropout_rate`, half of them before they mask."""

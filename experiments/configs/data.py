@@ -58,8 +58,8 @@ class Data:
   )
   multi_label: bool = setting(
     False,
-    "csv: an image has any number of labels, such as A|B in one column (NIH ChestX-ray14); nothing "
-    "or No Finding is none",
+    "csv: an image has any number of labels, such as A|B in one column (NIH ChestX-ray14); an "
+    "empty cell or No Finding means no label",
   )
   label_columns: str = setting(
     "", "csv: labels with a column each of 0 and 1, separated by commas; implies multi_label"
@@ -269,6 +269,12 @@ class Hospitals:
   test_fraction: float = setting(
     0.2, "share of patients held out for testing where the data have no test split"
   )
+  most_images: int = setting(
+    100_000,
+    "placement=flower with site_data: images that a hospital may have to train on, and as many to "
+    "validate on. All make room for the largest hospital and weigh updates by size, so that one "
+    "which tells more is refused by name",
+  )
   sites_in_memory: int = setting(
     0, "load at most this many sites' images at a time; 0 keeps all in memory"
   )
@@ -277,6 +283,7 @@ class Hospitals:
     require(self.num_sites > 0, "num_sites", self.num_sites, "must be positive")
     for name in ("phantom_images", "phantom_test_images"):
       require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+    require(self.most_images > 0, "most_images", self.most_images, "must be positive")
     require(self.sites_in_memory >= 0, "sites_in_memory", self.sites_in_memory, "is negative")
     value = self.dirichlet_alpha
     require(0 < value < math.inf, "dirichlet_alpha", value, "must be positive and finite")

@@ -15,11 +15,15 @@ class Disclosure:
 
   fewest_patients: int = setting(
     0,
-    "patients in a count of the report (images where patients are unknown); smaller counts, and "
-    "scores and pictures that would tell them, are suppressed; 0 shows all",
+    "fewest patients in a count of the report (images where patients are unknown); smaller counts, "
+    "and scores and pictures that would tell them, are suppressed; 0 shows all",
   )
-  fewest_sites: int = setting(0, "sites in a sum; a run whose sums could be of fewer is refused")
-  fewest_images: int = setting(0, "training images at each site; a site with fewer is refused")
+  fewest_sites: int = setting(
+    0, "fewest sites in a sum; a run whose sums could be of fewer is refused"
+  )
+  fewest_images: int = setting(
+    0, "fewest training images at each site; a site with fewer is refused"
+  )
 
   def __post_init__(self):
     self.policy()

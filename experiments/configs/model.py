@@ -98,7 +98,7 @@ class Model:
   )
   first_trained: str = setting(
     "",
-    "of pretrained weights, the first part that is trained; parts before it stay as they are and "
+    "the first part of a pretrained model that is trained; parts before it stay as they are and "
     "are computed once where images do not change. efficientnet_lite: block1, block2, ..., "
     "head_conv or head; resnet18: layer1_0, layer1_1, layer2_0, ..., head; vgg16: block2, ..., "
     "hidden or head. Empty trains all",

@@ -74,7 +74,7 @@ class Privacy:
   )
   dp_clip_quantile: float = setting(
     0.0,
-    "dp=site: the share of sites whose updates shall be within the clip, e.g. 0.5. The clip then "
+    "dp=site: target share of sites whose updates are within the clip, e.g. 0.5. The clip then "
     "moves from round to round (Andrew et al. 2021), and each site reports, under noise, whether "
     "its update was within; 0 keeps l2_clip_norm",
   )

@@ -98,8 +98,8 @@ class Train:
     a, f, p = self.aggregation, self.federation, self.privacy
     if a.dropout_rate and a.is_secure and not a.secagg_threshold and not self.in_processes:
       raise ValueError(
-        f"dropout_rate={a.dropout_rate} loses sites, which masks survive with a secagg_threshold "
-        "only"
+        f"dropout_rate={a.dropout_rate} drops sites, and masked sums tolerate that only with a "
+        "secagg_threshold"
       )
     if self.model.norm == "batch" and not a.is_secure and f.algorithm != "fedbn":
       raise ValueError(
@@ -193,7 +193,7 @@ class Train:
       return
     if kinds - {"npz", "msd"}:
       raise ValueError(
-        f"model={name} learns masks, which data={self.data.site_data or self.data.data} has not; "
+        f"model={name} learns masks, and data={self.data.site_data or self.data.data} has none; "
         "use npz:PATH with train_masks, or msd:PATH"
       )
     if t.class_weights:
@@ -253,12 +253,13 @@ class Train:
       )
     if f.weighting != "uniform":
       raise ValueError(
-        f"weighting={f.weighting} tells sizes of sites, which dp=site protects; use "
+        f"weighting={f.weighting} reveals the sizes of sites, which dp=site protects; use "
         "weighting=uniform"
       )
     if f.algorithm not in ("fedavg", "fedprox", *SERVER_OPTIMIZERS):
       raise ValueError(
-        f"dp=site bounds one update of a site, and {f.algorithm} sends more; use fedavg or its kin"
+        f"dp=site bounds one update of a site, and {f.algorithm} sends more; use fedavg, fedprox, "
+        + ", ".join(SERVER_OPTIMIZERS)
       )
 
   def _check_processes(self) -> None:
@@ -267,6 +268,11 @@ class Train:
       raise ValueError(
         "record_transcript=True with placement=flower: a site's update never leaves its process "
         "unmasked, so only a simulation can record it; use another placement"
+      )
+    if self.privacy.dp != "none" and (seed := self.privacy.dp_seed) >= 0:
+      raise ValueError(
+        f"dp_seed={seed} with placement=flower: whoever knows it knows noise and batches of all "
+        "sites, so that nobody is protected; leave dp_seed out, or use another placement"
       )
     if not a.is_secure:
       raise ValueError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
-from primia_jax import secagg
+from primia_jax import score_noise, secagg
+from primia_jax.privacy.plan import Plan
 
 from ..settings import require, setting
 from .aggregation import Aggregation, min_survivors
@@ -31,15 +33,21 @@ class Scoring:
   )
   confidence_bins: int = setting(15, "bins of the largest probability, for calibration")
   most_images: int = setting(
-    100_000, "that a hospital may score; the encoding of the sums has room for as many"
+    100_000, "most images that a hospital may score; the sums have room for this many"
   )
   held_out: float = setting(
     0.0,
     "score only the images that training held out to test: its test_fraction, with its seed. It "
     "serves hospitals apart whose source has no test split; 0 scores all images there",
   )
+  dp_count_noise: float = setting(
+    0.0,
+    "standard deviation of Gaussian noise that each hospital adds to each of its counts before "
+    "they are summed; its ledger is charged. A patient then counts 1, and there is no calibration. "
+    "0 sums exact counts",
+  )
   model_sha256: str = setting(
-    "", "of the model's parameters, in hexadecimal: another model is refused; empty takes any"
+    "", "hash of the model's parameters, in hexadecimal: another model is refused; empty takes any"
   )
   secagg_threshold: int = _of_sums("secagg_threshold")
   secagg_colluding: int = _of_sums("secagg_colluding")
@@ -55,6 +63,13 @@ class Scoring:
         f"{_MOST_COUNTED:,} images; lower most_images"
       )
     require(0 <= self.held_out < 1, "held_out", self.held_out, "must lie in [0, 1)")
+    sigma = self.dp_count_noise
+    require(0 <= sigma < math.inf, "dp_count_noise", sigma, "must be finite and not negative")
+    if sigma:
+      try:
+        score_noise.variance(2, self.score_bins, self.most_images, sigma)
+      except ValueError as error:
+        raise ValueError(f"dp_count_noise={sigma:g}: {error}") from error
     self.sums()
 
   @property
@@ -64,10 +79,24 @@ class Scoring:
       secagg_threshold=self.secagg_threshold, secagg_colluding=self.secagg_colluding
     )
 
+  @property
+  def largest(self) -> float:
+    """The largest magnitude of a hospital's count."""
+    return self.most_images + score_noise.REACH * self.dp_count_noise
+
+  def cost(self, num_classes: int, unit: str = "patient") -> Plan:
+    """What each hospital's ledger is charged for counts with noise.
+
+    Its delta is a tenth of one over `most_images`, and so tells nobody's number of images.
+    """
+    release = score_noise.release(num_classes, self.dp_count_noise)
+    delta, most = 0.1 / self.most_images, self.most_images
+    return Plan(unit, delta, most, math.inf, 1, (release,), before=(), whole_run=False)
+
   def sums(self) -> secagg.SecureSum:
     """The encoding and the masks of the counts; raises as `Aggregation.secure_sum`."""
     n = self.num_sites
-    return self.aggregation.secure_sum(n, n, True, float(self.most_images))
+    return self.aggregation.secure_sum(n, n, True, self.largest)
 
 
 @dataclasses.dataclass(frozen=True)

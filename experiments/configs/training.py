@@ -254,7 +254,7 @@ class Federation:
       )
     if name in ("fednova", "scaffold") and training.head_rate != 1:
       raise ValueError(
-        f"head_rate={training.head_rate} with algorithm={name}, which reckons with one learning "
+        f"head_rate={training.head_rate} with algorithm={name}, which assumes one learning "
         "rate for all parameters; use head_rate=1"
       )
     options: dict[str, Any] = {"weighting": self.weighting, "keep_optimizer": keep}

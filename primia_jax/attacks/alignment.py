@@ -4,8 +4,8 @@ A passive attack on membership from updates, for any model (compare Nasr et al. 
 and Li, Li and Ribeiro 2022, "Effective passive membership inference attacks in federated learning
 against overparameterized models"). The attacker holds the candidates with their labels, the model
 before the update, and public images of the same kind. It needs no search, so that it is a strong
-and cheap test of every threat point: who cannot even recognise an image that it holds will not
-reconstruct it.
+and cheap test of every threat point: an attacker that cannot recognise an image that it holds
+will not reconstruct it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Under encrypted inference the data owner sees outputs and nothing else, each truncated to the plan's
 output unit (`output_units`). That protects no model from its own answers: a linear one is solved
 for exactly from one query more than it has inputs, up to the unit (`solve_linear`; Tramer et al.
-2016, section 4.1), and any other is imitated the better the more it is asked (`surrogate`). Only a
+2016, section 4.1), and any other is imitated better with every query (`surrogate`). Only a
 limit on queries, or answers that say less (`--output=label`), bound it. `rounded` stands in for the
 protocol where thousands of queries are simulated; its outputs differ from the protocol's by what
 truncations inside the network lose (`mpc.Private.check` says how much).

@@ -12,7 +12,7 @@ to zero. So a head's update has rank L - 1 at most, after any number of steps of
 breaks this, since it scales each number by itself). Whoever sees it alone gets L - 1 directions of
 inputs: from zero weights the differences between the classes' sums (`class_contrasts`). None is a
 single image (`reach` measures how near one comes). That is no privacy: whoever already holds a
-candidate can test whether its share is in the sum (`alignment`), which works the better the more
+candidate can test whether its share is in the sum (`alignment`), which works better the more
 numbers an input has and the fewer images are summed (Homer et al. 2008).
 """
 

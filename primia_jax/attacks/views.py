@@ -93,7 +93,7 @@ THREATS = (
     MALICIOUS, "malicious server", "what it sees as a server, of parameters and modules that it "
     "chose", "sites train what they are sent, unless they look at it first",
   ),
-  ThreatPoint(PUBLIC, "who gets the model", "the final model only", "nothing of any round"),
+  ThreatPoint(PUBLIC, "anyone who gets the model", "the final model only", "nothing of any round"),
 )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def peer(one: Round, site: int) -> View:
 
 
 def public(last: Round) -> Model:
-  """What who gets the model has: the model after the last round."""
+  """What the recipient of the model has: the model after the last round."""
   return last.after
 
 

@@ -36,6 +36,7 @@ from primia_jax.boundary.values import (
   mixed,
   secret,
 )
+from primia_jax.mpc.lowering.program import CALLS
 
 # Stands for a jaxpr that was traced once and for other shapes, `inner`; its results have the shapes
 # `avals` here, and `resized` tells that of what crosses inside.
@@ -165,8 +166,8 @@ def _constant(state: Walk, value: Any) -> Value:
 
 
 def _apply(state: Walk, name: str, eqn: Any, values: list[Value]) -> list[Value]:
-  if name in meetings.CALLS:
-    inner = next(eqn.params[p] for p in meetings.CALLS[name] if p in eqn.params)
+  if name in CALLS:
+    inner = next(eqn.params[p] for p in CALLS[name] if p in eqn.params)
     source = _function(inner)
     if source == _STREAMS:
       return [_streams(state, eqn, *values)]

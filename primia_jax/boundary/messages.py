@@ -10,6 +10,7 @@ type says is for the tests of `secagg.protocol` and `mpc.roles`, not for this li
   shares     shares of the keys by which the masks left in a sum are removed: of one of a site's two
              secrets, never of both
   total      the opened sum
+  messages   encoded messages of this list
   its own    keys and correlations for the party that takes them; they serve once (`messages.Once`)
 """
 
@@ -22,12 +23,13 @@ from primia_jax.boundary.report import Unmasked
 from primia_jax.mpc import messages as mpc
 from primia_jax.secagg import messages as secagg
 
-PUBLIC, MASKED, SEALED, SHARES, TOTAL, ITS_OWN = (
+PUBLIC, MASKED, SEALED, SHARES, TOTAL, MESSAGES, ITS_OWN = (
   "public",
   "masked",
   "sealed",
   "shares",
   "total",
+  "messages",
   "its own",
 )
 _FROM_SITE = {"site": PUBLIC, "round": PUBLIC, "signature": PUBLIC}
@@ -51,7 +53,11 @@ FIELDS: dict[type, dict[str, str]] = {
   secagg.Invitation: dict.fromkeys(("identity", "fresh"), PUBLIC),
   secagg.Relayed: {"said": TOTAL},
   secagg.Terms: dict.fromkeys(get_type_hints(secagg.Terms), PUBLIC),
-  secagg.Proposal: dict.fromkeys(("site", "round", "terms", "advert"), PUBLIC),
+  secagg.Proposal: dict.fromkeys(("site", "round", "terms"), PUBLIC)
+  | dict.fromkeys(("advert", "masked"), MESSAGES),
+  secagg.Bond: _FROM_SITE,
+  secagg.Bonds: {"round": PUBLIC, "signatures": PUBLIC},
+  secagg.Together: {"parts": MESSAGES},
   secagg.Followed: dict.fromkeys(get_type_hints(secagg.Followed), PUBLIC) | {"vectors": TOTAL},
   secagg.Recalled: dict.fromkeys(("identity", "fresh", "hellos"), PUBLIC),
   secagg.Returning: dict.fromkeys(("sites", "giver"), PUBLIC),

@@ -77,7 +77,6 @@ def audit_round(
   num_sites: int,
   *,
   class_weights: Any = None,
-  round: int = 0,
 ) -> report.Report:
   """Audits a training round of `federate(algorithm, summation, ..., num_sites)`.
 
@@ -86,14 +85,13 @@ def audit_round(
     params, model_state: of the model; shapes suffice.
     site: one site's data; shapes suffice. `secret` is None, as from a loader.
     class_weights: see `federated.Sites`.
-    round: the round's number.
   """
   shapes = lambda tree: jax.tree.map(
     lambda a: jax.ShapeDtypeStruct((num_sites, *a.shape), a.dtype), tree
   )
   site_state = shapes(jax.eval_shape(algorithm.init_site, params, model_state))
   server_state = jax.eval_shape(algorithm.init_server, params)
-  begun: Any = np.int32(round)
+  begun: Any = np.int32(0)
   state = federated.State(params, model_state, server_state, site_state, begun)
   sites = Sites(np.arange(num_sites), lambda ids: shapes(site), class_weights)
   key = jax.eval_shape(lambda: jax.random.key(0))

@@ -48,12 +48,11 @@ _DEALER: KeyName = ("the dealer's key",)
 _BLINDS: dict[int, KeyName] = {p: (f"the key of the {NAMES[p]}'s blind",) for p in NAMES}
 
 
-def audit_secret(private: Any, observer: int | None = None) -> report.Report:
-  """Audits what one party of a secret function sees, or each in turn.
+def audit_secret(private: Any) -> report.Report:
+  """Audits what each party of a secret function sees.
 
   Args:
     private: from `mpc.secret`, or a plan from `mpc.plan`.
-    observer: 0 for what the model owner sees, 1 for the data owner; None for both.
 
   Raises:
     ValueError: the plan has arguments of the owner "shared", whose shares no role sends.
@@ -65,8 +64,7 @@ def audit_secret(private: Any, observer: int | None = None) -> report.Report:
     )
   with plan.config.scope(), _without_collection():
     traced = _trace(plan)
-    both = (MODEL_OWNER, DATA_OWNER) if observer is None else (observer,)
-    found = [_seen_by(plan, traced, party) for party in both]
+    found = [_seen_by(plan, traced, party) for party in (MODEL_OWNER, DATA_OWNER)]
   return report.Report(
     "encrypted inference",
     tuple(c for each in found for c in each.crossings),

@@ -77,7 +77,7 @@ def decode(
     raise ValueError(f"{name} is empty; copy it again or remove it")
   if ct_window is not None:
     raise ValueError(
-      f"{name} is no DICOM file, and ct_window needs CT images in Hounsfield units; leave out "
+      f"{name} is not a DICOM file, and ct_window needs CT images in Hounsfield units; leave out "
       "ct_window, or remove it"
     )
   try:

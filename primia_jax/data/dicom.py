@@ -49,8 +49,8 @@ def window(text: str) -> tuple[float, float] | None:
     centre, width = math.nan, math.nan
   if not (math.isfinite(centre) and 0 < width < math.inf):
     raise ValueError(
-      f"ct_window={text} is no window; use CENTRE,WIDTH in Hounsfield units with a positive width, "
-      f"such as 40,400, or one of {', '.join(CT_WINDOWS)}"
+      f"ct_window={text} is not a window; use CENTRE,WIDTH in Hounsfield units with a positive "
+      f"width, such as 40,400, or one of {', '.join(CT_WINDOWS)}"
     )
   return centre, width
 

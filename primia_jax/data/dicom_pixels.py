@@ -58,7 +58,7 @@ def parse(data: bytes, **options: Any) -> Any:
 def check(header: Any) -> None:
   """Raises Refused unless a file holds one image that can be read, as far as its header tells."""
   if what := _NO_PICTURES.get(str(header.get("Modality"))):
-    raise Refused(f"holds {what}, which is no picture; remove it")
+    raise Refused(f"holds {what}, which is not a picture; remove it")
   if "FloatPixelData" in header or "DoubleFloatPixelData" in header:
     raise Refused("holds floating-point pixels, whose scale is unknown; save them as integers")
   if not header.get("PixelData"):

@@ -169,7 +169,7 @@ def _read_table(path: pathlib.Path) -> _Table:
       reader = csv.reader(file, delimiter=max(",;\t", key=head.count), strict=True)
       rows = [(row, reader.line_num) for row in reader if row]
   except (csv.Error, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is no CSV in UTF-8 ({error}); save it as such") from error
+    raise ValueError(f"{path} is not a CSV in UTF-8 ({error}); save it as such") from error
   if len(rows) < 2:
     raise ValueError(f"{path} lists no image; it needs a header, such as file,label, and rows")
   header = [name.strip() for name in rows[0][0]]
@@ -244,7 +244,7 @@ def _of_file(root: pathlib.Path, name: str) -> str:
   if name.startswith("/") or posixpath.normpath(name).split("/")[0] == "..":
     return f"names {name!r}, outside of the table's folder {root}; move the file or the table"
   if not is_image(name):
-    return f"names {name!r}, which is no image ({', '.join(decode.SUFFIXES)})"
+    return f"names {name!r}, which is not an image ({', '.join(decode.SUFFIXES)})"
   if not (root / name).is_file():
     return f"names {name!r}, which is no file in {root}"
   return ""

@@ -79,7 +79,7 @@ def _given(files: Files, layout: str) -> Places:
   if "split" in named:
     if unknown := sorted({one for one in of("split") if one.lower() not in SPLITS}):
       raise ValueError(
-        f"layout={layout!r}: {listed(unknown)} of {files.root} are no splits "
+        f"layout={layout!r}: {listed(unknown)} of {files.root} are not splits "
         f"({', '.join(SPLITS)}); rename the folders, or change --layout"
       )
     splits = [SPLITS[one.lower()] for one in of("split")]

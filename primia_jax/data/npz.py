@@ -85,7 +85,7 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     with path.open("rb") as file:
       if file.read(4) not in (b"PK\3\4", b"PK\5\6", b"\x93NUM"):
-        raise ValueError("it is no zip archive, as npz files are")
+        raise ValueError("it is not a zip archive, as npz files are")
     with np.load(path, allow_pickle=False) as file:
       if not isinstance(file, np.lib.npyio.NpzFile):
         raise ValueError("it is a single array")

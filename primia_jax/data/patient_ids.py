@@ -115,7 +115,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
     expression = re.compile(pattern)
   except re.error as error:
     raise ValueError(
-      f"patient_pattern={pattern!r} is no regular expression ({error}); use one such as "
+      f"patient_pattern={pattern!r} is not a regular expression ({error}); use one such as "
       r"(person\d+)_"
     ) from error
   if expression.groups != 1:

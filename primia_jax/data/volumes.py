@@ -162,17 +162,17 @@ def write_masks(
   source: str | os.PathLike[str],
   masks: np.ndarray,
   num_classes: int,
-  first: int = 0,
+  first: int,
 ) -> np.ndarray:
-  """Writes masks of a volume's slices as NIfTI, on the volume's own voxels and axes.
+  """Writes masks of a volume's slices as NIfTI, on the voxels of these slices.
 
   Args:
     path: the file to write.
     source: the volume that `read_volume` read.
-    masks: uint8 [Z, size, size], of consecutive slices.
+    masks: uint8 [Z, size, size], of consecutive slices. If they are not all, the file holds these
+      slices alone; its affine puts them in their place.
     num_classes: L.
-    first: the number of the first slice. A part of a volume is written as that part, which viewers
-      lay in its place.
+    first: the number of the first slice.
 
   Returns:
     The millilitres of each class, float64 [L].

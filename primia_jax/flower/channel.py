@@ -72,6 +72,7 @@ def serve(folder: pathlib.Path, timeout: float) -> Channel:
         elif one in begun and (request := _take(one, begun, limit)) is not None:
           asked.append(one)
           return request
+        _shrink(begun, one, limit + _PIECE)
     raise TimeoutError(f"the coordinator has sent nothing for {timeout:g} seconds")
 
   def say(answer: bytes) -> None:
@@ -139,6 +140,16 @@ def _accept(listener: socket.socket, begun: dict[socket.socket, bytearray]) -> N
     oldest = next(iter(begun))
     del begun[oldest]
     oldest.close()
+
+
+def _shrink(begun: dict[socket.socket, bytearray], last: object, most: int) -> None:
+  """Ends the longest of the others while what has come of all requests is more than so many bytes
+  together: many that do not end take no more memory than one.
+  """
+  while sum(map(len, begun.values())) > most:
+    longest = max((one for one in begun if one is not last), key=lambda one: len(begun[one]))
+    del begun[longest]
+    longest.close()
 
 
 def _take(one: socket.socket, begun: dict[socket.socket, bytearray], limit: int) -> bytes | None:

@@ -57,6 +57,7 @@ from primia_jax.metrics.intervals import (
   resamples,
   scores,
 )
+from primia_jax.metrics.noised import NoisedCounts, noised_area, noised_intervals, shared_counts
 from primia_jax.metrics.paired import (
   DeLong,
   McNemar,
@@ -75,6 +76,7 @@ __all__ = [
   "Interval",
   "Intervals",
   "McNemar",
+  "NoisedCounts",
   "RocCurve",
   "ScoreCounts",
   "Scores",
@@ -105,6 +107,8 @@ __all__ = [
   "macro_roc_auc",
   "mcc",
   "mcnemar",
+  "noised_area",
+  "noised_intervals",
   "normal_interval",
   "over_seeds",
   "percentile_interval",
@@ -116,6 +120,7 @@ __all__ = [
   "score_counts",
   "scores",
   "sensitivity",
+  "shared_counts",
   "specificity",
   "worst_mcnemar",
 ]

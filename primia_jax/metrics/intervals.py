@@ -120,8 +120,7 @@ def resamples(num_units: int, seed: int, num_resamples: int) -> np.ndarray:
 
 def percentile_interval(value: float, drawn: np.ndarray, level: float = 0.95) -> Interval:
   """A figure with its interval from the same figure of [R] resamples; NaN there is left out."""
-  known, tail = drawn[~np.isnan(drawn)], 100 * (1 - level) / 2
-  low, high = np.percentile(known, [tail, 100 - tail]) if len(known) else (np.nan, np.nan)
+  low, high, _ = _ends(drawn, level)
   return Interval(float(value), float(low), float(high))
 
 
@@ -185,13 +184,13 @@ def summarised(value: Scores, samples: Scores, level: float) -> Intervals:
   """The percentile intervals of metrics, from the same metrics of [R] resamples."""
   if not 0 < level < 1:
     raise ValueError(f"level must lie between 0 and 1, got {level}")
-
-  def ends(x: np.ndarray) -> np.ndarray:  # [R] -> [3]
-    defined = x[~np.isnan(x)]
-    quantiles = (
-      np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if len(defined) else [np.nan, np.nan]
-    )
-    return np.array([*quantiles, len(x) - len(defined)])
-
-  low, high, undefined = zip(*(np.apply_along_axis(ends, 0, x) for x in samples), strict=True)
+  ends = [np.apply_along_axis(_ends, 0, x, level) for x in samples]
+  low, high, undefined = zip(*ends, strict=True)
   return Intervals(value, Scores(*low), Scores(*high), Scores(*(x.astype(int) for x in undefined)))
+
+
+def _ends(drawn: np.ndarray, level: float) -> np.ndarray:
+  """[R] -> the interval's ends, and how many are NaN and left out."""
+  known = drawn[~np.isnan(drawn)]
+  quantiles = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else [np.nan] * 2
+  return np.array([*quantiles, len(drawn) - len(known)])

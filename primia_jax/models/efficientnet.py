@@ -1,7 +1,7 @@
 """EfficientNet-Lite 0, 1 and 2: EfficientNet (Tan and Le, arXiv 1905.11946) with ReLU6 and without
 squeeze-and-excitation, as its authors published it for small devices.
 
-Only convolutions, clips and sums: nothing in it is dear under encryption. Layers are those of
+Only convolutions, clips and sums: every operation is cheap under encryption. Layers are those of
 `efficientnet-lite-pytorch`, whose weights `pretrained` reads; SAME padding puts the odd zero below
 and to the right, as in TensorFlow.
 """

@@ -65,7 +65,6 @@ def online(plan: Plan, party: int, opens: bool = True, kept: pathlib.Path | None
   its shares of the outputs, unless all openings carry the dealer's tags.
 
   Args:
-    plan: the plan.
     party: MODEL_OWNER or DATA_OWNER; where the client is "sharing", the helper is the latter.
     opens: whether the data owner gets the outputs; never where the client is "sharing".
     kept: a folder in which programs are kept for the next process, unless the client is "checked".

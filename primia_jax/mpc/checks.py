@@ -37,7 +37,6 @@ def compiled(
   """Compiles what both parties do with tags and keys.
 
   Args:
-    plan: the plan.
     traced: the protocol of one party, as it is cut.
     kinds: of each opening in it (`replay`).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,13 +88,15 @@ def comparer(plan: Plan) -> Callable[[Sequence[PyTree]], Checked]:
           f"num_bits={plan.config.num_bits} at its scale; use a wider ring or calibrate"
         )
     outputs = check_encoded(encode_all(args))
-    difference = lambda a, b: np.max(
-      np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0
-    )
     error = max(map(difference, jax.tree.leaves(outputs), plain), default=0.0)
-    return Checked(outputs, jax.tree.unflatten(plan.program.out_tree, plain), float(error))
+    return Checked(outputs, jax.tree.unflatten(plan.program.out_tree, plain), error)
 
   return run
+
+
+def difference(a: Any, b: Any) -> float:
+  """The largest difference of two arrays' elements."""
+  return float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0))
 
 
 def operands_checker(plan: Plan) -> Callable[[Operands], PyTree]:

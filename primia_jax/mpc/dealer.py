@@ -23,7 +23,6 @@ class Dealer:
   """Deals for one plan and one publication. It sees neither weights nor images.
 
   Args:
-    plan: the plan.
     tag: the model owner's.
     secret: 32 uniform bytes that only this dealer has, to be the same dealer in its next process;
       None draws them.
@@ -85,7 +84,6 @@ def recomputed(plan: Plan, weights: Operands, published: Operands, name: str, se
   data owner B and so the weights.
 
   Args:
-    plan: the plan.
     weights: the model owner's operands of linear layers, encoded.
     published: D, ring elements.
     name: of the publication.

@@ -69,7 +69,7 @@ def fit(
       continue
     encode_all, run_clear = inference.encoder(candidate), clear.operands_checker(candidate)
     largest = max(
-      float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0))
+      clear.difference(a, b)
       for args, want in zip(examples, wanted, strict=True)
       for a, b in zip(jax.tree.leaves(run_clear(encode_all(args))), want, strict=True)
     )

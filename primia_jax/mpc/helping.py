@@ -81,7 +81,6 @@ def card(plan: Plan, publication: str) -> dict[str, Any]:
   """What a client must know of a plan, as JSON has it.
 
   Args:
-    plan: the plan.
     publication: the name of the model owner's publication of it.
 
   Returns:

@@ -7,7 +7,7 @@ plays all of them in one traceable function.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +34,6 @@ def transform(plan: Plan) -> Callable:
   publishes anew in every call. Under `jit` a key is an array and cannot know that it was used: two
   calls with one key use every mask twice. Under `vmap` a key that is not mapped is folded with the
   index, so that no two elements share a mask; a `scan` over images must be given a key for each.
-
-  Args:
-    plan: the plan.
 
   Returns:
     f(key, *args) -> fn's outputs in float32. key is [8] uint32, never used twice. Public arguments
@@ -82,7 +79,6 @@ def offline(plan: Plan, key: Array, operands: Operands) -> Ready:
   """What both parties hold before the online phase, stacked; pure, with all roles in one call.
 
   Args:
-    plan: the plan.
     key: [8] uint32, never used twice.
     operands: everybody's, from `encode`.
   """
@@ -128,7 +124,8 @@ def owner_encoder(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], 
     ValueError if a number does not fit the ring, a weight the bits that were planned for it, or
     anything that enters the protocol its planned range.
   """
-  measured, entries = _measured(plan, owner), ranges.entries(plan, owner)
+  entries = ranges.entries(plan, owner)
+  measured = _measured(plan, owner, entries)
 
   def run_encoder(leaves: Sequence[Array]) -> Operands:
     found = measured(leaves)
@@ -142,19 +139,19 @@ def owner_encoder(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], 
 
 def _tracing_encoder(plan: Plan) -> Callable[[Sequence[Array]], tuple[Operands, Array]]:
   """leaves -> everybody's operands, and whether all numbers fit: a transform cannot raise."""
-  owners = (None, MODEL_OWNER, DATA_OWNER)
-  each = {owner: (_measured(plan, owner), ranges.entries(plan, owner)) for owner in owners}
+  entries = {owner: ranges.entries(plan, owner) for owner in (None, MODEL_OWNER, DATA_OWNER)}
+  each = {owner: _measured(plan, owner, found) for owner, found in entries.items()}
 
   def run_encoders(leaves: Sequence[Array]) -> tuple[Operands, Array]:
     out: Operands = {}
     good = jnp.bool_(True)
-    for owner, (measured, entries) in each.items():
+    for owner, measured in each.items():
       found = measured(_of(plan, owner, leaves))
       out |= found.operands
       for i, most in found.largest.items():
         good &= encoding.fits(plan.circuit.operands[i], most, plan.config)
       for i, most in found.entering.items():
-        good &= ranges.keeps(entries[i], most)
+        good &= ranges.keeps(entries[owner][i], most)
     return out, good
 
   return run_encoders
@@ -174,7 +171,9 @@ class _Measured(NamedTuple):
   entering: dict[int, Array]
 
 
-def _measured(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], _Measured]:
+def _measured(
+  plan: Plan, owner: int | None, entries: Iterable[int]
+) -> Callable[[Sequence[Array]], _Measured]:
   """leaves -> what an owner puts in, measured.
 
   Each owner has its own program: in another program, a folded weight might round to the
@@ -184,7 +183,6 @@ def _measured(plan: Plan, owner: int | None) -> Callable[[Sequence[Array]], _Mea
   operands = [plan.circuit.operands[i] for i in mine]
   if not mine:
     return lambda leaves: _Measured({}, {}, {})
-  entries = ranges.entries(plan, owner)
 
   def integers(leaves: Sequence[Array]) -> _Measured:
     own = iter(leaves)
@@ -288,7 +286,6 @@ def simulate(plan: Plan, ready: Ready, operands: Operands) -> list[Array]:
   """The online phase in one process; work of one party alone is done once.
 
   Args:
-    plan: the plan.
     ready: both parties', stacked.
     operands: everybody's, as their owners have them; arguments given as shares stacked, [2, ...].
 
@@ -368,7 +365,6 @@ def on_mesh(plan: Plan, mesh: jax.sharding.Mesh, ready: Ready, operands: Operand
   Opened values have the same bits as in `simulate`.
 
   Args:
-    plan: the plan.
     mesh: with an axis "party" of two devices.
     ready: both parties', stacked.
     operands: both parties', stacked: each as its owner has it, and `filled` at the other party.

@@ -35,7 +35,6 @@ def multiply(map: Map, x: Array, w: Array, w_shape: tuple[int, ...]) -> Array:
   """map(x, w) in x's dtype, which wraps around.
 
   Args:
-    map: the bilinear map.
     x: uint32 or uint64.
     w: from `prepare`.
     w_shape: the shape of what was prepared.

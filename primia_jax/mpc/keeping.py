@@ -36,8 +36,6 @@ def path(folder: pathlib.Path, plan: Plan, party: int, opens: bool) -> pathlib.P
 
   Args:
     folder: for all programs.
-    plan: the plan.
-    party: the party.
     opens: see `apart.online`.
   """
   facts = (

@@ -19,15 +19,7 @@ from primia_jax.mpc.circuit import Apply, Circuit, Config
 from primia_jax.mpc.lowering import portable, truths, variances
 from primia_jax.mpc.lowering.holders import Owned, outwards
 from primia_jax.mpc.lowering.lower import lower
-from primia_jax.mpc.lowering.program import (
-  PUBLIC,
-  Program,
-  Ref,
-  evaluate,
-  evaluator,
-  measurer,
-  trace,
-)
+from primia_jax.mpc.lowering.program import PUBLIC, Program, Ref, evaluator, follow, measurer, trace
 from primia_jax.mpc.lowering.refusals import finite
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.types import PyTree
@@ -155,18 +147,16 @@ def planned(
       f"function with the same shapes"
     )
   known = {}
-  for party in (MODEL_OWNER, DATA_OWNER):
-    leaves = [
-      v if owner == party else None
-      for owner, v in zip(flat, jax.tree.leaves(tuple(args)), strict=True)
-    ]
-    concrete = all(
-      isinstance(v, jax.Array | np.ndarray | np.generic) and not isinstance(v, jax.core.Tracer)
-      for v in leaves
-      if v is not None
-    )
-    if party == MODEL_OWNER and concrete:
-      known[party] = jax.jit(lambda leaves: evaluate(program, leaves))(leaves)
+  own = [
+    v if owner == MODEL_OWNER else None
+    for owner, v in zip(flat, jax.tree.leaves(tuple(args)), strict=True)
+  ]
+  if all(
+    isinstance(v, jax.Array | np.ndarray | np.generic) and not isinstance(v, jax.core.Tracer)
+    for v in own
+    if v is not None
+  ):
+    known[MODEL_OWNER] = follow(program, own)
   asked: list[float] = []
 
   def magnitude(owned: Owned) -> float:
@@ -259,7 +249,7 @@ def calibrate(
     raise ValueError("examples is empty; calibrate with at least one list of arguments")
   flat = _flat_owners(owners, args)
   own = [v if owner == MODEL_OWNER else None for owner, v in zip(flat, leaves, strict=True)]
-  return np.stack([largest, truths.with_room(program, largest, taken, evaluator(program)(own))])
+  return np.stack([largest, truths.with_room(program, largest, taken, follow(program, own))])
 
 
 def _refuse_infinite(program: Program, largest: np.ndarray) -> None:

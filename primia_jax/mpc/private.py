@@ -236,17 +236,14 @@ def _with_module(fn: Any, args: tuple, owners: Any) -> tuple[Callable, tuple, An
   nnx: Any = sys.modules.get("flax.nnx")
   is_graph = lambda v: nnx is not None and isinstance(v, nnx.Module)
   is_tree = lambda v: is_graph(v) or jax.tree.leaves(v) != [v]
-  if isinstance(fn, types.MethodType) and is_tree(fn.__self__):
-    fn, args = fn.__func__, (fn.__self__, *args)
+  is_method = isinstance(fn, types.MethodType) and is_tree(fn.__self__)
+  if is_method or is_tree(fn):
+    args = (fn.__self__ if is_method else fn, *args)
+    fn = fn.__func__ if is_method else lambda module, *rest: module(*rest)
     if owners is not None:
-      named = isinstance(owners, Mapping)
       module = next(iter(inspect.signature(fn).parameters))
-      owners = {module: "model_owner", **owners} if named else ("model_owner", *owners)
-  elif is_tree(fn):
-    fn, args = (lambda module, *rest: module(*rest)), (fn, *args)
-    if owners is not None:
       named = isinstance(owners, Mapping)
-      owners = {"module": "model_owner", **owners} if named else ("model_owner", *owners)
+      owners = {module: "model_owner", **owners} if named else ("model_owner", *owners)
   if not any(map(is_graph, args)):
     return fn, args, owners
   split = [nnx.split(v) if is_graph(v) else (None, v) for v in args]

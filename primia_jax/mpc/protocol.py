@@ -88,7 +88,6 @@ def blinds(circuit: Circuit, key: Array, owner: int) -> Operands:
   """B for each operand that an owner has in linear layers: uniform ring elements.
 
   Args:
-    circuit: the circuit.
     key: [8] uint32, known to the dealer and to this owner only: with it, the other party reads the
       operands off D. One key serves one set of values: two D under one B give their difference.
     owner: the party.
@@ -117,7 +116,6 @@ def deal_gate(gate: elementwise.Gate, seeds: Sequence[Array], number: Any) -> tu
   """What the dealer deals for one gate: party 1's shares, and what both receive as it is.
 
   Args:
-    gate: the gate.
     seeds: of both parties.
     number: of the operation in the circuit.
   """
@@ -249,7 +247,6 @@ def prepare(
 
   Args:
     circuit: what will be computed.
-    party: the party.
     dealt: from the dealer.
     own: this party's encoded operands of linear layers. One that does not exist yet (it depends on
       the image) may be missing, here and in the other party's `published`; then `complete` follows.

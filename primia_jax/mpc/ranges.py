@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from primia_jax.mpc import encoding
 from primia_jax.mpc.lowering.program import Ref
 from primia_jax.mpc.messages import NAMES
 from primia_jax.mpc.planning import SHARED, Plan
@@ -69,8 +70,7 @@ def largest(v: Array) -> Array:
   if jax.dtypes.issubdtype(v.dtype, jax.dtypes.extended):  # a PRNG key
     return jnp.zeros((), jnp.float32)
   real = v if jnp.iscomplexobj(v) else v.astype(jnp.float32)
-  size = jnp.abs(real).astype(jnp.float32)
-  return jnp.max(jnp.where(jnp.isneginf(real.real), jnp.zeros_like(size), size), initial=0)
+  return encoding.largest(jnp.where(jnp.isneginf(real.real), 0, jnp.abs(real)))
 
 
 def keeps(entry: Entry, most: Array) -> Array:

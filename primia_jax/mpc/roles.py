@@ -64,7 +64,6 @@ class ModelOwner:
   """Holds the weights, encoded, and computes with them.
 
   Args:
-    plan: the plan.
     weights: the arguments of fn whose owner is "model_owner", in order.
     secret: 32 uniform bytes that only the model owner has, to have the same tag in its next process
       (`resume`); None draws them.
@@ -191,7 +190,6 @@ class DataOwner:
   """Asks about its images and alone learns the answers.
 
   Args:
-    plan: the plan.
     publication: the model owner's.
 
   Raises:
@@ -270,7 +268,6 @@ def infer(plan: Plan, *args: PyTree) -> PyTree:
   """One inference by all three roles in this process, for research: the caller sees everything.
 
   Args:
-    plan: the plan.
     args: fn's arguments; public ones are those of the plan.
 
   Returns:
@@ -291,7 +288,6 @@ def online(plan: Plan, mesh: jax.sharding.Mesh | None = None) -> Callable[..., l
   """The online phase of both parties, compiled once for many inferences.
 
   Args:
-    plan: the plan.
     mesh: with an axis "party" of two devices, one for each party; None simulates both on one
       device.
 

@@ -107,7 +107,7 @@ def _parsed(path: pathlib.Path) -> tuple[dict[str, Any], list[np.ndarray]]:
   content = path.read_bytes()
   start = len(_MAGIC) + 32
   if not content.startswith(_MAGIC):
-    raise ValueError(f"{path} is no file of a plan or message; write one with mpc.write")
+    raise ValueError(f"{path} is not a file of a plan or message; write one with mpc.write")
   if hashlib.sha256(content[start:]).digest() != content[len(_MAGIC) : start]:
     raise ValueError(f"{path} is damaged: its checksum does not fit; copy or write it again")
   found = np.load(io.BytesIO(content[start:]), allow_pickle=False)

@@ -18,7 +18,7 @@ from jax import export
 from jax.extend import core
 
 from primia_jax import native
-from primia_jax.mpc.lowering.program import CALLS, Ref
+from primia_jax.mpc.lowering.program import CALLS, Ref, applied, inlined
 from primia_jax.types import Array
 
 _EXCHANGE = "ppermute"
@@ -129,7 +129,6 @@ def cut(
 
   Args:
     traced: the protocol of one party, with the axis "party" bound.
-    party: the party.
     exports: whether the programs shall be kept on disk.
   """
   taken = _Taken(party)
@@ -178,16 +177,7 @@ class _Taken:
     return out
 
   def inline(self, closed: Any, values: Sequence[Any]) -> list[Any]:
-    jaxpr, consts = (
-      (closed.jaxpr, closed.consts) if isinstance(closed, core.ClosedJaxpr) else (closed, [])
-    )
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env |= dict(zip(jaxpr.invars, values, strict=True))
-    read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
-    for eqn in jaxpr.eqns:
-      outputs = self._equation(eqn, [read(v) for v in eqn.invars])
-      env |= dict(zip(eqn.outvars, outputs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    return inlined(closed, values, self._equation)
 
   def _equation(self, eqn: Any, values: list[Any]) -> list[Any]:
     name = eqn.primitive.name
@@ -209,16 +199,11 @@ class _Taken:
       return self.inline(body, values)
     if known and values and all(math.prod(v.aval.shape) <= _SMALL for v in eqn.outvars):
       with jax.ensure_compile_time_eval():
-        return _bind(eqn, values)
+        return applied(eqn, values)
     outputs = [self.new(v.aval) for v in eqn.outvars]
     numbers = tuple(v.number for v in outputs)
-    self.equations.append(_Equation(lambda *each: _bind(eqn, each), tuple(values), numbers))
+    self.equations.append(_Equation(lambda *each: applied(eqn, each), tuple(values), numbers))
     return list(outputs)
-
-
-def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-  outputs = eqn.primitive.bind(*values, **eqn.params)
-  return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
 def _segments(

@@ -204,7 +204,6 @@ def prepare(circuit: Circuit, elements: dict, published: Operands) -> dict:
   """What `protocol.prepare` does to party 1's shares, done to their tags: u + L_D(r).
 
   Args:
-    circuit: the circuit.
     elements: as in `Tagged`.
     published: D of the model owner, as published.
   """

@@ -122,7 +122,7 @@ def ledger(unit: str, delta: float, num_units: int) -> Ledger:
   if not 0 < delta <= 1 / num_units:
     raise ValueError(
       f"delta={delta:g} must lie between 0 and 1 / {num_units} = {1 / num_units:.3g}, one over the "
-      f"number of units: a larger one would allow a mechanism to publish somebody whole"
+      f"number of units: a larger one would allow a mechanism to publish one unit completely"
     )
   return Ledger(unit, delta)
 

@@ -83,15 +83,7 @@ def explicit(loss_fn: LossFn) -> PerUnit:
     # sum, and where much cancels these would be of different vectors.
     gradients = jax.tree.map(native.settled, gradients)
     squares = jnp.stack([jax.vmap(grid.square)(g) for g in jax.tree.leaves(gradients)], axis=1)
-
-    def add(total: PyTree, factors: Array, counts: Array, on: Grid) -> PyTree:
-      leaves, structure = jax.tree.flatten(total)
-      new = [
-        a + grid.summed(leaf, factors[:, i], counts, on)
-        for i, (a, leaf) in enumerate(zip(leaves, jax.tree.leaves(gradients), strict=True))
-      ]
-      return jax.tree.unflatten(structure, new)
-
+    add = _adding([functools.partial(_add_held, g) for g in jax.tree.leaves(gradients)])
     return UnitGradients(squares, add, metrics, jnp.ones((), jnp.float32))
 
   def fitting(params: Params, *_) -> int:
@@ -180,16 +172,8 @@ def bookkept(loss_fn: LossFn, has_taps: Callable[[Params], PyTree]) -> PerUnit:
     small = [(jax.vmap(grid.square)(g), functools.partial(_add_held, g)) for g in of_others]
     squares, sums = zip(*merge(layers, small), strict=True)
     sound = jnp.all(jnp.stack([jnp.all(taps.uses == 1) for taps in of_taps] or [jnp.bool_(True)]))
-
-    def add(total: PyTree, factors: Array, counts: Array, on: Grid) -> PyTree:
-      leaves, structure = jax.tree.flatten(total)
-      new = [
-        plus(a, factors[:, i], counts, on)
-        for i, (a, plus) in enumerate(zip(leaves, sums, strict=True))
-      ]
-      return jax.tree.unflatten(structure, new)
-
-    return UnitGradients(jnp.stack(squares, axis=1), add, metrics, jnp.where(sound, 1.0, jnp.nan))
+    sound = jnp.where(sound, 1.0, jnp.nan)
+    return UnitGradients(jnp.stack(squares, axis=1), _adding(sums), metrics, sound)
 
   def fitting(params: Params, *args) -> int:
     num_bytes = sum(4 * leaf.size for use in uses_of(params, *args) for leaf in use.taps)
@@ -285,6 +269,17 @@ def _squares_by_gram(rows: Array, g: Array) -> Array:
   ]
   exact = jnp.maximum(jnp.sum(seen * sent, axis=(1, 2)), 0.0)
   return exact + np.float32(2 * terms * grid.EPS) * jnp.square(largest) + lost[0] + lost[1]
+
+
+def _adding(sums: Sequence[Callable]) -> Callable:
+  """`UnitGradients.add` of what adds to each leaf."""
+
+  def add(total: PyTree, factors: Array, counts: Array, on: Grid) -> PyTree:
+    leaves, structure = jax.tree.flatten(total)
+    pairs = enumerate(zip(leaves, sums, strict=True))
+    return jax.tree.unflatten(structure, [f(a, factors[:, i], counts, on) for i, (a, f) in pairs])
+
+  return add
 
 
 def _add_held(gradients: Array, total: Array, factors: Array, counts: Array, on: Grid) -> Array:

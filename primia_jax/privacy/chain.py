@@ -8,8 +8,8 @@ Who learns what: a reader of the file alone learns what was released, when, and 
 share, but not whose: names are HMACs. A reader of the key, too, can test whether an image that he
 has is in it. An entry that was changed, removed or moved in the middle is seen when the file is
 opened. Lines missing at the end are seen by whoever kept a later hash, such as a checkpoint
-(`Chain.place`). Who can write the file and finds all these hashes, too, can rewrite all; and a
-folder that is deleted with everything that names it was never there, as far as anyone can tell.
+(`Chain.place`). Anyone who can write the file and finds all these hashes, too, can rewrite all.
+Nobody can see that a folder existed if everything that names it is gone.
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ def unpacked(text: str, size: int) -> list[bytes]:
   try:
     data = base64.b64decode(text, validate=True)
   except binascii.Error as error:
-    raise ValueError(f"these are no names of units ({error}): {text[:80]!r}") from error
+    raise ValueError(f"these are not names of units ({error}): {text[:80]!r}") from error
   if len(data) % size:
-    raise ValueError(f"these are no names of units, but {len(data)} bytes")
+    raise ValueError(f"these are not names of units, but {len(data)} bytes")
   return [data[i : i + size] for i in range(0, len(data), size)]
 
 

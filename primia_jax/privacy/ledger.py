@@ -272,7 +272,7 @@ def from_json(text: str) -> Ledger:
       raise ValueError(f"unit={one.unit!r}, delta={one.delta}")
     return one
   except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"this is no ledger ({error}): {text[:80]!r}") from error
+    raise ValueError(f"this is not a ledger ({error}): {text[:80]!r}") from error
 
 
 def release_of(saved: Mapping[str, Any]) -> Release:

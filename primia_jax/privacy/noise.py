@@ -59,21 +59,6 @@ def stddev(level: int) -> float:
   return math.sqrt(base**2 * (1 + 4**shift) - _ROUNDING**2)
 
 
-def level_of(least: float) -> int:
-  """The first level whose `stddev` is at least that.
-
-  Raises:
-    ValueError: if there is none.
-  """
-  for level in LEVELS:
-    if stddev(level) >= least:
-      return level
-  raise ValueError(
-    f"noise of {least:.3g} grid steps is more than {stddev(LEVELS[-1]):.3g}: the model has too "
-    f"many parameters for so much noise; lower noise_multiplier"
-  )
-
-
 def largest(level: int) -> int:
   """The largest magnitude of `integers`."""
   base, shift = _digits(level)
@@ -148,7 +133,7 @@ def _like(
   leaves, structure = jax.tree.flatten(tree)
   sizes = [math.prod(leaf.shape) for leaf in leaves]
   if sum(sizes) > NUMBERS:
-    raise ValueError(f"{sum(sizes)} numbers; the accountant reckons with {NUMBERS} in a release")
+    raise ValueError(f"{sum(sizes)} numbers; the accountant allows for {NUMBERS} in a release")
   if sum(sizes) <= _TOGETHER:
     pieces = jnp.split(draw(key, sum(sizes)), np.cumsum(sizes)[:-1])
   else:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from primia_jax.secagg import errors, following, keys, rounds
+from primia_jax.secagg import ahead, errors, following, keys, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 from primia_jax.secagg.carrier import Ask
@@ -39,7 +39,8 @@ class Report(NamedTuple):
     round, purpose: of the sum.
     opened: the sum and the sites in it.
     rejected: every message that it did not take: site, stage and reason.
-    seconds: for each stage, from the first request to the last answer.
+    seconds: for each message to the sites, from the first request to the last answer: five, or
+      three of a sum whose keys were agreed on before.
   """
 
   round: int
@@ -81,6 +82,7 @@ def coordinate(
     left: dict[int, str] = {}
     met: set[type] = set()
     recalled = b""  # for sites that come back
+    agreed: serving.Server | None = None  # the keys of the next sum
     has_begun = False  # the first sum, after which sites say nothing else to all others
     while True:
       for i in [i for i, one in said.items() if isinstance(one, msg.Ended)]:
@@ -98,7 +100,7 @@ def coordinate(
       if set(kinds) <= {msg.Proposal}:
         dismiss(ask, present - set(said), "this site did not answer in time")
         follow = {i for i, one in said.items() if not one.advert}
-        report, said = _sum(ask, said, identity, timeout)
+        report, said, agreed = _sum(ask, said, agreed, identity, timeout)
         tell(report)
         present = set(said) | set(report.opened.survivors) | follow
         continue
@@ -190,28 +192,43 @@ def _round_trip(ask: Ask, requests: Mapping[int, bytes], timeout: float) -> dict
 
 
 def _sum(
-  ask: Ask, proposals: Mapping[int, Any], identity: keys.Identity, timeout: float
-) -> tuple[Report, dict[int, Any]]:
-  """One sum: its report, and what its survivors, and the sites that follow it, want next."""
+  ask: Ask,
+  proposals: Mapping[int, Any],
+  agreed: serving.Server | None,
+  identity: keys.Identity,
+  timeout: float,
+) -> tuple[Report, dict[int, Any], serving.Server | None]:
+  """One sum over proposals, perhaps under keys that were agreed on before.
+
+  Returns:
+    (its report; what its survivors, and the sites that follow it, want next; the keys of the next
+    sum, if all sites have agreed on them: see `ahead`).
+  """
   rejected: list[Rejected] = []
   setup, round, follow = _agreed(proposals, rejected)
   dismiss(ask, _others(proposals, follow), "this site follows another sum than most sites form")
-  state, seconds, limit = serving.start(setup, round), list[float](), rounds.message_bytes(setup)
+  seconds, limit = list[float](), rounds.message_bytes(setup)
   try:
     spoke = {i for i, one in proposals.items() if one.advert}
-    for i in sorted(spoke):
-      state = _take(state, i, proposals[i].advert, rejected)
-    for close in serving.CLOSE:
+    state, bonds, beside = _begun(proposals, spoke, agreed, setup, round, limit, rejected)
+    coming: serving.Server | None = None
+    for close in serving.CLOSE[state.stage :]:
       state, out = close(state)
       sites = set(state.received[state.stage - 1])
       dismiss(ask, spoke - sites, f"this site was lost in stage {msg.STAGES[state.stage - 1]}")
       spoke, begun = sites, time.monotonic()
-      to = lambda u, out=out: msg.encode(out[u] if isinstance(out, dict) else out)
-      for i, data in sorted(ask({u: to(u) for u in sites}, timeout).items()):
-        if len(data) > limit:
-          rejected.append(_malformed(i, state, f"{len(data)} bytes; no message has over {limit}"))
-          continue
-        state = _take(state, i, data, rejected)
+      more: Any = None  # for the keys of the next sum
+      if isinstance(out, msg.Survivors):
+        start = serving.start(ahead.setup(setup, state.transcript), round)
+        if coming := ahead.gather(start, beside, rejected):
+          coming, more = serving.close_advertise(coming)
+      elif isinstance(out, msg.Consents) and (coming := ahead.gather(coming, beside, rejected)):
+        coming, more = serving.close_share_keys(coming)
+      proof = bonds if isinstance(out, msg.Survivors) else None
+      parts = out, proof, more
+      to = lambda u, parts=parts: [one[u] if isinstance(one, dict) else one for one in parts]
+      answers = ask({u: msg.encode(msg.together(*to(u))) for u in sites}, timeout)
+      state, beside = _take(state, answers, limit, rejected)
       seconds.append(time.monotonic() - begun)
     state, opened = serving.open_total(state)
   except RoundFailed as error:
@@ -226,7 +243,37 @@ def _sum(
   said = _round_trip(ask, requests, timeout)
   seconds.append(time.monotonic() - begun)
   report = Report(round, setup.purpose, opened, tuple(rejected), tuple(seconds))
-  return report, said
+  return report, said, coming
+
+
+def _begun(
+  proposals: Mapping[int, Any],
+  spoke: set[int],
+  agreed: serving.Server | None,
+  setup: rounds.Setup,
+  round: int,
+  limit: int,
+  rejected: list[Rejected],
+) -> tuple[serving.Server, msg.Bonds | None, dict[int, Any]]:
+  """The state of a sum with what the sites have proposed: adverts, or bonds and masked inputs.
+
+  Returns:
+    (the state, the survivors' bonds, what came beside the masked inputs).
+  """
+  masked = {i: proposals[i].masked for i in sorted(spoke) if proposals[i].masked}
+  if agreed is None or not ahead.fits(agreed.setup, setup) or 2 * len(masked) <= len(spoke):
+    adverts = {i: proposals[i].advert for i in sorted(spoke)}
+    state, beside = _take(serving.start(setup, round), adverts, limit, rejected)
+    return state, None, beside
+  state, bonds = ahead.serve(agreed, setup, round), dict[int, bytes]()
+  for i in masked:
+    try:
+      bonds[i] = ahead.check_bond(state, i, proposals[i].advert)
+    except Rejected as error:
+      rejected.append(error.with_traceback(None))
+  state, beside = _take(state, {i: masked[i] for i in bonds}, limit, rejected)
+  signatures = {i: bonds[i] for i in sorted(state.received[2])}
+  return state, msg.Bonds(round, signatures), beside
 
 
 def _agreed(
@@ -262,24 +309,24 @@ def _others(proposals: Mapping[int, Any], follow: set[int]) -> set[int]:
 
 
 def _take(
-  state: serving.Server, site: int, data: bytes, rejected: list[Rejected]
-) -> serving.Server:
-  try:
-    message = msg.decode(data)
-    if getattr(message, "site", None) != site:
-      raise ValueError(f"{type(message).__name__} is no message of this site")
-  except ValueError as error:
-    rejected.append(_malformed(site, state, str(error)))
-    return state
-  try:
-    return serving.receive(state, message)
-  except Rejected as error:
-    rejected.append(error.with_traceback(None))  # which would keep the message in memory
-    return state
-
-
-def _malformed(site: int, state: serving.Server, detail: str) -> Rejected:
-  return Rejected(site, msg.STAGES[state.stage], "malformed", detail)
+  state: serving.Server, answers: Mapping[int, bytes], limit: int, rejected: list[Rejected]
+) -> tuple[serving.Server, dict[int, Any]]:
+  """Takes the sites' messages of a stage; also returns what came beside those that were taken."""
+  beside = dict[int, Any]()
+  for i, data in sorted(answers.items()):
+    try:
+      if len(data) > limit:
+        raise ValueError(f"{len(data)} bytes; no message has over {limit}")
+      message, *more = msg.apart(msg.decode(data))
+      if getattr(message, "site", None) != i:
+        raise ValueError(f"{type(message).__name__} is not a message of this site")
+      state = serving.receive(state, message)
+      beside.update(zip([i], more, strict=False))
+    except Rejected as error:
+      rejected.append(error.with_traceback(None))  # which would keep the message in memory
+    except ValueError as error:
+      rejected.append(Rejected(i, msg.STAGES[state.stage], "malformed", str(error)))
+  return state, beside
 
 
 def numbers(report: Report) -> dict[str, Any]:

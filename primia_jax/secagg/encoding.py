@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Source:
-  """Bytes read from the front; an announced length is checked against the bytes that are left."""
+  """Reads bytes from the front; raises ValueError where fewer are left than a message announces."""
 
   def __init__(self, data: memoryview):
     self._data, self._at = data, 0

@@ -32,7 +32,7 @@ class Refused(Aborted):
   """Site: the server's message would make it unsafe to continue, so this site leaves the round.
 
   Attributes:
-    site: the site that refuses; -1 for the coordinator, or a key that is no member's.
+    site: the site that refuses; -1 for the coordinator, or a key that is not a member's.
     stage: the stage in which it refuses, or "roster", "hello" or "start" before the first round.
     reason: one of "out of turn", "another round", "unknown", "changed key", "forged", "too few",
       "malformed", "overlapping", "declared dead", "inconsistent", "falls apart", "older",

@@ -6,12 +6,16 @@ or over some of them, and is told to the others (`following`). The sites that it
 later one: all know them from the list of survivors, which is signed. So a lost site costs the
 others one timeout. It stays out until it comes back (`returning`), or all start again.
 
+A sum takes five messages to each site, and three where the sites of the one before it have agreed
+on its keys (`ahead`).
+
 Who learns what: see `protocol`. Its bounds hold for the K sites of the run, or of the round where
 it takes some: however many are lost, no sum is over fewer than the quorum of these K. That is
 more than two thirds of them, or more than half with a threshold between half and two thirds, which
 assumes a server that follows the protocol.
 The bounds cannot hide the difference of two sums of the same inputs, one with a site and one
-without it: everyone learns that site's input.
+without it: everyone learns that site's input. So a site is asked before it sends the message that
+opens a sum (`Exchange.opens`), and can refuse the second one.
 
 The coordinator announces the sums, so it could tell each site another one and make them train
 different models, until only one site's update is left in a sum (Pasquini et al. 2022, "Eluding
@@ -24,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,8 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from primia_jax import ring
+from primia_jax.secagg import ahead, following, graph, keys, opening, protocol, rounds
 from primia_jax.secagg import carrier as carrying
-from primia_jax.secagg import following, graph, keys, protocol, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import Carrier
 from primia_jax.secagg.errors import Lost, Refused, RoundAborted
@@ -62,12 +66,14 @@ class Begun(NamedTuple):
     rows: [1, ...], this site's number and the key of its noise, and no peers: the exchange masks.
     site: its state in the protocol, which holds its other keys. Both are None where the site is not
       in the sum, and follows it.
+    bond: binds it to the sum, where its keys were agreed on before; nothing is said yet then.
     setup, round: of the sum.
     shapes: of its ring elements.
   """
 
   rows: Row | None
   site: protocol.Site | None
+  bond: msg.Bond | None
   setup: rounds.Setup
   round: int
   shapes: PyTree
@@ -80,6 +86,7 @@ class Exchange:
     label: names this start of the run; the same at all sites.
     sites: those that are left: all but those that were lost and are not back.
     survivors: the sites in the last sum.
+    opens: called before this site sends the message that opens a sum; raises to refuse it.
   """
 
   def __init__(self, carrier: Carrier, number: int, pinned: Pinned, run: bytes):
@@ -93,7 +100,9 @@ class Exchange:
         messages.
     """
     self.sites = self.survivors = tuple(sorted(pinned.sites))
+    self.opens: Callable[[opening.Opening], None] = lambda _: None
     self._number, self._pinned, self._carrier = number, pinned, carrier
+    self._agreed: protocol.Site | None = None  # the keys of the next sum; taken once
     everybody = [*(pinned.sites[i] for i in self.sites), pinned.server]
     self.label = self._run = hashlib.sha256(b"".join(everybody) + run).digest()
     # One for all sums, made of all identities: only the site that publishes the last identity can
@@ -134,7 +143,8 @@ class Exchange:
     min_survivors: int = 1,
     sites: Sequence[int] | None = None,
   ) -> Begun:
-    """Agrees on this sum's keys, before the site works, so that the others see if it is lost.
+    """Agrees on this sum's keys, before the site works, so that the others see if it is lost. Where
+    they were agreed on before, nothing is said.
 
     Args:
       shapes: of the ring elements that `finish` will be given.
@@ -152,6 +162,7 @@ class Exchange:
       Lost: the coordinator has dismissed this site or sends nothing, or too few sites are left.
       Refused: the coordinator's message would make it unsafe to continue.
     """
+    agreed, self._agreed, bond = self._agreed, None, None
     everyone = tuple(sorted(self._pinned.sites))
     sites = everyone if sites is None else tuple(sorted(sites))
     try:
@@ -170,20 +181,22 @@ class Exchange:
         raise
       lost = sorted(set(sites) - set(self.sites))
       raise RoundAborted(f"round aborted: of its sites {[*sites]}, {lost} are lost") from error
-    terms = msg.encode(rounds.terms(setup))
     if self._number not in sites:
       with self._explained(round):
-        self._say(msg.Proposal(self._number, round, terms, b""))
-      return Begun(None, None, setup, round, shapes)
-    site, advert = protocol.advertise(setup, round, self._number, self._pinned.own)
-    with self._explained(round):
-      self._say(msg.Proposal(self._number, round, terms, msg.encode(advert)))
-      site, shares = protocol.share_keys(site, self._hear(site))
-      self._say(shares)
+        self._say(_proposal(self._number, round, setup, None))
+      return Begun(None, None, None, setup, round, shapes)
+    if agreed is not None and ahead.fits(agreed.setup, setup):
+      site, bond = ahead.begin(agreed, setup, round)
+    else:
+      site, advert = protocol.advertise(setup, round, self._number, self._pinned.own)
+      with self._explained(round):
+        self._say(_proposal(self._number, round, setup, advert))
+        site, shares = protocol.share_keys(site, *self._hear(site))
+        self._say(shares)
     noise = jnp.asarray(keys.words(site.secrets.noise))[None]
     nobody = jnp.zeros((1, 0), jnp.int32), jnp.zeros((1, 0, 8), jnp.uint32)
     rows = Row(jnp.full(1, self._number, jnp.int32), *nobody, None, noise)
-    return Begun(rows, site, setup, round, shapes)
+    return Begun(rows, site, bond, setup, round, shapes)
 
   def finish(self, begun: Begun, elements: PyTree) -> PyTree:
     """Masks this site's ring elements, sends them, and returns the sum over the survivors.
@@ -210,15 +223,37 @@ class Exchange:
       rounds.reduce(np.asarray(a).reshape(-1), site.setup) for a in jax.tree.leaves(elements)
     ]
     with self._explained(site.round):
-      site, masked = protocol.masked_input(site, self._hear(site), vectors)
-      self._say(masked)
-      site, consent = protocol.consistency(site, self._hear(site))
-      self._say(consent)
-      site, answer = protocol.unmask(site, self._hear(site))
+      if begun.bond is None:
+        site = protocol.take_shares(site, *self._hear(site))
+      site, masked = protocol.mask_input(site, vectors)
+      coming, advert = self._advertise(site)
+      said = msg.together(masked, advert)
+      if begun.bond is not None:
+        said = _proposal(self._number, begun.round, begun.setup, begun.bond, said)
+      self._say(said)
+      lists, *rest = self._hear(site, begun.bond is not None, coming is not None)
+      site, consent = protocol.consistency(site, lists)
+      if begun.bond is not None:  # before it says that it consents
+        ahead.check_bonds(site, rest.pop(0), lists)
+      coming, shares = ahead.share(coming, rest[0]) if rest and coming else (None, None)
+      self._say(msg.together(consent, shares))
+      consents, *rest = self._hear(site, False, coming is not None)
+      site, answer = protocol.unmask(site, consents)
+      coming = ahead.take(coming, rest[0]) if rest and coming else None
+    self.opens(opening.of(site, vectors))  # what it cannot write down is not a lost coordinator
+    with self._explained(site.round):
       self._say(answer)
-      total = protocol.take_total(site, self._hear(site), self._pinned.server)
+      (told,) = self._hear(site)
+      total = protocol.take_total(site, told, self._pinned.server)
     assert site.lists is not None
+    self._agreed = coming
     return self._learn(begun, total, site.lists.survivors)
+
+  def _advertise(self, site: protocol.Site) -> tuple[protocol.Site | None, msg.Advert | None]:
+    """This site's keys for the next sum, which may be of all that are left, as this one."""
+    if set(site.setup.identities) != set(self.sites):
+      return None, None
+    return ahead.advertise(site) or (None, None)
 
   def _learn(
     self, begun: Begun, total: tuple[np.ndarray, ...], survivors: tuple[int, ...]
@@ -242,10 +277,16 @@ class Exchange:
   def _say(self, message: msg.Message) -> None:
     self._carrier.say(msg.encode(message))
 
-  def _hear(self, site: protocol.Site) -> Any:
-    """The coordinator's next message; the stages of `protocol` check its type."""
+  def _hear(self, site: protocol.Site, bonds: bool = False, keys: bool = False) -> list[Any]:
+    """The coordinator's next message, with all bonds, and perhaps with one for the next sum's keys;
+    `protocol` and `ahead` check their types.
+    """
     try:
-      return carrying.hear(self._carrier, rounds.message_bytes(site.setup))
+      heard = carrying.hear(self._carrier, rounds.message_bytes(site.setup))
+      parts = [*map(carrying.known, msg.apart(heard))]
+      if not 1 + bonds <= len(parts) <= 1 + bonds + keys:
+        raise ValueError(f"malformed message: {len(parts)} travel together")
+      return parts
     except ValueError as error:
       stage = (*msg.STAGES, "total")[site.num_sent]
       raise Refused(self._number, stage, "malformed", str(error)) from error
@@ -276,6 +317,18 @@ class Exchange:
         f"site {self._number} is out of the run in round {round}: {error}. Start again to take "
         "part from the last round that was saved"
       ) from error
+
+
+def _proposal(
+  number: int,
+  round: int,
+  setup: rounds.Setup,
+  proof: msg.Advert | msg.Bond | None,
+  masked: msg.Message | None = None,
+) -> msg.Proposal:
+  """A site's wish for a sum of this setup."""
+  encoded = [b"" if one is None else msg.encode(one) for one in (proof, masked)]
+  return msg.Proposal(number, round, msg.encode(rounds.terms(setup)), *encoded)
 
 
 def agree(

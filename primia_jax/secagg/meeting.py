@@ -46,7 +46,7 @@ def own_identity(path: pathlib.Path) -> keys.Identity:
     durable.replace(path, keys.identity().private)
   private = path.read_bytes()
   if len(private) != keys.KEY_BYTES:
-    raise ValueError(f"{path} has {len(private)} bytes and is no private key; restore it")
+    raise ValueError(f"{path} has {len(private)} bytes and is not a private key; restore it")
   return keys.identity(lambda _: private)
 
 

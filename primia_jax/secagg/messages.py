@@ -13,7 +13,8 @@ Stages, and who speaks (Bonawitz et al., CCS 2017, figure 4):
   consistency   Consent      site to server     Consents   server to every site
   unmask        Answer       site to server     Total      server to survivors, if they get the sum
 
-A site that is not in a sum may be told it, as `Followed`.
+A site that is not in a sum may be told it, as `Followed`. The keys of the next sum can be agreed on
+with the last messages of this one (`ahead`), which then are `Together`.
 
 The coordinator, whose part the server plays, speaks first, with an `Invitation`. Each site answers
 with what it wants next: `Hello` and then `Start`, which the coordinator shows to all as `Relayed`
@@ -199,15 +200,49 @@ class Terms(NamedTuple):
 
 
 class Proposal(NamedTuple):
-  """A site's wish for a sum: its encoded `Terms`, and its encoded `Advert`, which signs them.
+  """A site's wish for a sum.
 
-  The advert is empty where others form the sum, and the site wants to be told it.
+  Attributes:
+    site: the sender.
+    round: of the sum.
+    terms: its encoded `Terms`.
+    advert: its encoded `Advert`, which signs them; where keys were agreed on before, its encoded
+      `Bond`. Empty where others form the sum, and the site wants to be told it.
+    masked: with a bond, the encoded first message of the sum, else empty.
   """
 
   site: int
   round: int
   terms: bytes
   advert: bytes
+  masked: bytes
+
+
+class Bond(NamedTuple):
+  """A site's signature of the sum in which it uses keys that were agreed on before; see `ahead`."""
+
+  site: int
+  round: int
+  signature: bytes
+
+
+class Bonds(NamedTuple):
+  """signatures[site], of the survivors' bonds."""
+
+  round: int
+  signatures: dict[int, bytes]
+
+
+class Part(NamedTuple):
+  """An encoded message."""
+
+  data: bytes
+
+
+class Together(NamedTuple):
+  """Several messages that travel as one: that of a sum first."""
+
+  parts: tuple[Part, ...]
 
 
 class Followed(NamedTuple):
@@ -276,7 +311,8 @@ OfServer = Roster | Delivery | Survivors | Consents | Total | Followed
 OfMeeting = Invitation | Hello | Word | Start | Relayed
 OfRun = Terms | Proposal | Ended | Dismissed
 OfReturn = Recalled | Returning | Resumed
-Message = OfSites | OfServer | OfMeeting | OfRun | OfReturn
+OfAhead = Bond | Bonds | Together
+Message = OfSites | OfServer | OfMeeting | OfRun | OfReturn | OfAhead
 STAGES = ("advertise", "share_keys", "masked_input", "consistency", "unmask")
 FROM_SITES: tuple[Any, ...] = get_args(OfSites)  # in the order of the stages
 FROM_SERVER = (Roster, Delivery, Survivors, Consents, Total)  # what ends each stage
@@ -308,3 +344,23 @@ def decode(data: bytes) -> Message:
   if source.left():
     raise ValueError(f"malformed message: {source.left()} bytes too many")
   return message
+
+
+def together(*messages: Message | None) -> Message:
+  """Messages as one; None stands for no message."""
+  some = [one for one in messages if one is not None]
+  return some[0] if len(some) == 1 else Together(tuple(Part(encode(one)) for one in some))
+
+
+def apart(message: Message) -> list[Message]:
+  """The messages that travel as one, or the message alone.
+
+  Raises:
+    ValueError: one of them is none, or several are in it again.
+  """
+  if not isinstance(message, Together):
+    return [message]
+  parts = [decode(part.data) for part in message.parts]
+  if len(parts) < 2 or any(isinstance(one, Together) for one in parts):
+    raise ValueError("malformed message: what travels together must be two messages or more")
+  return parts

@@ -58,7 +58,7 @@ def own_identity(path: pathlib.Path) -> keys.Identity:
 def _private(path: pathlib.Path) -> keys.Identity:
   private = path.read_bytes()
   if len(private) != keys.KEY_BYTES:
-    raise ValueError(f"{path} has {len(private)} bytes and is no private key; restore it")
+    raise ValueError(f"{path} has {len(private)} bytes and is not a private key; restore it")
   return keys.identity(lambda _: private)
 
 

@@ -52,7 +52,7 @@ class Site(NamedTuple):
     roster: the adverts of the neighbours that take part, after `share_keys`.
     members: all sites that take part.
     transcript: a digest of the whole roster.
-    shares: neighbour to its (mask-key share, seed share), after `masked_input`; of this site only
+    shares: neighbour to its (mask-key share, seed share), after `take_shares`; of this site only
       the seed share.
     lists: the survivors and dropouts that it has signed, after `consistency`.
   """
@@ -166,25 +166,23 @@ def share_keys(site: Site, roster: msg.Roster) -> tuple[Site, msg.Shares]:
 def masked_input(
   site: Site, delivery: msg.Delivery, vectors: Sequence[np.ndarray]
 ) -> tuple[Site, msg.MaskedInput]:
-  """Stage 2: the input under this site's own mask and those of all neighbours that shared keys.
+  """Stage 2: `take_shares`, and then `mask_input`."""
+  return mask_input(take_shares(site, delivery), vectors)
+
+
+def take_shares(site: Site, delivery: msg.Delivery) -> Site:
+  """The state with the neighbours' shares, which it may have to tell in the last stage.
 
   Args:
     site: the state after `share_keys`.
     delivery: the neighbours' sealed shares.
-    vectors: the input, elements of Z_2^k, of the agreed sizes.
 
   Raises:
     Refused: for boxes of strangers, too few boxes, or a box that its alleged sender did not seal
       for this site.
-    ValueError: if the input does not have the agreed form.
   """
   refuse = _expect(site, 2, delivery)
   setup, me = site.setup, site.number
-  if not rounds.legal_vectors(vectors, setup):
-    raise ValueError(
-      f"the input must be vectors of {setup.sizes} elements of Z_2^{setup.num_bits} in "
-      f"{setup.dtype}"
-    )
   if unknown := set(delivery.boxes) - set(site.roster) | set(delivery.boxes) & {me}:
     raise refuse(
       "unknown", f"boxes of sites {sorted(unknown)}, which are no neighbours that take part"
@@ -203,15 +201,35 @@ def masked_input(
     if len(opened) != 2 * keys.KEY_BYTES:
       raise refuse("malformed", f"site {v}'s shares have {len(opened)} bytes")
     shares[v] = opened[: keys.KEY_BYTES], opened[keys.KEY_BYTES :]
-  public = {v: site.roster[v].mask_key for v in sorted(delivery.boxes)}
+  return site._replace(shares=shares)
+
+
+def mask_input(site: Site, vectors: Sequence[np.ndarray]) -> tuple[Site, msg.MaskedInput]:
+  """The input under this site's own mask and those of all neighbours that shared keys.
+
+  Args:
+    site: the state after `take_shares`.
+    vectors: the input, elements of Z_2^k, of the agreed sizes.
+
+  Raises:
+    Refused: the input of this sum was sent before.
+    ValueError: if the input does not have the agreed form.
+  """
+  setup, me = site.setup, site.number
+  if site.num_sent != 2:
+    raise _out_of_turn(site, msg.STAGES[2])
+  if not rounds.legal_vectors(vectors, setup):
+    raise ValueError(
+      f"the input must be vectors of {setup.sizes} elements of Z_2^{setup.num_bits} in "
+      f"{setup.dtype}"
+    )
+  public = {v: site.roster[v].mask_key for v in sorted(site.shares) if v != me}
   pair_keys = subkeys.pair_mask_keys(site.secrets.mask.private, public, site.round, me)
   signs = [1 if v > me else -1 for v in pair_keys]
   own_key = subkeys.self_mask_key(site.secrets.seed, site.round, me)
   masks = rounds.mask_total([*pair_keys.values(), own_key], [*signs, 1], site.round, setup)
   masked = tuple(rounds.reduce(v + mask, setup) for v, mask in zip(vectors, masks, strict=True))
-  return site._replace(num_sent=3, shares=shares), _signed(
-    site, msg.MaskedInput(me, site.round, masked, b"")
-  )
+  return site._replace(num_sent=3), _signed(site, msg.MaskedInput(me, site.round, masked, b""))
 
 
 def consistency(site: Site, lists: msg.Survivors) -> tuple[Site, msg.Consent]:
@@ -327,10 +345,7 @@ def _expect(site: Site, num_sent: int, message: msg.Message):
   """Checks that the message is the next of this round; returns the exception for other reasons."""
   refuse = functools.partial(Refused, site.number, (*msg.STAGES, "total")[num_sent])
   if site.num_sent != num_sent:
-    raise refuse(
-      "out of turn",
-      f"this site has sent {site.num_sent} messages; it answers each stage once, in order",
-    )
+    raise _out_of_turn(site, (*msg.STAGES, "total")[num_sent])
   if type(message) is not msg.FROM_SERVER[num_sent - 1]:
     raise refuse(
       "malformed", f"{type(message).__name__} instead of {msg.FROM_SERVER[num_sent - 1].__name__}"
@@ -338,6 +353,11 @@ def _expect(site: Site, num_sent: int, message: msg.Message):
   if message.round != site.round:
     raise refuse("another round", f"round {message.round} instead of {site.round}")
   return refuse
+
+
+def _out_of_turn(site: Site, stage: str) -> Refused:
+  told = f"this site has sent {site.num_sent} messages; it answers each stage once, in order"
+  return Refused(site.number, stage, "out of turn", told)
 
 
 def _signed(site: Site, message, context: bytes = b""):

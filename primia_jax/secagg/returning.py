@@ -31,12 +31,12 @@ _Taken = TypeVar("_Taken")
 
 
 class Standing(NamedTuple):
-  """What a site tells in such a `Start` besides the state.
+  """What `Start.told` holds: what a site tells besides the digest of the state.
 
   Attributes:
-    chain: what its later sums are bound to.
-    common: what all sites have alike, and one that is back needs.
-    own: what each has of its own.
+    chain: the digest to which its later sums are bound, 32 bytes.
+    common: bytes that are the same at all sites, and that a site which is back needs.
+    own: bytes about this site, such as what its ledger holds.
   """
 
   chain: bytes
@@ -45,13 +45,13 @@ class Standing(NamedTuple):
 
 
 class Back(NamedTuple):
-  """What a site that is back goes on from.
+  """What the sites of a run go on from, as those that are left have signed it.
 
   Attributes:
     round: the rounds begun so far.
     state: a digest of the global state.
     common: see `Standing`.
-    own: that of each site that has signed, by its number.
+    own: `Standing.own` of each site that has signed, by its number.
   """
 
   round: int

@@ -114,7 +114,7 @@ def make(
     raise ValueError(f"the roster has {len(members) - 1} sites; a sum needs at least two")
   for key in revoked:
     if type(key) is not bytes or len(key) != keys.KEY_BYTES:
-      raise ValueError(f"revoked: {key!r} is no public key of {keys.KEY_BYTES} bytes")
+      raise ValueError(f"revoked: {key!r} is not a public key of {keys.KEY_BYTES} bytes")
   for member in members:
     if member.public in revoked:
       raise ValueError(f"the key of {of(member)} is revoked; it needs a new one")
@@ -277,7 +277,7 @@ def _parsed(data: bytes, where: str, names: set[str]) -> dict[str, Any]:
   try:
     found = json.loads(data)
   except ValueError as error:
-    raise ValueError(f"{where} is no JSON ({error})") from error
+    raise ValueError(f"{where} is not JSON ({error})") from error
   if not isinstance(found, dict) or found.get("version") != VERSION:
     version = found.get("version") if isinstance(found, dict) else None
     raise ValueError(f"{where} is of version {version!r}; this code reads version {VERSION}")

@@ -269,8 +269,11 @@ def legal_vectors(vectors: Sequence[np.ndarray], setup: Setup) -> bool:
 
 
 def message_bytes(setup: Setup) -> int:
-  """An upper bound on the bytes of every honest message of the round."""
-  roster = len(setup.identities) * (6 * 4 + 3 * keys.KEY_BYTES + keys.SIGNATURE_BYTES)
+  """An upper bound on the bytes of every honest message of the round, also with one for the keys of
+  the next (`ahead`).
+  """
+  advert = 6 * 4 + 3 * keys.KEY_BYTES + keys.SIGNATURE_BYTES
+  signed = len(setup.identities) * (3 * 4 + keys.SIGNATURE_BYTES)  # bonds, or consents
   boxes = setup.degree * (2 * 4 + 2 * keys.KEY_BYTES + keys.BOX_OVERHEAD)
   vectors = sum(3 * 4 + size * -(-setup.num_bits // 8) for size in setup.sizes)
-  return 256 + max(roster, boxes, vectors)
+  return 256 + max(signed + len(setup.identities) * advert, signed + boxes, advert + vectors)

@@ -87,7 +87,7 @@ def receive(server: Server, message: Any) -> Server:
     return Rejected(site, current, reason, detail)
 
   if type(message) not in msg.FROM_SITES:
-    raise reject("malformed", f"{type(message).__name__} is no message of a site")
+    raise reject("malformed", f"{type(message).__name__} is not a message of a site")
   stage = msg.FROM_SITES.index(type(message))
   if site not in server.setup.identities:
     raise reject("unknown", "no such site has a pinned identity")

@@ -1,7 +1,7 @@
 """What a model owner gives to clinics that only share their images: a JSON file without a secret.
 
 A card says how both servers are reached and known, what images the model takes, and what its
-answers mean. Who could change one could stand in for both servers, so clinics compare the
+answers mean. Anyone who can change a card can impersonate both servers, so clinics compare the
 fingerprints with the institutions, as for any certificate. Reading it needs no JAX.
 """
 
@@ -152,7 +152,8 @@ def read(path: pathlib.Path) -> Issued:
       raise ValueError("its plan takes other images than it says")
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
-      f"{path} is no card of a model ({type(error).__name__}: {error}); ask the model owner again"
+      f"{path} is not a card of a model ({type(error).__name__}: {error}); ask the model "
+      "owner again"
     ) from error
   first, second = servers
   if first.name == second.name or first.certificate == second.certificate:
@@ -192,15 +193,18 @@ def _server(said: Mapping[str, Any], role: str) -> Server:
 def _card(found: Mapping[str, Any]) -> Card:
   card = Card(**found)
   if len(bytes.fromhex(card.publication)) != 32 or not 8 <= card.num_bits <= 64:
-    raise ValueError("its publication or ring is none")
+    raise ValueError(
+      f"publication={card.publication!r} with num_bits={card.num_bits} is not valid: 32 bytes in "
+      "hexadecimal, and 8 to 64 bits"
+    )
   for each in (*card.images, *card.outputs):
     if not (all(isinstance(n, int) and n >= 0 for n in each["shape"]) and each["unit"] > 0):
-      raise ValueError("a shape or unit is none")
+      raise ValueError(f"shape={each['shape']} with unit={each['unit']} is not valid")
   for image in card.images:
     if not 1 < image["bits"] <= card.num_bits:
       raise ValueError("an image's bits are beyond the ring")
     if not image.get("most", 0.0) >= 0:
-      raise ValueError("an image's largest magnitude is none")
+      raise ValueError(f"an image's largest magnitude {image['most']} is not valid")
   for output in card.outputs:
     np.dtype(output["dtype"].replace("bfloat16", "float32"))
   return card

@@ -22,6 +22,7 @@ from primia_jax.service.errors import Refused
 
 KEY, CERTIFICATE = "key.pem", "certificate.pem"
 CLINICS = "clinics"  # a model owner's folder of those that it lets in, NAME.pem
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 RESERVED = (  # what roles keep of a publication, beside a folder for each clinic
   "blind", "checked", "correlations", "dealing", "held", "plan", "publication", "receipt", "scores",
   "secret", "seeds", "tag", "used",
@@ -78,10 +79,15 @@ def create(folder: pathlib.Path, who: str, days: float = 365.0) -> pathlib.Path:
 
 def check_name(who: str, what: str = "who") -> None:
   """Raises ValueError, which names `what`, unless an institution and a folder can have the name."""
-  if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", who):
-    raise ValueError(f"{what}={who!r}; use up to 63 letters a to z, digits and hyphens")
+  check_form(who, what)
   if who in RESERVED:
     raise ValueError(f"{what}={who!r} is the name of a file of a publication; use another")
+
+
+def check_form(name: str, what: str) -> None:
+  """Raises ValueError, which names `what`, unless a name is of the form that folders have."""
+  if not NAME.fullmatch(name):
+    raise ValueError(f"{what}={name!r}; use up to 63 letters a to z, digits and hyphens")
 
 
 def clinics(folder: pathlib.Path) -> dict[str, bytes]:

@@ -24,20 +24,14 @@ try:
 except ImportError as e:
   raise ImportError("the service needs gRPC: pip install 'primia-jax[service]'") from e
 
-from primia_jax.service import certificates  # noqa: E402
+from primia_jax.service import certificates, sharing  # noqa: E402
 from primia_jax.service.certificates import Identity  # noqa: E402
 from primia_jax.service.errors import PeerLate, PeerLost, PutBack, Refused, SessionEnded, UsedUp  # noqa: E402
 
-_SERVICE, _METHOD = "primia_jax.EncryptedInference", "Session"
+_SERVICE, _METHOD = sharing.METHOD[1:].split("/")
 _END = b""  # a client's last message: to a server, a connection that breaks can look like an end
 _POLL = 0.2  # seconds between two looks whether a server is stopping
 _AHEAD = 2  # messages that may come before they are read
-_REFUSALS = (
-  grpc.StatusCode.UNAUTHENTICATED,
-  grpc.StatusCode.FAILED_PRECONDITION,
-  grpc.StatusCode.RESOURCE_EXHAUSTED,
-)
-
 # (the clinic's name, (idle) -> the next message or None at the end) -> what the server sends
 Receive = Callable[..., bytes | None]
 Session = Callable[[str, Receive], Iterator[bytes]]
@@ -162,7 +156,7 @@ def connect(
   name = ("grpc.ssl_target_name_override", certificates.name(server))
   outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
   with grpc.secure_channel(address, credentials, [*_options(limits), name]) as channel:
-    method = channel.stream_stream(f"/{_SERVICE}/{_METHOD}", None, None)
+    method = channel.stream_stream(sharing.METHOD, None, None)
     call = method(iter(outbox.get, None), timeout=limits.session)
     inbox = _Inbox(call, call.cancel, limits)
     try:
@@ -283,7 +277,7 @@ class _Inbox:
 
 def _named(error: Any, begun: bool) -> SessionEnded:
   code, details = error.code(), error.details()
-  if code in _REFUSALS:
+  if code in sharing.REFUSALS:
     kinds = {kind.__name__: kind for kind in (UsedUp, PutBack)}
     return kinds.get(details.partition(":")[0], Refused)(details)
   if code == grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -53,7 +53,6 @@ def deal(dealer: Dealer, count: int, model_owner: pathlib.Path, data_owner: path
   """Deals for a number of inferences, into a folder for each party.
 
   Args:
-    dealer: the dealer.
     count: of inferences.
     model_owner, data_owner: where the parties' correlations go. A model owner has one for each of
       its clinics, so that no clinic can use up another's.
@@ -113,7 +112,7 @@ def check_unused(folder: pathlib.Path, inference: str) -> None:
     folder, inference: as given to `take`.
   """
   if not re.fullmatch("[0-9a-f]{64}", inference):
-    raise Refused(f"{inference!r} is no number of an inference")
+    raise Refused(f"{inference!r} is not a number of an inference")
   if is_used(folder, inference):
     raise _used(inference)
   if not (folder / CORRELATIONS / inference).is_file():

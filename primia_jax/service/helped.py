@@ -31,20 +31,12 @@ from primia_jax.mpc import apart, helping
 from primia_jax.mpc.helping import Helper
 from primia_jax.mpc.messages import Correlations
 from primia_jax.mpc.sharing import DATA_OWNER
-from primia_jax.service import (
-  certificates,
-  channel,
-  folders,
-  inbox,
-  publications,
-  receipts,
-  sessions,
-)
+from primia_jax.service import certificates, channel, folders, inbox, publications, receipts
 from primia_jax.service.channel import Limits, Receive
 from primia_jax.service.errors import Refused, SessionEnded
 from primia_jax.service.helping import Asked, Desk, assist, largest_message, serve_client
 from primia_jax.service.helping import serve_helper as answer_helper
-from primia_jax.service.institutions import Served, collecting, verifying
+from primia_jax.service.institutions import Served, collecting, naming, verifying
 from primia_jax.service.journal import Journal
 
 _DOOR = 4  # streams besides, so that a clinic can be told that it is turned away
@@ -93,8 +85,8 @@ def helped(folder: pathlib.Path, name: str, kept: pathlib.Path | None = None) ->
   facts = lambda pem: {certificates.name(pem), certificates.fingerprint(pem)}
   if facts(own) & facts(found.server):
     raise ValueError(
-      f"folder={folder} has the name or certificate of the model owner of {name}; who is both "
-      "reads every image, so the helper must be another institution"
+      f"folder={folder} has the name or certificate of the model owner of {name}; an institution "
+      "that is both can read every image, so the helper must be another institution"
     )
   online = apart.online(found.plan, DATA_OWNER, kept=kept)
   owner.warm_up()
@@ -133,15 +125,11 @@ def serve(
     one.publication: Desk(limits.timeout / 2, limits.session, limits.sessions) for one in models
   }
   keys = {one.publication: receipts.key(one.folder) for one in models}
-  known = {sessions.terms(one.owner.plan, one.online, one.publication): one for one in models}
-  collect = collecting(folder, inbox.MODEL_OWNER, journal)
+  collect, named = collecting(folder, inbox.MODEL_OWNER, journal), naming(models)
   verify = verifying(folder, journal, collect)
 
   def assisted(receive: Receive) -> Iterator[bytes]:
-    hello = receive()
-    waiting, asked = [hello], sessions.asked(hello)
-    again = lambda idle=False: waiting.pop() if waiting else receive(idle=idle)
-    model = known.get(asked, models[0]) if asked else models[0]
+    model, again = named(receive)
     place, key = model.folder / helper, keys[model.publication]
 
     def take(inference: str, shown: bytes) -> tuple[Correlations, bytes]:
@@ -180,10 +168,9 @@ def serve(
         room.release()
 
   # a clinic's and the helper's for each, and for those that are turned away
-  doubled = limits._replace(sessions=2 * limits.sessions + _DOOR)
-  with _listening(
-    folder, models, address, peers, session, doubled, journal, stopping, admit
-  ) as port:
+  doubled = _fitting(models, limits._replace(sessions=2 * limits.sessions + _DOOR))
+  listening = address, certificates.load(folder), peers, session, doubled
+  with channel.listen(*listening, journal.refused, stopping, admit) as port:
     yield port
 
 
@@ -227,10 +214,8 @@ def assisting(
 
   collect = collecting(folder, inbox.HELPER, journal)
   session = _of_clinic(models, journal, answer, collect, stopping)
-  peers, admit = certificates.clinics(folder), journal.session
-  with _listening(
-    folder, models, address, peers, session, limits, journal, stopping, admit
-  ) as port:
+  listening = address, identity, certificates.clinics(folder), session, _fitting(models, limits)
+  with channel.listen(*listening, journal.refused, stopping, journal.session) as port:
     yield port
 
 
@@ -269,21 +254,6 @@ def _of_clinic(
   return session
 
 
-@contextlib.contextmanager
-def _listening(
-  folder: pathlib.Path,
-  models: Sequence[Any],
-  address: str,
-  peers: Mapping[str, bytes],
-  session: channel.Session,
-  limits: Limits,
-  journal: Journal,
-  stopping: threading.Event | None,
-  admit: channel.Admit,
-) -> Iterator[int]:
-  largest = max(largest_message(one.owner.plan, one.online) for one in models)
-  identity, limits = certificates.load(folder), limits._replace(message=largest)
-  with channel.listen(
-    address, identity, peers, session, limits, journal.refused, stopping, admit
-  ) as port:
-    yield port
+def _fitting(models: Sequence[Any], limits: Limits) -> Limits:
+  """The limits, with room for the longest message about any of the models."""
+  return limits._replace(message=max(largest_message(m.owner.plan, m.online) for m in models))

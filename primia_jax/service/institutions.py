@@ -88,7 +88,6 @@ def serve(
 
   Args:
     folder: the model owner's.
-    owner: the model owner.
     publication: which publication the clinics have.
     address: host:port; port 0 takes any free one.
     online: `apart.online(plan, MODEL_OWNER)`, if it is compiled already.
@@ -256,6 +255,21 @@ def verifying(
   return verify
 
 
+def naming(models: Sequence[Served]) -> Callable[[channel.Receive], tuple[Served, channel.Receive]]:
+  """receive -> (the model that a session's first message names, or the first model if it names
+  none; what receives that message again and then the others).
+  """
+  known = {sessions.terms(one.owner.plan, one.online, one.publication): one for one in models}
+
+  def named(receive: channel.Receive) -> tuple[Served, channel.Receive]:
+    hello = receive()
+    waiting, asked = [hello], sessions.asked(hello)
+    again = lambda idle=False: waiting.pop() if waiting else receive(idle=idle)
+    return (known.get(asked, models[0]) if asked else models[0]), again
+
+  return named
+
+
 @contextlib.contextmanager
 def _listening(
   folder: pathlib.Path,
@@ -269,16 +283,11 @@ def _listening(
 ) -> Iterator[int]:
   largest = [sessions.largest_message(one.owner.plan, one.online) for one in models]
   limits = limits._replace(message=max(largest))
-  clinics = certificates.clinics(folder)
-  known = {sessions.terms(one.owner.plan, one.online, one.publication): one for one in models}
+  clinics, named = certificates.clinics(folder), naming(models)
 
   def chosen(clinic: str, receive: channel.Receive) -> Iterator[bytes]:
-    """The session about the model that the first message names; the first is taken if none is."""
-    hello = receive()
-    waiting = [hello]
-    again = lambda idle=False: waiting.pop() if waiting else receive(idle=idle)
-    asked = sessions.asked(hello)
-    yield from session(known.get(asked, models[0]) if asked else models[0], clinic, again)
+    model, again = named(receive)
+    yield from session(model, clinic, again)
 
   identity = certificates.load(folder)
   with channel.listen(address, identity, clinics, chosen, limits, ended, stopping, admit) as port:
@@ -367,7 +376,6 @@ def ask(
 
   Args:
     folder: the clinic's.
-    owner: the data owner.
     publication: the name of the model owner's publication.
     address: host:port.
     server: the server's certificate, PEM.

@@ -227,7 +227,7 @@ class Journal:
     self._print(line)
 
   def _print(self, line: str) -> None:
-    """The file is the record: no query hangs on who reads along."""
+    """The file is the record: no query waits for readers of the copy."""
     if self._echo is not None:
       with contextlib.suppress(OSError, ValueError):  # a pipe whose reader has gone
         print(line, file=self._echo, flush=True)

@@ -24,7 +24,6 @@ import dataclasses
 import io
 import json
 import pathlib
-import re
 import shutil
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -45,7 +44,6 @@ from primia_jax.types import PyTree
 
 MODELS, OUTBOX, HELPER = "models", "outbox", "helper"
 SERVER = "server.pem"
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _FORMAT = 1
 
 
@@ -78,14 +76,13 @@ def model_folder(folder: pathlib.Path, name: str) -> pathlib.Path:
   Raises:
     ValueError: the name is not of the form that folders have.
   """
-  if not _NAME.fullmatch(name):
-    raise ValueError(f"model={name!r}; use up to 63 letters a to z, digits and hyphens")
+  certificates.check_form(name, "model")
   return folder / MODELS / name
 
 
 def names(folder: pathlib.Path) -> list[str]:
   """The publications that a role's folder holds something of."""
-  return sorted(p.name for p in (folder / MODELS).glob("*") if _NAME.fullmatch(p.name))
+  return sorted(p.name for p in (folder / MODELS).glob("*") if certificates.NAME.fullmatch(p.name))
 
 
 # ---- the model owner

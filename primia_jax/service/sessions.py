@@ -42,7 +42,6 @@ def terms(plan: Plan, online: Online, publication: str) -> Terms:
   """What a side wants a session to be about.
 
   Args:
-    plan: the plan.
     online: its program.
     publication: its name.
   """
@@ -197,7 +196,6 @@ class Asking:
   """The data owner's side of a session: `prepare`, then `ask`, any number of times.
 
   Args:
-    owner: the data owner.
     online: its program.
     publication: which publication it asks about.
     send, receive: the carrier.

@@ -39,7 +39,7 @@ from primia_jax.service.frames import Place  # noqa: E402
 METHOD, PUBLICATION_BYTES = "/primia_jax.EncryptedInference/Session", 32
 _END = b""
 _PARTING = 2.0  # seconds for a server that has answered to end the call
-_REFUSALS = (
+REFUSALS = (
   grpc.StatusCode.UNAUTHENTICATED,
   grpc.StatusCode.FAILED_PRECONDITION,
   grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -236,7 +236,7 @@ def _received(answers: Any, who: str, begun: bool) -> bytes:
     code, details = error.code(), error.details()
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
       raise PeerLate(f"{who} took longer than a request may") from error
-    if code in _REFUSALS:
+    if code in REFUSALS:
       raise Refused(f"{who}: {details}") from error
     if code == grpc.StatusCode.UNAVAILABLE and not begun:  # somebody listens, but TLS failed
       raise Refused(

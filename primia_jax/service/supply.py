@@ -7,7 +7,7 @@
 | held/CLINIC, seeds/CLINIC | a clinic's part and the seeds, until some are checked |
 
 What goes to the parties lies in `outbox/model_owner` and `outbox/CLINIC`; each is moved into its
-receiver's `inbox/dealer` as it is (`inbox`). Who reads both learns images and weights: each must
+receiver's `inbox/dealer` as it is (`inbox`). Anyone with both learns images and weights: each must
 travel to its receiver alone, encrypted. The dealer keeps no copy, and without checks no seed
 either.
 
@@ -349,7 +349,7 @@ def _listed(path: pathlib.Path) -> list[str]:
   try:
     found = json.loads(path.read_bytes())
     if not (isinstance(found, list) and all(isinstance(v, str) for v in found)):
-      raise ValueError("it is no list of numbers")
+      raise ValueError("it is not a list of numbers")
   except ValueError as error:
     raise ValueError(f"{path} is damaged ({error}); copy it again") from error
   return found

@@ -2,7 +2,7 @@
 configuration.
 
 They are those of the number that is shared. One that lies within its error of a jump may land on
-the other side. For C, T and P see `polynomials`; a quotient by steps that are no powers of two
+the other side. For C, T and P see `polynomials`; a quotient by steps that are not powers of two
 takes twice the bits of the number, and is exact too if the number is a whole multiple of a fraction
 of each step.
 """
@@ -10,6 +10,7 @@ of each step.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -49,20 +50,20 @@ def nearest_even(build: Builder, x: Value) -> Value:
 
   It is floor((x + 1/2) / 2) + ceil((x - 1/2) / 2).
   """
-  quotient, shift = _both_signs(build, x, 1.0)
-  if not shift:
-    return nearest(build, x)
-  moved = build.add_public(quotient, 2.0 ** (shift - 1))
-  return _whole(_difference(build, build.floored(moved, shift + 1)), x, 1.0)
+  return _nearest(build, x, lambda moved, shift: build.floored(moved, shift + 1))
 
 
 def nearest_away(build: Builder, x: Value) -> Value:
   """The nearest whole number; halves away from 0. C rounds."""
+  return _nearest(build, x, lambda moved, shift: build.floored(moved, shift, positive=True))
+
+
+def _nearest(build: Builder, x: Value, floored: Callable[[Value, int], Value]) -> Value:
   quotient, shift = _both_signs(build, x, 1.0)
   if not shift:
     return nearest(build, x)
   moved = build.add_public(quotient, 2.0 ** (shift - 1))
-  return _whole(_difference(build, build.floored(moved, shift, positive=True)), x, 1.0)
+  return _whole(_difference(build, floored(moved, shift)), x, 1.0)
 
 
 def shifted(build: Builder, x: Value, shifts: Any) -> Value:

@@ -38,7 +38,7 @@ _NAMED = {
   )
 }
 # These say where XLA puts a value or how it accumulates it; a program has neither.
-_UNUSED = {"sharding", "out_sharding", "accuracy", "precision", "mesh"}
+UNUSED = {"sharding", "out_sharding", "accuracy", "precision", "mesh"}
 
 
 class Writer:
@@ -80,14 +80,14 @@ class Writer:
         f"{e.name} at {e.source} cannot be written to a file: {error}; plan again where it is used"
       ) from None
     if self.strict and e.name not in _PRIMITIVES:
-      raise ValueError(f"{e.name} at {e.source} is no primitive of JAX and cannot be written")
+      raise ValueError(f"{e.name} at {e.source} is not a primitive of JAX and cannot be written")
     avals = [self._aval(v) for v in e.avals]
     where = e.source if sources else ""
     inputs = [self.value(v) for v in e.inputs]
     return [e.name, params, inputs, [v.number for v in e.outputs], avals, e.layer, where]
 
   def _params(self, params: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if k in _UNUSED else self.value(v) for k, v in sorted(params.items())}
+    return {k: None if k in UNUSED else self.value(v) for k, v in sorted(params.items())}
 
   def value(self, v: Any) -> Any:
     """A parameter or an input of an equation."""

@@ -115,7 +115,7 @@ def trace(fn: Callable, args: Sequence[PyTree], owners: Sequence[Any]) -> Progra
   inputs = [v if p else tracer.new() for p, v in zip(public, leaves, strict=True)]
   outputs = tracer.inline(jaxpr, [v for v in inputs if isinstance(v, Ref)], "", "an unknown line")
   dtypes = tuple(v.dtype for v in jaxpr.out_avals)
-  equations = _needed(tracer.equations, outputs)
+  equations = needed(tracer.equations, outputs)
   return Program(tuple(inputs), avals, equations, tuple(outputs), out_shape[-1], dtypes)
 
 
@@ -150,6 +150,15 @@ def evaluator(program: Program) -> Callable[[Sequence[Array | None]], dict[int, 
   return jax.jit(run) if runs_as_one(program) else run
 
 
+def follow(program: Program, leaves: Sequence[Array | None]) -> dict[int, Array]:
+  """`evaluate` for concrete inputs; nothing is compiled where no equation follows from them."""
+  given = _given(program, leaves)
+  known = lambda v: not isinstance(v, Ref) or v.number in given
+  if any(all(map(known, e.inputs)) for e in program.equations):
+    return evaluator(program)(leaves)
+  return {number: jax.device_put(v) for number, v in given.items()}
+
+
 def measurer(
   program: Program, watch: Watch = lambda equation, inputs, outputs: None
 ) -> Callable[[Sequence[Array]], np.ndarray]:
@@ -159,38 +168,26 @@ def measurer(
   random generators), and those that no output needs, count as 0. `watch` sees each equation with
   its inputs and outputs.
   """
-  if not runs_as_one(program):
-    return functools.partial(_measure_each, program, watch)
-  run = evaluator(program)
+  run = evaluator(program) if runs_as_one(program) else None
+  last = {v.number: e for e in program.equations for v in e.inputs if isinstance(v, Ref)}
 
   def measure(leaves: Sequence[Array]) -> np.ndarray:
-    out, env = np.zeros(program.num_values), run(leaves)
-    for number, v in env.items():
-      out[number] = magnitude(v)
+    """Keeps no value for longer than it is needed."""
+    out, env = np.zeros(program.num_values), _given(program, leaves)
+    known = run(leaves) if run else {}
+    out[list(env)] = [magnitude(v) for v in env.values()]
     for e in program.equations:
       inputs = [env[v.number] if isinstance(v, Ref) else v for v in e.inputs]
-      watch(e, inputs, [env[ref.number] for ref in e.outputs])
+      outputs = [known.pop(ref.number) for ref in e.outputs] if run else e.bind(*inputs)
+      watch(e, inputs, outputs)
+      for ref, v in zip(e.outputs, outputs, strict=True):
+        env[ref.number], out[ref.number] = v, magnitude(v)
+      for v in e.inputs:
+        if isinstance(v, Ref) and last[v.number] is e:
+          env.pop(v.number, None)
     return out
 
   return measure
-
-
-def _measure_each(program: Program, watch: Watch, leaves: Sequence[Array]) -> np.ndarray:
-  """Keeps no value for longer than it is needed."""
-  out = np.zeros(program.num_values)
-  env = _given(program, leaves)
-  last = {v.number: e for e in program.equations for v in e.inputs if isinstance(v, Ref)}
-  out[list(env)] = [magnitude(v) for v in env.values()]
-  for equation in program.equations:
-    inputs = [env[v.number] if isinstance(v, Ref) else v for v in equation.inputs]
-    outputs = equation.bind(*inputs)
-    watch(equation, inputs, outputs)
-    for ref, v in zip(equation.outputs, outputs, strict=True):
-      env[ref.number], out[ref.number] = v, magnitude(v)
-    for v in equation.inputs:
-      if isinstance(v, Ref) and last[v.number] is equation:
-        env.pop(v.number, None)
-  return out
 
 
 def magnitude(v: Array) -> float:
@@ -214,7 +211,7 @@ def _given(program: Program, leaves: Sequence[Array | None]) -> dict[int, Any]:
   }
 
 
-def _needed(equations: Sequence[Equation], outputs: Sequence[Any]) -> tuple[Equation, ...]:
+def needed(equations: Sequence[Equation], outputs: Sequence[Any]) -> tuple[Equation, ...]:
   """The equations that outputs need, and those without outputs, which have effects."""
   live = {v.number for v in outputs if isinstance(v, Ref)}
   kept = []
@@ -223,6 +220,21 @@ def _needed(equations: Sequence[Equation], outputs: Sequence[Any]) -> tuple[Equa
       live |= {v.number for v in equation.inputs if isinstance(v, Ref)}
       kept.append(equation)
   return tuple(reversed(kept))
+
+
+def inlined(
+  closed: Any, inputs: Sequence[Any], outputs_of: Callable[[Any, list[Any]], list[Any]]
+) -> list[Any]:
+  """The outputs of a jaxpr, each of whose equations becomes `outputs_of`(equation, its inputs)."""
+  is_closed = isinstance(closed, core.ClosedJaxpr)
+  jaxpr, consts = (closed.jaxpr, closed.consts) if is_closed else (closed, [])
+  env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+  env |= dict(zip(jaxpr.invars, inputs, strict=True))
+  read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
+  for eqn in jaxpr.eqns:
+    outputs = outputs_of(eqn, [read(v) for v in eqn.invars])
+    env |= dict(zip(eqn.outvars, outputs, strict=True))
+  return [read(v) for v in jaxpr.outvars]
 
 
 class _Tracer:
@@ -236,16 +248,7 @@ class _Tracer:
     return Ref(self.count - 1)
 
   def inline(self, closed: Any, inputs: Sequence[Any], layer: str, source: str) -> list[Any]:
-    jaxpr, consts = (
-      (closed.jaxpr, closed.consts) if isinstance(closed, core.ClosedJaxpr) else (closed, [])
-    )
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env |= dict(zip(jaxpr.invars, inputs, strict=True))
-    read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
-    for eqn in jaxpr.eqns:
-      outputs = self._equation(eqn, [read(v) for v in eqn.invars], layer, source)
-      env |= dict(zip(eqn.outvars, outputs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    return inlined(closed, inputs, lambda eqn, v: self._equation(eqn, v, layer, source))
 
   def _equation(self, eqn: Any, values: list[Any], layer: str, source: str) -> list[Any]:
     name, source = eqn.primitive.name, self.decomposed or source_of(eqn) or source
@@ -256,7 +259,7 @@ class _Tracer:
       if (found := _by_numpy(eqn, values)) is not None:
         return [found]
       with jax.ensure_compile_time_eval():
-        return _bind(eqn, values)
+        return applied(eqn, values)
     if name == "cond":
       if isinstance(values[0], Ref):
         raise NotImplementedError(
@@ -282,7 +285,7 @@ class _Tracer:
       return self._parts(parts(*(v.aval for v in eqn.invars)), values, layer, source)
     outputs = tuple(self.new() for _ in eqn.outvars)
     avals = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
-    bind = lambda *inputs: _bind(eqn, inputs)
+    bind = lambda *inputs: applied(eqn, inputs)
     self.equations.append(
       Equation(name, bind, eqn.params, tuple(values), outputs, avals, layer or "(top)", source)
     )
@@ -356,7 +359,8 @@ CALLS = dict.fromkeys(
 )  # fmt: skip
 
 
-def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def applied(eqn: Any, values: Sequence[Any]) -> list[Any]:
+  """The outputs of an equation's primitive."""
   outputs = eqn.primitive.bind(*values, **eqn.params)
   return list(outputs) if eqn.primitive.multiple_results else [outputs]
 

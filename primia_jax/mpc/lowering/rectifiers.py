@@ -13,7 +13,7 @@ import numpy as np
 
 from primia_jax.mpc.lowering.holders import Lazy, is_secret
 from primia_jax.mpc.lowering.ownership import Lowering, Rule
-from primia_jax.mpc.lowering.program import Equation, Program, Ref
+from primia_jax.mpc.lowering.program import Equation, Program, Ref, needed
 from primia_jax.mpc.lowering.rules_linear import RULES as LINEAR
 
 LEAKY_RELU = "leaky_relu"
@@ -24,13 +24,7 @@ def with_leaky_relus(program: Program) -> Program:
   """The program with such choices as one equation (y, a); what nothing else reads is left out."""
   made = {ref.number: e for e in program.equations for ref in e.outputs}
   equations = [_leaky_relu(e, made) or e for e in program.equations]
-  read = {v.number for v in program.outputs if isinstance(v, Ref)}
-  kept: list[Equation] = []
-  for e in reversed(equations):
-    if not e.outputs or any(ref.number in read for ref in e.outputs):
-      read |= {v.number for v in e.inputs if isinstance(v, Ref)}
-      kept.append(e)
-  return program._replace(equations=tuple(reversed(kept)))
+  return program._replace(equations=needed(equations, program.outputs))
 
 
 def _leaky_relu(e: Equation, made: dict[int, Equation]) -> Equation | None:

@@ -11,10 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from primia_jax.mpc.lowering.portable import UNUSED
 from primia_jax.mpc.lowering.program import Equation, Program, Ref
-
-# These say where XLA puts a value or how it accumulates it; a program has neither.
-_UNUSED = {"sharding", "out_sharding", "accuracy", "precision", "mesh"}
 
 
 def without_repeats(program: Program) -> Program:
@@ -45,7 +43,7 @@ def _key(equation: Equation) -> Hashable:
   """Equal for equations that compute the same; None for one that is kept anyway."""
   if not equation.outputs:
     return None
-  params = {k: v for k, v in equation.params.items() if k not in _UNUSED}
+  params = {k: v for k, v in equation.params.items() if k not in UNUSED}
   avals = tuple((aval.shape, str(aval.dtype)) for aval in equation.avals)
   try:
     return equation.name, _plain(sorted(params.items())), _plain(equation.inputs), avals

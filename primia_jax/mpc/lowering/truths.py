@@ -84,7 +84,6 @@ def with_room(
   known.
 
   Args:
-    program: the program.
     largest: [number of values] float64 of `measure`, 1 for truth values.
     taken: by number, of `watch` over all examples.
     fixed: by number, the values that follow from the model owner's alone.
