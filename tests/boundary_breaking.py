@@ -129,8 +129,8 @@ def with_keys(patch: Patch, change: Callable[[Any, Any], tuple[Any, Any]]) -> No
 
 
 def drop_key(number: int, patch: Patch) -> None:
-  left = np.array([i != number for i in range(K)], np.int32)
-  with_keys(patch, lambda keys, signs: (keys, signs * left))
+  without = lambda signs: [signs[i : i + 1] * int(i != number) for i in range(K)]
+  with_keys(patch, lambda keys, signs: (keys, jnp.concatenate(without(signs))))
 
 
 def swap_key(number: int, patch: Patch) -> None:

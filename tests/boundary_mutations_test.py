@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import boundary_breaking as breaking
+import boundary_hiding as hiding
 import federated_sites as small
 import jax
 import jax.numpy as jnp
@@ -69,11 +70,11 @@ BY_HAND = [
   for report, fn, finds in (
     # a round: the mask
     (round_report, breaking.doubled, "not masked"),
-    (round_report, breaking.narrow, "only 16 low bits are masked"),
+    (round_report, breaking.narrow, "only its low bits are masked"),
     (round_report, breaking.shifted, "not masked"),
     (round_report, breaking.one_for_all, "not masked"),
     (round_report, breaking.in_floats, r"boundary_breaking\.py:\d+: .*not masked"),
-    (round_report, breaking.taken_off, "it knows the mask"),
+    (round_report, breaking.taken_off, r"its mask is in \[sent"),
     (round_report, breaking.public_keys, "not masked"),
     (round_report, breaking.one_own_mask_for_all, r"one key serves \[0\], \[1\], \[2\]"),
     (round_report, breaking.own_mask_for_noise, "one key serves"),
@@ -87,6 +88,22 @@ BY_HAND = [
     (round_report, breaking.if_the_loss_is_low, r"boundary_breaking\.py:\d+: .*not masked"),
     (round_report, breaking.printed, r"boundary_breaking\.py:\d+: debug_print in the site"),
     (round_report, breaking.called_back, r"breaking\.py:\d+: debug_callback in the site"),
+    # a round: at another site, in another sum
+    (round_report, hiding.open_at_the_last_site, r"boundary_hiding\.py:\d+: .*not masked"),
+    (round_report, hiding.open_at_a_site_that_is_not_here, "not masked"),
+    (round_report, hiding.no_pairs_at_the_last_site, r"\(of site 2 of the sum\): .*it knows"),
+    (round_report, hiding.open_in_round_seven, r"boundary_hiding\.py:\d+: .*not masked"),
+    (round_report, hiding.open_in_evaluations, "not masked"),
+    (round_report, hiding.printed_in_round_seven, "debug_print in the site function: not"),
+    (round_report, hiding.one_stream_in_round_seven, "not masked"),
+    (round_report, hiding.stream_of_the_first_leaf_in_round_zero, "not masked"),
+    # a round: what is no argument, and what no list has
+    (round_report, hiding.closed_over, r"it tells an array \[8\] that the function closes over"),
+    (round_report, hiding.closed_over_in_a_loop, r"it tells an array \[8\] that the function"),
+    (hiding.shared_report, hiding.shared, "it tells shared"),
+    (round_report, hiding.foreign_code, "ffi_call in the site function: not masked"),
+    (round_report, hiding.foreign_code_that_denies_an_effect, "ffi_call in the site function"),
+    (round_report, hiding.unlisted_effect, "calling_home in the site function: not masked"),
     # an inference: what is opened
     (secret_report, breaking.share_opened, "opens .*its mask is in"),
     (secret_report, breaking.answer_opened, "opens .*its mask is in"),

@@ -2,14 +2,17 @@
 
 import ast
 import pathlib
+import types
 
 import boundary_breaking as breaking
 import federated_sites as small
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax._src.lax import parallel
 
 from primia_jax import (
   algorithms,
@@ -22,7 +25,7 @@ from primia_jax import (
   site_privacy,
   summation,
 )
-from primia_jax.boundary import flow, messages, report, values
+from primia_jax.boundary import flow, meetings, messages, report, values
 from primia_jax.mpc import planning, protocol
 from primia_jax.mpc.circuit import Config
 from primia_jax.privacy import adaptive, distributed
@@ -98,6 +101,7 @@ OPEN = {
     (x.astype(jnp.int32) + (stream(k) & np.uint32(1)).astype(jnp.int32)) & np.int32(-1)
   ),
   "a print": lambda x, k: (jax.debug.print("{}", x), stream(k))[1],
+  "a call of the host": lambda x, k: jax.pure_callback(lambda v: v, x, x) + stream(k),
 }
 
 
@@ -110,6 +114,22 @@ def test_what_is_hidden_passes(name):
 def test_what_lies_open_is_found(name):
   with pytest.raises(boundary.Unmasked):
     audited(OPEN[name]).check()
+
+
+# ---- what meets
+
+
+def test_every_collective_crosses_or_is_said_to_stay():
+  """One that a later JAX may bring crosses, too: by its axis, whatever its name is."""
+  core = jax.extend.core
+  of = lambda primitive: types.SimpleNamespace(
+    primitive=primitive, params={"axis_name": ("party",)}, effects=set()
+  )
+  found = {v.name: v for v in vars(parallel).values() if isinstance(v, core.Primitive)}
+  staying = {name for name, v in found.items() if not meetings.crosses(of(v))}
+  assert len(found) > 10
+  assert staying <= meetings.STAYING
+  assert meetings.crosses(of(core.Primitive("a later one")))
 
 
 # ---- rounds
