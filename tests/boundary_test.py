@@ -191,12 +191,21 @@ def test_noise_of_sites_is_masked_too():
 
 
 def test_sums_of_counts_and_scores_are_audited_as_they_are_formed():
-  stacked = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct((breaking.K, *a.shape), a.dtype), breaking.SITE
+  of_patients = breaking.SITE._replace(units=breaking.SITE.labels)
+  stacked, by_patient = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct((breaking.K, *a.shape), a.dtype), (breaking.SITE, of_patients)
   )
   sites = federated.Sites(np.arange(breaking.K), lambda ids: stacked)
-  count = lambda where: evaluation.class_counting(small.L, MASKED, where, 1.0)(sites)
-  boundary.audit(count).check()
+  for each, noise in ((stacked, 0.0), (stacked, 1.0), (by_patient, 0.0), (by_patient, 1.0)):
+    given = sites._replace(load=lambda ids, each=each: each)
+    boundary.audit(
+      lambda where, given=given, noise=noise: evaluation.class_counting(
+        small.L, MASKED, where, noise
+      )(given)
+    ).check()
+  scores = {"table": np.zeros((breaking.K, small.L), np.float32)}
+  summed = lambda where: evaluation.count_summing(MASKED, where)(range(breaking.K), scores)
+  boundary.audit(summed).check()
   algorithm = ALGORITHMS["fedavg"]()
   own = jax.eval_shape(algorithm.init_site, breaking.PARAMS, {})
   state = federated.State(breaking.PARAMS, {}, (), own, np.int32(7))
@@ -244,6 +253,15 @@ def every_gate(w, x):
 )
 def test_every_gate_opens_masked_values_only(config):
   assert check_secret(planned(every_gate, config, W, IMAGE)) == {"masked", "key", "output"}
+
+
+def test_a_clamp_opens_masked_values_only():
+  """The image of a client that may lie enters the ring through a gate."""
+  plan = planned(lambda w, x: x @ w, Config(20, 4, 8, client="sharing"), W, IMAGE)
+  assert any(
+    getattr(op, "gate", None) and op.gate.action == "clamp" for op in plan.circuit.operations
+  )
+  assert check_secret(plan) == {"masked", "key", "output"}
 
 
 @pytest.mark.slow  # function secret sharing grows its trees inside the trace
