@@ -33,10 +33,10 @@ LEAVES = ("'b'", "'w'", "'m'", "weight", "loss", "correct", "num_examples", "out
 SECURE = secagg.secure_sum(K, threshold=2)
 
 
-def round_report(algorithm=None, summed=None) -> boundary.Report:
+def round_report(algorithm=None, summed=None, public=()) -> boundary.Report:
   algorithm = algorithm or algorithms.fedavg(small.recipe(), keep_optimizer=True)
   summed = summed or summation.masked(SECURE)
-  return boundary.audit_round(algorithm, summed, PARAMS, STATISTICS, SITE, K)
+  return boundary.audit_round(algorithm, summed, PARAMS, STATISTICS, SITE, K, public=public)
 
 
 def network(weights, x):

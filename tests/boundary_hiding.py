@@ -97,18 +97,21 @@ def closed_over_in_a_loop(patch: Patch) -> None:
   with_send(patch, change)
 
 
-def shared_report() -> boundary.Report:
+COUNTS = np.array([3.0, 1.0], np.float32)
+
+
+def shared_report(public=()) -> boundary.Report:
   """A site's counts are given to a masked sum as what all sites share."""
   stacked = lambda a: jax.ShapeDtypeStruct((K, *a.shape), a.dtype)
   sites = federated.Sites(np.arange(K), lambda ids: jax.tree.map(stacked, breaking.SITE))
-  purpose, counts = summation.Purpose.COUNTING, np.array([3.0, 1.0], np.float32)
+  purpose = summation.Purpose.COUNTING
   site_fn = lambda shared, state, site: (shared, state)
 
   def form(placement):
     summed = summation.masked(SECURE)
-    return federated.over_sites(site_fn, summed, placement, purpose)(counts, 0, sites)
+    return federated.over_sites(site_fn, summed, placement, purpose)(COUNTS, 0, sites)
 
-  return boundary.audit(form)
+  return boundary.audit(form, public=public)
 
 
 def shared(patch: Patch) -> None:

@@ -148,6 +148,19 @@ def test_the_list_is_long_enough():
   assert len(GATE) == len(gate_masks())
 
 
+def test_a_caller_may_declare_arrays_public(monkeypatch):
+  """What anybody may know is no secret: an array that is closed over, or one that is shared."""
+  hiding.closed_over(monkeypatch)
+  found = round_report(public=[hiding.OWN_IMAGES.copy()])
+  found.check()
+  assert "public" in {c.status for c in found.crossings}
+  with pytest.raises(boundary.Unmasked, match="closes over"):
+    round_report(public=[hiding.OWN_IMAGES + 1]).check()
+  monkeypatch.undo()
+  hiding.shared(monkeypatch)
+  hiding.shared_report(public=[hiding.COUNTS]).check()
+
+
 # ---- what other checks catch
 
 EQUIVALENT = {

@@ -79,8 +79,8 @@ class Walk(NamedTuple):
     disclosed: keys that the observer holds; streams of theirs are public.
     call: inside a function of JAX itself, the equation that calls it: what JAX has traced once
       serves many callers, so its own lines are those of the first.
-    closed: arrays that the function may close over, since anybody may know them; None for all. An
-      array of another one, which is no argument, may be the site's own data.
+    closed: arrays that the function may close over, since anybody may know them; None for all. Any
+      other array that it closes over counts as secret.
   """
 
   met: list[Met]
@@ -172,6 +172,7 @@ def _constant(state: Walk, value: Any) -> Value:
 
 
 def is_among(value: Any, arrays: Sequence[Any]) -> bool:
+  """Whether an array is one of these, or equal to one."""
   alike = (a for a in arrays if np.shape(a) == np.shape(value) and a.dtype == value.dtype)
   return any(a is value or np.array_equal(a, value) for a in alike)
 
