@@ -207,9 +207,8 @@ def in_floats(patch: Patch) -> None:
 
 def taken_off(patch: Patch) -> None:
   def change(m, row, sent):
-    return masking.unmask(
-      sent, secagg.Residue(row[0].keys, -jnp.sign(row[0].site - row[0].peers)), row[2], SECURE
-    )
+    left = secagg.Residue(row[0].keys, -jnp.sign(row[0].site - row[0].peers))
+    return masking.unmask(sent, left, (row[2][0], row[2][1]), SECURE)
 
   with_send(patch, change)
 
