@@ -33,12 +33,12 @@ from jax import lax
 from primia_jax import compiling
 from primia_jax.types import Array
 
-_MASK_SUM, _BARRIER = "primia_mask_sum", "primia_barrier"
+_MASK_SUM, BARRIER = "primia_mask_sum", "primia_barrier"
 _DISCRETE, _PRODUCTS = "primia_discrete", "primia_products"
 _WIDE_PRODUCTS, _HAS_WIDE_PRODUCTS = "primia_wide_products", "primia_has_wide_products"
 _DEPTHWISE, _DEPTHWISE_KERNEL = "primia_depthwise", "primia_depthwise_kernel"
 TARGETS = (
-  _MASK_SUM, _DISCRETE, _PRODUCTS, _WIDE_PRODUCTS, _DEPTHWISE, _DEPTHWISE_KERNEL, _BARRIER,
+  _MASK_SUM, _DISCRETE, _PRODUCTS, _WIDE_PRODUCTS, _DEPTHWISE, _DEPTHWISE_KERNEL, BARRIER,
 )  # fmt: skip
 _FLAGS = ("-march=native",)
 _LOCK = threading.Lock()
@@ -119,7 +119,7 @@ def barrier(x: Array) -> Array:
   if jax.typeof(x).manual_axis_type.varying or not available():
     return lax.optimization_barrier(x)
   call = jax.ffi.ffi_call(
-    _BARRIER,
+    BARRIER,
     jax.ShapeDtypeStruct(x.shape, x.dtype),
     vmap_method="broadcast_all",
     input_output_aliases={0: 0},

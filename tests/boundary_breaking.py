@@ -33,10 +33,10 @@ LEAVES = ("'b'", "'w'", "'m'", "weight", "loss", "correct", "num_examples", "out
 SECURE = secagg.secure_sum(K, threshold=2)
 
 
-def round_report(algorithm=None, summed=None) -> boundary.Report:
+def round_report(algorithm=None, summed=None, public=()) -> boundary.Report:
   algorithm = algorithm or algorithms.fedavg(small.recipe(), keep_optimizer=True)
   summed = summed or summation.masked(SECURE)
-  return boundary.audit_round(algorithm, summed, PARAMS, STATISTICS, SITE, K)
+  return boundary.audit_round(algorithm, summed, PARAMS, STATISTICS, SITE, K, public=public)
 
 
 def network(weights, x):
@@ -129,8 +129,8 @@ def with_keys(patch: Patch, change: Callable[[Any, Any], tuple[Any, Any]]) -> No
 
 
 def drop_key(number: int, patch: Patch) -> None:
-  left = np.array([i != number for i in range(K)], np.int32)
-  with_keys(patch, lambda keys, signs: (keys, signs * left))
+  without = lambda signs: [signs[i : i + 1] * int(i != number) for i in range(K)]
+  with_keys(patch, lambda keys, signs: (keys, jnp.concatenate(without(signs))))
 
 
 def swap_key(number: int, patch: Patch) -> None:
@@ -207,9 +207,8 @@ def in_floats(patch: Patch) -> None:
 
 def taken_off(patch: Patch) -> None:
   def change(m, row, sent):
-    return masking.unmask(
-      sent, secagg.Residue(row[0].keys, -jnp.sign(row[0].site - row[0].peers)), row[2], SECURE
-    )
+    left = secagg.Residue(row[0].keys, -jnp.sign(row[0].site - row[0].peers))
+    return masking.unmask(sent, left, (row[2][0], row[2][1]), SECURE)
 
   with_send(patch, change)
 

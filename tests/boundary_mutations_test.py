@@ -1,8 +1,9 @@
-"""Forty and more ways to break what crosses, each listed with the check that must catch it.
+"""Eighty and more ways to break what crosses, each listed with the check that must catch it.
 
 Half of them are mechanical: each mask dropped, each keystream swapped for an earlier one, each key
 dropped or swapped for another's, each output replaced by an input. The others are by hand. Nothing
-is compiled but for the neighbour test: the analysis only traces.
+is compiled but for the neighbour test: the analysis only traces. The ways themselves are in
+`boundary_breaking`, `boundary_hiding` and `boundary_handed`.
 """
 
 import copy
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import boundary_breaking as breaking
+import boundary_handed as handed
+import boundary_hiding as hiding
 import federated_sites as small
 import jax
 import jax.numpy as jnp
@@ -63,17 +66,21 @@ MECHANICAL = [
     r"mpc/(gates/(elementwise|tables)|protocol)\.py:\d+: .* opens"),
   *of_each("stream of an earlier mask:", GATE[1:], secret_report, breaking.repeat_gate_mask,
     r"mpc/gates/(elementwise|tables)\.py:\d+: .* opens .*its mask is in \[.* opens"),
+  *of_each("output's share replaced by:", [(name, name) for name in handed.OPERANDS],
+    secret_report, handed.share_replaced, "share of output 0: not masked; it tells the model own"),
+  *of_each("output's share replaced by:", [(name, name) for name in handed.DEALT],
+    secret_report, handed.share_replaced, "opens .*: open to the data owner: its mask is in"),
 ]  # fmt: skip
 BY_HAND = [
   Mutation(fn.__name__, report, fn, finds)
   for report, fn, finds in (
     # a round: the mask
     (round_report, breaking.doubled, "not masked"),
-    (round_report, breaking.narrow, "only 16 low bits are masked"),
+    (round_report, breaking.narrow, "only its low bits are masked"),
     (round_report, breaking.shifted, "not masked"),
     (round_report, breaking.one_for_all, "not masked"),
     (round_report, breaking.in_floats, r"boundary_breaking\.py:\d+: .*not masked"),
-    (round_report, breaking.taken_off, "it knows the mask"),
+    (round_report, breaking.taken_off, r"its mask is in \[sent"),
     (round_report, breaking.public_keys, "not masked"),
     (round_report, breaking.one_own_mask_for_all, r"one key serves \[0\], \[1\], \[2\]"),
     (round_report, breaking.own_mask_for_noise, "one key serves"),
@@ -87,6 +94,22 @@ BY_HAND = [
     (round_report, breaking.if_the_loss_is_low, r"boundary_breaking\.py:\d+: .*not masked"),
     (round_report, breaking.printed, r"boundary_breaking\.py:\d+: debug_print in the site"),
     (round_report, breaking.called_back, r"breaking\.py:\d+: debug_callback in the site"),
+    # a round: at another site, in another sum
+    (round_report, hiding.open_at_the_last_site, r"boundary_hiding\.py:\d+: .*not masked"),
+    (round_report, hiding.open_at_a_site_that_is_not_here, "not masked"),
+    (round_report, hiding.no_pairs_at_the_last_site, r"\(of site 2 of the sum\): .*it knows"),
+    (round_report, hiding.open_in_round_seven, r"boundary_hiding\.py:\d+: .*not masked"),
+    (round_report, hiding.open_in_evaluations, "not masked"),
+    (round_report, hiding.printed_in_round_seven, "debug_print in the site function: not"),
+    (round_report, hiding.one_stream_in_round_seven, "not masked"),
+    (round_report, hiding.stream_of_the_first_leaf_in_round_zero, "not masked"),
+    # a round: what is no argument, and what no list has
+    (round_report, hiding.closed_over, r"it tells an array \[8\] that the function closes over"),
+    (round_report, hiding.closed_over_in_a_loop, r"it tells an array \[8\] that the function"),
+    (hiding.shared_report, hiding.shared, "it tells shared"),
+    (round_report, hiding.foreign_code, "ffi_call in the site function: not masked"),
+    (round_report, hiding.foreign_code_that_denies_an_effect, "ffi_call in the site function"),
+    (round_report, hiding.unlisted_effect, "calling_home in the site function: not masked"),
     # an inference: what is opened
     (secret_report, breaking.share_opened, "opens .*its mask is in"),
     (secret_report, breaking.answer_opened, "opens .*its mask is in"),
@@ -101,6 +124,12 @@ BY_HAND = [
     (secret_report, breaking.same_seed, "not masked"),
     (secret_report, breaking.shares_undivided, "its mask is in"),
     (secret_report, breaking.split_by_the_other_seed, "its mask is in|knows the mask"),
+    (secret_report, handed.more_than_the_outputs, "share of output 1: open .*: its mask is in"),
+    (secret_report, handed.seeds_whole, "opens .*not masked; it tells the data owner's values"),
+    (secret_report, handed.seed_of_the_other_party, r"opens .*its mask is in \[dealer to data"),
+    (secret_report, handed.seeds_added, "dealer to .*: tags: not masked; it tells the key"),
+    (secret_report, handed.shares_to_the_model_owner, r"its mask is in \[dealer to model owner"),
+    (secret_report, handed.share_of_the_model_owner, r"its mask is in \[dealer to data owner"),
   )
 ]  # fmt: skip
 
@@ -114,8 +143,22 @@ def test_the_analysis_catches(mutation, monkeypatch):
 
 
 def test_the_list_is_long_enough():
-  assert len(MECHANICAL) >= 30 <= len(BY_HAND)
+  assert len(MECHANICAL) >= 35
+  assert len(BY_HAND) >= 45
   assert len(GATE) == len(gate_masks())
+
+
+def test_a_caller_may_declare_arrays_public(monkeypatch):
+  """What anybody may know is no secret: an array that is closed over, or one that is shared."""
+  hiding.closed_over(monkeypatch)
+  found = round_report(public=[hiding.OWN_IMAGES.copy()])
+  found.check()
+  assert "public" in {c.status for c in found.crossings}
+  with pytest.raises(boundary.Unmasked, match="closes over"):
+    round_report(public=[hiding.OWN_IMAGES + 1]).check()
+  monkeypatch.undo()
+  hiding.shared(monkeypatch)
+  hiding.shared_report(public=[hiding.COUNTS]).check()
 
 
 # ---- what other checks catch

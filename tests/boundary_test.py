@@ -2,14 +2,17 @@
 
 import ast
 import pathlib
+import types
 
 import boundary_breaking as breaking
 import federated_sites as small
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax._src.lax import parallel
 
 from primia_jax import (
   algorithms,
@@ -22,7 +25,7 @@ from primia_jax import (
   site_privacy,
   summation,
 )
-from primia_jax.boundary import flow, messages, report, values
+from primia_jax.boundary import flow, meetings, messages, report, values
 from primia_jax.mpc import planning, protocol
 from primia_jax.mpc.circuit import Config
 from primia_jax.privacy import adaptive, distributed
@@ -98,6 +101,7 @@ OPEN = {
     (x.astype(jnp.int32) + (stream(k) & np.uint32(1)).astype(jnp.int32)) & np.int32(-1)
   ),
   "a print": lambda x, k: (jax.debug.print("{}", x), stream(k))[1],
+  "a call of the host": lambda x, k: jax.pure_callback(lambda v: v, x, x) + stream(k),
 }
 
 
@@ -110,6 +114,22 @@ def test_what_is_hidden_passes(name):
 def test_what_lies_open_is_found(name):
   with pytest.raises(boundary.Unmasked):
     audited(OPEN[name]).check()
+
+
+# ---- what meets
+
+
+def test_every_collective_crosses_or_is_said_to_stay():
+  """One that a later JAX may bring crosses, too: by its axis, whatever its name is."""
+  core = jax.extend.core
+  of = lambda primitive: types.SimpleNamespace(
+    primitive=primitive, params={"axis_name": ("party",)}, effects=set()
+  )
+  found = {v.name: v for v in vars(parallel).values() if isinstance(v, core.Primitive)}
+  staying = {name for name, v in found.items() if not meetings.crosses(of(v))}
+  assert len(found) > 10
+  assert staying <= meetings.STAYING
+  assert meetings.crosses(of(core.Primitive("a later one")))
 
 
 # ---- rounds
@@ -171,12 +191,21 @@ def test_noise_of_sites_is_masked_too():
 
 
 def test_sums_of_counts_and_scores_are_audited_as_they_are_formed():
-  stacked = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct((breaking.K, *a.shape), a.dtype), breaking.SITE
+  of_patients = breaking.SITE._replace(units=breaking.SITE.labels)
+  stacked, by_patient = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct((breaking.K, *a.shape), a.dtype), (breaking.SITE, of_patients)
   )
   sites = federated.Sites(np.arange(breaking.K), lambda ids: stacked)
-  count = lambda where: evaluation.class_counting(small.L, MASKED, where, 1.0)(sites)
-  boundary.audit(count).check()
+  for each, noise in ((stacked, 0.0), (stacked, 1.0), (by_patient, 0.0), (by_patient, 1.0)):
+    given = sites._replace(load=lambda ids, each=each: each)
+    boundary.audit(
+      lambda where, given=given, noise=noise: evaluation.class_counting(
+        small.L, MASKED, where, noise
+      )(given)
+    ).check()
+  scores = {"table": np.zeros((breaking.K, small.L), np.float32)}
+  summed = lambda where: evaluation.count_summing(MASKED, where)(range(breaking.K), scores)
+  boundary.audit(summed).check()
   algorithm = ALGORITHMS["fedavg"]()
   own = jax.eval_shape(algorithm.init_site, breaking.PARAMS, {})
   state = federated.State(breaking.PARAMS, {}, (), own, np.int32(7))
@@ -224,6 +253,15 @@ def every_gate(w, x):
 )
 def test_every_gate_opens_masked_values_only(config):
   assert check_secret(planned(every_gate, config, W, IMAGE)) == {"masked", "key", "output"}
+
+
+def test_a_clamp_opens_masked_values_only():
+  """The image of a client that may lie enters the ring through a gate."""
+  plan = planned(lambda w, x: x @ w, Config(20, 4, 8, client="sharing"), W, IMAGE)
+  assert any(
+    getattr(op, "gate", None) and op.gate.action == "clamp" for op in plan.circuit.operations
+  )
+  assert check_secret(plan) == {"masked", "key", "output"}
 
 
 @pytest.mark.slow  # function secret sharing grows its trees inside the trace

@@ -36,7 +36,7 @@ LAYERS = {
   "score_noise": {"types", "privacy", "metrics"},
   "multilabel": {"types", "local", "evaluation"},
   "mpc": {"types", "ring", "prng", "native", "durable"},
-  "boundary": {"types", "prng", "sites", "secagg", "summation", "federated", "mpc"},
+  "boundary": {"types", "native", "prng", "sites", "secagg", "summation", "federated", "mpc"},
   "service": {"types", "durable", "mpc"},
   "segmentation": {"types", "evaluation", "metrics"},
   "clinic": {"data"},

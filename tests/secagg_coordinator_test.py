@@ -140,7 +140,7 @@ def test_terms_that_no_machine_could_hold_are_refused_before_memory_is_taken():
   made = msg.Proposal(0, 4, msg.encode(rounds.terms(setup)), msg.encode(advert), b"")
   error, _ = coordinate(lambda i, request: msg.encode(made._replace(site=i)))
   assert isinstance(error, secagg.RoundFailed)
-  assert "a message of" in str(error)
+  assert "needs messages of" in str(error)
 
 
 def test_an_answer_longer_than_any_of_the_sum_is_rejected_unread(monkeypatch):

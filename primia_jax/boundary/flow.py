@@ -1,8 +1,11 @@
 """Data flow through a jaxpr: from the labels of its inputs to what crosses, and its outputs.
 
 Every primitive without a rule of its own gives a function of its inputs, which tells no more than
-they do and no longer masks a secret. So a primitive that is not understood can make the audit fail,
-never pass. Loops are such primitives, because their bodies would use a stream again and again.
+they do and no longer masks a secret. Every equation with an effect, on a named axis, or in code
+that cannot be read makes its inputs cross (`meetings`). So a primitive that is not understood can
+make the audit fail, never pass. Loops are such primitives, because their bodies would use a stream
+again and again. A choice by anything but the program's own constants joins all that may be chosen:
+a branch that one site or one round takes would otherwise stand for all.
 """
 
 from __future__ import annotations
@@ -18,17 +21,19 @@ import jax.extend
 import numpy as np
 
 from primia_jax import prng
-from primia_jax.boundary import known
+from primia_jax.boundary import known, meetings, sources
 from primia_jax.boundary.values import (
   PUBLIC,
   KeyName,
   Part,
   Raw,
   Stream,
+  Symbol,
   Value,
   Word,
   added,
   beside,
+  chosen,
   depends,
   lowest,
   mixed,
@@ -68,23 +73,33 @@ class Walk(NamedTuple):
     met: what has crossed inside so far, in order.
     numbers: of new parts.
     streams: the number of each sum of streams, so that equal ones are one part.
+    nonces: which words of each key's nonces are symbols. A symbol may be any number, so a key whose
+      nonces differ in this might serve twice.
     position: on the named axis that is walked, e.g. the party; None where it is not known.
     disclosed: keys that the observer holds; streams of theirs are public.
     call: inside a function of JAX itself, the equation that calls it: what JAX has traced once
       serves many callers, so its own lines are those of the first.
+    closed: arrays that the function may close over, since anybody may know them; None for all. Any
+      other array that it closes over counts as secret.
   """
 
   met: list[Met]
   numbers: Iterator[int]
   streams: dict[Any, int]
+  nonces: dict[Any, tuple[Any, ...]]
   position: int | None
   disclosed: frozenset[KeyName]
   call: Any = None
+  closed: Sequence[Any] | None = None
 
 
-def start(position: int | None = None, disclosed: Iterable[KeyName] = ()) -> Walk:
+def start(
+  position: int | None = None,
+  disclosed: Iterable[KeyName] = (),
+  closed: Sequence[Any] | None = None,
+) -> Walk:
   """A walk that has met nothing; it may go through several jaxprs, one after another."""
-  return Walk([], itertools.count(), {}, position, frozenset(disclosed))
+  return Walk([], itertools.count(), {}, {}, position, frozenset(disclosed), None, closed)
 
 
 def follow(state: Walk, closed: Any, inputs: Sequence[Value]) -> list[Value]:
@@ -117,7 +132,7 @@ def keys(words: np.ndarray) -> Value:
 
 
 def _enter(state: Walk, body: Any, inputs: Sequence[Value]) -> list[Value]:
-  jaxpr = _jaxpr(body)
+  jaxpr = meetings.jaxpr_of(body)
   return _run(state, jaxpr, getattr(body, "consts", ()), inputs, jaxpr.outvars)
 
 
@@ -126,18 +141,18 @@ def _run(
 ) -> list[Value]:
   env: dict[Any, Value] = {}
   for var, const in zip(jaxpr.constvars, consts, strict=True):
-    env[var] = Value((), known.constant(const))
+    env[var] = _constant(state, const)
   env.update(zip(jaxpr.invars, inputs, strict=True))
 
   def read(atom: Any) -> Value:
     if isinstance(atom, jax.extend.core.Literal):
-      return Value((), known.constant(atom.val))
+      return _constant(state, atom.val)
     return env[atom]
 
   for eqn in jaxpr.eqns:
     values = [read(v) for v in eqn.invars]
     name = eqn.primitive.name
-    if name in _MEETING:
+    if meetings.crosses(eqn):
       for atom, value in zip(eqn.invars, values, strict=True):
         state.met.append(Met(value, atom.aval, name, eqn, False))
         if not isinstance(atom, jax.extend.core.Literal):
@@ -149,15 +164,28 @@ def _run(
   return [read(v) for v in outvars]
 
 
+def _constant(state: Walk, value: Any) -> Value:
+  """A literal, or an array that the function closes over."""
+  if state.closed is None or np.size(value) < 2 or is_among(value, state.closed):
+    return Value((), known.constant(value))
+  return secret([f"an array {list(np.shape(value))} that the function closes over"])
+
+
+def is_among(value: Any, arrays: Sequence[Any]) -> bool:
+  """Whether an array is one of these, or equal to one."""
+  alike = (a for a in arrays if np.shape(a) == np.shape(value) and a.dtype == value.dtype)
+  return any(a is value or np.array_equal(a, value) for a in alike)
+
+
 def _apply(state: Walk, name: str, eqn: Any, values: list[Value]) -> list[Value]:
   if name in CALLS:
     inner = next(eqn.params[p] for p in CALLS[name] if p in eqn.params)
-    source = _function(inner)
+    source = sources.function(inner)
     if source == _STREAMS:
       return [_streams(state, eqn, *values)]
     if source == _BLOCKS:
       return [_blocks(state, eqn, *values)]
-    if state.call is None and _is_foreign(source):
+    if state.call is None and sources.is_foreign(source):
       state = state._replace(call=eqn)
     return _enter(state, inner, values)
   if name == folded.name:
@@ -166,11 +194,19 @@ def _apply(state: Walk, name: str, eqn: Any, values: list[Value]) -> list[Value]
     return _cond(state, eqn, values)
   if name == "axis_index":
     return [Value((), None if state.position is None else np.asarray(state.position, np.int32))]
-  if name in ("scan", "while", "shard_map") or _bodies(eqn):
-    _meet_inside(state, eqn, values)
-  if name == "optimization_barrier" or _is_barrier(name, eqn):
+  if held := meetings.bodies(eqn):  # a loop, or another one that is not followed
+    inside = [_constant(state, const) for body in held for const in meetings.constants(body)]
+    _meet_inside(state, eqn, [*values, *inside])
+    return [mixed([*values, *inside], eqn)] * len(eqn.outvars)
+  if meetings.is_barrier(eqn):
     return values
-  found = known.apply(eqn, [v.known for v in values]) if len(eqn.outvars) == 1 else None
+  outputs = _plain(state, name, eqn, values)
+  return [v._replace(varies=True) for v in outputs] if any(v.varies for v in values) else outputs
+
+
+def _plain(state: Walk, name: str, eqn: Any, values: list[Value]) -> list[Value]:
+  is_followed = len(eqn.outvars) == 1 and not (name == "select_n" and values[0].varies)
+  found = known.apply(eqn, [v.known for v in values]) if is_followed else None
   if not any(v.parts for v in values):
     return [Value((), found)] if len(eqn.outvars) == 1 else [PUBLIC] * len(eqn.outvars)
   if found is not None and found.dtype == object:
@@ -183,8 +219,8 @@ def _rule(state: Walk, name: str, eqn: Any, values: list[Value]) -> Value:
   """What an equation with one or more results makes of secret things."""
   aval, at = eqn.outvars[0].aval, state.call or eqn
   if name == "select_n" and not values[0].parts:
-    which = known.single(values[0].known)
-    return values[1 + which] if which is not None else mixed(values[1:], at)
+    which = _choice(values[0])
+    return values[1 + which] if which is not None else chosen(values[1:], at)
   is_word = isinstance(aval.dtype, np.dtype) and aval.dtype.kind in "iub"
   width = 8 * aval.dtype.itemsize if is_word else 0
   fresh = functools.partial(next, state.numbers)
@@ -223,10 +259,15 @@ def _rule(state: Walk, name: str, eqn: Any, values: list[Value]) -> Value:
         return lowest(values[0], width, at)
     case "and":
       for one, other in (values, values[::-1]):
-        number = known.single(other.known)
+        number = _choice(other)
         if number is not None and number >= 0 and number & (number + 1) == 0:
           return lowest(one, number.bit_length(), at)
   return mixed(values, at)
+
+
+def _choice(value: Value) -> int | None:
+  """The number that it is at every site and in every round, if that is known."""
+  return None if value.varies else known.single(value.known)
 
 
 def _unfold(state: Walk, eqn: Any, values: list[Value]) -> list[Value]:
@@ -243,7 +284,7 @@ def _unfold(state: Walk, eqn: Any, values: list[Value]) -> list[Value]:
 
 def _cond(state: Walk, eqn: Any, values: list[Value]) -> list[Value]:
   which, *operands = values
-  branches, chosen = eqn.params["branches"], known.single(which.known)
+  branches, chosen = eqn.params["branches"], _choice(which)
   if chosen is not None:
     return _enter(state, branches[min(max(chosen, 0), len(branches) - 1)], operands)
   each = [_enter(state, branch, operands) for branch in branches]
@@ -255,32 +296,11 @@ def _cond(state: Walk, eqn: Any, values: list[Value]) -> list[Value]:
 
 def _meet_inside(state: Walk, eqn: Any, values: list[Value]) -> None:
   """Notes what crosses inside a body that is not followed, whatever it is made of."""
-  for body in _bodies(eqn):
-    for inner in _meetings(body):
+  for body in meetings.bodies(eqn):
+    for inner in meetings.meetings(body):
       all_of = mixed(values, eqn)
       for atom in inner.invars:
         state.met.append(Met(all_of, atom.aval, inner.primitive.name, inner, True))
-
-
-def _bodies(eqn: Any) -> list[Any]:
-  found = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else (p,))]
-  return [v for v in found if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-
-
-def sizes_met(closed: Any) -> list[int]:
-  """Bytes of everything that crosses in a jaxpr, in order."""
-  avals = [v.aval for eqn in _meetings(closed) for v in eqn.invars]
-  return [math.prod(a.shape) * a.dtype.itemsize for a in avals]
-
-
-def _meetings(body: Any) -> list[Any]:
-  out = []
-  for eqn in _jaxpr(body).eqns:
-    if eqn.primitive.name in _MEETING:
-      out.append(eqn)
-    for inner in _bodies(eqn):
-      out += _meetings(inner)
-  return out
 
 
 # ---- keystreams
@@ -292,7 +312,7 @@ def _streams(state: Walk, eqn: Any, key_words: Value, signs: Value, nonce: Value
   if not key_words.parts and (key_words.known is None or key_words.known.dtype != object):
     return PUBLIC if not nonce.parts else mixed([nonce], eqn)
   words, factors, numbers = key_words.known, signs.known, nonce.known
-  if words is None or factors is None or numbers is None or numbers.dtype == object:
+  if words is None or factors is None or factors.dtype == object or numbers is None:
     return mixed([key_words, signs, nonce], eqn)
   total: dict[Stream, int] = {}
   rest: set[Any] = set()
@@ -302,8 +322,10 @@ def _streams(state: Walk, eqn: Any, key_words: Value, signs: Value, nonce: Value
     if name is None:
       rest |= {Raw(w.key) for w in row if isinstance(w, Word) and not held(state, w.key)}
     elif sign and not held(state, name):
-      stream = Stream(name, tuple(int(n) for n in np.broadcast_to(numbers, 3)))
-      total[stream] = total.get(stream, 0) + int(sign)
+      drawn = _nonce(state, name, numbers)
+      if drawn is None:
+        return mixed([key_words, signs, nonce], eqn)
+      total[Stream(name, drawn)] = total.get(Stream(name, drawn), 0) + int(sign)
   pads = frozenset(stream for stream, sign in total.items() if sign % 2)
   rest |= {stream for stream, sign in total.items() if sign and sign % 2 == 0}
   if not pads:
@@ -320,15 +342,26 @@ def _blocks(state: Walk, eqn: Any, key_words: Value, nonce: Value, counter: Valu
   shape, words = eqn.outvars[0].aval.shape, key_words.known
   name = None if words is None else _whole_key(words)
   numbers, first = nonce.known, known.single(counter.known)
-  if name is None or numbers is None or numbers.dtype == object or first is None:
+  if name is None or numbers is None or first is None or math.prod(shape) > 2**12:
     return mixed([key_words, nonce, counter], eqn)
-  out = np.empty(shape, object)
-  drawn = ",".join(str(int(n)) for n in np.broadcast_to(numbers, 3))
-  for i, b in np.ndindex(shape) if math.prod(shape) <= 2**12 else ():
-    out[i, b] = Word((*name, f"{drawn};{first + b}"), i)
-  if math.prod(shape) > 2**12:
+  drawn = _nonce(state, (*name, f"blocks from {first}"), numbers)
+  if drawn is None:
     return mixed([key_words, nonce, counter], eqn)
+  out, told = np.empty(shape, object), ",".join(map(str, drawn))
+  for i, b in np.ndindex(shape):
+    out[i, b] = Word((*name, f"{told};{first + b}"), i)
   return _without_disclosed(state, keys(out))
+
+
+def _nonce(state: Walk, name: KeyName, numbers: np.ndarray) -> tuple[int | Symbol, ...] | None:
+  """The words of a nonce; None where it is not known or might be that of another stream."""
+  drawn = tuple(np.broadcast_to(numbers, 3))
+  if any(isinstance(n, Word) for n in drawn):
+    return None
+  kinds = tuple(n if isinstance(n, Symbol) else int for n in drawn)
+  if state.nonces.setdefault(name, kinds) != kinds:
+    return None
+  return tuple(n if isinstance(n, Symbol) else int(n) for n in drawn)
 
 
 def _whole_key(row: np.ndarray) -> KeyName | None:
@@ -349,46 +382,6 @@ def _without_disclosed(state: Walk, value: Value) -> Value:
   return (secret(rest) if rest else PUBLIC)._replace(known=value.known)
 
 
-# ---- jaxprs
-
-
-def _jaxpr(body: Any) -> Any:
-  return body.jaxpr if hasattr(body, "jaxpr") else body
-
-
-def _function(body: Any) -> str:
-  """The Python function that a jaxpr was traced from: "name at file"."""
-  info = getattr(_jaxpr(body), "debug_info", None)
-  return str(getattr(info, "func_src_info", "")).rsplit(":", 1)[0]
-
-
-def _is_foreign(source: str) -> bool:
-  return any(f"/{package}/" in source for package in _FOREIGN)
-
-
-def _is_barrier(name: str, eqn: Any) -> bool:
-  return name == "ffi_call" and eqn.params.get("target_name") == "primia_barrier"
-
-
 # What `prng` compiles by itself; every stream and every subkey is made in one of these.
 _STREAMS, _BLOCKS = (f"{name} at {prng.__file__}" for name in ("_mask_sum", "_blocks"))
 _WORDWISE = ("add", "sub", "add_any", "xor", "and")
-_FOREIGN = ("jax", "flax", "jaxlib", "optax")
-_MEETING = frozenset(
-  (
-    "psum", "psum2", "psum_invariant", "pmax", "pmin", "ppermute", "pshuffle", "all_gather",
-    "all_gather_invariant", "all_to_all", "reduce_scatter", "psum_scatter", "ragged_all_to_all",
-    "pgather", "pbroadcast", "debug_callback", "debug_print", "io_callback", "pure_callback",
-    "outside_call", "outfeed",
-  )
-)  # fmt: skip
-
-
-def line(eqn: Any) -> str:
-  """file:line of the innermost call outside JAX and Flax; empty if there is none."""
-  traceback = eqn.source_info.traceback if eqn is not None else None
-  for frame in traceback.frames if traceback else ():
-    path = frame.file_name
-    if not _is_foreign(path):
-      return f"{path[max(path.rfind('primia_jax/'), 0) :]}:{frame.line_num}"
-  return ""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from primia_jax.boundary import flow
+from primia_jax.boundary import sources
 from primia_jax.boundary.values import Part, Raw, Stream, Value, exposed
 
 
@@ -123,7 +123,7 @@ def judge(
     status = s.expected or ("unmasked" if wrong else "masked" if s.value.parts else "public")
     shape, dtype = tuple(s.aval.shape), str(s.aval.dtype)
     size = int(np.prod(shape)) * s.aval.dtype.itemsize
-    line = _line(s, s.value.parts[0]) if s.value.parts else flow.line(s.eqn)
+    line = _line(s, s.value.parts[0]) if s.value.parts else sources.line(s.eqn)
     crossings.append(Crossing(s.what, shape, dtype, size, s.round, status, line))
   ranked.sort(key=lambda pair: pair[0])
   return Report(name, tuple(crossings), tuple(violation for _, violation in ranked))
@@ -141,7 +141,7 @@ def _wrong(
     if not part.pads:
       yield -1, Violation(s.what, line, f"not masked; {told}")
     elif part.high:
-      yield -1, Violation(s.what, line, f"only {part.bits} low bits are masked; {told}")
+      yield -1, Violation(s.what, line, f"only {part.bits or 'its'} low bits are masked; {told}")
     elif not found:
       yield -1, Violation(s.what, line, f"no mask is expected here; {told}")
     elif who := next((who for who, blamed in found if number in blamed), None):
@@ -151,7 +151,7 @@ def _wrong(
 
 
 def _line(s: Sent, part: Part) -> str:
-  return flow.line(s.eqn if part.eqn is None else part.eqn)
+  return sources.line(s.eqn if part.eqn is None else part.eqn)
 
 
 def _names(rest: Iterable[Any]) -> str:

@@ -4,30 +4,38 @@ The audit gives `over_sites` a placement that runs nothing. It begins the sum as
 function of one site with `make_jaxpr`, follows the data and stops. What crosses is what the
 summation's `send` returns, and whatever a site's function gives to a collective or to the host.
 
-Secret are the site's data, its state and its keys. Public are what the server sends (`Global`), the
-site's number, and of a `secagg.Row` the numbers of the peers. A message is masked if each mask key
-of the row hides it alone: with P peers, P of them and the server must collude to open it.
+Secret are the site's data, its state and its keys, and any array of two or more elements that its
+function closes over or that is shared by anything but a `Global`, unless the caller declares it
+public. Public are what the server sends (`Global`) and, of a `secagg.Row`, the numbers of the site
+and its peers. A message is masked if each mask key of the row hides it alone: with P peers, P of
+them and the server must collude to open it.
+
+Each site of the sum is followed, with its own numbers and keys. The numbers of round and purpose
+are symbols, so the findings hold for any. Where the code chooses by one of these numbers, all
+branches count, also those that no followed site or round takes. No two keys of the rows may be
+equal.
 
 Not seen: what `begin` and `end` do on the host (their messages are in `boundary.messages`); the
 algorithm's `server`, which gets the opened sum only; noise, since noise is no mask; how much a sum
 tells; sizes, times and who takes part; the data that a loader gives, such as a padding row that is
-a real image. Only the site at `position` is followed: all run one function, and differ in the keys
-of their rows, of which no two may be equal. Sums between processes (`summation.over`) are masked on
-the host and cannot be traced: audit the same coding under `summation.masked`, whose masks are equal
-bit for bit.
+a real image; single numbers that a site's function closes over, e.g. a mean that the host computed
+from the site's images; other numbers of sites, where a site's number enters keys or signs by
+arithmetic; whether a `Global` or what the caller declares is public. Sums between processes
+(`summation.over`) are masked on the host and cannot be traced: audit the same coding under
+`summation.masked`, whose masks are equal bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from primia_jax import federated, secagg
-from primia_jax.boundary import flow, known, report
-from primia_jax.boundary.values import PUBLIC, Value, Word, mixed, secret
+from primia_jax.boundary import flow, known, report, sources
+from primia_jax.boundary.values import PUBLIC, Symbol, Value, Word, mixed, secret
 from primia_jax.federated import Algorithm, Sites
 from primia_jax.sites import Placement
 from primia_jax.summation import Summation
@@ -38,14 +46,17 @@ class _Traced(Exception):
   """Ends a step once its site function is traced."""
 
 
-def audit(run: Callable[[Placement], Any], name: str = "", position: int = 0) -> report.Report:
+def audit(
+  run: Callable[[Placement], Any], name: str = "", public: Sequence[Any] = ()
+) -> report.Report:
   """Audits the first sum over sites that `run` forms with the placement it is given.
 
   Args:
     run: placement -> anything; e.g. `lambda placement: federate(..., placement, 3).step(...)`.
       Arrays of sites, model and states may be ShapeDtypeStructs; a `State.round` must be a number.
-    name: for the report.
-    position: of the site that is followed, among those of the round.
+    name: for the report, whose crossings are those of the first site.
+    public: arrays that anybody may know, e.g. of public images. Any other array of two or more
+      elements that the site function closes over, and is not given, counts as the site's own.
 
   Raises:
     ValueError: `run` formed no sum; or whatever `run` raises.
@@ -54,7 +65,7 @@ def audit(run: Callable[[Placement], Any], name: str = "", position: int = 0) ->
 
   def lift(site_fn: Callable) -> Callable:
     def traced(shared: PyTree, inputs: PyTree) -> Any:
-      found.append(_follow(site_fn, shared, inputs, name, position))
+      found.append(_follow(site_fn, shared, inputs, name, public))
       raise _Traced
 
     return traced
@@ -76,6 +87,7 @@ def audit_round(
   num_sites: int,
   *,
   class_weights: Any = None,
+  public: Sequence[Any] = (),
 ) -> report.Report:
   """Audits a training round of `federate(algorithm, summation, ..., num_sites)`.
 
@@ -84,6 +96,7 @@ def audit_round(
     params, model_state: of the model; shapes suffice.
     site: one site's data; shapes suffice. `secret` is None, as from a loader.
     class_weights: see `federated.Sites`.
+    public: see `audit`.
   """
   shapes = lambda tree: jax.tree.map(
     lambda a: jax.ShapeDtypeStruct((num_sites, *a.shape), a.dtype), tree
@@ -97,29 +110,53 @@ def audit_round(
   run = lambda placement: federated.federate(algorithm, summation, placement, num_sites).step(
     key, state, sites
   )
-  return audit(run, f"{algorithm.name}, {summation.name}")
+  return audit(run, f"{algorithm.name}, {summation.name}", public)
 
 
 def _follow(
-  site_fn: Callable, shared: PyTree, inputs: PyTree, name: str, position: int
+  site_fn: Callable, shared: PyTree, inputs: PyTree, name: str, public: Sequence[Any]
 ) -> report.Report:
-  own = jax.tree.map(lambda a: _row(a, position), inputs)
-  (site, row, state), rows = own, inputs[1]
+  own = jax.tree.map(lambda a: _row(a, 0), inputs)
+  traced = jax.make_jaxpr(site_fn, return_shape=True)(shared, own)
+  first, *others = (
+    _at(traced, shared, inputs, name, position, public) for position in range(len(inputs[0].id))
+  )
+  said = list(first.violations)
+  for position, other in enumerate(others, start=1):
+    known = {(v.what, v.line) for v in said}
+    said += [
+      v._replace(what=f"{v.what} (of site {position} of the sum)")
+      for v in other.violations
+      if (v.what, v.line) not in known
+    ]
+  return first._replace(violations=(*said, *_equal_keys(inputs[1])))
+
+
+def _at(
+  traced: tuple[Any, Any],
+  shared: PyTree,
+  inputs: PyTree,
+  name: str,
+  position: int,
+  public: Sequence[Any],
+) -> report.Report:
+  """What the site at this position sends."""
+  (closed, shapes), rows = traced, inputs[1]
+  site, row, state = jax.tree.map(lambda a: _row(a, position), inputs)
   names = _key_names(rows, position)
   labels = [
-    *[_public(v) for v in jax.tree.leaves(shared)],
+    *_shared_labels(shared, public),
     *_site_labels(site),
     *_row_labels(row, names),
     *_secrets("state", state),
   ]
-  closed, shapes = jax.make_jaxpr(site_fn, return_shape=True)(shared, own)
-  walk = flow.start()
+  walk = flow.start(closed=public)
   outputs = flow.follow(walk, closed, labels)
   summed, stacked = shapes
   # a robust rule takes every site's message as it is, stacked beside the states that stay
   crosses = summed if jax.tree.leaves(summed) else stacked[0]
   paths = [p for p, _ in jax.tree_util.tree_flatten_with_path(crosses)[0]]
-  number = int(getattr(shared, "round", 0))
+  number = int(shared.round) if isinstance(shared, federated.Global) else 0
   sent = [
     report.Sent(f"sent{jax.tree_util.keystr(path)}", value, aval, number)
     for path, value, aval in zip(paths, outputs, closed.out_avals, strict=False)
@@ -135,9 +172,10 @@ def _follow(
   found = report.judge(name, sent, hides)
   twice = [m for m in walk.met if m.repeats and m.value.parts]
   more = [
-    report.Violation(f"{m.how} in the site function", flow.line(m.eqn), "in a loop") for m in twice
+    report.Violation(f"{m.how} in the site function", sources.line(m.eqn), "in a loop")
+    for m in twice
   ]
-  return found._replace(violations=(*found.violations, *_equal_keys(rows), *more))
+  return found._replace(violations=(*found.violations, *more))
 
 
 # ---- labels of the inputs
@@ -149,8 +187,26 @@ def _row(a: Any, position: int) -> Any:
   return np.asarray(a)[position]
 
 
-def _public(v: Any) -> Value:
-  return PUBLIC if isinstance(v, jax.ShapeDtypeStruct) else Value((), known.constant(v))
+def _numbers(array: Any) -> Value:
+  """Public numbers of the site that is followed."""
+  return Value((), known.constant(array), varies=True)
+
+
+def _symbols(*names: str) -> np.ndarray:
+  """Public numbers of the sum that is followed."""
+  words = np.empty(len(names), object)
+  words[:] = [Symbol(name) for name in names]
+  return words
+
+
+def _shared_labels(shared: PyTree, public: Sequence[Any]) -> list[Value]:
+  if not isinstance(shared, federated.Global):
+    label = lambda v, hidden: PUBLIC if flow.is_among(v, public) else hidden
+    return list(map(label, jax.tree.leaves(shared), _secrets("shared", shared)))
+  labels = {field: jax.tree.map(lambda _: PUBLIC, v) for field, v in shared._asdict().items()}
+  labels["round"] = Value((), _symbols("round").reshape(()))
+  is_label = lambda v: isinstance(v, Value)
+  return jax.tree.leaves(federated.Global(**labels), is_leaf=is_label)
 
 
 def _secrets(name: str, tree: PyTree) -> list[Value]:
@@ -160,17 +216,17 @@ def _secrets(name: str, tree: PyTree) -> list[Value]:
 
 def _site_labels(site: Site) -> list[Value]:
   labels = {field: secret([f"site.{field}"]) for field in site._fields}
-  labels |= {"id": _public(site.id), "secret": flow.key(("site.secret",))}
+  labels |= {"id": PUBLIC, "secret": flow.key(("site.secret",))}
   return [labels[field] for field, v in site._asdict().items() if v is not None]
 
 
 def _row_labels(row: PyTree, names: dict[bytes, str]) -> list[Value]:
   labels: list[Value] = []
   for leaf in jax.tree.leaves(row, is_leaf=_is_row):
-    if not _is_row(leaf):
-      labels.append(_public(leaf))
+    if not _is_row(leaf):  # the numbers of round and purpose, or whether the site counts
+      labels.append(Value((), _symbols("round", "purpose")) if np.ndim(leaf) else PUBLIC)
       continue
-    labels += [_public(leaf.site), _public(leaf.peers)]
+    labels += [_numbers(leaf.site), _numbers(leaf.peers)]
     labels += [_keys(v, names) for v in (leaf.keys, leaf.self_mask, leaf.noise) if v is not None]
   return labels
 

@@ -7,15 +7,19 @@ publication or question, correlations, preparation and the party's program, all 
 together must be hidden together.
 
 Three kinds of values need no mask, each for a reason:
-  key      a seed or the key of a blind, given to the party whose it is. Streams of it are public.
+  key      the keys in what the dealer gives a party (`protocol.part`), and that of its own blind.
+           All streams of these are public.
   output   the model owner's shares of the outputs. The data owner learns the outputs, and with them
-           and its own shares it can compute these.
+           and its own shares it can compute these. Such a share must depend on the shares that
+           the output's operations were dealt (after gates, on nothing else), and on no operand but
+           theirs.
   assumed  the correction words of function secret sharing, which are uniform to each party alone by
            Boyle et al. 2021, theorem 1; their trees grow inside and not by `prng`'s streams.
 
 Not seen: `mpc.roles`, which draws the keys and keeps them apart by the types in `mpc.messages`; the
-plan, which is public; what the data owner learns from outputs, query by query; a party that does
-not follow the protocol; sizes and times.
+tags of a checked client (`mpc.tags`); the plan, and constants of the function, which are public;
+whether an output's share has the right value, which tests of the results see; what the data owner
+learns from outputs, query by query; a party that does not follow the protocol; sizes and times.
 """
 
 from __future__ import annotations
@@ -31,11 +35,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.boundary import flow, report
-from primia_jax.boundary.values import PUBLIC, KeyName, Value, Word, secret
+from primia_jax.boundary import flow, meetings, report
+from primia_jax.boundary.values import PUBLIC, KeyName, Value, Word, depends, secret
 from primia_jax.mpc import circuit as circuits
 from primia_jax.mpc import encoding, protocol
-from primia_jax.mpc.circuit import Apply, Circuit, Open
+from primia_jax.mpc.circuit import Apply, Circuit, Input, Linear, Local, Offset, Open, Product
 from primia_jax.mpc.dealing import Masks
 from primia_jax.mpc.gates import elementwise
 from primia_jax.mpc.gates.elementwise import Gate
@@ -105,8 +109,10 @@ class _Phases(NamedTuple):
   blinds: Any  # keys -> B of both owners, and `full`
   deal: Any
   dealt: protocol.Dealt
-  prepare: list[Any]  # of each party: (its operands, all B, dealt) -> (published, ready)
-  run: Any
+  parts: Sequence[Any]  # of each party: dealt -> `protocol.Part`
+  part: Sequence[Any]  # its structure
+  prepare: Sequence[Any]  # of each party: (its operands, all B, dealt) -> (published, ready)
+  run: Any  # -> shares of the outputs, then what each gate returns
   operands: dict[int, Any]
   gates: dict[Gate, _Gate]
 
@@ -122,9 +128,12 @@ def _trace(plan: Plan) -> _Phases:
     out = _fold(traced.deal, _resized(gate.num), *seeds, np.uint32(number))
     return jax.tree.unflatten(traced.dealt, out)
 
+  applied: list[Any] = []
+
   def apply(gate: Gate, wire: Wire, z: Any, correlation: dict[str, Any]) -> Any:
     leaves = jax.tree.leaves((z, correlation))
-    return _fold(gates[_alike(gate)].run, _resized(gate.num), *leaves)[0]
+    applied.append(_fold(gates[_alike(gate)].run, _resized(gate.num), *leaves)[0])
+    return applied[-1]
 
   expanding: dict[Any, Any] = {}
 
@@ -163,16 +172,21 @@ def _trace(plan: Plan) -> _Phases:
   blinded, (arrays, full) = jax.make_jaxpr(blinds, return_shape=True)(key, key)
   deal = functools.partial(protocol.deal, circuit, deal_gate=deal_gate)
   dealing, dealt = jax.make_jaxpr(deal, return_shape=True)(key, full)
+  parts = [
+    jax.make_jaxpr(functools.partial(protocol.part, party=p), return_shape=True)(dealt)
+    for p in (MODEL_OWNER, DATA_OWNER)
+  ]
   prepared = [
     jax.make_jaxpr(functools.partial(prepare, p), return_shape=True)(operands, arrays, dealt)
     for p in (MODEL_OWNER, DATA_OWNER)
   ]
-  run = functools.partial(protocol.run, circuit, Wire(swap=True), apply=apply)
+  party = functools.partial(protocol.run, circuit, Wire(swap=True), apply=apply)
+  run = lambda ready, operands: (party(ready, operands), applied)
   ready = prepared[0][1][1]
   running = jax.make_jaxpr(run, axis_env=[(PARTY, 2)])(ready, operands)
-  return _Phases(
-    blinded, dealing, dealt, [closed for closed, _ in prepared], running, operands, gates
-  )
+  parting, part = zip(*parts, strict=True)
+  preparing, _ = zip(*prepared, strict=True)
+  return _Phases(blinded, dealing, dealt, parting, part, preparing, running, operands, gates)
 
 
 def _alike(gate: Gate) -> Gate:
@@ -190,7 +204,7 @@ def _trace_gate(gate: Gate) -> _Gate:
   run = jax.make_jaxpr(
     lambda z, c: elementwise.run(gate, Wire(swap=True, log=log), z, c), axis_env=[(PARTY, 2)]
   )(masks["r"], correlation)
-  sizes = iter(flow.sizes_met(run))
+  sizes = iter(meetings.sizes_met(run))
   rounds = []
   for sent in log:
     total, count = 0, 0
@@ -215,10 +229,7 @@ def _seen_by(plan: Plan, phases: _Phases, observer: int) -> report.Report:
   """What the dealer and the other party send to the observer."""
   circuit, party, them = plan.circuit, 1 - observer, NAMES[observer]
   dealer, keys = flow.key(_DEALER), [flow.key(_BLINDS[p]) for p in (MODEL_OWNER, DATA_OWNER)]
-  public = [PUBLIC] * (len(phases.deal.in_avals) - 1)
-  seeds = flow.follow_one(flow.start(), phases.deal, [dealer, *public], 0)
-  given = {w.key for w in _row(seeds, observer) if isinstance(w, Word)}
-  walk = flow.start(party, {_BLINDS[observer], *given})
+  walk = flow.start(party, {_BLINDS[observer], *_keys_dealt(phases, observer, dealer)})
 
   # offline
   blinded = flow.follow(walk, phases.blinds, keys)
@@ -232,10 +243,7 @@ def _seen_by(plan: Plan, phases: _Phases, observer: int) -> report.Report:
   published, ready = prepared[: len(own)], prepared[len(own) :]
   shapes = phases.prepare[party].out_avals
   sent = [
-    report.Sent(
-      f"dealer to {them}: seed", PUBLIC, jax.core.ShapedArray((8,), jnp.uint32), 0, None, "key"
-    ),
-    *_dealt(circuit, phases, observer, dealt),
+    *_dealt(circuit, phases, observer, flow.follow(walk, phases.parts[observer], dealt)),
     *[
       report.Sent(f"{NAMES[party]} to {them}: D of {circuit.operands[i].layer}", value, aval)
       for i, value, aval in zip(own, published, shapes, strict=False)
@@ -245,20 +253,69 @@ def _seen_by(plan: Plan, phases: _Phases, observer: int) -> report.Report:
   # online
   met = len(walk.met)
   blanks = _operands(circuit, phases, observer, np.zeros((), np.uint32))
-  shares = flow.follow(walk, phases.run, [*ready, *blanks])
+  found = flow.follow(walk, phases.run, [*ready, *blanks])
   sent += _opened(circuit, phases, party, walk.met[met:])
   last = sent[-1].round + 1
   if observer == DATA_OWNER:
-    planned = sum(isinstance(v, circuits.Value) for v in circuit.outputs)
-    for i, (value, aval) in enumerate(zip(shares, phases.run.out_avals, strict=True)):
-      what, known = f"{NAMES[party]} to {them}: share of output {i}", i < planned
-      sent.append(report.Sent(what, value, aval, last, None, "output" * known))
+    gates = [op.out for op in circuit.operations if isinstance(op, Apply)]
+    shares = found[: len(found) - len(gates)]
+    made = dict(zip(gates, found[len(shares) :], strict=True))
+    planned = [v.number for v in circuit.outputs if isinstance(v, circuits.Value)]
+    dealt_to = jax.tree.unflatten(jax.tree.structure(phases.dealt), dealt).sent
+    for i, (value, aval) in enumerate(zip(shares, phases.run.out_avals, strict=False)):
+      what = f"{NAMES[party]} to {them}: share of output {i}"
+      is_share = i < len(planned) and _is_share(circuit, planned[i], value, made, dealt_to)
+      sent.append(report.Sent(what, value, aval, last, None, "output" * is_share))
   lacks = lambda stream: not flow.held(walk, stream.key)
   return report.judge(f"what the {them} sees", sent, [(f"the {them}", lacks)])
 
 
-def _row(seeds: Value, party: int) -> Sequence[Any]:
-  return () if seeds.known is None else list(seeds.known[party])
+def _keys_dealt(phases: _Phases, observer: int, dealer: Value) -> set[KeyName]:
+  """The keys that are in what the dealer gives the observer, whole or in part."""
+  public = [PUBLIC] * (len(phases.deal.in_avals) - 1)
+  seeds = flow.follow_one(flow.start(), phases.deal, [dealer, *public], 0)
+  dealt = [seeds, *[PUBLIC] * (len(phases.deal.out_avals) - 1)]
+  found = flow.follow(flow.start(), phases.parts[observer], dealt)
+  known = [v.known for v in found if v.known is not None and v.known.dtype == object]
+  return {word.key for words in known for word in words.flat if isinstance(word, Word)}
+
+
+def _is_share(
+  circuit: Circuit,
+  number: int,
+  value: Value,
+  made: dict[int, Value],
+  dealt: dict[int, dict[str, Value]],
+) -> bool:
+  """Whether the model owner's share of a value depends on what such a share may depend on.
+
+  Args:
+    number: of the circuit's value.
+    value: the label of what is sent as its share.
+    made: the labels of what gates return, by number of the value.
+    dealt: the labels of what the dealer sends to the data owner, by number of the operation.
+  """
+  makers = {op.out: (i, op) for i, op in enumerate(circuit.operations)}
+  needed, operands = set[Any](), set[str]()
+  queue, only_gates = [number], True
+  while queue:
+    place, op = makers[queue.pop()]
+    match op:
+      case Apply():
+        needed |= depends([made[op.out]])
+      case Linear() | Product():
+        needed |= {pad for v in dealt[place].values() for part in v.parts for pad in part.pads}
+        only_gates = False
+      case Local():
+        queue += op.inputs
+      case Offset():
+        queue.append(op.input)
+    if isinstance(op, Input | Linear | Offset) and op.owner == MODEL_OWNER:
+      operands.add(_secret(circuit, op.operand))
+  told = depends([value])
+  names = {item for item in told if isinstance(item, str)}
+  rest = told - names
+  return names <= operands and (rest == needed if only_gates else rest >= needed)
 
 
 def _operands(
@@ -271,23 +328,32 @@ def _operands(
     if operand.owner == observer:
       labels += [Value((), blank)] * leaves
     else:
-      labels += [secret([f"the {NAMES[1 - observer]}'s values for {operand.layer}"])] * leaves
+      labels += [secret([_secret(circuit, i)])] * leaves
   return labels
 
 
+def _secret(circuit: Circuit, number: int) -> str:
+  operand = circuit.operands[number]
+  assert operand.owner is not None  # or `audit_secret` refuses the plan
+  return f"the {NAMES[operand.owner]}'s values for {operand.layer} ({number})"
+
+
 def _dealt(
-  circuit: Circuit, phases: _Phases, observer: int, dealt: list[Value]
+  circuit: Circuit, phases: _Phases, observer: int, received: list[Value]
 ) -> list[report.Sent]:
-  """What the dealer sends besides the seed: shares to the data owner, correction words to both."""
+  """What the dealer sends: a seed, shares to the data owner, correction words to both."""
   out = []
-  paths = jax.tree_util.tree_flatten_with_path(phases.dealt)[0]
-  for (path, aval), value in zip(paths, dealt, strict=True):
+  paths = jax.tree_util.tree_flatten_with_path(phases.part[observer])[0]
+  for (path, aval), value in zip(paths, received, strict=True):
     kind, *where = path
-    if kind.name == "seeds" or (kind.name == "sent" and observer == MODEL_OWNER):
-      continue
-    number, name = (entry.key for entry in where)
-    what = f"dealer to {NAMES[observer]}: {circuit.operations[number].layer}, {name}"
-    expected = "assumed" if kind.name == "common" else ""
+    what, expected = f"dealer to {NAMES[observer]}: {kind.name}", ""
+    if where:
+      number, name = (entry.key for entry in where)
+      what = f"dealer to {NAMES[observer]}: {circuit.operations[number].layer}, {name}"
+    if kind.name == "common":
+      expected = "assumed"
+    elif not value.parts and value.known is not None and value.known.dtype == object:
+      expected = "key"  # whose streams are public
     out.append(report.Sent(what, value, aval, 0, None, expected))
   return out
 

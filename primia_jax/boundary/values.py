@@ -29,7 +29,13 @@ class Stream(NamedTuple):
   """The keystream of one key and nonce, which may pad one value."""
 
   key: KeyName
-  nonce: tuple[int, ...]
+  nonce: tuple[int | Symbol, ...]
+
+
+class Symbol(NamedTuple):
+  """A public number that another sum has another of, e.g. the round's. No branch may know it."""
+
+  name: str
 
 
 class Raw(NamedTuple):
@@ -64,12 +70,14 @@ class Value(NamedTuple):
 
   Attributes:
     parts: it is a function of these and of public things; none if it is public.
-    known: its elements, of a small array: numbers, or `Word`s in an object array; a scalar where
-      all elements are equal; None if not known while tracing.
+    known: its elements, of a small array: numbers, or `Word`s and `Symbol`s in an object array; a
+      scalar where all elements are equal; None if not known while tracing.
+    varies: `known` is of the site that is followed, and of another site it is not.
   """
 
   parts: tuple[Part, ...] = ()
   known: np.ndarray | None = None
+  varies: bool = False
 
 
 PUBLIC = Value()
@@ -96,6 +104,15 @@ def depends(values: Iterable[Value]) -> frozenset[Any]:
 def mixed(values: Sequence[Value], eqn: Any) -> Value:
   """Any function of the values: it tells no more than their parts, and masks nothing any more."""
   return _join([_frozen(part, eqn) for value in values for part in value.parts], eqn)
+
+
+def chosen(values: Sequence[Value], eqn: Any) -> Value:
+  """An array whose elements are each an element of some value, whichever the choice is."""
+  told = [value for value in values if value.parts]
+  if len(told) > 1:
+    return mixed(values, eqn)
+  # some elements may be public, and add no mask to what is added to the array
+  return Value(tuple(part._replace(bits=0) for value in told for part in value.parts))
 
 
 def beside(values: Sequence[Value], eqn: Any) -> Value:
