@@ -159,13 +159,13 @@ def _arms(found: Found) -> list[str]:
     cells = _spread(of("accuracy"), True), _spread(of("mcc"), False)
     epsilon = ", ".join(sorted(map(str, spent))) or "none"
     gaps = _spread([_class_gap(r.scores.sensitivity) for r in runs.values()], True)
-    rows.append((name, len(runs), *cells, _spread(of("macro_roc_auc"), False), gaps, epsilon))
+    rows.append((name, len(runs), *cells, _spread(of("macro_roc_auc"), False), epsilon, gaps))
   if found.reader is not None:
     name, cm = found.reader
     scored = f"{100 * float(metrics.accuracy(cm)):.1f}", f"{float(metrics.mcc(cm)):.3f}"
     gap = f"{100 * _class_gap(np.asarray(metrics.sensitivity(cm))):.1f}"
-    rows.append((name, "one reader", *scored, "", gap, ""))
-  head = "arm", "seeds", "accuracy (%)", "MCC", "macro ROC-AUC", _GAP, "epsilon"
+    rows.append((name, "one reader", *scored, "", "", gap))
+  head = "arm", "seeds", "accuracy (%)", "MCC", "macro ROC-AUC", "epsilon", _GAP
   num = len(next(iter(next(iter(found.arms.values())).values())).labels)
   return [
     "## Every arm",

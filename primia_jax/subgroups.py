@@ -1,11 +1,12 @@
 """How well a classifier does in each subgroup of the images, and how far subgroups are apart.
 
 A subgroup is the images with one value of a column, such as one sex, one site, or ages between two
-edges. Their scores have percentile bootstrap intervals. A gap is the largest score of a subgroup
-minus the smallest, with an interval that holds for all pairs of subgroups at once: it reaches as
-far to both sides as, in 95 % of the resamples, the largest error of any subgroup's score lies above
-the smallest (Tukey's range, bootstrapped). So it holds 0 where subgroups may well be alike, however
-many are compared; the interval of a pair that was named beforehand would be narrower.
+edges. Its scores have percentile bootstrap intervals. A gap is the largest score of a subgroup
+minus the smallest. Its interval holds for all pairs of subgroups at once (Tukey's range,
+bootstrapped): to both sides it reaches as far as, in 95 % of the resamples, the largest error of
+any subgroup's score lies above the smallest, but not beyond what a difference can be. So it holds 0
+where subgroups may well be alike, however many are compared; the interval of a pair that was named
+beforehand would be narrower.
 
 Who learns what: with a floor of patients, whoever reads the table and knows the totals of all
 images learns no count of fewer patients. Two columns of which one refines the other, such as a
@@ -172,7 +173,8 @@ def table(
     rows.append(Row(name, *told))
     drawn.append(samples)
   gaps = [
-    _gap(of.names, [row[2 + i] for row in rows], [one[i] for one in drawn], level) for i in (0, 1)
+    _gap(of.names, [row[2 + i] for row in rows], [one[i] for one in drawn], level, most)
+    for i, most in enumerate((1.0, 2.0))
   ]
   return Table(tuple(rows), *gaps)
 
@@ -196,8 +198,13 @@ def _scores(matrices: np.ndarray) -> np.ndarray:
 
 
 def _gap(
-  names: Sequence[str], scores: Sequence[Any], drawn: Sequence[np.ndarray], level: float
+  names: Sequence[str],
+  scores: Sequence[Any],
+  drawn: Sequence[np.ndarray],
+  level: float,
+  most: float,
 ) -> Gap | None:
+  """The gap of a score of which two differ by `most` at most."""
   known = [
     i
     for i, one in enumerate(scores)
@@ -210,7 +217,8 @@ def _gap(
   errors = np.stack([drawn[i] - scores[i].value for i in known])
   errors = errors[:, ~np.isnan(errors).any(0)]
   reach = float(np.quantile(np.ptp(errors, axis=0), level)) if errors.size else math.nan
-  return Gap(gap, gap - reach, gap + reach, names[best], names[worst])
+  low, high = max(gap - reach, -most), min(gap + reach, most)
+  return Gap(gap, low, high, names[best], names[worst])
 
 
 def _shown(

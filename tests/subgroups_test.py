@@ -79,6 +79,13 @@ def test_the_gap_between_classes_is_of_sensitivities():
   assert alone is None
 
 
+def test_a_gap_is_never_said_to_be_larger_than_it_can_be():
+  labels, probabilities, of = made(("a", 10, 0, 9, 1), ("b", 1, 4, 0, 5))
+  gap = subgroups.table(labels, probabilities, of, KEY).accuracy
+  assert gap.value == pytest.approx(0.85)
+  assert 0 < gap.low < gap.value < gap.high == 1
+
+
 def test_patients_of_a_subgroup_are_drawn_together():
   labels, probabilities, of = made(("F", 40, 10, 40, 10), ("M", 40, 10, 40, 10))
   groups = np.arange(200) // 10  # all right or all wrong
