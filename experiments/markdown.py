@@ -39,13 +39,11 @@ def cell(entry: Mapping[str, Any] | float | str | None, percent: bool, signed: b
   return value if entry["value"] is None else f"{value} [{low}, {high}]"
 
 
-def gap_cell(gap: Mapping[str, Any] | str | None, percent: bool, is_named: bool = True) -> str:
+def gap_cell(gap: Mapping[str, Any] | str | None, percent: bool) -> str:
   """The gap between the best and the worst of several, its interval, and which these are."""
-  if gap is None:
-    return "none, since fewer than two scores can be compared"
-  if isinstance(gap, str) or not is_named:
-    return cell(gap, percent)
-  return f"{cell(gap, percent)} ({plain(gap['best'])} minus {plain(gap['worst'])})"
+  if gap is None or isinstance(gap, str):
+    return gap or "undefined"
+  return f"{cell(gap, percent)} (best {plain(gap['best'])}, worst {plain(gap['worst'])})"
 
 
 def row(*cells: Any) -> str:

@@ -80,12 +80,11 @@ def section(result: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     head = markdown.plain(column), "images", "accuracy (%)", "MCC"
     lines += [markdown.table(head, rows), ""]
-    gaps = found["largest gap"]
-    lines += [
-      f"Largest gap in accuracy (points): {markdown.gap_cell(gaps['accuracy'], True)}. In MCC: "
-      f"{markdown.gap_cell(gaps['mcc'], False)}.",
-      "",
-    ]
+    of, said = found["largest gap"], "No gap: fewer than two subgroups have scores to compare."
+    if of["accuracy"] is not None:
+      mcc = f"; in MCC: {markdown.gap_cell(of['mcc'], False)}" if of["mcc"] else ""
+      said = f"Largest gap in accuracy (points): {markdown.gap_cell(of['accuracy'], True)}{mcc}."
+    lines += [said, ""]
   return [
     *lines,
     "Brackets hold 95 % percentile bootstrap intervals within each subgroup; one whose answers are "
