@@ -24,7 +24,7 @@ SITE                                        | dp | site | dp=none
 --placement=flower                          | placement | flower | placement=auto
 --record_transcript                         | record_transcript | True | leave
 --fewest_patients=5                         | fewest_patients | 5 | use 0
---subgroups=sex                             | subgroups | sex | primia-train
+--subgroups=site                            | subgroups | site | primia-train
 --trials=0                                  | --trials | 0 | positive
 --pruner=hyperband                          | pruner | hyperband | median
 --space=lr=1:2                              | space | lr | --helpfull

@@ -135,6 +135,7 @@ def test_no_subgroups_where_a_report_has_none():
   for changes in ({"model": "unet", "data": "npz:x"}, {"data": "csv:x", "multi_label": True}):
     with pytest.raises(ValueError, match=r"subgroups='sex' with .*leave it out"):
       settings.replace(Train(), subgroups="sex", class_weights=False, **changes)
+  assert settings.replace(Train(), subgroups="site").comparison.subgroups == "site"
   for text in ("age:18", "age:18:0", "age:0:inf", "age:0:x", ":0:1"):
     with pytest.raises(ValueError, match="subgroups="):
       Comparison(text)

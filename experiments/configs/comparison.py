@@ -23,13 +23,18 @@ class Comparison:
   def __post_init__(self):
     self.columns()
 
-  def check(self, of_pixels: bool, is_multi: bool) -> None:
+  def check(self, of_pixels: bool, is_multi: bool, is_phantom: bool = False) -> None:
     """Raises a ValueError where reports have no subgroups."""
     if self.subgroups and (of_pixels or is_multi):
       what = "a model that learns masks" if of_pixels else "several labels an image"
       raise ValueError(
         f"subgroups={self.subgroups!r} with {what}: subgroups have accuracies and MCC, of images "
         "of one class each; leave it out"
+      )
+    if is_phantom and (absent := set(self.columns()) - {"site"}):
+      raise ValueError(
+        f"subgroups={self.subgroups!r}: the phantom has sites and no column {min(absent)!r}; "
+        "leave it out, or name other images, such as --data=csv:PATH"
       )
 
   def columns(self) -> dict[str, tuple[float, ...]]:

@@ -183,8 +183,8 @@ class Train:
 
   def _check_task(self) -> None:
     t, name = self.training, self.model.model
-    self.comparison.check(name in models.SEGMENTERS, self.data.is_multi)
     kinds = {source.partition(":")[0] for source in self.data.sources or (self.data.data,)}
+    self.comparison.check(name in models.SEGMENTERS, self.data.is_multi, "phantom" in kinds)
     if self.data.is_multi:
       self._check_multi()
     if name not in models.SEGMENTERS:
