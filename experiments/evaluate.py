@@ -5,7 +5,8 @@
 For labelled images (a folder for each class, npz or TFDS) it writes predictions.csv, metrics.json,
 report.md, a confusion matrix and ROC curves: of the test split, or of all images where there is
 none. Without --data it takes the test images of the run's own report. With --unlabelled it takes a
-folder of any images and writes predictions.csv only. The model sets the image size, the classes and
+folder of any images and writes predictions.csv only. --subgroups=sex,age:0:18:65:200 compares the
+scores of images by columns of their CSV. The model sets the image size, the classes and
 the CT window; --label_names names the source's labels in their order, and classes are matched by
 name. --run_dir takes a checkpoint of PriMIA, too. Of a model that learns masks it writes
 masks.npz, and Dice of each case for images with masks; --overlays draws some.
@@ -38,14 +39,17 @@ from . import (
   scored_images,
   segmentation_report,
   settings,
+  subgroup_tables,
   together,
 )
 from .configs import tasks
+from .configs.comparison import Comparison
 from .configs.data import Data
 from .configs.scoring import Scoring
 from .seating import NAMES, Seating
 
 settings.define_flags(Data)
+settings.define_flags(Comparison)
 settings.define_flags(Scoring)
 settings.define_flags(Seating)
 flags.DEFINE_string(
@@ -153,6 +157,10 @@ def score_here() -> None:
       f"fewest_patients={FLAGS.fewest_patients}: masks, findings and predictions are of single "
       "patients; leave it out"
     )
+  comparison = settings.from_flags(Comparison)
+  comparison.check(task.of_pixels, is_multi)
+  if FLAGS.subgroups and FLAGS.unlabelled:
+    raise ValueError(f"subgroups={FLAGS.subgroups}: unlabelled images have no scores; leave it out")
   if FLAGS.overlays and not task.of_pixels:
     raise ValueError(f"overlays={FLAGS.overlays}: {model_config.name} gives no masks; leave it out")
   model_files.take_form(FLAGS, FLAGS.run_dir, model_config)
@@ -171,6 +179,8 @@ def score_here() -> None:
     dataset, config = own_images()
   if not FLAGS.unlabelled:
     tasks.check(model_config.name, dataset, is_multi)
+  is_scored = not (FLAGS.unlabelled or task.of_pixels or is_multi)
+  compared = subgroup_tables.of_images(comparison.columns(), dataset) if is_scored else {}
   folders.private(output)
   predictions = task.predictor(model.apply)(trained, dataset.images)
   about = {
@@ -219,6 +229,7 @@ def score_here() -> None:
     label_names=label_names,
     facts=report.Facts(about, dataset.notes, policy=Policy(fewest_patients=FLAGS.fewest_patients)),
     patients=dataset.groups,
+    compared=compared,
     groups=dataset.groups if config.patient_column or config.patient_pattern else None,
     main_arm="trained",
     seed=FLAGS.seed,

@@ -237,7 +237,8 @@ def _of_sources(config: Train, only_site: int | None) -> Inputs:
     parts = _hold_out(train, (np.arange(len(train)),), h.validation_fraction, config.seed + i)
     kept[i], held[i] = (first + part.sites[0] for part in parts)
     trains.append(train)
-    tests.append(test)
+    site = np.full(len(test), f"site {i}")
+    tests.append(dataclasses.replace(test, columns={"site": site, **test.columns}))
     first += len(train)
   joined, nothing = join(trains), np.zeros(0, np.int64)
   if only_site is None:

@@ -29,9 +29,7 @@ def _number(x: float | None, percent: bool, signed: bool = False) -> str:
   return f"{100 * x if percent else x:{'+' if signed else ''}.{1 if percent else 3}f}"
 
 
-def _cell(
-  entry: Mapping[str, Any] | float | str | None, percent: bool, signed: bool = False
-) -> str:
+def cell(entry: Mapping[str, Any] | float | str | None, percent: bool, signed: bool = False) -> str:
   """A value and its interval, as tables show them; a text, such as that it is suppressed, as is."""
   if isinstance(entry, str):
     return entry
@@ -39,6 +37,13 @@ def _cell(
     return _number(entry, percent, signed)
   value, low, high = (_number(entry[k], percent, signed) for k in ("value", "low", "high"))
   return value if entry["value"] is None else f"{value} [{low}, {high}]"
+
+
+def gap_cell(gap: Mapping[str, Any] | str | None, percent: bool) -> str:
+  """The gap between the best and the worst of several, its interval, and which these are."""
+  if gap is None or isinstance(gap, str):
+    return gap or "undefined"
+  return f"{cell(gap, percent)} (best {plain(gap['best'])}, worst {plain(gap['worst'])})"
 
 
 def row(*cells: Any) -> str:
@@ -70,7 +75,7 @@ def _summary(result: Mapping[str, Any]) -> str:
     low, value, high = (_number(main["accuracy"][k], True) for k in ("low", "value", "high"))
     text += (
       f"{result['main_arm']} model is correct on {value} % (95 % interval {low} to {high}). Its "
-      f"Matthews correlation (MCC) is {_cell(_value(main['mcc']), False)}"
+      f"Matthews correlation (MCC) is {cell(_value(main['mcc']), False)}"
     )
   if difference and not isinstance(difference["accuracy"], str):
     low, value, high = (
@@ -154,13 +159,19 @@ def _hospitals(result: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: str = "") -> str:
+def markdown(
+  result: Mapping[str, Any],
+  pictures: Mapping[str, str],
+  numbered: str = "",
+  compared: Sequence[str] = (),
+) -> str:
   """The whole report.
 
   Args:
     result: what `metrics.json` holds.
     pictures: file -> caption.
     numbered: what the numbers of classes in the pictures stand for; empty where they have names.
+    compared: lines of a section about subgroups.
   """
   arms, references, difference = result["arms"], result["references"], result["difference"]
   rows: list[tuple[str, tuple[str, ...], bool]] = [
@@ -177,11 +188,11 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
       scores = scores.get(step, "")  # a reference has no ROC-AUC
     return scores
 
-  def cell(
+  def at(
     scores: Mapping[str, Any], path: tuple[str, ...], percent: bool, signed: bool = False
   ) -> str:
     entry = pick(scores, path)
-    return "–" if entry == "" else _cell(entry, percent, signed)
+    return "–" if entry == "" else cell(entry, percent, signed)
 
   head = ["", *arms, *references]
   data = plain(result["data"])
@@ -194,15 +205,19 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
   lines += [*_hospitals(result), "## Results", ""]
   lines += [row(*head), row("---", *["---:"] * (len(head) - 1))]
   for name, path, percent in rows:
-    cells = [cell(scores, path, percent) for scores in (*arms.values(), *references.values())]
+    cells = [at(scores, path, percent) for scores in (*arms.values(), *references.values())]
     lines.append(row(f"{name} (%)" if percent else name, *cells))
+  gaps = [gap_cell(scores["class_gap"], True) for scores in arms.values()]
+  lines.append(row("gap between classes (points)", *gaps, *["–"] * len(references)))
   unit = "images" if result["intervals"]["unit"] == "example" else "patients (groups of images)"
   lines += [
     "",
     f"Brackets hold 95 % percentile bootstrap intervals from "
     f"{result['intervals']['num_resamples']:,} resamples of the test {unit}, the same for all "
     "arms. ROC-AUC is one-vs-one, averaged over pairs of classes. MCC is the multi-class Matthews "
-    "correlation: 1 is perfect, 0 is chance.",
+    "correlation: 1 is perfect, 0 is chance. The gap between classes is the largest sensitivity "
+    "minus the smallest; its interval is for all pairs of classes at once, so one that holds 0 may "
+    "be chance.",
   ]
   if difference and difference["of"] == "federated" and difference["minus"] == "pooled":
     lines += [
@@ -237,7 +252,7 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
     lines += [row("", "difference"), row("---", "---:")]
     for name, path, percent in rows:
       lines.append(
-        row(f"{name} (points)" if percent else name, cell(difference, path, percent, signed=True))
+        row(f"{name} (points)" if percent else name, at(difference, path, percent, signed=True))
       )
     lines += [
       "",
@@ -251,10 +266,10 @@ def markdown(result: Mapping[str, Any], pictures: Mapping[str, str], numbered: s
     "log_loss": "log loss (nats)",
   }
   for field, name in calibration.items():
-    values = ("infinite" if s[field] is None else _cell(s[field], False) for s in arms.values())
+    values = ("infinite" if s[field] is None else cell(s[field], False) for s in arms.values())
     lines.append(row(name, *values))
   lines += ["", "Lower is better in all three."]
-  lines += ["", *_suppressed(result), *sections(result), "## Pictures", ""]
+  lines += ["", *compared, *_suppressed(result), *sections(result), "## Pictures", ""]
   if numbered:
     lines += [
       f"No font of this machine has the letters of some names. In the pictures {plain(numbered)}.",

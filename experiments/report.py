@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from primia_jax import metrics
+from primia_jax import metrics, subgroups
 from primia_jax.disclosure import Crossing, Policy
 
-from . import crossings, markdown, predictions, suppression
+from . import crossings, markdown, predictions, subgroup_tables, suppression
 from .hospitals import Hospitals
 from .markdown import PER_CLASS, SCALARS
 
@@ -99,6 +99,7 @@ def write_report(
   groups: Any = None,
   patients: Any = None,
   hospitals: Hospitals | None = None,
+  compared: Mapping[str, subgroups.Members] | None = None,
   main_arm: str = "federated",
   baseline: str = "pooled",
   seed: int = 0,
@@ -119,6 +120,7 @@ def write_report(
     patients: [N] the patient of each test image, or a name of its own where he is unknown, for the
       floors of the policy; None takes the groups.
     hospitals: what the phantom's differ in, with images of each; None for real ones.
+    compared: column -> the subgroups of the test images by it, whose scores it compares.
     main_arm: the arm that the summary, the confusion matrix and the ROC curves show.
     baseline: the arm that the main arm is compared with, if it is among `arms`.
     seed: of the resamples.
@@ -158,7 +160,8 @@ def write_report(
         f"reference {name!r} is {cm.shape}, not a confusion matrix of {len(label_names)} classes"
       )
 
-  key = jax.random.key(seed)
+  key, policy = jax.random.key(seed), facts.policy or _ALL
+  units = groups if patients is None else patients
   options: dict[str, Any] = {"groups": groups, "num_resamples": NUM_RESAMPLES}
   intervals = {
     name: metrics.bootstrap_intervals(*arm, key, **options) for name, arm in arms.items()
@@ -175,8 +178,16 @@ def write_report(
       "num_resamples": NUM_RESAMPLES, "seed": seed,
     },
     "arms": {
-      name: _intervals_json(intervals[name], label_names) | _extras_json(arm, exact=groups is None)
+      name: _intervals_json(intervals[name], label_names)
+      | _extras_json(arm, exact=groups is None)
+      | {"class_gap": subgroup_tables.gap(subgroups.class_gap(*arm, label_names, key, **options))}
       for name, arm in arms.items()
+    },
+    "subgroups": {
+      column: subgroup_tables.told(
+        subgroups.table(*arms[main_arm], of, key, patients=units, policy=policy, **options)
+      )
+      for column, of in (compared or {}).items()
     },
     "difference": None,
     "hospitals": None if hospitals is None else hospitals.rows,
@@ -190,9 +201,7 @@ def write_report(
       difference, label_names
     )
   probabilities = {name: arm.probabilities for name, arm in arms.items()}
-  left_out = suppression.suppress(
-    result, facts.policy or _ALL, truth, probabilities, groups if patients is None else patients
-  )
+  left_out = suppression.suppress(result, policy, truth, probabilities, units)
   result = jsonable(result | {"pictures left out": left_out})
   (run_dir / crossings.FILE).unlink(missing_ok=True)  # left by an earlier report
   facts.write(run_dir, title, result)
@@ -223,7 +232,8 @@ def write_report(
     of_hospitals.unlink(missing_ok=True)  # left by an earlier report
   for absent in {name for name in FILES if name.endswith(".png")} - set(pictures):
     (run_dir / absent).unlink(missing_ok=True)  # left by an earlier report
-  text = markdown.markdown(result, pictures, lettering.numbered(label_names))
+  section = subgroup_tables.section(result)
+  text = markdown.markdown(result, pictures, lettering.numbered(label_names), section)
   (run_dir / "report.md").write_text(text, encoding="utf-8")
   return result
 

@@ -41,6 +41,7 @@ from . import (
   segmentation_report,
   settings,
   starting,
+  subgroup_tables,
   sums,
   trainers,
   transcripts,
@@ -184,6 +185,7 @@ def _run(
   image_facts.check_sizes(config, images.train)
   if seat is not None and seat.site is not None:
     admission.check_images(seat.site, images)
+  compared = subgroup_tables.of_images(config.comparison.columns(), images.test)
   label_names = images.train.dataset.label_names
   tasks.check(config.model.model, images.train.dataset, config.data.is_multi)
   task = tasks.of(config.model.model, config.data.is_multi)
@@ -307,6 +309,7 @@ def _run(
     references=radiologist,
     hospitals=hospitals.of_phantom(config, images.train.sizes, images.test),
     patients=images.test.groups,
+    compared=compared,
     main_arm=main_arm,
     seed=config.seed,
   )

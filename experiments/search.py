@@ -72,6 +72,11 @@ def check(config: Train) -> None:
       f"fewest_patients={floor}: a search compares trials by their validation scores and lists "
       "them, which a floor may suppress; use 0"
     )
+  if config.comparison.subgroups:
+    raise ValueError(
+      f"subgroups={config.comparison.subgroups}: a search has no test images to compare; leave it "
+      "out, and name it to primia-train"
+    )
   if config.record_transcript:
     raise ValueError("record_transcript=True: a search keeps no transcripts; leave it out")
   rehearse(config)

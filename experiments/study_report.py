@@ -20,6 +20,7 @@ from .study import Step
 REPORT = "case_study.md"
 PICTURES = ("arms.png", "epsilon.png", "reader.png")
 _RESAMPLES = 2000
+_GAP = "gap between classes (points)"
 _PRIVATE = re.compile(r"private_(pooled_)?([\d.e+-]+)$")
 _SECURE, _POOLED, _CLEAR = "federated, secure aggregation", "pooled", "federated, in the clear"
 
@@ -157,22 +158,28 @@ def _arms(found: Found) -> list[str]:
     spent = {run.epsilon for run in runs.values()} - {None}
     cells = _spread(of("accuracy"), True), _spread(of("mcc"), False)
     epsilon = ", ".join(sorted(map(str, spent))) or "none"
-    rows.append((name, len(runs), *cells, _spread(of("macro_roc_auc"), False), epsilon))
+    gaps = _spread([_class_gap(r.scores.sensitivity) for r in runs.values()], True)
+    rows.append((name, len(runs), *cells, _spread(of("macro_roc_auc"), False), epsilon, gaps))
   if found.reader is not None:
     name, cm = found.reader
     scored = f"{100 * float(metrics.accuracy(cm)):.1f}", f"{float(metrics.mcc(cm)):.3f}"
-    rows.append((name, "one reader", *scored, "", ""))
-  head = "arm", "seeds", "accuracy (%)", "MCC", "macro ROC-AUC", "epsilon"
+    gap = f"{100 * _class_gap(np.asarray(metrics.sensitivity(cm))):.1f}"
+    rows.append((name, "one reader", *scored, "", "", gap))
+  head = "arm", "seeds", "accuracy (%)", "MCC", "macro ROC-AUC", "epsilon", _GAP
   num = len(next(iter(next(iter(found.arms.values())).values())).labels)
   return [
     "## Every arm",
     "",
     f"On {num:,} test images, which each run scores once. Figures are means over seeds with "
     "Student's 95 % intervals of the mean; one seed has none (its own report has an interval over "
-    "images).",
+    "images). The gap between classes is the largest sensitivity of a class minus the smallest.",
     "",
     markdown.table(head, rows),
   ]
+
+
+def _class_gap(sensitivities: np.ndarray) -> float:
+  return float(np.nanmax(sensitivities) - np.nanmin(sensitivities))
 
 
 def _pairs(found: Found) -> list[tuple[str, str]]:

@@ -135,6 +135,8 @@ def _of_arm(
       scores[name] = policy.count(0)
     for field in ("sensitivity", "specificity"):
       scores[field] = dict.fromkeys(names, policy.count(0))
+  if any(isinstance(one, Suppressed) for one in scores["sensitivity"].values()):
+    scores["class_gap"] = policy.count(0)
   for name in ("log_loss", "brier_score", "expected_calibration_error"):
     scores[name] = policy.ratio(scores[name], patients(np.ones(len(labels), bool)))
 

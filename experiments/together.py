@@ -45,7 +45,7 @@ def score(values: flags.FlagValues, site: admission.Site | None, module: str) ->
   Raises:
     ValueError, FileNotFoundError, NotApproved: before any image is read; or as `evaluating.run`.
   """
-  for name in ("unlabelled", "overlays"):
+  for name in ("unlabelled", "overlays", "subgroups"):
     if values[name].value:
       raise ValueError(
         f"{name}={values[name].value} with placement=flower: hospitals sum counts of labelled "

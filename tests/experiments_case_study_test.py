@@ -161,7 +161,8 @@ def test_the_report_gives_means_and_intervals_over_seeds(finished):
   assert row[3] == f"{np.mean(scored):.3f} [{low:.3f}, {high:.3f}]"
   assert row_of(text, "site 0 alone", "1")[5] == "none"
   assert row_of(text, "private, epsilon 6, federated", "3")[5] == "5.99"
-  assert row_of(text, "a reader", "one reader")[2] == "66.7"
+  reader = row_of(text, "a reader", "one reader")
+  assert (reader[2], reader[6]) == ("66.7", "40.0")  # of classes 40 % apart, by its matrix
 
 
 def test_the_report_compares_arms_on_the_same_images(finished):

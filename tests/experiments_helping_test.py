@@ -57,7 +57,7 @@ def test_sections_are_the_records(monkeypatch):
   titles = re.findall(r"^(\w[\w ]*)(?:: .*)?\n  ", page(monkeypatch, 100), re.MULTILINE)
   assert titles == [
     "This program", "Train", "Data", "Hospitals", "Model", "Augment", "Training", "Federation",
-    "Aggregation", "Privacy", "Disclosure",
+    "Aggregation", "Privacy", "Disclosure", "Comparison",
   ]  # fmt: skip
 
 

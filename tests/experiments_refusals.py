@@ -52,6 +52,9 @@ extra                                       | extra | is not a flag | --name=val
 --image_size=8192 --phantom_images=90000000 --model=mlp | image_size | 90,000,000 | smaller
 --image_size=x                              | --image_size | x | integer
 --fewest_patients=-1                        | fewest_patients | -1 | no floor
+--subgroups=age:18                          | subgroups | age:18 | at least two
+--subgroups=age:x:y                         | subgroups | age:x:y | numbers
+--subgroups=sex                             | subgroups | 'sex' | csv:PATH
 --channels=2                                | channels | 2 | 3
 --channels=3                                | channels | 3 | channels=1
 --data=                                     | data | '' | folder:PATH

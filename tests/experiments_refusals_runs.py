@@ -25,6 +25,7 @@ SITE                                        | dp | site | dp=none
 --placement=flower                          | placement | flower | placement=auto
 --record_transcript                         | record_transcript | True | leave
 --fewest_patients=5                         | fewest_patients | 5 | use 0
+--subgroups=site                            | subgroups | site | primia-train
 --trials=0                                  | --trials | 0 | positive
 --pruner=hyperband                          | pruner | hyperband | median
 --space=lr=1:2                              | space | lr | --helpfull
@@ -108,6 +109,7 @@ EVALUATE = """
 --placement=flower --channel_dir={folder}   | channel_dir | {folder} | --site
 --placement=flower --overlays=2             | overlays | 2 | leave it out
 --placement=flower --unlabelled             | unlabelled | True | leave it out
+--placement=flower --subgroups=sex          | subgroups | sex | leave it out
 --placement=flower --data= --label_names=a,b | label_names | a,b | --data
 --placement=flower --image_size=32          | image_size | 32 | omit
 --placement=flower --data=folder:{missing}  | data | {missing} | check
@@ -116,6 +118,8 @@ EVALUATE = """
 --placement=flower --data= --site_data=npz:a,npz:b,npz:c --num_sites=4 | num_sites=4 | 3 | each
 --placement=flower --data= --site_data=npz:{missing},npz:b,npz:c | {missing} | npz | check
 --fewest_patients=-1                        | --fewest_patients | -1 | non-negative
+--subgroups=sex                             | subgroups | 'sex' | csv:PATH
+--unlabelled --data=folder:{folder} --subgroups=sex | subgroups | sex | leave it out
 --unlabelled --data=folder:{folder} --fewest_patients=5 | fewest_patients | 5 | leave it out
 --run_dir={missing}                         | run_dir | {missing} | finished training run
 --run_dir={folder}                          | run_dir | {folder} | finished training run

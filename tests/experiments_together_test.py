@@ -28,6 +28,7 @@ from experiments import (
   site_folders,
   together,
 )
+from experiments.configs.comparison import Comparison
 from experiments.configs.data import Data
 from experiments.configs.scoring import Scoring
 from experiments.joining import Approve
@@ -42,7 +43,7 @@ from primia_jax.secagg.errors import Aborted, Refused
 def values_of(**given):
   """The flags of `primia-evaluate`, given and by default."""
   values = flags.FlagValues()
-  for kind in (Data, Scoring, Seating):
+  for kind in (Data, Comparison, Scoring, Seating):
     settings.define_flags(kind, values)
   for name in ("run_dir", "output_dir", "classes"):
     flags.DEFINE_string(name, "", "", flag_values=values)

@@ -43,6 +43,7 @@ LAYERS = {
   "flower": {"types", "durable", "secagg"},
   "metrics": LEAF,
   "disclosure": set(),
+  "subgroups": {"types", "metrics", "disclosure"},
   "approval": {"attacks"},
   "intersection": set(),
   "state_dicts": set(),

@@ -14,6 +14,7 @@ from primia_jax.secagg.exchange import Exchange
 from ..settings import require, setting
 from . import tasks
 from .aggregation import Aggregation, min_survivors
+from .comparison import Comparison
 from .data import Data, Hospitals
 from .disclosure import Disclosure
 from .model import Augment, Model
@@ -42,6 +43,7 @@ class Train:
   aggregation: Aggregation = dataclasses.field(default_factory=Aggregation)
   privacy: Privacy = dataclasses.field(default_factory=Privacy)
   disclosure: Disclosure = dataclasses.field(default_factory=Disclosure)
+  comparison: Comparison = dataclasses.field(default_factory=Comparison)
 
   def __post_init__(self):
     h, f, p = self.hospitals, self.federation, self.privacy
@@ -182,6 +184,7 @@ class Train:
   def _check_task(self) -> None:
     t, name = self.training, self.model.model
     kinds = {source.partition(":")[0] for source in self.data.sources or (self.data.data,)}
+    self.comparison.check(name in models.SEGMENTERS, self.data.is_multi, "phantom" in kinds)
     if self.data.is_multi:
       self._check_multi()
     if name not in models.SEGMENTERS:

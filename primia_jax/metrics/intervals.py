@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -143,14 +144,46 @@ def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[f
   return float(low), float(high)
 
 
-def _scores(labels: np.ndarray, probabilities: np.ndarray, times: np.ndarray) -> Scores:
-  num_classes = probabilities.shape[1]
-  cells = labels * num_classes + probabilities.argmax(1)
+def matrices(
+  labels: np.ndarray, predictions: np.ndarray, num_classes: int, times: np.ndarray
+) -> np.ndarray:
+  """[R, L, L] the confusion matrix of each of R resamples, of labels and predictions [N].
+
+  Args:
+    times: [R, N] how often each resample has each example.
+  """
+  cells = labels * num_classes + predictions
   order = np.argsort(cells, kind="stable")
   present, starts = np.unique(cells[order], return_index=True)
   cm = np.zeros((len(times), num_classes**2), np.int64)
   cm[:, present] = np.add.reduceat(times[:, order], starts, axis=1)
-  cm = cm.reshape(-1, num_classes, num_classes)
+  return cm.reshape(-1, num_classes, num_classes)
+
+
+def draws(
+  num_examples: int, num_classes: int, key: Key, groups: Any, num_resamples: int
+) -> Iterator[np.ndarray]:
+  """How often each resample has each example, [r, N] at a time, R in all; chunks bound the memory.
+  Groups are drawn where they are given, and the same key and groups give the same draws.
+  """
+  if num_resamples < 1:
+    raise ValueError(f"num_resamples must be at least 1, got {num_resamples}")
+  groups = np.arange(num_examples) if groups is None else np.asarray(groups)
+  if groups.shape != (num_examples,):
+    raise ValueError(f"groups {groups.shape} and labels {(num_examples,)} differ in shape")
+  names, member = np.unique(groups, return_inverse=True)
+  rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+  chunk = max(1, 2**22 // max(num_examples, num_classes**2))
+  for start in range(0, num_resamples, chunk):
+    rows = min(chunk, num_resamples - start)
+    drawn = (
+      rng.integers(len(names), size=(rows, len(names))) + len(names) * np.arange(rows)[:, None]
+    )
+    yield np.bincount(drawn.ravel(), minlength=rows * len(names)).reshape(rows, -1)[:, member]
+
+
+def _scores(labels: np.ndarray, probabilities: np.ndarray, times: np.ndarray) -> Scores:
+  cm = matrices(labels, probabilities.argmax(1), probabilities.shape[1], times)
   return Scores(
     accuracy(cm), mcc(cm), ovo_auc(labels, probabilities, times), sensitivity(cm), specificity(cm)
   )
@@ -159,22 +192,9 @@ def _scores(labels: np.ndarray, probabilities: np.ndarray, times: np.ndarray) ->
 def resampled(
   labels: np.ndarray, models: tuple, key: Key, groups: Any, num_resamples: int
 ) -> list[Scores]:
-  """[R] scores of each model's probabilities on the same resamples; chunks bound the memory."""
-  if num_resamples < 1:
-    raise ValueError(f"num_resamples must be at least 1, got {num_resamples}")
-  groups = np.arange(len(labels)) if groups is None else np.asarray(groups)
-  if groups.shape != labels.shape:
-    raise ValueError(f"groups {groups.shape} and labels {labels.shape} differ in shape")
-  names, member = np.unique(groups, return_inverse=True)
-  rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-  chunk = max(1, 2**22 // max(len(labels), models[0].shape[1] ** 2))
+  """[R] scores of each model's probabilities on the same resamples."""
   parts: list[list[Scores]] = [[] for _ in models]
-  for start in range(0, num_resamples, chunk):
-    rows = min(chunk, num_resamples - start)
-    draws = (
-      rng.integers(len(names), size=(rows, len(names))) + len(names) * np.arange(rows)[:, None]
-    )
-    times = np.bincount(draws.ravel(), minlength=rows * len(names)).reshape(rows, -1)[:, member]
+  for times in draws(len(labels), models[0].shape[1], key, groups, num_resamples):
     for part, probabilities in zip(parts, models, strict=True):
       part.append(_scores(labels, probabilities, times))
   return [Scores(*(np.concatenate(x) for x in zip(*part, strict=True))) for part in parts]
