@@ -86,7 +86,7 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
     rows = [np.concatenate(pair) for pair in zip(rows, held, strict=True)]
   no_images = np.zeros((len(dataset), 1, 1, 1), np.uint8)
   bare = dataclasses.replace(dataset, images=no_images, masks=None)
-  if config.data.sources:  # `join` has numbered them
+  if config.data.sources and len(dataset):  # `join` has numbered them
     bare = dataclasses.replace(bare, groups=np.strings.partition(bare.groups, "/")[2])
   shared = overlaps.between([take(bare, one) for one in rows])
   if shared.patients:

@@ -24,14 +24,13 @@ from primia_jax import approval, disclosure, durable
 from primia_jax.secagg import keys, pinning
 
 from . import refusals
-from .configs.data import Data
+from .configs.data import NO_IMAGES, Data
 from .settings import names, require, setting
 
 SETTINGS, IDENTITY, PUBLIC = "site.toml", "identity", "public.json"
 APPROVAL, LEDGER, JOURNAL = "approval.json", "ledger", "journal.jsonl"
 _RUNS, _DIGITS = "runs", 12  # folder of a site's runs, each named by so many digits
 SITE, COORDINATOR = "site", "coordinator"
-NO_IMAGES = "none"  # as data
 
 
 def _of_data(name: str) -> Any:

@@ -251,8 +251,8 @@ def test_a_folder_that_does_not_fit_the_roster_is_refused(copied):
     admitted(copied, 0)
   change(at, number=0)
   change(at, own=Own("none"))
-  with pytest.raises(ValueError, match=r"data=none in .*has nothing to train on"):
-    admitted(copied, 0)
+  with pytest.raises(ValueError, match=r"data=none in .*has nothing to score"):
+    admission.of(str(at), approving.EVALUATION)
   (copied / "site_1" / "roster.json").unlink()
   with pytest.raises(FileNotFoundError, match="no roster was accepted"):
     admitted(copied, 1)
