@@ -38,6 +38,7 @@ from . import (
   scored_images,
   segmentation_report,
   settings,
+  site_log,
   together,
 )
 from .configs import tasks
@@ -105,6 +106,7 @@ def own_images() -> tuple[Dataset, Data]:
 
 
 def main() -> None:
+  site_log.keep(FLAGS.run_dir)
   site = admission.of(FLAGS.run_dir, approving.EVALUATION)
   settings.choose("placement", FLAGS.placement, ("", together.FLOWER))
   if site is not None or FLAGS.placement:

@@ -7,6 +7,7 @@
   approval.json    what its operator approved (`primia_jax.approval`)
   ledger           of its images (`privacy.chain`)
   journal.jsonl    what was done, a line each
+  log, log.1       what its programs of a run printed (`site_log`)
 
 The coordinator has such a folder, too, without data and ledger.
 """
