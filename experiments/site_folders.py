@@ -89,6 +89,11 @@ class Limits:
     "sites that may collude with a coordinator that lies before a sum of three sites and more "
     "tells this one's part; 0 trusts all",
   )
+  most_ids: int = setting(
+    100_000,
+    "patients that another site may put into an intersection with this one's; it learns of each "
+    "whether he is here, so that a number beyond what it can have lets it guess",
+  )
   looks_at_models: bool = setting(
     True,
     "whether this site looks at each model before it trains it, on 16 of its own images, and ends "
@@ -100,6 +105,7 @@ class Limits:
 
   def __post_init__(self):
     self.policy()
+    require(0 < self.most_ids < 2**31, "most_ids", self.most_ids, "must be positive")
     for name in ("max_rounds", "max_epsilon", "fewest_colluding"):
       require(0 <= getattr(self, name) < 2**31, name, getattr(self, name), "must be 0 or positive")
 

@@ -66,9 +66,11 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, a killed one too
     except BlockingIOError:
-      raise ValueError(
+      why = (
         f"another run is under way in {folder}; wait until it has ended, or end it with flwr stop"
-      ) from None
+      )
+      print(why, flush=True)  # for Flower's log of the run; the folder is the other run's
+      raise ValueError(why) from None
     yield
 
 
