@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,6 +85,9 @@ class Ends(NamedTuple):
     return self.folder / _FOLDER / f"{what}-{self.member.number}-to-{self.other}.json"
 
 
+Step = Callable[[Ends, pathlib.Path], None]
+
+
 def intersect(site_dir: str, s: Intersect) -> None:
   """Takes one step.
 
@@ -94,8 +98,8 @@ def intersect(site_dir: str, s: Intersect) -> None:
   member = site_folders.read(folder)
   if member.role != SITE:
     raise ValueError(f"site_dir={site_dir} is the coordinator's, which has no patients")
-  begin = functools.partial(_begin, again=s.again)
-  steps = {"ids": begin, "blinded": _respond, "returned": _finish}
+  begin: Step = functools.partial(_begin, again=s.again)
+  steps: dict[str, Step] = {"ids": begin, "blinded": _respond, "returned": _finish}
   given = {name: getattr(s, name) for name in steps if getattr(s, name)}
   if len(given) != 1:
     raise ValueError(
