@@ -62,7 +62,8 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
   pairs = lambda images: listed(_pairs(images))
   written = policy.count if policy.fewest_patients else "{:,}".format
   said_of_patients = patient_ids.described(dataset, written)
-  out = {"patients of training images": said_of_patients, **dataset.notes}
+  out = {"patients of training images": said_of_patients} if len(dataset) else {}
+  out |= dataset.notes
   both = overlaps.between((dataset, test))
   if both.patients and dataset.is_numbered:
     out["numbers of patients in training and testing"] = (
