@@ -84,7 +84,7 @@ def of(run_dir: str, purpose: str = approving.TRAINING) -> Site | None:
       f"run_dir={run_dir} is the coordinator's folder, which {does} nothing; its part is started "
       "with flwr run, as docs/flower.md says"
     )
-  if not member.has_images:
+  if not member.has_images and purpose == approving.EVALUATION:
     raise ValueError(
       f"data={site_folders.NO_IMAGES} in {folder / site_folders.SETTINGS}: a site without images "
       f"has nothing to {to}; name its images there, or take part once there are some"
@@ -216,6 +216,8 @@ def check_images(site: Site, images: inputs.Inputs) -> None:
   """
   i, policy = site.member.number, site.member.limits.policy()
   train = images.train
+  if not train.sizes[i]:  # nothing of it is in a sum of updates
+    return
   ((patients, _),) = inputs.count_patients(Part(train.dataset, (train.sites[i],)))
   with _noted(site):
     policy.check_site(train.sizes[i] + images.validation.sizes[i] + len(images.test))
@@ -225,6 +227,14 @@ def check_images(site: Site, images: inputs.Inputs) -> None:
         "smaller count, of its patients to train on, and takes no part; lower the floor in "
         f"{site.folder / site_folders.SETTINGS} if that count may be told"
       )
+
+
+def check_sums(site: Site, config: Train) -> None:
+  """Refuses sums over fewer sites than this site allows, where some turn out to have no images;
+  raises as `approving.check_sums`.
+  """
+  with _noted(site):
+    approving.check_sums(config, site.member.limits)
 
 
 def check_start(site: Site, model: tuple[Params, ModelState]) -> None:

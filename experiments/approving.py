@@ -20,12 +20,12 @@ from primia_jax.approval import Approval
 from primia_jax.data.dataset import Dataset
 from primia_jax.privacy import ledger
 
-from . import inputs, settings
+from . import imageless, inputs, settings
 from .configs import Train, rehearse, tasks
 from .configs.aggregation import Aggregation
 from .configs.run import build_site_level
 from .settings import names
-from .site_folders import NO_IMAGES, Limits, Member, Own
+from .site_folders import Limits, Member, Own
 
 _CODE = ("*.py", "*.c", "*.h")
 SITES_OWN = (*(field.name for field in dataclasses.fields(Own)), "site_data", "ledger_dir")
@@ -49,7 +49,7 @@ class Held(NamedTuple):
 
   def __str__(self) -> str:
     if not self.images:
-      return "no images, so that primia-train has nothing to train on here"
+      return imageless.WORD
     listed = ", ".join(f"{name} {n}" for name, n in self.of_class.items() if n)
     missing = [name for name, n in self.of_class.items() if not n]
     lone = len(missing) == len(self.of_class) - 1
@@ -159,10 +159,9 @@ def check(config: Train, limits: Limits) -> None:
       "placement=flower; have the coordinator set it"
     )
   policy = limits.policy()
-  policy.check_sum(config.fewest_in_sum)
   for kind in leaving(config):
     policy.check(kind)
-  check_colluding(config.aggregation, config.hospitals.num_sites, config.sites_in_round, limits)
+  check_sums(config, limits)
   of_pixels = tasks.of(config.model.model).of_pixels
   if limits.fewest_patients and (of_pixels or config.data.is_multi):
     raise ValueError(
@@ -183,6 +182,16 @@ def check(config: Train, limits: Limits) -> None:
       f"target_epsilon={p.target_epsilon:g} of the configuration, and "
       f"max_epsilon={limits.max_epsilon:g} of this site"
     )
+
+
+def check_sums(config: Train, limits: Limits) -> None:
+  """Refuses sums of updates that are of too few sites for a site's limits.
+
+  Raises:
+    ValueError: naming the limit.
+  """
+  limits.policy().check_sum(config.fewest_in_sum)
+  check_colluding(config.aggregation, config.hospitals.num_sites, config.sites_in_round, limits)
 
 
 def check_colluding(
@@ -235,7 +244,7 @@ def held(config: Train, member: Member) -> Held:
   """
   agreed = label_names(config)
   data = with_own(config, member.own).data if member.has_images else None
-  if data is None or is_empty(data.data):
+  if data is None or imageless.is_empty(data.data):
     return Held(dict.fromkeys(agreed, 0), 0)
   inputs.source(data)
   return counted(inputs.listed(data, agreed).values(), agreed, data.is_multi)
@@ -252,12 +261,3 @@ def counted(splits: Iterable[Dataset], agreed: Sequence[str], is_multi: bool = F
   knows = all(one.has_patient is not None and np.all(one.has_patient) for one in splits)
   patients = {str(group) for one in splits for group in one.groups} if knows else ()
   return Held(dict(zip(agreed, counts, strict=True)), len(patients))
-
-
-def is_empty(data: str) -> bool:
-  """Whether a source is none, or a folder without files."""
-  kind, _, where = data.partition(":")
-  path = pathlib.Path(where).expanduser()
-  if data == NO_IMAGES:
-    return True
-  return kind == "folder" and path.is_dir() and not any(p.is_file() for p in path.rglob("*"))

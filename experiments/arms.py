@@ -190,7 +190,8 @@ def train(
   if trainer.validate is not None:
     held_out = _sites(config, cohort, cohort.validation, trainer, trainer.max_validated)
     validate = lambda key, state: trainer.validate(key, state, held_out)
-  inputs = step, validate, key, state, everybody
+  with_images = everybody._replace(ids=everybody.ids[np.asarray(cohort.train.sizes) > 0])
+  inputs = step, validate, key, state, with_images
   most, bound = config.training.rounds, config.aggregation.secagg_max_abs
   last_abort, saved = "", time.monotonic()
   try:

@@ -79,6 +79,8 @@ def of_run(
       Crossing("validation counts and loss", "each site", "server", rounds * everyone,
                size * rounds * everyone, protection, "nothing: exact counts")
     )  # fmt: skip
+  if not num_tested:
+    return crossed
   size, tested = _SCORE_BYTES * cells, config.disclosure.policy().count(num_tested)
   crossed.append(
     Crossing(f"test scores of {tested} images", "whoever has the test images", "readers of the "

@@ -39,6 +39,7 @@ from . import (
   scored_images,
   segmentation_report,
   settings,
+  site_log,
   subgroup_tables,
   together,
 )
@@ -109,6 +110,7 @@ def own_images() -> tuple[Dataset, Data]:
 
 
 def main() -> None:
+  site_log.keep(FLAGS.run_dir)
   site = admission.of(FLAGS.run_dir, approving.EVALUATION)
   settings.choose("placement", FLAGS.placement, ("", together.FLOWER))
   if site is not None or FLAGS.placement:

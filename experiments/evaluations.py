@@ -25,6 +25,7 @@ from primia_jax.types import ModelState, Params
 from . import (
   approving,
   folders,
+  imageless,
   inputs,
   model_files,
   refusals,
@@ -323,7 +324,7 @@ def held_here(config: Evaluate, member: Member) -> Held:
     ValueError, FileNotFoundError: as `scored_images.of_source`.
   """
   classes = names(config.data.label_names)
-  if not member.has_images or approving.is_empty(config.data.data):
+  if not member.has_images or imageless.is_empty(config.data.data):
     return Held(dict.fromkeys(classes, 0), 0)
   inputs.source(config.data)
   splits = inputs.listed(config.data, classes)

@@ -62,7 +62,8 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
   pairs = lambda images: listed(_pairs(images))
   written = policy.count if policy.fewest_patients else "{:,}".format
   said_of_patients = patient_ids.described(dataset, written)
-  out = {"patients of training images": said_of_patients, **dataset.notes}
+  out = {"patients of training images": said_of_patients} if len(dataset) else {}
+  out |= dataset.notes
   both = overlaps.between((dataset, test))
   if both.patients and dataset.is_numbered:
     out["numbers of patients in training and testing"] = (
@@ -86,7 +87,7 @@ def facts(config: Train, train: Part, validation: Part, test: Dataset) -> dict[s
     rows = [np.concatenate(pair) for pair in zip(rows, held, strict=True)]
   no_images = np.zeros((len(dataset), 1, 1, 1), np.uint8)
   bare = dataclasses.replace(dataset, images=no_images, masks=None)
-  if config.data.sources:  # `join` has numbered them
+  if config.data.sources and len(dataset):  # `join` has numbered them
     bare = dataclasses.replace(bare, groups=np.strings.partition(bare.groups, "/")[2])
   shared = overlaps.between([take(bare, one) for one in rows])
   if shared.patients:

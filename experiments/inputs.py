@@ -25,9 +25,9 @@ from primia_jax.data.load import load
 from primia_jax.data.sites import Part
 from primia_jax.multilabel import renumbered
 
-from . import image_facts, memory
+from . import image_facts, imageless, memory
 from .configs import Train
-from .configs.data import Data, Hospitals
+from .configs.data import NO_IMAGES, Data, Hospitals
 from .settings import fractions, names
 
 # What a folder must hold, and an example of one.
@@ -98,8 +98,8 @@ def check_sources(config: Train, only_site: int | None = None) -> None:
     _check_phantom(config)
     memory.check_images(h.phantom_images, data)
   for site, one in enumerate(data.sources or (data.data,)):
-    is_prepared_later = one.startswith("tfds:") and data.manual_dir
-    if not is_prepared_later and (only_site in (None, site) or not data.sources):
+    is_later = (one.startswith("tfds:") and data.manual_dir) or one == NO_IMAGES
+    if not is_later and (only_site in (None, site) or not data.sources):
       source(data.of(one))
 
 
@@ -201,16 +201,16 @@ def site_images(config: Train, only_site: int | None = None) -> Inputs:
     sites.check_patients(inputs.train)
   # Where a process reads its own source, the others' sizes are told later.
   if only_site is None or not config.data.site_data:
-    check_sizes(inputs, config.privacy.validates)
-  elif not inputs.train.sizes[only_site]:
-    raise ValueError(f"site {only_site} has no images to train on")
+    if empty := [i for i, n in enumerate(inputs.train.sizes) if not n]:
+      raise ValueError(
+        f"sites {empty} have no images to train on; give them some, or leave them out"
+      )
+    check_validation(inputs, config.privacy.validates)
   return inputs
 
 
-def check_sizes(inputs: Inputs, validates: bool) -> None:
-  """Raises a ValueError for sites without images to train on, or to validate with if a run does."""
-  if empty := [i for i, n in enumerate(inputs.train.sizes) if not n]:
-    raise ValueError(f"sites {empty} have no images to train on; give them some, or leave them out")
+def check_validation(inputs: Inputs, validates: bool) -> None:
+  """Raises a ValueError where a run validates, and no site has images to validate with."""
   if validates and not any(inputs.validation.sizes):
     raise ValueError(
       f"no site has images to validate with, of {list(inputs.train.sizes)} to train on, because a "
@@ -233,7 +233,10 @@ def _of_sources(config: Train, only_site: int | None) -> Inputs:
   mine = range(h.num_sites) if only_site is None else [only_site]
   trains, tests, kept, held, first = [], [], {}, {}, 0
   for i in mine:
-    train, test = _with_test(config, data.of(data.sources[i]))
+    if imageless.is_empty(data.sources[i]):
+      train = test = imageless.nothing(config)
+    else:
+      train, test = _with_test(config, data.of(data.sources[i]))
     parts = _hold_out(train, (np.arange(len(train)),), h.validation_fraction, config.seed + i)
     kept[i], held[i] = (first + part.sites[0] for part in parts)
     trains.append(train)
@@ -319,7 +322,7 @@ def _hold_out(
   train: Dataset, dealt: partition.Partition, fraction: float, seed: int
 ) -> tuple[Part, Part]:
   """`sites.hold_out` that parts no copies either; a fraction of 0 holds nothing out."""
-  if not fraction:
+  if not fraction or not len(train):
     return Part(train, tuple(dealt)), Part(train, tuple(index[:0] for index in dealt))
   parts = sites.hold_out(Part(overlaps.tied(train), dealt), fraction, seed)
   return Part(train, parts[0].sites), Part(train, parts[1].sites)

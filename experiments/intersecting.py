@@ -11,9 +11,11 @@ written down before a message goes out, so that a secret blinds one message of t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _FOLDER = "intersections"  # in a site's folder
 _BLINDED, _ANSWER = "blinded", "answer"
+_ANSWERED = "answered intersection"  # in the journal
 _VERSION = 1
 _TEXT = b"primia_jax intersection message v1"
 
@@ -39,6 +42,11 @@ class Intersect:
   """Which patients are also at another site; with intersect, a step at a time."""
 
   other: int = setting(-1, "number of the other site")
+  again: bool = setting(
+    False,
+    "with ids: also if this site has answered the other under this roster before; each time the "
+    "other may learn of most_ids more whether they are here",
+  )
   ids: str = setting(
     "", "first step: file of this site's patient ids, one a line, in the form that both agreed on"
   )
@@ -77,6 +85,9 @@ class Ends(NamedTuple):
     return self.folder / _FOLDER / f"{what}-{self.member.number}-to-{self.other}.json"
 
 
+Step = Callable[[Ends, pathlib.Path], None]
+
+
 def intersect(site_dir: str, s: Intersect) -> None:
   """Takes one step.
 
@@ -87,13 +98,16 @@ def intersect(site_dir: str, s: Intersect) -> None:
   member = site_folders.read(folder)
   if member.role != SITE:
     raise ValueError(f"site_dir={site_dir} is the coordinator's, which has no patients")
-  steps = {"ids": _begin, "blinded": _respond, "returned": _finish}
+  begin: Step = functools.partial(_begin, again=s.again)
+  steps: dict[str, Step] = {"ids": begin, "blinded": _respond, "returned": _finish}
   given = {name: getattr(s, name) for name in steps if getattr(s, name)}
   if len(given) != 1:
     raise ValueError(
       f"{' and '.join(f'{n}={v}' for n, v in given.items()) or 'no step'}: give one of ids, "
       "blinded and returned"
     )
+  if s.again and not s.ids:
+    raise ValueError("again belongs to ids, the first step; leave it out")
   known = pinning.held(folder)
   if s.other not in known.sites or s.other == member.number:
     raise ValueError(
@@ -109,11 +123,23 @@ def intersect(site_dir: str, s: Intersect) -> None:
   steps[name](ends, path)
 
 
-def _begin(ends: Ends, path: pathlib.Path) -> None:
+def _is_answer(one: dict[str, Any], ends: Ends) -> bool:
+  mine = one.get("other"), one.get("roster")
+  return one["did"] == _ANSWERED and mine == (ends.other, roster.digest(ends.known).hex())
+
+
+def _begin(ends: Ends, path: pathlib.Path, again: bool = False) -> None:
   if ends.kept.exists():
     raise ValueError(
       f"an intersection with site {ends.other} is under way; finish it, or remove {ends.kept} and "
       "begin another one"
+    )
+  answers = [one["at"] for one in site_folders.notes(ends.folder) if _is_answer(one, ends)]
+  if answers and not again:
+    raise ValueError(
+      f"this site has answered site {ends.other} under this roster already, on {answers[-1][:10]}: "
+      "with each answer the other may learn of more ids that it guesses whether they are here; if "
+      "another is meant, give --again"
     )
   policy = ends.member.limits.policy()
   policy.check(disclosure.EXACT_COUNTS)  # the other learns how many ids there are
@@ -121,7 +147,7 @@ def _begin(ends: Ends, path: pathlib.Path) -> None:
     ids = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
   except UnicodeDecodeError as error:
     raise ValueError(f"ids={path} is not UTF-8 text ({error}); write one id a line") from error
-  made = _library().Site(ids, ends.context)
+  made = _library().Site(ids, ends.context, ends.member.limits.most_ids)
   count = len(made.blinded)
   if isinstance(policy.count(count), disclosure.Suppressed):
     raise ValueError(
@@ -138,6 +164,8 @@ def _respond(ends: Ends, path: pathlib.Path) -> None:
   made, theirs = _kept(ends), _read(ends, path, _BLINDED)
   points = made.answer(theirs["points"])
   durable.replace(ends.kept, made.encode())  # first: the secret must not blind a second message
+  facts = {"other": ends.other, "theirs": len(points), "roster": roster.digest(ends.known).hex()}
+  site_folders.note(ends.folder, _ANSWERED, **facts)
   _write(ends, _ANSWER, points, theirs["digest"])
   print(f"site {ends.other} has {len(points):,} ids; blinded them a second time")
   print(f"send {ends.to_send(_ANSWER)} to site {ends.other}, and go on with its file: --returned")

@@ -14,7 +14,16 @@ from primia_jax.privacy import histories
 from primia_jax.privacy.chain import Chain
 from primia_jax.secagg import keys, pinning, roster
 
-from . import approving, evaluations, inputs, ledger_table, ledgers, settings, site_folders
+from . import (
+  approving,
+  evaluations,
+  imageless,
+  inputs,
+  ledger_table,
+  ledgers,
+  settings,
+  site_folders,
+)
 from .configs import Train
 from .configs.data import Data
 from .evaluations import NO_MODEL, Finished
@@ -262,7 +271,7 @@ def status(site_dir: str) -> None:
   who = f"site {member.number}" if member.role == SITE else member.role
   images = f"images in {member.own.data}, counted once a configuration is approved"
   if not member.has_images:
-    images = "no images"
+    images = imageless.WORD
   elif approved:
     images = str(_held(approved, member))
   print(f"{member.name}, {who}, fingerprint {roster.fingerprint(identity.public)}: {images}")

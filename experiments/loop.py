@@ -54,7 +54,7 @@ def rounds(
     validate: scores a state; None where no validation images are used.
     key: of the run.
     state: to continue from.
-    everybody: all sites.
+    everybody: all sites that may be drawn for a round.
     num_rounds: rounds in all, those before `state` included.
     num_sampled: sites in a round.
     before: called with a round's sites before anything of it is released, e.g. to charge a ledger;
@@ -65,9 +65,8 @@ def rounds(
     RuntimeError: a site's update did not fit the encoding of secure aggregation, or training
       diverged.
   """
-  num_sites = len(everybody.ids)
   for index in range(int(state.round), num_rounds):
-    ids = federated.sample_sites(key, index, num_sites, num_sampled)
+    ids = everybody.ids[federated.sample_sites(key, index, len(everybody.ids), num_sampled)]
     if not before(ids.tolist()):
       return
     started = time.perf_counter()

@@ -76,7 +76,8 @@ KINDS: dict[type, Kind] = {
     "nothing: noised class counts in it are charged already",
   ),
   msg.Word: Kind(
-    "which rounds a site has saved, with their sites; or the global model, for one that lacks it",
+    "which rounds a site has saved, with their sites and the digest of each state; or the global "
+    "model, for one that lacks it",
     _ALL, "none: the model is made of the sums", "as the global model",
   ),
   msg.Invitation: Kind("the coordinator's public key", "this site"),

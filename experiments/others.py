@@ -9,7 +9,7 @@ import numpy as np
 
 from primia_jax.data.sites import Part
 
-from .inputs import Inputs, check_sizes, count_patients
+from .inputs import Inputs, check_validation, count_patients
 
 
 def told(inputs: Inputs, site: int, most_images: int, fewest_patients: int = 0) -> bytes:
@@ -44,8 +44,7 @@ def with_others(
   weighs. So no number may be beyond what all have agreed, and they must go together.
 
   Raises:
-    ValueError: a site has other classes, no images, or more than `most_images`, or tells numbers
-      that cannot be.
+    ValueError: a site has other classes or more than `most_images`, or tells what cannot be.
   """
   names_here, told_sizes, patients = list(inputs.train.dataset.label_names), [], []
   for i in sorted(said):
@@ -84,5 +83,5 @@ def with_others(
   of_training, of_validation = zip(*told_sizes, strict=True)
   parts = known(inputs.train, of_training), known(inputs.validation, of_validation)
   out = Inputs(*parts, inputs.test, tuple(patients))
-  check_sizes(out, validates)
+  check_validation(out, validates)
   return out

@@ -25,6 +25,9 @@ from .hospitals import Hospitals
 from .markdown import PER_CLASS, SCALARS
 
 NUM_RESAMPLES = 2000
+_UNSCORED = (
+  "This place has no images to test on, so that nothing is scored here. The model is in `model`."
+)
 _ALL = Policy(fewest_patients=0)
 _SHOWN = {"accuracy": "accuracy", "mcc": "MCC"}  # scores of the summary
 FILES = (
@@ -238,9 +241,39 @@ def write_report(
   return result
 
 
+def write_unscored(
+  run_dir: pathlib.Path, title: str, label_names: Sequence[str], facts: Facts
+) -> dict[str, Any]:
+  """Writes the report of a run at a place without test images: all but scores; see `write_report`.
+
+  Returns:
+    The content of `metrics.json`, in which no arm is.
+  """
+  from . import plots  # here, because the import takes a second
+
+  result = jsonable(
+    {"title": title, "data": "no images", "num_examples": 0, "label_names": list(label_names),
+     "arms": {}, **facts.told()}
+  )  # fmt: skip
+  for absent in FILES:
+    (run_dir / absent).unlink(missing_ok=True)  # left by an earlier report
+  facts.write(run_dir, title, result)
+  lines = [f"# {title}: no images here", "", _UNSCORED, ""]
+  for what, why in markdown.warnings(result):
+    lines += [f"**{what}**: {why}.", ""]
+  lines += markdown.sections(result)
+  if facts.rounds:
+    plots.curves(facts.rounds, run_dir / "curves.png", title)
+    lines += ["## Pictures", "", "![Training curves](curves.png)", ""]
+  text = "\n".join([*lines, *markdown.ending(result)]) + "\n"
+  (run_dir / "report.md").write_text(text, encoding="utf-8")
+  return result
+
+
 def print_summary(result: dict[str, Any], folder: pathlib.Path) -> None:
   """Prints the arms' scores and where the report is."""
-  print(f"\n{result['title']} on {result['data']}: {result['num_examples']} test images")
+  tested = f" on {result['data']}: {result['num_examples']} test images"
+  print(f"\n{result['title']}{tested if result['arms'] else f': {_UNSCORED}'}")
   for what, why in markdown.warnings(result):
     print(f"  {what}: {why}")
   shown = {"dice": f"mean Dice ({result['case']}s)"} if "case" in result else _SHOWN

@@ -28,6 +28,7 @@ from . import (
   folders,
   hospitals,
   image_facts,
+  imageless,
   inputs,
   ledgers,
   markdown,
@@ -203,10 +204,15 @@ def _run(
     if config.data.site_data:
       images = others.with_others(images, seat.number, told, most, config.privacy.validates)
       floor = others.largest_floor(told)
+      config = imageless.sums_of_others(config, images.train.sizes)
     config = settings.replace(config, fewest_patients=floor)
     policy = dataclasses.replace(policy, fewest_patients=floor)
     if seat.site is not None:
+      admission.check_sums(seat.site, config)
       config = admission.looking(seat.site, config)
+  without = [i for i, size in enumerate(images.train.sizes) if not size]
+  if without:
+    print(f"sites without images: {without}; sums of updates are of {config.sites_in_round} sites")
 
   plan: list[tuple[str, tuple[int, ...], bool]] = (
     [("federated", everyone, True)] if federated else []
@@ -249,7 +255,8 @@ def _run(
       )
     if place.exchange is not None:
       place.exchange.close()  # before work that nobody need wait for
-    predictions[name] = predict(trained[name].models, images.test.images)
+    if len(images.test):
+      predictions[name] = predict(trained[name].models, images.test.images)
   main_arm = plan[0][0]
   main = trained[main_arm]
   facts = {
@@ -258,6 +265,8 @@ def _run(
   if config.record_transcript:
     facts[markdown.NOT_PRIVATE] = transcripts.why(config, folder / main_arm)
   of_images = image_facts.facts(config, images.train, images.validation, images.test)
+  if without:
+    of_images["sites without images"] = f"{without}, in no sum of updates"
   if _LOCAL in baselines:
     for site in (i for i in everyone if f"local: site {i}" not in trained):
       of_images[f"site {site}"] += "; so this site is not trained alone"
@@ -291,6 +300,8 @@ def _run(
     all_runs = ledgers.together(Chain(ledger_dir), privacy["delta"], only)
     privacy = ledgers.of_arms(spent) | privacy | all_runs
   of_run = report.Facts(shown, of_images, main.rows, secure, privacy, policy, crossed)
+  if not len(images.test):
+    return report.write_unscored(folder, title, label_names, of_run)
   if task.of_pixels or task.is_multi:
     arms_found = {name: predictions[name] for name in order}
     writer = segmentation_report if task.of_pixels else multilabel_report

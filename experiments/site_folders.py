@@ -7,6 +7,7 @@
   approval.json    what its operator approved (`primia_jax.approval`)
   ledger           of its images (`privacy.chain`)
   journal.jsonl    what was done, a line each
+  log, log.1       what its programs of a run printed (`site_log`)
 
 The coordinator has such a folder, too, without data and ledger.
 """
@@ -24,14 +25,13 @@ from primia_jax import approval, disclosure, durable
 from primia_jax.secagg import keys, pinning
 
 from . import refusals
-from .configs.data import Data
+from .configs.data import NO_IMAGES, Data
 from .settings import names, require, setting
 
 SETTINGS, IDENTITY, PUBLIC = "site.toml", "identity", "public.json"
 APPROVAL, LEDGER, JOURNAL = "approval.json", "ledger", "journal.jsonl"
 _RUNS, _DIGITS = "runs", 12  # folder of a site's runs, each named by so many digits
 SITE, COORDINATOR = "site", "coordinator"
-NO_IMAGES = "none"  # as data
 
 
 def _of_data(name: str) -> Any:
@@ -89,6 +89,11 @@ class Limits:
     "sites that may collude with a coordinator that lies before a sum of three sites and more "
     "tells this one's part; 0 trusts all",
   )
+  most_ids: int = setting(
+    100_000,
+    "patients that another site may put into an intersection with this one's; it learns of each "
+    "whether he is here, so that a number beyond what it can have lets it guess",
+  )
   looks_at_models: bool = setting(
     True,
     "whether this site looks at each model before it trains it, on 16 of its own images, and ends "
@@ -100,6 +105,7 @@ class Limits:
 
   def __post_init__(self):
     self.policy()
+    require(0 < self.most_ids < 2**31, "most_ids", self.most_ids, "must be positive")
     for name in ("max_rounds", "max_epsilon", "fewest_colluding"):
       require(0 <= getattr(self, name) < 2**31, name, getattr(self, name), "must be 0 or positive")
 

@@ -80,11 +80,12 @@ def catch_up(joined: Joined, number: int, initial: Kept, checkpoints: Checkpoint
     Refused, Lost: as `meeting.tell_all`; or what a site tells is no such state.
   """
   num_sites, known = len(joined.pinned.sites), _read(joined.own / _RECORDS)
-  mine = {n: known[n].sites for n in checkpoints.rounds if n in known}
-  mine[0] = tuple(range(num_sites))
+  mine = {n: known[n] for n in checkpoints.rounds if n in known}
+  mine[0] = Record("", tuple(range(num_sites)))
   told = json.dumps(mine).encode()
   said = meeting.tell_all(joined.carrier, msg.Word(number, told), num_sites)
-  held = {i: _rounds(number, i, word.told) for i, word in said.items()}
+  recorded = {i: _rounds(number, i, word.told) for i, word in said.items()}
+  held = {i: {n: one.sites for n, one in rounds.items()} for i, rounds in recorded.items()}
   now = _newest(held, max(2, joined.num_colluding + 1))
   lacking = [i for i in held if now not in held[i]]
   restore = lambda step: Kept(*checkpoints.restore(initial.state, initial.best, step))
@@ -92,16 +93,24 @@ def catch_up(joined: Joined, number: int, initial: Kept, checkpoints: Checkpoint
   own = restore(max(earlier)) if earlier else initial
   if not lacking:
     return own
-  giver = min(i for i in held if i not in lacking)
+  able = sorted(set(held) - set(lacking))
+  giver = able[joined.exchange.label[0] % len(able)]  # at the next start perhaps another one
   given = to_bytes(own) if giver == number else b""
   said = meeting.tell_all(joined.carrier, msg.Word(number, given), num_sites)
   if number not in lacking:
     return own
   print(f"site {number}: takes the state of round {now} from site {giver}")
+  again = "start again: another site may be asked for it then"
   try:
-    return of_bytes(said[giver].told, own)
+    found = of_bytes(said[giver].told, own)
   except ValueError as error:
-    raise Refused(number, "start", "malformed", f"the state that site {giver} gives") from error
+    what = f"what site {giver} gives is no state; {again}"
+    raise Refused(number, "start", "malformed", what) from error
+  made = digest(found.state, joined.settings).hex()
+  if others := [i for i in able if i != giver and recorded[i][now].state != made]:
+    what = f"site {giver} gives another state of round {now} than sites {others} have; {again}"
+    raise Refused(number, "start", "inconsistent", what)
+  return found
 
 
 def _newest(held: Mapping[int, Mapping[int, tuple[int, ...]]], least: int) -> int:
@@ -116,9 +125,10 @@ def _newest(held: Mapping[int, Mapping[int, tuple[int, ...]]], least: int) -> in
   return 0
 
 
-def _rounds(number: int, site: int, told: bytes) -> dict[int, tuple[int, ...]]:
+def _rounds(number: int, site: int, told: bytes) -> dict[int, Record]:
   try:
-    return {int(n): tuple(map(int, sites)) for n, sites in dict(json.loads(told)).items()}
+    found = dict(json.loads(told)).items()
+    return {int(n): Record(str(state), tuple(map(int, sites))) for n, (state, sites) in found}
   except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
     what = f"site {site} does not say which rounds it has ({error})"
     raise Refused(number, "start", "malformed", what) from error

@@ -25,6 +25,7 @@ def facts(config: Train, images: inputs.Inputs, sent: PyTree) -> dict[str, Any] 
     return None
   n = config.sites_in_round
   secure = config.aggregation.secure_sum(n, n, config.in_processes)
+  sizes = [n for n in images.train.sizes if n]
   numbers, count = sum(np.size(a) for a in jax.tree.leaves(sent)), config.disclosure.policy().count
   encoding = {
     "ring": f"integers modulo 2^{secure.fixed.num_bits}, {secure.fixed.fraction_bits} fraction "
@@ -47,8 +48,8 @@ def facts(config: Train, images: inputs.Inputs, sent: PyTree) -> dict[str, Any] 
     **encoding,
     "who learns what": "the server sees sums only; " + _whose_keys(config, secure) + _of_two(n),
     "known to all": (
-      f"sizes of the smallest and largest site: {count(min(images.train.sizes))} and "
-      f"{count(max(images.train.sizes))} training images"
+      f"sizes of the smallest and largest site: {count(min(sizes))} and {count(max(sizes))} "
+      "training images"
       + "; each site has told all others how many images and patients it has"
       * bool(images.patients)
     ),

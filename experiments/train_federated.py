@@ -31,7 +31,18 @@ from typing import Any
 import jax
 from absl import flags
 
-from . import admission, folders, inputs, presets, processes, report, running, settings, trial
+from . import (
+  admission,
+  folders,
+  inputs,
+  presets,
+  processes,
+  report,
+  running,
+  settings,
+  site_log,
+  trial,
+)
 from .configs import Train, rehearse
 from .seating import NAMES, Seating
 
@@ -54,6 +65,7 @@ flags.adopt_module_key_flags(settings)
 
 
 def main() -> None:
+  site_log.keep(FLAGS.run_dir)
   site = admission.of(FLAGS.run_dir)
   if site is None:
     config, number = settings.from_flags(Train), FLAGS.site

@@ -86,7 +86,7 @@ def make_trainer(
   num_sites = len(cohorts[0].train.sites)
   together = num_sites > 1
   num_sampled = config.sites_in_round if together else 1
-  sizes = [n for cohort in cohorts for n in cohort.train.sizes]
+  sizes = [n for cohort in cohorts for n in cohort.train.sizes if n]  # others follow the sums
   max_validated = max(n for cohort in cohorts for n in cohort.validation.sizes)
   frozen = config.model.frozen(model_config, jax.random.key(config.seed))
   model = model if frozen is None else frozen.model
@@ -164,10 +164,10 @@ def _lowered(prepare: Callable, lower: Callable[[Array], Array]) -> Callable:
 def _step_plan(
   config: Train, loss: Any, cohorts: Sequence[Cohort], model_config: models.ModelConfig
 ) -> plan.StepPlan:
-  images = [n for cohort in cohorts for n in cohort.train.sizes]
+  images = [n for cohort in cohorts for n in cohort.train.sizes if n]
   units, rows_per_unit = images, 1
   if config.privacy.by_patient:
-    units = [n for cohort in cohorts for n, _ in cohort.patients]
+    units = [n for cohort in cohorts for n, _ in cohort.patients if n]
     rows_per_unit = max(most for cohort in cohorts for _, most in cohort.patients)
   return config.privacy.build_steps(
     config.training,

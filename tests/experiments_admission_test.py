@@ -128,9 +128,8 @@ def run_apart(root, patch):
     floors.add(policy.fewest_patients)
     return of_round(row, policy, *rest)
 
-  def write_report(*args, **facts):
-    of_run = facts["facts"]
-    return of_run.privacy | {"policy": of_run.policy, "floors of lines": set(floors)}
+  def write_report(*args, facts, **more):
+    return facts.privacy | {"policy": facts.policy, "floors of lines": set(floors)}
 
   def save_in_turn(*args):  # orbax's saves share state within a process
     with alone:
@@ -252,8 +251,8 @@ def test_a_folder_that_does_not_fit_the_roster_is_refused(copied):
     admitted(copied, 0)
   change(at, number=0)
   change(at, own=Own("none"))
-  with pytest.raises(ValueError, match=r"data=none in .*has nothing to train on"):
-    admitted(copied, 0)
+  with pytest.raises(ValueError, match=r"data=none in .*has nothing to score"):
+    admission.of(str(at), approving.EVALUATION)
   (copied / "site_1" / "roster.json").unlink()
   with pytest.raises(FileNotFoundError, match="no roster was accepted"):
     admitted(copied, 1)

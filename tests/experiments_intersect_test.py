@@ -1,5 +1,6 @@
 """`primia-site intersect`: three steps by files at each of two sites."""
 
+import dataclasses
 import json
 import stat
 
@@ -85,6 +86,31 @@ def test_a_secret_blinds_one_message_and_steps_have_an_order(two):
     two.step("a", returned=two.made("b", "blinded"))
 
 
+def test_a_site_answers_another_once_under_a_roster_and_no_more_ids_than_agreed(two):
+  """Else each answer lets the other guess as many patients as it likes."""
+  member = site_folders.read(two.root / "a")
+  fewer = dataclasses.replace(member, limits=Limits(most_ids=len(OF_B) - 1))
+  site_folders.write(two.root / "a", fewer)
+  two.first()
+  with pytest.raises(ValueError, match="the other site sends 25 ids, more than 24"):
+    two.step("a", blinded=two.made("b", "blinded"))
+  assert site_folders.notes(two.root / "a")[-1]["did"] == "roster"
+  site_folders.write(two.root / "a", member)
+  for name in "ab":
+    (two.root / name / "intersections" / f"with_{'ba'.index(name)}.json").unlink()
+  two.first()  # nothing was answered
+  two.second()
+  (last,) = [one for one in site_folders.notes(two.root / "a") if "answered" in one["did"]]
+  assert (last["other"], last["theirs"]) == (1, 25)
+  for name, other in ("ab", "ba"):
+    two.step(name, returned=two.made(other, "answer"))
+  with pytest.raises(ValueError, match="has answered site 1 under this roster already"):
+    two.step("a", ids=two.root / "a.txt")
+  intersecting.intersect(str(two.root / "a"), Intersect(1, True, str(two.root / "a.txt")))
+  with pytest.raises(ValueError, match="again belongs to ids"):
+    intersecting.intersect(str(two.root / "a"), Intersect(1, True, blinded="x"))
+
+
 def test_files_of_others_and_changed_files_are_refused(two):
   two.first()
   path = two.made("b", "blinded")
@@ -132,5 +158,5 @@ def test_what_cannot_begin_is_refused(two):
   with pytest.raises(ValueError, match="is not UTF-8 text"):
     step(other=1, ids=str(few))
   with pytest.raises(ValueError, match="the coordinator's, which has no patients"):
-    intersecting.intersect(str(two.root / "s"), Intersect(1, ids))
+    intersecting.intersect(str(two.root / "s"), Intersect(1, ids=ids))
   assert not list((two.root / "a").glob("intersections/*"))

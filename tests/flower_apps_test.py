@@ -123,7 +123,8 @@ def test_sums_go_through_both_apps_and_the_coordinator_keeps_what_it_may_know(tm
   assert grid.count == 3 * (1 + 1 + 5 + 3)  # invitation, hello, and those of two sums
   ending = json.loads((folder / "ending.json").read_text())
   assert ending == {"failed": "", "left": {"0": "", "1": "", "2": ""}, "turned away": []}
-  assert sorted(path.name for path in folder.iterdir()) == ["ending.json", "identity", "sums.jsonl"]
+  names = {path.name for path in folder.iterdir()}
+  assert names == {"ending.json", "identity", "lock", "sums.jsonl"}
   secrets = [(tmp_path / f"site_{i}" / "identity").read_bytes() for i in range(3)]
   kept = b"".join(path.read_bytes() for path in folder.iterdir())
   assert not any(secret in kept or secret.hex().encode() in kept for secret in secrets)

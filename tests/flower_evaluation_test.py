@@ -65,6 +65,8 @@ def test_hospitals_apart_score_what_they_approved_as_one_process_does(root):
     own = str(root / f"site_{i}"), str(root / f"images_{i}.npz")
     assert opened
     assert [path for path in opened if not path.startswith(own)] == []
+  logs = [(root / f"site_{i}" / "log").read_text().splitlines() for i in SITES]
+  assert all("started: " in log[0] and "Report" in log[-1] for log in logs), logs
   ending = json.loads((root / "coordinator" / "ending.json").read_text())
   assert ending["failed"] == ""
 

@@ -364,6 +364,10 @@ OVER_FLOWER = {
   "a certificate that has expired, or is not valid yet": (
     "SuperNode ends, exit code 1", "Lost", RIGHT
   ),
+  "site 1's clock is a day ahead, or six seconds": ("no node of site 1", "1: Lost", RIGHT),
+  "site 1's SuperNode is killed": (RIGHT, "0: right, 1: Lost, 2: right", RIGHT),
+  "a second run is started while one goes on": ("second: ValueError, first: right", RIGHT, RIGHT),
+  "the SuperLink is killed": ("killed", "Lost", RIGHT),
 }  # fmt: skip
 
 

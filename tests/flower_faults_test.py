@@ -281,7 +281,10 @@ not yet valid, and its hospital's program ends after its patience:
 `tests/flower_certificates_test.py`.
 The jump of clocks above is without Flower. Its SuperLink refuses a node whose clock is 5 s or more
 ahead of its own, or 305 s or more behind (`flwr/superlink/routers/fleet/node_auth.py`): a test in
-`tests/flower_apps_test.py` asks Flower's own code. So keep clocks by NTP.
+`tests/flower_apps_test.py` asks Flower's own code. So keep clocks by NTP. The hospital's program
+says so when it ends. A second run ends at once and says that one goes on, since both would be the
+same coordinator's. A SuperLink that is started again knows no node: register all anew, and start
+the SuperNodes again. `tests/flower_processes_test.py` does this with Flower's own processes.
 Strangers that flood the channel between a SuperNode and its hospital's program, or let bytes drip,
 hold nobody up: `tests/flower_channel_test.py`. That Flower's ClientApp does not wait for longer
 than its message may live, whatever its clock: `tests/flower_apps_test.py`.

@@ -53,6 +53,25 @@ def test_a_site_killed_at_any_stage_is_back_in_a_later_round_and_nothing_is_lost
   assert charged(tmp_path, 0) == ROUNDS + 1
 
 
+def test_a_site_that_gives_another_state_is_named_and_the_next_one_gives_it(tmp_path, capsys):
+  """Site 1 lies whenever it is to give the state; site 2 gives it in the round after."""
+  world = killed_once(0, MEETING + A_SUM)
+
+  def lie(number, n, data):
+    message = decoded(data)
+    gives = number == 1 and n > MEETING and isinstance(message, msg.Word) and message.told
+    return msg.encode(msg.Word(1, b"\1" * 4 + message.told[4:])) if gives else data
+
+  world.spoil_said = lie
+  world.run(tmp_path, ROUNDS)
+  assert world.errors == {}
+  who = [report.opened.survivors for report in world.reports]
+  assert who == [(0, 1, 2), (1, 2), (1, 2), (0, 1, 2), (0, 1, 2)]
+  said = capsys.readouterr().out
+  assert "is not what the others signed; site 1 was to give it" in said
+  np.testing.assert_array_equal(world.results[0], expected(records(tmp_path, 1)))
+
+
 def test_a_site_that_comes_back_while_another_stays_away_is_in_the_next_sums(tmp_path):
   """Of five, the last is gone for good, so that before each round all look for it."""
   config = settings.replace(CONFIG, num_sites=5, secagg_threshold=3, phantom_images=60)

@@ -91,6 +91,24 @@ def test_a_site_comes_back_only_to_what_enough_others_have_signed_alike(said, re
     come_back(said())
 
 
+def test_each_site_is_to_give_the_state_before_the_return_is_refused():
+  """A state that does not fit is answered with a word that the site waits, and not with its end."""
+  sums, rounds = APART.make(4, PINNED[4]), range(7, 7 + len(LEFT))
+  resumed = [msg.Resumed(starts(now=NOW._replace(round=r)), b"other") for r in rounds]
+
+  def take(back, state):
+    raise secagg.Refused(4, "start", "inconsistent", "it is another one")
+
+  carried = told_by(msg.Recalled(b"", b"", {}), *resumed)
+  with pytest.raises(
+    secagg.Refused, match=r"sites \[0, 1, 2, 3\] were to give the state, one after"
+  ):
+    returning.come_back(carried, sums, PINNED[4], 4, 1, take)
+  carried = told_by(msg.Recalled(b"", b"", {}), *resumed[1:])
+  with pytest.raises(secagg.Lost):  # it waits for the fourth
+    returning.come_back(carried, sums, PINNED[4], 4, 1, take)
+
+
 def test_more_sites_must_sign_than_may_collude():
   assert come_back(starts((0, 1, 2)), colluding=2)[0].round == 7
   with pytest.raises(secagg.Refused, match="3 sites have signed the state; at least 4 must"):

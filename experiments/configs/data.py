@@ -11,6 +11,7 @@ from primia_jax.data import dicom, labels_csv, layouts, medimeta, patient_ids, v
 
 from ..settings import choose, fractions, names, require, setting
 
+NO_IMAGES = "none"  # as a site's source
 _MAX_SIZE = 8192  # pixels; larger images fit in no memory
 
 
@@ -107,15 +108,15 @@ class Data:
   def __post_init__(self):
     choose("channels", self.channels, (1, 3))
     choose("grey_bits", self.grey_bits, (0, *range(8, 17)))
-    kinds = {source.partition(":")[0] for source in self.sources or (self.data,)}
-    if self.multi_label and kinds != {"csv"} and self.data:
+    kinds = {source.partition(":")[0] for source in self.sources or (self.data,)} - {NO_IMAGES}
+    if self.multi_label and not kinds <= {"csv"} and self.data:
       raise ValueError(
         f"multi_label=True with data={self.site_data or self.data}: several labels an image come "
         "with csv:PATH only"
       )
     for name, (kind, read) in self._of_kinds().items():
       value = getattr(self, name)
-      if value and kind not in kinds:
+      if value and kinds and kind not in kinds:
         given = f"site_data={self.site_data!r}" if self.site_data else f"data={self.data!r}"
         raise ValueError(f"{name}={value!r} belongs to {kind}:PATH, not to {given}; leave it out")
       if value:
@@ -132,7 +133,7 @@ class Data:
         f"patient_column={self.patient_column!r} and patient_pattern={self.patient_pattern!r}: "
         "each volume of msd:PATH is one patient; leave them out"
       )
-    if self.hounsfield and kind not in ("folder", "csv", "msd"):
+    if self.hounsfield and kind not in ("folder", "csv", "msd", NO_IMAGES):
       raise ValueError(
         f"ct_window={self.ct_window!r}: data={self.data} holds no DICOM files; leave out ct_window"
       )

@@ -367,8 +367,9 @@ def of_stored(
   run = jax.jit(lambda images: transform(normalise(images)))
 
   def apply(images: np.ndarray) -> np.ndarray:
-    flat = images.reshape(-1, *images.shape[-3:])
-    out = np.concatenate([np.asarray(run(batch)) for batch in batches(flat, _FEATURE_BATCH)])
+    flat = images.reshape(math.prod(images.shape[:-3]), *images.shape[-3:])
+    one = flat if len(flat) else np.zeros((1, *flat.shape[1:]), flat.dtype)  # for the shape
+    out = np.concatenate([np.asarray(run(batch)) for batch in batches(one, _FEATURE_BATCH)])
     out = out[: len(flat)]
     return out.reshape(*images.shape[:-3], *out.shape[1:])
 

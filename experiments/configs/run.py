@@ -15,7 +15,7 @@ from ..settings import require, setting
 from . import tasks
 from .aggregation import Aggregation, min_survivors
 from .comparison import Comparison
-from .data import Data, Hospitals
+from .data import NO_IMAGES, Data, Hospitals
 from .disclosure import Disclosure
 from .model import Augment, Model
 from .privacy import Privacy
@@ -183,7 +183,8 @@ class Train:
 
   def _check_task(self) -> None:
     t, name = self.training, self.model.model
-    kinds = {source.partition(":")[0] for source in self.data.sources or (self.data.data,)}
+    sources = self.data.sources or (self.data.data,)
+    kinds = {source.partition(":")[0] for source in sources} - {NO_IMAGES}
     self.comparison.check(name in models.SEGMENTERS, self.data.is_multi, "phantom" in kinds)
     if self.data.is_multi:
       self._check_multi()

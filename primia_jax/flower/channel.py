@@ -21,6 +21,10 @@ from typing import NamedTuple
 NAME = "channel"  # of the socket, in a site's folder
 _LONGEST = 100  # bytes of a socket's address, which the operating system limits
 _MOST = 64  # connections that may be in the middle of a request; one more ends the oldest
+_NOTHING_YET = (
+  ". Nothing has come at all: see the SuperNode's log. Flower answers 401 where its key is not "
+  "registered, or where the clocks here and at the coordinator differ by 5 s: keep both by NTP"
+)
 _PIECE = 2**20  # bytes read at a time
 _HEADER = struct.Struct("<Q")  # the length of what follows
 
@@ -61,6 +65,7 @@ def serve(folder: pathlib.Path, timeout: float) -> Channel:
   listener.setblocking(False)
   begun: dict[socket.socket, bytearray] = {}  # requests that have not come whole
   asked: list[socket.socket] = []
+  unheard = [_NOTHING_YET]
 
   def hear(limit: int) -> bytes:
     _hang_up(asked)
@@ -71,9 +76,12 @@ def serve(folder: pathlib.Path, timeout: float) -> Channel:
           _accept(listener, begun)
         elif one in begun and (request := _take(one, begun, limit)) is not None:
           asked.append(one)
+          unheard.clear()
           return request
         _shrink(begun, one, limit + _PIECE)
-    raise TimeoutError(f"the coordinator has sent nothing for {timeout:g} seconds")
+    raise TimeoutError(
+      f"the coordinator has sent nothing for {timeout:g} seconds{''.join(unheard)}"
+    )
 
   def say(answer: bytes) -> None:
     if asked:

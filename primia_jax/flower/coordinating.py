@@ -6,6 +6,8 @@ and how the run ended.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import pathlib
 import time
@@ -22,6 +24,7 @@ from primia_jax.secagg.carrier import Ask
 from primia_jax.secagg.errors import Aborted, Lost, Rejected
 
 SUMS, ENDING, IDENTITY = "sums.jsonl", "ending.json", "identity"  # in the coordinator's folder
+_LOCK = "lock"
 _PAUSE = 0.3  # seconds between two looks for answers
 _LEAST = 60.0  # seconds that a message lives: an ending that nobody waits for must still arrive
 
@@ -47,10 +50,32 @@ def run(grid: Any, folder: pathlib.Path, num_sites: int, timeout: float) -> None
 
   Raises:
     Aborted: as `coordinator.coordinate`.
-    ValueError, FileNotFoundError: the roster is missing, damaged, or of other members.
+    ValueError, FileNotFoundError: the roster is missing, damaged, or of other members; or another
+      run is under way, which goes on.
     OSError: the folder cannot be written. Of every error the folder says why, if it still can.
   """
   folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+  with _alone(folder):
+    _run(grid, folder, num_sites, timeout)
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps a second run out: its messages would take the sites from the first one."""
+  with (folder / _LOCK).open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, a killed one too
+    except BlockingIOError:
+      why = (
+        f"another run is under way in {folder}; wait until it has ended, or end it with flwr stop"
+      )
+      print(why, flush=True)  # for Flower's log of the run; the folder is the other run's
+      raise ValueError(why) from None
+    yield
+
+
+def _run(grid: Any, folder: pathlib.Path, num_sites: int, timeout: float) -> None:
+  """`run`, alone in the folder."""
   (folder / ENDING).unlink(missing_ok=True)
 
   def tell(report: coordinator.Report) -> None:

@@ -24,6 +24,7 @@ from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
 from primia_jax.secagg.carrier import Ask
 from primia_jax.secagg.errors import Aborted, Lost, Rejected, RoundFailed
+from primia_jax.secagg.returning import giver_of
 
 _IN_RUN = (msg.Proposal, msg.Start)  # the latter where a round begins without a site
 _KNOCK = 20.0  # seconds for a site that was lost to say that it is back
@@ -145,7 +146,7 @@ def _roll_call(
   """
   here = _round_trip(ask, dict.fromkeys(lost, recalled), min(timeout, _KNOCK))
   waiting = sorted(i for i, one in here.items() if isinstance(one, msg.Word))
-  giver = min(starts)
+  giver = giver_of(starts)
   returning = msg.encode(msg.Returning(tuple(waiting), giver))
   said = _round_trip(ask, dict.fromkeys(starts, returning), timeout)
   if not waiting:

@@ -3,8 +3,8 @@
 Where a site is missing at the beginning of a round, those that are left say a signed `Start` each:
 the state that they go on from, who is left, and the digest to which all their later sums are bound.
 The coordinator looks whether a program of the missing site waits. It is given what all have said at
-the meeting, these messages, and the state from one site. It says the same `Start`, which the others
-are shown; from then on it is in their sums.
+the meeting, these messages, and the state from one site, in each round another one. It says the
+same `Start`, which the others are shown; from then on it is in their sums.
 
 Who learns what: the site that is back, and the coordinator that relays it, learn the global state,
 which follows from sums that the coordinator has opened. The site trusts a state whose digest more
@@ -15,6 +15,7 @@ digests, and refuse each other in the next sum, as `exchange` says.
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
@@ -114,6 +115,17 @@ def roll_call(
   return _admitted(relayed, sums, pinned, own)
 
 
+def giver_of(starts: Mapping[int, msg.Start]) -> int:
+  """The site that gives the state in a round; in the next round it is another one, so that one that
+  gives what is not the state delays a return and does not prevent it.
+
+  Args:
+    starts: of those that go on, by site.
+  """
+  (round, _), *_ = collections.Counter(one.round for one in starts.values()).most_common(1)
+  return sorted(starts)[round % len(starts)]
+
+
 def met(
   recalled: msg.Recalled, number: int, num_sites: int
 ) -> tuple[msg.Invitation, dict[int, msg.Hello]]:
@@ -157,11 +169,13 @@ def come_back(
     (what it goes on from, what `take` has made of the state).
 
   Raises:
-    Refused: too few sites have signed the state, or not alike; or as `take`.
+    Refused: too few sites have signed the state, or not alike; or as `take`, once each of the sites
+      was to give the state, and `take` refused it.
     Lost: the coordinator sends nothing.
   """
   refuse = functools.partial(Refused, number, "start")
   carrier.say(msg.encode(msg.Word(number, b"")))
+  wrong = set[int]()
   while True:
     message = _hear(carrier, number, can_be_recalled=True)
     if isinstance(message, msg.Recalled):  # what it has said came too late
@@ -170,7 +184,17 @@ def come_back(
     if not isinstance(message, msg.Resumed):
       raise refuse("malformed", f"{type(message).__name__} instead of what the others go on from")
     signed, standing, back = _agreed(message.starts, sums, pinned, number, colluding)
-    taken = take(back, message.state)
+    giver = giver_of(dict.fromkeys(message.starts, signed))
+    try:
+      taken = take(back, message.state)
+    except Refused as error:
+      wrong.add(giver)
+      print(f"{error}; site {giver} was to give it")
+      if wrong >= {i for i in message.starts if i != number}:
+        detail = f"sites {sorted(wrong)} were to give the state, one after another: {error}"
+        raise refuse(error.reason, detail) from error
+      carrier.say(msg.encode(msg.Word(number, b"")))  # in the next round another one gives it
+      continue
     sums.resume(standing.chain, signed.sites)
     made = start(sums, pinned, number, back, own, signed.sites)
     carrier.say(msg.encode(made))
