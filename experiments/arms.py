@@ -18,7 +18,7 @@ from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
 from primia_jax.privacy import agreeing, ledger
 from primia_jax.privacy.accounting import Ledger
-from primia_jax.types import Array, ModelState, Params, PyTree
+from primia_jax.types import Array, ModelState, Params, PyTree, Site
 
 from . import (
   admission,
@@ -350,7 +350,7 @@ def _sites(
   """The sites of an arm with their images, kept in memory or loaded a few at a time."""
   by_patient = config.privacy.by_patient and part is cohort.train
 
-  def load(ids: np.ndarray) -> federated.Site:
+  def load(ids: np.ndarray) -> Site:
     site = data_sites.stack(part, ids, max_examples, by_patient=by_patient)
     if trainer.features is not None:
       site = site._replace(images=_features(trainer.features, site))  # type: ignore[arg-type]
@@ -364,7 +364,7 @@ def _sites(
   stacked = load(mine)
   placed = trainer.place.placement.put(stacked)
 
-  def in_memory(wanted: np.ndarray) -> federated.Site:
+  def in_memory(wanted: np.ndarray) -> Site:
     if np.array_equal(wanted, mine):
       return placed
     return jax.tree.map(lambda a: a[np.searchsorted(mine, wanted)], stacked)
@@ -372,7 +372,7 @@ def _sites(
   return federated.Sites(ids, in_memory, secrets=secrets)
 
 
-def _features(compute: Callable[[np.ndarray], np.ndarray], site: federated.Site) -> np.ndarray:
+def _features(compute: Callable[[np.ndarray], np.ndarray], site: Site) -> np.ndarray:
   """[K, N, h, w, c] of stacked images; padding is not computed and stays blank."""
   images, counts = np.asarray(site.images), np.asarray(site.num_examples).tolist()
   real = compute(np.concatenate([of[:n] for of, n in zip(images, counts, strict=True)]))

@@ -3,11 +3,12 @@
 import threading
 
 import numpy as np
+import secagg_carried
 from experiments_runs import TINY
 
 from experiments import arms, inputs, processes, settings, trainers
 from primia_jax import models
-from primia_jax.secagg import carrier, coordinator, meeting
+from primia_jax.secagg import coordinator, meeting
 
 APART = settings.replace(TINY, rounds=2, placement="flower", validation_fraction=0.3)
 
@@ -29,7 +30,7 @@ def in_threads(call, numbers, root, timeout=300.0):
     under "coordinator".
   """
   results, errors, reports = {}, {}, []
-  ask, carriers = carrier.in_process(numbers, max(2 * timeout, 4.0))
+  ask, carriers = secagg_carried.in_process(numbers, max(2 * timeout, 4.0))
   (root / "own").mkdir(parents=True, exist_ok=True)
   identity = meeting.own_identity(root / "own" / "coordinator")
 

@@ -64,8 +64,8 @@ def recording():
     seen.extend(("noise", secret.tobytes(), int(purpose), round) for secret in secrets)
     return secrets
 
-  def key_recorded(*args):
-    key = random_key(*args)
+  def key_recorded():
+    key = random_key()
     seen.append(("dealt", np.asarray(key).tobytes(), 0, 0))
     return key
 

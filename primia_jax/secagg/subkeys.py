@@ -61,7 +61,8 @@ FORGOTTEN = Secrets(keys.KeyPair(b"", b""), b"", b"")
 
 def draw(entropy: keys.Entropy) -> Secrets:
   """A site's secrets for one sum."""
-  return Secrets(keys.key_pair(entropy), entropy(keys.KEY_BYTES), entropy(keys.KEY_BYTES))
+  mask, seed, noise = (entropy(keys.KEY_BYTES) for _ in range(3))
+  return Secrets(keys.key_pair(mask), seed, noise)
 
 
 def pair_mask_keys(
