@@ -224,6 +224,17 @@ else:
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
+def test_no_public_name_has_a_second_path():
+  top, *packages = PACKAGE / "__init__.py", *PACKAGE.glob("*/**/__init__.py")
+  public = lambda path: {
+    name
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    for name in ast.literal_eval(node.value)
+  }
+  assert {path.parent.name: both for path in packages if (both := public(path) & public(top))} == {}
+
+
 def test_the_sites_of_a_federation_never_meet_files_or_flags():
   """The federated part takes arrays and functions only, so that it serves any data and any
   model.
