@@ -275,10 +275,10 @@ def _row(
   config: Train, cohort: Cohort, trainer: Trainer, done: loop.Round, charges: ledger.Ledgers | None
 ) -> dict[str, Any]:
   """The JSON line of a round."""
-  info, exchange = done.info, trainer.place.exchange
+  info, between_processes = done.info, trainer.place.placement.is_own_process
   assert info is not None
   ids, survivors = done.ids.tolist(), info.survivors.tolist()
-  loses = exchange is not None or (len(cohort.train.sites) > 1 and config.aggregation.dropout_rate)
+  loses = len(cohort.train.sites) > 1 and config.aggregation.dropout_rate
   return {
     "arm": cohort.name,
     "round": done.number,
@@ -287,8 +287,8 @@ def _row(
     "train_accuracy": float(info.accuracy) if charges is None else None,
     "update_norm": float(info.update_norm),
     "learning_rate": float(trainer.schedule(jnp.float32(done.number - 1))),
-    **({"survivors": len(survivors)} if loses else {}),
-    **({} if exchange is None else {"lost": sorted(set(ids) - set(survivors))}),
+    **({"survivors": len(survivors)} if loses or between_processes else {}),
+    **({"lost": sorted(set(ids) - set(survivors))} if between_processes else {}),
     **({} if charges is None else {"epsilon": charges.epsilon}),
     **{name: float(value) for name, value in info.tells.items()},
     **({markdown.NOT_PRIVATE: open_by} if (open_by := _not_private(config, trainer)) else {}),

@@ -65,8 +65,8 @@ def train_site(root, i, end, rounds, config=APART):
   images = inputs.site_images(config, i)
   cohort = trainers.Cohort("federated", images.train, images.validation, np.array([i]))
   trainer = trainers.make_trainer(config, models.build(model_config), model_config, [cohort], place)
-  with processes.leaving(place.joined.carrier, i):
-    arm = arms.train(
+  with place.together():
+    return arms.train(
       settings.replace(config, rounds=rounds),
       cohort,
       trainer,
@@ -74,8 +74,6 @@ def train_site(root, i, end, rounds, config=APART):
       arm_of(root, i),
       root / "own" / f"site_{i}" / "ledger",
     )
-  place.exchange.close()
-  return arm
 
 
 def train_apart(root, rounds=2, timeout=300.0, config=APART):

@@ -9,11 +9,10 @@ import jax
 
 from primia_jax import federated, local, models, site_privacy, sites, summation
 from primia_jax.privacy import plan
-from primia_jax.secagg.exchange import Exchange
 
 from ..settings import require, setting
 from . import tasks
-from .aggregation import Aggregation, min_survivors
+from .aggregation import Aggregation, Masked, min_survivors
 from .data import Data, Hospitals
 from .disclosure import Disclosure
 from .model import Augment, Model
@@ -344,10 +343,9 @@ class Joined(NamedTuple):
 
 
 def build_federation(
-  config: Train, recipe: local.Recipe, model: models.Model, exchange: Exchange | None = None
+  config: Train, recipe: local.Recipe, model: models.Model, masked: Masked = summation.masked
 ) -> Joined:
-  """Builds the rounds of a federation from how one site trains; `exchange` as in
-  `Aggregation.build`.
+  """Builds the rounds of a federation from how one site trains; `masked` as in `Aggregation.build`.
 
   Raises:
     ValueError: parts that do not go together.
@@ -363,7 +361,7 @@ def build_federation(
       coding = site_privacy.distributed_noise(
         privacy.noise, secure, params, model_state, privacy.clip
       )
-  summed = config.aggregation.build(n, processes, exchange, coding)
+  summed = config.aggregation.build(n, processes, masked, coding)
   return Joined(algorithm, config.aggregation.losing(summed, config.seed), privacy)
 
 
