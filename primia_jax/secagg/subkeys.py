@@ -1,4 +1,6 @@
-"""All secrets of a site in one sum, and every key that is derived from one: the only such table.
+"""All secrets of a site in one masked sum, and every key that is derived from one.
+
+`Site.secret`, of noise and batches, is another; `privacy.subkeys` lists its keys.
 
   secret        fresh for   opened by shares   keys made from it, and their use
   mask.private  each sum    of a lost site     HKDF(X25519(own, peer's), "mask", round, low, high):
