@@ -128,8 +128,8 @@ def run_apart(root, patch):
     floors.add(policy.fewest_patients)
     return of_round(row, policy, *rest)
 
-  def write_report(*args, **facts):
-    return facts["privacy"] | {"policy": facts["policy"], "floors of lines": set(floors)}
+  def write_report(*args, facts, **options):
+    return facts.privacy | {"policy": facts.policy, "floors of lines": set(floors)}
 
   def save_in_turn(*args):  # orbax's saves share state within a process
     with alone:
