@@ -32,7 +32,7 @@ from experiments.configs.model import normalise
 from primia_jax import algorithms, federated, local, models, secagg, sites, summation
 from primia_jax.attacks import active, detection, linear
 from primia_jax.metrics import clopper_pearson
-from primia_jax.types import Batch, LossFn, Params
+from primia_jax.types import Batch, LossFn, Params, Site
 
 _DATA = flags.DEFINE_string("data", None, "The X-rays, as train_federated takes them.")
 _SEEDS = flags.DEFINE_integer("seeds", 8, "Honest models of each network.", lower_bound=1)
@@ -79,7 +79,7 @@ def opened(work: Work, apply_fn: Callable, sent: Sequence[Params], num: int) -> 
   run = active.round(algorithm, summation.masked(secagg.secure_sum(NUM_SITES)), sites.loop())
   images, labels = (a[:, :num] for a in work.hospitals)
   ids, counts = np.arange(NUM_SITES, dtype=np.int32), np.full(NUM_SITES, num, np.int32)
-  hospitals = federated.in_memory(federated.Site(ids, images, labels, counts))
+  hospitals = federated.in_memory(Site(ids, images, labels, counts))
   one = algorithm.init_site(sent[0], {})
   state = jax.tree.map(lambda a: np.broadcast_to(a, (NUM_SITES, *np.shape(a))), one)
   together = jax.tree.map(lambda *a: jnp.stack(a), *sent)

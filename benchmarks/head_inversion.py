@@ -45,7 +45,7 @@ from primia_jax.data.dataset import Dataset
 from primia_jax.data.sites import Part, hold_out
 from primia_jax.metrics import clopper_pearson, roc_auc
 from primia_jax.privacy import plan
-from primia_jax.types import Array
+from primia_jax.types import Array, Site
 
 _DATA = flags.DEFINE_string("data", None, "The X-rays, as train_federated takes them.")
 _SPLITS = flags.DEFINE_integer(
@@ -138,7 +138,7 @@ def rounds(recipe: local.Recipe, summed: summation.Summation, init: Callable) ->
   run = federated.federate(algorithms.fedavg(recipe), summed, sites.loop(), 3)
   params, _ = init(jax.random.key(0))
 
-  def update(stacked: federated.Site, ids: Sequence[int], seed: int) -> tuple[Array, Array]:
+  def update(stacked: Site, ids: Sequence[int], seed: int) -> tuple[Array, Array]:
     there = federated.in_memory(stacked)._replace(ids=np.asarray(ids, np.int32))
     state, _ = run.step(jax.random.key(seed), run.init(params), there)
     change = jax.tree.map(jnp.subtract, state.params, params)["linear"]
@@ -147,14 +147,14 @@ def rounds(recipe: local.Recipe, summed: summation.Summation, init: Callable) ->
   return update
 
 
-def stacked(images: Images, rows: Sequence[np.ndarray], most: int) -> federated.Site:
+def stacked(images: Images, rows: Sequence[np.ndarray], most: int) -> Site:
   """The hospitals' images, padded with blank ones to `most`."""
   padded = np.zeros((len(rows), most, *images.features.shape[1:]), np.float32)
   labels = np.zeros((len(rows), most), np.int32)
   for i, row in enumerate(rows):
     padded[i, : len(row)], labels[i, : len(row)] = images.features[row], images.labels[row]
   counts = np.array([len(row) for row in rows], np.int32)
-  return federated.Site(np.arange(len(rows), dtype=np.int32), padded, labels, counts)
+  return Site(np.arange(len(rows), dtype=np.int32), padded, labels, counts)
 
 
 def interval(values: Sequence[float]) -> tuple[float, list[float]]:

@@ -20,6 +20,7 @@ from absl import app, flags, logging
 
 from benchmarks import measuring, work
 from primia_jax import federated, models, native, prng, secagg, sites, summation
+from primia_jax.types import Site
 
 _SITES = flags.DEFINE_integer(
   "sites", 10, "Sites in a round, each with all others as peers up to 11 sites, else ten."
@@ -49,7 +50,7 @@ def idle_round(how: summation.Summation, placement: sites.Placement, params, num
   run = federated.over_sites(scaled, how, placement, summation.Purpose.TRAINING)
   ids = np.arange(num_sites, dtype=np.int32)
   nothing = np.zeros((num_sites, 1), np.int32)
-  placed = placement.put(federated.Site(ids, nothing, nothing, ids))
+  placed = placement.put(Site(ids, nothing, nothing, ids))
   params, everybody = placement.replicate(params), federated.Sites(ids, lambda ids: placed)
   rounds = itertools.count()
 

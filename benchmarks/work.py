@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from primia_jax import algorithms, federated, local, models, prng, secagg, sites, summation
+from primia_jax.types import Site
 
 IMAGES, SIZE, CLASSES, BATCH, RATE = 64, 28, 10, 16, 0.1
 _CONTRAST = 0.25  # of the images: small enough for that rate
@@ -27,11 +28,11 @@ def site_data(site: int) -> tuple[np.ndarray, np.ndarray]:
   return np.float32(_CONTRAST) * (np.float32(0.35) * prototypes[labels] + noise), labels
 
 
-def stack(ids: np.ndarray) -> federated.Site:
+def stack(ids: np.ndarray) -> Site:
   """The data of several sites, made anew."""
   images, labels = zip(*map(site_data, ids), strict=True)
   sizes = np.full(len(ids), IMAGES, np.int32)
-  return federated.Site(np.asarray(ids, np.int32), np.stack(images), np.stack(labels), sizes)
+  return Site(np.asarray(ids, np.int32), np.stack(images), np.stack(labels), sizes)
 
 
 def save(path: pathlib.Path, num_sites: int) -> None:

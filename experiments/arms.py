@@ -18,7 +18,7 @@ from primia_jax.data.augment import inverse_frequency
 from primia_jax.data.sites import Part
 from primia_jax.privacy import agreeing, ledger
 from primia_jax.privacy.accounting import Ledger
-from primia_jax.types import Array, ModelState, Params, PyTree
+from primia_jax.types import Array, ModelState, Params, PyTree, Site
 
 from . import (
   admission,
@@ -276,10 +276,10 @@ def _row(
   config: Train, cohort: Cohort, trainer: Trainer, done: loop.Round, charges: ledger.Ledgers | None
 ) -> dict[str, Any]:
   """The JSON line of a round."""
-  info, exchange = done.info, trainer.place.exchange
+  info, between_processes = done.info, trainer.place.placement.is_own_process
   assert info is not None
   ids, survivors = done.ids.tolist(), info.survivors.tolist()
-  loses = exchange is not None or (len(cohort.train.sites) > 1 and config.aggregation.dropout_rate)
+  loses = len(cohort.train.sites) > 1 and config.aggregation.dropout_rate
   return {
     "arm": cohort.name,
     "round": done.number,
@@ -288,8 +288,8 @@ def _row(
     "train_accuracy": float(info.accuracy) if charges is None else None,
     "update_norm": float(info.update_norm),
     "learning_rate": float(trainer.schedule(jnp.float32(done.number - 1))),
-    **({"survivors": len(survivors)} if loses else {}),
-    **({} if exchange is None else {"lost": sorted(set(ids) - set(survivors))}),
+    **({"survivors": len(survivors)} if loses or between_processes else {}),
+    **({"lost": sorted(set(ids) - set(survivors))} if between_processes else {}),
     **({} if charges is None else {"epsilon": charges.epsilon}),
     **{name: float(value) for name, value in info.tells.items()},
     **({markdown.NOT_PRIVATE: open_by} if (open_by := _not_private(config, trainer)) else {}),
@@ -351,7 +351,7 @@ def _sites(
   """The sites of an arm with their images, kept in memory or loaded a few at a time."""
   by_patient = config.privacy.by_patient and part is cohort.train
 
-  def load(ids: np.ndarray) -> federated.Site:
+  def load(ids: np.ndarray) -> Site:
     site = data_sites.stack(part, ids, max_examples, by_patient=by_patient)
     if trainer.features is not None:
       site = site._replace(images=_features(trainer.features, site))  # type: ignore[arg-type]
@@ -365,7 +365,7 @@ def _sites(
   stacked = load(mine)
   placed = trainer.place.placement.put(stacked)
 
-  def in_memory(wanted: np.ndarray) -> federated.Site:
+  def in_memory(wanted: np.ndarray) -> Site:
     if np.array_equal(wanted, mine):
       return placed
     return jax.tree.map(lambda a: a[np.searchsorted(mine, wanted)], stacked)
@@ -373,7 +373,7 @@ def _sites(
   return federated.Sites(ids, in_memory, secrets=secrets)
 
 
-def _features(compute: Callable[[np.ndarray], np.ndarray], site: federated.Site) -> np.ndarray:
+def _features(compute: Callable[[np.ndarray], np.ndarray], site: Site) -> np.ndarray:
   """[K, N, h, w, c] of stacked images; padding is not computed and stays blank."""
   images, counts = np.asarray(site.images), np.asarray(site.num_examples).tolist()
   real = compute(np.concatenate([of[:n] for of, n in zip(images, counts, strict=True)]))

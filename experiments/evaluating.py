@@ -176,19 +176,17 @@ def _sum(
   own = {"model": model.sha256, "classes": list(model.label_names), "fewest_patients": floor}
   place, said = processes.connect(config, seat, json.dumps(own).encode())
   assert place.joined is not None
-  exchange = place.joined.exchange
   if charges is None:
-    exchange.opens = functools.partial(opened.note_images, kept, model.sha256, marked)
-  with processes.leaving(place.joined.carrier, seat.number):
+    place.joined.exchange.opens = functools.partial(opened.note_images, kept, model.sha256, marked)
+  with place.together():
     largest = agreed(seat.number, own, said, config.scoring.most_images)
-    summation = config.aggregation.build_counts(n, n, config.scoring.largest, exchange)
+    summation = place.masked(config.scoring.sums())
     add: Any = evaluation.score_summing(summation, place.placement)
     if charges is not None:
       noised_counts.charge(charges, config, size, seat)
       counts = noised_counts.counted(config, dataset, probabilities)
       add = evaluation.count_summing(summation, place.placement)
     total, sites = add(range(n), jax.tree.map(lambda a: np.asarray(a)[None], counts))
-  exchange.close()
   return Summed(total, tuple(sites.tolist()), largest)
 
 

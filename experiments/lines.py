@@ -50,6 +50,7 @@ def facts(
     num_sites: of the arm.
     is_charged: whether the arm is private.
   """
+  between_processes = place.placement.is_own_process
   shown = {row["round"]: row["val_mcc"] for row in rows if isinstance(row.get("val_mcc"), str)}
   mcc = shown.get(int(best.round), float(best.mcc))  # suppressed, as its line is
   out: dict[str, Any] = {"best round": int(best.round), "validation MCC": mcc}
@@ -58,11 +59,10 @@ def facts(
   out["rounds trained"] = len(rows)
   if aborted := int(state.round) - len(rows):
     charged = ", charged all the same" if is_charged else ""
-    what = ABORTED if place.exchange is None else "rounds without this site, or aborted"
+    what = "rounds without this site, or aborted" if between_processes else ABORTED
     out[what] = f"{aborted} of {int(state.round)}{charged}"
-  if place.exchange is not None:
-    lost = {i for row in rows for i in row.get("lost", ())}
-    lost |= set(range(num_sites)) - set(place.exchange.sites)
+  if between_processes:
+    lost = place.missing(num_sites).union(*(row.get("lost", ()) for row in rows))
     out["sites lost in some round"] = sorted(lost) or "none"
   return out
 

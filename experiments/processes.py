@@ -18,9 +18,9 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from primia_jax import approval, sites
+from primia_jax import approval, sites, summation
 from primia_jax.flower import channel
-from primia_jax.secagg import Aborted, exchange, meeting, pinning, returning, roster
+from primia_jax.secagg import Aborted, SecureSum, exchange, meeting, pinning, returning, roster
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import Carrier
 from primia_jax.secagg.errors import Refused
@@ -28,6 +28,7 @@ from primia_jax.secagg.errors import Refused
 from . import admission, messages_crossed, opened
 from .configs import Train
 from .configs.scoring import Evaluate
+from .crossings import Crossing
 
 RUN = "run"  # of a site's run, in its folder
 
@@ -71,10 +72,31 @@ class Place(NamedTuple):
   joined: Joined | None = None
   number: int = 0
 
-  @property
-  def exchange(self) -> exchange.Exchange | None:
-    """Between processes of one site each."""
-    return self.joined and self.joined.exchange
+  def masked(
+    self, config: SecureSum, coding: summation.Coding | None = None
+  ) -> summation.Summation:
+    """How a masked sum forms over these sites."""
+    if self.joined is None:
+      return summation.masked(config, coding)
+    return summation.over(self.joined.exchange, config, coding)
+
+  def missing(self, num_sites: int) -> set[int]:
+    """Sites that a run between processes has lost."""
+    return set(range(num_sites)).difference(self.joined.exchange.sites) if self.joined else set()
+
+  def crossed(self) -> list[Crossing]:
+    """What this process has told the others, and they it."""
+    return messages_crossed.listed(self.joined.own / messages_crossed.FILE) if self.joined else []
+
+  @contextlib.contextmanager
+  def together(self) -> Iterator[None]:
+    """While the sites sum: the coordinator is told at once if this one cannot go on, or is done."""
+    if self.joined is None:
+      yield
+      return
+    with leaving(self.joined.carrier, self.number):
+      yield
+    self.joined.exchange.close()
 
 
 class Seat(NamedTuple):

@@ -32,7 +32,6 @@ from . import (
   inputs,
   ledgers,
   markdown,
-  messages_crossed,
   model_files,
   multilabel_report,
   others,
@@ -249,12 +248,10 @@ def _run(
     trainer = shared[kind(cohort)]
     arm_folder = folder / name.replace(": ", "_").replace(" ", "_")
     arm_folder.mkdir(exist_ok=True)
-    with _leaving(place):
+    with place.together():
       trained[name] = arms.train(
         config, cohort, trainer, model_config, arm_folder, ledger_dir, log, _SAVE_EVERY
       )
-    if place.exchange is not None:
-      place.exchange.close()  # before work that nobody need wait for
     if len(images.test):
       predictions[name] = predict(trained[name].models, images.test.images)
   main_arm = plan[0][0]
@@ -290,9 +287,7 @@ def _run(
     shown["site_data"] = seat.site.member.own.data  # which stands there for all sites
   secure = sums.facts(config, images, main.sent) if federated else None
   about_run = main.rows, main.sent, len(label_names), len(images.test)
-  crossed = crossings.of_run(config, *about_run) if federated else []
-  if place.joined is not None:
-    crossed += messages_crossed.listed(place.joined.own / messages_crossed.FILE)
+  crossed = (crossings.of_run(config, *about_run) if federated else []) + place.crossed()
   order, privacy = _report_order(trained), main.privacy
   if privacy is not None and ledger_dir is not None:
     is_alone = seat is not None and (bool(config.data.sources) or ledger_dir.is_relative_to(own))
@@ -324,13 +319,6 @@ def _run(
     main_arm=main_arm,
     seed=config.seed,
   )
-
-
-def _leaving(place: processes.Place) -> contextlib.AbstractContextManager[None]:
-  """Tells the coordinator at once when this process cannot go on, if there is one."""
-  if place.joined is None:
-    return contextlib.nullcontext()
-  return processes.leaving(place.joined.carrier, place.number)
 
 
 def _by_site(charged: Sequence[Ledger] | None, sites: Sequence[int]) -> dict[int, Ledger] | None:

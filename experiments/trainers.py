@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -110,11 +111,10 @@ def make_trainer(
     recipe = privacy.recipe(t.build_optimizer(), t.build_schedule())
 
   if together:
-    built = build_federation(config, recipe, model, place.exchange)
+    built = build_federation(config, recipe, model, place.masked)
     algorithm, summed, privacy = built.algorithm, built.summation, built.privacy or privacy
-    counting = lambda most: config.aggregation.build_counts(
-      num_sites, num_sampled, most, place.exchange
-    )
+    secure = functools.partial(config.aggregation.secure_sum, num_sites, num_sampled)
+    counting = lambda most: place.masked(secure(config.in_processes, most))
     if config.record_transcript:
       seen = []
       summed = recording.recorded(summed, seen.append)

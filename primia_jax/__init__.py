@@ -4,12 +4,11 @@ These names are loaded on first use (PEP 562), so that importing the package tak
 
   training    Recipe, epochs, gradients, classification_loss
   rounds      federate, Sites, in_memory; fedavg, fedprox, fedopt, fedbn, scaffold, fednova
-  sums        masked, secure_sum, clear, by_rule
+  sums        masked, clear, by_rule
   placements  loop, scan, vmapped, chunked, on_mesh
   privacy     dp_sgd, dp_ftrl, site_level
-  encryption  secret
 
-Everything else is in its module, such as `primia_jax.data.phantom` or `primia_jax.mpc.roles`.
+Everything else is in its module, such as `primia_jax.secagg.secure_sum` or `primia_jax.mpc.secret`.
 """
 
 import importlib
@@ -19,9 +18,7 @@ if TYPE_CHECKING:
   from primia_jax.algorithms import fedavg, fedbn, fednova, fedopt, fedprox, scaffold
   from primia_jax.federated import Sites, federate, in_memory
   from primia_jax.local import Recipe, classification_loss, epochs, gradients
-  from primia_jax.mpc import secret
   from primia_jax.privacy.plan import dp_ftrl, dp_sgd, site_level
-  from primia_jax.secagg import secure_sum
   from primia_jax.sites import chunked, loop, on_mesh, scan, vmapped
   from primia_jax.summation import by_rule, clear, masked
 
@@ -29,9 +26,7 @@ _NAMES = {
   "algorithms": ("fedavg", "fedbn", "fednova", "fedopt", "fedprox", "scaffold"),
   "federated": ("Sites", "federate", "in_memory"),
   "local": ("Recipe", "classification_loss", "epochs", "gradients"),
-  "mpc": ("secret",),
   "privacy.plan": ("dp_ftrl", "dp_sgd", "site_level"),
-  "secagg": ("secure_sum",),
   "sites": ("chunked", "loop", "on_mesh", "scan", "vmapped"),
   "summation": ("by_rule", "clear", "masked"),
 }
@@ -61,8 +56,6 @@ __all__ = [
   "on_mesh",
   "scaffold",
   "scan",
-  "secret",
-  "secure_sum",
   "site_level",
   "vmapped",
 ]

@@ -18,8 +18,7 @@ import optax
 from primia_jax import prng
 from primia_jax.sites import Placement
 from primia_jax.summation import Outcome, Purpose, Session, Summation
-from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree
-from primia_jax.types import Site as Site
+from primia_jax.types import Array, Key, Metrics, ModelState, Params, PyTree, Site
 
 # Uses of a run's key, folded in first: no two draw from the same stream.
 ORDER, STEPS, SAMPLING = 0, 1, 3
@@ -217,7 +216,7 @@ def over_sites(
     _refuse_traced((shared, site_state, jnp.zeros(())))
     ids = np.asarray(sites.ids, np.int32)
     here = placement.rows(ids)
-    if (placement.name == "processes") != summation.between_processes:
+    if placement.is_own_process != summation.between_processes:
       raise ValueError(
         f"{summation.name!r} does not sum over the placement {placement.name!r}: summation.over "
         "and sites.own_process go together"
@@ -349,7 +348,7 @@ def federate(
 
   def rows_of(ids: np.ndarray) -> np.ndarray | None:
     """The rows of these sites among those that are kept here; None for all of them."""
-    if placement.name == "processes":
+    if placement.is_own_process:
       return None if len(placement.rows(ids)) else np.zeros(0, np.int32)
     return None if np.array_equal(ids, everyone) else ids
 

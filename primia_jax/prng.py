@@ -18,7 +18,7 @@ import functools
 import math
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -127,21 +127,19 @@ def mask_sum(
   return _mask_sum(keys, signs, nonce, size, dtype, native.available()).reshape(tuple(shape))
 
 
-def random_key(entropy: Callable[[int], bytes] = os.urandom) -> Array:
-  """Draws a fresh key from the operating system, on the host.
-
-  Args:
-    entropy: returns the given number of secret uniform bytes.
-
-  Returns:
-    [8] uint32.
-  """
-  return jnp.asarray(np.frombuffer(entropy(32), "<u4").astype(np.uint32))
+def random_key() -> Array:
+  """A fresh key from the operating system: [8] uint32."""
+  return key_of(os.urandom(32))
 
 
-def random_keys(count: int, entropy: Callable[[int], bytes] = os.urandom) -> np.ndarray:
+def random_keys(count: int) -> np.ndarray:
   """Several fresh keys, as `random_key`: [count, 8] uint32 on the host."""
-  return np.frombuffer(entropy(32 * count), "<u4").astype(np.uint32).reshape(count, 8)
+  return np.frombuffer(os.urandom(32 * count), "<u4").astype(np.uint32).reshape(count, 8)
+
+
+def key_of(secret: bytes) -> Array:
+  """The key of 32 secret uniform bytes, which serve once: [8] uint32."""
+  return jnp.asarray(np.frombuffer(secret, "<u4").astype(np.uint32))
 
 
 def derive(key: Array, *words: int | Array) -> Array:

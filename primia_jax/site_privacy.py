@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from primia_jax import ring, secagg
-from primia_jax.federated import Algorithm, Global, Message, Site
+from primia_jax.federated import Algorithm, Global, Message
 from primia_jax.privacy import adaptive, distributed, grid, subkeys
 from primia_jax.privacy.adaptive import Clip, clip_update
 from primia_jax.privacy.distributed import DistributedNoise
 from primia_jax.privacy.plan import SiteLevel
 from primia_jax.summation import Coding
-from primia_jax.types import Array, Metrics, ModelState, Params, PyTree
+from primia_jax.types import Array, Metrics, ModelState, Params, PyTree, Site
 
 _OF_BIT = 1  # third word of the bit's noise, beside round and purpose; the update's has none
 # Seed of the public rotations, one for each round: updates cannot depend on what is fixed before.

@@ -38,6 +38,7 @@ class Placement(NamedTuple):
     replicate: places arrays that every site knows, such as the global model.
     rows: numbers [K] of a round's sites -> the positions, among these, of the sites that this
       process runs.
+    is_own_process: each site has a process, and this one runs one site or none.
   """
 
   name: str
@@ -45,6 +46,7 @@ class Placement(NamedTuple):
   put: Callable[[PyTree], PyTree]
   replicate: Callable[[PyTree], PyTree]
   rows: Callable[[np.ndarray], np.ndarray]
+  is_own_process: bool = False
 
 
 def loop() -> Placement:
@@ -125,7 +127,7 @@ def own_process(number: int) -> Placement:
     return jax.jit(run)
 
   rows = lambda ids: np.flatnonzero(np.asarray(ids) == number)
-  return _on_one_device("processes", lift)._replace(rows=rows)
+  return _on_one_device("processes", lift)._replace(rows=rows, is_own_process=True)
 
 
 def fastest() -> Placement:

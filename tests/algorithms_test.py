@@ -15,7 +15,7 @@ import pytest
 
 from primia_jax import algorithms, local, secagg, sites, summation
 from primia_jax import federated as fed
-from primia_jax.types import Metrics
+from primia_jax.types import Metrics, Site
 
 NUM, ROUNDS = np.array([5, 12, 1, 8]), 3
 RNG = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def load(ids):
   images = np.concatenate([A, M], axis=1).astype(np.float32)[:, None, :, None, None]
   images = np.broadcast_to(images, (4, 12, 5, 1, 1))
   labels = np.broadcast_to(CURVATURE.astype(np.int32)[:, None], (4, 12))
-  return fed.Site(ids.astype(np.int32), images[ids], labels[ids], NUM[ids].astype(np.int32))
+  return Site(ids.astype(np.int32), images[ids], labels[ids], NUM[ids].astype(np.int32))
 
 
 def grad_fn(params, model_state, batch, key):

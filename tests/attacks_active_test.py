@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from primia_jax import algorithms, federated, local, models, secagg, sites, summation
 from primia_jax.attacks import active, linear
+from primia_jax.types import Site
 
 S, N, SHAPE, CLASSES, RATE = 3, 4, (6, 6, 1), 3, 1.0
 SIZE, BINS, GAIN = 36, 64, 0.05
@@ -28,7 +29,7 @@ SECURE = summation.masked(secagg.secure_sum(S, num_peers=2))
 
 
 def hospitals(num=N):
-  site = federated.Site(np.arange(S, dtype=np.int32), IMAGES, LABELS, np.full(S, num, np.int32))
+  site = Site(np.arange(S, dtype=np.int32), IMAGES, LABELS, np.full(S, num, np.int32))
   return federated.in_memory(site)
 
 

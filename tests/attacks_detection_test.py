@@ -12,7 +12,7 @@ from experiments import settings
 from experiments.configs import Train
 from primia_jax import algorithms, federated, local, models, sites, summation
 from primia_jax.attacks import active, detection
-from primia_jax.types import Batch
+from primia_jax.types import Batch, Site
 
 SHAPE, CLASSES, KEY, BATCH = (6, 6, 1), 3, jax.random.key(0), 16
 MODEL = models.build(models.ModelConfig("mlp", CLASSES, SHAPE))
@@ -117,12 +117,10 @@ def test_other_shapes_types_and_numbers_are_refused():
       detection.check_structure(wrong, own)
 
 
-def test_models_that_differ_between_sites_are_refused():
+def test_models_that_differ_between_sites_have_other_digests():
   same, other = fresh(0), active.dead(fresh(0), "hidden")
   digests = [detection.digest(p) for p in (same, same, other)]
-  detection.check_same(digests[:2])
-  with pytest.raises(ValueError, match=r"sites \[2\] were sent another model"):
-    detection.check_same(digests)
+  assert digests[0] == digests[1] != digests[2]
   changed = {**same, "head": {**same["head"], "bias": same["head"]["bias"] + np.float32(1e-30)}}
   assert detection.digest(changed) != digests[0]
 
@@ -132,9 +130,7 @@ def test_a_guarded_step_trains_honest_models_only():
   step = lambda key, state, sites: calls.append(state) or (state, None)
   images, labels = np.stack([IMAGES] * 3), np.stack([LABELS] * 3)
   counts = np.array([BATCH, 1, BATCH], np.int32)  # site 1 has nothing to compare
-  hospitals = federated.in_memory(
-    federated.Site(np.arange(3, dtype=np.int32), images, labels, counts)
-  )
+  hospitals = federated.in_memory(Site(np.arange(3, dtype=np.int32), images, labels, counts))
   here = lambda ids: np.arange(1, len(ids))  # as in a process that plays the last two
   guarded = detection.guarded(step, loss_of(MODEL.apply), here, limits(), BATCH)
   state = federated.State(fresh(11), {}, (), (), jnp.int32(0))
@@ -160,7 +156,7 @@ def test_a_run_that_is_told_to_look_trains_as_before_and_refuses_what_is_planted
   told = settings.replace(Train(), num_sites=2, refuse_suspicious_models=True)
   looking = told.federation.join(*parts)
   images, labels = np.stack([IMAGES] * 2), np.stack([LABELS] * 2)
-  site = federated.Site(np.arange(2, dtype=np.int32), images, labels, np.full(2, BATCH, np.int32))
+  site = Site(np.arange(2, dtype=np.int32), images, labels, np.full(2, BATCH, np.int32))
   hospitals = federated.in_memory(site)
   after, expected = (run.step(KEY, run.init(fresh(1)), hospitals)[0] for run in (looking, plain))
   jax.tree.map(np.testing.assert_array_equal, after, expected)

@@ -128,7 +128,7 @@ def run_apart(root, patch):
     floors.add(policy.fewest_patients)
     return of_round(row, policy, *rest)
 
-  def write_report(*args, facts, **more):
+  def write_report(*args, facts, **options):
     return facts.privacy | {"policy": facts.policy, "floors of lines": set(floors)}
 
   def save_in_turn(*args):  # orbax's saves share state within a process
@@ -334,8 +334,8 @@ def test_sites_that_approved_different_things_are_in_no_sum(copied, monkeypatch)
   def call(i, carriers):
     site, config = admitted(copied, i)
     place, _ = processes.meet(config, carriers[i], processes.Seat(i, 300.0, site.folder, site))
-    place.exchange.close()
-    return place.exchange.label
+    place.joined.exchange.close()
+    return place.joined.exchange.label
 
   results, errors = in_threads(call, SITES, copied)
   assert results.keys() <= {"coordinator"}

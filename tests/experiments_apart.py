@@ -3,11 +3,12 @@
 import threading
 
 import numpy as np
+import secagg_carried
 from experiments_runs import TINY
 
 from experiments import arms, inputs, processes, settings, trainers
 from primia_jax import models
-from primia_jax.secagg import carrier, coordinator, meeting
+from primia_jax.secagg import coordinator, meeting
 
 APART = settings.replace(TINY, rounds=2, placement="flower", validation_fraction=0.3)
 
@@ -29,7 +30,7 @@ def in_threads(call, numbers, root, timeout=300.0):
     under "coordinator".
   """
   results, errors, reports = {}, {}, []
-  ask, carriers = carrier.in_process(numbers, max(2 * timeout, 4.0))
+  ask, carriers = secagg_carried.in_process(numbers, max(2 * timeout, 4.0))
   (root / "own").mkdir(parents=True, exist_ok=True)
   identity = meeting.own_identity(root / "own" / "coordinator")
 
@@ -64,8 +65,8 @@ def train_site(root, i, end, rounds, config=APART):
   images = inputs.site_images(config, i)
   cohort = trainers.Cohort("federated", images.train, images.validation, np.array([i]))
   trainer = trainers.make_trainer(config, models.build(model_config), model_config, [cohort], place)
-  with processes.leaving(place.joined.carrier, i):
-    arm = arms.train(
+  with place.together():
+    return arms.train(
       settings.replace(config, rounds=rounds),
       cohort,
       trainer,
@@ -73,8 +74,6 @@ def train_site(root, i, end, rounds, config=APART):
       arm_of(root, i),
       root / "own" / f"site_{i}" / "ledger",
     )
-  place.exchange.close()
-  return arm
 
 
 def train_apart(root, rounds=2, timeout=300.0, config=APART):

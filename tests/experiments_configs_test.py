@@ -81,6 +81,7 @@ def test_presets_parse_and_are_sound(no_images):
       "fednova",
     ),
     ({"aggregation": "krum=1", "weighting": "uniform"}, "needs more than 4 sites"),
+    ({"aggregation": "trimmed_mean=0.4", "weighting": "uniform"}, "leaves none"),
     ({"aggregation": "clear", "norm": "batch"}, "BatchNorm statistics"),
     ({"model": "resnet50"}, "resnet50"),
     ({"model": "vgg16", "image_size": 16}, "vgg16"),

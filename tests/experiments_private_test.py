@@ -33,6 +33,7 @@ from primia_jax import federated
 from primia_jax.data import sites as data_sites
 from primia_jax.privacy import accounting, ledger
 from primia_jax.privacy.chain import Chain
+from primia_jax.types import Site
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 FRESH = settings.replace(PRIVATE, dp_seed=-1, secagg_threshold=3)  # private in earnest
@@ -218,7 +219,7 @@ def test_a_patient_of_many_images_changes_class_counts_by_one():
 
   def counts(units):
     padded = np.array([*units, -1, -1], np.int32)
-    site = federated.Site(np.int32(0), np.zeros((12, 1)), labels, np.int32(10), None, padded)
+    site = Site(np.int32(0), np.zeros((12, 1)), labels, np.int32(10), None, padded)
     stacked = jax.tree.map(lambda a: np.asarray(a)[None], site)
     return made.count_classes(federated.in_memory(stacked))
 

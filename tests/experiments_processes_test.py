@@ -181,7 +181,7 @@ def test_sites_that_meet_know_the_same_of_each_other(tmp_path):
 
     def call(i, carriers):
       place, told = meeting_of(config, tmp_path, i, carriers, b"%d" % i)
-      place.exchange.close()
+      place.joined.exchange.close()
       return place, told
 
     results, errors = in_threads(call, range(2), tmp_path)
@@ -189,8 +189,8 @@ def test_sites_that_meet_know_the_same_of_each_other(tmp_path):
     (first, told), (second, same) = results[0], results[1]
     assert told == same == {0: b"0", 1: b"1"}
     assert first.joined.pinned[1:] == second.joined.pinned[1:]
-    assert first.exchange.label == second.exchange.label
-    labels.append(first.exchange.label)
+    assert first.joined.exchange.label == second.joined.exchange.label
+    labels.append(first.joined.exchange.label)
   assert labels[0] != labels[1]
 
 
@@ -203,8 +203,8 @@ def test_a_site_with_a_roster_meets_its_members_and_nobody_else(tmp_path):
 
   def call(i, carriers):
     place, _ = meeting_of(config, tmp_path, i, carriers)
-    place.exchange.close()
-    return place.exchange.label
+    place.joined.exchange.close()
+    return place.joined.exchange.label
 
   def members(second):
     number = lambda i, public: roster.Member(i, f"hospital-{i}", public)
@@ -259,7 +259,7 @@ def test_another_coordinator_is_refused_by_name(tmp_path):
 
   def call(i, carriers):
     place, _ = meeting_of(config, tmp_path, i, carriers)
-    place.exchange.close()
+    place.joined.exchange.close()
     return place.joined.pinned.server
 
   first, errors = in_threads(call, range(2), tmp_path)

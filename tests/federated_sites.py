@@ -9,6 +9,7 @@ import optax
 
 from primia_jax import algorithms, local, secagg, sites, summation
 from primia_jax import federated as fed
+from primia_jax.types import Site
 
 S, N, D, L = 5, 20, 6, 3
 RNG = np.random.default_rng(0)
@@ -23,7 +24,7 @@ STEPS = local.epochs(4, N, min_examples=5, num_epochs=2)
 
 
 def load(ids, images=IMAGES):
-  return fed.Site(ids.astype(np.int32), images[ids], LABELS[ids], NUM[ids])
+  return Site(ids.astype(np.int32), images[ids], LABELS[ids], NUM[ids])
 
 
 def apply_fn(params, model_state, images, train=False, key=None):

@@ -14,6 +14,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import secagg_carried
 from experiments_runs import TINY
 
 from experiments import processes, rejoining, settings, starts
@@ -140,7 +141,7 @@ class World:
 
   def __init__(self, num_sites=3, keeps=True):
     self.num_sites, self.keeps = num_sites, keeps
-    self.inner, self.ends = carrier.in_process(range(num_sites), _TICK)
+    self.inner, self.ends = secagg_carried.in_process(range(num_sites), _TICK)
     self.said = {i: [] for i in range(num_sites)}
     self.told = {i: [] for i in range(num_sites)}
     self.results, self.errors, self.reports, self.asked = {}, {}, [], 0

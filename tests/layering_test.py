@@ -1,6 +1,7 @@
 """Imports run downwards only; read with `ast`, so that an import inside a function counts too."""
 
 import ast
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-PACKAGE = ROOT / "primia_jax"
+PACKAGE, EXPERIMENTS = ROOT / "primia_jax", ROOT / "experiments"
 # What each module may import from the package. A new module must be entered here.
 LEAF = {"types"}
 LAYERS = {
@@ -116,14 +117,14 @@ MODULES = {
 }
 
 
-def imported(source: str, module: str) -> list[str]:
+def imported(source: str, module: str, package: str = "primia_jax") -> list[str]:
   """Every module that a source text imports, written out in full; `from a import b` gives a.b."""
   names = []
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):
       names += [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
-      above = ["primia_jax", *module.split(".")][: -node.level] if node.level else []
+      above = [package, *module.split(".")][: -node.level] if node.level else []
       names += [
         ".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names
       ]
@@ -131,8 +132,9 @@ def imported(source: str, module: str) -> list[str]:
       "import_module",
       "__import__",
     ):
-      assert isinstance(node.args[0], ast.Constant), f"{module} imports a name that cannot be read"
-      names.append(node.args[0].value)
+      known = isinstance(node.args[0], ast.Constant) or package == "experiments"
+      assert known, f"{module} imports a name that cannot be read"
+      names.append(getattr(node.args[0], "value", ""))
   return names
 
 
@@ -153,6 +155,28 @@ def breaches(source: str, module: str) -> list[str]:
 
 def test_every_module_has_its_place():
   assert {module.split(".")[0] for module in MODULES} == set(LAYERS)
+
+
+def test_experiments_have_layers_and_no_binary_imports_a_binary():
+  name_of = lambda path: ".".join(path.relative_to(EXPERIMENTS).with_suffix("").parts)
+  sources = {name_of(path): path.read_text() for path in EXPERIMENTS.rglob("*.py")}
+
+  def imports(name: str) -> set[str]:
+    names = imported(sources[name], name, "experiments")
+    names = [one.removeprefix("experiments.") for one in names if one.startswith("experiments.")]
+    names += [one.rpartition(".")[0] for one in names]
+    return {*names, *(f"{one}.__init__" for one in names)} & set(sources)
+
+  below = {name: imports(name) for name in sources}
+  for middle, name in itertools.product(below, below):  # and what these import, and so on
+    below[name] |= below[middle] if middle in below[name] else set()
+  binaries = {name for name, source in sources.items() if "\nif __name__ ==" in source}
+  assert len(binaries) > 15
+  assert {name: both for name in sources if (both := below[name] & (binaries - {name}))} == {}
+  order = "settings", "configs.__init__", "folders", "inputs", "processes", "arms", "running"
+  for place, name in enumerate(order):
+    assert below[name].isdisjoint(order[place + 1 :]), name
+    assert name in below["train_federated"]
 
 
 def test_the_layers_have_no_cycle():
@@ -223,6 +247,17 @@ else:
   raise AssertionError("a name that does not exist was found")
 """
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_no_public_name_has_a_second_path():
+  top, *packages = PACKAGE / "__init__.py", *PACKAGE.glob("*/**/__init__.py")
+  public = lambda path: {
+    name
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    for name in ast.literal_eval(node.value)
+  }
+  assert {path.parent.name: both for path in packages if (both := public(path) & public(top))} == {}
 
 
 def test_the_sites_of_a_federation_never_meet_files_or_flags():

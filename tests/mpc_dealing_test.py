@@ -8,7 +8,7 @@ from primia_jax import prng
 from primia_jax.mpc import dealing
 from primia_jax.mpc.dealing import ADDITIVE, BOOLEAN, Derived, Uniform
 
-KEYS = [prng.random_key(lambda n, i=i: bytes((i + j) % 256 for j in range(n))) for i in range(2)]
+KEYS = [prng.key_of(bytes(range(i, i + 32))) for i in range(2)]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])

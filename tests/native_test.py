@@ -16,7 +16,7 @@ import pytest
 from primia_jax import compiling, native, prng
 
 INTERFACE = pathlib.Path(__file__).parents[1] / "third_party"  # what wheels are built against
-KEY = prng.random_key(lambda n: bytes(range(n)))
+KEY = prng.key_of(bytes(range(32)))
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
 NONCE = jnp.zeros(3, jnp.uint32)
 
@@ -97,7 +97,7 @@ from primia_jax.depthwise import depthwise
 warnings.simplefilter("error")
 compiling.PORTABLE = pathlib.Path({str(library)!r})
 assert native.available()
-key = prng.random_key(lambda n: bytes(range(n)))
+key = prng.key_of(bytes(range(32)))
 print(*prng.bits(key, jnp.zeros(3, jnp.uint32), (300,)))
 print(*depthwise(jnp.ones((1, 5, 5, 9)), jnp.ones((3, 3, 9))).ravel())
 """

@@ -258,7 +258,7 @@ def test_a_site_of_too_few_units_releases_nothing():
 def site_of(i):
   images = np.roll(WIDE, i, axis=0)[:, None, None, :]
   secret = np.asarray(prng.derive(SECRET, i))
-  return fed.Site(np.int32(i), images, np.zeros(N, np.int32), np.int32(30 + 3 * i), secret)
+  return Site(np.int32(i), images, np.zeros(N, np.int32), np.int32(30 + 3 * i), secret)
 
 
 def load(ids):

@@ -17,6 +17,7 @@ import pytest
 
 from primia_jax import algorithms, local, secagg, sites, summation
 from primia_jax import federated as fed
+from primia_jax.types import Site
 
 S, N, D, L = 3, 12, 5, 3
 NUM = np.array([12, 7, 9], np.int32)
@@ -27,7 +28,7 @@ def site(i):
   """The data of one site, which nobody else makes."""
   rng = np.random.default_rng(i)
   images = rng.normal(size=(N, D, 1, 1)).astype(np.float32)
-  return fed.Site(np.int32(i), images, rng.integers(0, L, N).astype(np.int32), NUM[i])
+  return Site(np.int32(i), images, rng.integers(0, L, N).astype(np.int32), NUM[i])
 
 
 def load(ids, seen=None):

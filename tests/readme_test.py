@@ -50,7 +50,7 @@ def first_run(code):
 @contextlib.contextmanager
 def recording():
   """Records (what, key, purpose, round) of each key that masks a message or makes noise."""
-  seen, begin, fresh, random_key = [], simulation.begin, federated.fresh_secrets, prng.random_key
+  seen, begin, fresh, key_of = [], simulation.begin, federated.fresh_secrets, prng.key_of
 
   def begin_recorded(config, words, *args, **kwargs):
     begun = begin(config, words, *args, **kwargs)
@@ -64,14 +64,14 @@ def recording():
     seen.extend(("noise", secret.tobytes(), int(purpose), round) for secret in secrets)
     return secrets
 
-  def key_recorded(*args):
-    key = random_key(*args)
+  def key_recorded(secret):
+    key = key_of(secret)
     seen.append(("dealt", np.asarray(key).tobytes(), 0, 0))
     return key
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(simulation, "begin", begin_recorded)
-    patch.setattr(prng, "random_key", key_recorded)
+    patch.setattr(prng, "key_of", key_recorded)
     patch.setattr(federated, "fresh_secrets", fresh_recorded)
     patch.setattr(federated.Sites, "__new__", _with_default(federated.Sites, fresh_recorded))
     yield seen

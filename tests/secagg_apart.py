@@ -2,7 +2,9 @@
 
 import threading
 
-from primia_jax.secagg import carrier, coordinator, exchange, keys
+import secagg_carried
+
+from primia_jax.secagg import coordinator, exchange, keys
 from primia_jax.secagg import messages as msg
 
 
@@ -27,7 +29,7 @@ class Apart:
   def __init__(self, num_sites, timeout=300.0):  # a timeout that is spent fails `run`
     self.server, own = keys.identity(), [keys.identity() for _ in range(num_sites)]
     self.timeout, self.wire = timeout, []
-    self.ask, self.carriers = carrier.in_process(range(num_sites), max(2 * timeout, 4.0))
+    self.ask, self.carriers = secagg_carried.in_process(range(num_sites), max(2 * timeout, 4.0))
     pinned = {i: one.public for i, one in enumerate(own)}
     self.pinned = [exchange.Pinned(one, pinned, self.server.public) for one in own]
     self.exchanges = [self.make(i, self.pinned[i]) for i in range(num_sites)]

@@ -4,11 +4,12 @@ import re
 import threading
 
 import pytest
+import secagg_carried
 from secagg_apart import Apart, Killed
 from secagg_exchange_test import TOLERANT, assert_total, one_sum
 
 from primia_jax import secagg
-from primia_jax.secagg import carrier, coordinator, keys, meeting, opening, protocol, rounds
+from primia_jax.secagg import coordinator, keys, meeting, opening, protocol, rounds
 from primia_jax.secagg import messages as msg
 
 STAGES = (protocol.share_keys, protocol.mask_input, protocol.consistency, protocol.unmask)
@@ -170,7 +171,7 @@ def test_terms_are_carried_whole():
 
 
 def test_a_carrier_drops_late_answers_and_tells_of_an_end_at_once():
-  ask, ends = carrier.in_process([0], timeout=0.1)
+  ask, ends = secagg_carried.in_process([0], timeout=0.1)
   assert ask({0: b"a"}, 0.0) == {}
   assert ends[0].hear(9) == b"a"
   ends[0].say(b"late")

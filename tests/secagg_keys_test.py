@@ -181,10 +181,13 @@ def test_a_signature_is_of_one_message_by_one_identity():
   assert not keys.verify(b"short", b"message", signature)
 
 
-def test_keys_come_from_the_entropy_given_and_are_fresh_without():
-  source = lambda size: bytes(range(size))
-  assert keys.key_pair(source) == keys.key_pair(source)
-  assert keys.identity(source) == keys.identity(source)
+def test_pairs_follow_from_a_private_half_and_are_fresh_without():
+  private = bytes(range(32))
+  for made in (keys.key_pair, keys.identity):
+    assert made(private) == made(private)
+    assert made(private).private == private
+    with pytest.raises(ValueError, match="32 bytes"):
+      made(b"")  # as an empty file has it
   assert (
     len({keys.key_pair().private for _ in range(50)} | {keys.identity().private for _ in range(50)})
     == 100

@@ -4,9 +4,10 @@ import os
 import stat
 
 import pytest
+import secagg_carried
 
 from primia_jax import secagg
-from primia_jax.secagg import carrier, exchange, keys, meeting
+from primia_jax.secagg import exchange, keys, meeting
 from primia_jax.secagg import messages as msg
 
 SERVER = keys.identity()
@@ -48,7 +49,7 @@ def test_an_identity_is_kept_where_its_owner_alone_reads_it(tmp_path):
 
 def told_by(*messages):
   """A carrier whose coordinator says these; what the site answers."""
-  ask, ends = carrier.in_process([0], timeout=0.1)
+  ask, ends = secagg_carried.in_process([0], timeout=0.1)
   for message in messages:
     ask({0: message if isinstance(message, bytes) else msg.encode(message)}, 0.0)
   return ends[0]

@@ -1,10 +1,11 @@
 """What a site that comes back, and the others, check of each other before it is in a sum again."""
 
 import pytest
+import secagg_carried
 from secagg_apart import Apart
 
 from primia_jax import secagg
-from primia_jax.secagg import carrier, keys, meeting, returning
+from primia_jax.secagg import keys, meeting, returning
 from primia_jax.secagg import messages as msg
 
 APART = Apart(5)
@@ -21,7 +22,7 @@ def starts(sites=LEFT, now=NOW, left=LEFT):
 
 def told_by(*messages):
   """A carrier whose coordinator says these."""
-  ask, ends = carrier.in_process([0], timeout=0.1)
+  ask, ends = secagg_carried.in_process([0], timeout=0.1)
   for message in messages:
     ask({0: msg.encode(message)}, 0.0)
   return ends[0]

@@ -87,11 +87,11 @@ def chi_square(words):
 
 def told(round_index, setup, identities, vectors, lost):
   """An honest round by messages: each site's masked input, its noise key, and the opened sum."""
-  said = {
-    i: protocol.advertise(setup, round_index, i, k, entropy(i))
-    for i, k in identities.items()
-    if not lost.before[i]
-  }
+  said, draw = {}, subkeys.draw
+  for i, k in identities.items():
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(subkeys, "draw", lambda _, i=i: draw(entropy(i)))
+      said |= {} if lost.before[i] else {i: protocol.advertise(setup, round_index, i, k)}
   noise, inputs, server = {i: s.secrets.noise for i, (s, _) in said.items()}, {}, None
   server = serving.start(setup, round_index)
   steps = protocol.share_keys, protocol.masked_input, protocol.consistency, protocol.unmask
@@ -128,7 +128,7 @@ def test_simulated_and_deployed_masked_messages_are_equal_bit_for_bit(
     vectors = {
       i: tuple(a & a.dtype.type(2**num_bits - 1) for a in own) for i, own in vectors.items()
     }
-    identities = {i: keys.identity(entropy(f"identity {i}")) for i in range(num_sites)}
+    identities = {i: keys.identity(entropy(f"identity {i}")(32)) for i in range(num_sites)}
     setup = rounds.setup(
       {i: k.public for i, k in identities.items()},
       [a.size for a in vectors[0]],

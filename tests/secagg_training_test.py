@@ -11,7 +11,7 @@ from secagg_apart import Apart, Killed
 from primia_jax import federated as fed
 from primia_jax import secagg, sites, summation
 from primia_jax.summation import Purpose
-from primia_jax.types import Metrics
+from primia_jax.types import Metrics, Site
 
 N, D, L = 12, 5, 3
 NUM = np.array([12, 7, 9, 10], np.int32)
@@ -21,7 +21,7 @@ SEED = 2
 def site(i):
   rng = np.random.default_rng(int(i))
   images = rng.normal(size=(N, D, 1, 1)).astype(np.float32)
-  return fed.Site(np.int32(i), images, rng.integers(0, L, N).astype(np.int32), NUM[i])
+  return Site(np.int32(i), images, rng.integers(0, L, N).astype(np.int32), NUM[i])
 
 
 def load(ids):
@@ -158,7 +158,8 @@ class Nobody:
   ],
 )
 def test_nothing_but_masked_sums_leaves_a_process(summed):
-  f = fed.federate(ALGORITHM._replace(uniform=True), summed, sites.own_process(1), 3)
+  own = sites.own_process(1)._replace(name="hospital")  # how it is called decides nothing
+  f = fed.federate(ALGORITHM._replace(uniform=True), summed, own, 3)
   state = f.init({"w": np.zeros((D, L), np.float32)})
   with pytest.raises(ValueError, match="go together"):
     f.step(jax.random.key(0), state, fed.Sites(np.arange(3), load))
@@ -166,7 +167,7 @@ def test_nothing_but_masked_sums_leaves_a_process(summed):
 
 def test_an_exchange_goes_with_sites_in_processes_of_their_own():
   summed = summation.over(Nobody(), secagg.secure_sum(3))
-  for placement in (sites.scan(), sites.on_mesh()):
+  for placement in (sites.scan()._replace(name="processes"), sites.on_mesh()):
     with pytest.raises(ValueError, match="go together"):
       fed.over_sites(extremes, summed, placement, Purpose.COUNTING)(
         (), 7, fed.Sites(np.arange(3), load)

@@ -19,8 +19,7 @@ class World(NamedTuple):
 
 
 def world(numbers=(0, 1, 2, 3, 4), sizes=(6, 1), num_bits=32, **kwargs):
-  entropy = lambda i: lambda size: hashlib.sha256(b"%d" % i).digest()[:size]
-  identities = {i: keys.identity(entropy(i)) for i in numbers}
+  identities = {i: keys.identity(hashlib.sha256(b"%d" % i).digest()) for i in numbers}
   setup = rounds.setup(
     {i: k.public for i, k in identities.items()}, sizes, b"test", num_bits=num_bits, **kwargs
   )

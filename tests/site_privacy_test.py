@@ -13,7 +13,7 @@ from primia_jax import algorithms, local, prng, robust, secagg, site_privacy, si
 from primia_jax import federated as fed
 from primia_jax.privacy import adaptive
 from primia_jax.privacy.distributed import DistributedNoise, error_stddev
-from primia_jax.types import Metrics
+from primia_jax.types import Metrics, Site
 
 K, D, CLIP = 5, 600, 0.5
 KNOWN, KEY, IDS = jnp.arange(8, dtype=jnp.uint32), jax.random.key(0), np.arange(K, dtype=np.int32)
@@ -31,7 +31,7 @@ def grad_fn(params, model_state, batch, key):
 def load(ids):
   images = np.zeros((len(ids), 2, D, 1, 1), np.float32)
   images[...] = UPDATES[ids][:, None, :, None, None]
-  return fed.Site(ids, images, np.zeros((len(ids), 2), np.int32), np.ones(len(ids), np.int32))
+  return Site(ids, images, np.zeros((len(ids), 2), np.int32), np.ones(len(ids), np.int32))
 
 
 def known_secrets(round, purpose, ids):

@@ -134,6 +134,8 @@ def test_rows_lie_on_their_own_devices():
 def test_a_process_of_its_own_runs_one_row_and_sums_nothing():
   shared, rows = inputs(1)
   placement = sites.own_process(2)
+  assert placement.is_own_process
+  assert not sites.scan().is_own_process
   assert placement.rows(np.arange(4)).tolist() == [2]
   assert placement.rows(np.array([0, 2, 3])).tolist() == [1]
   assert placement.rows(np.array([0, 1, 3])).tolist() == []  # it runs nothing

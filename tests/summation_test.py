@@ -295,9 +295,10 @@ def test_a_site_function_that_closes_over_a_traced_value_is_refused():
 FORKING = """
 import os
 import numpy as np
-from primia_jax import federated, summation
+from primia_jax import federated, secagg, summation
 
 ids = np.arange(5, dtype=np.int32)
+masked = summation.masked(secagg.secure_sum(5, threshold=3))
 session = summation.clear().begin(0, summation.Purpose.TRAINING, ids)
 child = os.fork()
 try:
@@ -305,22 +306,26 @@ try:
   told = "used"
 except RuntimeError as error:
   told = str(error)
+row, *_ = masked.begin(0, summation.Purpose.TRAINING, ids).rows(ids)
 secrets = federated.fresh_secrets(0, summation.Purpose.TRAINING, ids)
-line = ("child" if child == 0 else "parent", told, *(row.tobytes().hex() for row in secrets))
+drawn = [np.reshape(keys, (-1, 8)) for keys in (row.keys, row.self_mask, row.noise, secrets)]
+drawn = {key.tobytes().hex() for key in np.concatenate(drawn)}  # a pair's stands at both ends
+line = ("child" if child == 0 else "parent", told, *drawn)
 os.write(1, ("|".join(line) + chr(10)).encode())
 if child:
   os.waitpid(child, 0)
 """
 
 
-def test_a_forked_process_uses_no_mask_of_its_parent_and_draws_other_secrets():
+def test_a_forked_process_uses_no_mask_of_its_parent_and_draws_other_keys():
   """In an interpreter of its own, which forks before JAX has any threads."""
   run = [sys.executable, "-W", "ignore", "-c", FORKING]
   out = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
   told = {who: rest for who, *rest in (line.split("|") for line in out.stdout.splitlines())}
   assert "before this process was forked" in told["child"][0]
   assert told["parent"][0] == "used"  # the process that began the session goes on
-  assert len({*told["child"][1:], *told["parent"][1:]}) == 2 * S
+  keys = [*told["child"][1:], *told["parent"][1:]]
+  assert len(set(keys)) == len(keys) == 2 * (S * (S - 1) // 2 + 3 * S)
 
 
 def test_no_two_noise_secrets_are_equal():

@@ -12,7 +12,7 @@ from primia_jax.attacks import active, detection
 from primia_jax.attacks.evidence import Evidence, beats_chance
 from primia_jax.metrics import clopper_pearson
 from primia_jax.models import MEAN, STD, normalise
-from primia_jax.types import ApplyFn, Array, Params
+from primia_jax.types import ApplyFn, Array, Params, Site
 
 from . import context as shared
 from . import laboratory, pictures
@@ -108,7 +108,7 @@ def _round(
   ids = np.arange(_SITES, dtype=np.int32)
   labels = on.labels[: _SITES * each].reshape(_SITES, each)
   data = federated.in_memory(
-    federated.Site(ids, stored, labels, np.full(_SITES, each, np.int32))  # type: ignore[arg-type]
+    Site(ids, stored, labels, np.full(_SITES, each, np.int32))  # type: ignore[arg-type]
   )
   params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sent)
   state = algorithm.init_site(sent[0], on.model.model_state)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from primia_jax import robust, summation
 from primia_jax import secagg as protocol
 from primia_jax.secagg import graph
-from primia_jax.secagg.exchange import Exchange
 
 from ..settings import choose, require, setting
 
+# (encoding and masks, coding) -> how such sums form
+Masked = Callable[[protocol.SecureSum, summation.Coding | None], summation.Summation]
 _CHANCE = 2.0**-40  # that colluding sites happen to be enough of a site's peers on a random circle
 _LOST_FRACTION = 0.1  # of the sites; it allows for them where sites are really lost
 _MIN_FRACTION_BITS = 10  # an update's numbers are off by less than 1/2048
@@ -85,7 +88,7 @@ class Aggregation:
     self,
     num_sites: int,
     in_processes: bool = False,
-    exchange: Exchange | None = None,
+    masked: Masked = summation.masked,
     coding: summation.Coding | None = None,
   ) -> summation.Summation:
     """How the updates of a round's sites are combined.
@@ -93,8 +96,7 @@ class Aggregation:
     Args:
       num_sites: of a round.
       in_processes: whether each site has a process.
-      exchange: between these processes; None where one process plays all, or before they are
-        joined.
+      masked: makes a masked sum over these sites.
       coding: of distributed noise; None without.
 
     Raises:
@@ -111,36 +113,24 @@ class Aggregation:
           f"{config.max_abs} leave {config.fixed.fraction_bits} fraction bits, and updates need "
           f"{_MIN_FRACTION_BITS}; raise secagg_bits or lower secagg_max_abs"
         )
-      return _formed(config, exchange, coding)
+      return masked(config, coding)
     try:
-      if kind == "median" and not argument:
-        return summation.by_rule("median", robust.median())
-      if kind == "trimmed_mean":
-        try:
-          share = float(argument)
-        except ValueError:
-          raise ValueError("write a number below 0.5, trimmed_mean=FRACTION") from None
-        return summation.by_rule(self.aggregation, robust.trimmed_mean(share))
-      if kind == "krum":
-        if not argument.isdecimal():
-          raise ValueError("write a number of sites, krum=BAD_SITES")
-        bad = int(argument)
-        if num_sites <= 2 * bad + 2:
-          raise ValueError(f"needs more than {2 * bad + 2} sites a round; there are {num_sites}")
-        return summation.by_rule(self.aggregation, robust.krum(bad))
+      match kind, argument:
+        case "median", "":
+          rule = robust.median()
+        case "trimmed_mean", share:
+          rule = robust.trimmed_mean(float(share))
+        case "krum", bad:
+          rule = robust.krum(int(bad))
+        case _:
+          raise ValueError("there is no such rule")
+      jax.eval_shape(rule, {"update": jax.ShapeDtypeStruct((num_sites, 1), np.float32)})
     except ValueError as error:
-      raise ValueError(f"aggregation={self.aggregation!r}: {error}") from error
-    raise ValueError(
-      f"aggregation={self.aggregation!r}; use secure, clear, median, trimmed_mean=FRACTION or "
-      "krum=BAD_SITES"
-    )
-
-  def build_counts(
-    self, num_sites: int, sites_in_round: int, largest: float, exchange: Exchange | None = None
-  ) -> summation.Summation:
-    """How counts up to `largest` are summed over all sites: always securely."""
-    processes = exchange is not None
-    return _formed(self.secure_sum(num_sites, sites_in_round, processes, largest), exchange)
+      raise ValueError(
+        f"aggregation={self.aggregation!r}: {error}; use secure, clear, median, "
+        "trimmed_mean=FRACTION or krum=BAD_SITES"
+      ) from error
+    return summation.by_rule(self.aggregation, rule)
 
   def secure_sum(
     self, num_sites: int, sites_in_round: int, processes: bool, max_abs: float | None = None
@@ -250,14 +240,6 @@ class Aggregation:
       return protocol.Dropouts(lost & early, lost & ~early)
 
     return summation.losing(summed, dropouts)
-
-
-def _formed(
-  config: protocol.SecureSum, exchange: Exchange | None, coding: summation.Coding | None = None
-) -> summation.Summation:
-  if exchange is None:
-    return summation.masked(config, coding)
-  return summation.over(exchange, config, coding)
 
 
 def may_lie(secure: protocol.SecureSum, processes: bool) -> bool:

@@ -290,7 +290,7 @@ class Privacy:
     """Where sites' noise and batches come from: the operating system, unless dp_seed is set."""
     if self.dp_seed < 0:
       return fresh_secrets
-    seed = prng.random_key(lambda size: self.dp_seed.to_bytes(size, "little"))
+    seed = prng.key_of(self.dp_seed.to_bytes(32, "little"))
 
     def repeated(round: int, purpose: Purpose, ids: np.ndarray) -> np.ndarray:
       of_sum = prng.derive(seed, round, int(purpose))

@@ -9,11 +9,10 @@ import jax
 
 from primia_jax import federated, local, models, site_privacy, sites, summation
 from primia_jax.privacy import plan
-from primia_jax.secagg.exchange import Exchange
 
 from ..settings import require, setting
 from . import tasks
-from .aggregation import Aggregation, min_survivors
+from .aggregation import Aggregation, Masked, min_survivors
 from .comparison import Comparison
 from .data import NO_IMAGES, Data, Hospitals
 from .disclosure import Disclosure
@@ -348,10 +347,9 @@ class Joined(NamedTuple):
 
 
 def build_federation(
-  config: Train, recipe: local.Recipe, model: models.Model, exchange: Exchange | None = None
+  config: Train, recipe: local.Recipe, model: models.Model, masked: Masked = summation.masked
 ) -> Joined:
-  """Builds the rounds of a federation from how one site trains; `exchange` as in
-  `Aggregation.build`.
+  """Builds the rounds of a federation from how one site trains; `masked` as in `Aggregation.build`.
 
   Raises:
     ValueError: parts that do not go together.
@@ -367,7 +365,7 @@ def build_federation(
       coding = site_privacy.distributed_noise(
         privacy.noise, secure, params, model_state, privacy.clip
       )
-  summed = config.aggregation.build(n, processes, exchange, coding)
+  summed = config.aggregation.build(n, processes, masked, coding)
   return Joined(algorithm, config.aggregation.losing(summed, config.seed), privacy)
 
 

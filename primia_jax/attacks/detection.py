@@ -100,19 +100,6 @@ def digest(params: Params) -> bytes:
   return out.digest()
 
 
-def check_same(digests: Sequence[bytes]) -> None:
-  """Refuses a model that is not the same at all sites; who passes on the digests must sign them.
-
-  Raises:
-    ValueError: naming the sites whose model differs from the first one's.
-  """
-  if others := [i for i, one in enumerate(digests) if one != digests[0]]:
-    raise ValueError(
-      f"sites {others} were sent another model than site 0: the server can tell single updates "
-      "from the sum; do not train"
-    )
-
-
 def measure(
   loss_fn: LossFn, params: Params, model_state: ModelState, batch: Batch, key: Key
 ) -> Scores:

@@ -21,7 +21,6 @@ site learns from an exact count whether the last one is there (`presence`) and o
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -74,22 +73,3 @@ def attribute(released: np.ndarray, known: np.ndarray) -> np.ndarray:
   It is the likeliest class, for exact counts [..., L] and for equal Gaussian noise on each.
   """
   return np.argmax(np.asarray(released, np.float64) - np.asarray(known, np.float64), axis=-1)
-
-
-def images_from_steps(num_steps: int, batch_size: int, num_epochs: int = 1) -> tuple[int, int]:
-  """The fewest and most images of a site that takes so many steps in that many epochs.
-
-  Raises:
-    ValueError: for numbers that no site can have.
-  """
-  batches, rest = divmod(num_steps, num_epochs)
-  if rest or batches < 1 or batch_size < 1:
-    raise ValueError(f"num_steps={num_steps} are no whole number of batches of {num_epochs} epochs")
-  return batch_size * (batches - 1) + 1, batch_size * batches
-
-
-def presence_error(noise_stddev: float) -> float:
-  """The error of `presence` at the threshold 1/2, as often there as not: Phi(-1 / 2 s); 0 for 0."""
-  if noise_stddev < 0:
-    raise ValueError(f"noise_stddev={noise_stddev} must not be negative")
-  return 0.5 * math.erfc(0.5 / noise_stddev / math.sqrt(2)) if noise_stddev else 0.0

@@ -22,11 +22,5 @@ def cosine(update: PyTree, seen: PyTree) -> Array:
   return 1 - _dot(update, seen) / jnp.maximum(norms, 1e-30)
 
 
-def layerwise(update: PyTree, seen: PyTree) -> Array:
-  """The mean of `cosine` over the leaves. Layers with small gradients count as much as others."""
-  each = jax.tree.map(cosine, update, seen)
-  return jax.tree.reduce(jnp.add, each) / len(jax.tree.leaves(each))
-
-
 def _dot(a: PyTree, b: PyTree) -> Array:
   return jax.tree.reduce(jnp.add, jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))

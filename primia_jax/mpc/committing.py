@@ -68,4 +68,4 @@ def number(publication: str, committed: Committed) -> str:
 
 def key(seed: bytes, purpose: str) -> Array:
   """A key that follows from a seed: HMAC-SHA256(seed, purpose), [8] uint32."""
-  return prng.random_key(lambda size: hmac.digest(seed, purpose.encode(), "sha256")[:size])
+  return prng.key_of(hmac.digest(seed, purpose.encode(), "sha256"))

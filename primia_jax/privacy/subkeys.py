@@ -1,5 +1,6 @@
-"""The subkeys of a site's secret, all in one place, so that no two uses derive the same key.
+"""The subkeys of `Site.secret`, all in one place, so that no two uses derive the same key.
 
+The secrets of a masked sum are others; `secagg.subkeys` lists them.
 `prng.derive` gives different keys for different words, and for different numbers of words. The four
 functions below are all that derives from a site's secret itself: each use has a first word of its
 own. What a function returns is a secret for that use alone. The mechanisms derive from it once

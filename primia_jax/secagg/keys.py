@@ -63,17 +63,17 @@ class KeyPair(NamedTuple):
     return f"KeyPair(public={self.public.hex()})"
 
 
-def identity(entropy: Entropy = os.urandom) -> Identity:
-  """A fresh signing identity."""
-  private = entropy(KEY_BYTES)
+def identity(private: bytes | None = None) -> Identity:
+  """The signing identity with this private half; a fresh one without."""
+  private = os.urandom(KEY_BYTES) if private is None else private
   return Identity(
     private, Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
   )
 
 
-def key_pair(entropy: Entropy = os.urandom) -> KeyPair:
-  """A fresh pair for key agreement."""
-  private = entropy(KEY_BYTES)
+def key_pair(private: bytes | None = None) -> KeyPair:
+  """The pair for key agreement with this private half; a fresh one without."""
+  private = os.urandom(KEY_BYTES) if private is None else private
   return KeyPair(private, public_key(private))
 
 

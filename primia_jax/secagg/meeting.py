@@ -47,7 +47,7 @@ def own_identity(path: pathlib.Path) -> keys.Identity:
   private = path.read_bytes()
   if len(private) != keys.KEY_BYTES:
     raise ValueError(f"{path} has {len(private)} bytes and is not a private key; restore it")
-  return keys.identity(lambda _: private)
+  return keys.identity(private)
 
 
 def invited(carrier: Carrier) -> msg.Invitation | msg.Recalled:

@@ -59,7 +59,7 @@ def _private(path: pathlib.Path) -> keys.Identity:
   private = path.read_bytes()
   if len(private) != keys.KEY_BYTES:
     raise ValueError(f"{path} has {len(private)} bytes and is not a private key; restore it")
-  return keys.identity(lambda _: private)
+  return keys.identity(private)
 
 
 def changes(held: Roster, new: Roster) -> tuple[list[str], list[str]]:

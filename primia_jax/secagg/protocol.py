@@ -77,7 +77,7 @@ class Site(NamedTuple):
 
 
 def advertise(
-  setup: Setup, round: int, number: int, identity: keys.Identity, entropy: keys.Entropy = os.urandom
+  setup: Setup, round: int, number: int, identity: keys.Identity
 ) -> tuple[Site, msg.Advert]:
   """Stage 0: fresh keys for this round, signed.
 
@@ -86,7 +86,6 @@ def advertise(
     round: the round.
     number: this site.
     identity: its signing pair.
-    entropy: for all secrets; tests give it, all others leave the operating system's.
 
   Raises:
     ValueError: if the identity is not the one pinned for this site.
@@ -96,7 +95,7 @@ def advertise(
       f"site {number} has another identity than the one pinned in the setup, so its neighbours "
       f"would refuse it; give the pinned one"
     )
-  secrets, box = subkeys.draw(entropy), keys.key_pair(entropy)
+  secrets, box = subkeys.draw(os.urandom), keys.key_pair()
   commitment = keys.commit(secrets.seed)
   advert = msg.Advert(number, round, box.public, secrets.mask.public, commitment, b"")
   advert = advert._replace(signature=keys.sign(identity.private, rounds.signed_text(setup, advert)))

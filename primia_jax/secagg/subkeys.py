@@ -1,4 +1,6 @@
-"""All secrets of a site in one sum, and every key that is derived from one: the only such table.
+"""All secrets of a site in one masked sum, and every key that is derived from one.
+
+`Site.secret`, of noise and batches, is another; `privacy.subkeys` lists its keys.
 
   secret        fresh for   opened by shares   keys made from it, and their use
   mask.private  each sum    of a lost site     HKDF(X25519(own, peer's), "mask", round, low, high):
@@ -61,7 +63,8 @@ FORGOTTEN = Secrets(keys.KeyPair(b"", b""), b"", b"")
 
 def draw(entropy: keys.Entropy) -> Secrets:
   """A site's secrets for one sum."""
-  return Secrets(keys.key_pair(entropy), entropy(keys.KEY_BYTES), entropy(keys.KEY_BYTES))
+  mask, seed, noise = (entropy(keys.KEY_BYTES) for _ in range(3))
+  return Secrets(keys.key_pair(mask), seed, noise)
 
 
 def pair_mask_keys(

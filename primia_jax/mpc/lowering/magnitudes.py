@@ -35,7 +35,7 @@ ROUNDINGS = frozenset({"ceil", "floor", "rem", "round"})
 _NOTHING = -1e8  # public numbers from here down mask, and stand for no number
 
 
-class Operand(NamedTuple):
+class Input(NamedTuple):
   """An input of an equation.
 
   Attributes:
@@ -51,11 +51,11 @@ class Operand(NamedTuple):
 
 def operand(
   v: Any, largest: np.ndarray, avals: Mapping[int, Any], fixed: Mapping[int, Array]
-) -> Operand:
+) -> Input:
   """An input by its number, or as the array that it is."""
   if isinstance(v, Ref):
-    return Operand(float(largest[v.number]), avals[v.number].shape, fixed.get(v.number))
-  return Operand(_of_public(v), np.shape(v), v)
+    return Input(float(largest[v.number]), avals[v.number].shape, fixed.get(v.number))
+  return Input(_of_public(v), np.shape(v), v)
 
 
 def _of_public(v: Any) -> float:
@@ -70,7 +70,7 @@ def _of_public(v: Any) -> float:
 
 
 def bound(
-  equation: Equation, number: int, operands: Sequence[Operand], made: Mapping[int, Equation]
+  equation: Equation, number: int, operands: Sequence[Input], made: Mapping[int, Equation]
 ) -> float:
   """The largest magnitude of output `number`, or infinity where this does not know it.
 
@@ -141,7 +141,7 @@ def _finite(fn: Callable[[], float]) -> float:
     return math.inf
 
 
-def _of_layer(equation: Equation, a: Operand, b: Operand) -> float:
+def _of_layer(equation: Equation, a: Input, b: Input) -> float:
   """Of a matrix product or convolution: by the sums of its weights' magnitudes, if known."""
   if equation.name == "conv_general_dilated":
     left, right = (), tuple(equation.params["dimension_numbers"].rhs_spec[1:])
