@@ -25,12 +25,12 @@ _UNOPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 # share, roundings, compiled text and memory, how often something compiles), compile as users do.
 # The variable above wins where it is set.
 _UNOPTIMISED_FILES = (
-  "attacks_", "boundary_", "clinic_", "conv_", "depthwise_", "evaluation_", "experiments_",
-  "local_", "metrics_", "models_", "mpc_", "multilabel_", "privacy_adaptive_",
-  "privacy_bookkeeping_", "privacy_clipping_", "privacy_distributed_", "privacy_noise_",
-  "privacy_plan_", "privacy_privatizers_", "privacy_rotation_", "privacy_sampling_",
-  "privacy_strategies_", "privacy_training_", "readme_", "report_", "scattering_",
-  "segmentation_", "service_", "site_privacy_",
+  "algorithms_", "attacks_", "boundary_", "clinic_", "conv_", "data_augment_", "data_warp_",
+  "depthwise_", "evaluation_", "experiments_", "federated_", "local_", "metrics_", "models_",
+  "mpc_", "multilabel_", "privacy_adaptive_", "privacy_bookkeeping_", "privacy_clipping_",
+  "privacy_distributed_", "privacy_noise_", "privacy_plan_", "privacy_privatizers_",
+  "privacy_rotation_", "privacy_sampling_", "privacy_strategies_", "privacy_training_", "readme_",
+  "report_", "scattering_", "segmentation_", "service_", "site_privacy_",
 )  # fmt: skip
 
 
