@@ -56,8 +56,16 @@ def start():
   return {"w": jnp.asarray([0.5, -1.0, 2.0]), "norm": jnp.asarray([1.0, -1.0])}
 
 
-def run(algorithm, rounds=(IDS,) * ROUNDS, summed=None, model_state=None):
-  f = fed.federate(algorithm, summed or summation.clear(), sites.scan(), 4)
+CLEAR = summation.clear()
+
+
+@functools.cache
+def federated(algorithm, summed):
+  return fed.federate(algorithm, summed, sites.scan(), 4)
+
+
+def run(algorithm, rounds=(IDS,) * ROUNDS, summed=CLEAR, model_state=None):
+  f = federated(algorithm, summed)
   state = f.init(start(), model_state)
   for ids in rounds:
     state, info = f.step(KEY, state, fed.Sites(ids, load))
@@ -282,6 +290,7 @@ def test_bad_settings_are_refused():
       algorithms.fednova(recipe(), momentum=momentum)
 
 
+@pytest.mark.optimised
 def test_the_average_over_rounds_is_what_is_evaluated_and_changes_no_training():
   plain, algorithm = (
     algorithms.fedavg(recipe()),
@@ -300,6 +309,7 @@ def test_the_average_over_rounds_is_what_is_evaluated_and_changes_no_training():
     algorithms.averaged(plain, 1.0)
 
 
+@pytest.mark.optimised
 def test_the_mean_of_the_last_rounds_is_what_is_evaluated():
   plain = algorithms.fedavg(recipe())
   algorithm = algorithms.averaged_from(plain, 1)

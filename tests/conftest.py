@@ -7,6 +7,7 @@ import shutil
 import tempfile
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -21,16 +22,29 @@ _UNOPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 # Tests of these files claim what is exact in Z_2^k, what holds within a tolerance, or that one
 # program gives the same bits twice: none of it hangs on how XLA optimises, and to compile is most
 # of their work. Tests marked `slow` or `optimised`, and all other files (bits that two programs
-# share, roundings, compiled text and memory), compile as users do. The variable above wins where
-# it is set.
+# share, roundings, compiled text and memory, how often something compiles), compile as users do.
+# The variable above wins where it is set.
 _UNOPTIMISED_FILES = (
-  "attacks_", "boundary_", "clinic_", "conv_", "depthwise_", "evaluation_", "experiments_",
-  "local_", "metrics_", "models_", "mpc_", "multilabel_", "privacy_adaptive_",
-  "privacy_bookkeeping_", "privacy_clipping_", "privacy_distributed_", "privacy_noise_",
-  "privacy_plan_", "privacy_privatizers_", "privacy_rotation_", "privacy_sampling_",
-  "privacy_strategies_", "privacy_training_", "readme_", "report_", "scattering_",
-  "segmentation_", "service_", "site_privacy_",
+  "algorithms_", "attacks_", "boundary_", "clinic_", "conv_", "data_augment_", "data_warp_",
+  "depthwise_", "evaluation_", "experiments_", "federated_", "local_", "metrics_", "models_",
+  "mpc_", "multilabel_", "privacy_adaptive_", "privacy_bookkeeping_", "privacy_clipping_",
+  "privacy_distributed_", "privacy_noise_", "privacy_plan_", "privacy_privatizers_",
+  "privacy_rotation_", "privacy_sampling_", "privacy_strategies_", "privacy_training_", "readme_",
+  "report_", "scattering_", "segmentation_", "service_", "site_privacy_",
 )  # fmt: skip
+
+
+_STAGE = getattr(jax.lax, "stage_p", None)  # of `jnp.asarray`, in some versions of JAX
+_STAGE_AS_USERS = _STAGE and _STAGE.impl
+
+
+def _stage(x):
+  """A copy of a host array on the device. JAX compiles an identity for each shape, which takes a
+  hundred times as long.
+  """
+  if isinstance(x, jax.Array):
+    return x
+  return jax.device_put(x.copy() if isinstance(x, np.ndarray) else x)
 
 
 def pytest_configure(config):
@@ -77,6 +91,8 @@ def pytest_runtest_setup(item):
   if item.config.chooses and os.environ.get(_UNOPTIMISED) != str(int(_unoptimised(item))):
     os.environ[_UNOPTIMISED] = str(int(_unoptimised(item)))
     jax.config.update("jax_disable_most_optimizations", _unoptimised(item))
+    if _STAGE:
+      _STAGE.def_impl(_stage if _unoptimised(item) else _STAGE_AS_USERS)
     jax.clear_caches()
 
 

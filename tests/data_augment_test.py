@@ -68,6 +68,7 @@ EVERYTHING_STEP = jitted(aug.augment, config=EVERYTHING)
 MIXUP = jax.jit(aug.mixup, static_argnums=3)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", OFF)
 def test_zero_strength_is_the_identity(name):
   images = some_images(channels=3)

@@ -100,6 +100,7 @@ def test_flip_mirrors_the_share_asked_for():
   np.testing.assert_array_equal(warp.flip(KEY, images, 1.0, 1.0)[0], image[::-1, ::-1])
 
 
+@pytest.mark.optimised
 def test_one_warp_equals_flip_then_affine():
   images, geometry, flips = some_images(num=16), (15.0, 0.1, 0.2, 10.0), (0.5, 0.5)
 

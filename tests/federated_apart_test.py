@@ -5,6 +5,7 @@ The sites are threads with exchanges of their own. Each loads its own site only.
 
 import jax
 import numpy as np
+import pytest
 from federated_sites import KEY, build, load, recipe, start
 from secagg_apart import Apart
 
@@ -25,6 +26,7 @@ def play(f, load):
   return state, infos
 
 
+@pytest.mark.optimised
 def test_sites_apart_train_what_one_process_trains_bit_for_bit():
   """Two of three in a round; momentum and normalisation stay at the sites."""
   config = secagg.secure_sum(DRAWN)

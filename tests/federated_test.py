@@ -262,6 +262,7 @@ def test_loaders_that_break_their_word_are_refused():
     f.step(KEY, state, fed.Sites(IDS, lambda ids: load(ids)._replace(secret=np.zeros((S, 8)))))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("placement", "num_sites"), [("scan", 5), ("mesh", 4), ("mesh", 5)])
 def test_a_run_compiles_in_its_first_round_and_never_again(placement, num_sites):
   summed = summation.masked(secagg.secure_sum(num_sites))
@@ -282,6 +283,7 @@ def test_a_run_compiles_in_its_first_round_and_never_again(placement, num_sites)
   assert counts[-1] == counts[0]
 
 
+@pytest.mark.optimised
 def test_only_the_masked_message_crosses_devices():
   """The whole of a site's round on a mesh: local training, encoding and masks, and one all-reduce
   of the ring sums.

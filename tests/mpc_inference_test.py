@@ -119,7 +119,7 @@ class UNet(nn.Module):
 
 def test_an_encoder_decoder_and_any_flax_module():
   module, x = UNet(), normal(0, 2, 8, 8, 1)
-  variables = module.init(jax.random.key(0), x)
+  variables = jax.jit(module.init)(jax.random.key(0), x)
   assert_faithful(module.apply, (variables, x))
 
 
@@ -134,7 +134,7 @@ def test_layer_norm_attention_and_gelu():
       return x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
 
   module, x = Block(), normal(0, 1, 5, 8)
-  variables = module.init(jax.random.key(0), x)
+  variables = jax.jit(module.init)(jax.random.key(0), x)
   assert_faithful(module.apply, (variables, x), Config(64, 18, 20), atol=2e-3)
 
 

@@ -148,7 +148,7 @@ def test_modules_are_taken_as_they_are():
   graph = Network(nnx.Rngs(0))
   graph.eval()
   linen = nn.Dense(3)
-  variables = linen.init(jax.random.key(0), X)
+  variables = jax.jit(linen.init)(jax.random.key(0), X)
   x = X[:1]
   for make, want, secrets in (
     (lambda: mpc.secret(graph, examples=[x], config=COARSE), graph(x), nnx.state(graph, nnx.Param)),

@@ -72,6 +72,7 @@ def gated_cast():
   return Cast(planned(gated))
 
 
+@pytest.mark.optimised
 def test_a_model_owner_that_is_warm_compiles_nothing_for_an_inference(caplog):
   each = Cast(planned(gated))
   each.dealer.deal()  # the dealer's own work, and the data owner's, are not the model owner's

@@ -290,4 +290,4 @@ class Segmenter(nn.Module):
 @pytest.mark.parametrize("config", [WIDE, Config(32, 10, 12)], ids=["64", "32"])
 def test_convolutions_with_instance_norm_and_leaky_relu(config):
   module, x = Segmenter(), normal(0, 2, 8, 8, 1)
-  checked(module.apply, (module.init(jax.random.key(0), x), x), 16, config)
+  checked(module.apply, (jax.jit(module.init)(jax.random.key(0), x), x), 16, config)

@@ -20,6 +20,9 @@ def logits(weights, images):
   return jax.nn.relu(images @ weights["in"]) @ weights["out"]
 
 
+LOGITS = jax.jit(logits)
+
+
 @pytest.fixture(scope="module")
 def weights():
   first, second = jax.random.split(jax.random.key(0))
@@ -98,7 +101,7 @@ def one_hot(labels, num_rows=3):
 
 def in_the_clear(weights, images, labels):
   found = np.zeros((3, 3), int)
-  np.add.at(found, (labels, np.asarray(logits(weights, images)).argmax(1)), 1)
+  np.add.at(found, (labels, np.asarray(LOGITS(weights, images)).argmax(1)), 1)
   return found
 
 
@@ -153,7 +156,7 @@ def test_classes_that_calibration_never_predicted_are_counted(score):
 def test_the_winner_is_the_argmax(num):
   scores = np.random.default_rng(0).integers(0, 3, (200, num)).astype(np.float32)
   expected = np.eye(num, dtype=np.float32)[scores.argmax(1)]
-  np.testing.assert_array_equal(scoring.winner(jnp.asarray(scores)), expected)
+  np.testing.assert_array_equal(jax.jit(scoring.winner)(scores), expected)
 
 
 def test_one_bit_says_whether_enough_are_right(simulated, weights, images, labels):
@@ -172,7 +175,7 @@ def test_a_roc_is_that_of_the_softmax(plans, weights, images, labels):
     check((weights, jnp.asarray(part), jnp.asarray(every[start : start + BATCH])))
     for start, part in zip(range(0, len(images), BATCH), batches(images, BATCH), strict=True)
   )
-  likely = np.asarray(jax.nn.softmax(logits(weights, images)))[:, 1]
+  likely = np.asarray(jax.nn.softmax(LOGITS(weights, images)))[:, 1]
   expected = [
     [np.sum((positive == row) & (likely >= t)) for t in (0.25, 0.4, 0.75, -1)] for row in (0, 1)
   ]

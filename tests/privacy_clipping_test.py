@@ -274,6 +274,7 @@ def test_a_unit_that_is_left_out_changes_no_other_units_keys(mode, microbatch, a
 
 
 MLP = models.ModelConfig("mlp", 3, (4, 4, 1))
+GATHER = jax.jit(local.gather)
 
 
 @functools.cache
@@ -286,6 +287,11 @@ def of_mlp(mode, microbatch, augmentations, taps):
       has_taps=models.has_taps(MLP) if taps else None,
     )
   )  # fmt: skip
+
+
+@functools.cache
+def of_key():
+  return models.build(MLP).init(KEY)[0]
 
 
 def unequal_patients():
@@ -316,12 +322,10 @@ def test_a_patient_with_fewer_rows_is_padded_by_nobodys_image(
 ):
   """One pixel of patient 0, whose image once stood in for others' missing rows."""
   images, labels, rows, units = unequal_patients()
-  params = models.build(MLP).init(KEY)[0]
+  params = of_key()
   params = params if spares_blank is None else hostile(params, spares_blank)
   run = of_mlp(mode, microbatch, augmentations, taps)
-  of = lambda images, rows: run(
-    params, {}, local.gather(jnp.asarray(images), labels, rows, units=units), KEY
-  )[0]
+  of = lambda images, rows: run(params, {}, GATHER(images, labels, rows, units=units), KEY)[0]
   changed = images.copy()
   changed[0, 0, 0, 0] = pixel
   assert distance(of(images, rows), of(changed, rows)) <= 1 + 1e-3

@@ -166,9 +166,9 @@ def test_steps_run_at_several_sites_at_once():
   secrets = jnp.stack([prng.derive(SECRET, 1), prng.derive(SECRET, 2)])
   stacked, numbers = jax.tree.map(lambda *a: jnp.stack(a), *batches), jnp.array([16, 8], jnp.int32)
   one = lambda batch, num_units, secret: step_of()(batch, 3, num_units, None, secret)[0]
-  together = jax.jit(jax.vmap(one))(stacked, numbers, secrets)
+  together, by_itself = jax.jit(jax.vmap(one))(stacked, numbers, secrets), jax.jit(one)
   for site in range(2):
-    alone = one(batches[site], numbers[site], secrets[site])
+    alone = by_itself(batches[site], numbers[site], secrets[site])
     np.testing.assert_allclose(
       flat(jax.tree.map(lambda a, s=site: a[s], together)), flat(alone), rtol=1e-4, atol=1e-6
     )

@@ -136,7 +136,8 @@ def watch(made: SiteLevel, rounds: int, num_sites: int) -> Callable[..., Observe
 
   @jax.jit
   def run(keys: Key, norm: Array) -> Observed:
-    found = jax.lax.map(lambda key: canary(key, norm), keys, batch_size=256)
+    # A few at a time: the draws of many canaries' discrete noise are far larger than the caches.
+    found = jax.lax.map(lambda key: canary(key, norm), keys, batch_size=8)
     alone = None if coding is not None else found.alone.T  # type: ignore[union-attr]
     return Observed(alone, found.summed.T, found.included)
 
