@@ -20,7 +20,7 @@ from primia_jax.clinic.asking import Answer, Ask, Model
 from primia_jax.mpc import pricing, roles
 from primia_jax.types import PyTree
 
-from . import encrypted, model_files, registers, report, settings
+from . import encrypted, model_files, registers, settings, versions
 from .configs.data import Data
 from .planned import OUTPUTS, Chosen, Connect, Infer
 
@@ -153,7 +153,7 @@ def local(s: Clinic) -> tuple[Model, Ask]:
     channels=channels,
     ct_window=window.hounsfield,
     grey_bits=s.grey_bits or model_files.grey_bits(s.checkpoint),
-    software=f"primia_jax {report.versions()['primia-jax']}",
+    software=f"primia_jax {versions.found()['primia-jax']}",
   )
   ask = one_process(plan, weights)
   ask(calibration[0], lambda phase: None)

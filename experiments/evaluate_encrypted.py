@@ -23,7 +23,7 @@ from absl import flags
 from primia_jax import metrics
 from primia_jax.mpc import pricing, scoring
 
-from . import encrypted, inputs, model_files, registers, report, running, scored, settings
+from . import encrypted, inputs, model_files, registers, running, scored, settings, versions
 from .configs.data import Data
 from .folders import private, write_private
 from .planned import Connect, Infer, check_connect
@@ -251,7 +251,7 @@ def _summary(s, work, result, plan, num: int) -> dict[str, Any]:
     "bytes_and_rounds_of_a_run": pricing.total(plan.circuit)._asdict(),
     "seconds": result.seconds,
     "config": dataclasses.asdict(plan.config),
-    "versions": report.versions(),
+    "versions": versions.found(),
   }
 
 

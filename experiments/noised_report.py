@@ -15,7 +15,7 @@ from primia_jax.disclosure import Crossing, Policy
 from primia_jax.metrics import NoisedCounts
 from primia_jax.privacy import ledger
 
-from . import crossings, markdown, pooled_report, report
+from . import crossings, markdown, pooled_report, report, versions
 from .configs.scoring import Evaluate
 from .markdown import PER_CLASS, SCALARS
 
@@ -56,7 +56,7 @@ def write(
   found = result(config, label_names, known, sites)
   crossed = crossed_by(config, label_names, len(sites))
   found |= {"data": data_name, "crossed": [one._asdict() for one in crossed], "config": dict(about)}
-  found = report.jsonable(found | {"versions": report.versions()})
+  found = report.jsonable(found | {"versions": versions.found()})
   (folder / "metrics.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
   policy = Policy((disclosure.NOISED_COUNTS,), 0, config.fewest_in_sum)
   crossings.write(folder, found["title"], policy, crossed)

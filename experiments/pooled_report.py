@@ -14,7 +14,7 @@ from primia_jax import metrics, secagg
 from primia_jax.disclosure import Crossing, Policy, Suppressed
 from primia_jax.metrics import ScoreCounts
 
-from . import binned_plots, crossings, lettering, markdown, plots, report
+from . import binned_plots, crossings, lettering, markdown, plots, report, versions
 from .configs.scoring import Evaluate
 from .markdown import PER_CLASS, SCALARS, row
 
@@ -56,7 +56,7 @@ def write(
   found = result(config, label_names, counts, sites, policy)
   crossed = crossed_by(config, len(label_names), len(sites))
   found |= {"data": data_name, "crossed": [one._asdict() for one in crossed], "config": dict(about)}
-  found = report.jsonable(found | {"versions": report.versions()})
+  found = report.jsonable(found | {"versions": versions.found()})
   (folder / "metrics.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
   crossings.write(folder, found["title"], policy, crossed)
   left_out = found["pictures left out"]

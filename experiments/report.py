@@ -6,11 +6,8 @@ resamples.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import pathlib
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +17,7 @@ import numpy as np
 from primia_jax import metrics, subgroups
 from primia_jax.disclosure import Crossing, Policy
 
-from . import crossings, markdown, predictions, subgroup_tables, suppression
+from . import crossings, markdown, predictions, subgroup_tables, suppression, versions
 from .hospitals import Hospitals
 from .markdown import PER_CLASS, SCALARS
 
@@ -79,7 +76,7 @@ class Facts(NamedTuple):
       "privacy": self.privacy,
       "crossed": [one._asdict() for one in self.crossed],
       "config": dict(self.config),
-      "versions": versions(),
+      "versions": versions.found(),
     }
 
   def write(self, folder: pathlib.Path, title: str, result: Mapping[str, Any]) -> None:
@@ -322,34 +319,6 @@ def predictions_csv(
   metrics.check_probabilities(np.where(labels == -1, 0, labels), probabilities)
   true = ["" if label == -1 else label_names[label] for label in labels]
   predictions.write_probabilities(path, ids, true, probabilities, label_names)
-
-
-def versions() -> dict[str, str]:
-  """Returns what a result depends on besides its configuration: versions, git commit, device."""
-  result = {"python": platform.python_version()}
-  for package in ("jax", "jaxlib", "flax", "optax", "numpy", "primia-jax"):
-    try:
-      result[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      result[package] = "unknown"
-  devices = jax.devices()
-  commit = _git_commit(pathlib.Path(__file__).resolve().parents[1])
-  return result | {
-    "git commit": commit,
-    "backend": jax.default_backend(),
-    "device": f"{len(devices)} x {devices[0].device_kind}",
-  }
-
-
-def _git_commit(root: pathlib.Path) -> str:
-  if not (root / ".git").exists():  # an installed copy must not name a surrounding repository
-    return "unknown"
-  describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-  options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10}
-  try:
-    return subprocess.run(["git", "-C", str(root), *describe], **options).stdout.strip()
-  except (OSError, subprocess.SubprocessError):
-    return "unknown"
 
 
 def _intervals_json(x: metrics.Intervals, label_names: Sequence[str]) -> dict[str, Any]:

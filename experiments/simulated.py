@@ -25,8 +25,8 @@ from . import (
   phases,
   predictions,
   registers,
-  report,
   unfinished,
+  versions,
 )
 from .configs.data import Data
 from .folders import private, write_private
@@ -271,7 +271,7 @@ def _costs(
       "deal_seconds": network.seconds(0, dealt),
       "publish_seconds": network.seconds(0, pricing.published_bytes(plan.circuit)),
     },
-    "versions": report.versions(),
+    "versions": versions.found(),
   }
 
 

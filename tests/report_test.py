@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import markdown, plots, report
+from experiments import markdown, plots, report, versions
 from primia_jax import metrics
 
 NAMES = ("normal", "bacterial", "viral")
@@ -246,7 +246,7 @@ def test_predictions_csv(tmp_path):
 
 
 def test_versions_name_what_a_result_depends_on():
-  got = report.versions()
+  got = versions.found()
   assert set(got) == {
     "python",
     "jax",
