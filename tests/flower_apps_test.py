@@ -184,8 +184,8 @@ def test_a_node_that_falls_silent_or_lies_costs_its_site_only(tmp_path):
       if i == 1 and name == "silent":
         holder[0].dead.add(1)
       if i == 1 and name == "lies":
-        flip = lambda b: bytes([255 - b])  # in its boxes, or its masked numbers
-        holder[0].spoil[1] = lambda data: data[:100] + flip(data[100]) + data[101:]
+        flip = lambda some: bytes(255 - b for b in some)  # in its boxes, or its masked numbers
+        holder[0].spoil[1] = lambda data: data[:100] + flip(data[100:101]) + data[101:]
       return sums.finish(begun, elements(i))
 
     results, errors, folder, _ = play(root, call, timeout=2.0, change=holder.append)

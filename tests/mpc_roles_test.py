@@ -1,6 +1,4 @@
-"""The three roles give the right answer, hold only their own, and use nothing twice that serves
-once.
-"""
+"""The roles give the right answer, hold only their own, and use nothing twice that serves once."""
 
 import copy
 import dataclasses
