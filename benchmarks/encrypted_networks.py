@@ -3,11 +3,11 @@
   python -m benchmarks.encrypted_networks --rings=32
   python -m benchmarks.encrypted_networks --networks=ResNet-18 --rings=32,64 --time_at=224
 
-Bytes and rounds are those of the messages that the parties send each other (`mpc.apart.sizes`), at
-224 x 224 x 3 with 1,000 classes; nothing is dealt or sent for them. Times are of an image of
-`--time_at` pixels, by phase: the dealer's work, and both parties online in one process, on all
-cores. Weights are random, statistics of norms are measured, ranges are calibrated on the image. One
-set of correlations serves again and again, only for timing.
+Bytes and rounds are those of the messages that the parties send each other
+(`mpc.multiprocess.sizes`), at 224 x 224 x 3 with 1,000 classes; nothing is dealt or sent for them.
+Times are of an image of `--time_at` pixels, by phase: the dealer's work, and both parties online in
+one process, on all cores. Weights are random, statistics of norms are measured, ranges are
+calibrated on the image. One set of correlations serves again and again, only for timing.
 """
 
 import functools
@@ -20,7 +20,7 @@ from absl import app, flags, logging
 
 from benchmarks import encrypted_inference, encrypted_work, measuring, networks
 from benchmarks.encrypted_work import OWNERS, Work
-from primia_jax.mpc import apart, planning, pricing
+from primia_jax.mpc import multiprocess, planning, pricing
 from primia_jax.types import PyTree
 
 _RESNET18 = "ResNet-18"
@@ -80,7 +80,7 @@ def planned(made: Work, ring_name: str) -> planning.Plan:
 def costs(name: str, ring_name: str) -> None:
   """Bytes and rounds at full size."""
   plan = planned(work(name, _FULL), ring_name)
-  sizes, rows = apart.sizes(plan), pricing.rows(plan.circuit)
+  sizes, rows = multiprocess.sizes(plan), pricing.rows(plan.circuit)
   what = f"{name}, {_FULL} px, {ring_name}"
   measuring.say(f"rounds: {what}", [len(sizes)], "rounds", None)
   measuring.say(f"sent by each party: {what}", [sum(sizes) / 1e6], "MB", None)

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from benchmarks import encrypted_work, measuring
 from primia_jax import mpc
 from primia_jax.models import ModelConfig, build
-from primia_jax.mpc import apart, helping, inference, planning, pricing
+from primia_jax.mpc import helping, inference, multiprocess, planning, pricing
 from primia_jax.mpc.circuit import CHECKED, CLIENTS, SHARING, Config
 from primia_jax.mpc.messages import Question
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
@@ -53,7 +53,7 @@ class Client:
     publication = self.model_owner.publish(self.dealer.blind())
     sharing = plan.config.client == SHARING
     self.party: Any = (helping.Helper if sharing else mpc.DataOwner)(plan, publication)
-    self.online = [apart.online(plan, party) for party in (MODEL_OWNER, DATA_OWNER)]
+    self.online = [multiprocess.online(plan, party) for party in (MODEL_OWNER, DATA_OWNER)]
 
   def inference(self) -> tuple[list[measuring.Cost], Any]:
     costs: list[measuring.Cost] = []
@@ -83,7 +83,7 @@ class Client:
     else:
       asked, question = self.party.ask(second, self.args[1])
       answered = self.model_owner.answer(first, question)
-    shares = apart.simulate(self.online[0].start(answered), self.online[1].start(asked))
+    shares = multiprocess.simulate(self.online[0].start(answered), self.online[1].start(asked))
     return np.asarray(jax.tree.leaves(inference.reveal(self.plan, shares))[0])
 
   def _shares(self) -> dict[int, Any]:

@@ -31,7 +31,7 @@ from absl import app, flags, logging
 
 from benchmarks import encrypted_inference, encrypted_work, link, measuring, service_load
 from primia_jax import mpc
-from primia_jax.mpc import apart, planning
+from primia_jax.mpc import multiprocess, planning
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.service import certificates, folders, institutions
 from primia_jax.service.channel import Limits
@@ -77,7 +77,7 @@ def clinic(case: str, root: pathlib.Path) -> None:
   work, plan = _network(case), mpc.read(root / "plan")
   publication = mpc.read(_waited(root / "publication"))
   owner, server = mpc.DataOwner(plan, publication), root / "model_owner" / certificates.CERTIFICATE
-  name, online = publication.publication, apart.online(plan, DATA_OWNER)
+  name, online = publication.publication, multiprocess.online(plan, DATA_OWNER)
   address = f"127.0.0.1:{_waited(root / 'link').read_text()}"
   with institutions.ask(
     root / _CLINIC, owner, name, address, server.read_bytes(), online, _PATIENT
@@ -135,8 +135,9 @@ def run(case: str, ring_name: str, root: pathlib.Path) -> None:
       port = link.Link(port, _DELAY.value / 1e3, _MBITS.value * 1e6).port
     _put(root / "link", lambda path: path.write_text(str(port)))
     sides, reveal = _sides(plan, work)
-    one, parties = mpc.online(plan), [apart.online(plan, p) for p in (MODEL_OWNER, DATA_OWNER)]
-    alone = lambda: apart.simulate(
+    one = mpc.online(plan)
+    parties = [multiprocess.online(plan, p) for p in (MODEL_OWNER, DATA_OWNER)]
+    alone = lambda: multiprocess.simulate(
       *(party.start(side) for party, side in zip(parties, sides, strict=True))
     )
     contestants = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import measuring
 from primia_jax import mpc
-from primia_jax.mpc import apart, clear, planning
+from primia_jax.mpc import clear, multiprocess, planning
 from primia_jax.mpc.sharing import DATA_OWNER
 from primia_jax.service import certificates, folders, institutions
 from primia_jax.service.channel import Limits
@@ -44,7 +44,7 @@ class Load(NamedTuple):
 
   root: pathlib.Path
   owner: mpc.DataOwner
-  online: apart.Online
+  online: multiprocess.Online
   publication: str
   address: str
   images: np.ndarray
@@ -95,7 +95,7 @@ def run(
   each = want.reshape(-1, *want.shape[3:])
   assert len(np.unique(each, axis=0)) == len(each), "two images have one answer"
   load = Load(
-    root, mpc.DataOwner(plan, publication), apart.online(plan, DATA_OWNER),
+    root, mpc.DataOwner(plan, publication), multiprocess.online(plan, DATA_OWNER),
     publication.publication, f"127.0.0.1:{port}", images, want,
   )  # fmt: skip
   with load.session(0) as session:  # compiles

@@ -141,7 +141,7 @@ def configured(site: Site, given: Mapping[str, Any]) -> Train:
       f"this code and the approved configuration differ in the settings {sorted(changed)}; approve "
       "the configuration again with primia-site approve"
     )
-  return approving.apart(settled | dict(given), site.member.own)
+  return approving.multiprocess(settled | dict(given), site.member.own)
 
 
 def admit(site: Site, config: Train) -> None:

@@ -92,7 +92,7 @@ def names_of_shared() -> list[str]:
   return [name for name in settings.flat(Train()) if name not in SITES_OWN]
 
 
-def apart(given: Mapping[str, Any], own: Own) -> Train:
+def multiprocess(given: Mapping[str, Any], own: Own) -> Train:
   """The configuration as one site among others runs it: it opens no source but its own, so that
   this one stands for all.
 

@@ -19,7 +19,7 @@ from primia_jax.clinic import asking
 from primia_jax.clinic.asking import Answer, Ask, Model
 from primia_jax.data import dicom
 from primia_jax.data.dataset import Dataset, take
-from primia_jax.mpc import apart, pricing
+from primia_jax.mpc import multiprocess, pricing
 from primia_jax.mpc.roles import DataOwner
 from primia_jax.mpc.sharing import DATA_OWNER
 from primia_jax.service import certificates, folders, inbox, institutions, publications
@@ -71,7 +71,7 @@ def unused(folder: pathlib.Path, model: str) -> int:
 
 @contextlib.contextmanager
 def opened(
-  s: Connect, folder: pathlib.Path, received: Received, online: apart.Online | None = None
+  s: Connect, folder: pathlib.Path, received: Received, online: multiprocess.Online | None = None
 ) -> Iterator[Opened]:
   """A session for as long as the context lasts.
 
@@ -79,14 +79,14 @@ def opened(
     s: the flags.
     folder: from `check`.
     received: the publication.
-    online: `apart.online(received.plan, DATA_OWNER)`, if it is compiled already.
+    online: `multiprocess.online(received.plan, DATA_OWNER)`, if it is compiled already.
 
   Raises:
     SessionEnded: there is no connection, or the server refuses.
   """
   owner = DataOwner(received.plan, received.publication)
   if online is None:
-    online = apart.online(received.plan, DATA_OWNER, kept=caching.programs())
+    online = multiprocess.online(received.plan, DATA_OWNER, kept=caching.programs())
   place = publications.model_folder(folder, s.model)
   with institutions.ask(
     folder, owner, received.publication.publication, s.connect, received.server, online,
@@ -127,7 +127,7 @@ def ready(s: Connect) -> tuple[Model, Ask, tuple[tuple[str, str], ...], str]:
     f"Dealt    for {unused(folder, s.model)} images that are unused\nCompiling ...",
     flush=True,
   )
-  online = apart.online(received.plan, DATA_OWNER, kept=caching.programs())
+  online = multiprocess.online(received.plan, DATA_OWNER, kept=caching.programs())
   owner.warm_up()
   print(_run(received, online.sizes), flush=True)
   session = functools.partial(
@@ -209,7 +209,7 @@ def infer(s: Connect, infer: Infer) -> Answers:
       f"images={infer.images} holds {len(ids)} images, and the dealer has dealt for "
       f"{left * about.images} that are unused; have it deal more (primia-deal)"
     )
-  online = apart.online(received.plan, DATA_OWNER, kept=caching.programs())
+  online = multiprocess.online(received.plan, DATA_OWNER, kept=caching.programs())
   _say(s, received, online.sizes, len(ids), images.notes)
   outputs: list[np.ndarray] = []
   seconds: list[float] = []

@@ -15,7 +15,7 @@ def folder(name: str) -> pathlib.Path:
 
 
 def programs() -> pathlib.Path:
-  """Where `mpc.apart.online` keeps programs."""
+  """Where `mpc.multiprocess.online` keeps programs."""
   return folder("online")
 
 

@@ -101,21 +101,22 @@ def main() -> None:
 def _ask(connect: Connect, given: scored.Score) -> None:
   """A hospital asks a vendor's server."""
   try:
-    from . import scored_apart  # here, because only this needs gRPC
+    from . import scored_multiprocess  # here, because only this needs gRPC
   except ImportError as error:
     raise ValueError(str(error)) from error
-  of_vendor = {field.name for field in dataclasses.fields(scored.Score)} - set(scored_apart.OWN)
+  names = {field.name for field in dataclasses.fields(scored.Score)}
+  of_vendor = names - set(scored_multiprocess.OWN)
   for name in sorted(of_vendor):
     if FLAGS[name].present:
       raise ValueError(
         f"{name} with connect: the vendor has decided it with primia-publish --score; leave it out"
       )
-  folder, received, s = scored_apart.received(connect, given)
+  folder, received, s = scored_multiprocess.received(connect, given)
   about = received.about
   model_files.set_form(FLAGS, about.image_size, about.channels, about.ct_window, about.grey_bits)
   config = settings.from_flags(Data)
   inputs.source(config)
-  what = scored_apart.asked(connect, folder, received, s, config)
+  what = scored_multiprocess.asked(connect, folder, received, s, config)
   print(
     f"Server    {connect.connect}, model {connect.model}, version {about.version}\n"
     f"          {about.intended_use}\n"
@@ -124,7 +125,7 @@ def _ask(connect: Connect, given: scored.Score) -> None:
   for name, text in what.data.notes.items():
     print(f"          {name}: {text}")
   print(f"Opened    {_opened(s)}, to {_receivers(s)}\n\n{_who_learns_what(s, True)}\n", flush=True)
-  answer = scored_apart.run(connect, what)
+  answer = scored_multiprocess.run(connect, what)
   result = scored.Result(answer.counts, None, answer.seconds, answer.runs)
   if answer.counts is None:
     print(f"\nOpened to the vendor alone, of {len(what.marks)} images.\n\n{_times(result)}")

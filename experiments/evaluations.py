@@ -118,8 +118,8 @@ def names_of_shared() -> list[str]:
   return [name for name in settings.flat(Evaluate()) if name not in approving.SITES_OWN]
 
 
-def apart(given: Mapping[str, Any], own: Own) -> Evaluate:
-  """The configuration as one site runs it; arguments and errors as `approving.apart`."""
+def multiprocess(given: Mapping[str, Any], own: Own) -> Evaluate:
+  """The configuration as one site runs it; arguments and errors as `approving.multiprocess`."""
   fields = dataclasses.asdict(own)
   if own.data == site_folders.NO_IMAGES:
     fields = {"data": ""}
@@ -147,7 +147,7 @@ def agreed(approved: Approval, own: Own) -> Evaluate:
       f"this code and the approved configuration differ in the settings {sorted(changed)}; approve "
       "the configuration again with primia-site approve"
     )
-  return apart(found, own)
+  return multiprocess(found, own)
 
 
 def configuration(text: str, model: Model, run: str, num_sites: int) -> Evaluate:
@@ -177,7 +177,7 @@ def configuration(text: str, model: Model, run: str, num_sites: int) -> Evaluate
   given = {name: values[name].value for name in names_of_shared() if present(name)}
   kind = str(values["data"].value).partition(":")[0] if present("data") else "folder"
   held = {} if present("held_out") and present("seed") else _of_training(run)
-  return apart(held | given | decided, Own(f"{kind}:{PLACEHOLDER}"))
+  return multiprocess(held | given | decided, Own(f"{kind}:{PLACEHOLDER}"))
 
 
 def _of_training(run: str) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def approve(folder: pathlib.Path, member: Member, path: str, copy: str) -> None:
     )
   roster.check_numbers(known)
   shared = {name: settings.flat(config)[name] for name in names_of_shared()}
-  held = held_here(apart(shared, member.own), member)
+  held = held_here(multiprocess(shared, member.own), member)
   if member.role == site_folders.SITE:
     if not held.images:
       raise ValueError(

@@ -107,4 +107,4 @@ def configuration(text: str, num_sites: int) -> Train:
   given = {name: values[name].value for name in of_sites if values[name].present}
   data = str(values["data"].value) if values["data"].present else "folder:"
   own = Own(f"{data.partition(':')[0]}:{evaluations.PLACEHOLDER}")
-  return approving.apart({"placement": "flower", "num_sites": num_sites} | given, own)
+  return approving.multiprocess({"placement": "flower", "num_sites": num_sites} | given, own)

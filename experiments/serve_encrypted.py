@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from primia_jax import durable
-from primia_jax.mpc import apart
+from primia_jax.mpc import multiprocess
 from primia_jax.mpc.sharing import MODEL_OWNER
 from primia_jax.service import certificates, folders, helped, inbox, institutions, publications
 from primia_jax.service.channel import Limits
@@ -231,7 +231,7 @@ def _serve(
 def _served(folder: pathlib.Path, name: str, programs: pathlib.Path) -> Served:
   kept = publications.kept(folder, name)
   opened_to = kept.about.opened_to
-  online = apart.online(kept.owner.plan, MODEL_OWNER, opens=not opened_to, kept=programs)
+  online = multiprocess.online(kept.owner.plan, MODEL_OWNER, opens=not opened_to, kept=programs)
   kept.owner.warm_up()
   place = publications.model_folder(folder, name)
   return Served(

@@ -9,7 +9,7 @@ from mpc_reference import normal
 
 from primia_jax import mpc
 from primia_jax.attacks import extraction
-from primia_jax.mpc import apart, checks, tags
+from primia_jax.mpc import checks, multiprocess, tags
 from primia_jax.mpc.circuit import Apply
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 
@@ -38,7 +38,7 @@ class World:
     self.model_owner = mpc.ModelOwner(self.plan, W)
     self.dealer = mpc.Dealer(self.plan, self.model_owner.tag)
     self.data_owner = mpc.DataOwner(self.plan, self.model_owner.publish(self.dealer.blind()))
-    self.online = [apart.online(self.plan, party) for party in (MODEL_OWNER, DATA_OWNER)]
+    self.online = [multiprocess.online(self.plan, party) for party in (MODEL_OWNER, DATA_OWNER)]
     self.relu = next(op.gate for op in self.plan.circuit.operations if _is_relu(op))
     # the unit of a pre-activation: that of the image times that of the weights
     self.unit = self.plan.config.unit * max(
@@ -52,7 +52,7 @@ class World:
     )
     answered = self.model_owner.answer(self.model_owner.prepare(first), question)
     honest, party = self.online[0].start(answered), self.online[1].start(asked)
-    return self.data_owner.reveal(apart.simulate(honest, extraction.shifted(party, shifts)))
+    return self.data_owner.reveal(multiprocess.simulate(honest, extraction.shifted(party, shifts)))
 
   def shifted_relus(self, number):
     """How the attack asks: its shifts go into a round's message."""

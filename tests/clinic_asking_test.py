@@ -11,7 +11,7 @@ from service_world import World as Roles
 
 from primia_jax import mpc
 from primia_jax.clinic import asking
-from primia_jax.mpc import apart
+from primia_jax.mpc import multiprocess
 from primia_jax.service import certificates, institutions
 
 SIZE = 4
@@ -35,7 +35,7 @@ def world():
   model_owner = mpc.ModelOwner(plan, W)
   dealer = mpc.Dealer(plan, model_owner.tag)
   publication = model_owner.publish(dealer.blind())
-  online = tuple(apart.online(plan, party) for party in (0, 1))
+  online = tuple(multiprocess.online(plan, party) for party in (0, 1))
   return Roles(plan, model_owner, mpc.DataOwner(plan, publication), dealer, publication, online)
 
 

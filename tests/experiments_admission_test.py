@@ -390,5 +390,5 @@ def test_the_coordinator_offers_what_sites_approve(copied, capsys):
     offering.offer(str(copied / "site_0"), Offer("--rounds=2"))
   comma = Own("folder:/a,b")
   with pytest.raises(ValueError, match="a comma ends the name of a source"):
-    approving.apart({}, comma)
+    approving.multiprocess({}, comma)
   assert pathlib.Path(copied / "coordinating" / "config.json").stat().st_mode & 0o077 == 0

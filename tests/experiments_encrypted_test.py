@@ -18,7 +18,7 @@ from experiments.configs import Train
 from experiments.configs.data import Data
 from experiments.configs.model import normalise
 from primia_jax import evaluation
-from primia_jax.mpc import apart, pricing
+from primia_jax.mpc import multiprocess, pricing
 
 TRAIN = settings.replace(TINY, rounds=1, placement="scan")
 NAMES = ("normal", "bacterial", "viral")
@@ -308,7 +308,8 @@ def test_the_binary_as_a_clinic_calls_it(flags_of, in_the_clear, tmp_path):
   assert costs["steps"] == planned
   phases = {phase["phase"]: phase for phase in costs["phases"]}
   assert phases["online"]["bytes"] == sum(row["sent"] for row in planned)
-  assert phases["online"]["rounds"] == len(apart.sizes(plan)) == pricing.total(plan.circuit).rounds
+  assert phases["online"]["rounds"] == len(multiprocess.sizes(plan))
+  assert phases["online"]["rounds"] == pricing.total(plan.circuit).rounds
   assert phases["deal"]["bytes"] == sum(row["dealt"] for row in planned)
   assert costs["network"]["online_seconds"] == pytest.approx(
     0.01 * phases["online"]["rounds"] + 8 * phases["online"]["bytes"] / 50e6

@@ -16,7 +16,7 @@ from primia_jax.data import phantom
 def test_the_images_that_training_held_out_are_scored(tmp_path):
   """Of a source without a test split: those on which the training's own report tests."""
   source = write_images(tmp_path / "a.npz", 0, "train", 40)
-  run = approving.apart(
+  run = approving.multiprocess(
     {"label_names": ",".join(NAMES), "image_size": 16, "seed": 5, "test_fraction": 0.25},
     Own(source),
   )

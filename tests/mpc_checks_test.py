@@ -10,7 +10,7 @@ from mpc_reference import OWNERS, normal
 
 from primia_jax import mpc
 from primia_jax.attacks import extraction
-from primia_jax.mpc import apart, checks, pricing, protocol, replay, segments, tags
+from primia_jax.mpc import checks, multiprocess, pricing, protocol, replay, segments, tags
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 
 W = {"in": np.abs(normal(0, 4, 3)), "out": normal(1, 3, 2)}
@@ -34,7 +34,7 @@ class World:
     self.model_owner = mpc.ModelOwner(plan, args[0])
     self.dealer = mpc.Dealer(plan, self.model_owner.tag)
     self.data_owner = mpc.DataOwner(plan, self.model_owner.publish(self.dealer.blind()))
-    self.online = [apart.online(plan, party) for party in (MODEL_OWNER, DATA_OWNER)]
+    self.online = [multiprocess.online(plan, party) for party in (MODEL_OWNER, DATA_OWNER)]
     self.answered, self.asked = self.sides(args[1])
 
   def sides(self, image):
@@ -45,7 +45,7 @@ class World:
   def run(self, shifts={}, sides=None):  # noqa: B006
     answered, asked = sides or (self.answered, self.asked)
     parties = self.online[0].start(answered), self.online[1].start(asked)
-    shares = apart.simulate(parties[0], extraction.shifted(parties[1], shifts))
+    shares = multiprocess.simulate(parties[0], extraction.shifted(parties[1], shifts))
     return np.asarray(self.data_owner.reveal(shares))
 
 
@@ -88,7 +88,7 @@ def _traced(plan):
   traced = jax.make_jaxpr(
     lambda ready, operands: protocol.run(plan.circuit, wire, ready, operands),
     axis_env=[("party", 2)],
-  )(*apart.inputs(plan))
+  )(*multiprocess.inputs(plan))
   return traced, wire.kinds
 
 
@@ -202,7 +202,7 @@ def test_what_the_check_shows_is_uniform(world):
 
   for _ in range(24):
     answered, asked = world.sides(X)
-    apart.simulate(world.online[0].start(answered), recorded(world.online[1].start(asked)))
+    multiprocess.simulate(world.online[0].start(answered), recorded(world.online[1].start(asked)))
   sums = np.stack([np.frombuffer(v, "<u8", 4) for v in payloads])
   assert sums.shape == (24, 4)
   assert not np.any(sums >> np.uint64(32))
@@ -248,10 +248,10 @@ def test_every_kind_of_step_keeps_its_tags(num_bits):
   args = {"conv": normal(0, 2, 1, 3, 3)}, normal(1, 1, 1, 4, 4)
   world = World(planned(mpc.Config(num_bits, 7, 9, client="checked"), many, args), args)
   parties = world.online[0].start(world.answered), world.online[1].start(world.asked)
-  got = world.data_owner.reveal(apart.simulate(*parties))
+  got = world.data_owner.reveal(multiprocess.simulate(*parties))
   for a, b in zip(got, mpc.check(world.plan, args), strict=True):
     np.testing.assert_array_equal(a, b)
   for level in range(1, len(world.online[0].sizes) - 1):
     party = extraction.shifted(world.online[1].start(world.asked), {level: np.ones(1, np.uint8)})
     with pytest.raises(checks.Deviated):
-      apart.simulate(world.online[0].start(world.answered), party)
+      multiprocess.simulate(world.online[0].start(world.answered), party)

@@ -9,7 +9,7 @@ from service_world import Pipe, World, dealt, inference
 
 from primia_jax import mpc
 from primia_jax.attacks import extraction
-from primia_jax.mpc import apart, checks, tags
+from primia_jax.mpc import checks, multiprocess, tags
 from primia_jax.service import frames
 from primia_jax.service.errors import PeerLost, Refused, SessionEnded
 
@@ -28,7 +28,7 @@ def world():
   model_owner = mpc.ModelOwner(plan, W)
   dealer = mpc.Dealer(plan, model_owner.tag)
   publication = model_owner.publish(dealer.blind())
-  online = tuple(apart.online(plan, party) for party in (0, 1))
+  online = tuple(multiprocess.online(plan, party) for party in (0, 1))
   return World(plan, model_owner, mpc.DataOwner(plan, publication), dealer, publication, online)
 
 
@@ -88,7 +88,7 @@ def test_the_model_owner_resumes_with_the_whole_publication(world):
   asked, question = data_owner.ask(data_owner.prepare(two), X)
   answered = again.answer(again.prepare(one), question)
   parties = world.online[0].start(answered), world.online[1].start(asked)
-  got = data_owner.reveal(apart.simulate(*parties))
+  got = data_owner.reveal(multiprocess.simulate(*parties))
   np.testing.assert_array_equal(got, mpc.check(world.plan, (W, X)))
 
 

@@ -7,7 +7,7 @@ import shutil
 import service_institution as institution
 from service_institution import MODEL, WEIGHTS, place, send
 
-from primia_jax.mpc import apart
+from primia_jax.mpc import multiprocess
 from primia_jax.mpc.sharing import MODEL_OWNER
 from primia_jax.service import (
   cards,
@@ -54,7 +54,7 @@ class World:
     send(self.dealer, HELPER, self.helper, inbox.DEALER, inbox.HELPER)
     send(self.vendor, "helper", self.helper, inbox.MODEL_OWNER, inbox.HELPER)
     kept = publications.kept(self.vendor, MODEL)
-    online = apart.online(self.plan, MODEL_OWNER)
+    online = multiprocess.online(self.plan, MODEL_OWNER)
     where = place(self.vendor)
     self.served = Served(MODEL, where, kept.owner, kept.publication, online)
     self.assisted = helped.helped(self.helper, MODEL)

@@ -20,7 +20,7 @@ from service_faults_test import Faulty, cell
 from service_world import CLINIC, KEY, Pipe, dealt, faults, places
 
 from primia_jax import mpc
-from primia_jax.mpc import apart, helping
+from primia_jax.mpc import helping, multiprocess
 from primia_jax.service import cards, folders, frames, receipts, sharing
 from primia_jax.service import helping as sessions
 from primia_jax.service.errors import Refused, SessionEnded
@@ -60,7 +60,7 @@ class World:
     self.dealer = mpc.Dealer(self.plan, self.model_owner.tag)
     published = self.model_owner.publish(self.dealer.blind())
     self.helper, self.publication = helping.Helper(self.plan, published), published.publication
-    self.online = tuple(apart.online(self.plan, party) for party in (0, 1))
+    self.online = tuple(multiprocess.online(self.plan, party) for party in (0, 1))
     card = json.loads(json.dumps(helping.card(self.plan, self.publication)))
     self.card = cards.Card(**card)
 

@@ -17,7 +17,7 @@ from service_institution import CLINIC, MODEL, WEIGHTS, deal, deliver, made, pla
 from service_world import KEY, Pipe
 
 from primia_jax import mpc
-from primia_jax.mpc import apart, clear, scoring
+from primia_jax.mpc import clear, multiprocess, scoring
 from primia_jax.mpc.roles import DataOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.service import (
@@ -62,8 +62,8 @@ class World:
     self.roles = made(root, self.plan, about=ABOUT)
     self.dealer = deal(self.roles, 18)
     deliver(self.roles)
-    each = (apart.online(self.plan, party, opens=False) for party in (MODEL_OWNER, DATA_OWNER))
-    self.online = tuple(each)
+    parties = MODEL_OWNER, DATA_OWNER
+    self.online = tuple(multiprocess.online(self.plan, party, opens=False) for party in parties)
     self.learnt = []
     self.received = publications.received(self.roles.clinic, MODEL, is_score=True)
     self.kept = publications.kept(self.roles.vendor, MODEL)
@@ -217,7 +217,7 @@ def test_a_session_that_breaks_opens_nothing(world, monkeypatch):
 
 def test_a_program_that_asks_for_answers_is_refused(world):
   """So nobody gets the counts of one run out of a publication that opens a sum."""
-  answers = apart.online(world.plan, DATA_OWNER)
+  answers = multiprocess.online(world.plan, DATA_OWNER)
   assert sum(answers.sizes) == sum(world.online[1].sizes) + 4 * 9
   before, online = world.left(), world.online
   world.online = online[0], answers

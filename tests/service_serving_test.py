@@ -13,7 +13,7 @@ import pytest
 import service_institution as institution
 from service_institution import CLINIC, MODEL, deal, deliver, made, place, wanted
 
-from primia_jax.mpc import apart
+from primia_jax.mpc import multiprocess
 from primia_jax.mpc.roles import DataOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 from primia_jax.service import (
@@ -49,7 +49,8 @@ class World:
     )
     deal(self.roles, 2, model="chest-2")
     deliver(self.roles)
-    self.online = tuple(apart.online(self.plan, party) for party in (MODEL_OWNER, DATA_OWNER))
+    parties = MODEL_OWNER, DATA_OWNER
+    self.online = tuple(multiprocess.online(self.plan, party) for party in parties)
     self.models = [self.served(name) for name in (MODEL, "chest-2")]
 
   def served(self, name):

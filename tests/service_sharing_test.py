@@ -10,7 +10,7 @@ from mpc_reference import normal
 
 from primia_jax import mpc
 from primia_jax.attacks import extraction
-from primia_jax.mpc import apart, helping
+from primia_jax.mpc import helping, multiprocess
 from primia_jax.mpc.circuit import Apply
 from primia_jax.mpc.lowering import lower
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
@@ -44,7 +44,7 @@ class World:
     self.dealer = mpc.Dealer(self.plan, self.model_owner.tag)
     self.publication = self.model_owner.publish(self.dealer.blind())
     self.helper = helping.Helper(self.plan, self.publication)
-    self.online = [apart.online(self.plan, party) for party in (MODEL_OWNER, DATA_OWNER)]
+    self.online = [multiprocess.online(self.plan, party) for party in (MODEL_OWNER, DATA_OWNER)]
     card = helping.card(self.plan, self.publication.publication)
     self.card = cards.Card(**json.loads(json.dumps(card)))
 
@@ -56,7 +56,7 @@ class World:
     prepared = self.model_owner.prepare(first)
     question = mpc.messages.Question(prepared.inference, {})
     answered = self.model_owner.answer(prepared, question, given[0])
-    shares = apart.simulate(self.online[0].start(answered), self.online[1].start(helped))
+    shares = multiprocess.simulate(self.online[0].start(answered), self.online[1].start(helped))
     return [helping.packed([v[i] for v in shares]) for i in (0, 1)]
 
   def ask(self, image):

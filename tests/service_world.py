@@ -9,7 +9,7 @@ import jax
 from mpc_reference import OWNERS, normal
 
 from primia_jax import mpc
-from primia_jax.mpc import apart
+from primia_jax.mpc import multiprocess
 from primia_jax.service import folders, frames, receipts, sessions
 from primia_jax.service.errors import PeerLate, PeerLost, SessionEnded
 
@@ -44,7 +44,7 @@ def world():
   model_owner = mpc.ModelOwner(plan, W)
   dealer = mpc.Dealer(plan, model_owner.tag)
   publication = model_owner.publish(dealer.blind())
-  online = tuple(apart.online(plan, party) for party in (0, 1))
+  online = tuple(multiprocess.online(plan, party) for party in (0, 1))
   return World(plan, model_owner, mpc.DataOwner(plan, publication), dealer, publication, online)
 
 

@@ -25,7 +25,7 @@ import optax
 
 from primia_jax.metrics import clopper_pearson
 from primia_jax.mpc import Plan
-from primia_jax.mpc.apart import Party
+from primia_jax.mpc.multiprocess import Party
 from primia_jax.types import Array, Key, Params, PyTree
 
 Answer = Literal["logits", "probabilities", "label"]
@@ -176,7 +176,7 @@ def shifted(party: Party, shifts: Mapping[int, np.ndarray]) -> Party:
   """A party that falsifies what it opens, and computes on as if the values were the true ones.
 
   Args:
-    party: its honest part of one inference, from `mpc.apart`.
+    party: its honest part of one inference, from `mpc.multiprocess`.
     shifts: by round, what it changes in its message, from the message's start on: ring elements
       (uint32 or uint64), which are added, or bytes (uint8), which are flipped.
   """

@@ -47,7 +47,9 @@ def online(plan: Plan, mesh: jax.sharding.Mesh) -> Callable[[Side], list[Array] 
       f"use party_mesh with one device of each of two processes"
     )
   if plan.config.client == CHECKED:
-    raise ValueError(f"client={CHECKED!r} is not checked here; carry messages by `mpc.apart`")
+    raise ValueError(
+      f"client={CHECKED!r} is not checked here; carry messages by `mpc.multiprocess`"
+    )
   (party,), spec = mine, jax.sharding.PartitionSpec(PARTY)
   sharding = jax.sharding.NamedSharding(mesh, spec)
 

@@ -36,7 +36,7 @@ def path(folder: pathlib.Path, plan: Plan, party: int, opens: bool) -> pathlib.P
 
   Args:
     folder: for all programs.
-    opens: see `apart.online`.
+    opens: see `multiprocess.online`.
   """
   facts = (
     plan.digest, party, opens, jax.__version__, jaxlib.__version__, jax.default_backend(),

@@ -49,7 +49,8 @@ class Total(NamedTuple):
   Attributes:
     dealt: bytes that party 1 receives from the dealer.
     sent: bytes that each party sends to the other.
-    rounds: of communication; the number of messages that the model owner sends (`apart.sizes`).
+    rounds: of communication; the number of messages that the model owner sends
+      (`multiprocess.sizes`).
   """
 
   dealt: int
@@ -122,7 +123,7 @@ def rounds(circuit: Circuit) -> int:
   """Rounds of a whole inference: messages that do not wait for each other are sent as one.
 
   It is the longest chain of messages that do, the output's among them, and the two of a check, and
-  so the number of `apart.sizes` and at most the sum of the rows' rounds.
+  so the number of `multiprocess.sizes` and at most the sum of the rows' rounds.
   """
   own = Counter(message.operation for message in protocol.messages(circuit))
   depth: dict[int, int] = {}  # by number of a value, the rounds until it is there

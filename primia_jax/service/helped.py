@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from primia_jax.mpc import apart, helping
+from primia_jax.mpc import helping, multiprocess
 from primia_jax.mpc.helping import Helper
 from primia_jax.mpc.messages import Correlations
 from primia_jax.mpc.sharing import DATA_OWNER
@@ -50,7 +50,7 @@ class Helped(NamedTuple):
     folder: where its correlations are.
     owner: the helper's part.
     publication: its full name.
-    online: `apart.online(plan, DATA_OWNER)`.
+    online: `multiprocess.online(plan, DATA_OWNER)`.
     images: in one inference.
     server: the model owner's certificate, PEM.
   """
@@ -59,7 +59,7 @@ class Helped(NamedTuple):
   folder: pathlib.Path
   owner: Helper
   publication: str
-  online: apart.Online
+  online: multiprocess.Online
   images: int
   server: bytes
 
@@ -70,7 +70,7 @@ def helped(folder: pathlib.Path, name: str, kept: pathlib.Path | None = None) ->
   Args:
     folder: the helper's.
     name: of the publication.
-    kept: as in `apart.online`.
+    kept: as in `multiprocess.online`.
 
   Raises:
     FileNotFoundError: a file of it is missing.
@@ -88,7 +88,7 @@ def helped(folder: pathlib.Path, name: str, kept: pathlib.Path | None = None) ->
       f"folder={folder} has the name or certificate of the model owner of {name}; an institution "
       "that is both can read every image, so the helper must be another institution"
     )
-  online = apart.online(found.plan, DATA_OWNER, kept=kept)
+  online = multiprocess.online(found.plan, DATA_OWNER, kept=kept)
   owner.warm_up()
   place = publications.model_folder(folder, name)
   full = found.publication.publication

@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from primia_jax.mpc import helping
-from primia_jax.mpc.apart import Online
 from primia_jax.mpc.helping import Helper
 from primia_jax.mpc.messages import Question
+from primia_jax.mpc.multiprocess import Online
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.protocol import Operands
 from primia_jax.mpc.roles import ModelOwner

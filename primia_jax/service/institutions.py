@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from primia_jax.mpc import apart
+from primia_jax.mpc import multiprocess
 from primia_jax.mpc.messages import Correlations
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
@@ -58,7 +58,7 @@ class Served(NamedTuple):
     folder: where its correlations are, a folder for each clinic.
     owner: the model owner, which has published or resumed it.
     publication: its full name.
-    online: `apart.online(plan, MODEL_OWNER)`.
+    online: `multiprocess.online(plan, MODEL_OWNER)`.
     images: in one inference.
     opened_to: whom a score is opened to (`scores`); empty where clinics get answers.
     learn: (clinic, a score) -> None, where it is opened to the model owner.
@@ -68,7 +68,7 @@ class Served(NamedTuple):
   folder: pathlib.Path
   owner: ModelOwner
   publication: str
-  online: apart.Online
+  online: multiprocess.Online
   images: int = 1
   opened_to: str = ""
   learn: Callable[[str, np.ndarray], None] = lambda clinic, counts: None
@@ -80,7 +80,7 @@ def serve(
   owner: ModelOwner,
   publication: str,
   address: str = "127.0.0.1:0",
-  online: apart.Online | None = None,
+  online: multiprocess.Online | None = None,
   limits: Limits = Limits(),  # noqa: B008
   ended: Callable[[str, SessionEnded], None] = lambda clinic, error: None,
 ) -> Iterator[int]:
@@ -90,11 +90,11 @@ def serve(
     folder: the model owner's.
     publication: which publication the clinics have.
     address: host:port; port 0 takes any free one.
-    online: `apart.online(plan, MODEL_OWNER)`, if it is compiled already.
+    online: `multiprocess.online(plan, MODEL_OWNER)`, if it is compiled already.
     limits: what a session may take; the longest message follows from the plan.
     ended: is told of each session that ended early: the clinic, and why.
   """
-  online = apart.online(owner.plan, MODEL_OWNER) if online is None else online
+  online = multiprocess.online(owner.plan, MODEL_OWNER) if online is None else online
   one = Served("model", folder, owner, publication, online)
   key = receipts.key(folder)
 
@@ -368,7 +368,7 @@ def ask(
   publication: str,
   address: str,
   server: bytes,
-  online: apart.Online | None = None,
+  online: multiprocess.Online | None = None,
   limits: Limits = Limits(),  # noqa: B008
   correlations: pathlib.Path | None = None,
 ) -> Iterator[Clinic]:
@@ -379,14 +379,14 @@ def ask(
     publication: the name of the model owner's publication.
     address: host:port.
     server: the server's certificate, PEM.
-    online: `apart.online(plan, DATA_OWNER)`, to be compiled once for several sessions.
+    online: `multiprocess.online(plan, DATA_OWNER)`, to be compiled once for several sessions.
     limits: what the session may take.
     correlations: the folder that `folders.take` takes from; None for the clinic's own.
 
   Raises:
     SessionEnded: the sides do not agree, or there is no connection.
   """
-  online = apart.online(owner.plan, DATA_OWNER) if online is None else online
+  online = multiprocess.online(owner.plan, DATA_OWNER) if online is None else online
   limits = limits._replace(message=sessions.largest_message(owner.plan, online))
   identity = certificates.load(folder)
   with channel.connect(address, identity, server, limits) as (send, receive):

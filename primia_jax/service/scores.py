@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from primia_jax.mpc import scoring
-from primia_jax.mpc.apart import Online
+from primia_jax.mpc.multiprocess import Online
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER

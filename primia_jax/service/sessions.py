@@ -3,7 +3,7 @@
 The parties compare what they are about to compute before they compute anything. Then follow
 inferences, one after the other: the model owner accepts or refuses; both sides take their
 correlations, which are thereby used up, and prepare; the data owner asks, and the parties exchange
-the rounds of `mpc.apart`. What is refused costs neither side any correlations.
+the rounds of `mpc.multiprocess`. What is refused costs neither side any correlations.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from primia_jax.mpc.apart import Online
 from primia_jax.mpc.checks import Deviated
 from primia_jax.mpc.helping import Helper
 from primia_jax.mpc.messages import Correlations, Prepared, Question, Side
+from primia_jax.mpc.multiprocess import Online
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner, ModelOwner
 from primia_jax.mpc.sharing import DATA_OWNER

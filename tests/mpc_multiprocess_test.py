@@ -8,7 +8,7 @@ import pytest
 from mpc_reference import OWNERS, normal
 
 from primia_jax import mpc
-from primia_jax.mpc import apart, keeping, pricing, segments
+from primia_jax.mpc import keeping, multiprocess, pricing, segments
 from primia_jax.mpc.sharing import DATA_OWNER, MODEL_OWNER
 
 W, X = normal(0, 6, 5), normal(1, 3, 6)
@@ -53,12 +53,12 @@ def plan():
 
 @pytest.fixture(scope="module")
 def both(plan):
-  return [apart.online(plan, party) for party in PARTIES]
+  return [multiprocess.online(plan, party) for party in PARTIES]
 
 
 def test_two_parties_apart_have_the_bits_of_one_process(plan, both):
   data_owner, answered, asked = sides(plan)
-  got = apart.simulate(both[0].start(answered), both[1].start(asked))
+  got = multiprocess.simulate(both[0].start(answered), both[1].start(asked))
   want = mpc.online(plan)(answered, asked)
   assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
   exact = mpc.check(plan, (W, X))
@@ -78,15 +78,15 @@ def test_so_they_have_in_every_ring_and_with_every_comparison(config):
   plan = planned(mpc.Config(*config), layer)
   _, answered, asked = sides(plan)
   parties = [
-    apart.online(plan, p).start(s) for p, s in zip(PARTIES, (answered, asked), strict=True)
+    multiprocess.online(plan, p).start(s) for p, s in zip(PARTIES, (answered, asked), strict=True)
   ]
   want = mpc.online(plan)(answered, asked)
-  got = apart.simulate(*parties)
+  got = multiprocess.simulate(*parties)
   assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_the_messages_are_those_of_the_plan(plan, both):
-  assert both[0].sizes == both[1].sizes == apart.sizes(plan)
+  assert both[0].sizes == both[1].sizes == multiprocess.sizes(plan)
   assert sum(both[0].sizes) == sum(row.sent for row in pricing.rows(plan.circuit))
   assert len(both[0].sizes) == pricing.rounds(plan.circuit)
   assert "share messages" not in str(plan)
@@ -102,7 +102,7 @@ def test_the_messages_are_those_of_the_plan(plan, both):
 def test_openings_that_do_not_wait_for_each_other_share_a_message():
   plan = planned(mpc.Config(32, 10, 14), branches)
   rows = pricing.rows(plan.circuit)
-  sizes = apart.sizes(plan)
+  sizes = multiprocess.sizes(plan)
   assert (len(sizes), sum(row.rounds for row in rows)) == (15, 19)
   assert pricing.rounds(plan.circuit) == 15
   assert "share messages: 15 rounds instead of 19" in str(plan)
@@ -124,19 +124,19 @@ def test_a_wrong_message_or_side_is_refused(plan, both):
 def test_a_program_that_was_kept_is_not_traced_again_and_has_the_same_bits(
   plan, both, tmp_path, monkeypatch
 ):
-  ask = lambda: apart.online(plan, DATA_OWNER, kept=tmp_path)
+  ask = lambda: multiprocess.online(plan, DATA_OWNER, kept=tmp_path)
   _, answered, asked = sides(plan)
-  want = apart.simulate(both[0].start(answered), both[1].start(asked))
+  want = multiprocess.simulate(both[0].start(answered), both[1].start(asked))
 
   def agrees(online):
-    got = apart.simulate(both[0].start(answered), online.start(asked))
+    got = multiprocess.simulate(both[0].start(answered), online.start(asked))
     return online.sizes == both[1].sizes and all(map(np.array_equal, got, want))
 
   assert agrees(ask())
   (file,) = tmp_path.iterdir()
   assert file.stat().st_mode & 0o777 == 0o600
   with monkeypatch.context() as patch:
-    patch.setattr(apart, "_traced", None)
+    patch.setattr(multiprocess, "_traced", None)
     assert agrees(ask())
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(TypeError):  # a damaged file counts as none
@@ -162,7 +162,7 @@ def test_a_kept_program_is_of_one_plan_party_and_version(plan, tmp_path, monkeyp
 def test_a_value_given_as_shares_has_no_party():
   plan = mpc.plan(lambda x: x * x, ("shared",), (X,), mpc.Config(32, 10, 14))
   with pytest.raises(ValueError, match="shared"):
-    apart.online(plan, MODEL_OWNER)
+    multiprocess.online(plan, MODEL_OWNER)
 
 
 def test_equal_segments_are_compiled_once():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from primia_jax.data.dataset import Dataset
-from primia_jax.mpc import apart
+from primia_jax.mpc import multiprocess
 from primia_jax.mpc.planning import Plan
 from primia_jax.mpc.roles import DataOwner
 from primia_jax.mpc.sharing import DATA_OWNER
@@ -137,7 +137,7 @@ def run(s: Connect, what: Asked) -> Answer:
   start, images = time.perf_counter(), np.asarray(what.data.images)
   publication, server = what.received.publication, what.received.server
   owner = DataOwner(what.plan, publication)
-  online = apart.online(what.plan, DATA_OWNER, opens=False, kept=caching.programs())
+  online = multiprocess.online(what.plan, DATA_OWNER, opens=False, kept=caching.programs())
   seconds = {"compile": time.perf_counter() - start}
   opened = f"{what.given.opened}, to {what.given.opened_to}"
   runs, (*_, labels) = scores.runs_of(what.plan, len(images)), what.plan.program.avals
