@@ -98,6 +98,16 @@ def test_presets_parse_and_are_sound(no_images):
     ({"placement": "flower", "secagg_peers": 5}, "secagg_peers=5"),
     ({"placement": "flower", "aggregation": "clear"}, "nothing but masked sums"),
     ({"placement": "flower", "sites_per_round": 2}, "secagg_colluding=1 of 2 sites"),
+    (
+      {
+        "placement": "flower",
+        "num_sites": 9,
+        "secagg_peers": 2,
+        "secagg_threshold": 2,
+        "secagg_colluding": 0,
+      },
+      "secagg_colluding=0 of 9 sites, each with 2 peers",
+    ),
     ({"placement": "flower", "dropout_rate": 0.1}, "end a process"),
     ({"placement": "flower", "sites_in_memory": 1}, "sites_in_memory=1"),
     ({"data": "npz:x", "patient_pattern": "(p)"}, "no file names; use patient_column"),

@@ -61,7 +61,7 @@ class Aggregation:
     "secure: number of sites of a sum that may tell the server all they know; a run in which they "
     "could open another site's message is refused, and shares of distributed noise do not count on "
     "them. -1 takes a tenth of the sites, at least 1; 0 trusts every site, as two sites must. With "
-    "placement=flower one site alone sees what the server sees, and is counted in any case",
+    "placement=flower each site sees what the server sees, so with secagg_peers it is at least 1",
   )
   dropout_rate: float = setting(
     0.0, "simulated chance that a site is lost in a round, before or after it masks, equally often"
@@ -183,7 +183,7 @@ class Aggregation:
     colluding, lost = self.num_colluding(n), _lost(n, processes, self.dropout_rate)
     lies = may_lie(secure, processes)
     chance = graph.chance_of_opening(n, peers, threshold, colluding, lost, lies)
-    if processes and n > 2:  # each site sees what the server sees
+    if processes and peers < n - 1:  # each site sees what the server sees
       chance = max(chance, graph.chance_of_opening(n, peers, threshold, 1, lost))
     if chance > _CHANCE:
       raise ValueError(
