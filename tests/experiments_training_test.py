@@ -2,6 +2,8 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,3 +69,20 @@ def test_primia_s_learning_rate_falls_to_a_tenth():
   t = study.configured(("--preset=primia",)).training
   final = float(t.build_schedule()(np.float32(t.rounds)))
   assert (t.learning_rate, final) == (1e-4, pytest.approx(1e-5, rel=1e-6))
+
+
+@jax.numpy_dtype_promotion("standard")  # optax's Adam needs it
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_the_last_layer_may_learn_faster(optimizer):
+  params = {"conv1": {"kernel": jnp.ones(3)}, "head": {"kernel": jnp.full(2, 2.0)}}
+  grads = jax.tree.map(lambda p: p / 4, params)
+
+  def updates(factor):
+    training = settings.replace(Train(), optimizer=optimizer, head_rate=factor).training
+    made = training.build_optimizer()(jnp.float32(0.1))
+    return made.update(grads, made.init(params), params)[0]
+
+  plain, faster = updates(1.0), updates(5.0)
+  np.testing.assert_array_equal(faster["conv1"]["kernel"], plain["conv1"]["kernel"])
+  np.testing.assert_allclose(faster["head"]["kernel"], 5 * plain["head"]["kernel"], rtol=1e-6)
+  assert bool((plain["head"]["kernel"] != 0).all())
