@@ -157,6 +157,12 @@ def test_every_module_has_its_place():
   assert {module.split(".")[0] for module in MODULES} == set(LAYERS)
 
 
+def test_no_file_is_too_long_to_be_read_at_once():
+  folders = PACKAGE, EXPERIMENTS, pathlib.Path(__file__).parent, PACKAGE.parent / "benchmarks"
+  lengths = {path: len(path.read_text().splitlines()) for f in folders for path in f.rglob("*.py")}
+  assert [path.name for path, length in lengths.items() if length > 400] == []
+
+
 def test_experiments_have_layers_and_no_binary_imports_a_binary():
   name_of = lambda path: ".".join(path.relative_to(EXPERIMENTS).with_suffix("").parts)
   sources = {name_of(path): path.read_text() for path in EXPERIMENTS.rglob("*.py")}
