@@ -157,11 +157,8 @@ def test_a_sum_is_opened_once_and_a_restart_reports_from_it(
     start(copied, 1)
 
 
-def test_a_site_that_is_lost_is_in_no_count(copied, monkeypatch, no_pictures):
-  """Of three, where two are enough: the sum is that of the others, and says so."""
-  offer(copied, "--score_bins=16 --secagg_threshold=2 --secagg_colluding=0")
-  for i in SITES:
-    approve(copied, i)
+def lose_site_1(monkeypatch):
+  """Its program ends before it counts; returns what it would have run."""
   held = evaluating.agreed
 
   def agreed(number, *given):
@@ -170,6 +167,15 @@ def test_a_site_that_is_lost_is_in_no_count(copied, monkeypatch, no_pictures):
     return held(number, *given)
 
   monkeypatch.setattr(evaluating, "agreed", agreed)
+  return held
+
+
+def test_a_site_that_is_lost_is_in_no_count(copied, monkeypatch, no_pictures):
+  """Of three, where two are enough: the sum is that of the others, and says so."""
+  offer(copied, "--score_bins=16 --secagg_threshold=2 --secagg_colluding=0")
+  for i in SITES:
+    approve(copied, i)
+  lose_site_1(monkeypatch)
   results, errors = run_all(copied, monkeypatch)
   assert set(errors) == {1}
   found = json.loads((results[0] / "metrics.json").read_text())
@@ -187,14 +193,7 @@ def test_the_same_images_are_not_scored_again_without_a_site(copied, monkeypatch
   offer(copied, f"--score_bins=8 {weak}")
   for i in SITES:
     approve(copied, i)
-  held = evaluating.agreed
-
-  def agreed(number, *given):
-    if number == 1:
-      raise OSError("its machine is gone")
-    return held(number, *given)
-
-  monkeypatch.setattr(evaluating, "agreed", agreed)
+  held = lose_site_1(monkeypatch)
   _, errors = run_all(copied, monkeypatch)
   for i in (0, 2):
     with pytest.raises(Refused, match=r"counted with this model before.*\['hospital-1'\] besides"):
