@@ -91,8 +91,8 @@ def inputs_of_sums(monkeypatch):
     seen.setdefault(site.number, []).append([vectors, None])
     return masked(site, vectors)
 
-  def taking(site, evidence):
-    seen[site.number][-1][1] = told(site, evidence)
+  def taking(site, *evidence):
+    seen[site.number][-1][1] = told(site, *evidence)
     return seen[site.number][-1][1]
 
   monkeypatch.setattr(protocol, "mask_input", masking)

@@ -124,26 +124,36 @@ def swapped_key(root):
   return coordinators(world), sites(world), again(root, first, world)
 
 
-def passed_on_changed(told):
-  """What opens a sum, with another input of site 0 than it has signed."""
-  message = msg.decode(told.masked[0])
-  other = message._replace(vectors=tuple(v ^ np.uint32(1) for v in message.vectors))
-  return told._replace(masked=told.masked | {0: msg.encode(other)})
+@contextlib.contextmanager
+def lying():
+  """A list of what a coordinator may pass on and sign: another input of site 0 than it has sent."""
+  lies, honest = [], opening.evidence
+
+  def evidence(state, identity):
+    message = state.received[2][0]
+    other = message._replace(vectors=tuple(v ^ np.uint32(1) for v in message.vectors))
+    received = (*state.received[:2], {**state.received[2], 0: other}, *state.received[3:])
+    lies.append(honest(state._replace(received=received), identity))
+    return honest(state, identity)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(opening, "evidence", evidence)
+    yield lies
 
 
 def planted(root, at=range(3)):
   """The coordinator passes on an input that makes the sum another one; nobody goes on from it."""
   world = World()
+  with lying() as lies:
 
-  def spoil(i, n, data):
-    with contextlib.suppress(ValueError):
-      told = msg.decode(data)
-      if i in at and isinstance(told, msg.Evidence):
-        return msg.encode(passed_on_changed(told))
-    return data
+    def spoil(i, n, data):
+      with contextlib.suppress(ValueError):
+        if i in at and isinstance(msg.decode(data), msg.Evidence):
+          return msg.encode(lies[-1])
+      return data
 
-  world.spoil_told = spoil
-  world.run(root)
+    world.spoil_told = spoil
+    world.run(root)
   assert all("forged" in str(world.errors[i]) for i in at)
   return coordinators(world), sites(world), again(root, world)
 
@@ -152,8 +162,8 @@ def told_other_sums(root, rounds):
   """Site 1 takes other sums than the others, as a site that does not check them may."""
   take = opening.total
 
-  def told(one, evidence):
-    return tuple(v + np.uint32(one.number == 1) for v in take(one, evidence))
+  def told(one, *evidence):
+    return tuple(v + np.uint32(one.number == 1) for v in take(one, *evidence))
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(opening, "total", told)

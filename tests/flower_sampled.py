@@ -4,7 +4,7 @@ import contextlib
 import functools
 
 import numpy as np
-from flower_events import again, coordinators, of_all, passed_on_changed, sites
+from flower_events import again, coordinators, lying, of_all, sites
 from flower_world import CONFIG, World, charged, expected, records, released, site
 
 from experiments import settings
@@ -57,16 +57,17 @@ def follower_is_killed(root):
 def follower_is_told_another_sum(root):
   """The coordinator changes what it tells the site that this round does not take."""
   world = World(4)
+  with lying() as lies:
 
-  def spoil(i, n, data):
-    with contextlib.suppress(ValueError):
-      told = msg.apart(msg.decode(data))
-      if i == 3 and isinstance(told[-1], msg.Evidence):
-        return msg.encode(msg.together(*told[:-1], passed_on_changed(told[-1])))
-    return data
+    def spoil(i, n, data):
+      with contextlib.suppress(ValueError):
+        told = msg.apart(msg.decode(data))
+        if i == 3 and isinstance(told[-1], msg.Evidence):
+          return msg.encode(msg.together(*told[:-1], lies[-1]))
+      return data
 
-  world.spoil_told = spoil
-  world.run(root, program=SAMPLED)
+    world.spoil_told = spoil
+    world.run(root, program=SAMPLED)
   assert "forged" in str(world.errors[3])
   start = again(root, world, num_sites=4, program=SAMPLED)
   return coordinators(world), sites(world), start

@@ -115,8 +115,8 @@ def test_sites_that_were_told_different_sums_do_not_go_on_together(monkeypatch, 
   """Else a server could have them train different models, and single out one site's update."""
   total = opening.total
 
-  def told(site, evidence):
-    return tuple(v + np.uint32(lies and site.number == 1) for v in total(site, evidence))
+  def told(site, evidence, public):
+    return tuple(v + np.uint32(lies and site.number == 1) for v in total(site, evidence, public))
 
   def call(i, own):
     one_sum(own, i)

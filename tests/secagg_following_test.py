@@ -120,7 +120,7 @@ def test_what_a_site_is_told_of_a_sum_is_refused_by_name_where_it_is_not_signed_
 
   monkeypatch.setattr(following, "take", taking)
   Apart(4).run(lambda i, own: some_sum(own, i, (0, 1, 2)))
-  ((setup, round, number, told),) = seen
+  ((setup, round, number, told, public),) = seen
   lists, consents, evidence = told
   assert (round, number, lists.survivors) == (4, 3, (0, 1, 2))
   assert len(msg.encode(msg.together(*told))) <= following.message_bytes(setup)
@@ -150,4 +150,6 @@ def test_what_a_site_is_told_of_a_sum_is_refused_by_name_where_it_is_not_signed_
     ),
   ):
     with pytest.raises(secagg.Refused, match=f"site 3 refuses in stage total: {reason}"):
-      take(setup, round, number, wrong)
+      take(setup, round, number, wrong, public)
+  with pytest.raises(secagg.Refused, match="not signed by the coordinator"):
+    take(setup, round, number, told, stranger.public)

@@ -56,7 +56,7 @@ def told_by(*messages):
 
 
 def test_an_invitation_is_awaited_and_what_an_earlier_run_asks_is_left_unanswered():
-  stale = msg.Evidence(3, b"", {}, {})
+  stale = msg.Evidence(3, b"", {}, {}, bytes(64))
   assert meeting.invited(told_by(stale, b"\xff", INVITATION)) == INVITATION
   with pytest.raises(secagg.Lost, match="no invitation of a coordinator"):
     meeting.invited(told_by(stale))

@@ -25,7 +25,7 @@ EXAMPLES = [
   msg.Consent(3, 7, b"s" * 64),
   msg.Consents(7, {1: b"s", 2: b"t"}),
   msg.Answer(3, 7, {0: b"x" * 32}, {}, b"s"),
-  msg.Evidence(7, b"roster", {0: b"m", 1: b"n"}, {1: b"a"}),
+  msg.Evidence(7, b"roster", {0: b"m", 1: b"n"}, {1: b"a"}, b"s" * 64),
   msg.Proposal(3, 7, b"terms", b"bond", b"masked"),
   msg.Bond(3, 7, b"s" * 64),
   msg.Bonds(7, {0: b"s", 3: b"t"}),

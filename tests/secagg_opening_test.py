@@ -5,9 +5,21 @@ import pytest
 from secagg_world import ROUND, play, resigned, total, world
 
 from primia_jax import secagg
-from primia_jax.secagg import following, keys, opening
+from primia_jax.secagg import following, keys, opening, rounds
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg import server as serving
+
+COORDINATOR = keys.identity()
+
+
+def by_coordinator(site, told):
+  """What is passed on, signed by the coordinator, as an attack of its own is."""
+  text = rounds.signed_text(site.setup, told, rounds.context_of(site.transcript, site.lists))
+  return told._replace(signature=keys.sign(COORDINATOR.private, text))
+
+
+def total_of(site, told):
+  return opening.total(site, by_coordinator(site, told), COORDINATOR.public)
 
 
 @pytest.fixture(scope="module")
@@ -15,12 +27,14 @@ def opened():
   """A sum of five sites of which one drops out: the world, sites, server and evidence."""
   w = world()
   sites, server, _ = play(w, who=lambda stage, i: i != 3 or stage < 2)
-  return w, sites, server, opening.evidence(server)
+  return w, sites, server, opening.evidence(server, COORDINATOR)
 
 
 def refused(site, told):
+  if isinstance(told, msg.Evidence) and site.lists is not None:
+    told = by_coordinator(site, told)
   with pytest.raises(secagg.Refused, match=f"site {site.number} refuses in stage total") as caught:
-    opening.total(site, told)
+    opening.total(site, told, COORDINATOR.public)
   return caught.value.reason
 
 
@@ -32,9 +46,9 @@ def test_each_site_and_who_follows_opens_the_sum_of_the_survivors(opened):
   w, sites, server, told = opened
   told = msg.decode(msg.encode(told))
   whole = total(w, (0, 1, 2, 4))
-  assert all(plain(opening.total(sites[i], told)) == whole for i in (0, 1, 2, 4))
+  assert all(plain(total_of(sites[i], told)) == whole for i in (0, 1, 2, 4))
   parts = msg.apart(msg.decode(msg.encode(following.tell(server, told))))
-  vectors, survivors = following.take(w.setup, ROUND, 9, parts)
+  vectors, survivors = following.take(w.setup, ROUND, 9, parts, COORDINATOR.public)
   assert (plain(vectors), survivors) == (whole, (0, 1, 2, 4))
   assert len(msg.encode(told)) <= opening.message_bytes(w.setup)
 
@@ -42,7 +56,7 @@ def test_each_site_and_who_follows_opens_the_sum_of_the_survivors(opened):
 def test_a_sum_opens_with_as_many_answers_as_the_threshold(opened):
   w, sites, _, told = opened
   enough = {i: told.answers[i] for i in list(told.answers)[: w.setup.threshold]}
-  assert plain(opening.total(sites[0], told._replace(answers=enough))) == total(w, (0, 1, 2, 4))
+  assert plain(total_of(sites[0], told._replace(answers=enough))) == total(w, (0, 1, 2, 4))
   few = {i: told.answers[i] for i in (0, 1)}
   assert refused(sites[0], told._replace(answers=few)) == "too few"
 
@@ -69,7 +83,7 @@ def test_one_false_sum_for_all_sites_cannot_be_planted_even_with_a_member(
     close = serving.close_masked_input
     shown = lambda server: (close(server)[0], sites[0].lists)
     monkeypatch.setattr(serving, "close_masked_input", shown)
-    assert plain(opening.total(sites[0], attack)) == wanted
+    assert plain(total_of(sites[0], attack)) == wanted
     return
   assert {refused(sites[i], attack) for i in (0, 1, 2, 4)} == {"forged"}
 
@@ -95,7 +109,7 @@ def test_what_a_coordinator_changes_without_a_member_is_not_signed(opened, monke
     monkeypatch.setattr(
       serving, "close_masked_input", lambda server: (close(server)[0], sites[0].lists)
     )
-    assert plain(opening.total(sites[0], attack)) != total(w, (0, 1, 2, 4))
+    assert plain(total_of(sites[0], attack)) != total(w, (0, 1, 2, 4))
     return
   assert refused(sites[0], attack) == "forged"
   assert refused(sites[0], changed(told, 2, "answers")) == "forged"
@@ -104,7 +118,7 @@ def test_what_a_coordinator_changes_without_a_member_is_not_signed(opened, monke
 def test_evidence_of_another_attempt_roster_round_or_form_is_refused_by_name(opened):
   w, sites, server, told = opened
   _, other, _ = play(w)
-  again = opening.evidence(other)
+  again = opening.evidence(other, COORDINATOR)
   roster = msg.decode(told.roster)
   fewer = msg.encode(roster._replace(adverts=roster.adverts[:-1]))
   for wrong, reason in (
@@ -126,6 +140,12 @@ def test_evidence_of_another_attempt_roster_round_or_form_is_refused_by_name(ope
     assert refused(sites[0], wrong) == reason, reason
 
 
+def test_another_coordinator_than_the_pinned_one_passes_nothing_on(opened):
+  _, sites, server, _ = opened
+  with pytest.raises(secagg.Refused, match="not signed by the coordinator's pinned identity"):
+    opening.total(sites[0], opening.evidence(server, keys.identity()), COORDINATOR.public)
+
+
 def test_a_site_that_is_not_done_opens_nothing(opened):
   w, _, _, told = opened
   sites, _, _ = play(w, until=4)
@@ -135,4 +155,4 @@ def test_a_site_that_is_not_done_opens_nothing(opened):
 def test_sums_of_another_ring_open_as_well():
   w = world((0, 1, 2), sizes=(3,), num_bits=40)
   sites, server, _ = play(w)
-  assert plain(opening.total(sites[1], opening.evidence(server))) == total(w, (0, 1, 2))
+  assert plain(total_of(sites[1], opening.evidence(server, COORDINATOR))) == total(w, (0, 1, 2))

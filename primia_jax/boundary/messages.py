@@ -43,7 +43,8 @@ FIELDS: dict[type, dict[str, str]] = {
   secagg.Consent: _FROM_SITE,
   secagg.Consents: {"round": PUBLIC, "signatures": PUBLIC},
   secagg.Answer: _FROM_SITE | {"self_shares": SHARES, "mask_shares": SHARES},
-  secagg.Evidence: {"round": PUBLIC} | dict.fromkeys(("roster", "masked", "answers"), MESSAGES),
+  secagg.Evidence: {"round": PUBLIC, "signature": PUBLIC}
+  | dict.fromkeys(("roster", "masked", "answers"), MESSAGES),
   secagg.Hello: dict.fromkeys(("site", "identity", "server", "fresh", "told", "signature"), PUBLIC),
   # what a site tells may be the state of a round, or the weights of classes, which follow from the
   # sums that all were told

@@ -14,13 +14,12 @@ the next sum as any other that has shared its keys: the others open what hides i
 Who learns what: as `protocol` says. Keys are fresh for each sum and used for one only, since a
 state with them is taken once. Their adverts and shares are bound to the sum before (`setup`), to
 its keys and so to all totals told before it, but not to that sum's total, which is not known yet.
-Without more, a lying server could tell one site another total, take its masked input all the same,
+Without more, a lying server could take the masked input of a site that goes on from another total,
 and learn by the sum what that site makes of another model (see `exchange`). So each site signs a
 `Bond` under the label of the sum that it takes part in, which has that total in it. Each site is
 shown the bond of every survivor before it signs their list, and refuses if one is missing. No share
-is told before a quorum has signed, so such a sum is not opened. The site that was told another
-total can only be a dropout of the others' sum: then its own mask, which is not opened, hides its
-input.
+is told before a quorum has signed, so such a sum is not opened. The site with another total can
+only be a dropout of the others' sum: then its own mask, which is not opened, hides its input.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def coordinate(
       if set(kinds) <= {msg.Proposal}:
         dismiss(ask, present - set(said), "this site did not answer in time")
         follow = {i for i, one in said.items() if not one.advert}
-        report, said, agreed = _sum(ask, said, agreed, timeout)
+        report, said, agreed = _sum(ask, said, agreed, identity, timeout)
         tell(report)
         present = set(said) | set(report.opened.survivors) | follow
         continue
@@ -192,7 +192,11 @@ def _round_trip(ask: Ask, requests: Mapping[int, bytes], timeout: float) -> dict
 
 
 def _sum(
-  ask: Ask, proposals: Mapping[int, Any], agreed: serving.Server | None, timeout: float
+  ask: Ask,
+  proposals: Mapping[int, Any],
+  agreed: serving.Server | None,
+  identity: keys.Identity,
+  timeout: float,
 ) -> tuple[Report, dict[int, Any], serving.Server | None]:
   """One sum over proposals, perhaps under keys that were agreed on before.
 
@@ -232,7 +236,7 @@ def _sum(
     raise
   told = set(state.received[3])
   dismiss(ask, spoke - told, "this site was lost in stage consistency")
-  evidence = opening.evidence(state)
+  evidence = opening.evidence(state, identity)
   requests = dict.fromkeys(told, msg.encode(evidence))
   requests |= dict.fromkeys(follow, msg.encode(following.tell(state, evidence)))
   begun = time.monotonic()

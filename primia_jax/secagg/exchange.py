@@ -216,7 +216,8 @@ class Exchange:
     if begun.site is None:
       with self._explained(begun.round):
         told = self._hear_later(begun.setup)
-        followed = following.take(begun.setup, begun.round, self._number, told)
+        key = self._pinned.server
+        followed = following.take(begun.setup, begun.round, self._number, told, key)
       return self._learn(begun, *followed)
     site = begun.site
     vectors = [
@@ -244,7 +245,7 @@ class Exchange:
     with self._explained(site.round):
       self._say(answer)
       (told,) = self._hear(site)
-      total = opening.total(site, told)
+      total = opening.total(site, told, self._pinned.server)
     assert site.lists is not None
     self._agreed = coming
     return self._learn(begun, total, site.lists.survivors)

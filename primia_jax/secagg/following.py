@@ -28,7 +28,7 @@ def tell(state: server.Server, evidence: msg.Evidence) -> msg.Message:
 
 
 def take(
-  setup: Setup, round: int, number: int, told: Sequence[msg.Message]
+  setup: Setup, round: int, number: int, told: Sequence[msg.Message], public: bytes
 ) -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:
   """Checks what a site is told of a sum that it is not in.
 
@@ -37,6 +37,7 @@ def take(
     round: of the sum.
     number: of this site.
     told: what came.
+    public: the coordinator's pinned public key.
 
   Returns:
     (the sum, a vector for each of the setup's sizes; the sites in it).
@@ -73,7 +74,7 @@ def take(
     text = rounds.signed_text(setup, msg.Consent(i, round, b""), context)
     if not keys.verify(setup.identities[i], text, signature):
       raise refuse("forged", f"site {i} did not sign the lists that this site was shown")
-  vectors = opening.recompute(setup, round, number, transcript, lists, evidence)
+  vectors = opening.recompute(setup, round, number, transcript, lists, evidence, public)
   return vectors, lists.survivors
 
 

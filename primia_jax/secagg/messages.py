@@ -121,12 +121,16 @@ class Answer(NamedTuple):
 
 
 class Evidence(NamedTuple):
-  """What opens a sum: the encoded `Roster`, and each site's encoded `MaskedInput` and `Answer`."""
+  """What opens a sum: the encoded `Roster`, and each site's encoded `MaskedInput` and `Answer`.
+
+  The signature is the coordinator's, by which sites know that it is the pinned one.
+  """
 
   round: int
   roster: bytes
   masked: dict[int, bytes]
   answers: dict[int, bytes]
+  signature: bytes
 
 
 class Hello(NamedTuple):

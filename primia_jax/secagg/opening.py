@@ -52,22 +52,27 @@ def of(site: protocol.Site, vectors: Sequence[np.ndarray]) -> Opening:
   return Opening(site.round, site.setup.purpose, among, own.digest())
 
 
-def evidence(state: server.Server) -> msg.Evidence:
-  """What opens a sum, for the sites: from the state after `server.open_total`."""
+def evidence(state: server.Server, identity: keys.Identity) -> msg.Evidence:
+  """What opens a sum, signed for the sites: from the state after `server.open_total`."""
   assert state.roster is not None
+  assert state.lists is not None
   masked, answers = (
     {i: msg.encode(state.received[stage][i]) for i in sorted(state.received[stage])}
     for stage in (2, 4)
   )
-  return msg.Evidence(state.round, msg.encode(state.roster), masked, answers)
+  made = msg.Evidence(state.round, msg.encode(state.roster), masked, answers, b"")
+  context = rounds.context_of(server.transcript(state), state.lists)
+  text = rounds.signed_text(state.setup, made, context)
+  return made._replace(signature=keys.sign(identity.private, text))
 
 
-def total(site: protocol.Site, told: msg.Message) -> tuple[np.ndarray, ...]:
+def total(site: protocol.Site, told: msg.Message, public: bytes) -> tuple[np.ndarray, ...]:
   """The sum that a site has taken part in.
 
   Args:
     site: the state after `protocol.unmask`.
     told: what the coordinator passes on.
+    public: the coordinator's pinned public key.
 
   Raises:
     Refused: it does not open the sum of the inputs that the survivors of this site's lists fixed.
@@ -75,11 +80,18 @@ def total(site: protocol.Site, told: msg.Message) -> tuple[np.ndarray, ...]:
   if site.num_sent != len(msg.STAGES) or site.lists is None:
     detail = f"this site has sent {site.num_sent} messages of {len(msg.STAGES)}"
     raise Refused(site.number, "total", "out of turn", detail)
-  return recompute(site.setup, site.round, site.number, site.transcript, site.lists, told)
+  held = site.setup, site.round, site.number, site.transcript, site.lists
+  return recompute(*held, told, public)
 
 
 def recompute(
-  setup: Setup, round: int, number: int, transcript: bytes, lists: msg.Survivors, told: msg.Message
+  setup: Setup,
+  round: int,
+  number: int,
+  transcript: bytes,
+  lists: msg.Survivors,
+  told: msg.Message,
+  public: bytes,
 ) -> tuple[np.ndarray, ...]:
   """The sum over the survivors of lists that a quorum has signed, from what they have sent.
 
@@ -90,6 +102,7 @@ def recompute(
     transcript: the digest of the roster under which the lists were signed.
     lists: the survivors, the dropouts and the digest of the masked inputs.
     told: what the coordinator passes on.
+    public: the coordinator's pinned public key.
 
   Returns:
     A vector for each of the setup's sizes.
@@ -105,6 +118,9 @@ def recompute(
     raise refuse("another round", f"round {told.round} instead of {round}")
   if hashlib.sha256(told.roster).digest() != transcript:  # as `rounds.transcript_of`
     raise refuse("forged", "the keys are not those of this sum")
+  text = rounds.signed_text(setup, told, rounds.context_of(transcript, lists))
+  if not keys.verify(public, text, told.signature):
+    raise refuse("forged", "it is not signed by the coordinator's pinned identity for this sum")
   alive, longest = set(lists.survivors), rounds.message_bytes(setup)
   if set(told.masked) != alive or not set(told.answers) <= alive:
     raise refuse("unknown", "the masked inputs or answers are not those of the survivors")
