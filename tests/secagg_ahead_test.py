@@ -148,7 +148,7 @@ def agreed(w):
   """The states of sites and server with keys for the sum after one of w."""
   sites, server, _ = play(w, 2)
   made = {i: ahead.advertise(site) for i, site in sites.items()}
-  coming = serving.start(ahead.setup(w.setup, serving.transcript(server)), ROUND)
+  coming = serving.start(ahead.setup(w.setup, server.transcript), ROUND)
   gather = lambda coming, made: ahead.gather(coming, {i: m for i, (_, m) in made.items()}, [])
   coming, roster = serving.close_advertise(gather(coming, made))
   made = {i: ahead.share(site, roster) for i, (site, _) in made.items()}
@@ -185,7 +185,7 @@ def test_masks_are_those_of_a_simulation_whose_sites_have_the_same_secrets():
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_a_site_that_was_told_another_total_is_in_no_sum_that_opens(checked, monkeypatch):
+def test_a_site_with_another_total_is_in_no_sum_that_opens(checked, monkeypatch):
   """Its input is of another model: in the others' sum, it could be told from theirs. Its keys were
   agreed on before, so its masks cancel; only its bond says that it goes on from another total.
   """
@@ -231,7 +231,7 @@ def test_keys_of_the_next_sum_are_refused_where_a_site_is_missing():
   sites, server, _ = play(w, 2)
   made = {i: ahead.advertise(site) for i, site in sites.items()}
   adverts = {i: advert for i, (_, advert) in made.items()}
-  start = serving.start(ahead.setup(w.setup, serving.transcript(server)), ROUND)
+  start = serving.start(ahead.setup(w.setup, server.transcript), ROUND)
   four = {i: one for i, one in adverts.items() if i}
   assert ahead.gather(start, four, []) is None
   rejected = []

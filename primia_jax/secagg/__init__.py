@@ -1,4 +1,4 @@
-"""Secure aggregation: the server opens the sum over sites and nothing else."""
+"""Secure aggregation: the sum over sites is opened, and nothing else."""
 
 from primia_jax.secagg.errors import Aborted, Lost, Refused, Rejected, RoundAborted, RoundFailed
 from primia_jax.secagg.masking import (

@@ -13,13 +13,14 @@ the next sum as any other that has shared its keys: the others open what hides i
 
 Who learns what: as `protocol` says. Keys are fresh for each sum and used for one only, since a
 state with them is taken once. Their adverts and shares are bound to the sum before (`setup`), to
-its keys and so to all totals told before it, but not to that sum's total, which is not known yet.
+its keys and so to all totals opened before it, but not to that sum's total, which is not known yet.
 Without more, a lying server could take the masked input of a site that goes on from another total,
 and learn by the sum what that site makes of another model (see `exchange`). So each site signs a
 `Bond` under the label of the sum that it takes part in, which has that total in it. Each site is
-shown the bond of every survivor before it signs their list, and refuses if one is missing. No share
-is told before a quorum has signed, so such a sum is not opened. The site with another total can
-only be a dropout of the others' sum: then its own mask, which is not opened, hides its input.
+shown the bond of every survivor before it sends its signature of their list, and refuses if one
+is missing. No share is told before a quorum has signed, so such a sum is not opened. The site with
+another total can only be a dropout of the others' sum: then its own mask, which is not opened,
+hides its input.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def begin(agreed: Site, now: Setup, round: int) -> tuple[Site, msg.Bond]:
 
 
 def check_bonds(site: Site, bonds: msg.Message, lists: msg.Survivors) -> None:
-  """Checks that every survivor takes part in the same sum, before this site signs their list.
+  """Checks that every survivor takes part in the same sum, before this site consents to it.
 
   Raises:
     Refused: a survivor's bond is missing, or is of another sum, keys or site.
@@ -147,7 +148,9 @@ def serve(agreed: Server, now: Setup, round: int) -> Server:
   """The state of a server that waits for masked inputs under keys that were agreed on before."""
   state = server.start(now, round)
   received = (*agreed.received[:2], *state.received[2:])
-  return state._replace(stage=2, received=received, roster=agreed.roster)
+  return state._replace(
+    stage=2, received=received, roster=agreed.roster, transcript=agreed.transcript
+  )
 
 
 def check_bond(state: Server, site: int, data: bytes) -> bytes:
@@ -163,8 +166,7 @@ def check_bond(state: Server, site: int, data: bytes) -> bytes:
     raise reject("malformed", str(error)) from error
   if not isinstance(bond, msg.Bond) or bond.site != site or site not in state.setup.identities:
     raise reject("malformed", "it is bound to no sum")
-  transcript = server.transcript(state)
-  text = rounds.signed_text(state.setup, msg.Bond(site, state.round, b""), transcript)
+  text = rounds.signed_text(state.setup, msg.Bond(site, state.round, b""), state.transcript)
   if not keys.verify(state.setup.identities[site], text, bond.signature):
     raise reject("forged", "its bond is not of this sum, or not signed by its pinned identity")
   return bond.signature

@@ -1,4 +1,5 @@
-"""The coordinator of a run: it asks the sites what they want next, and opens one sum after another.
+"""The coordinator of a run: it asks the sites what they want next, and passes on what opens one sum
+after another, which it opens, too.
 
 It holds no data, no model and no secret but its identity. Each site answers with its wish: to tell
 all others something, to form a sum or to be told it, or to leave. `coordinate` knows nothing of
@@ -218,8 +219,8 @@ def _sum(
       dismiss(ask, spoke - sites, f"this site was lost in stage {msg.STAGES[state.stage - 1]}")
       spoke, begun = sites, time.monotonic()
       more: Any = None  # for the keys of the next sum
-      if isinstance(out, msg.Survivors):
-        start = serving.start(ahead.setup(setup, serving.transcript(state)), round)
+      if isinstance(out, msg.Survivors) and set(beside) == set(setup.identities):
+        start = serving.start(ahead.setup(setup, state.transcript), round)
         if coming := ahead.gather(start, beside, rejected):
           coming, more = serving.close_advertise(coming)
       elif isinstance(out, msg.Consents) and (coming := ahead.gather(coming, beside, rejected)):
@@ -238,7 +239,8 @@ def _sum(
   dismiss(ask, spoke - told, "this site was lost in stage consistency")
   evidence = opening.evidence(state, identity)
   requests = dict.fromkeys(told, msg.encode(evidence))
-  requests |= dict.fromkeys(follow, msg.encode(following.tell(state, evidence)))
+  if follow:
+    requests |= dict.fromkeys(follow, msg.encode(following.tell(state, evidence)))
   begun = time.monotonic()
   said = _round_trip(ask, requests, timeout)
   seconds.append(time.monotonic() - begun)

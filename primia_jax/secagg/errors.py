@@ -33,7 +33,8 @@ class Refused(Aborted):
 
   Attributes:
     site: the site that refuses; -1 for the coordinator, or a key that is not a member's.
-    stage: the stage in which it refuses, or "roster", "hello" or "start" before the first round.
+    stage: the stage in which it refuses, "total" where it opens a sum, or "roster", "hello" or
+      "start" before the first round.
     reason: one of "out of turn", "another round", "unknown", "changed key", "forged", "too few",
       "malformed", "overlapping", "declared dead", "inconsistent", "falls apart", "older",
       "not confirmed".

@@ -123,7 +123,8 @@ class Answer(NamedTuple):
 class Evidence(NamedTuple):
   """What opens a sum: the encoded `Roster`, and each site's encoded `MaskedInput` and `Answer`.
 
-  The signature is the coordinator's, by which sites know that it is the pinned one.
+  The signature is the coordinator's, of the round, its keys and its lists, which fix the inputs; by
+  it sites know that it is the pinned one. Answers are signed by their sites.
   """
 
   round: int

@@ -60,10 +60,9 @@ def evidence(state: server.Server, identity: keys.Identity) -> msg.Evidence:
     {i: msg.encode(state.received[stage][i]) for i in sorted(state.received[stage])}
     for stage in (2, 4)
   )
-  made = msg.Evidence(state.round, msg.encode(state.roster), masked, answers, b"")
-  context = rounds.context_of(server.transcript(state), state.lists)
-  text = rounds.signed_text(state.setup, made, context)
-  return made._replace(signature=keys.sign(identity.private, text))
+  text = _signed_text(state.setup, state.round, state.transcript, state.lists)
+  signature = keys.sign(identity.private, text)
+  return msg.Evidence(state.round, msg.encode(state.roster), masked, answers, signature)
 
 
 def total(site: protocol.Site, told: msg.Message, public: bytes) -> tuple[np.ndarray, ...]:
@@ -93,7 +92,8 @@ def recompute(
   told: msg.Message,
   public: bytes,
 ) -> tuple[np.ndarray, ...]:
-  """The sum over the survivors of lists that a quorum has signed, from what they have sent.
+  """The sum over the survivors of lists that a quorum has signed, from what they have sent. The
+  caller has checked the lists.
 
   Args:
     setup: of the sum, as this site has made it.
@@ -118,14 +118,15 @@ def recompute(
     raise refuse("another round", f"round {told.round} instead of {round}")
   if hashlib.sha256(told.roster).digest() != transcript:  # as `rounds.transcript_of`
     raise refuse("forged", "the keys are not those of this sum")
-  text = rounds.signed_text(setup, told, rounds.context_of(transcript, lists))
-  if not keys.verify(public, text, told.signature):
+  if not keys.verify(public, _signed_text(setup, round, transcript, lists), told.signature):
     raise refuse("forged", "it is not signed by the coordinator's pinned identity for this sum")
   alive, longest = set(lists.survivors), rounds.message_bytes(setup)
   if set(told.masked) != alive or not set(told.answers) <= alive:
     raise refuse("unknown", "the masked inputs or answers are not those of the survivors")
   if any(len(data) > longest for data in (*told.masked.values(), *told.answers.values())):
     raise refuse("malformed", f"a message in it is longer than {longest} bytes")
+  if server.digest_of_inputs(told.masked[v] for v in lists.survivors) != lists.inputs:
+    raise refuse("forged", "the masked inputs are not those that the sites of the sum have fixed")
   try:
     roster: Any = msg.decode(told.roster)
     if not isinstance(roster, msg.Roster):
@@ -134,13 +135,12 @@ def recompute(
     if unknown := set(shared) - {a.site for a in roster.adverts}:
       raise ValueError(f"sites {sorted(unknown)} have no keys")
     received: tuple[Any, ...] = {a.site: a for a in roster.adverts}, shared, {}, {}, {}
-    state = server.start(setup, round)._replace(stage=2, roster=roster, received=received)
+    state = server.start(setup, round)._replace(
+      stage=2, roster=roster, transcript=transcript, received=received
+    )
     state = _taken(state, told.masked)
-    state, found = server.close_masked_input(state)
-    if found != lists:
-      raise refuse("forged", "the masked inputs are not those that the sites of the sum have fixed")
     consented = *state.received[:3], dict.fromkeys(lists.survivors), {}
-    state = _taken(state._replace(stage=4, received=consented), told.answers)
+    state = _taken(state._replace(stage=4, lists=lists, received=consented), told.answers)
     return server.open_total(state)[1].total
   except RoundFailed as error:
     raise refuse("too few", str(error)) from error
@@ -153,6 +153,12 @@ def message_bytes(setup: Setup) -> int:
   """An upper bound on the bytes of what each site is told of a sum: an input of every site."""
   of_site = 2 * setup.degree * (2 * 4 + keys.KEY_BYTES)  # shares of its answer
   return (1 + len(setup.identities)) * (rounds.message_bytes(setup) + of_site)
+
+
+def _signed_text(setup: Setup, round: int, transcript: bytes, lists: msg.Survivors) -> bytes:
+  """What the coordinator signs: these fix the roster, the survivors and their inputs."""
+  frame = msg.Evidence(round, b"", {}, {}, b"")
+  return rounds.signed_text(setup, frame, rounds.context_of(transcript, lists))
 
 
 def _taken(state: server.Server, said: Mapping[int, bytes]) -> server.Server:

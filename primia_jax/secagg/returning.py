@@ -7,7 +7,7 @@ the meeting, these messages, and the state from one site, in each round another 
 same `Start`, which the others are shown; from then on it is in their sums.
 
 Who learns what: the site that is back, and the coordinator that relays it, learn the global state,
-which follows from sums that the coordinator has opened. The site trusts a state whose digest more
+which follows from the sums that all sites have opened. The site trusts a state whose digest more
 sites have signed than may collude with the coordinator, and two at least: one of them is honest,
 and signs only what it goes on from itself. Sites that were shown other returns are bound to other
 digests, and refuse each other in the next sum, as `exchange` says.

@@ -30,6 +30,7 @@ class Server(NamedTuple):
     around: site to its neighbourhood, itself included.
     received: for each stage, sender to message.
     roster: the keys that all sites are shown.
+    transcript: a digest of the roster.
     lists: the survivors and dropouts that all sites are shown.
   """
 
@@ -39,6 +40,7 @@ class Server(NamedTuple):
   around: Mapping[int, tuple[int, ...]]
   received: tuple[Mapping[int, Any], ...]
   roster: msg.Roster | None
+  transcript: bytes
   lists: msg.Survivors | None
 
 
@@ -62,13 +64,7 @@ class Opened(NamedTuple):
 def start(setup: Setup, round: int) -> Server:
   """The state of a server that waits for adverts."""
   around = rounds.neighbourhoods(setup, round)
-  return Server(setup, round, 0, around, ({},) * len(msg.STAGES), None, None)
-
-
-def transcript(server: Server) -> bytes:
-  """The digest of the roster, after `close_advertise`."""
-  assert server.roster is not None
-  return rounds.transcript_of(server.roster)
+  return Server(setup, round, 0, around, ({},) * len(msg.STAGES), None, b"", None)
 
 
 def expected(server: Server) -> frozenset[int]:
@@ -100,7 +96,7 @@ def receive(server: Server, message: Any) -> Server:
   try:
     context = b""
     if stage == 3 and server.lists:
-      context = rounds.context_of(transcript(server), server.lists)
+      context = rounds.context_of(server.transcript, server.lists)
     text = rounds.signed_text(server.setup, message, context)
   except (ValueError, TypeError, AttributeError) as e:
     raise reject("malformed", str(e)) from e
@@ -130,7 +126,7 @@ def close_advertise(server: Server) -> tuple[Server, msg.Roster]:
   """
   server, adverts = _close(server, 0, server.setup.quorum)
   roster = msg.Roster(server.round, tuple(adverts[site] for site in sorted(adverts)))
-  return server._replace(roster=roster), roster
+  return server._replace(roster=roster, transcript=rounds.transcript_of(roster)), roster
 
 
 def close_share_keys(server: Server) -> tuple[Server, dict[int, msg.Delivery]]:
@@ -147,10 +143,14 @@ def close_masked_input(server: Server) -> tuple[Server, msg.Survivors]:
   shared = server.received[1]
   server, masked = _close(server, 2, server.setup.quorum)
   alive, dead = sorted(masked), sorted(set(shared) - set(masked))
-  digests = [hashlib.sha256(msg.encode(masked[v])).digest() for v in alive]
-  inputs = hashlib.sha256(b"".join(digests)).digest()
+  inputs = digest_of_inputs(msg.encode(masked[v]) for v in alive)
   lists = msg.Survivors(server.round, tuple(alive), tuple(dead), inputs)
   return server._replace(lists=lists), lists
+
+
+def digest_of_inputs(encoded: Iterable[bytes]) -> bytes:
+  """`Survivors.inputs`, of the survivors' encoded masked inputs in the order of their numbers."""
+  return hashlib.sha256(b"".join(hashlib.sha256(one).digest() for one in encoded)).digest()
 
 
 def close_consistency(server: Server) -> tuple[Server, msg.Consents]:
