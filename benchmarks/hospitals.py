@@ -28,7 +28,7 @@ _FLAGS = flags.DEFINE_list("train_flags", [], "Further flags of primia-train, su
 _MORE = 30.0  # seconds that a round apart may cost more than in one process
 _TIMEOUT = 600.0
 _MODULE = "experiments.train_federated"
-_NEXT = "total, and the next masked input, with training"
+_NEXT = "evidence, and the next masked input, with training"
 _STAGES = {  # by the messages of a sum: where its keys were agreed on in the one before, or not
   3: ("consistency", "unmask", _NEXT),
   5: ("share_keys", "masked_input, with training", "consistency", "unmask", _NEXT),

@@ -57,26 +57,34 @@ def of_run(
     protection = f"masks: only the sum over at least {secure.threshold or n} sites opens"
   spent = next((row["epsilon"] for row in reversed(rows) if "epsilon" in row), None)
   charge = "nothing: without differential privacy" if spent is None else f"epsilon {spent:.4g}"
+  # Between processes the coordinator passes on what opens a sum, and each site opens it itself.
+  multiprocess = config.in_processes
+  reader = "coordinator and all sites" if multiprocess else "server"
   crossed = [
-    Crossing("update of the model", "each site", "server", updates, width * numbers * updates,
+    Crossing("update of the model", "each site", reader, updates, width * numbers * updates,
              protection, charge),
-    Crossing("sum of updates", "server", "server and sites", rounds, 4 * numbers * rounds,
-             "none: the sum is what training needs", "with the updates"),
-    Crossing("global model", "server", "each site of a round", asked, 4 * numbers * asked,
-             "none: it is made of the sums", "with the updates"),
+    Crossing("sum of updates", "all of them open it" if multiprocess else "server",
+             "coordinator and all sites" if multiprocess else "server and sites", rounds,
+             0 if multiprocess else 4 * numbers * rounds, "none: the sum is what training needs",
+             "with the updates"),
   ]  # fmt: skip
+  if not multiprocess:
+    crossed.append(
+      Crossing("global model", "server", "each site of a round", asked, 4 * numbers * asked,
+               "none: it is made of the sums", "with the updates")
+    )  # fmt: skip
   if config.training.class_weights:
     is_noised = p.dp != "none" and p.dp_count_noise
     noised = f"noise of deviation {p.dp_count_noise:g}, and " if is_noised else ""
     crossed.append(
-      Crossing("images of each class", "each site", "server", everyone,
+      Crossing("images of each class", "each site", reader, everyone,
                count_width * num_classes * everyone, noised + protection,
                "in the same ledger" if noised else "nothing: exact counts")
     )  # fmt: skip
   if p.validates:
     size = count_width * (cells + 1)
     crossed.append(
-      Crossing("validation counts and loss", "each site", "server", rounds * everyone,
+      Crossing("validation counts and loss", "each site", reader, rounds * everyone,
                size * rounds * everyone, protection, "nothing: exact counts")
     )  # fmt: skip
   if not num_tested:

@@ -158,14 +158,14 @@ def _receivers(s: scored.Score) -> str:
   return {"both": "hospital and vendor"}.get(s.opened_to, f"the {s.opened_to} alone")
 
 
-def _who_learns_what(s: scored.Score, is_apart: bool = False) -> str:
+def _who_learns_what(s: scored.Score, is_multiprocess: bool = False) -> str:
   what = "that bit" if s.opened == "accuracy" else "these counts"
   learns = lambda who: f"{what}; " if s.opened_to in (who, "both") else ""
   marks, word = (
     ", marks that tell whether an image comes again",
     ("Labels, and that each mark is of its image, are the hospital's word."),
   )
-  if is_apart:
+  if is_multiprocess:
     marks, word = (
       "",
       ("Labels are the hospital's word; that the plan counts what it says is the vendor's."),

@@ -164,7 +164,12 @@ def _sum(
   charges: Ledgers | None,
 ) -> Summed:
   """Meets the other sites, and sums with them; with a ledger, counts that carry noise."""
-  n, size = config.scoring.num_sites, len(model.label_names)
+  n, size, most = config.scoring.num_sites, len(model.label_names), config.scoring.most_images
+  if floor > most:
+    raise ValueError(
+      f"fewest_patients={floor} of this site is above most_images={most}, so no count could be "
+      f"told; lower it in site.toml, or have the coordinator offer a larger most_images"
+    )
   counts: Any = None
   kept = opened.keeper(seat.own, seat.number, pinning.needed(seat.own))
   marked = opened.marks(kept, dataset.images)

@@ -134,7 +134,7 @@ def write(
   if volumes.is_volume(s.images):
     first = int(images.columns["slice"][0])
     path, source = folder / VOLUME, os.path.expanduser(s.images)
-    path.touch(0o600)
+    predictions.private_file(path).close()
     litres = volumes.write_masks(path, source, masks, len(label_names), first)
     found = (f"{n} {ml:.2f} ml" for n, ml in zip(label_names[1:], litres[1:], strict=True))
     said = [f"{path} lies on the volume's own voxels: {', '.join(found)}"]
@@ -146,7 +146,7 @@ def write(
     from . import masks_drawn  # here, because the import takes a second
 
     title = f"Masks found under encryption:\n{images.name or pathlib.PurePath(s.images).name}"
-    (folder / OVERLAYS).touch(0o600)
+    predictions.private_file(folder / OVERLAYS).close()
     masks_drawn.found(images, masks, folder / OVERLAYS, title, num_shown)
     said.append(f"{folder / OVERLAYS} shows IMAGES OF PATIENTS, with outlines of their masks")
   return said
@@ -163,7 +163,7 @@ def _write_pngs(
     png.putpalette(_palette(len(label_names)))
     path = folder / f"{name}.mask.png"
     folders.private(path.parent)
-    path.touch(0o600)
+    predictions.private_file(path).close()
     png.save(path)
 
 

@@ -62,7 +62,7 @@ KINDS: dict[type, Kind] = {
     "they open the masks of the sum, and of no site alone",
   ),
   msg.Evidence: Kind(
-    "what opens the sum over the survivors: masked inputs and the shares of their masks", _ALL,
+    "what opens the sum over the survivors: keys, masked inputs and shares of their masks", _ALL,
     "none of the sum, which training needs; masks: nothing else opens", "as the rows above",
   ),
   msg.Hello: Kind(

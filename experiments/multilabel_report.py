@@ -125,7 +125,7 @@ def probabilities_csv(
   there: np.ndarray | None = None,
 ) -> None:
   """Writes each image's probability of each finding, and the truth where it is known."""
-  with path.open("w", newline="", encoding="utf-8") as file:
+  with predictions.private_file(path) as file:
     writer = csv.writer(file)
     true = [] if there is None else [f"true: {name}" for name in names]
     writer.writerow([predictions.csv_cell(cell) for cell in ("image", *names, *true)])

@@ -140,11 +140,11 @@ def crossed_by(config: Evaluate, label_names: Sequence[str], num_in_sum: int) ->
   charge = f"epsilon {epsilon} to the patients of each site"
   noise = f"noise of deviation {config.scoring.dp_count_noise:g}, and "
   return [
-    Crossing("counts of scores, with noise", "each site", "coordinator", num_in_sum,
+    Crossing("counts of scores, with noise", "each site", "coordinator and sites", num_in_sum,
              masked * num_in_sum, f"{noise}masks: only the sum over at least {needs} sites opens",
              charge),
-    Crossing("sum of the counts, with noise", "coordinator", "coordinator and sites", 1,
-             4 * numbers, "the noise of every site in it", "as the row above"),
+    Crossing("sum of the counts, with noise", "all of them open it", "coordinator and sites", 1,
+             0, "the noise of every site in it", "as the row above"),
     pooled_report.crossing_of_hellos(n, size),
   ]  # fmt: skip
 

@@ -205,9 +205,9 @@ def crossed_by(config: Evaluate, num_classes: int, num_in_sum: int) -> list[Cros
   needs = config.fewest_in_sum
   charge = "nothing: exact counts of test images, which are in no ledger"
   return [
-    Crossing("counts of scores", "each site", "coordinator", num_in_sum, masked * num_in_sum,
-             f"masks: only the sum over at least {needs} sites opens", charge),
-    Crossing("sum of the counts", "coordinator", "coordinator and sites", 1, 4 * numbers,
+    Crossing("counts of scores", "each site", "coordinator and sites", num_in_sum,
+             masked * num_in_sum, f"masks: only the sum over at least {needs} sites opens", charge),
+    Crossing("sum of the counts", "all of them open it", "coordinator and sites", 1, 0,
              "none: it is what is wanted; floors hold for what is written", charge),
     crossing_of_hellos(n, num_classes),
   ]  # fmt: skip

@@ -83,7 +83,7 @@ def write(
     paired = dice[main_arm].mean(1) - dice["pooled"].mean(1)
     result["difference"] = {"of": main_arm, "minus": "pooled", "dice": interval(paired)}
   facts.write(folder, title, result)
-  with (folder / "dice.csv").open("w", encoding="utf-8") as file:
+  with predictions.private_file(folder / "dice.csv") as file:
     file.write(",".join(["case", *(f"{arm}: {k}" for arm in dice for k in names)]) + "\n")
     for i, case in enumerate(case_names):
       cells = (f"{v:.6f}" for values in dice.values() for v in values[i])

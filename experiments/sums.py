@@ -46,7 +46,13 @@ def facts(config: Train, images: inputs.Inputs, sent: PyTree) -> dict[str, Any] 
     "how many of a site and its peers must answer": secure.threshold or "all: no site may drop out",
     "sites that may collude with the server": _collusion(config, secure),
     **encoding,
-    "who learns what": "the server sees sums only; " + _whose_keys(config, secure) + _of_two(n),
+    "who learns what": (
+      "the coordinator and all sites see masked inputs and open their sums only; "
+      if config.in_processes
+      else "the server sees sums only; "
+    )
+    + _whose_keys(config, secure)
+    + _of_two(n),
     "known to all": (
       f"sizes of the smallest and largest site: {count(min(sizes))} and {count(max(sizes))} "
       "training images"
@@ -78,7 +84,7 @@ def _whose_keys(config: Train, secure: secagg.SecureSum) -> str:
       "each site's process agrees on keys with the others anew for each sum, and no other "
       "process knows them"
     )
-    return f"{keys}; all sites see the sums, too"
+    return keys
   keys = (
     "keys are agreed and shared anew for each sum"
     if secure.threshold

@@ -100,6 +100,14 @@ def of(output_dir: pathlib.Path | None, what: Any, images: np.ndarray) -> Iterat
         f"output_dir={output_dir} holds answers of an inference that was stopped, of other images "
         f"or with other flags; go on with those, remove {folder}, or name another folder"
       )
+    if not (folder / _OF).is_file():  # a crash took it first, and what is left may be of others
+      _remove_answers(folder)
     durable.replace(folder / _OF, name)
     yield Kept(folder)
+    _remove_answers(folder)  # before `_OF`, which says whose they are
     shutil.rmtree(folder)
+
+
+def _remove_answers(folder: pathlib.Path) -> None:
+  for path in folder.glob("run_*.npz"):
+    path.unlink()

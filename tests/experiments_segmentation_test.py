@@ -163,21 +163,21 @@ def test_npz_masks_are_resized_to_the_nearest_class_and_checked(tmp_path):
     load(f"npz:{tmp_path / 'd.npz'}", size=8, channels=1)
 
 
-def write_images(folder, num=2):
-  """PNGs of 24 x 16 pixels, and the images [num, 8, 8, 1] that a model makes of them."""
+def write_images(folder, num=2, size=8):
+  """PNGs of 3 size x 2 size pixels, and the images [num, size, size, 1] that a model takes."""
   folder.mkdir()
-  images, _ = scenes(num, seed=2)
+  images, _ = scenes(num, seed=2, size=size)
   for i, image in enumerate(images):
     whole = np.kron(image[..., 0], np.ones((3, 2), np.uint8))
     Image.fromarray(whole).save(folder / f"{i}.png")
-  return np.stack([decode.decode((folder / f"{i}.png").read_bytes(), "a", size=8, channels=1)
+  return np.stack([decode.decode((folder / f"{i}.png").read_bytes(), "a", size=size, channels=1)
                    for i in range(num)])  # fmt: skip
 
 
 @pytest.mark.slow
 def test_masks_found_under_encryption_are_the_plain_ones(run, tmp_path, capsys):
   folder, _ = run
-  images = write_images(tmp_path / "images")
+  images = write_images(tmp_path / "images", size=16)
   s = Infer(
     checkpoint=str(folder), images=str(tmp_path / "images"), output_dir=str(tmp_path / "out"),
     calibration_images=2, batch=2, ring_bits=64, fraction_bits=16, check=True,
@@ -195,7 +195,7 @@ def test_masks_found_under_encryption_are_the_plain_ones(run, tmp_path, capsys):
   assert sure.mean() > 0.9
   for i in range(2):
     found = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{i}.png.mask.png"))
-    assert found.shape == (24, 16)
+    assert found.shape == (48, 32)
     np.testing.assert_array_equal(found[1::3, 1::2][sure[i]], plain[i][sure[i]])
   with (tmp_path / "out" / "areas.csv").open() as file:
     rows = list(csv.DictReader(file))

@@ -137,7 +137,7 @@ def test_sums_of_hospitals_are_the_scores_of_all_images_in_one_place(
     assert oct((results[i] / "own").stat().st_mode)[-3:] == "700"
   assert len(texts) == 1  # the pooled report has nothing of one site
   disclosed = (results[0] / "disclosure.md").read_text()
-  assert "| counts of scores | each site | coordinator | 3 |" in disclosed
+  assert "| counts of scores | each site | coordinator and sites | 3 |" in disclosed
   assert "counts are exact" in texts.pop()
 
 

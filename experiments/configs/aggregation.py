@@ -213,7 +213,8 @@ class Aggregation:
           f"fewest_colluding={fewest} of this site, and sums of {n} sites with "
           f"secagg_threshold={secure.threshold} and secagg_colluding={self.num_colluding(n)} hold "
           "against fewer sites that collude with a coordinator that lies; have the coordinator "
-          "raise both, or leave them out"
+          "raise both, or leave them out; or lower fewest_colluding in site.toml if the sites are "
+          "trusted"
         )
 
   def said(self, num_sites: int) -> str:
