@@ -29,7 +29,7 @@ _USUAL = (
   "digest", "config", "fewest_patients", "fewest_sites", "max_epsilon", "allowed", "reports_to",
   "title", "host", "port", "card", "model_owner", "helper", "client", "helper_address",
   "study", "seeds", "epsilons", "arms", "trials", "space", "settings", "other", "ids", "blinded",
-  "returned", "kind", "score_bins", "subgroups",
+  "returned", "kind", "score_bins", "subgroups", "channel_dir",
 )  # fmt: skip
 _COLUMN = 27  # where the texts begin
 _WIDTHS = 72, 100  # the narrowest and the widest page

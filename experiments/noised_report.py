@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from primia_jax.disclosure import Crossing, Policy
 from primia_jax.metrics import NoisedCounts
 from primia_jax.privacy import ledger
 
-from . import crossings, markdown, pooled_report, report, versions
+from . import markdown, pooled_report, report
 from .configs.scoring import Evaluate
 from .markdown import PER_CLASS, SCALARS
 
@@ -55,11 +54,15 @@ def write(
   )
   found = result(config, label_names, known, sites)
   crossed = crossed_by(config, label_names, len(sites))
-  found |= {"data": data_name, "crossed": [one._asdict() for one in crossed], "config": dict(about)}
-  found = report.jsonable(found | {"versions": versions.found()})
-  (folder / "metrics.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
-  policy = Policy((disclosure.NOISED_COUNTS,), 0, config.fewest_in_sum)
-  crossings.write(folder, found["title"], policy, crossed)
+  of_run = report.Facts(
+    about,
+    secure_aggregation=_facts_of_sums(config, len(sites)),
+    privacy=facts(config, len(label_names), len(sites)),
+    policy=Policy((disclosure.NOISED_COUNTS,), 0, config.fewest_in_sum),
+    crossed=crossed,
+  )
+  found = report.jsonable(found | {"data": data_name} | of_run.told())
+  of_run.write(folder, found["title"], found)
   (folder / "report.md").write_text(page(found), encoding="utf-8")
   return found
 
@@ -93,9 +96,6 @@ def result(
     "standard deviation of a count": deviation,
     "scores in bins": np.round(counts.table, 2),
     "intervals": {"level": 0.95, "kind": "normal, of sampling and noise together"},
-    "images": {},
-    "secure_aggregation": _facts_of_sums(config, len(sites)),
-    "privacy": facts(config, len(names), len(sites)),
   }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from primia_jax import metrics, secagg
 from primia_jax.disclosure import Crossing, Policy, Suppressed
 from primia_jax.metrics import ScoreCounts
 
-from . import binned_plots, crossings, lettering, markdown, plots, report, versions
+from . import binned_plots, crossings, lettering, markdown, plots, report
 from .configs.scoring import Evaluate
 from .markdown import PER_CLASS, SCALARS, row
 
@@ -55,10 +54,10 @@ def write(
   policy = Policy(fewest_patients=floor, fewest_sites=config.fewest_in_sum)
   found = result(config, label_names, counts, sites, policy)
   crossed = crossed_by(config, len(label_names), len(sites))
-  found |= {"data": data_name, "crossed": [one._asdict() for one in crossed], "config": dict(about)}
-  found = report.jsonable(found | {"versions": versions.found()})
-  (folder / "metrics.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
-  crossings.write(folder, found["title"], policy, crossed)
+  secure = facts(config, len(sites))
+  of_run = report.Facts(about, secure_aggregation=secure, policy=policy, crossed=crossed)
+  found = report.jsonable(found | {"data": data_name} | of_run.told())
+  of_run.write(folder, found["title"], found)
   left_out = found["pictures left out"]
   title = f"{found['title']}: {data_name}"
   if "confusion_matrix.png" not in left_out:
@@ -140,9 +139,6 @@ def result(
     "intervals": {
       "level": 0.95, "num_resamples": report.NUM_RESAMPLES, "seed": config.seed, "unit": "image",
     },
-    "images": {},
-    "secure_aggregation": facts(config, len(sites)),
-    "privacy": None,
   }  # fmt: skip
 
 

@@ -8,6 +8,7 @@
   ledger           of its images (`privacy.chain`)
   journal.jsonl    what was done, a line each
   log, log.1       what its programs of a run printed (`site_log`)
+  opened           which sums its images are in, so that none can be subtracted (`opened`)
 
 The coordinator has such a folder, too, without data and ledger.
 """

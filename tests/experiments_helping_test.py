@@ -71,7 +71,7 @@ def test_defaults_are_shown(monkeypatch):
 
 def test_the_usual_flags_are_flags():
   """Of some program; one that was renamed would vanish from `--help`."""
-  ours = "joining", "site_folders", "offering", "intersecting"
+  ours = "joining", "site_folders", "offering", "intersecting", "seating"
   modules = *PROGRAMS, "planned", "scored", "sharing", *ours
   sources = " ".join((ROOT / "experiments" / f"{name}.py").read_text() for name in modules)
   known = {

@@ -51,7 +51,7 @@ def test_a_class_of_which_no_site_has_an_image_is_named():
   found, _ = result_of([[7, 3], [0, 0]], 0)
   assert found["missing classes"] == ["b"]
   assert found["scores"]["macro_roc_auc"]["value"] is None
-  text = pooled_report.page(found | {"data": "x", "config": {}, "versions": {}})
+  text = pooled_report.page(found | {"data": "x"} | report.Facts({}).told())
   assert "**No site has an image of b**" in text
   assert "| macro ROC-AUC | undefined |" in text
 
@@ -66,7 +66,7 @@ def test_pictures_are_drawn(tmp_path):
 
 def test_patients_with_several_images_are_told_with_what_they_do_to_the_interval():
   say = lambda groups: (
-    lambda found: pooled_report.page(found | {"data": "x", "config": {}, "versions": {}})
+    lambda found: pooled_report.page(found | {"data": "x"} | report.Facts({}).told())
   )(result_of([[30, 10], [5, 35]], 0, groups)[0])
   alone, in_fours = say(None), say(np.arange(80) // 4)
   assert "Clopper-Pearson" in alone
