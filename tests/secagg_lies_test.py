@@ -2,7 +2,18 @@
 
 import numpy as np
 import pytest
-from secagg_world import ROUND, answer, begin, for_site, play, resigned, total, without_last, world
+from secagg_world import (
+  ROUND,
+  answer,
+  begin,
+  for_site,
+  masked_input,
+  play,
+  resigned,
+  total,
+  without_last,
+  world,
+)
 
 from primia_jax import secagg
 from primia_jax.secagg import keys, protocol
@@ -264,4 +275,4 @@ def test_two_rosters_for_two_sites_are_noticed_before_anything_is_masked():
   said = {i: protocol.share_keys(sites[i], told[i]) for i in told}
   boxes = lambda i: msg.Delivery(ROUND, {v: m.boxes[i] for v, (_, m) in said.items() if v != i})
   with pytest.raises(secagg.Refused, match="forged: site 0's shares"):
-    protocol.masked_input(said[1][0], boxes(1), w.inputs[1])
+    masked_input(said[1][0], boxes(1), w.inputs[1])

@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from secagg_world import ROUND, answer, begin, for_site, play, resigned, total, world
+from secagg_world import ROUND, answer, begin, for_site, masked_input, play, resigned, total, world
 
 from primia_jax import secagg
 from primia_jax.secagg import graph, protocol, rounds
@@ -223,7 +223,7 @@ def test_a_site_with_another_identity_or_another_input_is_told_at_once():
     (w.inputs[1][1],) * 2,
   ):
     with pytest.raises(ValueError, match="the input must be"):
-      protocol.masked_input(sites[1], out[1], vectors)
+      masked_input(sites[1], out[1], vectors)
 
 
 def test_every_part_of_the_setup_is_signed():

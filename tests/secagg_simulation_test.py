@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from secagg_world import masked_input
 
 from primia_jax import ring, secagg
 from primia_jax.secagg import graph, keys, protocol, rounds, simulation, subkeys
@@ -94,14 +95,14 @@ def told(round_index, setup, identities, vectors, lost):
       said |= {} if lost.before[i] else {i: protocol.advertise(setup, round_index, i, k)}
   noise, inputs, server = {i: s.secrets.noise for i, (s, _) in said.items()}, {}, None
   server = serving.start(setup, round_index)
-  steps = protocol.share_keys, protocol.masked_input, protocol.consistency, protocol.unmask
+  steps = protocol.share_keys, masked_input, protocol.consistency, protocol.unmask
   for step, close in zip(steps, serving.CLOSE, strict=True):
     server = functools.reduce(serving.receive, [m for _, m in said.values()], server)
     server, out = close(server)
     to = lambda i, out=out: out[i] if isinstance(out, dict) else out
-    own = lambda i, step=step: [vectors[i]] if step is protocol.masked_input else []
+    own = lambda i, step=step: [vectors[i]] if step is masked_input else []
     said = {i: step(s, to(i), *own(i)) for i, (s, _) in said.items()}
-    if step is protocol.masked_input:
+    if step is masked_input:
       inputs = {i: m.vectors for i, (_, m) in said.items()}
       said = {i: s for i, s in said.items() if not lost.during[i]}
   said = {i: s for i, s in said.items() if not lost.after[i]}

@@ -9,7 +9,14 @@ from primia_jax.secagg import keys, protocol, rounds
 from primia_jax.secagg import server as serving
 
 ROUND = 3
-STEPS = (protocol.share_keys, protocol.masked_input, protocol.consistency, protocol.unmask)
+
+
+def masked_input(site, delivery, vectors):
+  """What a site does in stage 2."""
+  return protocol.mask_input(protocol.take_shares(site, delivery), vectors)
+
+
+STEPS = (protocol.share_keys, masked_input, protocol.consistency, protocol.unmask)
 
 
 class World(NamedTuple):

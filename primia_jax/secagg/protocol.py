@@ -162,15 +162,8 @@ def share_keys(site: Site, roster: msg.Roster) -> tuple[Site, msg.Shares]:
   return site._replace(num_sent=2, shares={me: (b"", dealt[me][1])}), _signed(site, shares)
 
 
-def masked_input(
-  site: Site, delivery: msg.Delivery, vectors: Sequence[np.ndarray]
-) -> tuple[Site, msg.MaskedInput]:
-  """Stage 2: `take_shares`, and then `mask_input`."""
-  return mask_input(take_shares(site, delivery), vectors)
-
-
 def take_shares(site: Site, delivery: msg.Delivery) -> Site:
-  """The state with the neighbours' shares, which it may have to tell in the last stage.
+  """Stage 2: the state with the neighbours' shares, which it may have to tell in the last stage.
 
   Args:
     site: the state after `share_keys`.
@@ -204,7 +197,7 @@ def take_shares(site: Site, delivery: msg.Delivery) -> Site:
 
 
 def mask_input(site: Site, vectors: Sequence[np.ndarray]) -> tuple[Site, msg.MaskedInput]:
-  """The input under this site's own mask and those of all neighbours that shared keys.
+  """Still stage 2: the input under this site's mask and those of all neighbours that shared keys.
 
   Args:
     site: the state after `take_shares`.
