@@ -164,7 +164,7 @@ def _sum(
   charges: Ledgers | None,
 ) -> Summed:
   """Meets the other sites, and sums with them; with a ledger, counts that carry noise."""
-  n, size, most = config.scoring.num_sites, len(model.label_names), config.scoring.most_images
+  n, most = config.scoring.num_sites, config.scoring.most_images
   if floor > most:
     raise ValueError(
       f"fewest_patients={floor} of this site is above most_images={most}, so no count could be "
@@ -177,7 +177,7 @@ def _sum(
     opened.check_images(kept, model.sha256, marked)
     counts = _exact(config, dataset, probabilities)
   else:
-    noised_counts.check_budget(config, size, seat, charges.chain)
+    noised_counts.check_budget(charges, seat)
   own = {"model": model.sha256, "classes": list(model.label_names), "fewest_patients": floor}
   place, said = processes.connect(config, seat, json.dumps(own).encode())
   assert place.joined is not None
@@ -188,7 +188,7 @@ def _sum(
     summation = place.masked(config.scoring.sums())
     add: Any = evaluation.score_summing(summation, place.placement)
     if charges is not None:
-      noised_counts.charge(charges, config, size, seat)
+      noised_counts.charge(charges, seat)
       counts = noised_counts.counted(config, dataset, probabilities)
       add = evaluation.count_summing(summation, place.placement)
     total, sites = add(range(n), jax.tree.map(lambda a: np.asarray(a)[None], counts))

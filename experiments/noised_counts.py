@@ -69,24 +69,22 @@ def begin(
   return ledger.Ledgers(cost, folder / ledger.LEDGER, chain, of_sites)
 
 
-def check_budget(config: Evaluate, num_classes: int, seat: processes.Seat, chain: Chain) -> None:
+def check_budget(charges: ledger.Ledgers, seat: processes.Seat) -> None:
   """Refuses an evaluation that would cost this site more than is left of its budget; raises as
   `admission.check_budget`.
   """
   if seat.site is not None:
-    cost = config.scoring.cost(num_classes)
-    admission.check_budget(seat.site, cost, chain, rounds=1, done=0, counted=True)
+    of_run = seat.site, charges.plan, charges.chain
+    admission.check_budget(*of_run, rounds=1, done=0, counted=True)
 
 
-def charge(
-  charges: ledger.Ledgers, config: Evaluate, num_classes: int, seat: processes.Seat
-) -> None:
+def charge(charges: ledger.Ledgers, seat: processes.Seat) -> None:
   """Charges this site's images, before their counts leave.
 
   A start that is killed before its sum is opened is charged, and so is the next one: each has noise
   of its own.
   """
-  charges.spend(config.scoring.cost(num_classes).releases[0], [seat.number])
+  charges.spend_round([seat.number])
   if seat.site is not None:
     admission.note_charged(seat.site, charges.chain.last)
 

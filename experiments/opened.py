@@ -64,11 +64,12 @@ def note(kept: Keeper, opening: Opening, since: bytes = b"") -> None:
     OSError: it cannot be written.
   """
   what = f"{opening.round} {opening.purpose} {(since or opening.digest).hex()}"
-  for line in _lines(kept):
+  lines = _lines(kept)
+  for line in lines:
     if line["what"] == what and line["sites"] != _keys(opening):
       said = f"what this site gives to the sum of round {opening.round}"
       _refuse(kept, opening, line, f"{said} it has given to that of an earlier start")
-  _write(kept, opening, what)
+  _add(kept, lines, opening, what)
 
 
 def marks(kept: Keeper, images: Any) -> list[str]:
@@ -104,11 +105,12 @@ def note_images(kept: Keeper, model: str, marked: Sequence[str], opening: Openin
     Refused: they were counted with this model in a sum over other sites.
     OSError: it cannot be written.
   """
-  for line in _lines(kept):
+  lines = _lines(kept)
+  for line in lines:
     is_same = line["what"] == model and set(line.get("images", ())) & set(marked)
     if is_same and line["sites"] != _keys(opening):
       _refuse(kept, opening, line, "the same images were counted with this model before")
-  _write(kept, opening, model, images=list(marked))
+  _add(kept, lines, opening, model, images=list(marked))
 
 
 def _refuse(kept: Keeper, opening: Opening, line: Mapping[str, Any], what: str) -> NoReturn:
@@ -133,9 +135,11 @@ def _keys(opening: Opening) -> list[str]:
   return sorted(key.hex() for key in opening.sites.values())
 
 
-def _write(kept: Keeper, opening: Opening, what: str, **facts: Any) -> None:
+def _add(
+  kept: Keeper, lines: Sequence[dict[str, Any]], opening: Opening, what: str, **facts: Any
+) -> None:
   line = {"what": what, "sites": _keys(opening)} | facts
-  if line not in _lines(kept):
+  if line not in lines:
     durable.append(kept.folder / _FILE, json.dumps(line).encode())
 
 

@@ -88,13 +88,23 @@ class Seating:
         "out, or give --site"
       )
 
-  def check_channel(self, own: pathlib.Path) -> None:
+  def check_channel(self, own: pathlib.Path | None) -> None:
     """Refuses a channel in the folder of a hospital: a SuperNode that reaches it runs as the user
     who owns all in the folder.
 
+    Args:
+      own: a folder that `primia-site` has made, if this process has one.
+
     Raises:
-      ValueError: unless `same_user` says that this is meant.
+      ValueError: unless `same_user` says that this is meant; or it is said where no such folder is.
     """
+    if own is None:
+      if self.same_user:
+        raise ValueError(
+          "same_user=True is about a folder that primia-site has made, and this run has none: in a "
+          "trial all programs are this user's; leave it out"
+        )
+      return
     place = own if self.channel is None else self.channel
     if self.same_user or not place.resolve().is_relative_to(own.resolve()):
       return

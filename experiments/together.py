@@ -63,8 +63,7 @@ def score(values: flags.FlagValues, site: admission.Site | None, module: str) ->
     config = _of_flags(values, model)
   is_site = site is not None or "site" in given
   seating.check(given, FLOWER, number, config.scoring.num_sites, is_site)
-  if site is not None:
-    seating.check_channel(site.folder)
+  seating.check_channel(None if site is None else site.folder)
   if number < 0:
     _start_trial(values, config, seating, module)
   else:

@@ -81,8 +81,7 @@ def main() -> None:
   given = [name for name in NAMES if FLAGS[name].present]
   is_site = site is not None or "site" in given
   seating.check(given, config.federation.placement, number, num_sites, is_site)
-  if site is not None:
-    seating.check_channel(site.folder)
+  seating.check_channel(None if site is None else site.folder)
   if in_processes and number < 0:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerator to the processes
     rehearse(config)

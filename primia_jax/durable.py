@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+from typing import IO
+
+_BLOCK = 1 << 16  # bytes read at once
 
 
 def create(path: pathlib.Path, data: bytes, mode: int = 0o600) -> None:
@@ -33,14 +36,25 @@ def append(path: pathlib.Path, line: bytes) -> None:
   """
   is_new = not path.exists()
   with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-    whole = file.read()
-    file.seek(whole.rfind(b"\n") + 1)
+    file.seek(_after_last_line(file))
     file.write(line + b"\n")
     file.truncate()
     file.flush()
     os.fsync(file.fileno())
   if is_new:
     sync_folder(path.parent)
+
+
+def _after_last_line(file: IO[bytes]) -> int:
+  """The offset behind a file's last whole line, found from its end."""
+  end = file.seek(0, os.SEEK_END)
+  while end:
+    start = max(0, end - _BLOCK)
+    file.seek(start)
+    if (at := file.read(end - start).rfind(b"\n")) >= 0:
+      return start + at + 1
+    end = start
+  return 0
 
 
 def sync_folder(folder: pathlib.Path) -> None:

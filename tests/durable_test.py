@@ -43,3 +43,17 @@ def test_what_is_written_is_synced_with_its_name(tmp_path, monkeypatch, write):
   if write is durable.create:
     durable.sync_folder(tmp_path)
   assert synced == [(tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("before", [b"", b"one\n", b"one\nhal", b"hal", b"one\n" + b"x" * 200_000])
+def test_a_line_is_added_over_one_that_a_crash_left_unfinished(tmp_path, before):
+  path = tmp_path / "lines"
+  path.write_bytes(before)
+  for line in (b"two", b"three"):
+    durable.append(path, line)
+  assert path.read_bytes() == before[: before.rfind(b"\n") + 1] + b"two\nthree\n"
+
+
+def test_a_file_of_lines_is_made_for_its_owner(tmp_path):
+  durable.append(tmp_path / "lines", b"x")
+  assert (tmp_path / "lines").stat().st_mode & 0o777 == 0o600

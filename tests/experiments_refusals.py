@@ -238,6 +238,8 @@ SITE --dp_clip_quantile=1                   | dp_clip_quantile | 1 | between
 --channel_dir={folder}                      | channel_dir | {folder} | placement=flower
 --same_user                                 | same_user | True | placement=flower
 --placement=flower --channel_dir={folder}   | channel_dir | {folder} | --site
+--placement=flower --same_user              | same_user | True | leave it out
+--placement=flower --site=0 --same_user     | same_user | True | leave it out
 --placement=flower --site=0 --channel_dir={missing} | channel_dir | {missing} | make it
 --placement=flower --site=7                 | site | 7 | 0 to 2
 --placement=flower --site=-1                | site | -1 | 0 to 2

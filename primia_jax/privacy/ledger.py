@@ -36,6 +36,7 @@ class Ledgers:
   under other noise, and that reveals more than one release (`plan.dp_ftrl`).
 
   Attributes:
+    plan: what is charged.
     ledgers: one for each site.
     counts: the noised class counts, which are released once, restarts included; None before.
     chain: where all of it is written.
@@ -62,7 +63,7 @@ class Ledgers:
     Raises:
       ValueError: the chain does not hold what the run was charged, or the run was of other units.
     """
-    self._plan, self._path, self.chain = plan, path, chain
+    self.plan, self._path, self.chain = plan, path, chain
     groups = [None if names is None else _group(names) for names in units]
     named = [None if group is None else group["group"] for group in groups]
     begin = {"unit": plan.unit, "delta": plan.delta, "groups": named, "private": is_private}
@@ -112,11 +113,11 @@ class Ledgers:
 
   def within_budget(self, site_ids: Sequence[int]) -> bool:
     """Whether one more round of these sites keeps within the target."""
-    if math.isinf(self._plan.target_epsilon):
+    if math.isinf(self.plan.target_epsilon):
       return True
     cost = lambda i: () if self._has_paid(i) else self._of_a_round
     after = {functools.reduce(accounting.spend, cost(i), self.ledgers[i]) for i in site_ids}
-    return accounting.of_sites(list(after)) <= self._plan.target_epsilon
+    return accounting.of_sites(list(after)) <= self.plan.target_epsilon
 
   def spend_round(self, site_ids: Sequence[int]) -> None:
     """Charges a round to its sites; call it before anything is released."""
@@ -132,10 +133,10 @@ class Ledgers:
 
   @property
   def _of_a_round(self) -> tuple[Release, ...]:
-    return self._plan.charge(Ledger(self._plan.unit, self._plan.delta)).releases
+    return self.plan.charge(Ledger(self.plan.unit, self.plan.delta)).releases
 
   def _has_paid(self, site: int) -> bool:
-    return self._plan.whole_run and site in self._paid
+    return self.plan.whole_run and site in self._paid
 
   def _charge(self, releases: Iterable[Release], site_ids: Sequence[int]) -> None:
     about = {"kind": "charge", "run": self._run, "sites": list(site_ids), "at": _now()}

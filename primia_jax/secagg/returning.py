@@ -120,7 +120,7 @@ def giver_of(starts: Mapping[int, msg.Start]) -> int:
   gives what is not the state delays a return and does not prevent it.
 
   Args:
-    starts: of those that go on, by site.
+    starts: of those that go on, by site; most are of one round.
   """
   (round, _), *_ = collections.Counter(one.round for one in starts.values()).most_common(1)
   return sorted(starts)[round % len(starts)]
@@ -153,6 +153,7 @@ def come_back(
   colluding: int,
   take: Callable[[Back, bytes], _Taken],
   own: bytes = b"",
+  tell: Callable[[str], object] = lambda what: None,
 ) -> tuple[Back, _Taken]:
   """Takes part again in a run that goes on. Its `Recalled` is not yet answered.
 
@@ -164,6 +165,7 @@ def come_back(
     colluding: how many sites may collude with the coordinator.
     take: checks the state given, as bytes, against its digest, and returns what is made of it.
     own: see `Standing`.
+    tell: is told of each site that gave what `take` refused.
 
   Returns:
     (what it goes on from, what `take` has made of the state).
@@ -189,7 +191,7 @@ def come_back(
       taken = take(back, message.state)
     except Refused as error:
       wrong.add(giver)
-      print(f"{error}; site {giver} was to give it")
+      tell(f"{error}; site {giver} was to give it")
       if wrong >= {i for i in message.starts if i != number}:
         detail = f"sites {sorted(wrong)} were to give the state, one after another: {error}"
         raise refuse(error.reason, detail) from error
