@@ -30,6 +30,7 @@ class Study(NamedTuple):
     arms: of `ARMS`, those that it takes by default.
     encrypted: flags of the encrypted answers.
     attacks: parts of the audit of the federation whose updates are in the clear.
+    pooled: further flags of the pooled arm, which sees as many images as all sites together.
   """
 
   about: str
@@ -42,6 +43,7 @@ class Study(NamedTuple):
   arms: tuple[str, ...] = ARMS
   encrypted: tuple[str, ...] = ()
   attacks: str = "threats,recognition,numbers"
+  pooled: tuple[str, ...] = ()
 
 
 class Step(NamedTuple):
@@ -75,6 +77,8 @@ _LITE: dict[str, Any] = {
     "--batch=1", "--ring_bits=64", "--fraction_bits=18", "--calibration_images=64", "--margin=4",
   ),
   "attacks": "threats",
+  # eight epochs, and so the images of the three hospitals' 44 rounds of eight batches
+  "pooled": ("--rounds=8", "--sync_batches=0", "--sync_epochs=1"),
 }  # fmt: skip
 STUDIES = {
   "phantom": Study(
@@ -223,7 +227,7 @@ def steps(
     is_first = seed == seeds[0]
     of_plain = arms if seed in seeds else ()
     if "pooled" in of_plain:
-      train("pooled", seed, plain, is_pooled=True)
+      train("pooled", seed, (*study.plain, *study.pooled, *more, *source), is_pooled=True)
     if "secure" in of_plain:
       beside = ("--baselines=local",) if is_first and "local" in arms else _ALONE
       train("secure", seed, (*plain, "--aggregation=secure", *beside))

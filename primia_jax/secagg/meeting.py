@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from primia_jax import durable
 from primia_jax.secagg import carrier as carrying
-from primia_jax.secagg import errors, keys
+from primia_jax.secagg import errors, keys, pinning
 from primia_jax.secagg import messages as msg
 from primia_jax.secagg.carrier import MEETING_BYTES, Carrier
 from primia_jax.secagg.errors import Lost, Refused, Rejected
@@ -44,10 +44,7 @@ def own_identity(path: pathlib.Path) -> keys.Identity:
   """
   if not path.is_file():
     durable.replace(path, keys.identity().private)
-  private = path.read_bytes()
-  if len(private) != keys.KEY_BYTES:
-    raise ValueError(f"{path} has {len(private)} bytes and is not a private key; restore it")
-  return keys.identity(private)
+  return pinning.kept(path)
 
 
 def invited(carrier: Carrier) -> msg.Invitation | msg.Recalled:

@@ -44,18 +44,23 @@ def own_identity(path: pathlib.Path) -> keys.Identity:
       f"{path}: the identity is missing; restore it. A new one is a stranger to the others, who "
       "must revoke the old one and compare fingerprints again"
     )
-  own, new = _private(path), path.with_name(NEXT)
+  own, new = kept(path), path.with_name(NEXT)
   if path.name == NEXT or not new.is_file() or not (path.parent / FILE).is_file():
     return own
   known = {member.public for member in roster.decode((path.parent / FILE).read_bytes()).members}
-  if own.public in known or _private(new).public not in known:
+  if own.public in known or kept(new).public not in known:
     return own
   new.replace(path)
   durable.sync_folder(path.parent)
-  return _private(path)
+  return kept(path)
 
 
-def _private(path: pathlib.Path) -> keys.Identity:
+def kept(path: pathlib.Path) -> keys.Identity:
+  """The identity in a file.
+
+  Raises:
+    FileNotFoundError, ValueError: there is no file, or it holds no private key.
+  """
   private = path.read_bytes()
   if len(private) != keys.KEY_BYTES:
     raise ValueError(f"{path} has {len(private)} bytes and is not a private key; restore it")
