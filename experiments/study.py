@@ -77,7 +77,7 @@ _LITE: dict[str, Any] = {
     "--batch=1", "--ring_bits=64", "--fraction_bits=18", "--calibration_images=64", "--margin=4",
   ),
   "attacks": "threats",
-  # eight epochs, and so the images of the three hospitals' 44 rounds of eight batches
+  # eight epochs: as many images as three hospitals' 49 rounds of eight batches
   "pooled": ("--rounds=8", "--sync_batches=0", "--sync_epochs=1"),
 }  # fmt: skip
 STUDIES = {
