@@ -78,6 +78,19 @@ def test_private_arms_are_the_documented_recipe():
     assert found == {1: (*strict, batch)} | dict.fromkeys((3, 6, 8), (*usual, batch))
 
 
+@pytest.mark.parametrize("name", ["chest_xray_pretrained", "chest_xray_pretrained_224"])
+def test_the_pooled_arm_sees_as_many_images_as_the_sites_together(name):
+  """4,664 are trained on. Its steps are more: a round has one for each batch of any site."""
+  made = study.steps(study.STUDIES[name], (0,), (), ("pooled", "secure"))
+  pooled, secure = (
+    study.configured([f for f in step.flags if f != "--baselines="]).training for step in made
+  )
+  assert (pooled.sync_epochs, secure.sync_epochs) == (1, 0)
+  seen = secure.rounds * secure.sync_batches * secure.batch_size * 3
+  assert seen == pytest.approx(pooled.rounds * 4664, rel=0.01)
+  assert pooled.batch_size == secure.batch_size
+
+
 def test_flags_that_are_given_win_over_those_of_a_budget():
   more = "--rounds=2", "--batch_size=30", "--site_fractions=0.2,0.2,0.6"
   flags = by_folder("chest_xray_pretrained", more_private=more)["seed_0/private_pooled_1"]
