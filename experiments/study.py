@@ -78,7 +78,7 @@ _LITE: dict[str, Any] = {
   ),
   "attacks": "threats",
   # eight epochs: as many images as three hospitals' 49 rounds of eight batches
-  "pooled": ("--rounds=8", "--sync_batches=0", "--sync_epochs=1"),
+  "pooled": ("--rounds=8", "--sync_batches=0", "--sync_epochs=1", "--warmup_rounds=0.5"),
 }  # fmt: skip
 STUDIES = {
   "phantom": Study(
