@@ -120,7 +120,7 @@ def giver_of(starts: Mapping[int, msg.Start]) -> int:
   gives what is not the state delays a return and does not prevent it.
 
   Args:
-    starts: of those that go on, by site; most are of one round.
+    starts: of those that go on, by site; the round is the one that most of them name.
   """
   (round, _), *_ = collections.Counter(one.round for one in starts.values()).most_common(1)
   return sorted(starts)[round % len(starts)]
