@@ -110,8 +110,7 @@ def come_back(
     return kept
 
   told, links = ledger.public(path), (joined.carrier, joined.exchange, joined.pinned)
-  of_site = number, joined.num_colluding, take, told
-  back, kept = returning.come_back(*links, *of_site, tell=print)
+  back, kept = returning.come_back(*links, number, joined.num_colluding, take, told, tell=print)
   print(f"site {number}: is back from round {back.round + 1} on")
   weights = np.frombuffer(back.common[_DIGEST:], np.float32)
   ledgers = dict.fromkeys(joined.pinned.sites, b"") | {**back.own, number: told}
