@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from jax._src import compiler
-from jax._src.lib import xla_client
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -25,8 +24,8 @@ _UNOPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 # program gives the same bits twice: none of it hangs on how XLA optimises, and to compile is most
 # of their work. Tests marked `slow` or `optimised`, and all other files (bits that two programs
 # share, roundings, compiled text and memory, how often something compiles), compile as users do.
-# The variable above wins where it is set. XLA's newer emitters of fused loops, which take a third of
-# the time to compile, are left out there as well.
+# The variable above wins where it is set. XLA's newer emitters of fused loops, which take a third
+# of the time to compile, are left out there as well, where this XLA can do without.
 _EMITTERS = "xla_cpu_use_fusion_emitters"
 _UNOPTIMISED_FILES = (
   "algorithms_", "attacks_", "boundary_", "clinic_", "conv_", "data_augment_", "data_warp_",
@@ -61,13 +60,17 @@ def _compile_options_of_now(*args, **kwargs):
   return options
 
 
+def _knows_emitters() -> bool:
+  try:
+    jax.jit(lambda x: x).lower(0).compile(compiler_options={_EMITTERS: False})
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True
+
+
 def pytest_configure(config):
   """Shares compiled programs between the tests and processes of one run, and with no other run."""
   config.chooses = _UNOPTIMISED not in os.environ
-  if config.chooses:
-    config.xla_flags = os.environ.get("XLA_FLAGS", "")
-    xla_client.CompileOptions()  # XLA reads its flags here; what is set later is for processes
-    compiler.get_compile_options = _compile_options_of_now
   if not os.environ.get(_CACHE):
     config.own_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix="primia_jax_xla_")
   # Most programs are single operations: to read one takes a fifth of the time to compile it.
@@ -79,6 +82,10 @@ def pytest_configure(config):
     "jax_persistent_cache_min_compile_time_secs",
     float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
   )
+  # XLA has read its flags when it has compiled: what is set later reaches new processes only.
+  if config.chooses and _knows_emitters():
+    config.xla_flags = os.environ.get("XLA_FLAGS", "")
+    compiler.get_compile_options = _compile_options_of_now
 
 
 def pytest_unconfigure(config):
@@ -108,8 +115,9 @@ def pytest_runtest_setup(item):
   """Before the fixtures of a test: how it, and the processes that it starts, compile."""
   if item.config.chooses and os.environ.get(_UNOPTIMISED) != str(int(_unoptimised(item))):
     os.environ[_UNOPTIMISED] = str(int(_unoptimised(item)))
-    without = f" --{_EMITTERS}=false" if _unoptimised(item) else ""
-    os.environ["XLA_FLAGS"] = item.config.xla_flags + without
+    if hasattr(item.config, "xla_flags"):
+      without = f" --{_EMITTERS}=false" if _unoptimised(item) else ""
+      os.environ["XLA_FLAGS"] = item.config.xla_flags + without
     jax.config.update("jax_disable_most_optimizations", _unoptimised(item))
     if _STAGE:
       _STAGE.def_impl(_stage if _unoptimised(item) else _STAGE_AS_USERS)
