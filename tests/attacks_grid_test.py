@@ -76,6 +76,20 @@ def test_a_single_image_is_found_with_the_weight_that_suits_others(world):
     grid.attack(jax.random.key(0), SINGLE, loss_fn, (params, {}), few, SEARCH)
 
 
+def test_a_weight_is_chosen_on_as_many_images_as_are_attacked(world, monkeypatch):
+  loss_fn, params, images = world
+  run, attacks = grid._all, []
+
+  def seen(*args):
+    found = run(*args)
+    attacks.append((args[3] is images.tuning, found.num_attacks))
+    return found
+
+  monkeypatch.setattr(grid, "_all", seen)
+  grid.attack(jax.random.key(0), SINGLE, loss_fn, (params, {}), images, SEARCH)
+  assert attacks == [(True, 4)] * 4 + [(False, 4)]
+
+
 def test_guesses_are_paired_with_the_images_they_resemble():
   rng = np.random.default_rng(1)
   truth = rng.uniform(size=(6, 5, 5, 2))

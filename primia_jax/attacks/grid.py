@@ -58,7 +58,8 @@ class Search:
       over the number of steps, and 0.1 at most.
     weights: of total variation, among which tuning chooses first.
     ladder: further weights, tried while the best is the last.
-    least: images that are attacked in each cell, at least.
+    least: images that are attacked in each cell, and on which its weight is chosen, at least, as
+      far as there are as many.
     rate: the sites' learning rate.
   """
 
@@ -193,11 +194,11 @@ def attack(
     raise ValueError(f"{cell} needs {cell.total} images to attack or to tune on; {fewest} are left")
   solve = _solver(cell, loss_fn, model, images.attacked[0].shape[1:], search, steps)
   chosen = tuning.Tuned(weight, False) if weight is not None else None
+  on = lambda pool, w: _all(key, cell, solve, pool, images.decoys, w, search.least)
   if chosen is None:
-    on_tuned = lambda w: _all(key, cell, solve, images.tuning, images.decoys, w, 1).ssim.mean()
+    on_tuned = lambda w: on(images.tuning, w).ssim.mean()
     chosen = tuning.tune(search.weights, on_tuned, search.ladder)
-  num = min(-(-search.least // cell.total), len(images.attacked[1]) // cell.total)
-  found = _all(key, cell, solve, images.attacked, images.decoys, chosen.value, num)
+  found = on(images.attacked, chosen.value)
   return found._replace(steps=steps, is_at_end=chosen.is_at_end)
 
 
@@ -321,9 +322,10 @@ def _all(
   pool: tuple[np.ndarray, np.ndarray],
   decoys: np.ndarray,
   weight: float,
-  num_attacks: int,
+  least: int,
 ) -> Outcome:
-  """Attacks the first images of the pool, in so many updates."""
+  """Attacks the first images of the pool, at least so many where it has them."""
+  num_attacks = min(-(-least // cell.total), len(pool[1]) // cell.total)
   psnr, ssim, named, guesses = [], [], [], []
   for i, (images, labels) in enumerate(_split(pool, cell.total, num_attacks)):
     found = np.asarray(
