@@ -20,8 +20,6 @@ from primia_jax.data import sites as data_sites
 from primia_jax.flower import channel
 from primia_jax.secagg import Refused, coordinator, keys, meeting, pinning, roster
 
-pytestmark = pytest.mark.optimised  # the bits of one process and of many are compared
-
 ROOT = pathlib.Path(__file__).parents[1]
 MODULE = "experiments.train_federated"
 
