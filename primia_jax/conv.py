@@ -83,7 +83,29 @@ def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
   Takes elementwise maxima of rows, then of columns. The gradient is then elementwise too; that of
   `lax.reduce_window` is a slow select-and-scatter on CPU. Equal maxima share the gradient.
   """
-  return _reduce_windows(jnp.maximum, x, window, stride, padding, -jnp.inf)
+  return _reduce_windows(maximum, x, window, stride, padding, -jnp.inf)
+
+
+def maximum(x: Array, y: Array | float) -> Array:
+  """The larger of both; equal ones share the gradient.
+
+  The derivative compares the operands with each other. That of `jnp.maximum` compares them with the
+  maximum, and is lost where a compiler computes one of them again with another rounding.
+  """
+  return _maximum(x, jnp.asarray(y, x.dtype))
+
+
+@jax.custom_jvp
+def _maximum(x: Array, y: Array) -> Array:
+  return jnp.maximum(x, y)
+
+
+@_maximum.defjvp
+def _maximum_jvp(
+  primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+  (x, y), (dx, dy) = primals, tangents
+  return _maximum(x, y), jnp.where(x > y, dx, jnp.where(y > x, dy, (dx + dy) / 2))
 
 
 def mean_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from primia_jax.conv import maximum
 from primia_jax.types import Array
 
 # Of a wavelet's envelope, in units of its scale. _SIGMA and _FREQUENCY are those of arXiv 1203.1513
@@ -114,7 +115,9 @@ def _strength(maps: Array, scale: int, coarser: int, num_angles: int) -> Array:
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )
   real, imaginary = waves[..., :num_angles], waves[..., num_angles:]
-  strength = jnp.sqrt(jnp.maximum(real * real + imaginary * imaginary, jnp.finfo(jnp.float32).tiny))
+  strength = jnp.sqrt(
+    maximum(real * real + imaginary * imaginary, float(np.finfo(np.float32).tiny))
+  )
   return strength.transpose(0, 3, 1, 2).reshape(-1, *strength.shape[1:3])
 
 

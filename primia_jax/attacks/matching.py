@@ -19,7 +19,7 @@ def cosine(update: PyTree, seen: PyTree) -> Array:
   4). It ignores lengths, so it needs neither clipping norms nor learning rates.
   """
   norms = jnp.sqrt(_dot(update, update) * _dot(seen, seen))
-  return 1 - _dot(update, seen) / jnp.maximum(norms, 1e-30)
+  return 1 - _dot(update, seen) / jnp.where(norms < 1e-30, 1e-30, norms)
 
 
 def _dot(a: PyTree, b: PyTree) -> Array:

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
+from primia_jax.conv import maximum
 from primia_jax.models.config import FEATURE_NORM, LITES, MEAN, STD, ModelConfig
 from primia_jax.models.layers import Conv, Dense, Depthwise, Norm, widths
 from primia_jax.types import Array
@@ -128,7 +129,7 @@ def parts(config: ModelConfig) -> list[str]:
 
 def unit(x: Array) -> Array:
   """Rows of norm one; a row of zeros stays."""
-  return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), _TINY))
+  return x * lax.rsqrt(maximum(jnp.sum(x * x, axis=-1, keepdims=True), _TINY))
 
 
 def relu6(x: Array) -> Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from primia_jax.conv import conv, max_pool, mean_pool
+from primia_jax.conv import conv, max_pool, maximum, mean_pool
 from primia_jax.depthwise import depthwise
 from primia_jax.models.config import MEAN, STD, ModelConfig
 from primia_jax.tapped import dense
@@ -135,13 +135,13 @@ class Norm(nn.Module):
         v.mean((1, 2)).reshape(batch, groups, -1).mean(-1).repeat(features // groups, axis=1)
         for v in (x, x * x)
       )
-      var = jnp.maximum(square - mean * mean, 0)
+      var = maximum(square - mean * mean, 0.0)
     else:
       running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
       running_var = self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32)
       if train:
         mean, square = x.mean((0, 1, 2)), (x * x).mean((0, 1, 2))
-        var = jnp.maximum(square - mean * mean, 0)
+        var = maximum(square - mean * mean, 0.0)
         if not self.is_initializing():
           running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
           running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
