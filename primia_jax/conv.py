@@ -87,10 +87,11 @@ def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
 
 
 def maximum(x: Array, y: Array | float) -> Array:
-  """The larger of both; equal ones share the gradient.
+  """The larger of each pair; equal ones share the gradient. NaN stays.
 
-  The derivative compares the operands with each other. That of `jnp.maximum` compares them with the
-  maximum, and is lost where a compiler computes one of them again with another rounding.
+  x and y are floats of one shape, or y is a single number. The derivative compares the operands
+  with each other. That of `jnp.maximum` compares them with the maximum, and is lost where a
+  compiler computes one of them again with another rounding.
   """
   return _maximum(x, jnp.asarray(y, x.dtype))
 

@@ -9,7 +9,7 @@ import tempfile
 import jax
 import numpy as np
 import pytest
-from jax._src import compiler
+from jax._src import compiler  # no public option reaches programs that JAX makes by itself
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

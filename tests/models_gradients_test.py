@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from primia_jax.attacks import matching
 from primia_jax.conv import maximum
 from primia_jax.models import ModelConfig, build
 
@@ -14,6 +15,7 @@ MODELS = [
   ModelConfig("leaf_cnn", 10, (12, 12, 1)),
   ModelConfig("mlp", 4, (5, 6, 1)),
   ModelConfig("resnet18", 3, (32, 32, 1), width=0.125),
+  ModelConfig("resnet18", 3, (32, 32, 1), weight_standardisation=True, width=0.125),
   ModelConfig("vgg16", 3, (32, 32, 1), norm="batch", head="mean", width=0.125),
   ModelConfig("efficientnet_lite0", 3, (32, 36, 1), width=0.125, dropout=0.1),
   ModelConfig("scatter_linear", 3, (8, 12, 2), norm="none"),
@@ -52,11 +54,11 @@ def test_no_gradient_hangs_on_two_floats_that_are_equal(config):
 def test_the_usual_maximum_hangs_on_it():
   x, y = jnp.ones(3), jnp.zeros(3)
   found = {}
-  for fn in (jnp.maximum, maximum):
+  for fn in (jnp.maximum, maximum, matching.cosine):
     traced = jax.make_jaxpr(jax.grad(lambda x, y, fn=fn: fn(x, y).sum(), argnums=(0, 1)))(x, y)
     found[fn] = len([*compared(traced.jaxpr)])
   assert found[jnp.maximum] > 0
-  assert found[maximum] == 0
+  assert found[maximum] == found[matching.cosine] == 0
 
 
 def test_the_larger_one_has_the_gradient_and_equal_ones_share_it():

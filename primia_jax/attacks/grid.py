@@ -58,8 +58,8 @@ class Search:
       over the number of steps, and 0.1 at most.
     weights: of total variation, among which tuning chooses first.
     ladder: further weights, tried while the best is the last.
-    least: images that are attacked in each cell, and on which its weight is chosen, at least, as
-      far as there are as many.
+    least: images that are attacked in each cell, and images on which its weight is chosen, at
+      least, where the pools hold as many.
     rate: the sites' learning rate.
   """
 
@@ -233,7 +233,7 @@ def explore(
 
   def kept(name: str, cell: Cell, weight: float | None, steps: int) -> Outcome:
     path = folder / f"{name}.npz"
-    told = repr((about, tuple(cell), search, steps))
+    told = repr((about, tuple(cell), search, steps, f"tuned on {search.least}"))
     if (found := load(path, told)) is None:
       found = attack(key, cell, loss_fn, model, images, search, weight, steps)
       save(path, found, told)
